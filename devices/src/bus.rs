@@ -1,0 +1,208 @@
+//! Buses: who answers at a guest address, and what an access asks of the world outside the device.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::pci::PciDevice;
+
+/// A device, or a window of one, that answers accesses on a [`Bus`].
+///
+/// Accesses are 1, 2, 4 or 8 bytes, little endian, with `offset` relative to the range under which
+/// the device was inserted. Several vCPUs call at once: a device guards its own state.
+pub trait BusDevice: Send + Sync {
+    /// Fills `data` with what the guest reads at `offset`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Takes what the guest wrote at `offset`, and says what must follow from it.
+    fn write(&self, offset: u64, data: &[u8]) -> Effect;
+}
+
+/// What a guest's write asks of the owner of the VM. It is applied after every lock taken on the
+/// way down has been released.
+#[must_use = "an effect does nothing until the owner of the VM applies it"]
+#[derive(Clone)]
+pub enum Effect {
+    /// Nothing outside the device.
+    None,
+    /// The BARs of this function moved, appeared or went: call [`PciDevice::remap`].
+    Remap(Arc<dyn PciDevice>),
+    /// The guest asked to be powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+}
+
+impl std::fmt::Debug for Effect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Effect::None => "None",
+            Effect::Remap(_) => "Remap",
+            Effect::PowerOff => "PowerOff",
+            Effect::Reset => "Reset",
+        })
+    }
+}
+
+/// Why a range could not be put on a bus.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BusError {
+    /// The range has no bytes or runs past the end of the address space.
+    #[error("bus range of {len:#x} bytes at {base:#x} is empty or wraps")]
+    BadRange {
+        /// First address of the range.
+        base: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Another device already answers somewhere in the range.
+    #[error("bus range {base:#x}..={last:#x} overlaps the device at {other:#x}")]
+    Overlap {
+        /// First address of the refused range.
+        base: u64,
+        /// Last address of the refused range.
+        last: u64,
+        /// First address of the range in its way.
+        other: u64,
+    },
+}
+
+struct Entry {
+    last: u64,
+    device: Arc<dyn BusDevice>,
+}
+
+/// An address space of devices: guest-physical MMIO, or the 64 KiB of I/O ports.
+#[derive(Default)]
+pub struct Bus {
+    // A read lock is held only for the look-up, never while a device runs.
+    entries: RwLock<BTreeMap<u64, Entry>>,
+}
+
+impl Bus {
+    /// Lets `device` answer the `len` bytes from `base` on.
+    ///
+    /// # Errors
+    /// The range is empty, wraps, or overlaps another device's.
+    pub fn insert(&self, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
+        let last = len
+            .checked_sub(1)
+            .and_then(|more| base.checked_add(more))
+            .ok_or(BusError::BadRange { base, len })?;
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((&other, _)) = entries
+            .range(..=last)
+            .next_back()
+            .filter(|(_, entry)| entry.last >= base)
+        {
+            return Err(BusError::Overlap { base, last, other });
+        }
+        entries.insert(base, Entry { last, device });
+        Ok(())
+    }
+
+    /// Takes away the device whose range begins at `base`, if there is one.
+    pub fn remove(&self, base: u64) {
+        self.entries
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&base);
+    }
+
+    /// Reads `data.len()` bytes at `address`; where nothing answers, all ones.
+    /// Returns whether a device answered.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some((offset, device)) => {
+                device.read(offset, data);
+                true
+            }
+            None => {
+                data.fill(0xff);
+                false
+            }
+        }
+    }
+
+    /// Writes `data` at `address`. `None` where nothing answers, and the write is lost.
+    pub fn write(&self, address: u64, data: &[u8]) -> Option<Effect> {
+        let (offset, device) = self.find(address, data.len())?;
+        Some(device.write(offset, data))
+    }
+
+    /// The ranges in use, in address order.
+    pub fn ranges(&self) -> Vec<RangeInclusive<u64>> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries
+            .iter()
+            .map(|(&base, entry)| base..=entry.last)
+            .collect()
+    }
+
+    fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<dyn BusDevice>)> {
+        let end = address.checked_add((len as u64).checked_sub(1)?)?;
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        let (&base, entry) = entries.range(..=address).next_back()?;
+        (entry.last >= end).then(|| (address - base, Arc::clone(&entry.device)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo(u8);
+
+    impl BusDevice for Echo {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data.fill(self.0.wrapping_add(offset as u8));
+        }
+
+        fn write(&self, _offset: u64, _data: &[u8]) -> Effect {
+            Effect::Reset
+        }
+    }
+
+    #[test]
+    fn accesses_reach_the_device_with_relative_offsets() {
+        let bus = Bus::default();
+        bus.insert(0x1000, 0x10, Arc::new(Echo(0))).unwrap();
+        let mut data = [0; 2];
+        assert!(bus.read(0x1004, &mut data));
+        assert_eq!(data, [4, 4]);
+        assert!(matches!(bus.write(0x100f, &[0]), Some(Effect::Reset)));
+    }
+
+    #[test]
+    fn holes_and_straddling_accesses_read_all_ones_and_lose_writes() {
+        let bus = Bus::default();
+        bus.insert(0x1000, 0x10, Arc::new(Echo(0))).unwrap();
+        for address in [0xfff, 0x100d, 0x1010, u64::MAX] {
+            let mut data = [0; 4];
+            assert!(!bus.read(address, &mut data), "{address:#x}");
+            assert_eq!(data, [0xff; 4]);
+            assert!(bus.write(address, &data).is_none());
+        }
+    }
+
+    #[test]
+    fn overlaps_and_bad_ranges_are_refused() {
+        let bus = Bus::default();
+        bus.insert(0x1000, 0x10, Arc::new(Echo(0))).unwrap();
+        for (base, len) in [(0x100f, 1), (0xff0, 0x11), (0x1000, 0x10), (0, 0x10000)] {
+            let refused = bus.insert(base, len, Arc::new(Echo(1)));
+            assert!(
+                matches!(refused, Err(BusError::Overlap { other: 0x1000, .. })),
+                "{base:#x}"
+            );
+        }
+        for (base, len) in [(0, 0), (u64::MAX, 2)] {
+            let refused = bus.insert(base, len, Arc::new(Echo(1)));
+            assert_eq!(refused, Err(BusError::BadRange { base, len }));
+        }
+        bus.insert(0x1010, 1, Arc::new(Echo(1))).unwrap();
+        bus.remove(0x1000);
+        bus.insert(0xff0, 0x20, Arc::new(Echo(2))).unwrap();
+        assert_eq!(bus.ranges(), [0xff0..=0x100f, 0x1010..=0x1010]);
+    }
+}

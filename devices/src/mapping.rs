@@ -1,0 +1,211 @@
+//! Memory mapped into this process for a guest to use directly: guest RAM and device BARs.
+#![allow(unsafe_code)] // mmap and munmap; the only place where the VMM maps memory for guests.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+/// A range of this process's address space, mapped when it is made and unmapped when it is dropped.
+///
+/// Its bytes belong to a guest or a device, which change them at any time: they are reached through
+/// raw pointers and system calls only, never through references.
+#[derive(Debug)]
+pub struct HostMapping {
+    start: NonNull<u8>,
+    len: NonZeroUsize,
+}
+
+// SAFETY: the value owns its range; moving it to another thread moves nothing in memory.
+unsafe impl Send for HostMapping {}
+// SAFETY: `&HostMapping` gives out only the address and the length.
+unsafe impl Sync for HostMapping {}
+
+/// What lies behind a mapping.
+enum Backing<'a> {
+    Anonymous,
+    File(BorrowedFd<'a>, libc::off_t),
+}
+
+impl HostMapping {
+    /// Maps `len` bytes of private anonymous memory at an address aligned to `align`, asks for
+    /// transparent huge pages, and keeps it out of forked children, so that a child never shares or
+    /// splits pages that a device may write (pinned pages must not be copied on write).
+    ///
+    /// # Errors
+    /// `len` is 0, `align` is no power of two, or the kernel has no address space left.
+    pub fn anonymous(len: usize, align: usize) -> io::Result<Self> {
+        let mapping = Self::map(len, align, &Backing::Anonymous)?;
+        // Without transparent huge pages in the kernel the advice fails and nothing is lost.
+        let _ = mapping.advise(libc::MADV_HUGEPAGE);
+        mapping.advise(libc::MADV_DONTFORK)?;
+        Ok(mapping)
+    }
+
+    /// Maps `len` bytes of `file` from `offset` on, shared, readable and writable, at an address
+    /// aligned to `align` (1 GiB lets the kernel back a large BAR with huge mappings).
+    ///
+    /// # Errors
+    /// As [`Self::anonymous`], or the file refuses the range.
+    pub fn file(file: BorrowedFd<'_>, offset: u64, len: usize, align: usize) -> io::Result<Self> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        Self::map(len, align, &Backing::File(file, offset))
+    }
+
+    /// First address of the range.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// First address of the range as a number, for the kernel interfaces that take one.
+    pub fn address(&self) -> u64 {
+        self.start.as_ptr() as u64
+    }
+
+    /// Length of the range in bytes.
+    pub fn size(&self) -> usize {
+        self.len.get()
+    }
+
+    /// Reserves room for any alignment, maps over the aligned part, and gives the rest back.
+    fn map(len: usize, align: usize, backing: &Backing<'_>) -> io::Result<Self> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let len = NonZeroUsize::new(len).ok_or_else(invalid)?;
+        if !align.is_power_of_two() {
+            return Err(invalid());
+        }
+        let reserved = NonZeroUsize::new(len.get().checked_add(align).ok_or_else(invalid)?);
+        let reserved = reserved.ok_or_else(invalid)?;
+        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                reserved.get(),
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let mut room = HostMapping {
+            start: checked(start)?,
+            len: reserved,
+        };
+        let before = start.align_offset(align);
+        room.trim_front(before);
+        room.trim_back(len);
+        room.fill(backing)?;
+        Ok(room)
+    }
+
+    /// Puts the backing in place of the reservation.
+    fn fill(&mut self, backing: &Backing<'_>) -> io::Result<()> {
+        let (flags, fd, offset) = match backing {
+            Backing::Anonymous => (
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            ),
+            Backing::File(file, offset) => (libc::MAP_SHARED, file.as_raw_fd(), *offset),
+        };
+        // SAFETY: MAP_FIXED replaces exactly the range that `self` owns and nobody has seen yet.
+        let start = unsafe {
+            libc::mmap(
+                self.start.as_ptr().cast(),
+                self.len.get(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_FIXED,
+                fd,
+                offset,
+            )
+        };
+        checked(start).map(|_| ())
+    }
+
+    fn trim_front(&mut self, bytes: usize) {
+        let Some(rest) = NonZeroUsize::new(self.len.get().saturating_sub(bytes)) else {
+            return;
+        };
+        if bytes == 0 {
+            return;
+        }
+        // SAFETY: the bytes lie inside the range that `self` owns, and `self` forgets them below.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), bytes) };
+        // SAFETY: `bytes` is less than the length of the range, so the result stays inside it.
+        self.start = unsafe { self.start.add(bytes) };
+        self.len = rest;
+    }
+
+    fn trim_back(&mut self, keep: NonZeroUsize) {
+        let extra = self.len.get().saturating_sub(keep.get());
+        if extra == 0 {
+            return;
+        }
+        // SAFETY: `keep` is less than the length of the range, so the result stays inside it.
+        let tail = unsafe { self.start.add(keep.get()) };
+        // SAFETY: the tail lies inside the range that `self` owns, and `self` forgets it below.
+        unsafe { libc::munmap(tail.as_ptr().cast(), extra) };
+        self.len = keep;
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the advices used here change how pages are kept, not what they hold.
+        let done = unsafe { libc::madvise(self.start.as_ptr().cast(), self.len.get(), advice) };
+        if done == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+impl Drop for HostMapping {
+    fn drop(&mut self) {
+        // SAFETY: the value owns the range, and whoever mapped it into a guest or an IOMMU holds a
+        // reference to the value for as long as that lasts.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len.get()) };
+    }
+}
+
+fn checked(start: *mut libc::c_void) -> io::Result<NonNull<u8>> {
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(start.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn anonymous_memory_is_aligned_zeroed_and_writable() {
+        let mapping = HostMapping::anonymous(3 << 20, 2 << 20).unwrap();
+        assert_eq!(mapping.address() % (2 << 20), 0);
+        assert_eq!(mapping.size(), 3 << 20);
+        // SAFETY: the last byte of a mapping that nobody else uses.
+        let last = unsafe { mapping.as_ptr().add(mapping.size() - 1) };
+        // SAFETY: as above; mapped readable and writable.
+        assert_eq!(unsafe { last.read_volatile() }, 0);
+        // SAFETY: as above.
+        unsafe { last.write_volatile(7) };
+    }
+
+    #[test]
+    fn a_file_is_mapped_from_its_offset() {
+        let file = std::fs::File::open("/dev/zero").unwrap();
+        assert!(
+            HostMapping::file(file.as_fd(), 0, 4096, 4096).is_err(),
+            "opened read-only"
+        );
+    }
+
+    #[test]
+    fn sizes_and_alignments_that_make_no_sense_are_refused() {
+        assert!(HostMapping::anonymous(0, 4096).is_err());
+        assert!(HostMapping::anonymous(4096, 3).is_err());
+        assert!(HostMapping::anonymous(usize::MAX, 4096).is_err());
+    }
+}

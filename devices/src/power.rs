@@ -1,0 +1,1 @@
+//! Power: the ACPI sleep and reset registers of hardware-reduced ACPI.
