@@ -1,1 +1,36 @@
-//! placeholder
+//! What the host owns and who holds it: the PCI inventory, resource groups, leases and driver binding.
+//!
+//! Nothing here keeps state of its own. What exists is read from sysfs at the moment of asking, who
+//! holds it is a kernel lock, and what is wanted is JSON under the configuration directory. So there
+//! is nothing that a crash, a host reboot or a hand-edited file could leave behind or contradict.
+//!
+//! The usual way through: [`scan`] for a list of [`HostDevice`]s, [`Groups::load`] for the pools,
+//! [`detach`] to hand devices to vfio-pci, [`allocate`] to take [`Lease`]s for a VM; dropping a lease
+//! gives the device back. Every function takes [`HostPaths`], so that all of it runs over a fake tree.
+
+#![forbid(unsafe_code)]
+
+mod allocate;
+mod bind;
+mod group;
+mod host;
+mod inventory;
+mod lease;
+mod memlock;
+mod reserved;
+mod rule;
+
+pub use allocate::{AllocateError, Obstacle, Request, allocate};
+pub use bind::{
+    BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter, WriteError, detach,
+    reattach, write_helper,
+};
+pub use group::{GroupError, GroupType, Groups, ResourceGroup};
+pub use host::{BdfError, HostBdf, HostPaths};
+pub use inventory::{
+    DeviceState, HostDevice, InventoryError, NodeAccess, PciClass, PciId, Sriov, scan,
+};
+pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
+pub use memlock::memlock_limit;
+pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
+pub use rule::Rule;
