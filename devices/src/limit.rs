@@ -1,0 +1,103 @@
+//! A limit on how often one line of code may log what a guest causes.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines let through in one [`PERIOD`].
+const BURST: u32 = 8;
+/// How long a burst lasts.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// Lets a burst of lines through in each period, and counts the rest.
+///
+/// A guest can cause a line at every access, and must not be able to fill the host's disk so.
+#[derive(Debug)]
+pub struct RateLimit(Mutex<State>);
+
+#[derive(Debug)]
+struct State {
+    since: Option<Instant>,
+    passed: u32,
+    suppressed: u64,
+}
+
+impl RateLimit {
+    /// A limit that nothing has used yet.
+    pub const fn new() -> Self {
+        Self(Mutex::new(State {
+            since: None,
+            passed: 0,
+            suppressed: 0,
+        }))
+    }
+
+    /// Whether one more line may be logged now: `Some` with the number of lines left out before it.
+    pub fn admit(&self) -> Option<u64> {
+        self.admit_at(Instant::now())
+    }
+
+    fn admit_at(&self, now: Instant) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state
+            .since
+            .is_none_or(|since| now.saturating_duration_since(since) >= PERIOD)
+        {
+            state.since = Some(now);
+            state.passed = 0;
+        }
+        if state.passed == BURST {
+            state.suppressed += 1;
+            return None;
+        }
+        state.passed += 1;
+        Some(std::mem::take(&mut state.suppressed))
+    }
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Logs a warning as `tracing::warn!` does, with a [`RateLimit`] of its own for each place in the
+/// code. The number of lines left out is told in the field `left_out`.
+#[macro_export]
+macro_rules! warn_limited {
+    ($($line:tt)*) => {{
+        static LIMIT: $crate::limit::RateLimit = $crate::limit::RateLimit::new();
+        if let Some(left_out) = LIMIT.admit() {
+            $crate::limit::tracing::warn!(left_out, $($line)*);
+        }
+    }};
+}
+
+#[doc(hidden)]
+pub use tracing;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_passes_and_the_rest_is_counted() {
+        let limit = RateLimit::new();
+        let start = Instant::now();
+        for _ in 0..BURST {
+            assert_eq!(limit.admit_at(start), Some(0));
+        }
+        for _ in 0..3 {
+            assert_eq!(limit.admit_at(start + PERIOD / 2), None);
+        }
+        assert_eq!(limit.admit_at(start + PERIOD), Some(3));
+        assert_eq!(limit.admit_at(start + PERIOD), Some(0));
+    }
+
+    #[test]
+    fn a_clock_that_steps_back_does_no_harm() {
+        let limit = RateLimit::new();
+        let start = Instant::now() + PERIOD;
+        assert_eq!(limit.admit_at(start), Some(0));
+        assert_eq!(limit.admit_at(start - PERIOD), Some(0));
+    }
+}

@@ -1,0 +1,395 @@
+//! The BARs of a type-0 function: the registers a guest sees, and what is mapped because of them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::registers;
+use super::{BarGuard, BarPlacement, BarSpace, Segment};
+use crate::warn_limited;
+
+/// Number of BAR registers of a type-0 function.
+pub const BAR_COUNT: usize = 6;
+
+const IO_FLAGS: u32 = 0b11;
+const MEMORY_FLAGS: u32 = 0b1111;
+const IS_IO: u32 = 1 << 0;
+const IS_64_BIT: u32 = 0b10 << 1;
+const TYPE: u32 = 0b11 << 1;
+const PREFETCHABLE: u32 = 1 << 3;
+
+/// What a BAR decodes (PCI Express Base Specification 6.0, 7.5.1.2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BarKind {
+    /// I/O ports.
+    Io,
+    /// Memory below 4 GiB.
+    Memory32 {
+        /// Reads have no side effects.
+        prefetchable: bool,
+    },
+    /// Memory anywhere; takes up the next register as well.
+    Memory64 {
+        /// Reads have no side effects.
+        prefetchable: bool,
+    },
+}
+
+impl BarKind {
+    /// What the low bits of a BAR register say.
+    pub const fn from_register(value: u32) -> Self {
+        let prefetchable = value & PREFETCHABLE != 0;
+        if value & IS_IO != 0 {
+            BarKind::Io
+        } else if value & TYPE == IS_64_BIT {
+            BarKind::Memory64 { prefetchable }
+        } else {
+            BarKind::Memory32 { prefetchable }
+        }
+    }
+
+    /// Whether the BAR takes up two registers.
+    pub const fn is_64_bit(self) -> bool {
+        matches!(self, BarKind::Memory64 { .. })
+    }
+
+    /// Whether reads have no side effects. Never so for I/O ports.
+    pub const fn is_prefetchable(self) -> bool {
+        matches!(
+            self,
+            BarKind::Memory32 { prefetchable: true } | BarKind::Memory64 { prefetchable: true }
+        )
+    }
+
+    /// The bits of the register that hold flags instead of an address.
+    const fn flag_mask(self) -> u32 {
+        match self {
+            BarKind::Io => IO_FLAGS,
+            _ => MEMORY_FLAGS,
+        }
+    }
+
+    const fn flags(self) -> u32 {
+        let prefetchable = if self.is_prefetchable() {
+            PREFETCHABLE
+        } else {
+            0
+        };
+        match self {
+            BarKind::Io => IS_IO,
+            BarKind::Memory32 { .. } => prefetchable,
+            BarKind::Memory64 { .. } => IS_64_BIT | prefetchable,
+        }
+    }
+}
+
+/// One BAR of a function.
+#[derive(Clone)]
+pub struct Bar {
+    /// Its register, 0 to 5.
+    pub index: u8,
+    /// What it decodes.
+    pub kind: BarKind,
+    /// Size in bytes: a power of two, at least 16 for memory and 4 for I/O.
+    pub size: u64,
+    /// What it is made of, as in [`BarPlacement::segments`].
+    pub segments: Arc<[Segment]>,
+}
+
+/// Why a set of BARs makes no sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BarError {
+    /// There is no such register, or another BAR has it already.
+    #[error("BAR {index} does not exist or is taken by the BAR before it")]
+    Register {
+        /// The register asked for.
+        index: u8,
+    },
+    /// The size is no power of two, too small, or too large for the kind of BAR.
+    #[error("BAR {index} cannot have a size of {size:#x} bytes")]
+    Size {
+        /// The BAR's register.
+        index: u8,
+        /// The size asked for.
+        size: u64,
+    },
+}
+
+/// Which accesses a function answers: its command register, as far as BARs go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decode {
+    /// Memory BARs are decoded.
+    pub memory: bool,
+    /// I/O BARs are decoded.
+    pub io: bool,
+}
+
+impl Decode {
+    /// Nothing is decoded, as after a reset and outside power state D0.
+    pub const NONE: Self = Self {
+        memory: false,
+        io: false,
+    };
+
+    /// What the command register enables.
+    pub const fn from_command(command: u16) -> Self {
+        Self {
+            memory: command & registers::COMMAND_MEMORY != 0,
+            io: command & registers::COMMAND_IO != 0,
+        }
+    }
+}
+
+/// What a guest has written to the BAR registers of a function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BarRegisters([u32; BAR_COUNT]);
+
+/// A BAR that is mapped now. Dropping it unmaps.
+struct Mapped {
+    base: u64,
+    _guard: BarGuard,
+}
+
+/// The BARs of one type-0 function: a shadow of the registers, never written to the hardware, and
+/// the guards of what is mapped.
+pub struct BarSet {
+    /// Names the function in log lines.
+    label: Arc<str>,
+    bars: [Option<Bar>; BAR_COUNT],
+    /// What was written last, with the bits that the size makes read-only still in it, so that a
+    /// sizing probe can be told from an address.
+    written: BarRegisters,
+    mapped: [Option<Mapped>; BAR_COUNT],
+    /// First address that the guest cannot reach.
+    memory_end: u64,
+}
+
+impl BarSet {
+    /// The BARs of the function that log lines call `label`, in a guest with `address_bits` bits of
+    /// physical address. All of them begin unassigned.
+    ///
+    /// # Errors
+    /// Two BARs want one register, or a size is not one that a BAR can have.
+    pub fn new(
+        label: impl Into<Arc<str>>,
+        bars: impl IntoIterator<Item = Bar>,
+        address_bits: u8,
+    ) -> Result<Self, BarError> {
+        let mut set = Self {
+            label: label.into(),
+            bars: Default::default(),
+            written: BarRegisters::default(),
+            mapped: Default::default(),
+            memory_end: 1_u64
+                .checked_shl(u32::from(address_bits))
+                .unwrap_or(u64::MAX),
+        };
+        for bar in bars {
+            set.add(bar)?;
+        }
+        Ok(set)
+    }
+
+    fn add(&mut self, bar: Bar) -> Result<(), BarError> {
+        let index = usize::from(bar.index);
+        let last = index + usize::from(bar.kind.is_64_bit());
+        if last >= BAR_COUNT || (index..=last).any(|register| self.taken(register)) {
+            return Err(BarError::Register { index: bar.index });
+        }
+        let sizes = match bar.kind {
+            BarKind::Io => 4..=1 << 15,
+            BarKind::Memory32 { .. } => 16..=1 << 31,
+            BarKind::Memory64 { .. } => 16..=1 << 63,
+        };
+        if !bar.size.is_power_of_two() || !sizes.contains(&bar.size) {
+            return Err(BarError::Size {
+                index: bar.index,
+                size: bar.size,
+            });
+        }
+        self.bars[index] = Some(bar);
+        Ok(())
+    }
+
+    fn taken(&self, register: usize) -> bool {
+        self.bars[register].is_some() || self.high_half_of(register).is_some()
+    }
+
+    /// The BARs, in the order of their registers.
+    pub fn bars(&self) -> impl Iterator<Item = &Bar> {
+        self.bars.iter().flatten()
+    }
+
+    /// Whether the register at `offset` of the configuration space is answered here: the BARs, and
+    /// the expansion ROM register, which says that there is none.
+    pub fn handles(offset: u16) -> bool {
+        registers::BARS.contains(&offset) || registers::EXPANSION_ROM.contains(&offset)
+    }
+
+    /// Fills `data` from the registers at `offset` of the configuration space.
+    pub fn read(&self, offset: u16, data: &mut [u8]) {
+        for (byte, at) in data.iter_mut().zip(u32::from(offset)..) {
+            *byte = match register_at(at) {
+                Some((index, lane)) => self.register(index).to_le_bytes()[lane],
+                None => 0,
+            };
+        }
+    }
+
+    /// Takes a write to the registers at `offset` of the configuration space. Nothing is mapped or
+    /// unmapped before [`Self::remap`].
+    pub fn write(&mut self, offset: u16, data: &[u8]) {
+        for (&byte, at) in data.iter().zip(u32::from(offset)..) {
+            let Some((index, lane)) = register_at(at) else {
+                continue;
+            };
+            let mut bytes = self.written.0[index].to_le_bytes();
+            bytes[lane] = byte;
+            self.written.0[index] = u32::from_le_bytes(bytes);
+        }
+    }
+
+    /// The address in BAR `index`, 0 when it is unassigned, whatever it may be while the guest
+    /// sizes it. `None` where there is no such BAR.
+    pub fn address(&self, index: u8) -> Option<u64> {
+        let bar = self.bars.get(usize::from(index))?.as_ref()?;
+        let index = usize::from(index);
+        let low = u64::from(self.written.0[index]);
+        let high = match bar.kind {
+            BarKind::Memory64 { .. } => u64::from(self.written.0[index + 1]) << 32,
+            _ => 0,
+        };
+        Some((high | low) & !(bar.size - 1))
+    }
+
+    /// Writes `address` to BAR `index` as firmware would; without effect where there is none.
+    pub fn program(&mut self, index: u8, address: u64) {
+        let slot = usize::from(index);
+        if let Some(Some(bar)) = self.bars.get(slot) {
+            self.written.0[slot] = address as u32;
+            if bar.kind.is_64_bit() {
+                self.written.0[slot + 1] = (address >> 32) as u32;
+            }
+        }
+    }
+
+    /// The registers as they are, for [`Self::restore`].
+    pub fn snapshot(&self) -> BarRegisters {
+        self.written
+    }
+
+    /// Sets all registers; [`BarRegisters::default`] unassigns every BAR, as a reset does.
+    pub fn restore(&mut self, registers: BarRegisters) {
+        self.written = registers;
+    }
+
+    /// Whether [`Self::remap`] has something to do.
+    pub fn is_stale(&self, decode: Decode) -> bool {
+        (0..BAR_COUNT).any(|index| {
+            let mapped = self.mapped[index].as_ref().map(|mapped| mapped.base);
+            mapped != self.wanted(index, decode)
+        })
+    }
+
+    /// Brings what is mapped in line with the registers and `decode`: takes away every placement
+    /// that no longer holds, calls `hardware`, in which the device follows (its own command
+    /// register, say), then maps what is new. Idempotent.
+    ///
+    /// A BAR that cannot be mapped is logged and stays unmapped until the next call.
+    pub fn remap(&mut self, decode: Decode, space: &dyn BarSpace, hardware: impl FnOnce()) {
+        let wanted: [Option<u64>; BAR_COUNT] =
+            std::array::from_fn(|index| self.wanted(index, decode));
+        for (mapped, base) in self.mapped.iter_mut().zip(wanted) {
+            if mapped.as_ref().map(|mapped| mapped.base) != base {
+                *mapped = None;
+            }
+        }
+        hardware();
+        for (index, base) in wanted.into_iter().enumerate() {
+            if let Some(base) = base {
+                self.map(index, base, space);
+            }
+        }
+    }
+
+    /// Takes every mapping away.
+    pub fn unmap(&mut self) {
+        self.mapped = Default::default();
+    }
+
+    fn map(&mut self, index: usize, base: u64, space: &dyn BarSpace) {
+        let Some(bar) = &self.bars[index] else {
+            return;
+        };
+        if self.mapped[index].is_some() {
+            return;
+        }
+        let placement = BarPlacement {
+            io: bar.kind == BarKind::Io,
+            base,
+            size: bar.size,
+            segments: Arc::clone(&bar.segments),
+        };
+        match space.map(&placement) {
+            Ok(guard) => {
+                self.mapped[index] = Some(Mapped {
+                    base,
+                    _guard: guard,
+                });
+            }
+            Err(error) => warn_limited!(
+                device = %self.label,
+                bar = index,
+                base = format_args!("{base:#x}"),
+                size = format_args!("{:#x}", bar.size),
+                error = &error as &dyn std::error::Error,
+                "BAR stays unmapped"
+            ),
+        }
+    }
+
+    /// Where BAR `index` belongs, unless it is disabled, unassigned, being sized, or out of reach.
+    fn wanted(&self, index: usize, decode: Decode) -> Option<u64> {
+        let bar = self.bars[index].as_ref()?;
+        let (enabled, end) = match bar.kind {
+            BarKind::Io => (decode.io, 1 << 16),
+            BarKind::Memory32 { .. } => (decode.memory, self.memory_end.min(1 << 32)),
+            BarKind::Memory64 { .. } => (decode.memory, self.memory_end),
+        };
+        let base = self.address(bar.index)?;
+        let last = base.checked_add(bar.size - 1)?;
+        let fits = base != 0 && last < end;
+        (enabled && fits && !self.is_sizing(index, bar, last)).then_some(base)
+    }
+
+    /// A probe writes ones to all address bits, or at least to those that the size leaves writable.
+    /// In the second case the BAR would end where 32-bit memory does, and none belongs there: on
+    /// x86 that is the reset vector's place.
+    fn is_sizing(&self, index: usize, bar: &Bar, last: u64) -> bool {
+        self.written.0[index] | bar.kind.flag_mask() == u32::MAX || last == u64::from(u32::MAX)
+    }
+
+    fn register(&self, index: usize) -> u32 {
+        let written = self.written.0[index];
+        if let Some(bar) = &self.bars[index] {
+            written & !(bar.size - 1) as u32 | bar.kind.flags()
+        } else if let Some(bar) = self.high_half_of(index) {
+            written & (!(bar.size - 1) >> 32) as u32
+        } else {
+            0
+        }
+    }
+
+    fn high_half_of(&self, register: usize) -> Option<&Bar> {
+        let low = self.bars[register.checked_sub(1)?].as_ref()?;
+        low.kind.is_64_bit().then_some(low)
+    }
+}
+
+/// The BAR register and the byte in it at an offset of the configuration space.
+fn register_at(offset: u32) -> Option<(usize, usize)> {
+    const BARS: Range<u32> = registers::BARS.start as u32..registers::BARS.end as u32;
+    BARS.contains(&offset).then(|| {
+        let at = (offset - BARS.start) as usize;
+        (at / 4, at % 4)
+    })
+}
