@@ -1,1 +1,5 @@
 //! placeholder
+
+mod boot;
+mod cpu;
+mod layout;
