@@ -1,0 +1,226 @@
+//! The guest's address space: sole owner of who answers where, for memory and for I/O ports.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use gantry_devices::bus::{Bus, BusDevice, BusError};
+use gantry_devices::mapping::HostMapping;
+use gantry_devices::pci::{BarGuard, BarPlacement, BarSpace, BarSpaceError, Segment, SegmentKind};
+
+use crate::kvm::{MemorySlots, SlotGuard};
+
+/// Memory slots, MMIO and ports of one VM. Everything that is put into it comes back out when the
+/// guard it returned is dropped.
+pub struct AddressSpace {
+    slots: Arc<MemorySlots>,
+    mmio: Arc<Bus>,
+    ports: Arc<Bus>,
+    memory_claims: Arc<Claims>,
+    port_claims: Arc<Claims>,
+}
+
+impl AddressSpace {
+    /// An empty address space over a VM's memory slots.
+    pub fn new(slots: Arc<MemorySlots>) -> Self {
+        Self {
+            slots,
+            mmio: Arc::default(),
+            ports: Arc::default(),
+            memory_claims: Arc::default(),
+            port_claims: Arc::default(),
+        }
+    }
+
+    /// Who answers accesses to memory that trap.
+    pub fn mmio(&self) -> &Bus {
+        &self.mmio
+    }
+
+    /// Who answers accesses to I/O ports.
+    pub fn ports(&self) -> &Bus {
+        &self.ports
+    }
+
+    /// Memory slots in use.
+    pub fn slots_in_use(&self) -> usize {
+        self.slots.count()
+    }
+
+    /// Shows RAM to the guest.
+    ///
+    /// # Errors
+    /// The range is taken, or the hypervisor refused it.
+    pub fn add_ram(&self, guest: u64, mapping: &Arc<HostMapping>) -> Result<Guard, BarSpaceError> {
+        let size = mapping.size() as u64;
+        let claim = Claims::claim(&self.memory_claims, guest, size)?;
+        let slot = self.slots.map(guest, mapping, 0, size);
+        let slot = slot.map_err(|source| BarSpaceError::Slot { guest, size, source })?;
+        Ok(Guard { trapped: Vec::new(), slots: vec![slot], _claim: claim })
+    }
+
+    /// Has `device` answer the `len` bytes of memory from `base` on.
+    ///
+    /// # Errors
+    /// The range is taken or makes no sense.
+    pub fn add_mmio(
+        &self,
+        base: u64,
+        len: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<Guard, BusError> {
+        trap(&self.memory_claims, &self.mmio, base, len, device)
+    }
+
+    /// Has `device` answer the `len` I/O ports from `base` on.
+    ///
+    /// # Errors
+    /// The ports are taken or make no sense.
+    pub fn add_ports(
+        &self,
+        base: u16,
+        len: u16,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<Guard, BusError> {
+        trap(&self.port_claims, &self.ports, base.into(), len.into(), device)
+    }
+
+    /// Keeps a range of memory free of anything that the guest may place, such as the interrupt
+    /// controllers in the kernel.
+    ///
+    /// # Errors
+    /// The range is taken or makes no sense.
+    pub fn reserve(&self, base: u64, len: u64) -> Result<Guard, BusError> {
+        let claim = Claims::claim(&self.memory_claims, base, len)?;
+        Ok(Guard { trapped: Vec::new(), slots: Vec::new(), _claim: claim })
+    }
+
+    fn map_segment(
+        &self,
+        placement: &BarPlacement,
+        segment: &Segment,
+        guard: &mut Guard,
+    ) -> Result<(), BarSpaceError> {
+        let base = placement.base.saturating_add(segment.offset);
+        match &segment.kind {
+            SegmentKind::Trapped { len, device } => {
+                let bus = if placement.io { &self.ports } else { &self.mmio };
+                guard.trapped.push(Trapped::insert(bus, base, *len, Arc::clone(device))?);
+            }
+            SegmentKind::Direct(mapping) => {
+                let size = mapping.size() as u64;
+                let slot = self.slots.map(base, mapping, 0, size);
+                let slot = slot.map_err(|source| slot_error(base, size, source))?;
+                guard.slots.push(slot);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn slot_error(guest: u64, size: u64, source: io::Error) -> BarSpaceError {
+    BarSpaceError::Slot { guest, size, source }
+}
+
+fn trap(
+    claims: &Arc<Claims>,
+    bus: &Arc<Bus>,
+    base: u64,
+    len: u64,
+    device: Arc<dyn BusDevice>,
+) -> Result<Guard, BusError> {
+    let claim = Claims::claim(claims, base, len)?;
+    let trapped = vec![Trapped::insert(bus, base, len, device)?];
+    Ok(Guard { trapped, slots: Vec::new(), _claim: claim })
+}
+
+impl BarSpace for AddressSpace {
+    fn map(&self, placement: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
+        let claims = if placement.io { &self.port_claims } else { &self.memory_claims };
+        let claim = Claims::claim(claims, placement.base, placement.size)?;
+        let mut guard = Guard { trapped: Vec::new(), slots: Vec::new(), _claim: claim };
+        for segment in placement.segments.iter() {
+            self.map_segment(placement, segment, &mut guard)?;
+        }
+        Ok(Box::new(guard))
+    }
+}
+
+/// Something in the address space; dropping it takes it out.
+pub struct Guard {
+    // In the order of taking down: first what answers, last the claim to the range.
+    trapped: Vec<Trapped>,
+    slots: Vec<SlotGuard>,
+    _claim: Claim,
+}
+
+/// A range on a bus, taken off when dropped.
+struct Trapped {
+    bus: Arc<Bus>,
+    base: u64,
+}
+
+impl Trapped {
+    fn insert(
+        bus: &Arc<Bus>,
+        base: u64,
+        len: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<Self, BusError> {
+        bus.insert(base, len, device)?;
+        Ok(Self { bus: Arc::clone(bus), base })
+    }
+}
+
+impl Drop for Trapped {
+    fn drop(&mut self) {
+        self.bus.remove(self.base);
+    }
+}
+
+/// Which ranges are taken, whoever answers in them: a memory slot and a trapped range must never
+/// overlap, which neither the kernel nor a bus would notice alone.
+#[derive(Default)]
+struct Claims(Mutex<BTreeMap<u64, u64>>);
+
+struct Claim {
+    claims: Arc<Claims>,
+    base: u64,
+}
+
+impl Claims {
+    fn claim(claims: &Arc<Self>, base: u64, len: u64) -> Result<Claim, BusError> {
+        let last = len.checked_sub(1).and_then(|more| base.checked_add(more));
+        let last = last.ok_or(BusError::BadRange { base, len })?;
+        let mut taken = claims.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((&other, _)) = taken.range(..=last).next_back().filter(|(_, end)| **end >= base)
+        {
+            return Err(BusError::Overlap { base, last, other });
+        }
+        taken.insert(base, last);
+        Ok(Claim { claims: Arc::clone(claims), base })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.claims.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.base);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_refuse_overlaps_and_come_back_when_dropped() {
+        let claims = Arc::new(Claims::default());
+        let first = Claims::claim(&claims, 0x1000, 0x1000).unwrap();
+        for (base, len) in [(0x1fff, 1), (0, 0x1001), (0x1800, 0x10), (0, u64::MAX)] {
+            assert!(Claims::claim(&claims, base, len).is_err(), "{base:#x} {len:#x}");
+        }
+        let _below = Claims::claim(&claims, 0, 0x1000).unwrap();
+        drop(first);
+        let _again = Claims::claim(&claims, 0x1800, 0x10).unwrap();
+    }
+}

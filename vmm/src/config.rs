@@ -1,0 +1,87 @@
+//! What a VM is to be: the validated form of a VM's configuration, in the VMM's own terms.
+
+use std::path::PathBuf;
+
+use gantry_resources::Request;
+
+/// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
+/// again, only against the host.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// Name of the VM, for leases, logs and error messages.
+    pub name: String,
+    /// What it boots.
+    pub payload: Payload,
+    /// Number of vCPUs.
+    pub vcpus: VcpuCount,
+    /// Guest RAM.
+    pub memory: MemorySize,
+    /// Host devices it takes, in the order of their slots.
+    pub devices: Vec<Request>,
+    /// Where its serial port leads.
+    pub serial: SerialMode,
+}
+
+/// What a VM boots. The files are opened once and read again at every reboot of the guest.
+#[derive(Debug, Clone)]
+pub struct Payload {
+    /// `vmlinux` with a PVH entry, or `bzImage`.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// Where the guest's serial port (16550 at I/O port 0x3f8, IRQ 4) leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SerialMode {
+    /// No port at all.
+    Off,
+    /// A port whose output is thrown away.
+    Null,
+    /// Standard input and output; a terminal is put into raw mode while the VM runs.
+    Tty,
+    /// Output to a file, truncated at start.
+    File(PathBuf),
+}
+
+/// Number of vCPUs, 1 to [`VcpuCount::MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VcpuCount(u8);
+
+impl VcpuCount {
+    /// Local APIC ids up to 254 need no interrupt remapping in the guest.
+    pub const MAX: u8 = 254;
+
+    /// `None` outside 1 to [`Self::MAX`].
+    pub fn new(count: u64) -> Option<Self> {
+        u8::try_from(count).ok().filter(|count| (1..=Self::MAX).contains(count)).map(Self)
+    }
+
+    /// The number.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+/// Guest RAM in bytes: at least [`MemorySize::MIN`], in multiples of [`MemorySize::ALIGN`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemorySize(u64);
+
+impl MemorySize {
+    /// Guest RAM is made of 2 MiB pages wherever the host has them.
+    pub const ALIGN: u64 = 2 << 20;
+    /// No Linux kernel starts in less.
+    pub const MIN: u64 = 32 << 20;
+
+    /// `None` where `bytes` is too small or unaligned.
+    pub fn new(bytes: u64) -> Option<Self> {
+        (bytes >= Self::MIN && bytes.is_multiple_of(Self::ALIGN)).then_some(Self(bytes))
+    }
+
+    /// The number of bytes.
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+}

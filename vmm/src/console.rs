@@ -1,0 +1,190 @@
+//! The terminal as the guest's serial console: raw while the VM runs, restored whatever ends it.
+#![allow(unsafe_code)] // tcsetattr from a signal handler.
+
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use gantry_devices::serial::Serial;
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+
+use crate::control::{Event, Mailbox};
+
+/// The terminal's settings from before it was made raw, for handlers that may not allocate.
+static BEFORE: OnceLock<libc::termios> = OnceLock::new();
+/// Whether the terminal is raw now.
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// Puts the terminal back if it is raw. Async-signal-safe.
+pub fn restore_terminal() {
+    if !RAW.swap(false, Ordering::AcqRel) {
+        return;
+    }
+    if let Some(before) = BEFORE.get() {
+        // SAFETY: tcsetattr is async-signal-safe and reads one termios, which is never changed.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
+    }
+}
+
+/// Standard input in raw mode; dropping it restores the terminal.
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// Makes standard input raw if it is a terminal.
+    ///
+    /// # Errors
+    /// The terminal refused.
+    pub fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let mut settings = tcgetattr(stdin.as_fd())?;
+        let _ = BEFORE.set(settings.clone().into());
+        cfmakeraw(&mut settings);
+        RAW.store(true, Ordering::Release);
+        let guard = Self(());
+        tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &settings)?;
+        Ok(Some(guard))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        restore_terminal();
+    }
+}
+
+/// The key that begins a command to gantry itself: ctrl-a.
+const ESCAPE: u8 = 0x01;
+
+/// What the user typed, taken apart.
+#[derive(Default)]
+struct Keys {
+    escaped: bool,
+}
+
+impl Keys {
+    /// Appends what is for the guest to `out`. Returns whether the user asked to end the VM:
+    /// ctrl-a x. Ctrl-a twice sends one.
+    fn take(&mut self, typed: &[u8], out: &mut VecDeque<u8>) -> bool {
+        for &byte in typed {
+            match (std::mem::take(&mut self.escaped), byte) {
+                (true, b'x') => return true,
+                (true, ESCAPE) => out.push_back(ESCAPE),
+                (true, other) => out.extend([ESCAPE, other]),
+                (false, ESCAPE) => self.escaped = true,
+                (false, byte) => out.push_back(byte),
+            }
+        }
+        false
+    }
+}
+
+/// Carries standard input to the serial port.
+pub struct Keyboard {
+    serial: Arc<Serial>,
+    mailbox: Arc<Mailbox>,
+    // Ctrl-a is special on a terminal only: a pipe carries bytes.
+    keys: Option<Keys>,
+    waiting: VecDeque<u8>,
+}
+
+impl Keyboard {
+    /// Feeds `serial`; `commands` says whether ctrl-a x ends the VM.
+    pub fn new(serial: Arc<Serial>, mailbox: Arc<Mailbox>, commands: bool) -> Self {
+        Self { serial, mailbox, keys: commands.then(Keys::default), waiting: VecDeque::new() }
+    }
+
+    /// Reads what is there. Returns whether more may come.
+    fn read(&mut self) -> bool {
+        let mut typed = [0; 64];
+        let len = match nix::unistd::read(io::stdin().as_fd(), &mut typed) {
+            Ok(0) => return false,
+            Ok(len) => len,
+            Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => return true,
+            Err(error) => {
+                tracing::warn!(%error, "standard input is lost");
+                return false;
+            }
+        };
+        let typed = typed.get(..len).unwrap_or(&[]);
+        match &mut self.keys {
+            Some(keys) => {
+                if keys.take(typed, &mut self.waiting) {
+                    self.mailbox.post(Event::Quit);
+                }
+            }
+            None => self.waiting.extend(typed),
+        }
+        true
+    }
+
+    fn feed(&mut self) {
+        let taken = self.serial.enqueue(self.waiting.make_contiguous());
+        self.waiting.drain(..taken);
+    }
+}
+
+const STDIN: u32 = 0;
+const ROOM: u32 = 1;
+
+impl MutEventSubscriber for Keyboard {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let stdin = Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN);
+        // A regular file or /dev/null cannot be waited for: it is no console then.
+        if let Err(error) = ops.add(stdin) {
+            tracing::debug!(?error, "standard input is not read");
+        }
+        let room = Events::with_data(self.serial.room(), ROOM, EventSet::IN);
+        if let Err(error) = ops.add(room) {
+            tracing::warn!(?error, "the serial port may drop input");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let stdin = Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN);
+        match events.data() {
+            ROOM => {
+                let _ = self.serial.room().read();
+                self.feed();
+                if self.waiting.is_empty() {
+                    // Already watched unless it had been set aside below.
+                    let _ = ops.add(stdin);
+                }
+            }
+            _ => {
+                let more = self.read();
+                self.feed();
+                // What does not fit waits, and so does the rest of the input.
+                if !more || !self.waiting.is_empty() {
+                    let _ = ops.remove(stdin);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn type_all(parts: &[&[u8]]) -> (Vec<u8>, bool) {
+        let (mut keys, mut out) = (Keys::default(), VecDeque::new());
+        let quit = parts.iter().any(|part| keys.take(part, &mut out));
+        (out.into(), quit)
+    }
+
+    #[test]
+    fn keys_reach_the_guest_and_ctrl_a_x_ends_the_vm() {
+        assert_eq!(type_all(&[b"ls\r"]), (b"ls\r".to_vec(), false));
+        assert_eq!(type_all(&[b"a\x01x", b"b"]), (b"a".to_vec(), true));
+        assert_eq!(type_all(&[b"\x01", b"x"]), (Vec::new(), true));
+        assert_eq!(type_all(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
+        assert_eq!(type_all(&[b"\x01c"]), (b"\x01c".to_vec(), false));
+    }
+}

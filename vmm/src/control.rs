@@ -1,0 +1,175 @@
+//! The control loop: the thread that owns the VM waits here for what threads, signals and the
+//! terminal have to say.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
+};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::vcpus::{Fault, Monitor};
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// A vCPU cannot go on; all are pausing.
+    Fault(u8, Fault),
+    /// Someone sent gantry a signal that asks it to end.
+    Signal(i32),
+    /// The user ended the VM from its console.
+    Quit,
+}
+
+/// Events on their way to the control thread. Any thread may post; none waits.
+pub struct Mailbox {
+    queue: Mutex<VecDeque<Event>>,
+    bell: EventFd,
+}
+
+impl Mailbox {
+    /// An empty mailbox.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self { queue: Mutex::default(), bell: EventFd::new(EFD_NONBLOCK)? }))
+    }
+
+    /// Leaves an event for the control thread.
+    pub fn post(&self, event: Event) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
+        // Fails only when the counter is full, and then the bell rings already.
+        let _ = self.bell.write(1);
+    }
+
+    fn take(&self) -> Option<Event> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+impl Monitor for Mailbox {
+    fn fault(&self, vcpu: u8, fault: Fault) {
+        self.post(Event::Fault(vcpu, fault));
+    }
+}
+
+/// Waits for events.
+pub struct ControlLoop {
+    manager: EventManager<Box<dyn MutEventSubscriber>>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl ControlLoop {
+    /// A loop that hears the mailbox.
+    ///
+    /// # Errors
+    /// The kernel refused an epoll instance.
+    pub fn new(mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        let mut manager = EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
+        manager.add_subscriber(Box::new(Bell(Arc::clone(&mailbox))));
+        Ok(Self { manager, mailbox })
+    }
+
+    /// Hears one more source.
+    pub fn add(&mut self, subscriber: Box<dyn MutEventSubscriber>) {
+        self.manager.add_subscriber(subscriber);
+    }
+
+    /// Waits for the next event.
+    ///
+    /// # Errors
+    /// epoll failed.
+    pub fn next(&mut self) -> io::Result<Event> {
+        loop {
+            if let Some(event) = self.mailbox.take() {
+                return Ok(event);
+            }
+            self.manager.run().map_err(|error| io::Error::other(format!("{error:?}")))?;
+        }
+    }
+}
+
+/// Answers the bell: that it rang is all there is to know.
+struct Bell(Arc<Mailbox>);
+
+impl MutEventSubscriber for Bell {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        listen(ops, &self.0.bell);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        let _ = self.0.bell.read();
+    }
+}
+
+/// The signals that ask gantry to end. They are blocked in every thread and read from a file.
+pub struct Signals {
+    fd: SignalFd,
+    before: SigSet,
+    mailbox: Option<Arc<Mailbox>>,
+}
+
+const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+
+impl Signals {
+    /// Blocks the signals for the calling thread and every thread it makes from now on. Dropping
+    /// the value lets them through again.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn block() -> io::Result<Self> {
+        let set: SigSet = ENDING.into_iter().collect();
+        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let mut before = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
+        Ok(Self { fd, before, mailbox: None })
+    }
+
+    /// A signal that has come already.
+    pub fn pending(&self) -> Option<i32> {
+        let info = self.fd.read_signal().ok()??;
+        i32::try_from(info.ssi_signo).ok()
+    }
+
+    /// Posts the signals that come from now on.
+    pub fn post_to(mut self, mailbox: Arc<Mailbox>) -> Box<dyn MutEventSubscriber> {
+        self.mailbox = Some(mailbox);
+        Box::new(self)
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.before), None);
+    }
+}
+
+impl MutEventSubscriber for Signals {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        listen(ops, &self.fd);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        while let Some(signal) = self.pending() {
+            if let Some(mailbox) = &self.mailbox {
+                mailbox.post(Event::Signal(signal));
+            }
+        }
+    }
+}
+
+fn listen(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
+    if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
+        tracing::error!(?error, "an event source is not heard");
+    }
+}

@@ -1,0 +1,130 @@
+//! KVM: the virtual machine, its interrupt controller, memory slots, interrupt routes and vCPUs.
+
+mod routes;
+mod slots;
+mod vcpu;
+mod vfio;
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+pub use routes::{GsiRoutes, IOAPIC_PINS};
+pub use slots::{MemorySlots, SlotGuard};
+pub use vcpu::{Access, Exit, Vcpu};
+pub use vfio::VfioObserver;
+
+/// Where the kernel may keep the identity map page and the three TSS pages that Intel processors
+/// need to run real mode, right below the end of the 32-bit address space (KVM API documentation,
+/// `KVM_SET_IDENTITY_MAP_ADDR` and `KVM_SET_TSS_ADDR`).
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+
+/// Why KVM could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// `/dev/kvm` is not there.
+    #[error(
+        "/dev/kvm does not exist: this host offers no virtualisation\n\
+         load it with `modprobe kvm_intel` or `modprobe kvm_amd`; if that fails, switch \
+         virtualisation (VT-x, SVM) on in the host's BIOS"
+    )]
+    Missing,
+    /// `/dev/kvm` may not be opened.
+    #[error(
+        "/dev/kvm may not be opened by this user\n\
+         run gantry as root, or add the user to the group that owns it: `ls -l /dev/kvm` shows \
+         which, often `kvm`"
+    )]
+    NotPermitted,
+    /// The kernel's KVM interface is not the stable one.
+    #[error("this kernel's KVM speaks API version {0}, gantry needs {KVM_API_VERSION}")]
+    Version(i32),
+    /// The kernel lacks something gantry stands on.
+    #[error("this kernel's KVM lacks {0:?}; gantry needs Linux 5.10 or later")]
+    Lacks(Cap),
+    /// A KVM call failed.
+    #[error("KVM: {call}")]
+    Call {
+        /// The ioctl, by its name in the KVM API documentation.
+        call: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl KvmError {
+    /// Makes an error of the failed ioctl `call`.
+    pub fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |errno| Self::Call { call, source: errno.into() }
+    }
+}
+
+/// One KVM virtual machine with its whole interrupt controller in the kernel.
+pub struct Machine {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+}
+
+impl Machine {
+    /// Makes a virtual machine without memory or vCPUs.
+    ///
+    /// # Errors
+    /// `/dev/kvm` is missing, not permitted or too old, or the kernel refused.
+    pub fn new() -> Result<Self, KvmError> {
+        let kvm = open()?;
+        let vm = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
+        vm.set_identity_map_address(IDENTITY_MAP)
+            .map_err(KvmError::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.set_tss_address(TSS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
+        Ok(Self { kvm, vm: Arc::new(vm) })
+    }
+
+    /// The virtual machine itself.
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// What the host's processors and KVM can offer a guest.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))
+    }
+
+    /// The KVM system device, for questions about capabilities and MSRs.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+}
+
+fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|errno| match errno.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+        libc::EACCES | libc::EPERM => KvmError::NotPermitted,
+        _ => KvmError::call("open /dev/kvm")(errno),
+    })?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(KvmError::Version(version));
+    }
+    let needed = [
+        Cap::Irqchip,
+        Cap::Irqfd,
+        Cap::IrqRouting,
+        Cap::ImmediateExit,
+        Cap::UserMemory,
+        Cap::TscDeadlineTimer,
+    ];
+    match needed.into_iter().find(|cap| !kvm.check_extension(*cap)) {
+        Some(cap) => Err(KvmError::Lacks(cap)),
+        None => Ok(kvm),
+    }
+}

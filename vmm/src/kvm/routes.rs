@@ -1,0 +1,206 @@
+//! Interrupt routes: message-signalled interrupts delivered by the kernel, with none of our code
+//! on the way.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gantry_devices::pci::{MsiMessage, MsiRoute, MsiRouter};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
+    kvm_irq_routing_entry,
+};
+use kvm_ioctls::VmFd;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Inputs of the kernel's IO-APIC: GSIs 0 to 23 of every VM.
+pub const IOAPIC_PINS: u32 = 24;
+
+/// KVM's limit on routes (`KVM_CAP_IRQ_ROUTING`), those of the IO-APIC included.
+const MAX_ROUTES: u32 = 4096;
+
+/// The interrupt routes of one virtual machine: sole owner of its routing table and its GSIs.
+pub struct GsiRoutes {
+    vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+/// GSIs handed out, each with the message it delivers, once it has one.
+#[derive(Default)]
+struct Table(BTreeMap<u32, Option<MsiMessage>>);
+
+impl GsiRoutes {
+    /// The IO-APIC's pins and nothing else, which is what a new VM routes.
+    ///
+    /// # Errors
+    /// The kernel refused the table.
+    pub fn new(vm: Arc<VmFd>) -> io::Result<Arc<Self>> {
+        let routes = Arc::new(Self { vm, table: Mutex::default() });
+        routes.publish(&routes.lock())?;
+        Ok(routes)
+    }
+
+    /// Raises the IO-APIC's pin `gsi` whenever `trigger` is written to.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn wire_pin(&self, gsi: u32, trigger: &EventFd) -> io::Result<()> {
+        self.vm.register_irqfd(trigger, gsi).map_err(io::Error::from)
+    }
+
+    /// Number of message routes handed out.
+    pub fn count(&self) -> usize {
+        self.lock().0.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the kernel the whole table; it takes no parts.
+    fn publish(&self, table: &Table) -> io::Result<()> {
+        let routing = KvmIrqRouting::from_entries(&table.entries()).map_err(io::Error::other)?;
+        self.vm.set_gsi_routing(&routing).map_err(io::Error::from)
+    }
+}
+
+impl Table {
+    fn take(&mut self) -> io::Result<u32> {
+        let free = (IOAPIC_PINS..MAX_ROUTES).find(|gsi| !self.0.contains_key(gsi));
+        let gsi = free.ok_or_else(|| io::Error::other("all 4096 interrupt routes are in use"))?;
+        self.0.insert(gsi, None);
+        Ok(gsi)
+    }
+
+    fn entries(&self) -> Vec<kvm_irq_routing_entry> {
+        let pins = (0..IOAPIC_PINS).map(pin_entry);
+        let messages = self.0.iter().filter_map(|(&gsi, message)| Some((gsi, (*message)?)));
+        pins.chain(messages.map(|(gsi, message)| message_entry(gsi, message))).collect()
+    }
+}
+
+fn pin_entry(gsi: u32) -> kvm_irq_routing_entry {
+    let mut entry =
+        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+    entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
+    entry.u.irqchip.pin = gsi;
+    entry
+}
+
+fn message_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let mut entry =
+        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    entry.u.msi.address_lo = message.address as u32;
+    entry.u.msi.address_hi = (message.address >> 32) as u32;
+    entry.u.msi.data = message.data;
+    entry
+}
+
+/// Hands out routes of a [`GsiRoutes`].
+impl MsiRouter for Arc<GsiRoutes> {
+    fn route(&self) -> io::Result<Box<dyn MsiRoute>> {
+        let trigger = EventFd::new(EFD_NONBLOCK)?;
+        let gsi = self.lock().take()?;
+        let live = Mutex::new(false);
+        Ok(Box::new(GsiRoute { routes: Arc::clone(self), gsi, trigger, live }))
+    }
+}
+
+/// One GSI and the eventfd that raises it.
+struct GsiRoute {
+    routes: Arc<GsiRoutes>,
+    gsi: u32,
+    trigger: EventFd,
+    // Whether the irqfd is assigned. Taken before the table's lock.
+    live: Mutex<bool>,
+}
+
+impl GsiRoute {
+    fn stop(&self, live: &mut bool) -> io::Result<()> {
+        if std::mem::take(live) {
+            self.routes.vm.unregister_irqfd(&self.trigger, self.gsi)?;
+        }
+        Ok(())
+    }
+
+    fn program(&self, message: MsiMessage) -> io::Result<()> {
+        let mut table = self.routes.lock();
+        table.0.insert(self.gsi, Some(message));
+        self.routes.publish(&table)
+    }
+}
+
+impl MsiRoute for GsiRoute {
+    /// The route before the irqfd when delivery starts, the irqfd before the route when it stops:
+    /// the kernel must never see an irqfd whose GSI leads nowhere. An eventfd that was written to
+    /// in between is noticed by the kernel when the irqfd is assigned.
+    fn set(&self, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(message) = message else { return self.stop(&mut live) };
+        if let Err(error) = self.program(message) {
+            self.stop(&mut live)?;
+            return Err(error);
+        }
+        if !*live {
+            self.routes.vm.register_irqfd(&self.trigger, self.gsi)?;
+            *live = true;
+        }
+        Ok(())
+    }
+
+    fn pending(&self) -> bool {
+        let mut fds = [PollFd::new(self.trigger.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+    }
+
+    fn trigger(&self) -> &EventFd {
+        &self.trigger
+    }
+}
+
+impl Drop for GsiRoute {
+    fn drop(&mut self) {
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.stop(&mut live) {
+            tracing::error!(gsi = self.gsi, %error, "irqfd stays assigned");
+        }
+        // The kernel's entry goes with the next table: no irqfd leads to it any more.
+        self.routes.lock().0.remove(&self.gsi);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gsis_are_handed_out_above_the_pins_and_reused() {
+        let mut table = Table::default();
+        assert_eq!(table.take().unwrap(), 24);
+        assert_eq!(table.take().unwrap(), 25);
+        table.0.remove(&24);
+        assert_eq!(table.take().unwrap(), 24);
+    }
+
+    #[test]
+    fn the_table_ends_at_the_kernels_limit() {
+        let mut table = Table::default();
+        for _ in IOAPIC_PINS..MAX_ROUTES {
+            table.take().unwrap();
+        }
+        assert!(table.take().is_err());
+    }
+
+    #[test]
+    fn only_routes_with_a_message_are_published() {
+        let mut table = Table::default();
+        let gsi = table.take().unwrap();
+        assert_eq!(table.entries().len(), 24);
+        table.0.insert(gsi, Some(MsiMessage { address: 0x1_fee0_0000, data: 0x4021 }));
+        let entries = table.entries();
+        assert_eq!((entries.len(), entries[24].gsi), (25, 24));
+        assert_eq!(entries[24].type_, KVM_IRQ_ROUTING_MSI);
+    }
+}

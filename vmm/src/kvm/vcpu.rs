@@ -1,0 +1,90 @@
+//! One vCPU: runs it until an exit that user space must answer.
+#![allow(unsafe_code)] // the shared kvm_run page is a union, and its data outlive the borrow.
+
+use std::io;
+use std::slice;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+/// Why a vCPU came back to user space.
+pub enum Exit {
+    /// An access was answered, or a signal came: run on.
+    Continue,
+    /// The guest caused a triple fault.
+    TripleFault,
+    /// The processor or KVM cannot go on.
+    Broken(String),
+}
+
+/// Answers the accesses of a vCPU.
+pub trait Access {
+    /// The guest reads an I/O port.
+    fn port_in(&self, port: u16, data: &mut [u8]);
+    /// The guest writes an I/O port.
+    fn port_out(&self, port: u16, data: &[u8]);
+    /// The guest reads memory that is not RAM.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// The guest writes memory that is not RAM.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+}
+
+/// One vCPU.
+pub struct Vcpu {
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    /// Takes over a vCPU that KVM made.
+    pub fn new(fd: VcpuFd) -> Self {
+        Self { fd }
+    }
+
+    /// The vCPU's file descriptor, to set its state while it does not run.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Runs the guest until one exit, and has `access` answer it.
+    ///
+    /// # Errors
+    /// `KVM_RUN` failed for a reason other than a signal.
+    pub fn run(&mut self, access: &impl Access) -> io::Result<Exit> {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {
+                return Ok(Exit::Continue);
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        match exit {
+            VcpuExit::IoOut(port, data) => {
+                let (start, len) = (data.as_ptr(), data.len());
+                // SAFETY: the data lie in the vCPU's mapped run page, which only KVM_RUN changes,
+                // and `self` is borrowed mutably until this function returns.
+                let data = unsafe { slice::from_raw_parts(start, len) };
+                let width = self.port_width();
+                data.chunks(width).for_each(|item| access.port_out(port, item));
+            }
+            VcpuExit::IoIn(port, data) => {
+                let (start, len) = (data.as_mut_ptr(), data.len());
+                // SAFETY: as above; nothing else refers to the data area.
+                let data = unsafe { slice::from_raw_parts_mut(start, len) };
+                let width = self.port_width();
+                data.chunks_mut(width).for_each(|item| access.port_in(port, item));
+            }
+            VcpuExit::MmioRead(address, data) => access.mmio_read(address, data),
+            VcpuExit::MmioWrite(address, data) => access.mmio_write(address, data),
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
+            VcpuExit::Shutdown => return Ok(Exit::TripleFault),
+            other => return Ok(Exit::Broken(format!("{other:?}"))),
+        }
+        Ok(Exit::Continue)
+    }
+
+    /// Width in bytes of one item of a port access: string instructions bring several at once.
+    fn port_width(&mut self) -> usize {
+        // SAFETY: `io` is the union's live member after an exit by a port access.
+        let io = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io };
+        usize::from(io.size.max(1))
+    }
+}

@@ -1,0 +1,57 @@
+//! KVM's VFIO device: tells KVM which VFIO groups a VM uses (kernel: virt/kvm/devices/vfio.rst).
+#![allow(unsafe_code)] // KVM_SET_DEVICE_ATTR takes the address of an argument.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use gantry_vfio::host::GroupObserver;
+use kvm_bindings::{
+    KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device,
+    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO,
+};
+use kvm_ioctls::{DeviceFd, VmFd};
+
+use super::KvmError;
+
+/// Tells KVM of each VFIO group that joins or leaves.
+pub struct VfioObserver(DeviceFd);
+
+impl VfioObserver {
+    /// Makes the VM's VFIO device.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn new(vm: &VmFd) -> Result<Self, KvmError> {
+        let mut device =
+            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+        let fd = vm
+            .create_device(&mut device)
+            .map_err(KvmError::call("KVM_CREATE_DEVICE(VFIO)"))?;
+        Ok(Self(fd))
+    }
+
+    fn set(&self, action: u32, group: BorrowedFd<'_>) -> io::Result<()> {
+        let fd: i32 = group.as_raw_fd();
+        let attribute = kvm_device_attr {
+            flags: 0,
+            group: KVM_DEV_VFIO_FILE,
+            attr: u64::from(action),
+            addr: std::ptr::from_ref(&fd) as u64,
+        };
+        // SAFETY: the kernel reads one i32 from `addr` during the call, and `fd` outlives it.
+        let done = unsafe { self.0.set_device_attr(&attribute) };
+        done.map_err(io::Error::from)
+    }
+}
+
+impl GroupObserver for VfioObserver {
+    fn added(&self, group: BorrowedFd<'_>) -> io::Result<()> {
+        self.set(KVM_DEV_VFIO_FILE_ADD, group)
+    }
+
+    fn removed(&self, group: BorrowedFd<'_>) {
+        if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, group) {
+            tracing::error!(%error, "KVM keeps a VFIO group");
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Guest RAM: private anonymous memory, one mapping for each range of the layout.
+#![allow(unsafe_code)] // vm-memory takes our mappings by raw address.
+
+use std::io;
+use std::sync::Arc;
+
+use gantry_devices::mapping::HostMapping;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::layout::RamRange;
+
+/// Transparent huge pages begin at multiples of their size.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// One range of guest RAM and the host memory behind it.
+pub struct RamRegion {
+    /// First guest-physical address.
+    pub guest: u64,
+    /// The memory; its size is the range's.
+    pub mapping: Arc<HostMapping>,
+}
+
+/// The guest's RAM. No page of it exists before it is touched or pinned.
+pub struct GuestRam {
+    // Declared first: it refers to the regions' memory by address and must go before them.
+    memory: GuestMemoryMmap,
+    regions: Vec<RamRegion>,
+}
+
+impl GuestRam {
+    /// Sets memory aside for every range of the plan.
+    ///
+    /// # Errors
+    /// The host has no address space left, or the ranges overlap.
+    pub fn new(plan: &[RamRange]) -> io::Result<Self> {
+        let regions = plan.iter().map(RamRegion::new).collect::<io::Result<Vec<_>>>()?;
+        let views = regions.iter().map(RamRegion::view).collect::<io::Result<Vec<_>>>()?;
+        let memory = GuestMemoryMmap::from_regions(views).map_err(io::Error::other)?;
+        Ok(Self { memory, regions })
+    }
+
+    /// For reading and writing by guest-physical address.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The ranges, in guest-physical order.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+}
+
+impl RamRegion {
+    fn new(range: &RamRange) -> io::Result<Self> {
+        let len = usize::try_from(range.len).map_err(io::Error::other)?;
+        let mapping = HostMapping::anonymous(len, HUGE_PAGE)?;
+        Ok(Self { guest: range.start, mapping: Arc::new(mapping) })
+    }
+
+    fn view(&self) -> io::Result<GuestRegionMmap> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (start, len) = (self.mapping.as_ptr(), self.mapping.size());
+        // SAFETY: the range is mapped so for as long as the region's `HostMapping` lives, which
+        // `GuestRam` drops only after the view; vm-memory does not unmap what it did not map.
+        let region = unsafe { MmapRegion::build_raw(start, len, protection, flags) };
+        let region = region.map_err(io::Error::other)?;
+        GuestRegionMmap::new(region, GuestAddress(self.guest))
+            .ok_or_else(|| io::Error::other("guest RAM runs past the end of the address space"))
+    }
+}

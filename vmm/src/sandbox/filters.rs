@@ -1,0 +1,210 @@
+//! The system calls of each role, written from what the code calls, not from what was seen.
+
+use kvm_bindings as kvm;
+use libc::{c_long, c_ulong};
+use seccompiler::{
+    SeccompCmpArgLen::{Dword, Qword},
+    SeccompCmpOp::{Eq, MaskedEq},
+    SeccompCondition, SeccompRule,
+};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
+
+/// Allowed calls; a call with several rules is allowed when one of them holds, with none always.
+pub type Rules = Vec<(c_long, Vec<SeccompRule>)>;
+
+/// What any thread does: the allocator, locks, logging, panics and the end of the thread.
+const EVERY_THREAD: &[c_long] = &[
+    // Locks, condition variables, join.
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    // The allocator; mmap and mprotect are below, without PROT_EXEC. glibc counts processors when
+    // it makes an arena.
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_sched_getaffinity,
+    // Hash maps seed themselves once a thread.
+    libc::SYS_getrandom,
+    // Files and eventfds that are open already.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    // Logging reads the clock, where the vDSO cannot.
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    // Signals: the kick, the handlers' way back, abort().
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_tgkill,
+    libc::SYS_tkill,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    // The end of a thread gives its alternate signal stack back; the trap asks for its name.
+    libc::SYS_sigaltstack,
+    libc::SYS_prctl,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Making a thread: what glibc and the standard library call in the new one before its own filter.
+const MAKES_THREADS: &[c_long] = &[
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_seccomp,
+];
+
+/// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
+const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
+
+/// The control loop, and files that are read again at a reboot of the guest.
+const CONTROL: &[c_long] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_newfstatat,
+    libc::SYS_readv,
+];
+
+const KVMIO: u32 = 0xae;
+
+const fn call(nr: u32) -> c_ulong {
+    ioctl_expr(_IOC_NONE, KVMIO, nr, 0)
+}
+
+const fn takes<T>(nr: u32) -> c_ulong {
+    ioctl_expr(_IOC_WRITE, KVMIO, nr, size_of::<T>() as u32)
+}
+
+const fn gives<T>(nr: u32) -> c_ulong {
+    ioctl_expr(_IOC_READ, KVMIO, nr, size_of::<T>() as u32)
+}
+
+const fn trades<T>(nr: u32) -> c_ulong {
+    ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, nr, size_of::<T>() as u32)
+}
+
+/// BARs that move and vectors that are masked and unmasked, by a vCPU or by a reset.
+const VM_REQUESTS: &[c_ulong] = &[
+    takes::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
+    takes::<kvm::kvm_irqfd>(0x76),                   // KVM_IRQFD
+    takes::<kvm::kvm_irq_routing>(0x6a),             // KVM_SET_GSI_ROUTING
+];
+
+const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
+
+/// Bringing a VM back to its first state, and letting VFIO groups go.
+const CONTROL_REQUESTS: &[c_ulong] = &[
+    trades::<kvm::kvm_irqchip>(0x62),     // KVM_GET_IRQCHIP
+    gives::<kvm::kvm_irqchip>(0x63),      // KVM_SET_IRQCHIP, which the kernel declares as a read
+    takes::<kvm::kvm_device_attr>(0xe1),  // KVM_SET_DEVICE_ATTR
+    takes::<kvm::kvm_regs>(0x82),         // KVM_SET_REGS
+    gives::<kvm::kvm_sregs>(0x83),        // KVM_GET_SREGS
+    takes::<kvm::kvm_sregs>(0x84),        // KVM_SET_SREGS
+    takes::<kvm::kvm_msrs>(0x89),         // KVM_SET_MSRS
+    takes::<kvm::kvm_fpu>(0x8d),          // KVM_SET_FPU
+    takes::<kvm::kvm_lapic_state>(0x8f),  // KVM_SET_LAPIC
+    takes::<kvm::kvm_mp_state>(0x99),     // KVM_SET_MP_STATE
+    takes::<kvm::kvm_vcpu_events>(0xa0),  // KVM_SET_VCPU_EVENTS
+    takes::<kvm::kvm_debugregs>(0xa2),    // KVM_SET_DEBUGREGS
+    takes::<kvm::kvm_xsave>(0xa5),        // KVM_SET_XSAVE
+    takes::<kvm::kvm_xcrs>(0xa7),         // KVM_SET_XCRS
+    call(0xad),                           // KVM_KVMCLOCK_CTRL
+];
+
+/// Logging asks whether stderr is a terminal; the end puts the terminal back.
+const TERMINAL_REQUESTS: &[c_ulong] =
+    &[libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TIOCGWINSZ];
+
+/// The first thread, once the VM stands.
+pub fn control() -> Rules {
+    let requests = [VM_REQUESTS, CONTROL_REQUESTS, gantry_vfio::host::RUNTIME_REQUESTS];
+    let calls = [CONTROL, DEVICE_ACCESS, MAKES_THREADS];
+    rules(&calls, &requests)
+}
+
+/// A vCPU thread.
+pub fn vcpu() -> Rules {
+    let requests = [VM_REQUESTS, VCPU_REQUESTS, gantry_vfio::host::RUNTIME_REQUESTS];
+    rules(&[DEVICE_ACCESS], &requests)
+}
+
+/// A thread that opens or closes a device.
+pub fn device() -> Rules {
+    let requests = [gantry_vfio::host::RUNTIME_REQUESTS, gantry_vfio::host::OPEN_REQUESTS];
+    rules(&[DEVICE_ACCESS], &requests)
+}
+
+/// A thread that maps guest RAM for devices.
+pub fn dma() -> Rules {
+    rules(&[], &[gantry_vfio::host::DMA_REQUESTS])
+}
+
+fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
+    let always = EVERY_THREAD.iter().chain(calls.iter().copied().flatten());
+    let mut rules: Rules = always.map(|&number| (number, Vec::new())).collect();
+    let requests = requests.iter().copied().flatten().chain(TERMINAL_REQUESTS);
+    let requests = requests.filter_map(|&request| rule(1, Qword, Eq, request)).collect();
+    rules.push((libc::SYS_ioctl, requests));
+    // Code is never made while the VM runs.
+    let not_executable = || rule(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
+    rules.push((libc::SYS_mmap, not_executable().into_iter().collect()));
+    rules.push((libc::SYS_mprotect, not_executable().into_iter().collect()));
+    rules
+}
+
+/// One condition on argument `index`. `None` only for an argument that no call has.
+fn rule(
+    index: u8,
+    width: seccompiler::SeccompCmpArgLen,
+    operator: seccompiler::SeccompCmpOp,
+    value: u64,
+) -> Option<SeccompRule> {
+    let condition = SeccompCondition::new(index, width, operator, value).ok()?;
+    SeccompRule::new(vec![condition]).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_role_may_end_itself_and_none_may_open_files_or_run_programs() {
+        for rules in [control(), vcpu(), device(), dma()] {
+            let allowed = |number| rules.iter().any(|(call, _)| *call == number);
+            assert!(allowed(libc::SYS_exit) && allowed(libc::SYS_exit_group));
+            for number in [
+                libc::SYS_open,
+                libc::SYS_openat,
+                libc::SYS_openat2,
+                libc::SYS_execve,
+                libc::SYS_socket,
+                libc::SYS_ptrace,
+                libc::SYS_unlink,
+            ] {
+                assert!(!allowed(number), "call {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn ioctls_and_executable_memory_are_never_free() {
+        for rules in [control(), vcpu(), device(), dma()] {
+            for number in [libc::SYS_ioctl, libc::SYS_mmap, libc::SYS_mprotect] {
+                let conditions = rules.iter().find(|(call, _)| *call == number).map(|(_, c)| c);
+                assert!(conditions.is_some_and(|conditions| !conditions.is_empty()));
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The end of a thread that made a call it may not make, or that crashed: one line that says so,
+//! and the terminal as it was.
+#![allow(unsafe_code)] // signal handlers.
+
+use std::io;
+
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use syscalls::Sysno;
+
+use crate::console;
+
+/// Exit status of a process whose filter caught a call, as shells report a death by SIGSYS.
+const BLOCKED_CALL_STATUS: libc::c_int = 128 + libc::SIGSYS;
+
+/// Signals that end the process for a fault of its own.
+const FAULTS: [Signal; 5] =
+    [Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSEGV];
+
+/// Installs the handlers, for the whole process.
+///
+/// # Errors
+/// The kernel refused a handler.
+pub fn install() -> io::Result<()> {
+    handle(Signal::SIGSYS, SigHandler::SigAction(on_blocked_call), SaFlags::SA_SIGINFO)?;
+    for fault in FAULTS {
+        // Once: the instruction that faulted runs again, or abort() raises again, and the default
+        // action ends the process as it would have without this handler.
+        let flags = SaFlags::SA_RESETHAND | SaFlags::SA_ONSTACK;
+        handle(fault, SigHandler::Handler(on_fault), flags)?;
+    }
+    Ok(())
+}
+
+fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<()> {
+    let action = SigAction::new(handler, flags, SigSet::empty());
+    // SAFETY: the handlers call nothing but async-signal-safe functions.
+    unsafe { sigaction(signal, &action) }?;
+    Ok(())
+}
+
+extern "C" fn on_fault(_signal: libc::c_int) {
+    console::restore_terminal();
+}
+
+/// `si_syscall` of the SIGSYS layout of `siginfo_t` (signal number, errno and code, padding, then
+/// the address of the call), which the C library's bindings leave out.
+#[repr(C)]
+struct BlockedCall {
+    head: [libc::c_int; 4],
+    address: *mut libc::c_void,
+    number: libc::c_int,
+}
+
+extern "C" fn on_blocked_call(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel passes a complete siginfo_t, larger than the part read here, and SIGSYS
+    // of a filter fills this layout.
+    let number = unsafe { (*info.cast::<BlockedCall>()).number };
+    console::restore_terminal();
+    let name = usize::try_from(number).ok().and_then(Sysno::new).map_or("?", |call| call.name());
+    let mut thread = [0u8; 16];
+    // SAFETY: PR_GET_NAME writes at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
+    let thread_len = thread.iter().position(|&byte| byte == 0).unwrap_or(thread.len());
+    say(b"gantry: thread '");
+    say(thread.get(..thread_len).unwrap_or(&[]));
+    say(b"' made the system call '");
+    say(name.as_bytes());
+    say(b"', which its filter does not allow\n\
+        if the guest runs well with `--seccomp log`, this is a mistake in gantry: please report it\n");
+    // SAFETY: ends the process; nothing is unwound.
+    unsafe { libc::_exit(BLOCKED_CALL_STATUS) };
+}
+
+fn say(text: &[u8]) {
+    // SAFETY: the buffer is valid for its length; a failed write has nowhere to be reported.
+    unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}

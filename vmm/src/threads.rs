@@ -1,0 +1,51 @@
+//! The one place where threads are made: each has a role, which gives it its name and its filter.
+
+use std::fmt;
+use std::io;
+use std::thread::{Builder, JoinHandle};
+
+use crate::sandbox::Sandbox;
+
+/// What a thread is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The first thread: builds the VM, then runs the control loop and takes the VM apart.
+    Control,
+    /// Runs one vCPU and answers its exits.
+    Vcpu(u8),
+    /// Opens or closes one host device, in which the kernel waits for its reset.
+    Device,
+    /// Makes guest RAM present and maps it for the devices.
+    Dma,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => f.write_str("control"),
+            Self::Vcpu(index) => write!(f, "vcpu{index}"),
+            Self::Device => f.write_str("device"),
+            Self::Dma => f.write_str("dma"),
+        }
+    }
+}
+
+/// Runs `body` on a new thread, behind its role's filter.
+///
+/// # Errors
+/// The kernel makes no thread.
+pub fn spawn<T: Send + 'static>(
+    role: Role,
+    sandbox: &Sandbox,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let filter = sandbox.filter(role);
+    Builder::new().name(role.to_string()).spawn(move || {
+        if let Err(error) = filter.enter() {
+            // Running on unconfined is worse than ending.
+            tracing::error!(%role, %error, "the kernel refused the thread's system call filter");
+            std::process::abort();
+        }
+        body()
+    })
+}

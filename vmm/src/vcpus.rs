@@ -1,0 +1,208 @@
+//! The vCPU threads: started together, paused together, stopped together.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
+use nix::sys::signal::Signal;
+
+use crate::kvm::{Access, Exit, Vcpu};
+use crate::sandbox::Sandbox;
+use crate::threads::{self, Role};
+
+/// Makes a vCPU leave the kernel. Its handler does nothing: interrupting the system call is all.
+pub const KICK: Signal = Signal::SIGUSR1;
+
+/// How long a kick may stay without effect before it is sent again. A signal that arrives between
+/// the look at the phase and the entry into the kernel is lost.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+/// What the vCPUs are to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// Why the vCPUs stopped running on their own.
+#[derive(Debug)]
+pub enum Fault {
+    /// The guest caused a triple fault.
+    TripleFault,
+    /// KVM or the processor cannot go on, in KVM's words.
+    Broken(String),
+}
+
+/// What a vCPU thread reports to the owner of the VM.
+pub trait Monitor: Send + Sync {
+    /// The vCPUs cannot go on; they are pausing.
+    fn fault(&self, vcpu: u8, fault: Fault);
+}
+
+/// The meeting point of the vCPU threads and their owner.
+pub struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    // Mirrors `state.phase != Run`, so that a running vCPU looks at no lock between two exits.
+    halt: AtomicBool,
+}
+
+struct State {
+    phase: Phase,
+    inside: Vec<Pthread>,
+}
+
+impl Gate {
+    /// Closed: vCPUs wait until [`Gate::open`].
+    pub fn new() -> Arc<Self> {
+        let state = State { phase: Phase::Pause, inside: Vec::new() };
+        let halt = AtomicBool::new(true);
+        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), halt })
+    }
+
+    /// Lets the vCPUs run.
+    pub fn open(&self) {
+        self.enter_phase(Phase::Run);
+    }
+
+    /// Asks the vCPUs to pause, without waiting until they have. A vCPU may call it about itself.
+    pub fn close(&self) {
+        self.enter_phase(Phase::Pause);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter_phase(&self, phase: Phase) {
+        let mut state = self.lock();
+        if state.phase != Phase::Stop {
+            state.phase = phase;
+            self.halt.store(phase != Phase::Run, Ordering::Release);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until no vCPU runs, kicking those that do.
+    fn wait_until_empty(&self) {
+        let mut state = self.lock();
+        while !state.inside.is_empty() {
+            for &thread in &state.inside {
+                // The thread is alive: it takes itself out of the list before it ends.
+                let _ = pthread_kill(thread, KICK);
+            }
+            let (next, _) = self
+                .changed
+                .wait_timeout(state, KICK_AGAIN)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = next;
+        }
+    }
+
+    /// Called by a vCPU: waits for the gate to open. `false` means to end.
+    fn pass(&self) -> bool {
+        let mut state = self.lock();
+        loop {
+            match state.phase {
+                Phase::Run => break,
+                Phase::Stop => return false,
+                Phase::Pause => {
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+        state.inside.push(pthread_self());
+        true
+    }
+
+    /// Called by a vCPU that has passed: it does not run any more.
+    fn leave(&self) {
+        self.lock().inside.retain(|&thread| thread != pthread_self());
+        self.changed.notify_all();
+    }
+}
+
+/// The vCPU threads of a VM. Dropping them stops and joins them.
+pub struct Vcpus {
+    gate: Arc<Gate>,
+    fleet: Arc<Fleet>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The vCPUs themselves; each is locked by its thread while it may run.
+type Fleet = Vec<Mutex<Vcpu>>;
+
+impl Vcpus {
+    /// Starts a thread for each vCPU; none runs before the gate is opened.
+    ///
+    /// # Errors
+    /// A thread could not be made.
+    pub fn start<A>(
+        vcpus: Vec<Vcpu>,
+        gate: &Arc<Gate>,
+        sandbox: &Sandbox,
+        access: &Arc<A>,
+    ) -> std::io::Result<Self>
+    where
+        A: Access + Monitor + 'static,
+    {
+        let fleet: Arc<Fleet> = Arc::new(vcpus.into_iter().map(Mutex::new).collect());
+        let mut this = Self { gate: Arc::clone(gate), fleet, threads: Vec::new() };
+        for index in 0..this.fleet.len() {
+            let index = u8::try_from(index).map_err(std::io::Error::other)?;
+            let (gate, fleet, access) =
+                (Arc::clone(gate), Arc::clone(&this.fleet), Arc::clone(access));
+            let body = move || run(index, &fleet, &gate, &*access);
+            this.threads.push(threads::spawn(Role::Vcpu(index), sandbox, body)?);
+        }
+        Ok(this)
+    }
+
+    /// Pauses the vCPUs and calls `change` with each of them, in order, while none runs. They stay
+    /// paused until the gate is opened.
+    ///
+    /// # Errors
+    /// The first error of `change`; the vCPUs after it were not visited.
+    pub fn visit<E>(&self, mut change: impl FnMut(usize, &Vcpu) -> Result<(), E>) -> Result<(), E> {
+        self.gate.close();
+        self.gate.wait_until_empty();
+        for (index, vcpu) in self.fleet.iter().enumerate() {
+            change(index, &vcpu.lock().unwrap_or_else(PoisonError::into_inner))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.gate.enter_phase(Phase::Stop);
+        self.gate.wait_until_empty();
+        for thread in self.threads.drain(..) {
+            // A vCPU thread that panicked has said so itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The life of a vCPU thread.
+fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
+    let Some(vcpu) = fleet.get(usize::from(index)) else { return };
+    while gate.pass() {
+        let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        while !gate.halt.load(Ordering::Acquire) {
+            let fault = match vcpu.run(access) {
+                Ok(Exit::Continue) => continue,
+                Ok(Exit::TripleFault) => Fault::TripleFault,
+                Ok(Exit::Broken(what)) => Fault::Broken(what),
+                Err(error) => Fault::Broken(format!("KVM_RUN: {error}")),
+            };
+            gate.close();
+            access.fault(index, fault);
+        }
+        drop(vcpu);
+        gate.leave();
+    }
+}
