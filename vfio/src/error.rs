@@ -1,0 +1,128 @@
+//! What can go wrong between gantry and VFIO, in words for the person who has to mend it.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A failure of the host's side of passthrough. The guest never causes one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A device node could not be opened.
+    #[error("cannot open {}{}", path.display(), open_hint(source))]
+    Open {
+        /// The node.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The container's kernel interface is not the one this program was written for.
+    #[error(
+        "VFIO at {} offers no type1v2 IOMMU: enable the IOMMU (intel_iommu=on or amd_iommu=on) \
+         and load vfio_iommu_type1", path.display()
+    )]
+    NoIommu {
+        /// The container's node.
+        path: PathBuf,
+    },
+    /// Not every device of the group is out of the host's hands.
+    #[error(
+        "IOMMU group {group} is not viable: every device listed in \
+         /sys/kernel/iommu_groups/{group}/devices must be bound to vfio-pci or to no driver"
+    )]
+    NotViable {
+        /// The group's number.
+        group: u32,
+    },
+    /// Another process holds the group.
+    #[error("IOMMU group {group} is in use by another process (waited {waited:?} for it)")]
+    GroupInUse {
+        /// The group's number.
+        group: u32,
+        /// How long it was asked for.
+        waited: Duration,
+    },
+    /// A call on a group failed.
+    #[error("{call} on IOMMU group {group} failed")]
+    Group {
+        /// The group's number.
+        group: u32,
+        /// The kernel interface that refused.
+        call: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A call on a container failed.
+    #[error("{call} on the VFIO container failed")]
+    Container {
+        /// The kernel interface that refused.
+        call: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A range of guest memory could not be mapped for DMA, or taken away.
+    #[error("{call} of {len:#x} bytes at IOVA {iova:#x} failed")]
+    Dma {
+        /// The kernel interface that refused.
+        call: &'static str,
+        /// First IOVA of the range.
+        iova: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The container has no room for that many mappings.
+    #[error(
+        "guest memory needs {needed} DMA mappings and the container has {available} left: raise \
+         the dma_entry_limit parameter of vfio_iommu_type1"
+    )]
+    DmaEntries {
+        /// Mappings asked for.
+        needed: u64,
+        /// Mappings left.
+        available: u32,
+    },
+    /// The process may not lock that much memory.
+    #[error(
+        "pinning {} MiB of guest memory for DMA exceeds the locked-memory limit of {} MiB: raise \
+         it with `ulimit -l {}` or LimitMEMLOCK= in the service, or grant CAP_IPC_LOCK",
+        needed.div_ceil(1 << 20), allowed >> 20, needed.div_ceil(1024)
+    )]
+    MemoryLock {
+        /// Bytes that would be pinned, those pinned before included.
+        needed: u64,
+        /// RLIMIT_MEMLOCK in bytes.
+        allowed: u64,
+    },
+    /// A call on a device, or an access to one of its regions, failed.
+    #[error("device {device}: {place} failed")]
+    Device {
+        /// The device's address on the host.
+        device: String,
+        /// The kernel interface, region, offset or vector concerned.
+        place: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The device is there but says things that no guest could work with.
+    #[error("device {device} cannot be passed through: {why}")]
+    Unusable {
+        /// The device's address on the host.
+        device: String,
+        /// What it said.
+        why: String,
+    },
+}
+
+fn open_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",
+        Some(libc::EACCES | libc::EPERM) => " (run as its owner, or as root)",
+        _ => "",
+    }
+}

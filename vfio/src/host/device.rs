@@ -1,0 +1,362 @@
+//! A host device: the seam behind which it is reached, and the kernel's VFIO device behind it.
+
+use std::ffi::CString;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use gantry_devices::mapping::HostMapping;
+use vfio_bindings::bindings::vfio as abi;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::group::Group;
+use super::info::{IrqInfo, MmapArea, RegionInfo, parse_region};
+use super::ioctl;
+use crate::{Error, Result};
+
+/// A region of a PCI device, by its VFIO index.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Region(u32);
+
+impl Region {
+    /// The configuration space.
+    pub const CONFIG: Self = Self(abi::VFIO_PCI_CONFIG_REGION_INDEX);
+    /// The expansion ROM.
+    pub const ROM: Self = Self(abi::VFIO_PCI_ROM_REGION_INDEX);
+    /// How many regions a PCI device has at most: six BARs, ROM, configuration space, VGA.
+    pub const COUNT: usize = abi::VFIO_PCI_NUM_REGIONS as usize;
+
+    /// The BAR `index`, 0 to 5.
+    pub const fn bar(index: u8) -> Option<Self> {
+        if index < 6 {
+            Some(Self(index as u32))
+        } else {
+            None
+        }
+    }
+
+    /// Its place in a list of all regions.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        (0..abi::VFIO_PCI_NUM_REGIONS).map(Self)
+    }
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bar @ 0..6 => write!(f, "BAR{bar}"),
+            abi::VFIO_PCI_ROM_REGION_INDEX => f.write_str("expansion ROM"),
+            abi::VFIO_PCI_CONFIG_REGION_INDEX => f.write_str("configuration space"),
+            _ => f.write_str("VGA"),
+        }
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A kind of interrupt of a PCI device, with its VFIO index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Irq {
+    /// The line of the interrupt pin.
+    Intx = abi::VFIO_PCI_INTX_IRQ_INDEX,
+    /// Message-signalled interrupts.
+    Msi = abi::VFIO_PCI_MSI_IRQ_INDEX,
+    /// Message-signalled interrupts with a table.
+    Msix = abi::VFIO_PCI_MSIX_IRQ_INDEX,
+    /// An uncorrectable error was reported.
+    Error = abi::VFIO_PCI_ERR_IRQ_INDEX,
+    /// The host asks for the device back.
+    Request = abi::VFIO_PCI_REQ_IRQ_INDEX,
+}
+
+impl Irq {
+    const ALL: [Self; 5] = [
+        Self::Intx,
+        Self::Msi,
+        Self::Msix,
+        Self::Error,
+        Self::Request,
+    ];
+}
+
+impl fmt::Display for Irq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Irq::Intx => "INTx",
+            Irq::Msi => "MSI",
+            Irq::Msix => "MSI-X",
+            Irq::Error => "error",
+            Irq::Request => "request",
+        })
+    }
+}
+
+/// What a passed-through function needs from the device behind it.
+///
+/// Several vCPUs call at once. Errors name the device, the place and the errno; only the side that
+/// faces the guest turns them into all ones.
+pub trait DeviceIo: Send + Sync {
+    /// The device's address on the host, for messages.
+    fn name(&self) -> &str;
+
+    /// What a region is; of size 0 if the device has none such.
+    fn region(&self, region: Region) -> &RegionInfo;
+
+    /// What an interrupt index offers; no interrupts if the device has none such.
+    fn irq(&self, irq: Irq) -> IrqInfo;
+
+    /// Fills `data` from `offset` of a region, in accesses as wide as alignment allows.
+    ///
+    /// # Errors
+    /// The range is not inside the region, or the device cannot be reached.
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<()>;
+
+    /// Writes `data` at `offset` of a region, in accesses as wide as alignment allows.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<()>;
+
+    /// Maps a part of a region that lies in one of its [`RegionInfo::areas`].
+    ///
+    /// # Errors
+    /// The kernel refuses the part.
+    fn map(&self, region: Region, part: MmapArea) -> Result<Arc<HostMapping>>;
+
+    /// Sends the interrupts from `start` on to `triggers`; with `None`, one goes nowhere. The first
+    /// call for an index switches its mode on in the device.
+    ///
+    /// # Errors
+    /// The host has no interrupt vectors left, or the kernel refuses.
+    fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()>;
+
+    /// Takes all interrupts of an index away and switches its mode off in the device.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn disable_irqs(&self, irq: Irq) -> Result<()>;
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    /// The device has no way to be reset on its own, or the reset failed.
+    fn reset(&self) -> Result<()>;
+}
+
+/// A device opened through its group.
+#[derive(Debug)]
+pub struct VfioDevice {
+    name: String,
+    // Declared before the group, so that the device is closed first.
+    file: File,
+    regions: Vec<(RegionInfo, u64)>,
+    irqs: Vec<IrqInfo>,
+    resettable: bool,
+    group: Arc<Group>,
+}
+
+/// The largest alignment worth having for a mapped BAR: the largest page that the kernel can use.
+const MAX_ALIGN: u64 = 1 << 30;
+
+impl VfioDevice {
+    /// Opens the device at the host address `name` (`0000:01:00.0`), a member of `group`.
+    ///
+    /// The kernel resets it on the way, where it has a function-level reset: about 100 ms, during
+    /// which devices of other groups can be opened by other threads.
+    ///
+    /// # Errors
+    /// The device is not in the group, not bound to vfio-pci, no PCI device, or the kernel refuses.
+    pub fn open(group: Arc<Group>, name: &str) -> Result<Self> {
+        let failed = |place: String| {
+            move |source| Error::Device {
+                device: name.to_owned(),
+                place,
+                source,
+            }
+        };
+        let fd = CString::new(name)
+            .map_err(io::Error::from)
+            .and_then(|name| group.device(&name))
+            .map_err(failed("VFIO_GROUP_GET_DEVICE_FD".into()))?;
+        let info = ioctl::device_info(fd.as_fd()).map_err(failed("VFIO_DEVICE_GET_INFO".into()))?;
+        if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {
+            return Err(Error::Unusable {
+                device: name.to_owned(),
+                why: "it is no PCI device".into(),
+            });
+        }
+        let mut regions = Vec::with_capacity(Region::COUNT);
+        for region in Region::all() {
+            let bytes = or_absent(ioctl::region_info(fd.as_fd(), region.0))
+                .map_err(failed(format!("VFIO_DEVICE_GET_REGION_INFO of {region}")))?;
+            regions.push(parse_region(&bytes));
+        }
+        let mut irqs = Vec::with_capacity(Irq::ALL.len());
+        for irq in Irq::ALL {
+            let info = or_absent(ioctl::irq_info(fd.as_fd(), irq))
+                .map_err(failed(format!("VFIO_DEVICE_GET_IRQ_INFO of {irq}")))?;
+            irqs.push(info.into());
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            file: fd.into(),
+            regions,
+            irqs,
+            resettable: info.flags & abi::VFIO_DEVICE_FLAGS_RESET != 0,
+            group,
+        })
+    }
+
+    /// The group through which it was opened.
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    fn error(&self, place: String, source: io::Error) -> Error {
+        Error::Device {
+            device: self.name.clone(),
+            place,
+            source,
+        }
+    }
+
+    /// Where `len` bytes at `offset` of a region are in the device's file.
+    fn locate(&self, region: Region, offset: u64, len: usize) -> io::Result<u64> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let (info, start) = self.regions.get(region.index()).ok_or_else(invalid)?;
+        let end = offset.checked_add(len as u64).ok_or_else(invalid)?;
+        if end > info.size {
+            return Err(invalid());
+        }
+        start.checked_add(offset).ok_or_else(invalid)
+    }
+}
+
+impl DeviceIo for VfioDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn region(&self, region: Region) -> &RegionInfo {
+        static ABSENT: RegionInfo = RegionInfo {
+            size: 0,
+            areas: Vec::new(),
+            msix_mappable: false,
+        };
+        self.regions
+            .get(region.index())
+            .map_or(&ABSENT, |(info, _)| info)
+    }
+
+    fn irq(&self, irq: Irq) -> IrqInfo {
+        self.irqs.get(irq as usize).copied().unwrap_or_default()
+    }
+
+    fn read(&self, region: Region, offset: u64, data: &mut [u8]) -> Result<()> {
+        let len = data.len();
+        self.locate(region, offset, len)
+            .and_then(|at| self.file.read_exact_at(data, at))
+            .map_err(|source| {
+                self.error(
+                    format!("reading {len} bytes at {offset:#x} of {region}"),
+                    source,
+                )
+            })
+    }
+
+    fn write(&self, region: Region, offset: u64, data: &[u8]) -> Result<()> {
+        let len = data.len();
+        self.locate(region, offset, len)
+            .and_then(|at| self.file.write_all_at(data, at))
+            .map_err(|source| {
+                self.error(
+                    format!("writing {len} bytes at {offset:#x} of {region}"),
+                    source,
+                )
+            })
+    }
+
+    fn map(&self, region: Region, part: MmapArea) -> Result<Arc<HostMapping>> {
+        let len = usize::try_from(part.len).unwrap_or(usize::MAX);
+        let align = part.len.checked_next_power_of_two().unwrap_or(MAX_ALIGN);
+        let align = align.clamp(4096, MAX_ALIGN) as usize;
+        self.locate(region, part.offset, len)
+            .and_then(|at| HostMapping::file(self.file.as_fd(), at, len, align))
+            .map(Arc::new)
+            .map_err(|source| {
+                let MmapArea { offset, len } = part;
+                self.error(
+                    format!("mmap of {len:#x} bytes at {offset:#x} of {region}"),
+                    source,
+                )
+            })
+    }
+
+    fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()> {
+        ioctl::set_irqs(self.file.as_fd(), irq, start, triggers).map_err(|source| {
+            let end = start as usize + triggers.len();
+            self.error(
+                format!("VFIO_DEVICE_SET_IRQS of {irq} {start}..{end}"),
+                source,
+            )
+        })
+    }
+
+    fn disable_irqs(&self, irq: Irq) -> Result<()> {
+        ioctl::disable_irqs(self.file.as_fd(), irq).map_err(|source| {
+            self.error(
+                format!("VFIO_DEVICE_SET_IRQS of {irq}, disabling it"),
+                source,
+            )
+        })
+    }
+
+    fn reset(&self) -> Result<()> {
+        if !self.resettable {
+            let source = io::Error::from(io::ErrorKind::Unsupported);
+            return Err(self.error("VFIO_DEVICE_RESET".into(), source));
+        }
+        ioctl::device_reset(self.file.as_fd())
+            .map_err(|source| self.error("VFIO_DEVICE_RESET".into(), source))
+    }
+}
+
+/// EINVAL is how the kernel says that a device has no such region or interrupt.
+fn or_absent<T: Default>(asked: io::Result<T>) -> io::Result<T> {
+    match asked {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(T::default()),
+        asked => asked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_called_by_their_names() {
+        assert_eq!(Region::bar(5).unwrap().to_string(), "BAR5");
+        assert_eq!(Region::bar(6), None);
+        assert_eq!(Region::CONFIG.to_string(), "configuration space");
+        assert_eq!(Region::ROM.to_string(), "expansion ROM");
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_know_is_absent_and_other_refusals_are_errors() {
+        let absent = or_absent::<u32>(Err(io::Error::from_raw_os_error(libc::EINVAL)));
+        assert_eq!(absent.unwrap(), 0);
+        or_absent::<u32>(Err(io::Error::from_raw_os_error(libc::EIO))).unwrap_err();
+    }
+}

@@ -1,0 +1,200 @@
+//! An IOMMU group: the smallest set of devices that the IOMMU can tell apart from others.
+
+use std::ffi::CStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vfio_bindings::bindings::vfio as abi;
+
+use super::container::Container;
+use super::ioctl;
+use crate::{Error, Result};
+
+/// Who must know which groups a VM uses: implemented over KVM's VFIO device, which lets the kernel
+/// take the devices' cache coherence into account.
+pub trait GroupObserver: Send + Sync {
+    /// The group has an IOMMU, and none of its devices is open.
+    ///
+    /// # Errors
+    /// The group cannot be used with this VM.
+    fn added(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// The group's devices are closed, and it is about to go.
+    fn removed(&self, group: BorrowedFd<'_>);
+}
+
+/// A group that has joined a container. Dropping it tells its observer and leaves the container.
+pub struct Group {
+    number: u32,
+    // Declared before the container, so that the group is closed first.
+    file: File,
+    observer: Option<Arc<dyn GroupObserver>>,
+    container: Arc<Container>,
+}
+
+/// How long to wait between two attempts at a group that is in use.
+const BUSY_STEP: Duration = Duration::from_millis(20);
+
+impl Group {
+    /// Opens group `number` in the device directory `dev` and puts it into `container`.
+    ///
+    /// A group in use is asked for again until `patience` is over: when a process is killed, the
+    /// kernel gives up its file locks before its VFIO groups, which a reset can hold for a while.
+    ///
+    /// # Errors
+    /// The node is missing or not permitted, the group stays in use, some of its devices are bound
+    /// to a host driver, or the kernel refuses.
+    pub fn open(
+        dev: &Path,
+        number: u32,
+        container: Arc<Container>,
+        patience: Duration,
+    ) -> Result<Self> {
+        let path = dev.join(number.to_string());
+        let deadline = Instant::now() + patience;
+        let open = || OpenOptions::new().read(true).write(true).open(&path);
+        let file = while_busy(deadline, open).map_err(|source| match source.raw_os_error() {
+            Some(libc::EBUSY) => in_use(number, patience),
+            _ => Error::Open {
+                path: path.clone(),
+                source,
+            },
+        })?;
+        let failed = |call| {
+            move |source| Error::Group {
+                group: number,
+                call,
+                source,
+            }
+        };
+        let status = ioctl::group_status(file.as_fd()).map_err(failed("VFIO_GROUP_GET_STATUS"))?;
+        if status & abi::VFIO_GROUP_FLAGS_VIABLE == 0 {
+            return Err(Error::NotViable { group: number });
+        }
+        container.join(|container| {
+            let join = || ioctl::group_set_container(file.as_fd(), container);
+            while_busy(deadline, join).map_err(|source| match source.raw_os_error() {
+                Some(libc::EBUSY) => in_use(number, patience),
+                _ => failed("VFIO_GROUP_SET_CONTAINER")(source),
+            })
+        })?;
+        Ok(Self {
+            number,
+            file,
+            observer: None,
+            container,
+        })
+    }
+
+    /// Tells `observer` of the group, now and when it goes. To be called before any device of the
+    /// group is opened.
+    ///
+    /// # Errors
+    /// The observer refuses the group.
+    pub fn announce(&mut self, observer: Arc<dyn GroupObserver>) -> Result<()> {
+        observer
+            .added(self.file.as_fd())
+            .map_err(|source| Error::Group {
+                group: self.number,
+                call: "KVM_DEV_VFIO_FILE_ADD",
+                source,
+            })?;
+        self.observer = Some(observer);
+        Ok(())
+    }
+
+    /// The group's number, as in `/sys/kernel/iommu_groups`.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// The container it has joined.
+    pub fn container(&self) -> &Arc<Container> {
+        &self.container
+    }
+
+    pub(super) fn device(&self, name: &CStr) -> io::Result<OwnedFd> {
+        ioctl::group_get_device_fd(self.file.as_fd(), name)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(observer) = self.observer.take() {
+            observer.removed(self.file.as_fd());
+        }
+        self.container.leave(|| {
+            // Closing the file below does as much; asking first tells whether a device is left open.
+            if let Err(error) = ioctl::group_unset_container(self.file.as_fd()) {
+                tracing::warn!(group = self.number, %error, "VFIO_GROUP_UNSET_CONTAINER failed");
+            }
+        });
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
+}
+
+fn in_use(group: u32, waited: Duration) -> Error {
+    Error::GroupInUse { group, waited }
+}
+
+/// Repeats `attempt` while it answers EBUSY, until the deadline.
+fn while_busy<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match attempt() {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
+            {
+                thread::sleep(BUSY_STEP);
+            }
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_busy_group_is_waited_for_until_the_deadline() {
+        let calls = Cell::new(0);
+        let third = || {
+            calls.set(calls.get() + 1);
+            match calls.get() {
+                3 => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            }
+        };
+        while_busy(Instant::now() + Duration::from_secs(5), third).unwrap();
+        assert_eq!(calls.get(), 3);
+
+        let never = || Err::<(), _>(io::Error::from_raw_os_error(libc::EBUSY));
+        let error = while_busy(Instant::now() + 2 * BUSY_STEP, never).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+    }
+
+    #[test]
+    fn other_failures_are_not_repeated() {
+        let calls = Cell::new(0);
+        let attempt = || {
+            calls.set(calls.get() + 1);
+            Err::<(), _>(io::Error::from_raw_os_error(libc::EPERM))
+        };
+        while_busy(Instant::now() + Duration::from_secs(5), attempt).unwrap_err();
+        assert_eq!(calls.get(), 1);
+    }
+}

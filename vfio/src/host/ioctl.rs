@@ -1,0 +1,342 @@
+//! The VFIO system calls: one safe function for each ioctl, and nothing else.
+//!
+//! Numbers and structures are those of `linux/vfio.h`. Every function answers the kernel's errno
+//! unchanged; what was being done to which device is added by the callers.
+#![allow(unsafe_code)] // ioctl(2), and taking ownership of the fd that one of them returns.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::raw::{c_int, c_ulong};
+
+use gantry_devices::mapping::HostMapping;
+use vfio_bindings::bindings::vfio as abi;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::{
+    _IOC_NONE, ioctl, ioctl_expr, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr,
+    ioctl_with_ref, ioctl_with_val,
+};
+
+use super::device::Irq;
+
+const fn request(number: u32) -> c_ulong {
+    ioctl_expr(_IOC_NONE, abi::VFIO_TYPE as u32, abi::VFIO_BASE + number, 0)
+}
+
+const GET_API_VERSION: c_ulong = request(0);
+const CHECK_EXTENSION: c_ulong = request(1);
+const SET_IOMMU: c_ulong = request(2);
+const GROUP_GET_STATUS: c_ulong = request(3);
+const GROUP_SET_CONTAINER: c_ulong = request(4);
+const GROUP_UNSET_CONTAINER: c_ulong = request(5);
+const GROUP_GET_DEVICE_FD: c_ulong = request(6);
+const DEVICE_GET_INFO: c_ulong = request(7);
+const DEVICE_GET_REGION_INFO: c_ulong = request(8);
+const DEVICE_GET_IRQ_INFO: c_ulong = request(9);
+const DEVICE_SET_IRQS: c_ulong = request(10);
+const DEVICE_RESET: c_ulong = request(11);
+const IOMMU_GET_INFO: c_ulong = request(12);
+const IOMMU_MAP_DMA: c_ulong = request(13);
+const IOMMU_UNMAP_DMA: c_ulong = request(14);
+
+/// Requests made while a container, its groups and its devices are being opened.
+pub const OPEN_REQUESTS: &[u64] = &[
+    GET_API_VERSION,
+    CHECK_EXTENSION,
+    SET_IOMMU,
+    GROUP_GET_STATUS,
+    GROUP_SET_CONTAINER,
+    GROUP_GET_DEVICE_FD,
+    DEVICE_GET_INFO,
+    DEVICE_GET_REGION_INFO,
+    DEVICE_GET_IRQ_INFO,
+    IOMMU_GET_INFO,
+];
+
+/// Requests made by a running VM with devices that are open, and when it lets go of them.
+pub const RUNTIME_REQUESTS: &[u64] = &[
+    DEVICE_SET_IRQS,
+    DEVICE_RESET,
+    IOMMU_GET_INFO,
+    IOMMU_MAP_DMA,
+    IOMMU_UNMAP_DMA,
+    GROUP_UNSET_CONTAINER,
+];
+
+/// Size of an information structure whose fixed part this program knows.
+const fn argsz<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+fn checked(ret: c_int) -> io::Result<c_int> {
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(ret)
+}
+
+/// The version of the interface; `VFIO_API_VERSION` is the only one there has been.
+pub fn api_version(container: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: the request takes no argument.
+    let ret = unsafe { ioctl(&container, GET_API_VERSION) };
+    checked(ret).map(|version| version as u32)
+}
+
+/// Whether the container knows an extension, such as an IOMMU type.
+pub fn check_extension(container: BorrowedFd<'_>, extension: u32) -> io::Result<bool> {
+    // SAFETY: the argument is a number.
+    let ret = unsafe { ioctl_with_val(&container, CHECK_EXTENSION, c_ulong::from(extension)) };
+    checked(ret).map(|known| known > 0)
+}
+
+/// Chooses the IOMMU type of a container that has a group.
+pub fn set_iommu(container: BorrowedFd<'_>, kind: u32) -> io::Result<()> {
+    // SAFETY: the argument is a number.
+    let ret = unsafe { ioctl_with_val(&container, SET_IOMMU, c_ulong::from(kind)) };
+    checked(ret).map(drop)
+}
+
+/// `VFIO_GROUP_FLAGS_*`.
+pub fn group_status(group: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut status = abi::vfio_group_status {
+        argsz: argsz::<abi::vfio_group_status>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one the request is defined with, and says its own size.
+    let ret = unsafe { ioctl_with_mut_ref(&group, GROUP_GET_STATUS, &mut status) };
+    checked(ret).map(|_| status.flags)
+}
+
+/// Puts a group into a container.
+pub fn group_set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> io::Result<()> {
+    let fd = container.as_raw_fd();
+    // SAFETY: the argument is a pointer to an fd, which the kernel only reads.
+    let ret = unsafe { ioctl_with_ref(&group, GROUP_SET_CONTAINER, &fd) };
+    checked(ret).map(drop)
+}
+
+/// Takes a group out of its container. EBUSY while one of its devices is open.
+pub fn group_unset_container(group: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    let ret = unsafe { ioctl(&group, GROUP_UNSET_CONTAINER) };
+    checked(ret).map(drop)
+}
+
+/// Opens a device of the group, which resets it where it can be. The fd is close-on-exec.
+pub fn group_get_device_fd(group: BorrowedFd<'_>, device: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the argument is a string that ends in a NUL, which the kernel only reads.
+    let ret = unsafe { ioctl_with_ptr(&group, GROUP_GET_DEVICE_FD, device.as_ptr()) };
+    let fd = checked(ret)?;
+    // SAFETY: the kernel has just made this fd for the caller, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Flags and numbers of regions and interrupt indexes of a device.
+pub fn device_info(device: BorrowedFd<'_>) -> io::Result<abi::vfio_device_info> {
+    let mut info = abi::vfio_device_info {
+        argsz: argsz::<abi::vfio_device_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one the request is defined with, and says its own size.
+    let ret = unsafe { ioctl_with_mut_ref(&device, DEVICE_GET_INFO, &mut info) };
+    checked(ret).map(|_| info)
+}
+
+/// The `vfio_region_info` of a region with the capabilities that follow it, as bytes.
+pub fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
+    // `index` is the third 32-bit field.
+    with_capabilities(
+        device,
+        DEVICE_GET_REGION_INFO,
+        argsz::<abi::vfio_region_info>(),
+        u64::from(index),
+    )
+}
+
+/// The `vfio_iommu_type1_info` of a container with the capabilities that follow it, as bytes.
+pub fn iommu_info(container: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    with_capabilities(
+        container,
+        IOMMU_GET_INFO,
+        argsz::<abi::vfio_iommu_type1_info>(),
+        0,
+    )
+}
+
+/// Asks for a structure that begins with `argsz: u32, flags: u32` and whose second 64 bits are
+/// `input`: once to learn how long it is with its capabilities, then, if longer, for all of it.
+fn with_capabilities(
+    fd: BorrowedFd<'_>,
+    request: c_ulong,
+    fixed: u32,
+    input: u64,
+) -> io::Result<Vec<u8>> {
+    let mut size = fixed;
+    loop {
+        let mut words = vec![0u64; size.div_ceil(8) as usize];
+        if let [head, second, ..] = words.as_mut_slice() {
+            *head = u64::from(size);
+            *second = input;
+        }
+        // SAFETY: the kernel writes at most the `argsz` bytes that the buffer says it has and has.
+        let ret = unsafe { ioctl_with_mut_ptr(&fd, request, words.as_mut_ptr()) };
+        checked(ret)?;
+        let needed = words.first().map_or(0, |&head| head as u32);
+        if needed <= size {
+            return Ok(words.into_iter().flat_map(u64::to_ne_bytes).collect());
+        }
+        size = needed;
+    }
+}
+
+/// What an interrupt index offers.
+pub fn irq_info(device: BorrowedFd<'_>, index: Irq) -> io::Result<abi::vfio_irq_info> {
+    let mut info = abi::vfio_irq_info {
+        argsz: argsz::<abi::vfio_irq_info>(),
+        index: index as u32,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one the request is defined with, and says its own size.
+    let ret = unsafe { ioctl_with_mut_ref(&device, DEVICE_GET_IRQ_INFO, &mut info) };
+    checked(ret).map(|_| info)
+}
+
+/// Sends the interrupts from `start` on to `triggers`; `None` takes one away.
+pub fn set_irqs(
+    device: BorrowedFd<'_>,
+    index: Irq,
+    start: u32,
+    triggers: &[Option<&EventFd>],
+) -> io::Result<()> {
+    let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+    let fds = triggers.iter().map(|fd| fd.map_or(-1, AsRawFd::as_raw_fd));
+    irq_set(device, flags, index, start, fds)
+}
+
+/// Takes every interrupt of the index away, and switches its mode off in the device.
+pub fn disable_irqs(device: BorrowedFd<'_>, index: Irq) -> io::Result<()> {
+    let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+    irq_set(device, flags, index, 0, std::iter::empty())
+}
+
+fn irq_set(
+    device: BorrowedFd<'_>,
+    flags: u32,
+    index: Irq,
+    start: u32,
+    fds: impl ExactSizeIterator<Item = c_int>,
+) -> io::Result<()> {
+    // struct vfio_irq_set: argsz, flags, index, start, count, then the fds, 32 bits each.
+    let count = u32::try_from(fds.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut words = vec![0, flags, index as u32, start, count];
+    words.extend(fds.map(|fd| fd as u32));
+    words[0] = size_of_val(words.as_slice()) as u32;
+    // SAFETY: the kernel reads the `argsz` bytes that the buffer says it has and has.
+    let ret = unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, words.as_ptr()) };
+    match checked(ret)? {
+        0 => Ok(()),
+        // The host's interrupt vectors ran out: the answer is how many it could have given.
+        _ => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+    }
+}
+
+/// Resets the device by the best means its bus has.
+pub fn device_reset(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the request takes no argument.
+    let ret = unsafe { ioctl(&device, DEVICE_RESET) };
+    checked(ret).map(drop)
+}
+
+/// Lets devices read and write `len` bytes of `memory` from `offset` on, at `iova`. The pages are
+/// pinned until they are unmapped, whether or not `memory` outlives that.
+pub fn map_dma(
+    container: BorrowedFd<'_>,
+    iova: u64,
+    memory: &HostMapping,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let inside = offset
+        .checked_add(len)
+        .is_some_and(|end| end <= memory.size() as u64);
+    if !inside {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let map = abi::vfio_iommu_type1_dma_map {
+        argsz: argsz::<abi::vfio_iommu_type1_dma_map>(),
+        flags: abi::VFIO_DMA_MAP_FLAG_READ | abi::VFIO_DMA_MAP_FLAG_WRITE,
+        vaddr: memory.address() + offset,
+        iova,
+        size: len,
+    };
+    // SAFETY: the structure is the one the request is defined with; the range it names lies inside
+    // memory that was mapped to be shared with devices and is never reached through references.
+    let ret = unsafe { ioctl_with_ref(&container, IOMMU_MAP_DMA, &map) };
+    checked(ret).map(drop)
+}
+
+/// Takes away all the mappings that lie in the range. Returns how many bytes they had.
+pub fn unmap_dma(container: BorrowedFd<'_>, iova: u64, len: u64) -> io::Result<u64> {
+    let mut unmap = abi::vfio_iommu_type1_dma_unmap {
+        argsz: argsz::<abi::vfio_iommu_type1_dma_unmap>(),
+        flags: 0,
+        iova,
+        size: len,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one the request is defined with, and says its own size.
+    let ret = unsafe { ioctl_with_mut_ref(&container, IOMMU_UNMAP_DMA, &mut unmap) };
+    checked(ret).map(|_| unmap.size)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn request_numbers_are_those_of_the_kernel() {
+        assert_eq!(GET_API_VERSION, 0x3b64);
+        assert_eq!(DEVICE_SET_IRQS, 0x3b6e);
+        assert_eq!(IOMMU_UNMAP_DMA, 0x3b72);
+    }
+
+    #[test]
+    fn a_refusal_carries_the_errno() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let fd = null.as_fd();
+        let event = EventFd::new(0).unwrap();
+        let refused = [
+            api_version(fd).map(drop),
+            check_extension(fd, 3).map(drop),
+            group_status(fd).map(drop),
+            group_set_container(fd, fd),
+            group_get_device_fd(fd, c"0000:00:00.0").map(drop),
+            device_info(fd).map(drop),
+            region_info(fd, 7).map(drop),
+            iommu_info(fd).map(drop),
+            irq_info(fd, Irq::Msix).map(drop),
+            set_irqs(fd, Irq::Msix, 0, &[None, Some(&event)]),
+            disable_irqs(fd, Irq::Msix),
+            device_reset(fd),
+            unmap_dma(fd, 0, 4096).map(drop),
+        ];
+        for (call, result) in refused.into_iter().enumerate() {
+            let errno = result.unwrap_err().raw_os_error();
+            assert_eq!(errno, Some(libc::ENOTTY), "call {call}");
+        }
+    }
+
+    #[test]
+    fn memory_beyond_its_mapping_is_never_offered_to_devices() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let memory = HostMapping::anonymous(8192, 4096).unwrap();
+        for (offset, len) in [(0, 8193), (8192, 1), (u64::MAX, 2)] {
+            let refused = map_dma(null.as_fd(), 0, &memory, offset, len).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+        }
+        let asked = map_dma(null.as_fd(), 0, &memory, 4096, 4096).unwrap_err();
+        assert_eq!(asked.raw_os_error(), Some(libc::ENOTTY));
+    }
+}

@@ -1,0 +1,60 @@
+//! How much memory this process may lock, since every page that a device can reach is.
+
+use nix::sys::resource::{Resource, getrlimit};
+
+use crate::{Error, Result};
+
+/// CAP_IPC_LOCK, which lifts the limit: a bit of `CapEff` in `/proc/self/status`.
+const CAP_IPC_LOCK: u32 = 14;
+
+/// Whether `bytes` of guest memory could be pinned, to be asked before anything is opened.
+///
+/// # Errors
+/// The locked-memory limit is lower, and the process has no CAP_IPC_LOCK.
+pub fn check_memory_lock(bytes: u64) -> Result<()> {
+    let Ok((allowed, _)) = getrlimit(Resource::RLIMIT_MEMLOCK) else {
+        return Ok(());
+    };
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if bytes <= allowed || may_lock_all(&status) {
+        return Ok(());
+    }
+    Err(Error::MemoryLock {
+        needed: bytes,
+        allowed,
+    })
+}
+
+fn may_lock_all(status: &str) -> bool {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> CAP_IPC_LOCK & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_capability_is_found_in_the_status() {
+        assert!(may_lock_all("Name:\tx\nCapEff:\t000001ffffffffff\n"));
+        assert!(may_lock_all("CapEff:\t0000000000004000"));
+        assert!(!may_lock_all(
+            "CapEff:\t0000000000003fff\nCapBnd:\t000001ffffffffff"
+        ));
+        assert!(!may_lock_all(""));
+    }
+
+    #[test]
+    fn the_text_says_how_much_and_how_to_raise_it() {
+        let error = Error::MemoryLock {
+            needed: 512 << 20,
+            allowed: 8 << 20,
+        };
+        let text = error.to_string();
+        assert!(text.contains("512 MiB") && text.contains("8 MiB"), "{text}");
+        assert!(text.contains("ulimit -l 524288"), "{text}");
+    }
+}

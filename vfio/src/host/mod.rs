@@ -1,0 +1,17 @@
+//! The host's side: containers, groups, DMA mappings and devices of the kernel's VFIO.
+
+mod container;
+mod device;
+mod dma;
+mod group;
+mod info;
+mod ioctl;
+mod memlock;
+
+pub use container::Container;
+pub use device::{DeviceIo, Irq, Region, VfioDevice};
+pub use dma::{DmaMapping, DmaSpace};
+pub use group::{Group, GroupObserver};
+pub use info::{IommuInfo, IrqInfo, MmapArea, RegionInfo};
+pub use ioctl::{OPEN_REQUESTS, RUNTIME_REQUESTS};
+pub use memlock::check_memory_lock;
