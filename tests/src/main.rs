@@ -1,2 +1,77 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: the lab, the tests, and what else a developer runs.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use gantry_tests::lab::images::HostKernel;
+use gantry_tests::lab::parts::Options;
+use gantry_tests::lab::{Host, Parts, Setup, shell};
+use gantry_tests::{cleanup, ui};
+
+/// Chores of the gantry source tree.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// A shell in a simulated VFIO host, with gantry on the PATH.
+    Lab(LabArguments),
+}
+
+/// `cargo xtask lab`.
+#[derive(Debug, clap::Args)]
+struct LabArguments {
+    /// The host's kernel.
+    #[arg(long, value_enum, default_value = "stock")]
+    kernel: HostKernel,
+    /// Put this program there as gantry, instead of the one of this tree.
+    #[arg(long, value_name = "FILE")]
+    gantry: Option<PathBuf>,
+    /// Added to the host kernel's command line.
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    append: String,
+    /// Run this there instead of a shell, and exit with its status.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let result = cleanup::on_signals()
+        .context("cannot watch for signals")
+        .and_then(|()| match Cli::parse().chore {
+            Chore::Lab(arguments) => lab(arguments),
+        });
+    match result {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn lab(arguments: LabArguments) -> Result<i32> {
+    let parts = Parts::prepare(&Options {
+        gantry: arguments.gantry,
+    })?;
+    let setup = Setup {
+        kernel: arguments.kernel,
+        append: arguments.append,
+        ..Setup::default()
+    };
+    let step = ui::Step::begin("Booting the lab");
+    let host = Host::boot(&parts, &setup)?;
+    step.done();
+    if arguments.command.is_empty() {
+        eprintln!("A shell in the lab host; `exit` or ^D ends it. Guests' kernels are in /lab.");
+        shell::interactive(&host, &["sh", "-l"])
+    } else {
+        shell::batch(&host, &arguments.command)
+    }
+}

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Init of a guest: does what the word task=... of the kernel's command line says.
+# Lines for tests begin with "guest: ".
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+echo "guest: init"
+echo "guest: cpus=$(nproc)"
+echo "guest: memory_kib=$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo)"
+
+say_nvme() {
+    for device in /sys/class/nvme/nvme*; do
+        [ -e "$device" ] || continue
+        name=${device##*/}
+        bdf=$(basename "$(readlink -f "$device/device")")
+        echo "guest: $name.bdf=$bdf"
+        echo "guest: $name.model=$(sed 's/ *$//' "$device/model")"
+        echo "guest: $name.serial=$(sed 's/ *$//' "$device/serial")"
+        disk=/dev/${name}n1
+        echo "guest: $name.bytes=$(($(cat "/sys/class/block/${name}n1/size") * 512))"
+        echo "guest: $name.sha256=$(dd if="$disk" bs=1M iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1)"
+        grep "${name}q" /proc/interrupts | while read -r line; do
+            echo "guest: $name.irq=$line"
+        done
+        # The sum over all of the disk's vectors and processors.
+        echo "guest: $name.msix=$(grep "${name}q" /proc/interrupts | awk '{ for (i = 2; $i ~ /^[0-9]+$/; i++) n += $i } END { print n + 0 }')"
+        lspci -nn -s "$bdf"
+        lspci -vv -s "$bdf"
+    done
+}
+
+case "$task" in
+nvme) say_nvme ;;
+reboot) reboot -f ;;
+shell) setsid cttyhack sh ;;
+crash) echo c >/proc/sysrq-trigger ;;
+spin) while :; do :; done ;;
+sleep) sleep 1000000 ;;
+esac
+echo "guest: done"
+poweroff -f

@@ -1,0 +1,151 @@
+//! What is in the two initramfs: the lab host's and its guests'.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::command;
+use super::initramfs::Initramfs;
+use super::kernel::Kernel;
+use super::parts::Parts;
+
+/// Vendors whose names guests get to know: those of the lab's devices.
+const GUEST_VENDORS: &[&str] = &["1022", "10de", "1234", "15b3", "1af4", "1b36", "8086"];
+
+/// The kernel of a lab host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum HostKernel {
+    /// Debian's own: VFIO groups, no iommufd, no mdev.
+    Stock,
+    /// The lab's: iommufd, VFIO cdevs, mdev samples.
+    Lab,
+}
+
+impl HostKernel {
+    /// The kernel, if there is one.
+    pub fn of(self, parts: &Parts) -> Result<&Kernel> {
+        match self {
+            Self::Stock => Ok(&parts.stock),
+            Self::Lab => parts.lab.as_ref().context("the lab kernel is not built"),
+        }
+    }
+}
+
+/// The lab host's initramfs.
+pub fn host(parts: &Parts, kernel: HostKernel) -> Result<Vec<u8>> {
+    let mut archive = base(parts)?;
+    archive.file("init", 0o755, include_bytes!("../../lab/host-init.sh"));
+    archive.program("bin/lab-agent", &parts.agent, None)?;
+    archive.program("bin/gantry", &parts.gantry, None)?;
+    archive.program(
+        "bin/lspci",
+        &parts.tools.join("usr/bin/lspci"),
+        Some(&parts.tools),
+    )?;
+    archive.copy(
+        "usr/share/misc/pci.ids",
+        &parts.tools.join("usr/share/misc/pci.ids"),
+    )?;
+    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
+    archive.file("etc/group", 0o644, b"root:x:0:\n");
+    archive.file(
+        "etc/profile",
+        0o644,
+        b"export PS1='lab:\\w\\$ ' HOME=/root\ncd\n",
+    );
+    let kernel = kernel.of(parts)?;
+    modules(&mut archive, kernel)?;
+    archive.copy("lab/bzImage-debian", &parts.stock.bzimage)?;
+    if let Some(lab) = &parts.lab {
+        archive.copy("lab/bzImage-lab", &lab.bzimage)?;
+        if let Some(vmlinux) = &lab.vmlinux {
+            archive.copy("lab/vmlinux", vmlinux)?;
+        }
+    }
+    archive.file("lab/initramfs-guest", 0o644, &guest(parts)?);
+    Ok(archive.finish())
+}
+
+/// A guest's initramfs.
+pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
+    let mut archive = base(parts)?;
+    archive.file("init", 0o755, include_bytes!("../../lab/guest-init.sh"));
+    archive.program(
+        "bin/lspci",
+        &parts.tools.join("usr/bin/lspci"),
+        Some(&parts.tools),
+    )?;
+    let names = parts.tools.join("usr/share/misc/pci.ids");
+    let names = fs::read(&names).with_context(|| format!("cannot read {}", names.display()))?;
+    let names = trim_names(&String::from_utf8_lossy(&names));
+    archive.file("usr/share/misc/pci.ids", 0o644, names.as_bytes());
+    Ok(archive.finish())
+}
+
+/// Busybox under all its names, and the folders that init mounts things on.
+fn base(parts: &Parts) -> Result<Initramfs> {
+    let mut archive = Initramfs::default();
+    for folder in ["dev", "proc", "sys", "tmp", "run", "root", "etc"] {
+        archive.folder(folder);
+    }
+    archive.console();
+    let busybox = parts.busybox()?;
+    archive.copy("bin/busybox", &busybox)?;
+    let names = command::output(Command::new(&busybox).arg("--list"))?;
+    for name in String::from_utf8_lossy(&names).lines() {
+        // lspci is the real one.
+        if !["busybox", "lspci", "init"].contains(&name) {
+            archive.link(&format!("bin/{name}"), "busybox");
+        }
+    }
+    archive.link("sbin", "bin");
+    Ok(archive)
+}
+
+fn modules(archive: &mut Initramfs, kernel: &Kernel) -> Result<()> {
+    let folder = format!("lib/modules/{}", kernel.release);
+    let mut dependencies = String::new();
+    for (name, file, needs) in kernel.modules()? {
+        archive.copy(&format!("{folder}/{name}.ko"), &file)?;
+        let needs: Vec<String> = needs.iter().map(|need| format!("{need}.ko")).collect();
+        dependencies.push_str(&format!("{name}.ko: {}\n", needs.join(" ")));
+    }
+    archive.file(
+        &format!("{folder}/modules.dep"),
+        0o644,
+        dependencies.as_bytes(),
+    );
+    Ok(())
+}
+
+/// `pci.ids` with the vendors of the lab only, and all classes.
+fn trim_names(names: &str) -> String {
+    let mut kept = String::new();
+    let mut keep = false;
+    for line in names.lines().filter(|line| !line.starts_with('#')) {
+        if !line.starts_with('\t') {
+            let word = line.split(' ').next().unwrap_or_default();
+            keep = word == "C" || GUEST_VENDORS.contains(&word);
+        }
+        if keep && !line.is_empty() {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_trimmed_to_the_lab() {
+        let names = "# x\n1b36  Red Hat\n\t0010  NVMe\n\t\t1af4 1100  QEMU\n1b37  Other\n\t0001  No\n\nC 01  Storage\n\t08  NVM\n";
+        assert_eq!(
+            trim_names(names),
+            "1b36  Red Hat\n\t0010  NVMe\n\t\t1af4 1100  QEMU\nC 01  Storage\n\t08  NVM\n"
+        );
+    }
+}

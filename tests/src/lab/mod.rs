@@ -1,0 +1,36 @@
+//! The lab: a whole passthrough host, simulated, on any machine.
+//!
+//! QEMU emulates, without hardware help, a CPU with SVM, an Intel IOMMU and real device models; a
+//! Linux kernel booted in it is the *host* (L1) with real KVM and VFIO, and gantry runs *guests*
+//! (L2) there. [`Host::boot`] gives a booted host to run commands in.
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`cache`] | what is made once and kept: folders named after a hash of their inputs |
+//! | [`sources`], [`packages`] | Debian packages, downloaded and unpacked, never installed |
+//! | [`kernel`] | the stock Debian kernel, and the lab's own for iommufd and mdev |
+//! | [`parts`] | all that a lab is made of: found in the cache or made |
+//! | [`initramfs`] | cpio archives of programs with their libraries, modules and files |
+//! | [`images`] | what is in the two initramfs, the host's and the guest's |
+//! | [`disk`] | disks with known contents |
+//! | [`qemu`] | the machine, its command line and its process |
+//! | [`channel`] | the wire to the agent |
+//! | [`host`] | a booted lab host |
+//! | [`shell`] | a terminal in it |
+
+pub mod cache;
+pub mod channel;
+pub mod command;
+pub mod disk;
+pub mod host;
+pub mod images;
+pub mod initramfs;
+pub mod kernel;
+pub mod packages;
+pub mod parts;
+pub mod qemu;
+pub mod shell;
+pub mod sources;
+
+pub use host::{Host, Output, Setup};
+pub use parts::Parts;

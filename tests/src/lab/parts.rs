@@ -1,0 +1,199 @@
+//! All that a lab is made of: found in the cache or made, built from this tree, or said to lack.
+
+use std::cell::OnceCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::cache::Cache;
+use super::kernel::{self, Kernel};
+use super::packages::{Apt, Wanted, find_in};
+
+/// Modules of the stock kernel that the lab host can load.
+const STOCK_MODULES: &[&str] = &[
+    "kvm_amd",
+    "vfio_pci",
+    "vfio_iommu_type1",
+    "vhost_vsock",
+    "vhost_net",
+    "tun",
+    "veth",
+    "bridge",
+];
+
+/// The parts, as paths on this machine.
+#[derive(Debug, Clone)]
+pub struct Parts {
+    /// QEMU and its firmware, unpacked.
+    pub qemu: PathBuf,
+    /// Busybox and pciutils, unpacked.
+    pub tools: PathBuf,
+    /// Debian's kernel.
+    pub stock: Kernel,
+    /// The lab's kernel, if it is built.
+    pub lab: Option<Kernel>,
+    /// The program under test.
+    pub gantry: PathBuf,
+    /// The lab's agent.
+    pub agent: PathBuf,
+}
+
+/// What is asked for besides the parts that every lab needs.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Test this program instead of building the one of this tree.
+    pub gantry: Option<PathBuf>,
+}
+
+impl Parts {
+    /// Finds or makes all parts.
+    pub fn prepare(options: &Options) -> Result<Self> {
+        if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+            bail!("the lab runs on x86-64 Linux only");
+        }
+        let store = Store::open()?;
+        let qemu = store.tree(
+            "qemu",
+            "QEMU",
+            Wanted {
+                always: &[
+                    "qemu-system-x86",
+                    "qemu-system-common",
+                    "qemu-system-data",
+                    "seabios",
+                ],
+                missing: &["qemu-system-x86"],
+                backports: true,
+            },
+        )?;
+        let tools = store.tree(
+            "tools",
+            "busybox and pciutils",
+            Wanted {
+                always: &["busybox-static", "pciutils", "libpci3", "pci.ids"],
+                missing: &["pciutils"],
+                backports: false,
+            },
+        )?;
+        let stock = store.stock_kernel(&busybox(&tools)?)?;
+        let mut built = build(options.gantry.is_none())?;
+        let mut take = |name: &str| {
+            let found = built.iter().position(|path| path.ends_with(name));
+            found
+                .map(|at| built.swap_remove(at))
+                .ok_or_else(|| anyhow!("cargo built no {name}"))
+        };
+        let agent = take("lab-agent")?;
+        let gantry = match &options.gantry {
+            Some(path) => {
+                fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()))?
+            }
+            None => take("gantry")?,
+        };
+        Ok(Self {
+            qemu,
+            tools,
+            stock,
+            lab: None,
+            gantry,
+            agent,
+        })
+    }
+
+    /// Busybox, statically linked.
+    pub fn busybox(&self) -> Result<PathBuf> {
+        busybox(&self.tools)
+    }
+}
+
+fn busybox(tools: &Path) -> Result<PathBuf> {
+    find_in(tools, &["bin/busybox", "usr/bin/busybox"])
+}
+
+/// The cache, with apt opened at the first use.
+struct Store {
+    cache: Cache,
+    apt: OnceCell<Apt>,
+}
+
+impl Store {
+    fn open() -> Result<Self> {
+        Ok(Self {
+            cache: Cache::open()?,
+            apt: OnceCell::new(),
+        })
+    }
+
+    fn apt(&self) -> Result<&Apt> {
+        if let Some(apt) = self.apt.get() {
+            return Ok(apt);
+        }
+        let apt = Apt::open(self.cache.folder("apt"))?;
+        Ok(self.apt.get_or_init(|| apt))
+    }
+
+    /// Packages unpacked together.
+    fn tree(&self, name: &str, what: &str, wanted: Wanted<'_>) -> Result<PathBuf> {
+        let inputs = format!("{wanted:?}");
+        self.cache.entry(name, &[inputs.as_bytes()], |into| {
+            let packages = self.apt()?.unpack(what, wanted, into)?;
+            Ok(fs::write(into.join("packages"), packages.join("\n"))?)
+        })
+    }
+
+    fn stock_kernel(&self, busybox: &Path) -> Result<Kernel> {
+        let inputs = STOCK_MODULES.join(" ");
+        let entry = self
+            .cache
+            .entry("stock-kernel", &[inputs.as_bytes()], |into| {
+                let apt = self.apt()?;
+                let name = kernel::newest_cloud_image(&apt.names("linux-image-6.12")?)?;
+                let wanted = Wanted {
+                    always: &[&name],
+                    missing: &[],
+                    backports: true,
+                };
+                let tree = tempfile::tempdir_in(self.cache.folder("apt"))?;
+                apt.unpack("Debian's kernel", wanted, tree.path())?;
+                kernel::unpack_stock(tree.path(), STOCK_MODULES, busybox, into)
+            })?;
+        kernel::open(&entry)
+    }
+}
+
+/// Builds the agent, and gantry if asked; the paths of the programs.
+fn build(gantry: bool) -> Result<Vec<PathBuf>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."));
+    let mut command = Command::new(cargo);
+    command
+        .args([
+            "build",
+            "--release",
+            "--message-format=json-render-diagnostics",
+        ])
+        .args(["-p", "gantry-tests", "--bin", "lab-agent"]);
+    if gantry {
+        command.args(["-p", "gantry-api", "--bin", "gantry"]);
+    }
+    let output = command
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("cargo cannot build gantry; its messages are above");
+    }
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| {
+            let message: serde_json::Value = serde_json::from_str(line).ok()?;
+            Some(PathBuf::from(message.get("executable")?.as_str()?))
+        })
+        .collect())
+}

@@ -1,0 +1,259 @@
+//! The simulated machine: what it is made of, its QEMU command line, its process.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::packages;
+use crate::cleanup::OwnedChild;
+use crate::protocol::PORT_NAME;
+
+/// A device of the lab host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    /// An NVMe disk of 8 MiB behind a root port of its own; see [`super::disk`] for its contents.
+    Nvme {
+        /// At most 20 characters.
+        serial: String,
+    },
+    /// An SR-IOV network card (8086:10c9) behind a root port of its own; cards on one hub talk.
+    Igb {
+        /// Number of the hub.
+        hub: u8,
+    },
+    /// A display (1234:1111, function 0) and an audio controller (8086:2668, function 1) in one
+    /// slot of the root complex: one IOMMU group, as a GPU with its audio.
+    Gpu,
+    /// The teaching device (1234:11e8) with DMA, MSI and INTx, in the root complex.
+    Edu,
+    /// A device (1b36:0005) with a prefetchable BAR of this many MiB, in the root complex.
+    BigBar {
+        /// A power of two.
+        mib: u64,
+    },
+}
+
+impl Device {
+    /// An NVMe disk with this serial.
+    pub fn nvme(serial: &str) -> Self {
+        Self::Nvme {
+            serial: serial.to_owned(),
+        }
+    }
+
+    /// The devices of the usual lab: two disks (01:00.0 and 02:00.0), two network cards on one
+    /// hub, a display with its audio, a teaching device, and one with a BAR of 8 GiB.
+    pub fn usual() -> Vec<Self> {
+        vec![
+            Self::nvme("GANTRY-NVME0001"),
+            Self::nvme("GANTRY-NVME0002"),
+            Self::Igb { hub: 0 },
+            Self::Igb { hub: 0 },
+            Self::Gpu,
+            Self::Edu,
+            Self::BigBar { mib: 8 << 10 },
+        ]
+    }
+
+    /// QEMU's arguments for the device as number `index` of the machine.
+    fn arguments(&self, index: usize, folder: &Path) -> Vec<String> {
+        let slot = index + 0x10;
+        let port = format!(
+            "pcie-root-port,id=port{index},bus=pcie.0,chassis={index},slot={index},addr={slot:#x}"
+        );
+        match self {
+            Self::Nvme { serial } => vec![
+                "-device".into(),
+                port,
+                "-drive".into(),
+                format!(
+                    "if=none,id=disk{index},format=raw,file={}",
+                    disk_path(folder, serial).display()
+                ),
+                "-device".into(),
+                format!("nvme,id=dev{index},bus=port{index},drive=disk{index},serial={serial}"),
+            ],
+            Self::Igb { hub } => vec![
+                "-device".into(),
+                port,
+                "-netdev".into(),
+                format!("hubport,id=net{index},hubid={hub}"),
+                "-device".into(),
+                format!("igb,id=dev{index},bus=port{index},netdev=net{index},romfile="),
+            ],
+            Self::Gpu => vec![
+                "-device".into(),
+                format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
+                "-device".into(),
+                format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
+            ],
+            Self::Edu => vec![
+                "-device".into(),
+                format!("edu,id=dev{index},addr={slot:#x},dma_mask=0xffffffffffff"),
+            ],
+            Self::BigBar { mib } => vec![
+                "-device".into(),
+                format!("pci-testdev,id=dev{index},addr={slot:#x},membar={mib}M"),
+            ],
+        }
+    }
+}
+
+/// Where the disk with this serial lies.
+pub fn disk_path(folder: &Path, serial: &str) -> PathBuf {
+    folder.join(format!("{serial}.raw"))
+}
+
+/// Everything that makes one machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Unpacked packages that hold QEMU and its firmware.
+    pub qemu: PathBuf,
+    /// Kernel image of the lab host.
+    pub kernel: PathBuf,
+    /// Added to the kernel's command line.
+    pub append: String,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub cpus: u8,
+    /// Devices, in the order of their slots.
+    pub devices: Vec<Device>,
+    /// Folder of the initramfs (`initrd`), the disks, the console's log and QEMU's own.
+    pub folder: PathBuf,
+}
+
+impl Machine {
+    /// The kernel console's log.
+    pub fn console(&self) -> PathBuf {
+        self.folder.join("console.log")
+    }
+
+    /// QEMU's messages.
+    pub fn messages(&self) -> PathBuf {
+        self.folder.join("qemu.log")
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let share = |place: &str| self.qemu.join(place).display().to_string();
+        let mut arguments: Vec<String> = [
+            "-L",
+            &share("usr/share/qemu"),
+            "-L",
+            &share("usr/share/seabios"),
+            "-M",
+            "q35,kernel-irqchip=split",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max,+svm,+npt",
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &format!("{}M", self.memory_mib),
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            &format!("file:{}", self.console().display()),
+            // The agent's wire is QEMU's standard input, the monitor's its standard output: two
+            // inherited sockets, so there is no path to agree on and nothing to clean up.
+            "-chardev",
+            "socket,id=agent,fd=0",
+            "-chardev",
+            "socket,id=monitor,fd=1",
+            "-mon",
+            "chardev=monitor,mode=control",
+            "-device",
+            "intel-iommu,intremap=on,aw-bits=48",
+            "-device",
+            "virtio-serial-pci,id=wire,addr=0x2",
+            "-device",
+            &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
+            "-kernel",
+            &self.kernel.display().to_string(),
+            "-initrd",
+            &self.folder.join("initrd").display().to_string(),
+            "-append",
+            &format!(
+                "console=ttyS0 intel_iommu=on panic=-1 quiet rdinit=/init {}",
+                self.append
+            ),
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        for (index, device) in self.devices.iter().enumerate() {
+            arguments.extend(device.arguments(index, &self.folder));
+        }
+        arguments
+    }
+
+    /// Starts QEMU. The process dies with the returned value, and with this process.
+    pub fn start(&self) -> Result<Running> {
+        let (agent, theirs_agent) = UnixStream::pair()?;
+        let (monitor, theirs_monitor) = UnixStream::pair()?;
+        let binary = packages::find_in(&self.qemu, &["usr/bin/qemu-system-x86_64"])?;
+        // setpriv is part of every Debian: QEMU goes when we do, even by SIGKILL.
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(&binary)
+            .args(self.arguments())
+            .stdin(OwnedFd::from(theirs_agent))
+            .stdout(OwnedFd::from(theirs_monitor))
+            .stderr(fs::File::create(self.messages())?);
+        packages::use_tree(&mut command, &self.qemu);
+        let child = OwnedChild::spawn(&mut command)
+            .with_context(|| format!("cannot start {}", binary.display()))?;
+        Ok(Running {
+            child,
+            agent,
+            monitor,
+        })
+    }
+}
+
+/// A started machine.
+#[derive(Debug)]
+pub struct Running {
+    /// QEMU.
+    pub child: OwnedChild,
+    /// The agent's wire.
+    pub agent: UnixStream,
+    /// The monitor's wire, which speaks QMP.
+    pub monitor: UnixStream,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_slots_of_their_own() {
+        let machine = Machine {
+            qemu: "/q".into(),
+            kernel: "/k".into(),
+            append: "a=b".into(),
+            memory_mib: 1024,
+            cpus: 2,
+            devices: Device::usual(),
+            folder: "/f".into(),
+        };
+        let arguments = machine.arguments();
+        let all = arguments.join(" ");
+        assert!(all.contains("bus=pcie.0,chassis=0,slot=0,addr=0x10"));
+        assert!(all.contains("drive=disk1,serial=GANTRY-NVME0002"));
+        assert!(all.contains("file=/f/GANTRY-NVME0001.raw"));
+        assert!(all.contains("bochs-display,id=dev4,addr=0x14.0,multifunction=on"));
+        assert!(all.contains("rdinit=/init a=b"));
+        // The IOMMU has to come before every device that it is to translate for.
+        let position = |what: &str| arguments.iter().position(|a| a.starts_with(what)).unwrap();
+        assert!(position("intel-iommu") < position("virtio-serial-pci"));
+        assert!(position("intel-iommu") < position("nvme"));
+    }
+}

@@ -1,0 +1,8 @@
+//! The lab (a simulated VFIO host), and what the demo, the tests and the benches share.
+//!
+//! See [`lab`] for the host, [`protocol`] for how it is spoken to.
+
+pub mod cleanup;
+pub mod lab;
+pub mod protocol;
+pub mod ui;
