@@ -1,77 +1,192 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
-use std::path::PathBuf;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
-use crate::host::HostPaths;
+use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::rule::Rule;
+use crate::sysfs;
 
-/// What kind of thing a group holds.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
-)]
+/// What kind of thing a group holds. The kind is a filter besides the rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum GroupType {
-    /// Whole PCI functions.
+    /// Any PCI function.
     #[default]
     Pci,
-    /// NVMe controllers.
+    /// NVMe controllers: PCI class 0108.
     Nvme,
     /// Virtual functions of network cards.
     SriovNic,
-    /// Mediated devices.
+    /// Mediated devices; no PCI function is one.
     Vgpu,
-    /// USB devices.
+    /// USB devices; no PCI function is one.
     Usb,
 }
 
-/// A named pool of devices.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct ResourceGroup {
-    /// Name.
-    pub name: String,
-    /// Kind of device.
-    #[serde(rename = "type", default)]
-    pub kind: GroupType,
-    /// Free text.
-    #[serde(default)]
-    pub description: String,
-    /// A word for people and pictures.
-    #[serde(default)]
-    pub class: Option<String>,
-    /// A device belongs to the group when one of these matches.
-    #[serde(default)]
-    pub rules: Vec<Rule>,
+impl GroupType {
+    fn admits(self, device: &HostDevice) -> bool {
+        let class = device.class;
+        match self {
+            Self::Pci => true,
+            Self::Nvme => (class.base(), class.sub()) == (0x01, 0x08),
+            Self::SriovNic => class.base() == 0x02 && device.physfn.is_some(),
+            Self::Vgpu | Self::Usb => false,
+        }
+    }
 }
 
-/// All groups of the host.
+/// A named pool of devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResourceGroup {
+    /// What VMs ask for: letters, digits, `.`, `_`, `-`; at most 64.
+    #[serde(deserialize_with = "group_name")]
+    #[schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"))]
+    pub name: String,
+    /// What kind of thing the group holds.
+    #[serde(rename = "type", default)]
+    pub kind: GroupType,
+    /// Words for people.
+    #[serde(default)]
+    pub description: String,
+    /// What the devices are, for the icon in a picture only: "storage", "gpu", "network", ...
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<String>,
+    /// A device belongs to the group when one of these matches it.
+    #[serde(default)]
+    pub rules: Vec<Rule>,
+    /// The file that defines the group.
+    #[serde(skip)]
+    pub file: PathBuf,
+}
+
+impl ResourceGroup {
+    /// Whether the group's type and one of its rules take a device. Bridges belong to the host.
+    pub fn matches(&self, device: &HostDevice) -> bool {
+        !device.is_bridge()
+            && self.kind.admits(device)
+            && self.rules.iter().any(|rule| rule.matches(device))
+    }
+}
+
+fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    let plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    if plain && name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric()) {
+        return Ok(name);
+    }
+    Err(serde::de::Error::custom(format!(
+        "\"{name}\" cannot name a group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+    )))
+}
+
+/// A file of groups: `groups.json` and each `groups.d/*.json`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "gantry resource groups")]
+struct GroupsFile {
+    /// For editors; gantry does not read it.
+    #[serde(rename = "$schema")]
+    _schema: Option<String>,
+    /// The groups, in the order in which they claim devices.
+    groups: Vec<ResourceGroup>,
+}
+
+/// All groups of the host, in the order of definition.
+///
+/// A device that several groups match belongs to the first: so groups in `groups.json` come before
+/// those of drop-ins, and drop-ins count in the order of their file names. [`Groups::overlaps`] tells
+/// where that rule decides.
 #[derive(Clone, Debug, Default)]
 pub struct Groups {
     groups: Vec<ResourceGroup>,
 }
 
-/// A file of groups is wrong.
+/// A device that several groups match.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Overlap {
+    /// The device.
+    pub bdf: HostBdf,
+    /// The group it belongs to.
+    pub owner: String,
+    /// The groups that match it in vain.
+    pub others: Vec<String>,
+}
+
+/// A definition of groups is wrong, or cannot be read.
 #[derive(Debug, Error)]
 pub enum GroupError {
-    /// A file cannot be read.
+    /// A file or directory cannot be read.
     #[error("cannot read {path}")]
     Read {
-        /// The file.
+        /// The path.
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{path}:{line}:{column}: {key}: {problem}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+        /// Which key, such as `groups[0].rules[1].vendor`.
+        key: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+    /// Two groups have one name.
+    #[error(
+        "{second}: there is already a group named \"{name}\" in {first}: rename or remove one of them"
+    )]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// The file of the first.
+        first: PathBuf,
+        /// The file of the second.
+        second: PathBuf,
     },
 }
 
 impl Groups {
-    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names.
+    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names. None need exist.
     pub fn load(paths: &HostPaths) -> Result<Self, GroupError> {
-        let _ = paths;
-        Ok(Self::default())
+        let mut groups = Self::default();
+        for path in files(paths)? {
+            if let Some(text) = read(&path)? {
+                groups.add(parse(&path, &text)?)?;
+            }
+        }
+        Ok(groups)
+    }
+
+    fn add(&mut self, more: Vec<ResourceGroup>) -> Result<(), GroupError> {
+        for group in more {
+            if let Some(first) = self.get(&group.name) {
+                let first = first.file.clone();
+                return Err(GroupError::Duplicate {
+                    name: group.name,
+                    first,
+                    second: group.file,
+                });
+            }
+            self.groups.push(group);
+        }
+        Ok(())
     }
 
     /// The groups in the order of definition.
@@ -84,14 +199,126 @@ impl Groups {
         self.groups.iter().find(|group| group.name == name)
     }
 
-    /// The group that owns a device: the first, in order of definition, that it matches.
+    /// The group that a device belongs to: the first one, in the order of definition, that matches it.
     pub fn group_of(&self, device: &HostDevice) -> Option<&ResourceGroup> {
-        let _ = device;
-        None
+        self.groups.iter().find(|group| group.matches(device))
+    }
+
+    /// The devices that more than one group matches.
+    pub fn overlaps(&self, devices: &[HostDevice]) -> Vec<Overlap> {
+        let overlap = |device: &HostDevice| {
+            let mut names = self
+                .groups
+                .iter()
+                .filter(|group| group.matches(device))
+                .map(|group| group.name.clone());
+            let owner = names.next()?;
+            let others: Vec<String> = names.collect();
+            (!others.is_empty()).then_some(Overlap {
+                bdf: device.bdf,
+                owner,
+                others,
+            })
+        };
+        devices.iter().filter_map(overlap).collect()
+    }
+
+    /// Whether a rule asks for a serial number, which takes more to read than the rest.
+    pub(crate) fn ask_for_serials(&self) -> bool {
+        self.groups
+            .iter()
+            .flat_map(|group| &group.rules)
+            .any(|rule| rule.filters().serial.is_some())
     }
 
     /// The JSON Schema of a group file.
-    pub fn schema() -> serde_json::Value {
-        serde_json::Value::Null
+    pub fn schema() -> schemars::Schema {
+        schemars::schema_for!(GroupsFile)
     }
+}
+
+/// The files that define groups, in the order in which they count.
+fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, GroupError> {
+    let dir = paths.config.join("groups.d");
+    let names = sysfs::entries(&dir).map_err(|source| GroupError::Read {
+        path: dir.clone(),
+        source,
+    })?;
+    let drop_ins = names
+        .iter()
+        .filter(|name| name.ends_with(".json") && !name.starts_with('.'));
+    let mut files = vec![paths.config.join("groups.json")];
+    files.extend(drop_ins.map(|name| dir.join(name)));
+    Ok(files)
+}
+
+fn read(path: &Path) -> Result<Option<String>, GroupError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if sysfs::is_gone(&error) => Ok(None),
+        Err(source) => Err(GroupError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Vec<ResourceGroup>, GroupError> {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let parsed = serde_path_to_error::deserialize::<_, GroupsFile>(&mut json)
+        .map_err(|error| invalid(path, &error.path().to_string(), error.inner()));
+    let mut groups = parsed?.groups;
+    json.end().map_err(|error| invalid(path, ".", &error))?;
+    for group in &mut groups {
+        group.file = path.to_owned();
+    }
+    Ok(groups)
+}
+
+fn invalid(path: &Path, key: &str, error: &serde_json::Error) -> GroupError {
+    GroupError::Invalid {
+        path: path.to_owned(),
+        line: error.line(),
+        column: error.column(),
+        key: if key == "." {
+            "the file".to_owned()
+        } else {
+            key.to_owned()
+        },
+        problem: explain(&error.to_string()),
+    }
+}
+
+/// Says what serde says, without the position and with the nearest known word for an unknown one.
+fn explain(message: &str) -> String {
+    let message = message
+        .rfind(" at line ")
+        .map_or(message, |end| &message[..end]);
+    let kind = match message {
+        _ if message.starts_with("unknown field ") => "key",
+        _ if message.starts_with("unknown variant ") => "value",
+        _ => return message.to_owned(),
+    };
+    let mut words = message.split('`').skip(1).step_by(2);
+    let unknown = words.next().unwrap_or_default();
+    let known: Vec<&str> = words.collect();
+    match nearest(unknown, known.iter().copied()) {
+        Some(near) => format!("unknown {kind} \"{unknown}\": did you mean \"{near}\"?"),
+        None => format!(
+            "unknown {kind} \"{unknown}\": there are {}",
+            known.join(", ")
+        ),
+    }
+}
+
+/// The most similar of some words, if any is similar at all.
+pub(crate) fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let rated = known.map(|candidate| {
+        (
+            strsim::normalized_damerau_levenshtein(word, candidate),
+            candidate,
+        )
+    });
+    let best = rated.max_by(|(one, _), (other, _)| one.total_cmp(other))?;
+    (best.0 >= 0.5).then_some(best.1)
 }

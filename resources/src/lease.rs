@@ -1,12 +1,30 @@
 //! Leases: who holds a device, as a kernel lock that dies with its holder.
+//!
+//! Each device has a file in `<run>/leases`, made when it is first leased and never removed. A lease is
+//! an open-file-description write lock on it (fcntl(2), "Open file description locks"): the kernel lets
+//! go of it when the last descriptor closes, so with the holder's death by any cause. The descriptors
+//! are close-on-exec and never handed on. The content says who holds the lock, for people; only the
+//! lock counts. The files can be read by their owner alone: whoever could open one could block it.
 
-use std::path::PathBuf;
+use std::fmt;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+
+/// How long to wait for others who are choosing devices. Choosing takes milliseconds.
+pub(crate) const ALLOCATION_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The VM that a device is leased for, and the process that keeps the lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +36,7 @@ pub struct Holder {
 }
 
 /// What a lease is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LeaseKind {
     /// A VM has the device.
@@ -28,7 +46,7 @@ pub enum LeaseKind {
 }
 
 /// What a holder says of itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRecord {
     /// What the lease is for.
     pub kind: LeaseKind,
@@ -40,6 +58,37 @@ pub struct LeaseRecord {
     pub since: u64,
 }
 
+impl LeaseRecord {
+    fn now(kind: LeaseKind, name: &str, pid: u32) -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |passed| passed.as_secs());
+        Self {
+            kind,
+            name: name.to_owned(),
+            pid,
+            since,
+        }
+    }
+
+    pub(crate) fn vm(holder: &Holder) -> Self {
+        Self::now(LeaseKind::Vm, &holder.vm, holder.pid)
+    }
+
+    pub(crate) fn task(name: &str) -> Self {
+        Self::now(LeaseKind::Task, name, std::process::id())
+    }
+}
+
+impl fmt::Display for LeaseRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            LeaseKind::Vm => write!(f, "VM '{}' (pid {})", self.name, self.pid),
+            LeaseKind::Task => write!(f, "`{}` (pid {})", self.name, self.pid),
+        }
+    }
+}
+
 /// Whether a device is leased, and by whom.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -48,41 +97,302 @@ pub enum LeaseStatus {
     Free,
     /// By this holder.
     Held(LeaseRecord),
-    /// By somebody who left no record (a full disk).
+    /// By somebody whose record is not to be had: a full disk, or another user's lease.
     Unrecorded,
-    /// This process may not look.
-    Hidden,
+}
+
+impl LeaseStatus {
+    /// Whether somebody holds the device.
+    pub fn is_held(&self) -> bool {
+        *self != Self::Free
+    }
+
+    /// The holder's record.
+    pub fn record(&self) -> Option<&LeaseRecord> {
+        match self {
+            Self::Held(record) => Some(record),
+            Self::Free | Self::Unrecorded => None,
+        }
+    }
 }
 
 /// Leasing failed.
 #[derive(Debug, Error)]
 pub enum LeaseError {
-    /// The run directory cannot be used.
-    #[error("cannot use {path}")]
+    /// A file or directory of the run directory cannot be used.
+    #[error(
+        "cannot use {path} to keep leases: run as a user who may write there, or set GANTRY_RUN_DIR to a directory that you own"
+    )]
     File {
         /// The path.
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
+    },
+    /// Somebody else is choosing devices and does not finish.
+    #[error(
+        "waited {waited:?} for {holder} to finish choosing devices, which takes milliseconds: is that process stopped?"
+    )]
+    AllocationBusy {
+        /// Who, or words for somebody unknown.
+        holder: String,
+        /// How long.
+        waited: Duration,
     },
 }
 
+impl LeaseError {
+    fn file(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        |source| Self::File { path, source }
+    }
+}
+
 /// A device held for a VM; dropping it gives the device back.
+///
+/// An IOMMU group is never split between VMs, so all endpoints of the device's group are locked with
+/// it. The leases of one VM on devices of one group share those locks; the last one dropped frees them.
 #[derive(Debug)]
 pub struct Lease {
     device: HostDevice,
+    group: Arc<[DeviceLock]>,
 }
 
 impl Lease {
+    pub(crate) fn new(device: HostDevice, group: Arc<[DeviceLock]>) -> Self {
+        Self { device, group }
+    }
+
     /// The device as it was when it was leased.
     pub fn device(&self) -> &HostDevice {
         &self.device
     }
+
+    /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
+    pub fn locked(&self) -> impl Iterator<Item = HostBdf> {
+        self.group.iter().map(|lock| lock.bdf)
+    }
 }
 
-/// Who holds a device. Asks the kernel, takes no lock.
+/// The lock of one device.
+#[derive(Debug)]
+pub(crate) struct DeviceLock {
+    bdf: HostBdf,
+    _lock: LockFile,
+}
+
+impl DeviceLock {
+    /// Takes the lock of a device; none if somebody has it.
+    pub(crate) fn take(
+        paths: &HostPaths,
+        bdf: HostBdf,
+        record: &LeaseRecord,
+    ) -> Result<Option<Self>, LeaseError> {
+        let path = lock_path(paths, bdf);
+        let lock = LockFile::take(&path, record).map_err(LeaseError::file(&path))?;
+        Ok(lock.map(|lock| Self { bdf, _lock: lock }))
+    }
+}
+
+/// The host-wide lock under which devices are chosen, so that contenders for several devices cannot
+/// all give up. Always taken before any device's lock.
+#[derive(Debug)]
+pub(crate) struct AllocationLock {
+    _lock: LockFile,
+}
+
+impl AllocationLock {
+    pub(crate) fn acquire(
+        paths: &HostPaths,
+        record: &LeaseRecord,
+        deadline: Duration,
+    ) -> Result<Self, LeaseError> {
+        let path = paths.run.join("allocate.lock");
+        let started = Instant::now();
+        let mut pause = Duration::from_micros(200);
+        loop {
+            if let Some(lock) = LockFile::take(&path, record).map_err(LeaseError::file(&path))? {
+                return Ok(Self { _lock: lock });
+            }
+            if started.elapsed() >= deadline {
+                let holder = match status(paths, &path)? {
+                    LeaseStatus::Held(record) => record.to_string(),
+                    _ => "an unknown process".to_owned(),
+                };
+                return Err(LeaseError::AllocationBusy {
+                    holder,
+                    waited: deadline,
+                });
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Who holds a device. Asks the kernel; takes no lock, not even for a moment.
 pub fn holder(paths: &HostPaths, bdf: HostBdf) -> Result<LeaseStatus, LeaseError> {
-    let _ = (paths, bdf);
-    Ok(LeaseStatus::Free)
+    status(paths, &lock_path(paths, bdf))
+}
+
+/// Makes a directory of the run directory, and those above it.
+pub(crate) fn create_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(dir)
+}
+
+fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.run.join("leases").join(format!("{bdf}.lock"))
+}
+
+/// A locked file that says who locked it.
+#[derive(Debug)]
+struct LockFile {
+    file: File,
+}
+
+impl LockFile {
+    /// Locks a file, making it first where needed; none if somebody else has the lock.
+    fn take(path: &Path, record: &LeaseRecord) -> io::Result<Option<Self>> {
+        loop {
+            let file = open(path)?;
+            if !try_lock(&file)? {
+                return Ok(None);
+            }
+            let lock = Self { file };
+            // Somebody cleared the directory in between: a lock on a file that is gone binds nobody.
+            if !lock.is_at(path)? {
+                continue;
+            }
+            if let Err(error) = lock.write(record) {
+                tracing::warn!(
+                    "{} is locked, but its record cannot be written: {error}",
+                    path.display()
+                );
+            }
+            return Ok(Some(lock));
+        }
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let held = self.file.metadata()?;
+        match fs::symlink_metadata(path) {
+            Ok(there) => Ok((there.dev(), there.ino()) == (held.dev(), held.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn write(&self, record: &LeaseRecord) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.write_all_at(&serde_json::to_vec(record)?, 0)
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Unlocked by name and not only by closing: a process being spawned by another thread has a
+        // copy of the descriptor until it executes its program.
+        let unlocked = self.file.set_len(0).and_then(|()| unlock(&self.file));
+        if let Err(error) = unlocked {
+            tracing::debug!("a lock is left to be freed by closing: {error}");
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW);
+    match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(dir) = path.parent() {
+                create_dir(dir)?;
+            }
+            options.open(path)
+        }
+        opened => opened,
+    }
+}
+
+fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, LeaseError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LeaseStatus::Free),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return listed_as_locked(paths, path).map_err(LeaseError::file(path));
+        }
+        Err(error) => return Err(LeaseError::file(path)(error)),
+    };
+    // The holder locks first and writes second: its record may be a moment late.
+    for _ in 0..20 {
+        if !is_locked(&file).map_err(LeaseError::file(path))? {
+            return Ok(LeaseStatus::Free);
+        }
+        let record = fs::read(path)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<LeaseRecord>(&bytes).ok());
+        match record {
+            Some(record) => return Ok(LeaseStatus::Held(record)),
+            None => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    Ok(LeaseStatus::Unrecorded)
+}
+
+/// What the kernel's list of all locks says (proc_locks(5)), for those who may not open the file.
+fn listed_as_locked(paths: &HostPaths, path: &Path) -> io::Result<LeaseStatus> {
+    let file = fs::metadata(path)?;
+    let (major, minor) = (
+        nix::sys::stat::major(file.dev()),
+        nix::sys::stat::minor(file.dev()),
+    );
+    let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
+    let locks = fs::read_to_string(paths.proc.join("locks"))?;
+    let locked = locks
+        .lines()
+        .any(|line| line.contains("OFDLCK") && line.split_whitespace().any(|word| word == id));
+    Ok(if locked {
+        LeaseStatus::Unrecorded
+    } else {
+        LeaseStatus::Free
+    })
+}
+
+/// A write lock on all of a file.
+fn whole_file(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        // Open-file-description locks want a zero here.
+        l_pid: 0,
+    }
+}
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))) {
+            Ok(_) => return Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+fn unlock(file: &File) -> io::Result<()> {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_UNLCK)))?;
+    Ok(())
+}
+
+fn is_locked(file: &File) -> io::Result<bool> {
+    let mut lock = whole_file(libc::F_WRLCK);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
 }

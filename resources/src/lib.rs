@@ -12,25 +12,31 @@
 
 mod allocate;
 mod bind;
+mod dsn;
+mod former;
 mod group;
+mod guard;
 mod host;
+mod ids;
 mod inventory;
 mod lease;
 mod memlock;
+mod obstacle;
 mod reserved;
 mod rule;
+mod sysfs;
 
-pub use allocate::{AllocateError, Obstacle, Request, allocate};
+pub use allocate::{AllocateError, Request, allocate};
 pub use bind::{
     BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter, WriteError, detach,
     reattach, write_helper,
 };
-pub use group::{GroupError, GroupType, Groups, ResourceGroup};
+pub use group::{GroupError, GroupType, Groups, Overlap, ResourceGroup};
 pub use host::{BdfError, HostBdf, HostPaths};
-pub use inventory::{
-    DeviceState, HostDevice, InventoryError, NodeAccess, PciClass, PciId, Sriov, scan,
-};
+pub use ids::{PciClass, PciId};
+pub use inventory::{DeviceState, HostDevice, InventoryError, NodeAccess, Sriov, scan};
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
 pub use memlock::memlock_limit;
+pub use obstacle::{Blocked, Obstacle, blocked};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
-pub use rule::Rule;
+pub use rule::{ClassPrefix, Filters, HexId, IdPair, Rule, RuleError};

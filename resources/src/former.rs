@@ -1,0 +1,94 @@
+//! What a device was before it was detached, so that reattaching restores it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::HostDevice;
+
+/// A record in the run directory: written before the first change, removed after reattaching.
+///
+/// It is a memory, never the truth: it counts only while sysfs shows that the device at this address
+/// is still the one that was detached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Former {
+    /// Vendor and device id at that time, in their shown form.
+    id: String,
+    /// Device serial number at that time.
+    dsn: Option<String>,
+    /// The NVMe serial, which only the host's driver can ask for.
+    pub(crate) serial: Option<String>,
+    /// The driver that had the device.
+    pub(crate) driver: Option<String>,
+    /// The override that was set.
+    pub(crate) driver_override: Option<String>,
+}
+
+impl Former {
+    pub(crate) fn of(device: &HostDevice) -> Self {
+        Self {
+            id: device.id.to_string(),
+            dsn: device.dsn.clone(),
+            serial: device.serial.clone(),
+            driver: device.driver.clone(),
+            driver_override: device.driver_override.clone(),
+        }
+    }
+
+    /// The record, if there is one that speaks of the hardware that is there now.
+    ///
+    /// A device put in the place of another one comes up without the override that detaching sets.
+    pub(crate) fn load(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+        if !device
+            .driver_override
+            .as_deref()
+            .is_some_and(crate::inventory::is_vfio_driver)
+        {
+            return None;
+        }
+        let former: Self = serde_json::from_slice(&fs::read(path(paths, device.bdf)).ok()?).ok()?;
+        let same_dsn = former.dsn.is_none() || device.dsn.is_none() || former.dsn == device.dsn;
+        (former.id == device.id.to_string() && same_dsn).then_some(former)
+    }
+
+    /// Writes the record, replacing an older one as a whole.
+    pub(crate) fn store(
+        &self,
+        paths: &HostPaths,
+        bdf: HostBdf,
+    ) -> Result<(), (PathBuf, io::Error)> {
+        let path = path(paths, bdf);
+        let draft = path.with_file_name(format!(".{bdf}.{}", std::process::id()));
+        self.replace(&path, &draft).map_err(|error| (path, error))
+    }
+
+    fn replace(&self, path: &Path, draft: &Path) -> io::Result<()> {
+        if let Some(dir) = path.parent() {
+            crate::lease::create_dir(dir)?;
+        }
+        let written =
+            fs::write(draft, serde_json::to_vec(self)?).and_then(|()| fs::rename(draft, path));
+        if written.is_err() {
+            let _ = fs::remove_file(draft);
+        }
+        written
+    }
+
+    /// Forgets a device. One that was never remembered is forgotten already.
+    pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
+        let path = path(paths, bdf);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.run.join("former").join(bdf.to_string())
+}

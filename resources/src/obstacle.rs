@@ -1,0 +1,238 @@
+//! Why a device cannot be given to a VM: what the host, other VMs and its IOMMU group have against it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::host::HostBdf;
+use crate::inventory::{HostDevice, NodeAccess};
+use crate::lease::{LeaseRecord, LeaseStatus};
+
+/// Why a device is not free.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "reason")]
+pub enum Obstacle {
+    /// It is a bridge.
+    Bridge,
+    /// Somebody holds it.
+    Leased {
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// A driver of the host has it.
+    HostDriver {
+        /// The driver.
+        driver: String,
+    },
+    /// No driver has it.
+    Unbound,
+    /// It is in no IOMMU group.
+    NoIommuGroup,
+    /// The host uses other devices of its IOMMU group.
+    GroupInUse {
+        /// The IOMMU group.
+        group: u32,
+        /// Those devices and their drivers.
+        members: Vec<(HostBdf, String)>,
+    },
+    /// Somebody holds another device of its IOMMU group.
+    GroupLeased {
+        /// The IOMMU group.
+        group: u32,
+        /// That device.
+        member: HostBdf,
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// There is no VFIO node for its IOMMU group.
+    NodeMissing {
+        /// The IOMMU group.
+        group: u32,
+    },
+    /// This process may not open the VFIO node of its IOMMU group.
+    NodeDenied {
+        /// The IOMMU group.
+        group: u32,
+    },
+    /// A resource group that is defined earlier matches it as well, and owns it.
+    OtherGroup {
+        /// That group.
+        owner: String,
+    },
+    /// The same request asks for it by its address.
+    AskedFor,
+}
+
+/// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Blocked {
+    /// The device.
+    pub bdf: HostBdf,
+    /// Why.
+    #[serde(flatten)]
+    pub obstacle: Obstacle,
+}
+
+/// The devices of the host that could not be given to a VM now, each with its first obstacle.
+pub fn blocked(devices: &[HostDevice]) -> Vec<Blocked> {
+    let pool = Pool::new(devices);
+    let blocked = |device: &HostDevice| {
+        Some(Blocked {
+            bdf: device.bdf,
+            obstacle: pool.obstacle(device)?,
+        })
+    };
+    devices.iter().filter_map(blocked).collect()
+}
+
+/// One look at the host, with its IOMMU groups at hand.
+pub(crate) struct Pool<'a> {
+    groups: BTreeMap<u32, Vec<&'a HostDevice>>,
+}
+
+impl<'a> Pool<'a> {
+    pub(crate) fn new(devices: &'a [HostDevice]) -> Self {
+        let mut groups: BTreeMap<u32, Vec<&HostDevice>> = BTreeMap::new();
+        for device in devices {
+            if let Some(group) = device.iommu_group {
+                groups.entry(group).or_default().push(device);
+            }
+        }
+        Self { groups }
+    }
+
+    /// All functions of an IOMMU group, bridges included.
+    pub(crate) fn members(&self, group: u32) -> &[&'a HostDevice] {
+        self.groups.get(&group).map_or(&[], Vec::as_slice)
+    }
+
+    /// The first thing that keeps a device from being assigned.
+    pub(crate) fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if device.is_bridge() {
+            return Some(Obstacle::Bridge);
+        }
+        if let Some(holder) = held(&device.lease) {
+            return Some(Obstacle::Leased { holder });
+        }
+        match &device.driver {
+            Some(driver) if !device.on_vfio() => {
+                return Some(Obstacle::HostDriver {
+                    driver: driver.clone(),
+                });
+            }
+            None => return Some(Obstacle::Unbound),
+            Some(_) => {}
+        }
+        let Some(group) = device.iommu_group else {
+            return Some(Obstacle::NoIommuGroup);
+        };
+        self.group_obstacle(group).or(match device.node {
+            Some(NodeAccess::Ready) => None,
+            Some(NodeAccess::Denied) => Some(Obstacle::NodeDenied { group }),
+            Some(NodeAccess::Missing) | None => Some(Obstacle::NodeMissing { group }),
+        })
+    }
+
+    fn group_obstacle(&self, group: u32) -> Option<Obstacle> {
+        let members = self.members(group);
+        let leased = members
+            .iter()
+            .find_map(|member| Some((member.bdf, held(&member.lease)?)));
+        if let Some((member, holder)) = leased {
+            return Some(Obstacle::GroupLeased {
+                group,
+                member,
+                holder,
+            });
+        }
+        let in_use = members
+            .iter()
+            .filter(|member| !member.leaves_group_viable());
+        let in_use: Vec<_> = in_use
+            .filter_map(|member| Some((member.bdf, member.driver.clone()?)))
+            .collect();
+        (!in_use.is_empty()).then_some(Obstacle::GroupInUse {
+            group,
+            members: in_use,
+        })
+    }
+}
+
+/// The record of who holds a device, if somebody does.
+fn held(lease: &LeaseStatus) -> Option<Option<LeaseRecord>> {
+    lease.is_held().then(|| lease.record().cloned())
+}
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bdf = self.bdf;
+        match &self.obstacle {
+            Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
+            Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+            Obstacle::HostDriver { driver } => {
+                write!(
+                    f,
+                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` makes it free"
+                )
+            }
+            Obstacle::Unbound => {
+                write!(
+                    f,
+                    "{bdf} is bound to no driver: `gantry device detach {bdf}` binds it to vfio-pci"
+                )
+            }
+            Obstacle::NoIommuGroup => write!(
+                f,
+                "{bdf} is in no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and on the \
+                 kernel's command line (intel_iommu=on; AMD's is on by default)"
+            ),
+            Obstacle::GroupInUse { group, members } => {
+                let members: Vec<String> = members
+                    .iter()
+                    .map(|(member, driver)| format!("{member} ({driver})"))
+                    .collect();
+                write!(
+                    f,
+                    "{bdf} shares IOMMU group {group} with {}, which the host uses; a group is assigned as a whole: \
+                     `gantry device detach {bdf}` detaches all of it",
+                    members.join(", ")
+                )
+            }
+            Obstacle::GroupLeased {
+                group,
+                member,
+                holder,
+            } => write!(
+                f,
+                "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
+                 between VMs",
+                name(holder)
+            ),
+            Obstacle::NodeMissing { group } => write!(
+                f,
+                "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
+                 a container make /dev/vfio visible"
+            ),
+            Obstacle::NodeDenied { group } => write!(
+                f,
+                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
+            ),
+            Obstacle::OtherGroup { owner } => {
+                write!(
+                    f,
+                    "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
+                )
+            }
+            Obstacle::AskedFor => {
+                write!(f, "{bdf} is asked for by its address in the same request")
+            }
+        }
+    }
+}
+
+fn name(holder: &Option<LeaseRecord>) -> String {
+    holder
+        .as_ref()
+        .map_or_else(|| "an unknown process".to_owned(), LeaseRecord::to_string)
+}

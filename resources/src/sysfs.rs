@@ -1,0 +1,69 @@
+//! Small reads of sysfs attributes, where "not there" is an answer and not an error.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::libc;
+
+/// Whether an error means that the thing asked about is not there, or went away while being read.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.kind() == io::ErrorKind::NotADirectory
+        || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
+}
+
+/// An attribute's text without surrounding blanks; none if there is no such attribute.
+pub(crate) fn text(path: &Path) -> io::Result<Option<String>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned())),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A hexadecimal attribute such as `0x1b36`.
+pub(crate) fn hex(path: &Path) -> io::Result<Option<u32>> {
+    let Some(text) = text(path)? else {
+        return Ok(None);
+    };
+    let digits = text.strip_prefix("0x").unwrap_or(&text);
+    match u32::from_str_radix(digits, 16) {
+        Ok(value) => Ok(Some(value)),
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("\"{text}\" is no hexadecimal number"),
+        )),
+    }
+}
+
+/// A decimal attribute; none also where the text is no unsigned number, as in `-1` for "no NUMA node".
+pub(crate) fn decimal<T: std::str::FromStr>(path: &Path) -> io::Result<Option<T>> {
+    Ok(text(path)?.and_then(|text| text.parse().ok()))
+}
+
+/// The last component of a symbolic link's target, such as the driver's name of `driver`.
+pub(crate) fn link_name(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_link(path) {
+        Ok(target) => Ok(target
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Names of a directory's entries, sorted; none at all if there is no such directory.
+pub(crate) fn entries(path: &Path) -> io::Result<Vec<String>> {
+    let listing = match fs::read_dir(path) {
+        Ok(listing) => listing,
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in listing {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
