@@ -1,1 +1,217 @@
 //! The 16550 serial port.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial as Uart, Trigger};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::{BusDevice, Effect};
+use crate::warn_limited;
+
+/// Where PCs have their first serial port, COM1.
+pub const COM1_PORT: u16 = 0x3f8;
+/// The interrupt line of COM1.
+pub const COM1_IRQ: u32 = 4;
+/// Number of ports.
+pub const LEN: u64 = 8;
+
+/// How long an unfinished line is held back.
+const PROMPTLY: Duration = Duration::from_millis(5);
+/// How long an unfinished line may get.
+const LONGEST: usize = 1024;
+
+/// A serial port: the guest's console, as a rule.
+///
+/// Output leaves in whole lines, by the thread of the vCPU that ends one. An unfinished line (a
+/// prompt) leaves after 5 ms: the owner watches [`Self::timer`] and calls [`Self::flush`].
+/// Dropping the port flushes it.
+pub struct Serial {
+    uart: Mutex<Uart<IrqLine, Input, Output>>,
+    timer: Arc<TimerFd>,
+    room: Arc<EventFd>,
+}
+
+impl Serial {
+    /// A port that raises its interrupt through `irq` and writes to `output`, which must not be
+    /// non-blocking: output that fails is logged and lost.
+    ///
+    /// # Errors
+    /// No file descriptor can be made.
+    pub fn new(irq: EventFd, output: Box<dyn Write + Send>) -> io::Result<Self> {
+        let timer = Arc::new(TimerFd::new(
+            ClockId::CLOCK_MONOTONIC,
+            TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
+        )?);
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let output = Output {
+            sink: output,
+            line: Vec::with_capacity(LONGEST),
+            timer: Arc::clone(&timer),
+            armed: false,
+        };
+        let input = Input(Arc::clone(&room));
+        Ok(Self {
+            uart: Mutex::new(Uart::with_events(IrqLine(irq), input, output)),
+            timer,
+            room,
+        })
+    }
+
+    /// Readable when [`Self::flush`] is due.
+    pub fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+
+    /// Writes out an unfinished line, and makes [`Self::timer`] unreadable.
+    pub fn flush(&self) {
+        self.uart().writer_mut().send();
+    }
+
+    /// Gives the guest input, as much as its FIFO takes, and returns how many bytes that were.
+    /// When there is room for the rest, [`Self::room`] becomes readable.
+    pub fn enqueue(&self, input: &[u8]) -> usize {
+        let mut uart = self.uart();
+        let room = uart.fifo_capacity();
+        let result = uart.enqueue_raw_bytes(input);
+        let taken = room - uart.fifo_capacity();
+        match result {
+            // The guest tests its port: what comes from outside is lost meanwhile.
+            Ok(0) => input.len(),
+            Ok(_) | Err(vm_superio::serial::Error::FullFifo) => taken,
+            Err(error) => {
+                warn_limited!(%error, "serial input raised no interrupt");
+                taken
+            }
+        }
+    }
+
+    /// Readable when the guest has emptied the FIFO; to be read by who waits for that.
+    pub fn room(&self) -> &EventFd {
+        &self.room
+    }
+
+    fn uart(&self) -> MutexGuard<'_, Uart<IrqLine, Input, Output>> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        let mut uart = self.uart();
+        // Registers are bytes; a wider access reads each of them in turn.
+        for (register, byte) in (offset..LEN).zip(data) {
+            *byte = uart.read(register as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Effect {
+        let mut uart = self.uart();
+        for (register, &byte) in (offset..LEN).zip(data) {
+            if let Err(error) = uart.write(register as u8, byte) {
+                warn_limited!(%error, "serial port");
+            }
+        }
+        Effect::None
+    }
+}
+
+/// The interrupt line.
+struct IrqLine(EventFd);
+
+impl Trigger for IrqLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells that the FIFO has been emptied.
+struct Input(Arc<EventFd>);
+
+impl SerialEvents for Input {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        // It fails only when the counter is full, and the owner has been told often enough then.
+        let _ = self.0.write(1);
+    }
+}
+
+/// Gathers the bytes of a line.
+struct Output {
+    sink: Box<dyn Write + Send>,
+    line: Vec<u8>,
+    timer: Arc<TimerFd>,
+    armed: bool,
+}
+
+impl Output {
+    fn push(&mut self, byte: u8) {
+        self.line.push(byte);
+        if byte == b'\n' || self.line.len() >= LONGEST {
+            self.write_out();
+        } else if !self.armed {
+            self.arm();
+        }
+    }
+
+    fn send(&mut self) {
+        if self.armed {
+            // Non-blocking: it fails when the timer has not run out.
+            let _ = self.timer.wait();
+            self.armed = false;
+        }
+        self.write_out();
+    }
+
+    /// The timer is left running after a line: it serves the next one, and costs one idle wake-up
+    /// instead of a system call a line.
+    fn arm(&mut self) {
+        let when = Expiration::OneShot(TimeSpec::from_duration(PROMPTLY));
+        match self.timer.set(when, TimerSetTimeFlags::empty()) {
+            Ok(()) => self.armed = true,
+            Err(_) => self.write_out(),
+        }
+    }
+
+    fn write_out(&mut self) {
+        if self.line.is_empty() {
+            return;
+        }
+        let written = self.sink.write_all(&self.line);
+        if let Err(error) = written.and_then(|()| self.sink.flush()) {
+            warn_limited!(%error, bytes = self.line.len(), "serial output is lost");
+        }
+        self.line.clear();
+    }
+}
+
+/// What the UART model writes to, a byte at a time. It never fails: a guest cannot mend an output.
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        for &byte in data {
+            self.push(byte);
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        self.write_out();
+    }
+}

@@ -61,7 +61,7 @@ impl BarKind {
     }
 
     /// The bits of the register that hold flags instead of an address.
-    const fn flag_mask(self) -> u32 {
+    pub(super) const fn flag_mask(self) -> u32 {
         match self {
             BarKind::Io => IO_FLAGS,
             _ => MEMORY_FLAGS,

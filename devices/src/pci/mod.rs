@@ -1,14 +1,20 @@
 //! PCI: addresses, configuration space, BARs, MSI-X, root ports, and the bus that joins them.
 
+mod access;
 mod bars;
 mod bdf;
 pub mod capability;
 mod config;
 mod device;
+pub mod firmware;
+mod host_bridge;
 mod msi;
 mod msix;
 pub mod registers;
+mod root_port;
+mod segment;
 
+pub use access::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, ECAM_BYTES_PER_BUS, EcamWindow};
 pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarRegisters, BarSet, Decode};
 pub use bdf::{GuestBdf, InvalidBdf};
 pub use capability::{Capability, CapabilityId, ExtendedCapability, ExtendedCapabilityId};
@@ -16,5 +22,8 @@ pub use config::{Area, Backing, ConfigSpace, NoBacking};
 pub use device::{
     BarGuard, BarPlacement, BarSpace, BarSpaceError, PciDevice, Segment, SegmentKind,
 };
+pub use host_bridge::HostBridge;
 pub use msi::{MsiMessage, MsiRoute, MsiRouter};
 pub use msix::{Changes, ENTRY_SIZE, MAX_VECTORS, MsixTable};
+pub use root_port::{PortWindows, RootPort};
+pub use segment::{PciSegment, PortIndex, SegmentError};

@@ -1,0 +1,345 @@
+//! The PCI hierarchy: host bridges, the root ports on them, and one device behind each port.
+
+use std::ops::RangeInclusive;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::registers::{CONFIG_SIZE, HEADER_MULTIFUNCTION, HEADER_TYPE};
+use super::{GuestBdf, HostBridge, PciDevice, RootPort};
+use crate::bus::Effect;
+
+/// Functions of one device.
+const FUNCTIONS: u8 = 8;
+/// Devices on a root bus that can be made of root ports: all but the host bridge's.
+const PORT_DEVICES: u8 = 31;
+
+/// A root port of a [`PciSegment`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortIndex(usize);
+
+impl PortIndex {
+    /// The port's number, from 0 on in the order in which ports were added.
+    pub const fn get(self) -> usize {
+        self.0
+    }
+}
+
+/// Why the hierarchy cannot be as asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SegmentError {
+    /// Two host bridges have buses in common, or one has none.
+    #[error("buses {first:#04x} to {last:#04x} of a host bridge are none or taken")]
+    Buses {
+        /// The host bridge's first bus.
+        first: u8,
+        /// Its last bus.
+        last: u8,
+    },
+    /// There is no such host bridge.
+    #[error("there is no host bridge {bridge}")]
+    NoBridge {
+        /// Its place in the list.
+        bridge: usize,
+    },
+    /// All device or bus numbers of a host bridge are in use.
+    #[error("host bridge {bridge} has no room for another root port after {ports}")]
+    Full {
+        /// The host bridge's place in the list.
+        bridge: usize,
+        /// Root ports on it.
+        ports: usize,
+    },
+    /// There is no such root port.
+    #[error("there is no root port {port}")]
+    NoPort {
+        /// Its number.
+        port: usize,
+    },
+    /// Something is there already, or the function number is over 7.
+    #[error("function {function} behind root port {port} is taken or does not exist")]
+    Function {
+        /// The root port's number.
+        port: usize,
+        /// The function number.
+        function: u8,
+    },
+}
+
+struct Root {
+    buses: RangeInclusive<u8>,
+    bridge: Arc<HostBridge>,
+}
+
+struct Port {
+    /// Where the port itself is.
+    at: GuestBdf,
+    port: Arc<RootPort>,
+    /// Device 0 of the bus behind the port. The lock is held only to look, never while a function
+    /// runs.
+    functions: RwLock<[Option<Arc<dyn PciDevice>>; FUNCTIONS as usize]>,
+}
+
+/// What answers at an address, and whether its device has other functions too.
+struct Target {
+    device: Arc<dyn PciDevice>,
+    multifunction: bool,
+}
+
+/// PCI segment 0 of the guest.
+///
+/// The tree of host bridges and root ports stands when the guest starts; functions come and go
+/// behind the ports. Configuration accesses find their way by the bus numbers that the guest has
+/// written to the ports.
+pub struct PciSegment {
+    roots: Vec<Root>,
+    ports: Vec<Port>,
+}
+
+impl PciSegment {
+    /// A segment with a host bridge for each range of bus numbers.
+    ///
+    /// # Errors
+    /// A range is empty, or two ranges meet.
+    pub fn new(
+        bridges: impl IntoIterator<Item = RangeInclusive<u8>>,
+    ) -> Result<Self, SegmentError> {
+        let mut roots: Vec<Root> = Vec::new();
+        for buses in bridges {
+            let (first, last) = (*buses.start(), *buses.end());
+            let taken = roots
+                .iter()
+                .any(|root| first <= *root.buses.end() && *root.buses.start() <= last);
+            if taken || buses.is_empty() {
+                return Err(SegmentError::Buses { first, last });
+            }
+            let bridge = Arc::new(HostBridge::new());
+            roots.push(Root { buses, bridge });
+        }
+        let ports = Vec::new();
+        Ok(Self { roots, ports })
+    }
+
+    /// Adds a root port to the host bridge at `bridge` in the list: the next function of the devices
+    /// 1, 2, ... of its bus, with the bridge's next bus behind it and an empty slot.
+    ///
+    /// # Errors
+    /// There is no such bridge, or no device or bus number is left.
+    pub fn add_root_port(&mut self, bridge: usize) -> Result<PortIndex, SegmentError> {
+        let root = self
+            .roots
+            .get(bridge)
+            .ok_or(SegmentError::NoBridge { bridge })?;
+        let (first, last) = (*root.buses.start(), *root.buses.end());
+        let on_bridge = self.ports.iter().filter(|port| port.at.bus() == first);
+        let ports = on_bridge.count();
+        let full = SegmentError::Full { bridge, ports };
+        let number = u8::try_from(ports).map_err(|_| full)?;
+        let device = number / FUNCTIONS + 1;
+        let secondary = first
+            .checked_add(1)
+            .and_then(|bus| bus.checked_add(number))
+            .filter(|bus| *bus <= last && device <= PORT_DEVICES)
+            .ok_or(full)?;
+        let at = GuestBdf::new(first, device, number % FUNCTIONS).map_err(|_| full)?;
+        let index = self.ports.len();
+        self.ports.push(Port {
+            at,
+            // Slot 0 is no slot.
+            port: Arc::new(RootPort::new(first, secondary, index as u16 + 1)),
+            functions: RwLock::default(),
+        });
+        Ok(PortIndex(index))
+    }
+
+    /// Puts `device` behind `port` as function `function`, and returns where the guest has it now.
+    ///
+    /// A guest looks for other functions only where it finds function 0: attach that one last.
+    ///
+    /// # Errors
+    /// There is no such port or function number, or something is there already.
+    pub fn attach(
+        &self,
+        port: PortIndex,
+        function: u8,
+        device: Arc<dyn PciDevice>,
+    ) -> Result<GuestBdf, SegmentError> {
+        let PortIndex(index) = port;
+        let refused = SegmentError::Function {
+            port: index,
+            function,
+        };
+        let port = self
+            .ports
+            .get(index)
+            .ok_or(SegmentError::NoPort { port: index })?;
+        let at = GuestBdf::new(port.port.secondary_bus(), 0, function).map_err(|_| refused)?;
+        let mut functions = port
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        match functions.get_mut(usize::from(function)) {
+            Some(free @ None) => *free = Some(device),
+            _ => return Err(refused),
+        }
+        port.port.set_occupied(true);
+        Ok(at)
+    }
+
+    /// Takes a function away from behind `port`, if it is there.
+    pub fn detach(&self, port: PortIndex, function: u8) -> Option<Arc<dyn PciDevice>> {
+        let port = self.ports.get(port.0)?;
+        let mut functions = port
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let device = functions.get_mut(usize::from(function))?.take();
+        port.port
+            .set_occupied(functions.iter().any(Option::is_some));
+        device
+    }
+
+    /// The buses of each host bridge, its own first.
+    pub fn bridges(&self) -> impl Iterator<Item = RangeInclusive<u8>> {
+        self.roots.iter().map(|root| root.buses.clone())
+    }
+
+    /// The root ports and where they are.
+    pub fn ports(&self) -> impl Iterator<Item = (PortIndex, GuestBdf, &Arc<RootPort>)> {
+        self.ports
+            .iter()
+            .enumerate()
+            .map(|(index, port)| (PortIndex(index), port.at, &port.port))
+    }
+
+    /// The functions behind a port, by number.
+    pub fn functions_behind(&self, port: PortIndex) -> Vec<(u8, Arc<dyn PciDevice>)> {
+        self.ports
+            .get(port.0)
+            .map_or_else(Vec::new, Port::functions)
+    }
+
+    /// Every function there is, where the guest has it now: host bridges, root ports, and what is
+    /// behind the ports.
+    pub fn functions(&self) -> Vec<(GuestBdf, Arc<dyn PciDevice>)> {
+        let mut all: Vec<(GuestBdf, Arc<dyn PciDevice>)> = Vec::new();
+        for root in &self.roots {
+            let at = GuestBdf::from_bits(u16::from(*root.buses.start()) << 8);
+            all.push((at, Arc::clone(&root.bridge) as _));
+        }
+        for port in &self.ports {
+            all.push((port.at, Arc::clone(&port.port) as _));
+        }
+        for port in &self.ports {
+            let bus = u16::from(port.port.secondary_bus()) << 8;
+            for (function, device) in port.functions() {
+                all.push((GuestBdf::from_bits(bus | u16::from(function)), device));
+            }
+        }
+        all
+    }
+
+    /// Fills `data` from the configuration space of the function at `at`; all ones where there is
+    /// none, and for accesses that are not 1, 2 or 4 bytes, naturally aligned.
+    pub fn read_config(&self, at: GuestBdf, offset: u16, data: &mut [u8]) {
+        let target = if is_valid(offset, data.len()) {
+            self.find(at)
+        } else {
+            None
+        };
+        let Some(target) = target else {
+            data.fill(0xff);
+            return;
+        };
+        target.device.read_config(offset, data);
+        if let Some(header_type) = HEADER_TYPE
+            .checked_sub(offset)
+            .and_then(|index| data.get_mut(usize::from(index)))
+        {
+            // Whether there are other functions depends on what was attached, not on the function.
+            *header_type &= !HEADER_MULTIFUNCTION;
+            if target.multifunction {
+                *header_type |= HEADER_MULTIFUNCTION;
+            }
+        }
+    }
+
+    /// Takes a write to the configuration space of the function at `at`. It is lost where
+    /// [`Self::read_config`] would read all ones.
+    pub fn write_config(&self, at: GuestBdf, offset: u16, data: &[u8]) -> Effect {
+        if !is_valid(offset, data.len()) {
+            return Effect::None;
+        }
+        match self.find(at) {
+            Some(Target { device, .. }) if device.write_config(offset, data) => {
+                Effect::Remap(device)
+            }
+            _ => Effect::None,
+        }
+    }
+
+    fn find(&self, at: GuestBdf) -> Option<Target> {
+        let root = self
+            .roots
+            .iter()
+            .find(|root| root.buses.contains(&at.bus()))?;
+        let bus = *root.buses.start();
+        if at.bus() != bus {
+            return self.find_behind(bus, at);
+        }
+        if at.device() == 0 {
+            return (at.function() == 0).then(|| Target {
+                device: Arc::clone(&root.bridge) as _,
+                multifunction: false,
+            });
+        }
+        let port = self.ports.iter().find(|port| port.at == at)?;
+        let siblings = self
+            .ports
+            .iter()
+            .filter(|port| (port.at.bus(), port.at.device()) == (bus, at.device()));
+        Some(Target {
+            device: Arc::clone(&port.port) as _,
+            multifunction: siblings.count() > 1,
+        })
+    }
+
+    /// A root port forwards to the one device on its link, device 0.
+    fn find_behind(&self, root_bus: u8, at: GuestBdf) -> Option<Target> {
+        if at.device() != 0 {
+            return None;
+        }
+        let port = self
+            .ports
+            .iter()
+            .filter(|port| port.at.bus() == root_bus)
+            .find(|port| port.port.secondary_bus() == at.bus())?;
+        let functions = port
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let device = functions.get(usize::from(at.function()))?.as_ref()?;
+        Some(Target {
+            device: Arc::clone(device),
+            multifunction: functions.iter().flatten().count() > 1,
+        })
+    }
+}
+
+impl Port {
+    fn functions(&self) -> Vec<(u8, Arc<dyn PciDevice>)> {
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        (0..)
+            .zip(functions.iter())
+            .filter_map(|(function, device)| Some((function, Arc::clone(device.as_ref()?))))
+            .collect()
+    }
+}
+
+/// Whether functions take an access like this.
+fn is_valid(offset: u16, len: usize) -> bool {
+    matches!(len, 1 | 2 | 4)
+        && usize::from(offset).is_multiple_of(len)
+        && usize::from(offset) + len <= usize::from(CONFIG_SIZE)
+}
