@@ -1,2 +1,16 @@
-//! placeholder
-fn main() {}
+//! The `gantry` binary: what people and programs touch.
+
+#![forbid(unsafe_code)]
+
+mod cli;
+mod config;
+mod output;
+mod report;
+mod table;
+mod vmm;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,0 +1,200 @@
+//! `gantry device list`: every PCI device of the host, and who has it.
+
+use std::cmp::Ordering;
+
+use clap::{Args, ValueEnum};
+use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, scan};
+use serde::Serialize;
+
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+States:
+  attached   a driver of the host has it
+  detached   vfio-pci has it: free for a VM
+  assigned   a VM has it
+  unbound    no driver has it
+
+Examples:
+  gantry device list --sort iommu
+  gantry device list --json")]
+pub struct ListArgs {
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", value_enum, default_value_t = Key::Address)]
+    sort: Key,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Key {
+    Address,
+    Id,
+    Name,
+    Class,
+    Driver,
+    Iommu,
+    Numa,
+    State,
+    Group,
+    Vm,
+}
+
+const COLUMNS: [Column; 10] = [
+    Column {
+        title: "ADDRESS",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "ID",
+        give: Give::All(2),
+    },
+    Column {
+        title: "NAME",
+        give: Give::Width(16),
+    },
+    Column {
+        title: "CLASS",
+        give: Give::All(1),
+    },
+    Column {
+        title: "DRIVER",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "IOMMU",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "NUMA",
+        give: Give::All(0),
+    },
+    Column {
+        title: "STATE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "GROUP",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "VM",
+        give: Give::Nothing,
+    },
+];
+
+/// A device with what is known about it from elsewhere.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    #[serde(flatten)]
+    device: &'a HostDevice,
+    vendor_name: Option<&'a str>,
+    device_name: Option<&'a str>,
+    class_name: Option<&'a str>,
+    /// `state`, and `vm` where it is assigned.
+    #[serde(flatten)]
+    state: DeviceState,
+    group: Option<&'a str>,
+}
+
+pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let devices = scan(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let mut rows: Vec<Row> = devices
+        .iter()
+        .map(|device| Row::new(device, &groups))
+        .collect();
+    // Stable: devices that are equal here stay in the order of their addresses.
+    rows.sort_by(|a, b| a.compare(b, args.sort));
+    if args.json {
+        return print_json(&rows);
+    }
+    let cells = rows.iter().map(|row| row.cells().to_vec()).collect();
+    let table = Table::new(&COLUMNS, cells).fit_terminal();
+    print(|out| {
+        write!(out, "{table}")?;
+        match table.left_out() {
+            [] => Ok(()),
+            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
+        }
+    })
+}
+
+impl<'a> Row<'a> {
+    fn new(device: &'a HostDevice, groups: &'a Groups) -> Self {
+        Self {
+            device,
+            vendor_name: device.vendor_name(),
+            device_name: device.device_name(),
+            class_name: device.class_name(),
+            state: device.state(),
+            group: groups.group_of(device).map(|group| group.name.as_str()),
+        }
+    }
+
+    /// Vendor and device name as far as they are known.
+    fn name(&self) -> String {
+        let names = [self.vendor_name, self.device_name];
+        names.into_iter().flatten().collect::<Vec<_>>().join(" ")
+    }
+
+    fn vm(&self) -> Option<&str> {
+        match &self.state {
+            DeviceState::Assigned { vm } => vm.as_deref(),
+            _ => None,
+        }
+    }
+
+    fn cells(&self) -> [String; COLUMNS.len()] {
+        let text = |value: Option<&str>| value.unwrap_or("-").to_owned();
+        let number = |value: Option<u32>| value.map_or("-".to_owned(), |value| value.to_string());
+        [
+            self.device.bdf.to_string(),
+            self.device.id.to_string(),
+            self.name(),
+            self.class_name
+                .map_or_else(|| self.device.class.to_string(), str::to_owned),
+            text(self.device.driver.as_deref()),
+            number(self.device.iommu_group),
+            number(self.device.numa_node),
+            state_word(&self.state).to_owned(),
+            text(self.group),
+            text(self.vm()),
+        ]
+    }
+
+    fn compare(&self, other: &Self, key: Key) -> Ordering {
+        let (a, b) = (self.device, other.device);
+        match key {
+            Key::Address => a.bdf.cmp(&b.bdf),
+            Key::Id => a.id.cmp(&b.id),
+            Key::Name => self.name().cmp(&other.name()),
+            Key::Class => a.class.cmp(&b.class),
+            Key::Driver => last_if_none(&a.driver, &b.driver),
+            Key::Iommu => last_if_none(&a.iommu_group, &b.iommu_group),
+            Key::Numa => last_if_none(&a.numa_node, &b.numa_node),
+            Key::State => self.state.cmp(&other.state),
+            Key::Group => last_if_none(&self.group, &other.group),
+            Key::Vm => last_if_none(&self.vm(), &other.vm()),
+        }
+    }
+}
+
+/// What devices have is worth more than what they lack.
+fn last_if_none<T: Ord>(a: &Option<T>, b: &Option<T>) -> Ordering {
+    (a.is_none(), a).cmp(&(b.is_none(), b))
+}
+
+/// The word for a state in tables.
+pub fn state_word(state: &DeviceState) -> &'static str {
+    match state {
+        DeviceState::Attached => "attached",
+        DeviceState::Detached => "detached",
+        DeviceState::Assigned { .. } => "assigned",
+        DeviceState::Unbound => "unbound",
+    }
+}

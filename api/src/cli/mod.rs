@@ -1,0 +1,150 @@
+//! The command line: its grammar, and the way from arguments to an exit code.
+
+mod device;
+mod group;
+mod run;
+mod schema;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use gantry_resources::HostPaths;
+use tracing::Level;
+
+use crate::report::Failure;
+
+/// Launches Linux VMs with devices of the host passed through.
+#[derive(Debug, Parser)]
+#[command(
+    name = "gantry",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+#[command(after_help = "\
+Examples:
+  gantry device list                   what the host has, and who has it
+  gantry device detach 0000:01:00.0    hand a device to the pool
+  gantry group list                    the pools
+  gantry run vm.json                   a VM from a file")]
+struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Globals {
+    /// Directory of locks [default: /run/gantry]
+    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(env = "GANTRY_RUN_DIR", hide_env_values = true)]
+    run_dir: Option<PathBuf>,
+    /// Directory of groups.json and groups.d [default: /etc/gantry]
+    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(env = "GANTRY_CONFIG_DIR", hide_env_values = true)]
+    config_dir: Option<PathBuf>,
+    /// Log more to standard error; -vv and -vvv still more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// Directory whose sys, dev, proc, run and etc are used instead of the host's
+    #[arg(long, global = true, value_name = "DIR", hide = true)]
+    host_root: Option<PathBuf>,
+}
+
+impl Globals {
+    /// Where the host keeps things, by default and by these flags.
+    fn paths(&self) -> HostPaths {
+        let mut paths = match &self.host_root {
+            Some(root) => HostPaths::under(root),
+            None => HostPaths::default(),
+        };
+        paths.run = self.run_dir.clone().unwrap_or(paths.run);
+        paths.config = self.config_dir.clone().unwrap_or(paths.config);
+        paths
+    }
+
+    fn level(&self) -> Level {
+        match self.verbose {
+            0 => Level::WARN,
+            1 => Level::INFO,
+            2 => Level::DEBUG,
+            _ => Level::TRACE,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a VM in the foreground until it ends
+    Run(run::RunArgs),
+    /// List the host's devices, move them between host and pools
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
+    /// List the resource groups
+    #[command(subcommand)]
+    Group(group::GroupCommand),
+    /// Print the JSON Schema of gantry's files
+    Schema(schema::SchemaArgs),
+    /// Write one sysfs file, in a process that can be abandoned when the kernel hangs
+    #[command(name = "__sysfs-write", hide = true)]
+    SysfsWrite {
+        /// Path and value
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// Everything between the arguments and the exit code.
+pub fn main() -> ExitCode {
+    let Cli { globals, command } = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_max_level(globals.level())
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .compact()
+        .init();
+    execute(command, globals.paths()).unwrap_or_else(|failure| failure.show())
+}
+
+fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Run(args) => return run::run(args, &paths),
+        Command::Device(command) => device::device(command, &paths)?,
+        Command::Group(command) => group::group(command, &paths)?,
+        Command::Schema(args) => schema::schema(args)?,
+        Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_command_shows_an_example() {
+        fn check(command: &clap::Command) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.contains("Example"), "{}", command.get_name());
+            command
+                .get_subcommands()
+                .filter(|command| !command.is_hide_set())
+                .for_each(check);
+        }
+        check(&Cli::command());
+    }
+}

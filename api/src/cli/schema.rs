@@ -1,0 +1,33 @@
+//! `gantry schema`: what the JSON files may hold, for editors and programs.
+
+use clap::{Args, ValueEnum};
+use gantry_resources::Groups;
+
+use crate::output::print_json;
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry schema > vm.schema.json
+  gantry schema groups > groups.schema.json")]
+pub struct SchemaArgs {
+    /// Which file
+    #[arg(value_enum, default_value_t = Kind::Vm)]
+    file: Kind,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    /// A VM's file, as `gantry run` takes it
+    Vm,
+    /// A file of resource groups: groups.json, groups.d/*.json
+    Groups,
+}
+
+pub fn schema(args: SchemaArgs) -> Result<(), Failure> {
+    match args.file {
+        Kind::Vm => print_json(&crate::config::schema()),
+        Kind::Groups => print_json(&Groups::schema()),
+    }
+}

@@ -1,0 +1,155 @@
+//! A VM's JSON file: read, decoded with places, validated into the VMM's own terms.
+
+mod decode;
+mod document;
+mod error;
+mod inert;
+mod model;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod validate;
+mod wording;
+
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use document::{Node, Value};
+pub use error::Error;
+use error::Fault;
+pub use schema::schema;
+use validate::{Context, Invalid};
+
+/// Where a VM's file comes from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// Standard input, written `-`.
+    Stdin,
+    /// A file.
+    File(PathBuf),
+}
+
+impl From<PathBuf> for Source {
+    fn from(path: PathBuf) -> Self {
+        if path == Path::new("-") {
+            Self::Stdin
+        } else {
+            Self::File(path)
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Stdin => f.write_str("<stdin>"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// What the command line says beside the file.
+#[derive(Debug, Default)]
+pub struct Extras {
+    /// Name of the VM; the file's stem if absent.
+    pub name: Option<String>,
+    /// Devices named by path may be in no group.
+    pub allow_ungrouped: bool,
+}
+
+/// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
+/// files can be opened.
+pub fn load(source: &Source, extras: &Extras) -> Result<crate::vmm::VmConfig, Error> {
+    let text = read(source)?;
+    let name = match (&extras.name, source) {
+        (Some(name), _) => name.clone(),
+        (None, Source::Stdin) => "stdin".to_owned(),
+        (None, Source::File(path)) => stem(path),
+    };
+    check_name(&name)?;
+    let folder = match source {
+        Source::Stdin => None,
+        Source::File(path) => path.parent(),
+    };
+    let context = Context {
+        name: &name,
+        folder: folder.unwrap_or(Path::new("")),
+        allow_ungrouped: extras.allow_ungrouped,
+    };
+    compile(&text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
+        file: source.to_string(),
+        position: document::position(&text, at),
+        what,
+        help,
+    })
+}
+
+/// The whole way from text to a validated VM.
+fn compile(text: &str, context: &Context) -> Result<crate::vmm::VmConfig, Fault> {
+    let mut root = document::parse(text)?;
+    inert::strip(&mut root)?;
+    let model = decode::decode(&root).map_err(wording::misfit)?;
+    validate::convert(model, context).map_err(|Invalid { path, what, help }| {
+        Fault::new(locate(&root, &path), format!("`{path}`: {what}")).help(help)
+    })
+}
+
+fn read(source: &Source) -> Result<String, Error> {
+    let text = match source {
+        Source::Stdin => {
+            let mut text = String::new();
+            std::io::stdin()
+                .lock()
+                .read_to_string(&mut text)
+                .map(|_| text)
+        }
+        Source::File(path) => std::fs::read_to_string(path),
+    };
+    text.map_err(|error| Error::Read {
+        what: source.to_string(),
+        source: error,
+    })
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// A name appears in lock files, logs and tables.
+fn check_name(name: &str) -> Result<(), Error> {
+    let why = match name {
+        "" => "it is empty",
+        name if name.len() > 64 => "it is longer than 64 bytes",
+        name if name.chars().any(|c| c.is_control() || c == '/') => {
+            "it holds a slash or a control character"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Name {
+        name: name.escape_debug().to_string(),
+        why,
+    })
+}
+
+/// Byte offset of the value at a key path, or of the nearest value around it that is there.
+fn locate(node: &Node, path: &str) -> usize {
+    let (step, rest) = match path.strip_prefix('[') {
+        Some(path) => path.split_once(']').unwrap_or((path, "")),
+        None => path.split_at(path.find(['.', '[']).unwrap_or(path.len())),
+    };
+    let child = match &node.value {
+        Value::Map(entries) => entries
+            .iter()
+            .find(|e| e.key == step)
+            .map(|entry| &entry.node),
+        Value::List(items) => step.parse().ok().and_then(|index: usize| items.get(index)),
+        _ => None,
+    };
+    child.map_or(node.at, |child| {
+        locate(child, rest.strip_prefix('.').unwrap_or(rest))
+    })
+}

@@ -1,0 +1,229 @@
+//! The keys of a VM's JSON file that gantry acts on, under the names Cloud Hypervisor gives them.
+//!
+//! The documentation comments are the descriptions in the published schema.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::de::{Deserialize, Deserializer, Visitor};
+
+/// A virtual machine, as written in the file given to `gantry run`.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct VmConfig {
+    /// What the guest boots.
+    pub payload: PayloadConfig,
+    /// The guest's processors.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// The guest's memory.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// Host devices given to the guest, in the order of their slots.
+    #[serde(default)]
+    pub devices: Option<Vec<DeviceConfig>>,
+    /// The guest's first serial port.
+    #[serde(default)]
+    pub serial: SerialConfig,
+}
+
+/// What the guest boots. Relative paths start at the folder of the file they are written in, or at
+/// the working directory when the configuration comes from standard input.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct PayloadConfig {
+    /// Path of the kernel: a `vmlinux` with a PVH entry point, or a `bzImage`.
+    pub kernel: PathBuf,
+    /// Path of the initial RAM file system.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line. A guest shows its boot messages with `console=ttyS0`.
+    pub cmdline: Option<String>,
+}
+
+/// The guest's processors.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct CpusConfig {
+    /// Number of processors the guest starts with.
+    #[schemars(range(min = 1, max = 254))]
+    pub boot_vcpus: u64,
+    /// Number of processors the guest may grow to. Processors cannot be added yet, so this is
+    /// `boot_vcpus` or absent.
+    #[schemars(range(min = 1, max = 254))]
+    pub max_vcpus: Option<u64>,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: None,
+        }
+    }
+}
+
+/// The guest's memory.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct MemoryConfig {
+    /// Size of the guest's RAM: a number of bytes, or a string such as `"512M"` or `"4GiB"`. A
+    /// multiple of 2 MiB, at least 32 MiB.
+    pub size: ByteSize,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: ByteSize(512 << 20),
+        }
+    }
+}
+
+/// Host devices for the guest: `count` of a `group`, or the one at `path`.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["path"]}]))]
+pub struct DeviceConfig {
+    /// Name of the resource group to take devices from; `gantry group list` shows them.
+    pub group: Option<String>,
+    /// How many devices of the group; 1 if absent.
+    #[schemars(range(min = 1))]
+    pub count: Option<u64>,
+    /// Sysfs path of one device, such as `/sys/bus/pci/devices/0000:01:00.0`. It must be in a
+    /// group unless gantry runs with `--allow-ungrouped`.
+    pub path: Option<PathBuf>,
+}
+
+/// The guest's first serial port (16550, COM1).
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct SerialConfig {
+    /// Where it leads.
+    pub mode: SerialMode,
+    /// With mode `File`, the file that output goes to, truncated at start.
+    pub file: Option<PathBuf>,
+}
+
+impl Default for SerialConfig {
+    fn default() -> Self {
+        Self {
+            mode: SerialMode::Tty,
+            file: None,
+        }
+    }
+}
+
+/// Where a serial port leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, JsonSchema)]
+pub enum SerialMode {
+    /// The guest has no such port.
+    Off,
+    /// The guest has the port; what it writes is thrown away.
+    Null,
+    /// Standard input and output.
+    Tty,
+    /// A file; nothing is ever read.
+    File,
+}
+
+/// A number of bytes, written as a number or with a binary unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+const UNITS: [(&str, u32); 4] = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];
+
+impl ByteSize {
+    /// Reads `4096`, `512M` or `512MiB`; units are powers of 1024.
+    fn parse(text: &str) -> Option<Self> {
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+        let number: u64 = number.parse().ok()?;
+        let unit = unit.trim_start();
+        let unit = unit.strip_suffix("iB").unwrap_or(unit);
+        let (_, shift) = UNITS.iter().find(|(name, _)| *name == unit)?;
+        number.checked_mul(1 << shift).map(Self)
+    }
+}
+
+/// The size in the largest unit that leaves a whole number.
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let fits = |shift: &u32| self.0 != 0 && self.0.is_multiple_of(1 << shift);
+        match UNITS.iter().rev().find(|(_, shift)| fits(shift)) {
+            Some((unit, shift)) => write!(f, "{} {unit}iB", self.0 >> shift),
+            None => write!(f, "{} bytes", self.0),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Size;
+        impl Visitor<'_> for Size {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a number of bytes or a string such as \"512M\" or \"4GiB\"")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(bytes))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                let bytes = text.parse().map(ByteSize).ok();
+                bytes
+                    .or_else(|| ByteSize::parse(text))
+                    .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(Size)
+    }
+}
+
+impl JsonSchema for ByteSize {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ByteSize".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": "^[0-9]+ ?([KMGT](iB)?)?$"},
+            ]
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_binary_units() {
+        for (text, bytes) in [
+            ("512M", Some(512 << 20)),
+            ("512MiB", Some(512 << 20)),
+            ("512 MiB", Some(512 << 20)),
+            ("4G", Some(4 << 30)),
+            ("1T", Some(1 << 40)),
+            ("64K", Some(64 << 10)),
+            ("", None),
+            ("M", None),
+            ("4 GB", None),
+            ("-4G", None),
+            ("4.5G", None),
+            ("99999999T", None),
+        ] {
+            assert_eq!(ByteSize::parse(text), bytes.map(ByteSize), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_shown_in_the_largest_whole_unit() {
+        for (bytes, shown) in [(0, "0 bytes"), (3, "3 bytes"), (512 << 20, "512 MiB")] {
+            assert_eq!(ByteSize(bytes).to_string(), shown);
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The JSON Schema of a VM's file, inert keys included.
+
+use schemars::Schema;
+use schemars::generate::SchemaSettings;
+use schemars::transform::RecursiveTransform;
+use serde_json::{Map, Value, json};
+
+use super::inert::{self, Accepts};
+use super::model::VmConfig;
+
+/// Draft 2020-12, in one piece without references.
+pub fn schema() -> Value {
+    let mut settings = SchemaSettings::draft2020_12();
+    settings.inline_subschemas = true;
+    let one_line = RecursiveTransform(|schema: &mut Schema| {
+        if let Some(Value::String(text)) = schema.get_mut("description") {
+            *text = text.replace('\n', " ");
+        }
+    });
+    let settings = settings.with_transform(one_line);
+    let mut schema = settings
+        .into_generator()
+        .into_root_schema_for::<VmConfig>()
+        .to_value();
+    for (path, accepts) in inert::KEYS {
+        add(&mut schema, path, inert_schema(*accepts));
+    }
+    schema
+}
+
+fn inert_schema(accepts: Accepts) -> Value {
+    match accepts {
+        Accepts::Members => json!({
+            "description": "Not supported yet; accepted where it asks for nothing.",
+            "type": ["object", "null"],
+            "properties": {},
+            "additionalProperties": false,
+        }),
+        Accepts::Only(values) => {
+            let values = values.iter().map(|value| serde_json::from_str(value));
+            json!({
+                "description": "Not supported yet; accepted where it asks for nothing.",
+                "enum": values.filter_map(Result::ok).collect::<Vec<Value>>(),
+            })
+        }
+    }
+}
+
+/// Puts a schema at a key path; a parent comes before its members in the table.
+fn add(schema: &mut Value, path: &str, child: Value) {
+    let (key, rest) = path
+        .split_once('.')
+        .map_or((path, None), |(key, rest)| (key, Some(rest)));
+    let (key, in_list) = key
+        .strip_suffix("[]")
+        .map_or((key, false), |key| (key, true));
+    let properties = &mut schema["properties"];
+    if properties.is_null() {
+        *properties = Value::Object(Map::new());
+    }
+    let property = &mut properties[key];
+    let property = if in_list {
+        &mut property["items"]
+    } else {
+        property
+    };
+    match rest {
+        Some(rest) => add(property, rest, child),
+        None => *property = child,
+    }
+}

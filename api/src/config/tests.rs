@@ -1,0 +1,527 @@
+//! What users write, and what they are told: one row for each mistake.
+
+use std::path::{Path, PathBuf};
+
+use gantry_resources::Request;
+
+use super::{Error, Extras, Source, load};
+use crate::vmm::{SerialMode, VmConfig};
+
+/// A folder with a kernel, an initramfs and a VM's file.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("vmlinux"), "kernel").unwrap();
+        std::fs::write(folder.path().join("initrd.img"), "initramfs").unwrap();
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn load(&self, text: &str) -> Result<VmConfig, Error> {
+        std::fs::write(self.path("vm.json"), text).unwrap();
+        load(&Source::File(self.path("vm.json")), &Extras::default())
+    }
+
+    /// The error for a text, with the folder's name taken out, and its help.
+    fn refusal(&self, text: &str) -> String {
+        let error = self.load(text).expect_err(text);
+        let folder = format!("{}/", self.0.path().display());
+        format!("{error}\n{}", error.help().unwrap_or_default()).replace(&folder, "")
+    }
+}
+
+/// A file that is right but for `members`, which start at line 2, column 1.
+fn file(members: &str) -> String {
+    format!("{{\"payload\": {{\"kernel\": \"vmlinux\"}},\n{members}}}")
+}
+
+#[test]
+fn the_least_file_is_enough() {
+    let folder = Folder::new();
+    let config = folder
+        .load(r#"{"payload": {"kernel": "vmlinux"}}"#)
+        .unwrap();
+    assert_eq!(config.name, "vm");
+    assert_eq!(config.payload.kernel, folder.path("vmlinux"));
+    assert_eq!(config.payload.initramfs, None);
+    assert_eq!(config.payload.cmdline, "");
+    assert_eq!(config.vcpus.get(), 1);
+    assert_eq!(config.memory.bytes(), 512 << 20);
+    assert!(config.devices.is_empty());
+    assert_eq!(config.serial, SerialMode::Tty);
+}
+
+#[test]
+fn a_full_file_means_what_it_says() {
+    let folder = Folder::new();
+    let text = r#"{
+        "payload": {"kernel": "vmlinux", "initramfs": "initrd.img", "cmdline": "console=ttyS0"},
+        "cpus": {"boot_vcpus": 4, "max_vcpus": 4, "topology": null, "nested": true},
+        "memory": {"size": 1073741824, "shared": false, "thp": true},
+        "devices": [
+            {"group": "nvme", "count": 2},
+            {"group": "gpu"},
+            {"path": "/sys/bus/pci/devices/0000:01:00.0", "iommu": false, "id": null}
+        ],
+        "serial": {"mode": "File", "file": "out.log"},
+        "console": {"mode": "Off"},
+        "rng": {"src": "/dev/urandom"},
+        "disks": [], "net": null, "iommu": false, "platform": {"num_pci_segments": 1}
+    }"#;
+    let config = folder.load(text).unwrap();
+    assert_eq!(config.payload.initramfs, Some(folder.path("initrd.img")));
+    assert_eq!(config.payload.cmdline, "console=ttyS0");
+    assert_eq!(config.vcpus.get(), 4);
+    assert_eq!(config.memory.bytes(), 1 << 30);
+    assert_eq!(config.serial, SerialMode::File(folder.path("out.log")));
+    let group = |name: &str, count| Request::Group {
+        name: name.to_owned(),
+        count,
+    };
+    let bdf = "0000:01:00.0".parse().unwrap();
+    let device = Request::Device {
+        bdf,
+        allow_ungrouped: false,
+    };
+    assert_eq!(config.devices, [group("nvme", 2), group("gpu", 1), device]);
+}
+
+#[test]
+fn sizes_may_be_written_with_units() {
+    let folder = Folder::new();
+    for (size, bytes) in [
+        ("\"512M\"", 512 << 20),
+        ("\"4GiB\"", 4u64 << 30),
+        ("\"67108864\"", 64 << 20),
+    ] {
+        let config = folder
+            .load(&file(&format!(r#""memory": {{"size": {size}}}"#)))
+            .unwrap();
+        assert_eq!(config.memory.bytes(), bytes, "{size}");
+    }
+}
+
+#[test]
+fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
+    let folder = Folder::new();
+    let text = file(r#""devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0"}]"#);
+    std::fs::write(folder.path("vm.json"), text).unwrap();
+    let source = Source::File(folder.path("vm.json"));
+    let named = |name: &str| {
+        load(
+            &source,
+            &Extras {
+                name: Some(name.to_owned()),
+                allow_ungrouped: true,
+            },
+        )
+    };
+    let config = named("web 1").unwrap();
+    assert_eq!(config.name, "web 1");
+    assert!(matches!(
+        config.devices[0],
+        Request::Device {
+            allow_ungrouped: true,
+            ..
+        }
+    ));
+    for bad in ["", "a/b", "a\nb", &"x".repeat(65)] {
+        let error = named(bad).unwrap_err();
+        assert!(
+            error.to_string().contains("cannot be a VM's name"),
+            "{error}"
+        );
+        assert!(error.help().unwrap().contains("--name"));
+    }
+}
+
+/// `members` of an otherwise right file, then what the error says first and what its help says.
+type Mistake = (&'static str, &'static str, &'static str);
+
+const KEYS: &[Mistake] = &[
+    (
+        r#""cpus": {"boot_vcpu": 1}"#,
+        "2:10: unknown key `cpus.boot_vcpu`",
+        "did you mean `boot_vcpus`?",
+    ),
+    (
+        r#""mem": {}"#,
+        "2:1: unknown key `mem`",
+        "did you mean `memory`?",
+    ),
+    (
+        r#""disk": []"#,
+        "2:1: unknown key `disk`",
+        "did you mean `disks`?",
+    ),
+    (
+        r#""colour": 1"#,
+        "2:1: unknown key `colour`",
+        "the keys here are: payload, cpus, memory, devices, serial",
+    ),
+    (
+        r#""devices": [{"groop": "nvme"}]"#,
+        "2:14: unknown key `devices[0].groop`",
+        "did you mean `group`?",
+    ),
+    (
+        r#""devices": [{"group": "a", "iomu": true}]"#,
+        "2:28: unknown key `devices[0].iomu`",
+        "did you mean `iommu`?",
+    ),
+    (
+        r#""platform": {"iommu_fd": true}"#,
+        "2:14: unknown key `platform.iommu_fd`",
+        "did you mean `iommufd`?",
+    ),
+    (
+        r#""platform": {"colour": 1}"#,
+        "2:14: unknown key `platform.colour`",
+        "remove it",
+    ),
+    (
+        r#""cpus": {}"#,
+        "2:9: key `cpus.boot_vcpus` is missing",
+        "add \"boot_vcpus\"",
+    ),
+    (
+        r#""payload": {}"#,
+        "2:1: key `payload` stands twice",
+        "remove one of them",
+    ),
+    (
+        r#""disks": [{"path": "a.img"}]"#,
+        "2:1: `disks` is not supported yet; gantry accepts only []",
+        "remove the key",
+    ),
+    (
+        r#""vsock": {"cid": 3}"#,
+        "2:1: `vsock` is not supported yet; gantry accepts only null",
+        "remove the key",
+    ),
+    (
+        r#""console": {"mode": "Tty"}"#,
+        "2:13: `console.mode` is not supported yet; gantry accepts only \"Off\"",
+        "it is \"Tty\" here",
+    ),
+    (
+        r#""devices": [{}, {"group": "a", "iommu": true}]"#,
+        "2:32: `devices[1].iommu` is not supported yet; gantry accepts only false",
+        "it is true here",
+    ),
+    (
+        r#""console": []"#,
+        "2:12: `console`: expected an object, found []",
+        "",
+    ),
+];
+
+const TYPES: &[Mistake] = &[
+    (
+        r#""cpus": 4"#,
+        "2:9: `cpus`: expected an object, found the number 4",
+        "",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": "4"}"#,
+        "2:24: `cpus.boot_vcpus`: expected a whole number, 0 or more, found the string \"4\"",
+        "",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 1.5}"#,
+        "2:24: `cpus.boot_vcpus`: expected a whole number, 0 or more, found the number 1.5",
+        "",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": -1}"#,
+        "2:24: `cpus.boot_vcpus`: expected a whole number, 0 or more, found the number -1",
+        "",
+    ),
+    (
+        r#""memory": {"size": "a lot"}"#,
+        "2:20: `memory.size`: expected a number of bytes or a string such as \"512M\" or \"4GiB\", found the string \"a lot\"",
+        "",
+    ),
+    (
+        r#""memory": {"size": "4GB"}"#,
+        "2:20: `memory.size`: expected a number of bytes or a string",
+        "",
+    ),
+    (
+        r#""memory": {"size": [1]}"#,
+        "2:20: `memory.size`: expected a number of bytes or a string such as \"512M\" or \"4GiB\", found a list",
+        "",
+    ),
+    (
+        r#""devices": {"group": "a"}"#,
+        "2:12: `devices`: expected a list, found an object",
+        "",
+    ),
+    (
+        r#""devices": ["a"]"#,
+        "2:13: `devices[0]`: expected an object, found the string \"a\"",
+        "",
+    ),
+    (
+        r#""devices": [{"path": 1}]"#,
+        "2:22: `devices[0].path`: expected a string, found the number 1",
+        "",
+    ),
+    (
+        r#""serial": {"mode": "tty"}"#,
+        "2:20: `serial.mode` cannot be \"tty\"",
+        "did you mean \"Tty\"?",
+    ),
+    (
+        r#""serial": {"mode": "Pty"}"#,
+        "2:20: `serial.mode` cannot be \"Pty\"",
+        "it is one of: Off, Null, Tty, File",
+    ),
+    (
+        r#""serial": {"mode": 1}"#,
+        "2:20: `serial.mode`: expected a string, found 1",
+        "",
+    ),
+    (
+        r#""serial": {"mode": null}"#,
+        "2:20: `serial.mode`: expected a string, found null",
+        "",
+    ),
+];
+
+const VALUES: &[Mistake] = &[
+    (
+        r#""cpus": {"boot_vcpus": 0}"#,
+        "2:24: `cpus.boot_vcpus`: a VM cannot have 0 vCPUs",
+        "use 1 to 254",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 10000}"#,
+        "2:24: `cpus.boot_vcpus`: a VM cannot have 10000 vCPUs",
+        "use 1 to 254",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 2, "max_vcpus": 4}"#,
+        "2:40: `cpus.max_vcpus`: it differs from `boot_vcpus`",
+        "leave it out",
+    ),
+    (
+        r#""memory": {"size": 0}"#,
+        "2:20: `memory.size`: 0 bytes are too little",
+        "use 32 MiB or more",
+    ),
+    (
+        r#""memory": {"size": 1000000000}"#,
+        "2:20: `memory.size`: 1000000000 bytes are no multiple of 2 MiB",
+        "the nearest sizes are 952 MiB and 954 MiB",
+    ),
+    (
+        r#""memory": {"size": 18446744073709551615}"#,
+        "2:20: `memory.size`: 18446744073709551615 bytes are no multiple",
+        "the nearest sizes are",
+    ),
+    (
+        r#""devices": [{"count": 1}]"#,
+        "2:13: `devices[0]`: it has neither `group` nor `path`",
+        "gantry group list",
+    ),
+    (
+        r#""devices": [{"group": "a", "path": "/sys/bus/pci/devices/0000:01:00.0"}]"#,
+        "2:13: `devices[0]`: it has both `group` and `path`",
+        "keep one",
+    ),
+    (
+        r#""devices": [{"group": "a", "count": 0}]"#,
+        "2:37: `devices[0].count`: 0 devices are none",
+        "use 1 or more",
+    ),
+    (
+        r#""devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0", "count": 1}]"#,
+        "2:68: `devices[0].count`: a path names exactly one device",
+        "remove `count`",
+    ),
+    (
+        r#""devices": [{"path": "/dev/nvme0"}]"#,
+        "2:22: `devices[0].path`: \"/dev/nvme0\" is no PCI device's sysfs path",
+        "/sys/bus/pci/devices/0000:01:00.0",
+    ),
+    (
+        r#""devices": [{"path": "01:00.0"}]"#,
+        "2:22: `devices[0].path`: \"01:00.0\" is no path",
+        "write \"/sys/bus/pci/devices/0000:01:00.0\"",
+    ),
+    (
+        r#""devices": [{"path": "/a/01:00.0"}, {"path": "/a/0000:01:00.0"}]"#,
+        "2:37: `devices[1]`: this device is in the list already",
+        "remove one",
+    ),
+    (
+        r#""serial": {"mode": "File"}"#,
+        "2:20: `serial.mode`: mode \"File\" needs a file",
+        "\"file\": \"PATH\"",
+    ),
+    (
+        r#""serial": {"mode": "Tty", "file": "a"}"#,
+        "2:35: `serial.file`: only mode \"File\" has a file",
+        "remove `file`",
+    ),
+];
+
+#[test]
+fn every_mistake_is_told_with_its_place_and_what_to_do() {
+    let folder = Folder::new();
+    for (members, what, help) in [KEYS, TYPES, VALUES].concat() {
+        let refusal = folder.refusal(&file(members));
+        let (first, second) = refusal.split_once('\n').unwrap();
+        assert!(
+            first.starts_with(&format!("vm.json:{what}")),
+            "{members}\n{refusal}"
+        );
+        assert!(second.contains(help), "{members}\n{refusal}");
+        assert!(refusal.lines().count() <= 3, "{refusal}");
+    }
+}
+
+/// Whole files, then what the error says first and what its help says.
+const WHOLE: &[Mistake] = &[
+    (
+        "{}",
+        "vm.json:1:1: key `payload` is missing",
+        "add \"payload\"",
+    ),
+    ("[]", "vm.json:1:1: expected an object, found a list", ""),
+    ("", "vm.json:1:1: not valid JSON: EOF", ""),
+    (
+        "{\"payload\": }",
+        "vm.json:1:13: not valid JSON: expected value",
+        "",
+    ),
+    (
+        r#"{"payload": {}}"#,
+        "vm.json:1:13: key `payload.kernel` is missing",
+        "add \"kernel\"",
+    ),
+    (
+        r#"{"payload": {"kernal": "vmlinux"}}"#,
+        "vm.json:1:14: unknown key `payload.kernal`",
+        "did you mean `kernel`?",
+    ),
+    (
+        r#"{"payload": {"kernel": "vmlinux", "initrd": "x"}}"#,
+        "vm.json:1:35: unknown key `payload.initrd`",
+        "did you mean `initramfs`?",
+    ),
+    (
+        r#"{"payload": {"kernel": "vmlinux", "firmware": "x"}}"#,
+        "vm.json:1:35: `payload.firmware` is not supported yet",
+        "",
+    ),
+    (
+        r#"{"payload": {"kernel": "none"}}"#,
+        "vm.json:1:24: `payload.kernel`: cannot read none: No such file",
+        "starts at the folder",
+    ),
+    (
+        r#"{"payload": {"kernel": "boot"}}"#,
+        "vm.json:1:24: `payload.kernel`: cannot read boot: it is a directory",
+        "",
+    ),
+    (
+        r#"{"payload": {"kernel": "vmlinux", "initramfs": "/none"}}"#,
+        "vm.json:1:48: `payload.initramfs`: cannot read /none: No such file",
+        "",
+    ),
+    (
+        r#"{"payload": {"kernel": "vmlinux", "cmdline": "a\u0000"}}"#,
+        "vm.json:1:46: `payload.cmdline`: it holds a NUL",
+        "",
+    ),
+];
+
+#[test]
+fn payload_mistakes_are_told_too() {
+    let folder = Folder::new();
+    std::fs::create_dir(folder.path("boot")).unwrap();
+    for (text, what, help) in WHOLE {
+        let refusal = folder.refusal(text);
+        assert!(refusal.starts_with(what), "{text}\n{refusal}");
+        assert!(refusal.contains(help), "{text}\n{refusal}");
+    }
+}
+
+#[test]
+fn a_command_line_is_as_long_as_a_kernel_takes() {
+    let folder = Folder::new();
+    let file = |length| {
+        let cmdline = "x".repeat(length);
+        format!(r#"{{"payload": {{"kernel": "vmlinux", "cmdline": "{cmdline}"}}}}"#)
+    };
+    let refusal = folder.refusal(&file(2048));
+    let what = "vm.json:1:46: `payload.cmdline`: 2048 bytes are too long for a kernel";
+    assert!(
+        refusal.starts_with(what) && refusal.contains("2047"),
+        "{refusal}"
+    );
+    assert_eq!(
+        folder.load(&file(2047)).unwrap().payload.cmdline.len(),
+        2047
+    );
+}
+
+#[test]
+fn an_unreadable_file_is_named() {
+    let error = load(&Source::File("/none/vm.json".into()), &Extras::default()).unwrap_err();
+    assert_eq!(error.to_string(), "cannot read /none/vm.json");
+    assert!(
+        std::error::Error::source(&error)
+            .unwrap()
+            .to_string()
+            .contains("No such file")
+    );
+}
+
+#[test]
+fn the_schema_knows_every_key() {
+    let schema = super::schema();
+    let at = |pointer: &str| {
+        schema
+            .pointer(pointer)
+            .unwrap_or_else(|| panic!("no {pointer}"))
+    };
+    assert_eq!(at("/required"), &serde_json::json!(["payload"]));
+    assert_eq!(at("/additionalProperties"), false);
+    assert_eq!(at("/properties/cpus/properties/boot_vcpus/maximum"), 254);
+    assert!(
+        at("/properties/memory/properties/size/description")
+            .as_str()
+            .unwrap()
+            .contains("512M")
+    );
+    assert!(at("/properties/devices/items/properties/group/description").is_string());
+    for (path, _) in super::inert::KEYS {
+        let pointer = path.replace("[]", "/items").replace('.', "/properties/");
+        assert!(
+            at(&format!("/properties/{pointer}"))
+                .get("description")
+                .is_some(),
+            "{path}"
+        );
+    }
+    assert_eq!(at("/properties/disks/enum"), &serde_json::json!([[], null]));
+    assert_eq!(at("/properties/payload/additionalProperties"), false);
+}
+
+#[test]
+fn a_relative_path_starts_at_the_file() {
+    let folder = Folder::new();
+    let config = folder
+        .load(r#"{"payload": {"kernel": "./vmlinux"}}"#)
+        .unwrap();
+    assert!(config.payload.kernel.starts_with(folder.0.path()));
+    assert_eq!(super::stem(Path::new("/a/web-1.vm.json")), "web-1.vm");
+}

@@ -1,0 +1,249 @@
+//! Turns what a user wrote into what the VMM takes; this conversion is the validation.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::vmm::{MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_resources::{HostBdf, Request};
+
+use super::model::{self, ByteSize};
+
+/// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
+const MAX_CMDLINE: usize = 2047;
+
+/// What a file cannot say for itself.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// Name of the VM.
+    pub name: &'a str,
+    /// Folder that relative paths start at.
+    pub folder: &'a Path,
+    /// Devices named by path may be in no group.
+    pub allow_ungrouped: bool,
+}
+
+/// A value that fits its type but makes no VM.
+#[derive(Debug)]
+pub struct Invalid {
+    /// Its key path.
+    pub path: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// What to do about it.
+    pub help: String,
+}
+
+fn invalid(path: &str, what: impl Into<String>, help: impl Into<String>) -> Invalid {
+    Invalid {
+        path: path.to_owned(),
+        what: what.into(),
+        help: help.into(),
+    }
+}
+
+/// Converts a whole file.
+pub fn convert(
+    config: model::VmConfig,
+    context: &Context,
+) -> Result<crate::vmm::VmConfig, Invalid> {
+    Ok(crate::vmm::VmConfig {
+        name: context.name.to_owned(),
+        payload: payload(config.payload, context.folder)?,
+        vcpus: vcpus(&config.cpus)?,
+        memory: memory(&config.memory)?,
+        devices: devices(config.devices.unwrap_or_default(), context.allow_ungrouped)?,
+        serial: serial(config.serial, context.folder)?,
+    })
+}
+
+fn payload(config: model::PayloadConfig, folder: &Path) -> Result<Payload, Invalid> {
+    let cmdline = config.cmdline.unwrap_or_default();
+    if cmdline.contains('\0') {
+        return Err(invalid(
+            "payload.cmdline",
+            "it holds a NUL character",
+            "remove \\u0000",
+        ));
+    }
+    if cmdline.len() > MAX_CMDLINE {
+        let what = format!("{} bytes are too long for a kernel", cmdline.len());
+        let help = format!("make it {MAX_CMDLINE} bytes or shorter");
+        return Err(invalid("payload.cmdline", what, help));
+    }
+    Ok(Payload {
+        kernel: readable("payload.kernel", config.kernel, folder)?,
+        initramfs: config
+            .initramfs
+            .map(|file| readable("payload.initramfs", file, folder))
+            .transpose()?,
+        cmdline,
+    })
+}
+
+/// Opens a file once, so that a wrong path is told with the key that names it.
+fn readable(key: &str, file: PathBuf, folder: &Path) -> Result<PathBuf, Invalid> {
+    let path = folder.join(&file);
+    let help = if file.is_absolute() {
+        "name a file that this user may read"
+    } else {
+        "name a file that this user may read; a relative path starts at the folder of the JSON file"
+    };
+    let problem = match File::open(&path).and_then(|opened| opened.metadata()) {
+        Ok(metadata) if !metadata.is_dir() => return Ok(path),
+        Ok(_) => "it is a directory".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(invalid(
+        key,
+        format!("cannot read {}: {problem}", path.display()),
+        help,
+    ))
+}
+
+fn vcpus(config: &model::CpusConfig) -> Result<VcpuCount, Invalid> {
+    let boot = config.boot_vcpus;
+    let Some(vcpus) = VcpuCount::new(boot) else {
+        let what = format!("a VM cannot have {boot} vCPUs");
+        return Err(invalid(
+            "cpus.boot_vcpus",
+            what,
+            format!("use 1 to {}", VcpuCount::MAX),
+        ));
+    };
+    match config.max_vcpus {
+        Some(max) if max != boot => {
+            let what = format!("it differs from `boot_vcpus`: {max}, not {boot}");
+            let help = "make them equal or leave it out: vCPUs cannot be added to a running VM yet";
+            Err(invalid("cpus.max_vcpus", what, help))
+        }
+        _ => Ok(vcpus),
+    }
+}
+
+fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
+    let ByteSize(bytes) = config.size;
+    let (min, align) = (MemorySize::MIN, MemorySize::ALIGN);
+    MemorySize::new(bytes).ok_or_else(|| {
+        if bytes < min {
+            let what = format!("{} are too little for a guest", config.size);
+            return invalid(
+                "memory.size",
+                what,
+                format!("use {} or more", ByteSize(min)),
+            );
+        }
+        let below = bytes - bytes % align;
+        let near = [Some(below), below.checked_add(align)].map(|near| near.map(ByteSize));
+        let near: Vec<String> = near.iter().flatten().map(ToString::to_string).collect();
+        let what = format!("{} are no multiple of {}", config.size, ByteSize(align));
+        invalid(
+            "memory.size",
+            what,
+            format!("the nearest sizes are {}", near.join(" and ")),
+        )
+    })
+}
+
+fn devices(
+    configs: Vec<model::DeviceConfig>,
+    allow_ungrouped: bool,
+) -> Result<Vec<Request>, Invalid> {
+    let mut requests = Vec::with_capacity(configs.len());
+    for (index, config) in configs.into_iter().enumerate() {
+        let key = format!("devices[{index}]");
+        let request = device(&key, config, allow_ungrouped)?;
+        if matches!(request, Request::Device { .. }) && requests.contains(&request) {
+            let what = "this device is in the list already";
+            return Err(invalid(&key, what, "remove one of the two"));
+        }
+        requests.push(request);
+    }
+    Ok(requests)
+}
+
+fn device(
+    key: &str,
+    config: model::DeviceConfig,
+    allow_ungrouped: bool,
+) -> Result<Request, Invalid> {
+    match (config.group, config.path) {
+        (Some(name), None) => {
+            let key = format!("{key}.count");
+            let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
+            match count {
+                0 => Err(invalid(
+                    &key,
+                    "0 devices are none",
+                    "use 1 or more, or remove the entry",
+                )),
+                count => Ok(Request::Group { name, count }),
+            }
+        }
+        (None, Some(_)) if config.count.is_some() => {
+            let what = "a path names exactly one device";
+            Err(invalid(&format!("{key}.count"), what, "remove `count`"))
+        }
+        (None, Some(path)) => {
+            let bdf = address(&path).map_err(|(what, help)| {
+                let what = format!("\"{}\" {what}", path.display());
+                invalid(&format!("{key}.path"), what, help)
+            })?;
+            Ok(Request::Device {
+                bdf,
+                allow_ungrouped,
+            })
+        }
+        (Some(_), Some(_)) => {
+            let what = "it has both `group` and `path`";
+            Err(invalid(
+                key,
+                what,
+                "keep one: any device of a group, or the one at a path",
+            ))
+        }
+        (None, None) => {
+            let what = "it has neither `group` nor `path`";
+            let help = "add \"group\": \"NAME\" (`gantry group list` shows them), \
+                        or \"path\": \"/sys/bus/pci/devices/0000:01:00.0\"";
+            Err(invalid(key, what, help))
+        }
+    }
+}
+
+fn address(path: &Path) -> Result<HostBdf, (&'static str, String)> {
+    let bdf = HostBdf::from_sysfs_path(path);
+    match bdf {
+        Ok(bdf) if path.is_absolute() => Ok(bdf),
+        Ok(bdf) => Err((
+            "is no path",
+            format!("write \"/sys/bus/pci/devices/{bdf}\""),
+        )),
+        Err(_) => {
+            let help = "write it like \"/sys/bus/pci/devices/0000:01:00.0\"; \
+                        `gantry device list` shows the addresses";
+            Err(("is no PCI device's sysfs path", help.to_owned()))
+        }
+    }
+}
+
+fn serial(config: model::SerialConfig, folder: &Path) -> Result<SerialMode, Invalid> {
+    use model::SerialMode as Mode;
+    match (config.mode, config.file) {
+        (Mode::File, Some(file)) => Ok(SerialMode::File(folder.join(file))),
+        (Mode::File, None) => {
+            let help = "add \"file\": \"PATH\" beside it";
+            Err(invalid("serial.mode", "mode \"File\" needs a file", help))
+        }
+        (_, Some(_)) => {
+            let help = "set \"mode\": \"File\", or remove `file`";
+            Err(invalid(
+                "serial.file",
+                "only mode \"File\" has a file",
+                help,
+            ))
+        }
+        (Mode::Off, None) => Ok(SerialMode::Off),
+        (Mode::Null, None) => Ok(SerialMode::Null),
+        (Mode::Tty, None) => Ok(SerialMode::Tty),
+    }
+}

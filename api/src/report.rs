@@ -1,0 +1,116 @@
+//! The one place where errors are shown and become exit codes.
+
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+
+use anstyle::{AnsiColor, Style};
+
+/// The guest powered off, or the command did what it was asked.
+pub const SUCCESS: u8 = 0;
+/// gantry or the host failed.
+pub const FAILED: u8 = 1;
+/// The command line or the configuration is wrong; clap exits with the same code.
+pub const USAGE: u8 = 2;
+/// The guest died.
+pub const GUEST_DIED: u8 = 3;
+/// The VM was stopped from the console.
+pub const STOPPED: u8 = 4;
+/// Plus n: ended by signal n, as shells have it.
+pub const BY_SIGNAL: u8 = 128;
+
+const ERROR: Style = AnsiColor::Red.on_default().bold();
+const CAUSE: Style = Style::new().dimmed();
+
+/// A command that failed, and how the process is to end.
+#[derive(Debug)]
+pub struct Failure {
+    /// The exit code.
+    pub exit: u8,
+    error: Box<dyn Error>,
+    help: Option<String>,
+}
+
+impl Failure {
+    /// A failure with exit code `exit`.
+    pub fn new(exit: u8, error: impl Into<Box<dyn Error>>) -> Self {
+        Self {
+            exit,
+            error: error.into(),
+            help: None,
+        }
+    }
+
+    /// A failure of gantry or of the host.
+    pub fn host(error: impl Into<Box<dyn Error>>) -> Self {
+        Self::new(FAILED, error)
+    }
+
+    /// The same failure with advice.
+    pub fn help(self, help: impl Into<String>) -> Self {
+        Self {
+            help: Some(help.into()),
+            ..self
+        }
+    }
+
+    /// Shows the failure on standard error, with colour where that is a terminal.
+    pub fn show(&self) -> ExitCode {
+        // Where standard error cannot be written to, there is nobody left to tell.
+        let _ = self.write(&mut anstream::stderr().lock());
+        ExitCode::from(self.exit)
+    }
+
+    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
+        writeln!(
+            out,
+            "{ERROR}error:{ERROR:#} {}",
+            indented(&self.error.to_string())
+        )?;
+        let mut last = self.error.to_string();
+        let mut next = self.error.source();
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            // An error that only passes its source on says the same thing twice.
+            if text != last {
+                writeln!(out, "  {CAUSE}because:{CAUSE:#} {}", indented(&text))?;
+            }
+            (last, next) = (text, cause.source());
+        }
+        self.help
+            .iter()
+            .try_for_each(|help| writeln!(out, "  {}", indented(help)))
+    }
+}
+
+fn indented(text: &str) -> String {
+    text.replace('\n', "\n  ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open 0000:01:00.0")]
+    struct Outer(#[source] Middle);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error(transparent)]
+    struct Middle(Inner);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("group 7\nis busy")]
+    struct Inner;
+
+    #[test]
+    fn the_chain_is_told_once_from_the_outside_in() {
+        let failure = Failure::host(Outer(Middle(Inner))).help("wait");
+        let mut out = anstream::StripStream::new(Vec::new());
+        failure.write(&mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out.into_inner()).unwrap(),
+            "error: cannot open 0000:01:00.0\n  because: group 7\n  is busy\n  wait\n"
+        );
+    }
+}

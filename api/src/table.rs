@@ -1,0 +1,207 @@
+//! A table for the terminal: columns as wide as they need, narrowed or left out to fit.
+
+use std::fmt;
+
+use anstyle::Style;
+
+const HEADER: Style = Style::new().bold();
+const GAP: usize = 2;
+
+/// What a column may give up when the table is wider than the terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Give {
+    /// Nothing: it is shown in full.
+    Nothing,
+    /// Its texts are cut, down to so many characters.
+    Width(usize),
+    /// It is left out; lower numbers go first.
+    All(u8),
+}
+
+/// Head of a column.
+#[derive(Debug, Clone, Copy)]
+pub struct Column {
+    /// Its title.
+    pub title: &'static str,
+    /// What it gives up first.
+    pub give: Give,
+}
+
+/// Rows of cells under their columns.
+#[derive(Debug)]
+pub struct Table {
+    columns: Vec<Column>,
+    rows: Vec<Vec<String>>,
+    left_out: Vec<&'static str>,
+}
+
+impl Table {
+    /// A table whose rows have one cell for each column.
+    pub fn new(columns: &[Column], rows: Vec<Vec<String>>) -> Self {
+        Self {
+            columns: columns.to_vec(),
+            rows,
+            left_out: Vec::new(),
+        }
+    }
+
+    /// Narrowed to the terminal that standard output is, if it is one.
+    pub fn fit_terminal(self) -> Self {
+        match terminal_size::terminal_size_of(std::io::stdout()) {
+            Some((width, _)) => self.fit(usize::from(width.0)),
+            None => self,
+        }
+    }
+
+    /// Narrowed to `width` characters as far as its columns give.
+    pub fn fit(mut self, width: usize) -> Self {
+        while self.narrowest() > width {
+            let expendable = self
+                .columns
+                .iter()
+                .enumerate()
+                .filter_map(|(index, column)| {
+                    let Give::All(order) = column.give else {
+                        return None;
+                    };
+                    Some((order, index))
+                });
+            let Some((_, index)) = expendable.min() else {
+                break;
+            };
+            self.left_out.push(self.columns.remove(index).title);
+            self.rows.iter_mut().for_each(|row| drop(row.remove(index)));
+        }
+        for index in 0..self.columns.len() {
+            let Give::Width(least) = self.columns[index].give else {
+                continue;
+            };
+            let surplus = self.total(&self.widths()).saturating_sub(width);
+            let width = self.widths()[index].saturating_sub(surplus).max(least);
+            self.rows
+                .iter_mut()
+                .for_each(|row| cut(&mut row[index], width));
+        }
+        self
+    }
+
+    /// Titles of the columns that did not fit.
+    pub fn left_out(&self) -> &[&'static str] {
+        &self.left_out
+    }
+
+    fn widths(&self) -> Vec<usize> {
+        let widest = |index: usize| self.rows.iter().map(move |row| row[index].chars().count());
+        let title = |column: &Column| column.title.chars().count();
+        let columns = self.columns.iter().enumerate();
+        columns
+            .map(|(index, column)| widest(index).fold(title(column), usize::max))
+            .collect()
+    }
+
+    fn total(&self, widths: &[usize]) -> usize {
+        widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1)
+    }
+
+    /// Width with every text cut as far as it may be.
+    fn narrowest(&self) -> usize {
+        let mut widths = self.widths();
+        for (width, column) in widths.iter_mut().zip(&self.columns) {
+            if let Give::Width(least) = column.give {
+                *width = least.max(column.title.len()).min(*width);
+            }
+        }
+        self.total(&widths)
+    }
+}
+
+fn cut(text: &mut String, width: usize) {
+    if text.chars().count() > width {
+        *text = text
+            .chars()
+            .take(width.saturating_sub(1))
+            .chain(['…'])
+            .collect();
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let widths = self.widths();
+        let line = |f: &mut fmt::Formatter, cells: &mut dyn Iterator<Item = &str>| {
+            let padded = cells
+                .zip(&widths)
+                .map(|(cell, width)| format!("{cell:width$}"));
+            let text = padded.collect::<Vec<_>>().join(&" ".repeat(GAP));
+            f.write_str(text.trim_end())
+        };
+        write!(f, "{HEADER}")?;
+        line(f, &mut self.columns.iter().map(|column| column.title))?;
+        writeln!(f, "{HEADER:#}")?;
+        for row in &self.rows {
+            line(f, &mut row.iter().map(String::as_str))?;
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Table {
+        let column = |title, give| Column { title, give };
+        Table::new(
+            &[
+                column("ADDRESS", Give::Nothing),
+                column("NAME", Give::Width(6)),
+                column("NUMA", Give::All(1)),
+                column("ID", Give::All(0)),
+            ],
+            vec![
+                ["01:00.0", "a long name", "0", "1b36:0010"]
+                    .map(String::from)
+                    .to_vec(),
+                ["02:00.0", "née", "-", "8086:0001"]
+                    .map(String::from)
+                    .to_vec(),
+            ],
+        )
+    }
+
+    fn shown(table: &Table) -> Vec<String> {
+        anstream::adapter::strip_str(&table.to_string())
+            .to_string()
+            .lines()
+            .map(String::from)
+            .collect()
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_they_need() {
+        assert_eq!(
+            shown(&table().fit(100)),
+            [
+                "ADDRESS  NAME         NUMA  ID",
+                "01:00.0  a long name  0     1b36:0010",
+                "02:00.0  née          -     8086:0001",
+            ]
+        );
+    }
+
+    #[test]
+    fn texts_are_cut_before_columns_go() {
+        let table = table().fit(34);
+        assert!(table.left_out().is_empty());
+        assert_eq!(shown(&table)[1], "01:00.0  a long …  0     1b36:0010");
+    }
+
+    #[test]
+    fn columns_go_in_their_order() {
+        let table = table().fit(22);
+        assert_eq!(table.left_out(), ["ID"]);
+        assert_eq!(shown(&table)[1], "01:00.0  a long…  0");
+        assert_eq!(self::table().fit(5).left_out(), ["ID", "NUMA"]);
+    }
+}
