@@ -129,10 +129,13 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> Error {
 mod tests {
     use super::*;
 
-    fn on_null() -> Container {
-        Container {
-            file: File::open("/dev/null").unwrap(),
-            groups: Mutex::new(Groups::NoneYet),
+    impl Container {
+        /// A container that refuses everything with ENOTTY.
+        pub(in crate::host) fn on_null() -> Self {
+            Self {
+                file: File::open("/dev/null").unwrap(),
+                groups: Mutex::new(Groups::NoneYet),
+            }
         }
     }
 
@@ -162,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_container_whose_groups_have_left_takes_no_more_and_forgets_its_mappings() {
-        let container = on_null();
+        let container = Container::on_null();
         *container.groups.lock().unwrap() = Groups::Joined(1);
         assert!(container.unmap(0, 4096).is_err());
         container.join(|_| Ok(())).unwrap();
@@ -175,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_first_group_without_an_iommu_has_not_joined() {
-        let container = on_null();
+        let container = Container::on_null();
         let error = container.join(|_| Ok(())).unwrap_err();
         assert!(matches!(
             error,

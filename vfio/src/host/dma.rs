@@ -20,6 +20,9 @@ const CHUNK: u64 = 1 << 30;
 #[derive(Debug, Clone)]
 pub struct DmaSpace {
     container: Arc<Container>,
+    /// How many bytes may be pinned, if there is a limit. Asked for once, as the thread that maps
+    /// may have no right to read files.
+    memory_lock: Option<u64>,
 }
 
 /// Memory that devices can reach. Dropping it takes the mapping away before the memory goes.
@@ -34,7 +37,10 @@ pub struct DmaMapping {
 impl DmaSpace {
     /// The space of `container`, which has a group.
     pub fn new(container: Arc<Container>) -> Self {
-        Self { container }
+        Self {
+            container,
+            memory_lock: memlock::limit(),
+        }
     }
 
     /// The container whose address space it is.
@@ -59,10 +65,26 @@ impl DmaSpace {
         for chunk in chunks(iova, len) {
             self.container
                 .map(iova + chunk.offset, memory, chunk.offset, chunk.len)
-                .map_err(|source| refused(iova + chunk.offset, chunk.len, mapping.len, source))?;
+                .map_err(|source| self.refused(&mapping, &chunk, source))?;
             mapping.len += chunk.len;
         }
         Ok(mapping)
+    }
+
+    /// Tells a locked-memory limit that is too low from other refusals.
+    fn refused(&self, mapping: &DmaMapping, chunk: &Chunk, source: io::Error) -> Error {
+        let needed = mapping.len + chunk.len;
+        match self.memory_lock {
+            Some(allowed) if needed > allowed && source.raw_os_error() == Some(libc::ENOMEM) => {
+                Error::MemoryLock { needed, allowed }
+            }
+            _ => Error::Dma {
+                call: "VFIO_IOMMU_MAP_DMA",
+                iova: mapping.iova + chunk.offset,
+                len: chunk.len,
+                source,
+            },
+        }
     }
 
     fn check_entries(&self, needed: u64) -> Result<()> {
@@ -90,21 +112,6 @@ impl Drop for DmaMapping {
                 "VFIO_IOMMU_UNMAP_DMA failed"
             );
         }
-    }
-}
-
-/// Tells a locked-memory limit that is too low from other refusals.
-fn refused(iova: u64, len: u64, pinned: u64, source: io::Error) -> Error {
-    if source.raw_os_error() == Some(libc::ENOMEM)
-        && let Err(error) = memlock::check_memory_lock(pinned + len)
-    {
-        return error;
-    }
-    Error::Dma {
-        call: "VFIO_IOMMU_MAP_DMA",
-        iova,
-        len,
-        source,
     }
 }
 
@@ -159,15 +166,47 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_that_is_not_about_locked_memory_keeps_its_errno() {
-        let error = refused(
-            0x1000,
-            0x2000,
-            0,
-            io::Error::from_raw_os_error(libc::EEXIST),
-        );
-        assert!(matches!(&error, Error::Dma { iova: 0x1000, source, .. }
-            if source.raw_os_error() == Some(libc::EEXIST)));
-        assert!(error.to_string().contains("0x2000 bytes at IOVA 0x1000"));
+    fn refusals_keep_their_errno_unless_the_limit_explains_them() {
+        let container = Container::on_null();
+        let space = DmaSpace {
+            container: Arc::new(container),
+            memory_lock: Some(8 << 20),
+        };
+        let memory = Arc::new(HostMapping::anonymous(4096, 4096).unwrap());
+        let mapping = DmaMapping {
+            container: Arc::clone(&space.container),
+            iova: 0x1000,
+            len: 0,
+            _memory: memory,
+        };
+        let refused = |errno, len| {
+            let chunk = Chunk {
+                offset: 0x2000,
+                len,
+            };
+            space.refused(&mapping, &chunk, io::Error::from_raw_os_error(errno))
+        };
+        let error = refused(libc::ENOMEM, 16 << 20);
+        assert!(matches!(error, Error::MemoryLock { needed, .. } if needed == 16 << 20));
+        for (errno, len) in [(libc::ENOMEM, 1 << 20), (libc::EEXIST, 16 << 20)] {
+            let error = refused(errno, len);
+            assert!(matches!(&error, Error::Dma { iova: 0x3000, source, .. }
+                if source.raw_os_error() == Some(errno)));
+        }
+    }
+
+    #[test]
+    fn nothing_is_mapped_in_a_container_that_cannot_say_what_it_has() {
+        let space = DmaSpace::new(Arc::new(Container::on_null()));
+        let memory = Arc::new(HostMapping::anonymous(4096, 4096).unwrap());
+        let error = space.map(0, &memory).unwrap_err();
+        assert!(matches!(
+            error,
+            Error::Container {
+                call: "VFIO_IOMMU_GET_INFO",
+                ..
+            }
+        ));
+        assert_eq!(Arc::strong_count(&memory), 1);
     }
 }

@@ -63,6 +63,9 @@ pub const RUNTIME_REQUESTS: &[u64] = &[
     GROUP_UNSET_CONTAINER,
 ];
 
+/// Requests made by a thread that maps guest memory for devices, and takes it away if that fails.
+pub const DMA_REQUESTS: &[u64] = &[IOMMU_GET_INFO, IOMMU_MAP_DMA, IOMMU_UNMAP_DMA];
+
 /// Size of an information structure whose fixed part this program knows.
 const fn argsz<T>() -> u32 {
     size_of::<T>() as u32

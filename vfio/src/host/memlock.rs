@@ -1,6 +1,6 @@
 //! How much memory this process may lock, since every page that a device can reach is.
 
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use crate::{Error, Result};
 
@@ -12,17 +12,20 @@ const CAP_IPC_LOCK: u32 = 14;
 /// # Errors
 /// The locked-memory limit is lower, and the process has no CAP_IPC_LOCK.
 pub fn check_memory_lock(bytes: u64) -> Result<()> {
-    let Ok((allowed, _)) = getrlimit(Resource::RLIMIT_MEMLOCK) else {
-        return Ok(());
-    };
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if bytes <= allowed || may_lock_all(&status) {
-        return Ok(());
+    match limit() {
+        Some(allowed) if bytes > allowed => Err(Error::MemoryLock {
+            needed: bytes,
+            allowed,
+        }),
+        _ => Ok(()),
     }
-    Err(Error::MemoryLock {
-        needed: bytes,
-        allowed,
-    })
+}
+
+/// How many bytes this process may lock, if there is a limit.
+pub(super) fn limit() -> Option<u64> {
+    let (allowed, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    (allowed != RLIM_INFINITY && !may_lock_all(&status)).then_some(allowed)
 }
 
 fn may_lock_all(status: &str) -> bool {

@@ -13,5 +13,5 @@ pub use device::{DeviceIo, Irq, Region, VfioDevice};
 pub use dma::{DmaMapping, DmaSpace};
 pub use group::{Group, GroupObserver};
 pub use info::{IommuInfo, IrqInfo, MmapArea, RegionInfo};
-pub use ioctl::{OPEN_REQUESTS, RUNTIME_REQUESTS};
+pub use ioctl::{DMA_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
 pub use memlock::check_memory_lock;

@@ -1,40 +1,262 @@
 //! The passed-through function: configuration space, BARs and interrupts of a host device.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gantry_devices::pci::{BarSpace, MsiRouter, PciDevice};
+use gantry_devices::pci::registers as reg;
+use gantry_devices::pci::{
+    Backing, BarRegisters, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice,
+};
+use gantry_devices::warn_limited;
 
-use crate::Result;
-use crate::host::DeviceIo;
+use super::bars;
+use super::config::{self, MsixCapability, POWER_STATE, PowerCapability};
+use super::interrupts::Interrupts;
+use crate::host::{DeviceIo, Region};
+use crate::{Error, Result};
+
+/// The most address bits that an x86 guest can have; where the guest's own end is, the owner of its
+/// address space knows.
+const MAX_ADDRESS_BITS: u8 = 52;
 
 /// A host device as a PCI function of the guest.
+///
+/// The guest begins with a function whose decoding, bus mastering and interrupts are off. Its
+/// writes to the command register and to the power state take effect in [`PciDevice::remap`], which
+/// [`PciDevice::write_config`] asks for: so no vCPU reaches a BAR that the hardware has ceased to
+/// decode, and Bus Master reaches the hardware from one place only.
 pub struct PassthroughDevice {
     io: Arc<dyn DeviceIo>,
+    /// `None` for a device without MSI-X.
+    msix: Option<(MsixCapability, Arc<Interrupts>)>,
+    power: Option<PowerCapability>,
+    /// The configuration space as it is after a reset.
+    at_reset: ConfigSpace,
+    // Taken before the lock of the interrupts.
+    state: Mutex<State>,
+}
+
+struct State {
+    space: ConfigSpace,
+    bars: BarSet,
+    /// What the hardware was last told; `None` if that is not known.
+    hardware: Option<Control>,
+}
+
+/// The registers that take effect in [`PciDevice::remap`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Control {
+    command: u16,
+    /// The power state, 0 for D0 to 3 for D3hot.
+    power: u8,
+}
+
+impl Control {
+    const AT_RESET: Self = Self {
+        command: 0,
+        power: 0,
+    };
+
+    /// Outside D0 nothing is decoded (PCI Express Base Specification 6.0, 5.3.1).
+    fn decode(self) -> Decode {
+        match self.power {
+            0 => Decode::from_command(self.command),
+            _ => Decode::NONE,
+        }
+    }
 }
 
 impl PassthroughDevice {
-    /// Makes a function of the device behind `io`, with interrupts through `router`.
+    /// Makes a function of the device behind `io`, freshly opened and so reset, that interrupts
+    /// through `router`.
     ///
     /// # Errors
-    /// The device cannot be read, or what it says of itself makes no sense.
-    pub fn new(io: Arc<dyn DeviceIo>, _router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { io }))
+    /// The device cannot be reached, or what it says of itself makes no sense.
+    pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
+        let unusable = |why: String| Error::Unusable {
+            device: io.name().to_owned(),
+            why,
+        };
+        let mut physical = vec![0; io.region(Region::CONFIG).size.min(4096) as usize];
+        io.read(Region::CONFIG, 0, &mut physical)?;
+        let vectors = io.irq(crate::host::Irq::Msix).count;
+        let plan = config::plan(&physical, vectors > 0).map_err(|why| unusable(why.into()))?;
+        let msix = match plan.msix {
+            Some(capability) => {
+                let interrupts = Interrupts::new(&io, router, &capability)
+                    .map_err(|why| unusable(why.into()))?;
+                Some((capability, interrupts))
+            }
+            None => None,
+        };
+        let interrupts = msix.as_ref().map(|(_, interrupts)| interrupts);
+        let bars = bars::open(&io, &physical, interrupts)?;
+        let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
+            .map_err(|error| unusable(error.to_string()))?;
+        let power = plan.power;
+        Control::AT_RESET.write(io.as_ref(), power)?;
+        Ok(Arc::new(Self {
+            state: Mutex::new(State {
+                space: plan.space.clone(),
+                bars,
+                hardware: Some(Control::AT_RESET),
+            }),
+            io,
+            msix,
+            power,
+            at_reset: plan.space,
+        }))
+    }
+
+    /// The device's address on the host.
+    pub fn name(&self) -> &str {
+        self.io.name()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the guest has asked for.
+    fn control(&self, space: &ConfigSpace) -> Control {
+        let state = |power: PowerCapability| space.get::<1>(power.control)[0] & POWER_STATE;
+        Control {
+            command: u16::from_le_bytes(space.get(reg::COMMAND)),
+            power: self.power.map_or(0, state),
+        }
+    }
+
+    /// Tells the hardware what the guest has asked for, unless it knows.
+    fn follow(&self, hardware: &mut Option<Control>, control: Control) -> Result<()> {
+        if *hardware != Some(control) {
+            *hardware = None;
+            control.write(self.io.as_ref(), self.power)?;
+            *hardware = Some(control);
+        }
+        Ok(())
+    }
+}
+
+impl Control {
+    /// The power state first: outside D0 a function may forget what else it is told.
+    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>) -> Result<()> {
+        if let Some(power) = power {
+            io.write(Region::CONFIG, power.control.into(), &[self.power])?;
+        }
+        let command = self.command.to_le_bytes();
+        io.write(Region::CONFIG, reg::COMMAND.into(), &command)
+    }
+}
+
+/// The configuration space of the hardware.
+struct Hardware<'a>(&'a dyn DeviceIo);
+
+impl Backing for Hardware<'_> {
+    fn read(&self, offset: u16, data: &mut [u8]) {
+        if let Err(error) = self.0.read(Region::CONFIG, offset.into(), data) {
+            data.fill(0xff);
+            warn_limited!(
+                error = &error as &dyn std::error::Error,
+                "guest reads all ones"
+            );
+        }
+    }
+
+    fn write(&self, offset: u16, data: &[u8]) {
+        if let Err(error) = self.0.write(Region::CONFIG, offset.into(), data) {
+            warn_limited!(
+                error = &error as &dyn std::error::Error,
+                "guest's write is lost"
+            );
+        }
     }
 }
 
 impl PciDevice for PassthroughDevice {
-    fn read_config(&self, _offset: u16, data: &mut [u8]) {
-        data.fill(0xff);
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        let state = self.lock();
+        if BarSet::handles(offset) {
+            state.bars.read(offset, data);
+        } else {
+            state.space.read(offset, data, &Hardware(self.io.as_ref()));
+        }
     }
 
-    fn write_config(&self, _offset: u16, _data: &[u8]) -> bool {
-        false
+    fn write_config(&self, offset: u16, data: &[u8]) -> bool {
+        let mut guard = self.lock();
+        let State {
+            space,
+            bars,
+            hardware,
+        } = &mut *guard;
+        let before = self.control(space);
+        if BarSet::handles(offset) {
+            bars.write(offset, data);
+        } else {
+            space.write(offset, data, &Hardware(self.io.as_ref()));
+        }
+        let mut control = self.control(space);
+        if let Some(power) = self.power.filter(|power| !power.supports(control.power)) {
+            // A power state that the function does not have is not entered.
+            let [low]: [u8; 1] = space.get(power.control);
+            space.set(power.control, &[low & !POWER_STATE | before.power]);
+            control.power = before.power;
+        }
+        if let Some((capability, interrupts)) = &self.msix
+            && touches(offset, data, capability.control)
+        {
+            interrupts.write_control(u16::from_le_bytes(space.get(capability.control)));
+        }
+        *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
-    fn remap(&self, _space: &dyn BarSpace) {}
+    fn remap(&self, target: &dyn BarSpace) {
+        let mut guard = self.lock();
+        let State {
+            space,
+            bars,
+            hardware,
+        } = &mut *guard;
+        let control = self.control(space);
+        bars.remap(control.decode(), target, || {
+            if let Err(error) = self.follow(hardware, control) {
+                warn_limited!(
+                    error = &error as &dyn std::error::Error,
+                    "device does not follow its command register"
+                );
+            }
+        });
+    }
 
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
-        self.io.reset().map_err(io::Error::other)
+        let mut guard = self.lock();
+        let State {
+            space,
+            bars,
+            hardware,
+        } = &mut *guard;
+        bars.unmap();
+        bars.restore(BarRegisters::default());
+        *space = self.at_reset.clone();
+        if let Some((_, interrupts)) = &self.msix {
+            interrupts.reset();
+        }
+        // Bus mastering ends even where the device has no reset, and the reset itself may leave the
+        // command register as it was.
+        let quiet = self.follow(hardware, Control::AT_RESET);
+        let reset = self.io.reset();
+        *hardware = None;
+        let after = self.follow(hardware, Control::AT_RESET);
+        quiet.and(reset).and(after).map_err(io::Error::other)
     }
 }
+
+/// Whether a write of `data` at `offset` covers a byte of the 16-bit register at `register`.
+fn touches(offset: u16, data: &[u8], register: u16) -> bool {
+    let (start, end) = (usize::from(offset), usize::from(offset) + data.len());
+    let register = usize::from(register);
+    start < register + 2 && register < end
+}
+
+#[cfg(test)]
+mod tests;

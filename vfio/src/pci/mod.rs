@@ -1,5 +1,9 @@
 //! The guest's side: a host PCI device as a function of the guest's PCI bus.
 
+mod bars;
+mod config;
 mod device;
+mod interrupts;
+mod window;
 
 pub use device::PassthroughDevice;

@@ -1,0 +1,322 @@
+//! What the guest sees of a device's configuration space: planned once from what the device says.
+//!
+//! Everything is passed through but for what follows. The BARs, the command register, the power
+//! state and the MSI-X control are the guest's own, and reach the hardware in another form or not
+//! at all. What is not supported is taken out of the capability lists and reads zero: MSI and INTx
+//! for now, and whatever a guest could not use without its host (SR-IOV, ARI, Resizable BAR, ATS,
+//! PRI, PASID).
+
+use gantry_devices::pci::capability::{walk_extended, walk_standard};
+use gantry_devices::pci::registers as reg;
+use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
+use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
+
+/// The smallest configuration space, of a function that is not PCI Express.
+const CONVENTIONAL_SIZE: usize = 256;
+/// Where the list of extended capabilities begins.
+const EXTENDED_START: u16 = 0x100;
+/// The bits of the command register that a guest may set. The others are reserved or have no
+/// meaning in PCI Express (PCI Express Base Specification 6.0, 7.5.1.1.3).
+const COMMAND_WRITABLE: u16 = reg::COMMAND_IO
+    | reg::COMMAND_MEMORY
+    | reg::COMMAND_BUS_MASTER
+    | COMMAND_PARITY
+    | COMMAND_SERR
+    | reg::COMMAND_INTX_DISABLE;
+const COMMAND_PARITY: u16 = 1 << 6;
+const COMMAND_SERR: u16 = 1 << 8;
+/// Status: INTx is asserted.
+const STATUS_INTX: u8 = 1 << 3;
+const BIST: u16 = 0x0f;
+
+/// Extended capabilities that guests do not get.
+const HIDDEN_EXTENDED: [ExtendedCapabilityId; 7] = [
+    ExtendedCapabilityId::ARI,
+    ExtendedCapabilityId::ATS,
+    ExtendedCapabilityId::SR_IOV,
+    ExtendedCapabilityId::PRI,
+    ExtendedCapabilityId::RESIZABLE_BAR,
+    ExtendedCapabilityId::PASID,
+    ExtendedCapabilityId::VF_RESIZABLE_BAR,
+];
+
+/// The configuration space of a function, and where the registers are that do more than be read.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    /// As it is before the guest starts. BARs and ROM are answered elsewhere.
+    pub space: ConfigSpace,
+    /// The power management capability, if there is one.
+    pub power: Option<PowerCapability>,
+    /// The MSI-X capability, if there is one that can be used.
+    pub msix: Option<MsixCapability>,
+}
+
+/// PCI power management (PCI Express Base Specification 6.0, 7.5.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PowerCapability {
+    /// Offset of the control and status register, whose low byte holds the power state.
+    pub control: u16,
+    d1: bool,
+    d2: bool,
+}
+
+impl PowerCapability {
+    /// Whether the function has the power state D0 to D3; a write of another one is ignored.
+    pub fn supports(self, state: u8) -> bool {
+        match state {
+            1 => self.d1,
+            2 => self.d2,
+            _ => true,
+        }
+    }
+}
+
+/// MSI-X (PCI Express Base Specification 6.0, 7.7.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MsixCapability {
+    /// Offset of the message control register.
+    pub control: u16,
+    /// Number of vectors.
+    pub vectors: u16,
+    /// Where the table is.
+    pub table: InBar,
+    /// Where the pending bits are.
+    pub pba: InBar,
+}
+
+/// A place in a BAR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InBar {
+    /// The BAR's register; devices that say 6 or 7 are in error.
+    pub bar: u8,
+    /// Offset in the BAR.
+    pub offset: u64,
+}
+
+impl InBar {
+    fn from_register(value: u32) -> Self {
+        Self {
+            bar: value as u8 & 7,
+            offset: u64::from(value & !7),
+        }
+    }
+}
+
+/// Little-endian registers of a configuration space; past its end, zeros.
+#[derive(Clone, Copy)]
+struct Registers<'a>(&'a [u8]);
+
+impl Registers<'_> {
+    fn u8(self, offset: u16) -> u8 {
+        self.0.get(usize::from(offset)).copied().unwrap_or(0)
+    }
+
+    fn u16(self, offset: u16) -> u16 {
+        u16::from_le_bytes([self.u8(offset), self.u8(offset.saturating_add(1))])
+    }
+
+    fn u32(self, offset: u16) -> u32 {
+        u32::from(self.u16(offset)) | u32::from(self.u16(offset.saturating_add(2))) << 16
+    }
+}
+
+/// Plans the guest's view of the configuration space `physical`, 256 or 4096 bytes as read from
+/// the device. `msix` says whether the host can deliver MSI-X interrupts of the device.
+///
+/// # Errors
+/// The device does not answer, or is a bridge.
+pub(super) fn plan(physical: &[u8], msix: bool) -> Result<Plan, &'static str> {
+    let registers = Registers(physical);
+    if registers.u16(reg::VENDOR_ID) == u16::MAX || physical.len() < CONVENTIONAL_SIZE {
+        return Err("it does not answer: its configuration space reads all ones");
+    }
+    if registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION != 0 {
+        return Err("it is a bridge, not an endpoint");
+    }
+    let size = physical.len().min(usize::from(reg::CONFIG_SIZE)) as u16;
+    let mut plan = Plan {
+        space: ConfigSpace::new().with(Area::pass_through(0, size)),
+        power: None,
+        msix: None,
+    };
+    header(&mut plan.space, registers);
+    let found = walk_standard(|offset| registers.u32(offset));
+    let hidden = |capability: &&Capability| match capability.id {
+        CapabilityId::MSI => true,
+        CapabilityId::MSI_X => !msix,
+        _ => false,
+    };
+    for capability in found.iter().filter(hidden) {
+        let len = standard_len(registers, capability);
+        plan.space.insert(zeros(capability.offset, len));
+    }
+    let kept: Vec<_> = found.iter().filter(|&cap| !hidden(&cap)).copied().collect();
+    link_standard(&mut plan.space, &kept);
+    for capability in &kept {
+        emulate(&mut plan, registers, capability);
+    }
+    if size > EXTENDED_START {
+        extended(&mut plan.space, registers);
+    }
+    Ok(plan)
+}
+
+/// The registers of the type-0 header, but for the capability list.
+fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
+    let status = registers.u8(reg::STATUS) & !STATUS_INTX;
+    let header_type = registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION;
+    let areas = [
+        Area::emulated(reg::COMMAND, &[0; 2], &COMMAND_WRITABLE.to_le_bytes()),
+        Area::read_only(reg::STATUS, &[status]),
+        Area::read_only(reg::HEADER_TYPE, &[header_type]),
+        Area::read_only(BIST, &[0]),
+        Area::emulated(reg::INTERRUPT_LINE, &[0], &[0xff]),
+        Area::read_only(reg::INTERRUPT_PIN, &[0]),
+    ];
+    for area in areas {
+        space.insert(area);
+    }
+}
+
+/// Lists just these capabilities, in their order.
+fn link_standard(space: &mut ConfigSpace, kept: &[Capability]) {
+    let [status]: [u8; 1] = space.get(reg::STATUS);
+    let mut list = reg::STATUS_CAPABILITIES as u8;
+    if kept.is_empty() {
+        list = 0;
+    }
+    let status = status & !(reg::STATUS_CAPABILITIES as u8) | list;
+    space.set(reg::STATUS, &[status]);
+    let first = kept.first().map_or(0, |capability| capability.offset as u8);
+    space.insert(Area::read_only(reg::CAPABILITIES_POINTER, &[first]));
+    let next = kept.iter().skip(1).map(|next| next.offset as u8).chain([0]);
+    for (capability, next) in kept.iter().zip(next) {
+        let header = [capability.id.0, next];
+        space.insert(Area::read_only(capability.offset, &header));
+    }
+}
+
+/// Puts the guest's own registers over those of a capability.
+fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
+    let at = |offset: u16| capability.offset + offset;
+    match capability.id {
+        CapabilityId::POWER_MANAGEMENT => {
+            let abilities = registers.u16(at(2));
+            plan.power = Some(PowerCapability {
+                control: at(4),
+                d1: abilities & 1 << 9 != 0,
+                d2: abilities & 1 << 10 != 0,
+            });
+            let rest = registers.u8(at(4)) & !POWER_STATE;
+            plan.space
+                .insert(Area::emulated(at(4), &[rest], &[POWER_STATE]));
+        }
+        CapabilityId::MSI_X => {
+            let control = registers.u16(at(2)) & MSIX_SIZE;
+            plan.msix = Some(MsixCapability {
+                control: at(2),
+                vectors: control + 1,
+                table: InBar::from_register(registers.u32(at(4))),
+                pba: InBar::from_register(registers.u32(at(8))),
+            });
+            let writable = (!MSIX_SIZE & MSIX_DEFINED).to_le_bytes();
+            plan.space
+                .insert(Area::emulated(at(2), &control.to_le_bytes(), &writable));
+        }
+        CapabilityId::PCI_EXPRESS => express(&mut plan.space, registers, capability.offset),
+        _ => {}
+    }
+}
+
+/// Power management control: the power state.
+pub(super) const POWER_STATE: u8 = 0b11;
+/// MSI-X message control: the size of the table, less one.
+const MSIX_SIZE: u16 = 0x07ff;
+/// MSI-X message control: size, function mask and enable.
+const MSIX_DEFINED: u16 = 0xc7ff;
+
+/// In the guest every device has a root port above it: one that is part of the host's root complex
+/// becomes an ordinary endpoint, at the end of the narrowest link if it has none.
+fn express(space: &mut ConfigSpace, registers: Registers<'_>, capability: u16) {
+    const TYPE: u16 = 0b1111 << 4;
+    const ROOT_COMPLEX_ENDPOINT: u16 = 0b1001 << 4;
+    const ONE_LANE_AT_2_5: u32 = 1 << 4 | 1;
+    const FLAGS: u16 = 0x02;
+    const LINK_CAPABILITIES: u16 = 0x0c;
+    const LINK_STATUS: u16 = 0x12;
+
+    let flags = registers.u16(capability + FLAGS);
+    if flags & TYPE != ROOT_COMPLEX_ENDPOINT {
+        return;
+    }
+    let flags = (flags & !TYPE).to_le_bytes();
+    space.insert(Area::read_only(capability + FLAGS, &flags));
+    if registers.u32(capability + LINK_CAPABILITIES) == 0 {
+        let link = ONE_LANE_AT_2_5.to_le_bytes();
+        space.insert(Area::read_only(capability + LINK_CAPABILITIES, &link));
+        space.insert(Area::read_only(capability + LINK_STATUS, &link[..2]));
+    }
+}
+
+/// Lists the extended capabilities that guests get. The list always begins at 0x100, with an empty
+/// capability if need be.
+fn extended(space: &mut ConfigSpace, registers: Registers<'_>) {
+    let found = walk_extended(|offset| registers.u32(offset));
+    let hidden = |capability: &&ExtendedCapability| HIDDEN_EXTENDED.contains(&capability.id);
+    for capability in found.iter().filter(hidden) {
+        let len = extended_len(registers, capability);
+        space.insert(zeros(capability.offset, len));
+    }
+    let mut kept: Vec<_> = found.iter().filter(|&cap| !hidden(&cap)).copied().collect();
+    if kept
+        .first()
+        .is_none_or(|first| first.offset != EXTENDED_START)
+    {
+        let null = ExtendedCapability {
+            id: ExtendedCapabilityId::NULL,
+            version: u8::from(!kept.is_empty()),
+            offset: EXTENDED_START,
+        };
+        kept.insert(0, null);
+    }
+    let next = kept.iter().skip(1).map(|next| next.offset).chain([0]);
+    for (capability, next) in kept.iter().zip(next) {
+        let version = u32::from(capability.version) << 16;
+        let header = u32::from(capability.id.0) | version | u32::from(next) << 20;
+        space.insert(Area::read_only(capability.offset, &header.to_le_bytes()));
+    }
+}
+
+fn zeros(offset: u16, len: u16) -> Area {
+    Area::read_only(offset, &vec![0; usize::from(len)])
+}
+
+/// Length of a hidden capability: MSI's depends on what it can do.
+fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
+    let control = registers.u16(capability.offset + 2);
+    match capability.id {
+        CapabilityId::MSI => {
+            let address = if control & 1 << 7 != 0 { 4 } else { 0 };
+            let masking = if control & 1 << 8 != 0 { 10 } else { 0 };
+            10 + address + masking
+        }
+        _ => 12,
+    }
+}
+
+/// Length of a hidden extended capability (PCI Express Base Specification 6.0, 7.8 to 9.3).
+fn extended_len(registers: Registers<'_>, capability: &ExtendedCapability) -> u16 {
+    match capability.id {
+        ExtendedCapabilityId::SR_IOV => 0x40,
+        ExtendedCapabilityId::PRI => 0x10,
+        ExtendedCapabilityId::RESIZABLE_BAR | ExtendedCapabilityId::VF_RESIZABLE_BAR => {
+            // The number of BARs is in the first control register.
+            let bars = registers.u8(capability.offset + 8) >> 5;
+            4 + 8 * u16::from(bars.clamp(1, 6))
+        }
+        _ => 8,
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests;

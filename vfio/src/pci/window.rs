@@ -1,0 +1,65 @@
+//! A part of a BAR that traps: MSI-X structures are emulated, all else goes to the device.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use gantry_devices::bus::{BusDevice, Effect};
+use gantry_devices::warn_limited;
+
+use super::interrupts::Interrupts;
+use crate::host::{DeviceIo, Region};
+
+/// Answers accesses to a part of a region.
+pub(super) struct Window {
+    io: Arc<dyn DeviceIo>,
+    region: Region,
+    /// Where the part begins in the region.
+    start: u64,
+    /// Set where MSI-X structures lie in the part.
+    interrupts: Option<Arc<Interrupts>>,
+}
+
+impl Window {
+    /// The part of `region` from `start` on.
+    pub fn new(
+        io: &Arc<dyn DeviceIo>,
+        region: Region,
+        start: u64,
+        interrupts: Option<&Arc<Interrupts>>,
+    ) -> Self {
+        Self {
+            io: Arc::clone(io),
+            region,
+            start,
+            interrupts: interrupts.map(Arc::clone),
+        }
+    }
+}
+
+impl BusDevice for Window {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let at = self.start.saturating_add(offset);
+        if let Some(interrupts) = &self.interrupts
+            && interrupts.read(self.region, at, data)
+        {
+            return;
+        }
+        if let Err(error) = self.io.read(self.region, at, data) {
+            data.fill(0xff);
+            warn_limited!(error = &error as &dyn Error, "guest reads all ones");
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Effect {
+        let at = self.start.saturating_add(offset);
+        if let Some(interrupts) = &self.interrupts
+            && interrupts.write(self.region, at, data)
+        {
+            return Effect::None;
+        }
+        if let Err(error) = self.io.write(self.region, at, data) {
+            warn_limited!(error = &error as &dyn Error, "guest's write is lost");
+        }
+        Effect::None
+    }
+}
