@@ -1,0 +1,400 @@
+//! The built binary over a fake host: what it prints, and the exit codes it ends with.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A host of files: two NVMe disks and a NIC, and a group for the disks.
+struct Host(tempfile::TempDir);
+
+impl Host {
+    fn new() -> Self {
+        let host = Self(tempfile::tempdir().unwrap());
+        for dir in [
+            "sys/bus/pci/devices",
+            "sys/bus/pci/drivers",
+            "dev",
+            "proc",
+            "run",
+            "etc",
+        ] {
+            fs::create_dir_all(host.path(dir)).unwrap();
+        }
+        host.device("0000:00:03.0", ["0x8086", "0x1572", "0x020000"], "i40e", 3);
+        host.device(
+            "0000:01:00.0",
+            ["0x1b36", "0x0010", "0x010802"],
+            "vfio-pci",
+            11,
+        );
+        host.device("0000:02:00.0", ["0x1b36", "0x0010", "0x010802"], "nvme", 2);
+        let groups = r#"{"groups": [{"name": "disks", "type": "nvme", "class": "storage",
+            "description": "local disks", "rules": [{"class": "0108"}]}]}"#;
+        fs::write(host.path("etc/groups.json"), groups).unwrap();
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn device(&self, bdf: &str, ids: [&str; 3], driver: &str, group: u32) {
+        let dir = self.path("sys/bus/pci/devices").join(bdf);
+        fs::create_dir_all(&dir).unwrap();
+        for (name, text) in ["vendor", "device", "class"].into_iter().zip(ids) {
+            fs::write(dir.join(name), format!("{text}\n")).unwrap();
+        }
+        for (name, text) in [("numa_node", "-1\n"), ("driver_override", "(null)\n")] {
+            fs::write(dir.join(name), text).unwrap();
+        }
+        let driver_dir = self.path("sys/bus/pci/drivers").join(driver);
+        let group_dir = self.path(&format!("sys/kernel/iommu_groups/{group}"));
+        fs::create_dir_all(&driver_dir).unwrap();
+        fs::create_dir_all(group_dir.join("devices")).unwrap();
+        symlink(&dir, group_dir.join("devices").join(bdf)).unwrap();
+        symlink(driver_dir, dir.join("driver")).unwrap();
+        symlink(group_dir, dir.join("iommu_group")).unwrap();
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+        command
+            .arg("--host-root")
+            .arg(self.0.path())
+            .args(args)
+            .stdin(Stdio::null());
+        for name in [
+            "GANTRY_RUN_DIR",
+            "GANTRY_CONFIG_DIR",
+            "NO_COLOR",
+            "CLICOLOR_FORCE",
+        ] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    fn gantry(&self, args: &[&str]) -> Done {
+        Done::from(self.command(args).output().unwrap())
+    }
+}
+
+/// How a command ended.
+#[derive(Debug)]
+struct Done {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Done {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Done {
+    /// Output of a command that must have gone well, and quietly.
+    fn ok(self) -> String {
+        assert_eq!((self.code, self.err.as_str()), (Some(0), ""));
+        self.out
+    }
+
+    /// Error text of a command that must have failed with `code`, and printed nothing else.
+    fn failed(self, code: i32) -> String {
+        assert_eq!(
+            (self.code, self.out.as_str()),
+            (Some(code), ""),
+            "{}",
+            self.err
+        );
+        self.err
+    }
+}
+
+/// First words of each line after the header.
+fn first_words(table: &str) -> Vec<&str> {
+    table
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .collect()
+}
+
+#[test]
+fn version_and_help_are_there() {
+    let host = Host::new();
+    assert_eq!(
+        host.gantry(&["--version"]).ok(),
+        format!("gantry {}\n", env!("CARGO_PKG_VERSION"))
+    );
+    let help = host.gantry(&["run", "--help"]).ok();
+    for words in [
+        "Exit status:",
+        "128+n",
+        "Examples:",
+        "--allow-ungrouped",
+        "--seccomp",
+    ] {
+        assert!(help.contains(words), "{words}: {help}");
+    }
+    assert!(!host.gantry(&["--help"]).ok().contains("sysfs-write"));
+}
+
+#[test]
+fn devices_are_listed_with_state_and_group() {
+    let host = Host::new();
+    let table = host.gantry(&["device", "list"]).ok();
+    assert_eq!(
+        first_words(&table),
+        ["0000:00:03.0", "0000:01:00.0", "0000:02:00.0"]
+    );
+    let row = |index| {
+        table
+            .lines()
+            .nth(index)
+            .unwrap()
+            .split_whitespace()
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        row(2).ends_with(&["vfio-pci", "11", "-", "detached", "disks", "-"]),
+        "{table}"
+    );
+    assert!(
+        row(3).ends_with(&["nvme", "2", "-", "attached", "disks", "-"]),
+        "{table}"
+    );
+    assert!(
+        table.contains("1b36:0010") && table.contains("QEMU NVM Express"),
+        "{table}"
+    );
+}
+
+#[test]
+fn devices_are_sorted_by_any_column() {
+    let host = Host::new();
+    for (column, order) in [
+        ("iommu", ["0000:02:00.0", "0000:00:03.0", "0000:01:00.0"]),
+        ("driver", ["0000:00:03.0", "0000:02:00.0", "0000:01:00.0"]),
+        ("group", ["0000:01:00.0", "0000:02:00.0", "0000:00:03.0"]),
+        ("id", ["0000:01:00.0", "0000:02:00.0", "0000:00:03.0"]),
+    ] {
+        let table = host.gantry(&["device", "list", "--sort", column]).ok();
+        assert_eq!(first_words(&table), order, "{column}");
+    }
+    let error = host.gantry(&["device", "list", "--sort", "iomu"]).failed(2);
+    assert!(error.contains("a similar value exists: 'iommu'"), "{error}");
+}
+
+#[test]
+fn json_tells_all_there_is() {
+    let host = Host::new();
+    let text = host.gantry(&["device", "list", "--json"]).ok();
+    let devices: Value = serde_json::from_str(&text).unwrap();
+    let disk = &devices[1];
+    for (key, value) in [
+        ("bdf", "0000:01:00.0"),
+        ("id", "1b36:0010"),
+        ("class", "010802"),
+        ("driver", "vfio-pci"),
+        ("state", "detached"),
+        ("group", "disks"),
+        ("vendor_name", "Red Hat, Inc."),
+    ] {
+        assert_eq!(disk[key], value, "{key}: {disk}");
+    }
+    assert_eq!(disk["iommu_group"], 11);
+    assert_eq!(disk["numa_node"], Value::Null);
+    assert_eq!(devices[0]["group"], Value::Null);
+}
+
+#[test]
+fn groups_are_listed_with_what_is_free() {
+    let host = Host::new();
+    let table = host.gantry(&["group", "list"]).ok();
+    let row = table.lines().nth(1).unwrap();
+    let end = "2      0     1     0000:01:00.0 0000:02:00.0";
+    assert!(
+        row.starts_with("disks  nvme  storage  local disks"),
+        "{table}"
+    );
+    assert!(row.ends_with(end), "{table}");
+    let text = host.gantry(&["group", "list", "--json"]).ok();
+    let group = &serde_json::from_str::<Value>(&text).unwrap()[0];
+    assert_eq!(
+        (&group["name"], &group["type"]),
+        (&"disks".into(), &"nvme".into())
+    );
+    assert_eq!(
+        (&group["total"], &group["used"], &group["free"]),
+        (&2.into(), &0.into(), &1.into())
+    );
+    assert_eq!(group["devices"][1]["state"], "attached");
+}
+
+#[test]
+fn a_host_without_groups_says_where_to_define_them() {
+    let host = Host::new();
+    fs::remove_file(host.path("etc/groups.json")).unwrap();
+    let text = host.gantry(&["group", "list"]).ok();
+    assert!(text.contains("etc/groups.json"), "{text}");
+    assert_eq!(host.gantry(&["group", "list", "--json"]).ok(), "[]\n");
+}
+
+#[test]
+fn directories_are_taken_from_flags_and_environment() {
+    let host = Host::new();
+    fs::create_dir(host.path("other")).unwrap();
+    let other = host.path("other").display().to_string();
+    let by_flag = host.gantry(&["group", "list", "--config-dir", &other]).ok();
+    assert!(by_flag.contains("other/groups.json"), "{by_flag}");
+    let output = host
+        .command(&["group", "list"])
+        .env("GANTRY_CONFIG_DIR", &other)
+        .output();
+    assert!(
+        Done::from(output.unwrap())
+            .ok()
+            .contains("other/groups.json")
+    );
+}
+
+#[test]
+fn a_dry_run_shows_the_writes_and_does_none() {
+    let host = Host::new();
+    let text = host
+        .gantry(&["device", "detach", "02:00.0", "--dry-run"])
+        .ok();
+    assert!(
+        text.starts_with("0000:02:00.0: would leave nvme (IOMMU group 2)\n"),
+        "{text}"
+    );
+    assert!(text.contains("driver_override"), "{text}");
+    let marker = host.path("sys/bus/pci/devices/0000:02:00.0/driver_override");
+    assert_eq!(fs::read_to_string(marker).unwrap(), "(null)\n");
+    let text = host
+        .gantry(&["device", "detach", "02:00.0", "--dry-run", "--json"])
+        .ok();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["dry_run"], true);
+    assert_eq!(report["devices"][0]["from"], "nvme");
+    assert!(report["writes"][0]["path"].is_string());
+}
+
+#[test]
+fn a_device_that_is_there_already_is_left_alone() {
+    let host = Host::new();
+    let text = host.gantry(&["device", "detach", "01:00.0"]).ok();
+    assert_eq!(
+        text,
+        "0000:01:00.0: already with vfio-pci (IOMMU group 11)\n"
+    );
+}
+
+#[test]
+fn what_is_no_device_is_refused() {
+    let host = Host::new();
+    let error = host.gantry(&["device", "detach", "nvme0"]).failed(2);
+    assert!(error.contains("write it like 0000:01:00.0"), "{error}");
+    let error = host.gantry(&["device", "detach", "09:00.0"]).failed(1);
+    assert!(
+        error.starts_with("error: ") && error.contains("0000:09:00.0"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_wrong_file_is_told_on_one_screen() {
+    let host = Host::new();
+    let file = host.path("vm.json");
+    fs::write(&file, "{\n  \"cpus\": {\n    \"boot_vcpu\": 1}}").unwrap();
+    let name = file.display().to_string();
+    let error = host.gantry(&["run", &name]).failed(2);
+    let expected =
+        format!("error: {name}:3:5: unknown key `cpus.boot_vcpu`\n  did you mean `boot_vcpus`?\n");
+    assert_eq!(error, expected);
+    let error = host.gantry(&["run", "none.json"]).failed(2);
+    assert!(
+        error.starts_with("error: cannot read none.json\n  because: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn standard_input_is_named_so() {
+    let host = Host::new();
+    let mut child = host
+        .command(&["run", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"{}").unwrap();
+    let error = Done::from(child.wait_with_output().unwrap()).failed(2);
+    assert!(
+        error.starts_with("error: <stdin>:1:1: key `payload` is missing\n"),
+        "{error}"
+    );
+}
+
+#[test]
+fn errors_are_coloured_only_where_that_is_wanted() {
+    let host = Host::new();
+    let plain = host.gantry(&["run", "none.json"]).failed(2);
+    assert!(!plain.contains('\x1b'), "{plain:?}");
+    let forced = host
+        .command(&["run", "none.json"])
+        .env("CLICOLOR_FORCE", "1")
+        .output()
+        .unwrap();
+    assert!(Done::from(forced).failed(2).starts_with("\x1b["));
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_failure() {
+    let host = Host::new();
+    for args in [&["device", "list"][..], &["schema"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = host.command(args).stdout(writer).output().unwrap();
+        assert_eq!(Done::from(output).ok(), "");
+    }
+}
+
+#[test]
+fn a_full_disk_is_a_failure() {
+    let host = Host::new();
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = host
+        .command(&["device", "list"])
+        .stdout(full)
+        .output()
+        .unwrap();
+    let error = Done::from(output).failed(1);
+    assert!(
+        error.starts_with("error: cannot write to standard output: No space left"),
+        "{error}"
+    );
+}
+
+#[test]
+fn schemas_are_json() {
+    let host = Host::new();
+    for (file, key) in [("vm", "payload"), ("groups", "groups")] {
+        let schema: Value = serde_json::from_str(&host.gantry(&["schema", file]).ok()).unwrap();
+        assert!(schema["properties"][key].is_object(), "{file}");
+    }
+}
