@@ -42,11 +42,6 @@ impl AddressSpace {
         &self.ports
     }
 
-    /// Memory slots in use.
-    pub fn slots_in_use(&self) -> usize {
-        self.slots.count()
-    }
-
     /// Shows RAM to the guest.
     ///
     /// # Errors

@@ -56,7 +56,10 @@ impl VcpuCount {
 
     /// `None` outside 1 to [`Self::MAX`].
     pub fn new(count: u64) -> Option<Self> {
-        u8::try_from(count).ok().filter(|count| (1..=Self::MAX).contains(count)).map(Self)
+        u8::try_from(count)
+            .ok()
+            .filter(|count| (1..=Self::MAX).contains(count))
+            .map(Self)
     }
 
     /// The number.

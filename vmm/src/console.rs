@@ -169,6 +169,22 @@ impl MutEventSubscriber for Keyboard {
     }
 }
 
+/// Writes out what the guest has not ended with a newline, such as a prompt.
+pub struct SerialOutput(pub Arc<Serial>);
+
+impl MutEventSubscriber for SerialOutput {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let due = Events::new_raw(self.0.timer().as_raw_fd(), EventSet::IN);
+        if let Err(error) = ops.add(due) {
+            tracing::warn!(?error, "unfinished lines of the serial port are held back");
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.0.flush();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

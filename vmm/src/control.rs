@@ -13,7 +13,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::vcpus::{Fault, Monitor};
+use crate::vcpus::Fault;
 
 /// What happened.
 #[derive(Debug)]
@@ -52,14 +52,14 @@ impl Mailbox {
         let _ = self.bell.write(1);
     }
 
+    /// Forgets what the guest asked for, and keeps what came from outside.
+    pub fn forget_guest(&self) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.retain(|event| matches!(event, Event::Signal(_) | Event::Quit));
+    }
+
     fn take(&self) -> Option<Event> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
-}
-
-impl Monitor for Mailbox {
-    fn fault(&self, vcpu: u8, fault: Fault) {
-        self.post(Event::Fault(vcpu, fault));
     }
 }
 
@@ -75,7 +75,7 @@ impl ControlLoop {
     /// # Errors
     /// The kernel refused an epoll instance.
     pub fn new(mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        let mut manager = EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let mut manager: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
         manager.add_subscriber(Box::new(Bell(Arc::clone(&mailbox))));
         Ok(Self { manager, mailbox })
     }

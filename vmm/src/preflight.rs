@@ -62,7 +62,7 @@ const MIB: u64 = 1 << 20;
 /// What the host lacks first.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
     let memory = HostMemory::read(&host.proc.join("meminfo"));
-    let limit = gantry_resources::memlock_limit();
+    let limit = gantry_resources::memlock_limit(host);
     judge(config.memory.bytes(), !config.devices.is_empty(), &memory, limit)
 }
 

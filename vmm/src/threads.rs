@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::panic::resume_unwind;
 use std::thread::{Builder, JoinHandle};
 
 use crate::sandbox::Sandbox;
@@ -30,6 +31,27 @@ impl fmt::Display for Role {
     }
 }
 
+/// A thread that belongs to somebody: dropping the value waits for its end.
+pub struct Task<T>(Option<JoinHandle<T>>);
+
+impl<T> Task<T> {
+    /// Waits for the thread's result. A panic in the thread goes on in the caller.
+    pub fn join(mut self) -> T {
+        // Taken here or in `drop`, and both end the value.
+        let Some(thread) = self.0.take() else { std::process::abort() };
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl<T> Drop for Task<T> {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // What it made is dropped with it; a panic has been reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Runs `body` on a new thread, behind its role's filter.
 ///
 /// # Errors
@@ -38,14 +60,15 @@ pub fn spawn<T: Send + 'static>(
     role: Role,
     sandbox: &Sandbox,
     body: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<JoinHandle<T>> {
+) -> io::Result<Task<T>> {
     let filter = sandbox.filter(role);
-    Builder::new().name(role.to_string()).spawn(move || {
+    let thread = Builder::new().name(role.to_string()).spawn(move || {
         if let Err(error) = filter.enter() {
             // Running on unconfined is worse than ending.
             tracing::error!(%role, %error, "the kernel refused the thread's system call filter");
             std::process::abort();
         }
         body()
-    })
+    })?;
+    Ok(Task(Some(thread)))
 }

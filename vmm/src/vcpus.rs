@@ -2,15 +2,15 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kvm_ioctls::VcpuFd;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 
 use crate::kvm::{Access, Exit, Vcpu};
 use crate::sandbox::Sandbox;
-use crate::threads::{self, Role};
+use crate::threads::{self, Role, Task};
 
 /// Makes a vCPU leave the kernel. Its handler does nothing: interrupting the system call is all.
 pub const KICK: Signal = Signal::SIGUSR1;
@@ -129,7 +129,7 @@ impl Gate {
 pub struct Vcpus {
     gate: Arc<Gate>,
     fleet: Arc<Fleet>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<Task<()>>,
 }
 
 /// The vCPUs themselves; each is locked by its thread while it may run.
@@ -161,16 +161,26 @@ impl Vcpus {
         Ok(this)
     }
 
+    /// Stops the vCPUs for good and waits for their threads to end.
+    pub fn stop(&mut self) {
+        self.gate.enter_phase(Phase::Stop);
+        self.gate.wait_until_empty();
+        self.threads.clear();
+    }
+
     /// Pauses the vCPUs and calls `change` with each of them, in order, while none runs. They stay
     /// paused until the gate is opened.
     ///
     /// # Errors
     /// The first error of `change`; the vCPUs after it were not visited.
-    pub fn visit<E>(&self, mut change: impl FnMut(usize, &Vcpu) -> Result<(), E>) -> Result<(), E> {
+    pub fn visit<E>(
+        &self,
+        mut change: impl FnMut(usize, &mut VcpuFd) -> Result<(), E>,
+    ) -> Result<(), E> {
         self.gate.close();
         self.gate.wait_until_empty();
         for (index, vcpu) in self.fleet.iter().enumerate() {
-            change(index, &vcpu.lock().unwrap_or_else(PoisonError::into_inner))?;
+            change(index, vcpu.lock().unwrap_or_else(PoisonError::into_inner).fd())?;
         }
         Ok(())
     }
@@ -178,12 +188,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.gate.enter_phase(Phase::Stop);
-        self.gate.wait_until_empty();
-        for thread in self.threads.drain(..) {
-            // A vCPU thread that panicked has said so itself.
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
 

@@ -8,10 +8,12 @@ mod vfio;
 use std::io;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-pub use routes::{GsiRoutes, IOAPIC_PINS};
+pub use routes::GsiRoutes;
 pub use slots::{MemorySlots, SlotGuard};
 pub use vcpu::{Access, Exit, Vcpu};
 pub use vfio::VfioObserver;
@@ -63,6 +65,9 @@ impl KvmError {
     }
 }
 
+/// The interrupt controllers' state at a moment.
+pub struct IrqchipState(Vec<kvm_irqchip>);
+
 /// One KVM virtual machine with its whole interrupt controller in the kernel.
 pub struct Machine {
     kvm: Kvm,
@@ -89,14 +94,29 @@ impl Machine {
         &self.vm
     }
 
-    /// What the host's processors and KVM can offer a guest.
+    /// The state of the in-kernel I/O APIC and PICs.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        self.kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))
+    pub fn save_irqchip(&self) -> Result<IrqchipState, KvmError> {
+        let mut chips = Vec::new();
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.vm.get_irqchip(&mut chip).map_err(KvmError::call("KVM_GET_IRQCHIP"))?;
+            chips.push(chip);
+        }
+        Ok(IrqchipState(chips))
+    }
+
+    /// Brings the interrupt controllers back to `state`.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn restore_irqchip(&self, state: &IrqchipState) -> Result<(), KvmError> {
+        for chip in &state.0 {
+            self.vm.set_irqchip(chip).map_err(KvmError::call("KVM_SET_IRQCHIP"))?;
+        }
+        Ok(())
     }
 
     /// The KVM system device, for questions about capabilities and MSRs.

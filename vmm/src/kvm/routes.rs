@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::pci::{MsiMessage, MsiRoute, MsiRouter};
@@ -12,17 +11,19 @@ use kvm_bindings::{
     kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Inputs of the kernel's IO-APIC: GSIs 0 to 23 of every VM.
-pub const IOAPIC_PINS: u32 = 24;
+const IOAPIC_PINS: u32 = 24;
 
 /// KVM's limit on routes (`KVM_CAP_IRQ_ROUTING`), those of the IO-APIC included.
 const MAX_ROUTES: u32 = 4096;
 
 /// The interrupt routes of one virtual machine: sole owner of its routing table and its GSIs.
-pub struct GsiRoutes {
+#[derive(Clone)]
+pub struct GsiRoutes(Arc<Shared>);
+
+struct Shared {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
 }
@@ -36,10 +37,10 @@ impl GsiRoutes {
     ///
     /// # Errors
     /// The kernel refused the table.
-    pub fn new(vm: Arc<VmFd>) -> io::Result<Arc<Self>> {
-        let routes = Arc::new(Self { vm, table: Mutex::default() });
-        routes.publish(&routes.lock())?;
-        Ok(routes)
+    pub fn new(vm: Arc<VmFd>) -> io::Result<Self> {
+        let shared = Shared { vm, table: Mutex::default() };
+        shared.publish(&shared.lock())?;
+        Ok(Self(Arc::new(shared)))
     }
 
     /// Raises the IO-APIC's pin `gsi` whenever `trigger` is written to.
@@ -47,14 +48,12 @@ impl GsiRoutes {
     /// # Errors
     /// The kernel refused.
     pub fn wire_pin(&self, gsi: u32, trigger: &EventFd) -> io::Result<()> {
-        self.vm.register_irqfd(trigger, gsi).map_err(io::Error::from)
+        self.0.vm.register_irqfd(trigger, gsi).map_err(io::Error::from)
     }
 
-    /// Number of message routes handed out.
-    pub fn count(&self) -> usize {
-        self.lock().0.len()
-    }
+}
 
+impl Shared {
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -98,19 +97,18 @@ fn message_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     entry
 }
 
-/// Hands out routes of a [`GsiRoutes`].
-impl MsiRouter for Arc<GsiRoutes> {
+impl MsiRouter for GsiRoutes {
     fn route(&self) -> io::Result<Box<dyn MsiRoute>> {
         let trigger = EventFd::new(EFD_NONBLOCK)?;
-        let gsi = self.lock().take()?;
+        let gsi = self.0.lock().take()?;
         let live = Mutex::new(false);
-        Ok(Box::new(GsiRoute { routes: Arc::clone(self), gsi, trigger, live }))
+        Ok(Box::new(GsiRoute { routes: Arc::clone(&self.0), gsi, trigger, live }))
     }
 }
 
 /// One GSI and the eventfd that raises it.
 struct GsiRoute {
-    routes: Arc<GsiRoutes>,
+    routes: Arc<Shared>,
     gsi: u32,
     trigger: EventFd,
     // Whether the irqfd is assigned. Taken before the table's lock.
@@ -150,9 +148,14 @@ impl MsiRoute for GsiRoute {
         Ok(())
     }
 
+    /// Takes the eventfd's count and gives it back: while no irqfd is assigned nobody else reads it,
+    /// and what the device adds meanwhile only adds up.
     fn pending(&self) -> bool {
-        let mut fds = [PollFd::new(self.trigger.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if *live {
+            return false;
+        }
+        self.trigger.read().is_ok_and(|count| self.trigger.write(count).is_ok())
     }
 
     fn trigger(&self) -> &EventFd {

@@ -64,12 +64,6 @@ impl MemorySlots {
         Ok(SlotGuard { slots, number: slot, guest, _mapping: mapping })
     }
 
-    /// Number of slots in use.
-    pub fn count(&self) -> usize {
-        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.iter().filter(|used| **used).count()
-    }
-
     fn set(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
         // SAFETY: the host range lies inside a `HostMapping` that the guard keeps mapped until the
         // slot is gone, and this process reaches it through raw pointers only.

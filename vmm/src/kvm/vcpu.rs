@@ -40,8 +40,8 @@ impl Vcpu {
     }
 
     /// The vCPU's file descriptor, to set its state while it does not run.
-    pub fn fd(&self) -> &VcpuFd {
-        &self.fd
+    pub fn fd(&mut self) -> &mut VcpuFd {
+        &mut self.fd
     }
 
     /// Runs the guest until one exit, and has `access` answer it.

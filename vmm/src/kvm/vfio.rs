@@ -1,5 +1,4 @@
 //! KVM's VFIO device: tells KVM which VFIO groups a VM uses (kernel: virt/kvm/devices/vfio.rst).
-#![allow(unsafe_code)] // KVM_SET_DEVICE_ATTR takes the address of an argument.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -38,9 +37,7 @@ impl VfioObserver {
             attr: u64::from(action),
             addr: std::ptr::from_ref(&fd) as u64,
         };
-        // SAFETY: the kernel reads one i32 from `addr` during the call, and `fd` outlives it.
-        let done = unsafe { self.0.set_device_attr(&attribute) };
-        done.map_err(io::Error::from)
+        self.0.set_device_attr(&attribute).map_err(io::Error::from)
     }
 }
 

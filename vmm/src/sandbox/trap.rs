@@ -8,6 +8,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use syscalls::Sysno;
 
 use crate::console;
+use crate::vcpus::KICK;
 
 /// Exit status of a process whose filter caught a call, as shells report a death by SIGSYS.
 const BLOCKED_CALL_STATUS: libc::c_int = 128 + libc::SIGSYS;
@@ -22,6 +23,8 @@ const FAULTS: [Signal; 5] =
 /// The kernel refused a handler.
 pub fn install() -> io::Result<()> {
     handle(Signal::SIGSYS, SigHandler::SigAction(on_blocked_call), SaFlags::SA_SIGINFO)?;
+    // Interrupts a vCPU's KVM_RUN, and does nothing else.
+    handle(KICK, SigHandler::Handler(on_kick), SaFlags::empty())?;
     for fault in FAULTS {
         // Once: the instruction that faulted runs again, or abort() raises again, and the default
         // action ends the process as it would have without this handler.
@@ -37,6 +40,8 @@ fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<()>
     unsafe { sigaction(signal, &action) }?;
     Ok(())
 }
+
+extern "C" fn on_kick(_signal: libc::c_int) {}
 
 extern "C" fn on_fault(_signal: libc::c_int) {
     console::restore_terminal();

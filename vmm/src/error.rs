@@ -1,0 +1,90 @@
+//! Why a VM could not be built or run.
+
+use std::io;
+
+use gantry_resources::HostBdf;
+
+/// Every way in which starting and running a VM fails. Each text says what failed; the chain of
+/// sources says why.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host lacks something.
+    #[error(transparent)]
+    Preflight(#[from] crate::preflight::PreflightError),
+    /// The devices could not be leased.
+    #[error(transparent)]
+    Allocate(#[from] gantry_resources::AllocateError),
+    /// A leased device is in no IOMMU group.
+    #[error(
+        "{device} is in no IOMMU group: without an IOMMU a guest could write to all of the host's \
+         memory\nswitch the IOMMU on in the BIOS and with `intel_iommu=on` or `amd_iommu=on` on the \
+         kernel's command line"
+    )]
+    NoIommuGroup {
+        /// The device.
+        device: HostBdf,
+    },
+    /// The IOMMU's forbidden ranges are not known.
+    #[error(transparent)]
+    Reserved(#[from] gantry_resources::ReservedError),
+    /// VFIO refused something.
+    #[error(transparent)]
+    Vfio(#[from] gantry_vfio::Error),
+    /// KVM is not there or refused something.
+    #[error(transparent)]
+    Kvm(#[from] crate::kvm::KvmError),
+    /// A vCPU could not be set up.
+    #[error(transparent)]
+    Cpu(#[from] crate::cpu::CpuError),
+    /// RAM and devices do not fit into the guest's address space.
+    #[error(transparent)]
+    Layout(#[from] crate::layout::LayoutError),
+    /// Something does not fit where the plan has it.
+    #[error("cannot place {what} in the guest's address space")]
+    Place {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: gantry_devices::pci::BarSpaceError,
+    },
+    /// The PCI windows do not hold all BARs.
+    #[error(transparent)]
+    Firmware(#[from] gantry_devices::pci::firmware::FirmwareError),
+    /// There are more devices than root ports can be made.
+    #[error(transparent)]
+    Slots(#[from] gantry_devices::pci::SegmentError),
+    /// A file of the payload cannot be used.
+    #[error(transparent)]
+    Payload(#[from] crate::vm::PayloadError),
+    /// The kernel could not be loaded.
+    #[error(transparent)]
+    Boot(#[from] crate::boot::BootError),
+    /// The ACPI tables could not be written.
+    #[error(transparent)]
+    Acpi(#[from] crate::boot::acpi::AcpiError),
+    /// The host's kernel refused something else.
+    #[error("cannot {what}")]
+    Host {
+        /// What was to be done.
+        what: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Makes an error of a failure to do `what`.
+    pub(crate) fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+
+    /// Makes an error of a failure to place `what`.
+    pub(crate) fn place<E>(what: &'static str) -> impl FnOnce(E) -> Self
+    where
+        gantry_devices::pci::BarSpaceError: From<E>,
+    {
+        move |source| Self::Place { what, source: source.into() }
+    }
+}

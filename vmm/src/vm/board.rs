@@ -1,0 +1,156 @@
+//! The board of a VM: address space, RAM, interrupt routes, and the devices every VM has.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use gantry_devices::pci::firmware::{self, HostWindows, Minimum};
+use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
+use gantry_devices::power::{self, PowerRegisters};
+use gantry_devices::serial::{self, Serial};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::address_space::{AddressSpace, Guard};
+use crate::config::SerialMode;
+use crate::error::Error;
+use crate::kvm::{GsiRoutes, Machine, MemorySlots};
+use crate::layout::{self, Layout};
+use crate::memory::GuestRam;
+
+/// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
+/// message-signalled interrupts are written.
+const IO_APIC_LEN: u64 = 0x1000;
+const LOCAL_APIC_LEN: u64 = 0x10_0000;
+/// The identity map page and three TSS pages.
+const KVM_PAGES_LEN: u64 = 0x4000;
+
+/// What every VM has, whatever is plugged into it.
+pub struct Board {
+    /// Who answers where.
+    pub space: Arc<AddressSpace>,
+    /// RAM.
+    pub ram: GuestRam,
+    /// Message-signalled interrupts.
+    pub routes: GsiRoutes,
+    /// PCI.
+    pub pci: Arc<PciSegment>,
+    /// The serial port, if there is one.
+    pub serial: Option<Arc<Serial>>,
+    // Taken out of the address space when the board goes.
+    _guards: Vec<Guard>,
+}
+
+impl Board {
+    /// Puts the board together as planned, with so many PCIe root ports.
+    ///
+    /// # Errors
+    /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
+    /// be made.
+    pub fn new(
+        machine: &Machine,
+        layout: &Layout,
+        serial: &SerialMode,
+        ports: usize,
+    ) -> Result<Self, Error> {
+        let ram = GuestRam::new(&layout.ram).map_err(Error::host("set guest RAM aside"))?;
+        let routes = GsiRoutes::new(Arc::clone(machine.vm()))
+            .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
+        let pci = Arc::new(hierarchy(layout, ports)?);
+        let serial = serial_port(serial, &routes)?;
+        let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(machine.vm()))));
+        let mut board = Self { space, ram, routes, pci, serial, _guards: Vec::new() };
+        board._guards = board.fill(layout).map_err(Error::place("the board"))?;
+        Ok(board)
+    }
+
+    fn fill(&self, layout: &Layout) -> Result<Vec<Guard>, BarSpaceError> {
+        let space = &self.space;
+        let mut guards = vec![
+            space.reserve(layout::IO_APIC, IO_APIC_LEN)?,
+            space.reserve(layout::LOCAL_APIC, LOCAL_APIC_LEN)?,
+            space.reserve(layout::KVM_TSS - 0x1000, KVM_PAGES_LEN)?,
+        ];
+        for region in self.ram.regions() {
+            guards.push(space.add_ram(region.guest, &region.mapping)?);
+        }
+        let ecam_len = layout.ecam.end() - layout.ecam.start() + 1;
+        let ecam = Arc::new(EcamWindow::new(Arc::clone(&self.pci)));
+        guards.push(space.add_mmio(*layout.ecam.start(), ecam_len, ecam)?);
+        let ports = layout::PCI_CONFIG_PORTS;
+        let config = Arc::new(ConfigPorts::new(Arc::clone(&self.pci)));
+        guards.push(space.add_ports(*ports.start(), ports.len() as u16, config)?);
+        let power = Arc::new(PowerRegisters);
+        guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
+        if let Some(serial) = &self.serial {
+            guards.push(space.add_ports(layout::SERIAL_PORT, serial::LEN as u16, serial.clone())?);
+        }
+        Ok(guards)
+    }
+
+    /// Gives bus numbers, windows and BAR addresses to everything behind the root ports, as firmware
+    /// would: there is none.
+    ///
+    /// # Errors
+    /// A window of the plan does not hold what is behind its ports.
+    pub fn assign_pci(&self, layout: &Layout) -> Result<(), Error> {
+        for bridge in &layout.bridges {
+            let host = HostWindows {
+                mem32: half_open(&bridge.mem32),
+                mem64: half_open(&bridge.mem64),
+                io: u64::from(*bridge.io.start())..u64::from(*bridge.io.end()) + 1,
+            };
+            firmware::assign(&self.pci, &host, |_| Minimum::default())?;
+        }
+        Ok(())
+    }
+
+    /// Brings PCI back to its state before the guest started.
+    ///
+    /// # Errors
+    /// A host device could not be reset.
+    pub fn reset(&self, layout: &Layout) -> Result<(), Error> {
+        for (_, function) in self.pci.functions() {
+            let reset = function.reset(&*self.space);
+            reset.map_err(Error::host("reset a device for the guest's reboot"))?;
+        }
+        self.assign_pci(layout)
+    }
+}
+
+fn half_open(range: &RangeInclusive<u64>) -> Range<u64> {
+    *range.start()..range.end().saturating_add(1)
+}
+
+/// The host bridges of the plan, and `ports` root ports on the first.
+fn hierarchy(layout: &Layout, ports: usize) -> Result<PciSegment, Error> {
+    let buses = layout.bridges.iter().map(|bridge| bridge.first_bus..=bridge.last_bus);
+    let mut segment = PciSegment::new(buses)?;
+    for _ in 0..ports {
+        segment.add_root_port(0)?;
+    }
+    Ok(segment)
+}
+
+fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Serial>>, Error> {
+    let out: Box<dyn Write + Send> = match mode {
+        SerialMode::Off => return Ok(None),
+        SerialMode::Null => Box::new(io::sink()),
+        SerialMode::Tty => Box::new(unbuffered_stdout().map_err(Error::host("use stdout"))?),
+        SerialMode::File(path) => {
+            Box::new(File::create(path).map_err(Error::host("create the file of serial.file"))?)
+        }
+    };
+    let trigger = EventFd::new(EFD_NONBLOCK).map_err(Error::host("make an eventfd"))?;
+    routes
+        .wire_pin(layout::SERIAL_GSI, &trigger)
+        .map_err(Error::host("wire the serial port's interrupt (KVM_IRQFD)"))?;
+    let serial = Serial::new(trigger, out).map_err(Error::host("make an eventfd"))?;
+    Ok(Some(Arc::new(serial)))
+}
+
+/// Standard output without the line buffer: a prompt has no newline.
+fn unbuffered_stdout() -> io::Result<File> {
+    Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
+}

@@ -1,0 +1,63 @@
+//! What a vCPU thread does with an exit: one look-up, one device, one effect.
+
+use std::sync::Arc;
+
+use gantry_devices::bus::Effect;
+
+use crate::address_space::AddressSpace;
+use crate::control::{Event, Mailbox};
+use crate::kvm::Access;
+use crate::vcpus::{Fault, Gate, Monitor};
+
+/// Answers the exits of all vCPUs.
+pub struct Dispatch {
+    space: Arc<AddressSpace>,
+    gate: Arc<Gate>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Dispatch {
+    /// Answers from `space`, and tells `mailbox` what concerns the VM as a whole.
+    pub fn new(space: Arc<AddressSpace>, gate: Arc<Gate>, mailbox: Arc<Mailbox>) -> Self {
+        Self { space, gate, mailbox }
+    }
+
+    fn apply(&self, effect: Option<Effect>) {
+        match effect {
+            None | Some(Effect::None) => {}
+            Some(Effect::Remap(function)) => function.remap(&*self.space),
+            Some(Effect::PowerOff) => self.halt(Event::PowerOff),
+            Some(Effect::Reset) => self.halt(Event::Reset),
+        }
+    }
+
+    /// The guest asked to be stopped: no vCPU goes on while the control thread gets to it.
+    fn halt(&self, event: Event) {
+        self.gate.close();
+        self.mailbox.post(event);
+    }
+}
+
+impl Access for Dispatch {
+    fn port_in(&self, port: u16, data: &mut [u8]) {
+        self.space.ports().read(port.into(), data);
+    }
+
+    fn port_out(&self, port: u16, data: &[u8]) {
+        self.apply(self.space.ports().write(port.into(), data));
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.space.mmio().read(address, data);
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.apply(self.space.mmio().write(address, data));
+    }
+}
+
+impl Monitor for Dispatch {
+    fn fault(&self, vcpu: u8, fault: Fault) {
+        self.mailbox.post(Event::Fault(vcpu, fault));
+    }
+}
