@@ -1,6 +1,6 @@
 //! The plan of the guest-physical address space: where RAM, PCI windows and fixed devices lie.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 /// End of RAM below 4 GiB. What follows is room for 32-bit windows, which BARs that are 64 bits
 /// wide but not prefetchable need as well: Linux keeps them out of prefetchable windows.
@@ -23,10 +23,21 @@ pub const SERIAL_GSI: u32 = 4;
 /// The address and data ports of PCI configuration mechanism 1.
 pub const PCI_CONFIG_PORTS: RangeInclusive<u16> = 0xcf8..=0xcff;
 
-const KIB: u64 = 1 << 10;
+/// Between conventional memory and 1 MiB; on a PC this is video memory and firmware, not RAM.
+pub const LEGACY_HOLE: Range<u64> = 0xa_0000..0x10_0000;
+
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const PAGE: u64 = 4 << 10;
+const HUGE_PAGE: u64 = 2 * MIB;
 const HIGH_RAM_START: u64 = 4 * GIB;
+const ACPI_SIZE: u64 = 128 << 10;
+const PCI_IO: RangeInclusive<u16> = 0x1000..=0xffff;
+/// Room for 32 root ports of 16 MiB each.
+const MIN_MEM32: u64 = 512 * MIB;
+/// Linux with four-level page tables can give `struct page`s, which peer-to-peer DMA needs, to
+/// addresses below 64 TiB only (`MAX_PHYSMEM_BITS`).
+const MAX_BITS: u8 = 46;
 
 /// The I/O APIC line of pin `pin` (0 = INTA#) of the function in slot `slot` of a root bus: the
 /// eight lines from 16 on, rotated by slot as on most boards. The DSDT's `_PRT` says the same.
@@ -90,9 +101,53 @@ pub struct Layout {
 /// Why no plan could be made.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
-    /// The size is zero or not made of whole pages.
-    #[error("guest memory of {0} bytes: must be a multiple of 4096 and at least 2 MiB")]
+    /// The size is too small or not made of whole pages.
+    #[error("guest memory of {0} bytes: it must be a multiple of 4096 bytes and at least 2 MiB")]
     RamSize(u64),
+    /// Not even the guest's first memory may be mapped.
+    #[error(
+        "the host's IOMMU does not map {start:#x}-{last:#x} for this VM's devices, and a guest \
+         needs its first 640 KiB of memory; take other devices"
+    )]
+    FirstMemory {
+        /// First address that is forbidden.
+        start: u64,
+        /// Last address that is forbidden.
+        last: u64,
+    },
+    /// RAM does not fit below what can be addressed.
+    #[error(
+        "guest memory of {} MiB does not fit: below {limit:#x}, where the guest's processors or \
+         the host's IOMMU end, there is room for {} MiB; give the VM less",
+        ram / MIB, room / MIB
+    )]
+    Ram {
+        /// Bytes asked for.
+        ram: u64,
+        /// Bytes for which there is room.
+        room: u64,
+        /// The first address beyond.
+        limit: u64,
+    },
+    /// Too little is left for BARs below 4 GiB.
+    #[error(
+        "no {} MiB of addresses in one piece for PCI devices between {:#x} and {:#x}: the host \
+         reserves too much there for this VM's devices",
+        MIN_MEM32 / MIB, LOW_RAM_END, ECAM.start()
+    )]
+    Window32,
+    /// Nothing is left for BARs above RAM.
+    #[error(
+        "no gigabyte of addresses for PCI devices between the end of guest memory at {start:#x} \
+         and {limit:#x}, where the guest's processors or the host's IOMMU end; give the VM less \
+         memory"
+    )]
+    Window64 {
+        /// The first address beyond RAM.
+        start: u64,
+        /// The first address beyond what can be addressed.
+        limit: u64,
+    },
 }
 
 impl Layout {
@@ -101,7 +156,424 @@ impl Layout {
     /// # Errors
     /// Something does not fit, with what and why.
     pub fn plan(inputs: &LayoutInputs<'_>) -> Result<Self, LayoutError> {
-        let _ = inputs;
-        Err(LayoutError::RamSize(inputs.ram))
+        let forbidden = forbidden(inputs);
+        let limit = limit(inputs);
+        let ram = place_ram(inputs.ram, &forbidden, limit)?;
+        let end = ram.last().map_or(0, RamRange::end);
+        let mem32 = largest(free(LOW_RAM_END..*ECAM.start(), &forbidden, MIB))
+            .filter(|window| window.end - window.start >= MIN_MEM32)
+            .ok_or(LayoutError::Window32)?;
+        let start = end.max(HIGH_RAM_START);
+        let mem64 = largest(free(start..limit, &forbidden, GIB))
+            .ok_or(LayoutError::Window64 { start, limit })?;
+        Ok(Self {
+            holes: holes(&ram),
+            acpi: place_acpi(&ram),
+            ram,
+            ecam: ECAM,
+            bridges: vec![BridgeWindows {
+                first_bus: 0,
+                last_bus: 255,
+                io: PCI_IO,
+                mem32: mem32.start..=mem32.end - 1,
+                mem64: mem64.start..=mem64.end - 1,
+            }],
+        })
+    }
+
+    /// The first address beyond RAM below 4 GiB.
+    pub fn low_ram_end(&self) -> u64 {
+        let low = self.ram.iter().filter(|range| range.start < LOW_RAM_END);
+        low.last().map_or(0, RamRange::end)
+    }
+}
+
+impl RamRange {
+    /// The first address beyond.
+    pub const fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+/// The first address beyond what processors, IOMMU and Linux can use.
+fn limit(inputs: &LayoutInputs<'_>) -> u64 {
+    let cpu = 1 << inputs.physical_bits.min(MAX_BITS);
+    let iommu = inputs
+        .iova
+        .iter()
+        .map(|range| range.end().saturating_add(1))
+        .max();
+    iommu.unwrap_or(cpu).min(cpu)
+}
+
+/// Everything that may be neither RAM nor BAR, in order of its start.
+fn forbidden(inputs: &LayoutInputs<'_>) -> Vec<Range<u64>> {
+    let mut allowed: Vec<_> = inputs
+        .iova
+        .iter()
+        .filter(|range| !range.is_empty())
+        .collect();
+    allowed.sort_by_key(|range| *range.start());
+    let mut forbidden = Vec::new();
+    let mut next = 0;
+    for range in &allowed {
+        if *range.start() > next {
+            forbidden.push(next..*range.start());
+        }
+        next = next.max(range.end().saturating_add(1));
+    }
+    let reserved = inputs.reserved.iter().filter(|range| !range.is_empty());
+    forbidden.extend(reserved.map(|range| *range.start()..range.end().saturating_add(1)));
+    forbidden.sort_by_key(|range| range.start);
+    forbidden
+}
+
+/// What `forbidden`, in order of its start, leaves of `within`, shrunk to multiples of `align`.
+pub(crate) fn free(within: Range<u64>, forbidden: &[Range<u64>], align: u64) -> Vec<Range<u64>> {
+    let mut pieces = Vec::new();
+    let mut next = within.start;
+    let end = within.end..within.end;
+    for range in forbidden.iter().chain([&end]) {
+        let start = next.next_multiple_of(align);
+        let last = range.start.min(within.end) / align * align;
+        if start < last {
+            pieces.push(start..last);
+        }
+        next = next.max(range.end);
+        if next >= within.end {
+            break;
+        }
+    }
+    pieces
+}
+
+fn largest(pieces: Vec<Range<u64>>) -> Option<Range<u64>> {
+    // Of equal ones the first, which needs fewer address bits.
+    pieces
+        .into_iter()
+        .rev()
+        .max_by_key(|piece| piece.end - piece.start)
+}
+
+/// Lays out RAM from 0 up, around what is forbidden: at 4 KiB in the first 2 MiB, where firmware
+/// likes to reserve single pages, and at 2 MiB above, so that huge pages stay whole.
+fn place_ram(ram: u64, forbidden: &[Range<u64>], limit: u64) -> Result<Vec<RamRange>, LayoutError> {
+    if ram < HUGE_PAGE || ram % PAGE != 0 {
+        return Err(LayoutError::RamSize(ram));
+    }
+    let needed = 0..LEGACY_HOLE.start;
+    if let Some(range) = forbidden
+        .iter()
+        .find(|range| range.start < needed.end && range.end > needed.start)
+    {
+        return Err(LayoutError::FirstMemory {
+            start: range.start,
+            last: range.end - 1,
+        });
+    }
+    let mut pieces = free(0..HUGE_PAGE, forbidden, PAGE);
+    pieces.extend(free(HUGE_PAGE..LOW_RAM_END, forbidden, HUGE_PAGE));
+    pieces.extend(free(HIGH_RAM_START..limit, forbidden, HUGE_PAGE));
+
+    let mut ranges: Vec<RamRange> = Vec::new();
+    let mut left = ram;
+    for piece in pieces {
+        let len = left.min(piece.end - piece.start);
+        if len == 0 {
+            break;
+        }
+        left -= len;
+        // A range that begins in the middle of a huge page must not spoil those that follow.
+        let joins = |last: &&mut RamRange| last.end() == piece.start && last.start % HUGE_PAGE == 0;
+        match ranges.last_mut().filter(joins) {
+            Some(last) => last.len += len,
+            None => ranges.push(RamRange {
+                start: piece.start,
+                len,
+            }),
+        }
+    }
+    match left {
+        0 => Ok(ranges),
+        _ => Err(LayoutError::Ram {
+            ram,
+            room: ram - left,
+            limit,
+        }),
+    }
+}
+
+/// The gaps between ranges of RAM, without the one that all PCs have between 2 and 4 GiB.
+fn holes(ram: &[RamRange]) -> Vec<RangeInclusive<u64>> {
+    let pci = LOW_RAM_END..HIGH_RAM_START;
+    ram.windows(2)
+        .map(|pair| pair[0].end()..pair[1].start)
+        .flat_map(|gap| free(gap, std::slice::from_ref(&pci), PAGE))
+        .map(|gap| gap.start..=gap.end - 1)
+        .collect()
+}
+
+/// The upper part of the legacy hole, where old systems look for the RSDP and which is of no other
+/// use; the top of low RAM where a device forbids a part of the hole.
+fn place_acpi(ram: &[RamRange]) -> RamRange {
+    let usual = RamRange {
+        start: LEGACY_HOLE.end - ACPI_SIZE,
+        len: ACPI_SIZE,
+    };
+    let in_ram = |range: &RamRange| range.start <= usual.start && range.end() >= usual.end();
+    let low = ram
+        .iter()
+        .filter(|range| range.start < LOW_RAM_END && range.len > ACPI_SIZE);
+    match low.last() {
+        Some(last) if !ram.iter().any(in_ram) => RamRange {
+            start: last.end() - ACPI_SIZE,
+            len: ACPI_SIZE,
+        },
+        _ => usual,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TIB: u64 = 1 << 40;
+    const HYPERTRANSPORT: RangeInclusive<u64> = 0xfd_0000_0000..=0xff_ffff_ffff;
+    const MSI: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
+
+    fn plan(ram: u64, bits: u8, reserved: &[RangeInclusive<u64>]) -> Result<Layout, LayoutError> {
+        Layout::plan(&LayoutInputs {
+            ram,
+            physical_bits: bits,
+            iova: &[],
+            reserved,
+        })
+    }
+
+    fn ram(layout: &Layout) -> Vec<(u64, u64)> {
+        layout
+            .ram
+            .iter()
+            .map(|range| (range.start, range.len))
+            .collect()
+    }
+
+    #[test]
+    fn small_and_large_guests() {
+        let small = plan(512 * MIB, 40, &[MSI]).unwrap();
+        assert_eq!(ram(&small), [(0, 512 * MIB)]);
+        assert_eq!(
+            small.acpi,
+            RamRange {
+                start: 0xe_0000,
+                len: 0x2_0000
+            }
+        );
+        let bridge = &small.bridges[0];
+        assert_eq!((bridge.first_bus, bridge.last_bus), (0, 255));
+        assert_eq!(bridge.mem32, 0x8000_0000..=0xdfff_ffff);
+        assert_eq!(bridge.mem64, 4 * GIB..=TIB - 1);
+        assert_eq!(small.low_ram_end(), 512 * MIB);
+
+        let large = plan(9 * GIB, 40, &[MSI]).unwrap();
+        assert_eq!(ram(&large), [(0, 2 * GIB), (4 * GIB, 7 * GIB)]);
+        assert_eq!(large.bridges[0].mem64, 11 * GIB..=TIB - 1);
+        assert_eq!(large.low_ram_end(), 2 * GIB);
+        assert_eq!(large.holes, []);
+    }
+
+    #[test]
+    fn ram_steps_over_the_hypertransport_hole() {
+        let layout = plan(1100 * GIB, 48, &[HYPERTRANSPORT, MSI]).unwrap();
+        let before = 1012 * GIB - 4 * GIB;
+        assert_eq!(
+            ram(&layout),
+            [
+                (0, 2 * GIB),
+                (4 * GIB, before),
+                (TIB, 1100 * GIB - 2 * GIB - before)
+            ]
+        );
+        assert_eq!(layout.holes, [HYPERTRANSPORT]);
+        assert_eq!(*layout.bridges[0].mem64.end(), 64 * TIB - 1);
+        let small = plan(GIB, 40, &[HYPERTRANSPORT]).unwrap();
+        assert_eq!(small.bridges[0].mem64, 4 * GIB..=1012 * GIB - 1);
+    }
+
+    #[test]
+    fn a_narrow_iommu_bounds_windows_and_ram() {
+        let iova = [0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff];
+        let inputs = LayoutInputs {
+            ram: 8 * GIB,
+            physical_bits: 46,
+            iova: &iova,
+            reserved: &[],
+        };
+        let layout = Layout::plan(&inputs).unwrap();
+        assert_eq!(layout.bridges[0].mem64, 10 * GIB..=512 * GIB - 1);
+        let too_much = Layout::plan(&LayoutInputs {
+            ram: 600 * GIB,
+            ..inputs
+        });
+        let room = 510 * GIB;
+        assert_eq!(
+            too_much,
+            Err(LayoutError::Ram {
+                ram: 600 * GIB,
+                room,
+                limit: 512 * GIB
+            })
+        );
+        assert_eq!(
+            Layout::plan(&LayoutInputs {
+                ram: room,
+                ..inputs
+            }),
+            Err(LayoutError::Window64 {
+                start: 512 * GIB,
+                limit: 512 * GIB
+            })
+        );
+    }
+
+    #[test]
+    fn firmware_ranges_become_holes() {
+        let graphics = 0x7b80_0000..=0x7fff_ffff;
+        let layout = plan(3 * GIB, 39, &[graphics.clone(), MSI]).unwrap();
+        assert_eq!(
+            ram(&layout),
+            [(0, 0x7b80_0000), (4 * GIB, 3 * GIB - 0x7b80_0000)]
+        );
+        assert_eq!(layout.holes, [graphics]);
+
+        let odd = plan(64 * MIB, 39, &[0x100_1000..=0x100_1fff]).unwrap();
+        assert_eq!(ram(&odd), [(0, 16 * MIB), (18 * MIB, 48 * MIB)]);
+        assert_eq!(odd.holes, [16 * MIB..=18 * MIB - 1]);
+    }
+
+    #[test]
+    fn acpi_tables_move_out_of_a_forbidden_legacy_hole() {
+        let layout = plan(64 * MIB, 39, &[0xe_8000..=0xe_8fff]).unwrap();
+        assert_eq!(
+            ram(&layout),
+            [
+                (0, 0xe_8000),
+                (0xe_9000, HUGE_PAGE - 0xe_9000),
+                (HUGE_PAGE, 62 * MIB + 0x1000)
+            ]
+        );
+        assert_eq!(
+            layout.acpi,
+            RamRange {
+                start: 64 * MIB - 0x1_f000,
+                len: ACPI_SIZE
+            }
+        );
+        assert_eq!(layout.holes, [0xe_8000..=0xe_8fff]);
+    }
+
+    #[test]
+    fn what_cannot_be_is_said() {
+        for size in [0, 4096, 3 * MIB + 1, HUGE_PAGE - PAGE] {
+            assert_eq!(plan(size, 39, &[]), Err(LayoutError::RamSize(size)));
+        }
+        assert_eq!(
+            plan(GIB, 39, &[0x9_f000..=0x9_ffff]),
+            Err(LayoutError::FirstMemory {
+                start: 0x9_f000,
+                last: 0x9_ffff
+            })
+        );
+        assert_eq!(
+            plan(
+                GIB,
+                39,
+                &[0x9000_0000..=0x90ff_ffff, 0xb000_0000..=0xc7ff_ffff]
+            ),
+            Err(LayoutError::Window32)
+        );
+        assert_eq!(
+            plan(66 * GIB, 36, &[]).unwrap_err().to_string(),
+            "guest memory of 67584 MiB does not fit: below 0x1000000000, where the guest's \
+             processors or the host's IOMMU end, there is room for 63488 MiB; give the VM less"
+        );
+    }
+
+    #[test]
+    fn interrupt_lines_rotate_by_slot() {
+        assert_eq!(intx_gsi(0, 0), 16);
+        assert_eq!(intx_gsi(3, 1), 20);
+        assert_eq!(intx_gsi(31, 3), 18);
+    }
+
+    fn overlaps(a: &RangeInclusive<u64>, b: &RangeInclusive<u64>) -> bool {
+        a.start() <= b.end() && b.start() <= a.end()
+    }
+
+    fn spans(layout: &Layout) -> Vec<RangeInclusive<u64>> {
+        let ram = layout.ram.iter().map(|range| range.start..=range.end() - 1);
+        let windows = layout
+            .bridges
+            .iter()
+            .flat_map(|b| [b.mem32.clone(), b.mem64.clone()]);
+        ram.chain(windows).collect()
+    }
+
+    fn range() -> impl Strategy<Value = RangeInclusive<u64>> {
+        let start = prop_oneof![
+            LEGACY_HOLE.start..HUGE_PAGE,
+            HUGE_PAGE..HIGH_RAM_START,
+            0..TIB
+        ];
+        let len = prop_oneof![1..64 * PAGE, 1..GIB, 1..64 * GIB];
+        (start, len).prop_map(|(start, len)| start.max(0xa_0000)..=start.max(0xa_0000) + len)
+    }
+
+    proptest! {
+        #[test]
+        fn plans_are_exact_and_disjoint(
+            pages in 512..(64 * GIB / PAGE),
+            bits in 36u8..=52,
+            reserved in proptest::collection::vec(range(), 0..6),
+            iova_end in prop_oneof![Just(u64::MAX), (64 * GIB)..TIB],
+        ) {
+            let iova = [0..=iova_end];
+            let inputs = LayoutInputs {
+                ram: pages * PAGE,
+                physical_bits: bits,
+                iova: &iova,
+                reserved: &reserved,
+            };
+            let Ok(layout) = Layout::plan(&inputs) else { return Ok(()) };
+            prop_assert_eq!(layout.ram.iter().map(|range| range.len).sum::<u64>(), inputs.ram);
+            let spans = spans(&layout);
+            let fixed = [ECAM, IO_APIC..=0xffff_ffff];
+            for (index, span) in spans.iter().enumerate() {
+                let others = spans[index + 1..].iter();
+                for other in others.chain(&reserved).chain(&fixed).chain(&layout.holes) {
+                    prop_assert!(!overlaps(span, other), "{span:x?} meets {other:x?}");
+                }
+                prop_assert!(*span.end() <= iova_end);
+                prop_assert!(*span.end() < 1 << bits);
+                prop_assert_eq!(span.start() % PAGE, 0);
+            }
+            for bridge in &layout.bridges {
+                prop_assert_eq!(bridge.mem64.start() % GIB, 0);
+                prop_assert_eq!((bridge.mem64.end() + 1) % GIB, 0);
+            }
+            for range in &layout.ram {
+                prop_assert!(range.start < HUGE_PAGE || range.start % HUGE_PAGE == 0);
+            }
+            let acpi = layout.acpi;
+            prop_assert!(layout.ram.iter().any(|r| r.start <= acpi.start && r.end() >= acpi.end()));
+        }
+
+        #[test]
+        fn without_restrictions_everything_that_fits_is_planned(pages in 512..(60 * GIB / PAGE)) {
+            let layout = plan(pages * PAGE, 36, &[]);
+            prop_assert!(layout.is_ok(), "{layout:?}");
+        }
     }
 }

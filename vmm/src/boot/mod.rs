@@ -1,6 +1,31 @@
 //! Boot without firmware: kernel, initramfs, memory map and ACPI tables put straight into RAM.
+//!
+//! What lies in the first megabyte, which a guest makes its own once it has read it:
+//!
+//! | address | what |
+//! |---|---|
+//! | `0x500` | segment descriptors of the 64-bit entry ([`crate::cpu::boot_state`]) |
+//! | [`START_INFO`] | PVH start info, module list, memory map |
+//! | [`ZERO_PAGE`] | `boot_params` of the Linux protocol |
+//! | `0x9000` | page tables of the 64-bit entry |
+//! | [`CMDLINE`] | kernel command line |
+//! | `0xe0000` | ACPI tables ([`crate::layout::Layout::acpi`]) |
 
 pub mod acpi;
+mod bzimage;
+mod e820;
+mod elf;
+mod error;
+mod identify;
 mod kernel;
+mod linux64;
+mod pvh;
 
-pub use kernel::{BootError, Entry, Image, load};
+pub use error::BootError;
+pub use kernel::{Entry, Image, load};
+
+use vm_memory::GuestAddress;
+
+const START_INFO: GuestAddress = GuestAddress(0x6000);
+const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
+const CMDLINE: GuestAddress = GuestAddress(0x2_0000);

@@ -1,8 +1,24 @@
-//! The ACPI tables of a hardware-reduced machine with PCI Express.
+//! The ACPI tables of a hardware-reduced machine with PCI Express (ACPI Specification 6.5).
+//!
+//! There is no ACPI hardware but the sleep and reset registers, and neither a PIC, a PIT, a CMOS
+//! clock nor a keyboard controller. Good for an unmodified kernel: KVM's paravirtual clock and the
+//! local APIC's TSC deadline timer take their place.
 
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+mod dsdt;
+mod tables;
+
+use acpi_tables::Aml;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::layout::Layout;
+
+const OEM: [u8; 6] = *b"GANTRY";
+const OEM_TABLE: [u8; 8] = *b"GANTRYVM";
+const OEM_REVISION: u32 = 1;
+/// Tables begin at multiples of a cache line.
+const ALIGN: usize = 64;
 
 /// What the tables describe.
 #[derive(Debug, Clone, Copy)]
@@ -27,17 +43,18 @@ pub enum AcpiError {
         available: u64,
     },
     /// Guest memory could not be written.
-    #[error("cannot write the ACPI tables at {address:#x}")]
+    #[error("cannot write the ACPI tables at guest address {address:#x}")]
     Write {
         /// Guest-physical address.
         address: u64,
         /// Why.
         #[source]
-        source: vm_memory::GuestMemoryError,
+        source: GuestMemoryError,
     },
 }
 
-/// Writes the tables and returns where the RSDP lies.
+/// Writes the tables and returns where the RSDP lies. Called again at every reboot of the guest,
+/// which may have written over them.
 ///
 /// # Errors
 /// They do not fit, or guest memory is not there.
@@ -45,6 +62,232 @@ pub fn build<M: GuestMemoryBackend>(
     memory: &M,
     inputs: &AcpiInputs<'_>,
 ) -> Result<GuestAddress, AcpiError> {
-    let _ = memory;
-    Ok(GuestAddress(inputs.layout.acpi.start))
+    let place = inputs.layout.acpi;
+    let bytes = image(inputs);
+    let needed = bytes.len() as u64;
+    if needed > place.len {
+        return Err(AcpiError::TooLong {
+            needed,
+            available: place.len,
+        });
+    }
+    let rsdp = GuestAddress(place.start);
+    memory
+        .write_slice(&bytes, rsdp)
+        .map_err(|source| AcpiError::Write {
+            address: place.start,
+            source,
+        })?;
+    Ok(rsdp)
+}
+
+/// All tables as they lie in memory, the RSDP first.
+fn image(inputs: &AcpiInputs<'_>) -> Vec<u8> {
+    let base = inputs.layout.acpi.start;
+    let mut image = vec![0; Rsdp::len()];
+    let mut add = |table: &dyn Aml| {
+        image.resize(image.len().next_multiple_of(ALIGN), 0);
+        let address = base + image.len() as u64;
+        table.to_aml_bytes(&mut image);
+        address
+    };
+    let dsdt = add(&dsdt::dsdt(inputs));
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    xsdt.add_entry(add(&tables::fadt(dsdt)));
+    xsdt.add_entry(add(&tables::madt(inputs)));
+    xsdt.add_entry(add(&tables::mcfg(inputs.layout)));
+    let xsdt = add(&xsdt);
+    let mut rsdp = Vec::with_capacity(Rsdp::len());
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    image[..Rsdp::len()].copy_from_slice(&rsdp);
+    image
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+    use crate::layout::LayoutInputs;
+
+    const MIB: u64 = 1 << 20;
+
+    fn layout() -> Layout {
+        let ram = 64 * MIB;
+        let inputs = LayoutInputs {
+            ram,
+            physical_bits: 40,
+            iova: &[],
+            reserved: &[],
+        };
+        Layout::plan(&inputs).unwrap()
+    }
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap()
+    }
+
+    fn read(memory: &GuestMemoryMmap, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        bytes
+    }
+
+    fn number(bytes: &[u8]) -> u64 {
+        bytes
+            .iter()
+            .rev()
+            .fold(0, |value, byte| value << 8 | u64::from(*byte))
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    /// A table by its address, its checksum verified.
+    fn table(memory: &GuestMemoryMmap, address: u64) -> Vec<u8> {
+        let len = number(&read(memory, address + 4, 4)) as usize;
+        let table = read(memory, address, len);
+        assert_eq!(sum(&table), 0, "{}", String::from_utf8_lossy(&table[..4]));
+        table
+    }
+
+    /// RSDP, then XSDT, then its tables in order, then the DSDT.
+    fn walk(memory: &GuestMemoryMmap, rsdp: GuestAddress) -> Vec<Vec<u8>> {
+        let rsdp = read(memory, rsdp.0, 36);
+        assert_eq!(&rsdp[..8], b"RSD PTR ");
+        assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
+        let xsdt = table(memory, number(&rsdp[24..32]));
+        assert_eq!(&xsdt[..4], b"XSDT");
+        let mut tables: Vec<_> = xsdt[36..]
+            .chunks(8)
+            .map(|address| table(memory, number(address)))
+            .collect();
+        let dsdt = number(&tables[0][140..148]);
+        tables.push(table(memory, dsdt));
+        tables
+    }
+
+    fn tables(cpus: u32, serial: bool) -> Vec<Vec<u8>> {
+        let (memory, layout) = (memory(), layout());
+        let rsdp = build(
+            &memory,
+            &AcpiInputs {
+                layout: &layout,
+                cpus,
+                serial,
+            },
+        )
+        .unwrap();
+        assert_eq!(rsdp, GuestAddress(0xe_0000));
+        walk(&memory, rsdp)
+    }
+
+    #[test]
+    fn tables_are_found_from_the_rsdp_and_checksummed() {
+        let tables = tables(2, true);
+        let signatures: Vec<_> = tables.iter().map(|table| &table[..4]).collect();
+        assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG", b"DSDT"]);
+    }
+
+    #[test]
+    fn the_fadt_names_the_power_registers() {
+        let fadt = &tables(1, true)[0];
+        assert_eq!(number(&fadt[109..111]), 0x24, "boot architecture");
+        let hardware_reduced = 1 << 20 | 1 << 10;
+        assert_eq!(number(&fadt[112..116]) & hardware_reduced, hardware_reduced);
+        let register = |port: u8| [1, 8, 0, 1, port, 6, 0, 0, 0, 0, 0, 0];
+        assert_eq!(fadt[116..128], register(2), "reset");
+        assert_eq!(fadt[128], 1, "reset value");
+        assert_eq!(fadt[244..256], register(0), "sleep control");
+        assert_eq!(fadt[256..268], register(1), "sleep status");
+    }
+
+    /// The entries of a MADT: type and content.
+    fn entries(madt: &[u8]) -> Vec<(u8, Vec<u8>)> {
+        let mut entries = Vec::new();
+        let mut rest = &madt[44..];
+        while let [kind, len, ..] = *rest {
+            entries.push((kind, rest[2..len.into()].to_vec()));
+            rest = &rest[len.into()..];
+        }
+        assert!(rest.is_empty());
+        entries
+    }
+
+    #[test]
+    fn the_madt_lists_every_processor() {
+        let madt = &tables(3, true)[1];
+        assert_eq!(number(&madt[36..40]), 0xfee0_0000);
+        let expected: [(u8, &[u8]); 6] = [
+            (0, &[0, 0, 1, 0, 0, 0]),
+            (0, &[1, 1, 1, 0, 0, 0]),
+            (0, &[2, 2, 1, 0, 0, 0]),
+            (1, &[0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]),
+            (2, &[0, 4, 4, 0, 0, 0, 0, 0]),
+            (4, &[0xff, 0, 0, 1]),
+        ];
+        assert_eq!(
+            entries(madt),
+            expected.map(|(kind, bytes)| (kind, bytes.to_vec()))
+        );
+
+        let many = entries(&tables(300, false)[1]);
+        let count = |wanted| many.iter().filter(|(kind, _)| *kind == wanted).count();
+        assert_eq!((count(0), count(9), count(2), count(10)), (255, 45, 0, 1));
+        assert_eq!(
+            many[255],
+            (9, vec![0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0])
+        );
+    }
+
+    #[test]
+    fn the_mcfg_covers_all_buses() {
+        let mcfg = &tables(1, true)[2];
+        assert_eq!(
+            mcfg[44..60],
+            [0, 0, 0, 0xe0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn the_dsdt_has_what_linux_looks_for() {
+        let contains =
+            |table: &[u8], bytes: &[u8]| table.windows(bytes.len()).any(|window| window == bytes);
+        let dsdt = &tables(2, true)[3];
+        for name in [
+            "PCI0", "_OSC", "_PRT", "_CRS", "MBRD", "COM1", "C000", "C001", "_S5_",
+        ] {
+            assert!(contains(dsdt, name.as_bytes()), "{name}");
+        }
+        let window = [0x8000_0000_u32, 0xdfff_ffff]
+            .map(u32::to_le_bytes)
+            .concat();
+        assert!(contains(dsdt, &window), "32-bit window");
+        let window = [4 << 30, (1_u64 << 40) - 1].map(u64::to_le_bytes).concat();
+        assert!(contains(dsdt, &window), "64-bit window");
+        assert!(!contains(&tables(1, false)[3], b"COM1"));
+    }
+
+    #[test]
+    fn too_many_processors_are_said_to_be_too_many() {
+        let (memory, layout) = (memory(), layout());
+        let refused = build(
+            &memory,
+            &AcpiInputs {
+                layout: &layout,
+                cpus: 4096,
+                serial: true,
+            },
+        );
+        assert!(matches!(
+            refused,
+            Err(AcpiError::TooLong {
+                available: 0x2_0000,
+                ..
+            })
+        ));
+    }
 }
