@@ -1,10 +1,12 @@
 //! What must be undone however this process ends: children, temporary folders, the terminal.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::{io, thread};
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -12,6 +14,7 @@ use signal_hook::iterator::Signals;
 type Action = Box<dyn FnOnce() + Send>;
 
 static ACTIONS: Mutex<BTreeMap<u64, Action>> = Mutex::new(BTreeMap::new());
+static ENDING: AtomicBool = AtomicBool::new(false);
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
 fn actions() -> MutexGuard<'static, BTreeMap<u64, Action>> {
@@ -47,11 +50,19 @@ pub fn on_signals() -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
+            ENDING.store(true, Ordering::Relaxed);
             run_all();
             std::process::exit(128 + signal);
         }
     });
     Ok(())
+}
+
+/// Waits for the end if a signal is ending the process: what fails meanwhile fails because of it.
+pub fn wait_if_ending() {
+    while ENDING.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_secs(1));
+    }
 }
 
 /// Runs every registered action, latest first.
@@ -60,6 +71,37 @@ pub fn run_all() {
         let last = actions().pop_last();
         let Some((_, action)) = last else { return };
         action();
+    }
+}
+
+/// A folder with a name of its own, removed with all it holds when this is dropped.
+#[derive(Debug)]
+pub struct TempFolder {
+    path: PathBuf,
+    _guard: Guard,
+}
+
+impl TempFolder {
+    /// Creates it in the folder `parent`; its name begins with `prefix`.
+    pub fn new(parent: &Path, prefix: &str) -> io::Result<Self> {
+        let path = tempfile::Builder::new()
+            .prefix(prefix)
+            .tempdir_in(parent)?
+            .keep();
+        let doomed = path.clone();
+        let guard = Guard::new(move || {
+            // What cannot be removed is left behind: there is nobody to tell.
+            let _ = fs::remove_dir_all(doomed);
+        });
+        Ok(Self {
+            path,
+            _guard: guard,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
+            cleanup::wait_if_ending();
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
 fn lab(arguments: LabArguments) -> Result<i32> {
     let parts = Parts::prepare(&Options {
         gantry: arguments.gantry,
+        lab_kernel: arguments.kernel == HostKernel::Lab,
     })?;
     let setup = Setup {
         kernel: arguments.kernel,

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
+use crate::cleanup::TempFolder;
+
 /// The folder of all entries.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -30,14 +32,15 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// The entry `name` made from `inputs`; `make` fills the folder it is given when there is none.
+    /// The entry `name` made from `inputs`; when there is none, `make` fills the first folder it is
+    /// given, with the second one to work in.
     ///
     /// A second process that wants the same entry waits for the first.
     pub fn entry(
         &self,
         name: &str,
         inputs: &[&[u8]],
-        make: impl FnOnce(&Path) -> Result<()>,
+        make: impl FnOnce(&Path, &Path) -> Result<()>,
     ) -> Result<PathBuf> {
         let path = self.path(name, inputs);
         if path.is_dir() {
@@ -50,19 +53,16 @@ impl Cache {
         if path.is_dir() {
             return Ok(path);
         }
-        let fresh = tempfile::Builder::new()
-            .prefix(&format!("{name}.new."))
-            .tempdir_in(&self.root)
+        let fresh = TempFolder::new(&self.root, &format!("{name}.new."))
             .with_context(|| format!("cannot create a folder in {}", self.root.display()))?;
-        let kept = fresh.path().to_owned();
-        let guard = crate::cleanup::Guard::new(move || {
-            // Gone already when all went well.
-            let _ = fs::remove_dir_all(kept);
-        });
-        make(fresh.path())?;
-        fs::rename(fresh.path(), &path)
+        let (into, scratch) = (fresh.path().join("entry"), fresh.path().join("scratch"));
+        for folder in [&into, &scratch] {
+            fs::create_dir(folder)
+                .with_context(|| format!("cannot create {}", folder.display()))?;
+        }
+        make(&into, &scratch)?;
+        fs::rename(&into, &path)
             .with_context(|| format!("cannot move a finished entry to {}", path.display()))?;
-        drop(guard);
         Ok(path)
     }
 
@@ -104,10 +104,10 @@ mod tests {
     #[test]
     fn an_entry_is_made_once() {
         let (_folder, cache) = cache();
-        let make = |path: &Path| Ok(fs::write(path.join("file"), "1")?);
+        let make = |path: &Path, _: &Path| Ok(fs::write(path.join("file"), "1")?);
         let first = cache.entry("x", &[b"a"], make).unwrap();
         let second = cache
-            .entry("x", &[b"a"], |_| anyhow::bail!("made again"))
+            .entry("x", &[b"a"], |_, _| anyhow::bail!("made again"))
             .unwrap();
         assert_eq!(first, second);
         assert_eq!(fs::read(first.join("file")).unwrap(), b"1");
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn a_failed_entry_leaves_nothing() {
         let (folder, cache) = cache();
-        let failed = cache.entry("x", &[], |path| {
+        let failed = cache.entry("x", &[], |path, _| {
             fs::write(path.join("half"), "")?;
             anyhow::bail!("no")
         });

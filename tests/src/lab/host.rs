@@ -1,22 +1,23 @@
 //! A booted lab host: run commands in it, write and read its files, know why it died.
 
 use std::fs;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use tempfile::TempDir;
 
 use super::channel::{Channel, Event, Process};
+use super::monitor::Monitor;
 use super::parts::Parts;
 use super::qemu::{self, Device, Machine, Running};
 use super::{command, disk, images};
-use crate::cleanup::Guard;
+use crate::cleanup::TempFolder;
 use crate::protocol::{Exit, Run, Size};
 
 /// How long a boot may take; it takes 2 to 5 s on an idle machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// How long a running host may take to say that it is there.
+const HELLO_PATIENCE: Duration = Duration::from_secs(20);
 /// How long a command may run unless it says otherwise.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -53,16 +54,18 @@ pub struct Host {
     channel: Arc<Channel>,
     running: Running,
     machine: Machine,
+    monitor: Mutex<Monitor>,
     booted_in: Duration,
     // Last: its folder goes when QEMU is gone.
-    _folder: Folder,
+    _folder: TempFolder,
 }
 
 impl Host {
     /// Boots a lab and waits for its agent.
     pub fn boot(parts: &Parts, setup: &Setup) -> Result<Self> {
-        let folder = Folder::new()?;
-        let path = folder.path.path();
+        let folder = TempFolder::new(&std::env::temp_dir(), "gantry-lab.")
+            .context("cannot create a temporary folder for the lab")?;
+        let path = folder.path();
         let initrd = images::host(parts, setup.kernel)?;
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
@@ -82,10 +85,15 @@ impl Host {
         let began = Instant::now();
         let running = machine.start()?;
         let channel = Channel::new(running.agent.try_clone()?)?;
+        let monitor = Monitor::new(running.monitor.try_clone()?).with_context(|| {
+            format!("QEMU did not start\n{}", command::tail(&machine.messages()))
+        })?;
+        let monitor = Mutex::new(monitor);
         let mut host = Self {
             channel,
             running,
             machine,
+            monitor,
             booted_in: Duration::ZERO,
             _folder: folder,
         };
@@ -152,6 +160,21 @@ impl Host {
         Ok(String::from_utf8_lossy(&self.read(path)?)
             .trim_end()
             .to_owned())
+    }
+
+    /// Whether its agent still answers.
+    pub fn answers(&self) -> bool {
+        matches!(self.channel.hello(HELLO_PATIENCE), Ok(true))
+    }
+
+    /// Runs a command of QEMU's monitor. Device number `n` of the setup is `dev<n>` there.
+    pub fn monitor(
+        &self,
+        command: &str,
+        arguments: serde_json::Value,
+    ) -> Result<serde_json::Value> {
+        let mut monitor = self.monitor.lock().unwrap_or_else(PoisonError::into_inner);
+        monitor.execute(command, arguments)
     }
 
     /// What the kernel console and QEMU said last, for error messages.
@@ -300,31 +323,4 @@ impl std::fmt::Display for Output {
         writeln!(f, "`{what}`: {exit:?}\n--- stdout\n{}", self.text())?;
         write!(f, "--- stderr\n{}", self.errors())
     }
-}
-
-/// The lab's folder of files, removed whatever happens.
-#[derive(Debug)]
-struct Folder {
-    path: Arc<TempDir>,
-    _guard: Guard,
-}
-
-impl Folder {
-    fn new() -> Result<Self> {
-        let path = tempfile::Builder::new()
-            .prefix("gantry-lab.")
-            .tempdir()
-            .context("cannot create a temporary folder for the lab")?;
-        let kept = path.path().to_owned();
-        let guard = Guard::new(move || remove(&kept));
-        Ok(Self {
-            path: Arc::new(path),
-            _guard: guard,
-        })
-    }
-}
-
-fn remove(path: &Path) {
-    // Gone already when the guard ran first.
-    let _ = fs::remove_dir_all(path);
 }

@@ -8,12 +8,13 @@
 //! |---|---|
 //! | [`cache`] | what is made once and kept: folders named after a hash of their inputs |
 //! | [`sources`], [`packages`] | Debian packages, downloaded and unpacked, never installed |
-//! | [`kernel`] | the stock Debian kernel, and the lab's own for iommufd and mdev |
+//! | [`kernel`], [`kernel_build`] | the stock Debian kernel, and the lab's own for iommufd and mdev |
 //! | [`parts`] | all that a lab is made of: found in the cache or made |
 //! | [`initramfs`] | cpio archives of programs with their libraries, modules and files |
 //! | [`images`] | what is in the two initramfs, the host's and the guest's |
 //! | [`disk`] | disks with known contents |
 //! | [`qemu`] | the machine, its command line and its process |
+//! | [`monitor`] | QEMU's own monitor: faults and hot-plug from outside |
 //! | [`channel`] | the wire to the agent |
 //! | [`host`] | a booted lab host |
 //! | [`shell`] | a terminal in it |
@@ -26,6 +27,8 @@ pub mod host;
 pub mod images;
 pub mod initramfs;
 pub mod kernel;
+pub mod kernel_build;
+pub mod monitor;
 pub mod packages;
 pub mod parts;
 pub mod qemu;

@@ -78,7 +78,8 @@ impl Apt {
             .collect())
     }
 
-    /// Downloads what is `wanted`, unpacks it into `tree` and returns `package=version` of each.
+    /// Downloads what is `wanted`, unpacks it into the new folder `tree` and returns
+    /// `package=version` of each.
     pub fn unpack(&self, what: &str, wanted: Wanted<'_>, tree: &Path) -> Result<Vec<String>> {
         let mut packages = self.missing(wanted)?;
         let names: Vec<&str> = wanted.always.to_vec();
@@ -87,13 +88,14 @@ impl Apt {
             !names.contains(&name)
         });
         packages.extend(names.into_iter().map(str::to_owned));
-        let archives = tempfile::tempdir_in(&self.folder)?;
+        let archives = tree.join("archives");
+        fs::create_dir_all(&archives)?;
         if !packages.is_empty() {
-            self.download(what, &packages, wanted.backports, archives.path())?;
+            self.download(what, &packages, wanted.backports, &archives)?;
         }
         let step = Step::begin(format!("Unpacking {what}"));
         let mut unpacked = Vec::new();
-        for entry in fs::read_dir(archives.path())? {
+        for entry in fs::read_dir(&archives)? {
             let deb = entry?.path();
             if deb.extension().is_none_or(|extension| extension != "deb") {
                 continue;
@@ -101,6 +103,7 @@ impl Apt {
             command::output(Command::new("dpkg").arg("-x").arg(&deb).arg(tree))?;
             unpacked.push(package_of(&deb));
         }
+        fs::remove_dir_all(&archives)?;
         retarget_links(tree)?;
         step.done();
         unpacked.sort();

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::cache::Cache;
 use super::kernel::{self, Kernel};
+use super::kernel_build;
 use super::packages::{Apt, Wanted, find_in};
 
 /// Modules of the stock kernel that the lab host can load.
@@ -45,6 +46,8 @@ pub struct Parts {
 pub struct Options {
     /// Test this program instead of building the one of this tree.
     pub gantry: Option<PathBuf>,
+    /// Build the lab kernel if it is not in the cache.
+    pub lab_kernel: bool,
 }
 
 impl Parts {
@@ -78,6 +81,7 @@ impl Parts {
             },
         )?;
         let stock = store.stock_kernel(&busybox(&tools)?)?;
+        let lab = store.lab_kernel(options.lab_kernel)?;
         let mut built = build(options.gantry.is_none())?;
         let mut take = |name: &str| {
             let found = built.iter().position(|path| path.ends_with(name));
@@ -96,7 +100,7 @@ impl Parts {
             qemu,
             tools,
             stock,
-            lab: None,
+            lab,
             gantry,
             agent,
         })
@@ -137,7 +141,7 @@ impl Store {
     /// Packages unpacked together.
     fn tree(&self, name: &str, what: &str, wanted: Wanted<'_>) -> Result<PathBuf> {
         let inputs = format!("{wanted:?}");
-        self.cache.entry(name, &[inputs.as_bytes()], |into| {
+        self.cache.entry(name, &[inputs.as_bytes()], |into, _| {
             let packages = self.apt()?.unpack(what, wanted, into)?;
             Ok(fs::write(into.join("packages"), packages.join("\n"))?)
         })
@@ -147,7 +151,7 @@ impl Store {
         let inputs = STOCK_MODULES.join(" ");
         let entry = self
             .cache
-            .entry("stock-kernel", &[inputs.as_bytes()], |into| {
+            .entry("stock-kernel", &[inputs.as_bytes()], |into, scratch| {
                 let apt = self.apt()?;
                 let name = kernel::newest_cloud_image(&apt.names("linux-image-6.12")?)?;
                 let wanted = Wanted {
@@ -155,11 +159,26 @@ impl Store {
                     missing: &[],
                     backports: true,
                 };
-                let tree = tempfile::tempdir_in(self.cache.folder("apt"))?;
-                apt.unpack("Debian's kernel", wanted, tree.path())?;
-                kernel::unpack_stock(tree.path(), STOCK_MODULES, busybox, into)
+                apt.unpack("Debian's kernel", wanted, scratch)?;
+                kernel::unpack_stock(scratch, STOCK_MODULES, busybox, into)
             })?;
         kernel::open(&entry)
+    }
+
+    /// The lab kernel, built if it `must` be.
+    fn lab_kernel(&self, must: bool) -> Result<Option<Kernel>> {
+        let inputs = [
+            kernel_build::SOURCE.as_bytes(),
+            kernel_build::OPTIONS.as_bytes(),
+        ];
+        let path = self.cache.path("lab-kernel", &inputs);
+        if !must && !path.is_dir() {
+            return Ok(None);
+        }
+        let entry = self.cache.entry("lab-kernel", &inputs, |into, scratch| {
+            kernel_build::build(self.apt()?, scratch, into)
+        })?;
+        kernel::open(&entry).map(Some)
     }
 }
 

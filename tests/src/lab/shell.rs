@@ -105,8 +105,10 @@ fn terminal_size() -> Option<Size> {
         .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     let (rows, cols) = text.trim().split_once(' ')?;
-    Some(Size {
+    let size = Size {
         rows: rows.parse().ok()?,
         cols: cols.parse().ok()?,
-    })
+    };
+    // A terminal that nobody sized says 0.
+    (size.rows > 0 && size.cols > 0).then_some(size)
 }
