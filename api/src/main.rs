@@ -7,7 +7,6 @@ mod config;
 mod output;
 mod report;
 mod table;
-mod vmm;
 
 use std::process::ExitCode;
 

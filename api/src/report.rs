@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
+use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 
 /// The guest powered off, or the command did what it was asked.
@@ -21,6 +22,12 @@ pub const BY_SIGNAL: u8 = 128;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const CAUSE: Style = Style::new().dimmed();
+
+/// Whether standard error takes colour. Asked once, at the start: a process that has run a VM is
+/// confined and may no longer ask for terminals.
+pub fn colour() -> ColorChoice {
+    AutoStream::choice(&std::io::stderr())
+}
 
 /// A command that failed, and how the process is to end.
 #[derive(Debug)]
@@ -54,10 +61,11 @@ impl Failure {
         }
     }
 
-    /// Shows the failure on standard error, with colour where that is a terminal.
-    pub fn show(&self) -> ExitCode {
+    /// Shows the failure on standard error.
+    pub fn show(&self, colour: ColorChoice) -> ExitCode {
+        let mut out = AutoStream::new(std::io::stderr().lock(), colour);
         // Where standard error cannot be written to, there is nobody left to tell.
-        let _ = self.write(&mut anstream::stderr().lock());
+        let _ = self.write(&mut out);
         ExitCode::from(self.exit)
     }
 

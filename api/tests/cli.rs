@@ -1,5 +1,8 @@
 //! The built binary over a fake host: what it prints, and the exit codes it ends with.
 
+// The workspace allows these in tests; clippy does not take a test's helper functions for tests.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
@@ -325,6 +328,24 @@ fn a_wrong_file_is_told_on_one_screen() {
     let error = host.gantry(&["run", "none.json"]).failed(2);
     assert!(
         error.starts_with("error: cannot read none.json\n  because: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_host_without_kvm_is_the_hosts_fault() {
+    let host = Host::new();
+    fs::write(host.path("vmlinux"), "no kernel").unwrap();
+    fs::write(
+        host.path("vm.json"),
+        r#"{"payload": {"kernel": "vmlinux"}}"#,
+    )
+    .unwrap();
+    let error = host
+        .gantry(&["run", &host.path("vm.json").display().to_string()])
+        .failed(1);
+    assert!(
+        error.starts_with("error: ") && error.contains("dev/kvm"),
         "{error}"
     );
 }

@@ -8,11 +8,12 @@ mod schema;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anstream::ColorChoice;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use gantry_resources::HostPaths;
 use tracing::Level;
 
-use crate::report::Failure;
+use crate::report::{self, Failure};
 
 /// Launches Linux VMs with devices of the host passed through.
 #[derive(Debug, Parser)]
@@ -101,14 +102,16 @@ enum Command {
 /// Everything between the arguments and the exit code.
 pub fn main() -> ExitCode {
     let Cli { globals, command } = Cli::parse();
+    let colour = report::colour();
     tracing_subscriber::fmt()
+        .with_ansi(colour != ColorChoice::Never)
         .with_max_level(globals.level())
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
         .compact()
         .init();
-    execute(command, globals.paths()).unwrap_or_else(|failure| failure.show())
+    execute(command, globals.paths()).unwrap_or_else(|failure| failure.show(colour))
 }
 
 fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {

@@ -8,7 +8,7 @@ use gantry_resources::HostPaths;
 
 use crate::config::{self, Extras, Source};
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
-use crate::vmm::{Options, Outcome, SeccompMode};
+use gantry_vmm::{Options, Outcome, SeccompMode};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -96,7 +96,7 @@ pub fn run(args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let options = Options {
         seccomp: seccomp.into(),
     };
-    let outcome = crate::vmm::run(config, paths, options).map_err(Failure::host)?;
+    let outcome = gantry_vmm::run(&config, paths, options).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
 }
 

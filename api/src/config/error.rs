@@ -2,7 +2,7 @@
 
 use super::document::Position;
 
-/// Why there is no [`crate::vmm::VmConfig`].
+/// Why there is no [`gantry_vmm::VmConfig`].
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read at all.

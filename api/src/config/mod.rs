@@ -60,7 +60,7 @@ pub struct Extras {
 
 /// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
 /// files can be opened.
-pub fn load(source: &Source, extras: &Extras) -> Result<crate::vmm::VmConfig, Error> {
+pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Error> {
     let text = read(source)?;
     let name = match (&extras.name, source) {
         (Some(name), _) => name.clone(),
@@ -86,7 +86,7 @@ pub fn load(source: &Source, extras: &Extras) -> Result<crate::vmm::VmConfig, Er
 }
 
 /// The whole way from text to a validated VM.
-fn compile(text: &str, context: &Context) -> Result<crate::vmm::VmConfig, Fault> {
+fn compile(text: &str, context: &Context) -> Result<gantry_vmm::VmConfig, Fault> {
     let mut root = document::parse(text)?;
     inert::strip(&mut root)?;
     let model = decode::decode(&root).map_err(wording::misfit)?;

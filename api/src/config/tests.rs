@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use gantry_resources::Request;
 
 use super::{Error, Extras, Source, load};
-use crate::vmm::{SerialMode, VmConfig};
+use gantry_vmm::{SerialMode, VmConfig};
 
 /// A folder with a kernel, an initramfs and a VM's file.
 struct Folder(tempfile::TempDir);

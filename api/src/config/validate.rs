@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::vmm::{MemorySize, Payload, SerialMode, VcpuCount};
 use gantry_resources::{HostBdf, Request};
+use gantry_vmm::{MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
 
@@ -45,8 +45,8 @@ fn invalid(path: &str, what: impl Into<String>, help: impl Into<String>) -> Inva
 pub fn convert(
     config: model::VmConfig,
     context: &Context,
-) -> Result<crate::vmm::VmConfig, Invalid> {
-    Ok(crate::vmm::VmConfig {
+) -> Result<gantry_vmm::VmConfig, Invalid> {
+    Ok(gantry_vmm::VmConfig {
         name: context.name.to_owned(),
         payload: payload(config.payload, context.folder)?,
         vcpus: vcpus(&config.cpus)?,
