@@ -6,6 +6,8 @@ mod bdf;
 pub mod capability;
 mod config;
 mod device;
+#[cfg(test)]
+mod fake;
 pub mod firmware;
 mod host_bridge;
 mod msi;

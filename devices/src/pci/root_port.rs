@@ -278,3 +278,119 @@ fn memory_window(window: Option<&Range<u64>>) -> (u64, u64) {
 fn window_bytes(base: u16, limit: u16) -> [u8; 4] {
     (u32::from(base) | u32::from(limit) << 16).to_le_bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::capability::{walk_extended, walk_standard};
+    use super::super::fake::FakeSpace;
+    use super::*;
+
+    fn port() -> RootPort {
+        RootPort::new(0, 5, 5)
+    }
+
+    fn dword(port: &RootPort, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        port.read_config(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(port: &RootPort, offset: u16, value: u32) {
+        assert!(!port.write_config(offset, &value.to_le_bytes()));
+    }
+
+    #[test]
+    fn it_is_found_as_a_root_port() {
+        let port = port();
+        assert_eq!(dword(&port, 0), 0x000c_1b36);
+        assert_eq!(dword(&port, 8) >> 8, 0x06_04_00);
+        assert_eq!(dword(&port, 0x0c) >> 16, 1);
+        assert_eq!(dword(&port, 0x3c) >> 8 & 0xff, 0, "no interrupt pin");
+        let caps = walk_standard(|offset| dword(&port, offset));
+        let ids: Vec<_> = caps.iter().map(|cap| cap.id).collect();
+        assert_eq!(ids, [CapabilityId::PCI_EXPRESS]);
+        assert_eq!(dword(&port, EXPRESS) >> 20 & 0xf, 4, "type of port");
+        assert!(walk_extended(|offset| dword(&port, offset)).is_empty());
+    }
+
+    #[test]
+    fn writes_change_only_what_the_specification_lets_them() {
+        let port = port();
+        for offset in (0..0x1000).step_by(4) {
+            write(&port, offset, u32::MAX);
+        }
+        let expected: [(u16, u32); 16] = [
+            (0x00, 0x000c_1b36),
+            (0x04, 0x0010_0547),
+            (0x08, 0x0604_0000),
+            (0x0c, 0x0001_00ff),
+            (0x10, 0),
+            (0x14, 0),
+            (0x18, 0x00ff_ffff),
+            (0x1c, 0),
+            (0x20, 0xfff0_fff0),
+            (0x24, 0xfff1_fff1),
+            (0x28, u32::MAX),
+            (0x2c, u32::MAX),
+            (0x30, 0),
+            (0x34, 0x40),
+            (0x38, 0),
+            (0x3c, 0x001f_00ff),
+        ];
+        for (offset, value) in expected {
+            assert_eq!(dword(&port, offset), value, "{offset:#x}");
+        }
+        assert_eq!(dword(&port, EXPRESS + 0x08), 0x79ff);
+        assert_eq!(dword(&port, EXPRESS + 0x10) & 0xffff, 0x00c3);
+        assert_eq!(dword(&port, 0x100), 0);
+    }
+
+    #[test]
+    fn the_guest_renumbers_buses() {
+        let port = port();
+        assert_eq!((port.secondary_bus(), port.subordinate_bus()), (5, 5));
+        port.write_config(PRIMARY_BUS + 1, &[0x20, 0x2f]);
+        assert_eq!((port.secondary_bus(), port.subordinate_bus()), (0x20, 0x2f));
+        port.reset(&FakeSpace::default()).unwrap();
+        assert_eq!((port.secondary_bus(), port.subordinate_bus()), (5, 5));
+    }
+
+    #[test]
+    fn windows_are_programmed_and_closed() {
+        let port = port();
+        let closed = (0x0000_fff0, 0x0001_fff1);
+        assert_eq!((dword(&port, 0x20), dword(&port, 0x24)), closed);
+        port.program(&PortWindows {
+            mem32: Some(0xc000_0000..0xc100_0000),
+            mem64: Some(0x40_0000_0000..0x60_0000_0000),
+            io: Some(0x3000..0x5000),
+        });
+        assert_eq!(dword(&port, 0x04) & 0xffff, 7);
+        assert_eq!(dword(&port, 0x20), 0xc0f0_c000);
+        assert_eq!(dword(&port, 0x24), 0xfff1_0001);
+        assert_eq!((dword(&port, 0x28), dword(&port, 0x2c)), (0x40, 0x5f));
+        assert_eq!(dword(&port, 0x1c) & 0xffff, 0x4030);
+        write(&port, 0x1c, u32::MAX);
+        assert_eq!(dword(&port, 0x1c), 0xf0f0);
+        port.program(&PortWindows::default());
+        assert_eq!(dword(&port, 0x04) & 0xffff, 6);
+        assert_eq!((dword(&port, 0x20), dword(&port, 0x24)), closed);
+        assert_eq!(dword(&port, 0x1c), 0);
+    }
+
+    #[test]
+    fn the_slot_shows_its_card_even_after_a_reset() {
+        let port = port();
+        let status = |port: &RootPort| (dword(port, EXPRESS + 0x10), dword(port, EXPRESS + 0x18));
+        let empty = status(&port);
+        assert_eq!((empty.0 >> 29 & 1, empty.1 >> 22 & 1), (0, 0));
+        port.set_occupied(true);
+        port.reset(&FakeSpace::default()).unwrap();
+        let full = status(&port);
+        assert_eq!((full.0 >> 29 & 1, full.1 >> 22 & 1), (1, 1));
+        assert_eq!(full.0 >> 16 & 0x3ff, 0x105, "32 GT/s, 16 lanes");
+        port.set_occupied(false);
+        assert_eq!(status(&port), empty);
+        assert_eq!(dword(&port, EXPRESS + 0x14) >> 19, 5, "slot number");
+    }
+}
