@@ -1,122 +1,397 @@
-//! Moving devices between the host's drivers and vfio-pci.
+//! Detaching devices from the host and giving them back, whole IOMMU groups at a time.
 
+use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::former::Former;
+use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, InventoryError, is_vfio_driver, scan};
+use crate::lease::{
+    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseError, LeaseRecord, holder,
+};
+use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI, remember};
+use crate::obstacle::{Blocked, Obstacle, Pool};
+use crate::writer::{SysfsWrite, SysfsWriter};
 
 /// Which devices to move.
 #[derive(Clone, Copy, Debug)]
 pub struct BindRequest<'a> {
-    /// The devices; their IOMMU groups move with them.
+    /// The devices. All endpoints of their IOMMU groups move with them.
     pub devices: &'a [HostBdf],
-    /// Devices that are moved although the host uses them, each named exactly.
-    pub despite_guard: &'a [HostBdf],
-    /// Only say what would be written.
+    /// Devices that are detached although the host uses them, each named exactly.
+    pub overrides: &'a [HostBdf],
+    /// Change nothing, only say what would be written.
     pub dry_run: bool,
 }
 
-/// One write to sysfs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SysfsWrite {
-    /// The file.
-    pub path: PathBuf,
-    /// What is written.
-    pub value: String,
-}
-
-/// What a move did, or would do.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What a move did, or in a dry run would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct BindReport {
     /// Devices that changed hands.
     pub moved: Vec<HostBdf>,
-    /// Devices that were already where they were wanted.
+    /// Devices asked for that were already where they were wanted.
     pub unchanged: Vec<HostBdf>,
     /// The writes, in order.
     pub writes: Vec<SysfsWrite>,
 }
 
-/// A move failed.
+/// A move was refused, or failed and was undone.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// A write failed.
+    /// The inventory cannot be read, or a device does not exist.
     #[error(transparent)]
-    Write(#[from] WriteError),
-}
-
-/// A write to sysfs failed.
-#[derive(Debug, Error)]
-pub enum WriteError {
-    /// The kernel refused it.
-    #[error("cannot write {value:?} to {path}")]
-    Refused {
-        /// The file.
-        path: PathBuf,
-        /// What was written.
-        value: String,
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// A device is a bridge, is held by somebody, or is in no IOMMU group.
+    #[error("{0}")]
+    Blocked(Blocked),
+    /// The host needs a device, or one of its IOMMU group.
+    #[error(
+        "the host itself needs this:{}\nnothing was changed; to take it nevertheless, give{}",
+        list("\n  ", .0),
+        list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
+    )]
+    Guarded(Vec<Guarded>),
+    /// It cannot be told whether the host needs a device.
+    #[error("cannot tell whether the host needs these devices")]
+    Guard(#[source] io::Error),
+    /// A bridge that the host drives is in the IOMMU group.
+    #[error(
+        "IOMMU group {group} holds the host's bridge {bridge} ({driver}): its devices cannot be detached"
+    )]
+    HostBridge {
+        /// The IOMMU group.
+        group: u32,
+        /// The bridge.
+        bridge: HostBdf,
+        /// Its driver.
+        driver: String,
+    },
+    /// A physical function has virtual functions, which would vanish with its driver.
+    #[error(
+        "{bdf} has {count} virtual functions, which would vanish: write 0 to its sriov_numvfs first"
+    )]
+    HasVirtualFunctions {
+        /// The physical function.
+        bdf: HostBdf,
+        /// How many.
+        count: u16,
+    },
+    /// The kernel has no vfio-pci.
+    #[error("the kernel has no driver vfio-pci: `modprobe vfio-pci`")]
+    NoVfioPci,
+    /// A device did not get where it should. It and those moved before it were put back.
+    #[error("{bdf} was not moved{}", aftermath(.left))]
+    Failed {
+        /// The device.
+        bdf: HostBdf,
+        /// Devices that could not be put back where they were.
+        left: Vec<HostBdf>,
         /// Why.
         #[source]
-        source: io::Error,
+        source: MoveError,
     },
 }
 
-/// Writes sysfs files.
-pub trait SysfsWriter {
-    /// Writes `value` to an existing file, in one write.
-    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError>;
-}
-
-/// Writes in a child process that is abandoned when the kernel does not come back.
-#[derive(Clone, Debug)]
-pub struct ChildWriter {
-    /// The program to run, with `__sysfs-write PATH VALUE`.
-    pub program: PathBuf,
-    /// How long to wait.
-    pub deadline: Duration,
-}
-
-impl Default for ChildWriter {
-    fn default() -> Self {
-        Self {
-            program: "/proc/self/exe".into(),
-            deadline: Duration::from_secs(30),
-        }
-    }
-}
-
-impl SysfsWriter for ChildWriter {
-    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
-        let _ = (path, value);
-        Ok(())
-    }
-}
-
-/// What the child of [`ChildWriter`] does: the arguments after `__sysfs-write`.
-pub fn write_helper(args: &[String]) -> ExitCode {
-    let _ = args;
-    ExitCode::SUCCESS
-}
-
-/// Gives devices to vfio-pci, whole IOMMU groups, all or nothing.
+/// Gives devices to vfio-pci with all endpoints of their IOMMU groups: all of them, or after a failure
+/// none. A device that is there already is a success. Refused for what the host itself needs.
 pub fn detach(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
     request: &BindRequest<'_>,
 ) -> Result<BindReport, BindError> {
-    let _ = (paths, writer, request);
-    Ok(BindReport::default())
+    Direction::Detach.carry_out(paths, writer, request)
 }
 
-/// Gives devices back to the drivers they had.
+/// Gives devices back to the host's drivers, with all endpoints of their IOMMU groups: to the driver
+/// that each had when it was detached, or if that is not known to the one that the kernel chooses.
+/// Refused if somebody holds one of them.
 pub fn reattach(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
     request: &BindRequest<'_>,
 ) -> Result<BindReport, BindError> {
-    let _ = (paths, writer, request);
-    Ok(BindReport::default())
+    Direction::Reattach.carry_out(paths, writer, request)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Detach,
+    Reattach,
+}
+
+/// What a request comes to.
+#[derive(Debug, Default)]
+struct Plan {
+    /// Endpoints of the IOMMU groups concerned.
+    members: Vec<HostDevice>,
+    /// Those that must move.
+    moves: Vec<Move>,
+    /// Those asked for that need not.
+    unchanged: Vec<HostBdf>,
+}
+
+impl Direction {
+    fn carry_out(
+        self,
+        paths: &HostPaths,
+        writer: &dyn SysfsWriter,
+        request: &BindRequest<'_>,
+    ) -> Result<BindReport, BindError> {
+        if request.dry_run {
+            let plan = self.plan(paths, request)?;
+            let writes = plan
+                .moves
+                .iter()
+                .flat_map(|one| one.writes(paths, &one.device))
+                .collect();
+            return Ok(plan.report(writes));
+        }
+        let record = LeaseRecord::task(self.command());
+        let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+        let plan = self.plan(paths, request)?;
+        // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
+        let _locks = plan.lock(paths, &record)?;
+        drop(choosing);
+        let mut mover = Mover {
+            paths,
+            writer,
+            writes: Vec::new(),
+        };
+        self.apply(&mut mover, &plan.moves)?;
+        Ok(plan.report(mover.writes))
+    }
+
+    fn command(self) -> &'static str {
+        match self {
+            Self::Detach => "gantry device detach",
+            Self::Reattach => "gantry device reattach",
+        }
+    }
+
+    fn plan(self, paths: &HostPaths, request: &BindRequest<'_>) -> Result<Plan, BindError> {
+        let devices = scan(paths)?;
+        let mut plan = Plan {
+            members: members(&devices, request.devices)?,
+            ..Plan::default()
+        };
+        for member in &plan.members {
+            match self.move_for(paths, member, request.devices) {
+                Some(one) => plan.moves.push(one),
+                None if request.devices.contains(&member.bdf) => plan.unchanged.push(member.bdf),
+                None => {}
+            }
+        }
+        if plan.moves.is_empty() {
+            return Ok(plan);
+        }
+        let held = |device: &&HostDevice| device.lease.is_held();
+        if let Some(device) = plan.members.iter().find(held) {
+            return Err(BindError::Blocked(Blocked::leased(
+                device.bdf,
+                &device.lease,
+            )));
+        }
+        if self == Self::Detach {
+            may_leave_host(paths, &devices, &plan, request.overrides)?;
+        }
+        Ok(plan)
+    }
+
+    /// The move that a device needs, if it needs one.
+    fn move_for(self, paths: &HostPaths, device: &HostDevice, wanted: &[HostBdf]) -> Option<Move> {
+        let host_driver = device
+            .driver
+            .as_deref()
+            .filter(|driver| !is_vfio_driver(driver));
+        let (to, driver_override) = match self {
+            // A neighbour with pci-stub is out of the way already.
+            Self::Detach if host_driver == Some("pci-stub") && !wanted.contains(&device.bdf) => {
+                return None;
+            }
+            Self::Detach if device.on_vfio() => return None,
+            Self::Detach => (Target::Vfio, Some(VFIO_PCI.to_owned())),
+            Self::Reattach if host_driver.is_some() => return None,
+            Self::Reattach => match Former::load(paths, device) {
+                Some(former) => (
+                    former.driver.map_or(Target::Natural, Target::Driver),
+                    former.driver_override,
+                ),
+                None => (Target::Natural, None),
+            },
+        };
+        // An override to vfio-pci from before would only bring the device back there.
+        let driver_override =
+            driver_override.filter(|name| self == Self::Detach || !is_vfio_driver(name));
+        Some(Move {
+            device: device.clone(),
+            to,
+            driver_override,
+        })
+    }
+
+    fn apply(self, mover: &mut Mover<'_>, moves: &[Move]) -> Result<(), BindError> {
+        for (index, one) in moves.iter().enumerate() {
+            let Err(source) = self.step(mover, one) else {
+                continue;
+            };
+            // What hangs is left alone: another write would hang as well.
+            let touched = if source.is_hung() {
+                &moves[..index]
+            } else {
+                &moves[..=index]
+            };
+            let mut left = mover.undo(touched);
+            if self == Self::Detach {
+                let restored = touched
+                    .iter()
+                    .map(|one| one.device.bdf)
+                    .filter(|bdf| !left.contains(bdf));
+                restored.for_each(|bdf| Former::forget(mover.paths, bdf));
+            }
+            left.extend(source.is_hung().then_some(one.device.bdf));
+            return Err(BindError::Failed {
+                bdf: one.device.bdf,
+                left,
+                source,
+            });
+        }
+        if self == Self::Reattach {
+            moves
+                .iter()
+                .for_each(|one| Former::forget(mover.paths, one.device.bdf));
+        }
+        Ok(())
+    }
+
+    fn step(self, mover: &mut Mover<'_>, one: &Move) -> Result<(), MoveError> {
+        if self == Self::Detach {
+            remember(mover.paths, &one.device)?;
+        }
+        mover.make(one)
+    }
+}
+
+impl Plan {
+    fn report(self, writes: Vec<SysfsWrite>) -> BindReport {
+        let moved = self.moves.into_iter().map(|one| one.device.bdf).collect();
+        BindReport {
+            moved,
+            unchanged: self.unchanged,
+            writes,
+        }
+    }
+
+    /// Keeps the devices from being leased while they move.
+    fn lock(&self, paths: &HostPaths, record: &LeaseRecord) -> Result<Vec<DeviceLock>, BindError> {
+        let mut locks = Vec::new();
+        if self.moves.is_empty() {
+            return Ok(locks);
+        }
+        for &HostDevice { bdf, .. } in &self.members {
+            match DeviceLock::take(paths, bdf, record)? {
+                Some(lock) => locks.push(lock),
+                None => {
+                    return Err(BindError::Blocked(Blocked::leased(
+                        bdf,
+                        &holder(paths, bdf)?,
+                    )));
+                }
+            }
+        }
+        Ok(locks)
+    }
+}
+
+/// All endpoints of the IOMMU groups of the devices asked for, in the order of their addresses.
+fn members(devices: &[HostDevice], wanted: &[HostBdf]) -> Result<Vec<HostDevice>, BindError> {
+    let mut groups = BTreeSet::new();
+    for &bdf in wanted {
+        let device = devices.iter().find(|device| device.bdf == bdf);
+        let device = device.ok_or(InventoryError::NoSuchDevice { bdf })?;
+        if device.is_bridge() {
+            return Err(BindError::Blocked(Blocked {
+                bdf,
+                obstacle: Obstacle::Bridge,
+            }));
+        }
+        let Some(group) = device.iommu_group else {
+            return Err(BindError::Blocked(Blocked {
+                bdf,
+                obstacle: Obstacle::NoIommuGroup,
+            }));
+        };
+        groups.insert(Some(group));
+    }
+    let members = devices
+        .iter()
+        .filter(|device| groups.contains(&device.iommu_group) && !device.is_bridge());
+    Ok(members.cloned().collect())
+}
+
+/// Whether the host can do without these devices, and VFIO do with their groups.
+fn may_leave_host(
+    paths: &HostPaths,
+    devices: &[HostDevice],
+    plan: &Plan,
+    overrides: &[HostBdf],
+) -> Result<(), BindError> {
+    if !paths.sysfs.join("bus/pci/drivers").join(VFIO_PCI).exists() {
+        return Err(BindError::NoVfioPci);
+    }
+    let pool = Pool::new(devices);
+    for Move { device, .. } in &plan.moves {
+        if let Some(sriov) = device.sriov.filter(|sriov| sriov.active > 0) {
+            return Err(BindError::HasVirtualFunctions {
+                bdf: device.bdf,
+                count: sriov.active,
+            });
+        }
+        let Some(group) = device.iommu_group else {
+            continue;
+        };
+        let spoiling = pool
+            .members(group)
+            .iter()
+            .find(|member| member.is_bridge() && !member.leaves_group_viable());
+        if let Some(bridge) = spoiling {
+            let driver = bridge.driver.clone().unwrap_or_default();
+            return Err(BindError::HostBridge {
+                group,
+                bridge: bridge.bdf,
+                driver,
+            });
+        }
+    }
+    let leaving: Vec<HostDevice> = plan.moves.iter().map(|one| one.device.clone()).collect();
+    let mut guarded = host_uses(paths, &leaving).map_err(BindError::Guard)?;
+    guarded.retain(|guarded| !overrides.contains(&guarded.bdf));
+    if guarded.is_empty() {
+        Ok(())
+    } else {
+        Err(BindError::Guarded(guarded))
+    }
+}
+
+fn list(separator: &str, items: impl IntoIterator<Item = impl Display>) -> String {
+    items
+        .into_iter()
+        .map(|item| format!("{separator}{item}"))
+        .collect()
+}
+
+fn aftermath(left: &[HostBdf]) -> String {
+    match left {
+        [] => ": everything is as it was before".to_owned(),
+        left => format!(
+            ": these could not be put back where they were:{}",
+            list(" ", left)
+        ),
+    }
 }

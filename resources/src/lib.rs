@@ -13,6 +13,8 @@
 mod allocate;
 mod bind;
 mod dsn;
+#[cfg(test)]
+mod fixture;
 mod former;
 mod group;
 mod guard;
@@ -21,22 +23,24 @@ mod ids;
 mod inventory;
 mod lease;
 mod memlock;
+mod moves;
 mod obstacle;
 mod reserved;
 mod rule;
 mod sysfs;
+mod writer;
 
 pub use allocate::{AllocateError, Request, allocate};
-pub use bind::{
-    BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter, WriteError, detach,
-    reattach, write_helper,
-};
+pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
 pub use group::{GroupError, GroupType, Groups, Overlap, ResourceGroup};
+pub use guard::{Guarded, HostUse, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
 pub use inventory::{DeviceState, HostDevice, InventoryError, NodeAccess, Sriov, scan};
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
 pub use memlock::memlock_limit;
+pub use moves::MoveError;
 pub use obstacle::{Blocked, Obstacle, blocked};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{ClassPrefix, Filters, HexId, IdPair, Rule, RuleError};
+pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

@@ -74,6 +74,18 @@ pub struct Blocked {
     pub obstacle: Obstacle,
 }
 
+impl Blocked {
+    /// A device that somebody holds.
+    pub(crate) fn leased(bdf: HostBdf, lease: &LeaseStatus) -> Self {
+        Self {
+            bdf,
+            obstacle: Obstacle::Leased {
+                holder: lease.record().cloned(),
+            },
+        }
+    }
+}
+
 /// The devices of the host that could not be given to a VM now, each with its first obstacle.
 pub fn blocked(devices: &[HostDevice]) -> Vec<Blocked> {
     let pool = Pool::new(devices);

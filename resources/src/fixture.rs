@@ -1,0 +1,313 @@
+//! A host made of files: a sysfs tree in a temporary directory, and a kernel that binds its drivers.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, scan};
+use crate::writer::{SysfsWriter, WriteError};
+
+pub(crate) fn bdf(text: &str) -> HostBdf {
+    text.parse().unwrap()
+}
+
+/// What a device of the fake host is like.
+#[derive(Clone, Debug)]
+pub(crate) struct Fake {
+    pub(crate) bdf: HostBdf,
+    pub(crate) id: (u16, u16),
+    pub(crate) class: u32,
+    pub(crate) driver: Option<String>,
+    pub(crate) group: Option<u32>,
+    pub(crate) attributes: Vec<(String, String)>,
+}
+
+impl Fake {
+    /// An NVMe controller with vfio-pci.
+    pub(crate) fn nvme(address: &str, group: u32) -> Self {
+        Self {
+            bdf: bdf(address),
+            id: (0x1b36, 0x0010),
+            class: 0x01_08_02,
+            driver: Some("vfio-pci".to_owned()),
+            group: Some(group),
+            attributes: Vec::new(),
+        }
+    }
+
+    pub(crate) fn class(self, class: u32) -> Self {
+        Self { class, ..self }
+    }
+
+    pub(crate) fn driver(self, driver: &str) -> Self {
+        Self {
+            driver: Some(driver.to_owned()),
+            ..self
+        }
+    }
+
+    pub(crate) fn unbound(self) -> Self {
+        Self {
+            driver: None,
+            ..self
+        }
+    }
+
+    pub(crate) fn no_group(self) -> Self {
+        Self {
+            group: None,
+            ..self
+        }
+    }
+
+    /// One more file of the device's directory.
+    pub(crate) fn with(mut self, name: &str, content: &str) -> Self {
+        self.attributes.push((name.to_owned(), content.to_owned()));
+        self
+    }
+}
+
+pub(crate) struct FakeHost {
+    root: TempDir,
+    pub(crate) paths: HostPaths,
+}
+
+impl FakeHost {
+    pub(crate) fn new(devices: &[Fake]) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths::under(root.path());
+        for dir in [
+            "sys/bus/pci/devices",
+            "sys/bus/pci/drivers/vfio-pci",
+            "sys/class/block",
+            "sys/class/net",
+            "proc",
+        ] {
+            fs::create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let host = Self { root, paths };
+        devices.iter().for_each(|device| host.add(device));
+        host
+    }
+
+    pub(crate) fn add(&self, device: &Fake) {
+        let dir = self.dir(device.bdf);
+        fs::create_dir_all(&dir).unwrap();
+        let name = device.bdf.to_string();
+        let put = |attribute: &str, text: String| {
+            let path = dir.join(attribute);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text + "\n").unwrap();
+        };
+        put("vendor", format!("{:#06x}", device.id.0));
+        put("device", format!("{:#06x}", device.id.1));
+        put("class", format!("{:#08x}", device.class));
+        put("revision", "0x02".to_owned());
+        put("subsystem_vendor", "0x1af4".to_owned());
+        put("subsystem_device", "0x1100".to_owned());
+        put("numa_node", "-1".to_owned());
+        put("driver_override", "(null)".to_owned());
+        for (attribute, text) in &device.attributes {
+            put(attribute, text.clone());
+        }
+        symlink(&dir, self.paths.sysfs.join("bus/pci/devices").join(&name)).unwrap();
+        if let Some(group) = device.group {
+            let target = self
+                .paths
+                .sysfs
+                .join(format!("kernel/iommu_groups/{group}"));
+            fs::create_dir_all(&target).unwrap();
+            symlink(&target, dir.join("iommu_group")).unwrap();
+        }
+        self.bind(device.bdf, device.driver.as_deref());
+    }
+
+    /// Binds a device to a driver or to none, and keeps the VFIO node in step.
+    pub(crate) fn bind(&self, bdf: HostBdf, driver: Option<&str>) {
+        let dir = self.dir(bdf);
+        let _ = fs::remove_file(dir.join("driver"));
+        if let Some(driver) = driver {
+            let target = self.paths.sysfs.join("bus/pci/drivers").join(driver);
+            fs::create_dir_all(&target).unwrap();
+            symlink(&target, dir.join("driver")).unwrap();
+        }
+        if let (Ok(group), Some("vfio-pci")) = (fs::read_link(dir.join("iommu_group")), driver) {
+            let node = self.paths.dev.join("vfio").join(group.file_name().unwrap());
+            fs::create_dir_all(node.parent().unwrap()).unwrap();
+            fs::write(node, "").unwrap();
+        }
+    }
+
+    pub(crate) fn remove(&self, bdf: HostBdf) {
+        fs::remove_file(self.paths.pci_device(bdf)).unwrap();
+        fs::remove_dir_all(self.dir(bdf)).unwrap();
+    }
+
+    /// The directory that the links in `bus/pci/devices` point to.
+    pub(crate) fn dir(&self, bdf: HostBdf) -> PathBuf {
+        self.paths
+            .sysfs
+            .join("devices/pci0000:00")
+            .join(bdf.to_string())
+    }
+
+    /// Writes a file below the root, such as `etc/groups.json` or `proc/swaps`.
+    pub(crate) fn file(&self, path: &str, content: &str) {
+        let path = self.root.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    /// A directory of a device's subtree, with a link to it elsewhere in sysfs.
+    pub(crate) fn child(&self, of: HostBdf, path: &str, link: &str) -> PathBuf {
+        let dir = self.dir(of).join(path);
+        fs::create_dir_all(&dir).unwrap();
+        symlink(&dir, self.paths.sysfs.join(link)).unwrap();
+        dir
+    }
+
+    pub(crate) fn scan(&self) -> Vec<HostDevice> {
+        scan(&self.paths).unwrap()
+    }
+
+    pub(crate) fn read(&self, address: &str) -> HostDevice {
+        HostDevice::read(&self.paths, bdf(address)).unwrap()
+    }
+
+    /// Driver and override of every device: what binding changes.
+    pub(crate) fn bindings(&self) -> BTreeMap<HostBdf, (Option<String>, Option<String>)> {
+        self.scan()
+            .into_iter()
+            .map(|device| (device.bdf, (device.driver, device.driver_override)))
+            .collect()
+    }
+}
+
+/// The fault that a [`FakeKernel`] has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Refuses,
+    Hangs,
+    /// Takes the write and does nothing.
+    Ignores,
+}
+
+/// Does to the fake host what the kernel does when a driver attribute is written.
+pub(crate) struct FakeKernel<'a> {
+    host: &'a FakeHost,
+    /// Which driver claims a device by its ids.
+    pub(crate) claims: BTreeMap<HostBdf, String>,
+    /// The write, counted from 0, at which the fault shows, and the fault.
+    pub(crate) fault: Option<(usize, Fault)>,
+    pub(crate) written: RefCell<Vec<(PathBuf, String)>>,
+    stuck: Cell<Option<HostBdf>>,
+}
+
+impl<'a> FakeKernel<'a> {
+    /// Every device is claimed by the driver it has now.
+    pub(crate) fn new(host: &'a FakeHost) -> Self {
+        let drivers = host
+            .scan()
+            .into_iter()
+            .filter_map(|device| Some((device.bdf, device.driver?)));
+        Self {
+            host,
+            claims: drivers.collect(),
+            fault: None,
+            written: RefCell::default(),
+            stuck: Cell::new(None),
+        }
+    }
+
+    pub(crate) fn with_fault(self, at: usize, fault: Fault) -> Self {
+        Self {
+            fault: Some((at, fault)),
+            ..self
+        }
+    }
+
+    fn obey(&self, path: &Path, value: &str) -> io::Result<()> {
+        let refused = || io::Error::from_raw_os_error(nix::libc::ENODEV);
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some("driver_override") => fs::write(
+                path,
+                if value == "\n" {
+                    "(null)\n".to_owned()
+                } else {
+                    format!("{value}\n")
+                },
+            ),
+            Some("unbind") => {
+                let bdf = value.parse().map_err(|_| refused())?;
+                assert_eq!(path.parent().unwrap().file_name().unwrap(), "driver");
+                if self.host.read(value).driver.is_none() {
+                    return Err(refused());
+                }
+                self.host.bind(bdf, None);
+                Ok(())
+            }
+            Some("drivers_probe") => {
+                let device = self.host.read(value);
+                if device.driver.is_none() {
+                    let claim = device
+                        .driver_override
+                        .or_else(|| self.claims.get(&device.bdf).cloned());
+                    let loaded = |name: &String| {
+                        self.host
+                            .paths
+                            .sysfs
+                            .join("bus/pci/drivers")
+                            .join(name)
+                            .exists()
+                    };
+                    self.host.bind(device.bdf, claim.filter(loaded).as_deref());
+                }
+                Ok(())
+            }
+            _ => panic!("nothing should write {}", path.display()),
+        }
+    }
+}
+
+impl SysfsWriter for FakeKernel<'_> {
+    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+        let about = value
+            .parse()
+            .or_else(|_| HostBdf::from_sysfs_path(path.parent().unwrap()))
+            .ok();
+        assert!(
+            about.is_none() || self.stuck.get() != about,
+            "{value} was written to a device that hangs"
+        );
+        let count = self.written.borrow().len();
+        self.written
+            .borrow_mut()
+            .push((path.to_owned(), value.to_owned()));
+        let (path_buf, text) = (path.to_owned(), value.to_owned());
+        let refused = |source| WriteError::Refused {
+            path: path_buf.clone(),
+            value: text.clone(),
+            source,
+        };
+        match self.fault.filter(|(at, _)| *at == count) {
+            Some((_, Fault::Refuses)) => Err(refused(io::Error::from_raw_os_error(nix::libc::EIO))),
+            Some((_, Fault::Hangs)) => {
+                self.stuck.set(about);
+                Err(WriteError::Hung {
+                    path: path.to_owned(),
+                    value: value.to_owned(),
+                    after: Duration::from_secs(30),
+                })
+            }
+            Some((_, Fault::Ignores)) => Ok(()),
+            None => self.obey(path, value).map_err(refused),
+        }
+    }
+}

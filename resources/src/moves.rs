@@ -1,0 +1,206 @@
+//! One device on its way from one driver to another: which writes that takes, and the way back.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::former::Former;
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, InventoryError};
+use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
+
+/// The driver that devices are detached to.
+pub(crate) const VFIO_PCI: &str = "vfio-pci";
+
+/// Where a device shall go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// To vfio-pci; a variant driver built on it is as good.
+    Vfio,
+    /// To this driver.
+    Driver(String),
+    /// To the driver that the kernel chooses for it, if there is one.
+    Natural,
+    /// To no driver.
+    Nothing,
+}
+
+/// One device and where it shall go.
+#[derive(Clone, Debug)]
+pub(crate) struct Move {
+    /// The device before the move.
+    pub(crate) device: HostDevice,
+    pub(crate) to: Target,
+    /// The override that is left in the end.
+    pub(crate) driver_override: Option<String>,
+}
+
+/// Why a device did not get where it should.
+#[derive(Debug, Error)]
+pub enum MoveError {
+    /// A write failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// All writes went through, but the device has another driver than intended.
+    #[error(
+        "its driver is {found} afterwards, not {wanted}: see dmesg, and whether a vfio-pci.ids option claims it"
+    )]
+    Driver {
+        /// The driver intended.
+        wanted: String,
+        /// The driver that it has.
+        found: String,
+    },
+    /// What the device was cannot be written down, so it was not touched.
+    #[error("cannot keep its former driver in {path}")]
+    Former {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The device could not be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+}
+
+impl MoveError {
+    /// Whether the kernel still is at work on the device, which must then be left alone.
+    pub(crate) fn is_hung(&self) -> bool {
+        matches!(self, Self::Write(WriteError::Hung { .. }))
+    }
+}
+
+impl Move {
+    /// The move that puts the device back where it was.
+    pub(crate) fn back(&self) -> Self {
+        let to = self
+            .device
+            .driver
+            .clone()
+            .map_or(Target::Nothing, Target::Driver);
+        Self {
+            device: self.device.clone(),
+            to,
+            driver_override: self.device.driver_override.clone(),
+        }
+    }
+
+    /// The writes that this takes for a device that is as `now` says.
+    pub(crate) fn writes(&self, paths: &HostPaths, now: &HostDevice) -> Vec<SysfsWrite> {
+        let dir = paths.pci_device(now.bdf);
+        let bdf = now.bdf.to_string();
+        let mut writes = Vec::new();
+        let mut write = |path: PathBuf, value: &str| {
+            writes.push(SysfsWrite {
+                path,
+                value: value.to_owned(),
+            })
+        };
+        let mut allowed = now.driver_override.as_deref();
+        if !self.needs_nothing(now) {
+            let during = self.override_during();
+            if allowed != during {
+                write(dir.join("driver_override"), override_text(during));
+                allowed = during;
+            }
+            if now.driver.is_some() {
+                write(dir.join("driver/unbind"), &bdf);
+            }
+            if self.to != Target::Nothing {
+                write(paths.sysfs.join("bus/pci/drivers_probe"), &bdf);
+            }
+        }
+        if allowed != self.driver_override.as_deref() {
+            write(
+                dir.join("driver_override"),
+                override_text(self.driver_override.as_deref()),
+            );
+        }
+        writes
+    }
+
+    /// Whether the device has its driver already. A device with none may still find one by itself.
+    fn needs_nothing(&self, now: &HostDevice) -> bool {
+        self.has_arrived(now) && (self.to != Target::Natural || now.driver.is_some())
+    }
+
+    fn has_arrived(&self, now: &HostDevice) -> bool {
+        match &self.to {
+            Target::Vfio => now.on_vfio(),
+            Target::Driver(driver) => now.driver.as_deref() == Some(driver),
+            Target::Natural => !now.on_vfio(),
+            Target::Nothing => now.driver.is_none(),
+        }
+    }
+
+    /// The override while the device is probed: only the driver wanted may take it.
+    fn override_during(&self) -> Option<&str> {
+        match &self.to {
+            Target::Vfio => Some(VFIO_PCI),
+            Target::Driver(driver) => Some(driver),
+            Target::Natural | Target::Nothing => self.driver_override.as_deref(),
+        }
+    }
+
+    fn wanted(&self) -> &str {
+        match &self.to {
+            Target::Vfio => VFIO_PCI,
+            Target::Driver(driver) => driver,
+            Target::Natural => "one of the host's",
+            Target::Nothing => "none",
+        }
+    }
+}
+
+/// An empty line clears the override.
+fn override_text(driver: Option<&str>) -> &str {
+    driver.unwrap_or("\n")
+}
+
+/// Makes moves and keeps account of the writes.
+pub(crate) struct Mover<'a> {
+    pub(crate) paths: &'a HostPaths,
+    pub(crate) writer: &'a dyn SysfsWriter,
+    pub(crate) writes: Vec<SysfsWrite>,
+}
+
+impl Mover<'_> {
+    /// Makes one move and looks whether the device arrived.
+    pub(crate) fn make(&mut self, one: &Move) -> Result<(), MoveError> {
+        let bdf = one.device.bdf;
+        for write in one.writes(self.paths, &HostDevice::read(self.paths, bdf)?) {
+            self.writer.write(&write.path, &write.value)?;
+            self.writes.push(write);
+        }
+        let now = HostDevice::read(self.paths, bdf)?;
+        if one.has_arrived(&now) {
+            return Ok(());
+        }
+        let found = now.driver.unwrap_or_else(|| "none".to_owned());
+        Err(MoveError::Driver {
+            wanted: one.wanted().to_owned(),
+            found,
+        })
+    }
+
+    /// Puts devices back, the last one first, as far as they were moved. Returns those that stay away.
+    pub(crate) fn undo(&mut self, moves: &[Move]) -> Vec<HostBdf> {
+        let mut left = Vec::new();
+        for one in moves.iter().rev() {
+            if let Err(error) = self.make(&one.back()) {
+                tracing::error!("{} cannot be put back: {error}", one.device.bdf);
+                left.push(one.device.bdf);
+            }
+        }
+        left
+    }
+}
+
+/// Writes down what a device is before it is detached.
+pub(crate) fn remember(paths: &HostPaths, device: &HostDevice) -> Result<(), MoveError> {
+    let stored = Former::of(device).store(paths, device.bdf);
+    stored.map_err(|(path, source)| MoveError::Former { path, source })
+}

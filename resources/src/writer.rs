@@ -1,0 +1,265 @@
+//! Writes to sysfs that the kernel may never come back from.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+/// The first argument of the child that [`ChildWriter`] runs.
+const SUBCOMMAND: &str = "__sysfs-write";
+
+/// One write to a sysfs attribute.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SysfsWrite {
+    /// The attribute.
+    pub path: PathBuf,
+    /// What is written, in one write.
+    pub value: String,
+}
+
+/// A write to sysfs failed.
+#[derive(Debug, Error)]
+pub enum WriteError {
+    /// The kernel refused it.
+    #[error("the kernel refused {value:?} in {path}")]
+    Refused {
+        /// The attribute.
+        path: PathBuf,
+        /// What was written.
+        value: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel did not come back.
+    #[error(
+        "the kernel did not come back within {after:?} from writing {value:?} to {path}: the device hangs, see dmesg"
+    )]
+    Hung {
+        /// The attribute.
+        path: PathBuf,
+        /// What was written.
+        value: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The process that writes could not be run.
+    #[error("cannot run {program} to write {path}")]
+    Helper {
+        /// The program.
+        program: PathBuf,
+        /// The attribute.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Writes sysfs attributes.
+pub trait SysfsWriter {
+    /// Writes `value` to an attribute that exists, in one write.
+    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError>;
+}
+
+/// Writes in a child process, which is abandoned when the kernel does not come back in time.
+///
+/// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
+/// this process's descriptors: no lock lives on in it.
+#[derive(Clone, Debug)]
+pub struct ChildWriter {
+    /// The program to run with `__sysfs-write PATH VALUE`; it must call [`write_helper`].
+    pub program: PathBuf,
+    /// How long to wait for it.
+    pub deadline: Duration,
+}
+
+impl Default for ChildWriter {
+    /// This program, and 30 seconds.
+    fn default() -> Self {
+        Self {
+            program: "/proc/self/exe".into(),
+            deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+impl SysfsWriter for ChildWriter {
+    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+        let helper = |source| WriteError::Helper {
+            program: self.program.clone(),
+            path: path.to_owned(),
+            source,
+        };
+        let mut command = Command::new(&self.program);
+        command.arg(SUBCOMMAND).arg(path).arg(value).env_clear();
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = command.spawn().map_err(helper)?;
+        let Some(status) = wait(&mut child, self.deadline).map_err(helper)? else {
+            // It dies as soon as the kernel lets go of it, before it could write anything else.
+            let _ = child.kill();
+            return Err(WriteError::Hung {
+                path: path.to_owned(),
+                value: value.to_owned(),
+                after: self.deadline,
+            });
+        };
+        match status.code() {
+            Some(0) => Ok(()),
+            Some(errno) => Err(WriteError::Refused {
+                path: path.to_owned(),
+                value: value.to_owned(),
+                source: io::Error::from_raw_os_error(errno),
+            }),
+            None => Err(helper(io::Error::other(format!("it died: {status}")))),
+        }
+    }
+}
+
+/// Waits for a child; none if it does not end in time.
+fn wait(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
+    let started = Instant::now();
+    let mut pause = Duration::from_micros(500);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if started.elapsed() >= deadline {
+            return Ok(None);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+/// What the child of [`ChildWriter`] does with the arguments after `__sysfs-write`: a path and a value.
+///
+/// Its exit status is 0 or the errno of the failure.
+pub fn write_helper(args: &[String]) -> ExitCode {
+    let [path, value] = args else {
+        return ExitCode::from(nix::libc::EINVAL as u8);
+    };
+    match write_once(Path::new(path), value) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let errno = error
+                .raw_os_error()
+                .and_then(|errno| u8::try_from(errno).ok());
+            ExitCode::from(errno.unwrap_or(nix::libc::EIO as u8))
+        }
+    }
+}
+
+/// sysfs takes an attribute's value from a single write(2).
+fn write_once(path: &Path, value: &str) -> io::Result<()> {
+    let written = OpenOptions::new()
+        .write(true)
+        .open(path)?
+        .write(value.as_bytes())?;
+    if written == value.len() {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(nix::libc::EIO))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A program that does what a shell script says. The script is written by another process: a
+    /// descriptor open for writing here could be inherited by a child of another test, and then the
+    /// script could not be executed.
+    fn program(dir: &Path, script: &str) -> PathBuf {
+        let path = dir.join("program");
+        let make = "printf '#!/bin/sh\n%s\n' \"$2\" > \"$1\" && chmod +x \"$1\"";
+        let made = Command::new("sh")
+            .args(["-c", make, "sh"])
+            .arg(&path)
+            .arg(script)
+            .status()
+            .unwrap();
+        assert!(made.success());
+        path
+    }
+
+    fn writer(dir: &Path, script: &str, deadline: Duration) -> ChildWriter {
+        ChildWriter {
+            program: program(dir, script),
+            deadline,
+        }
+    }
+
+    #[test]
+    fn the_child_gets_path_and_value_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("target");
+        let script = r#"[ "$1" = __sysfs-write ] && { printf '%s|' "$3"; env | grep -c SECRET; } > "$2"; exit 0"#;
+        let writer = writer(dir.path(), script, Duration::from_secs(20));
+        writer.write(&target, "vfio-pci").unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "vfio-pci|0\n");
+    }
+
+    #[test]
+    fn an_errno_comes_back_with_path_and_value() {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = writer(dir.path(), "exit 19", Duration::from_secs(20));
+        let error = writer
+            .write(Path::new("/sys/x/unbind"), "0000:01:00.0")
+            .unwrap_err();
+        let WriteError::Refused { source, .. } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(source.raw_os_error(), Some(nix::libc::ENODEV));
+        assert!(
+            error.to_string().contains("/sys/x/unbind")
+                && error.to_string().contains("0000:01:00.0")
+        );
+    }
+
+    #[test]
+    fn a_child_that_hangs_is_left_alone_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = writer(dir.path(), "exec sleep 600", Duration::from_millis(200));
+        let started = Instant::now();
+        let error = writer
+            .write(Path::new("/sys/x/unbind"), "0000:01:00.0")
+            .unwrap_err();
+        assert!(matches!(error, WriteError::Hung { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_or_dies_is_named() {
+        let gone = ChildWriter {
+            program: "/nonexistent/gantry".into(),
+            ..ChildWriter::default()
+        };
+        let error = gone.write(Path::new("/sys/x"), "1").unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/gantry"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let dies = writer(dir.path(), "kill -9 $$", Duration::from_secs(20));
+        assert!(matches!(
+            dies.write(Path::new("/sys/x"), "1"),
+            Err(WriteError::Helper { .. })
+        ));
+    }
+
+    #[test]
+    fn a_value_is_written_in_place_and_a_missing_file_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("driver_override");
+        assert!(write_once(&path, "vfio-pci").is_err());
+        assert!(!path.exists());
+        fs::write(&path, "").unwrap();
+        write_once(&path, "vfio-pci").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "vfio-pci");
+    }
+}
