@@ -1,7 +1,8 @@
 //! The lab (a simulated VFIO host), and what the demo, the tests and the benches share.
 //!
-//! See [`lab`] for the host, [`protocol`] for how it is spoken to.
+//! See [`lab`] for the host, [`protocol`] for how it is spoken to, [`checks`] for what has to pass.
 
+pub mod checks;
 pub mod cleanup;
 pub mod lab;
 pub mod protocol;

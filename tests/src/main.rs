@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
 use gantry_tests::lab::{Host, Parts, Setup, shell};
-use gantry_tests::{cleanup, ui};
+use gantry_tests::{checks, cleanup, ui};
 
 /// Chores of the gantry source tree.
 #[derive(Debug, Parser)]
@@ -22,6 +22,8 @@ struct Cli {
 enum Chore {
     /// A shell in a simulated VFIO host, with gantry on the PATH.
     Lab(LabArguments),
+    /// Format, lints, unit, property and lab tests: all that has to pass.
+    Test,
 }
 
 /// `cargo xtask lab`.
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         .context("cannot watch for signals")
         .and_then(|()| match Cli::parse().chore {
             Chore::Lab(arguments) => lab(arguments),
+            Chore::Test => checks::run().map(|()| 0),
         });
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),

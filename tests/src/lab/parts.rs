@@ -182,12 +182,15 @@ impl Store {
     }
 }
 
+/// The root of the source tree that this was built from.
+pub fn workspace() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
 /// Builds the agent, and gantry if asked; the paths of the programs.
 fn build(gantry: bool) -> Result<Vec<PathBuf>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("."));
     let mut command = Command::new(cargo);
     command
         .args([
@@ -200,7 +203,7 @@ fn build(gantry: bool) -> Result<Vec<PathBuf>> {
         command.args(["-p", "gantry-api", "--bin", "gantry"]);
     }
     let output = command
-        .current_dir(root)
+        .current_dir(workspace())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

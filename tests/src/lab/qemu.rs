@@ -69,9 +69,10 @@ impl Device {
             Self::Nvme { serial } => vec![
                 "-device".into(),
                 port,
-                "-drive".into(),
+                // Unlike a -drive, it stays when the device is unplugged.
+                "-blockdev".into(),
                 format!(
-                    "if=none,id=disk{index},format=raw,file={}",
+                    "driver=raw,node-name=disk{index},file.driver=file,file.filename={}",
                     disk_path(folder, serial).display()
                 ),
                 "-device".into(),
@@ -248,7 +249,7 @@ mod tests {
         let all = arguments.join(" ");
         assert!(all.contains("bus=pcie.0,chassis=0,slot=0,addr=0x10"));
         assert!(all.contains("drive=disk1,serial=GANTRY-NVME0002"));
-        assert!(all.contains("file=/f/GANTRY-NVME0001.raw"));
+        assert!(all.contains("file.filename=/f/GANTRY-NVME0001.raw"));
         assert!(all.contains("bochs-display,id=dev4,addr=0x14.0,multifunction=on"));
         assert!(all.contains("rdinit=/init a=b"));
         // The IOMMU has to come before every device that it is to translate for.

@@ -1,0 +1,105 @@
+//! `cargo xtask test`: everything that has to pass before a change goes in, one part after another.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::lab::Parts;
+use crate::lab::parts::{Options, workspace};
+
+/// What a cold machine may take, downloads and the lab kernel's build included.
+const BUDGET: Duration = Duration::from_secs(40 * 60);
+
+/// Cargo's part of the checks before the lab: what is said, and the arguments.
+const CARGO: &[(&str, &[&str])] = &[
+    ("format", &["fmt", "--all", "--check"]),
+    (
+        "lints",
+        &[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
+    ("unit and property tests", &["test", "--workspace"]),
+];
+
+/// Runs all parts, stops at the first that fails, and says how long each took.
+pub fn run() -> Result<()> {
+    eprintln!(
+        "Time budget: {} minutes on a cold machine",
+        BUDGET.as_secs() / 60
+    );
+    let mut clock = Clock::default();
+    let outcome = run_parts(&mut clock);
+    clock.report();
+    outcome
+}
+
+fn run_parts(clock: &mut Clock) -> Result<()> {
+    for (name, arguments) in CARGO {
+        clock.time(name, || cargo(arguments))?;
+    }
+    clock.time("the lab's parts", || {
+        Parts::prepare(&Options {
+            gantry: None,
+            lab_kernel: true,
+        })
+    })?;
+    clock.time("lab tests", || {
+        cargo(&["test", "-p", "gantry-tests", "--test", "lab"])
+    })
+}
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    eprintln!("\n=== cargo {}", arguments.join(" "));
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(program)
+        .args(arguments)
+        .current_dir::<&Path>(workspace())
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!(
+            "`cargo {}` failed; its messages are above",
+            arguments.join(" ")
+        );
+    }
+    Ok(())
+}
+
+/// How long each part took.
+#[derive(Debug, Default)]
+struct Clock(Vec<(String, Duration)>);
+
+impl Clock {
+    fn time<T>(&mut self, name: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        let outcome = part();
+        self.0.push((name.to_owned(), began.elapsed()));
+        outcome.with_context(|| format!("{name}: failed"))
+    }
+
+    fn report(&self) {
+        eprintln!();
+        for (name, time) in &self.0 {
+            eprintln!("{name:25} {:7.1} s", time.as_secs_f64());
+        }
+        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
+        eprintln!(
+            "{:25} {:7.1} s of {} s",
+            "total",
+            total.as_secs_f64(),
+            BUDGET.as_secs()
+        );
+        if total > BUDGET {
+            eprintln!("That is over the budget: move long repetitions elsewhere.");
+        }
+    }
+}

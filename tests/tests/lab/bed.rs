@@ -1,0 +1,135 @@
+//! The test bed: the lab that is up, the run of a case in it, and the check of what it left.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use anyhow::{Result, anyhow, bail, ensure};
+use gantry_tests::lab::images::HostKernel;
+use gantry_tests::lab::parts::Options;
+use gantry_tests::lab::{Host, Parts, Setup};
+use libtest_mimic::Failed;
+
+/// A lab and the cases to run in it.
+pub struct Suite {
+    /// First word of its cases' names.
+    pub name: &'static str,
+    /// The lab host's kernel.
+    pub kernel: HostKernel,
+    /// Modules with their cases.
+    pub cases: &'static [(&'static str, &'static [Case])],
+}
+
+/// One test.
+pub struct Case {
+    /// Name of its function.
+    pub name: &'static str,
+    /// The test itself.
+    pub run: fn(&Host) -> Result<()>,
+}
+
+/// A list of [`Case`]s out of the names of functions.
+macro_rules! cases {
+    ($($case:ident),* $(,)?) => {
+        &[$($crate::bed::Case { name: stringify!($case), run: $case }),*]
+    };
+}
+pub(crate) use cases;
+
+/// What the cases share. A host that is there is clean.
+#[derive(Default)]
+pub struct Bed {
+    parts: OnceLock<Result<Parts, String>>,
+    host: Mutex<Option<(&'static str, Host)>>,
+}
+
+impl Bed {
+    /// Runs one case in its suite's lab, booted if it is not up.
+    pub fn run(&self, suite: &'static Suite, case: &Case) -> Result<(), Failed> {
+        self.try_run(suite, case)
+            .map_err(|error| Failed::from(format!("{error:#}")))
+    }
+
+    /// Ends the lab.
+    pub fn clear(&self) {
+        *self.host() = None;
+    }
+
+    fn try_run(&self, suite: &'static Suite, case: &Case) -> Result<()> {
+        let mut slot = self.host();
+        if slot.as_ref().is_some_and(|(name, _)| *name != suite.name) {
+            *slot = None;
+        }
+        let host = match slot.take() {
+            Some((_, host)) => host,
+            None => self.boot(suite)?,
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)))
+            .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()))));
+        let clean = check_clean(&host);
+        let result = result.map_err(|error| with_kernel_log(error, &host));
+        if clean.is_ok() {
+            *slot = Some((suite.name, host));
+        }
+        result.and(clean)
+    }
+
+    fn boot(&self, suite: &Suite) -> Result<Host> {
+        let options = Options {
+            gantry: None,
+            lab_kernel: true,
+        };
+        let parts = self
+            .parts
+            .get_or_init(|| Parts::prepare(&options).map_err(|error| format!("{error:#}")))
+            .as_ref()
+            .map_err(|error| anyhow!("the lab cannot be made: {error}"))?;
+        let setup = Setup {
+            kernel: suite.kernel,
+            ..Setup::default()
+        };
+        Host::boot(parts, &setup)
+    }
+
+    fn host(&self) -> MutexGuard<'_, Option<(&'static str, Host)>> {
+        self.host.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "the case panicked".to_owned())
+}
+
+/// Adds the end of the host's kernel log to an error, if the host still talks.
+fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
+    match host.sh("dmesg | tail -n 12").output() {
+        Ok(log) => anyhow!("{error:#}\n--- the host's kernel log ends\n{}", log.text()),
+        Err(_) => error,
+    }
+}
+
+/// Fails if a device is not with its host driver, a gantry runs, or a file is locked.
+fn check_clean(host: &Host) -> Result<()> {
+    const TRACES: &str = r"
+        for device in /sys/bus/pci/drivers/vfio-pci/????:*; do
+            [ -e $device ] && echo ${device##*/} is bound to vfio-pci
+        done
+        for device in /sys/bus/pci/devices/*; do
+            read -r driver <$device/driver_override
+            [ $driver = '(null)' ] || echo ${device##*/} has the driver override $driver
+            [ $(cat $device/class) != 0x010802 ] || [ -e $device/driver ] ||
+                echo ${device##*/}, an NVMe disk, has no driver
+        done
+        for process in $(pidof gantry); do
+            echo gantry runs as process $process: $(tr '\0' ' ' <$process/cmdline)
+        done
+        grep OFDLCK /proc/locks && echo these files are locked
+        true";
+    let traces = match host.sh(TRACES).output() {
+        Ok(output) => output.success()?.text(),
+        Err(error) => bail!("the case left no working lab: {error:#}"),
+    };
+    ensure!(traces.is_empty(), "the case left traces:\n{traces}");
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! The lab tests: many cases in one boot of the lab, each a named test.
+//!
+//! `cargo test -p gantry-tests --test lab [-- NAME]` runs them, or those whose names contain NAME.
+//! A lab that cannot start makes each of its cases fail.
+//!
+//! # Adding a case
+//! Write a function in the module it belongs to and name it in that module's `CASES`:
+//! ```text
+//! pub const CASES: &[Case] = cases![the_serial_is_shown];
+//!
+//! fn the_serial_is_shown(host: &Host) -> Result<()> {
+//!     let list = host.sh("gantry device list --json").output()?.success()?.text();
+//!     ensure!(list.contains("GANTRY-NVME0001"), "{list}");
+//!     Ok(())
+//! }
+//! ```
+//! A new module's `CASES` go into [`SUITES`] below, under each lab they are to run in. A case
+//! restores what it changes: after it, no device is bound to vfio-pci, no gantry runs, no file is
+//! locked. What it leaves behind fails it, and the next case gets a fresh lab.
+
+mod bed;
+mod lab_kernel;
+mod the_lab;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bed::{Bed, Suite};
+use gantry_tests::cleanup;
+use gantry_tests::lab::images::HostKernel;
+use libtest_mimic::{Arguments, Trial};
+
+/// Which cases run in which lab. Cases of one suite share its boot, in this order.
+const SUITES: &[Suite] = &[
+    Suite {
+        name: "stock",
+        kernel: HostKernel::Stock,
+        cases: &[("the_lab", the_lab::CASES)],
+    },
+    Suite {
+        name: "lab-kernel",
+        kernel: HostKernel::Lab,
+        cases: &[
+            ("the_lab", the_lab::CASES),
+            ("lab_kernel", lab_kernel::CASES),
+        ],
+    },
+];
+
+fn main() -> ExitCode {
+    if let Err(error) = cleanup::on_signals() {
+        eprintln!("error: cannot watch for signals: {error}");
+        return ExitCode::FAILURE;
+    }
+    let mut arguments = Arguments::from_args();
+    // The cases of a suite share one host.
+    arguments.test_threads = Some(1);
+    let bed = Arc::new(Bed::default());
+    let mut trials = Vec::new();
+    for suite in SUITES {
+        for (module, cases) in suite.cases {
+            for case in *cases {
+                let bed = Arc::clone(&bed);
+                let name = format!("{}::{module}::{}", suite.name, case.name);
+                trials.push(Trial::test(name, move || bed.run(suite, case)));
+            }
+        }
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    bed.clear();
+    conclusion.exit_code()
+}
