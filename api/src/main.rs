@@ -6,6 +6,7 @@ mod cli;
 mod config;
 mod output;
 mod report;
+mod signals;
 mod table;
 
 use std::process::ExitCode;

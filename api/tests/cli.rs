@@ -333,21 +333,20 @@ fn a_wrong_file_is_told_on_one_screen() {
 }
 
 #[test]
-fn a_host_without_kvm_is_the_hosts_fault() {
+fn a_vm_that_cannot_be_built_is_told_on_one_screen() {
     let host = Host::new();
     fs::write(host.path("vmlinux"), "no kernel").unwrap();
     fs::write(
         host.path("vm.json"),
-        r#"{"payload": {"kernel": "vmlinux"}}"#,
+        r#"{"payload": {"kernel": "vmlinux"}, "serial": {"mode": "Null"}}"#,
     )
     .unwrap();
-    let error = host
-        .gantry(&["run", &host.path("vm.json").display().to_string()])
-        .failed(1);
-    assert!(
-        error.starts_with("error: ") && error.contains("dev/kvm"),
-        "{error}"
-    );
+    let file = host.path("vm.json").display().to_string();
+    let error = host.gantry(&["run", &file]).failed(1);
+    // Where this runs, KVM may be missing or not permitted; that is told before.
+    let named = error.contains("vmlinux is not a kernel") || error.contains("/dev/kvm");
+    assert!(error.starts_with("error: ") && named, "{error}");
+    assert!(error.lines().count() < 10, "{error}");
 }
 
 #[test]

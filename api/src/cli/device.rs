@@ -2,14 +2,18 @@
 
 mod list;
 
+use std::fmt;
+
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    BindReport, BindRequest, ChildWriter, HostBdf, HostDevice, HostPaths, detach, reattach, scan,
+    BindError, BindReport, BindRequest, ChildWriter, HostBdf, HostDevice, HostPaths, SysfsWrite,
+    SysfsWriter, detach, reattach, scan,
 };
 use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
+use crate::signals::SignalsHeld;
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Example: gantry device list")]
@@ -36,8 +40,8 @@ pub struct DetachArgs {
     #[command(flatten)]
     common: MoveArgs,
     /// Detach this device although the host uses it; whatever uses it loses it
-    #[arg(long, value_name = "BDF")]
-    force_host_device: Vec<HostBdf>,
+    #[arg(long = "override", value_name = "BDF")]
+    overrides: Vec<HostBdf>,
 }
 
 #[derive(Debug, Args)]
@@ -64,33 +68,53 @@ struct MoveArgs {
 }
 
 pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> {
-    let writer = ChildWriter::default();
     match command {
         DeviceCommand::List(args) => list::list(&args, paths),
-        DeviceCommand::Detach(DetachArgs {
-            common,
-            force_host_device,
-        }) => {
-            let before = scan(paths).map_err(Failure::host)?;
-            let request = request(&common, &force_host_device);
-            let report = detach(paths, &writer, &request).map_err(Failure::host)?;
-            show(&common, &report, &moves(&common, &report, &before, paths)?)
-        }
-        DeviceCommand::Reattach(ReattachArgs { common }) => {
-            let before = scan(paths).map_err(Failure::host)?;
-            let request = request(&common, &[]);
-            let report = reattach(paths, &writer, &request).map_err(Failure::host)?;
-            show(&common, &report, &moves(&common, &report, &before, paths)?)
-        }
+        DeviceCommand::Detach(args) => change_hands(&args.common, &args.overrides, detach, paths),
+        DeviceCommand::Reattach(args) => change_hands(&args.common, &[], reattach, paths),
     }
 }
 
-fn request<'a>(common: &'a MoveArgs, despite_guard: &'a [HostBdf]) -> BindRequest<'a> {
-    BindRequest {
-        devices: &common.devices,
-        despite_guard,
-        dry_run: common.dry_run,
+type Bind = fn(&HostPaths, &dyn SysfsWriter, &BindRequest) -> Result<BindReport, BindError>;
+
+fn change_hands(
+    args: &MoveArgs,
+    overrides: &[HostBdf],
+    bind: Bind,
+    paths: &HostPaths,
+) -> Result<(), Failure> {
+    let MoveArgs {
+        devices,
+        dry_run,
+        json,
+    } = args;
+    let request = BindRequest {
+        devices,
+        overrides,
+        dry_run: *dry_run,
+    };
+    // A ctrl-c between two writes would leave a device with no driver.
+    let _whole = SignalsHeld::new();
+    let before = scan(paths).map_err(Failure::host)?;
+    let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;
+    let shown = Shown {
+        dry_run: *dry_run,
+        devices: moves(&report, *dry_run, &before, paths)?,
+        writes: &report.writes,
+    };
+    if *json {
+        print_json(&shown)
+    } else {
+        print(|out| write!(out, "{shown}"))
     }
+}
+
+/// What was done, or in a dry run would be.
+#[derive(Debug, Serialize)]
+struct Shown<'a> {
+    dry_run: bool,
+    devices: Vec<Move>,
+    writes: &'a [SysfsWrite],
 }
 
 /// What happened to one device.
@@ -107,17 +131,17 @@ struct Move {
 
 /// Drivers are read again afterwards: what counts is what the kernel did.
 fn moves(
-    common: &MoveArgs,
     report: &BindReport,
+    dry_run: bool,
     before: &[HostDevice],
     paths: &HostPaths,
 ) -> Result<Vec<Move>, Failure> {
     let moved = report.moved.iter().map(|bdf| (*bdf, true));
     let all = moved.chain(report.unchanged.iter().map(|bdf| (*bdf, false)));
-    all.map(|(bdf, moved)| {
+    let one = |(bdf, moved)| {
         let was = before.iter().find(|device| device.bdf == bdf);
         let from = was.and_then(|device| device.driver.clone());
-        let to = if moved && !common.dry_run {
+        let to = if moved && !dry_run {
             HostDevice::read(paths, bdf).map_err(Failure::host)?.driver
         } else {
             from.clone()
@@ -130,52 +154,35 @@ fn moves(
             to,
             moved,
         })
-    })
-    .collect()
+    };
+    all.map(one).collect()
 }
 
-fn show(common: &MoveArgs, report: &BindReport, moves: &[Move]) -> Result<(), Failure> {
-    if common.json {
-        return print_json(&json(common, report, moves));
-    }
-    print(|out| {
-        for device in moves {
-            writeln!(out, "{}", sentence(device, common.dry_run))?;
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for Move {
+            bdf,
+            iommu_group,
+            from,
+            to,
+            moved,
+        } in &self.devices
+        {
+            let from = from.as_deref().unwrap_or("no driver");
+            let to = to.as_deref().unwrap_or("no driver");
+            match (moved, self.dry_run) {
+                (true, true) => write!(f, "{bdf}: would leave {from}")?,
+                (true, false) => write!(f, "{bdf}: {from} -> {to}")?,
+                (false, _) => write!(f, "{bdf}: already with {from}")?,
+            }
+            match iommu_group {
+                Some(group) => writeln!(f, " (IOMMU group {group})")?,
+                None => writeln!(f)?,
+            }
         }
-        let writes = report.writes.iter().filter(|_| common.dry_run);
-        for write in writes {
-            writeln!(out, "  write {:?} to {}", write.value, write.path.display())?;
+        for write in self.writes.iter().filter(|_| self.dry_run) {
+            writeln!(f, "  write {:?} to {}", write.value, write.path.display())?;
         }
         Ok(())
-    })
-}
-
-fn sentence(device: &Move, dry_run: bool) -> String {
-    let Move {
-        bdf,
-        iommu_group,
-        from,
-        to,
-        moved,
-    } = device;
-    let driver = |name: &Option<String>| name.clone().unwrap_or_else(|| "no driver".to_owned());
-    let group = match iommu_group {
-        Some(group) => format!("IOMMU group {group}"),
-        None => "no IOMMU group".to_owned(),
-    };
-    match (moved, dry_run) {
-        (true, true) => format!("{bdf}: would leave {} ({group})", driver(from)),
-        (true, false) => format!("{bdf}: {} -> {} ({group})", driver(from), driver(to)),
-        (false, _) => format!("{bdf}: already with {} ({group})", driver(from)),
     }
-}
-
-fn json(common: &MoveArgs, report: &BindReport, moves: &[Move]) -> serde_json::Value {
-    let writes = report.writes.iter();
-    let writes = writes.map(|write| serde_json::json!({"path": write.path, "value": write.value}));
-    serde_json::json!({
-        "dry_run": common.dry_run,
-        "devices": moves,
-        "writes": writes.collect::<Vec<_>>(),
-    })
 }
