@@ -59,8 +59,17 @@ impl Board {
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout, ports)?);
         let serial = serial_port(serial, &routes)?;
-        let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(machine.vm()))));
-        let mut board = Self { space, ram, routes, pci, serial, _guards: Vec::new() };
+        let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(
+            machine.vm(),
+        ))));
+        let mut board = Self {
+            space,
+            ram,
+            routes,
+            pci,
+            serial,
+            _guards: Vec::new(),
+        };
         board._guards = board.fill(layout).map_err(Error::place("the board"))?;
         Ok(board)
     }
@@ -84,7 +93,11 @@ impl Board {
         let power = Arc::new(PowerRegisters);
         guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
         if let Some(serial) = &self.serial {
-            guards.push(space.add_ports(layout::SERIAL_PORT, serial::LEN as u16, serial.clone())?);
+            guards.push(space.add_ports(
+                layout::SERIAL_PORT,
+                serial::LEN as u16,
+                serial.clone(),
+            )?);
         }
         Ok(guards)
     }
@@ -125,7 +138,10 @@ fn half_open(range: &RangeInclusive<u64>) -> Range<u64> {
 
 /// The host bridges of the plan, and `ports` root ports on the first.
 fn hierarchy(layout: &Layout, ports: usize) -> Result<PciSegment, Error> {
-    let buses = layout.bridges.iter().map(|bridge| bridge.first_bus..=bridge.last_bus);
+    let buses = layout
+        .bridges
+        .iter()
+        .map(|bridge| bridge.first_bus..=bridge.last_bus);
     let mut segment = PciSegment::new(buses)?;
     for _ in 0..ports {
         segment.add_root_port(0)?;

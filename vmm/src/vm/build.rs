@@ -5,11 +5,11 @@ use std::sync::Arc;
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::{Holder, HostPaths};
 
+use super::Vm;
 use super::board::Board;
 use super::dispatch::Dispatch;
 use super::host_devices::{AttachedDevice, Claimed};
 use super::payload::OpenPayload;
-use super::Vm;
 use crate::boot::Entry;
 use crate::config::{VcpuCount, VmConfig};
 use crate::control::Mailbox;
@@ -33,9 +33,13 @@ impl Vm {
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(&config.payload)?;
         let machine = Machine::new()?;
-        let features = Features::of(machine.kvm()).map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+        let features =
+            Features::of(machine.kvm()).map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
 
-        let holder = Holder { vm: config.name.clone(), pid: std::process::id() };
+        let holder = Holder {
+            vm: config.name.clone(),
+            pid: std::process::id(),
+        };
         let leases = gantry_resources::allocate(host, &config.devices, &holder)?;
         let claimed = Claimed::new(leases, host, &machine)?;
         let layout = plan(config, &features, &claimed)?;
@@ -46,21 +50,28 @@ impl Vm {
         let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
         let opening = claimed.open(&router, sandbox)?;
         let entry = payload.load(&board, &layout, config.vcpus)?;
-        let devices = opening.into_iter().map(|task| task.join()).collect::<Result<Vec<_>, _>>()?;
+        let mut devices = opening
+            .into_iter()
+            .map(|task| task.join())
+            .collect::<Result<Vec<_>, _>>()?;
         let dma = dma.map_or(Ok(Vec::new()), |task| task.join())?;
 
-        plug(&board, &devices)?;
+        plug(&board, &mut devices)?;
         board.assign_pci(&layout)?;
         let irqchip = machine.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&machine, config.vcpus, &features, &entry, &board)?;
         let gate = Gate::new();
-        let dispatch = Dispatch::new(Arc::clone(&board.space), Arc::clone(&gate), Arc::clone(mailbox));
+        let dispatch = Dispatch::new(
+            Arc::clone(&board.space),
+            Arc::clone(&gate),
+            Arc::clone(mailbox),
+        );
         let vcpus = Vcpus::start(vcpus, &gate, sandbox, &Arc::new(dispatch))
             .map_err(Error::host("spawn a vCPU thread"))?;
         Ok(Self {
             vcpus,
             devices,
-            dma,
+            _dma: dma,
             board,
             snapshots,
             irqchip,
@@ -77,10 +88,10 @@ impl Vm {
 }
 
 /// Puts each device behind a root port of its own.
-fn plug(board: &Board, devices: &[AttachedDevice]) -> Result<(), Error> {
+fn plug(board: &Board, devices: &mut [AttachedDevice]) -> Result<(), Error> {
     let ports: Vec<_> = board.pci.ports().map(|(port, ..)| port).collect();
-    for (device, port) in devices.iter().zip(ports) {
-        board.pci.attach(port, 0, device.function.clone())?;
+    for (device, port) in devices.iter_mut().zip(ports) {
+        device.plug(&board.pci, port)?;
     }
     Ok(())
 }
@@ -104,7 +115,10 @@ fn make_vcpus(
 ) -> Result<(Vec<Vcpu>, Vec<Snapshot>), Error> {
     let (mut vcpus, mut snapshots) = (Vec::new(), Vec::new());
     for id in 0..count.get() {
-        let vcpu = machine.vm().create_vcpu(id.into()).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        let vcpu = machine
+            .vm()
+            .create_vcpu(id.into())
+            .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
         cpu::setup(&vcpu, id.into(), count.get().into(), features)?;
         snapshots.push(Snapshot::take(&vcpu, id.into(), features)?);
         if id == 0 {

@@ -19,7 +19,11 @@ pub struct Dispatch {
 impl Dispatch {
     /// Answers from `space`, and tells `mailbox` what concerns the VM as a whole.
     pub fn new(space: Arc<AddressSpace>, gate: Arc<Gate>, mailbox: Arc<Mailbox>) -> Self {
-        Self { space, gate, mailbox }
+        Self {
+            space,
+            gate,
+            mailbox,
+        }
     }
 
     fn apply(&self, effect: Option<Effect>) {

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry_devices::pci::MsiRouter;
+use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
 use gantry_resources::{HostDevice, HostPaths, Lease};
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
@@ -36,12 +36,40 @@ struct Joined {
 /// A task that makes RAM present and maps it for the devices.
 pub type DmaTask = Task<Result<Vec<DmaMapping>, gantry_vfio::Error>>;
 
-/// One host device, open, and the lease under which it is. The device goes before the lease.
+/// One host device, open, and the lease under which it is.
+///
+/// Dropping it takes it out of its slot, closes it, and gives the lease back, in this order.
 pub struct AttachedDevice {
-    /// The function that the guest sees.
-    pub function: Arc<PassthroughDevice>,
-    /// The right to it.
-    pub lease: Lease,
+    slot: Option<Slot>,
+    function: Arc<PassthroughDevice>,
+    _lease: Lease,
+}
+
+/// Where a device is plugged in; dropping it unplugs the device.
+struct Slot {
+    pci: Arc<PciSegment>,
+    port: PortIndex,
+}
+
+impl AttachedDevice {
+    /// Puts the device behind a root port.
+    ///
+    /// # Errors
+    /// There is no such port, or it is taken.
+    pub fn plug(&mut self, pci: &Arc<PciSegment>, port: PortIndex) -> Result<(), SegmentError> {
+        pci.attach(port, 0, self.function.clone())?;
+        self.slot = Some(Slot {
+            pci: Arc::clone(pci),
+            port,
+        });
+        Ok(())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.pci.detach(self.port, 0);
+    }
 }
 
 type OpenTask = Task<Result<AttachedDevice, Error>>;
@@ -62,8 +90,16 @@ impl Claimed {
                 reserved.extend(regions.iter().map(|region| region.start..=region.end));
             }
         }
-        let joined = if numbers.is_empty() { None } else { Some(join(&numbers, host, machine)?) };
-        Ok(Self { joined, leases, reserved })
+        let joined = if numbers.is_empty() {
+            None
+        } else {
+            Some(join(&numbers, host, machine)?)
+        };
+        Ok(Self {
+            joined,
+            leases,
+            reserved,
+        })
     }
 
     /// How many devices there are.
@@ -82,7 +118,12 @@ impl Claimed {
     /// The kernel refused to say.
     pub fn iova_ranges(&self) -> Result<Vec<RangeInclusive<u64>>, Error> {
         match &self.joined {
-            Some(joined) => Ok(joined.dma.container().info()?.iova_ranges.unwrap_or_default()),
+            Some(joined) => Ok(joined
+                .dma
+                .container()
+                .info()?
+                .iova_ranges
+                .unwrap_or_default()),
             None => Ok(Vec::new()),
         }
     }
@@ -92,12 +133,24 @@ impl Claimed {
     /// # Errors
     /// No thread could be made.
     pub fn map_ram(&self, ram: &GuestRam, sandbox: &Sandbox) -> Result<Option<DmaTask>, Error> {
-        let Some(joined) = &self.joined else { return Ok(None) };
+        let Some(joined) = &self.joined else {
+            return Ok(None);
+        };
         let dma = joined.dma.clone();
-        let regions: Vec<_> =
-            ram.regions().iter().map(|region| (region.guest, Arc::clone(&region.mapping))).collect();
-        let map = move || regions.iter().map(|(iova, memory)| dma.map(*iova, memory)).collect();
-        threads::spawn(Role::Dma, sandbox, map).map(Some).map_err(Error::host("spawn a thread"))
+        let regions: Vec<_> = ram
+            .regions()
+            .iter()
+            .map(|region| (region.guest, Arc::clone(&region.mapping)))
+            .collect();
+        let map = move || {
+            regions
+                .iter()
+                .map(|(iova, memory)| dma.map(*iova, memory))
+                .collect()
+        };
+        threads::spawn(Role::Dma, sandbox, map)
+            .map(Some)
+            .map_err(Error::host("spawn a thread"))
     }
 
     /// Opens every device, side by side: the kernel resets each as it is opened, which takes a
@@ -110,17 +163,25 @@ impl Claimed {
         router: &Arc<dyn MsiRouter>,
         sandbox: &Sandbox,
     ) -> Result<Vec<OpenTask>, Error> {
-        let Some(joined) = &self.joined else { return Ok(Vec::new()) };
+        let Some(joined) = &self.joined else {
+            return Ok(Vec::new());
+        };
         let mut tasks = Vec::new();
         for lease in self.leases {
             let number = group_of(lease.device())?;
             let group = joined.groups.get(&number).map(Arc::clone);
-            let group = group.ok_or(Error::NoIommuGroup { device: lease.device().bdf })?;
+            let group = group.ok_or(Error::NoIommuGroup {
+                device: lease.device().bdf,
+            })?;
             let router = Arc::clone(router);
             let open = move || {
                 let io = VfioDevice::open(group, &lease.device().bdf.to_string())?;
                 let function = PassthroughDevice::new(Arc::new(io), router)?;
-                Ok(AttachedDevice { function, lease })
+                Ok(AttachedDevice {
+                    slot: None,
+                    function,
+                    _lease: lease,
+                })
             };
             let task = threads::spawn(Role::Device, sandbox, open);
             tasks.push(task.map_err(Error::host("spawn a thread"))?);
@@ -140,7 +201,9 @@ pub fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
 }
 
 fn group_of(device: &HostDevice) -> Result<u32, Error> {
-    device.iommu_group.ok_or(Error::NoIommuGroup { device: device.bdf })
+    device
+        .iommu_group
+        .ok_or(Error::NoIommuGroup { device: device.bdf })
 }
 
 fn join(numbers: &[u32], host: &HostPaths, machine: &Machine) -> Result<Joined, Error> {
@@ -153,5 +216,8 @@ fn join(numbers: &[u32], host: &HostPaths, machine: &Machine) -> Result<Joined, 
         group.announce(observer.clone())?;
         groups.insert(number, Arc::new(group));
     }
-    Ok(Joined { groups, dma: DmaSpace::new(container) })
+    Ok(Joined {
+        groups,
+        dma: DmaSpace::new(container),
+    })
 }

@@ -67,7 +67,7 @@ struct Vm {
     // Dropped in this order: first what runs, then what is reached, last what it is reached through.
     vcpus: Vcpus,
     devices: Vec<AttachedDevice>,
-    dma: Vec<DmaMapping>,
+    _dma: Vec<DmaMapping>,
     board: Board,
     snapshots: Vec<Snapshot>,
     irqchip: IrqchipState,
@@ -100,13 +100,17 @@ impl Vm {
                 Event::PowerOff => return Ok(Outcome::PowerOff),
                 Event::Quit => return Ok(Outcome::Stopped),
                 Event::Signal(number) => return Ok(Outcome::Signal(number)),
-                Event::Fault(vcpu, fault) => return Ok(Outcome::GuestFault(describe(vcpu, &fault))),
+                Event::Fault(vcpu, fault) => {
+                    return Ok(Outcome::GuestFault(describe(vcpu, &fault)));
+                }
             }
         }
     }
 
     fn open_console(&self, control: &mut ControlLoop) -> Result<Option<RawTerminal>, Error> {
-        let Some(serial) = &self.board.serial else { return Ok(None) };
+        let Some(serial) = &self.board.serial else {
+            return Ok(None);
+        };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
         if self.serial != SerialMode::Tty {
             return Ok(None);
@@ -129,11 +133,17 @@ impl Vm {
         })?;
         self.machine.restore_irqchip(&self.irqchip)?;
         self.board.reset(&self.layout)?;
-        let entry = self.payload.load(&self.board, &self.layout, self.vcpu_count)?;
+        let entry = self
+            .payload
+            .load(&self.board, &self.layout, self.vcpu_count)?;
         let memory = self.board.ram.memory();
         let mut first = true;
         self.vcpus.visit(|_, vcpu| {
-            if std::mem::take(&mut first) { cpu::boot_state(vcpu, &entry, memory) } else { Ok(()) }
+            if std::mem::take(&mut first) {
+                cpu::boot_state(vcpu, &entry, memory)
+            } else {
+                Ok(())
+            }
         })?;
         self.mailbox.forget_guest();
         self.gate.open();

@@ -50,7 +50,9 @@ impl OpenPayload {
         let initramfs = payload.initramfs.as_deref();
         Ok(Self {
             kernel: open("payload.kernel", &payload.kernel)?,
-            initramfs: initramfs.map(|path| open("payload.initramfs", path)).transpose()?,
+            initramfs: initramfs
+                .map(|path| open("payload.initramfs", path))
+                .transpose()?,
             cmdline: payload.cmdline.clone(),
         })
     }
@@ -68,11 +70,25 @@ impl OpenPayload {
     ) -> Result<Entry, Error> {
         let memory = board.ram.memory();
         let (cpus, serial) = (vcpus.get().into(), board.serial.is_some());
-        let rsdp = acpi::build(memory, &acpi::AcpiInputs { layout, cpus, serial })?;
+        let rsdp = acpi::build(
+            memory,
+            &acpi::AcpiInputs {
+                layout,
+                cpus,
+                serial,
+            },
+        )?;
         let mut kernel = image(&mut self.kernel);
         let mut initramfs = self.initramfs.as_mut().map(image);
         let initramfs = initramfs.as_mut();
-        Ok(boot::load(memory, layout, &mut kernel, initramfs, &self.cmdline, rsdp)?)
+        Ok(boot::load(
+            memory,
+            layout,
+            &mut kernel,
+            initramfs,
+            &self.cmdline,
+            rsdp,
+        )?)
     }
 }
 
@@ -81,10 +97,17 @@ fn image((path, file): &mut (PathBuf, File)) -> Image<'_> {
 }
 
 fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), PayloadError> {
-    let failed = |source| PayloadError::Open { key, path: path.to_owned(), source };
+    let failed = |source| PayloadError::Open {
+        key,
+        path: path.to_owned(),
+        source,
+    };
     // Asked before it is opened: opening a pipe would wait for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(PayloadError::NotAFile { key, path: path.to_owned() });
+        return Err(PayloadError::NotAFile {
+            key,
+            path: path.to_owned(),
+        });
     }
     let file = File::open(path).map_err(failed)?;
     Ok((path.to_owned(), file))
