@@ -14,8 +14,8 @@ mod kvm;
 mod layout;
 mod memory;
 mod preflight;
-mod sandbox;
-mod threads;
+pub mod sandbox;
+pub mod threads;
 mod vcpus;
 mod vm;
 
