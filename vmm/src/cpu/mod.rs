@@ -1,10 +1,17 @@
 //! vCPU state: what a processor looks like, how it enters a kernel, how it goes back to power-on.
 
-use kvm_bindings::CpuId;
-use kvm_ioctls::{Kvm, VcpuFd};
-use vm_memory::GuestMemoryBackend;
+mod cpuid;
+mod lapic;
+mod msrs;
+mod registers;
+mod snapshot;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 use crate::boot::Entry;
+pub use snapshot::Snapshot;
 
 /// Why a vCPU could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -20,13 +27,27 @@ pub enum CpuError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// There are more CPUID leaves than KVM takes.
+    #[error("vCPU {vcpu}: its {leaves} CPUID leaves are more than KVM takes")]
+    CpuidLeaves {
+        /// The vCPU.
+        vcpu: u32,
+        /// Number of leaves.
+        leaves: usize,
+    },
+    /// Guest memory could not be written.
+    #[error("cannot write the page tables of the boot vCPU")]
+    Tables(#[source] GuestMemoryError),
 }
 
 /// What the host's KVM gives every vCPU of a VM.
 #[derive(Debug, Clone)]
 pub struct Features {
-    cpuid: CpuId,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// MSRs to save for a reboot.
     msrs: Vec<u32>,
+    xcrs: bool,
+    nested: bool,
 }
 
 impl Features {
@@ -35,26 +56,38 @@ impl Features {
     /// # Errors
     /// KVM refused.
     pub fn of(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
-        let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self {
-            cpuid,
-            msrs: Vec::new(),
+            cpuid: cpuid::common(supported.as_slice(), tsc_deadline),
+            msrs: msrs::saved(kvm.get_msr_index_list()?.as_slice()),
+            xcrs: kvm.check_extension(Cap::Xcrs),
+            nested: kvm.check_extension(Cap::NestedState),
         })
     }
 
     /// Bits of a guest-physical address.
     pub fn physical_bits(&self) -> u8 {
-        39
+        cpuid::physical_bits(&self.cpuid)
     }
 }
 
-/// Brings a new vCPU, number `id` of `count`, to its state at power-on.
+/// Brings a new vCPU, number `id` of `count`, to its state at power-on. All but the first wait for
+/// the guest to start them, as KVM makes them.
 ///
 /// # Errors
 /// KVM refused a part of the state.
 pub fn setup(vcpu: &VcpuFd, id: u32, count: u32, features: &Features) -> Result<(), CpuError> {
-    let _ = (vcpu, id, count, &features.cpuid, &features.msrs);
-    Ok(())
+    let leaves = cpuid::of_processor(&features.cpuid, id, count);
+    let cpuid = CpuId::from_entries(&leaves).map_err(|_| CpuError::CpuidLeaves {
+        vcpu: id,
+        leaves: leaves.len(),
+    })?;
+    call(id, "KVM_SET_CPUID2", vcpu.set_cpuid2(&cpuid))?;
+    call(id, "KVM_SET_MSRS", msrs::set_up(vcpu))?;
+    let mut pins = call(id, "KVM_GET_LAPIC", vcpu.get_lapic())?;
+    lapic::set_pins(&mut pins);
+    call(id, "KVM_SET_LAPIC", vcpu.set_lapic(&pins))
 }
 
 /// Lets the boot vCPU, at its state at power-on, begin at the kernel's entry.
@@ -66,29 +99,22 @@ pub fn boot_state<M: GuestMemoryBackend>(
     entry: &Entry,
     memory: &M,
 ) -> Result<(), CpuError> {
-    let _ = (vcpu, entry, memory);
-    Ok(())
+    let mut sregs = call(0, "KVM_GET_SREGS", vcpu.get_sregs())?;
+    let regs = match *entry {
+        Entry::Pvh { entry, start_info } => registers::pvh(&mut sregs, entry, start_info),
+        Entry::Linux64 { entry, boot_params } => {
+            registers::write_tables(memory).map_err(CpuError::Tables)?;
+            registers::linux64(&mut sregs, entry, boot_params)
+        }
+    };
+    call(0, "KVM_SET_SREGS", vcpu.set_sregs(&sregs))?;
+    call(0, "KVM_SET_REGS", vcpu.set_regs(&regs))
 }
 
-/// The state of a vCPU at power-on, for a reboot of the guest.
-pub struct Snapshot {}
-
-impl Snapshot {
-    /// Takes the state of vCPU `id`, straight after [`setup`].
-    ///
-    /// # Errors
-    /// KVM refused a part of the state.
-    pub fn take(vcpu: &VcpuFd, id: u32, features: &Features) -> Result<Self, CpuError> {
-        let _ = (vcpu, id, features);
-        Ok(Self {})
-    }
-
-    /// Brings the vCPU back, on its own thread, with no other vCPU running.
-    ///
-    /// # Errors
-    /// KVM refused a part of the state.
-    pub fn restore(&self, vcpu: &mut VcpuFd) -> Result<(), CpuError> {
-        let _ = vcpu;
-        Ok(())
-    }
+fn call<T>(
+    vcpu: u32,
+    call: &'static str,
+    result: Result<T, kvm_ioctls::Error>,
+) -> Result<T, CpuError> {
+    result.map_err(|source| CpuError::Kvm { vcpu, call, source })
 }

@@ -1,0 +1,119 @@
+//! A vCPU's state at power-on, to which a reboot of the guest brings it back.
+
+use kvm_bindings::nested::KvmNestedStateBuffer;
+use kvm_bindings::{
+    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Error, VcpuFd};
+
+use super::{CpuError, Features, call, msrs};
+
+/// How often a vCPU may come back with one more access of an instruction that it is completing.
+const COMPLETIONS: usize = 64;
+
+/// The state of a vCPU at power-on.
+pub struct Snapshot {
+    id: u32,
+    nested: Option<Box<KvmNestedStateBuffer>>,
+    sregs: kvm_sregs,
+    xcrs: Option<kvm_xcrs>,
+    fpu: kvm_fpu,
+    regs: kvm_regs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<kvm_msr_entry>,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+}
+
+impl Snapshot {
+    /// Takes the state of vCPU `id`, straight after [`super::setup`].
+    ///
+    /// # Errors
+    /// KVM refused a part of the state.
+    pub fn take(vcpu: &VcpuFd, id: u32, features: &Features) -> Result<Self, CpuError> {
+        Ok(Self {
+            id,
+            nested: features.nested.then(|| take_nested(vcpu, id)).transpose()?,
+            sregs: call(id, "KVM_GET_SREGS", vcpu.get_sregs())?,
+            xcrs: features
+                .xcrs
+                .then(|| call(id, "KVM_GET_XCRS", vcpu.get_xcrs()))
+                .transpose()?,
+            fpu: call(id, "KVM_GET_FPU", vcpu.get_fpu())?,
+            regs: call(id, "KVM_GET_REGS", vcpu.get_regs())?,
+            debug: call(id, "KVM_GET_DEBUGREGS", vcpu.get_debug_regs())?,
+            lapic: call(id, "KVM_GET_LAPIC", vcpu.get_lapic())?,
+            msrs: call(id, "KVM_GET_MSRS", msrs::read(vcpu, &features.msrs))?,
+            events: call(id, "KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())?,
+            mp_state: call(id, "KVM_GET_MP_STATE", vcpu.get_mp_state())?,
+        })
+    }
+
+    /// Brings the vCPU back while none runs. Calls `KVM_RUN` to complete the instruction that the
+    /// vCPU may be in, without running the guest.
+    ///
+    /// The order is KVM's: a guest's guest is left before anything else; the mode of the local
+    /// APIC, in the special registers, comes before its registers, and those before the timer's
+    /// deadline, an MSR; whether the vCPU runs at all comes last.
+    ///
+    /// # Errors
+    /// KVM refused a part of the state.
+    pub fn restore(&self, vcpu: &mut VcpuFd) -> Result<(), CpuError> {
+        let id = self.id;
+        complete(vcpu).map_err(|source| CpuError::Kvm {
+            vcpu: id,
+            call: "KVM_RUN",
+            source,
+        })?;
+        if let Some(nested) = &self.nested {
+            call(id, "KVM_SET_NESTED_STATE", vcpu.set_nested_state(nested))?;
+        }
+        call(id, "KVM_SET_SREGS", vcpu.set_sregs(&self.sregs))?;
+        if let Some(xcrs) = &self.xcrs {
+            call(id, "KVM_SET_XCRS", vcpu.set_xcrs(xcrs))?;
+        }
+        call(id, "KVM_SET_FPU", vcpu.set_fpu(&self.fpu))?;
+        call(id, "KVM_SET_REGS", vcpu.set_regs(&self.regs))?;
+        call(id, "KVM_SET_DEBUGREGS", vcpu.set_debug_regs(&self.debug))?;
+        call(id, "KVM_SET_LAPIC", vcpu.set_lapic(&self.lapic))?;
+        let refused = call(id, "KVM_SET_MSRS", msrs::write(vcpu, &self.msrs))?;
+        if !refused.is_empty() {
+            // Those that are read-only still have their value.
+            tracing::debug!(vcpu = id, "MSRs not written at reboot: {refused:x?}");
+        }
+        call(id, "KVM_SET_MSRS", msrs::synchronize_tsc(vcpu))?;
+        call(
+            id,
+            "KVM_SET_VCPU_EVENTS",
+            vcpu.set_vcpu_events(&self.events),
+        )?;
+        call(id, "KVM_SET_MP_STATE", vcpu.set_mp_state(self.mp_state))
+    }
+}
+
+fn take_nested(vcpu: &VcpuFd, id: u32) -> Result<Box<KvmNestedStateBuffer>, CpuError> {
+    let mut state = Box::new(KvmNestedStateBuffer::empty());
+    call(id, "KVM_GET_NESTED_STATE", vcpu.nested_state(&mut state))?;
+    Ok(state)
+}
+
+/// Lets KVM complete an access that it handed to user space: else it would do so at the next run,
+/// on top of the new state.
+fn complete(vcpu: &mut VcpuFd) -> Result<(), Error> {
+    vcpu.set_kvm_immediate_exit(1);
+    let mut result = Ok(());
+    for _ in 0..COMPLETIONS {
+        match vcpu.run() {
+            Ok(_) => {}
+            Err(interrupted) if matches!(interrupted.errno(), libc::EINTR | libc::EAGAIN) => break,
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+    }
+    vcpu.set_kvm_immediate_exit(0);
+    result
+}
