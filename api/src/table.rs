@@ -7,6 +7,12 @@ use anstyle::Style;
 const HEADER: Style = Style::new().bold();
 const GAP: usize = 2;
 
+/// Width of the terminal that standard output is; without limit where it is none.
+pub fn terminal_width() -> usize {
+    let size = terminal_size::terminal_size_of(std::io::stdout());
+    size.map_or(usize::MAX, |(width, _)| usize::from(width.0))
+}
+
 /// What a column may give up when the table is wider than the terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Give {
@@ -45,12 +51,9 @@ impl Table {
         }
     }
 
-    /// Narrowed to the terminal that standard output is, if it is one.
-    pub fn fit_terminal(self) -> Self {
-        match terminal_size::terminal_size_of(std::io::stdout()) {
-            Some((width, _)) => self.fit(usize::from(width.0)),
-            None => self,
-        }
+    /// Characters of its widest line.
+    pub fn width(&self) -> usize {
+        self.total(&self.widths())
     }
 
     /// Narrowed to `width` characters as far as its columns give.

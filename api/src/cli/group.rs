@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table};
+use crate::table::{Column, Give, Table, terminal_width};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Example: gantry group list")]
@@ -106,7 +106,7 @@ pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {
             )
         });
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit_terminal();
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
     print(|out| write!(out, "{table}"))
 }
 

@@ -190,7 +190,7 @@ impl JsonSchema for ByteSize {
         schemars::json_schema!({
             "anyOf": [
                 {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": "^[0-9]+ ?([KMGT](iB)?)?$"},
+                {"type": "string", "pattern": "^[0-9]+( ?[KMGT](iB)?)?$"},
             ]
         })
     }

@@ -1,11 +1,13 @@
 //! What users write, and what they are told: one row for each mistake.
 
+mod any_json;
+
 use std::path::{Path, PathBuf};
 
 use gantry_resources::Request;
+use gantry_vmm::{SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
-use gantry_vmm::{SerialMode, VmConfig};
 
 /// A folder with a kernel, an initramfs and a VM's file.
 struct Folder(tempfile::TempDir);

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table};
+use crate::table::{Column, Give, Table, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -113,8 +113,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&rows);
     }
-    let cells = rows.iter().map(|row| row.cells().to_vec()).collect();
-    let table = Table::new(&COLUMNS, cells).fit_terminal();
+    let table = table(&rows, terminal_width());
     print(|out| {
         write!(out, "{table}")?;
         match table.left_out() {
@@ -122,6 +121,22 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
             titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
         }
     })
+}
+
+/// Vendors are named where there is room for them.
+fn table<'a>(rows: &[Row<'a>], width: usize) -> Table {
+    let of = |name: fn(&Row<'a>) -> String| {
+        Table::new(
+            &COLUMNS,
+            rows.iter().map(|row| row.cells(name(row))).collect(),
+        )
+    };
+    let full = of(Row::name);
+    if full.width() <= width {
+        full
+    } else {
+        of(Row::short_name).fit(width)
+    }
 }
 
 impl<'a> Row<'a> {
@@ -142,6 +157,14 @@ impl<'a> Row<'a> {
         names.into_iter().flatten().collect::<Vec<_>>().join(" ")
     }
 
+    /// The device's name, or its vendor's where that is all that is known.
+    fn short_name(&self) -> String {
+        self.device_name
+            .or(self.vendor_name)
+            .unwrap_or_default()
+            .to_owned()
+    }
+
     fn vm(&self) -> Option<&str> {
         match &self.state {
             DeviceState::Assigned { vm } => vm.as_deref(),
@@ -149,13 +172,13 @@ impl<'a> Row<'a> {
         }
     }
 
-    fn cells(&self) -> [String; COLUMNS.len()] {
+    fn cells(&self, name: String) -> Vec<String> {
         let text = |value: Option<&str>| value.unwrap_or("-").to_owned();
         let number = |value: Option<u32>| value.map_or("-".to_owned(), |value| value.to_string());
-        [
+        vec![
             self.device.bdf.to_string(),
             self.device.id.to_string(),
-            self.name(),
+            name,
             self.class_name
                 .map_or_else(|| self.device.class.to_string(), str::to_owned),
             text(self.device.driver.as_deref()),
