@@ -9,6 +9,8 @@
 mod error;
 pub mod host;
 pub mod pci;
+#[cfg(test)]
+mod testing;
 
 pub use error::Error;
 

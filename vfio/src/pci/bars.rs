@@ -139,3 +139,132 @@ fn pages(range: &Range<u64>) -> Range<u64> {
 fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::FakeDevice;
+
+    fn area(offset: u64, len: u64) -> MmapArea {
+        MmapArea { offset, len }
+    }
+
+    /// Start of each piece, and whether it is direct.
+    fn cut(size: u64, areas: &[MmapArea], emulated: &[Range<u64>]) -> Vec<(u64, bool)> {
+        let pieces = pieces(size, areas, emulated);
+        pieces
+            .iter()
+            .map(|piece| (piece.range.start, piece.direct))
+            .collect()
+    }
+
+    #[test]
+    fn what_the_host_can_map_is_direct_and_the_rest_traps() {
+        assert_eq!(cut(0x4000, &[area(0, 0x4000)], &[]), [(0, true)]);
+        assert_eq!(cut(0x4000, &[], &[]), [(0, false)]);
+        let sparse = [area(0, 0x1000), area(0x3000, 0x1000)];
+        assert_eq!(
+            cut(0x4000, &sparse, &[]),
+            [(0, true), (0x1000, false), (0x3000, true)]
+        );
+    }
+
+    #[test]
+    fn pages_with_a_table_trap_however_it_lies_on_them() {
+        let whole = [area(0, 0x8000)];
+        // As NVMe controllers have it.
+        let unaligned = [0x5200..0x5600, 0x5e00..0x5e08];
+        assert_eq!(
+            cut(0x8000, &whole, &unaligned),
+            [(0, true), (0x5000, false), (0x6000, true)]
+        );
+        let across = [0x1ff0..0x2010, 0x7ff8..0x8000];
+        assert_eq!(
+            cut(0x8000, &whole, &across),
+            [(0, true), (0x1000, false), (0x3000, true), (0x7000, false)]
+        );
+        assert_eq!(
+            cut(0x1000, &[area(0, 0x1000)], std::slice::from_ref(&(0..0x10))),
+            [(0, false)]
+        );
+        let apart = [0x2000..0x2010, 0..0x10];
+        assert_eq!(
+            cut(0x4000, &[area(0, 0x4000)], &apart),
+            [(0, false), (0x1000, true), (0x2000, false), (0x3000, true)]
+        );
+    }
+
+    #[test]
+    fn sparse_areas_without_a_table_are_mapped_as_they_are() {
+        let sparse = [area(0, 0x3000), area(0x4000, 0x2000)];
+        let direct: Vec<_> = pieces(0x8000, &sparse, std::slice::from_ref(&(0x3000..0x3100)))
+            .into_iter()
+            .filter(|piece| piece.direct)
+            .map(|piece| piece.range)
+            .collect();
+        assert_eq!(direct, [0..0x3000, 0x4000..0x6000]);
+    }
+
+    #[test]
+    fn parts_of_pages_trap() {
+        assert_eq!(cut(0x100, &[area(0, 0x100)], &[]), [(0, false)]);
+        assert_eq!(
+            cut(0x4000, &[area(0x800, 0x2000)], &[]),
+            [(0, false), (0x1000, true), (0x2000, false)]
+        );
+    }
+
+    #[test]
+    fn bars_are_what_the_device_says_they_are() {
+        let device = Arc::new(FakeDevice::new());
+        let io: Arc<dyn DeviceIo> = device.clone();
+        let bars = open(&io, &crate::testing::config(), None).unwrap();
+        let seen: Vec<_> = bars
+            .iter()
+            .map(|bar| (bar.index, bar.kind, bar.size))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                (
+                    0,
+                    BarKind::Memory64 {
+                        prefetchable: false
+                    },
+                    0x8000
+                ),
+                (2, BarKind::Io, 0x20),
+                (4, BarKind::Memory64 { prefetchable: true }, 1 << 20),
+            ]
+        );
+        assert_eq!(device.mappings(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_the_bar_once_and_never_give_away_what_is_emulated(
+            size in (4_u32..20).prop_map(|bits| 1_u64 << bits),
+            areas in proptest::collection::vec((0_u64..0x8_0000, 0_u64..0x8_0000), 0..5),
+            emulated in proptest::collection::vec((0_u64..0x8_0000, 1_u64..0x3000), 0..3),
+        ) {
+            let mut areas: Vec<_> = areas.into_iter().map(|(at, len)| area(at, len)).collect();
+            areas.sort_by_key(|area| area.offset);
+            let emulated: Vec<_> = emulated.into_iter().map(|(at, len)| at..at + len).collect();
+            let mut at = 0;
+            for Piece { range, direct } in pieces(size, &areas, &emulated) {
+                prop_assert_eq!(range.start, at);
+                prop_assert!(range.end > range.start);
+                at = range.end;
+                if direct {
+                    prop_assert!(range.start % PAGE == 0 && range.end % PAGE == 0);
+                    prop_assert!(!emulated.iter().any(|emulated| meet(emulated, &range)));
+                    prop_assert!(areas.iter().any(|area| area.offset <= range.start
+                        && range.end <= area.offset + area.len));
+                }
+            }
+            prop_assert_eq!(at, size);
+        }
+    }
+}

@@ -210,6 +210,8 @@ impl PciDevice for PassthroughDevice {
         *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
+    /// Never is a BAR mapped that the hardware does not decode: reaching one ends the VM. What the
+    /// hardware decodes before and after is brought in line first, the rest once it has followed.
     fn remap(&self, target: &dyn BarSpace) {
         let mut guard = self.lock();
         let State {
@@ -218,14 +220,22 @@ impl PciDevice for PassthroughDevice {
             hardware,
         } = &mut *guard;
         let control = self.control(space);
-        bars.remap(control.decode(), target, || {
+        let decode = control.decode();
+        if *hardware != Some(control) {
+            let before = hardware.map_or(Decode::NONE, Control::decode);
+            let throughout = Decode {
+                memory: before.memory && decode.memory,
+                io: before.io && decode.io,
+            };
+            bars.remap(throughout, target, || ());
             if let Err(error) = self.follow(hardware, control) {
-                warn_limited!(
-                    error = &error as &dyn std::error::Error,
-                    "device does not follow its command register"
-                );
+                bars.unmap();
+                let error = &error as &dyn std::error::Error;
+                warn_limited!(error, "device does not follow its command register");
+                return;
             }
-        });
+        }
+        bars.remap(decode, target, || ());
     }
 
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {

@@ -63,3 +63,32 @@ impl BusDevice for Window {
         Effect::None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeDevice;
+
+    #[test]
+    fn offsets_are_those_of_the_part_and_errors_are_the_guests_all_ones() {
+        let device = Arc::new(FakeDevice::new());
+        let io: Arc<dyn DeviceIo> = device.clone();
+        let bar0 = Region::bar(0).unwrap();
+        let window = Window::new(&io, bar0, 0x5000, None);
+        assert!(matches!(window.write(0x10, &[1, 2]), Effect::None));
+        assert_eq!(device.trace.take(), ["write BAR0 0x5010 [01, 02]"]);
+        let mut data = [0; 4];
+        window.read(0x0f, &mut data);
+        assert_eq!(data, [0x0f, 1, 2, 0x12]);
+
+        device.trace.fail_after(0);
+        window.read(0x10, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        device.trace.fail_after(0);
+        assert!(matches!(window.write(0x10, &[9]), Effect::None));
+        for far in [0x3000, u64::MAX] {
+            window.read(far, &mut data);
+            assert_eq!(data, [0xff; 4]);
+        }
+    }
+}

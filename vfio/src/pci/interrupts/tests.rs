@@ -1,1 +1,351 @@
-//! placeholder
+//! Tests of MSI-X against a device and a router that keep to the kernel's rules.
+
+use super::*;
+use crate::host::IrqInfo;
+use crate::testing::{FakeDevice, FakeRouter, MSIX_PBA, MSIX_TABLE, MSIX_VECTORS};
+
+const ENABLE: u16 = 1 << 15;
+const FUNCTION_MASK: u16 = 1 << 14;
+
+struct Rig {
+    device: Arc<FakeDevice>,
+    router: Arc<FakeRouter>,
+    interrupts: Arc<Interrupts>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::with(FakeDevice::new(), usize::MAX)
+    }
+
+    /// On a kernel that gives vectors only all at once.
+    fn fixed() -> Self {
+        let mut device = FakeDevice::new();
+        device.msix.fixed = true;
+        Self::with(device, usize::MAX)
+    }
+
+    fn with(device: FakeDevice, routes: usize) -> Self {
+        let router = Arc::new(FakeRouter::new(&device.trace, routes));
+        let device = Arc::new(device);
+        let io: Arc<dyn DeviceIo> = device.clone();
+        let capability = MsixCapability {
+            control: 0,
+            vectors: MSIX_VECTORS,
+            table: InBar {
+                bar: 0,
+                offset: MSIX_TABLE,
+            },
+            pba: InBar {
+                bar: 0,
+                offset: MSIX_PBA,
+            },
+        };
+        let interrupts = Interrupts::new(&io, router.clone(), &capability).unwrap();
+        Self {
+            device,
+            router,
+            interrupts,
+        }
+    }
+
+    fn unmask(&self, vector: u16) {
+        let entry = MSIX_TABLE + 16 * u64::from(vector);
+        let data = u64::from(0x40 + vector).to_le_bytes();
+        self.write(entry, &0xfee0_0000_u64.to_le_bytes());
+        self.write(entry + 8, &data);
+    }
+
+    fn mask(&self, vector: u16) {
+        self.write(MSIX_TABLE + 16 * u64::from(vector) + 12, &[1, 0, 0, 0]);
+    }
+
+    fn write(&self, at: u64, data: &[u8]) {
+        assert!(self.interrupts.write(bar0(), at, data));
+    }
+
+    fn pending(&self) -> u64 {
+        let mut data = [0; 8];
+        assert!(self.interrupts.read(bar0(), MSIX_PBA, &mut data));
+        u64::from_le_bytes(data)
+    }
+
+    /// The data of what has been delivered, which tells the vector.
+    fn delivered(&self) -> Vec<u32> {
+        let messages = self.router.delivered();
+        messages.iter().map(|message| message.data - 0x40).collect()
+    }
+
+    fn armed(&self) -> Vec<usize> {
+        let armed = self.device.armed().unwrap_or_default();
+        (0..armed.len()).filter(|&vector| armed[vector]).collect()
+    }
+}
+
+fn bar0() -> Region {
+    Region::bar(0).unwrap()
+}
+
+/// TRAPS 5 and 6: nothing is taken before the guest unmasks, and then in the right order.
+#[test]
+fn a_vector_costs_nothing_before_it_is_unmasked() {
+    let rig = Rig::new();
+    rig.unmask(64);
+    assert_eq!(
+        rig.device.trace.take(),
+        Vec::<String>::new(),
+        "MSI-X is off"
+    );
+    rig.mask(64);
+    rig.interrupts.write_control(ENABLE);
+    assert_eq!(rig.device.trace.take(), ["irqs 0..1"]);
+    assert_eq!(rig.armed(), []);
+
+    rig.unmask(64);
+    let order = ["route 0", "route 0 set Some(80)", "irqs 64..65"];
+    assert_eq!(rig.device.trace.take(), order);
+    assert_eq!(rig.armed(), [64]);
+    rig.device.fire(64);
+    assert_eq!(rig.delivered(), [64]);
+}
+
+#[test]
+fn vectors_set_up_before_the_switch_are_delivered_after_it() {
+    let rig = Rig::new();
+    rig.interrupts.write_control(ENABLE | FUNCTION_MASK);
+    rig.unmask(1);
+    rig.unmask(3);
+    assert_eq!(rig.router.live(), 0);
+    rig.interrupts.write_control(ENABLE);
+    assert_eq!(rig.armed(), [1, 3]);
+}
+
+/// TRAPS 3: what arrives while a vector is masked is pending, and comes with the unmasking.
+#[test]
+fn a_masked_vector_stays_armed_and_remembers() {
+    for by_function in [false, true] {
+        let rig = Rig::new();
+        rig.interrupts.write_control(ENABLE);
+        rig.unmask(2);
+        rig.device.trace.take();
+        match by_function {
+            true => rig.interrupts.write_control(ENABLE | FUNCTION_MASK),
+            false => rig.mask(2),
+        }
+        assert_eq!(rig.device.trace.take(), ["route 0 set None"]);
+        assert_eq!(rig.pending(), 0);
+        rig.device.fire(2);
+        assert_eq!(rig.delivered(), []);
+        assert_eq!(rig.pending(), 1 << 2);
+        match by_function {
+            true => rig.interrupts.write_control(ENABLE),
+            false => rig.unmask(2),
+        }
+        assert_eq!(rig.delivered(), [2]);
+        assert_eq!(rig.pending(), 0);
+        assert_eq!(rig.router.live(), 1, "the same route");
+    }
+}
+
+#[test]
+fn a_changed_message_reaches_the_route() {
+    let rig = Rig::new();
+    rig.interrupts.write_control(ENABLE);
+    rig.unmask(0);
+    rig.device.trace.take();
+    rig.write(MSIX_TABLE + 8, &0x55_u32.to_le_bytes());
+    assert_eq!(rig.device.trace.take(), ["route 0 set Some(55)"]);
+}
+
+/// TRAPS 5: without dynamic vectors all are taken away and given again, a few times at most.
+#[test]
+fn fixed_vectors_grow_by_doubling_and_never_beyond_the_table() {
+    let rig = Rig::fixed();
+    rig.interrupts.write_control(ENABLE);
+    let mut rearmed = 0;
+    for vector in 0..MSIX_VECTORS {
+        rig.device.trace.take();
+        rig.unmask(vector);
+        let seen = rig.device.trace.take();
+        rearmed += seen.iter().filter(|event| *event == "irqs off").count();
+        let upto = Vec::from_iter(0..=usize::from(vector));
+        assert_eq!(rig.armed(), upto);
+    }
+    assert_eq!(rearmed, 7, "2, 4, 8, 16, 32, 64, 65");
+    assert_eq!(rig.device.armed().unwrap().len(), usize::from(MSIX_VECTORS));
+}
+
+#[test]
+fn what_may_be_lost_while_vectors_are_away_is_made_up_for() {
+    let rig = Rig::fixed();
+    rig.interrupts.write_control(ENABLE);
+    rig.unmask(0);
+    assert_eq!(rig.delivered(), []);
+    rig.unmask(1);
+    assert_eq!(
+        rig.delivered(),
+        [0],
+        "one too many for the old, none for the new"
+    );
+}
+
+#[test]
+fn a_host_with_few_vectors_gives_what_it_has() {
+    let mut device = FakeDevice::new();
+    device.msix.fixed = true;
+    device.host_vectors = 3;
+    let rig = Rig::with(device, usize::MAX);
+    rig.interrupts.write_control(ENABLE);
+    (0..5).for_each(|vector| rig.unmask(vector));
+    assert_eq!(
+        rig.armed(),
+        [0, 1, 2],
+        "four for three were refused, exactly three were not"
+    );
+    assert_eq!(rig.router.live(), 3);
+    rig.device.fire(1);
+    assert!(rig.delivered().contains(&1));
+}
+
+/// TRAPS 6: routes run out, and come back when MSI-X is switched off.
+#[test]
+fn when_routes_run_out_only_that_vector_is_lost() {
+    let rig = Rig::with(FakeDevice::new(), 2);
+    rig.interrupts.write_control(ENABLE);
+    (0..4).for_each(|vector| rig.unmask(vector));
+    assert_eq!(rig.armed(), [0, 1]);
+    rig.device.fire(0);
+    assert_eq!(rig.delivered(), [0]);
+
+    rig.interrupts.write_control(0);
+    assert_eq!((rig.router.live(), rig.device.armed()), (0, None));
+    (0..4).for_each(|vector| rig.mask(vector));
+    rig.interrupts.write_control(ENABLE);
+    rig.unmask(3);
+    assert_eq!(rig.armed(), [3]);
+}
+
+#[test]
+fn switching_off_and_resets_give_everything_back() {
+    for reset in [false, true] {
+        let rig = Rig::new();
+        rig.interrupts.write_control(ENABLE);
+        rig.unmask(7);
+        rig.device.trace.take();
+        match reset {
+            true => rig.interrupts.reset(),
+            false => rig.interrupts.write_control(FUNCTION_MASK),
+        }
+        assert_eq!(rig.device.trace.take(), ["irqs off"]);
+        assert_eq!((rig.router.live(), rig.device.armed()), (0, None));
+        rig.interrupts.write_control(ENABLE);
+        let kept = if reset { vec![] } else { vec![7] };
+        assert_eq!(
+            rig.armed(),
+            kept,
+            "the table outlives the switch, not a reset"
+        );
+    }
+}
+
+/// Whichever call fails, nothing is left half done, and the guest's next attempt succeeds.
+#[test]
+fn every_failing_step_leaves_a_vector_masked_and_the_others_alive() {
+    for fixed in [false, true] {
+        for steps in 0.. {
+            let rig = if fixed { Rig::fixed() } else { Rig::new() };
+            rig.device.trace.fail_after(steps);
+            rig.interrupts.write_control(ENABLE);
+            (0..3).for_each(|vector| rig.unmask(vector));
+            let done = rig.device.trace.failed().is_none();
+            assert_eq!(rig.armed().len(), rig.router.live(), "step {steps}");
+            if !done {
+                assert!(
+                    rig.armed().len() >= 2,
+                    "step {steps}: {:?}",
+                    rig.device.trace.failed()
+                );
+            }
+            (0..3).for_each(|vector| {
+                rig.mask(vector);
+                rig.unmask(vector);
+            });
+            assert_eq!(rig.armed(), [0, 1, 2], "step {steps}");
+            rig.delivered();
+            (0..3).for_each(|vector| rig.device.fire(vector));
+            assert_eq!(rig.delivered().len(), 3, "step {steps}");
+            if done {
+                assert!(steps > 8);
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_lies_beside_the_structures_is_not_answered_and_edges_are_lost() {
+    let rig = Rig::new();
+    let mut data = [0; 4];
+    for at in [
+        MSIX_TABLE - 4,
+        MSIX_TABLE + 65 * 16,
+        MSIX_PBA - 4,
+        MSIX_PBA + 16,
+        u64::MAX,
+    ] {
+        assert!(!rig.interrupts.read(bar0(), at, &mut data), "{at:#x}");
+        assert!(!rig.interrupts.write(bar0(), at, &data), "{at:#x}");
+    }
+    assert!(
+        !rig.interrupts
+            .read(Region::bar(4).unwrap(), MSIX_TABLE, &mut data)
+    );
+    for at in [
+        MSIX_TABLE - 1,
+        MSIX_TABLE + 65 * 16 - 1,
+        MSIX_PBA - 3,
+        MSIX_PBA + 15,
+    ] {
+        rig.write(at, &[0; 4]);
+        assert!(rig.interrupts.read(bar0(), at, &mut data));
+        assert_eq!(data, [0xff; 4], "{at:#x}");
+    }
+    rig.write(MSIX_PBA, &[0xff; 8]);
+    assert_eq!(rig.pending(), 0);
+}
+
+#[test]
+fn a_table_outside_of_its_bar_is_refused_and_pending_bits_there_are_done_without() {
+    let device: Arc<dyn DeviceIo> = Arc::new(FakeDevice::new());
+    let router: Arc<dyn MsiRouter> = Arc::new(FakeRouter::new(&Arc::default(), 1));
+    let good = InBar {
+        bar: 0,
+        offset: 0x4000,
+    };
+    let bad = [(6, 0), (1, 0), (0, 0x7ff8), (0, u64::MAX - 7)];
+    for (bar, offset) in bad {
+        let place = InBar { bar, offset };
+        let mut capability = MsixCapability {
+            control: 0,
+            vectors: 2,
+            table: place,
+            pba: good,
+        };
+        assert!(Interrupts::new(&device, router.clone(), &capability).is_err());
+        capability = MsixCapability {
+            vectors: 65,
+            table: good,
+            pba: place,
+            ..capability
+        };
+        let interrupts = Interrupts::new(&device, router.clone(), &capability).unwrap();
+        assert_eq!(interrupts.ranges(bar0()).len(), 1);
+    }
+    assert_eq!(
+        device.irq(Irq::Msix),
+        IrqInfo {
+            count: 65,
+            fixed: false
+        }
+    );
+}
