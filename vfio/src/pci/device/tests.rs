@@ -374,11 +374,12 @@ fn a_device_that_makes_no_sense_is_refused_by_name() {
     let no_table = |device: &mut FakeDevice| device.config.lock().unwrap()[0xb4] = 0x03;
     let odd_bar = |device: &mut FakeDevice| device.regions[0].size = 0x7000;
     let gone = |device: &mut FakeDevice| device.regions[7].size = 0;
-    let cases: [(&dyn Fn(&mut FakeDevice), &str); 4] = [
-        (&bridge, "bridge"),
-        (&no_table, "MSI-X table"),
-        (&odd_bar, "BAR 0"),
-        (&gone, "does not answer"),
+    type Spoil = fn(&mut FakeDevice);
+    let cases: [(Spoil, &str); 4] = [
+        (bridge, "bridge"),
+        (no_table, "MSI-X table"),
+        (odd_bar, "BAR 0"),
+        (gone, "does not answer"),
     ];
     for (spoil, why) in cases {
         let mut device = FakeDevice::new();
