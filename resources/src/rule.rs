@@ -252,14 +252,20 @@ mod tests {
     use crate::fixture::{Fake, FakeHost};
     use proptest::prelude::*;
     use serde_json::json;
+    use std::sync::LazyLock;
 
     fn device() -> HostDevice {
-        let fake = Fake::nvme("0000:01:00.0", 1)
-            .driver("nvme")
-            .with("nvme/nvme0/serial", "GN-1");
-        let mut device = FakeHost::new(&[fake]).read("0000:01:00.0");
-        device.dsn = Some("00-1b-21-ff-ff-aa-bb-cc".to_owned());
-        device
+        static DEVICE: LazyLock<HostDevice> = LazyLock::new(|| {
+            let fake = Fake::nvme("0000:01:00.0", 1)
+                .driver("nvme")
+                .with("nvme/nvme0/serial", "GN-1");
+            let device = FakeHost::new(&[fake]).read("0000:01:00.0");
+            HostDevice {
+                dsn: Some("00-1b-21-ff-ff-aa-bb-cc".to_owned()),
+                ..device
+            }
+        });
+        DEVICE.clone()
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -96,6 +97,8 @@ impl SysfsWriter for ChildWriter {
         };
         let mut command = Command::new(&self.program);
         command.arg(SUBCOMMAND).arg(path).arg(value).env_clear();
+        // Out of the reach of the terminal's ctrl-c, which is for this process to handle.
+        command.process_group(0);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
