@@ -92,3 +92,54 @@ impl Former {
 fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
     paths.run.join("former").join(bdf.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost};
+
+    #[test]
+    fn a_record_counts_only_for_the_hardware_that_was_detached() {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)
+            .driver("nvme")
+            .with("nvme/nvme0/serial", "GN-1")]);
+        let before = host.read("01:00.0");
+        Former::of(&before).store(&host.paths, before.bdf).unwrap();
+        let load = |device: &HostDevice| Former::load(&host.paths, device);
+        assert_eq!(load(&before), None, "it was not detached yet");
+        let detached = HostDevice {
+            driver_override: Some("vfio-pci".to_owned()),
+            ..before
+        };
+        assert_eq!(load(&detached).unwrap().serial.as_deref(), Some("GN-1"));
+        let replaced = HostDevice {
+            id: crate::ids::PciId {
+                vendor: 0x8086,
+                device: 1,
+            },
+            ..detached.clone()
+        };
+        assert_eq!(load(&replaced), None);
+        let with_dsn = |dsn: &str| HostDevice {
+            dsn: Some(dsn.to_owned()),
+            ..detached.clone()
+        };
+        Former::of(&with_dsn("00-01"))
+            .store(&host.paths, detached.bdf)
+            .unwrap();
+        assert!(load(&with_dsn("00-01")).is_some() && load(&with_dsn("00-02")).is_none());
+        fs::write(path(&host.paths, detached.bdf), "{\"id\": ").unwrap();
+        assert_eq!(load(&detached), None, "a record cut short");
+        Former::forget(&host.paths, detached.bdf);
+        Former::forget(&host.paths, detached.bdf);
+        assert_eq!(
+            sysfs_entries(&host),
+            Vec::<String>::new(),
+            "nothing is left behind"
+        );
+    }
+
+    fn sysfs_entries(host: &FakeHost) -> Vec<String> {
+        crate::sysfs::entries(&host.paths.run.join("former")).unwrap()
+    }
+}

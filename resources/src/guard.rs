@@ -315,3 +315,189 @@ fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
         default.then(|| (*name).to_owned())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+
+    const DISK: &str = "0000:01:00.0";
+
+    /// A disk with a partition, and a NIC.
+    fn host() -> FakeHost {
+        let host = FakeHost::new(&[
+            Fake::nvme(DISK, 1).driver("nvme"),
+            Fake::nvme("0000:02:00.0", 2)
+                .class(0x02_00_00)
+                .driver("igb"),
+            Fake::nvme("0000:03:00.0", 3).driver("nvme"),
+        ]);
+        let disk = host.child(bdf(DISK), "nvme/nvme0/nvme0n1", "class/block/nvme0n1");
+        fs::write(disk.join("dev"), "259:0\n").unwrap();
+        let partition = host.child(
+            bdf(DISK),
+            "nvme/nvme0/nvme0n1/nvme0n1p1",
+            "class/block/nvme0n1p1",
+        );
+        fs::write(partition.join("dev"), "259:1\n").unwrap();
+        host.child(bdf("0000:02:00.0"), "net/eth0", "class/net/eth0");
+        host
+    }
+
+    fn uses(host: &FakeHost) -> Vec<String> {
+        host_uses(&host.paths, &host.scan())
+            .unwrap()
+            .iter()
+            .map(Guarded::to_string)
+            .collect()
+    }
+
+    #[test]
+    fn an_idle_host_needs_nothing() {
+        assert!(uses(&host()).is_empty());
+    }
+
+    #[test]
+    fn a_mounted_partition_keeps_its_disk() {
+        let host = host();
+        host.file(
+            "proc/self/mountinfo",
+            "22 1 0:21 / /proc rw,nosuid shared:5 - proc proc rw\n\
+             29 1 259:1 / /srv/my\\040data rw,relatime shared:1 - ext4 /dev/root rw\n",
+        );
+        assert_eq!(
+            uses(&host),
+            [format!(
+                "{DISK} holds nvme0n1p1, which is mounted at /srv/my data"
+            )]
+        );
+    }
+
+    #[test]
+    fn a_btrfs_is_known_by_its_source() {
+        let host = host();
+        host.file(
+            "proc/self/mountinfo",
+            "29 1 0:33 /@ / rw shared:1 - btrfs /dev/nvme0n1p1 rw,subvolid=256\n",
+        );
+        assert_eq!(
+            uses(&host),
+            [format!("{DISK} holds nvme0n1p1, which is mounted at /")]
+        );
+    }
+
+    #[test]
+    fn swap_and_volumes_keep_their_disk() {
+        let host = host();
+        host.file(
+            "proc/swaps",
+            "Filename\tType\tSize\n/dev/nvme0n1p1  partition\t975868\n",
+        );
+        fs::create_dir_all(host.dir(bdf(DISK)).join("nvme/nvme0/nvme0n1/holders/dm-0")).unwrap();
+        assert_eq!(
+            uses(&host),
+            [
+                format!("{DISK} holds nvme0n1, which is part of dm-0"),
+                format!("{DISK} holds nvme0n1p1, which the host swaps to"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_namespace_with_several_paths_keeps_all_its_controllers() {
+        let host = host();
+        let subsystem = host
+            .paths
+            .sysfs
+            .join("devices/virtual/nvme-subsystem/nvme-subsys0");
+        let namespace = subsystem.join("nvme9n1");
+        fs::create_dir_all(&namespace).unwrap();
+        fs::write(namespace.join("dev"), "259:9\n").unwrap();
+        std::os::unix::fs::symlink(&namespace, host.paths.sysfs.join("class/block/nvme9n1"))
+            .unwrap();
+        for (device, name) in [(DISK, "nvme0"), ("0000:03:00.0", "nvme1")] {
+            let controller = host.dir(bdf(device)).join("nvme").join(name);
+            fs::create_dir_all(&controller).unwrap();
+            std::os::unix::fs::symlink(&controller, subsystem.join(name)).unwrap();
+        }
+        host.file(
+            "proc/self/mountinfo",
+            "29 1 259:9 / / rw - ext4 /dev/nvme9n1 rw\n",
+        );
+        let said = ["0000:01:00.0", "0000:03:00.0"]
+            .map(|bdf| format!("{bdf} holds nvme9n1, which is mounted at /"));
+        assert_eq!(uses(&host), said);
+    }
+
+    #[test]
+    fn the_nic_of_a_default_route_stays() {
+        let route =
+            "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
+        let host = host();
+        host.file(
+            "proc/net/route",
+            &format!("{route}eth0\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"),
+        );
+        assert!(uses(&host).is_empty());
+        host.file(
+            "proc/net/route",
+            &format!("{route}eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"),
+        );
+        assert_eq!(
+            uses(&host),
+            ["0000:02:00.0 is eth0, which carries a default route"]
+        );
+    }
+
+    #[test]
+    fn the_nic_below_a_bridge_with_the_default_route_stays() {
+        let host = host();
+        let zeros = "0".repeat(32);
+        host.file("proc/net/ipv6_route", &format!(
+            "{zeros} 00 {zeros} 00 fe800000000000000000000000000001 00000400 00000001 00000000 00000003   br0.7\n\
+             {zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200       lo\n"
+        ));
+        for (upper, lower) in [("br0.7", "br0"), ("br0", "eth0")] {
+            let dir = host.paths.sysfs.join("devices/virtual/net").join(upper);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join(format!("lower_{lower}")), "").unwrap();
+            std::os::unix::fs::symlink(&dir, host.paths.sysfs.join("class/net").join(upper))
+                .unwrap();
+        }
+        assert_eq!(
+            uses(&host),
+            ["0000:02:00.0 is eth0, which carries a default route"]
+        );
+    }
+
+    #[test]
+    fn the_console_display_stays() {
+        let host = FakeHost::new(&[Fake::nvme("0000:04:00.0", 4)
+            .class(0x03_00_00)
+            .with("boot_vga", "1")]);
+        assert_eq!(
+            uses(&host),
+            ["0000:04:00.0 is the display that the firmware started (boot_vga)"]
+        );
+    }
+
+    #[test]
+    fn only_block_devices_are_tried() {
+        let host = host();
+        host.file("dev/nvme0n1", "a file that happens to be there");
+        assert!(!is_claimed(&host.paths.dev.join("nvme0n1")));
+        assert!(!is_claimed(Path::new("/dev/null")));
+        assert!(!is_claimed(Path::new("/nonexistent")));
+    }
+
+    #[test]
+    fn this_machines_own_files_are_read() {
+        let mounts = mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+        assert!(
+            mounts
+                .iter()
+                .any(|mount| mount.at == "/" && mount.number.contains(':'))
+        );
+        assert!(host_uses(&HostPaths::default(), &[]).unwrap().is_empty());
+    }
+}

@@ -204,3 +204,170 @@ pub(crate) fn remember(paths: &HostPaths, device: &HostDevice) -> Result<(), Mov
     let stored = Former::of(device).store(paths, device.bdf);
     stored.map_err(|(path, source)| MoveError::Former { path, source })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost};
+
+    fn written(one: &Move, now: &HostDevice) -> Vec<(String, String)> {
+        let name = |write: SysfsWrite| {
+            let path = write
+                .path
+                .components()
+                .rev()
+                .take(2)
+                .collect::<Vec<_>>()
+                .into_iter()
+                .rev()
+                .collect::<PathBuf>();
+            (path.display().to_string(), write.value)
+        };
+        one.writes(&HostPaths::default(), now)
+            .into_iter()
+            .map(name)
+            .collect()
+    }
+
+    fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+        expected
+            .iter()
+            .map(|(path, value)| ((*path).to_owned(), (*value).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn each_way_has_its_writes() {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 1).driver("nvme"),
+            Fake::nvme("02:00.0", 2).unbound(),
+            Fake::nvme("03:00.0", 3).with("driver_override", "vfio-pci"),
+            Fake::nvme("04:00.0", 4),
+        ]);
+        let [on_host, unbound, detached, by_ids] =
+            ["01:00.0", "02:00.0", "03:00.0", "04:00.0"].map(|bdf| host.read(bdf));
+        let vfio = || Some(VFIO_PCI.to_owned());
+        let nvme = || Target::Driver("nvme".to_owned());
+        let own = "0000:01:00.0/driver_override";
+        for (now, to, in_the_end, expected) in [
+            (
+                &on_host,
+                Target::Vfio,
+                vfio(),
+                pairs(&[
+                    (own, "vfio-pci"),
+                    ("driver/unbind", "0000:01:00.0"),
+                    ("pci/drivers_probe", "0000:01:00.0"),
+                ]),
+            ),
+            (&on_host, nvme(), None, vec![]),
+            (&on_host, Target::Natural, None, vec![]),
+            (
+                &on_host,
+                Target::Nothing,
+                None,
+                pairs(&[("driver/unbind", "0000:01:00.0")]),
+            ),
+            (
+                &unbound,
+                Target::Vfio,
+                vfio(),
+                pairs(&[
+                    ("0000:02:00.0/driver_override", "vfio-pci"),
+                    ("pci/drivers_probe", "0000:02:00.0"),
+                ]),
+            ),
+            (
+                &unbound,
+                Target::Natural,
+                None,
+                pairs(&[("pci/drivers_probe", "0000:02:00.0")]),
+            ),
+            (&detached, Target::Vfio, vfio(), vec![]),
+            (
+                &detached,
+                nvme(),
+                None,
+                pairs(&[
+                    ("0000:03:00.0/driver_override", "nvme"),
+                    ("driver/unbind", "0000:03:00.0"),
+                    ("pci/drivers_probe", "0000:03:00.0"),
+                    ("0000:03:00.0/driver_override", "\n"),
+                ]),
+            ),
+            (
+                &detached,
+                nvme(),
+                Some("nvme".to_owned()),
+                pairs(&[
+                    ("0000:03:00.0/driver_override", "nvme"),
+                    ("driver/unbind", "0000:03:00.0"),
+                    ("pci/drivers_probe", "0000:03:00.0"),
+                ]),
+            ),
+            (
+                &detached,
+                Target::Natural,
+                None,
+                pairs(&[
+                    ("0000:03:00.0/driver_override", "\n"),
+                    ("driver/unbind", "0000:03:00.0"),
+                    ("pci/drivers_probe", "0000:03:00.0"),
+                ]),
+            ),
+            (
+                &detached,
+                Target::Nothing,
+                None,
+                pairs(&[
+                    ("0000:03:00.0/driver_override", "\n"),
+                    ("driver/unbind", "0000:03:00.0"),
+                ]),
+            ),
+            (
+                &by_ids,
+                Target::Natural,
+                None,
+                pairs(&[
+                    ("driver/unbind", "0000:04:00.0"),
+                    ("pci/drivers_probe", "0000:04:00.0"),
+                ]),
+            ),
+        ] {
+            let one = Move {
+                device: now.clone(),
+                to,
+                driver_override: in_the_end,
+            };
+            assert_eq!(
+                written(&one, now),
+                expected,
+                "{:?} to {:?}",
+                now.driver,
+                one.to
+            );
+        }
+    }
+
+    #[test]
+    fn the_way_back_leads_to_where_the_device_was() {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 1)
+                .driver("nvme")
+                .with("driver_override", "nvme"),
+            Fake::nvme("02:00.0", 2).unbound(),
+        ]);
+        let there = |bdf| Move {
+            device: host.read(bdf),
+            to: Target::Vfio,
+            driver_override: Some(VFIO_PCI.to_owned()),
+        };
+        let back = there("01:00.0").back();
+        assert_eq!(
+            (back.to, back.driver_override.as_deref()),
+            (Target::Driver("nvme".to_owned()), Some("nvme"))
+        );
+        let back = there("02:00.0").back();
+        assert_eq!((back.to, back.driver_override), (Target::Nothing, None));
+    }
+}
