@@ -13,7 +13,7 @@ use crate::inventory::{HostDevice, InventoryError, is_vfio_driver, scan};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseError, LeaseRecord, holder,
 };
-use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI, remember};
+use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::writer::{SysfsWrite, SysfsWriter};
 
@@ -217,13 +217,17 @@ impl Direction {
             }
             Self::Detach if device.on_vfio() => return None,
             Self::Detach => (Target::Vfio, Some(VFIO_PCI.to_owned())),
-            Self::Reattach if host_driver.is_some() => return None,
-            Self::Reattach => match Former::load(paths, device) {
-                Some(former) => (
+            Self::Reattach => match (Former::load(paths, device), host_driver) {
+                // Detaching was cut short, or somebody rebound it by hand: only the override is ours.
+                (Some(former), Some(driver)) => {
+                    (Target::Driver(driver.to_owned()), former.driver_override)
+                }
+                (Some(former), None) => (
                     former.driver.map_or(Target::Natural, Target::Driver),
                     former.driver_override,
                 ),
-                None => (Target::Natural, None),
+                (None, Some(_)) => return None,
+                (None, None) => (Target::Natural, None),
             },
         };
         // An override to vfio-pci from before would only bring the device back there.
@@ -251,9 +255,9 @@ impl Direction {
             if self == Self::Detach {
                 let restored = touched
                     .iter()
-                    .map(|one| one.device.bdf)
-                    .filter(|bdf| !left.contains(bdf));
-                restored.for_each(|bdf| Former::forget(mover.paths, bdf));
+                    .map(|one| &one.device)
+                    .filter(|device| !left.contains(&device.bdf));
+                restored.for_each(|device| Former::forget_unless_older(mover.paths, device));
             }
             left.extend(source.is_hung().then_some(one.device.bdf));
             return Err(BindError::Failed {
@@ -272,7 +276,7 @@ impl Direction {
 
     fn step(self, mover: &mut Mover<'_>, one: &Move) -> Result<(), MoveError> {
         if self == Self::Detach {
-            remember(mover.paths, &one.device)?;
+            one.remember(mover.paths)?;
         }
         mover.make(one)
     }
@@ -859,5 +863,25 @@ mod tests {
             },
         )
         .unwrap();
+    }
+
+    #[test]
+    fn a_death_at_any_write_can_be_made_good() {
+        let all = [bdf("01:00.0"), bdf("02:00.0"), bdf("03:00.0")];
+        for detach_again in [false, true] {
+            for at in 0..11 {
+                let host = host();
+                let before = host.bindings();
+                let mut kernel = FakeKernel::new(&host).with_fault(at, Fault::Dead);
+                detach(&host.paths, &kernel, &request(&all, &[])).unwrap_err();
+                kernel.fault = None;
+                if detach_again {
+                    detach(&host.paths, &kernel, &request(&all, &[])).unwrap();
+                    assert!(all.iter().all(|bdf| host.read(&bdf.to_string()).on_vfio()));
+                }
+                reattach(&host.paths, &kernel, &request(&all, &[])).unwrap();
+                assert_eq!(host.bindings(), before, "{at}, again: {detach_again}");
+            }
+        }
     }
 }

@@ -197,6 +197,8 @@ pub(crate) enum Fault {
     Hangs,
     /// Takes the write and does nothing.
     Ignores,
+    /// Takes no write any more: as if the writing process had been killed.
+    Dead,
 }
 
 /// Does to the fake host what the kernel does when a driver attribute is written.
@@ -296,8 +298,13 @@ impl SysfsWriter for FakeKernel<'_> {
             value: text.clone(),
             source,
         };
-        match self.fault.filter(|(at, _)| *at == count) {
-            Some((_, Fault::Refuses)) => Err(refused(io::Error::from_raw_os_error(nix::libc::EIO))),
+        match self
+            .fault
+            .filter(|(at, fault)| *at == count || (*fault == Fault::Dead && count > *at))
+        {
+            Some((_, Fault::Refuses | Fault::Dead)) => {
+                Err(refused(io::Error::from_raw_os_error(nix::libc::EIO)))
+            }
             Some((_, Fault::Hangs)) => {
                 self.stuck.set(about);
                 Err(WriteError::Hung {

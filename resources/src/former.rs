@@ -77,6 +77,14 @@ impl Former {
         written
     }
 
+    /// Forgets a device that was put back as it was, unless the record is older than the attempt and so
+    /// still needed.
+    pub(crate) fn forget_unless_older(paths: &HostPaths, before: &HostDevice) {
+        if Self::load(paths, before).is_none() {
+            Self::forget(paths, before.bdf);
+        }
+    }
+
     /// Forgets a device. One that was never remembered is forgotten already.
     pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
         let path = path(paths, bdf);

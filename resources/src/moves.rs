@@ -88,6 +88,16 @@ impl Move {
         }
     }
 
+    /// Writes down what the device is before it is detached. A record that is there from an attempt
+    /// that was cut short knows more than the device now shows.
+    pub(crate) fn remember(&self, paths: &HostPaths) -> Result<(), MoveError> {
+        if Former::load(paths, &self.device).is_some() {
+            return Ok(());
+        }
+        let stored = Former::of(&self.device).store(paths, self.device.bdf);
+        stored.map_err(|(path, source)| MoveError::Former { path, source })
+    }
+
     /// The writes that this takes for a device that is as `now` says.
     pub(crate) fn writes(&self, paths: &HostPaths, now: &HostDevice) -> Vec<SysfsWrite> {
         let dir = paths.pci_device(now.bdf);
@@ -199,41 +209,32 @@ impl Mover<'_> {
     }
 }
 
-/// Writes down what a device is before it is detached.
-pub(crate) fn remember(paths: &HostPaths, device: &HostDevice) -> Result<(), MoveError> {
-    let stored = Former::of(device).store(paths, device.bdf);
-    stored.map_err(|(path, source)| MoveError::Former { path, source })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost};
+    use std::path::Path;
 
-    fn written(one: &Move, now: &HostDevice) -> Vec<(String, String)> {
-        let name = |write: SysfsWrite| {
-            let path = write
-                .path
-                .components()
-                .rev()
-                .take(2)
-                .collect::<Vec<_>>()
-                .into_iter()
-                .rev()
-                .collect::<PathBuf>();
-            (path.display().to_string(), write.value)
+    /// The writes in short: the override with its value, `unbind`, `probe`.
+    fn written(one: &Move, now: &HostDevice) -> String {
+        let paths = HostPaths::default();
+        let dir = paths.pci_device(now.bdf);
+        let short = |SysfsWrite { path, value }| {
+            if path == dir.join("driver_override") {
+                return format!("override={}", value.trim());
+            }
+            assert_eq!(value, now.bdf.to_string());
+            match path {
+                path if path == dir.join("driver/unbind") => "unbind".to_owned(),
+                path if path == Path::new("/sys/bus/pci/drivers_probe") => "probe".to_owned(),
+                path => panic!("nothing should write {}", path.display()),
+            }
         };
-        one.writes(&HostPaths::default(), now)
+        one.writes(&paths, now)
             .into_iter()
-            .map(name)
-            .collect()
-    }
-
-    fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
-        expected
-            .iter()
-            .map(|(path, value)| ((*path).to_owned(), (*value).to_owned()))
-            .collect()
+            .map(short)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
@@ -246,98 +247,47 @@ mod tests {
         ]);
         let [on_host, unbound, detached, by_ids] =
             ["01:00.0", "02:00.0", "03:00.0", "04:00.0"].map(|bdf| host.read(bdf));
-        let vfio = || Some(VFIO_PCI.to_owned());
         let nvme = || Target::Driver("nvme".to_owned());
-        let own = "0000:01:00.0/driver_override";
         for (now, to, in_the_end, expected) in [
             (
                 &on_host,
                 Target::Vfio,
-                vfio(),
-                pairs(&[
-                    (own, "vfio-pci"),
-                    ("driver/unbind", "0000:01:00.0"),
-                    ("pci/drivers_probe", "0000:01:00.0"),
-                ]),
+                Some(VFIO_PCI),
+                "override=vfio-pci unbind probe",
             ),
-            (&on_host, nvme(), None, vec![]),
-            (&on_host, Target::Natural, None, vec![]),
-            (
-                &on_host,
-                Target::Nothing,
-                None,
-                pairs(&[("driver/unbind", "0000:01:00.0")]),
-            ),
+            (&on_host, nvme(), None, ""),
+            (&on_host, Target::Natural, None, ""),
+            (&on_host, Target::Nothing, None, "unbind"),
             (
                 &unbound,
                 Target::Vfio,
-                vfio(),
-                pairs(&[
-                    ("0000:02:00.0/driver_override", "vfio-pci"),
-                    ("pci/drivers_probe", "0000:02:00.0"),
-                ]),
+                Some(VFIO_PCI),
+                "override=vfio-pci probe",
             ),
-            (
-                &unbound,
-                Target::Natural,
-                None,
-                pairs(&[("pci/drivers_probe", "0000:02:00.0")]),
-            ),
-            (&detached, Target::Vfio, vfio(), vec![]),
+            (&unbound, Target::Natural, None, "probe"),
+            (&unbound, Target::Nothing, None, ""),
+            (&detached, Target::Vfio, Some(VFIO_PCI), ""),
             (
                 &detached,
                 nvme(),
                 None,
-                pairs(&[
-                    ("0000:03:00.0/driver_override", "nvme"),
-                    ("driver/unbind", "0000:03:00.0"),
-                    ("pci/drivers_probe", "0000:03:00.0"),
-                    ("0000:03:00.0/driver_override", "\n"),
-                ]),
+                "override=nvme unbind probe override=",
             ),
             (
                 &detached,
                 nvme(),
-                Some("nvme".to_owned()),
-                pairs(&[
-                    ("0000:03:00.0/driver_override", "nvme"),
-                    ("driver/unbind", "0000:03:00.0"),
-                    ("pci/drivers_probe", "0000:03:00.0"),
-                ]),
+                Some("nvme"),
+                "override=nvme unbind probe",
             ),
-            (
-                &detached,
-                Target::Natural,
-                None,
-                pairs(&[
-                    ("0000:03:00.0/driver_override", "\n"),
-                    ("driver/unbind", "0000:03:00.0"),
-                    ("pci/drivers_probe", "0000:03:00.0"),
-                ]),
-            ),
-            (
-                &detached,
-                Target::Nothing,
-                None,
-                pairs(&[
-                    ("0000:03:00.0/driver_override", "\n"),
-                    ("driver/unbind", "0000:03:00.0"),
-                ]),
-            ),
-            (
-                &by_ids,
-                Target::Natural,
-                None,
-                pairs(&[
-                    ("driver/unbind", "0000:04:00.0"),
-                    ("pci/drivers_probe", "0000:04:00.0"),
-                ]),
-            ),
+            (&detached, Target::Natural, None, "override= unbind probe"),
+            (&detached, Target::Nothing, None, "override= unbind"),
+            (&by_ids, Target::Natural, None, "unbind probe"),
         ] {
+            let driver_override = in_the_end.map(str::to_owned);
             let one = Move {
                 device: now.clone(),
                 to,
-                driver_override: in_the_end,
+                driver_override,
             };
             assert_eq!(
                 written(&one, now),
