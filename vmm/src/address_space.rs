@@ -50,8 +50,16 @@ impl AddressSpace {
         let size = mapping.size() as u64;
         let claim = Claims::claim(&self.memory_claims, guest, size)?;
         let slot = self.slots.map(guest, mapping, 0, size);
-        let slot = slot.map_err(|source| BarSpaceError::Slot { guest, size, source })?;
-        Ok(Guard { trapped: Vec::new(), slots: vec![slot], _claim: claim })
+        let slot = slot.map_err(|source| BarSpaceError::Slot {
+            guest,
+            size,
+            source,
+        })?;
+        Ok(Guard {
+            trapped: Vec::new(),
+            slots: vec![slot],
+            _claim: claim,
+        })
     }
 
     /// Has `device` answer the `len` bytes of memory from `base` on.
@@ -77,7 +85,13 @@ impl AddressSpace {
         len: u16,
         device: Arc<dyn BusDevice>,
     ) -> Result<Guard, BusError> {
-        trap(&self.port_claims, &self.ports, base.into(), len.into(), device)
+        trap(
+            &self.port_claims,
+            &self.ports,
+            base.into(),
+            len.into(),
+            device,
+        )
     }
 
     /// Keeps a range of memory free of anything that the guest may place, such as the interrupt
@@ -87,7 +101,11 @@ impl AddressSpace {
     /// The range is taken or makes no sense.
     pub fn reserve(&self, base: u64, len: u64) -> Result<Guard, BusError> {
         let claim = Claims::claim(&self.memory_claims, base, len)?;
-        Ok(Guard { trapped: Vec::new(), slots: Vec::new(), _claim: claim })
+        Ok(Guard {
+            trapped: Vec::new(),
+            slots: Vec::new(),
+            _claim: claim,
+        })
     }
 
     fn map_segment(
@@ -99,8 +117,14 @@ impl AddressSpace {
         let base = placement.base.saturating_add(segment.offset);
         match &segment.kind {
             SegmentKind::Trapped { len, device } => {
-                let bus = if placement.io { &self.ports } else { &self.mmio };
-                guard.trapped.push(Trapped::insert(bus, base, *len, Arc::clone(device))?);
+                let bus = if placement.io {
+                    &self.ports
+                } else {
+                    &self.mmio
+                };
+                guard
+                    .trapped
+                    .push(Trapped::insert(bus, base, *len, Arc::clone(device))?);
             }
             SegmentKind::Direct(mapping) => {
                 let size = mapping.size() as u64;
@@ -114,7 +138,11 @@ impl AddressSpace {
 }
 
 fn slot_error(guest: u64, size: u64, source: io::Error) -> BarSpaceError {
-    BarSpaceError::Slot { guest, size, source }
+    BarSpaceError::Slot {
+        guest,
+        size,
+        source,
+    }
 }
 
 fn trap(
@@ -126,14 +154,26 @@ fn trap(
 ) -> Result<Guard, BusError> {
     let claim = Claims::claim(claims, base, len)?;
     let trapped = vec![Trapped::insert(bus, base, len, device)?];
-    Ok(Guard { trapped, slots: Vec::new(), _claim: claim })
+    Ok(Guard {
+        trapped,
+        slots: Vec::new(),
+        _claim: claim,
+    })
 }
 
 impl BarSpace for AddressSpace {
     fn map(&self, placement: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
-        let claims = if placement.io { &self.port_claims } else { &self.memory_claims };
+        let claims = if placement.io {
+            &self.port_claims
+        } else {
+            &self.memory_claims
+        };
         let claim = Claims::claim(claims, placement.base, placement.size)?;
-        let mut guard = Guard { trapped: Vec::new(), slots: Vec::new(), _claim: claim };
+        let mut guard = Guard {
+            trapped: Vec::new(),
+            slots: Vec::new(),
+            _claim: claim,
+        };
         for segment in placement.segments.iter() {
             self.map_segment(placement, segment, &mut guard)?;
         }
@@ -163,7 +203,10 @@ impl Trapped {
         device: Arc<dyn BusDevice>,
     ) -> Result<Self, BusError> {
         bus.insert(base, len, device)?;
-        Ok(Self { bus: Arc::clone(bus), base })
+        Ok(Self {
+            bus: Arc::clone(bus),
+            base,
+        })
     }
 }
 
@@ -188,18 +231,28 @@ impl Claims {
         let last = len.checked_sub(1).and_then(|more| base.checked_add(more));
         let last = last.ok_or(BusError::BadRange { base, len })?;
         let mut taken = claims.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((&other, _)) = taken.range(..=last).next_back().filter(|(_, end)| **end >= base)
+        if let Some((&other, _)) = taken
+            .range(..=last)
+            .next_back()
+            .filter(|(_, end)| **end >= base)
         {
             return Err(BusError::Overlap { base, last, other });
         }
         taken.insert(base, last);
-        Ok(Claim { claims: Arc::clone(claims), base })
+        Ok(Claim {
+            claims: Arc::clone(claims),
+            base,
+        })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.claims.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.base);
+        self.claims
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.base);
     }
 }
 
@@ -212,7 +265,10 @@ mod tests {
         let claims = Arc::new(Claims::default());
         let first = Claims::claim(&claims, 0x1000, 0x1000).unwrap();
         for (base, len) in [(0x1fff, 1), (0, 0x1001), (0x1800, 0x10), (0, u64::MAX)] {
-            assert!(Claims::claim(&claims, base, len).is_err(), "{base:#x} {len:#x}");
+            assert!(
+                Claims::claim(&claims, base, len).is_err(),
+                "{base:#x} {len:#x}"
+            );
         }
         let _below = Claims::claim(&claims, 0, 0x1000).unwrap();
         drop(first);

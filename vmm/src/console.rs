@@ -97,7 +97,12 @@ pub struct Keyboard {
 impl Keyboard {
     /// Feeds `serial`; `commands` says whether ctrl-a x ends the VM.
     pub fn new(serial: Arc<Serial>, mailbox: Arc<Mailbox>, commands: bool) -> Self {
-        Self { serial, mailbox, keys: commands.then(Keys::default), waiting: VecDeque::new() }
+        Self {
+            serial,
+            mailbox,
+            keys: commands.then(Keys::default),
+            waiting: VecDeque::new(),
+        }
     }
 
     /// Reads what is there. Returns whether more may come.

@@ -6,9 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
-};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -42,12 +40,18 @@ impl Mailbox {
     /// # Errors
     /// No file descriptor is left.
     pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { queue: Mutex::default(), bell: EventFd::new(EFD_NONBLOCK)? }))
+        Ok(Arc::new(Self {
+            queue: Mutex::default(),
+            bell: EventFd::new(EFD_NONBLOCK)?,
+        }))
     }
 
     /// Leaves an event for the control thread.
     pub fn post(&self, event: Event) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
+        self.queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_back(event);
         // Fails only when the counter is full, and then the bell rings already.
         let _ = self.bell.write(1);
     }
@@ -59,7 +63,10 @@ impl Mailbox {
     }
 
     fn take(&self) -> Option<Event> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front()
     }
 }
 
@@ -75,7 +82,8 @@ impl ControlLoop {
     /// # Errors
     /// The kernel refused an epoll instance.
     pub fn new(mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        let mut manager: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let mut manager: EventManager<Box<dyn MutEventSubscriber>> =
+            EventManager::new().map_err(|error| io::Error::other(format!("{error:?}")))?;
         manager.add_subscriber(Box::new(Bell(Arc::clone(&mailbox))));
         Ok(Self { manager, mailbox })
     }
@@ -94,7 +102,9 @@ impl ControlLoop {
             if let Some(event) = self.mailbox.take() {
                 return Ok(event);
             }
-            self.manager.run().map_err(|error| io::Error::other(format!("{error:?}")))?;
+            self.manager
+                .run()
+                .map_err(|error| io::Error::other(format!("{error:?}")))?;
         }
     }
 }
@@ -119,7 +129,12 @@ pub struct Signals {
     mailbox: Option<Arc<Mailbox>>,
 }
 
-const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+const ENDING: [Signal; 4] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+];
 
 impl Signals {
     /// Blocks the signals for the calling thread and every thread it makes from now on. Dropping
@@ -132,7 +147,11 @@ impl Signals {
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let mut before = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
-        Ok(Self { fd, before, mailbox: None })
+        Ok(Self {
+            fd,
+            before,
+            mailbox: None,
+        })
     }
 
     /// A signal that has come already.

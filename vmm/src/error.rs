@@ -85,6 +85,9 @@ impl Error {
     where
         gantry_devices::pci::BarSpaceError: From<E>,
     {
-        move |source| Self::Place { what, source: source.into() }
+        move |source| Self::Place {
+            what,
+            source: source.into(),
+        }
     }
 }

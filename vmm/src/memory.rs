@@ -34,8 +34,14 @@ impl GuestRam {
     /// # Errors
     /// The host has no address space left, or the ranges overlap.
     pub fn new(plan: &[RamRange]) -> io::Result<Self> {
-        let regions = plan.iter().map(RamRegion::new).collect::<io::Result<Vec<_>>>()?;
-        let views = regions.iter().map(RamRegion::view).collect::<io::Result<Vec<_>>>()?;
+        let regions = plan
+            .iter()
+            .map(RamRegion::new)
+            .collect::<io::Result<Vec<_>>>()?;
+        let views = regions
+            .iter()
+            .map(RamRegion::view)
+            .collect::<io::Result<Vec<_>>>()?;
         let memory = GuestMemoryMmap::from_regions(views).map_err(io::Error::other)?;
         Ok(Self { memory, regions })
     }
@@ -55,7 +61,10 @@ impl RamRegion {
     fn new(range: &RamRange) -> io::Result<Self> {
         let len = usize::try_from(range.len).map_err(io::Error::other)?;
         let mapping = HostMapping::anonymous(len, HUGE_PAGE)?;
-        Ok(Self { guest: range.start, mapping: Arc::new(mapping) })
+        Ok(Self {
+            guest: range.start,
+            mapping: Arc::new(mapping),
+        })
     }
 
     fn view(&self) -> io::Result<GuestRegionMmap> {

@@ -63,7 +63,12 @@ const MIB: u64 = 1 << 20;
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::memlock_limit(host);
-    judge(config.memory.bytes(), !config.devices.is_empty(), &memory, limit)
+    judge(
+        config.memory.bytes(),
+        !config.devices.is_empty(),
+        &memory,
+        limit,
+    )
 }
 
 fn judge(
@@ -74,14 +79,20 @@ fn judge(
 ) -> Result<(), PreflightError> {
     if memory.total.is_some_and(|total| asked > total) {
         let total = memory.total.unwrap_or_default() / MIB;
-        return Err(PreflightError::MoreThanHost { asked: asked / MIB, total });
+        return Err(PreflightError::MoreThanHost {
+            asked: asked / MIB,
+            total,
+        });
     }
     if !pinned {
         return Ok(());
     }
     if let Some(available) = memory.available.filter(|available| asked > *available) {
         let available = available / MIB;
-        return Err(PreflightError::MoreThanFree { asked: asked / MIB, available });
+        return Err(PreflightError::MoreThanFree {
+            asked: asked / MIB,
+            available,
+        });
     }
     match memlock.filter(|allowed| asked > *allowed) {
         Some(allowed) => Err(PreflightError::Memlock {
@@ -111,7 +122,10 @@ impl HostMemory {
             let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
             kib.checked_mul(1024)
         };
-        Self { total: field("MemTotal:"), available: field("MemAvailable:") }
+        Self {
+            total: field("MemTotal:"),
+            available: field("MemAvailable:"),
+        }
     }
 }
 
@@ -120,13 +134,19 @@ mod tests {
     use super::*;
 
     fn host(total: u64, available: u64) -> HostMemory {
-        HostMemory { total: Some(total * MIB), available: Some(available * MIB) }
+        HostMemory {
+            total: Some(total * MIB),
+            available: Some(available * MIB),
+        }
     }
 
     #[test]
     fn meminfo_is_read_in_bytes() {
         let memory = HostMemory::parse("MemTotal:  2048 kB\nMemAvailable:   1024 kB\n");
-        assert_eq!((memory.total, memory.available), (Some(2 << 20), Some(1 << 20)));
+        assert_eq!(
+            (memory.total, memory.available),
+            (Some(2 << 20), Some(1 << 20))
+        );
         assert_eq!(HostMemory::parse("MemTotal: lots").total, None);
     }
 
@@ -135,9 +155,21 @@ mod tests {
         let memory = host(8192, 4096);
         assert!(judge(5000 * MIB, false, &memory, Some(0)).is_ok());
         let more = judge(9000 * MIB, false, &memory, None);
-        assert_eq!(more, Err(PreflightError::MoreThanHost { asked: 9000, total: 8192 }));
+        assert_eq!(
+            more,
+            Err(PreflightError::MoreThanHost {
+                asked: 9000,
+                total: 8192
+            })
+        );
         let free = judge(5000 * MIB, true, &memory, None);
-        assert_eq!(free, Err(PreflightError::MoreThanFree { asked: 5000, available: 4096 }));
+        assert_eq!(
+            free,
+            Err(PreflightError::MoreThanFree {
+                asked: 5000,
+                available: 4096
+            })
+        );
     }
 
     #[test]

@@ -38,7 +38,9 @@ impl<T> Task<T> {
     /// Waits for the thread's result. A panic in the thread goes on in the caller.
     pub fn join(mut self) -> T {
         // Taken here or in `drop`, and both end the value.
-        let Some(thread) = self.0.take() else { std::process::abort() };
+        let Some(thread) = self.0.take() else {
+            std::process::abort()
+        };
         thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     }
 }

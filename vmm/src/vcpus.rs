@@ -58,9 +58,16 @@ struct State {
 impl Gate {
     /// Closed: vCPUs wait until [`Gate::open`].
     pub fn new() -> Arc<Self> {
-        let state = State { phase: Phase::Pause, inside: Vec::new() };
+        let state = State {
+            phase: Phase::Pause,
+            inside: Vec::new(),
+        };
         let halt = AtomicBool::new(true);
-        Arc::new(Self { state: Mutex::new(state), changed: Condvar::new(), halt })
+        Arc::new(Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            halt,
+        })
     }
 
     /// Lets the vCPUs run.
@@ -110,7 +117,10 @@ impl Gate {
                 Phase::Run => break,
                 Phase::Stop => return false,
                 Phase::Pause => {
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    state = self
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
                 }
             }
         }
@@ -120,7 +130,9 @@ impl Gate {
 
     /// Called by a vCPU that has passed: it does not run any more.
     fn leave(&self) {
-        self.lock().inside.retain(|&thread| thread != pthread_self());
+        self.lock()
+            .inside
+            .retain(|&thread| thread != pthread_self());
         self.changed.notify_all();
     }
 }
@@ -150,13 +162,21 @@ impl Vcpus {
         A: Access + Monitor + 'static,
     {
         let fleet: Arc<Fleet> = Arc::new(vcpus.into_iter().map(Mutex::new).collect());
-        let mut this = Self { gate: Arc::clone(gate), fleet, threads: Vec::new() };
+        let mut this = Self {
+            gate: Arc::clone(gate),
+            fleet,
+            threads: Vec::new(),
+        };
         for index in 0..this.fleet.len() {
             let index = u8::try_from(index).map_err(std::io::Error::other)?;
-            let (gate, fleet, access) =
-                (Arc::clone(gate), Arc::clone(&this.fleet), Arc::clone(access));
+            let (gate, fleet, access) = (
+                Arc::clone(gate),
+                Arc::clone(&this.fleet),
+                Arc::clone(access),
+            );
             let body = move || run(index, &fleet, &gate, &*access);
-            this.threads.push(threads::spawn(Role::Vcpu(index), sandbox, body)?);
+            this.threads
+                .push(threads::spawn(Role::Vcpu(index), sandbox, body)?);
         }
         Ok(this)
     }
@@ -180,7 +200,10 @@ impl Vcpus {
         self.gate.close();
         self.gate.wait_until_empty();
         for (index, vcpu) in self.fleet.iter().enumerate() {
-            change(index, vcpu.lock().unwrap_or_else(PoisonError::into_inner).fd())?;
+            change(
+                index,
+                vcpu.lock().unwrap_or_else(PoisonError::into_inner).fd(),
+            )?;
         }
         Ok(())
     }
@@ -194,7 +217,9 @@ impl Drop for Vcpus {
 
 /// The life of a vCPU thread.
 fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
-    let Some(vcpu) = fleet.get(usize::from(index)) else { return };
+    let Some(vcpu) = fleet.get(usize::from(index)) else {
+        return;
+    };
     while gate.pass() {
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         while !gate.halt.load(Ordering::Acquire) {

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use gantry_devices::pci::capability::walk_extended;
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{
     Backing, BarRegisters, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice,
@@ -12,7 +13,7 @@ use gantry_devices::warn_limited;
 use super::bars;
 use super::config::{self, MsixCapability, POWER_STATE, PowerCapability};
 use super::interrupts::Interrupts;
-use crate::host::{DeviceIo, Region};
+use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
 
 /// The most address bits that an x86 guest can have; where the guest's own end is, the owner of its
@@ -26,14 +27,15 @@ const MAX_ADDRESS_BITS: u8 = 52;
 /// [`PciDevice::write_config`] asks for: so no vCPU reaches a BAR that the hardware has ceased to
 /// decode, and Bus Master reaches the hardware from one place only.
 pub struct PassthroughDevice {
-    io: Arc<dyn DeviceIo>,
+    // Dropped in this order: a BAR that is still mapped keeps the device open, and with it the group.
+    // Taken before the lock of the interrupts.
+    state: Mutex<State>,
     /// `None` for a device without MSI-X.
     msix: Option<(MsixCapability, Arc<Interrupts>)>,
+    io: Arc<dyn DeviceIo>,
     power: Option<PowerCapability>,
     /// The configuration space as it is after a reset.
     at_reset: ConfigSpace,
-    // Taken before the lock of the interrupts.
-    state: Mutex<State>,
 }
 
 struct State {
@@ -77,10 +79,9 @@ impl PassthroughDevice {
             device: io.name().to_owned(),
             why,
         };
-        let mut physical = vec![0; io.region(Region::CONFIG).size.min(4096) as usize];
-        io.read(Region::CONFIG, 0, &mut physical)?;
-        let vectors = io.irq(crate::host::Irq::Msix).count;
-        let plan = config::plan(&physical, vectors > 0).map_err(|why| unusable(why.into()))?;
+        let physical = read_config(io.as_ref())?;
+        let msix = io.irq(Irq::Msix).count > 0;
+        let plan = config::plan(&physical, msix).map_err(|why| unusable(why.into()))?;
         let msix = match plan.msix {
             Some(capability) => {
                 let interrupts = Interrupts::new(&io, router, &capability)
@@ -138,14 +139,40 @@ impl PassthroughDevice {
 }
 
 impl Control {
-    /// The power state first: outside D0 a function may forget what else it is told.
+    /// The power state first: outside D0 a function may forget what else it is told. INTx is not
+    /// delivered yet, and raised all the same it would disturb whoever shares its line on the host.
     fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>) -> Result<()> {
         if let Some(power) = power {
             io.write(Region::CONFIG, power.control.into(), &[self.power])?;
         }
-        let command = self.command.to_le_bytes();
+        let command = (self.command | reg::COMMAND_INTX_DISABLE).to_le_bytes();
         io.write(Region::CONFIG, reg::COMMAND.into(), &command)
     }
+}
+
+/// The configuration space as far as it takes to plan the guest's: of the extended part, only how
+/// each capability begins, as every dword is an access to the device.
+fn read_config(io: &dyn DeviceIo) -> Result<Vec<u8>> {
+    const HEADER_AND_CAPABILITIES: usize = 256;
+    const CAPABILITY_BEGINS: usize = 12;
+
+    let size = io.region(Region::CONFIG).size;
+    let mut physical = vec![0; size.min(reg::CONFIG_SIZE.into()) as usize];
+    let standard = physical.len().min(HEADER_AND_CAPABILITIES);
+    io.read(Region::CONFIG, 0, &mut physical[..standard])?;
+    if physical.len() == standard {
+        return Ok(physical);
+    }
+    let mut read = Ok(());
+    walk_extended(|offset| {
+        let end = physical.len().min(usize::from(offset) + CAPABILITY_BEGINS);
+        let begins = &mut physical[usize::from(offset)..end];
+        if read.is_ok() {
+            read = io.read(Region::CONFIG, offset.into(), begins);
+        }
+        begins.first_chunk().copied().map_or(0, u32::from_le_bytes)
+    });
+    read.map(|()| physical)
 }
 
 /// The configuration space of the hardware.
@@ -169,6 +196,16 @@ impl Backing for Hardware<'_> {
                 "guest's write is lost"
             );
         }
+    }
+}
+
+impl Drop for PassthroughDevice {
+    /// Interrupts end first, then the mappings; the device is closed once its last user has gone.
+    fn drop(&mut self) {
+        if let Some((_, interrupts)) = &self.msix {
+            interrupts.reset();
+        }
+        self.lock().bars.unmap();
     }
 }
 

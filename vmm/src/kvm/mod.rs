@@ -61,7 +61,10 @@ pub enum KvmError {
 impl KvmError {
     /// Makes an error of the failed ioctl `call`.
     pub fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |errno| Self::Call { call, source: errno.into() }
+        move |errno| Self::Call {
+            call,
+            source: errno.into(),
+        }
     }
 }
 
@@ -84,9 +87,14 @@ impl Machine {
         let vm = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
         vm.set_identity_map_address(IDENTITY_MAP)
             .map_err(KvmError::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.set_tss_address(TSS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
-        vm.create_irq_chip().map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
-        Ok(Self { kvm, vm: Arc::new(vm) })
+        vm.set_tss_address(TSS)
+            .map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip()
+            .map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
+        Ok(Self {
+            kvm,
+            vm: Arc::new(vm),
+        })
     }
 
     /// The virtual machine itself.
@@ -100,9 +108,18 @@ impl Machine {
     /// The kernel refused.
     pub fn save_irqchip(&self) -> Result<IrqchipState, KvmError> {
         let mut chips = Vec::new();
-        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
-            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            self.vm.get_irqchip(&mut chip).map_err(KvmError::call("KVM_GET_IRQCHIP"))?;
+        for chip_id in [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.vm
+                .get_irqchip(&mut chip)
+                .map_err(KvmError::call("KVM_GET_IRQCHIP"))?;
             chips.push(chip);
         }
         Ok(IrqchipState(chips))
@@ -114,7 +131,9 @@ impl Machine {
     /// The kernel refused.
     pub fn restore_irqchip(&self, state: &IrqchipState) -> Result<(), KvmError> {
         for chip in &state.0 {
-            self.vm.set_irqchip(chip).map_err(KvmError::call("KVM_SET_IRQCHIP"))?;
+            self.vm
+                .set_irqchip(chip)
+                .map_err(KvmError::call("KVM_SET_IRQCHIP"))?;
         }
         Ok(())
     }

@@ -38,7 +38,10 @@ impl GsiRoutes {
     /// # Errors
     /// The kernel refused the table.
     pub fn new(vm: Arc<VmFd>) -> io::Result<Self> {
-        let shared = Shared { vm, table: Mutex::default() };
+        let shared = Shared {
+            vm,
+            table: Mutex::default(),
+        };
         shared.publish(&shared.lock())?;
         Ok(Self(Arc::new(shared)))
     }
@@ -48,9 +51,11 @@ impl GsiRoutes {
     /// # Errors
     /// The kernel refused.
     pub fn wire_pin(&self, gsi: u32, trigger: &EventFd) -> io::Result<()> {
-        self.0.vm.register_irqfd(trigger, gsi).map_err(io::Error::from)
+        self.0
+            .vm
+            .register_irqfd(trigger, gsi)
+            .map_err(io::Error::from)
     }
-
 }
 
 impl Shared {
@@ -75,22 +80,32 @@ impl Table {
 
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let pins = (0..IOAPIC_PINS).map(pin_entry);
-        let messages = self.0.iter().filter_map(|(&gsi, message)| Some((gsi, (*message)?)));
-        pins.chain(messages.map(|(gsi, message)| message_entry(gsi, message))).collect()
+        let messages = self
+            .0
+            .iter()
+            .filter_map(|(&gsi, message)| Some((gsi, (*message)?)));
+        pins.chain(messages.map(|(gsi, message)| message_entry(gsi, message)))
+            .collect()
     }
 }
 
 fn pin_entry(gsi: u32) -> kvm_irq_routing_entry {
-    let mut entry =
-        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        ..Default::default()
+    };
     entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
     entry.u.irqchip.pin = gsi;
     entry
 }
 
 fn message_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
-    let mut entry =
-        kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
     entry.u.msi.address_lo = message.address as u32;
     entry.u.msi.address_hi = (message.address >> 32) as u32;
     entry.u.msi.data = message.data;
@@ -102,7 +117,12 @@ impl MsiRouter for GsiRoutes {
         let trigger = EventFd::new(EFD_NONBLOCK)?;
         let gsi = self.0.lock().take()?;
         let live = Mutex::new(false);
-        Ok(Box::new(GsiRoute { routes: Arc::clone(&self.0), gsi, trigger, live }))
+        Ok(Box::new(GsiRoute {
+            routes: Arc::clone(&self.0),
+            gsi,
+            trigger,
+            live,
+        }))
     }
 }
 
@@ -136,7 +156,9 @@ impl MsiRoute for GsiRoute {
     /// in between is noticed by the kernel when the irqfd is assigned.
     fn set(&self, message: Option<MsiMessage>) -> io::Result<()> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(message) = message else { return self.stop(&mut live) };
+        let Some(message) = message else {
+            return self.stop(&mut live);
+        };
         if let Err(error) = self.program(message) {
             self.stop(&mut live)?;
             return Err(error);
@@ -155,7 +177,9 @@ impl MsiRoute for GsiRoute {
         if *live {
             return false;
         }
-        self.trigger.read().is_ok_and(|count| self.trigger.write(count).is_ok())
+        self.trigger
+            .read()
+            .is_ok_and(|count| self.trigger.write(count).is_ok())
     }
 
     fn trigger(&self) -> &EventFd {
@@ -201,7 +225,13 @@ mod tests {
         let mut table = Table::default();
         let gsi = table.take().unwrap();
         assert_eq!(table.entries().len(), 24);
-        table.0.insert(gsi, Some(MsiMessage { address: 0x1_fee0_0000, data: 0x4021 }));
+        table.0.insert(
+            gsi,
+            Some(MsiMessage {
+                address: 0x1_fee0_0000,
+                data: 0x4021,
+            }),
+        );
         let entries = table.entries();
         assert_eq!((entries.len(), entries[24].gsi), (25, 24));
         assert_eq!(entries[24].type_, KVM_IRQ_ROUTING_MSI);

@@ -27,7 +27,10 @@ pub struct SlotGuard {
 impl MemorySlots {
     /// No slots yet.
     pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new(Self { vm, used: Mutex::default() })
+        Arc::new(Self {
+            vm,
+            used: Mutex::default(),
+        })
     }
 
     /// Shows `len` bytes of `mapping`, from `offset` on, to the guest at `guest`.
@@ -61,7 +64,12 @@ impl MemorySlots {
             None => used.push(true),
         }
         let (slots, mapping) = (Arc::clone(self), Arc::clone(mapping));
-        Ok(SlotGuard { slots, number: slot, guest, _mapping: mapping })
+        Ok(SlotGuard {
+            slots,
+            number: slot,
+            guest,
+            _mapping: mapping,
+        })
     }
 
     fn set(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
@@ -73,7 +81,11 @@ impl MemorySlots {
 
 impl Drop for SlotGuard {
     fn drop(&mut self) {
-        let mut used = self.slots.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self
+            .slots
+            .used
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let removed = self.slots.set(kvm_userspace_memory_region {
             slot: self.number,
             flags: 0,

@@ -63,14 +63,16 @@ impl Vcpu {
                 // and `self` is borrowed mutably until this function returns.
                 let data = unsafe { slice::from_raw_parts(start, len) };
                 let width = self.port_width();
-                data.chunks(width).for_each(|item| access.port_out(port, item));
+                data.chunks(width)
+                    .for_each(|item| access.port_out(port, item));
             }
             VcpuExit::IoIn(port, data) => {
                 let (start, len) = (data.as_mut_ptr(), data.len());
                 // SAFETY: as above; nothing else refers to the data area.
                 let data = unsafe { slice::from_raw_parts_mut(start, len) };
                 let width = self.port_width();
-                data.chunks_mut(width).for_each(|item| access.port_in(port, item));
+                data.chunks_mut(width)
+                    .for_each(|item| access.port_in(port, item));
             }
             VcpuExit::MmioRead(address, data) => access.mmio_read(address, data),
             VcpuExit::MmioWrite(address, data) => access.mmio_write(address, data),

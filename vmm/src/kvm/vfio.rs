@@ -21,8 +21,11 @@ impl VfioObserver {
     /// # Errors
     /// The kernel refused.
     pub fn new(vm: &VmFd) -> Result<Self, KvmError> {
-        let mut device =
-            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+        let mut device = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_VFIO,
+            fd: 0,
+            flags: 0,
+        };
         let fd = vm
             .create_device(&mut device)
             .map_err(KvmError::call("KVM_CREATE_DEVICE(VFIO)"))?;

@@ -1,5 +1,6 @@
 //! The system calls of each role, written from what the code calls, not from what was seen.
 
+use gantry_vfio::host::{OPEN_REQUESTS, RUNTIME_REQUESTS};
 use kvm_bindings as kvm;
 use libc::{c_long, c_ulong};
 use seccompiler::{
@@ -65,6 +66,9 @@ const MAKES_THREADS: &[c_long] = &[
 /// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
 const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
+/// A lease that ends empties its record.
+const LEASES: &[c_long] = &[libc::SYS_ftruncate];
+
 /// The control loop, and files that are read again at a reboot of the guest.
 const CONTROL: &[c_long] = &[
     libc::SYS_epoll_wait,
@@ -104,58 +108,77 @@ const VM_REQUESTS: &[c_ulong] = &[
 
 const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
 
-/// Bringing a VM back to its first state, and letting VFIO groups go.
+/// KVM hears of VFIO groups that come and go.
+const GROUP_REQUESTS: &[c_ulong] = &[
+    takes::<kvm::kvm_device_attr>(0xe1), // KVM_SET_DEVICE_ATTR
+];
+
+/// Bringing a VM back to its first state.
 const CONTROL_REQUESTS: &[c_ulong] = &[
-    trades::<kvm::kvm_irqchip>(0x62),     // KVM_GET_IRQCHIP
-    gives::<kvm::kvm_irqchip>(0x63),      // KVM_SET_IRQCHIP, which the kernel declares as a read
-    takes::<kvm::kvm_device_attr>(0xe1),  // KVM_SET_DEVICE_ATTR
-    takes::<kvm::kvm_regs>(0x82),         // KVM_SET_REGS
-    gives::<kvm::kvm_sregs>(0x83),        // KVM_GET_SREGS
-    takes::<kvm::kvm_sregs>(0x84),        // KVM_SET_SREGS
-    takes::<kvm::kvm_msrs>(0x89),         // KVM_SET_MSRS
-    takes::<kvm::kvm_fpu>(0x8d),          // KVM_SET_FPU
-    takes::<kvm::kvm_lapic_state>(0x8f),  // KVM_SET_LAPIC
-    takes::<kvm::kvm_mp_state>(0x99),     // KVM_SET_MP_STATE
-    takes::<kvm::kvm_vcpu_events>(0xa0),  // KVM_SET_VCPU_EVENTS
-    takes::<kvm::kvm_debugregs>(0xa2),    // KVM_SET_DEBUGREGS
-    takes::<kvm::kvm_xsave>(0xa5),        // KVM_SET_XSAVE
-    takes::<kvm::kvm_xcrs>(0xa7),         // KVM_SET_XCRS
-    call(0xad),                           // KVM_KVMCLOCK_CTRL
+    trades::<kvm::kvm_irqchip>(0x62),    // KVM_GET_IRQCHIP
+    gives::<kvm::kvm_irqchip>(0x63),     // KVM_SET_IRQCHIP, which the kernel declares as a read
+    takes::<kvm::kvm_regs>(0x82),        // KVM_SET_REGS
+    gives::<kvm::kvm_sregs>(0x83),       // KVM_GET_SREGS
+    takes::<kvm::kvm_sregs>(0x84),       // KVM_SET_SREGS
+    takes::<kvm::kvm_msrs>(0x89),        // KVM_SET_MSRS
+    takes::<kvm::kvm_fpu>(0x8d),         // KVM_SET_FPU
+    takes::<kvm::kvm_lapic_state>(0x8f), // KVM_SET_LAPIC
+    takes::<kvm::kvm_mp_state>(0x99),    // KVM_SET_MP_STATE
+    takes::<kvm::kvm_vcpu_events>(0xa0), // KVM_SET_VCPU_EVENTS
+    takes::<kvm::kvm_debugregs>(0xa2),   // KVM_SET_DEBUGREGS
+    takes::<kvm::kvm_xsave>(0xa5),       // KVM_SET_XSAVE
+    takes::<kvm::kvm_xcrs>(0xa7),        // KVM_SET_XCRS
+    call(0xad),                          // KVM_KVMCLOCK_CTRL
 ];
 
 /// Logging asks whether stderr is a terminal; the end puts the terminal back.
-const TERMINAL_REQUESTS: &[c_ulong] =
-    &[libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TIOCGWINSZ];
+const TERMINAL_REQUESTS: &[c_ulong] = &[
+    libc::TCGETS,
+    libc::TCSETS,
+    libc::TCSETSW,
+    libc::TCSETSF,
+    libc::TIOCGWINSZ,
+];
 
 /// The first thread, once the VM stands.
 pub fn control() -> Rules {
-    let requests = [VM_REQUESTS, CONTROL_REQUESTS, gantry_vfio::host::RUNTIME_REQUESTS];
-    let calls = [CONTROL, DEVICE_ACCESS, MAKES_THREADS];
+    let requests = [
+        VM_REQUESTS,
+        CONTROL_REQUESTS,
+        GROUP_REQUESTS,
+        RUNTIME_REQUESTS,
+    ];
+    let calls = [CONTROL, DEVICE_ACCESS, LEASES, MAKES_THREADS];
     rules(&calls, &requests)
 }
 
 /// A vCPU thread.
 pub fn vcpu() -> Rules {
-    let requests = [VM_REQUESTS, VCPU_REQUESTS, gantry_vfio::host::RUNTIME_REQUESTS];
-    rules(&[DEVICE_ACCESS], &requests)
+    rules(
+        &[DEVICE_ACCESS],
+        &[VM_REQUESTS, VCPU_REQUESTS, RUNTIME_REQUESTS],
+    )
 }
 
-/// A thread that opens or closes a device.
+/// A thread that opens or closes a device. Closing takes its BARs and routes away from the guest,
+/// and its group away from KVM.
 pub fn device() -> Rules {
-    let requests = [gantry_vfio::host::RUNTIME_REQUESTS, gantry_vfio::host::OPEN_REQUESTS];
-    rules(&[DEVICE_ACCESS], &requests)
+    let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
+    rules(&[DEVICE_ACCESS, LEASES], &requests)
 }
 
 /// A thread that maps guest RAM for devices.
 pub fn dma() -> Rules {
-    rules(&[], &[gantry_vfio::host::RUNTIME_REQUESTS])
+    rules(&[], &[RUNTIME_REQUESTS])
 }
 
 fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
     let always = EVERY_THREAD.iter().chain(calls.iter().copied().flatten());
     let mut rules: Rules = always.map(|&number| (number, Vec::new())).collect();
     let requests = requests.iter().copied().flatten().chain(TERMINAL_REQUESTS);
-    let requests = requests.filter_map(|&request| rule(1, Qword, Eq, request)).collect();
+    let requests = requests
+        .filter_map(|&request| rule(1, Qword, Eq, request))
+        .collect();
     rules.push((libc::SYS_ioctl, requests));
     // Code is never made while the VM runs.
     let not_executable = || rule(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
@@ -202,7 +225,10 @@ mod tests {
     fn ioctls_and_executable_memory_are_never_free() {
         for rules in [control(), vcpu(), device(), dma()] {
             for number in [libc::SYS_ioctl, libc::SYS_mmap, libc::SYS_mprotect] {
-                let conditions = rules.iter().find(|(call, _)| *call == number).map(|(_, c)| c);
+                let conditions = rules
+                    .iter()
+                    .find(|(call, _)| *call == number)
+                    .map(|(_, c)| c);
                 assert!(conditions.is_some_and(|conditions| !conditions.is_empty()));
             }
         }

@@ -14,15 +14,24 @@ use crate::vcpus::KICK;
 const BLOCKED_CALL_STATUS: libc::c_int = 128 + libc::SIGSYS;
 
 /// Signals that end the process for a fault of its own.
-const FAULTS: [Signal; 5] =
-    [Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSEGV];
+const FAULTS: [Signal; 5] = [
+    Signal::SIGABRT,
+    Signal::SIGBUS,
+    Signal::SIGFPE,
+    Signal::SIGILL,
+    Signal::SIGSEGV,
+];
 
 /// Installs the handlers, for the whole process.
 ///
 /// # Errors
 /// The kernel refused a handler.
 pub fn install() -> io::Result<()> {
-    handle(Signal::SIGSYS, SigHandler::SigAction(on_blocked_call), SaFlags::SA_SIGINFO)?;
+    handle(
+        Signal::SIGSYS,
+        SigHandler::SigAction(on_blocked_call),
+        SaFlags::SA_SIGINFO,
+    )?;
     // Interrupts a vCPU's KVM_RUN, and does nothing else.
     handle(KICK, SigHandler::Handler(on_kick), SaFlags::empty())?;
     for fault in FAULTS {
@@ -59,28 +68,73 @@ struct BlockedCall {
 extern "C" fn on_blocked_call(
     _signal: libc::c_int,
     info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
+    context: *mut libc::c_void,
 ) {
     // SAFETY: the kernel passes a complete siginfo_t, larger than the part read here, and SIGSYS
     // of a filter fills this layout.
     let number = unsafe { (*info.cast::<BlockedCall>()).number };
     console::restore_terminal();
-    let name = usize::try_from(number).ok().and_then(Sysno::new).map_or("?", |call| call.name());
+    let name = usize::try_from(number)
+        .ok()
+        .and_then(Sysno::new)
+        .map_or("?", |call| call.name());
     let mut thread = [0u8; 16];
     // SAFETY: PR_GET_NAME writes at most 16 bytes.
     unsafe { libc::prctl(libc::PR_GET_NAME, thread.as_mut_ptr()) };
-    let thread_len = thread.iter().position(|&byte| byte == 0).unwrap_or(thread.len());
+    let thread_len = thread
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(thread.len());
     say(b"gantry: thread '");
     say(thread.get(..thread_len).unwrap_or(&[]));
     say(b"' made the system call '");
     say(name.as_bytes());
+    if libc::c_long::from(number) == libc::SYS_ioctl {
+        say(b"(");
+        say(&hexadecimal(second_argument(context)));
+        say(b")");
+    }
     say(b"', which its filter does not allow\n\
         if the guest runs well with `--seccomp log`, this is a mistake in gantry: please report it\n");
     // SAFETY: ends the process; nothing is unwound.
     unsafe { libc::_exit(BLOCKED_CALL_STATUS) };
 }
 
+/// The second argument of the blocked call: an ioctl's request number.
+fn second_argument(context: *const libc::c_void) -> u32 {
+    // SAFETY: the kernel passes a complete ucontext_t to a handler with SA_SIGINFO.
+    let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    registers
+        .get(libc::REG_RSI as usize)
+        .map_or(0, |&value| value as u32)
+}
+
+/// Without the allocator, which a signal handler may not call.
+fn hexadecimal(value: u32) -> [u8; 10] {
+    let mut text = *b"0x00000000";
+    for (place, digit) in text.iter_mut().skip(2).enumerate() {
+        let nibble = (value >> (28 - 4 * place)) as u8 & 0xf;
+        *digit = if nibble < 10 {
+            b'0' + nibble
+        } else {
+            b'a' + nibble - 10
+        };
+    }
+    text
+}
+
 fn say(text: &[u8]) {
     // SAFETY: the buffer is valid for its length; a failed write has nowhere to be reported.
     unsafe { libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_written_as_programs_print_them() {
+        assert_eq!(&hexadecimal(0xae80), b"0x0000ae80");
+        assert_eq!(&hexadecimal(0x4018_aee1), b"0x4018aee1");
+    }
 }
