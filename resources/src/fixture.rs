@@ -93,6 +93,7 @@ impl FakeHost {
             fs::create_dir_all(root.path().join(dir)).unwrap();
         }
         let host = Self { root, paths };
+        host.file("proc/self/mountinfo", "");
         devices.iter().for_each(|device| host.add(device));
         host
     }

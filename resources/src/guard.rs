@@ -145,8 +145,13 @@ impl Storage {
                 });
             }
         }
-        let mounts = mounts(&sysfs::text(&paths.proc.join("self/mountinfo"))?.unwrap_or_default());
-        let swaps = swaps(&sysfs::text(&paths.proc.join("swaps"))?.unwrap_or_default());
+        let mountinfo = paths.proc.join("self/mountinfo");
+        // Without it nothing would look mounted.
+        let mountinfo = fs::read_to_string(&mountinfo).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", mountinfo.display()))
+        })?;
+        let mounts = mounts(&mountinfo);
+        let swaps = swaps(&sysfs::table(&paths.proc.join("swaps"))?);
         Ok(Self {
             blocks,
             mounts,
@@ -267,8 +272,8 @@ fn swaps(swaps: &str) -> BTreeSet<String> {
 /// The interfaces with a default route and those that they are made of (bridge, bond, VLAN), with their
 /// places in the device tree.
 fn routed_interfaces(paths: &HostPaths) -> io::Result<Vec<(String, PathBuf)>> {
-    let ipv4 = sysfs::text(&paths.proc.join("net/route"))?.unwrap_or_default();
-    let ipv6 = sysfs::text(&paths.proc.join("net/ipv6_route"))?.unwrap_or_default();
+    let ipv4 = sysfs::table(&paths.proc.join("net/route"))?;
+    let ipv6 = sysfs::table(&paths.proc.join("net/ipv6_route"))?;
     let mut waiting: Vec<String> = default_routes_v4(&ipv4)
         .chain(default_routes_v6(&ipv6))
         .collect();
@@ -355,6 +360,16 @@ mod tests {
     #[test]
     fn an_idle_host_needs_nothing() {
         assert!(uses(&host()).is_empty());
+    }
+
+    #[test]
+    fn a_host_that_does_not_say_what_is_mounted_is_not_taken_for_idle() {
+        let host = host();
+        fs::remove_file(host.paths.proc.join("self/mountinfo")).unwrap();
+        let error = host_uses(&host.paths, &host.scan())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("proc/self/mountinfo"), "{error}");
     }
 
     #[test]

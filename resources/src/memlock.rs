@@ -12,10 +12,7 @@ const CAP_IPC_LOCK: u64 = 1 << 14;
 ///
 /// With CAP_IPC_LOCK the kernel looks at no limit (getrlimit(2), RLIMIT_MEMLOCK).
 pub fn memlock_limit(paths: &HostPaths) -> Option<u64> {
-    let status = sysfs::text(&paths.proc.join("self/status"))
-        .ok()
-        .flatten()
-        .unwrap_or_default();
+    let status = sysfs::table(&paths.proc.join("self/status")).unwrap_or_default();
     let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
     limit(&status, soft)
 }

@@ -1,7 +1,7 @@
 //! Small reads of sysfs attributes, where "not there" is an answer and not an error.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use nix::libc;
@@ -13,11 +13,29 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
         || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
 }
 
+/// The most that sysfs gives for one attribute: a page.
+const PAGE: usize = 4096;
+
 /// An attribute's text without surrounding blanks; none if there is no such attribute.
+///
+/// sysfs hands out an attribute in one read(2), so one is enough.
 pub(crate) fn text(path: &Path) -> io::Result<Option<String>> {
+    let mut page = [0; PAGE];
+    let length = match File::open(path).and_then(|mut file| file.read(&mut page)) {
+        Ok(length) => length,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    Ok(Some(
+        String::from_utf8_lossy(&page[..length]).trim().to_owned(),
+    ))
+}
+
+/// All of a file of procfs, however long; nothing if there is no such file.
+pub(crate) fn table(path: &Path) -> io::Result<String> {
     match fs::read(path) {
-        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned())),
-        Err(error) if is_gone(&error) => Ok(None),
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if is_gone(&error) => Ok(String::new()),
         Err(error) => Err(error),
     }
 }
