@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use pci_ids::FromId;
 use serde::Serialize;
+
+use crate::names::{Key, name};
 
 /// A vendor and a device id, shown `1b36:0010`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -18,12 +19,12 @@ pub struct PciId {
 impl PciId {
     /// The vendor's name.
     pub fn vendor_name(self) -> Option<&'static str> {
-        Some(pci_ids::Vendor::from_id(self.vendor)?.name())
+        name(Key::Vendor(self.vendor))
     }
 
     /// The device's name.
     pub fn device_name(self) -> Option<&'static str> {
-        Some(pci_ids::Device::from_vid_pid(self.vendor, self.device)?.name())
+        name(Key::Device(self.vendor, self.device))
     }
 }
 
@@ -78,10 +79,7 @@ impl PciClass {
 
     /// Name of the subclass, or else of the base class.
     pub fn name(self) -> Option<&'static str> {
-        match pci_ids::Subclass::from_cid_sid(self.base(), self.sub()) {
-            Some(subclass) => Some(subclass.name()),
-            None => Some(pci_ids::Class::from_id(self.base())?.name()),
-        }
+        name(Key::Subclass(self.base(), self.sub())).or_else(|| name(Key::Class(self.base())))
     }
 }
 

@@ -24,6 +24,7 @@ mod inventory;
 mod lease;
 mod memlock;
 mod moves;
+mod names;
 mod obstacle;
 mod reserved;
 mod rule;
