@@ -23,16 +23,23 @@ pub struct Trace(Mutex<Events>);
 struct Events {
     seen: Vec<String>,
     steps_left: Option<usize>,
+    failures_left: usize,
     failed: Option<String>,
     /// Memory BARs that the guest can reach now.
     mapped: Vec<u64>,
 }
 
 impl Trace {
-    /// Lets `steps` more calls succeed and refuses the one after them, once.
+    /// Lets `steps` more calls succeed and refuses the one after them.
     pub fn fail_after(&self, steps: usize) {
+        self.fail(steps, 1);
+    }
+
+    /// Lets `steps` more calls succeed and refuses the next `times`.
+    pub fn fail(&self, steps: usize, times: usize) {
         let mut events = self.0.lock().unwrap();
         events.steps_left = Some(steps);
+        events.failures_left = times;
         events.failed = None;
     }
 
@@ -55,7 +62,10 @@ impl Trace {
         let mut events = self.0.lock().unwrap();
         match events.steps_left {
             Some(0) => {
-                events.steps_left = None;
+                events.failures_left -= 1;
+                if events.failures_left == 0 {
+                    events.steps_left = None;
+                }
                 events.failed = Some(event);
                 return Err(io::Error::from_raw_os_error(libc::EIO));
             }

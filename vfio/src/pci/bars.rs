@@ -72,8 +72,6 @@ fn segments(
             let offset = range.start;
             SegmentKind::Direct(io.map(region, MmapArea { offset, len })?)
         } else {
-            let near = emulated.iter().any(|emulated| meet(emulated, &range));
-            let interrupts = interrupts.filter(|_| near);
             let device = Window::new(io, region, range.start, interrupts);
             SegmentKind::Trapped {
                 len,
@@ -134,10 +132,6 @@ fn push(pieces: &mut Vec<Piece>, range: Range<u64>, direct: bool) {
 /// The whole pages that a range touches.
 fn pages(range: &Range<u64>) -> Range<u64> {
     range.start / PAGE * PAGE..range.end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
-}
-
-fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 #[cfg(test)]
@@ -240,6 +234,10 @@ mod tests {
             ]
         );
         assert_eq!(device.mappings(), 2);
+    }
+
+    fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
+        a.start < b.end && b.start < a.end
     }
 
     proptest! {

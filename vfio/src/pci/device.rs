@@ -266,7 +266,6 @@ impl PciDevice for PassthroughDevice {
             };
             bars.remap(throughout, target, || ());
             if let Err(error) = self.follow(hardware, control) {
-                bars.unmap();
                 let error = &error as &dyn std::error::Error;
                 warn_limited!(error, "device does not follow its command register");
                 return;

@@ -271,8 +271,12 @@ impl State {
         let grown = self
             .arm_all(io, roomy, new)
             .or_else(|_| self.arm_all(io, vector + 1, new));
-        if grown.is_err() {
-            self.arm_all(io, before, None)?;
+        if grown.is_err()
+            && let Err(lost) = self.arm_all(io, before, None)
+        {
+            // Each is asked for anew when the guest next unmasks it.
+            self.routes.clear();
+            return Err(lost);
         }
         // What arrived while all were away is lost; drivers put up with an interrupt too many.
         for route in self.routes.values() {

@@ -15,7 +15,7 @@ pub(super) struct Window {
     region: Region,
     /// Where the part begins in the region.
     start: u64,
-    /// Set where MSI-X structures lie in the part.
+    /// `None` for a device without MSI-X.
     interrupts: Option<Arc<Interrupts>>,
 }
 

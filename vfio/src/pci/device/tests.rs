@@ -196,7 +196,7 @@ fn outside_d0_nothing_is_mapped() {
 fn power_states_that_the_function_lacks_are_not_entered() {
     let rig = Rig::new();
     rig.write(CMD, &[0x02]);
-    rig.write(PM + 4, &[0x01]);
+    assert!(!rig.function.write_config(PM + 4, &[0x01]));
     assert_eq!(
         (rig.read(PM + 4) & 3, rig.device.trace.mapped().len()),
         (0, 2)
@@ -350,6 +350,24 @@ fn mapping_goes_on_after_a_failure_at_any_step() {
         assert_eq!(rig.device.trace.mapped().len(), 2, "step {steps}");
         assert_eq!(rig.device.command(), 0x0402);
     }
+}
+
+/// Power is told, the command is not: what the hardware knows is uncertain, and told again.
+#[test]
+fn hardware_that_was_told_half_is_told_all_again() {
+    let rig = Rig::new();
+    rig.write(CMD, &[0x02]);
+    rig.device.trace.fail_after(1);
+    rig.write(PM + 4, &[0x02]);
+    assert_eq!(
+        (rig.device.power(), rig.device.trace.mapped().len()),
+        (2, 0)
+    );
+    rig.write(PM + 4, &[0x00]);
+    assert_eq!(
+        (rig.device.power(), rig.device.trace.mapped().len()),
+        (0, 2)
+    );
 }
 
 /// TRAPS 26: interrupts, then mappings, then the device, even while windows of it are held.

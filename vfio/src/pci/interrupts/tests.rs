@@ -167,12 +167,33 @@ fn fixed_vectors_grow_by_doubling_and_never_beyond_the_table() {
         rig.device.trace.take();
         rig.unmask(vector);
         let seen = rig.device.trace.take();
+        let asked = |event: &String| event.starts_with("irqs 0..128");
+        assert!(!seen.iter().any(asked), "more than the table has");
         rearmed += seen.iter().filter(|event| *event == "irqs off").count();
         let upto = Vec::from_iter(0..=usize::from(vector));
         assert_eq!(rig.armed(), upto);
     }
     assert_eq!(rearmed, 7, "2, 4, 8, 16, 32, 64, 65");
     assert_eq!(rig.device.armed().unwrap().len(), usize::from(MSIX_VECTORS));
+}
+
+#[test]
+fn vectors_that_a_failed_growth_has_lost_come_back_one_by_one() {
+    let rig = Rig::fixed();
+    rig.interrupts.write_control(ENABLE);
+    (0..2).for_each(|vector| rig.unmask(vector));
+    // A route, its message, all off; then twice the attempt, once the way back.
+    rig.device.trace.fail(3, 3);
+    rig.unmask(2);
+    assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
+    for vector in [1, 2, 0] {
+        rig.mask(vector);
+        rig.unmask(vector);
+    }
+    assert_eq!(rig.armed(), [0, 1, 2]);
+    rig.delivered();
+    (0..3).for_each(|vector| rig.device.fire(vector));
+    assert_eq!(rig.delivered().len(), 3);
 }
 
 #[test]
