@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use gantry_tests::bench::Bench;
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
 use gantry_tests::lab::{Host, Parts, Setup, shell};
@@ -24,6 +25,9 @@ enum Chore {
     Lab(LabArguments),
     /// Format, lints, unit, property and lab tests: all that has to pass.
     Test,
+    /// Measure gantry in the lab, alone or beside a peer.
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 /// `cargo xtask lab`.
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         .and_then(|()| match Cli::parse().chore {
             Chore::Lab(arguments) => lab(arguments),
             Chore::Test => checks::run().map(|()| 0),
+            Chore::Bench(bench) => bench.run().map(|()| 0),
         });
     match result {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),

@@ -59,6 +59,14 @@ impl Step {
         }
     }
 
+    /// Says what happens now: behind the step's own words, or on a line of its own.
+    pub fn say(&self, now: &str) {
+        match &self.bar {
+            Some(bar) => bar.set_message(format!("{}, {now}", self.what)),
+            None => eprintln!("{}: {now}", self.what),
+        }
+    }
+
     /// Ends the step and says how long it took.
     pub fn done(self) {
         let seconds = self.began.elapsed().as_secs_f64();

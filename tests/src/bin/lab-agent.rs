@@ -2,7 +2,8 @@
 //!
 //! It is started by the lab host's `/init` and speaks [`gantry_tests::protocol`] over a
 //! virtio-serial port. When `xtask` is gone, the port closes, the agent ends and `/init` powers
-//! the lab off: no lab outlives its owner.
+//! the lab off: no lab outlives its owner. With the argument `measure` it runs one measurement of a
+//! bench instead.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -15,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use gantry_tests::bench::inside;
 use gantry_tests::protocol::{Exit, Frame, Kind, PORT_NAME, Run, Size};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
@@ -41,8 +43,12 @@ struct Running {
 type Table = Arc<Mutex<HashMap<u32, Running>>>;
 
 fn main() {
-    if let Err(error) = serve() {
-        eprintln!("lab-agent: {error}");
+    let outcome = match std::env::args().nth(1).as_deref() {
+        Some(inside::ARGUMENT) => inside::run().map_err(io::Error::other),
+        _ => serve(),
+    };
+    if let Err(error) = outcome {
+        eprintln!("lab-agent: {error:#}");
         std::process::exit(1);
     }
 }

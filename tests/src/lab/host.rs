@@ -1,6 +1,7 @@
 //! A booted lab host: run commands in it, write and read its files, know why it died.
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ pub struct Setup {
     pub cpus: u8,
     /// Added to its kernel's command line.
     pub append: String,
+    /// Programs put there besides, with their libraries: path there, file here.
+    pub programs: Vec<(String, PathBuf)>,
 }
 
 impl Default for Setup {
@@ -44,6 +47,7 @@ impl Default for Setup {
             memory_mib: 8 << 10,
             cpus: 2,
             append: String::new(),
+            programs: Vec::new(),
         }
     }
 }
@@ -66,7 +70,7 @@ impl Host {
         let folder = TempFolder::new(&std::env::temp_dir(), "gantry-lab.")
             .context("cannot create a temporary folder for the lab")?;
         let path = folder.path();
-        let initrd = images::host(parts, setup.kernel)?;
+        let initrd = images::host(parts, setup.kernel, &setup.programs)?;
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
             if let Device::Nvme { serial } = device {

@@ -1,6 +1,7 @@
 //! What is in the two initramfs: the lab host's and its guests'.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -32,12 +33,15 @@ impl HostKernel {
     }
 }
 
-/// The lab host's initramfs.
-pub fn host(parts: &Parts, kernel: HostKernel) -> Result<Vec<u8>> {
+/// The lab host's initramfs, with `programs` besides: path there, file here.
+pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -> Result<Vec<u8>> {
     let mut archive = base(parts)?;
     archive.file("init", 0o755, include_bytes!("../../lab/host-init.sh"));
     archive.program("bin/lab-agent", &parts.agent, None)?;
     archive.program("bin/gantry", &parts.gantry, None)?;
+    for (path, from) in programs {
+        archive.program(path, from, None)?;
+    }
     archive.program(
         "bin/lspci",
         &parts.tools.join("usr/bin/lspci"),

@@ -1,0 +1,364 @@
+//! `cargo xtask bench boot`: from the start of a VM to its guest's init.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::contender::{Contender, Guest};
+use super::inside::{self, Exits, Job, Timing};
+use super::pairs::{Samples, Subject, order};
+use super::rows::Row;
+use super::table;
+use crate::lab::images::HostKernel;
+use crate::lab::parts::Options;
+use crate::lab::qemu::Device;
+use crate::lab::{Host, Parts, Setup};
+use crate::ui;
+
+/// The guests' RAM.
+const MEMORY_MIB: u64 = 512;
+/// The NVMe disks of the lab.
+const DISKS: [&str; 2] = ["0000:01:00.0", "0000:02:00.0"];
+/// Guests' kernels say nothing but what goes wrong: a chatty one measures its serial port.
+const CMDLINE: &str = "console=ttyS0 quiet";
+/// What gantry may use beyond the guest's RAM, MiB.
+const MEMORY_BAR: f64 = 5.0;
+/// A measurement that takes longer than this is stuck.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// `cargo xtask bench boot`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Rounds; in each every contender runs once.
+    #[arg(long, value_name = "N", default_value = "5",
+          value_parser = clap::value_parser!(u16).range(5..=1000))]
+    pairs: u16,
+    /// Run this beside gantry: cloud-hypervisor=FILE, or gantry=FILE for another build of it.
+    #[arg(long = "peer", value_name = "NAME=FILE", value_parser = Contender::peer)]
+    peers: Vec<Contender>,
+    /// Write the rows there, too.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Kernel of the host and of the guests [default: the lab's if it is built, else the stock one]
+    #[arg(long, value_enum)]
+    kernel: Option<HostKernel>,
+    /// Measure this program instead of the release build of this tree.
+    #[arg(long, value_name = "FILE")]
+    gantry: Option<PathBuf>,
+}
+
+/// Runs the bench.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(path) = &arguments.json {
+        // Rather now than after all the work.
+        File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let bench = Bench::prepare(arguments)?;
+    let rounds = usize::from(arguments.pairs);
+    let mut found = Found::new(bench.contenders.len());
+    bench.measure(rounds, &mut found)?;
+    let peers: Vec<String> = bench
+        .contenders
+        .iter()
+        .skip(1)
+        .map(|peer| peer.name.clone())
+        .collect();
+    let rows = found.samples.rows(&peers);
+    println!("\n{}", table::render(&rows, &peers));
+    for note in bench.notes(&found, &rows) {
+        println!("- {note}");
+    }
+    if let Some(path) = &arguments.json {
+        let mut text = serde_json::to_vec_pretty(&rows)?;
+        text.push(b'\n');
+        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// A lab with contenders in it.
+struct Bench {
+    host: Host,
+    kernel: String,
+    guest_kernel: &'static str,
+    contenders: Vec<Contender>,
+}
+
+/// What the rounds found.
+struct Found {
+    samples: Samples,
+    /// Exits to init of the last round by reason: the case, the contender, the reasons.
+    reasons: BTreeMap<(String, String), BTreeMap<String, u64>>,
+}
+
+impl Found {
+    fn new(contenders: usize) -> Self {
+        Self {
+            samples: Samples::new(contenders),
+            reasons: BTreeMap::new(),
+        }
+    }
+}
+
+impl Bench {
+    fn prepare(arguments: &Arguments) -> Result<Self> {
+        let parts = Parts::prepare(&Options {
+            gantry: arguments.gantry.clone(),
+            lab_kernel: arguments.kernel == Some(HostKernel::Lab),
+        })?;
+        let kernel = arguments.kernel.unwrap_or(match parts.lab {
+            Some(_) => HostKernel::Lab,
+            None => HostKernel::Stock,
+        });
+        let contenders: Vec<Contender> = std::iter::once(Contender::gantry())
+            .chain(arguments.peers.iter().cloned())
+            .collect();
+        let setup = Setup {
+            kernel,
+            devices: vec![
+                Device::nvme("GANTRY-NVME0001"),
+                Device::nvme("GANTRY-NVME0002"),
+            ],
+            programs: contenders.iter().filter_map(Contender::to_bring).collect(),
+            ..Setup::default()
+        };
+        let step = ui::Step::begin("Booting the lab");
+        let host = Host::boot(&parts, &setup)?;
+        step.done();
+        bind(&host)?;
+        Ok(Self {
+            host,
+            kernel: kernel.of(&parts)?.release.clone(),
+            guest_kernel: match kernel {
+                HostKernel::Stock => "/lab/bzImage-debian",
+                HostKernel::Lab => "/lab/vmlinux",
+            },
+            contenders,
+        })
+    }
+
+    /// All rounds of all cases; timed and traced runs are apart from each other.
+    fn measure(&self, rounds: usize, found: &mut Found) -> Result<()> {
+        // The first runs are slower than all others, and tell how long it is going to take.
+        let step = ui::Step::begin("Warming up");
+        let began = Instant::now();
+        for contender in 0..self.contenders.len() {
+            self.time(contender, DISKS.len())?;
+        }
+        step.done();
+        let runs = rounds * self.contenders.len() * (DISKS.len() + 1) * 2;
+        let each = began.elapsed() / u32::try_from(self.contenders.len()).unwrap_or(1);
+        let minutes = each.as_secs_f64() * runs as f64 / 60.0;
+        let step = ui::Step::items(
+            format!("{runs} runs, about {:.0} min", minutes.ceil()),
+            runs as u64,
+        );
+        let mut done = 0;
+        for round in 0..rounds {
+            step.say(&format!("round {} of {rounds}", round + 1));
+            for disks in 0..=DISKS.len() {
+                for traced in [false, true] {
+                    for contender in order(self.contenders.len(), round) {
+                        if traced {
+                            self.count_exits(contender, disks, found)?;
+                        } else {
+                            let timing = self.time(contender, disks)?;
+                            found.timing(contender, disks, timing);
+                        }
+                        done += 1;
+                        step.at(done);
+                    }
+                }
+            }
+        }
+        step.done();
+        Ok(())
+    }
+
+    fn time(&self, contender: usize, disks: usize) -> Result<Timing> {
+        self.run(contender, disks, "sleep", |argv| Job::Time {
+            argv,
+            ram_mib: MEMORY_MIB,
+        })
+    }
+
+    fn count_exits(&self, contender: usize, disks: usize, found: &mut Found) -> Result<()> {
+        // One case is enough to see what reading costs.
+        let reads = disks == 1;
+        let task = if reads { "read-silently" } else { "sleep" };
+        let exits: Exits = self.run(contender, disks, task, |argv| Job::CountExits {
+            argv,
+            reads,
+        })?;
+        found.exits(contender, disks, &exits);
+        let key = (case(disks), self.name(contender).to_owned());
+        found.reasons.insert(key, exits.to_init);
+        Ok(())
+    }
+
+    /// One run of a contender with a guest of so many disks and this task.
+    fn run<R: serde::de::DeserializeOwned>(
+        &self,
+        contender: usize,
+        disks: usize,
+        task: &str,
+        job: impl Fn(Vec<String>) -> Job,
+    ) -> Result<R> {
+        let guest = Guest {
+            kernel: self.guest_kernel.to_owned(),
+            initramfs: "/lab/initramfs-guest".to_owned(),
+            cmdline: format!("{CMDLINE} task={task}"),
+            memory_mib: MEMORY_MIB,
+            devices: DISKS
+                .iter()
+                .take(disks)
+                .map(|&disk| disk.to_owned())
+                .collect(),
+        };
+        let run = || {
+            let contender = self
+                .contenders
+                .get(contender)
+                .context("there is no such contender")?;
+            let job = job(contender.command(&guest, &self.host)?);
+            let output = self
+                .host
+                .command(["/bin/lab-agent", inside::ARGUMENT])
+                .input(serde_json::to_vec(&job)?)
+                .within(PATIENCE)
+                .output()?
+                .success()?;
+            serde_json::from_slice(&output.stdout).context("the report makes no sense")
+        };
+        run().with_context(|| format!("{}, {}", self.name(contender), case(disks)))
+    }
+
+    fn name(&self, contender: usize) -> &str {
+        self.contenders
+            .get(contender)
+            .map_or("", |contender| &contender.name)
+    }
+
+    /// What a reader of the table has to know.
+    fn notes(&self, found: &Found, rows: &[Row]) -> Vec<String> {
+        let mut notes = vec![
+            "median (min-max) of all rounds; less is better in every row".to_owned(),
+            "ratio: gantry's figure over the peer's of the same round, median and the interval of \
+             the median (sign test, at least 90 %); behind: wholly above 1.05, ahead: wholly below \
+             1/1.05"
+                .to_owned(),
+            format!(
+                "host and guests: Linux {} ({}), 1 vCPU, \"{CMDLINE}\"",
+                self.kernel, self.guest_kernel
+            ),
+            "a simulated host: the CPU is emulated (TCG, SVM; no VMX, no posted interrupts, no real \
+             PCIe timing). Times compare contenders with each other, hardware is far faster; exits \
+             and memory do not depend on it"
+                .to_owned(),
+        ];
+        for ((case, name), reasons) in &found.reasons {
+            let list: Vec<String> = reasons
+                .iter()
+                .map(|(why, n)| format!("{why} {n}"))
+                .collect();
+            notes.push(format!(
+                "exits-to-init, {case}, {name}: {}",
+                list.join(", ")
+            ));
+        }
+        let most = |name: &str| {
+            let rows = rows.iter().filter(|row| row.row == name);
+            rows.map(|row| row.gantry.median).fold(0.0, f64::max)
+        };
+        let met = |met: bool| if met { "met" } else { "NOT met" };
+        notes.push(format!(
+            "bar: gantry's memory beyond RAM at most {MEMORY_BAR} MiB: {}",
+            met(most("memory-beyond-ram") <= MEMORY_BAR)
+        ));
+        notes.push(format!(
+            "bar: reading 64 MiB of an NVMe causes gantry no exit to user space: {}",
+            met(most("exits-reading-nvme") == 0.0)
+        ));
+        notes
+    }
+}
+
+impl Found {
+    fn timing(&mut self, contender: usize, disks: usize, timing: Timing) {
+        let figures = [
+            ("start-to-first-instruction", "ms", timing.first_instruction),
+            ("start-to-init", "ms", timing.init),
+            ("cpu-to-init", "ms", timing.cpu),
+            ("memory-beyond-ram", "MiB", timing.memory),
+        ];
+        for (row, unit, figure) in figures {
+            self.add(row, disks, unit, contender, figure);
+        }
+    }
+
+    fn exits(&mut self, contender: usize, disks: usize, exits: &Exits) {
+        let sum = |reasons: &BTreeMap<String, u64>| reasons.values().sum::<u64>() as f64;
+        self.add(
+            "exits-to-init",
+            disks,
+            "exits",
+            contender,
+            sum(&exits.to_init),
+        );
+        if let Some(reading) = &exits.reading {
+            self.add(
+                "exits-reading-nvme",
+                disks,
+                "exits",
+                contender,
+                sum(reading),
+            );
+        }
+    }
+
+    fn add(
+        &mut self,
+        row: &'static str,
+        disks: usize,
+        unit: &'static str,
+        contender: usize,
+        figure: f64,
+    ) {
+        let subject = Subject {
+            row,
+            case: case(disks),
+            unit,
+        };
+        self.samples.add(subject, contender, figure);
+    }
+}
+
+fn case(disks: usize) -> String {
+    format!("{disks} nvme, {MEMORY_MIB} MiB")
+}
+
+/// Gives the disks to vfio-pci, by hand: what is measured is not part of the measuring.
+fn bind(host: &Host) -> Result<()> {
+    let script = format!(
+        "for disk in {}; do
+            device=/sys/bus/pci/devices/$disk
+            echo vfio-pci >$device/driver_override
+            [ ! -e $device/driver ] || echo $disk >$device/driver/unbind
+            echo $disk >/sys/bus/pci/drivers_probe
+            [ $(basename $(readlink $device/driver)) = vfio-pci ] || exit 1
+        done",
+        DISKS.join(" ")
+    );
+    host.sh(&script)
+        .output()?
+        .success()
+        .context("cannot bind the disks to vfio-pci")?;
+    Ok(())
+}

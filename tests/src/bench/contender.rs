@@ -1,0 +1,160 @@
+//! Who is measured: gantry and its peers, and how each is told to run the same guest.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::lab::Host;
+
+/// Folder of the peers' programs and of the VMs' files in the lab host.
+const FOLDER: &str = "/bench";
+
+/// A guest, the same for all.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its kernel, in the lab host.
+    pub kernel: String,
+    /// Its initramfs, in the lab host.
+    pub initramfs: String,
+    /// Its kernel's command line.
+    pub cmdline: String,
+    /// Its RAM.
+    pub memory_mib: u64,
+    /// Addresses of its devices, bound to vfio-pci.
+    pub devices: Vec<String>,
+}
+
+/// How a program is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Gantry,
+    CloudHypervisor,
+}
+
+/// A VMM to measure.
+#[derive(Debug, Clone)]
+pub struct Contender {
+    /// Its name in tables and files.
+    pub name: String,
+    kind: Kind,
+    /// Its program in the lab host.
+    program: String,
+    /// Its program here, if the lab does not have it anyway.
+    file: Option<PathBuf>,
+}
+
+impl Contender {
+    /// The gantry of the lab.
+    pub fn gantry() -> Self {
+        Self {
+            name: "gantry".to_owned(),
+            kind: Kind::Gantry,
+            program: "/bin/gantry".to_owned(),
+            file: None,
+        }
+    }
+
+    /// A peer as on the command line: `cloud-hypervisor=FILE`, or `gantry=FILE` for another build.
+    pub fn peer(text: &str) -> Result<Self, String> {
+        let (name, file) = text.split_once('=').ok_or("it is NAME=FILE")?;
+        let kind = match name {
+            "cloud-hypervisor" => Kind::CloudHypervisor,
+            "gantry" => Kind::Gantry,
+            _ => {
+                return Err(
+                    "known peers are cloud-hypervisor, and gantry for another build".into(),
+                );
+            }
+        };
+        let file = PathBuf::from(file);
+        if !file.is_file() {
+            return Err(format!("there is no file {}", file.display()));
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            kind,
+            program: format!("{FOLDER}/{name}"),
+            file: Some(file),
+        })
+    }
+
+    /// What the lab has to be given: path there, file here.
+    pub fn to_bring(&self) -> Option<(String, PathBuf)> {
+        Some((self.program.clone(), self.file.clone()?))
+    }
+
+    /// The command that runs `guest`; what it reads is written to the lab host.
+    pub fn command(&self, guest: &Guest, host: &Host) -> Result<Vec<String>> {
+        let paths = guest
+            .devices
+            .iter()
+            .map(|bdf| format!("/sys/bus/pci/devices/{bdf}"));
+        match self.kind {
+            Kind::Gantry => {
+                let vm = json!({
+                    "payload": {
+                        "kernel": guest.kernel,
+                        "initramfs": guest.initramfs,
+                        "cmdline": guest.cmdline,
+                    },
+                    "cpus": {"boot_vcpus": 1},
+                    "memory": {"size": format!("{}M", guest.memory_mib)},
+                    "devices": paths.map(|path| json!({"path": path})).collect::<Vec<_>>(),
+                    "serial": {"mode": "Tty"},
+                });
+                let task = guest.cmdline.rsplit('=').next().unwrap_or_default();
+                let file = format!("{FOLDER}/{task}-{}.json", guest.devices.len());
+                host.write(&file, vm.to_string())
+                    .context("cannot write the VM's file")?;
+                let run = [&self.program, "run", "--allow-ungrouped", &file];
+                Ok(run.map(str::to_owned).to_vec())
+            }
+            Kind::CloudHypervisor => {
+                let size = format!("size={}M", guest.memory_mib);
+                let mut command = [
+                    self.program.as_str(),
+                    "--kernel",
+                    &guest.kernel,
+                    "--initramfs",
+                    &guest.initramfs,
+                    "--cmdline",
+                    &guest.cmdline,
+                    "--cpus",
+                    "boot=1",
+                    "--memory",
+                    &size,
+                    "--serial",
+                    "tty",
+                    "--console",
+                    "off",
+                ]
+                .map(str::to_owned)
+                .to_vec();
+                for path in paths {
+                    command.extend(["--device".to_owned(), format!("path={path}")]);
+                }
+                Ok(command)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_named_with_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().display();
+        let peer = Contender::peer(&format!("cloud-hypervisor={path}")).unwrap();
+        let (there, here) = peer.to_bring().unwrap();
+        assert_eq!(there, "/bench/cloud-hypervisor");
+        assert_eq!(here, file.path());
+        assert!(Contender::peer("cloud-hypervisor").is_err());
+        assert!(Contender::peer("cloud-hypervisor=/no/such/file").is_err());
+        assert!(Contender::peer(&format!("other={path}")).is_err());
+        assert!(Contender::gantry().to_bring().is_none());
+    }
+}

@@ -1,0 +1,147 @@
+//! What runs in the lab host: one measurement of one VMM, asked for and answered in JSON.
+//!
+//! It runs there, not at the far end of the wire, so that its clocks are the VMM's. Rooms:
+//! [`vmm`] starts and watches a VMM, [`trace`] reads the kernel's tracepoints, [`memory`] reads
+//! what a process has mapped.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+pub mod memory;
+pub mod trace;
+pub mod vmm;
+
+use trace::Tracer;
+use vmm::Vmm;
+
+/// The agent's argument that asks for a measurement; the [`Job`] comes on its standard input, the
+/// report goes to its standard output.
+pub const ARGUMENT: &str = "measure";
+
+/// The guest prints this when its init begins.
+pub const INIT: &str = "guest: init";
+
+/// The guest prints this, is silent for a second, reads its first disk, is silent for a second...
+const READING: &str = "guest: reading";
+/// ... and prints this.
+const READ: &str = "guest: read";
+/// This much of the silence on either side still belongs to the lines around it.
+const GUARD: Duration = Duration::from_millis(500);
+
+/// How long a guest may take to say the next thing.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest idles before its memory is looked at.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// One measurement.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Job {
+    /// Answered by [`Timing`].
+    Time {
+        /// The VMM with its arguments; the guest's serial port is its terminal.
+        argv: Vec<String>,
+        /// The guest's RAM.
+        ram_mib: u64,
+    },
+    /// Answered by [`Exits`].
+    CountExits {
+        /// As above.
+        argv: Vec<String>,
+        /// Whether the guest will read its disk in silence (`task=read-silently`).
+        reads: bool,
+    },
+}
+
+/// From the start of a VMM to its guest's init.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Until the first instruction of the guest, ms.
+    pub first_instruction: f64,
+    /// Until the guest's init has said so on its console, ms.
+    pub init: f64,
+    /// Processor time of the VMM and its children until then, user and system, ms.
+    pub cpu: f64,
+    /// PSS of the VMM and its children without the guest's RAM, while the guest idles, MiB.
+    pub memory: f64,
+}
+
+/// Exits to user space (tracepoint `kvm_userspace_exit`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exits {
+    /// From the start of the VMM to its guest's init, by reason.
+    pub to_init: BTreeMap<String, u64>,
+    /// While the guest read its disk.
+    pub reading: Option<BTreeMap<String, u64>>,
+}
+
+/// Runs the job on standard input.
+pub fn run() -> Result<()> {
+    let job: Job = serde_json::from_reader(io::stdin()).context("this is no measurement")?;
+    let report = match job {
+        Job::Time { argv, ram_mib } => serde_json::to_vec(&time(&argv, ram_mib)?)?,
+        Job::CountExits { argv, reads } => serde_json::to_vec(&count_exits(&argv, reads)?)?,
+    };
+    io::stdout().write_all(&report)?;
+    Ok(())
+}
+
+fn time(argv: &[String], ram_mib: u64) -> Result<Timing> {
+    let tracer = Tracer::first_entry()?;
+    let mut vmm = Vmm::start(argv)?;
+    let init = vmm.wait_for(INIT, PATIENCE)?;
+    let cpu = vmm.cpu_time()?;
+    std::thread::sleep(IDLE);
+    let memory = vmm.memory_beyond(ram_mib << 10)?;
+    let entries = tracer.stop()?;
+    let started = vmm.started();
+    vmm.end()?;
+    let first = entries
+        .first()
+        .context("the guest ran, but no kvm_entry was traced")?;
+    Ok(Timing {
+        first_instruction: ms(first.at.saturating_sub(started)),
+        init: ms(init.saturating_sub(started)),
+        cpu: ms(cpu),
+        memory: memory as f64 / 1024.0,
+    })
+}
+
+fn count_exits(argv: &[String], reads: bool) -> Result<Exits> {
+    let tracer = Tracer::exits()?;
+    let mut vmm = Vmm::start(argv)?;
+    let init = vmm.wait_for(INIT, PATIENCE)?;
+    let window = if reads {
+        let from = vmm.wait_for(READING, PATIENCE)? + GUARD;
+        Some((from, vmm.wait_for(READ, PATIENCE)? - GUARD))
+    } else {
+        None
+    };
+    let exits = tracer.stop()?;
+    vmm.end()?;
+    let count = |from: Duration, to: Duration| {
+        let mut reasons = BTreeMap::new();
+        for exit in exits.iter().filter(|exit| (from..to).contains(&exit.at)) {
+            *reasons.entry(trace::reason(&exit.text)).or_insert(0) += 1;
+        }
+        reasons
+    };
+    Ok(Exits {
+        to_init: count(Duration::ZERO, init),
+        reading: window.map(|(from, to)| count(from, to)),
+    })
+}
+
+/// The clock of all timestamps here, and of the traces.
+fn now() -> Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
+    Ok(Duration::from(time))
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}

@@ -1,0 +1,39 @@
+//! Benches: gantry measured in the lab, alone or in pairs with a peer.
+//!
+//! A bench runs the contenders one after another in one lab boot, round by round, so that what
+//! disturbs one disturbs the other; a peer is judged by the ratios of its rounds, never by two
+//! numbers taken at different times.
+//!
+//! | room | holds |
+//! |---|---|
+//! | [`rows`] | a figure with its peers' beside it: the JSON that every bench writes |
+//! | [`pairs`] | who runs when, and the figures that come in |
+//! | [`table`] | rows on a terminal |
+//! | [`contender`] | gantry, its peers, and their command lines |
+//! | [`inside`] | what runs in the lab host: starts a VMM, times and traces it |
+//! | [`boot`] | `cargo xtask bench boot` |
+
+use anyhow::Result;
+
+pub mod boot;
+pub mod contender;
+pub mod inside;
+pub mod pairs;
+pub mod rows;
+pub mod table;
+
+/// Measure gantry in the lab, alone or beside a peer.
+#[derive(Debug, clap::Subcommand)]
+pub enum Bench {
+    /// From the start of a VM to its init: time, CPU time, memory, exits to user space.
+    Boot(boot::Arguments),
+}
+
+impl Bench {
+    /// Runs the bench and prints what it found.
+    pub fn run(self) -> Result<()> {
+        match self {
+            Self::Boot(arguments) => boot::run(&arguments),
+        }
+    }
+}
