@@ -2,24 +2,8 @@
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-use crate::{Error, Result};
-
 /// CAP_IPC_LOCK, which lifts the limit: a bit of `CapEff` in `/proc/self/status`.
 const CAP_IPC_LOCK: u32 = 14;
-
-/// Whether `bytes` of guest memory could be pinned, to be asked before anything is opened.
-///
-/// # Errors
-/// The locked-memory limit is lower, and the process has no CAP_IPC_LOCK.
-pub fn check_memory_lock(bytes: u64) -> Result<()> {
-    match limit() {
-        Some(allowed) if bytes > allowed => Err(Error::MemoryLock {
-            needed: bytes,
-            allowed,
-        }),
-        _ => Ok(()),
-    }
-}
 
 /// How many bytes this process may lock, if there is a limit.
 pub(super) fn limit() -> Option<u64> {
@@ -52,7 +36,7 @@ mod tests {
 
     #[test]
     fn the_text_says_how_much_and_how_to_raise_it() {
-        let error = Error::MemoryLock {
+        let error = crate::Error::MemoryLock {
             needed: 512 << 20,
             allowed: 8 << 20,
         };

@@ -14,4 +14,3 @@ pub use dma::{DmaMapping, DmaSpace};
 pub use group::{Group, GroupObserver};
 pub use info::{IommuInfo, IrqInfo, MmapArea, RegionInfo};
 pub use ioctl::{DMA_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
-pub use memlock::check_memory_lock;
