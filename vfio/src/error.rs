@@ -119,6 +119,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether the device lacks what was asked of it, and nothing failed.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, Self::Device { source, .. } if source.kind() == io::ErrorKind::Unsupported)
+    }
+}
+
 fn open_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",

@@ -84,6 +84,7 @@ pub struct FakeDevice {
     pub trace: Arc<Trace>,
     pub regions: Vec<RegionInfo>,
     pub msix: IrqInfo,
+    pub resettable: bool,
     /// Interrupt vectors that the host has for it.
     pub host_vectors: usize,
     pub config: Mutex<Vec<u8>>,
@@ -155,6 +156,7 @@ impl FakeDevice {
                 count: MSIX_VECTORS.into(),
                 fixed: false,
             },
+            resettable: true,
             host_vectors: usize::MAX,
             config: Mutex::new(config()),
             bytes: Mutex::default(),
@@ -329,6 +331,9 @@ impl DeviceIo for FakeDevice {
     }
 
     fn reset(&self) -> Result<()> {
+        if !self.resettable {
+            return Err(failed("reset")(io::ErrorKind::Unsupported.into()));
+        }
         self.trace.step("reset".into()).map_err(failed("reset"))
     }
 }

@@ -290,7 +290,16 @@ impl PciDevice for PassthroughDevice {
         // Bus mastering ends even where the device has no reset, and the reset itself may leave the
         // command register as it was.
         let quiet = self.follow(hardware, Control::AT_RESET);
-        let reset = self.io.reset();
+        let reset = match self.io.reset() {
+            Err(error) if error.is_unsupported() => {
+                tracing::warn!(
+                    device = self.io.name(),
+                    "the device has no reset of its own: the guest finds it as it left it"
+                );
+                Ok(())
+            }
+            reset => reset,
+        };
         *hardware = None;
         let after = self.follow(hardware, Control::AT_RESET);
         quiet.and(reset).and(after).map_err(io::Error::other)

@@ -19,7 +19,11 @@ const BAR4: u64 = 0x10_0000_0000;
 impl Rig {
     /// Freshly assigned: BAR0 and BAR4 have addresses, nothing is decoded.
     fn new() -> Self {
-        let device = Arc::new(FakeDevice::new());
+        Self::around(FakeDevice::new())
+    }
+
+    fn around(device: FakeDevice) -> Self {
+        let device = Arc::new(device);
         let router = Arc::new(FakeRouter::new(&device.trace, usize::MAX));
         let function = PassthroughDevice::new(device.clone(), router.clone()).unwrap();
         let rig = Self {
@@ -290,6 +294,18 @@ fn a_reset_gives_back_the_function_that_the_guest_began_with() {
     for offset in (0..4096).step_by(4) {
         assert_eq!(rig.read(offset), untouched.read(offset), "{offset:#x}");
     }
+}
+
+#[test]
+fn a_device_without_a_reset_is_quieted_and_stays_usable() {
+    let rig = Rig::around(FakeDevice {
+        resettable: false,
+        ..FakeDevice::new()
+    });
+    rig.write(CMD, &[0x06]);
+    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
+    assert_eq!(rig.device.command(), reg::COMMAND_INTX_DISABLE);
+    assert_eq!(rig.device.trace.mapped(), []);
 }
 
 #[test]
