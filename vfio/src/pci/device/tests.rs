@@ -298,10 +298,9 @@ fn a_reset_gives_back_the_function_that_the_guest_began_with() {
 
 #[test]
 fn a_device_without_a_reset_is_quieted_and_stays_usable() {
-    let rig = Rig::around(FakeDevice {
-        resettable: false,
-        ..FakeDevice::new()
-    });
+    let mut device = FakeDevice::new();
+    device.resettable = false;
+    let rig = Rig::around(device);
     rig.write(CMD, &[0x06]);
     rig.function.reset(&FakeSpace(&rig.device)).unwrap();
     assert_eq!(rig.device.command(), reg::COMMAND_INTX_DISABLE);
