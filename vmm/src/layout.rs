@@ -23,6 +23,8 @@ pub const SERIAL_GSI: u32 = 4;
 /// The address and data ports of PCI configuration mechanism 1.
 pub const PCI_CONFIG_PORTS: RangeInclusive<u16> = 0xcf8..=0xcff;
 
+/// Where a processor begins after a reset, as seen from real mode.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Between conventional memory and 1 MiB; on a PC this is video memory and firmware, not RAM.
 pub const LEGACY_HOLE: Range<u64> = 0xa_0000..0x10_0000;
 
@@ -31,7 +33,11 @@ const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4 << 10;
 const HUGE_PAGE: u64 = 2 * MIB;
 const HIGH_RAM_START: u64 = 4 * GIB;
-const ACPI_SIZE: u64 = 128 << 10;
+/// Where old systems look for the RSDP, and of no other use.
+const ACPI: RamRange = RamRange {
+    start: 0xe_0000,
+    len: 64 << 10,
+};
 const PCI_IO: RangeInclusive<u16> = 0x1000..=0xffff;
 /// Room for 32 root ports of 16 MiB each.
 const MIN_MEM32: u64 = 512 * MIB;
@@ -313,23 +319,18 @@ fn holes(ram: &[RamRange]) -> Vec<RangeInclusive<u64>> {
         .collect()
 }
 
-/// The upper part of the legacy hole, where old systems look for the RSDP and which is of no other
-/// use; the top of low RAM where a device forbids a part of the hole.
+/// The usual place, or the top of low RAM where a device forbids a part of that.
 fn place_acpi(ram: &[RamRange]) -> RamRange {
-    let usual = RamRange {
-        start: LEGACY_HOLE.end - ACPI_SIZE,
-        len: ACPI_SIZE,
-    };
-    let in_ram = |range: &RamRange| range.start <= usual.start && range.end() >= usual.end();
+    let in_ram = |range: &RamRange| range.start <= ACPI.start && range.end() >= ACPI.end();
     let low = ram
         .iter()
-        .filter(|range| range.start < LOW_RAM_END && range.len > ACPI_SIZE);
+        .filter(|range| range.start < LOW_RAM_END && range.len > ACPI.len);
     match low.last() {
         Some(last) if !ram.iter().any(in_ram) => RamRange {
-            start: last.end() - ACPI_SIZE,
-            len: ACPI_SIZE,
+            start: last.end() - ACPI.len,
+            ..ACPI
         },
-        _ => usual,
+        _ => ACPI,
     }
 }
 
@@ -368,7 +369,7 @@ mod tests {
             small.acpi,
             RamRange {
                 start: 0xe_0000,
-                len: 0x2_0000
+                len: 0x1_0000
             }
         );
         let bridge = &small.bridges[0];
@@ -467,8 +468,8 @@ mod tests {
         assert_eq!(
             layout.acpi,
             RamRange {
-                start: 64 * MIB - 0x1_f000,
-                len: ACPI_SIZE
+                start: 64 * MIB - 0xf000,
+                len: 0x1_0000
             }
         );
         assert_eq!(layout.holes, [0xe_8000..=0xe_8fff]);

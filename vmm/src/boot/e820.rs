@@ -108,7 +108,7 @@ mod tests {
         let entries = map_of(3 * GIB, &[]);
         let expected = [
             (0, 0xa_0000, Kind::Ram),
-            (0xe_0000, 0x10_0000, Kind::Acpi),
+            (0xe_0000, 0xf_0000, Kind::Acpi),
             (0x10_0000, 2 * GIB, Kind::Ram),
             (0xe000_0000, 0xf000_0000, Kind::Reserved),
             (4 * GIB, 5 * GIB, Kind::Ram),
@@ -127,8 +127,8 @@ mod tests {
             (0, 0xa_0000, Kind::Ram),
             (0xe_8000, 0xe_9000, Kind::Reserved),
             (0x10_0000, 2 * MIB, Kind::Ram),
-            (2 * MIB, 0x7b7e_0000, Kind::Ram),
-            (0x7b7e_0000, 0x7b80_0000, Kind::Acpi),
+            (2 * MIB, 0x7b7f_0000, Kind::Ram),
+            (0x7b7f_0000, 0x7b80_0000, Kind::Acpi),
             (0x7b80_0000, 0x8000_0000, Kind::Reserved),
             (0xe000_0000, 0xf000_0000, Kind::Reserved),
             (

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::e820;
 use super::identify::{self, Kind, identify};
-use super::{BootError, CMDLINE, START_INFO, ZERO_PAGE, bzimage, elf, linux64, pvh};
+use super::{BootError, CMDLINE, START_INFO, ZERO_PAGE, bzimage, elf, linux64, pvh, reset};
 use crate::layout::Layout;
 
 /// `COMMAND_LINE_SIZE` of x86, less the zero at the end; a bzImage says it itself.
@@ -78,6 +78,7 @@ pub fn load<M: GuestMemoryBackend>(
     if handover.map.len() > e820::MAX_ENTRIES {
         return Err(BootError::MemoryMap(handover.map.len()));
     }
+    reset::write(memory, layout)?;
     let place = |end, last| match initramfs {
         Some(image) => load_initramfs(memory, &handover.map, image, end, last).map(Some),
         None => Ok(None),

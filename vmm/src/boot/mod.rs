@@ -10,6 +10,7 @@
 //! | `0x9000` | page tables of the 64-bit entry |
 //! | [`CMDLINE`] | kernel command line |
 //! | `0xe0000` | ACPI tables ([`crate::layout::Layout::acpi`]) |
+//! | `0xffff0` | the code of the reset vector |
 
 pub mod acpi;
 mod bzimage;
@@ -20,6 +21,7 @@ mod identify;
 mod kernel;
 mod linux64;
 mod pvh;
+mod reset;
 
 pub use error::BootError;
 pub use kernel::{Entry, Image, load};

@@ -285,7 +285,7 @@ mod tests {
         assert!(matches!(
             refused,
             Err(AcpiError::TooLong {
-                available: 0x2_0000,
+                available: 0x1_0000,
                 ..
             })
         ));
