@@ -31,3 +31,6 @@ use vm_memory::GuestAddress;
 const START_INFO: GuestAddress = GuestAddress(0x6000);
 const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
 const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
+
+#[cfg(test)]
+mod tests;
