@@ -186,12 +186,6 @@ impl Layout {
             }],
         })
     }
-
-    /// The first address beyond RAM below 4 GiB.
-    pub fn low_ram_end(&self) -> u64 {
-        let low = self.ram.iter().filter(|range| range.start < LOW_RAM_END);
-        low.last().map_or(0, RamRange::end)
-    }
 }
 
 impl RamRange {
@@ -264,7 +258,7 @@ fn largest(pieces: Vec<Range<u64>>) -> Option<Range<u64>> {
 /// Lays out RAM from 0 up, around what is forbidden: at 4 KiB in the first 2 MiB, where firmware
 /// likes to reserve single pages, and at 2 MiB above, so that huge pages stay whole.
 fn place_ram(ram: u64, forbidden: &[Range<u64>], limit: u64) -> Result<Vec<RamRange>, LayoutError> {
-    if ram < HUGE_PAGE || ram % PAGE != 0 {
+    if ram < HUGE_PAGE || !ram.is_multiple_of(PAGE) {
         return Err(LayoutError::RamSize(ram));
     }
     let needed = 0..LEGACY_HOLE.start;
@@ -290,7 +284,9 @@ fn place_ram(ram: u64, forbidden: &[Range<u64>], limit: u64) -> Result<Vec<RamRa
         }
         left -= len;
         // A range that begins in the middle of a huge page must not spoil those that follow.
-        let joins = |last: &&mut RamRange| last.end() == piece.start && last.start % HUGE_PAGE == 0;
+        let joins = |last: &&mut RamRange| {
+            last.end() == piece.start && last.start.is_multiple_of(HUGE_PAGE)
+        };
         match ranges.last_mut().filter(joins) {
             Some(last) => last.len += len,
             None => ranges.push(RamRange {
@@ -322,10 +318,10 @@ fn holes(ram: &[RamRange]) -> Vec<RangeInclusive<u64>> {
 /// The usual place, or the top of low RAM where a device forbids a part of that.
 fn place_acpi(ram: &[RamRange]) -> RamRange {
     let in_ram = |range: &RamRange| range.start <= ACPI.start && range.end() >= ACPI.end();
-    let low = ram
+    let mut low = ram
         .iter()
         .filter(|range| range.start < LOW_RAM_END && range.len > ACPI.len);
-    match low.last() {
+    match low.next_back() {
         Some(last) if !ram.iter().any(in_ram) => RamRange {
             start: last.end() - ACPI.len,
             ..ACPI
@@ -376,12 +372,10 @@ mod tests {
         assert_eq!((bridge.first_bus, bridge.last_bus), (0, 255));
         assert_eq!(bridge.mem32, 0x8000_0000..=0xdfff_ffff);
         assert_eq!(bridge.mem64, 4 * GIB..=TIB - 1);
-        assert_eq!(small.low_ram_end(), 512 * MIB);
 
         let large = plan(9 * GIB, 40, &[MSI]).unwrap();
         assert_eq!(ram(&large), [(0, 2 * GIB), (4 * GIB, 7 * GIB)]);
         assert_eq!(large.bridges[0].mem64, 11 * GIB..=TIB - 1);
-        assert_eq!(large.low_ram_end(), 2 * GIB);
         assert_eq!(large.holes, []);
     }
 

@@ -27,7 +27,7 @@ struct Segment {
 
 const PHDR_SIZE: usize = 56;
 const PT_LOAD: u32 = 1;
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Reads the kernel's segments into the RAM of `map` and clears what the file leaves out of them:
 /// at a reboot of the guest, its old contents lie there.

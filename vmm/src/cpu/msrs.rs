@@ -141,7 +141,7 @@ mod tests {
         let good = msrs
             .as_slice()
             .iter()
-            .take_while(|entry| entry.index % 7 != 0);
+            .take_while(|entry| !entry.index.is_multiple_of(7));
         let before = seen.len();
         seen.extend(good.map(|entry| entry.index));
         seen.len() - before
@@ -153,7 +153,7 @@ mod tests {
             let entries: Vec<_> = (1..=count).map(|index| entry(index, 0)).collect();
             let mut seen = Vec::new();
             let refused = each(&entries, |msrs| Ok(picky(&mut seen, msrs))).unwrap();
-            let is_refused = |index: &u32| index % 7 == 0;
+            let is_refused = |index: &u32| index.is_multiple_of(7);
             assert_eq!(refused, (1..=count).filter(is_refused).collect::<Vec<_>>());
             assert_eq!(
                 seen,
