@@ -18,7 +18,10 @@ ulimit -c 0
 for module in kvm_amd vfio_iommu_type1 vfio_pci; do
     modprobe $module 2>/dev/null
 done
-# A child, waited for: the shell reaps the orphans that end up here.
-lab-agent &
-wait $!
+# KVM compares the TSC's frequency as measured when it was loaded with the one refined later. Where
+# they differ by more than this, it fails to scale the guests' TSC and their timers never fire.
+echo 100000 >/sys/module/kvm/parameters/tsc_tolerance_ppm
+# Not in the background, where a shell makes its children ignore ^C; the waiting shell reaps the
+# orphans that end up here.
+lab-agent
 poweroff -f
