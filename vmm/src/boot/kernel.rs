@@ -13,6 +13,8 @@ use crate::layout::Layout;
 
 /// `COMMAND_LINE_SIZE` of x86, less the zero at the end; a bzImage says it itself.
 const CMDLINE_MAX: usize = 2047;
+/// What there is room for.
+const CMDLINE_ROOM: usize = 0xffff;
 const PAGE: u64 = 4096;
 
 /// A file to load, and its name for error messages.
@@ -96,7 +98,11 @@ pub fn load<M: GuestMemoryBackend>(
         }
         Kind::BzImage => {
             let loaded = bzimage::load(memory, &handover.map, kernel)?;
-            write_cmdline(memory, cmdline, loaded.header.cmdline_size as usize)?;
+            write_cmdline(
+                memory,
+                cmdline,
+                (loaded.header.cmdline_size as usize).min(CMDLINE_ROOM),
+            )?;
             let last = u64::from(loaded.header.initrd_addr_max);
             handover.initramfs = place(loaded.end, last)?;
             linux64::write(memory, &handover, loaded.header)?;

@@ -408,3 +408,26 @@ fn command_lines_are_whole_or_refused() {
     let zero = guest.load_with(&vmlinux(), None, "a\0b");
     assert!(matches!(zero, Err(BootError::CmdlineNul)));
 }
+
+#[test]
+fn damaged_headers_never_panic() {
+    use proptest::test_runner::{Config, TestRunner};
+    let guest = Guest::new(4 * MIB, &[]);
+    let damage = proptest::collection::vec((0..0x300_usize, proptest::num::u8::ANY), 1..6);
+    let config = Config {
+        failure_persistence: None,
+        ..Config::with_cases(300)
+    };
+    TestRunner::new(config)
+        .run(&damage, |damage| {
+            for mut kernel in [vmlinux(), bzimage(|_| {})] {
+                for (offset, byte) in &damage {
+                    kernel[*offset] = *byte;
+                }
+                // Whether the kernel still boots is not what is asked here.
+                let _ = guest.load(&kernel, Some(&[7; 10]));
+            }
+            Ok(())
+        })
+        .unwrap();
+}

@@ -2,8 +2,8 @@
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs,
+    kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_nested_state__bindgen_ty_1, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Error, VcpuFd};
 
@@ -15,7 +15,7 @@ const COMPLETIONS: usize = 64;
 /// The state of a vCPU at power-on.
 pub struct Snapshot {
     id: u32,
-    nested: Option<Box<KvmNestedStateBuffer>>,
+    nested: Option<NestedState>,
     sregs: kvm_sregs,
     xcrs: Option<kvm_xcrs>,
     fpu: kvm_fpu,
@@ -35,7 +35,10 @@ impl Snapshot {
     pub fn take(vcpu: &VcpuFd, id: u32, features: &Features) -> Result<Self, CpuError> {
         Ok(Self {
             id,
-            nested: features.nested.then(|| take_nested(vcpu, id)).transpose()?,
+            nested: features
+                .nested
+                .then(|| call(id, "KVM_GET_NESTED_STATE", NestedState::take(vcpu)))
+                .transpose()?,
             sregs: call(id, "KVM_GET_SREGS", vcpu.get_sregs())?,
             xcrs: features
                 .xcrs
@@ -68,7 +71,11 @@ impl Snapshot {
             source,
         })?;
         if let Some(nested) = &self.nested {
-            call(id, "KVM_SET_NESTED_STATE", vcpu.set_nested_state(nested))?;
+            call(
+                id,
+                "KVM_SET_NESTED_STATE",
+                vcpu.set_nested_state(&nested.buffer()),
+            )?;
         }
         call(id, "KVM_SET_SREGS", vcpu.set_sregs(&self.sregs))?;
         if let Some(xcrs) = &self.xcrs {
@@ -93,10 +100,41 @@ impl Snapshot {
     }
 }
 
-fn take_nested(vcpu: &VcpuFd, id: u32) -> Result<Box<KvmNestedStateBuffer>, CpuError> {
-    let mut state = Box::new(KvmNestedStateBuffer::empty());
-    call(id, "KVM_GET_NESTED_STATE", vcpu.nested_state(&mut state))?;
-    Ok(state)
+/// The state of a guest's own hypervisor before there is one: a header, without the 8 KiB of a
+/// guest's guest that KVM's structure has room for.
+#[derive(Clone, Copy)]
+struct NestedState {
+    flags: u16,
+    format: u16,
+    size: u32,
+    header: kvm_nested_state__bindgen_ty_1,
+}
+
+impl NestedState {
+    fn take(vcpu: &VcpuFd) -> Result<Self, Error> {
+        let mut state = KvmNestedStateBuffer::empty();
+        vcpu.nested_state(&mut state)?;
+        let KvmNestedStateBuffer {
+            flags,
+            format,
+            size,
+            hdr: header,
+            ..
+        } = state;
+        Ok(Self {
+            flags,
+            format,
+            size,
+            header,
+        })
+    }
+
+    fn buffer(&self) -> KvmNestedStateBuffer {
+        let mut state = KvmNestedStateBuffer::empty();
+        (state.flags, state.format, state.size) = (self.flags, self.format, self.size);
+        state.hdr = self.header;
+        state
+    }
 }
 
 /// Lets KVM complete an access that it handed to user space: else it would do so at the next run,
