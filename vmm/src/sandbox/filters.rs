@@ -115,20 +115,22 @@ const GROUP_REQUESTS: &[c_ulong] = &[
 
 /// Bringing a VM back to its first state.
 const CONTROL_REQUESTS: &[c_ulong] = &[
-    trades::<kvm::kvm_irqchip>(0x62),    // KVM_GET_IRQCHIP
-    gives::<kvm::kvm_irqchip>(0x63),     // KVM_SET_IRQCHIP, which the kernel declares as a read
-    takes::<kvm::kvm_regs>(0x82),        // KVM_SET_REGS
-    gives::<kvm::kvm_sregs>(0x83),       // KVM_GET_SREGS
-    takes::<kvm::kvm_sregs>(0x84),       // KVM_SET_SREGS
-    takes::<kvm::kvm_msrs>(0x89),        // KVM_SET_MSRS
-    takes::<kvm::kvm_fpu>(0x8d),         // KVM_SET_FPU
+    call(0x80), // KVM_RUN, to complete an access without running the guest
+    trades::<kvm::kvm_irqchip>(0x62), // KVM_GET_IRQCHIP
+    gives::<kvm::kvm_irqchip>(0x63), // KVM_SET_IRQCHIP, which the kernel declares as a read
+    takes::<kvm::kvm_regs>(0x82), // KVM_SET_REGS
+    gives::<kvm::kvm_sregs>(0x83), // KVM_GET_SREGS
+    takes::<kvm::kvm_sregs>(0x84), // KVM_SET_SREGS
+    takes::<kvm::kvm_msrs>(0x89), // KVM_SET_MSRS
+    takes::<kvm::kvm_fpu>(0x8d), // KVM_SET_FPU
     takes::<kvm::kvm_lapic_state>(0x8f), // KVM_SET_LAPIC
-    takes::<kvm::kvm_mp_state>(0x99),    // KVM_SET_MP_STATE
+    takes::<kvm::kvm_mp_state>(0x99), // KVM_SET_MP_STATE
     takes::<kvm::kvm_vcpu_events>(0xa0), // KVM_SET_VCPU_EVENTS
-    takes::<kvm::kvm_debugregs>(0xa2),   // KVM_SET_DEBUGREGS
-    takes::<kvm::kvm_xsave>(0xa5),       // KVM_SET_XSAVE
-    takes::<kvm::kvm_xcrs>(0xa7),        // KVM_SET_XCRS
-    call(0xad),                          // KVM_KVMCLOCK_CTRL
+    takes::<kvm::kvm_debugregs>(0xa2), // KVM_SET_DEBUGREGS
+    takes::<kvm::kvm_xsave>(0xa5), // KVM_SET_XSAVE
+    takes::<kvm::kvm_xcrs>(0xa7), // KVM_SET_XCRS
+    call(0xad), // KVM_KVMCLOCK_CTRL
+    takes::<kvm::kvm_nested_state>(0xbf), // KVM_SET_NESTED_STATE
 ];
 
 /// Logging asks whether stderr is a terminal; the end puts the terminal back.
