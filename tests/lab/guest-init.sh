@@ -17,8 +17,12 @@ say_nvme() {
         echo "guest: $name.bdf=$bdf"
         echo "guest: $name.model=$(sed 's/ *$//' "$device/model")"
         echo "guest: $name.serial=$(sed 's/ *$//' "$device/serial")"
-        disk=/dev/${name}n1
-        echo "guest: $name.bytes=$(($(cat "/sys/class/block/${name}n1/size") * 512))"
+        # With multipath, the disk belongs to a subsystem that has the serial as well.
+        for block in /sys/block/nvme*; do
+            disk=/dev/${block##*/}
+            [ -e "$disk" ] && cmp -s "$block/device/serial" "$device/serial" && break
+        done
+        echo "guest: $name.bytes=$(($(cat "$block/size") * 512))"
         echo "guest: $name.sha256=$(dd if="$disk" bs=1M iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1)"
         grep "${name}q" /proc/interrupts | while read -r line; do
             echo "guest: $name.irq=$line"

@@ -63,10 +63,15 @@ impl Bed {
             Some((_, host)) => host,
             None => self.boot(suite)?,
         };
+        // So that the kernel's log, and the console's, say which lines are whose.
+        let mark = format!("case {}", case.name);
+        host.command(["sh", "-c", "echo $0 >/dev/kmsg", &mark])
+            .output()?
+            .success()?;
         let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)))
             .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()))));
         let clean = check_clean(&host);
-        let result = result.map_err(|error| with_kernel_log(error, &host));
+        let result = result.map_err(|error| with_kernel_log(error, &host, &mark));
         if clean.is_ok() {
             *slot = Some((suite.name, host));
         }
@@ -101,11 +106,16 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "the case panicked".to_owned())
 }
 
-/// Adds the end of the host's kernel log to an error, if the host still talks.
-fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
-    match host.sh("dmesg | tail -n 12").output() {
-        Ok(log) => anyhow!("{error:#}\n--- the host's kernel log ends\n{}", log.text()),
-        Err(_) => error,
+/// Adds what the host's kernel logged since the `mark` to an error, if the host still talks.
+fn with_kernel_log(error: anyhow::Error, host: &Host, mark: &str) -> anyhow::Error {
+    match host
+        .command(["sh", "-c", "dmesg | sed \"1,/$0\\$/d\"", mark])
+        .output()
+    {
+        Ok(log) if !log.stdout.is_empty() => {
+            anyhow!("{error:#}\n--- the host's kernel log\n{}", log.text())
+        }
+        _ => error,
     }
 }
 

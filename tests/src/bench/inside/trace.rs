@@ -8,8 +8,10 @@ use anyhow::{Context, Result, bail};
 
 const ROOT: &str = "/sys/kernel/tracing";
 
-/// Disables its own event when it happens: the first is recorded, the rest cost next to nothing.
+/// The first `kvm_exit` ends the recording of `kvm_entry`: one is recorded, and all later ones cost
+/// next to nothing. (A trigger of its own would act before the first is written.)
 const ONCE: &str = "disable_event:kvm:kvm_entry:1";
+const ONCE_FILE: &str = "events/kvm/kvm_exit/trigger";
 
 /// A tracepoint that was hit.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,9 +49,9 @@ impl Tracer {
         set("options/overwrite", "0")?;
         set("trace", "")?;
         if once {
-            set(&tracer.file("trigger"), ONCE)?;
+            set(ONCE_FILE, ONCE)?;
         }
-        set(&tracer.file("enable"), "1")?;
+        set(&tracer.enable(), "1")?;
         set("tracing_on", "1")?;
         Ok(tracer)
     }
@@ -71,8 +73,8 @@ impl Tracer {
             .collect())
     }
 
-    fn file(&self, name: &str) -> String {
-        format!("events/kvm/{}/{name}", self.event)
+    fn enable(&self) -> String {
+        format!("events/kvm/{}/enable", self.event)
     }
 }
 
@@ -80,9 +82,9 @@ impl Drop for Tracer {
     fn drop(&mut self) {
         // Each fails only where `start` has failed before.
         let _ = set("tracing_on", "0");
-        let _ = set(&self.file("enable"), "0");
+        let _ = set(&self.enable(), "0");
         if self.once {
-            let _ = set(&self.file("trigger"), &format!("!{ONCE}"));
+            let _ = set(ONCE_FILE, &format!("!{ONCE}"));
         }
     }
 }
