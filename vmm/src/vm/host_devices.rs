@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
-use gantry_resources::{HostDevice, HostPaths, Lease};
+use gantry_resources::{HostDevice, HostPaths, Lease, ReservedKind, ReservedRegion};
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
@@ -87,7 +87,7 @@ impl Claimed {
             if !numbers.contains(&group) {
                 numbers.push(group);
                 let regions = gantry_resources::reserved_regions(host, group)?;
-                reserved.extend(regions.iter().map(|region| region.start..=region.end));
+                reserved.extend(regions.iter().filter_map(forbidden));
             }
         }
         let joined = if numbers.is_empty() {
@@ -188,6 +188,11 @@ impl Claimed {
         }
         Ok(tasks)
     }
+}
+
+/// What a reserved region keeps from the guest. A relaxable one binds the host's own drivers only.
+fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
+    (region.kind != ReservedKind::DirectRelaxable).then_some(region.start..=region.end)
 }
 
 /// Closes devices side by side: the kernel resets each as it is closed.
