@@ -21,12 +21,13 @@ impl Host {
             "sys/bus/pci/devices",
             "sys/bus/pci/drivers",
             "dev",
-            "proc",
+            "proc/self",
             "run",
             "etc",
         ] {
             fs::create_dir_all(host.path(dir)).unwrap();
         }
+        fs::write(host.path("proc/self/mountinfo"), "").unwrap();
         host.device("0000:00:03.0", ["0x8086", "0x1572", "0x020000"], "i40e", 3);
         host.device(
             "0000:01:00.0",
@@ -417,4 +418,47 @@ fn schemas_are_json() {
         let schema: Value = serde_json::from_str(&host.gantry(&["schema", file]).ok()).unwrap();
         assert!(schema["properties"][key].is_object(), "{file}");
     }
+}
+
+#[test]
+fn groups_are_made_of_devices_and_rules_and_changed() {
+    let host = Host::new();
+    host.gantry(&["group", "create", "nics", "--device", "00:03.0"])
+        .ok();
+    let text = host.gantry(&["group", "show", "nics"]).ok();
+    assert!(
+        text.contains(r#"rule 1       {"id":"8086:1572","slot":"0000:00:03.0"}"#),
+        "{text}"
+    );
+    host.gantry(&["group", "rename", "nics", "net"]).ok();
+    let rule = r#"{"class": {"begins": "02"}, "driver": {"not": "nvme"}}"#;
+    host.gantry(&["group", "edit", "net", "--rule", rule, "--drop-rule", "1"])
+        .ok();
+    let found = host.gantry(&["group", "match", "net"]).ok();
+    assert_eq!(first_words(&found), ["0000:00:03.0"]);
+    let json = host
+        .gantry(&[
+            "group",
+            "match",
+            "--rule",
+            r#"{"slot": "0[12]:*"}"#,
+            "--json",
+        ])
+        .ok();
+    let found: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(found.as_array().unwrap().len(), 2);
+    assert_eq!(found[0]["group"], "disks");
+    host.gantry(&["group", "delete", "net"]).ok();
+    for (args, said) in [
+        (["group", "show", "nets"], "no group \"nets\""),
+        (["group", "delete", "disk"], "did you mean \"disks\"?"),
+    ] {
+        let error = host.gantry(&args).failed(1);
+        assert!(error.contains(said), "{error}");
+    }
+    let error = host
+        .gantry(&["group", "match", "--rule", r#"{"vendor": "1"}"#])
+        .failed(2);
+    assert!(error.contains("four hex digits"), "{error}");
+    host.gantry(&["group", "match"]).failed(2);
 }

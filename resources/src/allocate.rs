@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::group::{GroupError, Groups, ResourceGroup, nearest};
+use crate::config::nearest;
+use crate::group::{GroupError, Groups, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{

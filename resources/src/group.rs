@@ -1,17 +1,18 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
-use std::fs;
-use std::io;
+mod edit;
+
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
+use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::rule::Rule;
-use crate::sysfs;
+pub use edit::{EditError, GroupChange, GroupFiles};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -76,12 +77,17 @@ impl ResourceGroup {
     }
 }
 
-fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let name = String::deserialize(deserializer)?;
+/// Whether a text can name a group or a plan.
+pub(crate) fn is_name(name: &str) -> bool {
     let plain = name
         .bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-    if plain && name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric()) {
+    plain && name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+}
+
+fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    if is_name(&name) {
         return Ok(name);
     }
     Err(serde::de::Error::custom(format!(
@@ -90,13 +96,13 @@ fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::E
 }
 
 /// A file of groups: `groups.json` and each `groups.d/*.json`.
-#[derive(Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(title = "gantry resource groups")]
 struct GroupsFile {
     /// For editors; gantry does not read it.
-    #[serde(rename = "$schema")]
-    _schema: Option<String>,
+    #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
+    schema: Option<String>,
     /// The groups, in the order in which they claim devices.
     groups: Vec<ResourceGroup>,
 }
@@ -125,28 +131,16 @@ pub struct Overlap {
 /// A definition of groups is wrong, or cannot be read.
 #[derive(Debug, Error)]
 pub enum GroupError {
-    /// A file or directory cannot be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file is not what it should be.
-    #[error("{path}:{line}:{column}: {key}: {problem}")]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// Line, from 1.
-        line: usize,
-        /// Column, from 1.
-        column: usize,
-        /// Which key, such as `groups[0].rules[1].vendor`.
-        key: String,
-        /// What is wrong with it, and what would be right.
-        problem: String,
+    /// A file is not what it should be, or cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    /// There is no such group.
+    #[error("there is no group \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
     },
     /// Two groups have one name.
     #[error(
@@ -162,13 +156,20 @@ pub enum GroupError {
     },
 }
 
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry group list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}
+
 impl Groups {
     /// Reads `groups.json`, then `groups.d/*.json` in the order of their names. None need exist.
     pub fn load(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
         for path in files(paths)? {
-            if let Some(text) = read(&path)? {
-                groups.add(parse(&path, &text)?)?;
+            if let Some(text) = config::read(&path)? {
+                groups.add(parse(&path, &text)?.groups)?;
             }
         }
         Ok(groups)
@@ -197,6 +198,19 @@ impl Groups {
     /// The group of that name.
     pub fn get(&self, name: &str) -> Option<&ResourceGroup> {
         self.groups.iter().find(|group| group.name == name)
+    }
+
+    /// The group of that name, or an error that names the most similar one.
+    pub fn find(&self, name: &str) -> Result<&ResourceGroup, GroupError> {
+        self.get(name).ok_or_else(|| self.unknown(name))
+    }
+
+    fn unknown(&self, name: &str) -> GroupError {
+        let names = self.groups.iter().map(|group| group.name.as_str());
+        GroupError::Unknown {
+            name: name.to_owned(),
+            near: nearest(name, names).map(str::to_owned),
+        }
     }
 
     /// The group that a device belongs to: the first one, in the order of definition, that matches it.
@@ -238,89 +252,18 @@ impl Groups {
 }
 
 /// The files that define groups, in the order in which they count.
-fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, GroupError> {
-    let dir = paths.config.join("groups.d");
-    let names = sysfs::entries(&dir).map_err(|source| GroupError::Read {
-        path: dir.clone(),
-        source,
-    })?;
-    let drop_ins = names
-        .iter()
-        .filter(|name| name.ends_with(".json") && !name.starts_with('.'));
+fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
     let mut files = vec![paths.config.join("groups.json")];
-    files.extend(drop_ins.map(|name| dir.join(name)));
+    files.extend(config::drop_ins(&paths.config.join("groups.d"))?);
     Ok(files)
 }
 
-fn read(path: &Path) -> Result<Option<String>, GroupError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if sysfs::is_gone(&error) => Ok(None),
-        Err(source) => Err(GroupError::Read {
-            path: path.to_owned(),
-            source,
-        }),
-    }
-}
-
-fn parse(path: &Path, text: &str) -> Result<Vec<ResourceGroup>, GroupError> {
-    let mut json = serde_json::Deserializer::from_str(text);
-    let parsed = serde_path_to_error::deserialize::<_, GroupsFile>(&mut json)
-        .map_err(|error| invalid(path, &error.path().to_string(), error.inner()));
-    let mut groups = parsed?.groups;
-    json.end().map_err(|error| invalid(path, ".", &error))?;
-    for group in &mut groups {
+fn parse(path: &Path, text: &str) -> Result<GroupsFile, ConfigError> {
+    let mut file: GroupsFile = config::parse(path, text)?;
+    for group in &mut file.groups {
         group.file = path.to_owned();
     }
-    Ok(groups)
-}
-
-fn invalid(path: &Path, key: &str, error: &serde_json::Error) -> GroupError {
-    GroupError::Invalid {
-        path: path.to_owned(),
-        line: error.line(),
-        column: error.column(),
-        key: if key == "." {
-            "the file".to_owned()
-        } else {
-            key.to_owned()
-        },
-        problem: explain(&error.to_string()),
-    }
-}
-
-/// Says what serde says, without the position and with the nearest known word for an unknown one.
-fn explain(message: &str) -> String {
-    let message = message
-        .rfind(" at line ")
-        .map_or(message, |end| &message[..end]);
-    let kind = match message {
-        _ if message.starts_with("unknown field ") => "key",
-        _ if message.starts_with("unknown variant ") => "value",
-        _ => return message.to_owned(),
-    };
-    let mut words = message.split('`').skip(1).step_by(2);
-    let unknown = words.next().unwrap_or_default();
-    let known: Vec<&str> = words.collect();
-    match nearest(unknown, known.iter().copied()) {
-        Some(near) => format!("unknown {kind} \"{unknown}\": did you mean \"{near}\"?"),
-        None => format!(
-            "unknown {kind} \"{unknown}\": there are {}",
-            known.join(", ")
-        ),
-    }
-}
-
-/// The most similar of some words, if any is similar at all.
-pub(crate) fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let rated = known.map(|candidate| {
-        (
-            strsim::normalized_damerau_levenshtein(word, candidate),
-            candidate,
-        )
-    });
-    let best = rated.max_by(|(one, _), (other, _)| one.total_cmp(other))?;
-    (best.0 >= 0.5).then_some(best.1)
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -89,7 +89,7 @@ pub struct HostBdf {
 /// Text that is no PCI address.
 #[derive(Debug, Error)]
 #[error("\"{0}\" is no PCI address: write it like 0000:01:00.0 or 01:00.0")]
-pub struct BdfError(String);
+pub struct BdfError(pub(crate) String);
 
 impl HostBdf {
     /// An address from its numbers; none if the device is over 31 or the function over 7.

@@ -67,6 +67,9 @@ pub struct HostDevice {
     pub dsn: Option<String>,
     /// The firmware's console display.
     pub boot_vga: bool,
+    /// Types of mediated devices that it can make (`mdev_supported_types`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mdev_types: Vec<String>,
     /// The VFIO node, for a device in an IOMMU group that is bound to vfio-pci.
     pub node: Option<NodeAccess>,
     /// Who has leased the device.
@@ -293,6 +296,7 @@ impl Facts<'_> {
             serial: None,
             dsn: None,
             boot_vga: sysfs::text(&self.dir.join("boot_vga"))?.as_deref() == Some("1"),
+            mdev_types: sysfs::entries(&self.dir.join("mdev_supported_types"))?,
             node: None,
             lease: LeaseStatus::Free,
         };

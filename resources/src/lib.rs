@@ -11,7 +11,9 @@
 #![forbid(unsafe_code)]
 
 mod allocate;
+mod atomic;
 mod bind;
+mod config;
 mod dsn;
 #[cfg(test)]
 mod fixture;
@@ -33,7 +35,10 @@ mod writer;
 
 pub use allocate::{AllocateError, Request, allocate};
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
-pub use group::{GroupError, GroupType, Groups, Overlap, ResourceGroup};
+pub use config::ConfigError;
+pub use group::{
+    EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap, ResourceGroup,
+};
 pub use guard::{Guarded, HostUse, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
@@ -43,5 +48,7 @@ pub use memlock::memlock_limit;
 pub use moves::MoveError;
 pub use obstacle::{Blocked, Obstacle, blocked};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
-pub use rule::{ClassPrefix, Filters, HexId, IdPair, Rule, RuleError};
+pub use rule::{
+    ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
+};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

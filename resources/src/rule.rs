@@ -1,47 +1,76 @@
 //! The filters that select devices, and whether a device passes them.
 
-use std::fmt;
-use std::str::FromStr;
+mod filter;
+mod value;
+
+use std::borrow::Cow;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::{HostBdf, hex};
-use crate::ids::PciClass;
+use crate::host::HostBdf;
 use crate::inventory::HostDevice;
+use filter::Subject;
+pub use filter::{Filter, FilterValue};
+use value::addresses;
+pub use value::{ClassPrefix, HexId, IdPair, Number, Slot, Word};
 
 /// Filters that must all hold for a device to match. There is at least one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "Filters", into = "Filters")]
 #[schemars(with = "Filters")]
-pub struct Rule(Filters);
+pub struct Rule(Box<Filters>);
 
 /// The filters of a rule as they are written; those left out hold for every device.
+///
+/// Each is a value that the field must equal, or an object of comparisons that must all hold: `equal`,
+/// `not`, `less`, `more`, and for texts `begins`, `ends`, `contains` and `regex`. Text filters on ids and
+/// classes look at the names in pci.ids too; in names, case does not count.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(extend("minProperties" = 1))]
 pub struct Filters {
+    /// The device's name in pci.ids, with or without its vendor's: "NVM Express*" or {"contains": "P2000"}.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<Filter<Word>>,
     /// Vendor and device id together, as `lspci -nn` shows them: "1b36:0010".
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<IdPair>,
+    pub id: Option<Filter<IdPair>>,
     /// Vendor id, four hex digits: "1b36" or "0x1b36".
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub vendor: Option<HexId>,
+    pub vendor: Option<Filter<HexId>>,
     /// Device id, four hex digits.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<HexId>,
+    pub device: Option<Filter<HexId>>,
+    /// Subsystem vendor and device id together: "1af4:1100".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subsystem: Option<Filter<IdPair>>,
     /// The class code or its beginning: base class ("01"), with subclass ("0108"), with programming
     /// interface ("010802").
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub class: Option<ClassPrefix>,
-    /// PCI address: "0000:01:00.0" or "01:00.0".
+    pub class: Option<Filter<ClassPrefix>>,
+    /// PCI address: "0000:01:00.0", "01:00.0", or a pattern such as "3b:*".
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub slot: Option<HostBdf>,
+    pub slot: Option<Filter<Slot>>,
     /// Serial number: of the NVMe controller, or the PCIe device serial number.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1))]
-    pub serial: Option<String>,
+    pub serial: Option<Filter<Word>>,
+    /// The driver that has the device now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<Filter<Word>>,
+    /// NUMA node; a device of a host with one node has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Filter<Number>>,
+    /// IOMMU group. Its number may change when the host boots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommu_group: Option<Filter<Number>>,
+    /// Of a virtual function: the address of its physical function.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pf: Option<Filter<Slot>>,
+    /// A type of mediated device that it can make: "nvidia-222".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mdev_type: Option<Filter<Word>>,
 }
 
 /// A filter that is no such thing.
@@ -56,14 +85,42 @@ pub enum RuleError {
     /// Not the beginning of a class code.
     #[error("\"{0}\" is no PCI class: write 2, 4 or 6 hex digits, like \"0108\" for NVMe")]
     Class(String),
+    /// Neither an address nor a pattern for some.
+    #[error(
+        "\"{0}\" is no PCI address: write it like 0000:01:00.0 or 01:00.0, or a pattern like 01:*"
+    )]
+    Slot(String),
     /// No filter at all.
     #[error(
-        "a rule needs at least one filter (id, vendor, device, class, slot, serial), or it would take every device"
+        "a rule needs at least one filter (name, id, vendor, device, subsystem, class, slot, serial, driver, numa, iommu_group, pf, mdev_type), or it would take every device"
     )]
     Empty,
-    /// A serial number without a character.
-    #[error("a serial number cannot be empty: leave the filter out instead")]
-    EmptySerial,
+    /// A text without a character.
+    #[error("the text cannot be empty: leave the filter out instead")]
+    EmptyText,
+    /// An object without a comparison.
+    #[error("a filter needs a comparison: equal, not, less, more, begins, ends, contains or regex")]
+    NoOperator,
+    /// A comparison of texts for what is a number.
+    #[error("\"{operator}\" compares texts and this is a number: use equal, not, less or more")]
+    NotText {
+        /// The comparison.
+        operator: &'static str,
+    },
+    /// A comparison of sizes for what has none.
+    #[error("\"{operator}\" means nothing here: use equal, not, begins, ends, contains or regex")]
+    NotOrdered {
+        /// The comparison.
+        operator: &'static str,
+    },
+    /// A pattern that cannot be read.
+    #[error("\"{text}\" is no pattern: {problem}")]
+    Pattern {
+        /// The pattern.
+        text: String,
+        /// What is wrong with it.
+        problem: String,
+    },
 }
 
 impl Rule {
@@ -72,36 +129,153 @@ impl Rule {
         &self.0
     }
 
+    /// The rule that takes this device and no other: its address, and what it is, so that other
+    /// hardware at that address is not taken for it.
+    pub fn of_device(device: &HostDevice) -> Self {
+        Self(Box::new(Filters {
+            id: Some(Filter::equal(device.id.into())),
+            slot: Some(Filter::equal(Slot::Exact(device.bdf))),
+            subsystem: device.subsystem.map(|id| Filter::equal(id.into())),
+            ..Filters::default()
+        }))
+    }
+
+    /// The address that the rule names, if it names exactly one.
+    pub fn only_slot(&self) -> Option<HostBdf> {
+        match self.0.slot.as_ref()?.only()? {
+            Slot::Exact(bdf) => Some(*bdf),
+            Slot::Glob(..) => None,
+        }
+    }
+
     /// Whether all filters hold for a device.
     pub fn matches(&self, device: &HostDevice) -> bool {
         let Filters {
+            name,
             id,
             vendor,
             device: device_id,
+            subsystem,
             class,
             slot,
             serial,
-        } = &self.0;
-        holds(id, |id| {
-            (id.vendor.0, id.device.0) == (device.id.vendor, device.id.device)
-        }) && holds(vendor, |vendor| vendor.0 == device.id.vendor)
-            && holds(device_id, |id| id.0 == device.id.device)
-            && holds(class, |class| class.covers(device.class))
-            && holds(slot, |slot| *slot == device.bdf)
-            && holds(serial, |serial| has_serial(device, serial))
+            driver,
+            numa,
+            iommu_group,
+            pf,
+            mdev_type,
+        } = &*self.0;
+        holds(vendor, || {
+            named(HexId(device.id.vendor), device.vendor_name())
+        }) && holds(device_id, || {
+            named(HexId(device.id.device), device.device_name())
+        }) && holds(id, || one(Some(IdPair::from(device.id))))
+            && holds(subsystem, || one(device.subsystem.map(IdPair::from)))
+            && holds(class, || named(device.class.into(), device.class_name()))
+            && holds(slot, || address(Some(device.bdf)))
+            && holds(pf, || address(device.physfn))
+            && holds(serial, || serials(device))
+            && holds(driver, || words(device.driver.as_deref()))
+            && holds(numa, || one(device.numa_node.map(Number)))
+            && holds(iommu_group, || one(device.iommu_group.map(Number)))
+            && holds(mdev_type, || {
+                words(device.mdev_types.iter().map(String::as_str))
+            })
+            && holds(name, || names(device))
     }
 }
 
-fn holds<T>(filter: &Option<T>, test: impl FnOnce(&T) -> bool) -> bool {
-    filter.as_ref().is_none_or(test)
+/// Whether a filter that was written holds. What it is about is asked for only then.
+fn holds<'a, T: FilterValue>(
+    filter: &Option<Filter<T>>,
+    subject: impl FnOnce() -> Subject<'a, T>,
+) -> bool {
+    filter
+        .as_ref()
+        .is_none_or(|filter| filter.holds(&subject()))
 }
 
-fn has_serial(device: &HostDevice, serial: &str) -> bool {
-    device.serial.as_deref() == Some(serial)
-        || device
+fn one<T: ToString>(value: Option<T>) -> Subject<'static, T> {
+    let texts = value.iter().map(|value| Cow::Owned(value.to_string()));
+    Subject {
+        texts: texts.collect(),
+        names: Vec::new(),
+        values: value.into_iter().collect(),
+    }
+}
+
+fn named<T: ToString>(value: T, name: Option<&'static str>) -> Subject<'static, T> {
+    Subject {
+        names: name.into_iter().map(Cow::Borrowed).collect(),
+        ..one(Some(value))
+    }
+}
+
+fn address(bdf: Option<HostBdf>) -> Subject<'static, Slot> {
+    Subject {
+        values: bdf.into_iter().map(Slot::Exact).collect(),
+        texts: bdf
+            .into_iter()
+            .flat_map(addresses)
+            .map(Cow::Owned)
+            .collect(),
+        names: Vec::new(),
+    }
+}
+
+fn words<'a>(texts: impl IntoIterator<Item = &'a str>) -> Subject<'a, Word> {
+    let texts: Vec<_> = texts.into_iter().map(Cow::Borrowed).collect();
+    Subject {
+        values: texts.iter().map(|text| Word::exact(text)).collect(),
+        texts,
+        names: Vec::new(),
+    }
+}
+
+fn folded(names: Vec<Cow<'_, str>>) -> Subject<'_, Word> {
+    Subject {
+        values: names.iter().map(|name| Word::folded(name)).collect(),
+        texts: Vec::new(),
+        names,
+    }
+}
+
+/// The NVMe serial as it is, and the PCIe one, whose hex digits people write either way.
+fn serials(device: &HostDevice) -> Subject<'_, Word> {
+    let Subject { values, names, .. } = folded(
+        device
             .dsn
             .as_deref()
-            .is_some_and(|dsn| dsn.eq_ignore_ascii_case(serial))
+            .into_iter()
+            .map(Cow::Borrowed)
+            .collect(),
+    );
+    let mut all = words(device.serial.as_deref());
+    all.values.extend(values);
+    all.names = names;
+    all
+}
+
+/// The device's name alone, and after its vendor's as tables show it.
+fn names(device: &HostDevice) -> Subject<'static, Word> {
+    let Some(name) = device.device_name() else {
+        return folded(
+            device
+                .vendor_name()
+                .into_iter()
+                .map(Cow::Borrowed)
+                .collect(),
+        );
+    };
+    let both = device
+        .vendor_name()
+        .map(|vendor| format!("{vendor} {name}"));
+    folded(
+        [Some(Cow::Borrowed(name)), both.map(Cow::Owned)]
+            .into_iter()
+            .flatten()
+            .collect(),
+    )
 }
 
 impl TryFrom<Filters> for Rule {
@@ -111,257 +285,15 @@ impl TryFrom<Filters> for Rule {
         if filters == Filters::default() {
             return Err(RuleError::Empty);
         }
-        if filters
-            .serial
-            .as_deref()
-            .is_some_and(|serial| serial.trim().is_empty())
-        {
-            return Err(RuleError::EmptySerial);
-        }
-        Ok(Self(filters))
+        Ok(Self(Box::new(filters)))
     }
 }
 
 impl From<Rule> for Filters {
     fn from(rule: Rule) -> Self {
-        rule.0
+        *rule.0
     }
 }
-
-/// A vendor or device id of a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^(0x)?[0-9a-fA-F]{4}$"))]
-pub struct HexId(pub u16);
-
-/// A vendor id and a device id of a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^(0x)?[0-9a-fA-F]{4}:(0x)?[0-9a-fA-F]{4}$"))]
-pub struct IdPair {
-    /// Vendor id.
-    pub vendor: HexId,
-    /// Device id.
-    pub device: HexId,
-}
-
-/// The first one, two or three bytes of a class code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^(0x)?([0-9a-fA-F]{2}){1,3}$"))]
-pub struct ClassPrefix {
-    bits: u32,
-    digits: u8,
-}
-
-impl ClassPrefix {
-    /// Whether a class begins with these digits.
-    pub fn covers(self, class: PciClass) -> bool {
-        class.code() >> (24 - 4 * u32::from(self.digits)) == self.bits
-    }
-}
-
-fn digits(text: &str) -> &str {
-    text.strip_prefix("0x").unwrap_or(text)
-}
-
-impl FromStr for HexId {
-    type Err = RuleError;
-
-    fn from_str(text: &str) -> Result<Self, RuleError> {
-        let id = hex(digits(text), 4..=4).and_then(|id| u16::try_from(id).ok());
-        id.map(Self).ok_or_else(|| RuleError::Id(text.to_owned()))
-    }
-}
-
-impl FromStr for IdPair {
-    type Err = RuleError;
-
-    fn from_str(text: &str) -> Result<Self, RuleError> {
-        let pair = text.split_once(':').and_then(|(vendor, device)| {
-            Some(Self {
-                vendor: vendor.parse().ok()?,
-                device: device.parse().ok()?,
-            })
-        });
-        pair.ok_or_else(|| RuleError::IdPair(text.to_owned()))
-    }
-}
-
-impl FromStr for ClassPrefix {
-    type Err = RuleError;
-
-    fn from_str(text: &str) -> Result<Self, RuleError> {
-        let digits = digits(text);
-        match hex(digits, 2..=6) {
-            Some(bits) if digits.len().is_multiple_of(2) => Ok(Self {
-                bits,
-                digits: digits.len() as u8,
-            }),
-            _ => Err(RuleError::Class(text.to_owned())),
-        }
-    }
-}
-
-impl fmt::Display for HexId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:04x}", self.0)
-    }
-}
-
-impl fmt::Display for IdPair {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.vendor, self.device)
-    }
-}
-
-impl fmt::Display for ClassPrefix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:0width$x}",
-            self.bits,
-            width = usize::from(self.digits)
-        )
-    }
-}
-
-macro_rules! written_as_text {
-    ($($kind:ty),*) => {$(
-        impl TryFrom<String> for $kind {
-            type Error = RuleError;
-
-            fn try_from(text: String) -> Result<Self, RuleError> {
-                text.parse()
-            }
-        }
-
-        impl From<$kind> for String {
-            fn from(value: $kind) -> Self {
-                value.to_string()
-            }
-        }
-    )*};
-}
-
-written_as_text!(HexId, IdPair, ClassPrefix);
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixture::{Fake, FakeHost};
-    use proptest::prelude::*;
-    use serde_json::json;
-    use std::sync::LazyLock;
-
-    fn device() -> HostDevice {
-        static DEVICE: LazyLock<HostDevice> = LazyLock::new(|| {
-            let fake = Fake::nvme("0000:01:00.0", 1)
-                .driver("nvme")
-                .with("nvme/nvme0/serial", "GN-1");
-            let device = FakeHost::new(&[fake]).read("0000:01:00.0");
-            HostDevice {
-                dsn: Some("00-1b-21-ff-ff-aa-bb-cc".to_owned()),
-                ..device
-            }
-        });
-        DEVICE.clone()
-    }
-
-    #[test]
-    fn all_filters_must_hold() {
-        let device = device();
-        for (rule, matches) in [
-            (json!({"vendor": "1b36"}), true),
-            (json!({"vendor": "0x1B36"}), true),
-            (json!({"vendor": "8086"}), false),
-            (json!({"id": "1b36:0010"}), true),
-            (json!({"id": "0x1b36:0x0010"}), true),
-            (json!({"id": "1b36:0011"}), false),
-            (json!({"class": "01"}), true),
-            (json!({"class": "0108"}), true),
-            (json!({"class": "0x010802"}), true),
-            (json!({"class": "010801"}), false),
-            (json!({"class": "02"}), false),
-            (json!({"slot": "01:00.0"}), true),
-            (json!({"slot": "0001:01:00.0"}), false),
-            (json!({"serial": "GN-1"}), true),
-            (json!({"serial": "gn-1"}), false),
-            (json!({"serial": "00-1B-21-FF-FF-AA-BB-CC"}), true),
-            (
-                json!({"vendor": "1b36", "device": "0010", "class": "0108", "slot": "01:00.0", "serial": "GN-1"}),
-                true,
-            ),
-            (json!({"vendor": "1b36", "device": "0011"}), false),
-            (json!({"vendor": "1b36", "slot": "02:00.0"}), false),
-        ] {
-            let parsed: Rule = serde_json::from_value(rule.clone()).unwrap();
-            assert_eq!(parsed.matches(&device), matches, "{rule}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_filter_is_refused_with_an_example() {
-        for (rule, said) in [
-            (json!({}), "at least one filter"),
-            (json!({"vendor": "86"}), "\"86\" is no PCI id"),
-            (json!({"vendor": "+086"}), "four hex digits"),
-            (json!({"device": "xyzw"}), "four hex digits"),
-            (json!({"id": "1b36"}), "1b36:0010"),
-            (json!({"id": "1b36:0010:"}), "1b36:0010"),
-            (json!({"class": "010"}), "2, 4 or 6 hex digits"),
-            (json!({"class": "01080200"}), "2, 4 or 6 hex digits"),
-            (json!({"class": "nvme"}), "2, 4 or 6 hex digits"),
-            (json!({"slot": "nvme0"}), "0000:01:00.0"),
-            (json!({"serial": " "}), "cannot be empty"),
-            (json!({"vendor": 8086}), "expected a string"),
-        ] {
-            let error = serde_json::from_value::<Rule>(rule.clone())
-                .unwrap_err()
-                .to_string();
-            assert!(error.contains(said), "{rule}: {error}");
-        }
-    }
-
-    #[test]
-    fn no_device_matches_a_serial_number_it_has_not() {
-        let mut device = device();
-        (device.serial, device.dsn) = (None, None);
-        let rule: Rule = serde_json::from_value(json!({"serial": "GN-1"})).unwrap();
-        assert!(!rule.matches(&device));
-    }
-
-    proptest! {
-        #[test]
-        fn a_rule_made_of_a_device_matches_it_and_reads_back(
-            (vendor, id, class) in any::<(u16, u16, u32)>(),
-            digits in prop::sample::select(vec![2usize, 4, 6]),
-            parts in 1u8..32,
-        ) {
-            let mut device = device();
-            device.id = crate::ids::PciId { vendor, device: id };
-            device.class = PciClass::new(class);
-            let code = device.class.to_string();
-            let on = |bit: u8| parts & (1 << bit) != 0;
-            let filters = Filters {
-                id: None,
-                vendor: on(0).then_some(HexId(vendor)),
-                device: on(1).then_some(HexId(id)),
-                class: on(2).then(|| code[..digits].parse().unwrap()),
-                slot: on(3).then_some(device.bdf),
-                serial: on(4).then(|| "GN-1".to_owned()),
-            };
-            let rule = Rule::try_from(filters).unwrap();
-            prop_assert!(rule.matches(&device));
-            let text = serde_json::to_string(&rule).unwrap();
-            prop_assert_eq!(serde_json::from_str::<Rule>(&text).unwrap(), rule);
-        }
-
-        #[test]
-        fn a_class_prefix_covers_what_begins_like_it(prefix in "([0-9a-f]{2}){1,3}", class in any::<u32>()) {
-            let class = PciClass::new(class);
-            let covered = prefix.parse::<ClassPrefix>().unwrap().covers(class);
-            prop_assert_eq!(covered, class.to_string().starts_with(&prefix));
-        }
-    }
-}
+mod tests;

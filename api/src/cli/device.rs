@@ -2,6 +2,8 @@
 
 mod list;
 
+pub use list::state_word;
+
 use std::fmt;
 
 use clap::{Args, Subcommand};

@@ -1,168 +1,83 @@
 //! `gantry group`: the named pools that VMs take devices from.
 
-use clap::{Args, Subcommand};
-use gantry_resources::{
-    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, scan,
-};
-use serde::Serialize;
+mod edit;
+mod list;
+mod matching;
+mod show;
 
-use crate::output::{print, print_json};
+use clap::{Subcommand, ValueEnum};
+use gantry_resources::{GroupType, HostPaths, Rule};
+
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
 
 #[derive(Debug, Subcommand)]
-#[command(after_help = "Example: gantry group list")]
-pub enum GroupCommand {
-    /// List the groups with what they hold
-    List(ListArgs),
-}
-
-#[derive(Debug, Args)]
 #[command(after_help = "\
-TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are
-detached and no VM has. The others are still with a driver of the host: `gantry device detach`.
-
 Examples:
   gantry group list
-  gantry group list --json")]
-pub struct ListArgs {
-    /// Show all there is to know as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-const COLUMNS: [Column; 8] = [
-    Column {
-        title: "NAME",
-        give: Give::Nothing,
-    },
-    Column {
-        title: "TYPE",
-        give: Give::Nothing,
-    },
-    Column {
-        title: "CLASS",
-        give: Give::All(0),
-    },
-    Column {
-        title: "DESCRIPTION",
-        give: Give::Width(12),
-    },
-    Column {
-        title: "TOTAL",
-        give: Give::Nothing,
-    },
-    Column {
-        title: "USED",
-        give: Give::Nothing,
-    },
-    Column {
-        title: "FREE",
-        give: Give::Nothing,
-    },
-    Column {
-        title: "DEVICES",
-        give: Give::Width(12),
-    },
-];
-
-/// A group with its devices.
-#[derive(Debug, Serialize)]
-struct Row<'a> {
-    #[serde(flatten)]
-    group: &'a ResourceGroup,
-    total: usize,
-    used: usize,
-    free: usize,
-    devices: Vec<Member>,
-}
-
-/// A device of a group.
-#[derive(Debug, Serialize)]
-struct Member {
-    bdf: HostBdf,
-    #[serde(flatten)]
-    state: DeviceState,
+  gantry group create gpus --class gpu --device 0b:00.0 --device 0c:00.0")]
+pub enum GroupCommand {
+    /// List the groups with what they hold
+    List(list::ListArgs),
+    /// Show one group: its rules, and the devices they take
+    Show(show::ShowArgs),
+    /// Show what a rule or a group matches, without changing anything
+    Match(matching::MatchArgs),
+    /// Make a group, of rules or of chosen devices
+    Create(edit::CreateArgs),
+    /// Change a group's type, class, description or rules
+    Edit(edit::EditArgs),
+    /// Give a group another name
+    Rename(edit::RenameArgs),
+    /// Delete a group; its devices stay where they are
+    Delete(edit::DeleteArgs),
+    /// Put devices into a group, with a rule for each
+    Add(edit::DevicesArgs),
+    /// Take devices out of a group, with the rules that name them
+    Remove(edit::DevicesArgs),
 }
 
 pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {
-    let GroupCommand::List(args) = command;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let devices = scan(paths).map_err(Failure::host)?;
-    let rows: Vec<Row> = groups
-        .iter()
-        .map(|group| Row::new(group, &groups, &devices))
-        .collect();
-    if args.json {
-        return print_json(&rows);
+    match command {
+        GroupCommand::List(args) => list::list(&args, paths),
+        GroupCommand::Show(args) => show::show(&args, paths),
+        GroupCommand::Match(args) => matching::matching(&args, paths),
+        GroupCommand::Create(args) => edit::create(args, paths),
+        GroupCommand::Edit(args) => edit::edit(args, paths),
+        GroupCommand::Rename(args) => edit::rename(args, paths),
+        GroupCommand::Delete(args) => edit::delete(&args, paths),
+        GroupCommand::Add(args) => edit::add(&args, paths),
+        GroupCommand::Remove(args) => edit::remove(&args, paths),
     }
-    if rows.is_empty() {
-        let file = paths.config.join("groups.json");
-        return print(|out| {
-            writeln!(
-                out,
-                "There are no groups: define some in {}",
-                file.display()
-            )
-        });
-    }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
-    print(|out| write!(out, "{table}"))
 }
 
-impl<'a> Row<'a> {
-    fn new(group: &'a ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Self {
-        let owned = |device: &&HostDevice| {
-            groups
-                .group_of(device)
-                .is_some_and(|owner| owner.name == group.name)
-        };
-        let member = |device: &HostDevice| Member {
-            bdf: device.bdf,
-            state: device.state(),
-        };
-        let devices: Vec<Member> = devices.iter().filter(owned).map(member).collect();
-        let count = |wanted: fn(&DeviceState) -> bool| {
-            devices
-                .iter()
-                .filter(|member| wanted(&member.state))
-                .count()
-        };
-        Self {
-            group,
-            total: devices.len(),
-            used: count(|state| matches!(state, DeviceState::Assigned { .. })),
-            free: count(|state| matches!(state, DeviceState::Detached)),
-            devices,
+/// The types of groups on the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    /// Any PCI function
+    Pci,
+    /// NVMe controllers
+    Nvme,
+    /// Virtual functions of network cards
+    SriovNic,
+    /// Mediated devices
+    Vgpu,
+    /// USB devices
+    Usb,
+}
+
+impl From<Kind> for GroupType {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Pci => Self::Pci,
+            Kind::Nvme => Self::Nvme,
+            Kind::SriovNic => Self::SriovNic,
+            Kind::Vgpu => Self::Vgpu,
+            Kind::Usb => Self::Usb,
         }
     }
-
-    fn cells(&self) -> Vec<String> {
-        let addresses = self.devices.iter().map(|member| member.bdf.to_string());
-        let or_dash = |text: &str| {
-            if text.is_empty() {
-                "-".to_owned()
-            } else {
-                text.to_owned()
-            }
-        };
-        vec![
-            self.group.name.clone(),
-            type_word(self.group.kind),
-            or_dash(self.group.class.as_deref().unwrap_or_default()),
-            or_dash(&self.group.description),
-            self.total.to_string(),
-            self.used.to_string(),
-            self.free.to_string(),
-            or_dash(&addresses.collect::<Vec<_>>().join(" ")),
-        ]
-    }
 }
 
-/// The word that group files use.
-fn type_word(kind: GroupType) -> String {
-    match serde_json::to_value(kind) {
-        Ok(serde_json::Value::String(word)) => word,
-        _ => String::new(),
-    }
+/// A rule on the command line.
+fn rule(text: &str) -> Result<Rule, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }

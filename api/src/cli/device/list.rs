@@ -213,6 +213,7 @@ fn last_if_none<T: Ord>(a: &Option<T>, b: &Option<T>) -> Ordering {
 }
 
 /// The word for a state in tables.
+/// The word for a state.
 pub fn state_word(state: &DeviceState) -> &'static str {
     match state {
         DeviceState::Attached => "attached",

@@ -1,0 +1,160 @@
+//! `gantry group list`: the pools with what they hold.
+
+use clap::Args;
+use gantry_resources::{
+    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, scan,
+};
+use serde::Serialize;
+
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are
+detached and no VM has. The others are still with a driver of the host: `gantry device detach`.
+
+Examples:
+  gantry group list
+  gantry group list --json")]
+pub struct ListArgs {
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const COLUMNS: [Column; 8] = [
+    Column {
+        title: "NAME",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "TYPE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "CLASS",
+        give: Give::All(0),
+    },
+    Column {
+        title: "DESCRIPTION",
+        give: Give::Width(12),
+    },
+    Column {
+        title: "TOTAL",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "USED",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "FREE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "DEVICES",
+        give: Give::Width(12),
+    },
+];
+
+/// A group with its devices.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    #[serde(flatten)]
+    group: &'a ResourceGroup,
+    total: usize,
+    used: usize,
+    free: usize,
+    devices: Vec<Member>,
+}
+
+/// A device of a group.
+#[derive(Debug, Serialize)]
+struct Member {
+    bdf: HostBdf,
+    #[serde(flatten)]
+    state: DeviceState,
+}
+
+pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let devices = scan(paths).map_err(Failure::host)?;
+    let rows: Vec<Row> = groups
+        .iter()
+        .map(|group| Row::new(group, &groups, &devices))
+        .collect();
+    if args.json {
+        return print_json(&rows);
+    }
+    if rows.is_empty() {
+        let file = paths.config.join("groups.json");
+        return print(|out| {
+            writeln!(
+                out,
+                "There are no groups: `gantry group create`, or define some in {}",
+                file.display()
+            )
+        });
+    }
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
+    print(|out| write!(out, "{table}"))
+}
+
+impl<'a> Row<'a> {
+    fn new(group: &'a ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Self {
+        let owned = |device: &&HostDevice| {
+            groups
+                .group_of(device)
+                .is_some_and(|owner| owner.name == group.name)
+        };
+        let member = |device: &HostDevice| Member {
+            bdf: device.bdf,
+            state: device.state(),
+        };
+        let devices: Vec<Member> = devices.iter().filter(owned).map(member).collect();
+        let count = |wanted: fn(&DeviceState) -> bool| {
+            devices
+                .iter()
+                .filter(|member| wanted(&member.state))
+                .count()
+        };
+        Self {
+            group,
+            total: devices.len(),
+            used: count(|state| matches!(state, DeviceState::Assigned { .. })),
+            free: count(|state| matches!(state, DeviceState::Detached)),
+            devices,
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let addresses = self.devices.iter().map(|member| member.bdf.to_string());
+        let or_dash = |text: &str| {
+            if text.is_empty() {
+                "-".to_owned()
+            } else {
+                text.to_owned()
+            }
+        };
+        vec![
+            self.group.name.clone(),
+            type_word(self.group.kind),
+            or_dash(self.group.class.as_deref().unwrap_or_default()),
+            or_dash(&self.group.description),
+            self.total.to_string(),
+            self.used.to_string(),
+            self.free.to_string(),
+            or_dash(&addresses.collect::<Vec<_>>().join(" ")),
+        ]
+    }
+}
+
+/// The word that group files use.
+pub fn type_word(kind: GroupType) -> String {
+    match serde_json::to_value(kind) {
+        Ok(serde_json::Value::String(word)) => word,
+        _ => String::new(),
+    }
+}

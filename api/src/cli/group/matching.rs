@@ -1,0 +1,126 @@
+//! `gantry group match`: what a rule would take, as a dry run.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use gantry_resources::{DeviceState, Groups, HostBdf, HostDevice, HostPaths, PciId, Rule, scan};
+use serde::Serialize;
+
+use crate::cli::device::state_word;
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins,
+ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa,
+iommu_group, pf, mdev_type. `gantry schema groups` tells all of it.
+
+Examples:
+  gantry group match gpus
+  gantry group match --rule '{\"vendor\": \"10de\", \"class\": \"03\"}'
+  gantry group match --rule '{\"name\": {\"contains\": \"Quadro\"}, \"numa\": 0}'
+  gantry group match --rule '{\"slot\": \"3b:*\", \"driver\": {\"not\": \"nvme\"}}'")]
+pub struct MatchArgs {
+    /// A group, all of whose rules are tried
+    #[arg(required_unless_present = "rule", conflicts_with = "rule")]
+    name: Option<String>,
+    /// A rule as a group's file would have it
+    #[arg(long, value_name = "JSON", value_parser = super::rule)]
+    rule: Option<Rule>,
+    /// Show the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A device that a rule takes.
+#[derive(Debug, Serialize)]
+pub struct Found {
+    bdf: HostBdf,
+    id: PciId,
+    name: Option<&'static str>,
+    class: Option<&'static str>,
+    #[serde(flatten)]
+    state: DeviceState,
+    /// The group that the device belongs to.
+    group: Option<String>,
+}
+
+const COLUMNS: [Column; 6] = [
+    Column {
+        title: "ADDRESS",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "ID",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "NAME",
+        give: Give::Width(12),
+    },
+    Column {
+        title: "CLASS",
+        give: Give::All(0),
+    },
+    Column {
+        title: "STATE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "GROUP",
+        give: Give::Nothing,
+    },
+];
+
+impl Found {
+    pub fn new(device: &HostDevice, groups: &Groups) -> Self {
+        Self {
+            bdf: device.bdf,
+            id: device.id,
+            name: device.device_name().or_else(|| device.vendor_name()),
+            class: device.class_name(),
+            state: device.state(),
+            group: groups.group_of(device).map(|group| group.name.clone()),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.bdf.to_string(),
+            self.id.to_string(),
+            self.name.unwrap_or("-").to_owned(),
+            self.class.unwrap_or("-").to_owned(),
+            state_word(&self.state).to_owned(),
+            self.group.clone().unwrap_or_else(|| "-".to_owned()),
+        ]
+    }
+}
+
+pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let devices = scan(paths).map_err(Failure::host)?;
+    let group = args.name.as_deref().map(|name| groups.find(name));
+    let group = group.transpose().map_err(Failure::host)?;
+    let taken = |device: &&HostDevice| match (group, &args.rule) {
+        (Some(group), _) => group.matches(device),
+        (None, Some(rule)) => !device.is_bridge() && rule.matches(device),
+        (None, None) => false,
+    };
+    let found = devices.iter().filter(taken);
+    let found: Vec<Found> = found.map(|device| Found::new(device, &groups)).collect();
+    if args.json {
+        return print_json(&found);
+    }
+    print(|out| table(out, &found))
+}
+
+/// The devices in a table that fits the terminal, or a line that says that there are none.
+pub fn table(out: &mut dyn Write, found: &[Found]) -> io::Result<()> {
+    if found.is_empty() {
+        return writeln!(out, "No device of this host matches.");
+    }
+    let rows = found.iter().map(Found::cells).collect();
+    write!(out, "{}", Table::new(&COLUMNS, rows).fit(terminal_width()))
+}

@@ -1,0 +1,63 @@
+//! `gantry group show`: one group with its rules and devices.
+
+use clap::Args;
+use gantry_resources::{Groups, HostPaths, ResourceGroup, scan};
+use serde::Serialize;
+
+use super::list::type_word;
+use super::matching::{Found, table};
+use crate::output::{print, print_json};
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry group show gpus
+  gantry group show gpus --json")]
+pub struct ShowArgs {
+    /// The group
+    name: String,
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    group: &'a ResourceGroup,
+    file: String,
+    devices: Vec<Found>,
+}
+
+pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let group = groups.find(&args.name).map_err(Failure::host)?;
+    let devices = scan(paths).map_err(Failure::host)?;
+    let matched = devices.iter().filter(|device| group.matches(device));
+    let shown = Shown {
+        group,
+        file: group.file.display().to_string(),
+        devices: matched.map(|device| Found::new(device, &groups)).collect(),
+    };
+    if args.json {
+        return print_json(&shown);
+    }
+    print(|out| {
+        writeln!(out, "name         {}", group.name)?;
+        writeln!(out, "type         {}", type_word(group.kind))?;
+        if let Some(class) = &group.class {
+            writeln!(out, "class        {class}")?;
+        }
+        if !group.description.is_empty() {
+            writeln!(out, "description  {}", group.description)?;
+        }
+        writeln!(out, "file         {}", shown.file)?;
+        for (index, rule) in group.rules.iter().enumerate() {
+            let text = serde_json::to_string(rule).unwrap_or_default();
+            writeln!(out, "rule {:<7} {text}", index + 1)?;
+        }
+        writeln!(out)?;
+        table(out, &shown.devices)
+    })
+}

@@ -1,0 +1,485 @@
+//! Changing group files: under the allocation lock, checked first, each file replaced as a whole.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::{GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
+use crate::config::{self, ConfigError};
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::HostDevice;
+use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::obstacle::Blocked;
+use crate::rule::Rule;
+
+/// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
+/// before [`GroupFiles::save`].
+#[derive(Debug)]
+pub struct GroupFiles {
+    files: Vec<OpenFile>,
+    main: PathBuf,
+    _choosing: AllocationLock,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    path: PathBuf,
+    content: GroupsFile,
+    changed: bool,
+}
+
+/// What is to be different in a group; what is none stays.
+#[derive(Clone, Debug, Default)]
+pub struct GroupChange {
+    /// The name.
+    pub name: Option<String>,
+    /// The type.
+    pub kind: Option<GroupType>,
+    /// The description.
+    pub description: Option<String>,
+    /// The class; an empty one takes it away.
+    pub class: Option<String>,
+    /// Rules that go, by their numbers from 1.
+    pub drop_rules: Vec<usize>,
+    /// Rules that come, at the end.
+    pub add_rules: Vec<Rule>,
+}
+
+/// A change of groups was refused; nothing was written.
+#[derive(Debug, Error)]
+pub enum EditError {
+    /// The groups as they are, or as they would be, are wrong.
+    #[error(transparent)]
+    Groups(#[from] GroupError),
+    /// The lock cannot be had.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// A group has no rule of that number.
+    #[error("group \"{group}\" has no rule {number}: it has {count} (`gantry group show {group}`)")]
+    NoRule {
+        /// The group.
+        group: String,
+        /// The number, from 1.
+        number: usize,
+        /// How many rules it has.
+        count: usize,
+    },
+    /// A device is in another group, which comes first.
+    #[error(
+        "{bdf} belongs to group \"{owner}\": take it out first (`gantry group remove {owner} {bdf}`)"
+    )]
+    Owned {
+        /// The device.
+        bdf: HostBdf,
+        /// The group.
+        owner: String,
+    },
+    /// A device can be in no group of that type.
+    #[error("{bdf} cannot be in a group of type {kind:?}: it is \"{class}\"")]
+    NotOfType {
+        /// The device.
+        bdf: HostBdf,
+        /// The type.
+        kind: GroupType,
+        /// What it is.
+        class: String,
+    },
+    /// A device is not in the group.
+    #[error("{bdf} is not in group \"{group}\"")]
+    NotThere {
+        /// The device.
+        bdf: HostBdf,
+        /// The group.
+        group: String,
+    },
+    /// A rule takes a device together with others.
+    #[error(
+        "rule {number} of group \"{group}\" takes {bdf} by more than its address: change it (`gantry group edit {group} --drop-rule {number} --rule ...`)"
+    )]
+    WiderRule {
+        /// The device.
+        bdf: HostBdf,
+        /// The group.
+        group: String,
+        /// The rule's number, from 1.
+        number: usize,
+    },
+    /// A VM has a device of the group.
+    #[error("group \"{group}\" is in use: {blocked}")]
+    InUse {
+        /// The group.
+        group: String,
+        /// The device.
+        blocked: Blocked,
+    },
+}
+
+impl From<ConfigError> for EditError {
+    fn from(error: ConfigError) -> Self {
+        Self::Groups(error.into())
+    }
+}
+
+impl GroupFiles {
+    /// Reads all files, under the lock.
+    pub fn open(paths: &HostPaths) -> Result<Self, EditError> {
+        let record = LeaseRecord::task("gantry group");
+        let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+        let mut open = Vec::new();
+        for path in files(paths)? {
+            let content = match config::read(&path)? {
+                Some(text) => parse(&path, &text)?,
+                None => GroupsFile::default(),
+            };
+            open.push(OpenFile {
+                path,
+                content,
+                changed: false,
+            });
+        }
+        let files = Self {
+            files: open,
+            main: paths.config.join("groups.json"),
+            _choosing: choosing,
+        };
+        files.groups()?;
+        Ok(files)
+    }
+
+    /// The groups as they would be.
+    pub fn groups(&self) -> Result<Groups, EditError> {
+        let mut groups = Groups::default();
+        for file in &self.files {
+            groups.add(file.content.groups.clone())?;
+        }
+        Ok(groups)
+    }
+
+    /// Adds a group after all others of `groups.json`.
+    pub fn create(&mut self, group: ResourceGroup) -> Result<(), EditError> {
+        let path = self.main.clone();
+        let group = ResourceGroup {
+            file: path.clone(),
+            ..group
+        };
+        if let Some(file) = self.files.iter_mut().find(|file| file.path == path) {
+            file.content.groups.push(group);
+            file.changed = true;
+        }
+        self.groups().map(drop)
+    }
+
+    /// Changes a group.
+    pub fn change(&mut self, name: &str, change: GroupChange) -> Result<(), EditError> {
+        let group = self.group_mut(name)?;
+        let count = group.rules.len();
+        let wrong = |number: &&usize| **number == 0 || **number > count;
+        if let Some(&number) = change.drop_rules.iter().find(wrong) {
+            let group = name.to_owned();
+            return Err(EditError::NoRule {
+                group,
+                number,
+                count,
+            });
+        }
+        let mut number = 0;
+        group.rules.retain(|_| {
+            number += 1;
+            !change.drop_rules.contains(&number)
+        });
+        for rule in change.add_rules {
+            if !group.rules.contains(&rule) {
+                group.rules.push(rule);
+            }
+        }
+        group.kind = change.kind.unwrap_or(group.kind);
+        if let Some(class) = change.class {
+            group.class = Some(class).filter(|class| !class.is_empty());
+        }
+        if let Some(description) = change.description {
+            group.description = description;
+        }
+        if let Some(name) = change.name {
+            group.name = name;
+        }
+        self.groups().map(drop)
+    }
+
+    /// Removes a group that no VM has a device of.
+    pub fn delete(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+        self.group_mut(name)?;
+        let groups = self.groups()?;
+        let used = devices.iter().find(|device| {
+            device.lease.is_held()
+                && groups
+                    .group_of(device)
+                    .is_some_and(|group| group.name == name)
+        });
+        if let Some(device) = used {
+            return Err(EditError::InUse {
+                group: name.to_owned(),
+                blocked: Blocked::leased(device.bdf, &device.lease),
+            });
+        }
+        for file in &mut self.files {
+            file.content.groups.retain(|group| group.name != name);
+        }
+        Ok(())
+    }
+
+    /// Gives devices to a group, with a rule for each that it does not match yet.
+    pub fn add(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+        self.group_mut(name)?;
+        let groups = self.groups()?;
+        let mut rules = Vec::new();
+        for device in devices {
+            match groups.group_of(device) {
+                Some(owner) if owner.name == name => continue,
+                Some(owner) => {
+                    return Err(EditError::Owned {
+                        bdf: device.bdf,
+                        owner: owner.name.clone(),
+                    });
+                }
+                None => rules.push(Rule::of_device(device)),
+            }
+            let kind = groups.get(name).map(|group| group.kind).unwrap_or_default();
+            if device.is_bridge() || !kind.admits(device) {
+                let class = device.class_name().map(str::to_owned);
+                return Err(EditError::NotOfType {
+                    bdf: device.bdf,
+                    kind,
+                    class: class.unwrap_or_else(|| device.class.to_string()),
+                });
+            }
+        }
+        let add_rules = rules;
+        self.change(
+            name,
+            GroupChange {
+                add_rules,
+                ..GroupChange::default()
+            },
+        )
+    }
+
+    /// Takes devices out of a group by removing the rules that name exactly them.
+    pub fn remove(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+        let group = self.group_mut(name)?;
+        for device in devices {
+            let found = |rule: &Rule| rule.matches(device);
+            if !group.rules.iter().any(found) {
+                return Err(EditError::NotThere {
+                    bdf: device.bdf,
+                    group: name.to_owned(),
+                });
+            }
+            let wider = |rule: &Rule| found(rule) && rule.only_slot() != Some(device.bdf);
+            if let Some(index) = group.rules.iter().position(wider) {
+                return Err(EditError::WiderRule {
+                    bdf: device.bdf,
+                    group: name.to_owned(),
+                    number: index + 1,
+                });
+            }
+        }
+        group
+            .rules
+            .retain(|rule| !devices.iter().any(|device| rule.matches(device)));
+        Ok(())
+    }
+
+    /// Writes the files that changed and names them.
+    pub fn save(self) -> Result<Vec<PathBuf>, EditError> {
+        self.groups()?;
+        let changed = self.files.iter().filter(|file| file.changed);
+        let write = |file: &OpenFile| -> Result<PathBuf, EditError> {
+            config::write(&file.path, &file.content)?;
+            Ok(file.path.clone())
+        };
+        changed.map(write).collect()
+    }
+
+    fn group_mut(&mut self, name: &str) -> Result<&mut ResourceGroup, EditError> {
+        let groups = self.groups()?;
+        for file in &mut self.files {
+            let own = &mut file.content.groups;
+            if let Some(group) = own.iter_mut().find(|group| group.name == name) {
+                file.changed = true;
+                return Ok(group);
+            }
+        }
+        Err(groups.unknown(name).into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+    use crate::{Holder, Request, allocate};
+    use std::fs;
+
+    fn host() -> FakeHost {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 1),
+            Fake::nvme("02:00.0", 2),
+            Fake::nvme("03:00.0", 3).class(0x03_00_00),
+            Fake::nvme("00:01.0", 4).class(0x06_04_00),
+        ]);
+        host.file(
+            "etc/groups.d/10-more.json",
+            r#"{"$schema": "x", "groups": [{"name": "gpu", "rules": [{"class": "03"}]}]}"#,
+        );
+        host
+    }
+
+    fn edit(
+        host: &FakeHost,
+        change: impl FnOnce(&mut GroupFiles) -> Result<(), EditError>,
+    ) -> String {
+        let mut files = GroupFiles::open(&host.paths).unwrap();
+        match change(&mut files).and_then(|()| files.save()) {
+            Ok(_) => String::new(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    fn group(name: &str, rules: serde_json::Value) -> ResourceGroup {
+        serde_json::from_value(serde_json::json!({"name": name, "rules": rules})).unwrap()
+    }
+
+    fn members(host: &FakeHost, name: &str) -> Vec<HostBdf> {
+        let groups = Groups::load(&host.paths).unwrap();
+        let owned =
+            |device: &HostDevice| groups.group_of(device).is_some_and(|one| one.name == name);
+        let devices = host.scan().into_iter().filter(owned);
+        devices.map(|device| device.bdf).collect()
+    }
+
+    #[test]
+    fn a_group_is_made_filled_changed_renamed_emptied_and_deleted() {
+        let host = host();
+        let disks = [host.read("01:00.0"), host.read("02:00.0")];
+        let said = edit(&host, |files| {
+            files.create(group("disks", serde_json::json!([])))?;
+            files.add("disks", &disks)
+        });
+        assert_eq!(said, "");
+        assert_eq!(members(&host, "disks"), [bdf("01:00.0"), bdf("02:00.0")]);
+        let text = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
+        assert!(
+            text.contains(r#""slot": "0000:01:00.0""#) && text.contains(r#""id": "1b36:0010""#)
+        );
+        let change = GroupChange {
+            name: Some("fast".to_owned()),
+            description: Some("scratch".to_owned()),
+            drop_rules: vec![2],
+            ..GroupChange::default()
+        };
+        assert_eq!(edit(&host, |files| files.change("disks", change)), "");
+        assert_eq!(members(&host, "fast"), [bdf("01:00.0")]);
+        assert_eq!(edit(&host, |files| files.remove("fast", &disks[..1])), "");
+        assert_eq!(members(&host, "fast"), []);
+        assert_eq!(edit(&host, |files| files.delete("fast", &host.scan())), "");
+        assert!(Groups::load(&host.paths).unwrap().get("fast").is_none());
+    }
+
+    #[test]
+    fn a_drop_in_is_changed_where_it_is_and_keeps_what_else_it_says() {
+        let host = host();
+        let change = GroupChange {
+            class: Some("gpu".to_owned()),
+            ..GroupChange::default()
+        };
+        assert_eq!(edit(&host, |files| files.change("gpu", change)), "");
+        assert!(!host.paths.config.join("groups.json").exists());
+        let text = fs::read_to_string(host.paths.config.join("groups.d/10-more.json")).unwrap();
+        assert!(
+            text.contains(r#""$schema": "x""#) && text.contains(r#""class": "gpu""#),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_and_nothing_is_written() {
+        let host = host();
+        let disk = [host.read("01:00.0")];
+        let gpu = [host.read("03:00.0")];
+        let bridge = [host.read("00:01.0")];
+        let before = fs::read(host.paths.config.join("groups.d/10-more.json")).unwrap();
+        let rename = |name: &str| GroupChange {
+            name: Some(name.to_owned()),
+            ..GroupChange::default()
+        };
+        let drop_rule = GroupChange {
+            drop_rules: vec![2],
+            ..GroupChange::default()
+        };
+        let empty = || group("disks", serde_json::json!([]));
+        for (said, expected) in [
+            (
+                edit(&host, |f| f.delete("gpus", &[])),
+                "did you mean \"gpu\"?",
+            ),
+            (
+                edit(&host, |f| f.create(group("gpu", serde_json::json!([])))),
+                "already a group named",
+            ),
+            (
+                edit(&host, |f| f.change("gpu", drop_rule)),
+                "has no rule 2: it has 1",
+            ),
+            (
+                edit(&host, |f| f.change("gpu", rename("a b"))),
+                "cannot name a group",
+            ),
+            (
+                edit(&host, |f| f.remove("gpu", &gpu)),
+                "rule 1 of group \"gpu\" takes 0000:03:00.0",
+            ),
+            (
+                edit(&host, |f| f.remove("gpu", &disk)),
+                "0000:01:00.0 is not in group",
+            ),
+            (
+                edit(&host, |f| {
+                    f.create(empty()).and_then(|()| f.add("disks", &gpu))
+                }),
+                "belongs to group \"gpu\"",
+            ),
+            (
+                edit(&host, |f| {
+                    f.create(empty()).and_then(|()| f.add("disks", &bridge))
+                }),
+                "cannot be in a group",
+            ),
+        ] {
+            assert!(said.contains(expected) && !said.contains('\n'), "{said}");
+        }
+        assert!(!host.paths.config.join("groups.json").exists());
+        assert_eq!(
+            fs::read(host.paths.config.join("groups.d/10-more.json")).unwrap(),
+            before
+        );
+    }
+
+    #[test]
+    fn a_group_in_use_is_not_deleted() {
+        let host = host();
+        let holder = Holder {
+            vm: "a".to_owned(),
+            pid: 1,
+        };
+        let wish = Request::Group {
+            name: "gpu".to_owned(),
+            count: 1,
+        };
+        let _lease = allocate(&host.paths, &[wish], &holder).unwrap();
+        let said = edit(&host, |files| files.delete("gpu", &host.scan()));
+        assert_eq!(
+            said,
+            "group \"gpu\" is in use: 0000:03:00.0 is held by VM 'a' (pid 1)"
+        );
+    }
+}
