@@ -47,7 +47,29 @@ read_nvme_silently() {
     echo "guest: read"
 }
 
+# For the demo: commands as at a prompt, each with what it prints, and then a line is waited for.
+at_prompt() {
+    echo "guest# $*"
+    "$@"
+}
+show_disk() {
+    for try in $(seq 100); do
+        [ -b /dev/nvme0n1 ] && break
+        sleep 0.1
+    done
+    at_prompt uname -r
+    # It looks for a module index, of which there is none.
+    at_prompt lspci -k -s 01:00.0 2>/dev/null
+    at_prompt cat /sys/class/nvme/nvme0/serial
+    at_prompt sha256sum /dev/nvme0n1
+    at_prompt grep nvme /proc/interrupts
+    echo "guest: waits for a line"
+    read -r -t 60 _
+    echo "guest# poweroff -f"
+}
+
 case "$task" in
+demo) show_disk ;;
 nvme) say_nvme ;;
 read-silently) read_nvme_silently ;;
 reboot) reboot -f ;;

@@ -9,7 +9,7 @@ use gantry_tests::bench::Bench;
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
 use gantry_tests::lab::{Host, Parts, Setup, shell};
-use gantry_tests::{checks, cleanup, ui};
+use gantry_tests::{checks, cleanup, demo, ui};
 
 /// Chores of the gantry source tree.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
+    /// A VM takes a disk out of a pool, uses it and gives it back; shown, and checked.
+    Demo,
     /// A shell in a simulated VFIO host, with gantry on the PATH.
     Lab(LabArguments),
     /// Format, lints, unit, property and lab tests: all that has to pass.
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
     let result = cleanup::on_signals()
         .context("cannot watch for signals")
         .and_then(|()| match Cli::parse().chore {
+            Chore::Demo => demo::run(),
             Chore::Lab(arguments) => lab(arguments),
             Chore::Test => checks::run().map(|()| 0),
             Chore::Bench(bench) => bench.run().map(|()| 0),
