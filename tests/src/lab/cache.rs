@@ -53,6 +53,7 @@ impl Cache {
         if path.is_dir() {
             return Ok(path);
         }
+        self.sweep(name);
         let fresh = TempFolder::new(&self.root, &format!("{name}.new."))
             .with_context(|| format!("cannot create a folder in {}", self.root.display()))?;
         let (into, scratch) = (fresh.path().join("entry"), fresh.path().join("scratch"));
@@ -64,6 +65,16 @@ impl Cache {
         fs::rename(&into, &path)
             .with_context(|| format!("cannot move a finished entry to {}", path.display()))?;
         Ok(path)
+    }
+
+    /// Removes what a killed process left behind; the caller holds the entry's lock.
+    fn sweep(&self, name: &str) {
+        let prefix = format!("{name}.new.");
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
     }
 
     /// A folder for what is neither an entry nor worth a key.
@@ -127,6 +138,15 @@ mod tests {
             .filter(|entry| entry.as_ref().unwrap().path().is_dir())
             .count();
         assert_eq!(left, 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed() {
+        let (folder, cache) = cache();
+        let stale = folder.path().join("x.new.abc");
+        fs::create_dir(&stale).unwrap();
+        cache.entry("x", &[], |_, _| Ok(())).unwrap();
+        assert!(!stale.exists());
     }
 
     #[test]

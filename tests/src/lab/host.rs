@@ -110,6 +110,8 @@ impl Host {
             Err(_) => bail!("the lab died while booting\n{}", host.last_words()),
         }
         host.booted_in = began.elapsed();
+        // QEMU has read it, and it is large.
+        let _ = fs::remove_file(host.machine.folder.join("initrd"));
         Ok(host)
     }
 

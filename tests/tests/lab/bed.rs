@@ -1,6 +1,7 @@
 //! The test bed: the lab that is up, the run of a case in it, and the check of what it left.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Result, anyhow, bail, ensure};
@@ -80,7 +81,7 @@ impl Bed {
 
     fn boot(&self, suite: &Suite) -> Result<Host> {
         let options = Options {
-            gantry: None,
+            gantry: std::env::var_os("GANTRY").map(PathBuf::from),
             lab_kernel: true,
         };
         let parts = self

@@ -1,6 +1,7 @@
 //! The lab tests: many cases in one boot of the lab, each a named test.
 //!
 //! `cargo test -p gantry-tests --test lab [-- NAME]` runs them, or those whose names contain NAME.
+//! `GANTRY=/path/to/gantry` tests that program instead of a release build of this tree.
 //! A lab that cannot start makes each of its cases fail.
 //!
 //! # Adding a case
