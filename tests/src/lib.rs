@@ -1,7 +1,7 @@
 //! The lab (a simulated VFIO host), and what the demo, the tests and the benches share.
 //!
 //! See [`lab`] for the host, [`protocol`] for how it is spoken to, [`checks`] for what has to pass,
-//! [`bench`] for what is measured.
+//! [`mod@bench`] for what is measured.
 
 pub mod bench;
 pub mod checks;
