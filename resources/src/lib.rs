@@ -13,6 +13,7 @@
 mod allocate;
 mod atomic;
 mod bind;
+mod check;
 mod config;
 mod dsn;
 #[cfg(test)]
@@ -35,6 +36,9 @@ mod writer;
 
 pub use allocate::{AllocateError, Request, allocate};
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
+pub use check::{
+    Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
+};
 pub use config::ConfigError;
 pub use group::{
     EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap, ResourceGroup,

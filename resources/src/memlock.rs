@@ -17,7 +17,7 @@ pub fn memlock_limit(paths: &HostPaths) -> Option<u64> {
     limit(&status, soft)
 }
 
-fn limit(status: &str, soft: u64) -> Option<u64> {
+pub(crate) fn limit(status: &str, soft: u64) -> Option<u64> {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let capabilities = effective
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())

@@ -1,5 +1,6 @@
 //! The command line: its grammar, and the way from arguments to an exit code.
 
+mod check;
 mod device;
 mod group;
 mod run;
@@ -28,6 +29,7 @@ Examples:
   gantry device list                   what the host has, and who has it
   gantry device detach 0000:01:00.0    hand a device to the pool
   gantry group list                    the pools
+  gantry check                         what the host lacks to give devices to VMs
   gantry run vm.json                   a VM from a file")]
 struct Cli {
     #[command(flatten)]
@@ -88,6 +90,8 @@ enum Command {
     /// List the resource groups
     #[command(subcommand)]
     Group(group::GroupCommand),
+    /// Check what the host lacks to give devices to VMs, and say how to put it right
+    Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
     Schema(schema::SchemaArgs),
     /// Write one sysfs file, in a process that can be abandoned when the kernel hangs
@@ -117,6 +121,7 @@ pub fn main() -> ExitCode {
 fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
     match command {
         Command::Run(args) => return run::run(args, &paths),
+        Command::Check(args) => return check::check(&args, &paths),
         Command::Device(command) => device::device(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
         Command::Schema(args) => schema::schema(args)?,

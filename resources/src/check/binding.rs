@@ -1,0 +1,236 @@
+//! Which wanted devices are not with vfio-pci yet, and the words and lines that bring them there at
+//! every boot.
+
+use std::collections::BTreeSet;
+
+use super::devices::{count, list};
+use super::facts::{Devices, Facts};
+use super::modprobe::{ModuleState, pairs};
+use super::{Finding, Level};
+use crate::inventory::HostDevice;
+
+pub(super) fn judge(facts: &Facts) -> Finding {
+    let devices = &facts.devices;
+    let finding =
+        |level, reason: String| Finding::new("binding", "Bound to vfio-pci", level, reason);
+    let astray: Vec<&HostDevice> = devices
+        .wanted()
+        .filter(|device| !device.on_vfio() && !device.is_bridge() && !devices.is_needed(device))
+        .collect();
+    if astray.is_empty() {
+        let bound = devices.wanted().filter(|device| device.on_vfio()).count();
+        return finding(
+            Level::Ok,
+            format!("{} with vfio-pci", count(bound, "device")),
+        );
+    }
+    let plan = Plan::new(facts, &astray);
+    let late = plan.late(facts);
+    let reason = if late.is_empty() {
+        format!("not with vfio-pci: {}", list(astray.iter().copied()))
+    } else {
+        format!(
+            "vfio-pci came too late: it is told to take {}, but another driver was first",
+            list(late)
+        )
+    };
+    let addresses: Vec<String> = astray.iter().map(|device| device.bdf.to_string()).collect();
+    let mut warning = finding(Level::Warn, reason);
+    if astray.iter().all(|device| device.iommu_group.is_some()) {
+        warning = warning.lines(
+            "detach now:",
+            [format!("gantry device detach {}", addresses.join(" "))],
+        );
+    }
+    plan.advise(facts, warning)
+}
+
+/// How vfio-pci gets devices before the host's drivers do.
+struct Plan<'a> {
+    /// What is to be bound: the devices and their neighbours in the IOMMU groups.
+    bring: Vec<&'a HostDevice>,
+    /// Devices outside with the same ids, which vfio-pci would take as well.
+    twins: Vec<&'a HostDevice>,
+    /// Ids that can be given to vfio-pci, in the order of the devices.
+    ids: Vec<String>,
+    /// Ids that it has been given.
+    given: BTreeSet<String>,
+}
+
+impl<'a> Plan<'a> {
+    fn new(facts: &'a Facts, astray: &[&'a HostDevice]) -> Self {
+        let devices = &facts.devices;
+        let groups: BTreeSet<u32> = astray
+            .iter()
+            .filter_map(|device| device.iommu_group)
+            .collect();
+        let is_brought = |device: &HostDevice| {
+            let neighbour = device
+                .iommu_group
+                .is_some_and(|group| groups.contains(&group));
+            let ours = neighbour || astray.iter().any(|one| one.bdf == device.bdf);
+            ours && !device.is_bridge() && !devices.is_needed(device) && !device.on_vfio()
+        };
+        let bring: Vec<&HostDevice> = devices
+            .all
+            .iter()
+            .filter(|device| is_brought(device))
+            .collect();
+        let of = |device: &HostDevice| device.id.to_string();
+        let mut ids: Vec<String> = Vec::new();
+        for id in bring.iter().map(|device| of(device)) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        let is_twin = |device: &&HostDevice| {
+            ids.contains(&of(device))
+                && !is_brought(device)
+                && !devices.is_wanted(device)
+                && !device.on_vfio()
+        };
+        let twins: Vec<&HostDevice> = devices.all.iter().filter(is_twin).collect();
+        ids.retain(|id| !twins.iter().any(|twin| of(twin) == *id));
+        let words = facts.cmdline.named("vfio-pci.ids");
+        let mut given: BTreeSet<String> = words.flat_map(|(_, value)| pairs(value)).collect();
+        given.extend(facts.modprobe.vfio_ids.iter().cloned());
+        Self {
+            bring,
+            twins,
+            ids,
+            given,
+        }
+    }
+
+    /// Devices that vfio-pci would have, had it been there first.
+    fn late(&self, facts: &Facts) -> Vec<&'a HostDevice> {
+        let late = self.bring.iter().copied();
+        late.filter(|device| self.given.contains(&device.id.to_string()))
+            .filter(|device| device.driver.is_some() && facts.devices.is_wanted(device))
+            .collect()
+    }
+
+    fn advise(&self, facts: &Facts, mut finding: Finding) -> Finding {
+        if !self.twins.is_empty() {
+            finding = finding.fix(format!(
+                "vfio-pci.ids cannot tell these devices from {}, which stay with the host: detach them by address \
+                 after each boot",
+                list(self.twins.iter().copied())
+            ));
+        }
+        if self.ids.is_empty() {
+            return finding;
+        }
+        finding = self.words(facts, finding);
+        let drivers = Drivers::new(facts, self);
+        if !drivers.builtin.is_empty() {
+            finding = finding.fix(format!(
+                "{} is part of the kernel's image and always first: detach its devices after each boot",
+                drivers.builtin.join(" and ")
+            ));
+        }
+        if !drivers.wait.is_empty() {
+            let lines = drivers
+                .wait
+                .iter()
+                .map(|module| format!("softdep {module} pre: vfio-pci"));
+            finding = finding
+                .lines(
+                    "to make vfio-pci the first at each boot, these lines in /etc/modprobe.d/gantry.conf:",
+                    lines,
+                )
+                .lines(
+                    "then rebuild the initramfs, where there is one:",
+                    facts.boot.initramfs.command(),
+                );
+        }
+        if !drivers.hold_back.is_empty() {
+            let words = format!("modprobe.blacklist={}", drivers.hold_back.join(","));
+            finding = finding
+                .fix(format!(
+                    "{} comes first although it is told to wait, and no other device needs it: hold it back with \
+                     {words} on the kernel's command line",
+                    drivers.hold_back.join(" and ")
+                ))
+                .lines(
+                    "what is held back no longer calls vfio-pci; a line of /etc/modules-load.d/gantry.conf does:",
+                    ["vfio-pci"],
+                )
+                .add([words]);
+        }
+        finding
+    }
+
+    /// One `vfio-pci.ids` with the old ids and the new, in the place of those that there are.
+    fn words(&self, facts: &Facts, finding: Finding) -> Finding {
+        let new = self.ids.iter().filter(|id| !self.given.contains(*id));
+        let new: Vec<&str> = new.map(String::as_str).collect();
+        if new.is_empty() {
+            return finding;
+        }
+        let old: Vec<(&str, &str)> = facts.cmdline.named("vfio-pci.ids").collect();
+        let ids: Vec<&str> = old.iter().map(|(_, value)| *value).chain(new).collect();
+        let word = format!("vfio-pci.ids={}", ids.join(","));
+        finding
+            .fix(format!(
+                "for each boot, {word} on the kernel's command line, as shown below"
+            ))
+            .add([word])
+            .remove(old.iter().map(|(word, _)| *word))
+    }
+}
+
+/// The host's drivers that take the devices first. Names of modules.
+#[derive(Default)]
+struct Drivers {
+    /// Nothing can make them wait.
+    builtin: Vec<String>,
+    /// They should wait for vfio-pci.
+    wait: Vec<String>,
+    /// They are told to wait and do not, and only devices that are to leave use them.
+    hold_back: Vec<String>,
+}
+
+impl Drivers {
+    fn new(facts: &Facts, plan: &Plan<'_>) -> Self {
+        let mut drivers = Self::default();
+        if facts.modules.is_builtin("vfio-pci") {
+            // It comes before every module; what has the devices now did not have ids against it.
+            return drivers;
+        }
+        let led = plan
+            .bring
+            .iter()
+            .filter(|device| plan.ids.contains(&device.id.to_string()));
+        let names: BTreeSet<&String> = led.filter_map(|device| device.driver.as_ref()).collect();
+        for name in names {
+            let module = module(&facts.devices, name);
+            let told = facts.modprobe.after_vfio.contains(&module);
+            if is_builtin(facts, &module) {
+                drivers.builtin.push(module);
+            } else if !told {
+                drivers.wait.push(module);
+            } else if !plan.late(facts).is_empty() && !used_elsewhere(facts, plan, name) {
+                drivers.hold_back.push(module);
+            }
+        }
+        drivers
+    }
+}
+
+fn module(devices: &Devices, driver: &str) -> String {
+    let known = devices.driver_modules.get(driver);
+    known.map_or_else(|| super::cmdline::underscored(driver), String::clone)
+}
+
+fn is_builtin(facts: &Facts, module: &str) -> bool {
+    facts.modules.is_builtin(module) || facts.modules.state(module) == ModuleState::Missing
+}
+
+fn used_elsewhere(facts: &Facts, plan: &Plan<'_>, driver: &str) -> bool {
+    let mut others = facts.devices.all.iter().filter(|device| {
+        let brought = plan.bring.iter().any(|one| one.bdf == device.bdf);
+        !brought && !facts.devices.is_wanted(device)
+    });
+    others.any(|device| device.driver.as_deref() == Some(driver))
+}

@@ -1,0 +1,259 @@
+//! The devices that are to be passed: are they the host's own, is a whole IOMMU group meant, may the
+//! IOMMU translate for them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::facts::{Devices, Facts};
+use super::{Finding, Level, binding};
+use crate::host::HostBdf;
+use crate::inventory::HostDevice;
+use crate::reserved::ReservedKind;
+
+pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
+    let devices = &facts.devices;
+    let mut findings = vec![groups(devices)];
+    if !devices.wanted.is_empty() {
+        findings.push(host_needs(devices));
+        findings.push(binding::judge(facts));
+        findings.extend(iommu_groups(devices));
+        findings.extend(reserved(devices));
+    }
+    findings
+}
+
+impl Devices {
+    pub(super) fn is_wanted(&self, device: &HostDevice) -> bool {
+        self.wanted.contains(&device.bdf)
+    }
+
+    pub(super) fn wanted(&self) -> impl Iterator<Item = &HostDevice> {
+        self.all.iter().filter(|device| self.is_wanted(device))
+    }
+
+    /// Whether the host uses a device itself; where that cannot be told, it does.
+    pub(super) fn is_needed(&self, device: &HostDevice) -> bool {
+        match &self.uses {
+            Ok(uses) => uses.iter().any(|guarded| guarded.bdf == device.bdf),
+            Err(_) => true,
+        }
+    }
+
+    /// The IOMMU groups of the wanted devices, with all their members.
+    fn iommu_groups(&self) -> BTreeMap<u32, Vec<&HostDevice>> {
+        let numbers: BTreeSet<u32> = self
+            .wanted()
+            .filter_map(|device| device.iommu_group)
+            .collect();
+        let members = |number| {
+            let group = Some(number);
+            let members = self
+                .all
+                .iter()
+                .filter(move |device| device.iommu_group == group);
+            (number, members.collect())
+        };
+        numbers.into_iter().map(members).collect()
+    }
+
+    fn owner(&self, device: &HostDevice) -> Option<&str> {
+        let groups = self.groups.as_ref().ok()?;
+        groups.group_of(device).map(|group| group.name.as_str())
+    }
+}
+
+/// `0000:01:00.0 (nouveau)`.
+pub(super) fn named(device: &HostDevice) -> String {
+    let driver = device.driver.as_deref().unwrap_or("no driver");
+    format!("{} ({driver})", device.bdf)
+}
+
+pub(super) fn list<'a>(devices: impl IntoIterator<Item = &'a HostDevice>) -> String {
+    let names: Vec<String> = devices.into_iter().map(named).collect();
+    names.join(", ")
+}
+
+fn groups(devices: &Devices) -> Finding {
+    let finding = |level, reason: String| Finding::new("groups", "Resource groups", level, reason);
+    match &devices.groups {
+        Err(problem) => finding(Level::Fail, problem.clone())
+            .fix("put that file right: until then no group can be used"),
+        Ok(groups) if groups.iter().next().is_none() => {
+            finding(Level::Ok, "none are defined".into())
+                .fix("`gantry check 01:00.0` looks at a device as if it were in one")
+        }
+        Ok(groups) => {
+            let owned = devices
+                .all
+                .iter()
+                .filter(|device| groups.group_of(device).is_some());
+            finding(
+                Level::Ok,
+                format!(
+                    "{} with {}",
+                    count(groups.iter().count(), "group"),
+                    count(owned.count(), "device")
+                ),
+            )
+        }
+    }
+}
+
+pub(super) fn count(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{plural}")
+}
+
+/// What the host itself uses is refused by `gantry device detach`; better to know before.
+fn host_needs(devices: &Devices) -> Finding {
+    let finding = |level, reason: String| Finding::new("host-guard", "Host's needs", level, reason);
+    let uses = match &devices.uses {
+        Ok(uses) => uses,
+        Err(problem) => {
+            return finding(
+                Level::Warn,
+                format!("cannot tell whether the host uses a device itself: {problem}"),
+            );
+        }
+    };
+    let wanted = uses
+        .iter()
+        .filter(|guarded| devices.wanted.contains(&guarded.bdf));
+    let wanted: Vec<String> = wanted.map(ToString::to_string).collect();
+    if wanted.is_empty() {
+        return finding(
+            Level::Ok,
+            "none of the devices is used by the host itself".into(),
+        );
+    }
+    finding(Level::Warn, wanted.join("; ")).fix(
+        "such a device is not given away: narrow the rules of its resource group, or free it first",
+    )
+}
+
+/// An IOMMU group goes to one VM as a whole.
+fn iommu_groups(devices: &Devices) -> Vec<Finding> {
+    let groups = devices.iommu_groups();
+    if groups.is_empty() {
+        return Vec::new();
+    }
+    let finding =
+        |level, reason: String| Finding::new("iommu-groups", "IOMMU groups", level, reason);
+    let problems: Vec<Finding> = groups
+        .iter()
+        .flat_map(|(number, members)| shared(devices, *number, members))
+        .map(|(level, reason, fix)| finding(level, reason).fix(fix))
+        .collect();
+    if problems.is_empty() {
+        let number = count(groups.len(), "IOMMU group");
+        return vec![finding(
+            Level::Ok,
+            format!("{number} of the devices' own, with nobody else in them"),
+        )];
+    }
+    problems
+}
+
+/// What is wrong with who is in an IOMMU group.
+fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level, String, String)> {
+    let mut problems = Vec::new();
+    let pick = |wanted: &dyn Fn(&HostDevice) -> bool| -> Vec<&HostDevice> {
+        members
+            .iter()
+            .copied()
+            .filter(|device| wanted(device))
+            .collect()
+    };
+    let bridges = pick(&|device| device.is_bridge() && !device.leaves_group_viable());
+    if !bridges.is_empty() {
+        problems.push((
+            Level::Fail,
+            format!(
+                "IOMMU group {number} holds the host's {}: nothing of it can be given away",
+                list(bridges)
+            ),
+            "put the card into another slot".to_owned(),
+        ));
+    }
+    let others = |device: &HostDevice| !device.is_bridge() && !devices.is_wanted(device);
+    let known = devices.uses.is_ok();
+    let needed = pick(&|device| others(device) && known && devices.is_needed(device));
+    if !needed.is_empty() {
+        problems.push((
+            Level::Fail,
+            format!("IOMMU group {number} also holds {}, which the host uses: nothing of it can be given away", list(needed)),
+            "put one of the two cards into another slot".to_owned(),
+        ));
+    }
+    let unowned = pick(&|device| others(device) && !(known && devices.is_needed(device)));
+    if !unowned.is_empty() {
+        problems.push((
+            Level::Warn,
+            format!("IOMMU group {number} also holds {}, which no resource group has: it is detached along with the others", list(unowned)),
+            "widen a rule of the resource group, so that the IOMMU group is in it as a whole".to_owned(),
+        ));
+    }
+    let owners: BTreeSet<&str> = members
+        .iter()
+        .filter_map(|device| devices.owner(device))
+        .collect();
+    if owners.len() > 1 {
+        let owners: Vec<String> = owners.iter().map(|owner| format!("\"{owner}\"")).collect();
+        problems.push((
+            Level::Warn,
+            format!("IOMMU group {number} is spread over the resource groups {}: a VM that gets one of its devices keeps the others from all other VMs", owners.join(" and ")),
+            "write the rules so that one resource group has all of it".to_owned(),
+        ));
+    }
+    problems
+}
+
+/// The kernel gives no device to a VM that the firmware wants mapped one to one for ever.
+fn reserved(devices: &Devices) -> Option<Finding> {
+    let groups = devices.iommu_groups();
+    let finding =
+        |level, reason: String| Finding::new("reserved-regions", "Reserved memory", level, reason);
+    let has = |number: &u32, kind| {
+        let regions = devices.reserved.get(number);
+        regions.is_some_and(|regions| regions.iter().any(|region| region.kind == kind))
+    };
+    let of = |kind| -> Vec<HostBdf> {
+        let groups = groups.iter().filter(|(number, _)| has(number, kind));
+        let members = groups.flat_map(|(_, members)| members);
+        members
+            .filter(|device| devices.is_wanted(device))
+            .map(|device| device.bdf)
+            .collect()
+    };
+    let join = |devices: &[HostBdf]| {
+        let names: Vec<String> = devices.iter().map(HostBdf::to_string).collect();
+        names.join(", ")
+    };
+    if groups.is_empty() {
+        return None;
+    }
+    let fixed = of(ReservedKind::Direct);
+    if !fixed.is_empty() {
+        return Some(
+            finding(
+                Level::Fail,
+                format!("the firmware claims memory for good (ACPI RMRR) that {} must reach: the kernel does not give such a device away", join(&fixed)),
+            )
+            .fix("ask the machine's vendor how to switch that off for the slot (HPE: \"shared memory\" of the slot's option card); a newer firmware may do"),
+        );
+    }
+    let passing = of(ReservedKind::DirectRelaxable);
+    Some(if passing.is_empty() {
+        finding(
+            Level::Ok,
+            "the firmware claims no memory for these devices".into(),
+        )
+    } else {
+        finding(
+            Level::Ok,
+            format!(
+                "the firmware's claim for {} ends when the device is given away (USB, display)",
+                join(&passing)
+            ),
+        )
+    })
+}

@@ -1,0 +1,211 @@
+//! What the check reads, all of it at one moment and without changing anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, eaccess};
+
+use super::CheckError;
+use super::boot::Boot;
+use super::cmdline::{CommandLine, is_yes};
+use super::cpu::Cpu;
+use super::iommu::Iommu;
+use super::memory::Memory;
+use super::modprobe::{Modprobe, Modules};
+use crate::group::Groups;
+use crate::guard::{Guarded, host_uses};
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
+use crate::reserved::{ReservedRegion, reserved_regions};
+use crate::sysfs;
+
+/// The host as the check sees it.
+#[derive(Clone, Debug)]
+pub(super) struct Facts {
+    pub(super) cmdline: CommandLine,
+    /// The kernel's release, such as `6.1.0-32-amd64`.
+    pub(super) release: String,
+    /// Vendor and product of the machine, as its firmware says (DMI).
+    pub(super) machine: Option<String>,
+    /// Name of the user who asks, where it can be told.
+    pub(super) user: String,
+    pub(super) cpu: Cpu,
+    pub(super) kvm: NodeAccess,
+    /// Whether VMs may run VMs; none where KVM is not loaded.
+    pub(super) nested: Option<bool>,
+    pub(super) iommu: Iommu,
+    pub(super) modules: Modules,
+    /// The node that every container of VFIO is opened by.
+    pub(super) vfio: NodeAccess,
+    pub(super) modprobe: Modprobe,
+    /// Parameters of loaded modules that make the host unsafe and are switched on.
+    pub(super) unsafe_parameters: Vec<PathBuf>,
+    pub(super) devices: Devices,
+    pub(super) memory: Memory,
+    pub(super) boot: Boot,
+}
+
+/// The devices and who wants them.
+#[derive(Clone, Debug)]
+pub(super) struct Devices {
+    pub(super) all: Vec<HostDevice>,
+    /// The resource groups, or why they cannot be read.
+    pub(super) groups: Result<Groups, String>,
+    /// Those of resource groups, and those named by who asks.
+    pub(super) wanted: BTreeSet<HostBdf>,
+    /// What the host uses the wanted devices and their neighbours for, or why that cannot be told.
+    pub(super) uses: Result<Vec<Guarded>, String>,
+    /// The module that each driver comes from; drivers of the kernel's image may have none.
+    pub(super) driver_modules: BTreeMap<String, String>,
+    /// Reserved ranges of the wanted devices' IOMMU groups.
+    pub(super) reserved: BTreeMap<u32, Vec<ReservedRegion>>,
+}
+
+impl Facts {
+    pub(super) fn read(paths: &HostPaths, wanted: &[HostBdf]) -> Result<Self, CheckError> {
+        let root = root(paths);
+        let release = text(&paths.proc.join("sys/kernel/osrelease"));
+        let module = paths.sysfs.join("module");
+        let unsafe_parameters = [
+            "vfio/parameters/enable_unsafe_noiommu_mode",
+            "vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+            "iommufd/parameters/allow_unsafe_interrupts",
+        ];
+        Ok(Self {
+            cmdline: CommandLine::parse(&text(&paths.proc.join("cmdline"))),
+            machine: machine(&paths.sysfs.join("class/dmi/id")),
+            user: user(paths, &root),
+            cpu: Cpu::parse(&sysfs::table(&paths.proc.join("cpuinfo")).unwrap_or_default()),
+            kvm: access(&paths.dev.join("kvm")),
+            nested: nested(&module),
+            iommu: Iommu::read(paths, &root, &release),
+            modules: Modules::read(&paths.sysfs, &root, &release),
+            vfio: access(&paths.dev.join("vfio/vfio")),
+            modprobe: Modprobe::read(&root),
+            unsafe_parameters: unsafe_parameters
+                .map(|name| module.join(name))
+                .into_iter()
+                .filter(|path| is_yes(&text(path)))
+                .collect(),
+            devices: Devices::read(paths, wanted)?,
+            memory: Memory::read(paths),
+            boot: Boot::read(paths, &root),
+            release,
+        })
+    }
+}
+
+impl Devices {
+    fn read(paths: &HostPaths, named: &[HostBdf]) -> Result<Self, CheckError> {
+        let groups = Groups::load(paths);
+        let detail = match &groups {
+            Ok(groups) if groups.ask_for_serials() => Detail::Full,
+            _ => Detail::WithoutSerials,
+        };
+        let all = scan_with(paths, detail)?;
+        let missing = |bdf: &&HostBdf| !all.iter().any(|device| device.bdf == **bdf);
+        if let Some(&bdf) = named.iter().find(missing) {
+            return Err(InventoryError::NoSuchDevice { bdf }.into());
+        }
+        let pooled = all.iter().filter(|device| {
+            let group = groups.as_ref().ok();
+            group.is_some_and(|groups| groups.group_of(device).is_some())
+        });
+        let mut wanted: BTreeSet<HostBdf> = pooled.map(|device| device.bdf).collect();
+        wanted.extend(named);
+        let iommu_groups: BTreeSet<u32> = all
+            .iter()
+            .filter(|device| wanted.contains(&device.bdf))
+            .filter_map(|device| device.iommu_group)
+            .collect();
+        let concerned = all.iter().filter(|device| {
+            let neighbour = device
+                .iommu_group
+                .is_some_and(|group| iommu_groups.contains(&group));
+            neighbour || wanted.contains(&device.bdf)
+        });
+        let concerned: Vec<HostDevice> = concerned.cloned().collect();
+        let reserved = iommu_groups
+            .iter()
+            .filter_map(|&group| Some((group, reserved_regions(paths, group).ok()?)));
+        Ok(Self {
+            uses: host_uses(paths, &concerned).map_err(|error| error.to_string()),
+            reserved: reserved.collect(),
+            driver_modules: driver_modules(paths, &all),
+            groups: groups.map_err(|error| error.to_string()),
+            wanted,
+            all,
+        })
+    }
+}
+
+/// The root directory that this process sees. It is found through procfs, so that a recorded host can
+/// have one: everything else is read below the directories of [`HostPaths`].
+fn root(paths: &HostPaths) -> PathBuf {
+    paths.proc.join("self/root")
+}
+
+/// An attribute's text; empty if there is none to be had.
+pub(super) fn text(path: &Path) -> String {
+    sysfs::text(path).ok().flatten().unwrap_or_default()
+}
+
+pub(super) fn access(node: &Path) -> NodeAccess {
+    match eaccess(node, AccessFlags::R_OK | AccessFlags::W_OK) {
+        Ok(()) => NodeAccess::Ready,
+        Err(Errno::ENOENT | Errno::ENOTDIR) => NodeAccess::Missing,
+        Err(_) => NodeAccess::Denied,
+    }
+}
+
+fn nested(module: &Path) -> Option<bool> {
+    let mut modules = ["kvm_intel", "kvm_amd"].into_iter();
+    modules.find_map(|name| {
+        let value = text(&module.join(name).join("parameters/nested"));
+        (!value.is_empty()).then(|| is_yes(&value))
+    })
+}
+
+fn machine(dmi: &Path) -> Option<String> {
+    let names = [
+        text(&dmi.join("sys_vendor")),
+        text(&dmi.join("product_name")),
+    ]
+    .join(" ");
+    let names = names.trim();
+    (!names.is_empty()).then(|| names.to_owned())
+}
+
+/// The name of the effective user, or a word that stands for it.
+fn user(paths: &HostPaths, root: &Path) -> String {
+    let status = sysfs::table(&paths.proc.join("self/status")).unwrap_or_default();
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let id = ids.and_then(|ids| ids.split_whitespace().nth(1));
+    let passwd = sysfs::table(&root.join("etc/passwd")).unwrap_or_default();
+    let named = passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1) == id && id.is_some()).then(|| name.to_owned())
+    });
+    named.unwrap_or_else(|| "USER".to_owned())
+}
+
+fn driver_modules(paths: &HostPaths, devices: &[HostDevice]) -> BTreeMap<String, String> {
+    let drivers: BTreeSet<&String> = devices
+        .iter()
+        .filter_map(|device| device.driver.as_ref())
+        .collect();
+    let module = |driver: &&String| {
+        let link = paths
+            .sysfs
+            .join("bus/pci/drivers")
+            .join(driver)
+            .join("module");
+        sysfs::link_name(&link).ok().flatten()
+    };
+    drivers
+        .into_iter()
+        .filter_map(|driver| Some((driver.clone(), module(&driver)?)))
+        .collect()
+}

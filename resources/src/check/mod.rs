@@ -1,0 +1,194 @@
+//! `gantry check`: what this host still lacks to give devices to VMs, and the exact way to put it right.
+//!
+//! Three steps: [`Facts`] are read from the trees of [`HostPaths`], the judges are pure functions from
+//! them to [`Finding`]s, and who asked prints the [`Report`]. Nothing that makes a host less safe is
+//! ever proposed: not `allow_unsafe_interrupts`, not the no-IOMMU mode, not the ACS override.
+
+mod binding;
+mod boot;
+mod cmdline;
+mod cpu;
+mod devices;
+mod facts;
+mod iommu;
+mod memory;
+mod modprobe;
+mod vfio;
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use thiserror::Error;
+
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::InventoryError;
+use cmdline::Change;
+use facts::Facts;
+
+/// How bad a finding is. Ordered from good to bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// It works, at a price or a risk, or something is still to be done for some device.
+    Warn,
+    /// No VM with a device can start, or the host is not safe from its guests.
+    Fail,
+}
+
+/// Something to do or to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Advice {
+    /// What, and why, in a sentence.
+    pub text: String,
+    /// Lines to be copied as they are: commands, or what a file is to hold.
+    pub lines: Vec<String>,
+}
+
+/// The answer to one question about the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The question, for programs: `iommu`, `memlock`, ...
+    pub check: &'static str,
+    /// The question, for people.
+    pub title: &'static str,
+    /// How bad the answer is.
+    pub level: Level,
+    /// What was found.
+    pub reason: String,
+    /// What to do about it; for a good answer, what could be better still.
+    pub fix: Vec<Advice>,
+    /// What the kernel's command line should have or lose for it.
+    #[serde(skip)]
+    words: Change,
+}
+
+/// What is to be changed on the kernel's command line, and how on this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CommandLineChange {
+    /// Words to add.
+    pub add: Vec<String>,
+    /// Words to remove.
+    pub remove: Vec<String>,
+    /// How.
+    pub how: Advice,
+}
+
+/// All that was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The worst of the findings' levels.
+    pub level: Level,
+    /// The findings, from the processor up to the devices.
+    pub findings: Vec<Finding>,
+    /// What the findings ask of the kernel's command line, all in one.
+    pub command_line: Option<CommandLineChange>,
+}
+
+/// The check itself could not be done.
+#[derive(Debug, Error)]
+pub enum CheckError {
+    /// The devices cannot be read, or one that was named does not exist.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The note about a waiting reboot cannot be written.
+    #[error("cannot note in {path} that a reboot is waiting: run as a user who may write there")]
+    Note {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Looks at the host. `wanted` are devices that are to be passed besides those of the resource groups.
+pub fn check(paths: &HostPaths, wanted: &[HostBdf]) -> Result<Report, CheckError> {
+    Ok(judge(&Facts::read(paths, wanted)?))
+}
+
+/// Notes that the command line or the firmware has been changed for `report`, so that later checks say
+/// until the next boot that a reboot is waiting, and after it whether the words have arrived. Returns
+/// the file.
+pub fn note_reboot(paths: &HostPaths, report: &Report) -> Result<PathBuf, CheckError> {
+    boot::note(paths, report.command_line.as_ref())
+        .map_err(|(path, source)| CheckError::Note { path, source })
+}
+
+fn judge(facts: &Facts) -> Report {
+    let mut findings = vec![cpu::virtualisation(facts), cpu::kvm(facts)];
+    findings.push(cpu::kernel(facts));
+    findings.extend(iommu::judge(facts));
+    findings.extend(vfio::judge(facts));
+    findings.extend(devices::judge(facts));
+    findings.extend(memory::judge(facts));
+    let mut change = Change::default();
+    for finding in &findings {
+        change.merge(&finding.words);
+    }
+    let change = change.against(&facts.cmdline);
+    findings.push(boot::reboot(facts, &change));
+    let level = findings.iter().map(|finding| finding.level);
+    Report {
+        level: level.max().unwrap_or(Level::Ok),
+        command_line: boot::how(facts, change),
+        findings,
+    }
+}
+
+impl Finding {
+    fn new(
+        check: &'static str,
+        title: &'static str,
+        level: Level,
+        reason: impl Into<String>,
+    ) -> Self {
+        Self {
+            check,
+            title,
+            level,
+            reason: reason.into(),
+            fix: Vec::new(),
+            words: Change::default(),
+        }
+    }
+
+    /// With one thing more to do.
+    fn fix(mut self, text: impl Into<String>) -> Self {
+        self.fix.push(Advice {
+            text: text.into(),
+            lines: Vec::new(),
+        });
+        self
+    }
+
+    /// With lines to be copied.
+    fn lines<T: Into<String>>(
+        mut self,
+        text: impl Into<String>,
+        lines: impl IntoIterator<Item = T>,
+    ) -> Self {
+        self.fix.push(Advice {
+            text: text.into(),
+            lines: lines.into_iter().map(Into::into).collect(),
+        });
+        self
+    }
+
+    /// With words that the kernel's command line should have.
+    fn add<T: Into<String>>(mut self, words: impl IntoIterator<Item = T>) -> Self {
+        self.words.add.extend(words.into_iter().map(Into::into));
+        self
+    }
+
+    /// With words that the kernel's command line should not have.
+    fn remove<T: Into<String>>(mut self, words: impl IntoIterator<Item = T>) -> Self {
+        self.words.remove.extend(words.into_iter().map(Into::into));
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests;

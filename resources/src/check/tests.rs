@@ -1,0 +1,334 @@
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::facts::Facts;
+use super::{Level, Report, check, judge, note_reboot};
+use crate::fixture::bdf;
+use crate::host::HostPaths;
+use crate::inventory::NodeAccess;
+
+/// Where the recorded hosts are; `README.md` there tells the format.
+fn hosts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hosts")
+}
+
+struct Host(TempDir);
+
+impl Host {
+    fn unpack(name: &str) -> Self {
+        let host = Self(tempfile::tempdir().unwrap());
+        host.play(name);
+        host
+    }
+
+    fn paths(&self) -> HostPaths {
+        HostPaths::under(self.0.path())
+    }
+
+    fn facts(&self) -> Facts {
+        Facts::read(&self.paths(), &[]).unwrap()
+    }
+
+    fn play(&self, name: &str) {
+        let text = fs::read_to_string(hosts().join(format!("{name}.host"))).unwrap();
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            if let Some(other) = line.strip_prefix("like ") {
+                self.play(other);
+            } else if let Some(path) = line.strip_prefix("- ") {
+                self.remove(path);
+            } else if let Some(device) = line.strip_prefix("pci ") {
+                self.pci(device);
+            } else if let Some((path, target)) = line.split_once(" -> ") {
+                self.link(path, Path::new(target));
+            } else {
+                let (path, text) = line.split_once(": ").unwrap();
+                self.line(path, &text.replace("\\t", "\t"));
+            }
+        }
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        let path = self.0.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        path
+    }
+
+    fn line(&self, path: &str, text: &str) {
+        let path = self.path(path);
+        let before = fs::read_to_string(&path).unwrap_or_default();
+        fs::write(path, before + text + "\n").unwrap();
+    }
+
+    fn link(&self, path: &str, target: &Path) {
+        let path = self.path(path);
+        let _ = fs::remove_file(&path);
+        symlink(target, path).unwrap();
+    }
+
+    fn remove(&self, path: &str) {
+        let path = self.0.path().join(path);
+        if path.is_dir() {
+            fs::remove_dir_all(path).unwrap();
+        } else {
+            fs::remove_file(path).unwrap();
+        }
+    }
+
+    /// `0000:0b:00.0 10de:1c30 030000 group=32 driver=nouveau`
+    fn pci(&self, device: &str) {
+        let mut words = device.split(' ');
+        let mut next = || words.next().unwrap();
+        let (address, id, class) = (next(), next(), next());
+        let (vendor, device) = id.split_once(':').unwrap();
+        let dir = format!("sys/devices/pci0000:00/{address}");
+        let link = format!("sys/bus/pci/devices/{address}");
+        self.link(&link, &Path::new("../../../../").join(&dir));
+        for attribute in ["driver", "iommu_group", "vendor", "device", "class"] {
+            let _ = fs::remove_file(self.path(&format!("{dir}/{attribute}")));
+        }
+        for (attribute, value) in [("vendor", vendor), ("device", device), ("class", class)] {
+            self.line(&format!("{dir}/{attribute}"), &format!("0x{value}"));
+        }
+        for (key, value) in words.map(|word| word.split_once('=').unwrap()) {
+            match key {
+                "driver" => {
+                    let driver = format!("sys/bus/pci/drivers/{value}");
+                    fs::create_dir_all(self.path(&driver)).unwrap();
+                    self.link(&format!("{dir}/driver"), &self.path(&driver));
+                }
+                "group" => {
+                    let group = format!("sys/kernel/iommu_groups/{value}");
+                    if !self.path(&format!("{group}/type")).exists() {
+                        self.line(&format!("{group}/type"), "DMA-FQ");
+                    }
+                    self.link(&format!("{dir}/iommu_group"), &self.path(&group));
+                    self.line(&format!("dev/vfio/{value}"), "");
+                }
+                _ => self.line(&format!("{dir}/{key}"), value),
+            }
+        }
+    }
+}
+
+/// All of a report as text, with the paths that the host itself would have.
+fn told_by(host: &Host, report: &Report) -> String {
+    told(report).replace(&format!("{}/", host.0.path().display()), "/")
+}
+
+/// All of a report as text.
+fn told(report: &Report) -> String {
+    let mut text = String::new();
+    for finding in &report.findings {
+        let level = format!("{:?}", finding.level).to_lowercase();
+        text += &format!("{level:4}  {}: {}\n", finding.title, finding.reason);
+        for advice in &finding.fix {
+            text += &format!("        - {}\n", advice.text);
+            for line in &advice.lines {
+                text += &format!("            {line}\n");
+            }
+        }
+    }
+    if let Some(change) = &report.command_line {
+        text += &format!(
+            "\nKernel command line\n  add     {}\n  remove  {}\n  {}\n",
+            change.add.join(" "),
+            change.remove.join(" "),
+            change.how.text
+        );
+        for line in &change.how.lines {
+            text += &format!("      {line}\n");
+        }
+    }
+    text
+}
+
+/// The level of one check, and all of its words.
+fn answer(report: &Report, check: &str) -> (Level, String) {
+    let findings: Vec<_> = report
+        .findings
+        .iter()
+        .filter(|finding| finding.check == check)
+        .cloned()
+        .collect();
+    let level = findings.iter().map(|finding| finding.level).max().unwrap();
+    let text = told(&Report {
+        level,
+        findings,
+        command_line: None,
+    });
+    (level, text)
+}
+
+#[test]
+fn recorded_hosts_are_judged_as_expected() {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(hosts()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        names.extend(name.strip_suffix(".host").map(str::to_owned));
+    }
+    assert!(names.len() >= 14, "{names:?}");
+    let mut wrong = Vec::new();
+    for name in names {
+        let host = Host::unpack(&name);
+        let told = told_by(&host, &check(&host.paths(), &[]).unwrap());
+        let path = hosts().join(format!("{name}.expected"));
+        if std::env::var_os("BLESS").is_some() {
+            fs::write(&path, &told).unwrap();
+        }
+        if fs::read_to_string(&path).unwrap_or_default() != told {
+            wrong.push(format!("{name}:\n{told}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_is_unsafe_is_never_proposed() {
+    for entry in fs::read_dir(hosts()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let Some(name) = name.strip_suffix(".host") else {
+            continue;
+        };
+        let report = check(&Host::unpack(name).paths(), &[]).unwrap();
+        let mut lines: Vec<String> = Vec::new();
+        if let Some(change) = &report.command_line {
+            lines.extend(change.add.clone());
+            lines.extend(change.how.lines.clone());
+        }
+        for finding in &report.findings {
+            lines.extend(finding.fix.iter().flat_map(|advice| advice.lines.clone()));
+        }
+        let undoes =
+            |line: &&String| line.starts_with("echo N > ") || line.contains("--remove-args");
+        for line in lines.iter().filter(|line| !undoes(line)) {
+            for word in [
+                "unsafe",
+                "acs_override",
+                "noiommu",
+                "mitigations",
+                "ignore_msrs",
+            ] {
+                assert!(!line.contains(word), "{name}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_is_looked_at_by_name() {
+    let host = Host::unpack("lab");
+    let report = check(&host.paths(), &[bdf("0000:01:00.0")]).unwrap();
+    let (level, text) = answer(&report, "binding");
+    assert_eq!(level, Level::Warn);
+    assert!(text.contains("gantry device detach 0000:01:00.0"), "{text}");
+    assert_eq!(report.command_line.unwrap().add, ["vfio-pci.ids=1b36:0010"]);
+    let error = check(&host.paths(), &[bdf("0000:09:00.0")]).unwrap_err();
+    assert!(error.to_string().contains("0000:09:00.0"), "{error}");
+}
+
+#[test]
+fn kvm_that_may_not_be_opened_is_told_from_kvm_that_is_not_there() {
+    let mut facts = Host::unpack("memlock-low").facts();
+    facts.kvm = NodeAccess::Denied;
+    let (level, text) = answer(&judge(&facts), "kvm");
+    assert_eq!(level, Level::Fail);
+    assert!(
+        text.contains("usermod -aG \"$(stat -c %G /dev/kvm)\" ada"),
+        "{text}"
+    );
+    facts.kvm = NodeAccess::Missing;
+    let (_, text) = answer(&judge(&facts), "kvm");
+    assert!(text.contains("make /dev/kvm visible"), "{text}");
+}
+
+#[test]
+fn virtualisation_that_is_off_is_named_as_the_vendor_does() {
+    for (host, name) in [
+        ("intel-ok", "Intel VT-x"),
+        ("amd-ok", "SVM Mode"),
+        ("lab", "nested"),
+    ] {
+        let mut facts = Host::unpack(host).facts();
+        facts.cpu.virtualisation = false;
+        assert_eq!(answer(&judge(&facts), "cpu").0, Level::Warn);
+        facts.kvm = NodeAccess::Missing;
+        let (level, text) = answer(&judge(&facts), "cpu");
+        assert_eq!(level, Level::Fail);
+        assert!(text.contains(name), "{text}");
+    }
+}
+
+#[test]
+fn an_iommu_that_stays_off_for_no_visible_reason_is_a_case_for_the_kernels_log() {
+    let mut facts = Host::unpack("reboot-waiting").facts();
+    facts.cmdline = super::cmdline::CommandLine::parse("intel_iommu=on");
+    let (_, text) = answer(&judge(&facts), "iommu");
+    assert!(text.contains("dmesg"), "{text}");
+    facts.iommu.config = Some("CONFIG_AMD_IOMMU=y\n# CONFIG_INTEL_IOMMU is not set\n".into());
+    let (_, text) = answer(&judge(&facts), "iommu");
+    assert!(text.contains("without CONFIG_INTEL_IOMMU"), "{text}");
+}
+
+#[test]
+fn an_iommu_that_cannot_remap_interrupts_fails() {
+    let mut facts = Host::unpack("lab").facts();
+    facts.iommu.remapped = Some(false);
+    let (level, text) = answer(&judge(&facts), "interrupt-remapping");
+    assert_eq!(level, Level::Fail);
+    assert!(text.contains("dmesg"), "{text}");
+    facts.iommu.units[0].ecap = Some(0xf00f42);
+    let (_, text) = answer(&judge(&facts), "interrupt-remapping");
+    assert!(text.contains("intremap=on"), "{text}");
+    facts.cpu.is_guest = false;
+    let (_, text) = answer(&judge(&facts), "interrupt-remapping");
+    assert!(text.contains("use other hardware"), "{text}");
+}
+
+#[test]
+fn a_reboot_is_waited_for_from_its_note_to_the_next_boot() {
+    let host = Host::unpack("command-line-off");
+    let paths = host.paths();
+    let reboot = || answer(&check(&paths, &[]).unwrap(), "reboot");
+    assert_eq!(reboot().0, Level::Ok);
+    let path = note_reboot(&paths, &check(&paths, &[]).unwrap()).unwrap();
+    assert!(fs::read_to_string(path).unwrap().contains("intel_iommu=on"));
+    let (level, text) = reboot();
+    assert_eq!(level, Level::Warn);
+    assert!(text.contains("has not been restarted since"), "{text}");
+    host.remove("proc/sys/kernel/random/boot_id");
+    host.line("proc/sys/kernel/random/boot_id", "another");
+    let (level, text) = reboot();
+    assert_eq!(level, Level::Warn);
+    assert!(
+        text.contains("still the command line lacks intel_iommu=on"),
+        "{text}"
+    );
+    host.remove("proc/cmdline");
+    host.line(
+        "proc/cmdline",
+        "intel_iommu=on vfio-pci.ids=10de:10f1,10de:1c30",
+    );
+    assert_eq!(reboot().0, Level::Ok);
+}
+
+#[test]
+fn a_note_that_cannot_be_written_is_told_with_its_file() {
+    let host = Host::unpack("lab");
+    let mut paths = host.paths();
+    let report = check(&paths, &[]).unwrap();
+    paths.config = host.path("proc/cmdline");
+    let error = note_reboot(&paths, &report).unwrap_err();
+    assert!(
+        error.to_string().contains("proc/cmdline/reboot.json"),
+        "{error}"
+    );
+}
+
+#[test]
+fn this_machine_is_judged() {
+    let report = check(&HostPaths::default(), &[]);
+    assert!(report.is_err() || report.unwrap().findings.len() > 8);
+}

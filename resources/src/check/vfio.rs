@@ -1,0 +1,123 @@
+//! VFIO's modules, and its switches that make a host unsafe.
+
+use super::facts::Facts;
+use super::modprobe::ModuleState;
+use super::{Finding, Level};
+use crate::inventory::NodeAccess;
+
+/// What gantry uses; `vfio` itself and the core of vfio-pci come along.
+const NEEDED: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
+
+pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
+    vec![modules(facts), no_iommu(facts), unsafe_interrupts(facts)]
+}
+
+fn modules(facts: &Facts) -> Finding {
+    let finding = |level, reason: String| Finding::new("modules", "VFIO modules", level, reason);
+    let in_state = |wanted: &[ModuleState]| -> Vec<&str> {
+        let found = NEEDED.into_iter();
+        found
+            .filter(|name| wanted.contains(&facts.modules.state(name)))
+            .collect()
+    };
+    let missing = in_state(&[ModuleState::Missing]);
+    if !missing.is_empty() {
+        let reason = format!(
+            "kernel {} has no {}",
+            facts.release,
+            missing.join(" and no ")
+        );
+        return finding(Level::Fail, reason)
+            .fix("boot a kernel that has CONFIG_VFIO_PCI and CONFIG_VFIO_IOMMU_TYPE1: those of the distributions do");
+    }
+    let absent = in_state(&[ModuleState::Loadable, ModuleState::Unknown]);
+    if !absent.is_empty() {
+        return finding(Level::Fail, format!("{} not loaded", absent.join(" and ")))
+            .lines("load now:", [format!("modprobe -a {}", absent.join(" "))])
+            .lines(
+                "at every boot, lines of /etc/modules-load.d/gantry.conf:",
+                absent,
+            );
+    }
+    match facts.vfio {
+        NodeAccess::Ready => finding(Level::Ok, format!("{} are there", NEEDED.join(" and "))),
+        NodeAccess::Missing => finding(
+            Level::Fail,
+            "the modules are there, and /dev/vfio/vfio is not".into(),
+        )
+        .fix("in a container, make /dev/vfio visible: --device /dev/vfio"),
+        NodeAccess::Denied => finding(
+            Level::Fail,
+            "this user may not open /dev/vfio/vfio, which by itself gives no device".into(),
+        )
+        .lines(
+            "open it to all, as udev does:",
+            ["chmod 0666 /dev/vfio/vfio"],
+        ),
+    }
+}
+
+fn no_iommu(facts: &Facts) -> Finding {
+    let finding = |level, reason: String| Finding::new("no-iommu", "No-IOMMU mode", level, reason);
+    switched_off(
+        facts,
+        "vfio",
+        "enable_unsafe_noiommu_mode",
+        finding(Level::Ok, "off".into()),
+        finding(
+            Level::Fail,
+            "on: a device that is given away without an IOMMU reads and writes all of this host's memory".into(),
+        ),
+    )
+}
+
+fn unsafe_interrupts(facts: &Facts) -> Finding {
+    let finding =
+        |level, reason: &str| Finding::new("unsafe-interrupts", "Unsafe interrupts", level, reason);
+    let (level, reason) = match facts.iommu.remapped {
+        Some(true) => (
+            Level::Warn,
+            "allowed, though this IOMMU remaps interrupts and the switch is of no use",
+        ),
+        _ => (
+            Level::Fail,
+            "allowed: a VM with a device may raise any interrupt of this host, and so take it over",
+        ),
+    };
+    switched_off(
+        facts,
+        "vfio_iommu_type1",
+        "allow_unsafe_interrupts",
+        finding(Level::Ok, "not allowed"),
+        finding(level, reason),
+    )
+}
+
+/// Judges a switch that should be off, wherever it is switched on.
+fn switched_off(facts: &Facts, module: &str, name: &str, off: Finding, on: Finding) -> Finding {
+    let parameters = facts.unsafe_parameters.iter();
+    let parameters: Vec<_> = parameters.filter(|path| path.ends_with(name)).collect();
+    let words = facts.cmdline.switched_on(&format!("{module}.{name}"));
+    let options = facts.modprobe.unsafe_options.iter();
+    let files: Vec<&str> = options
+        .filter(|(_, option)| option.starts_with(name))
+        .map(|(file, _)| file.as_str())
+        .collect();
+    if parameters.is_empty() && words.is_empty() && files.is_empty() {
+        return off;
+    }
+    let mut on = on;
+    if !parameters.is_empty() {
+        let lines = parameters
+            .into_iter()
+            .map(|path| format!("echo N > {}", path.display()));
+        on = on.lines("switch it off now:", lines);
+    }
+    for file in files {
+        on = on.fix(format!("remove {name} from {file}"));
+    }
+    if !words.is_empty() {
+        on = on.fix(format!("remove {}, as shown below", words.join(" ")));
+    }
+    on.remove(words)
+}
