@@ -188,8 +188,13 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
     if !unowned.is_empty() {
         problems.push((
             Level::Warn,
-            format!("IOMMU group {number} also holds {}, which no resource group has: it is detached along with the others", list(unowned)),
-            "widen a rule of the resource group, so that the IOMMU group is in it as a whole".to_owned(),
+            format!(
+                "IOMMU group {number} also holds {}, which no resource group has: it is \
+                 detached along with the others",
+                list(unowned)
+            ),
+            "widen a rule of the resource group, so that the IOMMU group is in it as a whole"
+                .to_owned(),
         ));
     }
     let owners: BTreeSet<&str> = members
@@ -200,7 +205,11 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
         let owners: Vec<String> = owners.iter().map(|owner| format!("\"{owner}\"")).collect();
         problems.push((
             Level::Warn,
-            format!("IOMMU group {number} is spread over the resource groups {}: a VM that gets one of its devices keeps the others from all other VMs", owners.join(" and ")),
+            format!(
+                "IOMMU group {number} is spread over the resource groups {}: a VM that gets one of \
+                 its devices keeps the others from all other VMs",
+                owners.join(" and ")
+            ),
             "write the rules so that one resource group has all of it".to_owned(),
         ));
     }
@@ -236,9 +245,16 @@ fn reserved(devices: &Devices) -> Option<Finding> {
         return Some(
             finding(
                 Level::Fail,
-                format!("the firmware claims memory for good (ACPI RMRR) that {} must reach: the kernel does not give such a device away", join(&fixed)),
+                format!(
+                    "the firmware claims memory for good (ACPI RMRR) that {} must reach: the \
+                     kernel does not give such a device away",
+                    join(&fixed)
+                ),
             )
-            .fix("ask the machine's vendor how to switch that off for the slot (HPE: \"shared memory\" of the slot's option card); a newer firmware may do"),
+            .fix(
+                "ask the machine's vendor how to switch that off for the slot (HPE: \
+                 \"shared memory\" of the slot's option card); a newer firmware may do",
+            ),
         );
     }
     let passing = of(ReservedKind::DirectRelaxable);

@@ -236,11 +236,13 @@ fn translation(facts: &Facts, kind: Kind, state: State) -> Finding {
             Level::Fail,
             "this host is a virtual machine without an IOMMU of its own".into(),
         )
-        .fix("on the host outside, give it a virtual IOMMU; QEMU: -machine q35,kernel-irqchip=split -device intel-iommu,intremap=on,caching-mode=on")
+        .fix("on the host outside, give it a virtual IOMMU; QEMU: -machine q35,kernel-irqchip=split \
+              -device intel-iommu,intremap=on,caching-mode=on")
         .add(asked_in_guest(facts)),
         State::NotAsked | State::Hidden => in_firmware(facts, kind, finding(
             Level::Fail,
-            format!("there are no IOMMU groups, and the firmware's tables are hidden (a container?), so that it cannot be told why {name} is off"),
+            format!("there are no IOMMU groups, and the firmware's tables are hidden (a container?), \
+                 so that it cannot be told why {name} is off"),
         ))
         .add(asked(kind)),
     }

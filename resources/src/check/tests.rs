@@ -262,6 +262,18 @@ fn virtualisation_that_is_off_is_named_as_the_vendor_does() {
 }
 
 #[test]
+fn an_iommu_that_is_off_in_the_firmware_is_named_as_the_vendor_does() {
+    let mut facts = Host::unpack("amd-ok").facts();
+    facts.iommu.groups.clear();
+    facts.iommu.units.clear();
+    facts.iommu.tables.retain(|table| table != "IVRS");
+    let (level, text) = answer(&judge(&facts), "iommu");
+    assert_eq!(level, Level::Fail);
+    assert!(text.contains("this Supermicro AS-1114S-WN10RT"), "{text}");
+    assert!(text.contains("AMD-Vi") && !text.contains("VT-d"), "{text}");
+}
+
+#[test]
 fn an_iommu_that_stays_off_for_no_visible_reason_is_a_case_for_the_kernels_log() {
     let mut facts = Host::unpack("reboot-waiting").facts();
     facts.cmdline = super::cmdline::CommandLine::parse("intel_iommu=on");
