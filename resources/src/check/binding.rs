@@ -112,11 +112,20 @@ impl<'a> Plan<'a> {
 
     fn advise(&self, facts: &Facts, mut finding: Finding) -> Finding {
         if !self.twins.is_empty() {
-            finding = finding.fix(format!(
-                "vfio-pci.ids cannot tell these devices from {}, which stay with the host: detach them by address \
-                 after each boot",
-                list(self.twins.iter().copied())
-            ));
+            let twins = list(self.twins.iter().copied());
+            let told = |twin: &&HostDevice| self.given.contains(&twin.id.to_string());
+            finding = finding.fix(if self.twins.iter().any(told) {
+                format!(
+                    "the ids that vfio-pci is told to take are also those of {twins}, which stay with the host and \
+                     may be lost to it at any boot: take these ids away from vfio-pci, and detach the devices by \
+                     address after each boot"
+                )
+            } else {
+                format!(
+                    "vfio-pci.ids cannot tell these devices from {twins}, which stay with the host: detach them by \
+                     address after each boot"
+                )
+            });
         }
         if self.ids.is_empty() {
             return finding;

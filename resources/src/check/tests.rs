@@ -230,6 +230,16 @@ fn a_device_is_looked_at_by_name() {
 }
 
 #[test]
+fn ids_that_the_hosts_own_device_has_as_well_are_a_danger() {
+    let mut facts = Host::unpack("acs-override").facts();
+    facts.modprobe.vfio_ids.push("144d:a80a".into());
+    let (level, text) = answer(&judge(&facts), "binding");
+    assert_eq!(level, Level::Warn);
+    assert!(text.contains("take these ids away from vfio-pci"), "{text}");
+    assert!(text.contains("0000:42:00.0 (nvme)"), "{text}");
+}
+
+#[test]
 fn kvm_that_may_not_be_opened_is_told_from_kvm_that_is_not_there() {
     let mut facts = Host::unpack("memlock-low").facts();
     facts.kvm = NodeAccess::Denied;
