@@ -462,3 +462,40 @@ fn groups_are_made_of_devices_and_rules_and_changed() {
     assert!(error.contains("four hex digits"), "{error}");
     host.gantry(&["group", "match"]).failed(2);
 }
+
+#[test]
+fn novas_words_are_taken_verbatim() {
+    let host = Host::new();
+    let spec = r#"{"vendor_id": "1b36", "product_id": "0010"}"#;
+    host.gantry(&["group", "device-spec", spec]).ok();
+    let alias =
+        r#"{"vendor_id": "1b36", "product_id": "0010", "device_type": "type-PCI", "name": "gpu"}"#;
+    host.gantry(&["group", "alias", alias]).ok();
+    let table = host.gantry(&["group", "alias"]).ok();
+    assert_eq!(
+        first_words(&table),
+        ["gpu", "qat-dh895xcc-vf", "qat-c62x-vf", "qat-vf"]
+    );
+    let listed = host.gantry(&["group", "device-spec"]).ok();
+    assert_eq!(first_words(&listed), ["0000:01:00.0", "0000:02:00.0"]);
+    let json = host
+        .gantry(&[
+            "group",
+            "fit",
+            "--json",
+            r#"{"pci_passthrough:alias": "gpu:1"}"#,
+        ])
+        .out;
+    let fit: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(fit["requests"][0]["dropped"]["host-driver"], 1);
+    let done = host.gantry(&["group", "fit", "gpu:1, qat-c62x-vf:2"]);
+    assert_eq!(done.code, Some(1));
+    assert!(
+        done.err.contains("No valid host was found: ")
+            && done.err.contains("of 3 devices dropped:"),
+        "{}",
+        done.err
+    );
+    let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(1);
+    assert!(error.contains("limits of its driver"), "{error}");
+}

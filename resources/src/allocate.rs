@@ -1,41 +1,24 @@
 //! Allocation: all or nothing, first fit in the order of addresses, with reasons.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+mod choose;
+mod fit;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::config::nearest;
-use crate::group::{GroupError, Groups, ResourceGroup};
+use crate::group::{GroupError, Groups};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord, holder,
 };
 use crate::obstacle::{Blocked, Obstacle, Pool};
-
-/// Of a long list of devices, so many are shown: an error fits the screen.
-const SHOWN: usize = 12;
-
-/// What a VM asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// So many free devices of a group.
-    Group {
-        /// The group's name.
-        name: String,
-        /// How many.
-        count: u32,
-    },
-    /// This device and no other.
-    Device {
-        /// Its address.
-        bdf: HostBdf,
-        /// Take it even if it is in no group.
-        allow_ungrouped: bool,
-    },
-}
+use crate::request::{Placement, Request};
+use crate::topology::Sockets;
+use choose::{View, choose, survey};
+pub use fit::{Fit, RequestFit};
 
 /// Nothing was allocated.
 #[derive(Debug, Error)]
@@ -50,18 +33,27 @@ pub enum AllocateError {
         /// All names.
         known: Vec<String>,
     },
-    /// A group has not as many free devices as asked for.
-    #[error("{wanted} of group \"{group}\" asked for, {free} free{}", Lines(.blocked))]
-    TooFew {
-        /// The group.
-        group: String,
-        /// How many were asked for.
-        wanted: u32,
-        /// How many are free.
-        free: u32,
-        /// The others, and why they are not free.
-        blocked: Vec<Blocked>,
+    /// There is no such alias.
+    #[error("there is no alias \"{name}\", nor a group of that name{}", others(.near, .known))]
+    UnknownAlias {
+        /// The name asked for.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+        /// All names.
+        known: Vec<String>,
     },
+    /// An alias that others know is not to be had.
+    #[error("alias \"{name}\" is refused: {reason}")]
+    RefusedAlias {
+        /// The name asked for.
+        name: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// There are not as many free devices as asked for.
+    #[error("No valid host was found: {0}")]
+    NoFit(Box<RequestFit>),
     /// A device exists no more, or never did.
     #[error("there is no PCI device {bdf} on this host: `gantry device list` shows what there is")]
     NoSuchDevice {
@@ -106,136 +98,70 @@ pub fn allocate(
     requests: &[Request],
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
+    allocate_near(paths, requests, &Placement::default(), holder)
+}
+
+/// [`allocate`] for a VM whose processors and memory are bound to nodes of the host.
+pub fn allocate_near(
+    paths: &HostPaths,
+    requests: &[Request],
+    placement: &Placement,
+    holder: &Holder,
+) -> Result<Vec<Lease>, AllocateError> {
     if requests.is_empty() {
         return Ok(Vec::new());
     }
     let groups = Groups::load(paths)?;
-    let detail = if groups.ask_for_serials() {
-        Detail::Full
-    } else {
-        Detail::WithoutSerials
-    };
     let record = LeaseRecord::vm(holder);
     let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let devices = scan_with(paths, detail)?;
-    let chosen = choose(&devices, &groups, requests)?;
+    let devices = scan_with(paths, detail(&groups))?;
+    let sockets = sockets(paths);
+    let view = View {
+        devices: &devices,
+        groups: &groups,
+        sockets: &sockets,
+    };
+    let chosen = choose(view, requests, placement)?;
     lock(paths, &devices, &chosen, &record)
 }
 
-/// Which devices the requests get, in their order. Pure: it looks at nothing but its arguments.
-pub(crate) fn choose<'a>(
-    devices: &'a [HostDevice],
-    groups: &Groups,
+/// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
+pub fn fit(
+    paths: &HostPaths,
     requests: &[Request],
-) -> Result<Vec<&'a HostDevice>, AllocateError> {
-    let mut choice = Choice {
-        devices,
-        groups,
-        pool: Pool::new(devices),
-        taken: BTreeSet::new(),
+    placement: &Placement,
+) -> Result<Fit, AllocateError> {
+    let groups = Groups::load(paths)?;
+    let devices = scan_with(paths, detail(&groups))?;
+    let sockets = sockets(paths);
+    let view = View {
+        devices: &devices,
+        groups: &groups,
+        sockets: &sockets,
     };
-    let mut chosen: Vec<Vec<&HostDevice>> = vec![Vec::new(); requests.len()];
-    for (request, place) in requests.iter().zip(&mut chosen) {
-        if let Request::Device {
-            bdf,
-            allow_ungrouped,
-        } = request
-        {
-            place.push(choice.exact(*bdf, *allow_ungrouped)?);
-        }
-    }
-    for (request, place) in requests.iter().zip(&mut chosen) {
-        if let Request::Group { name, count } = request {
-            *place = choice.pick(name, *count)?;
-        }
-    }
-    Ok(chosen.concat())
+    let chosen = survey(view, requests, placement)?;
+    let requests: Vec<RequestFit> = chosen.picked.into_iter().map(|one| one.fit).collect();
+    Ok(Fit {
+        fits: requests.iter().all(RequestFit::is_enough),
+        numa_nodes: chosen.nodes,
+        requests,
+    })
 }
 
-/// A choice in progress.
-struct Choice<'a, 'g> {
-    devices: &'a [HostDevice],
-    groups: &'g Groups,
-    pool: Pool<'a>,
-    taken: BTreeSet<HostBdf>,
+fn detail(groups: &Groups) -> Detail {
+    if groups.ask_for_serials() {
+        Detail::Full
+    } else {
+        Detail::WithoutSerials
+    }
 }
 
-impl<'a> Choice<'a, '_> {
-    fn exact(
-        &mut self,
-        bdf: HostBdf,
-        allow_ungrouped: bool,
-    ) -> Result<&'a HostDevice, AllocateError> {
-        let device = self.devices.iter().find(|device| device.bdf == bdf);
-        let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
-        if !allow_ungrouped && !device.is_bridge() && self.groups.group_of(device).is_none() {
-            return Err(AllocateError::Ungrouped { bdf });
-        }
-        if let Some(obstacle) = self.pool.obstacle(device) {
-            return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
-        }
-        if !self.taken.insert(bdf) {
-            return Err(AllocateError::AskedTwice { bdf });
-        }
-        Ok(device)
-    }
-
-    fn pick(&mut self, name: &str, count: u32) -> Result<Vec<&'a HostDevice>, AllocateError> {
-        let group = self.groups.get(name).ok_or_else(|| self.unknown(name))?;
-        let mut free = Vec::new();
-        let mut blocked = Vec::new();
-        for device in self.devices.iter().filter(|device| group.matches(device)) {
-            match self.against(group, device) {
-                None => free.push(device),
-                Some(obstacle) => blocked.push(Blocked {
-                    bdf: device.bdf,
-                    obstacle,
-                }),
-            }
-        }
-        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
-        if free.len() < wanted {
-            let (group, free) = (
-                name.to_owned(),
-                u32::try_from(free.len()).unwrap_or(u32::MAX),
-            );
-            return Err(AllocateError::TooFew {
-                group,
-                wanted: count,
-                free,
-                blocked,
-            });
-        }
-        free.truncate(wanted);
-        self.taken.extend(free.iter().map(|device| device.bdf));
-        Ok(free)
-    }
-
-    fn against(&self, group: &ResourceGroup, device: &HostDevice) -> Option<Obstacle> {
-        if let Some(owner) = self
-            .groups
-            .group_of(device)
-            .filter(|owner| owner.name != group.name)
-        {
-            return Some(Obstacle::OtherGroup {
-                owner: owner.name.clone(),
-            });
-        }
-        if self.taken.contains(&device.bdf) {
-            return Some(Obstacle::AskedFor);
-        }
-        self.pool.obstacle(device)
-    }
-
-    fn unknown(&self, name: &str) -> AllocateError {
-        let known: Vec<String> = self.groups.iter().map(|group| group.name.clone()).collect();
-        let near = nearest(name, known.iter().map(String::as_str)).map(str::to_owned);
-        AllocateError::UnknownGroup {
-            name: name.to_owned(),
-            near,
-            known,
-        }
-    }
+/// A host that does not say which nodes share a socket has one socket a node.
+fn sockets(paths: &HostPaths) -> Sockets {
+    Sockets::read(paths).unwrap_or_else(|error| {
+        tracing::warn!("cannot tell which NUMA nodes share a socket: {error}");
+        Sockets::default()
+    })
 }
 
 /// Locks what was chosen, IOMMU group by IOMMU group. On failure the locks taken so far are dropped.
@@ -300,27 +226,7 @@ fn others(near: &Option<String>, known: &[String]) -> String {
     }
 }
 
-/// One reason a line, as many as fit.
-struct Lines<'a>(&'a [Blocked]);
-
-impl fmt::Display for Lines<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() {
-            return write!(
-                f,
-                ": no other device of this host matches its rules (`gantry group list`)"
-            );
-        }
-        write!(f, ":")?;
-        for blocked in self.0.iter().take(SHOWN) {
-            write!(f, "\n  {blocked}")?;
-        }
-        match self.0.len().saturating_sub(SHOWN) {
-            0 => Ok(()),
-            more => write!(f, "\n  and {more} more (`gantry device list`)"),
-        }
-    }
-}
-
+#[cfg(test)]
+mod recorded;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,7 @@
 //! A host made of files: a sysfs tree in a temporary directory, and a kernel that binds its drivers.
 
+pub(crate) mod hosts;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,7 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
 mod edit;
+mod nova_files;
 
 use std::path::{Path, PathBuf};
 
@@ -11,8 +12,10 @@ use thiserror::Error;
 use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
 pub use edit::{EditError, GroupChange, GroupFiles};
+pub use nova_files::{add_aliases, add_device_specs};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +46,19 @@ impl GroupType {
     }
 }
 
+/// When a group's devices leave their host drivers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bind {
+    /// When somebody says `gantry device detach`.
+    #[default]
+    Manual,
+    /// When the host boots: `gantry device persist` writes what that takes.
+    Boot,
+    /// When a VM takes them; they go back when it ends.
+    Demand,
+}
+
 /// A named pool of devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -63,9 +79,25 @@ pub struct ResourceGroup {
     /// A device belongs to the group when one of these matches it.
     #[serde(default)]
     pub rules: Vec<Rule>,
+    /// When the devices leave their host drivers.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bind: Bind,
+    /// Traits that a request may ask for, with commas between or as a list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traits: Option<Traits>,
+    /// The resource class that an alias may ask for; that of a device's ids if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource_class: Option<String>,
+    /// After a VM has used it, a device stays out of the pool until `gantry device release-quarantine`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub one_time_use: bool,
     /// The file that defines the group.
     #[serde(skip)]
     pub file: PathBuf,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl ResourceGroup {
@@ -74,6 +106,11 @@ impl ResourceGroup {
         !device.is_bridge()
             && self.kind.admits(device)
             && self.rules.iter().any(|rule| rule.matches(device))
+    }
+
+    /// Whether a rule names exactly the address of a device, but other hardware than is there now.
+    pub(crate) fn misses_former(&self, device: &HostDevice) -> bool {
+        self.rules.iter().any(|rule| rule.means_former(device))
     }
 }
 
@@ -104,7 +141,24 @@ struct GroupsFile {
     #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
     schema: Option<String>,
     /// The groups, in the order in which they claim devices.
+    #[serde(default)]
     groups: Vec<ResourceGroup>,
+    /// Devices that aliases may take besides those in groups, in Nova's form: one or a list.
+    #[serde(
+        default,
+        deserialize_with = "nova::one_or_many",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    #[schemars(schema_with = "nova::one_or_many_schema::<DeviceSpec>")]
+    device_spec: Vec<DeviceSpec>,
+    /// Names under which VMs ask for devices, in Nova's form: one or a list.
+    #[serde(
+        default,
+        deserialize_with = "nova::one_or_many",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    #[schemars(schema_with = "nova::one_or_many_schema::<Alias>")]
+    alias: Vec<Alias>,
 }
 
 /// All groups of the host, in the order of definition.
@@ -115,6 +169,19 @@ struct GroupsFile {
 #[derive(Clone, Debug, Default)]
 pub struct Groups {
     groups: Vec<ResourceGroup>,
+    specs: Vec<DeviceSpec>,
+    aliases: Vec<Alias>,
+}
+
+/// What a device is said to be and do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tags {
+    /// In their normal form.
+    pub(crate) traits: Vec<String>,
+    /// In its normal form.
+    pub(crate) resource_class: String,
+    pub(crate) one_time_use: bool,
+    pub(crate) on_demand: bool,
 }
 
 /// A device that several groups match.
@@ -164,14 +231,24 @@ fn hint(near: &Option<String>) -> String {
 }
 
 impl Groups {
-    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names. None need exist.
+    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names, then `device_spec.json`
+    /// and `alias.json`, which hold what Nova's options of these names hold. None need exist.
     pub fn load(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
         for path in files(paths)? {
             if let Some(text) = config::read(&path)? {
-                groups.add(parse(&path, &text)?.groups)?;
+                let file = parse(&path, &text)?;
+                groups.add(file.groups)?;
+                groups.specs.extend(file.device_spec);
+                groups.aliases.extend(file.alias);
             }
         }
+        groups
+            .specs
+            .extend(nova_files::load(&nova_files::specs(paths))?);
+        groups
+            .aliases
+            .extend(nova_files::load(&nova_files::aliases(paths))?);
         Ok(groups)
     }
 
@@ -216,6 +293,76 @@ impl Groups {
     /// The group that a device belongs to: the first one, in the order of definition, that matches it.
     pub fn group_of(&self, device: &HostDevice) -> Option<&ResourceGroup> {
         self.groups.iter().find(|group| group.matches(device))
+    }
+
+    /// The alternatives of an alias: those defined, or else those built in; empty if there is none.
+    pub fn alias(&self, name: &str) -> Vec<Alias> {
+        let named = |alias: &Alias| alias.name == name;
+        let defined: Vec<Alias> = self
+            .aliases
+            .iter()
+            .filter(|one| named(one))
+            .cloned()
+            .collect();
+        if defined.is_empty() {
+            nova::built_in().filter(named).collect()
+        } else {
+            defined
+        }
+    }
+
+    /// Names of all aliases, those built in last.
+    pub fn alias_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        let built_in: Vec<Alias> = nova::built_in().collect();
+        for alias in self.aliases.iter().chain(&built_in) {
+            if !names.contains(&alias.name) {
+                names.push(alias.name.clone());
+            }
+        }
+        names
+    }
+
+    /// Whether VMs may have a device: it is in a group, or a device spec takes it.
+    pub fn exposes(&self, device: &HostDevice) -> bool {
+        self.group_of(device).is_some() || self.spec_of(device).is_some()
+    }
+
+    /// Whether a device spec takes a device.
+    pub fn has_spec(&self, device: &HostDevice) -> bool {
+        self.spec_of(device).is_some()
+    }
+
+    fn spec_of(&self, device: &HostDevice) -> Option<&DeviceSpec> {
+        self.specs.iter().find(|spec| spec.matches(device))
+    }
+
+    /// What a device is said to be and do, by its group and the first device spec that takes it.
+    pub(crate) fn tags(&self, device: &HostDevice) -> Tags {
+        let (group, spec) = (self.group_of(device), self.spec_of(device));
+        let traits = [
+            group.and_then(|group| group.traits.as_ref()),
+            spec.and_then(|spec| spec.traits.as_ref()),
+        ];
+        let flag = |flag: Option<nova::Flag>| flag.is_some_and(|nova::Flag(on)| on);
+        let class = group
+            .and_then(|group| group.resource_class.as_deref())
+            .or(spec.and_then(|spec| spec.resource_class.as_deref()));
+        Tags {
+            traits: traits
+                .into_iter()
+                .flatten()
+                .flat_map(Traits::names)
+                .map(str::to_owned)
+                .collect(),
+            resource_class: class.map_or_else(|| nova::class_of(device), nova::normal),
+            one_time_use: group.is_some_and(|group| group.one_time_use)
+                || flag(spec.and_then(|spec| spec.one_time_use)),
+            on_demand: match group {
+                Some(group) => group.bind == Bind::Demand,
+                None => flag(spec.and_then(|spec| spec.managed)),
+            },
+        }
     }
 
     /// The devices that more than one group matches.

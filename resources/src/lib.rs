@@ -28,20 +28,24 @@ mod lease;
 mod memlock;
 mod moves;
 mod names;
+mod nova;
 mod obstacle;
+mod request;
 mod reserved;
 mod rule;
 mod sysfs;
+mod topology;
 mod writer;
 
-pub use allocate::{AllocateError, Request, allocate};
+pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
 pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
 };
 pub use config::ConfigError;
 pub use group::{
-    EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap, ResourceGroup,
+    Bind, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
+    ResourceGroup, add_aliases, add_device_specs,
 };
 pub use guard::{Guarded, HostUse, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
@@ -50,7 +54,9 @@ pub use inventory::{DeviceState, HostDevice, InventoryError, NodeAccess, Sriov, 
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
 pub use memlock::memlock_limit;
 pub use moves::MoveError;
-pub use obstacle::{Blocked, Obstacle, blocked};
+pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
+pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
+pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{
     ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,

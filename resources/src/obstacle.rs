@@ -1,13 +1,18 @@
 //! Why a device cannot be given to a VM: what the host, other VMs and its IOMMU group have against it.
 
+mod sieve;
+mod words;
+
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::Serialize;
 
 use crate::host::HostBdf;
+use crate::ids::PciId;
 use crate::inventory::{HostDevice, NodeAccess};
 use crate::lease::{LeaseRecord, LeaseStatus};
+use crate::nova::DeviceType;
+pub use sieve::Sieve;
 
 /// Why a device is not free.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,8 +65,40 @@ pub enum Obstacle {
         /// That group.
         owner: String,
     },
-    /// The same request asks for it by its address.
+    /// The same request asks for it, by its address or otherwise.
     AskedFor,
+    /// The hardware at its address is not what the group's rule was made for.
+    Changed {
+        /// What is there now.
+        is: PciId,
+    },
+    /// SR-IOV makes something else of it than the alias asks for.
+    DeviceType {
+        /// What it is.
+        is: DeviceType,
+        /// What the alias asks for, if it says.
+        wanted: Option<DeviceType>,
+    },
+    /// It is of another resource class than asked for.
+    ResourceClass {
+        /// Its class.
+        is: String,
+    },
+    /// It lacks traits that are asked for.
+    Traits {
+        /// These.
+        missing: Vec<String>,
+    },
+    /// It is too far from the VM.
+    Numa {
+        /// Its NUMA node.
+        node: Option<u32>,
+    },
+    /// Another device asked for with it is of the same physical function.
+    SamePf {
+        /// The physical function.
+        pf: HostBdf,
+    },
 }
 
 /// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
@@ -174,77 +211,4 @@ impl<'a> Pool<'a> {
 /// The record of who holds a device, if somebody does.
 fn held(lease: &LeaseStatus) -> Option<Option<LeaseRecord>> {
     lease.is_held().then(|| lease.record().cloned())
-}
-
-impl fmt::Display for Blocked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bdf = self.bdf;
-        match &self.obstacle {
-            Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
-            Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
-            Obstacle::HostDriver { driver } => {
-                write!(
-                    f,
-                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` makes it free"
-                )
-            }
-            Obstacle::Unbound => {
-                write!(
-                    f,
-                    "{bdf} is bound to no driver: `gantry device detach {bdf}` binds it to vfio-pci"
-                )
-            }
-            Obstacle::NoIommuGroup => write!(
-                f,
-                "{bdf} is in no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and on the \
-                 kernel's command line (intel_iommu=on; AMD's is on by default)"
-            ),
-            Obstacle::GroupInUse { group, members } => {
-                let members: Vec<String> = members
-                    .iter()
-                    .map(|(member, driver)| format!("{member} ({driver})"))
-                    .collect();
-                write!(
-                    f,
-                    "{bdf} shares IOMMU group {group} with {}, which the host uses; a group is assigned as a whole: \
-                     `gantry device detach {bdf}` detaches all of it",
-                    members.join(", ")
-                )
-            }
-            Obstacle::GroupLeased {
-                group,
-                member,
-                holder,
-            } => write!(
-                f,
-                "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
-                 between VMs",
-                name(holder)
-            ),
-            Obstacle::NodeMissing { group } => write!(
-                f,
-                "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
-                 a container make /dev/vfio visible"
-            ),
-            Obstacle::NodeDenied { group } => write!(
-                f,
-                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
-            ),
-            Obstacle::OtherGroup { owner } => {
-                write!(
-                    f,
-                    "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
-                )
-            }
-            Obstacle::AskedFor => {
-                write!(f, "{bdf} is asked for by its address in the same request")
-            }
-        }
-    }
-}
-
-fn name(holder: &Option<LeaseRecord>) -> String {
-    holder
-        .as_ref()
-        .map_or_else(|| "an unknown process".to_owned(), LeaseRecord::to_string)
 }

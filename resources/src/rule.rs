@@ -148,6 +148,26 @@ impl Rule {
         }
     }
 
+    /// Whether the rule names the device's address, but speaks of hardware that is not there now.
+    pub(crate) fn means_former(&self, device: &HostDevice) -> bool {
+        let Filters {
+            id,
+            vendor,
+            device: device_id,
+            subsystem,
+            ..
+        } = (*self.0).clone();
+        let identity = Filters {
+            id,
+            vendor,
+            device: device_id,
+            subsystem,
+            ..Filters::default()
+        };
+        self.only_slot() == Some(device.bdf)
+            && Self::try_from(identity).is_ok_and(|identity| !identity.matches(device))
+    }
+
     /// Whether all filters hold for a device.
     pub fn matches(&self, device: &HostDevice) -> bool {
         let Filters {

@@ -1,6 +1,8 @@
 //! `gantry group`: the named pools that VMs take devices from.
 
+mod alias;
 mod edit;
+mod fit;
 mod list;
 mod matching;
 mod show;
@@ -22,6 +24,12 @@ pub enum GroupCommand {
     Show(show::ShowArgs),
     /// Show what a rule or a group matches, without changing anything
     Match(matching::MatchArgs),
+    /// Show what a request would get, without taking anything
+    Fit(fit::FitArgs),
+    /// List the aliases of devices, or define some in Nova's form
+    Alias(alias::AliasArgs),
+    /// List the devices that aliases may take besides those in groups, or define some in Nova's form
+    DeviceSpec(alias::SpecArgs),
     /// Make a group, of rules or of chosen devices
     Create(edit::CreateArgs),
     /// Change a group's type, class, description or rules
@@ -41,6 +49,9 @@ pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {
         GroupCommand::List(args) => list::list(&args, paths),
         GroupCommand::Show(args) => show::show(&args, paths),
         GroupCommand::Match(args) => matching::matching(&args, paths),
+        GroupCommand::Fit(args) => fit::show(&args, paths),
+        GroupCommand::Alias(args) => alias::alias(args, paths),
+        GroupCommand::DeviceSpec(args) => alias::device_spec(args, paths),
         GroupCommand::Create(args) => edit::create(args, paths),
         GroupCommand::Edit(args) => edit::edit(args, paths),
         GroupCommand::Rename(args) => edit::rename(args, paths),

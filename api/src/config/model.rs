@@ -5,6 +5,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use gantry_resources::{NumaPolicy, Traits};
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};
 
@@ -23,6 +24,9 @@ pub struct VmConfig {
     /// Host devices given to the guest, in the order of their slots.
     #[serde(default)]
     pub devices: Option<Vec<DeviceConfig>>,
+    /// Host devices by aliases with counts, after those of `devices`: `"gpu:1, qat-c62x-vf:2"`.
+    #[serde(default, rename = "pci_passthrough:alias")]
+    pub aliases: Option<String>,
     /// The guest's first serial port.
     #[serde(default)]
     pub serial: SerialConfig,
@@ -80,19 +84,29 @@ impl Default for MemoryConfig {
     }
 }
 
-/// Host devices for the guest: `count` of a `group`, or the one at `path`.
+/// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object")]
-#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["path"]}]))]
+#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
 pub struct DeviceConfig {
     /// Name of the resource group to take devices from; `gantry group list` shows them.
     pub group: Option<String>,
-    /// How many devices of the group; 1 if absent.
+    /// Alias to take devices by, as OpenStack Nova defines them; `gantry group alias` shows them.
+    pub alias: Option<String>,
+    /// How many devices of the group or alias; 1 if absent.
     #[schemars(range(min = 1))]
     pub count: Option<u64>,
     /// Sysfs path of one device, such as `/sys/bus/pci/devices/0000:01:00.0`. It must be in a
     /// group unless gantry runs with `--allow-ungrouped`.
     pub path: Option<PathBuf>,
+    /// How near to the VM's processors and memory the devices must be.
+    pub numa_policy: Option<NumaPolicy>,
+    /// Traits that each device must have, with commas between or as a list.
+    pub traits: Option<Traits>,
+    /// The resource class that each device must have.
+    pub resource_class: Option<String>,
+    /// Whether no two of these devices may share a physical function.
+    pub isolate: Option<bool>,
 }
 
 /// The guest's first serial port (16550, COM1).

@@ -81,10 +81,7 @@ fn a_full_file_means_what_it_says() {
     assert_eq!(config.vcpus.get(), 4);
     assert_eq!(config.memory.bytes(), 1 << 30);
     assert_eq!(config.serial, SerialMode::File(folder.path("out.log")));
-    let group = |name: &str, count| Request::Group {
-        name: name.to_owned(),
-        count,
-    };
+    let group = |name: &str, count| Request::group(name, count);
     let bdf = "0000:01:00.0".parse().unwrap();
     let device = Request::Device {
         bdf,
@@ -164,7 +161,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""colour": 1"#,
         "2:1: unknown key `colour`",
-        "the keys here are: payload, cpus, memory, devices, serial",
+        "the keys here are: payload, cpus, memory, devices, pci_passthrough:alias, serial",
     ),
     (
         r#""devices": [{"groop": "nvme"}]"#,
@@ -329,12 +326,12 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""devices": [{"count": 1}]"#,
-        "2:13: `devices[0]`: it has neither `group` nor `path`",
+        "2:13: `devices[0]`: it has neither `group` nor `alias` nor `path`",
         "gantry group list",
     ),
     (
         r#""devices": [{"group": "a", "path": "/sys/bus/pci/devices/0000:01:00.0"}]"#,
-        "2:13: `devices[0]`: it has both `group` and `path`",
+        "2:13: `devices[0]`: it has more than one of `group`, `alias` and `path`",
         "keep one",
     ),
     (

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{HostBdf, Request};
+use gantry_resources::{HostBdf, Request, Source, Wish};
 use gantry_vmm::{MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
@@ -51,7 +51,7 @@ pub fn convert(
         payload: payload(config.payload, context.folder)?,
         vcpus: vcpus(&config.cpus)?,
         memory: memory(&config.memory)?,
-        devices: devices(config.devices.unwrap_or_default(), context.allow_ungrouped)?,
+        devices: requests(config.devices, config.aliases, context.allow_ungrouped)?,
         serial: serial(config.serial, context.folder)?,
     })
 }
@@ -144,6 +144,22 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
     })
 }
 
+fn requests(
+    configs: Option<Vec<model::DeviceConfig>>,
+    aliases: Option<String>,
+    allow_ungrouped: bool,
+) -> Result<Vec<Request>, Invalid> {
+    let mut requests = devices(configs.unwrap_or_default(), allow_ungrouped)?;
+    if let Some(text) = aliases {
+        let more = gantry_resources::aliases(&text).map_err(|error| {
+            let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
+            invalid("pci_passthrough:alias", error.to_string(), help)
+        })?;
+        requests.extend(more);
+    }
+    Ok(requests)
+}
+
 fn devices(
     configs: Vec<model::DeviceConfig>,
     allow_ungrouped: bool,
@@ -166,48 +182,60 @@ fn device(
     config: model::DeviceConfig,
     allow_ungrouped: bool,
 ) -> Result<Request, Invalid> {
-    match (config.group, config.path) {
-        (Some(name), None) => {
-            let key = format!("{key}.count");
-            let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
-            match count {
-                0 => Err(invalid(
-                    &key,
-                    "0 devices are none",
-                    "use 1 or more, or remove the entry",
-                )),
-                count => Ok(Request::Group { name, count }),
+    let condition = [
+        ("count", config.count.is_some()),
+        ("numa_policy", config.numa_policy.is_some()),
+        ("traits", config.traits.is_some()),
+        ("resource_class", config.resource_class.is_some()),
+        ("isolate", config.isolate.is_some()),
+    ];
+    let condition = condition.into_iter().find(|(_, given)| *given);
+    let from = match (config.group, config.alias, config.path) {
+        (Some(name), None, None) => Source::Group(name),
+        (None, Some(name), None) => Source::Alias(name),
+        (None, None, Some(path)) => match condition {
+            None => return exact(key, &path, allow_ungrouped),
+            Some((name, _)) => {
+                let what = "a path names exactly one device";
+                let help = format!("remove `{name}`");
+                return Err(invalid(&format!("{key}.{name}"), what, help));
             }
-        }
-        (None, Some(_)) if config.count.is_some() => {
-            let what = "a path names exactly one device";
-            Err(invalid(&format!("{key}.count"), what, "remove `count`"))
-        }
-        (None, Some(path)) => {
-            let bdf = address(&path).map_err(|(what, help)| {
-                let what = format!("\"{}\" {what}", path.display());
-                invalid(&format!("{key}.path"), what, help)
-            })?;
-            Ok(Request::Device {
-                bdf,
-                allow_ungrouped,
-            })
-        }
-        (Some(_), Some(_)) => {
-            let what = "it has both `group` and `path`";
-            Err(invalid(
-                key,
-                what,
-                "keep one: any device of a group, or the one at a path",
-            ))
-        }
-        (None, None) => {
-            let what = "it has neither `group` nor `path`";
+        },
+        (None, None, None) => {
+            let what = "it has neither `group` nor `alias` nor `path`";
             let help = "add \"group\": \"NAME\" (`gantry group list` shows them), \
                         or \"path\": \"/sys/bus/pci/devices/0000:01:00.0\"";
-            Err(invalid(key, what, help))
+            return Err(invalid(key, what, help));
         }
+        _ => {
+            let what = "it has more than one of `group`, `alias` and `path`";
+            let help = "keep one: any device of a group or of an alias, or the one at a path";
+            return Err(invalid(key, what, help));
+        }
+    };
+    let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
+    if count == 0 {
+        let help = "use 1 or more, or remove the entry";
+        return Err(invalid(&format!("{key}.count"), "0 devices are none", help));
     }
+    Ok(Request::Any(Wish {
+        numa_policy: config.numa_policy,
+        traits: config.traits.unwrap_or_default(),
+        resource_class: config.resource_class,
+        isolate: config.isolate.unwrap_or(false),
+        ..Wish::new(from, count)
+    }))
+}
+
+fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {
+    let bdf = address(path).map_err(|(what, help)| {
+        let what = format!("\"{}\" {what}", path.display());
+        invalid(&format!("{key}.path"), what, help)
+    })?;
+    Ok(Request::Device {
+        bdf,
+        allow_ungrouped,
+    })
 }
 
 fn address(path: &Path) -> Result<HostBdf, (&'static str, String)> {

@@ -1,9 +1,12 @@
 //! Tests: what is chosen, what is refused and why, and that nothing is given twice.
 
+use super::fit::SHOWN;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
 use crate::lease::LeaseStatus;
+use crate::request::{Source, Wish};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Barrier;
 
@@ -23,10 +26,7 @@ fn vm(name: &str) -> Holder {
 }
 
 fn of(group: &str, count: u32) -> Request {
-    Request::Group {
-        name: group.to_owned(),
-        count,
-    }
+    Request::group(group, count)
 }
 
 fn exact(address: &str) -> Request {
@@ -189,14 +189,14 @@ fn what_is_missing_is_said_device_by_device() {
     let error = refusal(&host, &[exact("07:00.0"), of("nvme", 2)]);
     let lines: Vec<&str> = error.lines().map(str::trim).collect();
     for (line, said) in lines.iter().zip([
-            "2 of group \"nvme\" asked for, 0 free:",
+            "No valid host was found: 2 of group \"nvme\" asked for, 0 free; of 8 devices dropped: 1 not in the group, 1 held by others, 1 with a driver of the host, 1 with no driver, 1 without IOMMU group, 1 with neighbours in use in their IOMMU group, 1 whose VFIO node cannot be opened, 1 asked for elsewhere in the request",
             "0000:01:00.0 is held by VM 'a' (pid 123)",
             "0000:02:00.0 is bound to nvme: `gantry device detach 0000:02:00.0` makes it free",
             "0000:03:00.0 is bound to no driver: `gantry device detach 0000:03:00.0` binds it to vfio-pci",
             "0000:04:00.0 is in no IOMMU group: switch the IOMMU on",
             "0000:05:00.0 shares IOMMU group 5 with 0000:05:00.1 (igb), which the host uses",
             "0000:06:00.0 is bound to vfio-pci, but /dev/vfio/6 is not there",
-            "0000:07:00.0 is asked for by its address in the same request",
+            "0000:07:00.0 is asked for by its address or otherwise in the same request",
         ]) {
             assert!(line.starts_with(said), "{line}\n{error}");
         }
@@ -229,7 +229,7 @@ fn unknown_and_empty_groups_are_explained() {
     assert!(error.contains("there are: nvme, gpu"), "{error}");
     let error = refusal(&full, &[of("gpu", 1)]);
     assert!(
-        error.contains("0 free: no other device of this host matches its rules"),
+        error.ends_with("1 of group \"gpu\" asked for, 0 free; this host has 0 devices"),
         "{error}"
     );
     let error = refusal(&FakeHost::new(&[]), &[of("nvme", 1)]);
@@ -343,7 +343,7 @@ fn fifty_vms_over_three_devices_give_three_winners() {
         .map(|result| result.unwrap_err().to_string())
     {
         assert!(
-            error.starts_with("1 of group \"nvme\" asked for, 0 free:"),
+            error.starts_with("No valid host was found: 1 of group \"nvme\" asked for, 0 free; of 3 devices dropped: 3 held by others\n"),
             "{error}"
         );
         assert_eq!(error.matches("is held by VM 'vm").count(), 3, "{error}");
@@ -423,7 +423,9 @@ proptest! {
         let host = host(&fakes, BOTH);
         let devices = host.scan();
         let groups = Groups::load(&host.paths).unwrap();
-        match choose(&devices, &groups, &requests) {
+        let sockets = Sockets::default();
+        let view = View { devices: &devices, groups: &groups, sockets: &sockets };
+        match choose(view, &requests, &Placement::default()) {
             Ok(chosen) => {
                 let distinct: BTreeSet<HostBdf> = chosen.iter().map(|device| device.bdf).collect();
                 prop_assert_eq!(distinct.len(), chosen.len());
@@ -431,33 +433,38 @@ proptest! {
                 let mut rest = chosen.as_slice();
                 for request in &requests {
                     let count = match request {
-                        Request::Group { count, .. } => *count as usize,
+                        Request::Any(wish) => wish.count as usize,
                         Request::Device { .. } => 1,
                     };
                     let (own, others) = rest.split_at(count);
                     rest = others;
                     for device in own {
                         match request {
-                            Request::Group { name, .. } => prop_assert_eq!(&groups.group_of(device).unwrap().name, name),
+                            Request::Any(wish) => prop_assert_eq!(&wish.from, &Source::Group(groups.group_of(device).unwrap().name.clone())),
                             Request::Device { bdf, .. } => prop_assert_eq!(&device.bdf, bdf),
                         }
                     }
                 }
                 prop_assert!(rest.is_empty());
             }
-            Err(AllocateError::TooFew { group, wanted, free, blocked }) => {
+            Err(AllocateError::NoFit(fit)) => {
+                let Some(Source::Group(group)) = fit.from.clone() else { panic!() };
+                let (wanted, free, blocked) = (fit.wanted as usize, fit.free, &fit.blocked);
+                let passed: usize = fit.dropped.values().sum();
+                prop_assert_eq!(passed + free, fit.considered, "every device is counted once");
+
                 let asked: BTreeSet<HostBdf> = requests.iter().filter_map(|request| match request {
                     Request::Device { bdf, .. } => Some(*bdf),
-                    Request::Group { .. } => None,
+                    Request::Any(_) => None,
                 }).collect();
                 let of_group = devices.iter().filter(|device| groups.group_of(device).is_some_and(|own| own.name == group));
                 let really = of_group.clone().filter(|device| is_free(&devices, device) && !asked.contains(&device.bdf)).count();
                 let earlier: u32 = requests.iter().map(|request| match request {
-                    Request::Group { name, count } if *name == group => *count,
+                    Request::Any(Wish { from: Source::Group(name), count, .. }) if *name == group => *count,
                     _ => 0,
                 }).sum();
                 prop_assert!(really < earlier as usize && free < wanted);
-                prop_assert_eq!(blocked.len() + free as usize, of_group.count());
+                prop_assert_eq!(blocked.len() + free, of_group.count());
             }
             Err(AllocateError::Unavailable(blocked)) => {
                 let device = devices.iter().find(|device| device.bdf == blocked.bdf).unwrap();

@@ -1,10 +1,11 @@
 //! Tests: there and back, and a fault at every write.
 
 use super::*;
-use crate::allocate::{Request, allocate};
+use crate::allocate::allocate;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::inventory::DeviceState;
 use crate::lease::Holder;
+use crate::request::Request;
 use std::fs;
 
 /// A GPU with its audio function behind a bridge, a disk alone, and an unbound device.

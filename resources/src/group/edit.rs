@@ -471,10 +471,7 @@ mod tests {
             vm: "a".to_owned(),
             pid: 1,
         };
-        let wish = Request::Group {
-            name: "gpu".to_owned(),
-            count: 1,
-        };
+        let wish = Request::group("gpu", 1);
         let _lease = allocate(&host.paths, &[wish], &holder).unwrap();
         let said = edit(&host, |files| files.delete("gpu", &host.scan()));
         assert_eq!(

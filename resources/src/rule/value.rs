@@ -148,7 +148,8 @@ pub enum Slot {
 }
 
 impl Slot {
-    fn covers(&self, bdf: HostBdf) -> bool {
+    /// Whether an address is meant.
+    pub(crate) fn covers(&self, bdf: HostBdf) -> bool {
         match self {
             Self::Exact(exact) => *exact == bdf,
             Self::Glob(_, glob) => addresses(bdf).iter().any(|text| glob.is_match(text)),

@@ -104,6 +104,10 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         description,
         class,
         rules,
+        bind: Default::default(),
+        traits: None,
+        resource_class: None,
+        one_time_use: false,
         file: Default::default(),
     };
     change(paths, |files| {

@@ -1,0 +1,133 @@
+//! `gantry group alias` and `gantry group device-spec`: OpenStack Nova's words for PCI devices.
+
+use clap::Args;
+use gantry_resources::{
+    Alias, DeviceSpec, Groups, HostDevice, HostPaths, Placement, Request, add_aliases,
+    add_device_specs, fit, scan,
+};
+use serde::Serialize;
+
+use super::matching::{Found, table};
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An alias takes devices that are in a group or that a device_spec takes. A VM asks for them with
+\"pci_passthrough:alias\": \"p2000:1\". Built in: qat-vf, qat-dh895xcc-vf, qat-c62x-vf.
+
+Examples:
+  gantry group alias
+  gantry group alias '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\", \"device_type\": \"type-PCI\", \"name\": \"p2000\"}'")]
+pub struct AliasArgs {
+    /// Aliases to define
+    #[arg(value_name = "JSON", value_parser = from_json::<Alias>)]
+    aliases: Vec<Alias>,
+    /// Show the aliases as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry group device-spec
+  gantry group device-spec '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'
+  gantry group device-spec '{\"address\": \"*:3b:00.*\", \"one_time_use\": true}'")]
+pub struct SpecArgs {
+    /// Device specs to add
+    #[arg(value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
+    specs: Vec<DeviceSpec>,
+    /// Show the devices as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+/// An alias with how many devices it could give.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    alternatives: Vec<Alias>,
+    free: usize,
+}
+
+const COLUMNS: [Column; 4] = [
+    Column {
+        title: "ALIAS",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "DEVICES",
+        give: Give::Width(12),
+    },
+    Column {
+        title: "TYPE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "FREE",
+        give: Give::Nothing,
+    },
+];
+
+pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
+    if !args.aliases.is_empty() {
+        let file = add_aliases(paths, args.aliases).map_err(Failure::host)?;
+        return print(|out| writeln!(out, "{}: changed", file.display()));
+    }
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let names = groups.alias_names();
+    let requests: Vec<Request> = names.iter().map(|name| Request::alias(name, 0)).collect();
+    let result = fit(paths, &requests, &Placement::default()).map_err(Failure::host)?;
+    let row = |(name, free): (String, usize)| Row {
+        alternatives: groups.alias(&name),
+        name,
+        free,
+    };
+    let free = result.requests.iter().map(|request| request.free);
+    let rows: Vec<Row> = names.into_iter().zip(free).map(row).collect();
+    if args.json {
+        return print_json(&rows);
+    }
+    let cells = rows.iter().map(Row::cells).collect();
+    let table = Table::new(&COLUMNS, cells).fit(terminal_width());
+    print(|out| write!(out, "{table}"))
+}
+
+impl Row {
+    fn cells(&self) -> Vec<String> {
+        let ids = self.alternatives.iter().map(Alias::ids);
+        let types: Vec<String> = self
+            .alternatives
+            .iter()
+            .filter_map(|alias| Some(alias.device_type?.to_string()))
+            .collect();
+        vec![
+            self.name.clone(),
+            ids.collect::<Vec<_>>().join(" "),
+            types.first().map_or_else(|| "-".to_owned(), String::clone),
+            self.free.to_string(),
+        ]
+    }
+}
+
+pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
+    if !args.specs.is_empty() {
+        let file = add_device_specs(paths, args.specs).map_err(Failure::host)?;
+        return print(|out| writeln!(out, "{}: changed", file.display()));
+    }
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let devices = scan(paths).map_err(Failure::host)?;
+    let taken = |device: &&HostDevice| groups.has_spec(device);
+    let found = devices.iter().filter(taken);
+    let found: Vec<Found> = found.map(|device| Found::new(device, &groups)).collect();
+    if args.json {
+        return print_json(&found);
+    }
+    print(|out| table(out, &found))
+}

@@ -1,0 +1,112 @@
+//! `gantry group fit`: what a request would get, without taking anything.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use gantry_resources::{Fit, HostPaths, Placement, Request, RequestFit, Requests, aliases, fit};
+
+use crate::output::{print, print_json};
+use crate::report::{FAILED, Failure, USAGE};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+REQUEST is the part of a VM's file that asks for devices, such a file, or Nova's words for aliases.
+Each request is shown with the devices that it would get, and how many devices each filter dropped.
+The exit status is 1 where something does not fit.
+
+Examples:
+  gantry group fit '{\"devices\": [{\"group\": \"gpus\", \"count\": 2, \"numa_policy\": \"required\"}]}'
+  gantry group fit '{\"pci_passthrough:alias\": \"gpu:1, qat-c62x-vf:2\"}'
+  gantry group fit 'gpu:1, qat-c62x-vf:2'
+  gantry group fit vm.json")]
+pub struct FitArgs {
+    /// JSON, a file of it, or aliases with counts
+    request: String,
+    /// NUMA nodes of the host that the VM is bound to
+    #[arg(long = "node", value_name = "NODE", value_delimiter = ',')]
+    nodes: Vec<u32>,
+    /// Take devices named by path that are in no group
+    #[arg(long)]
+    allow_ungrouped: bool,
+    /// Show the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let (requests, mut placement) = read(args)?;
+    placement.nodes.extend(&args.nodes);
+    let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
+    if args.json {
+        print_json(&result)?;
+    } else {
+        print(|out| table(out, &result))?;
+    }
+    match result.requests.iter().find(|request| !request.is_enough()) {
+        None => Ok(()),
+        Some(request) => Err(Failure::new(
+            FAILED,
+            format!("No valid host was found: {request}"),
+        )),
+    }
+}
+
+fn read(args: &FitArgs) -> Result<(Vec<Request>, Placement), Failure> {
+    let wrong = |what: String| Failure::new(USAGE, what);
+    let path = PathBuf::from(&args.request);
+    let text = args.request.trim_start();
+    let text = match text.starts_with('{') {
+        true => text.to_owned(),
+        false if path.is_file() => std::fs::read_to_string(&path)
+            .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
+        false => {
+            let requests = aliases(text).map_err(|error| wrong(error.to_string()))?;
+            return Ok((requests, Placement::default()));
+        }
+    };
+    let request: Requests = serde_json::from_str(&text)
+        .map_err(|error| wrong(format!("the request is wrong: {error}")))?;
+    let requests = request.requests(args.allow_ungrouped);
+    let placement = Placement {
+        nodes: request.numa_nodes,
+    };
+    Ok((
+        requests.map_err(|error| wrong(error.to_string()))?,
+        placement,
+    ))
+}
+
+fn table(out: &mut dyn Write, result: &Fit) -> io::Result<()> {
+    for request in &result.requests {
+        line(out, request)?;
+    }
+    match &result.numa_nodes {
+        Some(nodes) if result.fits => {
+            let nodes: Vec<String> = nodes.iter().map(u32::to_string).collect();
+            writeln!(out, "NUMA node {}", nodes.join(", "))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
+    let devices: Vec<String> = request.devices.iter().map(ToString::to_string).collect();
+    let devices = match devices.as_slice() {
+        [] => "nothing".to_owned(),
+        devices => devices.join(" "),
+    };
+    match &request.from {
+        Some(from) => writeln!(out, "{} of {from}: {devices}", request.wanted)?,
+        None => return writeln!(out, "by address: {devices}"),
+    }
+    if !request.dropped.is_empty() {
+        let (drops, all) = (request.drops(), request.considered);
+        writeln!(
+            out,
+            "  {} free; of {all} devices dropped: {drops}",
+            request.free
+        )?;
+    }
+    Ok(())
+}

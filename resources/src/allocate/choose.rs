@@ -1,0 +1,418 @@
+//! Which devices a VM gets: a pure choice over one look at the host, first fit in the order of addresses.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{AllocateError, RequestFit};
+use crate::config::nearest;
+use crate::group::{Groups, ResourceGroup, Tags};
+use crate::host::HostBdf;
+use crate::inventory::HostDevice;
+use crate::nova::{self, Alias, DeviceType, NumaPolicy};
+use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
+use crate::request::{Placement, Request, Source, Wish};
+use crate::topology::Sockets;
+
+/// One look at the host.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) devices: &'a [HostDevice],
+    pub(crate) groups: &'a Groups,
+    pub(crate) sockets: &'a Sockets,
+}
+
+/// What a request gets.
+#[derive(Clone, Debug)]
+pub(crate) struct Picked<'a> {
+    pub(crate) devices: Vec<&'a HostDevice>,
+    pub(crate) fit: RequestFit,
+}
+
+/// A choice for all requests, in their order.
+#[derive(Clone, Debug)]
+pub(crate) struct Chosen<'a> {
+    pub(crate) picked: Vec<Picked<'a>>,
+    /// The nodes that the devices with a NUMA policy were chosen for.
+    pub(crate) nodes: Option<BTreeSet<u32>>,
+}
+
+/// Which devices the requests get, if all get theirs.
+pub(crate) fn choose<'a>(
+    view: View<'a>,
+    requests: &[Request],
+    placement: &Placement,
+) -> Result<Vec<&'a HostDevice>, AllocateError> {
+    let chosen = survey(view, requests, placement)?;
+    let mut devices = Vec::new();
+    for picked in chosen.picked {
+        if !picked.fit.is_enough() {
+            return Err(AllocateError::NoFit(Box::new(picked.fit)));
+        }
+        devices.extend(picked.devices);
+    }
+    Ok(devices)
+}
+
+/// What each request would get, enough or not. An error is one that no other device could heal.
+///
+/// A VM that is bound to no node gets the devices with a NUMA policy together on one node: the first
+/// on which most of them are.
+pub(crate) fn survey<'a>(
+    view: View<'a>,
+    requests: &[Request],
+    placement: &Placement,
+) -> Result<Chosen<'a>, AllocateError> {
+    let mut best: Option<(usize, Chosen)> = None;
+    for nodes in nodes_to_try(view, requests, placement) {
+        let near = Near {
+            nodes: nodes.as_ref(),
+            bound: !placement.nodes.is_empty(),
+        };
+        let picked = run(view, requests, near)?;
+        let missing = picked.iter().filter(|one| !one.fit.is_enough()).count();
+        let chosen = picked.iter().flat_map(|one| &one.devices);
+        let far = chosen.filter(|device| !near.has(device)).count();
+        let cost = missing * view.devices.len() + far;
+        if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+            best = Some((cost, Chosen { picked, nodes }));
+        }
+    }
+    Ok(best.map_or_else(
+        || Chosen {
+            picked: Vec::new(),
+            nodes: None,
+        },
+        |(_, chosen)| chosen,
+    ))
+}
+
+/// The sets of nodes that the VM could be on, if that matters.
+fn nodes_to_try(
+    view: View<'_>,
+    requests: &[Request],
+    placement: &Placement,
+) -> Vec<Option<BTreeSet<u32>>> {
+    if !placement.nodes.is_empty() {
+        return vec![Some(placement.nodes.clone())];
+    }
+    let matters = |request: &Request| match request {
+        Request::Any(wish) => !matches!(policy(view.groups, wish), None | Some(NumaPolicy::Legacy)),
+        Request::Device { .. } => false,
+    };
+    let nodes: BTreeSet<u32> = view
+        .devices
+        .iter()
+        .filter(|device| !device.is_bridge())
+        .filter_map(|device| device.numa_node)
+        .collect();
+    if nodes.is_empty() || !requests.iter().any(matters) {
+        return vec![None];
+    }
+    nodes
+        .into_iter()
+        .map(|node| Some(BTreeSet::from([node])))
+        .collect()
+}
+
+/// The NUMA policy of a wish: its own, or that of its alias, for which Nova's default holds.
+fn policy(groups: &Groups, wish: &Wish) -> Option<NumaPolicy> {
+    wish.numa_policy.or(match &wish.from {
+        Source::Group(_) => None,
+        Source::Alias(name) => groups
+            .alias(name)
+            .iter()
+            .find_map(|alias| alias.numa_policy)
+            .or(Some(NumaPolicy::Legacy)),
+    })
+}
+
+/// Devices asked for by address are settled first, then the others pick in the order of the requests.
+fn run<'a>(
+    view: View<'a>,
+    requests: &[Request],
+    near: Near<'_>,
+) -> Result<Vec<Picked<'a>>, AllocateError> {
+    let mut choice = Choice {
+        view,
+        near,
+        pool: Pool::new(view.devices),
+        taken: BTreeSet::new(),
+    };
+    let mut picked = BTreeMap::new();
+    for (index, request) in requests.iter().enumerate() {
+        if let Request::Device {
+            bdf,
+            allow_ungrouped,
+        } = request
+        {
+            picked.insert(index, choice.exact(*bdf, *allow_ungrouped)?);
+        }
+    }
+    for (index, request) in requests.iter().enumerate() {
+        if let Request::Any(wish) = request {
+            picked.insert(index, choice.pick(wish)?);
+        }
+    }
+    Ok(picked.into_values().collect())
+}
+
+/// Where the VM is taken to be.
+#[derive(Clone, Copy)]
+struct Near<'n> {
+    nodes: Option<&'n BTreeSet<u32>>,
+    bound: bool,
+}
+
+impl Near<'_> {
+    fn has(&self, device: &HostDevice) -> bool {
+        match (self.nodes, device.numa_node) {
+            (Some(nodes), Some(node)) => nodes.contains(&node),
+            (None, _) => true,
+            (Some(_), None) => false,
+        }
+    }
+
+    /// Whether a policy lets a device be where it is.
+    fn admits(&self, policy: Option<NumaPolicy>, device: &HostDevice, sockets: &Sockets) -> bool {
+        let Some(nodes) = self.nodes else {
+            return true;
+        };
+        match policy {
+            None | Some(NumaPolicy::Preferred) => true,
+            Some(NumaPolicy::Required) => self.has(device),
+            Some(NumaPolicy::Legacy) => {
+                !self.bound || device.numa_node.is_none() || self.has(device)
+            }
+            Some(NumaPolicy::Socket) => device
+                .numa_node
+                .is_some_and(|node| sockets.share(node, nodes)),
+        }
+    }
+}
+
+/// What becomes of a device that a wish looks at.
+enum Verdict {
+    /// It is none of those meant.
+    Other(Sieve),
+    /// It is one, but it cannot be had.
+    Blocked(Obstacle),
+    Free,
+}
+
+/// The devices that a wish means.
+enum Meant<'g> {
+    Group(&'g ResourceGroup),
+    Alias(Vec<Alias>),
+}
+
+/// A choice in progress.
+struct Choice<'a, 'n> {
+    view: View<'a>,
+    near: Near<'n>,
+    pool: Pool<'a>,
+    taken: BTreeSet<HostBdf>,
+}
+
+impl<'a> Choice<'a, '_> {
+    fn exact(&mut self, bdf: HostBdf, allow_ungrouped: bool) -> Result<Picked<'a>, AllocateError> {
+        let device = self.view.devices.iter().find(|device| device.bdf == bdf);
+        let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
+        let groups = self.view.groups;
+        if !allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
+            return Err(AllocateError::Ungrouped { bdf });
+        }
+        if let Some(obstacle) = self.pool.obstacle(device) {
+            return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
+        }
+        if !self.taken.insert(bdf) {
+            return Err(AllocateError::AskedTwice { bdf });
+        }
+        Ok(Picked {
+            devices: vec![device],
+            fit: RequestFit::exact(bdf),
+        })
+    }
+
+    fn pick(&mut self, wish: &Wish) -> Result<Picked<'a>, AllocateError> {
+        let meant = self.meant(&wish.from)?;
+        let policy = policy(self.view.groups, wish);
+        let mut fit = RequestFit::new(wish);
+        let mut free = Vec::new();
+        let devices = self
+            .view
+            .devices
+            .iter()
+            .filter(|device| !device.is_bridge());
+        for device in devices {
+            fit.considered += 1;
+            match self.verdict(wish, &meant, policy, device) {
+                Verdict::Other(sieve) => fit.drop(sieve),
+                Verdict::Blocked(obstacle) => fit.block(device.bdf, obstacle),
+                Verdict::Free => free.push(device),
+            }
+        }
+        if policy.is_some() {
+            free.sort_by_key(|device| !self.near.has(device));
+        }
+        if wish.isolate {
+            free = isolated(free, &mut fit);
+        }
+        fit.free = free.len();
+        free.truncate(usize::try_from(wish.count).unwrap_or(usize::MAX));
+        fit.devices = free.iter().map(|device| device.bdf).collect();
+        self.taken.extend(&fit.devices);
+        Ok(Picked { devices: free, fit })
+    }
+
+    fn meant(&self, from: &Source) -> Result<Meant<'a>, AllocateError> {
+        let groups = self.view.groups;
+        match from {
+            Source::Group(name) => match groups.get(name) {
+                Some(group) => Ok(Meant::Group(group)),
+                None => Err(unknown(groups, name)),
+            },
+            Source::Alias(name) => match (groups.alias(name), groups.get(name)) {
+                (alternatives, _) if !alternatives.is_empty() => Ok(Meant::Alias(alternatives)),
+                (_, Some(group)) => Ok(Meant::Group(group)),
+                (_, None) => match nova::refused(name) {
+                    Some(reason) => Err(AllocateError::RefusedAlias {
+                        name: name.clone(),
+                        reason,
+                    }),
+                    None => Err(unknown_alias(groups, name)),
+                },
+            },
+        }
+    }
+
+    fn verdict(
+        &self,
+        wish: &Wish,
+        meant: &Meant<'_>,
+        policy: Option<NumaPolicy>,
+        device: &HostDevice,
+    ) -> Verdict {
+        let groups = self.view.groups;
+        let obstacle = match meant {
+            Meant::Group(group) if !group.matches(device) => match group.misses_former(device) {
+                true => Some(Obstacle::Changed { is: device.id }),
+                false => return Verdict::Other(Sieve::Group),
+            },
+            Meant::Group(group) => other_owner(groups, group, device),
+            Meant::Alias(_) if !groups.exposes(device) => {
+                return Verdict::Other(Sieve::Exposed);
+            }
+            Meant::Alias(alternatives) => {
+                let tags = groups.tags(device);
+                let mut right = alternatives
+                    .iter()
+                    .filter(|alias| alias.has_ids(device))
+                    .map(|alias| misses(alias, device, &tags));
+                match right.next() {
+                    None => return Verdict::Other(Sieve::Ids),
+                    Some(None) => None,
+                    Some(first) if right.all(|other| other.is_some()) => first,
+                    Some(_) => None,
+                }
+            }
+        };
+        let obstacle = obstacle.or_else(|| self.against(wish, policy, device));
+        obstacle.map_or(Verdict::Free, Verdict::Blocked)
+    }
+
+    /// What stands against a device that is one of those meant.
+    fn against(
+        &self,
+        wish: &Wish,
+        policy: Option<NumaPolicy>,
+        device: &HostDevice,
+    ) -> Option<Obstacle> {
+        let wanted: Vec<&str> = wish.traits.names().collect();
+        if !wanted.is_empty() || wish.resource_class.is_some() {
+            let tags = self.view.groups.tags(device);
+            if let Some(obstacle) = lacks(wish.resource_class.as_deref(), &wanted, &tags) {
+                return Some(obstacle);
+            }
+        }
+        if self.taken.contains(&device.bdf) {
+            return Some(Obstacle::AskedFor);
+        }
+        self.pool.obstacle(device).or_else(|| {
+            let node = device.numa_node;
+            let near = self.near.admits(policy, device, self.view.sockets);
+            (!near).then_some(Obstacle::Numa { node })
+        })
+    }
+}
+
+/// The group that comes before the one asked for.
+fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Obstacle> {
+    let owner = groups.group_of(device)?;
+    (owner.name != group.name).then(|| Obstacle::OtherGroup {
+        owner: owner.name.clone(),
+    })
+}
+
+/// What a device with the alias's ids lacks.
+fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
+    if !alias.has_type(device) {
+        return Some(Obstacle::DeviceType {
+            is: DeviceType::of(device),
+            wanted: alias.device_type,
+        });
+    }
+    let traits: Vec<&str> = alias
+        .traits
+        .iter()
+        .flat_map(|traits| traits.names())
+        .collect();
+    lacks(alias.resource_class.as_deref(), &traits, tags)
+}
+
+fn lacks(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> {
+    if class.is_some_and(|class| nova::normal(class) != tags.resource_class) {
+        return Some(Obstacle::ResourceClass {
+            is: tags.resource_class.clone(),
+        });
+    }
+    let missing: Vec<String> = traits
+        .iter()
+        .filter(|wanted| !tags.traits.iter().any(|own| own == *wanted))
+        .map(|wanted| (*wanted).to_owned())
+        .collect();
+    (!missing.is_empty()).then_some(Obstacle::Traits { missing })
+}
+
+/// The first device of each physical function; one that is not virtual counts by itself.
+fn isolated<'a>(free: Vec<&'a HostDevice>, fit: &mut RequestFit) -> Vec<&'a HostDevice> {
+    let mut used = BTreeSet::new();
+    let mut keep = Vec::new();
+    for device in free {
+        let pf = device.physfn.unwrap_or(device.bdf);
+        if used.insert(pf) {
+            keep.push(device);
+        } else {
+            fit.block(device.bdf, Obstacle::SamePf { pf });
+        }
+    }
+    keep
+}
+
+fn unknown(groups: &Groups, name: &str) -> AllocateError {
+    let known: Vec<String> = groups.iter().map(|group| group.name.clone()).collect();
+    let near = nearest(name, known.iter().map(String::as_str)).map(str::to_owned);
+    AllocateError::UnknownGroup {
+        name: name.to_owned(),
+        near,
+        known,
+    }
+}
+
+fn unknown_alias(groups: &Groups, name: &str) -> AllocateError {
+    let known = groups.alias_names();
+    let near = nearest(name, known.iter().map(String::as_str)).map(str::to_owned);
+    AllocateError::UnknownAlias {
+        name: name.to_owned(),
+        near,
+        known,
+    }
+}

@@ -1,0 +1,122 @@
+//! How a request fares: what it gets, and how many devices each filter dropped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::host::HostBdf;
+use crate::obstacle::{Blocked, Obstacle, Sieve};
+use crate::request::{Source, Wish};
+
+/// Of a long list of devices, so many are shown: an error fits the screen.
+pub(super) const SHOWN: usize = 12;
+
+/// What all requests of a VM would get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fit {
+    /// Whether every request would get all it asks for.
+    pub fits: bool,
+    /// The NUMA nodes that devices with a NUMA policy were chosen for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa_nodes: Option<BTreeSet<u32>>,
+    /// The requests, in their order.
+    pub requests: Vec<RequestFit>,
+}
+
+/// What one request would get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestFit {
+    /// Where its devices come from; none for a device named by its address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<Source>,
+    /// How many it asks for.
+    pub wanted: u32,
+    /// How many it could have.
+    pub free: usize,
+    /// The devices that it would get.
+    pub devices: Vec<HostBdf>,
+    /// How many devices of the host were looked at.
+    pub considered: usize,
+    /// How many devices each filter dropped.
+    pub dropped: BTreeMap<Sieve, usize>,
+    /// Devices of the kind asked for that cannot be had, and why.
+    pub blocked: Vec<Blocked>,
+}
+
+impl RequestFit {
+    pub(super) fn new(wish: &Wish) -> Self {
+        Self {
+            from: Some(wish.from.clone()),
+            wanted: wish.count,
+            free: 0,
+            devices: Vec::new(),
+            considered: 0,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+        }
+    }
+
+    pub(super) fn exact(bdf: HostBdf) -> Self {
+        Self {
+            from: None,
+            wanted: 1,
+            free: 1,
+            devices: vec![bdf],
+            considered: 1,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+        }
+    }
+
+    pub(super) fn drop(&mut self, sieve: Sieve) {
+        *self.dropped.entry(sieve).or_default() += 1;
+    }
+
+    pub(super) fn block(&mut self, bdf: HostBdf, obstacle: Obstacle) {
+        self.drop(obstacle.sieve());
+        self.blocked.push(Blocked { bdf, obstacle });
+    }
+
+    /// Whether the request gets all it asks for.
+    pub fn is_enough(&self) -> bool {
+        u32::try_from(self.devices.len()).is_ok_and(|count| count >= self.wanted)
+    }
+
+    /// How many devices each filter dropped, in words; empty if none did.
+    pub fn drops(&self) -> String {
+        let drops = self.dropped.iter();
+        let drops: Vec<String> = drops
+            .map(|(sieve, count)| format!("{count} {sieve}"))
+            .collect();
+        drops.join(", ")
+    }
+}
+
+/// Why the request does not get what it asks for: the counts, then one device a line, as many as fit.
+impl fmt::Display for RequestFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.wanted)?;
+        if let Some(from) = &self.from {
+            write!(f, " of {from}")?;
+        }
+        write!(f, " asked for, {} free", self.free)?;
+        if self.dropped.is_empty() {
+            write!(f, "; this host has {} devices", self.considered)?;
+        } else {
+            write!(
+                f,
+                "; of {} devices dropped: {}",
+                self.considered,
+                self.drops()
+            )?;
+        }
+        for blocked in self.blocked.iter().take(SHOWN) {
+            write!(f, "\n  {blocked}")?;
+        }
+        match self.blocked.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\n  and {more} more (`gantry device list`)"),
+        }
+    }
+}

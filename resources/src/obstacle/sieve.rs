@@ -1,0 +1,98 @@
+//! The filters that a device passes on its way to a VM, to count what each of them drops.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::Obstacle;
+
+/// A filter, in the order in which they are tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sieve {
+    /// The rules of the group asked for.
+    Group,
+    /// For an alias: to be in some group or device spec.
+    Exposed,
+    /// Vendor and device id of an alias.
+    Ids,
+    /// The hardware behind an address must be what it was.
+    Changed,
+    /// The order of groups that match one device.
+    OtherGroup,
+    /// `device_type` of an alias.
+    DeviceType,
+    /// `resource_class`.
+    ResourceClass,
+    /// `traits`.
+    Traits,
+    /// What the host keeps for itself.
+    Bridge,
+    /// Not to be held by anybody.
+    Leased,
+    /// Not to be with a driver of the host.
+    HostDriver,
+    /// To be with vfio-pci.
+    Unbound,
+    /// To be in an IOMMU group.
+    IommuGroup,
+    /// The other devices of the IOMMU group.
+    Neighbours,
+    /// The VFIO node.
+    Node,
+    /// Not to be asked for twice.
+    AskedFor,
+    /// NUMA affinity.
+    Numa,
+    /// Physical functions of their own.
+    Isolation,
+}
+
+impl Obstacle {
+    /// The filter that drops a device for this.
+    pub fn sieve(&self) -> Sieve {
+        match self {
+            Self::Bridge => Sieve::Bridge,
+            Self::Leased { .. } => Sieve::Leased,
+            Self::HostDriver { .. } => Sieve::HostDriver,
+            Self::Unbound => Sieve::Unbound,
+            Self::NoIommuGroup => Sieve::IommuGroup,
+            Self::GroupInUse { .. } | Self::GroupLeased { .. } => Sieve::Neighbours,
+            Self::NodeMissing { .. } | Self::NodeDenied { .. } => Sieve::Node,
+            Self::OtherGroup { .. } => Sieve::OtherGroup,
+            Self::AskedFor => Sieve::AskedFor,
+            Self::Changed { .. } => Sieve::Changed,
+            Self::DeviceType { .. } => Sieve::DeviceType,
+            Self::ResourceClass { .. } => Sieve::ResourceClass,
+            Self::Traits { .. } => Sieve::Traits,
+            Self::Numa { .. } => Sieve::Numa,
+            Self::SamePf { .. } => Sieve::Isolation,
+        }
+    }
+}
+
+/// What is the matter with the devices dropped: "2 held by others".
+impl fmt::Display for Sieve {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Group => "not in the group",
+            Self::Exposed => "in no group and no device_spec",
+            Self::Ids => "of other vendor or product id",
+            Self::Changed => "changed behind their address",
+            Self::OtherGroup => "in a group defined earlier",
+            Self::DeviceType => "of another device_type",
+            Self::ResourceClass => "of another resource_class",
+            Self::Traits => "without the traits",
+            Self::Bridge => "bridges",
+            Self::Leased => "held by others",
+            Self::HostDriver => "with a driver of the host",
+            Self::Unbound => "with no driver",
+            Self::IommuGroup => "without IOMMU group",
+            Self::Neighbours => "with neighbours in use in their IOMMU group",
+            Self::Node => "whose VFIO node cannot be opened",
+            Self::AskedFor => "asked for elsewhere in the request",
+            Self::Numa => "on another NUMA node",
+            Self::Isolation => "of a physical function already used",
+        })
+    }
+}

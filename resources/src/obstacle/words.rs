@@ -1,0 +1,127 @@
+//! Obstacles in words: which device, what is in the way, and the way out.
+
+use std::fmt;
+
+use super::{Blocked, Obstacle};
+use crate::host::HostBdf;
+use crate::lease::LeaseRecord;
+use crate::nova::DeviceType;
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bdf = self.bdf;
+        match &self.obstacle {
+            Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
+            Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+            Obstacle::HostDriver { driver } => {
+                write!(
+                    f,
+                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` makes it free"
+                )
+            }
+            Obstacle::Unbound => {
+                write!(
+                    f,
+                    "{bdf} is bound to no driver: `gantry device detach {bdf}` binds it to vfio-pci"
+                )
+            }
+            Obstacle::NoIommuGroup => write!(
+                f,
+                "{bdf} is in no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and on the \
+                 kernel's command line (intel_iommu=on; AMD's is on by default)"
+            ),
+            Obstacle::GroupInUse { group, members } => {
+                let members: Vec<String> = members
+                    .iter()
+                    .map(|(member, driver)| format!("{member} ({driver})"))
+                    .collect();
+                write!(
+                    f,
+                    "{bdf} shares IOMMU group {group} with {}, which the host uses; a group is assigned as a whole: \
+                     `gantry device detach {bdf}` detaches all of it",
+                    members.join(", ")
+                )
+            }
+            Obstacle::GroupLeased {
+                group,
+                member,
+                holder,
+            } => write!(
+                f,
+                "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
+                 between VMs",
+                name(holder)
+            ),
+            Obstacle::NodeMissing { group } => write!(
+                f,
+                "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
+                 a container make /dev/vfio visible"
+            ),
+            Obstacle::NodeDenied { group } => write!(
+                f,
+                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
+            ),
+            _ => of_request(f, bdf, &self.obstacle),
+        }
+    }
+}
+
+/// What the request has against a device that could be had.
+fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::OtherGroup { owner } => {
+            write!(
+                f,
+                "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
+            )
+        }
+        Obstacle::AskedFor => {
+            write!(
+                f,
+                "{bdf} is asked for by its address or otherwise in the same request"
+            )
+        }
+        Obstacle::Changed { is } => write!(
+            f,
+            "{bdf} is {is} now, not the device that a rule was made for: change the rule if that is right"
+        ),
+        Obstacle::DeviceType { is, wanted } => mismatch(f, bdf, *is, *wanted),
+        Obstacle::ResourceClass { is } => write!(f, "{bdf} is of resource class {is}"),
+        Obstacle::Traits { missing } => {
+            write!(f, "{bdf} lacks the traits {}", missing.join(", "))
+        }
+        Obstacle::Numa { node: Some(node) } => {
+            write!(f, "{bdf} is on NUMA node {node}, too far from the VM")
+        }
+        Obstacle::Numa { node: None } => {
+            write!(f, "{bdf} does not say which NUMA node it is on")
+        }
+        Obstacle::SamePf { pf } => {
+            write!(
+                f,
+                "{bdf} is a function of {pf}, as another device of the request"
+            )
+        }
+        _ => write!(f, "{bdf} cannot be had"),
+    }
+}
+
+/// What the alias should have said.
+fn mismatch(
+    f: &mut fmt::Formatter<'_>,
+    bdf: HostBdf,
+    is: DeviceType,
+    wanted: Option<DeviceType>,
+) -> fmt::Result {
+    match wanted {
+        Some(wanted) => write!(f, "{bdf} is {is}, not {wanted}")?,
+        None => write!(f, "{bdf} is {is}, which must be asked for")?,
+    }
+    write!(f, ": set \"device_type\": \"{is}\" in the alias")
+}
+
+fn name(holder: &Option<LeaseRecord>) -> String {
+    holder
+        .as_ref()
+        .map_or_else(|| "an unknown process".to_owned(), LeaseRecord::to_string)
+}
