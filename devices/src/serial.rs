@@ -1,5 +1,6 @@
 //! The 16550 serial port.
 
+use std::cell::Cell;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,7 +56,10 @@ impl Serial {
             timer: Arc::clone(&timer),
             armed: false,
         };
-        let input = Input(Arc::clone(&room));
+        let input = Input {
+            room: Arc::clone(&room),
+            waiting: Cell::new(false),
+        };
         Ok(Self {
             uart: Mutex::new(Uart::with_events(IrqLine(irq), input, output)),
             timer,
@@ -80,7 +84,7 @@ impl Serial {
         let room = uart.fifo_capacity();
         let result = uart.enqueue_raw_bytes(input);
         let taken = room - uart.fifo_capacity();
-        match result {
+        let taken = match result {
             // The guest tests its port: what comes from outside is lost meanwhile.
             Ok(0) => input.len(),
             Ok(_) | Err(vm_superio::serial::Error::FullFifo) => taken,
@@ -88,10 +92,13 @@ impl Serial {
                 warn_limited!(%error, "serial input raised no interrupt");
                 taken
             }
-        }
+        };
+        uart.events().waiting.set(taken < input.len());
+        taken
     }
 
-    /// Readable when the guest has emptied the FIFO; to be read by who waits for that.
+    /// Readable when the guest has emptied a FIFO that [`Self::enqueue`] found too small; to be read
+    /// by who waits for that.
     pub fn room(&self) -> &EventFd {
         &self.room
     }
@@ -134,7 +141,11 @@ impl Trigger for IrqLine {
 }
 
 /// Tells that the FIFO has been emptied.
-struct Input(Arc<EventFd>);
+struct Input {
+    room: Arc<EventFd>,
+    /// Whether anybody waits for that: a guest may read an empty port as often as it likes.
+    waiting: Cell<bool>,
+}
 
 impl SerialEvents for Input {
     fn buffer_read(&self) {}
@@ -142,8 +153,10 @@ impl SerialEvents for Input {
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {
-        // It fails only when the counter is full, and the owner has been told often enough then.
-        let _ = self.0.write(1);
+        if self.waiting.take() {
+            // It fails only when the counter is full, and the owner has been told often enough then.
+            let _ = self.room.write(1);
+        }
     }
 }
 
@@ -342,6 +355,11 @@ mod tests {
         assert!(serial.room().read().is_ok());
         assert_eq!(serial.enqueue(&input[taken..]), input.len() - taken);
         assert_eq!(serial.enqueue(&[]), 0);
+        while register(&serial, LINE_STATUS) & 1 != 0 {
+            register(&serial, DATA);
+        }
+        register(&serial, DATA);
+        assert!(serial.room().read().is_err(), "nobody waits for room");
     }
 
     #[test]

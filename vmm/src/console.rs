@@ -92,6 +92,8 @@ pub struct Keyboard {
     // Ctrl-a is special on a terminal only: a pipe carries bytes.
     keys: Option<Keys>,
     waiting: VecDeque<u8>,
+    // Nothing comes any more: a guest that makes room must not have the end read again and again.
+    ended: bool,
 }
 
 impl Keyboard {
@@ -102,6 +104,7 @@ impl Keyboard {
             mailbox,
             keys: commands.then(Keys::default),
             waiting: VecDeque::new(),
+            ended: false,
         }
     }
 
@@ -157,16 +160,16 @@ impl MutEventSubscriber for Keyboard {
             ROOM => {
                 let _ = self.serial.room().read();
                 self.feed();
-                if self.waiting.is_empty() {
+                if self.waiting.is_empty() && !self.ended {
                     // Already watched unless it had been set aside below.
                     let _ = ops.add(stdin);
                 }
             }
             _ => {
-                let more = self.read();
+                self.ended = !self.read();
                 self.feed();
                 // What does not fit waits, and so does the rest of the input.
-                if !more || !self.waiting.is_empty() {
+                if self.ended || !self.waiting.is_empty() {
                     let _ = ops.remove(stdin);
                 }
             }
