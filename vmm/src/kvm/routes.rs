@@ -145,8 +145,18 @@ impl GsiRoute {
 
     fn program(&self, message: MsiMessage) -> io::Result<()> {
         let mut table = self.routes.lock();
-        table.0.insert(self.gsi, Some(message));
-        self.routes.publish(&table)
+        let before = table.0.insert(self.gsi, Some(message)).flatten();
+        if before == Some(message) {
+            // The kernel has it. Guests unmask more often than they move an interrupt, and at each
+            // new table the kernel waits until nobody uses the old one.
+            return Ok(());
+        }
+        let published = self.routes.publish(&table);
+        if published.is_err() {
+            // Else what the kernel refused here would be in every later table.
+            table.0.insert(self.gsi, before);
+        }
+        published
     }
 }
 

@@ -21,7 +21,7 @@ pub struct SlotGuard {
     number: u32,
     guest: u64,
     // The host memory outlives the slot.
-    _mapping: Arc<HostMapping>,
+    mapping: Arc<HostMapping>,
 }
 
 impl MemorySlots {
@@ -68,13 +68,13 @@ impl MemorySlots {
             slots,
             number: slot,
             guest,
-            _mapping: mapping,
+            mapping,
         })
     }
 
     fn set(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
         // SAFETY: the host range lies inside a `HostMapping` that the guard keeps mapped until the
-        // slot is gone, and this process reaches it through raw pointers only.
+        // slot is gone, for ever if it does not go, and this process reaches it through raw pointers only.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
     }
 }
@@ -99,8 +99,12 @@ impl Drop for SlotGuard {
                     *entry = false;
                 }
             }
-            // The number is not used again, so that no later slot lands on this one's remains.
-            Err(error) => tracing::error!(slot = self.number, %error, "memory slot stays in place"),
+            // Neither the number nor the host addresses are used again: the guest still has a slot
+            // there, and would reach whatever else came to lie in them.
+            Err(error) => {
+                std::mem::forget(Arc::clone(&self.mapping));
+                tracing::error!(slot = self.number, %error, "memory slot stays in place");
+            }
         }
     }
 }
