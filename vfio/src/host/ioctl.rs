@@ -63,6 +63,9 @@ pub const RUNTIME_REQUESTS: &[u64] = &[
     GROUP_UNSET_CONTAINER,
 ];
 
+/// Requests made while the guest masks and unmasks interrupts of a device.
+pub const INTERRUPT_REQUESTS: &[u64] = &[DEVICE_SET_IRQS];
+
 /// Requests made by a thread that maps guest memory for devices, and takes it away if that fails.
 pub const DMA_REQUESTS: &[u64] = &[IOMMU_GET_INFO, IOMMU_MAP_DMA, IOMMU_UNMAP_DMA];
 

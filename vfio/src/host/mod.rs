@@ -13,4 +13,4 @@ pub use device::{DeviceIo, Irq, Region, VfioDevice};
 pub use dma::{DmaMapping, DmaSpace};
 pub use group::{Group, GroupObserver};
 pub use info::{IommuInfo, IrqInfo, MmapArea, RegionInfo};
-pub use ioctl::{DMA_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
+pub use ioctl::{DMA_REQUESTS, INTERRUPT_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};

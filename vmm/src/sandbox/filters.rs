@@ -1,6 +1,6 @@
 //! The system calls of each role, written from what the code calls, not from what was seen.
 
-use gantry_vfio::host::{OPEN_REQUESTS, RUNTIME_REQUESTS};
+use gantry_vfio::host::{DMA_REQUESTS, INTERRUPT_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
 use kvm_bindings as kvm;
 use libc::{c_long, c_ulong};
 use seccompiler::{
@@ -18,8 +18,8 @@ const EVERY_THREAD: &[c_long] = &[
     // Locks, condition variables, join.
     libc::SYS_futex,
     libc::SYS_sched_yield,
-    // The allocator; mmap and mprotect are below, without PROT_EXEC. glibc counts processors when
-    // it makes an arena.
+    // The allocator, whose threads share one arena (`trap::install`); mmap and mprotect are below,
+    // without PROT_EXEC. glibc asks for a new thread's affinity with the bounds of its stack.
     libc::SYS_brk,
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -38,13 +38,11 @@ const EVERY_THREAD: &[c_long] = &[
     // Logging reads the clock, where the vDSO cannot.
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
-    // Signals: the kick, the handlers' way back, abort().
+    // Signals: the kick, the handlers' way back, abort(). tgkill is below, for this process only.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_restart_syscall,
-    libc::SYS_tgkill,
-    libc::SYS_tkill,
     libc::SYS_gettid,
     libc::SYS_getpid,
     // The end of a thread gives its alternate signal stack back; the trap asks for its name.
@@ -95,10 +93,6 @@ const fn gives<T>(nr: u32) -> c_ulong {
     ioctl_expr(_IOC_READ, KVMIO, nr, size_of::<T>() as u32)
 }
 
-const fn trades<T>(nr: u32) -> c_ulong {
-    ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, nr, size_of::<T>() as u32)
-}
-
 /// BARs that move and vectors that are masked and unmasked, by a vCPU or by a reset.
 const VM_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
@@ -116,7 +110,6 @@ const GROUP_REQUESTS: &[c_ulong] = &[
 /// Bringing a VM back to its first state.
 const CONTROL_REQUESTS: &[c_ulong] = &[
     call(0x80), // KVM_RUN, to complete an access without running the guest
-    trades::<kvm::kvm_irqchip>(0x62), // KVM_GET_IRQCHIP
     gives::<kvm::kvm_irqchip>(0x63), // KVM_SET_IRQCHIP, which the kernel declares as a read
     takes::<kvm::kvm_regs>(0x82), // KVM_SET_REGS
     gives::<kvm::kvm_sregs>(0x83), // KVM_GET_SREGS
@@ -127,14 +120,17 @@ const CONTROL_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_mp_state>(0x99), // KVM_SET_MP_STATE
     takes::<kvm::kvm_vcpu_events>(0xa0), // KVM_SET_VCPU_EVENTS
     takes::<kvm::kvm_debugregs>(0xa2), // KVM_SET_DEBUGREGS
-    takes::<kvm::kvm_xsave>(0xa5), // KVM_SET_XSAVE
     takes::<kvm::kvm_xcrs>(0xa7), // KVM_SET_XCRS
-    call(0xad), // KVM_KVMCLOCK_CTRL
     takes::<kvm::kvm_nested_state>(0xbf), // KVM_SET_NESTED_STATE
 ];
 
-/// Logging asks whether stderr is a terminal; the end puts the terminal back.
+/// Logging asks whether stderr is a terminal; the end puts the terminal back. From glibc 2.42 on,
+/// both go by the second set of requests.
 const TERMINAL_REQUESTS: &[c_ulong] = &[
+    libc::TCGETS2,
+    libc::TCSETS2,
+    libc::TCSETSW2,
+    libc::TCSETSF2,
     libc::TCGETS,
     libc::TCSETS,
     libc::TCSETSW,
@@ -158,7 +154,7 @@ pub fn control() -> Rules {
 pub fn vcpu() -> Rules {
     rules(
         &[DEVICE_ACCESS],
-        &[VM_REQUESTS, VCPU_REQUESTS, RUNTIME_REQUESTS],
+        &[VM_REQUESTS, VCPU_REQUESTS, INTERRUPT_REQUESTS],
     )
 }
 
@@ -171,7 +167,7 @@ pub fn device() -> Rules {
 
 /// A thread that maps guest RAM for devices.
 pub fn dma() -> Rules {
-    rules(&[], &[RUNTIME_REQUESTS])
+    rules(&[], &[DMA_REQUESTS])
 }
 
 fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
@@ -186,6 +182,8 @@ fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
     let not_executable = || rule(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
     rules.push((libc::SYS_mmap, not_executable().into_iter().collect()));
     rules.push((libc::SYS_mprotect, not_executable().into_iter().collect()));
+    let own_threads = rule(0, Dword, Eq, std::process::id().into());
+    rules.push((libc::SYS_tgkill, own_threads.into_iter().collect()));
     rules
 }
 
@@ -224,9 +222,14 @@ mod tests {
     }
 
     #[test]
-    fn ioctls_and_executable_memory_are_never_free() {
+    fn ioctls_executable_memory_and_signals_are_never_free() {
         for rules in [control(), vcpu(), device(), dma()] {
-            for number in [libc::SYS_ioctl, libc::SYS_mmap, libc::SYS_mprotect] {
+            for number in [
+                libc::SYS_ioctl,
+                libc::SYS_mmap,
+                libc::SYS_mprotect,
+                libc::SYS_tgkill,
+            ] {
                 let conditions = rules
                     .iter()
                     .find(|(call, _)| *call == number)

@@ -1,6 +1,6 @@
 //! The end of a thread that made a call it may not make, or that crashed: one line that says so,
 //! and the terminal as it was.
-#![allow(unsafe_code)] // signal handlers.
+#![allow(unsafe_code)] // signal handlers, and one setting of the allocator.
 
 use std::io;
 
@@ -22,7 +22,8 @@ const FAULTS: [Signal; 5] = [
     Signal::SIGSEGV,
 ];
 
-/// Installs the handlers, for the whole process.
+/// Installs the handlers, for the whole process, and keeps the allocator from a call that no filter
+/// allows. To be called before any thread is made.
 ///
 /// # Errors
 /// The kernel refused a handler.
@@ -40,7 +41,18 @@ pub fn install() -> io::Result<()> {
         let flags = SaFlags::SA_RESETHAND | SaFlags::SA_ONSTACK;
         handle(fault, SigHandler::Handler(on_fault), flags)?;
     }
+    share_one_arena();
     Ok(())
+}
+
+/// Before glibc shrinks an arena that is not its first, it opens a file of /proc to learn whether
+/// memory may be overcommitted. The first arena shrinks without asking, so all threads use that one.
+fn share_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt sets a number, and has nothing else to hold.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
 }
 
 fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> io::Result<()> {
