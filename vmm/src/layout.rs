@@ -2,6 +2,9 @@
 
 use std::ops::{Range, RangeInclusive};
 
+use gantry_devices::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN};
+use gantry_devices::serial;
+
 /// End of RAM below 4 GiB. What follows is room for 32-bit windows, which BARs that are 64 bits
 /// wide but not prefetchable need as well: Linux keeps them out of prefetchable windows.
 pub const LOW_RAM_END: u64 = 2 * GIB;
@@ -11,17 +14,18 @@ pub const ECAM: RangeInclusive<u64> = 0xe000_0000..=0xefff_ffff;
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Registers of the local APICs, in KVM, and the target of message-signalled interrupts.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
-/// Three pages that KVM needs on Intel processors (`KVM_SET_TSS_ADDR`); one more page before them
-/// is for `KVM_SET_IDENTITY_MAP_ADDR`.
-pub const KVM_TSS: u64 = 0xfffb_d000;
+/// Four pages that KVM needs to run real mode on Intel processors, right below the end of the 32-bit
+/// address space: an identity map (`KVM_SET_IDENTITY_MAP_ADDR`), then three for `KVM_SET_TSS_ADDR`.
+pub const KVM_PAGES: u64 = 0xfffb_c000;
 /// First I/O port of the sleep and reset registers (`gantry_devices::power`).
 pub const POWER_PORT: u16 = 0x600;
 /// First I/O port of the serial port.
-pub const SERIAL_PORT: u16 = 0x3f8;
+pub const SERIAL_PORT: u16 = serial::COM1_PORT;
 /// Interrupt line of the serial port, on the I/O APIC.
-pub const SERIAL_GSI: u32 = 4;
+pub const SERIAL_GSI: u32 = serial::COM1_IRQ;
 /// The address and data ports of PCI configuration mechanism 1.
-pub const PCI_CONFIG_PORTS: RangeInclusive<u16> = 0xcf8..=0xcff;
+pub const PCI_CONFIG_PORTS: RangeInclusive<u16> =
+    CONFIG_PORTS..=CONFIG_PORTS + CONFIG_PORTS_LEN - 1;
 
 /// Where a processor begins after a reset, as seen from real mode.
 pub const RESET_VECTOR: u64 = 0xf_fff0;

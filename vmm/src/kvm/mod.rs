@@ -18,11 +18,11 @@ pub use slots::{MemorySlots, SlotGuard};
 pub use vcpu::{Access, Exit, Vcpu};
 pub use vfio::VfioObserver;
 
-/// Where the kernel may keep the identity map page and the three TSS pages that Intel processors
-/// need to run real mode, right below the end of the 32-bit address space (KVM API documentation,
-/// `KVM_SET_IDENTITY_MAP_ADDR` and `KVM_SET_TSS_ADDR`).
-const IDENTITY_MAP: u64 = 0xfffb_c000;
-const TSS: usize = 0xfffb_d000;
+use crate::layout;
+
+/// Where the kernel may keep its pages for real mode.
+const IDENTITY_MAP: u64 = layout::KVM_PAGES;
+const TSS: usize = layout::KVM_PAGES as usize + 0x1000;
 
 /// Why KVM could not be used.
 #[derive(Debug, thiserror::Error)]

@@ -79,7 +79,7 @@ impl Board {
         let mut guards = vec![
             space.reserve(layout::IO_APIC, IO_APIC_LEN)?,
             space.reserve(layout::LOCAL_APIC, LOCAL_APIC_LEN)?,
-            space.reserve(layout::KVM_TSS - 0x1000, KVM_PAGES_LEN)?,
+            space.reserve(layout::KVM_PAGES, KVM_PAGES_LEN)?,
         ];
         for region in self.ram.regions() {
             guards.push(space.add_ram(region.guest, &region.mapping)?);

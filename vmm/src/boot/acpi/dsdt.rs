@@ -8,7 +8,7 @@ use acpi_tables::aml::{
     PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
-use gantry_devices::power;
+use gantry_devices::{power, serial};
 
 use super::{AcpiInputs, OEM, OEM_REVISION, OEM_TABLE};
 use crate::layout::{
@@ -18,7 +18,6 @@ use crate::layout::{
 /// From revision 2 on, integers have 64 bits.
 const REVISION: u8 = 2;
 const HEADER_LEN: u32 = 36;
-const SERIAL_PORTS: u8 = 8;
 
 /// The Differentiated System Description Table (5.2.11.1).
 pub fn dsdt(inputs: &AcpiInputs<'_>) -> Sdt {
@@ -157,7 +156,7 @@ fn motherboard(layout: &Layout, sink: &mut dyn AmlSink) {
 }
 
 fn serial(sink: &mut dyn AmlSink) {
-    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, SERIAL_PORTS);
+    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, serial::LEN as u8);
     let line = Interrupt::new(true, true, false, false, SERIAL_GSI);
     Device::new(
         Path::new("COM1"),
