@@ -13,16 +13,18 @@ pub(super) fn judge(facts: &Facts) -> Finding {
     let devices = &facts.devices;
     let finding =
         |level, reason: String| Finding::new("binding", "Bound to vfio-pci", level, reason);
-    let astray: Vec<&HostDevice> = devices
+    let unbound = devices
         .wanted()
-        .filter(|device| !device.on_vfio() && !device.is_bridge() && !devices.is_needed(device))
-        .collect();
+        .filter(|device| !device.on_vfio() && !device.is_bridge() && !devices.is_needed(device));
+    let (on_demand, astray): (Vec<_>, Vec<_>) =
+        unbound.partition(|device| devices.on_demand.contains(&device.bdf));
     if astray.is_empty() {
         let bound = devices.wanted().filter(|device| device.on_vfio()).count();
-        return finding(
-            Level::Ok,
-            format!("{} with vfio-pci", count(bound, "device")),
-        );
+        let mut reason = format!("{} with vfio-pci", count(bound, "device"));
+        if !on_demand.is_empty() {
+            reason += &format!(", {} to be bound when a VM takes them", on_demand.len());
+        }
+        return finding(Level::Ok, reason);
     }
     let plan = Plan::new(facts, &astray);
     let late = plan.late(facts);

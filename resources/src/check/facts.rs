@@ -52,8 +52,10 @@ pub(super) struct Devices {
     pub(super) all: Vec<HostDevice>,
     /// The resource groups, or why they cannot be read.
     pub(super) groups: Result<Groups, String>,
-    /// Those of resource groups, and those named by who asks.
+    /// Those of resource groups and device specs, and those named by who asks.
     pub(super) wanted: BTreeSet<HostBdf>,
+    /// Of these, the ones that are bound when a VM takes them.
+    pub(super) on_demand: BTreeSet<HostBdf>,
     /// What the host uses the wanted devices and their neighbours for, or why that cannot be told.
     pub(super) uses: Result<Vec<Guarded>, String>,
     /// The module that each driver comes from; drivers of the kernel's image may have none.
@@ -110,9 +112,16 @@ impl Devices {
         }
         let pooled = all.iter().filter(|device| {
             let group = groups.as_ref().ok();
-            group.is_some_and(|groups| groups.group_of(device).is_some())
+            !device.is_bridge() && group.is_some_and(|groups| groups.exposes(device))
         });
         let mut wanted: BTreeSet<HostBdf> = pooled.map(|device| device.bdf).collect();
+        let on_demand = all.iter().filter(|device| {
+            let tags = groups.as_ref().map(|groups| groups.tags(device));
+            wanted.contains(&device.bdf)
+                && !named.contains(&device.bdf)
+                && tags.is_ok_and(|tags| tags.on_demand)
+        });
+        let on_demand = on_demand.map(|device| device.bdf).collect();
         wanted.extend(named);
         let iommu_groups: BTreeSet<u32> = all
             .iter()
@@ -135,6 +144,7 @@ impl Devices {
             driver_modules: driver_modules(paths, &all),
             groups: groups.map_err(|error| error.to_string()),
             wanted,
+            on_demand,
             all,
         })
     }

@@ -240,6 +240,36 @@ fn ids_that_the_hosts_own_device_has_as_well_are_a_danger() {
 }
 
 #[test]
+fn devices_that_are_bound_on_demand_are_in_their_place() {
+    let host = Host::unpack("vfio-late");
+    host.remove("etc/groups.json");
+    host.line(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "gpu", "bind": "demand", "rules": [{"vendor": "10de"}]}]}"#,
+    );
+    let (level, text) = answer(&check(&host.paths(), &[]).unwrap(), "binding");
+    assert_eq!(level, Level::Ok);
+    assert!(
+        text.contains("2 to be bound when a VM takes them"),
+        "{text}"
+    );
+    let named = check(&host.paths(), &[bdf("0000:0b:00.0")]).unwrap();
+    assert_eq!(answer(&named, "binding").0, Level::Warn);
+}
+
+#[test]
+fn devices_of_a_device_spec_are_looked_at() {
+    let host = Host::unpack("vfio-late");
+    host.remove("etc/groups.json");
+    host.line(
+        "etc/groups.json",
+        r#"{"device_spec": {"vendor_id": "10de", "product_id": "1c30"}}"#,
+    );
+    let (_, text) = answer(&check(&host.paths(), &[]).unwrap(), "binding");
+    assert!(text.contains("0000:0b:00.0 (nouveau)"), "{text}");
+}
+
+#[test]
 fn kvm_that_may_not_be_opened_is_told_from_kvm_that_is_not_there() {
     let mut facts = Host::unpack("memlock-low").facts();
     facts.kvm = NodeAccess::Denied;
