@@ -52,6 +52,8 @@ pub fn on_signals() -> io::Result<()> {
         if let Some(signal) = signals.forever().next() {
             ENDING.store(true, Ordering::Relaxed);
             run_all();
+            // Ends the line that a spinner may have left.
+            eprintln!("\nEnded by signal {signal}: nothing is left running");
             std::process::exit(128 + signal);
         }
     });
