@@ -5,6 +5,7 @@ use serde::Deserialize;
 
 use super::guest::Words;
 use super::story::{DISK, SERIAL};
+use super::vm::in_words;
 use crate::lab::disk;
 use crate::protocol::Exit;
 
@@ -39,7 +40,7 @@ impl Facts {
             ("sha256", self.contents()?),
             ("msix", self.interrupts()?),
             ("exit", self.end()?),
-            ("pool", self.pool()?),
+            ("group", self.pool()?),
             ("driver", self.driver()?),
         ])
     }
@@ -88,8 +89,8 @@ impl Facts {
     fn end(&self) -> Result<String> {
         ensure!(
             self.exit == Exit::Code(0),
-            "gantry ended with {:?}",
-            self.exit
+            "`gantry run` ended: {}",
+            in_words(&self.exit)
         );
         ensure!(
             self.words.boot_ms().is_some(),
@@ -112,7 +113,7 @@ impl Facts {
         ensure!(held > 0, "no lease was held while the VM ran");
         ensure!(left == 0, "{left} leases are still held");
         Ok(format!(
-            "{} free before, {} while the VM ran, {} after; no lease is left",
+            "{} free before, {} while the VM ran, {} after; nothing is leased",
             before.free, during.free, after.free
         ))
     }

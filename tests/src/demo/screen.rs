@@ -135,7 +135,8 @@ impl Screen {
         for line in text.lines() {
             let line = line.trim_end().replace('\t', "    ");
             for piece in wrap(&line, room) {
-                writeln!(self.out, "{}{piece}", " ".repeat(INDENT))?;
+                let indent = if piece.is_empty() { 0 } else { INDENT };
+                writeln!(self.out, "{}{piece}", " ".repeat(indent))?;
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::Logs;
 use super::claims::{Facts, Pool};
 use super::guest::{Said, Words};
 use super::screen::Screen;
-use super::vm::{Heard, Vm};
+use super::vm::{Heard, Vm, in_words};
 use crate::lab::qemu::Device;
 use crate::lab::{Host, Parts, Setup};
 use crate::protocol::Exit;
@@ -24,9 +24,7 @@ const OTHER: &str = "GANTRY-NVME0002";
 /// How long a host may take to show its log when something has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-const GROUPS: &str = r#"{"groups": [{"name": "nvme", "type": "nvme", "description": "disks for VMs",
-             "rules": [{"class": "0108", "slot": "0000:01:00.0"}]}]}
-"#;
+/// The VM, which takes any one disk of the group.
 const VM: &str = r#"{
   "payload": {
     "kernel": "/lab/bzImage-debian",
@@ -71,7 +69,7 @@ impl<'a> Story<'a> {
     fn play(&mut self, host: &Host) -> Result<Facts> {
         self.run(host, "gantry device list")?;
         let driver_before = driver(host)?;
-        self.define_pool(host)?;
+        self.make_group(host)?;
         let before = self.detach(host)?;
         let mut vm = self.start_vm(host)?;
         let mut words = Words::default();
@@ -87,7 +85,7 @@ impl<'a> Story<'a> {
             locks: [locks_during, locks_after],
             drivers: [driver_before, driver(host)?],
         };
-        self.screen.step("All of it checked from outside")?;
+        self.screen.step("Checked from outside")?;
         for (claim, finding) in facts.check()? {
             self.screen.holds(claim, &finding)?;
         }
@@ -96,7 +94,7 @@ impl<'a> Story<'a> {
 
     fn boot(&mut self, parts: &Parts) -> Result<Host> {
         self.screen
-            .step("A host boots; its own driver has its two NVMe disks")?;
+            .step("A host boots; its nvme driver has two disks")?;
         let setup = Setup {
             devices: vec![Device::nvme(SERIAL), Device::nvme(OTHER)],
             memory_mib: 4 << 10,
@@ -113,16 +111,19 @@ impl<'a> Story<'a> {
         Ok(host)
     }
 
-    fn define_pool(&mut self, host: &Host) -> Result<()> {
+    fn make_group(&mut self, host: &Host) -> Result<()> {
         self.screen
-            .step("A pool for VMs: what its rule matches, here the first disk")?;
-        host.write("/etc/gantry/groups.json", GROUPS)?;
-        self.run(host, "cat /etc/gantry/groups.json")
+            .step("A group, which is a pool of devices for VMs, gets the first disk")?;
+        self.run(
+            host,
+            &format!("gantry group create nvme --type nvme --device {DISK}"),
+        )?;
+        self.run(host, "gantry group show nvme")
     }
 
     fn detach(&mut self, host: &Host) -> Result<Pool> {
         self.screen
-            .step("The disk leaves its host driver, and is free in its pool")?;
+            .step("The disk leaves its host driver: it is free for VMs")?;
         self.run(host, &format!("gantry device detach {DISK}"))?;
         self.run(host, "gantry group list")?;
         pool(host)
@@ -130,7 +131,7 @@ impl<'a> Story<'a> {
 
     fn start_vm<'h>(&mut self, host: &'h Host) -> Result<Vm<'h>> {
         self.screen
-            .step("A VM that asks for one device of that pool boots")?;
+            .step("A VM asks for one device of that group, and boots")?;
         host.write("/root/vm.json", VM)?;
         self.run(host, "cat vm.json")?;
         self.screen.typed("lab#", "gantry run vm.json")?;
@@ -144,7 +145,8 @@ impl<'a> Story<'a> {
             let line = match vm.next()? {
                 Heard::Line(line) => line,
                 Heard::Ended(exit) => {
-                    return Err(vm.failure(&format!("the guest ended too early ({exit:?})")));
+                    let what = "the guest ended before it had said all";
+                    return Err(vm.failure(&format!("{what}: {}", in_words(&exit))));
                 }
             };
             let said = words.hear(&line);
@@ -166,15 +168,14 @@ impl<'a> Story<'a> {
 
     fn look_meanwhile(&mut self, host: &Host) -> Result<(Pool, usize)> {
         self.screen
-            .step("Meanwhile, on the host: the disk is in use")?;
+            .step("Meanwhile on the host: the disk is in use")?;
         self.run(host, "gantry group list")?;
         Ok((pool(host)?, locks(host)?))
     }
 
     fn power_off(&mut self, vm: &mut Vm, words: &mut Words) -> Result<Exit> {
-        self.screen.step(
-            "The guest powers off: the disk is back in its pool, then with its host driver",
-        )?;
+        self.screen
+            .step("The guest powers off: the disk is free again, then back with its host driver")?;
         vm.press_enter()?;
         let mut wait = Some(self.screen.wait("The guest powers off"));
         loop {
@@ -209,8 +210,8 @@ impl<'a> Story<'a> {
         self.screen.printed(&output.text())?;
         ensure!(
             output.exit == Exit::Code(0),
-            "`{command}` failed ({:?}); what it says is above",
-            output.exit
+            "`{command}` ended: {}; what it says is above",
+            in_words(&output.exit)
         );
         Ok(())
     }

@@ -31,6 +31,15 @@ gantry run vm.json | {
     cat
 }"#;
 
+/// How a command ended.
+pub fn in_words(exit: &Exit) -> String {
+    match exit {
+        Exit::Code(code) => format!("status {code}"),
+        Exit::Signal(signal) => format!("signal {signal}"),
+        Exit::NotStarted(why) => format!("not started, {why}"),
+    }
+}
+
 /// What is heard next.
 #[derive(Debug)]
 pub enum Heard {
@@ -84,7 +93,7 @@ impl<'h> Vm<'h> {
                 Ok(Event::Hello) => {}
                 Ok(Event::Exit(Exit::Code(0))) => return Ok(Heard::Ended(Exit::Code(0))),
                 Ok(Event::Exit(exit)) => {
-                    return Err(self.failure(&format!("gantry failed ({exit:?})")));
+                    return Err(self.failure(&format!("`gantry run` ended: {}", in_words(&exit))));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                     return Err(self.failure(&format!("the VM is not over after {PATIENCE:?}")));
@@ -103,9 +112,12 @@ impl<'h> Vm<'h> {
     /// An error that quotes what gantry and the guest said last.
     pub fn failure(&self, what: &str) -> anyhow::Error {
         let errors = String::from_utf8_lossy(&self.errors);
-        anyhow!(
-            "{what}\n{errors}The guest's console ends:\n{}",
-            command::tail(&self.console)
-        )
+        let mut text = format!("{what}\n{errors}");
+        let console = command::tail(&self.console);
+        if !console.is_empty() {
+            text.push_str("The guest's console ends:\n");
+            text.push_str(&console);
+        }
+        anyhow!("{}", text.trim_end())
     }
 }
