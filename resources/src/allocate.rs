@@ -3,20 +3,26 @@
 mod choose;
 mod fit;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::bind::BindError;
+use crate::demand::Binder;
 use crate::group::{GroupError, Groups};
+use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord, holder,
 };
 use crate::obstacle::{Blocked, Obstacle, Pool};
+use crate::quarantine::{QuarantineError, Until, forget, quarantine};
 use crate::request::{Placement, Request};
 use crate::topology::Sockets;
+use crate::writer::ChildWriter;
 use choose::{View, choose, survey};
 pub use fit::{Fit, RequestFit};
 
@@ -83,6 +89,12 @@ pub enum AllocateError {
     /// The inventory cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
+    /// A device cannot be taken from the host.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The use of a device that is for one use cannot be written down.
+    #[error(transparent)]
+    Quarantine(#[from] QuarantineError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -108,21 +120,36 @@ pub fn allocate_near(
     placement: &Placement,
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
+    let binder = Binder {
+        writer: &ChildWriter::default(),
+        helper: Path::new("/proc/self/exe"),
+    };
+    allocate_with(paths, requests, placement, holder, &binder)
+}
+
+pub(crate) fn allocate_with(
+    paths: &HostPaths,
+    requests: &[Request],
+    placement: &Placement,
+    holder: &Holder,
+    binder: &Binder<'_>,
+) -> Result<Vec<Lease>, AllocateError> {
     if requests.is_empty() {
         return Ok(Vec::new());
     }
-    let groups = Groups::load(paths)?;
     let record = LeaseRecord::vm(holder);
-    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let devices = scan_with(paths, detail(&groups))?;
-    let sockets = sockets(paths);
-    let view = View {
-        devices: &devices,
-        groups: &groups,
-        sockets: &sockets,
-    };
-    let chosen = choose(view, requests, placement)?;
-    lock(paths, &devices, &chosen, &record)
+    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    let look = Look::at(paths)?;
+    let chosen = choose(look.view(), requests, placement)?;
+    let leases = lock(paths, &look.devices, &chosen, &record)?;
+    use_once(paths, &look.groups, &chosen, holder)?;
+    // The devices' own locks are enough from here on: a driver that is slow to let go stops nobody else.
+    drop(choosing);
+    let lent = on_demand(paths, &look.groups, leases, binder);
+    if lent.is_err() {
+        unused(paths, &look.groups, &chosen);
+    }
+    lent
 }
 
 /// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
@@ -131,21 +158,125 @@ pub fn fit(
     requests: &[Request],
     placement: &Placement,
 ) -> Result<Fit, AllocateError> {
-    let groups = Groups::load(paths)?;
-    let devices = scan_with(paths, detail(&groups))?;
-    let sockets = sockets(paths);
-    let view = View {
-        devices: &devices,
-        groups: &groups,
-        sockets: &sockets,
-    };
-    let chosen = survey(view, requests, placement)?;
+    let look = Look::at(paths)?;
+    let chosen = survey(look.view(), requests, placement)?;
     let requests: Vec<RequestFit> = chosen.picked.into_iter().map(|one| one.fit).collect();
     Ok(Fit {
         fits: requests.iter().all(RequestFit::is_enough),
         numa_nodes: chosen.nodes,
         requests,
     })
+}
+
+/// All that a choice looks at.
+struct Look {
+    devices: Vec<HostDevice>,
+    groups: Groups,
+    sockets: Sockets,
+    guarded: Vec<Guarded>,
+}
+
+impl Look {
+    fn at(paths: &HostPaths) -> Result<Self, AllocateError> {
+        let groups = Groups::load(paths)?;
+        let devices = scan_with(paths, detail(&groups))?;
+        let guarded = guarded(paths, &groups, &devices)?;
+        Ok(Self {
+            sockets: sockets(paths),
+            devices,
+            groups,
+            guarded,
+        })
+    }
+
+    fn view(&self) -> View<'_> {
+        View {
+            devices: &self.devices,
+            groups: &self.groups,
+            sockets: &self.sockets,
+            guarded: &self.guarded,
+        }
+    }
+}
+
+/// What the host needs of the devices that a VM could take from it, and of their IOMMU groups.
+fn guarded(
+    paths: &HostPaths,
+    groups: &Groups,
+    devices: &[HostDevice],
+) -> Result<Vec<Guarded>, AllocateError> {
+    let on_host = |device: &&HostDevice| !device.on_vfio() && !device.is_bridge();
+    let concerned: BTreeSet<Option<u32>> = devices
+        .iter()
+        .filter(|device| device.iommu_group.is_some() && groups.tags(device).on_demand)
+        .map(|device| device.iommu_group)
+        .collect();
+    let leaving: Vec<HostDevice> = devices
+        .iter()
+        .filter(|device| on_host(device) && concerned.contains(&device.iommu_group))
+        .cloned()
+        .collect();
+    if leaving.is_empty() {
+        return Ok(Vec::new());
+    }
+    host_uses(paths, &leaving).map_err(|error| AllocateError::Bind(BindError::Guard(error)))
+}
+
+/// Writes down the use of devices that are for one use, before they are used.
+fn use_once(
+    paths: &HostPaths,
+    groups: &Groups,
+    chosen: &[&HostDevice],
+    holder: &Holder,
+) -> Result<(), AllocateError> {
+    let reason = format!("it was used by VM '{}' (one_time_use)", holder.vm);
+    for device in chosen {
+        let once = groups.tags(device).one_time_use;
+        let written = once.then(|| quarantine(paths, device, &reason, Until::Released));
+        if let Some(Err(error)) = written {
+            unused(paths, groups, chosen);
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// Takes back what [`use_once`] wrote. None of the devices was in quarantine before: it was chosen.
+fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice]) {
+    let once = chosen
+        .iter()
+        .filter(|device| groups.tags(device).one_time_use);
+    for device in once {
+        if let Err(error) = forget(paths, device.bdf) {
+            tracing::error!("{} stays in quarantine: {error}", device.bdf);
+        }
+    }
+}
+
+/// Takes from the host what VMs take on demand.
+fn on_demand(
+    paths: &HostPaths,
+    groups: &Groups,
+    leases: Vec<Lease>,
+    binder: &Binder<'_>,
+) -> Result<Vec<Lease>, AllocateError> {
+    let lent: Vec<HostBdf> = leases
+        .iter()
+        .filter(|lease| groups.tags(lease.device()).on_demand)
+        .map(|lease| lease.device().bdf)
+        .collect();
+    if lent.is_empty() {
+        return Ok(leases);
+    }
+    let watch = Arc::new(binder.bind(paths, &lent)?);
+    let refresh = |lease: Lease| {
+        let bdf = lease.device().bdf;
+        if !lent.contains(&bdf) {
+            return Ok(lease);
+        }
+        Ok(lease.on_demand(HostDevice::read(paths, bdf)?, &watch))
+    };
+    leases.into_iter().map(refresh).collect()
 }
 
 fn detail(groups: &Groups) -> Detail {

@@ -15,6 +15,7 @@ use crate::lease::{
 };
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
+use crate::quarantine::{Until, quarantine};
 use crate::writer::{SysfsWrite, SysfsWriter};
 
 /// Which devices to move.
@@ -58,6 +59,9 @@ pub enum BindError {
         list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
     )]
     Guarded(Vec<Guarded>),
+    /// The process that gives devices back when a VM ends cannot be started.
+    #[error("cannot start the process that gives devices back to the host when the VM ends")]
+    Helper(#[source] io::Error),
     /// It cannot be told whether the host needs a device.
     #[error("cannot tell whether the host needs these devices")]
     Guard(#[source] io::Error),
@@ -120,10 +124,34 @@ pub fn reattach(
     Direction::Reattach.carry_out(paths, writer, request)
 }
 
+/// [`detach`] for a VM of this process, which holds the locks of all devices concerned: they are marked
+/// as owed to the host.
+pub(crate) fn detach_held(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    devices: &[HostBdf],
+) -> Result<BindReport, BindError> {
+    Direction::Lend.carry_out_held(paths, writer, devices)
+}
+
+/// [`reattach`] for those of some devices that are marked as owed to the host, by a process that holds
+/// the locks of all devices concerned.
+pub(crate) fn give_back(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    devices: &[HostBdf],
+) -> Result<BindReport, BindError> {
+    Direction::Return.carry_out_held(paths, writer, devices)
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
     Detach,
     Reattach,
+    /// To vfio-pci for as long as a VM runs.
+    Lend,
+    /// Back when it has ended.
+    Return,
 }
 
 /// What a request comes to.
@@ -159,6 +187,36 @@ impl Direction {
         // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
         let _locks = plan.lock(paths, &record)?;
         drop(choosing);
+        if self == Self::Detach {
+            plan.members
+                .iter()
+                .for_each(|member| Former::keep_detached(paths, member));
+        }
+        let mut mover = Mover {
+            paths,
+            writer,
+            writes: Vec::new(),
+        };
+        self.apply(&mut mover, &plan.moves)?;
+        Ok(plan.report(mover.writes))
+    }
+
+    fn carry_out_held(
+        self,
+        paths: &HostPaths,
+        writer: &dyn SysfsWriter,
+        devices: &[HostBdf],
+    ) -> Result<BindReport, BindError> {
+        let request = BindRequest {
+            devices,
+            overrides: &[],
+            dry_run: false,
+        };
+        let mut plan = self.plan(paths, &request)?;
+        if self == Self::Return {
+            plan.moves
+                .retain(|one| Former::owed(paths, &one.device).is_some());
+        }
         let mut mover = Mover {
             paths,
             writer,
@@ -170,9 +228,19 @@ impl Direction {
 
     fn command(self) -> &'static str {
         match self {
-            Self::Detach => "gantry device detach",
-            Self::Reattach => "gantry device reattach",
+            Self::Detach | Self::Lend => "gantry device detach",
+            Self::Reattach | Self::Return => "gantry device reattach",
         }
+    }
+
+    /// Whether it leads away from the host.
+    fn leaves_host(self) -> bool {
+        matches!(self, Self::Detach | Self::Lend)
+    }
+
+    /// Whether this process holds the devices' locks already.
+    fn is_held(self) -> bool {
+        matches!(self, Self::Lend | Self::Return)
     }
 
     fn plan(self, paths: &HostPaths, request: &BindRequest<'_>) -> Result<Plan, BindError> {
@@ -192,13 +260,13 @@ impl Direction {
             return Ok(plan);
         }
         let held = |device: &&HostDevice| device.lease.is_held();
-        if let Some(device) = plan.members.iter().find(held) {
+        if let Some(device) = plan.members.iter().find(held).filter(|_| !self.is_held()) {
             return Err(BindError::Blocked(Blocked::leased(
                 device.bdf,
                 &device.lease,
             )));
         }
-        if self == Self::Detach {
+        if self.leaves_host() {
             may_leave_host(paths, &devices, &plan, request.overrides)?;
         }
         Ok(plan)
@@ -212,12 +280,14 @@ impl Direction {
             .filter(|driver| !is_vfio_driver(driver));
         let (to, driver_override) = match self {
             // A neighbour with pci-stub is out of the way already.
-            Self::Detach if host_driver == Some("pci-stub") && !wanted.contains(&device.bdf) => {
+            Self::Detach | Self::Lend
+                if host_driver == Some("pci-stub") && !wanted.contains(&device.bdf) =>
+            {
                 return None;
             }
-            Self::Detach if device.on_vfio() => return None,
-            Self::Detach => (Target::Vfio, Some(VFIO_PCI.to_owned())),
-            Self::Reattach => match (Former::load(paths, device), host_driver) {
+            Self::Detach | Self::Lend if device.on_vfio() => return None,
+            Self::Detach | Self::Lend => (Target::Vfio, Some(VFIO_PCI.to_owned())),
+            Self::Reattach | Self::Return => match (Former::of_moved(paths, device), host_driver) {
                 // Detaching was cut short, or somebody rebound it by hand: only the override is ours.
                 (Some(former), Some(driver)) => {
                     (Target::Driver(driver.to_owned()), former.driver_override)
@@ -232,7 +302,7 @@ impl Direction {
         };
         // An override to vfio-pci from before would only bring the device back there.
         let driver_override =
-            driver_override.filter(|name| self == Self::Detach || !is_vfio_driver(name));
+            driver_override.filter(|name| self.leaves_host() || !is_vfio_driver(name));
         Some(Move {
             device: device.clone(),
             to,
@@ -252,21 +322,24 @@ impl Direction {
                 &moves[..=index]
             };
             let mut left = mover.undo(touched);
-            if self == Self::Detach {
+            if self.leaves_host() {
                 let restored = touched
                     .iter()
                     .map(|one| &one.device)
                     .filter(|device| !left.contains(&device.bdf));
                 restored.for_each(|device| Former::forget_unless_older(mover.paths, device));
             }
-            left.extend(source.is_hung().then_some(one.device.bdf));
+            if source.is_hung() {
+                left.push(one.device.bdf);
+                set_aside(mover.paths, &one.device, &source);
+            }
             return Err(BindError::Failed {
                 bdf: one.device.bdf,
                 left,
                 source,
             });
         }
-        if self == Self::Reattach {
+        if !self.leaves_host() {
             moves
                 .iter()
                 .for_each(|one| Former::forget(mover.paths, one.device.bdf));
@@ -275,8 +348,8 @@ impl Direction {
     }
 
     fn step(self, mover: &mut Mover<'_>, one: &Move) -> Result<(), MoveError> {
-        if self == Self::Detach {
-            one.remember(mover.paths)?;
+        if self.leaves_host() {
+            one.remember(mover.paths, self == Self::Lend)?;
         }
         mover.make(one)
     }
@@ -313,8 +386,19 @@ impl Plan {
     }
 }
 
+/// A device that the kernel did not come back from is for nobody.
+fn set_aside(paths: &HostPaths, device: &HostDevice, why: &MoveError) {
+    let reason = format!("it hung: {why}");
+    if let Err(error) = quarantine(paths, device, &reason, Until::Boot) {
+        tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
+    }
+}
+
 /// All endpoints of the IOMMU groups of the devices asked for, in the order of their addresses.
-fn members(devices: &[HostDevice], wanted: &[HostBdf]) -> Result<Vec<HostDevice>, BindError> {
+pub(crate) fn members(
+    devices: &[HostDevice],
+    wanted: &[HostBdf],
+) -> Result<Vec<HostDevice>, BindError> {
     let mut groups = BTreeSet::new();
     for &bdf in wanted {
         let device = devices.iter().find(|device| device.bdf == bdf);

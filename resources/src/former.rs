@@ -25,6 +25,9 @@ pub(crate) struct Former {
     pub(crate) driver: Option<String>,
     /// The override that was set.
     pub(crate) driver_override: Option<String>,
+    /// A VM took the device for as long as it runs: the host gets it back without being asked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) demand: bool,
 }
 
 impl Former {
@@ -35,6 +38,7 @@ impl Former {
             serial: device.serial.clone(),
             driver: device.driver.clone(),
             driver_override: device.driver_override.clone(),
+            demand: false,
         }
     }
 
@@ -49,9 +53,44 @@ impl Former {
         {
             return None;
         }
+        Self::recorded(paths, device)
+    }
+
+    /// The record of a device that a VM took and that is not yet back as it was, in whichever state
+    /// the giving back was cut short.
+    pub(crate) fn owed(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+        let former = Self::recorded(paths, device).filter(|former| former.demand)?;
+        let with_host = match &former.driver {
+            Some(_) => device.driver.is_some() && !device.on_vfio(),
+            None => device.driver.is_none(),
+        };
+        let back = with_host && device.driver_override == former.driver_override;
+        (!back).then_some(former)
+    }
+
+    /// What is known of a device that was moved, or is on its way.
+    pub(crate) fn of_moved(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+        Self::load(paths, device).or_else(|| Self::owed(paths, device))
+    }
+
+    fn recorded(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         let former: Self = serde_json::from_slice(&fs::read(path(paths, device.bdf)).ok()?).ok()?;
         let same_dsn = former.dsn.is_none() || device.dsn.is_none() || former.dsn == device.dsn;
         (former.id == device.id.to_string() && same_dsn).then_some(former)
+    }
+
+    /// Takes the mark away from a device that somebody wants detached for good.
+    pub(crate) fn keep_detached(paths: &HostPaths, device: &HostDevice) {
+        let Some(former) = Self::owed(paths, device) else {
+            return;
+        };
+        let former = Self {
+            demand: false,
+            ..former
+        };
+        if let Err((path, error)) = former.store(paths, device.bdf) {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
     }
 
     /// Writes the record, replacing an older one as a whole.

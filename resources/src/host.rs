@@ -9,7 +9,7 @@ use thiserror::Error;
 
 /// The directories that everything in this crate is read from and written to.
 ///
-/// The default is the running host. A test points all five into a temporary directory with
+/// The default is the running host. A test points all six into a temporary directory with
 /// [`HostPaths::under`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPaths {
@@ -23,6 +23,8 @@ pub struct HostPaths {
     pub run: PathBuf,
     /// Definitions: `groups.json` and `groups.d/*.json`.
     pub config: PathBuf,
+    /// What must outlive a reboot: quarantine, maintenance.
+    pub state: PathBuf,
 }
 
 impl Default for HostPaths {
@@ -33,12 +35,13 @@ impl Default for HostPaths {
             proc: "/proc".into(),
             run: "/run/gantry".into(),
             config: "/etc/gantry".into(),
+            state: "/var/lib/gantry".into(),
         }
     }
 }
 
 impl HostPaths {
-    /// All five directories below one root, as `sys`, `dev`, `proc`, `run` and `etc`.
+    /// All six directories below one root, as `sys`, `dev`, `proc`, `run`, `etc` and `var`.
     pub fn under(root: &Path) -> Self {
         Self {
             sysfs: root.join("sys"),
@@ -46,6 +49,7 @@ impl HostPaths {
             proc: root.join("proc"),
             run: root.join("run"),
             config: root.join("etc"),
+            state: root.join("var"),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::ids::{PciClass, PciId};
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus, holder};
-use crate::{dsn, sysfs};
+use crate::{dsn, quarantine, sysfs};
 
 /// Virtual functions of a physical function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -74,6 +74,8 @@ pub struct HostDevice {
     pub node: Option<NodeAccess>,
     /// Who has leased the device.
     pub lease: LeaseStatus,
+    /// Why it is in quarantine, if it is.
+    pub quarantine: Option<String>,
 }
 
 /// What a device is to the host.
@@ -91,6 +93,11 @@ pub enum DeviceState {
     },
     /// No driver has it.
     Unbound,
+    /// No VM gets it for now.
+    Quarantined {
+        /// Why.
+        reason: String,
+    },
 }
 
 /// The inventory could not be read.
@@ -171,6 +178,9 @@ impl HostDevice {
                 vm: Some(record.name.clone()),
             },
             LeaseStatus::Unrecorded => DeviceState::Assigned { vm: None },
+            _ if self.quarantine.is_some() => DeviceState::Quarantined {
+                reason: self.quarantine.clone().unwrap_or_default(),
+            },
             _ if self.on_vfio() => DeviceState::Detached,
             _ if self.driver.is_some() => DeviceState::Attached,
             _ => DeviceState::Unbound,
@@ -233,6 +243,7 @@ fn read(
         None => Ok(None),
         Some(mut device) => {
             device.lease = holder(paths, bdf)?;
+            device.quarantine = quarantine::reason(paths, bdf, &device.id.to_string());
             device.node = device
                 .iommu_group
                 .filter(|_| device.on_vfio())
@@ -299,6 +310,7 @@ impl Facts<'_> {
             mdev_types: sysfs::entries(&self.dir.join("mdev_supported_types"))?,
             node: None,
             lease: LeaseStatus::Free,
+            quarantine: None,
         };
         // Attributes that vanished on the way would have been taken for "none".
         Ok(self.dir.join("vendor").exists().then_some(found))

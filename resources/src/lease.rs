@@ -20,6 +20,7 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 
@@ -157,11 +158,24 @@ impl LeaseError {
 pub struct Lease {
     device: HostDevice,
     group: Arc<[DeviceLock]>,
+    /// Of a device that goes back to the host.
+    watch: Option<Arc<Watch>>,
 }
 
 impl Lease {
     pub(crate) fn new(device: HostDevice, group: Arc<[DeviceLock]>) -> Self {
-        Self { device, group }
+        Self {
+            device,
+            group,
+            watch: None,
+        }
+    }
+
+    /// The lease on a device that goes back to the host with it.
+    pub(crate) fn on_demand(mut self, device: HostDevice, watch: &Arc<Watch>) -> Self {
+        self.device = device;
+        self.watch = Some(Arc::clone(watch));
+        self
     }
 
     /// The device as it was when it was leased.
@@ -172,6 +186,15 @@ impl Lease {
     /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
     pub fn locked(&self) -> impl Iterator<Item = HostBdf> {
         self.group.iter().map(|lock| lock.bdf)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Whoever is told waits for the locks, which are freed next.
+        if let Some(watch) = &self.watch {
+            watch.released(self.device.bdf);
+        }
     }
 }
 

@@ -15,6 +15,7 @@ mod atomic;
 mod bind;
 mod check;
 mod config;
+mod demand;
 mod dsn;
 #[cfg(test)]
 mod fixture;
@@ -30,6 +31,8 @@ mod moves;
 mod names;
 mod nova;
 mod obstacle;
+mod persist;
+mod quarantine;
 mod request;
 mod reserved;
 mod rule;
@@ -43,6 +46,7 @@ pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
 };
 pub use config::ConfigError;
+pub use demand::{reap, restore_helper};
 pub use group::{
     Bind, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
     ResourceGroup, add_aliases, add_device_specs,
@@ -56,6 +60,8 @@ pub use memlock::memlock_limit;
 pub use moves::MoveError;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
+pub use persist::{PersistBy, Persistent, persist};
+pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{

@@ -90,11 +90,13 @@ impl Move {
 
     /// Writes down what the device is before it is detached. A record that is there from an attempt
     /// that was cut short knows more than the device now shows.
-    pub(crate) fn remember(&self, paths: &HostPaths) -> Result<(), MoveError> {
-        if Former::load(paths, &self.device).is_some() {
+    pub(crate) fn remember(&self, paths: &HostPaths, demand: bool) -> Result<(), MoveError> {
+        if Former::of_moved(paths, &self.device).is_some() {
             return Ok(());
         }
-        let stored = Former::of(&self.device).store(paths, self.device.bdf);
+        let mut former = Former::of(&self.device);
+        former.demand = demand;
+        let stored = former.store(paths, self.device.bdf);
         stored.map_err(|(path, source)| MoveError::Former { path, source })
     }
 

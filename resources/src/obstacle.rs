@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::ids::PciId;
 use crate::inventory::{HostDevice, NodeAccess};
@@ -25,10 +26,25 @@ pub enum Obstacle {
         /// Who, if that is recorded.
         holder: Option<LeaseRecord>,
     },
+    /// It is in quarantine.
+    Quarantined {
+        /// Why.
+        why: String,
+    },
     /// A driver of the host has it.
     HostDriver {
         /// The driver.
         driver: String,
+    },
+    /// The host needs it, or one of its IOMMU group, so that no VM may take it on demand.
+    HostNeeds {
+        /// What for.
+        need: Guarded,
+    },
+    /// Virtual functions of it exist, and would vanish if a VM took it on demand.
+    HasVfs {
+        /// How many.
+        count: u16,
     },
     /// No driver has it.
     Unbound,
@@ -164,6 +180,9 @@ impl<'a> Pool<'a> {
         if let Some(holder) = held(&device.lease) {
             return Some(Obstacle::Leased { holder });
         }
+        if let Some(why) = &device.quarantine {
+            return Some(Obstacle::Quarantined { why: why.clone() });
+        }
         match &device.driver {
             Some(driver) if !device.on_vfio() => {
                 return Some(Obstacle::HostDriver {
@@ -183,17 +202,57 @@ impl<'a> Pool<'a> {
         })
     }
 
-    fn group_obstacle(&self, group: u32) -> Option<Obstacle> {
+    /// The first thing that keeps a device from being taken from the host for a VM.
+    pub(crate) fn demand_obstacle(
+        &self,
+        device: &HostDevice,
+        guarded: &[Guarded],
+    ) -> Option<Obstacle> {
+        let first = self.obstacle(device);
+        match first {
+            None
+            | Some(Obstacle::HostDriver { .. } | Obstacle::Unbound | Obstacle::GroupInUse { .. }) =>
+                {}
+            first => return first,
+        }
+        let Some(group) = device.iommu_group else {
+            return Some(Obstacle::NoIommuGroup);
+        };
+        let members = self.members(group);
+        let need = |member: &&HostDevice| guarded.iter().find(|one| one.bdf == member.bdf);
+        if let Some(need) = members.iter().find_map(need) {
+            return Some(Obstacle::HostNeeds { need: need.clone() });
+        }
+        let away = |member: &&&HostDevice| !member.on_vfio() && !member.is_bridge();
+        let vfs = members.iter().filter(away).find_map(|member| member.sriov);
+        if let Some(sriov) = vfs.filter(|sriov| sriov.active > 0) {
+            return Some(Obstacle::HasVfs {
+                count: sriov.active,
+            });
+        }
+        let leased = self.leased_in(group);
+        let bridge = members
+            .iter()
+            .any(|member| member.is_bridge() && !member.leaves_group_viable());
+        leased.or(first.filter(|_| bridge))
+    }
+
+    fn leased_in(&self, group: u32) -> Option<Obstacle> {
         let members = self.members(group);
         let leased = members
             .iter()
             .find_map(|member| Some((member.bdf, held(&member.lease)?)));
-        if let Some((member, holder)) = leased {
-            return Some(Obstacle::GroupLeased {
-                group,
-                member,
-                holder,
-            });
+        leased.map(|(member, holder)| Obstacle::GroupLeased {
+            group,
+            member,
+            holder,
+        })
+    }
+
+    fn group_obstacle(&self, group: u32) -> Option<Obstacle> {
+        let members = self.members(group);
+        if let Some(leased) = self.leased_in(group) {
+            return Some(leased);
         }
         let in_use = members
             .iter()

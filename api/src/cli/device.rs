@@ -1,6 +1,7 @@
 //! `gantry device`: what the host has, and moving it between the host and the pools.
 
 mod list;
+mod persist;
 
 pub use list::state_word;
 
@@ -9,7 +10,7 @@ use std::fmt;
 use clap::{Args, Subcommand};
 use gantry_resources::{
     BindError, BindReport, BindRequest, ChildWriter, HostBdf, HostDevice, HostPaths, SysfsWrite,
-    SysfsWriter, detach, reattach, scan,
+    SysfsWriter, detach, reap, reattach, release_quarantine, scan,
 };
 use serde::Serialize;
 
@@ -31,6 +32,18 @@ pub enum DeviceCommand {
     ///
     /// The devices of one IOMMU group move together. A device that a VM has is refused.
     Reattach(ReattachArgs),
+    /// Print what makes devices go to vfio-pci when the host boots
+    Persist(persist::PersistArgs),
+    /// Let VMs have a device again that hung, or that was for one use
+    ReleaseQuarantine(ReleaseArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry device release-quarantine 0000:01:00.0")]
+pub struct ReleaseArgs {
+    /// PCI addresses, such as 0000:01:00.0 or 01:00.0
+    #[arg(value_name = "BDF", required = true)]
+    devices: Vec<HostBdf>,
 }
 
 #[derive(Debug, Args)]
@@ -73,8 +86,18 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
     match command {
         DeviceCommand::List(args) => list::list(&args, paths),
         DeviceCommand::Detach(args) => change_hands(&args.common, &args.overrides, detach, paths),
+        DeviceCommand::Persist(args) => persist::show(&args, paths),
+        DeviceCommand::ReleaseQuarantine(args) => release(&args, paths),
         DeviceCommand::Reattach(args) => change_hands(&args.common, &[], reattach, paths),
     }
+}
+
+fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
+    for &bdf in &args.devices {
+        release_quarantine(paths, bdf).map_err(Failure::host)?;
+        print(|out| writeln!(out, "{bdf}: released"))?;
+    }
+    Ok(())
 }
 
 type Bind = fn(&HostPaths, &dyn SysfsWriter, &BindRequest) -> Result<BindReport, BindError>;
@@ -97,6 +120,9 @@ fn change_hands(
     };
     // A ctrl-c between two writes would leave a device with no driver.
     let _whole = SignalsHeld::new();
+    if !dry_run {
+        reap(paths, &ChildWriter::default()).map_err(Failure::host)?;
+    }
     let before = scan(paths).map_err(Failure::host)?;
     let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;
     let shown = Shown {

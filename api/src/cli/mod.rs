@@ -50,6 +50,10 @@ pub struct Globals {
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_CONFIG_DIR", hide_env_values = true)]
     config_dir: Option<PathBuf>,
+    /// Directory of what outlives a reboot [default: /var/lib/gantry]
+    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(env = "GANTRY_STATE_DIR", hide_env_values = true)]
+    state_dir: Option<PathBuf>,
     /// Log more to standard error; -vv and -vvv still more
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
@@ -67,6 +71,7 @@ impl Globals {
         };
         paths.run = self.run_dir.clone().unwrap_or(paths.run);
         paths.config = self.config_dir.clone().unwrap_or(paths.config);
+        paths.state = self.state_dir.clone().unwrap_or(paths.state);
         paths
     }
 
@@ -101,6 +106,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Wait for the end of a VM on standard input, then give its devices back to the host
+    #[command(name = "__restore", hide = true)]
+    Restore {
+        /// Directories of the host, and devices
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 /// Everything between the arguments and the exit code.
@@ -125,6 +137,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Device(command) => device::device(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
         Command::Schema(args) => schema::schema(args)?,
+        Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),
         Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
     }
     Ok(ExitCode::SUCCESS)

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{AllocateError, RequestFit};
 use crate::config::nearest;
 use crate::group::{Groups, ResourceGroup, Tags};
+use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::nova::{self, Alias, DeviceType, NumaPolicy};
@@ -18,6 +19,8 @@ pub(crate) struct View<'a> {
     pub(crate) devices: &'a [HostDevice],
     pub(crate) groups: &'a Groups,
     pub(crate) sockets: &'a Sockets,
+    /// What the host needs of the devices that could be taken on demand.
+    pub(crate) guarded: &'a [Guarded],
 }
 
 /// What a request gets.
@@ -220,7 +223,7 @@ impl<'a> Choice<'a, '_> {
         if !allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
-        if let Some(obstacle) = self.pool.obstacle(device) {
+        if let Some(obstacle) = self.obstacle(device) {
             return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
         }
         if !self.taken.insert(bdf) {
@@ -319,6 +322,15 @@ impl<'a> Choice<'a, '_> {
         obstacle.map_or(Verdict::Free, Verdict::Blocked)
     }
 
+    /// What stands against any use of a device.
+    fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if self.view.groups.tags(device).on_demand {
+            self.pool.demand_obstacle(device, self.view.guarded)
+        } else {
+            self.pool.obstacle(device)
+        }
+    }
+
     /// What stands against a device that is one of those meant.
     fn against(
         &self,
@@ -336,7 +348,7 @@ impl<'a> Choice<'a, '_> {
         if self.taken.contains(&device.bdf) {
             return Some(Obstacle::AskedFor);
         }
-        self.pool.obstacle(device).or_else(|| {
+        self.obstacle(device).or_else(|| {
             let node = device.numa_node;
             let near = self.near.admits(policy, device, self.view.sockets);
             (!near).then_some(Obstacle::Numa { node })

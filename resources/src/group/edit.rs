@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::{GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
+use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
 use crate::config::{self, ConfigError};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::nova::Traits;
 use crate::obstacle::Blocked;
 use crate::rule::Rule;
 
@@ -39,6 +40,14 @@ pub struct GroupChange {
     pub description: Option<String>,
     /// The class; an empty one takes it away.
     pub class: Option<String>,
+    /// When devices leave their host drivers.
+    pub bind: Option<Bind>,
+    /// Whether a device is for one use.
+    pub one_time_use: Option<bool>,
+    /// The traits; none of them takes them all away.
+    pub traits: Option<Traits>,
+    /// The resource class; an empty one takes it away.
+    pub resource_class: Option<String>,
     /// Rules that go, by their numbers from 1.
     pub drop_rules: Vec<usize>,
     /// Rules that come, at the end.
@@ -195,6 +204,14 @@ impl GroupFiles {
         group.kind = change.kind.unwrap_or(group.kind);
         if let Some(class) = change.class {
             group.class = Some(class).filter(|class| !class.is_empty());
+        }
+        group.bind = change.bind.unwrap_or(group.bind);
+        group.one_time_use = change.one_time_use.unwrap_or(group.one_time_use);
+        if let Some(traits) = change.traits {
+            group.traits = Some(traits).filter(|traits| traits.names().next().is_some());
+        }
+        if let Some(class) = change.resource_class {
+            group.resource_class = Some(class).filter(|class| !class.is_empty());
         }
         if let Some(description) = change.description {
             group.description = description;

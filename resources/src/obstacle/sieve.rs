@@ -30,8 +30,12 @@ pub enum Sieve {
     Bridge,
     /// Not to be held by anybody.
     Leased,
+    /// Not to be in quarantine.
+    Quarantined,
     /// Not to be with a driver of the host.
     HostDriver,
+    /// Not to be needed by the host.
+    HostNeeds,
     /// To be with vfio-pci.
     Unbound,
     /// To be in an IOMMU group.
@@ -54,7 +58,9 @@ impl Obstacle {
         match self {
             Self::Bridge => Sieve::Bridge,
             Self::Leased { .. } => Sieve::Leased,
+            Self::Quarantined { .. } => Sieve::Quarantined,
             Self::HostDriver { .. } => Sieve::HostDriver,
+            Self::HostNeeds { .. } | Self::HasVfs { .. } => Sieve::HostNeeds,
             Self::Unbound => Sieve::Unbound,
             Self::NoIommuGroup => Sieve::IommuGroup,
             Self::GroupInUse { .. } | Self::GroupLeased { .. } => Sieve::Neighbours,
@@ -85,7 +91,9 @@ impl fmt::Display for Sieve {
             Self::Traits => "without the traits",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",
+            Self::Quarantined => "in quarantine",
             Self::HostDriver => "with a driver of the host",
+            Self::HostNeeds => "that the host needs",
             Self::Unbound => "with no driver",
             Self::IommuGroup => "without IOMMU group",
             Self::Neighbours => "with neighbours in use in their IOMMU group",

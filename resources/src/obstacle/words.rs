@@ -13,12 +13,27 @@ impl fmt::Display for Blocked {
         match &self.obstacle {
             Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
             Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+            Obstacle::Quarantined { why } => write!(
+                f,
+                "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` ends that"
+            ),
             Obstacle::HostDriver { driver } => {
                 write!(
                     f,
                     "{bdf} is bound to {driver}: `gantry device detach {bdf}` makes it free"
                 )
             }
+            Obstacle::HostNeeds { need } if need.bdf == bdf => {
+                write!(f, "{need}: the host needs it")
+            }
+            Obstacle::HostNeeds { need } => write!(
+                f,
+                "{bdf} shares its IOMMU group with what the host needs: {need}"
+            ),
+            Obstacle::HasVfs { count } => write!(
+                f,
+                "{bdf} has {count} virtual functions, which would vanish: write 0 to its sriov_numvfs first"
+            ),
             Obstacle::Unbound => {
                 write!(
                     f,

@@ -13,10 +13,11 @@ use crate::table::{Column, Give, Table, terminal_width};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 States:
-  attached   a driver of the host has it
-  detached   vfio-pci has it: free for a VM
-  assigned   a VM has it
-  unbound    no driver has it
+  attached     a driver of the host has it
+  detached     vfio-pci has it: free for a VM
+  assigned     a VM has it
+  unbound      no driver has it
+  quarantined  it hung, or was used once: `gantry device release-quarantine`
 
 Examples:
   gantry device list --sort iommu
@@ -220,5 +221,6 @@ pub fn state_word(state: &DeviceState) -> &'static str {
         DeviceState::Detached => "detached",
         DeviceState::Assigned { .. } => "assigned",
         DeviceState::Unbound => "unbound",
+        DeviceState::Quarantined { .. } => "quarantined",
     }
 }

@@ -1,8 +1,9 @@
 //! `gantry group create|edit|rename|delete|add|remove`: changes of the group files.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use gantry_resources::{
-    EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, ResourceGroup, Rule, scan,
+    Bind, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, ResourceGroup, Rule,
+    scan,
 };
 
 use super::Kind;
@@ -26,6 +27,8 @@ pub struct CreateArgs {
     /// Words for people
     #[arg(long, default_value_t)]
     description: String,
+    #[command(flatten)]
+    tags: Tags,
     /// A rule that takes devices; may be given several times
     #[arg(long = "rule", value_name = "JSON", value_parser = super::rule)]
     rules: Vec<Rule>,
@@ -51,12 +54,63 @@ pub struct EditArgs {
     /// Words for people
     #[arg(long)]
     description: Option<String>,
+    #[command(flatten)]
+    tags: Tags,
     /// A rule to add; may be given several times
     #[arg(long = "rule", value_name = "JSON", value_parser = super::rule)]
     rules: Vec<Rule>,
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
     drop_rules: Vec<usize>,
+}
+
+/// What is said of a group's devices.
+#[derive(Debug, Args)]
+struct Tags {
+    /// When devices leave their host drivers
+    #[arg(long, value_enum)]
+    bind: Option<When>,
+    /// Keep a device out of the pool after a VM has used it
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    one_time_use: Option<bool>,
+    /// Traits that a request may ask for, with commas between; '' takes them away
+    #[arg(long, value_name = "NAMES")]
+    traits: Option<String>,
+    /// Resource class that an alias may ask for; '' takes it away
+    #[arg(long, value_name = "NAME")]
+    resource_class: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum When {
+    /// When somebody detaches them
+    Manual,
+    /// When the host boots: see `gantry device persist`
+    Boot,
+    /// When a VM takes them; they go back when it ends
+    Demand,
+}
+
+impl From<When> for Bind {
+    fn from(when: When) -> Self {
+        match when {
+            When::Manual => Self::Manual,
+            When::Boot => Self::Boot,
+            When::Demand => Self::Demand,
+        }
+    }
+}
+
+impl Tags {
+    fn change(self) -> GroupChange {
+        GroupChange {
+            bind: self.bind.map(Into::into),
+            one_time_use: self.one_time_use,
+            traits: self.traits.map(|text| text.split(',').collect()),
+            resource_class: self.resource_class,
+            ..GroupChange::default()
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -94,6 +148,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         kind,
         class,
         description,
+        tags,
         rules,
         devices,
     } = args;
@@ -112,6 +167,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     change(paths, |files| {
         files.create(group)?;
+        files.change(&name, tags.change())?;
         files.add(&name, &devices)
     })
 }
@@ -122,6 +178,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         kind,
         class,
         description,
+        tags,
         rules,
         drop_rules,
     } = args;
@@ -132,6 +189,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         class,
         drop_rules,
         add_rules: rules,
+        ..tags.change()
     };
     change(paths, |files| files.change(&name, wanted))
 }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use gantry_resources::{
-    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, scan,
+    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, scan,
 };
 use serde::Serialize;
 
@@ -13,7 +13,7 @@ use crate::table::{Column, Give, Table, terminal_width};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are
-detached and no VM has. The others are still with a driver of the host: `gantry device detach`.
+detached and no VM has, or that a VM may take from the host on demand. The others are still with a driver of the host: `gantry device detach`.
 
 Examples:
   gantry group list
@@ -114,7 +114,8 @@ impl<'a> Row<'a> {
             state: device.state(),
         };
         let devices: Vec<Member> = devices.iter().filter(owned).map(member).collect();
-        let count = |wanted: fn(&DeviceState) -> bool| {
+        let on_demand = group.bind == Bind::Demand;
+        let count = |wanted: &dyn Fn(&DeviceState) -> bool| {
             devices
                 .iter()
                 .filter(|member| wanted(&member.state))
@@ -123,8 +124,12 @@ impl<'a> Row<'a> {
         Self {
             group,
             total: devices.len(),
-            used: count(|state| matches!(state, DeviceState::Assigned { .. })),
-            free: count(|state| matches!(state, DeviceState::Detached)),
+            used: count(&|state| matches!(state, DeviceState::Assigned { .. })),
+            free: count(&|state| match state {
+                DeviceState::Detached => true,
+                DeviceState::Attached | DeviceState::Unbound => on_demand,
+                _ => false,
+            }),
             devices,
         }
     }

@@ -1,0 +1,101 @@
+//! `gantry device persist`: what makes devices go to vfio-pci when the host boots.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use gantry_resources::{Bind, Groups, HostBdf, HostPaths, PersistBy, persist, scan};
+
+use crate::output::{print, print_json};
+use crate::report::{Failure, USAGE};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without addresses and groups: the devices of all groups that say \"bind\": \"boot\".
+
+Examples:
+  gantry device persist
+  gantry device persist 0b:00.0 --output /etc/udev/rules.d/10-gantry.rules
+  gantry device persist --group gpus --by modprobe")]
+pub struct PersistArgs {
+    /// PCI addresses, such as 0000:01:00.0 or 01:00.0
+    #[arg(value_name = "BDF")]
+    devices: Vec<HostBdf>,
+    /// All devices of a group; may be given several times
+    #[arg(long = "group", value_name = "NAME")]
+    groups: Vec<String>,
+    /// How the host is told
+    #[arg(long, value_enum, default_value_t = By::Udev)]
+    by: By,
+    /// Write this file instead of standard output
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Include this device although the host uses it now
+    #[arg(long = "override", value_name = "BDF")]
+    overrides: Vec<HostBdf>,
+    /// Show the result as JSON
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum By {
+    /// A udev rule for each address
+    Udev,
+    /// Options for modprobe, by vendor and device id
+    Modprobe,
+}
+
+pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let devices = chosen(args, paths)?;
+    let by = match args.by {
+        By::Udev => PersistBy::Udev,
+        By::Modprobe => PersistBy::Modprobe,
+    };
+    let made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
+    if args.json {
+        return print_json(&made);
+    }
+    for warning in &made.warnings {
+        tracing::warn!("{warning}");
+    }
+    match &args.output {
+        None => print(|out| {
+            write!(out, "{}", made.text)?;
+            writeln!(out, "# Save this as {}, then run: {}", made.file, made.then)
+        }),
+        Some(file) => {
+            let written = std::fs::File::create(file).and_then(|mut out| {
+                out.write_all(made.text.as_bytes())
+                    .and_then(|()| out.sync_all())
+            });
+            written.map_err(|error| {
+                Failure::host(format!("cannot write {}: {error}", file.display()))
+            })?;
+            print(|out| writeln!(out, "{}: written; now run: {}", file.display(), made.then))
+        }
+    }
+}
+
+fn chosen(args: &PersistArgs, paths: &HostPaths) -> Result<Vec<HostBdf>, Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    for name in &args.groups {
+        groups.find(name).map_err(Failure::host)?;
+    }
+    let by_default = args.devices.is_empty() && args.groups.is_empty();
+    let mut devices = args.devices.clone();
+    for device in scan(paths).map_err(Failure::host)? {
+        let Some(group) = groups.group_of(&device) else {
+            continue;
+        };
+        if args.groups.contains(&group.name) || (by_default && group.bind == Bind::Boot) {
+            devices.push(device.bdf);
+        }
+    }
+    if devices.is_empty() {
+        let what = "there is nothing to persist: no device is in a group with \"bind\": \"boot\"";
+        return Err(Failure::new(USAGE, what)
+            .help("name devices or groups, or `gantry group edit NAME --bind boot`"));
+    }
+    Ok(devices)
+}

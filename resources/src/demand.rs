@@ -1,0 +1,234 @@
+//! Devices that are bound while a VM has them: taken from the host when it starts, given back when it
+//! ends, however it ends.
+//!
+//! What a device was is written down before it is touched, with a mark that it is owed to the host. The
+//! VM's process holds the device's lock and one end of a pipe; a helper that was started before the
+//! first write waits on the other end and gives the devices back when the pipe closes, which the kernel
+//! does for a killed process too. If the helper is gone as well, the mark stays, and the next command
+//! that moves devices finds a mark without a lock and does the same.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use std::os::unix::process::CommandExt;
+
+use crate::bind::{BindError, detach_held, give_back};
+use crate::former::Former;
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, NodeAccess, scan};
+use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::writer::{ChildWriter, SysfsWriter};
+
+/// The first argument of the helper.
+const SUBCOMMAND: &str = "__restore";
+/// How long the kernel may take to free a killed process's locks and devices.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long to wait for one device of a VM that goes on.
+const EARLY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long udev may take to make a VFIO node and set its owner.
+const NODE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What binds devices for a VM.
+pub(crate) struct Binder<'a> {
+    pub(crate) writer: &'a dyn SysfsWriter,
+    /// The program that waits for the VM's end; it must call [`restore_helper`].
+    pub(crate) helper: &'a Path,
+}
+
+/// The VM's end of the pipe: what is written is a device given back, and its closing, by any cause, is
+/// the end of the VM.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pipe: Option<ChildStdin>,
+}
+
+impl Watch {
+    /// Tells the helper that a device is about to be free.
+    pub(crate) fn released(&self, bdf: HostBdf) {
+        if let Some(mut pipe) = self.pipe.as_ref() {
+            // A helper that is gone leaves its work to the next command.
+            let _ = writeln!(pipe, "{bdf}");
+        }
+    }
+}
+
+impl Binder<'_> {
+    /// Takes devices from the host that this process has locked. After a failure they are where they
+    /// were.
+    pub(crate) fn bind(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<Watch, BindError> {
+        let watch = self.watch(paths, devices).map_err(BindError::Helper)?;
+        detach_held(paths, self.writer, devices)?;
+        for &bdf in devices {
+            wait_for_node(paths, bdf)?;
+        }
+        Ok(watch)
+    }
+
+    fn watch(&self, paths: &HostPaths, devices: &[HostBdf]) -> io::Result<Watch> {
+        let mut command = Command::new(self.helper);
+        command.arg(SUBCOMMAND).args(directories(paths));
+        command.args(devices.iter().map(HostBdf::to_string));
+        // Neither the terminal's ctrl-c nor its end is meant for the helper.
+        command.env_clear().process_group(0);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let mut child = command.spawn()?;
+        Ok(Watch {
+            pipe: child.stdin.take(),
+        })
+    }
+}
+
+fn directories(paths: &HostPaths) -> [&PathBuf; 6] {
+    let HostPaths {
+        sysfs,
+        dev,
+        proc,
+        run,
+        config,
+        state,
+    } = paths;
+    [sysfs, dev, proc, run, config, state]
+}
+
+fn wait_for_node(paths: &HostPaths, bdf: HostBdf) -> Result<(), BindError> {
+    let started = Instant::now();
+    loop {
+        let device = HostDevice::read(paths, bdf)?;
+        if device.node == Some(NodeAccess::Ready) || started.elapsed() >= NODE_DEADLINE {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// What the helper does with the arguments after `__restore`: six directories and the devices.
+pub fn restore_helper(args: &[String]) -> ExitCode {
+    let [sysfs, dev, proc, run, config, state, devices @ ..] = args else {
+        return ExitCode::FAILURE;
+    };
+    let paths = HostPaths {
+        sysfs: sysfs.into(),
+        dev: dev.into(),
+        proc: proc.into(),
+        run: run.into(),
+        config: config.into(),
+        state: state.into(),
+    };
+    let devices: Vec<HostBdf> = devices
+        .iter()
+        .filter_map(|text| text.parse().ok())
+        .collect();
+    // Lines are devices given back early; they end when the VM's process closes its end, or dies.
+    for line in io::stdin().lock().lines() {
+        let Ok(bdf) = line.unwrap_or_default().parse() else {
+            break;
+        };
+        let _ = restore(&paths, &ChildWriter::default(), &[bdf], EARLY_PATIENCE);
+    }
+    match restore(&paths, &ChildWriter::default(), &devices, PATIENCE) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Gives back to the host what VMs that are no more had taken on demand. Cheap if there is nothing.
+pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>, BindError> {
+    let marked = Former::on_demand(paths);
+    if marked.is_empty() {
+        return Ok(Vec::new());
+    }
+    restore(paths, writer, &marked, Duration::ZERO)
+}
+
+/// Gives devices back that carry the mark, IOMMU group by IOMMU group, as soon as nobody holds them.
+/// Those that somebody holds when patience is over are left to him.
+pub(crate) fn restore(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    devices: &[HostBdf],
+    patience: Duration,
+) -> Result<Vec<HostBdf>, BindError> {
+    let started = Instant::now();
+    let mut restored = Vec::new();
+    let mut result = Ok(());
+    let mut pending = owed(paths, devices)?;
+    while !pending.is_empty() {
+        let last = started.elapsed() >= patience;
+        let mut later = BTreeMap::new();
+        for (group, members) in pending {
+            match restore_group(paths, writer, &members) {
+                Ok(Some(moved)) => restored.extend(moved),
+                Ok(None) => drop(later.insert(group, members)),
+                Err(error) => result = Err(error),
+            }
+        }
+        if last {
+            break;
+        }
+        pending = later;
+        if !pending.is_empty() {
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    result.map(|()| restored)
+}
+
+/// The endpoints of the IOMMU groups of devices that carry the mark.
+fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<HostBdf>>, BindError> {
+    let all = scan(paths)?;
+    let marked = all
+        .iter()
+        .filter(|device| devices.contains(&device.bdf) && Former::owed(paths, device).is_some());
+    let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
+    let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
+    for device in all.iter().filter(|device| !device.is_bridge()) {
+        if let Some(group) = device.iommu_group.filter(|group| groups.contains(group)) {
+            members.entry(group).or_default().push(device.bdf);
+        }
+    }
+    Ok(members)
+}
+
+/// Gives an IOMMU group's marked devices back; none if somebody holds one of its devices.
+fn restore_group(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    members: &[HostBdf],
+) -> Result<Option<Vec<HostBdf>>, BindError> {
+    let record = LeaseRecord::task("gantry restore");
+    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    let mut locks = Vec::new();
+    for &bdf in members {
+        match DeviceLock::take(paths, bdf, &record)? {
+            Some(lock) => locks.push(lock),
+            None => return Ok(None),
+        }
+    }
+    drop(choosing);
+    give_back(paths, writer, members).map(|report| Some(report.moved))
+}
+
+impl Former {
+    /// The devices whose record carries the mark, whatever became of them.
+    fn on_demand(paths: &HostPaths) -> Vec<HostBdf> {
+        let dir = paths.run.join("former");
+        let names = crate::sysfs::entries(&dir).unwrap_or_default();
+        let marked = |bdf: &HostBdf| {
+            let text = fs::read(dir.join(bdf.to_string())).ok();
+            text.and_then(|text| serde_json::from_slice::<Former>(&text).ok())
+                .is_some_and(|former| former.demand)
+        };
+        let addresses = names.iter().filter_map(|name| name.parse().ok());
+        addresses.filter(marked).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,166 @@
+//! What makes the host give devices to vfio-pci at every boot: a udev rule, or options for modprobe.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use crate::bind::{BindError, members};
+use crate::guard::host_uses;
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, is_vfio_driver, scan};
+
+/// The two ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PersistBy {
+    /// A rule that names each device by its address and ids.
+    Udev,
+    /// Options that name devices by their ids alone.
+    Modprobe,
+}
+
+/// Text for a file of the host.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Persistent {
+    /// Where the host looks for it.
+    pub file: &'static str,
+    /// What it must hold.
+    pub text: String,
+    /// What to run once, so that it counts from the next boot.
+    pub then: &'static str,
+    /// What it would do besides.
+    pub warnings: Vec<String>,
+}
+
+/// Writes what makes devices, with all endpoints of their IOMMU groups, go to vfio-pci at boot. Refused
+/// for what the host itself needs.
+pub fn persist(
+    paths: &HostPaths,
+    devices: &[HostBdf],
+    overrides: &[HostBdf],
+    by: PersistBy,
+) -> Result<Persistent, BindError> {
+    let all = scan(paths)?;
+    let members = members(&all, devices)?;
+    let on_host: Vec<HostDevice> = members
+        .iter()
+        .filter(|device| !device.on_vfio())
+        .cloned()
+        .collect();
+    let mut guarded = host_uses(paths, &on_host).map_err(BindError::Guard)?;
+    guarded.retain(|guarded| !overrides.contains(&guarded.bdf));
+    if !guarded.is_empty() {
+        return Err(BindError::Guarded(guarded));
+    }
+    Ok(match by {
+        PersistBy::Udev => udev(&members),
+        PersistBy::Modprobe => modprobe(&members, &all),
+    })
+}
+
+fn udev(devices: &[HostDevice]) -> Persistent {
+    let mut text = "# Made by `gantry device persist`: these devices are for VMs.\n".to_owned();
+    for device in devices {
+        let HostDevice { bdf, id, .. } = device;
+        let _ = writeln!(
+            text,
+            "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", ATTR{{vendor}}==\"{:#06x}\", \
+             ATTR{{device}}==\"{:#06x}\", ATTR{{driver_override}}=\"vfio-pci\", RUN{{builtin}}+=\"kmod load vfio-pci\"",
+            id.vendor, id.device
+        );
+    }
+    let built_in = "a driver that is built into the kernel, or in its initramfs, is faster than udev: \
+                    put the file into the initramfs too, or use --by modprobe";
+    Persistent {
+        file: "/etc/udev/rules.d/10-gantry.rules",
+        text,
+        then: "udevadm control --reload",
+        warnings: vec![built_in.to_owned()],
+    }
+}
+
+fn modprobe(devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
+    let ids: BTreeSet<String> = devices.iter().map(|device| device.id.to_string()).collect();
+    let drivers: BTreeSet<&str> = devices
+        .iter()
+        .filter_map(|device| device.driver.as_deref())
+        .filter(|driver| !is_vfio_driver(driver))
+        .collect();
+    let ids_text = ids.iter().cloned().collect::<Vec<_>>().join(",");
+    let mut text = format!(
+        "# Made by `gantry device persist`: these devices are for VMs.\noptions vfio-pci ids={ids_text}\n"
+    );
+    for driver in drivers {
+        let _ = writeln!(text, "softdep {driver} pre: vfio-pci");
+    }
+    let chosen = |device: &&HostDevice| devices.iter().any(|one| one.bdf == device.bdf);
+    let others = all.iter().filter(|device| !chosen(device));
+    let also = others.filter(|device| ids.contains(&device.id.to_string()));
+    Persistent {
+        file: "/etc/modprobe.d/gantry.conf",
+        text,
+        then: "update-initramfs -u",
+        warnings: also
+            .map(|device| format!("{} has the same ids and goes along", device.bdf))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+
+    fn host() -> FakeHost {
+        FakeHost::new(&[
+            Fake::nvme("01:00.0", 7).class(0x03_02_00).driver("nouveau"),
+            Fake::nvme("01:00.1", 7)
+                .class(0x04_03_00)
+                .driver("snd_hda_intel"),
+            Fake::nvme("02:00.0", 2).driver("nvme"),
+        ])
+    }
+
+    #[test]
+    fn a_udev_rule_names_each_device_of_the_group() {
+        let text = persist(&host().paths, &[bdf("01:00.0")], &[], PersistBy::Udev)
+            .unwrap()
+            .text;
+        let rules: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        assert_eq!(rules.len(), 2);
+        for (rule, address) in rules.iter().zip(["0000:01:00.0", "0000:01:00.1"]) {
+            for part in [
+                &format!("KERNEL==\"{address}\""),
+                "ATTR{vendor}==\"0x1b36\"",
+                "ATTR{device}==\"0x0010\"",
+                "ATTR{driver_override}=\"vfio-pci\"",
+            ] {
+                assert!(rule.contains(part), "{rule}");
+            }
+        }
+    }
+
+    #[test]
+    fn options_come_before_the_drivers_and_name_what_goes_along() {
+        let options = persist(&host().paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
+        assert!(
+            options.text.contains("\noptions vfio-pci ids=1b36:0010\n"),
+            "{}",
+            options.text
+        );
+        assert!(options.text.contains("softdep nouveau pre: vfio-pci\n"));
+        assert_eq!(
+            options.warnings,
+            ["0000:02:00.0 has the same ids and goes along"]
+        );
+    }
+
+    #[test]
+    fn what_the_host_needs_is_refused() {
+        let host = host();
+        std::fs::write(host.dir(bdf("01:00.0")).join("boot_vga"), "1").unwrap();
+        let persisted = |overrides: &[HostBdf]| {
+            persist(&host.paths, &[bdf("01:00.1")], overrides, PersistBy::Udev)
+        };
+        assert!(matches!(persisted(&[]), Err(BindError::Guarded(_))));
+        assert!(persisted(&[bdf("01:00.0")]).is_ok());
+    }
+}

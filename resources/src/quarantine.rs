@@ -1,0 +1,204 @@
+//! Devices that no VM gets for now, and why: one that hung, one that was used once.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, InventoryError};
+use crate::{atomic, sysfs};
+
+/// How long a device stays out of the pools by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Until {
+    /// Until the host boots, which cures what hangs; or until it is released.
+    Boot,
+    /// Until it is released.
+    Released,
+}
+
+/// A record in the state directory. It counts only for the hardware that it was made for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    /// Vendor and device id, in their shown form.
+    id: String,
+    reason: String,
+    until: Until,
+    /// The boot in which it was made.
+    boot: Option<String>,
+}
+
+/// A device could not be put into quarantine, or taken out.
+#[derive(Debug, Error)]
+pub enum QuarantineError {
+    /// The state directory cannot be used.
+    #[error("cannot use {path}: run as root, or set GANTRY_STATE_DIR to a directory that you own")]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The device is not there, or cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The device is in no quarantine.
+    #[error("{bdf} is not in quarantine: `gantry device list` shows the states")]
+    NotThere {
+        /// The device.
+        bdf: HostBdf,
+    },
+    /// The device still is not well.
+    #[error(
+        "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or boot the host, then release it"
+    )]
+    Dead {
+        /// The device.
+        bdf: HostBdf,
+    },
+}
+
+/// Keeps a device out of the pools until somebody releases it.
+pub fn quarantine(
+    paths: &HostPaths,
+    device: &HostDevice,
+    reason: &str,
+    until: Until,
+) -> Result<(), QuarantineError> {
+    let record = Record {
+        id: device.id.to_string(),
+        reason: reason.to_owned(),
+        until,
+        boot: boot(paths),
+    };
+    let path = path(paths, device.bdf);
+    let written = serde_json::to_vec(&record)
+        .map_err(io::Error::from)
+        .and_then(|text| atomic::replace(&path, &text));
+    written.map_err(|source| QuarantineError::File { path, source })
+}
+
+/// Gives a device back to its pools, if it answers.
+pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
+    let device = HostDevice::read(paths, bdf)?;
+    if device.quarantine.is_none() {
+        return Err(QuarantineError::NotThere { bdf });
+    }
+    if is_dead(&paths.pci_device(bdf).join("config")) {
+        return Err(QuarantineError::Dead { bdf });
+    }
+    forget(paths, bdf)
+}
+
+/// Takes the record away, whatever it says.
+pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
+    let path = path(paths, bdf);
+    match fs::remove_file(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(QuarantineError::File { path, source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why a device with these ids is in quarantine, if it is.
+///
+/// A record that cannot be read keeps the device out: better idle than broken.
+pub(crate) fn reason(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<String> {
+    let path = path(paths, bdf);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if sysfs::is_gone(&error) => return None,
+        Err(error) => return Some(format!("{} cannot be read: {error}", path.display())),
+    };
+    let Ok(record) = serde_json::from_slice::<Record>(&text) else {
+        return Some(format!("{} is damaged", path.display()));
+    };
+    let over = record.until == Until::Boot && record.boot.is_some() && record.boot != boot(paths);
+    (!over && record.id == id).then_some(record.reason)
+}
+
+/// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
+fn is_dead(config: &Path) -> bool {
+    let mut id = [0; 2];
+    let read = fs::File::open(config).and_then(|mut file| io::Read::read_exact(&mut file, &mut id));
+    read.is_ok() && id == [0xff; 2]
+}
+
+fn boot(paths: &HostPaths) -> Option<String> {
+    let path = paths.proc.join("sys/kernel/random/boot_id");
+    sysfs::text(&path).ok().flatten()
+}
+
+fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.state.join("quarantine").join(format!("{bdf}.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+    use crate::inventory::DeviceState;
+
+    fn host() -> FakeHost {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
+        host.file("proc/sys/kernel/random/boot_id", "one\n");
+        host
+    }
+
+    #[test]
+    fn a_device_is_kept_out_until_it_is_released() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        quarantine(&host.paths, &disk, "it was used", Until::Released).unwrap();
+        host.file("proc/sys/kernel/random/boot_id", "two\n");
+        let reason = "it was used".to_owned();
+        assert_eq!(
+            host.read("01:00.0").state(),
+            DeviceState::Quarantined { reason }
+        );
+        release_quarantine(&host.paths, disk.bdf).unwrap();
+        assert_eq!(host.read("01:00.0").state(), DeviceState::Detached);
+        let error = release_quarantine(&host.paths, disk.bdf)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("not in quarantine"), "{error}");
+    }
+
+    #[test]
+    fn a_boot_or_other_hardware_ends_it() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+        assert_eq!(
+            reason(&host.paths, disk.bdf, "1b36:0010").as_deref(),
+            Some("it hangs")
+        );
+        assert_eq!(reason(&host.paths, disk.bdf, "1b36:0011"), None);
+        host.file("proc/sys/kernel/random/boot_id", "two\n");
+        assert_eq!(host.read("01:00.0").quarantine, None);
+    }
+
+    #[test]
+    fn a_damaged_record_keeps_the_device_out_and_a_dead_device_stays() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        host.file("var/quarantine/0000:01:00.0.json", "{");
+        assert!(
+            host.read("01:00.0")
+                .quarantine
+                .unwrap()
+                .contains("is damaged")
+        );
+        fs::write(host.paths.pci_device(disk.bdf).join("config"), [0xff; 64]).unwrap();
+        let error = release_quarantine(&host.paths, bdf("01:00.0"))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("does not answer"), "{error}");
+    }
+}
