@@ -64,6 +64,12 @@ impl Host {
         symlink(group_dir, dir.join("iommu_group")).unwrap();
     }
 
+    /// The VFIO node of an IOMMU group.
+    fn node(&self, group: u32) {
+        fs::create_dir_all(self.path("dev/vfio")).unwrap();
+        fs::write(self.path(&format!("dev/vfio/{group}")), "").unwrap();
+    }
+
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
         command
@@ -498,4 +504,84 @@ fn novas_words_are_taken_verbatim() {
     );
     let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(1);
     assert!(error.contains("limits of its driver"), "{error}");
+}
+
+#[test]
+fn devices_are_kept_for_vms_over_reboots_and_let_out_of_quarantine() {
+    let host = Host::new();
+    host.node(11);
+    host.gantry(&["device", "persist"]).failed(2);
+    host.gantry(&[
+        "group", "edit", "disks", "--bind", "boot", "--traits", "fast",
+    ])
+    .ok();
+    let rule = host.gantry(&["device", "persist"]).ok();
+    assert!(
+        rule.contains("KERNEL==\"0000:02:00.0\"") && rule.contains("/etc/udev/rules.d/"),
+        "{rule}"
+    );
+    let file = host.path("snippet");
+    let name = file.to_str().unwrap();
+    host.gantry(&[
+        "device", "persist", "02:00.0", "--by", "modprobe", "--output", name,
+    ]);
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.contains("softdep nvme pre: vfio-pci"), "{text}");
+    fs::create_dir_all(host.path("var/quarantine")).unwrap();
+    let record = r#"{"id": "1b36:0010", "reason": "it hung", "until": "released", "boot": null}"#;
+    fs::write(host.path("var/quarantine/0000:01:00.0.json"), record).unwrap();
+    let list = host.gantry(&["device", "list"]).ok();
+    assert!(list.contains("quarantined"), "{list}");
+    let error = host.gantry(&["group", "fit", "disks:1"]).err;
+    assert!(error.contains("1 in quarantine"), "{error}");
+    host.gantry(&["device", "release-quarantine", "01:00.0"])
+        .ok();
+    host.gantry(&["group", "fit", "disks:1"]).ok();
+    let error = host
+        .gantry(&["device", "release-quarantine", "01:00.0"])
+        .failed(1);
+    assert!(error.contains("not in quarantine"), "{error}");
+}
+
+#[test]
+fn plans_are_made_used_and_deleted() {
+    let host = Host::new();
+    host.node(11);
+    host.gantry(&["plan", "list"]).ok();
+    let args = ["plan", "create", "fast", "--vcpus", "2", "--memory", "1GiB"];
+    host.gantry(&[&args[..], &["--device", "disks:1"]].concat())
+        .ok();
+    assert_eq!(first_words(&host.gantry(&["plan", "list"]).ok()), ["fast"]);
+    let fit = host.gantry(&["group", "fit", r#"{"plan": "fast"}"#]).ok();
+    assert!(fit.contains("1 of group \"disks\": 0000:01:00.0"), "{fit}");
+    host.gantry(&[&args[..]].concat()).failed(1);
+    host.gantry(&["plan", "create", "odd", "--memory", "big"])
+        .failed(2);
+    let shown = host.gantry(&["plan", "show", "fast"]).ok();
+    assert!(shown.contains("\"vcpus\": 2"), "{shown}");
+    host.gantry(&["plan", "delete", "fast"]).ok();
+    let error = host.gantry(&["plan", "show", "fast"]).failed(1);
+    assert!(error.contains("no plan \"fast\""), "{error}");
+}
+
+#[test]
+fn no_vm_starts_in_maintenance() {
+    let host = Host::new();
+    fs::write(host.path("kernel"), "no kernel").unwrap();
+    fs::write(host.path("vm.json"), r#"{"payload": {"kernel": "kernel"}}"#).unwrap();
+    let vm = host.path("vm.json");
+    let vm = vm.to_str().unwrap();
+    let on = host
+        .gantry(&["maintenance", "on", "--reason", "new disks"])
+        .ok();
+    assert_eq!(on, "maintenance is on: new disks\nno VM runs\n");
+    let error = host.gantry(&["run", vm]).failed(1);
+    assert!(
+        error.contains("in maintenance") && error.contains("new disks"),
+        "{error}"
+    );
+    let off = host.gantry(&["maintenance", "off"]).ok();
+    assert_eq!(off, "maintenance is off\nno VM runs\n");
+    let error = host.gantry(&["run", vm]).failed(1);
+    assert!(!error.contains("in maintenance"), "{error}");
 }

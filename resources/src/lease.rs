@@ -270,13 +270,13 @@ fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
 
 /// A locked file that says who locked it.
 #[derive(Debug)]
-struct LockFile {
+pub(crate) struct LockFile {
     file: File,
 }
 
 impl LockFile {
     /// Locks a file, making it first where needed; none if somebody else has the lock.
-    fn take(path: &Path, record: &LeaseRecord) -> io::Result<Option<Self>> {
+    pub(crate) fn take(path: &Path, record: &LeaseRecord) -> io::Result<Option<Self>> {
         loop {
             let file = open(path)?;
             if !try_lock(&file)? {
@@ -342,7 +342,8 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, LeaseError> {
+/// Who has locked a file. Asks the kernel; takes no lock.
+pub(crate) fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, LeaseError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LeaseStatus::Free),

@@ -26,18 +26,21 @@ mod host;
 mod ids;
 mod inventory;
 mod lease;
+mod maintenance;
 mod memlock;
 mod moves;
 mod names;
 mod nova;
 mod obstacle;
 mod persist;
+mod plan;
 mod quarantine;
 mod request;
 mod reserved;
 mod rule;
 mod sysfs;
 mod topology;
+mod tree;
 mod writer;
 
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
@@ -56,15 +59,21 @@ pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
 pub use inventory::{DeviceState, HostDevice, InventoryError, NodeAccess, Sriov, scan};
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
+pub use maintenance::{
+    Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance, end_maintenance,
+    maintenance, running_vms,
+};
 pub use memlock::memlock_limit;
 pub use moves::MoveError;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use persist::{PersistBy, Persistent, persist};
+pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{
     ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
 };
+pub use tree::{TreeNode, tree};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

@@ -57,7 +57,10 @@ pub fn persist(
 }
 
 fn udev(devices: &[HostDevice]) -> Persistent {
-    let mut text = "# Made by `gantry device persist`: these devices are for VMs.\n".to_owned();
+    let mut text = "# Made by `gantry device persist`: these devices are for VMs.\n\
+        # A driver that is built into the kernel or loaded in the initramfs comes before udev: put this\n\
+        # file into the initramfs too, or use `gantry device persist --by modprobe`.\n"
+        .to_owned();
     for device in devices {
         let HostDevice { bdf, id, .. } = device;
         let _ = writeln!(
@@ -67,13 +70,11 @@ fn udev(devices: &[HostDevice]) -> Persistent {
             id.vendor, id.device
         );
     }
-    let built_in = "a driver that is built into the kernel, or in its initramfs, is faster than udev: \
-                    put the file into the initramfs too, or use --by modprobe";
     Persistent {
         file: "/etc/udev/rules.d/10-gantry.rules",
         text,
         then: "udevadm control --reload",
-        warnings: vec![built_in.to_owned()],
+        warnings: Vec::new(),
     }
 }
 

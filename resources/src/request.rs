@@ -185,6 +185,11 @@ pub struct DeviceEntry {
 }
 
 impl Requests {
+    /// Whether devices are asked for beside those of a plan, which then do not count.
+    pub fn has_devices(&self) -> bool {
+        self.devices.is_some() || self.aliases.is_some()
+    }
+
     /// The requests, in the order in which they stand.
     pub fn requests(&self, allow_ungrouped: bool) -> Result<Vec<Request>, RequestError> {
         let entries = self.devices.iter().flatten().enumerate();

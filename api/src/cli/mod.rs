@@ -3,6 +3,8 @@
 mod check;
 mod device;
 mod group;
+mod maintenance;
+mod plan;
 mod run;
 mod schema;
 
@@ -95,6 +97,12 @@ enum Command {
     /// List the resource groups
     #[command(subcommand)]
     Group(group::GroupCommand),
+    /// List the service plans, change them
+    #[command(subcommand)]
+    Plan(plan::PlanCommand),
+    /// Let no new VM start while the host is worked on
+    #[command(subcommand)]
+    Maintenance(maintenance::MaintenanceCommand),
     /// Check what the host lacks to give devices to VMs, and say how to put it right
     Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
@@ -135,6 +143,8 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Run(args) => return run::run(args, &paths),
         Command::Check(args) => return check::check(&args, &paths),
         Command::Device(command) => device::device(command, &paths)?,
+        Command::Plan(command) => plan::plan(command, &paths)?,
+        Command::Maintenance(command) => maintenance::switch(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
         Command::Schema(args) => schema::schema(args)?,
         Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),

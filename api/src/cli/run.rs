@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::HostPaths;
+use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance, reap};
 
 use crate::config::{self, Extras, Source};
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
@@ -91,13 +91,35 @@ pub fn run(args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         &Extras {
             name,
             allow_ungrouped,
+            host: paths.clone(),
         },
     )?;
+    // Announced first: whoever switches maintenance on in between sees the VM.
+    let _running = announce(
+        paths,
+        &Holder {
+            vm: config.name.clone(),
+            pid: std::process::id(),
+        },
+    );
+    may_start(paths)?;
     let options = Options {
         seccomp: seccomp.into(),
     };
     let outcome = gantry_vmm::run(&config, paths, options).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
+}
+
+/// Refuses in maintenance, and gives back to the host what killed VMs could not.
+fn may_start(paths: &HostPaths) -> Result<(), Failure> {
+    if let Some(Maintenance { reason, .. }) = maintenance(paths).map_err(Failure::host)? {
+        let what = format!("this host is in maintenance, no VM starts: {reason}");
+        return Err(Failure::host(what).help("`gantry maintenance off` ends it"));
+    }
+    if let Err(error) = reap(paths, &ChildWriter::default()) {
+        tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
+    }
+    Ok(())
 }
 
 fn exit_code(outcome: Outcome) -> Result<u8, Failure> {

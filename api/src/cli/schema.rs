@@ -1,7 +1,7 @@
 //! `gantry schema`: what the JSON files may hold, for editors and programs.
 
 use clap::{Args, ValueEnum};
-use gantry_resources::Groups;
+use gantry_resources::{Groups, Plans};
 
 use crate::output::print_json;
 use crate::report::Failure;
@@ -23,11 +23,14 @@ enum Kind {
     Vm,
     /// A file of resource groups: groups.json, groups.d/*.json
     Groups,
+    /// A file of service plans: plans.json, plans.d/*.json
+    Plans,
 }
 
 pub fn schema(args: SchemaArgs) -> Result<(), Failure> {
     match args.file {
         Kind::Vm => print_json(&crate::config::schema()),
         Kind::Groups => print_json(&Groups::schema()),
+        Kind::Plans => print_json(&Plans::schema()),
     }
 }

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
+use gantry_resources::HostPaths;
 pub use schema::schema;
 use validate::{Context, Invalid};
 
@@ -56,6 +57,14 @@ pub struct Extras {
     pub name: Option<String>,
     /// Devices named by path may be in no group.
     pub allow_ungrouped: bool,
+    /// Where the host keeps its service plans.
+    pub host: HostPaths,
+}
+
+/// The bytes that a size such as `512M` means.
+pub fn bytes(text: &str) -> Option<u64> {
+    let plain = text.parse().ok();
+    plain.or_else(|| model::ByteSize::parse(text).map(|size| size.0))
 }
 
 /// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
@@ -76,6 +85,7 @@ pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Er
         name: &name,
         folder: folder.unwrap_or(Path::new("")),
         allow_ungrouped: extras.allow_ungrouped,
+        host: &extras.host,
     };
     compile(&text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
         file: source.to_string(),

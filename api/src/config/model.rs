@@ -15,12 +15,17 @@ use serde::de::{Deserialize, Deserializer, Visitor};
 pub struct VmConfig {
     /// What the guest boots.
     pub payload: PayloadConfig,
+    /// Name of a service plan of the host, which says what this file does not: processors, memory,
+    /// devices. `gantry plan list` shows them.
+    pub plan: Option<String>,
     /// The guest's processors.
-    #[serde(default)]
-    pub cpus: CpusConfig,
+    #[serde(default, deserialize_with = "given")]
+    #[schemars(with = "CpusConfig")]
+    pub cpus: Option<CpusConfig>,
     /// The guest's memory.
-    #[serde(default)]
-    pub memory: MemoryConfig,
+    #[serde(default, deserialize_with = "given")]
+    #[schemars(with = "MemoryConfig")]
+    pub memory: Option<MemoryConfig>,
     /// Host devices given to the guest, in the order of their slots.
     #[serde(default)]
     pub devices: Option<Vec<DeviceConfig>>,
@@ -30,6 +35,13 @@ pub struct VmConfig {
     /// The guest's first serial port.
     #[serde(default)]
     pub serial: SerialConfig,
+}
+
+/// A key that may be left out, but is no `null`.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 /// What the guest boots. Relative paths start at the folder of the file they are written in, or at
@@ -149,7 +161,7 @@ const UNITS: [(&str, u32); 4] = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];
 
 impl ByteSize {
     /// Reads `4096`, `512M` or `512MiB`; units are powers of 1024.
-    fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
         let number: u64 = number.parse().ok()?;
         let unit = unit.trim_start();

@@ -117,6 +117,7 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
             &Extras {
                 name: Some(name.to_owned()),
                 allow_ungrouped: true,
+                ..Extras::default()
             },
         )
     };
@@ -161,7 +162,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""colour": 1"#,
         "2:1: unknown key `colour`",
-        "the keys here are: payload, cpus, memory, devices, pci_passthrough:alias, serial",
+        "the keys here are: payload, plan, cpus, memory, devices, pci_passthrough:alias, serial",
     ),
     (
         r#""devices": [{"groop": "nvme"}]"#,
@@ -523,4 +524,62 @@ fn a_relative_path_starts_at_the_file() {
         .unwrap();
     assert!(config.payload.kernel.starts_with(folder.0.path()));
     assert_eq!(super::stem(Path::new("/a/web-1.vm.json")), "web-1.vm");
+}
+
+#[test]
+fn a_plan_says_what_the_file_does_not() {
+    let folder = Folder::new();
+    std::fs::create_dir_all(folder.path("etc")).unwrap();
+    let plans = r#"{"plans": [
+        {"name": "gpu2", "vcpus": 4, "memory": "1GiB", "devices": [{"group": "gpus", "count": 2}],
+         "pci_passthrough:alias": "qat-vf:1"},
+        {"name": "odd", "memory": "1000"}]}"#;
+    std::fs::write(folder.path("etc/plans.json"), plans).unwrap();
+    let loaded = |members: &str| {
+        std::fs::write(folder.path("vm.json"), file(members)).unwrap();
+        let extras = Extras {
+            host: gantry_resources::HostPaths::under(folder.0.path()),
+            ..Extras::default()
+        };
+        load(&Source::File(folder.path("vm.json")), &extras)
+    };
+    let planned = vec![Request::group("gpus", 2), Request::alias("qat-vf", 1)];
+    let own = vec![Request::group("disks", 1)];
+    for (members, vcpus, mib, devices) in [
+        (r#""plan": "gpu2""#, 4, 1024, &planned),
+        (
+            r#""plan": "gpu2", "cpus": {"boot_vcpus": 2}"#,
+            2,
+            1024,
+            &planned,
+        ),
+        (
+            r#""plan": "gpu2", "memory": {"size": "2G"}"#,
+            4,
+            2048,
+            &planned,
+        ),
+        (
+            r#""plan": "gpu2", "devices": [{"group": "disks"}]"#,
+            4,
+            1024,
+            &own,
+        ),
+        (r#""plan": "gpu2", "devices": []"#, 4, 1024, &Vec::new()),
+    ] {
+        let config = loaded(members).unwrap();
+        assert_eq!(u64::from(config.vcpus.get()), vcpus, "{members}");
+        assert_eq!(config.memory.bytes(), mib << 20, "{members}");
+        assert_eq!(&config.devices, devices, "{members}");
+    }
+    for (members, said) in [
+        (
+            r#""plan": "gpu""#,
+            "2:9: `plan`: there is no plan \"gpu\": did you mean \"gpu2\"?",
+        ),
+        (r#""plan": "odd""#, "`plan`: plan \"odd\" in "),
+    ] {
+        let error = loaded(members).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
 }

@@ -1,9 +1,11 @@
 //! Turns what a user wrote into what the VMM takes; this conversion is the validation.
 
+mod planned;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{HostBdf, Request, Source, Wish};
+use gantry_resources::{HostBdf, HostPaths, Request, Source, Wish};
 use gantry_vmm::{MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
@@ -20,6 +22,8 @@ pub struct Context<'a> {
     pub folder: &'a Path,
     /// Devices named by path may be in no group.
     pub allow_ungrouped: bool,
+    /// Where the host keeps its service plans.
+    pub host: &'a HostPaths,
 }
 
 /// A value that fits its type but makes no VM.
@@ -46,12 +50,30 @@ pub fn convert(
     config: model::VmConfig,
     context: &Context,
 ) -> Result<gantry_vmm::VmConfig, Invalid> {
+    let plan = match &config.plan {
+        Some(name) => Some(planned::read(name, context)?),
+        None => None,
+    };
+    let cpus = config.cpus.map(|cpus| vcpus(&cpus)).transpose()?;
+    let ram = config.memory.map(|config| memory(&config)).transpose()?;
+    let own = config.devices.is_some() || config.aliases.is_some();
+    let asked = requests(config.devices, config.aliases, context.allow_ungrouped)?;
+    let devices = match &plan {
+        Some(plan) if !own => planned::devices(plan)?,
+        _ => asked,
+    };
     Ok(gantry_vmm::VmConfig {
         name: context.name.to_owned(),
         payload: payload(config.payload, context.folder)?,
-        vcpus: vcpus(&config.cpus)?,
-        memory: memory(&config.memory)?,
-        devices: requests(config.devices, config.aliases, context.allow_ungrouped)?,
+        vcpus: match cpus {
+            Some(cpus) => cpus,
+            None => planned::vcpus(plan.as_ref())?,
+        },
+        memory: match ram {
+            Some(ram) => ram,
+            None => planned::memory(plan.as_ref())?,
+        },
+        devices,
         serial: serial(config.serial, context.folder)?,
     })
 }

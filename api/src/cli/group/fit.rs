@@ -4,7 +4,9 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::Args;
-use gantry_resources::{Fit, HostPaths, Placement, Request, RequestFit, Requests, aliases, fit};
+use gantry_resources::{
+    Fit, HostPaths, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
+};
 
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, USAGE};
@@ -35,7 +37,7 @@ pub struct FitArgs {
 }
 
 pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let (requests, mut placement) = read(args)?;
+    let (requests, mut placement) = read(args, paths)?;
     placement.nodes.extend(&args.nodes);
     let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
     if args.json {
@@ -52,7 +54,7 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-fn read(args: &FitArgs) -> Result<(Vec<Request>, Placement), Failure> {
+fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), Failure> {
     let wrong = |what: String| Failure::new(USAGE, what);
     let path = PathBuf::from(&args.request);
     let text = args.request.trim_start();
@@ -67,7 +69,14 @@ fn read(args: &FitArgs) -> Result<(Vec<Request>, Placement), Failure> {
     };
     let request: Requests = serde_json::from_str(&text)
         .map_err(|error| wrong(format!("the request is wrong: {error}")))?;
-    let requests = request.requests(args.allow_ungrouped);
+    let planned = request.plan.as_deref().filter(|_| !request.has_devices());
+    let requests = match planned {
+        None => request.requests(args.allow_ungrouped),
+        Some(name) => {
+            let plans = Plans::load(paths).map_err(Failure::host)?;
+            plans.find(name).map_err(Failure::host)?.requests()
+        }
+    };
     let placement = Placement {
         nodes: request.numa_nodes,
     };

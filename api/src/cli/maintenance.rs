@@ -1,0 +1,78 @@
+//! `gantry maintenance`: no new VM starts, and those that run can be seen.
+
+use clap::{Args, Subcommand};
+use gantry_resources::{
+    HostPaths, LeaseRecord, Maintenance, begin_maintenance, end_maintenance, maintenance,
+    running_vms,
+};
+use serde::Serialize;
+
+use crate::output::{print, print_json};
+use crate::report::Failure;
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = "Example: gantry maintenance on --reason 'new GPUs'")]
+pub enum MaintenanceCommand {
+    /// Let no new VM start, also after a reboot; those that run go on
+    On(OnArgs),
+    /// Let VMs start again
+    #[command(after_help = "Example: gantry maintenance off")]
+    Off,
+    /// Show whether VMs may start, and which run
+    Status(StatusArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry maintenance on --reason 'new GPUs'")]
+pub struct OnArgs {
+    /// What those are told who start a VM
+    #[arg(long, default_value = "ask the administrator")]
+    reason: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry maintenance status --json")]
+pub struct StatusArgs {
+    /// Show the state as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Status {
+    maintenance: Option<Maintenance>,
+    running: Vec<LeaseRecord>,
+}
+
+pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
+    let json = match command {
+        MaintenanceCommand::On(args) => {
+            begin_maintenance(paths, &args.reason).map_err(Failure::host)?;
+            false
+        }
+        MaintenanceCommand::Off => {
+            end_maintenance(paths).map_err(Failure::host)?;
+            false
+        }
+        MaintenanceCommand::Status(args) => args.json,
+    };
+    let status = Status {
+        maintenance: maintenance(paths).map_err(Failure::host)?,
+        running: running_vms(paths).map_err(Failure::host)?,
+    };
+    if json {
+        return print_json(&status);
+    }
+    print(|out| {
+        match &status.maintenance {
+            Some(state) => writeln!(out, "maintenance is on: {}", state.reason)?,
+            None => writeln!(out, "maintenance is off")?,
+        }
+        match status.running.as_slice() {
+            [] => writeln!(out, "no VM runs"),
+            running => running
+                .iter()
+                .try_for_each(|record| writeln!(out, "{record} runs")),
+        }
+    })
+}

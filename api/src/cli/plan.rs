@@ -1,0 +1,179 @@
+//! `gantry plan`: processors, memory and devices under a name.
+
+use clap::{Args, Subcommand};
+use gantry_resources::{
+    DeviceEntry, HostPaths, Plan, PlanSize, Plans, aliases, create_plan, delete_plan,
+};
+
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = "\
+A VM's file that says \"plan\": \"gpu2\" gets what the plan says; what the file itself says wins.
+
+Examples:
+  gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
+  gantry plan list")]
+pub enum PlanCommand {
+    /// List the plans
+    List(ListArgs),
+    /// Show one plan
+    Show(NameArgs),
+    /// Make a plan
+    Create(CreateArgs),
+    /// Delete a plan; VMs that run are not touched
+    Delete(NameArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry plan list --json")]
+pub struct ListArgs {
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry plan show gpu2")]
+pub struct NameArgs {
+    /// The plan
+    name: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
+  gantry plan create crypto --alias 'qat-c62x-vf:2' --description 'Two crypto functions'")]
+pub struct CreateArgs {
+    /// What VMs ask for
+    name: String,
+    /// Words for people
+    #[arg(long, default_value_t)]
+    description: String,
+    /// Number of processors
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=254))]
+    vcpus: Option<u64>,
+    /// Size of the RAM, such as 512M or 4GiB
+    #[arg(long, value_parser = size)]
+    memory: Option<String>,
+    /// Devices of a group, with their count; may be given several times
+    #[arg(long = "device", value_name = "GROUP:COUNT", value_parser = entry)]
+    devices: Vec<DeviceEntry>,
+    /// Devices by aliases with counts, such as 'gpu:1, qat-c62x-vf:2'
+    #[arg(long = "alias", value_name = "ALIASES", value_parser = checked_aliases)]
+    aliases: Option<String>,
+}
+
+fn size(text: &str) -> Result<String, String> {
+    let bytes = crate::config::bytes(text);
+    let known = bytes.map(|_| text.to_owned());
+    known.ok_or_else(|| "write a size such as 512M or 4GiB".to_owned())
+}
+
+fn entry(text: &str) -> Result<DeviceEntry, String> {
+    let (group, count) = text.split_once(':').unwrap_or((text, "1"));
+    let count: u32 = count.parse().unwrap_or(0);
+    if group.is_empty() || count == 0 {
+        return Err("write a group and a count, such as gpus:2".to_owned());
+    }
+    Ok(DeviceEntry {
+        group: Some(group.to_owned()),
+        count: Some(count),
+        ..DeviceEntry::default()
+    })
+}
+
+fn checked_aliases(text: &str) -> Result<String, String> {
+    let read = aliases(text).map(|_| text.to_owned());
+    read.map_err(|error| error.to_string())
+}
+
+const COLUMNS: [Column; 5] = [
+    Column {
+        title: "NAME",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "VCPUS",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "MEMORY",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "DEVICES",
+        give: Give::Width(12),
+    },
+    Column {
+        title: "DESCRIPTION",
+        give: Give::Width(12),
+    },
+];
+
+pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
+    match command {
+        PlanCommand::List(args) => list(&args, paths),
+        PlanCommand::Show(args) => {
+            let plans = Plans::load(paths).map_err(Failure::host)?;
+            print_json(plans.find(&args.name).map_err(Failure::host)?)
+        }
+        PlanCommand::Create(args) => {
+            let plan = Plan {
+                name: args.name,
+                description: args.description,
+                vcpus: args.vcpus,
+                memory: args.memory.map(PlanSize::Text),
+                devices: args.devices,
+                aliases: args.aliases,
+                file: Default::default(),
+            };
+            let file = create_plan(paths, plan).map_err(Failure::host)?;
+            print(|out| writeln!(out, "{}: changed", file.display()))
+        }
+        PlanCommand::Delete(args) => {
+            let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
+            print(|out| writeln!(out, "{}: changed", file.display()))
+        }
+    }
+}
+
+fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let plans = Plans::load(paths).map_err(Failure::host)?;
+    if args.json {
+        return print_json(&plans.iter().collect::<Vec<_>>());
+    }
+    let rows: Vec<Vec<String>> = plans.iter().map(cells).collect();
+    if rows.is_empty() {
+        return print(|out| writeln!(out, "There are no plans: `gantry plan create` makes one"));
+    }
+    let table = Table::new(&COLUMNS, rows).fit(terminal_width());
+    print(|out| write!(out, "{table}"))
+}
+
+fn cells(plan: &Plan) -> Vec<String> {
+    let dash = |text: Option<String>| {
+        text.filter(|text| !text.is_empty())
+            .unwrap_or("-".to_owned())
+    };
+    let devices = plan.devices.iter().map(|entry| {
+        let from = [&entry.group, &entry.alias, &entry.path];
+        let from = from.into_iter().flatten().next().cloned();
+        format!("{}:{}", from.unwrap_or_default(), entry.count.unwrap_or(1))
+    });
+    let devices: Vec<String> = devices.chain(plan.aliases.clone()).collect();
+    let memory = plan.memory.as_ref().map(|size| match size {
+        PlanSize::Bytes(bytes) => bytes.to_string(),
+        PlanSize::Text(text) => text.clone(),
+    });
+    vec![
+        plan.name.clone(),
+        dash(plan.vcpus.map(|vcpus| vcpus.to_string())),
+        dash(memory),
+        dash(Some(devices.join(", "))),
+        dash(Some(plan.description.clone())),
+    ]
+}

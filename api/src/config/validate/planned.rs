@@ -1,0 +1,54 @@
+//! What a service plan says where a VM's file does not.
+
+use gantry_resources::{Plan, PlanSize, Plans, Request};
+use gantry_vmm::{MemorySize, VcpuCount};
+
+use super::{Context, Invalid, invalid, model};
+
+/// The plan of that name.
+pub fn read(name: &str, context: &Context) -> Result<Plan, Invalid> {
+    let plans = Plans::load(context.host);
+    let plan = plans.and_then(|plans| plans.find(name).cloned());
+    let help = "`gantry plan list` shows the plans of this host";
+    plan.map_err(|error| invalid("plan", error.to_string(), help))
+}
+
+/// The devices of a plan.
+pub fn devices(plan: &Plan) -> Result<Vec<Request>, Invalid> {
+    plan.requests()
+        .map_err(|error| wrong(plan, &error.to_string()))
+}
+
+/// The processors of a plan, or those of a VM that says nothing.
+pub fn vcpus(plan: Option<&Plan>) -> Result<VcpuCount, Invalid> {
+    match plan.and_then(|plan| Some((plan, plan.vcpus?))) {
+        None => super::vcpus(&model::CpusConfig::default()),
+        Some((plan, boot_vcpus)) => {
+            let config = model::CpusConfig {
+                boot_vcpus,
+                max_vcpus: None,
+            };
+            super::vcpus(&config).map_err(|error| wrong(plan, &error.what))
+        }
+    }
+}
+
+/// The memory of a plan, or that of a VM that says nothing.
+pub fn memory(plan: Option<&Plan>) -> Result<MemorySize, Invalid> {
+    let Some((plan, size)) = plan.and_then(|plan| Some((plan, plan.memory.as_ref()?))) else {
+        return super::memory(&model::MemoryConfig::default());
+    };
+    let size = match size {
+        PlanSize::Bytes(bytes) => Some(*bytes),
+        PlanSize::Text(text) => crate::config::bytes(text),
+    };
+    let size = size
+        .map(model::ByteSize)
+        .ok_or_else(|| wrong(plan, "its memory is no size such as \"4GiB\""))?;
+    super::memory(&model::MemoryConfig { size }).map_err(|error| wrong(plan, &error.what))
+}
+
+fn wrong(plan: &Plan, what: &str) -> Invalid {
+    let what = format!("plan \"{}\" in {}: {what}", plan.name, plan.file.display());
+    invalid("plan", what, "correct the plan, or say it in this file")
+}

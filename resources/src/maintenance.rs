@@ -1,0 +1,181 @@
+//! Maintenance: no new VM starts on the host, and those that run can be seen.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::host::HostPaths;
+use crate::lease::{Holder, LeaseError, LeaseRecord, LeaseStatus, LockFile, status};
+use crate::{atomic, sysfs};
+
+/// Why no VM may start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Maintenance {
+    /// Words for people.
+    pub reason: String,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+}
+
+/// Maintenance could not be switched or asked about.
+#[derive(Debug, Error)]
+pub enum MaintenanceError {
+    /// The state directory cannot be used.
+    #[error("cannot use {path}: run as root, or set GANTRY_STATE_DIR to a directory that you own")]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The running VMs cannot be listed.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+}
+
+/// Switches maintenance on; it outlives a reboot.
+pub fn begin_maintenance(paths: &HostPaths, reason: &str) -> Result<(), MaintenanceError> {
+    let path = path(paths);
+    let state = Maintenance {
+        reason: reason.to_owned(),
+        since: LeaseRecord::task("gantry maintenance").since,
+    };
+    let written = serde_json::to_vec(&state)
+        .map_err(io::Error::from)
+        .and_then(|text| atomic::replace(&path, &text));
+    written.map_err(|source| MaintenanceError::File { path, source })
+}
+
+/// Switches maintenance off. Returns whether it was on.
+pub fn end_maintenance(paths: &HostPaths) -> Result<bool, MaintenanceError> {
+    let path = path(paths);
+    match std::fs::remove_file(&path) {
+        Ok(()) => Ok(true),
+        Err(error) if sysfs::is_gone(&error) => Ok(false),
+        Err(source) => Err(MaintenanceError::File { path, source }),
+    }
+}
+
+/// Whether the host is in maintenance. A file that cannot be understood counts: somebody meant it.
+pub fn maintenance(paths: &HostPaths) -> Result<Option<Maintenance>, MaintenanceError> {
+    let path = path(paths);
+    match std::fs::read(&path) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text).unwrap_or_else(|_| {
+            Maintenance {
+                reason: format!("{} says so", path.display()),
+                since: 0,
+            }
+        }))),
+        Err(error) if sysfs::is_gone(&error) => Ok(None),
+        Err(source) => Err(MaintenanceError::File { path, source }),
+    }
+}
+
+fn path(paths: &HostPaths) -> PathBuf {
+    paths.state.join("maintenance.json")
+}
+
+/// Says that a VM runs for as long as it lives: a locked file, which the kernel unlocks.
+#[derive(Debug)]
+pub struct RunningVm {
+    _lock: LockFile,
+}
+
+/// Announces a VM to [`running_vms`]. None where this user may not write the run directory; the VM can
+/// run all the same.
+pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<RunningVm> {
+    let dir = paths.run.join("vms");
+    clear(&dir, holder.pid);
+    let path = dir.join(format!("{}.lock", holder.pid));
+    // Another VM that starts may look at the file for a moment.
+    for _ in 0..100 {
+        match LockFile::take(&path, &LeaseRecord::vm(holder)) {
+            Ok(Some(lock)) => return Some(RunningVm { _lock: lock }),
+            Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Err(error) => {
+                let path = path.display();
+                tracing::debug!("the VM is not announced: {path} cannot be used: {error}");
+                break;
+            }
+        }
+    }
+    None
+}
+
+/// The VMs that run, with and without devices, in the order of their names.
+pub fn running_vms(paths: &HostPaths) -> Result<Vec<LeaseRecord>, MaintenanceError> {
+    let dir = paths.run.join("vms");
+    let names = sysfs::entries(&dir).map_err(|source| MaintenanceError::File {
+        path: dir.clone(),
+        source,
+    })?;
+    let mut running = Vec::new();
+    for name in names {
+        if let LeaseStatus::Held(record) = status(paths, &dir.join(name))? {
+            running.push(record);
+        }
+    }
+    running.sort_by(|one, other| (&one.name, one.pid).cmp(&(&other.name, other.pid)));
+    Ok(running)
+}
+
+/// Removes the files of processes that are no more. A number given anew has its file made anew: whoever
+/// locks a file looks whether it still is there.
+fn clear(dir: &std::path::Path, own: u32) {
+    for name in sysfs::entries(dir).unwrap_or_default() {
+        let path = dir.join(&name);
+        let record = LeaseRecord::task("gantry run");
+        let other = name != format!("{own}.lock");
+        if let (true, Ok(Some(_lock))) = (other, LockFile::take(&path, &record)) {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::FakeHost;
+
+    #[test]
+    fn maintenance_goes_on_and_off() {
+        let host = FakeHost::new(&[]);
+        assert_eq!(maintenance(&host.paths).unwrap(), None);
+        begin_maintenance(&host.paths, "new disks").unwrap();
+        let state = maintenance(&host.paths).unwrap().unwrap();
+        assert_eq!(state.reason, "new disks");
+        host.file("var/maintenance.json", "");
+        let state = maintenance(&host.paths).unwrap().unwrap();
+        assert!(state.reason.contains("maintenance.json says so"));
+        assert!(end_maintenance(&host.paths).unwrap());
+        assert!(!end_maintenance(&host.paths).unwrap());
+        assert_eq!(maintenance(&host.paths).unwrap(), None);
+    }
+
+    #[test]
+    fn vms_are_seen_while_they_run() {
+        let host = FakeHost::new(&[]);
+        let vm = |name: &str, pid| Holder {
+            vm: name.to_owned(),
+            pid,
+        };
+        let seen = || -> Vec<String> {
+            let running = running_vms(&host.paths).unwrap();
+            running.into_iter().map(|record| record.name).collect()
+        };
+        assert_eq!(seen(), Vec::<String>::new());
+        let b = announce(&host.paths, &vm("b", 7)).unwrap();
+        let a = announce(&host.paths, &vm("a", 8)).unwrap();
+        assert_eq!(seen(), ["a", "b"]);
+        drop(b);
+        assert_eq!(seen(), ["a"]);
+        let _c = announce(&host.paths, &vm("c", 9)).unwrap();
+        assert_eq!(seen(), ["a", "c"]);
+        let files = sysfs::entries(&host.paths.run.join("vms")).unwrap();
+        assert_eq!(files, ["8.lock", "9.lock"], "the one that ended is cleared");
+        drop(a);
+    }
+}

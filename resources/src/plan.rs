@@ -1,0 +1,318 @@
+//! Service plans: processors, memory and devices under a name, kept on the host.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
+use thiserror::Error;
+
+use crate::config::{self, ConfigError, nearest};
+use crate::group::is_name;
+use crate::host::HostPaths;
+use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::request::{DeviceEntry, Request, RequestError, Requests};
+
+/// What a VM gets that names the plan, as far as its own file does not say otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The name: letters, digits, `.`, `_`, `-`; at most 64.
+    #[serde(deserialize_with = "plan_name")]
+    #[schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"))]
+    pub name: String,
+    /// Words for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Number of processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 254))]
+    pub vcpus: Option<u64>,
+    /// Size of the RAM: a number of bytes, or a string such as "4GiB".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PlanSize>,
+    /// Devices, as in a VM's file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceEntry>,
+    /// Devices by aliases with counts: "gpu:1, qat-c62x-vf:2".
+    #[serde(
+        default,
+        rename = "pci_passthrough:alias",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub aliases: Option<String>,
+    /// The file that defines the plan.
+    #[serde(skip)]
+    pub file: PathBuf,
+}
+
+/// A number of bytes, or a text for one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum PlanSize {
+    /// Bytes.
+    Bytes(u64),
+    /// A number with a unit.
+    Text(String),
+}
+
+fn plan_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match is_name(&name) {
+        true => Ok(name),
+        false => Err(serde::de::Error::custom(format!(
+            "\"{name}\" cannot name a plan: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+        ))),
+    }
+}
+
+impl Plan {
+    /// The devices of the plan, as requests.
+    pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
+        let requests = Requests {
+            devices: Some(self.devices.clone()),
+            aliases: self.aliases.clone(),
+            ..Requests::default()
+        };
+        requests.requests(false)
+    }
+}
+
+/// A file of plans: `plans.json` and each `plans.d/*.json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "gantry service plans")]
+struct PlansFile {
+    /// For editors; gantry does not read it.
+    #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
+    schema: Option<String>,
+    /// The plans.
+    plans: Vec<Plan>,
+}
+
+/// All plans of the host.
+#[derive(Clone, Debug, Default)]
+pub struct Plans {
+    plans: Vec<Plan>,
+}
+
+/// A plan is wrong, or cannot be used.
+#[derive(Debug, Error)]
+pub enum PlanError {
+    /// A file is not what it should be, or cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    /// The lock cannot be had.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// There is no such plan.
+    #[error("there is no plan \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// Two plans have one name.
+    #[error("{second}: there is already a plan named \"{name}\" in {first}")]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// The file of the first.
+        first: PathBuf,
+        /// The file of the second.
+        second: PathBuf,
+    },
+    /// The devices of a plan are wrong.
+    #[error("plan \"{name}\" in {file}: {source}")]
+    Devices {
+        /// The name.
+        name: String,
+        /// Its file.
+        file: PathBuf,
+        /// What is wrong.
+        source: RequestError,
+    },
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry plan list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}
+
+impl Plans {
+    /// Reads `plans.json`, then `plans.d/*.json` in the order of their names. None need exist.
+    pub fn load(paths: &HostPaths) -> Result<Self, PlanError> {
+        let mut plans = Self::default();
+        for path in files(paths)? {
+            plans.add(path.clone(), read(&path)?)?;
+        }
+        Ok(plans)
+    }
+
+    fn add(&mut self, path: PathBuf, file: PlansFile) -> Result<(), PlanError> {
+        for mut plan in file.plans {
+            plan.file = path.clone();
+            let same = self.plans.iter().find(|other| other.name == plan.name);
+            if let Some(first) = same {
+                return Err(PlanError::Duplicate {
+                    name: plan.name,
+                    first: first.file.clone(),
+                    second: path,
+                });
+            }
+            plan.requests().map_err(|source| PlanError::Devices {
+                name: plan.name.clone(),
+                file: path.clone(),
+                source,
+            })?;
+            self.plans.push(plan);
+        }
+        Ok(())
+    }
+
+    /// The plans in the order of definition.
+    pub fn iter(&self) -> impl Iterator<Item = &Plan> {
+        self.plans.iter()
+    }
+
+    /// The plan of that name, or an error that names the most similar one.
+    pub fn find(&self, name: &str) -> Result<&Plan, PlanError> {
+        let plan = self.plans.iter().find(|plan| plan.name == name);
+        plan.ok_or_else(|| {
+            let names = self.plans.iter().map(|plan| plan.name.as_str());
+            PlanError::Unknown {
+                name: name.to_owned(),
+                near: nearest(name, names).map(str::to_owned),
+            }
+        })
+    }
+
+    /// The JSON Schema of a plan file.
+    pub fn schema() -> schemars::Schema {
+        schemars::schema_for!(PlansFile)
+    }
+}
+
+/// Adds a plan to `plans.json`. Returns the file.
+pub fn create_plan(paths: &HostPaths, plan: Plan) -> Result<PathBuf, PlanError> {
+    let path = paths.config.join("plans.json");
+    let _choosing = lock(paths)?;
+    let mut plans = Plans::load(paths)?;
+    let mut file = read(&path)?;
+    let new = PlansFile {
+        plans: vec![plan.clone()],
+        ..PlansFile::default()
+    };
+    plans.add(path.clone(), new)?;
+    file.plans.push(plan);
+    config::write(&path, &file)?;
+    Ok(path)
+}
+
+/// Removes a plan from the file that defines it. Returns the file. VMs that run are not touched.
+pub fn delete_plan(paths: &HostPaths, name: &str) -> Result<PathBuf, PlanError> {
+    let _choosing = lock(paths)?;
+    let path = Plans::load(paths)?.find(name)?.file.clone();
+    let mut file = read(&path)?;
+    file.plans.retain(|plan| plan.name != name);
+    config::write(&path, &file)?;
+    Ok(path)
+}
+
+fn lock(paths: &HostPaths) -> Result<AllocationLock, LeaseError> {
+    let record = LeaseRecord::task("gantry plan");
+    AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)
+}
+
+fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut files = vec![paths.config.join("plans.json")];
+    files.extend(config::drop_ins(&paths.config.join("plans.d"))?);
+    Ok(files)
+}
+
+fn read(path: &std::path::Path) -> Result<PlansFile, ConfigError> {
+    match config::read(path)? {
+        Some(text) => config::parse(path, &text),
+        None => Ok(PlansFile::default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::FakeHost;
+
+    fn plan(text: &str) -> Plan {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn plans_are_made_read_and_deleted() {
+        let host = FakeHost::new(&[]);
+        host.file(
+            "etc/plans.d/a.json",
+            r#"{"plans": [{"name": "small", "vcpus": 1, "memory": 536870912}]}"#,
+        );
+        let gpu2 = plan(
+            r#"{"name": "gpu2", "vcpus": 4, "memory": "8GiB", "devices": [{"group": "gpus", "count": 2}],
+                "pci_passthrough:alias": "qat-vf:1"}"#,
+        );
+        create_plan(&host.paths, gpu2).unwrap();
+        let plans = Plans::load(&host.paths).unwrap();
+        let names: Vec<_> = plans.iter().map(|plan| plan.name.as_str()).collect();
+        assert_eq!(names, ["gpu2", "small"]);
+        assert_eq!(plans.find("gpu2").unwrap().requests().unwrap().len(), 2);
+        let file = delete_plan(&host.paths, "small").unwrap();
+        assert!(file.ends_with("plans.d/a.json"));
+        let error = delete_plan(&host.paths, "gpu").unwrap_err().to_string();
+        assert!(error.contains("did you mean \"gpu2\"?"), "{error}");
+    }
+
+    #[test]
+    fn wrong_plans_are_refused_with_their_place() {
+        for (text, said) in [
+            (
+                r#"{"plans": [{"name": "a b"}]}"#,
+                "plans.json:1:26: plans[0].name: \"a b\" cannot",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "vcpu": 1}]}"#,
+                "did you mean \"vcpus\"?",
+            ),
+            (
+                r#"{"plans": [{"name": "a"}, {"name": "a"}]}"#,
+                "already a plan named \"a\"",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,
+                "devices[0] needs exactly one",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
+                "\"x:\" is no alias",
+            ),
+        ] {
+            let host = FakeHost::new(&[]);
+            host.file("etc/plans.json", text);
+            let error = Plans::load(&host.paths).unwrap_err().to_string();
+            assert!(
+                error.contains(said) && error.contains("plans.json"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_plan_that_is_there_is_not_made_again() {
+        let host = FakeHost::new(&[]);
+        create_plan(&host.paths, plan(r#"{"name": "a"}"#)).unwrap();
+        let before = std::fs::read(host.paths.config.join("plans.json")).unwrap();
+        create_plan(&host.paths, plan(r#"{"name": "a", "vcpus": 2}"#)).unwrap_err();
+        assert_eq!(
+            std::fs::read(host.paths.config.join("plans.json")).unwrap(),
+            before
+        );
+    }
+}
