@@ -585,3 +585,37 @@ fn no_vm_starts_in_maintenance() {
     let error = host.gantry(&["run", vm]).failed(1);
     assert!(!error.contains("in maintenance"), "{error}");
 }
+
+#[test]
+fn the_tree_is_shown_and_drawn() {
+    let host = Host::new();
+    let text = host.gantry(&["device", "tree"]).ok();
+    assert_eq!(text.lines().count(), 3);
+    assert!(text.contains("iommu 11 · disks · detached"), "{text}");
+    let file = host.path("host.svg");
+    host.gantry(&["device", "tree", "--svg", file.to_str().unwrap()])
+        .ok();
+    let svg = fs::read_to_string(&file).unwrap();
+    assert!(svg.contains("0000:01:00.0") && svg.ends_with("</svg>\n"));
+    let json: Value =
+        serde_json::from_str(&host.gantry(&["device", "tree", "--json"]).ok()).unwrap();
+    assert_eq!(json[1]["group"], "disks");
+}
+
+#[test]
+fn completions_and_man_pages_come_from_the_grammar() {
+    let host = Host::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = host.gantry(&["completions", shell]).ok();
+        assert!(script.contains("release-quarantine"), "{shell}");
+        assert!(!script.contains("No such"), "{shell}");
+    }
+    let dir = host.path("man1");
+    host.gantry(&["man", dir.to_str().unwrap()]).ok();
+    let page = fs::read_to_string(dir.join("gantry-group-create.1")).unwrap();
+    assert!(
+        page.contains("--rule") || page.contains("\\-\\-rule"),
+        "{page}"
+    );
+    assert!(!dir.join("gantry-__restore.1").exists());
+}

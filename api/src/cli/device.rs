@@ -2,6 +2,7 @@
 
 mod list;
 mod persist;
+mod tree;
 
 pub use list::state_word;
 
@@ -32,6 +33,8 @@ pub enum DeviceCommand {
     ///
     /// The devices of one IOMMU group move together. A device that a VM has is refused.
     Reattach(ReattachArgs),
+    /// Show how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs
+    Tree(tree::TreeArgs),
     /// Print what makes devices go to vfio-pci when the host boots
     Persist(persist::PersistArgs),
     /// Let VMs have a device again that hung, or that was for one use
@@ -86,6 +89,7 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
     match command {
         DeviceCommand::List(args) => list::list(&args, paths),
         DeviceCommand::Detach(args) => change_hands(&args.common, &args.overrides, detach, paths),
+        DeviceCommand::Tree(args) => tree::show(&args, paths),
         DeviceCommand::Persist(args) => persist::show(&args, paths),
         DeviceCommand::ReleaseQuarantine(args) => release(&args, paths),
         DeviceCommand::Reattach(args) => change_hands(&args.common, &[], reattach, paths),

@@ -2,6 +2,7 @@
 
 mod check;
 mod device;
+mod generate;
 mod group;
 mod maintenance;
 mod plan;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anstream::ColorChoice;
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use gantry_resources::HostPaths;
 use tracing::Level;
 
@@ -107,6 +108,10 @@ enum Command {
     Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
     Schema(schema::SchemaArgs),
+    /// Print a script that completes gantry's commands in a shell
+    Completions(generate::CompletionsArgs),
+    /// Write man pages
+    Man(generate::ManArgs),
     /// Write one sysfs file, in a process that can be abandoned when the kernel hangs
     #[command(name = "__sysfs-write", hide = true)]
     SysfsWrite {
@@ -146,6 +151,8 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Plan(command) => plan::plan(command, &paths)?,
         Command::Maintenance(command) => maintenance::switch(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
+        Command::Completions(args) => generate::completions(&args, Cli::command())?,
+        Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
         Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),
         Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
@@ -156,7 +163,6 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_grammar_is_sound() {

@@ -1,0 +1,224 @@
+//! `gantry device tree`: how the PCI functions hang together, with IOMMU groups, NUMA nodes, pools and VMs.
+
+mod svg;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use gantry_resources::{
+    DeviceState, Groups, HostBdf, HostDevice, HostPaths, PciId, TreeNode, scan, tree,
+};
+use serde::Serialize;
+
+use super::state_word;
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::terminal_width;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry device tree
+  gantry device tree --svg host.svg")]
+pub struct TreeArgs {
+    /// Write the tree as a picture to this file
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    svg: Option<PathBuf>,
+    /// Show the tree as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A function with what is known about it from elsewhere, and those behind it.
+#[derive(Debug, Serialize)]
+struct Node {
+    bdf: HostBdf,
+    id: PciId,
+    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iommu_group: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    numa_node: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
+    bridge: bool,
+    #[serde(flatten)]
+    state: DeviceState,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    children: Vec<Node>,
+}
+
+impl Node {
+    fn new(node: &TreeNode, groups: &Groups) -> Self {
+        let device: &HostDevice = node.device;
+        let name = [device.device_name(), device.class_name()];
+        Self {
+            bdf: device.bdf,
+            id: device.id,
+            name: name
+                .into_iter()
+                .flatten()
+                .next()
+                .unwrap_or("unknown")
+                .to_owned(),
+            iommu_group: device.iommu_group,
+            numa_node: device.numa_node,
+            group: groups.group_of(device).map(|group| group.name.clone()),
+            bridge: device.is_bridge(),
+            state: device.state(),
+            children: node
+                .children
+                .iter()
+                .map(|child| Self::new(child, groups))
+                .collect(),
+        }
+    }
+
+    /// IOMMU group, NUMA node, pool, and who has it.
+    fn facts(&self) -> String {
+        let mut facts = Vec::new();
+        facts.extend(self.iommu_group.map(|group| format!("iommu {group}")));
+        facts.extend(self.numa_node.map(|node| format!("numa {node}")));
+        if !self.bridge {
+            facts.extend(self.group.clone());
+            facts.push(match &self.state {
+                DeviceState::Assigned { vm: Some(vm) } => format!("VM '{vm}'"),
+                state => state_word(state).to_owned(),
+            });
+        }
+        facts.join(" · ")
+    }
+}
+
+pub fn show(args: &TreeArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let devices = scan(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let roots: Vec<Node> = tree(paths, &devices)
+        .iter()
+        .map(|node| Node::new(node, &groups))
+        .collect();
+    if args.json {
+        return print_json(&roots);
+    }
+    match &args.svg {
+        None => print(|out| write_tree(out, &roots, terminal_width())),
+        Some(file) => {
+            let written = std::fs::write(file, svg::draw(&roots));
+            written
+                .map_err(|error| Failure::host(format!("cannot write {}: {error}", file.display())))
+        }
+    }
+}
+
+fn write_tree(out: &mut dyn Write, roots: &[Node], width: usize) -> io::Result<()> {
+    let mut lines = Vec::new();
+    for node in roots {
+        lines.push((String::new(), node));
+        below(&mut lines, "", &node.children);
+    }
+    // The facts stand in one column, where there is room.
+    let head = |(lead, node): &(String, &Node)| format!("{lead}{} {} ", node.bdf, node.id);
+    let widest = lines
+        .iter()
+        .map(|line| head(line).chars().count() + line.1.name.chars().count());
+    let facts = lines
+        .iter()
+        .map(|(_, node)| node.facts().chars().count())
+        .max();
+    let room = width.saturating_sub(facts.unwrap_or(0) + 2).max(40);
+    let column = widest.max().unwrap_or(0).min(room);
+    for line in &lines {
+        let mut text = head(line);
+        let free = column.saturating_sub(text.chars().count());
+        text.extend(line.1.name.chars().take(free));
+        writeln!(
+            out,
+            "{}",
+            format!("{text:column$}  {}", line.1.facts()).trim_end()
+        )?;
+    }
+    Ok(())
+}
+
+fn below<'a>(lines: &mut Vec<(String, &'a Node)>, lead: &str, children: &'a [Node]) {
+    for (index, child) in children.iter().enumerate() {
+        let last = index + 1 == children.len();
+        lines.push((format!("{lead}{}", if last { "└─ " } else { "├─ " }), child));
+        let lead = format!("{lead}{}", if last { "   " } else { "│  " });
+        below(lines, &lead, &child.children);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn node(address: &str, name: &str, children: Vec<Node>) -> Node {
+        Node {
+            bdf: address.parse().unwrap(),
+            id: PciId {
+                vendor: 0x10de,
+                device: 0x1c30,
+            },
+            name: name.to_owned(),
+            iommu_group: Some(7),
+            numa_node: None,
+            group: Some("gpus".to_owned()),
+            bridge: !children.is_empty(),
+            state: DeviceState::Detached,
+            children,
+        }
+    }
+
+    pub(super) fn host() -> Vec<Node> {
+        let cards = vec![
+            node("0b:00.0", "a <card>", Vec::new()),
+            node("0b:00.1", "its sound", Vec::new()),
+        ];
+        let far = vec![node("0c:00.0", "a disk", Vec::new())];
+        vec![node(
+            "00:01.0",
+            "a port",
+            vec![
+                node("0a:00.0", "a switch", cards),
+                node("0a:01.0", "a switch", far),
+            ],
+        )]
+    }
+
+    #[test]
+    fn lines_show_what_hangs_behind_what() {
+        let mut out = Vec::new();
+        write_tree(&mut out, &host(), 200).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "0000:00:01.0 10de:1c30 a port           iommu 7",
+                "├─ 0000:0a:00.0 10de:1c30 a switch      iommu 7",
+                "│  ├─ 0000:0b:00.0 10de:1c30 a <card>   iommu 7 · gpus · detached",
+                "│  └─ 0000:0b:00.1 10de:1c30 its sound  iommu 7 · gpus · detached",
+                "└─ 0000:0a:01.0 10de:1c30 a switch      iommu 7",
+                "   └─ 0000:0c:00.0 10de:1c30 a disk     iommu 7 · gpus · detached",
+            ]
+        );
+    }
+
+    #[test]
+    fn names_are_cut_where_the_terminal_is_narrow() {
+        let mut out = Vec::new();
+        write_tree(
+            &mut out,
+            &[node("00:01.0", &"long ".repeat(30), Vec::new())],
+            80,
+        )
+        .unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 80),
+            "{text}"
+        );
+    }
+}
