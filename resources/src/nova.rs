@@ -3,8 +3,11 @@
 mod address;
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use schemars::JsonSchema;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::inventory::HostDevice;
@@ -348,23 +351,44 @@ enum OneOrMany<T> {
     Text(String),
 }
 
-/// Reads one or many, and says what is wrong with the one that is wrong.
+/// Reads one or many, so that an error is placed at the one that is wrong.
 pub(crate) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
     T: serde::de::DeserializeOwned,
 {
-    use serde::de::Error;
-    let mut value = serde_json::Value::deserialize(deserializer)?;
-    if let serde_json::Value::String(text) = &value {
-        value = serde_json::from_str(text).map_err(D::Error::custom)?;
+    deserializer.deserialize_any(Things(PhantomData))
+}
+
+/// One thing or several.
+struct Things<T>(PhantomData<T>);
+
+impl<'de, T: serde::de::DeserializeOwned> Visitor<'de> for Things<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object, or a list of objects")
     }
-    let values = match value {
-        serde_json::Value::Array(values) => values,
-        value => vec![value],
-    };
-    let read = |value| serde_json::from_value(value).map_err(D::Error::custom);
-    values.into_iter().map(read).collect()
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+        let mut things = Vec::new();
+        while let Some(thing) = list.next_element()? {
+            things.push(thing);
+        }
+        Ok(things)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Vec<T>, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(|thing| vec![thing])
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Vec<T>, E> {
+        if !text.trim_start().starts_with(['{', '[']) {
+            return Err(E::invalid_type(serde::de::Unexpected::Str(text), &self));
+        }
+        let mut json = serde_json::Deserializer::from_str(text);
+        json.deserialize_any(self).map_err(E::custom)
+    }
 }
 
 /// The schema of what [`one_or_many`] reads.

@@ -196,3 +196,59 @@ fn the_schema_says_what_the_parser_says() {
     }
     assert!(!text.contains("\"file\""), "{schema:#}");
 }
+
+#[test]
+fn novas_json_is_taken_as_one_as_a_list_and_as_text() {
+    let one = r#"{"vendor_id": "1b36", "product_id": "0010"}"#;
+    let text = serde_json::to_string(one).unwrap();
+    for spec in [one.to_owned(), format!("[{one}]"), text] {
+        let host = host(&format!(r#"{{"device_spec": {spec}}}"#));
+        let groups = Groups::load(&host.paths).unwrap();
+        assert!(groups.exposes(&host.read("0000:01:00.0")), "{spec}");
+        let host = self::host(r#"{"groups": []}"#);
+        host.file("etc/device_spec.json", &spec);
+        let groups = Groups::load(&host.paths).unwrap();
+        assert!(groups.exposes(&host.read("0000:01:00.0")), "{spec}");
+    }
+}
+
+#[test]
+fn a_mistake_in_novas_json_is_told_with_its_place() {
+    for (file, text, said) in [
+        (
+            "alias.json",
+            "[{\"name\": \"x\"},\n {\"name\": \"y\", \"vendr_id\": \"1\"}]",
+            "alias.json:2:",
+        ),
+        (
+            "alias.json",
+            "[{\"name\": \"y\", \"vendr_id\": \"1\"}]",
+            "did you mean \"vendor_id\"?",
+        ),
+        (
+            "device_spec.json",
+            "{\n\"vendor_id\": \"nvidia\"}",
+            "device_spec.json:2:22: vendor_id: \"nvidia\" is no PCI id",
+        ),
+        (
+            "device_spec.json",
+            "3",
+            "expected an object, or a list of objects",
+        ),
+        (
+            "alias.json",
+            "\"gpu\"",
+            "expected an object, or a list of objects",
+        ),
+        (
+            "alias.json",
+            "{\"vendor_id\": \"10de\"}",
+            "missing field `name`",
+        ),
+    ] {
+        let host = host(r#"{"groups": []}"#);
+        host.file(&format!("etc/{file}"), text);
+        let error = Groups::load(&host.paths).unwrap_err().to_string();
+        assert!(error.contains(said) && !error.contains('\n'), "{error}");
+    }
+}
