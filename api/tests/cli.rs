@@ -619,3 +619,29 @@ fn completions_and_man_pages_come_from_the_grammar() {
     );
     assert!(!dir.join("gantry-__restore.1").exists());
 }
+
+#[test]
+fn the_helper_gives_back_what_a_vm_had_taken_when_its_input_ends() {
+    let host = Host::new();
+    let record = r#"{"id": "1b36:0010", "dsn": null, "serial": null, "driver": "nvme",
+        "driver_override": null, "demand": true}"#;
+    fs::create_dir_all(host.path("run/former")).unwrap();
+    fs::write(host.path("run/former/0000:01:00.0"), record).unwrap();
+    let device = host.path("sys/bus/pci/devices/0000:01:00.0");
+    fs::write(device.join("driver_override"), "vfio-pci\n").unwrap();
+    for file in ["drivers/vfio-pci/unbind", "drivers_probe"] {
+        fs::write(host.path("sys/bus/pci").join(file), "").unwrap();
+    }
+    let mut args = vec!["__restore".to_owned()];
+    args.extend(["sys", "dev", "proc", "run", "etc", "var"].map(|dir| {
+        let path = host.path(dir);
+        path.to_str().unwrap().to_owned()
+    }));
+    args.push("0000:01:00.0".to_owned());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = host.gantry(&args);
+    // No kernel is there to obey: the write to the driver is what can be seen.
+    assert_eq!(done.code, Some(1));
+    let unbound = fs::read_to_string(host.path("sys/bus/pci/drivers/vfio-pci/unbind")).unwrap();
+    assert_eq!(unbound, "0000:01:00.0");
+}
