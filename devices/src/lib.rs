@@ -7,6 +7,7 @@
 pub mod bus;
 pub mod limit;
 pub mod mapping;
+pub mod outlet;
 pub mod pci;
 pub mod power;
 pub mod serial;

@@ -10,7 +10,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::{BusDevice, Effect};
 use crate::warn_limited;
@@ -27,20 +27,24 @@ const PROMPTLY: Duration = Duration::from_millis(5);
 /// How long an unfinished line may get.
 const LONGEST: usize = 1024;
 
+type Port = Uart<IrqLine, Input, Output>;
+
 /// A serial port: the guest's console, as a rule.
 ///
 /// Output leaves in whole lines, by the thread of the vCPU that ends one. An unfinished line (a
 /// prompt) leaves after 5 ms: the owner watches [`Self::timer`] and calls [`Self::flush`].
 /// Dropping the port flushes it.
 pub struct Serial {
-    uart: Mutex<Uart<IrqLine, Input, Output>>,
+    uart: Mutex<Port>,
+    irq: Arc<EventFd>,
     timer: Arc<TimerFd>,
     room: Arc<EventFd>,
 }
 
 impl Serial {
-    /// A port that raises its interrupt through `irq` and writes to `output`, which must not be
-    /// non-blocking: output that fails is logged and lost.
+    /// A port that raises its interrupt through `irq` and writes to `output`, while a vCPU waits:
+    /// what may have no reader belongs into an [`Outlet`](crate::outlet::Outlet). Output that fails
+    /// is logged and lost.
     ///
     /// # Errors
     /// No file descriptor can be made.
@@ -49,22 +53,36 @@ impl Serial {
             ClockId::CLOCK_MONOTONIC,
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )?);
-        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let output = Output {
             sink: output,
             line: Vec::with_capacity(LONGEST),
             timer: Arc::clone(&timer),
             armed: false,
         };
-        let input = Input {
-            room: Arc::clone(&room),
-            waiting: Cell::new(false),
-        };
+        let irq = Arc::new(irq);
         Ok(Self {
-            uart: Mutex::new(Uart::with_events(IrqLine(irq), input, output)),
+            uart: Mutex::new(power_on(&irq, &room, output)),
+            irq,
             timer,
             room,
         })
+    }
+
+    /// Brings the port back to its first state. What the guest has written still goes out; input
+    /// that it has not read is lost, and who waits for room is told that there is.
+    pub fn reset(&self) {
+        let mut uart = self.uart();
+        uart.writer_mut().send();
+        let nothing = Output {
+            sink: Box::new(io::sink()),
+            line: Vec::new(),
+            timer: Arc::clone(&self.timer),
+            armed: false,
+        };
+        let output = std::mem::replace(uart.writer_mut(), nothing);
+        uart.events().in_buffer_empty();
+        *uart = power_on(&self.irq, &self.room, output);
     }
 
     /// Readable when [`Self::flush`] is due.
@@ -103,7 +121,7 @@ impl Serial {
         &self.room
     }
 
-    fn uart(&self) -> MutexGuard<'_, Uart<IrqLine, Input, Output>> {
+    fn uart(&self) -> MutexGuard<'_, Port> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -129,8 +147,17 @@ impl BusDevice for Serial {
     }
 }
 
+/// A UART as it is when the machine is switched on.
+fn power_on(irq: &Arc<EventFd>, room: &Arc<EventFd>, output: Output) -> Port {
+    let input = Input {
+        room: Arc::clone(room),
+        waiting: Cell::new(false),
+    };
+    Uart::with_events(IrqLine(Arc::clone(irq)), input, output)
+}
+
 /// The interrupt line.
-struct IrqLine(EventFd);
+struct IrqLine(Arc<EventFd>);
 
 impl Trigger for IrqLine {
     type E = io::Error;
@@ -231,6 +258,9 @@ impl Drop for Output {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+    use std::time::Instant;
+
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use proptest::collection::vec;
     use proptest::prelude::*;
@@ -371,6 +401,54 @@ mod tests {
         assert_eq!(register(&serial, DATA), b'z');
         drop(serial);
         assert_eq!(sink.written(), [""; 0]);
+    }
+
+    #[test]
+    fn a_reset_forgets_registers_and_input_but_no_output() {
+        let (serial, sink, irq) = serial();
+        let registers = |serial: &Serial| [1, 3, 4, 7].map(|offset| register(serial, offset));
+        let first = registers(&serial);
+        for (offset, value) in [(INTERRUPT_ENABLE, 1), (3, 0x83), (4, 0x13), (7, 0x5a)] {
+            let _ = serial.write(offset, &[value]);
+        }
+        assert_ne!(registers(&serial), first);
+        let _ = serial.write(3, &[3]);
+        let _ = serial.write(MODEM_CONTROL, &[8]);
+        assert!(serial.enqueue(&[b'a'; 100]) < 100);
+        assert!(irq.read().is_ok());
+        print(&serial, "last words");
+
+        serial.reset();
+        assert_eq!(sink.written(), ["last words"]);
+        assert_eq!(registers(&serial), first);
+        assert_eq!(register(&serial, LINE_STATUS) & 1, 0, "no input waits");
+        assert!(serial.room().read().is_ok(), "the rest may come");
+        print(&serial, "hello\n");
+        assert_eq!(sink.written(), ["hello\n"]);
+        let _ = serial.write(INTERRUPT_ENABLE, &[1]);
+        assert_eq!(serial.enqueue(b"b"), 1);
+        assert!(irq.read().is_ok(), "the interrupt line is the same");
+    }
+
+    #[test]
+    fn output_that_nobody_reads_holds_no_vcpu_up() {
+        let (reader, writer) = io::pipe().unwrap();
+        let outlet = crate::outlet::Outlet::new(OwnedFd::from(writer).into());
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let serial = Serial::new(irq, Box::new(outlet)).unwrap();
+        let line = [[b'x'; 63].as_slice(), b"\n"].concat();
+        let mut longest = Duration::ZERO;
+        for _ in 0..(1 << 20) / line.len() {
+            let start = Instant::now();
+            for &byte in &line {
+                let _ = serial.write(DATA, &[byte]);
+            }
+            longest = longest.max(start.elapsed());
+        }
+        // The bound, with room for a busy machine.
+        assert!(longest < Duration::from_millis(1000), "{longest:?}");
+        drop(serial);
+        drop(reader);
     }
 
     #[test]
