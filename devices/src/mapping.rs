@@ -94,7 +94,12 @@ impl HostMapping {
         let before = start.align_offset(align);
         room.trim_front(before);
         room.trim_back(len);
-        room.fill(backing)?;
+        if let Err(error) = room.fill(backing) {
+            // The kernel may have taken the reservation away, and another thread may have been given
+            // the place since: what is left of it, addresses without memory, is not worth the risk.
+            std::mem::forget(room);
+            return Err(error);
+        }
         Ok(room)
     }
 
