@@ -166,7 +166,9 @@ fn read_config(io: &dyn DeviceIo) -> Result<Vec<u8>> {
     let mut read = Ok(());
     walk_extended(|offset| {
         let end = physical.len().min(usize::from(offset) + CAPABILITY_BEGINS);
-        let begins = &mut physical[usize::from(offset)..end];
+        let Some(begins) = physical.get_mut(usize::from(offset)..end) else {
+            return 0;
+        };
         if read.is_ok() {
             read = io.read(Region::CONFIG, offset.into(), begins);
         }
@@ -292,7 +294,7 @@ impl PciDevice for PassthroughDevice {
         let quiet = self.follow(hardware, Control::AT_RESET);
         let reset = match self.io.reset() {
             Err(error) if error.is_unsupported() => {
-                tracing::warn!(
+                warn_limited!(
                     device = self.io.name(),
                     "the device has no reset of its own: the guest finds it as it left it"
                 );

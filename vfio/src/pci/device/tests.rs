@@ -531,3 +531,14 @@ proptest! {
         prop_assert_eq!(device.trace.mapped(), []);
     }
 }
+
+#[test]
+fn configuration_spaces_of_odd_sizes_do_no_harm() {
+    for size in [0, 1, 63, 64, 255, 256, 257, 300, 0x102, 0x141, 4095, 5000] {
+        let mut device = FakeDevice::new();
+        device.regions[Region::CONFIG.index()].size = size;
+        let router = Arc::new(FakeRouter::new(&device.trace, usize::MAX));
+        let made = PassthroughDevice::new(Arc::new(device), router);
+        assert_eq!(made.is_ok(), size >= 256, "{size}");
+    }
+}
