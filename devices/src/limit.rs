@@ -64,10 +64,22 @@ impl Default for RateLimit {
 /// code. The number of lines left out is told in the field `left_out`.
 #[macro_export]
 macro_rules! warn_limited {
-    ($($line:tt)*) => {{
+    ($($line:tt)*) => { $crate::log_limited!(warn, $($line)*) };
+}
+
+/// As [`warn_limited`], for what is nothing to worry about.
+#[macro_export]
+macro_rules! info_limited {
+    ($($line:tt)*) => { $crate::log_limited!(info, $($line)*) };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! log_limited {
+    ($level:ident, $($line:tt)*) => {{
         static LIMIT: $crate::limit::RateLimit = $crate::limit::RateLimit::new();
         if let Some(left_out) = LIMIT.admit() {
-            $crate::limit::tracing::warn!(left_out, $($line)*);
+            $crate::limit::tracing::$level!(left_out, $($line)*);
         }
     }};
 }

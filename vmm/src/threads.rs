@@ -14,7 +14,7 @@ pub enum Role {
     Control,
     /// Runs one vCPU and answers its exits.
     Vcpu(u8),
-    /// Opens or closes one host device, in which the kernel waits for its reset.
+    /// Opens, resets or closes one device; for a host device the kernel waits for its reset.
     Device,
     /// Makes guest RAM present and maps it for the devices.
     Dma,

@@ -109,13 +109,13 @@ impl Gate {
         }
     }
 
-    /// Called by a vCPU: waits for the gate to open. `false` means to end.
-    fn pass(&self) -> bool {
+    /// Called by a vCPU: waits for the gate to open. `None` means to end.
+    fn pass(&self) -> Option<Inside<'_>> {
         let mut state = self.lock();
         loop {
             match state.phase {
                 Phase::Run => break,
-                Phase::Stop => return false,
+                Phase::Stop => return None,
                 Phase::Pause => {
                     state = self
                         .changed
@@ -124,16 +124,23 @@ impl Gate {
                 }
             }
         }
-        state.inside.push(pthread_self());
-        true
+        let thread = pthread_self();
+        state.inside.push(thread);
+        Some(Inside { gate: self, thread })
     }
+}
 
-    /// Called by a vCPU that has passed: it does not run any more.
-    fn leave(&self) {
-        self.lock()
-            .inside
-            .retain(|&thread| thread != pthread_self());
-        self.changed.notify_all();
+/// A vCPU that has passed the gate. Dropping it, by a panic too, says that it runs no more.
+struct Inside<'a> {
+    gate: &'a Gate,
+    thread: Pthread,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut state = self.gate.lock();
+        state.inside.retain(|&thread| thread != self.thread);
+        self.gate.changed.notify_all();
     }
 }
 
@@ -188,8 +195,13 @@ impl Vcpus {
         self.threads.clear();
     }
 
-    /// Pauses the vCPUs and calls `change` with each of them, in order, while none runs. They stay
-    /// paused until the gate is opened.
+    /// Pauses the vCPUs and waits until none runs. They stay paused until the gate is opened.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.gate.wait_until_empty();
+    }
+
+    /// Calls `change` with each of the vCPUs, in order. They must have been paused.
     ///
     /// # Errors
     /// The first error of `change`; the vCPUs after it were not visited.
@@ -197,8 +209,6 @@ impl Vcpus {
         &self,
         mut change: impl FnMut(usize, &mut VcpuFd) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.gate.close();
-        self.gate.wait_until_empty();
         for (index, vcpu) in self.fleet.iter().enumerate() {
             change(
                 index,
@@ -220,7 +230,8 @@ fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
     let Some(vcpu) = fleet.get(usize::from(index)) else {
         return;
     };
-    while gate.pass() {
+    while let Some(_inside) = gate.pass() {
+        // Given back before `_inside` goes.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         while !gate.halt.load(Ordering::Acquire) {
             let fault = match vcpu.run(access) {
@@ -232,7 +243,26 @@ fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
             gate.close();
             access.fault(index, fault);
         }
-        drop(vcpu);
-        gate.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_thread_that_panics_has_left() {
+        let gate = Gate::new();
+        gate.open();
+        let vcpu = Arc::clone(&gate);
+        let thread = std::thread::spawn(move || {
+            let _inside = vcpu.pass();
+            std::panic::resume_unwind(Box::new(()));
+        });
+        assert!(thread.join().is_err());
+        assert!(gate.lock().inside.is_empty());
+        gate.wait_until_empty();
+        gate.enter_phase(Phase::Stop);
+        assert!(gate.pass().is_none());
     }
 }

@@ -11,7 +11,7 @@ use kvm_bindings::{
     kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Inputs of the kernel's IO-APIC: GSIs 0 to 23 of every VM.
 const IOAPIC_PINS: u32 = 24;
@@ -114,7 +114,7 @@ fn message_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
 
 impl MsiRouter for GsiRoutes {
     fn route(&self) -> io::Result<Box<dyn MsiRoute>> {
-        let trigger = EventFd::new(EFD_NONBLOCK)?;
+        let trigger = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let gsi = self.0.lock().take()?;
         let live = Mutex::new(false);
         Ok(Box::new(GsiRoute {

@@ -33,8 +33,10 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_writev,
     libc::SYS_close,
     libc::SYS_fcntl,
-    // The serial port holds an unfinished line back for a moment.
+    // The serial port holds an unfinished line back for a moment, and waits a moment for a reader.
     libc::SYS_timerfd_settime,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
     // Logging reads the clock, where the vDSO cannot.
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
@@ -158,7 +160,7 @@ pub fn vcpu() -> Rules {
     )
 }
 
-/// A thread that opens or closes a device. Closing takes its BARs and routes away from the guest,
+/// A thread that opens, resets or closes a device. Closing takes its BARs and routes away from the guest,
 /// and its group away from KVM.
 pub fn device() -> Rules {
     let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];

@@ -1,16 +1,18 @@
 //! The board of a VM: address space, RAM, interrupt routes, and the devices every VM has.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
+use gantry_devices::outlet::Outlet;
 use gantry_devices::pci::firmware::{self, HostWindows, Minimum};
 use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
 use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{self, Serial};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::address_space::{AddressSpace, Guard};
 use crate::config::SerialMode;
@@ -18,6 +20,8 @@ use crate::error::Error;
 use crate::kvm::{GsiRoutes, Machine, MemorySlots};
 use crate::layout::{self, Layout};
 use crate::memory::GuestRam;
+use crate::sandbox::Sandbox;
+use crate::threads::{self, Role};
 
 /// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
 /// message-signalled interrupts are written.
@@ -119,13 +123,24 @@ impl Board {
         Ok(())
     }
 
-    /// Brings PCI back to its state before the guest started.
+    /// Brings the serial port and PCI back to their state before the guest started. Functions are
+    /// reset side by side: a host device takes a tenth of a second.
     ///
     /// # Errors
-    /// A host device could not be reset.
-    pub fn reset(&self, layout: &Layout) -> Result<(), Error> {
+    /// A host device could not be reset, or no thread could be made.
+    pub fn reset(&self, layout: &Layout, sandbox: &Sandbox) -> Result<(), Error> {
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
+        let mut tasks = Vec::new();
         for (_, function) in self.pci.functions() {
-            let reset = function.reset(&*self.space);
+            let space = Arc::clone(&self.space);
+            let reset = move || function.reset(&*space);
+            let task = threads::spawn(Role::Device, sandbox, reset);
+            tasks.push(task.map_err(Error::host("spawn a thread"))?);
+        }
+        for task in tasks {
+            let reset = task.join();
             reset.map_err(Error::host("reset a device for the guest's reboot"))?;
         }
         self.assign_pci(layout)
@@ -153,12 +168,11 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
     let out: Box<dyn Write + Send> = match mode {
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
-        SerialMode::Tty => Box::new(unbuffered_stdout().map_err(Error::host("use stdout"))?),
-        SerialMode::File(path) => {
-            Box::new(File::create(path).map_err(Error::host("create the file of serial.file"))?)
-        }
+        SerialMode::Tty => unbuffered_stdout().map_err(Error::host("use stdout"))?,
+        SerialMode::File(path) => Box::new(File::create(path).map_err(Error::host("create the file of serial.file"))?),
     };
-    let trigger = EventFd::new(EFD_NONBLOCK).map_err(Error::host("make an eventfd"))?;
+    let trigger =
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
     routes
         .wire_pin(layout::SERIAL_GSI, &trigger)
         .map_err(Error::host("wire the serial port's interrupt (KVM_IRQFD)"))?;
@@ -166,7 +180,18 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
     Ok(Some(Arc::new(serial)))
 }
 
-/// Standard output without the line buffer: a prompt has no newline.
-fn unbuffered_stdout() -> io::Result<File> {
-    Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
+/// Standard output without the line buffer, as a prompt has no newline. If it is not a regular file,
+/// there may be nobody who reads it.
+fn unbuffered_stdout() -> io::Result<Box<dyn Write + Send>> {
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    if stdout.metadata()?.is_file() {
+        return Ok(Box::new(stdout));
+    }
+    // Opened anew, a pipe or terminal is non-blocking for this process and not for its shell. A
+    // socket cannot be opened so, and one that says it has room has room for a line.
+    let anew = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open("/proc/self/fd/1");
+    Ok(Box::new(Outlet::new(anew.unwrap_or(stdout))))
 }

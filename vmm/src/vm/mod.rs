@@ -9,6 +9,7 @@ mod payload;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
 
+use gantry_devices::info_limited;
 use gantry_resources::HostPaths;
 
 use crate::config::{SerialMode, VcpuCount, VmConfig};
@@ -124,7 +125,10 @@ impl Vm {
     /// Brings the machine back to its first state and boots again. RAM, vCPUs, mappings and open
     /// devices stay.
     fn reboot(&mut self) -> Result<(), Error> {
-        tracing::info!("the guest reboots");
+        info_limited!("the guest reboots");
+        // Devices first: one that still runs would raise interrupts in what is restored next.
+        self.vcpus.pause();
+        self.board.reset(&self.layout, &self.sandbox)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();
         self.vcpus.visit(|_, vcpu| match snapshots.next() {
@@ -132,7 +136,6 @@ impl Vm {
             None => Ok(()),
         })?;
         self.machine.restore_irqchip(&self.irqchip)?;
-        self.board.reset(&self.layout)?;
         let entry = self
             .payload
             .load(&self.board, &self.layout, self.vcpu_count)?;
