@@ -63,7 +63,10 @@ pub enum Error {
         source: io::Error,
     },
     /// A range of guest memory could not be mapped for DMA, or taken away.
-    #[error("{call} of {len:#x} bytes at IOVA {iova:#x} failed")]
+    #[error(
+        "{call} of {len:#x} bytes at IOVA {iova:#x} failed{}",
+        pin_hint(source)
+    )]
     Dma {
         /// The kernel interface that refused.
         call: &'static str,
@@ -85,18 +88,6 @@ pub enum Error {
         needed: u64,
         /// Mappings left.
         available: u32,
-    },
-    /// The process may not lock that much memory.
-    #[error(
-        "pinning {} MiB of guest memory for DMA exceeds the locked-memory limit of {} MiB: raise \
-         it with `ulimit -l {}` or LimitMEMLOCK= in the service, or grant CAP_IPC_LOCK",
-        needed.div_ceil(1 << 20), allowed >> 20, needed.div_ceil(1024)
-    )]
-    MemoryLock {
-        /// Bytes that would be pinned, those pinned before included.
-        needed: u64,
-        /// RLIMIT_MEMLOCK in bytes.
-        allowed: u64,
     },
     /// A call on a device, or an access to one of its regions, failed.
     #[error("device {device}: {place} failed")]
@@ -126,10 +117,35 @@ impl Error {
     }
 }
 
+/// How much memory may be pinned was looked at before: then there was enough left of the limit.
+fn pin_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => " (out of memory, or of the limit that `ulimit -l` shows)",
+        _ => "",
+    }
+}
+
 fn open_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",
         Some(libc::EACCES | libc::EPERM) => " (run as its owner, or as root)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_cannot_be_pinned_points_at_the_limit() {
+        let refused = |errno| Error::Dma {
+            call: "VFIO_IOMMU_MAP_DMA",
+            iova: 0,
+            len: 1 << 30,
+            source: io::Error::from_raw_os_error(errno),
+        };
+        assert!(refused(libc::ENOMEM).to_string().contains("`ulimit -l`"));
+        assert!(!refused(libc::EEXIST).to_string().contains("ulimit"));
     }
 }

@@ -4,13 +4,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::error::Error;
 use crate::vcpus::Fault;
 
 /// What happened.
@@ -42,7 +43,7 @@ impl Mailbox {
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             queue: Mutex::default(),
-            bell: EventFd::new(EFD_NONBLOCK)?,
+            bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         }))
     }
 
@@ -126,7 +127,8 @@ impl MutEventSubscriber for Bell {
 pub struct Signals {
     fd: SignalFd,
     before: SigSet,
-    mailbox: Option<Arc<Mailbox>>,
+    /// The first that was found pending.
+    came: OnceLock<i32>,
 }
 
 const ENDING: [Signal; 4] = [
@@ -138,7 +140,7 @@ const ENDING: [Signal; 4] = [
 
 impl Signals {
     /// Blocks the signals for the calling thread and every thread it makes from now on. Dropping
-    /// the value lets them through again.
+    /// the value forgets those that came, since gantry ends already, and lets others through again.
     ///
     /// # Errors
     /// The kernel refused.
@@ -150,39 +152,55 @@ impl Signals {
         Ok(Self {
             fd,
             before,
-            mailbox: None,
+            came: OnceLock::new(),
         })
     }
 
-    /// A signal that has come already.
-    pub fn pending(&self) -> Option<i32> {
-        let info = self.fd.read_signal().ok()??;
-        i32::try_from(info.ssi_signo).ok()
+    /// Whether a signal has come: for the time before [`SignalWatch`] hears them. Any thread may
+    /// ask.
+    ///
+    /// # Errors
+    /// One has.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.came.get().is_none()
+            && let Some(signal) = self.read()
+        {
+            let _ = self.came.set(signal);
+        }
+        self.came
+            .get()
+            .map_or(Ok(()), |&signal| Err(Error::Interrupted(signal)))
     }
 
-    /// Posts the signals that come from now on.
-    pub fn post_to(mut self, mailbox: Arc<Mailbox>) -> Box<dyn MutEventSubscriber> {
-        self.mailbox = Some(mailbox);
-        Box::new(self)
+    fn read(&self) -> Option<i32> {
+        let info = self.fd.read_signal().ok()??;
+        i32::try_from(info.ssi_signo).ok()
     }
 }
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        while self.read().is_some() {}
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.before), None);
     }
 }
 
-impl MutEventSubscriber for Signals {
+/// Posts the signals that come from now on.
+pub struct SignalWatch {
+    /// Where they come in.
+    pub signals: Arc<Signals>,
+    /// Where they are posted.
+    pub mailbox: Arc<Mailbox>,
+}
+
+impl MutEventSubscriber for SignalWatch {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        listen(ops, &self.fd);
+        listen(ops, &self.signals.fd);
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        while let Some(signal) = self.pending() {
-            if let Some(mailbox) = &self.mailbox {
-                mailbox.post(Event::Signal(signal));
-            }
+        while let Some(signal) = self.signals.read() {
+            self.mailbox.post(Event::Signal(signal));
         }
     }
 }

@@ -54,15 +54,18 @@ pub enum Error {
     /// There are more devices than root ports can be made.
     #[error(transparent)]
     Slots(#[from] gantry_devices::pci::SegmentError),
-    /// A file of the payload cannot be used.
+    /// A file that the VM's file names cannot be used.
     #[error(transparent)]
-    Payload(#[from] crate::vm::PayloadError),
+    File(#[from] crate::vm::FileError),
     /// The kernel could not be loaded.
     #[error(transparent)]
     Boot(#[from] crate::boot::BootError),
     /// The ACPI tables could not be written.
     #[error(transparent)]
     Acpi(#[from] crate::boot::acpi::AcpiError),
+    /// A signal asked gantry to end while it built the VM. [`run`](crate::run) makes an outcome of it.
+    #[error("signal {0} came before the VM was built")]
+    Interrupted(i32),
     /// The host's kernel refused something else.
     #[error("cannot {what}")]
     Host {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use gantry_resources::HostPaths;
 
-use crate::config::VmConfig;
+use crate::config::{VcpuCount, VmConfig};
 
 /// What the host lacks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -32,6 +32,18 @@ pub enum PreflightError {
         asked: u64,
         /// MiB that the kernel calls available.
         available: u64,
+    },
+    /// More vCPUs than KVM gives one VM.
+    #[error(
+        "cpus.boot_vcpus: the VM is to have {asked} vCPUs, but this host's KVM gives a VM {limit} \
+         at most\n\
+         give the VM fewer"
+    )]
+    TooManyVcpus {
+        /// vCPUs asked for.
+        asked: u8,
+        /// `KVM_CAP_MAX_VCPUS`.
+        limit: usize,
     },
     /// The process may not pin enough memory.
     #[error(
@@ -69,6 +81,18 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
         &memory,
         limit,
     )
+}
+
+/// Checks the number of vCPUs against KVM's limit (`KVM_CAP_MAX_VCPUS`).
+///
+/// # Errors
+/// It is more.
+pub fn check_vcpus(count: VcpuCount, limit: usize) -> Result<(), PreflightError> {
+    let asked = count.get();
+    if usize::from(asked) > limit {
+        return Err(PreflightError::TooManyVcpus { asked, limit });
+    }
+    Ok(())
 }
 
 fn judge(
@@ -170,6 +194,15 @@ mod tests {
                 available: 4096
             })
         );
+    }
+
+    #[test]
+    fn vcpus_are_judged_by_kvms_limit() {
+        let count = VcpuCount::new(200).unwrap();
+        assert!(check_vcpus(count, 200).is_ok());
+        let text = check_vcpus(count, 128).unwrap_err().to_string();
+        assert!(text.starts_with("cpus.boot_vcpus: "), "{text}");
+        assert!(text.contains("128 at most"), "{text}");
     }
 
     #[test]

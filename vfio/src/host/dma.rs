@@ -6,7 +6,6 @@ use std::sync::Arc;
 use gantry_devices::mapping::HostMapping;
 
 use super::container::Container;
-use super::memlock;
 use crate::{Error, Result};
 
 /// The largest range mapped by one call: the kernel holds its lock throughout, and what needs it
@@ -20,9 +19,6 @@ const CHUNK: u64 = 1 << 30;
 #[derive(Debug, Clone)]
 pub struct DmaSpace {
     container: Arc<Container>,
-    /// How many bytes may be pinned, if there is a limit. Asked for once, as the thread that maps
-    /// may have no right to read files.
-    memory_lock: Option<u64>,
 }
 
 /// Memory that devices can reach. Dropping it takes the mapping away before the memory goes.
@@ -37,10 +33,7 @@ pub struct DmaMapping {
 impl DmaSpace {
     /// The space of `container`, which has a group.
     pub fn new(container: Arc<Container>) -> Self {
-        Self {
-            container,
-            memory_lock: memlock::limit(),
-        }
+        Self { container }
     }
 
     /// The container whose address space it is.
@@ -49,11 +42,17 @@ impl DmaSpace {
     }
 
     /// Lets devices reach the whole of `memory` at `iova`: its pages are made to exist and pinned.
+    /// That takes seconds for much memory; `unwanted` is asked at each GiB whether to go on.
     ///
     /// # Errors
-    /// The container has too few mappings left, the locked-memory limit is too low, or the kernel
-    /// refuses the range. Nothing stays mapped then.
-    pub fn map(&self, iova: u64, memory: &Arc<HostMapping>) -> Result<DmaMapping> {
+    /// The container has too few mappings left, the kernel refuses the range, or it became unwanted.
+    /// Nothing stays mapped then.
+    pub fn map(
+        &self,
+        iova: u64,
+        memory: &Arc<HostMapping>,
+        unwanted: impl Fn() -> bool,
+    ) -> Result<DmaMapping> {
         let len = memory.size() as u64;
         self.check_entries(chunks(iova, len).count() as u64)?;
         let mut mapping = DmaMapping {
@@ -63,28 +62,21 @@ impl DmaSpace {
             _memory: Arc::clone(memory),
         };
         for chunk in chunks(iova, len) {
-            self.container
-                .map(iova + chunk.offset, memory, chunk.offset, chunk.len)
-                .map_err(|source| self.refused(&mapping, &chunk, source))?;
-            mapping.len += chunk.len;
+            let (iova, len) = (iova + chunk.offset, chunk.len);
+            let mapped = if unwanted() {
+                Err(io::ErrorKind::Interrupted.into())
+            } else {
+                self.container.map(iova, memory, chunk.offset, len)
+            };
+            mapped.map_err(|source| Error::Dma {
+                call: "VFIO_IOMMU_MAP_DMA",
+                iova,
+                len,
+                source,
+            })?;
+            mapping.len += len;
         }
         Ok(mapping)
-    }
-
-    /// Tells a locked-memory limit that is too low from other refusals.
-    fn refused(&self, mapping: &DmaMapping, chunk: &Chunk, source: io::Error) -> Error {
-        let needed = mapping.len + chunk.len;
-        match self.memory_lock {
-            Some(allowed) if needed > allowed && source.raw_os_error() == Some(libc::ENOMEM) => {
-                Error::MemoryLock { needed, allowed }
-            }
-            _ => Error::Dma {
-                call: "VFIO_IOMMU_MAP_DMA",
-                iova: mapping.iova + chunk.offset,
-                len: chunk.len,
-                source,
-            },
-        }
     }
 
     fn check_entries(&self, needed: u64) -> Result<()> {
@@ -166,40 +158,10 @@ mod tests {
     }
 
     #[test]
-    fn refusals_keep_their_errno_unless_the_limit_explains_them() {
-        let container = Container::on_null();
-        let space = DmaSpace {
-            container: Arc::new(container),
-            memory_lock: Some(8 << 20),
-        };
-        let memory = Arc::new(HostMapping::anonymous(4096, 4096).unwrap());
-        let mapping = DmaMapping {
-            container: Arc::clone(&space.container),
-            iova: 0x1000,
-            len: 0,
-            _memory: memory,
-        };
-        let refused = |errno, len| {
-            let chunk = Chunk {
-                offset: 0x2000,
-                len,
-            };
-            space.refused(&mapping, &chunk, io::Error::from_raw_os_error(errno))
-        };
-        let error = refused(libc::ENOMEM, 16 << 20);
-        assert!(matches!(error, Error::MemoryLock { needed, .. } if needed == 16 << 20));
-        for (errno, len) in [(libc::ENOMEM, 1 << 20), (libc::EEXIST, 16 << 20)] {
-            let error = refused(errno, len);
-            assert!(matches!(&error, Error::Dma { iova: 0x3000, source, .. }
-                if source.raw_os_error() == Some(errno)));
-        }
-    }
-
-    #[test]
     fn nothing_is_mapped_in_a_container_that_cannot_say_what_it_has() {
         let space = DmaSpace::new(Arc::new(Container::on_null()));
         let memory = Arc::new(HostMapping::anonymous(4096, 4096).unwrap());
-        let error = space.map(0, &memory).unwrap_err();
+        let error = space.map(0, &memory, || false).unwrap_err();
         assert!(matches!(
             error,
             Error::Container {

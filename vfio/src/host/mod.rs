@@ -6,7 +6,6 @@ mod dma;
 mod group;
 mod info;
 mod ioctl;
-mod memlock;
 
 pub use container::Container;
 pub use device::{DeviceIo, Irq, Region, VfioDevice};

@@ -14,6 +14,7 @@ use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{self, Serial};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::payload;
 use crate::address_space::{AddressSpace, Guard};
 use crate::config::SerialMode;
 use crate::error::Error;
@@ -169,7 +170,7 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
         SerialMode::Tty => unbuffered_stdout().map_err(Error::host("use stdout"))?,
-        SerialMode::File(path) => Box::new(File::create(path).map_err(Error::host("create the file of serial.file"))?),
+        SerialMode::File(path) => Box::new(payload::create("serial.file", path)?),
     };
     let trigger =
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;

@@ -12,7 +12,7 @@ use super::host_devices::{AttachedDevice, Claimed};
 use super::payload::OpenPayload;
 use crate::boot::Entry;
 use crate::config::{VcpuCount, VmConfig};
-use crate::control::Mailbox;
+use crate::control::{Mailbox, Signals};
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
 use crate::kvm::{KvmError, Machine, Vcpu};
@@ -23,16 +23,19 @@ use crate::vcpus::{Gate, Vcpus};
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. What can fail without
-    /// touching a device comes first; each step's guard undoes it if a later one fails.
+    /// touching a device comes first; each step's guard undoes it if a later one fails, or if a
+    /// signal has come.
     pub(super) fn build(
         config: &VmConfig,
         host: &HostPaths,
         sandbox: &Arc<Sandbox>,
         mailbox: &Arc<Mailbox>,
+        signals: &Arc<Signals>,
     ) -> Result<Self, Error> {
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(&config.payload)?;
         let machine = Machine::new()?;
+        preflight::check_vcpus(config.vcpus, machine.kvm().get_max_vcpus())?;
         let features =
             Features::of(machine.kvm()).map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
 
@@ -41,12 +44,14 @@ impl Vm {
             pid: std::process::id(),
         };
         let leases = gantry_resources::allocate(host, &config.devices, &holder)?;
+        signals.check()?;
         let claimed = Claimed::new(leases, host, &machine)?;
+        signals.check()?;
         let layout = plan(config, &features, &claimed)?;
         let board = Board::new(&machine, &layout, &config.serial, claimed.device_count())?;
 
         // Side by side: RAM is pinned, devices are opened, the kernel is loaded.
-        let dma = claimed.map_ram(&board.ram, sandbox)?;
+        let dma = claimed.map_ram(&board.ram, sandbox, signals)?;
         let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
         let opening = claimed.open(&router, sandbox)?;
         let entry = payload.load(&board, &layout, config.vcpus)?;
@@ -54,7 +59,9 @@ impl Vm {
             .into_iter()
             .map(|task| task.join())
             .collect::<Result<Vec<_>, _>>()?;
-        let dma = dma.map_or(Ok(Vec::new()), |task| task.join())?;
+        let dma = dma.map_or(Ok(Vec::new()), |task| task.join());
+        signals.check()?;
+        let dma = dma?;
 
         plug(&board, &mut devices)?;
         board.assign_pci(&layout)?;

@@ -10,6 +10,7 @@ use gantry_resources::{HostDevice, HostPaths, Lease, ReservedKind, ReservedRegio
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
+use crate::control::Signals;
 use crate::error::Error;
 use crate::kvm::{Machine, VfioObserver};
 use crate::memory::GuestRam;
@@ -128,11 +129,17 @@ impl Claimed {
         }
     }
 
-    /// Begins to map all of RAM, once, for every device there is and will be.
+    /// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal
+    /// has come.
     ///
     /// # Errors
     /// No thread could be made.
-    pub fn map_ram(&self, ram: &GuestRam, sandbox: &Sandbox) -> Result<Option<DmaTask>, Error> {
+    pub fn map_ram(
+        &self,
+        ram: &GuestRam,
+        sandbox: &Sandbox,
+        signals: &Arc<Signals>,
+    ) -> Result<Option<DmaTask>, Error> {
         let Some(joined) = &self.joined else {
             return Ok(None);
         };
@@ -142,10 +149,12 @@ impl Claimed {
             .iter()
             .map(|region| (region.guest, Arc::clone(&region.mapping)))
             .collect();
+        let signals = Arc::clone(signals);
         let map = move || {
+            let unwanted = || signals.check().is_err();
             regions
                 .iter()
-                .map(|(iova, memory)| dma.map(*iova, memory))
+                .map(|(iova, memory)| dma.map(*iova, memory, unwanted))
                 .collect()
         };
         threads::spawn(Role::Dma, sandbox, map)

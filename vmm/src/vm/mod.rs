@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use gantry_devices::info_limited;
 use gantry_resources::HostPaths;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::{SerialMode, VcpuCount, VmConfig};
 use crate::console::{Keyboard, RawTerminal, SerialOutput};
-use crate::control::{ControlLoop, Event, Mailbox, Signals};
+use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
 use crate::kvm::{IrqchipState, Machine};
@@ -27,7 +28,7 @@ use gantry_vfio::host::DmaMapping;
 use host_devices::AttachedDevice;
 use payload::OpenPayload;
 
-pub use payload::PayloadError;
+pub use payload::FileError;
 
 /// What the user decides about a run beside the VM itself.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,12 +56,28 @@ pub enum Outcome {
 /// # Errors
 /// The VM could not be built, or the host failed it later. Everything has been given back.
 pub fn run(config: &VmConfig, host: &HostPaths, options: Options) -> Result<Outcome, Error> {
-    let signals = Signals::block().map_err(Error::host("block signals"))?;
+    // Dropped after the VM: a second signal must not keep it from giving everything back.
+    let signals = Arc::new(Signals::block().map_err(Error::host("block signals"))?);
+    raise_file_limit();
     sandbox::install_traps().map_err(Error::host("install signal handlers"))?;
     let sandbox = Arc::new(Sandbox::new(options.seccomp).map_err(Error::host("compile filters"))?);
     let mailbox = Mailbox::new().map_err(Error::host("make an eventfd"))?;
-    let mut vm = Vm::build(config, host, &sandbox, &mailbox)?;
-    vm.run(signals)
+    let ended =
+        Vm::build(config, host, &sandbox, &mailbox, &signals).and_then(|mut vm| vm.run(&signals));
+    match ended {
+        Err(Error::Interrupted(signal)) => Ok(Outcome::Signal(signal)),
+        ended => ended,
+    }
+}
+
+/// Each interrupt vector costs a descriptor, and the usual soft limit of 1024 is there for programs
+/// that call select(2).
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE);
+    let raised = limit.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
 }
 
 /// A VM that stands. Dropping it stops its vCPUs and gives the host's devices back.
@@ -84,13 +101,14 @@ struct Vm {
 
 impl Vm {
     /// Runs the guest until something ends it.
-    fn run(&mut self, signals: Signals) -> Result<Outcome, Error> {
+    fn run(&mut self, signals: &Arc<Signals>) -> Result<Outcome, Error> {
         let mut control = ControlLoop::new(Arc::clone(&self.mailbox))
             .map_err(Error::host("make the control loop"))?;
-        if let Some(signal) = signals.pending() {
-            return Ok(Outcome::Signal(signal));
-        }
-        control.add(signals.post_to(Arc::clone(&self.mailbox)));
+        signals.check()?;
+        control.add(Box::new(SignalWatch {
+            signals: Arc::clone(signals),
+            mailbox: Arc::clone(&self.mailbox),
+        }));
         let _terminal = self.open_console(&mut control)?;
         let confined = self.sandbox.filter(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;

@@ -10,9 +10,9 @@ use crate::config::{Payload, VcpuCount};
 use crate::error::Error;
 use crate::layout::Layout;
 
-/// A file of the payload cannot be used.
+/// A file that the VM's file names cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum PayloadError {
+pub enum FileError {
     /// It cannot be opened.
     #[error("{key}: cannot open {}", path.display())]
     Open {
@@ -24,7 +24,7 @@ pub enum PayloadError {
         #[source]
         source: io::Error,
     },
-    /// It is a directory or a device.
+    /// It is a directory, a device or a pipe.
     #[error("{key}: {} is not a regular file", path.display())]
     NotAFile {
         /// The key of the VM's file that names it.
@@ -46,7 +46,7 @@ impl OpenPayload {
     ///
     /// # Errors
     /// One is missing, not permitted, or no regular file.
-    pub fn open(payload: &Payload) -> Result<Self, PayloadError> {
+    pub fn open(payload: &Payload) -> Result<Self, FileError> {
         let initramfs = payload.initramfs.as_deref();
         Ok(Self {
             kernel: open("payload.kernel", &payload.kernel)?,
@@ -96,19 +96,57 @@ fn image((path, file): &mut (PathBuf, File)) -> Image<'_> {
     Image { path, file }
 }
 
-fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), PayloadError> {
-    let failed = |source| PayloadError::Open {
+fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
+    let failed = |source| FileError::Open {
         key,
         path: path.to_owned(),
         source,
     };
     // Asked before it is opened: opening a pipe would wait for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(PayloadError::NotAFile {
+        return Err(FileError::NotAFile {
             key,
             path: path.to_owned(),
         });
     }
     let file = File::open(path).map_err(failed)?;
     Ok((path.to_owned(), file))
+}
+
+/// Makes a file to write to, or empties the one there is.
+///
+/// # Errors
+/// It is there and no regular file, or cannot be made.
+pub fn create(key: &'static str, path: &Path) -> Result<File, FileError> {
+    let path = path.to_owned();
+    // Opening a pipe would wait for its reader, and so would the guest.
+    if fs::metadata(&path).is_ok_and(|existing| !existing.is_file()) {
+        return Err(FileError::NotAFile { key, path });
+    }
+    File::create(&path).map_err(|source| FileError::Open { key, path, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::stat::Mode;
+
+    use super::*;
+
+    #[test]
+    fn output_goes_to_regular_files_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        for path in [folder.path(), &pipe] {
+            let refused = create("serial.file", path).unwrap_err().to_string();
+            assert!(refused.starts_with("serial.file: "), "{refused}");
+            assert!(refused.ends_with("is not a regular file"), "{refused}");
+        }
+        let log = folder.path().join("log");
+        fs::write(&log, "old").unwrap();
+        create("serial.file", &log).unwrap();
+        assert_eq!(fs::read(&log).unwrap(), b"");
+        let missing = create("serial.file", &folder.path().join("no/log"));
+        assert!(matches!(missing, Err(FileError::Open { .. })));
+    }
 }
