@@ -157,35 +157,43 @@ pub(crate) fn restore(
 ) -> Result<Vec<HostBdf>, BindError> {
     let started = Instant::now();
     let mut restored = Vec::new();
-    let mut result = Ok(());
+    let mut failed = BTreeMap::new();
+    let mut pause = Duration::from_millis(50);
     let mut pending = owed(paths, devices)?;
     while !pending.is_empty() {
         let last = started.elapsed() >= patience;
-        let mut later = BTreeMap::new();
-        for (group, members) in pending {
-            match restore_group(paths, writer, &members) {
-                Ok(Some(moved)) => restored.extend(moved),
-                Ok(None) => drop(later.insert(group, members)),
-                Err(error) => result = Err(error),
+        for (group, members) in &pending {
+            match restore_group(paths, writer, members) {
+                Ok(moved) => {
+                    failed.remove(group);
+                    restored.extend(moved.unwrap_or_default());
+                }
+                Err(error) => drop(failed.insert(*group, error)),
             }
         }
         if last {
             break;
         }
-        pending = later;
-        if !pending.is_empty() {
-            thread::sleep(Duration::from_millis(50));
-        }
+        // A killed process may have left a writer at work: what failed once may be right the next time.
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+        pending = owed(paths, devices)?;
     }
-    result.map(|()| restored)
+    match failed.into_values().next() {
+        Some(error) => Err(error),
+        None => Ok(restored),
+    }
 }
 
-/// The endpoints of the IOMMU groups of devices that carry the mark.
+/// The endpoints of the IOMMU groups of devices that carry the mark. One in quarantine hung when it was
+/// moved, and waits until somebody releases it.
 fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<HostBdf>>, BindError> {
     let all = scan(paths)?;
-    let marked = all
-        .iter()
-        .filter(|device| devices.contains(&device.bdf) && Former::owed(paths, device).is_some());
+    let marked = all.iter().filter(|device| {
+        devices.contains(&device.bdf)
+            && device.quarantine.is_none()
+            && Former::owed(paths, device).is_some()
+    });
     let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
     let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
     for device in all.iter().filter(|device| !device.is_bridge()) {

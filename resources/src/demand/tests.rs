@@ -247,3 +247,42 @@ fn a_use_is_written_down_and_taken_back_when_it_fails() {
     crate::release_quarantine(&host.paths, bdf("01:00.0")).unwrap();
     take(&host, &kernel, "gpus").unwrap();
 }
+
+#[test]
+fn a_write_that_fails_once_is_tried_again() {
+    let host = host();
+    let before = host.bindings();
+    let kernel = FakeKernel::new(&host);
+    drop(take(&host, &kernel, "gpus").unwrap());
+    let devices = [bdf("01:00.0"), bdf("01:00.1")];
+    let at = 1;
+    let mut kernel = FakeKernel::new(&host).with_fault(at, Fault::Refuses);
+    kernel.claims = [("01:00.0", "nouveau"), ("01:00.1", "snd_hda_intel")]
+        .map(|(address, driver)| (bdf(address), driver.to_owned()))
+        .into();
+    restore(&host.paths, &kernel, &devices, PATIENCE).unwrap();
+    assert_eq!(host.bindings(), before);
+}
+
+#[test]
+fn a_device_that_hangs_is_not_touched_again() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    drop(take(&host, &kernel, "disks").unwrap());
+    let kernel = FakeKernel::new(&host).with_fault(1, Fault::Hangs);
+    restore(&host.paths, &kernel, &[bdf("03:00.0")], PATIENCE).unwrap_err();
+    assert!(
+        host.read("03:00.0")
+            .quarantine
+            .unwrap()
+            .starts_with("it hung")
+    );
+    let kernel = FakeKernel::new(&host);
+    assert_eq!(reap(&host.paths, &kernel).unwrap(), []);
+    assert!(kernel.written.borrow().is_empty());
+    crate::release_quarantine(&host.paths, bdf("03:00.0")).unwrap();
+    let mut kernel = FakeKernel::new(&host);
+    kernel.claims.insert(bdf("03:00.0"), "nvme".to_owned());
+    assert_eq!(reap(&host.paths, &kernel).unwrap(), [bdf("03:00.0")]);
+    assert_eq!(host.read("03:00.0").driver.as_deref(), Some("nvme"));
+}

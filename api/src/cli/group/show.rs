@@ -1,7 +1,7 @@
 //! `gantry group show`: one group with its rules and devices.
 
 use clap::Args;
-use gantry_resources::{Groups, HostPaths, ResourceGroup, scan};
+use gantry_resources::{Bind, Groups, HostPaths, ResourceGroup, scan};
 use serde::Serialize;
 
 use super::list::type_word;
@@ -52,6 +52,20 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         if !group.description.is_empty() {
             writeln!(out, "description  {}", group.description)?;
         }
+        if let Some(traits) = &group.traits {
+            let names: Vec<&str> = traits.names().collect();
+            writeln!(out, "traits       {}", names.join(", "))?;
+        }
+        if let Some(class) = &group.resource_class {
+            writeln!(out, "res. class   {class}")?;
+        }
+        writeln!(out, "bind         {}", bind_word(group.bind))?;
+        if group.one_time_use {
+            writeln!(
+                out,
+                "use          once: see `gantry device release-quarantine`"
+            )?;
+        }
         writeln!(out, "file         {}", shown.file)?;
         for (index, rule) in group.rules.iter().enumerate() {
             let text = serde_json::to_string(rule).unwrap_or_default();
@@ -60,4 +74,12 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         writeln!(out)?;
         table(out, &shown.devices)
     })
+}
+
+fn bind_word(bind: Bind) -> &'static str {
+    match bind {
+        Bind::Manual => "manual: `gantry device detach`",
+        Bind::Boot => "boot: `gantry device persist`",
+        Bind::Demand => "demand: when a VM takes a device",
+    }
 }
