@@ -1,11 +1,11 @@
 //! `cargo xtask bench boot`: from the start of a VM to its guest's init.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::contender::{Contender, Guest};
 use super::inside::{self, Exits, Job, Timing};
@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// `cargo xtask bench boot`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Rounds; in each every contender runs once.
+    /// Rounds, at least 5; in each, every contender runs once.
     #[arg(long, value_name = "N", default_value = "5",
           value_parser = clap::value_parser!(u16).range(5..=1000))]
     pairs: u16,
@@ -94,8 +94,8 @@ struct Bench {
 /// What the rounds found.
 struct Found {
     samples: Samples,
-    /// Exits to init of the last round by reason: the case, the contender, the reasons.
-    reasons: BTreeMap<(String, String), BTreeMap<String, u64>>,
+    /// Exits to init of the last round, by contender, number of disks, and reason.
+    reasons: BTreeMap<(usize, usize), BTreeMap<String, u64>>,
 }
 
 impl Found {
@@ -120,6 +120,10 @@ impl Bench {
         let contenders: Vec<Contender> = std::iter::once(Contender::gantry())
             .chain(arguments.peers.iter().cloned())
             .collect();
+        let names: BTreeSet<&str> = contenders.iter().map(|c| c.program.as_str()).collect();
+        if names.len() < contenders.len() {
+            bail!("the same peer is given twice");
+        }
         let setup = Setup {
             kernel,
             devices: vec![
@@ -146,6 +150,9 @@ impl Bench {
 
     /// All rounds of all cases; timed and traced runs are apart from each other.
     fn measure(&self, rounds: usize, found: &mut Found) -> Result<()> {
+        if let Some(load) = busy() {
+            eprintln!("This machine is busy (load {load}): the times will scatter.");
+        }
         // The first runs are slower than all others, and tell how long it is going to take.
         let step = ui::Step::begin("Warming up");
         let began = Instant::now();
@@ -198,8 +205,7 @@ impl Bench {
             reads,
         })?;
         found.exits(contender, disks, &exits);
-        let key = (case(disks), self.name(contender).to_owned());
-        found.reasons.insert(key, exits.to_init);
+        found.reasons.insert((contender, disks), exits.to_init);
         Ok(())
     }
 
@@ -237,7 +243,9 @@ impl Bench {
                 .success()?;
             serde_json::from_slice(&output.stdout).context("the report makes no sense")
         };
-        run().with_context(|| format!("{}, {}", self.name(contender), case(disks)))
+        run()
+            .map_err(|error| with_kernel_log(error, &self.host))
+            .with_context(|| format!("{}, {}", self.name(contender), case(disks)))
     }
 
     fn name(&self, contender: usize) -> &str {
@@ -338,6 +346,22 @@ impl Found {
         };
         self.samples.add(subject, contender, figure);
     }
+}
+
+/// Adds the end of the host's kernel log, or of what a host that is gone has left.
+fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
+    let log = match host.sh("dmesg | tail -n 12").output() {
+        Ok(log) => log.text(),
+        Err(_) => host.last_words(),
+    };
+    anyhow!("{error:#}\n--- the host's kernel log ends\n{log}")
+}
+
+/// The load of this machine, if it is too busy to measure well.
+fn busy() -> Option<f64> {
+    let text = fs::read_to_string("/proc/loadavg").ok()?;
+    let load: f64 = text.split(' ').next()?.parse().ok()?;
+    (load > 1.0).then_some(load)
 }
 
 fn case(disks: usize) -> String {

@@ -38,8 +38,8 @@ pub struct Contender {
     /// Its name in tables and files.
     pub name: String,
     kind: Kind,
-    /// Its program in the lab host.
-    program: String,
+    /// Its program in the lab host, unlike any other's.
+    pub program: String,
     /// Its program here, if the lab does not have it anyway.
     file: Option<PathBuf>,
 }

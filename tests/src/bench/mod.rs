@@ -37,3 +37,19 @@ impl Bench {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Subcommand;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        let command = Bench::augment_subcommands(clap::Command::new("bench"));
+        command.clone().debug_assert();
+        let parse = |words: &str| command.clone().try_get_matches_from(words.split(' '));
+        assert!(parse("bench boot --pairs 5 --kernel stock --json f").is_ok());
+        assert!(parse("bench boot --pairs 4").is_err());
+        assert!(parse("bench boot --peer other=/bin/true").is_err());
+    }
+}

@@ -1,39 +1,27 @@
 //! Rows on a terminal: aligned columns, the medians first.
 
-use super::rows::{Row, Summary};
+use super::rows::{Ratio, Row, Summary};
 
-/// The rows as lines of text, with `peers` in this order.
+/// The rows as lines of text, with `peers` in this order; a line of its own names what is measured,
+/// its cases follow.
 pub fn render(rows: &[Row], peers: &[String]) -> String {
-    let mut head = vec![
-        "row".to_owned(),
-        "case".into(),
-        "unit".into(),
-        "gantry".into(),
-    ];
+    let mut head = vec![String::new(), "gantry".into()];
     for peer in peers {
         head.extend([peer.clone(), "ratio".into(), "gantry is".into()]);
     }
     let mut lines = vec![head];
     let mut last = "";
     for row in rows {
-        // A row's name once, above its cases.
-        let name = if row.row == last { "" } else { &row.row };
+        if row.row != last {
+            lines.push(vec![format!("{}, {}", row.row, row.unit)]);
+        }
         last = &row.row;
-        let mut line = vec![name.to_owned(), row.case.clone(), row.unit.clone()];
-        line.push(summary(&row.gantry));
-        for peer in peers.iter().map(|name| row.peers.get(name)) {
-            match peer {
-                Some(peer) => {
-                    let ratio = &peer.ratio;
-                    line.push(summary(&peer.summary));
-                    line.push(format!(
-                        "{:.2} ({:.2}-{:.2})",
-                        ratio.median, ratio.low, ratio.high
-                    ));
-                    line.push(ratio.verdict().to_string());
-                }
-                None => line.extend([String::new(), String::new(), String::new()]),
-            }
+        let mut line = vec![format!("  {}", row.case), summary(&row.gantry)];
+        for peer in peers.iter().filter_map(|name| row.peers.get(name)) {
+            let Ratio { median, low, high } = peer.ratio;
+            line.push(summary(&peer.summary));
+            line.push(format!("{median:.2} ({low:.2}-{high:.2})"));
+            line.push(peer.ratio.verdict().to_string());
         }
         lines.push(line);
     }
@@ -62,11 +50,12 @@ fn figure(value: f64) -> String {
     }
 }
 
-/// Columns as wide as their widest cell, two spaces apart.
+/// Columns as wide as their widest cell, two spaces apart. A line of one cell takes part in none.
 fn align(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or_default();
     let width = |column: usize| {
-        let cells = lines.iter().filter_map(|line| line.get(column));
+        let lines = lines.iter().filter(|line| line.len() > 1);
+        let cells = lines.filter_map(|line| line.get(column));
         cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -84,7 +73,7 @@ fn align(lines: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::{Peer, Ratio};
+    use super::super::rows::Peer;
     use super::*;
     use std::collections::BTreeMap;
 
@@ -115,12 +104,16 @@ mod tests {
             example("exits", "1 nvme", &[0.0], &[0.0]),
         ];
         let text = render(&rows, &["cloud-hypervisor".to_owned()]);
-        let wanted = "\
-row            case    unit  gantry          cloud-hypervisor  ratio                gantry is
-start-to-init  0 nvme  ms    950 (900-1000)  1900 (1800-2000)  0.50 (0.50-0.50)     ahead
-               1 nvme  ms    12.3            1.23              10.00 (10.00-10.00)  behind
-exits          1 nvme  ms    0               0                 1.00 (1.00-1.00)     level
-";
+        let wanted = [
+            "          gantry          cloud-hypervisor  ratio                gantry is",
+            "start-to-init, ms",
+            "  0 nvme  950 (900-1000)  1900 (1800-2000)  0.50 (0.50-0.50)     ahead",
+            "  1 nvme  12.3            1.23              10.00 (10.00-10.00)  behind",
+            "exits, ms",
+            "  1 nvme  0               0                 1.00 (1.00-1.00)     level",
+            "",
+        ]
+        .join("\n");
         assert_eq!(text, wanted);
     }
 
@@ -128,9 +121,6 @@ exits          1 nvme  ms    0               0                 1.00 (1.00-1.00) 
     fn gantry_alone_has_one_column() {
         let mut row = example("a", "b", &[1.0], &[1.0]);
         row.peers.clear();
-        assert_eq!(
-            render(&[row], &[]),
-            "row  case  unit  gantry\na    b     ms    1\n"
-        );
+        assert_eq!(render(&[row], &[]), "     gantry\na, ms\n  b  1\n");
     }
 }

@@ -165,29 +165,63 @@ impl Vmm {
         found
     }
 
-    /// The end of what it and its guest said.
+    /// What its threads do, and the end of what it and its guest said.
     fn last_words(&self) -> String {
         let messages = fs::read_to_string(MESSAGES).unwrap_or_default();
-        let tail = |lines: Vec<&str>| {
-            let from = lines.len().saturating_sub(12);
-            let lines = lines.into_iter().skip(from);
-            lines
-                .map(|line| format!("  | {line}\n"))
-                .collect::<String>()
-        };
+        let said = self.said.iter().map(|line| line.trim_end());
         format!(
-            "its messages:\n{}its guest's last lines:\n{}",
-            tail(messages.lines().collect()),
-            tail(self.said.iter().map(|line| line.trim_end()).collect())
+            "its threads:\n{}its messages:\n{}its guest's last lines:\n{}",
+            self.threads(),
+            tail(messages.lines()),
+            tail(said)
         )
     }
+
+    /// A line for each thread: its name, its state, its system call's number and arguments, and the
+    /// innermost function of the kernel that it is in.
+    fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let mut lines = Vec::new();
+        for task in tasks.into_iter().flatten().flatten() {
+            let read = |file: &str| {
+                let text = fs::read_to_string(task.path().join(file)).unwrap_or_default();
+                text.lines().next().unwrap_or_default().to_owned()
+            };
+            let stat = read("stat");
+            let state = stat
+                .rsplit(") ")
+                .next()
+                .and_then(|rest| rest.chars().next());
+            lines.push(format!(
+                "{} {} {} {}",
+                read("comm"),
+                state.unwrap_or('?'),
+                read("syscall"),
+                read("stack")
+            ));
+        }
+        tail(lines.iter().map(String::as_str))
+    }
+}
+
+/// The last few lines, indented.
+fn tail<'a>(lines: impl Iterator<Item = &'a str>) -> String {
+    const MOST: usize = 12;
+    let lines: Vec<&str> = lines.collect();
+    let from = lines.len().saturating_sub(MOST);
+    let last = lines.iter().skip(from);
+    last.map(|line| format!("  | {line}\n")).collect()
 }
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // Both fail only when it is gone and waited for.
+        // Fails only when it is gone and waited for.
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let deadline = Instant::now() + END_PATIENCE;
+        // Not for ever: one that is stuck in the kernel must not take the report with it.
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
