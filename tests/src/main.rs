@@ -27,6 +27,12 @@ enum Chore {
     Lab(LabArguments),
     /// Format, lints, unit, property and lab tests: all that has to pass.
     Test,
+    /// What takes too long for a test: the cases that repeat something, many more times.
+    Soak {
+        /// Rounds of each case.
+        #[arg(long, default_value = "50")]
+        rounds: u32,
+    },
     /// Measure gantry in the lab, alone or beside a peer.
     #[command(subcommand)]
     Bench(Bench),
@@ -56,6 +62,7 @@ fn main() -> ExitCode {
             Chore::Demo => demo::run(),
             Chore::Lab(arguments) => lab(arguments),
             Chore::Test => checks::run().map(|()| 0),
+            Chore::Soak { rounds } => checks::soak(rounds).map(|()| 0),
             Chore::Bench(bench) => bench.run().map(|()| 0),
         });
     match result {

@@ -20,8 +20,16 @@
 //! locked. What it leaves behind fails it, and the next case gets a fresh lab.
 
 mod bed;
+mod endings;
 mod lab_kernel;
+mod launch;
+mod passthrough;
+mod pool;
+mod pools;
+mod refusals;
+mod sandbox;
 mod the_lab;
+mod vm;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -36,7 +44,17 @@ const SUITES: &[Suite] = &[
     Suite {
         name: "stock",
         kernel: HostKernel::Stock,
-        cases: &[("the_lab", the_lab::CASES)],
+        cases: &[
+            ("the_lab", the_lab::CASES),
+            ("launch", launch::CASES),
+            ("passthrough", passthrough::CASES),
+            ("endings", endings::CASES),
+            ("pools", pools::CASES),
+            ("pools", pools::SWAP),
+            ("refusals", refusals::CASES),
+            ("sandbox", sandbox::CASES),
+            ("sandbox", sandbox::AUDITED),
+        ],
     },
     Suite {
         name: "lab-kernel",
@@ -44,9 +62,25 @@ const SUITES: &[Suite] = &[
         cases: &[
             ("the_lab", the_lab::CASES),
             ("lab_kernel", lab_kernel::CASES),
+            ("launch", launch::CASES),
+            ("launch", launch::MORE),
+            ("passthrough", passthrough::CASES),
+            ("passthrough", passthrough::MORE),
+            ("endings", endings::CASES),
+            ("endings", endings::MORE),
+            ("pools", pools::CASES),
+            ("pools", pools::MORE),
+            ("refusals", refusals::CASES),
+            ("sandbox", sandbox::CASES),
         ],
     },
 ];
+
+/// How often a case repeats what it repeats: `usual` times, or as often as `cargo xtask soak` says.
+fn rounds(usual: u64) -> u64 {
+    let soak = std::env::var("GANTRY_ROUNDS").ok();
+    soak.and_then(|rounds| rounds.parse().ok()).unwrap_or(usual)
+}
 
 fn main() -> ExitCode {
     if let Err(error) = cleanup::on_signals() {

@@ -1,0 +1,238 @@
+//! Cases about passthrough: what a guest has of a device is what the host had of it.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use gantry_tests::lab::Host;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::bed::{Case, cases};
+use crate::pool::{AUDIO, BIG_BAR, DISPLAY, Disk, EDU, FIRST, NIC, Pool, SECOND, device};
+use crate::vm::{Ended, Vm};
+
+/// For every host kernel.
+pub const CASES: &[Case] = cases![
+    a_disk_is_the_hosts_own,
+    reading_a_disk_causes_no_exit_to_user_space,
+];
+
+/// For one host kernel.
+pub const MORE: &[Case] = cases![
+    two_disks_share_one_mapping_of_ram,
+    a_network_card_talks_to_its_neighbour,
+    a_bar_of_8_gib_has_its_size,
+    a_display_comes_with_its_audio,
+    a_display_alone_reserves_its_audio,
+    a_device_is_named_by_its_path,
+];
+
+fn a_disk_is_the_hosts_own(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let vm = Vm::new("nvme").cpus(2).devices("nvme", 1);
+    let ended = vm.run(host)?.powered_off()?;
+    has_disk(&ended, "nvme0", &FIRST)?;
+    // One vector for the admin queue, one for the queue of each processor, each used.
+    let vectors: Vec<&str> = ended.values("nvme0.irq").collect();
+    ensure!(vectors.len() == 3, "{ended}");
+    for (queue, vector) in vectors.iter().enumerate() {
+        let words: Vec<&str> = vector.split_whitespace().collect();
+        let counts = words.get(1..3).unwrap_or_default();
+        let name = format!("nvme0q{queue}");
+        ensure!(words.last() == Some(&&*name), "{vector}");
+        ensure!(vector.contains(&format!(" {queue}-edge")), "{vector}");
+        ensure!(
+            counts.iter().any(|count| *count != "0"),
+            "not used: {vector}"
+        );
+    }
+    ensure!(ended.said.contains("MSI-X: Enable+ Count=65 Masked-"));
+    Ok(())
+}
+
+/// Fails unless the guest's disk `name` is this one.
+fn has_disk(ended: &Ended, name: &str, disk: &Disk) -> Result<()> {
+    let value = |key: &str| ended.value(&format!("{name}.{key}")).map(str::to_owned);
+    ensure!(value("serial")? == disk.serial, "{ended}");
+    ensure!(value("model")? == "QEMU NVMe Ctrl", "{ended}");
+    ensure!(value("bytes")? == (8 << 20).to_string(), "{ended}");
+    ensure!(value("sha256")? == disk.checksum(), "{ended}");
+    Ok(())
+}
+
+fn two_disks_share_one_mapping_of_ram(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
+    let mut running = Vm::new("shell").devices("nvme", 2).start(host)?;
+    let sum = |n: u8| {
+        format!("echo guest: sum{n}=$(dd if=/dev/nvme{n}n1 bs=1M iflag=direct | sha256sum)")
+    };
+    running.types(&sum(0))?;
+    running.types(&sum(1))?;
+    running.types("echo now")?;
+    running.until("now\r\n")?;
+    // The kernel counts what it pins; 256 MiB are the guest's RAM.
+    let pinned = host.sh("awk '/VmLck/ { print $2 }' /proc/$(pidof gantry)/status");
+    let pinned: u64 = pinned.output()?.success()?.text().parse()?;
+    ensure!((256 << 10..300 << 10).contains(&pinned), "{pinned} KiB");
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let mut sums = [ended.value("sum0")?, ended.value("sum1")?];
+    let mut expected = [FIRST, SECOND].map(|disk| format!("{} -", disk.checksum()));
+    sums.sort_unstable();
+    expected.sort_unstable();
+    ensure!(sums == expected.each_ref().map(String::as_str), "{ended}");
+    Ok(())
+}
+
+fn reading_a_disk_causes_no_exit_to_user_space(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = Vm::new("shell").devices("nvme", 1).start(host)?;
+    count_exits(host, true)?;
+    running.types("echo guest: seen")?;
+    running.until("guest: seen\r\n")?;
+    ensure!(count_exits(host, false)? > 0, "no exits are seen at all");
+    for requests in [40, 400] {
+        // Quiet before and after: the terminal is no part of what is counted.
+        running.types(&format!(
+            "sleep 2; for i in $(seq {requests}); do dd if=/dev/nvme0n1 of=/dev/null bs=16k \
+             count=1 skip=$i iflag=direct 2>/dev/null; done; sleep 3; echo guest: read"
+        ))?;
+        running.until("guest: read\r\n")?;
+        sleep(Duration::from_secs(1));
+        let before = interrupts(host)?;
+        count_exits(host, true)?;
+        let done = before + requests;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while interrupts(host)? < done {
+            ensure!(Instant::now() < deadline, "the disk is not read: {running}");
+            sleep(Duration::from_millis(100));
+        }
+        let exits = count_exits(host, false)?;
+        ensure!(exits == 0, "{exits} exits while {requests} were read");
+        running.until("guest: read\r\n")?;
+    }
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    Ok(())
+}
+
+/// How many interrupts the host has passed on from the disk.
+fn interrupts(host: &Host) -> Result<u64> {
+    let script = "awk '/vfio-msix/ { n += $2 + $3 } END { print n + 0 }' /proc/interrupts";
+    Ok(host.sh(script).output()?.success()?.text().parse()?)
+}
+
+/// Switches the counting of exits to user space; how many there were since it was switched on.
+fn count_exits(host: &Host, on: bool) -> Result<u64> {
+    let script = format!(
+        "cd /sys/kernel/tracing && echo {} >events/kvm/kvm_userspace_exit/enable &&
+         {{ grep -c kvm_userspace_exit: trace; echo >trace; }}",
+        u8::from(on)
+    );
+    Ok(host.sh(&script).output()?.success()?.text().parse()?)
+}
+
+fn a_network_card_talks_to_its_neighbour(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[NIC])?;
+    let neighbour = host
+        .sh("ls /sys/bus/pci/devices/0000:04:00.0/net")
+        .output()?;
+    let neighbour = neighbour.success()?.text();
+    host.sh(&format!(
+        "ip address add 10.9.0.1/24 dev {neighbour} && ip link set {neighbour} up"
+    ))
+    .output()?
+    .success()?;
+    let mut running = Vm::new("shell").cpus(2).devices("nic", 1).start(host)?;
+    running.types("ip address add 10.9.0.2/24 dev eth0; ip link set eth0 up")?;
+    running
+        .types("until ping -c 1 -W 1 10.9.0.1; do :; done; ping -c 5 -i 0.2 -s 1400 10.9.0.1")?;
+    running
+        .types("for n in $(grep -o 'eth0.*' /proc/interrupts); do echo guest: vector=$n; done")?;
+    running.types("poweroff -f")?;
+    let ended = running.end();
+    host.sh(&format!(
+        "ip link set {neighbour} down; ip address flush dev {neighbour}"
+    ))
+    .output()?
+    .success()?;
+    let ended = ended?.powered_off()?;
+    ensure!(ended.said.contains("5 packets received"), "{ended}");
+    // One vector for the link, and one for each pair of queues.
+    ensure!(ended.values("vector").count() >= 3, "{ended}");
+    Ok(())
+}
+
+fn a_bar_of_8_gib_has_its_size(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[BIG_BAR])?;
+    let mut running = Vm::new("shell").devices("big", 1).start(host)?;
+    running.types("lspci -v -s 01:00.0 | sed 's/^.Region/guest: Region/;s/^.Memory/guest: Memory/'; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let bar = ended.said.lines().find(|line| line.contains("[size=8G]"));
+    let bar = bar.with_context(|| format!("it has no such BAR: {ended}"))?;
+    ensure!(bar.contains("64-bit, prefetchable"), "{bar}");
+    let address = bar
+        .split(" at ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next());
+    let address = u64::from_str_radix(address.unwrap_or_default(), 16)?;
+    ensure!(
+        address >= 4 << 30 && address.is_multiple_of(8 << 30),
+        "{bar}"
+    );
+    Ok(())
+}
+
+fn a_display_comes_with_its_audio(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[DISPLAY])?;
+    let vm = Vm::new("shell").devices("display", 1).devices("audio", 1);
+    let mut running = vm.start(host)?;
+    running.types("lspci -nnk | sed 's/^0/guest: 0/'; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let has = |words: &str| ended.said.contains(words);
+    ensure!(has("[1234:1111]") && has("[8086:2668]"), "{ended}");
+    ensure!(has("Kernel driver in use: bochs-drm"), "{ended}");
+    Ok(())
+}
+
+fn a_display_alone_reserves_its_audio(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[DISPLAY])?;
+    let mut running = Vm::new("sleep")
+        .named("one")
+        .devices("display", 1)
+        .start(host)?;
+    running.until("guest: init")?;
+    for member in [DISPLAY, AUDIO] {
+        let member = device(host, member)?;
+        ensure!(
+            member["state"] == "assigned" && member["vm"] == "one",
+            "{member:#}"
+        );
+    }
+    let refused = Vm::new("none")
+        .named("two")
+        .devices("audio", 1)
+        .run(host)?
+        .exits(1)?;
+    ensure!(refused.errors.contains(AUDIO), "{refused}");
+    ensure!(refused.errors.contains("'one'"), "{refused}");
+    running.signal(Signal::SIGTERM)?;
+    running.end()?.exits(143)?;
+    Ok(())
+}
+
+fn a_device_is_named_by_its_path(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[EDU])?;
+    let mut vm = Vm::new("shell");
+    vm.file["devices"] = json!([{"path": format!("/sys/bus/pci/devices/{EDU}")}]);
+    let refused = vm.run(host)?.exits(1)?;
+    ensure!(refused.errors.contains(EDU), "{refused}");
+    ensure!(refused.errors.contains("--allow-ungrouped"), "{refused}");
+    vm.flags = "--allow-ungrouped";
+    let mut running = vm.start(host)?;
+    running.types("lspci -n | sed 's/^0/guest: 0/'; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.said.contains("1234:11e8"), "{ended}");
+    Ok(())
+}
