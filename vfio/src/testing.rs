@@ -142,7 +142,6 @@ impl FakeDevice {
                 offset: 0,
                 len: size,
             })),
-            msix_mappable: true,
         };
         let mut regions = vec![RegionInfo::default(); Region::COUNT];
         regions[0] = region(0x8000, true);

@@ -139,10 +139,6 @@ impl Decode {
     }
 }
 
-/// What a guest has written to the BAR registers of a function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct BarRegisters([u32; BAR_COUNT]);
-
 /// A BAR that is mapped now. Dropping it unmaps.
 struct Mapped {
     base: u64,
@@ -157,7 +153,7 @@ pub struct BarSet {
     bars: [Option<Bar>; BAR_COUNT],
     /// What was written last, with the bits that the size makes read-only still in it, so that a
     /// sizing probe can be told from an address.
-    written: BarRegisters,
+    written: [u32; BAR_COUNT],
     mapped: [Option<Mapped>; BAR_COUNT],
     /// First address that the guest cannot reach.
     memory_end: u64,
@@ -177,7 +173,7 @@ impl BarSet {
         let mut set = Self {
             label: label.into(),
             bars: Default::default(),
-            written: BarRegisters::default(),
+            written: [0; BAR_COUNT],
             mapped: Default::default(),
             memory_end: 1_u64
                 .checked_shl(u32::from(address_bits))
@@ -242,9 +238,9 @@ impl BarSet {
             let Some((index, lane)) = register_at(at) else {
                 continue;
             };
-            let mut bytes = self.written.0[index].to_le_bytes();
+            let mut bytes = self.written[index].to_le_bytes();
             bytes[lane] = byte;
-            self.written.0[index] = u32::from_le_bytes(bytes);
+            self.written[index] = u32::from_le_bytes(bytes);
         }
     }
 
@@ -253,33 +249,17 @@ impl BarSet {
     pub fn address(&self, index: u8) -> Option<u64> {
         let bar = self.bars.get(usize::from(index))?.as_ref()?;
         let index = usize::from(index);
-        let low = u64::from(self.written.0[index]);
+        let low = u64::from(self.written[index]);
         let high = match bar.kind {
-            BarKind::Memory64 { .. } => u64::from(self.written.0[index + 1]) << 32,
+            BarKind::Memory64 { .. } => u64::from(self.written[index + 1]) << 32,
             _ => 0,
         };
         Some((high | low) & !(bar.size - 1))
     }
 
-    /// Writes `address` to BAR `index` as firmware would; without effect where there is none.
-    pub fn program(&mut self, index: u8, address: u64) {
-        let slot = usize::from(index);
-        if let Some(Some(bar)) = self.bars.get(slot) {
-            self.written.0[slot] = address as u32;
-            if bar.kind.is_64_bit() {
-                self.written.0[slot + 1] = (address >> 32) as u32;
-            }
-        }
-    }
-
-    /// The registers as they are, for [`Self::restore`].
-    pub fn snapshot(&self) -> BarRegisters {
-        self.written
-    }
-
-    /// Sets all registers; [`BarRegisters::default`] unassigns every BAR, as a reset does.
-    pub fn restore(&mut self, registers: BarRegisters) {
-        self.written = registers;
+    /// Takes every BAR's address away, as a reset does.
+    pub fn unassign(&mut self) {
+        self.written = [0; BAR_COUNT];
     }
 
     /// Whether [`Self::remap`] has something to do.
@@ -365,11 +345,11 @@ impl BarSet {
     /// In the second case the BAR would end where 32-bit memory does, and none belongs there: on
     /// x86 that is the reset vector's place.
     fn is_sizing(&self, index: usize, bar: &Bar, last: u64) -> bool {
-        self.written.0[index] | bar.kind.flag_mask() == u32::MAX || last == u64::from(u32::MAX)
+        self.written[index] | bar.kind.flag_mask() == u32::MAX || last == u64::from(u32::MAX)
     }
 
     fn register(&self, index: usize) -> u32 {
-        let written = self.written.0[index];
+        let written = self.written[index];
         if let Some(bar) = &self.bars[index] {
             written & !(bar.size - 1) as u32 | bar.kind.flags()
         } else if let Some(bar) = self.high_half_of(index) {
@@ -418,6 +398,18 @@ mod tests {
             bar(2, MEM64, 8 << 30),
         ];
         BarSet::new("test", bars, 40).unwrap()
+    }
+
+    impl BarSet {
+        /// Writes `address` to BAR `index` as firmware does; without effect where there is none.
+        fn program(&mut self, index: u8, address: u64) {
+            let Some(Some(bar)) = self.bars.get(usize::from(index)) else {
+                return;
+            };
+            let register = registers::BARS.start + 4 * u16::from(index);
+            let len = if bar.kind.is_64_bit() { 8 } else { 4 };
+            self.write(register, &address.to_le_bytes()[..len]);
+        }
     }
 
     fn dword(set: &BarSet, offset: u16) -> u32 {
@@ -533,12 +525,12 @@ mod tests {
             (2, top),
             (2, u64::MAX),
         ] {
-            set.restore(BarRegisters::default());
+            set.unassign();
             set.program(index, address);
             assert!(!set.is_stale(ALL), "BAR {index} at {address:#x}");
         }
         for (index, address) in [(0, 0xffff_8000), (1, 0xff00), (2, top - (8 << 30))] {
-            set.restore(BarRegisters::default());
+            set.unassign();
             set.program(index, address);
             assert!(set.is_stale(ALL), "BAR {index} at {address:#x}");
         }
@@ -560,17 +552,6 @@ mod tests {
             remap(&mut set, ALL, &space),
             [Event::Hardware, Event::Map(0x40_0000_0000)]
         );
-    }
-
-    #[test]
-    fn registers_can_be_saved_and_restored() {
-        let mut set = set();
-        set.program(0, 0xc000_0000);
-        let saved = set.snapshot();
-        set.restore(BarRegisters::default());
-        assert_eq!(set.address(0), Some(0));
-        set.restore(saved);
-        assert_eq!(set.address(0), Some(0xc000_0000));
     }
 
     #[test]
@@ -598,12 +579,16 @@ mod tests {
 
     #[test]
     fn missing_bars_have_no_address() {
-        let mut set = set();
+        let (mut set, unassigned) = (set(), set());
         for index in [3, 4, 5, 6, 255] {
             set.program(index, 0xc000_0000);
             assert_eq!(set.address(index), None);
         }
-        assert_eq!(set.snapshot(), BarRegisters::default());
+        assert!(
+            (0x10..0x28)
+                .step_by(4)
+                .all(|at| dword(&set, at) == dword(&unassigned, at))
+        );
     }
 
     proptest! {

@@ -129,7 +129,7 @@ impl PciDevice for Endpoint {
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
         let mut state = self.state();
         state.bars.unmap();
-        state.bars.restore(Default::default());
+        state.bars.unassign();
         state.config.set(COMMAND, &[0; 2]);
         Ok(())
     }

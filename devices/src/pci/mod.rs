@@ -17,7 +17,7 @@ mod root_port;
 mod segment;
 
 pub use access::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, ECAM_BYTES_PER_BUS, EcamWindow};
-pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarRegisters, BarSet, Decode};
+pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarSet, Decode};
 pub use bdf::{GuestBdf, InvalidBdf};
 pub use capability::{Capability, CapabilityId, ExtendedCapability, ExtendedCapabilityId};
 pub use config::{Area, Backing, ConfigSpace, NoBacking};

@@ -24,8 +24,6 @@ pub struct Region(u32);
 impl Region {
     /// The configuration space.
     pub const CONFIG: Self = Self(abi::VFIO_PCI_CONFIG_REGION_INDEX);
-    /// The expansion ROM.
-    pub const ROM: Self = Self(abi::VFIO_PCI_ROM_REGION_INDEX);
     /// How many regions a PCI device has at most: six BARs, ROM, configuration space, VGA.
     pub const COUNT: usize = abi::VFIO_PCI_NUM_REGIONS as usize;
 
@@ -253,7 +251,6 @@ impl DeviceIo for VfioDevice {
         static ABSENT: RegionInfo = RegionInfo {
             size: 0,
             areas: Vec::new(),
-            msix_mappable: false,
         };
         self.regions
             .get(region.index())
@@ -350,7 +347,7 @@ mod tests {
         assert_eq!(Region::bar(5).unwrap().to_string(), "BAR5");
         assert_eq!(Region::bar(6), None);
         assert_eq!(Region::CONFIG.to_string(), "configuration space");
-        assert_eq!(Region::ROM.to_string(), "expansion ROM");
+        assert_eq!(Region::all().nth(6).unwrap().to_string(), "expansion ROM");
     }
 
     #[test]

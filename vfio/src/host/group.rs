@@ -108,11 +108,6 @@ impl Group {
         Ok(())
     }
 
-    /// The group's number, as in `/sys/kernel/iommu_groups`.
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
     /// The container it has joined.
     pub fn container(&self) -> &Arc<Container> {
         &self.container

@@ -11,8 +11,6 @@ pub struct RegionInfo {
     pub size: u64,
     /// The parts that can be mapped into a process, in ascending order.
     pub areas: Vec<MmapArea>,
-    /// Whether the pages of the MSI-X table may be among them. They are emulated all the same.
-    pub msix_mappable: bool,
 }
 
 /// A part of a region that can be mapped.
@@ -123,13 +121,7 @@ pub(super) fn parse_region(bytes: &[u8]) -> (RegionInfo, u64) {
         area.len > 0 && end.is_some_and(|end| end <= size)
     });
     areas.sort_by_key(|area| area.offset);
-    let msix = info.capability(first, abi::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE);
-    let region = RegionInfo {
-        size,
-        areas,
-        msix_mappable: msix.is_some(),
-    };
-    (region, offset)
+    (RegionInfo { size, areas }, offset)
 }
 
 /// Parses a `vfio_iommu_type1_info` with its capabilities.
@@ -177,7 +169,6 @@ mod tests {
                 len: 0x4000
             }]
         );
-        assert!(!info.msix_mappable);
         let (info, _) = parse_region(&bytes(&region(0b0011, 0, 0x4000)));
         assert_eq!((info.size, info.areas.len()), (0x4000, 0));
     }
@@ -194,7 +185,6 @@ mod tests {
         let (info, _) = parse_region(&bytes(&words));
         let areas = [(0, 0x1000), (0x3000, 0x1000)].map(|(offset, len)| MmapArea { offset, len });
         assert_eq!(info.areas, areas);
-        assert!(info.msix_mappable);
     }
 
     #[test]

@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::pci::capability::walk_extended;
 use gantry_devices::pci::registers as reg;
-use gantry_devices::pci::{
-    Backing, BarRegisters, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice,
-};
+use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice};
 use gantry_devices::warn_limited;
 
 use super::bars;
@@ -284,7 +282,7 @@ impl PciDevice for PassthroughDevice {
             hardware,
         } = &mut *guard;
         bars.unmap();
-        bars.restore(BarRegisters::default());
+        bars.unassign();
         *space = self.at_reset.clone();
         if let Some((_, interrupts)) = &self.msix {
             interrupts.reset();

@@ -47,11 +47,18 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_restart_syscall,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    // The end of a thread gives its alternate signal stack back; the trap asks for its name.
+    // The end of a thread gives its alternate signal stack back.
     libc::SYS_sigaltstack,
-    libc::SYS_prctl,
     libc::SYS_exit,
     libc::SYS_exit_group,
+];
+
+/// prctl: a thread's name, which the trap asks for too, and its filter; the allocator may name memory.
+const PRCTL_OPTIONS: &[libc::c_int] = &[
+    libc::PR_SET_NAME,
+    libc::PR_GET_NAME,
+    libc::PR_SET_NO_NEW_PRIVS,
+    libc::PR_SET_VMA,
 ];
 
 /// Making a thread: what glibc and the standard library call in the new one before its own filter.
@@ -184,6 +191,9 @@ fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
     let not_executable = || rule(2, Dword, MaskedEq(libc::PROT_EXEC as u64), 0);
     rules.push((libc::SYS_mmap, not_executable().into_iter().collect()));
     rules.push((libc::SYS_mprotect, not_executable().into_iter().collect()));
+    let settings = PRCTL_OPTIONS.iter();
+    let settings = settings.filter_map(|&option| rule(0, Dword, Eq, option as u64));
+    rules.push((libc::SYS_prctl, settings.collect()));
     let own_threads = rule(0, Dword, Eq, std::process::id().into());
     rules.push((libc::SYS_tgkill, own_threads.into_iter().collect()));
     rules
@@ -231,6 +241,7 @@ mod tests {
                 libc::SYS_mmap,
                 libc::SYS_mprotect,
                 libc::SYS_tgkill,
+                libc::SYS_prctl,
             ] {
                 let conditions = rules
                     .iter()

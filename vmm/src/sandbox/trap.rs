@@ -1,5 +1,9 @@
 //! The end of a thread that made a call it may not make, or that crashed: one line that says so,
 //! and the terminal as it was.
+//!
+//! A panic is told before anything else, but a backtrace of it is not: reading debug information
+//! opens files. With `RUST_BACKTRACE=1` the second line is about a blocked `openat`; with
+//! `--seccomp off` it is the backtrace.
 #![allow(unsafe_code)] // signal handlers, and one setting of the allocator.
 
 use std::io;

@@ -69,7 +69,7 @@ impl OpenPayload {
         vcpus: VcpuCount,
     ) -> Result<Entry, Error> {
         let memory = board.ram.memory();
-        let (cpus, serial) = (vcpus.get().into(), board.serial.is_some());
+        let (cpus, serial) = (vcpus.get(), board.serial.is_some());
         let rsdp = acpi::build(
             memory,
             &acpi::AcpiInputs {

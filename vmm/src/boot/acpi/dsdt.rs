@@ -30,7 +30,7 @@ pub fn dsdt(inputs: &AcpiInputs<'_>) -> Sdt {
         serial(&mut system_bus);
     }
     for uid in 0..inputs.cpus {
-        processor(uid, &mut system_bus);
+        processor(uid.into(), &mut system_bus);
     }
     let mut bytes = Scope::raw(Path::new("\\_SB_"), system_bus);
     let soft_off = Package::new(vec![&power::S5, &power::S5, &ZERO, &ZERO]);

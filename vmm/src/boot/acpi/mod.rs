@@ -26,7 +26,7 @@ pub struct AcpiInputs<'a> {
     /// The address space.
     pub layout: &'a Layout,
     /// Number of vCPUs; their APIC ids are 0 to `cpus - 1`.
-    pub cpus: u32,
+    pub cpus: u8,
     /// Whether there is a serial port.
     pub serial: bool,
 }
@@ -108,6 +108,7 @@ mod tests {
     use vm_memory::GuestMemoryMmap;
 
     use super::*;
+    use crate::config::VcpuCount;
     use crate::layout::LayoutInputs;
 
     const MIB: u64 = 1 << 20;
@@ -170,7 +171,7 @@ mod tests {
         tables
     }
 
-    fn tables(cpus: u32, serial: bool) -> Vec<Vec<u8>> {
+    fn tables(cpus: u8, serial: bool) -> Vec<Vec<u8>> {
         let (memory, layout) = (memory(), layout());
         let rsdp = build(
             &memory,
@@ -234,13 +235,10 @@ mod tests {
             expected.map(|(kind, bytes)| (kind, bytes.to_vec()))
         );
 
-        let many = entries(&tables(300, false)[1]);
+        let many = entries(&tables(VcpuCount::MAX, false)[1]);
         let count = |wanted| many.iter().filter(|(kind, _)| *kind == wanted).count();
-        assert_eq!((count(0), count(9), count(2), count(10)), (255, 45, 0, 1));
-        assert_eq!(
-            many[255],
-            (9, vec![0, 0, 255, 0, 0, 0, 1, 0, 0, 0, 255, 0, 0, 0])
-        );
+        assert_eq!((count(0), count(1), count(2), count(4)), (254, 1, 0, 1));
+        assert_eq!(many[253], (0, vec![253, 253, 1, 0, 0, 0]));
     }
 
     #[test]
@@ -272,20 +270,21 @@ mod tests {
     }
 
     #[test]
-    fn too_many_processors_are_said_to_be_too_many() {
-        let (memory, layout) = (memory(), layout());
+    fn tables_that_do_not_fit_are_refused() {
+        let (memory, mut layout) = (memory(), layout());
+        layout.acpi.len = 0x400;
         let refused = build(
             &memory,
             &AcpiInputs {
                 layout: &layout,
-                cpus: 4096,
+                cpus: 1,
                 serial: true,
             },
         );
         assert!(matches!(
             refused,
             Err(AcpiError::TooLong {
-                available: 0x1_0000,
+                available: 0x400,
                 ..
             })
         ));

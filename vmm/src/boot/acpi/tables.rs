@@ -48,28 +48,19 @@ fn port(register: u64) -> GAS {
 pub fn madt(inputs: &AcpiInputs<'_>) -> Sdt {
     const REVISION: u8 = 5;
     const HEADER_LEN: u32 = 36;
-    /// From this APIC id on, x2APIC entries take the place of local APIC ones.
-    const FIRST_X2APIC: u32 = 255;
 
     let mut entries = Vec::new();
     entries.extend((LOCAL_APIC as u32).to_le_bytes());
     // Flags: there is no dual 8259.
     entries.extend(0_u32.to_le_bytes());
-    for id in 0..inputs.cpus {
-        match u8::try_from(id) {
-            Ok(short) if id < FIRST_X2APIC => entries.extend(local_apic(short)),
-            _ => entries.extend(local_x2apic(id)),
-        }
-    }
+    // Up to 254 processors, so that none needs an x2APIC entry.
+    entries.extend((0..inputs.cpus).flat_map(local_apic));
     entries.extend(io_apic());
     if inputs.serial {
         entries.extend(serial_line());
     }
     // NMIs come in at LINT1 of all processors.
     entries.extend([4, 6, 0xff, 0, 0, 1]);
-    if inputs.cpus > FIRST_X2APIC {
-        entries.extend([10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]);
-    }
 
     let mut madt = Sdt::new(*b"APIC", HEADER_LEN, REVISION, OEM, OEM_TABLE, OEM_REVISION);
     madt.append_slice(&entries);
@@ -79,12 +70,6 @@ pub fn madt(inputs: &AcpiInputs<'_>) -> Sdt {
 /// Processor Local APIC (5.2.12.2), enabled. The processor's UID in the DSDT is its APIC id.
 fn local_apic(id: u8) -> [u8; 8] {
     [0, 8, id, id, 1, 0, 0, 0]
-}
-
-/// Processor Local x2APIC (5.2.12.12), enabled.
-fn local_x2apic(id: u32) -> [u8; 16] {
-    let [a, b, c, d] = id.to_le_bytes();
-    [9, 16, 0, 0, a, b, c, d, 1, 0, 0, 0, a, b, c, d]
 }
 
 /// I/O APIC (5.2.12.3) number 0, with the lines from 0 on.
