@@ -1,11 +1,13 @@
 //! Allocation: all or nothing, first fit in the order of addresses, with reasons.
 
 mod choose;
+mod ending;
 mod fit;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -24,7 +26,11 @@ use crate::request::{Placement, Request};
 use crate::topology::Sockets;
 use crate::writer::ChildWriter;
 use choose::{View, choose, survey};
+use ending::is_ending;
 pub use fit::{Fit, RequestFit};
+
+/// How long holders that are ending may keep devices from others.
+const ENDING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Nothing was allocated.
 #[derive(Debug, Error)]
@@ -104,7 +110,8 @@ pub enum AllocateError {
 ///
 /// Devices asked for by address are settled first, then groups pick what is free in the order of
 /// addresses. With each device the other endpoints of its IOMMU group are locked too, so no other VM
-/// gets them. Contenders take turns, so of several that cannot all be served, one is.
+/// gets them. Contenders take turns, so of several that cannot all be served, one is. What a killed
+/// process still holds is waited for.
 pub fn allocate(
     paths: &HostPaths,
     requests: &[Request],
@@ -138,8 +145,18 @@ pub(crate) fn allocate_with(
         return Ok(Vec::new());
     }
     let record = LeaseRecord::vm(holder);
-    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let look = Look::at(paths)?;
+    let deadline = Instant::now() + ENDING_PATIENCE;
+    let (choosing, look) = loop {
+        let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+        let look = Look::at(paths)?;
+        match choose(look.view(), requests, placement) {
+            Err(AllocateError::NoFit(_) | AllocateError::Unavailable(_))
+                if look.has_ending_holders(paths) && Instant::now() < deadline => {}
+            _ => break (choosing, look),
+        }
+        drop(choosing);
+        std::thread::sleep(Duration::from_millis(10));
+    };
     let chosen = choose(look.view(), requests, placement)?;
     let leases = lock(paths, &look.devices, &chosen, &record)?;
     use_once(paths, &look.groups, &chosen, holder)?;
@@ -187,6 +204,11 @@ impl Look {
             groups,
             guarded,
         })
+    }
+
+    /// Whether devices are about to become free, since those who hold them are no more.
+    fn has_ending_holders(&self, paths: &HostPaths) -> bool {
+        self.devices.iter().any(|device| is_ending(paths, device))
     }
 
     fn view(&self) -> View<'_> {

@@ -76,6 +76,25 @@ fn a_group_gives_its_first_free_devices_until_they_are_given_back() {
 }
 
 #[test]
+fn a_holder_that_is_ending_is_waited_for_and_no_other() {
+    let host = host(&[Fake::nvme("01:00.0", 1)], NVME);
+    let first = allocate(&host.paths, &[of("nvme", 1)], &vm("a")).unwrap();
+    // In another PID namespace, or alive.
+    assert!(refusal(&host, &[of("nvme", 1)]).contains("held by VM 'a'"));
+    host.file("proc/123/stat", "123 (gantry) S 1 123 123 0 -1 4194560 0\n");
+    assert!(refusal(&host, &[exact("01:00.0")]).contains("held by VM 'a'"));
+    host.file("proc/123/stat", "123 (gantry) R 1 123 123 0 -1 4195332 0\n");
+    let late = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(first);
+        });
+        allocate(&host.paths, &[exact("01:00.0")], &vm("b"))
+    });
+    assert_eq!(addresses(&late.unwrap()), ["0000:01:00.0"]);
+}
+
+#[test]
 fn devices_come_in_the_order_of_the_requests_and_none_twice() {
     let devices: Vec<Fake> = (1..5)
         .map(|bus| Fake::nvme(&format!("{bus:02x}:00.0"), bus))
