@@ -65,13 +65,13 @@ impl Logs {
         })
     }
 
-    /// Those that there are, with their names.
+    /// Those that hold something, with their names.
     fn kept(&self) -> impl Iterator<Item = (&str, &Path)> {
         [
             ("The guest's whole console", self.console.as_path()),
             ("The host's kernel log", self.kernel.as_path()),
         ]
         .into_iter()
-        .filter(|(_, path)| path.exists())
+        .filter(|(_, path)| fs::metadata(path).is_ok_and(|file| file.len() > 0))
     }
 }

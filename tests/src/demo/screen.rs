@@ -116,17 +116,20 @@ impl Screen {
         logs: &Logs,
     ) -> io::Result<()> {
         let Self { step, heading, .. } = self;
+        let why = format!("{error:#}");
         writeln!(
             out,
-            "\n{BAD}demo: failed{BAD:#} at step {step}, \"{heading}\"\n{error:#}\n"
+            "\n{BAD}demo: failed{BAD:#} at step {step}, \"{heading}\"\n{}\n",
+            why.trim_end()
         )?;
         for (name, path) in logs.kept() {
             writeln!(out, "{name}: {}", path.display())?;
         }
         writeln!(
             out,
-            "What to do: `cargo xtask lab` is a shell in the same host. If it does not start, its\n\
-             message says why; if it does, type the commands from above there, one by one."
+            "What to do: run it again if this machine had much else to do. If it fails again,\n\
+             `cargo xtask lab` is a shell in the same host: type the commands from above there,\n\
+             one by one."
         )
     }
 

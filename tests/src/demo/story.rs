@@ -11,7 +11,7 @@ use super::guest::{Said, Words};
 use super::screen::Screen;
 use super::vm::{Heard, Vm, in_words};
 use crate::lab::qemu::Device;
-use crate::lab::{Host, Parts, Setup};
+use crate::lab::{Host, Parts, Setup, disk};
 use crate::protocol::Exit;
 
 /// The disk that the guest gets: the first device of the lab.
@@ -80,6 +80,7 @@ impl<'a> Story<'a> {
         self.reattach(host)?;
         let facts = Facts {
             words,
+            checksum: disk::checksum(SERIAL),
             exit,
             pools: [before, during, after],
             locks: [locks_during, locks_after],

@@ -98,7 +98,10 @@ impl<'h> Vm<'h> {
                 Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                     return Err(self.failure(&format!("the VM is not over after {PATIENCE:?}")));
                 }
-                Err(_) => return Err(self.failure(&self.host.last_words())),
+                Err(_) => {
+                    let words = self.host.last_words();
+                    return Err(self.failure(&format!("the lab host is gone\n{words}")));
+                }
             }
         }
     }
