@@ -21,13 +21,13 @@ impl Step {
 
     /// Shows a bar that runs to `total` (bytes when `total` is a size of files).
     pub fn bytes(what: impl Into<String>, total: u64) -> Self {
-        let style = "{spinner} {msg} {bar:30} {bytes}/{total_bytes}";
+        let style = "{spinner} {msg} {wide_bar} {bytes}/{total_bytes}";
         Self::with(what.into(), Some(total), style)
     }
 
     /// Shows a bar that runs to `total` items.
     pub fn items(what: impl Into<String>, total: u64) -> Self {
-        let style = "{spinner} {msg} {bar:30} {pos}/{len} {elapsed:.dim}";
+        let style = "{spinner} {msg} {wide_bar} {pos}/{len} {elapsed:.dim}";
         Self::with(what.into(), Some(total), style)
     }
 
