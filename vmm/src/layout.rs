@@ -2,13 +2,13 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use gantry_devices::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN};
+use gantry_devices::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_BYTES_PER_BUS};
 use gantry_devices::serial;
 
 /// End of RAM below 4 GiB. What follows is room for 32-bit windows, which BARs that are 64 bits
 /// wide but not prefetchable need as well: Linux keeps them out of prefetchable windows.
 pub const LOW_RAM_END: u64 = 2 * GIB;
-/// The PCI Express enhanced configuration space: 1 MiB for each of 256 buses.
+/// Room for the PCI Express enhanced configuration space: 1 MiB for each of 256 buses.
 pub const ECAM: RangeInclusive<u64> = 0xe000_0000..=0xefff_ffff;
 /// Registers of the I/O APIC, in KVM.
 pub const IO_APIC: u64 = 0xfec0_0000;
@@ -82,6 +82,8 @@ pub struct BridgeWindows {
 /// What a plan is made from.
 #[derive(Debug, Clone, Copy)]
 pub struct LayoutInputs<'a> {
+    /// PCIe root ports, each with a bus of its own behind it.
+    pub root_ports: u8,
     /// Bytes of guest RAM.
     pub ram: u64,
     /// Physical address bits of the guest's processors ([`crate::cpu::Features::physical_bits`]).
@@ -180,16 +182,23 @@ impl Layout {
             holes: holes(&ram),
             acpi: place_acpi(&ram),
             ram,
-            ecam: ECAM,
+            ecam: ecam(inputs.root_ports),
             bridges: vec![BridgeWindows {
                 first_bus: 0,
-                last_bus: 255,
+                last_bus: inputs.root_ports,
                 io: PCI_IO,
                 mem32: mem32.start..=mem32.end - 1,
                 mem64: mem64.start..=mem64.end - 1,
             }],
         })
     }
+}
+
+/// The configuration space of the buses up to `last_bus`. No guest is told of more: Linux looks for
+/// 32 devices on each bus that the MCFG names and no bridge leads to, 16,384 exits for all 256.
+fn ecam(last_bus: u8) -> RangeInclusive<u64> {
+    let len = (u64::from(last_bus) + 1) * ECAM_BYTES_PER_BUS;
+    *ECAM.start()..=*ECAM.start() + len - 1
 }
 
 impl RamRange {
@@ -346,6 +355,7 @@ mod tests {
 
     fn plan(ram: u64, bits: u8, reserved: &[RangeInclusive<u64>]) -> Result<Layout, LayoutError> {
         Layout::plan(&LayoutInputs {
+            root_ports: 255,
             ram,
             physical_bits: bits,
             iova: &[],
@@ -384,6 +394,22 @@ mod tests {
     }
 
     #[test]
+    fn the_guest_is_told_of_as_many_buses_as_lead_somewhere() {
+        for (root_ports, last) in [(0, 0xe00f_ffff), (2, 0xe02f_ffff), (255, 0xefff_ffff)] {
+            let layout = Layout::plan(&LayoutInputs {
+                root_ports,
+                ram: GIB,
+                physical_bits: 40,
+                iova: &[],
+                reserved: &[],
+            })
+            .unwrap();
+            assert_eq!(layout.ecam, 0xe000_0000..=last);
+            assert_eq!(layout.bridges[0].last_bus, root_ports);
+        }
+    }
+
+    #[test]
     fn ram_steps_over_the_hypertransport_hole() {
         let layout = plan(1100 * GIB, 48, &[HYPERTRANSPORT, MSI]).unwrap();
         let before = 1012 * GIB - 4 * GIB;
@@ -405,6 +431,7 @@ mod tests {
     fn a_narrow_iommu_bounds_windows_and_ram() {
         let iova = [0..=0xfedf_ffff, 0xfef0_0000..=0x7f_ffff_ffff];
         let inputs = LayoutInputs {
+            root_ports: 255,
             ram: 8 * GIB,
             physical_bits: 46,
             iova: &iova,
@@ -540,6 +567,7 @@ mod tests {
         ) {
             let iova = [0..=iova_end];
             let inputs = LayoutInputs {
+                root_ports: 255,
                 ram: pages * PAGE,
                 physical_bits: bits,
                 iova: &iova,

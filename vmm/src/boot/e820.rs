@@ -95,6 +95,7 @@ mod tests {
 
     fn map_of(ram: u64, reserved: &[std::ops::RangeInclusive<u64>]) -> Vec<Entry> {
         let inputs = LayoutInputs {
+            root_ports: 255,
             ram,
             physical_bits: 46,
             iova: &[],

@@ -57,6 +57,7 @@ mod tests {
 
     fn written(reserved: &[std::ops::RangeInclusive<u64>]) -> [u8; 9] {
         let inputs = LayoutInputs {
+            root_ports: 255,
             ram: 4 << 20,
             physical_bits: 40,
             iova: &[],

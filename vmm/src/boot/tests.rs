@@ -27,6 +27,7 @@ impl Guest {
     /// RAM full of what a former kernel left there.
     fn new(ram: u64, reserved: &[RangeInclusive<u64>]) -> Self {
         let inputs = LayoutInputs {
+            root_ports: 255,
             ram,
             physical_bits: 40,
             iova: &[],

@@ -106,6 +106,7 @@ fn plug(board: &Board, devices: &mut [AttachedDevice]) -> Result<(), Error> {
 fn plan(config: &VmConfig, features: &Features, claimed: &Claimed) -> Result<Layout, Error> {
     let iova = claimed.iova_ranges()?;
     Ok(Layout::plan(&LayoutInputs {
+        root_ports: u8::try_from(claimed.device_count()).unwrap_or(u8::MAX),
         ram: config.memory.bytes(),
         physical_bits: features.physical_bits(),
         iova: &iova,

@@ -116,6 +116,7 @@ mod tests {
     fn layout() -> Layout {
         let ram = 64 * MIB;
         let inputs = LayoutInputs {
+            root_ports: 255,
             ram,
             physical_bits: 40,
             iova: &[],

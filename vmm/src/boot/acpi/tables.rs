@@ -85,9 +85,10 @@ fn serial_line() -> [u8; 10] {
     [2, 10, 0, a, a, b, c, d, 0, 0]
 }
 
-/// The MCFG (PCI Firmware Specification 3.3, 4.1.2): segment 0, all its buses.
+/// The MCFG (PCI Firmware Specification 3.3, 4.1.2): segment 0, the buses that lead somewhere.
 pub fn mcfg(layout: &Layout) -> MCFG {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(*layout.ecam.start(), 0, 0, 255);
+    let last_bus = layout.bridges.iter().map(|bridge| bridge.last_bus).max();
+    mcfg.add_ecam(*layout.ecam.start(), 0, 0, last_bus.unwrap_or(0));
     mcfg
 }
