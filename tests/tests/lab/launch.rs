@@ -41,7 +41,9 @@ fn saw_its_machine(ended: Ended, cpus: u64, mib: u64) -> Result<()> {
     let ended = ended.powered_off()?;
     ended.no_warnings()?;
     has(&ended, cpus, mib)?;
+    ensure!(ended.value("nvme0.serial")? == FIRST.serial, "{ended}");
     ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+    ensure!(ended.number("nvme0.msix")? > 0, "{ended}");
     Ok(())
 }
 
