@@ -20,6 +20,7 @@ pub const MORE: &[Case] = cases![
     vcpus_and_memory_are_seen,
     ram_goes_on_above_4_gib,
     the_serial_port_leads_where_the_file_says,
+    streams_that_are_closed_do_no_harm,
     a_long_command_line_arrives_whole,
     debian_reboots_in_place,
 ];
@@ -86,6 +87,18 @@ fn the_serial_port_leads_where_the_file_says(host: &Host) -> Result<()> {
         let ended = vm.run(host)?.powered_off()?;
         ensure!(ended.said.is_empty(), "{mode}: {ended}");
     }
+    Ok(())
+}
+
+fn streams_that_are_closed_do_no_harm(host: &Host) -> Result<()> {
+    let command = Vm::new("none").command(host)?;
+    let none = host.sh(&format!("exec {command} <&- >&- 2>&-")).output()?;
+    Ended::of(none).powered_off()?;
+    // Its reader goes after the first line.
+    let script = format!("{{ {command} </dev/null; echo status=$? >&2; }} | head -n 1");
+    let ended = Ended::of(host.sh(&script).output()?);
+    ensure!(ended.said.lines().count() == 1, "{ended}");
+    ensure!(ended.errors.contains("status=0"), "{ended}");
     Ok(())
 }
 
