@@ -1,14 +1,14 @@
 //! What can go wrong between gantry and VFIO, in words for the person who has to mend it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A failure of the host's side of passthrough. The guest never causes one.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A device node could not be opened.
-    #[error("cannot open {}{}", path.display(), open_hint(source))]
+    #[error("cannot open {}{}", path.display(), open_hint(path, source))]
     Open {
         /// The node.
         path: PathBuf,
@@ -125,8 +125,12 @@ fn pin_hint(error: &io::Error) -> &'static str {
     }
 }
 
-fn open_hint(error: &io::Error) -> &'static str {
+fn open_hint(path: &Path, error: &io::Error) -> &'static str {
     match error.raw_os_error() {
+        // The container's node comes with the module, a group's with a device that is bound.
+        Some(libc::ENOENT) if path.ends_with("vfio/vfio") => {
+            "\nload it with `modprobe vfio_iommu_type1`, or in a container make /dev/vfio visible"
+        }
         Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",
         Some(libc::EACCES | libc::EPERM) => " (run as its owner, or as root)",
         _ => "",

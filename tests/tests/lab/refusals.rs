@@ -289,7 +289,8 @@ fn vfio_missing_or_not_permitted(host: &Host) -> Result<()> {
         is_refused(host, vm.run(host)?, 1, &[FIRST.bdf, &node, "modprobe"])
     })?;
     without(host, "/dev/vfio/vfio", || {
-        is_refused(host, vm.run(host)?, 1, &["/dev/vfio/vfio", "vfio"])
+        let words = ["/dev/vfio/vfio", "modprobe vfio_iommu_type1"];
+        is_refused(host, vm.run(host)?, 1, &words)
     })?;
     given_to_nobody(host, || {
         host.sh(&format!("chown 0 {node}")).output()?.success()?;
