@@ -11,7 +11,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
@@ -23,6 +23,7 @@ use thiserror::Error;
 use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+use crate::quarantine;
 
 /// How long to wait for others who are choosing devices. Choosing takes milliseconds.
 pub(crate) const ALLOCATION_DEADLINE: Duration = Duration::from_secs(10);
@@ -183,6 +184,18 @@ impl Lease {
         &self.device
     }
 
+    /// Puts the device into quarantine when the lease ends: no VM gets it until it is released, or the
+    /// host boots.
+    ///
+    /// This needs nothing that a confined process lacks: the reason is left in the lock's file, and the
+    /// next command that moves the device writes it down where quarantine is kept.
+    pub fn set_aside(&self, reason: &str) {
+        let bdf = self.device.bdf;
+        if let Some(lock) = self.group.iter().find(|lock| lock.bdf == bdf) {
+            let _ = lock.lock.leave.set(quarantine::note(&self.device, reason));
+        }
+    }
+
     /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
     pub fn locked(&self) -> impl Iterator<Item = HostBdf> {
         self.group.iter().map(|lock| lock.bdf)
@@ -202,19 +215,21 @@ impl Drop for Lease {
 #[derive(Debug)]
 pub(crate) struct DeviceLock {
     bdf: HostBdf,
-    _lock: LockFile,
+    lock: LockFile,
 }
 
 impl DeviceLock {
-    /// Takes the lock of a device; none if somebody has it.
+    /// Takes the lock of a device; none if somebody has it. A note of quarantine that the last holder
+    /// left is written down first.
     pub(crate) fn take(
         paths: &HostPaths,
         bdf: HostBdf,
         record: &LeaseRecord,
     ) -> Result<Option<Self>, LeaseError> {
         let path = lock_path(paths, bdf);
-        let lock = LockFile::take(&path, record).map_err(LeaseError::file(&path))?;
-        Ok(lock.map(|lock| Self { bdf, _lock: lock }))
+        let keep = |note: &[u8]| quarantine::keep(paths, bdf, note);
+        let lock = LockFile::take_after(&path, record, keep).map_err(LeaseError::file(&path))?;
+        Ok(lock.map(|lock| Self { bdf, lock }))
     }
 }
 
@@ -268,24 +283,46 @@ fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
     paths.run.join("leases").join(format!("{bdf}.lock"))
 }
 
+/// What the last holder of a device left to be read, or the record of the one who has it.
+pub(crate) fn note(paths: &HostPaths, bdf: HostBdf) -> Option<Vec<u8>> {
+    fs::read(lock_path(paths, bdf)).ok()
+}
+
 /// A locked file that says who locked it.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     file: File,
+    /// What the file is to say when nobody has it; nothing if this is not set.
+    leave: OnceLock<Vec<u8>>,
 }
 
 impl LockFile {
     /// Locks a file, making it first where needed; none if somebody else has the lock.
     pub(crate) fn take(path: &Path, record: &LeaseRecord) -> io::Result<Option<Self>> {
+        Self::take_after(path, record, |_| Ok(()))
+    }
+
+    /// [`LockFile::take`], with a look at what the last holder left before it is overwritten.
+    fn take_after(
+        path: &Path,
+        record: &LeaseRecord,
+        look: impl Fn(&[u8]) -> io::Result<()>,
+    ) -> io::Result<Option<Self>> {
         loop {
             let file = open(path)?;
             if !try_lock(&file)? {
                 return Ok(None);
             }
-            let lock = Self { file };
+            let leave = OnceLock::new();
+            let lock = Self { file, leave };
             // Somebody cleared the directory in between: a lock on a file that is gone binds nobody.
             if !lock.is_at(path)? {
                 continue;
+            }
+            if let Err(error) = look(&fs::read(path)?) {
+                // It stays as it is, for somebody who may write it down.
+                let _ = lock.leave.set(fs::read(path)?);
+                return Err(error);
             }
             if let Err(error) = lock.write(record) {
                 tracing::warn!(
@@ -316,7 +353,12 @@ impl Drop for LockFile {
     fn drop(&mut self) {
         // Unlocked by name and not only by closing: a process being spawned by another thread has a
         // copy of the descriptor until it executes its program.
-        let unlocked = self.file.set_len(0).and_then(|()| unlock(&self.file));
+        let emptied = self.file.set_len(0);
+        let left = self
+            .leave
+            .get()
+            .map_or(Ok(()), |note| self.file.write_all_at(note, 0));
+        let unlocked = emptied.and(left).and_then(|()| unlock(&self.file));
         if let Err(error) = unlocked {
             tracing::debug!("a lock is left to be freed by closing: {error}");
         }

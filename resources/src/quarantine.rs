@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
+use crate::lease::{self, DeviceLock, LeaseRecord};
 use crate::{atomic, sysfs};
 
 /// How long a device stays out of the pools by itself.
@@ -53,6 +54,14 @@ pub enum QuarantineError {
         /// The device.
         bdf: HostBdf,
     },
+    /// Somebody has the device.
+    #[error(
+        "{bdf} is held by somebody: `gantry device list` shows by whom; release it when that is over"
+    )]
+    Held {
+        /// The device.
+        bdf: HostBdf,
+    },
     /// The device still is not well.
     #[error(
         "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or boot the host, then release it"
@@ -77,10 +86,35 @@ pub fn quarantine(
         boot: boot(paths),
     };
     let path = path(paths, device.bdf);
-    let written = serde_json::to_vec(&record)
-        .map_err(io::Error::from)
-        .and_then(|text| atomic::replace(&path, &text));
-    written.map_err(|source| QuarantineError::File { path, source })
+    store(&path, &record).map_err(|source| QuarantineError::File { path, source })
+}
+
+fn store(path: &Path, record: &Record) -> io::Result<()> {
+    atomic::replace(path, &serde_json::to_vec(record)?)
+}
+
+/// A record for a process that can neither ask for the boot nor open a file: it is left in the file of
+/// the device's lease, whose directory a boot of the host empties.
+pub(crate) fn note(device: &HostDevice, reason: &str) -> Vec<u8> {
+    let record = Record {
+        id: device.id.to_string(),
+        reason: reason.to_owned(),
+        until: Until::Boot,
+        boot: None,
+    };
+    serde_json::to_vec(&record).unwrap_or_default()
+}
+
+/// Writes down what a [`note`] says. Anything else is none.
+pub(crate) fn keep(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<()> {
+    let Ok(record) = serde_json::from_slice::<Record>(text) else {
+        return Ok(());
+    };
+    let record = Record {
+        boot: boot(paths),
+        ..record
+    };
+    store(&path(paths, bdf), &record)
 }
 
 /// Gives a device back to its pools, if it answers.
@@ -91,6 +125,12 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Quarant
     }
     if is_dead(&paths.pci_device(bdf).join("config")) {
         return Err(QuarantineError::Dead { bdf });
+    }
+    // Taking the lock takes away what its last holder left.
+    let record = LeaseRecord::task("gantry device release-quarantine");
+    let lock = DeviceLock::take(paths, bdf, &record).map_err(InventoryError::from)?;
+    if lock.is_none() {
+        return Err(QuarantineError::Held { bdf });
     }
     forget(paths, bdf)
 }
@@ -113,7 +153,10 @@ pub(crate) fn reason(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<String
     let path = path(paths, bdf);
     let text = match fs::read(&path) {
         Ok(text) => text,
-        Err(error) if sysfs::is_gone(&error) => return None,
+        Err(error) if sysfs::is_gone(&error) => {
+            let record: Record = serde_json::from_slice(&lease::note(paths, bdf)?).ok()?;
+            return (record.id == id).then_some(record.reason);
+        }
         Err(error) => return Some(format!("{} cannot be read: {error}", path.display())),
     };
     let Ok(record) = serde_json::from_slice::<Record>(&text) else {
@@ -168,6 +211,55 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("not in quarantine"), "{error}");
+    }
+
+    #[test]
+    fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
+        let host = host();
+        let holder = crate::Holder {
+            vm: "a".to_owned(),
+            pid: 1,
+        };
+        host.file(
+            "etc/groups.json",
+            r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#,
+        );
+        let wish = [crate::Request::group("g", 1)];
+        let lease = crate::allocate(&host.paths, &wish, &holder).unwrap();
+        lease[0].set_aside("its reset failed");
+        assert!(matches!(
+            host.read("01:00.0").state(),
+            DeviceState::Assigned { .. }
+        ));
+        drop(lease);
+        let reason = "its reset failed".to_owned();
+        let quarantined = DeviceState::Quarantined { reason };
+        assert_eq!(host.read("01:00.0").state(), quarantined);
+        let refused = crate::allocate(&host.paths, &wish, &holder).unwrap_err();
+        assert!(refused.to_string().contains("release-quarantine"));
+        // A command that takes the lock writes it down before it takes its place.
+        let record = LeaseRecord::task("a");
+        drop(DeviceLock::take(&host.paths, bdf("01:00.0"), &record).unwrap());
+        assert_eq!(host.read("01:00.0").state(), quarantined);
+        host.file("proc/sys/kernel/random/boot_id", "two\n");
+        assert_eq!(host.read("01:00.0").quarantine, None, "a boot ends it");
+        host.file("proc/sys/kernel/random/boot_id", "one\n");
+        release_quarantine(&host.paths, bdf("01:00.0")).unwrap();
+        assert_eq!(host.read("01:00.0").state(), DeviceState::Detached);
+    }
+
+    #[test]
+    fn a_note_that_cannot_be_kept_stays_in_its_place() {
+        let host = host();
+        let device = host.read("01:00.0");
+        host.file(
+            "run/leases/0000:01:00.0.lock",
+            std::str::from_utf8(&note(&device, "it hangs")).unwrap(),
+        );
+        host.file("var", "no directory");
+        let record = LeaseRecord::task("a");
+        assert!(DeviceLock::take(&host.paths, device.bdf, &record).is_err());
+        assert_eq!(host.read("01:00.0").quarantine.as_deref(), Some("it hangs"));
     }
 
     #[test]

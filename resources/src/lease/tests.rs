@@ -123,7 +123,9 @@ fn a_lock_on_a_removed_file_binds_nobody_and_is_not_taken() {
     drop(DeviceLock::take(&paths, device, &record("a")).unwrap());
     let file = open(&lock_path(&paths, device)).unwrap();
     fs::remove_dir_all(paths.run.join("leases")).unwrap();
-    assert!(!LockFile { file }.is_at(&lock_path(&paths, device)).unwrap());
+    let leave = OnceLock::new();
+    let lock = LockFile { file, leave };
+    assert!(!lock.is_at(&lock_path(&paths, device)).unwrap());
     assert!(
         DeviceLock::take(&paths, device, &record("b"))
             .unwrap()

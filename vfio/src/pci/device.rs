@@ -1,6 +1,7 @@
 //! The passed-through function: configuration space, BARs and interrupts of a host device.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::pci::capability::walk_extended;
@@ -34,6 +35,8 @@ pub struct PassthroughDevice {
     power: Option<PowerCapability>,
     /// The configuration space as it is after a reset.
     at_reset: ConfigSpace,
+    /// The device has a reset, and once it did not work.
+    reset_failed: AtomicBool,
 }
 
 struct State {
@@ -104,7 +107,13 @@ impl PassthroughDevice {
             msix,
             power,
             at_reset: plan.space,
+            reset_failed: AtomicBool::new(false),
         }))
+    }
+
+    /// Whether a reset of the device failed: nobody knows what state it is in.
+    pub fn reset_failed(&self) -> bool {
+        self.reset_failed.load(Ordering::Relaxed)
     }
 
     /// The device's address on the host.
@@ -298,7 +307,7 @@ impl PciDevice for PassthroughDevice {
                 );
                 Ok(())
             }
-            reset => reset,
+            reset => reset.inspect_err(|_| self.reset_failed.store(true, Ordering::Relaxed)),
         };
         *hardware = None;
         let after = self.follow(hardware, Control::AT_RESET);

@@ -43,7 +43,7 @@ pub type DmaTask = Task<Result<Vec<DmaMapping>, gantry_vfio::Error>>;
 pub struct AttachedDevice {
     slot: Option<Slot>,
     function: Arc<PassthroughDevice>,
-    _lease: Lease,
+    lease: Lease,
 }
 
 /// Where a device is plugged in; dropping it unplugs the device.
@@ -64,6 +64,14 @@ impl AttachedDevice {
             port,
         });
         Ok(())
+    }
+}
+
+impl Drop for AttachedDevice {
+    fn drop(&mut self) {
+        if self.function.reset_failed() {
+            self.lease.set_aside("its reset failed");
+        }
     }
 }
 
@@ -94,7 +102,7 @@ impl Claimed {
         let joined = if numbers.is_empty() {
             None
         } else {
-            Some(join(&numbers, host, machine)?)
+            Some(join(&numbers, host, machine).inspect_err(|error| set_aside(&leases, error))?)
         };
         Ok(Self {
             joined,
@@ -189,7 +197,7 @@ impl Claimed {
                 Ok(AttachedDevice {
                     slot: None,
                     function,
-                    _lease: lease,
+                    lease,
                 })
             };
             let task = threads::spawn(Role::Device, sandbox, open);
@@ -218,6 +226,20 @@ fn group_of(device: &HostDevice) -> Result<u32, Error> {
     device
         .iommu_group
         .ok_or(Error::NoIommuGroup { device: device.bdf })
+}
+
+/// A group that stays busy after its device was leased is held by a process that the kernel cannot end,
+/// or by one that keeps to no lease: none of its devices is fit for another VM.
+fn set_aside(leases: &[Lease], error: &Error) {
+    let Error::Vfio(gantry_vfio::Error::GroupInUse { group, .. }) = error else {
+        return;
+    };
+    let of_group = leases
+        .iter()
+        .filter(|lease| lease.device().iommu_group == Some(*group));
+    for lease in of_group {
+        lease.set_aside(&error.to_string());
+    }
 }
 
 fn join(numbers: &[u32], host: &HostPaths, machine: &Machine) -> Result<Joined, Error> {

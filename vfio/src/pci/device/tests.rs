@@ -317,7 +317,12 @@ fn a_failed_reset_is_told_and_leaves_nothing_mapped() {
         let reset = rig.function.reset(&FakeSpace(&rig.device));
         assert_eq!(rig.device.trace.mapped(), []);
         assert_eq!(rig.read(CMD) & 0xffff, 0);
-        match rig.device.trace.failed().as_deref() {
+        let failed = rig.device.trace.failed();
+        assert_eq!(
+            rig.function.reset_failed(),
+            failed.as_deref() == Some("reset")
+        );
+        match failed.as_deref() {
             // Said in the log: the reset that follows ends the interrupts too.
             Some("irqs off") => {}
             Some(_) => assert!(reset.is_err()),
