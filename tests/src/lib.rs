@@ -7,7 +7,6 @@ pub mod bench;
 pub mod checks;
 pub mod cleanup;
 pub mod demo;
-pub mod heartbeat;
 pub mod lab;
 pub mod protocol;
 pub mod ui;

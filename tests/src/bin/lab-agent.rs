@@ -17,7 +17,6 @@ use std::thread;
 use std::time::Duration;
 
 use gantry_tests::bench::inside;
-use gantry_tests::heartbeat;
 use gantry_tests::protocol::{Exit, Frame, Kind, PORT_NAME, Run, Size};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, killpg};
@@ -55,7 +54,6 @@ fn main() {
 }
 
 fn serve() -> io::Result<()> {
-    heartbeat::start()?;
     let file = open_port()?;
     let port = Port(Arc::new(Mutex::new(file.try_clone()?)));
     let mut input = Patient { file, began: false };

@@ -37,14 +37,16 @@ pub struct Wanted<'a> {
 
 impl Apt {
     /// Prepares the configuration in `folder` and fetches the package lists if they are old.
-    pub fn open(folder: PathBuf) -> Result<Self> {
-        let release = Release::of_this_machine()?;
+    pub fn open(folder: PathBuf, release: Release) -> Result<Self> {
         let sources = folder.join("sources");
         for folder in [&sources, &folder.join("lists"), &folder.join("cache")] {
             fs::create_dir_all(folder)
                 .with_context(|| format!("cannot create {}", folder.display()))?;
         }
         sources::derive_all(&release, &sources)?;
+        if release.is_foreign() {
+            fs::write(folder.join("status"), "")?;
+        }
         let apt = Self { folder, release };
         apt.update()?;
         Ok(apt)
@@ -172,6 +174,11 @@ impl Apt {
         for (key, value) in options {
             command.arg(format!("-o{key}={}", value.display()));
         }
+        if self.release.is_foreign() {
+            // As if nothing were installed.
+            let status = self.folder.join("status");
+            command.arg(format!("-oDir::State::status={}", status.display()));
+        }
         // apt's own user cannot read a cache in a home folder; translations and icons are no use.
         command
             .args(["-oAPT::Sandbox::User=root", "-oAcquire::Languages=none"])
@@ -214,6 +221,13 @@ pub fn use_tree(command: &mut Command, tree: &Path) {
             command.env(variable, value);
         }
     }
+}
+
+/// What runs a program of a whole foreign tree: its own loader and libraries.
+pub fn loader(tree: &Path) -> Result<Vec<PathBuf>> {
+    let libraries = tree.join("usr/lib").join(TRIPLET);
+    let loader = find_in(&libraries, &["ld-linux-x86-64.so.2"])?;
+    Ok(vec![loader, "--library-path".into(), libraries])
 }
 
 /// The library's or program's path in `tree`, where Debian puts it.

@@ -11,6 +11,7 @@ use super::cache::Cache;
 use super::kernel::{self, Kernel};
 use super::kernel_build;
 use super::packages::{Apt, Wanted, find_in};
+use super::sources::Release;
 
 /// Modules of the stock kernel that the lab host can load.
 const STOCK_MODULES: &[&str] = &[
@@ -57,20 +58,7 @@ impl Parts {
             bail!("the lab runs on x86-64 Linux only");
         }
         let store = Store::open()?;
-        let qemu = store.tree(
-            "qemu",
-            "QEMU",
-            Wanted {
-                always: &[
-                    "qemu-system-x86",
-                    "qemu-system-common",
-                    "qemu-system-data",
-                    "seabios",
-                ],
-                missing: &["qemu-system-x86"],
-                backports: true,
-            },
-        )?;
+        let qemu = store.qemu()?;
         let tools = store.tree(
             "tools",
             "busybox and pciutils",
@@ -116,6 +104,11 @@ fn busybox(tools: &Path) -> Result<PathBuf> {
     find_in(tools, &["bin/busybox", "usr/bin/busybox"])
 }
 
+/// The release that QEMU is taken from, with its backports. That of Debian 12 (10.0), emulating SVM,
+/// clears a bit of a processor's pending interrupts without the lock that others take to set one:
+/// interrupts are lost, and others come twice, which kills guests.
+const QEMU_RELEASE: &str = "trixie";
+
 /// The cache, with apt opened at the first use.
 struct Store {
     cache: Cache,
@@ -134,8 +127,24 @@ impl Store {
         if let Some(apt) = self.apt.get() {
             return Ok(apt);
         }
-        let apt = Apt::open(self.cache.folder("apt"))?;
+        let apt = Apt::open(self.cache.folder("apt"), Release::of_this_machine()?)?;
         Ok(self.apt.get_or_init(|| apt))
+    }
+
+    /// QEMU with all it needs, its C library included.
+    fn qemu(&self) -> Result<PathBuf> {
+        let wanted = Wanted {
+            always: &[],
+            missing: &["qemu-system-x86"],
+            backports: true,
+        };
+        let inputs = format!("{QEMU_RELEASE} {wanted:?}");
+        self.cache.entry("qemu", &[inputs.as_bytes()], |into, _| {
+            let release = Release::of_this_machine()?.other(QEMU_RELEASE);
+            let apt = Apt::open(self.cache.folder("apt-foreign"), release)?;
+            let packages = apt.unpack("QEMU", wanted, into)?;
+            Ok(fs::write(into.join("packages"), packages.join("\n"))?)
+        })
     }
 
     /// Packages unpacked together.

@@ -205,12 +205,12 @@ impl Machine {
         let mut command = Command::new("setpriv");
         command
             .args(["--pdeathsig", "KILL", "--"])
+            .args(packages::loader(&self.qemu)?)
             .arg(&binary)
             .args(self.arguments())
             .stdin(OwnedFd::from(theirs_agent))
             .stdout(OwnedFd::from(theirs_monitor))
             .stderr(fs::File::create(self.messages())?);
-        packages::use_tree(&mut command, &self.qemu);
         let child = OwnedChild::spawn(&mut command)
             .with_context(|| format!("cannot start {}", binary.display()))?;
         Ok(Running {

@@ -1,4 +1,5 @@
-//! Apt sources derived from the machine's own: the same places, with the backports suite added.
+//! Apt sources derived from the machine's own: the same places, with the backports suite added, or
+//! with the suites of another release.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +9,10 @@ use anyhow::{Context, Result, bail};
 /// The Debian release that the packages come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Release {
+    /// This machine's.
     codename: String,
+    /// Taken instead of this machine's, with its backports.
+    other: Option<&'static str>,
 }
 
 impl Release {
@@ -31,12 +35,41 @@ impl Release {
         }
         Ok(Self {
             codename: codename.to_owned(),
+            other: None,
         })
+    }
+
+    /// The release `other` from the same places, whose packages fit each other and not this machine.
+    pub fn other(self, other: &'static str) -> Self {
+        let other = Some(other);
+        Self { other, ..self }
+    }
+
+    /// Whether the packages come with all they need, whatever this machine has.
+    pub fn is_foreign(&self) -> bool {
+        self.other.is_some()
     }
 
     /// The suite with newer versions, where the release's own are too old for the lab.
     pub fn backports(&self) -> Option<String> {
-        (self.codename == "bookworm").then(|| format!("{}-backports", self.codename))
+        match self.other {
+            Some(other) => Some(format!("{other}-backports")),
+            None => (self.codename == "bookworm").then(|| format!("{}-backports", self.codename)),
+        }
+    }
+
+    /// What takes the place of one of this machine's suites.
+    fn instead_of(&self, suite: &str) -> Vec<String> {
+        let main = suite == self.codename;
+        let mut suites = match self.other {
+            Some(other) if main => vec![other.to_owned()],
+            None if self.is_suite(suite) => vec![suite.to_owned()],
+            _ => Vec::new(),
+        };
+        if main {
+            suites.extend(self.backports());
+        }
+        suites
     }
 
     fn is_suite(&self, suite: &str) -> bool {
@@ -99,14 +132,10 @@ fn derive_lines(text: &str, release: &Release) -> String {
         let (Some(uri), Some(suite)) = (words.next(), words.next()) else {
             continue;
         };
-        if !release.is_suite(suite) || !words.any(|component| component == "main") {
+        if !words.any(|component| component == "main") {
             continue;
         }
-        let mut suites = vec![suite.to_owned()];
-        if suite == release.codename {
-            suites.extend(release.backports());
-        }
-        for suite in suites {
+        for suite in release.instead_of(suite) {
             let options = match options.trim() {
                 "" => String::new(),
                 options => format!("[{options}] "),
@@ -148,20 +177,22 @@ fn derive_stanza(lines: &[&str], release: &Release) -> Option<String> {
         words
     };
     let has = |name: &str, word: &str| field(name).iter().any(|found| found == word);
-    let mut suites = field("Suites");
-    suites.retain(|suite| release.is_suite(suite));
+    let mut suites: Vec<String> = Vec::new();
+    for suite in field("Suites") {
+        let fresh = release.instead_of(&suite);
+        suites.extend(
+            fresh
+                .into_iter()
+                .filter(|suite| !suites.contains(suite))
+                .collect::<Vec<_>>(),
+        );
+    }
     if suites.is_empty()
         || has("Enabled", "no")
         || !has("Types", "deb")
         || !has("Components", "main")
     {
         return None;
-    }
-    if let Some(backports) = release.backports()
-        && suites.contains(&release.codename)
-        && !suites.contains(&backports)
-    {
-        suites.push(backports);
     }
     let mut stanza = format!(
         "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\n",
@@ -192,7 +223,10 @@ mod tests {
 
     fn release(codename: &str) -> Release {
         let codename = codename.to_owned();
-        Release { codename }
+        Release {
+            codename,
+            other: None,
+        }
     }
 
     #[test]
@@ -221,10 +255,28 @@ mod tests {
         assert_eq!(
             derive_stanzas(text, &release("bookworm")),
             "Types: deb\nURIs: http://h/debian\n\
-             Suites: bookworm bookworm-updates bookworm-backports\nComponents: main\n\
+             Suites: bookworm bookworm-backports bookworm-updates\nComponents: main\n\
              Signed-By:\n -----BEGIN\n .\n\n\
              Types: deb\nURIs: http://h/security\nSuites: bookworm-security\nComponents: main\n\n"
         );
+    }
+
+    #[test]
+    fn another_release_takes_the_place_of_this_machines() {
+        let release = release("bookworm").other("trixie");
+        let text = "deb [a=b] http://h/debian bookworm main\n\
+            deb http://h/debian bookworm-updates main\n\
+            deb http://h/security bookworm-security main\n";
+        assert_eq!(
+            derive_lines(text, &release),
+            "deb [a=b] http://h/debian trixie main\n\
+             deb [a=b] http://h/debian trixie-backports main\n"
+        );
+        let text = "Types: deb\nURIs: http://h/debian\nSuites: bookworm bookworm-updates\n\
+            Components: main\n";
+        let expected = "Types: deb\nURIs: http://h/debian\nSuites: trixie trixie-backports\n\
+            Components: main\n\n";
+        assert_eq!(derive_stanzas(text, &release), expected);
     }
 
     #[test]
