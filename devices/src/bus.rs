@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::pci::PciDevice;
+use crate::pci::{PciDevice, PortIndex};
 
 /// A device, or a window of one, that answers accesses on a [`Bus`].
 ///
@@ -30,6 +30,8 @@ pub enum Effect {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest has let go of what is in the slot of this root port.
+    Eject(PortIndex),
 }
 
 impl std::fmt::Debug for Effect {
@@ -39,6 +41,7 @@ impl std::fmt::Debug for Effect {
             Effect::Remap(_) => "Remap",
             Effect::PowerOff => "PowerOff",
             Effect::Reset => "Reset",
+            Effect::Eject(_) => "Eject",
         })
     }
 }

@@ -5,6 +5,7 @@
 //! lock held; no device calls back into the bus it sits on.
 
 pub mod bus;
+pub mod events;
 pub mod limit;
 pub mod mapping;
 pub mod outlet;

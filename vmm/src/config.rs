@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use gantry_resources::Request;
+use gantry_resources::{Request, Source};
 
 /// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
 /// again, only against the host.
@@ -20,6 +20,22 @@ pub struct VmConfig {
     pub devices: Vec<Request>,
     /// Where its serial port leads.
     pub serial: SerialMode,
+    /// Slots for devices that come while it runs.
+    pub hotplug: Hotplug,
+}
+
+/// Slots for devices that come while the VM runs. By default there are none: each costs the guest
+/// time at boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hotplug {
+    /// How many, beside those of the devices that the VM starts with.
+    pub slots: u8,
+    /// Where the devices will come from. RAM is laid out so that they can reach it, and made present
+    /// in the background once the guest runs, so that the first of them is not waited for.
+    pub from: Vec<Source>,
+    /// Bytes of 64-bit prefetchable addresses of each slot, for a device with larger BARs than usual;
+    /// an even share of a part of what there is if absent.
+    pub window: Option<u64>,
 }
 
 /// What a VM boots. The files are opened once and read again at every reboot of the guest.

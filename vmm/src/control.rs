@@ -4,18 +4,20 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use gantry_devices::pci::PortIndex;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::command::{Command, CommandError, Reply};
 use crate::error::Error;
 use crate::vcpus::Fault;
 
 /// What happened.
-#[derive(Debug)]
 pub enum Event {
     /// The guest powered itself off.
     PowerOff,
@@ -27,12 +29,23 @@ pub enum Event {
     Signal(i32),
     /// The user ended the VM from its console.
     Quit,
+    /// The guest has let go of what is in a slot.
+    Eject(PortIndex),
+    /// A client wants something done.
+    Command(Command, Reply),
 }
 
 /// Events on their way to the control thread. Any thread may post; none waits.
 pub struct Mailbox {
-    queue: Mutex<VecDeque<Event>>,
+    queue: Mutex<Queue>,
     bell: EventFd,
+}
+
+#[derive(Default)]
+struct Queue {
+    events: VecDeque<Event>,
+    /// Nobody takes events any more.
+    closed: bool,
 }
 
 impl Mailbox {
@@ -49,25 +62,45 @@ impl Mailbox {
 
     /// Leaves an event for the control thread.
     pub fn post(&self, event: Event) {
-        self.queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push_back(event);
+        let mut queue = self.lock();
+        if queue.closed {
+            drop(queue);
+            return refuse(event);
+        }
+        queue.events.push_back(event);
+        drop(queue);
         // Fails only when the counter is full, and then the bell rings already.
         let _ = self.bell.write(1);
     }
 
     /// Forgets what the guest asked for, and keeps what came from outside.
     pub fn forget_guest(&self) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.retain(|event| matches!(event, Event::Signal(_) | Event::Quit));
+        self.lock()
+            .events
+            .retain(|event| matches!(event, Event::Signal(_) | Event::Quit | Event::Command(..)));
+    }
+
+    /// Answers whoever still asks that the VM is ending, now and from now on.
+    pub fn close(&self) {
+        let mut queue = self.lock();
+        queue.closed = true;
+        let left = std::mem::take(&mut queue.events);
+        drop(queue);
+        left.into_iter().for_each(refuse);
     }
 
     fn take(&self) -> Option<Event> {
-        self.queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
+        self.lock().events.pop_front()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn refuse(event: Event) {
+    if let Event::Command(_, reply) = event {
+        reply(Err(CommandError::Ending));
     }
 }
 
@@ -94,17 +127,25 @@ impl ControlLoop {
         self.manager.add_subscriber(subscriber);
     }
 
-    /// Waits for the next event.
+    /// Waits for the next event; `None` once the deadline, if there is one, is over.
     ///
     /// # Errors
     /// epoll failed.
-    pub fn next(&mut self) -> io::Result<Event> {
+    pub fn next(&mut self, deadline: Option<Instant>) -> io::Result<Option<Event>> {
         loop {
             if let Some(event) = self.mailbox.take() {
-                return Ok(event);
+                return Ok(Some(event));
             }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            // Rounded up, so as not to wake up too early; -1 is for ever.
+            let wait = left.map_or(-1, |left| {
+                i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+            });
             self.manager
-                .run()
+                .run_with_timeout(wait)
                 .map_err(|error| io::Error::other(format!("{error:?}")))?;
         }
     }

@@ -19,6 +19,10 @@ pub const LOCAL_APIC: u64 = 0xfee0_0000;
 pub const KVM_PAGES: u64 = 0xfffb_c000;
 /// First I/O port of the sleep and reset registers (`gantry_devices::power`).
 pub const POWER_PORT: u16 = 0x600;
+/// First I/O port of the event registers (`gantry_devices::events`).
+pub const EVENT_PORT: u16 = 0x610;
+/// Interrupt line of the events, on the I/O APIC.
+pub const EVENT_GSI: u32 = 5;
 /// First I/O port of the serial port.
 pub const SERIAL_PORT: u16 = serial::COM1_PORT;
 /// Interrupt line of the serial port, on the I/O APIC.

@@ -1,10 +1,12 @@
 //! One virtual machine on KVM, put together and taken apart.
 //!
-//! [`run`] is the whole of it: it takes a validated [`VmConfig`], leases the host's devices, builds
-//! the machine, runs the guest until it ends, and gives everything back.
+//! [`Vmm`] is the whole of it: it takes a validated [`VmConfig`], leases the host's devices, builds
+//! the machine, runs the guest until it ends, and gives everything back. Meanwhile clients reach the
+//! VM through its [`Handle`], with a [`command::Command`].
 
 mod address_space;
 mod boot;
+pub mod command;
 mod config;
 mod console;
 mod control;
@@ -18,8 +20,9 @@ pub mod sandbox;
 pub mod threads;
 mod vcpus;
 mod vm;
+mod vmm;
 
-pub use config::{MemorySize, Payload, SerialMode, VcpuCount, VmConfig};
+pub use config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount, VmConfig};
 pub use error::Error;
 pub use sandbox::SeccompMode;
-pub use vm::{Options, Outcome, run};
+pub use vmm::{Handle, Options, Outcome, Vmm};

@@ -8,7 +8,7 @@ use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, ma
 
 use crate::config::{self, Extras, Source};
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
-use gantry_vmm::{Options, Outcome, SeccompMode};
+use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -105,8 +105,10 @@ pub fn run(args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     may_start(paths)?;
     let options = Options {
         seccomp: seccomp.into(),
+        ..Options::default()
     };
-    let outcome = gantry_vmm::run(&config, paths, options).map_err(Failure::host)?;
+    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
+    let outcome = vmm.run(Some(config)).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
 }
 
@@ -124,7 +126,7 @@ fn may_start(paths: &HostPaths) -> Result<(), Failure> {
 
 fn exit_code(outcome: Outcome) -> Result<u8, Failure> {
     match outcome {
-        Outcome::PowerOff => Ok(SUCCESS),
+        Outcome::PowerOff | Outcome::Asked => Ok(SUCCESS),
         Outcome::Stopped => Ok(STOPPED),
         Outcome::Signal(signal) => Ok(BY_SIGNAL.saturating_add(u8::try_from(signal).unwrap_or(0))),
         Outcome::GuestFault(what) => {

@@ -75,6 +75,7 @@ pub fn convert(
         },
         devices,
         serial: serial(config.serial, context.folder)?,
+        hotplug: gantry_vmm::Hotplug::default(),
     })
 }
 

@@ -31,6 +31,7 @@ pub struct Sandbox {
     vcpu: Filter,
     device: Filter,
     dma: Filter,
+    api: Filter,
 }
 
 /// The filter of one role.
@@ -48,6 +49,7 @@ impl Sandbox {
             vcpu: Filter::compile(mode, filters::vcpu())?,
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
+            api: Filter::compile(mode, filters::api())?,
         })
     }
 
@@ -58,6 +60,8 @@ impl Sandbox {
             Role::Vcpu(_) => self.vcpu.clone(),
             Role::Device => self.device.clone(),
             Role::Dma => self.dma.clone(),
+            Role::Api => self.api.clone(),
+            Role::Vm => Filter(None),
         }
     }
 }

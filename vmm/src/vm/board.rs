@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
+use gantry_devices::events::{self, PlatformEvents};
 use gantry_devices::outlet::Outlet;
 use gantry_devices::pci::firmware::{self, HostWindows, Minimum};
 use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::payload;
 use crate::address_space::{AddressSpace, Guard};
+use crate::boot::acpi::HotSlot;
 use crate::config::SerialMode;
 use crate::error::Error;
 use crate::kvm::{GsiRoutes, Machine, MemorySlots};
@@ -43,6 +45,10 @@ pub struct Board {
     pub pci: Arc<PciSegment>,
     /// The serial port, if there is one.
     pub serial: Option<Arc<Serial>>,
+    /// What the guest is told of while it runs.
+    pub events: Arc<PlatformEvents>,
+    /// Slots that can be filled and emptied while the guest runs.
+    pub slots: Vec<HotSlot>,
     // Taken out of the address space when the board goes.
     _guards: Vec<Guard>,
 }
@@ -64,6 +70,9 @@ impl Board {
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout, ports)?);
         let serial = serial_port(serial, &routes)?;
+        let slots: Vec<HotSlot> = Vec::new();
+        let trigger = wire(&routes, layout::EVENT_GSI)?;
+        let events = PlatformEvents::new(slots.iter().map(|slot| slot.port), trigger);
         let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(
             machine.vm(),
         ))));
@@ -73,6 +82,8 @@ impl Board {
             routes,
             pci,
             serial,
+            events: Arc::new(events),
+            slots,
             _guards: Vec::new(),
         };
         board._guards = board.fill(layout).map_err(Error::place("the board"))?;
@@ -97,6 +108,8 @@ impl Board {
         guards.push(space.add_ports(*ports.start(), ports.len() as u16, config)?);
         let power = Arc::new(PowerRegisters);
         guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
+        let events = Arc::clone(&self.events);
+        guards.push(space.add_ports(layout::EVENT_PORT, events::LEN as u16, events)?);
         if let Some(serial) = &self.serial {
             guards.push(space.add_ports(
                 layout::SERIAL_PORT,
@@ -133,6 +146,7 @@ impl Board {
         if let Some(serial) = &self.serial {
             serial.reset();
         }
+        self.events.reset();
         let mut tasks = Vec::new();
         for (_, function) in self.pci.functions() {
             let space = Arc::clone(&self.space);
@@ -172,13 +186,19 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
         SerialMode::Tty => unbuffered_stdout().map_err(Error::host("use stdout"))?,
         SerialMode::File(path) => Box::new(payload::create("serial.file", path)?),
     };
+    let trigger = wire(routes, layout::SERIAL_GSI)?;
+    let serial = Serial::new(trigger, out).map_err(Error::host("make an eventfd"))?;
+    Ok(Some(Arc::new(serial)))
+}
+
+/// An eventfd that raises a line of the I/O APIC.
+fn wire(routes: &GsiRoutes, line: u32) -> Result<EventFd, Error> {
     let trigger =
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("make an eventfd"))?;
     routes
-        .wire_pin(layout::SERIAL_GSI, &trigger)
-        .map_err(Error::host("wire the serial port's interrupt (KVM_IRQFD)"))?;
-    let serial = Serial::new(trigger, out).map_err(Error::host("make an eventfd"))?;
-    Ok(Some(Arc::new(serial)))
+        .wire_pin(line, &trigger)
+        .map_err(Error::host("wire an interrupt line (KVM_IRQFD)"))?;
+    Ok(trigger)
 }
 
 /// Standard output without the line buffer, as a prompt has no newline. If it is not a regular file,

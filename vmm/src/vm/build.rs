@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{Holder, HostPaths};
+use gantry_resources::Holder;
 
 use super::Vm;
 use super::board::Board;
@@ -11,27 +11,31 @@ use super::dispatch::Dispatch;
 use super::host_devices::{AttachedDevice, Claimed};
 use super::payload::OpenPayload;
 use crate::boot::Entry;
+use crate::command::VmState;
 use crate::config::{VcpuCount, VmConfig};
-use crate::control::{Mailbox, Signals};
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
 use crate::kvm::{KvmError, Machine, Vcpu};
 use crate::layout::{Layout, LayoutInputs};
 use crate::preflight;
-use crate::sandbox::Sandbox;
 use crate::vcpus::{Gate, Vcpus};
+use crate::vmm::Ground;
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. What can fail without
     /// touching a device comes first; each step's guard undoes it if a later one fails, or if a
     /// signal has come.
-    pub(super) fn build(
-        config: &VmConfig,
-        host: &HostPaths,
-        sandbox: &Arc<Sandbox>,
-        mailbox: &Arc<Mailbox>,
-        signals: &Arc<Signals>,
-    ) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    /// Something is missing, refused or does not fit; nothing is held then.
+    pub fn build(config: &VmConfig, ground: &Ground) -> Result<Self, Error> {
+        let Ground {
+            host,
+            sandbox,
+            mailbox,
+            signals,
+            ..
+        } = ground;
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(&config.payload)?;
         let machine = Machine::new()?;
@@ -85,10 +89,12 @@ impl Vm {
             layout,
             payload,
             vcpu_count: config.vcpus,
+            memory: config.memory.bytes(),
             serial: config.serial.clone(),
             gate,
-            mailbox: Arc::clone(mailbox),
-            sandbox: Arc::clone(sandbox),
+            name: config.name.clone(),
+            state: VmState::Running,
+            ground: ground.clone(),
             machine,
         })
     }

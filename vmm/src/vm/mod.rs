@@ -2,6 +2,7 @@
 
 mod board;
 mod build;
+mod commands;
 mod dispatch;
 mod host_devices;
 mod payload;
@@ -10,78 +11,35 @@ use std::io::{self, IsTerminal};
 use std::sync::Arc;
 
 use gantry_devices::info_limited;
-use gantry_resources::HostPaths;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use gantry_vfio::host::DmaMapping;
 
-use crate::config::{SerialMode, VcpuCount, VmConfig};
+use crate::command::{Answer, Command, Reply, VmEvent, VmState};
+use crate::config::{SerialMode, VcpuCount};
 use crate::console::{Keyboard, RawTerminal, SerialOutput};
-use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
+use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
 use crate::kvm::{IrqchipState, Machine};
 use crate::layout::Layout;
-use crate::sandbox::{self, Sandbox, SeccompMode};
 use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
+use crate::vmm::{Ground, Outcome};
 use board::Board;
-use gantry_vfio::host::DmaMapping;
 use host_devices::AttachedDevice;
 use payload::OpenPayload;
 
 pub use payload::FileError;
 
-/// What the user decides about a run beside the VM itself.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Options {
-    /// What becomes of system calls that a filter does not name.
-    pub seccomp: SeccompMode,
-}
-
-/// How a VM ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// The guest powered itself off.
-    PowerOff,
-    /// The user ended it from its console.
-    Stopped,
-    /// A signal ended it.
-    Signal(i32),
-    /// The guest cannot go on, and why.
-    GuestFault(String),
-}
-
-/// Builds a VM, runs it until it ends, and gives everything back. To be called on the process's
-/// first thread, which is confined for the rest of its life.
-///
-/// # Errors
-/// The VM could not be built, or the host failed it later. Everything has been given back.
-pub fn run(config: &VmConfig, host: &HostPaths, options: Options) -> Result<Outcome, Error> {
-    // Dropped after the VM: a second signal must not keep it from giving everything back.
-    let signals = Arc::new(Signals::block().map_err(Error::host("block signals"))?);
-    raise_file_limit();
-    sandbox::install_traps().map_err(Error::host("install signal handlers"))?;
-    let sandbox = Arc::new(Sandbox::new(options.seccomp).map_err(Error::host("compile filters"))?);
-    let mailbox = Mailbox::new().map_err(Error::host("make an eventfd"))?;
-    let ended =
-        Vm::build(config, host, &sandbox, &mailbox, &signals).and_then(|mut vm| vm.run(&signals));
-    match ended {
-        Err(Error::Interrupted(signal)) => Ok(Outcome::Signal(signal)),
-        ended => ended,
-    }
-}
-
-/// Each interrupt vector costs a descriptor, and the usual soft limit of 1024 is there for programs
-/// that call select(2).
-fn raise_file_limit() {
-    let limit = getrlimit(Resource::RLIMIT_NOFILE);
-    let raised = limit.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the limit on open files stays as it is");
-    }
+/// Why a VM runs no more.
+pub enum End {
+    /// By itself, by a signal, or from its console.
+    Over(Outcome),
+    /// A client asked for it, and is answered once everything has been given back.
+    Asked(Command, Reply),
 }
 
 /// A VM that stands. Dropping it stops its vCPUs and gives the host's devices back.
-struct Vm {
+pub struct Vm {
     // Dropped in this order: first what runs, then what is reached, last what it is reached through.
     vcpus: Vcpus,
     devices: Vec<AttachedDevice>,
@@ -92,38 +50,60 @@ struct Vm {
     layout: Layout,
     payload: OpenPayload,
     vcpu_count: VcpuCount,
+    memory: u64,
     serial: SerialMode,
     gate: Arc<Gate>,
-    mailbox: Arc<Mailbox>,
-    sandbox: Arc<Sandbox>,
+    name: String,
+    state: VmState,
+    ground: Ground,
     machine: Machine,
 }
 
 impl Vm {
-    /// Runs the guest until something ends it.
-    fn run(&mut self, signals: &Arc<Signals>) -> Result<Outcome, Error> {
-        let mut control = ControlLoop::new(Arc::clone(&self.mailbox))
-            .map_err(Error::host("make the control loop"))?;
+    /// Runs the guest until something ends it; `started` is answered when it begins.
+    pub fn run(&mut self, started: &mut Option<Reply>) -> Result<End, Error> {
+        let (mailbox, signals) = (&self.ground.mailbox, &self.ground.signals);
+        let mut control =
+            ControlLoop::new(Arc::clone(mailbox)).map_err(Error::host("make the control loop"))?;
         signals.check()?;
         control.add(Box::new(SignalWatch {
             signals: Arc::clone(signals),
-            mailbox: Arc::clone(&self.mailbox),
+            mailbox: Arc::clone(mailbox),
         }));
         let _terminal = self.open_console(&mut control)?;
-        let confined = self.sandbox.filter(Role::Control).enter();
+        let confined = self.ground.sandbox.filter(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.gate.open();
+        self.tell(VmEvent::State(VmState::Running));
+        if let Some(started) = started.take() {
+            started(Ok(Answer::Done));
+        }
         loop {
-            match control.next().map_err(Error::host("wait for events"))? {
-                Event::Reset => self.reboot()?,
-                Event::PowerOff => return Ok(Outcome::PowerOff),
-                Event::Quit => return Ok(Outcome::Stopped),
-                Event::Signal(number) => return Ok(Outcome::Signal(number)),
-                Event::Fault(vcpu, fault) => {
-                    return Ok(Outcome::GuestFault(describe(vcpu, &fault)));
+            let event = control.next(None).map_err(Error::host("wait for events"))?;
+            match event {
+                None => {}
+                Some(Event::Eject(port)) => {
+                    tracing::debug!(port = port.get(), "the guest has let go of a slot");
+                }
+                Some(Event::Reset) => self.reboot()?,
+                Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),
+                Some(Event::Quit) => return Ok(End::Over(Outcome::Stopped)),
+                Some(Event::Signal(number)) => return Ok(End::Over(Outcome::Signal(number))),
+                Some(Event::Fault(vcpu, fault)) => {
+                    let what = describe(vcpu, &fault);
+                    return Ok(End::Over(Outcome::GuestFault(what)));
+                }
+                Some(Event::Command(command, reply)) => {
+                    if let Some(end) = self.obey(command, reply)? {
+                        return Ok(end);
+                    }
                 }
             }
         }
+    }
+
+    fn tell(&self, event: VmEvent) {
+        (self.ground.events)(event);
     }
 
     fn open_console(&self, control: &mut ControlLoop) -> Result<Option<RawTerminal>, Error> {
@@ -135,7 +115,11 @@ impl Vm {
             return Ok(None);
         }
         let commands = io::stdin().is_terminal();
-        let keyboard = Keyboard::new(Arc::clone(serial), Arc::clone(&self.mailbox), commands);
+        let keyboard = Keyboard::new(
+            Arc::clone(serial),
+            Arc::clone(&self.ground.mailbox),
+            commands,
+        );
         control.add(Box::new(keyboard));
         RawTerminal::enter().map_err(Error::host("make the terminal raw"))
     }
@@ -146,7 +130,7 @@ impl Vm {
         info_limited!("the guest reboots");
         // Devices first: one that still runs would raise interrupts in what is restored next.
         self.vcpus.pause();
-        self.board.reset(&self.layout, &self.sandbox)?;
+        self.board.reset(&self.layout, &self.ground.sandbox)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();
         self.vcpus.visit(|_, vcpu| match snapshots.next() {
@@ -166,8 +150,11 @@ impl Vm {
                 Ok(())
             }
         })?;
-        self.mailbox.forget_guest();
-        self.gate.open();
+        self.ground.mailbox.forget_guest();
+        self.tell(VmEvent::Reboot);
+        if self.state == VmState::Running {
+            self.gate.open();
+        }
         Ok(())
     }
 }
@@ -175,7 +162,7 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.vcpus.stop();
-        host_devices::close(std::mem::take(&mut self.devices), &self.sandbox);
+        host_devices::close(std::mem::take(&mut self.devices), &self.ground.sandbox);
     }
 }
 

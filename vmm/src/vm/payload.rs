@@ -76,6 +76,7 @@ impl OpenPayload {
                 layout,
                 cpus,
                 serial,
+                slots: &board.slots,
             },
         )?;
         let mut kernel = image(&mut self.kernel);

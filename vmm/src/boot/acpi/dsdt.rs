@@ -1,4 +1,4 @@
-//! The DSDT: host bridges, processors, the serial port, and what belongs to no device.
+//! The DSDT: host bridges, processors, the serial port, events, and what belongs to no device.
 
 use acpi_tables::Aml;
 use acpi_tables::AmlSink;
@@ -8,11 +8,12 @@ use acpi_tables::aml::{
     PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
-use gantry_devices::{power, serial};
+use gantry_devices::{events as event_registers, power, serial};
 
-use super::{AcpiInputs, OEM, OEM_REVISION, OEM_TABLE};
+use super::{AcpiInputs, OEM, OEM_REVISION, OEM_TABLE, events};
 use crate::layout::{
-    BridgeWindows, Layout, PCI_CONFIG_PORTS, POWER_PORT, SERIAL_GSI, SERIAL_PORT, intx_gsi,
+    BridgeWindows, EVENT_PORT, Layout, PCI_CONFIG_PORTS, POWER_PORT, SERIAL_GSI, SERIAL_PORT,
+    intx_gsi,
 };
 
 /// From revision 2 on, integers have 64 bits.
@@ -29,6 +30,7 @@ pub fn dsdt(inputs: &AcpiInputs<'_>) -> Sdt {
     if inputs.serial {
         serial(&mut system_bus);
     }
+    events::events(inputs.slots, &mut system_bus);
     for uid in 0..inputs.cpus {
         processor(uid.into(), &mut system_bus);
     }
@@ -144,12 +146,13 @@ fn motherboard(layout: &Layout, sink: &mut dyn AmlSink) {
     let len = layout.ecam.end() - layout.ecam.start() + 1;
     let ecam = Memory32Fixed::new(true, *layout.ecam.start() as u32, len as u32);
     let power = IO::new(POWER_PORT, POWER_PORT, 1, power::LEN as u8);
+    let events = IO::new(EVENT_PORT, EVENT_PORT, 1, event_registers::LEN as u8);
     Device::new(
         Path::new("MBRD"),
         vec![
             &name("_HID", &EISAName::new("PNP0C02")),
             &name("_UID", &ZERO),
-            &name("_CRS", &ResourceTemplate::new(vec![&ecam, &power])),
+            &name("_CRS", &ResourceTemplate::new(vec![&ecam, &power, &events])),
         ],
     )
     .to_aml_bytes(sink);

@@ -5,6 +5,7 @@
 //! local APIC's TSC deadline timer take their place.
 
 mod dsdt;
+mod events;
 mod tables;
 
 use acpi_tables::Aml;
@@ -13,6 +14,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::layout::Layout;
+pub use events::HotSlot;
 
 const OEM: [u8; 6] = *b"GANTRY";
 const OEM_TABLE: [u8; 8] = *b"GANTRYVM";
@@ -29,6 +31,8 @@ pub struct AcpiInputs<'a> {
     pub cpus: u8,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Slots that can be filled and emptied while the guest runs.
+    pub slots: &'a [HotSlot],
 }
 
 /// Why the tables could not be written.
@@ -180,6 +184,7 @@ mod tests {
                 layout: &layout,
                 cpus,
                 serial,
+                slots: &[],
             },
         )
         .unwrap();
@@ -280,6 +285,7 @@ mod tests {
                 layout: &layout,
                 cpus: 1,
                 serial: true,
+                slots: &[],
             },
         );
         assert!(matches!(

@@ -1,0 +1,320 @@
+//! What happens to the machine while the guest runs: the power button, and slots that are filled
+//! and emptied. The guest hears of it through a Generic Event Device (ACPI Specification 6.5, 5.6.9).
+//!
+//! An interrupt tells the guest's ACPI interpreter to read [`EVENT`] until it reads 0. Each read takes
+//! one notification: for whom, and which. A guest that has let go of a device writes its slot's
+//! number to [`EJECT`]. A slot has at most one notification waiting, so nothing piles up for a guest
+//! that never reads.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{BusDevice, Effect};
+use crate::pci::PortIndex;
+use crate::warn_limited;
+
+/// Offset of the event register, 32 bits, read-only: the slot's number, or 0 for the machine itself,
+/// and in bits 23 to 16 the value of the notification. 0 if there is none.
+pub const EVENT: u64 = 0;
+/// Offset of the eject register, 32 bits, write-only: the number of the slot.
+pub const EJECT: u64 = 4;
+/// Bytes of registers.
+pub const LEN: u64 = 8;
+
+/// Notification of a slot: look whether something is there (ACPI Specification 6.5, 5.6.6).
+pub const DEVICE_CHECK: u8 = 1;
+/// Notification of a slot: let go of what is there.
+pub const EJECT_REQUEST: u8 = 3;
+/// Notification of the power button: it was pressed.
+pub const POWER_BUTTON: u8 = 0x80;
+
+/// The number by which the guest knows the slot of a root port.
+pub fn slot_number(port: PortIndex) -> u16 {
+    u16::try_from(port.get() + 1).unwrap_or(u16::MAX)
+}
+
+/// The registers of the events, and what waits to be read.
+pub struct PlatformEvents {
+    state: Mutex<State>,
+    trigger: EventFd,
+}
+
+#[derive(Default)]
+struct State {
+    power_button: bool,
+    slots: Vec<Slot>,
+}
+
+/// What the guest has yet to hear of a slot, and what is to be heard from it.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    port: PortIndex,
+    occupied: bool,
+    notification: Option<u8>,
+}
+
+impl PlatformEvents {
+    /// Events of a machine whose `ports` have slots, told of by writing to `trigger`.
+    pub fn new(ports: impl IntoIterator<Item = PortIndex>, trigger: EventFd) -> Self {
+        let slots = ports.into_iter().map(|port| Slot {
+            port,
+            occupied: false,
+            notification: None,
+        });
+        let state = State {
+            power_button: false,
+            slots: slots.collect(),
+        };
+        Self {
+            state: Mutex::new(state),
+            trigger,
+        }
+    }
+
+    /// Tells the guest that the power button was pressed.
+    pub fn press_power_button(&self) {
+        self.lock().power_button = true;
+        self.ring();
+    }
+
+    /// Says that something is in a slot, of which a guest that runs has not been told.
+    pub fn fill(&self, port: PortIndex) {
+        self.change(port, |slot| slot.occupied = true);
+    }
+
+    /// Tells the guest that something is in a slot.
+    pub fn announce(&self, port: PortIndex) {
+        self.change(port, |slot| {
+            slot.occupied = true;
+            slot.notification = Some(DEVICE_CHECK);
+        });
+        self.ring();
+    }
+
+    /// Asks the guest to let go of what is in a slot; asks again if it was asked before.
+    pub fn request_eject(&self, port: PortIndex) {
+        self.change(port, |slot| {
+            if slot.occupied {
+                slot.notification = Some(EJECT_REQUEST);
+            }
+        });
+        self.ring();
+    }
+
+    /// Says that a slot is empty, and tells a guest that has not let go of what was in it.
+    pub fn empty(&self, port: PortIndex, tell: bool) {
+        self.change(port, |slot| {
+            slot.occupied = false;
+            slot.notification = tell.then_some(DEVICE_CHECK);
+        });
+        if tell {
+            self.ring();
+        }
+    }
+
+    /// Forgets what waits: a guest that starts looks at its slots by itself.
+    pub fn reset(&self) {
+        let mut state = self.lock();
+        state.power_button = false;
+        for slot in &mut state.slots {
+            slot.notification = None;
+        }
+    }
+
+    fn change(&self, port: PortIndex, change: impl FnOnce(&mut Slot)) {
+        let mut state = self.lock();
+        if let Some(slot) = state.slots.iter_mut().find(|slot| slot.port == port) {
+            change(slot);
+        }
+    }
+
+    fn ring(&self) {
+        // Fails only when the counter is full, and then the interrupt is on its way.
+        let _ = self.trigger.write(1);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The next notification, which is then no longer waiting.
+    fn take(&mut self) -> u32 {
+        if std::mem::take(&mut self.power_button) {
+            return u32::from(POWER_BUTTON) << 16;
+        }
+        let next = self
+            .slots
+            .iter_mut()
+            .find_map(|slot| Some((slot.port, slot.notification.take()?)));
+        next.map_or(0, |(port, notification)| {
+            u32::from(notification) << 16 | u32::from(slot_number(port))
+        })
+    }
+
+    /// The slot that the guest has emptied. Only once: it is the owner who fills it again.
+    fn eject(&mut self, number: u32) -> Option<PortIndex> {
+        let slot = self
+            .slots
+            .iter_mut()
+            .find(|slot| u32::from(slot_number(slot.port)) == number)?;
+        slot.notification = None;
+        std::mem::take(&mut slot.occupied).then_some(slot.port)
+    }
+}
+
+impl BusDevice for PlatformEvents {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match <&mut [u8; 4]>::try_from(&mut *data) {
+            Ok(event) if offset == EVENT => *event = self.lock().take().to_le_bytes(),
+            // Anything narrower would lose the rest of an event.
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Effect {
+        let Ok(number) = data.try_into().map(u32::from_le_bytes) else {
+            return Effect::None;
+        };
+        if offset != EJECT {
+            return Effect::None;
+        }
+        match self.lock().eject(number) {
+            Some(port) => Effect::Eject(port),
+            None => {
+                warn_limited!(
+                    number,
+                    "guest ejects from a slot that is empty or not there"
+                );
+                Effect::None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pci::PciSegment;
+
+    fn ports(count: usize) -> Vec<PortIndex> {
+        let mut segment = PciSegment::new([0..=0xff]).unwrap();
+        (0..count)
+            .map(|_| segment.add_root_port(0).unwrap())
+            .collect()
+    }
+
+    fn events(count: usize) -> (Vec<PortIndex>, PlatformEvents) {
+        let ports = ports(count);
+        let trigger = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        (ports.clone(), PlatformEvents::new(ports, trigger))
+    }
+
+    fn next(events: &PlatformEvents) -> (u16, u8) {
+        let mut data = [0; 4];
+        events.read(EVENT, &mut data);
+        let event = u32::from_le_bytes(data);
+        (event as u16, (event >> 16) as u8)
+    }
+
+    fn eject(events: &PlatformEvents, number: u32) -> Option<PortIndex> {
+        match events.write(EJECT, &number.to_le_bytes()) {
+            Effect::Eject(port) => Some(port),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn each_event_is_read_once() {
+        let (ports, events) = events(3);
+        assert_eq!(next(&events), (0, 0));
+        events.announce(ports[2]);
+        events.press_power_button();
+        events.press_power_button();
+        assert_eq!(events.trigger.read().unwrap(), 3);
+        assert_eq!(next(&events), (0, POWER_BUTTON));
+        assert_eq!(next(&events), (3, DEVICE_CHECK));
+        assert_eq!(next(&events), (0, 0));
+    }
+
+    #[test]
+    fn a_slot_is_filled_asked_for_and_emptied() {
+        let (ports, events) = events(2);
+        events.request_eject(ports[0]);
+        assert_eq!(next(&events), (0, 0), "nothing to let go of");
+        assert_eq!(eject(&events, 1), None);
+        events.announce(ports[0]);
+        // A guest that has not looked yet is asked to let go at once.
+        events.request_eject(ports[0]);
+        assert_eq!(next(&events), (1, EJECT_REQUEST));
+        events.request_eject(ports[0]);
+        assert_eq!(next(&events), (1, EJECT_REQUEST), "asked again");
+        assert_eq!(eject(&events, 1), Some(ports[0]));
+        assert_eq!(eject(&events, 1), None, "only once");
+        events.empty(ports[0], false);
+        assert_eq!(next(&events), (0, 0));
+        events.announce(ports[0]);
+        assert_eq!(next(&events), (1, DEVICE_CHECK));
+    }
+
+    #[test]
+    fn a_guest_that_was_not_asked_is_told() {
+        let (ports, events) = events(1);
+        events.fill(ports[0]);
+        assert_eq!(next(&events), (0, 0));
+        events.empty(ports[0], true);
+        assert_eq!(next(&events), (1, DEVICE_CHECK));
+        assert_eq!(eject(&events, 1), None);
+    }
+
+    #[test]
+    fn a_reset_forgets_what_waits_and_keeps_what_is_there() {
+        let (ports, events) = events(1);
+        events.announce(ports[0]);
+        events.press_power_button();
+        events.reset();
+        assert_eq!(next(&events), (0, 0));
+        assert_eq!(eject(&events, 1), Some(ports[0]));
+    }
+
+    proptest! {
+        /// Whatever a guest does, a slot is ejected at most once for each time that it was filled,
+        /// and the guest's reads come to an end.
+        #[test]
+        fn ejects_follow_fillings(deeds in prop::collection::vec((0..5_u8, 0..4_usize, any::<u64>()), 0..200)) {
+            let (ports, events) = events(3);
+            let mut filled = [false; 3];
+            for (deed, slot, anything) in deeds {
+                let number = slot as u32;
+                match (deed, slot.checked_sub(1)) {
+                    (0, Some(slot)) if !filled[slot] => {
+                        events.announce(ports[slot]);
+                        filled[slot] = true;
+                    }
+                    (1, Some(slot)) => events.request_eject(ports[slot]),
+                    (2, _) => {
+                        let ejected = eject(&events, number);
+                        let was = slot.checked_sub(1).is_some_and(|slot| filled[slot]);
+                        prop_assert_eq!(ejected.is_some(), was);
+                        if let Some(port) = ejected {
+                            filled[port.get()] = false;
+                        }
+                    }
+                    (3, _) => {
+                        let mut data = vec![0; (anything % 9) as usize];
+                        events.read(anything >> 8, &mut data);
+                        let _ = events.write(anything >> 8 | 8, &data);
+                    }
+                    _ => {
+                        let read = (0..10).take_while(|_| next(&events) != (0, 0)).count();
+                        prop_assert!(read <= 3);
+                    }
+                }
+            }
+        }
+    }
+}

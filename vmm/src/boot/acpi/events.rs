@@ -1,0 +1,145 @@
+//! How the guest hears of events: a Generic Event Device, the power button, and slots for hot-plug.
+//!
+//! A slot is a device with `_EJ0` under its root port's: Linux (`acpiphp`) takes it for a slot that
+//! ACPI plugs, once `_OSC` has refused it native hot-plug. There is no `_STA`: that something is in a
+//! slot is seen from its configuration space, as of any function.
+
+use acpi_tables::aml::{
+    And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, GreaterThan, If, Interrupt, Local, Method, MethodCall, Name, Notify, OpRegion,
+    OpRegionSpace, Path, ResourceTemplate, Scope, ShiftRight, Store, While, ZERO,
+};
+use acpi_tables::{Aml, AmlSink};
+use gantry_devices::events::{self, slot_number};
+use gantry_devices::pci::{GuestBdf, PortIndex};
+
+use crate::layout::{EVENT_GSI, EVENT_PORT};
+
+/// A root port whose slot can be filled and emptied while the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HotSlot {
+    /// The port.
+    pub port: PortIndex,
+    /// Where it is, on the first host bridge's bus.
+    pub at: GuestBdf,
+}
+
+impl HotSlot {
+    fn number(self) -> u16 {
+        slot_number(self.port)
+    }
+
+    /// The name of the root port under its host bridge.
+    fn port_name(self) -> String {
+        format!("S{:03X}", self.number())
+    }
+
+    /// The path of what is in the slot.
+    fn path(self) -> String {
+        format!("\\_SB_.PCI0.{}.CARD", self.port_name())
+    }
+}
+
+/// The parts of `\_SB` that have to do with events.
+pub fn events(slots: &[HotSlot], sink: &mut dyn AmlSink) {
+    event_device(sink);
+    notifier(slots, sink);
+    Device::new(
+        Path::new("PWRB"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
+            &Name::new(Path::new("_UID"), &ZERO),
+        ],
+    )
+    .to_aml_bytes(sink);
+    if !slots.is_empty() {
+        let mut ports = Vec::new();
+        slots.iter().for_each(|slot| port(*slot, &mut ports));
+        sink.vec(&Scope::raw(Path::new("PCI0"), ports));
+    }
+}
+
+/// The Generic Event Device (5.6.9): at its interrupt, every event that waits is read and passed on.
+fn event_device(sink: &mut dyn AmlSink) {
+    let line = Interrupt::new(true, true, false, false, EVENT_GSI);
+    let (base, len) = (EVENT_PORT, events::LEN as u8);
+    let registers = OpRegion::new(Path::new("EVRG"), OpRegionSpace::SystemIO, &base, &len);
+    let fields = Field::new(
+        Path::new("EVRG"),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::Preserve,
+        vec![
+            FieldEntry::Named(*b"EVNT", 32),
+            FieldEntry::Named(*b"EJCT", 32),
+        ],
+    );
+    Device::new(
+        Path::new("EVTS"),
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&line])),
+            &registers,
+            &fields,
+            &Assembled(event_method()),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// `_EVT`: reads an event and passes it on, until there is none.
+fn event_method() -> Vec<u8> {
+    let (event, register) = (Local(0), Path::new("EVNT"));
+    let (number, kind) = (Local(1), Local(2));
+    let (low, shift) = (0xffff_u16, 16_u8);
+    let read = Store::new(&event, &register);
+    let (number_is, kind_is) = (
+        And::new(&number, &event, &low),
+        ShiftRight::new(&kind, &event, &shift),
+    );
+    let tell = MethodCall::new(Path::new("\\_SB_.TELL"), vec![&number, &kind]);
+    let there_is_one = GreaterThan::new(&event, &ZERO);
+    let pass_on = While::new(&there_is_one, vec![&number_is, &kind_is, &tell, &read]);
+    let mut bytes = Vec::new();
+    Method::new(Path::new("_EVT"), 1, true, vec![&read, &pass_on]).to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// `TELL(number, kind)`: notifies the power button, which has number 0, or a slot.
+fn notifier(slots: &[HotSlot], sink: &mut dyn AmlSink) {
+    let mut cases = Vec::new();
+    let mut add = |number: u16, path: &str| {
+        let is = Equal::new(&Arg(0), &number);
+        let path = Path::new(path);
+        If::new(&is, vec![&Notify::new(&path, &Arg(1))]).to_aml_bytes(&mut cases);
+    };
+    add(0, "\\_SB_.PWRB");
+    slots
+        .iter()
+        .for_each(|slot| add(slot.number(), &slot.path()));
+    Method::new(Path::new("TELL"), 2, true, vec![&Assembled(cases)]).to_aml_bytes(sink);
+}
+
+/// AML that has been put together already.
+struct Assembled(Vec<u8>);
+
+impl Aml for Assembled {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// A root port, and under it what is in its slot (6.1.1, 6.1.9, 6.3.3).
+fn port(slot: HotSlot, sink: &mut dyn AmlSink) {
+    let address = u32::from(slot.at.device()) << 16 | u32::from(slot.at.function());
+    let number = slot.number();
+    let register = Path::new("\\_SB_.EVTS.EJCT");
+    let let_go = Store::new(&register, &number);
+    let eject = Method::new(Path::new("_EJ0"), 1, true, vec![&let_go]);
+    let card_address = Name::new(Path::new("_ADR"), &ZERO);
+    let user_number = Name::new(Path::new("_SUN"), &number);
+    let card = Device::new(Path::new("CARD"), vec![&card_address, &user_number, &eject]);
+    let port_address = Name::new(Path::new("_ADR"), &address);
+    Device::new(Path::new(&slot.port_name()), vec![&port_address, &card]).to_aml_bytes(sink);
+}

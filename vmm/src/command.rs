@@ -1,0 +1,300 @@
+//! What clients ask of a VM, and what it tells them: the seam to whoever speaks with the clients.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use gantry_devices::pci::GuestBdf;
+use gantry_resources::{HostBdf, Request};
+
+use crate::config::VmConfig;
+use crate::error::Error;
+
+/// Something a client wants done.
+#[derive(Debug)]
+pub enum Command {
+    /// Remember what the VM is to be.
+    Create(Box<VmConfig>),
+    /// Build the VM and run it. Answered once its vCPUs run.
+    Boot,
+    /// End the VM if it runs, and forget what it was.
+    Delete,
+    /// End the VM at once. Answered once all that it had has been given back.
+    Shutdown,
+    /// Reset the VM at once, and boot it again.
+    Reboot,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let the vCPUs run on.
+    Resume,
+    /// Press the power button: the guest decides what it does.
+    PowerButton,
+    /// Send every vCPU a non-maskable interrupt.
+    Nmi,
+    /// Say what the VM is and has.
+    Info,
+    /// Say what its devices did so far.
+    Counters,
+    /// Take devices of the host and plug them in. Answered once the guest has been told.
+    Attach(Attach),
+    /// Ask the guest to let go of a device, or ask again. Answered once it has been asked;
+    /// [`VmEvent::Detached`] tells when the device is gone.
+    Detach(Detach),
+    /// End the VM if it runs, and the process.
+    Quit,
+}
+
+/// Devices to be plugged in while the guest runs.
+#[derive(Debug, Clone)]
+pub struct Attach {
+    /// What the device is called from then on; its address on the host if absent. Of several devices
+    /// only the first has it, the others get `-1`, `-2`, ... behind it.
+    pub id: Option<String>,
+    /// Which devices: so many of a group or alias, or one by its address.
+    pub request: Request,
+}
+
+/// A device to be unplugged while the guest runs. The functions of one device go together.
+#[derive(Debug, Clone)]
+pub struct Detach {
+    /// What the device is called.
+    pub id: String,
+    /// Take it away after this time even if the guest has not let go of it; zero takes it at once.
+    pub force_after: Option<Duration>,
+}
+
+/// What became of a command.
+#[derive(Debug)]
+pub enum Answer {
+    /// It was done.
+    Done,
+    /// The devices that were plugged in.
+    Attached(Vec<DeviceInfo>),
+    /// What the VM is.
+    Info(VmInfo),
+    /// What its devices did, in the order in which they were attached.
+    Counters(Vec<DeviceCounters>),
+}
+
+/// Who waits for what became of a command. Called once, on a thread of the VMM that must not wait.
+pub type Reply = Box<dyn FnOnce(Result<Answer, CommandError>) + Send>;
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VmState {
+    /// It is described, and has not been booted yet.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are stopped.
+    Paused,
+    /// It has ended. It can be booted again.
+    Shutdown,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shut down",
+        })
+    }
+}
+
+/// A VM as it is at a moment.
+#[derive(Debug, Clone)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: VmState,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Devices of the host that it has.
+    pub devices: Vec<DeviceInfo>,
+    /// Slots that devices can be plugged into while it runs.
+    pub slots: usize,
+    /// How many of those are empty.
+    pub free_slots: usize,
+}
+
+/// How far a device has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceState {
+    /// It is there, and the guest has been told.
+    Announced,
+    /// The guest has switched it on.
+    Enabled,
+    /// The guest has been asked to let go of it.
+    Detaching,
+}
+
+impl fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Announced => "announced",
+            Self::Enabled => "enabled",
+            Self::Detaching => "detaching",
+        })
+    }
+}
+
+/// A device of the host that a VM has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// What it is called.
+    pub id: String,
+    /// Where it is on the host.
+    pub bdf: HostBdf,
+    /// Where the guest finds it.
+    pub guest: GuestBdf,
+    /// The group or alias that it was asked for by, if not by its address.
+    pub group: Option<String>,
+    /// How far it has come.
+    pub state: DeviceState,
+}
+
+/// What a device did since it was attached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceCounters {
+    /// What it is called.
+    pub id: String,
+    /// Where it is on the host, as text.
+    pub bdf: String,
+    /// Interrupts by MSI-X vector, as the host's kernel counted them.
+    pub interrupts: BTreeMap<u16, u64>,
+    /// Reads of the guest that did not reach the device directly, by region.
+    pub trapped_reads: BTreeMap<String, u64>,
+    /// Writes of the guest that did not reach the device directly, by region.
+    pub trapped_writes: BTreeMap<String, u64>,
+    /// Bytes of its BARs that the guest reaches directly.
+    pub bytes_mapped: u64,
+    /// How long each step of attaching it took.
+    pub attach: Vec<(&'static str, Duration)>,
+    /// Times that it was reset.
+    pub resets: u64,
+    /// Accesses, resets and interrupt settings that failed.
+    pub errors: u64,
+}
+
+/// Why a command was not obeyed.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// There is no VM.
+    #[error("there is no VM yet: create one first")]
+    NotCreated,
+    /// There is a VM.
+    #[error("there is a VM already: delete it first")]
+    AlreadyCreated,
+    /// The VM does not run.
+    #[error("the VM is not running: boot it first")]
+    NotBooted,
+    /// The VM runs.
+    #[error("the VM is running already")]
+    AlreadyRunning,
+    /// The VM is not to be paused again.
+    #[error("the VM is paused already")]
+    AlreadyPaused,
+    /// The VM is not paused.
+    #[error("the VM is not paused")]
+    NotPaused,
+    /// The VM was built without slots.
+    #[error(
+        "this VM has no slots for devices: start it with \"hotplug\": {{\"slots\": 32}} in its file"
+    )]
+    NoSlots,
+    /// All slots are taken.
+    #[error("all {slots} slots of the VM are taken: detach a device first")]
+    NoFreeSlot {
+        /// How many there are.
+        slots: usize,
+    },
+    /// Another device is called so.
+    #[error("the VM has a device \"{0}\" already: choose another id")]
+    DuplicateId(String),
+    /// There is no such device.
+    #[error("the VM has no device \"{id}\"{}", known(.others))]
+    NoSuchDevice {
+        /// What was asked for.
+        id: String,
+        /// What there is.
+        others: Vec<String>,
+    },
+    /// The process is about to end.
+    #[error("the VM is ending")]
+    Ending,
+    /// It was tried and failed.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+fn known(others: &[String]) -> String {
+    match others {
+        [] => ": it has none".to_owned(),
+        others => format!(": it has {}", others.join(", ")),
+    }
+}
+
+/// Something that happened to a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmEvent {
+    /// The VM changed its state.
+    State(VmState),
+    /// The guest was reset, by itself or by a client, and boots again.
+    Reboot,
+    /// A step of attaching a device is done.
+    AttachStep {
+        /// What the device is called.
+        id: String,
+        /// Which step.
+        step: &'static str,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A device is plugged in, and the guest has been told.
+    Attached(DeviceInfo),
+    /// Devices could not be attached, and nothing of them is held.
+    AttachFailed {
+        /// What they were to be called.
+        id: String,
+        /// Why.
+        error: String,
+    },
+    /// The guest has switched a device on.
+    Enabled {
+        /// What it is called.
+        id: String,
+    },
+    /// The guest was asked to let go of a device.
+    DetachAsked {
+        /// What it is called.
+        id: String,
+    },
+    /// A device is gone from the guest and given back to the host.
+    Detached {
+        /// What it was called.
+        id: String,
+        /// Whether it was taken without the guest's consent.
+        forced: bool,
+    },
+    /// A device failed.
+    DeviceError {
+        /// What it is called.
+        id: String,
+        /// How.
+        error: String,
+    },
+    /// The guest cannot go on.
+    GuestFault {
+        /// Why.
+        error: String,
+    },
+}
+
+/// Who hears of events: called on threads of the VMM that must not wait.
+pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;

@@ -1,0 +1,99 @@
+//! What a running VM does with the commands of clients.
+
+use kvm_ioctls::VcpuFd;
+
+use super::{End, Vm};
+use crate::command::{Answer, Command, CommandError, Reply, VmEvent, VmInfo, VmState};
+use crate::error::Error;
+use crate::kvm::KvmError;
+
+impl Vm {
+    /// Does what a client wants, and answers; `Some` if the VM ends by it.
+    ///
+    /// # Errors
+    /// The host failed the VM, which cannot go on. The client has been answered.
+    pub(super) fn obey(&mut self, command: Command, reply: Reply) -> Result<Option<End>, Error> {
+        let answer = match command {
+            Command::Shutdown | Command::Delete | Command::Quit => {
+                return Ok(Some(End::Asked(command, reply)));
+            }
+            Command::Reboot => {
+                let rebooted = self.reboot();
+                return match rebooted {
+                    Ok(()) => {
+                        reply(Ok(Answer::Done));
+                        Ok(None)
+                    }
+                    Err(error) => {
+                        reply(Err(CommandError::Ending));
+                        Err(error)
+                    }
+                };
+            }
+            Command::Create(_) => Err(CommandError::AlreadyCreated),
+            Command::Boot => Err(CommandError::AlreadyRunning),
+            Command::Pause => self.pause(),
+            Command::Resume => self.resume(),
+            Command::PowerButton => {
+                self.board.events.press_power_button();
+                Ok(Answer::Done)
+            }
+            Command::Nmi => self.nmi(),
+            Command::Info => Ok(Answer::Info(self.info())),
+            Command::Counters => Ok(Answer::Counters(Vec::new())),
+            Command::Attach(_) | Command::Detach(_) => Err(CommandError::NoSlots),
+        };
+        reply(answer);
+        Ok(None)
+    }
+
+    fn pause(&mut self) -> Result<Answer, CommandError> {
+        if self.state == VmState::Paused {
+            return Err(CommandError::AlreadyPaused);
+        }
+        self.vcpus.pause();
+        self.state = VmState::Paused;
+        // So that the guest does not take the pause for a lock-up of its processors. A guest without
+        // KVM's clock cannot be told.
+        self.vcpus
+            .visit(|_, vcpu| match vcpu.kvmclock_ctrl() {
+                Err(error) if error.errno() != libc::EINVAL => Err(error),
+                _ => Ok(()),
+            })
+            .unwrap_or_else(|error| tracing::warn!(%error, "KVM_KVMCLOCK_CTRL"));
+        self.tell(VmEvent::State(VmState::Paused));
+        Ok(Answer::Done)
+    }
+
+    fn resume(&mut self) -> Result<Answer, CommandError> {
+        if self.state != VmState::Paused {
+            return Err(CommandError::NotPaused);
+        }
+        self.state = VmState::Running;
+        self.gate.open();
+        self.tell(VmEvent::State(VmState::Running));
+        Ok(Answer::Done)
+    }
+
+    fn nmi(&mut self) -> Result<Answer, CommandError> {
+        self.vcpus.pause();
+        let sent = self.vcpus.visit(|_, vcpu: &mut VcpuFd| vcpu.nmi());
+        if self.state == VmState::Running {
+            self.gate.open();
+        }
+        sent.map_err(|error| CommandError::Failed(KvmError::call("KVM_NMI")(error).into()))?;
+        Ok(Answer::Done)
+    }
+
+    fn info(&self) -> VmInfo {
+        VmInfo {
+            name: self.name.clone(),
+            state: self.state,
+            vcpus: self.vcpu_count.get(),
+            memory: self.memory,
+            devices: Vec::new(),
+            slots: 0,
+            free_slots: 0,
+        }
+    }
+}

@@ -1,0 +1,449 @@
+//! The process: one VM after the other, or one and no more, and the way in for clients.
+//!
+//! There is one mailbox, and at any time one thread that takes from it. `gantry run vm.json` is the
+//! simple case: the first thread builds the VM, confines itself and runs it to its end. A process
+//! that outlives its VMs cannot do so, as a thread never gets out of its filter: there the first
+//! thread keeps what clients said, and each VM is built and run by a thread of its own that confines
+//! itself in the same way, while the first one waits for its end.
+
+use std::io;
+use std::sync::Arc;
+
+use gantry_resources::HostPaths;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::command::{Answer, Command, CommandError, EventSink, Reply, VmEvent, VmInfo, VmState};
+use crate::config::VmConfig;
+use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
+use crate::error::Error;
+use crate::sandbox::{self, Sandbox, SeccompMode};
+use crate::threads::{self, Role, Task};
+use crate::vm::{End, Vm};
+
+/// What the user decides about a run beside the VM itself.
+#[derive(Clone)]
+pub struct Options {
+    /// What becomes of system calls that a filter does not name.
+    pub seccomp: SeccompMode,
+    /// Go on when the VM has ended, until a client or a signal ends the process.
+    pub keep: bool,
+    /// Who hears of what happens to the VM.
+    pub events: EventSink,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            seccomp: SeccompMode::default(),
+            keep: false,
+            events: Arc::new(|_| {}),
+        }
+    }
+}
+
+/// How the process, or its VM, ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The user ended it from its console.
+    Stopped,
+    /// A client ended it.
+    Asked,
+    /// A signal ended it.
+    Signal(i32),
+    /// The guest cannot go on, and why.
+    GuestFault(String),
+}
+
+/// What the VMs of a process stand on.
+#[derive(Clone)]
+pub struct Ground {
+    /// Where the host keeps things.
+    pub host: HostPaths,
+    /// The filters.
+    pub sandbox: Arc<Sandbox>,
+    /// Where commands and events come in.
+    pub mailbox: Arc<Mailbox>,
+    /// The signals that ask the process to end.
+    pub signals: Arc<Signals>,
+    /// Where events go.
+    pub events: EventSink,
+}
+
+/// The way to the VM for clients, from any thread.
+#[derive(Clone)]
+pub struct Handle(Arc<Mailbox>);
+
+impl Handle {
+    /// Asks for something. Never waits: `reply` is called once with what became of it, on a thread of
+    /// the VMM that must not be kept, or on this one if the process is ending.
+    pub fn ask(
+        &self,
+        command: Command,
+        reply: impl FnOnce(Result<Answer, CommandError>) + Send + 'static,
+    ) {
+        self.0.post(Event::Command(command, Box::new(reply)));
+    }
+}
+
+/// The VMM of this process.
+pub struct Vmm {
+    ground: Ground,
+    keep: bool,
+}
+
+impl Vmm {
+    /// Prepares the process: signals that ask it to end are blocked from here on and heard by
+    /// [`Self::run`]. To be called on the first thread, before any other is made.
+    ///
+    /// # Errors
+    /// The kernel refused something.
+    pub fn new(host: &HostPaths, options: Options) -> Result<Self, Error> {
+        let signals = Arc::new(Signals::block().map_err(Error::host("block signals"))?);
+        raise_file_limit();
+        sandbox::install_traps().map_err(Error::host("install signal handlers"))?;
+        let sandbox = Sandbox::new(options.seccomp).map_err(Error::host("compile filters"))?;
+        Ok(Self {
+            ground: Ground {
+                host: host.clone(),
+                sandbox: Arc::new(sandbox),
+                mailbox: Mailbox::new().map_err(Error::host("make an eventfd"))?,
+                signals,
+                events: options.events,
+            },
+            keep: options.keep,
+        })
+    }
+
+    /// The way in for clients.
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.ground.mailbox))
+    }
+
+    /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
+    /// may use sockets that it has or accepts, and open nothing.
+    ///
+    /// # Errors
+    /// The kernel makes no thread.
+    pub fn spawn_api(&self, body: impl FnOnce() + Send + 'static) -> io::Result<Task<()>> {
+        threads::spawn(Role::Api, &self.ground.sandbox, body)
+    }
+
+    /// Runs a VM until it ends, or VMs until the process is to end, and gives everything back. To be
+    /// called on the process's first thread, which is confined for the rest of its life. Without a
+    /// `first` VM, and wherever [`Options::keep`] says so, it waits for clients to create one.
+    ///
+    /// # Errors
+    /// The VM could not be built, or the host failed it later. Everything has been given back.
+    pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
+        let ended = match first {
+            Some(config) if !self.keep => self.once(&config),
+            first => self.serve(first),
+        };
+        self.ground.mailbox.close();
+        match ended {
+            Err(Error::Interrupted(signal)) => Ok(Outcome::Signal(signal)),
+            ended => ended,
+        }
+    }
+
+    /// One VM, on this thread.
+    fn once(&self, config: &VmConfig) -> Result<Outcome, Error> {
+        match live(&self.ground, config, &mut None)? {
+            End::Over(outcome) => Ok(outcome),
+            End::Asked(_, reply) => {
+                reply(Ok(Answer::Done));
+                Ok(Outcome::Asked)
+            }
+        }
+    }
+
+    /// VMs on threads of their own, as clients ask for them.
+    fn serve(&self, first: Option<VmConfig>) -> Result<Outcome, Error> {
+        let ground = &self.ground;
+        let mut control = ControlLoop::new(Arc::clone(&ground.mailbox))
+            .map_err(Error::host("make the control loop"))?;
+        ground.signals.check()?;
+        control.add(Box::new(SignalWatch {
+            signals: Arc::clone(&ground.signals),
+            mailbox: Arc::clone(&ground.mailbox),
+        }));
+        let mut desk = Desk::default();
+        if let Some(config) = first {
+            desk.created = Some(Arc::new(config));
+            if let Some(outcome) = self.boot(&mut desk, None)? {
+                return Ok(outcome);
+            }
+        }
+        loop {
+            let event = control.next(None).map_err(Error::host("wait for events"))?;
+            let (command, reply) = match event {
+                Some(Event::Command(command, reply)) => (command, reply),
+                Some(Event::Signal(number)) => return Ok(Outcome::Signal(number)),
+                Some(Event::Quit) => return Ok(Outcome::Stopped),
+                // The last words of a VM that is no more.
+                _ => continue,
+            };
+            match desk.take(command) {
+                Deed::Answer(answer) => reply(answer),
+                Deed::Boot => {
+                    if let Some(outcome) = self.boot(&mut desk, Some(reply))? {
+                        return Ok(outcome);
+                    }
+                }
+                Deed::Quit => {
+                    reply(Ok(Answer::Done));
+                    return Ok(Outcome::Asked);
+                }
+            }
+            desk.tell(&ground.events);
+        }
+    }
+
+    /// Runs the VM on the desk to its end; `Some` if the process ends with it. `started` hears when
+    /// its vCPUs run, or why they never did.
+    fn boot(&self, desk: &mut Desk, started: Option<Reply>) -> Result<Option<Outcome>, Error> {
+        let Some(config) = desk.created.clone() else {
+            return Ok(None);
+        };
+        let (ground, asked) = (self.ground.clone(), started.is_some());
+        let life = move || {
+            let mut started = started;
+            let ended = live(&ground, &config, &mut started);
+            match (ended, started) {
+                (Err(error), Some(reply)) => Err((error, Some(reply))),
+                (ended, _) => ended.map_err(|error| (error, None)),
+            }
+        };
+        let thread = threads::spawn(Role::Vm, &self.ground.sandbox, life);
+        let ended = thread.map_err(Error::host("spawn a thread"))?.join();
+        desk.ended = true;
+        let outcome = match ended {
+            Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))) => Some(outcome),
+            Ok(End::Over(Outcome::GuestFault(error))) => {
+                (self.ground.events)(VmEvent::GuestFault { error });
+                None
+            }
+            Ok(End::Over(_)) => None,
+            Ok(End::Asked(command, reply)) => {
+                if matches!(command, Command::Delete) {
+                    desk.created = None;
+                }
+                reply(Ok(Answer::Done));
+                matches!(command, Command::Quit).then_some(Outcome::Asked)
+            }
+            Err((Error::Interrupted(signal), reply)) => {
+                if let Some(reply) = reply {
+                    reply(Err(CommandError::Ending));
+                }
+                Some(Outcome::Signal(signal))
+            }
+            Err((error, Some(reply))) => {
+                desk.ended = false;
+                reply(Err(CommandError::Failed(error)));
+                None
+            }
+            Err((error, None)) if asked => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the host failed the VM"
+                );
+                None
+            }
+            Err((error, None)) => return Err(error),
+        };
+        desk.tell(&self.ground.events);
+        Ok(outcome)
+    }
+}
+
+/// Builds a VM, runs it, and gives back what it had.
+fn live(ground: &Ground, config: &VmConfig, started: &mut Option<Reply>) -> Result<End, Error> {
+    let ended = Vm::build(config, ground).and_then(|mut vm| vm.run(started));
+    ground.mailbox.forget_guest();
+    ended
+}
+
+/// Each interrupt vector costs a descriptor, and the usual soft limit of 1024 is there for programs
+/// that call select(2).
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE);
+    let raised = limit.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
+}
+
+/// What is remembered while no VM runs.
+#[derive(Default)]
+struct Desk {
+    created: Option<Arc<VmConfig>>,
+    /// Whether the VM has run.
+    ended: bool,
+    /// The state that was last told of.
+    told: Option<VmState>,
+}
+
+/// What follows from a command while no VM runs.
+enum Deed {
+    Answer(Result<Answer, CommandError>),
+    Boot,
+    Quit,
+}
+
+impl Desk {
+    fn take(&mut self, command: Command) -> Deed {
+        let Some(config) = &self.created else {
+            return match command {
+                Command::Create(config) => {
+                    self.created = Some(Arc::new(*config));
+                    self.ended = false;
+                    Deed::Answer(Ok(Answer::Done))
+                }
+                // Gone is what was wanted.
+                Command::Delete => Deed::Answer(Ok(Answer::Done)),
+                Command::Quit => Deed::Quit,
+                _ => Deed::Answer(Err(CommandError::NotCreated)),
+            };
+        };
+        Deed::Answer(match command {
+            Command::Create(_) => Err(CommandError::AlreadyCreated),
+            Command::Boot => return Deed::Boot,
+            Command::Quit => return Deed::Quit,
+            Command::Delete => {
+                self.created = None;
+                Ok(Answer::Done)
+            }
+            Command::Info => Ok(Answer::Info(self.info(config))),
+            _ => Err(CommandError::NotBooted),
+        })
+    }
+
+    fn info(&self, config: &VmConfig) -> VmInfo {
+        VmInfo {
+            name: config.name.clone(),
+            state: self.state(),
+            vcpus: config.vcpus.get(),
+            memory: config.memory.bytes(),
+            devices: Vec::new(),
+            slots: 0,
+            free_slots: 0,
+        }
+    }
+
+    fn state(&self) -> VmState {
+        if self.ended {
+            VmState::Shutdown
+        } else {
+            VmState::Created
+        }
+    }
+
+    /// Tells of a state that has not been told of.
+    fn tell(&mut self, events: &EventSink) {
+        let state = self.created.as_ref().map(|_| self.state());
+        if let Some(state) = state.filter(|state| self.told != Some(*state)) {
+            events(VmEvent::State(state));
+        }
+        self.told = state;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+
+    fn config() -> Box<VmConfig> {
+        Box::new(VmConfig {
+            name: "one".to_owned(),
+            payload: Payload {
+                kernel: "vmlinux".into(),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: VcpuCount::new(2).unwrap(),
+            memory: MemorySize::new(64 << 20).unwrap(),
+            devices: Vec::new(),
+            serial: SerialMode::Off,
+            hotplug: Hotplug::default(),
+        })
+    }
+
+    fn refused(deed: Deed) -> CommandError {
+        match deed {
+            Deed::Answer(Err(error)) => error,
+            _ => panic!("it was done"),
+        }
+    }
+
+    fn done(deed: Deed) -> Answer {
+        match deed {
+            Deed::Answer(Ok(answer)) => answer,
+            _ => panic!("it was not done"),
+        }
+    }
+
+    #[test]
+    fn nothing_can_be_asked_of_a_vm_that_is_not_there() {
+        let mut desk = Desk::default();
+        for command in [
+            Command::Boot,
+            Command::Info,
+            Command::Shutdown,
+            Command::Nmi,
+        ] {
+            assert!(matches!(
+                refused(desk.take(command)),
+                CommandError::NotCreated
+            ));
+        }
+        done(desk.take(Command::Delete));
+        assert!(matches!(desk.take(Command::Quit), Deed::Quit));
+    }
+
+    #[test]
+    fn a_vm_is_created_once_booted_and_deleted() {
+        let mut desk = Desk::default();
+        done(desk.take(Command::Create(config())));
+        let again = refused(desk.take(Command::Create(config())));
+        assert!(matches!(again, CommandError::AlreadyCreated));
+        let stopped = refused(desk.take(Command::Pause));
+        assert!(matches!(stopped, CommandError::NotBooted));
+        let state = |desk: &mut Desk| match done(desk.take(Command::Info)) {
+            Answer::Info(info) => info.state,
+            _ => panic!("no information"),
+        };
+        assert_eq!(state(&mut desk), VmState::Created);
+        assert!(matches!(desk.take(Command::Boot), Deed::Boot));
+        desk.ended = true;
+        assert_eq!(state(&mut desk), VmState::Shutdown);
+        assert!(matches!(desk.take(Command::Boot), Deed::Boot));
+        done(desk.take(Command::Delete));
+        assert!(matches!(
+            refused(desk.take(Command::Info)),
+            CommandError::NotCreated
+        ));
+        done(desk.take(Command::Create(config())));
+        assert_eq!(state(&mut desk), VmState::Created);
+    }
+
+    #[test]
+    fn a_state_is_told_of_once() {
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let events: EventSink = {
+            let told = Arc::clone(&told);
+            Arc::new(move |event| told.lock().unwrap().push(event))
+        };
+        let mut desk = Desk::default();
+        desk.tell(&events);
+        done(desk.take(Command::Create(config())));
+        desk.tell(&events);
+        desk.tell(&events);
+        desk.ended = true;
+        desk.tell(&events);
+        let expected = [VmState::Created, VmState::Shutdown].map(VmEvent::State);
+        assert_eq!(*told.lock().unwrap(), expected);
+    }
+}
