@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -20,6 +20,7 @@ pub const CASES: &[Case] = cases![
 
 /// For one host kernel.
 pub const MORE: &[Case] = cases![
+    a_boot_takes_few_exits,
     two_disks_share_one_mapping_of_ram,
     a_network_card_talks_to_its_neighbour,
     a_bar_of_8_gib_has_its_size,
@@ -113,6 +114,30 @@ fn reading_a_disk_causes_no_exit_to_user_space(host: &Host) -> Result<()> {
     }
     running.types("poweroff -f")?;
     running.end()?.powered_off()?;
+    Ok(())
+}
+
+/// More than gantry needs to boot a guest and to power it off, by a tenth.
+const EXITS_BARE: u64 = 570;
+/// The same for what a disk adds, root port and driver included.
+const EXITS_OF_A_DISK: u64 = 760;
+
+/// From the first instruction to power-off: what the guest's kernel asks of its machine does not vary,
+/// but for how often it looks at the serial port.
+fn a_boot_takes_few_exits(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut counts = Vec::new();
+    for vm in [Vm::new("none"), Vm::new("none").devices("nvme", 1)] {
+        count_exits(host, true)?;
+        vm.run(host)?.powered_off()?;
+        counts.push(count_exits(host, false)?);
+    }
+    let &[bare, with_disk] = counts.as_slice() else {
+        bail!("{counts:?}");
+    };
+    ensure!((100..EXITS_BARE).contains(&bare), "{bare} exits");
+    let disk = with_disk.saturating_sub(bare);
+    ensure!((100..EXITS_OF_A_DISK).contains(&disk), "{disk} exits more");
     Ok(())
 }
 

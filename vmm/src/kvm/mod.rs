@@ -11,11 +11,11 @@ use std::sync::Arc;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
 pub use routes::GsiRoutes;
 pub use slots::{MemorySlots, SlotGuard};
-pub use vcpu::{Access, Exit, Vcpu};
+pub use vcpu::{Access, Exit, PostedWrites, Vcpu};
 pub use vfio::VfioObserver;
 
 use crate::layout;
@@ -102,6 +102,20 @@ impl Machine {
         &self.vm
     }
 
+    /// Has KVM post writes to the port that says which register of configuration space the next
+    /// access is meant for: one exit an access instead of two.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn post_config_address(&self) -> Result<PostedWrites, KvmError> {
+        let ports = layout::PCI_CONFIG_PORTS;
+        let address = IoEventAddress::Pio(u64::from(*ports.start()));
+        self.vm
+            .register_coalesced_mmio(address, size_of::<u32>() as u32)
+            .map_err(KvmError::call("KVM_REGISTER_COALESCED_MMIO"))?;
+        Ok(PostedWrites::due_at(ports))
+    }
+
     /// The state of the in-kernel I/O APIC and PICs.
     ///
     /// # Errors
@@ -161,6 +175,7 @@ fn open() -> Result<Kvm, KvmError> {
         Cap::ImmediateExit,
         Cap::UserMemory,
         Cap::TscDeadlineTimer,
+        Cap::CoalescedPio,
     ];
     match needed.into_iter().find(|cap| !kvm.check_extension(*cap)) {
         Some(cap) => Err(KvmError::Lacks(cap)),

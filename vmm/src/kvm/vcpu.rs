@@ -2,8 +2,11 @@
 #![allow(unsafe_code)] // the shared kvm_run page is a union, and its data outlive the borrow.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::slice;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use kvm_bindings::kvm_coalesced_mmio;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 /// Why a vCPU came back to user space.
@@ -28,15 +31,37 @@ pub trait Access {
     fn mmio_write(&self, address: u64, data: &[u8]);
 }
 
+/// Port writes that KVM keeps in a ring for later instead of causing an exit (`KVM_CAP_COALESCED_PIO`).
+/// They are due before anything else is done at these ports.
+#[derive(Clone)]
+pub struct PostedWrites {
+    ports: RangeInclusive<u16>,
+    // The ring is one for all vCPUs: held while entries are taken out of it, and by nobody else.
+    ring: Arc<Mutex<()>>,
+}
+
+impl PostedWrites {
+    /// What is written to some of these ports has been posted.
+    pub(super) fn due_at(ports: RangeInclusive<u16>) -> Self {
+        let ring = Arc::default();
+        Self { ports, ring }
+    }
+}
+
 /// One vCPU.
 pub struct Vcpu {
     fd: VcpuFd,
+    posted: PostedWrites,
 }
 
 impl Vcpu {
     /// Takes over a vCPU that KVM made.
-    pub fn new(fd: VcpuFd) -> Self {
-        Self { fd }
+    ///
+    /// # Errors
+    /// The ring of posted writes cannot be mapped.
+    pub fn new(mut fd: VcpuFd, posted: PostedWrites) -> io::Result<Self> {
+        fd.map_coalesced_mmio_ring()?;
+        Ok(Self { fd, posted })
     }
 
     /// The vCPU's file descriptor, to set its state while it does not run.
@@ -62,6 +87,7 @@ impl Vcpu {
                 // SAFETY: the data lie in the vCPU's mapped run page, which only KVM_RUN changes,
                 // and `self` is borrowed mutably until this function returns.
                 let data = unsafe { slice::from_raw_parts(start, len) };
+                self.catch_up(port, access)?;
                 let width = self.port_width();
                 data.chunks(width)
                     .for_each(|item| access.port_out(port, item));
@@ -70,6 +96,7 @@ impl Vcpu {
                 let (start, len) = (data.as_mut_ptr(), data.len());
                 // SAFETY: as above; nothing else refers to the data area.
                 let data = unsafe { slice::from_raw_parts_mut(start, len) };
+                self.catch_up(port, access)?;
                 let width = self.port_width();
                 data.chunks_mut(width)
                     .for_each(|item| access.port_in(port, item));
@@ -81,6 +108,27 @@ impl Vcpu {
             other => return Ok(Exit::Broken(format!("{other:?}"))),
         }
         Ok(Exit::Continue)
+    }
+
+    /// Has `access` answer the writes that were posted, if `port` is one for which they are due.
+    fn catch_up(&mut self, port: u16, access: &impl Access) -> io::Result<()> {
+        if !self.posted.ports.contains(&port) {
+            return Ok(());
+        }
+        let ring = self.posted.ring.lock();
+        let _ring = ring.unwrap_or_else(PoisonError::into_inner);
+        while let Some(write) = self.fd.coalesced_mmio_read()? {
+            let kvm_coalesced_mmio {
+                phys_addr,
+                len,
+                data,
+                ..
+            } = write;
+            if let (Ok(port), Some(data)) = (u16::try_from(phys_addr), data.get(..len as usize)) {
+                access.port_out(port, data);
+            }
+        }
+        Ok(())
     }
 
     /// Width in bytes of one item of a port access: string instructions bring several at once.

@@ -128,6 +128,7 @@ fn make_vcpus(
     board: &Board,
 ) -> Result<(Vec<Vcpu>, Vec<Snapshot>), Error> {
     let (mut vcpus, mut snapshots) = (Vec::new(), Vec::new());
+    let posted = machine.post_config_address()?;
     for id in 0..count.get() {
         let vcpu = machine
             .vm()
@@ -138,7 +139,8 @@ fn make_vcpus(
         if id == 0 {
             cpu::boot_state(&vcpu, entry, board.ram.memory())?;
         }
-        vcpus.push(Vcpu::new(vcpu));
+        let vcpu = Vcpu::new(vcpu, posted.clone());
+        vcpus.push(vcpu.map_err(Error::host("map the ring of posted writes"))?);
     }
     Ok((vcpus, snapshots))
 }
