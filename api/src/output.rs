@@ -6,10 +6,20 @@ use serde::Serialize;
 
 use crate::report::Failure;
 
+/// A list of thousands of devices is written in few pieces.
+const CHUNK: usize = 1 << 16;
+
 /// Writes to standard output. A closed pipe (`gantry device list | head`) is a success; a full
 /// disk is a failure.
 pub fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
-    let mut out = io::BufWriter::new(anstream::stdout().lock());
+    print_to(anstream::stdout().lock(), write)
+}
+
+fn print_to(
+    out: impl Write,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let mut out = io::BufWriter::with_capacity(CHUNK, out);
     match write(&mut out).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::host(format!(
             "cannot write to standard output: {error}"
@@ -18,9 +28,9 @@ pub fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(),
     }
 }
 
-/// Writes a value as indented JSON.
+/// Writes a value as indented JSON, which has no colours to take out for those who want none.
 pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    print(|out| {
+    print_to(io::stdout().lock(), |out| {
         serde_json::to_writer_pretty(&mut *out, value)?;
         writeln!(out)
     })

@@ -35,9 +35,10 @@ impl Host {
             ),
             ("sys/module/vfio_pci/refcnt", "0"),
             ("sys/module/vfio_iommu_type1/refcnt", "0"),
-            ("sys/bus/pci/devices/0000:01:00.0/vendor", "0x1b36"),
-            ("sys/bus/pci/devices/0000:01:00.0/device", "0x0010"),
-            ("sys/bus/pci/devices/0000:01:00.0/class", "0x010802"),
+            (
+                "sys/bus/pci/devices/0000:01:00.0/modalias",
+                "pci:v00001B36d00000010sv00000000sd00000000bc01sc08i02",
+            ),
         ] {
             host.put(path, text);
         }

@@ -50,9 +50,15 @@ impl Host {
     fn device(&self, bdf: &str, ids: [&str; 3], driver: &str, group: u32) {
         let dir = self.path("sys/bus/pci/devices").join(bdf);
         fs::create_dir_all(&dir).unwrap();
-        for (name, text) in ["vendor", "device", "class"].into_iter().zip(ids) {
-            fs::write(dir.join(name), format!("{text}\n")).unwrap();
-        }
+        let [vendor, device, class] =
+            ids.map(|id| u32::from_str_radix(id.trim_start_matches("0x"), 16).unwrap());
+        let modalias = format!(
+            "pci:v{vendor:08X}d{device:08X}sv00000000sd00000000bc{:02X}sc{:02X}i{:02X}\n",
+            class >> 16,
+            class >> 8 & 0xff,
+            class & 0xff
+        );
+        fs::write(dir.join("modalias"), modalias).unwrap();
         for (name, text) in [("numa_node", "-1\n"), ("driver_override", "(null)\n")] {
             fs::write(dir.join(name), text).unwrap();
         }

@@ -305,7 +305,7 @@ fn detail(groups: &Groups) -> Detail {
     if groups.ask_for_serials() {
         Detail::Full
     } else {
-        Detail::WithoutSerials
+        Detail::ForChoice
     }
 }
 

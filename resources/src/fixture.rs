@@ -76,6 +76,16 @@ impl Fake {
     }
 }
 
+/// What the kernel says of a device in one line.
+pub(crate) fn modalias(id: (u16, u16), subsystem: (u16, u16), class: u32) -> String {
+    let ((vendor, device), (subvendor, subdevice)) = (id, subsystem);
+    let (base, sub, interface) = (class >> 16, class >> 8 & 0xff, class & 0xff);
+    format!(
+        "pci:v{vendor:08X}d{device:08X}sv{subvendor:08X}sd{subdevice:08X}\
+         bc{base:02X}sc{sub:02X}i{interface:02X}"
+    )
+}
+
 pub(crate) struct FakeHost {
     root: TempDir,
     pub(crate) paths: HostPaths,
@@ -109,12 +119,11 @@ impl FakeHost {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text + "\n").unwrap();
         };
-        put("vendor", format!("{:#06x}", device.id.0));
-        put("device", format!("{:#06x}", device.id.1));
-        put("class", format!("{:#08x}", device.class));
+        put(
+            "modalias",
+            modalias(device.id, (0x1af4, 0x1100), device.class),
+        );
         put("revision", "0x02".to_owned());
-        put("subsystem_vendor", "0x1af4".to_owned());
-        put("subsystem_device", "0x1100".to_owned());
         put("numa_node", "-1".to_owned());
         put("driver_override", "(null)".to_owned());
         for (attribute, text) in &device.attributes {
@@ -261,8 +270,11 @@ impl<'a> FakeKernel<'a> {
             Some("drivers_probe") => {
                 let device = self.host.read(value);
                 if device.driver.is_none() {
-                    let claim = device
-                        .driver_override
+                    let own = self.host.dir(device.bdf).join("driver_override");
+                    let own = fs::read_to_string(own).map(|text| text.trim().to_owned());
+                    let claim = own
+                        .ok()
+                        .filter(|name| name != "(null)")
                         .or_else(|| self.claims.get(&device.bdf).cloned());
                     let loaded = |name: &String| {
                         self.host

@@ -36,11 +36,10 @@ pub enum GroupType {
 
 impl GroupType {
     fn admits(self, device: &HostDevice) -> bool {
-        let class = device.class;
         match self {
             Self::Pci => true,
-            Self::Nvme => (class.base(), class.sub()) == (0x01, 0x08),
-            Self::SriovNic => class.base() == 0x02 && device.physfn.is_some(),
+            Self::Nvme => device.is_nvme(),
+            Self::SriovNic => device.class.base() == 0x02 && device.physfn.is_some(),
             Self::Vgpu | Self::Usb => false,
         }
     }

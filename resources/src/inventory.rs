@@ -1,18 +1,24 @@
 //! The PCI functions of the host, read from sysfs at the moment of asking.
 
+mod attributes;
+
+use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::unistd::{AccessFlags, eaccess};
+use nix::unistd::{AccessFlags, access};
 use serde::Serialize;
 use thiserror::Error;
 
 use crate::former::Former;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::{HostBdf, HostPaths, hex};
 use crate::ids::{PciClass, PciId};
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus, holder};
-use crate::{dsn, quarantine, sysfs};
+use crate::quarantine::{self, Until};
+use crate::{dsn, sysfs};
+use attributes::{Attributes, Identity};
 
 /// Virtual functions of a physical function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -46,8 +52,8 @@ pub struct HostDevice {
     pub subsystem: Option<PciId>,
     /// Class code.
     pub class: PciClass,
-    /// Revision id.
-    pub revision: u8,
+    /// Revision id; none in a look that is only to choose a device.
+    pub revision: Option<u8>,
     /// Name of the bound driver.
     pub driver: Option<String>,
     /// The only driver that may bind, where one is set.
@@ -127,10 +133,10 @@ pub enum InventoryError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detail {
     /// All of it. Reading a serial number touches the hardware: it wakes a sleeping device and waits
-    /// for one that is being reset.
+    /// for one that is being reset. Reading an override waits for whoever moves the device.
     Full,
-    /// Everything but the serial numbers: what the kernel has in memory.
-    WithoutSerials,
+    /// What a choice of devices looks at: all but serial numbers, overrides and revisions.
+    ForChoice,
 }
 
 /// Every PCI function of the host, in the order of their addresses.
@@ -144,29 +150,31 @@ pub(crate) fn scan_with(
     paths: &HostPaths,
     detail: Detail,
 ) -> Result<Vec<HostDevice>, InventoryError> {
-    let dir = paths.sysfs.join("bus/pci/devices");
-    let unreadable = |source| InventoryError::Sysfs {
-        path: dir.clone(),
-        source,
-    };
+    let source = Source::open(paths, detail)?;
+    let listing = std::fs::read_dir(&source.dir).map_err(source.unreadable())?;
     let mut addresses = Vec::new();
-    for entry in std::fs::read_dir(&dir).map_err(unreadable)? {
-        let name = entry.map_err(unreadable)?.file_name();
+    for entry in listing {
+        let name = entry.map_err(source.unreadable())?.file_name();
         if let Some(bdf) = name.to_str().and_then(|name| name.parse::<HostBdf>().ok()) {
             addresses.push(bdf);
         }
     }
     addresses.sort();
-    let devices = addresses
-        .into_iter()
-        .filter_map(|bdf| read(paths, bdf, detail).transpose());
-    devices.collect()
+    let mut devices = Vec::with_capacity(addresses.len());
+    for bdf in addresses {
+        let device = source.read(bdf, &devices)?;
+        devices.extend(device);
+    }
+    Ok(devices)
 }
 
 impl HostDevice {
     /// Reads one device.
     pub fn read(paths: &HostPaths, bdf: HostBdf) -> Result<Self, InventoryError> {
-        read(paths, bdf, Detail::Full)?.ok_or(InventoryError::NoSuchDevice { bdf })
+        let source = Source::open(paths, Detail::Full)?;
+        source
+            .read(bdf, &[])?
+            .ok_or(InventoryError::NoSuchDevice { bdf })
     }
 
     /// Who has the device: a VM, a driver of the host, vfio-pci, nobody.
@@ -207,6 +215,11 @@ impl HostDevice {
         self.driver.as_deref().is_some_and(is_vfio_driver)
     }
 
+    /// An NVMe controller.
+    pub fn is_nvme(&self) -> bool {
+        (self.class.base(), self.class.sub()) == (0x01, 0x08)
+    }
+
     /// A bridge that belongs to the host: never in a group, never detached, never assigned.
     pub fn is_bridge(&self) -> bool {
         self.class.is_bridge()
@@ -228,127 +241,224 @@ pub(crate) fn is_vfio_driver(name: &str) -> bool {
     name == "vfio-pci" || name.ends_with("-vfio-pci")
 }
 
-/// Reads a device; none if it is not there, or no longer.
-fn read(
-    paths: &HostPaths,
-    bdf: HostBdf,
+/// The base class of displays; the kernel says of no other device whether the firmware started it.
+const DISPLAY: u8 = 0x03;
+
+/// Where devices are read from.
+struct Source<'a> {
+    paths: &'a HostPaths,
     detail: Detail,
-) -> Result<Option<HostDevice>, InventoryError> {
-    let dir = paths.pci_device(bdf);
-    let facts = Facts { dir: &dir };
-    match facts.read(bdf).map_err(|source| InventoryError::Sysfs {
-        path: dir.clone(),
-        source,
-    })? {
-        None => Ok(None),
-        Some(mut device) => {
-            device.lease = holder(paths, bdf)?;
-            device.quarantine = quarantine::reason(paths, bdf, &device.id.to_string());
-            device.node = device
-                .iommu_group
-                .filter(|_| device.on_vfio())
-                .map(|group| node_access(paths, group));
-            if detail == Detail::Full {
-                device.dsn = dsn::read(&dir.join("config"));
-                device.serial = facts
-                    .nvme_serial()
-                    .or_else(|| Former::load(paths, &device).and_then(|former| former.serial));
-            }
-            Ok(Some(device))
+    /// The directory of all devices.
+    dir: PathBuf,
+    devices: File,
+    leases: Listed,
+    quarantine: Listed,
+    former: Listed,
+}
+
+/// Names of the files of a directory, so that a device without one is not looked for; none where they
+/// cannot be listed: then each is.
+struct Listed(Option<BTreeSet<String>>);
+
+impl Listed {
+    fn of(dir: &Path) -> Self {
+        let names = sysfs::entries(dir).ok();
+        Self(names.map(|names| names.into_iter().collect()))
+    }
+
+    fn may_have(&self, name: impl FnOnce() -> String) -> bool {
+        match &self.0 {
+            Some(names) => !names.is_empty() && names.contains(&name()),
+            None => true,
         }
+    }
+}
+
+impl<'a> Source<'a> {
+    fn open(paths: &'a HostPaths, detail: Detail) -> Result<Self, InventoryError> {
+        let dir = paths.sysfs.join("bus/pci/devices");
+        let devices = File::open(&dir).map_err(|source| InventoryError::Sysfs {
+            path: dir.clone(),
+            source,
+        })?;
+        Ok(Self {
+            paths,
+            detail,
+            dir,
+            devices,
+            leases: Listed::of(&paths.run.join("leases")),
+            quarantine: Listed::of(&paths.state.join("quarantine")),
+            former: Listed::of(&paths.run.join("former")),
+        })
+    }
+
+    fn unreadable(&self) -> impl FnOnce(io::Error) -> InventoryError + use<> {
+        let path = self.dir.clone();
+        |source| InventoryError::Sysfs { path, source }
+    }
+
+    /// Reads a device; none if it is not there, or no longer. `before` are those of lower addresses, as
+    /// far as they have been read.
+    fn read(
+        &self,
+        bdf: HostBdf,
+        before: &[HostDevice],
+    ) -> Result<Option<HostDevice>, InventoryError> {
+        let paths = self.paths;
+        let unreadable = |source| InventoryError::Sysfs {
+            path: paths.pci_device(bdf),
+            source,
+        };
+        let attributes = Attributes::open(&self.devices, bdf).map_err(unreadable)?;
+        let Some(attributes) = attributes else {
+            return Ok(None);
+        };
+        let Some(mut device) = facts(&attributes, bdf, before).map_err(unreadable)? else {
+            return Ok(None);
+        };
+        let leased = self.leases.may_have(|| format!("{bdf}.lock"));
+        if leased {
+            device.lease = holder(paths, bdf)?;
+        }
+        let mut hung = false;
+        if leased || self.quarantine.may_have(|| format!("{bdf}.json")) {
+            let found = quarantine::find(paths, bdf, &device.id.to_string());
+            hung = found
+                .as_ref()
+                .is_some_and(|found| found.until == Until::Boot);
+            device.quarantine = found.map(|found| found.reason);
+        }
+        device.node = device
+            .iommu_group
+            .filter(|_| device.on_vfio())
+            .map(|group| node_access(paths, group));
+        if self.detail == Detail::Full {
+            if !hung && !moves_elsewhere(&device) {
+                let name = attributes.text("driver_override").map_err(unreadable)?;
+                device.driver_override = name.filter(|name| !name.is_empty() && name != "(null)");
+            }
+            let revision = attributes.text("revision").map_err(unreadable)?;
+            let number = |text: String| hex(text.strip_prefix("0x")?, 2..=2);
+            device.revision = revision.and_then(number).map(|number| number as u8);
+            self.read_serials(&mut device);
+        }
+        Ok(Some(device))
+    }
+
+    fn read_serials(&self, device: &mut HostDevice) {
+        let dir = self.paths.pci_device(device.bdf);
+        // A virtual function has its physical one's number, or none.
+        if device.physfn.is_none() {
+            device.dsn = dsn::read(&dir.join("config"));
+        }
+        if device.is_nvme() {
+            device.serial = nvme_serial(&dir);
+        }
+        if device.serial.is_none() && self.former.may_have(|| device.bdf.to_string()) {
+            device.serial = Former::load(self.paths, device).and_then(|former| former.serial);
+        }
+    }
+}
+
+/// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
+/// for which whoever asks for the override waits, if need be for ever.
+fn moves_elsewhere(device: &HostDevice) -> bool {
+    match device.lease.record() {
+        Some(record) if record.pid == std::process::id() => false,
+        Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
+        None => false,
     }
 }
 
 fn node_access(paths: &HostPaths, group: u32) -> NodeAccess {
     let node = paths.vfio_group(group);
-    match eaccess(&node, AccessFlags::R_OK | AccessFlags::W_OK) {
+    match access(&node, AccessFlags::R_OK | AccessFlags::W_OK) {
         Ok(()) => NodeAccess::Ready,
         Err(Errno::ENOENT | Errno::ENOTDIR) => NodeAccess::Missing,
         Err(_) => NodeAccess::Denied,
     }
 }
 
-/// The attributes of one device's directory.
-struct Facts<'a> {
-    dir: &'a Path,
+/// What sysfs says of a device at no cost, without serial numbers, VFIO node and lease; none if it is gone.
+fn facts(
+    attributes: &Attributes,
+    bdf: HostBdf,
+    before: &[HostDevice],
+) -> io::Result<Option<HostDevice>> {
+    let physfn = attributes
+        .link("physfn")?
+        .and_then(|name| name.parse().ok());
+    let mut device = HostDevice {
+        bdf,
+        id: PciId {
+            vendor: 0,
+            device: 0,
+        },
+        subsystem: None,
+        class: PciClass::new(0),
+        revision: None,
+        driver: attributes.link("driver")?,
+        driver_override: None,
+        iommu_group: attributes
+            .link("iommu_group")?
+            .and_then(|name| name.parse().ok()),
+        // A virtual function is where its physical one is.
+        numa_node: match physfn.and_then(|pf| found(before, pf)) {
+            Some(card) => card.numa_node,
+            None => attributes.decimal("numa_node")?,
+        },
+        sriov: match physfn {
+            Some(_) => None,
+            None => sriov(attributes)?,
+        },
+        physfn,
+        serial: None,
+        dsn: None,
+        boot_vga: false,
+        mdev_types: Vec::new(),
+        node: None,
+        lease: LeaseStatus::Free,
+        quarantine: None,
+    };
+    // Last, as a device always has it: attributes of one that vanished on the way would have been taken
+    // for "none".
+    let Some(Identity {
+        id,
+        subsystem,
+        class,
+    }) = attributes.identity()?
+    else {
+        return Ok(None);
+    };
+    (device.id, device.subsystem, device.class) = (id, subsystem, class);
+    if class.base() == DISPLAY {
+        device.boot_vga = attributes.text("boot_vga")?.as_deref() == Some("1");
+    }
+    device.mdev_types = attributes.entries("mdev_supported_types")?;
+    Ok(Some(device))
 }
 
-impl Facts<'_> {
-    fn hex(&self, name: &str) -> io::Result<Option<u32>> {
-        sysfs::hex(&self.dir.join(name))
-    }
+fn found(sorted: &[HostDevice], bdf: HostBdf) -> Option<&HostDevice> {
+    let index = sorted.binary_search_by_key(&bdf, |device| device.bdf);
+    sorted.get(index.ok()?)
+}
 
-    fn link(&self, name: &str) -> io::Result<Option<String>> {
-        sysfs::link_name(&self.dir.join(name))
-    }
+fn sriov(attributes: &Attributes) -> io::Result<Option<Sriov>> {
+    let Some(total) = attributes.decimal("sriov_totalvfs")? else {
+        return Ok(None);
+    };
+    let active = attributes.decimal("sriov_numvfs")?.unwrap_or(0);
+    Ok(Some(Sriov { total, active }))
+}
 
-    /// What sysfs says, without serial numbers, VFIO node and lease.
-    fn read(&self, bdf: HostBdf) -> io::Result<Option<HostDevice>> {
-        let (Some(vendor), Some(device), Some(class)) =
-            (self.hex("vendor")?, self.hex("device")?, self.hex("class")?)
-        else {
-            return Ok(None);
-        };
-        let found = HostDevice {
-            bdf,
-            id: PciId {
-                vendor: vendor as u16,
-                device: device as u16,
-            },
-            subsystem: self.subsystem()?,
-            class: PciClass::new(class),
-            revision: self.hex("revision")?.unwrap_or(0) as u8,
-            driver: self.link("driver")?,
-            driver_override: self.driver_override()?,
-            iommu_group: self.link("iommu_group")?.and_then(|name| name.parse().ok()),
-            numa_node: sysfs::decimal(&self.dir.join("numa_node"))?,
-            sriov: self.sriov()?,
-            physfn: self.link("physfn")?.and_then(|name| name.parse().ok()),
-            serial: None,
-            dsn: None,
-            boot_vga: sysfs::text(&self.dir.join("boot_vga"))?.as_deref() == Some("1"),
-            mdev_types: sysfs::entries(&self.dir.join("mdev_supported_types"))?,
-            node: None,
-            lease: LeaseStatus::Free,
-            quarantine: None,
-        };
-        // Attributes that vanished on the way would have been taken for "none".
-        Ok(self.dir.join("vendor").exists().then_some(found))
-    }
-
-    fn subsystem(&self) -> io::Result<Option<PciId>> {
-        let ids = self
-            .hex("subsystem_vendor")?
-            .zip(self.hex("subsystem_device")?);
-        let id = ids.map(|(vendor, device)| PciId {
-            vendor: vendor as u16,
-            device: device as u16,
-        });
-        Ok(id.filter(|id| id.vendor != 0 || id.device != 0))
-    }
-
-    fn driver_override(&self) -> io::Result<Option<String>> {
-        let name = sysfs::text(&self.dir.join("driver_override"))?;
-        Ok(name.filter(|name| !name.is_empty() && name != "(null)"))
-    }
-
-    fn sriov(&self) -> io::Result<Option<Sriov>> {
-        let Some(total) = sysfs::decimal(&self.dir.join("sriov_totalvfs"))? else {
-            return Ok(None);
-        };
-        let active = sysfs::decimal(&self.dir.join("sriov_numvfs"))?.unwrap_or(0);
-        Ok(Some(Sriov { total, active }))
-    }
-
-    /// What the host's nvme driver knows; a device that is not NVMe has no such directory.
-    fn nvme_serial(&self) -> Option<String> {
-        let dir = self.dir.join("nvme");
-        let controllers = sysfs::entries(&dir).ok()?;
-        let serial = controllers
-            .iter()
-            .find_map(|name| sysfs::text(&dir.join(name).join("serial")).ok()?);
-        serial.filter(|serial| !serial.is_empty())
-    }
+/// What the host's nvme driver knows; a device that it does not have has no such directory.
+fn nvme_serial(dir: &Path) -> Option<String> {
+    let dir = dir.join("nvme");
+    let controllers = sysfs::entries(&dir).ok()?;
+    let serial = controllers
+        .iter()
+        .find_map(|name| sysfs::text(&dir.join(name).join("serial")).ok()?);
+    serial.filter(|serial| !serial.is_empty())
 }
 
 #[cfg(test)]
@@ -366,7 +476,7 @@ mod tests {
                 .with("numa_node", "1")
                 .with("nvme/nvme0/serial", "gantry-0001     "),
             Fake::nvme("0000:02:00.0", 13)
-                .class(0x02_00_00)
+                .class(0x03_00_00)
                 .with("sriov_totalvfs", "7")
                 .with("sriov_numvfs", "2")
                 .with("boot_vga", "1"),
@@ -377,7 +487,7 @@ mod tests {
         assert_eq!(nvme.class.to_string(), "010802");
         assert_eq!(
             (nvme.revision, nvme.numa_node, nvme.iommu_group),
-            (2, Some(1), Some(12))
+            (Some(2), Some(1), Some(12))
         );
         assert_eq!(nvme.serial.as_deref(), Some("gantry-0001"));
         assert_eq!(

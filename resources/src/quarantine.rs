@@ -146,24 +146,35 @@ pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineEr
     }
 }
 
+/// Why a device is in quarantine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) reason: String,
+    pub(crate) until: Until,
+}
+
 /// Why a device with these ids is in quarantine, if it is.
 ///
 /// A record that cannot be read keeps the device out: better idle than broken.
-pub(crate) fn reason(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<String> {
+pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
     let path = path(paths, bdf);
-    let text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if sysfs::is_gone(&error) => {
-            let record: Record = serde_json::from_slice(&lease::note(paths, bdf)?).ok()?;
-            return (record.id == id).then_some(record.reason);
-        }
-        Err(error) => return Some(format!("{} cannot be read: {error}", path.display())),
+    let broken = |reason| {
+        let until = Until::Released;
+        Some(Found { reason, until })
     };
-    let Ok(record) = serde_json::from_slice::<Record>(&text) else {
-        return Some(format!("{} is damaged", path.display()));
+    let record = match fs::read(&path) {
+        Ok(text) => match serde_json::from_slice::<Record>(&text) {
+            Ok(record) => record,
+            Err(_) => return broken(format!("{} is damaged", path.display())),
+        },
+        Err(error) if sysfs::is_gone(&error) => {
+            serde_json::from_slice(&lease::note(paths, bdf)?).ok()?
+        }
+        Err(error) => return broken(format!("{} cannot be read: {error}", path.display())),
     };
     let over = record.until == Until::Boot && record.boot.is_some() && record.boot != boot(paths);
-    (!over && record.id == id).then_some(record.reason)
+    let Record { reason, until, .. } = record;
+    (!over && record.id == id).then_some(Found { reason, until })
 }
 
 /// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
@@ -267,11 +278,9 @@ mod tests {
         let host = host();
         let disk = host.read("01:00.0");
         quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
-        assert_eq!(
-            reason(&host.paths, disk.bdf, "1b36:0010").as_deref(),
-            Some("it hangs")
-        );
-        assert_eq!(reason(&host.paths, disk.bdf, "1b36:0011"), None);
+        let reason = |id| find(&host.paths, disk.bdf, id).map(|found| found.reason);
+        assert_eq!(reason("1b36:0010").as_deref(), Some("it hangs"));
+        assert_eq!(reason("1b36:0011"), None);
         host.file("proc/sys/kernel/random/boot_id", "two\n");
         assert_eq!(host.read("01:00.0").quarantine, None);
     }

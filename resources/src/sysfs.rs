@@ -40,21 +40,6 @@ pub(crate) fn table(path: &Path) -> io::Result<String> {
     }
 }
 
-/// A hexadecimal attribute such as `0x1b36`.
-pub(crate) fn hex(path: &Path) -> io::Result<Option<u32>> {
-    let Some(text) = text(path)? else {
-        return Ok(None);
-    };
-    let digits = text.strip_prefix("0x").unwrap_or(&text);
-    match u32::from_str_radix(digits, 16) {
-        Ok(value) => Ok(Some(value)),
-        Err(_) => Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("\"{text}\" is no hexadecimal number"),
-        )),
-    }
-}
-
 /// A decimal attribute; none also where the text is no unsigned number, as in `-1` for "no NUMA node".
 pub(crate) fn decimal<T: std::str::FromStr>(path: &Path) -> io::Result<Option<T>> {
     Ok(text(path)?.and_then(|text| text.parse().ok()))

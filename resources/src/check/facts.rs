@@ -103,7 +103,7 @@ impl Devices {
         let groups = Groups::load(paths);
         let detail = match &groups {
             Ok(groups) if groups.ask_for_serials() => Detail::Full,
-            _ => Detail::WithoutSerials,
+            _ => Detail::ForChoice,
         };
         let all = scan_with(paths, detail)?;
         let missing = |bdf: &&HostBdf| !all.iter().any(|device| device.bdf == **bdf);

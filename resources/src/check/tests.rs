@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::facts::Facts;
 use super::{Level, Report, check, judge, note_reboot};
-use crate::fixture::bdf;
+use crate::fixture::{bdf, modalias};
 use crate::host::HostPaths;
 use crate::inventory::NodeAccess;
 
@@ -86,12 +86,13 @@ impl Host {
         let dir = format!("sys/devices/pci0000:00/{address}");
         let link = format!("sys/bus/pci/devices/{address}");
         self.link(&link, &Path::new("../../../../").join(&dir));
-        for attribute in ["driver", "iommu_group", "vendor", "device", "class"] {
+        for attribute in ["driver", "iommu_group", "modalias"] {
             let _ = fs::remove_file(self.path(&format!("{dir}/{attribute}")));
         }
-        for (attribute, value) in [("vendor", vendor), ("device", device), ("class", class)] {
-            self.line(&format!("{dir}/{attribute}"), &format!("0x{value}"));
-        }
+        let number = |text| u32::from_str_radix(text, 16).unwrap();
+        let id = (number(vendor) as u16, number(device) as u16);
+        let said = modalias(id, (0, 0), number(class));
+        self.line(&format!("{dir}/modalias"), &said);
         for (key, value) in words.map(|word| word.split_once('=').unwrap()) {
             match key {
                 "driver" => {

@@ -41,7 +41,7 @@ fn take(
     };
     let holder = Holder {
         vm: "a".to_owned(),
-        pid: 1,
+        pid: std::process::id(),
     };
     let requests = [Request::group(group, 1)];
     allocate_with(
@@ -208,7 +208,7 @@ fn the_helper_is_told_what_to_give_back() {
     };
     let holder = Holder {
         vm: "a".to_owned(),
-        pid: 1,
+        pid: std::process::id(),
     };
     let requests = [Request::group("gpus", 1)];
     let leases = allocate_with(

@@ -1,7 +1,6 @@
 //! `cargo xtask bench boot`: from the start of a VM to its guest's init.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,8 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::contender::{Contender, Guest};
 use super::inside::{self, Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
-use super::rows::Row;
-use super::table;
+use super::rows::{self, Report, Row};
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
 use crate::lab::qemu::Device;
@@ -52,14 +50,7 @@ pub struct Arguments {
 
 /// Runs the bench.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    if let Some(path) = &arguments.json {
-        // Rather now than after all the work.
-        File::options()
-            .create(true)
-            .append(true)
-            .open(path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    let report = Report::new(arguments.json.as_deref())?;
     let bench = Bench::prepare(arguments)?;
     let rounds = usize::from(arguments.pairs);
     let mut found = Found::new(bench.contenders.len());
@@ -71,16 +62,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         .map(|peer| peer.name.clone())
         .collect();
     let rows = found.samples.rows(&peers);
-    println!("\n{}", table::render(&rows, &peers));
-    for note in bench.notes(&found, &rows) {
-        println!("- {note}");
-    }
-    if let Some(path) = &arguments.json {
-        let mut text = serde_json::to_vec_pretty(&rows)?;
-        text.push(b'\n');
-        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
+    report.give(&rows, &peers, &bench.notes(&found, &rows))
 }
 
 /// A lab with contenders in it.
@@ -150,9 +132,7 @@ impl Bench {
 
     /// All rounds of all cases; timed and traced runs are apart from each other.
     fn measure(&self, rounds: usize, found: &mut Found) -> Result<()> {
-        if let Some(load) = busy() {
-            eprintln!("This machine is busy (load {load}): the times will scatter.");
-        }
+        rows::warn_if_busy();
         // The first runs are slower than all others, and tell how long it is going to take.
         let step = ui::Step::begin("Warming up");
         let began = Instant::now();
@@ -355,13 +335,6 @@ fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
         Err(_) => host.last_words(),
     };
     anyhow!("{error:#}\n--- the host's kernel log ends\n{log}")
-}
-
-/// The load of this machine, if it is too busy to measure well.
-fn busy() -> Option<f64> {
-    let text = fs::read_to_string("/proc/loadavg").ok()?;
-    let load: f64 = text.split(' ').next()?.parse().ok()?;
-    (load > 1.0).then_some(load)
 }
 
 fn case(disks: usize) -> String {

@@ -13,8 +13,13 @@
 //! lead; `low` and `high` bound its median (see [`Ratio::of`]). A ratio to a peer's 0 is `null`.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
 
+use anyhow::{Context, Result};
 use serde::Serialize;
+
+use super::table;
 
 /// A peer is level while the ratio may be this far from 1, either way.
 pub const LEVEL: f64 = 1.05;
@@ -35,6 +40,49 @@ pub struct Row {
     pub gantry: Summary,
     /// The peers', by name.
     pub peers: BTreeMap<String, Peer>,
+}
+
+/// Where a bench's rows go: standard output, and a file if there is one.
+#[derive(Debug)]
+pub struct Report<'a> {
+    json: Option<&'a Path>,
+}
+
+impl<'a> Report<'a> {
+    /// Fails now, rather than after all the work, if the file cannot be written.
+    pub fn new(json: Option<&'a Path>) -> Result<Self> {
+        if let Some(path) = json {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(Self { json })
+    }
+
+    /// Prints the rows as a table with notes below, and writes them.
+    pub fn give(&self, rows: &[Row], peers: &[String], notes: &[String]) -> Result<()> {
+        println!("\n{}", table::render(rows, peers));
+        for note in notes {
+            println!("- {note}");
+        }
+        if let Some(path) = self.json {
+            let mut text = serde_json::to_vec_pretty(rows)?;
+            text.push(b'\n');
+            fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Says so if this machine is too busy to measure well.
+pub fn warn_if_busy() {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: Option<f64> = text.split(' ').next().and_then(|word| word.parse().ok());
+    if let Some(load) = load.filter(|load| *load > 1.0) {
+        eprintln!("This machine is busy (load {load}): the times will scatter.");
+    }
 }
 
 /// One contender's figures of all rounds.

@@ -197,8 +197,22 @@ pub fn workspace() -> &'static Path {
     here.parent().unwrap_or(here)
 }
 
+/// Builds gantry of this tree as it is released; the program.
+pub fn gantry() -> Result<PathBuf> {
+    let built = build_of(&["-p", "gantry-api", "--bin", "gantry"])?;
+    built.into_iter().next().context("cargo built no gantry")
+}
+
 /// Builds the agent, and gantry if asked; the paths of the programs.
 fn build(gantry: bool) -> Result<Vec<PathBuf>> {
+    let mut what = vec!["-p", "gantry-tests", "--bin", "lab-agent"];
+    if gantry {
+        what.extend(["-p", "gantry-api", "--bin", "gantry"]);
+    }
+    build_of(&what)
+}
+
+fn build_of(what: &[&str]) -> Result<Vec<PathBuf>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command
@@ -207,10 +221,7 @@ fn build(gantry: bool) -> Result<Vec<PathBuf>> {
             "--release",
             "--message-format=json-render-diagnostics",
         ])
-        .args(["-p", "gantry-tests", "--bin", "lab-agent"]);
-    if gantry {
-        command.args(["-p", "gantry-api", "--bin", "gantry"]);
-    }
+        .args(what);
     let output = command
         .current_dir(workspace())
         .stdin(Stdio::null())
