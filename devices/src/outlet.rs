@@ -1,8 +1,9 @@
 //! Output to a pipe, socket or terminal that nobody may be reading.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -17,18 +18,59 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// is told then and not before: the log may well be stuck in the same pipe.
 pub struct Outlet {
     file: File,
+    kind: Kind,
     /// Bytes dropped since the reader stopped; `None` while it reads.
     dropped: Option<u64>,
+}
+
+/// What goes through an [`Outlet`], and with it where a gap is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A guest's output, which is not ours to write into: gaps are told in the log.
+    Guest,
+    /// The log: gaps are told in their place.
+    Log,
 }
 
 impl Outlet {
     /// Writes to `file`. Where it is not non-blocking itself, a terminal should have room for a
     /// whole line when it says that it has any, and nobody else should write to a pipe.
-    pub fn new(file: File) -> Self {
+    pub fn new(file: File, kind: Kind) -> Self {
         Self {
             file,
+            kind,
             dropped: None,
         }
+    }
+
+    /// Writes to what a standard stream of this process leads to.
+    ///
+    /// # Errors
+    /// The stream is closed.
+    pub fn of_stream(stream: &(impl AsFd + AsRawFd), kind: Kind) -> io::Result<Self> {
+        let file = File::from(stream.as_fd().try_clone_to_owned()?);
+        if file.metadata()?.is_file() {
+            return Ok(Self::new(file, kind));
+        }
+        // Opened anew, a pipe or terminal is non-blocking for this process and not for its shell. A
+        // socket cannot be opened so, and one that says it has room has room for a line.
+        let anew = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(format!("/proc/self/fd/{}", stream.as_raw_fd()));
+        Ok(Self::new(anew.unwrap_or(file), kind))
+    }
+
+    /// Tells in the log itself what is missing there.
+    fn tell_gap(&mut self, deadline: Instant) -> io::Result<()> {
+        let Some(dropped) = self.dropped.filter(|_| self.kind == Kind::Log) else {
+            return Ok(());
+        };
+        let note = format!("[nobody read: {dropped} bytes of the log are missing here]\n");
+        if self.write_until(note.as_bytes(), deadline)? == 0 {
+            self.dropped = None;
+        }
+        Ok(())
     }
 
     /// Waits for room until `deadline`.
@@ -77,9 +119,12 @@ impl Write for Outlet {
             Some(_) => now,
             None => now + PATIENCE,
         };
+        self.tell_gap(deadline)?;
         let left = self.write_until(data, deadline)? as u64;
         match (self.dropped, left) {
             (None, 0) => {}
+            // Told before the next line; this may be the log's own writer.
+            (Some(_), 0) if self.kind == Kind::Log => {}
             (Some(dropped), 0) => {
                 self.dropped = None;
                 crate::warn_limited!(dropped, "nobody read the output: bytes were dropped");
@@ -102,10 +147,63 @@ mod tests {
     use super::*;
 
     /// A pipe and the outlet to it.
-    fn pipe() -> (File, Outlet) {
+    fn pipe_of(kind: Kind) -> (File, Outlet) {
         let (reader, writer) = io::pipe().unwrap();
         let file = |end: OwnedFd| File::from(end);
-        (file(reader.into()), Outlet::new(file(writer.into())))
+        (file(reader.into()), Outlet::new(file(writer.into()), kind))
+    }
+
+    fn pipe() -> (File, Outlet) {
+        pipe_of(Kind::Guest)
+    }
+
+    #[test]
+    fn the_log_tells_its_own_gaps() {
+        let (mut reader, mut outlet) = pipe_of(Kind::Log);
+        let line = [b'x'; 1000];
+        while outlet.dropped.is_none() {
+            outlet.write_all(&line).unwrap();
+        }
+        let dropped = outlet.dropped.unwrap();
+        reader.read_exact(&mut [0; 32 << 10]).unwrap();
+        outlet.write_all(b"again\n").unwrap();
+        assert_eq!(outlet.dropped, None);
+        drop(outlet);
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).unwrap();
+        let note = format!("[nobody read: {dropped} bytes of the log are missing here]\nagain\n");
+        assert!(
+            rest.ends_with(note.as_bytes()),
+            "{:?}",
+            &rest[rest.len() - 100..]
+        );
+    }
+
+    #[test]
+    fn a_stream_is_reached_whatever_it_is() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut outlet = Outlet::of_stream(&writer, Kind::Guest).unwrap();
+        let flags = nix::fcntl::fcntl(&outlet.file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        assert!(flags & libc::O_NONBLOCK != 0);
+        outlet.write_all(b"a").unwrap();
+        let mut data = [0];
+        reader.read_exact(&mut data).unwrap();
+
+        let mut file = tempfile();
+        file.write_all(b"before ").unwrap();
+        let mut outlet = Outlet::of_stream(&file, Kind::Log).unwrap();
+        outlet.write_all(b"after").unwrap();
+        let mut text = String::new();
+        io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "before after");
+    }
+
+    /// A file without a name.
+    fn tempfile() -> File {
+        let memory =
+            nix::sys::memfd::memfd_create("outlet", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+        File::from(memory.unwrap())
     }
 
     #[test]

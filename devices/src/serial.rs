@@ -433,7 +433,8 @@ mod tests {
     #[test]
     fn output_that_nobody_reads_holds_no_vcpu_up() {
         let (reader, writer) = io::pipe().unwrap();
-        let outlet = crate::outlet::Outlet::new(OwnedFd::from(writer).into());
+        let outlet =
+            crate::outlet::Outlet::new(OwnedFd::from(writer).into(), crate::outlet::Kind::Guest);
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let serial = Serial::new(irq, Box::new(outlet)).unwrap();
         let line = [[b'x'; 63].as_slice(), b"\n"].concat();

@@ -22,6 +22,8 @@ mod vcpus;
 mod vm;
 mod vmm;
 
+pub use gantry_devices::outlet;
+
 pub use config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount, VmConfig};
 pub use error::Error;
 pub use sandbox::SeccompMode;

@@ -9,13 +9,17 @@ mod plan;
 mod run;
 mod schema;
 
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use anstream::ColorChoice;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use gantry_resources::HostPaths;
+use gantry_vmm::outlet::{self, Outlet};
 use tracing::Level;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::report::{self, Failure};
 
@@ -135,12 +139,21 @@ pub fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_ansi(colour != ColorChoice::Never)
         .with_max_level(globals.level())
-        .with_writer(std::io::stderr)
+        .with_writer(log_writer())
         .without_time()
         .with_target(false)
         .compact()
         .init();
     execute(command, globals.paths()).unwrap_or_else(|failure| failure.show(colour))
+}
+
+/// Standard error, which nobody may be reading: a VM must not wait for that.
+fn log_writer() -> BoxMakeWriter {
+    match Outlet::of_stream(&io::stderr(), outlet::Kind::Log) {
+        Ok(outlet) => BoxMakeWriter::new(Mutex::new(outlet)),
+        // It is closed.
+        Err(_) => BoxMakeWriter::new(io::sink),
+    }
 }
 
 fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {

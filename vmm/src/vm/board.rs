@@ -1,14 +1,11 @@
 //! The board of a VM: address space, RAM, interrupt routes, and the devices every VM has.
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use gantry_devices::events::{self, PlatformEvents};
-use gantry_devices::outlet::Outlet;
+use gantry_devices::outlet::{self, Outlet};
 use gantry_devices::pci::firmware::{self, HostWindows, Minimum};
 use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
 use gantry_devices::power::{self, PowerRegisters};
@@ -183,7 +180,10 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
     let out: Box<dyn Write + Send> = match mode {
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
-        SerialMode::Tty => unbuffered_stdout().map_err(Error::host("use stdout"))?,
+        SerialMode::Tty => {
+            let stdout = Outlet::of_stream(&io::stdout(), outlet::Kind::Guest);
+            Box::new(stdout.map_err(Error::host("use stdout"))?)
+        }
         SerialMode::File(path) => Box::new(payload::create("serial.file", path)?),
     };
     let trigger = wire(routes, layout::SERIAL_GSI)?;
@@ -199,20 +199,4 @@ fn wire(routes: &GsiRoutes, line: u32) -> Result<EventFd, Error> {
         .wire_pin(line, &trigger)
         .map_err(Error::host("wire an interrupt line (KVM_IRQFD)"))?;
     Ok(trigger)
-}
-
-/// Standard output without the line buffer, as a prompt has no newline. If it is not a regular file,
-/// there may be nobody who reads it.
-fn unbuffered_stdout() -> io::Result<Box<dyn Write + Send>> {
-    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    if stdout.metadata()?.is_file() {
-        return Ok(Box::new(stdout));
-    }
-    // Opened anew, a pipe or terminal is non-blocking for this process and not for its shell. A
-    // socket cannot be opened so, and one that says it has room has room for a line.
-    let anew = OpenOptions::new()
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open("/proc/self/fd/1");
-    Ok(Box::new(Outlet::new(anew.unwrap_or(stdout))))
 }
