@@ -2,15 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-mod cli;
-mod config;
-mod output;
-mod report;
-mod signals;
-mod table;
-
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cli::main()
+    gantry_api::main()
 }

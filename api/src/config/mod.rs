@@ -22,6 +22,8 @@ use gantry_resources::HostPaths;
 pub use schema::schema;
 use validate::{Context, Invalid};
 
+use crate::http::wire::AddDevice;
+
 /// Where a VM's file comes from.
 #[derive(Debug, Clone)]
 pub enum Source {
@@ -76,23 +78,87 @@ pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Er
         (None, Source::Stdin) => "stdin".to_owned(),
         (None, Source::File(path)) => stem(path),
     };
-    check_name(&name)?;
     let folder = match source {
         Source::Stdin => None,
         Source::File(path) => path.parent(),
     };
-    let context = Context {
-        name: &name,
+    let written = Written {
+        text: &text,
+        file: &source.to_string(),
         folder: folder.unwrap_or(Path::new("")),
+    };
+    parse(&written, &name, extras)
+}
+
+/// What describes a VM.
+#[derive(Debug)]
+pub struct Written<'a> {
+    /// JSON.
+    pub text: &'a str,
+    /// Where it comes from, for errors.
+    pub file: &'a str,
+    /// Folder that relative paths start at.
+    pub folder: &'a Path,
+}
+
+/// Validates a VM's JSON.
+pub fn parse(
+    written: &Written,
+    name: &str,
+    extras: &Extras,
+) -> Result<gantry_vmm::VmConfig, Error> {
+    check_name(name)?;
+    let context = Context {
+        name,
+        folder: written.folder,
         allow_ungrouped: extras.allow_ungrouped,
         host: &extras.host,
     };
-    compile(&text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
-        file: source.to_string(),
-        position: document::position(&text, at),
+    compile(written.text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
+        file: written.file.to_owned(),
+        position: document::position(written.text, at),
         what,
         help,
     })
+}
+
+/// What the body of `vm.add-device` asks for; else what is wrong with it, and what to do.
+pub fn attach_request(
+    body: AddDevice,
+    allow_ungrouped: bool,
+) -> Result<gantry_resources::Request, String> {
+    let unsupported = [
+        ("iommu", body.iommu == Some(true)),
+        (
+            "pci_segment",
+            body.pci_segment.is_some_and(|segment| segment > 0),
+        ),
+        ("pci_device_id", body.pci_device_id.is_some()),
+        (
+            "x_nv_gpudirect_clique",
+            body.x_nv_gpudirect_clique.is_some(),
+        ),
+        (
+            "x_exclude_mmap_bars",
+            body.x_exclude_mmap_bars
+                .is_some_and(|bars| !bars.is_empty()),
+        ),
+    ];
+    if let Some((key, _)) = unsupported.iter().find(|(_, given)| *given) {
+        return Err(format!("`{key}` is not supported yet\nremove the key"));
+    }
+    let device = model::DeviceConfig {
+        group: body.group,
+        alias: body.alias,
+        count: body.count,
+        path: body.path,
+        numa_policy: body.numa_policy,
+        traits: body.traits,
+        resource_class: body.resource_class,
+        isolate: body.isolate,
+    };
+    validate::device("device", device, allow_ungrouped)
+        .map_err(|Invalid { path, what, help }| format!("`{path}`: {what}\n{help}"))
 }
 
 /// The whole way from text to a validated VM.

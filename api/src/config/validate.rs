@@ -200,7 +200,8 @@ fn devices(
     Ok(requests)
 }
 
-fn device(
+/// Converts one device; `key` is where it stands.
+pub fn device(
     key: &str,
     config: model::DeviceConfig,
     allow_ungrouped: bool,

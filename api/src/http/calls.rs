@@ -1,0 +1,259 @@
+//! From a request to its answer: the call, its body, the command, and what came of it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::{Body, Bytes, Incoming};
+use hyper::header::EXPECT;
+use hyper::{Request, StatusCode};
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::metrics::{self, Tally};
+use super::reply::{self, Answered, Refusal};
+use super::routes::{self, Call};
+use super::seam::{Answer, Attach, Command, CommandError, Detach, DeviceCounters, VmInfo};
+use super::server::{Identity, Limits};
+use super::wire::{self, AddDevice, AddedDevices, Event, RemoveDevice, VmmPing};
+use super::{Events, Vm, openapi};
+use crate::config::{self, Extras, Written};
+
+/// How long a body that is refused for its size is read on, so that its sender gets to read why.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What every request is answered from.
+pub struct App {
+    pub vm: Arc<dyn Vm>,
+    pub events: Events,
+    pub identity: Identity,
+    pub tally: Tally,
+    pub limits: Limits,
+}
+
+impl App {
+    /// Answers one request.
+    pub async fn answer(&self, request: Request<Incoming>) -> Answered {
+        let (name, answer) = match routes::find(request.method(), request.uri().path()) {
+            Ok(route) => (route.path, self.call(route.call, request).await),
+            Err(refusal) => ("none", Err(refusal)),
+        };
+        let answer = answer.unwrap_or_else(|refusal| reply::refused(&refusal));
+        self.tally.answered(name, answer.status());
+        answer
+    }
+
+    async fn call(&self, call: Call, request: Request<Incoming>) -> Result<Answered, Refusal> {
+        let command = match call {
+            Call::Ping => return Ok(reply::json(&self.ping())),
+            Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info().await?))),
+            Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
+            Call::AddDevice => return self.add_device(request).await,
+            Call::Events => return self.listen().await,
+            Call::OpenApi => return Ok(reply::json(&openapi::document())),
+            Call::Metrics => return self.metrics().await,
+            Call::RemoveDevice => Command::Detach(self.detach(request).await?),
+            Call::Create => self.create(request).await?,
+            Call::Quit => Command::Quit,
+            Call::Boot => Command::Boot,
+            Call::Delete => Command::Delete,
+            Call::Shutdown => Command::Shutdown,
+            Call::Reboot => Command::Reboot,
+            Call::Pause => Command::Pause,
+            Call::Resume => Command::Resume,
+            Call::PowerButton => Command::PowerButton,
+            Call::Nmi => Command::Nmi,
+        };
+        self.ask(command).await?;
+        Ok(reply::done())
+    }
+
+    /// What the VM answers.
+    async fn ask(&self, command: Command) -> Result<Answer, Refusal> {
+        let (sender, receiver) = oneshot::channel();
+        // A client that has gone takes no answer.
+        let reply = Box::new(|answer| drop(sender.send(answer)));
+        self.vm.ask(command, reply);
+        match timeout(self.limits.answer, receiver).await {
+            Ok(Ok(answer)) => Ok(answer?),
+            Ok(Err(_)) => {
+                let what = "the VM ended before it answered";
+                Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, what))
+            }
+            Err(_) => {
+                let what = format!("the VM did not answer in {:?}", self.limits.answer);
+                Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, what))
+            }
+        }
+    }
+
+    fn ping(&self) -> VmmPing {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        VmmPing {
+            build_version: format!("gantry-{version}"),
+            version,
+            pid: std::process::id(),
+            features: vec!["kvm".to_owned(), "vfio".to_owned()],
+            name: self.identity.name.clone(),
+        }
+    }
+
+    async fn info(&self) -> Result<VmInfo, Refusal> {
+        match self.ask(Command::Info).await? {
+            Answer::Info(info) => Ok(info),
+            other => Err(mixed_up(&other)),
+        }
+    }
+
+    async fn counters(&self) -> Result<Vec<DeviceCounters>, Refusal> {
+        match self.ask(Command::Counters).await? {
+            Answer::Counters(counters) => Ok(counters),
+            other => Err(mixed_up(&other)),
+        }
+    }
+
+    async fn create(&self, request: Request<Incoming>) -> Result<Command, Refusal> {
+        let body = self.body(request).await?;
+        let text = String::from_utf8(body.into())
+            .map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))?;
+        let Identity {
+            name,
+            allow_ungrouped,
+            host,
+        } = self.identity.clone();
+        // Opens files, so the thread that owns the VM does it.
+        let make = move || {
+            let extras = Extras {
+                name: None,
+                allow_ungrouped,
+                host,
+            };
+            let written = Written {
+                text: &text,
+                file: "the body",
+                folder: Path::new(""),
+            };
+            config::parse(&written, &name, &extras).map_err(|error| match error.help() {
+                Some(help) => format!("{error}\n{help}"),
+                None => error.to_string(),
+            })
+        };
+        Ok(Command::Create(Box::new(make)))
+    }
+
+    async fn add_device(&self, request: Request<Incoming>) -> Result<Answered, Refusal> {
+        let mut body: AddDevice = self.json(request).await?;
+        let id = body.id.take();
+        let request = config::attach_request(body, self.identity.allow_ungrouped);
+        let request = request.map_err(Refusal::malformed)?;
+        match self.ask(Command::Attach(Attach { id, request })).await? {
+            Answer::Attached(devices) => {
+                let Some(first) = devices.first() else {
+                    return Ok(reply::done());
+                };
+                Ok(reply::json(&AddedDevices {
+                    id: first.id.clone(),
+                    bdf: first.guest.clone(),
+                    devices: devices.iter().map(wire::Device::from).collect(),
+                }))
+            }
+            _ => Ok(reply::done()),
+        }
+    }
+
+    async fn detach(&self, request: Request<Incoming>) -> Result<Detach, Refusal> {
+        let RemoveDevice { id, force_after } = self.json(request).await?;
+        let force_after = force_after
+            .map(Duration::try_from_secs_f64)
+            .transpose()
+            .map_err(|_| Refusal::malformed("`force_after`: a number of seconds is wanted"))?;
+        Ok(Detach { id, force_after })
+    }
+
+    async fn listen(&self) -> Result<Answered, Refusal> {
+        let ended = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the VM ends");
+        // Listening comes before asking, so that no change is missed in between.
+        let listener = self.events.listen().ok_or_else(ended)?;
+        let state = match self.vm_state().await {
+            Ok(state) => state,
+            Err(refusal) => return Err(refusal),
+        };
+        Ok(reply::lines(listener.stream(Event::State { state })))
+    }
+
+    async fn vm_state(&self) -> Result<Option<wire::VmState>, Refusal> {
+        match self.info().await {
+            Ok(info) => Ok(Some(info.state.into())),
+            Err(refusal) if refusal.status == StatusCode::NOT_FOUND => Ok(None),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    async fn metrics(&self) -> Result<Answered, Refusal> {
+        let vm = match self.info().await {
+            Ok(info) => Some((info, self.counters().await?)),
+            Err(refusal) if refusal.status == StatusCode::NOT_FOUND => None,
+            Err(refusal) => return Err(refusal),
+        };
+        let vm = vm.as_ref().map(|(info, counters)| (info, &counters[..]));
+        let text = metrics::text(&self.identity.name, vm, &self.tally);
+        let text = text
+            .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+        Ok(reply::text(metrics::CONTENT_TYPE, text))
+    }
+
+    /// The body as a value, with the key in what is wrong with it.
+    async fn json<T: DeserializeOwned>(&self, request: Request<Incoming>) -> Result<T, Refusal> {
+        let body = self.body(request).await?;
+        serde_json::from_slice(&body)
+            .map_err(|error| Refusal::malformed(format!("the body: {error}")))
+    }
+
+    /// The whole body, within bounds of size and time.
+    async fn body(&self, request: Request<Incoming>) -> Result<Bytes, Refusal> {
+        let most = self.limits.body_bytes;
+        let waits = request.headers().contains_key(EXPECT);
+        let mut body = request.into_body();
+        let declared = body.size_hint().lower();
+        let whole = async {
+            if declared > most as u64 {
+                return Ok(None);
+            }
+            match Limited::new(&mut body, most).collect().await {
+                Ok(whole) => Ok(Some(whole.to_bytes())),
+                Err(error) if error.is::<LengthLimitError>() => Ok(None),
+                Err(error) => Err(Refusal::malformed(format!("the body: {error}"))),
+            }
+        };
+        let whole = match timeout(self.limits.body, whole).await {
+            Ok(whole) => whole?,
+            Err(_) => {
+                let what = format!("the body did not come in {:?}", self.limits.body);
+                return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, what));
+            }
+        };
+        if let Some(whole) = whole {
+            return Ok(whole);
+        }
+        // A sender that waits to be asked for the body has sent nothing.
+        if !waits {
+            let _ = timeout(DRAIN, drain(body)).await;
+        }
+        let what = format!("the body is larger than {most} bytes");
+        Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, what))
+    }
+}
+
+/// Reads what still comes, and forgets it.
+async fn drain(mut body: Incoming) {
+    while let Some(Ok(_)) = body.frame().await {}
+}
+
+/// The VM answered another question: a mistake in gantry.
+fn mixed_up(answer: &Answer) -> Refusal {
+    tracing::error!(?answer, "the VM answered another question");
+    let error = CommandError::Failed("the VM answered another question".to_owned());
+    Refusal::from(error)
+}

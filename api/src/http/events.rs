@@ -1,0 +1,114 @@
+//! The stream of events: told by any thread, written as a line of JSON to each client that listens.
+//!
+//! Lines of JSON rather than server-sent events: who reads a Unix socket is a program or a shell with
+//! `jq`, no browser, and a line needs no unwrapping.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hyper::body::Bytes;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{Receiver, Sender, channel};
+use tokio::time::timeout;
+
+use super::seam::VmEvent;
+use super::wire::{Event, EventLine};
+
+/// Events that a slow reader may be behind.
+const BACKLOG: usize = 256;
+/// An empty line after so long without an event tells whether the reader is still there.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// An event and when it happened.
+#[derive(Debug)]
+struct Happened {
+    at: SystemTime,
+    event: VmEvent,
+}
+
+/// Where events are told and heard.
+#[derive(Debug, Clone)]
+pub struct Events(Arc<Mutex<Option<Sender<Arc<Happened>>>>>);
+
+impl Default for Events {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Some(channel(BACKLOG).0))))
+    }
+}
+
+impl Events {
+    /// Tells all who listen. Never waits for them; any thread may call it.
+    pub fn tell(&self, event: VmEvent) {
+        if let Some(sender) = &*self.sender() {
+            let at = SystemTime::now();
+            // Fails where nobody listens.
+            let _ = sender.send(Arc::new(Happened { at, event }));
+        }
+    }
+
+    /// Ends every stream once it has given what was told.
+    pub fn close(&self) {
+        self.sender().take();
+    }
+
+    /// Hears what is told from now on; `first` comes before.
+    pub(super) fn listen(&self) -> Option<Listener> {
+        let sender = self.sender();
+        sender.as_ref().map(|sender| Listener(sender.subscribe()))
+    }
+
+    fn sender(&self) -> std::sync::MutexGuard<'_, Option<Sender<Arc<Happened>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One who listens.
+#[derive(Debug)]
+pub struct Listener(Receiver<Arc<Happened>>);
+
+impl Listener {
+    /// What it hears, after `first`.
+    pub fn stream(self, first: Event) -> Stream {
+        let line = line(SystemTime::now(), first);
+        Stream {
+            next: Box::pin(std::future::ready((Some(line), self))),
+        }
+    }
+
+    async fn line(mut self) -> (Option<Bytes>, Self) {
+        let heard = match timeout(KEEP_ALIVE, self.0.recv()).await {
+            Err(_) => Some(Bytes::from_static(b"\n")),
+            Ok(Ok(happened)) => Some(line(happened.at, Event::from(&happened.event))),
+            Ok(Err(RecvError::Lagged(events))) => {
+                Some(line(SystemTime::now(), Event::Missed { events }))
+            }
+            Ok(Err(RecvError::Closed)) => None,
+        };
+        (heard, self)
+    }
+}
+
+fn line(at: SystemTime, event: Event) -> Bytes {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let time = since.as_secs_f64();
+    let mut text = serde_json::to_vec(&EventLine { time, event }).unwrap_or_default();
+    text.push(b'\n');
+    text.into()
+}
+
+/// The lines that one client gets.
+pub struct Stream {
+    next: Pin<Box<dyn Future<Output = (Option<Bytes>, Listener)> + Send>>,
+}
+
+impl Stream {
+    /// The next line; none at the end.
+    pub fn poll_line(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let (line, listener) = std::task::ready!(self.next.as_mut().poll(context));
+        self.next = Box::pin(listener.line());
+        Poll::Ready(line)
+    }
+}

@@ -1,0 +1,32 @@
+//! The API: HTTP over a Unix socket, on one thread that neither owns the VM nor opens a file.
+//!
+//! [`Socket`] is the file, [`Server`] answers on it, [`Vm`] is whom it asks, [`Events`] is where the VM
+//! tells what happens, and [`wire`] has the bodies.
+
+mod calls;
+pub mod client;
+mod events;
+mod metrics;
+mod openapi;
+mod patience;
+mod reply;
+mod routes;
+pub mod seam;
+mod server;
+mod socket;
+pub mod wire;
+
+pub use events::Events;
+pub use server::{Identity, Limits, Server, Stop};
+pub use socket::{Socket, SocketError, path_of};
+
+use seam::{Answer, Command, CommandError};
+
+/// Takes the answer to a command.
+pub type Reply = Box<dyn FnOnce(Result<Answer, CommandError>) + Send>;
+
+/// Whom the server asks: the VM that this process runs, or one that a test plays.
+pub trait Vm: Send + Sync + 'static {
+    /// Has `command` done and `reply` called with the outcome, from whatever thread. Never waits.
+    fn ask(&self, command: Command, reply: Reply);
+}

@@ -1,0 +1,130 @@
+//! The published document of the API, made from the table of calls and the types of their bodies.
+
+use schemars::generate::SchemaSettings;
+use schemars::{JsonSchema, SchemaGenerator};
+use serde_json::{Map, Value, json};
+
+use super::routes::{Call, ROUTES, Route};
+use super::wire;
+
+/// OpenAPI 3.1, whose schemas are JSON Schema as [`schemars`] writes it.
+pub fn document() -> Value {
+    let mut settings = SchemaSettings::draft2020_12();
+    settings.definitions_path = "/components/schemas".into();
+    settings.meta_schema = None;
+    let mut schemas = settings.into_generator();
+    let mut paths = Map::new();
+    for route in ROUTES {
+        let verb = route.verb.to_lowercase();
+        paths.insert(
+            route.path.to_owned(),
+            json!({ verb: operation(route, &mut schemas) }),
+        );
+    }
+    let mut document = json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "gantry",
+            "description": "Controls one VM over its Unix socket. Paths, verbs and bodies are those of \
+                            Cloud Hypervisor's API, with more in some.",
+            "version": env!("CARGO_PKG_VERSION"),
+            "license": {"name": "Apache-2.0 OR BSD-3-Clause", "identifier": "Apache-2.0 OR BSD-3-Clause"},
+        },
+        "servers": [{"url": "http://localhost"}],
+        "paths": paths,
+    });
+    let mut definitions = schemas.take_definitions(true);
+    definitions.insert("VmConfig".to_owned(), vm_config());
+    document["components"] = json!({ "schemas": definitions });
+    document
+}
+
+/// What `gantry run` reads from a file.
+fn vm_config() -> Value {
+    let mut schema = crate::config::schema();
+    if let Value::Object(members) = &mut schema {
+        members.remove("$schema");
+    }
+    schema
+}
+
+fn operation(route: &Route, schemas: &mut SchemaGenerator) -> Value {
+    let mut operation = json!({
+        "summary": route.summary,
+        "responses": {},
+    });
+    if let Some(schema) = request(route.call, schemas) {
+        operation["requestBody"] = json!({
+            "required": true,
+            "content": {"application/json": {"schema": schema}},
+        });
+    }
+    let answers = &mut operation["responses"];
+    match answer(route.call, schemas) {
+        None => answers["204"] = json!({"description": "It is done."}),
+        Some((kind, schema)) => {
+            let content = json!({ kind: {"schema": schema} });
+            answers["200"] = json!({"description": "The answer.", "content": content});
+        }
+    }
+    for (status, when) in route.refusals {
+        answers[status.to_string()] = json!({
+            "description": when,
+            "content": {"application/json": {"schema": {
+                "type": "array",
+                "items": {"type": "string"},
+                "description": "What is wrong, and because of what.",
+            }}},
+        });
+    }
+    if route.call == Call::AddDevice {
+        let cold = "The VM is not booted: it will have the device.";
+        answers["204"] = json!({ "description": cold });
+    }
+    operation
+}
+
+fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
+    match call {
+        Call::Create => Some(json!({"$ref": "#/components/schemas/VmConfig"})),
+        Call::AddDevice => Some(of::<wire::AddDevice>(schemas)),
+        Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),
+        _ => None,
+    }
+}
+
+fn answer(call: Call, schemas: &mut SchemaGenerator) -> Option<(&'static str, Value)> {
+    const JSON: &str = "application/json";
+    match call {
+        Call::Ping => Some((JSON, of::<wire::VmmPing>(schemas))),
+        Call::Info => Some((JSON, of::<wire::VmInfo>(schemas))),
+        Call::Counters => Some((JSON, of::<wire::Counters>(schemas))),
+        Call::AddDevice => Some((JSON, of::<wire::AddedDevices>(schemas))),
+        Call::Events => Some(("application/x-ndjson", of::<wire::EventLine>(schemas))),
+        Call::OpenApi => Some((JSON, json!({"type": "object"}))),
+        Call::Metrics => Some((super::metrics::CONTENT_TYPE, json!({"type": "string"}))),
+        _ => None,
+    }
+}
+
+fn of<T: JsonSchema>(schemas: &mut SchemaGenerator) -> Value {
+    schemas.subschema_for::<T>().to_value()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reference_leads_somewhere() {
+        let document = document();
+        let text = document.to_string();
+        let references: Vec<&str> = text.split("\"$ref\":\"#").skip(1).collect();
+        assert!(references.len() > 5);
+        for reference in references {
+            let pointer = reference.split('"').next().unwrap();
+            assert!(document.pointer(pointer).is_some(), "{pointer}");
+        }
+        assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
+    }
+}

@@ -1,0 +1,173 @@
+//! Answers as HTTP: bodies, status codes, and errors as the lists of messages that clients know.
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use http_body_util::Full;
+use hyper::body::{Body, Bytes, Frame, SizeHint};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
+use hyper::{Response, StatusCode};
+use serde::Serialize;
+
+use super::events::Stream;
+use super::seam::CommandError;
+
+/// An answer.
+pub type Answered = Response<Payload>;
+
+/// What an answer carries.
+pub enum Payload {
+    /// All of it at once.
+    Whole(Full<Bytes>),
+    /// Line after line, as things happen.
+    Lines(Stream),
+}
+
+impl Body for Payload {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Self::Whole(body) => Pin::new(body).poll_frame(context),
+            Self::Lines(stream) => stream
+                .poll_line(context)
+                .map(|line| line.map(Frame::data).map(Ok)),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(body) => body.is_end_stream(),
+            Self::Lines(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(body) => body.size_hint(),
+            Self::Lines(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// A request that is not answered with what it asks for.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The status.
+    pub status: StatusCode,
+    /// Why, from the outside in.
+    pub messages: Vec<String>,
+    /// The verb that would do.
+    pub allow: Option<&'static str>,
+}
+
+impl Refusal {
+    /// A refusal with one message.
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            messages: vec![message.into()],
+            allow: None,
+        }
+    }
+
+    /// The request is not what it should be.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+}
+
+impl From<CommandError> for Refusal {
+    fn from(error: CommandError) -> Self {
+        let status = match &error {
+            CommandError::NotCreated | CommandError::NoSuchDevice(_) => StatusCode::NOT_FOUND,
+            CommandError::NotBooted | CommandError::NotPaused | CommandError::AlreadyRunning => {
+                StatusCode::METHOD_NOT_ALLOWED
+            }
+            CommandError::AlreadyCreated | CommandError::IdInUse(_) | CommandError::NoFreeSlot => {
+                StatusCode::CONFLICT
+            }
+            CommandError::Invalid(_) => StatusCode::BAD_REQUEST,
+            CommandError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let mut messages = vec![error.to_string()];
+        let mut next = error.source();
+        while let Some(cause) = next {
+            messages.extend(Some(cause.to_string()).filter(|text| messages.last() != Some(text)));
+            next = cause.source();
+        }
+        Self {
+            status,
+            messages,
+            allow: None,
+        }
+    }
+}
+
+/// 204: it is done, and there is nothing to tell.
+pub fn done() -> Answered {
+    let mut answer = Response::new(Payload::Whole(Full::default()));
+    *answer.status_mut() = StatusCode::NO_CONTENT;
+    answer
+}
+
+/// 200 with a JSON body.
+pub fn json(value: &impl Serialize) -> Answered {
+    with_json(StatusCode::OK, value)
+}
+
+/// 200 with text of a type.
+pub fn text(kind: &'static str, text: String) -> Answered {
+    whole(StatusCode::OK, kind, text.into())
+}
+
+/// 200 with a line for each event, until one side ends it.
+pub fn lines(stream: Stream) -> Answered {
+    let mut answer = Response::new(Payload::Lines(stream));
+    let kind = HeaderValue::from_static("application/x-ndjson");
+    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer
+}
+
+/// The refusal's status, with its messages as a JSON list.
+pub fn refused(refusal: &Refusal) -> Answered {
+    let mut answer = with_json(refusal.status, &refusal.messages);
+    if let Some(verb) = refusal.allow {
+        let verb = HeaderValue::from_static(verb);
+        answer.headers_mut().insert(ALLOW, verb);
+    }
+    if refusal.status == StatusCode::PAYLOAD_TOO_LARGE {
+        let close = HeaderValue::from_static("close");
+        answer.headers_mut().insert(CONNECTION, close);
+    }
+    answer
+}
+
+fn with_json(status: StatusCode, value: &impl Serialize) -> Answered {
+    match serde_json::to_vec(value) {
+        Ok(body) => whole(status, "application/json", body.into()),
+        Err(error) => {
+            // No body has keys that are not text, which is all that could fail.
+            tracing::error!(%error, "an answer cannot be written as JSON");
+            whole(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "application/json",
+                "[]".into(),
+            )
+        }
+    }
+}
+
+fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
+    let mut answer = Response::new(Payload::Whole(Full::new(body)));
+    *answer.status_mut() = status;
+    let kind = HeaderValue::from_static(kind);
+    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer
+}

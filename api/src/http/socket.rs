@@ -1,0 +1,300 @@
+//! The socket's file: made for its owner alone, found by the VM's name, never taken from a VM that
+//! lives.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::unistd::{Gid, Group, chown};
+
+/// Why there is no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Somebody listens there.
+    #[error(
+        "a VM listens on {path} already\ngive this one another socket with --api-socket, or another \
+         name with --name"
+    )]
+    Live {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// What is there is no socket.
+    #[error("{path} is no socket: it is left alone\nname another path with --api-socket")]
+    NoSocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is no such group of users.
+    #[error("there is no group of users \"{name}\"\n`getent group` lists them")]
+    NoGroup {
+        /// Its name.
+        name: String,
+    },
+    /// The kernel refused a step.
+    #[error("cannot {step} {path}")]
+    Io {
+        /// What was to be done.
+        step: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl SocketError {
+    fn io(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { step, path, source }
+    }
+}
+
+/// A listening socket with its file.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// The file of the socket of the VM called `name`.
+pub fn path_of(run: &Path, name: &str) -> PathBuf {
+    run.join(format!("{name}.sock"))
+}
+
+impl Socket {
+    /// Listens at `path`, for its owner alone (0600), or with a group of users for these too (0660).
+    /// The socket takes its place complete: nobody sees it with wider rights, or before it listens.
+    ///
+    /// # Errors
+    /// A live socket or another file is there, or the kernel refuses a step.
+    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, SocketError> {
+        let group = group.map(gid).transpose()?;
+        let dir = match path.parent() {
+            Some(dir) if dir != Path::new("") => dir,
+            _ => Path::new("."),
+        };
+        make_dir(dir).map_err(SocketError::io("make", dir))?;
+        // Two that find the same stale socket must not both replace it.
+        let _turn = lock(dir).map_err(SocketError::io("lock", dir))?;
+        vacate(path)?;
+        let private = Private::new(dir).map_err(SocketError::io("make", path))?;
+        let hidden = private.0.join("s");
+        let listener = UnixListener::bind(&hidden).map_err(SocketError::io("listen on", path))?;
+        listener
+            .set_nonblocking(true)
+            .and_then(|()| grant(&hidden, group))
+            .and_then(|()| fs::rename(&hidden, path))
+            .map_err(SocketError::io("give rights to", path))?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The listener, non-blocking; whose file it is to remove.
+    pub fn into_parts(self) -> (UnixListener, PathBuf) {
+        (self.listener, self.path)
+    }
+}
+
+/// Removes the file of a socket that nobody listens on any more; leaves every other one alone.
+pub fn remove_stale(path: &Path) -> io::Result<()> {
+    let _turn = path.parent().map(lock).transpose()?;
+    match state(path)? {
+        State::Stale => fs::remove_file(path),
+        State::Absent | State::Live | State::Other => Ok(()),
+    }
+}
+
+/// Whether there is a socket with nobody behind it.
+pub fn is_stale(path: &Path) -> bool {
+    matches!(state(path), Ok(State::Stale))
+}
+
+/// A directory that only its owner enters, for as long as a socket in it is not ready.
+struct Private(PathBuf);
+
+impl Private {
+    fn new(dir: &Path) -> io::Result<Self> {
+        let path = dir.join(format!(".{}", std::process::id()));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map(|()| Self(path))
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0.join("s"));
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+enum State {
+    Absent,
+    Stale,
+    Live,
+    Other,
+}
+
+fn state(path: &Path) -> io::Result<State> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {}
+        Ok(_) => return Ok(State::Other),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(State::Absent),
+        Err(error) => return Err(error),
+    }
+    match knock(path) {
+        Err(Errno::ECONNREFUSED) => Ok(State::Stale),
+        Err(Errno::ENOENT) => Ok(State::Absent),
+        // Also one whose queue is full, or that this user may not connect to: somebody is there.
+        _ => Ok(State::Live),
+    }
+}
+
+/// Connects without waiting, as a listener whose queue is full would make one wait.
+fn knock(path: &Path) -> nix::Result<()> {
+    let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket::socket(family, kind, flags, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+}
+
+fn vacate(path: &Path) -> Result<(), SocketError> {
+    let owned = || path.to_owned();
+    match state(path).map_err(SocketError::io("look at", path))? {
+        // What is stale is replaced by the rename.
+        State::Absent | State::Stale => Ok(()),
+        State::Live => Err(SocketError::Live { path: owned() }),
+        State::Other => Err(SocketError::NoSocket { path: owned() }),
+    }
+}
+
+fn make_dir(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir)
+}
+
+/// Waits for its turn in a directory, for as long as the file is open.
+fn lock(dir: &Path) -> io::Result<File> {
+    let file = File::open(dir)?;
+    file.lock()?;
+    Ok(file)
+}
+
+fn grant(path: &Path, group: Option<Gid>) -> io::Result<()> {
+    let mode = match group {
+        None => 0o600,
+        Some(group) => {
+            // An owner may give a file to a group of its own, root to any.
+            if fs::metadata(path)?.gid() != group.as_raw() {
+                chown(path, None, Some(group))?;
+            }
+            0o660
+        }
+    };
+    fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
+fn gid(name: &str) -> Result<Gid, SocketError> {
+    let unknown = || SocketError::NoGroup {
+        name: name.to_owned(),
+    };
+    if let Ok(number) = name.parse() {
+        return Ok(Gid::from_raw(number));
+    }
+    let group = Group::from_name(name).map_err(|_| unknown())?;
+    group.map(|group| group.gid).ok_or_else(unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn a_socket_is_for_its_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(&dir.path().join("run"), "web");
+        let socket = Socket::bind(&path, None).unwrap();
+        assert_eq!(mode(socket.path()), 0o600);
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_group_gets_it_where_it_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(dir.path(), "web");
+        let own = nix::unistd::getgid().to_string();
+        let _socket = Socket::bind(&path, Some(&own)).unwrap();
+        assert_eq!(mode(&path), 0o660);
+        let error = Socket::bind(&path, Some("no-such-group")).unwrap_err();
+        assert!(error.to_string().contains("\"no-such-group\""), "{error}");
+    }
+
+    #[test]
+    fn a_stale_one_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(dir.path(), "web");
+        drop(Socket::bind(&path, None).unwrap());
+        assert!(is_stale(&path), "the file outlives the listener");
+        let live = Socket::bind(&path, None).unwrap();
+        let error = Socket::bind(&path, None).unwrap_err();
+        assert!(matches!(error, SocketError::Live { .. }), "{error}");
+        remove_stale(&path).unwrap();
+        assert!(path.exists() && UnixStream::connect(&path).is_ok());
+        drop(live);
+        remove_stale(&path).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_one_with_a_full_queue_is_live() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(dir.path(), "web");
+        let _listener = UnixListener::bind(&path).unwrap();
+        // As many as net.core.somaxconn takes; more would have to wait.
+        let connect = |_| {
+            let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+            let socket = socket::socket(family, kind, SockFlag::SOCK_NONBLOCK, None).ok()?;
+            let address = UnixAddr::new(&path).ok()?;
+            socket::connect(socket.as_raw_fd(), &address).ok()?;
+            Some(socket)
+        };
+        let waiting: Vec<_> = (0..100_000).map_while(connect).collect();
+        assert!(!waiting.is_empty());
+        assert!(!is_stale(&path));
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.json");
+        fs::write(&path, "{}").unwrap();
+        let error = Socket::bind(&path, None).unwrap_err();
+        assert!(matches!(error, SocketError::NoSocket { .. }), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{}");
+        let left = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(left, 1, "nothing of an attempt stays");
+    }
+}

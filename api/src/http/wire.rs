@@ -1,0 +1,464 @@
+//! The bodies of the API as JSON: the names of Cloud Hypervisor's OpenAPI document, and what is added.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use gantry_resources::{HostBdf, NumaPolicy, Traits};
+use gantry_vmm::SerialMode;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::seam;
+
+/// Answer to `vmm.ping`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct VmmPing {
+    /// Version with what else tells the build.
+    pub build_version: String,
+    /// Version of gantry.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// What the build holds.
+    pub features: Vec<String>,
+    /// Name of the VM.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// State of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VmState {
+    /// It has a configuration, and nothing runs.
+    Created,
+    /// Its guest runs.
+    Running,
+    /// Its vCPUs wait.
+    Paused,
+    /// It was shut down and can be booted again.
+    Shutdown,
+}
+
+impl From<seam::VmState> for VmState {
+    fn from(state: seam::VmState) -> Self {
+        match state {
+            seam::VmState::Created => Self::Created,
+            seam::VmState::Running => Self::Running,
+            seam::VmState::Paused => Self::Paused,
+            seam::VmState::Shutdown => Self::Shutdown,
+        }
+    }
+}
+
+/// Answer to `vm.info`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct VmInfo {
+    /// What it was created from, with the devices that it has now.
+    pub config: Config,
+    /// Its state.
+    pub state: VmState,
+    /// Bytes of RAM that its guest has.
+    pub memory_actual_size: u64,
+    /// Its passed devices by their names.
+    pub device_tree: BTreeMap<String, DeviceNode>,
+    /// Name of the VM.
+    pub name: String,
+    /// Its passed devices, with what the device tree has no words for.
+    pub devices: Vec<Device>,
+    /// Slots that devices can be attached in, taken or not.
+    pub slots: usize,
+    /// Slots without a device.
+    pub free_slots: usize,
+}
+
+/// A VM's configuration, told in full.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Config {
+    /// What it boots.
+    pub payload: Payload,
+    /// Its processors.
+    pub cpus: Cpus,
+    /// Its memory.
+    pub memory: Memory,
+    /// Its passed devices.
+    pub devices: Vec<ConfigDevice>,
+    /// Its serial port.
+    pub serial: Serial,
+    /// Its console, which gantry does not have.
+    pub console: Serial,
+}
+
+/// What a VM boots.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Payload {
+    /// The kernel's file.
+    pub kernel: PathBuf,
+    /// The initial RAM file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// Processors.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Cpus {
+    /// At boot.
+    pub boot_vcpus: u8,
+    /// At most.
+    pub max_vcpus: u8,
+}
+
+/// Memory.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Memory {
+    /// Bytes.
+    pub size: u64,
+}
+
+/// A device of the configuration.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct ConfigDevice {
+    /// Its name in the VM.
+    pub id: String,
+    /// Its sysfs directory in the host.
+    pub path: PathBuf,
+    /// The group that it is of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+}
+
+/// A serial port or console.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Serial {
+    /// Where it leads.
+    pub mode: String,
+    /// With mode `File`, the file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+impl From<&SerialMode> for Serial {
+    fn from(mode: &SerialMode) -> Self {
+        let (mode, file) = match mode {
+            SerialMode::Off => ("Off", None),
+            SerialMode::Null => ("Null", None),
+            SerialMode::Tty => ("Tty", None),
+            SerialMode::File(file) => ("File", Some(file.clone())),
+        };
+        Self {
+            mode: mode.to_owned(),
+            file,
+        }
+    }
+}
+
+/// A device in the device tree.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct DeviceNode {
+    /// Its name.
+    pub id: String,
+    /// What it takes up; gantry tells nothing here.
+    pub resources: Vec<serde_json::Value>,
+    /// Devices below it.
+    pub children: Vec<String>,
+    /// Its address in the guest.
+    pub pci_bdf: String,
+}
+
+/// State of a device in its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// The guest was told of it.
+    Announced,
+    /// The guest's driver uses it.
+    Enabled,
+    /// The guest was asked to let it go.
+    Detaching,
+}
+
+impl From<seam::DeviceState> for DeviceState {
+    fn from(state: seam::DeviceState) -> Self {
+        match state {
+            seam::DeviceState::Announced => Self::Announced,
+            seam::DeviceState::Enabled => Self::Enabled,
+            seam::DeviceState::Detaching => Self::Detaching,
+        }
+    }
+}
+
+/// A passed device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Device {
+    /// Its name in the VM.
+    pub id: String,
+    /// Its address in the host.
+    pub host: HostBdf,
+    /// Its address in the guest.
+    pub bdf: String,
+    /// The group that it is of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Its state.
+    pub state: DeviceState,
+}
+
+impl From<&seam::DeviceInfo> for Device {
+    fn from(device: &seam::DeviceInfo) -> Self {
+        Self {
+            id: device.id.clone(),
+            host: device.bdf,
+            bdf: device.guest.clone(),
+            group: device.group.clone(),
+            state: device.state.into(),
+        }
+    }
+}
+
+impl From<&seam::VmInfo> for VmInfo {
+    fn from(info: &seam::VmInfo) -> Self {
+        let config = &info.config;
+        let node = |device: &seam::DeviceInfo| {
+            let node = DeviceNode {
+                id: device.id.clone(),
+                resources: Vec::new(),
+                children: Vec::new(),
+                pci_bdf: device.guest.clone(),
+            };
+            (device.id.clone(), node)
+        };
+        let entry = |device: &seam::DeviceInfo| ConfigDevice {
+            id: device.id.clone(),
+            path: format!("/sys/bus/pci/devices/{}", device.bdf).into(),
+            group: device.group.clone(),
+        };
+        let vcpus = config.vcpus.get();
+        Self {
+            state: info.state.into(),
+            memory_actual_size: config.memory.bytes(),
+            device_tree: info.devices.iter().map(node).collect(),
+            name: config.name.clone(),
+            devices: info.devices.iter().map(Device::from).collect(),
+            slots: info.slots,
+            free_slots: info.free_slots,
+            config: Config {
+                payload: Payload {
+                    kernel: config.payload.kernel.clone(),
+                    initramfs: config.payload.initramfs.clone(),
+                    cmdline: config.payload.cmdline.clone(),
+                },
+                cpus: Cpus {
+                    boot_vcpus: vcpus,
+                    max_vcpus: vcpus,
+                },
+                memory: Memory {
+                    size: config.memory.bytes(),
+                },
+                devices: info.devices.iter().map(entry).collect(),
+                serial: Serial::from(&config.serial),
+                console: Serial::from(&SerialMode::Off),
+            },
+        }
+    }
+}
+
+/// Body of `vm.add-device`: so many devices of a `group` or an `alias`, or the one at `path`.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
+pub struct AddDevice {
+    /// Name that the device gets in the VM; made up if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Name of the resource group to take devices from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// Alias to take devices by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<String>,
+    /// How many devices of the group or alias; 1 if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub count: Option<u64>,
+    /// Sysfs path of one device, such as `/sys/bus/pci/devices/0000:01:00.0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// How near to the VM's processors and memory the devices must be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_policy: Option<NumaPolicy>,
+    /// Traits that each device must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traits: Option<Traits>,
+    /// The resource class that each device must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resource_class: Option<String>,
+    /// Whether no two of these devices may share a physical function.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolate: Option<bool>,
+    /// Not supported: `false`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu: Option<bool>,
+    /// Not supported: 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// Not supported: absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// Not supported: absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub x_nv_gpudirect_clique: Option<i8>,
+    /// Not supported: empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub x_exclude_mmap_bars: Option<Vec<i64>>,
+}
+
+/// Answer to `vm.add-device`: the first device, and all of them.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct AddedDevices {
+    /// Name of the first device in the VM.
+    pub id: String,
+    /// Address of the first device in the guest.
+    pub bdf: String,
+    /// Each device, the first included.
+    pub devices: Vec<Device>,
+}
+
+/// Body of `vm.remove-device`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct RemoveDevice {
+    /// Name of the device in the VM.
+    pub id: String,
+    /// Take the device away after so many seconds, even if the guest has not let it go by then. 0 takes
+    /// it away at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub force_after: Option<f64>,
+}
+
+/// Answer to `vm.counters`: numbers by device and name.
+pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// The counters of each device, flat as the API's clients know them.
+pub fn counters(devices: &[seam::DeviceCounters]) -> Counters {
+    let flat = |device: &seam::DeviceCounters| {
+        let mut flat = BTreeMap::from([
+            ("errors".to_owned(), device.errors),
+            ("interrupts".to_owned(), device.interrupts.values().sum()),
+            ("mapped_bytes".to_owned(), device.mapped_bytes),
+            ("resets".to_owned(), device.resets),
+        ]);
+        let vectors = device.interrupts.iter();
+        flat.extend(vectors.map(|(vector, count)| (format!("interrupts.{vector}"), *count)));
+        let reads = device.trapped_reads.iter();
+        flat.extend(reads.map(|(region, count)| (format!("trapped_reads.{region}"), *count)));
+        let writes = device.trapped_writes.iter();
+        flat.extend(writes.map(|(region, count)| (format!("trapped_writes.{region}"), *count)));
+        let micros = |took: &std::time::Duration| u64::try_from(took.as_micros());
+        let steps = device.attach_steps.iter();
+        flat.extend(steps.map(|(step, took)| {
+            let micros = micros(took).unwrap_or(u64::MAX);
+            (format!("attach_us.{step}"), micros)
+        }));
+        (device.id.clone(), flat)
+    };
+    devices.iter().map(flat).collect()
+}
+
+/// One line of the stream of events.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct EventLine {
+    /// When, in seconds since 1970.
+    pub time: f64,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The VM has this state now; also the first line of every stream, without a state where no VM is
+    /// created.
+    State {
+        /// The state.
+        state: Option<VmState>,
+    },
+    /// A step of an attach is done.
+    AttachStep {
+        /// The device.
+        id: String,
+        /// The step.
+        step: String,
+        /// How long it took.
+        seconds: f64,
+    },
+    /// A device is in its slot, and the guest was told.
+    Attached {
+        /// The device.
+        device: Device,
+    },
+    /// The guest has enabled a device.
+    Enabled {
+        /// The device.
+        id: String,
+    },
+    /// A step of a detach is done.
+    DetachStep {
+        /// The device.
+        id: String,
+        /// The step.
+        step: String,
+        /// How long it took.
+        seconds: f64,
+    },
+    /// A device is gone from the guest and given back.
+    Detached {
+        /// The device.
+        id: String,
+    },
+    /// A device has an error.
+    DeviceError {
+        /// The device.
+        id: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The guest's kernel has crashed.
+    GuestPanic,
+    /// The reader was too slow: so many events are missing here.
+    Missed {
+        /// How many.
+        events: u64,
+    },
+}
+
+impl From<&seam::VmEvent> for Event {
+    fn from(event: &seam::VmEvent) -> Self {
+        use seam::VmEvent as E;
+        match event.clone() {
+            E::State(state) => Self::State {
+                state: Some(state.into()),
+            },
+            E::AttachStep { id, step, took } => Self::AttachStep {
+                id,
+                step: step.to_owned(),
+                seconds: took.as_secs_f64(),
+            },
+            E::Attached(device) => Self::Attached {
+                device: Device::from(&device),
+            },
+            E::Enabled { id } => Self::Enabled { id },
+            E::DetachStep { id, step, took } => Self::DetachStep {
+                id,
+                step: step.to_owned(),
+                seconds: took.as_secs_f64(),
+            },
+            E::Detached { id } => Self::Detached { id },
+            E::DeviceError { id, what } => Self::DeviceError { id, what },
+            E::GuestPanic => Self::GuestPanic,
+        }
+    }
+}

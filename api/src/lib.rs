@@ -1,0 +1,13 @@
+//! What people and programs touch: the `gantry` binary's command line, JSON files and HTTP API.
+
+#![forbid(unsafe_code)]
+
+mod cli;
+mod config;
+pub mod http;
+mod output;
+mod report;
+mod signals;
+mod table;
+
+pub use cli::main;

@@ -1,0 +1,291 @@
+//! A VM of words alone behind a real server on a real socket.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use gantry_api::http::seam::{
+    Answer, Command, CommandError, DeviceCounters, DeviceInfo, DeviceState, VmEvent, VmInfo,
+    VmState,
+};
+use gantry_api::http::{Events, Identity, Limits, Reply, Server, Socket, Stop, Vm};
+use gantry_resources::{HostPaths, Request};
+use gantry_vmm::VmConfig;
+
+/// A VM without a machine. It answers at once, on the thread that asks.
+#[derive(Default)]
+pub struct FakeVm {
+    pub events: Events,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    vm: Option<(Arc<VmConfig>, VmState)>,
+    devices: Vec<DeviceInfo>,
+    pub commands: Vec<&'static str>,
+}
+
+const SLOTS: usize = 4;
+
+impl FakeVm {
+    fn run(&self, command: Command) -> Result<Answer, CommandError> {
+        let mut state = self.state.lock().unwrap();
+        if let Command::Create(make) = command {
+            if state.vm.is_some() {
+                return Err(CommandError::AlreadyCreated);
+            }
+            let config = make().map_err(CommandError::Invalid)?;
+            state.vm = Some((Arc::new(config), VmState::Created));
+            return Ok(Answer::Done);
+        }
+        if matches!(command, Command::Quit) {
+            state.commands.push("quit");
+            return Ok(Answer::Done);
+        }
+        let Some((config, was)) = state.vm.clone() else {
+            return Err(CommandError::NotCreated);
+        };
+        let is = match (&command, was) {
+            (Command::Boot, VmState::Created | VmState::Shutdown) => VmState::Running,
+            (Command::Boot, _) => return Err(CommandError::AlreadyRunning),
+            (Command::Info, _) => {
+                return Ok(Answer::Info(VmInfo {
+                    config,
+                    state: was,
+                    devices: state.devices.clone(),
+                    slots: SLOTS,
+                    free_slots: SLOTS - state.devices.len(),
+                }));
+            }
+            (Command::Counters, _) => return Ok(Answer::Counters(counters(&state.devices))),
+            (Command::Delete, _) => {
+                state.vm = None;
+                return Ok(Answer::Done);
+            }
+            (_, VmState::Created | VmState::Shutdown) => return Err(CommandError::NotBooted),
+            (Command::Attach(attach), _) => {
+                let id = attach.id.clone();
+                return self.attach(&mut state, id, &attach.request);
+            }
+            (Command::Detach(detach), _) => {
+                let found = state.devices.iter().position(|d| d.id == detach.id);
+                let found = found.ok_or(CommandError::NoSuchDevice(detach.id.clone()))?;
+                let id = state.devices.remove(found).id;
+                self.events.tell(VmEvent::Detached { id });
+                return Ok(Answer::Done);
+            }
+            (Command::Pause, _) => VmState::Paused,
+            (Command::Resume, VmState::Paused) => VmState::Running,
+            (Command::Resume, _) => return Err(CommandError::NotPaused),
+            (Command::Shutdown, _) => VmState::Shutdown,
+            _ => VmState::Running,
+        };
+        state.vm = Some((config, is));
+        self.events.tell(VmEvent::State(is));
+        Ok(Answer::Done)
+    }
+
+    fn attach(
+        &self,
+        state: &mut State,
+        id: Option<String>,
+        request: &Request,
+    ) -> Result<Answer, CommandError> {
+        let (count, group) = match request {
+            Request::Any(wish) => (wish.count as usize, Some("nvme".to_owned())),
+            Request::Device { .. } => (1, None),
+        };
+        if state.devices.len() + count > SLOTS {
+            return Err(CommandError::NoFreeSlot);
+        }
+        let first = state.devices.len();
+        for index in first..first + count {
+            let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
+            if state.devices.iter().any(|device| device.id == id) {
+                return Err(CommandError::IdInUse(id));
+            }
+            let device = DeviceInfo {
+                id,
+                bdf: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
+                guest: format!("0000:{:02x}:00.0", index + 1),
+                group: group.clone(),
+                state: DeviceState::Announced,
+            };
+            self.events.tell(VmEvent::Attached(device.clone()));
+            state.devices.push(device);
+        }
+        Ok(Answer::Attached(state.devices[first..].to_vec()))
+    }
+}
+
+fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
+    let counters = |device: &DeviceInfo| DeviceCounters {
+        id: device.id.clone(),
+        bdf: device.bdf,
+        group: device.group.clone(),
+        interrupts: BTreeMap::from([(0, 3), (2, 40)]),
+        trapped_reads: BTreeMap::from([("bar0".to_owned(), 7)]),
+        trapped_writes: BTreeMap::new(),
+        mapped_bytes: 16 << 10,
+        attach_steps: vec![("open", Duration::from_millis(107))],
+        resets: 1,
+        errors: 0,
+    };
+    devices.iter().map(counters).collect()
+}
+
+impl Vm for FakeVm {
+    fn ask(&self, command: Command, reply: Reply) {
+        reply(self.run(command));
+    }
+}
+
+/// A server before a fake VM, in a folder of its own. Dropping it ends it.
+pub struct Bed {
+    pub folder: tempfile::TempDir,
+    pub vm: Arc<FakeVm>,
+    stop: Stop,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Bed {
+    pub fn new() -> Self {
+        Self::limited(Limits::default())
+    }
+
+    pub fn limited(limits: Limits) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let vm = Arc::new(FakeVm::default());
+        let (stop, thread) = serve(&folder, Arc::clone(&vm) as _, vm.events.clone(), limits);
+        Self {
+            folder,
+            vm,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("vm.sock")
+    }
+
+    /// The body of a `vm.create` that is right.
+    pub fn config(&self) -> String {
+        let kernel = self.folder.path().join("vmlinux");
+        std::fs::write(&kernel, "").unwrap();
+        serde_json::json!({
+            "payload": {"kernel": kernel, "cmdline": "console=ttyS0"},
+            "cpus": {"boot_vcpus": 2, "max_vcpus": 2},
+            "memory": {"size": 128 << 20},
+            "serial": {"mode": "Null"},
+        })
+        .to_string()
+    }
+
+    /// A VM that runs.
+    pub fn boot(&self) {
+        assert_eq!(self.put("vm.create", &self.config()).0, 204);
+        assert_eq!(self.put("vm.boot", "").0, 204);
+    }
+
+    pub fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket()).unwrap();
+        let patience = Some(Duration::from_secs(20));
+        stream.set_read_timeout(patience).unwrap();
+        stream.set_write_timeout(patience).unwrap();
+        stream
+    }
+
+    /// Sends raw bytes, and reads until the server closes.
+    pub fn raw(&self, request: &[u8]) -> String {
+        let mut stream = self.connect();
+        // The server may close before all is written.
+        let _ = stream.write_all(request);
+        rest(stream)
+    }
+
+    pub fn get(&self, path: &str) -> (u16, String) {
+        parted(
+            &self.raw(
+                format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").as_bytes(),
+            ),
+        )
+    }
+
+    pub fn put(&self, call: &str, body: &str) -> (u16, String) {
+        let length = body.len();
+        let request = format!(
+            "PUT /api/v1/{call} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             content-length: {length}\r\n\r\n{body}"
+        );
+        parted(&self.raw(request.as_bytes()))
+    }
+
+    /// Whether it answers a request of somebody who behaves.
+    pub fn is_well(&self) {
+        assert_eq!(self.get("/api/v1/vmm.ping").0, 200);
+    }
+
+    pub fn stop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// Serves `vm` at `vm.sock` in a folder, on a thread of its own.
+pub fn serve(
+    folder: &tempfile::TempDir,
+    vm: Arc<dyn Vm>,
+    events: Events,
+    limits: Limits,
+) -> (Stop, JoinHandle<()>) {
+    let socket = Socket::bind(&folder.path().join("vm.sock"), None).unwrap();
+    let server = Server::new(socket.into_parts().0, limits).unwrap();
+    let stop = server.stopper();
+    let identity = Identity {
+        name: "fake".to_owned(),
+        allow_ungrouped: false,
+        host: HostPaths::under(folder.path()),
+    };
+    let thread = std::thread::spawn(move || server.serve(vm, events, identity));
+    (stop, thread)
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What the server still writes.
+pub fn rest(mut stream: UnixStream) -> String {
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => answer.extend(&buffer[..length]),
+            // It closed with bytes of the request unread.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(error) => panic!("{error}, after {:?}", String::from_utf8_lossy(&answer)),
+        }
+    }
+    String::from_utf8(answer).unwrap()
+}
+
+/// Status and body of the first answer in a text.
+pub fn parted(answer: &str) -> (u16, String) {
+    let status = answer.get(9..12).and_then(|status| status.parse().ok());
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    (
+        status.unwrap_or_else(|| panic!("no answer: {answer:?}")),
+        body.to_owned(),
+    )
+}

@@ -1,0 +1,137 @@
+//! What is not in the other VMM's API: groups, events, metrics, the published document.
+
+use std::io::{BufRead, BufReader, Write};
+
+use serde_json::Value;
+
+use crate::fake::Bed;
+
+#[test]
+fn devices_come_from_groups_and_aliases_in_numbers() {
+    let bed = Bed::new();
+    bed.boot();
+    let (status, body) = bed.put("vm.add-device", r#"{"group": "nvme", "count": 2}"#);
+    assert_eq!(status, 200);
+    let added: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(
+        (&added["id"], &added["devices"][1]["id"]),
+        (&"dev0".into(), &"dev1".into())
+    );
+    assert_eq!(added["devices"][1]["group"], "nvme");
+    assert_eq!(bed.put("vm.add-device", r#"{"alias": "gpu"}"#).0, 200);
+    assert_eq!(
+        bed.put("vm.add-device", r#"{"group": "nvme", "count": 2}"#)
+            .0,
+        409
+    );
+    for (body, words) in [
+        (r#"{}"#, "neither"),
+        (r#"{"group": "a", "path": "/b"}"#, "more than one"),
+        (r#"{"group": "a", "count": 0}"#, "count"),
+        (r#"{"group": "a", "size": 3}"#, "size"),
+        (r#"{"group": "a", "iommu": true}"#, "iommu"),
+        (r#"{"group": "#, "EOF"),
+        ("", "EOF"),
+    ] {
+        let (status, answer) = bed.put("vm.add-device", body);
+        assert_eq!(status, 400, "{body}");
+        assert!(answer.contains(words), "{body}: {answer}");
+    }
+    let (status, answer) = bed.put("vm.remove-device", r#"{"id": "dev0", "force_after": -1}"#);
+    assert_eq!(status, 400, "{answer}");
+    let forced = r#"{"id": "dev0", "force_after": 1.5}"#;
+    assert_eq!(bed.put("vm.remove-device", forced).0, 204);
+}
+
+#[test]
+fn events_come_as_lines_until_the_end() {
+    let mut bed = Bed::new();
+    let mut stream = bed.connect();
+    stream
+        .write_all(b"GET /api/v1/events HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    let mut next = || {
+        let objects = lines.by_ref().filter(|line| line.starts_with('{'));
+        let mut objects = objects.map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        objects.next()
+    };
+    let first = next().unwrap();
+    assert_eq!(
+        (&first["event"], &first["state"]),
+        (&"state".into(), &Value::Null)
+    );
+    assert!(first["time"].as_f64().unwrap() > 1.7e9);
+    bed.boot();
+    assert_eq!(next().unwrap()["state"], "Running");
+    bed.put("vm.add-device", r#"{"group": "nvme"}"#);
+    let attached = next().unwrap();
+    assert_eq!(attached["event"], "attached");
+    assert_eq!(attached["device"]["bdf"], "0000:01:00.0");
+    bed.put("vm.remove-device", r#"{"id": "dev0"}"#);
+    assert_eq!(next().unwrap()["event"], "detached");
+    bed.stop();
+    assert_eq!(next(), None);
+}
+
+#[test]
+fn metrics_are_numbers_with_names() {
+    let bed = Bed::new();
+    let (status, text) = bed.get("/metrics");
+    assert_eq!(status, 200);
+    assert!(!text.contains("gantry_vm_state"), "{text}");
+    bed.boot();
+    bed.put("vm.add-device", r#"{"group": "nvme"}"#);
+    let (_, text) = bed.get("/metrics");
+    let device = r#"vm="fake",device="dev0",host="0000:01:00.0",group="nvme""#;
+    for line in [
+        r#"gantry_vm_state{vm="fake",state="running"} 1"#,
+        r#"gantry_vm_slots_free{vm="fake"} 3"#,
+        &format!(r#"gantry_device_interrupts_total{{{device},vector="2"}} 40"#),
+        &format!(r#"gantry_device_trapped_reads_total{{{device},region="bar0"}} 7"#),
+        &format!(r#"gantry_device_mapped_bytes{{{device}}} 16384"#),
+        &format!(r#"gantry_device_attach_step_seconds{{{device},step="open"}} 0.107"#),
+        r#"gantry_api_requests_total{vm="fake",path="/api/v1/vm.boot",status="204"} 1"#,
+        "# EOF",
+    ] {
+        assert!(
+            text.lines().any(|found| found == line),
+            "no {line} in\n{text}"
+        );
+    }
+}
+
+#[test]
+fn the_api_tells_what_it_has() {
+    let bed = Bed::new();
+    let (status, text) = bed.get("/api/v1/openapi.json");
+    assert_eq!(status, 200);
+    let document: Value = serde_json::from_str(&text).unwrap();
+    let add = &document["paths"]["/api/v1/vm.add-device"]["put"];
+    assert!(add["responses"]["409"].is_object(), "{add}");
+    let keys = &document["components"]["schemas"]["AddDevice"]["properties"];
+    assert!(
+        keys["group"].is_object() && keys["path"].is_object(),
+        "{keys}"
+    );
+    let vm = &document["components"]["schemas"]["VmConfig"]["properties"];
+    assert!(vm["payload"].is_object(), "{vm}");
+}
+
+#[test]
+fn what_is_not_there_is_refused_by_name() {
+    let bed = Bed::new();
+    assert_eq!(bed.get("/api/v1/vm.fly").0, 404);
+    assert_eq!(
+        bed.get("/api/v1/vm.info?verbose=1").0,
+        404,
+        "no VM, but the path is known"
+    );
+    let (status, answer) = bed.get("/api/v1/vm.boot");
+    assert!(
+        status == 405 && answer.contains("takes PUT"),
+        "{status} {answer}"
+    );
+    let answer = bed.raw(b"GET /api/v1/vm.boot HTTP/1.1\r\nconnection: close\r\n\r\n");
+    assert!(answer.contains("allow: PUT\r\n"), "{answer}");
+}
