@@ -5,17 +5,30 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry_devices::pci::GuestBdf;
+pub use gantry_devices::pci::GuestBdf;
 use gantry_resources::{HostBdf, Request};
 
 use crate::config::VmConfig;
 use crate::error::Error;
 
+/// Why what a client wrote describes no VM.
+pub type WrongConfig = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes a VM's description of what a client wrote. That reads files of the host, which the thread
+/// that speaks with clients may not: it is called where VMs are built, and only if there is none.
+pub struct Recipe(pub Box<dyn FnOnce() -> Result<VmConfig, WrongConfig> + Send>);
+
+impl fmt::Debug for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Recipe")
+    }
+}
+
 /// Something a client wants done.
 #[derive(Debug)]
 pub enum Command {
     /// Remember what the VM is to be.
-    Create(Box<VmConfig>),
+    Create(Recipe),
     /// Build the VM and run it. Answered once its vCPUs run.
     Boot,
     /// End the VM if it runs, and forget what it was.
@@ -107,14 +120,10 @@ impl fmt::Display for VmState {
 /// A VM as it is at a moment.
 #[derive(Debug, Clone)]
 pub struct VmInfo {
-    /// Its name.
-    pub name: String,
+    /// What it was made from.
+    pub config: Arc<VmConfig>,
     /// What it is doing.
     pub state: VmState,
-    /// Number of vCPUs.
-    pub vcpus: u8,
-    /// Bytes of RAM.
-    pub memory: u64,
     /// Devices of the host that it has.
     pub devices: Vec<DeviceInfo>,
     /// Slots that devices can be plugged into while it runs.
@@ -191,6 +200,9 @@ pub enum CommandError {
     /// There is a VM.
     #[error("there is a VM already: delete it first")]
     AlreadyCreated,
+    /// What is to be created is no VM.
+    #[error(transparent)]
+    Invalid(WrongConfig),
     /// The VM does not run.
     #[error("the VM is not running: boot it first")]
     NotBooted,

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use gantry_resources::HostPaths;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::command::{Answer, Command, CommandError, EventSink, Reply, VmEvent, VmInfo, VmState};
+use crate::command::{
+    Answer, Command, CommandError, EventSink, Recipe, Reply, VmEvent, VmInfo, VmState,
+};
 use crate::config::VmConfig;
 use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
 use crate::error::Error;
@@ -138,7 +140,7 @@ impl Vmm {
     /// The VM could not be built, or the host failed it later. Everything has been given back.
     pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
         let ended = match first {
-            Some(config) if !self.keep => self.once(&config),
+            Some(config) if !self.keep => self.once(&Arc::new(config)),
             first => self.serve(first),
         };
         self.ground.mailbox.close();
@@ -149,7 +151,7 @@ impl Vmm {
     }
 
     /// One VM, on this thread.
-    fn once(&self, config: &VmConfig) -> Result<Outcome, Error> {
+    fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
         match live(&self.ground, config, &mut None)? {
             End::Over(outcome) => Ok(outcome),
             End::Asked(_, reply) => {
@@ -259,7 +261,11 @@ impl Vmm {
 }
 
 /// Builds a VM, runs it, and gives back what it had.
-fn live(ground: &Ground, config: &VmConfig, started: &mut Option<Reply>) -> Result<End, Error> {
+fn live(
+    ground: &Ground,
+    config: &Arc<VmConfig>,
+    started: &mut Option<Reply>,
+) -> Result<End, Error> {
     let ended = Vm::build(config, ground).and_then(|mut vm| vm.run(started));
     ground.mailbox.forget_guest();
     ended
@@ -296,11 +302,7 @@ impl Desk {
     fn take(&mut self, command: Command) -> Deed {
         let Some(config) = &self.created else {
             return match command {
-                Command::Create(config) => {
-                    self.created = Some(Arc::new(*config));
-                    self.ended = false;
-                    Deed::Answer(Ok(Answer::Done))
-                }
+                Command::Create(recipe) => Deed::Answer(self.create(recipe)),
                 // Gone is what was wanted.
                 Command::Delete => Deed::Answer(Ok(Answer::Done)),
                 Command::Quit => Deed::Quit,
@@ -320,12 +322,17 @@ impl Desk {
         })
     }
 
-    fn info(&self, config: &VmConfig) -> VmInfo {
+    fn create(&mut self, Recipe(make): Recipe) -> Result<Answer, CommandError> {
+        let config = make().map_err(CommandError::Invalid)?;
+        self.created = Some(Arc::new(config));
+        self.ended = false;
+        Ok(Answer::Done)
+    }
+
+    fn info(&self, config: &Arc<VmConfig>) -> VmInfo {
         VmInfo {
-            name: config.name.clone(),
+            config: Arc::clone(config),
             state: self.state(),
-            vcpus: config.vcpus.get(),
-            memory: config.memory.bytes(),
             devices: Vec::new(),
             slots: 0,
             free_slots: 0,
@@ -355,8 +362,8 @@ mod tests {
     use super::*;
     use crate::config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
-    fn config() -> Box<VmConfig> {
-        Box::new(VmConfig {
+    fn config() -> Recipe {
+        let config = VmConfig {
             name: "one".to_owned(),
             payload: Payload {
                 kernel: "vmlinux".into(),
@@ -368,7 +375,8 @@ mod tests {
             devices: Vec::new(),
             serial: SerialMode::Off,
             hotplug: Hotplug::default(),
-        })
+        };
+        Recipe(Box::new(|| Ok(config)))
     }
 
     fn refused(deed: Deed) -> CommandError {
@@ -401,6 +409,18 @@ mod tests {
         }
         done(desk.take(Command::Delete));
         assert!(matches!(desk.take(Command::Quit), Deed::Quit));
+    }
+
+    #[test]
+    fn what_describes_no_vm_creates_none() {
+        let mut desk = Desk::default();
+        let wrong = Recipe(Box::new(|| Err("no kernel".into())));
+        let error = refused(desk.take(Command::Create(wrong)));
+        assert!(matches!(error, CommandError::Invalid(_)), "{error}");
+        assert!(matches!(
+            refused(desk.take(Command::Info)),
+            CommandError::NotCreated
+        ));
     }
 
     #[test]

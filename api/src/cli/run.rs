@@ -2,12 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance, reap};
 
 use crate::config::{self, Extras, Source};
+use crate::http::{Events, Identity, Limits, Server, Socket, SocketError, Stop, path_of};
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
+use gantry_vmm::threads::Task;
 use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
 
 #[derive(Debug, Args)]
@@ -15,6 +18,10 @@ use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
 Examples:
   gantry run vm.json
   gantry run --name web-1 - < vm.json
+  gantry run --api-socket /run/gantry/web-1.sock    and then vm.create and vm.boot over the socket
+
+While it runs, `gantry vm` controls the VM over its socket: NAME.sock in the run directory, for its owner
+alone; with --api-group, for a group of users too. Who may connect may do all that gantry may.
 
 A VM with one device of the group \"nvme\":
   {
@@ -35,8 +42,8 @@ Exit status:
   128+n  ended by signal n")]
 pub struct RunArgs {
     /// JSON file that describes the VM, or - for standard input; `gantry schema` tells its keys
-    #[arg(value_name = "VM.JSON")]
-    file: PathBuf,
+    #[arg(value_name = "VM.JSON", required_unless_present = "api_socket")]
+    file: Option<PathBuf>,
     /// Name of the VM in locks, lists and logs [default: the file's name without its extension]
     #[arg(long)]
     name: Option<String>,
@@ -46,6 +53,16 @@ pub struct RunArgs {
     /// What happens to system calls that gantry should never make
     #[arg(long, value_enum, default_value_t = Seccomp::On)]
     seccomp: Seccomp,
+    /// Path of the socket that the VM is controlled by [default: NAME.sock in the run directory].
+    /// Without a file, the VM is created over it, and gantry stays when the VM ends
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    /// Group of users who may use the socket too, by name or number
+    #[arg(long, value_name = "GROUP")]
+    api_group: Option<String>,
+    /// Have no socket
+    #[arg(long, conflicts_with_all = ["api_socket", "api_group"])]
+    no_api: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -79,37 +96,114 @@ impl From<config::Error> for Failure {
     }
 }
 
-pub fn run(args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
-    let RunArgs {
-        file,
-        name,
-        allow_ungrouped,
-        seccomp,
-    } = args;
-    let config = config::load(
-        &Source::from(file),
-        &Extras {
-            name,
-            allow_ungrouped,
-            host: paths.clone(),
-        },
-    )?;
+pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
+    let config = match args.file.take() {
+        Some(file) => Some(config::load(
+            &Source::from(file),
+            &Extras {
+                name: args.name.clone(),
+                allow_ungrouped: args.allow_ungrouped,
+                host: paths.clone(),
+            },
+        )?),
+        None => None,
+    };
+    let name = match &config {
+        Some(config) => config.name.clone(),
+        None => args.name.clone().unwrap_or_else(|| args.socket_stem()),
+    };
     // Announced first: whoever switches maintenance on in between sees the VM.
     let _running = announce(
         paths,
         &Holder {
-            vm: config.name.clone(),
+            vm: name.clone(),
             pid: std::process::id(),
         },
     );
     may_start(paths)?;
+    let events = Events::default();
     let options = Options {
-        seccomp: seccomp.into(),
-        ..Options::default()
+        seccomp: args.seccomp.into(),
+        keep: config.is_none(),
+        events: events.sink(),
     };
     let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    let outcome = vmm.run(Some(config)).map_err(Failure::host)?;
+    let _api = args.serve(&vmm, events, &name, paths)?;
+    let outcome = vmm.run(config).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
+}
+
+/// The thread that speaks with clients. Dropping it ends it, once its last answers are out.
+struct Api {
+    stop: Stop,
+    _task: Task<()>,
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.stop.stop();
+    }
+}
+
+impl RunArgs {
+    /// Serves the VM on its socket, if it is to have one.
+    fn serve(
+        self,
+        vmm: &Vmm,
+        events: Events,
+        name: &str,
+        paths: &HostPaths,
+    ) -> Result<Option<Api>, Failure> {
+        let Some(socket) = self.socket(name, paths)? else {
+            return Ok(None);
+        };
+        let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));
+        let server = Server::new(socket, Limits::default()).map_err(failed)?;
+        let stop = server.stopper();
+        let identity = Identity {
+            name: name.to_owned(),
+            allow_ungrouped: self.allow_ungrouped,
+            host: paths.clone(),
+        };
+        let vm = Arc::new(vmm.handle());
+        let serve = move || server.serve(vm, events, identity);
+        let task = vmm.spawn_api(serve).map_err(failed)?;
+        Ok(Some(Api { stop, _task: task }))
+    }
+
+    /// The socket that was asked for, or the usual one where this user can have it.
+    fn socket(&self, name: &str, paths: &HostPaths) -> Result<Option<Socket>, Failure> {
+        let group = self.api_group.as_deref();
+        if self.no_api {
+            return Ok(None);
+        }
+        if let Some(path) = &self.api_socket {
+            return Socket::bind(path, group).map(Some).map_err(Failure::host);
+        }
+        let usual = path_of(&paths.run, name);
+        let socket = match Socket::bind(&usual, group) {
+            // Two VMs may have one name; the second is reached by its process's number.
+            Err(SocketError::Live { .. }) => {
+                let numbered = format!("{name}.{}", std::process::id());
+                Socket::bind(&path_of(&paths.run, &numbered), group)
+            }
+            bound => bound,
+        };
+        match socket {
+            Err(error) if group.is_some() => Err(Failure::host(error)),
+            Err(error) => {
+                tracing::debug!("the VM has no socket: {error}");
+                Ok(None)
+            }
+            Ok(socket) => Ok(Some(socket)),
+        }
+    }
+
+    /// The name of a VM that is created over its socket.
+    fn socket_stem(&self) -> String {
+        let stem = self.api_socket.as_ref().and_then(|path| path.file_stem());
+        stem.map_or("vm".into(), |stem| stem.to_string_lossy().into_owned())
+    }
 }
 
 /// Refuses in maintenance, and gives back to the host what killed VMs could not.

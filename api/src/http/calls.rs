@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use gantry_resources::{Maintenance, maintenance};
+use gantry_vmm::command::{Answer, Attach, Command, Detach, DeviceCounters, Recipe, VmInfo};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::EXPECT;
@@ -15,7 +17,6 @@ use tokio::time::timeout;
 use super::metrics::{self, Tally};
 use super::reply::{self, Answered, Refusal};
 use super::routes::{self, Call};
-use super::seam::{Answer, Attach, Command, CommandError, Detach, DeviceCounters, VmInfo};
 use super::server::{Identity, Limits};
 use super::wire::{self, AddDevice, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
@@ -125,6 +126,10 @@ impl App {
         } = self.identity.clone();
         // Opens files, so the thread that owns the VM does it.
         let make = move || {
+            if let Some(Maintenance { reason, .. }) = maintenance(&host)? {
+                let what = format!("this host is in maintenance, no VM starts: {reason}");
+                return Err(what.into());
+            }
             let extras = Extras {
                 name: None,
                 allow_ungrouped,
@@ -136,11 +141,11 @@ impl App {
                 folder: Path::new(""),
             };
             config::parse(&written, &name, &extras).map_err(|error| match error.help() {
-                Some(help) => format!("{error}\n{help}"),
-                None => error.to_string(),
+                Some(help) => format!("{error}\n{help}").into(),
+                None => error.into(),
             })
         };
-        Ok(Command::Create(Box::new(make)))
+        Ok(Command::Create(Recipe(Box::new(make))))
     }
 
     async fn add_device(&self, request: Request<Incoming>) -> Result<Answered, Refusal> {
@@ -155,7 +160,7 @@ impl App {
                 };
                 Ok(reply::json(&AddedDevices {
                     id: first.id.clone(),
-                    bdf: first.guest.clone(),
+                    bdf: first.guest.to_string(),
                     devices: devices.iter().map(wire::Device::from).collect(),
                 }))
             }
@@ -254,6 +259,6 @@ async fn drain(mut body: Incoming) {
 /// The VM answered another question: a mistake in gantry.
 fn mixed_up(answer: &Answer) -> Refusal {
     tracing::error!(?answer, "the VM answered another question");
-    let error = CommandError::Failed("the VM answered another question".to_owned());
-    Refusal::from(error)
+    let what = "the VM answered another question";
+    Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, what)
 }

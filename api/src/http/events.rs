@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use gantry_vmm::command::{EventSink, VmEvent};
 use hyper::body::Bytes;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::broadcast::{Receiver, Sender, channel};
 use tokio::time::timeout;
 
-use super::seam::VmEvent;
 use super::wire::{Event, EventLine};
 
 /// Events that a slow reader may be behind.
@@ -47,6 +47,12 @@ impl Events {
             // Fails where nobody listens.
             let _ = sender.send(Arc::new(Happened { at, event }));
         }
+    }
+
+    /// Where a VM tells.
+    pub fn sink(&self) -> EventSink {
+        let events = self.clone();
+        Arc::new(move |event| events.tell(event))
     }
 
     /// Ends every stream once it has given what was told.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::AtomicI64;
 
+use gantry_vmm::command::{DeviceCounters, DeviceInfo, VmInfo, VmState};
 use hyper::StatusCode;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -10,8 +11,6 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
-
-use super::seam::{DeviceCounters, DeviceInfo, VmInfo, VmState};
 
 /// The type of [`text`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -176,7 +175,7 @@ fn of_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[DeviceCo
         let group = group.and_then(|info| info.group.clone());
         let device = Device {
             device: counters.id.clone(),
-            host: counters.bdf.to_string(),
+            host: counters.bdf.clone(),
             group: group.unwrap_or_default(),
         };
         for (&vector, &count) in &counters.interrupts {
@@ -196,13 +195,13 @@ fn of_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[DeviceCo
                     .inc_by(count);
             }
         }
-        for (step, took) in &counters.attach_steps {
+        for (step, took) in &counters.attach {
             let (device, step) = (device.clone(), (*step).to_owned());
             steps
                 .get_or_create(&Step { device, step })
                 .set(took.as_secs_f64());
         }
-        let bytes = i64::try_from(counters.mapped_bytes).unwrap_or(i64::MAX);
+        let bytes = i64::try_from(counters.bytes_mapped).unwrap_or(i64::MAX);
         mapped.get_or_create(&device).set(bytes);
         resets.get_or_create(&device).inc_by(counters.resets);
         errors.get_or_create(&device).inc_by(counters.errors);

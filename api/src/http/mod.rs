@@ -11,22 +11,25 @@ mod openapi;
 mod patience;
 mod reply;
 mod routes;
-pub mod seam;
 mod server;
 mod socket;
 pub mod wire;
 
 pub use events::Events;
 pub use server::{Identity, Limits, Server, Stop};
-pub use socket::{Socket, SocketError, path_of};
+pub use socket::{Socket, SocketError, path_of, remove_stale};
 
-use seam::{Answer, Command, CommandError};
-
-/// Takes the answer to a command.
-pub type Reply = Box<dyn FnOnce(Result<Answer, CommandError>) + Send>;
+use gantry_vmm::Handle;
+use gantry_vmm::command::{Command, Reply};
 
 /// Whom the server asks: the VM that this process runs, or one that a test plays.
 pub trait Vm: Send + Sync + 'static {
     /// Has `command` done and `reply` called with the outcome, from whatever thread. Never waits.
     fn ask(&self, command: Command, reply: Reply);
+}
+
+impl Vm for Handle {
+    fn ask(&self, command: Command, reply: Reply) {
+        Handle::ask(self, command, reply);
+    }
 }

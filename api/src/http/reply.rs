@@ -5,6 +5,7 @@ use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
@@ -12,7 +13,6 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use super::events::Stream;
-use super::seam::CommandError;
 
 /// An answer.
 pub type Answered = Response<Payload>;
@@ -85,16 +85,18 @@ impl Refusal {
 
 impl From<CommandError> for Refusal {
     fn from(error: CommandError) -> Self {
+        use CommandError as E;
         let status = match &error {
-            CommandError::NotCreated | CommandError::NoSuchDevice(_) => StatusCode::NOT_FOUND,
-            CommandError::NotBooted | CommandError::NotPaused | CommandError::AlreadyRunning => {
+            E::NotCreated | E::NoSuchDevice { .. } => StatusCode::NOT_FOUND,
+            E::NotBooted | E::NotPaused | E::AlreadyPaused | E::AlreadyRunning => {
                 StatusCode::METHOD_NOT_ALLOWED
             }
-            CommandError::AlreadyCreated | CommandError::IdInUse(_) | CommandError::NoFreeSlot => {
+            E::AlreadyCreated | E::DuplicateId(_) | E::NoSlots | E::NoFreeSlot { .. } => {
                 StatusCode::CONFLICT
             }
-            CommandError::Invalid(_) => StatusCode::BAD_REQUEST,
-            CommandError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            E::Invalid(_) => StatusCode::BAD_REQUEST,
+            E::Ending => StatusCode::SERVICE_UNAVAILABLE,
+            E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let mut messages = vec![error.to_string()];
         let mut next = error.source();

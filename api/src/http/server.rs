@@ -1,7 +1,7 @@
 //! The server: connections, each bounded in number, time and size, and their end.
 
 use std::io;
-use std::os::unix::net::UnixListener as StdListener;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use super::calls::App;
 use super::metrics::Tally;
 use super::patience::Patient;
-use super::{Events, Vm};
+use super::{Events, Socket, Vm};
 
 /// How much a client may take.
 #[derive(Debug, Clone)]
@@ -69,6 +69,7 @@ pub struct Identity {
 pub struct Server {
     runtime: Runtime,
     listener: UnixListener,
+    file: PathBuf,
     stop: Stop,
     limits: Limits,
 }
@@ -85,11 +86,12 @@ impl Stop {
 }
 
 impl Server {
-    /// A server on a non-blocking listener.
+    /// A server on a socket, whose file goes when the server ends.
     ///
     /// # Errors
     /// The kernel has no descriptors left.
-    pub fn new(listener: StdListener, limits: Limits) -> io::Result<Self> {
+    pub fn new(socket: Socket, limits: Limits) -> io::Result<Self> {
+        let (listener, file) = socket.into_parts();
         let runtime = Builder::new_current_thread()
             .enable_io()
             .enable_time()
@@ -100,6 +102,7 @@ impl Server {
         Ok(Self {
             runtime,
             listener,
+            file,
             stop: Stop::default(),
             limits,
         })
@@ -115,6 +118,7 @@ impl Server {
         let Self {
             runtime,
             listener,
+            file,
             stop,
             limits,
         } = self;
@@ -144,6 +148,10 @@ impl Server {
                         sleep(Duration::from_millis(100)).await;
                     }
                 }
+            }
+            // In this order: while somebody listens, the file is of this server and no other.
+            if let Err(error) = std::fs::remove_file(&file) {
+                tracing::debug!(%error, "the API's socket stays: {}", file.display());
             }
             drop(listener);
             events.close();
@@ -191,8 +199,8 @@ fn admit(
 }
 
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
-    content-type: application/json\r\nconnection: close\r\ncontent-length: 54\r\n\r\n\
-    [\"there are too many connections: close some, wait 1s\"]";
+    content-type: application/json\r\nconnection: close\r\ncontent-length: 60\r\n\r\n\
+    [\"there are too many connections: close one, and try again\"]";
 
 async fn connection(
     stream: UnixStream,

@@ -119,7 +119,8 @@ pub fn remove_stale(path: &Path) -> io::Result<()> {
 }
 
 /// Whether there is a socket with nobody behind it.
-pub fn is_stale(path: &Path) -> bool {
+#[cfg(test)]
+fn is_stale(path: &Path) -> bool {
     matches!(state(path), Ok(State::Stale))
 }
 

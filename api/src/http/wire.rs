@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use gantry_resources::{HostBdf, NumaPolicy, Traits};
-use gantry_vmm::SerialMode;
+use gantry_vmm::{SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-use super::seam;
 
 /// Answer to `vmm.ping`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -39,13 +37,13 @@ pub enum VmState {
     Shutdown,
 }
 
-impl From<seam::VmState> for VmState {
-    fn from(state: seam::VmState) -> Self {
+impl From<command::VmState> for VmState {
+    fn from(state: command::VmState) -> Self {
         match state {
-            seam::VmState::Created => Self::Created,
-            seam::VmState::Running => Self::Running,
-            seam::VmState::Paused => Self::Paused,
-            seam::VmState::Shutdown => Self::Shutdown,
+            command::VmState::Created => Self::Created,
+            command::VmState::Running => Self::Running,
+            command::VmState::Paused => Self::Paused,
+            command::VmState::Shutdown => Self::Shutdown,
         }
     }
 }
@@ -178,12 +176,12 @@ pub enum DeviceState {
     Detaching,
 }
 
-impl From<seam::DeviceState> for DeviceState {
-    fn from(state: seam::DeviceState) -> Self {
+impl From<command::DeviceState> for DeviceState {
+    fn from(state: command::DeviceState) -> Self {
         match state {
-            seam::DeviceState::Announced => Self::Announced,
-            seam::DeviceState::Enabled => Self::Enabled,
-            seam::DeviceState::Detaching => Self::Detaching,
+            command::DeviceState::Announced => Self::Announced,
+            command::DeviceState::Enabled => Self::Enabled,
+            command::DeviceState::Detaching => Self::Detaching,
         }
     }
 }
@@ -204,31 +202,31 @@ pub struct Device {
     pub state: DeviceState,
 }
 
-impl From<&seam::DeviceInfo> for Device {
-    fn from(device: &seam::DeviceInfo) -> Self {
+impl From<&command::DeviceInfo> for Device {
+    fn from(device: &command::DeviceInfo) -> Self {
         Self {
             id: device.id.clone(),
             host: device.bdf,
-            bdf: device.guest.clone(),
+            bdf: device.guest.to_string(),
             group: device.group.clone(),
             state: device.state.into(),
         }
     }
 }
 
-impl From<&seam::VmInfo> for VmInfo {
-    fn from(info: &seam::VmInfo) -> Self {
+impl From<&command::VmInfo> for VmInfo {
+    fn from(info: &command::VmInfo) -> Self {
         let config = &info.config;
-        let node = |device: &seam::DeviceInfo| {
+        let node = |device: &command::DeviceInfo| {
             let node = DeviceNode {
                 id: device.id.clone(),
                 resources: Vec::new(),
                 children: Vec::new(),
-                pci_bdf: device.guest.clone(),
+                pci_bdf: device.guest.to_string(),
             };
             (device.id.clone(), node)
         };
-        let entry = |device: &seam::DeviceInfo| ConfigDevice {
+        let entry = |device: &command::DeviceInfo| ConfigDevice {
             id: device.id.clone(),
             path: format!("/sys/bus/pci/devices/{}", device.bdf).into(),
             group: device.group.clone(),
@@ -341,12 +339,12 @@ pub struct RemoveDevice {
 pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// The counters of each device, flat as the API's clients know them.
-pub fn counters(devices: &[seam::DeviceCounters]) -> Counters {
-    let flat = |device: &seam::DeviceCounters| {
+pub fn counters(devices: &[command::DeviceCounters]) -> Counters {
+    let flat = |device: &command::DeviceCounters| {
         let mut flat = BTreeMap::from([
             ("errors".to_owned(), device.errors),
             ("interrupts".to_owned(), device.interrupts.values().sum()),
-            ("mapped_bytes".to_owned(), device.mapped_bytes),
+            ("mapped_bytes".to_owned(), device.bytes_mapped),
             ("resets".to_owned(), device.resets),
         ]);
         let vectors = device.interrupts.iter();
@@ -356,7 +354,7 @@ pub fn counters(devices: &[seam::DeviceCounters]) -> Counters {
         let writes = device.trapped_writes.iter();
         flat.extend(writes.map(|(region, count)| (format!("trapped_writes.{region}"), *count)));
         let micros = |took: &std::time::Duration| u64::try_from(took.as_micros());
-        let steps = device.attach_steps.iter();
+        let steps = device.attach.iter();
         flat.extend(steps.map(|(step, took)| {
             let micros = micros(took).unwrap_or(u64::MAX);
             (format!("attach_us.{step}"), micros)
@@ -400,34 +398,44 @@ pub enum Event {
         /// The device.
         device: Device,
     },
+    /// Devices could not be attached, and nothing of them is held.
+    AttachFailed {
+        /// What they were to be called.
+        id: String,
+        /// Why.
+        error: String,
+    },
     /// The guest has enabled a device.
     Enabled {
         /// The device.
         id: String,
     },
-    /// A step of a detach is done.
-    DetachStep {
+    /// The guest was asked to let a device go.
+    DetachAsked {
         /// The device.
         id: String,
-        /// The step.
-        step: String,
-        /// How long it took.
-        seconds: f64,
     },
     /// A device is gone from the guest and given back.
     Detached {
         /// The device.
         id: String,
+        /// Whether it was taken without the guest's consent.
+        forced: bool,
     },
     /// A device has an error.
     DeviceError {
         /// The device.
         id: String,
         /// What is wrong.
-        what: String,
+        error: String,
     },
-    /// The guest's kernel has crashed.
-    GuestPanic,
+    /// The guest was reset and boots again.
+    Reboot,
+    /// The guest cannot go on.
+    GuestFault {
+        /// Why.
+        error: String,
+    },
     /// The reader was too slow: so many events are missing here.
     Missed {
         /// How many.
@@ -435,9 +443,9 @@ pub enum Event {
     },
 }
 
-impl From<&seam::VmEvent> for Event {
-    fn from(event: &seam::VmEvent) -> Self {
-        use seam::VmEvent as E;
+impl From<&command::VmEvent> for Event {
+    fn from(event: &command::VmEvent) -> Self {
+        use command::VmEvent as E;
         match event.clone() {
             E::State(state) => Self::State {
                 state: Some(state.into()),
@@ -451,14 +459,12 @@ impl From<&seam::VmEvent> for Event {
                 device: Device::from(&device),
             },
             E::Enabled { id } => Self::Enabled { id },
-            E::DetachStep { id, step, took } => Self::DetachStep {
-                id,
-                step: step.to_owned(),
-                seconds: took.as_secs_f64(),
-            },
-            E::Detached { id } => Self::Detached { id },
-            E::DeviceError { id, what } => Self::DeviceError { id, what },
-            E::GuestPanic => Self::GuestPanic,
+            E::AttachFailed { id, error } => Self::AttachFailed { id, error },
+            E::DetachAsked { id } => Self::DetachAsked { id },
+            E::Detached { id, forced } => Self::Detached { id, forced },
+            E::DeviceError { id, error } => Self::DeviceError { id, error },
+            E::Reboot => Self::Reboot,
+            E::GuestFault { error } => Self::GuestFault { error },
         }
     }
 }

@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use gantry_api::http::seam::{
-    Answer, Command, CommandError, DeviceCounters, DeviceInfo, DeviceState, VmEvent, VmInfo,
-    VmState,
-};
-use gantry_api::http::{Events, Identity, Limits, Reply, Server, Socket, Stop, Vm};
+use gantry_api::http::{Events, Identity, Limits, Server, Socket, Stop, Vm};
 use gantry_resources::{HostPaths, Request};
 use gantry_vmm::VmConfig;
+use gantry_vmm::command::{
+    Answer, Command, CommandError, DeviceCounters, DeviceInfo, DeviceState, GuestBdf, Recipe,
+    Reply, VmEvent, VmInfo, VmState,
+};
 
 /// A VM without a machine. It answers at once, on the thread that asks.
 #[derive(Default)]
@@ -35,7 +35,7 @@ const SLOTS: usize = 4;
 impl FakeVm {
     fn run(&self, command: Command) -> Result<Answer, CommandError> {
         let mut state = self.state.lock().unwrap();
-        if let Command::Create(make) = command {
+        if let Command::Create(Recipe(make)) = command {
             if state.vm.is_some() {
                 return Err(CommandError::AlreadyCreated);
             }
@@ -74,9 +74,13 @@ impl FakeVm {
             }
             (Command::Detach(detach), _) => {
                 let found = state.devices.iter().position(|d| d.id == detach.id);
-                let found = found.ok_or(CommandError::NoSuchDevice(detach.id.clone()))?;
+                let found = found.ok_or(CommandError::NoSuchDevice {
+                    id: detach.id.clone(),
+                    others: Vec::new(),
+                })?;
                 let id = state.devices.remove(found).id;
-                self.events.tell(VmEvent::Detached { id });
+                let forced = detach.force_after.is_some();
+                self.events.tell(VmEvent::Detached { id, forced });
                 return Ok(Answer::Done);
             }
             (Command::Pause, _) => VmState::Paused,
@@ -101,18 +105,18 @@ impl FakeVm {
             Request::Device { .. } => (1, None),
         };
         if state.devices.len() + count > SLOTS {
-            return Err(CommandError::NoFreeSlot);
+            return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
         for index in first..first + count {
             let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
             if state.devices.iter().any(|device| device.id == id) {
-                return Err(CommandError::IdInUse(id));
+                return Err(CommandError::DuplicateId(id));
             }
             let device = DeviceInfo {
                 id,
                 bdf: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
-                guest: format!("0000:{:02x}:00.0", index + 1),
+                guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
                 state: DeviceState::Announced,
             };
@@ -126,13 +130,12 @@ impl FakeVm {
 fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
     let counters = |device: &DeviceInfo| DeviceCounters {
         id: device.id.clone(),
-        bdf: device.bdf,
-        group: device.group.clone(),
+        bdf: device.bdf.to_string(),
         interrupts: BTreeMap::from([(0, 3), (2, 40)]),
         trapped_reads: BTreeMap::from([("bar0".to_owned(), 7)]),
         trapped_writes: BTreeMap::new(),
-        mapped_bytes: 16 << 10,
-        attach_steps: vec![("open", Duration::from_millis(107))],
+        bytes_mapped: 16 << 10,
+        attach: vec![("open", Duration::from_millis(107))],
         resets: 1,
         errors: 0,
     };
@@ -247,7 +250,7 @@ pub fn serve(
     limits: Limits,
 ) -> (Stop, JoinHandle<()>) {
     let socket = Socket::bind(&folder.path().join("vm.sock"), None).unwrap();
-    let server = Server::new(socket.into_parts().0, limits).unwrap();
+    let server = Server::new(socket, limits).unwrap();
     let stop = server.stopper();
     let identity = Identity {
         name: "fake".to_owned(),

@@ -28,7 +28,7 @@ impl Vm {
     ///
     /// # Errors
     /// Something is missing, refused or does not fit; nothing is held then.
-    pub fn build(config: &VmConfig, ground: &Ground) -> Result<Self, Error> {
+    pub fn build(config: &Arc<VmConfig>, ground: &Ground) -> Result<Self, Error> {
         let Ground {
             host,
             sandbox,
@@ -89,10 +89,9 @@ impl Vm {
             layout,
             payload,
             vcpu_count: config.vcpus,
-            memory: config.memory.bytes(),
             serial: config.serial.clone(),
             gate,
-            name: config.name.clone(),
+            config: Arc::clone(config),
             state: VmState::Running,
             ground: ground.clone(),
             machine,

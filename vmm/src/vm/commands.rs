@@ -1,5 +1,7 @@
 //! What a running VM does with the commands of clients.
 
+use std::sync::Arc;
+
 use kvm_ioctls::VcpuFd;
 
 use super::{End, Vm};
@@ -87,10 +89,8 @@ impl Vm {
 
     fn info(&self) -> VmInfo {
         VmInfo {
-            name: self.name.clone(),
+            config: Arc::clone(&self.config),
             state: self.state,
-            vcpus: self.vcpu_count.get(),
-            memory: self.memory,
             devices: Vec::new(),
             slots: 0,
             free_slots: 0,

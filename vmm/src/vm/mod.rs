@@ -14,7 +14,7 @@ use gantry_devices::info_limited;
 use gantry_vfio::host::DmaMapping;
 
 use crate::command::{Answer, Command, Reply, VmEvent, VmState};
-use crate::config::{SerialMode, VcpuCount};
+use crate::config::{SerialMode, VcpuCount, VmConfig};
 use crate::console::{Keyboard, RawTerminal, SerialOutput};
 use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
@@ -50,10 +50,9 @@ pub struct Vm {
     layout: Layout,
     payload: OpenPayload,
     vcpu_count: VcpuCount,
-    memory: u64,
     serial: SerialMode,
     gate: Arc<Gate>,
-    name: String,
+    config: Arc<VmConfig>,
     state: VmState,
     ground: Ground,
     machine: Machine,
