@@ -8,6 +8,7 @@ mod maintenance;
 mod plan;
 mod run;
 mod schema;
+mod vm;
 
 use std::io;
 use std::path::PathBuf;
@@ -37,7 +38,8 @@ Examples:
   gantry device detach 0000:01:00.0    hand a device to the pool
   gantry group list                    the pools
   gantry check                         what the host lacks to give devices to VMs
-  gantry run vm.json                   a VM from a file")]
+  gantry run vm.json                   a VM from a file
+  gantry vm attach web-1 --group gpu   a device for a VM that runs")]
 struct Cli {
     #[command(flatten)]
     globals: Globals,
@@ -96,6 +98,9 @@ impl Globals {
 enum Command {
     /// Run a VM in the foreground until it ends
     Run(run::RunArgs),
+    /// List the VMs that run, control them
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
     /// List the host's devices, move them between host and pools
     #[command(subcommand)]
     Device(device::DeviceCommand),
@@ -161,6 +166,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Run(args) => return run::run(args, &paths),
         Command::Check(args) => return check::check(&args, &paths),
         Command::Device(command) => device::device(command, &paths)?,
+        Command::Vm(command) => vm::vm(command, &paths)?,
         Command::Plan(command) => plan::plan(command, &paths)?,
         Command::Maintenance(command) => maintenance::switch(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,

@@ -69,6 +69,11 @@ pub fn bytes(text: &str) -> Option<u64> {
     plain.or_else(|| model::ByteSize::parse(text).map(|size| size.0))
 }
 
+/// Bytes as people write them.
+pub fn size(bytes: u64) -> String {
+    model::ByteSize(bytes).to_string()
+}
+
 /// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
 /// files can be opened.
 pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Error> {

@@ -1,1 +1,273 @@
-//! stub
+//! The other side: asks a running VM over its socket, one connection a request, and waits.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::routes::ROOT;
+use super::wire::EventLine;
+
+/// Why a VM was not heard.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody is behind the socket, or there is none.
+    #[error("no VM listens on {path}")]
+    Nobody {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// This user may not connect.
+    #[error(
+        "you may not use {path}: its owner may, and the group that `gantry run --api-group` names"
+    )]
+    Denied {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The VM said no, and why.
+    #[error("{}", messages.join("\n"))]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// What the VM said.
+        messages: Vec<String>,
+    },
+    /// The VM takes too long.
+    #[error("the VM on {path} did not answer in {}", seconds(*waited))]
+    Late {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The connection broke, or what came over it is no answer.
+    #[error("the VM on {path} did not answer properly")]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A time for people.
+pub fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs_f64())
+}
+
+/// The way to one VM.
+pub struct Client {
+    runtime: Runtime,
+    path: PathBuf,
+    patience: Duration,
+}
+
+impl Client {
+    /// The VM behind a socket. An answer is waited for as long as `patience`. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// The kernel has no descriptors left.
+    pub fn new(path: &Path, patience: Duration) -> std::io::Result<Self> {
+        Ok(Self {
+            runtime: Builder::new_current_thread().enable_all().build()?,
+            path: path.to_owned(),
+            patience,
+        })
+    }
+
+    /// What a `GET` of a call gives.
+    ///
+    /// # Errors
+    /// The VM is not heard, or says no.
+    pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
+        let body = self.whole(Method::GET, &format!("{ROOT}{call}"), Bytes::new())?;
+        serde_json::from_slice(&body).map_err(|error| self.broken(error))
+    }
+
+    /// What a `GET` of a path gives, as text.
+    ///
+    /// # Errors
+    /// The VM is not heard, or says no.
+    pub fn text(&self, path: &str) -> Result<String, ClientError> {
+        let body = self.whole(Method::GET, path, Bytes::new())?;
+        String::from_utf8(body.into()).map_err(|error| self.broken(error))
+    }
+
+    /// Has a call without a body done.
+    ///
+    /// # Errors
+    /// The VM is not heard, or says no.
+    pub fn put(&self, call: &str) -> Result<(), ClientError> {
+        self.whole(Method::PUT, &format!("{ROOT}{call}"), Bytes::new())
+            .map(drop)
+    }
+
+    /// Has a call done, and gives what it answers; none where it answers nothing.
+    ///
+    /// # Errors
+    /// The VM is not heard, or says no.
+    pub fn put_json<T: DeserializeOwned>(
+        &self,
+        call: &str,
+        body: &impl Serialize,
+    ) -> Result<Option<T>, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| self.broken(error))?;
+        let answer = self.whole(Method::PUT, &format!("{ROOT}{call}"), body.into())?;
+        if answer.is_empty() {
+            return Ok(None);
+        }
+        let answer = serde_json::from_slice(&answer);
+        answer.map(Some).map_err(|error| self.broken(error))
+    }
+
+    /// What happens from now on.
+    ///
+    /// # Errors
+    /// The VM is not heard, or says no.
+    pub fn events(&self) -> Result<EventReader<'_>, ClientError> {
+        let path = format!("{ROOT}events");
+        let answer = self.within(self.send(Method::GET, &path, Bytes::new()))?;
+        Ok(EventReader {
+            client: self,
+            body: answer.into_body(),
+            read: Vec::new(),
+        })
+    }
+
+    fn whole(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        self.within(async {
+            let answer = self.send(method, path, body).await?;
+            let body = answer.into_body().collect().await;
+            Ok(body.map_err(|error| self.broken(error))?.to_bytes())
+        })
+    }
+
+    fn within<T>(
+        &self,
+        answer: impl Future<Output = Result<T, ClientError>>,
+    ) -> Result<T, ClientError> {
+        let waited = self.patience;
+        let late = |_| ClientError::Late {
+            path: self.path.clone(),
+            waited,
+        };
+        self.runtime
+            .block_on(async { timeout(waited, answer).await.map_err(late)? })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let stream = UnixStream::connect(&self.path).await;
+        let stream = stream.map_err(|error| self.unreachable(error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(error))?;
+        tokio::spawn(async { drop(connection.await) });
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "localhost")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(body))
+            .map_err(|error| self.broken(error))?;
+        let answer = sender.send_request(request).await;
+        let answer = answer.map_err(|error| self.broken(error))?;
+        match answer.status() {
+            StatusCode::OK | StatusCode::NO_CONTENT => Ok(answer),
+            status => Err(self.refused(status, answer.into_body()).await),
+        }
+    }
+
+    async fn refused(&self, status: StatusCode, body: Incoming) -> ClientError {
+        let body = match body.collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(error) => return self.broken(error),
+        };
+        let messages = serde_json::from_slice(&body);
+        ClientError::Refused {
+            status: status.as_u16(),
+            messages: messages.unwrap_or_else(|_| vec![format!("the VM answers {status}")]),
+        }
+    }
+
+    fn unreachable(&self, error: std::io::Error) -> ClientError {
+        let path = self.path.clone();
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => ClientError::Nobody { path },
+            ErrorKind::PermissionDenied => ClientError::Denied { path },
+            _ => self.broken(error),
+        }
+    }
+
+    fn broken(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
+        ClientError::Broken {
+            path: self.path.clone(),
+            source: error.into(),
+        }
+    }
+}
+
+/// Reads a stream of events.
+pub struct EventReader<'c> {
+    client: &'c Client,
+    body: Incoming,
+    read: Vec<u8>,
+}
+
+impl EventReader<'_> {
+    /// The next event, waited for until `deadline`, or for ever; none once the VM has ended.
+    ///
+    /// # Errors
+    /// The deadline is there ([`ClientError::Late`]), or the stream breaks.
+    pub fn next(&mut self, deadline: Option<Instant>) -> Result<Option<EventLine>, ClientError> {
+        let began = Instant::now();
+        loop {
+            if let Some(end) = self.read.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=end).collect();
+                // An empty one tells that the VM is there.
+                if line.len() > 1 {
+                    let event = serde_json::from_slice(&line);
+                    return event.map(Some).map_err(|error| self.client.broken(error));
+                }
+                continue;
+            }
+            let body = &mut self.body;
+            let frame = self.client.runtime.block_on(async {
+                match deadline {
+                    None => Some(body.frame().await),
+                    Some(deadline) => timeout_at(deadline, body.frame()).await.ok(),
+                }
+            });
+            match frame {
+                Some(Some(Ok(frame))) => {
+                    self.read.extend(frame.into_data().unwrap_or_default());
+                }
+                // A VM that is killed does not end its sentence.
+                Some(None | Some(Err(_))) => return Ok(None),
+                None => {
+                    return Err(ClientError::Late {
+                        path: self.client.path.clone(),
+                        waited: began.elapsed(),
+                    });
+                }
+            }
+        }
+    }
+}

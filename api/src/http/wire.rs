@@ -1,6 +1,7 @@
 //! The bodies of the API as JSON: the names of Cloud Hypervisor's OpenAPI document, and what is added.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::{HostBdf, NumaPolicy, Traits};
@@ -35,6 +36,17 @@ pub enum VmState {
     Paused,
     /// It was shut down and can be booted again.
     Shutdown,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shut down",
+        })
+    }
 }
 
 impl From<command::VmState> for VmState {
@@ -174,6 +186,16 @@ pub enum DeviceState {
     Enabled,
     /// The guest was asked to let it go.
     Detaching,
+}
+
+impl fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Announced => "announced",
+            Self::Enabled => "enabled",
+            Self::Detaching => "detaching",
+        })
+    }
 }
 
 impl From<command::DeviceState> for DeviceState {

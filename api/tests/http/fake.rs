@@ -27,10 +27,11 @@ pub struct FakeVm {
 struct State {
     vm: Option<(Arc<VmConfig>, VmState)>,
     devices: Vec<DeviceInfo>,
-    pub commands: Vec<&'static str>,
 }
 
 const SLOTS: usize = 4;
+/// Name of a device that the guest never answers for.
+pub const LAZY: &str = "lazy";
 
 impl FakeVm {
     fn run(&self, command: Command) -> Result<Answer, CommandError> {
@@ -44,7 +45,6 @@ impl FakeVm {
             return Ok(Answer::Done);
         }
         if matches!(command, Command::Quit) {
-            state.commands.push("quit");
             return Ok(Answer::Done);
         }
         let Some((config, was)) = state.vm.clone() else {
@@ -74,13 +74,15 @@ impl FakeVm {
             }
             (Command::Detach(detach), _) => {
                 let found = state.devices.iter().position(|d| d.id == detach.id);
-                let found = found.ok_or(CommandError::NoSuchDevice {
+                let found = found.ok_or_else(|| CommandError::NoSuchDevice {
                     id: detach.id.clone(),
-                    others: Vec::new(),
+                    others: state.devices.iter().map(|d| d.id.clone()).collect(),
                 })?;
-                let id = state.devices.remove(found).id;
                 let forced = detach.force_after.is_some();
-                self.events.tell(VmEvent::Detached { id, forced });
+                if forced || detach.id != LAZY {
+                    let id = state.devices.remove(found).id;
+                    self.events.tell(VmEvent::Detached { id, forced });
+                }
                 return Ok(Answer::Done);
             }
             (Command::Pause, _) => VmState::Paused,
@@ -121,6 +123,10 @@ impl FakeVm {
                 state: DeviceState::Announced,
             };
             self.events.tell(VmEvent::Attached(device.clone()));
+            if device.id != LAZY {
+                let id = device.id.clone();
+                self.events.tell(VmEvent::Enabled { id });
+            }
             state.devices.push(device);
         }
         Ok(Answer::Attached(state.devices[first..].to_vec()))

@@ -3,12 +3,13 @@
 //! It is started by the lab host's `/init` and speaks [`gantry_tests::protocol`] over a
 //! virtio-serial port. When `xtask` is gone, the port closes, the agent ends and `/init` powers
 //! the lab off: no lab outlives its owner. With the argument `measure` it runs one measurement of a
-//! bench instead.
+//! bench instead, and with `relay` and a path it passes what comes in on to a Unix socket and back.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Sender, channel};
@@ -45,12 +46,31 @@ type Table = Arc<Mutex<HashMap<u32, Running>>>;
 fn main() {
     let outcome = match std::env::args().nth(1).as_deref() {
         Some(inside::ARGUMENT) => inside::run().map_err(io::Error::other),
+        Some("relay") => relay(&std::env::args().nth(2).unwrap_or_default()),
         _ => serve(),
     };
     if let Err(error) = outcome {
         eprintln!("lab-agent: {error:#}");
         std::process::exit(1);
     }
+}
+
+/// Joins standard input and output with a Unix socket, until the socket is closed.
+fn relay(path: &str) -> io::Result<()> {
+    let mut socket = UnixStream::connect(path)?;
+    let mut to_socket = socket.try_clone()?;
+    thread::spawn(move || {
+        let _ = io::copy(
+            &mut File::from(io::stdin().as_fd().try_clone_to_owned()?),
+            &mut to_socket,
+        );
+        to_socket.shutdown(std::net::Shutdown::Write)
+    });
+    io::copy(
+        &mut socket,
+        &mut File::from(io::stdout().as_fd().try_clone_to_owned()?),
+    )
+    .map(drop)
 }
 
 fn serve() -> io::Result<()> {

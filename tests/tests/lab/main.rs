@@ -19,6 +19,7 @@
 //! restores what it changes: after it, no device is bound to vfio-pci, no gantry runs, no file is
 //! locked. What it leaves behind fails it, and the next case gets a fresh lab.
 
+mod api;
 mod bed;
 mod endings;
 mod lab_kernel;
@@ -66,6 +67,7 @@ const SUITES: &[Suite] = &[
             ("launch", launch::MORE),
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
+            ("api", api::CASES),
             ("endings", endings::CASES),
             ("endings", endings::MORE),
             ("pools", pools::CASES),

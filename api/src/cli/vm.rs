@@ -1,0 +1,87 @@
+//! `gantry vm`: what people do with VMs that run.
+
+mod devices;
+mod find;
+mod info;
+mod list;
+mod state;
+mod watch;
+
+use clap::{Args, Subcommand};
+use gantry_resources::HostPaths;
+
+use crate::http::client::ClientError;
+use crate::report::Failure;
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = "\
+A VM is named as `gantry run` named it; a name with a slash in it is the path of its socket.
+
+Examples:
+  gantry vm list
+  gantry vm attach web-1 --group gpu
+  gantry vm detach web-1 0000:41:00.0
+  gantry vm power-button web-1 --wait")]
+pub enum VmCommand {
+    /// List the VMs that run
+    List(list::ListArgs),
+    /// Show what a VM is, and the devices that it has
+    Info(info::InfoArgs),
+    /// Give devices to a running VM
+    Attach(devices::AttachArgs),
+    /// Take a device from a running VM
+    Detach(devices::DetachArgs),
+    /// Let a VM's processors wait
+    #[command(after_help = "Example: gantry vm pause web-1")]
+    Pause(VmArgs),
+    /// Let a paused VM's processors run on
+    #[command(after_help = "Example: gantry vm resume web-1")]
+    Resume(VmArgs),
+    /// Reset a VM at once, and boot it again
+    #[command(after_help = "Example: gantry vm reboot web-1")]
+    Reboot(VmArgs),
+    /// End a VM at once, without asking its guest
+    #[command(after_help = "\
+The guest is not asked: `gantry vm power-button` does.
+
+Example: gantry vm shutdown web-1")]
+    Shutdown(VmArgs),
+    /// Ask the guest to power off
+    PowerButton(state::PowerButtonArgs),
+    /// Show what happens to a VM as it happens
+    Events(watch::EventsArgs),
+    /// Print what a VM and its devices did, as Prometheus reads it
+    #[command(after_help = "Example: gantry vm metrics web-1 | grep interrupts")]
+    Metrics(VmArgs),
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+pub struct VmArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+}
+
+pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
+    use VmCommand as C;
+    match command {
+        C::List(args) => list::list(&args, paths),
+        C::Info(args) => info::info(&args, paths),
+        C::Attach(args) => devices::attach(args, paths),
+        C::Detach(args) => devices::detach(&args, paths),
+        C::Pause(args) => state::change(&args, paths, "vm.pause", "is paused"),
+        C::Resume(args) => state::change(&args, paths, "vm.resume", "runs again"),
+        C::Reboot(args) => state::change(&args, paths, "vm.reboot", "boots again"),
+        C::Shutdown(args) => state::change(&args, paths, "vm.shutdown", "has ended"),
+        C::PowerButton(args) => state::power_button(&args, paths),
+        C::Events(args) => watch::events(&args, paths),
+        C::Metrics(args) => watch::metrics(&args, paths),
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Self::host(error)
+    }
+}

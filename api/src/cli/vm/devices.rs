@@ -1,0 +1,250 @@
+//! `gantry vm attach` and `gantry vm detach`: what is asked, what is waited for, what came of it.
+
+use std::time::Duration;
+
+use clap::Args;
+use gantry_resources::{HostBdf, HostPaths};
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::{find, watch};
+use crate::http::client::{Client, ClientError, EventReader, seconds};
+use crate::http::wire::{
+    AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo,
+};
+use crate::output::{print, print_json};
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The steps are shown as they are done; it is over when the guest has switched the devices on.
+
+Examples:
+  gantry vm attach web-1 --group gpu
+  gantry vm attach web-1 --group nvme --count 4 --timeout 60
+  gantry vm attach web-1 --device 0000:41:00.0 --id gpu0")]
+pub struct AttachArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    #[command(flatten)]
+    from: From,
+    /// How many devices of the group or alias
+    #[arg(long, value_name = "N", conflicts_with = "device")]
+    count: Option<u32>,
+    /// Name that the device gets in the VM [default: its address on the host]
+    #[arg(long)]
+    id: Option<String>,
+    /// How long to wait for the guest, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    timeout: u32,
+    /// Do not wait for the guest to switch the devices on
+    #[arg(long)]
+    no_wait: bool,
+    /// Show the devices as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where devices come from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct From {
+    /// Group to take devices from; `gantry group list` shows them
+    #[arg(long)]
+    group: Option<String>,
+    /// Alias to take devices by; `gantry group alias` shows them
+    #[arg(long)]
+    alias: Option<String>,
+    /// Address of the device to take; `gantry device list` shows them
+    #[arg(long, value_name = "ADDRESS")]
+    device: Option<HostBdf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest's driver is let go first. A guest that does not answer can be asked again, or the device be
+taken from it with --force-after.
+
+Examples:
+  gantry vm detach web-1 gpu0
+  gantry vm detach web-1 0000:41:00.0 --force-after 10")]
+pub struct DetachArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// The device: its name in the VM, or its address on the host; `gantry vm info` shows them
+    #[arg(value_name = "DEVICE")]
+    device: String,
+    /// Take the device away after so many seconds, even if the guest has not let it go by then
+    #[arg(long, value_name = "SECONDS")]
+    force_after: Option<f64>,
+    /// How long to wait for the guest, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    timeout: u32,
+    /// Do not wait for the guest to let the device go
+    #[arg(long)]
+    no_wait: bool,
+    /// Show what came of it as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let client = find::vm(&args.vm, paths)?;
+    let mut events = client.events()?;
+    let path = args
+        .from
+        .device
+        .map(|bdf| format!("/sys/bus/pci/devices/{bdf}"));
+    let body = AddDevice {
+        id: args.id,
+        group: args.from.group,
+        alias: args.from.alias,
+        count: args.count.map(u64::from),
+        path: path.map(Into::into),
+        ..AddDevice::default()
+    };
+    let added: Option<AddedDevices> = client.put_json("vm.add-device", &body)?;
+    let mut devices = added.map_or_else(Vec::new, |added| added.devices);
+    if !args.no_wait {
+        let wait = Duration::from_secs(args.timeout.into());
+        wait_for_driver(&mut events, &mut devices, wait)?;
+    }
+    if args.json {
+        return print_json(&devices);
+    }
+    print(|out| match devices.as_slice() {
+        [] => writeln!(out, "{} will have it when it boots", args.vm),
+        devices => devices.iter().try_for_each(|device| {
+            let Device {
+                id,
+                host,
+                bdf,
+                state,
+                ..
+            } = device;
+            writeln!(out, "{id}: {host} is {state} as {bdf} in {}", args.vm)
+        }),
+    })
+}
+
+fn wait_for_driver(
+    events: &mut EventReader<'_>,
+    devices: &mut [Device],
+    wait: Duration,
+) -> Result<(), Failure> {
+    let deadline = Instant::now() + wait;
+    loop {
+        let waiting = devices
+            .iter()
+            .filter(|device| device.state != DeviceState::Enabled);
+        let waiting: Vec<&str> = waiting.map(|device| &*device.id).collect();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let line = match events.next(Some(deadline)) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Err(Failure::host("the VM ended")),
+            Err(ClientError::Late { .. }) => {
+                let what = format!(
+                    "the guest has not switched on {} in {}: attached, but not in use",
+                    waiting.join(", "),
+                    seconds(wait)
+                );
+                let help = "the guest may lack a driver for it: look with `lspci -k` there";
+                return Err(Failure::host(what).help(help));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        eprintln!("{}", watch::words(&line.event));
+        if let Event::Enabled { id } = &line.event {
+            let enabled = devices.iter_mut().filter(|device| device.id == *id);
+            enabled.for_each(|device| device.state = DeviceState::Enabled);
+        }
+    }
+}
+
+/// What came of a detach.
+#[derive(Debug, Serialize)]
+struct Detached {
+    id: String,
+    gone: bool,
+    forced: bool,
+}
+
+pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let client = find::vm(&args.vm, paths)?;
+    let id = id_of(&args.device, &client)?;
+    let mut events = client.events()?;
+    let body = RemoveDevice {
+        id: id.clone(),
+        force_after: args.force_after,
+    };
+    client.put_json::<()>("vm.remove-device", &body)?;
+    let forced = if args.no_wait {
+        None
+    } else {
+        eprintln!("waiting for {}'s guest to let {id} go", args.vm);
+        let wait = args.force_after.unwrap_or(0.0) + f64::from(args.timeout);
+        let wait = Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX);
+        Some(wait_for_guest(&mut events, &id, wait)?)
+    };
+    if args.json {
+        return print_json(&Detached {
+            gone: forced.is_some(),
+            forced: forced == Some(true),
+            id,
+        });
+    }
+    print(|out| match forced {
+        None => writeln!(out, "{id}: the guest is asked to let it go"),
+        Some(false) => writeln!(out, "{id} is given back"),
+        Some(true) => writeln!(out, "{id} is taken from the guest and given back"),
+    })
+}
+
+/// Waits until a device is gone; whether it had to be forced.
+fn wait_for_guest(
+    events: &mut EventReader<'_>,
+    wanted: &str,
+    wait: Duration,
+) -> Result<bool, Failure> {
+    let now = Instant::now();
+    let deadline = now.checked_add(wait);
+    loop {
+        match events.next(deadline) {
+            Ok(Some(line)) => {
+                if let Event::Detached { id, forced } = line.event
+                    && id == wanted
+                {
+                    return Ok(forced);
+                }
+            }
+            // It has been given back with all the rest.
+            Ok(None) => return Ok(true),
+            Err(ClientError::Late { .. }) => {
+                let what = format!("the guest has not let {wanted} go in {}", seconds(wait));
+                let help = "ask again, or take it from the guest with `--force-after 0`";
+                return Err(Failure::host(what).help(help));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The name in the VM of a device that is named so, or that has this address on the host.
+fn id_of(device: &str, client: &Client) -> Result<String, Failure> {
+    let info: VmInfo = client.get("vm.info")?;
+    let named = info.devices.iter().find(|found| found.id == device);
+    if let Some(found) = named {
+        return Ok(found.id.clone());
+    }
+    let bdf: Option<HostBdf> = device.parse().ok();
+    let at = info
+        .devices
+        .into_iter()
+        .find(|found| Some(found.host) == bdf);
+    // One that it does not have, the VM says so itself, with those it has.
+    Ok(at.map_or(device.to_owned(), |found| found.id))
+}

@@ -1,0 +1,69 @@
+//! Running VMs, found by their sockets.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use gantry_resources::HostPaths;
+
+use crate::http::client::{Client, ClientError};
+use crate::http::wire::VmmPing;
+use crate::http::{path_of, remove_stale};
+use crate::report::Failure;
+
+/// How long a command's answer is waited for; the server gives up before.
+const PATIENCE: Duration = Duration::from_secs(130);
+/// How long a list waits for each VM.
+pub const GLANCE: Duration = Duration::from_secs(2);
+
+/// The VM of that name, or behind that socket.
+pub fn vm(name: &str, paths: &HostPaths) -> Result<Client, Failure> {
+    let path = if name.contains('/') {
+        PathBuf::from(name)
+    } else {
+        path_of(&paths.run, name)
+    };
+    // Only to see whether somebody is there: a guest's state may take longer.
+    match connect(&path, GLANCE)?.get::<VmmPing>("vmm.ping") {
+        Err(ClientError::Nobody { .. }) => Err(unknown(name, paths)),
+        Err(error) => Err(error.into()),
+        Ok(_) => connect(&path, PATIENCE),
+    }
+}
+
+pub fn connect(path: &Path, patience: Duration) -> Result<Client, Failure> {
+    Client::new(path, patience)
+        .map_err(|error| Failure::host(format!("cannot make a connection: {error}")))
+}
+
+fn unknown(name: &str, paths: &HostPaths) -> Failure {
+    let names: Vec<String> = sockets(paths).into_iter().map(|(name, _)| name).collect();
+    let help = match names.as_slice() {
+        [] => format!(
+            "no VM has a socket in {}: `gantry run` starts one",
+            paths.run.display()
+        ),
+        names => format!("these run: {}", names.join(", ")),
+    };
+    Failure::host(format!("no VM \"{name}\" runs")).help(help)
+}
+
+/// Names and sockets of the run directory, in the order of the names. What nobody listens on any more is
+/// removed where this user may.
+pub fn sockets(paths: &HostPaths) -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(&paths.run)
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut found: Vec<(String, PathBuf)> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let name = name.to_str()?.strip_suffix(".sock")?;
+            let path = entry.path();
+            // Where it cannot be removed, connecting to it tells.
+            let _ = remove_stale(&path);
+            path.exists().then(|| (name.to_owned(), path))
+        })
+        .collect();
+    found.sort();
+    found
+}

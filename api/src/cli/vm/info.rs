@@ -1,0 +1,95 @@
+//! `gantry vm info`: one VM, and the devices that it has.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use gantry_resources::HostPaths;
+
+use super::find;
+use crate::http::wire::{Device, VmInfo};
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+States of devices:
+  announced  the guest was told of it
+  enabled    the guest's driver uses it
+  detaching  the guest was asked to let it go
+
+Examples:
+  gantry vm info web-1
+  gantry vm info web-1 --json")]
+pub struct InfoArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const COLUMNS: [Column; 5] = [
+    Column {
+        title: "DEVICE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "HOST",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "GUEST",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "GROUP",
+        give: Give::All(0),
+    },
+    Column {
+        title: "STATE",
+        give: Give::Nothing,
+    },
+];
+
+pub fn info(args: &InfoArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let client = find::vm(&args.vm, paths)?;
+    let info: VmInfo = client.get("vm.info")?;
+    if args.json {
+        return print_json(&info);
+    }
+    print(|out| show(&info, out))
+}
+
+fn show(info: &VmInfo, out: &mut dyn Write) -> io::Result<()> {
+    let config = &info.config;
+    writeln!(out, "name     {}", info.name)?;
+    writeln!(out, "state    {}", info.state)?;
+    writeln!(out, "vcpus    {}", config.cpus.boot_vcpus)?;
+    writeln!(out, "memory   {}", crate::config::size(config.memory.size))?;
+    writeln!(out, "kernel   {}", config.payload.kernel.display())?;
+    if let Some(initramfs) = &config.payload.initramfs {
+        writeln!(out, "initrd   {}", initramfs.display())?;
+    }
+    if !config.payload.cmdline.is_empty() {
+        writeln!(out, "cmdline  {}", config.payload.cmdline)?;
+    }
+    writeln!(out, "slots    {} of {} free", info.free_slots, info.slots)?;
+    if info.devices.is_empty() {
+        return Ok(());
+    }
+    let rows = info.devices.iter().map(cells).collect();
+    let table = Table::new(&COLUMNS, rows).fit(terminal_width());
+    write!(out, "\n{table}")
+}
+
+fn cells(device: &Device) -> Vec<String> {
+    vec![
+        device.id.clone(),
+        device.host.to_string(),
+        device.bdf.clone(),
+        device.group.clone().unwrap_or_else(|| "-".to_owned()),
+        device.state.to_string(),
+    ]
+}

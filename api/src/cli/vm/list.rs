@@ -1,0 +1,145 @@
+//! `gantry vm list`: the VMs that run.
+
+use clap::Args;
+use gantry_resources::{HostPaths, LeaseRecord, running_vms};
+use serde::Serialize;
+
+use super::find;
+use crate::http::client::ClientError;
+use crate::http::wire::{VmInfo, VmmPing};
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A VM whose state is - has no socket, or none that you may use.
+
+Examples:
+  gantry vm list
+  gantry vm list --json")]
+pub struct ListArgs {
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A VM that runs.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    pid: Option<u32>,
+    /// Where it has no socket in the run directory, how it is controlled is not known.
+    socket: Option<std::path::PathBuf>,
+    /// Without, it cannot be asked, or no VM is created in the process yet.
+    info: Option<VmInfo>,
+    /// Why it cannot be asked.
+    problem: Option<String>,
+}
+
+const COLUMNS: [Column; 7] = [
+    Column {
+        title: "NAME",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "PID",
+        give: Give::All(0),
+    },
+    Column {
+        title: "STATE",
+        give: Give::Nothing,
+    },
+    Column {
+        title: "VCPUS",
+        give: Give::All(1),
+    },
+    Column {
+        title: "MEMORY",
+        give: Give::All(2),
+    },
+    Column {
+        title: "FREE SLOTS",
+        give: Give::All(3),
+    },
+    Column {
+        title: "DEVICES",
+        give: Give::Width(12),
+    },
+];
+
+pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let sockets = find::sockets(paths);
+    let mut rows = Vec::new();
+    for (name, socket) in sockets {
+        rows.extend(Row::of_socket(name, socket)?);
+    }
+    let silent = running_vms(paths).map_err(Failure::host)?;
+    let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
+    let silent = silent.into_iter().filter(|vm| !known.contains(&vm.pid));
+    rows.extend(silent.map(Row::of_record));
+    if args.json {
+        return print_json(&rows);
+    }
+    if rows.is_empty() {
+        return print(|out| writeln!(out, "No VM runs."));
+    }
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
+    print(|out| write!(out, "{table}"))
+}
+
+impl Row {
+    /// None if nobody is behind the socket.
+    fn of_socket(name: String, socket: std::path::PathBuf) -> Result<Option<Self>, Failure> {
+        let client = find::connect(&socket, find::GLANCE)?;
+        let (pid, problem) = match client.get::<VmmPing>("vmm.ping") {
+            Ok(ping) => (Some(ping.pid), None),
+            Err(ClientError::Nobody { .. }) => return Ok(None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let info = match problem {
+            None => client.get("vm.info").ok(),
+            Some(_) => None,
+        };
+        Ok(Some(Self {
+            name,
+            pid,
+            socket: Some(socket),
+            info,
+            problem,
+        }))
+    }
+
+    fn of_record(record: LeaseRecord) -> Self {
+        Self {
+            name: record.name,
+            pid: Some(record.pid),
+            socket: None,
+            info: None,
+            problem: None,
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let of_info = |cell: &dyn Fn(&VmInfo) -> String| match &self.info {
+            Some(info) => cell(info),
+            None => "-".to_owned(),
+        };
+        let devices = |info: &VmInfo| match info.devices.as_slice() {
+            [] => "-".to_owned(),
+            devices => {
+                let names: Vec<&str> = devices.iter().map(|device| &*device.id).collect();
+                names.join(" ")
+            }
+        };
+        vec![
+            self.name.clone(),
+            self.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+            of_info(&|info| info.state.to_string()),
+            of_info(&|info| info.config.cpus.boot_vcpus.to_string()),
+            of_info(&|info| crate::config::size(info.config.memory.size)),
+            of_info(&|info| format!("{}/{}", info.free_slots, info.slots)),
+            of_info(&devices),
+        ]
+    }
+}

@@ -1,0 +1,64 @@
+//! `gantry vm pause`, `resume`, `reboot`, `shutdown` and `power-button`: one call each.
+
+use std::time::Duration;
+
+use clap::Args;
+use gantry_resources::HostPaths;
+use tokio::time::Instant;
+
+use super::{VmArgs, find};
+use crate::http::client::{ClientError, seconds};
+use crate::http::wire::{Event, VmState};
+use crate::output::print;
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry vm power-button web-1
+  gantry vm power-button web-1 --wait 120")]
+pub struct PowerButtonArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Wait until the guest has powered off, for so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
+    wait: Option<u32>,
+}
+
+/// Has `call` done, and says that the VM `is` so now.
+pub fn change(args: &VmArgs, paths: &HostPaths, call: &str, is: &str) -> Result<(), Failure> {
+    find::vm(&args.vm, paths)?.put(call)?;
+    print(|out| writeln!(out, "{} {is}", args.vm))
+}
+
+pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let client = find::vm(&args.vm, paths)?;
+    let mut events = client.events()?;
+    client.put("vm.power-button")?;
+    let Some(wait) = args.wait else {
+        return print(|out| writeln!(out, "{}'s guest is asked to power off", args.vm));
+    };
+    eprintln!("waiting for {}'s guest to power off", args.vm);
+    let wait = Duration::from_secs(wait.into());
+    let deadline = Instant::now() + wait;
+    loop {
+        match events.next(Some(deadline)) {
+            Ok(Some(line)) => match line.event {
+                Event::State {
+                    state: Some(VmState::Shutdown),
+                } => break,
+                _ => continue,
+            },
+            Ok(None) => break,
+            Err(ClientError::Late { .. }) => {
+                let what = format!("{}'s guest did not power off in {}", args.vm, seconds(wait));
+                let help =
+                    "it may not listen to its power button; `gantry vm shutdown` does not ask";
+                return Err(Failure::host(what).help(help));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    print(|out| writeln!(out, "{} has ended", args.vm))
+}

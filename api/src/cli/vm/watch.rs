@@ -1,0 +1,77 @@
+//! `gantry vm events` and `gantry vm metrics`: what a VM tells of itself.
+
+use std::io::Write;
+
+use clap::Args;
+use gantry_resources::HostPaths;
+
+use super::{VmArgs, find};
+use crate::http::wire::Event;
+use crate::output::print;
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+It goes on until the VM ends, or ctrl-c.
+
+Examples:
+  gantry vm events web-1
+  gantry vm events web-1 --json | jq 'select(.event == \"device-error\")'")]
+pub struct EventsArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Show each event as a line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let client = find::vm(&args.vm, paths)?;
+    let mut events = client.events()?;
+    let began = std::time::Instant::now();
+    while let Some(line) = events.next(None)? {
+        let mut out = std::io::stdout().lock();
+        let written = if args.json {
+            let text = serde_json::to_string(&line).map_err(Failure::host)?;
+            writeln!(out, "{text}")
+        } else {
+            let since = began.elapsed().as_secs_f64();
+            writeln!(out, "{since:9.3} {}", words(&line.event))
+        };
+        // Whoever read along has gone.
+        if written.and_then(|()| out.flush()).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+pub fn metrics(args: &VmArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let text = find::vm(&args.vm, paths)?.text("/metrics")?;
+    print(|out| out.write_all(text.as_bytes()))
+}
+
+/// An event for people.
+pub fn words(event: &Event) -> String {
+    match event {
+        Event::State { state: None } => "no VM is created".to_owned(),
+        Event::State { state: Some(state) } => format!("the VM is {state}"),
+        Event::AttachStep { id, step, seconds } => {
+            format!("{id}: {step} took {:.1} ms", seconds * 1e3)
+        }
+        Event::Attached { device } => format!(
+            "{}: {} is plugged in as {}",
+            device.id, device.host, device.bdf
+        ),
+        Event::AttachFailed { id, error } => format!("{id}: it could not be attached: {error}"),
+        Event::Enabled { id } => format!("{id}: the guest has switched it on"),
+        Event::DetachAsked { id } => format!("{id}: the guest is asked to let it go"),
+        Event::Detached { id, forced: false } => format!("{id}: the guest has let it go"),
+        Event::Detached { id, forced: true } => format!("{id}: it was taken from the guest"),
+        Event::DeviceError { id, error } => format!("{id}: error: {error}"),
+        Event::Reboot => "the guest boots again".to_owned(),
+        Event::GuestFault { error } => format!("the guest cannot go on: {error}"),
+        Event::Missed { events } => format!("{events} events came too fast to be shown"),
+    }
+}

@@ -1,0 +1,236 @@
+//! `gantry vm` before a VM that is played: what people see, and the exit codes.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use crate::fake::{Bed, LAZY};
+
+fn command(run_dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+    command.arg("--run-dir").arg(run_dir).arg("vm").args(args);
+    command.env_remove("CLICOLOR_FORCE").stdin(Stdio::null());
+    command
+}
+
+fn gantry(bed: &Bed, args: &[&str]) -> Output {
+    command(bed.folder.path(), args).output().unwrap()
+}
+
+fn ok(bed: &Bed, args: &[&str]) -> String {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = gantry(bed, args);
+    let said = String::from_utf8(stderr).unwrap();
+    assert!(status.success(), "{args:?}: {said}");
+    String::from_utf8(stdout).unwrap()
+}
+
+fn fails(bed: &Bed, args: &[&str]) -> String {
+    let output = gantry(bed, args);
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn vms_are_listed_by_their_sockets() {
+    let bed = Bed::new();
+    let list = ok(&bed, &["list"]);
+    let row = list.lines().nth(1).unwrap();
+    let cells: Vec<&str> = row.split_whitespace().collect();
+    let pid = std::process::id().to_string();
+    assert_eq!(cells, ["vm", &pid, "-", "-", "-", "-", "-"]);
+    bed.boot();
+    let list = ok(&bed, &["list"]);
+    let cells: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(
+        cells,
+        ["vm", &pid, "running", "2", "128", "MiB", "4/4", "-"]
+    );
+    let list: Value = serde_json::from_str(&ok(&bed, &["list", "--json"])).unwrap();
+    assert_eq!(list[0]["info"]["state"], "Running");
+}
+
+#[test]
+fn stale_sockets_go_when_somebody_looks() {
+    let mut bed = Bed::new();
+    let stale = bed.folder.path().join("dead.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    assert!(!ok(&bed, &["list"]).contains("dead"));
+    assert!(!stale.exists());
+    bed.stop();
+    assert_eq!(ok(&bed, &["list"]), "No VM runs.\n");
+}
+
+#[test]
+fn a_vm_that_does_not_run_is_answered_with_those_that_do() {
+    let bed = Bed::new();
+    let said = fails(&bed, &["pause", "wm"]);
+    assert!(
+        said.contains("no VM \"wm\" runs") && said.contains("these run: vm"),
+        "{said}"
+    );
+    let empty = tempfile::tempdir().unwrap();
+    let output = command(empty.path(), &["pause", "wm"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("`gantry run` starts one"), "{said}");
+}
+
+#[test]
+fn states_change_and_refusals_are_told() {
+    let bed = Bed::new();
+    let said = fails(&bed, &["pause", "vm"]);
+    assert!(said.contains("create one first"), "{said}");
+    bed.boot();
+    assert_eq!(ok(&bed, &["pause", "vm"]), "vm is paused\n");
+    let socket = bed.socket();
+    assert!(ok(&bed, &["info", socket.to_str().unwrap()]).contains("state    paused"));
+    ok(&bed, &["resume", "vm"]);
+    assert!(fails(&bed, &["resume", "vm"]).contains("not paused"));
+    ok(&bed, &["reboot", "vm"]);
+    ok(&bed, &["power-button", "vm"]);
+    ok(&bed, &["shutdown", "vm"]);
+}
+
+#[test]
+fn the_end_of_a_guest_is_waited_for() {
+    let bed = Bed::new();
+    bed.boot();
+    let said = fails(&bed, &["power-button", "vm", "--wait", "0"]);
+    assert!(said.contains("did not power off in 0 s"), "{said}");
+    let waiting = command(bed.folder.path(), &["power-button", "vm", "--wait"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut waiting = waiting.unwrap();
+    let mut words = BufReader::new(waiting.stderr.take().unwrap()).lines();
+    assert!(words.next().unwrap().unwrap().contains("waiting for"));
+    assert_eq!(bed.put("vm.shutdown", "").0, 204);
+    let output = waiting.wait_with_output().unwrap();
+    assert_eq!(output.stdout, b"vm has ended\n");
+}
+
+#[test]
+fn devices_are_attached_and_their_drivers_waited_for() {
+    let bed = Bed::new();
+    bed.boot();
+    let said = ok(&bed, &["attach", "vm", "--group", "nvme", "--count", "2"]);
+    assert_eq!(
+        said,
+        "dev0: 0000:01:00.0 is enabled as 0000:01:00.0 in vm\n\
+         dev1: 0000:02:00.0 is enabled as 0000:02:00.0 in vm\n"
+    );
+    let said = fails(
+        &bed,
+        &[
+            "attach",
+            "vm",
+            "--device",
+            "03:00.0",
+            "--id",
+            LAZY,
+            "--timeout",
+            "0",
+        ],
+    );
+    assert!(said.contains("not switched on lazy in 0 s"), "{said}");
+    let args = [
+        "attach",
+        "vm",
+        "--group",
+        "nvme",
+        "--id",
+        "x",
+        "--no-wait",
+        "--json",
+    ];
+    let devices: Value = serde_json::from_str(&ok(&bed, &args)).unwrap();
+    assert_eq!(devices[0]["state"], "announced");
+    assert!(fails(&bed, &["attach", "vm", "--group", "nvme"]).contains("all 4 slots"));
+    let info = ok(&bed, &["info", "vm"]);
+    assert!(
+        info.contains("slots    0 of 4 free") && info.contains("lazy"),
+        "{info}"
+    );
+    let both = gantry(&bed, &["attach", "vm", "--group", "a", "--alias", "b"]);
+    assert_eq!(both.status.code(), Some(2));
+}
+
+#[test]
+fn devices_are_detached_and_their_guests_waited_for() {
+    let bed = Bed::new();
+    bed.boot();
+    ok(&bed, &["attach", "vm", "--group", "nvme"]);
+    ok(
+        &bed,
+        &[
+            "attach",
+            "vm",
+            "--device",
+            "02:00.0",
+            "--id",
+            LAZY,
+            "--no-wait",
+        ],
+    );
+    // By its address on the host.
+    assert_eq!(
+        ok(&bed, &["detach", "vm", "0000:01:00.0"]),
+        "dev0 is given back\n"
+    );
+    let said = fails(&bed, &["detach", "vm", "dev0"]);
+    assert!(said.contains("no device \"dev0\": it has lazy"), "{said}");
+    let said = fails(&bed, &["detach", "vm", LAZY, "--timeout", "0"]);
+    assert!(
+        said.contains("not let lazy go in 0 s") && said.contains("--force-after"),
+        "{said}"
+    );
+    let args = ["detach", "vm", LAZY, "--force-after", "0", "--json"];
+    let came: Value = serde_json::from_str(&ok(&bed, &args)).unwrap();
+    assert_eq!(
+        came,
+        serde_json::json!({"id": LAZY, "gone": true, "forced": true})
+    );
+}
+
+#[test]
+fn events_are_followed_to_the_end() {
+    let mut bed = Bed::new();
+    let watching = |more: &[&str]| {
+        let args = [&["events", "vm"], more].concat();
+        let child = command(bed.folder.path(), &args)
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut child = child.unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .map(Result::unwrap);
+        let first = lines.next().unwrap();
+        (child, first, lines)
+    };
+    let (mut people, first, words) = watching(&[]);
+    assert!(first.ends_with("no VM is created"), "{first}");
+    let (mut program, first, lines) = watching(&["--json"]);
+    let first: Value = serde_json::from_str(&first).unwrap();
+    assert_eq!(first["event"], "state");
+    bed.boot();
+    bed.put("vm.pause", "");
+    bed.stop();
+    let words: Vec<String> = words.collect();
+    assert!(words[0].ends_with("the VM is running"), "{words:?}");
+    assert!(words[1].ends_with("the VM is paused"), "{words:?}");
+    assert_eq!(lines.count(), 2);
+    assert!(people.wait().unwrap().success() && program.wait().unwrap().success());
+}
+
+#[test]
+fn metrics_are_passed_on() {
+    let bed = Bed::new();
+    bed.boot();
+    assert!(ok(&bed, &["metrics", "vm"]).contains("gantry_vm_state"));
+}

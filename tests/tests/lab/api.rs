@@ -1,0 +1,296 @@
+//! Cases about the API: a real VM driven by the client of another VMM, and by `gantry vm`.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, ensure};
+use cloud_hypervisor_client::apis::DefaultApi;
+use cloud_hypervisor_client::models::{self, VmState};
+use cloud_hypervisor_client::{SocketBasedApiClient, socket_based_api_client};
+use gantry_tests::lab::Host;
+use gantry_tests::lab::channel::Event;
+use serde_json::Value;
+
+use crate::bed::{Case, cases};
+use crate::pool::{FIRST, Pool};
+use crate::vm::{Running, Vm};
+
+pub const CASES: &[Case] = cases![
+    an_unchanged_client_drives_a_vm,
+    a_vm_is_created_over_its_socket,
+    a_paused_guest_does_nothing,
+    a_guest_hears_its_power_button,
+    commands_find_the_vm_by_its_name,
+    two_vms_of_one_name_are_both_reached,
+    a_killed_vm_leaves_a_socket_that_is_replaced,
+    bad_clients_do_not_disturb_the_guest,
+];
+
+/// Where the VM called `vm` listens.
+const SOCKET: &str = "/run/gantry/vm.sock";
+
+/// Runs `test` with a client of the socket at `path` in the lab. The client is outside: what it writes
+/// goes through the lab's channel.
+fn with_client(
+    host: &Host,
+    path: &str,
+    test: impl AsyncFnOnce(SocketBasedApiClient) -> Result<()>,
+) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let outside = folder.path().join("socket");
+    let listener = UnixListener::bind(&outside)?;
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for stream in listener.incoming().map_while(Result::ok) {
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+                scope.spawn(|| relay(host, path, stream));
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let result = runtime.block_on(test(socket_based_api_client(&outside)));
+        drop(runtime);
+        over.store(true, Ordering::Relaxed);
+        UnixStream::connect(&outside)?;
+        result
+    })
+}
+
+/// Passes one connection on, until either side ends it.
+fn relay(host: &Host, path: &str, stream: UnixStream) -> Result<()> {
+    let mut process = host.command(["lab-agent", "relay", path]).start()?;
+    let control = process.control();
+    let mut from = stream.try_clone()?;
+    let mut to = stream;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(read @ 1..) = from.read(&mut buffer) {
+                if control.write(&buffer[..read]).is_err() {
+                    break;
+                }
+            }
+            control.close()
+        });
+        loop {
+            match process.next(None)? {
+                Event::Stdout(data) => to.write_all(&data)?,
+                Event::Exit(_) => break,
+                _ => {}
+            }
+        }
+        Ok(to.shutdown(std::net::Shutdown::Both)?)
+    })
+}
+
+fn an_unchanged_client_drives_a_vm(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = Vm::new("shell").cpus(2).devices("nvme", 1).start(host)?;
+    running.until("guest: init")?;
+    with_client(host, SOCKET, async |client| {
+        let info = client.vm_info_get().await?;
+        ensure!(info.state == VmState::Running, "{info:?}");
+        ensure!(
+            info.config.payload.kernel.as_deref() == Some("/lab/vmlinux"),
+            "{info:?}"
+        );
+        ensure!(info.memory_actual_size == Some(256 << 20), "{info:?}");
+        client.pause_vm().await?;
+        ensure!(client.vm_info_get().await?.state == VmState::Paused);
+        client.resume_vm().await?;
+        ensure!(client.vm_info_get().await?.state == VmState::Running);
+        client.vm_counters_get().await?;
+        client.reboot_vm().await?;
+        Ok(())
+    })?;
+    running.until("guest: init")?;
+    with_client(host, SOCKET, async |client| {
+        Ok(client.shutdown_vmm().await?)
+    })?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.said.matches("guest: cpus=2").count() == 2, "{ended}");
+    no_socket(host)
+}
+
+fn a_vm_is_created_over_its_socket(host: &Host) -> Result<()> {
+    let vm = Vm::new("none").named("late");
+    let config: models::VmConfig = serde_json::from_value({
+        let mut file = vm.file.clone();
+        file["cpus"]["max_vcpus"] = file["cpus"]["boot_vcpus"].clone();
+        file["memory"]["size"] = (256 << 20).into();
+        file
+    })?;
+    let start = "exec gantry run --api-socket /tmp/late.sock";
+    let mut running = Running::of(host.sh(start).start()?);
+    host.sh("while ! [ -e /tmp/late.sock ]; do sleep 0.01; done")
+        .output()?
+        .success()?;
+    with_client(host, "/tmp/late.sock", async |client| {
+        ensure!(client.vm_info_get().await.is_err(), "there is no VM yet");
+        client.create_vm(config).await?;
+        ensure!(client.vm_info_get().await?.state == VmState::Created);
+        client.boot_vm().await?;
+        Ok(())
+    })?;
+    running.until("guest: done")?;
+    // The VM ends, gantry stays, and the VM can be booted again.
+    with_client(host, "/tmp/late.sock", async |client| {
+        while client.vm_info_get().await?.state != VmState::Shutdown {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        client.boot_vm().await?;
+        Ok(())
+    })?;
+    running.until("guest: done")?;
+    with_client(host, "/tmp/late.sock", async |client| {
+        Ok(client.shutdown_vmm().await?)
+    })?;
+    running.end()?.exits(0)?;
+    let left = host.sh("ls /tmp/*.sock 2>/dev/null").output()?.text();
+    ensure!(left.is_empty(), "its socket stays: {left}");
+    Ok(())
+}
+
+fn a_paused_guest_does_nothing(host: &Host) -> Result<()> {
+    let mut running = Vm::new("shell").start(host)?;
+    running.types("while :; do echo guest: tick; sleep 0.2; done")?;
+    running.until("guest: tick")?;
+    gantry(host, "vm pause vm")?;
+    let counted = || -> Result<u64> {
+        let text =
+            host.sh("cat /proc/$(pidof gantry)/task/*/stat | awk '$2 ~ /vcpu/ {print $14+$15}'");
+        Ok(text
+            .output()?
+            .text()
+            .lines()
+            .filter_map(|line| line.parse::<u64>().ok())
+            .sum())
+    };
+    let before = counted()?;
+    thread::sleep(std::time::Duration::from_secs(1));
+    ensure!(counted()? == before, "its vCPU runs");
+    let info: Value = serde_json::from_str(&gantry(host, "vm info vm --json")?)?;
+    ensure!(info["state"] == "Paused", "{info}");
+    gantry(host, "vm resume vm")?;
+    running.until("guest: tick")?;
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    no_socket(host)
+}
+
+fn a_guest_hears_its_power_button(host: &Host) -> Result<()> {
+    let mut running = Vm::new("shell").start(host)?;
+    running.types("echo guest: listens; head -c 24 /dev/input/event0 >/dev/null; poweroff -f")?;
+    running.until("guest: listens\r")?;
+    thread::sleep(std::time::Duration::from_millis(500));
+    gantry(host, "vm power-button vm --wait 60")?;
+    running.end()?.powered_off()?;
+    Ok(())
+}
+
+fn commands_find_the_vm_by_its_name(host: &Host) -> Result<()> {
+    let mut running = Vm::new("shell").named("web-1").start(host)?;
+    running.until("guest: init")?;
+    let list = gantry(host, "vm list")?;
+    ensure!(list.contains("web-1") && list.contains("running"), "{list}");
+    let mode = host
+        .sh("stat -c %a /run/gantry/web-1.sock")
+        .output()?
+        .text();
+    ensure!(mode == "600", "{mode}");
+    let unknown = host.sh("gantry vm info web-2").output()?.exits(1)?;
+    ensure!(unknown.errors().contains("these run: web-1"), "{unknown}");
+    let metrics = gantry(host, "vm metrics web-1")?;
+    let line = "gantry_vm_state{vm=\"web-1\",state=\"running\"} 1";
+    ensure!(metrics.lines().any(|found| found == line), "{metrics}");
+    let events = host.sh("gantry vm events web-1 --json").start()?;
+    let mut events = Running::of(events);
+    events.until("\"Running\"")?;
+    gantry(host, "vm reboot web-1")?;
+    events.until("\"reboot\"")?;
+    running.until("guest: init")?;
+    gantry(host, "vm shutdown web-1")?;
+    running.end()?.powered_off()?;
+    events.end()?.exits(0)?;
+    ensure!(gantry(host, "vm list")? == "No VM runs.");
+    Ok(())
+}
+
+fn two_vms_of_one_name_are_both_reached(host: &Host) -> Result<()> {
+    let mut first = Vm::new("shell").start(host)?;
+    first.until("guest: init")?;
+    let mut second = Vm::new("shell").start(host)?;
+    second.until("guest: init")?;
+    let list: Value = serde_json::from_str(&gantry(host, "vm list --json")?)?;
+    let names = list.as_array().into_iter().flatten();
+    let names: Vec<&str> = names.filter_map(|vm| vm["name"].as_str()).collect();
+    ensure!(
+        names.len() == 2 && names[0] == "vm.sock".trim_end_matches(".sock"),
+        "{list}"
+    );
+    for name in names {
+        gantry(host, &format!("vm shutdown {name}"))?;
+    }
+    first.end()?.powered_off()?;
+    second.end()?.powered_off()?;
+    no_socket(host)
+}
+
+fn a_killed_vm_leaves_a_socket_that_is_replaced(host: &Host) -> Result<()> {
+    let mut running = Vm::new("shell").start(host)?;
+    running.until("guest: init")?;
+    running.signal(nix::sys::signal::Signal::SIGKILL)?;
+    running.end()?;
+    let left = host.sh("[ -S /run/gantry/vm.sock ]").output()?;
+    left.success()
+        .context("kill -9 leaves nobody to remove it")?;
+    let mut running = Vm::new("shell").start(host)?;
+    running.until("guest: init")?;
+    let explicit = "gantry run --api-socket /run/gantry/vm.sock /tmp/vms/vm.json";
+    let refused = host.sh(explicit).output()?.exits(1)?;
+    ensure!(refused.errors().contains("listens on"), "{refused}");
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    no_socket(host)
+}
+
+fn bad_clients_do_not_disturb_the_guest(host: &Host) -> Result<()> {
+    let mut running = Vm::new("shell").start(host)?;
+    running.types("while :; do echo guest: tick; sleep 0.2; done")?;
+    running.until("guest: tick")?;
+    // Nonsense, silence, half a request, and much too much of one.
+    let script = r"
+        relay='lab-agent relay /run/gantry/vm.sock'
+        for n in $(seq 20); do
+            head -c 2000 /dev/urandom | $relay >/dev/null 2>&1 &
+            printf 'PUT /api/v1/vm.create HTTP/1.1\r\ncontent-length: 9999\r\n\r\n{' | $relay >/dev/null &
+            sleep 3 | $relay >/dev/null &
+        done
+        { printf 'PUT /api/v1/vm.create HTTP/1.1\r\nhost: x\r\ncontent-length: 104857600\r\n\r\n'
+          head -c 104857600 /dev/zero; } | $relay | head -n 1
+        wait";
+    let answer = host.sh(script).output()?.text();
+    ensure!(answer.contains("413"), "{answer}");
+    running.until("guest: tick")?;
+    gantry(host, "vm info vm")?;
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    no_socket(host)
+}
+
+fn gantry(host: &Host, words: &str) -> Result<String> {
+    let output = host.sh(&format!("gantry {words}")).output()?;
+    Ok(output.success()?.text())
+}
+
+fn no_socket(host: &Host) -> Result<()> {
+    let left = host.sh("find /run/gantry -type s").output()?.text();
+    ensure!(left.is_empty(), "a socket stays: {left}");
+    Ok(())
+}
