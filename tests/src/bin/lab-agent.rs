@@ -57,20 +57,24 @@ fn main() {
 
 /// Joins standard input and output with a Unix socket, until the socket is closed.
 fn relay(path: &str) -> io::Result<()> {
-    let mut socket = UnixStream::connect(path)?;
-    let mut to_socket = socket.try_clone()?;
+    let mut from_socket = UnixStream::connect(path)?;
+    let mut to_socket = from_socket.try_clone()?;
     thread::spawn(move || {
-        let _ = io::copy(
-            &mut File::from(io::stdin().as_fd().try_clone_to_owned()?),
-            &mut to_socket,
-        );
+        let _ = pass(&mut io::stdin(), &mut to_socket);
         to_socket.shutdown(std::net::Shutdown::Write)
     });
-    io::copy(
-        &mut socket,
-        &mut File::from(io::stdout().as_fd().try_clone_to_owned()?),
-    )
-    .map(drop)
+    pass(&mut from_socket, &mut io::stdout())
+}
+
+/// Passes what comes on as it comes, which [`io::copy`] does not promise.
+fn pass(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            read => to.write_all(&buffer[..read]).and_then(|()| to.flush())?,
+        }
+    }
 }
 
 fn serve() -> io::Result<()> {
