@@ -85,7 +85,7 @@ impl Binder<'_> {
     }
 }
 
-fn directories(paths: &HostPaths) -> [&PathBuf; 6] {
+pub(crate) fn directories(paths: &HostPaths) -> [&PathBuf; 6] {
     let HostPaths {
         sysfs,
         dev,

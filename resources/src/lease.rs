@@ -196,6 +196,11 @@ impl Lease {
         }
     }
 
+    /// The files of its locks. A lock holds as long as any process has its file open.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = &File> {
+        self.group.iter().map(|lock| &lock.lock.file)
+    }
+
     /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
     pub fn locked(&self) -> impl Iterator<Item = HostBdf> {
         self.group.iter().map(|lock| lock.bdf)

@@ -32,6 +32,7 @@ mod moves;
 mod names;
 mod nova;
 mod obstacle;
+mod opener;
 mod persist;
 mod plan;
 mod quarantine;
@@ -67,6 +68,9 @@ pub use memlock::memlock_limit;
 pub use moves::MoveError;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
+pub use opener::{
+    HeldLease, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper,
+};
 pub use persist::{PersistBy, Persistent, persist};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine};

@@ -10,7 +10,7 @@ use crate::host::HostBdf;
 use crate::nova::{NumaPolicy, Traits};
 
 /// Something a VM asks for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// So many free devices of some kind.
     Any(Wish),
@@ -24,7 +24,7 @@ pub enum Request {
 }
 
 /// Where devices come from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
     /// From a resource group.
@@ -34,7 +34,7 @@ pub enum Source {
 }
 
 /// So many free devices, with conditions.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
     /// Where from.
     pub from: Source,

@@ -4,12 +4,13 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::host::HostPaths;
 
 /// Why a range is reserved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReservedKind {
     /// The firmware wants it mapped one to one (RMRR).
     Direct,
@@ -24,7 +25,7 @@ pub enum ReservedKind {
 }
 
 /// A range of I/O virtual addresses that must not be mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReservedRegion {
     /// First address.
     pub start: u64,

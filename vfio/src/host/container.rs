@@ -38,14 +38,22 @@ impl Container {
     pub fn open(dev: &Path) -> Result<Self> {
         let path = dev.join("vfio");
         let opened = OpenOptions::new().read(true).write(true).open(&path);
-        let file = match opened {
-            Ok(file) => file,
-            Err(source) => return Err(Error::Open { path, source }),
-        };
+        match opened {
+            Ok(file) => Self::new(file, &path),
+            Err(source) => Err(Error::Open { path, source }),
+        }
+    }
+
+    /// A container whose node at `path` somebody else has opened.
+    ///
+    /// # Errors
+    /// It is no container, or the kernel has no type1v2 IOMMU.
+    pub fn new(file: File, path: &Path) -> Result<Self> {
         let version = ioctl::api_version(file.as_fd()).map_err(failed("VFIO_GET_API_VERSION"))?;
         let type1 = ioctl::check_extension(file.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
             .map_err(failed("VFIO_CHECK_EXTENSION"))?;
         if version != abi::VFIO_API_VERSION || !type1 {
+            let path = path.to_owned();
             return Err(Error::NoIommu { path });
         }
         Ok(Self {

@@ -65,6 +65,21 @@ impl Group {
                 source,
             },
         })?;
+        Self::join(file, number, container, deadline)
+    }
+
+    /// Puts group `number`, whose node somebody has opened, into `container`; while the kernel says
+    /// that it is in use, again and again until the deadline.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn join(
+        file: File,
+        number: u32,
+        container: Arc<Container>,
+        deadline: Instant,
+    ) -> Result<Self> {
+        let begun = Instant::now();
         let failed = |call| {
             move |source| Error::Group {
                 group: number,
@@ -79,7 +94,7 @@ impl Group {
         container.join(|container| {
             let join = || ioctl::group_set_container(file.as_fd(), container);
             while_busy(deadline, join).map_err(|source| match source.raw_os_error() {
-                Some(libc::EBUSY) => in_use(number, patience),
+                Some(libc::EBUSY) => in_use(number, begun.elapsed()),
                 _ => failed("VFIO_GROUP_SET_CONTAINER")(source),
             })
         })?;

@@ -1,0 +1,104 @@
+//! What goes over the opener's socket: lengths with JSON behind them, and descriptors.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::host::HostBdf;
+use crate::request::{Request, Source};
+use crate::reserved::ReservedRegion;
+
+/// The longest message: far beyond any list of devices.
+const MAX: u32 = 1 << 20;
+
+/// What the VM asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Ask {
+    /// First of all: who it is, and whence it may be given devices.
+    Hello {
+        vm: String,
+        pid: u32,
+        from: Vec<Source>,
+    },
+    /// Devices; the VM has the groups `held`, and wants a container or not.
+    Lease {
+        request: Request,
+        held: Vec<u32>,
+        container: bool,
+    },
+    /// A lease ends, and why its device is to be put aside.
+    Release { id: u64, aside: Option<String> },
+}
+
+/// What the opener answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Said {
+    /// Behind it come the descriptors: the container's if wanted, the groups', the locks'.
+    Leased {
+        devices: Vec<Leased>,
+        groups: Vec<LeasedGroup>,
+    },
+    Refused(String),
+    Released,
+}
+
+/// A leased device, and how many locks keep it from others.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Leased {
+    pub(super) id: u64,
+    pub(super) bdf: HostBdf,
+    pub(super) group: u32,
+    pub(super) locks: usize,
+}
+
+/// A group that was opened.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct LeasedGroup {
+    pub(super) number: u32,
+    pub(super) reserved: Vec<ReservedRegion>,
+}
+
+pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
+    let text = serde_json::to_vec(message)?;
+    let len = u32::try_from(text.len()).map_err(io::Error::other)?;
+    socket.write_all(&len.to_le_bytes())?;
+    socket.write_all(&text)
+}
+
+/// # Errors
+/// `UnexpectedEof` at the end of the socket.
+pub(super) fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> io::Result<T> {
+    let mut len = [0; 4];
+    socket.read_exact(&mut len)?;
+    let len = u32::from_le_bytes(len);
+    if len > MAX {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = vec![0; len as usize];
+    socket.read_exact(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// A descriptor goes with one byte, as it cannot go alone.
+pub(super) fn send_file(socket: &UnixStream, file: RawFd) -> io::Result<()> {
+    socket.send_with_fd(&[0_u8][..], file)?;
+    Ok(())
+}
+
+pub(super) fn receive_file(socket: &UnixStream) -> io::Result<File> {
+    let mut byte = [0];
+    match socket.recv_with_fd(&mut byte)? {
+        (1, Some(file)) => {
+            // The way through the socket has lost this mark.
+            fcntl(&file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+            Ok(file)
+        }
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
