@@ -104,6 +104,8 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
                 name: args.name.clone(),
                 allow_ungrouped: args.allow_ungrouped,
                 host: paths.clone(),
+                // Who names a socket means to attach devices over it.
+                slots: args.api_socket.as_ref().map_or(0, |_| config::SLOTS),
             },
         )?),
         None => None,

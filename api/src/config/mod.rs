@@ -20,6 +20,7 @@ pub use error::Error;
 use error::Fault;
 use gantry_resources::HostPaths;
 pub use schema::schema;
+pub use validate::SLOTS;
 use validate::{Context, Invalid};
 
 use crate::http::wire::AddDevice;
@@ -61,6 +62,8 @@ pub struct Extras {
     pub allow_ungrouped: bool,
     /// Where the host keeps its service plans.
     pub host: HostPaths,
+    /// Slots for devices to come, where the file does not say.
+    pub slots: u8,
 }
 
 /// The bytes that a size such as `512M` means.
@@ -118,6 +121,7 @@ pub fn parse(
         folder: written.folder,
         allow_ungrouped: extras.allow_ungrouped,
         host: &extras.host,
+        slots: extras.slots,
     };
     compile(written.text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
         file: written.file.to_owned(),

@@ -35,6 +35,8 @@ pub struct VmConfig {
     /// The guest's first serial port.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Slots for devices that are attached while the guest runs.
+    pub hotplug: Option<HotplugConfig>,
 }
 
 /// A key that may be left out, but is no `null`.
@@ -119,6 +121,24 @@ pub struct DeviceConfig {
     pub resource_class: Option<String>,
     /// Whether no two of these devices may share a physical function.
     pub isolate: Option<bool>,
+}
+
+/// Slots for devices that are attached while the guest runs.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct HotplugConfig {
+    /// How many, beside those of the devices that the VM starts with; 32 if absent. Each costs the guest
+    /// some time at boot. A VM without `hotplug` has none, or 32 where `gantry run` is given
+    /// `--api-socket`.
+    #[schemars(range(min = 0, max = 128))]
+    pub slots: Option<u64>,
+    /// Groups that devices will come from. The guest's memory is made ready for them once it runs, so
+    /// that the first of them is not waited for.
+    #[serde(default)]
+    pub groups: Option<Vec<String>>,
+    /// Addresses that each slot has for large BARs: a number of bytes, or a string such as `"128G"`; a
+    /// share of what there is if absent.
+    pub window: Option<ByteSize>,
 }
 
 /// The guest's first serial port (16550, COM1).

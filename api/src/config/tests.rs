@@ -517,6 +517,37 @@ fn the_schema_knows_every_key() {
 }
 
 #[test]
+fn slots_are_there_where_they_are_asked_for() {
+    let folder = Folder::new();
+    let hotplug = |members: &str| folder.load(&file(members)).unwrap().hotplug;
+    assert_eq!(hotplug("\"memory\": {\"size\": \"64M\"}").slots, 0);
+    assert_eq!(hotplug("\"hotplug\": {}").slots, super::SLOTS);
+    let whole = hotplug("\"hotplug\": {\"slots\": 4, \"groups\": [\"gpu\"], \"window\": \"128G\"}");
+    assert_eq!((whole.slots, whole.window), (4, Some(128 << 30)));
+    assert_eq!(
+        whole.from,
+        [gantry_resources::Source::Group("gpu".to_owned())]
+    );
+    for (members, words) in [
+        ("\"slots\": 129", "use 0 to 128"),
+        ("\"window\": \"3G\"", "power of two"),
+        ("\"window\": 4096", "1 MiB or more"),
+        ("\"group\": \"gpu\"", "groups"),
+    ] {
+        let said = folder.refusal(&file(&format!("\"hotplug\": {{{members}}}")));
+        assert!(said.contains("`hotplug.") && said.contains(words), "{said}");
+    }
+    let text = r#"{"payload": {"kernel": "vmlinux"}}"#;
+    std::fs::write(folder.path("vm.json"), text).unwrap();
+    let extras = Extras {
+        slots: 32,
+        ..Extras::default()
+    };
+    let config = load(&Source::File(folder.path("vm.json")), &extras).unwrap();
+    assert_eq!(config.hotplug.slots, 32);
+}
+
+#[test]
 fn a_relative_path_starts_at_the_file() {
     let folder = Folder::new();
     let config = folder

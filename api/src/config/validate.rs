@@ -6,12 +6,19 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::{HostBdf, HostPaths, Request, Source, Wish};
-use gantry_vmm::{MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_vmm::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
 const MAX_CMDLINE: usize = 2047;
+
+/// Slots for devices to come, of a VM that is to have some.
+pub const SLOTS: u8 = 32;
+/// Each is a root port with a bus of its own.
+const MAX_SLOTS: u8 = 128;
+/// The granularity of a bridge's windows.
+const MIN_WINDOW: u64 = 1 << 20;
 
 /// What a file cannot say for itself.
 #[derive(Debug)]
@@ -24,6 +31,8 @@ pub struct Context<'a> {
     pub allow_ungrouped: bool,
     /// Where the host keeps its service plans.
     pub host: &'a HostPaths,
+    /// Slots for devices to come, where nothing is said.
+    pub slots: u8,
 }
 
 /// A value that fits its type but makes no VM.
@@ -75,7 +84,7 @@ pub fn convert(
         },
         devices,
         serial: serial(config.serial, context.folder)?,
-        hotplug: gantry_vmm::Hotplug::default(),
+        hotplug: hotplug(config.hotplug, context.slots)?,
     })
 }
 
@@ -249,6 +258,34 @@ pub fn device(
         isolate: config.isolate.unwrap_or(false),
         ..Wish::new(from, count)
     }))
+}
+
+fn hotplug(config: Option<model::HotplugConfig>, default: u8) -> Result<Hotplug, Invalid> {
+    let Some(config) = config else {
+        return Ok(Hotplug {
+            slots: default,
+            ..Hotplug::default()
+        });
+    };
+    let slots = match config.slots.map(u8::try_from) {
+        None => SLOTS,
+        Some(Ok(slots)) if slots <= MAX_SLOTS => slots,
+        Some(_) => {
+            let help = format!("use 0 to {MAX_SLOTS}");
+            return Err(invalid("hotplug.slots", "there cannot be so many", help));
+        }
+    };
+    let window = config.window.map(|ByteSize(bytes)| bytes);
+    if window.is_some_and(|bytes| !bytes.is_power_of_two() || bytes < MIN_WINDOW) {
+        let help = format!("use a power of two, {} or more", ByteSize(MIN_WINDOW));
+        return Err(invalid("hotplug.window", "no BAR has that size", help));
+    }
+    let groups = config.groups.unwrap_or_default().into_iter();
+    Ok(Hotplug {
+        slots,
+        from: groups.map(Source::Group).collect(),
+        window,
+    })
 }
 
 fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {

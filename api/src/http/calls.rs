@@ -134,6 +134,7 @@ impl App {
                 name: None,
                 allow_ungrouped,
                 host,
+                slots: config::SLOTS,
             };
             let written = Written {
                 text: &text,

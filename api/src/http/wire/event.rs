@@ -1,0 +1,112 @@
+//! The lines of the stream of events.
+
+use gantry_vmm::command;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Device, VmState};
+
+/// One line of the stream of events.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct EventLine {
+    /// When, in seconds since 1970.
+    pub time: f64,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The VM has this state now; also the first line of every stream, without a state where no VM is
+    /// created.
+    State {
+        /// The state.
+        state: Option<VmState>,
+    },
+    /// A step of an attach is done.
+    AttachStep {
+        /// The device.
+        id: String,
+        /// The step.
+        step: String,
+        /// How long it took.
+        seconds: f64,
+    },
+    /// A device is in its slot, and the guest was told.
+    Attached {
+        /// The device.
+        device: Device,
+    },
+    /// Devices could not be attached, and nothing of them is held.
+    AttachFailed {
+        /// What they were to be called.
+        id: String,
+        /// Why.
+        error: String,
+    },
+    /// The guest has enabled a device.
+    Enabled {
+        /// The device.
+        id: String,
+    },
+    /// The guest was asked to let a device go.
+    DetachAsked {
+        /// The device.
+        id: String,
+    },
+    /// A device is gone from the guest and given back.
+    Detached {
+        /// The device.
+        id: String,
+        /// Whether it was taken without the guest's consent.
+        forced: bool,
+    },
+    /// A device has an error.
+    DeviceError {
+        /// The device.
+        id: String,
+        /// What is wrong.
+        error: String,
+    },
+    /// The guest was reset and boots again.
+    Reboot,
+    /// The guest cannot go on.
+    GuestFault {
+        /// Why.
+        error: String,
+    },
+    /// The reader was too slow: so many events are missing here.
+    Missed {
+        /// How many.
+        events: u64,
+    },
+}
+
+impl From<&command::VmEvent> for Event {
+    fn from(event: &command::VmEvent) -> Self {
+        use command::VmEvent as E;
+        match event.clone() {
+            E::State(state) => Self::State {
+                state: Some(state.into()),
+            },
+            E::AttachStep { id, step, took } => Self::AttachStep {
+                id,
+                step: step.to_owned(),
+                seconds: took.as_secs_f64(),
+            },
+            E::Attached(device) => Self::Attached {
+                device: Device::from(&device),
+            },
+            E::Enabled { id } => Self::Enabled { id },
+            E::AttachFailed { id, error } => Self::AttachFailed { id, error },
+            E::DetachAsked { id } => Self::DetachAsked { id },
+            E::Detached { id, forced } => Self::Detached { id, forced },
+            E::DeviceError { id, error } => Self::DeviceError { id, error },
+            E::Reboot => Self::Reboot,
+            E::GuestFault { error } => Self::GuestFault { error },
+        }
+    }
+}
