@@ -130,7 +130,8 @@ fn ctrl_a_x_ends_it_and_restores_the_terminal(host: &Host) -> Result<()> {
     let status = status_on_terminal(host, &vm, |running| {
         terminal_is_raw(host, false)?;
         // Ctrl-c is the guest's, and so is a ctrl-a typed twice.
-        running.types("echo now; sleep 1000")?;
+        // Said by what is to be interrupted, which therefore has the terminal.
+        running.types("sh -c 'echo now; exec sleep 1000'")?;
         running.until("now\r\n")?;
         running.keys("\x03")?;
         running.types("echo now; read keys; echo $keys | xxd")?;
