@@ -113,6 +113,19 @@ impl PlatformEvents {
         }
     }
 
+    /// Tells the guest again if it has not read all there is; whether that was so. An interrupt that
+    /// comes while a booting guest has its line masked is lost.
+    pub fn remind(&self) -> bool {
+        let state = self.lock();
+        let waits =
+            state.power_button || state.slots.iter().any(|slot| slot.notification.is_some());
+        drop(state);
+        if waits {
+            self.ring();
+        }
+        waits
+    }
+
     /// Forgets what waits: a guest that starts looks at its slots by itself.
     pub fn reset(&self) {
         let mut state = self.lock();
@@ -237,7 +250,10 @@ mod tests {
         events.press_power_button();
         assert_eq!(events.trigger.read().unwrap(), 3);
         assert_eq!(next(&events), (0, POWER_BUTTON));
+        assert!(events.remind());
+        assert_eq!(events.trigger.read().unwrap(), 1);
         assert_eq!(next(&events), (3, DEVICE_CHECK));
+        assert!(!events.remind());
         assert_eq!(next(&events), (0, 0));
     }
 

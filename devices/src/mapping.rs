@@ -52,6 +52,28 @@ impl HostMapping {
         Self::map(len, align, &Backing::File(file, offset))
     }
 
+    /// Makes pages of the range exist before they are touched (`MADV_POPULATE_WRITE`), as huge ones
+    /// where they were asked for. The part is cut to what there is.
+    ///
+    /// # Errors
+    /// The kernel is older than Linux 5.14, or has no memory left.
+    pub fn populate(&self, offset: usize, len: usize) -> io::Result<()> {
+        let offset = offset.min(self.len.get());
+        let len = len.min(self.len.get() - offset);
+        // SAFETY: the part lies inside the range that `self` owns; no byte changes its value.
+        let ret = unsafe {
+            libc::madvise(
+                self.start.as_ptr().wrapping_add(offset).cast(),
+                len,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
+        match ret {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// First address of the range.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()

@@ -69,7 +69,7 @@ pub use moves::MoveError;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
-    HeldLease, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper,
+    HeldLease, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper, reserved_for,
 };
 pub use persist::{PersistBy, Persistent, persist};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};

@@ -7,8 +7,9 @@
 
 mod wire;
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -23,6 +24,7 @@ use crate::allocate::allocate;
 use crate::demand::directories;
 use crate::group::Groups;
 use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{Detail, HostDevice, scan_with};
 use crate::lease::{Holder, Lease};
 use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
@@ -124,7 +126,7 @@ struct End(Mutex<UnixStream>);
 impl Opener {
     /// Starts the helper for a VM, which may then be given devices `from` these sources: from any if
     /// there are none. The program that runs must call [`opener_helper`] for `__open`.
-    pub fn start(paths: &HostPaths, holder: &Holder, from: &[Source]) -> Result<Self, OpenerError> {
+    pub fn start(paths: &HostPaths, holder: &Holder) -> Result<Self, OpenerError> {
         let (ours, theirs) = UnixStream::pair().map_err(OpenerError::Start)?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
         command.arg(SUBCOMMAND).args(directories(paths));
@@ -138,23 +140,31 @@ impl Opener {
         let hello = Ask::Hello {
             vm: holder.vm.clone(),
             pid: holder.pid,
-            from: from.to_vec(),
         };
         wire::send(&mut opener.lock(), &hello).map_err(OpenerError::Start)?;
         Ok(opener)
     }
 
-    /// Leases and opens what a request asks for: all of it, or nothing. The VM has the IOMMU groups
-    /// `held` already, and wants a `container` or has one.
+    /// From now on the VM is given devices `from` these sources only; nothing takes that back. An
+    /// empty list says nothing.
+    pub fn limit(&self, from: &[Source]) -> Result<(), OpenerError> {
+        let limit = Ask::Limit {
+            from: from.to_vec(),
+        };
+        wire::send(&mut self.lock(), &limit).map_err(OpenerError::Gone)
+    }
+
+    /// Leases and opens what is asked for: all of it, or nothing. The VM has the IOMMU groups `held`
+    /// already, and wants a `container` or has one.
     pub fn open(
         &self,
-        request: &Request,
+        requests: &[Request],
         held: &[u32],
         container: bool,
     ) -> Result<Opened, OpenerError> {
         let mut socket = self.lock();
         let ask = Ask::Lease {
-            request: request.clone(),
+            requests: requests.to_vec(),
             held: held.to_vec(),
             container,
         };
@@ -222,8 +232,27 @@ impl Drop for End {
         let socket = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         let _ = socket.shutdown(std::net::Shutdown::Write);
         let _ = socket.set_read_timeout(Some(END_PATIENCE));
-        let _ = io::copy(socket, &mut io::sink());
+        while socket.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}
     }
+}
+
+/// What devices `from` these sources could not map, for a VM that may be given them later. Aliases and
+/// what cannot be read are left out: it is looked at again when a device comes.
+pub fn reserved_for(paths: &HostPaths, from: &[Source]) -> Vec<ReservedRegion> {
+    let look = || {
+        let groups = Groups::load(paths).ok()?;
+        let devices = scan_with(paths, Detail::ForChoice).ok()?;
+        let meant = devices.iter().filter(|device| {
+            let owner = groups.group_of(device);
+            owner.is_some_and(|owner| from.contains(&Source::Group(owner.name.clone())))
+        });
+        let numbers: BTreeSet<u32> = meant.filter_map(|device| device.iommu_group).collect();
+        let regions = numbers.iter();
+        let regions = regions.filter_map(|number| reserved_regions(paths, *number).ok());
+        Some(regions.flatten().collect())
+    };
+    let nothing = from.is_empty();
+    nothing.then(Vec::new).or_else(look).unwrap_or_default()
 }
 
 /// What the helper does with the arguments after `__open`: the host's directories.
@@ -251,28 +280,31 @@ pub fn opener_helper(args: &[String]) -> ExitCode {
 
 /// Answers until the socket ends.
 fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()> {
-    let Ask::Hello { vm, pid, from } = wire::receive(&mut socket)? else {
+    let Ask::Hello { vm, pid } = wire::receive(&mut socket)? else {
         return Err(io::ErrorKind::InvalidData.into());
     };
     let mut desk = Desk {
         paths,
         holder: Holder { vm, pid },
-        from,
+        from: Vec::new(),
         leases: Vec::new(),
         next: 0,
     };
     loop {
         match wire::receive(&mut socket) {
             Ok(Ask::Lease {
-                request,
+                requests,
                 held,
                 container,
-            }) => desk.lease(&mut socket, &request, &held, container)?,
+            }) => desk.lease(&mut socket, &requests, &held, container)?,
             Ok(Ask::Release { id, aside }) => {
                 desk.release(id, aside.as_deref());
                 wire::send(&mut socket, &Said::Released)?;
             }
-            Ok(Ask::Hello { .. }) => return Err(io::ErrorKind::InvalidData.into()),
+            Ok(Ask::Limit { from }) if desk.from.is_empty() => desk.from = from,
+            Ok(Ask::Limit { .. } | Ask::Hello { .. }) => {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
             // The end of the VM, and of the leases it still had.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(error) => return Err(error),
@@ -300,7 +332,7 @@ impl Desk<'_> {
     fn lease(
         &mut self,
         socket: &mut UnixStream,
-        request: &Request,
+        requests: &[Request],
         held: &[u32],
         container: bool,
     ) -> io::Result<()> {
@@ -308,7 +340,7 @@ impl Desk<'_> {
             leases,
             groups,
             container,
-        } = match self.bundle(request, held, container) {
+        } = match self.bundle(requests, held, container) {
             Ok(bundle) => bundle,
             Err(why) => return wire::send(socket, &Said::Refused(why)),
         };
@@ -336,9 +368,13 @@ impl Desk<'_> {
     }
 
     /// Leases and opens, or says why not, in words for whoever asked.
-    fn bundle(&self, request: &Request, held: &[u32], container: bool) -> Result<Bundle, String> {
-        self.may(request)?;
-        let requests = std::slice::from_ref(request);
+    fn bundle(
+        &self,
+        requests: &[Request],
+        held: &[u32],
+        container: bool,
+    ) -> Result<Bundle, String> {
+        requests.iter().try_for_each(|request| self.may(request))?;
         let leases = allocate(self.paths, requests, &self.holder).map_err(|error| chain(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
@@ -384,8 +420,7 @@ impl Desk<'_> {
             Request::Any(wish) => self.from.contains(&wish.from),
             Request::Device { bdf, .. } => {
                 let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
-                let device = crate::inventory::HostDevice::read(self.paths, *bdf)
-                    .map_err(|error| chain(&error))?;
+                let device = HostDevice::read(self.paths, *bdf).map_err(|error| chain(&error))?;
                 let owner = groups.group_of(&device).map(|group| group.name.clone());
                 owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
             }

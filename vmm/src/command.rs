@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
+use gantry_devices::pci::firmware::WindowKind;
 use gantry_resources::{HostBdf, Request};
 
 use crate::config::VmConfig;
@@ -225,6 +226,19 @@ pub enum CommandError {
     NoFreeSlot {
         /// How many there are.
         slots: usize,
+    },
+    /// The device has larger BARs than the windows of any empty slot.
+    #[error(
+        "no empty slot of the VM can hold {device}: it needs a {kind} window of {size:#x} bytes; start \
+         the VM with a larger `hotplug.window` in its file"
+    )]
+    SlotsTooSmall {
+        /// The device.
+        device: HostBdf,
+        /// Which window is too small.
+        kind: WindowKind,
+        /// Bytes that it needs.
+        size: u64,
     },
     /// Another device is called so.
     #[error("the VM has a device \"{0}\" already: choose another id")]

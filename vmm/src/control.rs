@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use gantry_devices::pci::PortIndex;
+use gantry_resources::HostBdf;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -16,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::command::{Command, CommandError, Reply};
 use crate::error::Error;
 use crate::vcpus::Fault;
+use crate::vm::Prepared;
 
 /// What happened.
 pub enum Event {
@@ -31,6 +33,10 @@ pub enum Event {
     Quit,
     /// The guest has let go of what is in a slot.
     Eject(PortIndex),
+    /// The guest has switched a device of the host on.
+    Enabled(HostBdf),
+    /// Devices that a client wants are ready to be plugged in, or are not to be had.
+    Prepared(Box<Prepared>),
     /// A client wants something done.
     Command(Command, Reply),
 }
@@ -73,11 +79,33 @@ impl Mailbox {
         let _ = self.bell.write(1);
     }
 
-    /// Forgets what the guest asked for, and keeps what came from outside.
-    pub fn forget_guest(&self) {
-        self.lock()
-            .events
-            .retain(|event| matches!(event, Event::Signal(_) | Event::Quit | Event::Command(..)));
+    /// Forgets what the guest asked for, and keeps what came from outside. Returns the slots that it
+    /// has emptied, which nobody has been told of.
+    pub fn forget_guest(&self) -> Vec<PortIndex> {
+        let mut queue = self.lock();
+        let emptied = queue.events.iter().filter_map(|event| match event {
+            Event::Eject(port) => Some(*port),
+            _ => None,
+        });
+        let emptied = emptied.collect();
+        queue.events.retain(|event| match event {
+            Event::Signal(_) | Event::Quit | Event::Command(..) | Event::Prepared(_) => true,
+            Event::PowerOff | Event::Reset | Event::Fault(..) => false,
+            Event::Eject(_) | Event::Enabled(_) => false,
+        });
+        emptied
+    }
+
+    /// Forgets a VM that is no more. What was prepared for it goes back.
+    pub fn forget_vm(&self) {
+        self.forget_guest();
+        let mut queue = self.lock();
+        let (gone, stay): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut queue.events)
+            .into_iter()
+            .partition(|event| matches!(event, Event::Prepared(_)));
+        queue.events = stay;
+        drop(queue);
+        gone.into_iter().for_each(refuse);
     }
 
     /// Answers whoever still asks that the VM is ending, now and from now on.
@@ -99,8 +127,14 @@ impl Mailbox {
 }
 
 fn refuse(event: Event) {
-    if let Event::Command(_, reply) = event {
-        reply(Err(CommandError::Ending));
+    match event {
+        Event::Command(_, reply) => reply(Err(CommandError::Ending)),
+        Event::Prepared(prepared) => {
+            let Prepared { reply, devices, .. } = *prepared;
+            drop(devices);
+            reply(Err(CommandError::Ending));
+        }
+        _ => {}
     }
 }
 

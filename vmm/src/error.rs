@@ -24,6 +24,34 @@ pub enum Error {
         /// The device.
         device: HostBdf,
     },
+    /// The helper that opens devices does not, or cannot be reached.
+    #[error(transparent)]
+    Opener(#[from] gantry_resources::OpenerError),
+    /// A device that comes later reserves addresses that the guest uses.
+    #[error(
+        "{device} reserves {start:#x}-{last:#x}, where this VM has RAM or PCI windows\n\
+         name its group in `hotplug.groups` of the VM's file, and start the VM again: RAM is then laid \
+         out around what the device reserves"
+    )]
+    Clash {
+        /// The device.
+        device: HostBdf,
+        /// First address.
+        start: u64,
+        /// Last address.
+        last: u64,
+    },
+    /// The IOMMU of a device that comes later does not reach all of RAM.
+    #[error(
+        "the host's IOMMU cannot map the guest's memory at {start:#x}-{last:#x} for this device\n\
+         start the VM with the device, or with less memory"
+    )]
+    Unmappable {
+        /// First address.
+        start: u64,
+        /// Last address.
+        last: u64,
+    },
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
     Reserved(#[from] gantry_resources::ReservedError),

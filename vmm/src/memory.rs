@@ -51,6 +51,14 @@ impl GuestRam {
         &self.memory
     }
 
+    /// The ranges as devices are to see them.
+    pub fn ranges(&self) -> Arc<[(u64, Arc<HostMapping>)]> {
+        let ranges = self.regions.iter();
+        ranges
+            .map(|region| (region.guest, Arc::clone(&region.mapping)))
+            .collect()
+    }
+
     /// The ranges, in guest-physical order.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions

@@ -77,7 +77,7 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
     let limit = gantry_resources::memlock_limit(host);
     judge(
         config.memory.bytes(),
-        !config.devices.is_empty(),
+        !config.devices.is_empty() || !config.hotplug.from.is_empty(),
         &memory,
         limit,
     )

@@ -19,6 +19,8 @@ pub enum Role {
     Api,
     /// Runs one vCPU and answers its exits.
     Vcpu(u8),
+    /// Prepares devices that come while the guest runs, and closes those that go.
+    Attach,
     /// Opens, resets or closes one device; for a host device the kernel waits for its reset.
     Device,
     /// Makes guest RAM present and maps it for the devices.
@@ -32,6 +34,7 @@ impl fmt::Display for Role {
             Self::Vm => f.write_str("vm"),
             Self::Api => f.write_str("api"),
             Self::Vcpu(index) => write!(f, "vcpu{index}"),
+            Self::Attach => f.write_str("attach"),
             Self::Device => f.write_str("device"),
             Self::Dma => f.write_str("dma"),
         }

@@ -267,7 +267,7 @@ fn live(
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
     let ended = Vm::build(config, ground).and_then(|mut vm| vm.run(started));
-    ground.mailbox.forget_guest();
+    ground.mailbox.forget_vm();
     ended
 }
 

@@ -128,6 +128,13 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Lease and open devices for a VM that can open nothing itself
+    #[command(name = "__open", hide = true)]
+    Open {
+        /// Directories of the host
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Wait for the end of a VM on standard input, then give its devices back to the host
     #[command(name = "__restore", hide = true)]
     Restore {
@@ -173,6 +180,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Completions(args) => generate::completions(&args, Cli::command())?,
         Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
+        Command::Open { args } => return Ok(gantry_resources::opener_helper(&args)),
         Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),
         Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
     }

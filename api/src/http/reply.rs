@@ -91,9 +91,11 @@ impl From<CommandError> for Refusal {
             E::NotBooted | E::NotPaused | E::AlreadyPaused | E::AlreadyRunning => {
                 StatusCode::METHOD_NOT_ALLOWED
             }
-            E::AlreadyCreated | E::DuplicateId(_) | E::NoSlots | E::NoFreeSlot { .. } => {
-                StatusCode::CONFLICT
-            }
+            E::AlreadyCreated
+            | E::DuplicateId(_)
+            | E::NoSlots
+            | E::NoFreeSlot { .. }
+            | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
             E::Invalid(_) => StatusCode::BAD_REQUEST,
             E::Ending => StatusCode::SERVICE_UNAVAILABLE,
             E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,

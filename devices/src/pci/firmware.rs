@@ -205,7 +205,7 @@ pub enum FirmwareError {
 }
 
 /// Assigns everything behind every root port of `segment`: at the first start, and after each
-/// reset of the functions.
+/// reset of the functions. Returns what each port got, in their order.
 ///
 /// # Errors
 /// Something does not fit; nothing is changed then.
@@ -213,7 +213,7 @@ pub fn assign(
     segment: &PciSegment,
     host: &HostWindows,
     minimum: impl Fn(PortIndex) -> Minimum,
-) -> Result<(), FirmwareError> {
+) -> Result<Vec<PortPlan>, FirmwareError> {
     let requests: Vec<PortRequest> = segment
         .ports()
         .map(|(index, port, _)| PortRequest {
@@ -224,6 +224,39 @@ pub fn assign(
         .collect();
     let plans = plan(&requests, host)?;
     apply(segment, &plans);
+    Ok(plans)
+}
+
+/// Whether the BARs of all functions of a device fit into the windows of a port, so that a guest that
+/// finds it there can give them addresses. Otherwise the window that is too small, and what it would
+/// have to be.
+///
+/// # Errors
+/// They do not.
+pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), (WindowKind, u64)> {
+    let request = PortRequest {
+        port: GuestBdf::from_bits(0),
+        minimum: Minimum {
+            mem32: 0,
+            mem64: 0,
+            io: 0,
+        },
+        bars: bars.to_vec(),
+    };
+    let mut windows = windows.clone();
+    for kind in WindowKind::ALL {
+        // A device works without its I/O ports, as it does on machines that have run out of them.
+        let Some(need) = Need::of(kind, &request).filter(|_| kind != WindowKind::Io) else {
+            continue;
+        };
+        let window = kind.port(&mut windows).clone();
+        let fits = window.is_some_and(|window| {
+            place(window.start, &need).is_some_and(|placed| placed.end <= window.end)
+        });
+        if !fits {
+            return Err((kind, need.size));
+        }
+    }
     Ok(())
 }
 
@@ -524,6 +557,34 @@ mod tests {
         let empty = &plans[2].windows;
         let size = empty.mem32.as_ref().map(|window| window.end - window.start);
         assert_eq!((size, &empty.mem64), (Some(16 * MIB), &None));
+    }
+
+    #[test]
+    fn a_device_fits_into_a_slot_whose_windows_hold_its_bars() {
+        let windows = PortWindows {
+            mem32: Some(0x8000_0000..0x8100_0000),
+            mem64: Some(64 * GIB..80 * GIB),
+            io: None,
+        };
+        let small = [request(0, MEM64, 0x4000), request(2, BarKind::Io, 0x80)];
+        assert_eq!(fit(&small, &windows), Ok(()));
+        assert_eq!(
+            fit(&small, &PortWindows::default()),
+            Err((WindowKind::Mem32, MIB))
+        );
+        let large = [
+            request(0, PREFETCHABLE, 16 * GIB),
+            request(2, MEM32, 16 * MIB),
+        ];
+        assert_eq!(fit(&large, &windows), Ok(()));
+        let larger = [
+            request(0, PREFETCHABLE, 16 * GIB),
+            request(2, PREFETCHABLE, MIB),
+        ];
+        assert_eq!(
+            fit(&larger, &windows),
+            Err((WindowKind::Mem64, 16 * GIB + MIB))
+        );
     }
 
     #[test]

@@ -20,15 +20,13 @@ const MAX: u32 = 1 << 20;
 /// What the VM asks for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Ask {
-    /// First of all: who it is, and whence it may be given devices.
-    Hello {
-        vm: String,
-        pid: u32,
-        from: Vec<Source>,
-    },
+    /// First of all: who it is.
+    Hello { vm: String, pid: u32 },
+    /// Whence it may be given devices from now on.
+    Limit { from: Vec<Source> },
     /// Devices; the VM has the groups `held`, and wants a container or not.
     Lease {
-        request: Request,
+        requests: Vec<Request>,
         held: Vec<u32>,
         container: bool,
     },

@@ -41,7 +41,8 @@ impl Region {
         self.0 as usize
     }
 
-    fn all() -> impl Iterator<Item = Self> {
+    /// All of them, in the order of their indexes.
+    pub fn all() -> impl Iterator<Item = Self> {
         (0..abi::VFIO_PCI_NUM_REGIONS).map(Self)
     }
 }

@@ -98,8 +98,20 @@ const CLIENTS: &[c_long] = &[
     libc::SYS_unlinkat,
 ];
 
-/// A lease that ends empties its record.
-const LEASES: &[c_long] = &[libc::SYS_ftruncate];
+/// A lease that ends empties its record, or is told to the opener over the socket that there is. The
+/// last of them waits for the opener's end, and each for vCPUs that are still in the device.
+const LEASES: &[c_long] = &[
+    libc::SYS_ftruncate,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+];
+
+/// The opener sends descriptors.
+const DESCRIPTORS: &[c_long] = &[libc::SYS_recvmsg];
 
 /// The control loop, and files that are read again at a reboot of the guest.
 const CONTROL: &[c_long] = &[
@@ -201,6 +213,13 @@ pub fn device() -> Rules {
     rules(&[DEVICE_ACCESS, LEASES], &requests)
 }
 
+/// The thread that prepares devices, and has others open, map and close: it can do what they can.
+pub fn attach() -> Rules {
+    let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
+    let calls = [DEVICE_ACCESS, LEASES, DESCRIPTORS, MAKES_THREADS];
+    rules(&calls, &requests)
+}
+
 /// A thread that maps guest RAM for devices.
 pub fn dma() -> Rules {
     rules(&[], &[DMA_REQUESTS])
@@ -248,7 +267,7 @@ mod tests {
 
     #[test]
     fn every_role_may_end_itself_and_none_may_open_files_or_run_programs() {
-        for rules in [control(), vcpu(), device(), dma(), api()] {
+        for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
             let allowed = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(allowed(libc::SYS_exit) && allowed(libc::SYS_exit_group));
             for number in [
@@ -267,7 +286,7 @@ mod tests {
 
     #[test]
     fn ioctls_executable_memory_and_signals_are_never_free() {
-        for rules in [control(), vcpu(), device(), dma(), api()] {
+        for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
             for number in [
                 libc::SYS_ioctl,
                 libc::SYS_mmap,

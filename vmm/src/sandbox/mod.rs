@@ -32,6 +32,7 @@ pub struct Sandbox {
     device: Filter,
     dma: Filter,
     api: Filter,
+    attach: Filter,
 }
 
 /// The filter of one role.
@@ -50,6 +51,7 @@ impl Sandbox {
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
             api: Filter::compile(mode, filters::api())?,
+            attach: Filter::compile(mode, filters::attach())?,
         })
     }
 
@@ -61,6 +63,7 @@ impl Sandbox {
             Role::Device => self.device.clone(),
             Role::Dma => self.dma.clone(),
             Role::Api => self.api.clone(),
+            Role::Attach => self.attach.clone(),
             Role::Vm => Filter(None),
         }
     }

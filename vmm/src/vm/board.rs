@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use gantry_devices::events::{self, PlatformEvents};
 use gantry_devices::outlet::{self, Outlet};
-use gantry_devices::pci::firmware::{self, HostWindows, Minimum};
-use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
+use gantry_devices::pci::firmware::{self, FirmwareError, HostWindows, Minimum};
+use gantry_devices::pci::{
+    BarSpaceError, ConfigPorts, EcamWindow, PciSegment, PortIndex, PortWindows,
+};
 use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{self, Serial};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::payload;
 use crate::address_space::{AddressSpace, Guard};
 use crate::boot::acpi::HotSlot;
-use crate::config::SerialMode;
+use crate::config::{SerialMode, VmConfig};
 use crate::error::Error;
 use crate::kvm::{GsiRoutes, Machine, MemorySlots};
 use crate::layout::{self, Layout};
@@ -46,12 +48,14 @@ pub struct Board {
     pub events: Arc<PlatformEvents>,
     /// Slots that can be filled and emptied while the guest runs.
     pub slots: Vec<HotSlot>,
+    windows: SlotWindows,
     // Taken out of the address space when the board goes.
     _guards: Vec<Guard>,
 }
 
 impl Board {
-    /// Puts the board together as planned, with so many PCIe root ports.
+    /// Puts the board together as planned, with so many PCIe root ports for the devices that the VM
+    /// starts with, and as many more as it has slots for others.
     ///
     /// # Errors
     /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
@@ -59,15 +63,24 @@ impl Board {
     pub fn new(
         machine: &Machine,
         layout: &Layout,
-        serial: &SerialMode,
+        config: &VmConfig,
         ports: usize,
     ) -> Result<Self, Error> {
+        let hot = usize::from(config.hotplug.slots);
         let ram = GuestRam::new(&layout.ram).map_err(Error::host("set guest RAM aside"))?;
         let routes = GsiRoutes::new(Arc::clone(machine.vm()))
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
-        let pci = Arc::new(hierarchy(layout, ports)?);
-        let serial = serial_port(serial, &routes)?;
-        let slots: Vec<HotSlot> = Vec::new();
+        let pci = Arc::new(hierarchy(layout, ports + hot)?);
+        let serial = serial_port(&config.serial, &routes)?;
+        // Where devices can come, those that are there can go.
+        let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
+        let slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
+        let windows = SlotWindows {
+            first: ports,
+            wish: config.hotplug.window,
+            share: None,
+            given: Vec::new(),
+        };
         let trigger = wire(&routes, layout::EVENT_GSI)?;
         let events = PlatformEvents::new(slots.iter().map(|slot| slot.port), trigger);
         let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(
@@ -81,6 +94,7 @@ impl Board {
             serial,
             events: Arc::new(events),
             slots,
+            windows,
             _guards: Vec::new(),
         };
         board._guards = board.fill(layout).map_err(Error::place("the board"))?;
@@ -122,16 +136,25 @@ impl Board {
     ///
     /// # Errors
     /// A window of the plan does not hold what is behind its ports.
-    pub fn assign_pci(&self, layout: &Layout) -> Result<(), Error> {
+    pub fn assign_pci(&mut self, layout: &Layout) -> Result<(), Error> {
         for bridge in &layout.bridges {
             let host = HostWindows {
                 mem32: half_open(&bridge.mem32),
                 mem64: half_open(&bridge.mem64),
                 io: u64::from(*bridge.io.start())..u64::from(*bridge.io.end()) + 1,
             };
-            firmware::assign(&self.pci, &host, |_| Minimum::default())?;
+            self.windows.assign(&self.pci, &host, &self.slots)?;
         }
         Ok(())
+    }
+
+    /// What a port can hold, as it was given when the guest last booted.
+    pub fn windows(&self, port: PortIndex) -> PortWindows {
+        self.windows
+            .given
+            .get(port.get())
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Brings the serial port and PCI back to their state before the guest started. Functions are
@@ -139,7 +162,7 @@ impl Board {
     ///
     /// # Errors
     /// A host device could not be reset, or no thread could be made.
-    pub fn reset(&self, layout: &Layout, sandbox: &Sandbox) -> Result<(), Error> {
+    pub fn reset(&mut self, layout: &Layout, sandbox: &Sandbox) -> Result<(), Error> {
         if let Some(serial) = &self.serial {
             serial.reset();
         }
@@ -156,6 +179,55 @@ impl Board {
             reset.map_err(Error::host("reset a device for the guest's reboot"))?;
         }
         self.assign_pci(layout)
+    }
+}
+
+/// The windows of the slots, which are there before anything is in them.
+struct SlotWindows {
+    /// Number of the first port that is empty at the start.
+    first: usize,
+    /// Bytes of 64-bit addresses that each such port is to have, if that was said.
+    wish: Option<u64>,
+    /// Bytes that each got.
+    share: Option<u64>,
+    /// The windows of all ports.
+    given: Vec<PortWindows>,
+}
+
+/// The most 64-bit addresses that a slot gets unasked: enough for the largest BARs there are.
+const MAX_SHARE: u64 = 256 << 30;
+/// The least that is worth having.
+const MIN_SHARE: u64 = 1 << 20;
+
+impl SlotWindows {
+    fn assign(
+        &mut self,
+        pci: &PciSegment,
+        host: &HostWindows,
+        slots: &[HotSlot],
+    ) -> Result<(), FirmwareError> {
+        let empty = slots.len().saturating_sub(self.first) as u64;
+        let size = |share: u64| {
+            let first = self.first;
+            move |port: PortIndex| Minimum {
+                mem64: if port.get() < first { 0 } else { share },
+                ..Minimum::default()
+            }
+        };
+        let mut share = self.wish.or(self.share).unwrap_or_else(|| {
+            // Half of what there is: the other half is for the devices that are there.
+            let even = (host.mem64.end - host.mem64.start) / 2 / empty.max(1);
+            1 << even.clamp(MIN_SHARE, MAX_SHARE).ilog2()
+        });
+        let plans = loop {
+            match firmware::assign(pci, host, size(share)) {
+                Err(_) if self.wish.is_none() && empty > 0 && share >= MIN_SHARE => share /= 2,
+                plans => break plans?,
+            }
+        };
+        self.share = Some(share);
+        self.given = plans.into_iter().map(|plan| plan.windows).collect();
+        Ok(())
     }
 }
 

@@ -1,23 +1,30 @@
 //! How a VM is put together, in order.
 
-use std::sync::Arc;
+use std::fs::File;
+use std::sync::{Arc, Weak};
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::Holder;
+use gantry_resources::{Holder, HostPaths, Opener};
 
 use super::Vm;
+use super::attach::{Room, Worker, Workshop};
 use super::board::Board;
 use super::dispatch::Dispatch;
-use super::host_devices::{AttachedDevice, Claimed};
+use super::domain::{Domain, RamRanges};
+use super::host_devices::{AttachedDevice, Claimed, arrange, forbidden};
+use super::hotplug::{Devices, Populating};
 use super::payload::OpenPayload;
 use crate::boot::Entry;
 use crate::command::VmState;
 use crate::config::{VcpuCount, VmConfig};
+use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
-use crate::kvm::{KvmError, Machine, Vcpu};
+use crate::kvm::{KvmError, Machine, Vcpu, VfioObserver};
 use crate::layout::{Layout, LayoutInputs};
 use crate::preflight;
+use crate::sandbox::Sandbox;
+use crate::threads::{self, Role, Task};
 use crate::vcpus::{Gate, Vcpus};
 use crate::vmm::Ground;
 
@@ -47,28 +54,30 @@ impl Vm {
             vm: config.name.clone(),
             pid: std::process::id(),
         };
-        let leases = gantry_resources::allocate(host, &config.devices, &holder)?;
+        let hot = match config.hotplug.slots {
+            0 => None,
+            _ => Some(Hot::new(host, &holder, &machine)?),
+        };
+        let claimed = claim(config, host, &holder, hot.as_ref(), &machine)?;
         signals.check()?;
-        let claimed = Claimed::new(leases, host, &machine)?;
-        signals.check()?;
-        let layout = plan(config, &features, &claimed)?;
-        let board = Board::new(&machine, &layout, &config.serial, claimed.device_count())?;
+        let ports = arrange(&claimed.addresses()).len();
+        let domain = claimed.domain().cloned();
+        let layout = plan(config, &features, &claimed, ports, host)?;
+        let mut board = Board::new(&machine, &layout, config, ports)?;
+        let (devices, entry) = side_by_side(claimed, &board, ground, || {
+            payload.load(&board, &layout, config.vcpus)
+        })?;
 
-        // Side by side: RAM is pinned, devices are opened, the kernel is loaded.
-        let dma = claimed.map_ram(&board.ram, sandbox, signals)?;
-        let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
-        let opening = claimed.open(&router, sandbox)?;
-        let entry = payload.load(&board, &layout, config.vcpus)?;
-        let mut devices = opening
-            .into_iter()
-            .map(|task| task.join())
-            .collect::<Result<Vec<_>, _>>()?;
-        let dma = dma.map_or(Ok(Vec::new()), |task| task.join());
-        signals.check()?;
-        let dma = dma?;
-
-        plug(&board, &mut devices)?;
+        let events = Arc::clone(&ground.events);
+        let mut devices = Devices::plug_in(devices, &config.devices, &board, events)?;
         board.assign_pci(&layout)?;
+        if let Some(hot) = hot {
+            hot.opener.limit(&config.hotplug.from)?;
+            devices.open_slots(hot.worker(domain.as_ref(), &board, &layout, ground)?);
+        }
+        let declared = domain.is_none() && !config.hotplug.from.is_empty();
+        let populating = declared.then(|| Populating::begin(&board.ram.ranges(), sandbox));
+        drop(domain);
         let irqchip = machine.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&machine, config.vcpus, &features, &entry, &board)?;
         let gate = Gate::new();
@@ -82,7 +91,8 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
-            _dma: dma,
+            populating: populating.transpose()?,
+            interrupts: File::open(host.proc.join("interrupts")).ok(),
             board,
             snapshots,
             irqchip,
@@ -99,24 +109,134 @@ impl Vm {
     }
 }
 
-/// Puts each device behind a root port of its own.
-fn plug(board: &Board, devices: &mut [AttachedDevice]) -> Result<(), Error> {
-    let ports: Vec<_> = board.pci.ports().map(|(port, ..)| port).collect();
-    for (device, port) in devices.iter_mut().zip(ports) {
-        device.plug(&board.pci, port)?;
-    }
-    Ok(())
+/// What it takes to attach devices later.
+struct Hot {
+    opener: Opener,
+    observer: Arc<VfioObserver>,
 }
 
-fn plan(config: &VmConfig, features: &Features, claimed: &Claimed) -> Result<Layout, Error> {
+impl Hot {
+    fn new(host: &HostPaths, holder: &Holder, machine: &Machine) -> Result<Self, Error> {
+        Ok(Self {
+            opener: Opener::start(host, holder)?,
+            observer: Arc::new(VfioObserver::new(machine.vm())?),
+        })
+    }
+
+    /// The thread that attaches them, beside those of the `domain` that there is.
+    fn worker(
+        self,
+        domain: Option<&Arc<Domain>>,
+        board: &Board,
+        layout: &Layout,
+        ground: &Ground,
+    ) -> Result<Worker, Error> {
+        Worker::start(Workshop {
+            opener: self.opener,
+            observer: self.observer,
+            router: Arc::new(board.routes.clone()),
+            domain: domain.map_or_else(Weak::new, Arc::downgrade),
+            ram: board.ram.ranges(),
+            room: room(layout),
+            ground: ground.clone(),
+        })
+    }
+}
+
+/// Side by side: RAM is pinned, devices are opened, and the kernel is loaded by `load`.
+fn side_by_side(
+    claimed: Claimed,
+    board: &Board,
+    ground: &Ground,
+    load: impl FnOnce() -> Result<Entry, Error>,
+) -> Result<(Vec<AttachedDevice>, Entry), Error> {
+    let (sandbox, signals) = (&ground.sandbox, &ground.signals);
+    let mapping = match claimed.domain() {
+        Some(domain) => Some(map_ram(domain, &board.ram.ranges(), sandbox, signals)?),
+        None => None,
+    };
+    let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
+    let opening = claimed.open(&router, &ground.mailbox, sandbox)?;
+    let entry = load()?;
+    let devices = opening
+        .into_iter()
+        .map(|task| task.join())
+        .collect::<Result<Vec<_>, _>>()?;
+    let mapped = mapping.map_or(Ok(()), Task::join);
+    signals.check()?;
+    mapped?;
+    Ok((devices, entry))
+}
+
+/// Leases the devices that the VM starts with: by the opener where there is one, as it must know of
+/// every device of a group.
+fn claim(
+    config: &VmConfig,
+    host: &HostPaths,
+    holder: &Holder,
+    hot: Option<&Hot>,
+    machine: &Machine,
+) -> Result<Claimed, Error> {
+    match hot {
+        _ if config.devices.is_empty() => Ok(Claimed::none()),
+        Some(Hot { opener, observer }) => {
+            let opened = opener.open(&config.devices, &[], true)?;
+            Claimed::opened(opened, None, observer, host)
+        }
+        None => {
+            let leases = gantry_resources::allocate(host, &config.devices, holder)?;
+            Claimed::new(leases, host, machine)
+        }
+    }
+}
+
+fn plan(
+    config: &VmConfig,
+    features: &Features,
+    claimed: &Claimed,
+    ports: usize,
+    host: &HostPaths,
+) -> Result<Layout, Error> {
     let iova = claimed.iova_ranges()?;
+    let mut reserved = claimed.reserved().to_vec();
+    let later = gantry_resources::reserved_for(host, &config.hotplug.from);
+    reserved.extend(later.iter().filter_map(forbidden));
+    let ports = ports + usize::from(config.hotplug.slots);
     Ok(Layout::plan(&LayoutInputs {
-        root_ports: u8::try_from(claimed.device_count()).unwrap_or(u8::MAX),
+        root_ports: u8::try_from(ports).unwrap_or(u8::MAX),
         ram: config.memory.bytes(),
         physical_bits: features.physical_bits(),
         iova: &iova,
-        reserved: claimed.reserved(),
+        reserved: &reserved,
     })?)
+}
+
+/// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal has
+/// come.
+fn map_ram(
+    domain: &Arc<Domain>,
+    ram: &RamRanges,
+    sandbox: &Sandbox,
+    signals: &Arc<Signals>,
+) -> Result<Task<Result<(), Error>>, Error> {
+    let (domain, ram, signals) = (Arc::clone(domain), Arc::clone(ram), Arc::clone(signals));
+    let map = move || domain.map(&ram, || signals.check().is_err());
+    threads::spawn(Role::Dma, sandbox, map).map_err(Error::host("spawn a thread"))
+}
+
+/// What devices that come later may not reserve.
+fn room(layout: &Layout) -> Room {
+    let windows = layout.bridges.iter();
+    Room {
+        ram: layout
+            .ram
+            .iter()
+            .map(|range| range.start..=range.end() - 1)
+            .collect(),
+        windows: windows
+            .flat_map(|bridge| [bridge.mem32.clone(), bridge.mem64.clone()])
+            .collect(),
+    }
 }
 
 fn make_vcpus(

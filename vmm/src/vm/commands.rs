@@ -1,11 +1,15 @@
 //! What a running VM does with the commands of clients.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
 
-use super::{End, Vm};
-use crate::command::{Answer, Command, CommandError, Reply, VmEvent, VmInfo, VmState};
+use super::{End, Vm, counted};
+use crate::command::{
+    Answer, Command, CommandError, DeviceCounters, Reply, VmEvent, VmInfo, VmState,
+};
 use crate::error::Error;
 use crate::kvm::KvmError;
 
@@ -42,8 +46,12 @@ impl Vm {
             }
             Command::Nmi => self.nmi(),
             Command::Info => Ok(Answer::Info(self.info())),
-            Command::Counters => Ok(Answer::Counters(Vec::new())),
-            Command::Attach(_) | Command::Detach(_) => Err(CommandError::NoSlots),
+            Command::Counters => Ok(Answer::Counters(self.counters())),
+            Command::Attach(attach) => {
+                self.devices.attach(attach, reply, &self.board);
+                return Ok(None);
+            }
+            Command::Detach(detach) => self.devices.detach(&detach, &self.board),
         };
         reply(answer);
         Ok(None)
@@ -91,9 +99,31 @@ impl Vm {
         VmInfo {
             config: Arc::clone(&self.config),
             state: self.state,
-            devices: Vec::new(),
-            slots: 0,
-            free_slots: 0,
+            devices: self.devices.infos(&self.board),
+            slots: self.board.slots.len(),
+            free_slots: self.devices.free(&self.board).count(),
+        }
+    }
+
+    fn counters(&self) -> Vec<DeviceCounters> {
+        let text = self.interrupts.as_ref().map(read_whole).unwrap_or_default();
+        self.devices.counters(&counted::interrupts(&text))
+    }
+}
+
+/// A file of /proc from its beginning: it was opened before this thread could open none.
+fn read_whole(file: &File) -> String {
+    const STEP: usize = 64 << 10;
+    let mut text = Vec::new();
+    loop {
+        let read = text.len();
+        text.resize(read + STEP, 0);
+        let len = text
+            .get_mut(read..)
+            .map_or(Ok(0), |rest| file.read_at(rest, read as u64));
+        text.truncate(read + len.as_ref().copied().unwrap_or(0));
+        if !len.is_ok_and(|len| len > 0) {
+            return String::from_utf8_lossy(&text).into_owned();
         }
     }
 }

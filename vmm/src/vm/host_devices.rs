@@ -1,94 +1,196 @@
-//! The VM's side of its host devices: leases, IOMMU groups, DMA, and the functions themselves.
+//! The VM's side of its host devices: leases, and the functions that they become.
 
-use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
+use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
-use gantry_resources::{HostDevice, HostPaths, Lease, ReservedKind, ReservedRegion};
-use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group, VfioDevice};
+use gantry_resources::{
+    HeldLease, HostBdf, HostDevice, HostPaths, Lease, Opened, ReservedKind, ReservedRegion,
+};
+use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
-use crate::control::Signals;
+use super::counted::{Counted, Counts, Watched};
+use super::domain::Domain;
+use crate::control::{Event, Mailbox};
 use crate::error::Error;
 use crate::kvm::{Machine, VfioObserver};
-use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 
-/// How long a group may stay busy after its device was leased: a holder that was killed keeps it
-/// until the kernel has reset the device.
-const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a vCPU may take to leave a function that has been unplugged. Microseconds, as a rule.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a VM has of the host before it is built: leases, and groups joined in one container.
 pub struct Claimed {
     // Dropped in this order: groups leave the container before others may lease the devices.
-    joined: Option<Joined>,
-    leases: Vec<Lease>,
+    taken: Vec<Taken>,
+    domain: Option<Arc<Domain>>,
     reserved: Vec<RangeInclusive<u64>>,
 }
 
-struct Joined {
-    groups: BTreeMap<u32, Arc<Group>>,
-    dma: DmaSpace,
+/// A device that is leased and whose group is open.
+pub struct Taken {
+    bdf: HostBdf,
+    group: Arc<Group>,
+    domain: Arc<Domain>,
+    hold: Hold,
 }
 
-/// A task that makes RAM present and maps it for the devices.
-pub type DmaTask = Task<Result<Vec<DmaMapping>, gantry_vfio::Error>>;
+/// A lease, kept by this process or by its opener. Dropping it gives the device back.
+pub enum Hold {
+    /// By this process.
+    Own(Box<Lease>),
+    /// By the opener.
+    Opener(HeldLease),
+}
+
+impl Hold {
+    fn set_aside(&self, reason: &str) {
+        match self {
+            Self::Own(lease) => lease.set_aside(reason),
+            Self::Opener(lease) => lease.set_aside(reason),
+        }
+    }
+}
 
 /// One host device, open, and the lease under which it is.
 ///
 /// Dropping it takes it out of its slot, closes it, and gives the lease back, in this order.
 pub struct AttachedDevice {
     slot: Option<Slot>,
-    function: Arc<PassthroughDevice>,
-    lease: Lease,
+    function: Arc<Watched>,
+    // With the last device, RAM is unmapped.
+    _domain: Arc<Domain>,
+    bdf: HostBdf,
+    hold: Hold,
 }
 
 /// Where a device is plugged in; dropping it unplugs the device.
 struct Slot {
     pci: Arc<PciSegment>,
     port: PortIndex,
+    function: u8,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.pci.detach(self.port, self.function);
+    }
 }
 
 impl AttachedDevice {
-    /// Puts the device behind a root port.
+    /// Puts the device behind a root port, as function number `function`.
     ///
     /// # Errors
     /// There is no such port, or it is taken.
-    pub fn plug(&mut self, pci: &Arc<PciSegment>, port: PortIndex) -> Result<(), SegmentError> {
-        pci.attach(port, 0, self.function.clone())?;
+    pub fn plug(
+        &mut self,
+        pci: &Arc<PciSegment>,
+        port: PortIndex,
+        function: u8,
+    ) -> Result<(), SegmentError> {
+        pci.attach(port, function, self.function.clone())?;
         self.slot = Some(Slot {
             pci: Arc::clone(pci),
             port,
+            function,
         });
         Ok(())
+    }
+
+    /// Takes the device away from the guest. It stays open.
+    pub fn unplug(&mut self) {
+        self.slot = None;
+    }
+
+    /// Where it is on the host.
+    pub fn bdf(&self) -> HostBdf {
+        self.bdf
+    }
+
+    /// The BARs that it needs addresses for as function number `function`. Its decoding is off
+    /// afterwards: the guest must not have it yet.
+    pub fn bars(&self, function: u8) -> Vec<BarRequest> {
+        firmware::probe(function, &*self.function)
+    }
+
+    /// What it did so far.
+    pub fn counts(&self) -> &Counts {
+        self.function.counts()
     }
 }
 
 impl Drop for AttachedDevice {
     fn drop(&mut self) {
-        if self.function.reset_failed() {
-            self.lease.set_aside("its reset failed");
+        self.slot = None;
+        // A vCPU that is in the function still closes the device when it leaves: not before then may
+        // the lease go.
+        let deadline = Instant::now() + LEAVE_PATIENCE;
+        while Arc::strong_count(&self.function) > 1 && Instant::now() < deadline {
+            sleep(Duration::from_millis(1));
+        }
+        if self.function.function().reset_failed() {
+            self.hold.set_aside("its reset failed");
         }
     }
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.pci.detach(self.port, 0);
+/// Which devices go behind one port together, and as which function: those of one device of the host
+/// keep their numbers if function 0 is among them. All others come alone.
+pub fn arrange(devices: &[HostBdf]) -> Vec<Vec<(usize, u8)>> {
+    let place = |bdf: &HostBdf| (bdf.domain(), bdf.bus(), bdf.device());
+    let whole = |bdf: &HostBdf| {
+        devices
+            .iter()
+            .any(|other| place(other) == place(bdf) && other.function() == 0)
+    };
+    let mut slots: Vec<Vec<(usize, u8)>> = Vec::new();
+    for (index, bdf) in devices.iter().enumerate() {
+        let same = |slot: &&mut Vec<(usize, u8)>| {
+            slot.iter().any(|(other, _)| {
+                devices.get(*other).map(place) == Some(place(bdf))
+                    && devices.get(*other).is_some_and(whole)
+            })
+        };
+        match slots.iter_mut().find(same).filter(|_| whole(bdf)) {
+            Some(slot) => slot.push((index, bdf.function())),
+            None if whole(bdf) => slots.push(vec![(index, bdf.function())]),
+            None => slots.push(vec![(index, 0)]),
+        }
     }
+    for slot in &mut slots {
+        // A guest looks for other functions only where it finds function 0: that one comes last.
+        slot.sort_by_key(|(_, function)| std::cmp::Reverse(*function));
+    }
+    slots
 }
 
 type OpenTask = Task<Result<AttachedDevice, Error>>;
 
 impl Claimed {
+    /// No devices.
+    pub fn none() -> Self {
+        Self {
+            taken: Vec::new(),
+            domain: None,
+            reserved: Vec::new(),
+        }
+    }
+
     /// Joins the groups of the leased devices in one container, known to KVM.
     ///
     /// # Errors
     /// A node is missing or not permitted, a group stays busy or is not whole, or the kernel refused.
     pub fn new(leases: Vec<Lease>, host: &HostPaths, machine: &Machine) -> Result<Self, Error> {
+        if leases.is_empty() {
+            return Ok(Self::none());
+        }
+        let nodes = host.dev.join("vfio");
+        let observer = Arc::new(VfioObserver::new(machine.vm())?);
         let mut reserved = Vec::new();
         let mut numbers = Vec::new();
         for lease in &leases {
@@ -99,21 +201,78 @@ impl Claimed {
                 reserved.extend(regions.iter().filter_map(forbidden));
             }
         }
-        let joined = if numbers.is_empty() {
-            None
-        } else {
-            Some(join(&numbers, host, machine).inspect_err(|error| set_aside(&leases, error))?)
-        };
+        let domain = Domain::new(Container::open(&nodes)?, observer);
+        let mut groups = Vec::new();
+        for number in numbers {
+            let group = domain.open(&nodes, number);
+            groups.push(group.inspect_err(|error| set_aside(&leases, error))?);
+        }
+        let taken = leases.into_iter().map(|lease| {
+            let device = lease.device();
+            let missing = Error::NoIommuGroup { device: device.bdf };
+            let (bdf, group) = (device.bdf, domain.group(group_of(device)?));
+            Ok(Taken {
+                bdf,
+                group: group.ok_or(missing)?,
+                domain: Arc::clone(&domain),
+                hold: Hold::Own(Box::new(lease)),
+            })
+        });
+        let taken = taken.collect::<Result<_, Error>>()?;
         Ok(Self {
-            joined,
-            leases,
+            taken,
+            domain: Some(domain),
             reserved,
         })
     }
 
-    /// How many devices there are.
-    pub fn device_count(&self) -> usize {
-        self.leases.len()
+    /// Joins what the opener leased and opened: in the `domain` there is, or in a new one of which KVM
+    /// hears through `observer`. Devices of a group are in the domain before they get here.
+    ///
+    /// # Errors
+    /// A group is not whole or stays busy, or the kernel refused.
+    pub fn opened(
+        opened: Opened,
+        domain: Option<Arc<Domain>>,
+        observer: &Arc<VfioObserver>,
+        host: &HostPaths,
+    ) -> Result<Self, Error> {
+        let reserved = opened.groups.iter().flat_map(|group| &group.reserved);
+        let reserved = reserved.filter_map(forbidden).collect();
+        let domain = match (domain, opened.container) {
+            (None, Some(file)) => {
+                let container = Container::new(file, &host.dev.join("vfio/vfio"))?;
+                Some(Domain::new(container, Arc::clone(observer)))
+            }
+            (domain, _) => domain,
+        };
+        let Some(domain) = domain else {
+            return Ok(Self::none());
+        };
+        // Kept until the devices have them.
+        let groups = opened.groups.into_iter();
+        let groups = groups.map(|group| domain.join(group.node, group.number));
+        let _groups = groups.collect::<Result<Vec<_>, _>>()?;
+        let taken = opened.devices.into_iter().map(|device| {
+            let missing = Error::NoIommuGroup { device: device.bdf };
+            Ok(Taken {
+                bdf: device.bdf,
+                group: domain.group(device.group).ok_or(missing)?,
+                domain: Arc::clone(&domain),
+                hold: Hold::Opener(device.lease),
+            })
+        });
+        let taken = taken.collect::<Result<_, Error>>()?;
+        Ok(Self {
+            taken,
+            domain: Some(domain),
+            reserved,
+        })
+    }
+
+    /// Where the devices are on the host.
+    pub fn addresses(&self) -> Vec<HostBdf> {
+        self.taken.iter().map(|taken| taken.bdf).collect()
     }
 
     /// What must be neither RAM nor BAR.
@@ -121,53 +280,20 @@ impl Claimed {
         &self.reserved
     }
 
+    /// The container and what is mapped there; `None` without devices.
+    pub fn domain(&self) -> Option<&Arc<Domain>> {
+        self.domain.as_ref()
+    }
+
     /// What the IOMMU can map; empty where nothing restricts it.
     ///
     /// # Errors
     /// The kernel refused to say.
     pub fn iova_ranges(&self) -> Result<Vec<RangeInclusive<u64>>, Error> {
-        match &self.joined {
-            Some(joined) => Ok(joined
-                .dma
-                .container()
-                .info()?
-                .iova_ranges
-                .unwrap_or_default()),
+        match &self.domain {
+            Some(domain) => domain.iova_ranges(),
             None => Ok(Vec::new()),
         }
-    }
-
-    /// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal
-    /// has come.
-    ///
-    /// # Errors
-    /// No thread could be made.
-    pub fn map_ram(
-        &self,
-        ram: &GuestRam,
-        sandbox: &Sandbox,
-        signals: &Arc<Signals>,
-    ) -> Result<Option<DmaTask>, Error> {
-        let Some(joined) = &self.joined else {
-            return Ok(None);
-        };
-        let dma = joined.dma.clone();
-        let regions: Vec<_> = ram
-            .regions()
-            .iter()
-            .map(|region| (region.guest, Arc::clone(&region.mapping)))
-            .collect();
-        let signals = Arc::clone(signals);
-        let map = move || {
-            let unwanted = || signals.check().is_err();
-            regions
-                .iter()
-                .map(|(iova, memory)| dma.map(*iova, memory, unwanted))
-                .collect()
-        };
-        threads::spawn(Role::Dma, sandbox, map)
-            .map(Some)
-            .map_err(Error::host("spawn a thread"))
     }
 
     /// Opens every device, side by side: the kernel resets each as it is opened, which takes a
@@ -178,37 +304,42 @@ impl Claimed {
     pub fn open(
         self,
         router: &Arc<dyn MsiRouter>,
+        mailbox: &Arc<Mailbox>,
         sandbox: &Sandbox,
     ) -> Result<Vec<OpenTask>, Error> {
-        let Some(joined) = &self.joined else {
-            return Ok(Vec::new());
+        let open = |taken: Taken| {
+            let (router, mailbox) = (Arc::clone(router), Arc::clone(mailbox));
+            threads::spawn(Role::Device, sandbox, move || taken.open(router, mailbox))
+                .map_err(Error::host("spawn a thread"))
         };
-        let mut tasks = Vec::new();
-        for lease in self.leases {
-            let number = group_of(lease.device())?;
-            let group = joined.groups.get(&number).map(Arc::clone);
-            let group = group.ok_or(Error::NoIommuGroup {
-                device: lease.device().bdf,
-            })?;
-            let router = Arc::clone(router);
-            let open = move || {
-                let io = VfioDevice::open(group, &lease.device().bdf.to_string())?;
-                let function = PassthroughDevice::new(Arc::new(io), router)?;
-                Ok(AttachedDevice {
-                    slot: None,
-                    function,
-                    lease,
-                })
-            };
-            let task = threads::spawn(Role::Device, sandbox, open);
-            tasks.push(task.map_err(Error::host("spawn a thread"))?);
-        }
-        Ok(tasks)
+        self.taken.into_iter().map(open).collect()
+    }
+}
+
+impl Taken {
+    fn open(
+        self,
+        router: Arc<dyn MsiRouter>,
+        mailbox: Arc<Mailbox>,
+    ) -> Result<AttachedDevice, Error> {
+        let counts = Arc::new(Counts::default());
+        let io = VfioDevice::open(self.group, &self.bdf.to_string())?;
+        let io = Arc::new(Counted::new(io, &counts));
+        let bdf = self.bdf;
+        let on_enable = move || mailbox.post(Event::Enabled(bdf));
+        let function = Watched::new(PassthroughDevice::new(io, router)?, &counts, on_enable);
+        Ok(AttachedDevice {
+            slot: None,
+            function: Arc::new(function),
+            _domain: self.domain,
+            bdf,
+            hold: self.hold,
+        })
     }
 }
 
 /// What a reserved region keeps from the guest. A relaxable one binds the host's own drivers only.
-fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
+pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
     (region.kind != ReservedKind::DirectRelaxable).then_some(region.start..=region.end)
 }
 
@@ -242,18 +373,30 @@ fn set_aside(leases: &[Lease], error: &Error) {
     }
 }
 
-fn join(numbers: &[u32], host: &HostPaths, machine: &Machine) -> Result<Joined, Error> {
-    let observer = Arc::new(VfioObserver::new(machine.vm())?);
-    let nodes = host.dev.join("vfio");
-    let container = Arc::new(Container::open(&nodes)?);
-    let mut groups = BTreeMap::new();
-    for &number in numbers {
-        let mut group = Group::open(&nodes, number, Arc::clone(&container), BUSY_PATIENCE)?;
-        group.announce(observer.clone())?;
-        groups.insert(number, Arc::new(group));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arranged(devices: &[&str]) -> Vec<Vec<(usize, u8)>> {
+        let devices: Vec<HostBdf> = devices.iter().map(|text| text.parse().unwrap()).collect();
+        arrange(&devices)
     }
-    Ok(Joined {
-        groups,
-        dma: DmaSpace::new(container),
-    })
+
+    #[test]
+    fn functions_of_a_device_stay_together_if_it_is_whole() {
+        assert_eq!(arranged(&[]), Vec::<Vec<_>>::new());
+        assert_eq!(
+            arranged(&["01:00.0", "02:00.0", "01:00.1"]),
+            [vec![(2, 1), (0, 0)], vec![(1, 0)]]
+        );
+        // Without function 0 a guest would find none of them.
+        assert_eq!(
+            arranged(&["01:00.1", "01:00.2"]),
+            [vec![(0, 0)], vec![(1, 0)]]
+        );
+        assert_eq!(
+            arranged(&["01:00.3", "0001:01:00.0", "01:00.0"]),
+            [vec![(0, 3), (2, 0)], vec![(1, 0)]]
+        );
+    }
 }

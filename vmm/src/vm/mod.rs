@@ -1,17 +1,20 @@
 //! One VM from its configuration to its end.
 
+mod attach;
 mod board;
 mod build;
 mod commands;
+mod counted;
 mod dispatch;
+mod domain;
 mod host_devices;
+mod hotplug;
 mod payload;
 
+use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
-
-use gantry_devices::info_limited;
-use gantry_vfio::host::DmaMapping;
+use std::time::Instant;
 
 use crate::command::{Answer, Command, Reply, VmEvent, VmState};
 use crate::config::{SerialMode, VcpuCount, VmConfig};
@@ -25,9 +28,11 @@ use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
 use crate::vmm::{Ground, Outcome};
 use board::Board;
-use host_devices::AttachedDevice;
+use gantry_devices::info_limited;
+use hotplug::{Devices, Populating};
 use payload::OpenPayload;
 
+pub use attach::Prepared;
 pub use payload::FileError;
 
 /// Why a VM runs no more.
@@ -42,14 +47,16 @@ pub enum End {
 pub struct Vm {
     // Dropped in this order: first what runs, then what is reached, last what it is reached through.
     vcpus: Vcpus,
-    devices: Vec<AttachedDevice>,
-    _dma: Vec<DmaMapping>,
+    devices: Devices,
+    populating: Option<Populating>,
     board: Board,
     snapshots: Vec<Snapshot>,
     irqchip: IrqchipState,
     layout: Layout,
     payload: OpenPayload,
     vcpu_count: VcpuCount,
+    /// `/proc/interrupts`, if it can be read.
+    interrupts: Option<File>,
     serial: SerialMode,
     gate: Arc<Gate>,
     config: Arc<VmConfig>,
@@ -78,12 +85,12 @@ impl Vm {
             started(Ok(Answer::Done));
         }
         loop {
-            let event = control.next(None).map_err(Error::host("wait for events"))?;
-            match event {
-                None => {}
-                Some(Event::Eject(port)) => {
-                    tracing::debug!(port = port.get(), "the guest has let go of a slot");
-                }
+            let event = control.next(self.devices.deadline());
+            match event.map_err(Error::host("wait for events"))? {
+                None => self.devices.tick(Instant::now(), &self.board),
+                Some(Event::Eject(port)) => self.devices.take_out(port, false, &self.board),
+                Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
+                Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.board),
                 Some(Event::Reset) => self.reboot()?,
                 Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),
                 Some(Event::Quit) => return Ok(End::Over(Outcome::Stopped)),
@@ -129,6 +136,8 @@ impl Vm {
         info_limited!("the guest reboots");
         // Devices first: one that still runs would raise interrupts in what is restored next.
         self.vcpus.pause();
+        let emptied = self.ground.mailbox.forget_guest();
+        self.devices.reset(&emptied, &self.board);
         self.board.reset(&self.layout, &self.ground.sandbox)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();
@@ -149,7 +158,6 @@ impl Vm {
                 Ok(())
             }
         })?;
-        self.ground.mailbox.forget_guest();
         self.tell(VmEvent::Reboot);
         if self.state == VmState::Running {
             self.gate.open();
@@ -161,7 +169,11 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.vcpus.stop();
-        host_devices::close(std::mem::take(&mut self.devices), &self.ground.sandbox);
+        self.populating = None;
+        let devices = self.devices.give_up();
+        // What was on its way when the worker ended.
+        self.ground.mailbox.forget_vm();
+        host_devices::close(devices, &self.ground.sandbox);
     }
 }
 

@@ -1,0 +1,307 @@
+//! The slow part of plugging in and unplugging, on a thread of its own: leases, files, resets, pinning.
+//!
+//! Jobs are done one after the other, so that a container that its last device leaves is never joined.
+
+use std::ops::RangeInclusive;
+use std::slice;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::MsiRouter;
+use gantry_resources::Opener;
+
+use super::domain::{Domain, RamRanges};
+use super::host_devices::{self, AttachedDevice, Claimed};
+use crate::command::{Attach, EventSink, Reply, VmEvent};
+use crate::control::Event;
+use crate::error::Error;
+use crate::kvm::VfioObserver;
+use crate::threads::{self, Role, Task};
+use crate::vmm::Ground;
+
+/// Something that takes its time.
+pub enum Job {
+    /// Lease and open devices; the result goes to the mailbox.
+    Attach(Attach, Reply),
+    /// Close devices that are out of their slots.
+    Close {
+        /// The devices, and what they were called.
+        devices: Vec<(String, AttachedDevice)>,
+        /// Whether the guest was not asked; `None` for devices that nobody has heard of.
+        forced: Option<bool>,
+    },
+}
+
+/// Devices that were leased and opened, or why not.
+pub struct Prepared {
+    /// What was asked for.
+    pub attach: Attach,
+    /// Who waits for it.
+    pub reply: Reply,
+    /// The devices, in no slot yet.
+    pub devices: Result<Vec<AttachedDevice>, Error>,
+    /// How long each step took.
+    pub steps: Steps,
+}
+
+/// How long the steps took so far.
+pub struct Steps {
+    steps: Vec<(&'static str, Duration)>,
+    begun: Instant,
+}
+
+impl Steps {
+    fn begin() -> Self {
+        Self {
+            steps: Vec::new(),
+            begun: Instant::now(),
+        }
+    }
+
+    /// Says that a step is done, and the next begins.
+    pub fn done(&mut self, step: &'static str) -> Duration {
+        let took = self.begun.elapsed();
+        self.begun = Instant::now();
+        self.steps.push((step, took));
+        took
+    }
+
+    /// The steps and their times.
+    pub fn times(&self) -> &[(&'static str, Duration)] {
+        &self.steps
+    }
+}
+
+/// The addresses that must be free of what an IOMMU reserves.
+#[derive(Debug, Clone)]
+pub struct Room {
+    /// Guest RAM.
+    pub ram: Vec<RangeInclusive<u64>>,
+    /// Where BARs may be.
+    pub windows: Vec<RangeInclusive<u64>>,
+}
+
+impl Room {
+    /// The first reserved range that meets RAM or a window.
+    fn conflict<'a>(&self, reserved: &'a [RangeInclusive<u64>]) -> Option<&'a RangeInclusive<u64>> {
+        reserved.iter().find(|range| {
+            let mut taken = self.ram.iter().chain(&self.windows);
+            taken.any(|taken| taken.start() <= range.end() && range.start() <= taken.end())
+        })
+    }
+
+    /// The first range of RAM that is in none of the mappable ones, if those are known.
+    fn unmappable(&self, iova: &[RangeInclusive<u64>]) -> Option<&RangeInclusive<u64>> {
+        let within = |ram: &&RangeInclusive<u64>| {
+            iova.iter()
+                .any(|range| range.start() <= ram.start() && ram.end() <= range.end())
+        };
+        self.ram.iter().find(|ram| !iova.is_empty() && !within(ram))
+    }
+}
+
+/// What the jobs are done with.
+pub struct Workshop {
+    /// Who leases and opens.
+    pub opener: Opener,
+    /// The domain of the devices, as long as there are any.
+    pub domain: Weak<Domain>,
+    /// Whom to tell of groups.
+    pub observer: Arc<VfioObserver>,
+    /// Interrupts.
+    pub router: Arc<dyn MsiRouter>,
+    /// What is mapped for the first device.
+    pub ram: RamRanges,
+    /// What no device may reserve.
+    pub room: Room,
+    /// What the VM stands on.
+    pub ground: Ground,
+}
+
+/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry.
+pub struct Worker {
+    // Closed first: it ends the thread.
+    jobs: Option<Sender<Job>>,
+    ending: Arc<AtomicBool>,
+    thread: Option<Task<()>>,
+}
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The kernel makes no thread.
+    pub fn start(workshop: Workshop) -> Result<Self, Error> {
+        let (sender, jobs) = channel();
+        let ending = Arc::new(AtomicBool::new(false));
+        let (sandbox, told) = (Arc::clone(&workshop.ground.sandbox), Arc::clone(&ending));
+        let work = move || work(workshop, &jobs, &told);
+        let thread = threads::spawn(Role::Attach, &sandbox, work);
+        Ok(Self {
+            jobs: Some(sender),
+            ending,
+            thread: Some(thread.map_err(Error::host("spawn a thread"))?),
+        })
+    }
+
+    /// Has a job done.
+    pub fn give(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // The thread takes jobs for as long as this value lives.
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.ending.store(true, Ordering::Release);
+        self.jobs = None;
+        self.thread = None;
+    }
+}
+
+fn work(mut workshop: Workshop, jobs: &Receiver<Job>, ending: &Arc<AtomicBool>) {
+    while let Ok(job) = jobs.recv() {
+        match job {
+            Job::Attach(attach, reply) => {
+                let mut steps = Steps::begin();
+                let devices = workshop.attach(&attach, &mut steps, ending);
+                let prepared = Prepared {
+                    attach,
+                    reply,
+                    devices,
+                    steps,
+                };
+                let mailbox = &workshop.ground.mailbox;
+                mailbox.post(Event::Prepared(Box::new(prepared)));
+            }
+            Job::Close { devices, forced } => close(&workshop, devices, forced),
+        }
+    }
+}
+
+fn close(workshop: &Workshop, devices: Vec<(String, AttachedDevice)>, forced: Option<bool>) {
+    let (ids, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
+    host_devices::close(devices, &workshop.ground.sandbox);
+    if let Some(forced) = forced {
+        for id in ids {
+            (workshop.ground.events)(VmEvent::Detached { id, forced });
+        }
+    }
+}
+
+impl Workshop {
+    fn attach(
+        &mut self,
+        attach: &Attach,
+        steps: &mut Steps,
+        ending: &Arc<AtomicBool>,
+    ) -> Result<Vec<AttachedDevice>, Error> {
+        let Ground {
+            sandbox,
+            mailbox,
+            host,
+            ..
+        } = &self.ground;
+        let domain = self.domain.upgrade();
+        let held = domain
+            .as_ref()
+            .map_or_else(Vec::new, |domain| domain.held());
+        let first = domain.is_none();
+        let requests = slice::from_ref(&attach.request);
+        let opened = self.opener.open(requests, &held, first)?;
+        steps.done("lease");
+        let claimed = Claimed::opened(opened, domain, &self.observer, host)?;
+        if let Some(range) = self.room.conflict(claimed.reserved()) {
+            let (start, last) = (*range.start(), *range.end());
+            let device = claimed.addresses().first().copied();
+            return Err(
+                device.map_or(Error::Unmappable { start, last }, |device| Error::Clash {
+                    device,
+                    start,
+                    last,
+                }),
+            );
+        }
+        let mapping = match claimed.domain().filter(|_| first) {
+            Some(domain) => Some(self.map(domain, ending)?),
+            None => None,
+        };
+        let domain = claimed.domain().map_or_else(Weak::new, Arc::downgrade);
+        let opening = claimed.open(&self.router, mailbox, sandbox)?;
+        let opened: Vec<_> = opening.into_iter().map(Task::join).collect();
+        steps.done("open");
+        let mapped = mapping.map_or(Ok(()), Task::join);
+        steps.done("map");
+        let devices = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
+        mapped?;
+        self.domain = domain;
+        Ok(devices)
+    }
+
+    /// Begins to map RAM for the first device.
+    fn map(
+        &self,
+        domain: &Arc<Domain>,
+        ending: &Arc<AtomicBool>,
+    ) -> Result<Task<Result<(), Error>>, Error> {
+        let iova = domain.iova_ranges()?;
+        if let Some(ram) = self.room.unmappable(&iova) {
+            return Err(Error::Unmappable {
+                start: *ram.start(),
+                last: *ram.end(),
+            });
+        }
+        let (domain, ram) = (Arc::clone(domain), Arc::clone(&self.ram));
+        let ending = Arc::clone(ending);
+        let map = move || domain.map(&ram, || ending.load(Ordering::Acquire));
+        threads::spawn(Role::Dma, &self.ground.sandbox, map).map_err(Error::host("spawn a thread"))
+    }
+}
+
+/// Tells of the steps of attaching a device.
+pub fn tell_steps(events: &EventSink, id: &str, steps: &Steps) {
+    for (step, took) in steps.times() {
+        events(VmEvent::AttachStep {
+            id: id.to_owned(),
+            step,
+            took: *took,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn room() -> Room {
+        Room {
+            ram: vec![0..=512 * MIB - 1, 4096 * MIB..=5000 * MIB - 1],
+            windows: vec![2048 * MIB..=3000 * MIB - 1],
+        }
+    }
+
+    #[test]
+    fn a_device_that_reserves_ram_or_windows_is_noticed() {
+        let room = room();
+        let free = [512 * MIB..=600 * MIB, 3000 * MIB..=4096 * MIB - 1];
+        assert_eq!(room.conflict(&free), None);
+        for taken in [0..=0, 512 * MIB - 1..=512 * MIB, 2999 * MIB..=3000 * MIB] {
+            let reserved = [free[0].clone(), taken.clone()];
+            assert_eq!(room.conflict(&reserved), Some(&taken));
+        }
+    }
+
+    #[test]
+    fn ram_beyond_the_iommu_is_noticed() {
+        let room = room();
+        assert_eq!(room.unmappable(&[]), None, "nothing is known");
+        assert_eq!(room.unmappable(&[0..=u64::MAX]), None);
+        assert_eq!(room.unmappable(&[0..=4096 * MIB]), Some(&room.ram[1]));
+    }
+}

@@ -1,0 +1,505 @@
+//! The devices of a running VM: where they are plugged in, and how they come and go.
+//!
+//! The control thread plugs in, announces and unplugs, which takes microseconds. What takes longer is
+//! the [`Worker`]'s. A slot that the guest was asked to empty stays as it is until the guest has done
+//! so, is reset, or the time it was given is over.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::firmware::{self, WindowKind};
+use gantry_devices::pci::{GuestBdf, PortIndex};
+use gantry_resources::{HostBdf, Request};
+
+use super::attach::{Job, Prepared, Worker, tell_steps};
+use super::board::Board;
+use super::domain::RamRanges;
+use super::host_devices::{AttachedDevice, arrange};
+use crate::command::{
+    Answer, Attach, CommandError, Detach, DeviceCounters, DeviceInfo, DeviceState, EventSink,
+    Reply, VmEvent,
+};
+use crate::error::Error;
+use crate::sandbox::Sandbox;
+use crate::threads::{self, Role, Task};
+
+/// How long a guest may take to read what it was told before it is told again: while a guest boots,
+/// interrupts get lost. Doubled each time.
+const FIRST_REMINDER: Duration = Duration::from_millis(50);
+const LAST_REMINDER: Duration = Duration::from_secs(5);
+
+/// A device in its slot.
+struct Plugged {
+    id: String,
+    group: Option<String>,
+    state: DeviceState,
+    port: PortIndex,
+    function: u8,
+    device: AttachedDevice,
+    attach: Vec<(&'static str, Duration)>,
+    /// When it is taken away whether or not the guest has let go of it.
+    force_at: Option<Instant>,
+}
+
+/// All devices of the host that a VM has.
+pub struct Devices {
+    // Ended before the devices that it knows nothing of are closed.
+    worker: Option<Worker>,
+    plugged: Vec<Plugged>,
+    /// What has been asked for and is on its way.
+    coming: usize,
+    reminder: Option<(Instant, Duration)>,
+    events: EventSink,
+}
+
+impl Devices {
+    /// The devices that a VM starts with are plugged in, in the order of the ports; `asked` is what
+    /// they were asked for by.
+    ///
+    /// # Errors
+    /// There are not enough ports.
+    pub fn plug_in(
+        devices: Vec<AttachedDevice>,
+        asked: &[Request],
+        board: &Board,
+        events: EventSink,
+    ) -> Result<Self, Error> {
+        let addresses: Vec<HostBdf> = devices.iter().map(AttachedDevice::bdf).collect();
+        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let names: Vec<Option<String>> = asked.iter().flat_map(names).collect();
+        let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
+        let mut plugged = Vec::new();
+        for (set, port) in arrange(&addresses).into_iter().zip(ports) {
+            for (index, function) in set {
+                let Some(mut device) = devices.get_mut(index).and_then(Option::take) else {
+                    continue;
+                };
+                device.plug(&board.pci, port, function)?;
+                board.events.fill(port);
+                plugged.push(Plugged {
+                    id: device.bdf().to_string(),
+                    group: names.get(index).cloned().flatten(),
+                    state: DeviceState::Announced,
+                    port,
+                    function,
+                    device,
+                    attach: Vec::new(),
+                    force_at: None,
+                });
+            }
+        }
+        Ok(Self {
+            worker: None,
+            plugged,
+            coming: 0,
+            reminder: None,
+            events,
+        })
+    }
+
+    /// From now on devices can come and go.
+    pub fn open_slots(&mut self, worker: Worker) {
+        self.worker = Some(worker);
+    }
+
+    /// Takes all devices out of their slots, and hands them over to be closed.
+    pub fn give_up(&mut self) -> Vec<AttachedDevice> {
+        self.worker = None;
+        let plugged = std::mem::take(&mut self.plugged);
+        plugged.into_iter().map(|plugged| plugged.device).collect()
+    }
+
+    /// Begins to attach; the reply comes when the guest has been told, or it failed.
+    pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
+        let refused = match (&self.worker, &attach.id) {
+            (None, _) => Some(CommandError::NoSlots),
+            _ if self.free(board).count() <= self.coming => Some(CommandError::NoFreeSlot {
+                slots: board.slots.len(),
+            }),
+            (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
+            _ => None,
+        };
+        match (refused, &self.worker) {
+            (None, Some(worker)) => {
+                self.coming += 1;
+                worker.give(Job::Attach(attach, reply));
+            }
+            (refused, _) => reply(Err(refused.unwrap_or(CommandError::NoSlots))),
+        }
+    }
+
+    /// Plugs in what was prepared, and tells the guest.
+    pub fn arrive(&mut self, prepared: Prepared, board: &Board) {
+        let Prepared {
+            attach,
+            reply,
+            devices,
+            mut steps,
+        } = prepared;
+        self.coming = self.coming.saturating_sub(1);
+        let begun = self.plugged.len();
+        let plugged = match devices {
+            Ok(devices) => self.plug(&attach, devices, board),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = plugged {
+            let what = attach.id.unwrap_or_else(|| words(&attach.request));
+            (self.events)(VmEvent::AttachFailed {
+                id: what,
+                error: error.to_string(),
+            });
+            return reply(Err(error));
+        }
+        let ports: Vec<PortIndex> = self
+            .plugged
+            .iter()
+            .skip(begun)
+            .map(|new| new.port)
+            .collect();
+        ports.iter().for_each(|port| board.events.announce(*port));
+        self.remind();
+        steps.done("announce");
+        for new in self.plugged.iter_mut().skip(begun) {
+            new.attach = steps.times().to_vec();
+            tell_steps(&self.events, &new.id, &steps);
+        }
+        let infos: Vec<DeviceInfo> = self
+            .plugged
+            .iter()
+            .skip(begun)
+            .map(|new| info(new, board))
+            .collect();
+        for info in &infos {
+            (self.events)(VmEvent::Attached(info.clone()));
+        }
+        reply(Ok(Answer::Attached(infos)));
+    }
+
+    /// Finds slots for devices and plugs them in: all, or none.
+    fn plug(
+        &mut self,
+        attach: &Attach,
+        devices: Vec<AttachedDevice>,
+        board: &Board,
+    ) -> Result<(), CommandError> {
+        let begun = self.plugged.len();
+        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let plugged = self.plug_each(attach, &mut devices, board);
+        if plugged.is_err() {
+            let left = devices.into_iter().flatten();
+            let new = self.plugged.drain(begun..).map(|new| new.device);
+            let undone = new.chain(left).map(|mut device| {
+                device.unplug();
+                (String::new(), device)
+            });
+            let devices = undone.collect();
+            if let Some(worker) = &self.worker {
+                worker.give(Job::Close {
+                    devices,
+                    forced: None,
+                });
+            }
+        }
+        plugged
+    }
+
+    fn plug_each(
+        &mut self,
+        attach: &Attach,
+        devices: &mut [Option<AttachedDevice>],
+        board: &Board,
+    ) -> Result<(), CommandError> {
+        let addresses: Vec<HostBdf> = devices.iter().flatten().map(AttachedDevice::bdf).collect();
+        let group = names(&attach.request).into_iter().next().flatten();
+        for set in arrange(&addresses) {
+            let port = self.slot_for(&set, devices, board)?;
+            for (index, function) in set {
+                let Some(bdf) = addresses.get(index) else {
+                    continue;
+                };
+                let id = match &attach.id {
+                    None => bdf.to_string(),
+                    Some(id) if index == 0 => id.clone(),
+                    Some(id) => format!("{id}-{index}"),
+                };
+                if self.has(&id) {
+                    return Err(CommandError::DuplicateId(id));
+                }
+                let Some(mut device) = devices.get_mut(index).and_then(Option::take) else {
+                    continue;
+                };
+                let placed = device.plug(&board.pci, port, function);
+                self.plugged.push(Plugged {
+                    id,
+                    group: group.clone(),
+                    state: DeviceState::Announced,
+                    port,
+                    function,
+                    device,
+                    attach: Vec::new(),
+                    force_at: None,
+                });
+                placed.map_err(Error::from)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first empty slot whose windows hold the BARs of all functions.
+    fn slot_for(
+        &self,
+        set: &[(usize, u8)],
+        devices: &[Option<AttachedDevice>],
+        board: &Board,
+    ) -> Result<PortIndex, CommandError> {
+        let mut bars = Vec::new();
+        let mut first = None;
+        for (index, function) in set {
+            if let Some(Some(device)) = devices.get(*index) {
+                first = first.or(Some(device.bdf()));
+                bars.extend(device.bars(*function));
+            }
+        }
+        let mut small: Option<(WindowKind, u64)> = None;
+        for port in self.free(board) {
+            match firmware::fit(&bars, &board.windows(port)) {
+                Ok(()) => return Ok(port),
+                Err(window) => small = small.or(Some(window)),
+            }
+        }
+        Err(match (small, first) {
+            (Some((kind, size)), Some(device)) => {
+                CommandError::SlotsTooSmall { device, kind, size }
+            }
+            _ => CommandError::NoFreeSlot {
+                slots: board.slots.len(),
+            },
+        })
+    }
+
+    /// Asks the guest to let go of a device and of the other functions in its slot.
+    ///
+    /// # Errors
+    /// There is no such device, or this VM cannot let go of any.
+    pub fn detach(&mut self, detach: &Detach, board: &Board) -> Result<Answer, CommandError> {
+        if self.worker.is_none() {
+            return Err(CommandError::NoSlots);
+        }
+        let port = self.plugged.iter().find(|one| one.id == detach.id);
+        let Some(port) = port.map(|one| one.port) else {
+            return Err(CommandError::NoSuchDevice {
+                id: detach.id.clone(),
+                others: self.plugged.iter().map(|one| one.id.clone()).collect(),
+            });
+        };
+        let force_at = detach.force_after.map(|after| Instant::now() + after);
+        for one in self.plugged.iter_mut().filter(|one| one.port == port) {
+            one.state = DeviceState::Detaching;
+            // Asked again without a time, the one that was set before holds.
+            one.force_at = force_at.or(one.force_at);
+            let id = one.id.clone();
+            (self.events)(VmEvent::DetachAsked { id });
+        }
+        board.events.request_eject(port);
+        self.remind();
+        if detach.force_after.is_some_and(|after| after.is_zero()) {
+            self.take_out(port, true, board);
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Takes what is in a slot away from the guest, and has it closed.
+    pub fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
+        let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
+            .into_iter()
+            .partition(|one| one.port == port);
+        self.plugged = stay;
+        if gone.is_empty() {
+            return;
+        }
+        let mut devices = Vec::new();
+        for mut one in gone {
+            one.device.unplug();
+            devices.push((one.id, one.device));
+        }
+        board.events.empty(port, forced);
+        if let Some(worker) = &self.worker {
+            worker.give(Job::Close {
+                devices,
+                forced: Some(forced),
+            });
+        }
+    }
+
+    /// A guest that is reset has let go of what it was asked to let go of.
+    pub fn reset(&mut self, ejected: &[PortIndex], board: &Board) {
+        let detaching = self
+            .plugged
+            .iter()
+            .filter(|one| one.state == DeviceState::Detaching)
+            .map(|one| one.port);
+        let mut ports: Vec<PortIndex> = detaching.chain(ejected.iter().copied()).collect();
+        ports.dedup();
+        ports
+            .iter()
+            .for_each(|port| self.take_out(*port, false, board));
+        for one in &mut self.plugged {
+            one.state = DeviceState::Announced;
+        }
+        self.reminder = None;
+    }
+
+    /// The guest has switched a device on.
+    pub fn enabled(&mut self, bdf: HostBdf) {
+        let one = self.plugged.iter_mut().find(|one| one.device.bdf() == bdf);
+        if let Some(one) = one.filter(|one| one.state == DeviceState::Announced) {
+            one.state = DeviceState::Enabled;
+            let id = one.id.clone();
+            (self.events)(VmEvent::Enabled { id });
+        }
+    }
+
+    /// When [`Self::tick`] is to be called next.
+    pub fn deadline(&self) -> Option<Instant> {
+        let forced = self.plugged.iter().filter_map(|one| one.force_at).min();
+        let reminder = self.reminder.map(|(at, _)| at);
+        match (forced, reminder) {
+            (Some(forced), Some(reminder)) => Some(forced.min(reminder)),
+            (forced, reminder) => forced.or(reminder),
+        }
+    }
+
+    /// Does what is due by now.
+    pub fn tick(&mut self, now: Instant, board: &Board) {
+        let due = |one: &Plugged| one.force_at.is_some_and(|at| at <= now);
+        while let Some(port) = self.plugged.iter().find(|one| due(one)).map(|one| one.port) {
+            self.take_out(port, true, board);
+        }
+        if let Some((at, wait)) = self.reminder
+            && at <= now
+        {
+            let wait = (wait * 2).min(LAST_REMINDER);
+            self.reminder = board.events.remind().then_some((now + wait, wait));
+        }
+    }
+
+    fn remind(&mut self) {
+        self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
+    }
+
+    /// The devices as they are.
+    pub fn infos(&self, board: &Board) -> Vec<DeviceInfo> {
+        self.plugged.iter().map(|one| info(one, board)).collect()
+    }
+
+    /// What the devices did; `interrupts` are those of the host, by device and vector.
+    pub fn counters(
+        &self,
+        interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,
+    ) -> Vec<DeviceCounters> {
+        let counters = self.plugged.iter().map(|one| {
+            let bdf = one.device.bdf().to_string();
+            let mut counters = DeviceCounters {
+                id: one.id.clone(),
+                interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
+                bdf,
+                attach: one.attach.clone(),
+                ..DeviceCounters::default()
+            };
+            one.device.counts().read(&mut counters);
+            counters
+        });
+        counters.collect()
+    }
+
+    /// The slots that have nothing in them.
+    pub fn free<'a>(&'a self, board: &'a Board) -> impl Iterator<Item = PortIndex> + 'a {
+        let slots = board.slots.iter().map(|slot| slot.port);
+        slots.filter(|port| self.plugged.iter().all(|one| one.port != *port))
+    }
+
+    fn has(&self, id: &str) -> bool {
+        self.plugged.iter().any(|one| one.id == id)
+    }
+}
+
+/// The group or alias of each device that a request asks for.
+fn names(request: &Request) -> Vec<Option<String>> {
+    match request {
+        Request::Any(wish) => {
+            let name = match &wish.from {
+                gantry_resources::Source::Group(name) | gantry_resources::Source::Alias(name) => {
+                    name
+                }
+            };
+            vec![Some(name.clone()); wish.count as usize]
+        }
+        Request::Device { .. } => vec![None],
+    }
+}
+
+fn words(request: &Request) -> String {
+    match request {
+        Request::Any(wish) => wish.from.to_string(),
+        Request::Device { bdf, .. } => bdf.to_string(),
+    }
+}
+
+fn info(one: &Plugged, board: &Board) -> DeviceInfo {
+    let port = board.pci.ports().find(|(port, ..)| *port == one.port);
+    let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
+    DeviceInfo {
+        id: one.id.clone(),
+        bdf: one.device.bdf(),
+        guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(one.function)),
+        group: one.group.clone(),
+        state: one.state,
+    }
+}
+
+/// RAM that is being made present in the background, so that the first device to come need not wait
+/// for it. Dropping the value ends that soon.
+pub struct Populating {
+    unwanted: Arc<AtomicBool>,
+    _thread: Task<()>,
+}
+
+impl Populating {
+    /// Begins with all of `ram`.
+    ///
+    /// # Errors
+    /// The kernel makes no thread.
+    pub fn begin(ram: &RamRanges, sandbox: &Sandbox) -> Result<Self, Error> {
+        let (ram, unwanted) = (Arc::clone(ram), Arc::new(AtomicBool::new(false)));
+        let told = Arc::clone(&unwanted);
+        let thread = threads::spawn(Role::Dma, sandbox, move || populate(&ram, &told));
+        Ok(Self {
+            unwanted,
+            _thread: thread.map_err(Error::host("spawn a thread"))?,
+        })
+    }
+}
+
+impl Drop for Populating {
+    fn drop(&mut self) {
+        self.unwanted.store(true, Ordering::Release);
+    }
+}
+
+fn populate(ram: &RamRanges, unwanted: &AtomicBool) {
+    /// Small enough to be left off soon.
+    const PART: usize = 16 << 20;
+    for (_, memory) in ram.iter() {
+        for offset in (0..memory.size()).step_by(PART) {
+            if unwanted.load(Ordering::Acquire) {
+                return;
+            }
+            if let Err(error) = memory.populate(offset, PART) {
+                tracing::info!(%error, "memory is not made present in advance");
+                return;
+            }
+        }
+    }
+}
