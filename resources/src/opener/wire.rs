@@ -80,7 +80,9 @@ pub(super) fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> io::Resul
     }
     let mut text = vec![0; len as usize];
     socket.read_exact(&mut text)?;
-    Ok(serde_json::from_slice(&text)?)
+    // Not as serde_json has it, for which a text that breaks off is the end of a file.
+    serde_json::from_slice(&text)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// A descriptor goes with one byte, as it cannot go alone.

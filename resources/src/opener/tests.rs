@@ -1,0 +1,185 @@
+//! Tests: what the helper gives and refuses, and that nothing stays leased.
+
+use std::io::{Read, Write};
+use std::thread::{self, JoinHandle};
+
+use super::*;
+use crate::fixture::{Fake, FakeHost, bdf};
+
+const GROUPS: &str = r#"{"groups": [
+    {"name": "nvme", "rules": [{"class": "0108"}]},
+    {"name": "nic", "rules": [{"class": "0200"}]}
+]}"#;
+
+/// Two disks, and a card with two functions in one IOMMU group.
+fn host() -> FakeHost {
+    let nic = |address| Fake::nvme(address, 7).class(0x02_00_00);
+    let host = FakeHost::new(&[
+        Fake::nvme("01:00.0", 1),
+        Fake::nvme("02:00.0", 2),
+        nic("03:00.0"),
+        nic("03:00.1"),
+    ]);
+    host.file("etc/groups.json", GROUPS);
+    host.file("dev/vfio/vfio", "container");
+    for group in [1, 2, 7] {
+        host.file(&format!("dev/vfio/{group}"), &format!("node {group}"));
+        host.file(
+            &format!("sys/kernel/iommu_groups/{group}/reserved_regions"),
+            "0x00000000fee00000 0x00000000feefffff msi\n",
+        );
+    }
+    host
+}
+
+/// The helper on a thread instead of in a process.
+fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let paths = host.paths.clone();
+    let helper = thread::spawn(move || serve(&paths, theirs));
+    let opener = Opener(Arc::new(End(Mutex::new(ours))));
+    let hello = Ask::Hello {
+        vm: "one".to_owned(),
+        pid: 123,
+    };
+    wire::send(&mut opener.lock(), &hello).unwrap();
+    (opener, helper)
+}
+
+fn held(host: &FakeHost) -> Vec<String> {
+    let held = host
+        .scan()
+        .into_iter()
+        .filter(|device| device.lease.is_held());
+    held.map(|device| device.bdf.to_string()).collect()
+}
+
+fn content(mut file: &File) -> String {
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    text
+}
+
+fn refused(opener: &Opener, request: Request) -> String {
+    match opener.open(&[request], &[], false) {
+        Err(OpenerError::Refused(why)) => why,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was given"),
+    }
+}
+
+#[test]
+fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
+    let host = host();
+    let (opener, helper) = started(&host);
+    let opened = opener
+        .open(&[Request::group("nvme", 1)], &[], true)
+        .unwrap();
+    assert_eq!(opened.devices[0].bdf, bdf("01:00.0"));
+    assert_eq!(opened.devices[0].group, 1);
+    assert_eq!(content(&opened.groups[0].node), "node 1");
+    assert_eq!(opened.groups[0].reserved[0].start, 0xfee0_0000);
+    assert_eq!(content(opened.container.as_ref().unwrap()), "container");
+    assert_eq!(held(&host), ["0000:01:00.0"]);
+
+    let second = opener
+        .open(&[Request::group("nvme", 1)], &[1], false)
+        .unwrap();
+    assert_eq!(second.devices[0].bdf, bdf("02:00.0"));
+    assert!(second.container.is_none());
+    let none_left = refused(&opener, Request::group("nvme", 1));
+    assert!(none_left.contains("No valid host was found"), "{none_left}");
+    drop(opened);
+    assert_eq!(held(&host), ["0000:02:00.0"]);
+    drop(second);
+    assert!(held(&host).is_empty());
+    drop(opener);
+    helper.join().unwrap().unwrap();
+}
+
+#[test]
+fn the_functions_of_a_group_come_with_one_node() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let opened = opener
+        .open(&[Request::group("nic", 2)], &[], false)
+        .unwrap();
+    assert_eq!((opened.devices.len(), opened.groups.len()), (2, 1));
+    let locks = opened.devices[0].lease.locks.as_ref().unwrap();
+    assert_eq!(locks.len(), 2, "the whole group is locked");
+    drop(opened);
+    let known = opener
+        .open(&[Request::group("nic", 1)], &[7], false)
+        .unwrap();
+    assert!(known.groups.is_empty());
+}
+
+#[test]
+fn a_vm_is_given_only_what_its_file_names() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    opener.limit(&[Source::Group("nvme".to_owned())]).unwrap();
+    let why = refused(&opener, Request::group("nic", 1));
+    assert!(why.contains("group \"nvme\" only"), "{why}");
+    let exact = |address| Request::Device {
+        bdf: bdf(address),
+        allow_ungrouped: true,
+    };
+    refused(&opener, exact("03:00.0"));
+    refused(&opener, Request::alias("nvme", 1));
+    assert!(held(&host).is_empty());
+    opener.open(&[exact("02:00.0")], &[], false).unwrap();
+}
+
+#[test]
+fn a_limit_is_never_taken_back() {
+    let host = host();
+    let (opener, helper) = started(&host);
+    opener.limit(&[Source::Group("nvme".to_owned())]).unwrap();
+    opener.limit(&[Source::Group("nic".to_owned())]).unwrap();
+    assert!(
+        opener
+            .open(&[Request::group("nic", 1)], &[], false)
+            .is_err()
+    );
+    assert!(helper.join().unwrap().is_err(), "it ends");
+}
+
+#[test]
+fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
+    let host = host();
+    let (opener, helper) = started(&host);
+    std::fs::remove_file(host.paths.vfio_group(2)).unwrap();
+    let exact = Request::Device {
+        bdf: bdf("02:00.0"),
+        allow_ungrouped: true,
+    };
+    refused(&opener, exact);
+    assert!(held(&host).is_empty());
+    let opened = opener
+        .open(&[Request::group("nvme", 1)], &[], false)
+        .unwrap();
+    // As when the VM's process is killed: nobody says anything any more.
+    opener.lock().shutdown(std::net::Shutdown::Both).unwrap();
+    helper.join().unwrap().unwrap();
+    assert!(held(&host).is_empty());
+    drop(opened);
+}
+
+#[test]
+fn nonsense_ends_the_helper() {
+    let host = host();
+    for nonsense in [&[0xff; 8][..], &[2, 0, 0, 0, b'{', b'}'], &[0, 0, 0, 0]] {
+        let (opener, helper) = started(&host);
+        opener.lock().write_all(nonsense).unwrap();
+        assert!(helper.join().unwrap().is_err());
+    }
+}
+
+#[test]
+fn what_later_devices_reserve_is_known_beforehand() {
+    let host = host();
+    let from = [Source::Group("nvme".to_owned())];
+    assert_eq!(reserved_for(&host.paths, &from).len(), 2);
+    assert!(reserved_for(&host.paths, &[]).is_empty());
+}
