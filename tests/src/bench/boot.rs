@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::contender::{Contender, Guest};
+use super::contender::{Api, Contender, Guest};
 use super::inside::{self, Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
@@ -118,7 +118,7 @@ impl Bench {
         let step = ui::Step::begin("Booting the lab");
         let host = Host::boot(&parts, &setup)?;
         step.done();
-        bind(&host)?;
+        bind(&host, &DISKS)?;
         Ok(Self {
             host,
             kernel: kernel.of(&parts)?.release.clone(),
@@ -207,6 +207,7 @@ impl Bench {
                 .take(disks)
                 .map(|&disk| disk.to_owned())
                 .collect(),
+            api: Api::Usual,
         };
         let run = || {
             let contender = self
@@ -329,7 +330,7 @@ impl Found {
 }
 
 /// Adds the end of the host's kernel log, or of what a host that is gone has left.
-fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
+pub(super) fn with_kernel_log(error: anyhow::Error, host: &Host) -> anyhow::Error {
     let log = match host.sh("dmesg | tail -n 12").output() {
         Ok(log) => log.text(),
         Err(_) => host.last_words(),
@@ -341,8 +342,8 @@ fn case(disks: usize) -> String {
     format!("{disks} nvme, {MEMORY_MIB} MiB")
 }
 
-/// Gives the disks to vfio-pci, by hand: what is measured is not part of the measuring.
-fn bind(host: &Host) -> Result<()> {
+/// Gives disks to vfio-pci, by hand: what is measured is not part of the measuring.
+pub(super) fn bind(host: &Host, disks: &[&str]) -> Result<()> {
     let script = format!(
         "for disk in {}; do
             device=/sys/bus/pci/devices/$disk
@@ -351,7 +352,7 @@ fn bind(host: &Host) -> Result<()> {
             echo $disk >/sys/bus/pci/drivers_probe
             [ $(basename $(readlink $device/driver)) = vfio-pci ] || exit 1
         done",
-        DISKS.join(" ")
+        disks.join(" ")
     );
     host.sh(&script)
         .output()?

@@ -10,6 +10,9 @@ use crate::lab::Host;
 /// Folder of the peers' programs and of the VMs' files in the lab host.
 const FOLDER: &str = "/bench";
 
+/// Slots of a VM that devices are attached to while it runs.
+const SLOTS: u8 = 32;
+
 /// A guest, the same for all.
 #[derive(Debug, Clone)]
 pub struct Guest {
@@ -23,6 +26,30 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Addresses of its devices, bound to vfio-pci.
     pub devices: Vec<String>,
+    /// How its VMM is controlled.
+    pub api: Api,
+}
+
+/// How a VMM is controlled while its guest runs.
+#[derive(Debug, Clone, Default)]
+pub enum Api {
+    /// As it is without a word about it.
+    #[default]
+    Usual,
+    /// Not at all.
+    None,
+    /// Over this socket, with no devices to come.
+    Bare {
+        /// Where, in the lab host.
+        path: String,
+    },
+    /// Over this socket, with devices to come.
+    Socket {
+        /// Where, in the lab host.
+        path: String,
+        /// Groups that devices will come from, told to the VMM beforehand if it can be told.
+        declared: Vec<String>,
+    },
 }
 
 /// How a program is spoken to.
@@ -92,7 +119,7 @@ impl Contender {
             .map(|bdf| format!("/sys/bus/pci/devices/{bdf}"));
         match self.kind {
             Kind::Gantry => {
-                let vm = json!({
+                let mut vm = json!({
                     "payload": {
                         "kernel": guest.kernel,
                         "initramfs": guest.initramfs,
@@ -103,12 +130,27 @@ impl Contender {
                     "devices": paths.map(|path| json!({"path": path})).collect::<Vec<_>>(),
                     "serial": {"mode": "Tty"},
                 });
+                match &guest.api {
+                    Api::Socket { declared, .. } => {
+                        vm["hotplug"] = json!({"slots": SLOTS, "groups": declared});
+                    }
+                    Api::Bare { .. } => vm["hotplug"] = json!({"slots": 0}),
+                    Api::Usual | Api::None => {}
+                }
                 let task = guest.cmdline.rsplit('=').next().unwrap_or_default();
                 let file = format!("{FOLDER}/{task}-{}.json", guest.devices.len());
                 host.write(&file, vm.to_string())
                     .context("cannot write the VM's file")?;
-                let run = [&self.program, "run", "--allow-ungrouped", &file];
-                Ok(run.map(str::to_owned).to_vec())
+                let mut run = vec![self.program.as_str(), "run", "--allow-ungrouped"];
+                match &guest.api {
+                    Api::Usual => {}
+                    Api::None => run.push("--no-api"),
+                    Api::Socket { path, .. } | Api::Bare { path } => {
+                        run.extend(["--api-socket", path])
+                    }
+                }
+                run.push(&file);
+                Ok(run.into_iter().map(str::to_owned).collect())
             }
             Kind::CloudHypervisor => {
                 let size = format!("size={}M", guest.memory_mib);
@@ -131,6 +173,9 @@ impl Contender {
                 ]
                 .map(str::to_owned)
                 .to_vec();
+                if let Api::Socket { path, .. } | Api::Bare { path } = &guest.api {
+                    command.extend(["--api-socket".to_owned(), path.clone()]);
+                }
                 for path in paths {
                     command.extend(["--device".to_owned(), format!("path={path}")]);
                 }

@@ -12,11 +12,13 @@
 //! | [`contender`] | gantry, its peers, and their command lines |
 //! | [`inside`] | what runs in the lab host: starts a VMM, times and traces it |
 //! | [`boot`] | `cargo xtask bench boot` |
+//! | [`attach`] | `cargo xtask bench attach` |
 //! | [`resources`] | `cargo xtask bench resources`, which needs no lab |
 //! | [`recorded`] | the host of 4,096 functions that it looks at |
 
 use anyhow::Result;
 
+pub mod attach;
 pub mod boot;
 pub mod contender;
 pub mod inside;
@@ -31,6 +33,8 @@ pub mod table;
 pub enum Bench {
     /// From the start of a VM to its init: time, CPU time, memory, exits to user space.
     Boot(boot::Arguments),
+    /// Attaching a device to a running VM and detaching it: time; and what the API costs.
+    Attach(attach::Arguments),
     /// Listing devices and fitting a request on a host of 4,096 PCI functions: time.
     Resources(resources::Arguments),
 }
@@ -40,6 +44,7 @@ impl Bench {
     pub fn run(self) -> Result<()> {
         match self {
             Self::Boot(arguments) => boot::run(&arguments),
+            Self::Attach(arguments) => attach::run(&arguments),
             Self::Resources(arguments) => resources::run(&arguments),
         }
     }
@@ -56,6 +61,7 @@ mod tests {
         command.clone().debug_assert();
         let parse = |words: &str| command.clone().try_get_matches_from(words.split(' '));
         assert!(parse("bench boot --pairs 5 --kernel stock --json f").is_ok());
+        assert!(parse("bench attach --pairs 5 --peer gantry=/bin/true").is_ok());
         assert!(parse("bench resources --runs 5 --json f").is_ok());
         assert!(parse("bench boot --pairs 4").is_err());
         assert!(parse("bench boot --peer other=/bin/true").is_err());

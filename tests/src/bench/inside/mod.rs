@@ -2,7 +2,7 @@
 //!
 //! It runs there, not at the far end of the wire, so that its clocks are the VMM's. Rooms:
 //! [`vmm`] starts and watches a VMM, [`trace`] reads the kernel's tracepoints, [`memory`] reads
-//! what a process has mapped.
+//! what a process has mapped, [`api`] asks a VMM for something, [`attach`] for a device.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -12,6 +12,8 @@ use anyhow::{Context, Result};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+pub mod api;
+pub mod attach;
 pub mod memory;
 pub mod trace;
 pub mod vmm;
@@ -55,6 +57,24 @@ pub enum Job {
         /// Whether the guest will read its disk in silence (`task=read-silently`).
         reads: bool,
     },
+    /// Answered by [`attach::Attach`]; the guest's task is `watch`.
+    Attach {
+        /// As above.
+        argv: Vec<String>,
+        /// The VMM's socket.
+        socket: String,
+        /// The device's folder in sysfs.
+        path: String,
+    },
+    /// Answered by a number of MiB; the guest's task is `watch`.
+    ApiMemory {
+        /// As above.
+        argv: Vec<String>,
+        /// The VMM's socket, if it has one.
+        socket: Option<String>,
+        /// The guest's RAM.
+        ram_mib: u64,
+    },
 }
 
 /// From the start of a VMM to its guest's init.
@@ -85,6 +105,14 @@ pub fn run() -> Result<()> {
     let report = match job {
         Job::Time { argv, ram_mib } => serde_json::to_vec(&time(&argv, ram_mib)?)?,
         Job::CountExits { argv, reads } => serde_json::to_vec(&count_exits(&argv, reads)?)?,
+        Job::Attach { argv, socket, path } => {
+            serde_json::to_vec(&attach::attach(&argv, &socket, &path)?)?
+        }
+        Job::ApiMemory {
+            argv,
+            socket,
+            ram_mib,
+        } => serde_json::to_vec(&attach::memory(&argv, socket.as_deref(), ram_mib)?)?,
     };
     io::stdout().write_all(&report)?;
     Ok(())
