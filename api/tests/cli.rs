@@ -183,16 +183,84 @@ fn devices_are_listed_with_state_and_group() {
             .collect::<Vec<_>>()
     };
     assert!(
-        row(2).ends_with(&["vfio-pci", "11", "-", "detached", "disks", "-"]),
+        row(2).ends_with(&["vfio-pci", "11", "-", "-", "detached", "disks", "-"]),
         "{table}"
     );
     assert!(
-        row(3).ends_with(&["nvme", "2", "-", "attached", "disks", "-"]),
+        row(3).ends_with(&["nvme", "2", "-", "-", "attached", "disks", "-"]),
         "{table}"
     );
     assert!(
         table.contains("1b36:0010") && table.contains("QEMU NVM Express"),
         "{table}"
+    );
+}
+
+#[test]
+fn virtual_functions_are_asked_for_shown_and_planned() {
+    let host = Host::new();
+    let card = host.path("sys/bus/pci/devices/0000:00:03.0");
+    for (name, text) in [
+        ("sriov_totalvfs", "8\n"),
+        ("sriov_numvfs", "0\n"),
+        ("sriov_drivers_autoprobe", "1\n"),
+        ("sriov_offset", "16\n"),
+        ("sriov_stride", "1\n"),
+    ] {
+        fs::write(card.join(name), text).unwrap();
+    }
+    fs::create_dir_all(card.join("net/eth9")).unwrap();
+    fs::write(card.join("net/eth9/ifindex"), "1\n").unwrap();
+    let sriov = r#"{"pf": "00:03.0", "count": 2, "mac": "52:54:00:00:00:08", "vlan": 5}"#;
+    let args = ["group", "create", "vfs", "--type", "sriov-nic"];
+    host.gantry(&[&args[..], &["--sriov", sriov]].concat()).ok();
+    let shown = host.gantry(&["group", "show", "vfs"]).ok();
+    for line in [
+        "functions    2 of 0000:00:03.0, 0 of 8 there",
+        "  vf 1        mac 52:54:00:00:00:09, vlan 5 qos 0",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    let list = host.gantry(&["device", "list"]).ok();
+    assert!(list.contains(" 0/8 "), "{list}");
+    let plan = host.gantry(&["group", "activate", "vfs", "--dry-run"]).ok();
+    for line in [
+        "vfs: 0000:00:03.0 (eth9) would have 2 virtual functions instead of 0",
+        "/sys/bus/pci/devices/0000:00:03.0/sriov_numvfs",
+        "  ip link set eth9 vf 1 mac 52:54:00:00:00:09",
+        "/sys/bus/pci/devices/0000:00:05.1/driver_override",
+    ] {
+        assert!(plan.contains(line), "no {line} in {plan}");
+    }
+    let fit = host.gantry(&["group", "fit", "vfs:1"]);
+    assert!(fit.out.contains("`gantry group activate vfs`"), "{fit:?}");
+    let wrong = [
+        (r#"{"pf": "00:03.0"}"#, 2, "missing field `count`"),
+        (
+            r#"{"pf": "00:03.0", "count": 2, "vlan": 5000}"#,
+            1,
+            "sriov.vlan: is 1 to 4094",
+        ),
+        (
+            r#"{"pf": "00:03.0", "count": 2, "mac": "x"}"#,
+            2,
+            "expected a MAC address",
+        ),
+    ];
+    for (sriov, code, words) in wrong {
+        let error = host
+            .gantry(&["group", "edit", "vfs", "--sriov", sriov])
+            .failed(code);
+        assert!(error.contains(words), "{error}");
+    }
+    let error = host.gantry(&["group", "activate", "disks"]).failed(1);
+    assert!(error.contains("makes no virtual functions"), "{error}");
+    host.gantry(&["group", "edit", "vfs", "--sriov", ""]).ok();
+    assert!(
+        !host
+            .gantry(&["group", "show", "vfs"])
+            .ok()
+            .contains("functions")
     );
 }
 

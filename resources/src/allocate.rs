@@ -22,7 +22,8 @@ use crate::lease::{
 };
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{QuarantineError, Until, forget, quarantine};
-use crate::request::{Placement, Request};
+use crate::request::{Placement, Request, Source};
+use crate::sriov::{self, HostAccess, Netlink, SriovError};
 use crate::topology::Sockets;
 use crate::writer::ChildWriter;
 use choose::{View, choose, survey};
@@ -101,6 +102,9 @@ pub enum AllocateError {
     /// The use of a device that is for one use cannot be written down.
     #[error(transparent)]
     Quarantine(#[from] QuarantineError),
+    /// Virtual functions cannot be made, or given their settings.
+    #[error(transparent)]
+    Sriov(#[from] SriovError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -127,8 +131,12 @@ pub fn allocate_near(
     placement: &Placement,
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
+    let links = Netlink::new(paths);
     let binder = Binder {
-        writer: &ChildWriter::default(),
+        host: HostAccess {
+            writer: &ChildWriter::default(),
+            links: &links,
+        },
         helper: Path::new("/proc/self/exe"),
     };
     allocate_with(paths, requests, placement, holder, &binder)
@@ -144,6 +152,7 @@ pub(crate) fn allocate_with(
     if requests.is_empty() {
         return Ok(Vec::new());
     }
+    activate_wanted(paths, requests, binder)?;
     let record = LeaseRecord::vm(holder);
     let deadline = Instant::now() + ENDING_PATIENCE;
     let (choosing, look) = loop {
@@ -275,25 +284,51 @@ fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice]) {
     }
 }
 
-/// Takes from the host what VMs take on demand.
+/// Makes the virtual functions of groups that VMs take devices of on demand.
+fn activate_wanted(
+    paths: &HostPaths,
+    requests: &[Request],
+    binder: &Binder<'_>,
+) -> Result<(), AllocateError> {
+    let groups = Groups::load(paths)?;
+    let wishes = requests.iter().filter_map(|request| match request {
+        Request::Any(wish) => Some(&wish.from),
+        Request::Device { .. } => None,
+    });
+    for Source::Group(name) | Source::Alias(name) in wishes {
+        if let Some(group) = groups.get(name) {
+            sriov::activate_for_vm(paths, binder.host, group)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes from the host what VMs take on demand, and gives virtual functions their settings first.
 fn on_demand(
     paths: &HostPaths,
     groups: &Groups,
     leases: Vec<Lease>,
     binder: &Binder<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
-    let lent: Vec<HostBdf> = leases
-        .iter()
-        .filter(|lease| groups.tags(lease.device()).on_demand)
-        .map(|lease| lease.device().bdf)
-        .collect();
-    if lent.is_empty() {
+    let mut lent = Vec::new();
+    let mut changed = Vec::new();
+    for device in leases.iter().map(Lease::device) {
+        let demand = groups.tags(device).on_demand;
+        lent.extend(demand.then_some(device.bdf));
+        let set = sriov::owed::function(paths, groups, device).map_err(SriovError::from)?;
+        changed.extend((demand || set.is_some()).then_some(device.bdf));
+    }
+    if changed.is_empty() {
         return Ok(leases);
     }
-    let watch = Arc::new(binder.bind(paths, &lent)?);
+    let watch = Arc::new(binder.watch(paths, &changed)?);
+    for device in leases.iter().map(Lease::device) {
+        sriov::owed::prepare(paths, binder.host.links, groups, device)?;
+    }
+    binder.bind(paths, &lent)?;
     let refresh = |lease: Lease| {
         let bdf = lease.device().bdf;
-        if !lent.contains(&bdf) {
+        if !changed.contains(&bdf) {
             return Ok(lease);
         }
         Ok(lease.on_demand(HostDevice::read(paths, bdf)?, &watch))

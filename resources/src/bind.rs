@@ -16,6 +16,7 @@ use crate::lease::{
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{Until, quarantine};
+use crate::sriov::SriovError;
 use crate::writer::{SysfsWrite, SysfsWriter};
 
 /// Which devices to move.
@@ -62,6 +63,15 @@ pub enum BindError {
     /// The process that gives devices back when a VM ends cannot be started.
     #[error("cannot start the process that gives devices back to the host when the VM ends")]
     Helper(#[source] io::Error),
+    /// A virtual function that a VM had could not be put back as it was.
+    #[error("the settings of {bdf} could not be put back")]
+    Settings {
+        /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
     /// It cannot be told whether the host needs a device.
     #[error("cannot tell whether the host needs these devices")]
     Guard(#[source] io::Error),
@@ -79,7 +89,7 @@ pub enum BindError {
     },
     /// A physical function has virtual functions, which would vanish with its driver.
     #[error(
-        "{bdf} has {count} virtual functions, which would vanish: write 0 to its sriov_numvfs first"
+        "{bdf} has {count} virtual functions, which would vanish: `gantry group deactivate` their group, or write 0 to its sriov_numvfs"
     )]
     HasVirtualFunctions {
         /// The physical function.
@@ -292,6 +302,15 @@ impl Direction {
                 (Some(former), Some(driver)) => {
                     (Target::Driver(driver.to_owned()), former.driver_override)
                 }
+                // What a VM took from no driver goes back to none.
+                (
+                    Some(Former {
+                        driver: None,
+                        driver_override,
+                        ..
+                    }),
+                    None,
+                ) if self == Self::Return => (Target::Nothing, driver_override),
                 (Some(former), None) => (
                     former.driver.map_or(Target::Natural, Target::Driver),
                     former.driver_override,

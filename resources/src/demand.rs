@@ -21,6 +21,7 @@ use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, NodeAccess, scan};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::sriov::{self, HostAccess, Netlink};
 use crate::writer::{ChildWriter, SysfsWriter};
 
 /// The first argument of the helper.
@@ -34,7 +35,7 @@ const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What binds devices for a VM.
 pub(crate) struct Binder<'a> {
-    pub(crate) writer: &'a dyn SysfsWriter,
+    pub(crate) host: HostAccess<'a>,
     /// The program that waits for the VM's end; it must call [`restore_helper`].
     pub(crate) helper: &'a Path,
 }
@@ -59,16 +60,19 @@ impl Watch {
 impl Binder<'_> {
     /// Takes devices from the host that this process has locked. After a failure they are where they
     /// were.
-    pub(crate) fn bind(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<Watch, BindError> {
-        let watch = self.watch(paths, devices).map_err(BindError::Helper)?;
-        detach_held(paths, self.writer, devices)?;
-        for &bdf in devices {
-            wait_for_node(paths, bdf)?;
-        }
-        Ok(watch)
+    pub(crate) fn bind(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<(), BindError> {
+        detach_held(paths, self.host.writer, devices)?;
+        devices
+            .iter()
+            .try_for_each(|bdf| wait_for_node(paths, *bdf))
     }
 
-    fn watch(&self, paths: &HostPaths, devices: &[HostBdf]) -> io::Result<Watch> {
+    /// Starts the helper for devices that are about to be changed.
+    pub(crate) fn watch(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<Watch, BindError> {
+        self.spawn(paths, devices).map_err(BindError::Helper)
+    }
+
+    fn spawn(&self, paths: &HostPaths, devices: &[HostBdf]) -> io::Result<Watch> {
         let mut command = Command::new(self.helper);
         command.arg(SUBCOMMAND).args(directories(paths));
         command.args(devices.iter().map(HostBdf::to_string));
@@ -125,14 +129,19 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
         .iter()
         .filter_map(|text| text.parse().ok())
         .collect();
+    let links = Netlink::new(&paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
     // Lines are devices given back early; they end when the VM's process closes its end, or dies.
     for line in io::stdin().lock().lines() {
         let Ok(bdf) = line.unwrap_or_default().parse() else {
             break;
         };
-        let _ = restore(&paths, &ChildWriter::default(), &[bdf], EARLY_PATIENCE);
+        let _ = restore(&paths, host, &[bdf], EARLY_PATIENCE);
     }
-    match restore(&paths, &ChildWriter::default(), &devices, PATIENCE) {
+    match restore(&paths, host, &devices, PATIENCE) {
         Ok(_) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
@@ -140,18 +149,31 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
 
 /// Gives back to the host what VMs that are no more had taken on demand. Cheap if there is nothing.
 pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>, BindError> {
-    let marked = Former::on_demand(paths);
+    let links = Netlink::new(paths);
+    let links = &links;
+    reap_with(paths, HostAccess { writer, links })
+}
+
+pub(crate) fn reap_with(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+) -> Result<Vec<HostBdf>, BindError> {
+    if let Err(error) = sriov::reap(paths, host.writer) {
+        tracing::warn!("new virtual functions stay without drivers of the host: {error}");
+    }
+    let mut marked = Former::on_demand(paths);
+    marked.extend(sriov::owed::owed(paths));
     if marked.is_empty() {
         return Ok(Vec::new());
     }
-    restore(paths, writer, &marked, Duration::ZERO)
+    restore(paths, host, &marked, Duration::ZERO)
 }
 
 /// Gives devices back that carry the mark, IOMMU group by IOMMU group, as soon as nobody holds them.
 /// Those that somebody holds when patience is over are left to him.
 pub(crate) fn restore(
     paths: &HostPaths,
-    writer: &dyn SysfsWriter,
+    host: HostAccess<'_>,
     devices: &[HostBdf],
     patience: Duration,
 ) -> Result<Vec<HostBdf>, BindError> {
@@ -163,7 +185,7 @@ pub(crate) fn restore(
     while !pending.is_empty() {
         let last = started.elapsed() >= patience;
         for (group, members) in &pending {
-            match restore_group(paths, writer, members) {
+            match restore_group(paths, host, members) {
                 Ok(moved) => {
                     failed.remove(group);
                     restored.extend(moved.unwrap_or_default());
@@ -192,7 +214,7 @@ fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<Host
     let marked = all.iter().filter(|device| {
         devices.contains(&device.bdf)
             && device.quarantine.is_none()
-            && Former::owed(paths, device).is_some()
+            && (Former::owed(paths, device).is_some() || sriov::owed::is_owed(paths, device.bdf))
     });
     let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
     let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
@@ -207,7 +229,7 @@ fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<Host
 /// Gives an IOMMU group's marked devices back; none if somebody holds one of its devices.
 fn restore_group(
     paths: &HostPaths,
-    writer: &dyn SysfsWriter,
+    host: HostAccess<'_>,
     members: &[HostBdf],
 ) -> Result<Option<Vec<HostBdf>>, BindError> {
     let record = LeaseRecord::task("gantry restore");
@@ -220,7 +242,17 @@ fn restore_group(
         }
     }
     drop(choosing);
-    give_back(paths, writer, members).map(|report| Some(report.moved))
+    for &bdf in members
+        .iter()
+        .filter(|bdf| sriov::owed::is_owed(paths, **bdf))
+    {
+        let restored = sriov::owed::restore(paths, host.links, bdf);
+        restored.map_err(|source| BindError::Settings {
+            bdf,
+            source: Box::new(source),
+        })?;
+    }
+    give_back(paths, host.writer, members).map(|report| Some(report.moved))
 }
 
 impl Former {

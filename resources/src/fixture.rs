@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
+use crate::sriov::{HostAccess, Interface, LinkError, LinkWrite, Pf, VfLinks, VfSetting, VfState};
 use crate::writer::{SysfsWriter, WriteError};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
@@ -221,6 +222,8 @@ pub(crate) struct FakeKernel<'a> {
     /// The write, counted from 0, at which the fault shows, and the fault.
     pub(crate) fault: Option<(usize, Fault)>,
     pub(crate) written: RefCell<Vec<(PathBuf, String)>>,
+    /// What virtual functions have: interface, number.
+    pub(crate) functions: RefCell<BTreeMap<(u32, u16), VfState>>,
     stuck: Cell<Option<HostBdf>>,
 }
 
@@ -236,6 +239,7 @@ impl<'a> FakeKernel<'a> {
             claims: drivers.collect(),
             fault: None,
             written: RefCell::default(),
+            functions: RefCell::default(),
             stuck: Cell::new(None),
         }
     }
@@ -245,6 +249,55 @@ impl<'a> FakeKernel<'a> {
             fault: Some((at, fault)),
             ..self
         }
+    }
+
+    /// As what changes the host.
+    pub(crate) fn access(&self) -> HostAccess<'_> {
+        HostAccess {
+            writer: self,
+            links: self,
+        }
+    }
+
+    /// Notes a write and shows the fault that it meets.
+    fn fault(&self, path: &Path, value: &str) -> Option<Fault> {
+        let count = self.written.borrow().len();
+        self.written
+            .borrow_mut()
+            .push((path.to_owned(), value.to_owned()));
+        self.fault
+            .filter(|(at, fault)| *at == count || (*fault == Fault::Dead && count > *at))
+            .map(|(_, fault)| fault)
+    }
+
+    /// Makes or destroys virtual functions, as a driver does: it knows no other change.
+    fn resize(&self, pf: HostBdf, value: &str) -> io::Result<()> {
+        let wanted: u16 = value.parse().map_err(io::Error::other)?;
+        let now = Pf::read(&self.host.paths, pf).unwrap();
+        if wanted != 0 && !now.vfs.is_empty() {
+            return Err(io::Error::from_raw_os_error(nix::libc::EBUSY));
+        }
+        let dir = self.host.dir(pf);
+        for (index, vf) in now.vfs.iter().enumerate() {
+            fs::remove_file(dir.join(format!("virtfn{index}")))?;
+            self.host.remove(*vf);
+        }
+        self.functions.borrow_mut().clear();
+        for index in 0..wanted {
+            let vf = now.address(index).unwrap();
+            let fake = Fake {
+                id: (0x8086, 0x10ca),
+                ..Fake::nvme(&vf.to_string(), 100 + u32::from(index))
+            };
+            self.host.add(&fake.class(0x02_00_00).unbound());
+            let there = self.host.dir(vf);
+            symlink(&dir, there.join("physfn"))?;
+            symlink(&there, dir.join(format!("virtfn{index}")))?;
+            if now.autoprobe == Some(true) {
+                self.host.bind(vf, Some("igbvf"));
+            }
+        }
+        fs::write(dir.join("sriov_numvfs"), format!("{wanted}\n"))
     }
 
     fn obey(&self, path: &Path, value: &str) -> io::Result<()> {
@@ -288,6 +341,11 @@ impl<'a> FakeKernel<'a> {
                 }
                 Ok(())
             }
+            Some("sriov_drivers_autoprobe") => fs::write(path, format!("{value}\n")),
+            Some("sriov_numvfs") => {
+                let pf = HostBdf::from_sysfs_path(path.parent().unwrap());
+                self.resize(pf.map_err(|_| refused())?, value)
+            }
             _ => panic!("nothing should write {}", path.display()),
         }
     }
@@ -303,24 +361,17 @@ impl SysfsWriter for FakeKernel<'_> {
             about.is_none() || self.stuck.get() != about,
             "{value} was written to a device that hangs"
         );
-        let count = self.written.borrow().len();
-        self.written
-            .borrow_mut()
-            .push((path.to_owned(), value.to_owned()));
         let (path_buf, text) = (path.to_owned(), value.to_owned());
         let refused = |source| WriteError::Refused {
             path: path_buf.clone(),
             value: text.clone(),
             source,
         };
-        match self
-            .fault
-            .filter(|(at, fault)| *at == count || (*fault == Fault::Dead && count > *at))
-        {
-            Some((_, Fault::Refuses | Fault::Dead)) => {
+        match self.fault(path, value) {
+            Some(Fault::Refuses | Fault::Dead) => {
                 Err(refused(io::Error::from_raw_os_error(nix::libc::EIO)))
             }
-            Some((_, Fault::Hangs)) => {
+            Some(Fault::Hangs) => {
                 self.stuck.set(about);
                 Err(WriteError::Hung {
                     path: path.to_owned(),
@@ -328,8 +379,57 @@ impl SysfsWriter for FakeKernel<'_> {
                     after: Duration::from_secs(30),
                 })
             }
-            Some((_, Fault::Ignores)) => Ok(()),
+            Some(Fault::Ignores) => Ok(()),
             None => self.obey(path, value).map_err(refused),
         }
+    }
+}
+
+impl VfLinks for FakeKernel<'_> {
+    fn read(&self, interface: &Interface) -> Result<BTreeMap<u16, VfState>, LinkError> {
+        let known = self.functions.borrow();
+        let all = self.host.scan().into_iter();
+        let pfs = all.filter_map(|device| Pf::read(&self.host.paths, device.bdf).ok());
+        let pf = pfs
+            .into_iter()
+            .find(|pf| pf.interface.as_ref() == Some(interface));
+        let count = pf.map_or(0, |pf| pf.vfs.len() as u16);
+        let fresh = || {
+            serde_json::from_str(
+                r#"{"mac": "00:00:00:00:00:00", "vlan": 0, "qos": 0, "spoof_check": true,
+                    "trust": false, "min_rate": 0, "max_rate": 0, "link_state": "auto"}"#,
+            )
+        };
+        let state = |vf| known.get(&(interface.index, vf)).cloned();
+        Ok((0..count)
+            .map(|vf| (vf, state(vf).unwrap_or_else(|| fresh().unwrap())))
+            .collect())
+    }
+
+    fn set(&self, write: &LinkWrite) -> Result<(), LinkError> {
+        let refused = |errno| LinkError::Refused {
+            write: write.clone(),
+            source: io::Error::from_raw_os_error(errno),
+        };
+        match self.fault(Path::new(&write.interface.name), &write.to_string()) {
+            Some(Fault::Ignores) => return Ok(()),
+            Some(_) => return Err(refused(nix::libc::EOPNOTSUPP)),
+            None => {}
+        }
+        let mut state = self.read(&write.interface)?.remove(&write.vf);
+        let state = state.as_mut().ok_or_else(|| refused(nix::libc::EINVAL))?;
+        match write.setting {
+            VfSetting::Mac(mac) => state.mac = Some(mac),
+            VfSetting::Vlan { vlan, qos } => (state.vlan, state.qos) = (Some(vlan), Some(qos)),
+            VfSetting::SpoofCheck(on) => state.spoof_check = Some(on),
+            VfSetting::Trust(on) => state.trust = Some(on),
+            VfSetting::Rate { min, max } => {
+                (state.min_rate, state.max_rate) = (Some(min), Some(max));
+            }
+            VfSetting::LinkState(link) => state.link_state = Some(link),
+        }
+        let key = (write.interface.index, write.vf);
+        self.functions.borrow_mut().insert(key, state.clone());
+        Ok(())
     }
 }

@@ -14,6 +14,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
+use crate::sriov::SriovSpec;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use nova_files::{add_aliases, add_device_specs};
 
@@ -78,6 +79,9 @@ pub struct ResourceGroup {
     /// A device belongs to the group when one of these matches it.
     #[serde(default)]
     pub rules: Vec<Rule>,
+    /// Virtual functions that `gantry group activate` makes; they belong to the group without a rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sriov: Option<SriovSpec>,
     /// When the devices leave their host drivers.
     #[serde(default, skip_serializing_if = "is_default")]
     pub bind: Bind,
@@ -104,7 +108,13 @@ impl ResourceGroup {
     pub fn matches(&self, device: &HostDevice) -> bool {
         !device.is_bridge()
             && self.kind.admits(device)
-            && self.rules.iter().any(|rule| rule.matches(device))
+            && (self.makes(device) || self.rules.iter().any(|rule| rule.matches(device)))
+    }
+
+    /// Whether a device is one of the virtual functions that the group asks for.
+    fn makes(&self, device: &HostDevice) -> bool {
+        let spec = self.sriov.as_ref();
+        spec.is_some_and(|spec| device.physfn == Some(spec.pf))
     }
 
     /// Whether a rule names exactly the address of a device, but other hardware than is there now.
@@ -220,6 +230,18 @@ pub enum GroupError {
         /// The file of the second.
         second: PathBuf,
     },
+    /// What a group asks of virtual functions makes no sense.
+    #[error("{file}: group \"{group}\": sriov.{key}: {problem}")]
+    Sriov {
+        /// The file.
+        file: PathBuf,
+        /// The group.
+        group: String,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
 }
 
 fn hint(near: &Option<String>) -> String {
@@ -261,9 +283,38 @@ impl Groups {
                     second: group.file,
                 });
             }
+            if let Some((key, problem)) = self.sriov_problem(&group) {
+                return Err(GroupError::Sriov {
+                    file: group.file,
+                    group: group.name,
+                    key,
+                    problem,
+                });
+            }
             self.groups.push(group);
         }
         Ok(())
+    }
+
+    /// What is wrong with the virtual functions that a group asks for: the key, and words.
+    fn sriov_problem(&self, group: &ResourceGroup) -> Option<(&'static str, String)> {
+        let spec = group.sriov.as_ref()?;
+        let of = |other: &&ResourceGroup| {
+            let spec_of = other.sriov.as_ref();
+            spec_of.is_some_and(|other| other.pf == spec.pf)
+        };
+        if !matches!(group.kind, GroupType::Pci | GroupType::SriovNic) {
+            let problem = "only groups of type \"sriov-nic\" or \"pci\" have virtual functions";
+            return Some(("pf", problem.to_owned()));
+        }
+        if let Some(other) = self.groups.iter().find(of) {
+            let problem = format!(
+                "group \"{}\" makes the virtual functions of {} already: they are made all at once",
+                other.name, spec.pf
+            );
+            return Some(("pf", problem));
+        }
+        spec.problem()
     }
 
     /// The groups in the order of definition.

@@ -39,6 +39,7 @@ mod quarantine;
 mod request;
 mod reserved;
 mod rule;
+mod sriov;
 mod sysfs;
 mod topology;
 mod tree;
@@ -71,13 +72,17 @@ pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
     HeldLease, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper, reserved_for,
 };
-pub use persist::{PersistBy, Persistent, persist};
+pub use persist::{PersistBy, Persistent, persist, persist_functions};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{
     ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
+};
+pub use sriov::{
+    HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
+    Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, activate, deactivate,
 };
 pub use tree::{TreeNode, tree};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::path::Path;
 
 use crate::bind::{BindError, members};
+use crate::group::ResourceGroup;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
@@ -54,6 +56,24 @@ pub fn persist(
         PersistBy::Udev => udev(&members),
         PersistBy::Modprobe => modprobe(&members, &all),
     })
+}
+
+/// The udev rules that activate groups as soon as a driver has their physical functions: `gantry` is the
+/// program to run.
+pub fn persist_functions(groups: &[&ResourceGroup], gantry: &Path) -> String {
+    let mut text = String::new();
+    for group in groups {
+        if let Some(spec) = &group.sriov {
+            let _ = writeln!(
+                text,
+                "ACTION==\"add|bind\", SUBSYSTEM==\"pci\", KERNEL==\"{}\", DRIVER==\"?*\", RUN+=\"{} group activate {}\"",
+                spec.pf,
+                gantry.display(),
+                group.name
+            );
+        }
+    }
+    text
 }
 
 fn udev(devices: &[HostDevice]) -> Persistent {
@@ -151,6 +171,19 @@ mod tests {
         assert_eq!(
             options.warnings,
             ["0000:02:00.0 has the same ids and goes along"]
+        );
+    }
+
+    #[test]
+    fn functions_are_made_when_the_driver_has_the_card() {
+        let group = serde_json::from_str(
+            r#"{"name": "vfs", "sriov": {"pf": "03:00.0", "count": 2}, "bind": "boot"}"#,
+        );
+        let text = persist_functions(&[&group.unwrap()], "/usr/local/bin/gantry".as_ref());
+        assert_eq!(
+            text,
+            "ACTION==\"add|bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", DRIVER==\"?*\", \
+             RUN+=\"/usr/local/bin/gantry group activate vfs\"\n"
         );
     }
 

@@ -68,7 +68,23 @@ show_disk() {
     echo "guest# poweroff -f"
 }
 
+# Of each network card of its own.
+say_net() {
+    for try in $(seq 50); do
+        [ -e /sys/class/net/eth0/device ] && break
+        sleep 0.1
+    done
+    for interface in /sys/class/net/*; do
+        [ -e "$interface/device" ] || continue
+        name=${interface##*/}
+        echo "guest: $name.driver=$(basename "$(readlink -f "$interface/device/driver")")"
+        echo "guest: $name.mac=$(cat "$interface/address")"
+        ip link set "$name" up && echo "guest: $name.up=yes"
+    done
+}
+
 case "$task" in
+net) say_net ;;
 demo) show_disk ;;
 nvme) say_nvme ;;
 read-silently) read_nvme_silently ;;

@@ -1,5 +1,6 @@
 //! `gantry group`: the named pools that VMs take devices from.
 
+mod activate;
 mod alias;
 mod edit;
 mod fit;
@@ -8,7 +9,7 @@ mod matching;
 mod show;
 
 use clap::{Subcommand, ValueEnum};
-use gantry_resources::{GroupType, HostPaths, Rule};
+use gantry_resources::{GroupType, HostPaths, Rule, SriovSpec};
 
 use crate::report::Failure;
 
@@ -30,6 +31,10 @@ pub enum GroupCommand {
     Alias(alias::AliasArgs),
     /// List the devices that aliases may take besides those in groups, or define some in Nova's form
     DeviceSpec(alias::SpecArgs),
+    /// Make the virtual functions of groups, with their settings
+    Activate(activate::ActivateArgs),
+    /// Destroy the virtual functions of groups
+    Deactivate(activate::DeactivateArgs),
     /// Make a group, of rules or of chosen devices
     Create(edit::CreateArgs),
     /// Change a group's type, class, description or rules
@@ -52,6 +57,8 @@ pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {
         GroupCommand::Fit(args) => fit::show(&args, paths),
         GroupCommand::Alias(args) => alias::alias(args, paths),
         GroupCommand::DeviceSpec(args) => alias::device_spec(args, paths),
+        GroupCommand::Activate(args) => activate::on(&args, paths),
+        GroupCommand::Deactivate(args) => activate::off(&args, paths),
         GroupCommand::Create(args) => edit::create(args, paths),
         GroupCommand::Edit(args) => edit::edit(args, paths),
         GroupCommand::Rename(args) => edit::rename(args, paths),
@@ -92,3 +99,17 @@ impl From<Kind> for GroupType {
 fn rule(text: &str) -> Result<Rule, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
+
+/// Virtual functions on the command line; an empty text takes them away.
+fn sriov(text: &str) -> Result<SriovChange, String> {
+    match text.trim() {
+        "" => Ok(SriovChange(None)),
+        text => serde_json::from_str(text)
+            .map(|spec| SriovChange(Some(spec)))
+            .map_err(|error| error.to_string()),
+    }
+}
+
+/// A wish for virtual functions, or for none.
+#[derive(Debug, Clone)]
+struct SriovChange(Option<SriovSpec>);

@@ -259,6 +259,13 @@ impl<'a> Choice<'a, '_> {
         if wish.isolate {
             free = isolated(free, &mut fit);
         }
+        if let Meant::Group(group) = &meant
+            && let Some(spec) = &group.sriov
+        {
+            let one = |device: &HostDevice| device.physfn == Some(spec.pf);
+            let none = !self.view.devices.iter().any(one);
+            fit.inactive = none.then(|| group.name.clone());
+        }
         fit.free = free.len();
         free.truncate(usize::try_from(wish.count).unwrap_or(usize::MAX));
         fit.devices = free.iter().map(|device| device.bdf).collect();

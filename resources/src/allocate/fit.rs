@@ -42,6 +42,9 @@ pub struct RequestFit {
     pub dropped: BTreeMap<Sieve, usize>,
     /// Devices of the kind asked for that cannot be had, and why.
     pub blocked: Vec<Blocked>,
+    /// The group whose virtual functions are not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inactive: Option<String>,
 }
 
 impl RequestFit {
@@ -54,6 +57,7 @@ impl RequestFit {
             considered: 0,
             dropped: BTreeMap::new(),
             blocked: Vec::new(),
+            inactive: None,
         }
     }
 
@@ -66,6 +70,7 @@ impl RequestFit {
             considered: 1,
             dropped: BTreeMap::new(),
             blocked: Vec::new(),
+            inactive: None,
         }
     }
 
@@ -109,6 +114,12 @@ impl fmt::Display for RequestFit {
                 "; of {} devices dropped: {}",
                 self.considered,
                 self.drops()
+            )?;
+        }
+        if let Some(group) = &self.inactive {
+            write!(
+                f,
+                "\n  its virtual functions are not there: `gantry group activate {group}` makes them"
             )?;
         }
         for blocked in self.blocked.iter().take(SHOWN) {

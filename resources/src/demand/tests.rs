@@ -36,7 +36,7 @@ fn take(
     group: &str,
 ) -> Result<Vec<Lease>, AllocateError> {
     let binder = Binder {
-        writer: kernel,
+        host: kernel.access(),
         helper: Path::new("/bin/true"),
     };
     let holder = Holder {
@@ -203,7 +203,7 @@ fn the_helper_is_told_what_to_give_back() {
     assert!(made.unwrap().success());
     let kernel = FakeKernel::new(&host);
     let binder = Binder {
-        writer: &kernel,
+        host: kernel.access(),
         helper: &helper,
     };
     let holder = Holder {
@@ -260,7 +260,7 @@ fn a_write_that_fails_once_is_tried_again() {
     kernel.claims = [("01:00.0", "nouveau"), ("01:00.1", "snd_hda_intel")]
         .map(|(address, driver)| (bdf(address), driver.to_owned()))
         .into();
-    restore(&host.paths, &kernel, &devices, PATIENCE).unwrap();
+    restore(&host.paths, kernel.access(), &devices, PATIENCE).unwrap();
     assert_eq!(host.bindings(), before);
 }
 
@@ -270,7 +270,7 @@ fn a_device_that_hangs_is_not_touched_again() {
     let kernel = FakeKernel::new(&host);
     drop(take(&host, &kernel, "disks").unwrap());
     let kernel = FakeKernel::new(&host).with_fault(1, Fault::Hangs);
-    restore(&host.paths, &kernel, &[bdf("03:00.0")], PATIENCE).unwrap_err();
+    restore(&host.paths, kernel.access(), &[bdf("03:00.0")], PATIENCE).unwrap_err();
     assert!(
         host.read("03:00.0")
             .quarantine

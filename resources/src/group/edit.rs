@@ -12,6 +12,7 @@ use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord}
 use crate::nova::Traits;
 use crate::obstacle::Blocked;
 use crate::rule::Rule;
+use crate::sriov::SriovSpec;
 
 /// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
 /// before [`GroupFiles::save`].
@@ -48,6 +49,8 @@ pub struct GroupChange {
     pub traits: Option<Traits>,
     /// The resource class; an empty one takes it away.
     pub resource_class: Option<String>,
+    /// The virtual functions; none of them takes them away.
+    pub sriov: Option<Option<SriovSpec>>,
     /// Rules that go, by their numbers from 1.
     pub drop_rules: Vec<usize>,
     /// Rules that come, at the end.
@@ -212,6 +215,9 @@ impl GroupFiles {
         }
         if let Some(class) = change.resource_class {
             group.resource_class = Some(class).filter(|class| !class.is_empty());
+        }
+        if let Some(sriov) = change.sriov {
+            group.sriov = sriov;
         }
         if let Some(description) = change.description {
             group.description = description;

@@ -32,7 +32,7 @@ impl fmt::Display for Blocked {
             ),
             Obstacle::HasVfs { count } => write!(
                 f,
-                "{bdf} has {count} virtual functions, which would vanish: write 0 to its sriov_numvfs first"
+                "{bdf} has {count} virtual functions, which would vanish: `gantry group deactivate` their group, or write 0 to its sriov_numvfs"
             ),
             Obstacle::Unbound => {
                 write!(

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use super::command;
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
+use super::packages::find_in;
 use super::parts::Parts;
 
 /// Vendors whose names guests get to know: those of the lab's devices.
@@ -35,8 +36,11 @@ impl HostKernel {
 
 /// The lab host's initramfs, with `programs` besides: path there, file here.
 pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -> Result<Vec<u8>> {
-    let mut archive = base(parts)?;
+    let mut archive = base(parts, &["lspci", "ip"])?;
     archive.file("init", 0o755, include_bytes!("../../lab/host-init.sh"));
+    // Busybox's knows no virtual functions.
+    let ip = find_in(&parts.tools, &["bin/ip", "usr/bin/ip"])?;
+    archive.program("bin/ip", &ip, Some(&parts.tools))?;
     archive.program("bin/lab-agent", &parts.agent, None)?;
     archive.program("bin/gantry", &parts.gantry, None)?;
     for (path, from) in programs {
@@ -73,7 +77,7 @@ pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -
 
 /// A guest's initramfs.
 pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
-    let mut archive = base(parts)?;
+    let mut archive = base(parts, &["lspci"])?;
     archive.file("init", 0o755, include_bytes!("../../lab/guest-init.sh"));
     archive.program(
         "bin/lspci",
@@ -87,8 +91,8 @@ pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Busybox under all its names, and the folders that init mounts things on.
-fn base(parts: &Parts) -> Result<Initramfs> {
+/// Busybox under all its names but those of `others`, and the folders that init mounts things on.
+fn base(parts: &Parts, others: &[&str]) -> Result<Initramfs> {
     let mut archive = Initramfs::default();
     for folder in ["dev", "proc", "sys", "tmp", "run", "root", "etc"] {
         archive.folder(folder);
@@ -98,8 +102,7 @@ fn base(parts: &Parts) -> Result<Initramfs> {
     archive.copy("bin/busybox", &busybox)?;
     let names = command::output(Command::new(&busybox).arg("--list"))?;
     for name in String::from_utf8_lossy(&names).lines() {
-        // lspci is the real one.
-        if !["busybox", "lspci", "init"].contains(&name) {
+        if !["busybox", "init"].contains(&name) && !others.contains(&name) {
             archive.link(&format!("bin/{name}"), "busybox");
         }
     }

@@ -30,7 +30,7 @@ const STOCK_MODULES: &[&str] = &[
 pub struct Parts {
     /// QEMU and its firmware, unpacked.
     pub qemu: PathBuf,
-    /// Busybox and pciutils, unpacked.
+    /// Busybox, pciutils and iproute2, unpacked.
     pub tools: PathBuf,
     /// Debian's kernel.
     pub stock: Kernel,
@@ -61,10 +61,16 @@ impl Parts {
         let qemu = store.qemu()?;
         let tools = store.tree(
             "tools",
-            "busybox and pciutils",
+            "busybox, pciutils and iproute2",
             Wanted {
-                always: &["busybox-static", "pciutils", "libpci3", "pci.ids"],
-                missing: &["pciutils"],
+                always: &[
+                    "busybox-static",
+                    "pciutils",
+                    "libpci3",
+                    "pci.ids",
+                    "iproute2",
+                ],
+                missing: &["pciutils", "iproute2"],
                 backports: false,
             },
         )?;

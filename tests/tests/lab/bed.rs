@@ -132,6 +132,9 @@ fn check_clean(host: &Host) -> Result<()> {
             [ $(cat $device/class) != 0x010802 ] || [ -e $device/driver ] ||
                 echo ${device##*/}, an NVMe disk, has no driver
         done
+        for card in /sys/bus/pci/devices/*/sriov_numvfs; do
+            [ ! -e $card ] || [ $(cat $card) = 0 ] || echo ${card%/*} has virtual functions
+        done
         for process in $(pidof gantry); do
             echo gantry runs as process $process: $(tr '\0' ' ' <$process/cmdline)
         done

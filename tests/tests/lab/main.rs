@@ -29,6 +29,7 @@ mod pool;
 mod pools;
 mod refusals;
 mod sandbox;
+mod sriov;
 mod the_lab;
 mod vm;
 
@@ -74,6 +75,7 @@ const SUITES: &[Suite] = &[
             ("pools", pools::MORE),
             ("refusals", refusals::CASES),
             ("sandbox", sandbox::CASES),
+            ("sriov", sriov::CASES),
         ],
     },
 ];

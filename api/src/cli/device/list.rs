@@ -19,6 +19,8 @@ States:
   unbound      no driver has it
   quarantined  it hung, or was used once: `gantry device release-quarantine`
 
+VFS shows a physical function's virtual ones, those there are and those it could have.
+
 Examples:
   gantry device list --sort iommu
   gantry device list --json")]
@@ -45,7 +47,7 @@ enum Key {
     Vm,
 }
 
-const COLUMNS: [Column; 10] = [
+const COLUMNS: [Column; 11] = [
     Column {
         title: "ADDRESS",
         give: Give::Nothing,
@@ -72,6 +74,10 @@ const COLUMNS: [Column; 10] = [
     },
     Column {
         title: "NUMA",
+        give: Give::All(0),
+    },
+    Column {
+        title: "VFS",
         give: Give::All(0),
     },
     Column {
@@ -166,6 +172,15 @@ impl<'a> Row<'a> {
             .to_owned()
     }
 
+    /// Virtual functions there are and could be; of one of them, its physical function.
+    fn functions(&self) -> String {
+        match (self.device.sriov, self.device.physfn) {
+            (Some(sriov), _) => format!("{}/{}", sriov.active, sriov.total),
+            (None, Some(pf)) => format!("of {pf}"),
+            (None, None) => "-".to_owned(),
+        }
+    }
+
     fn vm(&self) -> Option<&str> {
         match &self.state {
             DeviceState::Assigned { vm } => vm.as_deref(),
@@ -185,6 +200,7 @@ impl<'a> Row<'a> {
             text(self.device.driver.as_deref()),
             number(self.device.iommu_group),
             number(self.device.numa_node),
+            self.functions(),
             state_word(&self.state).to_owned(),
             text(self.group),
             text(self.vm()),

@@ -4,7 +4,9 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{Bind, Groups, HostBdf, HostPaths, PersistBy, persist, scan};
+use gantry_resources::{
+    Bind, Groups, HostBdf, HostPaths, PersistBy, ResourceGroup, persist, persist_functions, scan,
+};
 
 use crate::output::{print, print_json};
 use crate::report::{Failure, USAGE};
@@ -47,12 +49,19 @@ enum By {
 }
 
 pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let devices = chosen(args, paths)?;
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let (devices, functions) = chosen(args, &groups, paths)?;
     let by = match args.by {
         By::Udev => PersistBy::Udev,
         By::Modprobe => PersistBy::Modprobe,
     };
-    let made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
+    if !functions.is_empty() && matches!(args.by, By::Modprobe) {
+        let what = "modprobe makes no virtual functions";
+        return Err(Failure::new(USAGE, what).help("leave --by out: a udev rule activates groups"));
+    }
+    let mut made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
+    let gantry = std::env::current_exe().unwrap_or_else(|_| "/usr/local/bin/gantry".into());
+    made.text += &persist_functions(&functions, &gantry);
     if args.json {
         return print_json(&made);
     }
@@ -77,25 +86,38 @@ pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-fn chosen(args: &PersistArgs, paths: &HostPaths) -> Result<Vec<HostBdf>, Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+/// The devices to be bound, and the groups whose virtual functions are to be made.
+fn chosen<'g>(
+    args: &PersistArgs,
+    groups: &'g Groups,
+    paths: &HostPaths,
+) -> Result<(Vec<HostBdf>, Vec<&'g ResourceGroup>), Failure> {
     for name in &args.groups {
         groups.find(name).map_err(Failure::host)?;
     }
     let by_default = args.devices.is_empty() && args.groups.is_empty();
     let mut devices = args.devices.clone();
+    let wanted = |group: &&ResourceGroup| {
+        args.groups.contains(&group.name) || (by_default && group.bind == Bind::Boot)
+    };
+    let functions: Vec<_> = groups
+        .iter()
+        .filter(|group| wanted(group) && group.sriov.is_some())
+        .collect();
     for device in scan(paths).map_err(Failure::host)? {
         let Some(group) = groups.group_of(&device) else {
             continue;
         };
-        if args.groups.contains(&group.name) || (by_default && group.bind == Bind::Boot) {
+        // What activation makes, activation binds.
+        let made = group.sriov.as_ref().map(|spec| spec.pf);
+        if wanted(&group) && (made.is_none() || device.physfn != made) {
             devices.push(device.bdf);
         }
     }
-    if devices.is_empty() {
+    if devices.is_empty() && functions.is_empty() {
         let what = "there is nothing to persist: no device is in a group with \"bind\": \"boot\"";
         return Err(Failure::new(USAGE, what)
             .help("name devices or groups, or `gantry group edit NAME --bind boot`"));
     }
-    Ok(devices)
+    Ok((devices, functions))
 }

@@ -6,7 +6,7 @@ use gantry_resources::{
     scan,
 };
 
-use super::Kind;
+use super::{Kind, SriovChange};
 use crate::output::print;
 use crate::report::Failure;
 
@@ -14,7 +14,8 @@ use crate::report::Failure;
 #[command(after_help = "\
 Examples:
   gantry group create gpus --class gpu --device 0b:00.0 --device 0b:00.1
-  gantry group create disks --type nvme --rule '{\"vendor\": \"144d\", \"numa\": 0}'")]
+  gantry group create disks --type nvme --rule '{\"vendor\": \"144d\", \"numa\": 0}'
+  gantry group create vfs --type sriov-nic --sriov '{\"pf\": \"03:00.0\", \"count\": 4, \"vlan\": 100}'")]
 pub struct CreateArgs {
     /// What VMs ask for
     name: String,
@@ -79,6 +80,9 @@ struct Tags {
     /// Resource class that an alias may ask for; '' takes it away
     #[arg(long, value_name = "NAME")]
     resource_class: Option<String>,
+    /// Virtual functions that `gantry group activate` makes; '' takes them away
+    #[arg(long, value_name = "JSON", value_parser = super::sriov)]
+    sriov: Option<SriovChange>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -108,6 +112,7 @@ impl Tags {
             one_time_use: self.one_time_use,
             traits: self.traits.map(|text| text.split(',').collect()),
             resource_class: self.resource_class,
+            sriov: self.sriov.map(|SriovChange(spec)| spec),
             ..GroupChange::default()
         }
     }
@@ -159,6 +164,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         description,
         class,
         rules,
+        sriov: None,
         bind: Default::default(),
         traits: None,
         resource_class: None,

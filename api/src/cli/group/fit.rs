@@ -109,6 +109,12 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
         Some(from) => writeln!(out, "{} of {from}: {devices}", request.wanted)?,
         None => return writeln!(out, "by address: {devices}"),
     }
+    if let Some(group) = &request.inactive {
+        writeln!(
+            out,
+            "  its virtual functions are not there: `gantry group activate {group}` makes them"
+        )?;
+    }
     if !request.dropped.is_empty() {
         let (drops, all) = (request.drops(), request.considered);
         writeln!(

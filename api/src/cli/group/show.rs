@@ -1,7 +1,9 @@
 //! `gantry group show`: one group with its rules and devices.
 
+use std::io::{self, Write};
+
 use clap::Args;
-use gantry_resources::{Bind, Groups, HostPaths, ResourceGroup, scan};
+use gantry_resources::{Bind, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, scan};
 use serde::Serialize;
 
 use super::list::type_word;
@@ -60,6 +62,9 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             writeln!(out, "res. class   {class}")?;
         }
         writeln!(out, "bind         {}", bind_word(group.bind))?;
+        if let Some(spec) = &group.sriov {
+            functions(out, spec, &devices)?;
+        }
         if group.one_time_use {
             writeln!(
                 out,
@@ -82,4 +87,24 @@ fn bind_word(bind: Bind) -> &'static str {
         Bind::Boot => "boot: `gantry device persist`",
         Bind::Demand => "demand: when a VM takes a device",
     }
+}
+
+/// The virtual functions that a group asks for: how many there are, and what each is set to.
+fn functions(out: &mut dyn Write, spec: &SriovSpec, devices: &[HostDevice]) -> io::Result<()> {
+    let pf = devices.iter().find(|device| device.bdf == spec.pf);
+    let there = match pf.and_then(|pf| pf.sriov) {
+        Some(sriov) => format!("{} of {} there", sriov.active, sriov.total),
+        None => "which has no SR-IOV here".to_owned(),
+    };
+    writeln!(out, "functions    {} of {}, {there}", spec.count, spec.pf)?;
+    for index in 0..spec.count {
+        let wanted = spec.wanted(index);
+        let settings = wanted.settings(&wanted);
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let words: Vec<String> = settings.iter().map(ToString::to_string).collect();
+        writeln!(out, "  vf {index:<8} {}", words.join(", "))?;
+    }
+    Ok(())
 }

@@ -1,0 +1,157 @@
+//! `gantry group activate|deactivate`: the virtual functions of a group, made and destroyed.
+
+use std::io::{self, Write};
+
+use clap::Args;
+use gantry_resources::{
+    Bind, ChildWriter, Groups, HostAccess, HostPaths, Netlink, ResourceGroup, SriovError,
+    SriovReport, activate, deactivate, reap,
+};
+
+use crate::output::{print, print_json};
+use crate::report::{Failure, USAGE};
+use crate::signals::SignalsHeld;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A group's \"sriov\" says of which device, how many, and what each is set to:
+  {\"name\": \"vfs\", \"type\": \"sriov-nic\", \"sriov\": {\"pf\": \"0000:03:00.0\", \"count\": 4,
+    \"mac\": \"52:54:00:00:01:00\", \"vlan\": 100, \"spoof_check\": true, \"trust\": false}}
+`gantry schema groups` tells all keys. Functions in use keep what they have, and are in the way of
+another count.
+
+Examples:
+  gantry group activate vfs --dry-run
+  gantry group activate vfs
+  gantry group activate --boot")]
+pub struct ActivateArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+    /// All groups that say \"bind\": \"boot\"; for a unit that runs when the host boots
+    #[arg(long, conflicts_with = "names", required_unless_present = "names")]
+    boot: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Refused while a VM, the host or another program uses one of them.
+
+Examples:
+  gantry group deactivate vfs --dry-run
+  gantry group deactivate vfs")]
+pub struct DeactivateArgs {
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+struct CommonArgs {
+    /// The groups
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Only show what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Show the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let boot = |group: &&ResourceGroup| group.bind == Bind::Boot && group.sriov.is_some();
+    let chosen = match args.boot {
+        true => groups.iter().filter(boot).collect(),
+        false => named(&groups, &args.common)?,
+    };
+    each(&chosen, &args.common, activate, paths)
+}
+
+pub fn off(args: &DeactivateArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let chosen = named(&groups, &args.common)?;
+    each(&chosen, &args.common, deactivate, paths)
+}
+
+fn named<'g>(groups: &'g Groups, args: &CommonArgs) -> Result<Vec<&'g ResourceGroup>, Failure> {
+    if args.names.is_empty() {
+        return Err(Failure::new(
+            USAGE,
+            "name a group: `gantry group list` shows them",
+        ));
+    }
+    let find = |name: &String| groups.find(name).map_err(Failure::host);
+    args.names.iter().map(find).collect()
+}
+
+type Change =
+    fn(&HostPaths, HostAccess<'_>, &ResourceGroup, bool) -> Result<SriovReport, SriovError>;
+
+fn each(
+    groups: &[&ResourceGroup],
+    args: &CommonArgs,
+    change: Change,
+    paths: &HostPaths,
+) -> Result<(), Failure> {
+    let links = Netlink::new(paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
+    // A ctrl-c between two writes would leave functions without settings.
+    let _whole = SignalsHeld::new();
+    if !args.dry_run {
+        reap(paths, host.writer).map_err(Failure::host)?;
+    }
+    let mut reports = Vec::new();
+    for group in groups {
+        let report = change(paths, host, group, args.dry_run).map_err(Failure::host)?;
+        if !args.json {
+            print(|out| show(out, &report, args.dry_run))?;
+        }
+        reports.push(report);
+    }
+    match args.json {
+        true => print_json(&reports),
+        false => Ok(()),
+    }
+}
+
+fn show(out: &mut dyn Write, report: &SriovReport, dry_run: bool) -> io::Result<()> {
+    let SriovReport {
+        group,
+        pf,
+        interface,
+        before,
+        after,
+        functions,
+        left,
+        writes,
+    } = report;
+    let name = interface
+        .as_ref()
+        .map(|interface| format!(" ({})", interface.name));
+    let name = name.unwrap_or_default();
+    match (before == after, dry_run) {
+        (true, _) => writeln!(
+            out,
+            "{group}: {pf}{name} has {after} virtual functions already"
+        )?,
+        (false, true) => writeln!(
+            out,
+            "{group}: {pf}{name} would have {after} virtual functions instead of {before}"
+        )?,
+        (false, false) => writeln!(out, "{group}: {pf}{name} has {after} virtual functions")?,
+    }
+    if dry_run {
+        writes
+            .iter()
+            .try_for_each(|write| writeln!(out, "  {write}"))?;
+    } else {
+        functions
+            .iter()
+            .try_for_each(|bdf| writeln!(out, "  {bdf}"))?;
+    }
+    left.iter()
+        .try_for_each(|one| writeln!(out, "  {} is left as it is: {}", one.bdf, one.why))
+}

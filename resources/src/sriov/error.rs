@@ -1,0 +1,145 @@
+//! Why virtual functions were not made, set or destroyed.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::links::LinkError;
+use super::pf::LiveVf;
+use crate::bind::BindError;
+use crate::host::HostBdf;
+use crate::inventory::InventoryError;
+use crate::lease::LeaseError;
+use crate::obstacle::Blocked;
+use crate::rule::IdPair;
+use crate::writer::WriteError;
+
+/// Virtual functions were not made, set or destroyed.
+#[derive(Debug, Error)]
+pub enum SriovError {
+    /// The group makes no functions.
+    #[error(
+        "group \"{0}\" makes no virtual functions: `gantry group edit {0} --sriov '{{\"pf\": \"0000:03:00.0\", \"count\": 4}}'` says of which device, and how many"
+    )]
+    NoSpec(String),
+    /// Other hardware than the group was made for.
+    #[error("{pf} is {is} now, not {wanted}: change the group's sriov.id if that is right")]
+    OtherPf {
+        /// The address.
+        pf: HostBdf,
+        /// What is there.
+        is: IdPair,
+        /// What should be.
+        wanted: IdPair,
+    },
+    /// The device has no SR-IOV.
+    #[error(
+        "{pf} cannot have virtual functions: it has no SR-IOV, or firmware or kernel do not show it (sriov_totalvfs)"
+    )]
+    NotCapable {
+        /// The device.
+        pf: HostBdf,
+    },
+    /// It cannot have as many.
+    #[error("{pf} can have {total} virtual functions at most, and the group asks for {wanted}")]
+    TooMany {
+        /// The device.
+        pf: HostBdf,
+        /// How many it can have.
+        total: u16,
+        /// How many are asked for.
+        wanted: u16,
+    },
+    /// No driver makes its functions.
+    #[error("{pf} has no driver, which makes its virtual functions: `gantry device reattach {pf}`")]
+    NoDriver {
+        /// The device.
+        pf: HostBdf,
+    },
+    /// The settings need a network card.
+    #[error(
+        "{pf} is no network interface of the host, so its functions have no {key}: take it out of the group"
+    )]
+    NoInterface {
+        /// The device.
+        pf: HostBdf,
+        /// A setting that is asked for.
+        key: &'static str,
+    },
+    /// Functions in use would vanish.
+    #[error(
+        "{pf} has {now} virtual functions and cannot have {wanted} now, since these would vanish:{}",
+        lines(.live)
+    )]
+    Live {
+        /// The device.
+        pf: HostBdf,
+        /// How many it has.
+        now: u16,
+        /// How many it was to have.
+        wanted: u16,
+        /// Those in use.
+        live: Vec<LiveVf>,
+    },
+    /// Somebody is at work on the device.
+    #[error("{0}")]
+    Busy(Blocked),
+    /// The kernel took the write, but the functions are not there.
+    #[error("{pf} has {found} virtual functions afterwards, not {wanted}: see dmesg")]
+    Short {
+        /// The device.
+        pf: HostBdf,
+        /// How many it has.
+        found: usize,
+        /// How many it was to have.
+        wanted: u16,
+    },
+    /// A write failed; what was done before it was undone, but for what `left` says.
+    #[error("group \"{group}\" was not activated{}", if .left.is_empty() { ": everything is as it was before" } else { .left })]
+    Failed {
+        /// The group.
+        group: String,
+        /// What could not be undone; empty if all was.
+        left: String,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// A write to sysfs failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// An interface could not be asked or set.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The functions could not be given to vfio-pci.
+    #[error(transparent)]
+    Bind(Box<BindError>),
+    /// A device cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// What was cannot be written down, so nothing was touched.
+    #[error("cannot keep what was in {path}")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn lines(live: &[LiveVf]) -> String {
+    let line = |LiveVf { bdf, why }: &LiveVf| format!("\n{bdf}: {why}");
+    live.iter().map(line).collect()
+}
+
+impl SriovError {
+    /// Whether the kernel still is at work on the device, which must then be left alone.
+    pub(super) fn is_hung(&self) -> bool {
+        matches!(self, Self::Write(WriteError::Hung { .. }))
+    }
+}

@@ -1,0 +1,333 @@
+//! Virtual functions of a group: made when it is activated, given their settings, and gone when it is
+//! deactivated; never resized under one that is in use.
+//!
+//! The kernel's side: `sriov_numvfs` makes and destroys all functions of a physical one at once
+//! (Documentation/PCI/pci-iov-howto.rst), `sriov_drivers_autoprobe` keeps the host's drivers off them,
+//! and the physical function's driver takes their settings through rtnetlink.
+
+mod activation;
+mod error;
+mod links;
+mod netlink;
+pub(crate) mod owed;
+mod pf;
+mod probe;
+mod settings;
+
+use std::fmt::Display;
+use std::time::{Duration, Instant};
+
+use crate::former::Former;
+use crate::group::{Bind, ResourceGroup};
+use crate::host::{HostBdf, HostPaths};
+use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord, holder};
+use crate::obstacle::Blocked;
+use crate::quarantine::{Until, quarantine};
+use crate::rule::IdPair;
+use crate::writer::{SysfsWrite, SysfsWriter};
+use activation::Activation;
+pub use error::SriovError;
+pub use links::{Interface, LinkError, LinkWrite, VfLinks};
+pub use netlink::Netlink;
+pub use pf::LiveVf;
+pub(crate) use pf::Pf;
+pub(crate) use probe::reap;
+use serde::Serialize;
+pub use settings::{LinkState, Mac, MacPlan, SriovSpec, VfSetting, VfState};
+
+/// How long a VM waits for another command that makes the functions it asks for.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What changes the host: files of sysfs, and network interfaces.
+#[derive(Clone, Copy)]
+pub struct HostAccess<'a> {
+    /// Writes sysfs.
+    pub writer: &'a dyn SysfsWriter,
+    /// Asks and changes interfaces.
+    pub links: &'a dyn VfLinks,
+}
+
+/// One write to the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum HostWrite {
+    /// To sysfs.
+    Sysfs(SysfsWrite),
+    /// To an interface.
+    Link(LinkWrite),
+}
+
+impl Display for HostWrite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sysfs(SysfsWrite { path, value }) => {
+                write!(f, "write {value:?} to {}", path.display())
+            }
+            Self::Link(write) => write.fmt(f),
+        }
+    }
+}
+
+/// What became of a group's functions, or in a dry run would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SriovReport {
+    /// The group.
+    pub group: String,
+    /// The physical function.
+    pub pf: HostBdf,
+    /// Its network interface.
+    pub interface: Option<Interface>,
+    /// How many functions there were.
+    pub before: u16,
+    /// How many there are.
+    pub after: u16,
+    /// The functions, by their numbers.
+    pub functions: Vec<HostBdf>,
+    /// Functions in use, whose settings and drivers were left as they are.
+    pub left: Vec<LiveVf>,
+    /// The writes, in order.
+    pub writes: Vec<HostWrite>,
+}
+
+/// Makes a group's virtual functions, where there are not as many, gives them their settings, and hands
+/// them to vfio-pci unless VMs take them on demand. All of it or nothing; functions in use are left
+/// alone, and are in the way of another number of them.
+pub fn activate(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<SriovReport, SriovError> {
+    let spec = spec(group)?;
+    let record = LeaseRecord::task("gantry group activate");
+    let choosing = match dry_run {
+        false => Some(AllocationLock::acquire(
+            paths,
+            &record,
+            ALLOCATION_DEADLINE,
+        )?),
+        true => None,
+    };
+    let pf = Pf::read(paths, spec.pf)?;
+    may_activate(&pf, spec)?;
+    let live = pf::live(paths, &pf.vfs, &record)?;
+    may_resize(&pf, spec.count, &live)?;
+    let locks = match dry_run {
+        false => lock(paths, &pf, spec.count, &live, &record)?,
+        true => Vec::new(),
+    };
+    // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
+    drop(choosing);
+    let work = Activation {
+        paths,
+        host,
+        group,
+        spec,
+        had_link: pf.has_link(),
+        pf,
+        live,
+        resized: false,
+        writes: Vec::new(),
+        dry_run,
+        locks,
+    };
+    work.carry_out()
+}
+
+/// Destroys a group's virtual functions. Refused while one is in use.
+pub fn deactivate(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<SriovReport, SriovError> {
+    let spec = spec(group)?;
+    let record = LeaseRecord::task("gantry group deactivate");
+    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    let pf = Pf::read(paths, spec.pf)?;
+    is_the_right_one(&pf, spec)?;
+    let live = pf::live(paths, &pf.vfs, &record)?;
+    may_resize(&pf, 0, &live)?;
+    let mut report = report(group, &pf, 0);
+    if pf.vfs.is_empty() {
+        return Ok(report);
+    }
+    let none = SysfsWrite {
+        path: pf.attribute("sriov_numvfs"),
+        value: "0".to_owned(),
+    };
+    if !dry_run {
+        let _locks = lock(paths, &pf, 0, &[], &record)?;
+        drop(choosing);
+        if let Err(error) = host.writer.write(&none.path, &none.value) {
+            let error = SriovError::from(error);
+            set_aside_if_hung(paths, &pf, &error);
+            return Err(error);
+        }
+        found(paths, &pf, 0)?;
+        pf.vfs.iter().for_each(|bdf| forget(paths, *bdf));
+    }
+    report.writes.push(HostWrite::Sysfs(none));
+    Ok(report)
+}
+
+/// Activates a group that a VM asks for, if it has no functions yet. Waits for somebody else who does.
+pub(crate) fn activate_for_vm(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+) -> Result<(), SriovError> {
+    let Some(spec) = group.sriov.as_ref().filter(|_| group.bind == Bind::Demand) else {
+        return Ok(());
+    };
+    let deadline = Instant::now() + OTHERS_PATIENCE;
+    loop {
+        let there = !Pf::read(paths, spec.pf)?.vfs.is_empty();
+        let busy = holder(paths, spec.pf)?.is_held();
+        match (there, busy) {
+            (true, false) => return Ok(()),
+            (false, false) => match activate(paths, host, group, false) {
+                Err(SriovError::Busy(_)) if Instant::now() < deadline => {}
+                result => return result.map(drop),
+            },
+            (_, true) if Instant::now() >= deadline => {
+                let lease = holder(paths, spec.pf)?;
+                return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
+            }
+            (_, true) => {}
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
+    let none = || SriovError::NoSpec(group.name.clone());
+    group.sriov.as_ref().ok_or_else(none)
+}
+
+fn is_the_right_one(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+    let is = IdPair::from(pf.device.id);
+    match spec.id.filter(|wanted| *wanted != is) {
+        Some(wanted) => Err(SriovError::OtherPf {
+            pf: spec.pf,
+            is,
+            wanted,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+    is_the_right_one(pf, spec)?;
+    let bdf = spec.pf;
+    let total = match pf.device.sriov {
+        Some(sriov) if sriov.total > 0 => sriov.total,
+        _ => return Err(SriovError::NotCapable { pf: bdf }),
+    };
+    if spec.count > total {
+        return Err(SriovError::TooMany {
+            pf: bdf,
+            total,
+            wanted: spec.count,
+        });
+    }
+    if pf.device.driver.is_none() {
+        return Err(SriovError::NoDriver { pf: bdf });
+    }
+    let wanted = spec.wanted(0);
+    match wanted.settings(&wanted).first() {
+        Some(setting) if pf.interface.is_none() => Err(SriovError::NoInterface {
+            pf: bdf,
+            key: setting.key(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn may_resize(pf: &Pf, wanted: u16, live: &[LiveVf]) -> Result<(), SriovError> {
+    if pf.vfs.len() == usize::from(wanted) || live.is_empty() {
+        return Ok(());
+    }
+    Err(SriovError::Live {
+        pf: pf.device.bdf,
+        now: count(pf),
+        wanted,
+        live: live.to_vec(),
+    })
+}
+
+fn count(pf: &Pf) -> u16 {
+    u16::try_from(pf.vfs.len()).unwrap_or(u16::MAX)
+}
+
+fn report(group: &ResourceGroup, pf: &Pf, after: u16) -> SriovReport {
+    SriovReport {
+        group: group.name.clone(),
+        pf: pf.device.bdf,
+        interface: pf.interface.clone(),
+        before: count(pf),
+        after,
+        functions: (0..after).filter_map(|index| pf.address(index)).collect(),
+        left: Vec::new(),
+        writes: Vec::new(),
+    }
+}
+
+/// Locks the physical function, the functions that there are, but for those in use, and those that will
+/// be: a lock is on an address.
+fn lock(
+    paths: &HostPaths,
+    pf: &Pf,
+    wanted: u16,
+    live: &[LiveVf],
+    record: &LeaseRecord,
+) -> Result<Vec<DeviceLock>, SriovError> {
+    let functions = (0..wanted.max(count(pf))).filter_map(|index| pf.address(index));
+    let mut locks = Vec::new();
+    for bdf in [pf.device.bdf].into_iter().chain(functions) {
+        if live.iter().any(|one| one.bdf == bdf) {
+            continue;
+        }
+        match DeviceLock::take(paths, bdf, record)? {
+            Some(lock) => locks.push(lock),
+            None => {
+                let lease = holder(paths, bdf)?;
+                return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
+            }
+        }
+    }
+    Ok(locks)
+}
+
+/// Looks whether as many functions are there as should be.
+fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
+    let now = Pf::read(paths, pf.device.bdf)?;
+    if now.vfs.len() == usize::from(wanted) {
+        return Ok(now);
+    }
+    Err(SriovError::Short {
+        pf: pf.device.bdf,
+        found: now.vfs.len(),
+        wanted,
+    })
+}
+
+/// A device that the kernel did not come back from is for nobody.
+fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
+    if !why.is_hung() {
+        return;
+    }
+    let reason = format!("it hung: {why}");
+    if let Err(error) = quarantine(paths, &pf.device, &reason, Until::Boot) {
+        tracing::error!("{} cannot be put into quarantine: {error}", pf.device.bdf);
+    }
+}
+
+/// Forgets what was known of a function that is no more.
+fn forget(paths: &HostPaths, bdf: HostBdf) {
+    Former::forget(paths, bdf);
+    owed::forget(paths, bdf);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,172 @@
+//! What a virtual function was set to before a VM got it, so that the next one gets it like that.
+//!
+//! A trusted guest changes its address, and a group may ask for other settings than the function had. The
+//! record is written before the first change; the helper that outlives the VM, or the next command, puts
+//! everything back under the function's lock and removes it.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::SriovError;
+use super::links::{LinkError, LinkWrite, VfLinks};
+use super::pf::Pf;
+use super::settings::VfState;
+use crate::group::Groups;
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, InventoryError};
+use crate::sysfs;
+
+/// A record in the run directory, which a reboot empties, as it ends all virtual functions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Owed {
+    pf: HostBdf,
+    vf: u16,
+    before: VfState,
+}
+
+impl Owed {
+    fn load(paths: &HostPaths, bdf: HostBdf) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path(paths, bdf)).ok()?).ok()
+    }
+
+    fn store(&self, paths: &HostPaths, bdf: HostBdf) -> Result<(), SriovError> {
+        let path = path(paths, bdf);
+        let written = serde_json::to_vec(self)
+            .map_err(io::Error::from)
+            .and_then(|text| crate::atomic::replace(&path, &text));
+        written.map_err(|source| SriovError::Record { path, source })
+    }
+}
+
+fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.run.join("vf").join(bdf.to_string())
+}
+
+/// The functions that have a record.
+pub(crate) fn owed(paths: &HostPaths) -> Vec<HostBdf> {
+    let names = sysfs::entries(&paths.run.join("vf")).unwrap_or_default();
+    names.iter().filter_map(|name| name.parse().ok()).collect()
+}
+
+/// Whether a function has a record.
+pub(crate) fn is_owed(paths: &HostPaths, bdf: HostBdf) -> bool {
+    path(paths, bdf).exists()
+}
+
+/// Forgets a function: it is no more.
+pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
+    let path = path(paths, bdf);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+/// Where a device is one of a group's virtual functions with an interface: the physical function and
+/// the number.
+pub(crate) fn function(
+    paths: &HostPaths,
+    groups: &Groups,
+    device: &HostDevice,
+) -> Result<Option<(Pf, u16)>, InventoryError> {
+    let made = groups
+        .group_of(device)
+        .and_then(|group| group.sriov.as_ref());
+    let Some(spec) = made.filter(|spec| device.physfn == Some(spec.pf)) else {
+        return Ok(None);
+    };
+    let pf = Pf::read(paths, spec.pf)?;
+    let index = pf.vfs.iter().position(|vf| *vf == device.bdf);
+    let index = index.and_then(|index| u16::try_from(index).ok());
+    Ok(index
+        .filter(|_| pf.interface.is_some())
+        .map(|index| (pf, index)))
+}
+
+/// Gives a function that this process has locked what its group asks for, and all else as it was before
+/// the last VM, and writes down what it was.
+pub(crate) fn prepare(
+    paths: &HostPaths,
+    links: &dyn VfLinks,
+    groups: &Groups,
+    device: &HostDevice,
+) -> Result<(), SriovError> {
+    let Some((pf, vf)) = function(paths, groups, device)? else {
+        return Ok(());
+    };
+    let (Some(interface), Some(spec)) = (
+        &pf.interface,
+        groups
+            .group_of(device)
+            .and_then(|group| group.sriov.as_ref()),
+    ) else {
+        return Ok(());
+    };
+    let now = links.read(interface)?.remove(&vf).unwrap_or_default();
+    let before = match Owed::load(paths, device.bdf) {
+        Some(older) if (older.pf, older.vf) == (pf.device.bdf, vf) => older.before,
+        _ => now.clone(),
+    };
+    let wanted = before.with(&spec.wanted(vf));
+    let owed = Owed {
+        pf: pf.device.bdf,
+        vf,
+        before,
+    };
+    owed.store(paths, device.bdf)?;
+    for setting in now.changes_to(&wanted) {
+        links.set(&LinkWrite {
+            interface: interface.clone(),
+            vf,
+            setting,
+        })?;
+    }
+    Ok(())
+}
+
+/// Puts a function back that this process has locked. Whether there was anything to put back.
+pub(crate) fn restore(
+    paths: &HostPaths,
+    links: &dyn VfLinks,
+    bdf: HostBdf,
+) -> Result<bool, SriovError> {
+    let Some(Owed { pf, vf, before }) = Owed::load(paths, bdf) else {
+        forget(paths, bdf);
+        return Ok(false);
+    };
+    let there = match Pf::read(paths, pf) {
+        Ok(pf) => pf
+            .interface
+            .filter(|_| pf.vfs.get(usize::from(vf)) == Some(&bdf)),
+        Err(InventoryError::NoSuchDevice { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let mut changed = false;
+    if let Some(interface) = there {
+        let now = links.read(&interface)?.remove(&vf).unwrap_or_default();
+        for setting in now.changes_to(&before) {
+            let interface = interface.clone();
+            let write = LinkWrite {
+                interface,
+                vf,
+                setting,
+            };
+            match links.set(&write) {
+                Ok(()) => changed = true,
+                // What the card gave by itself it need not take from others.
+                Err(LinkError::Refused { write, source })
+                    if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
+                {
+                    tracing::debug!("`{write}` is not to be had: {source}");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    forget(paths, bdf);
+    Ok(changed)
+}

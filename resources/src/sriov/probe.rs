@@ -1,0 +1,65 @@
+//! The record of a physical function whose new functions are being kept from the host's drivers: a
+//! command that is killed meanwhile cannot allow them again.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::error::SriovError;
+use crate::host::{HostBdf, HostPaths};
+use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::sysfs;
+use crate::writer::SysfsWriter;
+
+fn path(paths: &HostPaths, pf: HostBdf) -> PathBuf {
+    paths.run.join("autoprobe").join(pf.to_string())
+}
+
+/// Writes down that `sriov_drivers_autoprobe` was 1.
+pub(super) fn remember(paths: &HostPaths, pf: HostBdf) -> Result<(), SriovError> {
+    let path = path(paths, pf);
+    crate::atomic::replace(&path, b"1").map_err(|source| SriovError::Record { path, source })
+}
+
+pub(super) fn forget(paths: &HostPaths, pf: HostBdf) {
+    let path = path(paths, pf);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+/// Lets the host's drivers have new functions again, if they were kept from them. The device is locked.
+pub(super) fn restore(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    pf: HostBdf,
+) -> Result<(), SriovError> {
+    if !path(paths, pf).exists() {
+        return Ok(());
+    }
+    let attribute = paths.pci_device(pf).join("sriov_drivers_autoprobe");
+    if attribute.exists() {
+        writer.write(&attribute, "1")?;
+    }
+    forget(paths, pf);
+    Ok(())
+}
+
+/// Does so for every device that no command is at work on.
+pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), SriovError> {
+    let names = sysfs::entries(&paths.run.join("autoprobe")).unwrap_or_default();
+    let marked: Vec<HostBdf> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    if marked.is_empty() {
+        return Ok(());
+    }
+    let record = LeaseRecord::task("gantry restore");
+    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    for pf in marked {
+        if let Some(_lock) = DeviceLock::take(paths, pf, &record)? {
+            restore(paths, writer, pf)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,399 @@
+//! Tests: functions made, set, given to VMs and destroyed, with faults and kills at every write.
+
+use super::*;
+use crate::AllocateError;
+use crate::allocate::allocate_with;
+use crate::demand::{Binder, reap_with};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
+use crate::group::Groups;
+use crate::inventory::HostDevice;
+use crate::lease::{Holder, Lease};
+use crate::request::{Placement, Request};
+use std::fs;
+
+const PF: &str = "0000:03:00.0";
+const FIRST: &str = "0000:03:10.0";
+
+/// A disk, and a network card that can have seven functions; the group `vfs` asks for three.
+fn host(bind: &str, more: &str) -> FakeHost {
+    let host = FakeHost::new(&[
+        Fake::nvme("01:00.0", 1).driver("nvme"),
+        Fake {
+            id: (0x8086, 0x10c9),
+            ..Fake::nvme(PF, 2)
+        }
+        .class(0x02_00_00)
+        .driver("igb")
+        .with("sriov_totalvfs", "7")
+        .with("sriov_numvfs", "0")
+        .with("sriov_drivers_autoprobe", "1")
+        .with("sriov_offset", "128")
+        .with("sriov_stride", "2")
+        .with("net/eth0/ifindex", "3"),
+    ]);
+    host.file(
+        "etc/groups.json",
+        &format!(
+            r#"{{"groups": [{{"name": "vfs", "type": "sriov-nic", "bind": "{bind}",
+                "sriov": {{"pf": "{PF}", "id": "8086:10c9", "count": 3{more}}}}}]}}"#
+        ),
+    );
+    host
+}
+
+const SETTINGS: &str =
+    r#", "mac": "52:54:00:00:01:00", "vlan": 100, "spoof_check": false, "max_rate": 50"#;
+
+fn group(host: &FakeHost) -> ResourceGroup {
+    let groups = Groups::load(&host.paths).unwrap();
+    groups.get("vfs").unwrap().clone()
+}
+
+fn up(host: &FakeHost, kernel: &FakeKernel<'_>) -> Result<SriovReport, SriovError> {
+    activate(&host.paths, kernel.access(), &group(host), false)
+}
+
+fn down(host: &FakeHost, kernel: &FakeKernel<'_>) -> Result<SriovReport, SriovError> {
+    deactivate(&host.paths, kernel.access(), &group(host), false)
+}
+
+/// Everything that activation changes.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    functions: Vec<HostBdf>,
+    drivers: Vec<Option<String>>,
+    states: Vec<VfState>,
+    autoprobe: Option<bool>,
+    records: Vec<String>,
+}
+
+fn seen(host: &FakeHost, kernel: &FakeKernel<'_>) -> Seen {
+    let pf = Pf::read(&host.paths, bdf(PF)).unwrap();
+    let states = kernel.read(pf.interface.as_ref().unwrap()).unwrap();
+    let records = ["autoprobe", "vf", "former"]
+        .into_iter()
+        .flat_map(|dir| crate::sysfs::entries(&host.paths.run.join(dir)).unwrap());
+    Seen {
+        drivers: pf
+            .vfs
+            .iter()
+            .map(|vf| host.read(&vf.to_string()).driver)
+            .collect(),
+        functions: pf.vfs,
+        states: states.into_values().collect(),
+        autoprobe: pf.autoprobe,
+        records: records.collect(),
+    }
+}
+
+fn take(host: &FakeHost, kernel: &FakeKernel<'_>, count: u32) -> Result<Vec<Lease>, AllocateError> {
+    let binder = Binder {
+        host: kernel.access(),
+        helper: "/bin/true".as_ref(),
+    };
+    let holder = Holder {
+        vm: "a".to_owned(),
+        pid: 1,
+    };
+    let requests = [Request::group("vfs", count)];
+    let near = Placement::default();
+    allocate_with(&host.paths, &requests, &near, &holder, &binder)
+}
+
+#[test]
+fn functions_are_made_set_and_bound_and_go_again() {
+    let host = host("manual", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    let before = seen(&host, &kernel);
+    let report = up(&host, &kernel).unwrap();
+    assert_eq!((report.before, report.after), (0, 3));
+    let made = seen(&host, &kernel);
+    assert_eq!(made.functions, [bdf(FIRST), bdf("03:10.2"), bdf("03:10.4")]);
+    assert_eq!(report.functions, made.functions);
+    assert!(
+        made.drivers
+            .iter()
+            .all(|driver| driver.as_deref() == Some("vfio-pci"))
+    );
+    assert_eq!(made.autoprobe, Some(true));
+    let last = &made.states[2];
+    assert_eq!(last.mac.unwrap().to_string(), "52:54:00:00:01:02");
+    assert_eq!((last.vlan, last.qos), (Some(100), Some(0)));
+    assert_eq!((last.spoof_check, last.trust), (Some(false), Some(false)));
+    assert_eq!((last.min_rate, last.max_rate), (Some(0), Some(50)));
+    // Settings come before vfio-pci.
+    let written = kernel.written.borrow().clone();
+    let position = |word: &str| written.iter().position(|(_, value)| value.contains(word));
+    assert!(position("vf 2 ") < position("vfio-pci"));
+    assert_eq!(report.writes.len(), written.len());
+    let lease = take(&host, &kernel, 3).unwrap();
+    assert_eq!(lease.len(), 3);
+    drop(lease);
+    down(&host, &kernel).unwrap();
+    assert_eq!(seen(&host, &kernel), before);
+    assert!(down(&host, &kernel).unwrap().writes.is_empty());
+}
+
+#[test]
+fn a_dry_run_writes_nothing_and_tells_everything() {
+    let host = host("manual", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    let before = seen(&host, &kernel);
+    let dry = activate(&host.paths, kernel.access(), &group(&host), true).unwrap();
+    assert!(kernel.written.borrow().is_empty());
+    assert_eq!(seen(&host, &kernel), before);
+    let real = up(&host, &kernel).unwrap();
+    assert_eq!(dry.writes, real.writes);
+    let dry = deactivate(&host.paths, kernel.access(), &group(&host), true).unwrap();
+    assert_eq!(seen(&host, &kernel).functions.len(), 3);
+    assert_eq!(dry.writes, down(&host, &kernel).unwrap().writes);
+}
+
+#[test]
+fn a_fault_at_any_write_leaves_the_host_as_it_was() {
+    for fault in [Fault::Refuses, Fault::Ignores] {
+        for at in 0.. {
+            let host = host("manual", SETTINGS);
+            let kernel = FakeKernel::new(&host).with_fault(at, fault);
+            let before = seen(&host, &kernel);
+            let result = up(&host, &kernel);
+            if kernel.written.borrow().len() <= at {
+                assert!(result.is_ok() && at == 21, "{at}: {result:?}");
+                break;
+            }
+            // A setting that is taken and not done is the driver's word against ours.
+            if result.is_ok() {
+                assert_eq!(fault, Fault::Ignores);
+                continue;
+            }
+            assert!(
+                matches!(result, Err(SriovError::Failed { ref left, .. }) if left.is_empty()),
+                "{fault:?} at {at}: {result:?}"
+            );
+            assert_eq!(seen(&host, &kernel), before, "{fault:?} at {at}");
+            assert!(host.scan().iter().all(|device| !device.lease.is_held()));
+        }
+    }
+}
+
+#[test]
+fn killed_at_any_write_the_next_command_heals_it() {
+    for at in 0..21 {
+        let host = host("manual", SETTINGS);
+        let kernel = FakeKernel::new(&host).with_fault(at, Fault::Dead);
+        up(&host, &kernel).unwrap_err();
+        let kernel = FakeKernel::new(&host);
+        reap_with(&host.paths, kernel.access()).unwrap();
+        let pf = Pf::read(&host.paths, bdf(PF)).unwrap();
+        assert_eq!(pf.autoprobe, Some(true), "killed at {at}");
+        up(&host, &kernel).unwrap();
+        assert_eq!(take(&host, &kernel, 3).unwrap().len(), 3);
+        down(&host, &kernel).unwrap();
+    }
+}
+
+#[test]
+fn a_kernel_that_hangs_is_left_alone() {
+    let host = host("manual", SETTINGS);
+    let kernel = FakeKernel::new(&host).with_fault(1, Fault::Hangs);
+    let error = up(&host, &kernel).unwrap_err().to_string();
+    assert!(error.contains("03:00.0 hangs"), "{error}");
+    assert!(host.read(PF).quarantine.is_some());
+    assert_eq!(kernel.written.borrow().len(), 2);
+}
+
+#[test]
+fn functions_in_use_are_not_resized_away() {
+    let host = host("manual", "");
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    let lease = take(&host, &kernel, 1).unwrap();
+    let smaller = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
+    host.file(
+        "etc/groups.json",
+        &smaller.replace("\"count\": 3", "\"count\": 2"),
+    );
+    for result in [up(&host, &kernel), down(&host, &kernel)] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("03:10.0: held by VM 'a' (pid 1)"), "{error}");
+    }
+    assert_eq!(seen(&host, &kernel).functions.len(), 3);
+    drop(lease);
+    // The host uses one.
+    host.bind(bdf("03:10.2"), Some("igbvf"));
+    let net = host.dir(bdf("03:10.2")).join("net/eth5");
+    fs::create_dir_all(&net).unwrap();
+    fs::write(net.join("flags"), "0x1003\n").unwrap();
+    let error = up(&host, &kernel).unwrap_err().to_string();
+    assert!(
+        error.contains("03:10.2: the host's eth5, which is up"),
+        "{error}"
+    );
+    fs::write(net.join("flags"), "0x1002\n").unwrap();
+    let report = up(&host, &kernel).unwrap();
+    assert_eq!((report.before, report.after), (3, 2));
+    assert_eq!(seen(&host, &kernel).functions.len(), 2);
+}
+
+#[test]
+fn functions_in_use_keep_their_settings_and_the_others_get_new_ones() {
+    let host = host("manual", "");
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    let _lease = take(&host, &kernel, 1).unwrap();
+    let more = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
+    host.file(
+        "etc/groups.json",
+        &more.replace("\"count\": 3", "\"count\": 3, \"vlan\": 9"),
+    );
+    let report = up(&host, &kernel).unwrap();
+    assert_eq!(report.left.len(), 1);
+    let vlans: Vec<_> = seen(&host, &kernel)
+        .states
+        .iter()
+        .map(|state| state.vlan)
+        .collect();
+    assert_eq!(vlans, [Some(0), Some(9), Some(9)]);
+}
+
+#[test]
+fn a_vm_makes_the_functions_it_asks_for() {
+    let host = host("demand", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    let leases = take(&host, &kernel, 2).unwrap();
+    assert!(leases.iter().all(|lease| lease.device().on_vfio()));
+    let drivers = |host: &FakeHost| -> Vec<Option<String>> { seen(host, &kernel).drivers };
+    let vfio = Some("vfio-pci".to_owned());
+    assert_eq!(drivers(&host), [vfio.clone(), vfio, None]);
+    drop(leases);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(drivers(&host), [None, None, None]);
+    let after = seen(&host, &kernel);
+    assert_eq!((after.autoprobe, after.records), (Some(true), Vec::new()));
+    down(&host, &kernel).unwrap();
+}
+
+#[test]
+fn what_a_guest_changed_is_put_back_by_the_next_command_or_the_next_vm() {
+    let host = host("manual", r#", "vlan": 7"#);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    let before = seen(&host, &kernel);
+    let spoil = || {
+        let mut functions = kernel.functions.borrow_mut();
+        let state = functions.entry((3, 0)).or_default();
+        state.mac = Some(Mac([2, 0, 0, 0, 0, 9]));
+        state.vlan = Some(0);
+    };
+    let lease = take(&host, &kernel, 1).unwrap();
+    spoil();
+    assert_eq!(
+        reap_with(&host.paths, kernel.access()).unwrap(),
+        [],
+        "the VM has it"
+    );
+    assert_ne!(seen(&host, &kernel).states, before.states);
+    drop(lease);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host, &kernel), before);
+    // Killed, and nobody comes but the next VM.
+    let lease = take(&host, &kernel, 1).unwrap();
+    spoil();
+    drop(lease);
+    let lease = take(&host, &kernel, 1).unwrap();
+    assert_eq!(seen(&host, &kernel).states, before.states);
+    drop(lease);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host, &kernel), before);
+}
+
+#[test]
+fn a_setting_that_fails_gives_the_vm_nothing() {
+    let host = host("demand", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    kernel.functions.borrow_mut().clear();
+    let kernel = FakeKernel::new(&host).with_fault(0, Fault::Refuses);
+    let error = take(&host, &kernel, 1).unwrap_err();
+    assert!(matches!(error, AllocateError::Sriov(_)), "{error}");
+    assert!(
+        error.to_string().contains("take \"mac\" out of the group"),
+        "{error}"
+    );
+    assert!(host.scan().iter().all(|device| !device.lease.is_held()));
+    assert_eq!(host.read(FIRST).driver, None);
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_way_out() {
+    let said = |change: &dyn Fn(&FakeHost)| {
+        let host = host("manual", r#", "vlan": 7"#);
+        change(&host);
+        let kernel = FakeKernel::new(&host);
+        let error = up(&host, &kernel).unwrap_err().to_string();
+        assert!(kernel.written.borrow().is_empty(), "{error}");
+        error
+    };
+    let attribute = |host: &FakeHost, name: &str, text: &str| {
+        fs::write(host.dir(bdf(PF)).join(name), text).unwrap();
+    };
+    for (change, words) in [
+        (
+            &(|host: &FakeHost| {
+                let file = host.paths.config.join("groups.json");
+                let text = fs::read_to_string(file).unwrap();
+                host.file("etc/groups.json", &text.replace("10c9", "1521"));
+            }) as &dyn Fn(&FakeHost),
+            "is 8086:10c9 now, not 8086:1521",
+        ),
+        (
+            &|host| attribute(host, "sriov_totalvfs", "2\n"),
+            "2 virtual functions at most",
+        ),
+        (
+            &|host| attribute(host, "sriov_totalvfs", "0\n"),
+            "no SR-IOV",
+        ),
+        (&|host| host.bind(bdf(PF), None), "has no driver"),
+        (
+            &|host| fs::remove_dir_all(host.dir(bdf(PF)).join("net")).unwrap(),
+            "have no vlan: take it out",
+        ),
+        (&|host| host.remove(bdf(PF)), "no PCI device 0000:03:00.0"),
+    ] {
+        let error = said(change);
+        assert!(error.contains(words), "{error}");
+    }
+    let plain: ResourceGroup = serde_json::from_str(r#"{"name": "x"}"#).unwrap();
+    let host = host("manual", "");
+    let kernel = FakeKernel::new(&host);
+    let error = activate(&host.paths, kernel.access(), &plain, false).unwrap_err();
+    assert!(error.to_string().contains("--sriov"), "{error}");
+}
+
+#[test]
+fn a_group_that_is_not_active_says_so() {
+    let host = host("manual", "");
+    let kernel = FakeKernel::new(&host);
+    let error = take(&host, &kernel, 1).unwrap_err().to_string();
+    assert!(
+        error.contains("`gantry group activate vfs` makes them"),
+        "{error}"
+    );
+    assert!(kernel.written.borrow().is_empty());
+}
+
+#[test]
+fn somebody_at_work_on_the_card_is_named() {
+    let host = host("manual", "");
+    let kernel = FakeKernel::new(&host);
+    let record = LeaseRecord::task("gantry group activate");
+    let _lock = DeviceLock::take(&host.paths, bdf(PF), &record).unwrap();
+    let error = up(&host, &kernel).unwrap_err().to_string();
+    assert!(
+        error.contains("is held by `gantry group activate`"),
+        "{error}"
+    );
+    let device: HostDevice = host.read(PF);
+    assert!(device.lease.is_held());
+}

@@ -1,0 +1,284 @@
+//! Cases about virtual functions: made, set, given to a VM, kept while in use, destroyed.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use gantry_tests::lab::Host;
+use gantry_tests::protocol::Exit;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::bed::{Case, cases};
+use crate::pool::{NIC, device, nothing_is_held};
+use crate::vm::Vm;
+
+/// For host kernels with network cards.
+pub const CASES: &[Case] = cases![
+    functions_are_made_set_and_given_to_a_vm,
+    functions_in_use_stay,
+    a_vm_makes_the_functions_it_asks_for,
+    what_a_vm_leaves_changed_is_put_back,
+    a_setting_that_the_card_lacks_changes_nothing,
+    a_killed_activation_is_healed_by_the_next,
+];
+
+const FIRST: &str = "0000:03:10.0";
+
+/// The card's functions; dropping it destroys them and takes the card down.
+struct Card<'h> {
+    host: &'h Host,
+}
+
+impl<'h> Card<'h> {
+    /// Defines the group `vfs` of two functions and brings the card up.
+    fn new(host: &'h Host, bind: &str, settings: Value) -> Result<Self> {
+        let card = Self { host };
+        card.group(bind, 2, settings)?;
+        host.sh(&format!("ip link set {} up", card.name()?))
+            .output()?
+            .success()?;
+        Ok(card)
+    }
+
+    fn group(&self, bind: &str, count: u16, settings: Value) -> Result<()> {
+        let mut spec = json!({"pf": NIC, "id": "8086:10c9", "count": count});
+        for (key, value) in settings.as_object().into_iter().flatten() {
+            spec[key] = value.clone();
+        }
+        let group = json!({"name": "vfs", "type": "sriov-nic", "bind": bind, "sriov": spec});
+        let groups = json!({"groups": [group]});
+        self.host
+            .write("/etc/gantry/groups.json", groups.to_string())
+    }
+
+    /// Name of its network interface.
+    fn name(&self) -> Result<String> {
+        let script = format!("ls /sys/bus/pci/devices/{NIC}/net");
+        Ok(self.host.sh(&script).output()?.success()?.text())
+    }
+
+    /// What iproute2 says of its functions; busybox's shell would take its own `ip`.
+    fn link(&self) -> Result<String> {
+        let script = format!(
+            "/bin/ip link show dev {} | grep 'vf ' || true",
+            self.name()?
+        );
+        Ok(self.host.sh(&script).output()?.success()?.text())
+    }
+
+    fn command(&self, command: &str) -> Result<String> {
+        let done = self.host.sh(&format!("gantry group {command}")).output()?;
+        Ok(done.success()?.text())
+    }
+
+    /// What a command says that is refused.
+    fn refused(&self, command: &str) -> Result<String> {
+        let done = self.host.sh(&format!("gantry group {command}")).output()?;
+        Ok(done.exits(1)?.errors())
+    }
+
+    fn count(&self) -> Result<u64> {
+        let count = device(self.host, NIC)?["sriov"]["active"].as_u64();
+        Ok(count.unwrap_or_default())
+    }
+}
+
+impl Drop for Card<'_> {
+    fn drop(&mut self) {
+        // If it fails, the test bed sees the functions.
+        let _ = self.host.sh("gantry group deactivate vfs").output();
+        if let Ok(name) = self.name() {
+            let _ = self.host.sh(&format!("ip link set {name} down")).output();
+        }
+    }
+}
+
+fn functions_are_made_set_and_given_to_a_vm(host: &Host) -> Result<()> {
+    let settings = json!({"mac": "52:54:00:00:01:00", "vlan": 100, "qos": 3,
+        "spoof_check": false, "trust": true, "max_rate": 50});
+    let card = Card::new(host, "manual", settings)?;
+    let before = card.link()?;
+    let dry = card.command("activate vfs --dry-run")?;
+    for line in [
+        "vf 1 mac 52:54:00:00:01:01",
+        "vf 0 vlan 100 qos 3",
+        "vf 0 min_tx_rate 0 max_tx_rate 50",
+        "write \"2\" to /sys/bus/pci/devices/0000:03:00.0/sriov_numvfs",
+        "write \"vfio-pci\" to /sys/bus/pci/devices/0000:03:10.0/driver_override",
+    ] {
+        ensure!(dry.contains(line), "no {line:?} in {dry}");
+    }
+    ensure!(
+        card.link()? == before && card.count()? == 0,
+        "a dry run changed it"
+    );
+
+    // A card takes no rate before its link is up.
+    until(
+        host,
+        &format!("grep -q 1 /sys/class/net/{}/carrier", card.name()?),
+    )?;
+    card.command("activate vfs")?;
+    let link = card.link()?;
+    let one = "vf 1     link/ether 52:54:00:00:01:01 brd ff:ff:ff:ff:ff:ff, vlan 100, qos 3, tx rate 50 (Mbps), \
+        max_tx_rate 50Mbps, spoof checking off, link-state auto, trust on";
+    ensure!(link.contains(one), "{link}");
+    let function = device(host, FIRST)?;
+    ensure!(
+        function["state"] == "detached" && function["group"] == "vfs" && function["physfn"] == NIC,
+        "{function:#}"
+    );
+    let ended = Vm::new("net").devices("vfs", 1).run(host)?.powered_off()?;
+    ensure!(ended.value("eth0.driver")? == "igbvf", "{ended}");
+    ensure!(card.link()? == link, "the VM changed it: {}", card.link()?);
+    ensure!(
+        card.command("activate vfs")?.contains("already"),
+        "twice is once"
+    );
+    card.command("deactivate vfs")?;
+    ensure!(
+        card.count()? == 0 && !card.link()?.contains("vf 0"),
+        "they are gone"
+    );
+    nothing_is_held(host)
+}
+
+/// Waits up to ten seconds for a condition of the shell.
+fn until(host: &Host, condition: &str) -> Result<()> {
+    let script = format!("for try in $(seq 100); do {condition} && exit; sleep 0.1; done; exit 1");
+    host.sh(&script).output()?.success()?;
+    Ok(())
+}
+
+fn functions_in_use_stay(host: &Host) -> Result<()> {
+    let card = Card::new(host, "manual", json!({}))?;
+    card.command("activate vfs")?;
+    let mut running = Vm::new("sleep")
+        .named("owner")
+        .devices("vfs", 1)
+        .start(host)?;
+    running.until("guest: init")?;
+    card.group("manual", 4, json!({}))?;
+    for command in ["activate vfs", "deactivate vfs", "deactivate vfs --dry-run"] {
+        let said = card.refused(command)?;
+        ensure!(
+            said.contains("03:10.0: held by VM 'owner' (pid"),
+            "{command}: {said}"
+        );
+        ensure!(card.count()? == 2, "it resized");
+    }
+    running.signal(Signal::SIGKILL)?;
+    let ended = running.end()?;
+    ensure!(ended.exit == Exit::Signal(9), "{ended}");
+    card.command("activate vfs")?;
+    ensure!(card.count()? == 4, "it is free now");
+    // A function of the host that is up is as good as one of a VM.
+    let up =
+        "gantry device reattach 03:10.2 && ip link set $(ls /sys/bus/pci/devices/0000:03:10.2/net)";
+    host.sh(&format!("{up} up")).output()?.success()?;
+    let said = card.refused("deactivate vfs")?;
+    ensure!(said.contains("03:10.2: the host's eth"), "{said}");
+    let down = "ip link set $(ls /sys/bus/pci/devices/0000:03:10.2/net) down";
+    host.sh(down).output()?.success()?;
+    card.command("deactivate vfs")?;
+    ensure!(card.count()? == 0, "they are gone");
+    Ok(())
+}
+
+fn a_vm_makes_the_functions_it_asks_for(host: &Host) -> Result<()> {
+    let card = Card::new(host, "demand", json!({"mac": "52:54:00:00:02:00"}))?;
+    let mut running = Vm::new("sleep").devices("vfs", 2).start(host)?;
+    running.until("guest: init")?;
+    ensure!(card.count()? == 2, "the VM made them");
+    ensure!(device(host, FIRST)?["state"] == "assigned", "and has them");
+    running.signal(Signal::SIGKILL)?;
+    running.end()?;
+    // The helper that outlives it takes them from vfio-pci.
+    until(host, "[ ! -e /sys/bus/pci/devices/0000:03:10.0/driver ]")?;
+    ensure!(
+        device(host, FIRST)?["state"] == "unbound",
+        "it went to a driver that it did not have"
+    );
+    let again = Vm::new("net").devices("vfs", 1).run(host)?;
+    again.powered_off()?;
+    card.command("deactivate vfs")?;
+    ensure!(card.count()? == 0, "they are gone");
+    Ok(())
+}
+
+fn what_a_vm_leaves_changed_is_put_back(host: &Host) -> Result<()> {
+    let card = Card::new(host, "manual", json!({"trust": true}))?;
+    card.command("activate vfs")?;
+    let before = card.link()?;
+    // As a trusted guest could; with whom it is killed is the other half of the matter.
+    let change = format!(
+        "/bin/ip link set {} vf 0 mac 02:00:00:00:00:99 vlan 7",
+        card.name()?
+    );
+    for kill in ["kill -9 $(pidof gantry)", "kill -9 $(pidof gantry exe)"] {
+        let mut running = Vm::new("sleep").devices("vfs", 1).start(host)?;
+        running.until("guest: init")?;
+        host.sh(&change).output()?.success()?;
+        ensure!(card.link()?.contains("02:00:00:00:00:99"), "it is changed");
+        host.sh(kill).output()?.success()?;
+        running.end()?;
+        if kill.contains("exe") {
+            ensure!(card.link()? != before, "nobody is left who could");
+            let ended = Vm::new("net").devices("vfs", 1).run(host)?.powered_off()?;
+            ensure!(ended.value("eth0.driver")? == "igbvf", "{ended}");
+        }
+        until(host, "[ ! -e /run/gantry/vf/0000:03:10.0 ]")?;
+        ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
+    }
+    Ok(())
+}
+
+fn a_setting_that_the_card_lacks_changes_nothing(host: &Host) -> Result<()> {
+    let card = Card::new(
+        host,
+        "manual",
+        json!({"trust": true, "link_state": "enable"}),
+    )?;
+    let said = card.refused("activate vfs")?;
+    for words in [
+        "everything is as it was before",
+        "vf 0 state enable",
+        "take \"link_state\" out of the group",
+    ] {
+        ensure!(said.contains(words), "no {words:?} in {said}");
+    }
+    ensure!(card.count()? == 0, "functions are left");
+    Ok(())
+}
+
+fn a_killed_activation_is_healed_by_the_next(host: &Host) -> Result<()> {
+    let card = Card::new(
+        host,
+        "manual",
+        json!({"mac": "52:54:00:00:03:00", "trust": true}),
+    )?;
+    let rounds = crate::rounds(6);
+    for round in 0..rounds {
+        let activation = host.sh("exec gantry group activate vfs").start()?;
+        sleep(Duration::from_millis(400 * round / (rounds - 1)));
+        activation.control().signal(Signal::SIGKILL)?;
+        host.sh("while pidof gantry; do sleep 0.1; done")
+            .output()?
+            .success()?;
+        card.command("activate vfs")?;
+        let probes = format!("cat /sys/bus/pci/devices/{NIC}/sriov_drivers_autoprobe");
+        ensure!(
+            host.sh(&probes).output()?.success()?.text() == "1",
+            "round {round}"
+        );
+        let link = card.link()?;
+        ensure!(
+            link.contains("52:54:00:00:03:01") && link.contains("trust on"),
+            "{link}"
+        );
+        ensure!(device(host, FIRST)?["state"] == "detached", "round {round}");
+        card.command("deactivate vfs")?;
+    }
+    nothing_is_held(host)
+}
