@@ -171,7 +171,8 @@ pub(crate) fn allocate_with(
     use_once(paths, &look.groups, &chosen, holder)?;
     // The devices' own locks are enough from here on: a driver that is slow to let go stops nobody else.
     drop(choosing);
-    let lent = on_demand(paths, &look.groups, leases, binder);
+    let lent = on_demand(paths, &look.groups, leases, binder)
+        .and_then(|leases| with_tokens(paths, &look.groups, leases));
     if lent.is_err() {
         unused(paths, &look.groups, &chosen);
     }
@@ -334,6 +335,19 @@ fn on_demand(
         Ok(lease.on_demand(HostDevice::read(paths, bdf)?, &watch))
     };
     leases.into_iter().map(refresh).collect()
+}
+
+/// Gives leases the tokens that their devices must be opened with.
+fn with_tokens(
+    paths: &HostPaths,
+    groups: &Groups,
+    leases: Vec<Lease>,
+) -> Result<Vec<Lease>, AllocateError> {
+    let one = |lease: Lease| {
+        let token = sriov::token::of(paths, groups, lease.device())?;
+        Ok(lease.with_token(token))
+    };
+    leases.into_iter().map(one).collect()
 }
 
 fn detail(groups: &Groups) -> Detail {

@@ -14,7 +14,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
-use crate::sriov::SriovSpec;
+use crate::sriov::{SriovSpec, VfToken};
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use nova_files::{add_aliases, add_device_specs};
 
@@ -376,6 +376,12 @@ impl Groups {
     /// Whether VMs may have a device: it is in a group, or a device spec takes it.
     pub fn exposes(&self, device: &HostDevice) -> bool {
         self.group_of(device).is_some() || self.spec_of(device).is_some()
+    }
+
+    /// The token that the group of a card's virtual functions asks for.
+    pub(crate) fn vf_token(&self, pf: HostBdf) -> Option<VfToken> {
+        let mut specs = self.groups.iter().filter_map(|group| group.sriov.as_ref());
+        specs.find(|spec| spec.pf == pf)?.vf_token
     }
 
     /// Whether a device spec takes a device.

@@ -24,6 +24,7 @@ use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::quarantine;
+use crate::uuid::Uuid;
 
 /// How long to wait for others who are choosing devices. Choosing takes milliseconds.
 pub(crate) const ALLOCATION_DEADLINE: Duration = Duration::from_secs(10);
@@ -161,6 +162,8 @@ pub struct Lease {
     group: Arc<[DeviceLock]>,
     /// Of a device that goes back to the host.
     watch: Option<Arc<Watch>>,
+    /// What it is opened with.
+    token: Option<Uuid>,
 }
 
 impl Lease {
@@ -169,7 +172,19 @@ impl Lease {
             device,
             group,
             watch: None,
+            token: None,
         }
+    }
+
+    /// The lease on a function of a card that others have functions of.
+    pub(crate) fn with_token(mut self, token: Option<Uuid>) -> Self {
+        self.token = token;
+        self
+    }
+
+    /// The token that the device must be opened with.
+    pub fn token(&self) -> Option<Uuid> {
+        self.token
     }
 
     /// The lease on a device that goes back to the host with it.

@@ -43,6 +43,7 @@ mod sriov;
 mod sysfs;
 mod topology;
 mod tree;
+mod uuid;
 mod writer;
 
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
@@ -82,7 +83,9 @@ pub use rule::{
 };
 pub use sriov::{
     HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
-    Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, activate, deactivate,
+    Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, VfToken, activate,
+    deactivate,
 };
 pub use tree::{TreeNode, tree};
+pub use uuid::{Uuid, UuidError};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

@@ -110,6 +110,21 @@ pub enum Obstacle {
         /// Its NUMA node.
         node: Option<u32>,
     },
+    /// Its physical function is with vfio-pci, and no token lets several have functions of it.
+    NoVfToken {
+        /// The physical function.
+        pf: HostBdf,
+    },
+    /// Its physical function is with vfio-pci, and nobody has it.
+    PfIdle {
+        /// The physical function.
+        pf: HostBdf,
+    },
+    /// Somebody holds a virtual function of it, and no token lets several have functions of it.
+    VfHeld {
+        /// The virtual function.
+        vf: HostBdf,
+    },
     /// Another device asked for with it is of the same physical function.
     SamePf {
         /// The physical function.

@@ -28,6 +28,7 @@ use crate::inventory::{Detail, HostDevice, scan_with};
 use crate::lease::{Holder, Lease};
 use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
+use crate::uuid::Uuid;
 use wire::{Ask, Leased, LeasedGroup, Said};
 
 /// The first argument of the helper.
@@ -60,6 +61,8 @@ pub struct OpenedDevice {
     pub bdf: HostBdf,
     /// Its IOMMU group.
     pub group: u32,
+    /// The token that it must be opened with.
+    pub token: Option<Uuid>,
     /// Dropping it gives the lease back.
     pub lease: HeldLease,
 }
@@ -206,6 +209,7 @@ impl Opener {
             held.push(OpenedDevice {
                 bdf: device.bdf,
                 group: device.group,
+                token: device.token,
                 lease: HeldLease {
                     opener: self.clone(),
                     id: device.id,
@@ -349,6 +353,7 @@ impl Desk<'_> {
             id,
             bdf: lease.device().bdf,
             group: lease.device().iommu_group.unwrap_or_default(),
+            token: lease.token(),
             locks: lease.descriptors().count(),
         });
         let devices = devices.collect();

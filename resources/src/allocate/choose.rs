@@ -11,6 +11,7 @@ use crate::inventory::HostDevice;
 use crate::nova::{self, Alias, DeviceType, NumaPolicy};
 use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::request::{Placement, Request, Source, Wish};
+use crate::sriov::{VfToken, token};
 use crate::topology::Sockets;
 
 /// One look at the host.
@@ -331,10 +332,36 @@ impl<'a> Choice<'a, '_> {
 
     /// What stands against any use of a device.
     fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
-        if self.view.groups.tags(device).on_demand {
+        let first = if self.view.groups.tags(device).on_demand {
             self.pool.demand_obstacle(device, self.view.guarded)
         } else {
             self.pool.obstacle(device)
+        };
+        first.or_else(|| self.of_card(device))
+    }
+
+    /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
+    fn of_card(&self, device: &HostDevice) -> Option<Obstacle> {
+        let card = token::card(device);
+        let has_token = !matches!(
+            self.view.groups.vf_token(card),
+            None | Some(VfToken::Secret(false))
+        );
+        let devices = self.view.devices;
+        if device.physfn.is_none() {
+            let of_it = |other: &&HostDevice| other.physfn == Some(card) && other.lease.is_held();
+            let held = devices.iter().find(of_it).filter(|_| !has_token)?;
+            return Some(Obstacle::VfHeld { vf: held.bdf });
+        }
+        let pf = devices.iter().find(|other| other.bdf == card)?;
+        if !pf.on_vfio() {
+            return None;
+        }
+        let owned = pf.lease.is_held() || self.taken.contains(&card);
+        match (has_token, owned) {
+            (false, _) => Some(Obstacle::NoVfToken { pf: card }),
+            (true, false) => Some(Obstacle::PfIdle { pf: card }),
+            (true, true) => None,
         }
     }
 

@@ -48,6 +48,8 @@ pub enum Sieve {
     AskedFor,
     /// NUMA affinity.
     Numa,
+    /// What a physical function and its virtual ones owe each other.
+    VfToken,
     /// Physical functions of their own.
     Isolation,
 }
@@ -72,6 +74,7 @@ impl Obstacle {
             Self::ResourceClass { .. } => Sieve::ResourceClass,
             Self::Traits { .. } => Sieve::Traits,
             Self::Numa { .. } => Sieve::Numa,
+            Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => Sieve::VfToken,
             Self::SamePf { .. } => Sieve::Isolation,
         }
     }
@@ -100,6 +103,7 @@ impl fmt::Display for Sieve {
             Self::Node => "whose VFIO node cannot be opened",
             Self::AskedFor => "asked for elsewhere in the request",
             Self::Numa => "on another NUMA node",
+            Self::VfToken => "parted from their physical or virtual functions",
             Self::Isolation => "of a physical function already used",
         })
     }

@@ -81,6 +81,28 @@ impl fmt::Display for Blocked {
     }
 }
 
+/// What a card and its virtual functions have against being parted.
+fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::NoVfToken { pf } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is with vfio-pci: only a token lets VMs have one each; set \
+             \"vf_token\": true in the \"sriov\" of its group, or `gantry device reattach {pf}`"
+        ),
+        Obstacle::PfIdle { pf } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is with vfio-pci and which no VM has: its owner comes first, and \
+             sets the token"
+        ),
+        Obstacle::VfHeld { vf } => write!(
+            f,
+            "{bdf} has the virtual function {vf}, which somebody holds: only a token lets them have one each; \
+             set \"vf_token\": true in the \"sriov\" of its group"
+        ),
+        _ => write!(f, "{bdf} cannot be had"),
+    }
+}
+
 /// What the request has against a device that could be had.
 fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
     match obstacle {
@@ -117,7 +139,7 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
                 "{bdf} is a function of {pf}, as another device of the request"
             )
         }
-        _ => write!(f, "{bdf} cannot be had"),
+        _ => of_card(f, bdf, obstacle),
     }
 }
 

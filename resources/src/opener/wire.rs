@@ -13,6 +13,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::host::HostBdf;
 use crate::request::{Request, Source};
 use crate::reserved::ReservedRegion;
+use crate::uuid::Uuid;
 
 /// The longest message: far beyond any list of devices.
 const MAX: u32 = 1 << 20;
@@ -52,6 +53,7 @@ pub(super) struct Leased {
     pub(super) id: u64,
     pub(super) bdf: HostBdf,
     pub(super) group: u32,
+    pub(super) token: Option<Uuid>,
     pub(super) locks: usize,
 }
 
@@ -81,8 +83,7 @@ pub(super) fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> io::Resul
     let mut text = vec![0; len as usize];
     socket.read_exact(&mut text)?;
     // Not as serde_json has it, for which a text that breaks off is the end of a file.
-    serde_json::from_slice(&text)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    serde_json::from_slice(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// A descriptor goes with one byte, as it cannot go alone.

@@ -13,6 +13,7 @@ pub(crate) mod owed;
 mod pf;
 mod probe;
 mod settings;
+pub(crate) mod token;
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ pub(crate) use pf::Pf;
 pub(crate) use probe::reap;
 use serde::Serialize;
 pub use settings::{LinkState, Mac, MacPlan, SriovSpec, VfSetting, VfState};
+pub use token::VfToken;
 
 /// How long a VM waits for another command that makes the functions it asks for.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(60);

@@ -5,6 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::token::VfToken;
 use crate::host::HostBdf;
 use crate::rule::IdPair;
 
@@ -50,6 +51,10 @@ pub struct SriovSpec {
     /// The link that a guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_state: Option<LinkState>,
+    /// Lets VMs have the physical function and its virtual ones apart, all with vfio-pci: true for a
+    /// token that gantry makes, or one that other programs know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vf_token: Option<VfToken>,
 }
 
 /// The link of a virtual function.

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = cases![
     what_a_vm_leaves_changed_is_put_back,
     a_setting_that_the_card_lacks_changes_nothing,
     a_killed_activation_is_healed_by_the_next,
+    a_card_and_its_function_go_to_two_vms_with_a_token,
 ];
 
 const FIRST: &str = "0000:03:10.0";
@@ -280,5 +281,69 @@ fn a_killed_activation_is_healed_by_the_next(host: &Host) -> Result<()> {
         ensure!(device(host, FIRST)?["state"] == "detached", "round {round}");
         card.command("deactivate vfs")?;
     }
+    nothing_is_held(host)
+}
+
+/// The card with vfio-pci, and functions of it; dropping it gives the card back to its driver.
+struct Shared<'h> {
+    host: &'h Host,
+}
+
+impl<'h> Shared<'h> {
+    fn new(host: &'h Host) -> Result<Self> {
+        let shared = Self { host };
+        shared.groups(json!(false))?;
+        let script = format!(
+            "echo 1 >/sys/module/vfio_pci/parameters/enable_sriov &&
+             gantry device detach {NIC} && gantry group activate vfs"
+        );
+        host.sh(&script).output()?.success()?;
+        Ok(shared)
+    }
+
+    fn groups(&self, token: Value) -> Result<()> {
+        let groups = json!({"groups": [
+            {"name": "card", "rules": [{"slot": NIC}]},
+            {"name": "vfs", "sriov": {"pf": NIC, "count": 1, "vf_token": token}},
+        ]});
+        self.host
+            .write("/etc/gantry/groups.json", groups.to_string())
+    }
+}
+
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        // If it fails, the test bed sees the traces.
+        let script = format!(
+            "gantry group deactivate vfs; gantry device reattach {NIC}
+             echo 0 >/sys/module/vfio_pci/parameters/enable_sriov"
+        );
+        let _ = self.host.sh(&script).output();
+    }
+}
+
+fn a_card_and_its_function_go_to_two_vms_with_a_token(host: &Host) -> Result<()> {
+    let shared = Shared::new(host)?;
+    let function = Vm::new("net").named("function").devices("vfs", 1);
+    let card = Vm::new("sleep").named("card").devices("card", 1);
+    let refused = function.run(host)?.exits(1)?;
+    let words = "only a token lets VMs have one each";
+    ensure!(refused.errors.contains(words), "{refused}");
+    shared.groups(json!(true))?;
+    let refused = function.run(host)?.exits(1)?;
+    ensure!(
+        refused.errors.contains("its owner comes first"),
+        "{refused}"
+    );
+    let mut running = card.start(host)?;
+    running.until("guest: init")?;
+    let ended = function.run(host)?.powered_off()?;
+    ensure!(ended.value("eth0.driver")? == "igbvf", "{ended}");
+    // The kernel itself lets nobody in without the token.
+    shared.groups(json!("00000000-1111-2222-3333-444444444444"))?;
+    let refused = function.run(host)?.exits(1)?;
+    ensure!(refused.errors.contains("Permission denied"), "{refused}");
+    running.signal(Signal::SIGTERM)?;
+    running.end()?.exits(128 + Signal::SIGTERM as i32)?;
     nothing_is_held(host)
 }

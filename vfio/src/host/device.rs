@@ -7,6 +7,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use gantry_devices::mapping::HostMapping;
 use vfio_bindings::bindings::vfio as abi;
@@ -166,6 +168,24 @@ pub struct VfioDevice {
     group: Arc<Group>,
 }
 
+/// How long to wait for the owner of a physical function to set its token.
+const TOKEN_PATIENCE: Duration = Duration::from_secs(5);
+const TOKEN_STEP: Duration = Duration::from_millis(50);
+
+/// Repeats `attempt` while it answers EACCES, until the deadline.
+fn while_denied<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match attempt() {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EACCES) && Instant::now() < deadline =>
+            {
+                thread::sleep(TOKEN_STEP);
+            }
+            result => return result,
+        }
+    }
+}
+
 /// The largest alignment worth having for a mapped BAR: the largest page that the kernel can use.
 const MAX_ALIGN: u64 = 1 << 30;
 
@@ -175,9 +195,12 @@ impl VfioDevice {
     /// The kernel resets it on the way, where it has a function-level reset: about 100 ms, during
     /// which devices of other groups can be opened by other threads.
     ///
+    /// With a `token`, the device's card is shared with others: a physical function's first opener sets
+    /// the token, and until then those of its virtual functions are refused, and ask again for a while.
+    ///
     /// # Errors
     /// The device is not in the group, not bound to vfio-pci, no PCI device, or the kernel refuses.
-    pub fn open(group: Arc<Group>, name: &str) -> Result<Self> {
+    pub fn open(group: Arc<Group>, name: &str, token: Option<&str>) -> Result<Self> {
         let failed = |place: String| {
             move |source| Error::Device {
                 device: name.to_owned(),
@@ -185,9 +208,14 @@ impl VfioDevice {
                 source,
             }
         };
-        let fd = CString::new(name)
+        let argument = match token {
+            Some(token) => format!("{name} vf_token={token}"),
+            None => name.to_owned(),
+        };
+        let deadline = Instant::now() + token.map_or(Duration::ZERO, |_| TOKEN_PATIENCE);
+        let fd = CString::new(argument)
             .map_err(io::Error::from)
-            .and_then(|name| group.device(&name))
+            .and_then(|name| while_denied(deadline, || group.device(&name)))
             .map_err(failed("VFIO_GROUP_GET_DEVICE_FD".into()))?;
         let info = ioctl::device_info(fd.as_fd()).map_err(failed("VFIO_DEVICE_GET_INFO".into()))?;
         if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
 use gantry_resources::{
-    HeldLease, HostBdf, HostDevice, HostPaths, Lease, Opened, ReservedKind, ReservedRegion,
+    HeldLease, HostBdf, HostDevice, HostPaths, Lease, Opened, ReservedKind, ReservedRegion, Uuid,
 };
 use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
@@ -35,6 +35,7 @@ pub struct Claimed {
 /// A device that is leased and whose group is open.
 pub struct Taken {
     bdf: HostBdf,
+    token: Option<Uuid>,
     group: Arc<Group>,
     domain: Arc<Domain>,
     hold: Hold,
@@ -213,6 +214,7 @@ impl Claimed {
             let (bdf, group) = (device.bdf, domain.group(group_of(device)?));
             Ok(Taken {
                 bdf,
+                token: lease.token(),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Own(Box::new(lease)),
@@ -257,6 +259,7 @@ impl Claimed {
             let missing = Error::NoIommuGroup { device: device.bdf };
             Ok(Taken {
                 bdf: device.bdf,
+                token: device.token,
                 group: domain.group(device.group).ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Opener(device.lease),
@@ -323,7 +326,11 @@ impl Taken {
         mailbox: Arc<Mailbox>,
     ) -> Result<AttachedDevice, Error> {
         let counts = Arc::new(Counts::default());
-        let io = VfioDevice::open(self.group, &self.bdf.to_string())?;
+        let io = VfioDevice::open(
+            self.group,
+            &self.bdf.to_string(),
+            self.token.map(|token| token.to_string()).as_deref(),
+        )?;
         let io = Arc::new(Counted::new(io, &counts));
         let bdf = self.bdf;
         let on_enable = move || mailbox.post(Event::Enabled(bdf));
