@@ -11,10 +11,11 @@ use cloud_hypervisor_client::models::{self, VmState};
 use cloud_hypervisor_client::{SocketBasedApiClient, socket_based_api_client};
 use gantry_tests::lab::Host;
 use gantry_tests::lab::channel::Event;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
-use crate::pool::{FIRST, Pool};
+use crate::pool::{FIRST, Pool, free, nothing_is_held};
+use crate::rounds;
 use crate::vm::{Running, Vm};
 
 pub const CASES: &[Case] = cases![
@@ -26,6 +27,16 @@ pub const CASES: &[Case] = cases![
     two_vms_of_one_name_are_both_reached,
     a_killed_vm_leaves_a_socket_that_is_replaced,
     bad_clients_do_not_disturb_the_guest,
+];
+
+/// Cases that give devices to running VMs, and take them away.
+pub const HOTPLUG: &[Case] = cases![
+    a_disk_is_attached_and_detached,
+    an_unchanged_client_attaches_and_detaches,
+    a_guest_that_does_not_answer_is_forced,
+    what_cannot_be_attached_is_told,
+    a_disk_comes_and_goes_many_times,
+    a_kill_at_any_moment_of_an_attach_leaves_nothing,
 ];
 
 /// Where the VM called `vm` listens.
@@ -282,6 +293,197 @@ fn bad_clients_do_not_disturb_the_guest(host: &Host) -> Result<()> {
     gantry(host, "vm shutdown vm")?;
     running.end()?.powered_off()?;
     no_socket(host)
+}
+
+/// A VM with slots, at its shell.
+fn with_slots(host: &Host) -> Result<Running> {
+    let mut vm = Vm::new("shell").cpus(2);
+    vm.file["hotplug"] = json!({"slots": 4, "groups": ["nvme"]});
+    vm.start(host)
+}
+
+/// The checksum of the guest's only disk, which it reads itself: some time after its driver has switched
+/// the disk on.
+fn checksum(running: &mut Running) -> Result<()> {
+    running.types("until [ -b /dev/nvme?n1 ]; do sleep 0.1; done")?;
+    running
+        .types("echo guest: sum=$(dd if=$(echo /dev/nvme?n1) bs=1M iflag=direct | sha256sum)")?;
+    running.until(&format!("guest: sum={}", FIRST.checksum()))
+}
+
+fn a_disk_is_attached_and_detached(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    ensure!(free(host, "nvme")? == 1);
+    for round in 0..2 {
+        let attached = host
+            .sh("gantry vm attach vm --group nvme")
+            .output()?
+            .success()?;
+        let said = attached.text();
+        ensure!(
+            said.contains(FIRST.bdf) && said.contains("enabled"),
+            "{round}: {said}"
+        );
+        let steps = attached.errors();
+        ensure!(
+            steps.contains(" took ") && steps.contains("switched it on"),
+            "{steps}"
+        );
+        ensure!(free(host, "nvme")? == 0, "the group's counts are wrong");
+        checksum(&mut running)?;
+        let metrics = gantry(host, "vm metrics vm")?;
+        let bus = |line: &str| {
+            let number = line.rsplit(' ').next().and_then(|n| n.parse::<u64>().ok());
+            line.starts_with("gantry_device_interrupts_total{") && number > Some(0)
+        };
+        ensure!(metrics.lines().any(bus), "no interrupts: {metrics}");
+        let said = gantry(host, &format!("vm detach vm {}", FIRST.bdf))?;
+        ensure!(said.contains("given back"), "{said}");
+        ensure!(free(host, "nvme")? == 1, "the lease is not given back");
+    }
+    running.types("ls /dev/nvme* 2>/dev/null; echo guest: gone; poweroff -f")?;
+    running.until("guest: gone\r")?;
+    let ended = running.end()?.powered_off()?;
+    ended.no_warnings()
+}
+
+fn an_unchanged_client_attaches_and_detaches(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    with_client(host, SOCKET, async |client| {
+        let path = format!("/sys/bus/pci/devices/{}", FIRST.bdf);
+        let mut device = models::DeviceConfig::new(path.clone());
+        device.id = Some("disk".to_owned());
+        let added = client.vm_add_device_put(device).await?;
+        ensure!(added.id == "disk", "{added:?}");
+        let info = client.vm_info_get().await?;
+        let devices = info.config.devices.unwrap_or_default();
+        ensure!(devices.len() == 1 && devices[0].path == path, "{devices:?}");
+        Ok(())
+    })?;
+    checksum(&mut running)?;
+    with_client(host, SOCKET, async |client| {
+        let counters = client.vm_counters_get().await?;
+        ensure!(counters["disk"]["interrupts"] > 0, "{counters:?}");
+        let id = Some("disk".to_owned());
+        client
+            .vm_remove_device_put(models::VmRemoveDevice { id })
+            .await?;
+        Ok(())
+    })?;
+    host.sh("until gantry vm info vm | grep -q 'slots *4 of 4'; do sleep 0.1; done")
+        .output()?
+        .success()?;
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    Ok(())
+}
+
+fn a_guest_that_does_not_answer_is_forced(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    gantry(host, "vm attach vm --group nvme --id disk")?;
+    gantry(host, "vm pause vm")?;
+    let late = host
+        .sh("gantry vm detach vm disk --timeout 1")
+        .output()?
+        .exits(1)?;
+    ensure!(late.errors().contains("has not let disk go"), "{late}");
+    ensure!(free(host, "nvme")? == 0);
+    let said = gantry(host, "vm detach vm disk --force-after 0.5")?;
+    ensure!(said.contains("taken from the guest"), "{said}");
+    ensure!(free(host, "nvme")? == 1);
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.exits(0)?;
+    Ok(())
+}
+
+fn what_cannot_be_attached_is_told(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    gantry(host, "vm attach vm --group nvme --id disk")?;
+    for (words, said) in [
+        ("attach vm --group nvme", "No valid host was found"),
+        ("attach vm --group nic", "`hotplug.groups`"),
+        ("attach vm --group nowhere", "`hotplug.groups`"),
+        ("detach vm nothing", "it has disk"),
+    ] {
+        let output = host.sh(&format!("gantry vm {words}")).output()?.exits(1)?;
+        ensure!(output.errors().contains(said), "{words}: {output}");
+    }
+    let mut none = Vm::new("shell").named("none").start(host)?;
+    none.until("guest: init")?;
+    let output = host
+        .sh("gantry vm attach none --group nvme")
+        .output()?
+        .exits(1)?;
+    ensure!(output.errors().contains("no slots"), "{output}");
+    for name in ["vm", "none"] {
+        gantry(host, &format!("vm shutdown {name}"))?;
+    }
+    none.end()?.powered_off()?;
+    running.end()?.exits(0)?;
+    ensure!(free(host, "nvme")? == 1);
+    Ok(())
+}
+
+fn a_disk_comes_and_goes_many_times(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    let count = "echo $(ls /proc/$(pidof gantry | tr ' ' '\n' | sort -n | head -n 1)/fd | wc -l)";
+    let fds = || -> Result<u64> { Ok(host.sh(count).output()?.success()?.text().parse()?) };
+    let cycle = || -> Result<()> {
+        gantry(host, "vm attach vm --group nvme --id disk --timeout 60")?;
+        gantry(host, "vm detach vm disk --timeout 60").map(drop)
+    };
+    cycle()?;
+    let before = fds()?;
+    for round in 0..rounds(10) {
+        cycle().with_context(|| format!("round {round}"))?;
+    }
+    ensure!(
+        fds()? <= before,
+        "it had {before} descriptors and has {}",
+        fds()?
+    );
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    Ok(())
+}
+
+fn a_kill_at_any_moment_of_an_attach_leaves_nothing(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    for delay in ["0.02", "0.1", "0.3", "1"] {
+        let mut running = with_slots(host)?;
+        running.until("guest: init")?;
+        let script = format!("gantry vm attach vm --group nvme >/dev/null 2>&1 & sleep {delay}");
+        host.sh(&script).output()?.success()?;
+        running.signal(nix::sys::signal::Signal::SIGKILL)?;
+        running.end()?;
+        let freed = "for n in $(seq 50); do pidof gantry || exit 0; sleep 0.1; done; exit 1";
+        host.sh(freed)
+            .output()?
+            .success()
+            .context("its helper stays")?;
+        ensure!(
+            free(host, "nvme")? == 1,
+            "after {delay} s the disk is not free"
+        );
+        nothing_is_held(host)?;
+    }
+    let mut running = with_slots(host)?;
+    running.until("guest: init")?;
+    gantry(host, "vm attach vm --group nvme")?;
+    checksum(&mut running)?;
+    gantry(host, "vm shutdown vm")?;
+    running.end()?.powered_off()?;
+    Ok(())
 }
 
 fn gantry(host: &Host, words: &str) -> Result<String> {

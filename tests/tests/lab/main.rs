@@ -69,6 +69,7 @@ const SUITES: &[Suite] = &[
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
             ("api", api::CASES),
+            ("hotplug", api::HOTPLUG),
             ("endings", endings::CASES),
             ("endings", endings::MORE),
             ("pools", pools::CASES),
