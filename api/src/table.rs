@@ -3,6 +3,7 @@
 use std::fmt;
 
 use anstyle::Style;
+use clap::builder::PossibleValuesParser;
 
 const HEADER: Style = Style::new().bold();
 const GAP: usize = 2;
@@ -33,6 +34,26 @@ pub struct Column {
     pub give: Give,
 }
 
+impl Column {
+    fn is_named(&self, name: &str) -> bool {
+        self.title.eq_ignore_ascii_case(name)
+    }
+}
+
+/// Takes a column's title from the command line.
+pub fn column(columns: &[Column]) -> PossibleValuesParser {
+    PossibleValuesParser::new(columns.iter().map(|column| column.title))
+}
+
+/// Where a cell comes: numbers first, by their size, then texts, then what is not there.
+fn order(cell: &str) -> (u8, u64, String) {
+    match (cell, cell.parse()) {
+        ("-", _) => (2, 0, String::new()),
+        (_, Ok(number)) => (0, number, String::new()),
+        (text, Err(_)) => (1, 0, text.to_lowercase()),
+    }
+}
+
 /// Rows of cells under their columns.
 #[derive(Debug)]
 pub struct Table {
@@ -49,6 +70,17 @@ impl Table {
             rows,
             left_out: Vec::new(),
         }
+    }
+
+    /// In the order of the column of that title, as [`column`] takes it; numbers as such, what is not
+    /// there last.
+    pub fn sorted(mut self, title: Option<&str>) -> Self {
+        let named = |column: &Column| title.is_some_and(|title| column.is_named(title));
+        if let Some(index) = self.columns.iter().position(named) {
+            // Stable: rows that are equal here stay in their order.
+            self.rows.sort_by_cached_key(|row| order(&row[index]));
+        }
+        self
     }
 
     /// Characters of its widest line.
@@ -198,6 +230,24 @@ mod tests {
         let table = table().fit(34);
         assert!(table.left_out().is_empty());
         assert_eq!(shown(&table)[1], "01:00.0  a long …  0     1b36:0010");
+    }
+
+    #[test]
+    fn rows_are_sorted_by_any_column_numbers_by_their_size() {
+        let columns = ["NAME", "FREE"].map(|title| Column {
+            title,
+            give: Give::Nothing,
+        });
+        let cells = [["b", "10"], ["C", "-"], ["a", "9"]];
+        let sorted = |by: Option<&str>| {
+            let rows = cells.map(|row| row.map(String::from).to_vec()).to_vec();
+            let lines = shown(&Table::new(&columns, rows).sorted(by));
+            let names = lines[1..].iter().map(|line| line[..1].to_owned());
+            names.collect::<String>()
+        };
+        assert_eq!(sorted(None), "bCa");
+        assert_eq!(sorted(Some("name")), "abC");
+        assert_eq!(sorted(Some("free")), "abC");
     }
 
     #[test]

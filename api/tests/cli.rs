@@ -712,6 +712,7 @@ fn the_helper_gives_back_what_a_vm_had_taken_when_its_input_ends() {
         let path = host.path(dir);
         path.to_str().unwrap().to_owned()
     }));
+    args.push("all".to_owned());
     args.push("0000:01:00.0".to_owned());
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let mut helper = host.command(&args).spawn().unwrap();

@@ -7,6 +7,7 @@ use std::io;
 use thiserror::Error;
 
 use crate::former::Former;
+use crate::group::GroupError;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError, is_vfio_driver, scan};
@@ -17,6 +18,7 @@ use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{Until, quarantine};
 use crate::sriov::SriovError;
+use crate::tenant::Tenants;
 use crate::writer::{SysfsWrite, SysfsWriter};
 
 /// Which devices to move.
@@ -60,6 +62,9 @@ pub enum BindError {
         list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
     )]
     Guarded(Vec<Guarded>),
+    /// It cannot be told whose devices are.
+    #[error(transparent)]
+    Tenants(GroupError),
     /// The process that gives devices back when a VM ends cannot be started.
     #[error("cannot start the process that gives devices back to the host when the VM ends")]
     Helper(#[source] io::Error),
@@ -268,6 +273,15 @@ impl Direction {
         }
         if plan.moves.is_empty() {
             return Ok(plan);
+        }
+        if self == Self::Reattach {
+            let tenants = Tenants::load(paths).map_err(BindError::Tenants)?;
+            let owned = |one: &Move| Some((one.device.bdf, tenants.owner_of(one.device.bdf)?));
+            if let Some((bdf, tenant)) = plan.moves.iter().find_map(owned) {
+                let tenant = tenant.name.clone();
+                let obstacle = Obstacle::OfTenant { tenant };
+                return Err(BindError::Blocked(Blocked { bdf, obstacle }));
+            }
         }
         let held = |device: &&HostDevice| device.lease.is_held();
         if let Some(device) = plan.members.iter().find(held).filter(|_| !self.is_held()) {

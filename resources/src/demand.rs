@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ChildStdin, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
@@ -74,7 +74,7 @@ impl Binder<'_> {
 
     fn spawn(&self, paths: &HostPaths, devices: &[HostBdf]) -> io::Result<Watch> {
         let mut command = Command::new(self.helper);
-        command.arg(SUBCOMMAND).args(directories(paths));
+        command.arg(SUBCOMMAND).args(paths.to_args());
         command.args(devices.iter().map(HostBdf::to_string));
         // Neither the terminal's ctrl-c nor its end is meant for the helper.
         command.env_clear().process_group(0);
@@ -89,18 +89,6 @@ impl Binder<'_> {
     }
 }
 
-pub(crate) fn directories(paths: &HostPaths) -> [&PathBuf; 6] {
-    let HostPaths {
-        sysfs,
-        dev,
-        proc,
-        run,
-        config,
-        state,
-    } = paths;
-    [sysfs, dev, proc, run, config, state]
-}
-
 fn wait_for_node(paths: &HostPaths, bdf: HostBdf) -> Result<(), BindError> {
     let started = Instant::now();
     loop {
@@ -112,18 +100,10 @@ fn wait_for_node(paths: &HostPaths, bdf: HostBdf) -> Result<(), BindError> {
     }
 }
 
-/// What the helper does with the arguments after `__restore`: six directories and the devices.
+/// What the helper does with the arguments after `__restore`: where things are, and the devices.
 pub fn restore_helper(args: &[String]) -> ExitCode {
-    let [sysfs, dev, proc, run, config, state, devices @ ..] = args else {
+    let Some((paths, devices)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
-    };
-    let paths = HostPaths {
-        sysfs: sysfs.into(),
-        dev: dev.into(),
-        proc: proc.into(),
-        run: run.into(),
-        config: config.into(),
-        state: state.into(),
     };
     let devices: Vec<HostBdf> = devices
         .iter()

@@ -3,6 +3,7 @@
 mod edit;
 mod nova_files;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -15,8 +16,9 @@ use crate::inventory::HostDevice;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
 use crate::sriov::{SriovSpec, VfToken};
+use crate::tenant::Tenants;
 pub use edit::{EditError, GroupChange, GroupFiles};
-pub use nova_files::{add_aliases, add_device_specs};
+pub use nova_files::{change_aliases, change_device_specs};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -60,7 +62,7 @@ pub enum Bind {
 }
 
 /// A named pool of devices.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceGroup {
     /// What VMs ask for: letters, digits, `.`, `_`, `-`; at most 64.
@@ -104,6 +106,14 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl ResourceGroup {
+    /// A group without rules, of any PCI functions.
+    pub(crate) fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..Self::default()
+        }
+    }
+
     /// Whether the group's type and one of its rules take a device. Bridges belong to the host.
     pub fn matches(&self, device: &HostDevice) -> bool {
         !device.is_bridge()
@@ -180,6 +190,8 @@ pub struct Groups {
     groups: Vec<ResourceGroup>,
     specs: Vec<DeviceSpec>,
     aliases: Vec<Alias>,
+    /// Devices of tenants, and whose they are: they are in no group of the host's.
+    owners: BTreeMap<HostBdf, String>,
 }
 
 /// What a device is said to be and do.
@@ -254,7 +266,17 @@ fn hint(near: &Option<String>) -> String {
 impl Groups {
     /// Reads `groups.json`, then `groups.d/*.json` in the order of their names, then `device_spec.json`
     /// and `alias.json`, which hold what Nova's options of these names hold. None need exist.
+    ///
+    /// Devices of tenants are left out of all of them.
     pub fn load(paths: &HostPaths) -> Result<Self, GroupError> {
+        Ok(Self {
+            owners: Tenants::load(paths)?.owners(),
+            ..Self::load_own(paths)?
+        })
+    }
+
+    /// [`Groups::load`] without a look at tenants.
+    pub(crate) fn load_own(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
         for path in files(paths)? {
             if let Some(text) = config::read(&path)? {
@@ -342,7 +364,13 @@ impl Groups {
 
     /// The group that a device belongs to: the first one, in the order of definition, that matches it.
     pub fn group_of(&self, device: &HostDevice) -> Option<&ResourceGroup> {
-        self.groups.iter().find(|group| group.matches(device))
+        let mut groups = self.groups.iter();
+        groups.find(|group| group.matches(device) && self.tenant_of(device).is_none())
+    }
+
+    /// The tenant that a device belongs to.
+    pub fn tenant_of(&self, device: &HostDevice) -> Option<&str> {
+        self.owners.get(&device.bdf).map(String::as_str)
     }
 
     /// The alternatives of an alias: those defined, or else those built in; empty if there is none.
@@ -375,7 +403,8 @@ impl Groups {
 
     /// Whether VMs may have a device: it is in a group, or a device spec takes it.
     pub fn exposes(&self, device: &HostDevice) -> bool {
-        self.group_of(device).is_some() || self.spec_of(device).is_some()
+        let taken = self.group_of(device).is_some() || self.spec_of(device).is_some();
+        taken && self.tenant_of(device).is_none()
     }
 
     /// The token that the group of a card's virtual functions asks for.

@@ -1,5 +1,7 @@
 //! Where the host keeps things, and the address of a PCI function on it.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -25,7 +27,12 @@ pub struct HostPaths {
     pub config: PathBuf,
     /// What must outlive a reboot: quarantine, maintenance.
     pub state: PathBuf,
+    /// The devices in sight, where those of others are none of one's business; none if all are.
+    pub only: Option<BTreeSet<HostBdf>>,
 }
+
+/// An argument for all devices.
+const ALL: &str = "all";
 
 impl Default for HostPaths {
     fn default() -> Self {
@@ -36,6 +43,7 @@ impl Default for HostPaths {
             run: "/run/gantry".into(),
             config: "/etc/gantry".into(),
             state: "/var/lib/gantry".into(),
+            only: None,
         }
     }
 }
@@ -50,12 +58,56 @@ impl HostPaths {
             run: root.join("run"),
             config: root.join("etc"),
             state: root.join("var"),
+            only: None,
         }
+    }
+
+    /// The arguments that tell a helper process the same, for [`HostPaths::from_args`].
+    pub(crate) fn to_args(&self) -> Vec<OsString> {
+        let Self {
+            sysfs,
+            dev,
+            proc,
+            run,
+            config,
+            state,
+            only,
+        } = self;
+        let only = only.as_ref().map(|only| {
+            let only: Vec<String> = only.iter().map(HostBdf::to_string).collect();
+            only.join(",")
+        });
+        let dirs = [sysfs, dev, proc, run, config, state].map(|dir| dir.clone().into_os_string());
+        let only = only.unwrap_or_else(|| ALL.to_owned());
+        dirs.into_iter().chain([only.into()]).collect()
+    }
+
+    /// What [`HostPaths::to_args`] says, and the arguments behind it.
+    pub(crate) fn from_args(args: &[String]) -> Option<(Self, &[String])> {
+        let [sysfs, dev, proc, run, config, state, only, rest @ ..] = args else {
+            return None;
+        };
+        let addresses = only.split(',').filter_map(|text| text.parse().ok());
+        let paths = Self {
+            sysfs: sysfs.into(),
+            dev: dev.into(),
+            proc: proc.into(),
+            run: run.into(),
+            config: config.into(),
+            state: state.into(),
+            only: (only != ALL).then(|| addresses.collect()),
+        };
+        Some((paths, rest))
     }
 
     /// The sysfs directory of one PCI function.
     pub fn pci_device(&self, bdf: HostBdf) -> PathBuf {
         self.sysfs.join("bus/pci/devices").join(bdf.to_string())
+    }
+
+    /// Whether a device is in sight.
+    pub(crate) fn shows(&self, bdf: HostBdf) -> bool {
+        self.only.as_ref().is_none_or(|only| only.contains(&bdf))
     }
 
     /// The VFIO node of an IOMMU group.
@@ -228,6 +280,29 @@ mod tests {
         let path = Path::new("/sys/bus/pci/devices/0000:01:00.0/");
         assert_eq!(HostBdf::from_sysfs_path(path).unwrap().bus(), 1);
         assert!(HostBdf::from_sysfs_path(Path::new("/")).is_err());
+    }
+
+    #[test]
+    fn a_helper_is_told_where_things_are_and_what_is_in_sight() {
+        let told = |only: Option<BTreeSet<HostBdf>>| {
+            let paths = HostPaths {
+                only,
+                ..HostPaths::default()
+            };
+            let mut args: Vec<String> = paths
+                .to_args()
+                .into_iter()
+                .map(|arg| arg.into_string().unwrap())
+                .collect();
+            args.push("more".to_owned());
+            let (read, rest) = HostPaths::from_args(&args).unwrap();
+            assert_eq!((read, rest), (paths, &["more".to_owned()][..]));
+        };
+        let two = ["01:00.0", "02:00.0"].map(|text| text.parse().unwrap());
+        told(None);
+        told(Some(two.into()));
+        told(Some(BTreeSet::new()));
+        assert_eq!(HostPaths::from_args(&[]), None);
     }
 
     proptest! {

@@ -5,6 +5,7 @@ mod attributes;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -159,6 +160,7 @@ pub(crate) fn scan_with(
             addresses.push(bdf);
         }
     }
+    addresses.retain(|bdf| paths.shows(*bdf));
     addresses.sort();
     let mut devices = Vec::with_capacity(addresses.len());
     for bdf in addresses {
@@ -310,7 +312,7 @@ impl<'a> Source<'a> {
             source,
         };
         let attributes = Attributes::open(&self.devices, bdf).map_err(unreadable)?;
-        let Some(attributes) = attributes else {
+        let Some(attributes) = attributes.filter(|_| paths.shows(bdf)) else {
             return Ok(None);
         };
         let Some(mut device) = facts(&attributes, bdf, before).map_err(unreadable)? else {
@@ -364,7 +366,8 @@ impl<'a> Source<'a> {
 /// for which whoever asks for the override waits, if need be for ever.
 fn moves_elsewhere(device: &HostDevice) -> bool {
     match device.lease.record() {
-        Some(record) if record.pid == std::process::id() => false,
+        // A VM's helper moves devices for it.
+        Some(record) if [std::process::id(), parent_id()].contains(&record.pid) => false,
         Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
         None => false,
     }

@@ -261,30 +261,36 @@ pub(crate) struct AllocationLock {
 }
 
 impl AllocationLock {
+    /// Waits for one holder no longer than the deadline.
     pub(crate) fn acquire(
         paths: &HostPaths,
         record: &LeaseRecord,
         deadline: Duration,
     ) -> Result<Self, LeaseError> {
         let path = paths.run.join("allocate.lock");
-        let started = Instant::now();
+        let mut started = Instant::now();
         let mut pause = Duration::from_micros(200);
+        let mut seen = None;
         loop {
             if let Some(lock) = LockFile::take(&path, record).map_err(LeaseError::file(&path))? {
                 return Ok(Self { _lock: lock });
             }
-            if started.elapsed() >= deadline {
-                let holder = match status(paths, &path)? {
-                    LeaseStatus::Held(record) => record.to_string(),
-                    _ => "an unknown process".to_owned(),
-                };
-                return Err(LeaseError::AllocationBusy {
-                    holder,
-                    waited: deadline,
-                });
+            // It is one holder that must not take too long: of many contenders the last one waits for all.
+            if seen.is_none() || started.elapsed() >= deadline {
+                let holder = status(paths, &path)?;
+                if seen.as_ref() == Some(&holder) && holder.is_held() {
+                    return Err(LeaseError::AllocationBusy {
+                        holder: holder
+                            .record()
+                            .map_or_else(|| "an unknown process".to_owned(), ToString::to_string),
+                        waited: deadline,
+                    });
+                }
+                seen = Some(holder);
+                started = Instant::now();
             }
             std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(5));
+            pause = (pause * 2).min(Duration::from_millis(20));
         }
     }
 }
@@ -299,7 +305,7 @@ pub(crate) fn create_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(dir)
 }
 
-fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+pub(crate) fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
     paths.run.join("leases").join(format!("{bdf}.lock"))
 }
 
@@ -383,6 +389,16 @@ impl Drop for LockFile {
             tracing::debug!("a lock is left to be freed by closing: {error}");
         }
     }
+}
+
+/// Makes a file to be locked, which must not be there.
+pub(crate) fn create(path: &Path) -> io::Result<()> {
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    made.map(drop)
 }
 
 fn open(path: &Path) -> io::Result<File> {

@@ -41,6 +41,7 @@ mod reserved;
 mod rule;
 mod sriov;
 mod sysfs;
+mod tenant;
 mod topology;
 mod tree;
 mod uuid;
@@ -55,7 +56,7 @@ pub use config::ConfigError;
 pub use demand::{reap, restore_helper};
 pub use group::{
     Bind, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
-    ResourceGroup, add_aliases, add_device_specs,
+    ResourceGroup, change_aliases, change_device_specs,
 };
 pub use guard::{Guarded, HostUse, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
@@ -85,6 +86,10 @@ pub use sriov::{
     HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
     Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, VfToken, activate,
     deactivate,
+};
+pub use tenant::{
+    Grant, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant,
+    grant, revoke,
 };
 pub use tree::{TreeNode, tree};
 pub use uuid::{Uuid, UuidError};

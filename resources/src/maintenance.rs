@@ -1,7 +1,7 @@
 //! Maintenance: no new VM starts on the host, and those that run can be seen.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -107,24 +107,37 @@ pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<RunningVm> {
 
 /// The VMs that run, with and without devices, in the order of their names.
 pub fn running_vms(paths: &HostPaths) -> Result<Vec<LeaseRecord>, MaintenanceError> {
-    let dir = paths.run.join("vms");
-    let names = sysfs::entries(&dir).map_err(|source| MaintenanceError::File {
-        path: dir.clone(),
-        source,
-    })?;
     let mut running = Vec::new();
-    for name in names {
-        if let LeaseStatus::Held(record) = status(paths, &dir.join(name))? {
-            running.push(record);
+    for dir in homes(paths)? {
+        for name in list(&dir)? {
+            if let LeaseStatus::Held(record) = status(paths, &dir.join(name))? {
+                running.push(record);
+            }
         }
     }
     running.sort_by(|one, other| (&one.name, one.pid).cmp(&(&other.name, other.pid)));
     Ok(running)
 }
 
+/// Where VMs are announced: those of the host, and those of tenants.
+fn homes(paths: &HostPaths) -> Result<Vec<PathBuf>, MaintenanceError> {
+    let tenants = paths.run.join("tenants");
+    let of_tenants = list(&tenants)?;
+    let mut homes = vec![paths.run.join("vms")];
+    homes.extend(of_tenants.iter().map(|name| tenants.join(name).join("vms")));
+    Ok(homes)
+}
+
+fn list(dir: &Path) -> Result<Vec<String>, MaintenanceError> {
+    sysfs::entries(dir).map_err(|source| MaintenanceError::File {
+        path: dir.to_owned(),
+        source,
+    })
+}
+
 /// Removes the files of processes that are no more. A number given anew has its file made anew: whoever
 /// locks a file looks whether it still is there.
-fn clear(dir: &std::path::Path, own: u32) {
+fn clear(dir: &Path, own: u32) {
     for name in sysfs::entries(dir).unwrap_or_default() {
         let path = dir.join(&name);
         let record = LeaseRecord::task("gantry run");

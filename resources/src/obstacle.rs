@@ -81,6 +81,11 @@ pub enum Obstacle {
         /// That group.
         owner: String,
     },
+    /// It belongs to a tenant.
+    OfTenant {
+        /// The tenant.
+        tenant: String,
+    },
     /// The same request asks for it, by its address or otherwise.
     AskedFor,
     /// The hardware at its address is not what the group's rule was made for.

@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use crate::allocate::allocate;
-use crate::demand::directories;
 use crate::group::Groups;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, scan_with};
@@ -132,7 +131,7 @@ impl Opener {
     pub fn start(paths: &HostPaths, holder: &Holder) -> Result<Self, OpenerError> {
         let (ours, theirs) = UnixStream::pair().map_err(OpenerError::Start)?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
-        command.arg(SUBCOMMAND).args(directories(paths));
+        command.arg(SUBCOMMAND).args(paths.to_args());
         // Neither the terminal's ctrl-c nor its end is meant for the helper.
         command.env_clear().process_group(0);
         command
@@ -261,16 +260,8 @@ pub fn reserved_for(paths: &HostPaths, from: &[Source]) -> Vec<ReservedRegion> {
 
 /// What the helper does with the arguments after `__open`: the host's directories.
 pub fn opener_helper(args: &[String]) -> ExitCode {
-    let [sysfs, dev, proc, run, config, state] = args else {
+    let Some((paths, _)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
-    };
-    let paths = HostPaths {
-        sysfs: sysfs.into(),
-        dev: dev.into(),
-        proc: proc.into(),
-        run: run.into(),
-        config: config.into(),
-        state: state.into(),
     };
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     match stdin

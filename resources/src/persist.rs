@@ -1,4 +1,4 @@
-//! What makes the host give devices to vfio-pci at every boot: a udev rule, or options for modprobe.
+//! What makes the host give devices to vfio-pci at every boot: a udev rule, options for modprobe, or a unit.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -10,13 +10,15 @@ use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
 
-/// The two ways.
+/// The ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PersistBy {
     /// A rule that names each device by its address and ids.
     Udev,
     /// Options that name devices by their ids alone.
     Modprobe,
+    /// A unit that runs `gantry boot`, which takes devices from their drivers as `gantry device detach`.
+    Systemd,
 }
 
 /// Text for a file of the host.
@@ -55,6 +57,7 @@ pub fn persist(
     Ok(match by {
         PersistBy::Udev => udev(&members),
         PersistBy::Modprobe => modprobe(&members, &all),
+        PersistBy::Systemd => systemd(),
     })
 }
 
@@ -76,6 +79,27 @@ pub fn persist_functions(groups: &[&ResourceGroup], gantry: &Path) -> String {
     text
 }
 
+/// It names no device: the groups say which, at each boot anew.
+fn systemd() -> Persistent {
+    let text = "# Made by `gantry device persist`: devices for VMs, and what else a boot undoes.\n\
+        [Unit]\n\
+        Description=Devices for VMs\n\
+        After=systemd-udev-settle.service systemd-modules-load.service\n\
+        Wants=systemd-udev-settle.service\n\n\
+        [Service]\n\
+        Type=oneshot\n\
+        ExecStartPre=-/sbin/modprobe vfio-pci\n\
+        ExecStart=/usr/local/bin/gantry boot\n\n\
+        [Install]\n\
+        WantedBy=multi-user.target\n";
+    Persistent {
+        file: "/etc/systemd/system/gantry.service",
+        text: text.to_owned(),
+        then: "systemctl enable gantry",
+        warnings: Vec::new(),
+    }
+}
+
 fn udev(devices: &[HostDevice]) -> Persistent {
     let mut text = "# Made by `gantry device persist`: these devices are for VMs.\n\
         # A driver that is built into the kernel or loaded in the initramfs comes before udev: put this\n\
@@ -86,7 +110,8 @@ fn udev(devices: &[HostDevice]) -> Persistent {
         let _ = writeln!(
             text,
             "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", ATTR{{vendor}}==\"{:#06x}\", \
-             ATTR{{device}}==\"{:#06x}\", ATTR{{driver_override}}=\"vfio-pci\", RUN{{builtin}}+=\"kmod load vfio-pci\"",
+             ATTR{{device}}==\"{:#06x}\", ATTR{{driver_override}}=\"vfio-pci\", RUN{{builtin}}+=\"kmod load vfio-pci\", \
+             RUN+=\"/bin/sh -c 'echo $kernel >/sys/bus/pci/drivers_probe'\"",
             id.vendor, id.device
         );
     }
@@ -153,6 +178,8 @@ mod tests {
                 "ATTR{vendor}==\"0x1b36\"",
                 "ATTR{device}==\"0x0010\"",
                 "ATTR{driver_override}=\"vfio-pci\"",
+                // Where vfio-pci is loaded already, nothing else makes it look at the device.
+                "echo $kernel >/sys/bus/pci/drivers_probe",
             ] {
                 assert!(rule.contains(part), "{rule}");
             }

@@ -63,6 +63,7 @@ fn run_parts(clock: &mut Clock) -> Result<()> {
 const REPEATING: &[&str] = &[
     "lab-kernel::endings::killed_while_booting",
     "lab-kernel::pools::of_eight_vms",
+    "lab-kernel::pools::of_fifty_vms",
 ];
 
 /// Runs the cases that repeat something, `rounds` times each: what no test has the time for.

@@ -49,8 +49,9 @@ pub enum PreflightError {
     #[error(
         "the memlock limit is too low: devices need all of the guest's RAM pinned, {needed} MiB, \
          and this user may lock {allowed} MiB\n\
-         raise it with `ulimit -l {limit}` in the shell that starts gantry, with `LimitMEMLOCK=` \
-         in its systemd unit, or run gantry as root"
+         raise it with `ulimit -l {limit}` in the shell that starts gantry, for a user's logins with a \
+         line `USER - memlock {limit}` in /etc/security/limits.d/gantry.conf, or with `LimitMEMLOCK=` \
+         in its systemd unit"
     )]
     Memlock {
         /// MiB that must be pinned.

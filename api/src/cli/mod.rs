@@ -1,5 +1,6 @@
 //! The command line: its grammar, and the way from arguments to an exit code.
 
+mod boot;
 mod check;
 mod device;
 mod generate;
@@ -8,6 +9,7 @@ mod maintenance;
 mod plan;
 mod run;
 mod schema;
+mod tenant;
 mod vm;
 
 use std::io;
@@ -63,6 +65,10 @@ pub struct Globals {
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_STATE_DIR", hide_env_values = true)]
     state_dir: Option<PathBuf>,
+    /// See and use what this tenant owns, and nothing else [default: the tenant of the user who runs it]
+    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(env = "GANTRY_TENANT", hide_env_values = true)]
+    tenant: Option<String>,
     /// Log more to standard error; -vv and -vvv still more
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
@@ -73,7 +79,7 @@ pub struct Globals {
 
 impl Globals {
     /// Where the host keeps things, by default and by these flags.
-    fn paths(&self) -> HostPaths {
+    fn paths(&self) -> Result<HostPaths, Failure> {
         let mut paths = match &self.host_root {
             Some(root) => HostPaths::under(root),
             None => HostPaths::default(),
@@ -81,7 +87,7 @@ impl Globals {
         paths.run = self.run_dir.clone().unwrap_or(paths.run);
         paths.config = self.config_dir.clone().unwrap_or(paths.config);
         paths.state = self.state_dir.clone().unwrap_or(paths.state);
-        paths
+        tenant::scope(paths, self.tenant.as_deref())
     }
 
     fn level(&self) -> Level {
@@ -110,9 +116,14 @@ enum Command {
     /// List the service plans, change them
     #[command(subcommand)]
     Plan(plan::PlanCommand),
+    /// List the tenants, change what they own
+    #[command(subcommand)]
+    Tenant(tenant::TenantCommand),
     /// Let no new VM start while the host is worked on
     #[command(subcommand)]
     Maintenance(maintenance::MaintenanceCommand),
+    /// Do again what a boot of the host undoes
+    Boot(boot::BootArgs),
     /// Check what the host lacks to give devices to VMs, and say how to put it right
     Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
@@ -156,7 +167,10 @@ pub fn main() -> ExitCode {
         .with_target(false)
         .compact()
         .init();
-    execute(command, globals.paths()).unwrap_or_else(|failure| failure.show(colour))
+    globals
+        .paths()
+        .and_then(|paths| execute(command, paths))
+        .unwrap_or_else(|failure| failure.show(colour))
 }
 
 /// Standard error, which nobody may be reading: a VM must not wait for that.
@@ -174,7 +188,9 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Check(args) => return check::check(&args, &paths),
         Command::Device(command) => device::device(command, &paths)?,
         Command::Vm(command) => vm::vm(command, &paths)?,
+        Command::Boot(args) => boot::boot(&args, &paths)?,
         Command::Plan(command) => plan::plan(command, &paths)?,
+        Command::Tenant(command) => tenant::tenant(command, &paths)?,
         Command::Maintenance(command) => maintenance::switch(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
         Command::Completions(args) => generate::completions(&args, Cli::command())?,

@@ -7,7 +7,7 @@ use gantry_resources::{
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
@@ -33,6 +33,9 @@ pub struct ListArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -150,7 +153,9 @@ fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if rows.is_empty() {
         return print(|out| writeln!(out, "There are no plans: `gantry plan create` makes one"));
     }
-    let table = Table::new(&COLUMNS, rows).fit(terminal_width());
+    let table = Table::new(&COLUMNS, rows)
+        .sorted(args.sort.as_deref())
+        .fit(terminal_width());
     print(|out| write!(out, "{table}"))
 }
 

@@ -221,6 +221,9 @@ impl<'a> Choice<'a, '_> {
         let device = self.view.devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
         let groups = self.view.groups;
+        if let Some(obstacle) = of_tenant(groups, device) {
+            return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
+        }
         if !allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
@@ -390,8 +393,17 @@ impl<'a> Choice<'a, '_> {
     }
 }
 
+/// A tenant's device is nobody else's.
+fn of_tenant(groups: &Groups, device: &HostDevice) -> Option<Obstacle> {
+    let tenant = groups.tenant_of(device)?.to_owned();
+    Some(Obstacle::OfTenant { tenant })
+}
+
 /// The group that comes before the one asked for.
 fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Obstacle> {
+    if let Some(obstacle) = of_tenant(groups, device) {
+        return Some(obstacle);
+    }
     let owner = groups.group_of(device)?;
     (owner.name != group.name).then(|| Obstacle::OtherGroup {
         owner: owner.name.clone(),

@@ -192,7 +192,7 @@ fn the_helper_is_told_what_to_give_back() {
     fs::create_dir_all(&host.paths.state).unwrap();
     let helper = host.paths.state.join("helper");
     let script = format!(
-        "#!/bin/sh\n{{ echo \"$1 $8\"; cat; }} > {}.new\nmv {0}.new {0}\n",
+        "#!/bin/sh\n{{ echo \"$1 $9\"; cat; }} > {}.new\nmv {0}.new {0}\n",
         out.display()
     );
     let made = Command::new("sh")

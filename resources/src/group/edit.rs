@@ -116,6 +116,14 @@ pub enum EditError {
         /// The rule's number, from 1.
         number: usize,
     },
+    /// What is to be taken out of a file is not in it.
+    #[error("{}: there is {what}", .file.display())]
+    NotDefined {
+        /// The file.
+        file: PathBuf,
+        /// What is missing, with a "no" before it.
+        what: String,
+    },
     /// A VM has a device of the group.
     #[error("group \"{group}\" is in use: {blocked}")]
     InUse {
@@ -310,6 +318,20 @@ impl GroupFiles {
             .rules
             .retain(|rule| !devices.iter().any(|device| rule.matches(device)));
         Ok(())
+    }
+
+    /// Removes every rule that names one of these addresses, whatever is there now, and groups that had
+    /// no other.
+    pub(crate) fn forget(&mut self, addresses: &[HostBdf]) {
+        for file in &mut self.files {
+            for group in &mut file.content.groups {
+                group
+                    .rules
+                    .retain(|rule| !rule.only_slot().is_some_and(|bdf| addresses.contains(&bdf)));
+            }
+            file.content.groups.retain(|group| !group.rules.is_empty());
+            file.changed = true;
+        }
     }
 
     /// Writes the files that changed and names them.

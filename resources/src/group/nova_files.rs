@@ -34,24 +34,58 @@ pub(super) fn aliases(paths: &HostPaths) -> PathBuf {
     paths.config.join("alias.json")
 }
 
-/// Adds device specs to `device_spec.json`, as far as they are not there yet. Returns the file.
-pub fn add_device_specs(paths: &HostPaths, new: Vec<DeviceSpec>) -> Result<PathBuf, EditError> {
-    add(paths, specs(paths), new)
+/// Adds device specs to `device_spec.json`, as far as they are not there yet, and takes others away. All
+/// of it or nothing. Returns the file.
+pub fn change_device_specs(
+    paths: &HostPaths,
+    new: Vec<DeviceSpec>,
+    gone: &[DeviceSpec],
+) -> Result<PathBuf, EditError> {
+    change(paths, specs(paths), new, |specs: &mut Vec<DeviceSpec>| {
+        for spec in gone {
+            let before = specs.len();
+            specs.retain(|one| one != spec);
+            if specs.len() == before {
+                let what = serde_json::to_string(spec).unwrap_or_default();
+                return Err(format!("no device_spec that says {what}"));
+            }
+        }
+        Ok(())
+    })
 }
 
-/// Adds aliases to `alias.json`, as far as they are not there yet. Returns the file.
-pub fn add_aliases(paths: &HostPaths, new: Vec<Alias>) -> Result<PathBuf, EditError> {
-    add(paths, aliases(paths), new)
+/// Adds aliases to `alias.json`, as far as they are not there yet, and takes away all alternatives of
+/// some names. All of it or nothing. Returns the file.
+pub fn change_aliases(
+    paths: &HostPaths,
+    new: Vec<Alias>,
+    gone: &[String],
+) -> Result<PathBuf, EditError> {
+    change(paths, aliases(paths), new, |aliases: &mut Vec<Alias>| {
+        for name in gone {
+            let before = aliases.len();
+            aliases.retain(|alias| alias.name != *name);
+            if aliases.len() == before {
+                return Err(format!("no alias \"{name}\""));
+            }
+        }
+        Ok(())
+    })
 }
 
-fn add<T: Serialize + DeserializeOwned + PartialEq>(
+fn change<T: Serialize + DeserializeOwned + PartialEq>(
     paths: &HostPaths,
     file: PathBuf,
     new: Vec<T>,
+    remove: impl FnOnce(&mut Vec<T>) -> Result<(), String>,
 ) -> Result<PathBuf, EditError> {
     let record = LeaseRecord::task("gantry group");
     let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     let mut values = load(&file)?;
+    remove(&mut values).map_err(|what| EditError::NotDefined {
+        file: file.clone(),
+        what,
+    })?;
     for value in new {
         if !values.contains(&value) {
             values.push(value);

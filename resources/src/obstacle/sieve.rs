@@ -20,6 +20,8 @@ pub enum Sieve {
     Changed,
     /// The order of groups that match one device.
     OtherGroup,
+    /// Not to belong to a tenant.
+    Tenant,
     /// `device_type` of an alias.
     DeviceType,
     /// `resource_class`.
@@ -68,6 +70,7 @@ impl Obstacle {
             Self::GroupInUse { .. } | Self::GroupLeased { .. } => Sieve::Neighbours,
             Self::NodeMissing { .. } | Self::NodeDenied { .. } => Sieve::Node,
             Self::OtherGroup { .. } => Sieve::OtherGroup,
+            Self::OfTenant { .. } => Sieve::Tenant,
             Self::AskedFor => Sieve::AskedFor,
             Self::Changed { .. } => Sieve::Changed,
             Self::DeviceType { .. } => Sieve::DeviceType,
@@ -89,6 +92,7 @@ impl fmt::Display for Sieve {
             Self::Ids => "of other vendor or product id",
             Self::Changed => "changed behind their address",
             Self::OtherGroup => "in a group defined earlier",
+            Self::Tenant => "of tenants",
             Self::DeviceType => "of another device_type",
             Self::ResourceClass => "of another resource_class",
             Self::Traits => "without the traits",

@@ -112,6 +112,10 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
                 "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
             )
         }
+        Obstacle::OfTenant { tenant } => write!(
+            f,
+            "{bdf} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {bdf}` takes it back"
+        ),
         Obstacle::AskedFor => {
             write!(
                 f,

@@ -28,6 +28,9 @@ pub enum Device {
     /// A display (1234:1111, function 0) and an audio controller (8086:2668, function 1) in one
     /// slot of the root complex: one IOMMU group, as a GPU with its audio.
     Gpu,
+    /// The display that the firmware starts (1234:1111, class 0300) and an audio controller, in one
+    /// slot as [`Device::Gpu`].
+    Console,
     /// The teaching device (1234:11e8) with DMA, MSI and INTx, in the root complex.
     Edu,
     /// A device (1b36:0005) with a prefetchable BAR of this many MiB, in the root complex.
@@ -57,6 +60,13 @@ impl Device {
             Self::Edu,
             Self::BigBar { mib: 8 << 10 },
         ]
+    }
+
+    /// The usual ones and a display of the firmware's, with its audio: 00:17.0 and 00:17.1.
+    pub fn with_console() -> Vec<Self> {
+        let mut devices = Self::usual();
+        devices.push(Self::Console);
+        devices
     }
 
     /// QEMU's arguments for the device as number `index` of the machine.
@@ -89,6 +99,12 @@ impl Device {
             Self::Gpu => vec![
                 "-device".into(),
                 format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
+                "-device".into(),
+                format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
+            ],
+            Self::Console => vec![
+                "-device".into(),
+                format!("VGA,id=dev{index},addr={slot:#x}.0,multifunction=on"),
                 "-device".into(),
                 format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
             ],

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use anyhow::{Result, anyhow, bail, ensure};
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
+use gantry_tests::lab::qemu::Device;
 use gantry_tests::lab::{Host, Parts, Setup};
 use libtest_mimic::Failed;
 
@@ -16,6 +17,10 @@ pub struct Suite {
     pub name: &'static str,
     /// The lab host's kernel.
     pub kernel: HostKernel,
+    /// Added to its command line.
+    pub append: &'static str,
+    /// The lab host's devices.
+    pub devices: fn() -> Vec<Device>,
     /// Modules with their cases.
     pub cases: &'static [(&'static str, &'static [Case])],
 }
@@ -91,6 +96,8 @@ impl Bed {
             .map_err(|error| anyhow!("the lab cannot be made: {error}"))?;
         let setup = Setup {
             kernel: suite.kernel,
+            append: suite.append.to_owned(),
+            devices: (suite.devices)(),
             ..Setup::default()
         };
         Host::boot(parts, &setup)

@@ -21,15 +21,20 @@
 
 mod api;
 mod bed;
+mod check;
+mod demand;
 mod endings;
 mod lab_kernel;
 mod launch;
 mod passthrough;
+mod persist;
 mod pool;
 mod pools;
+mod quarantine;
 mod refusals;
 mod sandbox;
 mod sriov;
+mod tenants;
 mod the_lab;
 mod vm;
 
@@ -39,6 +44,7 @@ use std::sync::Arc;
 use bed::{Bed, Suite};
 use gantry_tests::cleanup;
 use gantry_tests::lab::images::HostKernel;
+use gantry_tests::lab::qemu::Device;
 use libtest_mimic::{Arguments, Trial};
 
 /// Which cases run in which lab. Cases of one suite share its boot, in this order.
@@ -46,6 +52,8 @@ const SUITES: &[Suite] = &[
     Suite {
         name: "stock",
         kernel: HostKernel::Stock,
+        append: "",
+        devices: Device::usual,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("launch", launch::CASES),
@@ -56,11 +64,15 @@ const SUITES: &[Suite] = &[
             ("refusals", refusals::CASES),
             ("sandbox", sandbox::CASES),
             ("sandbox", sandbox::AUDITED),
+            ("check", check::CASES),
+            ("persist", persist::CASES),
         ],
     },
     Suite {
         name: "lab-kernel",
         kernel: HostKernel::Lab,
+        append: "",
+        devices: Device::usual,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("lab_kernel", lab_kernel::CASES),
@@ -74,10 +86,34 @@ const SUITES: &[Suite] = &[
             ("endings", endings::MORE),
             ("pools", pools::CASES),
             ("pools", pools::MORE),
+            ("demand", demand::CASES),
+            ("tenants", tenants::CASES),
+            ("quarantine", quarantine::CASES),
             ("refusals", refusals::CASES),
             ("sandbox", sandbox::CASES),
             ("sriov", sriov::CASES),
         ],
+    },
+    Suite {
+        name: "iommu-off",
+        kernel: HostKernel::Stock,
+        append: "intel_iommu=off",
+        devices: Device::usual,
+        cases: &[("check", check::IOMMU_OFF)],
+    },
+    Suite {
+        name: "no-remapping",
+        kernel: HostKernel::Stock,
+        append: "intremap=off iommu=pt",
+        devices: Device::with_console,
+        cases: &[("check", check::NO_REMAPPING), ("pools", pools::CONSOLE)],
+    },
+    Suite {
+        name: "no-iommu",
+        kernel: HostKernel::Stock,
+        append: "iommu=off",
+        devices: Device::usual,
+        cases: &[("check", check::NO_IOMMU)],
     },
 ];
 

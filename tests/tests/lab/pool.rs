@@ -97,6 +97,16 @@ pub fn nothing_is_held(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// Numbers of the processes whose command lines contain `words`.
+pub fn processes(host: &Host, words: &str) -> Result<Vec<String>> {
+    // The script's own command line must not contain them.
+    let script = "for process in /proc/[0-9]*; do
+            tr '\\0' ' ' <$process/cmdline 2>/dev/null | grep -q -- \"$WORDS\" && echo ${process##*/}
+        done; true";
+    let found = host.sh(script).env("WORDS", words).output()?.success()?;
+    Ok(found.text().lines().map(str::to_owned).collect())
+}
+
 /// What `gantry device list` says of a device.
 pub fn device(host: &Host, bdf: &str) -> Result<Value> {
     let list = parsed(host, "gantry device list --json")?;

@@ -1,16 +1,19 @@
 //! Cases about pools: who gets a device, who is told what, and what the host keeps.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use gantry_tests::protocol::Exit;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use crate::bed::{Case, cases};
 use crate::pool::{Disk, FIRST, NIC, Pool, SECOND, device, free, nothing_is_held};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.
-pub const CASES: &[Case] = cases![of_eight_vms_two_get_a_disk];
+pub const CASES: &[Case] = cases![of_eight_vms_two_get_a_disk, of_fifty_vms_three_get_a_device,];
 
 /// For host kernels that can swap.
 pub const SWAP: &[Case] = cases![a_swap_disk_stays_with_the_host];
@@ -20,6 +23,113 @@ pub const MORE: &[Case] = cases![
     a_mounted_disk_stays_with_the_host,
     the_card_of_the_default_route_stays_with_the_host,
 ];
+
+/// For a host with a display that the firmware started, in one IOMMU group with its audio.
+pub const CONSOLE: &[Case] = cases![the_console_display_and_its_neighbour_stay_with_the_host];
+
+/// Fifty at once, for two disks and a network card. Nobody waits for the guests of those who win.
+fn of_fifty_vms_three_get_a_device(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf, NIC])?;
+    let group = json!({"name": "any", "rules": [
+        {"slot": FIRST.bdf}, {"slot": SECOND.bdf}, {"slot": NIC},
+    ]});
+    host.write(
+        "/etc/gantry/groups.json",
+        json!({"groups": [group]}).to_string(),
+    )?;
+    (0..crate::rounds(1)).try_for_each(|_| fifty_vms_race_for_three_devices(host))
+}
+
+fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
+    let file = Vm::new("sleep")
+        .memory("128M")
+        .devices("any", 1)
+        .write(host)?;
+    // One script starts them all, so that they start together, and waits for those that end.
+    let script = format!(
+        "rm -rf /tmp/fifty && mkdir /tmp/fifty && cd /tmp/fifty
+         for n in $(seq 50); do
+             (gantry run --name vm$n {file} </dev/null >$n.out 2>$n.err & echo $! >$n.pid
+              wait $!; echo $? >$n.status) &
+         done
+         for try in $(seq 900); do
+             [ $(cat *.status 2>/dev/null | wc -l) -ge 47 ] && break
+             sleep 0.1
+         done
+         sleep 1
+         for n in $(seq 50); do
+             [ -e $n.status ] && echo lost $(cat $n.status) $(tr '\\n' ' ' <$n.err) || echo won vm$n
+         done"
+    );
+    let told = host
+        .sh(&script)
+        .within(Duration::from_secs(150))
+        .output()?
+        .success()?
+        .text();
+    let won: Vec<&str> = told
+        .lines()
+        .filter_map(|line| line.strip_prefix("won "))
+        .collect();
+    let kill = format!(
+        "cd /tmp/fifty; for n in {}; do kill -9 $(cat $n.pid); done
+         until [ $(ls *.status | wc -l) = 50 ]; do sleep 0.1; done",
+        won.iter()
+            .map(|name| name.trim_start_matches("vm"))
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
+    let mut holders = Vec::new();
+    for bdf in [FIRST.bdf, SECOND.bdf, NIC] {
+        holders.push(
+            device(host, bdf)?["vm"]
+                .as_str()
+                .unwrap_or("nobody")
+                .to_owned(),
+        );
+    }
+    host.sh(&kill).output()?.success()?;
+    holders.sort_by_key(|name| won.iter().position(|winner| winner == name));
+    ensure!(
+        won.len() == 3 && holders == won,
+        "{holders:?} hold, of\n{told}"
+    );
+    let refused = "lost 1 error: No valid host was found: 1 of group \"any\" asked for, 0 free";
+    let clear = told
+        .lines()
+        .filter(|line| line.starts_with(refused) && line.contains("held by VM 'vm"));
+    ensure!(clear.count() == 47, "{told}");
+    nothing_is_held(host)?;
+    ensure!(free(host, "any")? == 3, "not all are free again");
+    Ok(())
+}
+
+/// The display of [`gantry_tests::lab::qemu::Device::Console`], and its audio.
+const CONSOLE_DISPLAY: [&str; 2] = ["0000:00:17.0", "0000:00:17.1"];
+
+fn the_console_display_and_its_neighbour_stay_with_the_host(host: &Host) -> Result<()> {
+    let [display, audio] = CONSOLE_DISPLAY;
+    let way_out = format!("--override {display}");
+    let words = [display, "the firmware started", &way_out];
+    stays(host, display, &words)?;
+    // Naming the neighbour does not make the console less of one.
+    stays(host, audio, &words)?;
+    let wrong = ["gantry", "device", "detach", audio, "--override", audio];
+    host.command(wrong).output()?.exits(1)?;
+    let exact = ["gantry", "device", "detach", audio, "--override", display];
+    let moved = host.command(exact).output()?.success()?;
+    ensure!(moved.text().contains(display), "{moved}");
+    for bdf in CONSOLE_DISPLAY {
+        ensure!(
+            device(host, bdf)?["driver"] == "vfio-pci",
+            "{bdf} was not moved"
+        );
+    }
+    host.command(["gantry", "device", "reattach", display])
+        .output()?
+        .success()?;
+    Ok(())
+}
 
 fn of_eight_vms_two_get_a_disk(host: &Host) -> Result<()> {
     let attached = Pool::of(host, &[])?;

@@ -106,6 +106,9 @@ struct Row<'a> {
     #[serde(flatten)]
     state: DeviceState,
     group: Option<&'a str>,
+    /// The tenant that the device belongs to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<&'a str>,
 }
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -155,7 +158,14 @@ impl<'a> Row<'a> {
             class_name: device.class_name(),
             state: device.state(),
             group: groups.group_of(device).map(|group| group.name.as_str()),
+            tenant: groups.tenant_of(device),
         }
+    }
+
+    /// The group, or whose the device is.
+    fn whose(&self) -> Option<String> {
+        let tenant = self.tenant.map(|name| format!("tenant {name}"));
+        tenant.or(self.group.map(str::to_owned))
     }
 
     /// Vendor and device name as far as they are known.
@@ -202,7 +212,7 @@ impl<'a> Row<'a> {
             number(self.device.numa_node),
             self.functions(),
             state_word(&self.state).to_owned(),
-            text(self.group),
+            text(self.whose().as_deref()),
             text(self.vm()),
         ]
     }
@@ -218,7 +228,7 @@ impl<'a> Row<'a> {
             Key::Iommu => last_if_none(&a.iommu_group, &b.iommu_group),
             Key::Numa => last_if_none(&a.numa_node, &b.numa_node),
             Key::State => self.state.cmp(&other.state),
-            Key::Group => last_if_none(&self.group, &other.group),
+            Key::Group => last_if_none(&self.whose(), &other.whose()),
             Key::Vm => last_if_none(&self.vm(), &other.vm()),
         }
     }

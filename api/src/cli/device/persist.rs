@@ -46,6 +46,8 @@ enum By {
     Udev,
     /// Options for modprobe, by vendor and device id
     Modprobe,
+    /// A unit for systemd that runs `gantry boot`
+    Systemd,
 }
 
 pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -54,6 +56,7 @@ pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
     let by = match args.by {
         By::Udev => PersistBy::Udev,
         By::Modprobe => PersistBy::Modprobe,
+        By::Systemd => PersistBy::Systemd,
     };
     if !functions.is_empty() && matches!(args.by, By::Modprobe) {
         let what = "modprobe makes no virtual functions";

@@ -2,15 +2,15 @@
 
 use clap::Args;
 use gantry_resources::{
-    Alias, DeviceSpec, Groups, HostDevice, HostPaths, Placement, Request, add_aliases,
-    add_device_specs, fit, scan,
+    Alias, DeviceSpec, Groups, HostDevice, HostPaths, Placement, Request, change_aliases,
+    change_device_specs, fit, scan,
 };
 use serde::Serialize;
 
 use super::matching::{Found, table};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -19,7 +19,8 @@ An alias takes devices that are in a group or that a device_spec takes. A VM ask
 
 Examples:
   gantry group alias
-  gantry group alias '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\", \"device_type\": \"type-PCI\", \"name\": \"p2000\"}'")]
+  gantry group alias '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\", \"device_type\": \"type-PCI\", \"name\": \"p2000\"}'
+  gantry group alias --remove p2000")]
 pub struct AliasArgs {
     /// Aliases to define
     #[arg(value_name = "JSON", value_parser = from_json::<Alias>)]
@@ -27,6 +28,12 @@ pub struct AliasArgs {
     /// Show the aliases as JSON
     #[arg(long)]
     json: bool,
+    /// Take away what is defined under this name; may be given several times
+    #[arg(long = "remove", value_name = "NAME")]
+    remove: Vec<String>,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -34,7 +41,8 @@ pub struct AliasArgs {
 Examples:
   gantry group device-spec
   gantry group device-spec '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'
-  gantry group device-spec '{\"address\": \"*:3b:00.*\", \"one_time_use\": true}'")]
+  gantry group device-spec '{\"address\": \"*:3b:00.*\", \"one_time_use\": true}'
+  gantry group device-spec --remove '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'")]
 pub struct SpecArgs {
     /// Device specs to add
     #[arg(value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
@@ -42,6 +50,9 @@ pub struct SpecArgs {
     /// Show the devices as JSON
     #[arg(long)]
     json: bool,
+    /// Take away the device spec that says exactly this; may be given several times
+    #[arg(long = "remove", value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
+    remove: Vec<DeviceSpec>,
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -76,8 +87,8 @@ const COLUMNS: [Column; 4] = [
 ];
 
 pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
-    if !args.aliases.is_empty() {
-        let file = add_aliases(paths, args.aliases).map_err(Failure::host)?;
+    if !args.aliases.is_empty() || !args.remove.is_empty() {
+        let file = change_aliases(paths, args.aliases, &args.remove).map_err(Failure::host)?;
         return print(|out| writeln!(out, "{}: changed", file.display()));
     }
     let groups = Groups::load(paths).map_err(Failure::host)?;
@@ -95,7 +106,9 @@ pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
         return print_json(&rows);
     }
     let cells = rows.iter().map(Row::cells).collect();
-    let table = Table::new(&COLUMNS, cells).fit(terminal_width());
+    let table = Table::new(&COLUMNS, cells)
+        .sorted(args.sort.as_deref())
+        .fit(terminal_width());
     print(|out| write!(out, "{table}"))
 }
 
@@ -117,8 +130,8 @@ impl Row {
 }
 
 pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
-    if !args.specs.is_empty() {
-        let file = add_device_specs(paths, args.specs).map_err(Failure::host)?;
+    if !args.specs.is_empty() || !args.remove.is_empty() {
+        let file = change_device_specs(paths, args.specs, &args.remove).map_err(Failure::host)?;
         return print(|out| writeln!(out, "{}: changed", file.display()));
     }
     let groups = Groups::load(paths).map_err(Failure::host)?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -17,11 +17,15 @@ detached and no VM has, or that a VM may take from the host on demand. The other
 
 Examples:
   gantry group list
+  gantry group list --sort free
   gantry group list --json")]
 pub struct ListArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
 }
 
 const COLUMNS: [Column; 8] = [
@@ -98,7 +102,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
             )
         });
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
+    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
     print(|out| write!(out, "{table}"))
 }
 

@@ -1,0 +1,71 @@
+//! `gantry boot`: what a boot of the host undoes is done again.
+
+use clap::Args;
+use gantry_resources::{
+    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach, reap,
+    scan,
+};
+
+use crate::output::print;
+use crate::report::Failure;
+use crate::signals::SignalsHeld;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Devices of groups that say \"bind\": \"boot\", and those of tenants, go from their host drivers to vfio-pci;
+nodes and locks of tenants' devices are their users' again. What the host itself needs stays where it is
+and is named. To be run as root when the host has booted, as often as
+one likes: `gantry device persist --by systemd` prints a unit that does.
+
+Example: gantry boot")]
+pub struct BootArgs {}
+
+pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let _whole = SignalsHeld::new();
+    let writer = ChildWriter::default();
+    reap(paths, &writer).map_err(Failure::host)?;
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let devices = scan(paths).map_err(Failure::host)?;
+    let mut failed = Vec::new();
+    for device in devices.iter().filter(|device| is_wanted(device, &groups)) {
+        let before = device.driver.as_deref().unwrap_or("no driver");
+        match bind(paths, &writer, device.bdf) {
+            Ok(moved) => print(|out| match moved {
+                true => writeln!(out, "{}: {before} -> vfio-pci", device.bdf),
+                false => writeln!(out, "{}: already with vfio-pci", device.bdf),
+            })?,
+            // One that cannot be had keeps no other one away.
+            Err(failure) => failed.push(failure),
+        }
+    }
+    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    failed.extend(tenants.put_right(paths).map_err(Failure::host).err());
+    match failed.pop() {
+        None => Ok(()),
+        Some(last) => {
+            failed
+                .iter()
+                .for_each(|failure| tracing::error!("{failure}"));
+            Err(last)
+        }
+    }
+}
+
+/// Whether a device is to be with vfio-pci, and not there.
+fn is_wanted(device: &HostDevice, groups: &Groups) -> bool {
+    let of_boot = groups
+        .group_of(device)
+        .is_some_and(|group| group.bind == Bind::Boot);
+    (of_boot || groups.tenant_of(device).is_some()) && !device.on_vfio()
+}
+
+/// Whether it was moved: its IOMMU group's other devices take it along.
+fn bind(paths: &HostPaths, writer: &ChildWriter, bdf: HostBdf) -> Result<bool, Failure> {
+    let request = BindRequest {
+        devices: &[bdf],
+        overrides: &[],
+        dry_run: false,
+    };
+    let report = detach(paths, writer, &request).map_err(Failure::host)?;
+    Ok(report.moved.contains(&bdf))
+}

@@ -1,0 +1,463 @@
+//! Tenants: users who own devices, whether they use them or not, and run VMs with them unprivileged.
+//!
+//! A tenant is a directory of definitions of its own, `tenants/NAME` of the configuration directory: who
+//! it is (`tenant.json`), and its groups. A device that a tenant's groups name belongs to it: nobody else
+//! gets it, and the tenant gets no other. It stays bound to vfio-pci; its VFIO nodes and the file of its
+//! lease are the user's, so that the kernel keeps tenants apart. A boot of the host gives nodes and files
+//! back to their makers: [`Tenants::put_right`] says again whose they are.
+
+mod hand_over;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::bind::{BindError, BindRequest, detach, reattach};
+use crate::config::{self, ConfigError, nearest};
+use crate::group::{
+    Bind, EditError, GroupChange, GroupError, GroupFiles, Groups, ResourceGroup, is_name,
+};
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, InventoryError, scan};
+use crate::lease::LeaseError;
+use crate::obstacle::Blocked;
+use crate::sysfs;
+use crate::writer::SysfsWriter;
+use hand_over::Owner;
+
+/// Where definitions, run-time files and state of tenants lie, below those of the host.
+const DIR: &str = "tenants";
+
+/// Who a tenant is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "gantry tenant")]
+pub struct TenantFile {
+    /// The user who runs the tenant's VMs.
+    pub user: String,
+    /// Words for people.
+    #[serde(default)]
+    pub description: String,
+}
+
+/// A tenant with what it owns.
+#[derive(Clone, Debug)]
+pub struct Tenant {
+    /// Its name.
+    pub name: String,
+    /// Who it is.
+    pub file: TenantFile,
+    groups: Groups,
+}
+
+/// All tenants of the host, in the order of their names.
+#[derive(Clone, Debug, Default)]
+pub struct Tenants(Vec<Tenant>);
+
+/// What a tenant gets.
+#[derive(Clone, Copy, Debug)]
+pub struct Grant<'a> {
+    /// The devices, with all endpoints of their IOMMU groups.
+    pub devices: &'a [HostBdf],
+    /// The tenant's group that they come into; one of the tenant's name if there is none.
+    pub group: Option<&'a str>,
+    /// Devices that are taken although the host uses them, each named exactly.
+    pub overrides: &'a [HostBdf],
+}
+
+/// A tenant could not be looked at or changed.
+#[derive(Debug, Error)]
+pub enum TenantError {
+    /// There is no such tenant.
+    #[error("there is no tenant \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// There is one of that name.
+    #[error("there is already a tenant named \"{name}\" ({path})", path = .path.display())]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// Its definition.
+        path: PathBuf,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "\"{0}\" cannot name a tenant: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+    )]
+    Name(String),
+    /// The user is not known to this host.
+    #[error("{path}: user: there is no user \"{user}\" on this host: `getent passwd` lists them", path = .path.display())]
+    User {
+        /// The user.
+        user: String,
+        /// The tenant's definition.
+        path: PathBuf,
+    },
+    /// The tenant still owns devices.
+    #[error(
+        "tenant \"{name}\" still owns {devices}: `gantry tenant revoke {name} --all` takes them back"
+    )]
+    NotEmpty {
+        /// The tenant.
+        name: String,
+        /// Its devices.
+        devices: String,
+    },
+    /// A device belongs to another tenant.
+    #[error(
+        "{bdf} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {bdf}` takes it back"
+    )]
+    Owned {
+        /// The device.
+        bdf: HostBdf,
+        /// Its owner.
+        owner: String,
+    },
+    /// A device is not the tenant's.
+    #[error(
+        "{bdf} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
+    )]
+    NotOwned {
+        /// The device.
+        bdf: HostBdf,
+        /// The tenant.
+        name: String,
+    },
+    /// A VM has a device.
+    #[error("{0}")]
+    InUse(Blocked),
+    /// A file or directory cannot be changed.
+    #[error("cannot change {path}: run as root", path = .path.display())]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A definition is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tenant's groups are wrong.
+    #[error(transparent)]
+    Groups(#[from] GroupError),
+    /// The tenant's groups cannot be changed.
+    #[error(transparent)]
+    Edit(#[from] EditError),
+    /// The host's devices cannot be read.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// A device could not be moved between the host and the tenant.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry tenant list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}
+
+impl Tenant {
+    /// The addresses that its groups name.
+    pub fn devices(&self) -> BTreeSet<HostBdf> {
+        let rules = self.groups.iter().flat_map(|group| &group.rules);
+        rules.filter_map(|rule| rule.only_slot()).collect()
+    }
+
+    /// Its groups.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// The host as the tenant sees it: its own definitions, locks and state, and no devices but its own.
+    pub fn scope(&self, host: &HostPaths) -> HostPaths {
+        HostPaths {
+            only: Some(self.devices()),
+            ..dirs(host, &self.name)
+        }
+    }
+}
+
+/// A tenant's directories, with all devices in sight.
+fn dirs(host: &HostPaths, name: &str) -> HostPaths {
+    HostPaths {
+        run: host.run.join(DIR).join(name),
+        config: host.config.join(DIR).join(name),
+        state: host.state.join(DIR).join(name),
+        ..host.clone()
+    }
+}
+
+fn definition(host: &HostPaths, name: &str) -> PathBuf {
+    dirs(host, name).config.join("tenant.json")
+}
+
+impl Tenants {
+    /// Reads `tenants/*/tenant.json` with the groups beside each. None need exist.
+    pub fn load(host: &HostPaths) -> Result<Self, GroupError> {
+        let dir = host.config.join(DIR);
+        let names = sysfs::entries(&dir).map_err(|source| ConfigError::Read {
+            path: dir.clone(),
+            source,
+        })?;
+        let mut tenants = Vec::new();
+        for name in names.into_iter().filter(|name| is_name(name)) {
+            let path = definition(host, &name);
+            let Some(text) = config::read(&path)? else {
+                continue;
+            };
+            let file = config::parse(&path, &text)?;
+            let groups = Groups::load_own(&dirs(host, &name))?;
+            tenants.push(Tenant { name, file, groups });
+        }
+        Ok(Self(tenants))
+    }
+
+    /// The tenants.
+    pub fn iter(&self) -> impl Iterator<Item = &Tenant> {
+        self.0.iter()
+    }
+
+    /// The tenant of that name.
+    pub fn find(&self, name: &str) -> Result<&Tenant, TenantError> {
+        let found = self.0.iter().find(|tenant| tenant.name == name);
+        found.ok_or_else(|| TenantError::Unknown {
+            name: name.to_owned(),
+            near: nearest(name, self.0.iter().map(|tenant| tenant.name.as_str()))
+                .map(str::to_owned),
+        })
+    }
+
+    /// Every device of a tenant, and whose it is.
+    pub(crate) fn owners(&self) -> BTreeMap<HostBdf, String> {
+        let owned = |tenant: &Tenant| {
+            let name = tenant.name.clone();
+            tenant
+                .devices()
+                .into_iter()
+                .map(move |bdf| (bdf, name.clone()))
+        };
+        self.0.iter().flat_map(owned).collect()
+    }
+
+    /// The tenant that a device belongs to.
+    pub fn owner_of(&self, bdf: HostBdf) -> Option<&Tenant> {
+        self.0.iter().find(|tenant| tenant.devices().contains(&bdf))
+    }
+
+    /// The tenants whose VMs a user runs.
+    pub fn of_user<'a>(&'a self, user: &'a str) -> impl Iterator<Item = &'a Tenant> {
+        self.0.iter().filter(move |tenant| tenant.file.user == user)
+    }
+
+    /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
+    /// bound anew, has undone. Devices must be with vfio-pci already.
+    pub fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
+        self.0.iter().try_for_each(|tenant| {
+            let owner = Owner::of(host, tenant)?;
+            owner.make_dirs(host, &tenant.name)?;
+            for bdf in tenant.devices() {
+                owner.take_over(host, bdf)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Makes a tenant that owns nothing yet.
+pub fn create_tenant(
+    host: &HostPaths,
+    name: &str,
+    file: &TenantFile,
+) -> Result<PathBuf, TenantError> {
+    if !is_name(name) {
+        return Err(TenantError::Name(name.to_owned()));
+    }
+    let path = definition(host, name);
+    if path.exists() {
+        let name = name.to_owned();
+        return Err(TenantError::Duplicate { name, path });
+    }
+    Owner::named(&file.user, &path)?;
+    config::write(&path, file)?;
+    Ok(path)
+}
+
+/// Changes who a tenant is. The new user gets its nodes and files.
+pub fn edit_tenant(
+    host: &HostPaths,
+    name: &str,
+    file: &TenantFile,
+) -> Result<PathBuf, TenantError> {
+    Tenants::load(host)?.find(name)?;
+    let path = definition(host, name);
+    Owner::named(&file.user, &path)?;
+    config::write(&path, file)?;
+    Tenants::load(host)?.put_right(host)?;
+    Ok(path)
+}
+
+/// Deletes a tenant that owns nothing.
+pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
+    let tenants = Tenants::load(host)?;
+    let owned = tenants.find(name)?.devices();
+    if !owned.is_empty() {
+        let devices: Vec<String> = owned.iter().map(HostBdf::to_string).collect();
+        return Err(TenantError::NotEmpty {
+            name: name.to_owned(),
+            devices: devices.join(", "),
+        });
+    }
+    let HostPaths {
+        run, config, state, ..
+    } = dirs(host, name);
+    // The definition first: what is left of a tenant without one is nobody's.
+    let definition = config.join("tenant.json");
+    for path in [&definition, &config, &run, &state] {
+        let removed = match path.is_dir() {
+            true => fs::remove_dir_all(path),
+            false => fs::remove_file(path),
+        };
+        removed.or_else(absent_is_fine).map_err(failed(path))?;
+    }
+    Ok(())
+}
+
+/// Gives devices to a tenant, bound to vfio-pci, with all endpoints of their IOMMU groups.
+pub fn grant(
+    host: &HostPaths,
+    writer: &dyn SysfsWriter,
+    name: &str,
+    wanted: &Grant<'_>,
+) -> Result<Vec<HostBdf>, TenantError> {
+    let tenants = Tenants::load(host)?;
+    let tenant = tenants.find(name)?;
+    let owner = Owner::of(host, tenant)?;
+    let all = scan(host)?;
+    let devices: Vec<HostDevice> = crate::bind::members(&all, wanted.devices)?;
+    for HostDevice { bdf, .. } in &devices {
+        match tenants.owner_of(*bdf) {
+            Some(other) if other.name != name => {
+                return Err(TenantError::Owned {
+                    bdf: *bdf,
+                    owner: other.name.clone(),
+                });
+            }
+            _ => {}
+        }
+    }
+    if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
+        return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
+    }
+    let request = BindRequest {
+        devices: wanted.devices,
+        overrides: wanted.overrides,
+        dry_run: false,
+    };
+    detach(host, writer, &request)?;
+    owner.make_dirs(host, name)?;
+    // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
+    into_group(&dirs(host, name), wanted.group.unwrap_or(name), &devices)?;
+    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
+    addresses
+        .iter()
+        .try_for_each(|bdf| owner.take_over(host, *bdf))?;
+    Ok(addresses)
+}
+
+fn into_group(scope: &HostPaths, group: &str, devices: &[HostDevice]) -> Result<(), TenantError> {
+    let mut files = GroupFiles::open(scope)?;
+    if files.groups()?.get(group).is_none() {
+        files.create(ResourceGroup::named(group))?;
+    }
+    let bind = Some(Bind::Boot);
+    files.change(
+        group,
+        GroupChange {
+            bind,
+            ..GroupChange::default()
+        },
+    )?;
+    files.add(group, devices)?;
+    files.save()?;
+    Ok(())
+}
+
+/// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
+/// drivers that they had. Refused while a VM has one of them.
+pub fn revoke(
+    host: &HostPaths,
+    writer: &dyn SysfsWriter,
+    name: &str,
+    devices: &[HostBdf],
+) -> Result<Vec<HostBdf>, TenantError> {
+    let tenants = Tenants::load(host)?;
+    let tenant = tenants.find(name)?;
+    let owned = tenant.devices();
+    if let Some(bdf) = devices.iter().find(|bdf| !owned.contains(bdf)) {
+        let (bdf, name) = (*bdf, name.to_owned());
+        return Err(TenantError::NotOwned { bdf, name });
+    }
+    let all = scan(host)?;
+    // A device that is gone for good is taken back too.
+    let groups: BTreeSet<Option<u32>> = all
+        .iter()
+        .filter(|device| devices.contains(&device.bdf) && device.iommu_group.is_some())
+        .map(|device| device.iommu_group)
+        .collect();
+    let leaves = |bdf: &HostBdf| {
+        let device = all.iter().find(|device| device.bdf == *bdf);
+        devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
+    };
+    let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
+    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
+    let owner = Owner::host();
+    leaving
+        .iter()
+        .try_for_each(|bdf| owner.take_over(host, *bdf))?;
+    let mut files = GroupFiles::open(&dirs(host, name))?;
+    files.forget(&leaving);
+    files.save()?;
+    let present: Vec<HostBdf> = all
+        .iter()
+        .map(|device| device.bdf)
+        .filter(|bdf| leaving.contains(bdf))
+        .collect();
+    if !present.is_empty() {
+        let request = BindRequest {
+            devices: &present,
+            overrides: &[],
+            dry_run: false,
+        };
+        reattach(host, writer, &request)?;
+    }
+    Ok(leaving)
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> TenantError {
+    let path = path.to_owned();
+    |source| TenantError::File { path, source }
+}
+
+fn absent_is_fine(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests;

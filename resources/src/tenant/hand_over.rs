@@ -1,0 +1,147 @@
+//! Whose a device's nodes and lock file are.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown, symlink};
+use std::path::Path;
+
+use nix::unistd::User;
+
+use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
+use crate::host::{HostBdf, HostPaths};
+use crate::lease::{DeviceLock, LeaseRecord, holder};
+use crate::obstacle::Blocked;
+use crate::sysfs;
+
+/// A user who owns files.
+pub(super) struct Owner {
+    uid: u32,
+    gid: u32,
+}
+
+impl Owner {
+    /// Whoever runs this command: root, or nobody could take over a file.
+    pub(super) fn host() -> Self {
+        Self {
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+        }
+    }
+
+    /// The user of a tenant.
+    pub(super) fn of(host: &HostPaths, tenant: &Tenant) -> Result<Self, TenantError> {
+        Self::named(&tenant.file.user, &definition(host, &tenant.name))
+    }
+
+    /// The user that a definition names.
+    pub(super) fn named(user: &str, path: &Path) -> Result<Self, TenantError> {
+        let known = User::from_name(user).ok().flatten();
+        let known = known.ok_or_else(|| TenantError::User {
+            user: user.to_owned(),
+            path: path.to_owned(),
+        })?;
+        Ok(Self {
+            uid: known.uid.as_raw(),
+            gid: known.gid.as_raw(),
+        })
+    }
+
+    fn own(&self, path: &Path) -> io::Result<()> {
+        chown(path, Some(self.uid), Some(self.gid))
+    }
+
+    /// Makes the tenant's directories for run-time files and state. Leases and what devices were are the
+    /// host's, and so is maintenance: links lead there.
+    pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
+        let HostPaths { run, state, .. } = dirs(host, name);
+        for (dir, links) in [
+            (&run, &["leases", "former"][..]),
+            (&state, &["maintenance.json"]),
+        ] {
+            if let Some(above) = dir.parent() {
+                crate::lease::create_dir(above).map_err(failed(above))?;
+            }
+            let made = DirBuilder::new().mode(0o700).create(dir);
+            made.or_else(present_is_fine).map_err(failed(dir))?;
+            for link in links {
+                let target = Path::new("../..").join(link);
+                let made = symlink(target, dir.join(link));
+                made.or_else(present_is_fine).map_err(failed(dir))?;
+            }
+            self.own(dir).map_err(failed(dir))?;
+        }
+        // A command of root's may have made it.
+        let lock = run.join("allocate.lock");
+        let made = crate::lease::create(&lock).or_else(present_is_fine);
+        made.and_then(|()| self.own(&lock)).map_err(failed(&lock))
+    }
+
+    /// Whether all is this user's already: then it may be in use.
+    fn has(&self, host: &HostPaths, bdf: HostBdf) -> io::Result<bool> {
+        let mut files = nodes(host, bdf);
+        files.push(crate::lease::lock_path(host, bdf));
+        for file in files {
+            match fs::metadata(&file) {
+                Ok(found) if found.uid() == self.uid => {}
+                Ok(_) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes the nodes and the lock file of a device this user's. Refused while somebody has the device.
+    ///
+    /// The lock file is made anew, under its lock: what somebody holds open of the old one binds nobody.
+    pub(super) fn take_over(&self, host: &HostPaths, bdf: HostBdf) -> Result<(), TenantError> {
+        if self
+            .has(host, bdf)
+            .map_err(failed(&crate::lease::lock_path(host, bdf)))?
+        {
+            return Ok(());
+        }
+        let record = LeaseRecord::task("gantry tenant");
+        let Some(lock) = DeviceLock::take(host, bdf, &record)? else {
+            return Err(TenantError::InUse(Blocked::leased(
+                bdf,
+                &holder(host, bdf)?,
+            )));
+        };
+        for node in nodes(host, bdf) {
+            self.own(&node)
+                .or_else(absent_is_fine)
+                .map_err(failed(&node))?;
+        }
+        let path = crate::lease::lock_path(host, bdf);
+        let draft = path.with_extension("new");
+        let made = fs::remove_file(&draft)
+            .or_else(absent_is_fine)
+            .and_then(|()| crate::lease::create(&draft))
+            .and_then(|()| self.own(&draft))
+            .and_then(|()| fs::rename(&draft, &path));
+        drop(lock);
+        made.map_err(failed(&path))
+    }
+}
+
+/// The nodes of a device's IOMMU group, and of the device itself where the kernel has such.
+fn nodes(host: &HostPaths, bdf: HostBdf) -> Vec<std::path::PathBuf> {
+    let dir = host.pci_device(bdf);
+    let group = sysfs::link_name(&dir.join("iommu_group")).ok().flatten();
+    let own = sysfs::entries(&dir.join("vfio-dev")).unwrap_or_default();
+    let vfio = host.dev.join("vfio");
+    let devices = own.iter().map(|name| vfio.join("devices").join(name));
+    group
+        .map(|group| vfio.join(group))
+        .into_iter()
+        .chain(devices)
+        .collect()
+}
+
+fn present_is_fine(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => Ok(()),
+        _ => Err(error),
+    }
+}

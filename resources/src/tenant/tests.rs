@@ -1,0 +1,240 @@
+//! Tests: thick provisioning, and what stands between tenants.
+
+use std::os::unix::fs::MetadataExt;
+
+use super::*;
+use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
+use crate::lease::lock_path;
+use crate::{Holder, Request, allocate, running_vms};
+
+/// Three disks with the host, two of them neighbours; a group takes them all.
+fn host() -> FakeHost {
+    let host = FakeHost::new(&[
+        Fake::nvme("01:00.0", 1).driver("nvme"),
+        Fake::nvme("02:00.0", 2).driver("nvme"),
+        Fake::nvme("02:00.1", 2).driver("nvme"),
+    ]);
+    host.file(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#,
+    );
+    host
+}
+
+/// This user, who needs no rights to own what it makes.
+fn user() -> TenantFile {
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
+    TenantFile {
+        user: user.unwrap().unwrap().name,
+        description: String::new(),
+    }
+}
+
+fn give(host: &FakeHost, kernel: &FakeKernel<'_>, name: &str, device: &str) -> String {
+    let wanted = Grant {
+        devices: &[bdf(device)],
+        group: None,
+        overrides: &[],
+    };
+    match grant(&host.paths, kernel, name, &wanted) {
+        Ok(given) => format!("{} given", given.len()),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn scope(host: &FakeHost, name: &str) -> HostPaths {
+    let tenants = Tenants::load(&host.paths).unwrap();
+    tenants.find(name).unwrap().scope(&host.paths)
+}
+
+fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::Lease>, String> {
+    let holder = Holder {
+        vm: format!("vm of {group}"),
+        pid: std::process::id(),
+    };
+    allocate(paths, &[Request::group(group, 1)], &holder).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_tenants_devices_are_its_own_idle_or_not() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    create_tenant(&host.paths, "b", &user()).unwrap();
+    assert_eq!(give(&host, &kernel, "a", "01:00.0"), "1 given");
+    assert_eq!(
+        give(&host, &kernel, "a", "01:00.0"),
+        "1 given",
+        "again is no harm"
+    );
+    // Neighbours go together.
+    assert_eq!(give(&host, &kernel, "b", "02:00.1"), "2 given");
+    let said = give(&host, &kernel, "b", "01:00.0");
+    assert!(
+        said.contains("0000:01:00.0 belongs to tenant \"a\""),
+        "{said}"
+    );
+
+    let groups = Groups::load(&host.paths).unwrap();
+    let devices = host.scan();
+    assert!(
+        devices
+            .iter()
+            .all(|device| groups.group_of(device).is_none())
+    );
+    assert_eq!(groups.tenant_of(&devices[0]), Some("a"));
+    let refused = taken(&host.paths, "disks").unwrap_err();
+    assert!(
+        refused.contains("of 3 devices dropped: 3 of tenants"),
+        "{refused}"
+    );
+    assert!(
+        refused.contains("gantry tenant revoke a 0000:01:00.0"),
+        "{refused}"
+    );
+    let exact = [Request::Device {
+        bdf: bdf("01:00.0"),
+        allow_ungrouped: true,
+    }];
+    let holder = Holder {
+        vm: "x".to_owned(),
+        pid: 1,
+    };
+    assert!(allocate(&host.paths, &exact, &holder).is_err());
+    let request = BindRequest {
+        devices: &[bdf("01:00.0")],
+        overrides: &[],
+        dry_run: false,
+    };
+    let kept = reattach(&host.paths, &kernel, &request)
+        .unwrap_err()
+        .to_string();
+    assert!(kept.contains("belongs to tenant \"a\""), "{kept}");
+
+    let (a, b) = (scope(&host, "a"), scope(&host, "b"));
+    let seen = |paths: &HostPaths| -> Vec<String> {
+        let all = scan(paths).unwrap();
+        all.iter().map(|device| device.bdf.to_string()).collect()
+    };
+    assert_eq!(seen(&a), ["0000:01:00.0"]);
+    assert_eq!(seen(&b), ["0000:02:00.0", "0000:02:00.1"]);
+    assert!(HostDevice::read(&a, bdf("02:00.0")).is_err());
+    let lease = taken(&a, "a").unwrap();
+    assert_eq!(lease[0].device().bdf, bdf("01:00.0"));
+    // The host sees who has it, in the one place where leases are.
+    assert!(host.read("01:00.0").lease.is_held());
+    let said = revoke(&host.paths, &kernel, "a", &[bdf("01:00.0")]).unwrap_err();
+    assert!(said.to_string().contains("held by VM 'vm of a'"), "{said}");
+}
+
+#[test]
+fn what_is_taken_back_is_as_it_was() {
+    let host = host();
+    let before = host.bindings();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    for device in ["01:00.0", "02:00.0"] {
+        give(&host, &kernel, "a", device);
+    }
+    let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
+    assert!(said.contains("still owns 0000:01:00.0"), "{said}");
+    let old = fs::metadata(lock_path(&host.paths, bdf("01:00.0")))
+        .unwrap()
+        .ino();
+    let all: Vec<HostBdf> = scope(&host, "a").only.unwrap().into_iter().collect();
+    assert_eq!(revoke(&host.paths, &kernel, "a", &all).unwrap(), all);
+    assert_eq!(host.bindings(), before);
+    // The file is another one where it had to change hands; here it was this user's all the time.
+    let new = fs::metadata(lock_path(&host.paths, bdf("01:00.0")))
+        .unwrap()
+        .ino();
+    assert_eq!(old, new);
+    delete_tenant(&host.paths, "a").unwrap();
+    assert!(Tenants::load(&host.paths).unwrap().iter().next().is_none());
+    for dir in [&host.paths.run, &host.paths.config, &host.paths.state] {
+        assert!(!dir.join("tenants/a").exists(), "{}", dir.display());
+    }
+    assert!(
+        taken(&host.paths, "disks").is_err(),
+        "they are with the host"
+    );
+}
+
+#[test]
+fn a_grant_that_fails_anywhere_can_be_done_again_or_undone() {
+    for at in 0..6 {
+        let host = host();
+        let before = host.bindings();
+        let kernel = FakeKernel::new(&host).with_fault(at, crate::fixture::Fault::Refuses);
+        create_tenant(&host.paths, "a", &user()).unwrap();
+        let said = give(&host, &kernel, "a", "02:00.0");
+        assert_ne!(said, "2 given", "each device takes three writes");
+        assert_eq!(host.bindings(), before, "{at}: {said}");
+        assert!(scope(&host, "a").only.unwrap().is_empty());
+        assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+    }
+}
+
+#[test]
+fn a_boot_puts_nodes_and_files_right() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    fs::remove_dir_all(&host.paths.run).unwrap();
+    let tenants = Tenants::load(&host.paths).unwrap();
+    tenants.put_right(&host.paths).unwrap();
+    assert!(
+        host.paths.run.join("tenants/a/leases").is_dir(),
+        "a link to the host's"
+    );
+    assert!(taken(&scope(&host, "a"), "a").is_ok());
+    assert_eq!(running_vms(&host.paths).unwrap(), []);
+}
+
+#[test]
+fn mistakes_are_named() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    let nobody = TenantFile {
+        user: "no such user".to_owned(),
+        description: String::new(),
+    };
+    create_tenant(&host.paths, "lab", &user()).unwrap();
+    host.file(
+        "etc/tenants/odd/tenant.json",
+        r#"{"user": "root", "colour": 1}"#,
+    );
+    let odd = Tenants::load(&host.paths).unwrap_err().to_string();
+    assert!(
+        odd.contains("odd/tenant.json:1:") && odd.contains("colour"),
+        "{odd}"
+    );
+    fs::remove_dir_all(host.paths.config.join("tenants/odd")).unwrap();
+    for (said, expected) in [
+        (
+            create_tenant(&host.paths, "lab", &user()).map(drop),
+            "already a tenant named \"lab\"",
+        ),
+        (
+            create_tenant(&host.paths, "../x", &user()).map(drop),
+            "cannot name a tenant",
+        ),
+        (
+            create_tenant(&host.paths, "b", &nobody).map(drop),
+            "there is no user \"no such user\"",
+        ),
+        (
+            edit_tenant(&host.paths, "lbb", &user()).map(drop),
+            "did you mean \"lab\"?",
+        ),
+        (delete_tenant(&host.paths, "zzz"), "gantry tenant list"),
+        (
+            revoke(&host.paths, &kernel, "lab", &[bdf("01:00.0")]).map(drop),
+            "0000:01:00.0 does not belong to tenant \"lab\"",
+        ),
+    ] {
+        let said = said.unwrap_err().to_string();
+        assert!(said.contains(expected) && !said.contains('\n'), "{said}");
+    }
+}

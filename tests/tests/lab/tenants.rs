@@ -1,0 +1,243 @@
+//! Cases about tenants: ordinary users who own devices, run VMs with them, and get at no others.
+
+use anyhow::{Result, ensure};
+use gantry_tests::lab::{Host, Output};
+use serde_json::{Value, json};
+
+use crate::bed::{Case, cases};
+use crate::pool::{FIRST, SECOND, device, nothing_is_held};
+use crate::vm::{Ended, Running, Vm};
+
+pub const CASES: &[Case] = cases![
+    a_tenant_runs_a_vm_and_gets_at_no_others_device,
+    a_boot_gives_tenants_their_devices_again,
+];
+
+/// What a VM of 256 MiB may have to lock, KiB.
+const LIMIT: &str = "ulimit -l 327680";
+
+fn gantry(host: &Host, words: &str) -> Result<Output> {
+    host.sh(&format!("gantry {words}")).output()
+}
+
+/// A command of a tenant's user.
+fn by(user: &str, limit: &str, command: &str) -> String {
+    format!("{limit}; exec su {user} -s /bin/sh -c '{command}'")
+}
+
+fn says(host: &Host, user: &str, command: &str) -> Result<Output> {
+    host.sh(&by(user, LIMIT, command)).output()
+}
+
+/// Tenants `alice` and `bob`, users of these names, with a disk each; everything is undone at the end.
+fn with_tenants(host: &Host, during: impl FnOnce() -> Result<()>) -> Result<()> {
+    let set_up = format!(
+        "for user in alice:1001 bob:1002; do
+             grep -q $user /etc/passwd || echo ${{user%:*}}:x:${{user#*:}}:${{user#*:}}::/tmp:/bin/sh >>/etc/passwd
+         done
+         chmod 666 /dev/kvm; mkdir -p /tmp/vms; chmod 755 /tmp /tmp/vms /lab
+         gantry tenant create alice && gantry tenant create bob --description other &&
+         gantry tenant grant alice {} && gantry tenant grant bob {}",
+        FIRST.bdf, SECOND.bdf
+    );
+    let groups = json!({"groups": [{"name": "nvme", "rules": [{"class": "0108"}]}]});
+    host.write("/etc/gantry/groups.json", groups.to_string())?;
+    let result = host.sh(&set_up).output()?.success().and_then(|_| during());
+    let clear = "for name in alice bob; do
+             gantry tenant revoke $name --all && gantry tenant delete $name
+         done; chmod 600 /dev/kvm; ls /etc/gantry/tenants /run/gantry/tenants /var/lib/gantry/tenants";
+    let cleared = host.sh(clear).output()?.success()?;
+    result?;
+    ensure!(!cleared.text().contains("\nalice"), "{cleared}");
+    for disk in [FIRST, SECOND] {
+        ensure!(
+            device(host, disk.bdf)?["driver"] == "nvme",
+            "{} is not back",
+            disk.bdf
+        );
+    }
+    let owner = format!("stat -c %u /run/gantry/leases/{}.lock", FIRST.bdf);
+    ensure!(
+        host.sh(&owner).output()?.success()?.text() == "0",
+        "its lock file is not"
+    );
+    Ok(())
+}
+
+fn a_tenant_runs_a_vm_and_gets_at_no_others_device(host: &Host) -> Result<()> {
+    with_tenants(host, || {
+        nobody_else_gets_an_idle_device(host)?;
+        a_user_sees_its_own_alone(host)?;
+        another_is_out_of_reach(host)?;
+        a_low_limit_is_named(host)?;
+        let vm = Vm::new("nvme").devices("alice", 1);
+        let run = vm.command(host)?;
+        let ended = Ended::of(
+            host.sh(&format!("{} </dev/null", by("alice", LIMIT, &run)))
+                .output()?,
+        );
+        let ended = ended.powered_off()?;
+        ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+        while_it_is_used(host)?;
+        nothing_is_held(host)
+    })
+}
+
+/// Not even root's VM, and not by its address.
+fn nobody_else_gets_an_idle_device(host: &Host) -> Result<()> {
+    let refused = Vm::new("none").devices("nvme", 1).run(host)?.exits(1)?;
+    ensure!(
+        refused.errors.contains("belongs to tenant \"alice\""),
+        "{refused}"
+    );
+    let mut by_path = Vm::new("none");
+    by_path.flags = "--allow-ungrouped";
+    by_path.file["devices"] = json!([{"path": format!("/sys/bus/pci/devices/{}", SECOND.bdf)}]);
+    let refused = by_path.run(host)?.exits(1)?;
+    ensure!(
+        refused.errors.contains("belongs to tenant \"bob\""),
+        "{refused}"
+    );
+    let kept = gantry(host, &format!("device reattach {}", FIRST.bdf))?.exits(1)?;
+    ensure!(
+        kept.errors().contains("gantry tenant revoke alice"),
+        "{kept}"
+    );
+    let granted = gantry(host, &format!("tenant grant bob {}", FIRST.bdf))?.exits(1)?;
+    ensure!(
+        granted.errors().contains("belongs to tenant \"alice\""),
+        "{granted}"
+    );
+    Ok(())
+}
+
+fn a_user_sees_its_own_alone(host: &Host) -> Result<()> {
+    for (user, disk) in [("alice", FIRST), ("bob", SECOND)] {
+        let list = says(host, user, "gantry device list --json")?.success()?;
+        let list: Value = serde_json::from_str(&list.text())?;
+        let seen: Vec<&Value> = list.as_array().into_iter().flatten().collect();
+        ensure!(
+            seen.len() == 1 && seen[0]["bdf"] == disk.bdf,
+            "{user}: {list:#}"
+        );
+        ensure!(
+            seen[0]["group"] == user && seen[0]["state"] == "detached",
+            "{list:#}"
+        );
+        let groups = says(host, user, "gantry group list")?.success()?.text();
+        ensure!(
+            groups.contains(user) && !groups.contains("nvme "),
+            "{groups}"
+        );
+    }
+    Ok(())
+}
+
+/// Neither gantry nor the kernel gives alice what is bob's.
+fn another_is_out_of_reach(host: &Host) -> Result<()> {
+    let bobs = SECOND.bdf;
+    let mut vm = Vm::new("none").named("thief");
+    vm.file["devices"] = json!([{"path": format!("/sys/bus/pci/devices/{bobs}")}]);
+    let run = vm.command(host)?;
+    let sysfs = format!("/sys/bus/pci/devices/{bobs}");
+    for (command, words) in [
+        (run, "no PCI device"),
+        (format!("gantry device reattach {bobs}"), "no PCI device"),
+        (
+            format!("gantry --tenant bob device reattach {bobs}"),
+            "ermission",
+        ),
+        (format!("gantry tenant revoke bob {bobs}"), ""),
+        (format!("gantry tenant grant alice {bobs}"), ""),
+        (
+            format!("exec 3<>/dev/vfio/$(basename $(readlink {sysfs}/iommu_group))"),
+            "ermission",
+        ),
+        (format!("echo 1 >{sysfs}/reset"), "ermission"),
+        (format!("echo {bobs} >{sysfs}/driver/unbind"), "ermission"),
+        (format!("cat /run/gantry/leases/{bobs}.lock"), "ermission"),
+        ("ls /run/gantry/tenants/bob".to_owned(), "ermission"),
+    ] {
+        let refused = says(host, "alice", &command)?;
+        let failed = refused.clone().success().is_err();
+        ensure!(
+            failed && refused.errors().contains(words),
+            "{command}: {refused}"
+        );
+    }
+    let bob = device(host, bobs)?;
+    ensure!(
+        bob["driver"] == "vfio-pci" && bob["tenant"] == "bob",
+        "{bob:#}"
+    );
+    Ok(())
+}
+
+fn a_low_limit_is_named(host: &Host) -> Result<()> {
+    let run = Vm::new("none").devices("alice", 1).command(host)?;
+    let refused = host
+        .sh(&by("alice", "ulimit -l 1024", &run))
+        .output()?
+        .exits(1)?;
+    ensure!(refused.errors().contains(LIMIT), "{refused}");
+    ensure!(
+        refused.errors().contains("/etc/security/limits.d"),
+        "{refused}"
+    );
+    Ok(())
+}
+
+fn while_it_is_used(host: &Host) -> Result<()> {
+    let vm = Vm::new("sleep").named("hers").devices("alice", 1);
+    let run = by("alice", LIMIT, &vm.command(host)?);
+    let mut running = Running::of(host.sh(&run).start()?);
+    running.until("guest: init")?;
+    let disk = device(host, FIRST.bdf)?;
+    ensure!(
+        disk["state"] == "assigned" && disk["vm"] == "hers",
+        "{disk:#}"
+    );
+    let kept = gantry(host, "tenant revoke alice --all")?.exits(1)?;
+    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
+    let seen = gantry(host, "maintenance status")?.success()?.text();
+    ensure!(seen.contains("VM 'hers'"), "{seen}");
+    let other = says(host, "bob", "gantry device list --json")?
+        .success()?
+        .text();
+    ensure!(
+        !other.contains(FIRST.bdf) && !other.contains("hers"),
+        "{other}"
+    );
+    running.signal(nix::sys::signal::Signal::SIGTERM)?;
+    running.end()?.exits(143)?;
+    Ok(())
+}
+
+/// What a boot undoes: drivers, nodes and the run directory.
+fn a_boot_gives_tenants_their_devices_again(host: &Host) -> Result<()> {
+    with_tenants(host, || {
+        let undo = format!(
+            "cd /sys/bus/pci/devices/{0} && echo >driver_override && echo {0} >driver/unbind &&
+             echo {0} >/sys/bus/pci/drivers_probe; rm -rf /run/gantry",
+            FIRST.bdf
+        );
+        host.sh(&undo).output()?.success()?;
+        ensure!(
+            device(host, FIRST.bdf)?["driver"] == "nvme",
+            "no boot at all"
+        );
+        let said = gantry(host, "boot")?.success()?.text();
+        ensure!(
+            said.contains(&format!("{}: nvme -> vfio-pci", FIRST.bdf)),
+            "{said}"
+        );
+        let run = Vm::new("nvme").devices("alice", 1).command(host)?;
+        let ended = Ended::of(
+            host.sh(&format!("{} </dev/null", by("alice", LIMIT, &run)))
+                .output()?,
+        );
+        let ended = ended.powered_off()?;
+        ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+        Ok(())
+    })
+}
