@@ -18,7 +18,8 @@ use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord, holder,
+    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
+    LeaseStatus, holder,
 };
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{QuarantineError, Until, forget, quarantine};
@@ -131,6 +132,18 @@ pub fn allocate_near(
     placement: &Placement,
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
+    allocate_beside(paths, requests, placement, holder, &[])
+}
+
+/// [`allocate_near`] for a VM that has leases `own` already: other devices of their IOMMU groups are
+/// kept from others for this VM, and free for it.
+pub(crate) fn allocate_beside(
+    paths: &HostPaths,
+    requests: &[Request],
+    placement: &Placement,
+    holder: &Holder,
+    own: &[&Lease],
+) -> Result<Vec<Lease>, AllocateError> {
     let links = Netlink::new(paths);
     let binder = Binder {
         host: HostAccess {
@@ -139,14 +152,16 @@ pub fn allocate_near(
         },
         helper: Path::new("/proc/self/exe"),
     };
-    allocate_with(paths, requests, placement, holder, &binder)
+    allocate_with(paths, requests, placement, holder, own, &binder)
 }
 
+/// With the leases that the VM has, and what binds devices for it.
 pub(crate) fn allocate_with(
     paths: &HostPaths,
     requests: &[Request],
     placement: &Placement,
     holder: &Holder,
+    own: &[&Lease],
     binder: &Binder<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
     if requests.is_empty() {
@@ -157,7 +172,7 @@ pub(crate) fn allocate_with(
     let deadline = Instant::now() + ENDING_PATIENCE;
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-        let look = Look::at(paths)?;
+        let look = Look::at(paths)?.beside(own);
         match choose(look.view(), requests, placement) {
             Err(AllocateError::NoFit(_) | AllocateError::Unavailable(_))
                 if look.has_ending_holders(paths) && Instant::now() < deadline => {}
@@ -167,7 +182,7 @@ pub(crate) fn allocate_with(
         std::thread::sleep(Duration::from_millis(10));
     };
     let chosen = choose(look.view(), requests, placement)?;
-    let leases = lock(paths, &look.devices, &chosen, &record)?;
+    let leases = lock(paths, &look.devices, &chosen, own, &record)?;
     use_once(paths, &look.groups, &chosen, holder)?;
     // The devices' own locks are enough from here on: a driver that is slow to let go stops nobody else.
     drop(choosing);
@@ -201,6 +216,8 @@ struct Look {
     groups: Groups,
     sockets: Sockets,
     guarded: Vec<Guarded>,
+    /// What the VM has already.
+    attached: BTreeMap<HostBdf, Option<LeaseRecord>>,
 }
 
 impl Look {
@@ -213,7 +230,23 @@ impl Look {
             devices,
             groups,
             guarded,
+            attached: BTreeMap::new(),
         })
+    }
+
+    /// The same for a VM that has leases: what they keep from others is not kept from it.
+    fn beside(mut self, own: &[&Lease]) -> Self {
+        let kept: BTreeSet<HostBdf> = own.iter().flat_map(|lease| lease.locked()).collect();
+        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.device().bdf == *bdf);
+        for device in &mut self.devices {
+            if kept.contains(&device.bdf) {
+                let lease = std::mem::replace(&mut device.lease, LeaseStatus::Free);
+                if has(&device.bdf) {
+                    self.attached.insert(device.bdf, lease.record().cloned());
+                }
+            }
+        }
+        self
     }
 
     /// Whether devices are about to become free, since those who hold them are no more.
@@ -227,6 +260,7 @@ impl Look {
             groups: &self.groups,
             sockets: &self.sockets,
             guarded: &self.guarded,
+            attached: &self.attached,
         }
     }
 }
@@ -371,10 +405,19 @@ fn lock(
     paths: &HostPaths,
     devices: &[HostDevice],
     chosen: &[&HostDevice],
+    own: &[&Lease],
     record: &LeaseRecord,
 ) -> Result<Vec<Lease>, AllocateError> {
     let pool = Pool::new(devices);
     let mut groups: BTreeMap<u32, Arc<[DeviceLock]>> = BTreeMap::new();
+    for lease in own {
+        groups.extend(
+            lease
+                .device()
+                .iommu_group
+                .map(|group| (group, lease.locks())),
+        );
+    }
     let mut leases = Vec::new();
     for &device in chosen {
         let bdf = device.bdf;

@@ -211,6 +211,11 @@ impl Lease {
         }
     }
 
+    /// Its locks, for another lease of this VM on a device of the same IOMMU group.
+    pub(crate) fn locks(&self) -> Arc<[DeviceLock]> {
+        Arc::clone(&self.group)
+    }
+
     /// The files of its locks. A lock holds as long as any process has its file open.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = &File> {
         self.group.iter().map(|lock| &lock.lock.file)

@@ -20,12 +20,12 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::allocate::allocate;
+use crate::allocate::allocate_beside;
 use crate::group::Groups;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, scan_with};
 use crate::lease::{Holder, Lease};
-use crate::request::{Request, Source};
+use crate::request::{Placement, Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 use wire::{Ask, Leased, LeasedGroup, Said};
@@ -371,7 +371,10 @@ impl Desk<'_> {
         container: bool,
     ) -> Result<Bundle, String> {
         requests.iter().try_for_each(|request| self.may(request))?;
-        let leases = allocate(self.paths, requests, &self.holder).map_err(|error| chain(&error))?;
+        let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
+        let nowhere = Placement::default();
+        let leases = allocate_beside(self.paths, requests, &nowhere, &self.holder, &own)
+            .map_err(|error| chain(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
             let device = lease.device();

@@ -8,6 +8,7 @@ use crate::group::{Groups, ResourceGroup, Tags};
 use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
+use crate::lease::LeaseRecord;
 use crate::nova::{self, Alias, DeviceType, NumaPolicy};
 use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::request::{Placement, Request, Source, Wish};
@@ -22,6 +23,8 @@ pub(crate) struct View<'a> {
     pub(crate) sockets: &'a Sockets,
     /// What the host needs of the devices that could be taken on demand.
     pub(crate) guarded: &'a [Guarded],
+    /// What the VM has already, and with which record.
+    pub(crate) attached: &'a BTreeMap<HostBdf, Option<LeaseRecord>>,
 }
 
 /// What a request gets.
@@ -335,6 +338,10 @@ impl<'a> Choice<'a, '_> {
 
     /// What stands against any use of a device.
     fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if let Some(holder) = self.view.attached.get(&device.bdf) {
+            let holder = holder.clone();
+            return Some(Obstacle::Leased { holder });
+        }
         let first = if self.view.groups.tags(device).on_demand {
             self.pool.demand_obstacle(device, self.view.guarded)
         } else {

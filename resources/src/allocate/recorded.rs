@@ -54,6 +54,7 @@ fn on(devices: &[HostDevice], requests: &[Request], nodes: &[u32], test: impl Fn
         groups: &groups,
         sockets: &sockets,
         guarded: &[],
+        attached: &BTreeMap::new(),
     };
     let placement = Placement {
         nodes: nodes.iter().copied().collect(),
@@ -283,6 +284,7 @@ fn other_hardware_at_an_address_is_named() {
         groups: &groups,
         sockets: &sockets,
         guarded: &[],
+        attached: &BTreeMap::new(),
     };
     let requests = [Request::group("one", 1)];
     let error = choose(view, &requests, &Placement::default())
@@ -371,7 +373,7 @@ proptest! {
                 Event::Killed(requests) => (requests, false),
                 Event::Start(requests) => (requests, true),
             };
-            let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[] };
+            let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], attached: &BTreeMap::new() };
             let Ok(chosen) = choose(view, &asked.0, &Placement::default()) else { continue };
             let wanted: u32 = asked.0.iter().map(|request| match request {
                 Request::Any(wish) => wish.count,

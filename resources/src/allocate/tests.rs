@@ -443,7 +443,7 @@ proptest! {
         let devices = host.scan();
         let groups = Groups::load(&host.paths).unwrap();
         let sockets = Sockets::default();
-        let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[] };
+        let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], attached: &BTreeMap::new() };
         match choose(view, &requests, &Placement::default()) {
             Ok(chosen) => {
                 let distinct: BTreeSet<HostBdf> = chosen.iter().map(|device| device.bdf).collect();

@@ -49,6 +49,7 @@ fn take(
         &requests,
         &Placement::default(),
         &holder,
+        &[],
         &binder,
     )
 }
@@ -216,6 +217,7 @@ fn the_helper_is_told_what_to_give_back() {
         &requests,
         &Placement::default(),
         &holder,
+        &[],
         &binder,
     );
     drop(leases.unwrap());

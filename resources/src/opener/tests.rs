@@ -115,6 +115,30 @@ fn the_functions_of_a_group_come_with_one_node() {
 }
 
 #[test]
+fn the_second_device_of_a_group_is_the_vms_and_no_others() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let first = opener
+        .open(&[Request::group("nic", 1)], &[], false)
+        .unwrap();
+    let (other, _helper) = started(&host);
+    assert!(refused(&other, Request::group("nic", 1)).contains("03:00.1"));
+    let second = opener
+        .open(&[Request::group("nic", 1)], &[7], false)
+        .unwrap();
+    assert_eq!(second.devices[0].bdf, bdf("03:00.1"));
+    assert!(refused(&opener, Request::group("nic", 1)).contains("'one'"));
+    drop(first);
+    assert_eq!(held(&host).len(), 2, "the group is whole");
+    let again = opener
+        .open(&[Request::group("nic", 1)], &[7], false)
+        .unwrap();
+    assert_eq!(again.devices[0].bdf, bdf("03:00.0"));
+    drop((second, again));
+    assert!(held(&host).is_empty());
+}
+
+#[test]
 fn a_vm_is_given_only_what_its_file_names() {
     let host = host();
     let (opener, _helper) = started(&host);

@@ -97,7 +97,7 @@ fn take(host: &FakeHost, kernel: &FakeKernel<'_>, count: u32) -> Result<Vec<Leas
     };
     let requests = [Request::group("vfs", count)];
     let near = Placement::default();
-    allocate_with(&host.paths, &requests, &near, &holder, &binder)
+    allocate_with(&host.paths, &requests, &near, &holder, &[], &binder)
 }
 
 #[test]
@@ -427,7 +427,7 @@ fn lease_of(host: &FakeHost, groups: &[&str]) -> Result<Vec<Lease>, AllocateErro
     };
     let requests: Vec<Request> = groups.iter().map(|name| Request::group(*name, 1)).collect();
     let near = Placement::default();
-    allocate_with(&host.paths, &requests, &near, &holder, &binder)
+    allocate_with(&host.paths, &requests, &near, &holder, &[], &binder)
 }
 
 #[test]
