@@ -13,6 +13,9 @@ pub enum Role {
     /// Runs the control loop of a VM that stands, and takes it apart. A thread comes to this role by
     /// itself: the first one, or one that was [`Role::Vm`].
     Control,
+    /// The first thread of a process that outlives its VMs: it comes to this role by itself, and keeps
+    /// what clients say between two VMs.
+    Keeper,
     /// Builds a VM in a process that outlives it, behind the filter of whoever made the thread.
     Vm,
     /// Speaks with clients.
@@ -31,6 +34,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Control => f.write_str("control"),
+            Self::Keeper => f.write_str("keeper"),
             Self::Vm => f.write_str("vm"),
             Self::Api => f.write_str("api"),
             Self::Vcpu(index) => write!(f, "vcpu{index}"),

@@ -166,6 +166,8 @@ impl Vmm {
         let ground = &self.ground;
         let mut control = ControlLoop::new(Arc::clone(&ground.mailbox))
             .map_err(Error::host("make the control loop"))?;
+        let confined = ground.sandbox.filter(Role::Keeper).enter();
+        confined.map_err(Error::host("enter the sandbox"))?;
         ground.signals.check()?;
         control.add(Box::new(SignalWatch {
             signals: Arc::clone(&ground.signals),
@@ -266,7 +268,11 @@ fn live(
     config: &Arc<VmConfig>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
-    let ended = Vm::build(config, ground).and_then(|mut vm| vm.run(started));
+    let confined = ground.sandbox.confine_files(config, &ground.host);
+    let ended = confined
+        .map_err(Error::host("confine files (Landlock)"))
+        .and_then(|()| Vm::build(config, ground))
+        .and_then(|mut vm| vm.run(started));
     ground.mailbox.forget_vm();
     ended
 }

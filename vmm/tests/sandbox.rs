@@ -8,7 +8,13 @@ use std::process::{Command, ExitCode};
 use gantry_vmm::sandbox::{self, Sandbox, SeccompMode};
 use gantry_vmm::threads::{Role, spawn};
 
-const ROLES: [Role; 3] = [Role::Vcpu(0), Role::Device, Role::Dma];
+const ROLES: [Role; 5] = [
+    Role::Vcpu(0),
+    Role::Device,
+    Role::Dma,
+    Role::Api,
+    Role::Attach,
+];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
@@ -16,7 +22,7 @@ fn main() -> ExitCode {
         (Some("--victim"), Some(mode)) => victim(&mode),
         _ => {
             check();
-            println!("test result: ok. sandbox: 6 passed");
+            println!("test result: ok. sandbox: 8 passed");
             ExitCode::SUCCESS
         }
     }

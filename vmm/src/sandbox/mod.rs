@@ -1,5 +1,6 @@
 //! The sandbox: which system calls each thread may make, and what happens when it makes another.
 
+mod files;
 mod filters;
 mod trap;
 
@@ -7,10 +8,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use gantry_resources::HostPaths;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::threads::Role;
 
+use crate::config::VmConfig;
 pub use trap::install as install_traps;
 
 /// What becomes of a system call that no filter names.
@@ -27,12 +30,14 @@ pub enum SeccompMode {
 
 /// The compiled filters of every role.
 pub struct Sandbox {
+    mode: SeccompMode,
     control: Filter,
     vcpu: Filter,
     device: Filter,
     dma: Filter,
     api: Filter,
     attach: Filter,
+    keeper: Filter,
 }
 
 /// The filter of one role.
@@ -46,13 +51,27 @@ impl Sandbox {
     /// A filter has no valid form, which is a mistake in its table.
     pub fn new(mode: SeccompMode) -> io::Result<Self> {
         Ok(Self {
+            mode,
             control: Filter::compile(mode, filters::control())?,
             vcpu: Filter::compile(mode, filters::vcpu())?,
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
             api: Filter::compile(mode, filters::api())?,
             attach: Filter::compile(mode, filters::attach())?,
+            keeper: Filter::but(mode, filters::NEVER)?,
         })
+    }
+
+    /// Keeps the calling thread, and what it makes from now on, from all files but those that a VM
+    /// needs. Without filters, or where they only log, it may open what it likes.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+        match self.mode {
+            SeccompMode::On => files::confine(config, host),
+            SeccompMode::Log | SeccompMode::Off => Ok(()),
+        }
     }
 
     /// The filter of a role.
@@ -64,20 +83,46 @@ impl Sandbox {
             Role::Dma => self.dma.clone(),
             Role::Api => self.api.clone(),
             Role::Attach => self.attach.clone(),
+            Role::Keeper => self.keeper.clone(),
             Role::Vm => Filter(None),
         }
     }
 }
 
 impl Filter {
+    /// A filter that allows what the rules name.
     fn compile(mode: SeccompMode, rules: filters::Rules) -> io::Result<Self> {
-        let refused = match mode {
-            SeccompMode::On => SeccompAction::Trap,
-            SeccompMode::Log => SeccompAction::Log,
-            SeccompMode::Off => return Ok(Self(None)),
+        let Some(refused) = Self::refusal(mode) else {
+            return Ok(Self(None));
         };
+        Self::program(rules, refused, SeccompAction::Allow)
+    }
+
+    /// A filter that allows all but these calls.
+    fn but(mode: SeccompMode, calls: &[libc::c_long]) -> io::Result<Self> {
+        let Some(refused) = Self::refusal(mode) else {
+            return Ok(Self(None));
+        };
+        let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
+        Self::program(rules, SeccompAction::Allow, refused)
+    }
+
+    /// What becomes of a call that is not allowed; `None` without filters.
+    fn refusal(mode: SeccompMode) -> Option<SeccompAction> {
+        match mode {
+            SeccompMode::On => Some(SeccompAction::Trap),
+            SeccompMode::Log => Some(SeccompAction::Log),
+            SeccompMode::Off => None,
+        }
+    }
+
+    fn program(
+        rules: filters::Rules,
+        others: SeccompAction,
+        named: SeccompAction,
+    ) -> io::Result<Self> {
         let rules: BTreeMap<_, _> = rules.into_iter().collect();
-        let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)
+        let filter = SeccompFilter::new(rules, others, named, TargetArch::x86_64)
             .map_err(io::Error::other)?;
         let program = BpfProgram::try_from(filter).map_err(io::Error::other)?;
         Ok(Self(Some(Arc::new(program))))

@@ -1,0 +1,212 @@
+//! Landlock: which files a process can reach while it builds a VM, and in the helpers that it starts.
+//!
+//! Once the VM stands, no thread may open anything, whatever its name. Before, and in the helpers for
+//! as long as they live, these rules hold: the files that the VM's file names, KVM, VFIO's nodes,
+//! sysfs, and gantry's own directories. No TCP at all. A kernel without Landlock enforces what it can.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use gantry_resources::HostPaths;
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError,
+};
+
+use crate::config::{SerialMode, VmConfig};
+
+/// The newest interface that the rules are written for.
+const ABI_KNOWN: ABI = ABI::V5;
+
+/// A path, and what may be done there and below.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    path: PathBuf,
+    access: BitFlags<AccessFs>,
+}
+
+/// Confines the calling thread, and every thread and process that it makes from now on, to what the
+/// VM needs.
+///
+/// # Errors
+/// The kernel refused the rules.
+pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+    let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
+    let mut rules = rules(config, host);
+    rules.extend(programs(&maps).into_iter().map(|path| Rule {
+        path,
+        access: AccessFs::Execute | AccessFs::ReadFile,
+    }));
+    enforce(&rules).map_err(io::Error::other)
+}
+
+fn enforce(rules: &[Rule]) -> Result<(), RulesetError> {
+    let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI_KNOWN))?
+        .handle_access(AccessNet::from_all(ABI_KNOWN))?
+        .create()?;
+    for rule in rules {
+        add(&mut ruleset, rule)?;
+    }
+    ruleset.restrict_self().map(drop)
+}
+
+/// What is not there cannot be reached either.
+fn add(ruleset: &mut RulesetCreated, rule: &Rule) -> Result<(), RulesetError> {
+    let Ok(file) = PathFd::new(&rule.path) else {
+        return Ok(());
+    };
+    let access = match rule.path.is_dir() {
+        true => rule.access,
+        false => rule.access & AccessFs::from_file(ABI_KNOWN),
+    };
+    match ruleset.add_rule(PathBeneath::new(file, access)) {
+        // A pipe or a socket, which Landlock keeps nobody from.
+        Err(error) if errno(&error) == Some(libc::EBADFD) => Ok(()),
+        added => added.map(drop),
+    }
+}
+
+/// The kernel's answer behind an error.
+fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
+    let kernel = error.downcast_ref::<io::Error>();
+    let errno = kernel.and_then(io::Error::raw_os_error);
+    errno.or_else(|| self::errno(error.source()?))
+}
+
+fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let node = AccessFs::MakeChar | AccessFs::MakeBlock;
+    let own = AccessFs::from_all(ABI_KNOWN) & !(node | AccessFs::Execute);
+    let rule = |path: &Path, access: BitFlags<AccessFs>| Rule {
+        path: path.to_owned(),
+        access,
+    };
+    let mut rules = vec![
+        rule(&config.payload.kernel, AccessFs::ReadFile.into()),
+        rule(&host.dev.join("kvm"), device),
+        rule(&host.dev.join("vfio"), device | AccessFs::ReadDir),
+        // Helpers' standard streams.
+        rule(&host.dev.join("null"), device),
+        // Helpers bind drivers and make virtual functions.
+        rule(&host.sysfs, read | AccessFs::WriteFile),
+        rule(&host.proc, read),
+        rule(&host.config, read),
+        rule(&host.run, own),
+        rule(&host.state, own),
+        // The dynamic linker's.
+        rule(Path::new("/etc/ld.so.cache"), AccessFs::ReadFile.into()),
+    ];
+    let initramfs = config.payload.initramfs.as_deref();
+    rules.extend(initramfs.map(|path| rule(path, AccessFs::ReadFile.into())));
+    let write = AccessFs::WriteFile | AccessFs::Truncate;
+    match &config.serial {
+        SerialMode::Off | SerialMode::Null => {}
+        SerialMode::Tty => rules.push(rule(&host.proc.join("self/fd/1"), device)),
+        SerialMode::File(path) if path.exists() => rules.push(rule(path, write)),
+        SerialMode::File(path) => {
+            let folder = path.parent().filter(|folder| *folder != Path::new(""));
+            let folder = folder.unwrap_or(Path::new("."));
+            rules.push(rule(folder, write | AccessFs::MakeReg));
+        }
+    }
+    rules
+}
+
+/// The programs and libraries that this process consists of, and so its helpers, from `/proc/self/maps`
+/// (proc_pid_maps(5)).
+fn programs(maps: &str) -> BTreeSet<PathBuf> {
+    let lines = maps.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let executable = words.nth(1)?.contains('x');
+        let path = words.nth(3)?;
+        (executable && path.starts_with('/')).then(|| PathBuf::from(path))
+    });
+    lines.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::thread;
+
+    use super::*;
+    use crate::config::{Hotplug, MemorySize, Payload, VcpuCount};
+
+    fn config(folder: &Path, serial: SerialMode) -> VmConfig {
+        VmConfig {
+            name: "one".to_owned(),
+            payload: Payload {
+                kernel: folder.join("vmlinux"),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: VcpuCount::new(1).unwrap(),
+            memory: MemorySize::new(64 << 20).unwrap(),
+            devices: Vec::new(),
+            serial,
+            hotplug: Hotplug::default(),
+        }
+    }
+
+    #[test]
+    fn libraries_are_found_where_they_are_mapped_to_run() {
+        let maps = "\
+55d0-55d1 r--p 00000000 08:01 1 /usr/bin/gantry
+55d1-55d2 r-xp 00001000 08:01 1 /usr/bin/gantry
+7f00-7f01 r-xp 00000000 08:01 2 /usr/lib/x86_64-linux-gnu/libc.so.6
+7f01-7f02 rw-p 00000000 00:00 0
+7f02-7f03 r-xp 00000000 00:00 0 [vdso]
+7f03-7f04 rw-p 00000000 08:01 3 /etc/data
+";
+        let expected = ["/usr/bin/gantry", "/usr/lib/x86_64-linux-gnu/libc.so.6"];
+        assert_eq!(programs(maps), expected.map(PathBuf::from).into());
+    }
+
+    /// On a thread of its own, as nothing takes the rules back. Where the kernel has no Landlock there
+    /// is nothing to see.
+    #[test]
+    fn only_what_was_named_is_reached() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = HostPaths::under(folder.path());
+        for path in ["vmlinux", "secret", "run/lock", "dev/vfio/7", "proc/x"] {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "text").unwrap();
+        }
+        let logs = folder.path().join("logs");
+        fs::create_dir(&logs).unwrap();
+        let config = config(folder.path(), SerialMode::File(logs.join("new")));
+        // A pipe has no place that a rule could be about.
+        let (pipe, _writer) = io::pipe().unwrap();
+        let link = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+        std::os::unix::fs::symlink(link, folder.path().join("var")).unwrap();
+        let root = folder.path().to_owned();
+        let confined = thread::spawn(move || {
+            confine(&config, &host).unwrap();
+            if fs::read(root.join("secret")).is_ok() {
+                return false;
+            }
+            for path in ["vmlinux", "run/lock", "dev/vfio/7", "proc/x"] {
+                fs::read(root.join(path)).unwrap();
+            }
+            fs::write(root.join("run/new"), "text").unwrap();
+            fs::write(root.join("logs/new"), "text").unwrap();
+            for path in ["vmlinux", "proc/x", "logs/other/x", "new"] {
+                fs::write(root.join(path), "text").unwrap_err();
+            }
+            std::process::Command::new("/bin/true")
+                .status()
+                .unwrap_err();
+            true
+        });
+        if !confined.join().unwrap() {
+            eprintln!("this kernel has no Landlock");
+        }
+    }
+}
