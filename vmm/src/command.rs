@@ -229,8 +229,8 @@ pub enum CommandError {
     },
     /// The device has larger BARs than the windows of any empty slot.
     #[error(
-        "no empty slot of the VM can hold {device}: it needs a {kind} window of {size:#x} bytes; start \
-         the VM with a larger `hotplug.window` in its file"
+        "no empty slot of the VM can hold {device}: it needs a {kind} window of {size:#x} bytes; {}",
+        wider(*kind)
     )]
     SlotsTooSmall {
         /// The device.
@@ -257,6 +257,13 @@ pub enum CommandError {
     /// It was tried and failed.
     #[error(transparent)]
     Failed(#[from] Error),
+}
+
+fn wider(kind: WindowKind) -> &'static str {
+    match kind {
+        WindowKind::Mem64 => "start the VM with a larger `hotplug.window` in its file",
+        _ => "start the VM with fewer `hotplug.slots` in its file: each is larger then",
+    }
 }
 
 fn known(others: &[String]) -> String {

@@ -35,7 +35,6 @@ pub const HOTPLUG: &[Case] = cases![
     an_unchanged_client_attaches_and_detaches,
     a_guest_that_does_not_answer_is_forced,
     what_cannot_be_attached_is_told,
-    a_disk_comes_and_goes_many_times,
     a_kill_at_any_moment_of_an_attach_leaves_nothing,
 ];
 
@@ -429,31 +428,6 @@ fn what_cannot_be_attached_is_told(host: &Host) -> Result<()> {
     none.end()?.powered_off()?;
     running.end()?.exits(0)?;
     ensure!(free(host, "nvme")? == 1);
-    Ok(())
-}
-
-fn a_disk_comes_and_goes_many_times(host: &Host) -> Result<()> {
-    let _pool = Pool::of(host, &[FIRST.bdf])?;
-    let mut running = with_slots(host)?;
-    running.until("guest: init")?;
-    let count = "echo $(ls /proc/$(pidof gantry | tr ' ' '\n' | sort -n | head -n 1)/fd | wc -l)";
-    let fds = || -> Result<u64> { Ok(host.sh(count).output()?.success()?.text().parse()?) };
-    let cycle = || -> Result<()> {
-        gantry(host, "vm attach vm --group nvme --id disk --timeout 60")?;
-        gantry(host, "vm detach vm disk --timeout 60").map(drop)
-    };
-    cycle()?;
-    let before = fds()?;
-    for round in 0..rounds(10) {
-        cycle().with_context(|| format!("round {round}"))?;
-    }
-    ensure!(
-        fds()? <= before,
-        "it had {before} descriptors and has {}",
-        fds()?
-    );
-    gantry(host, "vm shutdown vm")?;
-    running.end()?.powered_off()?;
     Ok(())
 }
 

@@ -24,6 +24,7 @@ mod bed;
 mod check;
 mod demand;
 mod endings;
+mod hotplug;
 mod lab_kernel;
 mod launch;
 mod passthrough;
@@ -59,6 +60,8 @@ const SUITES: &[Suite] = &[
             ("launch", launch::CASES),
             ("passthrough", passthrough::CASES),
             ("endings", endings::CASES),
+            ("hotplug", hotplug::CASES),
+            ("hotplug", hotplug::AUDITED),
             ("pools", pools::CASES),
             ("pools", pools::SWAP),
             ("refusals", refusals::CASES),
@@ -84,6 +87,8 @@ const SUITES: &[Suite] = &[
             ("hotplug", api::HOTPLUG),
             ("endings", endings::CASES),
             ("endings", endings::MORE),
+            ("hotplug", hotplug::CASES),
+            ("hotplug", hotplug::MORE),
             ("pools", pools::CASES),
             ("pools", pools::MORE),
             ("demand", demand::CASES),

@@ -14,6 +14,7 @@ use gantry_resources::Opener;
 
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed};
+use super::populate::Populating;
 use crate::command::{Attach, EventSink, Reply, VmEvent};
 use crate::control::Event;
 use crate::error::Error;
@@ -116,6 +117,8 @@ pub struct Workshop {
     pub ram: RamRanges,
     /// What no device may reserve.
     pub room: Room,
+    /// How many threads make RAM present for the first device.
+    pub threads: usize,
     /// What the VM stands on.
     pub ground: Ground,
 }
@@ -255,9 +258,14 @@ impl Workshop {
                 last: *ram.end(),
             });
         }
+        let sandbox = &self.ground.sandbox;
+        let populating = Populating::begin(&self.ram, self.threads, ending, sandbox)?;
         let (domain, ram) = (Arc::clone(domain), Arc::clone(&self.ram));
         let ending = Arc::clone(ending);
-        let map = move || domain.map(&ram, || ending.load(Ordering::Acquire));
+        let map = move || {
+            populating.finish();
+            domain.map(&ram, || ending.load(Ordering::Acquire))
+        };
         threads::spawn(Role::Dma, &self.ground.sandbox, map).map_err(Error::host("spawn a thread"))
     }
 }

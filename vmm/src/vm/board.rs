@@ -188,16 +188,18 @@ struct SlotWindows {
     first: usize,
     /// Bytes of 64-bit addresses that each such port is to have, if that was said.
     wish: Option<u64>,
-    /// Bytes that each got.
-    share: Option<u64>,
+    /// What each got.
+    share: Option<Minimum>,
     /// The windows of all ports.
     given: Vec<PortWindows>,
 }
 
 /// The most 64-bit addresses that a slot gets unasked: enough for the largest BARs there are.
-const MAX_SHARE: u64 = 256 << 30;
+const MAX_SHARE64: u64 = 256 << 30;
+/// The most addresses below 4 GiB: few devices have more than one BAR of 16 MiB there.
+const MAX_SHARE32: u64 = 256 << 20;
 /// The least that is worth having.
-const MIN_SHARE: u64 = 1 << 20;
+const MIN_SHARE64: u64 = 1 << 20;
 
 impl SlotWindows {
     fn assign(
@@ -207,27 +209,46 @@ impl SlotWindows {
         slots: &[HotSlot],
     ) -> Result<(), FirmwareError> {
         let empty = slots.len().saturating_sub(self.first) as u64;
-        let size = |share: u64| {
-            let first = self.first;
-            move |port: PortIndex| Minimum {
-                mem64: if port.get() < first { 0 } else { share },
-                ..Minimum::default()
-            }
-        };
-        let mut share = self.wish.or(self.share).unwrap_or_else(|| {
-            // Half of what there is: the other half is for the devices that are there.
-            let even = (host.mem64.end - host.mem64.start) / 2 / empty.max(1);
-            1 << even.clamp(MIN_SHARE, MAX_SHARE).ilog2()
-        });
+        let mut share = self.share.unwrap_or_else(|| self.even(host, empty));
         let plans = loop {
-            match firmware::assign(pci, host, size(share)) {
-                Err(_) if self.wish.is_none() && empty > 0 && share >= MIN_SHARE => share /= 2,
+            let minimum = |port: PortIndex| match port.get() < self.first {
+                true => Minimum::default(),
+                false => share,
+            };
+            match firmware::assign(pci, host, minimum) {
+                Err(_) if empty > 0 && self.shrink(&mut share) => {}
                 plans => break plans?,
             }
         };
         self.share = Some(share);
         self.given = plans.into_iter().map(|plan| plan.windows).collect();
         Ok(())
+    }
+
+    /// An even share of a part of what there is: the rest is for the devices that are there.
+    fn even(&self, host: &HostWindows, empty: u64) -> Minimum {
+        let len = |range: &Range<u64>| range.end.saturating_sub(range.start) / empty.max(1);
+        let least = Minimum::default().mem32;
+        let mem32 = (len(&host.mem32) / 4 * 3).clamp(least, MAX_SHARE32);
+        let mem64 = (len(&host.mem64) / 2).clamp(MIN_SHARE64, MAX_SHARE64);
+        Minimum {
+            mem32: 1 << mem32.ilog2(),
+            mem64: self.wish.unwrap_or(1 << mem64.ilog2()),
+            io: 0,
+        }
+    }
+
+    /// Makes shares that did not fit smaller; `false` if nothing is left to be made smaller.
+    fn shrink(&self, share: &mut Minimum) -> bool {
+        if share.mem32 > Minimum::default().mem32 {
+            share.mem32 /= 2;
+            return true;
+        }
+        let more = self.wish.is_none() && share.mem64 > MIN_SHARE64;
+        if more {
+            share.mem64 /= 2;
+        }
+        more
     }
 }
 

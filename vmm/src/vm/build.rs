@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::sync::{Arc, Weak};
+use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::{Holder, HostPaths, Opener};
@@ -12,8 +13,9 @@ use super::board::Board;
 use super::dispatch::Dispatch;
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{AttachedDevice, Claimed, arrange, forbidden};
-use super::hotplug::{Devices, Populating};
+use super::hotplug::Devices;
 use super::payload::OpenPayload;
+use super::populate::Populating;
 use crate::boot::Entry;
 use crate::command::VmState;
 use crate::config::{VcpuCount, VmConfig};
@@ -27,6 +29,9 @@ use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 use crate::vcpus::{Gate, Vcpus};
 use crate::vmm::Ground;
+
+/// More threads that make memory present get in each other's way.
+const POPULATE_THREADS: usize = 4;
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. What can fail without
@@ -76,7 +81,8 @@ impl Vm {
             devices.open_slots(hot.worker(domain.as_ref(), &board, &layout, ground)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
-        let populating = declared.then(|| Populating::begin(&board.ram.ranges(), sandbox));
+        let populating =
+            declared.then(|| Populating::begin(&board.ram.ranges(), 1, &Arc::default(), sandbox));
         drop(domain);
         let irqchip = machine.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&machine, config.vcpus, &features, &entry, &board)?;
@@ -138,6 +144,7 @@ impl Hot {
             domain: domain.map_or_else(Weak::new, Arc::downgrade),
             ram: board.ram.ranges(),
             room: room(layout),
+            threads: available_parallelism().map_or(1, |count| count.get().min(POPULATE_THREADS)),
             ground: ground.clone(),
         })
     }

@@ -5,8 +5,6 @@
 //! so, is reset, or the time it was given is over.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, WindowKind};
@@ -15,15 +13,12 @@ use gantry_resources::{HostBdf, Request};
 
 use super::attach::{Job, Prepared, Worker, tell_steps};
 use super::board::Board;
-use super::domain::RamRanges;
 use super::host_devices::{AttachedDevice, arrange};
 use crate::command::{
     Answer, Attach, CommandError, Detach, DeviceCounters, DeviceInfo, DeviceState, EventSink,
     Reply, VmEvent,
 };
 use crate::error::Error;
-use crate::sandbox::Sandbox;
-use crate::threads::{self, Role, Task};
 
 /// How long a guest may take to read what it was told before it is told again: while a guest boots,
 /// interrupts get lost. Doubled each time.
@@ -456,50 +451,5 @@ fn info(one: &Plugged, board: &Board) -> DeviceInfo {
         guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(one.function)),
         group: one.group.clone(),
         state: one.state,
-    }
-}
-
-/// RAM that is being made present in the background, so that the first device to come need not wait
-/// for it. Dropping the value ends that soon.
-pub struct Populating {
-    unwanted: Arc<AtomicBool>,
-    _thread: Task<()>,
-}
-
-impl Populating {
-    /// Begins with all of `ram`.
-    ///
-    /// # Errors
-    /// The kernel makes no thread.
-    pub fn begin(ram: &RamRanges, sandbox: &Sandbox) -> Result<Self, Error> {
-        let (ram, unwanted) = (Arc::clone(ram), Arc::new(AtomicBool::new(false)));
-        let told = Arc::clone(&unwanted);
-        let thread = threads::spawn(Role::Dma, sandbox, move || populate(&ram, &told));
-        Ok(Self {
-            unwanted,
-            _thread: thread.map_err(Error::host("spawn a thread"))?,
-        })
-    }
-}
-
-impl Drop for Populating {
-    fn drop(&mut self) {
-        self.unwanted.store(true, Ordering::Release);
-    }
-}
-
-fn populate(ram: &RamRanges, unwanted: &AtomicBool) {
-    /// Small enough to be left off soon.
-    const PART: usize = 16 << 20;
-    for (_, memory) in ram.iter() {
-        for offset in (0..memory.size()).step_by(PART) {
-            if unwanted.load(Ordering::Acquire) {
-                return;
-            }
-            if let Err(error) = memory.populate(offset, PART) {
-                tracing::info!(%error, "memory is not made present in advance");
-                return;
-            }
-        }
     }
 }

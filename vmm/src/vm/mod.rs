@@ -10,6 +10,7 @@ mod domain;
 mod host_devices;
 mod hotplug;
 mod payload;
+mod populate;
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -29,8 +30,9 @@ use crate::vcpus::{Fault, Gate, Vcpus};
 use crate::vmm::{Ground, Outcome};
 use board::Board;
 use gantry_devices::info_limited;
-use hotplug::{Devices, Populating};
+use hotplug::Devices;
 use payload::OpenPayload;
+use populate::Populating;
 
 pub use attach::Prepared;
 pub use payload::FileError;

@@ -4,6 +4,8 @@
 //! clock nor a keyboard controller. Good for an unmodified kernel: KVM's paravirtual clock and the
 //! local APIC's TSC deadline timer take their place.
 
+#[cfg(test)]
+mod aml;
 mod dsdt;
 mod events;
 mod tables;
@@ -110,6 +112,8 @@ fn image(inputs: &AcpiInputs<'_>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestMemoryMmap;
+
+    use gantry_devices::pci::PciSegment;
 
     use super::*;
     use crate::config::VcpuCount;
@@ -273,6 +277,75 @@ mod tests {
         let window = [4 << 30, (1_u64 << 40) - 1].map(u64::to_le_bytes).concat();
         assert!(contains(dsdt, &window), "64-bit window");
         assert!(!contains(&tables(1, false)[3], b"COM1"));
+    }
+
+    fn dsdt_with(slots: &[HotSlot]) -> std::collections::BTreeMap<String, aml::Object> {
+        let mut bytes = Vec::new();
+        let inputs = AcpiInputs {
+            layout: &layout(),
+            cpus: 2,
+            serial: true,
+            slots,
+        };
+        dsdt::dsdt(&inputs).to_aml_bytes(&mut bytes);
+        aml::objects(&bytes[36..])
+    }
+
+    #[test]
+    fn the_dsdt_declares_each_slot_with_its_way_out() {
+        let mut segment = PciSegment::new([0..=0xff]).unwrap();
+        for _ in 0..40 {
+            segment.add_root_port(0).unwrap();
+        }
+        let slots: Vec<HotSlot> = segment
+            .ports()
+            .map(|(port, at, _)| HotSlot { port, at })
+            .collect();
+        let objects = dsdt_with(&slots);
+        let tell = match &objects["._SB_.TELL"] {
+            aml::Object::Method(code) => code,
+            other => panic!("{other:?}"),
+        };
+        for (slot, number) in slots.iter().zip(1_u64..) {
+            let port = format!("._SB_.PCI0.S{number:03X}");
+            assert_eq!(objects[&port], aml::Object::Device);
+            let at = &slot.at;
+            let address = u64::from(at.device()) << 16 | u64::from(at.function());
+            let integer = |name: &str| match objects[&format!("{port}.{name}")] {
+                aml::Object::Integer(value) => value,
+                ref other => panic!("{name}: {other:?}"),
+            };
+            assert_eq!(integer("_ADR"), address);
+            assert_eq!((integer("CARD._ADR"), integer("CARD._SUN")), (0, number));
+            // Store(number, \\_SB.EVTS.EJCT)
+            let mut eject = vec![0x70];
+            match number {
+                1 => eject.push(1),
+                _ => eject.extend([0x0a, number as u8]),
+            }
+            eject.extend(b"\\\x2f\x03_SB_EVTSEJCT");
+            let method = &objects[&format!("{port}.CARD._EJ0")];
+            assert_eq!(*method, aml::Object::Method(eject));
+            let notify = [
+                &b"\x86\\\x2f\x04_SB_PCI0"[..],
+                &port.as_bytes()[11..],
+                b"CARDi",
+            ]
+            .concat();
+            let told = tell.windows(notify.len()).filter(|part| *part == notify);
+            assert_eq!(told.count(), 1, "{port}");
+        }
+        let method = |name: &str| matches!(objects[name], aml::Object::Method(_));
+        assert!(method("._SB_.EVTS._EVT") && method("._SB_.PCI0._OSC"));
+        assert_eq!(objects["._SB_.PWRB"], aml::Object::Device);
+    }
+
+    #[test]
+    fn a_vm_without_slots_has_a_power_button_and_no_ports() {
+        let objects = dsdt_with(&[]);
+        assert!(objects.contains_key("._SB_.PWRB"));
+        let ports = objects.keys().filter(|path| path.contains("PCI0.S"));
+        assert_eq!(ports.count(), 0);
     }
 
     #[test]

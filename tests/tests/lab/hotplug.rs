@@ -1,0 +1,283 @@
+//! Cases about devices that come and go while the guest runs.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use gantry_tests::lab::Host;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::bed::{Case, cases};
+use crate::pool::{AUDIO, BIG_BAR, DISPLAY, FIRST, Pool, SECOND, free, nothing_is_held};
+use crate::vm::{Running, Vm};
+
+/// For every host kernel.
+pub const CASES: &[Case] = cases![
+    a_running_debian_gets_a_disk_and_lets_it_go,
+    a_guest_that_does_not_answer_keeps_nothing,
+];
+
+/// For one host kernel.
+pub const MORE: &[Case] = cases![
+    devices_come_beside_those_that_are_there,
+    a_whole_device_comes_with_its_functions,
+    a_bar_of_8_gib_finds_a_slot,
+    cycles_leave_nothing_behind,
+    a_reboot_ends_what_was_pending,
+];
+
+/// For host kernels that can audit.
+pub const AUDITED: &[Case] = cases![nothing_of_it_is_outside_the_filters];
+
+/// A guest with a shell, and slots for devices.
+fn vm() -> Vm {
+    let mut vm = Vm::new("shell");
+    vm.file["hotplug"] = json!({"slots": 32});
+    vm
+}
+
+/// The same with a kernel that knows of no ACPI hot-plug.
+fn deaf() -> Vm {
+    vm().append("acpiphp.disable=1")
+}
+
+fn gantry(host: &Host, words: &str) -> Result<String> {
+    let output = host.sh(&format!("gantry vm {words}")).output()?;
+    Ok(output.success()?.text())
+}
+
+fn devices(host: &Host) -> Result<Vec<Value>> {
+    let info: Value = serde_json::from_str(&gantry(host, "info vm --json")?)?;
+    let devices = info["devices"]
+        .as_array()
+        .or(info["host_devices"].as_array());
+    Ok(devices.context("it does not list its devices")?.clone())
+}
+
+/// Waits until a group has so many free devices.
+fn until_free(host: &Host, group: &str, count: usize) -> Result<()> {
+    for _ in 0..100 {
+        if free(host, group)? == count {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100));
+    }
+    ensure!(free(host, group)? == count, "not {count} free in {group}");
+    Ok(())
+}
+
+/// Has the guest say the sum of a disk that it has, or will have soon.
+fn says_sum(running: &mut Running, disk: &str) -> Result<()> {
+    running.types(&format!(
+        "until [ -b /dev/{disk} ]; do sleep 0.1; done; echo guest: sum=$(dd if=/dev/{disk} bs=1M iflag=direct 2>/dev/null | sha256sum)"
+    ))?;
+    running.until("\nguest: sum=")
+}
+
+fn a_running_debian_gets_a_disk_and_lets_it_go(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = vm().of_debian().cpus(2).memory("512M").start(host)?;
+    running.types("ls /sys/bus/pci/slots | wc -l | sed 's/^/guest: slots=/'")?;
+    for round in 0..2 {
+        gantry(host, "attach vm --group nvme --id disk")?;
+        ensure!(free(host, "nvme")? == 0);
+        let list = devices(host)?;
+        ensure!(list.len() == 1 && list[0]["id"] == "disk", "{list:?}");
+        says_sum(&mut running, "nvme0n1")?;
+        gantry(host, "detach vm disk")?;
+        ensure!(free(host, "nvme")? == 1, "round {round}");
+        running.types("echo guest: disks=$(ls /dev/nvme* 2>/dev/null | wc -l)")?;
+        running.until("\nguest: disks=")?;
+    }
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ended.no_warnings()?;
+    ensure!(ended.number("slots")? == 32, "{ended}");
+    let sums: Vec<&str> = ended.values("sum").collect();
+    let expected = format!("{} -", FIRST.checksum());
+    ensure!(sums == [&*expected; 2], "{sums:?}: {ended}");
+    ensure!(ended.values("disks").all(|left| left == "0"), "{ended}");
+    nothing_is_held(host)
+}
+
+fn a_guest_that_does_not_answer_keeps_nothing(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = deaf().start(host)?;
+    running.until("guest: init")?;
+    gantry(host, "attach vm --group nvme --no-wait")?;
+    // It can be asked again, and is not waited for for ever.
+    for _ in 0..2 {
+        gantry(host, &format!("detach vm {} --no-wait", FIRST.bdf))?;
+    }
+    sleep(Duration::from_secs(1));
+    ensure!(free(host, "nvme")? == 0, "it was taken from the guest");
+    let list = devices(host)?;
+    ensure!(list.len() == 1, "{list:?}");
+    gantry(host, &format!("detach vm {} --force-after 1", FIRST.bdf))?;
+    ensure!(free(host, "nvme")? == 1);
+    gantry(host, "attach vm --group nvme --no-wait")?;
+    gantry(host, &format!("detach vm {} --force-after 0", FIRST.bdf))?;
+    ensure!(free(host, "nvme")? == 1);
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+fn devices_come_beside_those_that_are_there(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf, DISPLAY])?;
+    let mut running = vm().devices("nvme", 1).devices("display", 1).start(host)?;
+    running.until("guest: init")?;
+    gantry(host, "attach vm --group nvme")?;
+    says_sum(&mut running, "nvme1n1")?;
+    // Its IOMMU group is the VM's already.
+    gantry(host, "attach vm --group audio --no-wait")?;
+    ensure!(devices(host)?.len() == 4);
+    // What was there from the start can go as well, and its slot be used again.
+    gantry(host, &format!("detach vm {}", FIRST.bdf))?;
+    ensure!(free(host, "nvme")? == 1);
+    gantry(host, "attach vm --group nvme")?;
+    says_sum(&mut running, "nvme0n1")?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let sums: Vec<&str> = ended.values("sum").collect();
+    let expected = [SECOND.checksum(), FIRST.checksum()].map(|sum| format!("{sum} -"));
+    ensure!(sums == expected, "{sums:?}: {ended}");
+    nothing_is_held(host)
+}
+
+fn a_whole_device_comes_with_its_functions(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[DISPLAY])?;
+    let gpu = json!({"groups": [{"name": "gpu", "rules": [{"slot": "0000:00:14.*"}]}]});
+    host.write("/etc/gantry/groups.json", gpu.to_string())?;
+    let mut running = vm().start(host)?;
+    running.until("guest: init")?;
+    // Nothing drives the audio here.
+    gantry(host, "attach vm --group gpu --count 2 --id gpu --no-wait")?;
+    until_listed(&mut running)?;
+    let list = devices(host)?;
+    ensure!(list.len() == 2, "{list:?}");
+    // The functions of one device go together.
+    gantry(host, "detach vm gpu")?;
+    ensure!(free(host, "gpu")? == 2);
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let has = |words: &str| ended.said.contains(words);
+    ensure!(has("01:00.0 0380: 1234:1111"), "{ended}");
+    ensure!(has("01:00.1 0403: 8086:2668"), "{ended}");
+    ensure!(AUDIO.ends_with(".1"));
+    nothing_is_held(host)
+}
+
+/// Waits until the guest has found two functions, and lists all it has.
+fn until_listed(running: &mut Running) -> Result<()> {
+    running.types(
+        "until [ -e /sys/bus/pci/devices/0000:01:00.1 ]; do sleep 0.1; done; lspci -n | sed 's/^0/guest: 0/'; echo guest: listed",
+    )?;
+    running.until("\nguest: listed")
+}
+
+fn a_bar_of_8_gib_finds_a_slot(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[BIG_BAR])?;
+    let mut running = vm().start(host)?;
+    running.until("guest: init")?;
+    // No driver switches it on.
+    gantry(host, "attach vm --group big --no-wait")?;
+    running.types("until [ -e /sys/bus/pci/devices/0000:01:00.0 ]; do sleep 0.1; done; lspci -v -s 01:00.0 2>/dev/null | sed 's/^.Memory/guest: Memory/'; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.said.contains("[size=8G]"), "{ended}");
+    let mut small = vm();
+    small.file["hotplug"]["window"] = json!("1G");
+    let mut running = small.start(host)?;
+    running.until("guest: init")?;
+    let refused = host
+        .sh("gantry vm attach vm --group big")
+        .output()?
+        .exits(1)?;
+    ensure!(refused.errors().contains("hotplug.window"), "{refused}");
+    until_free(host, "big", 1)?;
+    running.signal(Signal::SIGTERM)?;
+    running.end()?.exits(143)?;
+    nothing_is_held(host)
+}
+
+/// What the VM's process has open and mapped, by kind, and that of its helper.
+fn possessions(host: &Host) -> Result<String> {
+    let script = r#"for process in $(pidof gantry | tr ' ' '\n' | sort -n); do
+            ls -l /proc/$process/fd | sed -n 's/.*-> //p' | sed 's/[0-9][0-9]*//g' | sort | uniq -c
+            wc -l </proc/$process/maps
+            ls /proc/$process/task | wc -l
+        done"#;
+    Ok(host.sh(script).output()?.success()?.text())
+}
+
+fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = vm().start(host)?;
+    running.until("guest: init")?;
+    let cycle = format!(
+        "gantry vm attach vm --group nvme >/dev/null && gantry vm detach vm {} >/dev/null",
+        FIRST.bdf
+    );
+    let cycles = |count: u64| -> Result<()> {
+        let script = format!("for n in $(seq {count}); do {cycle} || exit 1; done");
+        host.sh(&script).output()?.success()?;
+        Ok(())
+    };
+    cycles(2)?;
+    sleep(Duration::from_millis(500));
+    let before = possessions(host)?;
+    cycles(crate::rounds(50))?;
+    sleep(Duration::from_millis(500));
+    let after = possessions(host)?;
+    ensure!(before == after, "before:\n{before}\nafter:\n{after}");
+    gantry(host, "attach vm --group nvme")?;
+    says_sum(&mut running, "nvme0n1")?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let sum = format!("{} -", FIRST.checksum());
+    ensure!(ended.value("sum")? == sum, "{ended}");
+    nothing_is_held(host)
+}
+
+fn a_reboot_ends_what_was_pending(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
+    let mut running = deaf().start(host)?;
+    running.until("guest: init")?;
+    gantry(host, "attach vm --group nvme --count 2 --id disk --no-wait")?;
+    gantry(host, "detach vm disk --no-wait")?;
+    gantry(host, "reboot vm")?;
+    running.until("guest: init")?;
+    until_free(host, "nvme", 1)?;
+    // The other one is found like any that is there at boot.
+    says_sum(&mut running, "nvme0n1")?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let sum = format!("{} -", SECOND.checksum());
+    ensure!(ended.value("sum")? == sum, "{ended}");
+    nothing_is_held(host)
+}
+
+fn nothing_of_it_is_outside_the_filters(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
+    let mut vm = vm().devices("nvme", 1);
+    vm.file["hotplug"]["groups"] = json!(["nvme"]);
+    vm.flags = "--seccomp log";
+    let mut running = vm.start(host)?;
+    running.until("guest: init")?;
+    gantry(host, "attach vm --group nvme")?;
+    gantry(host, "pause vm")?;
+    gantry(host, "resume vm")?;
+    gantry(host, "metrics vm")?;
+    gantry(host, &format!("detach vm {}", FIRST.bdf))?;
+    gantry(host, &format!("detach vm {}", SECOND.bdf))?;
+    gantry(host, "attach vm --group nvme")?;
+    gantry(host, "reboot vm")?;
+    running.until("guest: init")?;
+    gantry(host, "shutdown vm")?;
+    running.end()?.powered_off()?;
+    let log = host.sh("dmesg | sed '1,/case nothing_of_it/d' | grep type=1326 || true");
+    let log = log.output()?.success()?;
+    ensure!(log.text().is_empty(), "{log}");
+    nothing_is_held(host)
+}
