@@ -281,6 +281,90 @@ fn devices_are_sorted_by_any_column() {
 }
 
 #[test]
+fn nvme_disks_are_listed_with_their_own_fields() {
+    let host = Host::new();
+    let disk = host.path("sys/bus/pci/devices/0000:02:00.0/nvme/nvme0");
+    fs::create_dir_all(disk.join("nvme0n1")).unwrap();
+    for (name, text) in [
+        ("model", "SAMSUNG MZQL2"),
+        ("serial", "S64"),
+        ("firmware_rev", "GDC5"),
+        ("nvme0n1/size", "7501476528"),
+    ] {
+        fs::write(disk.join(name), text).unwrap();
+    }
+    let text = host.gantry(&["device", "list", "--type", "nvme"]).ok();
+    let words: Vec<&str> = text.lines().nth(2).unwrap().split_whitespace().collect();
+    let expected = "0000:02:00.0 SAMSUNG MZQL2 S64 GDC5 3840 nvme0n1 attached disks -";
+    assert_eq!(words.join(" "), expected);
+    assert_eq!(first_words(&text), ["0000:01:00.0", "0000:02:00.0"]);
+    let json = host
+        .gantry(&["device", "list", "--type", "nvme", "--json"])
+        .ok();
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        json[1]["nvme"]["namespaces"][0]["bytes"],
+        3_840_755_982_336_u64
+    );
+}
+
+#[test]
+fn usb_devices_are_listed_and_grouped() {
+    let host = Host::new();
+    let none = host.gantry(&["device", "list", "--type", "usb"]).ok();
+    assert_eq!(none, "This host has none.\n");
+    for (port, id, speed, product) in [
+        ("1-2", "1666", "5000", "Stick"),
+        ("1-10", "c31c", "1.5", "Keys"),
+    ] {
+        let dir = host.path("sys/bus/usb/devices").join(port);
+        fs::create_dir_all(&dir).unwrap();
+        for (name, text) in [
+            ("idVendor", "0951"),
+            ("idProduct", id),
+            ("speed", speed),
+            ("product", product),
+            ("busnum", "1"),
+            ("devnum", "3"),
+            ("bDeviceClass", "00"),
+        ] {
+            fs::write(dir.join(name), text).unwrap();
+        }
+    }
+    let ports = |args: &[&str]| {
+        let text = host
+            .gantry(&[&["device", "list", "--type", "usb"], args].concat())
+            .ok();
+        let words: Vec<String> = first_words(&text).into_iter().map(str::to_owned).collect();
+        words.join(" ")
+    };
+    assert_eq!(ports(&[]), "1-2 1-10");
+    assert_eq!(ports(&["--sort", "speed"]), "1-10 1-2");
+    let wrong = host
+        .gantry(&["device", "list", "--sort", "speed"])
+        .failed(2);
+    assert!(wrong.contains("no column speed"), "{wrong}");
+    let rule = r#"{"name": {"contains": "sti"}}"#;
+    let found = host
+        .gantry(&["group", "match", "--usb", "--rule", rule])
+        .ok();
+    assert_eq!(first_words(&found), ["1-2"]);
+    host.gantry(&["group", "create", "sticks", "--type", "usb", "--rule", rule])
+        .ok();
+    let shown = host.gantry(&["group", "show", "sticks"]).ok();
+    assert!(
+        shown.contains("Stick") && !shown.contains("Keys"),
+        "{shown}"
+    );
+    let groups = host.gantry(&["group", "list", "--sort", "total"]).ok();
+    let sticks = groups
+        .lines()
+        .find(|line| line.starts_with("sticks"))
+        .unwrap();
+    assert!(sticks.ends_with("1-2"), "{sticks}");
+}
+
+#[test]
 fn json_tells_all_there_is() {
     let host = Host::new();
     let text = host.gantry(&["device", "list", "--json"]).ok();

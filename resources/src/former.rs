@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::host::{HostBdf, HostPaths};
-use crate::inventory::HostDevice;
+use crate::inventory::{HostDevice, Nvme};
 
 /// A record in the run directory: written before the first change, removed after reattaching.
 ///
@@ -21,6 +21,9 @@ pub(crate) struct Former {
     dsn: Option<String>,
     /// The NVMe serial, which only the host's driver can ask for.
     pub(crate) serial: Option<String>,
+    /// What else it said of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) nvme: Option<Nvme>,
     /// The driver that had the device.
     pub(crate) driver: Option<String>,
     /// The override that was set.
@@ -36,6 +39,7 @@ impl Former {
             id: device.id.to_string(),
             dsn: device.dsn.clone(),
             serial: device.serial.clone(),
+            nvme: device.nvme.clone(),
             driver: device.driver.clone(),
             driver_override: device.driver_override.clone(),
             demand: false,

@@ -17,6 +17,7 @@ use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
 use crate::sriov::{SriovSpec, VfToken};
 use crate::tenant::Tenants;
+use crate::usb::UsbDevice;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use nova_files::{change_aliases, change_device_specs};
 
@@ -125,6 +126,13 @@ impl ResourceGroup {
     fn makes(&self, device: &HostDevice) -> bool {
         let spec = self.sriov.as_ref();
         spec.is_some_and(|spec| device.physfn == Some(spec.pf))
+    }
+
+    /// Whether the group's type and one of its rules take a USB device. Hubs belong to the host.
+    pub fn matches_usb(&self, device: &UsbDevice) -> bool {
+        self.kind == GroupType::Usb
+            && !device.is_hub()
+            && self.rules.iter().any(|rule| rule.matches_usb(device))
     }
 
     /// Whether a rule names exactly the address of a device, but other hardware than is there now.
@@ -368,6 +376,11 @@ impl Groups {
         groups.find(|group| group.matches(device) && self.tenant_of(device).is_none())
     }
 
+    /// The group that a USB device belongs to: the first one of their type that matches it.
+    pub fn group_of_usb(&self, device: &UsbDevice) -> Option<&ResourceGroup> {
+        self.groups.iter().find(|group| group.matches_usb(device))
+    }
+
     /// The tenant that a device belongs to.
     pub fn tenant_of(&self, device: &HostDevice) -> Option<&str> {
         self.owners.get(&device.bdf).map(String::as_str)
@@ -469,12 +482,18 @@ impl Groups {
         devices.iter().filter_map(overlap).collect()
     }
 
-    /// Whether a rule asks for a serial number, which takes more to read than the rest.
+    /// Whether a rule asks for a serial number, or what else only a driver knows, which takes more to read than the rest.
     pub(crate) fn ask_for_serials(&self) -> bool {
         self.groups
             .iter()
             .flat_map(|group| &group.rules)
-            .any(|rule| rule.filters().serial.is_some())
+            .any(|rule| {
+                let filters = rule.filters();
+                filters.serial.is_some()
+                    || filters.model.is_some()
+                    || filters.firmware.is_some()
+                    || filters.size.is_some()
+            })
     }
 
     /// The JSON Schema of a group file.

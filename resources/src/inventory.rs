@@ -1,6 +1,7 @@
 //! The PCI functions of the host, read from sysfs at the moment of asking.
 
 mod attributes;
+mod nvme;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -20,6 +21,7 @@ use crate::lease::{LeaseError, LeaseKind, LeaseStatus, holder};
 use crate::quarantine::{self, Until};
 use crate::{dsn, sysfs};
 use attributes::{Attributes, Identity};
+pub use nvme::{Namespace, Nvme};
 
 /// Virtual functions of a physical function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -69,6 +71,9 @@ pub struct HostDevice {
     pub physfn: Option<HostBdf>,
     /// Serial number of an NVMe controller, remembered while the device is detached.
     pub serial: Option<String>,
+    /// What an NVMe controller says of itself and its disks, remembered like its serial number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvme: Option<Nvme>,
     /// PCIe device serial number (PCIe 7.9.3), eight pairs of hex digits: `00-1b-21-ff-ff-aa-bb-cc`.
     /// Only root can read it.
     pub dsn: Option<String>,
@@ -354,10 +359,12 @@ impl<'a> Source<'a> {
             device.dsn = dsn::read(&dir.join("config"));
         }
         if device.is_nvme() {
-            device.serial = nvme_serial(&dir);
+            (device.serial, device.nvme) = nvme::read(&dir);
         }
         if device.serial.is_none() && self.former.may_have(|| device.bdf.to_string()) {
-            device.serial = Former::load(self.paths, device).and_then(|former| former.serial);
+            let former = Former::load(self.paths, device);
+            let known = former.map(|former| (former.serial, former.nvme));
+            (device.serial, device.nvme) = known.unwrap_or_default();
         }
     }
 }
@@ -416,6 +423,7 @@ fn facts(
         },
         physfn,
         serial: None,
+        nvme: None,
         dsn: None,
         boot_vga: false,
         mdev_types: Vec::new(),
@@ -452,16 +460,6 @@ fn sriov(attributes: &Attributes) -> io::Result<Option<Sriov>> {
     };
     let active = attributes.decimal("sriov_numvfs")?.unwrap_or(0);
     Ok(Some(Sriov { total, active }))
-}
-
-/// What the host's nvme driver knows; a device that it does not have has no such directory.
-fn nvme_serial(dir: &Path) -> Option<String> {
-    let dir = dir.join("nvme");
-    let controllers = sysfs::entries(&dir).ok()?;
-    let serial = controllers
-        .iter()
-        .find_map(|name| sysfs::text(&dir.join(name).join("serial")).ok()?);
-    serial.filter(|serial| !serial.is_empty())
 }
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ mod sysfs;
 mod tenant;
 mod topology;
 mod tree;
+mod usb;
 mod uuid;
 mod writer;
 
@@ -61,7 +62,9 @@ pub use group::{
 pub use guard::{Guarded, HostUse, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
-pub use inventory::{DeviceState, HostDevice, InventoryError, NodeAccess, Sriov, scan};
+pub use inventory::{
+    DeviceState, HostDevice, InventoryError, Namespace, NodeAccess, Nvme, Sriov, scan,
+};
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
 pub use maintenance::{
     Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance, end_maintenance,
@@ -92,5 +95,6 @@ pub use tenant::{
     grant, revoke,
 };
 pub use tree::{TreeNode, tree};
+pub use usb::{UsbDevice, scan_usb};
 pub use uuid::{Uuid, UuidError};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

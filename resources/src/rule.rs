@@ -1,6 +1,7 @@
 //! The filters that select devices, and whether a device passes them.
 
 mod filter;
+mod usb;
 mod value;
 
 use std::borrow::Cow;
@@ -71,6 +72,24 @@ pub struct Filters {
     /// A type of mediated device that it can make: "nvidia-222".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mdev_type: Option<Filter<Word>>,
+    /// Model of an NVMe controller, as it says: "SAMSUNG MZQL2*".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<Filter<Word>>,
+    /// Firmware revision of an NVMe controller.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Filter<Word>>,
+    /// Size of an NVMe disk in GB (10^9 bytes), rounded down: of all its namespaces together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<Filter<Number>>,
+    /// Of a USB device: number of its bus.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bus: Option<Filter<Number>>,
+    /// Of a USB device: the ports that it is plugged in at, "1-4.2", or a pattern such as "1-4.*".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<Filter<Word>>,
+    /// Of a USB device: Mbit/s, rounded down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Filter<Number>>,
 }
 
 /// A filter that is no such thing.
@@ -92,7 +111,7 @@ pub enum RuleError {
     Slot(String),
     /// No filter at all.
     #[error(
-        "a rule needs at least one filter (name, id, vendor, device, subsystem, class, slot, serial, driver, numa, iommu_group, pf, mdev_type), or it would take every device"
+        "a rule needs at least one filter (name, id, vendor, device, subsystem, class, slot, serial, driver, numa, iommu_group, pf, mdev_type, model, firmware, size, bus, port, speed), or it would take every device"
     )]
     Empty,
     /// A text without a character.
@@ -184,7 +203,14 @@ impl Rule {
             iommu_group,
             pf,
             mdev_type,
+            model,
+            firmware,
+            size,
+            bus,
+            port,
+            speed,
         } = &*self.0;
+        let nvme = device.nvme.as_ref();
         holds(vendor, || {
             named(HexId(device.id.vendor), device.vendor_name())
         }) && holds(device_id, || {
@@ -202,6 +228,18 @@ impl Rule {
                 words(device.mdev_types.iter().map(String::as_str))
             })
             && holds(name, || names(device))
+            && holds(model, || {
+                folded(
+                    nvme.map(|nvme| Cow::Borrowed(nvme.model.as_str()))
+                        .into_iter()
+                        .collect(),
+                )
+            })
+            && holds(firmware, || words(nvme.map(|nvme| nvme.firmware.as_str())))
+            && holds(size, || one(nvme.map(|nvme| Number(nvme.gigabytes()))))
+            && holds(bus, || one(None))
+            && holds(port, || words([]))
+            && holds(speed, || one(None))
     }
 }
 

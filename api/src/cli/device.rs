@@ -1,8 +1,10 @@
 //! `gantry device`: what the host has, and moving it between the host and the pools.
 
 mod list;
+mod nvme;
 mod persist;
 mod tree;
+pub mod usb;
 
 pub use list::state_word;
 
@@ -22,7 +24,7 @@ use crate::signals::SignalsHeld;
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Example: gantry device list")]
 pub enum DeviceCommand {
-    /// List every PCI device of the host
+    /// List every PCI device of the host, or its NVMe or USB devices with their own fields
     List(list::ListArgs),
     /// Take devices from the host's drivers and give them to vfio-pci, ready for VMs
     ///

@@ -31,6 +31,11 @@ pub enum Device {
     /// The display that the firmware starts (1234:1111, class 0300) and an audio controller, in one
     /// slot as [`Device::Gpu`].
     Console,
+    /// A USB controller (1b36:000d) with a stick, whose serial number is this, and a keyboard.
+    Usb {
+        /// Of the stick.
+        serial: String,
+    },
     /// The teaching device (1234:11e8) with DMA, MSI and INTx, in the root complex.
     Edu,
     /// A device (1b36:0005) with a prefetchable BAR of this many MiB, in the root complex.
@@ -67,6 +72,12 @@ impl Device {
         let mut devices = Self::usual();
         devices.push(Self::Console);
         devices
+    }
+
+    /// Only a USB controller, with a stick and a keyboard.
+    pub fn only_usb() -> Vec<Self> {
+        let serial = "GANTRY-USB0001".to_owned();
+        vec![Self::Usb { serial }]
     }
 
     /// QEMU's arguments for the device as number `index` of the machine.
@@ -107,6 +118,16 @@ impl Device {
                 format!("VGA,id=dev{index},addr={slot:#x}.0,multifunction=on"),
                 "-device".into(),
                 format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
+            ],
+            Self::Usb { serial } => vec![
+                "-device".into(),
+                format!("qemu-xhci,id=dev{index},addr={slot:#x}"),
+                "-blockdev".into(),
+                format!("driver=null-co,node-name=stick{index},size=1048576"),
+                "-device".into(),
+                format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),
+                "-device".into(),
+                format!("usb-kbd,bus=dev{index}.0"),
             ],
             Self::Edu => vec![
                 "-device".into(),

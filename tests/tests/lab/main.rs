@@ -37,6 +37,7 @@ mod sandbox;
 mod sriov;
 mod tenants;
 mod the_lab;
+mod usb;
 mod vm;
 
 use std::process::ExitCode;
@@ -119,6 +120,13 @@ const SUITES: &[Suite] = &[
         append: "iommu=off",
         devices: Device::usual,
         cases: &[("check", check::NO_IOMMU)],
+    },
+    Suite {
+        name: "usb",
+        kernel: HostKernel::Lab,
+        append: "",
+        devices: Device::only_usb,
+        cases: &[("usb", usb::CASES)],
     },
 ];
 

@@ -6,8 +6,9 @@ use clap::{Args, ValueEnum};
 use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, scan};
 use serde::Serialize;
 
+use super::{nvme, usb};
 use crate::output::{print, print_json};
-use crate::report::Failure;
+use crate::report::{Failure, USAGE};
 use crate::table::{Column, Give, Table, terminal_width};
 
 #[derive(Debug, Args)]
@@ -23,14 +24,26 @@ VFS shows a physical function's virtual ones, those there are and those it could
 
 Examples:
   gantry device list --sort iommu
+  gantry device list --type usb --sort speed
   gantry device list --json")]
 pub struct ListArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
-    /// Column to sort by
-    #[arg(long, value_name = "COLUMN", value_enum, default_value_t = Key::Address)]
-    sort: Key,
+    /// Column to sort by; those of the table that is shown
+    #[arg(long, value_name = "COLUMN", value_enum)]
+    sort: Option<Key>,
+    /// Only devices of this type, with what they tell of themselves
+    #[arg(long = "type", value_enum)]
+    kind: Option<Kind>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// NVMe controllers: model, serial number, firmware, size
+    Nvme,
+    /// USB devices: port, serial number, speed
+    Usb,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,6 +58,23 @@ enum Key {
     State,
     Group,
     Vm,
+    Model,
+    Serial,
+    Firmware,
+    Gb,
+    Disks,
+    Port,
+    Bus,
+    Speed,
+    Controller,
+}
+
+impl Key {
+    /// The column's title.
+    fn title(self) -> String {
+        let name = self.to_possible_value();
+        name.map_or_else(String::new, |name| name.get_name().to_uppercase())
+    }
 }
 
 const COLUMNS: [Column; 11] = [
@@ -112,6 +142,13 @@ struct Row<'a> {
 }
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let sort = args.sort.map(Key::title);
+    match args.kind {
+        None => {}
+        Some(Kind::Usb) => return usb::list(paths, sort.as_deref(), args.json),
+        Some(Kind::Nvme) => return list_nvme(paths, sort.as_deref(), args.json),
+    }
+    has_column(&COLUMNS, sort.as_deref())?;
     let devices = scan(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let mut rows: Vec<Row> = devices
@@ -119,11 +156,56 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         .map(|device| Row::new(device, &groups))
         .collect();
     // Stable: devices that are equal here stay in the order of their addresses.
-    rows.sort_by(|a, b| a.compare(b, args.sort));
+    rows.sort_by(|a, b| a.compare(b, args.sort.unwrap_or(Key::Address)));
     if args.json {
         return print_json(&rows);
     }
     let table = table(&rows, terminal_width());
+    print(|out| {
+        write!(out, "{table}")?;
+        match table.left_out() {
+            [] => Ok(()),
+            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
+        }
+    })
+}
+
+fn list_nvme(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Failure> {
+    let mut devices = scan(paths).map_err(Failure::host)?;
+    devices.retain(HostDevice::is_nvme);
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let rows: Vec<Row> = devices.iter().map(|one| Row::new(one, &groups)).collect();
+    if json {
+        return print_json(&rows);
+    }
+    let cells = rows
+        .iter()
+        .map(|row| nvme::cells(row.device, row.whose().as_deref(), row.vm()));
+    shown(&nvme::COLUMNS, cells.collect(), sort)
+}
+
+fn has_column(columns: &[Column], sort: Option<&str>) -> Result<(), Failure> {
+    let titles: Vec<&str> = columns.iter().map(|column| column.title).collect();
+    match sort.filter(|sort| !titles.contains(sort)) {
+        None => Ok(()),
+        Some(sort) => {
+            let what = format!("this table has no column {sort}: {}", titles.join(", "));
+            Err(Failure::new(USAGE, what.to_lowercase()))
+        }
+    }
+}
+
+/// Prints rows in the order of a column, narrowed to the terminal.
+pub fn shown(
+    columns: &[Column],
+    rows: Vec<Vec<String>>,
+    sort: Option<&str>,
+) -> Result<(), Failure> {
+    has_column(columns, sort)?;
+    if rows.is_empty() {
+        return print(|out| writeln!(out, "This host has none."));
+    }
+    let table = Table::new(columns, rows).sorted(sort).fit(terminal_width());
     print(|out| {
         write!(out, "{table}")?;
         match table.left_out() {
@@ -230,6 +312,8 @@ impl<'a> Row<'a> {
             Key::State => self.state.cmp(&other.state),
             Key::Group => last_if_none(&self.whose(), &other.whose()),
             Key::Vm => last_if_none(&self.vm(), &other.vm()),
+            // Of other tables: asked for and refused before.
+            _ => Ordering::Equal,
         }
     }
 }
@@ -239,7 +323,6 @@ fn last_if_none<T: Ord>(a: &Option<T>, b: &Option<T>) -> Ordering {
     (a.is_none(), a).cmp(&(b.is_none(), b))
 }
 
-/// The word for a state in tables.
 /// The word for a state.
 pub fn state_word(state: &DeviceState) -> &'static str {
     match state {

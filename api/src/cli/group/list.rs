@@ -2,7 +2,8 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, scan,
+    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, UsbDevice,
+    scan, scan_usb,
 };
 use serde::Serialize;
 
@@ -72,6 +73,9 @@ struct Row<'a> {
     used: usize,
     free: usize,
     devices: Vec<Member>,
+    /// Of USB devices: where they are plugged in.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    usb: Vec<String>,
 }
 
 /// A device of a group.
@@ -85,9 +89,10 @@ struct Member {
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = scan(paths).map_err(Failure::host)?;
+    let usb = scan_usb(paths).map_err(Failure::host)?;
     let rows: Vec<Row> = groups
         .iter()
-        .map(|group| Row::new(group, &groups, &devices))
+        .map(|group| Row::new(group, &groups, &devices).with_usb(&groups, &usb))
         .collect();
     if args.json {
         return print_json(&rows);
@@ -136,11 +141,25 @@ impl<'a> Row<'a> {
                 _ => false,
             }),
             devices,
+            usb: Vec::new(),
         }
+    }
+
+    /// The same with the USB devices of the group. No VM can have one yet.
+    fn with_usb(mut self, groups: &Groups, devices: &[UsbDevice]) -> Self {
+        let owned = |device: &&UsbDevice| {
+            let owner = groups.group_of_usb(device);
+            owner.is_some_and(|owner| owner.name == self.group.name)
+        };
+        let owned = devices.iter().filter(owned);
+        self.usb = owned.map(|device| device.port.clone()).collect();
+        self.total += self.usb.len();
+        self
     }
 
     fn cells(&self) -> Vec<String> {
         let addresses = self.devices.iter().map(|member| member.bdf.to_string());
+        let addresses = addresses.chain(self.usb.iter().cloned());
         let or_dash = |text: &str| {
             if text.is_empty() {
                 "-".to_owned()

@@ -3,10 +3,12 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{DeviceState, Groups, HostBdf, HostDevice, HostPaths, PciId, Rule, scan};
+use gantry_resources::{
+    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, PciId, Rule, UsbDevice, scan,
+};
 use serde::Serialize;
 
-use crate::cli::device::state_word;
+use crate::cli::device::{state_word, usb};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Give, Table, terminal_width};
@@ -15,7 +17,8 @@ use crate::table::{Column, Give, Table, terminal_width};
 #[command(after_help = "\
 All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins,
 ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa,
-iommu_group, pf, mdev_type. `gantry schema groups` tells all of it.
+iommu_group, pf, mdev_type; of NVMe disks also model, firmware, size (GB); of USB devices (--usb)
+name, id, vendor, device, serial, driver, bus, port, speed (Mbit/s). `gantry schema groups` tells all of it.
 
 Examples:
   gantry group match gpus
@@ -29,6 +32,9 @@ pub struct MatchArgs {
     /// A rule as a group's file would have it
     #[arg(long, value_name = "JSON", value_parser = super::rule)]
     rule: Option<Rule>,
+    /// Try the rule on USB devices
+    #[arg(long, requires = "rule")]
+    usb: bool,
     /// Show the result as JSON
     #[arg(long)]
     json: bool,
@@ -100,9 +106,19 @@ impl Found {
 
 pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
-    let devices = scan(paths).map_err(Failure::host)?;
     let group = args.name.as_deref().map(|name| groups.find(name));
     let group = group.transpose().map_err(Failure::host)?;
+    if args.usb || group.is_some_and(|group| group.kind == GroupType::Usb) {
+        let taken = |device: &UsbDevice| match (group, &args.rule) {
+            (Some(group), _) => group.matches_usb(device),
+            (None, rule) => {
+                let mut rule = rule.iter();
+                !device.is_hub() && rule.any(|rule| rule.matches_usb(device))
+            }
+        };
+        return usb::list_those(paths, &groups, taken, None, args.json);
+    }
+    let devices = scan(paths).map_err(Failure::host)?;
     let taken = |device: &&HostDevice| match (group, &args.rule) {
         (Some(group), _) => group.matches(device),
         (None, Some(rule)) => !device.is_bridge() && rule.matches(device),

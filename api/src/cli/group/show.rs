@@ -3,11 +3,14 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{Bind, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, scan};
+use gantry_resources::{
+    Bind, GroupType, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, scan,
+};
 use serde::Serialize;
 
 use super::list::type_word;
 use super::matching::{Found, table};
+use crate::cli::device::usb;
 use crate::output::{print, print_json};
 use crate::report::Failure;
 
@@ -77,8 +80,21 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             writeln!(out, "rule {:<7} {text}", index + 1)?;
         }
         writeln!(out)?;
-        table(out, &shown.devices)
-    })
+        match group.kind {
+            GroupType::Usb => Ok(()),
+            _ => table(out, &shown.devices),
+        }
+    })?;
+    match group.kind {
+        GroupType::Usb => usb::list_those(
+            paths,
+            &groups,
+            |device| group.matches_usb(device),
+            None,
+            false,
+        ),
+        _ => Ok(()),
+    }
 }
 
 fn bind_word(bind: Bind) -> &'static str {

@@ -1,0 +1,67 @@
+//! Whether a rule takes a USB device: the fields that USB and PCI share, and those of USB alone.
+
+use std::borrow::Cow;
+
+use super::filter::Subject;
+use super::value::{HexId, IdPair, Number};
+use super::{Filters, Rule, folded, holds, one, words};
+use crate::usb::UsbDevice;
+
+impl Rule {
+    /// Whether all filters hold for a USB device. What only PCI functions have, it lacks.
+    pub fn matches_usb(&self, device: &UsbDevice) -> bool {
+        let Filters {
+            name,
+            id,
+            vendor,
+            device: product,
+            subsystem,
+            class,
+            slot,
+            serial,
+            driver,
+            numa,
+            iommu_group,
+            pf,
+            mdev_type,
+            model,
+            firmware,
+            size,
+            bus,
+            port,
+            speed,
+        } = &*self.0;
+        let text = |text: &Option<String>| text.as_deref().map(str::to_owned);
+        holds(vendor, || {
+            said(HexId(device.id.vendor), &device.manufacturer)
+        }) && holds(product, || said(HexId(device.id.device), &device.product))
+            && holds(id, || one(Some(IdPair::from(device.id))))
+            && holds(serial, || words(device.serial.as_deref()))
+            && holds(driver, || words(device.drivers.iter().map(String::as_str)))
+            && holds(name, || {
+                let names = [device.name(), text(&device.product)];
+                folded(names.into_iter().flatten().map(Cow::Owned).collect())
+            })
+            && holds(bus, || one(Some(Number(device.bus))))
+            && holds(port, || words([device.port.as_str()]))
+            && holds(speed, || one(device.speed.map(Number)))
+            && holds(subsystem, || one(None))
+            && holds(class, || one(None))
+            && holds(slot, || one(None))
+            && holds(pf, || one(None))
+            && holds(numa, || one(None))
+            && holds(iommu_group, || one(None))
+            && holds(mdev_type, || words([]))
+            && holds(model, || words([]))
+            && holds(firmware, || words([]))
+            && holds(size, || one(None))
+    }
+}
+
+/// An id with the name that the device itself gives it.
+fn said<'a>(id: HexId, name: &'a Option<String>) -> Subject<'a, HexId> {
+    Subject {
+        names: name.as_deref().into_iter().map(Cow::Borrowed).collect(),
+        ..one(Some(id))
+    }
+}
