@@ -5,38 +5,34 @@
 //! all else that belongs to a lease, and gives it up when it is told to, or when the socket ends,
 //! which the kernel sees to when the VMM is killed. It serves only the groups that it was started for.
 
+mod desk;
 mod wire;
 
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::allocate::allocate_beside;
 use crate::group::Groups;
 use crate::host::{HostBdf, HostPaths};
-use crate::inventory::{Detail, HostDevice, scan_with};
-use crate::lease::{Holder, Lease};
-use crate::request::{Placement, Request, Source};
+use crate::inventory::{Detail, scan_with};
+use crate::lease::Holder;
+use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
+pub use desk::opener_helper;
 use wire::{Ask, Leased, LeasedGroup, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
-/// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
-/// until the kernel has reset the device.
-const BUSY_PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait between two attempts at a group that is in use.
-const BUSY_STEP: Duration = Duration::from_millis(20);
 /// How long the helper may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -256,221 +252,6 @@ pub fn reserved_for(paths: &HostPaths, from: &[Source]) -> Vec<ReservedRegion> {
     };
     let nothing = from.is_empty();
     nothing.then(Vec::new).or_else(look).unwrap_or_default()
-}
-
-/// What the helper does with the arguments after `__open`: the host's directories.
-pub fn opener_helper(args: &[String]) -> ExitCode {
-    let Some((paths, _)) = HostPaths::from_args(args) else {
-        return ExitCode::FAILURE;
-    };
-    let stdin = io::stdin().as_fd().try_clone_to_owned();
-    match stdin
-        .map(UnixStream::from)
-        .and_then(|socket| serve(&paths, socket))
-    {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-/// Answers until the socket ends.
-fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()> {
-    let Ask::Hello { vm, pid } = wire::receive(&mut socket)? else {
-        return Err(io::ErrorKind::InvalidData.into());
-    };
-    let mut desk = Desk {
-        paths,
-        holder: Holder { vm, pid },
-        from: Vec::new(),
-        leases: Vec::new(),
-        next: 0,
-    };
-    loop {
-        match wire::receive(&mut socket) {
-            Ok(Ask::Lease {
-                requests,
-                held,
-                container,
-            }) => desk.lease(&mut socket, &requests, &held, container)?,
-            Ok(Ask::Release { id, aside }) => {
-                desk.release(id, aside.as_deref());
-                wire::send(&mut socket, &Said::Released)?;
-            }
-            Ok(Ask::Limit { from }) if desk.from.is_empty() => desk.from = from,
-            Ok(Ask::Limit { .. } | Ask::Hello { .. }) => {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            // The end of the VM, and of the leases it still had.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// The helper's side: for whom it opens what, and the leases that it keeps.
-struct Desk<'a> {
-    paths: &'a HostPaths,
-    holder: Holder,
-    from: Vec<Source>,
-    leases: Vec<(u64, Lease)>,
-    next: u64,
-}
-
-/// What goes over the socket for a request.
-struct Bundle {
-    leases: Vec<Lease>,
-    groups: Vec<(LeasedGroup, File)>,
-    container: Option<File>,
-}
-
-impl Desk<'_> {
-    fn lease(
-        &mut self,
-        socket: &mut UnixStream,
-        requests: &[Request],
-        held: &[u32],
-        container: bool,
-    ) -> io::Result<()> {
-        let Bundle {
-            leases,
-            groups,
-            container,
-        } = match self.bundle(requests, held, container) {
-            Ok(bundle) => bundle,
-            Err(why) => return wire::send(socket, &Said::Refused(why)),
-        };
-        let first = self.next;
-        let devices = (first..).zip(&leases).map(|(id, lease)| Leased {
-            id,
-            bdf: lease.device().bdf,
-            group: lease.device().iommu_group.unwrap_or_default(),
-            token: lease.token(),
-            locks: lease.descriptors().count(),
-        });
-        let devices = devices.collect();
-        let (groups, nodes): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
-        wire::send(socket, &Said::Leased { devices, groups })?;
-        for file in container.iter().chain(&nodes) {
-            wire::send_file(socket, file.as_raw_fd())?;
-        }
-        for lease in &leases {
-            for lock in lease.descriptors() {
-                wire::send_file(socket, lock.as_raw_fd())?;
-            }
-        }
-        self.next += leases.len() as u64;
-        self.leases.extend((first..).zip(leases));
-        Ok(())
-    }
-
-    /// Leases and opens, or says why not, in words for whoever asked.
-    fn bundle(
-        &self,
-        requests: &[Request],
-        held: &[u32],
-        container: bool,
-    ) -> Result<Bundle, String> {
-        requests.iter().try_for_each(|request| self.may(request))?;
-        let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
-        let nowhere = Placement::default();
-        let leases = allocate_beside(self.paths, requests, &nowhere, &self.holder, &own)
-            .map_err(|error| chain(&error))?;
-        let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
-        for lease in &leases {
-            let device = lease.device();
-            let Some(number) = device.iommu_group else {
-                return Err(format!("{} is in no IOMMU group", device.bdf));
-            };
-            let known =
-                held.contains(&number) || groups.iter().any(|(group, _)| group.number == number);
-            if !known {
-                groups.push(self.group(number, lease)?);
-            }
-        }
-        let path = self.paths.dev.join("vfio/vfio");
-        let container = container.then(|| open_node(&path).map_err(cannot_open(&path)));
-        let container = container.transpose()?;
-        Ok(Bundle {
-            leases,
-            groups,
-            container,
-        })
-    }
-
-    fn group(&self, number: u32, lease: &Lease) -> Result<(LeasedGroup, File), String> {
-        let reserved = reserved_regions(self.paths, number).map_err(|error| chain(&error))?;
-        let path = self.paths.vfio_group(number);
-        let node = open_node(&path).map_err(|error| {
-            // Whoever keeps it busy keeps to no lease, or cannot be ended.
-            if error.raw_os_error() == Some(nix::libc::EBUSY) {
-                lease.set_aside(&format!("IOMMU group {number} stays busy"));
-            }
-            cannot_open(&path)(error)
-        })?;
-        Ok((LeasedGroup { number, reserved }, node))
-    }
-
-    /// Whether the VM may be given what it asks for.
-    fn may(&self, request: &Request) -> Result<(), String> {
-        if self.from.is_empty() {
-            return Ok(());
-        }
-        let allowed = match request {
-            Request::Any(wish) => self.from.contains(&wish.from),
-            Request::Device { bdf, .. } => {
-                let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
-                let device = HostDevice::read(self.paths, *bdf).map_err(|error| chain(&error))?;
-                let owner = groups.group_of(&device).map(|group| group.name.clone());
-                owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
-            }
-        };
-        let from: Vec<String> = self.from.iter().map(ToString::to_string).collect();
-        allowed.then_some(()).ok_or_else(|| {
-            format!(
-                "this VM was started to be given devices from {} only: name other groups in `hotplug.groups` of its file",
-                from.join(", ")
-            )
-        })
-    }
-
-    fn release(&mut self, id: u64, aside: Option<&str>) {
-        let Some(place) = self.leases.iter().position(|(other, _)| *other == id) else {
-            return;
-        };
-        let (_, lease) = self.leases.remove(place);
-        if let Some(reason) = aside {
-            lease.set_aside(reason);
-        }
-    }
-}
-
-/// Opens a VFIO node; a group that is in use is asked for again for a while.
-fn open_node(path: &Path) -> io::Result<File> {
-    let deadline = Instant::now() + BUSY_PATIENCE;
-    loop {
-        match OpenOptions::new().read(true).write(true).open(path) {
-            Err(error)
-                if error.raw_os_error() == Some(nix::libc::EBUSY) && Instant::now() < deadline =>
-            {
-                std::thread::sleep(BUSY_STEP);
-            }
-            opened => return opened,
-        }
-    }
-}
-
-fn cannot_open(path: &Path) -> impl Fn(io::Error) -> String {
-    move |error| format!("cannot open {}: {error}", path.display())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text = format!("{text}: {error}");
-        next = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

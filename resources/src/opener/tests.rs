@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::thread::{self, JoinHandle};
 
+use super::desk::serve;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
 

@@ -242,15 +242,20 @@ fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
 
 fn a_reboot_ends_what_was_pending(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
-    let mut running = deaf().start(host)?;
+    let mut running = deaf().append("panic=-1").start(host)?;
     running.until("guest: init")?;
     gantry(host, "attach vm --group nvme --count 2 --id disk --no-wait")?;
     gantry(host, "detach vm disk --no-wait")?;
     gantry(host, "reboot vm")?;
     running.until("guest: init")?;
     until_free(host, "nvme", 1)?;
-    // The other one is found like any that is there at boot.
+    // The other one is found like any that is there at boot. It is asked for, and the guest dies.
     says_sum(&mut running, "nvme0n1")?;
+    gantry(host, "detach vm disk-1 --no-wait")?;
+    running.types("echo c >/proc/sysrq-trigger")?;
+    running.until("guest: init")?;
+    until_free(host, "nvme", 2)?;
+    ensure!(devices(host)?.is_empty());
     running.types("poweroff -f")?;
     let ended = running.end()?.powered_off()?;
     let sum = format!("{} -", SECOND.checksum());

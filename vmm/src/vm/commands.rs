@@ -42,6 +42,7 @@ impl Vm {
             Command::Resume => self.resume(),
             Command::PowerButton => {
                 self.board.events.press_power_button();
+                self.devices.remind();
                 Ok(Answer::Done)
             }
             Command::Nmi => self.nmi(),

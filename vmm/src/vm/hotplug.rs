@@ -380,7 +380,8 @@ impl Devices {
         }
     }
 
-    fn remind(&mut self) {
+    /// Tells the guest again in a while, unless it has read what it was told.
+    pub fn remind(&mut self) {
         self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
     }
 
