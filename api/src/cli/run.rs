@@ -180,14 +180,16 @@ impl RunArgs {
             return Ok(None);
         }
         if let Some(path) = &self.api_socket {
-            return Socket::bind(path, group).map(Some).map_err(Failure::host);
+            return Socket::bind(path, group, &paths.run)
+                .map(Some)
+                .map_err(Failure::host);
         }
         let usual = path_of(&paths.run, name);
-        let socket = match Socket::bind(&usual, group) {
+        let socket = match Socket::bind(&usual, group, &paths.run) {
             // Two VMs may have one name; the second is reached by its process's number.
             Err(SocketError::Live { .. }) => {
                 let numbered = format!("{name}.{}", std::process::id());
-                Socket::bind(&path_of(&paths.run, &numbered), group)
+                Socket::bind(&path_of(&paths.run, &numbered), group, &paths.run)
             }
             bound => bound,
         };

@@ -4,7 +4,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -70,19 +70,19 @@ pub fn path_of(run: &Path, name: &str) -> PathBuf {
 
 impl Socket {
     /// Listens at `path`, for its owner alone (0600), or with a group of users for these too (0660).
-    /// The socket takes its place complete: nobody sees it with wider rights, or before it listens.
+    /// The socket takes its place complete: nobody sees it with wider rights, or before it listens. `run`
+    /// is the host's run directory.
     ///
     /// # Errors
     /// A live socket or another file is there, or the kernel refuses a step.
-    pub fn bind(path: &Path, group: Option<&str>) -> Result<Self, SocketError> {
+    pub fn bind(path: &Path, group: Option<&str>, run: &Path) -> Result<Self, SocketError> {
         let group = group.map(gid).transpose()?;
         let dir = match path.parent() {
             Some(dir) if dir != Path::new("") => dir,
             _ => Path::new("."),
         };
         make_dir(dir).map_err(SocketError::io("make", dir))?;
-        // Two that find the same stale socket must not both replace it.
-        let _turn = lock(dir).map_err(SocketError::io("lock", dir))?;
+        let _turn = turn(run);
         vacate(path)?;
         let private = Private::new(dir).map_err(SocketError::io("make", path))?;
         let hidden = private.0.join("s");
@@ -110,8 +110,11 @@ impl Socket {
 }
 
 /// Removes the file of a socket that nobody listens on any more; leaves every other one alone.
-pub fn remove_stale(path: &Path) -> io::Result<()> {
-    let _turn = path.parent().map(lock).transpose()?;
+///
+/// # Errors
+/// The kernel refuses a step.
+pub fn remove_stale(path: &Path, run: &Path) -> io::Result<()> {
+    let _turn = turn(run);
     match state(path)? {
         State::Stale => fs::remove_file(path),
         State::Absent | State::Live | State::Other => Ok(()),
@@ -129,18 +132,22 @@ struct Private(PathBuf);
 
 impl Private {
     fn new(dir: &Path) -> io::Result<Self> {
-        let path = dir.join(format!(".{}", std::process::id()));
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map(|()| Self(path))
+        let private = Self(dir.join(format!(".{}", std::process::id())));
+        // Of a process with this number that was killed.
+        private.clear();
+        fs::DirBuilder::new().mode(0o700).create(&private.0)?;
+        Ok(private)
+    }
+
+    fn clear(&self) {
+        let _ = fs::remove_file(self.0.join("s"));
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
 impl Drop for Private {
     fn drop(&mut self) {
-        let _ = fs::remove_file(self.0.join("s"));
-        let _ = fs::remove_dir(&self.0);
+        self.clear();
     }
 }
 
@@ -191,11 +198,15 @@ fn make_dir(dir: &Path) -> io::Result<()> {
         .create(dir)
 }
 
-/// Waits for its turn in a directory, for as long as the file is open.
-fn lock(dir: &Path) -> io::Result<File> {
-    let file = File::open(dir)?;
-    file.lock()?;
-    Ok(file)
+/// Waits for its turn, for as long as the file is open: two that find the same stale socket must not both
+/// replace it. A file that only its owner opens, as whoever may open it could keep all others waiting;
+/// who may not can only be in the way of himself.
+fn turn(run: &Path) -> Option<File> {
+    let mut options = File::options();
+    let file = options.write(true).create(true).truncate(false).mode(0o600);
+    let file = file.open(run.join("sockets.lock")).ok()?;
+    file.lock().ok()?;
+    Some(file)
 }
 
 fn grant(path: &Path, group: Option<Gid>) -> io::Result<()> {
@@ -237,7 +248,7 @@ mod tests {
     fn a_socket_is_for_its_owner_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = path_of(&dir.path().join("run"), "web");
-        let socket = Socket::bind(&path, None).unwrap();
+        let socket = Socket::bind(&path, None, dir.path()).unwrap();
         assert_eq!(mode(socket.path()), 0o600);
         assert!(UnixStream::connect(&path).is_ok());
     }
@@ -247,9 +258,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = path_of(dir.path(), "web");
         let own = nix::unistd::getgid().to_string();
-        let _socket = Socket::bind(&path, Some(&own)).unwrap();
+        let _socket = Socket::bind(&path, Some(&own), dir.path()).unwrap();
         assert_eq!(mode(&path), 0o660);
-        let error = Socket::bind(&path, Some("no-such-group")).unwrap_err();
+        let error = Socket::bind(&path, Some("no-such-group"), dir.path()).unwrap_err();
         assert!(error.to_string().contains("\"no-such-group\""), "{error}");
     }
 
@@ -257,16 +268,26 @@ mod tests {
     fn a_stale_one_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = path_of(dir.path(), "web");
-        drop(Socket::bind(&path, None).unwrap());
+        drop(Socket::bind(&path, None, dir.path()).unwrap());
         assert!(is_stale(&path), "the file outlives the listener");
-        let live = Socket::bind(&path, None).unwrap();
-        let error = Socket::bind(&path, None).unwrap_err();
+        let live = Socket::bind(&path, None, dir.path()).unwrap();
+        let error = Socket::bind(&path, None, dir.path()).unwrap_err();
         assert!(matches!(error, SocketError::Live { .. }), "{error}");
-        remove_stale(&path).unwrap();
+        remove_stale(&path, dir.path()).unwrap();
         assert!(path.exists() && UnixStream::connect(&path).is_ok());
         drop(live);
-        remove_stale(&path).unwrap();
+        remove_stale(&path, dir.path()).unwrap();
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_killed_process_of_the_same_number_left_is_no_obstacle() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join(format!(".{}", std::process::id()));
+        fs::create_dir(&left).unwrap();
+        drop(UnixListener::bind(left.join("s")).unwrap());
+        Socket::bind(&path_of(dir.path(), "web"), None, dir.path()).unwrap();
+        assert!(!left.exists());
     }
 
     #[test]
@@ -292,10 +313,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.json");
         fs::write(&path, "{}").unwrap();
-        let error = Socket::bind(&path, None).unwrap_err();
+        let error = Socket::bind(&path, None, dir.path()).unwrap_err();
         assert!(matches!(error, SocketError::NoSocket { .. }), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "{}");
-        let left = fs::read_dir(dir.path()).unwrap().count();
-        assert_eq!(left, 1, "nothing of an attempt stays");
+        let names = fs::read_dir(dir.path()).unwrap();
+        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(
+            names,
+            ["sockets.lock", "vm.json"],
+            "nothing of an attempt stays"
+        );
     }
 }

@@ -255,7 +255,7 @@ pub fn serve(
     events: Events,
     limits: Limits,
 ) -> (Stop, JoinHandle<()>) {
-    let socket = Socket::bind(&folder.path().join("vm.sock"), None).unwrap();
+    let socket = Socket::bind(&folder.path().join("vm.sock"), None, folder.path()).unwrap();
     let server = Server::new(socket, limits).unwrap();
     let stop = server.stopper();
     let identity = Identity {

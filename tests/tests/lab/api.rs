@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_client::apis::DefaultApi;
@@ -152,7 +153,7 @@ fn a_vm_is_created_over_its_socket(host: &Host) -> Result<()> {
     // The VM ends, gantry stays, and the VM can be booted again.
     with_client(host, "/tmp/late.sock", async |client| {
         while client.vm_info_get().await?.state != VmState::Shutdown {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
         client.boot_vm().await?;
         Ok(())
@@ -183,7 +184,7 @@ fn a_paused_guest_does_nothing(host: &Host) -> Result<()> {
             .sum())
     };
     let before = counted()?;
-    thread::sleep(std::time::Duration::from_secs(1));
+    thread::sleep(Duration::from_secs(1));
     ensure!(counted()? == before, "its vCPU runs");
     let info: Value = serde_json::from_str(&gantry(host, "vm info vm --json")?)?;
     ensure!(info["state"] == "Paused", "{info}");
@@ -198,7 +199,7 @@ fn a_guest_hears_its_power_button(host: &Host) -> Result<()> {
     let mut running = Vm::new("shell").start(host)?;
     running.types("echo guest: listens; head -c 24 /dev/input/event0 >/dev/null; poweroff -f")?;
     running.until("guest: listens\r")?;
-    thread::sleep(std::time::Duration::from_millis(500));
+    thread::sleep(Duration::from_millis(500));
     gantry(host, "vm power-button vm --wait 60")?;
     running.end()?.powered_off()?;
     Ok(())
@@ -431,6 +432,12 @@ fn what_cannot_be_attached_is_told(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// A disk is attached, and works.
+fn checksum_of_attached(host: &Host, running: &mut Running) -> Result<()> {
+    gantry(host, "vm attach vm --group nvme")?;
+    checksum(running)
+}
+
 fn a_kill_at_any_moment_of_an_attach_leaves_nothing(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     for delay in ["0.02", "0.1", "0.3", "1"] {
@@ -453,8 +460,7 @@ fn a_kill_at_any_moment_of_an_attach_leaves_nothing(host: &Host) -> Result<()> {
     }
     let mut running = with_slots(host)?;
     running.until("guest: init")?;
-    gantry(host, "vm attach vm --group nvme")?;
-    checksum(&mut running)?;
+    checksum_of_attached(host, &mut running)?;
     gantry(host, "vm shutdown vm")?;
     running.end()?.powered_off()?;
     Ok(())

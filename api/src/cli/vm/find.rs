@@ -60,7 +60,7 @@ pub fn sockets(paths: &HostPaths) -> Vec<(String, PathBuf)> {
             let name = name.to_str()?.strip_suffix(".sock")?;
             let path = entry.path();
             // Where it cannot be removed, connecting to it tells.
-            let _ = remove_stale(&path);
+            let _ = remove_stale(&path, &paths.run);
             path.exists().then(|| (name.to_owned(), path))
         })
         .collect();
