@@ -285,3 +285,63 @@ fn listen(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
         tracing::error!(?error, "an event source is not heard");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+    use std::time::Duration;
+
+    use gantry_devices::pci::PciSegment;
+
+    use super::*;
+    use crate::command::Answer;
+
+    /// A command, and where its answer will be.
+    fn ask(mailbox: &Mailbox) -> Receiver<Result<Answer, CommandError>> {
+        let (sender, answers) = channel();
+        let reply = move |answer| drop(sender.send(answer));
+        mailbox.post(Event::Command(Command::Info, Box::new(reply)));
+        answers
+    }
+
+    #[test]
+    fn a_reset_forgets_the_guest_and_keeps_clients() {
+        let port = PciSegment::new([0..=1]).unwrap().add_root_port(0).unwrap();
+        let mailbox = Mailbox::new().unwrap();
+        mailbox.post(Event::Reset);
+        let answers = ask(&mailbox);
+        mailbox.post(Event::Eject(port));
+        mailbox.post(Event::PowerOff);
+        mailbox.post(Event::Signal(15));
+        assert_eq!(mailbox.forget_guest(), [port]);
+        assert!(matches!(mailbox.take(), Some(Event::Command(..))));
+        assert!(matches!(mailbox.take(), Some(Event::Signal(15))));
+        assert!(mailbox.take().is_none());
+        assert!(answers.try_recv().is_err(), "nobody has answered");
+    }
+
+    #[test]
+    fn a_closed_mailbox_answers_whoever_asked_and_asks() {
+        let mailbox = Mailbox::new().unwrap();
+        let before = ask(&mailbox);
+        mailbox.close();
+        let after = ask(&mailbox);
+        for answers in [before, after] {
+            let answer = answers.try_recv().unwrap();
+            assert!(matches!(answer, Err(CommandError::Ending)));
+        }
+    }
+
+    #[test]
+    fn the_next_event_is_waited_for_until_the_deadline() {
+        let mailbox = Mailbox::new().unwrap();
+        let mut control = ControlLoop::new(Arc::clone(&mailbox)).unwrap();
+        let begun = Instant::now();
+        let deadline = begun + Duration::from_millis(20);
+        assert!(control.next(Some(deadline)).unwrap().is_none());
+        assert!(begun.elapsed() >= Duration::from_millis(20));
+        mailbox.post(Event::Quit);
+        let event = control.next(Some(deadline)).unwrap();
+        assert!(matches!(event, Some(Event::Quit)), "though it is over");
+    }
+}

@@ -293,3 +293,74 @@ fn wire(routes: &GsiRoutes, line: u32) -> Result<EventFd, Error> {
         .map_err(Error::host("wire an interrupt line (KVM_IRQFD)"))?;
     Ok(trigger)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn host() -> HostWindows {
+        HostWindows {
+            mem32: 2 * GIB..3 * GIB + GIB / 2,
+            mem64: 4 * GIB..1024 * GIB,
+            io: 0x1000..0x1_0000,
+        }
+    }
+
+    fn windows(wish: Option<u64>) -> SlotWindows {
+        SlotWindows {
+            first: 1,
+            wish,
+            share: None,
+            given: Vec::new(),
+        }
+    }
+
+    fn segment(ports: usize) -> (PciSegment, Vec<HotSlot>) {
+        let mut segment = PciSegment::new([0..=0xff]).unwrap();
+        for _ in 0..ports {
+            segment.add_root_port(0).unwrap();
+        }
+        let slots = segment.ports().map(|(port, at, _)| HotSlot { port, at });
+        let slots = slots.collect();
+        (segment, slots)
+    }
+
+    #[test]
+    fn empty_slots_share_what_there_is() {
+        for (empty, mem32, mem64) in [(1, 256 << 20, 256 * GIB), (32, 32 << 20, 8 * GIB)] {
+            let (segment, slots) = segment(empty + 1);
+            let mut windows = windows(None);
+            windows.assign(&segment, &host(), &slots).unwrap();
+            let len = |window: &Option<Range<u64>>| {
+                window
+                    .as_ref()
+                    .map_or(0, |window| window.end - window.start)
+            };
+            assert_eq!(len(&windows.given[0].mem64), 0, "there from the start");
+            for given in &windows.given[1..] {
+                assert_eq!((len(&given.mem32), len(&given.mem64)), (mem32, mem64));
+            }
+            let before = windows.given.clone();
+            windows.assign(&segment, &host(), &slots).unwrap();
+            assert_eq!(windows.given, before, "the same at a reboot");
+        }
+    }
+
+    #[test]
+    fn shares_shrink_until_they_fit_and_wishes_do_not() {
+        let mut small = host();
+        small.mem32 = 2 * GIB..2 * GIB + (544 << 20);
+        let (segment, slots) = segment(33);
+        let mut shared = windows(None);
+        shared.assign(&segment, &small, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.mem32), Some(16 << 20));
+        let refused = windows(Some(128 * GIB)).assign(&segment, &host(), &slots);
+        assert!(matches!(refused, Err(FirmwareError::Slot { .. })));
+        let (segment, slots) = self::segment(5);
+        windows(Some(128 * GIB))
+            .assign(&segment, &host(), &slots)
+            .unwrap();
+    }
+}
