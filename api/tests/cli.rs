@@ -686,6 +686,10 @@ fn devices_are_kept_for_vms_over_reboots_and_let_out_of_quarantine() {
     ]);
     let text = fs::read_to_string(&file).unwrap();
     assert!(text.contains("softdep nvme pre: vfio-pci"), "{text}");
+    let unit = host.gantry(&["device", "persist", "--by", "systemd"]).ok();
+    assert!(unit.contains("/gantry boot\n"), "{unit}");
+    host.gantry(&["device", "persist", "02:00.0", "--by", "systemd"])
+        .failed(2);
     fs::create_dir_all(host.path("var/quarantine")).unwrap();
     let record = r#"{"id": "1b36:0010", "reason": "it hung", "until": "released", "boot": null}"#;
     fs::write(host.path("var/quarantine/0000:01:00.0.json"), record).unwrap();

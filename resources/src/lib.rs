@@ -77,7 +77,7 @@ pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
     HeldLease, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper, reserved_for,
 };
-pub use persist::{PersistBy, Persistent, persist, persist_functions};
+pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};

@@ -10,15 +10,13 @@ use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
 
-/// The ways.
+/// The two ways that name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PersistBy {
     /// A rule that names each device by its address and ids.
     Udev,
     /// Options that name devices by their ids alone.
     Modprobe,
-    /// A unit that runs `gantry boot`, which takes devices from their drivers as `gantry device detach`.
-    Systemd,
 }
 
 /// Text for a file of the host.
@@ -57,7 +55,6 @@ pub fn persist(
     Ok(match by {
         PersistBy::Udev => udev(&members),
         PersistBy::Modprobe => modprobe(&members, &all),
-        PersistBy::Systemd => systemd(),
     })
 }
 
@@ -79,22 +76,25 @@ pub fn persist_functions(groups: &[&ResourceGroup], gantry: &Path) -> String {
     text
 }
 
-/// It names no device: the groups say which, at each boot anew.
-fn systemd() -> Persistent {
-    let text = "# Made by `gantry device persist`: devices for VMs, and what else a boot undoes.\n\
-        [Unit]\n\
-        Description=Devices for VMs\n\
-        After=systemd-udev-settle.service systemd-modules-load.service\n\
-        Wants=systemd-udev-settle.service\n\n\
-        [Service]\n\
-        Type=oneshot\n\
-        ExecStartPre=-/sbin/modprobe vfio-pci\n\
-        ExecStart=/usr/local/bin/gantry boot\n\n\
-        [Install]\n\
-        WantedBy=multi-user.target\n";
+/// A unit that runs `gantry boot`. It names no device: the groups say which, at each boot anew.
+pub fn persist_unit(gantry: &Path) -> Persistent {
+    let text = format!(
+        "# Made by `gantry device persist`: devices for VMs, and what else a boot undoes.\n\
+         [Unit]\n\
+         Description=Devices for VMs\n\
+         After=systemd-udev-settle.service systemd-modules-load.service\n\
+         Wants=systemd-udev-settle.service\n\n\
+         [Service]\n\
+         Type=oneshot\n\
+         ExecStartPre=-/sbin/modprobe vfio-pci\n\
+         ExecStart={} boot\n\n\
+         [Install]\n\
+         WantedBy=multi-user.target\n",
+        gantry.display()
+    );
     Persistent {
         file: "/etc/systemd/system/gantry.service",
-        text: text.to_owned(),
+        text,
         then: "systemctl enable gantry",
         warnings: Vec::new(),
     }

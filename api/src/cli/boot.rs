@@ -12,7 +12,7 @@ use crate::signals::SignalsHeld;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Devices of groups that say \"bind\": \"boot\", and those of tenants, go from their host drivers to vfio-pci;
+Groups that say \"bind\": \"boot\" get their virtual functions. Devices of groups that say \"bind\": \"boot\", and those of tenants, go from their host drivers to vfio-pci;
 nodes and locks of tenants' devices are their users' again. What the host itself needs stays where it is
 and is named. To be run as root when the host has booted, as often as
 one likes: `gantry device persist --by systemd` prints a unit that does.
@@ -24,9 +24,11 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     let _whole = SignalsHeld::new();
     let writer = ChildWriter::default();
     reap(paths, &writer).map_err(Failure::host)?;
+    let mut failed = Vec::new();
+    // Virtual functions first: they may be what is to be bound.
+    failed.extend(super::group::activate::at_boot(paths).err());
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = scan(paths).map_err(Failure::host)?;
-    let mut failed = Vec::new();
     for device in devices.iter().filter(|device| is_wanted(device, &groups)) {
         let before = device.driver.as_deref().unwrap_or("no driver");
         match bind(paths, &writer, device.bdf) {

@@ -1,6 +1,6 @@
 //! `gantry group`: the named pools that VMs take devices from.
 
-mod activate;
+pub mod activate;
 mod alias;
 mod edit;
 mod fit;

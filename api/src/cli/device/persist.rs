@@ -1,11 +1,12 @@
 //! `gantry device persist`: what makes devices go to vfio-pci when the host boots.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use gantry_resources::{
-    Bind, Groups, HostBdf, HostPaths, PersistBy, ResourceGroup, persist, persist_functions, scan,
+    Bind, Groups, HostBdf, HostPaths, PersistBy, Persistent, ResourceGroup, persist,
+    persist_functions, persist_unit, scan,
 };
 
 use crate::output::{print, print_json};
@@ -18,7 +19,8 @@ Without addresses and groups: the devices of all groups that say \"bind\": \"boo
 Examples:
   gantry device persist
   gantry device persist 0b:00.0 --output /etc/udev/rules.d/10-gantry.rules
-  gantry device persist --group gpus --by modprobe")]
+  gantry device persist --group gpus --by modprobe
+  gantry device persist --by systemd")]
 pub struct PersistArgs {
     /// PCI addresses, such as 0000:01:00.0 or 01:00.0
     #[arg(value_name = "BDF")]
@@ -51,20 +53,16 @@ enum By {
 }
 
 pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let (devices, functions) = chosen(args, &groups, paths)?;
-    let by = match args.by {
-        By::Udev => PersistBy::Udev,
-        By::Modprobe => PersistBy::Modprobe,
-        By::Systemd => PersistBy::Systemd,
-    };
-    if !functions.is_empty() && matches!(args.by, By::Modprobe) {
-        let what = "modprobe makes no virtual functions";
-        return Err(Failure::new(USAGE, what).help("leave --by out: a udev rule activates groups"));
-    }
-    let mut made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
     let gantry = std::env::current_exe().unwrap_or_else(|_| "/usr/local/bin/gantry".into());
-    made.text += &persist_functions(&functions, &gantry);
+    let made = match args.by {
+        By::Udev => made(args, paths, PersistBy::Udev, &gantry)?,
+        By::Modprobe => made(args, paths, PersistBy::Modprobe, &gantry)?,
+        By::Systemd if !args.devices.is_empty() || !args.groups.is_empty() => {
+            let what = "a unit names no devices: `gantry boot` looks at the groups at each boot";
+            return Err(Failure::new(USAGE, what).help("`gantry group edit NAME --bind boot`"));
+        }
+        By::Systemd => persist_unit(&gantry),
+    };
     if args.json {
         return print_json(&made);
     }
@@ -87,6 +85,24 @@ pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
             print(|out| writeln!(out, "{}: written; now run: {}", file.display(), made.then))
         }
     }
+}
+
+/// What names devices.
+fn made(
+    args: &PersistArgs,
+    paths: &HostPaths,
+    by: PersistBy,
+    gantry: &Path,
+) -> Result<Persistent, Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let (devices, functions) = chosen(args, &groups, paths)?;
+    if !functions.is_empty() && matches!(args.by, By::Modprobe) {
+        let what = "modprobe makes no virtual functions";
+        return Err(Failure::new(USAGE, what).help("leave --by out: a udev rule activates groups"));
+    }
+    let mut made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
+    made.text += &persist_functions(&functions, gantry);
+    Ok(made)
 }
 
 /// The devices to be bound, and the groups whose virtual functions are to be made.

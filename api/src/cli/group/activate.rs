@@ -67,6 +67,16 @@ pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     each(&chosen, &args.common, activate, paths)
 }
 
+/// What `gantry boot` does of this.
+pub fn at_boot(paths: &HostPaths) -> Result<(), Failure> {
+    let common = CommonArgs {
+        names: Vec::new(),
+        dry_run: false,
+        json: false,
+    };
+    on(&ActivateArgs { common, boot: true }, paths)
+}
+
 pub fn off(args: &DeactivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let chosen = named(&groups, &args.common)?;
