@@ -3,6 +3,7 @@
 mod choose;
 mod ending;
 mod fit;
+mod prepare;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,15 +22,19 @@ use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
     LeaseStatus, holder,
 };
+use crate::mdev::Mdevs;
+use crate::name::DeviceName;
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{QuarantineError, Until, forget, quarantine};
-use crate::request::{Placement, Request, Source};
-use crate::sriov::{self, HostAccess, Netlink, SriovError};
+use crate::request::{Placement, Request};
+use crate::sriov::{HostAccess, Netlink, SriovError};
 use crate::topology::Sockets;
+use crate::vgpu::{self, VgpuError};
 use crate::writer::ChildWriter;
-use choose::{View, choose, survey};
+use choose::{Pick, View, choose, survey};
 use ending::is_ending;
 pub use fit::{Fit, RequestFit};
+use prepare::{Needs, activate_wanted, in_order};
 
 /// How long holders that are ending may keep devices from others.
 const ENDING_PATIENCE: Duration = Duration::from_secs(10);
@@ -106,6 +111,9 @@ pub enum AllocateError {
     /// Virtual functions cannot be made, or given their settings.
     #[error(transparent)]
     Sriov(#[from] SriovError),
+    /// Virtual GPUs cannot be made.
+    #[error(transparent)]
+    Vgpu(#[from] VgpuError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -172,6 +180,10 @@ pub(crate) fn allocate_with(
     let deadline = Instant::now() + ENDING_PATIENCE;
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+        // What killed VMs had made for them is in the way of making more.
+        if let Err(error) = vgpu::owed::reap(paths, binder.host.writer) {
+            tracing::warn!("a virtual GPU of a VM that is gone stays: {error}");
+        }
         let look = Look::at(paths)?.beside(own);
         match choose(look.view(), requests, placement) {
             Err(AllocateError::NoFit(_) | AllocateError::Unavailable(_))
@@ -181,17 +193,19 @@ pub(crate) fn allocate_with(
         drop(choosing);
         std::thread::sleep(Duration::from_millis(10));
     };
-    let chosen = choose(look.view(), requests, placement)?;
+    let picks = choose(look.view(), requests, placement)?;
+    let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
     let leases = lock(paths, &look.devices, &chosen, own, &record)?;
+    let mut needs = Needs::of(paths, &look.groups, binder, &record, &picks)?;
+    let mdevs = needs.instances()?;
     use_once(paths, &look.groups, &chosen, holder)?;
     // The devices' own locks are enough from here on: a driver that is slow to let go stops nobody else.
     drop(choosing);
-    let lent = on_demand(paths, &look.groups, leases, binder)
-        .and_then(|leases| with_tokens(paths, &look.groups, leases));
+    let lent = needs.functions(leases);
     if lent.is_err() {
         unused(paths, &look.groups, &chosen);
     }
-    lent
+    Ok(in_order(&picks, lent?, mdevs))
 }
 
 /// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
@@ -218,6 +232,7 @@ struct Look {
     guarded: Vec<Guarded>,
     /// What the VM has already.
     attached: BTreeMap<HostBdf, Option<LeaseRecord>>,
+    mdevs: Mdevs,
 }
 
 impl Look {
@@ -225,7 +240,10 @@ impl Look {
         let groups = Groups::load(paths)?;
         let devices = scan_with(paths, detail(&groups))?;
         let guarded = guarded(paths, &groups, &devices)?;
+        let wanted = groups.iter().any(|group| group.vgpu.is_some());
+        let mdevs = wanted.then(|| Mdevs::read(paths)).transpose()?;
         Ok(Self {
+            mdevs: mdevs.unwrap_or_default(),
             sockets: sockets(paths),
             devices,
             groups,
@@ -236,8 +254,9 @@ impl Look {
 
     /// The same for a VM that has leases: what they keep from others is not kept from it.
     fn beside(mut self, own: &[&Lease]) -> Self {
-        let kept: BTreeSet<HostBdf> = own.iter().flat_map(|lease| lease.locked()).collect();
-        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.device().bdf == *bdf);
+        let locked = own.iter().flat_map(|lease| lease.locked());
+        let kept: BTreeSet<HostBdf> = locked.filter_map(DeviceName::pci).collect();
+        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.name() == *bdf);
         for device in &mut self.devices {
             if kept.contains(&device.bdf) {
                 let lease = std::mem::replace(&mut device.lease, LeaseStatus::Free);
@@ -261,6 +280,7 @@ impl Look {
             sockets: &self.sockets,
             guarded: &self.guarded,
             attached: &self.attached,
+            mdevs: &self.mdevs,
         }
     }
 }
@@ -319,71 +339,6 @@ fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice]) {
     }
 }
 
-/// Makes the virtual functions of groups that VMs take devices of on demand.
-fn activate_wanted(
-    paths: &HostPaths,
-    requests: &[Request],
-    binder: &Binder<'_>,
-) -> Result<(), AllocateError> {
-    let groups = Groups::load(paths)?;
-    let wishes = requests.iter().filter_map(|request| match request {
-        Request::Any(wish) => Some(&wish.from),
-        Request::Device { .. } => None,
-    });
-    for Source::Group(name) | Source::Alias(name) in wishes {
-        if let Some(group) = groups.get(name) {
-            sriov::activate_for_vm(paths, binder.host, group)?;
-        }
-    }
-    Ok(())
-}
-
-/// Takes from the host what VMs take on demand, and gives virtual functions their settings first.
-fn on_demand(
-    paths: &HostPaths,
-    groups: &Groups,
-    leases: Vec<Lease>,
-    binder: &Binder<'_>,
-) -> Result<Vec<Lease>, AllocateError> {
-    let mut lent = Vec::new();
-    let mut changed = Vec::new();
-    for device in leases.iter().map(Lease::device) {
-        let demand = groups.tags(device).on_demand;
-        lent.extend(demand.then_some(device.bdf));
-        let set = sriov::owed::function(paths, groups, device).map_err(SriovError::from)?;
-        changed.extend((demand || set.is_some()).then_some(device.bdf));
-    }
-    if changed.is_empty() {
-        return Ok(leases);
-    }
-    let watch = Arc::new(binder.watch(paths, &changed)?);
-    for device in leases.iter().map(Lease::device) {
-        sriov::owed::prepare(paths, binder.host.links, groups, device)?;
-    }
-    binder.bind(paths, &lent)?;
-    let refresh = |lease: Lease| {
-        let bdf = lease.device().bdf;
-        if !changed.contains(&bdf) {
-            return Ok(lease);
-        }
-        Ok(lease.on_demand(HostDevice::read(paths, bdf)?, &watch))
-    };
-    leases.into_iter().map(refresh).collect()
-}
-
-/// Gives leases the tokens that their devices must be opened with.
-fn with_tokens(
-    paths: &HostPaths,
-    groups: &Groups,
-    leases: Vec<Lease>,
-) -> Result<Vec<Lease>, AllocateError> {
-    let one = |lease: Lease| {
-        let token = sriov::token::of(paths, groups, lease.device())?;
-        Ok(lease.with_token(token))
-    };
-    leases.into_iter().map(one).collect()
-}
-
 fn detail(groups: &Groups) -> Detail {
     if groups.ask_for_serials() {
         Detail::Full
@@ -411,12 +366,7 @@ fn lock(
     let pool = Pool::new(devices);
     let mut groups: BTreeMap<u32, Arc<[DeviceLock]>> = BTreeMap::new();
     for lease in own {
-        groups.extend(
-            lease
-                .device()
-                .iommu_group
-                .map(|group| (group, lease.locks())),
-        );
+        groups.extend(lease.iommu_group().map(|group| (group, lease.locks())));
     }
     let mut leases = Vec::new();
     for &device in chosen {

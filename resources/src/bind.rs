@@ -19,6 +19,7 @@ use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{Until, quarantine};
 use crate::sriov::SriovError;
 use crate::tenant::Tenants;
+use crate::vgpu::VgpuError;
 use crate::writer::{SysfsWrite, SysfsWriter};
 
 /// Which devices to move.
@@ -77,6 +78,9 @@ pub enum BindError {
         #[source]
         source: Box<SriovError>,
     },
+    /// A virtual GPU that a VM had could not be unmade.
+    #[error("a virtual GPU that was made for a VM could not be unmade")]
+    Vgpu(#[from] VgpuError),
     /// It cannot be told whether the host needs a device.
     #[error("cannot tell whether the host needs these devices")]
     Guard(#[source] io::Error),

@@ -21,7 +21,10 @@ use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, NodeAccess, scan};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::name::DeviceName;
 use crate::sriov::{self, HostAccess, Netlink};
+use crate::uuid::Uuid;
+use crate::vgpu;
 use crate::writer::{ChildWriter, SysfsWriter};
 
 /// The first argument of the helper.
@@ -49,10 +52,10 @@ pub(crate) struct Watch {
 
 impl Watch {
     /// Tells the helper that a device is about to be free.
-    pub(crate) fn released(&self, bdf: HostBdf) {
+    pub(crate) fn released(&self, name: DeviceName) {
         if let Some(mut pipe) = self.pipe.as_ref() {
             // A helper that is gone leaves its work to the next command.
-            let _ = writeln!(pipe, "{bdf}");
+            let _ = writeln!(pipe, "{name}");
         }
     }
 }
@@ -68,14 +71,18 @@ impl Binder<'_> {
     }
 
     /// Starts the helper for devices that are about to be changed.
-    pub(crate) fn watch(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<Watch, BindError> {
+    pub(crate) fn watch(
+        &self,
+        paths: &HostPaths,
+        devices: &[DeviceName],
+    ) -> Result<Watch, BindError> {
         self.spawn(paths, devices).map_err(BindError::Helper)
     }
 
-    fn spawn(&self, paths: &HostPaths, devices: &[HostBdf]) -> io::Result<Watch> {
+    fn spawn(&self, paths: &HostPaths, devices: &[DeviceName]) -> io::Result<Watch> {
         let mut command = Command::new(self.helper);
         command.arg(SUBCOMMAND).args(paths.to_args());
-        command.args(devices.iter().map(HostBdf::to_string));
+        command.args(devices.iter().map(DeviceName::to_string));
         // Neither the terminal's ctrl-c nor its end is meant for the helper.
         command.env_clear().process_group(0);
         command
@@ -105,7 +112,7 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
     let Some((paths, devices)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
     };
-    let devices: Vec<HostBdf> = devices
+    let devices: Vec<DeviceName> = devices
         .iter()
         .filter_map(|text| text.parse().ok())
         .collect();
@@ -116,10 +123,10 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
     };
     // Lines are devices given back early; they end when the VM's process closes its end, or dies.
     for line in io::stdin().lock().lines() {
-        let Ok(bdf) = line.unwrap_or_default().parse() else {
+        let Ok(name) = line.unwrap_or_default().parse() else {
             break;
         };
-        let _ = restore(&paths, host, &[bdf], EARLY_PATIENCE);
+        let _ = restore(&paths, host, &[name], EARLY_PATIENCE);
     }
     match restore(&paths, host, &devices, PATIENCE) {
         Ok(_) => ExitCode::SUCCESS,
@@ -141,8 +148,10 @@ pub(crate) fn reap_with(
     if let Err(error) = sriov::reap(paths, host.writer) {
         tracing::warn!("new virtual functions stay without drivers of the host: {error}");
     }
-    let mut marked = Former::on_demand(paths);
-    marked.extend(sriov::owed::owed(paths));
+    let functions = Former::on_demand(paths).into_iter();
+    let functions = functions.chain(sriov::owed::owed(paths));
+    let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();
+    marked.extend(vgpu::owed::all(paths));
     if marked.is_empty() {
         return Ok(Vec::new());
     }
@@ -154,15 +163,19 @@ pub(crate) fn reap_with(
 pub(crate) fn restore(
     paths: &HostPaths,
     host: HostAccess<'_>,
-    devices: &[HostBdf],
+    devices: &[DeviceName],
     patience: Duration,
 ) -> Result<Vec<HostBdf>, BindError> {
     let started = Instant::now();
+    let mdevs: Vec<Uuid> = devices.iter().filter_map(|name| name.mdev()).collect();
+    let devices: Vec<HostBdf> = devices.iter().filter_map(|name| name.pci()).collect();
+    let devices = devices.as_slice();
     let mut restored = Vec::new();
     let mut failed = BTreeMap::new();
     let mut pause = Duration::from_millis(50);
     let mut pending = owed(paths, devices)?;
-    while !pending.is_empty() {
+    let mut unmade = unmake(paths, host, &mdevs);
+    while !pending.is_empty() || !matches!(unmade, Ok(true)) {
         let last = started.elapsed() >= patience;
         for (group, members) in &pending {
             match restore_group(paths, host, members) {
@@ -180,11 +193,25 @@ pub(crate) fn restore(
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
         pending = owed(paths, devices)?;
+        unmade = unmake(paths, host, &mdevs);
     }
+    unmade?;
     match failed.into_values().next() {
         Some(error) => Err(error),
         None => Ok(restored),
     }
+}
+
+/// Removes mediated devices that were made for a VM, as far as nobody holds them. Whether all are gone.
+fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, BindError> {
+    let left = || mdevs.iter().any(|uuid| vgpu::owed::is_owed(paths, *uuid));
+    if !left() {
+        return Ok(true);
+    }
+    let record = LeaseRecord::task("gantry restore");
+    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    vgpu::owed::reap_mdevs(paths, host.writer, mdevs)?;
+    Ok(!left())
 }
 
 /// The endpoints of the IOMMU groups of devices that carry the mark. One in quarantine hung when it was
@@ -194,7 +221,9 @@ fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<Host
     let marked = all.iter().filter(|device| {
         devices.contains(&device.bdf)
             && device.quarantine.is_none()
-            && (Former::owed(paths, device).is_some() || sriov::owed::is_owed(paths, device.bdf))
+            && (Former::owed(paths, device).is_some()
+                || sriov::owed::is_owed(paths, device.bdf)
+                || vgpu::owed::is_owed(paths, device.bdf))
     });
     let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
     let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
@@ -231,6 +260,12 @@ fn restore_group(
             bdf,
             source: Box::new(source),
         })?;
+    }
+    for &bdf in members
+        .iter()
+        .filter(|bdf| vgpu::owed::is_owed(paths, **bdf))
+    {
+        vgpu::owed::untype(paths, host.writer, bdf)?;
     }
     give_back(paths, host.writer, members).map(|report| Some(report.moved))
 }

@@ -178,6 +178,21 @@ impl FakeHost {
         fs::write(path, content).unwrap();
     }
 
+    /// What makes mediated devices: a type with so much room.
+    pub(crate) fn mdev_parent(&self, name: &str, kind: &str, title: &str, room: u32) {
+        let dir = self.paths.sysfs.join("devices/virtual").join(name);
+        let kind = dir.join("mdev_supported_types").join(kind);
+        fs::create_dir_all(&kind).unwrap();
+        fs::write(kind.join("available_instances"), format!("{room}\n")).unwrap();
+        fs::write(kind.join("name"), format!("{title}\n")).unwrap();
+        let class = self.paths.sysfs.join("class/mdev_bus");
+        fs::create_dir_all(&class).unwrap();
+        fs::create_dir_all(self.paths.sysfs.join("bus/mdev/devices")).unwrap();
+        if !class.join(name).exists() {
+            symlink(&dir, class.join(name)).unwrap();
+        }
+    }
+
     /// A directory of a device's subtree, with a link to it elsewhere in sysfs.
     pub(crate) fn child(&self, of: HostBdf, path: &str, link: &str) -> PathBuf {
         let dir = self.dir(of).join(path);
@@ -270,6 +285,35 @@ impl<'a> FakeKernel<'a> {
             .map(|(_, fault)| fault)
     }
 
+    /// Makes a mediated device out of a type's room, as its driver does.
+    fn make_mdev(&self, kind: &Path, uuid: &str) -> io::Result<()> {
+        let room = kind.join("available_instances");
+        let left: u32 = fs::read_to_string(&room)?.trim().parse().unwrap();
+        let left = left.checked_sub(1);
+        let left = left.ok_or_else(|| io::Error::from_raw_os_error(nix::libc::EUSERS))?;
+        fs::write(&room, left.to_string())?;
+        let kind = fs::canonicalize(kind)?;
+        let dir = kind.parent().unwrap().parent().unwrap().join(uuid);
+        fs::create_dir_all(&dir)?;
+        symlink(&kind, dir.join("mdev_type"))?;
+        let number = 200 + uuid.bytes().map(u32::from).sum::<u32>();
+        let group = format!("kernel/iommu_groups/{number}");
+        symlink(self.host.paths.sysfs.join(group), dir.join("iommu_group"))?;
+        let node = self.host.paths.vfio_group(number);
+        fs::create_dir_all(node.parent().unwrap())?;
+        fs::write(node, "")?;
+        let link = self.host.paths.sysfs.join("bus/mdev/devices").join(uuid);
+        symlink(&dir, link)
+    }
+
+    fn remove_mdev(&self, dir: &Path) -> io::Result<()> {
+        let room = dir.join("mdev_type/available_instances");
+        let left: u32 = fs::read_to_string(&room)?.trim().parse().unwrap();
+        fs::write(room, (left + 1).to_string())?;
+        fs::remove_dir_all(fs::canonicalize(dir)?)?;
+        fs::remove_file(dir)
+    }
+
     /// Makes or destroys virtual functions, as a driver does: it knows no other change.
     fn resize(&self, pf: HostBdf, value: &str) -> io::Result<()> {
         let wanted: u16 = value.parse().map_err(io::Error::other)?;
@@ -341,6 +385,9 @@ impl<'a> FakeKernel<'a> {
                 }
                 Ok(())
             }
+            Some("create") => self.make_mdev(path.parent().unwrap(), value),
+            Some("remove") => self.remove_mdev(path.parent().unwrap()),
+            Some("current_vgpu_type") => fs::write(path, format!("{value}\n")),
             Some("sriov_drivers_autoprobe") => fs::write(path, format!("{value}\n")),
             Some("sriov_numvfs") => {
                 let pf = HostBdf::from_sysfs_path(path.parent().unwrap());

@@ -13,11 +13,13 @@ use thiserror::Error;
 use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+use crate::mdev::MdevDevice;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
 use crate::sriov::{SriovSpec, VfToken};
 use crate::tenant::Tenants;
 use crate::usb::UsbDevice;
+use crate::vgpu::VgpuSpec;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use nova_files::{change_aliases, change_device_specs};
 
@@ -44,7 +46,8 @@ impl GroupType {
             Self::Pci => true,
             Self::Nvme => device.is_nvme(),
             Self::SriovNic => device.class.base() == 0x02 && device.physfn.is_some(),
-            Self::Vgpu | Self::Usb => false,
+            Self::Vgpu => device.vgpu.is_some(),
+            Self::Usb => false,
         }
     }
 }
@@ -85,6 +88,9 @@ pub struct ResourceGroup {
     /// Virtual functions that `gantry group activate` makes; they belong to the group without a rule.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sriov: Option<SriovSpec>,
+    /// Of a group of type "vgpu": the virtual GPUs, or other mediated devices, that VMs get.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vgpu: Option<VgpuSpec>,
     /// When the devices leave their host drivers.
     #[serde(default, skip_serializing_if = "is_default")]
     pub bind: Bind,
@@ -124,8 +130,9 @@ impl ResourceGroup {
 
     /// Whether a device is one of the virtual functions that the group asks for.
     fn makes(&self, device: &HostDevice) -> bool {
-        let spec = self.sriov.as_ref();
-        spec.is_some_and(|spec| device.physfn == Some(spec.pf))
+        let (sriov, vgpu) = (self.sriov.as_ref(), self.vgpu.as_ref());
+        sriov.is_some_and(|spec| device.physfn == Some(spec.pf))
+            || vgpu.is_some_and(|spec| spec.takes(device))
     }
 
     /// Whether the group's type and one of its rules take a USB device. Hubs belong to the host.
@@ -250,15 +257,15 @@ pub enum GroupError {
         /// The file of the second.
         second: PathBuf,
     },
-    /// What a group asks of virtual functions makes no sense.
-    #[error("{file}: group \"{group}\": sriov.{key}: {problem}")]
-    Sriov {
+    /// What a group asks of virtual functions or GPUs makes no sense.
+    #[error("{file}: group \"{group}\": {key}: {problem}")]
+    Made {
         /// The file.
         file: PathBuf,
         /// The group.
         group: String,
         /// The key.
-        key: &'static str,
+        key: String,
         /// What is wrong with it.
         problem: String,
     },
@@ -313,8 +320,8 @@ impl Groups {
                     second: group.file,
                 });
             }
-            if let Some((key, problem)) = self.sriov_problem(&group) {
-                return Err(GroupError::Sriov {
+            if let Some((key, problem)) = self.problem(&group) {
+                return Err(GroupError::Made {
                     file: group.file,
                     group: group.name,
                     key,
@@ -324,6 +331,27 @@ impl Groups {
             self.groups.push(group);
         }
         Ok(())
+    }
+
+    /// What is wrong with what is to be made for a group: the key, and words.
+    fn problem(&self, group: &ResourceGroup) -> Option<(String, String)> {
+        if let Some((key, problem)) = self.sriov_problem(group) {
+            return Some((format!("sriov.{key}"), problem));
+        }
+        let spec = group.vgpu.as_ref()?;
+        if group.kind != GroupType::Vgpu {
+            let problem = "only groups of type \"vgpu\" have it".to_owned();
+            return Some(("vgpu".to_owned(), problem));
+        }
+        let uuids = |other: &ResourceGroup| other.vgpu.as_ref().map(|other| other.uuids.clone());
+        let theirs = self.groups.iter().filter_map(uuids).flatten();
+        let shared = theirs.into_iter().find(|uuid| spec.uuids.contains(uuid));
+        if let Some(uuid) = shared {
+            let problem = format!("{uuid} belongs to another group");
+            return Some(("vgpu.uuids".to_owned(), problem));
+        }
+        let (key, problem) = spec.problem()?;
+        Some((format!("vgpu.{key}"), problem))
     }
 
     /// What is wrong with the virtual functions that a group asks for: the key, and words.
@@ -418,6 +446,16 @@ impl Groups {
     pub fn exposes(&self, device: &HostDevice) -> bool {
         let taken = self.group_of(device).is_some() || self.spec_of(device).is_some();
         taken && self.tenant_of(device).is_none()
+    }
+
+    /// The group that a mediated device belongs to: one that names it, or else the first of its type.
+    pub fn group_of_mdev(&self, device: &MdevDevice) -> Option<&ResourceGroup> {
+        let spec = |group: &&ResourceGroup, named: bool| {
+            let spec = group.vgpu.as_ref();
+            spec.is_some_and(|spec| spec.names(device) == Some(named))
+        };
+        let named = self.groups.iter().find(|group| spec(group, true));
+        named.or_else(|| self.groups.iter().find(|group| spec(group, false)))
     }
 
     /// The token that the group of a card's virtual functions asks for.

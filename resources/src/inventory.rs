@@ -19,6 +19,7 @@ use crate::host::{HostBdf, HostPaths, hex};
 use crate::ids::{PciClass, PciId};
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus, holder};
 use crate::quarantine::{self, Until};
+use crate::vgpu::{NVIDIA, VendorVgpu};
 use crate::{dsn, sysfs};
 use attributes::{Attributes, Identity};
 pub use nvme::{Namespace, Nvme};
@@ -82,6 +83,9 @@ pub struct HostDevice {
     /// Types of mediated devices that it can make (`mdev_supported_types`).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mdev_types: Vec<String>,
+    /// The vendor's virtual GPU that it is or could be, if it is a virtual function that can be one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vgpu: Option<VendorVgpu>,
     /// The VFIO node, for a device in an IOMMU group that is bound to vfio-pci.
     pub node: Option<NodeAccess>,
     /// Who has leased the device.
@@ -335,6 +339,9 @@ impl<'a> Source<'a> {
                 .is_some_and(|found| found.until == Until::Boot);
             device.quarantine = found.map(|found| found.reason);
         }
+        if device.physfn.is_some() && device.id.vendor == NVIDIA {
+            device.vgpu = VendorVgpu::read(&paths.pci_device(bdf));
+        }
         device.node = device
             .iommu_group
             .filter(|_| device.on_vfio())
@@ -427,6 +434,7 @@ fn facts(
         dsn: None,
         boot_vga: false,
         mdev_types: Vec::new(),
+        vgpu: None,
         node: None,
         lease: LeaseStatus::Free,
         quarantine: None,

@@ -23,6 +23,8 @@ use thiserror::Error;
 use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+use crate::mdev::MdevDevice;
+use crate::name::DeviceName;
 use crate::quarantine;
 use crate::uuid::Uuid;
 
@@ -158,7 +160,7 @@ impl LeaseError {
 /// it. The leases of one VM on devices of one group share those locks; the last one dropped frees them.
 #[derive(Debug)]
 pub struct Lease {
-    device: HostDevice,
+    device: Leased,
     group: Arc<[DeviceLock]>,
     /// Of a device that goes back to the host.
     watch: Option<Arc<Watch>>,
@@ -166,8 +168,26 @@ pub struct Lease {
     token: Option<Uuid>,
 }
 
+/// What is leased.
+#[derive(Debug)]
+enum Leased {
+    Pci(Box<HostDevice>),
+    Mdev(MdevDevice),
+}
+
 impl Lease {
     pub(crate) fn new(device: HostDevice, group: Arc<[DeviceLock]>) -> Self {
+        Self::of(Leased::Pci(Box::new(device)), group)
+    }
+
+    /// The lease on a mediated device, which is alone in its IOMMU group.
+    pub(crate) fn mdev(device: MdevDevice, lock: DeviceLock, watch: Option<Arc<Watch>>) -> Self {
+        let mut lease = Self::of(Leased::Mdev(device), [lock].into());
+        lease.watch = watch;
+        lease
+    }
+
+    fn of(device: Leased, group: Arc<[DeviceLock]>) -> Self {
         Self {
             device,
             group,
@@ -189,14 +209,33 @@ impl Lease {
 
     /// The lease on a device that goes back to the host with it.
     pub(crate) fn on_demand(mut self, device: HostDevice, watch: &Arc<Watch>) -> Self {
-        self.device = device;
+        self.device = Leased::Pci(Box::new(device));
         self.watch = Some(Arc::clone(watch));
         self
     }
 
-    /// The device as it was when it was leased.
-    pub fn device(&self) -> &HostDevice {
-        &self.device
+    /// The PCI function as it was when it was leased; none for a mediated device.
+    pub fn device(&self) -> Option<&HostDevice> {
+        match &self.device {
+            Leased::Pci(device) => Some(device),
+            Leased::Mdev(_) => None,
+        }
+    }
+
+    /// What VFIO opens the device by.
+    pub fn name(&self) -> DeviceName {
+        match &self.device {
+            Leased::Pci(device) => device.bdf.into(),
+            Leased::Mdev(device) => device.uuid.into(),
+        }
+    }
+
+    /// The IOMMU group; none if the device has none.
+    pub fn iommu_group(&self) -> Option<u32> {
+        match &self.device {
+            Leased::Pci(device) => device.iommu_group,
+            Leased::Mdev(device) => device.iommu_group,
+        }
     }
 
     /// Puts the device into quarantine when the lease ends: no VM gets it until it is released, or the
@@ -205,9 +244,12 @@ impl Lease {
     /// This needs nothing that a confined process lacks: the reason is left in the lock's file, and the
     /// next command that moves the device writes it down where quarantine is kept.
     pub fn set_aside(&self, reason: &str) {
-        let bdf = self.device.bdf;
-        if let Some(lock) = self.group.iter().find(|lock| lock.bdf == bdf) {
-            let _ = lock.lock.leave.set(quarantine::note(&self.device, reason));
+        // A mediated device goes with its lease, whatever became of it.
+        let Some(device) = self.device() else {
+            return;
+        };
+        if let Some(lock) = self.group.iter().find(|lock| lock.name == device.bdf) {
+            let _ = lock.lock.leave.set(quarantine::note(device, reason));
         }
     }
 
@@ -222,8 +264,8 @@ impl Lease {
     }
 
     /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
-    pub fn locked(&self) -> impl Iterator<Item = HostBdf> {
-        self.group.iter().map(|lock| lock.bdf)
+    pub fn locked(&self) -> impl Iterator<Item = DeviceName> {
+        self.group.iter().map(|lock| lock.name)
     }
 }
 
@@ -231,7 +273,7 @@ impl Drop for Lease {
     fn drop(&mut self) {
         // Whoever is told waits for the locks, which are freed next.
         if let Some(watch) = &self.watch {
-            watch.released(self.device.bdf);
+            watch.released(self.name());
         }
     }
 }
@@ -239,7 +281,7 @@ impl Drop for Lease {
 /// The lock of one device.
 #[derive(Debug)]
 pub(crate) struct DeviceLock {
-    bdf: HostBdf,
+    name: DeviceName,
     lock: LockFile,
 }
 
@@ -248,13 +290,17 @@ impl DeviceLock {
     /// left is written down first.
     pub(crate) fn take(
         paths: &HostPaths,
-        bdf: HostBdf,
+        name: impl Into<DeviceName>,
         record: &LeaseRecord,
     ) -> Result<Option<Self>, LeaseError> {
-        let path = lock_path(paths, bdf);
-        let keep = |note: &[u8]| quarantine::keep(paths, bdf, note);
+        let name = name.into();
+        let path = lock_path(paths, name);
+        let keep = |note: &[u8]| match name {
+            DeviceName::Pci(bdf) => quarantine::keep(paths, bdf, note),
+            DeviceName::Mdev(_) => Ok(()),
+        };
         let lock = LockFile::take_after(&path, record, keep).map_err(LeaseError::file(&path))?;
-        Ok(lock.map(|lock| Self { bdf, lock }))
+        Ok(lock.map(|lock| Self { name, lock }))
     }
 }
 
@@ -301,8 +347,8 @@ impl AllocationLock {
 }
 
 /// Who holds a device. Asks the kernel; takes no lock, not even for a moment.
-pub fn holder(paths: &HostPaths, bdf: HostBdf) -> Result<LeaseStatus, LeaseError> {
-    status(paths, &lock_path(paths, bdf))
+pub fn holder(paths: &HostPaths, name: impl Into<DeviceName>) -> Result<LeaseStatus, LeaseError> {
+    status(paths, &lock_path(paths, name))
 }
 
 /// Makes a directory of the run directory, and those above it.
@@ -310,8 +356,9 @@ pub(crate) fn create_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(dir)
 }
 
-pub(crate) fn lock_path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.run.join("leases").join(format!("{bdf}.lock"))
+pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathBuf {
+    let name = name.into();
+    paths.run.join("leases").join(format!("{name}.lock"))
 }
 
 /// What the last holder of a device left to be read, or the record of the one who has it.

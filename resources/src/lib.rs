@@ -27,8 +27,10 @@ mod ids;
 mod inventory;
 mod lease;
 mod maintenance;
+mod mdev;
 mod memlock;
 mod moves;
+mod name;
 mod names;
 mod nova;
 mod obstacle;
@@ -46,6 +48,7 @@ mod topology;
 mod tree;
 mod usb;
 mod uuid;
+mod vgpu;
 mod writer;
 
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
@@ -70,8 +73,10 @@ pub use maintenance::{
     Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance, end_maintenance,
     maintenance, running_vms,
 };
+pub use mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 pub use memlock::memlock_limit;
 pub use moves::MoveError;
+pub use name::DeviceName;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
@@ -97,4 +102,7 @@ pub use tenant::{
 pub use tree::{TreeNode, tree};
 pub use usb::{UsbDevice, scan_usb};
 pub use uuid::{Uuid, UuidError};
+pub use vgpu::{
+    Instance, VendorType, VendorVgpu, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead,
+};
 pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};

@@ -257,6 +257,21 @@ impl<'a> Pool<'a> {
         leased.or(first.filter(|_| bridge))
     }
 
+    /// The first thing that keeps a function of the vendor's from being made a virtual GPU for a VM. The
+    /// host's driver keeps it, and VFIO has it through that.
+    pub(crate) fn vgpu_obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if let Some(holder) = held(&device.lease) {
+            return Some(Obstacle::Leased { holder });
+        }
+        if let Some(why) = &device.quarantine {
+            return Some(Obstacle::Quarantined { why: why.clone() });
+        }
+        match device.iommu_group {
+            None => Some(Obstacle::NoIommuGroup),
+            Some(group) => self.leased_in(group),
+        }
+    }
+
     fn leased_in(&self, group: u32) -> Option<Obstacle> {
         let members = self.members(group);
         let leased = members

@@ -22,9 +22,10 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::group::Groups;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{Detail, scan_with};
 use crate::lease::Holder;
+use crate::name::DeviceName;
 use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
@@ -52,8 +53,8 @@ pub enum OpenerError {
 
 /// A device that the opener leased.
 pub struct OpenedDevice {
-    /// Its address.
-    pub bdf: HostBdf,
+    /// What VFIO opens it by.
+    pub name: DeviceName,
     /// Its IOMMU group.
     pub group: u32,
     /// The token that it must be opened with.
@@ -202,7 +203,7 @@ impl Opener {
                 .map(|_| wire::receive_file(socket))
                 .collect::<io::Result<_>>()?;
             held.push(OpenedDevice {
-                bdf: device.bdf,
+                name: device.name,
                 group: device.group,
                 token: device.token,
                 lease: HeldLease {

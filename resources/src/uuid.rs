@@ -17,7 +17,7 @@ use crate::sysfs;
 )]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String", extend("pattern" = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"))]
-pub struct Uuid(u128);
+pub struct Uuid([u8; 16]);
 
 /// Text that is no identifier.
 #[derive(Debug, Error)]
@@ -48,7 +48,7 @@ impl FromStr for Uuid {
                 Some(value << 16 | u128::from(hex(digits, 4..=4)?))
             });
         match value {
-            Some(value) if lengths == [8, 4, 4, 4, 12] => Ok(Self(value)),
+            Some(value) if lengths == [8, 4, 4, 4, 12] => Ok(Self(value.to_be_bytes())),
             _ => Err(UuidError(text.to_owned())),
         }
     }
@@ -56,7 +56,7 @@ impl FromStr for Uuid {
 
 impl fmt::Display for Uuid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = format!("{:032x}", self.0);
+        let digits = format!("{:032x}", u128::from_be_bytes(self.0));
         let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|part| digits.get(part));
         f.pad(&parts.map(Option::unwrap_or_default).join("-"))
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::WindowKind;
-use gantry_resources::{HostBdf, Request};
+use gantry_resources::{DeviceName, Request};
 
 use crate::config::VmConfig;
 use crate::error::Error;
@@ -159,8 +159,8 @@ impl fmt::Display for DeviceState {
 pub struct DeviceInfo {
     /// What it is called.
     pub id: String,
-    /// Where it is on the host.
-    pub bdf: HostBdf,
+    /// What it is called on the host: its address, if it is a PCI function.
+    pub name: DeviceName,
     /// Where the guest finds it.
     pub guest: GuestBdf,
     /// The group or alias that it was asked for by, if not by its address.
@@ -234,7 +234,7 @@ pub enum CommandError {
     )]
     SlotsTooSmall {
         /// The device.
-        device: HostBdf,
+        device: DeviceName,
         /// Which window is too small.
         kind: WindowKind,
         /// Bytes that it needs.

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use gantry_devices::pci::PortIndex;
-use gantry_resources::HostBdf;
+use gantry_resources::DeviceName;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -34,7 +34,7 @@ pub enum Event {
     /// The guest has let go of what is in a slot.
     Eject(PortIndex),
     /// The guest has switched a device of the host on.
-    Enabled(HostBdf),
+    Enabled(DeviceName),
     /// Devices that a client wants are ready to be plugged in, or are not to be had.
     Prepared(Box<Prepared>),
     /// A client wants something done.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use gantry_resources::HostBdf;
+use gantry_resources::DeviceName;
 
 /// Every way in which starting and running a VM fails. Each text says what failed; the chain of
 /// sources says why.
@@ -22,7 +22,7 @@ pub enum Error {
     )]
     NoIommuGroup {
         /// The device.
-        device: HostBdf,
+        device: DeviceName,
     },
     /// The helper that opens devices does not, or cannot be reached.
     #[error(transparent)]
@@ -35,7 +35,7 @@ pub enum Error {
     )]
     Clash {
         /// The device.
-        device: HostBdf,
+        device: DeviceName,
         /// First address.
         start: u64,
         /// Last address.

@@ -1,6 +1,7 @@
 //! `gantry device`: what the host has, and moving it between the host and the pools.
 
 mod list;
+mod mdev;
 mod nvme;
 mod persist;
 mod tree;
@@ -37,6 +38,8 @@ pub enum DeviceCommand {
     Reattach(ReattachArgs),
     /// Show how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs
     Tree(tree::TreeArgs),
+    /// List what makes mediated devices (vGPUs), and those there are
+    Mdev(mdev::MdevArgs),
     /// Print what makes devices go to vfio-pci when the host boots
     Persist(persist::PersistArgs),
     /// Let VMs have a device again that hung, or that was for one use
@@ -92,6 +95,7 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
         DeviceCommand::List(args) => list::list(&args, paths),
         DeviceCommand::Detach(args) => change_hands(&args.common, &args.overrides, detach, paths),
         DeviceCommand::Tree(args) => tree::show(&args, paths),
+        DeviceCommand::Mdev(args) => mdev::show(&args, paths),
         DeviceCommand::Persist(args) => persist::show(&args, paths),
         DeviceCommand::ReleaseQuarantine(args) => release(&args, paths),
         DeviceCommand::Reattach(args) => change_hands(&args.common, &[], reattach, paths),

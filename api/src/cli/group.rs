@@ -9,7 +9,8 @@ mod matching;
 mod show;
 
 use clap::{Subcommand, ValueEnum};
-use gantry_resources::{GroupType, HostPaths, Rule, SriovSpec};
+use gantry_resources::{GroupType, HostPaths, Rule};
+use serde::de::DeserializeOwned;
 
 use crate::report::Failure;
 
@@ -31,14 +32,14 @@ pub enum GroupCommand {
     Alias(alias::AliasArgs),
     /// List the devices that aliases may take besides those in groups, or define some in Nova's form
     DeviceSpec(alias::SpecArgs),
-    /// Make the virtual functions of groups, with their settings
+    /// Make the virtual functions or vGPUs of groups, with their settings
     Activate(activate::ActivateArgs),
-    /// Destroy the virtual functions of groups
+    /// Destroy the virtual functions or vGPUs of groups
     Deactivate(activate::DeactivateArgs),
     /// Make a group, of rules or of chosen devices
-    Create(edit::CreateArgs),
+    Create(Box<edit::CreateArgs>),
     /// Change a group's type, class, description or rules
-    Edit(edit::EditArgs),
+    Edit(Box<edit::EditArgs>),
     /// Give a group another name
     Rename(edit::RenameArgs),
     /// Delete a group; its devices stay where they are
@@ -59,8 +60,8 @@ pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {
         GroupCommand::DeviceSpec(args) => alias::device_spec(args, paths),
         GroupCommand::Activate(args) => activate::on(&args, paths),
         GroupCommand::Deactivate(args) => activate::off(&args, paths),
-        GroupCommand::Create(args) => edit::create(args, paths),
-        GroupCommand::Edit(args) => edit::edit(args, paths),
+        GroupCommand::Create(args) => edit::create(*args, paths),
+        GroupCommand::Edit(args) => edit::edit(*args, paths),
         GroupCommand::Rename(args) => edit::rename(args, paths),
         GroupCommand::Delete(args) => edit::delete(&args, paths),
         GroupCommand::Add(args) => edit::add(&args, paths),
@@ -100,16 +101,16 @@ fn rule(text: &str) -> Result<Rule, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
-/// Virtual functions on the command line; an empty text takes them away.
-fn sriov(text: &str) -> Result<SriovChange, String> {
+/// What is to be made for a group, on the command line; an empty text is a wish for nothing.
+fn made<T: DeserializeOwned>(text: &str) -> Result<Made<T>, String> {
     match text.trim() {
-        "" => Ok(SriovChange(None)),
+        "" => Ok(Made(None)),
         text => serde_json::from_str(text)
-            .map(|spec| SriovChange(Some(spec)))
+            .map(|spec| Made(Some(spec)))
             .map_err(|error| error.to_string()),
     }
 }
 
-/// A wish for virtual functions, or for none.
+/// A wish for virtual functions or GPUs, or for none.
 #[derive(Debug, Clone)]
-struct SriovChange(Option<SriovSpec>);
+struct Made<T>(Option<T>);

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{HostBdf, NumaPolicy, Traits};
+use gantry_resources::{DeviceName, NumaPolicy, Traits};
 use gantry_vmm::{SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -218,7 +218,7 @@ pub struct Device {
     /// Its name in the VM.
     pub id: String,
     /// Its address in the host.
-    pub host: HostBdf,
+    pub host: DeviceName,
     /// Its address in the guest.
     pub bdf: String,
     /// The group that it is of.
@@ -232,7 +232,7 @@ impl From<&command::DeviceInfo> for Device {
     fn from(device: &command::DeviceInfo) -> Self {
         Self {
             id: device.id.clone(),
-            host: device.bdf,
+            host: device.name,
             bdf: device.guest.to_string(),
             group: device.group.clone(),
             state: device.state.into(),
@@ -254,7 +254,7 @@ impl From<&command::VmInfo> for VmInfo {
         };
         let entry = |device: &command::DeviceInfo| ConfigDevice {
             id: device.id.clone(),
-            path: format!("/sys/bus/pci/devices/{}", device.bdf).into(),
+            path: device.name.sysfs_path().into(),
             group: device.group.clone(),
         };
         let vcpus = config.vcpus.get();

@@ -117,7 +117,7 @@ impl FakeVm {
             }
             let device = DeviceInfo {
                 id,
-                bdf: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
+                name: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
                 state: DeviceState::Announced,
@@ -136,7 +136,7 @@ impl FakeVm {
 fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
     let counters = |device: &DeviceInfo| DeviceCounters {
         id: device.id.clone(),
-        bdf: device.bdf.to_string(),
+        bdf: device.name.to_string(),
         interrupts: BTreeMap::from([(0, 3), (2, 40)]),
         trapped_reads: BTreeMap::from([("bar0".to_owned(), 7)]),
         trapped_writes: BTreeMap::new(),

@@ -9,11 +9,13 @@ use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::lease::LeaseRecord;
+use crate::mdev::Mdevs;
 use crate::nova::{self, Alias, DeviceType, NumaPolicy};
 use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::request::{Placement, Request, Source, Wish};
 use crate::sriov::{VfToken, token};
 use crate::topology::Sockets;
+use crate::vgpu::{Instance, TakenInstances};
 
 /// One look at the host.
 #[derive(Clone, Copy)]
@@ -25,12 +27,31 @@ pub(crate) struct View<'a> {
     pub(crate) guarded: &'a [Guarded],
     /// What the VM has already, and with which record.
     pub(crate) attached: &'a BTreeMap<HostBdf, Option<LeaseRecord>>,
+    pub(crate) mdevs: &'a Mdevs,
+}
+
+/// One thing that a VM gets.
+#[derive(Clone, Debug)]
+pub(crate) enum Pick<'a> {
+    Device(&'a HostDevice),
+    Instance(Instance),
+}
+
+impl<'a> Pick<'a> {
+    /// The PCI function, if it is one.
+    pub(crate) fn device(&self) -> Option<&'a HostDevice> {
+        match self {
+            Self::Device(device) => Some(device),
+            Self::Instance(_) => None,
+        }
+    }
 }
 
 /// What a request gets.
 #[derive(Clone, Debug)]
 pub(crate) struct Picked<'a> {
     pub(crate) devices: Vec<&'a HostDevice>,
+    pub(crate) instances: Vec<Instance>,
     pub(crate) fit: RequestFit,
 }
 
@@ -47,16 +68,17 @@ pub(crate) fn choose<'a>(
     view: View<'a>,
     requests: &[Request],
     placement: &Placement,
-) -> Result<Vec<&'a HostDevice>, AllocateError> {
+) -> Result<Vec<Pick<'a>>, AllocateError> {
     let chosen = survey(view, requests, placement)?;
-    let mut devices = Vec::new();
+    let mut picks = Vec::new();
     for picked in chosen.picked {
         if !picked.fit.is_enough() {
             return Err(AllocateError::NoFit(Box::new(picked.fit)));
         }
-        devices.extend(picked.devices);
+        picks.extend(picked.devices.into_iter().map(Pick::Device));
+        picks.extend(picked.instances.into_iter().map(Pick::Instance));
     }
-    Ok(devices)
+    Ok(picks)
 }
 
 /// What each request would get, enough or not. An error is one that no other device could heal.
@@ -143,6 +165,7 @@ fn run<'a>(
         near,
         pool: Pool::new(view.devices),
         taken: BTreeSet::new(),
+        instances: TakenInstances::default(),
     };
     let mut picked = BTreeMap::new();
     for (index, request) in requests.iter().enumerate() {
@@ -217,6 +240,7 @@ struct Choice<'a, 'n> {
     near: Near<'n>,
     pool: Pool<'a>,
     taken: BTreeSet<HostBdf>,
+    instances: TakenInstances,
 }
 
 impl<'a> Choice<'a, '_> {
@@ -238,6 +262,7 @@ impl<'a> Choice<'a, '_> {
         }
         Ok(Picked {
             devices: vec![device],
+            instances: Vec::new(),
             fit: RequestFit::exact(bdf),
         })
     }
@@ -273,11 +298,30 @@ impl<'a> Choice<'a, '_> {
             let none = !self.view.devices.iter().any(one);
             fit.inactive = none.then(|| group.name.clone());
         }
-        fit.free = free.len();
-        free.truncate(usize::try_from(wish.count).unwrap_or(usize::MAX));
+        let wanted = usize::try_from(wish.count).unwrap_or(usize::MAX);
+        let mut instances = self.instances_of(&meant, wanted.saturating_sub(free.len()));
+        fit.free = free.len() + instances.len();
+        free.truncate(wanted);
+        instances.truncate(wanted - free.len());
         fit.devices = free.iter().map(|device| device.bdf).collect();
         self.taken.extend(&fit.devices);
-        Ok(Picked { devices: free, fit })
+        self.instances.take(&instances);
+        fit.instances = instances.clone();
+        Ok(Picked {
+            devices: free,
+            instances,
+            fit,
+        })
+    }
+
+    /// The mediated devices of a group that could be had, up to so many.
+    fn instances_of(&self, meant: &Meant<'_>, wanted: usize) -> Vec<Instance> {
+        let spec = match meant {
+            Meant::Group(group) => group.vgpu.as_ref(),
+            Meant::Alias(_) => None,
+        };
+        let found = spec.map(|spec| spec.instances(self.view.mdevs, &self.instances, wanted));
+        found.unwrap_or_default()
     }
 
     fn meant(&self, from: &Source) -> Result<Meant<'a>, AllocateError> {
@@ -341,6 +385,9 @@ impl<'a> Choice<'a, '_> {
         if let Some(holder) = self.view.attached.get(&device.bdf) {
             let holder = holder.clone();
             return Some(Obstacle::Leased { holder });
+        }
+        if device.vgpu.is_some() {
+            return self.pool.vgpu_obstacle(device);
         }
         let first = if self.view.groups.tags(device).on_demand {
             self.pool.demand_obstacle(device, self.view.guarded)

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::host::HostBdf;
 use crate::obstacle::{Blocked, Obstacle, Sieve};
 use crate::request::{Source, Wish};
+use crate::vgpu::Instance;
 
 /// Of a long list of devices, so many are shown: an error fits the screen.
 pub(super) const SHOWN: usize = 12;
@@ -36,6 +37,9 @@ pub struct RequestFit {
     pub free: usize,
     /// The devices that it would get.
     pub devices: Vec<HostBdf>,
+    /// The mediated devices that it would get.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub instances: Vec<Instance>,
     /// How many devices of the host were looked at.
     pub considered: usize,
     /// How many devices each filter dropped.
@@ -54,6 +58,7 @@ impl RequestFit {
             wanted: wish.count,
             free: 0,
             devices: Vec::new(),
+            instances: Vec::new(),
             considered: 0,
             dropped: BTreeMap::new(),
             blocked: Vec::new(),
@@ -67,6 +72,7 @@ impl RequestFit {
             wanted: 1,
             free: 1,
             devices: vec![bdf],
+            instances: Vec::new(),
             considered: 1,
             dropped: BTreeMap::new(),
             blocked: Vec::new(),
@@ -85,7 +91,8 @@ impl RequestFit {
 
     /// Whether the request gets all it asks for.
     pub fn is_enough(&self) -> bool {
-        u32::try_from(self.devices.len()).is_ok_and(|count| count >= self.wanted)
+        u32::try_from(self.devices.len() + self.instances.len())
+            .is_ok_and(|count| count >= self.wanted)
     }
 
     /// How many devices each filter dropped, in words; empty if none did.

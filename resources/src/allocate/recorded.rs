@@ -55,6 +55,7 @@ fn on(devices: &[HostDevice], requests: &[Request], nodes: &[u32], test: impl Fn
         sockets: &sockets,
         guarded: &[],
         attached: &BTreeMap::new(),
+        mdevs: &Mdevs::default(),
     };
     let placement = Placement {
         nodes: nodes.iter().copied().collect(),
@@ -285,6 +286,7 @@ fn other_hardware_at_an_address_is_named() {
         sockets: &sockets,
         guarded: &[],
         attached: &BTreeMap::new(),
+        mdevs: &Mdevs::default(),
     };
     let requests = [Request::group("one", 1)];
     let error = choose(view, &requests, &Placement::default())
@@ -373,8 +375,9 @@ proptest! {
                 Event::Killed(requests) => (requests, false),
                 Event::Start(requests) => (requests, true),
             };
-            let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], attached: &BTreeMap::new() };
+            let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], mdevs: &Mdevs::default(), attached: &BTreeMap::new() };
             let Ok(chosen) = choose(view, &asked.0, &Placement::default()) else { continue };
+            let chosen: Vec<&HostDevice> = chosen.iter().filter_map(Pick::device).collect();
             let wanted: u32 = asked.0.iter().map(|request| match request {
                 Request::Any(wish) => wish.count,
                 Request::Device { .. } => 1,

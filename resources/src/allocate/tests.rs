@@ -39,7 +39,7 @@ fn exact(address: &str) -> Request {
 fn addresses(leases: &[Lease]) -> Vec<String> {
     leases
         .iter()
-        .map(|lease| lease.device().bdf.to_string())
+        .map(|lease| lease.device().unwrap().bdf.to_string())
         .collect()
 }
 
@@ -443,9 +443,10 @@ proptest! {
         let devices = host.scan();
         let groups = Groups::load(&host.paths).unwrap();
         let sockets = Sockets::default();
-        let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], attached: &BTreeMap::new() };
+        let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], mdevs: &Mdevs::default(), attached: &BTreeMap::new() };
         match choose(view, &requests, &Placement::default()) {
-            Ok(chosen) => {
+            Ok(picks) => {
+                let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
                 let distinct: BTreeSet<HostBdf> = chosen.iter().map(|device| device.bdf).collect();
                 prop_assert_eq!(distinct.len(), chosen.len());
                 prop_assert!(chosen.iter().all(|device| is_free(&devices, device)));
@@ -516,7 +517,7 @@ proptest! {
             }
             vms.extend(allocate(&host.paths, &requests, &vm("a")).ok().filter(|leases| !leases.is_empty()));
             let groups_of = |leases: &Vec<Lease>| {
-                leases.iter().filter_map(|lease| lease.device().iommu_group).collect::<BTreeSet<u32>>()
+                leases.iter().filter_map(|lease| lease.device().unwrap().iommu_group).collect::<BTreeSet<u32>>()
             };
             let groups: Vec<u32> = vms.iter().flat_map(groups_of).collect();
             let distinct: BTreeSet<u32> = groups.iter().copied().collect();

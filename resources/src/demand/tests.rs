@@ -60,7 +60,7 @@ fn a_vm_takes_devices_from_the_host_and_they_go_back() {
     let before = host.bindings();
     let kernel = FakeKernel::new(&host);
     let leases = take(&host, &kernel, "gpus").unwrap();
-    assert!(leases[0].device().on_vfio());
+    assert!(leases[0].device().unwrap().on_vfio());
     assert_eq!(host.read("01:00.1").driver.as_deref(), Some("vfio-pci"));
     assert_eq!(reap(&host.paths, &kernel).unwrap(), [], "the VM has it");
     drop(leases);
@@ -75,7 +75,7 @@ fn what_the_host_needs_is_passed_over_and_named() {
     let host = host();
     let kernel = FakeKernel::new(&host);
     let first = take(&host, &kernel, "disks").unwrap();
-    assert_eq!(first[0].device().bdf, bdf("03:00.0"));
+    assert_eq!(first[0].device().unwrap().bdf, bdf("03:00.0"));
     let error = take(&host, &kernel, "disks").unwrap_err().to_string();
     assert!(
         error.contains("1 held by others, 1 that the host needs"),
@@ -256,7 +256,7 @@ fn a_write_that_fails_once_is_tried_again() {
     let before = host.bindings();
     let kernel = FakeKernel::new(&host);
     drop(take(&host, &kernel, "gpus").unwrap());
-    let devices = [bdf("01:00.0"), bdf("01:00.1")];
+    let devices = [bdf("01:00.0"), bdf("01:00.1")].map(DeviceName::from);
     let at = 1;
     let mut kernel = FakeKernel::new(&host).with_fault(at, Fault::Refuses);
     kernel.claims = [("01:00.0", "nouveau"), ("01:00.1", "snd_hda_intel")]
@@ -272,7 +272,13 @@ fn a_device_that_hangs_is_not_touched_again() {
     let kernel = FakeKernel::new(&host);
     drop(take(&host, &kernel, "disks").unwrap());
     let kernel = FakeKernel::new(&host).with_fault(1, Fault::Hangs);
-    restore(&host.paths, kernel.access(), &[bdf("03:00.0")], PATIENCE).unwrap_err();
+    restore(
+        &host.paths,
+        kernel.access(),
+        &[bdf("03:00.0").into()],
+        PATIENCE,
+    )
+    .unwrap_err();
     assert!(
         host.read("03:00.0")
             .quarantine

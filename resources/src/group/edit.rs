@@ -13,6 +13,7 @@ use crate::nova::Traits;
 use crate::obstacle::Blocked;
 use crate::rule::Rule;
 use crate::sriov::SriovSpec;
+use crate::vgpu::VgpuSpec;
 
 /// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
 /// before [`GroupFiles::save`].
@@ -51,6 +52,8 @@ pub struct GroupChange {
     pub resource_class: Option<String>,
     /// The virtual functions; none of them takes them away.
     pub sriov: Option<Option<SriovSpec>>,
+    /// The virtual GPUs; none of them takes them away.
+    pub vgpu: Option<Option<VgpuSpec>>,
     /// Rules that go, by their numbers from 1.
     pub drop_rules: Vec<usize>,
     /// Rules that come, at the end.
@@ -226,6 +229,9 @@ impl GroupFiles {
         }
         if let Some(sriov) = change.sriov {
             group.sriov = sriov;
+        }
+        if let Some(vgpu) = change.vgpu {
+            group.vgpu = vgpu;
         }
         if let Some(description) = change.description {
             group.description = description;

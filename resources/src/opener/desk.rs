@@ -107,8 +107,8 @@ impl Desk<'_> {
         let first = self.next;
         let devices = (first..).zip(&leases).map(|(id, lease)| Leased {
             id,
-            bdf: lease.device().bdf,
-            group: lease.device().iommu_group.unwrap_or_default(),
+            name: lease.name(),
+            group: lease.iommu_group().unwrap_or_default(),
             token: lease.token(),
             locks: lease.descriptors().count(),
         });
@@ -142,9 +142,8 @@ impl Desk<'_> {
             .map_err(|error| chain(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
-            let device = lease.device();
-            let Some(number) = device.iommu_group else {
-                return Err(format!("{} is in no IOMMU group", device.bdf));
+            let Some(number) = lease.iommu_group() else {
+                return Err(format!("{} is in no IOMMU group", lease.name()));
             };
             let known =
                 held.contains(&number) || groups.iter().any(|(group, _)| group.number == number);

@@ -76,7 +76,7 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     let opened = opener
         .open(&[Request::group("nvme", 1)], &[], true)
         .unwrap();
-    assert_eq!(opened.devices[0].bdf, bdf("01:00.0"));
+    assert_eq!(opened.devices[0].name, bdf("01:00.0"));
     assert_eq!(opened.devices[0].group, 1);
     assert_eq!(content(&opened.groups[0].node), "node 1");
     assert_eq!(opened.groups[0].reserved[0].start, 0xfee0_0000);
@@ -86,7 +86,7 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     let second = opener
         .open(&[Request::group("nvme", 1)], &[1], false)
         .unwrap();
-    assert_eq!(second.devices[0].bdf, bdf("02:00.0"));
+    assert_eq!(second.devices[0].name, bdf("02:00.0"));
     assert!(second.container.is_none());
     let none_left = refused(&opener, Request::group("nvme", 1));
     assert!(none_left.contains("No valid host was found"), "{none_left}");
@@ -127,14 +127,14 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
     let second = opener
         .open(&[Request::group("nic", 1)], &[7], false)
         .unwrap();
-    assert_eq!(second.devices[0].bdf, bdf("03:00.1"));
+    assert_eq!(second.devices[0].name, bdf("03:00.1"));
     assert!(refused(&opener, Request::group("nic", 1)).contains("'one'"));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
     let again = opener
         .open(&[Request::group("nic", 1)], &[7], false)
         .unwrap();
-    assert_eq!(again.devices[0].bdf, bdf("03:00.0"));
+    assert_eq!(again.devices[0].name, bdf("03:00.0"));
     drop((second, again));
     assert!(held(&host).is_empty());
 }

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::host::HostBdf;
+use crate::name::DeviceName;
 use crate::request::{Request, Source};
 use crate::reserved::ReservedRegion;
 use crate::uuid::Uuid;
@@ -51,7 +51,7 @@ pub(super) enum Said {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Leased {
     pub(super) id: u64,
-    pub(super) bdf: HostBdf,
+    pub(super) name: DeviceName,
     pub(super) group: u32,
     pub(super) token: Option<Uuid>,
     pub(super) locks: usize,

@@ -261,7 +261,7 @@ fn a_vm_makes_the_functions_it_asks_for() {
     let host = host("demand", SETTINGS);
     let kernel = FakeKernel::new(&host);
     let leases = take(&host, &kernel, 2).unwrap();
-    assert!(leases.iter().all(|lease| lease.device().on_vfio()));
+    assert!(leases.iter().all(|lease| lease.device().unwrap().on_vfio()));
     let drivers = |host: &FakeHost| -> Vec<Option<String>> { seen(host, &kernel).drivers };
     let vfio = Some("vfio-pci".to_owned());
     assert_eq!(drivers(&host), [vfio.clone(), vfio, None]);

@@ -38,6 +38,7 @@ mod sriov;
 mod tenants;
 mod the_lab;
 mod usb;
+mod vgpu;
 mod vm;
 
 use std::process::ExitCode;
@@ -98,6 +99,7 @@ const SUITES: &[Suite] = &[
             ("refusals", refusals::CASES),
             ("sandbox", sandbox::CASES),
             ("sriov", sriov::CASES),
+            ("vgpu", vgpu::CASES),
         ],
     },
     Suite {

@@ -220,7 +220,7 @@ impl Workshop {
         let claimed = Claimed::opened(opened, domain, &self.observer, host)?;
         if let Some(range) = self.room.conflict(claimed.reserved()) {
             let (start, last) = (*range.start(), *range.end());
-            let device = claimed.addresses().first().copied();
+            let device = claimed.names().first().copied();
             return Err(
                 device.map_or(Error::Unmappable { start, last }, |device| Error::Clash {
                     device,

@@ -65,7 +65,7 @@ impl Vm {
         };
         let claimed = claim(config, host, &holder, hot.as_ref(), &machine)?;
         signals.check()?;
-        let ports = arrange(&claimed.addresses()).len();
+        let ports = arrange(&claimed.names()).len();
         let domain = claimed.domain().cloned();
         let layout = plan(config, &features, &claimed, ports, host)?;
         let mut board = Board::new(&machine, &layout, config, ports)?;

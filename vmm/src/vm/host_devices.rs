@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
 use gantry_resources::{
-    HeldLease, HostBdf, HostDevice, HostPaths, Lease, Opened, ReservedKind, ReservedRegion, Uuid,
+    DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, ReservedKind, ReservedRegion, Uuid,
 };
 use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
@@ -34,7 +34,7 @@ pub struct Claimed {
 
 /// A device that is leased and whose group is open.
 pub struct Taken {
-    bdf: HostBdf,
+    name: DeviceName,
     token: Option<Uuid>,
     group: Arc<Group>,
     domain: Arc<Domain>,
@@ -66,7 +66,7 @@ pub struct AttachedDevice {
     function: Arc<Watched>,
     // With the last device, RAM is unmapped.
     _domain: Arc<Domain>,
-    bdf: HostBdf,
+    name: DeviceName,
     hold: Hold,
 }
 
@@ -108,9 +108,9 @@ impl AttachedDevice {
         self.slot = None;
     }
 
-    /// Where it is on the host.
-    pub fn bdf(&self) -> HostBdf {
-        self.bdf
+    /// What it is called on the host.
+    pub fn name(&self) -> DeviceName {
+        self.name
     }
 
     /// The BARs that it needs addresses for as function number `function`. Its decoding is off
@@ -142,24 +142,28 @@ impl Drop for AttachedDevice {
 
 /// Which devices go behind one port together, and as which function: those of one device of the host
 /// keep their numbers if function 0 is among them. All others come alone.
-pub fn arrange(devices: &[HostBdf]) -> Vec<Vec<(usize, u8)>> {
-    let place = |bdf: &HostBdf| (bdf.domain(), bdf.bus(), bdf.device());
-    let whole = |bdf: &HostBdf| {
+pub fn arrange(devices: &[DeviceName]) -> Vec<Vec<(usize, u8)>> {
+    let place = |name: &DeviceName| match name.pci() {
+        Some(bdf) => Ok((bdf.domain(), bdf.bus(), bdf.device())),
+        None => Err(*name),
+    };
+    let number = |name: &DeviceName| name.pci().map_or(0, HostBdf::function);
+    let whole = |name: &DeviceName| {
         devices
             .iter()
-            .any(|other| place(other) == place(bdf) && other.function() == 0)
+            .any(|other| place(other) == place(name) && number(other) == 0)
     };
     let mut slots: Vec<Vec<(usize, u8)>> = Vec::new();
-    for (index, bdf) in devices.iter().enumerate() {
+    for (index, name) in devices.iter().enumerate() {
         let same = |slot: &&mut Vec<(usize, u8)>| {
             slot.iter().any(|(other, _)| {
-                devices.get(*other).map(place) == Some(place(bdf))
+                devices.get(*other).map(place) == Some(place(name))
                     && devices.get(*other).is_some_and(whole)
             })
         };
-        match slots.iter_mut().find(same).filter(|_| whole(bdf)) {
-            Some(slot) => slot.push((index, bdf.function())),
-            None if whole(bdf) => slots.push(vec![(index, bdf.function())]),
+        match slots.iter_mut().find(same).filter(|_| whole(name)) {
+            Some(slot) => slot.push((index, number(name))),
+            None if whole(name) => slots.push(vec![(index, number(name))]),
             None => slots.push(vec![(index, 0)]),
         }
     }
@@ -195,7 +199,7 @@ impl Claimed {
         let mut reserved = Vec::new();
         let mut numbers = Vec::new();
         for lease in &leases {
-            let group = group_of(lease.device())?;
+            let group = group_of(lease)?;
             if !numbers.contains(&group) {
                 numbers.push(group);
                 let regions = gantry_resources::reserved_regions(host, group)?;
@@ -209,11 +213,12 @@ impl Claimed {
             groups.push(group.inspect_err(|error| set_aside(&leases, error))?);
         }
         let taken = leases.into_iter().map(|lease| {
-            let device = lease.device();
-            let missing = Error::NoIommuGroup { device: device.bdf };
-            let (bdf, group) = (device.bdf, domain.group(group_of(device)?));
+            let missing = Error::NoIommuGroup {
+                device: lease.name(),
+            };
+            let (name, group) = (lease.name(), domain.group(group_of(&lease)?));
             Ok(Taken {
-                bdf,
+                name,
                 token: lease.token(),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),
@@ -256,9 +261,11 @@ impl Claimed {
         let groups = groups.map(|group| domain.join(group.node, group.number));
         let _groups = groups.collect::<Result<Vec<_>, _>>()?;
         let taken = opened.devices.into_iter().map(|device| {
-            let missing = Error::NoIommuGroup { device: device.bdf };
+            let missing = Error::NoIommuGroup {
+                device: device.name,
+            };
             Ok(Taken {
-                bdf: device.bdf,
+                name: device.name,
                 token: device.token,
                 group: domain.group(device.group).ok_or(missing)?,
                 domain: Arc::clone(&domain),
@@ -273,9 +280,9 @@ impl Claimed {
         })
     }
 
-    /// Where the devices are on the host.
-    pub fn addresses(&self) -> Vec<HostBdf> {
-        self.taken.iter().map(|taken| taken.bdf).collect()
+    /// What the devices are called on the host.
+    pub fn names(&self) -> Vec<DeviceName> {
+        self.taken.iter().map(|taken| taken.name).collect()
     }
 
     /// What must be neither RAM nor BAR.
@@ -328,18 +335,18 @@ impl Taken {
         let counts = Arc::new(Counts::default());
         let io = VfioDevice::open(
             self.group,
-            &self.bdf.to_string(),
+            &self.name.to_string(),
             self.token.map(|token| token.to_string()).as_deref(),
         )?;
         let io = Arc::new(Counted::new(io, &counts));
-        let bdf = self.bdf;
-        let on_enable = move || mailbox.post(Event::Enabled(bdf));
+        let name = self.name;
+        let on_enable = move || mailbox.post(Event::Enabled(name));
         let function = Watched::new(PassthroughDevice::new(io, router)?, &counts, on_enable);
         Ok(AttachedDevice {
             slot: None,
             function: Arc::new(function),
             _domain: self.domain,
-            bdf,
+            name,
             hold: self.hold,
         })
     }
@@ -360,10 +367,9 @@ pub fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
     drop(closing);
 }
 
-fn group_of(device: &HostDevice) -> Result<u32, Error> {
-    device
-        .iommu_group
-        .ok_or(Error::NoIommuGroup { device: device.bdf })
+fn group_of(lease: &Lease) -> Result<u32, Error> {
+    let device = lease.name();
+    lease.iommu_group().ok_or(Error::NoIommuGroup { device })
 }
 
 /// A group that stays busy after its device was leased is held by a process that the kernel cannot end,
@@ -374,7 +380,7 @@ fn set_aside(leases: &[Lease], error: &Error) {
     };
     let of_group = leases
         .iter()
-        .filter(|lease| lease.device().iommu_group == Some(*group));
+        .filter(|lease| lease.iommu_group() == Some(*group));
     for lease in of_group {
         lease.set_aside(&error.to_string());
     }
@@ -385,7 +391,7 @@ mod tests {
     use super::*;
 
     fn arranged(devices: &[&str]) -> Vec<Vec<(usize, u8)>> {
-        let devices: Vec<HostBdf> = devices.iter().map(|text| text.parse().unwrap()).collect();
+        let devices: Vec<DeviceName> = devices.iter().map(|text| text.parse().unwrap()).collect();
         arrange(&devices)
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, WindowKind};
 use gantry_devices::pci::{GuestBdf, PortIndex};
-use gantry_resources::{HostBdf, Request};
+use gantry_resources::{DeviceName, Request};
 
 use super::attach::{Job, Prepared, Worker, tell_steps};
 use super::board::Board;
@@ -61,7 +61,7 @@ impl Devices {
         board: &Board,
         events: EventSink,
     ) -> Result<Self, Error> {
-        let addresses: Vec<HostBdf> = devices.iter().map(AttachedDevice::bdf).collect();
+        let addresses: Vec<DeviceName> = devices.iter().map(AttachedDevice::name).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
         let names: Vec<Option<String>> = asked.iter().flat_map(names).collect();
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
@@ -74,7 +74,7 @@ impl Devices {
                 device.plug(&board.pci, port, function)?;
                 board.events.fill(port);
                 plugged.push(Plugged {
-                    id: device.bdf().to_string(),
+                    id: device.name().to_string(),
                     group: names.get(index).cloned().flatten(),
                     state: DeviceState::Announced,
                     port,
@@ -206,7 +206,8 @@ impl Devices {
         devices: &mut [Option<AttachedDevice>],
         board: &Board,
     ) -> Result<(), CommandError> {
-        let addresses: Vec<HostBdf> = devices.iter().flatten().map(AttachedDevice::bdf).collect();
+        let addresses: Vec<DeviceName> =
+            devices.iter().flatten().map(AttachedDevice::name).collect();
         let group = names(&attach.request).into_iter().next().flatten();
         for set in arrange(&addresses) {
             let port = self.slot_for(&set, devices, board)?;
@@ -253,7 +254,7 @@ impl Devices {
         let mut first = None;
         for (index, function) in set {
             if let Some(Some(device)) = devices.get(*index) {
-                first = first.or(Some(device.bdf()));
+                first = first.or(Some(device.name()));
                 bars.extend(device.bars(*function));
             }
         }
@@ -347,8 +348,11 @@ impl Devices {
     }
 
     /// The guest has switched a device on.
-    pub fn enabled(&mut self, bdf: HostBdf) {
-        let one = self.plugged.iter_mut().find(|one| one.device.bdf() == bdf);
+    pub fn enabled(&mut self, name: DeviceName) {
+        let one = self
+            .plugged
+            .iter_mut()
+            .find(|one| one.device.name() == name);
         if let Some(one) = one.filter(|one| one.state == DeviceState::Announced) {
             one.state = DeviceState::Enabled;
             let id = one.id.clone();
@@ -396,7 +400,7 @@ impl Devices {
         interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,
     ) -> Vec<DeviceCounters> {
         let counters = self.plugged.iter().map(|one| {
-            let bdf = one.device.bdf().to_string();
+            let bdf = one.device.name().to_string();
             let mut counters = DeviceCounters {
                 id: one.id.clone(),
                 interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
@@ -448,7 +452,7 @@ fn info(one: &Plugged, board: &Board) -> DeviceInfo {
     let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
     DeviceInfo {
         id: one.id.clone(),
-        bdf: one.device.bdf(),
+        name: one.device.name(),
         guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(one.function)),
         group: one.group.clone(),
         state: one.state,

@@ -3,10 +3,11 @@
 use std::cmp::Ordering;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, scan};
+use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, Mdevs, scan};
 use serde::Serialize;
+use serde::ser::SerializeSeq;
 
-use super::{nvme, usb};
+use super::{mdev, nvme, usb};
 use crate::output::{print, print_json};
 use crate::report::{Failure, USAGE};
 use crate::table::{Column, Give, Table, terminal_width};
@@ -157,15 +158,24 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         .collect();
     // Stable: devices that are equal here stay in the order of their addresses.
     rows.sort_by(|a, b| a.compare(b, args.sort.unwrap_or(Key::Address)));
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let mdevs = mdev::rows(&mdevs, &groups);
     if args.json {
-        return print_json(&rows);
+        return print_json(&All(&rows, &mdevs));
     }
     let table = table(&rows, terminal_width());
     print(|out| {
         write!(out, "{table}")?;
         match table.left_out() {
+            [] => {}
+            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", "))?,
+        }
+        match mdevs.as_slice() {
             [] => Ok(()),
-            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
+            mdevs => {
+                writeln!(out)?;
+                mdev::table(out, mdevs)
+            }
         }
     })
 }
@@ -213,6 +223,22 @@ pub fn shown(
             titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
         }
     })
+}
+
+/// PCI functions, and mediated devices after them, in one list.
+struct All<'a>(&'a [Row<'a>], &'a [mdev::Row<'a>]);
+
+impl Serialize for All<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(self.0.len() + self.1.len()))?;
+        self.0
+            .iter()
+            .try_for_each(|row| list.serialize_element(row))?;
+        self.1
+            .iter()
+            .try_for_each(|row| list.serialize_element(row))?;
+        list.end()
+    }
 }
 
 /// Vendors are named where there is room for them.

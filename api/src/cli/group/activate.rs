@@ -1,12 +1,14 @@
-//! `gantry group activate|deactivate`: the virtual functions of a group, made and destroyed.
+//! `gantry group activate|deactivate`: the virtual functions or vGPUs of a group, made and destroyed.
 
 use std::io::{self, Write};
 
 use clap::Args;
 use gantry_resources::{
     Bind, ChildWriter, Groups, HostAccess, HostPaths, Netlink, ResourceGroup, SriovError,
-    SriovReport, activate, deactivate, reap,
+    SriovReport, SysfsWriter, VgpuError, VgpuReport, activate, deactivate, make_ahead, reap,
+    unmake_ahead,
 };
+use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::{Failure, USAGE};
@@ -18,7 +20,7 @@ A group's \"sriov\" says of which device, how many, and what each is set to:
   {\"name\": \"vfs\", \"type\": \"sriov-nic\", \"sriov\": {\"pf\": \"0000:03:00.0\", \"count\": 4,
     \"mac\": \"52:54:00:00:01:00\", \"vlan\": 100, \"spoof_check\": true, \"trust\": false}}
 `gantry schema groups` tells all keys. Functions in use keep what they have, and are in the way of
-another count.
+another count. Of a group of type \"vgpu\", those with \"uuids\" are made.
 
 Examples:
   gantry group activate vfs --dry-run
@@ -59,12 +61,13 @@ struct CommonArgs {
 
 pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
-    let boot = |group: &&ResourceGroup| group.bind == Bind::Boot && group.sriov.is_some();
+    let made = |group: &ResourceGroup| group.sriov.is_some() || group.vgpu.is_some();
+    let boot = |group: &&ResourceGroup| group.bind == Bind::Boot && made(group);
     let chosen = match args.boot {
         true => groups.iter().filter(boot).collect(),
         false => named(&groups, &args.common)?,
     };
-    each(&chosen, &args.common, activate, paths)
+    each(&chosen, &args.common, (activate, make_ahead), paths)
 }
 
 /// What `gantry boot` does of this.
@@ -80,7 +83,7 @@ pub fn at_boot(paths: &HostPaths) -> Result<(), Failure> {
 pub fn off(args: &DeactivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let chosen = named(&groups, &args.common)?;
-    each(&chosen, &args.common, deactivate, paths)
+    each(&chosen, &args.common, (deactivate, unmake_ahead), paths)
 }
 
 fn named<'g>(groups: &'g Groups, args: &CommonArgs) -> Result<Vec<&'g ResourceGroup>, Failure> {
@@ -96,11 +99,21 @@ fn named<'g>(groups: &'g Groups, args: &CommonArgs) -> Result<Vec<&'g ResourceGr
 
 type Change =
     fn(&HostPaths, HostAccess<'_>, &ResourceGroup, bool) -> Result<SriovReport, SriovError>;
+type VgpuChange =
+    fn(&HostPaths, &dyn SysfsWriter, &ResourceGroup, bool) -> Result<VgpuReport, VgpuError>;
+
+/// What became of a group.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Report {
+    Functions(SriovReport),
+    Vgpus(VgpuReport),
+}
 
 fn each(
     groups: &[&ResourceGroup],
     args: &CommonArgs,
-    change: Change,
+    (functions, vgpus): (Change, VgpuChange),
     paths: &HostPaths,
 ) -> Result<(), Failure> {
     let links = Netlink::new(paths);
@@ -115,9 +128,20 @@ fn each(
     }
     let mut reports = Vec::new();
     for group in groups {
-        let report = change(paths, host, group, args.dry_run).map_err(Failure::host)?;
+        let dry_run = args.dry_run;
+        let report = match group.vgpu {
+            Some(_) => vgpus(paths, host.writer, group, dry_run)
+                .map(Report::Vgpus)
+                .map_err(Failure::host)?,
+            None => functions(paths, host, group, dry_run)
+                .map(Report::Functions)
+                .map_err(Failure::host)?,
+        };
         if !args.json {
-            print(|out| show(out, &report, args.dry_run))?;
+            print(|out| match &report {
+                Report::Functions(report) => show(out, report, dry_run),
+                Report::Vgpus(report) => show_vgpus(out, report, dry_run),
+            })?;
         }
         reports.push(report);
     }
@@ -164,4 +188,23 @@ fn show(out: &mut dyn Write, report: &SriovReport, dry_run: bool) -> io::Result<
     }
     left.iter()
         .try_for_each(|one| writeln!(out, "  {} is left as it is: {}", one.bdf, one.why))
+}
+
+fn show_vgpus(out: &mut dyn Write, report: &VgpuReport, dry_run: bool) -> io::Result<()> {
+    let VgpuReport {
+        group,
+        devices,
+        writes,
+    } = report;
+    let would = if dry_run { "would have" } else { "has" };
+    writeln!(out, "{group}: {would} {} mediated devices", devices.len())?;
+    if !dry_run {
+        return devices
+            .iter()
+            .try_for_each(|uuid| writeln!(out, "  {uuid}"));
+    }
+    writes.iter().try_for_each(|write| {
+        let path = write.path.display();
+        writeln!(out, "  write {:?} to {path}", write.value)
+    })
 }

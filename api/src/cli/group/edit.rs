@@ -3,10 +3,10 @@
 use clap::{Args, ValueEnum};
 use gantry_resources::{
     Bind, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, ResourceGroup, Rule,
-    scan,
+    SriovSpec, VgpuSpec, scan,
 };
 
-use super::{Kind, SriovChange};
+use super::{Kind, Made};
 use crate::output::print;
 use crate::report::Failure;
 
@@ -81,8 +81,11 @@ struct Tags {
     #[arg(long, value_name = "NAME")]
     resource_class: Option<String>,
     /// Virtual functions that `gantry group activate` makes; '' takes them away
-    #[arg(long, value_name = "JSON", value_parser = super::sriov)]
-    sriov: Option<SriovChange>,
+    #[arg(long, value_name = "JSON", value_parser = super::made::<SriovSpec>)]
+    sriov: Option<Made<SriovSpec>>,
+    /// Virtual GPUs, or other mediated devices, that VMs get; '' takes them away
+    #[arg(long, value_name = "JSON", value_parser = super::made::<VgpuSpec>)]
+    vgpu: Option<Made<VgpuSpec>>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -112,7 +115,8 @@ impl Tags {
             one_time_use: self.one_time_use,
             traits: self.traits.map(|text| text.split(',').collect()),
             resource_class: self.resource_class,
-            sriov: self.sriov.map(|SriovChange(spec)| spec),
+            sriov: self.sriov.map(|Made(spec)| spec),
+            vgpu: self.vgpu.map(|Made(spec)| spec),
             ..GroupChange::default()
         }
     }
@@ -165,6 +169,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         class,
         rules,
         sriov: None,
+        vgpu: None,
         bind: Default::default(),
         traits: None,
         resource_class: None,

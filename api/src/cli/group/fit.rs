@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use gantry_resources::{
-    Fit, HostPaths, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
+    Fit, HostPaths, Instance, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
 };
 
 use crate::output::{print, print_json};
@@ -100,7 +100,10 @@ fn table(out: &mut dyn Write, result: &Fit) -> io::Result<()> {
 }
 
 fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
-    let devices: Vec<String> = request.devices.iter().map(ToString::to_string).collect();
+    let devices = request.devices.iter().map(ToString::to_string);
+    let devices: Vec<String> = devices
+        .chain(request.instances.iter().map(instance))
+        .collect();
     let devices = match devices.as_slice() {
         [] => "nothing".to_owned(),
         devices => devices.join(" "),
@@ -124,4 +127,12 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// A mediated device by its identifier, or by what it would be made of.
+fn instance(one: &Instance) -> String {
+    match one.uuid {
+        Some(uuid) => uuid.to_string(),
+        None => format!("a new {} of {}", one.kind, one.parent),
+    }
 }

@@ -2,8 +2,8 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, ResourceGroup, UsbDevice,
-    scan, scan_usb,
+    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs,
+    ResourceGroup, UsbDevice, Uuid, scan, scan_usb,
 };
 use serde::Serialize;
 
@@ -76,6 +76,8 @@ struct Row<'a> {
     /// Of USB devices: where they are plugged in.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     usb: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    mdevs: Vec<Uuid>,
 }
 
 /// A device of a group.
@@ -90,9 +92,11 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = scan(paths).map_err(Failure::host)?;
     let usb = scan_usb(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     let rows: Vec<Row> = groups
         .iter()
-        .map(|group| Row::new(group, &groups, &devices).with_usb(&groups, &usb))
+        .map(|group| Row::new(group, &groups, &devices))
+        .map(|row| row.with_usb(&groups, &usb).with_mdevs(&groups, &mdevs))
         .collect();
     if args.json {
         return print_json(&rows);
@@ -142,6 +146,7 @@ impl<'a> Row<'a> {
             }),
             devices,
             usb: Vec::new(),
+            mdevs: Vec::new(),
         }
     }
 
@@ -157,9 +162,28 @@ impl<'a> Row<'a> {
         self
     }
 
+    /// The same with the mediated devices of the group, and those that could be made for VMs.
+    fn with_mdevs(mut self, groups: &Groups, mdevs: &Mdevs) -> Self {
+        let Some(spec) = &self.group.vgpu else {
+            return self;
+        };
+        let owned = |device: &&MdevDevice| {
+            let owner = groups.group_of_mdev(device);
+            owner.is_some_and(|owner| owner.name == self.group.name)
+        };
+        let there: Vec<&MdevDevice> = mdevs.devices.iter().filter(owned).collect();
+        let used = there.iter().filter(|device| device.lease.is_held());
+        self.used += used.count();
+        self.free += spec.free(mdevs);
+        self.total = self.used + self.free;
+        self.mdevs = there.iter().map(|device| device.uuid).collect();
+        self
+    }
+
     fn cells(&self) -> Vec<String> {
         let addresses = self.devices.iter().map(|member| member.bdf.to_string());
         let addresses = addresses.chain(self.usb.iter().cloned());
+        let addresses = addresses.chain(self.mdevs.iter().map(Uuid::to_string));
         let or_dash = |text: &str| {
             if text.is_empty() {
                 "-".to_owned()

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use clap::Args;
 use gantry_resources::{
-    Bind, GroupType, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, scan,
+    Bind, GroupType, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, VgpuSpec, scan,
 };
 use serde::Serialize;
 
@@ -68,6 +68,9 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         if let Some(spec) = &group.sriov {
             functions(out, spec, &devices)?;
         }
+        if let Some(spec) = &group.vgpu {
+            vgpus(out, spec)?;
+        }
         if group.one_time_use {
             writeln!(
                 out,
@@ -123,4 +126,14 @@ fn functions(out: &mut dyn Write, spec: &SriovSpec, devices: &[HostDevice]) -> i
         writeln!(out, "  vf {index:<8} {}", words.join(", "))?;
     }
     Ok(())
+}
+
+fn vgpus(out: &mut dyn Write, spec: &VgpuSpec) -> io::Result<()> {
+    writeln!(out, "vgpu type    {}", spec.kind)?;
+    if !spec.parents.is_empty() {
+        writeln!(out, "parents      {}", spec.parents.join(" "))?;
+    }
+    let made = spec.uuids.iter();
+    made.enumerate()
+        .try_for_each(|(index, uuid)| writeln!(out, "  vgpu {index:<6} {uuid}"))
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use gantry_resources::{HostBdf, HostPaths};
+use gantry_resources::{DeviceName, HostPaths};
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -58,7 +58,7 @@ struct From {
     alias: Option<String>,
     /// Address of the device to take; `gantry device list` shows them
     #[arg(long, value_name = "ADDRESS")]
-    device: Option<HostBdf>,
+    device: Option<DeviceName>,
 }
 
 #[derive(Debug, Args)]
@@ -240,11 +240,11 @@ fn id_of(device: &str, client: &Client) -> Result<String, Failure> {
     if let Some(found) = named {
         return Ok(found.id.clone());
     }
-    let bdf: Option<HostBdf> = device.parse().ok();
+    let name: Option<DeviceName> = device.parse().ok();
     let at = info
         .devices
         .into_iter()
-        .find(|found| Some(found.host) == bdf);
+        .find(|found| Some(found.host) == name);
     // One that it does not have, the VM says so itself, with those it has.
     Ok(at.map_or(device.to_owned(), |found| found.id))
 }

@@ -1,0 +1,340 @@
+//! Tests: devices made for VMs and removed after them, made ahead, the vendor's types; with faults and
+//! kills at every write.
+
+use super::*;
+use crate::AllocateError;
+use crate::allocate::{allocate_with, fit};
+use crate::demand::{Binder, reap_with};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
+use crate::group::Groups;
+use crate::lease::{Holder, Lease};
+use crate::request::{Placement, Request};
+use std::fs;
+
+const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+const TWO: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+
+/// Two parents of a type, the first with room for one; the group `vgpus` asks for it.
+fn host(more: &str) -> FakeHost {
+    let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
+    host.mdev_parent("mtty", "mtty-2", "Dual port serial", 1);
+    host.mdev_parent("zwei", "mtty-2", "Dual port serial", 2);
+    host.file("proc/sys/kernel/random/uuid", &format!("{ONE}\n"));
+    host.file(
+        "etc/groups.json",
+        &format!(
+            r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
+                "vgpu": {{"type": "Dual port serial"{more}}}}}, {{"name": "disks", "rules": [{{"class": "01"}}]}}]}}"#
+        ),
+    );
+    host
+}
+
+fn take(
+    host: &FakeHost,
+    kernel: &FakeKernel<'_>,
+    requests: &[Request],
+) -> Result<Vec<Lease>, AllocateError> {
+    let binder = Binder {
+        host: kernel.access(),
+        helper: "/bin/true".as_ref(),
+    };
+    let holder = Holder {
+        vm: "a".to_owned(),
+        pid: 1,
+    };
+    allocate_with(
+        &host.paths,
+        requests,
+        &Placement::default(),
+        &holder,
+        &[],
+        &binder,
+    )
+}
+
+fn one() -> [Request; 1] {
+    [Request::group("vgpus", 1)]
+}
+
+/// The devices, the room of each parent, and the records.
+fn seen(host: &FakeHost) -> (Vec<String>, Vec<u32>, Vec<String>) {
+    let mdevs = Mdevs::read(&host.paths).unwrap();
+    let room = mdevs.parents.iter().map(|parent| parent.types[0].available);
+    (
+        mdevs
+            .devices
+            .iter()
+            .map(|device| device.uuid.to_string())
+            .collect(),
+        room.collect(),
+        crate::sysfs::entries(&host.paths.run.join("vgpu")).unwrap(),
+    )
+}
+
+fn group(host: &FakeHost) -> ResourceGroup {
+    Groups::load(&host.paths)
+        .unwrap()
+        .get("vgpus")
+        .unwrap()
+        .clone()
+}
+
+#[test]
+fn a_vm_gets_a_new_device_and_it_goes_with_it() {
+    let host = host("");
+    let kernel = FakeKernel::new(&host);
+    let before = seen(&host);
+    let requests = [Request::group("disks", 1), Request::group("vgpus", 1)];
+    let leases = take(&host, &kernel, &requests).unwrap();
+    let names: Vec<String> = leases
+        .iter()
+        .map(|lease| lease.name().to_string())
+        .collect();
+    assert_eq!(names, ["0000:01:00.0", ONE]);
+    assert!(leases[1].iommu_group().is_some() && leases[1].device().is_none());
+    let (devices, room, records) = seen(&host);
+    assert_eq!((devices, room), (vec![ONE.to_owned()], vec![0, 2]));
+    assert_eq!(records, [ONE]);
+    let mdevs = Mdevs::read(&host.paths).unwrap();
+    let groups = Groups::load(&host.paths).unwrap();
+    assert!(matches!(
+        mdevs.devices[0].state(),
+        crate::DeviceState::Assigned { vm: Some(vm) } if vm == "a"
+    ));
+    assert_eq!(
+        groups.group_of_mdev(&mdevs.devices[0]).unwrap().name,
+        "vgpus"
+    );
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host).0.len(), 1, "the VM has it");
+    drop(leases);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host), before);
+}
+
+#[test]
+fn what_a_killed_vm_left_makes_room_for_the_next() {
+    let host = host(r#", "parents": ["mtty"]"#);
+    let kernel = FakeKernel::new(&host);
+    drop(take(&host, &kernel, &one()).unwrap());
+    assert_eq!(seen(&host).1, [0, 2]);
+    host.file("proc/sys/kernel/random/uuid", &format!("{TWO}\n"));
+    let next = take(&host, &kernel, &one()).unwrap();
+    assert_eq!(seen(&host).0, [TWO]);
+    let error = take(&host, &kernel, &one()).unwrap_err().to_string();
+    assert!(
+        error.contains("1 of group \"vgpus\" asked for, 0 free"),
+        "{error}"
+    );
+    drop(next);
+}
+
+#[test]
+fn a_choice_counts_what_is_left_over_all_parents() {
+    let host = host("");
+    let requests = [Request::group("vgpus", 2), Request::group("vgpus", 2)];
+    let found = fit(&host.paths, &requests, &Placement::default()).unwrap();
+    let of = |index: usize| -> Vec<&str> {
+        let instances = found.requests[index].instances.iter();
+        instances.map(|one| one.parent.as_str()).collect()
+    };
+    assert!(!found.fits);
+    assert_eq!((of(0), of(1)), (vec!["mtty", "zwei"], vec!["zwei"]));
+    assert_eq!(seen(&host).0, Vec::<String>::new());
+}
+
+#[test]
+fn devices_made_ahead_stay_and_are_given_by_their_names() {
+    let host = host(&format!(r#", "uuids": ["{ONE}", "{TWO}"]"#));
+    let kernel = FakeKernel::new(&host);
+    let before = seen(&host);
+    let dry = make_ahead(&host.paths, &kernel, &group(&host), true).unwrap();
+    assert_eq!(seen(&host), before);
+    let made = make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+    assert_eq!(dry.writes, made.writes);
+    assert_eq!(seen(&host).0, [ONE, TWO]);
+    assert!(
+        make_ahead(&host.paths, &kernel, &group(&host), false)
+            .unwrap()
+            .writes
+            .is_empty()
+    );
+    let leases = take(&host, &kernel, &[Request::group("vgpus", 2)]).unwrap();
+    let error = unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
+    assert!(
+        error.to_string().contains("is held by VM 'a' (pid 1)"),
+        "{error}"
+    );
+    drop(leases);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host).0, [ONE, TWO], "they are not the VM's");
+    unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+    assert_eq!(seen(&host), before);
+    let plain = super::tests::host("");
+    let error = make_ahead(&plain.paths, &kernel, &group(&plain), false).unwrap_err();
+    assert!(error.to_string().contains("none ahead"), "{error}");
+}
+
+#[test]
+fn all_are_made_ahead_or_none() {
+    for (at, fault) in [
+        (0, Fault::Refuses),
+        (1, Fault::Refuses),
+        (1, Fault::Ignores),
+    ] {
+        let host = host(&format!(r#", "uuids": ["{ONE}", "{TWO}"]"#));
+        let before = seen(&host);
+        let kernel = FakeKernel::new(&host).with_fault(at, fault);
+        make_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
+        assert_eq!(seen(&host), before, "{fault:?} at {at}");
+    }
+    let host = host(&format!(
+        r#", "parents": ["mtty"], "uuids": ["{ONE}", "{TWO}"]"#
+    ));
+    let kernel = FakeKernel::new(&host);
+    let error = make_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
+    assert!(
+        error.to_string().contains("lacks 1 of its 2 devices"),
+        "{error}"
+    );
+    assert!(kernel.written.borrow().is_empty());
+}
+
+#[test]
+fn a_fault_or_a_kill_while_making_and_removing_leaves_nothing() {
+    for fault in [Fault::Refuses, Fault::Ignores, Fault::Dead] {
+        for at in 0..2 {
+            let host = host("");
+            let before = seen(&host);
+            let kernel = FakeKernel::new(&host).with_fault(at, fault);
+            let taken = take(&host, &kernel, &one());
+            assert_eq!(taken.is_err(), at == 0, "{fault:?} at {at}");
+            drop(taken);
+            let _ = reap_with(&host.paths, kernel.access());
+            let kernel = FakeKernel::new(&host);
+            reap_with(&host.paths, kernel.access()).unwrap();
+            assert_eq!(seen(&host), before, "{fault:?} at {at}");
+        }
+    }
+}
+
+/// A card with two functions that the vendor's driver keeps.
+fn vendor_host(kind: &str) -> FakeHost {
+    let function = |address: &str, group| Fake {
+        id: (NVIDIA, 0x2236),
+        ..Fake::nvme(address, group)
+            .class(0x03_02_00)
+            .driver("nvidia")
+            .with("nvidia/current_vgpu_type", "0")
+            .with(
+                "nvidia/creatable_vgpu_types",
+                "ID    : vGPU Name\n557   : NVIDIA A40-1B\n558   : NVIDIA A40-2B",
+            )
+    };
+    let card = Fake {
+        id: (NVIDIA, 0x2235),
+        ..Fake::nvme("3b:00.0", 9).class(0x03_02_00).driver("nvidia")
+    };
+    let host = FakeHost::new(&[card, function("3b:00.4", 10), function("3b:00.5", 11)]);
+    for address in ["3b:00.4", "3b:00.5"] {
+        let link = host.dir(bdf(address)).join("physfn");
+        std::os::unix::fs::symlink("../0000:3b:00.0", link).unwrap();
+    }
+    host.file("dev/vfio/10", "");
+    host.file("dev/vfio/11", "");
+    host.file(
+        "etc/groups.json",
+        &format!(
+            r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
+                "vgpu": {{"type": "{kind}", "parents": ["3b:00.0"]}}}}]}}"#
+        ),
+    );
+    host
+}
+
+fn types(host: &FakeHost) -> Vec<u32> {
+    let all = host.scan().into_iter();
+    all.filter_map(|device| device.vgpu)
+        .map(|vgpu| vgpu.current)
+        .collect()
+}
+
+#[test]
+fn the_vendors_functions_get_their_type_for_a_vm_and_lose_it_after() {
+    for (kind, at) in [("558", 558), ("NVIDIA A40-1B", 557)] {
+        let host = vendor_host(kind);
+        let kernel = FakeKernel::new(&host);
+        let leases = take(&host, &kernel, &one()).unwrap();
+        assert_eq!(leases[0].device().unwrap().bdf, bdf("3b:00.4"));
+        assert_eq!(types(&host), [at, 0]);
+        assert_eq!(host.read("3b:00.4").driver.as_deref(), Some("nvidia"));
+        let more = take(&host, &kernel, &one()).unwrap();
+        assert_eq!(more[0].device().unwrap().bdf, bdf("3b:00.5"));
+        take(&host, &kernel, &one()).unwrap_err();
+        drop(leases);
+        reap_with(&host.paths, kernel.access()).unwrap();
+        assert_eq!(types(&host), [0, at]);
+        drop(more);
+        reap_with(&host.paths, kernel.access()).unwrap();
+        assert_eq!(types(&host), [0, 0]);
+    }
+    let host = vendor_host("559");
+    let kernel = FakeKernel::new(&host);
+    let error = take(&host, &kernel, &one()).unwrap_err().to_string();
+    assert!(error.contains("3 not in the group"), "{error}");
+}
+
+#[test]
+fn a_fault_or_a_kill_leaves_no_type_behind() {
+    for fault in [Fault::Refuses, Fault::Dead] {
+        for at in 0..2 {
+            let host = vendor_host("558");
+            let kernel = FakeKernel::new(&host).with_fault(at, fault);
+            let taken = take(&host, &kernel, &one());
+            assert_eq!(taken.is_err(), at == 0, "{fault:?} at {at}");
+            drop(taken);
+            let _ = reap_with(&host.paths, kernel.access());
+            let kernel = FakeKernel::new(&host);
+            reap_with(&host.paths, kernel.access()).unwrap();
+            assert_eq!(types(&host), [0, 0], "{fault:?} at {at}");
+            assert!(
+                fs::read_dir(host.paths.run.join("vgpu")).is_ok_and(|mut dir| dir.next().is_none())
+            );
+        }
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_file_and_key() {
+    for (vgpu, words) in [
+        (
+            r#""type": "vgpu", "vgpu": {"type": " "}"#,
+            "vgpu.type: must name a type",
+        ),
+        (
+            r#""vgpu": {"type": "x"}"#,
+            "vgpu: only groups of type \"vgpu\"",
+        ),
+        (
+            r#""type": "vgpu", "vgpu": {"type": "x", "uuids": ["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+                "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"]}"#,
+            "vgpu.uuids: 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 is given twice",
+        ),
+        (
+            r#""type": "vgpu", "vgpu": {"type": "x", "uuids": ["y"]}"#,
+            "is no UUID",
+        ),
+    ] {
+        let host = FakeHost::new(&[]);
+        host.file(
+            "etc/groups.json",
+            &format!(r#"{{"groups": [{{"name": "g", {vgpu}}}]}}"#),
+        );
+        let error = Groups::load(&host.paths).unwrap_err().to_string();
+        assert!(
+            error.contains(words) && error.contains("groups.json"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,142 @@
+//! Cases about mediated devices, for which the kernel's samples stand: made for a VM and removed after it,
+//! made ahead, counted.
+
+use anyhow::{Context, Result, ensure};
+use gantry_tests::lab::Host;
+use gantry_tests::protocol::Exit;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::bed::{Case, cases};
+use crate::pool::nothing_is_held;
+use crate::vm::Vm;
+
+/// For host kernels with the samples.
+pub const CASES: &[Case] = cases![
+    a_vm_gets_a_new_device_and_it_goes_with_it,
+    a_killed_vms_device_goes_too,
+    devices_made_ahead_stay,
+];
+
+const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+
+/// The sample driver, and a group of its type; dropping it removes both.
+struct Sample<'h> {
+    host: &'h Host,
+    module: &'static str,
+}
+
+impl<'h> Sample<'h> {
+    fn new(host: &'h Host, module: &'static str, vgpu: Value) -> Result<Self> {
+        let sample = Self { host, module };
+        host.sh(&format!("modprobe {module}")).output()?.success()?;
+        let groups = json!({"groups": [{"name": "vgpus", "type": "vgpu", "vgpu": vgpu}]});
+        host.write("/etc/gantry/groups.json", groups.to_string())?;
+        Ok(sample)
+    }
+
+    fn devices(&self) -> Result<Vec<Value>> {
+        let text = self.host.sh("gantry device mdev --json").output()?;
+        let shown: Value = serde_json::from_str(&text.success()?.text())?;
+        let devices = shown["devices"].as_array();
+        Ok(devices.context("no devices")?.clone())
+    }
+
+    /// Waits until there is no device.
+    fn until_none(&self) -> Result<()> {
+        let script = "for try in $(seq 300); do
+                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)\" ] && exit
+                 sleep 0.1
+             done; exit 1";
+        self.host.sh(script).output()?.success()?;
+        Ok(())
+    }
+}
+
+impl Drop for Sample<'_> {
+    fn drop(&mut self) {
+        let script = format!(
+            "for device in /sys/bus/mdev/devices/*/remove; do echo 1 >$device; done
+             rmmod {} mdev",
+            self.module
+        );
+        let _ = self.host.sh(&script).output();
+    }
+}
+
+fn a_vm_gets_a_new_device_and_it_goes_with_it(host: &Host) -> Result<()> {
+    let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga"}))?;
+    let mut running = Vm::new("shell").devices("vgpus", 1).start(host)?;
+    running
+        .types("cat /sys/bus/pci/devices/*/vendor /sys/bus/pci/devices/*/device; poweroff -f")?;
+    let devices = sample.devices()?;
+    ensure!(
+        devices.len() == 1 && devices[0]["state"] == "assigned" && devices[0]["group"] == "vgpus",
+        "{devices:#?}"
+    );
+    let ended = running.end()?.exits(0)?;
+    // MDPY_PCI_VENDOR_ID and MDPY_PCI_DEVICE_ID of samples/vfio-mdev/mdpy-defs.h.
+    ensure!(
+        ended.said.contains("0x1b36") && ended.said.contains("0x000f"),
+        "{ended}"
+    );
+    sample.until_none()?;
+    nothing_is_held(host)
+}
+
+fn a_killed_vms_device_goes_too(host: &Host) -> Result<()> {
+    let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga"}))?;
+    for with_helper in [false, true] {
+        let mut running = Vm::new("sleep").devices("vgpus", 1).start(host)?;
+        running.until("guest: init")?;
+        if with_helper {
+            host.sh("kill -9 $(pidof gantry)").output()?.success()?;
+            running.end()?;
+            ensure!(sample.devices()?.len() == 1, "nobody is left who could");
+            // The next command that may.
+            host.sh("gantry device detach 01:00.0 && gantry device reattach 01:00.0")
+                .output()?
+                .success()?;
+        } else {
+            running.signal(Signal::SIGKILL)?;
+            ensure!(running.end()?.exit == Exit::Signal(9));
+        }
+        sample.until_none()?;
+    }
+    nothing_is_held(host)
+}
+
+fn devices_made_ahead_stay(host: &Host) -> Result<()> {
+    let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga", "uuids": [ONE]}))?;
+    let dry = host.sh("gantry group activate vgpus --dry-run").output()?;
+    let dry = dry.success()?.text();
+    let words = "/sys/class/mdev_bus/mdpy/mdev_supported_types/mdpy-vga/create";
+    ensure!(dry.contains(words) && sample.devices()?.is_empty(), "{dry}");
+    host.sh("gantry group activate vgpus").output()?.success()?;
+    let mut running = Vm::new("sleep")
+        .named("owner")
+        .devices("vgpus", 1)
+        .start(host)?;
+    running.until("guest: init")?;
+    let second = Vm::new("sleep").devices("vgpus", 1).run(host)?.exits(1)?;
+    ensure!(
+        second.errors.contains("No valid host was found"),
+        "{second}"
+    );
+    let refused = host
+        .sh("gantry group deactivate vgpus")
+        .output()?
+        .exits(1)?;
+    ensure!(
+        refused.errors().contains("is held by VM 'owner'"),
+        "{refused}"
+    );
+    running.signal(Signal::SIGTERM)?;
+    running.end()?.exits(128 + Signal::SIGTERM as i32)?;
+    ensure!(sample.devices()?.len() == 1, "it is not the VM's");
+    host.sh("gantry group deactivate vgpus")
+        .output()?
+        .success()?;
+    ensure!(sample.devices()?.is_empty(), "it is gone");
+    nothing_is_held(host)
+}
