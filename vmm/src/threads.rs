@@ -77,11 +77,24 @@ pub fn spawn<T: Send + 'static>(
     sandbox: &Sandbox,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<Task<T>> {
+    spawn_confined(role, sandbox, || Ok(()), body)
+}
+
+/// Runs `body` on a new thread that has confined itself with `confine`, behind its role's filter.
+///
+/// # Errors
+/// The kernel makes no thread.
+pub fn spawn_confined<T: Send + 'static>(
+    role: Role,
+    sandbox: &Sandbox,
+    confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<Task<T>> {
     let filter = sandbox.filter(role);
     let thread = Builder::new().name(role.to_string()).spawn(move || {
-        if let Err(error) = filter.enter() {
+        if let Err(error) = confine().and_then(|()| filter.enter()) {
             // Running on unconfined is worse than ending.
-            tracing::error!(%role, %error, "the kernel refused the thread's system call filter");
+            tracing::error!(%role, %error, "the kernel refused to confine the thread");
             std::process::abort();
         }
         body()

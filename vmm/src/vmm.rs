@@ -7,6 +7,7 @@
 //! itself in the same way, while the first one waits for its end.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use gantry_resources::HostPaths;
@@ -124,12 +125,20 @@ impl Vmm {
     }
 
     /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
-    /// may use sockets that it has or accepts, and open nothing.
+    /// may use sockets that it has or accepts, open nothing, and remove files in `folder` alone, where
+    /// its socket is.
     ///
     /// # Errors
     /// The kernel makes no thread.
-    pub fn spawn_api(&self, body: impl FnOnce() + Send + 'static) -> io::Result<Task<()>> {
-        threads::spawn(Role::Api, &self.ground.sandbox, body)
+    pub fn spawn_api(
+        &self,
+        folder: &Path,
+        body: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Task<()>> {
+        let sandbox = Arc::clone(&self.ground.sandbox);
+        let folder = folder.to_owned();
+        let confine = move || sandbox.confine_to_removal(&folder);
+        threads::spawn_confined(Role::Api, &self.ground.sandbox, confine, body)
     }
 
     /// Runs a VM until it ends, or VMs until the process is to end, and gives everything back. To be

@@ -161,7 +161,7 @@ impl RunArgs {
         };
         let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));
         let server = Server::new(socket, Limits::default()).map_err(failed)?;
-        let stop = server.stopper();
+        let (stop, folder) = (server.stopper(), server.folder().to_owned());
         let identity = Identity {
             name: name.to_owned(),
             allow_ungrouped: self.allow_ungrouped,
@@ -169,7 +169,7 @@ impl RunArgs {
         };
         let vm = Arc::new(vmm.handle());
         let serve = move || server.serve(vm, events, identity);
-        let task = vmm.spawn_api(serve).map_err(failed)?;
+        let task = vmm.spawn_api(&folder, serve).map_err(failed)?;
         Ok(Some(Api { stop, _task: task }))
     }
 

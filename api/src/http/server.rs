@@ -1,7 +1,7 @@
 //! The server: connections, each bounded in number, time and size, and their end.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,8 @@ use tokio::time::{sleep, timeout};
 use super::calls::App;
 use super::metrics::Tally;
 use super::patience::Patient;
-use super::{Events, Socket, Vm};
+use super::socket::{Socket, dir_of};
+use super::{Events, Vm};
 
 /// How much a client may take.
 #[derive(Debug, Clone)]
@@ -106,6 +107,11 @@ impl Server {
             stop: Stop::default(),
             limits,
         })
+    }
+
+    /// Where its socket is.
+    pub fn folder(&self) -> &Path {
+        dir_of(&self.file)
     }
 
     /// What ends it.

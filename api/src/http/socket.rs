@@ -77,10 +77,7 @@ impl Socket {
     /// A live socket or another file is there, or the kernel refuses a step.
     pub fn bind(path: &Path, group: Option<&str>, run: &Path) -> Result<Self, SocketError> {
         let group = group.map(gid).transpose()?;
-        let dir = match path.parent() {
-            Some(dir) if dir != Path::new("") => dir,
-            _ => Path::new("."),
-        };
+        let dir = dir_of(path);
         make_dir(dir).map_err(SocketError::io("make", dir))?;
         let _turn = turn(run);
         vacate(path)?;
@@ -106,6 +103,14 @@ impl Socket {
     /// The listener, non-blocking; whose file it is to remove.
     pub fn into_parts(self) -> (UnixListener, PathBuf) {
         (self.listener, self.path)
+    }
+}
+
+/// The directory that a path is in.
+pub fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
     }
 }
 

@@ -43,6 +43,18 @@ pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     enforce(&rules).map_err(io::Error::other)
 }
 
+/// Confines the calling thread to removing files in a folder and below.
+///
+/// # Errors
+/// The kernel refused the rules.
+pub fn confine_to_removal(folder: &Path) -> io::Result<()> {
+    let rule = Rule {
+        path: folder.to_owned(),
+        access: AccessFs::RemoveFile.into(),
+    };
+    enforce(&[rule]).map_err(io::Error::other)
+}
+
 fn enforce(rules: &[Rule]) -> Result<(), RulesetError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -166,6 +178,30 @@ mod tests {
 ";
         let expected = ["/usr/bin/gantry", "/usr/lib/x86_64-linux-gnu/libc.so.6"];
         assert_eq!(programs(maps), expected.map(PathBuf::from).into());
+    }
+
+    #[test]
+    fn who_may_remove_may_do_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let (own, other) = (folder.path().join("own"), folder.path().join("other"));
+        for folder in [&own, &other] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("file"), "text").unwrap();
+        }
+        let confined = thread::spawn(move || {
+            confine_to_removal(&own).unwrap();
+            if fs::read(other.join("file")).is_ok() {
+                return false;
+            }
+            fs::read(own.join("file")).unwrap_err();
+            fs::write(own.join("new"), "text").unwrap_err();
+            fs::remove_file(other.join("file")).unwrap_err();
+            fs::remove_file(own.join("file")).unwrap();
+            true
+        });
+        if !confined.join().unwrap() {
+            eprintln!("this kernel has no Landlock");
+        }
     }
 
     /// On a thread of its own, as nothing takes the rules back. Where the kernel has no Landlock there

@@ -6,6 +6,7 @@ mod trap;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use gantry_resources::HostPaths;
@@ -70,6 +71,17 @@ impl Sandbox {
     pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
         match self.mode {
             SeccompMode::On => files::confine(config, host),
+            SeccompMode::Log | SeccompMode::Off => Ok(()),
+        }
+    }
+
+    /// Keeps the calling thread from all files but those that it removes from a folder. As above.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn confine_to_removal(&self, folder: &Path) -> io::Result<()> {
+        match self.mode {
+            SeccompMode::On => files::confine_to_removal(folder),
             SeccompMode::Log | SeccompMode::Off => Ok(()),
         }
     }
