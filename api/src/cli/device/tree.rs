@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use gantry_resources::{
-    DeviceState, Groups, HostBdf, HostDevice, HostPaths, PciId, TreeNode, scan, tree,
+    DeviceState, Groups, HostBdf, HostDevice, HostPaths, Mdevs, PciId, Sriov, TreeNode, Uuid, scan,
+    tree,
 };
 use serde::Serialize;
 
@@ -43,6 +44,12 @@ struct Node {
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<String>,
     bridge: bool,
+    /// Of a physical function: the virtual ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sriov: Option<Sriov>,
+    /// The mediated devices that it made.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    mdevs: Vec<Uuid>,
     #[serde(flatten)]
     state: DeviceState,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -50,9 +57,11 @@ struct Node {
 }
 
 impl Node {
-    fn new(node: &TreeNode, groups: &Groups) -> Self {
+    fn new(node: &TreeNode, groups: &Groups, mdevs: &Mdevs) -> Self {
         let device: &HostDevice = node.device;
         let name = [device.device_name(), device.class_name()];
+        let address = device.bdf.to_string();
+        let made = mdevs.devices.iter().filter(|mdev| mdev.parent == address);
         Self {
             bdf: device.bdf,
             id: device.id,
@@ -66,11 +75,13 @@ impl Node {
             numa_node: device.numa_node,
             group: groups.group_of(device).map(|group| group.name.clone()),
             bridge: device.is_bridge(),
+            sriov: device.sriov,
+            mdevs: made.map(|mdev| mdev.uuid).collect(),
             state: device.state(),
             children: node
                 .children
                 .iter()
-                .map(|child| Self::new(child, groups))
+                .map(|child| Self::new(child, groups, mdevs))
                 .collect(),
         }
     }
@@ -80,6 +91,10 @@ impl Node {
         let mut facts = Vec::new();
         facts.extend(self.iommu_group.map(|group| format!("iommu {group}")));
         facts.extend(self.numa_node.map(|node| format!("numa {node}")));
+        let functions = self.sriov.filter(|sriov| sriov.active > 0);
+        facts.extend(functions.map(|sriov| format!("{} of {} VFs", sriov.active, sriov.total)));
+        let made = Some(self.mdevs.len()).filter(|count| *count > 0);
+        facts.extend(made.map(|count| format!("{count} mediated devices")));
         if !self.bridge {
             facts.extend(self.group.clone());
             facts.push(match &self.state {
@@ -94,9 +109,10 @@ impl Node {
 pub fn show(args: &TreeArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = scan(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     let roots: Vec<Node> = tree(paths, &devices)
         .iter()
-        .map(|node| Node::new(node, &groups))
+        .map(|node| Node::new(node, &groups, &mdevs))
         .collect();
     if args.json {
         return print_json(&roots);
@@ -166,6 +182,8 @@ mod tests {
             numa_node: None,
             group: Some("gpus".to_owned()),
             bridge: !children.is_empty(),
+            sriov: None,
+            mdevs: Vec::new(),
             state: DeviceState::Detached,
             children,
         }

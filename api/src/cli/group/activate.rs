@@ -61,7 +61,11 @@ struct CommonArgs {
 
 pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
-    let made = |group: &ResourceGroup| group.sriov.is_some() || group.vgpu.is_some();
+    let ahead = |group: &ResourceGroup| {
+        let spec = group.vgpu.as_ref();
+        spec.is_some_and(|spec| !spec.uuids.is_empty())
+    };
+    let made = |group: &ResourceGroup| group.sriov.is_some() || ahead(group);
     let boot = |group: &&ResourceGroup| group.bind == Bind::Boot && made(group);
     let chosen = match args.boot {
         true => groups.iter().filter(boot).collect(),
