@@ -183,11 +183,11 @@ fn devices_are_listed_with_state_and_group() {
             .collect::<Vec<_>>()
     };
     assert!(
-        row(2).ends_with(&["vfio-pci", "11", "-", "-", "detached", "disks", "-"]),
+        row(2).ends_with(&["vfio-pci", "-", "11", "-", "-", "detached", "disks", "-"]),
         "{table}"
     );
     assert!(
-        row(3).ends_with(&["nvme", "2", "-", "-", "attached", "disks", "-"]),
+        row(3).ends_with(&["nvme", "-", "2", "-", "-", "attached", "disks", "-"]),
         "{table}"
     );
     assert!(

@@ -186,6 +186,11 @@ fn an_unknown_group() {
         &["no tenant \"lab\""],
     );
     one_line(&host.refused(1, &["plan", "show", "gpu2"]), &["\"gpu2\""]);
+    let grant = ["tenant", "grant", "lab", "--from", "disk"];
+    one_line(
+        &host.refused(1, &grant),
+        &["\"disk\"", "did you mean \"disks\"?"],
+    );
     let error = host.refused(1, &["group", "alias", "--remove", "gpu"]);
     one_line(&error, &["alias.json: there is no alias \"gpu\""]);
     let spec = "{\"vendor_id\": \"10de\"}";
@@ -231,6 +236,8 @@ fn an_illegal_transition() {
     one_line(&error, &["there is no PCI device 0000:07:00.0"]);
     let error = host.refused(1, &["tenant", "revoke", "lab", "01:00.0"]);
     one_line(&error, &["no tenant \"lab\""]);
+    let error = host.refused(1, &["device", "detach", "02:00.0", "--group", "other"]);
+    one_line(&error, &["0000:02:00.0 belongs to group \"disks\""]);
     // A VM has the disk: its lock is held.
     let lock = host.path("run/leases/0000:01:00.0.lock");
     fs::create_dir_all(lock.parent().unwrap()).unwrap();

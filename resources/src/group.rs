@@ -114,7 +114,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 impl ResourceGroup {
     /// A group without rules, of any PCI functions.
-    pub(crate) fn named(name: &str) -> Self {
+    pub fn named(name: &str) -> Self {
         Self {
             name: name.to_owned(),
             ..Self::default()

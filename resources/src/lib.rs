@@ -29,6 +29,7 @@ mod lease;
 mod maintenance;
 mod mdev;
 mod memlock;
+mod modules;
 mod moves;
 mod name;
 mod names;
@@ -75,6 +76,7 @@ pub use maintenance::{
 };
 pub use mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 pub use memlock::memlock_limit;
+pub use modules::KernelModules;
 pub use moves::MoveError;
 pub use name::DeviceName;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};

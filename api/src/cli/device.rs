@@ -13,8 +13,8 @@ use std::fmt;
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    BindError, BindReport, BindRequest, ChildWriter, HostBdf, HostDevice, HostPaths, SysfsWrite,
-    SysfsWriter, detach, reap, reattach, release_quarantine, scan,
+    BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
+    ResourceGroup, SysfsWrite, SysfsWriter, detach, reap, reattach, release_quarantine, scan,
 };
 use serde::Serialize;
 
@@ -58,13 +58,17 @@ pub struct ReleaseArgs {
 #[command(after_help = "\
 Examples:
   gantry device detach 0000:01:00.0
-  gantry device detach 01:00.0 02:00.0 --dry-run")]
+  gantry device detach 01:00.0 02:00.0 --dry-run
+  gantry device detach 0b:00.0 0c:00.0 --group gpus")]
 pub struct DetachArgs {
     #[command(flatten)]
     common: MoveArgs,
     /// Detach this device although the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
+    /// Put the devices into this group too, with a rule for each; it is made if it is not there
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -93,7 +97,7 @@ struct MoveArgs {
 pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         DeviceCommand::List(args) => list::list(&args, paths),
-        DeviceCommand::Detach(args) => change_hands(&args.common, &args.overrides, detach, paths),
+        DeviceCommand::Detach(args) => give(&args, paths),
         DeviceCommand::Tree(args) => tree::show(&args, paths),
         DeviceCommand::Mdev(args) => mdev::show(&args, paths),
         DeviceCommand::Persist(args) => persist::show(&args, paths),
@@ -108,6 +112,40 @@ fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
         print(|out| writeln!(out, "{bdf}: released"))?;
     }
     Ok(())
+}
+
+/// Detaches, and makes rules. Whether the rules can be made is known before a device is touched.
+fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let DetachArgs {
+        common,
+        overrides,
+        group,
+    } = args;
+    if let Some(group) = group {
+        with_rules(paths, group, &common.devices)?;
+    }
+    change_hands(common, overrides, detach, paths)?;
+    match group {
+        Some(group) if !common.dry_run => {
+            let files = with_rules(paths, group, &common.devices)?;
+            files.save().map(drop).map_err(Failure::host)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The group files with a rule for each device in this group, not yet written.
+fn with_rules(paths: &HostPaths, group: &str, devices: &[HostBdf]) -> Result<GroupFiles, Failure> {
+    let read = |bdf: &HostBdf| HostDevice::read(paths, *bdf).map_err(Failure::host);
+    let devices: Vec<HostDevice> = devices.iter().map(read).collect::<Result<_, _>>()?;
+    let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
+    if files.groups().map_err(Failure::host)?.get(group).is_none() {
+        let new = ResourceGroup::named(group);
+        files.create(new).map_err(Failure::host)?;
+    }
+    files.add(group, &devices).map_err(Failure::host)?;
+    // Its name and the rest are checked as they would be read back.
+    Ok(files)
 }
 
 type Bind = fn(&HostPaths, &dyn SysfsWriter, &BindRequest) -> Result<BindReport, BindError>;

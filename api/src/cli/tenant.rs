@@ -2,8 +2,8 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    ChildWriter, DeviceState, Grant, HostBdf, HostDevice, HostPaths, PciId, Tenant, TenantFile,
-    Tenants, create_tenant, delete_tenant, edit_tenant, grant, revoke, scan,
+    ChildWriter, DeviceState, Grant, Groups, HostBdf, HostDevice, HostPaths, PciId, Tenant,
+    TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant, grant, revoke, scan,
 };
 use nix::unistd::{User, geteuid};
 use serde::Serialize;
@@ -102,13 +102,24 @@ pub struct NameArgs {
 #[command(after_help = "\
 Examples:
   gantry tenant grant lab 0b:00.0
-  gantry tenant grant lab 0b:00.0 --group gpus")]
+  gantry tenant grant lab 0b:00.0 --group gpus
+  gantry tenant grant lab --from gpus --count 2")]
 pub struct GrantArgs {
     /// The tenant
     name: String,
     /// PCI addresses, such as 0000:01:00.0 or 01:00.0
-    #[arg(value_name = "BDF", required = true)]
+    #[arg(
+        value_name = "BDF",
+        required_unless_present = "from",
+        conflicts_with = "from"
+    )]
     devices: Vec<HostBdf>,
+    /// Devices of this group of the host's that are not in use
+    #[arg(long, value_name = "GROUP")]
+    from: Option<String>,
+    /// How many of that group
+    #[arg(long, requires = "from", default_value_t = 1)]
+    count: usize,
     /// The tenant's group that they come into [default: one of the tenant's name]
     #[arg(long)]
     group: Option<String>,
@@ -246,8 +257,12 @@ fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let devices = match &args.from {
+        None => args.devices.clone(),
+        Some(group) => free(paths, group, args.count)?,
+    };
     let wanted = Grant {
-        devices: &args.devices,
+        devices: &devices,
         group: args.group.as_deref(),
         overrides: &args.overrides,
     };
@@ -256,6 +271,27 @@ fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
     let given =
         grant(paths, &ChildWriter::default(), &args.name, &wanted).map_err(Failure::host)?;
     told(&given, &args.name)
+}
+
+/// The first devices of a group that nobody has.
+fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<HostBdf>, Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    groups.find(group).map_err(Failure::host)?;
+    let owned = |device: &HostDevice| {
+        let owner = groups.group_of(device);
+        owner.is_some_and(|owner| owner.name == group)
+    };
+    let idle = |device: &HostDevice| !device.lease.is_held() && device.quarantine.is_none();
+    let all = scan(paths).map_err(Failure::host)?;
+    let free = all.iter().filter(|device| owned(device) && idle(device));
+    let free: Vec<HostBdf> = free.map(|device| device.bdf).take(count).collect();
+    match free.len() == count {
+        true => Ok(free),
+        false => Err(Failure::host(format!(
+            "{count} of group \"{group}\" asked for, {} not in use",
+            free.len()
+        ))),
+    }
 }
 
 fn told(given: &[HostBdf], tenant: &str) -> Result<(), Failure> {

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, Mdevs, scan};
+use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, KernelModules, Mdevs, scan};
 use serde::Serialize;
 use serde::ser::SerializeSeq;
 
@@ -54,6 +54,7 @@ enum Key {
     Name,
     Class,
     Driver,
+    Modules,
     Iommu,
     Numa,
     State,
@@ -78,14 +79,14 @@ impl Key {
     }
 }
 
-const COLUMNS: [Column; 11] = [
+const COLUMNS: [Column; 12] = [
     Column {
         title: "ADDRESS",
         give: Give::Nothing,
     },
     Column {
         title: "ID",
-        give: Give::All(2),
+        give: Give::All(3),
     },
     Column {
         title: "NAME",
@@ -93,11 +94,15 @@ const COLUMNS: [Column; 11] = [
     },
     Column {
         title: "CLASS",
-        give: Give::All(1),
+        give: Give::All(2),
     },
     Column {
         title: "DRIVER",
         give: Give::Nothing,
+    },
+    Column {
+        title: "MODULES",
+        give: Give::All(0),
     },
     Column {
         title: "IOMMU",
@@ -105,7 +110,7 @@ const COLUMNS: [Column; 11] = [
     },
     Column {
         title: "NUMA",
-        give: Give::All(0),
+        give: Give::All(1),
     },
     Column {
         title: "VFS",
@@ -133,6 +138,8 @@ struct Row<'a> {
     vendor_name: Option<&'a str>,
     device_name: Option<&'a str>,
     class_name: Option<&'a str>,
+    /// Modules of the kernel that could drive it.
+    modules: Vec<&'a str>,
     /// `state`, and `vm` where it is assigned.
     #[serde(flatten)]
     state: DeviceState,
@@ -152,9 +159,10 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     has_column(&COLUMNS, sort.as_deref())?;
     let devices = scan(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
+    let modules = KernelModules::read(paths);
     let mut rows: Vec<Row> = devices
         .iter()
-        .map(|device| Row::new(device, &groups))
+        .map(|device| Row::new(device, &groups, &modules))
         .collect();
     // Stable: devices that are equal here stay in the order of their addresses.
     rows.sort_by(|a, b| a.compare(b, args.sort.unwrap_or(Key::Address)));
@@ -184,7 +192,11 @@ fn list_nvme(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Fa
     let mut devices = scan(paths).map_err(Failure::host)?;
     devices.retain(HostDevice::is_nvme);
     let groups = Groups::load(paths).map_err(Failure::host)?;
-    let rows: Vec<Row> = devices.iter().map(|one| Row::new(one, &groups)).collect();
+    let modules = KernelModules::read(paths);
+    let rows: Vec<Row> = devices
+        .iter()
+        .map(|one| Row::new(one, &groups, &modules))
+        .collect();
     if json {
         return print_json(&rows);
     }
@@ -258,12 +270,13 @@ fn table<'a>(rows: &[Row<'a>], width: usize) -> Table {
 }
 
 impl<'a> Row<'a> {
-    fn new(device: &'a HostDevice, groups: &'a Groups) -> Self {
+    fn new(device: &'a HostDevice, groups: &'a Groups, modules: &'a KernelModules) -> Self {
         Self {
             device,
             vendor_name: device.vendor_name(),
             device_name: device.device_name(),
             class_name: device.class_name(),
+            modules: modules.of(device),
             state: device.state(),
             group: groups.group_of(device).map(|group| group.name.as_str()),
             tenant: groups.tenant_of(device),
@@ -316,6 +329,10 @@ impl<'a> Row<'a> {
             self.class_name
                 .map_or_else(|| self.device.class.to_string(), str::to_owned),
             text(self.device.driver.as_deref()),
+            match self.modules.join(" ") {
+                none if none.is_empty() => "-".to_owned(),
+                modules => modules,
+            },
             number(self.device.iommu_group),
             number(self.device.numa_node),
             self.functions(),
@@ -333,6 +350,7 @@ impl<'a> Row<'a> {
             Key::Name => self.name().cmp(&other.name()),
             Key::Class => a.class.cmp(&b.class),
             Key::Driver => last_if_none(&a.driver, &b.driver),
+            Key::Modules => self.modules.cmp(&other.modules),
             Key::Iommu => last_if_none(&a.iommu_group, &b.iommu_group),
             Key::Numa => last_if_none(&a.numa_node, &b.numa_node),
             Key::State => self.state.cmp(&other.state),

@@ -1,0 +1,111 @@
+//! Which modules of the kernel could drive a device, by the table that depmod makes (modules.alias).
+
+use std::collections::BTreeMap;
+
+use crate::host::HostPaths;
+use crate::ids::PciId;
+use crate::inventory::HostDevice;
+use crate::sysfs;
+
+/// The lines of modules.alias that are about PCI.
+#[derive(Debug, Default)]
+pub struct KernelModules {
+    /// Patterns such as `v00008086d*sv*sd*bc02sc00i*` with their modules, by the vendor; those for all
+    /// vendors are under none.
+    patterns: BTreeMap<Option<u16>, Vec<(String, String)>>,
+}
+
+impl KernelModules {
+    /// Reads the table of the running kernel; a host without it has no modules.
+    pub fn read(paths: &HostPaths) -> Self {
+        let release = sysfs::text(&paths.proc.join("sys/kernel/osrelease"));
+        let release = release.ok().flatten().unwrap_or_default();
+        let dir = paths.proc.join("self/root/lib/modules").join(release);
+        Self::parse(&sysfs::table(&dir.join("modules.alias")).unwrap_or_default())
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut modules = Self::default();
+        for line in text.lines() {
+            let Some(rest) = line.strip_prefix("alias pci:") else {
+                continue;
+            };
+            let Some((pattern, module)) = rest.split_once(' ') else {
+                continue;
+            };
+            let vendor = pattern.get(5..9).filter(|_| pattern.starts_with("v0000"));
+            let vendor = vendor.and_then(|digits| u16::from_str_radix(digits, 16).ok());
+            let entry = (pattern.to_owned(), module.to_owned());
+            modules.patterns.entry(vendor).or_default().push(entry);
+        }
+        modules
+    }
+
+    /// The modules for a device, in the order of their names.
+    pub fn of(&self, device: &HostDevice) -> Vec<&str> {
+        let none = PciId {
+            vendor: 0,
+            device: 0,
+        };
+        let (id, subsystem) = (device.id, device.subsystem.unwrap_or(none));
+        let class = device.class.code();
+        let text = format!(
+            "v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}",
+            id.vendor,
+            id.device,
+            subsystem.vendor,
+            subsystem.device,
+            class >> 16,
+            class >> 8 & 0xff,
+            class & 0xff
+        );
+        let patterns = [Some(id.vendor), None]
+            .into_iter()
+            .filter_map(|vendor| self.patterns.get(&vendor))
+            .flatten();
+        let mut found: Vec<&str> = patterns
+            .filter(|(pattern, _)| matches(pattern.as_bytes(), text.as_bytes()))
+            .map(|(_, module)| module.as_str())
+            .collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+/// Whether a text fits a pattern in which `*` stands for anything: all that depmod writes.
+fn matches(pattern: &[u8], text: &[u8]) -> bool {
+    match (pattern, text) {
+        ([], []) => true,
+        ([b'*', rest @ ..], _) => (0..=text.len()).any(|skip| matches(rest, &text[skip..])),
+        ([one, pattern @ ..], [other, text @ ..]) => one == other && matches(pattern, text),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost};
+
+    #[test]
+    fn a_device_has_the_modules_that_claim_it() {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 1),
+            Fake::nvme("02:00.0", 2).class(0x03_00_00),
+        ]);
+        host.file("proc/sys/kernel/osrelease", "6.12.1\n");
+        host.file(
+            "proc/self/root/lib/modules/6.12.1/modules.alias",
+            "# Aliases\nalias pci:v*d*sv*sd*bc01sc08i02* nvme\n\
+             alias pci:v00001B36d00000010sv*sd*bc*sc*i* nvme\n\
+             alias pci:v00001B36d00000011sv*sd*bc*sc*i* other\n\
+             alias pci:v*d*sv*sd*bc03sc*i* vga\nalias usb:v1D6Bp* hub\n",
+        );
+        let modules = KernelModules::read(&host.paths);
+        assert_eq!(modules.of(&host.read("01:00.0")), ["nvme"]);
+        assert_eq!(modules.of(&host.read("02:00.0")), ["nvme", "vga"]);
+        let none = KernelModules::read(&FakeHost::new(&[]).paths);
+        assert!(none.of(&host.read("01:00.0")).is_empty());
+    }
+}
