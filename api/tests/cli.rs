@@ -265,6 +265,61 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
 }
 
 #[test]
+fn mediated_devices_are_listed_asked_for_and_planned() {
+    let host = Host::new();
+    let none = host.gantry(&["device", "mdev"]).ok();
+    assert!(none.contains("Nothing on this host makes"), "{none}");
+    let parent = host.path("sys/class/mdev_bus/0000:00:03.0");
+    let kind = parent.join("mdev_supported_types/i915-4");
+    fs::create_dir_all(&kind).unwrap();
+    fs::write(kind.join("available_instances"), "2\n").unwrap();
+    fs::write(kind.join("name"), "GVTg V5 4\n").unwrap();
+    let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let made = parent.join(uuid);
+    fs::create_dir_all(host.path("sys/bus/mdev/devices")).unwrap();
+    fs::create_dir_all(&made).unwrap();
+    symlink(&kind, made.join("mdev_type")).unwrap();
+    symlink(&made, host.path("sys/bus/mdev/devices").join(uuid)).unwrap();
+
+    let args = ["group", "create", "vgpus", "--type", "vgpu", "--vgpu"];
+    let new = r#"{"type": "GVTg V5 4"}"#;
+    host.gantry(&[&args[..], &[new]].concat()).ok();
+    let list = host.gantry(&["device", "mdev"]).ok();
+    for words in ["i915-4", "GVTg V5 4", uuid, "detached", "vgpus"] {
+        assert!(list.contains(words), "no {words} in {list}");
+    }
+    assert!(host.gantry(&["device", "list"]).ok().contains(uuid));
+    let all: Value =
+        serde_json::from_str(&host.gantry(&["device", "list", "--json"]).ok()).unwrap();
+    assert_eq!(all[3]["uuid"], uuid);
+    let tree = host.gantry(&["device", "tree"]).ok();
+    assert!(tree.contains("1 mediated devices"), "{tree}");
+    let fit = host.gantry(&["group", "fit", "vgpus:2"]).ok();
+    assert!(fit.contains("a new i915-4 of 0000:00:03.0"), "{fit}");
+    let fit = host.gantry(&["group", "fit", "vgpus:3"]);
+    assert_eq!(fit.code, Some(1), "{fit:?}");
+
+    let more = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+    let ahead = format!(r#"{{"type": "i915-4", "uuids": ["{uuid}", "{more}"]}}"#);
+    host.gantry(&["group", "edit", "vgpus", "--vgpu", &ahead])
+        .ok();
+    let plan = host
+        .gantry(&["group", "activate", "vgpus", "--dry-run"])
+        .ok();
+    assert!(plan.contains("would have 2 mediated devices"), "{plan}");
+    assert!(plan.contains(&format!("write \"{more}\" to ")), "{plan}");
+    let shown = host.gantry(&["group", "show", "vgpus"]).ok();
+    assert!(
+        shown.contains(more) && shown.contains("vgpu type    i915-4"),
+        "{shown}"
+    );
+    let error = host
+        .gantry(&["group", "edit", "disks", "--vgpu", new])
+        .failed(1);
+    assert!(error.contains("only groups of type \"vgpu\""), "{error}");
+}
+
+#[test]
 fn devices_are_sorted_by_any_column() {
     let host = Host::new();
     for (column, order) in [
