@@ -240,10 +240,8 @@ impl Look {
         let groups = Groups::load(paths)?;
         let devices = scan_with(paths, detail(&groups))?;
         let guarded = guarded(paths, &groups, &devices)?;
-        let wanted = groups.iter().any(|group| group.vgpu.is_some());
-        let mdevs = wanted.then(|| Mdevs::read(paths)).transpose()?;
         Ok(Self {
-            mdevs: mdevs.unwrap_or_default(),
+            mdevs: Mdevs::read(paths)?,
             sockets: sockets(paths),
             devices,
             groups,

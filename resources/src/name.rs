@@ -1,6 +1,7 @@
 //! What a device is called: by VFIO, which opens it by this name, in locks, in records and to people.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,14 @@ impl DeviceName {
         match self {
             Self::Pci(_) => None,
             Self::Mdev(uuid) => Some(uuid),
+        }
+    }
+
+    /// The name that a path such as `/sys/bus/pci/devices/0000:01:00.0` ends with.
+    pub fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some(name) => name.parse(),
+            None => Err(BdfError(path.display().to_string())),
         }
     }
 

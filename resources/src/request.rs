@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::HostBdf;
+use crate::host::{BdfError, HostBdf};
+use crate::name::DeviceName;
 use crate::nova::{NumaPolicy, Traits};
+use crate::uuid::Uuid;
 
 /// Something a VM asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +21,13 @@ pub enum Request {
     Device {
         /// Its address.
         bdf: HostBdf,
+        /// Take it even if it is in no group.
+        allow_ungrouped: bool,
+    },
+    /// This mediated device, which is there already, and stays.
+    Mdev {
+        /// Its identifier.
+        uuid: Uuid,
         /// Take it even if it is in no group.
         allow_ungrouped: bool,
     },
@@ -72,6 +82,20 @@ impl Wish {
 }
 
 impl Request {
+    /// The device at a path of sysfs, or with an address or identifier.
+    pub fn exact(path: &Path, allow_ungrouped: bool) -> Result<Self, BdfError> {
+        Ok(match DeviceName::from_sysfs_path(path)? {
+            DeviceName::Pci(bdf) => Self::Device {
+                bdf,
+                allow_ungrouped,
+            },
+            DeviceName::Mdev(uuid) => Self::Mdev {
+                uuid,
+                allow_ungrouped,
+            },
+        })
+    }
+
     /// So many devices of a group.
     pub fn group(name: impl Into<String>, count: u32) -> Self {
         Self::Any(Wish::new(Source::Group(name.into()), count))
@@ -238,16 +262,10 @@ impl DeviceEntry {
         if *self != alone {
             return Err(RequestError::PathAlone(index));
         }
-        match HostBdf::from_sysfs_path(path.as_ref()) {
-            Ok(bdf) => Ok(Request::Device {
-                bdf,
-                allow_ungrouped,
-            }),
-            Err(_) => Err(RequestError::Path {
-                index,
-                path: path.to_owned(),
-            }),
-        }
+        Request::exact(path.as_ref(), allow_ungrouped).map_err(|_| RequestError::Path {
+            index,
+            path: path.to_owned(),
+        })
     }
 }
 

@@ -5,7 +5,7 @@ mod planned;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{HostBdf, HostPaths, Request, Source, Wish};
+use gantry_resources::{DeviceName, HostPaths, Request, Source, Wish};
 use gantry_vmm::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
@@ -200,7 +200,7 @@ fn devices(
     for (index, config) in configs.into_iter().enumerate() {
         let key = format!("devices[{index}]");
         let request = device(&key, config, allow_ungrouped)?;
-        if matches!(request, Request::Device { .. }) && requests.contains(&request) {
+        if !matches!(request, Request::Any(_)) && requests.contains(&request) {
             let what = "this device is in the list already";
             return Err(invalid(&key, what, "remove one of the two"));
         }
@@ -289,28 +289,22 @@ fn hotplug(config: Option<model::HotplugConfig>, default: u8) -> Result<Hotplug,
 }
 
 fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {
-    let bdf = address(path).map_err(|(what, help)| {
+    let wrong = |what: &str, help: String| {
         let what = format!("\"{}\" {what}", path.display());
-        invalid(&format!("{key}.path"), what, help)
-    })?;
-    Ok(Request::Device {
-        bdf,
-        allow_ungrouped,
-    })
-}
-
-fn address(path: &Path) -> Result<HostBdf, (&'static str, String)> {
-    let bdf = HostBdf::from_sysfs_path(path);
-    match bdf {
-        Ok(bdf) if path.is_absolute() => Ok(bdf),
-        Ok(bdf) => Err((
-            "is no path",
-            format!("write \"/sys/bus/pci/devices/{bdf}\""),
-        )),
+        Err(invalid(&format!("{key}.path"), what, help))
+    };
+    match DeviceName::from_sysfs_path(path) {
+        Ok(name) if !path.is_absolute() => {
+            wrong("is no path", format!("write \"{}\"", name.sysfs_path()))
+        }
+        Ok(_) => match Request::exact(path, allow_ungrouped) {
+            Ok(request) => Ok(request),
+            Err(error) => wrong("names no device", error.to_string()),
+        },
         Err(_) => {
             let help = "write it like \"/sys/bus/pci/devices/0000:01:00.0\"; \
                         `gantry device list` shows the addresses";
-            Err(("is no PCI device's sysfs path", help.to_owned()))
+            wrong("is no PCI device's sysfs path", help.to_owned())
         }
     }
 }

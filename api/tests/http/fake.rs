@@ -104,7 +104,7 @@ impl FakeVm {
     ) -> Result<Answer, CommandError> {
         let (count, group) = match request {
             Request::Any(wish) => (wish.count as usize, Some("nvme".to_owned())),
-            Request::Device { .. } => (1, None),
+            Request::Device { .. } | Request::Mdev { .. } => (1, None),
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });

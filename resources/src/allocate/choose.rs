@@ -15,7 +15,8 @@ use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::request::{Placement, Request, Source, Wish};
 use crate::sriov::{VfToken, token};
 use crate::topology::Sockets;
-use crate::vgpu::{Instance, TakenInstances};
+use crate::uuid::Uuid;
+use crate::vgpu::{Instance, TakenInstances, VgpuError};
 
 /// One look at the host.
 #[derive(Clone, Copy)]
@@ -125,7 +126,7 @@ fn nodes_to_try(
     }
     let matters = |request: &Request| match request {
         Request::Any(wish) => !matches!(policy(view.groups, wish), None | Some(NumaPolicy::Legacy)),
-        Request::Device { .. } => false,
+        Request::Device { .. } | Request::Mdev { .. } => false,
     };
     let nodes: BTreeSet<u32> = view
         .devices
@@ -169,13 +170,18 @@ fn run<'a>(
     };
     let mut picked = BTreeMap::new();
     for (index, request) in requests.iter().enumerate() {
-        if let Request::Device {
-            bdf,
-            allow_ungrouped,
-        } = request
-        {
-            picked.insert(index, choice.exact(*bdf, *allow_ungrouped)?);
-        }
+        let exact = match request {
+            Request::Device {
+                bdf,
+                allow_ungrouped,
+            } => choice.exact(*bdf, *allow_ungrouped)?,
+            Request::Mdev {
+                uuid,
+                allow_ungrouped,
+            } => choice.exact_mdev(*uuid, *allow_ungrouped)?,
+            Request::Any(_) => continue,
+        };
+        picked.insert(index, exact);
     }
     for (index, request) in requests.iter().enumerate() {
         if let Request::Any(wish) = request {
@@ -264,6 +270,32 @@ impl<'a> Choice<'a, '_> {
             devices: vec![device],
             instances: Vec::new(),
             fit: RequestFit::exact(bdf),
+        })
+    }
+
+    fn exact_mdev(&mut self, uuid: Uuid, ungrouped: bool) -> Result<Picked<'a>, AllocateError> {
+        let mut all = self.view.mdevs.devices.iter();
+        let device = all.find(|device| device.uuid == uuid);
+        let device = device.ok_or(VgpuError::NoSuch { uuid })?;
+        if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
+            return Err(VgpuError::Ungrouped { uuid }.into());
+        }
+        if device.lease.is_held() {
+            return Err(VgpuError::held(uuid, &device.lease).into());
+        }
+        let instance = Instance {
+            uuid: Some(uuid),
+            made: true,
+            parent: device.parent.clone(),
+            kind: device.kind.clone(),
+        };
+        if !self.instances.take(std::slice::from_ref(&instance)) {
+            return Err(VgpuError::AskedTwice { uuid }.into());
+        }
+        Ok(Picked {
+            devices: Vec::new(),
+            fit: RequestFit::exact_mdev(&instance),
+            instances: vec![instance],
         })
     }
 

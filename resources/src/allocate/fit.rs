@@ -80,6 +80,20 @@ impl RequestFit {
         }
     }
 
+    pub(super) fn exact_mdev(instance: &Instance) -> Self {
+        Self {
+            from: None,
+            wanted: 1,
+            free: 1,
+            devices: Vec::new(),
+            instances: vec![instance.clone()],
+            considered: 1,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+            inactive: None,
+        }
+    }
+
     pub(super) fn drop(&mut self, sieve: Sieve) {
         *self.dropped.entry(sieve).or_default() += 1;
     }

@@ -25,7 +25,7 @@ pub(super) fn activate_wanted(
     let groups = Groups::load(paths)?;
     let wishes = requests.iter().filter_map(|request| match request {
         Request::Any(wish) => Some(&wish.from),
-        Request::Device { .. } => None,
+        Request::Device { .. } | Request::Mdev { .. } => None,
     });
     for Source::Group(name) | Source::Alias(name) in wishes {
         if let Some(group) = groups.get(name) {

@@ -380,7 +380,7 @@ proptest! {
             let chosen: Vec<&HostDevice> = chosen.iter().filter_map(Pick::device).collect();
             let wanted: u32 = asked.0.iter().map(|request| match request {
                 Request::Any(wish) => wish.count,
-                Request::Device { .. } => 1,
+                Request::Device { .. } | Request::Mdev { .. } => 1,
             }).sum();
             prop_assert_eq!(chosen.len(), wanted as usize);
             let distinct: BTreeSet<HostBdf> = chosen.iter().map(|one| one.bdf).collect();

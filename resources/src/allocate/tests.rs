@@ -454,7 +454,7 @@ proptest! {
                 for request in &requests {
                     let count = match request {
                         Request::Any(wish) => wish.count as usize,
-                        Request::Device { .. } => 1,
+                        Request::Device { .. } | Request::Mdev { .. } => 1,
                     };
                     let (own, others) = rest.split_at(count);
                     rest = others;
@@ -462,6 +462,7 @@ proptest! {
                         match request {
                             Request::Any(wish) => prop_assert_eq!(&wish.from, &Source::Group(groups.group_of(device).unwrap().name.clone())),
                             Request::Device { bdf, .. } => prop_assert_eq!(&device.bdf, bdf),
+                            Request::Mdev { .. } => prop_assert!(false),
                         }
                     }
                 }
@@ -475,7 +476,7 @@ proptest! {
 
                 let asked: BTreeSet<HostBdf> = requests.iter().filter_map(|request| match request {
                     Request::Device { bdf, .. } => Some(*bdf),
-                    Request::Any(_) => None,
+                    Request::Any(_) | Request::Mdev { .. } => None,
                 }).collect();
                 let of_group = devices.iter().filter(|device| groups.group_of(device).is_some_and(|own| own.name == group));
                 let really = of_group.clone().filter(|device| is_free(&devices, device) && !asked.contains(&device.bdf)).count();

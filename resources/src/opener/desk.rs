@@ -14,6 +14,7 @@ use crate::group::Groups;
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
+use crate::mdev::MdevDevice;
 use crate::request::{Placement, Request, Source};
 use crate::reserved::reserved_regions;
 
@@ -185,6 +186,13 @@ impl Desk<'_> {
                 let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
                 let device = HostDevice::read(self.paths, *bdf).map_err(|error| chain(&error))?;
                 let owner = groups.group_of(&device).map(|group| group.name.clone());
+                owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
+            }
+            Request::Mdev { uuid, .. } => {
+                let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
+                let device = MdevDevice::read(self.paths, *uuid).map_err(|error| chain(&error))?;
+                let owner =
+                    device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()));
                 owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
             }
         };

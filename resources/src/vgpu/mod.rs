@@ -57,6 +57,28 @@ pub enum VgpuError {
         /// Who, in words.
         holder: String,
     },
+    /// There is no such device.
+    #[error(
+        "there is no mediated device {uuid} on this host: `gantry device mdev` shows what there is"
+    )]
+    NoSuch {
+        /// Its identifier.
+        uuid: Uuid,
+    },
+    /// A device is in no group.
+    #[error(
+        "mediated device {uuid} is in no group: name it in the \"uuids\" of one, or give --allow-ungrouped"
+    )]
+    Ungrouped {
+        /// Its identifier.
+        uuid: Uuid,
+    },
+    /// A device is asked for twice.
+    #[error("mediated device {uuid} is asked for twice: name it once")]
+    AskedTwice {
+        /// Its identifier.
+        uuid: Uuid,
+    },
     /// Devices of the group are another type's, or cannot be made.
     #[error(
         "group \"{group}\" lacks {missing} of its {wanted} devices: no parent makes more of type \"{kind}\" (`gantry device mdev`)"
@@ -185,8 +207,7 @@ pub fn unmake_ahead(
         match DeviceLock::take(paths, uuid, &record)? {
             Some(lock) => locks.push(lock),
             None => {
-                let holder = words(&holder(paths, uuid)?);
-                return Err(VgpuError::Held { uuid, holder });
+                return Err(VgpuError::held(uuid, &holder(paths, uuid)?));
             }
         }
         writes.push(SysfsWrite {
@@ -204,9 +225,13 @@ pub fn unmake_ahead(
     })
 }
 
-fn words(lease: &LeaseStatus) -> String {
-    let record = lease.record().map(ToString::to_string);
-    record.unwrap_or_else(|| "an unknown process".to_owned())
+impl VgpuError {
+    /// A device that somebody holds.
+    pub(crate) fn held(uuid: Uuid, lease: &LeaseStatus) -> Self {
+        let record = lease.record().map(ToString::to_string);
+        let holder = record.unwrap_or_else(|| "an unknown process".to_owned());
+        Self::Held { uuid, holder }
+    }
 }
 
 fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
@@ -250,8 +275,7 @@ pub(crate) fn take(
     record: &LeaseRecord,
 ) -> Result<(MdevDevice, DeviceLock), VgpuError> {
     let Some(lock) = DeviceLock::take(paths, uuid, record)? else {
-        let holder = words(&holder(paths, uuid)?);
-        return Err(VgpuError::Held { uuid, holder });
+        return Err(VgpuError::held(uuid, &holder(paths, uuid)?));
     };
     if !instance.made {
         owed::remember(paths, uuid.into(), record)?;

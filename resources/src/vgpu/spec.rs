@@ -168,12 +168,15 @@ impl VgpuSpec {
 }
 
 impl TakenInstances {
-    pub(crate) fn take(&mut self, instances: &[Instance]) {
+    /// Whether none was taken before.
+    pub(crate) fn take(&mut self, instances: &[Instance]) -> bool {
+        let mut fresh = true;
         for instance in instances {
-            self.uuids.extend(instance.uuid);
+            fresh &= instance.uuid.is_none_or(|uuid| self.uuids.insert(uuid));
             if !instance.made {
                 *self.made.entry(instance.parent.clone()).or_default() += 1;
             }
         }
+        fresh
     }
 }

@@ -177,6 +177,32 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
 }
 
 #[test]
+fn a_device_that_is_there_is_asked_for_by_its_identifier() {
+    let host = host(&format!(r#", "uuids": ["{ONE}"]"#));
+    let kernel = FakeKernel::new(&host);
+    let path = format!("/sys/bus/mdev/devices/{ONE}");
+    let exact = || Request::exact(path.as_ref(), false).unwrap();
+    let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
+    assert!(error.contains("no mediated device"), "{error}");
+    make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+    let error = take(&host, &kernel, &[exact(), exact()])
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("asked for twice"), "{error}");
+    let lease = take(&host, &kernel, &[exact()]).unwrap();
+    assert_eq!(lease[0].name().to_string(), ONE);
+    let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
+    assert!(error.contains("held by VM 'a'"), "{error}");
+    drop(lease);
+    host.file("etc/groups.json", r#"{"groups": []}"#);
+    let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
+    assert!(error.contains("in no group"), "{error}");
+    let anyhow = Request::exact(path.as_ref(), true).unwrap();
+    take(&host, &kernel, &[anyhow]).unwrap();
+    assert_eq!(seen(&host).0, [ONE]);
+}
+
+#[test]
 fn all_are_made_ahead_or_none() {
     for (at, fault) in [
         (0, Fault::Refuses),

@@ -436,7 +436,7 @@ fn names(request: &Request) -> Vec<Option<String>> {
             };
             vec![Some(name.clone()); wish.count as usize]
         }
-        Request::Device { .. } => vec![None],
+        Request::Device { .. } | Request::Mdev { .. } => vec![None],
     }
 }
 
@@ -444,6 +444,7 @@ fn words(request: &Request) -> String {
     match request {
         Request::Any(wish) => wish.from.to_string(),
         Request::Device { bdf, .. } => bdf.to_string(),
+        Request::Mdev { uuid, .. } => uuid.to_string(),
     }
 }
 
