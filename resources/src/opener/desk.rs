@@ -9,13 +9,13 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Said};
-use crate::allocate::allocate_beside;
+use crate::allocate::{allocate_beside, fit};
 use crate::group::Groups;
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
 use crate::mdev::MdevDevice;
-use crate::request::{Placement, Request, Source};
+use crate::request::{Placement, Request, Source, Wish};
 use crate::reserved::reserved_regions;
 
 /// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
@@ -62,7 +62,10 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                 desk.release(id, aside.as_deref());
                 wire::send(&mut socket, &Said::Released)?;
             }
-            Ok(Ask::Limit { from }) if desk.from.is_empty() => desk.from = from,
+            Ok(Ask::Limit { from }) if desk.from.is_empty() => {
+                desk.from = from;
+                desk.rehearse();
+            }
             Ok(Ask::Limit { .. } | Ask::Hello { .. }) => {
                 return Err(io::ErrorKind::InvalidData.into());
             }
@@ -173,6 +176,15 @@ impl Desk<'_> {
             cannot_open(&path)(error)
         })?;
         Ok((LeasedGroup { number, reserved }, node))
+    }
+
+    /// Goes the way that a request will take, so that code and sysfs are at hand when one comes.
+    fn rehearse(&self) {
+        for source in &self.from {
+            let request = Request::Any(Wish::new(source.clone(), 1));
+            // Whether it fits now is of no interest.
+            let _ = fit(self.paths, &[request], &Placement::default());
+        }
     }
 
     /// Whether the VM may be given what it asks for.
