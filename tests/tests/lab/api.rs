@@ -121,6 +121,7 @@ fn an_unchanged_client_drives_a_vm(host: &Host) -> Result<()> {
         Ok(())
     })?;
     running.until("guest: init")?;
+    running.until("guest: cpus=2")?;
     with_client(host, SOCKET, async |client| {
         Ok(client.shutdown_vmm().await?)
     })?;

@@ -34,6 +34,12 @@ struct Rule {
 /// # Errors
 /// The kernel refused the rules.
 pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+    // A rule is about a directory that is there.
+    for own in [&host.run, &host.state] {
+        if let Err(error) = fs::create_dir_all(own) {
+            tracing::debug!(path = %own.display(), %error, "a directory of gantry's is missing");
+        }
+    }
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(config, host);
     rules.extend(programs(&maps).into_iter().map(|path| Rule {
