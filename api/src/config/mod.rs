@@ -156,6 +156,12 @@ pub fn attach_request(
     if let Some((key, _)) = unsupported.iter().find(|(_, given)| *given) {
         return Err(format!("`{key}` is not supported yet\nremove the key"));
     }
+    if body.plan.is_some() {
+        let what = "`plan`: a VM that runs can read no plans";
+        return Err(format!(
+            "{what}\nask for the devices that it names, as `gantry vm attach --plan` does"
+        ));
+    }
     let device = model::DeviceConfig {
         group: body.group,
         alias: body.alias,

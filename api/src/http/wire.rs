@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{DeviceName, NumaPolicy, Traits};
+use gantry_resources::{DeviceName, NumaPolicy, Request, Source, Traits};
 use gantry_vmm::{SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -320,6 +320,10 @@ pub struct AddDevice {
     /// Whether no two of these devices may share a physical function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
+    /// Refused: plans are files, which a VM that runs cannot read. `gantry vm attach --plan` reads them,
+    /// and asks for what they name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<String>,
     /// Not supported: `false`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu: Option<bool>,
@@ -335,6 +339,34 @@ pub struct AddDevice {
     /// Not supported: empty.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub x_exclude_mmap_bars: Option<Vec<i64>>,
+}
+
+impl From<&Request> for AddDevice {
+    fn from(request: &Request) -> Self {
+        let wish = match request {
+            Request::Any(wish) => wish,
+            Request::Device { bdf, .. } => {
+                return Self {
+                    path: Some(DeviceName::Pci(*bdf).sysfs_path().into()),
+                    ..Self::default()
+                };
+            }
+        };
+        let (group, alias) = match wish.from.clone() {
+            Source::Group(name) => (Some(name), None),
+            Source::Alias(name) => (None, Some(name)),
+        };
+        Self {
+            group,
+            alias,
+            count: Some(wish.count.into()),
+            numa_policy: wish.numa_policy,
+            traits: Some(wish.traits.clone()),
+            resource_class: wish.resource_class.clone(),
+            isolate: Some(wish.isolate),
+            ..Self::default()
+        }
+    }
 }
 
 /// Answer to `vm.add-device`: the first device, and all of them.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use gantry_resources::{DeviceName, HostPaths};
+use gantry_resources::{DeviceName, HostPaths, Plans};
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -56,6 +56,9 @@ struct From {
     /// Alias to take devices by; `gantry group alias` shows them
     #[arg(long)]
     alias: Option<String>,
+    /// Service plan whose devices to take; `gantry plan list` shows them
+    #[arg(long, conflicts_with_all = ["count", "id"])]
+    plan: Option<String>,
     /// Address of the device to take; `gantry device list` shows them
     #[arg(long, value_name = "ADDRESS")]
     device: Option<DeviceName>,
@@ -93,20 +96,12 @@ pub struct DetachArgs {
 pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
-    let path = args
-        .from
-        .device
-        .map(|bdf| format!("/sys/bus/pci/devices/{bdf}"));
-    let body = AddDevice {
-        id: args.id,
-        group: args.from.group,
-        alias: args.from.alias,
-        count: args.count.map(u64::from),
-        path: path.map(Into::into),
-        ..AddDevice::default()
-    };
-    let added: Option<AddedDevices> = client.put_json("vm.add-device", &body)?;
-    let mut devices = added.map_or_else(Vec::new, |added| added.devices);
+    let mut devices: Vec<Device> = Vec::new();
+    for body in args.bodies(paths)? {
+        let added: Result<Option<AddedDevices>, _> = client.put_json("vm.add-device", &body);
+        let added = added.map_err(|error| beside(error.into(), &devices))?;
+        devices.extend(added.into_iter().flat_map(|added| added.devices));
+    }
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
         wait_for_driver(&mut events, &mut devices, wait)?;
@@ -127,6 +122,44 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
             writeln!(out, "{id}: {host} is {state} as {bdf} in {}", args.vm)
         }),
     })
+}
+
+/// A failure that tells of the devices of a plan that came before it.
+fn beside(failure: Failure, devices: &[Device]) -> Failure {
+    let ids: Vec<&str> = devices.iter().map(|device| &*device.id).collect();
+    match ids.as_slice() {
+        [] => failure,
+        ids => failure.help(format!("attached before that: {}", ids.join(", "))),
+    }
+}
+
+impl AttachArgs {
+    /// What is asked of the VM: several times for a plan.
+    fn bodies(&self, paths: &HostPaths) -> Result<Vec<AddDevice>, Failure> {
+        let From {
+            group,
+            alias,
+            plan,
+            device,
+        } = &self.from;
+        if let Some(name) = plan {
+            let plans = Plans::load(paths).map_err(Failure::host)?;
+            let plan = plans.find(name).map_err(Failure::host)?;
+            let requests = plan.requests().map_err(Failure::host)?;
+            if requests.is_empty() {
+                return Err(Failure::host(format!("plan \"{name}\" has no devices")));
+            }
+            return Ok(requests.iter().map(AddDevice::from).collect());
+        }
+        Ok(vec![AddDevice {
+            id: self.id.clone(),
+            group: group.clone(),
+            alias: alias.clone(),
+            count: self.count.map(u64::from),
+            path: device.map(|name| name.sysfs_path().into()),
+            ..AddDevice::default()
+        }])
+    }
 }
 
 fn wait_for_driver(
