@@ -343,14 +343,14 @@ pub struct AddDevice {
 
 impl From<&Request> for AddDevice {
     fn from(request: &Request) -> Self {
+        let exactly = |name: DeviceName| Self {
+            path: Some(name.sysfs_path().into()),
+            ..Self::default()
+        };
         let wish = match request {
             Request::Any(wish) => wish,
-            Request::Device { bdf, .. } => {
-                return Self {
-                    path: Some(DeviceName::Pci(*bdf).sysfs_path().into()),
-                    ..Self::default()
-                };
-            }
+            Request::Device { bdf, .. } => return exactly(DeviceName::Pci(*bdf)),
+            Request::Mdev { uuid, .. } => return exactly(DeviceName::Mdev(*uuid)),
         };
         let (group, alias) = match wish.from.clone() {
             Source::Group(name) => (Some(name), None),
