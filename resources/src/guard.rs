@@ -1,5 +1,8 @@
 //! What the host itself needs: disks in use, the network of the default route, the console display.
 
+mod framebuffer;
+mod session;
+
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
@@ -47,8 +50,15 @@ pub enum HostUse {
         /// The network interface.
         interface: String,
     },
+    /// Somebody is logged in over it (SSH).
+    Session {
+        /// The network interface.
+        interface: String,
+    },
     /// It is the display that the firmware started.
     ConsoleDisplay,
+    /// The console is drawn in its memory.
+    Framebuffer,
 }
 
 /// A device and what the host uses it for. Shown as a sentence.
@@ -79,6 +89,14 @@ impl fmt::Display for Guarded {
             HostUse::DefaultRoute { interface } => {
                 write!(f, "{bdf} is {interface}, which carries a default route")
             }
+            HostUse::Session { interface } => write!(
+                f,
+                "{bdf} is {interface}, which somebody is logged in over (SSH)"
+            ),
+            HostUse::Framebuffer => write!(
+                f,
+                "{bdf} holds the framebuffer that the console is drawn in (/proc/iomem)"
+            ),
             HostUse::ConsoleDisplay => write!(
                 f,
                 "{bdf} is the display that the firmware started (boot_vga)"
@@ -90,7 +108,16 @@ impl fmt::Display for Guarded {
 /// What the host uses these devices for, one line for each use; empty if they can go.
 pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
     let storage = Storage::read(paths)?;
-    let routes = routed_interfaces(paths)?;
+    let ipv4 = sysfs::table(&paths.proc.join("net/route"))?;
+    let ipv6 = sysfs::table(&paths.proc.join("net/ipv6_route"))?;
+    let default: BTreeSet<String> = default_routes_v4(&ipv4)
+        .chain(default_routes_v6(&ipv6))
+        .collect();
+    let routes = made_of(paths, &default)?;
+    let tcp = |name: &str| sysfs::table(&paths.proc.join("net").join(name));
+    let sessions = session::interfaces(&tcp("tcp")?, &tcp("tcp6")?, &ipv4);
+    let sessions = made_of(paths, &sessions.difference(&default).cloned().collect())?;
+    let framebuffers = framebuffer::owners(&sysfs::table(&paths.proc.join("iomem"))?);
     let mut uses = Vec::new();
     for device in devices {
         let dir = fs::canonicalize(paths.pci_device(device.bdf))?;
@@ -103,11 +130,19 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
         if device.boot_vga {
             add(HostUse::ConsoleDisplay);
         }
+        if framebuffers.contains(&device.bdf) && !device.boot_vga {
+            add(HostUse::Framebuffer);
+        }
         for block in storage.below(&dir) {
             storage.uses(paths, block)?.into_iter().for_each(&mut add);
         }
         for (interface, _) in routes.iter().filter(|(_, path)| path.starts_with(&dir)) {
             add(HostUse::DefaultRoute {
+                interface: interface.clone(),
+            });
+        }
+        for (interface, _) in sessions.iter().filter(|(_, path)| path.starts_with(&dir)) {
+            add(HostUse::Session {
                 interface: interface.clone(),
             });
         }
@@ -269,14 +304,10 @@ fn swaps(swaps: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The interfaces with a default route and those that they are made of (bridge, bond, VLAN), with their
-/// places in the device tree.
-fn routed_interfaces(paths: &HostPaths) -> io::Result<Vec<(String, PathBuf)>> {
-    let ipv4 = sysfs::table(&paths.proc.join("net/route"))?;
-    let ipv6 = sysfs::table(&paths.proc.join("net/ipv6_route"))?;
-    let mut waiting: Vec<String> = default_routes_v4(&ipv4)
-        .chain(default_routes_v6(&ipv6))
-        .collect();
+/// These interfaces and those that they are made of (bridge, bond, VLAN), with their places in the device
+/// tree.
+fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result<Vec<(String, PathBuf)>> {
+    let mut waiting: Vec<String> = names.iter().cloned().collect();
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     while let Some(name) = waiting.pop() {
@@ -482,6 +513,31 @@ mod tests {
         assert_eq!(
             uses(&host),
             ["0000:02:00.0 is eth0, which carries a default route"]
+        );
+    }
+
+    #[test]
+    fn the_nic_of_a_session_and_the_device_of_the_framebuffer_stay() {
+        let host = host();
+        host.file(
+            "proc/net/route",
+            "Iface\tDestination\n\
+             eth0\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0\n",
+        );
+        host.file(
+            "proc/net/tcp",
+            "  sl  local_address rem_address   st\n   0: 0100000A:0016 0200000A:D431 01 0:0\n",
+        );
+        host.file(
+            "proc/iomem",
+            "c0000000-cfffffff : 0000:03:00.0\n  c0000000-c07e8fff : BOOTFB\n",
+        );
+        assert_eq!(
+            uses(&host),
+            [
+                "0000:02:00.0 is eth0, which somebody is logged in over (SSH)",
+                "0000:03:00.0 holds the framebuffer that the console is drawn in (/proc/iomem)",
+            ]
         );
     }
 
