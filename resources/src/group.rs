@@ -1,6 +1,7 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
 mod edit;
+mod made;
 mod nova_files;
 
 use std::collections::BTreeMap;
@@ -13,10 +14,9 @@ use thiserror::Error;
 use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
-use crate::mdev::MdevDevice;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
-use crate::sriov::{SriovSpec, VfToken};
+use crate::sriov::SriovSpec;
 use crate::tenant::Tenants;
 use crate::usb::UsbDevice;
 use crate::vgpu::VgpuSpec;
@@ -333,48 +333,6 @@ impl Groups {
         Ok(())
     }
 
-    /// What is wrong with what is to be made for a group: the key, and words.
-    fn problem(&self, group: &ResourceGroup) -> Option<(String, String)> {
-        if let Some((key, problem)) = self.sriov_problem(group) {
-            return Some((format!("sriov.{key}"), problem));
-        }
-        let spec = group.vgpu.as_ref()?;
-        if group.kind != GroupType::Vgpu {
-            let problem = "only groups of type \"vgpu\" have it".to_owned();
-            return Some(("vgpu".to_owned(), problem));
-        }
-        let uuids = |other: &ResourceGroup| other.vgpu.as_ref().map(|other| other.uuids.clone());
-        let theirs = self.groups.iter().filter_map(uuids).flatten();
-        let shared = theirs.into_iter().find(|uuid| spec.uuids.contains(uuid));
-        if let Some(uuid) = shared {
-            let problem = format!("{uuid} belongs to another group");
-            return Some(("vgpu.uuids".to_owned(), problem));
-        }
-        let (key, problem) = spec.problem()?;
-        Some((format!("vgpu.{key}"), problem))
-    }
-
-    /// What is wrong with the virtual functions that a group asks for: the key, and words.
-    fn sriov_problem(&self, group: &ResourceGroup) -> Option<(&'static str, String)> {
-        let spec = group.sriov.as_ref()?;
-        let of = |other: &&ResourceGroup| {
-            let spec_of = other.sriov.as_ref();
-            spec_of.is_some_and(|other| other.pf == spec.pf)
-        };
-        if !matches!(group.kind, GroupType::Pci | GroupType::SriovNic) {
-            let problem = "only groups of type \"sriov-nic\" or \"pci\" have virtual functions";
-            return Some(("pf", problem.to_owned()));
-        }
-        if let Some(other) = self.groups.iter().find(of) {
-            let problem = format!(
-                "group \"{}\" makes the virtual functions of {} already: they are made all at once",
-                other.name, spec.pf
-            );
-            return Some(("pf", problem));
-        }
-        spec.problem()
-    }
-
     /// The groups in the order of definition.
     pub fn iter(&self) -> impl Iterator<Item = &ResourceGroup> {
         self.groups.iter()
@@ -446,22 +404,6 @@ impl Groups {
     pub fn exposes(&self, device: &HostDevice) -> bool {
         let taken = self.group_of(device).is_some() || self.spec_of(device).is_some();
         taken && self.tenant_of(device).is_none()
-    }
-
-    /// The group that a mediated device belongs to: one that names it, or else the first of its type.
-    pub fn group_of_mdev(&self, device: &MdevDevice) -> Option<&ResourceGroup> {
-        let spec = |group: &&ResourceGroup, named: bool| {
-            let spec = group.vgpu.as_ref();
-            spec.is_some_and(|spec| spec.names(device) == Some(named))
-        };
-        let named = self.groups.iter().find(|group| spec(group, true));
-        named.or_else(|| self.groups.iter().find(|group| spec(group, false)))
-    }
-
-    /// The token that the group of a card's virtual functions asks for.
-    pub(crate) fn vf_token(&self, pf: HostBdf) -> Option<VfToken> {
-        let mut specs = self.groups.iter().filter_map(|group| group.sriov.as_ref());
-        specs.find(|spec| spec.pf == pf)?.vf_token
     }
 
     /// Whether a device spec takes a device.

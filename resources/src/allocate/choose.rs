@@ -1,5 +1,7 @@
 //! Which devices a VM gets: a pure choice over one look at the host, first fit in the order of addresses.
 
+mod made;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{AllocateError, RequestFit};
@@ -13,10 +15,8 @@ use crate::mdev::Mdevs;
 use crate::nova::{self, Alias, DeviceType, NumaPolicy};
 use crate::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::request::{Placement, Request, Source, Wish};
-use crate::sriov::{VfToken, token};
 use crate::topology::Sockets;
-use crate::uuid::Uuid;
-use crate::vgpu::{Instance, TakenInstances, VgpuError};
+use crate::vgpu::{Instance, TakenInstances};
 
 /// One look at the host.
 #[derive(Clone, Copy)]
@@ -273,32 +273,6 @@ impl<'a> Choice<'a, '_> {
         })
     }
 
-    fn exact_mdev(&mut self, uuid: Uuid, ungrouped: bool) -> Result<Picked<'a>, AllocateError> {
-        let mut all = self.view.mdevs.devices.iter();
-        let device = all.find(|device| device.uuid == uuid);
-        let device = device.ok_or(VgpuError::NoSuch { uuid })?;
-        if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
-            return Err(VgpuError::Ungrouped { uuid }.into());
-        }
-        if device.lease.is_held() {
-            return Err(VgpuError::held(uuid, &device.lease).into());
-        }
-        let instance = Instance {
-            uuid: Some(uuid),
-            made: true,
-            parent: device.parent.clone(),
-            kind: device.kind.clone(),
-        };
-        if !self.instances.take(std::slice::from_ref(&instance)) {
-            return Err(VgpuError::AskedTwice { uuid }.into());
-        }
-        Ok(Picked {
-            devices: Vec::new(),
-            fit: RequestFit::exact_mdev(&instance),
-            instances: vec![instance],
-        })
-    }
-
     fn pick(&mut self, wish: &Wish) -> Result<Picked<'a>, AllocateError> {
         let meant = self.meant(&wish.from)?;
         let policy = policy(self.view.groups, wish);
@@ -344,16 +318,6 @@ impl<'a> Choice<'a, '_> {
             instances,
             fit,
         })
-    }
-
-    /// The mediated devices of a group that could be had, up to so many.
-    fn instances_of(&self, meant: &Meant<'_>, wanted: usize) -> Vec<Instance> {
-        let spec = match meant {
-            Meant::Group(group) => group.vgpu.as_ref(),
-            Meant::Alias(_) => None,
-        };
-        let found = spec.map(|spec| spec.instances(self.view.mdevs, &self.instances, wanted));
-        found.unwrap_or_default()
     }
 
     fn meant(&self, from: &Source) -> Result<Meant<'a>, AllocateError> {
@@ -427,31 +391,6 @@ impl<'a> Choice<'a, '_> {
             self.pool.obstacle(device)
         };
         first.or_else(|| self.of_card(device))
-    }
-
-    /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
-    fn of_card(&self, device: &HostDevice) -> Option<Obstacle> {
-        let card = token::card(device);
-        let has_token = !matches!(
-            self.view.groups.vf_token(card),
-            None | Some(VfToken::Secret(false))
-        );
-        let devices = self.view.devices;
-        if device.physfn.is_none() {
-            let of_it = |other: &&HostDevice| other.physfn == Some(card) && other.lease.is_held();
-            let held = devices.iter().find(of_it).filter(|_| !has_token)?;
-            return Some(Obstacle::VfHeld { vf: held.bdf });
-        }
-        let pf = devices.iter().find(|other| other.bdf == card)?;
-        if !pf.on_vfio() {
-            return None;
-        }
-        let owned = pf.lease.is_held() || self.taken.contains(&card);
-        match (has_token, owned) {
-            (false, _) => Some(Obstacle::NoVfToken { pf: card }),
-            (true, false) => Some(Obstacle::PfIdle { pf: card }),
-            (true, true) => None,
-        }
     }
 
     /// What stands against a device that is one of those meant.

@@ -21,7 +21,9 @@ use std::time::{Duration, Instant};
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
-use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord, holder};
+use crate::lease::{
+    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseKind, LeaseRecord, holder,
+};
 use crate::obstacle::Blocked;
 use crate::quarantine::{Until, quarantine};
 use crate::rule::IdPair;
@@ -184,22 +186,32 @@ pub(crate) fn activate_for_vm(
     };
     let deadline = Instant::now() + OTHERS_PATIENCE;
     loop {
-        let there = !Pf::read(paths, spec.pf)?.vfs.is_empty();
-        let busy = holder(paths, spec.pf)?.is_held();
-        match (there, busy) {
-            (true, false) => return Ok(()),
-            (false, false) => match activate(paths, host, group, false) {
-                Err(SriovError::Busy(_)) if Instant::now() < deadline => {}
-                result => return result.map(drop),
-            },
-            (_, true) if Instant::now() >= deadline => {
-                let lease = holder(paths, spec.pf)?;
-                return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
-            }
-            (_, true) => {}
+        if !is_task(paths, spec.pf) {
+            return match Pf::read(paths, spec.pf)?.vfs.as_slice() {
+                [] => match activate(paths, host, group, false) {
+                    // Somebody else was faster.
+                    Err(SriovError::Busy(_)) if is_task(paths, spec.pf) => continue,
+                    result => result.map(drop),
+                },
+                _ => Ok(()),
+            };
+        }
+        if Instant::now() >= deadline {
+            let lease = holder(paths, spec.pf)?;
+            return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Whether a command is at work on a device, which does not take long.
+fn is_task(paths: &HostPaths, bdf: HostBdf) -> bool {
+    let lease = holder(paths, bdf);
+    lease.is_ok_and(|lease| {
+        lease
+            .record()
+            .is_some_and(|one| one.kind == LeaseKind::Task)
+    })
 }
 
 fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
