@@ -187,6 +187,12 @@ fn work(mut workshop: Workshop, jobs: &Receiver<Job>, ending: &Arc<AtomicBool>) 
 }
 
 fn close(workshop: &Workshop, devices: Vec<(String, AttachedDevice)>, forced: Option<bool>) {
+    for (id, _) in devices.iter().filter(|(_, device)| device.reset_failed()) {
+        (workshop.ground.events)(VmEvent::DeviceError {
+            id: id.clone(),
+            error: "its reset failed: it goes into quarantine".to_owned(),
+        });
+    }
     let (ids, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
     host_devices::close(devices, &workshop.ground.sandbox);
     if let Some(forced) = forced {

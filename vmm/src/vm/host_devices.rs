@@ -119,6 +119,11 @@ impl AttachedDevice {
         firmware::probe(function, &*self.function)
     }
 
+    /// Whether it could not be reset when the guest was: what it does now nobody knows.
+    pub fn reset_failed(&self) -> bool {
+        self.function.function().reset_failed()
+    }
+
     /// What it did so far.
     pub fn counts(&self) -> &Counts {
         self.function.counts()
@@ -134,7 +139,7 @@ impl Drop for AttachedDevice {
         while Arc::strong_count(&self.function) > 1 && Instant::now() < deadline {
             sleep(Duration::from_millis(1));
         }
-        if self.function.function().reset_failed() {
+        if self.reset_failed() {
             self.hold.set_aside("its reset failed");
         }
     }
