@@ -11,6 +11,7 @@ mod wire;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
+use std::iter;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -30,7 +31,7 @@ use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 pub use desk::opener_helper;
-use wire::{Ask, Leased, LeasedGroup, Said};
+use wire::{Ask, Leased, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
@@ -46,6 +47,11 @@ pub enum OpenerError {
     /// It is gone, or says what nobody understands.
     #[error("the helper that opens devices for this VM does not answer: start the VM again")]
     Gone(#[source] io::Error),
+    /// What it opened did not arrive.
+    #[error(
+        "cannot take over the files that the helper opened for this VM: if too many are open, raise `ulimit -n`"
+    )]
+    Files(#[source] io::Error),
     /// It did not do what it was asked for.
     #[error("{0}")]
     Refused(String),
@@ -161,63 +167,77 @@ impl Opener {
         held: &[u32],
         container: bool,
     ) -> Result<Opened, OpenerError> {
-        let mut socket = self.lock();
         let ask = Ask::Lease {
             requests: requests.to_vec(),
             held: held.to_vec(),
             container,
         };
-        wire::send(&mut socket, &ask).map_err(OpenerError::Gone)?;
-        match wire::receive(&mut socket).map_err(OpenerError::Gone)? {
-            Said::Leased { devices, groups } => self
-                .take(&mut socket, devices, groups, container)
-                .map_err(OpenerError::Gone),
-            Said::Refused(why) => Err(OpenerError::Refused(why)),
-            Said::Released => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
-        }
+        // Leases give themselves back over the socket: none is made while it is locked.
+        let (leased, groups, mut files) = {
+            let mut socket = self.lock();
+            wire::send(&mut socket, &ask).map_err(OpenerError::Gone)?;
+            match wire::receive(&mut socket).map_err(OpenerError::Gone)? {
+                Said::Leased { devices, groups } => {
+                    let locks: usize = devices.iter().map(|device| device.locks).sum();
+                    let count = usize::from(container) + groups.len() + locks;
+                    let files = (0..count).map(|_| wire::receive_file(&socket));
+                    // All of them even if one fails, so that the next answer is not taken for one.
+                    let files: Vec<_> = files.collect();
+                    (devices, groups, files.into_iter())
+                }
+                Said::Refused(why) => return Err(OpenerError::Refused(why)),
+                Said::Released => {
+                    return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
+                }
+            }
+        };
+        let mut file = || match files.next() {
+            Some(file) => file,
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        };
+        let container = container.then(&mut file).transpose();
+        let groups = groups.into_iter().map(|group| {
+            Ok(OpenedGroup {
+                number: group.number,
+                reserved: group.reserved,
+                node: file()?,
+            })
+        });
+        // Not by `?`: each lease is made, so that it goes back if anything is missing.
+        let groups: Vec<io::Result<OpenedGroup>> = groups.collect();
+        let devices = leased
+            .into_iter()
+            .map(|device| self.held(device, &mut file));
+        let devices: Vec<_> = devices.collect();
+        let whole = || {
+            Ok(Opened {
+                container: container?,
+                groups: groups.into_iter().collect::<io::Result<_>>()?,
+                devices: devices.into_iter().collect::<io::Result<_>>()?,
+            })
+        };
+        whole().map_err(OpenerError::Files)
     }
 
-    /// Receives the descriptors that follow an answer.
-    fn take(
+    /// A device that the helper leased; its locks come from `file`.
+    fn held(
         &self,
-        socket: &mut UnixStream,
-        devices: Vec<Leased>,
-        groups: Vec<LeasedGroup>,
-        container: bool,
-    ) -> io::Result<Opened> {
-        let container = match container {
-            true => Some(wire::receive_file(socket)?),
-            false => None,
+        device: Leased,
+        file: impl FnMut() -> io::Result<File>,
+    ) -> io::Result<OpenedDevice> {
+        let mut lease = HeldLease {
+            opener: self.clone(),
+            id: device.id,
+            aside: Mutex::default(),
+            locks: None,
         };
-        let mut opened = Vec::new();
-        for LeasedGroup { number, reserved } in groups {
-            opened.push(OpenedGroup {
-                number,
-                reserved,
-                node: wire::receive_file(socket)?,
-            });
-        }
-        let mut held = Vec::new();
-        for device in devices {
-            let locks = (0..device.locks)
-                .map(|_| wire::receive_file(socket))
-                .collect::<io::Result<_>>()?;
-            held.push(OpenedDevice {
-                name: device.name,
-                group: device.group,
-                token: device.token,
-                lease: HeldLease {
-                    opener: self.clone(),
-                    id: device.id,
-                    aside: Mutex::default(),
-                    locks: Some(locks),
-                },
-            });
-        }
-        Ok(Opened {
-            devices: held,
-            groups: opened,
-            container,
+        let locks: Vec<_> = iter::repeat_with(file).take(device.locks).collect();
+        lease.locks = Some(locks.into_iter().collect::<io::Result<_>>()?);
+        Ok(OpenedDevice {
+            name: device.name,
+            group: device.group,
+            token: device.token,
+            lease,
         })
     }
 

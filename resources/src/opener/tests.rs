@@ -1,6 +1,7 @@
 //! Tests: what the helper gives and refuses, and that nothing stays leased.
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::thread::{self, JoinHandle};
 
 use super::desk::serve;
@@ -207,4 +208,43 @@ fn what_later_devices_reserve_is_known_beforehand() {
     let from = [Source::Group("nvme".to_owned())];
     assert_eq!(reserved_for(&host.paths, &from).len(), 2);
     assert!(reserved_for(&host.paths, &[]).is_empty());
+}
+
+#[test]
+fn what_does_not_arrive_whole_goes_back() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    // A lease that waits for itself would wait for ever.
+    let patience = Some(Duration::from_secs(5));
+    theirs.set_read_timeout(patience).unwrap();
+    let opener = Opener(Arc::new(End(Mutex::new(ours))));
+    let helper = thread::spawn(move || {
+        let _: Ask = wire::receive(&mut theirs).unwrap();
+        let leased = |id| wire::Leased {
+            id,
+            name: bdf("01:00.0").into(),
+            group: 1,
+            token: None,
+            locks: 1,
+        };
+        let devices = vec![leased(4), leased(5)];
+        let groups = Vec::new();
+        wire::send(&mut theirs, &Said::Leased { devices, groups }).unwrap();
+        let lock = File::open("/dev/null").unwrap();
+        wire::send_file(&theirs, lock.as_raw_fd()).unwrap();
+        // As when the VM has too many files open: the byte comes alone.
+        theirs.write_all(&[0]).unwrap();
+        let mut released = Vec::new();
+        while released.len() < 2 {
+            match wire::receive(&mut theirs).unwrap() {
+                Ask::Release { id, .. } => released.push(id),
+                other => panic!("{other:?}"),
+            }
+            wire::send(&mut theirs, &Said::Released).unwrap();
+        }
+        released.sort_unstable();
+        released
+    });
+    let failed = opener.open(&[Request::group("nvme", 2)], &[], false).err();
+    assert!(matches!(failed, Some(OpenerError::Files(_))), "{failed:?}");
+    assert_eq!(helper.join().unwrap(), [4, 5]);
 }
