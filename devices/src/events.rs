@@ -3,8 +3,8 @@
 //!
 //! An interrupt tells the guest's ACPI interpreter to read [`EVENT`] until it reads 0. Each read takes
 //! one notification: for whom, and which. A guest that has let go of a device writes its slot's
-//! number to [`EJECT`]. A slot has at most one notification waiting, so nothing piles up for a guest
-//! that never reads.
+//! number to [`EJECT`], and one that has done what a notification asked for says so at [`ANSWER`]. A slot
+//! has at most one notification waiting, so nothing piles up for a guest that never reads.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -19,8 +19,10 @@ use crate::warn_limited;
 pub const EVENT: u64 = 0;
 /// Offset of the eject register, 32 bits, write-only: the number of the slot.
 pub const EJECT: u64 = 4;
+/// Offset of the answer register, 32 bits, write-only: the number of the slot.
+pub const ANSWER: u64 = 8;
 /// Bytes of registers.
-pub const LEN: u64 = 8;
+pub const LEN: u64 = 12;
 
 /// Notification of a slot: look whether something is there (ACPI Specification 6.5, 5.6.6).
 pub const DEVICE_CHECK: u8 = 1;
@@ -52,6 +54,21 @@ struct Slot {
     port: PortIndex,
     occupied: bool,
     notification: Option<u8>,
+    /// Notifications that were read, and not answered yet.
+    unanswered: u32,
+    /// What was in it was taken away unasked: what the guest says of the slot may be of that.
+    stale: bool,
+}
+
+/// What a guest knows of an empty slot, from the best to fill to the worst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Vacancy {
+    /// That it is empty.
+    Known,
+    /// It has read that it was emptied, and may be at it. Something new could be taken for what was there.
+    Read,
+    /// It has not read that it was emptied. Something new would be taken for what was there.
+    Untold,
 }
 
 impl PlatformEvents {
@@ -61,6 +78,8 @@ impl PlatformEvents {
             port,
             occupied: false,
             notification: None,
+            unanswered: 0,
+            stale: false,
         });
         let state = State {
             power_button: false,
@@ -107,9 +126,28 @@ impl PlatformEvents {
         self.change(port, |slot| {
             slot.occupied = false;
             slot.notification = tell.then_some(DEVICE_CHECK);
+            slot.stale |= tell;
         });
         if tell {
             self.ring();
+        }
+    }
+
+    /// Whether something is in a slot that the guest has not let go of.
+    pub fn is_occupied(&self, port: PortIndex) -> bool {
+        let state = self.lock();
+        let mut slots = state.slots.iter();
+        slots.any(|slot| slot.port == port && slot.occupied)
+    }
+
+    /// What the guest knows of a slot that is empty.
+    pub fn vacancy(&self, port: PortIndex) -> Vacancy {
+        let state = self.lock();
+        let slot = state.slots.iter().find(|slot| slot.port == port);
+        match slot.filter(|slot| slot.stale) {
+            None => Vacancy::Known,
+            Some(slot) if slot.notification.is_none() => Vacancy::Read,
+            Some(_) => Vacancy::Untold,
         }
     }
 
@@ -132,6 +170,8 @@ impl PlatformEvents {
         state.power_button = false;
         for slot in &mut state.slots {
             slot.notification = None;
+            slot.unanswered = 0;
+            slot.stale = false;
         }
     }
 
@@ -161,20 +201,33 @@ impl State {
         let next = self
             .slots
             .iter_mut()
-            .find_map(|slot| Some((slot.port, slot.notification.take()?)));
-        next.map_or(0, |(port, notification)| {
-            u32::from(notification) << 16 | u32::from(slot_number(port))
+            .find_map(|slot| Some((slot.notification.take()?, slot)));
+        next.map_or(0, |(notification, slot)| {
+            slot.unanswered = slot.unanswered.saturating_add(1);
+            // It is of what is there now that the guest is asked to let go.
+            slot.stale &= notification != EJECT_REQUEST;
+            u32::from(notification) << 16 | u32::from(slot_number(slot.port))
         })
+    }
+
+    fn slot(&mut self, number: u32) -> Option<&mut Slot> {
+        let mut slots = self.slots.iter_mut();
+        slots.find(|slot| u32::from(slot_number(slot.port)) == number)
     }
 
     /// The slot that the guest has emptied. Only once: it is the owner who fills it again.
     fn eject(&mut self, number: u32) -> Option<PortIndex> {
-        let slot = self
-            .slots
-            .iter_mut()
-            .find(|slot| u32::from(slot_number(slot.port)) == number)?;
+        let slot = self.slot(number).filter(|slot| !slot.stale)?;
         slot.notification = None;
         std::mem::take(&mut slot.occupied).then_some(slot.port)
+    }
+
+    /// The guest has done what a notification of a slot asked for.
+    fn answer(&mut self, number: u32) {
+        if let Some(slot) = self.slot(number) {
+            slot.unanswered = slot.unanswered.saturating_sub(1);
+            slot.stale &= slot.unanswered > 0 || slot.notification.is_some();
+        }
     }
 }
 
@@ -191,6 +244,9 @@ impl BusDevice for PlatformEvents {
         let Ok(number) = data.try_into().map(u32::from_le_bytes) else {
             return Effect::None;
         };
+        if offset == ANSWER {
+            self.lock().answer(number);
+        }
         if offset != EJECT {
             return Effect::None;
         }
@@ -199,7 +255,7 @@ impl BusDevice for PlatformEvents {
             None => {
                 warn_limited!(
                     number,
-                    "guest ejects from a slot that is empty or not there"
+                    "guest ejects from a slot that is empty, filled since, or not there"
                 );
                 Effect::None
             }
@@ -285,6 +341,80 @@ mod tests {
         events.empty(ports[0], true);
         assert_eq!(next(&events), (1, DEVICE_CHECK));
         assert_eq!(eject(&events, 1), None);
+    }
+
+    fn answer(events: &PlatformEvents, number: u32) {
+        let _ = events.write(ANSWER, &number.to_le_bytes());
+    }
+
+    #[test]
+    fn a_slot_that_was_emptied_unasked_is_known_to_be_once_the_guest_has_looked() {
+        let (ports, events) = events(1);
+        let port = ports[0];
+        events.announce(port);
+        assert_eq!(next(&events), (1, DEVICE_CHECK));
+        events.empty(port, true);
+        assert_eq!(events.vacancy(port), Vacancy::Untold);
+        answer(&events, 1);
+        assert_eq!(events.vacancy(port), Vacancy::Untold, "that was the first");
+        assert_eq!(next(&events), (1, DEVICE_CHECK));
+        assert_eq!(events.vacancy(port), Vacancy::Read);
+        answer(&events, 1);
+        assert_eq!(events.vacancy(port), Vacancy::Known);
+        // Both are read before either is answered.
+        events.announce(port);
+        next(&events);
+        events.empty(port, true);
+        next(&events);
+        answer(&events, 1);
+        assert_eq!(events.vacancy(port), Vacancy::Read);
+        answer(&events, 1);
+        assert_eq!(events.vacancy(port), Vacancy::Known);
+        answer(&events, 1);
+        answer(&events, 9);
+        events.announce(port);
+        events.empty(port, false);
+        assert_eq!(events.vacancy(port), Vacancy::Known, "the guest did it");
+    }
+
+    #[test]
+    fn a_late_eject_does_not_reach_what_came_since() {
+        let (ports, events) = events(1);
+        let port = ports[0];
+        events.fill(port);
+        events.request_eject(port);
+        assert_eq!(next(&events), (1, EJECT_REQUEST));
+        // The guest takes too long.
+        events.empty(port, true);
+        assert_eq!(next(&events), (1, DEVICE_CHECK));
+        events.announce(port);
+        assert_eq!(eject(&events, 1), None);
+        assert!(events.is_occupied(port));
+        // Once it is asked to let go of what is there now, it may.
+        events.request_eject(port);
+        assert_eq!(eject(&events, 1), None, "it has not read that");
+        assert_eq!(next(&events), (1, EJECT_REQUEST));
+        assert_eq!(eject(&events, 1), Some(port));
+        assert!(!events.is_occupied(port));
+    }
+
+    #[test]
+    fn a_guest_may_eject_by_itself_once_it_knows_what_is_there() {
+        let (ports, events) = events(1);
+        let port = ports[0];
+        events.fill(port);
+        events.empty(port, true);
+        next(&events);
+        events.announce(port);
+        next(&events);
+        answer(&events, 1);
+        assert_eq!(eject(&events, 1), None);
+        answer(&events, 1);
+        assert_eq!(eject(&events, 1), Some(port));
+        events.fill(port);
+        events.empty(port, true);
+        events.reset();
+        assert_eq!(events.vacancy(port), Vacancy::Known);
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub const MORE: &[Case] = cases![
     a_bar_of_8_gib_finds_a_slot,
     cycles_leave_nothing_behind,
     a_reboot_ends_what_was_pending,
+    a_reboot_stops_a_device_that_is_leaving,
+    what_was_taken_by_force_can_come_again,
 ];
 
 /// For host kernels that can audit.
@@ -263,6 +265,68 @@ fn a_reboot_ends_what_was_pending(host: &Host) -> Result<()> {
     let ended = running.end()?.powered_off()?;
     let sum = format!("{} -", SECOND.checksum());
     ensure!(ended.value("sum")? == sum, "{ended}");
+    nothing_is_held(host)
+}
+
+fn a_reboot_stops_a_device_that_is_leaving(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = deaf().devices("nvme", 1).start(host)?;
+    running.until("guest: init")?;
+    // It writes to the guest's memory all the time.
+    running.types("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; (while dd if=/dev/nvme0n1 of=/dev/null bs=1M iflag=direct 2>/dev/null; do :; done) & echo guest: busy")?;
+    running.until("\nguest: busy")?;
+    gantry(host, &format!("detach vm {} --no-wait", FIRST.bdf))?;
+    gantry(host, "reboot vm")?;
+    running.until("guest: init")?;
+    until_free(host, "nvme", 1)?;
+    ensure!(devices(host)?.is_empty());
+    running.types("echo guest: disks=$(ls /dev/nvme* 2>/dev/null | wc -l); poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.number("disks")? == 0, "{ended}");
+    nothing_is_held(host)
+}
+
+/// Waits until the guest has no function behind its `port`-th port, counted from 1.
+fn is_gone(running: &mut Running, port: u8) -> Result<()> {
+    running.types(&format!(
+        "until [ ! -e /sys/bus/pci/devices/0000:0{port}:00.0 ]; do sleep 0.1; done; echo guest: gone"
+    ))?;
+    running.until("\nguest: gone")
+}
+
+fn what_was_taken_by_force_can_come_again(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut vm = vm();
+    vm.file["hotplug"]["slots"] = json!(2);
+    let mut running = vm.start(host)?;
+    running.until("guest: init")?;
+    // The second time the guest may not have looked yet; the third time it has looked at both slots.
+    for (round, port) in [1, 2, 1].into_iter().enumerate() {
+        gantry(host, "attach vm --group nvme")?;
+        let list = devices(host)?;
+        let guest = list[0]["bdf"].as_str().unwrap_or_default();
+        ensure!(
+            guest.contains(&format!("0{port}:00.0")),
+            "{round}: {list:?}"
+        );
+        if round == 1 {
+            is_gone(&mut running, 1)?;
+        }
+        running.types(&format!(
+            "until [ -e /sys/bus/pci/devices/0000:0{port}:00.0/driver ] && [ -b /dev/nvme?n1 ]; do sleep 0.1; done; echo guest: sum=$(dd if=$(echo /dev/nvme?n1) bs=1M iflag=direct 2>/dev/null | sha256sum)"
+        ))?;
+        running.until("\nguest: sum=")?;
+        gantry(host, &format!("detach vm {} --force-after 0", FIRST.bdf))?;
+        ensure!(free(host, "nvme")? == 1, "round {round}");
+        if round > 0 {
+            is_gone(&mut running, port)?;
+        }
+    }
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let sums: Vec<&str> = ended.values("sum").collect();
+    let expected = format!("{} -", FIRST.checksum());
+    ensure!(sums == [&*expected; 3], "{sums:?}: {ended}");
     nothing_is_held(host)
 }
 

@@ -44,6 +44,8 @@ struct State {
     bars: BarSet,
     /// What the hardware was last told; `None` if that is not known.
     hardware: Option<Control>,
+    /// The guest has it no more.
+    retired: bool,
 }
 
 /// The registers that take effect in [`PciDevice::remap`].
@@ -102,6 +104,7 @@ impl PassthroughDevice {
                 space: plan.space.clone(),
                 bars,
                 hardware: Some(Control::AT_RESET),
+                retired: false,
             }),
             io,
             msix,
@@ -114,6 +117,37 @@ impl PassthroughDevice {
     /// Whether a reset of the device failed: nobody knows what state it is in.
     pub fn reset_failed(&self) -> bool {
         self.reset_failed.load(Ordering::Relaxed)
+    }
+
+    /// Takes the function away from the guest, for good: its mappings, interrupts and DMA have ended when
+    /// this returns. What a vCPU that had found the function before still writes to its configuration
+    /// space has no effect.
+    ///
+    /// # Errors
+    /// The device does not say that it has stopped, nor could it be reset.
+    pub fn retire(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.retired = true;
+        self.quiet(&mut state)
+            .or_else(|error| self.reset_device().map_err(|_| error))
+    }
+
+    fn reset_device(&self) -> Result<()> {
+        self.io.reset().inspect_err(|error| {
+            if !error.is_unsupported() {
+                self.reset_failed.store(true, Ordering::Relaxed);
+            }
+        })
+    }
+
+    /// Ends mappings, interrupts and bus mastering. The write to the command register is answered behind
+    /// all that the device has sent to memory before (PCI Express Base Specification 6.0, 2.4.1).
+    fn quiet(&self, state: &mut State) -> Result<()> {
+        state.bars.unmap();
+        if let Some((_, interrupts)) = &self.msix {
+            interrupts.reset();
+        }
+        self.follow(&mut state.hardware, Control::AT_RESET)
     }
 
     /// The device's address on the host.
@@ -234,7 +268,11 @@ impl PciDevice for PassthroughDevice {
             space,
             bars,
             hardware,
+            retired,
         } = &mut *guard;
+        if *retired {
+            return false;
+        }
         let before = self.control(space);
         if BarSet::handles(offset) {
             bars.write(offset, data);
@@ -264,7 +302,11 @@ impl PciDevice for PassthroughDevice {
             space,
             bars,
             hardware,
+            retired,
         } = &mut *guard;
+        if *retired {
+            return;
+        }
         let control = self.control(space);
         let decode = control.decode();
         if *hardware != Some(control) {
@@ -284,22 +326,13 @@ impl PciDevice for PassthroughDevice {
     }
 
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
-        let mut guard = self.lock();
-        let State {
-            space,
-            bars,
-            hardware,
-        } = &mut *guard;
-        bars.unmap();
-        bars.unassign();
-        *space = self.at_reset.clone();
-        if let Some((_, interrupts)) = &self.msix {
-            interrupts.reset();
-        }
+        let mut state = self.lock();
         // Bus mastering ends even where the device has no reset, and the reset itself may leave the
         // command register as it was.
-        let quiet = self.follow(hardware, Control::AT_RESET);
-        let reset = match self.io.reset() {
+        let quiet = self.quiet(&mut state);
+        state.bars.unassign();
+        state.space = self.at_reset.clone();
+        let reset = match self.reset_device() {
             Err(error) if error.is_unsupported() => {
                 warn_limited!(
                     device = self.io.name(),
@@ -307,10 +340,10 @@ impl PciDevice for PassthroughDevice {
                 );
                 Ok(())
             }
-            reset => reset.inspect_err(|_| self.reset_failed.store(true, Ordering::Relaxed)),
+            reset => reset,
         };
-        *hardware = None;
-        let after = self.follow(hardware, Control::AT_RESET);
+        state.hardware = None;
+        let after = self.follow(&mut state.hardware, Control::AT_RESET);
         quiet.and(reset).and(after).map_err(io::Error::other)
     }
 }

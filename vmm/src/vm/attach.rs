@@ -1,7 +1,9 @@
 //! The slow part of plugging in and unplugging, on a thread of its own: leases, files, resets, pinning.
 //!
 //! Jobs are done one after the other, so that a container that its last device leaves is never joined.
+//! What is to be closed comes before what is to be opened.
 
+use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +17,7 @@ use gantry_resources::Opener;
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed};
 use super::populate::Populating;
-use crate::command::{Attach, EventSink, Reply, VmEvent};
+use crate::command::{Attach, CommandError, EventSink, Reply, VmEvent};
 use crate::control::Event;
 use crate::error::Error;
 use crate::kvm::VfioObserver;
@@ -123,7 +125,8 @@ pub struct Workshop {
     pub ground: Ground,
 }
 
-/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry.
+/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, and for what
+/// is to be closed. Who waits for devices is told that the VM is ending.
 pub struct Worker {
     // Closed first: it ends the thread.
     jobs: Option<Sender<Job>>,
@@ -140,7 +143,12 @@ impl Worker {
         let (sender, jobs) = channel();
         let ending = Arc::new(AtomicBool::new(false));
         let (sandbox, told) = (Arc::clone(&workshop.ground.sandbox), Arc::clone(&ending));
-        let work = move || work(workshop, &jobs, &told);
+        let jobs = Jobs {
+            given: jobs,
+            waiting: VecDeque::new(),
+            ending: told,
+        };
+        let work = move || work(workshop, jobs);
         let thread = threads::spawn(Role::Attach, &sandbox, work);
         Ok(Self {
             jobs: Some(sender),
@@ -166,12 +174,40 @@ impl Drop for Worker {
     }
 }
 
-fn work(mut workshop: Workshop, jobs: &Receiver<Job>, ending: &Arc<AtomicBool>) {
-    while let Ok(job) = jobs.recv() {
+/// What is to be done.
+struct Jobs {
+    given: Receiver<Job>,
+    waiting: VecDeque<Job>,
+    /// Nothing more is to be opened.
+    ending: Arc<AtomicBool>,
+}
+
+impl Jobs {
+    /// The next job, once there is one; `None` if there will be none.
+    fn next(&mut self) -> Option<Job> {
+        loop {
+            if self.waiting.is_empty() {
+                self.waiting.push_back(self.given.recv().ok()?);
+            }
+            self.waiting.extend(self.given.try_iter());
+            let close = |job: &Job| matches!(job, Job::Close { .. });
+            let first = self.waiting.iter().position(close).unwrap_or(0);
+            match self.waiting.remove(first) {
+                Some(Job::Attach(_, reply)) if self.ending.load(Ordering::Acquire) => {
+                    reply(Err(CommandError::Ending));
+                }
+                job => return job,
+            }
+        }
+    }
+}
+
+fn work(mut workshop: Workshop, mut jobs: Jobs) {
+    while let Some(job) = jobs.next() {
         match job {
             Job::Attach(attach, reply) => {
                 let mut steps = Steps::begin();
-                let devices = workshop.attach(&attach, &mut steps, ending);
+                let devices = workshop.attach(&attach, &mut steps, &jobs.ending);
                 let prepared = Prepared {
                     attach,
                     reply,
@@ -289,9 +325,72 @@ pub fn tell_steps(events: &EventSink, id: &str, steps: &Steps) {
 
 #[cfg(test)]
 mod tests {
+    use gantry_resources::Request;
+
     use super::*;
+    use crate::command::Answer;
 
     const MIB: u64 = 1 << 20;
+
+    type Answers = Receiver<Result<Answer, CommandError>>;
+
+    fn attach(id: &str) -> (Job, Answers) {
+        let (sender, answers) = channel();
+        let attach = Attach {
+            id: Some(id.to_owned()),
+            request: Request::Device {
+                bdf: "0000:01:00.0".parse().unwrap(),
+                allow_ungrouped: false,
+            },
+        };
+        let reply = move |answer| drop(sender.send(answer));
+        (Job::Attach(attach, Box::new(reply)), answers)
+    }
+
+    fn close() -> Job {
+        Job::Close {
+            devices: Vec::new(),
+            forced: None,
+        }
+    }
+
+    fn jobs(given: impl IntoIterator<Item = Job>) -> Jobs {
+        let (sender, jobs) = channel();
+        given.into_iter().for_each(|job| sender.send(job).unwrap());
+        Jobs {
+            given: jobs,
+            waiting: VecDeque::new(),
+            ending: Arc::default(),
+        }
+    }
+
+    fn what(job: Option<Job>) -> String {
+        match job {
+            Some(Job::Attach(attach, _)) => attach.id.unwrap(),
+            Some(Job::Close { .. }) => "close".to_owned(),
+            None => "end".to_owned(),
+        }
+    }
+
+    #[test]
+    fn closing_comes_before_opening() {
+        let [(first, _), (second, _)] = ["first", "second"].map(attach);
+        let mut jobs = jobs([first, second, close()]);
+        let order = [(); 4].map(|()| what(jobs.next()));
+        assert_eq!(order, ["close", "first", "second", "end"]);
+    }
+
+    #[test]
+    fn a_vm_that_ends_opens_nothing_more_and_closes_everything() {
+        let [(first, answer), (second, other)] = ["first", "second"].map(attach);
+        let mut jobs = jobs([first, close(), second, close()]);
+        jobs.ending.store(true, Ordering::Release);
+        let order = [(); 3].map(|()| what(jobs.next()));
+        assert_eq!(order, ["close", "close", "end"]);
+        for answers in [answer, other] {
+            assert!(matches!(answers.try_recv(), Ok(Err(CommandError::Ending))));
+        }
+    }
 
     fn room() -> Room {
         Room {

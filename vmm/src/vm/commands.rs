@@ -102,7 +102,7 @@ impl Vm {
             state: self.state,
             devices: self.devices.infos(&self.board),
             slots: self.board.slots.len(),
-            free_slots: self.devices.free(&self.board).count(),
+            free_slots: self.devices.free(&self.board).len(),
         }
     }
 

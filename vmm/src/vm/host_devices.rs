@@ -21,7 +21,8 @@ use crate::kvm::{Machine, VfioObserver};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 
-/// How long a vCPU may take to leave a function that has been unplugged. Microseconds, as a rule.
+/// After how long it is said that a vCPU has not left a device that is to be closed. It takes
+/// microseconds, unless the device does not answer.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a VM has of the host before it is built: leases, and groups joined in one container.
@@ -63,11 +64,37 @@ impl Hold {
 /// Dropping it takes it out of its slot, closes it, and gives the lease back, in this order.
 pub struct AttachedDevice {
     slot: Option<Slot>,
-    function: Arc<Watched>,
+    function: Last<Watched>,
+    // What is trapped of its BARs goes here, too.
+    _io: Last<Counted<VfioDevice>>,
     // With the last device, RAM is unmapped.
     _domain: Arc<Domain>,
     name: DeviceName,
     hold: Hold,
+}
+
+/// What vCPUs may still be in, though none can get there any more. Dropping it waits until all have left:
+/// the last one closes the device, and a vCPU may not.
+struct Last<T>(Arc<T>);
+
+impl<T> Last<T> {
+    fn wait(&self) {
+        let begun = Instant::now();
+        let mut told = false;
+        while Arc::strong_count(&self.0) > 1 {
+            sleep(Duration::from_millis(1));
+            if !told && begun.elapsed() > LEAVE_PATIENCE {
+                told = true;
+                tracing::warn!("a device that is to be closed does not answer a vCPU: waiting");
+            }
+        }
+    }
+}
+
+impl<T> Drop for Last<T> {
+    fn drop(&mut self) {
+        self.wait();
+    }
 }
 
 /// Where a device is plugged in; dropping it unplugs the device.
@@ -94,7 +121,7 @@ impl AttachedDevice {
         port: PortIndex,
         function: u8,
     ) -> Result<(), SegmentError> {
-        pci.attach(port, function, self.function.clone())?;
+        pci.attach(port, function, self.function.0.clone())?;
         self.slot = Some(Slot {
             pci: Arc::clone(pci),
             port,
@@ -103,9 +130,14 @@ impl AttachedDevice {
         Ok(())
     }
 
-    /// Takes the device away from the guest. It stays open.
+    /// Takes the device away from the guest: it neither writes to RAM nor interrupts any more, and its BARs
+    /// are free for others. It stays open.
     pub fn unplug(&mut self) {
         self.slot = None;
+        if let Err(error) = self.function.0.function().retire() {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(device = %self.name, error, "the device may not have stopped");
+        }
     }
 
     /// What it is called on the host.
@@ -116,29 +148,24 @@ impl AttachedDevice {
     /// The BARs that it needs addresses for as function number `function`. Its decoding is off
     /// afterwards: the guest must not have it yet.
     pub fn bars(&self, function: u8) -> Vec<BarRequest> {
-        firmware::probe(function, &*self.function)
+        firmware::probe(function, &*self.function.0)
     }
 
     /// Whether it could not be reset when the guest was: what it does now nobody knows.
     pub fn reset_failed(&self) -> bool {
-        self.function.function().reset_failed()
+        self.function.0.function().reset_failed()
     }
 
     /// What it did so far.
     pub fn counts(&self) -> &Counts {
-        self.function.counts()
+        self.function.0.counts()
     }
 }
 
 impl Drop for AttachedDevice {
     fn drop(&mut self) {
         self.slot = None;
-        // A vCPU that is in the function still closes the device when it leaves: not before then may
-        // the lease go.
-        let deadline = Instant::now() + LEAVE_PATIENCE;
-        while Arc::strong_count(&self.function) > 1 && Instant::now() < deadline {
-            sleep(Duration::from_millis(1));
-        }
+        self.function.wait();
         if self.reset_failed() {
             self.hold.set_aside("its reset failed");
         }
@@ -346,10 +373,12 @@ impl Taken {
         let io = Arc::new(Counted::new(io, &counts));
         let name = self.name;
         let on_enable = move || mailbox.post(Event::Enabled(name));
-        let function = Watched::new(PassthroughDevice::new(io, router)?, &counts, on_enable);
+        let function = PassthroughDevice::new(io.clone(), router)?;
+        let function = Watched::new(function, &counts, on_enable);
         Ok(AttachedDevice {
             slot: None,
-            function: Arc::new(function),
+            function: Last(Arc::new(function)),
+            _io: Last(io),
             _domain: self.domain,
             name,
             hold: self.hold,
@@ -398,6 +427,30 @@ mod tests {
     fn arranged(devices: &[&str]) -> Vec<Vec<(usize, u8)>> {
         let devices: Vec<DeviceName> = devices.iter().map(|text| text.parse().unwrap()).collect();
         arrange(&devices)
+    }
+
+    struct Closed(Arc<std::sync::Mutex<Option<std::thread::ThreadId>>>);
+
+    impl Drop for Closed {
+        fn drop(&mut self) {
+            *self.0.lock().unwrap() = Some(std::thread::current().id());
+        }
+    }
+
+    #[test]
+    fn who_drops_a_device_is_the_one_that_closes_it() {
+        let by = Arc::default();
+        let device = Arc::new(Closed(Arc::clone(&by)));
+        let vcpu = Arc::clone(&device);
+        let slow = LEAVE_PATIENCE + Duration::from_millis(100);
+        let vcpu = std::thread::spawn(move || {
+            sleep(slow);
+            drop(vcpu);
+        });
+        drop(Last(device));
+        let closed = *by.lock().unwrap();
+        assert_eq!(closed, Some(std::thread::current().id()));
+        vcpu.join().unwrap();
     }
 
     #[test]

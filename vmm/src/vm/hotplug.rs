@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use gantry_devices::events::Vacancy;
 use gantry_devices::pci::firmware::{self, WindowKind};
 use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_resources::{DeviceName, Request};
@@ -110,7 +111,7 @@ impl Devices {
     pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
         let refused = match (&self.worker, &attach.id) {
             (None, _) => Some(CommandError::NoSlots),
-            _ if self.free(board).count() <= self.coming => Some(CommandError::NoFreeSlot {
+            _ if self.free(board).len() <= self.coming => Some(CommandError::NoFreeSlot {
                 slots: board.slots.len(),
             }),
             (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
@@ -290,7 +291,7 @@ impl Devices {
                 others: self.plugged.iter().map(|one| one.id.clone()).collect(),
             });
         };
-        let force_at = detach.force_after.map(|after| Instant::now() + after);
+        let force_at = end_of(Instant::now(), detach.force_after);
         for one in self.plugged.iter_mut().filter(|one| one.port == port) {
             one.state = DeviceState::Detaching;
             // Asked again without a time, the one that was set before holds.
@@ -306,8 +307,15 @@ impl Devices {
         Ok(Answer::Done)
     }
 
+    /// The guest has let go of what was in a slot; what has come there since stays.
+    pub fn ejected(&mut self, port: PortIndex, board: &Board) {
+        if !board.events.is_occupied(port) {
+            self.take_out(port, false, board);
+        }
+    }
+
     /// Takes what is in a slot away from the guest, and has it closed.
-    pub fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
+    fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
         let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
             .into_iter()
             .partition(|one| one.port == port);
@@ -321,6 +329,9 @@ impl Devices {
             devices.push((one.id, one.device));
         }
         board.events.empty(port, forced);
+        if forced {
+            self.remind();
+        }
         if let Some(worker) = &self.worker {
             worker.give(Job::Close {
                 devices,
@@ -336,11 +347,13 @@ impl Devices {
             .iter()
             .filter(|one| one.state == DeviceState::Detaching)
             .map(|one| one.port);
-        let mut ports: Vec<PortIndex> = detaching.chain(ejected.iter().copied()).collect();
-        ports.dedup();
-        ports
-            .iter()
-            .for_each(|port| self.take_out(*port, false, board));
+        let detaching: Vec<PortIndex> = detaching.collect();
+        for port in detaching {
+            self.take_out(port, false, board);
+        }
+        for port in ejected {
+            self.ejected(*port, board);
+        }
         for one in &mut self.plugged {
             one.state = DeviceState::Announced;
         }
@@ -414,15 +427,26 @@ impl Devices {
         counters.collect()
     }
 
-    /// The slots that have nothing in them.
-    pub fn free<'a>(&'a self, board: &'a Board) -> impl Iterator<Item = PortIndex> + 'a {
+    /// The slots that have nothing in them as far as the guest has heard, the surest first.
+    pub fn free(&self, board: &Board) -> Vec<PortIndex> {
         let slots = board.slots.iter().map(|slot| slot.port);
-        slots.filter(|port| self.plugged.iter().all(|one| one.port != *port))
+        let empty = slots.filter(|port| self.plugged.iter().all(|one| one.port != *port));
+        let known = empty.map(|port| (board.events.vacancy(port), port));
+        let mut free: Vec<_> = known
+            .filter(|(known, _)| *known < Vacancy::Untold)
+            .collect();
+        free.sort();
+        free.into_iter().map(|(_, port)| port).collect()
     }
 
     fn has(&self, id: &str) -> bool {
         self.plugged.iter().any(|one| one.id == id)
     }
+}
+
+/// When a time is over that begins `now`; `None` if it has no end, or one that no clock gets to.
+fn end_of(now: Instant, time: Option<Duration>) -> Option<Instant> {
+    time.and_then(|time| now.checked_add(time))
 }
 
 /// The group or alias of each device that a request asks for.
@@ -457,5 +481,22 @@ fn info(one: &Plugged, board: &Board) -> DeviceInfo {
         guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(one.function)),
         group: one.group.clone(),
         state: one.state,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_that_no_clock_gets_to_have_no_end() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        assert_eq!(end_of(now, None), None);
+        assert_eq!(end_of(now, Some(second)), Some(now + second));
+        for seconds in [1e19, u64::MAX as f64 / 1.1] {
+            let time = Duration::try_from_secs_f64(seconds).unwrap();
+            assert_eq!(end_of(now, Some(time)), None, "{seconds}");
+        }
     }
 }

@@ -90,7 +90,7 @@ impl Vm {
             let event = control.next(self.devices.deadline());
             match event.map_err(Error::host("wait for events"))? {
                 None => self.devices.tick(Instant::now(), &self.board),
-                Some(Event::Eject(port)) => self.devices.take_out(port, false, &self.board),
+                Some(Event::Eject(port)) => self.devices.ejected(port, &self.board),
                 Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
                 Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.board),
                 Some(Event::Reset) => self.reboot()?,
@@ -136,7 +136,8 @@ impl Vm {
     /// devices stay.
     fn reboot(&mut self) -> Result<(), Error> {
         info_limited!("the guest reboots");
-        // Devices first: one that still runs would raise interrupts in what is restored next.
+        // Devices first: one that still runs would raise interrupts in what is restored next, and write to
+        // the memory of the guest that boots. That goes for those that leave, too, closed or not.
         self.vcpus.pause();
         let emptied = self.ground.mailbox.forget_guest();
         self.devices.reset(&emptied, &self.board);

@@ -296,6 +296,51 @@ fn a_reset_gives_back_the_function_that_the_guest_began_with() {
     }
 }
 
+/// What a vCPU does that had found the function before has no effect.
+#[test]
+fn a_retired_function_has_no_mappings_interrupts_or_dma_and_gets_none() {
+    let rig = Rig::new();
+    rig.write(CMD, &[0x06]);
+    rig.write(MSIX + 2, &[0x00, 0x80]);
+    assert!(rig.device.armed().is_some());
+    rig.events();
+    rig.function.retire().unwrap();
+    let events = rig.events();
+    let at = |event: &str| events.iter().position(|done| done == event);
+    let (unmapped, stopped) = (
+        at(&format!("unmap {BAR0:#x}")),
+        at(&format!("{COMMAND} [00, 04]")),
+    );
+    assert!(unmapped.is_some() && unmapped < stopped, "{events:?}");
+    let quiet = || {
+        assert_eq!(rig.device.command(), 0x0400);
+        assert_eq!(rig.device.trace.mapped(), []);
+        assert_eq!(rig.device.armed(), None);
+        assert_eq!(rig.router.live(), 0);
+    };
+    quiet();
+    assert!(!rig.function.write_config(CMD, &[0x06, 0]));
+    assert!(!rig.function.write_config(MSIX + 2, &[0x00, 0x80]));
+    rig.function.remap(&FakeSpace(&rig.device));
+    assert_eq!(rig.events(), Vec::<String>::new());
+    quiet();
+}
+
+#[test]
+fn a_function_that_does_not_stop_is_reset() {
+    let rig = Rig::new();
+    rig.write(CMD, &[0x06]);
+    rig.device.trace.fail_after(0);
+    rig.function.retire().unwrap();
+    assert!(rig.events().contains(&"reset".to_owned()));
+    let rig = Rig::new();
+    rig.write(CMD, &[0x06]);
+    rig.device.trace.fail(0, usize::MAX);
+    rig.function.retire().unwrap_err();
+    assert!(rig.function.reset_failed());
+    assert_eq!(rig.device.trace.mapped(), []);
+}
+
 #[test]
 fn a_device_without_a_reset_is_quieted_and_stays_usable() {
     let mut device = FakeDevice::new();

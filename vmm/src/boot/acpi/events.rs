@@ -2,12 +2,13 @@
 //!
 //! A slot is a device with `_EJ0` under its root port's: Linux (`acpiphp`) takes it for a slot that
 //! ACPI plugs, once `_OSC` has refused it native hot-plug. There is no `_STA`: that something is in a
-//! slot is seen from its configuration space, as of any function.
+//! slot is seen from its configuration space, as of any function. It is the port that is told to look:
+//! told so of a slot, Linux looks for what is new there, and not for what is gone.
 
 use acpi_tables::aml::{
-    And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, GreaterThan, If, Interrupt, Local, Method, MethodCall, Name, Notify, OpRegion,
-    OpRegionSpace, Path, ResourceTemplate, Scope, ShiftRight, Store, While, ZERO,
+    And, Arg, Device, EISAName, Else, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
+    FieldUpdateRule, GreaterThan, If, Interrupt, LessThan, Local, Method, MethodCall, Name, Notify,
+    OpRegion, OpRegionSpace, Path, ResourceTemplate, Scope, ShiftRight, Store, While, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 use gantry_devices::events::{self, slot_number};
@@ -34,9 +35,14 @@ impl HotSlot {
         format!("S{:03X}", self.number())
     }
 
-    /// The path of what is in the slot.
+    /// The path of the root port.
     fn path(self) -> String {
-        format!("\\_SB_.PCI0.{}.CARD", self.port_name())
+        format!("\\_SB_.PCI0.{}", self.port_name())
+    }
+
+    /// The path of what is in the slot.
+    fn card_path(self) -> String {
+        format!("{}.CARD", self.path())
     }
 }
 
@@ -72,6 +78,7 @@ fn event_device(sink: &mut dyn AmlSink) {
         vec![
             FieldEntry::Named(*b"EVNT", 32),
             FieldEntry::Named(*b"EJCT", 32),
+            FieldEntry::Named(*b"ANSW", 32),
         ],
     );
     Device::new(
@@ -106,18 +113,23 @@ fn event_method() -> Vec<u8> {
     bytes
 }
 
-/// `TELL(number, kind)`: notifies the power button, which has number 0, or a slot.
+/// `TELL(number, kind)`: notifies the power button, which has number 0, or a slot: its port that something
+/// came or went, what is in it of all else.
 fn notifier(slots: &[HotSlot], sink: &mut dyn AmlSink) {
+    let (number, kind) = (Arg(0), Arg(1));
     let mut cases = Vec::new();
-    let mut add = |number: u16, path: &str| {
-        let is = Equal::new(&Arg(0), &number);
-        let path = Path::new(path);
-        If::new(&is, vec![&Notify::new(&path, &Arg(1))]).to_aml_bytes(&mut cases);
-    };
-    add(0, "\\_SB_.PWRB");
-    slots
-        .iter()
-        .for_each(|slot| add(slot.number(), &slot.path()));
+    let button = Path::new("\\_SB_.PWRB");
+    let press = Notify::new(&button, &kind);
+    If::new(&Equal::new(&number, &ZERO), vec![&press]).to_aml_bytes(&mut cases);
+    for slot in slots {
+        let (port, card) = (Path::new(&slot.path()), Path::new(&slot.card_path()));
+        let (look, other) = (Notify::new(&port, &kind), Notify::new(&card, &kind));
+        let to_look = Equal::new(&kind, &events::DEVICE_CHECK);
+        let (look, other) = (If::new(&to_look, vec![&look]), Else::new(vec![&other]));
+        let its_number = slot.number();
+        let is = Equal::new(&number, &its_number);
+        If::new(&is, vec![&look, &other]).to_aml_bytes(&mut cases);
+    }
     Method::new(Path::new("TELL"), 2, true, vec![&Assembled(cases)]).to_aml_bytes(sink);
 }
 
@@ -130,16 +142,29 @@ impl Aml for Assembled {
     }
 }
 
-/// A root port, and under it what is in its slot (6.1.1, 6.1.9, 6.3.3).
+/// A root port, and under it what is in its slot (6.1.1, 6.1.9, 6.3.3). Each says when it has done what it
+/// was notified of, which has a number below 4 (6.3.5).
 fn port(slot: HotSlot, sink: &mut dyn AmlSink) {
     let address = u32::from(slot.at.device()) << 16 | u32::from(slot.at.function());
     let number = slot.number();
     let register = Path::new("\\_SB_.EVTS.EJCT");
     let let_go = Store::new(&register, &number);
     let eject = Method::new(Path::new("_EJ0"), 1, true, vec![&let_go]);
+    let answer = Path::new("\\_SB_.EVTS.ANSW");
+    let say = Store::new(&answer, &number);
+    let was_told = LessThan::new(&Arg(0), &4_u8);
+    let done = If::new(&was_told, vec![&say]);
+    let status = Method::new(Path::new("_OST"), 3, true, vec![&done]);
     let card_address = Name::new(Path::new("_ADR"), &ZERO);
     let user_number = Name::new(Path::new("_SUN"), &number);
-    let card = Device::new(Path::new("CARD"), vec![&card_address, &user_number, &eject]);
+    let card = Device::new(
+        Path::new("CARD"),
+        vec![&card_address, &user_number, &eject, &status],
+    );
     let port_address = Name::new(Path::new("_ADR"), &address);
-    Device::new(Path::new(&slot.port_name()), vec![&port_address, &card]).to_aml_bytes(sink);
+    Device::new(
+        Path::new(&slot.port_name()),
+        vec![&port_address, &status, &card],
+    )
+    .to_aml_bytes(sink);
 }

@@ -326,9 +326,21 @@ mod tests {
             eject.extend(b"\\\x2f\x03_SB_EVTSEJCT");
             let method = &objects[&format!("{port}.CARD._EJ0")];
             assert_eq!(*method, aml::Object::Method(eject));
+            for answers in ["_OST", "CARD._OST"] {
+                let method = &objects[&format!("{port}.{answers}")];
+                let aml::Object::Method(code) = method else {
+                    panic!("{method:?}");
+                };
+                let register = b"\\\x2f\x03_SB_EVTSANSW";
+                assert!(code.windows(register.len()).any(|part| part == register));
+            }
+            let name = &port.as_bytes()[11..];
+            // If (kind == 1) Notify(port, kind) Else Notify(card, kind)
             let notify = [
-                &b"\x86\\\x2f\x04_SB_PCI0"[..],
-                &port.as_bytes()[11..],
+                b"\x93\x69\x01\x86\\\x2f\x03_SB_PCI0",
+                name,
+                b"i\xa1\x16\x86\\\x2f\x04_SB_PCI0",
+                name,
                 b"CARDi",
             ]
             .concat();
