@@ -129,6 +129,9 @@ impl FakeHost {
         put("driver_override", "(null)".to_owned());
         for (attribute, text) in &device.attributes {
             put(attribute, text.clone());
+            if attribute.starts_with("mdev_supported_types") {
+                fs::create_dir_all(self.paths.sysfs.join("class/mdev_bus")).unwrap();
+            }
         }
         symlink(&dir, self.paths.sysfs.join("bus/pci/devices").join(&name)).unwrap();
         if let Some(group) = device.group {

@@ -15,7 +15,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use crate::former::Former;
-use crate::host::{HostBdf, HostPaths, hex};
+use crate::host::{HostBdf, HostPaths};
 use crate::ids::{PciClass, PciId};
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus, holder};
 use crate::quarantine::{self, Until};
@@ -265,6 +265,8 @@ struct Source<'a> {
     leases: Listed,
     quarantine: Listed,
     former: Listed,
+    /// Whether any device can make mediated ones.
+    mdev: bool,
 }
 
 /// Names of the files of a directory, so that a device without one is not looked for; none where they
@@ -300,6 +302,7 @@ impl<'a> Source<'a> {
             leases: Listed::of(&paths.run.join("leases")),
             quarantine: Listed::of(&paths.state.join("quarantine")),
             former: Listed::of(&paths.run.join("former")),
+            mdev: paths.sysfs.join("class/mdev_bus").exists(),
         })
     }
 
@@ -324,7 +327,8 @@ impl<'a> Source<'a> {
         let Some(attributes) = attributes.filter(|_| paths.shows(bdf)) else {
             return Ok(None);
         };
-        let Some(mut device) = facts(&attributes, bdf, before).map_err(unreadable)? else {
+        let Some(mut device) = facts(&attributes, bdf, before, self.mdev).map_err(unreadable)?
+        else {
             return Ok(None);
         };
         let leased = self.leases.may_have(|| format!("{bdf}.lock"));
@@ -351,9 +355,10 @@ impl<'a> Source<'a> {
                 let name = attributes.text("driver_override").map_err(unreadable)?;
                 device.driver_override = name.filter(|name| !name.is_empty() && name != "(null)");
             }
-            let revision = attributes.text("revision").map_err(unreadable)?;
-            let number = |text: String| hex(text.strip_prefix("0x")?, 2..=2);
-            device.revision = revision.and_then(number).map(|number| number as u8);
+            device.revision = match sibling(before, device.physfn) {
+                Some(like) => like.revision,
+                None => attributes.hex_byte("revision").map_err(unreadable)?,
+            };
             self.read_serials(&mut device);
         }
         Ok(Some(device))
@@ -401,6 +406,7 @@ fn facts(
     attributes: &Attributes,
     bdf: HostBdf,
     before: &[HostDevice],
+    mdev: bool,
 ) -> io::Result<Option<HostDevice>> {
     let physfn = attributes
         .link("physfn")?
@@ -441,11 +447,16 @@ fn facts(
     };
     // Last, as a device always has it: attributes of one that vanished on the way would have been taken
     // for "none".
+    let told = match sibling(before, physfn) {
+        // It is still there.
+        Some(like) => attributes.link("physfn")?.map(|_| like.into()),
+        None => attributes.identity()?,
+    };
     let Some(Identity {
         id,
         subsystem,
         class,
-    }) = attributes.identity()?
+    }) = told
     else {
         return Ok(None);
     };
@@ -453,8 +464,17 @@ fn facts(
     if class.base() == DISPLAY {
         device.boot_vga = attributes.text("boot_vga")?.as_deref() == Some("1");
     }
-    device.mdev_types = attributes.entries("mdev_supported_types")?;
+    if mdev {
+        device.mdev_types = attributes.entries("mdev_supported_types")?;
+    }
     Ok(Some(device))
+}
+
+/// The virtual function before, of the same physical one. The kernel asks the first what it is, and takes
+/// the others for the same (pci_setup_device).
+fn sibling(before: &[HostDevice], physfn: Option<HostBdf>) -> Option<&HostDevice> {
+    let last = before.last().filter(|_| physfn.is_some());
+    last.filter(|one| one.physfn == physfn)
 }
 
 fn found(sorted: &[HostDevice], bdf: HostBdf) -> Option<&HostDevice> {

@@ -14,6 +14,7 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 use nix::unistd::read;
 
+use super::HostDevice;
 use crate::host::{HostBdf, hex};
 use crate::ids::{PciClass, PciId};
 use crate::sysfs;
@@ -33,6 +34,16 @@ pub(super) struct Identity {
     /// None where both ids are zero.
     pub(super) subsystem: Option<PciId>,
     pub(super) class: PciClass,
+}
+
+impl From<&HostDevice> for Identity {
+    fn from(device: &HostDevice) -> Self {
+        Self {
+            id: device.id,
+            subsystem: device.subsystem,
+            class: device.class,
+        }
+    }
 }
 
 impl Attributes {
@@ -72,6 +83,12 @@ impl Attributes {
     /// A decimal attribute; none also where it is no unsigned number.
     pub(super) fn decimal<T: std::str::FromStr>(&self, name: &str) -> io::Result<Option<T>> {
         Ok(self.text(name)?.and_then(|text| text.parse().ok()))
+    }
+
+    /// A hexadecimal attribute such as `0x02`.
+    pub(super) fn hex_byte(&self, name: &str) -> io::Result<Option<u8>> {
+        let number = |text: String| hex(text.strip_prefix("0x")?, 2..=2);
+        Ok(self.text(name)?.and_then(number).map(|number| number as u8))
     }
 
     /// Names of a directory's entries, sorted; none at all if there is no such directory.
