@@ -96,7 +96,8 @@ watch)
     sleep 1000000
     ;;
 reboot) reboot -f ;;
-shell) setsid cttyhack sh ;;
+# For people who try a VM of their own as well.
+"" | shell) setsid cttyhack sh ;;
 crash) echo c >/proc/sysrq-trigger ;;
 spin) while :; do :; done ;;
 sleep) sleep 1000000 ;;

@@ -1,9 +1,10 @@
 //! `cargo xtask`: the lab, the tests, and what else a developer runs.
 
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use gantry_tests::bench::Bench;
 use gantry_tests::lab::images::HostKernel;
@@ -75,7 +76,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// What a newcomer to the lab may want to do first.
+const WELCOME: &str = "\
+A shell in the lab host; `exit` or ^D ends it. To begin with:
+  gantry device list
+  gantry group create nvme --device 0000:01:00.0 --device 0000:02:00.0
+  gantry device detach 0000:01:00.0 0000:02:00.0
+  gantry run /lab/vm.json             a guest with a disk and a shell; ctrl-a x ends it
+Kernels and an initramfs for guests are in /lab. The driver of the network cards 03:00.0 and 04:00.0
+comes with `cargo xtask lab --kernel lab`.";
+
 fn lab(arguments: LabArguments) -> Result<i32> {
+    if arguments.command.is_empty() && !io::stdin().is_terminal() {
+        bail!("a shell needs a terminal; `cargo xtask lab -- COMMAND` runs one command");
+    }
     let parts = Parts::prepare(&Options {
         gantry: arguments.gantry,
         lab_kernel: arguments.kernel == HostKernel::Lab,
@@ -89,7 +103,7 @@ fn lab(arguments: LabArguments) -> Result<i32> {
     let host = Host::boot(&parts, &setup)?;
     step.done();
     if arguments.command.is_empty() {
-        eprintln!("A shell in the lab host; `exit` or ^D ends it. Guests' kernels are in /lab.");
+        eprintln!("{WELCOME}");
         shell::interactive(&host, &["sh", "-l"])
     } else {
         shell::batch(&host, &arguments.command)

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use gantry_devices::serial::Serial;
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::{getpgrp, tcgetpgrp};
 
 use crate::control::{Event, Mailbox};
 
@@ -28,6 +29,13 @@ pub fn restore_terminal() {
         // SAFETY: tcsetattr is async-signal-safe and reads one termios, which is never changed.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
     }
+}
+
+/// Whether standard input is a terminal that another job of the shell has: whoever reads or sets it
+/// from the background is stopped.
+pub fn in_background() -> bool {
+    // An error means that it is no terminal, or not the one that controls this process.
+    tcgetpgrp(io::stdin()).is_ok_and(|foreground| foreground != getpgrp())
 }
 
 /// Standard input in raw mode; dropping it restores the terminal.

@@ -72,6 +72,7 @@ pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -
         }
     }
     archive.file("lab/initramfs-guest", 0o644, &guest(parts)?);
+    archive.file("lab/vm.json", 0o644, include_bytes!("../../lab/vm.json"));
     Ok(archive.finish())
 }
 

@@ -24,6 +24,7 @@ pub const MORE: &[Case] = cases![
     ctrl_a_x_ends_it_and_restores_the_terminal,
     a_signal_restores_the_terminal,
     a_start_up_error_leaves_the_terminal_alone,
+    in_the_background_it_leaves_the_terminal_alone,
     a_panicking_guest_boots_again,
     a_triple_fault_ends_it,
     a_kernel_that_dies_at_once_ends_it,
@@ -165,6 +166,16 @@ fn a_start_up_error_leaves_the_terminal_alone(host: &Host) -> Result<()> {
     vm.file["payload"]["kernel"] = json!("/bin/busybox");
     let status = status_on_terminal(host, &vm, |running| running.until("error:"))?;
     ensure!(status == "1", "status {status}");
+    Ok(())
+}
+
+fn in_the_background_it_leaves_the_terminal_alone(host: &Host) -> Result<()> {
+    // With job control, a job that is not in the foreground is stopped when it sets the terminal.
+    let script = "set -m; $VM >/tmp/background 2>&1 & wait $!; echo status=$?";
+    let ended = Vm::new("none").on_terminal(host, script)?.end()?.exits(0)?;
+    ensure!(ended.said.contains("status=0"), "{ended}");
+    let said = host.read_text("/tmp/background")?;
+    ensure!(said.contains("guest: done"), "{said}");
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use crate::command::{Answer, Command, Reply, VmEvent, VmState};
 use crate::config::{SerialMode, VcpuCount, VmConfig};
-use crate::console::{Keyboard, RawTerminal, SerialOutput};
+use crate::console::{self, Keyboard, RawTerminal, SerialOutput};
 use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
@@ -120,6 +120,10 @@ impl Vm {
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
         if self.serial != SerialMode::Tty {
+            return Ok(None);
+        }
+        if console::in_background() {
+            tracing::info!("started in the background: the guest's console has no keyboard");
             return Ok(None);
         }
         let commands = io::stdin().is_terminal();
