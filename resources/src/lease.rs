@@ -26,6 +26,7 @@ use crate::inventory::HostDevice;
 use crate::mdev::MdevDevice;
 use crate::name::DeviceName;
 use crate::quarantine;
+use crate::sysfs;
 use crate::uuid::Uuid;
 
 /// How long to wait for others who are choosing devices. Choosing takes milliseconds.
@@ -363,7 +364,8 @@ pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathB
 
 /// What the last holder of a device left to be read, or the record of the one who has it.
 pub(crate) fn note(paths: &HostPaths, bdf: HostBdf) -> Option<Vec<u8>> {
-    fs::read(lock_path(paths, bdf)).ok()
+    let file = sysfs::regular(&lock_path(paths, bdf)).ok()?;
+    content(&file).ok()
 }
 
 /// A locked file that says who locked it.
@@ -397,9 +399,10 @@ impl LockFile {
             if !lock.is_at(path)? {
                 continue;
             }
-            if let Err(error) = look(&fs::read(path)?) {
+            let left = content(&lock.file)?;
+            if let Err(error) = look(&left) {
                 // It stays as it is, for somebody who may write it down.
-                let _ = lock.leave.set(fs::read(path)?);
+                let _ = lock.leave.set(left);
                 return Err(error);
             }
             if let Err(error) = lock.write(record) {
@@ -460,8 +463,8 @@ fn open(path: &Path) -> io::Result<File> {
         .write(true)
         .create(true)
         .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW);
-    match options.open(path) {
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let opened = match options.open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(dir) = path.parent() {
                 create_dir(dir)?;
@@ -469,12 +472,21 @@ fn open(path: &Path) -> io::Result<File> {
             options.open(path)
         }
         opened => opened,
-    }
+    };
+    opened.and_then(sysfs::must_be_regular)
+}
+
+/// What a lock file says. A tenant writes its own: there is no more to be read than records have.
+fn content(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; 16 << 10];
+    let length = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(length);
+    Ok(bytes)
 }
 
 /// Who has locked a file. Asks the kernel; takes no lock.
 pub(crate) fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, LeaseError> {
-    let file = match File::open(path) {
+    let file = match sysfs::regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LeaseStatus::Free),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -487,7 +499,7 @@ pub(crate) fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, Leas
         if !is_locked(&file).map_err(LeaseError::file(path))? {
             return Ok(LeaseStatus::Free);
         }
-        let record = fs::read(path)
+        let record = content(&file)
             .ok()
             .and_then(|bytes| serde_json::from_slice::<LeaseRecord>(&bytes).ok());
         match record {

@@ -108,10 +108,24 @@ pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<RunningVm> {
 /// The VMs that run, with and without devices, in the order of their names.
 pub fn running_vms(paths: &HostPaths) -> Result<Vec<LeaseRecord>, MaintenanceError> {
     let mut running = Vec::new();
-    for dir in homes(paths)? {
+    for home in homes(paths)? {
+        // A tenant's own, so what lies there may be anything, and is at most not seen.
+        let tenants = home != paths.run.join("vms");
+        let held = match sysfs::HeldDir::open(&home) {
+            Ok(held) => held,
+            // Another user's.
+            Err(_) if tenants => None,
+            Err(source) => return Err(MaintenanceError::File { path: home, source }),
+        };
+        let Some(held) = held else {
+            continue;
+        };
+        let dir = held.path();
         for name in list(&dir)? {
-            if let LeaseStatus::Held(record) = status(paths, &dir.join(name))? {
-                running.push(record);
+            match status(paths, &dir.join(name)) {
+                Ok(LeaseStatus::Held(record)) => running.push(record),
+                Err(error) if !tenants => return Err(error.into()),
+                _ => {}
             }
         }
     }

@@ -1,8 +1,10 @@
 //! Small reads of sysfs attributes, where "not there" is an answer and not an error.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use nix::libc;
 
@@ -29,6 +31,45 @@ pub(crate) fn text(path: &Path) -> io::Result<Option<String>> {
     Ok(Some(
         String::from_utf8_lossy(&page[..length]).trim().to_owned(),
     ))
+}
+
+/// Opens a regular file to be read, and nothing else: neither a link, nor a pipe that opening would wait
+/// at, nor a device that it would wake.
+pub(crate) fn regular(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    options.open(path).and_then(must_be_regular)
+}
+
+/// Refuses what is no regular file.
+pub(crate) fn must_be_regular(file: File) -> io::Result<File> {
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no regular file")),
+    }
+}
+
+/// A directory, under a name that stays what it is while it is held open: a link is refused.
+pub(crate) struct HeldDir(File);
+
+impl HeldDir {
+    /// Opens it; none where there is none, or something else.
+    pub(crate) fn open(path: &Path) -> io::Result<Option<Self>> {
+        let mut options = OpenOptions::new();
+        options.read(true);
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY);
+        match options.open(path) {
+            Ok(file) => Ok(Some(Self(file))),
+            Err(error) if is_gone(&error) || error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What leads to it (proc_pid_fd(5)).
+    pub(crate) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
 }
 
 /// All of a file of procfs, however long; nothing if there is no such file.

@@ -201,6 +201,15 @@ fn dirs(host: &HostPaths, name: &str) -> HostPaths {
     }
 }
 
+/// A tenant's definitions, which only root changes: under the host's locks, as the tenant's own lie where
+/// root opens nothing.
+fn definitions(host: &HostPaths, name: &str) -> HostPaths {
+    HostPaths {
+        config: dirs(host, name).config,
+        ..host.clone()
+    }
+}
+
 fn definition(host: &HostPaths, name: &str) -> PathBuf {
     dirs(host, name).config.join("tenant.json")
 }
@@ -370,7 +379,11 @@ pub fn grant(
     detach(host, writer, &request)?;
     owner.make_dirs(host, name)?;
     // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
-    into_group(&dirs(host, name), wanted.group.unwrap_or(name), &devices)?;
+    into_group(
+        &definitions(host, name),
+        wanted.group.unwrap_or(name),
+        &devices,
+    )?;
     let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
     addresses
         .iter()
@@ -428,7 +441,7 @@ pub fn revoke(
     leaving
         .iter()
         .try_for_each(|bdf| owner.take_over(host, *bdf))?;
-    let mut files = GroupFiles::open(&dirs(host, name))?;
+    let mut files = GroupFiles::open(&definitions(host, name))?;
     files.forget(&leaving);
     files.save()?;
     let present: Vec<HostBdf> = all

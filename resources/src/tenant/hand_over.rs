@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, lchown, symlink};
 use std::path::Path;
 
 use nix::unistd::User;
@@ -46,12 +46,14 @@ impl Owner {
         })
     }
 
+    /// Only for what lies in a directory of root's: a tenant puts links where it may.
     fn own(&self, path: &Path) -> io::Result<()> {
-        chown(path, Some(self.uid), Some(self.gid))
+        lchown(path, Some(self.uid), Some(self.gid))
     }
 
     /// Makes the tenant's directories for run-time files and state. Leases and what devices were are the
-    /// host's, and so is maintenance: links lead there.
+    /// host's, and so is maintenance: links lead there. What lies in the directories is the tenant's to make
+    /// and to replace: nothing of it is opened here, or given to anybody.
     pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
         let HostPaths { run, state, .. } = dirs(host, name);
         for (dir, links) in [
@@ -70,10 +72,14 @@ impl Owner {
             }
             self.own(dir).map_err(failed(dir))?;
         }
-        // A command of root's may have made it.
+        // A former user's is in the way of the one that this user makes.
         let lock = run.join("allocate.lock");
-        let made = crate::lease::create(&lock).or_else(present_is_fine);
-        made.and_then(|()| self.own(&lock)).map_err(failed(&lock))
+        match fs::symlink_metadata(&lock) {
+            Ok(found) if found.uid() != self.uid => fs::remove_file(&lock)
+                .or_else(absent_is_fine)
+                .map_err(failed(&lock)),
+            _ => Ok(()),
+        }
     }
 
     /// Whether all is this user's already: then it may be in use.

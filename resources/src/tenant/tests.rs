@@ -238,3 +238,47 @@ fn mistakes_are_named() {
         assert!(said.contains(expected) && !said.contains('\n'), "{said}");
     }
 }
+
+/// A tenant may put anything into its directory; root neither follows nor waits.
+#[test]
+fn what_a_tenant_puts_into_its_directory_harms_nobody() {
+    use std::os::unix::fs::symlink;
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    let run = host.paths.run.join("tenants/a");
+    host.file("shadow", "secret");
+    let shadow = host.paths.run.with_file_name("shadow");
+    let pipe = |path: &Path| {
+        let _ = fs::remove_file(path);
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    };
+    // A link to a file of root's: left alone.
+    let before = fs::metadata(&shadow).unwrap();
+    let lock = run.join("allocate.lock");
+    let _ = fs::remove_file(&lock);
+    symlink(&shadow, &lock).unwrap();
+    let tenants = Tenants::load(&host.paths).unwrap();
+    tenants.put_right(&host.paths).unwrap();
+    let after = fs::metadata(&shadow).unwrap();
+    let changed = |meta: &fs::Metadata| (meta.ctime(), meta.ctime_nsec());
+    assert_eq!(changed(&after), changed(&before), "nobody has chowned it");
+    // A pipe for the lock: nobody waits at it.
+    pipe(&lock);
+    assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+    revoke(&host.paths, &kernel, "a", &[bdf("02:00.0")]).unwrap();
+    // Pipes among the VMs, and a link in the place of their directory.
+    let vms = run.join("vms");
+    fs::create_dir(&vms).unwrap();
+    pipe(&vms.join("7.lock"));
+    assert_eq!(running_vms(&host.paths).unwrap(), []);
+    fs::remove_dir_all(&vms).unwrap();
+    let holder = Holder {
+        vm: "x".to_owned(),
+        pid: 1,
+    };
+    let _running = crate::announce(&host.paths, &holder).unwrap();
+    symlink(host.paths.run.join("vms"), &vms).unwrap();
+    assert_eq!(running_vms(&host.paths).unwrap().len(), 1, "not seen twice");
+}
