@@ -369,6 +369,15 @@ fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
+/// In a tenant's directories lies what the tenant put there, links among it, which root must not follow.
+fn not_as_root(tenant: &Tenant) -> Failure {
+    let (name, user) = (&tenant.name, &tenant.file.user);
+    let what = format!("root does not work in the directories of tenant \"{name}\"");
+    Failure::new(USAGE, what).help(format!(
+        "run it as its user, as in `sudo -u {user} gantry device list`; `gantry tenant show {name}` lists what it owns"
+    ))
+}
+
 /// The host as a tenant sees it: the one asked for, or that of an ordinary user who runs this.
 pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> {
     let user = geteuid();
@@ -378,6 +387,10 @@ pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> 
     let tenants = Tenants::load(&host).map_err(Failure::host)?;
     if let Some(name) = name {
         let tenant = tenants.find(name).map_err(Failure::host)?;
+        let of_root = tenant.file.user == "root";
+        if user.is_root() && !of_root {
+            return Err(not_as_root(tenant));
+        }
         return Ok(tenant.scope(&host));
     }
     let user = User::from_uid(user).ok().flatten();
