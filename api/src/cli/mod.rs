@@ -167,8 +167,14 @@ pub fn main() -> ExitCode {
         .with_target(false)
         .compact()
         .init();
-    globals
-        .paths()
+    // Helpers are told all they need, and may be confined from the rest.
+    let paths = match command {
+        Command::Open { .. } | Command::Restore { .. } | Command::SysfsWrite { .. } => {
+            Ok(HostPaths::default())
+        }
+        _ => globals.paths(),
+    };
+    paths
         .and_then(|paths| execute(command, paths))
         .unwrap_or_else(|failure| failure.show(colour))
 }

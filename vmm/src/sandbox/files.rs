@@ -120,6 +120,9 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
         // The dynamic linker's.
         rule(Path::new("/etc/ld.so.cache"), AccessFs::ReadFile.into()),
     ];
+    // A tenant's lead to the host's, and a rule is about where a way ends.
+    let shared = ["leases", "former"].map(|name| fs::canonicalize(host.run.join(name)));
+    rules.extend(shared.iter().flatten().map(|path| rule(path, own)));
     let initramfs = config.payload.initramfs.as_deref();
     rules.extend(initramfs.map(|path| rule(path, AccessFs::ReadFile.into())));
     let write = AccessFs::WriteFile | AccessFs::Truncate;
