@@ -3,7 +3,8 @@
 //! A VMM that is confined sends requests over a socket, and gets descriptors back: of the VFIO nodes,
 //! and of the leases' lock files. So each lease lives as long as either process does. The opener keeps
 //! all else that belongs to a lease, and gives it up when it is told to, or when the socket ends,
-//! which the kernel sees to when the VMM is killed. It serves only the groups that it was started for.
+//! which the kernel sees to when the VMM is killed. Before the VM runs it is told what that may be
+//! given, and it keeps to that whoever asks.
 
 mod desk;
 mod wire;
@@ -31,6 +32,7 @@ use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 pub use desk::opener_helper;
+pub use wire::Limit;
 use wire::{Ask, Leased, Said};
 
 /// The first argument of the helper.
@@ -129,8 +131,7 @@ pub struct Opener(Arc<End>);
 struct End(Mutex<UnixStream>);
 
 impl Opener {
-    /// Starts the helper for a VM, which may then be given devices `from` these sources: from any if
-    /// there are none. The program that runs must call [`opener_helper`] for `__open`.
+    /// Starts the helper for a VM. The program that runs must call [`opener_helper`] for `__open`.
     pub fn start(paths: &HostPaths, holder: &Holder) -> Result<Self, OpenerError> {
         let (ours, theirs) = UnixStream::pair().map_err(OpenerError::Start)?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
@@ -150,13 +151,9 @@ impl Opener {
         Ok(opener)
     }
 
-    /// From now on the VM is given devices `from` these sources only; nothing takes that back. An
-    /// empty list says nothing.
-    pub fn limit(&self, from: &[Source]) -> Result<(), OpenerError> {
-        let limit = Ask::Limit {
-            from: from.to_vec(),
-        };
-        wire::send(&mut self.lock(), &limit).map_err(OpenerError::Gone)
+    /// From now on the VM is given what the `limit` allows and no more; nothing takes that back.
+    pub fn limit(&self, limit: Limit) -> Result<(), OpenerError> {
+        wire::send(&mut self.lock(), &Ask::Limit(limit)).map_err(OpenerError::Gone)
     }
 
     /// Leases and opens what is asked for: all of it, or nothing. The VM has the IOMMU groups `held`

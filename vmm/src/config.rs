@@ -33,6 +33,8 @@ pub struct Hotplug {
     /// Where the devices will come from. RAM is laid out so that they can reach it, and made present
     /// in the background once the guest runs, so that the first of them is not waited for.
     pub from: Vec<Source>,
+    /// Whether devices may come that are in no group.
+    pub ungrouped: bool,
     /// Bytes of 64-bit prefetchable addresses of each slot, for a device with larger BARs than usual;
     /// an even share of a part of what there is if absent.
     pub window: Option<u64>,

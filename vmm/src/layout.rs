@@ -36,6 +36,10 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Between conventional memory and 1 MiB; on a PC this is video memory and firmware, not RAM.
 pub const LEGACY_HOLE: Range<u64> = 0xa_0000..0x10_0000;
 
+/// Where no DMA reaches memory behind any AMD IOMMU: HyperTransport's own addresses, which the kernel
+/// lists as reserved for every group there.
+pub const HYPERTRANSPORT: RangeInclusive<u64> = 0xfd_0000_0000..=0xff_ffff_ffff;
+
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4 << 10;
@@ -354,7 +358,6 @@ mod tests {
     use super::*;
 
     const TIB: u64 = 1 << 40;
-    const HYPERTRANSPORT: RangeInclusive<u64> = 0xfd_0000_0000..=0xff_ffff_ffff;
     const MSI: RangeInclusive<u64> = 0xfee0_0000..=0xfeef_ffff;
 
     fn plan(ram: u64, bits: u8, reserved: &[RangeInclusive<u64>]) -> Result<Layout, LayoutError> {

@@ -119,6 +119,14 @@ fn judge(
             available,
         });
     }
+    check_pinned(asked, memlock)
+}
+
+/// Checks the bytes of guest RAM that devices need pinned against what the process may pin.
+///
+/// # Errors
+/// They are more.
+pub fn check_pinned(asked: u64, memlock: Option<u64>) -> Result<(), PreflightError> {
     match memlock.filter(|allowed| asked > *allowed) {
         Some(allowed) => Err(PreflightError::Memlock {
             needed: asked / MIB,

@@ -15,8 +15,9 @@ const MAX_CMDLINE: usize = 2047;
 
 /// Slots for devices to come, of a VM that is to have some.
 pub const SLOTS: u8 = 32;
-/// Each is a root port with a bus of its own.
-const MAX_SLOTS: u8 = 128;
+/// Each takes 16 MiB of the 1.5 GiB of 32-bit addresses that a guest has for devices. Those that a VM
+/// starts with take theirs from the same.
+const MAX_SLOTS: u8 = 96;
 /// The granularity of a bridge's windows.
 const MIN_WINDOW: u64 = 1 << 20;
 
@@ -84,7 +85,7 @@ pub fn convert(
         },
         devices,
         serial: serial(config.serial, context.folder)?,
-        hotplug: hotplug(config.hotplug, context.slots)?,
+        hotplug: hotplug(config.hotplug, context)?,
     })
 }
 
@@ -260,10 +261,12 @@ pub fn device(
     }))
 }
 
-fn hotplug(config: Option<model::HotplugConfig>, default: u8) -> Result<Hotplug, Invalid> {
+fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Hotplug, Invalid> {
+    let ungrouped = context.allow_ungrouped;
     let Some(config) = config else {
         return Ok(Hotplug {
-            slots: default,
+            slots: context.slots,
+            ungrouped,
             ..Hotplug::default()
         });
     };
@@ -271,7 +274,8 @@ fn hotplug(config: Option<model::HotplugConfig>, default: u8) -> Result<Hotplug,
         None => SLOTS,
         Some(Ok(slots)) if slots <= MAX_SLOTS => slots,
         Some(_) => {
-            let help = format!("use 0 to {MAX_SLOTS}");
+            let help =
+                format!("use 0 to {MAX_SLOTS}, less one for each device that the VM starts with");
             return Err(invalid("hotplug.slots", "there cannot be so many", help));
         }
     };
@@ -284,6 +288,7 @@ fn hotplug(config: Option<model::HotplugConfig>, default: u8) -> Result<Hotplug,
     Ok(Hotplug {
         slots,
         from: groups.map(Source::Group).collect(),
+        ungrouped,
         window,
     })
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, Ask, Leased, LeasedGroup, Said};
+use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Said};
 use crate::allocate::{allocate_beside, fit};
 use crate::group::Groups;
 use crate::host::HostPaths;
@@ -23,6 +23,9 @@ use crate::reserved::reserved_regions;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
+
+/// Characters of the reason why a device is put aside.
+const MOST_WORDS: usize = 200;
 
 /// What the helper does with the arguments after `__open`: the host's directories.
 pub fn opener_helper(args: &[String]) -> ExitCode {
@@ -47,7 +50,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
     let mut desk = Desk {
         paths,
         holder: Holder { vm, pid },
-        from: Vec::new(),
+        limit: None,
         leases: Vec::new(),
         next: 0,
     };
@@ -62,11 +65,11 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                 desk.release(id, aside.as_deref());
                 wire::send(&mut socket, &Said::Released)?;
             }
-            Ok(Ask::Limit { from }) if desk.from.is_empty() => {
-                desk.from = from;
-                desk.rehearse();
+            Ok(Ask::Limit(limit)) if desk.limit.is_none() => {
+                desk.rehearse(&limit.from);
+                desk.limit = Some(limit);
             }
-            Ok(Ask::Limit { .. } | Ask::Hello { .. }) => {
+            Ok(Ask::Limit(_) | Ask::Hello { .. }) => {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             // The end of the VM, and of the leases it still had.
@@ -80,7 +83,8 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
 struct Desk<'a> {
     paths: &'a HostPaths,
     holder: Holder,
-    from: Vec<Source>,
+    /// None while the VM is built, as its file says.
+    limit: Option<Limit>,
     leases: Vec<(u64, Lease)>,
     next: u64,
 }
@@ -139,7 +143,9 @@ impl Desk<'_> {
         held: &[u32],
         container: bool,
     ) -> Result<Bundle, String> {
-        requests.iter().try_for_each(|request| self.may(request))?;
+        if let Some(limit) = &self.limit {
+            self.within(limit, requests)?;
+        }
         let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
         let nowhere = Placement::default();
         let leases = allocate_beside(self.paths, requests, &nowhere, &self.holder, &own)
@@ -179,41 +185,62 @@ impl Desk<'_> {
     }
 
     /// Goes the way that a request will take, so that code and sysfs are at hand when one comes.
-    fn rehearse(&self) {
-        for source in &self.from {
+    fn rehearse(&self, from: &[Source]) {
+        for source in from {
             let request = Request::Any(Wish::new(source.clone(), 1));
             // Whether it fits now is of no interest.
             let _ = fit(self.paths, &[request], &Placement::default());
         }
     }
 
-    /// Whether the VM may be given what it asks for.
-    fn may(&self, request: &Request) -> Result<(), String> {
-        if self.from.is_empty() {
-            return Ok(());
+    /// Whether the VM may be given all that it asks for.
+    fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), String> {
+        let wanted = requests.iter().map(|request| match request {
+            Request::Any(wish) => wish.count as usize,
+            Request::Device { .. } | Request::Mdev { .. } => 1,
+        });
+        let most = limit.most;
+        if wanted.fold(self.leases.len(), usize::saturating_add) > most {
+            return Err(format!(
+                "this VM may have no more devices at a time than it was started for, {most}: detach one first"
+            ));
         }
-        let allowed = match request {
-            Request::Any(wish) => self.from.contains(&wish.from),
+        requests
+            .iter()
+            .try_for_each(|request| self.may(limit, request))
+    }
+
+    fn may(&self, limit: &Limit, request: &Request) -> Result<(), String> {
+        let owner = match request {
+            Request::Any(wish) if limit.from.is_empty() || limit.from.contains(&wish.from) => {
+                return Ok(());
+            }
+            Request::Any(_) => None,
             Request::Device { bdf, .. } => {
                 let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
                 let device = HostDevice::read(self.paths, *bdf).map_err(|error| chain(&error))?;
-                let owner = groups.group_of(&device).map(|group| group.name.clone());
-                owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
+                groups.group_of(&device).map(|group| group.name.clone())
             }
             Request::Mdev { uuid, .. } => {
                 let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
                 let device = MdevDevice::read(self.paths, *uuid).map_err(|error| chain(&error))?;
-                let owner =
-                    device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()));
-                owner.is_some_and(|owner| self.from.contains(&Source::Group(owner)))
+                device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()))
             }
         };
-        let from: Vec<String> = self.from.iter().map(ToString::to_string).collect();
-        allowed.then_some(()).ok_or_else(|| {
-            format!(
+        let allowed = match owner {
+            Some(owner) => limit.from.is_empty() || limit.from.contains(&Source::Group(owner)),
+            None => limit.from.is_empty() && limit.ungrouped,
+        };
+        if allowed {
+            return Ok(());
+        }
+        let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
+        Err(match from.is_empty() {
+            true => "this VM was started to be given devices of groups only: put the device into a group, or start the VM with --allow-ungrouped".to_owned(),
+            false => format!(
                 "this VM was started to be given devices from {} only: name other groups in `hotplug.groups` of its file",
                 from.join(", ")
-            )
+            ),
         })
     }
 
@@ -223,9 +250,15 @@ impl Desk<'_> {
         };
         let (_, lease) = self.leases.remove(place);
         if let Some(reason) = aside {
-            lease.set_aside(reason);
+            lease.set_aside(&short(reason));
         }
     }
+}
+
+/// As much of a reason as a line has room for: it is kept for people to read.
+fn short(reason: &str) -> String {
+    let printed = reason.chars().filter(|one| !one.is_control());
+    printed.take(MOST_WORDS).collect()
 }
 
 /// Opens a VFIO node; a group that is in use is asked for again for a while.

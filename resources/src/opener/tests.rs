@@ -56,6 +56,17 @@ fn held(host: &FakeHost) -> Vec<String> {
     held.map(|device| device.bdf.to_string()).collect()
 }
 
+fn only(groups: &[&str]) -> Limit {
+    let groups = groups
+        .iter()
+        .map(|group| Source::Group((*group).to_owned()));
+    Limit {
+        from: groups.collect(),
+        ungrouped: false,
+        most: 2,
+    }
+}
+
 fn content(mut file: &File) -> String {
     let mut text = String::new();
     file.read_to_string(&mut text).unwrap();
@@ -144,7 +155,7 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
 fn a_vm_is_given_only_what_its_file_names() {
     let host = host();
     let (opener, _helper) = started(&host);
-    opener.limit(&[Source::Group("nvme".to_owned())]).unwrap();
+    opener.limit(only(&["nvme"])).unwrap();
     let why = refused(&opener, Request::group("nic", 1));
     assert!(why.contains("group \"nvme\" only"), "{why}");
     let exact = |address| Request::Device {
@@ -158,11 +169,47 @@ fn a_vm_is_given_only_what_its_file_names() {
 }
 
 #[test]
+fn a_vm_whose_file_names_no_groups_has_limits_too() {
+    let host = host();
+    host.file(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "nic", "rules": [{"class": "0200"}]}]}"#,
+    );
+    let ungrouped = Request::Device {
+        bdf: bdf("01:00.0"),
+        allow_ungrouped: true,
+    };
+    let (opener, _helper) = started(&host);
+    opener.limit(only(&[])).unwrap();
+    let why = refused(&opener, ungrouped.clone());
+    assert!(why.contains("groups only"), "{why}");
+    let three = Request::group("nic", 3);
+    assert!(refused(&opener, three).contains("started for, 2"));
+    let _nics = opener
+        .open(&[Request::group("nic", 2)], &[], false)
+        .unwrap();
+    let (other, _helper) = started(&host);
+    let limit = Limit {
+        ungrouped: true,
+        most: 1,
+        ..only(&[])
+    };
+    other.limit(limit).unwrap();
+    let _disk = other.open(&[ungrouped], &[], false).unwrap();
+    let more = Request::Device {
+        bdf: bdf("02:00.0"),
+        allow_ungrouped: true,
+    };
+    assert!(refused(&other, more).contains("started for, 1"));
+    assert_eq!(held(&host).len(), 3);
+}
+
+#[test]
 fn a_limit_is_never_taken_back() {
     let host = host();
     let (opener, helper) = started(&host);
-    opener.limit(&[Source::Group("nvme".to_owned())]).unwrap();
-    opener.limit(&[Source::Group("nic".to_owned())]).unwrap();
+    opener.limit(only(&["nvme"])).unwrap();
+    opener.limit(only(&["nic"])).unwrap();
     assert!(
         opener
             .open(&[Request::group("nic", 1)], &[], false)

@@ -23,8 +23,8 @@ const MAX: u32 = 1 << 20;
 pub(super) enum Ask {
     /// First of all: who it is.
     Hello { vm: String, pid: u32 },
-    /// Whence it may be given devices from now on.
-    Limit { from: Vec<Source> },
+    /// What it may be given from now on.
+    Limit(Limit),
     /// Devices; the VM has the groups `held`, and wants a container or not.
     Lease {
         requests: Vec<Request>,
@@ -33,6 +33,17 @@ pub(super) enum Ask {
     },
     /// A lease ends, and why its device is to be put aside.
     Release { id: u64, aside: Option<String> },
+}
+
+/// What a VM may be given once it runs, however it asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Where its devices come from; anywhere if there is nothing.
+    pub from: Vec<Source>,
+    /// Whether it may be given devices that are in no group.
+    pub ungrouped: bool,
+    /// How many devices it may have at a time.
+    pub most: usize,
 }
 
 /// What the opener answers.

@@ -21,6 +21,7 @@ use crate::command::{Attach, CommandError, EventSink, Reply, VmEvent};
 use crate::control::Event;
 use crate::error::Error;
 use crate::kvm::VfioObserver;
+use crate::preflight;
 use crate::threads::{self, Role, Task};
 use crate::vmm::Ground;
 
@@ -119,6 +120,8 @@ pub struct Workshop {
     pub ram: RamRanges,
     /// What no device may reserve.
     pub room: Room,
+    /// Bytes that the process may pin; none if there is no limit.
+    pub memlock: Option<u64>,
     /// How many threads make RAM present for the first device.
     pub threads: usize,
     /// What the VM stands on.
@@ -300,6 +303,8 @@ impl Workshop {
                 last: *ram.end(),
             });
         }
+        let ram = self.ram.iter().map(|(_, memory)| memory.size() as u64);
+        preflight::check_pinned(ram.sum(), self.memlock)?;
         let sandbox = &self.ground.sandbox;
         let populating = Populating::begin(&self.ram, self.threads, ending, sandbox)?;
         let (domain, ram) = (Arc::clone(domain), Arc::clone(&self.ram));

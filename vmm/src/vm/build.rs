@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{Holder, HostPaths, Opener};
+use gantry_resources::{Holder, HostPaths, Limit, Opener};
 
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
@@ -23,7 +23,7 @@ use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
 use crate::kvm::{KvmError, Machine, Vcpu, VfioObserver};
-use crate::layout::{Layout, LayoutInputs};
+use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
 use crate::preflight;
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
@@ -32,6 +32,8 @@ use crate::vmm::Ground;
 
 /// More threads that make memory present get in each other's way.
 const POPULATE_THREADS: usize = 4;
+/// The functions that one slot can hold.
+const FUNCTIONS: usize = 8;
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. What can fail without
@@ -77,7 +79,7 @@ impl Vm {
         let mut devices = Devices::plug_in(devices, &config.devices, &board, events)?;
         board.assign_pci(&layout)?;
         if let Some(hot) = hot {
-            hot.opener.limit(&config.hotplug.from)?;
+            hot.opener.limit(limit(config, ports))?;
             devices.open_slots(hot.worker(domain.as_ref(), &board, &layout, ground)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
@@ -144,9 +146,20 @@ impl Hot {
             domain: domain.map_or_else(Weak::new, Arc::downgrade),
             ram: board.ram.ranges(),
             room: room(layout),
+            memlock: gantry_resources::memlock_limit(&ground.host),
             threads: available_parallelism().map_or(1, |count| count.get().min(POPULATE_THREADS)),
             ground: ground.clone(),
         })
+    }
+}
+
+/// What the VM may be given while it runs. `ports` are those of the devices that it starts with.
+fn limit(config: &VmConfig, ports: usize) -> Limit {
+    let slots = ports + usize::from(config.hotplug.slots);
+    Limit {
+        from: config.hotplug.from.clone(),
+        ungrouped: config.hotplug.ungrouped,
+        most: slots * FUNCTIONS,
     }
 }
 
@@ -207,7 +220,12 @@ fn plan(
     let iova = claimed.iova_ranges()?;
     let mut reserved = claimed.reserved().to_vec();
     let later = gantry_resources::reserved_for(host, &config.hotplug.from);
-    reserved.extend(later.iter().filter_map(forbidden));
+    let later: Vec<_> = later.iter().filter_map(forbidden).collect();
+    if config.hotplug.slots > 0 && iova.is_empty() && later.is_empty() {
+        // Nothing tells what IOMMU the devices will have that come later.
+        reserved.push(HYPERTRANSPORT);
+    }
+    reserved.extend(later);
     let ports = ports + usize::from(config.hotplug.slots);
     Ok(Layout::plan(&LayoutInputs {
         root_ports: u8::try_from(ports).unwrap_or(u8::MAX),

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
 use gantry_resources::{
-    DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, ReservedKind, ReservedRegion, Uuid,
+    DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, OpenerError, ReservedKind,
+    ReservedRegion, Uuid,
 };
 use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
@@ -286,7 +287,9 @@ impl Claimed {
             (domain, _) => domain,
         };
         let Some(domain) = domain else {
-            return Ok(Self::none());
+            // A new one was asked for.
+            let none = std::io::ErrorKind::InvalidData.into();
+            return Err(OpenerError::Gone(none).into());
         };
         // Kept until the devices have them.
         let groups = opened.groups.into_iter();
