@@ -10,11 +10,12 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use gantry_resources::HostPaths;
+use gantry_resources::{HostPaths, Request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::command::{
-    Answer, Command, CommandError, EventSink, Recipe, Reply, VmEvent, VmInfo, VmState,
+    Answer, Attach, Command, CommandError, EventSink, Recipe, Reply, VmEvent, VmInfo, VmState,
 };
 use crate::config::VmConfig;
 use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
@@ -231,7 +232,10 @@ impl Vmm {
         };
         let thread = threads::spawn(Role::Vm, &self.ground.sandbox, life);
         let ended = thread.map_err(Error::host("spawn a thread"))?.join();
-        desk.ended = true;
+        reap();
+        if !matches!(ended, Err((_, Some(_)))) {
+            desk.ran();
+        }
         let outcome = match ended {
             Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))) => Some(outcome),
             Ok(End::Over(Outcome::GuestFault(error))) => {
@@ -253,7 +257,6 @@ impl Vmm {
                 Some(Outcome::Signal(signal))
             }
             Err((error, Some(reply))) => {
-                desk.ended = false;
                 reply(Err(CommandError::Failed(error)));
                 None
             }
@@ -284,6 +287,12 @@ fn live(
         .and_then(|mut vm| vm.run(started));
     ground.mailbox.forget_vm();
     ended
+}
+
+/// Forgets the VM's helpers, which have ended, or end before the next VM does: nobody waits for them.
+fn reap() {
+    let any = || waitpid(None, Some(WaitPidFlag::WNOHANG));
+    while any().is_ok_and(|status| status != WaitStatus::StillAlive) {}
 }
 
 /// Each interrupt vector costs a descriptor, and the usual soft limit of 1024 is there for programs
@@ -333,6 +342,8 @@ impl Desk {
                 Ok(Answer::Done)
             }
             Command::Info => Ok(Answer::Info(self.info(config))),
+            Command::Counters => Ok(Answer::Counters(Vec::new())),
+            Command::Attach(attach) => self.attach(attach),
             _ => Err(CommandError::NotBooted),
         })
     }
@@ -342,6 +353,33 @@ impl Desk {
         self.created = Some(Arc::new(config));
         self.ended = false;
         Ok(Answer::Done)
+    }
+
+    /// A VM that is not booted will have the device when it is.
+    fn attach(&mut self, Attach { id, request }: Attach) -> Result<Answer, CommandError> {
+        if id.is_some() {
+            let what = "a VM that is not booted calls its devices by their addresses: leave `id` out, or boot it first";
+            return Err(CommandError::Invalid(what.into()));
+        }
+        if let Some(created) = &mut self.created {
+            let exact = match &request {
+                Request::Any(_) => None,
+                Request::Device { bdf, .. } => Some(bdf.to_string()),
+                Request::Mdev { uuid, .. } => Some(uuid.to_string()),
+            };
+            let twice = exact.filter(|_| created.devices.contains(&request));
+            if let Some(name) = twice {
+                return Err(CommandError::DuplicateId(name));
+            }
+            Arc::make_mut(created).devices.push(request);
+        }
+        Ok(Answer::Done)
+    }
+
+    /// The VM ran, and told so itself.
+    fn ran(&mut self) {
+        self.ended = true;
+        self.told = Some(VmState::Running);
     }
 
     fn info(&self, config: &Arc<VmConfig>) -> VmInfo {
@@ -480,5 +518,48 @@ mod tests {
         desk.tell(&events);
         let expected = [VmState::Created, VmState::Shutdown].map(VmEvent::State);
         assert_eq!(*told.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_vm_that_ends_twice_is_told_of_twice() {
+        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let events: EventSink = {
+            let told = Arc::clone(&told);
+            Arc::new(move |event| told.lock().unwrap().push(event))
+        };
+        let mut desk = Desk::default();
+        done(desk.take(Command::Create(config())));
+        for _ in 0..2 {
+            desk.ran();
+            desk.tell(&events);
+        }
+        let expected = [VmState::Shutdown; 2].map(VmEvent::State);
+        assert_eq!(*told.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_device_may_come_before_the_vm_is_booted() {
+        let attach = |id: Option<&str>| {
+            Command::Attach(Attach {
+                id: id.map(str::to_owned),
+                request: Request::Device {
+                    bdf: "0000:01:00.0".parse().unwrap(),
+                    allow_ungrouped: false,
+                },
+            })
+        };
+        let mut desk = Desk::default();
+        let early = refused(desk.take(attach(None)));
+        assert!(matches!(early, CommandError::NotCreated));
+        done(desk.take(Command::Create(config())));
+        let named = refused(desk.take(attach(Some("disk"))));
+        assert!(matches!(named, CommandError::Invalid(_)), "{named}");
+        assert!(matches!(done(desk.take(attach(None))), Answer::Done));
+        let twice = refused(desk.take(attach(None)));
+        assert!(matches!(twice, CommandError::DuplicateId(_)), "{twice}");
+        let created = desk.created.as_ref().unwrap();
+        assert_eq!(created.devices.len(), 1);
+        let counters = done(desk.take(Command::Counters));
+        assert!(matches!(counters, Answer::Counters(devices) if devices.is_empty()));
     }
 }

@@ -178,6 +178,10 @@ pub const ROUTES: &[Route] = &[
             NOT_CREATED,
             (409, "The name is taken, or there is no slot left."),
             FAILED,
+            (
+                504,
+                "It takes long: an event tells when the device is there, or why not.",
+            ),
         ],
     ),
     route(
@@ -188,6 +192,7 @@ pub const ROUTES: &[Route] = &[
         &[
             MALFORMED,
             (404, "The VM is not created, or has no such device."),
+            NOT_BOOTED,
             FAILED,
         ],
     ),
