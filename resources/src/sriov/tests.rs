@@ -416,6 +416,14 @@ fn shared(token: &str) -> FakeHost {
 }
 
 fn lease_of(host: &FakeHost, groups: &[&str]) -> Result<Vec<Lease>, AllocateError> {
+    lease_beside(host, groups, &[])
+}
+
+fn lease_beside(
+    host: &FakeHost,
+    groups: &[&str],
+    own: &[&Lease],
+) -> Result<Vec<Lease>, AllocateError> {
     let kernel = FakeKernel::new(host);
     let binder = Binder {
         host: kernel.access(),
@@ -427,7 +435,7 @@ fn lease_of(host: &FakeHost, groups: &[&str]) -> Result<Vec<Lease>, AllocateErro
     };
     let requests: Vec<Request> = groups.iter().map(|name| Request::group(*name, 1)).collect();
     let near = Placement::default();
-    allocate_with(&host.paths, &requests, &near, &holder, &[], &binder)
+    allocate_with(&host.paths, &requests, &near, &holder, own, &binder)
 }
 
 #[test]
@@ -470,6 +478,18 @@ fn a_card_and_its_functions_part_only_with_a_token() {
     drop((again, function));
     let both = lease_of(&with, &["card", "vfs"]).unwrap();
     assert!(both.iter().all(|lease| lease.token().is_some()));
+}
+
+#[test]
+fn a_vm_that_has_the_card_is_given_its_functions() {
+    let with = shared(r#", "vf_token": true"#);
+    let card = lease_of(&with, &["card"]).unwrap();
+    let function = lease_beside(&with, &["vfs"], &[&card[0]]).unwrap();
+    assert_eq!(function[0].token(), card[0].token());
+    let without = shared("");
+    let record = LeaseRecord::task("x");
+    let _lock = DeviceLock::take(&without.paths, bdf(FIRST), &record).unwrap();
+    assert!(lease_of(&without, &["card"]).is_err());
 }
 
 #[test]

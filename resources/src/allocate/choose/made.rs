@@ -58,8 +58,12 @@ impl<'a> Choice<'a, '_> {
             None | Some(VfToken::Secret(false))
         );
         let devices = self.view.devices;
+        // Those of the VM itself are shown free of their leases.
+        let is_held = |device: &HostDevice| {
+            device.lease.is_held() || self.view.attached.contains_key(&device.bdf)
+        };
         if device.physfn.is_none() {
-            let of_it = |other: &&HostDevice| other.physfn == Some(card) && other.lease.is_held();
+            let of_it = |other: &&HostDevice| other.physfn == Some(card) && is_held(other);
             let held = devices.iter().find(of_it).filter(|_| !has_token)?;
             return Some(Obstacle::VfHeld { vf: held.bdf });
         }
@@ -67,7 +71,7 @@ impl<'a> Choice<'a, '_> {
         if !pf.on_vfio() {
             return None;
         }
-        let owned = pf.lease.is_held() || self.taken.contains(&card);
+        let owned = is_held(pf) || self.taken.contains(&card);
         match (has_token, owned) {
             (false, _) => Some(Obstacle::NoVfToken { pf: card }),
             (true, false) => Some(Obstacle::PfIdle { pf: card }),
