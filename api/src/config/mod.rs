@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
-use gantry_resources::HostPaths;
+use gantry_resources::{DeviceName, HostPaths, Request};
 pub use schema::schema;
 pub use validate::SLOTS;
 use validate::{Context, Invalid};
@@ -132,10 +132,7 @@ pub fn parse(
 }
 
 /// What the body of `vm.add-device` asks for; else what is wrong with it, and what to do.
-pub fn attach_request(
-    body: AddDevice,
-    allow_ungrouped: bool,
-) -> Result<gantry_resources::Request, String> {
+pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Request, String> {
     let unsupported = [
         ("iommu", body.iommu == Some(true)),
         (
@@ -210,19 +207,49 @@ fn stem(path: &Path) -> String {
         .into_owned()
 }
 
+/// What a client calls a device: it appears in logs and tables, beside the addresses of others.
+///
+/// # Errors
+/// Why it cannot be called so, in words.
+pub fn check_id(id: &str, request: &Request) -> Result<(), String> {
+    let own = match request {
+        Request::Any(_) => None,
+        Request::Device { bdf, .. } => Some(DeviceName::Pci(*bdf)),
+        Request::Mdev { uuid, .. } => Some(DeviceName::Mdev(*uuid)),
+    };
+    let why = match id.parse::<DeviceName>() {
+        Ok(name) if Some(name) != own => "it is the address of a device",
+        _ => match flaw(id) {
+            Some(flaw) => flaw,
+            None => return Ok(()),
+        },
+    };
+    Err(format!(
+        "`id`: \"{}\" is no name for a device: {why}",
+        id.escape_debug()
+    ))
+}
+
 /// A name appears in lock files, logs and tables.
 fn check_name(name: &str) -> Result<(), Error> {
-    let why = match name {
+    match flaw(name) {
+        None => Ok(()),
+        Some(why) => Err(Error::Name {
+            name: name.escape_debug().to_string(),
+            why,
+        }),
+    }
+}
+
+/// What makes a text no name.
+fn flaw(name: &str) -> Option<&'static str> {
+    Some(match name {
         "" => "it is empty",
         name if name.len() > 64 => "it is longer than 64 bytes",
         name if name.chars().any(|c| c.is_control() || c == '/') => {
             "it holds a slash or a control character"
         }
-        _ => return Ok(()),
-    };
-    Err(Error::Name {
-        name: name.escape_debug().to_string(),
-        why,
+        _ => return None,
     })
 }
 

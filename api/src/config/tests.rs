@@ -517,6 +517,27 @@ fn the_schema_knows_every_key() {
 }
 
 #[test]
+fn a_device_is_called_by_a_name_that_can_be_shown() {
+    let any = Request::group("gpu", 1);
+    for id in ["gpu0", "Karte 1"] {
+        super::check_id(id, &any).unwrap();
+    }
+    for id in ["", "a/b", "\u{1b}[2J", &"x".repeat(65), "0000:01:00.0"] {
+        let said = super::check_id(id, &any).unwrap_err();
+        assert!(
+            said.starts_with("`id`: ") && !said.contains('\u{1b}'),
+            "{said}"
+        );
+    }
+    let own = Request::Device {
+        bdf: "0000:01:00.0".parse().unwrap(),
+        allow_ungrouped: false,
+    };
+    super::check_id("0000:01:00.0", &own).unwrap();
+    super::check_id("0000:02:00.0", &own).unwrap_err();
+}
+
+#[test]
 fn slots_are_there_where_they_are_asked_for() {
     let folder = Folder::new();
     let hotplug = |members: &str| folder.load(&file(members)).unwrap().hotplug;
@@ -529,7 +550,7 @@ fn slots_are_there_where_they_are_asked_for() {
         [gantry_resources::Source::Group("gpu".to_owned())]
     );
     for (members, words) in [
-        ("\"slots\": 129", "use 0 to 128"),
+        ("\"slots\": 97", "use 0 to 96"),
         ("\"window\": \"3G\"", "power of two"),
         ("\"window\": 4096", "1 MiB or more"),
         ("\"group\": \"gpu\"", "groups"),

@@ -154,6 +154,9 @@ impl App {
         let id = body.id.take();
         let request = config::attach_request(body, self.identity.allow_ungrouped);
         let request = request.map_err(Refusal::malformed)?;
+        if let Some(id) = &id {
+            config::check_id(id, &request).map_err(Refusal::malformed)?;
+        }
         match self.ask(Command::Attach(Attach { id, request })).await? {
             Answer::Attached(devices) => {
                 let Some(first) = devices.first() else {
