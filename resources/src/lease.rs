@@ -3,7 +3,8 @@
 //! Each device has a file in `<run>/leases`, made when it is first leased and never removed. A lease is
 //! an open-file-description write lock on it (fcntl(2), "Open file description locks"): the kernel lets
 //! go of it when the last descriptor closes, so with the holder's death by any cause. The descriptors
-//! are close-on-exec and never handed on. The content says who holds the lock, for people; only the
+//! are close-on-exec; only the opener hands them on, to the VM that it leased for, so that either
+//! process keeps the lock. The content says who holds the lock, for people; only the
 //! lock counts. The files can be read by their owner alone: whoever could open one could block it.
 
 use std::fmt;

@@ -42,7 +42,9 @@ pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     }
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(config, host);
-    rules.extend(programs(&maps).into_iter().map(|path| Rule {
+    // By its link too: where the file was replaced since the start, its path leads to another one.
+    let own = host.proc.join("self/exe");
+    rules.extend(programs(&maps).into_iter().chain([own]).map(|path| Rule {
         path,
         access: AccessFs::Execute | AccessFs::ReadFile,
     }));
