@@ -1,8 +1,12 @@
 //! Tests: one holder at a time, however it ends.
 
+use super::file::{listed_as_locked, open};
 use super::*;
 use crate::fixture::bdf;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 fn paths() -> (tempfile::TempDir, HostPaths) {
     let root = tempfile::tempdir().unwrap();
