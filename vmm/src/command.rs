@@ -221,8 +221,11 @@ pub enum CommandError {
         "this VM has no slots for devices: start it with \"hotplug\": {{\"slots\": 32}} in its file"
     )]
     NoSlots,
-    /// All slots are taken.
-    #[error("all {slots} slots of the VM are taken: detach a device first")]
+    /// All slots are taken, or the guest has not read that they were emptied by force.
+    #[error(
+        "all {slots} slots of the VM are taken, or were emptied by force and its guest has not read \
+         that: detach a device first, or try again"
+    )]
     NoFreeSlot {
         /// How many there are.
         slots: usize,
