@@ -1,6 +1,7 @@
 //! How a VM is put together, in order.
 
 use std::fs::File;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
@@ -220,12 +221,8 @@ fn plan(
     let iova = claimed.iova_ranges()?;
     let mut reserved = claimed.reserved().to_vec();
     let later = gantry_resources::reserved_for(host, &config.hotplug.from);
-    let later: Vec<_> = later.iter().filter_map(forbidden).collect();
-    if config.hotplug.slots > 0 && iova.is_empty() && later.is_empty() {
-        // Nothing tells what IOMMU the devices will have that come later.
-        reserved.push(HYPERTRANSPORT);
-    }
-    reserved.extend(later);
+    let later = later.iter().filter_map(forbidden).collect();
+    reserved.extend(expected(config.hotplug.slots, &iova, later));
     let ports = ports + usize::from(config.hotplug.slots);
     Ok(Layout::plan(&LayoutInputs {
         root_ports: u8::try_from(ports).unwrap_or(u8::MAX),
@@ -234,6 +231,19 @@ fn plan(
         iova: &iova,
         reserved: &reserved,
     })?)
+}
+
+/// What the devices will reserve that come to `slots` later, as far as it is known of them or of the
+/// IOMMU; where nothing is, what any IOMMU may reserve at a place of its own.
+fn expected(
+    slots: u8,
+    iova: &[RangeInclusive<u64>],
+    known: Vec<RangeInclusive<u64>>,
+) -> Vec<RangeInclusive<u64>> {
+    match slots > 0 && iova.is_empty() && known.is_empty() {
+        true => vec![HYPERTRANSPORT],
+        false => known,
+    }
 }
 
 /// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal has
@@ -287,4 +297,18 @@ fn make_vcpus(
         vcpus.push(vcpu.map_err(Error::host("map the ring of posted writes"))?);
     }
     Ok((vcpus, snapshots))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_amd_reserves_stays_free_where_nothing_is_known() {
+        let msi = 0xfee0_0000..=0xfeef_ffff;
+        assert_eq!(expected(4, &[], Vec::new()), [HYPERTRANSPORT]);
+        assert_eq!(expected(4, &[], vec![msi.clone()]), [msi]);
+        assert!(expected(4, &[0..=1 << 39], Vec::new()).is_empty());
+        assert!(expected(0, &[], Vec::new()).is_empty());
+    }
 }
