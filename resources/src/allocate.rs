@@ -25,7 +25,7 @@ use crate::lease::{
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
 use crate::obstacle::{Blocked, Obstacle, Pool};
-use crate::quarantine::{QuarantineError, Until, forget, quarantine};
+use crate::quarantine::{QuarantineError, Until, forget_reason, quarantine};
 use crate::request::{Placement, Request};
 use crate::sriov::{HostAccess, Netlink, SriovError};
 use crate::topology::Sockets;
@@ -203,7 +203,7 @@ pub(crate) fn allocate_with(
     drop(choosing);
     let lent = needs.functions(leases);
     if lent.is_err() {
-        unused(paths, &look.groups, &chosen);
+        unused(paths, &look.groups, &chosen, holder);
     }
     Ok(in_order(&picks, lent?, mdevs))
 }
@@ -289,7 +289,9 @@ fn guarded(
     groups: &Groups,
     devices: &[HostDevice],
 ) -> Result<Vec<Guarded>, AllocateError> {
-    let on_host = |device: &&HostDevice| !device.on_vfio() && !device.is_bridge();
+    // What another has is out of the question, and it may be at the very same look.
+    let on_host =
+        |device: &&HostDevice| !device.on_vfio() && !device.is_bridge() && !device.lease.is_held();
     let concerned: BTreeSet<Option<u32>> = devices
         .iter()
         .filter(|device| device.iommu_group.is_some() && groups.tags(device).on_demand)
@@ -313,25 +315,29 @@ fn use_once(
     chosen: &[&HostDevice],
     holder: &Holder,
 ) -> Result<(), AllocateError> {
-    let reason = format!("it was used by VM '{}' (one_time_use)", holder.vm);
+    let reason = reason_of_use(holder);
     for device in chosen {
         let once = groups.tags(device).one_time_use;
         let written = once.then(|| quarantine(paths, device, &reason, Until::Released));
         if let Some(Err(error)) = written {
-            unused(paths, groups, chosen);
+            unused(paths, groups, chosen, holder);
             return Err(error.into());
         }
     }
     Ok(())
 }
 
-/// Takes back what [`use_once`] wrote. None of the devices was in quarantine before: it was chosen.
-fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice]) {
+fn reason_of_use(holder: &Holder) -> String {
+    format!("it was used by VM '{}' (one_time_use)", holder.vm)
+}
+
+/// Takes back what [`use_once`] wrote, and not what was written over it: a device that hung meanwhile.
+fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice], holder: &Holder) {
     let once = chosen
         .iter()
         .filter(|device| groups.tags(device).one_time_use);
     for device in once {
-        if let Err(error) = forget(paths, device.bdf) {
+        if let Err(error) = forget_reason(paths, device.bdf, &reason_of_use(holder)) {
             tracing::error!("{} stays in quarantine: {error}", device.bdf);
         }
     }

@@ -406,6 +406,12 @@ impl Groups {
         taken && self.tenant_of(device).is_none()
     }
 
+    /// Whether VMs take devices from the host's drivers.
+    pub fn take_on_demand(&self) -> bool {
+        let managed = |spec: &DeviceSpec| spec.managed.is_some_and(|nova::Flag(on)| on);
+        self.groups.iter().any(|group| group.bind == Bind::Demand) || self.specs.iter().any(managed)
+    }
+
     /// Whether a device spec takes a device.
     pub fn has_spec(&self, device: &HostDevice) -> bool {
         self.spec_of(device).is_some()

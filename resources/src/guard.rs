@@ -45,6 +45,18 @@ pub enum HostUse {
         /// The block device.
         block: String,
     },
+    /// It cannot be told whether something has claimed it.
+    Unsure {
+        /// The block device.
+        block: String,
+        /// Why not.
+        why: String,
+    },
+    /// A driver of the host's has the network card, and none of its interfaces can be seen from here.
+    OutOfSight {
+        /// The driver.
+        driver: String,
+    },
     /// A default route goes through it.
     DefaultRoute {
         /// The network interface.
@@ -85,6 +97,14 @@ impl fmt::Display for Guarded {
             HostUse::Claimed { block } => write!(
                 f,
                 "{bdf} holds {block}, which something on the host has claimed"
+            ),
+            HostUse::Unsure { block, why } => write!(
+                f,
+                "{bdf} holds {block}, and it cannot be told whether the host uses that: {why}"
+            ),
+            HostUse::OutOfSight { driver } => write!(
+                f,
+                "{bdf} is a network card of {driver} with no interface in sight, as where a container's network namespace has it"
             ),
             HostUse::DefaultRoute { interface } => {
                 write!(f, "{bdf} is {interface}, which carries a default route")
@@ -132,6 +152,9 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
         }
         if framebuffers.contains(&device.bdf) && !device.boot_vga {
             add(HostUse::Framebuffer);
+        }
+        if let Some(driver) = out_of_sight(&dir, device)? {
+            add(HostUse::OutOfSight { driver });
         }
         for block in storage.below(&dir) {
             storage.uses(paths, block)?.into_iter().for_each(&mut add);
@@ -225,10 +248,9 @@ impl Storage {
                 of,
             });
         }
-        if uses.is_empty() && is_claimed(&paths.dev.join(name)) {
-            uses.push(HostUse::Claimed {
-                block: name.clone(),
-            });
+        if uses.is_empty() {
+            // A slash in a node's name is an exclamation mark in sysfs.
+            uses.extend(claim(&paths.dev.join(name.replace('!', "/")), name));
         }
         Ok(uses)
     }
@@ -254,18 +276,56 @@ fn homes(dir: &Path) -> io::Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// Whether the kernel refuses an exclusive claim: it does for whatever is mounted, swapped to, part of a
-/// volume or a pool, whoever did that and in whichever mount namespace.
-fn is_claimed(node: &Path) -> bool {
-    let is_block = fs::metadata(node).is_ok_and(|meta| meta.file_type().is_block_device());
-    if !is_block {
-        return false;
+/// The driver of a network card that shows no interface: sysfs shows those of one network namespace.
+fn out_of_sight(dir: &Path, device: &HostDevice) -> io::Result<Option<String>> {
+    let is_network = matches!(
+        (device.class.base(), device.class.sub()),
+        (0x02, 0x00 | 0x80)
+    );
+    let driver = device.driver.clone();
+    match driver.filter(|_| is_network && !device.on_vfio()) {
+        Some(driver) if sysfs::entries(&dir.join("net"))?.is_empty() => Ok(Some(driver)),
+        _ => Ok(None),
     }
-    let opened = fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
-        .open(node);
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}
+
+/// How often a claim is asked for: another command that asks has it for a moment.
+const CLAIMS: u32 = 5;
+
+/// Whether the kernel refuses an exclusive claim: it does for whatever is mounted, swapped to, part of a
+/// volume or a pool, whoever did that and in whichever mount namespace. Where it cannot be asked, the
+/// device counts as used.
+fn claim(node: &Path, name: &str) -> Option<HostUse> {
+    let block = || name.to_owned();
+    let unsure = |why: io::Error| HostUse::Unsure {
+        block: block(),
+        why: why.to_string(),
+    };
+    match fs::metadata(node) {
+        Ok(meta) if meta.file_type().is_block_device() => {}
+        Ok(_) => return None,
+        Err(error) => return (!sysfs::is_gone(&error)).then(|| unsure(error)),
+    }
+    for _ in 0..CLAIMS {
+        let opened = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+            .open(node);
+        match opened {
+            Ok(_) => return None,
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            // No card in the reader, or the disk has just gone.
+            Err(error)
+                if sysfs::is_gone(&error) || error.raw_os_error() == Some(libc::ENOMEDIUM) =>
+            {
+                return None;
+            }
+            Err(error) => return Some(unsure(error)),
+        }
+    }
+    Some(HostUse::Claimed { block: block() })
 }
 
 struct Mount {
@@ -556,9 +616,9 @@ mod tests {
     fn only_block_devices_are_tried() {
         let host = host();
         host.file("dev/nvme0n1", "a file that happens to be there");
-        assert!(!is_claimed(&host.paths.dev.join("nvme0n1")));
-        assert!(!is_claimed(Path::new("/dev/null")));
-        assert!(!is_claimed(Path::new("/nonexistent")));
+        assert_eq!(claim(&host.paths.dev.join("nvme0n1"), "nvme0n1"), None);
+        assert_eq!(claim(Path::new("/dev/null"), "nvme0n1"), None);
+        assert_eq!(claim(Path::new("/nonexistent"), "nvme0n1"), None);
     }
 
     #[test]
@@ -570,5 +630,28 @@ mod tests {
                 .any(|mount| mount.at == "/" && mount.number.contains(':'))
         );
         assert!(host_uses(&HostPaths::default(), &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_claim_that_cannot_be_asked_for_keeps_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = folder.path().join("nvme0n1");
+        assert_eq!(claim(&node, "nvme0n1"), None, "no node, nobody to claim it");
+        std::os::unix::fs::symlink(&node, &node).unwrap();
+        let used = claim(&node, "nvme0n1");
+        assert!(matches!(used, Some(HostUse::Unsure { .. })), "{used:?}");
+    }
+
+    #[test]
+    fn a_card_whose_interface_is_out_of_sight_stays() {
+        let card = |address| Fake::nvme(address, 2).class(0x02_00_00);
+        let host = FakeHost::new(&[card("02:00.0").driver("ixgbevf"), card("02:00.1")]);
+        host.file("proc/self/mountinfo", "");
+        let said = "0000:02:00.0 is a network card of ixgbevf with no interface in sight";
+        let uses = uses(&host);
+        assert!(uses.len() == 1 && uses[0].starts_with(said), "{uses:?}");
+        let dir = host.dir(bdf("02:00.0")).join("net/eth7");
+        fs::create_dir_all(dir).unwrap();
+        assert!(host_uses(&host.paths, &host.scan()).unwrap().is_empty());
     }
 }

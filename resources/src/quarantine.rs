@@ -146,6 +146,25 @@ pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineEr
     }
 }
 
+/// Takes the record away that [`quarantine`] made with this reason, unless another one replaced it.
+pub(crate) fn forget_reason(
+    paths: &HostPaths,
+    bdf: HostBdf,
+    reason: &str,
+) -> Result<(), QuarantineError> {
+    let text = fs::read(path(paths, bdf)).unwrap_or_default();
+    match serde_json::from_slice::<Record>(&text) {
+        Ok(record) if record.reason == reason => forget(paths, bdf),
+        _ => Ok(()),
+    }
+}
+
+/// Why a device must not be moved: it hung or failed, and another attempt would hang as well.
+pub(crate) fn hung(paths: &HostPaths, device: &HostDevice) -> Option<String> {
+    let found = find(paths, device.bdf, &device.id.to_string())?;
+    (found.until == Until::Boot).then_some(found.reason)
+}
+
 /// Why a device is in quarantine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
@@ -162,19 +181,24 @@ pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
         let until = Until::Released;
         Some(Found { reason, until })
     };
-    let record = match fs::read(&path) {
+    let kept = match fs::read(&path) {
         Ok(text) => match serde_json::from_slice::<Record>(&text) {
-            Ok(record) => record,
+            Ok(record) => Some(record),
             Err(_) => return broken(format!("{} is damaged", path.display())),
         },
-        Err(error) if sysfs::is_gone(&error) => {
-            serde_json::from_slice(&lease::note(paths, bdf)?).ok()?
-        }
+        Err(error) if sysfs::is_gone(&error) => None,
         Err(error) => return broken(format!("{} cannot be read: {error}", path.display())),
     };
-    let over = record.until == Until::Boot && record.boot.is_some() && record.boot != boot(paths);
-    let Record { reason, until, .. } = record;
-    (!over && record.id == id).then_some(Found { reason, until })
+    let now = boot(paths);
+    let counts = |record: &Record| {
+        let over = record.until == Until::Boot && record.boot.is_some() && record.boot != now;
+        !over && record.id == id
+    };
+    // A record of another boot or device says nothing of what the last VM left.
+    let note = || serde_json::from_slice::<Record>(&lease::note(paths, bdf)?).ok();
+    let found = kept.filter(counts).or_else(|| note().filter(counts))?;
+    let Record { reason, until, .. } = found;
+    Some(Found { reason, until })
 }
 
 /// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
@@ -301,5 +325,31 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("does not answer"), "{error}");
+    }
+
+    #[test]
+    fn a_record_of_another_boot_hides_no_note() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        quarantine(&host.paths, &disk, "it hung", Until::Boot).unwrap();
+        host.file("proc/sys/kernel/random/boot_id", "two\n");
+        let id = disk.id.to_string();
+        assert_eq!(find(&host.paths, disk.bdf, &id), None);
+        let note = String::from_utf8(note(&disk, "its reset failed")).unwrap();
+        host.file("run/leases/0000:01:00.0.lock", &note);
+        let found = find(&host.paths, disk.bdf, &id).unwrap();
+        assert_eq!(found.reason, "its reset failed");
+    }
+
+    #[test]
+    fn only_the_record_that_was_made_is_taken_back() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        quarantine(&host.paths, &disk, "it was used", Until::Released).unwrap();
+        quarantine(&host.paths, &disk, "it hung", Until::Boot).unwrap();
+        forget_reason(&host.paths, disk.bdf, "it was used").unwrap();
+        assert_eq!(hung(&host.paths, &disk).as_deref(), Some("it hung"));
+        forget_reason(&host.paths, disk.bdf, "it hung").unwrap();
+        assert_eq!(hung(&host.paths, &disk), None);
     }
 }

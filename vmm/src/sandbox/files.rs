@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::HostPaths;
+use gantry_resources::{Groups, HostPaths};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError,
@@ -42,6 +42,14 @@ pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     }
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(config, host);
+    // Before a disk leaves the host it is asked whether something has claimed it, and its node is made
+    // anew whenever it comes back.
+    if Groups::load(host).is_ok_and(|groups| groups.take_on_demand()) {
+        rules.push(Rule {
+            path: host.dev.clone(),
+            access: AccessFs::ReadFile.into(),
+        });
+    }
     // By its link too: where the file was replaced since the start, its path leads to another one.
     let own = host.proc.join("self/exe");
     rules.extend(programs(&maps).into_iter().chain([own]).map(|path| Rule {
