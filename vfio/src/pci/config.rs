@@ -11,8 +11,9 @@ use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
 use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
 
-/// The smallest configuration space, of a function that is not PCI Express.
-const CONVENTIONAL_SIZE: usize = 256;
+/// What any function has. Mediated devices may have less of the rest than 256 bytes: some of the kernel's
+/// samples end a byte short.
+const HEADER_SIZE: usize = 64;
 /// Where the list of extended capabilities begins.
 const EXTENDED_START: u16 = 0x100;
 /// The bits of the command register that a guest may set. The others are reserved or have no
@@ -120,14 +121,14 @@ impl Registers<'_> {
     }
 }
 
-/// Plans the guest's view of the configuration space `physical`, 256 or 4096 bytes as read from
-/// the device. `msix` says whether the host can deliver MSI-X interrupts of the device.
+/// Plans the guest's view of the configuration space `physical`, 256 or 4096 bytes, or a little less, as
+/// read from the device. `msix` says whether the host can deliver MSI-X interrupts of the device.
 ///
 /// # Errors
 /// The device does not answer, or is a bridge.
 pub(super) fn plan(physical: &[u8], msix: bool) -> Result<Plan, &'static str> {
     let registers = Registers(physical);
-    if registers.u16(reg::VENDOR_ID) == u16::MAX || physical.len() < CONVENTIONAL_SIZE {
+    if registers.u16(reg::VENDOR_ID) == u16::MAX || physical.len() < HEADER_SIZE {
         return Err("it does not answer: its configuration space reads all ones");
     }
     if registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION != 0 {

@@ -26,6 +26,15 @@ fn guest_reads(plan: &Plan, physical: &[u8], offset: u16) -> u32 {
 }
 
 #[test]
+fn a_space_that_ends_early_reads_as_zeros_behind_its_end() {
+    let physical = &testing::config()[..255];
+    let short = plan(physical, false).unwrap();
+    assert_eq!(guest_reads(&short, physical, 0x00), 0x0010_1b36);
+    assert_eq!(guest_reads(&short, physical, 0xfc) >> 24, 0);
+    assert!(plan(&physical[..63], false).is_err());
+}
+
+#[test]
 fn the_header_is_that_of_a_lone_function_at_rest() {
     let physical = testing::config();
     let plan = plan(&physical, true).unwrap();
