@@ -82,8 +82,8 @@ pub use name::DeviceName;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
-    HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError, opener_helper,
-    reserved_for,
+    BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
+    opener_helper, reserved_for,
 };
 pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};

@@ -31,7 +31,7 @@ use crate::name::DeviceName;
 use crate::request::{Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
-pub use desk::opener_helper;
+pub use desk::{BUSY_PATIENCE, opener_helper};
 pub use wire::Limit;
 use wire::{Ask, Leased, Said};
 

@@ -20,7 +20,7 @@ use crate::reserved::reserved_regions;
 
 /// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
 /// until the kernel has reset the device.
-const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+pub const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
 

@@ -229,11 +229,15 @@ mod tests {
     fn only_what_was_named_is_reached() {
         let folder = tempfile::tempdir().unwrap();
         let host = HostPaths::under(folder.path());
-        for path in ["vmlinux", "secret", "run/lock", "dev/vfio/7", "proc/x"] {
+        let files = ["vmlinux", "secret", "program", "run/lock", "dev/vfio/7"];
+        for path in files.into_iter().chain(["proc/x", "proc/self/maps"]) {
             let path = folder.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "text").unwrap();
         }
+        // What runs, under whatever name.
+        let exe = folder.path().join("proc/self/exe");
+        std::os::unix::fs::symlink(folder.path().join("program"), exe).unwrap();
         let logs = folder.path().join("logs");
         fs::create_dir(&logs).unwrap();
         let config = config(folder.path(), SerialMode::File(logs.join("new")));
@@ -247,7 +251,7 @@ mod tests {
             if fs::read(root.join("secret")).is_ok() {
                 return false;
             }
-            for path in ["vmlinux", "run/lock", "dev/vfio/7", "proc/x"] {
+            for path in ["vmlinux", "program", "run/lock", "dev/vfio/7", "proc/x"] {
                 fs::read(root.join(path)).unwrap();
             }
             fs::write(root.join("run/new"), "text").unwrap();

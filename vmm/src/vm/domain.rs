@@ -3,18 +3,15 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use std::{fs::File, path::Path};
 
 use gantry_devices::mapping::HostMapping;
+use gantry_resources::BUSY_PATIENCE;
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group};
 
 use crate::error::Error;
 use crate::kvm::VfioObserver;
-
-/// How long a group may stay busy after its device was leased: a holder that was killed keeps it
-/// until the kernel has reset the device.
-const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Guest RAM as devices are to see it: first address, memory.
 pub type RamRanges = Arc<[(u64, Arc<HostMapping>)]>;
