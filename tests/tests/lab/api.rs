@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool, free, nothing_is_held};
-use crate::rounds;
 use crate::vm::{Running, Vm};
 
 pub const CASES: &[Case] = cases![
