@@ -251,15 +251,16 @@ fn restore_group(
         }
     }
     drop(choosing);
+    // A setting that cannot be had back keeps no device from its driver; it stays owed.
+    let mut set_back = Ok(());
     for &bdf in members
         .iter()
         .filter(|bdf| sriov::owed::is_owed(paths, **bdf))
     {
-        let restored = sriov::owed::restore(paths, host.links, bdf);
-        restored.map_err(|source| BindError::Settings {
-            bdf,
-            source: Box::new(source),
-        })?;
+        if let Err(source) = sriov::owed::restore(paths, host.links, bdf) {
+            let source = Box::new(source);
+            set_back = Err(BindError::Settings { bdf, source });
+        }
     }
     for &bdf in members
         .iter()
@@ -267,7 +268,8 @@ fn restore_group(
     {
         vgpu::owed::untype(paths, host.writer, bdf)?;
     }
-    give_back(paths, host.writer, members).map(|report| Some(report.moved))
+    let report = give_back(paths, host.writer, members)?;
+    set_back.map(|()| Some(report.moved))
 }
 
 impl Former {

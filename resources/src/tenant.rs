@@ -22,6 +22,7 @@ use crate::group::{
     Bind, EditError, GroupChange, GroupError, GroupFiles, Groups, ResourceGroup, is_name,
 };
 use crate::host::{HostBdf, HostPaths};
+use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::LeaseError;
 use crate::obstacle::Blocked;
@@ -90,7 +91,7 @@ pub enum TenantError {
     },
     /// A name that cannot be one.
     #[error(
-        "\"{0}\" cannot name a tenant: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+        "\"{0}\" cannot name a tenant or its group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
     )]
     Name(String),
     /// The user is not known to this host.
@@ -134,6 +135,20 @@ pub enum TenantError {
     /// A VM has a device.
     #[error("{0}")]
     InUse(Blocked),
+    /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
+    #[error(
+        "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"
+    )]
+    OtherHardware {
+        /// The tenant's address.
+        bdf: HostBdf,
+        /// The tenant.
+        name: String,
+        /// The device, of the same IOMMU group.
+        other: HostBdf,
+        /// What it is.
+        id: PciId,
+    },
     /// A file or directory cannot be changed.
     #[error("cannot change {path}: run as root", path = .path.display())]
     File {
@@ -182,10 +197,42 @@ impl Tenant {
         &self.groups
     }
 
+    /// Whether the device is the tenant's, by what it is and not only by where it is.
+    pub fn owns(&self, device: &HostDevice) -> bool {
+        let mut rules = self.groups.iter().flat_map(|group| &group.rules);
+        rules.any(|rule| rule.only_slot() == Some(device.bdf) && rule.matches(device))
+    }
+
+    /// Refuses an address where other hardware is by now, or in whose IOMMU group another device has
+    /// come: nobody granted that. `all` are the devices of the host.
+    pub fn may_have(&self, bdf: HostBdf, all: &[HostDevice]) -> Result<(), TenantError> {
+        let Some(device) = all.iter().find(|device| device.bdf == bdf) else {
+            return Ok(());
+        };
+        let beside = |other: &&HostDevice| {
+            let shared = other.iommu_group.is_some() && other.iommu_group == device.iommu_group;
+            other.bdf == bdf || shared && !other.is_bridge()
+        };
+        match all.iter().filter(beside).find(|other| !self.owns(other)) {
+            None => Ok(()),
+            Some(other) => Err(TenantError::OtherHardware {
+                bdf,
+                name: self.name.clone(),
+                other: other.bdf,
+                id: other.id,
+            }),
+        }
+    }
+
     /// The host as the tenant sees it: its own definitions, locks and state, and no devices but its own.
     pub fn scope(&self, host: &HostPaths) -> HostPaths {
+        let own = |bdf: &HostBdf| match HostDevice::read(host, *bdf) {
+            Ok(device) => self.owns(&device),
+            Err(InventoryError::NoSuchDevice { .. }) => true,
+            Err(_) => false,
+        };
         HostPaths {
-            only: Some(self.devices()),
+            only: Some(self.devices().into_iter().filter(own).collect()),
             ..dirs(host, &self.name)
         }
     }
@@ -275,14 +322,18 @@ impl Tenants {
     /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
     /// bound anew, has undone. Devices must be with vfio-pci already.
     pub fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
-        self.0.iter().try_for_each(|tenant| {
+        let all = scan(host)?;
+        let put_right = |tenant: &Tenant| {
             let owner = Owner::of(host, tenant)?;
             owner.make_dirs(host, &tenant.name)?;
-            for bdf in tenant.devices() {
-                owner.take_over(host, bdf)?;
-            }
-            Ok(())
-        })
+            let given = tenant.devices().into_iter().map(|bdf| {
+                tenant.may_have(bdf, &all)?;
+                owner.take_over(host, bdf)
+            });
+            // One that cannot be had keeps no other one away.
+            all_of(given)
+        };
+        all_of(self.0.iter().map(put_right))
     }
 }
 
@@ -376,14 +427,13 @@ pub fn grant(
         overrides: wanted.overrides,
         dry_run: false,
     };
+    let group = wanted.group.unwrap_or(name);
+    // What is wrong with the group is said before a device moves; its lock must be free meanwhile.
+    drop(with_devices(&definitions(host, name), group, &devices)?);
     detach(host, writer, &request)?;
     owner.make_dirs(host, name)?;
     // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
-    into_group(
-        &definitions(host, name),
-        wanted.group.unwrap_or(name),
-        &devices,
-    )?;
+    with_devices(&definitions(host, name), group, &devices)?.save()?;
     let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
     addresses
         .iter()
@@ -391,7 +441,15 @@ pub fn grant(
     Ok(addresses)
 }
 
-fn into_group(scope: &HostPaths, group: &str, devices: &[HostDevice]) -> Result<(), TenantError> {
+/// A tenant's groups with these devices in one, not yet written.
+fn with_devices(
+    scope: &HostPaths,
+    group: &str,
+    devices: &[HostDevice],
+) -> Result<GroupFiles, TenantError> {
+    if !is_name(group) {
+        return Err(TenantError::Name(group.to_owned()));
+    }
     let mut files = GroupFiles::open(scope)?;
     if files.groups()?.get(group).is_none() {
         files.create(ResourceGroup::named(group))?;
@@ -405,8 +463,7 @@ fn into_group(scope: &HostPaths, group: &str, devices: &[HostDevice]) -> Result<
         },
     )?;
     files.add(group, devices)?;
-    files.save()?;
-    Ok(())
+    Ok(files)
 }
 
 /// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
@@ -458,6 +515,14 @@ pub fn revoke(
         reattach(host, writer, &request)?;
     }
     Ok(leaving)
+}
+
+/// Does all of them; the last failure, where some fail, with the others in the log.
+fn all_of(steps: impl Iterator<Item = Result<(), TenantError>>) -> Result<(), TenantError> {
+    let mut failed: Vec<TenantError> = steps.filter_map(Result::err).collect();
+    let last = failed.pop();
+    failed.iter().for_each(|error| tracing::error!("{error}"));
+    last.map_or(Ok(()), Err)
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> TenantError {

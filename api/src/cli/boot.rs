@@ -2,8 +2,7 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach, reap,
-    scan,
+    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach, scan,
 };
 
 use crate::output::print;
@@ -23,13 +22,15 @@ pub struct BootArgs {}
 pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     let _whole = SignalsHeld::new();
     let writer = ChildWriter::default();
-    reap(paths, &writer).map_err(Failure::host)?;
+    super::reap_or_warn(paths, &writer);
     let mut failed = Vec::new();
     // Virtual functions first: they may be what is to be bound.
     failed.extend(super::group::activate::at_boot(paths).err());
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = scan(paths).map_err(Failure::host)?;
-    for device in devices.iter().filter(|device| is_wanted(device, &groups)) {
+    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    let wanted = |device: &&HostDevice| is_wanted(device, &groups, &tenants, &devices);
+    for device in devices.iter().filter(wanted) {
         let before = device.driver.as_deref().unwrap_or("no driver");
         match bind(paths, &writer, device.bdf) {
             Ok(moved) => print(|out| match moved {
@@ -40,7 +41,6 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
             Err(failure) => failed.push(failure),
         }
     }
-    let tenants = Tenants::load(paths).map_err(Failure::host)?;
     failed.extend(tenants.put_right(paths).map_err(Failure::host).err());
     match failed.pop() {
         None => Ok(()),
@@ -53,12 +53,16 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// Whether a device is to be with vfio-pci, and not there.
-fn is_wanted(device: &HostDevice, groups: &Groups) -> bool {
+/// Whether a device is to be with vfio-pci, and not there. One that no tenant was granted in this form stays,
+/// and putting tenants right says so.
+fn is_wanted(device: &HostDevice, groups: &Groups, tenants: &Tenants, all: &[HostDevice]) -> bool {
     let of_boot = groups
         .group_of(device)
         .is_some_and(|group| group.bind == Bind::Boot);
-    (of_boot || groups.tenant_of(device).is_some()) && !device.on_vfio()
+    let granted = tenants
+        .owner_of(device.bdf)
+        .is_some_and(|tenant| tenant.may_have(device.bdf, all).is_ok());
+    (of_boot || granted) && !device.on_vfio()
 }
 
 /// Whether it was moved: its IOMMU group's other devices take it along.

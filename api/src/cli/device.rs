@@ -14,7 +14,7 @@ use std::fmt;
 use clap::{Args, Subcommand};
 use gantry_resources::{
     BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
-    ResourceGroup, SysfsWrite, SysfsWriter, detach, reap, reattach, release_quarantine, scan,
+    ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
 };
 use serde::Serialize;
 
@@ -169,7 +169,7 @@ fn change_hands(
     // A ctrl-c between two writes would leave a device with no driver.
     let _whole = SignalsHeld::new();
     if !dry_run {
-        reap(paths, &ChildWriter::default()).map_err(Failure::host)?;
+        super::reap_or_warn(paths, &ChildWriter::default());
     }
     let before = scan(paths).map_err(Failure::host)?;
     let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;

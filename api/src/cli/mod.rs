@@ -19,7 +19,7 @@ use std::sync::Mutex;
 
 use anstream::ColorChoice;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
-use gantry_resources::HostPaths;
+use gantry_resources::{HostPaths, SysfsWriter, reap};
 use gantry_vmm::outlet::{self, Outlet};
 use tracing::Level;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
@@ -177,6 +177,13 @@ pub fn main() -> ExitCode {
     paths
         .and_then(|paths| execute(command, paths))
         .unwrap_or_else(|failure| failure.show(colour))
+}
+
+/// Gives back to the host what killed VMs could not. One that cannot be had back stops no command.
+fn reap_or_warn(paths: &HostPaths, writer: &dyn SysfsWriter) {
+    if let Err(error) = reap(paths, writer) {
+        tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
+    }
 }
 
 /// Standard error, which nobody may be reading: a VM must not wait for that.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance, reap};
+use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance};
 
 use crate::config::{self, Extras, Source};
 use crate::http::{Events, Identity, Limits, Server, Socket, SocketError, Stop, path_of};
@@ -216,9 +216,7 @@ fn may_start(paths: &HostPaths) -> Result<(), Failure> {
         let what = format!("this host is in maintenance, no VM starts: {reason}");
         return Err(Failure::host(what).help("`gantry maintenance off` ends it"));
     }
-    if let Err(error) = reap(paths, &ChildWriter::default()) {
-        tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
-    }
+    super::reap_or_warn(paths, &ChildWriter::default());
     Ok(())
 }
 

@@ -282,3 +282,46 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     symlink(host.paths.run.join("vms"), &vms).unwrap();
     assert_eq!(running_vms(&host.paths).unwrap().len(), 1, "not seen twice");
 }
+
+#[test]
+fn other_hardware_at_a_tenants_address_is_nobodys() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    let tenants = || Tenants::load(&host.paths).unwrap();
+    tenants().put_right(&host.paths).unwrap();
+    // Another device has come into the IOMMU group.
+    host.add(&Fake::nvme("01:00.1", 1));
+    let said = tenants().put_right(&host.paths).unwrap_err().to_string();
+    assert!(
+        said.contains("0000:01:00.1 (1b36:0010) is not what it was"),
+        "{said}"
+    );
+    host.remove(bdf("01:00.1"));
+    tenants().put_right(&host.paths).unwrap();
+    // The disk is replaced by another device.
+    let modalias = crate::fixture::modalias((0x8086, 0x1533), (0, 0), 0x01_08_02);
+    fs::write(host.dir(bdf("01:00.0")).join("modalias"), modalias).unwrap();
+    let said = tenants().put_right(&host.paths).unwrap_err().to_string();
+    assert!(
+        said.contains("0000:01:00.0 is not given to tenant \"a\"") && said.contains("8086:1533"),
+        "{said}"
+    );
+    assert_eq!(scope(&host, "a").only, Some(BTreeSet::new()));
+}
+
+#[test]
+fn a_wrong_group_is_named_before_a_device_moves() {
+    let host = host();
+    let before = host.bindings();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    let wanted = Grant {
+        devices: &[bdf("01:00.0")],
+        group: Some("no/name"),
+        overrides: &[],
+    };
+    grant(&host.paths, &kernel, "a", &wanted).unwrap_err();
+    assert_eq!(host.bindings(), before);
+}

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::Args;
 use gantry_resources::{
     Bind, ChildWriter, Groups, HostAccess, HostPaths, Netlink, ResourceGroup, SriovError,
-    SriovReport, SysfsWriter, VgpuError, VgpuReport, activate, deactivate, make_ahead, reap,
+    SriovReport, SysfsWriter, VgpuError, VgpuReport, activate, deactivate, make_ahead,
     unmake_ahead,
 };
 use serde::Serialize;
@@ -128,7 +128,7 @@ fn each(
     // A ctrl-c between two writes would leave functions without settings.
     let _whole = SignalsHeld::new();
     if !args.dry_run {
-        reap(paths, host.writer).map_err(Failure::host)?;
+        crate::cli::reap_or_warn(paths, host.writer);
     }
     let mut reports = Vec::new();
     for group in groups {
