@@ -42,11 +42,16 @@ pub fn persist(
 ) -> Result<Persistent, BindError> {
     let all = scan(paths)?;
     let members = members(&all, devices)?;
-    let on_host: Vec<HostDevice> = members
-        .iter()
-        .filter(|device| !device.on_vfio())
-        .cloned()
-        .collect();
+    // Options for modprobe name ids: twins of the devices go along.
+    let twin = |device: &HostDevice| {
+        let same = members.iter().any(|member| member.id == device.id);
+        by == PersistBy::Modprobe && same && !device.is_bridge()
+    };
+    let concerned = |device: &&HostDevice| {
+        let chosen = members.iter().any(|member| member.bdf == device.bdf);
+        (chosen || twin(device)) && !device.on_vfio()
+    };
+    let on_host: Vec<HostDevice> = all.iter().filter(concerned).cloned().collect();
     let mut guarded = host_uses(paths, &on_host).map_err(BindError::Guard)?;
     guarded.retain(|guarded| !overrides.contains(&guarded.bdf));
     if !guarded.is_empty() {
@@ -223,5 +228,17 @@ mod tests {
         };
         assert!(matches!(persisted(&[]), Err(BindError::Guarded(_))));
         assert!(persisted(&[bdf("01:00.0")]).is_ok());
+    }
+
+    #[test]
+    fn a_twin_that_the_host_needs_is_refused_where_ids_take_it_along() {
+        let host = host();
+        std::fs::write(host.dir(bdf("01:00.0")).join("boot_vga"), "1").unwrap();
+        let persisted =
+            |overrides: &[HostBdf], by| persist(&host.paths, &[bdf("02:00.0")], overrides, by);
+        assert!(persisted(&[], PersistBy::Udev).is_ok());
+        let refused = persisted(&[], PersistBy::Modprobe).unwrap_err().to_string();
+        assert!(refused.contains("0000:01:00.0"), "{refused}");
+        assert!(persisted(&[bdf("01:00.0")], PersistBy::Modprobe).is_ok());
     }
 }
