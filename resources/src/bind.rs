@@ -16,7 +16,7 @@ use crate::lease::{
 };
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
-use crate::quarantine::{Until, quarantine};
+use crate::quarantine::{Until, hung, quarantine};
 use crate::sriov::SriovError;
 use crate::tenant::Tenants;
 use crate::vgpu::VgpuError;
@@ -293,6 +293,12 @@ impl Direction {
                 device.bdf,
                 &device.lease,
             )));
+        }
+        // Whoever moves what hangs would hang with it, and with its neighbours.
+        let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device)?));
+        if let Some((bdf, why)) = plan.members.iter().find_map(stuck) {
+            let obstacle = Obstacle::Quarantined { why };
+            return Err(BindError::Blocked(Blocked { bdf, obstacle }));
         }
         if self.leaves_host() {
             may_leave_host(paths, &devices, &plan, request.overrides)?;

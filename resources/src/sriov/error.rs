@@ -140,6 +140,12 @@ fn lines(live: &[LiveVf]) -> String {
 impl SriovError {
     /// Whether the kernel still is at work on the device, which must then be left alone.
     pub(super) fn is_hung(&self) -> bool {
-        matches!(self, Self::Write(WriteError::Hung { .. }))
+        match self {
+            Self::Write(WriteError::Hung { .. }) => true,
+            Self::Bind(error) => {
+                matches!(&**error, BindError::Failed { source, .. } if source.is_hung())
+            }
+            _ => false,
+        }
     }
 }

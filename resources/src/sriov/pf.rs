@@ -137,6 +137,9 @@ pub(crate) fn live(
 }
 
 fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<String>> {
+    if let Some(why) = crate::quarantine::hung(paths, device) {
+        return Ok(Some(format!("in quarantine: {why}")));
+    }
     let foreign = device.lease.is_held() && device.lease.record() != Some(own);
     if foreign {
         let who = device.lease.record();

@@ -42,11 +42,21 @@ pub(crate) fn of(
     device: &HostDevice,
 ) -> Result<Option<Uuid>, SriovError> {
     let pf = card(device);
+    let Some(wanted) = groups.vf_token(pf) else {
+        return Ok(None);
+    };
     let with_vfio = match device.physfn {
         None => device.sriov.is_some(),
-        Some(pf) => HostDevice::read(paths, pf)?.on_vfio(),
+        // The card may be another's, and is only looked at.
+        Some(pf) => {
+            let all = HostPaths {
+                only: None,
+                ..paths.clone()
+            };
+            HostDevice::read(&all, pf)?.on_vfio()
+        }
     };
-    match groups.vf_token(pf).filter(|_| with_vfio) {
+    match with_vfio.then_some(wanted) {
         None | Some(VfToken::Secret(false)) => Ok(None),
         Some(VfToken::Known(token)) => Ok(Some(token)),
         Some(VfToken::Secret(true)) => {
@@ -60,8 +70,9 @@ pub(crate) fn of(
 
 /// The token in a file that only its owner reads; made if there is none.
 fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
-    if let Some(token) = sysfs::text(path)?.and_then(|text| text.parse().ok()) {
-        return Ok(token);
+    if let Some(text) = sysfs::text(path)? {
+        let broken = |_| io::Error::other("it holds no token: remove it while no VM has the card");
+        return text.parse().map_err(broken);
     }
     let token = Uuid::random(paths)?;
     if let Some(dir) = path.parent() {
@@ -78,5 +89,26 @@ fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
     match linked {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => kept(paths, path),
         linked => linked.map(|()| token),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::FakeHost;
+
+    #[test]
+    fn a_token_is_kept_and_what_is_none_is_named() {
+        let host = FakeHost::new(&[]);
+        host.file(
+            "proc/sys/kernel/random/uuid",
+            "6a4d7d70-5b7a-4a44-a7a5-4d5e4a2b0c11\n",
+        );
+        let path = host.paths.run.join("vf-token/0000:01:00.0");
+        let token = kept(&host.paths, &path).unwrap();
+        assert_eq!(kept(&host.paths, &path).unwrap(), token);
+        host.file("run/vf-token/0000:01:00.0", "no token");
+        let said = kept(&host.paths, &path).unwrap_err().to_string();
+        assert!(said.contains("remove it"), "{said}");
     }
 }
