@@ -268,4 +268,38 @@ mod tests {
             eprintln!("this kernel has no Landlock");
         }
     }
+
+    /// Leases of a tenant's VM are the host's, and disks are asked whether they are claimed.
+    #[test]
+    fn a_tenants_links_are_followed_and_nodes_are_read_where_devices_leave_the_host() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut host = HostPaths::under(folder.path());
+        for path in ["vmlinux", "run/leases/1.lock", "dev/nvme0n1", "secret"] {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "text").unwrap();
+        }
+        let groups =
+            r#"{"groups": [{"name": "a", "bind": "demand", "rules": [{"class": "0108"}]}]}"#;
+        fs::create_dir_all(&host.config).unwrap();
+        fs::write(host.config.join("groups.json"), groups).unwrap();
+        host.run = host.run.join("tenants/a");
+        fs::create_dir_all(&host.run).unwrap();
+        std::os::unix::fs::symlink("../../leases", host.run.join("leases")).unwrap();
+        let config = config(folder.path(), SerialMode::Off);
+        let root = folder.path().to_owned();
+        let confined = thread::spawn(move || {
+            confine(&config, &host).unwrap();
+            if fs::read(root.join("secret")).is_ok() {
+                return false;
+            }
+            fs::write(host.run.join("leases/1.lock"), "mine").unwrap();
+            fs::read(root.join("dev/nvme0n1")).unwrap();
+            fs::write(root.join("dev/nvme0n1"), "x").unwrap_err();
+            true
+        });
+        if !confined.join().unwrap() {
+            eprintln!("this kernel has no Landlock");
+        }
+    }
 }
