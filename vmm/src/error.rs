@@ -11,6 +11,12 @@ pub enum Error {
     /// The host lacks something.
     #[error(transparent)]
     Preflight(#[from] crate::preflight::PreflightError),
+    /// No VM starts for now.
+    #[error("this host is in maintenance, no VM starts: {0}\n`gantry maintenance off` ends it")]
+    Maintenance(String),
+    /// Whether the host is in maintenance cannot be told.
+    #[error(transparent)]
+    MaintenanceUnknown(#[from] gantry_resources::MaintenanceError),
     /// The devices could not be leased.
     #[error(transparent)]
     Allocate(#[from] gantry_resources::AllocateError),

@@ -10,7 +10,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Request};
+use gantry_resources::{HostPaths, Maintenance, Request, maintenance};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
@@ -280,6 +280,10 @@ fn live(
     config: &Arc<VmConfig>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
+    // A VM may have been made, or have ended, long before it is started.
+    if let Some(Maintenance { reason, .. }) = maintenance(&ground.host)? {
+        return Err(Error::Maintenance(reason));
+    }
     let confined = ground.sandbox.confine_files(config, &ground.host);
     let ended = confined
         .map_err(Error::host("confine files (Landlock)"))
