@@ -27,12 +27,11 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_sched_getaffinity,
     // Hash maps seed themselves once a thread.
     libc::SYS_getrandom,
-    // Files and eventfds that are open already.
+    // Files and eventfds that are open already; fcntl is below.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    libc::SYS_fcntl,
     // The serial port holds an unfinished line back for a moment, and waits a moment for a reader.
     libc::SYS_timerfd_settime,
     libc::SYS_poll,
@@ -59,6 +58,17 @@ const PRCTL_OPTIONS: &[libc::c_int] = &[
     libc::PR_GET_NAME,
     libc::PR_SET_NO_NEW_PRIVS,
     libc::PR_SET_VMA,
+];
+
+/// fcntl: what descriptors and locks take. Not those that have a signal sent to any process.
+const FCNTL_COMMANDS: &[libc::c_int] = &[
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_OFD_SETLK,
+    libc::F_OFD_GETLK,
 ];
 
 /// Making a thread: what glibc and the standard library call in the new one before its own filter.
@@ -298,6 +308,9 @@ fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
     let settings = PRCTL_OPTIONS.iter();
     let settings = settings.filter_map(|&option| rule(0, Dword, Eq, option as u64));
     rules.push((libc::SYS_prctl, settings.collect()));
+    let commands = FCNTL_COMMANDS.iter();
+    let commands = commands.filter_map(|&command| rule(1, Dword, Eq, command as u64));
+    rules.push((libc::SYS_fcntl, commands.collect()));
     let own_threads = rule(0, Dword, Eq, std::process::id().into());
     rules.push((libc::SYS_tgkill, own_threads.into_iter().collect()));
     rules
@@ -354,6 +367,7 @@ mod tests {
                 libc::SYS_mprotect,
                 libc::SYS_tgkill,
                 libc::SYS_prctl,
+                libc::SYS_fcntl,
             ] {
                 let conditions = rules
                     .iter()
