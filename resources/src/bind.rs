@@ -10,7 +10,7 @@ use crate::former::Former;
 use crate::group::GroupError;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
-use crate::inventory::{HostDevice, InventoryError, is_vfio_driver, scan};
+use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseError, LeaseRecord, holder,
 };
@@ -263,9 +263,13 @@ impl Direction {
     }
 
     fn plan(self, paths: &HostPaths, request: &BindRequest<'_>) -> Result<Plan, BindError> {
-        let devices = scan(paths)?;
+        // The override of a device that hangs cannot be read, and others wait for the lock that is held
+        // here: it is asked for of those that move alone.
+        let devices = scan_with(paths, Detail::ForChoice)?;
+        let whole = |device: HostDevice| HostDevice::read(paths, device.bdf);
+        let members = members(&devices, request.devices)?;
         let mut plan = Plan {
-            members: members(&devices, request.devices)?,
+            members: members.into_iter().map(whole).collect::<Result<_, _>>()?,
             ..Plan::default()
         };
         for member in &plan.members {
