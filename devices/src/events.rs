@@ -250,12 +250,15 @@ impl BusDevice for PlatformEvents {
         if offset != EJECT {
             return Effect::None;
         }
-        match self.lock().eject(number) {
+        let mut state = self.lock();
+        match state.eject(number) {
             Some(port) => Effect::Eject(port),
+            // Too late: that was taken away.
+            None if state.slot(number).is_some_and(|slot| slot.stale) => Effect::None,
             None => {
                 warn_limited!(
                     number,
-                    "guest ejects from a slot that is empty, filled since, or not there"
+                    "guest ejects from a slot that is empty or not there"
                 );
                 Effect::None
             }
