@@ -69,9 +69,11 @@ impl Bed {
             Some((_, host)) => host,
             None => self.boot(suite)?,
         };
-        // So that the kernel's log, and the console's, say which lines are whose.
+        // So that the kernel's log, and the console's, say which lines are whose. What is wanted and
+        // remembered of devices is each case's own.
         let mark = format!("case {}", case.name);
-        host.command(["sh", "-c", "echo $0 >/dev/kmsg", &mark])
+        let begin = "echo $0 >/dev/kmsg; rm -rf /etc/gantry /var/lib/gantry";
+        host.command(["sh", "-c", begin, &mark])
             .output()?
             .success()?;
         let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)))
