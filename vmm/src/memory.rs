@@ -87,3 +87,19 @@ impl RamRegion {
             .ok_or_else(|| io::Error::other("guest RAM runs past the end of the address space"))
     }
 }
+
+/// Lets go of the program's code and constants as far as they are mapped: most of it was for the
+/// start, and what is needed again comes back from the page cache.
+pub fn let_go_of_program() {
+    // Given by the linker: where the program begins, and where its code ends.
+    unsafe extern "C" {
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    let start = (&raw const __executable_start).cast_mut();
+    let len = (&raw const etext).addr().saturating_sub(start.addr());
+    // SAFETY: what lies between the two is in segments that nobody may write, so it is as in the
+    // file, from which the kernel maps it anew when it is next used, by whatever thread. Holes
+    // between segments are an error that does no harm.
+    let _ = unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) };
+}

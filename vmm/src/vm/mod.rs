@@ -25,6 +25,7 @@ use crate::cpu::{self, Snapshot};
 use crate::error::Error;
 use crate::kvm::{IrqchipState, Machine};
 use crate::layout::Layout;
+use crate::memory;
 use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
 use crate::vmm::{Ground, Outcome};
@@ -82,6 +83,7 @@ impl Vm {
         let confined = self.ground.sandbox.filter(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.gate.open();
+        memory::let_go_of_program();
         self.tell(VmEvent::State(VmState::Running));
         if let Some(started) = started.take() {
             started(Ok(Answer::Done));
