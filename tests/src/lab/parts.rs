@@ -111,8 +111,8 @@ fn busybox(tools: &Path) -> Result<PathBuf> {
 }
 
 /// The release that QEMU is taken from, with its backports. That of Debian 12 (10.0), emulating SVM,
-/// clears a bit of a processor's pending interrupts without the lock that others take to set one:
-/// interrupts are lost, and others come twice, which kills guests.
+/// clears a bit of a processor's pending interrupts without the lock that others take to set one, so
+/// that interrupts are lost.
 const QEMU_RELEASE: &str = "trixie";
 
 /// The cache, with apt opened at the first use.

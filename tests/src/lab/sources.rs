@@ -179,13 +179,11 @@ fn derive_stanza(lines: &[&str], release: &Release) -> Option<String> {
     let has = |name: &str, word: &str| field(name).iter().any(|found| found == word);
     let mut suites: Vec<String> = Vec::new();
     for suite in field("Suites") {
-        let fresh = release.instead_of(&suite);
-        suites.extend(
-            fresh
-                .into_iter()
-                .filter(|suite| !suites.contains(suite))
-                .collect::<Vec<_>>(),
-        );
+        for fresh in release.instead_of(&suite) {
+            if !suites.contains(&fresh) {
+                suites.push(fresh);
+            }
+        }
     }
     if suites.is_empty()
         || has("Enabled", "no")
