@@ -1,7 +1,6 @@
 //! Allocation: all or nothing, first fit in the order of addresses, with reasons.
 
 mod choose;
-mod ending;
 mod fit;
 mod prepare;
 
@@ -20,7 +19,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
-    LeaseStatus, holder,
+    LeaseStatus, PASSING_PATIENCE, holder, is_passing,
 };
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
@@ -32,12 +31,8 @@ use crate::topology::Sockets;
 use crate::vgpu::{self, VgpuError};
 use crate::writer::ChildWriter;
 use choose::{Pick, View, choose, survey};
-use ending::is_ending;
 pub use fit::{Fit, RequestFit};
 use prepare::{Needs, activate_wanted, in_order};
-
-/// How long holders that are ending may keep devices from others.
-const ENDING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Nothing was allocated.
 #[derive(Debug, Error)]
@@ -177,7 +172,7 @@ pub(crate) fn allocate_with(
     }
     activate_wanted(paths, requests, binder)?;
     let record = LeaseRecord::vm(holder);
-    let deadline = Instant::now() + ENDING_PATIENCE;
+    let deadline = Instant::now() + PASSING_PATIENCE;
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
         // What killed VMs had made for them is in the way of making more.
@@ -187,7 +182,7 @@ pub(crate) fn allocate_with(
         let look = Look::at(paths)?.beside(own);
         match choose(look.view(), requests, placement) {
             Err(AllocateError::NoFit(_) | AllocateError::Unavailable(_))
-                if look.has_ending_holders(paths) && Instant::now() < deadline => {}
+                if look.has_passing_holders(paths) && Instant::now() < deadline => {}
             _ => break (choosing, look),
         }
         drop(choosing);
@@ -266,9 +261,14 @@ impl Look {
         self
     }
 
-    /// Whether devices are about to become free, since those who hold them are no more.
-    fn has_ending_holders(&self, paths: &HostPaths) -> bool {
-        self.devices.iter().any(|device| is_ending(paths, device))
+    /// Whether devices are about to become free.
+    fn has_passing_holders(&self, paths: &HostPaths) -> bool {
+        let devices = self.devices.iter();
+        let functions = devices.map(|device| (DeviceName::from(device.bdf), &device.lease));
+        let mdevs = self.mdevs.devices.iter();
+        let mdevs = mdevs.map(|device| (DeviceName::from(device.uuid), &device.lease));
+        let mut all = functions.chain(mdevs);
+        all.any(|(name, lease)| is_passing(paths, name, lease.record()))
     }
 
     fn view(&self) -> View<'_> {

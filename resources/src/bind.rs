@@ -11,9 +11,7 @@ use crate::group::GroupError;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
-use crate::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseError, LeaseRecord, holder,
-};
+use crate::lease::{DeviceLock, InTheWay, LeaseError, LeaseRecord, holder, under_lock};
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{Until, hung, quarantine};
@@ -122,6 +120,16 @@ pub enum BindError {
     },
 }
 
+impl BindError {
+    /// Who has a device that was to be moved, if that is the failure.
+    pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
+        match self {
+            Self::Blocked(blocked) => blocked.in_the_way(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 /// Gives devices to vfio-pci with all endpoints of their IOMMU groups: all of them, or after a failure
 /// none. A device that is there already is a success. Refused for what the host itself needs.
 pub fn detach(
@@ -201,11 +209,12 @@ impl Direction {
             return Ok(plan.report(writes));
         }
         let record = LeaseRecord::task(self.command());
-        let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-        let plan = self.plan(paths, request)?;
         // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
-        let _locks = plan.lock(paths, &record)?;
-        drop(choosing);
+        let (plan, _locks) = under_lock(paths, &record, BindError::in_the_way, || {
+            let plan = self.plan(paths, request)?;
+            let locks = plan.lock(paths, &record)?;
+            Ok::<_, BindError>((plan, locks))
+        })?;
         if self == Self::Detach {
             plan.members
                 .iter()

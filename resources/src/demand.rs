@@ -208,7 +208,7 @@ fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<boo
     if !left() {
         return Ok(true);
     }
-    let record = LeaseRecord::task("gantry restore");
+    let record = LeaseRecord::restore();
     let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     vgpu::owed::reap_mdevs(paths, host.writer, mdevs)?;
     Ok(!left())
@@ -241,7 +241,7 @@ fn restore_group(
     host: HostAccess<'_>,
     members: &[HostBdf],
 ) -> Result<Option<Vec<HostBdf>>, BindError> {
-    let record = LeaseRecord::task("gantry restore");
+    let record = LeaseRecord::restore();
     let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     let mut locks = Vec::new();
     for &bdf in members {

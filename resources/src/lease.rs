@@ -8,6 +8,7 @@
 //! lock counts. The files can be read by their owner alone: whoever could open one could block it.
 
 mod file;
+mod passing;
 
 use std::fmt;
 use std::fs::{DirBuilder, File};
@@ -22,6 +23,7 @@ use thiserror::Error;
 
 use file::content;
 pub(crate) use file::{LockFile, create, status};
+pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_passing, under_lock};
 
 use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};

@@ -11,7 +11,7 @@ use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::ids::PciId;
 use crate::inventory::{HostDevice, NodeAccess};
-use crate::lease::{LeaseRecord, LeaseStatus};
+use crate::lease::{InTheWay, LeaseRecord, LeaseStatus};
 use crate::nova::DeviceType;
 pub use sieve::Sieve;
 
@@ -155,6 +155,14 @@ impl Blocked {
             obstacle: Obstacle::Leased {
                 holder: lease.record().cloned(),
             },
+        }
+    }
+
+    /// Who has it, where that is what is in the way.
+    pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
+        match &self.obstacle {
+            Obstacle::Leased { holder } => vec![(self.bdf.into(), holder.clone())],
+            _ => Vec::new(),
         }
     }
 }

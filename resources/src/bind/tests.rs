@@ -258,6 +258,27 @@ fn a_leased_device_stays_with_its_vm() {
 }
 
 #[test]
+fn a_holder_that_is_killed_is_waited_for() {
+    let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
+    let mut kernel = FakeKernel::new(&host);
+    kernel.claims.clear();
+    let vm = crate::Holder {
+        vm: "a".to_owned(),
+        pid: 123,
+    };
+    host.file("proc/123/stat", "123 (gantry) R 1 123 123 0 -1 4195332 0\n");
+    let lock = DeviceLock::take(&host.paths, bdf("01:00.0"), &LeaseRecord::vm(&vm)).unwrap();
+    let ending = std::thread::spawn(|| {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        drop(lock);
+    });
+    let devices = [bdf("01:00.0")];
+    reattach(&host.paths, &kernel, &request(&devices, &[])).unwrap();
+    ending.join().unwrap();
+    assert_eq!(drivers(&host), [None]);
+}
+
+#[test]
 fn devices_cannot_be_leased_while_they_move() {
     struct Spy<'a>(FakeKernel<'a>, &'a FakeHost);
     impl SysfsWriter for Spy<'_> {

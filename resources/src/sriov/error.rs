@@ -10,7 +10,7 @@ use super::pf::LiveVf;
 use crate::bind::BindError;
 use crate::host::HostBdf;
 use crate::inventory::InventoryError;
-use crate::lease::LeaseError;
+use crate::lease::{InTheWay, LeaseError};
 use crate::obstacle::Blocked;
 use crate::rule::IdPair;
 use crate::writer::WriteError;
@@ -133,11 +133,25 @@ pub enum SriovError {
 }
 
 fn lines(live: &[LiveVf]) -> String {
-    let line = |LiveVf { bdf, why }: &LiveVf| format!("\n{bdf}: {why}");
+    let line = |LiveVf { bdf, why, .. }: &LiveVf| format!("\n{bdf}: {why}");
     live.iter().map(line).collect()
 }
 
 impl SriovError {
+    /// Who has functions that must stay or be moved, if that alone is the failure.
+    pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
+        let held = |one: &LiveVf| Some((one.bdf.into(), Some(one.holder.clone()?)));
+        match self {
+            Self::Busy(blocked) => blocked.in_the_way(),
+            // One that is used otherwise stays whoever else lets go.
+            Self::Live { live, .. } => {
+                let all: Option<Vec<InTheWay>> = live.iter().map(held).collect();
+                all.unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether the kernel still is at work on the device, which must then be left alone.
     pub(super) fn is_hung(&self) -> bool {
         match self {

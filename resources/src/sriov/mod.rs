@@ -21,9 +21,7 @@ use std::time::{Duration, Instant};
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
-use crate::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseKind, LeaseRecord, holder,
-};
+use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
 use crate::obstacle::Blocked;
 use crate::quarantine::{Until, quarantine};
 use crate::rule::IdPair;
@@ -104,24 +102,22 @@ pub fn activate(
 ) -> Result<SriovReport, SriovError> {
     let spec = spec(group)?;
     let record = LeaseRecord::task("gantry group activate");
-    let choosing = match dry_run {
-        false => Some(AllocationLock::acquire(
-            paths,
-            &record,
-            ALLOCATION_DEADLINE,
-        )?),
-        true => None,
-    };
-    let pf = Pf::read(paths, spec.pf)?;
-    may_activate(&pf, spec)?;
-    let live = pf::live(paths, &pf.vfs, &record)?;
-    may_resize(&pf, spec.count, &live)?;
-    let locks = match dry_run {
-        false => lock(paths, &pf, spec.count, &live, &record)?,
-        true => Vec::new(),
+    let look = || {
+        let pf = Pf::read(paths, spec.pf)?;
+        may_activate(&pf, spec)?;
+        let live = pf::live(paths, &pf.vfs, &record)?;
+        may_resize(&pf, spec.count, &live)?;
+        let locks = match dry_run {
+            false => lock(paths, &pf, spec.count, &live, &record)?,
+            true => Vec::new(),
+        };
+        Ok((pf, live, locks))
     };
     // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
-    drop(choosing);
+    let (pf, live, locks) = match dry_run {
+        false => under_lock(paths, &record, SriovError::in_the_way, look)?,
+        true => look()?,
+    };
     let work = Activation {
         paths,
         host,
@@ -147,11 +143,17 @@ pub fn deactivate(
 ) -> Result<SriovReport, SriovError> {
     let spec = spec(group)?;
     let record = LeaseRecord::task("gantry group deactivate");
-    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let pf = Pf::read(paths, spec.pf)?;
-    is_the_right_one(&pf, spec)?;
-    let live = pf::live(paths, &pf.vfs, &record)?;
-    may_resize(&pf, 0, &live)?;
+    let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
+        let pf = Pf::read(paths, spec.pf)?;
+        is_the_right_one(&pf, spec)?;
+        let live = pf::live(paths, &pf.vfs, &record)?;
+        may_resize(&pf, 0, &live)?;
+        let locks = match dry_run || pf.vfs.is_empty() {
+            false => lock(paths, &pf, 0, &[], &record)?,
+            true => Vec::new(),
+        };
+        Ok::<_, SriovError>((pf, locks))
+    })?;
     let mut report = report(group, &pf, 0);
     if pf.vfs.is_empty() {
         return Ok(report);
@@ -161,8 +163,6 @@ pub fn deactivate(
         value: "0".to_owned(),
     };
     if !dry_run {
-        let _locks = lock(paths, &pf, 0, &[], &record)?;
-        drop(choosing);
         if let Err(error) = host.writer.write(&none.path, &none.value) {
             let error = SriovError::from(error);
             set_aside_if_hung(paths, &pf, &error);

@@ -111,6 +111,9 @@ pub struct LiveVf {
     pub bdf: HostBdf,
     /// What uses it, in words.
     pub why: String,
+    /// Who has leased it, if somebody has and that is the reason.
+    #[serde(skip)]
+    pub holder: Option<LeaseRecord>,
 }
 
 /// The functions that a VM, the host or another program uses. Their locks may be held by this process,
@@ -131,7 +134,9 @@ pub(crate) fn live(
             path: paths.pci_device(bdf),
             source,
         })?;
-        live.extend(why.map(|why| LiveVf { bdf, why }));
+        let foreign = device.lease.record().filter(|record| *record != own);
+        let holder = foreign.cloned();
+        live.extend(why.map(|why| LiveVf { bdf, why, holder }));
     }
     Ok(live)
 }

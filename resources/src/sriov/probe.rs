@@ -54,7 +54,7 @@ pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), Sr
     if marked.is_empty() {
         return Ok(());
     }
-    let record = LeaseRecord::task("gantry restore");
+    let record = LeaseRecord::restore();
     let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     for pf in marked {
         if let Some(_lock) = DeviceLock::take(paths, pf, &record)? {

@@ -236,6 +236,28 @@ fn functions_in_use_are_not_resized_away() {
 }
 
 #[test]
+fn a_helper_that_gives_a_function_back_is_waited_for_and_nobody_else() {
+    for (helper, waited) in [(true, true), (false, false)] {
+        let host = host("manual", "");
+        let kernel = FakeKernel::new(&host);
+        up(&host, &kernel).unwrap();
+        let record = match helper {
+            true => LeaseRecord::restore(),
+            false => LeaseRecord::task("gantry device detach"),
+        };
+        let lock = DeviceLock::take(&host.paths, bdf(FIRST), &record).unwrap();
+        let letting_go = std::thread::spawn(|| {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(lock);
+        });
+        let result = down(&host, &kernel);
+        letting_go.join().unwrap();
+        assert_eq!(result.is_ok(), waited, "{result:?}");
+        assert_eq!(seen(&host, &kernel).functions.is_empty(), waited);
+    }
+}
+
+#[test]
 fn functions_in_use_keep_their_settings_and_the_others_get_new_ones() {
     let host = host("manual", "");
     let kernel = FakeKernel::new(&host);

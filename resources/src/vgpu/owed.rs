@@ -102,7 +102,7 @@ pub(crate) fn reap_mdevs(
     writer: &dyn SysfsWriter,
     which: &[Uuid],
 ) -> Result<usize, VgpuError> {
-    let record = LeaseRecord::task("gantry restore");
+    let record = LeaseRecord::restore();
     let mut gone = 0;
     let mut failed = None;
     for &uuid in which.iter().filter(|uuid| is_owed(paths, **uuid)) {
