@@ -25,7 +25,7 @@ use crate::mdev::Mdevs;
 use crate::name::DeviceName;
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{QuarantineError, Until, forget_reason, quarantine};
-use crate::request::{Placement, Request};
+use crate::request::{Placement, Request, Source};
 use crate::sriov::{HostAccess, Netlink, SriovError};
 use crate::topology::Sockets;
 use crate::vgpu::{self, VgpuError};
@@ -173,34 +173,44 @@ pub(crate) fn allocate_with(
     activate_wanted(paths, requests, binder)?;
     let record = LeaseRecord::vm(holder);
     let deadline = Instant::now() + PASSING_PATIENCE;
+    let mut reaped = false;
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-        // What killed VMs had made for them is in the way of making more.
-        if let Err(error) = vgpu::owed::reap(paths, binder.host.writer) {
-            tracing::warn!("a virtual GPU of a VM that is gone stays: {error}");
-        }
         let look = Look::at(paths)?.beside(own);
-        match choose(look.view(), requests, placement) {
-            Err(AllocateError::NoFit(_) | AllocateError::Unavailable(_))
-                if look.has_passing_holders(paths) && Instant::now() < deadline => {}
-            _ => break (choosing, look),
+        let lacks = match choose(look.view(), requests, placement) {
+            Err(AllocateError::NoFit(fit)) => Some(look.is_made(&fit)),
+            Err(AllocateError::Unavailable(_)) => Some(false),
+            _ => None,
+        };
+        // What killed VMs had made for them is in the way of making more.
+        let left = lacks == Some(true) && look.has_left_vgpus() && !reaped;
+        let waits =
+            look.has_passing_holders(paths) || lacks == Some(true) && look.has_vgpus_under_way();
+        if lacks.is_none() || !(left || waits && Instant::now() < deadline) {
+            break (choosing, look);
         }
         drop(choosing);
+        if left && let Err(error) = vgpu::owed::reap(paths, binder.host.writer) {
+            tracing::warn!("a virtual GPU of a VM that is gone stays: {error}");
+        }
+        reaped |= left;
         std::thread::sleep(Duration::from_millis(10));
     };
     let picks = choose(look.view(), requests, placement)?;
     let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
     let leases = lock(paths, &look.devices, &chosen, own, &record)?;
     let mut needs = Needs::of(paths, &look.groups, binder, &record, &picks)?;
-    let mdevs = needs.instances()?;
+    let claimed = needs.claim()?;
     use_once(paths, &look.groups, &chosen, holder)?;
-    // The devices' own locks are enough from here on: a driver that is slow to let go stops nobody else.
+    // The devices' own locks are enough from here on: a driver that is slow to let go of one, or to make
+    // one, stops nobody else.
     drop(choosing);
-    let lent = needs.functions(leases);
-    if lent.is_err() {
+    let made = needs.instances(claimed);
+    let lent = made.and_then(|mdevs| Ok((needs.functions(leases)?, mdevs)));
+    let (functions, mdevs) = lent.inspect_err(|_| {
         unused(paths, &look.groups, &chosen, holder);
-    }
-    Ok(in_order(&picks, lent?, mdevs))
+    })?;
+    Ok(in_order(&picks, functions, mdevs))
 }
 
 /// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
@@ -259,6 +269,26 @@ impl Look {
             }
         }
         self
+    }
+
+    /// Whether a request that got too little asks for what is made for it.
+    fn is_made(&self, fit: &RequestFit) -> bool {
+        let group = match &fit.from {
+            Some(Source::Group(name) | Source::Alias(name)) => self.groups.get(name),
+            None => None,
+        };
+        group.is_some_and(|group| group.vgpu.is_some())
+    }
+
+    /// Whether killed VMs have left what takes the room of others.
+    fn has_left_vgpus(&self) -> bool {
+        self.mdevs.claims.iter().any(|claim| claim.left)
+    }
+
+    /// Whether others are being made or removed, so that their parents' rooms are not known.
+    fn has_vgpus_under_way(&self) -> bool {
+        let mut claims = self.mdevs.claims.iter();
+        claims.any(|claim| claim.under_way && !claim.left)
     }
 
     /// Whether devices are about to become free.

@@ -208,8 +208,6 @@ fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<boo
     if !left() {
         return Ok(true);
     }
-    let record = LeaseRecord::restore();
-    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     vgpu::owed::reap_mdevs(paths, host.writer, mdevs)?;
     Ok(!left())
 }

@@ -4,7 +4,7 @@ pub(crate) mod hosts;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -243,6 +243,8 @@ pub(crate) struct FakeKernel<'a> {
     /// What virtual functions have: interface, number.
     pub(crate) functions: RefCell<BTreeMap<(u32, u16), VfState>>,
     stuck: Cell<Option<HostBdf>>,
+    /// What a write that hangs keeps open.
+    pub(crate) kept: RefCell<Vec<File>>,
 }
 
 impl<'a> FakeKernel<'a> {
@@ -259,6 +261,7 @@ impl<'a> FakeKernel<'a> {
             written: RefCell::default(),
             functions: RefCell::default(),
             stuck: Cell::new(None),
+            kept: RefCell::default(),
         }
     }
 
@@ -432,6 +435,13 @@ impl SysfsWriter for FakeKernel<'_> {
             Some(Fault::Ignores) => Ok(()),
             None => self.obey(path, value).map_err(refused),
         }
+    }
+    fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError> {
+        let written = self.write(path, value);
+        if matches!(written, Err(WriteError::Hung { .. })) {
+            self.kept.borrow_mut().push(kept.try_clone().unwrap());
+        }
+        written
     }
 }
 

@@ -12,6 +12,7 @@ use crate::inventory::{DeviceState, InventoryError};
 use crate::lease::{LeaseStatus, holder};
 use crate::sysfs;
 use crate::uuid::Uuid;
+use crate::vgpu::owed::{Claim, claims};
 
 /// A kind of mediated device that a parent can make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,6 +61,9 @@ pub struct Mdevs {
     pub parents: Vec<MdevParent>,
     /// Those that there are.
     pub devices: Vec<MdevDevice>,
+    /// Those that are being made, that are a VM's own, or that one left.
+    #[serde(skip)]
+    pub(crate) claims: Vec<Claim>,
 }
 
 impl Mdevs {
@@ -71,6 +75,12 @@ impl Mdevs {
             source,
         };
         let mut all = Self::default();
+        // Rooms are counted last: one that is taken meanwhile is counted as taken twice, rather than as free.
+        let names = sysfs::entries(&paths.sysfs.join("bus/mdev/devices")).map_err(unreadable)?;
+        for uuid in names.iter().filter_map(|name| name.parse().ok()) {
+            all.devices.extend(MdevDevice::read(paths, uuid)?);
+        }
+        all.claims = claims(paths);
         for name in sysfs::entries(&class).map_err(unreadable)? {
             let types = types(&class.join(&name)).map_err(unreadable)?;
             all.parents.push(MdevParent {
@@ -79,11 +89,19 @@ impl Mdevs {
                 types,
             });
         }
-        let names = sysfs::entries(&paths.sysfs.join("bus/mdev/devices")).map_err(unreadable)?;
-        for uuid in names.iter().filter_map(|name| name.parse().ok()) {
-            all.devices.extend(MdevDevice::read(paths, uuid)?);
-        }
         Ok(all)
+    }
+
+    /// How many devices are to come out of a parent's room that it may not have counted yet.
+    pub(crate) fn under_way(&self, parent: &str) -> u32 {
+        let claims = self.claims.iter();
+        let of_it = |claim: &&Claim| claim.under_way && claim.parent.as_deref() == Some(parent);
+        u32::try_from(claims.filter(of_it).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether a device was made for one VM alone, and goes with it.
+    pub(crate) fn is_claimed(&self, uuid: Uuid) -> bool {
+        self.claims.iter().any(|claim| claim.uuid == uuid)
     }
 }
 

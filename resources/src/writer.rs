@@ -1,6 +1,6 @@
 //! Writes to sysfs that the kernel may never come back from.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -64,12 +64,17 @@ pub enum WriteError {
 pub trait SysfsWriter {
     /// Writes `value` to an attribute that exists, in one write.
     fn write(&self, path: &Path, value: &str) -> Result<(), WriteError>;
+
+    /// [`SysfsWriter::write`] with a file that stays open until the kernel is through, whatever becomes of
+    /// this process meanwhile: a lock on it tells others that the write is under way.
+    fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError>;
 }
 
 /// Writes in a child process, which is abandoned when the kernel does not come back in time.
 ///
 /// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
-/// this process's descriptors: no lock lives on in it.
+/// this process's descriptors, and no lock lives on in it but that on a file it is to keep, which is its
+/// standard input.
 #[derive(Clone, Debug)]
 pub struct ChildWriter {
     /// The program to run with `__sysfs-write PATH VALUE`; it must call [`write_helper`].
@@ -90,6 +95,16 @@ impl Default for ChildWriter {
 
 impl SysfsWriter for ChildWriter {
     fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+        self.run(path, value, Ok(Stdio::null()))
+    }
+
+    fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError> {
+        self.run(path, value, kept.try_clone().map(Stdio::from))
+    }
+}
+
+impl ChildWriter {
+    fn run(&self, path: &Path, value: &str, stdin: io::Result<Stdio>) -> Result<(), WriteError> {
         let helper = |source| WriteError::Helper {
             program: self.program.clone(),
             path: path.to_owned(),
@@ -100,7 +115,7 @@ impl SysfsWriter for ChildWriter {
         // Out of the reach of the terminal's ctrl-c, which is for this process to handle.
         command.process_group(0);
         command
-            .stdin(Stdio::null())
+            .stdin(stdin.map_err(helper)?)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let mut child = command.spawn().map_err(helper)?;
@@ -175,6 +190,7 @@ fn write_once(path: &Path, value: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease;
     use std::fs;
 
     /// A program that does what a shell script says. The script is written by another process: a
@@ -237,6 +253,36 @@ mod tests {
             .unwrap_err();
         assert!(matches!(error, WriteError::Hung { .. }), "{error}");
         assert!(started.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn what_is_kept_stays_locked_until_the_last_who_writes_is_through() {
+        let dir = tempfile::tempdir().unwrap();
+        // The child's own child stands for one that the kernel holds up.
+        let writer = writer(
+            dir.path(),
+            "exec 3<&0; sleep 1 <&3 3<&- & exit 0",
+            Duration::from_secs(20),
+        );
+        let kept = dir.path().join("kept");
+        fs::write(&kept, "").unwrap();
+        let locked = || lease::is_locked(&File::open(&kept).unwrap()).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&kept)
+            .unwrap();
+        assert!(lease::try_lock(&file).unwrap());
+        writer
+            .write_keeping(Path::new("/sys/x"), "1", &file)
+            .unwrap();
+        drop(file);
+        assert!(locked());
+        let started = Instant::now();
+        while locked() && started.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!locked());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::name::DeviceName;
 use crate::request::{Request, Source};
 use crate::sriov::{self, SriovError};
 use crate::uuid::Uuid;
-use crate::vgpu::{self, Instance};
+use crate::vgpu::{self, Claimed, Instance};
 
 /// Makes the virtual functions of groups that VMs take devices of on demand.
 pub(super) fn activate_wanted(
@@ -97,14 +97,23 @@ impl<'a> Needs<'a> {
         Ok(())
     }
 
-    /// The mediated devices, made where they are not there. The allocation lock is held: it is what the
-    /// choice counted that they are made of.
-    pub(super) fn instances(&mut self) -> Result<Vec<Lease>, AllocateError> {
+    /// Claims the mediated devices. The allocation lock is held: it is what the choice counted that they
+    /// are made of.
+    pub(super) fn claim(&mut self) -> Result<Vec<Claimed>, AllocateError> {
+        let claim = |(instance, uuid): &(Instance, Uuid)| {
+            vgpu::claim(self.paths, instance, *uuid, self.record)
+        };
+        let claimed: Result<Vec<Claimed>, _> = self.instances.iter().map(claim).collect();
+        Ok(claimed?)
+    }
+
+    /// The mediated devices, made where they are not there. Those that are not made when one fails are
+    /// forgotten by the helper, as those are removed that were.
+    pub(super) fn instances(&self, claimed: Vec<Claimed>) -> Result<Vec<Lease>, AllocateError> {
         let mut leases = Vec::new();
-        for (instance, uuid) in std::mem::take(&mut self.instances) {
-            let writer = self.binder.host.writer;
-            let (device, lock) = vgpu::take(self.paths, writer, &instance, uuid, self.record)?;
-            let watch = self.watch.clone().filter(|_| !instance.made);
+        for one in claimed {
+            let watch = self.watch.clone().filter(|_| one.is_new());
+            let (device, lock) = vgpu::take(self.paths, self.binder.host.writer, one)?;
             leases.push(Lease::mdev(device, lock, watch));
         }
         Ok(leases)

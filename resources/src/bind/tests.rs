@@ -310,6 +310,15 @@ fn devices_cannot_be_leased_while_they_move() {
             );
             self.0.write(path, value)
         }
+
+        fn write_keeping(
+            &self,
+            path: &std::path::Path,
+            value: &str,
+            _: &std::fs::File,
+        ) -> Result<(), crate::writer::WriteError> {
+            self.write(path, value)
+        }
     }
     let host = host();
     let spy = Spy(FakeKernel::new(&host), &host);

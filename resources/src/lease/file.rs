@@ -188,7 +188,8 @@ fn whole_file(kind: libc::c_int) -> libc::flock {
     }
 }
 
-fn try_lock(file: &File) -> io::Result<bool> {
+/// Takes a lock that holds for as long as any process has this file open, or until it is [`unlock`]ed.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))) {
             Ok(_) => return Ok(true),
@@ -199,12 +200,13 @@ fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
-fn unlock(file: &File) -> io::Result<()> {
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
     fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_UNLCK)))?;
     Ok(())
 }
 
-fn is_locked(file: &File) -> io::Result<bool> {
+/// Whether somebody has locked a file that was opened on its own.
+pub(crate) fn is_locked(file: &File) -> io::Result<bool> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
+use crate::inventory::HostDevice;
 use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
 use crate::obstacle::Blocked;
 use crate::quarantine::{Until, quarantine};
@@ -328,12 +329,15 @@ fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
 
 /// A device that the kernel did not come back from is for nobody.
 fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
-    if !why.is_hung() {
-        return;
+    if why.is_hung() {
+        set_aside(paths, &pf.device, why);
     }
+}
+
+fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
     let reason = format!("it hung: {why}");
-    if let Err(error) = quarantine(paths, &pf.device, &reason, Until::Boot) {
-        tracing::error!("{} cannot be put into quarantine: {error}", pf.device.bdf);
+    if let Err(error) = quarantine(paths, device, &reason, Until::Boot) {
+        tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
     }
 }
 

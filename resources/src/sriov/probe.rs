@@ -5,8 +5,11 @@ use std::io;
 use std::path::PathBuf;
 
 use super::error::SriovError;
+use super::set_aside;
 use crate::host::{HostBdf, HostPaths};
+use crate::inventory::HostDevice;
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::quarantine::hung;
 use crate::sysfs;
 use crate::writer::SysfsWriter;
 
@@ -55,11 +58,26 @@ pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), Sr
         return Ok(());
     }
     let record = LeaseRecord::restore();
-    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    let mut locked = Vec::new();
+    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     for pf in marked {
-        if let Some(_lock) = DeviceLock::take(paths, pf, &record)? {
-            restore(paths, writer, pf)?;
+        locked.extend(DeviceLock::take(paths, pf, &record)?.map(|lock| (pf, lock)));
+    }
+    // A card that hangs stops nobody else.
+    drop(choosing);
+    for (pf, _lock) in locked {
+        let there = match HostDevice::read(paths, pf) {
+            Ok(device) if hung(paths, &device).is_some() => continue,
+            Ok(device) => Some(device),
+            Err(_) => None,
+        };
+        let restored = restore(paths, writer, pf);
+        if let (Err(error), Some(device)) = (&restored, there)
+            && error.is_hung()
+        {
+            set_aside(paths, &device, error);
         }
+        restored?;
     }
     Ok(())
 }

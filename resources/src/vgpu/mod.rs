@@ -16,9 +16,10 @@ use crate::group::ResourceGroup;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseError, LeaseRecord, LeaseStatus, holder,
+    DeviceLock, InTheWay, LeaseError, LeaseRecord, LeaseStatus, holder, under_lock,
 };
 use crate::mdev::{MdevDevice, Mdevs, directory};
+use crate::name::DeviceName;
 use crate::uuid::Uuid;
 use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
 pub(crate) use spec::TakenInstances;
@@ -50,12 +51,20 @@ pub enum VgpuError {
         uuid: Uuid,
     },
     /// Somebody has a device that should go.
-    #[error("mediated device {uuid} is held by {holder}: end that first")]
+    #[error("mediated device {uuid} is held by {}: end that first", who(.holder))]
     Held {
         /// The device.
         uuid: Uuid,
-        /// Who, in words.
-        holder: String,
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// The kernel has not come back from an earlier write.
+    #[error(
+        "the kernel is still making or removing {name}, and is waited for no longer: see dmesg; a boot of the host ends it at the latest"
+    )]
+    AtWork {
+        /// The device.
+        name: DeviceName,
     },
     /// There is no such device.
     #[error(
@@ -138,6 +147,21 @@ fn create_write(paths: &HostPaths, instance: &Instance, uuid: Uuid) -> SysfsWrit
     }
 }
 
+/// A mediated device that this process has locked, to be made by nobody else.
+#[derive(Debug)]
+pub(crate) struct Claimed {
+    instance: Instance,
+    uuid: Uuid,
+    lock: DeviceLock,
+}
+
+impl Claimed {
+    /// Whether it is made for whoever has claimed it, and goes with him.
+    pub(crate) fn is_new(&self) -> bool {
+        !self.instance.made
+    }
+}
+
 /// Makes the mediated devices of a group that are to be there ahead: all of them or none.
 pub fn make_ahead(
     paths: &HostPaths,
@@ -147,7 +171,55 @@ pub fn make_ahead(
 ) -> Result<VgpuReport, VgpuError> {
     let spec = ahead(group)?;
     let record = LeaseRecord::task("gantry group activate");
-    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    let report = |instances: &[Instance]| VgpuReport {
+        group: group.name.clone(),
+        devices: spec.uuids.clone(),
+        writes: instances
+            .iter()
+            .filter_map(|instance| Some(create_write(paths, instance, instance.uuid?)))
+            .collect(),
+    };
+    if dry_run {
+        return Ok(report(&missing(paths, group, spec)?));
+    }
+    // Claimed is enough from here on: a driver that is slow to make them stops nobody else.
+    let claimed = under_lock(paths, &record, VgpuError::in_the_way, || {
+        let instances = missing(paths, group, spec)?;
+        let claims = instances.iter().filter_map(|instance| {
+            let uuid = instance.uuid?;
+            Some(claim(paths, instance, uuid, &record))
+        });
+        claims.collect::<Result<Vec<_>, _>>()
+    });
+    let claimed = claimed.inspect_err(|_| {
+        // What was claimed before the failure is nobody's: the record goes without a device.
+        let _ = owed::reap_mdevs(paths, writer, &spec.uuids);
+    })?;
+    for (index, one) in claimed.iter().enumerate() {
+        if let Err(error) = make(paths, writer, &one.instance, one.uuid) {
+            // What was made before it goes again; the one that failed may be there nevertheless.
+            for one in claimed[..=index].iter().rev() {
+                undo(paths, writer, one.uuid);
+            }
+            claimed[index + 1..]
+                .iter()
+                .for_each(|one| owed::forget(paths, one.uuid.into()));
+            return Err(error);
+        }
+    }
+    // They are not owed to anybody: they stay.
+    let uuids = claimed.iter().map(|one| one.uuid);
+    uuids.for_each(|uuid| owed::forget(paths, uuid.into()));
+    let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
+    Ok(report(&instances))
+}
+
+/// The devices of a group that are to be made, if all can be.
+fn missing(
+    paths: &HostPaths,
+    group: &ResourceGroup,
+    spec: &VgpuSpec,
+) -> Result<Vec<Instance>, VgpuError> {
     let mdevs = Mdevs::read(paths)?;
     let found = spec.instances(&mdevs, &TakenInstances::default(), usize::MAX);
     let held = |uuid: &&Uuid| {
@@ -163,29 +235,7 @@ pub fn make_ahead(
             kind: spec.kind.clone(),
         });
     }
-    let mut writes: Vec<SysfsWrite> = Vec::new();
-    for instance in found.iter().filter(|instance| !instance.made) {
-        let Some(uuid) = instance.uuid else { continue };
-        let write = create_write(paths, instance, uuid);
-        let made = match dry_run {
-            true => Ok(()),
-            false => make(paths, writer, instance, &write, uuid),
-        };
-        if let Err(error) = made {
-            // What was made before it goes again; the one that failed may be there nevertheless.
-            let all = writes.iter().chain([&write]);
-            for uuid in all.rev().filter_map(|write| write.value.parse().ok()) {
-                undo(paths, writer, uuid);
-            }
-            return Err(error);
-        }
-        writes.push(write);
-    }
-    Ok(VgpuReport {
-        group: group.name.clone(),
-        devices: spec.uuids.clone(),
-        writes,
-    })
+    Ok(found.into_iter().filter(|one| !one.made).collect())
 }
 
 /// Removes the mediated devices that a group has made ahead. Refused while one is held.
@@ -197,26 +247,29 @@ pub fn unmake_ahead(
 ) -> Result<VgpuReport, VgpuError> {
     let spec = ahead(group)?;
     let record = LeaseRecord::task("gantry group deactivate");
-    let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let mut locks = Vec::new();
-    let mut writes = Vec::new();
-    for &uuid in &spec.uuids {
-        if MdevDevice::read(paths, uuid)?.is_none() {
-            continue;
-        }
-        match DeviceLock::take(paths, uuid, &record)? {
-            Some(lock) => locks.push(lock),
-            None => {
-                return Err(VgpuError::held(uuid, &holder(paths, uuid)?));
+    // Locked is enough from here on: a driver that is slow to remove them stops nobody else.
+    let locked = under_lock(paths, &record, VgpuError::in_the_way, || {
+        let mut locked = Vec::new();
+        for &uuid in &spec.uuids {
+            if MdevDevice::read(paths, uuid)?.is_some() {
+                locked.push((uuid, lock(paths, uuid, &record)?));
             }
         }
-        writes.push(SysfsWrite {
-            path: directory(paths, uuid).join("remove"),
-            value: "1".to_owned(),
-        });
-    }
-    for write in writes.iter().filter(|_| !dry_run) {
-        writer.write(&write.path, &write.value)?;
+        Ok::<_, VgpuError>(locked)
+    })?;
+    let write = |(uuid, _): &(Uuid, DeviceLock)| SysfsWrite {
+        path: directory(paths, *uuid).join("remove"),
+        value: "1".to_owned(),
+    };
+    let writes = locked.iter().map(write).collect();
+    for &(uuid, _) in locked.iter().filter(|_| !dry_run) {
+        owed::remember(paths, uuid.into(), None, &record)?;
+        owed::remove_mdev(paths, writer, uuid).inspect_err(|error| {
+            // It stays the group's, unless the kernel is still at it.
+            if !error.is_hung() {
+                owed::forget(paths, uuid.into());
+            }
+        })?;
     }
     Ok(VgpuReport {
         group: group.name.clone(),
@@ -228,10 +281,30 @@ pub fn unmake_ahead(
 impl VgpuError {
     /// A device that somebody holds.
     pub(crate) fn held(uuid: Uuid, lease: &LeaseStatus) -> Self {
-        let record = lease.record().map(ToString::to_string);
-        let holder = record.unwrap_or_else(|| "an unknown process".to_owned());
+        let holder = lease.record().cloned();
         Self::Held { uuid, holder }
     }
+
+    /// Whether the kernel is still at work on the device.
+    fn is_hung(&self) -> bool {
+        matches!(
+            self,
+            Self::AtWork { .. } | Self::Write(WriteError::Hung { .. })
+        )
+    }
+
+    /// Who has a device, if that is the failure.
+    fn in_the_way(&self) -> Vec<InTheWay> {
+        match self {
+            Self::Held { uuid, holder } => vec![((*uuid).into(), holder.clone())],
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn who(holder: &Option<LeaseRecord>) -> String {
+    let record = holder.as_ref().map(ToString::to_string);
+    record.unwrap_or_else(|| "an unknown process".to_owned())
 }
 
 fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
@@ -239,54 +312,77 @@ fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
     spec.ok_or_else(|| VgpuError::NoneAhead(group.name.clone()))
 }
 
+/// Removes what was made, or was about to be. Where this fails, the record is left for the next command.
 fn undo(paths: &HostPaths, writer: &dyn SysfsWriter, uuid: Uuid) {
-    let dir = directory(paths, uuid);
-    if dir.exists()
-        && let Err(error) = writer.write(&dir.join("remove"), "1")
-    {
+    if let Err(error) = owed::remove_mdev(paths, writer, uuid) {
         tracing::error!("mediated device {uuid} stays: {error}");
     }
 }
 
+fn lock(paths: &HostPaths, uuid: Uuid, record: &LeaseRecord) -> Result<DeviceLock, VgpuError> {
+    let lock = DeviceLock::take(paths, uuid, record)?;
+    match lock {
+        Some(lock) => Ok(lock),
+        None => Err(VgpuError::held(uuid, &holder(paths, uuid)?)),
+    }
+}
+
+/// Locks a mediated device and, where it is not there yet, writes down that it is to be made. The
+/// allocation lock is held, and what the choice counted on is this process's when it is free again.
+pub(crate) fn claim(
+    paths: &HostPaths,
+    instance: &Instance,
+    uuid: Uuid,
+    record: &LeaseRecord,
+) -> Result<Claimed, VgpuError> {
+    let lock = lock(paths, uuid, record)?;
+    if !instance.made {
+        owed::remember(paths, uuid.into(), Some(&instance.parent), record)?;
+    }
+    Ok(Claimed {
+        instance: instance.clone(),
+        uuid,
+        lock,
+    })
+}
+
+/// Makes a mediated device that was claimed.
 fn make(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
     instance: &Instance,
-    write: &SysfsWrite,
     uuid: Uuid,
 ) -> Result<(), VgpuError> {
-    writer.write(&write.path, &write.value)?;
-    match MdevDevice::read(paths, uuid)? {
-        Some(_) => Ok(()),
-        None => Err(VgpuError::NotMade {
-            parent: instance.parent.clone(),
-            kind: instance.kind.clone(),
-        }),
-    }
+    let not_made = || VgpuError::NotMade {
+        parent: instance.parent.clone(),
+        kind: instance.kind.clone(),
+    };
+    let mut work = owed::Work::begin(paths, uuid.into())?.ok_or_else(not_made)?;
+    let write = create_write(paths, instance, uuid);
+    work.write(writer, &write.path, &write.value)?;
+    MdevDevice::read(paths, uuid)?
+        .map(drop)
+        .ok_or_else(not_made)
 }
 
-/// A mediated device for a VM, locked; the allocation lock is held, so that what the choice counted on is
-/// still there. `watch` is told of it first: it unmakes what is made when the VM ends.
+/// A mediated device for a VM that was claimed for it, made if it is not there.
 pub(crate) fn take(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
-    instance: &Instance,
-    uuid: Uuid,
-    record: &LeaseRecord,
+    claimed: Claimed,
 ) -> Result<(MdevDevice, DeviceLock), VgpuError> {
-    let Some(lock) = DeviceLock::take(paths, uuid, record)? else {
-        return Err(VgpuError::held(uuid, &holder(paths, uuid)?));
-    };
-    if !instance.made {
-        owed::remember(paths, uuid.into(), record)?;
-        let write = create_write(paths, instance, uuid);
-        if let Err(error) = make(paths, writer, instance, &write, uuid) {
-            // Where this fails too, the record is left for the next command.
-            let _ = owed::remove_mdev(paths, writer, uuid);
-            return Err(error);
-        }
+    let Claimed {
+        instance,
+        uuid,
+        lock,
+    } = claimed;
+    if !instance.made
+        && let Err(error) = make(paths, writer, &instance, uuid)
+    {
+        undo(paths, writer, uuid);
+        return Err(error);
     }
-    let device = wait_for_node(paths, instance, uuid)?;
+    let device = wait_for_node(paths, &instance, uuid)?;
     Ok((device, lock))
 }
 
@@ -330,12 +426,16 @@ pub(crate) fn set_type(
         return Ok(false);
     };
     let bdf: HostBdf = device.bdf;
-    owed::remember(paths, bdf.into(), record)?;
-    let written = writer.write(&vendor::current(paths, bdf), &kind.to_string());
-    if let Err(error) = written {
+    owed::remember(paths, bdf.into(), None, record)?;
+    let Some(mut work) = owed::Work::begin(paths, bdf.into())? else {
+        return Ok(false);
+    };
+    let written = work.write(writer, &vendor::current(paths, bdf), &kind.to_string());
+    drop(work);
+    written.inspect_err(|_| {
+        // Where this fails too, the record is left for the next command.
         let _ = owed::untype(paths, writer, bdf);
-        return Err(error.into());
-    }
+    })?;
     Ok(true)
 }
 

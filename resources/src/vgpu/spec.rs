@@ -131,7 +131,7 @@ impl VgpuSpec {
         for &uuid in &self.uuids {
             let there = mdevs.devices.iter().find(|device| device.uuid == uuid);
             match there {
-                _ if taken.uuids.contains(&uuid) => {}
+                _ if taken.uuids.contains(&uuid) || mdevs.is_claimed(uuid) => {}
                 Some(device) if device.lease.is_held() => {}
                 Some(device) => found.extend(self.sources(mdevs).find_map(|(parent, kind)| {
                     let right = device.parent == parent.name && device.kind == kind.id;
@@ -151,6 +151,7 @@ impl VgpuSpec {
         let mut open = open.into_iter();
         for (parent, kind) in self.sources(mdevs) {
             let used = taken.made.get(&parent.name).copied().unwrap_or(0);
+            let used = used.saturating_add(mdevs.under_way(&parent.name));
             for uuid in open
                 .by_ref()
                 .take(kind.available.saturating_sub(used) as usize)

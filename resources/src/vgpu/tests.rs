@@ -7,9 +7,13 @@ use crate::allocate::{allocate_with, fit};
 use crate::demand::{Binder, reap_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::group::Groups;
-use crate::lease::{Holder, Lease};
+use crate::lease::{AllocationLock, Holder, Lease};
 use crate::request::{Placement, Request};
-use std::fs;
+use crate::sriov::HostAccess;
+use std::cell::RefCell;
+use std::error::Error;
+use std::fs::{self, File};
+use std::path::Path;
 
 const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
 const TWO: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
@@ -39,18 +43,20 @@ fn take(
         host: kernel.access(),
         helper: "/bin/true".as_ref(),
     };
+    take_with(host, &binder, requests)
+}
+
+fn take_with(
+    host: &FakeHost,
+    binder: &Binder<'_>,
+    requests: &[Request],
+) -> Result<Vec<Lease>, AllocateError> {
     let holder = Holder {
         vm: "a".to_owned(),
         pid: 1,
     };
-    allocate_with(
-        &host.paths,
-        requests,
-        &Placement::default(),
-        &holder,
-        &[],
-        &binder,
-    )
+    let near = Placement::default();
+    allocate_with(&host.paths, requests, &near, &holder, &[], binder)
 }
 
 fn one() -> [Request; 1] {
@@ -363,4 +369,148 @@ fn what_makes_no_sense_is_refused_with_file_and_key() {
             "{error}"
         );
     }
+}
+
+/// A kernel that is looked at from outside while it makes and removes devices.
+struct Watched<'a> {
+    kernel: FakeKernel<'a>,
+    look: &'a dyn Fn(&Path),
+}
+
+impl SysfsWriter for Watched<'_> {
+    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+        (self.look)(path);
+        self.kernel.write(path, value)
+    }
+
+    fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError> {
+        (self.look)(path);
+        self.kernel.write_keeping(path, value, kept)
+    }
+}
+
+#[test]
+fn a_device_in_the_making_stops_nobody_and_is_counted() {
+    let host = host("");
+    let seen_free: RefCell<Vec<(String, usize)>> = RefCell::default();
+    let look = |path: &Path| {
+        // As any other VM would, at once.
+        let record = LeaseRecord::task("another");
+        drop(AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap());
+        let disks = [Request::group("disks", 1)];
+        assert_eq!(
+            take(&host, &FakeKernel::new(&host), &disks).unwrap().len(),
+            1
+        );
+        let all = [Request::group("vgpus", 3)];
+        let found = fit(&host.paths, &all, &Placement::default()).unwrap();
+        let what = path.file_name().unwrap().to_str().unwrap().to_owned();
+        RefCell::borrow_mut(&seen_free).push((what, found.requests[0].free));
+        // Nobody unmakes it meanwhile.
+        let kernel = FakeKernel::new(&host);
+        reap_with(&host.paths, kernel.access()).unwrap();
+        assert!(kernel.written.borrow().is_empty());
+    };
+    let kernel = Watched {
+        kernel: FakeKernel::new(&host),
+        look: &look,
+    };
+    let binder = Binder {
+        host: HostAccess {
+            writer: &kernel,
+            links: &kernel.kernel,
+        },
+        helper: "/bin/true".as_ref(),
+    };
+    let leases = take_with(&host, &binder, &one()).unwrap();
+    drop(leases);
+    reap_with(&host.paths, binder.host).unwrap();
+    let created = ("create".to_owned(), 2);
+    let seen_free = seen_free.into_inner();
+    assert_eq!(seen_free[0], created);
+    assert_eq!(seen_free[1].0, "remove");
+    assert_eq!(seen_free.len(), 2);
+    assert_eq!(seen(&host).1, [1, 2]);
+}
+
+#[test]
+fn a_driver_that_hangs_is_left_alone_until_it_comes_back() {
+    let host = host(r#", "parents": ["mtty"]"#);
+    let before = seen(&host);
+    let kernel = FakeKernel::new(&host).with_fault(0, Fault::Hangs);
+    let error = take(&host, &kernel, &one()).unwrap_err().to_string();
+    assert!(error.contains("did not come back"), "{error}");
+    let after = FakeKernel::new(&host);
+    let error = reap_with(&host.paths, after.access()).unwrap_err();
+    let texts = format!("{error}: {}", error.source().unwrap());
+    assert!(texts.contains("still making or removing"), "{texts}");
+    // What it will take is not given to anybody.
+    let error = take(&host, &after, &one()).unwrap_err().to_string();
+    assert!(error.contains("0 free"), "{error}");
+    assert!(after.written.borrow().is_empty());
+    // It comes back in the end, and the device goes.
+    let (create, uuid) = kernel.written.borrow()[0].clone();
+    after.write(&create, &uuid).unwrap();
+    kernel.kept.borrow_mut().clear();
+    assert_eq!(seen(&host).0, [ONE]);
+    reap_with(&host.paths, after.access()).unwrap();
+    assert_eq!(seen(&host), before);
+}
+
+#[test]
+fn a_device_whose_removal_hangs_is_asked_to_go_once() {
+    for ahead in [false, true] {
+        let uuids = match ahead {
+            true => format!(r#", "uuids": ["{ONE}"]"#),
+            false => String::new(),
+        };
+        let host = host(&uuids);
+        let before = seen(&host);
+        let kernel = FakeKernel::new(&host).with_fault(1, Fault::Hangs);
+        match ahead {
+            true => {
+                make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+                unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
+            }
+            false => {
+                drop(take(&host, &kernel, &one()).unwrap());
+                reap_with(&host.paths, kernel.access()).unwrap_err();
+            }
+        }
+        let after = FakeKernel::new(&host);
+        reap_with(&host.paths, after.access()).unwrap_err();
+        let path = format!("/sys/bus/mdev/devices/{ONE}");
+        let exact = Request::exact(path.as_ref(), true).unwrap();
+        take(&host, &after, &[exact]).unwrap_err();
+        assert!(after.written.borrow().is_empty(), "ahead: {ahead}");
+        let (remove, _) = kernel.written.borrow()[1].clone();
+        after.write(&remove, "1").unwrap();
+        kernel.kept.borrow_mut().clear();
+        reap_with(&host.paths, after.access()).unwrap();
+        assert_eq!(seen(&host), before, "ahead: {ahead}");
+    }
+}
+
+#[test]
+fn a_killed_command_whose_write_goes_on_leaves_nothing() {
+    let host = host("");
+    let before = seen(&host);
+    let record = LeaseRecord::task("gantry run");
+    let mdevs = Mdevs::read(&host.paths).unwrap();
+    let spec = group(&host).vgpu.unwrap();
+    let instance = spec
+        .instances(&mdevs, &TakenInstances::default(), 1)
+        .remove(0);
+    let uuid = ONE.parse().unwrap();
+    drop(claim(&host.paths, &instance, uuid, &record).unwrap());
+    // The child that writes has the record, and nobody has the device.
+    let mut child = owed::Work::begin(&host.paths, uuid.into()).unwrap();
+    let kernel = FakeKernel::new(&host);
+    reap_with(&host.paths, kernel.access()).unwrap_err();
+    let write = create_write(&host.paths, &instance, uuid);
+    let work = child.as_mut().unwrap();
+    work.write(&kernel, &write.path, &write.value).unwrap();
+    drop(child);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host), before);
 }

@@ -4,6 +4,7 @@
 use super::super::{AllocateError, RequestFit};
 use super::{Choice, Meant, Picked};
 use crate::inventory::HostDevice;
+use crate::mdev::MdevDevice;
 use crate::obstacle::Obstacle;
 use crate::sriov::{VfToken, token};
 use crate::uuid::Uuid;
@@ -17,6 +18,10 @@ impl<'a> Choice<'a, '_> {
     ) -> Result<Picked<'a>, AllocateError> {
         let mut all = self.view.mdevs.devices.iter();
         let device = all.find(|device| device.uuid == uuid);
+        let leaving = |device: &&MdevDevice| {
+            self.view.mdevs.is_claimed(device.uuid) && !device.lease.is_held()
+        };
+        let device = device.filter(|device| !leaving(device));
         let device = device.ok_or(VgpuError::NoSuch { uuid })?;
         if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
             return Err(VgpuError::Ungrouped { uuid }.into());
