@@ -684,13 +684,78 @@ fn groups_are_made_of_devices_and_rules_and_changed() {
 }
 
 #[test]
+fn a_change_of_a_group_tells_what_it_came_to() {
+    let host = Host::new();
+    let said = |args: &[&str]| host.gantry(args).ok();
+    for (args, told) in [
+        (
+            &["group", "create", "nics", "--device", "00:03.0"][..],
+            "group nics: created with 1 device: 0000:00:03.0\n  \
+             `gantry device detach 0000:00:03.0` makes it free for VMs\n",
+        ),
+        (
+            &["group", "add", "nics", "00:03.0"],
+            "group nics: as it was, with 1 device: 0000:00:03.0\n",
+        ),
+        (
+            &[
+                "group",
+                "edit",
+                "nics",
+                "--description",
+                "fast",
+                "--bind",
+                "demand",
+            ],
+            "group nics: changed bind, description; it has 1 device now\n",
+        ),
+        (
+            &["group", "remove", "nics", "00:03.0"],
+            "group nics: removed 0000:00:03.0; it has no device now\n",
+        ),
+        (
+            &["group", "add", "nics", "00:03.0"],
+            "group nics: added 0000:00:03.0; it has 1 device now\n",
+        ),
+        (
+            &["group", "rename", "nics", "net"],
+            "group net: was nics; it has 1 device now\n",
+        ),
+        (
+            &["group", "delete", "net"],
+            "group net: deleted; it had 1 device: 0000:00:03.0\n",
+        ),
+        (
+            &["group", "create", "none"],
+            "group none: created with no device\n  `gantry group add none BDF` gives it a \
+             device, `gantry group edit none --rule JSON` a rule\n",
+        ),
+    ] {
+        assert_eq!(said(args), told, "{args:?}");
+    }
+    let json = said(&["group", "delete", "disks", "--json"]);
+    let told: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(told["group"], "disks");
+    assert_eq!(told["done"], "deleted");
+    assert_eq!(told["removed"][1], "0000:02:00.0");
+    assert!(
+        told["files"][0]
+            .as_str()
+            .unwrap()
+            .ends_with("etc/groups.json")
+    );
+}
+
+#[test]
 fn novas_words_are_taken_verbatim() {
     let host = Host::new();
     let spec = r#"{"vendor_id": "1b36", "product_id": "0010"}"#;
-    host.gantry(&["group", "device-spec", spec]).ok();
+    let said = host.gantry(&["group", "device-spec", spec]).ok();
+    assert!(said.starts_with("device_spec: 1 added (in "), "{said}");
     let alias =
         r#"{"vendor_id": "1b36", "product_id": "0010", "device_type": "type-PCI", "name": "gpu"}"#;
-    host.gantry(&["group", "alias", alias]).ok();
+    let said = host.gantry(&["group", "alias", alias]).ok();
+    assert!(said.starts_with("alias gpu: added (in "), "{said}");
     let table = host.gantry(&["group", "alias"]).ok();
     assert_eq!(
         first_words(&table),

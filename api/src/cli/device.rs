@@ -18,6 +18,7 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
+use super::group::told::{Before, Changed, Hardware};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
@@ -121,31 +122,41 @@ fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         overrides,
         group,
     } = args;
-    if let Some(group) = group {
-        with_rules(paths, group, &common.devices)?;
-    }
+    let Some(group) = group else {
+        return change_hands(common, overrides, detach, paths);
+    };
+    drop(with_rules(paths, group, &common.devices)?);
     change_hands(common, overrides, detach, paths)?;
-    match group {
-        Some(group) if !common.dry_run => {
-            let files = with_rules(paths, group, &common.devices)?;
-            files.save().map(drop).map_err(Failure::host)
-        }
-        _ => Ok(()),
+    if common.dry_run {
+        return Ok(());
+    }
+    let (files, changed) = with_rules(paths, group, &common.devices)?;
+    files.save().map_err(Failure::host)?;
+    match common.json {
+        true => Ok(()),
+        false => print(|out| writeln!(out, "{changed}")),
     }
 }
 
-/// The group files with a rule for each device in this group, not yet written.
-fn with_rules(paths: &HostPaths, group: &str, devices: &[HostBdf]) -> Result<GroupFiles, Failure> {
+/// The group files with a rule for each device in this group, not yet written, and what that changes.
+fn with_rules(
+    paths: &HostPaths,
+    group: &str,
+    devices: &[HostBdf],
+) -> Result<(GroupFiles, Changed), Failure> {
     let read = |bdf: &HostBdf| HostDevice::read(paths, *bdf).map_err(Failure::host);
     let devices: Vec<HostDevice> = devices.iter().map(read).collect::<Result<_, _>>()?;
+    let hardware = Hardware::read(paths)?;
     let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
+    let before = Before::of(group, &files, &hardware)?;
     if files.groups().map_err(Failure::host)?.get(group).is_none() {
         let new = ResourceGroup::named(group);
         files.create(new).map_err(Failure::host)?;
     }
     files.add(group, &devices).map_err(Failure::host)?;
     // Its name and the rest are checked as they would be read back.
-    Ok(files)
+    let changed = before.changed(group, &files, &hardware)?;
+    Ok((files, changed))
 }
 
 type Bind = fn(&HostPaths, &dyn SysfsWriter, &BindRequest) -> Result<BindReport, BindError>;

@@ -7,6 +7,7 @@ mod fit;
 mod list;
 mod matching;
 mod show;
+pub mod told;
 
 use clap::{Subcommand, ValueEnum};
 use gantry_resources::{GroupType, HostPaths, Rule};

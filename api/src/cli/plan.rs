@@ -134,12 +134,13 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
                 aliases: args.aliases,
                 file: Default::default(),
             };
+            let name = plan.name.clone();
             let file = create_plan(paths, plan).map_err(Failure::host)?;
-            print(|out| writeln!(out, "{}: changed", file.display()))
+            print(|out| writeln!(out, "plan {name}: created (in {})", file.display()))
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
-            print(|out| writeln!(out, "{}: changed", file.display()))
+            print(|out| writeln!(out, "plan {}: deleted (from {})", args.name, file.display()))
         }
     }
 }

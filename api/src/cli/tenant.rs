@@ -233,12 +233,24 @@ pub fn tenant(command: TenantCommand, paths: &HostPaths) -> Result<(), Failure> 
                 description: args.description,
             };
             let path = create_tenant(paths, &args.name, &file).map_err(Failure::host)?;
-            print(|out| writeln!(out, "{}: changed", path.display()))
+            print(|out| {
+                let (user, path) = (&file.user, path.display());
+                writeln!(
+                    out,
+                    "tenant {}: created for user {user} (in {path})",
+                    args.name
+                )?;
+                writeln!(
+                    out,
+                    "  `gantry tenant grant {} BDF` gives it a device",
+                    args.name
+                )
+            })
         }
         TenantCommand::Edit(args) => edit(args, paths),
         TenantCommand::Delete(args) => {
             delete_tenant(paths, &args.name).map_err(Failure::host)?;
-            print(|out| writeln!(out, "{}: deleted", args.name))
+            print(|out| writeln!(out, "tenant {}: deleted", args.name))
         }
         TenantCommand::Grant(args) => give(&args, paths),
         TenantCommand::Revoke(args) => take(args, paths),
@@ -253,7 +265,10 @@ fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         description: args.description.unwrap_or_else(|| now.description.clone()),
     };
     let path = edit_tenant(paths, &args.name, &file).map_err(Failure::host)?;
-    print(|out| writeln!(out, "{}: changed", path.display()))
+    print(|out| {
+        let (name, path) = (&args.name, path.display());
+        writeln!(out, "tenant {name}: its user is {} (in {path})", file.user)
+    })
 }
 
 fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {

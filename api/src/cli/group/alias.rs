@@ -1,5 +1,7 @@
 //! `gantry group alias` and `gantry group device-spec`: OpenStack Nova's words for PCI devices.
 
+use std::collections::BTreeSet;
+
 use clap::Args;
 use gantry_resources::{
     Alias, DeviceSpec, Groups, HostDevice, HostPaths, Placement, Request, change_aliases,
@@ -88,8 +90,20 @@ const COLUMNS: [Column; 4] = [
 
 pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
     if !args.aliases.is_empty() || !args.remove.is_empty() {
+        let added: BTreeSet<String> = args
+            .aliases
+            .iter()
+            .map(|alias| alias.name.clone())
+            .collect();
         let file = change_aliases(paths, args.aliases, &args.remove).map_err(Failure::host)?;
-        return print(|out| writeln!(out, "{}: changed", file.display()));
+        let file = file.display();
+        return print(|out| {
+            for name in args.remove {
+                writeln!(out, "alias {name}: removed (from {file})")?;
+            }
+            let mut added = added.iter();
+            added.try_for_each(|name| writeln!(out, "alias {name}: added (in {file})"))
+        });
     }
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let names = groups.alias_names();
@@ -131,8 +145,15 @@ impl Row {
 
 pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
     if !args.specs.is_empty() || !args.remove.is_empty() {
+        let (added, removed) = (args.specs.len(), args.remove.len());
         let file = change_device_specs(paths, args.specs, &args.remove).map_err(Failure::host)?;
-        return print(|out| writeln!(out, "{}: changed", file.display()));
+        let done = [(added, "added"), (removed, "removed")];
+        let done = done.iter().filter(|(count, _)| *count > 0);
+        let done: Vec<String> = done
+            .map(|(count, what)| format!("{count} {what}"))
+            .collect();
+        let file = file.display();
+        return print(|out| writeln!(out, "device_spec: {} (in {file})", done.join(", ")));
     }
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = scan(paths).map_err(Failure::host)?;

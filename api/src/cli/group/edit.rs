@@ -6,8 +6,8 @@ use gantry_resources::{
     SriovSpec, VgpuSpec, scan,
 };
 
+use super::told::{Before, Hardware, TellArgs};
 use super::{Kind, Made};
-use crate::output::print;
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
@@ -36,6 +36,8 @@ pub struct CreateArgs {
     /// A device, for which a rule is made; may be given several times
     #[arg(long = "device", value_name = "BDF")]
     devices: Vec<HostBdf>,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +65,8 @@ pub struct EditArgs {
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
     drop_rules: Vec<usize>,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 /// What is said of a group's devices.
@@ -129,6 +133,8 @@ pub struct RenameArgs {
     name: String,
     /// Its new name
     to: String,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 #[derive(Debug, Args)]
@@ -136,6 +142,8 @@ pub struct RenameArgs {
 pub struct DeleteArgs {
     /// The group
     name: String,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 #[derive(Debug, Args)]
@@ -149,6 +157,8 @@ pub struct DevicesArgs {
     /// PCI addresses, such as 0000:01:00.0 or 01:00.0
     #[arg(value_name = "BDF", required = true)]
     devices: Vec<HostBdf>,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -160,6 +170,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         tags,
         rules,
         devices,
+        tell,
     } = args;
     let devices = read(paths, &devices)?;
     let group = ResourceGroup {
@@ -176,7 +187,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         one_time_use: false,
         file: Default::default(),
     };
-    change(paths, |files| {
+    change(paths, tell, [&name, &name], |files| {
         files.create(group)?;
         files.change(&name, tags.change())?;
         files.add(&name, &devices)
@@ -192,6 +203,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         tags,
         rules,
         drop_rules,
+        tell,
     } = args;
     let wanted = GroupChange {
         name: None,
@@ -202,30 +214,44 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         add_rules: rules,
         ..tags.change()
     };
-    change(paths, |files| files.change(&name, wanted))
+    change(paths, tell, [&name, &name], |files| {
+        files.change(&name, wanted)
+    })
 }
 
 pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let RenameArgs { name, to, tell } = args;
     let wanted = GroupChange {
-        name: Some(args.to),
+        name: Some(to.clone()),
         ..GroupChange::default()
     };
-    change(paths, |files| files.change(&args.name, wanted))
+    change(paths, tell, [&name, &to], |files| {
+        files.change(&name, wanted)
+    })
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let DeleteArgs { name, tell } = args;
     let devices = scan(paths).map_err(Failure::host)?;
-    change(paths, |files| files.delete(&args.name, &devices))
+    change(paths, *tell, [name, name], |files| {
+        files.delete(name, &devices)
+    })
 }
 
 pub fn add(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = read(paths, &args.devices)?;
-    change(paths, |files| files.add(&args.name, &devices))
+    let name = &args.name;
+    change(paths, args.tell, [name, name], |files| {
+        files.add(name, &devices)
+    })
 }
 
 pub fn remove(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = read(paths, &args.devices)?;
-    change(paths, |files| files.remove(&args.name, &devices))
+    let name = &args.name;
+    change(paths, args.tell, [name, name], |files| {
+        files.remove(name, &devices)
+    })
 }
 
 fn read(paths: &HostPaths, devices: &[HostBdf]) -> Result<Vec<HostDevice>, Failure> {
@@ -233,16 +259,18 @@ fn read(paths: &HostPaths, devices: &[HostBdf]) -> Result<Vec<HostDevice>, Failu
     devices.iter().map(one).collect()
 }
 
+/// Has a group that has the first name, and then the second one, changed as `wanted`, and tells of it.
 fn change(
     paths: &HostPaths,
+    tell: TellArgs,
+    [before, after]: [&str; 2],
     wanted: impl FnOnce(&mut GroupFiles) -> Result<(), EditError>,
 ) -> Result<(), Failure> {
+    let hardware = Hardware::read(paths)?;
     let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
+    let before = Before::of(before, &files, &hardware)?;
     wanted(&mut files).map_err(Failure::host)?;
+    let changed = before.changed(after, &files, &hardware)?;
     let written = files.save().map_err(Failure::host)?;
-    print(|out| {
-        written
-            .iter()
-            .try_for_each(|path| writeln!(out, "{}: changed", path.display()))
-    })
+    changed.tell(written, tell)
 }

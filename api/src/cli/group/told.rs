@@ -1,0 +1,249 @@
+//! What a change of a group came to: said to people, shown to programs.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::Args;
+use gantry_resources::{
+    Bind, DeviceState, GroupFiles, Groups, HostDevice, HostPaths, ResourceGroup, UsbDevice, scan,
+    scan_usb,
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::output::{print, print_json};
+use crate::report::Failure;
+
+/// How it is told.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct TellArgs {
+    /// Show what was changed as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The devices that groups can have.
+pub struct Hardware {
+    pci: Vec<HostDevice>,
+    usb: Vec<UsbDevice>,
+}
+
+impl Hardware {
+    pub fn read(paths: &HostPaths) -> Result<Self, Failure> {
+        Ok(Self {
+            pci: scan(paths).map_err(Failure::host)?,
+            usb: scan_usb(paths).map_err(Failure::host)?,
+        })
+    }
+
+    /// Addresses and ports of what belongs to the group of that name.
+    fn of(&self, groups: &Groups, name: &str) -> BTreeSet<String> {
+        let is = |owner: Option<&ResourceGroup>| owner.is_some_and(|owner| owner.name == name);
+        let pci = self.pci.iter();
+        let pci = pci.filter(|device| is(groups.group_of(device)));
+        let usb = self.usb.iter();
+        let usb = usb.filter(|device| is(groups.group_of_usb(device)));
+        pci.map(|device| device.bdf.to_string())
+            .chain(usb.map(|device| device.port.clone()))
+            .collect()
+    }
+
+    /// Those of `names` that a driver of the host has.
+    fn attached<'n>(&self, names: &'n [String]) -> Vec<&'n str> {
+        let attached = |name: &&String| {
+            let mut pci = self.pci.iter();
+            let device = pci.find(|device| device.bdf.to_string() == **name);
+            device.is_some_and(|device| device.state() == DeviceState::Attached)
+        };
+        let attached = names.iter().filter(attached);
+        attached.map(String::as_str).collect()
+    }
+}
+
+/// A group as it was before a change.
+pub struct Before {
+    group: Option<ResourceGroup>,
+    devices: BTreeSet<String>,
+}
+
+impl Before {
+    /// The group of that name as it is now.
+    pub fn of(name: &str, files: &GroupFiles, hardware: &Hardware) -> Result<Self, Failure> {
+        let groups = files.groups().map_err(Failure::host)?;
+        Ok(Self {
+            group: groups.get(name).cloned(),
+            devices: hardware.of(&groups, name),
+        })
+    }
+
+    /// What is different now that the group has the name `now`.
+    pub fn changed(
+        self,
+        now: &str,
+        files: &GroupFiles,
+        hardware: &Hardware,
+    ) -> Result<Changed, Failure> {
+        let groups = files.groups().map_err(Failure::host)?;
+        let group = groups.get(now);
+        let devices = hardware.of(&groups, now);
+        let list = |names: &mut dyn Iterator<Item = &String>| names.cloned().collect();
+        let added: Vec<String> = list(&mut devices.difference(&self.devices));
+        let keys = differing(self.group.as_ref(), group);
+        let done = match (&self.group, group) {
+            (None, _) => Done::Created,
+            (Some(_), None) => Done::Deleted,
+            (Some(_), Some(_)) if keys.is_empty() => Done::Nothing,
+            (Some(_), Some(_)) => Done::Changed,
+        };
+        let was = self.group.map(|group| group.name);
+        Ok(Changed {
+            advice: group.and_then(|group| advice(group, &devices, &added, hardware)),
+            group: now.to_owned(),
+            was: was.filter(|was| was != now),
+            done,
+            keys,
+            removed: list(&mut self.devices.difference(&devices)),
+            added,
+            devices: devices.into_iter().collect(),
+            files: Vec::new(),
+        })
+    }
+}
+
+/// The keys in which two definitions of a group differ.
+fn differing(one: Option<&ResourceGroup>, other: Option<&ResourceGroup>) -> Vec<String> {
+    let (Some(one), Some(other)) = (one, other) else {
+        return Vec::new();
+    };
+    let value = |group| serde_json::to_value(group).unwrap_or_default();
+    let (one, other) = (value(one), value(other));
+    let keys = |value: &Value| -> Vec<String> {
+        let keys = value.as_object().into_iter().flatten();
+        keys.map(|(key, _)| key.clone()).collect()
+    };
+    let all: BTreeSet<String> = keys(&one).into_iter().chain(keys(&other)).collect();
+    let differs = |key: &String| one.get(key) != other.get(key);
+    all.into_iter().filter(differs).collect()
+}
+
+/// What is still to be done before VMs get anything of the group.
+fn advice(
+    group: &ResourceGroup,
+    devices: &BTreeSet<String>,
+    added: &[String],
+    hardware: &Hardware,
+) -> Option<String> {
+    let name = &group.name;
+    if group.vgpu.is_some() || group.bind == Bind::Demand {
+        return None;
+    }
+    if group.sriov.is_some() {
+        return Some(format!(
+            "`gantry group activate {name}` makes its virtual functions"
+        ));
+    }
+    if devices.is_empty() {
+        return Some(format!(
+            "`gantry group add {name} BDF` gives it a device, `gantry group edit {name} --rule JSON` a rule"
+        ));
+    }
+    match hardware.attached(added).as_slice() {
+        [] => None,
+        attached => Some(format!(
+            "`gantry device detach {}` makes {} free for VMs",
+            attached.join(" "),
+            if attached.len() == 1 { "it" } else { "them" }
+        )),
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Done {
+    Created,
+    Changed,
+    Deleted,
+    Nothing,
+}
+
+/// A group that was changed.
+#[derive(Debug, Serialize)]
+pub struct Changed {
+    group: String,
+    done: Done,
+    /// The name that it had.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    was: Option<String>,
+    /// The keys of its definition that are different.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    keys: Vec<String>,
+    /// What belongs to it now: addresses, and ports of USB devices.
+    devices: Vec<String>,
+    added: Vec<String>,
+    removed: Vec<String>,
+    /// Those that were written.
+    files: Vec<PathBuf>,
+    #[serde(skip)]
+    advice: Option<String>,
+}
+
+impl Changed {
+    /// Tells of it, once `files` are written.
+    pub fn tell(mut self, files: Vec<PathBuf>, args: TellArgs) -> Result<(), Failure> {
+        self.files = files;
+        match args.json {
+            true => print_json(&self),
+            false => print(|out| writeln!(out, "{self}")),
+        }
+    }
+
+    fn changes(&self) -> String {
+        let mut parts = Vec::new();
+        if let Some(was) = &self.was {
+            parts.push(format!("was {was}"));
+        }
+        let keys: Vec<&str> = self.keys.iter().map(String::as_str).collect();
+        let keys: Vec<&str> = keys.into_iter().filter(|key| *key != "name").collect();
+        let moved = !self.added.is_empty() || !self.removed.is_empty();
+        if !keys.is_empty() && !(moved && keys == ["rules"]) {
+            parts.push(format!("changed {}", keys.join(", ")));
+        }
+        for (what, devices) in [("added", &self.added), ("removed", &self.removed)] {
+            if !devices.is_empty() {
+                parts.push(format!("{what} {}", devices.join(" ")));
+            }
+        }
+        parts.push(format!("it has {} now", counted(self.devices.len())));
+        parts.join("; ")
+    }
+}
+
+impl fmt::Display for Changed {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let listed = |devices: &[String]| match devices {
+            [] => "no device".to_owned(),
+            devices => format!("{}: {}", counted(devices.len()), devices.join(" ")),
+        };
+        write!(f, "group {}: ", self.group)?;
+        match self.done {
+            Done::Created => write!(f, "created with {}", listed(&self.devices))?,
+            Done::Deleted => write!(f, "deleted; it had {}", listed(&self.removed))?,
+            Done::Nothing => write!(f, "as it was, with {}", listed(&self.devices))?,
+            Done::Changed => f.write_str(&self.changes())?,
+        }
+        match &self.advice {
+            Some(advice) => write!(f, "\n  {advice}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A number of devices in words.
+fn counted(count: usize) -> String {
+    match count {
+        0 => "no device".to_owned(),
+        1 => "1 device".to_owned(),
+        count => format!("{count} devices"),
+    }
+}
