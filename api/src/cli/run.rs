@@ -8,7 +8,9 @@ use clap::{Args, ValueEnum};
 use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance};
 
 use crate::config::{self, Extras, Source};
-use crate::http::{Events, Identity, Limits, Server, Socket, SocketError, Stop, path_of};
+use crate::http::{
+    Events, Identity, Limits, Server, Socket, SocketError, Stop, as_process, path_of,
+};
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
 use gantry_vmm::threads::Task;
 use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
@@ -44,7 +46,7 @@ pub struct RunArgs {
     /// JSON file that describes the VM, or - for standard input; `gantry schema` tells its keys
     #[arg(value_name = "VM.JSON", required_unless_present = "api_socket")]
     file: Option<PathBuf>,
-    /// Name of the VM in locks, lists and logs [default: the file's name without its extension]
+    /// Name of the VM, which no other that runs has [default: the file's name without its extension]
     #[arg(long)]
     name: Option<String>,
     /// Give the VM devices named by path that are in no group
@@ -185,15 +187,8 @@ impl RunArgs {
                 .map_err(Failure::host);
         }
         let usual = path_of(&paths.run, name);
-        let socket = match Socket::bind(&usual, group, &paths.run) {
-            // Two VMs may have one name; the second is reached by its process's number.
-            Err(SocketError::Live { .. }) => {
-                let numbered = format!("{name}.{}", std::process::id());
-                Socket::bind(&path_of(&paths.run, &numbered), group, &paths.run)
-            }
-            bound => bound,
-        };
-        match socket {
+        match Socket::bind(&usual, group, &paths.run) {
+            Err(SocketError::Live { pid, .. }) => Err(taken(name, pid)),
             Err(error) if group.is_some() => Err(Failure::host(error)),
             Err(error) => {
                 tracing::debug!("the VM has no socket: {error}");
@@ -208,6 +203,14 @@ impl RunArgs {
         let stem = self.api_socket.as_ref().and_then(|path| path.file_stem());
         stem.map_or("vm".into(), |stem| stem.to_string_lossy().into_owned())
     }
+}
+
+/// Another VM has the name, and could not be told from this one.
+fn taken(name: &str, pid: Option<u32>) -> Failure {
+    let what = format!("a VM \"{name}\" runs already{}", as_process(pid));
+    Failure::host(what).help(format!(
+        "`--name` gives this one another name; `gantry vm shutdown {name}` ends the other"
+    ))
 }
 
 /// Refuses in maintenance, and gives back to the host what killed VMs could not.

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::unistd::{Gid, Group, chown};
 
 /// Why there is no socket.
@@ -17,12 +17,15 @@ use nix::unistd::{Gid, Group, chown};
 pub enum SocketError {
     /// Somebody listens there.
     #[error(
-        "a VM listens on {path} already\ngive this one another socket with --api-socket, or another \
-         name with --name"
+        "a VM listens on {path} already{}\ngive this one another socket with --api-socket, or another \
+         name with --name",
+        as_process(*pid)
     )]
     Live {
         /// The socket.
         path: PathBuf,
+        /// The process, where that can be known.
+        pid: Option<u32>,
     },
     /// What is there is no socket.
     #[error("{path} is no socket: it is left alone\nname another path with --api-socket")]
@@ -47,6 +50,12 @@ pub enum SocketError {
         #[source]
         source: io::Error,
     },
+}
+
+/// A process named in an error.
+pub fn as_process(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(", as process {pid}"))
+        .unwrap_or_default()
 }
 
 impl SocketError {
@@ -122,7 +131,7 @@ pub fn remove_stale(path: &Path, run: &Path) -> io::Result<()> {
     let _turn = turn(run);
     match state(path)? {
         State::Stale => fs::remove_file(path),
-        State::Absent | State::Live | State::Other => Ok(()),
+        State::Absent | State::Live(_) | State::Other => Ok(()),
     }
 }
 
@@ -159,7 +168,8 @@ impl Drop for Private {
 enum State {
     Absent,
     Stale,
-    Live,
+    /// With its process, where that can be known.
+    Live(Option<u32>),
     Other,
 }
 
@@ -174,16 +184,20 @@ fn state(path: &Path) -> io::Result<State> {
         Err(Errno::ECONNREFUSED) => Ok(State::Stale),
         Err(Errno::ENOENT) => Ok(State::Absent),
         // Also one whose queue is full, or that this user may not connect to: somebody is there.
-        _ => Ok(State::Live),
+        answer => Ok(State::Live(answer.ok().flatten())),
     }
 }
 
-/// Connects without waiting, as a listener whose queue is full would make one wait.
-fn knock(path: &Path) -> nix::Result<()> {
+/// Connects without waiting, as a listener whose queue is full would make one wait. The process that
+/// listens, where this one can see it.
+fn knock(path: &Path) -> nix::Result<Option<u32>> {
     let (family, kind) = (AddressFamily::Unix, SockType::Stream);
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket::socket(family, kind, flags, None)?;
-    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let listener = socket::getsockopt(&socket, sockopt::PeerCredentials);
+    let pid = listener.ok().and_then(|one| u32::try_from(one.pid()).ok());
+    Ok(pid.filter(|pid| *pid != 0))
 }
 
 fn vacate(path: &Path) -> Result<(), SocketError> {
@@ -191,7 +205,7 @@ fn vacate(path: &Path) -> Result<(), SocketError> {
     match state(path).map_err(SocketError::io("look at", path))? {
         // What is stale is replaced by the rename.
         State::Absent | State::Stale => Ok(()),
-        State::Live => Err(SocketError::Live { path: owned() }),
+        State::Live(pid) => Err(SocketError::Live { path: owned(), pid }),
         State::Other => Err(SocketError::NoSocket { path: owned() }),
     }
 }
@@ -277,7 +291,11 @@ mod tests {
         assert!(is_stale(&path), "the file outlives the listener");
         let live = Socket::bind(&path, None, dir.path()).unwrap();
         let error = Socket::bind(&path, None, dir.path()).unwrap_err();
-        assert!(matches!(error, SocketError::Live { .. }), "{error}");
+        let own = Some(std::process::id());
+        assert!(
+            matches!(error, SocketError::Live { pid, .. } if pid == own),
+            "{error}"
+        );
         remove_stale(&path, dir.path()).unwrap();
         assert!(path.exists() && UnixStream::connect(&path).is_ok());
         drop(live);

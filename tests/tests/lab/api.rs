@@ -24,7 +24,7 @@ pub const CASES: &[Case] = cases![
     a_paused_guest_does_nothing,
     a_guest_hears_its_power_button,
     commands_find_the_vm_by_its_name,
-    two_vms_of_one_name_are_both_reached,
+    a_second_vm_of_a_name_is_refused,
     a_killed_vm_leaves_a_socket_that_is_replaced,
     bad_clients_do_not_disturb_the_guest,
 ];
@@ -233,23 +233,24 @@ fn commands_find_the_vm_by_its_name(host: &Host) -> Result<()> {
     Ok(())
 }
 
-fn two_vms_of_one_name_are_both_reached(host: &Host) -> Result<()> {
+fn a_second_vm_of_a_name_is_refused(host: &Host) -> Result<()> {
     let mut first = Vm::new("shell").start(host)?;
     first.until("guest: init")?;
-    let mut second = Vm::new("shell").start(host)?;
-    second.until("guest: init")?;
-    let list: Value = serde_json::from_str(&gantry(host, "vm list --json")?)?;
-    let names = list.as_array().into_iter().flatten();
-    let names: Vec<&str> = names.filter_map(|vm| vm["name"].as_str()).collect();
-    ensure!(
-        names.len() == 2 && names[0] == "vm.sock".trim_end_matches(".sock"),
-        "{list}"
-    );
-    for name in names {
-        gantry(host, &format!("vm shutdown {name}"))?;
+    let pid = host.sh("pidof gantry").output()?.text();
+    let second = Vm::new("none").run(host)?.exits(1)?;
+    for words in [
+        &format!("a VM \"vm\" runs already, as process {pid}"),
+        "`gantry vm shutdown vm` ends the other",
+    ] {
+        ensure!(second.errors.contains(words), "{second}");
     }
+    // As it was told: under another name, and once the first has ended.
+    let mut other = Vm::new("none");
+    other.flags = "--name other";
+    other.run(host)?.powered_off()?;
+    gantry(host, "vm shutdown vm")?;
     first.end()?.powered_off()?;
-    second.end()?.powered_off()?;
+    Vm::new("none").run(host)?.powered_off()?;
     no_socket(host)
 }
 
