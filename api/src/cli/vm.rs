@@ -41,11 +41,7 @@ pub enum VmCommand {
     #[command(after_help = "Example: gantry vm reboot web-1")]
     Reboot(VmArgs),
     /// End a VM at once, without asking its guest
-    #[command(after_help = "\
-The guest is not asked: `gantry vm power-button` does.
-
-Example: gantry vm shutdown web-1")]
-    Shutdown(VmArgs),
+    Shutdown(state::ShutdownArgs),
     /// Ask the guest to power off
     PowerButton(state::PowerButtonArgs),
     /// Show what happens to a VM as it happens
@@ -70,10 +66,10 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
         C::Info(args) => info::info(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
         C::Detach(args) => devices::detach(&args, paths),
-        C::Pause(args) => state::change(&args, paths, "vm.pause", "is paused"),
-        C::Resume(args) => state::change(&args, paths, "vm.resume", "runs again"),
-        C::Reboot(args) => state::change(&args, paths, "vm.reboot", "boots again"),
-        C::Shutdown(args) => state::change(&args, paths, "vm.shutdown", "has ended"),
+        C::Pause(args) => state::change(&args.vm, paths, "vm.pause", "is paused"),
+        C::Resume(args) => state::change(&args.vm, paths, "vm.resume", "runs again"),
+        C::Reboot(args) => state::change(&args.vm, paths, "vm.reboot", "boots again"),
+        C::Shutdown(args) => state::shutdown(&args, paths),
         C::PowerButton(args) => state::power_button(&args, paths),
         C::Events(args) => watch::events(&args, paths),
         C::Metrics(args) => watch::metrics(&args, paths),

@@ -43,7 +43,7 @@ fn vms_are_listed_by_their_sockets() {
     let row = list.lines().nth(1).unwrap();
     let cells: Vec<&str> = row.split_whitespace().collect();
     let pid = std::process::id().to_string();
-    assert_eq!(cells, ["vm", &pid, "-", "-", "-", "-", "-"]);
+    assert_eq!(cells, ["vm", &pid, "no", "VM", "-", "-", "-", "-"]);
     bed.boot();
     let list = ok(&bed, &["list"]);
     let cells: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
@@ -95,6 +95,12 @@ fn states_change_and_refusals_are_told() {
     ok(&bed, &["reboot", "vm"]);
     ok(&bed, &["power-button", "vm"]);
     ok(&bed, &["shutdown", "vm"]);
+    let said = fails(&bed, &["shutdown", "vm"]);
+    assert!(said.contains("`gantry vm shutdown vm --process`"), "{said}");
+    assert_eq!(
+        ok(&bed, &["shutdown", "vm", "--process"]),
+        "vm has ended, and gantry with it\n"
+    );
 }
 
 #[test]

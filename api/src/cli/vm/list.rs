@@ -9,19 +9,31 @@ use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmmPing};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A VM whose state is - has no socket, or none that you may use.
+States:
+  created    it can be booted
+  running    its guest runs
+  paused     its processors wait
+  shut down  its guest has ended; it can be booted again
+  no VM      gantry waits for `vm.create`; `gantry vm shutdown NAME --process` ends it
+  no socket  it listens nowhere, or not in the run directory: its --api-socket can be named instead
+  denied     it is another user's
+  silent     it does not answer
 
 Examples:
   gantry vm list
+  gantry vm list --sort memory
   gantry vm list --json")]
 pub struct ListArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
 }
 
 /// A VM that runs.
@@ -31,7 +43,8 @@ struct Row {
     pid: Option<u32>,
     /// Where it has no socket in the run directory, how it is controlled is not known.
     socket: Option<std::path::PathBuf>,
-    /// Without, it cannot be asked, or no VM is created in the process yet.
+    /// The state in a word.
+    state: String,
     info: Option<VmInfo>,
     /// Why it cannot be asked.
     problem: Option<String>,
@@ -59,7 +72,7 @@ const COLUMNS: [Column; 7] = [
         give: Give::All(2),
     },
     Column {
-        title: "FREE SLOTS",
+        title: "SLOTS",
         give: Give::All(3),
     },
     Column {
@@ -84,7 +97,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if rows.is_empty() {
         return print(|out| writeln!(out, "No VM runs."));
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect()).fit(terminal_width());
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
+    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
     print(|out| write!(out, "{table}"))
 }
 
@@ -92,22 +106,41 @@ impl Row {
     /// None if nobody is behind the socket.
     fn of_socket(name: String, socket: std::path::PathBuf) -> Result<Option<Self>, Failure> {
         let client = find::connect(&socket, find::GLANCE)?;
-        let (pid, problem) = match client.get::<VmmPing>("vmm.ping") {
-            Ok(ping) => (Some(ping.pid), None),
-            Err(ClientError::Nobody { .. }) => return Ok(None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        let info = match problem {
-            None => client.get("vm.info").ok(),
-            Some(_) => None,
-        };
-        Ok(Some(Self {
+        let mut row = Self {
             name,
-            pid,
+            pid: None,
             socket: Some(socket),
-            info,
-            problem,
-        }))
+            state: "no VM".to_owned(),
+            info: None,
+            problem: None,
+        };
+        match client.get("vmm.ping") {
+            Ok(VmmPing { pid, .. }) => row.pid = Some(pid),
+            Err(ClientError::Nobody { .. }) => return Ok(None),
+            Err(error) => return Ok(Some(row.with_problem(&error))),
+        }
+        match client.get::<VmInfo>("vm.info") {
+            Ok(info) => {
+                row.state = info.state.to_string();
+                row.info = Some(info);
+            }
+            // None is created.
+            Err(ClientError::Refused { status: 404, .. }) => {}
+            Err(error) => row = row.with_problem(&error),
+        }
+        Ok(Some(row))
+    }
+
+    fn with_problem(self, error: &ClientError) -> Self {
+        let state = match error {
+            ClientError::Denied { .. } => "denied",
+            _ => "silent",
+        };
+        Self {
+            state: state.to_owned(),
+            problem: Some(error.to_string()),
+            ..self
+        }
     }
 
     fn of_record(record: LeaseRecord) -> Self {
@@ -115,6 +148,7 @@ impl Row {
             name: record.name,
             pid: Some(record.pid),
             socket: None,
+            state: "no socket".to_owned(),
             info: None,
             problem: None,
         }
@@ -135,7 +169,7 @@ impl Row {
         vec![
             self.name.clone(),
             self.pid.map_or("-".to_owned(), |pid| pid.to_string()),
-            of_info(&|info| info.state.to_string()),
+            self.state.clone(),
             of_info(&|info| info.config.cpus.boot_vcpus.to_string()),
             of_info(&|info| crate::config::size(info.config.memory.size)),
             of_info(&|info| format!("{}/{}", info.free_slots, info.slots)),

@@ -6,11 +6,28 @@ use clap::Args;
 use gantry_resources::HostPaths;
 use tokio::time::Instant;
 
-use super::{VmArgs, find};
+use super::find;
 use crate::http::client::{ClientError, seconds};
 use crate::http::wire::{Event, VmState};
 use crate::output::print;
 use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest is not asked: `gantry vm power-button` does. A gantry that was started without a file stays
+for the next VM: --process ends it too.
+
+Examples:
+  gantry vm shutdown web-1
+  gantry vm shutdown web-1 --process")]
+pub struct ShutdownArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// End the gantry process, whether it has a VM or not
+    #[arg(long)]
+    process: bool,
+}
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -27,9 +44,29 @@ pub struct PowerButtonArgs {
 }
 
 /// Has `call` done, and says that the VM `is` so now.
-pub fn change(args: &VmArgs, paths: &HostPaths, call: &str, is: &str) -> Result<(), Failure> {
-    find::vm(&args.vm, paths)?.put(call)?;
-    print(|out| writeln!(out, "{} {is}", args.vm))
+pub fn change(vm: &str, paths: &HostPaths, call: &str, is: &str) -> Result<(), Failure> {
+    find::vm(vm, paths)?.put(call)?;
+    print(|out| writeln!(out, "{vm} {is}"))
+}
+
+pub fn shutdown(args: &ShutdownArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let vm = &args.vm;
+    if args.process {
+        return change(vm, paths, "vmm.shutdown", "has ended, and gantry with it");
+    }
+    match find::vm(vm, paths)?.put("vm.shutdown") {
+        Ok(()) => print(|out| writeln!(out, "{vm} has ended")),
+        // No VM is created, or it does not run.
+        Err(
+            error @ ClientError::Refused {
+                status: 404 | 405, ..
+            },
+        ) => {
+            let help = format!("`gantry vm shutdown {vm} --process` ends gantry itself");
+            Err(Failure::from(error).help(help))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Failure> {
