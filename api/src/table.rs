@@ -42,15 +42,26 @@ impl Column {
 
 /// Takes a column's title from the command line.
 pub fn column(columns: &[Column]) -> PossibleValuesParser {
-    PossibleValuesParser::new(columns.iter().map(|column| column.title))
+    let mut titles = Vec::new();
+    for column in columns {
+        if !titles.contains(&column.title) {
+            titles.push(column.title);
+        }
+    }
+    PossibleValuesParser::new(titles)
 }
 
-/// Where a cell comes: numbers first, by their size, then texts, then what is not there.
+/// Where a cell comes: numbers and sizes first, by what they are worth, then texts, then what is not there.
 fn order(cell: &str) -> (u8, u64, String) {
-    match (cell, cell.parse()) {
+    let decimal = |c: char| c.is_ascii_digit() || c == '.';
+    let number = cell.parse().ok().filter(|_| cell.chars().all(decimal));
+    // Bits of what is not negative are in its order.
+    let number = number.map(f64::to_bits);
+    let size = || crate::config::bytes(cell).map(|bytes| (bytes as f64).to_bits());
+    match (cell, number.or_else(size)) {
         ("-", _) => (2, 0, String::new()),
-        (_, Ok(number)) => (0, number, String::new()),
-        (text, Err(_)) => (1, 0, text.to_lowercase()),
+        (_, Some(bits)) => (0, bits, String::new()),
+        (text, None) => (1, 0, text.to_lowercase()),
     }
 }
 
@@ -248,6 +259,16 @@ mod tests {
         assert_eq!(sorted(None), "bCa");
         assert_eq!(sorted(Some("name")), "abC");
         assert_eq!(sorted(Some("free")), "abC");
+    }
+
+    #[test]
+    fn sizes_come_by_what_they_are_worth() {
+        let mut cells = ["x", "2 GiB", "-", "512M", "1.5", "12", "128 MiB", "5000"];
+        cells.sort_by_key(|cell| order(cell));
+        assert_eq!(
+            cells,
+            ["1.5", "12", "5000", "128 MiB", "512M", "2 GiB", "x", "-"]
+        );
     }
 
     #[test]

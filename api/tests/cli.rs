@@ -684,6 +684,48 @@ fn groups_are_made_of_devices_and_rules_and_changed() {
 }
 
 #[test]
+fn tables_are_sorted_by_each_of_their_columns() {
+    let host = Host::new();
+    let tables: [(&[&str], &str); 11] = [
+        (&["device", "list"], "address"),
+        (&["device", "list", "--type", "nvme"], "address"),
+        (&["device", "mdev"], "uuid"),
+        (&["group", "list"], "name"),
+        (&["group", "show", "disks"], "address"),
+        (&["group", "match", "disks"], "address"),
+        (&["group", "alias"], "alias"),
+        (&["group", "device-spec"], "address"),
+        (&["plan", "list"], "name"),
+        (&["tenant", "list"], "name"),
+        (&["vm", "list"], "name"),
+    ];
+    for (args, column) in tables {
+        host.gantry(&[args, &["--sort", column]].concat()).ok();
+        let wrong = host.gantry(&[args, &["--sort", "colour"]].concat());
+        assert!(wrong.failed(2).to_lowercase().contains(column), "{args:?}");
+    }
+    // The titles that a table shows are the words that --sort takes.
+    for table in [
+        &["device", "list"][..],
+        &["group", "list"],
+        &["group", "show", "disks"],
+    ] {
+        let shown = host.gantry(table).ok();
+        let heads = shown
+            .lines()
+            .find(|line| line.starts_with("ADDRESS") || line.starts_with("NAME"));
+        for head in heads.unwrap().split_whitespace() {
+            host.gantry(&[table, &["--sort", head.to_lowercase().as_str()]].concat())
+                .ok();
+        }
+    }
+    let by_state = host
+        .gantry(&["group", "match", "disks", "--sort", "STATE"])
+        .ok();
+    assert_eq!(first_words(&by_state), ["0000:02:00.0", "0000:01:00.0"]);
+}
+
+#[test]
 fn a_change_of_a_group_tells_what_it_came_to() {
     let host = Host::new();
     let said = |args: &[&str]| host.gantry(args).ok();

@@ -57,6 +57,7 @@ enum Key {
     Modules,
     Iommu,
     Numa,
+    Vfs,
     State,
     Group,
     Vm,
@@ -182,7 +183,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
             [] => Ok(()),
             mdevs => {
                 writeln!(out)?;
-                mdev::table(out, mdevs)
+                mdev::table(out, mdevs, sort.as_deref())
             }
         }
     })
@@ -206,9 +207,11 @@ fn list_nvme(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Fa
     shown(&nvme::COLUMNS, cells.collect(), sort)
 }
 
-fn has_column(columns: &[Column], sort: Option<&str>) -> Result<(), Failure> {
+/// Refuses to sort by a column that the table does not have.
+pub fn has_column(columns: &[Column], sort: Option<&str>) -> Result<(), Failure> {
     let titles: Vec<&str> = columns.iter().map(|column| column.title).collect();
-    match sort.filter(|sort| !titles.contains(sort)) {
+    let has = |sort: &str| titles.iter().any(|title| title.eq_ignore_ascii_case(sort));
+    match sort.filter(|sort| !has(sort)) {
         None => Ok(()),
         Some(sort) => {
             let what = format!("this table has no column {sort}: {}", titles.join(", "));
@@ -353,6 +356,10 @@ impl<'a> Row<'a> {
             Key::Modules => self.modules.cmp(&other.modules),
             Key::Iommu => last_if_none(&a.iommu_group, &b.iommu_group),
             Key::Numa => last_if_none(&a.numa_node, &b.numa_node),
+            Key::Vfs => {
+                let functions = |row: &Self| Some(row.functions()).filter(|text| text != "-");
+                last_if_none(&functions(self), &functions(other))
+            }
             Key::State => self.state.cmp(&other.state),
             Key::Group => last_if_none(&self.whose(), &other.whose()),
             Key::Vm => last_if_none(&self.vm(), &other.vm()),

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{self, Column, Give, Table, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -20,11 +20,16 @@ them ahead, and they stay.
 
 Examples:
   gantry device mdev
+  gantry device mdev --sort state
   gantry device mdev --json")]
 pub struct MdevArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort by; a table without it stays as it is
+    #[arg(long, value_name = "COLUMN", ignore_case = true)]
+    #[arg(value_parser = table::column(&[TYPES.as_slice(), DEVICES.as_slice()].concat()))]
+    sort: Option<String>,
 }
 
 const fn column(title: &'static str, give: Give) -> Column {
@@ -78,11 +83,11 @@ pub fn show(args: &MdevArgs, paths: &HostPaths) -> Result<(), Failure> {
         if mdevs.parents.is_empty() {
             return writeln!(out, "Nothing on this host makes mediated devices.");
         }
-        write!(out, "{}", types(&mdevs.parents))?;
+        write!(out, "{}", types(&mdevs.parents, args.sort.as_deref()))?;
         writeln!(out)?;
         match devices.as_slice() {
             [] => writeln!(out, "There are no mediated devices."),
-            devices => table(out, devices),
+            devices => table(out, devices, args.sort.as_deref()),
         }
     })
 }
@@ -100,12 +105,12 @@ pub fn rows<'a>(mdevs: &'a Mdevs, groups: &'a Groups) -> Vec<Row<'a>> {
 }
 
 /// A table of mediated devices that fits the terminal.
-pub fn table(out: &mut dyn Write, devices: &[Row<'_>]) -> io::Result<()> {
-    let cells = devices.iter().map(Row::cells).collect();
-    write!(out, "{}", Table::new(&DEVICES, cells).fit(terminal_width()))
+pub fn table(out: &mut dyn Write, devices: &[Row<'_>], sort: Option<&str>) -> io::Result<()> {
+    let table = Table::new(&DEVICES, devices.iter().map(Row::cells).collect());
+    write!(out, "{}", table.sorted(sort).fit(terminal_width()))
 }
 
-fn types(parents: &[MdevParent]) -> Table {
+fn types(parents: &[MdevParent], sort: Option<&str>) -> Table {
     let of = |parent: &MdevParent| {
         let name = parent.name.clone();
         let cells = parent.types.iter().map(move |one| {
@@ -119,7 +124,8 @@ fn types(parents: &[MdevParent]) -> Table {
         });
         cells.collect::<Vec<_>>()
     };
-    Table::new(&TYPES, parents.iter().flat_map(of).collect()).fit(terminal_width())
+    let table = Table::new(&TYPES, parents.iter().flat_map(of).collect());
+    table.sorted(sort).fit(terminal_width())
 }
 
 impl Row<'_> {

@@ -9,7 +9,7 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
-use super::matching::{Found, table};
+use super::matching::{self, Found, table};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Give, Table, column, terminal_width};
@@ -55,6 +55,9 @@ pub struct SpecArgs {
     /// Take away the device spec that says exactly this; may be given several times
     #[arg(long = "remove", value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
     remove: Vec<DeviceSpec>,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&matching::COLUMNS))]
+    sort: Option<String>,
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -163,5 +166,5 @@ pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&found);
     }
-    print(|out| table(out, &found))
+    print(|out| table(out, &found, args.sort.as_deref()))
 }

@@ -3,15 +3,16 @@
 use std::io::{self, Write};
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use gantry_resources::{
     DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, PciId, Rule, UsbDevice, scan,
 };
 use serde::Serialize;
 
-use crate::cli::device::{state_word, usb};
+use crate::cli::device::{has_column, state_word, usb};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -38,6 +39,9 @@ pub struct MatchArgs {
     /// Show the result as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = sort_by())]
+    sort: Option<String>,
 }
 
 /// A device that a rule takes.
@@ -53,7 +57,8 @@ pub struct Found {
     group: Option<String>,
 }
 
-const COLUMNS: [Column; 6] = [
+/// What is shown of a PCI function.
+pub const COLUMNS: [Column; 6] = [
     Column {
         title: "ADDRESS",
         give: Give::Nothing,
@@ -108,6 +113,7 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let group = args.name.as_deref().map(|name| groups.find(name));
     let group = group.transpose().map_err(Failure::host)?;
+    let sort = args.sort.as_deref();
     if args.usb || group.is_some_and(|group| group.kind == GroupType::Usb) {
         let taken = |device: &UsbDevice| match (group, &args.rule) {
             (Some(group), _) => group.matches_usb(device),
@@ -116,7 +122,7 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
                 !device.is_hub() && rule.any(|rule| rule.matches_usb(device))
             }
         };
-        return usb::list_those(paths, &groups, taken, None, args.json);
+        return usb::list_those(paths, &groups, taken, sort, args.json);
     }
     let devices = scan(paths).map_err(Failure::host)?;
     let taken = |device: &&HostDevice| match (group, &args.rule) {
@@ -129,14 +135,21 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&found);
     }
-    print(|out| table(out, &found))
+    has_column(&COLUMNS, sort)?;
+    print(|out| table(out, &found, sort))
+}
+
+/// Takes a column of devices, PCI or USB.
+pub fn sort_by() -> PossibleValuesParser {
+    column(&[COLUMNS.as_slice(), usb::COLUMNS.as_slice()].concat())
 }
 
 /// The devices in a table that fits the terminal, or a line that says that there are none.
-pub fn table(out: &mut dyn Write, found: &[Found]) -> io::Result<()> {
+pub fn table(out: &mut dyn Write, found: &[Found], sort: Option<&str>) -> io::Result<()> {
     if found.is_empty() {
         return writeln!(out, "No device of this host matches.");
     }
     let rows = found.iter().map(Found::cells).collect();
-    write!(out, "{}", Table::new(&COLUMNS, rows).fit(terminal_width()))
+    let table = Table::new(&COLUMNS, rows).sorted(sort);
+    write!(out, "{}", table.fit(terminal_width()))
 }

@@ -9,8 +9,8 @@ use gantry_resources::{
 use serde::Serialize;
 
 use super::list::type_word;
-use super::matching::{Found, table};
-use crate::cli::device::usb;
+use super::matching::{COLUMNS, Found, sort_by, table};
+use crate::cli::device::{has_column, usb};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 
@@ -25,6 +25,9 @@ pub struct ShowArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort the devices by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = sort_by())]
+    sort: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -38,6 +41,11 @@ struct Shown<'a> {
 pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let group = groups.find(&args.name).map_err(Failure::host)?;
+    let sort = args.sort.as_deref();
+    match group.kind {
+        GroupType::Usb => has_column(&usb::COLUMNS, sort)?,
+        _ => has_column(&COLUMNS, sort)?,
+    }
     let devices = scan(paths).map_err(Failure::host)?;
     let matched = devices.iter().filter(|device| group.matches(device));
     let shown = Shown {
@@ -85,7 +93,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         writeln!(out)?;
         match group.kind {
             GroupType::Usb => Ok(()),
-            _ => table(out, &shown.devices),
+            _ => table(out, &shown.devices, sort),
         }
     })?;
     match group.kind {
@@ -93,7 +101,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             paths,
             &groups,
             |device| group.matches_usb(device),
-            None,
+            sort,
             false,
         ),
         _ => Ok(()),

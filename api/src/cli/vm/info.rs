@@ -9,7 +9,7 @@ use super::find;
 use crate::http::wire::{Device, VmInfo};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -28,6 +28,9 @@ pub struct InfoArgs {
     /// Show all there is to know as JSON
     #[arg(long)]
     json: bool,
+    /// Column to sort the devices by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
 }
 
 const COLUMNS: [Column; 5] = [
@@ -59,10 +62,10 @@ pub fn info(args: &InfoArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&info);
     }
-    print(|out| show(&info, out))
+    print(|out| show(&info, args.sort.as_deref(), out))
 }
 
-fn show(info: &VmInfo, out: &mut dyn Write) -> io::Result<()> {
+fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()> {
     let config = &info.config;
     writeln!(out, "name     {}", info.name)?;
     writeln!(out, "state    {}", info.state)?;
@@ -80,7 +83,9 @@ fn show(info: &VmInfo, out: &mut dyn Write) -> io::Result<()> {
         return Ok(());
     }
     let rows = info.devices.iter().map(cells).collect();
-    let table = Table::new(&COLUMNS, rows).fit(terminal_width());
+    let table = Table::new(&COLUMNS, rows)
+        .sorted(sort)
+        .fit(terminal_width());
     write!(out, "\n{table}")
 }
 
