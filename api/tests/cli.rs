@@ -726,6 +726,20 @@ fn tables_are_sorted_by_each_of_their_columns() {
 }
 
 #[test]
+fn what_is_piped_is_never_cut_to_a_width() {
+    let host = Host::new();
+    let wide = host.gantry(&["device", "list"]).ok();
+    let mut narrow = host.command(&["device", "list"]);
+    let narrow = Done::from(narrow.env("COLUMNS", "40").output().unwrap());
+    assert_eq!(narrow.ok(), wide);
+    let head = wide.lines().next().unwrap();
+    for title in ["ADDRESS", "ID", "CLASS", "MODULES", "NUMA", "VFS", "VM"] {
+        assert!(head.contains(title), "{head}");
+    }
+    assert!(!wide.contains('…') && !wide.contains("Not shown"), "{wide}");
+}
+
+#[test]
 fn a_change_of_a_group_tells_what_it_came_to() {
     let host = Host::new();
     let said = |args: &[&str]| host.gantry(args).ok();

@@ -11,10 +11,10 @@ use crate::signals::SignalsHeld;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Groups that say \"bind\": \"boot\" get their virtual functions. Devices of groups that say \"bind\": \"boot\", and those of tenants, go from their host drivers to vfio-pci;
-nodes and locks of tenants' devices are their users' again. What the host itself needs stays where it is
-and is named. To be run as root when the host has booted, as often as
-one likes: `gantry device persist --by systemd` prints a unit that does.
+Groups that say \"bind\": \"boot\" get their virtual functions. Their devices, and those of tenants, go from \
+their host drivers to vfio-pci; nodes and locks of tenants' devices are their users' again. What the host \
+itself needs stays where it is and is named. To be run as root when the host has booted, as often as one \
+likes: `gantry device persist --by systemd` prints a unit that does.
 
 Example: gantry boot")]
 pub struct BootArgs {}

@@ -36,7 +36,7 @@ Examples:
   gantry check
   gantry check 0b:00.0 0b:00.1    as if these devices were in a group
   gantry check --json
-  gantry check --note-reboot      after changing the command line, before restarting")]
+  gantry check --note-reboot      after a change that a restart is to bring")]
 pub struct CheckArgs {
     /// Devices to look at besides those of the resource groups
     #[arg(value_name = "BDF")]

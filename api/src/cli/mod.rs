@@ -36,10 +36,11 @@ use crate::report::{self, Failure};
 )]
 #[command(after_help = "\
 Examples:
+  gantry check                         what the host lacks, and the remedy
   gantry device list                   what the host has, and who has it
-  gantry device detach 0000:01:00.0    hand a device to the pool
-  gantry group list                    the pools
-  gantry check                         what the host lacks to give devices to VMs
+  gantry group create gpu --device 0b:00.0
+  gantry device detach 0b:00.0         from the host's driver to vfio-pci
+  gantry group list                    the pools, and what is free
   gantry run vm.json                   a VM from a file
   gantry vm attach web-1 --group gpu   a device for a VM that runs")]
 struct Cli {
@@ -225,19 +226,37 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// What stands under the options of each command that people see.
+    fn each_after_help(check: &mut dyn FnMut(&str, &str)) {
+        fn below(command: &clap::Command, check: &mut dyn FnMut(&str, &str)) {
+            let help = command.get_after_help().map(ToString::to_string);
+            check(command.get_name(), &help.unwrap_or_default());
+            let seen = command.get_subcommands().filter(|one| !one.is_hide_set());
+            seen.for_each(|one| below(one, check));
+        }
+        below(&Cli::command(), check);
+    }
+
     #[test]
     fn every_visible_command_shows_an_example() {
-        fn check(command: &clap::Command) {
-            let help = command
-                .get_after_help()
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            assert!(help.contains("Example"), "{}", command.get_name());
-            command
-                .get_subcommands()
-                .filter(|command| !command.is_hide_set())
-                .for_each(check);
-        }
-        check(&Cli::command());
+        each_after_help(&mut |name, help| assert!(help.contains("Example"), "{name}"));
+    }
+
+    #[test]
+    fn no_help_is_wrapped_twice() {
+        each_after_help(&mut |name, help| {
+            let lines: Vec<&str> = help.lines().collect();
+            // A man page of 80 columns sets them in by 7, without the 2 that they have.
+            let indented = lines.iter().filter(|line| line.starts_with(' '));
+            for line in indented {
+                assert!(line.chars().count() <= 75, "{name}: {line}");
+            }
+            // What stands alone is a paragraph, which clap wraps; only a heading is followed by a line.
+            for pair in lines.windows(2) {
+                let prose = |line: &str| !line.is_empty() && !line.starts_with(' ');
+                let broken = prose(pair[0]) && prose(pair[1]) && !pair[0].ends_with(':');
+                assert!(!broken, "{name}: {}", pair[0]);
+            }
+        });
     }
 }

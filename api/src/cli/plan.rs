@@ -49,7 +49,7 @@ pub struct NameArgs {
 #[command(after_help = "\
 Examples:
   gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
-  gantry plan create crypto --alias 'qat-c62x-vf:2' --description 'Two crypto functions'")]
+  gantry plan create crypto --alias qat-c62x-vf:2 --description 'No GPU'")]
 pub struct CreateArgs {
     /// What VMs ask for
     name: String,

@@ -20,14 +20,17 @@ use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
 Examples:
   gantry run vm.json
   gantry run --name web-1 - < vm.json
-  gantry run --api-socket /run/gantry/web-1.sock    and then vm.create and vm.boot over the socket
+  gantry run --api-socket /run/gantry/web-1.sock
 
-While it runs, `gantry vm` controls the VM over its socket: NAME.sock in the run directory, for its owner
+Without a file, the VM comes over the socket, by vm.create and vm.boot.
+
+While it runs, `gantry vm` controls the VM over its socket: NAME.sock in the run directory, for its owner \
 alone; with --api-group, for a group of users too. Who may connect may do all that gantry may.
 
 A VM with one device of the group \"nvme\":
   {
-    \"payload\": {\"kernel\": \"vmlinuz\", \"initramfs\": \"initrd.img\", \"cmdline\": \"console=ttyS0\"},
+    \"payload\": {\"kernel\": \"vmlinuz\", \"initramfs\": \"initrd.img\",
+      \"cmdline\": \"console=ttyS0\"},
     \"cpus\": {\"boot_vcpus\": 2},
     \"memory\": {\"size\": \"1G\"},
     \"devices\": [{\"group\": \"nvme\", \"count\": 1}]

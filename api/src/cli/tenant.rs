@@ -16,14 +16,14 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
-A tenant's devices are its own whether it uses them or not: no VM of another gets them. They stay with
-vfio-pci, and their nodes and locks belong to the tenant's user, who sees these devices alone and runs
+A tenant's devices are its own whether it uses them or not: no VM of another gets them. They stay with \
+vfio-pci, and their nodes and locks belong to the tenant's user, who sees these devices alone and runs \
 VMs with them without being root. `gantry boot` puts that right again after a reboot.
 
 Examples:
   gantry tenant create lab --user alice
   gantry tenant grant lab 0b:00.0 0c:00.0
-  sudo -u alice gantry run vm.json        a VM with \"devices\": [{\"group\": \"lab\"}]
+  sudo -u alice gantry run vm.json       its \"devices\": [{\"group\": \"lab\"}]
   gantry tenant revoke lab 0c:00.0")]
 pub enum TenantCommand {
     /// Make a tenant that owns nothing yet

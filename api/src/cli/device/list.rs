@@ -19,7 +19,7 @@ States:
   detached     vfio-pci has it: free for a VM
   assigned     a VM has it
   unbound      no driver has it
-  quarantined  it hung, or was used once: `gantry device release-quarantine`
+  quarantined  it hung, or was for one use: `device release-quarantine`
 
 VFS shows a physical function's virtual ones, those there are and those it could have.
 

@@ -15,7 +15,7 @@ use crate::table::{self, Column, Give, Table, terminal_width};
 #[command(after_help = "\
 A VM gets a mediated device from a group of type \"vgpu\":
   {\"name\": \"vgpus\", \"type\": \"vgpu\", \"vgpu\": {\"type\": \"nvidia-222\"}}
-It is made when the VM starts, and removed when it ends. With \"uuids\", `gantry group activate` makes
+It is made when the VM starts, and removed when it ends. With \"uuids\", `gantry group activate` makes \
 them ahead, and they stay.
 
 Examples:

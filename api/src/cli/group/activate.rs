@@ -17,9 +17,10 @@ use crate::signals::SignalsHeld;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A group's \"sriov\" says of which device, how many, and what each is set to:
-  {\"name\": \"vfs\", \"type\": \"sriov-nic\", \"sriov\": {\"pf\": \"0000:03:00.0\", \"count\": 4,
-    \"mac\": \"52:54:00:00:01:00\", \"vlan\": 100, \"spoof_check\": true, \"trust\": false}}
-`gantry schema groups` tells all keys. Functions in use keep what they have, and are in the way of
+  {\"name\": \"vfs\", \"type\": \"sriov-nic\",
+    \"sriov\": {\"pf\": \"03:00.0\", \"count\": 4, \"mac\": \"52:54:00:00:01:00\",
+      \"vlan\": 100, \"spoof_check\": true}}
+`gantry schema groups` tells all keys. Functions in use keep what they have, and are in the way of \
 another count. Of a group of type \"vgpu\", those with \"uuids\" are made.
 
 Examples:
@@ -29,7 +30,7 @@ Examples:
 pub struct ActivateArgs {
     #[command(flatten)]
     common: CommonArgs,
-    /// All groups that say \"bind\": \"boot\"; for a unit that runs when the host boots
+    /// All groups that say "bind": "boot"; for a unit that runs when the host boots
     #[arg(long, conflicts_with = "names", required_unless_present = "names")]
     boot: bool,
 }

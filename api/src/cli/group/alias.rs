@@ -16,12 +16,13 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-An alias takes devices that are in a group or that a device_spec takes. A VM asks for them with
+An alias takes devices that are in a group or that a device_spec takes. A VM asks for them with \
 \"pci_passthrough:alias\": \"p2000:1\". Built in: qat-vf, qat-dh895xcc-vf, qat-c62x-vf.
 
 Examples:
   gantry group alias
-  gantry group alias '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\", \"device_type\": \"type-PCI\", \"name\": \"p2000\"}'
+  gantry group alias \\
+      '{\"name\": \"p2000\", \"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'
   gantry group alias --remove p2000")]
 pub struct AliasArgs {
     /// Aliases to define
@@ -44,7 +45,7 @@ Examples:
   gantry group device-spec
   gantry group device-spec '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'
   gantry group device-spec '{\"address\": \"*:3b:00.*\", \"one_time_use\": true}'
-  gantry group device-spec --remove '{\"vendor_id\": \"10de\", \"product_id\": \"1c30\"}'")]
+  gantry group device-spec --remove '{\"address\": \"*:3b:00.*\"}'")]
 pub struct SpecArgs {
     /// Device specs to add
     #[arg(value_name = "JSON", value_parser = from_json::<DeviceSpec>)]

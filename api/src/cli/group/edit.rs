@@ -14,8 +14,9 @@ use crate::report::Failure;
 #[command(after_help = "\
 Examples:
   gantry group create gpus --class gpu --device 0b:00.0 --device 0b:00.1
-  gantry group create disks --type nvme --rule '{\"vendor\": \"144d\", \"numa\": 0}'
-  gantry group create vfs --type sriov-nic --sriov '{\"pf\": \"03:00.0\", \"count\": 4, \"vlan\": 100}'")]
+  gantry group create disks --type nvme --rule '{\"numa\": 0}'
+  gantry group create vfs --type sriov-nic \\
+      --sriov '{\"pf\": \"03:00.0\", \"count\": 4, \"vlan\": 100}'")]
 pub struct CreateArgs {
     /// What VMs ask for
     name: String,

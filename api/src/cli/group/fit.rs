@@ -13,12 +13,13 @@ use crate::report::{FAILED, Failure, USAGE};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-REQUEST is the part of a VM's file that asks for devices, such a file, or Nova's words for aliases.
-Each request is shown with the devices that it would get, and how many devices each filter dropped.
+REQUEST is the part of a VM's file that asks for devices, such a file, or Nova's words for aliases. \
+Each request is shown with the devices that it would get, and how many devices each filter dropped. \
 The exit status is 1 where something does not fit.
 
 Examples:
-  gantry group fit '{\"devices\": [{\"group\": \"gpus\", \"count\": 2, \"numa_policy\": \"required\"}]}'
+  gantry group fit gpus:2
+  gantry group fit '{\"devices\": [{\"group\": \"gpus\", \"count\": 2}]}'
   gantry group fit '{\"pci_passthrough:alias\": \"gpu:1, qat-c62x-vf:2\"}'
   gantry group fit 'gpu:1, qat-c62x-vf:2'
   gantry group fit vm.json")]

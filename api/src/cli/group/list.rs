@@ -13,8 +13,9 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are
-detached and no VM has, or that a VM may take from the host on demand. The others are still with a driver of the host: `gantry device detach`.
+TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are \
+detached and no VM has, or that a VM may take from the host on demand. The others are still with a \
+driver of the host: `gantry device detach`.
 
 Examples:
   gantry group list

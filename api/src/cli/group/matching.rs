@@ -16,9 +16,9 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins,
-ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa,
-iommu_group, pf, mdev_type; of NVMe disks also model, firmware, size (GB); of USB devices (--usb)
+All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins, \
+ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa, \
+iommu_group, pf, mdev_type; of NVMe disks also model, firmware, size (GB); of USB devices (--usb) \
 name, id, vendor, device, serial, driver, bus, port, speed (Mbit/s). `gantry schema groups` tells all of it.
 
 Examples:

@@ -206,7 +206,9 @@ impl Changed {
         let keys: Vec<&str> = self.keys.iter().map(String::as_str).collect();
         let keys: Vec<&str> = keys.into_iter().filter(|key| *key != "name").collect();
         let moved = !self.added.is_empty() || !self.removed.is_empty();
-        if !keys.is_empty() && !(moved && keys == ["rules"]) {
+        // Who gives or takes devices knows that there are rules for that.
+        let told = moved && keys == ["rules"];
+        if !keys.is_empty() && !told {
             parts.push(format!("changed {}", keys.join(", ")));
         }
         for (what, devices) in [("added", &self.added), ("removed", &self.removed)] {

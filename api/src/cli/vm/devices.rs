@@ -66,7 +66,7 @@ struct From {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest's driver is let go first. A guest that does not answer can be asked again, or the device be
+The guest's driver is let go first. A guest that does not answer can be asked again, or the device be \
 taken from it with --force-after.
 
 Examples:

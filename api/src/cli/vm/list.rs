@@ -18,8 +18,8 @@ States:
   running    its guest runs
   paused     its processors wait
   shut down  its guest has ended; it can be booted again
-  no VM      gantry waits for `vm.create`; `gantry vm shutdown NAME --process` ends it
-  no socket  it listens nowhere, or not in the run directory: its --api-socket can be named instead
+  no VM      it waits for one; `gantry vm shutdown NAME --process` ends it
+  no socket  it has none (--no-api), or one elsewhere (--api-socket)
   denied     it is another user's
   silent     it does not answer
 

@@ -14,7 +14,7 @@ use crate::report::Failure;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest is not asked: `gantry vm power-button` does. A gantry that was started without a file stays
+The guest is not asked: `gantry vm power-button` does. A gantry that was started without a file stays \
 for the next VM: --process ends it too.
 
 Examples:
