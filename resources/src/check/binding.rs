@@ -37,11 +37,15 @@ pub(super) fn judge(facts: &Facts) -> Finding {
         )
     };
     let addresses: Vec<String> = astray.iter().map(|device| device.bdf.to_string()).collect();
+    let addresses = addresses.join(" ");
     let mut warning = finding(Level::Warn, reason);
     if astray.iter().all(|device| device.iommu_group.is_some()) {
+        warning = warning.lines("detach now:", [format!("gantry device detach {addresses}")]);
         warning = warning.lines(
-            "detach now:",
-            [format!("gantry device detach {}", addresses.join(" "))],
+            "at each boot, by their addresses:",
+            [format!(
+                "gantry device persist {addresses} --output /etc/udev/rules.d/10-gantry.rules"
+            )],
         );
     }
     plan.advise(facts, warning)
@@ -119,13 +123,13 @@ impl<'a> Plan<'a> {
             finding = finding.fix(if self.twins.iter().any(told) {
                 format!(
                     "the ids that vfio-pci is told to take are also those of {twins}, which stay with the host and \
-                     may be lost to it at any boot: take these ids away from vfio-pci, and detach the devices by \
-                     address after each boot"
+                     may be lost to it at any boot: take these ids away from vfio-pci, and name the devices by \
+                     address, as above"
                 )
             } else {
                 format!(
-                    "vfio-pci.ids cannot tell these devices from {twins}, which stay with the host: detach them by \
-                     address after each boot"
+                    "vfio-pci.ids cannot tell these devices from {twins}, which stay with the host: name them by \
+                     address, as above"
                 )
             });
         }
@@ -136,7 +140,8 @@ impl<'a> Plan<'a> {
         let drivers = Drivers::new(facts, self);
         if !drivers.builtin.is_empty() {
             finding = finding.fix(format!(
-                "{} is part of the kernel's image and always first: detach its devices after each boot",
+                "{} is part of the kernel's image and always first: let `gantry boot` detach its devices after each \
+                 boot (`gantry device persist --by systemd`)",
                 drivers.builtin.join(" and ")
             ));
         }
@@ -147,13 +152,14 @@ impl<'a> Plan<'a> {
                 .map(|module| format!("softdep {module} pre: vfio-pci"));
             finding = finding
                 .lines(
-                    "to make vfio-pci the first at each boot, these lines in /etc/modprobe.d/gantry.conf:",
+                    "ids need vfio-pci to be the first at each boot, by these lines in /etc/modprobe.d/gantry.conf:",
                     lines,
                 )
-                .lines(
-                    "then rebuild the initramfs, where there is one:",
-                    facts.boot.initramfs.command(),
-                );
+                ;
+            finding = match facts.boot.initramfs.command() {
+                Some(command) => finding.lines("then rebuild the initramfs:", [command]),
+                None => finding.fix("then rebuild the initramfs, where there is one"),
+            };
         }
         if !drivers.hold_back.is_empty() {
             let words = format!("modprobe.blacklist={}", drivers.hold_back.join(","));
@@ -182,9 +188,11 @@ impl<'a> Plan<'a> {
         let old: Vec<(&str, &str)> = facts.cmdline.named("vfio-pci.ids").collect();
         let ids: Vec<&str> = old.iter().map(|(_, value)| *value).chain(new).collect();
         let word = format!("vfio-pci.ids={}", ids.join(","));
+        let grouped = self.bring.iter().all(|one| one.iommu_group.is_some());
+        let or = if grouped { "or " } else { "" };
         finding
             .fix(format!(
-                "for each boot, {word} on the kernel's command line, as shown below"
+                "{or}at each boot, by their ids: {word} on the kernel's command line, as shown below"
             ))
             .add([word])
             .remove(old.iter().map(|(word, _)| *word))

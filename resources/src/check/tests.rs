@@ -225,6 +225,16 @@ fn a_device_is_looked_at_by_name() {
     let (level, text) = answer(&report, "binding");
     assert_eq!(level, Level::Warn);
     assert!(text.contains("gantry device detach 0000:01:00.0"), "{text}");
+    assert!(
+        text.contains("gantry device persist 0000:01:00.0 --output "),
+        "{text}"
+    );
+    for finding in &report.findings {
+        for advice in &finding.fix {
+            let empty = advice.text.ends_with(':') && advice.lines.is_empty();
+            assert!(!empty, "nothing follows: {}", advice.text);
+        }
+    }
     assert_eq!(report.command_line.unwrap().add, ["vfio-pci.ids=1b36:0010"]);
     let error = check(&host.paths(), &[bdf("0000:09:00.0")]).unwrap_err();
     assert!(error.to_string().contains("0000:09:00.0"), "{error}");
