@@ -20,6 +20,11 @@ A tenant's devices are its own whether it uses them or not: no VM of another get
 vfio-pci, and their nodes and locks belong to the tenant's user, who sees these devices alone and runs \
 VMs with them without being root. `gantry boot` puts that right again after a reboot.
 
+A device that is granted comes into a group of the tenant's name, or into the one that --group names; the \
+VMs of the tenant ask for it there. The definitions lie in tenants/NAME below the configuration directory. \
+A user of several tenants says which with --tenant NAME; root works with none, and sees all with `gantry \
+tenant list` and `show`.
+
 Examples:
   gantry tenant create lab --user alice
   gantry tenant grant lab 0b:00.0 0c:00.0

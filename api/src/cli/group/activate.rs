@@ -31,7 +31,7 @@ pub struct ActivateArgs {
     #[command(flatten)]
     common: CommonArgs,
     /// All groups that say "bind": "boot"; for a unit that runs when the host boots
-    #[arg(long, conflicts_with = "names", required_unless_present = "names")]
+    #[arg(long, conflicts_with = "names")]
     boot: bool,
 }
 
@@ -93,10 +93,18 @@ pub fn off(args: &DeactivateArgs, paths: &HostPaths) -> Result<(), Failure> {
 
 fn named<'g>(groups: &'g Groups, args: &CommonArgs) -> Result<Vec<&'g ResourceGroup>, Failure> {
     if args.names.is_empty() {
-        return Err(Failure::new(
-            USAGE,
-            "name a group: `gantry group list` shows them",
-        ));
+        let made = |group: &&ResourceGroup| group.sriov.is_some() || group.vgpu.is_some();
+        let made: Vec<&str> = groups
+            .iter()
+            .filter(made)
+            .map(|group| &*group.name)
+            .collect();
+        let help = match made.as_slice() {
+            [] => "no group has virtual functions or vGPUs: see `gantry group create --help`"
+                .to_owned(),
+            made => format!("these have virtual functions or vGPUs: {}", made.join(", ")),
+        };
+        return Err(Failure::new(USAGE, "which group? None is named").help(help));
     }
     let find = |name: &String| groups.find(name).map_err(Failure::host);
     args.names.iter().map(find).collect()
