@@ -1,12 +1,12 @@
 //! `cargo xtask bench attach`: a device attached to a running guest and detached, and the API's cost.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
+use super::Paired;
 use super::boot::{bind, with_kernel_log};
 use super::contender::{Api, Contender, Guest};
 use super::inside::attach::Attach;
@@ -36,24 +36,6 @@ const MEMORY_BAR: f64 = 1.0;
 /// What a declared group's device may take of the time that a peer's takes.
 const DECLARED_BAR: f64 = 0.5;
 
-/// `cargo xtask bench attach`.
-#[derive(Debug, clap::Args)]
-pub struct Arguments {
-    /// Rounds, at least 5; in each, every contender runs once.
-    #[arg(long, value_name = "N", default_value = "5",
-          value_parser = clap::value_parser!(u16).range(5..=1000))]
-    pairs: u16,
-    /// Run this beside gantry: cloud-hypervisor=FILE, or gantry=FILE for another build of it.
-    #[arg(long = "peer", value_name = "NAME=FILE", value_parser = Contender::peer)]
-    peers: Vec<Contender>,
-    /// Write the rows there, too.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Measure this program instead of the release build of this tree.
-    #[arg(long, value_name = "FILE")]
-    gantry: Option<PathBuf>,
-}
-
 /// Whether the VM's file names the group that the device will come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Case {
@@ -71,7 +53,7 @@ impl Case {
 }
 
 /// Runs the bench.
-pub fn run(arguments: &Arguments) -> Result<()> {
+pub fn run(arguments: &Paired) -> Result<()> {
     let report = Report::new(arguments.json.as_deref())?;
     let bench = Bench::prepare(arguments)?;
     let rounds = usize::from(arguments.pairs);
@@ -95,14 +77,12 @@ struct Bench {
 }
 
 impl Bench {
-    fn prepare(arguments: &Arguments) -> Result<Self> {
+    fn prepare(arguments: &Paired) -> Result<Self> {
         let parts = Parts::prepare(&Options {
             gantry: arguments.gantry.clone(),
             lab_kernel: true,
         })?;
-        let contenders: Vec<Contender> = std::iter::once(Contender::gantry())
-            .chain(arguments.peers.iter().cloned())
-            .collect();
+        let contenders = arguments.contenders()?;
         let setup = Setup {
             kernel: HostKernel::Lab,
             devices: vec![Device::nvme("GANTRY-NVME0001")],

@@ -1,11 +1,11 @@
 //! `cargo xtask bench boot`: from the start of a VM to its guest's init.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 
+use super::Paired;
 use super::contender::{Api, Contender, Guest};
 use super::inside::{self, Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
@@ -30,29 +30,18 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// `cargo xtask bench boot`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Rounds, at least 5; in each, every contender runs once.
-    #[arg(long, value_name = "N", default_value = "5",
-          value_parser = clap::value_parser!(u16).range(5..=1000))]
-    pairs: u16,
-    /// Run this beside gantry: cloud-hypervisor=FILE, or gantry=FILE for another build of it.
-    #[arg(long = "peer", value_name = "NAME=FILE", value_parser = Contender::peer)]
-    peers: Vec<Contender>,
-    /// Write the rows there, too.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    paired: Paired,
     /// Kernel of the host and of the guests [default: the lab's if it is built, else the stock one]
     #[arg(long, value_enum)]
     kernel: Option<HostKernel>,
-    /// Measure this program instead of the release build of this tree.
-    #[arg(long, value_name = "FILE")]
-    gantry: Option<PathBuf>,
 }
 
 /// Runs the bench.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let report = Report::new(arguments.json.as_deref())?;
+    let report = Report::new(arguments.paired.json.as_deref())?;
     let bench = Bench::prepare(arguments)?;
-    let rounds = usize::from(arguments.pairs);
+    let rounds = usize::from(arguments.paired.pairs);
     let mut found = Found::new(bench.contenders.len());
     bench.measure(rounds, &mut found)?;
     let peers: Vec<String> = bench
@@ -92,20 +81,14 @@ impl Found {
 impl Bench {
     fn prepare(arguments: &Arguments) -> Result<Self> {
         let parts = Parts::prepare(&Options {
-            gantry: arguments.gantry.clone(),
+            gantry: arguments.paired.gantry.clone(),
             lab_kernel: arguments.kernel == Some(HostKernel::Lab),
         })?;
         let kernel = arguments.kernel.unwrap_or(match parts.lab {
             Some(_) => HostKernel::Lab,
             None => HostKernel::Stock,
         });
-        let contenders: Vec<Contender> = std::iter::once(Contender::gantry())
-            .chain(arguments.peers.iter().cloned())
-            .collect();
-        let names: BTreeSet<&str> = contenders.iter().map(|c| c.program.as_str()).collect();
-        if names.len() < contenders.len() {
-            bail!("the same peer is given twice");
-        }
+        let contenders = arguments.paired.contenders()?;
         let setup = Setup {
             kernel,
             devices: vec![

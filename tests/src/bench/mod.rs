@@ -16,7 +16,10 @@
 //! | [`resources`] | `cargo xtask bench resources`, which needs no lab |
 //! | [`recorded`] | the host of 4,096 functions that it looks at |
 
-use anyhow::Result;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
 
 pub mod attach;
 pub mod boot;
@@ -28,13 +31,44 @@ pub mod resources;
 pub mod rows;
 pub mod table;
 
+use contender::Contender;
+
+/// What every bench in pairs takes.
+#[derive(Debug, clap::Args)]
+pub struct Paired {
+    /// Rounds, at least 5; in each, every contender runs once.
+    #[arg(long, value_name = "N", default_value = "5",
+          value_parser = clap::value_parser!(u16).range(5..=1000))]
+    pairs: u16,
+    /// Run this beside gantry: cloud-hypervisor=FILE, or gantry=FILE for another build of it.
+    #[arg(long = "peer", value_name = "NAME=FILE", value_parser = Contender::peer)]
+    peers: Vec<Contender>,
+    /// Write the rows there, too.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Measure this program instead of the release build of this tree.
+    #[arg(long, value_name = "FILE")]
+    gantry: Option<PathBuf>,
+}
+
+impl Paired {
+    /// Gantry first, then its peers.
+    fn contenders(&self) -> Result<Vec<Contender>> {
+        let peers = self.peers.iter().cloned();
+        let all: Vec<Contender> = std::iter::once(Contender::gantry()).chain(peers).collect();
+        let programs: BTreeSet<&str> = all.iter().map(|one| one.program.as_str()).collect();
+        ensure!(programs.len() == all.len(), "the same peer is given twice");
+        Ok(all)
+    }
+}
+
 /// Measure gantry in the lab, alone or beside a peer.
 #[derive(Debug, clap::Subcommand)]
 pub enum Bench {
     /// From the start of a VM to its init: time, CPU time, memory, exits to user space.
     Boot(boot::Arguments),
     /// Attaching a device to a running VM and detaching it: time; and what the API costs.
-    Attach(attach::Arguments),
+    Attach(Paired),
     /// Listing devices and fitting a request on a host of 4,096 PCI functions: time.
     Resources(resources::Arguments),
 }
