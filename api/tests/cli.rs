@@ -233,7 +233,7 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
         assert!(plan.contains(line), "no {line} in {plan}");
     }
     let fit = host.gantry(&["group", "fit", "vfs:1"]);
-    assert!(fit.out.contains("`gantry group activate vfs`"), "{fit:?}");
+    assert!(fit.err.contains("`gantry group activate vfs`"), "{fit:?}");
     let wrong = [
         (r#"{"pf": "00:03.0"}"#, 2, "missing field `count`"),
         (
@@ -669,6 +669,14 @@ fn groups_are_made_of_devices_and_rules_and_changed() {
     assert_eq!(found.as_array().unwrap().len(), 2);
     assert_eq!(found[0]["group"], "disks");
     host.gantry(&["group", "delete", "net"]).ok();
+    let error = host.gantry(&["group", "add", "disks", "00:03.0"]).failed(1);
+    assert!(error.contains("in a group of type nvme: "), "{error}");
+    let error = host.gantry(&["group", "activate"]).failed(2);
+    assert!(error.contains("no group has virtual functions"), "{error}");
+    let error = host
+        .gantry(&["plan", "create", "x", "--memory", "2GB"])
+        .failed(2);
+    assert!(error.contains("did you mean 2G?"), "{error}");
     for (args, said) in [
         (["group", "show", "nets"], "no group \"nets\""),
         (["group", "delete", "disk"], "did you mean \"disks\"?"),
@@ -837,6 +845,12 @@ fn novas_words_are_taken_verbatim() {
         "{}",
         done.err
     );
+    // A word for a group is no alias, and what is dropped is told once.
+    let done = host.gantry(&["group", "fit", "disks:2"]);
+    assert_eq!(done.out, "2 of group \"disks\": nothing\n");
+    let told =
+        "No valid host was found: 2 of group \"disks\" asked for, 0 free; of 3 devices dropped: ";
+    assert!(done.err.contains(told), "{}", done.err);
     let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(1);
     assert!(error.contains("limits of its driver"), "{error}");
 }

@@ -41,6 +41,17 @@ pub enum GroupType {
 }
 
 impl GroupType {
+    /// The word that group files use.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Pci => "pci",
+            Self::Nvme => "nvme",
+            Self::SriovNic => "sriov-nic",
+            Self::Vgpu => "vgpu",
+            Self::Usb => "usb",
+        }
+    }
+
     fn admits(self, device: &HostDevice) -> bool {
         match self {
             Self::Pci => true,

@@ -73,7 +73,10 @@ pub struct CreateArgs {
 fn size(text: &str) -> Result<String, String> {
     let bytes = crate::config::bytes(text);
     let known = bytes.map(|_| text.to_owned());
-    known.ok_or_else(|| "write a size such as 512M or 4GiB".to_owned())
+    known.ok_or_else(|| match crate::config::meant_size(text) {
+        Some(meant) => format!("did you mean {meant}?"),
+        None => "write a size such as 512M or 4GiB".to_owned(),
+    })
 }
 
 fn entry(text: &str) -> Result<DeviceEntry, String> {

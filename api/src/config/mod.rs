@@ -72,6 +72,11 @@ pub fn bytes(text: &str) -> Option<u64> {
     plain.or_else(|| model::ByteSize::parse(text).map(|size| size.0))
 }
 
+/// A size for one that cannot be read, if it is plain what was meant.
+pub fn meant_size(text: &str) -> Option<String> {
+    model::ByteSize::meant(text)
+}
+
 /// Bytes as people write them.
 pub fn size(bytes: u64) -> String {
     model::ByteSize(bytes).to_string()

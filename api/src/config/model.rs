@@ -189,6 +189,14 @@ impl ByteSize {
         let (_, shift) = UNITS.iter().find(|(name, _)| *name == unit)?;
         number.checked_mul(1 << shift).map(Self)
     }
+
+    /// What a text that is no size was meant to be: `2G` for `2GB` or `2g`.
+    pub fn meant(text: &str) -> Option<String> {
+        let text = text.to_uppercase();
+        let text = text.strip_suffix('B').unwrap_or(&text);
+        let text = text.strip_suffix('I').unwrap_or(text);
+        Self::parse(text).map(|_| text.replace(' ', ""))
+    }
 }
 
 /// The size in the largest unit that leaves a whole number.
@@ -220,7 +228,12 @@ impl<'de> Deserialize<'de> for ByteSize {
                 let bytes = text.parse().map(ByteSize).ok();
                 bytes
                     .or_else(|| ByteSize::parse(text))
-                    .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+                    .ok_or_else(|| match ByteSize::meant(text) {
+                        Some(meant) => E::custom(format_args!(
+                            "\"{text}\" is no size: did you mean \"{meant}\"?"
+                        )),
+                        None => E::invalid_value(serde::de::Unexpected::Str(text), &self),
+                    })
             }
         }
         deserializer.deserialize_any(Size)

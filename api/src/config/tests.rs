@@ -249,7 +249,7 @@ const TYPES: &[Mistake] = &[
     ),
     (
         r#""memory": {"size": "4GB"}"#,
-        "2:20: `memory.size`: expected a number of bytes or a string",
+        "2:20: `memory.size`: \"4GB\" is no size: did you mean \"4G\"?",
         "",
     ),
     (

@@ -277,6 +277,9 @@ impl<'a> Choice<'a, '_> {
         let meant = self.meant(&wish.from)?;
         let policy = policy(self.view.groups, wish);
         let mut fit = RequestFit::new(wish);
+        if let Meant::Group(group) = &meant {
+            fit.from = Some(Source::Group(group.name.clone()));
+        }
         let mut free = Vec::new();
         let devices = self
             .view

@@ -90,7 +90,7 @@ pub enum EditError {
         owner: String,
     },
     /// A device can be in no group of that type.
-    #[error("{bdf} cannot be in a group of type {kind:?}: it is \"{class}\"")]
+    #[error("{bdf} cannot be in a group of type {}: it is \"{class}\"", .kind.word())]
     NotOfType {
         /// The device.
         bdf: HostBdf,

@@ -43,10 +43,12 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
     if args.json {
         print_json(&result)?;
-    } else {
-        print(|out| table(out, &result))?;
     }
-    match result.requests.iter().find(|request| !request.is_enough()) {
+    let lacking = result.requests.iter().find(|request| !request.is_enough());
+    if !args.json {
+        print(|out| table(out, &result, lacking))?;
+    }
+    match lacking {
         None => Ok(()),
         Some(request) => Err(Failure::new(
             FAILED,
@@ -87,9 +89,13 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), 
     ))
 }
 
-fn table(out: &mut dyn Write, result: &Fit) -> io::Result<()> {
+/// What each request would get. What one that is `lacking` does not get, the error tells.
+fn table(out: &mut dyn Write, result: &Fit, lacking: Option<&RequestFit>) -> io::Result<()> {
     for request in &result.requests {
         line(out, request)?;
+        if lacking != Some(request) {
+            drops(out, request)?;
+        }
     }
     match &result.numa_nodes {
         Some(nodes) if result.fits => {
@@ -110,9 +116,13 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
         devices => devices.join(" "),
     };
     match &request.from {
-        Some(from) => writeln!(out, "{} of {from}: {devices}", request.wanted)?,
-        None => return writeln!(out, "by address: {devices}"),
+        Some(from) => writeln!(out, "{} of {from}: {devices}", request.wanted),
+        None => writeln!(out, "by address: {devices}"),
     }
+}
+
+/// How many devices could be had, and what became of the others.
+fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     if let Some(group) = &request.inactive {
         writeln!(
             out,

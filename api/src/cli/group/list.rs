@@ -2,8 +2,8 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs,
-    ResourceGroup, UsbDevice, Uuid, scan, scan_usb,
+    Bind, DeviceState, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs, ResourceGroup,
+    UsbDevice, Uuid, scan, scan_usb,
 };
 use serde::Serialize;
 
@@ -194,7 +194,7 @@ impl<'a> Row<'a> {
         };
         vec![
             self.group.name.clone(),
-            type_word(self.group.kind),
+            self.group.kind.word().to_owned(),
             or_dash(self.group.class.as_deref().unwrap_or_default()),
             or_dash(&self.group.description),
             self.total.to_string(),
@@ -202,13 +202,5 @@ impl<'a> Row<'a> {
             self.free.to_string(),
             or_dash(&addresses.collect::<Vec<_>>().join(" ")),
         ]
-    }
-}
-
-/// The word that group files use.
-pub fn type_word(kind: GroupType) -> String {
-    match serde_json::to_value(kind) {
-        Ok(serde_json::Value::String(word)) => word,
-        _ => String::new(),
     }
 }

@@ -8,7 +8,6 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
-use super::list::type_word;
 use super::matching::{COLUMNS, Found, sort_by, table};
 use crate::cli::device::{has_column, usb};
 use crate::output::{print, print_json};
@@ -58,7 +57,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     print(|out| {
         writeln!(out, "name         {}", group.name)?;
-        writeln!(out, "type         {}", type_word(group.kind))?;
+        writeln!(out, "type         {}", group.kind.word())?;
         if let Some(class) = &group.class {
             writeln!(out, "class        {class}")?;
         }
