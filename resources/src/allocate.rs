@@ -297,8 +297,8 @@ impl Look {
         let functions = devices.map(|device| (DeviceName::from(device.bdf), &device.lease));
         let mdevs = self.mdevs.devices.iter();
         let mdevs = mdevs.map(|device| (DeviceName::from(device.uuid), &device.lease));
-        let mut all = functions.chain(mdevs);
-        all.any(|(name, lease)| is_passing(paths, name, lease.record()))
+        let mut held = functions.chain(mdevs).filter(|(_, lease)| lease.is_held());
+        held.any(|(name, lease)| is_passing(paths, name, lease.record()))
     }
 
     fn view(&self) -> View<'_> {

@@ -1,6 +1,8 @@
 //! The JSON files of the configuration directory: read with file, line and key in every error,
 //! replaced as a whole.
 
+pub(crate) mod place;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
+use crate::config::place::{ListItem, Place};
 use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
@@ -129,6 +130,19 @@ impl ResourceGroup {
         Self {
             name: name.to_owned(),
             ..Self::default()
+        }
+    }
+
+    /// What is wrong with a key of the group, with the place in its file.
+    pub(crate) fn wrong(&self, key: &str, problem: String) -> GroupError {
+        let list = ListItem {
+            list: "groups",
+            name: &self.name,
+        };
+        GroupError::Made {
+            place: Place::last(&self.file, list, key),
+            key: format!("group \"{}\": {key}", self.name),
+            problem,
         }
     }
 
@@ -258,24 +272,22 @@ pub enum GroupError {
     },
     /// Two groups have one name.
     #[error(
-        "{second}: there is already a group named \"{name}\" in {first}: rename or remove one of them"
+        "{second}: name: there is already a group named \"{name}\" at {first}: rename or remove one of them"
     )]
     Duplicate {
         /// The name.
         name: String,
-        /// The file of the first.
-        first: PathBuf,
-        /// The file of the second.
-        second: PathBuf,
+        /// Where the first is.
+        first: Place,
+        /// Where the second is.
+        second: Place,
     },
-    /// What a group asks of virtual functions or GPUs makes no sense.
-    #[error("{file}: group \"{group}\": {key}: {problem}")]
+    /// What a group asks for makes no sense, or is another's.
+    #[error("{place}: {key}: {problem}")]
     Made {
-        /// The file.
-        file: PathBuf,
-        /// The group.
-        group: String,
-        /// The key.
+        /// Where the key is.
+        place: Place,
+        /// The group and its key.
         key: String,
         /// What is wrong with it.
         problem: String,
@@ -324,20 +336,18 @@ impl Groups {
     fn add(&mut self, more: Vec<ResourceGroup>) -> Result<(), GroupError> {
         for group in more {
             if let Some(first) = self.get(&group.name) {
-                let first = first.file.clone();
+                let in_list = ListItem {
+                    list: "groups",
+                    name: &group.name,
+                };
                 return Err(GroupError::Duplicate {
-                    name: group.name,
-                    first,
-                    second: group.file,
+                    first: Place::first(&first.file, in_list, "name"),
+                    second: Place::last(&group.file, in_list, "name"),
+                    name: group.name.clone(),
                 });
             }
             if let Some((key, problem)) = self.problem(&group) {
-                return Err(GroupError::Made {
-                    file: group.file,
-                    group: group.name,
-                    key,
-                    problem,
-                });
+                return Err(group.wrong(&key, problem));
             }
             self.groups.push(group);
         }

@@ -151,6 +151,14 @@ pub enum LeaseError {
         /// How long.
         waited: Duration,
     },
+    /// Somebody else is changing what is whose and does not finish.
+    #[error(
+        "waited a minute for {holder} to finish: is that process stopped, or does a device hang? see dmesg"
+    )]
+    OwnersBusy {
+        /// Who, or words for somebody unknown.
+        holder: String,
+    },
 }
 
 impl LeaseError {
@@ -317,6 +325,26 @@ pub(crate) struct AllocationLock {
     _lock: LockFile,
 }
 
+/// The host-wide lock under which it is changed what is whose. It is held while devices move, which may
+/// take long, and so is taken before all other locks.
+#[derive(Debug)]
+pub(crate) struct OwnersLock {
+    _lock: LockFile,
+}
+
+impl OwnersLock {
+    /// How long one command may take: a write to sysfs that hangs is given up after half a minute.
+    const DEADLINE: Duration = Duration::from_secs(60);
+
+    pub(crate) fn acquire(paths: &HostPaths, record: &LeaseRecord) -> Result<Self, LeaseError> {
+        let path = paths.run.join("owners.lock");
+        let waited = wait(paths, &path, record, Self::DEADLINE)?;
+        waited
+            .map(|_lock| Self { _lock })
+            .map_err(|holder| LeaseError::OwnersBusy { holder })
+    }
+}
+
 impl AllocationLock {
     /// Waits for one holder no longer than the deadline.
     pub(crate) fn acquire(
@@ -325,30 +353,45 @@ impl AllocationLock {
         deadline: Duration,
     ) -> Result<Self, LeaseError> {
         let path = paths.run.join("allocate.lock");
-        let mut started = Instant::now();
-        let mut pause = Duration::from_micros(200);
-        let mut seen = None;
-        loop {
-            if let Some(lock) = LockFile::take(&path, record).map_err(LeaseError::file(&path))? {
-                return Ok(Self { _lock: lock });
-            }
-            // It is one holder that must not take too long: of many contenders the last one waits for all.
-            if seen.is_none() || started.elapsed() >= deadline {
-                let holder = status(paths, &path)?;
-                if seen.as_ref() == Some(&holder) && holder.is_held() {
-                    return Err(LeaseError::AllocationBusy {
-                        holder: holder
-                            .record()
-                            .map_or_else(|| "an unknown process".to_owned(), ToString::to_string),
-                        waited: deadline,
-                    });
-                }
-                seen = Some(holder);
-                started = Instant::now();
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
+        let waited = wait(paths, &path, record, deadline)?;
+        waited
+            .map(|_lock| Self { _lock })
+            .map_err(|holder| LeaseError::AllocationBusy {
+                holder,
+                waited: deadline,
+            })
+    }
+}
+
+/// Waits for a lock as long as its holders change, and for one of them until the deadline: then it is
+/// named.
+fn wait(
+    paths: &HostPaths,
+    path: &Path,
+    record: &LeaseRecord,
+    deadline: Duration,
+) -> Result<Result<LockFile, String>, LeaseError> {
+    let mut started = Instant::now();
+    let mut pause = Duration::from_micros(200);
+    let mut seen = None;
+    loop {
+        if let Some(lock) = LockFile::take(path, record).map_err(LeaseError::file(path))? {
+            return Ok(Ok(lock));
         }
+        // It is one holder that must not take too long: of many contenders the last one waits for all.
+        if seen.is_none() || started.elapsed() >= deadline {
+            let holder = status(paths, path)?;
+            if seen.as_ref() == Some(&holder) && holder.is_held() {
+                let record = holder.record().map(ToString::to_string);
+                return Ok(Err(
+                    record.unwrap_or_else(|| "an unknown process".to_owned())
+                ));
+            }
+            seen = Some(holder);
+            started = Instant::now();
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
     }
 }
 

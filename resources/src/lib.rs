@@ -58,6 +58,7 @@ pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
 };
 pub use config::ConfigError;
+pub use config::place::Place;
 pub use demand::{reap, restore_helper};
 pub use group::{
     Bind, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
+use crate::config::place::{ListItem, Place};
 use crate::config::{self, ConfigError, nearest};
 use crate::group::is_name;
 use crate::host::HostPaths;
@@ -113,22 +114,22 @@ pub enum PlanError {
         near: Option<String>,
     },
     /// Two plans have one name.
-    #[error("{second}: there is already a plan named \"{name}\" in {first}")]
+    #[error("{second}: name: there is already a plan named \"{name}\" at {first}")]
     Duplicate {
         /// The name.
         name: String,
-        /// The file of the first.
-        first: PathBuf,
-        /// The file of the second.
-        second: PathBuf,
+        /// Where the first is.
+        first: Place,
+        /// Where the second is.
+        second: Place,
     },
     /// The devices of a plan are wrong.
-    #[error("plan \"{name}\" in {file}: {source}")]
+    #[error("{place}: plan \"{name}\": {source}")]
     Devices {
         /// The name.
         name: String,
-        /// Its file.
-        file: PathBuf,
+        /// Where they are.
+        place: Place,
         /// What is wrong.
         source: RequestError,
     },
@@ -139,6 +140,13 @@ fn hint(near: &Option<String>) -> String {
         || ": `gantry plan list` shows them".to_owned(),
         |near| format!(": did you mean \"{near}\"?"),
     )
+}
+
+fn item(plan: &Plan) -> ListItem<'_> {
+    ListItem {
+        list: "plans",
+        name: &plan.name,
+    }
 }
 
 impl Plans {
@@ -156,15 +164,16 @@ impl Plans {
             plan.file = path.clone();
             let same = self.plans.iter().find(|other| other.name == plan.name);
             if let Some(first) = same {
+                let list = item(&plan);
                 return Err(PlanError::Duplicate {
-                    name: plan.name,
-                    first: first.file.clone(),
-                    second: path,
+                    first: Place::first(&first.file, list, "name"),
+                    second: Place::last(&path, list, "name"),
+                    name: plan.name.clone(),
                 });
             }
             plan.requests().map_err(|source| PlanError::Devices {
+                place: Place::last(&path, item(&plan), &source.key()),
                 name: plan.name.clone(),
-                file: path.clone(),
                 source,
             })?;
             self.plans.push(plan);
@@ -283,15 +292,15 @@ mod tests {
             ),
             (
                 r#"{"plans": [{"name": "a"}, {"name": "a"}]}"#,
-                "already a plan named \"a\"",
+                "plans.json:1:35: name: there is already a plan named \"a\" at",
             ),
             (
                 r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,
-                "devices[0] needs exactly one",
+                "plans.json:1:37: plan \"a\": devices[0] needs exactly one",
             ),
             (
                 r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
-                "\"x:\" is no alias",
+                "plans.json:1:50: plan \"a\": \"x:\" is no alias",
             ),
         ] {
             let host = FakeHost::new(&[]);

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::config::{self, ConfigError};
 use crate::host::{BdfError, HostBdf};
 use crate::name::DeviceName;
 use crate::nova::{NumaPolicy, Traits};
@@ -160,6 +161,18 @@ pub fn aliases(text: &str) -> Result<Vec<Request>, RequestError> {
     text.split(',').map(one).collect()
 }
 
+impl RequestError {
+    /// Which key is wrong.
+    pub fn key(&self) -> String {
+        match self {
+            Self::Count(what) if what.starts_with("devices[") => what.clone(),
+            Self::Alias(_) | Self::Count(_) => "pci_passthrough:alias".to_owned(),
+            Self::Source(index) | Self::PathAlone(index) => format!("devices[{index}]"),
+            Self::Path { index, .. } => format!("devices[{index}].path"),
+        }
+    }
+}
+
 /// The devices of a VM as JSON has them: the keys of a VM's file that ask for devices.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Requests {
@@ -209,6 +222,11 @@ pub struct DeviceEntry {
 }
 
 impl Requests {
+    /// Reads them from JSON, which may hold other keys too; `name` is for errors alone.
+    pub fn read(name: &Path, text: &str) -> Result<Self, ConfigError> {
+        config::parse(name, text)
+    }
+
     /// Whether devices are asked for beside those of a plan, which then do not count.
     pub fn has_devices(&self) -> bool {
         self.devices.is_some() || self.aliases.is_some()

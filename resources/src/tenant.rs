@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::bind::{BindError, BindRequest, detach, reattach};
+use crate::config::place::Place;
 use crate::config::{self, ConfigError, nearest};
 use crate::group::{
     Bind, EditError, GroupChange, GroupError, GroupFiles, Groups, ResourceGroup, is_name,
@@ -24,8 +25,9 @@ use crate::group::{
 use crate::host::{HostBdf, HostPaths};
 use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError, scan};
-use crate::lease::LeaseError;
+use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::obstacle::Blocked;
+use crate::rule::Rule;
 use crate::sysfs;
 use crate::writer::SysfsWriter;
 use hand_over::Owner;
@@ -95,12 +97,12 @@ pub enum TenantError {
     )]
     Name(String),
     /// The user is not known to this host.
-    #[error("{path}: user: there is no user \"{user}\" on this host: `getent passwd` lists them", path = .path.display())]
+    #[error("{place}: user: there is no user \"{user}\" on this host: `getent passwd` lists them")]
     User {
         /// The user.
         user: String,
-        /// The tenant's definition.
-        path: PathBuf,
+        /// Where the tenant's definition says so.
+        place: Place,
     },
     /// The tenant still owns devices.
     #[error(
@@ -197,6 +199,24 @@ impl Tenant {
         &self.groups
     }
 
+    /// Refuses a device that another tenant's groups name too.
+    fn apart_from(&self, other: &Self) -> Result<(), GroupError> {
+        let theirs = other.devices();
+        for group in self.groups.iter() {
+            let slots = group.rules.iter().map(Rule::only_slot);
+            for (index, bdf) in slots.enumerate() {
+                if let Some(bdf) = bdf.filter(|bdf| theirs.contains(bdf)) {
+                    let problem = format!(
+                        "{bdf} belongs to tenant \"{}\" too: take the rule out of one of them",
+                        other.name
+                    );
+                    return Err(group.wrong(&format!("rules[{index}].slot"), problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the device is the tenant's, by what it is and not only by where it is.
     pub fn owns(&self, device: &HostDevice) -> bool {
         let mut rules = self.groups.iter().flat_map(|group| &group.rules);
@@ -277,7 +297,11 @@ impl Tenants {
             };
             let file = config::parse(&path, &text)?;
             let groups = Groups::load_own(&dirs(host, &name))?;
-            tenants.push(Tenant { name, file, groups });
+            let tenant = Tenant { name, file, groups };
+            tenants
+                .iter()
+                .try_for_each(|other| tenant.apart_from(other))?;
+            tenants.push(tenant);
         }
         Ok(Self(tenants))
     }
@@ -337,6 +361,11 @@ impl Tenants {
     }
 }
 
+/// Of two commands that change whose devices are, the second one sees what the first one did.
+fn alone(host: &HostPaths) -> Result<OwnersLock, LeaseError> {
+    OwnersLock::acquire(host, &LeaseRecord::task("gantry tenant"))
+}
+
 /// Makes a tenant that owns nothing yet.
 pub fn create_tenant(
     host: &HostPaths,
@@ -346,6 +375,7 @@ pub fn create_tenant(
     if !is_name(name) {
         return Err(TenantError::Name(name.to_owned()));
     }
+    let _alone = alone(host)?;
     let path = definition(host, name);
     if path.exists() {
         let name = name.to_owned();
@@ -362,6 +392,7 @@ pub fn edit_tenant(
     name: &str,
     file: &TenantFile,
 ) -> Result<PathBuf, TenantError> {
+    let _alone = alone(host)?;
     Tenants::load(host)?.find(name)?;
     let path = definition(host, name);
     Owner::named(&file.user, &path)?;
@@ -372,6 +403,7 @@ pub fn edit_tenant(
 
 /// Deletes a tenant that owns nothing.
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
+    let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let owned = tenants.find(name)?.devices();
     if !owned.is_empty() {
@@ -403,6 +435,7 @@ pub fn grant(
     name: &str,
     wanted: &Grant<'_>,
 ) -> Result<Vec<HostBdf>, TenantError> {
+    let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let owner = Owner::of(host, tenant)?;
@@ -474,6 +507,7 @@ pub fn revoke(
     name: &str,
     devices: &[HostBdf],
 ) -> Result<Vec<HostBdf>, TenantError> {
+    let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let owned = tenant.devices();

@@ -106,12 +106,12 @@ fn two_groups_of_one_name_are_refused_with_both_files() {
     host.file("etc/groups.d/a.json", text);
     let error = Groups::load(&host.paths).unwrap_err().to_string();
     assert!(
-        error.contains("groups.d/a.json: ") && error.contains("etc/groups.json"),
+        error.contains("groups.d/a.json:1:21: name: ") && error.contains("etc/groups.json:1:21"),
         "{error}"
     );
     let error = refusal(r#"{"groups": [{"name": "nvme"}, {"name": "nvme"}]}"#);
     assert!(
-        error.contains("already a group named \"nvme\" in /etc/gantry/groups.json"),
+        error.contains("already a group named \"nvme\" at /etc/gantry/groups.json"),
         "{error}"
     );
 }

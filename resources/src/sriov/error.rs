@@ -140,7 +140,7 @@ fn lines(live: &[LiveVf]) -> String {
 impl SriovError {
     /// Who has functions that must stay or be moved, if that alone is the failure.
     pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
-        let held = |one: &LiveVf| Some((one.bdf.into(), Some(one.holder.clone()?)));
+        let held = |one: &LiveVf| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));
         match self {
             Self::Busy(blocked) => blocked.in_the_way(),
             // One that is used otherwise stays whoever else lets go.

@@ -10,7 +10,7 @@ use super::links::Interface;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
-use crate::lease::LeaseRecord;
+use crate::lease::{LeaseRecord, LeaseStatus};
 use crate::sysfs;
 
 /// `IFF_UP` of netdevice(7).
@@ -111,9 +111,9 @@ pub struct LiveVf {
     pub bdf: HostBdf,
     /// What uses it, in words.
     pub why: String,
-    /// Who has leased it, if somebody has and that is the reason.
+    /// The lease that is the reason, if one is.
     #[serde(skip)]
-    pub holder: Option<LeaseRecord>,
+    pub lease: Option<LeaseStatus>,
 }
 
 /// The functions that a VM, the host or another program uses. Their locks may be held by this process,
@@ -134,9 +134,9 @@ pub(crate) fn live(
             path: paths.pci_device(bdf),
             source,
         })?;
-        let foreign = device.lease.record().filter(|record| *record != own);
-        let holder = foreign.cloned();
-        live.extend(why.map(|why| LiveVf { bdf, why, holder }));
+        let foreign = device.lease.is_held() && device.lease.record() != Some(own);
+        let lease = foreign.then(|| device.lease.clone());
+        live.extend(why.map(|why| LiveVf { bdf, why, lease }));
     }
     Ok(live)
 }

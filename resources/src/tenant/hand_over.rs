@@ -8,6 +8,7 @@ use std::path::Path;
 use nix::unistd::User;
 
 use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
+use crate::config::place::Place;
 use crate::host::{HostBdf, HostPaths};
 use crate::lease::{DeviceLock, LeaseRecord, holder};
 use crate::obstacle::Blocked;
@@ -38,7 +39,7 @@ impl Owner {
         let known = User::from_name(user).ok().flatten();
         let known = known.ok_or_else(|| TenantError::User {
             user: user.to_owned(),
-            path: path.to_owned(),
+            place: Place::of(path, "user"),
         })?;
         Ok(Self {
             uid: known.uid.as_raw(),

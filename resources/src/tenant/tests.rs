@@ -325,3 +325,62 @@ fn a_wrong_group_is_named_before_a_device_moves() {
     grant(&host.paths, &kernel, "a", &wanted).unwrap_err();
     assert_eq!(host.bindings(), before);
 }
+
+#[test]
+fn two_grants_at_once_give_a_device_once() {
+    let host = host();
+    for name in ["a", "b"] {
+        create_tenant(&host.paths, name, &user()).unwrap();
+    }
+    let first = alone(&host.paths).unwrap();
+    let said = std::thread::scope(|scope| {
+        let second = scope.spawn(|| give(&host, &FakeKernel::new(&host), "b", "01:00.0"));
+        // Long enough for the second one to have looked, if it did not wait.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        host.file(
+            "etc/tenants/a/groups.json",
+            r#"{"groups": [{"name": "a", "rules": [{"slot": "0000:01:00.0"}]}]}"#,
+        );
+        drop(first);
+        second.join().unwrap()
+    });
+    assert!(said.contains("belongs to tenant \"a\""), "{said}");
+}
+
+#[test]
+fn a_device_of_two_tenants_is_refused_with_file_line_and_key() {
+    let host = host();
+    for name in ["a", "b"] {
+        create_tenant(&host.paths, name, &user()).unwrap();
+        host.file(
+            &format!("etc/tenants/{name}/groups.json"),
+            "{\"groups\": [{\"name\": \"x\", \"rules\": [\n{\"class\": \"0108\"},\n\
+             {\"slot\": \"0000:01:00.0\"}]}]}",
+        );
+    }
+    let said = Tenants::load(&host.paths).unwrap_err().to_string();
+    for words in [
+        "tenants/b/groups.json:3:",
+        "group \"x\": rules[1].slot: 0000:01:00.0 belongs to tenant \"a\" too",
+    ] {
+        assert!(said.contains(words), "{said}");
+    }
+    assert!(
+        taken(&host.paths, "disks")
+            .unwrap_err()
+            .contains("b/groups.json")
+    );
+}
+
+#[test]
+fn a_user_who_is_not_there_is_named_with_the_line() {
+    let host = host();
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    host.file(
+        "etc/tenants/a/tenant.json",
+        "{\n  \"user\": \"no such user\"}",
+    );
+    let tenants = Tenants::load(&host.paths).unwrap();
+    let said = tenants.put_right(&host.paths).unwrap_err().to_string();
+    assert!(said.contains("a/tenant.json:2:"), "{said}");
+}

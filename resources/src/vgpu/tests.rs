@@ -365,7 +365,7 @@ fn what_makes_no_sense_is_refused_with_file_and_key() {
         );
         let error = Groups::load(&host.paths).unwrap_err().to_string();
         assert!(
-            error.contains(words) && error.contains("groups.json"),
+            error.contains(words) && error.contains("groups.json:1:"),
             "{error}"
         );
     }

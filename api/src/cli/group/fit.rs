@@ -1,11 +1,11 @@
 //! `gantry group fit`: what a request would get, without taking anything.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use gantry_resources::{
-    Fit, HostPaths, Instance, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
+    Fit, HostPaths, Instance, Place, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
 };
 
 use crate::output::{print, print_json};
@@ -60,9 +60,13 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
 fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), Failure> {
     let wrong = |what: String| Failure::new(USAGE, what);
     let path = PathBuf::from(&args.request);
+    let mut name = path.as_path();
     let text = args.request.trim_start();
     let text = match text.starts_with('{') {
-        true => text.to_owned(),
+        true => {
+            name = Path::new("the request");
+            text.to_owned()
+        }
         false if path.is_file() => std::fs::read_to_string(&path)
             .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
         false => {
@@ -70,8 +74,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), 
             return Ok((requests, Placement::default()));
         }
     };
-    let request: Requests = serde_json::from_str(&text)
-        .map_err(|error| wrong(format!("the request is wrong: {error}")))?;
+    let request = Requests::read(name, &text).map_err(|error| wrong(error.to_string()))?;
     let planned = request.plan.as_deref().filter(|_| !request.has_devices());
     let requests = match planned {
         None => request.requests(args.allow_ungrouped),
@@ -84,7 +87,10 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), 
         nodes: request.numa_nodes,
     };
     Ok((
-        requests.map_err(|error| wrong(error.to_string()))?,
+        requests.map_err(|error| {
+            let place = Place::in_text(name, &text, &error.key());
+            wrong(format!("{place}: {error}"))
+        })?,
         placement,
     ))
 }
