@@ -263,7 +263,7 @@ struct Source<'a> {
     dir: PathBuf,
     devices: File,
     leases: Listed,
-    quarantine: Listed,
+    quarantine: Vec<Listed>,
     former: Listed,
     /// Whether any device can make mediated ones.
     mdev: bool,
@@ -300,7 +300,10 @@ impl<'a> Source<'a> {
             dir,
             devices,
             leases: Listed::of(&paths.run.join("leases")),
-            quarantine: Listed::of(&paths.state.join("quarantine")),
+            quarantine: quarantine::homes(paths)
+                .iter()
+                .map(|home| Listed::of(home.dir()))
+                .collect(),
             former: Listed::of(&paths.run.join("former")),
             mdev: paths.sysfs.join("class/mdev_bus").exists(),
         })
@@ -336,7 +339,8 @@ impl<'a> Source<'a> {
             device.lease = holder(paths, bdf)?;
         }
         let mut hung = false;
-        if leased || self.quarantine.may_have(|| format!("{bdf}.json")) {
+        let aside = |one: &Listed| one.may_have(|| format!("{bdf}.json"));
+        if leased || self.quarantine.iter().any(aside) {
             let found = quarantine::find(paths, bdf, &device.id.to_string());
             hung = found
                 .as_ref()

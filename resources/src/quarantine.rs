@@ -1,16 +1,25 @@
 //! Devices that no VM gets for now, and why: one that hung, one that was used once.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::atomic;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{self, DeviceLock, LeaseRecord};
-use crate::{atomic, sysfs};
+use crate::sysfs::{self, HeldDir};
+
+/// Where records lie, below the state directory.
+const DIR: &str = "quarantine";
+/// Where tenants' state directories lie, below the host's.
+const TENANTS: &str = "tenants";
+/// No record is longer.
+const LONGEST: u64 = 16 << 10;
 
 /// How long a device stays out of the pools by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,16 +141,14 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Quarant
     if lock.is_none() {
         return Err(QuarantineError::Held { bdf });
     }
-    forget(paths, bdf)
+    homes(paths)
+        .iter()
+        .try_for_each(|home| remove(home.file(bdf)))
 }
 
-/// Takes the record away, whatever it says.
-pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
-    let path = path(paths, bdf);
+fn remove(path: PathBuf) -> Result<(), QuarantineError> {
     match fs::remove_file(&path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(QuarantineError::File { path, source })
-        }
+        Err(source) if !sysfs::is_gone(&source) => Err(QuarantineError::File { path, source }),
         _ => Ok(()),
     }
 }
@@ -154,7 +161,7 @@ pub(crate) fn forget_reason(
 ) -> Result<(), QuarantineError> {
     let text = fs::read(path(paths, bdf)).unwrap_or_default();
     match serde_json::from_slice::<Record>(&text) {
-        Ok(record) if record.reason == reason => forget(paths, bdf),
+        Ok(record) if record.reason == reason => remove(path(paths, bdf)),
         _ => Ok(()),
     }
 }
@@ -176,29 +183,129 @@ pub(crate) struct Found {
 ///
 /// A record that cannot be read keeps the device out: better idle than broken.
 pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
-    let path = path(paths, bdf);
-    let broken = |reason| {
-        let until = Until::Released;
-        Some(Found { reason, until })
-    };
-    let kept = match fs::read(&path) {
-        Ok(text) => match serde_json::from_slice::<Record>(&text) {
-            Ok(record) => Some(record),
-            Err(_) => return broken(format!("{} is damaged", path.display())),
-        },
-        Err(error) if sysfs::is_gone(&error) => None,
-        Err(error) => return broken(format!("{} cannot be read: {error}", path.display())),
-    };
     let now = boot(paths);
-    let counts = |record: &Record| {
-        let over = record.until == Until::Boot && record.boot.is_some() && record.boot != now;
-        !over && record.id == id
+    let counts = |found: &Kept| match found {
+        Kept::Broken(_) => true,
+        Kept::Record(record) => {
+            let booted = record.boot.is_some() && record.boot != now;
+            !(record.until == Until::Boot && booted) && record.id == id
+        }
     };
+    let kept = homes(paths)
+        .iter()
+        .filter_map(|home| home.record(paths, bdf))
+        .find(counts);
     // A record of another boot or device says nothing of what the last VM left.
-    let note = || serde_json::from_slice::<Record>(&lease::note(paths, bdf)?).ok();
-    let found = kept.filter(counts).or_else(|| note().filter(counts))?;
-    let Record { reason, until, .. } = found;
-    Some(Found { reason, until })
+    let note = || serde_json::from_slice(&lease::note(paths, bdf)?).ok();
+    let note = || note().map(Kept::Record).filter(counts);
+    Some(match kept.or_else(note)? {
+        Kept::Record(Record { reason, until, .. }) => Found { reason, until },
+        Kept::Broken(reason) => {
+            let until = Until::Released;
+            Found { reason, until }
+        }
+    })
+}
+
+/// What a file says.
+enum Kept {
+    Record(Record),
+    /// Why it cannot be understood.
+    Broken(String),
+}
+
+/// A directory of records that count for the host and for a tenant alike: the hardware is the same.
+pub(crate) struct Home {
+    dir: PathBuf,
+    /// Of a tenant: held open, as the tenant may put something else into its place.
+    _held: Option<HeldDir>,
+    of_tenant: bool,
+}
+
+/// Where records are: one's own, and the host's for a tenant, or those of tenants for the host.
+pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
+    let plain = |dir| Home {
+        dir,
+        _held: None,
+        of_tenant: false,
+    };
+    let mut homes = vec![plain(paths.state.join(DIR))];
+    if let Some(above) = shared_quarantine(paths) {
+        homes.push(plain(above));
+        return homes;
+    }
+    let tenants = paths.state.join(TENANTS);
+    for name in sysfs::entries(&tenants).unwrap_or_default() {
+        // Who may not look there is nobody who moves devices.
+        if let Ok(Some(held)) = HeldDir::open(&tenants.join(name).join(DIR)) {
+            homes.push(Home {
+                dir: held.path(),
+                _held: Some(held),
+                of_tenant: true,
+            });
+        }
+    }
+    homes
+}
+
+/// The host's records, where this is a tenant's view: they count for the tenant too.
+pub fn shared_quarantine(paths: &HostPaths) -> Option<PathBuf> {
+    let tenants = paths.state.parent()?;
+    let of_tenant = paths.only.is_some() && tenants.file_name()? == TENANTS;
+    Some(tenants.parent()?.join(DIR)).filter(|_| of_tenant)
+}
+
+impl Home {
+    /// Its place, for a list of what is there.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn file(&self, bdf: HostBdf) -> PathBuf {
+        self.dir.join(format!("{bdf}.json"))
+    }
+
+    fn record(&self, paths: &HostPaths, bdf: HostBdf) -> Option<Kept> {
+        let path = self.file(bdf);
+        let read = || -> io::Result<Option<Vec<u8>>> {
+            let file = sysfs::regular(&path)?;
+            if self.of_tenant && !is_owners(paths, bdf, &file)? {
+                return Ok(None);
+            }
+            let mut text = Vec::new();
+            file.take(LONGEST).read_to_end(&mut text)?;
+            Ok(Some(text))
+        };
+        let broken = |what: String| Some(Kept::Broken(format!("{} {what}", path.display())));
+        match read() {
+            Ok(Some(text)) => match serde_json::from_slice(&text) {
+                Ok(record) => Some(Kept::Record(record)),
+                Err(_) => broken("is damaged".to_owned()),
+            },
+            Ok(None) => None,
+            Err(error) if sysfs::is_gone(&error) => None,
+            // What a tenant puts there besides is nothing to anybody.
+            Err(_) if self.of_tenant => None,
+            Err(error) => broken(format!("cannot be read: {error}")),
+        }
+    }
+}
+
+/// Whether a tenant's record is about a device of that tenant: the file of its lease is the user's too.
+fn is_owners(paths: &HostPaths, bdf: HostBdf, record: &fs::File) -> io::Result<bool> {
+    let lease = fs::symlink_metadata(lease::lock_path(paths, bdf))?;
+    Ok(lease.uid() == record.metadata()?.uid())
+}
+
+/// Keeps what tenants' records say of devices that are about to be the host's again.
+pub(crate) fn adopt(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
+    let own = path(paths, bdf);
+    for home in homes(paths).iter().filter(|home| home.of_tenant) {
+        if let (Some(Kept::Record(record)), false) = (home.record(paths, bdf), own.exists()) {
+            store(&own, &record)?;
+        }
+    }
+    Ok(())
 }
 
 /// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
@@ -214,7 +321,7 @@ fn boot(paths: &HostPaths) -> Option<String> {
 }
 
 fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.state.join("quarantine").join(format!("{bdf}.json"))
+    paths.state.join(DIR).join(format!("{bdf}.json"))
 }
 
 #[cfg(test)]

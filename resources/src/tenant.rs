@@ -27,6 +27,7 @@ use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::obstacle::Blocked;
+use crate::quarantine::adopt;
 use crate::rule::Rule;
 use crate::sysfs;
 use crate::writer::SysfsWriter;
@@ -527,6 +528,10 @@ pub fn revoke(
         devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
     };
     let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
+    // What a tenant's VM found out about a device stays known: records of users who own it count.
+    for &bdf in &leaving {
+        adopt(host, bdf).map_err(failed(&host.state))?;
+    }
     // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
     let owner = Owner::host();
     leaving

@@ -384,3 +384,56 @@ fn a_user_who_is_not_there_is_named_with_the_line() {
     let said = tenants.put_right(&host.paths).unwrap_err().to_string();
     assert!(said.contains("a/tenant.json:2:"), "{said}");
 }
+
+#[test]
+fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() {
+    use crate::quarantine::{quarantine, release_quarantine};
+    let until = crate::Until::Released;
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    let tenant = scope(&host, "a");
+    let state = |paths: &HostPaths| HostDevice::read(paths, bdf("01:00.0")).unwrap().quarantine;
+    for (one, other) in [(&tenant, &host.paths), (&host.paths, &tenant)] {
+        quarantine(one, &host.read("01:00.0"), "it hangs", until).unwrap();
+        assert_eq!(state(other).as_deref(), Some("it hangs"));
+        assert_eq!(
+            scan(other).unwrap()[0].quarantine.as_deref(),
+            Some("it hangs")
+        );
+        assert!(taken(&tenant, "a").unwrap_err().contains("quarantine"));
+        release_quarantine(&host.paths, bdf("01:00.0")).unwrap();
+        assert_eq!((state(one), state(other)), (None, None));
+    }
+    // What a tenant says of devices that are not its user's is nothing to the host; here all files are
+    // one user's, so that it takes one without a lease.
+    let other = host.read("02:00.0");
+    quarantine(&tenant, &other, "mine now", until).unwrap();
+    let lock = lock_path(&host.paths, other.bdf);
+    let _ = fs::remove_file(&lock);
+    assert_eq!(host.read("02:00.0").quarantine, None);
+    // It stays known when the device goes back.
+    quarantine(&tenant, &host.read("01:00.0"), "it hangs", until).unwrap();
+    revoke(&host.paths, &kernel, "a", &[bdf("01:00.0")]).unwrap();
+    delete_tenant(&host.paths, "a").unwrap();
+    assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
+}
+
+#[test]
+fn a_link_in_the_place_of_a_tenants_records_leads_nowhere() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    let name = "0000:01:00.0.json";
+    host.file(&format!("elsewhere/{name}"), "{");
+    let elsewhere = host.paths.state.with_file_name("elsewhere");
+    let own = host.paths.state.join("tenants/a/quarantine");
+    std::os::unix::fs::symlink(&elsewhere, &own).unwrap();
+    assert_eq!(host.read("01:00.0").quarantine, None);
+    fs::remove_file(&own).unwrap();
+    fs::create_dir(&own).unwrap();
+    std::os::unix::fs::symlink(elsewhere.join(name), own.join(name)).unwrap();
+    assert_eq!(host.read("01:00.0").quarantine, None);
+}

@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{Groups, HostPaths};
+use gantry_resources::{Groups, HostPaths, shared_quarantine};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError,
@@ -133,6 +133,7 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
     // A tenant's lead to the host's, and a rule is about where a way ends.
     let shared = ["leases", "former"].map(|name| fs::canonicalize(host.run.join(name)));
     rules.extend(shared.iter().flatten().map(|path| rule(path, own)));
+    rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
     let initramfs = config.payload.initramfs.as_deref();
     rules.extend(initramfs.map(|path| rule(path, AccessFs::ReadFile.into())));
     let write = AccessFs::WriteFile | AccessFs::Truncate;
