@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::terminal_width;
+use crate::table::{cut, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -91,18 +91,29 @@ impl Node {
         let mut facts = Vec::new();
         facts.extend(self.iommu_group.map(|group| format!("iommu {group}")));
         facts.extend(self.numa_node.map(|node| format!("numa {node}")));
-        let functions = self.sriov.filter(|sriov| sriov.active > 0);
-        facts.extend(functions.map(|sriov| format!("{} of {} VFs", sriov.active, sriov.total)));
-        let made = Some(self.mdevs.len()).filter(|count| *count > 0);
-        facts.extend(made.map(|count| format!("{count} mediated devices")));
+        facts.extend(self.made());
         if !self.bridge {
             facts.extend(self.group.clone());
-            facts.push(match &self.state {
-                DeviceState::Assigned { vm: Some(vm) } => format!("VM '{vm}'"),
-                state => state_word(state).to_owned(),
-            });
+            facts.push(self.holder());
         }
         facts.join(" · ")
+    }
+
+    /// What was made of it: virtual functions, mediated devices.
+    fn made(&self) -> Vec<String> {
+        let functions = self.sriov.filter(|sriov| sriov.active > 0);
+        let functions = functions.map(|sriov| format!("{} of {} VFs", sriov.active, sriov.total));
+        let mdevs = Some(self.mdevs.len()).filter(|count| *count > 0);
+        let mdevs = mdevs.map(|count| format!("{count} mediated devices"));
+        functions.into_iter().chain(mdevs).collect()
+    }
+
+    /// The VM that has it, or else its state.
+    fn holder(&self) -> String {
+        match &self.state {
+            DeviceState::Assigned { vm: Some(vm) } => format!("VM '{vm}'"),
+            state => state_word(state).to_owned(),
+        }
     }
 }
 
@@ -142,12 +153,17 @@ fn write_tree(out: &mut dyn Write, roots: &[Node], width: usize) -> io::Result<(
         .iter()
         .map(|(_, node)| node.facts().chars().count())
         .max();
-    let room = width.saturating_sub(facts.unwrap_or(0) + 2).max(40);
+    // Names give way, addresses and facts do not.
+    let least = lines.iter().map(|line| head(line).chars().count()).max();
+    let room = width.saturating_sub(facts.unwrap_or(0) + 2);
+    let room = room.max(least.unwrap_or(0));
     let column = widest.max().unwrap_or(0).min(room);
     for line in &lines {
         let mut text = head(line);
         let free = column.saturating_sub(text.chars().count());
-        text.extend(line.1.name.chars().take(free));
+        let mut name = line.1.name.clone();
+        cut(&mut name, free);
+        text.push_str(&name);
         writeln!(
             out,
             "{}",
@@ -238,5 +254,6 @@ mod tests {
             text.lines().all(|line| line.chars().count() <= 80),
             "{text}"
         );
+        assert!(text.contains("long…  iommu 7"), "{text}");
     }
 }

@@ -9,15 +9,18 @@ use super::Node;
 const ROW: usize = 24;
 const STEP: usize = 28;
 const LEFT: usize = 24;
-const TOP: usize = 40;
-/// Wide enough for an address and a name of pci.ids.
-const LABEL: usize = 620;
-/// Width of one letter at the font's size, about.
+const TOP: usize = 64;
+/// Between a circle and its text.
+const INDENT: usize = 12;
+/// Between two columns.
+const GAP: usize = 24;
+/// Width of one letter at the font's size, with room to spare.
 const LETTER: usize = 7;
 
-const STYLE: &str = "text{font:12px system-ui,sans-serif;fill:#222}.id{fill:#777}\
-    .line{stroke:#b8b8b8;fill:none}.band{fill:#7f7f7f;opacity:.08}\
-    @media(prefers-color-scheme:dark){.back{fill:#1c1c1e}text{fill:#eee}.id{fill:#999}.line{stroke:#666}}";
+const STYLE: &str = "text{font:12px system-ui,sans-serif;fill:#222}.dim,.id{fill:#777}\
+    .head{font-weight:600}.vm{font-weight:600}.line{stroke:#b8b8b8;fill:none}\
+    .band{fill:#7f7f7f;opacity:.1}.node{stroke:#b8b8b8}\
+    @media(prefers-color-scheme:dark){.back{fill:#1c1c1e}text{fill:#eee}.dim,.id{fill:#999}.line,.node{stroke:#666}}";
 
 /// The states with their colours, as in the legend.
 const STATES: [(&str, &str); 5] = [
@@ -28,19 +31,14 @@ const STATES: [(&str, &str); 5] = [
     ("quarantined", "#e15759"),
 ];
 
+/// What stands beside a function, in columns of their own.
+const COLUMNS: [&str; 3] = ["IOMMU group", "Pool", "State, VM"];
+
 /// The picture as the text of an SVG file.
 pub fn draw(roots: &[Node]) -> String {
-    let mut rows = Vec::new();
-    roots
-        .iter()
-        .for_each(|node| collect(node, 0, None, &mut rows));
-    let depth = rows.iter().map(|row| row.depth).max().unwrap_or(0);
-    let facts = rows
-        .iter()
-        .map(|row| row.node.facts().chars().count())
-        .max();
-    let column = LEFT + depth * STEP + LABEL;
-    let width = column + facts.unwrap_or(0) * LETTER + LEFT;
+    let rows = rows(roots);
+    let columns = columns(&rows);
+    let width = columns[COLUMNS.len()];
     let height = TOP + rows.len() * ROW + LEFT;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
@@ -48,39 +46,161 @@ pub fn draw(roots: &[Node]) -> String {
          <style>{STYLE}</style><rect class=\"back\" width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n"
     );
     bands(&mut svg, &rows, width);
+    for (title, x) in COLUMNS.iter().zip(columns) {
+        text(&mut svg, "dim", (x, TOP - ROW / 2), title);
+    }
     for (index, row) in rows.iter().enumerate() {
-        draw_row(&mut svg, index, row, column);
+        let y = TOP + index * ROW + ROW / 2;
+        match &row.what {
+            What::Node(node) => {
+                branch(&mut svg, row, y);
+                function(&mut svg, (row.x(), y), node);
+                let (plain, state) = match (&node.state, node.bridge) {
+                    (_, true) => ("dim", "dim"),
+                    (DeviceState::Assigned { .. }, _) => ("fact", "vm"),
+                    _ => ("fact", "fact"),
+                };
+                let cells = row.cells(node);
+                for ((cell, class), x) in cells.iter().zip([plain, plain, state]).zip(columns) {
+                    text(&mut svg, class, (x, y + 4), cell);
+                }
+            }
+            What::Heading(words) => {
+                let _ = writeln!(
+                    svg,
+                    "<path class=\"node\" d=\"M8 {}H{}\"/>",
+                    y - ROW / 2,
+                    width.saturating_sub(8)
+                );
+                text(&mut svg, "head", (LEFT - 8, y + 4), words);
+            }
+        }
     }
     legend(&mut svg);
     svg.push_str("</svg>\n");
     svg
 }
 
-/// A function in its row.
+/// A function, or a heading, in its row.
 struct Row<'a> {
-    node: &'a Node,
+    what: What<'a>,
     depth: usize,
     /// The row of the bridge that leads to it.
     parent: Option<usize>,
+    /// The NUMA node of the heading above.
+    near: Option<u32>,
 }
 
-fn collect<'a>(node: &'a Node, depth: usize, parent: Option<usize>, rows: &mut Vec<Row<'a>>) {
+enum What<'a> {
+    Node(&'a Node),
+    Heading(String),
+}
+
+impl Row<'_> {
+    fn x(&self) -> usize {
+        LEFT + self.depth * STEP
+    }
+
+    fn iommu_group(&self) -> Option<u32> {
+        match self.what {
+            What::Node(node) => node.iommu_group,
+            What::Heading(_) => None,
+        }
+    }
+
+    /// The texts of the columns.
+    fn cells(&self, node: &Node) -> [String; 3] {
+        let group = node.iommu_group.map(|group| group.to_string());
+        let elsewhere = node.numa_node.filter(|numa| Some(*numa) != self.near);
+        let elsewhere = elsewhere.map(|numa| format!("numa {numa}"));
+        let place: Vec<String> = group.into_iter().chain(elsewhere).collect();
+        let pool = node.group.clone().filter(|_| !node.bridge);
+        let mut state = node.made();
+        if !node.bridge {
+            state.insert(0, node.holder());
+        }
+        [
+            place.join(" · "),
+            pool.unwrap_or_default(),
+            state.join(" · "),
+        ]
+    }
+}
+
+/// The functions of the host in their order. Where there are several NUMA nodes, each has a heading.
+fn rows(roots: &[Node]) -> Vec<Row<'_>> {
+    let first = roots.first().map(|root| root.numa_node);
+    let several = roots.iter().any(|root| Some(root.numa_node) != first);
+    let (mut rows, mut near) = (Vec::new(), None);
+    for root in roots {
+        if several && near != Some(root.numa_node) {
+            let words = match root.numa_node {
+                Some(numa) => format!("NUMA node {numa}"),
+                None => "No NUMA node".to_owned(),
+            };
+            rows.push(Row {
+                what: What::Heading(words),
+                depth: 0,
+                parent: None,
+                near: None,
+            });
+            near = Some(root.numa_node);
+        }
+        collect(root, (0, None), near.flatten(), &mut rows);
+    }
+    rows
+}
+
+fn collect<'a>(
+    node: &'a Node,
+    (depth, parent): (usize, Option<usize>),
+    near: Option<u32>,
+    rows: &mut Vec<Row<'a>>,
+) {
     let own = rows.len();
     rows.push(Row {
-        node,
+        what: What::Node(node),
         depth,
         parent,
+        near,
     });
     for child in &node.children {
-        collect(child, depth + 1, Some(own), rows);
+        collect(child, (depth + 1, Some(own)), near, rows);
     }
+}
+
+/// Where each column begins, and after the last one the width of all.
+fn columns(rows: &[Row]) -> [usize; COLUMNS.len() + 1] {
+    let letters = |text: &str| text.chars().count() * LETTER;
+    let mut widths = COLUMNS.map(letters);
+    let mut labels = 0;
+    for row in rows {
+        let What::Node(node) = &row.what else {
+            continue;
+        };
+        labels = labels.max(row.x() + INDENT + letters(&label(node)));
+        for (width, cell) in widths.iter_mut().zip(row.cells(node)) {
+            *width = letters(&cell).max(*width);
+        }
+    }
+    let legend = LEFT + STATES.len() * (36 + 12 * LETTER) + 40 * LETTER;
+    let mut starts = [labels.max(legend / 2) + GAP; COLUMNS.len() + 1];
+    for (index, width) in widths.iter().enumerate() {
+        starts[index + 1] = starts[index] + width + GAP;
+    }
+    starts[COLUMNS.len()] = starts[COLUMNS.len()].max(legend);
+    starts
+}
+
+fn label(node: &Node) -> String {
+    format!("{} {} {}", node.bdf, node.id, node.name)
 }
 
 /// A band behind neighbours that share an IOMMU group.
 fn bands(svg: &mut String, rows: &[Row], width: usize) {
     let mut start = 0;
     for index in 1..=rows.len() {
-        let group = |index: usize| rows.get(index).and_then(|row| row.node.iommu_group);
+        let group = |index: usize| rows.get(index).and_then(Row::iommu_group);
         if index < rows.len() && group(index) == group(start) {
             continue;
         }
@@ -96,48 +216,62 @@ fn bands(svg: &mut String, rows: &[Row], width: usize) {
     }
 }
 
-fn draw_row(svg: &mut String, index: usize, row: &Row, column: usize) {
-    let (x, y) = (LEFT + row.depth * STEP, TOP + index * ROW + ROW / 2);
+/// The line from the bridge that leads to a function.
+fn branch(svg: &mut String, row: &Row, y: usize) {
     if let Some(parent) = row.parent {
-        let (from, top) = (x - STEP, TOP + parent * ROW + ROW / 2 + 6);
-        let _ = writeln!(
-            svg,
-            "<path class=\"line\" d=\"M{from} {top}V{y}H{}\"/>",
-            x - 6
-        );
+        let (from, top) = (row.x() - STEP, TOP + parent * ROW + ROW / 2 + 6);
+        let to = row.x() - 6;
+        let _ = writeln!(svg, "<path class=\"line\" d=\"M{from} {top}V{y}H{to}\"/>");
     }
-    let node = row.node;
-    let fill = if node.bridge {
-        "none"
-    } else {
-        colour(&node.state)
+}
+
+fn function(svg: &mut String, (x, y): (usize, usize), node: &Node) {
+    let (fill, class) = match node.bridge {
+        true => ("none", "dim"),
+        false => (colour(&node.state), "name"),
     };
+    circle(svg, (x, y), fill);
     let _ = writeln!(
         svg,
-        "<circle cx=\"{x}\" cy=\"{y}\" r=\"6\" fill=\"{fill}\" stroke=\"#888\"/>\
-         <text x=\"{}\" y=\"{}\">{} <tspan class=\"id\">{}</tspan> {}</text>\
-         <text x=\"{column}\" y=\"{}\">{}</text>",
-        x + 12,
+        "<text class=\"{class}\" x=\"{}\" y=\"{}\">{} <tspan class=\"id\">{}</tspan> {}</text>",
+        x + INDENT,
         y + 4,
         node.bdf,
         node.id,
         escaped(&node.name),
-        y + 4,
-        escaped(&node.facts())
     );
+}
+
+fn circle(svg: &mut String, (x, y): (usize, usize), fill: &str) {
+    let _ = write!(
+        svg,
+        "<circle cx=\"{x}\" cy=\"{y}\" r=\"6\" fill=\"{fill}\" stroke=\"#888\"/>"
+    );
+}
+
+fn text(svg: &mut String, class: &str, (x, y): (usize, usize), words: &str) {
+    if !words.is_empty() {
+        let words = escaped(words);
+        let _ = writeln!(
+            svg,
+            "<text class=\"{class}\" x=\"{x}\" y=\"{y}\">{words}</text>"
+        );
+    }
 }
 
 fn legend(svg: &mut String) {
     let mut x = LEFT;
-    for (word, colour) in STATES {
-        let _ = writeln!(
-            svg,
-            "<circle cx=\"{x}\" cy=\"20\" r=\"6\" fill=\"{colour}\" stroke=\"#888\"/>\
-             <text x=\"{}\" y=\"24\">{word}</text>",
-            x + 12
-        );
+    let known = STATES.iter().chain(&[("bridge", "none")]);
+    for (word, colour) in known {
+        circle(svg, (x, 20), colour);
+        text(svg, "fact", (x + INDENT, 24), word);
         x += 36 + word.len() * LETTER;
     }
+    let _ = writeln!(
+        svg,
+        "<rect class=\"band\" x=\"{x}\" y=\"10\" width=\"28\" height=\"20\" rx=\"6\"/>"
+    );
+    text(svg, "fact", (x + 36, 24), "one IOMMU group");
 }
 
 fn colour(state: &DeviceState) -> &'static str {
@@ -155,7 +289,7 @@ fn escaped(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::host;
+    use super::super::tests::{host, node};
     use super::*;
 
     #[test]
@@ -163,12 +297,42 @@ mod tests {
         let svg = draw(&host());
         let count = |what: &str| svg.matches(what).count();
         assert_eq!(count("class=\"id\">"), 6);
-        assert_eq!(count("<path "), 5, "all but the root hang on something");
-        assert_eq!(count("class=\"band\""), 1);
-        assert_eq!(count("<circle "), 6 + STATES.len());
+        assert_eq!(
+            count("class=\"line\""),
+            5,
+            "all but the root hang on something"
+        );
+        assert_eq!(count("class=\"band\""), 1 + 1, "and one in the legend");
+        assert_eq!(count("<circle "), 6 + STATES.len() + 1);
+        assert_eq!(count("NUMA node"), 0, "nothing to tell apart");
         assert!(svg.contains("a &lt;card&gt;") && !svg.contains("<card>"));
         assert_eq!(count("<text "), count("</text>"));
         assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+    }
+
+    #[test]
+    fn numa_nodes_have_headings_and_no_column_meets_the_next() {
+        let mut host = host();
+        let mut far = node("80:01.0", &"a long name ".repeat(9), Vec::new());
+        far.numa_node = Some(1);
+        far.group = Some("a-group-of-some-length".to_owned());
+        host.push(far);
+        let svg = draw(&host);
+        assert!(svg.find("No NUMA node") < svg.find("0000:00:01.0"), "{svg}");
+        assert!(svg.find("NUMA node 1") < svg.find("0000:80:01.0"), "{svg}");
+        assert!(!svg.contains("numa 1"), "the heading says it");
+        let rows = rows(&host);
+        let starts = columns(&rows);
+        for row in &rows {
+            let What::Node(node) = &row.what else {
+                continue;
+            };
+            let ends = |x: usize, text: &str| x + text.chars().count() * LETTER;
+            assert!(ends(row.x() + INDENT, &label(node)) < starts[0]);
+            for (index, cell) in row.cells(node).iter().enumerate() {
+                assert!(ends(starts[index], cell) < starts[index + 1], "{cell}");
+            }
+        }
     }
 
     #[test]
