@@ -161,12 +161,13 @@ impl Table {
     }
 }
 
-fn cut(text: &mut String, width: usize) {
+/// Cuts a text that is longer than `width` characters, and shows that.
+pub fn cut(text: &mut String, width: usize) {
     if text.chars().count() > width {
         *text = text
             .chars()
             .take(width.saturating_sub(1))
-            .chain(['…'])
+            .chain((width > 0).then_some('…'))
             .collect();
     }
 }

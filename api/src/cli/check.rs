@@ -133,6 +133,8 @@ impl Shown<'_> {
         } else {
             Style::new()
         };
+        // Below the check's name: what is to be copied is long.
+        let indent = "RESULT".len() + 2;
         for Advice { text, lines } in &finding.fix {
             let text = self
                 .wrap(text, indent + 2)
