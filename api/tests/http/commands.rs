@@ -49,7 +49,9 @@ fn vms_are_listed_by_their_sockets() {
     let cells: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
     assert_eq!(
         cells,
-        ["vm", &pid, "running", "2", "128", "MiB", "4/4", "-"]
+        [
+            "vm", &pid, "running", "2", "128", "MiB", "4", "of", "4", "free", "-"
+        ]
     );
     let list: Value = serde_json::from_str(&ok(&bed, &["list", "--json"])).unwrap();
     assert_eq!(list[0]["info"]["state"], "Running");
@@ -128,8 +130,8 @@ fn devices_are_attached_and_their_drivers_waited_for() {
     let said = ok(&bed, &["attach", "vm", "--group", "nvme", "--count", "2"]);
     assert_eq!(
         said,
-        "dev0: 0000:01:00.0 is enabled as 0000:01:00.0 in vm\n\
-         dev1: 0000:02:00.0 is enabled as 0000:02:00.0 in vm\n"
+        "dev0 (0000:01:00.0) is in use in vm, there as 0000:01:00.0\n\
+         dev1 (0000:02:00.0) is in use in vm, there as 0000:02:00.0\n"
     );
     let said = fails(
         &bed,
@@ -258,7 +260,7 @@ fn events_are_followed_to_the_end() {
         (child, first, lines)
     };
     let (mut people, first, words) = watching(&[]);
-    assert!(first.ends_with("no VM is created"), "{first}");
+    assert!(first.ends_with("there is no VM yet"), "{first}");
     let (mut program, first, lines) = watching(&["--json"]);
     let first: Value = serde_json::from_str(&first).unwrap();
     assert_eq!(first["event"], "state");
@@ -268,6 +270,7 @@ fn events_are_followed_to_the_end() {
     let words: Vec<String> = words.collect();
     assert!(words[0].ends_with("the VM is running"), "{words:?}");
     assert!(words[1].ends_with("the VM is paused"), "{words:?}");
+    assert!(words[2].ends_with("vm has ended"), "{words:?}");
     assert_eq!(lines.count(), 2);
     assert!(people.wait().unwrap().success() && program.wait().unwrap().success());
 }

@@ -1,5 +1,6 @@
 //! `gantry vm attach` and `gantry vm detach`: what is asked, what is waited for, what came of it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
@@ -17,7 +18,8 @@ use crate::report::Failure;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The steps are shown as they are done; it is over when the guest has switched the devices on.
+It is over when the guest's driver has switched the devices on. How long each step took, `gantry vm \
+events` shows as it happens, and `gantry vm metrics` afterwards.
 
 Examples:
   gantry vm attach web-1 --group gpu
@@ -112,14 +114,13 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     print(|out| match devices.as_slice() {
         [] => writeln!(out, "{} will have it when it boots", args.vm),
         devices => devices.iter().try_for_each(|device| {
-            let Device {
-                id,
-                host,
-                bdf,
-                state,
-                ..
-            } = device;
-            writeln!(out, "{id}: {host} is {state} as {bdf} in {}", args.vm)
+            let how = match device.state {
+                DeviceState::Enabled => "in use",
+                DeviceState::Announced => "plugged in",
+                DeviceState::Detaching => "on its way out",
+            };
+            let (named, bdf) = (watch::named(device), &device.bdf);
+            writeln!(out, "{named} is {how} in {}, there as {bdf}", args.vm)
         }),
     })
 }
@@ -168,6 +169,7 @@ fn wait_for_driver(
     wait: Duration,
 ) -> Result<(), Failure> {
     let deadline = Instant::now() + wait;
+    let mut took: BTreeMap<String, f64> = BTreeMap::new();
     loop {
         let waiting = devices
             .iter()
@@ -190,10 +192,19 @@ fn wait_for_driver(
             }
             Err(error) => return Err(error.into()),
         };
-        eprintln!("{}", watch::words(&line.event));
-        if let Event::Enabled { id } = &line.event {
-            let enabled = devices.iter_mut().filter(|device| device.id == *id);
-            enabled.for_each(|device| device.state = DeviceState::Enabled);
+        match line.event {
+            Event::AttachStep { id, seconds, .. } => *took.entry(id).or_default() += seconds,
+            // Of what others attach meanwhile, nothing is said.
+            Event::Attached { device } if waiting.contains(&&*device.id) => {
+                let seconds = took.get(&device.id).copied().unwrap_or_default();
+                let named = watch::named(&device);
+                eprintln!("{named} is plugged in after {seconds:.2} s; the guest's turn");
+            }
+            Event::Enabled { id } => {
+                let enabled = devices.iter_mut().filter(|device| device.id == id);
+                enabled.for_each(|device| device.state = DeviceState::Enabled);
+            }
+            _ => {}
         }
     }
 }

@@ -6,13 +6,13 @@ use clap::Args;
 use gantry_resources::HostPaths;
 
 use super::{VmArgs, find};
-use crate::http::wire::Event;
+use crate::http::wire::{Device, Event};
 use crate::output::print;
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-It goes on until the VM ends, or ctrl-c.
+The first column counts the seconds since the command began. It goes on until gantry ends, or ctrl-c.
 
 Examples:
   gantry vm events web-1
@@ -44,7 +44,11 @@ pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    Ok(())
+    let since = began.elapsed().as_secs_f64();
+    match args.json {
+        true => Ok(()),
+        false => print(|out| writeln!(out, "{since:9.3} {} has ended", args.vm)),
+    }
 }
 
 pub fn metrics(args: &VmArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -52,19 +56,30 @@ pub fn metrics(args: &VmArgs, paths: &HostPaths) -> Result<(), Failure> {
     print(|out| out.write_all(text.as_bytes()))
 }
 
+/// A device by its name in the VM, and by its address on the host where that is another.
+pub fn named(device: &Device) -> String {
+    let host = device.host.to_string();
+    match device.id == host {
+        true => host,
+        false => format!("{} ({host})", device.id),
+    }
+}
+
 /// An event for people.
-pub fn words(event: &Event) -> String {
+fn words(event: &Event) -> String {
     match event {
-        Event::State { state: None } => "no VM is created".to_owned(),
+        Event::State { state: None } => "there is no VM yet".to_owned(),
         Event::State { state: Some(state) } => format!("the VM is {state}"),
         Event::AttachStep { id, step, seconds } => {
             format!("{id}: {step} took {:.1} ms", seconds * 1e3)
         }
-        Event::Attached { device } => format!(
-            "{}: {} is plugged in as {}",
-            device.id, device.host, device.bdf
-        ),
-        Event::AttachFailed { id, error } => format!("{id}: it could not be attached: {error}"),
+        Event::Attached { device } => {
+            format!("{} is plugged in, there as {}", named(device), device.bdf)
+        }
+        // One event is one line.
+        Event::AttachFailed { id, error } => {
+            format!("{id}: not attached: {}", error.replace("\n  ", "; "))
+        }
         Event::Enabled { id } => format!("{id}: the guest has switched it on"),
         Event::DetachAsked { id } => format!("{id}: the guest is asked to let it go"),
         Event::Detached { id, forced: false } => format!("{id}: the guest has let it go"),
