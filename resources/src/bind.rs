@@ -14,7 +14,7 @@ use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_
 use crate::lease::{DeviceLock, InTheWay, LeaseError, LeaseRecord, holder, under_lock};
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
-use crate::quarantine::{Until, hung, quarantine};
+use crate::quarantine::hung;
 use crate::sriov::SriovError;
 use crate::tenant::Tenants;
 use crate::vgpu::VgpuError;
@@ -387,7 +387,7 @@ impl Direction {
             }
             if source.is_hung() {
                 left.push(one.device.bdf);
-                set_aside(mover.paths, &one.device, &source);
+                mover.set_aside_if_hung(&one.device, &source);
             }
             return Err(BindError::Failed {
                 bdf: one.device.bdf,
@@ -439,14 +439,6 @@ impl Plan {
             }
         }
         Ok(locks)
-    }
-}
-
-/// A device that the kernel did not come back from is for nobody.
-fn set_aside(paths: &HostPaths, device: &HostDevice, why: &MoveError) {
-    let reason = format!("it hung: {why}");
-    if let Err(error) = quarantine(paths, device, &reason, Until::Boot) {
-        tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
     }
 }
 

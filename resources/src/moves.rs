@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
+use crate::quarantine::{Until, quarantine};
 use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
 
 /// The driver that devices are detached to.
@@ -76,15 +77,16 @@ impl MoveError {
 impl Move {
     /// The move that puts the device back where it was.
     pub(crate) fn back(&self) -> Self {
-        let to = self
-            .device
-            .driver
-            .clone()
-            .map_or(Target::Nothing, Target::Driver);
+        Self::to_where_it_was(&self.device)
+    }
+
+    /// The move that brings a device to be as it was at that time.
+    pub(crate) fn to_where_it_was(device: &HostDevice) -> Self {
+        let to = device.driver.clone();
         Self {
-            device: self.device.clone(),
-            to,
-            driver_override: self.device.driver_override.clone(),
+            device: device.clone(),
+            to: to.map_or(Target::Nothing, Target::Driver),
+            driver_override: device.driver_override.clone(),
         }
     }
 
@@ -198,12 +200,24 @@ impl Mover<'_> {
         })
     }
 
+    /// A device that the kernel did not come back from is for nobody.
+    pub(crate) fn set_aside_if_hung(&self, device: &HostDevice, why: &MoveError) {
+        if !why.is_hung() {
+            return;
+        }
+        let reason = format!("it hung: {why}");
+        if let Err(error) = quarantine(self.paths, device, &reason, Until::Boot) {
+            tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
+        }
+    }
+
     /// Puts devices back, the last one first, as far as they were moved. Returns those that stay away.
     pub(crate) fn undo(&mut self, moves: &[Move]) -> Vec<HostBdf> {
         let mut left = Vec::new();
         for one in moves.iter().rev() {
             if let Err(error) = self.make(&one.back()) {
                 tracing::error!("{} cannot be put back: {error}", one.device.bdf);
+                self.set_aside_if_hung(&one.device, &error);
                 left.push(one.device.bdf);
             }
         }

@@ -115,6 +115,13 @@ pub enum Obstacle {
         /// Its NUMA node.
         node: Option<u32>,
     },
+    /// Its physical function is in quarantine.
+    PfQuarantined {
+        /// The physical function.
+        pf: HostBdf,
+        /// Why.
+        why: String,
+    },
     /// Its physical function is with vfio-pci, and no token lets several have functions of it.
     NoVfToken {
         /// The physical function.

@@ -62,7 +62,7 @@ impl Obstacle {
         match self {
             Self::Bridge => Sieve::Bridge,
             Self::Leased { .. } => Sieve::Leased,
-            Self::Quarantined { .. } => Sieve::Quarantined,
+            Self::Quarantined { .. } | Self::PfQuarantined { .. } => Sieve::Quarantined,
             Self::HostDriver { .. } => Sieve::HostDriver,
             Self::HostNeeds { .. } | Self::HasVfs { .. } => Sieve::HostNeeds,
             Self::Unbound => Sieve::Unbound,

@@ -89,6 +89,10 @@ fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt
             "{bdf} is a function of {pf}, which is with vfio-pci: only a token lets VMs have one each; set \
              \"vf_token\": true in the \"sriov\" of its group, or `gantry device reattach {pf}`"
         ),
+        Obstacle::PfQuarantined { pf, why } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is in quarantine: {why}; `gantry device release-quarantine {pf}` ends that"
+        ),
         Obstacle::PfIdle { pf } => write!(
             f,
             "{bdf} is a function of {pf}, which is with vfio-pci and which no VM has: its owner comes first, and \

@@ -7,11 +7,17 @@ use super::error::SriovError;
 use super::links::LinkWrite;
 use super::pf::{LiveVf, Pf};
 use super::settings::{SriovSpec, VfState};
-use super::{HostAccess, HostWrite, SriovReport, forget, found, probe, report, set_aside_if_hung};
-use crate::bind::{BindRequest, detach};
+use super::{
+    HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, report,
+    set_aside_if_hung,
+};
+use crate::bind::{BindError, BindRequest, detach};
+use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
+use crate::inventory::HostDevice;
 use crate::lease::DeviceLock;
+use crate::moves::{Move, Mover};
 use crate::writer::SysfsWrite;
 
 /// How long a card may take to have its link back.
@@ -25,6 +31,8 @@ pub(super) struct Activation<'a> {
     pub(super) spec: &'a SriovSpec,
     /// As it was before.
     pub(super) pf: Pf,
+    /// Its functions as they were before, with what was known of each.
+    pub(super) former: Vec<(HostDevice, Option<Former>)>,
     pub(super) live: Vec<LiveVf>,
     pub(super) resized: bool,
     /// Whether the physical function's interface had a link.
@@ -78,11 +86,16 @@ impl Activation<'_> {
 
     /// What the functions have now, by their numbers.
     fn states(&self) -> Result<BTreeMap<u16, VfState>, SriovError> {
-        match &self.pf.interface {
-            Some(interface) if self.spec.is_for_network() && self.host_has_functions()? => {
-                Ok(self.host.links.read(interface)?)
-            }
-            _ => Ok(BTreeMap::new()),
+        let Some(interface) = &self.pf.interface else {
+            return Ok(BTreeMap::new());
+        };
+        if !self.host_has_functions()? {
+            return Ok(BTreeMap::new());
+        }
+        match self.host.links.read(interface) {
+            // Where nothing is set they are only read so that they can be put back.
+            Err(_) if !self.spec.is_for_network() => Ok(BTreeMap::new()),
+            read => Ok(read?),
         }
     }
 
@@ -227,7 +240,7 @@ impl Activation<'_> {
             return format!(": {} hangs and is left as it is", self.pf.device.bdf);
         }
         let undone = match self.resized {
-            true => self.undo_resize(),
+            true => self.undo_resize(before),
             false => self.undo_settings(before),
         };
         let probing = probe::restore(self.paths, self.host.writer, self.pf.device.bdf);
@@ -237,21 +250,65 @@ impl Activation<'_> {
         }
     }
 
-    fn undo_resize(&self) -> Result<(), SriovError> {
+    /// Makes as many functions as there were, with the settings and the drivers that they had.
+    fn undo_resize(&self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
         let path = self.pf.attribute("sriov_numvfs");
         let now = Pf::read(self.paths, self.pf.device.bdf)?;
-        if now.vfs.len() == self.pf.vfs.len() {
+        let resized =
+            |write: &HostWrite| matches!(write, HostWrite::Sysfs(one) if one.path == path);
+        if now.vfs.len() == self.pf.vfs.len() && !self.writes.iter().any(resized) {
             return Ok(());
         }
+        // Destroying a function that hangs would hang as well, with the card.
+        no_function_hangs(self.paths, &now)?;
         if !now.vfs.is_empty() {
             self.host.writer.write(&path, "0")?;
             now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
         }
-        if !self.pf.vfs.is_empty() {
-            let former = self.pf.vfs.len().to_string();
-            self.host.writer.write(&path, &former)?;
+        if self.pf.vfs.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        // Each gets its own driver again, and no other one before.
+        if self.pf.autoprobe == Some(true) {
+            probe::remember(self.paths, self.pf.device.bdf)?;
+            let autoprobe = self.pf.attribute("sriov_drivers_autoprobe");
+            self.host.writer.write(&autoprobe, "0")?;
+        }
+        let former = self.pf.vfs.len().to_string();
+        self.host.writer.write(&path, &former)?;
+        self.wait_for_link();
+        // A setting that cannot be had keeps no function from its driver.
+        let set = self.undo_settings(before);
+        self.undo_drivers().and(set)
+    }
+
+    fn undo_drivers(&self) -> Result<(), SriovError> {
+        let mut mover = Mover {
+            paths: self.paths,
+            writer: self.host.writer,
+            writes: Vec::new(),
+        };
+        let mut failed = Ok(());
+        for (device, former) in &self.former {
+            let bdf = device.bdf;
+            let kept = former.as_ref().map_or(Ok(()), |former| {
+                former
+                    .store(self.paths, bdf)
+                    .map_err(|(path, source)| SriovError::Record { path, source })
+            });
+            let back = Move::to_where_it_was(device);
+            let moved = mover.make(&back).map_err(|source| {
+                mover.set_aside_if_hung(device, &source);
+                let left = vec![bdf];
+                SriovError::Bind(Box::new(BindError::Failed { bdf, left, source }))
+            });
+            let hangs = moved.as_ref().is_err_and(SriovError::is_hung);
+            failed = failed.and(kept).and(moved);
+            if hangs {
+                break;
+            }
+        }
+        failed
     }
 
     fn undo_settings(&self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
@@ -259,7 +316,7 @@ impl Activation<'_> {
             .pf
             .interface
             .as_ref()
-            .filter(|_| !self.writes.is_empty())
+            .filter(|_| !self.writes.is_empty() && !before.is_empty())
         else {
             return Ok(());
         };

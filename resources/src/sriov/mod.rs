@@ -23,8 +23,8 @@ use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
-use crate::obstacle::Blocked;
-use crate::quarantine::{Until, quarantine};
+use crate::obstacle::{Blocked, Obstacle};
+use crate::quarantine::{Until, hung, quarantine};
 use crate::rule::IdPair;
 use crate::writer::{SysfsWrite, SysfsWriter};
 use activation::Activation;
@@ -106,16 +106,18 @@ pub fn activate(
     let look = || {
         let pf = Pf::read(paths, spec.pf)?;
         may_activate(&pf, spec)?;
+        does_not_hang(paths, &pf.device)?;
         let live = pf::live(paths, &pf.vfs, &record)?;
         may_resize(&pf, spec.count, &live)?;
         let locks = match dry_run {
             false => lock(paths, &pf, spec.count, &live, &record)?,
             true => Vec::new(),
         };
-        Ok((pf, live, locks))
+        let former = former(paths, &pf)?;
+        Ok((pf, former, live, locks))
     };
     // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
-    let (pf, live, locks) = match dry_run {
+    let (pf, former, live, locks) = match dry_run {
         false => under_lock(paths, &record, SriovError::in_the_way, look)?,
         true => look()?,
     };
@@ -126,6 +128,7 @@ pub fn activate(
         spec,
         had_link: pf.has_link(),
         pf,
+        former,
         live,
         resized: false,
         writes: Vec::new(),
@@ -147,6 +150,7 @@ pub fn deactivate(
     let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
         let pf = Pf::read(paths, spec.pf)?;
         is_the_right_one(&pf, spec)?;
+        does_not_hang(paths, &pf.device)?;
         let live = pf::live(paths, &pf.vfs, &record)?;
         may_resize(&pf, 0, &live)?;
         let locks = match dry_run || pf.vfs.is_empty() {
@@ -230,6 +234,34 @@ fn is_the_right_one(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
         }),
         None => Ok(()),
     }
+}
+
+/// The functions of a physical one as they are, with what is known of each.
+fn former(paths: &HostPaths, pf: &Pf) -> Result<Vec<(HostDevice, Option<Former>)>, SriovError> {
+    let one = |bdf: &HostBdf| {
+        let device = HostDevice::read(paths, *bdf)?;
+        let former = Former::of_moved(paths, &device);
+        Ok((device, former))
+    };
+    pf.vfs.iter().map(one).collect()
+}
+
+/// Refuses a device that the kernel did not come back from: another write would hang as well.
+fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
+    match hung(paths, device) {
+        Some(why) => Err(SriovError::Busy(Blocked {
+            bdf: device.bdf,
+            obstacle: Obstacle::Quarantined { why },
+        })),
+        None => Ok(()),
+    }
+}
+
+fn no_function_hangs(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
+    pf.vfs.iter().try_for_each(|bdf| {
+        let function = HostDevice::read(paths, *bdf)?;
+        does_not_hang(paths, &function)
+    })
 }
 
 fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {

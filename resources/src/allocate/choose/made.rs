@@ -73,6 +73,10 @@ impl<'a> Choice<'a, '_> {
             return Some(Obstacle::VfHeld { vf: held.bdf });
         }
         let pf = devices.iter().find(|other| other.bdf == card)?;
+        if let Some(why) = &pf.quarantine {
+            let why = why.clone();
+            return Some(Obstacle::PfQuarantined { pf: card, why });
+        }
         if !pf.on_vfio() {
             return None;
         }
