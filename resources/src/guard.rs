@@ -1,5 +1,6 @@
 //! What the host itself needs: disks in use, the network of the default route, the console display.
 
+mod console;
 mod framebuffer;
 mod session;
 
@@ -71,6 +72,16 @@ pub enum HostUse {
     ConsoleDisplay,
     /// The console is drawn in its memory.
     Framebuffer,
+    /// A console of the host is behind it.
+    Console {
+        /// The terminal.
+        terminal: String,
+    },
+    /// The host has no other keyboard.
+    Keyboard {
+        /// What it calls itself.
+        name: String,
+    },
 }
 
 /// A device and what the host uses it for. Shown as a sentence.
@@ -117,6 +128,13 @@ impl fmt::Display for Guarded {
                 f,
                 "{bdf} holds the framebuffer that the console is drawn in (/proc/iomem)"
             ),
+            HostUse::Console { terminal } => write!(
+                f,
+                "{bdf} is behind {terminal}, a console of the host (/sys/class/tty/console/active)"
+            ),
+            HostUse::Keyboard { name } => {
+                write!(f, "{bdf} has the host's last keyboard, {name}")
+            }
             HostUse::ConsoleDisplay => write!(
                 f,
                 "{bdf} is the display that the firmware started (boot_vga)"
@@ -138,6 +156,7 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
     let sessions = session::interfaces(&tcp("tcp")?, &tcp("tcp6")?, &ipv4);
     let sessions = made_of(paths, &sessions.difference(&default).cloned().collect())?;
     let framebuffers = framebuffer::owners(&sysfs::table(&paths.proc.join("iomem"))?);
+    let seats = console::Seats::read(paths)?;
     let mut uses = Vec::new();
     for device in devices {
         let dir = fs::canonicalize(paths.pci_device(device.bdf))?;
@@ -153,6 +172,7 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
         if framebuffers.contains(&device.bdf) && !device.boot_vga {
             add(HostUse::Framebuffer);
         }
+        seats.uses(&dir)?.into_iter().for_each(&mut add);
         if let Some(driver) = out_of_sight(&dir, device)? {
             add(HostUse::OutOfSight { driver });
         }

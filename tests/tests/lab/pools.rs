@@ -22,6 +22,7 @@ pub const SWAP: &[Case] = cases![a_swap_disk_stays_with_the_host];
 pub const MORE: &[Case] = cases![
     a_mounted_disk_stays_with_the_host,
     the_card_of_the_default_route_stays_with_the_host,
+    the_card_below_a_bridge_of_the_default_route_stays_with_the_host,
 ];
 
 /// For a host with a display that the firmware started, in one IOMMU group with its audio.
@@ -256,11 +257,14 @@ fn block_device(host: &Host, disk: &Disk) -> Result<String> {
     Ok(host.sh(&script).output()?.success()?.text())
 }
 
+/// The card's network interface.
+fn interface(host: &Host) -> Result<String> {
+    let script = format!("ls /sys/bus/pci/devices/{NIC}/net");
+    Ok(host.sh(&script).output()?.success()?.text())
+}
+
 fn the_card_of_the_default_route_stays_with_the_host(host: &Host) -> Result<()> {
-    let name = host
-        .sh(&format!("ls /sys/bus/pci/devices/{NIC}/net"))
-        .output()?;
-    let name = name.success()?.text();
+    let name = interface(host)?;
     let set_up = format!(
         "ip address add 10.9.1.1/24 dev {name} && ip link set {name} up &&
          ip route add default via 10.9.1.2"
@@ -269,6 +273,23 @@ fn the_card_of_the_default_route_stays_with_the_host(host: &Host) -> Result<()> 
     let result = stays(host, NIC, &[NIC, &name, "default route", "--override"]);
     let clear =
         format!("ip route del default; ip link set {name} down; ip address flush dev {name}");
+    host.sh(&clear).output()?.success()?;
+    result
+}
+
+fn the_card_below_a_bridge_of_the_default_route_stays_with_the_host(host: &Host) -> Result<()> {
+    let name = interface(host)?;
+    let set_up = format!(
+        "/bin/ip link add br9 type bridge && /bin/ip link set {name} master br9 &&
+         ip address add 10.9.1.1/24 dev br9 && ip link set {name} up && ip link set br9 up &&
+         ip route add default via 10.9.1.2"
+    );
+    let result = host
+        .sh(&set_up)
+        .output()?
+        .success()
+        .and_then(|_| stays(host, NIC, &[NIC, &name, "default route", "--override"]));
+    let clear = format!("ip link set {name} down; /bin/ip link delete br9");
     host.sh(&clear).output()?.success()?;
     result
 }
