@@ -1,6 +1,7 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
 mod edit;
+mod in_use;
 mod made;
 mod nova_files;
 

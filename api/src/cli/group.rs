@@ -48,7 +48,7 @@ pub enum GroupCommand {
     /// Put devices into a group, with a rule for each
     Add(edit::DevicesArgs),
     /// Take devices out of a group, with the rules that name them
-    Remove(edit::DevicesArgs),
+    Remove(edit::RemoveArgs),
 }
 
 pub fn group(command: GroupCommand, paths: &HostPaths) -> Result<(), Failure> {

@@ -9,8 +9,8 @@ use crate::config::{self, ConfigError};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::name::DeviceName;
 use crate::nova::Traits;
-use crate::obstacle::Blocked;
 use crate::rule::Rule;
 use crate::sriov::SriovSpec;
 use crate::vgpu::VgpuSpec;
@@ -128,12 +128,26 @@ pub enum EditError {
         what: String,
     },
     /// A VM has a device of the group.
-    #[error("group \"{group}\" is in use: {blocked}")]
+    #[error(
+        "group \"{group}\" is in use: {device} is held by {holder}: end it first, or give --force, which leaves it the device"
+    )]
     InUse {
         /// The group.
         group: String,
         /// The device.
-        blocked: Blocked,
+        device: DeviceName,
+        /// Who, in words.
+        holder: String,
+    },
+    /// Something was made for the group.
+    #[error(
+        "group \"{group}\" has {made}, which would be nobody's: `gantry group deactivate {group}` first, or give --force"
+    )]
+    HasMade {
+        /// The group.
+        group: String,
+        /// What, in words.
+        made: String,
     },
 }
 
@@ -242,22 +256,9 @@ impl GroupFiles {
         self.groups().map(drop)
     }
 
-    /// Removes a group that no VM has a device of.
-    pub fn delete(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+    /// Removes a group. [`GroupFiles::is_idle`] tells whether a VM has a device of it.
+    pub fn delete(&mut self, name: &str) -> Result<(), EditError> {
         self.group_mut(name)?;
-        let groups = self.groups()?;
-        let used = devices.iter().find(|device| {
-            device.lease.is_held()
-                && groups
-                    .group_of(device)
-                    .is_some_and(|group| group.name == name)
-        });
-        if let Some(device) = used {
-            return Err(EditError::InUse {
-                group: name.to_owned(),
-                blocked: Blocked::leased(device.bdf, &device.lease),
-            });
-        }
         for file in &mut self.files {
             file.content.groups.retain(|group| group.name != name);
         }
@@ -368,7 +369,6 @@ impl GroupFiles {
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, bdf};
-    use crate::{Holder, Request, allocate};
     use std::fs;
 
     fn host() -> FakeHost {
@@ -432,7 +432,7 @@ mod tests {
         assert_eq!(members(&host, "fast"), [bdf("01:00.0")]);
         assert_eq!(edit(&host, |files| files.remove("fast", &disks[..1])), "");
         assert_eq!(members(&host, "fast"), []);
-        assert_eq!(edit(&host, |files| files.delete("fast", &host.scan())), "");
+        assert_eq!(edit(&host, |files| files.delete("fast")), "");
         assert!(Groups::load(&host.paths).unwrap().get("fast").is_none());
     }
 
@@ -469,10 +469,7 @@ mod tests {
         };
         let empty = || group("disks", serde_json::json!([]));
         for (said, expected) in [
-            (
-                edit(&host, |f| f.delete("gpus", &[])),
-                "did you mean \"gpu\"?",
-            ),
+            (edit(&host, |f| f.delete("gpus")), "did you mean \"gpu\"?"),
             (
                 edit(&host, |f| f.create(group("gpu", serde_json::json!([])))),
                 "already a group named",
@@ -512,22 +509,6 @@ mod tests {
         assert_eq!(
             fs::read(host.paths.config.join("groups.d/10-more.json")).unwrap(),
             before
-        );
-    }
-
-    #[test]
-    fn a_group_in_use_is_not_deleted() {
-        let host = host();
-        let holder = Holder {
-            vm: "a".to_owned(),
-            pid: 1,
-        };
-        let wish = Request::group("gpu", 1);
-        let _lease = allocate(&host.paths, &[wish], &holder).unwrap();
-        let said = edit(&host, |files| files.delete("gpu", &host.scan()));
-        assert_eq!(
-            said,
-            "group \"gpu\" is in use: 0000:03:00.0 is held by VM 'a' (pid 1)"
         );
     }
 }

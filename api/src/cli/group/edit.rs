@@ -2,8 +2,8 @@
 
 use clap::{Args, ValueEnum};
 use gantry_resources::{
-    Bind, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, ResourceGroup, Rule,
-    SriovSpec, VgpuSpec, scan,
+    Bind, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, Mdevs, ResourceGroup,
+    Rule, SriovSpec, VgpuSpec, scan,
 };
 
 use super::told::{Before, Hardware, TellArgs};
@@ -134,6 +134,9 @@ pub struct RenameArgs {
     name: String,
     /// Its new name
     to: String,
+    /// Although a VM has a device of it
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -143,8 +146,21 @@ pub struct RenameArgs {
 pub struct DeleteArgs {
     /// The group
     name: String,
+    /// Although a VM has a device of it, or something was made for it; that stays as it is
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     tell: TellArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry group remove gpus 0c:00.0")]
+pub struct RemoveArgs {
+    #[command(flatten)]
+    common: DevicesArgs,
+    /// Although a VM has one of them, which keeps it
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Debug, Args)]
@@ -221,21 +237,34 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let RenameArgs { name, to, tell } = args;
+    let RenameArgs {
+        name,
+        to,
+        force,
+        tell,
+    } = args;
     let wanted = GroupChange {
         name: Some(to.clone()),
         ..GroupChange::default()
     };
+    let (devices, mdevs) = hardware(paths)?;
     change(paths, tell, [&name, &to], |files| {
+        if !force {
+            files.is_idle(&name, None, &devices, &mdevs)?;
+        }
         files.change(&name, wanted)
     })
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let DeleteArgs { name, tell } = args;
-    let devices = scan(paths).map_err(Failure::host)?;
+    let DeleteArgs { name, force, tell } = args;
+    let (devices, mdevs) = hardware(paths)?;
     change(paths, *tell, [name, name], |files| {
-        files.delete(name, &devices)
+        if !force {
+            files.is_idle(name, None, &devices, &mdevs)?;
+            files.has_nothing_made(name, &devices, &mdevs)?;
+        }
+        files.delete(name)
     })
 }
 
@@ -247,12 +276,22 @@ pub fn add(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-pub fn remove(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let devices = read(paths, &args.devices)?;
-    let name = &args.name;
-    change(paths, args.tell, [name, name], |files| {
-        files.remove(name, &devices)
+pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let RemoveArgs { common, force } = args;
+    let leaving = read(paths, &common.devices)?;
+    let name = &common.name;
+    let (devices, mdevs) = hardware(paths)?;
+    change(paths, common.tell, [name, name], |files| {
+        if !force {
+            files.is_idle(name, Some(&common.devices), &devices, &mdevs)?;
+        }
+        files.remove(name, &leaving)
     })
+}
+
+fn hardware(paths: &HostPaths) -> Result<(Vec<HostDevice>, Mdevs), Failure> {
+    let devices = scan(paths).map_err(Failure::host)?;
+    Ok((devices, Mdevs::read(paths).map_err(Failure::host)?))
 }
 
 fn read(paths: &HostPaths, devices: &[HostBdf]) -> Result<Vec<HostDevice>, Failure> {

@@ -1,0 +1,145 @@
+//! What stands against taking a group, or devices out of it: VMs that have them, and what was made for it.
+
+use super::{EditError, GroupFiles, ResourceGroup};
+use crate::host::HostBdf;
+use crate::inventory::HostDevice;
+use crate::lease::LeaseStatus;
+use crate::mdev::Mdevs;
+use crate::name::DeviceName;
+
+impl GroupFiles {
+    /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one.
+    pub fn is_idle(
+        &self,
+        name: &str,
+        leaving: Option<&[HostBdf]>,
+        devices: &[HostDevice],
+        mdevs: &Mdevs,
+    ) -> Result<(), EditError> {
+        let groups = self.groups()?;
+        let is = |owner: Option<&ResourceGroup>| owner.is_some_and(|owner| owner.name == name);
+        let leaves = |bdf: &HostBdf| leaving.is_none_or(|leaving| leaving.contains(bdf));
+        let functions = devices
+            .iter()
+            .filter(|device| leaves(&device.bdf) && is(groups.group_of(device)))
+            .map(|device| (DeviceName::from(device.bdf), &device.lease));
+        let mdevs = mdevs
+            .devices
+            .iter()
+            .filter(|device| leaving.is_none() && is(groups.group_of_mdev(device)))
+            .map(|device| (DeviceName::from(device.uuid), &device.lease));
+        let mut held = functions.chain(mdevs).filter(|(_, lease)| lease.is_held());
+        held.next()
+            .map_or(Ok(()), |(device, lease)| Err(in_use(name, device, lease)))
+    }
+
+    /// Refuses a group that has functions or devices which were made for it: they would be nobody's.
+    pub fn has_nothing_made(
+        &self,
+        name: &str,
+        devices: &[HostDevice],
+        mdevs: &Mdevs,
+    ) -> Result<(), EditError> {
+        let groups = self.groups()?;
+        let Some(group) = groups.get(name) else {
+            return Err(groups.unknown(name).into());
+        };
+        let pf = group.sriov.as_ref().map(|spec| spec.pf);
+        let functions = devices
+            .iter()
+            .filter(|device| pf.is_some() && device.physfn == pf)
+            .count();
+        let ahead = group.vgpu.as_ref().map_or(&[][..], |spec| &spec.uuids);
+        let made = mdevs
+            .devices
+            .iter()
+            .filter(|device| ahead.contains(&device.uuid))
+            .count();
+        let made = match (functions, made) {
+            (0, 0) => return Ok(()),
+            (0, made) => format!("{made} mediated devices"),
+            (functions, _) => format!("{functions} virtual functions"),
+        };
+        let group = name.to_owned();
+        Err(EditError::HasMade { group, made })
+    }
+}
+
+fn in_use(group: &str, device: DeviceName, lease: &LeaseStatus) -> EditError {
+    let holder = lease.record().map(ToString::to_string);
+    EditError::InUse {
+        group: group.to_owned(),
+        device,
+        holder: holder.unwrap_or_else(|| "an unknown process".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
+    use crate::{Groups, Holder, Request, allocate, make_ahead};
+
+    const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+
+    fn host() -> FakeHost {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1), Fake::nvme("02:00.0", 2)]);
+        host.mdev_parent("mtty", "mtty-2", "Dual port serial", 1);
+        let groups = format!(
+            r#"{{"groups": [{{"name": "disks", "rules": [{{"class": "0108"}}]}},
+                {{"name": "vgpus", "type": "vgpu", "vgpu": {{"type": "mtty-2", "uuids": ["{UUID}"]}}}}]}}"#
+        );
+        host.file("etc/groups.json", &groups);
+        host
+    }
+
+    fn said(host: &FakeHost, name: &str, leaving: Option<&[HostBdf]>) -> String {
+        let files = GroupFiles::open(&host.paths).unwrap();
+        let mdevs = Mdevs::read(&host.paths).unwrap();
+        let result = files.is_idle(name, leaving, &host.scan(), &mdevs);
+        result.map_or_else(|error| error.to_string(), |()| String::new())
+    }
+
+    #[test]
+    fn a_vms_devices_stay_in_their_group() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        let groups = Groups::load(&host.paths).unwrap();
+        make_ahead(&host.paths, &kernel, groups.get("vgpus").unwrap(), false).unwrap();
+        assert_eq!(said(&host, "vgpus", None), "");
+        let holder = Holder {
+            vm: "a".to_owned(),
+            pid: 1,
+        };
+        let wishes = [Request::group("disks", 1), Request::group("vgpus", 1)];
+        let leases = allocate(&host.paths, &wishes, &holder).unwrap();
+        let disk = "0000:01:00.0 is held by VM 'a' (pid 1)";
+        assert!(said(&host, "disks", None).contains(disk));
+        assert!(said(&host, "disks", Some(&[bdf("01:00.0")])).contains(disk));
+        assert_eq!(said(&host, "disks", Some(&[bdf("02:00.0")])), "");
+        let vgpu = format!("{UUID} is held by VM 'a' (pid 1): end it first, or give --force");
+        assert!(said(&host, "vgpus", None).contains(&vgpu));
+        drop(leases);
+        assert_eq!(said(&host, "disks", None), "");
+    }
+
+    #[test]
+    fn what_was_made_for_a_group_is_not_left_behind() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        let made = || {
+            let files = GroupFiles::open(&host.paths).unwrap();
+            let mdevs = Mdevs::read(&host.paths).unwrap();
+            let result = files.has_nothing_made("vgpus", &host.scan(), &mdevs);
+            result.map_err(|error| error.to_string())
+        };
+        assert_eq!(made(), Ok(()));
+        let groups = Groups::load(&host.paths).unwrap();
+        make_ahead(&host.paths, &kernel, groups.get("vgpus").unwrap(), false).unwrap();
+        let said = made().unwrap_err();
+        assert!(
+            said.contains("has 1 mediated devices") && said.contains("deactivate vgpus"),
+            "{said}"
+        );
+    }
+}
