@@ -1,6 +1,7 @@
 //! Leases: who holds a device, as a kernel lock that dies with its holder.
 //!
-//! Each device has a file in `<run>/leases`, made when it is first leased and never removed. A lease is
+//! Each device has a file in `<run>/leases`, made when it is first leased and never removed, but for that of
+//! a mediated device, which is removed under its lock when the device is gone. A lease is
 //! an open-file-description write lock on it (fcntl(2), "Open file description locks"): the kernel lets
 //! go of it when the last descriptor closes, so with the holder's death by any cause. The descriptors
 //! are close-on-exec; only the opener hands them on, to the VM that it leased for, so that either

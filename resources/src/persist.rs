@@ -2,13 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use std::io;
 use std::path::Path;
 
+use crate::atomic;
 use crate::bind::{BindError, members};
 use crate::group::ResourceGroup;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
+use crate::sysfs;
 
 /// The two ways that name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,17 @@ pub struct Persistent {
     pub then: &'static str,
     /// What it would do besides.
     pub warnings: Vec<String>,
+}
+
+impl Persistent {
+    /// Puts the text into a file: all of it, or the file stays as it was.
+    pub fn save(&self, file: &Path) -> io::Result<()> {
+        // A pipe, or a terminal, has no content to be lost.
+        match std::fs::metadata(file) {
+            Ok(found) if !found.is_file() => std::fs::write(file, &self.text),
+            _ => atomic::replace(file, self.text.as_bytes()),
+        }
+    }
 }
 
 /// Writes what makes devices, with all endpoints of their IOMMU groups, go to vfio-pci at boot. Refused
@@ -59,7 +73,7 @@ pub fn persist(
     }
     Ok(match by {
         PersistBy::Udev => udev(&members),
-        PersistBy::Modprobe => modprobe(&members, &all),
+        PersistBy::Modprobe => modprobe(paths, &members, &all),
     })
 }
 
@@ -128,7 +142,7 @@ fn udev(devices: &[HostDevice]) -> Persistent {
     }
 }
 
-fn modprobe(devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
+fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
     let ids: BTreeSet<String> = devices.iter().map(|device| device.id.to_string()).collect();
     let drivers: BTreeSet<&str> = devices
         .iter()
@@ -139,8 +153,22 @@ fn modprobe(devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
     let mut text = format!(
         "# Made by `gantry device persist`: these devices are for VMs.\noptions vfio-pci ids={ids_text}\n"
     );
+    let mut built_in = Vec::new();
     for driver in drivers {
-        let _ = writeln!(text, "softdep {driver} pre: vfio-pci");
+        // Options are about modules, whose names need not be those of their drivers.
+        let module = paths
+            .sysfs
+            .join("bus/pci/drivers")
+            .join(driver)
+            .join("module");
+        match sysfs::link_name(&module).ok().flatten() {
+            Some(module) => {
+                let _ = writeln!(text, "softdep {module} pre: vfio-pci");
+            }
+            None => built_in.push(format!(
+                "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
+            )),
+        }
     }
     let chosen = |device: &&HostDevice| devices.iter().any(|one| one.bdf == device.bdf);
     let others = all.iter().filter(|device| !chosen(device));
@@ -151,6 +179,7 @@ fn modprobe(devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
         then: "update-initramfs -u",
         warnings: also
             .map(|device| format!("{} has the same ids and goes along", device.bdf))
+            .chain(built_in)
             .collect(),
     }
 }
@@ -193,13 +222,25 @@ mod tests {
 
     #[test]
     fn options_come_before_the_drivers_and_name_what_goes_along() {
-        let options = persist(&host().paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
+        let host = host();
+        for (driver, module) in [("nouveau", "nouveau"), ("snd_hda_intel", "snd_hda")] {
+            let link = host
+                .paths
+                .sysfs
+                .join("bus/pci/drivers")
+                .join(driver)
+                .join("module");
+            std::os::unix::fs::symlink(format!("/sys/module/{module}"), link).unwrap();
+        }
+        let options = persist(&host.paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
         assert!(
             options.text.contains("\noptions vfio-pci ids=1b36:0010\n"),
             "{}",
             options.text
         );
         assert!(options.text.contains("softdep nouveau pre: vfio-pci\n"));
+        // By its module, whatever the driver is called.
+        assert!(options.text.contains("softdep snd_hda pre: vfio-pci\n"));
         assert_eq!(
             options.warnings,
             ["0000:02:00.0 has the same ids and goes along"]
@@ -217,6 +258,30 @@ mod tests {
             "ACTION==\"add|bind\", SUBSYSTEM==\"pci\", KERNEL==\"0000:03:00.0\", DRIVER==\"?*\", \
              RUN+=\"/usr/local/bin/gantry group activate vfs\"\n"
         );
+    }
+
+    #[test]
+    fn a_driver_that_is_built_in_is_told_of() {
+        let made = persist(&host().paths, &[bdf("02:00.0")], &[], PersistBy::Modprobe).unwrap();
+        let told = |warning: &String| warning.starts_with("nvme is built into the kernel");
+        assert!(made.warnings.iter().any(told), "{:?}", made.warnings);
+        assert!(!made.text.contains("softdep"), "{}", made.text);
+    }
+
+    #[test]
+    fn a_file_is_written_as_a_whole_or_stays() {
+        let host = host();
+        let made = persist(&host.paths, &[bdf("01:00.0")], &[], PersistBy::Udev).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("10-gantry.rules");
+        std::fs::write(&file, "what was there, and is longer than nothing").unwrap();
+        made.save(&file).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), made.text);
+        // Nothing is left beside it, nor is it touched where the new one cannot be made.
+        assert_eq!(crate::sysfs::entries(dir.path()).unwrap().len(), 1);
+        assert!(made.save(&file.join("below/a/file")).is_err());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), made.text);
+        made.save(Path::new("/dev/null")).unwrap();
     }
 
     #[test]

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::{VgpuError, vendor};
 use crate::host::{HostBdf, HostPaths};
 use crate::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord, holder, is_locked, try_lock,
-    unlock,
+    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord, holder, is_locked, lock_path,
+    try_lock, unlock,
 };
 use crate::mdev::directory;
 use crate::name::DeviceName;
@@ -177,6 +177,9 @@ pub(super) fn remove_mdev(
         }
     }
     forget(paths, uuid.into());
+    // An identifier does not come again, and so its file would be one more for ever. Whoever opened it
+    // meanwhile looks whether it is still in its place.
+    let _ = std::fs::remove_file(lock_path(paths, uuid));
     Ok(())
 }
 

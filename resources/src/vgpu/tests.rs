@@ -114,9 +114,12 @@ fn a_vm_gets_a_new_device_and_it_goes_with_it() {
     );
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host).0.len(), 1, "the VM has it");
+    let locks = || crate::sysfs::entries(&host.paths.run.join("leases")).unwrap();
+    assert!(locks().contains(&format!("{ONE}.lock")));
     drop(leases);
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host), before);
+    assert_eq!(locks(), ["0000:01:00.0.lock"]);
 }
 
 #[test]

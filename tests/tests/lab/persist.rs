@@ -51,6 +51,8 @@ fn options_for_modprobe_bind_by_ids(host: &Host) -> Result<()> {
             .success()?;
         let goes_along = format!("{} has the same ids and goes along", SECOND.bdf);
         ensure!(written.errors().contains(&goes_along), "{written}");
+        let too_early = "nvme is built into the kernel";
+        ensure!(written.errors().contains(too_early), "{written}");
         sh(
             host,
             &format!("echo {bdf} >/sys/bus/pci/drivers/nvme/unbind && modprobe vfio_pci"),

@@ -1,6 +1,5 @@
 //! `gantry device persist`: what makes devices go to vfio-pci when the host boots.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -75,10 +74,7 @@ pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
             writeln!(out, "# Save this as {}, then run: {}", made.file, made.then)
         }),
         Some(file) => {
-            let written = std::fs::File::create(file).and_then(|mut out| {
-                out.write_all(made.text.as_bytes())
-                    .and_then(|()| out.sync_all())
-            });
+            let written = made.save(file);
             written.map_err(|error| {
                 Failure::host(format!("cannot write {}: {error}", file.display()))
             })?;
