@@ -16,6 +16,7 @@ use crate::config::place::{ListItem, Place};
 use crate::config::{self, ConfigError, nearest};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
+use crate::name::DeviceName;
 use crate::nova::{self, Alias, DeviceSpec, Traits};
 use crate::rule::Rule;
 use crate::sriov::SriovSpec;
@@ -232,7 +233,7 @@ pub struct Groups {
     specs: Vec<DeviceSpec>,
     aliases: Vec<Alias>,
     /// Devices of tenants, and whose they are: they are in no group of the host's.
-    owners: BTreeMap<HostBdf, String>,
+    owners: BTreeMap<DeviceName, String>,
 }
 
 /// What a device is said to be and do.
@@ -391,7 +392,12 @@ impl Groups {
 
     /// The tenant that a device belongs to.
     pub fn tenant_of(&self, device: &HostDevice) -> Option<&str> {
-        self.owners.get(&device.bdf).map(String::as_str)
+        self.owner(device.bdf)
+    }
+
+    /// The tenant that a PCI function or a mediated device belongs to.
+    pub(crate) fn owner(&self, name: impl Into<DeviceName>) -> Option<&str> {
+        self.owners.get(&name.into()).map(String::as_str)
     }
 
     /// The alternatives of an alias: those defined, or else those built in; empty if there is none.

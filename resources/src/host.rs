@@ -9,6 +9,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::name::DeviceName;
+
 /// The directories that everything in this crate is read from and written to.
 ///
 /// The default is the running host. A test points all six into a temporary directory with
@@ -28,7 +30,7 @@ pub struct HostPaths {
     /// What must outlive a reboot: quarantine, maintenance.
     pub state: PathBuf,
     /// The devices in sight, where those of others are none of one's business; none if all are.
-    pub only: Option<BTreeSet<HostBdf>>,
+    pub only: Option<BTreeSet<DeviceName>>,
 }
 
 /// An argument for all devices.
@@ -74,7 +76,7 @@ impl HostPaths {
             only,
         } = self;
         let only = only.as_ref().map(|only| {
-            let only: Vec<String> = only.iter().map(HostBdf::to_string).collect();
+            let only: Vec<String> = only.iter().map(DeviceName::to_string).collect();
             only.join(",")
         });
         let dirs = [sysfs, dev, proc, run, config, state].map(|dir| dir.clone().into_os_string());
@@ -106,8 +108,9 @@ impl HostPaths {
     }
 
     /// Whether a device is in sight.
-    pub(crate) fn shows(&self, bdf: HostBdf) -> bool {
-        self.only.as_ref().is_none_or(|only| only.contains(&bdf))
+    pub(crate) fn shows(&self, name: impl Into<DeviceName>) -> bool {
+        let name = name.into();
+        self.only.as_ref().is_none_or(|only| only.contains(&name))
     }
 
     /// The VFIO node of an IOMMU group.
@@ -284,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_helper_is_told_where_things_are_and_what_is_in_sight() {
-        let told = |only: Option<BTreeSet<HostBdf>>| {
+        let told = |only: Option<BTreeSet<DeviceName>>| {
             let paths = HostPaths {
                 only,
                 ..HostPaths::default()
@@ -298,7 +301,8 @@ mod tests {
             let (read, rest) = HostPaths::from_args(&args).unwrap();
             assert_eq!((read, rest), (paths, &["more".to_owned()][..]));
         };
-        let two = ["01:00.0", "02:00.0"].map(|text| text.parse().unwrap());
+        let two =
+            ["01:00.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"].map(|text| text.parse().unwrap());
         told(None);
         told(Some(two.into()));
         told(Some(BTreeSet::new()));

@@ -101,7 +101,7 @@ pub use sriov::{
 };
 pub use tenant::{
     Grant, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant,
-    grant, revoke,
+    grant, grant_mdevs, revoke, revoke_mdevs,
 };
 pub use tree::{TreeNode, tree};
 pub use usb::{UsbDevice, scan_usb};

@@ -82,7 +82,11 @@ impl Mdevs {
         }
         all.claims = claims(paths);
         for name in sysfs::entries(&class).map_err(unreadable)? {
-            let types = types(&class.join(&name)).map_err(unreadable)?;
+            let mut types = types(&class.join(&name)).map_err(unreadable)?;
+            if paths.only.is_some() {
+                // A tenant makes none.
+                types.iter_mut().for_each(|kind| kind.available = 0);
+            }
             all.parents.push(MdevParent {
                 bdf: name.parse().ok(),
                 name,
@@ -108,6 +112,9 @@ impl Mdevs {
 impl MdevDevice {
     /// Reads one; none if it is not there, or no longer.
     pub fn read(paths: &HostPaths, uuid: Uuid) -> Result<Option<Self>, InventoryError> {
+        if !paths.shows(uuid) {
+            return Ok(None);
+        }
         let dir = directory(paths, uuid);
         let facts = || -> io::Result<Option<Self>> {
             let real = match fs::canonicalize(&dir) {

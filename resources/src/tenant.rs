@@ -7,6 +7,7 @@
 //! back to their makers: [`Tenants::put_right`] says again whose they are.
 
 mod hand_over;
+mod vgpus;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,12 +27,16 @@ use crate::host::{HostBdf, HostPaths};
 use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
+use crate::mdev::directory;
+use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::quarantine::adopt;
 use crate::rule::Rule;
 use crate::sysfs;
+use crate::vgpu::VgpuError;
 use crate::writer::SysfsWriter;
 use hand_over::Owner;
+pub use vgpus::{grant_mdevs, revoke_mdevs};
 
 /// Where definitions, run-time files and state of tenants lie, below those of the host.
 const DIR: &str = "tenants";
@@ -117,21 +122,21 @@ pub enum TenantError {
     },
     /// A device belongs to another tenant.
     #[error(
-        "{bdf} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {bdf}` takes it back"
+        "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"
     )]
     Owned {
         /// The device.
-        bdf: HostBdf,
+        device: DeviceName,
         /// Its owner.
         owner: String,
     },
     /// A device is not the tenant's.
     #[error(
-        "{bdf} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
+        "{device} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
     )]
     NotOwned {
         /// The device.
-        bdf: HostBdf,
+        device: DeviceName,
         /// The tenant.
         name: String,
     },
@@ -152,6 +157,19 @@ pub enum TenantError {
         /// What it is.
         id: PciId,
     },
+    /// A tenant's group holds other things.
+    #[error(
+        "group \"{group}\" of the tenant is not of vGPUs of type \"{kind}\": name another one with --group"
+    )]
+    OtherKind {
+        /// The group.
+        group: String,
+        /// The type of the device.
+        kind: String,
+    },
+    /// A mediated device is not there, or is held.
+    #[error(transparent)]
+    Vgpu(#[from] VgpuError),
     /// A file or directory cannot be changed.
     #[error("cannot change {path}: run as root", path = .path.display())]
     File {
@@ -195,6 +213,14 @@ impl Tenant {
         rules.filter_map(|rule| rule.only_slot()).collect()
     }
 
+    /// All that it owns.
+    fn names(&self) -> BTreeSet<DeviceName> {
+        let functions = self.devices().into_iter().map(DeviceName::from);
+        functions
+            .chain(self.mdevs().into_iter().map(DeviceName::from))
+            .collect()
+    }
+
     /// Its groups.
     pub fn groups(&self) -> &Groups {
         &self.groups
@@ -213,6 +239,14 @@ impl Tenant {
                     );
                     return Err(group.wrong(&format!("rules[{index}].slot"), problem));
                 }
+            }
+            let spec = group.vgpu.as_ref();
+            let mut uuids = spec.iter().flat_map(|spec| &spec.uuids);
+            if let Some(uuid) = uuids.find(|uuid| other.mdevs().contains(uuid)) {
+                let other = &other.name;
+                let problem =
+                    format!("{uuid} belongs to tenant \"{other}\" too: take it out of one of them");
+                return Err(group.wrong("vgpu.uuids", problem));
             }
         }
         Ok(())
@@ -253,7 +287,14 @@ impl Tenant {
             Err(_) => false,
         };
         HostPaths {
-            only: Some(self.devices().into_iter().filter(own).collect()),
+            only: Some(
+                self.devices()
+                    .into_iter()
+                    .filter(own)
+                    .map(DeviceName::from)
+                    .chain(self.mdevs().into_iter().map(DeviceName::from))
+                    .collect(),
+            ),
             ..dirs(host, &self.name)
         }
     }
@@ -323,20 +364,19 @@ impl Tenants {
     }
 
     /// Every device of a tenant, and whose it is.
-    pub(crate) fn owners(&self) -> BTreeMap<HostBdf, String> {
+    pub(crate) fn owners(&self) -> BTreeMap<DeviceName, String> {
         let owned = |tenant: &Tenant| {
             let name = tenant.name.clone();
-            tenant
-                .devices()
-                .into_iter()
-                .map(move |bdf| (bdf, name.clone()))
+            let all = tenant.names().into_iter();
+            all.map(move |device| (device, name.clone()))
         };
         self.0.iter().flat_map(owned).collect()
     }
 
     /// The tenant that a device belongs to.
-    pub fn owner_of(&self, bdf: HostBdf) -> Option<&Tenant> {
-        self.0.iter().find(|tenant| tenant.devices().contains(&bdf))
+    pub fn owner_of(&self, name: impl Into<DeviceName>) -> Option<&Tenant> {
+        let name = name.into();
+        self.0.iter().find(|tenant| tenant.names().contains(&name))
     }
 
     /// The tenants whose VMs a user runs.
@@ -353,10 +393,14 @@ impl Tenants {
             owner.make_dirs(host, &tenant.name)?;
             let given = tenant.devices().into_iter().map(|bdf| {
                 tenant.may_have(bdf, &all)?;
-                owner.take_over(host, bdf)
+                owner.take_over(host, bdf.into())
             });
+            // Those that no group of the host's makes are not there.
+            let mdevs = tenant.mdevs().into_iter();
+            let mdevs = mdevs.filter(|uuid| directory(host, *uuid).exists());
+            let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
             // One that cannot be had keeps no other one away.
-            all_of(given)
+            all_of(given.chain(mdevs))
         };
         all_of(self.0.iter().map(put_right))
     }
@@ -406,9 +450,9 @@ pub fn edit_tenant(
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
     let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
-    let owned = tenants.find(name)?.devices();
+    let owned = tenants.find(name)?.names();
     if !owned.is_empty() {
-        let devices: Vec<String> = owned.iter().map(HostBdf::to_string).collect();
+        let devices: Vec<String> = owned.iter().map(DeviceName::to_string).collect();
         return Err(TenantError::NotEmpty {
             name: name.to_owned(),
             devices: devices.join(", "),
@@ -446,7 +490,7 @@ pub fn grant(
         match tenants.owner_of(*bdf) {
             Some(other) if other.name != name => {
                 return Err(TenantError::Owned {
-                    bdf: *bdf,
+                    device: (*bdf).into(),
                     owner: other.name.clone(),
                 });
             }
@@ -471,7 +515,7 @@ pub fn grant(
     let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
     addresses
         .iter()
-        .try_for_each(|bdf| owner.take_over(host, *bdf))?;
+        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
     Ok(addresses)
 }
 
@@ -513,8 +557,8 @@ pub fn revoke(
     let tenant = tenants.find(name)?;
     let owned = tenant.devices();
     if let Some(bdf) = devices.iter().find(|bdf| !owned.contains(bdf)) {
-        let (bdf, name) = (*bdf, name.to_owned());
-        return Err(TenantError::NotOwned { bdf, name });
+        let (device, name) = ((*bdf).into(), name.to_owned());
+        return Err(TenantError::NotOwned { device, name });
     }
     let all = scan(host)?;
     // A device that is gone for good is taken back too.
@@ -536,7 +580,7 @@ pub fn revoke(
     let owner = Owner::host();
     leaving
         .iter()
-        .try_for_each(|bdf| owner.take_over(host, *bdf))?;
+        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
     let mut files = GroupFiles::open(&definitions(host, name))?;
     files.forget(&leaving);
     files.save()?;

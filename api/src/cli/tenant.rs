@@ -2,8 +2,9 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    ChildWriter, DeviceState, Grant, Groups, HostBdf, HostDevice, HostPaths, PciId, Tenant,
-    TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant, grant, revoke, scan,
+    ChildWriter, DeviceName, DeviceState, Grant, Groups, HostBdf, HostDevice, HostPaths,
+    MdevDevice, Mdevs, PciId, Tenant, TenantFile, Tenants, Uuid, create_tenant, delete_tenant,
+    edit_tenant, grant, grant_mdevs, revoke, revoke_mdevs, scan,
 };
 use nix::unistd::{User, geteuid};
 use serde::Serialize;
@@ -19,6 +20,9 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 A tenant's devices are its own whether it uses them or not: no VM of another gets them. They stay with \
 vfio-pci, and their nodes and locks belong to the tenant's user, who sees these devices alone and runs \
 VMs with them without being root. `gantry boot` puts that right again after a reboot.
+
+Mediated devices (vGPUs) can be granted where a group of the host's makes them ahead, by their \
+\"uuids\"; virtual functions keep the settings that their group gave them.
 
 A device that is granted comes into a group of the tenant's name, or into the one that --group names; the \
 VMs of the tenant ask for it there. The definitions lie in tenants/NAME below the configuration directory. \
@@ -108,17 +112,18 @@ pub struct NameArgs {
 Examples:
   gantry tenant grant lab 0b:00.0
   gantry tenant grant lab 0b:00.0 --group gpus
+  gantry tenant grant lab 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 --group vgpus
   gantry tenant grant lab --from gpus --count 2")]
 pub struct GrantArgs {
     /// The tenant
     name: String,
-    /// PCI addresses, such as 0000:01:00.0 or 01:00.0
+    /// PCI addresses, such as 01:00.0, or identifiers of mediated devices
     #[arg(
-        value_name = "BDF",
+        value_name = "DEVICE",
         required_unless_present = "from",
         conflicts_with = "from"
     )]
-    devices: Vec<HostBdf>,
+    devices: Vec<DeviceName>,
     /// Devices of this group of the host's that are not in use
     #[arg(long, value_name = "GROUP")]
     from: Option<String>,
@@ -141,13 +146,13 @@ Examples:
 pub struct RevokeArgs {
     /// The tenant
     name: String,
-    /// PCI addresses, such as 0000:01:00.0 or 01:00.0
+    /// PCI addresses, such as 01:00.0, or identifiers of mediated devices
     #[arg(
-        value_name = "BDF",
+        value_name = "DEVICE",
         required_unless_present = "all",
         conflicts_with = "all"
     )]
-    devices: Vec<HostBdf>,
+    devices: Vec<DeviceName>,
     /// All that the tenant owns
     #[arg(long)]
     all: bool,
@@ -182,7 +187,10 @@ struct Row<'a> {
 /// A device of a tenant.
 #[derive(Debug, Serialize)]
 struct Owned {
-    bdf: HostBdf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bdf: Option<HostBdf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uuid: Option<Uuid>,
     /// None where the device is gone.
     id: Option<PciId>,
     name: Option<&'static str>,
@@ -192,19 +200,32 @@ struct Owned {
 }
 
 impl<'a> Row<'a> {
-    fn new(tenant: &'a Tenant, all: &[HostDevice]) -> Self {
-        let devices = tenant.devices().into_iter().map(|bdf| {
+    fn new(tenant: &'a Tenant, all: &[HostDevice], mdevs: &Mdevs) -> Self {
+        let functions = tenant.devices().into_iter().map(|bdf| {
             let device = all.iter().find(|device| device.bdf == bdf);
             let group = device.and_then(|device| tenant.groups().group_of(device));
             Owned {
-                bdf,
+                bdf: Some(bdf),
+                uuid: None,
                 id: device.map(|device| device.id),
                 name: device.and_then(HostDevice::device_name),
                 state: device.map(HostDevice::state),
                 group: group.map(|group| group.name.clone()),
             }
         });
-        let devices: Vec<Owned> = devices.collect();
+        let mdevs = tenant.mdevs().into_iter().map(|uuid| {
+            let device = mdevs.devices.iter().find(|device| device.uuid == uuid);
+            let group = device.and_then(|device| tenant.groups().group_of_mdev(device));
+            Owned {
+                bdf: None,
+                uuid: Some(uuid),
+                id: None,
+                name: None,
+                state: device.map(MdevDevice::state),
+                group: group.map(|group| group.name.clone()),
+            }
+        });
+        let devices: Vec<Owned> = functions.chain(mdevs).collect();
         let used = |one: &&Owned| matches!(one.state, Some(DeviceState::Assigned { .. }));
         Self {
             name: &tenant.name,
@@ -281,20 +302,41 @@ fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         None => args.devices.clone(),
         Some(group) => free(paths, group, args.count)?,
     };
-    let wanted = Grant {
-        devices: &devices,
-        group: args.group.as_deref(),
-        overrides: &args.overrides,
-    };
+    let (functions, mdevs) = parted(&devices);
+    let group = args.group.as_deref();
     // A ctrl-c between two steps would leave a device with nobody.
     let _whole = SignalsHeld::new();
-    let given =
-        grant(paths, &ChildWriter::default(), &args.name, &wanted).map_err(Failure::host)?;
+    let mut given: Vec<DeviceName> = Vec::new();
+    if !functions.is_empty() {
+        let wanted = Grant {
+            devices: &functions,
+            group,
+            overrides: &args.overrides,
+        };
+        let granted = grant(paths, &ChildWriter::default(), &args.name, &wanted);
+        given.extend(
+            granted
+                .map_err(Failure::host)?
+                .into_iter()
+                .map(DeviceName::from),
+        );
+    }
+    if !mdevs.is_empty() {
+        grant_mdevs(paths, &args.name, &mdevs, group).map_err(Failure::host)?;
+        given.extend(mdevs.into_iter().map(DeviceName::from));
+    }
     told(&given, &args.name)
 }
 
+/// PCI functions and mediated devices go different ways.
+fn parted(devices: &[DeviceName]) -> (Vec<HostBdf>, Vec<Uuid>) {
+    let functions = devices.iter().filter_map(|name| name.pci());
+    let mdevs = devices.iter().filter_map(|name| name.mdev());
+    (functions.collect(), mdevs.collect())
+}
+
 /// The first devices of a group that nobody has.
-fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<HostBdf>, Failure> {
+fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<DeviceName>, Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     groups.find(group).map_err(Failure::host)?;
     let owned = |device: &HostDevice| {
@@ -304,7 +346,19 @@ fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<HostBdf>, Fa
     let idle = |device: &HostDevice| !device.lease.is_held() && device.quarantine.is_none();
     let all = scan(paths).map_err(Failure::host)?;
     let free = all.iter().filter(|device| owned(device) && idle(device));
-    let free: Vec<HostBdf> = free.map(|device| device.bdf).take(count).collect();
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let ahead = mdevs.devices.iter().filter(|device| {
+        let owner = groups
+            .group_of_mdev(device)
+            .filter(|owner| owner.name == group);
+        let spec = owner.and_then(|owner| owner.vgpu.as_ref());
+        spec.is_some_and(|spec| spec.uuids.contains(&device.uuid)) && !device.lease.is_held()
+    });
+    let free: Vec<DeviceName> = free
+        .map(|device| device.bdf.into())
+        .chain(ahead.map(|device| device.uuid.into()))
+        .take(count)
+        .collect();
     match free.len() == count {
         true => Ok(free),
         false => Err(Failure::host(format!(
@@ -314,10 +368,10 @@ fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<HostBdf>, Fa
     }
 }
 
-fn told(given: &[HostBdf], tenant: &str) -> Result<(), Failure> {
+fn told(given: &[DeviceName], tenant: &str) -> Result<(), Failure> {
     print(|out| {
         let mut given = given.iter();
-        given.try_for_each(|bdf| writeln!(out, "{bdf}: belongs to tenant {tenant}"))
+        given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
     })
 }
 
@@ -327,24 +381,36 @@ fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
         true => {
             let tenants = Tenants::load(paths).map_err(Failure::host)?;
             let tenant = tenants.find(&args.name).map_err(Failure::host)?;
-            tenant.devices().into_iter().collect()
+            let functions = tenant.devices().into_iter().map(DeviceName::from);
+            let mdevs = tenant.mdevs().into_iter().map(DeviceName::from);
+            functions.chain(mdevs).collect()
         }
     };
+    let (functions, mdevs) = parted(&devices);
     let _whole = SignalsHeld::new();
     let writer = ChildWriter::default();
-    let taken = revoke(paths, &writer, &args.name, &devices).map_err(Failure::host)?;
+    let mut taken: Vec<DeviceName> = Vec::new();
+    if !mdevs.is_empty() {
+        revoke_mdevs(paths, &args.name, &mdevs).map_err(Failure::host)?;
+        taken.extend(mdevs.into_iter().map(DeviceName::from));
+    }
+    if !functions.is_empty() {
+        let back = revoke(paths, &writer, &args.name, &functions).map_err(Failure::host)?;
+        taken.extend(back.into_iter().map(DeviceName::from));
+    }
     print(|out| {
         let mut taken = taken.iter();
-        taken.try_for_each(|bdf| writeln!(out, "{bdf}: taken back from tenant {}", args.name))
+        taken.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {}", args.name))
     })
 }
 
 fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let tenants = Tenants::load(paths).map_err(Failure::host)?;
     let all = scan(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     let rows: Vec<Row> = tenants
         .iter()
-        .map(|tenant| Row::new(tenant, &all))
+        .map(|tenant| Row::new(tenant, &all, &mdevs))
         .collect();
     if args.json {
         return print_json(&rows);
@@ -365,7 +431,8 @@ fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     let tenants = Tenants::load(paths).map_err(Failure::host)?;
     let tenant = tenants.find(&args.name).map_err(Failure::host)?;
-    let row = Row::new(tenant, &scan(paths).map_err(Failure::host)?);
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let row = Row::new(tenant, &scan(paths).map_err(Failure::host)?, &mdevs);
     if args.json {
         return print_json(&row);
     }
@@ -379,11 +446,10 @@ fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             let state = one.state.as_ref().map_or("gone", state_word);
             let name = one.name.unwrap_or("-");
             let group = one.group.as_deref().unwrap_or("-");
-            writeln!(
-                out,
-                "device       {}  {state}  group {group}  {name}",
-                one.bdf
-            )?;
+            let device = one.bdf.map(DeviceName::from);
+            let device = device.or(one.uuid.map(DeviceName::from));
+            let device = device.map(|device| device.to_string()).unwrap_or_default();
+            writeln!(out, "device       {device}  {state}  group {group}  {name}")?;
         }
         Ok(())
     })

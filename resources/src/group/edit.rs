@@ -13,6 +13,7 @@ use crate::name::DeviceName;
 use crate::nova::Traits;
 use crate::rule::Rule;
 use crate::sriov::SriovSpec;
+use crate::uuid::Uuid;
 use crate::vgpu::VgpuSpec;
 
 /// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
@@ -336,7 +337,28 @@ impl GroupFiles {
                     .rules
                     .retain(|rule| !rule.only_slot().is_some_and(|bdf| addresses.contains(&bdf)));
             }
-            file.content.groups.retain(|group| !group.rules.is_empty());
+            file.content
+                .groups
+                .retain(|group| !group.rules.is_empty() || group.vgpu.is_some());
+            file.changed = true;
+        }
+    }
+
+    /// The same for mediated devices.
+    pub(crate) fn forget_mdevs(&mut self, uuids: &[Uuid]) {
+        for file in &mut self.files {
+            for spec in file
+                .content
+                .groups
+                .iter_mut()
+                .filter_map(|group| group.vgpu.as_mut())
+            {
+                spec.uuids.retain(|uuid| !uuids.contains(uuid));
+            }
+            file.content.groups.retain(|group| {
+                let spec = group.vgpu.as_ref();
+                spec.is_none_or(|spec| !spec.uuids.is_empty())
+            });
             file.changed = true;
         }
     }

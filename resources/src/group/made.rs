@@ -55,6 +55,9 @@ impl Groups {
             let spec = group.vgpu.as_ref();
             spec.is_some_and(|spec| spec.names(device) == Some(named))
         };
+        if self.owner(device.uuid).is_some() {
+            return None;
+        }
         let named = self.groups.iter().find(|group| spec(group, true));
         named.or_else(|| self.groups.iter().find(|group| spec(group, false)))
     }

@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::links::LinkError;
 use super::pf::LiveVf;
 use crate::bind::BindError;
+use crate::group::GroupError;
 use crate::host::HostBdf;
 use crate::inventory::InventoryError;
 use crate::lease::{InTheWay, LeaseError};
@@ -115,6 +116,9 @@ pub enum SriovError {
     /// The functions could not be given to vfio-pci.
     #[error(transparent)]
     Bind(Box<BindError>),
+    /// It cannot be told whose functions are.
+    #[error(transparent)]
+    Tenants(#[from] GroupError),
     /// A device cannot be looked at.
     #[error(transparent)]
     Inventory(#[from] InventoryError),

@@ -26,6 +26,7 @@ use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
 use crate::obstacle::{Blocked, Obstacle};
 use crate::quarantine::{Until, hung, quarantine};
 use crate::rule::IdPair;
+use crate::tenant::Tenants;
 use crate::writer::{SysfsWrite, SysfsWriter};
 use activation::Activation;
 pub use error::SriovError;
@@ -107,7 +108,7 @@ pub fn activate(
         let pf = Pf::read(paths, spec.pf)?;
         may_activate(&pf, spec)?;
         does_not_hang(paths, &pf.device)?;
-        let live = pf::live(paths, &pf.vfs, &record)?;
+        let live = live(paths, &pf, &record)?;
         may_resize(&pf, spec.count, &live)?;
         let locks = match dry_run {
             false => lock(paths, &pf, spec.count, &live, &record)?,
@@ -151,7 +152,7 @@ pub fn deactivate(
         let pf = Pf::read(paths, spec.pf)?;
         is_the_right_one(&pf, spec)?;
         does_not_hang(paths, &pf.device)?;
-        let live = pf::live(paths, &pf.vfs, &record)?;
+        let live = live(paths, &pf, &record)?;
         may_resize(&pf, 0, &live)?;
         let locks = match dry_run || pf.vfs.is_empty() {
             false => lock(paths, &pf, 0, &[], &record)?,
@@ -234,6 +235,21 @@ fn is_the_right_one(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
         }),
         None => Ok(()),
     }
+}
+
+/// The functions that somebody uses, and those of tenants, who need not use theirs.
+fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, SriovError> {
+    let mut live = pf::live(paths, &pf.vfs, own)?;
+    let tenants = Tenants::load(paths)?;
+    for &bdf in &pf.vfs {
+        let known = live.iter().any(|one| one.bdf == bdf);
+        if let Some(tenant) = tenants.owner_of(bdf).filter(|_| !known) {
+            let why = format!("belongs to tenant \"{}\"", tenant.name);
+            let lease = None;
+            live.push(LiveVf { bdf, why, lease });
+        }
+    }
+    Ok(live)
 }
 
 /// The functions of a physical one as they are, with what is known of each.

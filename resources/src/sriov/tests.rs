@@ -289,6 +289,46 @@ impl SysfsWriter for HangsThen<'_> {
 }
 
 #[test]
+fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
+    let host = host("boot", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    let before = seen(&host, &kernel).states;
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
+    let file = crate::TenantFile {
+        user: user.unwrap().unwrap().name,
+        description: String::new(),
+    };
+    crate::create_tenant(&host.paths, "a", &file).unwrap();
+    let wanted = crate::Grant {
+        devices: &[bdf(FIRST)],
+        group: None,
+        overrides: &[],
+    };
+    crate::grant(&host.paths, &kernel, "a", &wanted).unwrap();
+    assert_eq!(seen(&host, &kernel).states, before);
+    let error = down(&host, &kernel).unwrap_err().to_string();
+    assert!(
+        error.contains("03:10.0: belongs to tenant \"a\""),
+        "{error}"
+    );
+    // The tenant's VM gets it without a look at the card, which is not the tenant's.
+    let tenants = Tenants::load(&host.paths).unwrap();
+    let scope = tenants.find("a").unwrap().scope(&host.paths);
+    let holder = Holder {
+        vm: "a".to_owned(),
+        pid: 1,
+    };
+    let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    assert_eq!(lease[0].name(), bdf(FIRST));
+    drop(lease);
+    assert_eq!(seen(&host, &kernel).states, before);
+    // A boot makes it again, as it was.
+    crate::revoke(&host.paths, &kernel, "a", &[bdf(FIRST)]).unwrap();
+    down(&host, &kernel).unwrap();
+}
+
+#[test]
 fn a_card_in_quarantine_is_left_alone_with_its_functions() {
     let host = host("demand", "");
     let kernel = FakeKernel::new(&host);

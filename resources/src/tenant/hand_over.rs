@@ -9,10 +9,13 @@ use nix::unistd::User;
 
 use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
 use crate::config::place::Place;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::lease::{DeviceLock, LeaseRecord, holder};
+use crate::mdev::directory;
+use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::sysfs;
+use crate::vgpu::VgpuError;
 
 /// A user who owns files.
 pub(super) struct Owner {
@@ -84,9 +87,9 @@ impl Owner {
     }
 
     /// Whether all is this user's already: then it may be in use.
-    fn has(&self, host: &HostPaths, bdf: HostBdf) -> io::Result<bool> {
-        let mut files = nodes(host, bdf);
-        files.push(crate::lease::lock_path(host, bdf));
+    fn has(&self, host: &HostPaths, name: DeviceName) -> io::Result<bool> {
+        let mut files = nodes(host, name);
+        files.push(crate::lease::lock_path(host, name));
         for file in files {
             match fs::metadata(&file) {
                 Ok(found) if found.uid() == self.uid => {}
@@ -101,26 +104,27 @@ impl Owner {
     /// Makes the nodes and the lock file of a device this user's. Refused while somebody has the device.
     ///
     /// The lock file is made anew, under its lock: what somebody holds open of the old one binds nobody.
-    pub(super) fn take_over(&self, host: &HostPaths, bdf: HostBdf) -> Result<(), TenantError> {
+    pub(super) fn take_over(&self, host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
         if self
-            .has(host, bdf)
-            .map_err(failed(&crate::lease::lock_path(host, bdf)))?
+            .has(host, name)
+            .map_err(failed(&crate::lease::lock_path(host, name)))?
         {
             return Ok(());
         }
         let record = LeaseRecord::task("gantry tenant");
-        let Some(lock) = DeviceLock::take(host, bdf, &record)? else {
-            return Err(TenantError::InUse(Blocked::leased(
-                bdf,
-                &holder(host, bdf)?,
-            )));
+        let Some(lock) = DeviceLock::take(host, name, &record)? else {
+            let lease = holder(host, name)?;
+            return Err(match name {
+                DeviceName::Pci(bdf) => TenantError::InUse(Blocked::leased(bdf, &lease)),
+                DeviceName::Mdev(uuid) => VgpuError::held(uuid, &lease).into(),
+            });
         };
-        for node in nodes(host, bdf) {
+        for node in nodes(host, name) {
             self.own(&node)
                 .or_else(absent_is_fine)
                 .map_err(failed(&node))?;
         }
-        let path = crate::lease::lock_path(host, bdf);
+        let path = crate::lease::lock_path(host, name);
         let draft = path.with_extension("new");
         let made = fs::remove_file(&draft)
             .or_else(absent_is_fine)
@@ -133,8 +137,11 @@ impl Owner {
 }
 
 /// The nodes of a device's IOMMU group, and of the device itself where the kernel has such.
-fn nodes(host: &HostPaths, bdf: HostBdf) -> Vec<std::path::PathBuf> {
-    let dir = host.pci_device(bdf);
+fn nodes(host: &HostPaths, name: DeviceName) -> Vec<std::path::PathBuf> {
+    let dir = match name {
+        DeviceName::Pci(bdf) => host.pci_device(bdf),
+        DeviceName::Mdev(uuid) => directory(host, uuid),
+    };
     let group = sysfs::link_name(&dir.join("iommu_group")).ok().flatten();
     let own = sysfs::entries(&dir.join("vfio-dev")).unwrap_or_default();
     let vfio = host.dev.join("vfio");

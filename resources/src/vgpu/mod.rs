@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::group::ResourceGroup;
+use crate::group::{GroupError, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{
@@ -20,6 +20,7 @@ use crate::lease::{
 };
 use crate::mdev::{MdevDevice, Mdevs, directory};
 use crate::name::DeviceName;
+use crate::tenant::Tenants;
 use crate::uuid::Uuid;
 use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
 pub(crate) use spec::TakenInstances;
@@ -74,6 +75,19 @@ pub enum VgpuError {
         /// Its identifier.
         uuid: Uuid,
     },
+    /// A device belongs to a tenant.
+    #[error(
+        "mediated device {uuid} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {uuid}` takes it back"
+    )]
+    OfTenant {
+        /// Its identifier.
+        uuid: Uuid,
+        /// The tenant.
+        tenant: String,
+    },
+    /// It cannot be told whose devices are.
+    #[error(transparent)]
+    Tenants(#[from] GroupError),
     /// A device is in no group.
     #[error(
         "mediated device {uuid} is in no group: name it in the \"uuids\" of one, or give --allow-ungrouped"
@@ -247,6 +261,11 @@ pub fn unmake_ahead(
 ) -> Result<VgpuReport, VgpuError> {
     let spec = ahead(group)?;
     let record = LeaseRecord::task("gantry group deactivate");
+    let tenants = Tenants::load(paths)?;
+    let owned = |uuid: &Uuid| Some((*uuid, tenants.owner_of(*uuid)?.name.clone()));
+    if let Some((uuid, tenant)) = spec.uuids.iter().find_map(owned) {
+        return Err(VgpuError::OfTenant { uuid, tenant });
+    }
     // Locked is enough from here on: a driver that is slow to remove them stops nobody else.
     let locked = under_lock(paths, &record, VgpuError::in_the_way, || {
         let mut locked = Vec::new();

@@ -49,6 +49,15 @@ pub(crate) struct TakenInstances {
 }
 
 impl VgpuSpec {
+    /// Devices of a type, by its id; none is named yet.
+    pub(crate) fn of_kind(id: &str) -> Self {
+        Self {
+            kind: id.to_owned(),
+            parents: Vec::new(),
+            uuids: Vec::new(),
+        }
+    }
+
     /// What is wrong with it: the key, and words.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let mut seen = BTreeSet::new();

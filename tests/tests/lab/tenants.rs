@@ -14,14 +14,14 @@ pub const CASES: &[Case] = cases![
 ];
 
 /// What a VM of 256 MiB may have to lock, KiB.
-const LIMIT: &str = "ulimit -l 327680";
+pub const LIMIT: &str = "ulimit -l 327680";
 
 fn gantry(host: &Host, words: &str) -> Result<Output> {
     host.sh(&format!("gantry {words}")).output()
 }
 
 /// A command of a tenant's user.
-fn by(user: &str, limit: &str, command: &str) -> String {
+pub fn by(user: &str, limit: &str, command: &str) -> String {
     format!("{limit}; exec su {user} -s /bin/sh -c '{command}'")
 }
 

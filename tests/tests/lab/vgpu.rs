@@ -9,16 +9,19 @@ use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
 use crate::pool::nothing_is_held;
-use crate::vm::Vm;
+use crate::tenants::{LIMIT, by};
+use crate::vm::{Running, Vm};
 
 /// For host kernels with the samples.
 pub const CASES: &[Case] = cases![
     a_vm_gets_a_new_device_and_it_goes_with_it,
     a_killed_vms_device_goes_too,
     devices_made_ahead_stay,
+    a_tenant_runs_a_vm_with_a_device_made_ahead,
 ];
 
 const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+const TWO: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
 
 /// The sample driver, and a group of its type; dropping it removes both.
 struct Sample<'h> {
@@ -138,5 +141,49 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
         .output()?
         .success()?;
     ensure!(sample.devices()?.is_empty(), "it is gone");
+    nothing_is_held(host)
+}
+
+/// The user needs no rights but its own; the serial card of the kernel's samples stands for a vGPU.
+fn a_tenant_runs_a_vm_with_a_device_made_ahead(host: &Host) -> Result<()> {
+    let sample = Sample::new(host, "mtty", json!({"type": "mtty-2", "uuids": [ONE, TWO]}))?;
+    let set_up = format!(
+        "grep -q alice:x:1001 /etc/passwd || echo alice:x:1001:1001::/tmp:/bin/sh >>/etc/passwd
+         chmod 666 /dev/kvm; mkdir -p /tmp/vms; chmod 755 /tmp /tmp/vms /lab
+         gantry group activate vgpus && gantry tenant create alice && gantry tenant grant alice {ONE}"
+    );
+    let result = host.sh(&set_up).output()?.success().and_then(|_| {
+        let vm = Vm::new("shell").devices("alice", 1);
+        let run = by("alice", LIMIT, &vm.command(host)?);
+        let mut running = Running::of(host.sh(&run).start()?);
+        running.types(
+            "cat /sys/bus/pci/devices/*/vendor /sys/bus/pci/devices/*/device; poweroff -f",
+        )?;
+        let ended = running.end()?.exits(0)?;
+        // The ids of samples/vfio-mdev/mtty.c.
+        ensure!(
+            ended.said.contains("0x4348") && ended.said.contains("0x3253"),
+            "{ended}"
+        );
+        let refused = host
+            .sh("gantry group deactivate vgpus")
+            .output()?
+            .exits(1)?;
+        let words = "belongs to tenant \"alice\"";
+        ensure!(refused.errors().contains(words), "{refused}");
+        // The other one is the host's.
+        let seen = host
+            .sh(&by("alice", LIMIT, "gantry device mdev --json"))
+            .output()?;
+        let seen = seen.success()?.text();
+        ensure!(seen.contains(ONE) && !seen.contains(TWO), "{seen}");
+        Ok(())
+    });
+    let clear = "gantry tenant revoke alice --all; gantry tenant delete alice; chmod 600 /dev/kvm
+         gantry group deactivate vgpus";
+    let cleared = host.sh(clear).output()?.success();
+    result?;
+    cleared?;
+    ensure!(sample.devices()?.is_empty(), "they are gone");
     nothing_is_held(host)
 }

@@ -23,6 +23,10 @@ impl<'a> Choice<'a, '_> {
         };
         let device = device.filter(|device| !leaving(device));
         let device = device.ok_or(VgpuError::NoSuch { uuid })?;
+        if let Some(tenant) = self.view.groups.owner(uuid) {
+            let tenant = tenant.to_owned();
+            return Err(VgpuError::OfTenant { uuid, tenant }.into());
+        }
         if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
             return Err(VgpuError::Ungrouped { uuid }.into());
         }
@@ -52,7 +56,10 @@ impl<'a> Choice<'a, '_> {
             Meant::Alias(_) => None,
         };
         let found = spec.map(|spec| spec.instances(self.view.mdevs, &self.instances, wanted));
-        found.unwrap_or_default()
+        let owner = |uuid| self.view.groups.owner(uuid);
+        let mut found = found.unwrap_or_default();
+        found.retain(|instance| instance.uuid.and_then(owner).is_none());
+        found
     }
 
     /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
