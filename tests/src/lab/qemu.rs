@@ -141,6 +141,11 @@ impl Device {
     }
 }
 
+/// QEMU itself, among its unpacked packages.
+pub fn program(tree: &Path) -> Result<PathBuf> {
+    packages::find_in(tree, &["usr/bin/qemu-system-x86_64"])
+}
+
 /// Where the disk with this serial lies.
 pub fn disk_path(folder: &Path, serial: &str) -> PathBuf {
     folder.join(format!("{serial}.raw"))
@@ -237,7 +242,7 @@ impl Machine {
     pub fn start(&self) -> Result<Running> {
         let (agent, theirs_agent) = UnixStream::pair()?;
         let (monitor, theirs_monitor) = UnixStream::pair()?;
-        let binary = packages::find_in(&self.qemu, &["usr/bin/qemu-system-x86_64"])?;
+        let binary = program(&self.qemu)?;
         // setpriv is part of every Debian: QEMU goes when we do, even by SIGKILL.
         let mut command = Command::new("setpriv");
         command

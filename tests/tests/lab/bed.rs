@@ -11,8 +11,6 @@ use gantry_tests::lab::qemu::Device;
 use gantry_tests::lab::{Host, Parts, Setup};
 use libtest_mimic::Failed;
 
-use crate::vm::DOES_NOT_END;
-
 /// A lab and the cases to run in it.
 pub struct Suite {
     /// First word of its cases' names.
@@ -51,21 +49,10 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// Runs one case in its suite's lab, booted if it is not up. A case whose VM does not end is tried
-    /// once more, in a fresh lab, and said to have failed at first: about one guest in a thousand hangs
-    /// as it switches itself off, for a reason that is not known.
+    /// Runs one case in its suite's lab, booted if it is not up.
     pub fn run(&self, suite: &'static Suite, case: &Case) -> Result<(), Failed> {
-        let told = |error| format!("{error:#}");
-        let Err(first) = self.try_run(suite, case).map_err(told) else {
-            return Ok(());
-        };
-        if !first.contains(DOES_NOT_END) {
-            return Err(Failed::from(first));
-        }
-        eprintln!("{}::{} FAILED AT FIRST: {first}", suite.name, case.name);
-        self.clear();
-        let again = self.try_run(suite, case).map_err(told);
-        again.map_err(|second| Failed::from(format!("{first}\n=== and again\n{second}")))
+        self.try_run(suite, case)
+            .map_err(|error| Failed::from(format!("{error:#}")))
     }
 
     /// Ends the lab.

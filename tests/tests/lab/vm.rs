@@ -11,8 +11,6 @@ use serde_json::{Value, json};
 
 /// How long a guest may take to say something, or gantry to end.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Said of a gantry that has not ended when it should have.
-pub const DOES_NOT_END: &str = "it does not end";
 /// What the guest's shell says when it waits for a command.
 const PROMPT: &str = "/ # ";
 
@@ -205,7 +203,7 @@ impl Running {
                     errors: std::mem::take(&mut self.errors),
                 });
             }
-            ensure!(self.listen(deadline)?, "{DOES_NOT_END}: {self}");
+            ensure!(self.listen(deadline)?, "it does not end: {self}");
         }
     }
 
