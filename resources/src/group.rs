@@ -1,5 +1,6 @@
 //! Resource groups: named pools of devices, defined in JSON files.
 
+mod chosen;
 mod edit;
 mod in_use;
 mod made;
@@ -23,6 +24,7 @@ use crate::sriov::SriovSpec;
 use crate::tenant::Tenants;
 use crate::usb::UsbDevice;
 use crate::vgpu::VgpuSpec;
+pub use chosen::Chosen;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use nova_files::{change_aliases, change_device_specs};
 

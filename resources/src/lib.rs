@@ -61,7 +61,7 @@ pub use config::ConfigError;
 pub use config::place::Place;
 pub use demand::{reap, restore_helper};
 pub use group::{
-    Bind, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
+    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
     ResourceGroup, change_aliases, change_device_specs,
 };
 pub use guard::{Guarded, HostUse, host_uses};

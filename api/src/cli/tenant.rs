@@ -112,7 +112,7 @@ pub struct NameArgs {
 Examples:
   gantry tenant grant lab 0b:00.0
   gantry tenant grant lab 0b:00.0 --group gpus
-  gantry tenant grant lab 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 --group vgpus
+  gantry tenant grant lab 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
   gantry tenant grant lab --from gpus --count 2")]
 pub struct GrantArgs {
     /// The tenant

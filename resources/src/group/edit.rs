@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::chosen::Chosen;
 use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
 use crate::config::{self, ConfigError};
 use crate::host::{HostBdf, HostPaths};
@@ -82,39 +83,39 @@ pub enum EditError {
     },
     /// A device is in another group, which comes first.
     #[error(
-        "{bdf} belongs to group \"{owner}\": take it out first (`gantry group remove {owner} {bdf}`)"
+        "{device} belongs to group \"{owner}\": take it out first (`gantry group remove {owner} {device}`)"
     )]
     Owned {
-        /// The device.
-        bdf: HostBdf,
+        /// The device: its address, or its port.
+        device: String,
         /// The group.
         owner: String,
     },
     /// A device can be in no group of that type.
-    #[error("{bdf} cannot be in a group of type {}: it is \"{class}\"", .kind.word())]
+    #[error("{device} cannot be in a group of type {}: it is \"{class}\"", .kind.word())]
     NotOfType {
-        /// The device.
-        bdf: HostBdf,
+        /// The device: its address, or its port.
+        device: String,
         /// The type.
         kind: GroupType,
         /// What it is.
         class: String,
     },
     /// A device is not in the group.
-    #[error("{bdf} is not in group \"{group}\"")]
+    #[error("{device} is not in group \"{group}\"")]
     NotThere {
-        /// The device.
-        bdf: HostBdf,
+        /// The device: its address, or its port.
+        device: String,
         /// The group.
         group: String,
     },
     /// A rule takes a device together with others.
     #[error(
-        "rule {number} of group \"{group}\" takes {bdf} by more than its address: change it (`gantry group edit {group} --drop-rule {number} --rule ...`)"
+        "rule {number} of group \"{group}\" takes {device} by more than what names it alone: change it (`gantry group edit {group} --drop-rule {number} --rule ...`)"
     )]
     WiderRule {
-        /// The device.
-        bdf: HostBdf,
+        /// The device: its address, or its port.
+        device: String,
         /// The group.
         group: String,
         /// The rule's number, from 1.
@@ -268,31 +269,35 @@ impl GroupFiles {
 
     /// Gives devices to a group, with a rule for each that it does not match yet.
     pub fn add(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+        let devices = devices.iter().map(Chosen::Pci);
+        self.add_chosen(name, &devices.collect::<Vec<_>>())
+    }
+
+    /// The same for PCI functions and USB devices.
+    pub fn add_chosen(&mut self, name: &str, devices: &[Chosen<'_>]) -> Result<(), EditError> {
         self.group_mut(name)?;
         let groups = self.groups()?;
-        let mut rules = Vec::new();
+        let kind = groups.get(name).map(|group| group.kind).unwrap_or_default();
+        let mut add_rules = Vec::new();
         for device in devices {
-            match groups.group_of(device) {
+            match device.group(&groups) {
                 Some(owner) if owner.name == name => continue,
                 Some(owner) => {
                     return Err(EditError::Owned {
-                        bdf: device.bdf,
+                        device: device.to_string(),
                         owner: owner.name.clone(),
                     });
                 }
-                None => rules.push(Rule::of_device(device)),
+                None => add_rules.push(device.rule()),
             }
-            let kind = groups.get(name).map(|group| group.kind).unwrap_or_default();
-            if device.is_bridge() || !kind.admits(device) {
-                let class = device.class_name().map(str::to_owned);
+            if !device.is_of(kind) {
                 return Err(EditError::NotOfType {
-                    bdf: device.bdf,
+                    device: device.to_string(),
                     kind,
-                    class: class.unwrap_or_else(|| device.class.to_string()),
+                    class: device.class(),
                 });
             }
         }
-        let add_rules = rules;
         self.change(
             name,
             GroupChange {
@@ -304,19 +309,24 @@ impl GroupFiles {
 
     /// Takes devices out of a group by removing the rules that name exactly them.
     pub fn remove(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
+        let devices = devices.iter().map(Chosen::Pci);
+        self.remove_chosen(name, &devices.collect::<Vec<_>>())
+    }
+
+    /// The same for PCI functions and USB devices.
+    pub fn remove_chosen(&mut self, name: &str, devices: &[Chosen<'_>]) -> Result<(), EditError> {
         let group = self.group_mut(name)?;
         for device in devices {
-            let found = |rule: &Rule| rule.matches(device);
-            if !group.rules.iter().any(found) {
+            if !group.rules.iter().any(|rule| device.is_taken_by(rule)) {
                 return Err(EditError::NotThere {
-                    bdf: device.bdf,
+                    device: device.to_string(),
                     group: name.to_owned(),
                 });
             }
-            let wider = |rule: &Rule| found(rule) && rule.only_slot() != Some(device.bdf);
+            let wider = |rule: &Rule| device.is_taken_by(rule) && !device.is_named_by(rule);
             if let Some(index) = group.rules.iter().position(wider) {
                 return Err(EditError::WiderRule {
-                    bdf: device.bdf,
+                    device: device.to_string(),
                     group: name.to_owned(),
                     number: index + 1,
                 });
@@ -324,7 +334,7 @@ impl GroupFiles {
         }
         group
             .rules
-            .retain(|rule| !devices.iter().any(|device| rule.matches(device)));
+            .retain(|rule| !devices.iter().any(|device| device.is_taken_by(rule)));
         Ok(())
     }
 

@@ -2,12 +2,28 @@
 
 use std::borrow::Cow;
 
-use super::filter::Subject;
-use super::value::{HexId, IdPair, Number};
+use super::filter::{Filter, Subject};
+use super::value::{HexId, IdPair, Number, Word};
 use super::{Filters, Rule, folded, holds, one, words};
 use crate::usb::UsbDevice;
 
 impl Rule {
+    /// The rule that takes this device and no other: by its serial number, wherever it is plugged in, or
+    /// else by where that is.
+    pub fn of_usb(device: &UsbDevice) -> Self {
+        let word = |text: &str| Some(Filter::equal(Word::exact(text)));
+        let serial = device.serial.as_deref();
+        Self(Box::new(Filters {
+            id: Some(Filter::equal(device.id.into())),
+            serial: serial.and_then(word),
+            port: match serial {
+                Some(_) => None,
+                None => word(&device.port),
+            },
+            ..Filters::default()
+        }))
+    }
+
     /// Whether all filters hold for a USB device. What only PCI functions have, it lacks.
     pub fn matches_usb(&self, device: &UsbDevice) -> bool {
         let Filters {

@@ -49,6 +49,13 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
         "{keyboard:#}"
     );
     ensure!(keyboard["drivers"] == json!(["usbhid"]), "{keyboard:#}");
+    let port = stick["port"].as_str().unwrap_or_default();
+    let script = format!(
+        "gantry group create own --type usb &&
+         gantry group delete sticks && gantry group add own {port} && gantry group show own"
+    );
+    let own = host.sh(&script).output()?.success()?;
+    ensure!(own.text().contains(port), "{own}");
     ensure!(
         all.iter().any(|device| device["hub"] == true),
         "no root hub: {all:#?}"

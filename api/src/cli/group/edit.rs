@@ -1,9 +1,11 @@
 //! `gantry group create|edit|rename|delete|add|remove`: changes of the group files.
 
+use std::str::FromStr;
+
 use clap::{Args, ValueEnum};
 use gantry_resources::{
-    Bind, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths, Mdevs, ResourceGroup,
-    Rule, SriovSpec, VgpuSpec, scan,
+    BdfError, Bind, Chosen, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths,
+    Mdevs, ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan, scan_usb,
 };
 
 use super::told::{Before, Hardware, TellArgs};
@@ -34,9 +36,9 @@ pub struct CreateArgs {
     /// A rule that takes devices; may be given several times
     #[arg(long = "rule", value_name = "JSON", value_parser = super::rule)]
     rules: Vec<Rule>,
-    /// A device, for which a rule is made; may be given several times
-    #[arg(long = "device", value_name = "BDF")]
-    devices: Vec<HostBdf>,
+    /// A device, by its address or USB port, for which a rule is made; may be given several times
+    #[arg(long = "device", value_name = "DEVICE")]
+    devices: Vec<Place>,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -167,13 +169,13 @@ pub struct RemoveArgs {
 #[command(after_help = "\
 Examples:
   gantry group add gpus 0b:00.0 0c:00.0
-  gantry group remove gpus 0c:00.0")]
+  gantry group add sticks 1-4.2")]
 pub struct DevicesArgs {
     /// The group
     name: String,
-    /// PCI addresses, such as 0000:01:00.0 or 01:00.0
-    #[arg(value_name = "BDF", required = true)]
-    devices: Vec<HostBdf>,
+    /// PCI addresses, such as 01:00.0, or ports of USB devices, such as 1-4.2
+    #[arg(value_name = "DEVICE", required = true)]
+    devices: Vec<Place>,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -207,7 +209,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
     change(paths, tell, [&name, &name], |files| {
         files.create(group)?;
         files.change(&name, tags.change())?;
-        files.add(&name, &devices)
+        files.add_chosen(&name, &devices.chosen())
     })
 }
 
@@ -272,7 +274,7 @@ pub fn add(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = read(paths, &args.devices)?;
     let name = &args.name;
     change(paths, args.tell, [name, name], |files| {
-        files.add(name, &devices)
+        files.add_chosen(name, &devices.chosen())
     })
 }
 
@@ -283,9 +285,10 @@ pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
     let (devices, mdevs) = hardware(paths)?;
     change(paths, common.tell, [name, name], |files| {
         if !force {
-            files.is_idle(name, Some(&common.devices), &devices, &mdevs)?;
+            let functions: Vec<HostBdf> = leaving.pci.iter().map(|device| device.bdf).collect();
+            files.is_idle(name, Some(&functions), &devices, &mdevs)?;
         }
-        files.remove(name, &leaving)
+        files.remove_chosen(name, &leaving.chosen())
     })
 }
 
@@ -294,9 +297,66 @@ fn hardware(paths: &HostPaths) -> Result<(Vec<HostDevice>, Mdevs), Failure> {
     Ok((devices, Mdevs::read(paths).map_err(Failure::host)?))
 }
 
-fn read(paths: &HostPaths, devices: &[HostBdf]) -> Result<Vec<HostDevice>, Failure> {
-    let one = |bdf: &HostBdf| HostDevice::read(paths, *bdf).map_err(Failure::host);
-    devices.iter().map(one).collect()
+/// Where a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    Pci(HostBdf),
+    /// The bus, and the ports on the way.
+    Usb(String),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |part: &str| !part.is_empty() && part.bytes().all(|one| one.is_ascii_digit());
+        match text.split_once('-') {
+            Some((bus, ports)) if number(bus) && ports.split('.').all(number) => {
+                Ok(Self::Usb(text.to_owned()))
+            }
+            _ => text
+                .parse()
+                .map(Self::Pci)
+                .map_err(|error: BdfError| format!("{error}, and a USB port like 1-4.2")),
+        }
+    }
+}
+
+/// Devices that were named.
+struct Devices {
+    pci: Vec<HostDevice>,
+    usb: Vec<UsbDevice>,
+}
+
+impl Devices {
+    fn chosen(&self) -> Vec<Chosen<'_>> {
+        let usb = self.usb.iter().map(Chosen::Usb);
+        self.pci.iter().map(Chosen::Pci).chain(usb).collect()
+    }
+}
+
+fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
+    let mut devices = Devices {
+        pci: Vec::new(),
+        usb: Vec::new(),
+    };
+    for place in places {
+        match place {
+            Place::Pci(bdf) => {
+                let device = HostDevice::read(paths, *bdf).map_err(Failure::host)?;
+                devices.pci.push(device);
+            }
+            Place::Usb(port) => {
+                let all = scan_usb(paths).map_err(Failure::host)?;
+                let found = all.into_iter().find(|device| device.port == *port);
+                devices.usb.push(found.ok_or_else(|| {
+                    Failure::host(format!("there is no USB device at {port}"))
+                        .help("`gantry device list --type usb` shows the ports")
+                })?);
+            }
+        }
+    }
+    Ok(devices)
 }
 
 /// Has a group that has the first name, and then the second one, changed as `wanted`, and tells of it.
@@ -313,4 +373,21 @@ fn change(
     let changed = before.changed(after, &files, &hardware)?;
     let written = files.save().map_err(Failure::host)?;
     changed.tell(written, tell)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_named_by_its_address_or_its_port() {
+        let usb = |text: &str| Ok(Place::Usb(text.to_owned()));
+        assert_eq!("1-4.2".parse(), usb("1-4.2"));
+        assert_eq!("2-1".parse(), usb("2-1"));
+        assert!(matches!("01:00.0".parse(), Ok(Place::Pci(_))));
+        for wrong in ["1-", "-4", "1-4.", "1-a", "usb1", "1"] {
+            let said = wrong.parse::<Place>().unwrap_err();
+            assert!(said.contains("1-4.2"), "{said}");
+        }
+    }
 }
