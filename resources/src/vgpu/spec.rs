@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::vendor::VendorVgpu;
+use crate::group::Groups;
 use crate::inventory::HostDevice;
 use crate::mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 use crate::uuid::Uuid;
@@ -79,11 +80,25 @@ impl VgpuSpec {
     }
 
     /// How many mediated devices a VM could have now.
-    pub fn free(&self, mdevs: &Mdevs) -> usize {
+    pub fn free(&self, groups: &Groups, mdevs: &Mdevs) -> usize {
         let room = self.sources(mdevs).map(|(_, kind)| kind.available as usize);
         let most = room.sum::<usize>() + self.uuids.len();
-        self.instances(mdevs, &TakenInstances::default(), most)
-            .len()
+        let none = TakenInstances::default();
+        self.free_instances(groups, mdevs, &none, most).len()
+    }
+
+    /// Those of [`VgpuSpec::instances`] that no tenant owns.
+    pub(crate) fn free_instances(
+        &self,
+        groups: &Groups,
+        mdevs: &Mdevs,
+        taken: &TakenInstances,
+        wanted: usize,
+    ) -> Vec<Instance> {
+        let mut found = self.instances(mdevs, taken, wanted);
+        let owner = |uuid| groups.owner(uuid);
+        found.retain(|instance| instance.uuid.and_then(owner).is_none());
+        found
     }
 
     /// Whether a mediated device is one of those named, or else one of the type; none if it is neither.

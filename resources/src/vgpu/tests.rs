@@ -437,6 +437,37 @@ fn a_device_in_the_making_stops_nobody_and_is_counted() {
 }
 
 #[test]
+fn of_two_at_once_one_gets_the_last_device() {
+    let host = host(r#", "parents": ["mtty"]"#);
+    let slow = |_: &Path| std::thread::sleep(Duration::from_millis(300));
+    let start = |after: u64| {
+        std::thread::sleep(Duration::from_millis(after));
+        let kernel = Watched {
+            kernel: FakeKernel::new(&host),
+            look: &slow,
+        };
+        let access = HostAccess {
+            writer: &kernel,
+            links: &kernel.kernel,
+        };
+        let binder = Binder {
+            host: access,
+            helper: "/bin/true".as_ref(),
+        };
+        take_with(&host, &binder, &one()).map_err(|error| error.to_string())
+    };
+    let (first, second) = std::thread::scope(|scope| {
+        let first = scope.spawn(|| start(0));
+        let second = scope.spawn(|| start(100));
+        (first.join().unwrap(), second.join().unwrap())
+    });
+    assert_eq!(first.unwrap()[0].name().to_string(), ONE);
+    let said = second.unwrap_err();
+    assert!(said.contains("0 free"), "{said}");
+    assert_eq!(seen(&host).0, [ONE]);
+}
+
+#[test]
 fn a_driver_that_hangs_is_left_alone_until_it_comes_back() {
     let host = host(r#", "parents": ["mtty"]"#);
     let before = seen(&host);

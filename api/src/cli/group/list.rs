@@ -175,7 +175,7 @@ impl<'a> Row<'a> {
         let there: Vec<&MdevDevice> = mdevs.devices.iter().filter(owned).collect();
         let used = there.iter().filter(|device| device.lease.is_held());
         self.used += used.count();
-        self.free += spec.free(mdevs);
+        self.free += spec.free(groups, mdevs);
         self.total = self.used + self.free;
         self.mdevs = there.iter().map(|device| device.uuid).collect();
         self

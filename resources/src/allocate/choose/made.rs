@@ -8,7 +8,7 @@ use crate::mdev::MdevDevice;
 use crate::obstacle::Obstacle;
 use crate::sriov::{VfToken, token};
 use crate::uuid::Uuid;
-use crate::vgpu::{Instance, VgpuError};
+use crate::vgpu::{Instance, VgpuError, VgpuSpec};
 
 impl<'a> Choice<'a, '_> {
     pub(super) fn exact_mdev(
@@ -55,11 +55,9 @@ impl<'a> Choice<'a, '_> {
             Meant::Group(group) => group.vgpu.as_ref(),
             Meant::Alias(_) => None,
         };
-        let found = spec.map(|spec| spec.instances(self.view.mdevs, &self.instances, wanted));
-        let owner = |uuid| self.view.groups.owner(uuid);
-        let mut found = found.unwrap_or_default();
-        found.retain(|instance| instance.uuid.and_then(owner).is_none());
-        found
+        let (groups, mdevs) = (self.view.groups, self.view.mdevs);
+        let free = |spec: &VgpuSpec| spec.free_instances(groups, mdevs, &self.instances, wanted);
+        spec.map(free).unwrap_or_default()
     }
 
     /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
