@@ -963,6 +963,10 @@ fn completions_and_man_pages_come_from_the_grammar() {
     for shell in ["bash", "zsh", "fish"] {
         let script = host.gantry(&["completions", shell]).ok();
         assert!(script.contains("release-quarantine"), "{shell}");
+        assert!(
+            !script.contains("sysfs-write"),
+            "{shell} offers what is hidden"
+        );
         assert!(!script.contains("No such"), "{shell}");
     }
     let dir = host.path("man1");

@@ -14,7 +14,13 @@ use gantry_tests::{checks, cleanup, demo, ui};
 
 /// Chores of the gantry source tree.
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+#[command(after_help = "\
+Examples:
+  cargo xtask demo
+  cargo xtask lab
+  cargo xtask lab --kernel lab -- gantry device list
+  cargo test -p gantry-tests --test lab -- api::    some cases of the lab alone")]
 struct Cli {
     #[command(subcommand)]
     chore: Chore,
@@ -49,7 +55,12 @@ struct LabArguments {
     #[arg(long, value_name = "FILE")]
     gantry: Option<PathBuf>,
     /// Added to the host kernel's command line.
-    #[arg(long, value_name = "WORDS", default_value = "")]
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        hide_default_value = true
+    )]
     append: String,
     /// Run this there instead of a shell, and exit with its status.
     #[arg(last = true)]

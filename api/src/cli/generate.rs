@@ -30,7 +30,12 @@ pub struct ManArgs {
     dir: PathBuf,
 }
 
-pub fn completions(args: &CompletionsArgs, mut grammar: Command) -> Result<(), Failure> {
+pub fn completions(args: &CompletionsArgs, grammar: Command) -> Result<(), Failure> {
+    // The generators offer hidden commands too.
+    let seen = grammar.get_subcommands().filter(|one| !one.is_hide_set());
+    let mut grammar = Command::new("gantry")
+        .args(grammar.get_arguments().cloned())
+        .subcommands(seen.cloned());
     // Into memory first: the generator takes no error of the output for an answer.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut grammar, "gantry", &mut script);

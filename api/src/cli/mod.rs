@@ -111,7 +111,7 @@ enum Command {
     /// List the host's devices, move them between host and pools
     #[command(subcommand)]
     Device(device::DeviceCommand),
-    /// List the resource groups
+    /// List the resource groups, change what is in them
     #[command(subcommand)]
     Group(group::GroupCommand),
     /// List the service plans, change them

@@ -54,7 +54,7 @@ pub struct CreateArgs {
     /// What VMs ask for
     name: String,
     /// Words for people
-    #[arg(long, default_value_t)]
+    #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     /// Number of processors
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=254))]

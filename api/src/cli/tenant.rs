@@ -62,7 +62,7 @@ pub struct CreateArgs {
     #[arg(long)]
     user: Option<String>,
     /// Words for people
-    #[arg(long, default_value_t)]
+    #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
 }
 

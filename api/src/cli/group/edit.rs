@@ -29,7 +29,7 @@ pub struct CreateArgs {
     #[arg(long)]
     class: Option<String>,
     /// Words for people
-    #[arg(long, default_value_t)]
+    #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
     tags: Tags,

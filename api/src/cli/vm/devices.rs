@@ -17,6 +17,7 @@ use crate::output::{print, print_json};
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
+#[command(override_usage = "gantry vm attach [OPTIONS] <--group|--alias|--plan|--device> <VM>")]
 #[command(after_help = "\
 It is over when the guest's driver has switched the devices on. How long each step took, `gantry vm \
 events` shows as it happens, and `gantry vm metrics` afterwards.
