@@ -46,8 +46,6 @@ pub enum Command {
     PowerButton,
     /// Send every vCPU a non-maskable interrupt.
     Nmi,
-    /// Say what the VM is and has.
-    Info,
     /// Say what its devices did so far.
     Counters,
     /// Take devices of the host and plug them in. Answered once the guest has been told.
@@ -85,8 +83,6 @@ pub enum Answer {
     Done,
     /// The devices that were plugged in.
     Attached(Vec<DeviceInfo>),
-    /// What the VM is.
-    Info(VmInfo),
     /// What its devices did, in the order in which they were attached.
     Counters(Vec<DeviceCounters>),
 }

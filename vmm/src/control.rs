@@ -117,6 +117,11 @@ impl Mailbox {
         left.into_iter().for_each(refuse);
     }
 
+    /// Whether nobody takes events any more.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     fn take(&self) -> Option<Event> {
         self.lock().events.pop_front()
     }
@@ -300,7 +305,7 @@ mod tests {
     fn ask(mailbox: &Mailbox) -> Receiver<Result<Answer, CommandError>> {
         let (sender, answers) = channel();
         let reply = move |answer| drop(sender.send(answer));
-        mailbox.post(Event::Command(Command::Info, Box::new(reply)));
+        mailbox.post(Event::Command(Command::Counters, Box::new(reply)));
         answers
     }
 

@@ -17,6 +17,7 @@ mod layout;
 mod memory;
 mod preflight;
 pub mod sandbox;
+mod shown;
 pub mod threads;
 mod vcpus;
 mod vm;

@@ -21,6 +21,7 @@ use crate::config::VmConfig;
 use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
 use crate::error::Error;
 use crate::sandbox::{self, Sandbox, SeccompMode};
+use crate::shown::{Shown, View};
 use crate::threads::{self, Role, Task};
 use crate::vm::{End, Vm};
 
@@ -73,11 +74,16 @@ pub struct Ground {
     pub signals: Arc<Signals>,
     /// Where events go.
     pub events: EventSink,
+    /// Where it is shown what the VM is.
+    pub shown: Arc<Shown>,
 }
 
 /// The way to the VM for clients, from any thread.
 #[derive(Clone)]
-pub struct Handle(Arc<Mailbox>);
+pub struct Handle {
+    mailbox: Arc<Mailbox>,
+    shown: Arc<Shown>,
+}
 
 impl Handle {
     /// Asks for something. Never waits: `reply` is called once with what became of it, on a thread of
@@ -87,7 +93,18 @@ impl Handle {
         command: Command,
         reply: impl FnOnce(Result<Answer, CommandError>) + Send + 'static,
     ) {
-        self.0.post(Event::Command(command, Box::new(reply)));
+        self.mailbox.post(Event::Command(command, Box::new(reply)));
+    }
+
+    /// What the VM is and has. Nobody is asked nor woken for that: it is what its owner shows.
+    ///
+    /// # Errors
+    /// There is no VM, or the process is ending.
+    pub fn info(&self) -> Result<VmInfo, CommandError> {
+        if self.mailbox.is_closed() {
+            return Err(CommandError::Ending);
+        }
+        self.shown.info().ok_or(CommandError::NotCreated)
     }
 }
 
@@ -115,6 +132,7 @@ impl Vmm {
                 mailbox: Mailbox::new().map_err(Error::host("make an eventfd"))?,
                 signals,
                 events: options.events,
+                shown: Arc::default(),
             },
             keep: options.keep,
         })
@@ -122,7 +140,10 @@ impl Vmm {
 
     /// The way in for clients.
     pub fn handle(&self) -> Handle {
-        Handle(Arc::clone(&self.ground.mailbox))
+        Handle {
+            mailbox: Arc::clone(&self.ground.mailbox),
+            shown: Arc::clone(&self.ground.shown),
+        }
     }
 
     /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
@@ -162,6 +183,8 @@ impl Vmm {
 
     /// One VM, on this thread.
     fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
+        let idle = View::idle(config, VmState::Created);
+        self.ground.shown.show(Some(idle));
         match live(&self.ground, config, &mut None)? {
             End::Over(outcome) => Ok(outcome),
             End::Asked(_, reply) => {
@@ -186,6 +209,7 @@ impl Vmm {
         let mut desk = Desk::default();
         if let Some(config) = first {
             desk.created = Some(Arc::new(config));
+            desk.show(&ground.shown);
             if let Some(outcome) = self.boot(&mut desk, None)? {
                 return Ok(outcome);
             }
@@ -200,7 +224,10 @@ impl Vmm {
                 _ => continue,
             };
             match desk.take(command) {
-                Deed::Answer(answer) => reply(answer),
+                Deed::Answer(answer) => {
+                    desk.show(&ground.shown);
+                    reply(answer);
+                }
                 Deed::Boot => {
                     if let Some(outcome) = self.boot(&mut desk, Some(reply))? {
                         return Ok(outcome);
@@ -236,6 +263,10 @@ impl Vmm {
         if !matches!(ended, Err((_, Some(_)))) {
             desk.ran();
         }
+        if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
+            desk.created = None;
+        }
+        desk.show(&self.ground.shown);
         let outcome = match ended {
             Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))) => Some(outcome),
             Ok(End::Over(Outcome::GuestFault(error))) => {
@@ -244,9 +275,6 @@ impl Vmm {
             }
             Ok(End::Over(_)) => None,
             Ok(End::Asked(command, reply)) => {
-                if matches!(command, Command::Delete) {
-                    desk.created = None;
-                }
                 reply(Ok(Answer::Done));
                 matches!(command, Command::Quit).then_some(Outcome::Asked)
             }
@@ -328,7 +356,7 @@ enum Deed {
 
 impl Desk {
     fn take(&mut self, command: Command) -> Deed {
-        let Some(config) = &self.created else {
+        if self.created.is_none() {
             return match command {
                 Command::Create(recipe) => Deed::Answer(self.create(recipe)),
                 // Gone is what was wanted.
@@ -336,7 +364,7 @@ impl Desk {
                 Command::Quit => Deed::Quit,
                 _ => Deed::Answer(Err(CommandError::NotCreated)),
             };
-        };
+        }
         Deed::Answer(match command {
             Command::Create(_) => Err(CommandError::AlreadyCreated),
             Command::Boot => return Deed::Boot,
@@ -345,7 +373,6 @@ impl Desk {
                 self.created = None;
                 Ok(Answer::Done)
             }
-            Command::Info => Ok(Answer::Info(self.info(config))),
             Command::Counters => Ok(Answer::Counters(Vec::new())),
             Command::Attach(attach) => self.attach(attach),
             _ => Err(CommandError::NotBooted),
@@ -386,14 +413,11 @@ impl Desk {
         self.told = Some(VmState::Running);
     }
 
-    fn info(&self, config: &Arc<VmConfig>) -> VmInfo {
-        VmInfo {
-            config: Arc::clone(config),
-            state: self.state(),
-            devices: Vec::new(),
-            slots: 0,
-            free_slots: 0,
-        }
+    /// Shows the VM as it is: done before anyone is answered or told of a change.
+    fn show(&self, shown: &Shown) {
+        let state = self.state();
+        let created = self.created.as_ref();
+        shown.show(created.map(|config| View::idle(config, state)));
     }
 
     fn state(&self) -> VmState {
@@ -455,7 +479,7 @@ mod tests {
         let mut desk = Desk::default();
         for command in [
             Command::Boot,
-            Command::Info,
+            Command::Counters,
             Command::Shutdown,
             Command::Nmi,
         ] {
@@ -475,7 +499,7 @@ mod tests {
         let error = refused(desk.take(Command::Create(wrong)));
         assert!(matches!(error, CommandError::Invalid(_)), "{error}");
         assert!(matches!(
-            refused(desk.take(Command::Info)),
+            refused(desk.take(Command::Counters)),
             CommandError::NotCreated
         ));
     }
@@ -488,22 +512,20 @@ mod tests {
         assert!(matches!(again, CommandError::AlreadyCreated));
         let stopped = refused(desk.take(Command::Pause));
         assert!(matches!(stopped, CommandError::NotBooted));
-        let state = |desk: &mut Desk| match done(desk.take(Command::Info)) {
-            Answer::Info(info) => info.state,
-            _ => panic!("no information"),
+        let shown = Shown::default();
+        let state = |desk: &Desk| {
+            desk.show(&shown);
+            shown.info().map(|info| info.state)
         };
-        assert_eq!(state(&mut desk), VmState::Created);
+        assert_eq!(state(&desk), Some(VmState::Created));
         assert!(matches!(desk.take(Command::Boot), Deed::Boot));
         desk.ended = true;
-        assert_eq!(state(&mut desk), VmState::Shutdown);
+        assert_eq!(state(&desk), Some(VmState::Shutdown));
         assert!(matches!(desk.take(Command::Boot), Deed::Boot));
         done(desk.take(Command::Delete));
-        assert!(matches!(
-            refused(desk.take(Command::Info)),
-            CommandError::NotCreated
-        ));
+        assert_eq!(state(&desk), None);
         done(desk.take(Command::Create(config())));
-        assert_eq!(state(&mut desk), VmState::Created);
+        assert_eq!(state(&desk), Some(VmState::Created));
     }
 
     #[test]

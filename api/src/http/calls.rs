@@ -49,10 +49,10 @@ impl App {
     async fn call(&self, call: Call, request: Request<Incoming>) -> Result<Answered, Refusal> {
         let command = match call {
             Call::Ping => return Ok(reply::json(&self.ping())),
-            Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info().await?))),
+            Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info()?))),
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
             Call::AddDevice => return self.add_device(request).await,
-            Call::Events => return self.listen().await,
+            Call::Events => return self.listen(),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
             Call::RemoveDevice => Command::Detach(self.detach(request).await?),
@@ -101,11 +101,8 @@ impl App {
         }
     }
 
-    async fn info(&self) -> Result<VmInfo, Refusal> {
-        match self.ask(Command::Info).await? {
-            Answer::Info(info) => Ok(info),
-            other => Err(mixed_up(&other)),
-        }
+    fn info(&self) -> Result<VmInfo, Refusal> {
+        Ok(self.vm.info()?)
     }
 
     async fn counters(&self) -> Result<Vec<DeviceCounters>, Refusal> {
@@ -181,19 +178,16 @@ impl App {
         Ok(Detach { id, force_after })
     }
 
-    async fn listen(&self) -> Result<Answered, Refusal> {
+    fn listen(&self) -> Result<Answered, Refusal> {
         let ended = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the VM ends");
         // Listening comes before asking, so that no change is missed in between.
         let listener = self.events.listen().ok_or_else(ended)?;
-        let state = match self.vm_state().await {
-            Ok(state) => state,
-            Err(refusal) => return Err(refusal),
-        };
+        let state = self.vm_state()?;
         Ok(reply::lines(listener.stream(Event::State { state })))
     }
 
-    async fn vm_state(&self) -> Result<Option<wire::VmState>, Refusal> {
-        match self.info().await {
+    fn vm_state(&self) -> Result<Option<wire::VmState>, Refusal> {
+        match self.info() {
             Ok(info) => Ok(Some(info.state.into())),
             Err(refusal) if refusal.status == StatusCode::NOT_FOUND => Ok(None),
             Err(refusal) => Err(refusal),
@@ -201,7 +195,7 @@ impl App {
     }
 
     async fn metrics(&self) -> Result<Answered, Refusal> {
-        let vm = match self.info().await {
+        let vm = match self.info() {
             Ok(info) => Some((info, self.counters().await?)),
             Err(refusal) if refusal.status == StatusCode::NOT_FOUND => None,
             Err(refusal) => return Err(refusal),

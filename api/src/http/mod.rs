@@ -20,16 +20,26 @@ pub use server::{Identity, Limits, Server, Stop};
 pub use socket::{Socket, SocketError, as_process, path_of, remove_stale};
 
 use gantry_vmm::Handle;
-use gantry_vmm::command::{Command, Reply};
+use gantry_vmm::command::{Command, CommandError, Reply, VmInfo};
 
 /// Whom the server asks: the VM that this process runs, or one that a test plays.
 pub trait Vm: Send + Sync + 'static {
     /// Has `command` done and `reply` called with the outcome, from whatever thread. Never waits.
     fn ask(&self, command: Command, reply: Reply);
+
+    /// What the VM is and has, as far as its owner has shown.
+    ///
+    /// # Errors
+    /// There is none, or its process is ending.
+    fn info(&self) -> Result<VmInfo, CommandError>;
 }
 
 impl Vm for Handle {
     fn ask(&self, command: Command, reply: Reply) {
         Handle::ask(self, command, reply);
+    }
+
+    fn info(&self) -> Result<VmInfo, CommandError> {
+        Handle::info(self)
     }
 }

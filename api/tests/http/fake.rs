@@ -53,15 +53,6 @@ impl FakeVm {
         let is = match (&command, was) {
             (Command::Boot, VmState::Created | VmState::Shutdown) => VmState::Running,
             (Command::Boot, _) => return Err(CommandError::AlreadyRunning),
-            (Command::Info, _) => {
-                return Ok(Answer::Info(VmInfo {
-                    config,
-                    state: was,
-                    devices: state.devices.clone(),
-                    slots: SLOTS,
-                    free_slots: SLOTS - state.devices.len(),
-                }));
-            }
             (Command::Counters, _) => return Ok(Answer::Counters(counters(&state.devices))),
             (Command::Delete, _) => {
                 state.vm = None;
@@ -151,6 +142,18 @@ fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
 impl Vm for FakeVm {
     fn ask(&self, command: Command, reply: Reply) {
         reply(self.run(command));
+    }
+
+    fn info(&self) -> Result<VmInfo, CommandError> {
+        let state = self.state.lock().unwrap();
+        let (config, is) = state.vm.clone().ok_or(CommandError::NotCreated)?;
+        Ok(VmInfo {
+            config,
+            state: is,
+            devices: state.devices.clone(),
+            slots: SLOTS,
+            free_slots: SLOTS - state.devices.len(),
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_api::http::{Events, Limits, Vm};
-use gantry_vmm::command::{Command, Reply, VmEvent};
+use gantry_vmm::command::{Command, CommandError, Reply, VmEvent, VmInfo};
 
 use crate::fake::{Bed, parted, rest, serve};
 
@@ -328,6 +328,10 @@ impl Vm for Mute {
         if !self.forgets {
             self.keeps.lock().unwrap().push(reply);
         }
+    }
+
+    fn info(&self) -> Result<VmInfo, CommandError> {
+        Err(CommandError::NotCreated)
     }
 }
 

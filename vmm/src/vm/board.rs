@@ -23,6 +23,7 @@ use crate::kvm::{GsiRoutes, Machine, MemorySlots};
 use crate::layout::{self, Layout};
 use crate::memory::GuestRam;
 use crate::sandbox::Sandbox;
+use crate::shown::Slots;
 use crate::threads::{self, Role};
 
 /// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
@@ -146,6 +147,15 @@ impl Board {
             self.windows.assign(&self.pci, &host, &self.slots)?;
         }
         Ok(())
+    }
+
+    /// The slots, as they are shown to clients.
+    pub fn slots(&self) -> Slots {
+        Slots {
+            ports: self.slots.iter().map(|slot| slot.port).collect(),
+            pci: Arc::clone(&self.pci),
+            events: Arc::clone(&self.events),
+        }
     }
 
     /// What a port can hold, as it was given when the guest last booted.

@@ -76,8 +76,7 @@ impl Vm {
             payload.load(&board, &layout, config.vcpus)
         })?;
 
-        let events = Arc::clone(&ground.events);
-        let mut devices = Devices::plug_in(devices, &config.devices, &board, events)?;
+        let mut devices = Devices::plug_in(devices, &config.devices, &board, ground)?;
         board.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.opener.limit(limit(config, ports))?;

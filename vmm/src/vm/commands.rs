@@ -2,14 +2,11 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
 
 use super::{End, Vm, counted};
-use crate::command::{
-    Answer, Command, CommandError, DeviceCounters, Reply, VmEvent, VmInfo, VmState,
-};
+use crate::command::{Answer, Command, CommandError, DeviceCounters, Reply, VmState};
 use crate::error::Error;
 use crate::kvm::KvmError;
 
@@ -46,7 +43,6 @@ impl Vm {
                 Ok(Answer::Done)
             }
             Command::Nmi => self.nmi(),
-            Command::Info => Ok(Answer::Info(self.info())),
             Command::Counters => Ok(Answer::Counters(self.counters())),
             Command::Attach(attach) => {
                 self.devices.attach(attach, reply, &self.board);
@@ -63,7 +59,6 @@ impl Vm {
             return Err(CommandError::AlreadyPaused);
         }
         self.vcpus.pause();
-        self.state = VmState::Paused;
         // So that the guest does not take the pause for a lock-up of its processors. A guest without
         // KVM's clock cannot be told.
         self.vcpus
@@ -72,7 +67,7 @@ impl Vm {
                 _ => Ok(()),
             })
             .unwrap_or_else(|error| tracing::warn!(%error, "KVM_KVMCLOCK_CTRL"));
-        self.tell(VmEvent::State(VmState::Paused));
+        self.enter(VmState::Paused);
         Ok(Answer::Done)
     }
 
@@ -80,9 +75,8 @@ impl Vm {
         if self.state != VmState::Paused {
             return Err(CommandError::NotPaused);
         }
-        self.state = VmState::Running;
         self.gate.open();
-        self.tell(VmEvent::State(VmState::Running));
+        self.enter(VmState::Running);
         Ok(Answer::Done)
     }
 
@@ -94,16 +88,6 @@ impl Vm {
         }
         sent.map_err(|error| CommandError::Failed(KvmError::call("KVM_NMI")(error).into()))?;
         Ok(Answer::Done)
-    }
-
-    fn info(&self) -> VmInfo {
-        VmInfo {
-            config: Arc::clone(&self.config),
-            state: self.state,
-            devices: self.devices.infos(&self.board),
-            slots: self.board.slots.len(),
-            free_slots: self.devices.free(&self.board).len(),
-        }
     }
 
     fn counters(&self) -> Vec<DeviceCounters> {

@@ -5,11 +5,11 @@
 //! so, is reset, or the time it was given is over.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry_devices::events::Vacancy;
+use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, WindowKind};
-use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_resources::{DeviceName, Request};
 
 use super::attach::{Job, Prepared, Worker, tell_steps};
@@ -20,6 +20,8 @@ use crate::command::{
     Reply, VmEvent,
 };
 use crate::error::Error;
+use crate::shown::{Row, Shown, Slots};
+use crate::vmm::Ground;
 
 /// How long a guest may take to read what it was told before it is told again: while a guest boots,
 /// interrupts get lost. Doubled each time.
@@ -28,11 +30,7 @@ const LAST_REMINDER: Duration = Duration::from_secs(5);
 
 /// A device in its slot.
 struct Plugged {
-    id: String,
-    group: Option<String>,
-    state: DeviceState,
-    port: PortIndex,
-    function: u8,
+    row: Row,
     device: AttachedDevice,
     attach: Vec<(&'static str, Duration)>,
     /// When it is taken away whether or not the guest has let go of it.
@@ -47,6 +45,8 @@ pub struct Devices {
     /// What has been asked for and is on its way.
     coming: usize,
     reminder: Option<(Instant, Duration)>,
+    slots: Slots,
+    shown: Arc<Shown>,
     events: EventSink,
 }
 
@@ -60,7 +60,7 @@ impl Devices {
         devices: Vec<AttachedDevice>,
         asked: &[Request],
         board: &Board,
-        events: EventSink,
+        ground: &Ground,
     ) -> Result<Self, Error> {
         let addresses: Vec<DeviceName> = devices.iter().map(AttachedDevice::name).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
@@ -74,12 +74,16 @@ impl Devices {
                 };
                 device.plug(&board.pci, port, function)?;
                 board.events.fill(port);
-                plugged.push(Plugged {
+                let row = Row {
                     id: device.name().to_string(),
+                    name: device.name(),
                     group: names.get(index).cloned().flatten(),
                     state: DeviceState::Announced,
                     port,
                     function,
+                };
+                plugged.push(Plugged {
+                    row,
                     device,
                     attach: Vec::new(),
                     force_at: None,
@@ -91,7 +95,9 @@ impl Devices {
             plugged,
             coming: 0,
             reminder: None,
-            events,
+            slots: board.slots(),
+            shown: Arc::clone(&ground.shown),
+            events: Arc::clone(&ground.events),
         })
     }
 
@@ -104,6 +110,7 @@ impl Devices {
     pub fn give_up(&mut self) -> Vec<AttachedDevice> {
         self.worker = None;
         let plugged = std::mem::take(&mut self.plugged);
+        self.show();
         plugged.into_iter().map(|plugged| plugged.device).collect()
     }
 
@@ -111,7 +118,7 @@ impl Devices {
     pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
         let refused = match (&self.worker, &attach.id) {
             (None, _) => Some(CommandError::NoSlots),
-            _ if self.free(board).len() <= self.coming => Some(CommandError::NoFreeSlot {
+            _ if self.free().len() <= self.coming => Some(CommandError::NoFreeSlot {
                 slots: board.slots.len(),
             }),
             (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
@@ -152,22 +159,23 @@ impl Devices {
             .plugged
             .iter()
             .skip(begun)
-            .map(|new| new.port)
+            .map(|new| new.row.port)
             .collect();
         ports.iter().for_each(|port| board.events.announce(*port));
         self.remind();
         steps.done("announce");
         for new in self.plugged.iter_mut().skip(begun) {
             new.attach = steps.times().to_vec();
-            tell_steps(&self.events, &new.id, &steps);
         }
+        self.show();
         let infos: Vec<DeviceInfo> = self
             .plugged
             .iter()
             .skip(begun)
-            .map(|new| info(new, board))
+            .map(|new| self.slots.info(&new.row))
             .collect();
         for info in &infos {
+            tell_steps(&self.events, &info.id, &steps);
             (self.events)(VmEvent::Attached(info.clone()));
         }
         reply(Ok(Answer::Attached(infos)));
@@ -228,12 +236,16 @@ impl Devices {
                     continue;
                 };
                 let placed = device.plug(&board.pci, port, function);
-                self.plugged.push(Plugged {
+                let row = Row {
                     id,
+                    name: device.name(),
                     group: group.clone(),
                     state: DeviceState::Announced,
                     port,
                     function,
+                };
+                self.plugged.push(Plugged {
+                    row,
                     device,
                     attach: Vec::new(),
                     force_at: None,
@@ -260,7 +272,7 @@ impl Devices {
             }
         }
         let mut small: Option<(WindowKind, u64)> = None;
-        for port in self.free(board) {
+        for port in self.free() {
             match firmware::fit(&bars, &board.windows(port)) {
                 Ok(()) => return Ok(port),
                 Err(window) => small = small.or(Some(window)),
@@ -284,19 +296,23 @@ impl Devices {
         if self.worker.is_none() {
             return Err(CommandError::NoSlots);
         }
-        let port = self.plugged.iter().find(|one| one.id == detach.id);
-        let Some(port) = port.map(|one| one.port) else {
+        let port = self.plugged.iter().find(|one| one.row.id == detach.id);
+        let Some(port) = port.map(|one| one.row.port) else {
             return Err(CommandError::NoSuchDevice {
                 id: detach.id.clone(),
-                others: self.plugged.iter().map(|one| one.id.clone()).collect(),
+                others: self.plugged.iter().map(|one| one.row.id.clone()).collect(),
             });
         };
+        let mut asked = Vec::new();
         let force_at = end_of(Instant::now(), detach.force_after);
-        for one in self.plugged.iter_mut().filter(|one| one.port == port) {
-            one.state = DeviceState::Detaching;
+        for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
+            one.row.state = DeviceState::Detaching;
             // Asked again without a time, the one that was set before holds.
             one.force_at = force_at.or(one.force_at);
-            let id = one.id.clone();
+            asked.push(one.row.id.clone());
+        }
+        self.show();
+        for id in asked {
             (self.events)(VmEvent::DetachAsked { id });
         }
         board.events.request_eject(port);
@@ -318,7 +334,7 @@ impl Devices {
     fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
         let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
             .into_iter()
-            .partition(|one| one.port == port);
+            .partition(|one| one.row.port == port);
         self.plugged = stay;
         if gone.is_empty() {
             return;
@@ -326,9 +342,10 @@ impl Devices {
         let mut devices = Vec::new();
         for mut one in gone {
             one.device.unplug();
-            devices.push((one.id, one.device));
+            devices.push((one.row.id, one.device));
         }
         board.events.empty(port, forced);
+        self.show();
         if forced {
             self.remind();
         }
@@ -345,8 +362,8 @@ impl Devices {
         let detaching = self
             .plugged
             .iter()
-            .filter(|one| one.state == DeviceState::Detaching)
-            .map(|one| one.port);
+            .filter(|one| one.row.state == DeviceState::Detaching)
+            .map(|one| one.row.port);
         let detaching: Vec<PortIndex> = detaching.collect();
         for port in detaching {
             self.take_out(port, false, board);
@@ -355,8 +372,9 @@ impl Devices {
             self.ejected(*port, board);
         }
         for one in &mut self.plugged {
-            one.state = DeviceState::Announced;
+            one.row.state = DeviceState::Announced;
         }
+        self.show();
         self.reminder = None;
     }
 
@@ -366,9 +384,10 @@ impl Devices {
             .plugged
             .iter_mut()
             .find(|one| one.device.name() == name);
-        if let Some(one) = one.filter(|one| one.state == DeviceState::Announced) {
-            one.state = DeviceState::Enabled;
-            let id = one.id.clone();
+        if let Some(one) = one.filter(|one| one.row.state == DeviceState::Announced) {
+            one.row.state = DeviceState::Enabled;
+            let id = one.row.id.clone();
+            self.show();
             (self.events)(VmEvent::Enabled { id });
         }
     }
@@ -386,7 +405,12 @@ impl Devices {
     /// Does what is due by now.
     pub fn tick(&mut self, now: Instant, board: &Board) {
         let due = |one: &Plugged| one.force_at.is_some_and(|at| at <= now);
-        while let Some(port) = self.plugged.iter().find(|one| due(one)).map(|one| one.port) {
+        while let Some(port) = self
+            .plugged
+            .iter()
+            .find(|one| due(one))
+            .map(|one| one.row.port)
+        {
             self.take_out(port, true, board);
         }
         if let Some((at, wait)) = self.reminder
@@ -402,9 +426,14 @@ impl Devices {
         self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
     }
 
+    /// Shows the devices as they are: done before anyone is told of a change.
+    fn show(&self) {
+        self.shown.rows(self.rows());
+    }
+
     /// The devices as they are.
-    pub fn infos(&self, board: &Board) -> Vec<DeviceInfo> {
-        self.plugged.iter().map(|one| info(one, board)).collect()
+    pub fn rows(&self) -> Vec<Row> {
+        self.plugged.iter().map(|one| one.row.clone()).collect()
     }
 
     /// What the devices did; `interrupts` are those of the host, by device and vector.
@@ -415,7 +444,7 @@ impl Devices {
         let counters = self.plugged.iter().map(|one| {
             let bdf = one.device.name().to_string();
             let mut counters = DeviceCounters {
-                id: one.id.clone(),
+                id: one.row.id.clone(),
                 interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
                 bdf,
                 attach: one.attach.clone(),
@@ -427,20 +456,12 @@ impl Devices {
         counters.collect()
     }
 
-    /// The slots that have nothing in them as far as the guest has heard, the surest first.
-    pub fn free(&self, board: &Board) -> Vec<PortIndex> {
-        let slots = board.slots.iter().map(|slot| slot.port);
-        let empty = slots.filter(|port| self.plugged.iter().all(|one| one.port != *port));
-        let known = empty.map(|port| (board.events.vacancy(port), port));
-        let mut free: Vec<_> = known
-            .filter(|(known, _)| *known < Vacancy::Untold)
-            .collect();
-        free.sort();
-        free.into_iter().map(|(_, port)| port).collect()
+    fn free(&self) -> Vec<PortIndex> {
+        self.slots.free(self.plugged.iter().map(|one| &one.row))
     }
 
     fn has(&self, id: &str) -> bool {
-        self.plugged.iter().any(|one| one.id == id)
+        self.plugged.iter().any(|one| one.row.id == id)
     }
 }
 
@@ -469,18 +490,6 @@ fn words(request: &Request) -> String {
         Request::Any(wish) => wish.from.to_string(),
         Request::Device { bdf, .. } => bdf.to_string(),
         Request::Mdev { uuid, .. } => uuid.to_string(),
-    }
-}
-
-fn info(one: &Plugged, board: &Board) -> DeviceInfo {
-    let port = board.pci.ports().find(|(port, ..)| *port == one.port);
-    let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
-    DeviceInfo {
-        id: one.id.clone(),
-        name: one.device.name(),
-        guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(one.function)),
-        group: one.group.clone(),
-        state: one.state,
     }
 }
 

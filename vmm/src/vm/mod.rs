@@ -26,6 +26,7 @@ use crate::error::Error;
 use crate::kvm::{IrqchipState, Machine};
 use crate::layout::Layout;
 use crate::memory;
+use crate::shown::View;
 use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
 use crate::vmm::{Ground, Outcome};
@@ -84,7 +85,13 @@ impl Vm {
         confined.map_err(Error::host("enter the sandbox"))?;
         self.gate.open();
         memory::let_go_of_program();
-        self.tell(VmEvent::State(VmState::Running));
+        self.ground.shown.show(Some(View {
+            config: Arc::clone(&self.config),
+            state: self.state,
+            rows: self.devices.rows(),
+            slots: Some(self.board.slots()),
+        }));
+        self.tell(VmEvent::State(self.state));
         if let Some(started) = started.take() {
             started(Ok(Answer::Done));
         }
@@ -110,6 +117,13 @@ impl Vm {
                 }
             }
         }
+    }
+
+    /// Shows the state that the VM has from now on, and tells of it.
+    fn enter(&mut self, state: VmState) {
+        self.state = state;
+        self.ground.shown.state(state);
+        self.tell(VmEvent::State(state));
     }
 
     fn tell(&self, event: VmEvent) {

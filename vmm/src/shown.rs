@@ -1,0 +1,211 @@
+//! What a VM is at the moment: shown by the thread that owns it, and seen by any other without waking it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gantry_devices::events::{PlatformEvents, Vacancy};
+use gantry_devices::pci::{GuestBdf, PciSegment, PortIndex};
+use gantry_resources::DeviceName;
+
+use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
+use crate::config::VmConfig;
+
+/// The place where it is shown. Its owner shows a change before it tells anyone of it.
+#[derive(Default)]
+pub struct Shown(Mutex<Option<View>>);
+
+/// What is shown of a VM.
+#[derive(Clone)]
+pub struct View {
+    /// What it was made from.
+    pub config: Arc<VmConfig>,
+    /// What it is doing.
+    pub state: VmState,
+    /// The devices that it has.
+    pub rows: Vec<Row>,
+    /// Where they are plugged in; `None` if it does not run.
+    pub slots: Option<Slots>,
+}
+
+/// A device in its slot.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// What it is called.
+    pub id: String,
+    /// What it is called on the host.
+    pub name: DeviceName,
+    /// The group or alias that it was asked for by.
+    pub group: Option<String>,
+    /// How far it has come.
+    pub state: DeviceState,
+    /// The port that it is behind.
+    pub port: PortIndex,
+    /// Its number there.
+    pub function: u8,
+}
+
+/// The slots of a VM that runs. Where they are and which are empty is the guest's doing as well: that is
+/// seen as of now.
+#[derive(Clone)]
+pub struct Slots {
+    /// The ports whose slots can be filled and emptied.
+    pub ports: Arc<[PortIndex]>,
+    /// The ports as the guest has set them up.
+    pub pci: Arc<PciSegment>,
+    /// What the guest was told of the slots.
+    pub events: Arc<PlatformEvents>,
+}
+
+impl Slots {
+    /// The slots that have nothing in them as far as the guest has heard, the surest first.
+    pub fn free<'a>(&self, rows: impl Iterator<Item = &'a Row> + Clone) -> Vec<PortIndex> {
+        let empty = self
+            .ports
+            .iter()
+            .filter(|port| rows.clone().all(|row| row.port != **port));
+        let known = empty.map(|port| (self.events.vacancy(*port), *port));
+        let mut free: Vec<_> = known
+            .filter(|(known, _)| *known < Vacancy::Untold)
+            .collect();
+        free.sort();
+        free.into_iter().map(|(_, port)| port).collect()
+    }
+
+    /// A device as clients know it.
+    pub fn info(&self, row: &Row) -> DeviceInfo {
+        let port = self.pci.ports().find(|(port, ..)| *port == row.port);
+        let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
+        DeviceInfo {
+            id: row.id.clone(),
+            name: row.name,
+            guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(row.function)),
+            group: row.group.clone(),
+            state: row.state,
+        }
+    }
+}
+
+impl View {
+    /// A VM that does not run.
+    pub fn idle(config: &Arc<VmConfig>, state: VmState) -> Self {
+        Self {
+            config: Arc::clone(config),
+            state,
+            rows: Vec::new(),
+            slots: None,
+        }
+    }
+
+    fn info(&self) -> VmInfo {
+        let slots = self.slots.as_ref();
+        let device = |row| slots.map(|slots| slots.info(row));
+        VmInfo {
+            config: Arc::clone(&self.config),
+            state: self.state,
+            devices: self.rows.iter().filter_map(device).collect(),
+            slots: slots.map_or(0, |slots| slots.ports.len()),
+            free_slots: slots.map_or(0, |slots| slots.free(self.rows.iter()).len()),
+        }
+    }
+}
+
+impl Shown {
+    /// Shows a VM, or that there is none.
+    pub fn show(&self, view: Option<View>) {
+        let before = std::mem::replace(&mut *self.lock(), view);
+        // Not behind the lock: what only it has left goes now.
+        drop(before);
+    }
+
+    /// Shows what the VM is doing now.
+    pub fn state(&self, state: VmState) {
+        if let Some(view) = &mut *self.lock() {
+            view.state = state;
+        }
+    }
+
+    /// Shows the devices that it has now.
+    pub fn rows(&self, rows: Vec<Row>) {
+        if let Some(view) = &mut *self.lock() {
+            view.rows = rows;
+        }
+    }
+
+    /// The VM as it is; `None` if there is none.
+    pub fn info(&self) -> Option<VmInfo> {
+        // Copied, so that its owner is not kept by whoever looks.
+        let view = self.lock().clone();
+        view.map(|view| view.info())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<View>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+
+    fn config() -> Arc<VmConfig> {
+        Arc::new(VmConfig {
+            name: "one".to_owned(),
+            payload: Payload {
+                kernel: "vmlinux".into(),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: VcpuCount::new(2).unwrap(),
+            memory: MemorySize::new(64 << 20).unwrap(),
+            devices: Vec::new(),
+            serial: SerialMode::Off,
+            hotplug: Hotplug::default(),
+        })
+    }
+
+    fn slots() -> Slots {
+        let mut pci = PciSegment::new([0..=4]).unwrap();
+        let ports: Vec<_> = (0..2).map(|_| pci.add_root_port(0).unwrap()).collect();
+        let trigger = EventFd::new(0).unwrap();
+        Slots {
+            events: Arc::new(PlatformEvents::new(ports.iter().copied(), trigger)),
+            ports: ports.into(),
+            pci: Arc::new(pci),
+        }
+    }
+
+    #[test]
+    fn what_was_shown_last_is_seen() {
+        let shown = Shown::default();
+        assert!(shown.info().is_none());
+        shown.state(VmState::Running);
+        assert!(shown.info().is_none(), "there is still no VM");
+        shown.show(Some(View::idle(&config(), VmState::Created)));
+        let info = shown.info().unwrap();
+        assert_eq!((info.state, info.slots), (VmState::Created, 0));
+        let slots = slots();
+        let row = Row {
+            id: "disk".to_owned(),
+            name: "01:00.0".parse().unwrap(),
+            group: None,
+            state: DeviceState::Announced,
+            port: slots.ports[1],
+            function: 0,
+        };
+        shown.show(Some(View {
+            slots: Some(slots),
+            ..View::idle(&config(), VmState::Running)
+        }));
+        assert_eq!(shown.info().unwrap().free_slots, 2);
+        shown.rows(vec![row]);
+        shown.state(VmState::Paused);
+        let info = shown.info().unwrap();
+        assert_eq!((info.slots, info.free_slots), (2, 1));
+        assert_eq!(info.devices[0].id, "disk");
+        assert_eq!(info.state, VmState::Paused);
+        shown.show(None);
+        assert!(shown.info().is_none());
+    }
+}
