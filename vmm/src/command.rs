@@ -314,6 +314,11 @@ pub enum VmEvent {
         /// Whether it was taken without the guest's consent.
         forced: bool,
     },
+    /// The host wants a device back: the guest is asked to let go of it.
+    Wanted {
+        /// What it is called.
+        id: String,
+    },
     /// A device failed.
     DeviceError {
         /// What it is called.

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::command::{Command, CommandError, Reply};
 use crate::error::Error;
 use crate::vcpus::Fault;
-use crate::vm::Prepared;
+use crate::vm::{Alarm, AlarmKey, Prepared};
 
 /// What happened.
 pub enum Event {
@@ -35,6 +35,8 @@ pub enum Event {
     Eject(PortIndex),
     /// The guest has switched a device of the host on.
     Enabled(DeviceName),
+    /// The host has something to say of a device.
+    Alarm(AlarmKey, Alarm),
     /// Devices that a client wants are ready to be plugged in, or are not to be had.
     Prepared(Box<Prepared>),
     /// A client wants something done.
@@ -89,7 +91,8 @@ impl Mailbox {
         });
         let emptied = emptied.collect();
         queue.events.retain(|event| match event {
-            Event::Signal(_) | Event::Quit | Event::Command(..) | Event::Prepared(_) => true,
+            Event::Signal(_) | Event::Quit | Event::Command(..) => true,
+            Event::Prepared(_) | Event::Alarm(..) => true,
             Event::PowerOff | Event::Reset | Event::Fault(..) => false,
             Event::Eject(_) | Event::Enabled(_) => false,
         });

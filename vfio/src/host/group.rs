@@ -140,8 +140,13 @@ impl Drop for Group {
         }
         self.container.leave(|| {
             // Closing the file below does as much; asking first tells whether a device is left open.
-            if let Err(error) = ioctl::group_unset_container(self.file.as_fd()) {
-                tracing::warn!(group = self.number, %error, "VFIO_GROUP_UNSET_CONTAINER failed");
+            match ioctl::group_unset_container(self.file.as_fd()) {
+                // The host has unbound its last device, and the kernel has taken it out.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(error) => {
+                    tracing::warn!(group = self.number, %error, "VFIO_GROUP_UNSET_CONTAINER failed");
+                }
+                Ok(()) => {}
             }
         });
     }

@@ -14,6 +14,7 @@ use gantry_resources::{
 use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
+use super::alarms::Wires;
 use super::counted::{Counted, Counts, Watched};
 use super::domain::Domain;
 use crate::control::{Event, Mailbox};
@@ -71,6 +72,7 @@ pub struct AttachedDevice {
     // With the last device, RAM is unmapped.
     _domain: Arc<Domain>,
     name: DeviceName,
+    wires: Wires,
     hold: Hold,
 }
 
@@ -144,6 +146,11 @@ impl AttachedDevice {
     /// What it is called on the host.
     pub fn name(&self) -> DeviceName {
         self.name
+    }
+
+    /// What the host says of it comes through these.
+    pub fn wires(&self) -> &Wires {
+        &self.wires
     }
 
     /// The BARs that it needs addresses for as function number `function`. Its decoding is off
@@ -373,6 +380,7 @@ impl Taken {
             &self.name.to_string(),
             self.token.map(|token| token.to_string()).as_deref(),
         )?;
+        let wires = Wires::lay(&io);
         let io = Arc::new(Counted::new(io, &counts));
         let name = self.name;
         let on_enable = move || mailbox.post(Event::Enabled(name));
@@ -384,6 +392,7 @@ impl Taken {
             _io: Last(io),
             _domain: self.domain,
             name,
+            wires,
             hold: self.hold,
         })
     }

@@ -12,6 +12,7 @@ use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, WindowKind};
 use gantry_resources::{DeviceName, Request};
 
+use super::alarms::{Alarm, AlarmKey, Alarms, Ears};
 use super::attach::{Job, Prepared, Worker, tell_steps};
 use super::board::Board;
 use super::host_devices::{AttachedDevice, arrange};
@@ -19,6 +20,7 @@ use crate::command::{
     Answer, Attach, CommandError, Detach, DeviceCounters, DeviceInfo, DeviceState, EventSink,
     Reply, VmEvent,
 };
+use crate::control::Mailbox;
 use crate::error::Error;
 use crate::shown::{Row, Shown, Slots};
 use crate::vmm::Ground;
@@ -28,9 +30,13 @@ use crate::vmm::Ground;
 const FIRST_REMINDER: Duration = Duration::from_millis(50);
 const LAST_REMINDER: Duration = Duration::from_secs(5);
 
+/// How long a guest may take to let go of what the host wants back.
+const HOST_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A device in its slot.
 struct Plugged {
     row: Row,
+    key: AlarmKey,
     device: AttachedDevice,
     attach: Vec<(&'static str, Duration)>,
     /// When it is taken away whether or not the guest has let go of it.
@@ -45,6 +51,7 @@ pub struct Devices {
     /// What has been asked for and is on its way.
     coming: usize,
     reminder: Option<(Instant, Duration)>,
+    alarms: Alarms,
     slots: Slots,
     shown: Arc<Shown>,
     events: EventSink,
@@ -66,6 +73,7 @@ impl Devices {
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
         let names: Vec<Option<String>> = asked.iter().flat_map(names).collect();
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
+        let mut alarms = Alarms::new().map_err(Error::host("make an epoll instance"))?;
         let mut plugged = Vec::new();
         for (set, port) in arrange(&addresses).into_iter().zip(ports) {
             for (index, function) in set {
@@ -73,6 +81,7 @@ impl Devices {
                     continue;
                 };
                 device.plug(&board.pci, port, function)?;
+                let key = alarms.hear(device.wires());
                 board.events.fill(port);
                 let row = Row {
                     id: device.name().to_string(),
@@ -84,6 +93,7 @@ impl Devices {
                 };
                 plugged.push(Plugged {
                     row,
+                    key,
                     device,
                     attach: Vec::new(),
                     force_at: None,
@@ -95,6 +105,7 @@ impl Devices {
             plugged,
             coming: 0,
             reminder: None,
+            alarms,
             slots: board.slots(),
             shown: Arc::clone(&ground.shown),
             events: Arc::clone(&ground.events),
@@ -246,6 +257,7 @@ impl Devices {
                 };
                 self.plugged.push(Plugged {
                     row,
+                    key: self.alarms.hear(device.wires()),
                     device,
                     attach: Vec::new(),
                     force_at: None,
@@ -321,6 +333,42 @@ impl Devices {
             self.take_out(port, true, board);
         }
         Ok(Answer::Done)
+    }
+
+    /// What hears the alarms of the devices.
+    pub fn ears(&self, mailbox: &Arc<Mailbox>) -> Ears {
+        self.alarms.ears(mailbox)
+    }
+
+    /// The host has something to say of a device. What it wants back goes back, if the guest does not let
+    /// go of it by force: until then the host's command waits.
+    pub fn alarmed(&mut self, key: AlarmKey, alarm: Alarm, board: &Board) {
+        let Some(one) = self.plugged.iter().find(|one| one.key == key) else {
+            return;
+        };
+        let id = one.row.id.clone();
+        let error = match alarm {
+            Alarm::Failed => {
+                "it reported an error that cannot be corrected: do not rely on what it did since"
+            }
+            // It asks again and again.
+            Alarm::Wanted if one.force_at.is_some() => return,
+            Alarm::Wanted => {
+                (self.events)(VmEvent::Wanted { id: id.clone() });
+                let force_after = Some(HOST_PATIENCE);
+                let detach = Detach {
+                    id: id.clone(),
+                    force_after,
+                };
+                match self.detach(&detach, board) {
+                    Ok(_) => return,
+                    Err(_) => "the host wants it back, and this VM has no slots to let go of it",
+                }
+            }
+        };
+        tracing::warn!(device = id, "{error}");
+        let error = error.to_owned();
+        (self.events)(VmEvent::DeviceError { id, error });
     }
 
     /// The guest has let go of what was in a slot; what has come there since stays.

@@ -1,5 +1,6 @@
 //! One VM from its configuration to its end.
 
+mod alarms;
 mod attach;
 mod board;
 mod build;
@@ -36,6 +37,7 @@ use hotplug::Devices;
 use payload::OpenPayload;
 use populate::Populating;
 
+pub use alarms::{Alarm, AlarmKey};
 pub use attach::Prepared;
 pub use payload::FileError;
 
@@ -80,6 +82,7 @@ impl Vm {
             signals: Arc::clone(signals),
             mailbox: Arc::clone(mailbox),
         }));
+        control.add(Box::new(self.devices.ears(mailbox)));
         let _terminal = self.open_console(&mut control)?;
         let confined = self.ground.sandbox.filter(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
@@ -101,6 +104,7 @@ impl Vm {
                 None => self.devices.tick(Instant::now(), &self.board),
                 Some(Event::Eject(port)) => self.devices.ejected(port, &self.board),
                 Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
+                Some(Event::Alarm(key, alarm)) => self.devices.alarmed(key, alarm, &self.board),
                 Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.board),
                 Some(Event::Reset) => self.reboot()?,
                 Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),

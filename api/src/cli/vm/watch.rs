@@ -84,6 +84,7 @@ fn words(event: &Event) -> String {
         Event::DetachAsked { id } => format!("{id}: the guest is asked to let it go"),
         Event::Detached { id, forced: false } => format!("{id}: the guest has let it go"),
         Event::Detached { id, forced: true } => format!("{id}: it was taken from the guest"),
+        Event::Wanted { id } => format!("{id}: the host wants it back"),
         Event::DeviceError { id, error } => format!("{id}: error: {error}"),
         Event::Reboot => "the guest boots again".to_owned(),
         Event::GuestFault { error } => format!("the guest cannot go on: {error}"),

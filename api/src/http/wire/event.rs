@@ -64,6 +64,11 @@ pub enum Event {
         /// Whether it was taken without the guest's consent.
         forced: bool,
     },
+    /// The host wants a device back, as when its driver is unbound: it is detached.
+    Wanted {
+        /// The device.
+        id: String,
+    },
     /// A device has an error.
     DeviceError {
         /// The device.
@@ -104,6 +109,7 @@ impl From<&command::VmEvent> for Event {
             E::AttachFailed { id, error } => Self::AttachFailed { id, error },
             E::DetachAsked { id } => Self::DetachAsked { id },
             E::Detached { id, forced } => Self::Detached { id, forced },
+            E::Wanted { id } => Self::Wanted { id },
             E::DeviceError { id, error } => Self::DeviceError { id, error },
             E::Reboot => Self::Reboot,
             E::GuestFault { error } => Self::GuestFault { error },
