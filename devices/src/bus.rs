@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::panic::Panic;
 use crate::pci::{PciDevice, PortIndex};
 
 /// A device, or a window of one, that answers accesses on a [`Bus`].
@@ -30,6 +31,8 @@ pub enum Effect {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest's kernel has panicked.
+    Panic(Panic),
     /// The guest has let go of what is in the slot of this root port.
     Eject(PortIndex),
 }
@@ -41,6 +44,7 @@ impl std::fmt::Debug for Effect {
             Effect::Remap(_) => "Remap",
             Effect::PowerOff => "PowerOff",
             Effect::Reset => "Reset",
+            Effect::Panic(_) => "Panic",
             Effect::Eject(_) => "Eject",
         })
     }

@@ -9,6 +9,7 @@ pub mod events;
 pub mod limit;
 pub mod mapping;
 pub mod outlet;
+pub mod panic;
 pub mod pci;
 pub mod power;
 pub mod serial;

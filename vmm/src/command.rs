@@ -326,6 +326,11 @@ pub enum VmEvent {
         /// How.
         error: String,
     },
+    /// The guest's kernel has panicked. What follows is the guest's to decide.
+    GuestPanic {
+        /// Whether a kernel that the guest keeps for that takes over.
+        crash_kernel: bool,
+    },
     /// The guest cannot go on.
     GuestFault {
         /// Why.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use gantry_devices::panic::Panic;
 use gantry_devices::pci::PortIndex;
 use gantry_resources::DeviceName;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
@@ -31,6 +32,8 @@ pub enum Event {
     Signal(i32),
     /// The user ended the VM from its console.
     Quit,
+    /// The guest's kernel has panicked.
+    Panic(Panic),
     /// The guest has let go of what is in a slot.
     Eject(PortIndex),
     /// The guest has switched a device of the host on.
@@ -94,7 +97,7 @@ impl Mailbox {
             Event::Signal(_) | Event::Quit | Event::Command(..) => true,
             Event::Prepared(_) | Event::Alarm(..) => true,
             Event::PowerOff | Event::Reset | Event::Fault(..) => false,
-            Event::Eject(_) | Event::Enabled(_) => false,
+            Event::Eject(_) | Event::Enabled(_) | Event::Panic(_) => false,
         });
         emptied
     }

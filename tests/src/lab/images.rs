@@ -10,7 +10,7 @@ use super::command;
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 use super::packages::find_in;
-use super::parts::Parts;
+use super::parts::{PANIC_MODULE, PANIC_MODULE_NEEDS, Parts};
 
 /// Vendors whose names guests get to know: those of the lab's devices.
 const GUEST_VENDORS: &[&str] = &["1022", "10de", "1234", "15b3", "1af4", "1b36", "8086"];
@@ -85,6 +85,11 @@ pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
         &parts.tools.join("usr/bin/lspci"),
         Some(&parts.tools),
     )?;
+    for (name, file, _) in parts.stock.modules()? {
+        if name == PANIC_MODULE || PANIC_MODULE_NEEDS.contains(&&*name) {
+            archive.copy(&format!("lib/{name}.ko"), &file)?;
+        }
+    }
     let names = parts.tools.join("usr/share/misc/pci.ids");
     let names = fs::read(&names).with_context(|| format!("cannot read {}", names.display()))?;
     let names = trim_names(&String::from_utf8_lossy(&names));

@@ -25,7 +25,14 @@ const STOCK_MODULES: &[&str] = &[
     "tun",
     "veth",
     "bridge",
+    // For guests.
+    PANIC_MODULE,
 ];
+
+/// What tells a VMM that Debian's kernel has panicked.
+pub const PANIC_MODULE: &str = "pvpanic_mmio";
+/// What it needs.
+pub const PANIC_MODULE_NEEDS: &[&str] = &["pvpanic"];
 
 /// The parts, as paths on this machine.
 #[derive(Debug, Clone)]

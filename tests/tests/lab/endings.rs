@@ -26,6 +26,7 @@ pub const MORE: &[Case] = cases![
     a_start_up_error_leaves_the_terminal_alone,
     in_the_background_it_leaves_the_terminal_alone,
     a_panicking_guest_boots_again,
+    a_panic_is_told_of,
     a_triple_fault_ends_it,
     a_kernel_that_dies_at_once_ends_it,
 ];
@@ -187,6 +188,25 @@ fn a_panicking_guest_boots_again(host: &Host) -> Result<()> {
     running.until("guest: init")?;
     running.signal(Signal::SIGTERM)?;
     running.end()?.exits(143)?;
+    Ok(())
+}
+
+fn a_panic_is_told_of(host: &Host) -> Result<()> {
+    let vm = Vm::new("crash").of_debian().memory("512M");
+    let listen =
+        "until [ -S /run/gantry/vm.sock ]; do sleep 0.1; done; exec gantry vm events vm --json";
+    let mut events = Running::of(host.sh(listen).start()?);
+    let mut running = vm.start(host)?;
+    running.until("end Kernel panic")?;
+    events.until("\"guest-panic\"")?;
+    // What follows is the guest's to decide: this one waits.
+    let info = host.sh("gantry vm info vm --json").output()?.success()?;
+    ensure!(info.text().contains("Running"), "{info}");
+    running.signal(Signal::SIGTERM)?;
+    let ended = running.end()?.exits(143)?;
+    let told = "the guest's kernel has panicked";
+    ensure!(ended.errors.contains(told), "{ended}");
+    events.end()?.exits(0)?;
     Ok(())
 }
 

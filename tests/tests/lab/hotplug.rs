@@ -27,6 +27,7 @@ pub const MORE: &[Case] = cases![
     a_reboot_ends_what_was_pending,
     a_reboot_stops_a_device_that_is_leaving,
     what_was_taken_by_force_can_come_again,
+    what_the_host_wants_back_goes_back,
 ];
 
 /// For host kernels that can audit.
@@ -123,6 +124,35 @@ fn a_guest_that_does_not_answer_keeps_nothing(host: &Host) -> Result<()> {
     ensure!(free(host, "nvme")? == 1);
     running.types("poweroff -f")?;
     running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+fn what_the_host_wants_back_goes_back(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let driver = "/sys/bus/pci/drivers/vfio-pci";
+    for (vm, words) in [(vm(), "let it go"), (deaf(), "it was taken from the guest")] {
+        let mut running = vm.devices("nvme", 1).start(host)?;
+        running.until("guest: init")?;
+        let mut events = Running::of(host.sh("gantry vm events vm").start()?);
+        events.until("the VM is running")?;
+        // The kernel has the command wait until the VM has closed the device.
+        let unbind = format!("echo {} > {driver}/unbind", FIRST.bdf);
+        host.sh(&unbind)
+            .within(Duration::from_secs(60))
+            .output()?
+            .success()?;
+        events.until("the host wants it back")?;
+        events.until(words)?;
+        ensure!(devices(host)?.is_empty(), "it still has the device");
+        let bind = format!("echo {} > {driver}/bind", FIRST.bdf);
+        host.sh(&bind).output()?.success()?;
+        until_free(host, "nvme", 1)?;
+        running.types("poweroff -f")?;
+        running.end()?.powered_off()?;
+        events.end()?.exits(0)?;
+    }
+    let log = host.sh("dmesg").output()?.success()?.text();
+    ensure!(!log.contains("No device request channel"), "{log}");
     nothing_is_held(host)
 }
 

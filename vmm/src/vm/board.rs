@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use gantry_devices::events::{self, PlatformEvents};
 use gantry_devices::outlet::{self, Outlet};
+use gantry_devices::panic::{self, PanicRegister};
 use gantry_devices::pci::firmware::{self, FirmwareError, HostWindows, Minimum};
 use gantry_devices::pci::{
     BarSpaceError, ConfigPorts, EcamWindow, PciSegment, PortIndex, PortWindows,
@@ -45,6 +46,8 @@ pub struct Board {
     pub pci: Arc<PciSegment>,
     /// The serial port, if there is one.
     pub serial: Option<Arc<Serial>>,
+    /// Where its kernel says that it has panicked.
+    panic: Arc<PanicRegister>,
     /// What the guest is told of while it runs.
     pub events: Arc<PlatformEvents>,
     /// Slots that can be filled and emptied while the guest runs.
@@ -93,6 +96,7 @@ impl Board {
             routes,
             pci,
             serial,
+            panic: Arc::default(),
             events: Arc::new(events),
             slots,
             windows,
@@ -120,6 +124,8 @@ impl Board {
         guards.push(space.add_ports(*ports.start(), ports.len() as u16, config)?);
         let power = Arc::new(PowerRegisters);
         guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
+        let panic = Arc::clone(&self.panic);
+        guards.push(space.add_ports(panic::PORT, panic::LEN as u16, panic)?);
         let events = Arc::clone(&self.events);
         guards.push(space.add_ports(layout::EVENT_PORT, events::LEN as u16, events)?);
         if let Some(serial) = &self.serial {
@@ -177,6 +183,7 @@ impl Board {
             serial.reset();
         }
         self.events.reset();
+        self.panic.reset();
         let mut tasks = Vec::new();
         for (_, function) in self.pci.functions() {
             let space = Arc::clone(&self.space);

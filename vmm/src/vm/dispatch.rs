@@ -32,6 +32,7 @@ impl Dispatch {
             Some(Effect::Remap(function)) => function.remap(&*self.space),
             Some(Effect::PowerOff) => self.halt(Event::PowerOff),
             Some(Effect::Reset) => self.halt(Event::Reset),
+            Some(Effect::Panic(panic)) => self.mailbox.post(Event::Panic(panic)),
             Some(Effect::Eject(port)) => self.mailbox.post(Event::Eject(port)),
         }
     }

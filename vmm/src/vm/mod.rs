@@ -32,7 +32,8 @@ use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
 use crate::vmm::{Ground, Outcome};
 use board::Board;
-use gantry_devices::info_limited;
+use gantry_devices::panic::Panic;
+use gantry_devices::{info_limited, warn_limited};
 use hotplug::Devices;
 use payload::OpenPayload;
 use populate::Populating;
@@ -104,6 +105,7 @@ impl Vm {
                 None => self.devices.tick(Instant::now(), &self.board),
                 Some(Event::Eject(port)) => self.devices.ejected(port, &self.board),
                 Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
+                Some(Event::Panic(panic)) => self.panicked(panic),
                 Some(Event::Alarm(key, alarm)) => self.devices.alarmed(key, alarm, &self.board),
                 Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.board),
                 Some(Event::Reset) => self.reboot()?,
@@ -121,6 +123,12 @@ impl Vm {
                 }
             }
         }
+    }
+
+    fn panicked(&self, panic: Panic) {
+        warn_limited!("the guest's kernel has panicked: its console has its last words");
+        let crash_kernel = panic == Panic::CrashKernel;
+        self.tell(VmEvent::GuestPanic { crash_kernel });
     }
 
     /// Shows the state that the VM has from now on, and tells of it.

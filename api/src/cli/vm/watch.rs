@@ -87,6 +87,12 @@ fn words(event: &Event) -> String {
         Event::Wanted { id } => format!("{id}: the host wants it back"),
         Event::DeviceError { id, error } => format!("{id}: error: {error}"),
         Event::Reboot => "the guest boots again".to_owned(),
+        Event::GuestPanic {
+            crash_kernel: false,
+        } => "the guest's kernel has panicked".to_owned(),
+        Event::GuestPanic { crash_kernel: true } => {
+            "the guest's kernel has panicked, and its crash kernel takes over".to_owned()
+        }
         Event::GuestFault { error } => format!("the guest cannot go on: {error}"),
         Event::Missed { events } => format!("{events} events came too fast to be shown"),
     }

@@ -78,6 +78,11 @@ pub enum Event {
     },
     /// The guest was reset and boots again.
     Reboot,
+    /// The guest's kernel has panicked. What follows is the guest's to decide: it waits, or is reset.
+    GuestPanic {
+        /// Whether a kernel that the guest keeps for that takes over.
+        crash_kernel: bool,
+    },
     /// The guest cannot go on.
     GuestFault {
         /// Why.
@@ -112,6 +117,7 @@ impl From<&command::VmEvent> for Event {
             E::Wanted { id } => Self::Wanted { id },
             E::DeviceError { id, error } => Self::DeviceError { id, error },
             E::Reboot => Self::Reboot,
+            E::GuestPanic { crash_kernel } => Self::GuestPanic { crash_kernel },
             E::GuestFault { error } => Self::GuestFault { error },
         }
     }

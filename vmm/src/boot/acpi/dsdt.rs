@@ -8,7 +8,7 @@ use acpi_tables::aml::{
     PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
-use gantry_devices::{events as event_registers, power, serial};
+use gantry_devices::{events as event_registers, panic, power, serial};
 
 use super::{AcpiInputs, OEM, OEM_REVISION, OEM_TABLE, events};
 use crate::layout::{
@@ -30,6 +30,7 @@ pub fn dsdt(inputs: &AcpiInputs<'_>) -> Sdt {
     if inputs.serial {
         serial(&mut system_bus);
     }
+    panic_register(&mut system_bus);
     events::events(inputs.slots, &mut system_bus);
     for uid in 0..inputs.cpus {
         processor(uid.into(), &mut system_bus);
@@ -153,6 +154,20 @@ fn motherboard(layout: &Layout, sink: &mut dyn AmlSink) {
             &name("_HID", &EISAName::new("PNP0C02")),
             &name("_UID", &ZERO),
             &name("_CRS", &ResourceTemplate::new(vec![&ecam, &power, &events])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// Where the guest's kernel says that it has panicked, under the name that Linux knows.
+fn panic_register(sink: &mut dyn AmlSink) {
+    let port = IO::new(panic::PORT, panic::PORT, 1, panic::LEN as u8);
+    Device::new(
+        Path::new("PVPC"),
+        vec![
+            &name("_HID", &"QEMU0001"),
+            &name("_UID", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(vec![&port])),
         ],
     )
     .to_aml_bytes(sink);

@@ -266,7 +266,7 @@ mod tests {
             |table: &[u8], bytes: &[u8]| table.windows(bytes.len()).any(|window| window == bytes);
         let dsdt = &tables(2, true)[3];
         for name in [
-            "PCI0", "_OSC", "_PRT", "_CRS", "MBRD", "COM1", "C000", "C001", "_S5_",
+            "PCI0", "_OSC", "_PRT", "_CRS", "MBRD", "COM1", "C000", "C001", "_S5_", "QEMU0001",
         ] {
             assert!(contains(dsdt, name.as_bytes()), "{name}");
         }
