@@ -37,6 +37,10 @@ use wire::{Ask, Leased, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
+/// How long a lease may take, with drivers that let go slowly and virtual functions that are made for it.
+const LEASE_PATIENCE: Duration = Duration::from_secs(120);
+/// How long giving one back may take, or reading a file.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long the helper may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -115,10 +119,14 @@ impl Drop for HeldLease {
             .aside
             .get_mut()
             .map_or_else(|poisoned| poisoned.into_inner().take(), Option::take);
-        let (id, mut socket) = (self.id, self.opener.lock());
-        let released = wire::send(&mut socket, &Ask::Release { id, aside })
-            .and_then(|()| wire::receive::<Said>(&mut socket));
-        if let Err(error) = released {
+        let (id, mut line) = (self.id, self.opener.lock());
+        let released = line
+            .say(&Ask::Release { id, aside })
+            .and_then(|()| line.hear(RELEASE_PATIENCE, &|| false));
+        // Where an answer is owed to something before this, the helper gives back on its own.
+        if let Err(error) = released
+            && error.kind() != io::ErrorKind::Interrupted
+        {
             tracing::warn!("the helper that keeps this VM's leases does not answer: {error}");
         }
     }
@@ -128,7 +136,39 @@ impl Drop for HeldLease {
 #[derive(Clone)]
 pub struct Opener(Arc<End>);
 
-struct End(Mutex<UnixStream>);
+struct End(Mutex<Line>);
+
+/// Questions and answers, one after the other.
+struct Line {
+    socket: UnixStream,
+    /// An answer was not waited for: what comes now is of no question that is known. What is said is still
+    /// heard, and at its end the helper gives all back.
+    lost: bool,
+}
+
+impl Line {
+    fn new(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            lost: false,
+        }
+    }
+
+    fn say(&mut self, ask: &Ask) -> io::Result<()> {
+        wire::send(&mut self.socket, ask)
+    }
+
+    /// The answer to what was said last.
+    fn hear(&mut self, patience: Duration, unwanted: &dyn Fn() -> bool) -> io::Result<Said> {
+        if self.lost {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let heard = wire::wait(&self.socket, patience, unwanted)
+            .and_then(|()| wire::receive(&mut self.socket));
+        self.lost = heard.is_err();
+        heard
+    }
+}
 
 impl Opener {
     /// Starts the helper for a VM. The program that runs must call [`opener_helper`] for `__open`.
@@ -142,27 +182,30 @@ impl Opener {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null());
         command.spawn().map_err(OpenerError::Start)?;
-        let opener = Self(Arc::new(End(Mutex::new(ours))));
+        let opener = Self(Arc::new(End(Mutex::new(Line::new(ours)))));
         let hello = Ask::Hello {
             vm: holder.vm.clone(),
             pid: holder.pid,
         };
-        wire::send(&mut opener.lock(), &hello).map_err(OpenerError::Start)?;
+        opener.lock().say(&hello).map_err(OpenerError::Start)?;
         Ok(opener)
     }
 
     /// From now on the VM is given what the `limit` allows and no more; nothing takes that back.
     pub fn limit(&self, limit: Limit) -> Result<(), OpenerError> {
-        wire::send(&mut self.lock(), &Ask::Limit(limit)).map_err(OpenerError::Gone)
+        let asked = self.lock().say(&Ask::Limit(limit));
+        asked.map_err(OpenerError::Gone)
     }
 
     /// Leases and opens what is asked for: all of it, or nothing. The VM has the IOMMU groups `held`
-    /// already, and wants a `container` or has one.
+    /// already, and wants a `container` or has one. Once it is `unwanted`, nothing is waited for any more, and
+    /// nothing will be opened again.
     pub fn open(
         &self,
         requests: &[Request],
         held: &[u32],
         container: bool,
+        unwanted: &dyn Fn() -> bool,
     ) -> Result<Opened, OpenerError> {
         let ask = Ask::Lease {
             requests: requests.to_vec(),
@@ -171,19 +214,22 @@ impl Opener {
         };
         // Leases give themselves back over the socket: none is made while it is locked.
         let (leased, groups, mut files) = {
-            let mut socket = self.lock();
-            wire::send(&mut socket, &ask).map_err(OpenerError::Gone)?;
-            match wire::receive(&mut socket).map_err(OpenerError::Gone)? {
+            let mut line = self.lock();
+            line.say(&ask).map_err(OpenerError::Gone)?;
+            match line
+                .hear(LEASE_PATIENCE, unwanted)
+                .map_err(OpenerError::Gone)?
+            {
                 Said::Leased { devices, groups } => {
                     let locks: usize = devices.iter().map(|device| device.locks).sum();
                     let count = usize::from(container) + groups.len() + locks;
-                    let files = (0..count).map(|_| wire::receive_file(&socket));
+                    let files = (0..count).map(|_| wire::receive_file(&line.socket));
                     // All of them even if one fails, so that the next answer is not taken for one.
                     let files: Vec<_> = files.collect();
                     (devices, groups, files.into_iter())
                 }
                 Said::Refused(why) => return Err(OpenerError::Refused(why)),
-                Said::Released => {
+                Said::Released | Said::Planned(_) => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
             }
@@ -238,7 +284,20 @@ impl Opener {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, UnixStream> {
+    /// What the plan of that name asks for.
+    pub fn plan(&self, name: &str) -> Result<Vec<Request>, OpenerError> {
+        let mut line = self.lock();
+        line.say(&Ask::Plan(name.to_owned()))
+            .map_err(OpenerError::Gone)?;
+        let said = line.hear(RELEASE_PATIENCE, &|| false);
+        match said.map_err(OpenerError::Gone)? {
+            Said::Planned(requests) => Ok(requests),
+            Said::Refused(why) => Err(OpenerError::Refused(why)),
+            _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Line> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -246,7 +305,8 @@ impl Opener {
 impl Drop for End {
     /// Lets the helper end, and waits until it has.
     fn drop(&mut self) {
-        let socket = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let line = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let socket = &mut line.socket;
         let _ = socket.shutdown(std::net::Shutdown::Write);
         let _ = socket.set_read_timeout(Some(END_PATIENCE));
         while socket.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}

@@ -63,8 +63,28 @@ pub struct Attach {
     /// What the device is called from then on; its address on the host if absent. Of several devices
     /// only the first has it, the others get `-1`, `-2`, ... behind it.
     pub id: Option<String>,
-    /// Which devices: so many of a group or alias, or one by its address.
-    pub request: Request,
+    /// Which devices.
+    pub wanted: Wanted,
+}
+
+/// The devices that a client asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wanted {
+    /// So many of a group or alias, or one by its address.
+    Request(Request),
+    /// Those that the host's service plan of that name says when they are taken.
+    Plan(String),
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Request(Request::Any(wish)) => wish.from.fmt(f),
+            Self::Request(Request::Device { bdf, .. }) => bdf.fmt(f),
+            Self::Request(Request::Mdev { uuid, .. }) => uuid.fmt(f),
+            Self::Plan(name) => write!(f, "plan \"{name}\""),
+        }
+    }
 }
 
 /// A device to be unplugged while the guest runs. The functions of one device go together.

@@ -10,12 +10,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Maintenance, Request, maintenance};
+use gantry_resources::{HostPaths, Maintenance, Plans, Request, maintenance};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::command::{
-    Answer, Attach, Command, CommandError, EventSink, Recipe, Reply, VmEvent, VmInfo, VmState,
+    Answer, Attach, Command, CommandError, Detach, EventSink, Recipe, Reply, VmEvent, VmInfo,
+    VmState, Wanted,
 };
 use crate::config::VmConfig;
 use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
@@ -206,7 +207,7 @@ impl Vmm {
             signals: Arc::clone(&ground.signals),
             mailbox: Arc::clone(&ground.mailbox),
         }));
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&ground.host);
         if let Some(config) = first {
             desk.created = Some(Arc::new(config));
             desk.show(&ground.shown);
@@ -338,13 +339,27 @@ fn raise_file_limit() {
 }
 
 /// What is remembered while no VM runs.
-#[derive(Default)]
 struct Desk {
+    /// Where service plans are.
+    host: HostPaths,
     created: Option<Arc<VmConfig>>,
     /// Whether the VM has run.
     ended: bool,
     /// The state that was last told of.
     told: Option<VmState>,
+}
+
+/// What the device is called that a request is for, if it is for that one only.
+fn address(request: &Request) -> Option<String> {
+    match request {
+        Request::Any(_) => None,
+        Request::Device { bdf, .. } => Some(bdf.to_string()),
+        Request::Mdev { uuid, .. } => Some(uuid.to_string()),
+    }
+}
+
+fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> CommandError {
+    CommandError::Invalid(Box::new(error))
 }
 
 /// What follows from a command while no VM runs.
@@ -355,6 +370,15 @@ enum Deed {
 }
 
 impl Desk {
+    fn new(host: &HostPaths) -> Self {
+        Self {
+            host: host.clone(),
+            created: None,
+            ended: false,
+            told: None,
+        }
+    }
+
     fn take(&mut self, command: Command) -> Deed {
         if self.created.is_none() {
             return match command {
@@ -375,6 +399,7 @@ impl Desk {
             }
             Command::Counters => Ok(Answer::Counters(Vec::new())),
             Command::Attach(attach) => self.attach(attach),
+            Command::Detach(detach) => self.detach(detach),
             _ => Err(CommandError::NotBooted),
         })
     }
@@ -387,23 +412,40 @@ impl Desk {
     }
 
     /// A VM that is not booted will have the device when it is.
-    fn attach(&mut self, Attach { id, request }: Attach) -> Result<Answer, CommandError> {
+    fn attach(&mut self, Attach { id, wanted }: Attach) -> Result<Answer, CommandError> {
         if id.is_some() {
             let what = "a VM that is not booted calls its devices by their addresses: leave `id` out, or boot it first";
             return Err(CommandError::Invalid(what.into()));
         }
-        if let Some(created) = &mut self.created {
-            let exact = match &request {
-                Request::Any(_) => None,
-                Request::Device { bdf, .. } => Some(bdf.to_string()),
-                Request::Mdev { uuid, .. } => Some(uuid.to_string()),
-            };
-            let twice = exact.filter(|_| created.devices.contains(&request));
-            if let Some(name) = twice {
-                return Err(CommandError::DuplicateId(name));
+        let requests = match wanted {
+            Wanted::Request(request) => vec![request],
+            Wanted::Plan(name) => {
+                let plans = Plans::load(&self.host).map_err(invalid)?;
+                let plan = plans.find(&name).map_err(invalid)?;
+                plan.requests().map_err(invalid)?
             }
-            Arc::make_mut(created).devices.push(request);
+        };
+        if let Some(created) = &mut self.created {
+            let known = |request| address(request).filter(|_| created.devices.contains(request));
+            if let Some(twice) = requests.iter().find_map(known) {
+                return Err(CommandError::DuplicateId(twice));
+            }
+            Arc::make_mut(created).devices.extend(requests);
         }
+        Ok(Answer::Done)
+    }
+
+    /// A VM that is not booted will not have the device when it is.
+    fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
+        let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
+        let meant = |request: &Request| address(request).is_some_and(|name| name == id);
+        if !created.devices.iter().any(meant) {
+            let others = created.devices.iter().filter_map(address).collect();
+            return Err(CommandError::NoSuchDevice { id, others });
+        }
+        Arc::make_mut(created)
+            .devices
+            .retain(|request| !meant(request));
         Ok(Answer::Done)
     }
 
@@ -476,7 +518,7 @@ mod tests {
 
     #[test]
     fn nothing_can_be_asked_of_a_vm_that_is_not_there() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         for command in [
             Command::Boot,
             Command::Counters,
@@ -494,7 +536,7 @@ mod tests {
 
     #[test]
     fn what_describes_no_vm_creates_none() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         let wrong = Recipe(Box::new(|| Err("no kernel".into())));
         let error = refused(desk.take(Command::Create(wrong)));
         assert!(matches!(error, CommandError::Invalid(_)), "{error}");
@@ -506,7 +548,7 @@ mod tests {
 
     #[test]
     fn a_vm_is_created_once_booted_and_deleted() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         done(desk.take(Command::Create(config())));
         let again = refused(desk.take(Command::Create(config())));
         assert!(matches!(again, CommandError::AlreadyCreated));
@@ -535,7 +577,7 @@ mod tests {
             let told = Arc::clone(&told);
             Arc::new(move |event| told.lock().unwrap().push(event))
         };
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         desk.tell(&events);
         done(desk.take(Command::Create(config())));
         desk.tell(&events);
@@ -553,7 +595,7 @@ mod tests {
             let told = Arc::clone(&told);
             Arc::new(move |event| told.lock().unwrap().push(event))
         };
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         done(desk.take(Command::Create(config())));
         for _ in 0..2 {
             desk.ran();
@@ -564,17 +606,39 @@ mod tests {
     }
 
     #[test]
+    fn a_plans_devices_may_come_before_the_vm_is_booted() {
+        let folder = tempfile::tempdir().unwrap();
+        let host = HostPaths::under(folder.path());
+        std::fs::create_dir_all(&host.config).unwrap();
+        let plans = r#"{"plans": [{"name": "two", "devices": [{"group": "gpu", "count": 2}]}]}"#;
+        std::fs::write(host.config.join("plans.json"), plans).unwrap();
+        let mut desk = Desk::new(&host);
+        done(desk.take(Command::Create(config())));
+        let attach = |plan: &str| {
+            Command::Attach(Attach {
+                id: None,
+                wanted: Wanted::Plan(plan.to_owned()),
+            })
+        };
+        let unknown = refused(desk.take(attach("three")));
+        assert!(matches!(unknown, CommandError::Invalid(_)), "{unknown}");
+        done(desk.take(attach("two")));
+        let devices = &desk.created.as_ref().unwrap().devices;
+        assert_eq!(*devices, [Request::group("gpu", 2)]);
+    }
+
+    #[test]
     fn a_device_may_come_before_the_vm_is_booted() {
         let attach = |id: Option<&str>| {
             Command::Attach(Attach {
                 id: id.map(str::to_owned),
-                request: Request::Device {
+                wanted: Wanted::Request(Request::Device {
                     bdf: "0000:01:00.0".parse().unwrap(),
                     allow_ungrouped: false,
-                },
+                }),
             })
         };
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
         let early = refused(desk.take(attach(None)));
         assert!(matches!(early, CommandError::NotCreated));
         done(desk.take(Command::Create(config())));
@@ -585,6 +649,16 @@ mod tests {
         assert!(matches!(twice, CommandError::DuplicateId(_)), "{twice}");
         let created = desk.created.as_ref().unwrap();
         assert_eq!(created.devices.len(), 1);
+        let detach = |id: &str| {
+            Command::Detach(Detach {
+                id: id.to_owned(),
+                force_after: None,
+            })
+        };
+        let other = refused(desk.take(detach("0000:02:00.0"))).to_string();
+        assert!(other.contains("it has 0000:01:00.0"), "{other}");
+        done(desk.take(detach("0000:01:00.0")));
+        assert!(desk.created.as_ref().unwrap().devices.is_empty());
         let counters = done(desk.take(Command::Counters));
         assert!(matches!(counters, Answer::Counters(devices) if devices.is_empty()));
     }

@@ -19,6 +19,7 @@ use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
 use gantry_resources::{DeviceName, HostPaths, Request};
+use gantry_vmm::command::Wanted;
 pub use schema::schema;
 pub use validate::SLOTS;
 use validate::{Context, Invalid};
@@ -137,7 +138,7 @@ pub fn parse(
 }
 
 /// What the body of `vm.add-device` asks for; else what is wrong with it, and what to do.
-pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Request, String> {
+pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Wanted, String> {
     let unsupported = [
         ("iommu", body.iommu == Some(true)),
         (
@@ -158,12 +159,7 @@ pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Request,
     if let Some((key, _)) = unsupported.iter().find(|(_, given)| *given) {
         return Err(format!("`{key}` is not supported yet\nremove the key"));
     }
-    if body.plan.is_some() {
-        let what = "`plan`: a VM that runs can read no plans";
-        return Err(format!(
-            "{what}\nask for the devices that it names, as `gantry vm attach --plan` does"
-        ));
-    }
+    let plan = body.plan;
     let device = model::DeviceConfig {
         group: body.group,
         alias: body.alias,
@@ -174,7 +170,16 @@ pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Request,
         resource_class: body.resource_class,
         isolate: body.isolate,
     };
+    if let Some(plan) = plan {
+        return match device == model::DeviceConfig::default() {
+            true => Ok(Wanted::Plan(plan)),
+            false => {
+                Err("`plan`: the plan says which devices\nleave the other keys out".to_owned())
+            }
+        };
+    }
     validate::device("device", device, allow_ungrouped)
+        .map(Wanted::Request)
         .map_err(|Invalid { path, what, help }| format!("`{path}`: {what}\n{help}"))
 }
 
@@ -216,11 +221,11 @@ fn stem(path: &Path) -> String {
 ///
 /// # Errors
 /// Why it cannot be called so, in words.
-pub fn check_id(id: &str, request: &Request) -> Result<(), String> {
-    let own = match request {
-        Request::Any(_) => None,
-        Request::Device { bdf, .. } => Some(DeviceName::Pci(*bdf)),
-        Request::Mdev { uuid, .. } => Some(DeviceName::Mdev(*uuid)),
+pub fn check_id(id: &str, wanted: &Wanted) -> Result<(), String> {
+    let own = match wanted {
+        Wanted::Request(Request::Device { bdf, .. }) => Some(DeviceName::Pci(*bdf)),
+        Wanted::Request(Request::Mdev { uuid, .. }) => Some(DeviceName::Mdev(*uuid)),
+        Wanted::Request(Request::Any(_)) | Wanted::Plan(_) => None,
     };
     let why = match id.parse::<DeviceName>() {
         Ok(name) if Some(name) != own => "it is the address of a device",

@@ -99,7 +99,7 @@ impl Default for MemoryConfig {
 }
 
 /// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`.
-#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[derive(Debug, Default, PartialEq, Eq, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 #[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
 pub struct DeviceConfig {

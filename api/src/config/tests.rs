@@ -5,6 +5,7 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::Request;
+use gantry_vmm::command::Wanted;
 use gantry_vmm::{SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
@@ -518,7 +519,7 @@ fn the_schema_knows_every_key() {
 
 #[test]
 fn a_device_is_called_by_a_name_that_can_be_shown() {
-    let any = Request::group("gpu", 1);
+    let any = Wanted::Request(Request::group("gpu", 1));
     for id in ["gpu0", "Karte 1"] {
         super::check_id(id, &any).unwrap();
     }
@@ -529,10 +530,10 @@ fn a_device_is_called_by_a_name_that_can_be_shown() {
             "{said}"
         );
     }
-    let own = Request::Device {
+    let own = Wanted::Request(Request::Device {
         bdf: "0000:01:00.0".parse().unwrap(),
         allow_ungrouped: false,
-    };
+    });
     super::check_id("0000:01:00.0", &own).unwrap();
     super::check_id("0000:02:00.0", &own).unwrap_err();
 }

@@ -149,12 +149,12 @@ impl App {
     async fn add_device(&self, request: Request<Incoming>) -> Result<Answered, Refusal> {
         let mut body: AddDevice = self.json(request).await?;
         let id = body.id.take();
-        let request = config::attach_request(body, self.identity.allow_ungrouped);
-        let request = request.map_err(Refusal::malformed)?;
+        let wanted = config::attach_request(body, self.identity.allow_ungrouped);
+        let wanted = wanted.map_err(Refusal::malformed)?;
         if let Some(id) = &id {
-            config::check_id(id, &request).map_err(Refusal::malformed)?;
+            config::check_id(id, &wanted).map_err(Refusal::malformed)?;
         }
-        match self.ask(Command::Attach(Attach { id, request })).await? {
+        match self.ask(Command::Attach(Attach { id, wanted })).await? {
             Answer::Attached(devices) => {
                 let Some(first) = devices.first() else {
                     return Ok(reply::done());

@@ -188,11 +188,11 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.remove-device",
         "PUT",
         Call::RemoveDevice,
-        "Detach a device: the answer comes when the guest has been asked, an event when it is gone",
+        "Detach a device: the answer comes when the guest has been asked, an event when it is gone; one \
+         that is not booted yet will not have it",
         &[
             MALFORMED,
             (404, "The VM is not created, or has no such device."),
-            NOT_BOOTED,
             FAILED,
         ],
     ),

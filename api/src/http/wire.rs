@@ -287,10 +287,11 @@ impl From<&command::VmInfo> for VmInfo {
     }
 }
 
-/// Body of `vm.add-device`: so many devices of a `group` or an `alias`, or the one at `path`.
+/// Body of `vm.add-device`: so many devices of a `group` or an `alias`, the one at `path`, or those of a
+/// `plan`.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "an object")]
-#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
+#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}, {"required": ["plan"]}]))]
 pub struct AddDevice {
     /// Name that the device gets in the VM; made up if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -320,8 +321,7 @@ pub struct AddDevice {
     /// Whether no two of these devices may share a physical function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
-    /// Refused: plans are files, which a VM that runs cannot read. `gantry vm attach --plan` reads them,
-    /// and asks for what they name.
+    /// Name of the service plan whose devices to take, all of them or none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<String>,
     /// Not supported: `false`.

@@ -13,7 +13,7 @@ use gantry_resources::{HostPaths, Request};
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
     Answer, Command, CommandError, DeviceCounters, DeviceInfo, DeviceState, GuestBdf, Recipe,
-    Reply, VmEvent, VmInfo, VmState,
+    Reply, VmEvent, VmInfo, VmState, Wanted,
 };
 
 /// A VM without a machine. It answers at once, on the thread that asks.
@@ -61,7 +61,7 @@ impl FakeVm {
             (_, VmState::Created | VmState::Shutdown) => return Err(CommandError::NotBooted),
             (Command::Attach(attach), _) => {
                 let id = attach.id.clone();
-                return self.attach(&mut state, id, &attach.request);
+                return self.attach(&mut state, id, &attach.wanted);
             }
             (Command::Detach(detach), _) => {
                 let found = state.devices.iter().position(|d| d.id == detach.id);
@@ -91,11 +91,12 @@ impl FakeVm {
         &self,
         state: &mut State,
         id: Option<String>,
-        request: &Request,
+        wanted: &Wanted,
     ) -> Result<Answer, CommandError> {
-        let (count, group) = match request {
-            Request::Any(wish) => (wish.count as usize, Some("nvme".to_owned())),
-            Request::Device { .. } | Request::Mdev { .. } => (1, None),
+        let (count, group) = match wanted {
+            Wanted::Request(Request::Any(wish)) => (wish.count as usize, Some("nvme".to_owned())),
+            Wanted::Request(_) => (1, None),
+            Wanted::Plan(_) => (2, Some("nvme".to_owned())),
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });

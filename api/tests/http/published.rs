@@ -30,7 +30,7 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
         (r#"{"group": "a", "count": 0}"#, "count"),
         (r#"{"group": "a", "size": 3}"#, "size"),
         (r#"{"group": "a", "iommu": true}"#, "iommu"),
-        (r#"{"plan": "a"}"#, "gantry vm attach --plan"),
+        (r#"{"plan": "a", "group": "b"}"#, "the plan says"),
         (r#"{"group": "#, "EOF"),
         ("", "EOF"),
     ] {

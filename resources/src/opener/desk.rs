@@ -15,6 +15,7 @@ use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
 use crate::mdev::MdevDevice;
+use crate::plan::Plans;
 use crate::request::{Placement, Request, Source, Wish};
 use crate::reserved::reserved_regions;
 
@@ -61,6 +62,11 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                 held,
                 container,
             }) => desk.lease(&mut socket, &requests, &held, container)?,
+            Ok(Ask::Plan(name)) => {
+                let planned = desk.plan(&name);
+                let said = planned.map_or_else(Said::Refused, Said::Planned);
+                wire::send(&mut socket, &said)?;
+            }
             Ok(Ask::Release { id, aside }) => {
                 desk.release(id, aside.as_deref());
                 wire::send(&mut socket, &Said::Released)?;
@@ -134,6 +140,16 @@ impl Desk<'_> {
         self.next += leases.len() as u64;
         self.leases.extend((first..).zip(leases));
         Ok(())
+    }
+
+    fn plan(&self, name: &str) -> Result<Vec<Request>, String> {
+        let plans = Plans::load(self.paths).map_err(|error| chain(&error))?;
+        let plan = plans.find(name).map_err(|error| chain(&error))?;
+        let requests = plan.requests().map_err(|error| chain(&error))?;
+        match requests.is_empty() {
+            true => Err(format!("plan \"{name}\" has no devices")),
+            false => Ok(requests),
+        }
     }
 
     /// Leases and opens, or says why not, in words for whoever asked.

@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use super::desk::serve;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
+use crate::lease::{AllocationLock, LeaseKind, LeaseRecord};
 
 const GROUPS: &str = r#"{"groups": [
     {"name": "nvme", "rules": [{"class": "0108"}]},
@@ -39,12 +40,12 @@ fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let paths = host.paths.clone();
     let helper = thread::spawn(move || serve(&paths, theirs));
-    let opener = Opener(Arc::new(End(Mutex::new(ours))));
+    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours)))));
     let hello = Ask::Hello {
         vm: "one".to_owned(),
         pid: 123,
     };
-    wire::send(&mut opener.lock(), &hello).unwrap();
+    opener.lock().say(&hello).unwrap();
     (opener, helper)
 }
 
@@ -74,7 +75,7 @@ fn content(mut file: &File) -> String {
 }
 
 fn refused(opener: &Opener, request: Request) -> String {
-    match opener.open(&[request], &[], false) {
+    match opener.open(&[request], &[], false, &|| false) {
         Err(OpenerError::Refused(why)) => why,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it was given"),
@@ -86,7 +87,7 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
     let opened = opener
-        .open(&[Request::group("nvme", 1)], &[], true)
+        .open(&[Request::group("nvme", 1)], &[], true, &|| false)
         .unwrap();
     assert_eq!(opened.devices[0].name, bdf("01:00.0"));
     assert_eq!(opened.devices[0].group, 1);
@@ -96,7 +97,7 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     assert_eq!(held(&host), ["0000:01:00.0"]);
 
     let second = opener
-        .open(&[Request::group("nvme", 1)], &[1], false)
+        .open(&[Request::group("nvme", 1)], &[1], false, &|| false)
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("02:00.0"));
     assert!(second.container.is_none());
@@ -115,14 +116,14 @@ fn the_functions_of_a_group_come_with_one_node() {
     let host = host();
     let (opener, _helper) = started(&host);
     let opened = opener
-        .open(&[Request::group("nic", 2)], &[], false)
+        .open(&[Request::group("nic", 2)], &[], false, &|| false)
         .unwrap();
     assert_eq!((opened.devices.len(), opened.groups.len()), (2, 1));
     let locks = opened.devices[0].lease.locks.as_ref().unwrap();
     assert_eq!(locks.len(), 2, "the whole group is locked");
     drop(opened);
     let known = opener
-        .open(&[Request::group("nic", 1)], &[7], false)
+        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert!(known.groups.is_empty());
 }
@@ -132,19 +133,19 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
     let host = host();
     let (opener, _helper) = started(&host);
     let first = opener
-        .open(&[Request::group("nic", 1)], &[], false)
+        .open(&[Request::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let (other, _helper) = started(&host);
     assert!(refused(&other, Request::group("nic", 1)).contains("03:00.1"));
     let second = opener
-        .open(&[Request::group("nic", 1)], &[7], false)
+        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("03:00.1"));
     assert!(refused(&opener, Request::group("nic", 1)).contains("'one'"));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
     let again = opener
-        .open(&[Request::group("nic", 1)], &[7], false)
+        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert_eq!(again.devices[0].name, bdf("03:00.0"));
     drop((second, again));
@@ -165,7 +166,9 @@ fn a_vm_is_given_only_what_its_file_names() {
     refused(&opener, exact("03:00.0"));
     refused(&opener, Request::alias("nvme", 1));
     assert!(held(&host).is_empty());
-    opener.open(&[exact("02:00.0")], &[], false).unwrap();
+    opener
+        .open(&[exact("02:00.0")], &[], false, &|| false)
+        .unwrap();
 }
 
 #[test]
@@ -186,7 +189,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let three = Request::group("nic", 3);
     assert!(refused(&opener, three).contains("started for, 2"));
     let _nics = opener
-        .open(&[Request::group("nic", 2)], &[], false)
+        .open(&[Request::group("nic", 2)], &[], false, &|| false)
         .unwrap();
     let (other, _helper) = started(&host);
     let limit = Limit {
@@ -195,7 +198,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         ..only(&[])
     };
     other.limit(limit).unwrap();
-    let _disk = other.open(&[ungrouped], &[], false).unwrap();
+    let _disk = other.open(&[ungrouped], &[], false, &|| false).unwrap();
     let more = Request::Device {
         bdf: bdf("02:00.0"),
         allow_ungrouped: true,
@@ -212,7 +215,7 @@ fn a_limit_is_never_taken_back() {
     opener.limit(only(&["nic"])).unwrap();
     assert!(
         opener
-            .open(&[Request::group("nic", 1)], &[], false)
+            .open(&[Request::group("nic", 1)], &[], false, &|| false)
             .is_err()
     );
     assert!(helper.join().unwrap().is_err(), "it ends");
@@ -230,10 +233,14 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     refused(&opener, exact);
     assert!(held(&host).is_empty());
     let opened = opener
-        .open(&[Request::group("nvme", 1)], &[], false)
+        .open(&[Request::group("nvme", 1)], &[], false, &|| false)
         .unwrap();
     // As when the VM's process is killed: nobody says anything any more.
-    opener.lock().shutdown(std::net::Shutdown::Both).unwrap();
+    opener
+        .lock()
+        .socket
+        .shutdown(std::net::Shutdown::Both)
+        .unwrap();
     helper.join().unwrap().unwrap();
     assert!(held(&host).is_empty());
     drop(opened);
@@ -244,7 +251,7 @@ fn nonsense_ends_the_helper() {
     let host = host();
     for nonsense in [&[0xff; 8][..], &[2, 0, 0, 0, b'{', b'}'], &[0, 0, 0, 0]] {
         let (opener, helper) = started(&host);
-        opener.lock().write_all(nonsense).unwrap();
+        opener.lock().socket.write_all(nonsense).unwrap();
         assert!(helper.join().unwrap().is_err());
     }
 }
@@ -263,7 +270,7 @@ fn what_does_not_arrive_whole_goes_back() {
     // A lease that waits for itself would wait for ever.
     let patience = Some(Duration::from_secs(5));
     theirs.set_read_timeout(patience).unwrap();
-    let opener = Opener(Arc::new(End(Mutex::new(ours))));
+    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours)))));
     let helper = thread::spawn(move || {
         let _: Ask = wire::receive(&mut theirs).unwrap();
         let leased = |id| wire::Leased {
@@ -291,7 +298,56 @@ fn what_does_not_arrive_whole_goes_back() {
         released.sort_unstable();
         released
     });
-    let failed = opener.open(&[Request::group("nvme", 2)], &[], false).err();
+    let failed = opener
+        .open(&[Request::group("nvme", 2)], &[], false, &|| false)
+        .err();
     assert!(matches!(failed, Some(OpenerError::Files(_))), "{failed:?}");
     assert_eq!(helper.join().unwrap(), [4, 5]);
+}
+
+#[test]
+fn a_plan_is_what_its_file_says() {
+    let host = host();
+    let plans = r#"{"plans": [{"name": "two", "devices": [{"group": "nvme", "count": 2}]}]}"#;
+    host.file("etc/plans.json", plans);
+    let (opener, _helper) = started(&host);
+    let requests = opener.plan("two").unwrap();
+    assert_eq!(requests, [Request::group("nvme", 2)]);
+    let unknown = opener.plan("three").unwrap_err().to_string();
+    assert!(unknown.contains("\"three\""), "{unknown}");
+    opener.open(&requests, &[], false, &|| false).unwrap();
+}
+
+#[test]
+fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
+    let host = host();
+    let (opener, helper) = started(&host);
+    let first = opener
+        .open(&[Request::group("nvme", 1)], &[], false, &|| false)
+        .unwrap();
+    // Somebody is choosing devices all the time.
+    let record = LeaseRecord {
+        kind: LeaseKind::Vm,
+        name: "two".to_owned(),
+        pid: 124,
+        since: 0,
+    };
+    let turn = AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap();
+    let second = opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
+    assert!(matches!(second, Err(OpenerError::Gone(_))));
+    drop(first);
+    drop(turn);
+    drop(opener);
+    helper.join().unwrap().unwrap();
+    assert!(held(&host).is_empty());
+}
+
+#[test]
+fn a_helper_that_says_nothing_is_not_waited_for_for_ever() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let patience = Duration::from_millis(100);
+    let waited = wire::wait(&ours, patience, &|| false).unwrap_err();
+    assert_eq!(waited.kind(), io::ErrorKind::TimedOut);
+    let waited = wire::wait(&ours, patience, &|| true).unwrap_err();
+    assert_eq!(waited.kind(), io::ErrorKind::Interrupted);
 }

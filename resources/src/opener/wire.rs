@@ -2,10 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -17,6 +20,8 @@ use crate::uuid::Uuid;
 
 /// The longest message: far beyond any list of devices.
 const MAX: u32 = 1 << 20;
+/// How often it is looked whether something is still wanted, in milliseconds.
+const STEP: u16 = 50;
 
 /// What the VM asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -31,6 +36,8 @@ pub(super) enum Ask {
         held: Vec<u32>,
         container: bool,
     },
+    /// What the plan of that name asks for.
+    Plan(String),
     /// A lease ends, and why its device is to be put aside.
     Release { id: u64, aside: Option<String> },
 }
@@ -54,6 +61,8 @@ pub(super) enum Said {
         devices: Vec<Leased>,
         groups: Vec<LeasedGroup>,
     },
+    /// What a plan asks for.
+    Planned(Vec<Request>),
     Refused(String),
     Released,
 }
@@ -73,6 +82,32 @@ pub(super) struct Leased {
 pub(super) struct LeasedGroup {
     pub(super) number: u32,
     pub(super) reserved: Vec<ReservedRegion>,
+}
+
+/// Waits until there is something to receive, or the other side has ended.
+///
+/// # Errors
+/// `TimedOut` after so long, `Interrupted` once it is `unwanted`.
+pub(super) fn wait(
+    socket: &UnixStream,
+    patience: Duration,
+    unwanted: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    let mut files = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut files, STEP) {
+            Ok(1..) => return Ok(()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if unwanted() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        if Instant::now() >= deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
 }
 
 pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {

@@ -5,19 +5,18 @@
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
-use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::Opener;
+use gantry_resources::{Opener, Request};
 
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed};
 use super::populate::Populating;
-use crate::command::{Attach, CommandError, EventSink, Reply, VmEvent};
+use crate::command::{Attach, CommandError, EventSink, Reply, VmEvent, Wanted};
 use crate::control::Event;
 use crate::error::Error;
 use crate::kvm::VfioObserver;
@@ -44,8 +43,8 @@ pub struct Prepared {
     pub attach: Attach,
     /// Who waits for it.
     pub reply: Reply,
-    /// The devices, in no slot yet.
-    pub devices: Result<Vec<AttachedDevice>, Error>,
+    /// The devices, in no slot yet, and what they were taken for.
+    pub devices: Result<(Vec<AttachedDevice>, Vec<Request>), Error>,
     /// How long each step took.
     pub steps: Steps,
 }
@@ -247,7 +246,7 @@ impl Workshop {
         attach: &Attach,
         steps: &mut Steps,
         ending: &Arc<AtomicBool>,
-    ) -> Result<Vec<AttachedDevice>, Error> {
+    ) -> Result<(Vec<AttachedDevice>, Vec<Request>), Error> {
         let Ground {
             sandbox,
             mailbox,
@@ -259,8 +258,12 @@ impl Workshop {
             .as_ref()
             .map_or_else(Vec::new, |domain| domain.held());
         let first = domain.is_none();
-        let requests = slice::from_ref(&attach.request);
-        let opened = self.opener.open(requests, &held, first)?;
+        let requests = match &attach.wanted {
+            Wanted::Request(request) => vec![request.clone()],
+            Wanted::Plan(name) => self.opener.plan(name)?,
+        };
+        let unwanted = || ending.load(Ordering::Acquire);
+        let opened = self.opener.open(&requests, &held, first, &unwanted)?;
         steps.done("lease");
         let claimed = Claimed::opened(opened, domain, &self.observer, host)?;
         if let Some(range) = self.room.conflict(claimed.reserved()) {
@@ -287,7 +290,7 @@ impl Workshop {
         let devices = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
         mapped?;
         self.domain = domain;
-        Ok(devices)
+        Ok((devices, requests))
     }
 
     /// Begins to map RAM for the first device.
@@ -330,8 +333,6 @@ pub fn tell_steps(events: &EventSink, id: &str, steps: &Steps) {
 
 #[cfg(test)]
 mod tests {
-    use gantry_resources::Request;
-
     use super::*;
     use crate::command::Answer;
 
@@ -343,10 +344,7 @@ mod tests {
         let (sender, answers) = channel();
         let attach = Attach {
             id: Some(id.to_owned()),
-            request: Request::Device {
-                bdf: "0000:01:00.0".parse().unwrap(),
-                allow_ungrouped: false,
-            },
+            wanted: Wanted::Plan("gpu".to_owned()),
         };
         let reply = move |answer| drop(sender.send(answer));
         (Job::Attach(attach, Box::new(reply)), answers)

@@ -66,7 +66,7 @@ impl Vm {
             0 => None,
             _ => Some(Hot::new(host, &holder, &machine)?),
         };
-        let claimed = claim(config, host, &holder, hot.as_ref(), &machine)?;
+        let claimed = claim(config, ground, &holder, hot.as_ref(), &machine)?;
         signals.check()?;
         let ports = arrange(&claimed.names()).len();
         let domain = claimed.domain().cloned();
@@ -192,16 +192,19 @@ fn side_by_side(
 /// every device of a group.
 fn claim(
     config: &VmConfig,
-    host: &HostPaths,
+    ground: &Ground,
     holder: &Holder,
     hot: Option<&Hot>,
     machine: &Machine,
 ) -> Result<Claimed, Error> {
+    let Ground { host, signals, .. } = ground;
     match hot {
         _ if config.devices.is_empty() => Ok(Claimed::none()),
         Some(Hot { opener, observer }) => {
-            let opened = opener.open(&config.devices, &[], true)?;
-            Claimed::opened(opened, None, observer, host)
+            let unwanted = || signals.check().is_err();
+            let opened = opener.open(&config.devices, &[], true, &unwanted);
+            signals.check()?;
+            Claimed::opened(opened?, None, observer, host)
         }
         None => {
             let leases = gantry_resources::allocate(host, &config.devices, holder)?;

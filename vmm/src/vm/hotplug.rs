@@ -155,11 +155,11 @@ impl Devices {
         self.coming = self.coming.saturating_sub(1);
         let begun = self.plugged.len();
         let plugged = match devices {
-            Ok(devices) => self.plug(&attach, devices, board),
+            Ok((devices, asked)) => self.plug(&attach, devices, &asked, board),
             Err(error) => Err(error.into()),
         };
         if let Err(error) = plugged {
-            let what = attach.id.unwrap_or_else(|| words(&attach.request));
+            let what = attach.id.unwrap_or_else(|| attach.wanted.to_string());
             (self.events)(VmEvent::AttachFailed {
                 id: what,
                 error: error.to_string(),
@@ -197,11 +197,12 @@ impl Devices {
         &mut self,
         attach: &Attach,
         devices: Vec<AttachedDevice>,
+        asked: &[Request],
         board: &Board,
     ) -> Result<(), CommandError> {
         let begun = self.plugged.len();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
-        let plugged = self.plug_each(attach, &mut devices, board);
+        let plugged = self.plug_each(attach, &mut devices, asked, board);
         if plugged.is_err() {
             let left = devices.into_iter().flatten();
             let new = self.plugged.drain(begun..).map(|new| new.device);
@@ -224,11 +225,12 @@ impl Devices {
         &mut self,
         attach: &Attach,
         devices: &mut [Option<AttachedDevice>],
+        asked: &[Request],
         board: &Board,
     ) -> Result<(), CommandError> {
         let addresses: Vec<DeviceName> =
             devices.iter().flatten().map(AttachedDevice::name).collect();
-        let group = names(&attach.request).into_iter().next().flatten();
+        let groups: Vec<Option<String>> = asked.iter().flat_map(names).collect();
         for set in arrange(&addresses) {
             let port = self.slot_for(&set, devices, board)?;
             for (index, function) in set {
@@ -250,7 +252,7 @@ impl Devices {
                 let row = Row {
                     id,
                     name: device.name(),
-                    group: group.clone(),
+                    group: groups.get(index).cloned().flatten(),
                     state: DeviceState::Announced,
                     port,
                     function,
@@ -530,14 +532,6 @@ fn names(request: &Request) -> Vec<Option<String>> {
             vec![Some(name.clone()); wish.count as usize]
         }
         Request::Device { .. } | Request::Mdev { .. } => vec![None],
-    }
-}
-
-fn words(request: &Request) -> String {
-    match request {
-        Request::Any(wish) => wish.from.to_string(),
-        Request::Device { bdf, .. } => bdf.to_string(),
-        Request::Mdev { uuid, .. } => uuid.to_string(),
     }
 }
 
