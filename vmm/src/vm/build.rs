@@ -1,6 +1,7 @@
 //! How a VM is put together, in order.
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
@@ -33,6 +34,8 @@ use crate::vmm::Ground;
 
 /// More threads that make memory present get in each other's way.
 const POPULATE_THREADS: usize = 4;
+/// Processors that these leave to the guest, and to the thread that maps memory and so makes it present, too.
+const OTHER_THREADS: usize = 2;
 /// The functions that one slot can hold.
 const FUNCTIONS: usize = 8;
 
@@ -147,10 +150,17 @@ impl Hot {
             ram: board.ram.ranges(),
             room: room(layout),
             memlock: gantry_resources::memlock_limit(&ground.host),
-            threads: available_parallelism().map_or(1, |count| count.get().min(POPULATE_THREADS)),
+            threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
             ground: ground.clone(),
         })
     }
+}
+
+/// How many threads make memory present beside the one that maps it.
+fn populate_threads(processors: usize) -> usize {
+    processors
+        .saturating_sub(OTHER_THREADS)
+        .min(POPULATE_THREADS)
 }
 
 /// What the VM may be given while it runs. `ports` are those of the devices that it starts with.
@@ -304,6 +314,12 @@ fn make_vcpus(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_made_present_by_processors_that_have_nothing_else_to_do() {
+        let threads = [1, 2, 3, 6, 64].map(populate_threads);
+        assert_eq!(threads, [0, 0, 1, 4, 4]);
+    }
 
     #[test]
     fn what_amd_reserves_stays_free_where_nothing_is_known() {

@@ -10,8 +10,9 @@ use crate::error::Error;
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 
-/// Bytes that one thread takes at a time: small enough to be left off soon.
-const PART: usize = 16 << 20;
+/// Bytes that one thread takes at a time: a huge page. Meanwhile no thread of the process can map anything,
+/// and those that open devices do: many pages at a time hold them up for as long as all the rest takes.
+const PART: usize = 2 << 20;
 
 /// RAM that is being made present. Dropping the value ends that soon.
 pub struct Populating {
@@ -28,7 +29,7 @@ struct Work {
 }
 
 impl Populating {
-    /// Begins with all of `ram`, on so many threads; to be left off once the VM is `ending`.
+    /// Begins with all of `ram`, on so many threads, if any; to be left off once the VM is `ending`.
     ///
     /// # Errors
     /// The kernel makes no thread.
@@ -48,7 +49,7 @@ impl Populating {
             work: Arc::clone(&work),
             threads: Vec::new(),
         };
-        for _ in 0..threads.max(1) {
+        for _ in 0..threads {
             let work = Arc::clone(&work);
             let thread = threads::spawn(Role::Dma, sandbox, move || work.go_on());
             let thread = thread.map_err(Error::host("spawn a thread"))?;
