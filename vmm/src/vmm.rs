@@ -7,7 +7,7 @@
 //! itself in the same way, while the first one waits for its end.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gantry_resources::{HostPaths, Maintenance, Plans, Request, maintenance};
@@ -77,6 +77,8 @@ pub struct Ground {
     pub events: EventSink,
     /// Where it is shown what the VM is.
     pub shown: Arc<Shown>,
+    /// Where the socket of the clients is, if there is one.
+    pub socket_folder: Option<PathBuf>,
 }
 
 /// The way to the VM for clients, from any thread.
@@ -134,6 +136,7 @@ impl Vmm {
                 signals,
                 events: options.events,
                 shown: Arc::default(),
+                socket_folder: None,
             },
             keep: options.keep,
         })
@@ -148,19 +151,19 @@ impl Vmm {
     }
 
     /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
-    /// may use sockets that it has or accepts, open nothing, and remove files in `folder` alone, where
-    /// its socket is.
+    /// may use sockets that it has or accepts, and reaches no file. Its socket is in `folder`, from where
+    /// the calling thread may remove it at the end.
     ///
     /// # Errors
     /// The kernel makes no thread.
     pub fn spawn_api(
-        &self,
+        &mut self,
         folder: &Path,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<Task<()>> {
         let sandbox = Arc::clone(&self.ground.sandbox);
-        let folder = folder.to_owned();
-        let confine = move || sandbox.confine_to_removal(&folder);
+        let confine = move || sandbox.confine_to_nothing();
+        self.ground.socket_folder = Some(folder.to_owned());
         threads::spawn_confined(Role::Api, &self.ground.sandbox, confine, body)
     }
 
@@ -313,7 +316,8 @@ fn live(
     if let Some(Maintenance { reason, .. }) = maintenance(&ground.host)? {
         return Err(Error::Maintenance(reason));
     }
-    let confined = ground.sandbox.confine_files(config, &ground.host);
+    let socket = ground.socket_folder.as_deref();
+    let confined = ground.sandbox.confine_files(config, &ground.host, socket);
     let ended = confined
         .map_err(Error::host("confine files (Landlock)"))
         .and_then(|()| Vm::build(config, ground))

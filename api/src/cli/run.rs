@@ -9,7 +9,7 @@ use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, ma
 
 use crate::config::{self, Extras, Source};
 use crate::http::{
-    Events, Identity, Limits, Server, Socket, SocketError, Stop, as_process, path_of,
+    Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
 };
 use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
 use gantry_vmm::threads::Task;
@@ -134,16 +134,18 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         keep: config.is_none(),
         events: events.sink(),
     };
-    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    let _api = args.serve(&vmm, events, &name, paths)?;
+    let mut vmm = Vmm::new(paths, options).map_err(Failure::host)?;
+    let _api = args.serve(&mut vmm, events, &name, paths)?;
     let outcome = vmm.run(config).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
 }
 
-/// The thread that speaks with clients. Dropping it ends it, once its last answers are out.
+/// The thread that speaks with clients. Dropping it ends it, once its last answers are out, and then the
+/// socket's file goes.
 struct Api {
     stop: Stop,
     _task: Task<()>,
+    _file: SocketFile,
 }
 
 impl Drop for Api {
@@ -156,7 +158,7 @@ impl RunArgs {
     /// Serves the VM on its socket, if it is to have one.
     fn serve(
         self,
-        vmm: &Vmm,
+        vmm: &mut Vmm,
         events: Events,
         name: &str,
         paths: &HostPaths,
@@ -165,8 +167,9 @@ impl RunArgs {
             return Ok(None);
         };
         let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));
-        let server = Server::new(socket, Limits::default()).map_err(failed)?;
-        let (stop, folder) = (server.stopper(), server.folder().to_owned());
+        let (listener, file) = socket.into_parts().map_err(failed)?;
+        let server = Server::new(listener, Limits::default()).map_err(failed)?;
+        let stop = server.stopper();
         let identity = Identity {
             name: name.to_owned(),
             allow_ungrouped: self.allow_ungrouped,
@@ -174,8 +177,12 @@ impl RunArgs {
         };
         let vm = Arc::new(vmm.handle());
         let serve = move || server.serve(vm, events, identity);
-        let task = vmm.spawn_api(&folder, serve).map_err(failed)?;
-        Ok(Some(Api { stop, _task: task }))
+        let task = vmm.spawn_api(file.folder(), serve).map_err(failed)?;
+        Ok(Some(Api {
+            stop,
+            _task: task,
+            _file: file,
+        }))
     }
 
     /// The socket that was asked for, or the usual one where this user can have it.

@@ -17,7 +17,7 @@ pub mod wire;
 
 pub use events::Events;
 pub use server::{Identity, Limits, Server, Stop};
-pub use socket::{Socket, SocketError, as_process, path_of, remove_stale};
+pub use socket::{Socket, SocketError, SocketFile, as_process, path_of, remove_stale};
 
 use gantry_vmm::Handle;
 use gantry_vmm::command::{Command, CommandError, Reply, VmInfo};

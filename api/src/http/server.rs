@@ -1,7 +1,6 @@
 //! The server: connections, each bounded in number, time and size, and their end.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +16,6 @@ use tokio::time::{sleep, timeout};
 use super::calls::App;
 use super::metrics::Tally;
 use super::patience::Patient;
-use super::socket::{Socket, dir_of};
 use super::{Events, Vm};
 
 /// How much a client may take.
@@ -70,7 +68,6 @@ pub struct Identity {
 pub struct Server {
     runtime: Runtime,
     listener: UnixListener,
-    file: PathBuf,
     stop: Stop,
     limits: Limits,
 }
@@ -87,12 +84,11 @@ impl Stop {
 }
 
 impl Server {
-    /// A server on a socket, whose file goes when the server ends.
+    /// A server on a socket.
     ///
     /// # Errors
     /// The kernel has no descriptors left.
-    pub fn new(socket: Socket, limits: Limits) -> io::Result<Self> {
-        let (listener, file) = socket.into_parts();
+    pub fn new(listener: std::os::unix::net::UnixListener, limits: Limits) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_io()
             .enable_time()
@@ -103,15 +99,9 @@ impl Server {
         Ok(Self {
             runtime,
             listener,
-            file,
             stop: Stop::default(),
             limits,
         })
-    }
-
-    /// Where its socket is.
-    pub fn folder(&self) -> &Path {
-        dir_of(&self.file)
     }
 
     /// What ends it.
@@ -124,7 +114,6 @@ impl Server {
         let Self {
             runtime,
             listener,
-            file,
             stop,
             limits,
         } = self;
@@ -154,10 +143,6 @@ impl Server {
                         sleep(Duration::from_millis(100)).await;
                     }
                 }
-            }
-            // In this order: while somebody listens, the file is of this server and no other.
-            if let Err(error) = std::fs::remove_file(&file) {
-                tracing::debug!(%error, "the API's socket stays: {}", file.display());
             }
             drop(listener);
             events.close();

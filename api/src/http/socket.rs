@@ -109,9 +109,40 @@ impl Socket {
         &self.path
     }
 
-    /// The listener, non-blocking; whose file it is to remove.
-    pub fn into_parts(self) -> (UnixListener, PathBuf) {
-        (self.listener, self.path)
+    /// The listener, non-blocking, and its file.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn into_parts(self) -> io::Result<(UnixListener, SocketFile)> {
+        let file = SocketFile {
+            listener: self.listener.try_clone()?,
+            path: self.path,
+        };
+        Ok((self.listener, file))
+    }
+}
+
+/// The file of a socket that somebody listens on. Dropping it removes the file.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// While somebody listens, the file is of this socket and no other.
+    listener: UnixListener,
+}
+
+impl SocketFile {
+    /// The directory that it is in.
+    pub fn folder(&self) -> &Path {
+        dir_of(&self.path)
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let (path, listener) = (self.path.display(), &self.listener);
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, ?listener, "the API's socket stays: {path}");
+        }
     }
 }
 

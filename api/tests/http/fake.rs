@@ -260,14 +260,18 @@ pub fn serve(
     limits: Limits,
 ) -> (Stop, JoinHandle<()>) {
     let socket = Socket::bind(&folder.path().join("vm.sock"), None, folder.path()).unwrap();
-    let server = Server::new(socket, limits).unwrap();
+    let (listener, file) = socket.into_parts().unwrap();
+    let server = Server::new(listener, limits).unwrap();
     let stop = server.stopper();
     let identity = Identity {
         name: "fake".to_owned(),
         allow_ungrouped: false,
         host: HostPaths::under(folder.path()),
     };
-    let thread = std::thread::spawn(move || server.serve(vm, events, identity));
+    let thread = std::thread::spawn(move || {
+        let _file = file;
+        server.serve(vm, events, identity);
+    });
     (stop, thread)
 }
 

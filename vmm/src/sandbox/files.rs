@@ -29,11 +29,11 @@ struct Rule {
 }
 
 /// Confines the calling thread, and every thread and process that it makes from now on, to what the
-/// VM needs.
+/// VM needs. From the folder of its `socket` it may remove files.
 ///
 /// # Errors
 /// The kernel refused the rules.
-pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+pub fn confine(config: &VmConfig, host: &HostPaths, socket: Option<&Path>) -> io::Result<()> {
     // A rule is about a directory that is there.
     for own in [&host.run, &host.state] {
         if let Err(error) = fs::create_dir_all(own) {
@@ -42,6 +42,10 @@ pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     }
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(config, host);
+    rules.extend(socket.map(|folder| Rule {
+        path: folder.to_owned(),
+        access: AccessFs::RemoveFile.into(),
+    }));
     // Before a disk leaves the host it is asked whether something has claimed it, and its node is made
     // anew whenever it comes back.
     if Groups::load(host).is_ok_and(|groups| groups.take_on_demand()) {
@@ -59,16 +63,12 @@ pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     enforce(&rules).map_err(io::Error::other)
 }
 
-/// Confines the calling thread to removing files in a folder and below.
+/// Keeps the calling thread from all files that are not open.
 ///
 /// # Errors
 /// The kernel refused the rules.
-pub fn confine_to_removal(folder: &Path) -> io::Result<()> {
-    let rule = Rule {
-        path: folder.to_owned(),
-        access: AccessFs::RemoveFile.into(),
-    };
-    enforce(&[rule]).map_err(io::Error::other)
+pub fn confine_to_nothing() -> io::Result<()> {
+    enforce(&[]).map_err(io::Error::other)
 }
 
 fn enforce(rules: &[Rule]) -> Result<(), RulesetError> {
@@ -201,22 +201,17 @@ mod tests {
     }
 
     #[test]
-    fn who_may_remove_may_do_no_more() {
+    fn who_speaks_with_clients_reaches_no_file() {
         let folder = tempfile::tempdir().unwrap();
-        let (own, other) = (folder.path().join("own"), folder.path().join("other"));
-        for folder in [&own, &other] {
-            fs::create_dir(folder).unwrap();
-            fs::write(folder.join("file"), "text").unwrap();
-        }
+        let own = folder.path().join("file");
+        fs::write(&own, "text").unwrap();
         let confined = thread::spawn(move || {
-            confine_to_removal(&own).unwrap();
-            if fs::read(other.join("file")).is_ok() {
+            confine_to_nothing().unwrap();
+            if fs::read(&own).is_ok() {
                 return false;
             }
-            fs::read(own.join("file")).unwrap_err();
-            fs::write(own.join("new"), "text").unwrap_err();
-            fs::remove_file(other.join("file")).unwrap_err();
-            fs::remove_file(own.join("file")).unwrap();
+            fs::write(own.with_extension("new"), "text").unwrap_err();
+            fs::remove_file(&own).unwrap_err();
             true
         });
         if !confined.join().unwrap() {
@@ -230,7 +225,15 @@ mod tests {
     fn only_what_was_named_is_reached() {
         let folder = tempfile::tempdir().unwrap();
         let host = HostPaths::under(folder.path());
-        let files = ["vmlinux", "secret", "program", "run/lock", "dev/vfio/7"];
+        let sockets = "sockets/x.sock";
+        let files = [
+            "vmlinux",
+            "secret",
+            "program",
+            "run/lock",
+            "dev/vfio/7",
+            sockets,
+        ];
         for path in files.into_iter().chain(["proc/x", "proc/self/maps"]) {
             let path = folder.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -248,10 +251,13 @@ mod tests {
         std::os::unix::fs::symlink(link, folder.path().join("var")).unwrap();
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host).unwrap();
+            confine(&config, &host, Some(&root.join("sockets"))).unwrap();
             if fs::read(root.join("secret")).is_ok() {
                 return false;
             }
+            fs::remove_file(root.join("vmlinux")).unwrap_err();
+            fs::remove_file(root.join("sockets/x.sock")).unwrap();
+            fs::write(root.join("sockets/vm.sock"), "text").unwrap_err();
             for path in ["vmlinux", "program", "run/lock", "dev/vfio/7", "proc/x"] {
                 fs::read(root.join(path)).unwrap();
             }
@@ -290,7 +296,7 @@ mod tests {
         let config = config(folder.path(), SerialMode::Off);
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host).unwrap();
+            confine(&config, &host, None).unwrap();
             if fs::read(root.join("secret")).is_ok() {
                 return false;
             }

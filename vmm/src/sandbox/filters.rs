@@ -103,9 +103,6 @@ const CLIENTS: &[c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_nanosleep,
     libc::SYS_clock_nanosleep,
-    // The socket is taken out of its directory at the end.
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
 ];
 
 /// A lease that ends empties its record, or is told to the opener over the socket that there is. The
@@ -133,6 +130,9 @@ const CONTROL: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_newfstatat,
     libc::SYS_readv,
+    // The clients' socket is taken out of its directory at the end.
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
 ];
 
 /// What building VMs never takes, nor any helper: other processes, the kernel itself, mounts, users, time.

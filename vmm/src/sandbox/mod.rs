@@ -64,24 +64,29 @@ impl Sandbox {
     }
 
     /// Keeps the calling thread, and what it makes from now on, from all files but those that a VM
-    /// needs. Without filters, or where they only log, it may open what it likes.
+    /// needs, and from removing files but where its `socket` is. Without filters, or where they only log, it may open what it likes.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+    pub fn confine_files(
+        &self,
+        config: &VmConfig,
+        host: &HostPaths,
+        socket: Option<&Path>,
+    ) -> io::Result<()> {
         match self.mode {
-            SeccompMode::On => files::confine(config, host),
+            SeccompMode::On => files::confine(config, host, socket),
             SeccompMode::Log | SeccompMode::Off => Ok(()),
         }
     }
 
-    /// Keeps the calling thread from all files but those that it removes from a folder. As above.
+    /// Keeps the calling thread from all files. As above.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn confine_to_removal(&self, folder: &Path) -> io::Result<()> {
+    pub fn confine_to_nothing(&self) -> io::Result<()> {
         match self.mode {
-            SeccompMode::On => files::confine_to_removal(folder),
+            SeccompMode::On => files::confine_to_nothing(),
             SeccompMode::Log | SeccompMode::Off => Ok(()),
         }
     }
