@@ -130,7 +130,7 @@ pub struct HotplugConfig {
     /// How many, beside those of the devices that the VM starts with; 32 if absent. Each costs the guest
     /// some time at boot. A VM without `hotplug` has none, or 32 where `gantry run` is given
     /// `--api-socket`.
-    #[schemars(range(min = 0, max = 128))]
+    #[schemars(range(min = 0, max = 96))]
     pub slots: Option<u64>,
     /// Groups that devices will come from. The guest's memory is made ready for them once it runs, so
     /// that the first of them is not waited for.

@@ -5,6 +5,7 @@ use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use gantry_resources::OpenerError;
 use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
@@ -98,6 +99,7 @@ impl From<CommandError> for Refusal {
             | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
             E::Invalid(_) => StatusCode::BAD_REQUEST,
             E::Ending => StatusCode::SERVICE_UNAVAILABLE,
+            E::Failed(error) if not_to_be_had(error) => StatusCode::CONFLICT,
             E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let mut messages = vec![error.to_string()];
@@ -111,6 +113,16 @@ impl From<CommandError> for Refusal {
             messages,
             allow: None,
         }
+    }
+}
+
+/// Whether what was asked for is not to be had, as things are, rather than something having failed.
+fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
+    use gantry_vmm::Error as E;
+    match error {
+        E::Allocate(_) | E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } => true,
+        E::Opener(error) => matches!(error, OpenerError::Refused(_)),
+        _ => false,
     }
 }
 
@@ -174,4 +186,20 @@ fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
     let kind = HeaderValue::from_static(kind);
     answer.headers_mut().insert(CONTENT_TYPE, kind);
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_to_be_had_is_no_failure_of_the_host() {
+        let status = |error: gantry_vmm::Error| Refusal::from(CommandError::from(error)).status;
+        let refused = OpenerError::Refused("no group \"gpu\"".to_owned());
+        assert_eq!(status(refused.into()), StatusCode::CONFLICT);
+        let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
+        assert_eq!(status(maintenance), StatusCode::CONFLICT);
+        let gone = OpenerError::Gone(std::io::ErrorKind::UnexpectedEof.into());
+        assert_eq!(status(gone.into()), StatusCode::INTERNAL_SERVER_ERROR);
+    }
 }

@@ -94,7 +94,12 @@ pub const ROUTES: &[Route] = &[
         "PUT",
         Call::Boot,
         "Lease the devices, build the machine and let the guest run",
-        &[NOT_CREATED, (405, "The VM runs already."), FAILED],
+        &[
+            NOT_CREATED,
+            (405, "The VM runs already."),
+            (409, "The devices are not to be had."),
+            FAILED,
+        ],
     ),
     route(
         "/api/v1/vm.delete",
@@ -176,7 +181,10 @@ pub const ROUTES: &[Route] = &[
         &[
             MALFORMED,
             NOT_CREATED,
-            (409, "The name is taken, or there is no slot left."),
+            (
+                409,
+                "The name is taken, there is no slot left, or no such device is to be had.",
+            ),
             FAILED,
             (
                 504,

@@ -96,10 +96,38 @@ pub struct Config {
     pub memory: Memory,
     /// Its passed devices.
     pub devices: Vec<ConfigDevice>,
+    /// Its slots for devices to come.
+    #[serde(default)]
+    pub hotplug: Hotplug,
     /// Its serial port.
     pub serial: Serial,
     /// Its console, which gantry does not have.
     pub console: Serial,
+}
+
+/// Slots for devices to come.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Hotplug {
+    /// How many, beside those of the devices that the VM started with.
+    pub slots: u8,
+    /// Groups that all of these devices come from; any if none is named.
+    pub groups: Vec<String>,
+    /// Bytes of addresses that each slot has for large BARs, if that was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<u64>,
+}
+
+impl From<&gantry_vmm::Hotplug> for Hotplug {
+    fn from(hotplug: &gantry_vmm::Hotplug) -> Self {
+        let name = |source: &Source| match source {
+            Source::Group(name) | Source::Alias(name) => name.clone(),
+        };
+        Self {
+            slots: hotplug.slots,
+            groups: hotplug.from.iter().map(name).collect(),
+            window: hotplug.window,
+        }
+    }
 }
 
 /// What a VM boots.
@@ -280,6 +308,7 @@ impl From<&command::VmInfo> for VmInfo {
                     size: config.memory.bytes(),
                 },
                 devices: info.devices.iter().map(entry).collect(),
+                hotplug: Hotplug::from(&config.hotplug),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
             },

@@ -45,6 +45,17 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
 }
 
 #[test]
+fn slots_are_told_of() {
+    let bed = Bed::new();
+    let mut config: Value = serde_json::from_str(&bed.config()).unwrap();
+    config["hotplug"] = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": "1G"});
+    assert_eq!(bed.put("vm.create", &config.to_string()).0, 204);
+    let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
+    let told = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": 1 << 30});
+    assert_eq!(info["config"]["hotplug"], told, "{info}");
+}
+
+#[test]
 fn events_come_as_lines_until_the_end() {
     let mut bed = Bed::new();
     let mut stream = bed.connect();

@@ -133,6 +133,7 @@ impl Bench {
                 reply,
                 driver,
                 gone,
+                helpers,
                 info,
                 info_loaded,
             } = self.attach(contender, case)?;
@@ -142,6 +143,7 @@ impl Bench {
             if case == Case::Cold {
                 add("vm-info", "alone", "ms", info);
                 add("vm-info", "4 others ask", "ms", info_loaded);
+                add("helpers-memory", "a device attached", "MiB", helpers);
             }
         }
         let memory = self.memory(contender, true)? - self.memory(contender, false)?;

@@ -36,6 +36,8 @@ pub struct Attach {
     pub driver: f64,
     /// From the request to take it away to the host having it back, ms.
     pub gone: f64,
+    /// What the processes beside the VMM's own take, MiB.
+    pub helpers: f64,
     /// Median time of `vm.info`, ms.
     pub info: f64,
     /// The same while others ask, ms.
@@ -56,6 +58,7 @@ pub fn attach(argv: &[String], socket: &str, path: &str) -> Result<Attach> {
     let reply = now()?;
     let driver = vmm.wait_for(DRIVER, PATIENCE)?;
     let (info, info_loaded) = (latency(socket)?, latency_under_load(socket)?);
+    let helpers = vmm.helpers_memory()? as f64 / 1024.0;
     let id = added["id"].as_str().context("the device has no name")?;
     let node = node(path)?;
     ensure!(File::open(&node).is_err(), "nobody holds {node}");
@@ -67,6 +70,7 @@ pub fn attach(argv: &[String], socket: &str, path: &str) -> Result<Attach> {
         reply: ms(reply.saturating_sub(asked)),
         driver: ms(driver.saturating_sub(asked)),
         gone: ms(gone.saturating_sub(removed)),
+        helpers,
         info,
         info_loaded,
     })

@@ -124,6 +124,19 @@ impl Vmm {
         Ok(sum)
     }
 
+    /// PSS of the processes that it has started, in KiB.
+    pub fn helpers_memory(&self) -> Result<u64> {
+        let helpers = self.processes().into_iter().skip(1);
+        helpers
+            .map(|pid| {
+                let path = format!("/proc/{pid}/smaps");
+                let smaps =
+                    fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+                Ok(memory::total(&memory::parse(&smaps)))
+            })
+            .sum()
+    }
+
     /// Ends it, by force if it must be.
     pub fn end(mut self) -> Result<()> {
         // Fails only when it has ended by itself.
