@@ -1,24 +1,20 @@
 //! Detaching devices from the host and giving them back, whole IOMMU groups at a time.
 
-use std::collections::BTreeSet;
-use std::fmt::Display;
-use std::io;
+mod error;
 
-use thiserror::Error;
+use std::collections::BTreeSet;
 
 use crate::former::Former;
-use crate::group::GroupError;
-use crate::guard::{Guarded, host_uses};
+use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
-use crate::lease::{DeviceLock, InTheWay, LeaseError, LeaseRecord, holder, under_lock};
+use crate::lease::{DeviceLock, LeaseRecord, holder, under_lock};
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::hung;
-use crate::sriov::SriovError;
 use crate::tenant::Tenants;
-use crate::vgpu::VgpuError;
 use crate::writer::{SysfsWrite, SysfsWriter};
+pub use error::BindError;
 
 /// Which devices to move.
 #[derive(Clone, Copy, Debug)]
@@ -40,94 +36,6 @@ pub struct BindReport {
     pub unchanged: Vec<HostBdf>,
     /// The writes, in order.
     pub writes: Vec<SysfsWrite>,
-}
-
-/// A move was refused, or failed and was undone.
-#[derive(Debug, Error)]
-pub enum BindError {
-    /// The inventory cannot be read, or a device does not exist.
-    #[error(transparent)]
-    Inventory(#[from] InventoryError),
-    /// The locks cannot be used.
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
-    /// A device is a bridge, is held by somebody, or is in no IOMMU group.
-    #[error("{0}")]
-    Blocked(Blocked),
-    /// The host needs a device, or one of its IOMMU group.
-    #[error(
-        "the host itself needs this:{}\nnothing was changed; to take it nevertheless, give{}",
-        list("\n  ", .0),
-        list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
-    )]
-    Guarded(Vec<Guarded>),
-    /// It cannot be told whose devices are.
-    #[error(transparent)]
-    Tenants(GroupError),
-    /// The process that gives devices back when a VM ends cannot be started.
-    #[error("cannot start the process that gives devices back to the host when the VM ends")]
-    Helper(#[source] io::Error),
-    /// A virtual function that a VM had could not be put back as it was.
-    #[error("the settings of {bdf} could not be put back")]
-    Settings {
-        /// The function.
-        bdf: HostBdf,
-        /// Why.
-        #[source]
-        source: Box<SriovError>,
-    },
-    /// A virtual GPU that a VM had could not be unmade.
-    #[error("a virtual GPU that was made for a VM could not be unmade")]
-    Vgpu(#[from] VgpuError),
-    /// It cannot be told whether the host needs a device.
-    #[error("cannot tell whether the host needs these devices")]
-    Guard(#[source] io::Error),
-    /// A bridge that the host drives is in the IOMMU group.
-    #[error(
-        "IOMMU group {group} holds the host's bridge {bridge} ({driver}): its devices cannot be detached"
-    )]
-    HostBridge {
-        /// The IOMMU group.
-        group: u32,
-        /// The bridge.
-        bridge: HostBdf,
-        /// Its driver.
-        driver: String,
-    },
-    /// A physical function has virtual functions, which would vanish with its driver.
-    #[error(
-        "{bdf} has {count} virtual functions, which would vanish: `gantry group deactivate` their group, or write 0 to its sriov_numvfs"
-    )]
-    HasVirtualFunctions {
-        /// The physical function.
-        bdf: HostBdf,
-        /// How many.
-        count: u16,
-    },
-    /// The kernel has no vfio-pci.
-    #[error("the kernel has no driver vfio-pci: `modprobe vfio-pci`")]
-    NoVfioPci,
-    /// A device did not get where it should. It and those moved before it were put back.
-    #[error("{bdf} was not moved{}", aftermath(.left))]
-    Failed {
-        /// The device.
-        bdf: HostBdf,
-        /// Devices that could not be put back where they were.
-        left: Vec<HostBdf>,
-        /// Why.
-        #[source]
-        source: MoveError,
-    },
-}
-
-impl BindError {
-    /// Who has a device that was to be moved, if that is the failure.
-    pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
-        match self {
-            Self::Blocked(blocked) => blocked.in_the_way(),
-            _ => Vec::new(),
-        }
-    }
 }
 
 /// Gives devices to vfio-pci with all endpoints of their IOMMU groups: all of them, or after a failure
@@ -512,23 +420,6 @@ fn may_leave_host(
         Ok(())
     } else {
         Err(BindError::Guarded(guarded))
-    }
-}
-
-fn list(separator: &str, items: impl IntoIterator<Item = impl Display>) -> String {
-    items
-        .into_iter()
-        .map(|item| format!("{separator}{item}"))
-        .collect()
-}
-
-fn aftermath(left: &[HostBdf]) -> String {
-    match left {
-        [] => ": everything is as it was before".to_owned(),
-        left => format!(
-            ": these could not be put back where they were:{}",
-            list(" ", left)
-        ),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod chosen;
 mod edit;
+mod error;
 mod in_use;
 mod made;
 mod nova_files;
@@ -11,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
-use thiserror::Error;
 
 use crate::config::place::{ListItem, Place};
 use crate::config::{self, ConfigError, nearest};
@@ -26,6 +26,7 @@ use crate::usb::UsbDevice;
 use crate::vgpu::VgpuSpec;
 pub use chosen::Chosen;
 pub use edit::{EditError, GroupChange, GroupFiles};
+pub use error::GroupError;
 pub use nova_files::{change_aliases, change_device_specs};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
@@ -258,51 +259,6 @@ pub struct Overlap {
     pub owner: String,
     /// The groups that match it in vain.
     pub others: Vec<String>,
-}
-
-/// A definition of groups is wrong, or cannot be read.
-#[derive(Debug, Error)]
-pub enum GroupError {
-    /// A file is not what it should be, or cannot be used.
-    #[error(transparent)]
-    File(#[from] ConfigError),
-    /// There is no such group.
-    #[error("there is no group \"{name}\"{}", hint(.near))]
-    Unknown {
-        /// The name.
-        name: String,
-        /// The most similar name.
-        near: Option<String>,
-    },
-    /// Two groups have one name.
-    #[error(
-        "{second}: name: there is already a group named \"{name}\" at {first}: rename or remove one of them"
-    )]
-    Duplicate {
-        /// The name.
-        name: String,
-        /// Where the first is.
-        first: Place,
-        /// Where the second is.
-        second: Place,
-    },
-    /// What a group asks for makes no sense, or is another's.
-    #[error("{place}: {key}: {problem}")]
-    Made {
-        /// Where the key is.
-        place: Place,
-        /// The group and its key.
-        key: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-}
-
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry group list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
 }
 
 impl Groups {

@@ -6,6 +6,8 @@
 //! lease are the user's, so that the kernel keeps tenants apart. A boot of the host gives nodes and files
 //! back to their makers: [`Tenants::put_right`] says again whose they are.
 
+mod error;
+mod granting;
 mod hand_over;
 mod vgpus;
 
@@ -15,26 +17,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::bind::{BindError, BindRequest, detach, reattach};
-use crate::config::place::Place;
 use crate::config::{self, ConfigError, nearest};
-use crate::group::{
-    Bind, EditError, GroupChange, GroupError, GroupFiles, Groups, ResourceGroup, is_name,
-};
+use crate::group::{GroupError, Groups, is_name};
 use crate::host::{HostBdf, HostPaths};
-use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::mdev::directory;
 use crate::name::DeviceName;
-use crate::obstacle::Blocked;
-use crate::quarantine::adopt;
 use crate::rule::Rule;
 use crate::sysfs;
-use crate::vgpu::VgpuError;
-use crate::writer::SysfsWriter;
+pub use error::TenantError;
+pub use granting::{Grant, grant, revoke};
 use hand_over::Owner;
 pub use vgpus::{grant_mdevs, revoke_mdevs};
 
@@ -66,145 +60,6 @@ pub struct Tenant {
 /// All tenants of the host, in the order of their names.
 #[derive(Clone, Debug, Default)]
 pub struct Tenants(Vec<Tenant>);
-
-/// What a tenant gets.
-#[derive(Clone, Copy, Debug)]
-pub struct Grant<'a> {
-    /// The devices, with all endpoints of their IOMMU groups.
-    pub devices: &'a [HostBdf],
-    /// The tenant's group that they come into; one of the tenant's name if there is none.
-    pub group: Option<&'a str>,
-    /// Devices that are taken although the host uses them, each named exactly.
-    pub overrides: &'a [HostBdf],
-}
-
-/// A tenant could not be looked at or changed.
-#[derive(Debug, Error)]
-pub enum TenantError {
-    /// There is no such tenant.
-    #[error("there is no tenant \"{name}\"{}", hint(.near))]
-    Unknown {
-        /// The name.
-        name: String,
-        /// The most similar name.
-        near: Option<String>,
-    },
-    /// There is one of that name.
-    #[error("there is already a tenant named \"{name}\" ({path})", path = .path.display())]
-    Duplicate {
-        /// The name.
-        name: String,
-        /// Its definition.
-        path: PathBuf,
-    },
-    /// A name that cannot be one.
-    #[error(
-        "\"{0}\" cannot name a tenant or its group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
-    )]
-    Name(String),
-    /// The user is not known to this host.
-    #[error("{place}: user: there is no user \"{user}\" on this host: `getent passwd` lists them")]
-    User {
-        /// The user.
-        user: String,
-        /// Where the tenant's definition says so.
-        place: Place,
-    },
-    /// The tenant still owns devices.
-    #[error(
-        "tenant \"{name}\" still owns {devices}: `gantry tenant revoke {name} --all` takes them back"
-    )]
-    NotEmpty {
-        /// The tenant.
-        name: String,
-        /// Its devices.
-        devices: String,
-    },
-    /// A device belongs to another tenant.
-    #[error(
-        "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"
-    )]
-    Owned {
-        /// The device.
-        device: DeviceName,
-        /// Its owner.
-        owner: String,
-    },
-    /// A device is not the tenant's.
-    #[error(
-        "{device} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
-    )]
-    NotOwned {
-        /// The device.
-        device: DeviceName,
-        /// The tenant.
-        name: String,
-    },
-    /// A VM has a device.
-    #[error("{0}")]
-    InUse(Blocked),
-    /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
-    #[error(
-        "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"
-    )]
-    OtherHardware {
-        /// The tenant's address.
-        bdf: HostBdf,
-        /// The tenant.
-        name: String,
-        /// The device, of the same IOMMU group.
-        other: HostBdf,
-        /// What it is.
-        id: PciId,
-    },
-    /// A tenant's group holds other things.
-    #[error(
-        "group \"{group}\" of the tenant is not of vGPUs of type \"{kind}\": name another one with --group"
-    )]
-    OtherKind {
-        /// The group.
-        group: String,
-        /// The type of the device.
-        kind: String,
-    },
-    /// A mediated device is not there, or is held.
-    #[error(transparent)]
-    Vgpu(#[from] VgpuError),
-    /// A file or directory cannot be changed.
-    #[error("cannot change {path}: run as root", path = .path.display())]
-    File {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A definition is wrong.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The tenant's groups are wrong.
-    #[error(transparent)]
-    Groups(#[from] GroupError),
-    /// The tenant's groups cannot be changed.
-    #[error(transparent)]
-    Edit(#[from] EditError),
-    /// The host's devices cannot be read.
-    #[error(transparent)]
-    Inventory(#[from] InventoryError),
-    /// A device could not be moved between the host and the tenant.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The locks cannot be used.
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
-}
-
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry tenant list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
-}
 
 impl Tenant {
     /// The addresses that its groups name.
@@ -471,133 +326,6 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
         removed.or_else(absent_is_fine).map_err(failed(path))?;
     }
     Ok(())
-}
-
-/// Gives devices to a tenant, bound to vfio-pci, with all endpoints of their IOMMU groups.
-pub fn grant(
-    host: &HostPaths,
-    writer: &dyn SysfsWriter,
-    name: &str,
-    wanted: &Grant<'_>,
-) -> Result<Vec<HostBdf>, TenantError> {
-    let _alone = alone(host)?;
-    let tenants = Tenants::load(host)?;
-    let tenant = tenants.find(name)?;
-    let owner = Owner::of(host, tenant)?;
-    let all = scan(host)?;
-    let devices: Vec<HostDevice> = crate::bind::members(&all, wanted.devices)?;
-    for HostDevice { bdf, .. } in &devices {
-        match tenants.owner_of(*bdf) {
-            Some(other) if other.name != name => {
-                return Err(TenantError::Owned {
-                    device: (*bdf).into(),
-                    owner: other.name.clone(),
-                });
-            }
-            _ => {}
-        }
-    }
-    if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
-        return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
-    }
-    let request = BindRequest {
-        devices: wanted.devices,
-        overrides: wanted.overrides,
-        dry_run: false,
-    };
-    let group = wanted.group.unwrap_or(name);
-    // What is wrong with the group is said before a device moves; its lock must be free meanwhile.
-    drop(with_devices(&definitions(host, name), group, &devices)?);
-    detach(host, writer, &request)?;
-    owner.make_dirs(host, name)?;
-    // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
-    with_devices(&definitions(host, name), group, &devices)?.save()?;
-    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
-    addresses
-        .iter()
-        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
-    Ok(addresses)
-}
-
-/// A tenant's groups with these devices in one, not yet written.
-fn with_devices(
-    scope: &HostPaths,
-    group: &str,
-    devices: &[HostDevice],
-) -> Result<GroupFiles, TenantError> {
-    if !is_name(group) {
-        return Err(TenantError::Name(group.to_owned()));
-    }
-    let mut files = GroupFiles::open(scope)?;
-    if files.groups()?.get(group).is_none() {
-        files.create(ResourceGroup::named(group))?;
-    }
-    let bind = Some(Bind::Boot);
-    files.change(
-        group,
-        GroupChange {
-            bind,
-            ..GroupChange::default()
-        },
-    )?;
-    files.add(group, devices)?;
-    Ok(files)
-}
-
-/// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
-/// drivers that they had. Refused while a VM has one of them.
-pub fn revoke(
-    host: &HostPaths,
-    writer: &dyn SysfsWriter,
-    name: &str,
-    devices: &[HostBdf],
-) -> Result<Vec<HostBdf>, TenantError> {
-    let _alone = alone(host)?;
-    let tenants = Tenants::load(host)?;
-    let tenant = tenants.find(name)?;
-    let owned = tenant.devices();
-    if let Some(bdf) = devices.iter().find(|bdf| !owned.contains(bdf)) {
-        let (device, name) = ((*bdf).into(), name.to_owned());
-        return Err(TenantError::NotOwned { device, name });
-    }
-    let all = scan(host)?;
-    // A device that is gone for good is taken back too.
-    let groups: BTreeSet<Option<u32>> = all
-        .iter()
-        .filter(|device| devices.contains(&device.bdf) && device.iommu_group.is_some())
-        .map(|device| device.iommu_group)
-        .collect();
-    let leaves = |bdf: &HostBdf| {
-        let device = all.iter().find(|device| device.bdf == *bdf);
-        devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
-    };
-    let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
-    // What a tenant's VM found out about a device stays known: records of users who own it count.
-    for &bdf in &leaving {
-        adopt(host, bdf).map_err(failed(&host.state))?;
-    }
-    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
-    let owner = Owner::host();
-    leaving
-        .iter()
-        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
-    let mut files = GroupFiles::open(&definitions(host, name))?;
-    files.forget(&leaving);
-    files.save()?;
-    let present: Vec<HostBdf> = all
-        .iter()
-        .map(|device| device.bdf)
-        .filter(|bdf| leaving.contains(bdf))
-        .collect();
-    if !present.is_empty() {
-        let request = BindRequest {
-            devices: &present,
-            overrides: &[],
-            dry_run: false,
-        };
-        reattach(host, writer, &request)?;
-    }
-    Ok(leaving)
 }
 
 /// Does all of them; the last failure, where some fail, with the others in the log.

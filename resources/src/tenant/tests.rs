@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::bind::{BindRequest, reattach};
 use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
 use crate::lease::lock_path;
 use crate::{Holder, Request, allocate, running_vms};

@@ -1,0 +1,146 @@
+//! Why tenants could not be looked at or changed.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::bind::BindError;
+use crate::config::ConfigError;
+use crate::config::place::Place;
+use crate::group::{EditError, GroupError};
+use crate::host::HostBdf;
+use crate::ids::PciId;
+use crate::inventory::InventoryError;
+use crate::lease::LeaseError;
+use crate::name::DeviceName;
+use crate::obstacle::Blocked;
+use crate::vgpu::VgpuError;
+
+/// A tenant could not be looked at or changed.
+#[derive(Debug, Error)]
+pub enum TenantError {
+    /// There is no such tenant.
+    #[error("there is no tenant \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// There is one of that name.
+    #[error("there is already a tenant named \"{name}\" ({path})", path = .path.display())]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// Its definition.
+        path: PathBuf,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "\"{0}\" cannot name a tenant or its group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+    )]
+    Name(String),
+    /// The user is not known to this host.
+    #[error("{place}: user: there is no user \"{user}\" on this host: `getent passwd` lists them")]
+    User {
+        /// The user.
+        user: String,
+        /// Where the tenant's definition says so.
+        place: Place,
+    },
+    /// The tenant still owns devices.
+    #[error(
+        "tenant \"{name}\" still owns {devices}: `gantry tenant revoke {name} --all` takes them back"
+    )]
+    NotEmpty {
+        /// The tenant.
+        name: String,
+        /// Its devices.
+        devices: String,
+    },
+    /// A device belongs to another tenant.
+    #[error(
+        "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"
+    )]
+    Owned {
+        /// The device.
+        device: DeviceName,
+        /// Its owner.
+        owner: String,
+    },
+    /// A device is not the tenant's.
+    #[error(
+        "{device} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
+    )]
+    NotOwned {
+        /// The device.
+        device: DeviceName,
+        /// The tenant.
+        name: String,
+    },
+    /// A VM has a device.
+    #[error("{0}")]
+    InUse(Blocked),
+    /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
+    #[error(
+        "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"
+    )]
+    OtherHardware {
+        /// The tenant's address.
+        bdf: HostBdf,
+        /// The tenant.
+        name: String,
+        /// The device, of the same IOMMU group.
+        other: HostBdf,
+        /// What it is.
+        id: PciId,
+    },
+    /// A tenant's group holds other things.
+    #[error(
+        "group \"{group}\" of the tenant is not of vGPUs of type \"{kind}\": name another one with --group"
+    )]
+    OtherKind {
+        /// The group.
+        group: String,
+        /// The type of the device.
+        kind: String,
+    },
+    /// A mediated device is not there, or is held.
+    #[error(transparent)]
+    Vgpu(#[from] VgpuError),
+    /// A file or directory cannot be changed.
+    #[error("cannot change {path}: run as root", path = .path.display())]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A definition is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tenant's groups are wrong.
+    #[error(transparent)]
+    Groups(#[from] GroupError),
+    /// The tenant's groups cannot be changed.
+    #[error(transparent)]
+    Edit(#[from] EditError),
+    /// The host's devices cannot be read.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// A device could not be moved between the host and the tenant.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry tenant list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}

@@ -1,0 +1,151 @@
+//! Giving PCI functions to tenants, and taking them back.
+
+use std::collections::BTreeSet;
+
+use super::hand_over::Owner;
+use super::{TenantError, Tenants, alone, definitions, failed};
+use crate::bind::{BindRequest, detach, reattach};
+use crate::group::{Bind, GroupChange, GroupFiles, ResourceGroup, is_name};
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{HostDevice, scan};
+use crate::obstacle::Blocked;
+use crate::quarantine::adopt;
+use crate::writer::SysfsWriter;
+
+/// What a tenant gets.
+#[derive(Clone, Copy, Debug)]
+pub struct Grant<'a> {
+    /// The devices, with all endpoints of their IOMMU groups.
+    pub devices: &'a [HostBdf],
+    /// The tenant's group that they come into; one of the tenant's name if there is none.
+    pub group: Option<&'a str>,
+    /// Devices that are taken although the host uses them, each named exactly.
+    pub overrides: &'a [HostBdf],
+}
+
+/// Gives devices to a tenant, bound to vfio-pci, with all endpoints of their IOMMU groups.
+pub fn grant(
+    host: &HostPaths,
+    writer: &dyn SysfsWriter,
+    name: &str,
+    wanted: &Grant<'_>,
+) -> Result<Vec<HostBdf>, TenantError> {
+    let _alone = alone(host)?;
+    let tenants = Tenants::load(host)?;
+    let tenant = tenants.find(name)?;
+    let owner = Owner::of(host, tenant)?;
+    let all = scan(host)?;
+    let devices: Vec<HostDevice> = crate::bind::members(&all, wanted.devices)?;
+    for HostDevice { bdf, .. } in &devices {
+        match tenants.owner_of(*bdf) {
+            Some(other) if other.name != name => {
+                return Err(TenantError::Owned {
+                    device: (*bdf).into(),
+                    owner: other.name.clone(),
+                });
+            }
+            _ => {}
+        }
+    }
+    if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
+        return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
+    }
+    let request = BindRequest {
+        devices: wanted.devices,
+        overrides: wanted.overrides,
+        dry_run: false,
+    };
+    let group = wanted.group.unwrap_or(name);
+    // What is wrong with the group is said before a device moves; its lock must be free meanwhile.
+    drop(with_devices(&definitions(host, name), group, &devices)?);
+    detach(host, writer, &request)?;
+    owner.make_dirs(host, name)?;
+    // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
+    with_devices(&definitions(host, name), group, &devices)?.save()?;
+    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
+    addresses
+        .iter()
+        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
+    Ok(addresses)
+}
+
+/// A tenant's groups with these devices in one, not yet written.
+fn with_devices(
+    scope: &HostPaths,
+    group: &str,
+    devices: &[HostDevice],
+) -> Result<GroupFiles, TenantError> {
+    if !is_name(group) {
+        return Err(TenantError::Name(group.to_owned()));
+    }
+    let mut files = GroupFiles::open(scope)?;
+    if files.groups()?.get(group).is_none() {
+        files.create(ResourceGroup::named(group))?;
+    }
+    let bind = Some(Bind::Boot);
+    files.change(
+        group,
+        GroupChange {
+            bind,
+            ..GroupChange::default()
+        },
+    )?;
+    files.add(group, devices)?;
+    Ok(files)
+}
+
+/// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
+/// drivers that they had. Refused while a VM has one of them.
+pub fn revoke(
+    host: &HostPaths,
+    writer: &dyn SysfsWriter,
+    name: &str,
+    devices: &[HostBdf],
+) -> Result<Vec<HostBdf>, TenantError> {
+    let _alone = alone(host)?;
+    let tenants = Tenants::load(host)?;
+    let tenant = tenants.find(name)?;
+    let owned = tenant.devices();
+    if let Some(bdf) = devices.iter().find(|bdf| !owned.contains(bdf)) {
+        let (device, name) = ((*bdf).into(), name.to_owned());
+        return Err(TenantError::NotOwned { device, name });
+    }
+    let all = scan(host)?;
+    // A device that is gone for good is taken back too.
+    let groups: BTreeSet<Option<u32>> = all
+        .iter()
+        .filter(|device| devices.contains(&device.bdf) && device.iommu_group.is_some())
+        .map(|device| device.iommu_group)
+        .collect();
+    let leaves = |bdf: &HostBdf| {
+        let device = all.iter().find(|device| device.bdf == *bdf);
+        devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
+    };
+    let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
+    // What a tenant's VM found out about a device stays known: records of users who own it count.
+    for &bdf in &leaving {
+        adopt(host, bdf).map_err(failed(&host.state))?;
+    }
+    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
+    let owner = Owner::host();
+    leaving
+        .iter()
+        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
+    let mut files = GroupFiles::open(&definitions(host, name))?;
+    files.forget(&leaving);
+    files.save()?;
+    let present: Vec<HostBdf> = all
+        .iter()
+        .map(|device| device.bdf)
+        .filter(|bdf| leaving.contains(bdf))
+        .collect();
+    if !present.is_empty() {
+        let request = BindRequest {
+            devices: &present,
+            overrides: &[],
+            dry_run: false,
+        };
+        reattach(host, writer, &request)?;
+    }
+    Ok(leaving)
+}
