@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
@@ -64,6 +65,10 @@ impl SocketError {
         move |source| Self::Io { step, path, source }
     }
 }
+
+/// How long a process that was killed may take to be gone: its devices are reset meanwhile.
+const DYING_PATIENCE: Duration = Duration::from_secs(10);
+const DYING_STEP: Duration = Duration::from_millis(10);
 
 /// A listening socket with its file.
 #[derive(Debug)]
@@ -233,12 +238,51 @@ fn knock(path: &Path) -> nix::Result<Option<u32>> {
 
 fn vacate(path: &Path) -> Result<(), SocketError> {
     let owned = || path.to_owned();
-    match state(path).map_err(SocketError::io("look at", path))? {
-        // What is stale is replaced by the rename.
-        State::Absent | State::Stale => Ok(()),
-        State::Live(pid) => Err(SocketError::Live { path: owned(), pid }),
-        State::Other => Err(SocketError::NoSocket { path: owned() }),
+    let deadline = Instant::now() + DYING_PATIENCE;
+    loop {
+        match state(path).map_err(SocketError::io("look at", path))? {
+            // What is stale is replaced by the rename.
+            State::Absent | State::Stale => return Ok(()),
+            // One that was killed listens until the kernel has closed its files.
+            State::Live(Some(pid)) if is_dying(pid) && Instant::now() < deadline => {
+                std::thread::sleep(DYING_STEP);
+            }
+            State::Live(pid) => return Err(SocketError::Live { path: owned(), pid }),
+            State::Other => return Err(SocketError::NoSocket { path: owned() }),
+        }
     }
+}
+
+/// Whether a process has been killed, and is not gone yet.
+fn is_dying(pid: u32) -> bool {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
+    match (read("stat"), read("status")) {
+        (Ok(stat), Ok(status)) => is_exiting(&stat) || has_kill_pending(&status),
+        // It is gone.
+        _ => true,
+    }
+}
+
+/// By its flags in `/proc/PID/stat`, of which the ninth word has them (proc_pid_stat(5)): `PF_EXITING`.
+fn is_exiting(stat: &str) -> bool {
+    const AFTER_NAME: usize = 6;
+    const PF_EXITING: u64 = 4;
+    let after = stat.rsplit_once(") ").map_or("", |(_, after)| after);
+    let flags = after.split_whitespace().nth(AFTER_NAME);
+    let flags = flags.and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
+/// By the signals that wait for it, in `/proc/PID/status` (proc_pid_status(5)).
+fn has_kill_pending(status: &str) -> bool {
+    const SIGKILL: u64 = 1 << 8;
+    let masks = status.lines().filter_map(|line| {
+        let mask = line
+            .strip_prefix("SigPnd:")
+            .or(line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    masks.into_iter().any(|mask| mask & SIGKILL != 0)
 }
 
 fn make_dir(dir: &Path) -> io::Result<()> {
@@ -342,6 +386,27 @@ mod tests {
         drop(UnixListener::bind(left.join("s")).unwrap());
         Socket::bind(&path_of(dir.path(), "web"), None, dir.path()).unwrap();
         assert!(!left.exists());
+    }
+
+    #[test]
+    fn who_was_killed_is_dying_and_who_runs_is_not() {
+        assert!(!is_dying(std::process::id()));
+        assert!(is_exiting("12 (a) b) Z 1 12 12 0 -1 4194308 0"));
+        assert!(!is_exiting("12 (a) b) S 1 12 12 0 -1 4194304 0"));
+        assert!(has_kill_pending("Name:\tx\nSigPnd:\t0000000000000100\n"));
+        assert!(!has_kill_pending("SigPnd:\t0000000000004000\nShdPnd:\t0\n"));
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        assert!(!is_dying(child.id()));
+        child.kill().unwrap();
+        // Not waited for yet.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !is_dying(child.id()) && Instant::now() < deadline {}
+        assert!(is_dying(child.id()));
+        child.wait().unwrap();
+        assert!(is_dying(child.id()));
     }
 
     #[test]
