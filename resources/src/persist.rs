@@ -161,11 +161,13 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
             .join("bus/pci/drivers")
             .join(driver)
             .join("module");
+        // A built-in one with parameters has a folder as well, but was never loaded.
+        let loaded = module.join("initstate").exists();
         match sysfs::link_name(&module).ok().flatten() {
-            Some(module) => {
+            Some(module) if loaded => {
                 let _ = writeln!(text, "softdep {module} pre: vfio-pci");
             }
-            None => built_in.push(format!(
+            _ => built_in.push(format!(
                 "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
             )),
         }
@@ -199,6 +201,18 @@ mod tests {
         ])
     }
 
+    /// Links a driver to its module, which only one that was loaded has a state of.
+    fn module(host: &FakeHost, driver: &str, module: &str, loaded: bool) {
+        let sysfs = &host.paths.sysfs;
+        let folder = sysfs.join("module").join(module);
+        std::fs::create_dir_all(&folder).unwrap();
+        if loaded {
+            std::fs::write(folder.join("initstate"), "live\n").unwrap();
+        }
+        let link = sysfs.join("bus/pci/drivers").join(driver).join("module");
+        std::os::unix::fs::symlink(folder, link).unwrap();
+    }
+
     #[test]
     fn a_udev_rule_names_each_device_of_the_group() {
         let text = persist(&host().paths, &[bdf("01:00.0")], &[], PersistBy::Udev)
@@ -223,15 +237,8 @@ mod tests {
     #[test]
     fn options_come_before_the_drivers_and_name_what_goes_along() {
         let host = host();
-        for (driver, module) in [("nouveau", "nouveau"), ("snd_hda_intel", "snd_hda")] {
-            let link = host
-                .paths
-                .sysfs
-                .join("bus/pci/drivers")
-                .join(driver)
-                .join("module");
-            std::os::unix::fs::symlink(format!("/sys/module/{module}"), link).unwrap();
-        }
+        module(&host, "nouveau", "nouveau", true);
+        module(&host, "snd_hda_intel", "snd_hda", true);
         let options = persist(&host.paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
         assert!(
             options.text.contains("\noptions vfio-pci ids=1b36:0010\n"),
@@ -262,7 +269,10 @@ mod tests {
 
     #[test]
     fn a_driver_that_is_built_in_is_told_of() {
-        let made = persist(&host().paths, &[bdf("02:00.0")], &[], PersistBy::Modprobe).unwrap();
+        let host = host();
+        // It has parameters.
+        module(&host, "nvme", "nvme", false);
+        let made = persist(&host.paths, &[bdf("02:00.0")], &[], PersistBy::Modprobe).unwrap();
         let told = |warning: &String| warning.starts_with("nvme is built into the kernel");
         assert!(made.warnings.iter().any(told), "{:?}", made.warnings);
         assert!(!made.text.contains("softdep"), "{}", made.text);
