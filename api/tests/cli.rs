@@ -871,8 +871,10 @@ fn devices_are_kept_for_vms_over_reboots_and_let_out_of_quarantine() {
     );
     let file = host.path("snippet");
     let name = file.to_str().unwrap();
-    let module = host.path("sys/bus/pci/drivers/nvme/module");
-    std::os::unix::fs::symlink("/sys/module/nvme", module).unwrap();
+    let module = host.path("sys/module/nvme");
+    fs::create_dir_all(&module).unwrap();
+    fs::write(module.join("initstate"), "live\n").unwrap();
+    std::os::unix::fs::symlink(module, host.path("sys/bus/pci/drivers/nvme/module")).unwrap();
     host.gantry(&[
         "device", "persist", "02:00.0", "--by", "modprobe", "--output", name,
     ]);
