@@ -141,8 +141,8 @@ struct End(Mutex<Line>);
 /// Questions and answers, one after the other.
 struct Line {
     socket: UnixStream,
-    /// An answer was not waited for: what comes now is of no question that is known. What is said is still
-    /// heard, and at its end the helper gives all back.
+    /// An answer was not waited for: what comes now is of no question that is known, and nothing is asked for
+    /// any more. That a lease ends is still said, and at the end of the socket the helper gives all back.
     lost: bool,
 }
 
@@ -155,19 +155,55 @@ impl Line {
     }
 
     fn say(&mut self, ask: &Ask) -> io::Result<()> {
+        if self.lost {
+            self.discard();
+        }
         wire::send(&mut self.socket, ask)
+    }
+
+    /// Asks for something, unless an answer was missed before.
+    fn ask(
+        &mut self,
+        ask: &Ask,
+        patience: Duration,
+        unwanted: &dyn Fn() -> bool,
+    ) -> io::Result<Said> {
+        if self.lost {
+            self.discard();
+            return Err(missed());
+        }
+        self.say(ask)?;
+        let heard = self.hear(patience, unwanted);
+        // What is leased for nobody goes back, even if that takes place later.
+        if heard.is_err() && matches!(ask, Ask::Lease { .. }) {
+            let _ = self.say(&Ask::Unheard);
+        }
+        heard
+    }
+
+    /// Throws away what came too late, with its descriptors.
+    fn discard(&mut self) {
+        let mut late = [0; 1024];
+        while wire::has_more(&self.socket) && self.socket.read(&mut late).is_ok_and(|len| len > 0) {
+        }
     }
 
     /// The answer to what was said last.
     fn hear(&mut self, patience: Duration, unwanted: &dyn Fn() -> bool) -> io::Result<Said> {
         if self.lost {
-            return Err(io::ErrorKind::Interrupted.into());
+            return Err(missed());
         }
         let heard = wire::wait(&self.socket, patience, unwanted)
             .and_then(|()| wire::receive(&mut self.socket));
         self.lost = heard.is_err();
         heard
     }
+}
+
+/// Why nothing is heard any more.
+fn missed() -> io::Error {
+    let why = "an earlier answer did not come in time";
+    io::Error::new(io::ErrorKind::Interrupted, why)
 }
 
 impl Opener {
@@ -198,8 +234,8 @@ impl Opener {
     }
 
     /// Leases and opens what is asked for: all of it, or nothing. The VM has the IOMMU groups `held`
-    /// already, and wants a `container` or has one. Once it is `unwanted`, nothing is waited for any more, and
-    /// nothing will be opened again.
+    /// already, and wants a `container` or has one. Once it is `unwanted`, or has taken too long, nothing is
+    /// waited for any more, what is leased late goes back, and nothing will be opened again.
     pub fn open(
         &self,
         requests: &[Request],
@@ -215,9 +251,8 @@ impl Opener {
         // Leases give themselves back over the socket: none is made while it is locked.
         let (leased, groups, mut files) = {
             let mut line = self.lock();
-            line.say(&ask).map_err(OpenerError::Gone)?;
             match line
-                .hear(LEASE_PATIENCE, unwanted)
+                .ask(&ask, LEASE_PATIENCE, unwanted)
                 .map_err(OpenerError::Gone)?
             {
                 Said::Leased { devices, groups } => {
@@ -287,9 +322,8 @@ impl Opener {
     /// What the plan of that name asks for.
     pub fn plan(&self, name: &str) -> Result<Vec<Request>, OpenerError> {
         let mut line = self.lock();
-        line.say(&Ask::Plan(name.to_owned()))
-            .map_err(OpenerError::Gone)?;
-        let said = line.hear(RELEASE_PATIENCE, &|| false);
+        let ask = Ask::Plan(name.to_owned());
+        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
         match said.map_err(OpenerError::Gone)? {
             Said::Planned(requests) => Ok(requests),
             Said::Refused(why) => Err(OpenerError::Refused(why)),

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -54,6 +55,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
         limit: None,
         leases: Vec::new(),
         next: 0,
+        last: 0..0,
     };
     loop {
         match wire::receive(&mut socket) {
@@ -70,6 +72,11 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
             Ok(Ask::Release { id, aside }) => {
                 desk.release(id, aside.as_deref());
                 wire::send(&mut socket, &Said::Released)?;
+            }
+            Ok(Ask::Unheard) => {
+                for id in std::mem::take(&mut desk.last) {
+                    desk.release(id, None);
+                }
             }
             Ok(Ask::Limit(limit)) if desk.limit.is_none() => {
                 desk.rehearse(&limit.from);
@@ -93,6 +100,8 @@ struct Desk<'a> {
     limit: Option<Limit>,
     leases: Vec<(u64, Lease)>,
     next: u64,
+    /// What was given for the last request.
+    last: Range<u64>,
 }
 
 /// What goes over the socket for a request.
@@ -110,11 +119,17 @@ impl Desk<'_> {
         held: &[u32],
         container: bool,
     ) -> io::Result<()> {
+        self.last = 0..0;
+        let bundle = self.bundle(requests, held, container);
+        // Before its answer somebody speaks only who waits for it no more; or is gone. All goes back.
+        if wire::has_more(socket) {
+            return Ok(());
+        }
         let Bundle {
             leases,
             groups,
             container,
-        } = match self.bundle(requests, held, container) {
+        } = match bundle {
             Ok(bundle) => bundle,
             Err(why) => return wire::send(socket, &Said::Refused(why)),
         };
@@ -138,6 +153,7 @@ impl Desk<'_> {
             }
         }
         self.next += leases.len() as u64;
+        self.last = first..self.next;
         self.leases.extend((first..).zip(leases));
         Ok(())
     }

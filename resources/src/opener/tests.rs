@@ -343,6 +343,73 @@ fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
 }
 
 #[test]
+fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let first = opener
+        .open(&[Request::group("nic", 1)], &[], false, &|| false)
+        .unwrap();
+    let before = held(&host);
+    let record = LeaseRecord {
+        kind: LeaseKind::Vm,
+        name: "two".to_owned(),
+        pid: 124,
+        since: 0,
+    };
+    let turn = AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap();
+    let disk = || opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
+    assert!(matches!(disk(), Err(OpenerError::Gone(_))));
+    drop(turn);
+    for _ in 0..2 {
+        assert!(matches!(disk(), Err(OpenerError::Gone(_))));
+        assert!(matches!(opener.plan("x"), Err(OpenerError::Gone(_))));
+    }
+    let mut line = opener.lock();
+    // What comes next is of this: neither of the lease, nor of what was asked for after it.
+    wire::send(
+        &mut line.socket,
+        &Ask::Release {
+            id: 99,
+            aside: None,
+        },
+    )
+    .unwrap();
+    let said = wire::receive(&mut line.socket).unwrap();
+    assert!(matches!(said, Said::Released), "{said:?}");
+    assert!(!wire::has_more(&line.socket));
+    drop(line);
+    assert_eq!(held(&host), before);
+    drop(first);
+}
+
+#[test]
+fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let _first = opener
+        .open(&[Request::group("nic", 1)], &[], false, &|| false)
+        .unwrap();
+    let before = held(&host);
+    let ask = Ask::Lease {
+        requests: vec![Request::group("nvme", 1)],
+        held: Vec::new(),
+        container: false,
+    };
+    let mut line = opener.lock();
+    line.say(&ask).unwrap();
+    wire::wait(&line.socket, RELEASE_PATIENCE, &|| false).unwrap();
+    line.lost = true;
+    // Discards the answer.
+    line.say(&Ask::Unheard).unwrap();
+    // The second time it is of nothing.
+    line.say(&Ask::Unheard).unwrap();
+    drop(line);
+    let deadline = std::time::Instant::now() + RELEASE_PATIENCE;
+    while held(&host) != before && std::time::Instant::now() < deadline {}
+    assert_eq!(held(&host), before);
+}
+
+#[test]
 fn a_helper_that_says_nothing_is_not_waited_for_for_ever() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let patience = Duration::from_millis(100);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -36,6 +36,8 @@ pub(super) enum Ask {
         held: Vec<u32>,
         container: bool,
     },
+    /// Nobody has heard the answer to the last `Lease`, and nobody will.
+    Unheard,
     /// What the plan of that name asks for.
     Plan(String),
     /// A lease ends, and why its device is to be put aside.
@@ -108,6 +110,12 @@ pub(super) fn wait(
             return Err(io::ErrorKind::TimedOut.into());
         }
     }
+}
+
+/// Whether there is something to receive, or the other side has ended.
+pub(super) fn has_more(socket: &UnixStream) -> bool {
+    let mut files = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut files, PollTimeout::ZERO), Ok(1..))
 }
 
 pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
