@@ -41,6 +41,8 @@ struct Plugged {
     attach: Vec<(&'static str, Duration)>,
     /// When it is taken away whether or not the guest has let go of it.
     force_at: Option<Instant>,
+    /// Whether the host wants it back.
+    wanted: bool,
 }
 
 /// All devices of the host that a VM has.
@@ -97,6 +99,7 @@ impl Devices {
                     device,
                     attach: Vec::new(),
                     force_at: None,
+                    wanted: false,
                 });
             }
         }
@@ -263,6 +266,7 @@ impl Devices {
                     device,
                     attach: Vec::new(),
                     force_at: None,
+                    wanted: false,
                 });
                 placed.map_err(Error::from)?;
             }
@@ -321,8 +325,7 @@ impl Devices {
         let force_at = end_of(Instant::now(), detach.force_after);
         for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
             one.row.state = DeviceState::Detaching;
-            // Asked again without a time, the one that was set before holds.
-            one.force_at = force_at.or(one.force_at);
+            one.force_at = due(one.force_at, force_at, one.wanted);
             asked.push(one.row.id.clone());
         }
         self.show();
@@ -354,8 +357,11 @@ impl Devices {
                 "it reported an error that cannot be corrected: do not rely on what it did since"
             }
             // It asks again and again.
-            Alarm::Wanted if one.force_at.is_some() => return,
+            Alarm::Wanted if one.wanted => return,
             Alarm::Wanted => {
+                let port = one.row.port;
+                let slot = self.plugged.iter_mut().filter(|one| one.row.port == port);
+                slot.for_each(|one| one.wanted = true);
                 (self.events)(VmEvent::Wanted { id: id.clone() });
                 let force_after = Some(HOST_PATIENCE);
                 let detach = Detach {
@@ -520,6 +526,15 @@ fn end_of(now: Instant, time: Option<Duration>) -> Option<Instant> {
     time.and_then(|time| now.checked_add(time))
 }
 
+/// When a device is taken away that was to be at the time `set`, now that it is `asked` for. What is asked
+/// last counts, but nobody puts off what the host wants back.
+fn due(set: Option<Instant>, asked: Option<Instant>, wanted: bool) -> Option<Instant> {
+    match (set, asked) {
+        (Some(set), Some(asked)) if wanted => Some(set.min(asked)),
+        (set, asked) => asked.or(set),
+    }
+}
+
 /// The group or alias of each device that a request asks for.
 fn names(request: &Request) -> Vec<Option<String>> {
     match request {
@@ -538,6 +553,29 @@ fn names(request: &Request) -> Vec<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_puts_off_its_own_time_and_not_the_hosts() {
+        let now = Instant::now();
+        let [early, late] = [1, 2].map(|hours| Some(now + Duration::from_secs(hours * 3600)));
+        for (set, asked, wanted, expected) in [
+            (None, None, false, None),
+            (None, early, false, early),
+            (early, None, false, early),
+            (early, late, false, late),
+            (late, early, false, early),
+            (None, early, true, early),
+            (early, None, true, early),
+            (early, late, true, early),
+            (late, early, true, early),
+        ] {
+            assert_eq!(
+                due(set, asked, wanted),
+                expected,
+                "{set:?} {asked:?} {wanted}"
+            );
+        }
+    }
 
     #[test]
     fn times_that_no_clock_gets_to_have_no_end() {
