@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, WindowKind};
+use gantry_devices::warn_limited;
 use gantry_resources::{DeviceName, Request};
 
 use super::alarms::{Alarm, AlarmKey, Alarms, Ears};
@@ -374,7 +375,8 @@ impl Devices {
                 }
             }
         };
-        tracing::warn!(device = id, "{error}");
+        // A guest can have its device report errors.
+        warn_limited!(device = id, "{error}");
         let error = error.to_owned();
         (self.events)(VmEvent::DeviceError { id, error });
     }
