@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::signal::kill;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
-use nix::unistd::{Gid, Group, chown};
+use nix::unistd::{Gid, Group, Pid, chown};
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,8 @@ impl SocketError {
 /// How long a process that was killed may take to be gone: its devices are reset meanwhile.
 const DYING_PATIENCE: Duration = Duration::from_secs(10);
 const DYING_STEP: Duration = Duration::from_millis(10);
+/// How long it is at most left alone between two attempts to connect: each stays in its queue.
+const KNOCK_STEP: Duration = Duration::from_millis(640);
 
 /// A listening socket with its file.
 #[derive(Debug)]
@@ -93,8 +96,7 @@ impl Socket {
         let group = group.map(gid).transpose()?;
         let dir = dir_of(path);
         make_dir(dir).map_err(SocketError::io("make", dir))?;
-        let _turn = turn(run);
-        vacate(path)?;
+        let _turn = vacate(path, run, is_dying)?;
         let private = Private::new(dir).map_err(SocketError::io("make", path))?;
         let hidden = private.0.join("s");
         let listener = UnixListener::bind(&hidden).map_err(SocketError::io("listen on", path))?;
@@ -236,31 +238,57 @@ fn knock(path: &Path) -> nix::Result<Option<u32>> {
     Ok(pid.filter(|pid| *pid != 0))
 }
 
-fn vacate(path: &Path) -> Result<(), SocketError> {
+/// Waits until nobody listens at a path; what comes back keeps it so. While somebody who was killed still
+/// does, it is the turn of others.
+fn vacate(
+    path: &Path,
+    run: &Path,
+    is_dying: impl Fn(u32) -> bool,
+) -> Result<Option<File>, SocketError> {
     let owned = || path.to_owned();
     let deadline = Instant::now() + DYING_PATIENCE;
+    let (mut step, mut known) = (DYING_STEP, None);
     loop {
+        let turn = turn(run);
         match state(path).map_err(SocketError::io("look at", path))? {
             // What is stale is replaced by the rename.
-            State::Absent | State::Stale => return Ok(()),
-            // One that was killed listens until the kernel has closed its files.
-            State::Live(Some(pid)) if is_dying(pid) && Instant::now() < deadline => {
-                std::thread::sleep(DYING_STEP);
-            }
-            State::Live(pid) => return Err(SocketError::Live { path: owned(), pid }),
+            State::Absent | State::Stale => return Ok(turn),
+            // Who it is does not show once the queue is full.
+            State::Live(pid) => known = pid.or(known),
             State::Other => return Err(SocketError::NoSocket { path: owned() }),
         }
+        drop(turn);
+        // One that was killed listens until the kernel has closed its files.
+        match known {
+            Some(pid) if is_dying(pid) && Instant::now() < deadline => await_end(pid, step),
+            pid => return Err(SocketError::Live { path: owned(), pid }),
+        }
+        step = (step * 2).min(KNOCK_STEP);
     }
 }
 
-/// Whether a process has been killed, and is not gone yet.
+/// Waits until a process is gone, but not for long: it may listen no more before.
+fn await_end(pid: u32, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    std::thread::sleep(DYING_STEP);
+    while !is_gone(pid) && Instant::now() < deadline {
+        std::thread::sleep(DYING_STEP);
+    }
+}
+
+/// Whether a process has been killed, and is not gone yet; or just is.
 fn is_dying(pid: u32) -> bool {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
     match (read("stat"), read("status")) {
         (Ok(stat), Ok(status)) => is_exiting(&stat) || has_kill_pending(&status),
-        // It is gone.
-        _ => true,
+        // Of other users' processes nothing may be to be read.
+        _ => is_gone(pid),
     }
+}
+
+fn is_gone(pid: u32) -> bool {
+    let pid = i32::try_from(pid).map(Pid::from_raw);
+    pid.is_ok_and(|pid| kill(pid, None) == Err(Errno::ESRCH))
 }
 
 /// By its flags in `/proc/PID/stat`, of which the ninth word has them (proc_pid_stat(5)): `PF_EXITING`.
@@ -410,19 +438,66 @@ mod tests {
     }
 
     #[test]
+    fn it_is_others_turn_while_somebody_dies() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(dir.path(), "web");
+        let listener = UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let listener = std::cell::Cell::new(Some(listener));
+        let looks = std::cell::Cell::new(0);
+        let dies = |pid| {
+            assert_eq!(pid, std::process::id());
+            let lock = File::open(dir.path().join("sockets.lock")).unwrap();
+            lock.try_lock().unwrap();
+            looks.set(looks.get() + 1);
+            if looks.get() == 5 {
+                drop(listener.take());
+            }
+            true
+        };
+        let turn = vacate(&path, dir.path(), dies).unwrap().unwrap();
+        assert_eq!(looks.get(), 5);
+        let lock = File::open(dir.path().join("sockets.lock")).unwrap();
+        assert!(lock.try_lock().is_err(), "it is whose turn it is");
+        drop(turn);
+        lock.try_lock().unwrap();
+    }
+
+    #[test]
+    fn who_was_dying_when_its_queue_filled_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_of(dir.path(), "web");
+        let listener = UnixListener::bind(&path).unwrap();
+        socket::listen(&listener, socket::Backlog::new(4).unwrap()).unwrap();
+        let queue = std::cell::RefCell::new((Some(listener), Vec::new()));
+        let dies = |_| {
+            let (listener, waiting) = &mut *queue.borrow_mut();
+            match waiting.is_empty() {
+                true => waiting.extend((0..100_000).map_while(|_| connect(&path))),
+                false => drop(listener.take()),
+            }
+            true
+        };
+        vacate(&path, dir.path(), dies).unwrap();
+        assert!(queue.borrow().0.is_none(), "it was full");
+    }
+
+    /// Without waiting; kept open by what comes back.
+    fn connect(path: &Path) -> Option<std::os::fd::OwnedFd> {
+        let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+        let socket = socket::socket(family, kind, SockFlag::SOCK_NONBLOCK, None).ok()?;
+        let address = UnixAddr::new(path).ok()?;
+        socket::connect(socket.as_raw_fd(), &address).ok()?;
+        Some(socket)
+    }
+
+    #[test]
     fn a_live_one_with_a_full_queue_is_live() {
         let dir = tempfile::tempdir().unwrap();
         let path = path_of(dir.path(), "web");
         let _listener = UnixListener::bind(&path).unwrap();
         // As many as net.core.somaxconn takes; more would have to wait.
-        let connect = |_| {
-            let (family, kind) = (AddressFamily::Unix, SockType::Stream);
-            let socket = socket::socket(family, kind, SockFlag::SOCK_NONBLOCK, None).ok()?;
-            let address = UnixAddr::new(&path).ok()?;
-            socket::connect(socket.as_raw_fd(), &address).ok()?;
-            Some(socket)
-        };
-        let waiting: Vec<_> = (0..100_000).map_while(connect).collect();
+        let waiting: Vec<_> = (0..100_000).map_while(|_| connect(&path)).collect();
         assert!(!waiting.is_empty());
         assert!(!is_stale(&path));
     }
