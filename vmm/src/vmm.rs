@@ -77,8 +77,6 @@ pub struct Ground {
     pub events: EventSink,
     /// Where it is shown what the VM is.
     pub shown: Arc<Shown>,
-    /// Where the socket of the clients is, if there is one.
-    pub socket_folder: Option<PathBuf>,
 }
 
 /// The way to the VM for clients, from any thread.
@@ -115,6 +113,8 @@ impl Handle {
 pub struct Vmm {
     ground: Ground,
     keep: bool,
+    /// Where the socket of the clients is, if there is one.
+    socket_folder: Option<PathBuf>,
 }
 
 impl Vmm {
@@ -136,9 +136,9 @@ impl Vmm {
                 signals,
                 events: options.events,
                 shown: Arc::default(),
-                socket_folder: None,
             },
             keep: options.keep,
+            socket_folder: None,
         })
     }
 
@@ -163,7 +163,7 @@ impl Vmm {
     ) -> io::Result<Task<()>> {
         let sandbox = Arc::clone(&self.ground.sandbox);
         let confine = move || sandbox.confine_to_nothing();
-        self.ground.socket_folder = Some(folder.to_owned());
+        self.socket_folder = Some(folder.to_owned());
         threads::spawn_confined(Role::Api, &self.ground.sandbox, confine, body)
     }
 
@@ -189,7 +189,8 @@ impl Vmm {
     fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
         let idle = View::idle(config, VmState::Created);
         self.ground.shown.show(Some(idle));
-        match live(&self.ground, config, &mut None)? {
+        let socket = self.socket_folder.as_deref();
+        match live(&self.ground, config, socket, &mut None)? {
             End::Over(outcome) => Ok(outcome),
             End::Asked(_, reply) => {
                 reply(Ok(Answer::Done));
@@ -255,7 +256,8 @@ impl Vmm {
         let (ground, asked) = (self.ground.clone(), started.is_some());
         let life = move || {
             let mut started = started;
-            let ended = live(&ground, &config, &mut started);
+            // The first thread removes the socket, which is free to.
+            let ended = live(&ground, &config, None, &mut started);
             match (ended, started) {
                 (Err(error), Some(reply)) => Err((error, Some(reply))),
                 (ended, _) => ended.map_err(|error| (error, None)),
@@ -306,17 +308,18 @@ impl Vmm {
     }
 }
 
-/// Builds a VM, runs it, and gives back what it had.
+/// Builds a VM, runs it, and gives back what it had. A thread that is to remove the clients' socket says in
+/// which folder that is.
 fn live(
     ground: &Ground,
     config: &Arc<VmConfig>,
+    socket: Option<&Path>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
     // A VM may have been made, or have ended, long before it is started.
     if let Some(Maintenance { reason, .. }) = maintenance(&ground.host)? {
         return Err(Error::Maintenance(reason));
     }
-    let socket = ground.socket_folder.as_deref();
     let confined = ground.sandbox.confine_files(config, &ground.host, socket);
     let ended = confined
         .map_err(Error::host("confine files (Landlock)"))
