@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -98,8 +99,20 @@ pub fn quarantine(
     store(&path, &record).map_err(|source| QuarantineError::File { path, source })
 }
 
+/// Tenants read the host's records too, whatever the umask of the one who writes them.
 fn store(path: &Path, record: &Record) -> io::Result<()> {
-    atomic::replace(path, &serde_json::to_vec(record)?)
+    let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    fs::create_dir_all(dir)?;
+    show(dir, 0o755)?;
+    atomic::replace(path, &serde_json::to_vec(record)?)?;
+    show(path, 0o644)
+}
+
+fn show(path: &Path, mode: u32) -> io::Result<()> {
+    match fs::metadata(path)?.mode() & 0o777 {
+        now if now == mode => Ok(()),
+        _ => fs::set_permissions(path, fs::Permissions::from_mode(mode)),
+    }
 }
 
 /// A record for a process that can neither ask for the boot nor open a file: it is left in the file of
@@ -219,19 +232,29 @@ pub(crate) struct Home {
     dir: PathBuf,
     /// Of a tenant: held open, as the tenant may put something else into its place.
     _held: Option<HeldDir>,
-    of_tenant: bool,
+    whose: Whose,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// One's own.
+    Own,
+    /// The host's, in the eyes of a tenant.
+    Host,
+    /// A tenant's, in the eyes of the host.
+    Tenant,
 }
 
 /// Where records are: one's own, and the host's for a tenant, or those of tenants for the host.
 pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
-    let plain = |dir| Home {
+    let plain = |dir, whose| Home {
         dir,
         _held: None,
-        of_tenant: false,
+        whose,
     };
-    let mut homes = vec![plain(paths.state.join(DIR))];
+    let mut homes = vec![plain(paths.state.join(DIR), Whose::Own)];
     if let Some(above) = shared_quarantine(paths) {
-        homes.push(plain(above));
+        homes.push(plain(above, Whose::Host));
         return homes;
     }
     let tenants = paths.state.join(TENANTS);
@@ -241,7 +264,7 @@ pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
             homes.push(Home {
                 dir: held.path(),
                 _held: Some(held),
-                of_tenant: true,
+                whose: Whose::Tenant,
             });
         }
     }
@@ -269,24 +292,44 @@ impl Home {
         let path = self.file(bdf);
         let read = || -> io::Result<Option<Vec<u8>>> {
             let file = sysfs::regular(&path)?;
-            if self.of_tenant && !is_owners(paths, bdf, &file)? {
+            if self.whose == Whose::Tenant && !is_owners(paths, bdf, &file)? {
                 return Ok(None);
             }
             let mut text = Vec::new();
             file.take(LONGEST).read_to_end(&mut text)?;
             Ok(Some(text))
         };
-        let broken = |what: String| Some(Kept::Broken(format!("{} {what}", path.display())));
         match read() {
-            Ok(Some(text)) => match serde_json::from_slice(&text) {
-                Ok(record) => Some(Kept::Record(record)),
-                Err(_) => broken("is damaged".to_owned()),
-            },
+            Ok(Some(text)) => Some(match serde_json::from_slice(&text) {
+                Ok(record) => Kept::Record(record),
+                Err(_) => Kept::Broken(format!("{} is damaged", path.display())),
+            }),
             Ok(None) => None,
-            Err(error) if sysfs::is_gone(&error) => None,
+            Err(error) => self.unread(&path, &error),
+        }
+    }
+
+    /// What a file that cannot be read comes to.
+    fn unread(&self, path: &Path, error: &io::Error) -> Option<Kept> {
+        static TOLD: Once = Once::new();
+        match self.whose {
+            _ if sysfs::is_gone(error) => None,
             // What a tenant puts there besides is nothing to anybody.
-            Err(_) if self.of_tenant => None,
-            Err(error) => broken(format!("cannot be read: {error}")),
+            Whose::Tenant => None,
+            // Where the directory is closed this is said of files that are not there too.
+            Whose::Host if error.kind() == io::ErrorKind::PermissionDenied => {
+                TOLD.call_once(|| {
+                    tracing::warn!(
+                        "{}: what the host has in quarantine is not known here: {error}",
+                        self.dir.display()
+                    );
+                });
+                None
+            }
+            Whose::Own | Whose::Host => {
+                let what = format!("{} cannot be read: {error}", path.display());
+                Some(Kept::Broken(what))
+            }
         }
     }
 }
@@ -300,7 +343,10 @@ fn is_owners(paths: &HostPaths, bdf: HostBdf, record: &fs::File) -> io::Result<b
 /// Keeps what tenants' records say of devices that are about to be the host's again.
 pub(crate) fn adopt(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
     let own = path(paths, bdf);
-    for home in homes(paths).iter().filter(|home| home.of_tenant) {
+    for home in homes(paths)
+        .iter()
+        .filter(|home| home.whose == Whose::Tenant)
+    {
         if let (Some(Kept::Record(record)), false) = (home.record(paths, bdf), own.exists()) {
             store(&own, &record)?;
         }
@@ -402,6 +448,44 @@ mod tests {
         let record = LeaseRecord::task("a");
         assert!(DeviceLock::take(&host.paths, device.bdf, &record).is_err());
         assert_eq!(host.read("01:00.0").quarantine.as_deref(), Some("it hangs"));
+    }
+
+    #[test]
+    fn a_tenant_reads_the_hosts_records_whatever_the_umask_was() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        let file = path(&host.paths, disk.bdf);
+        let dir = file.parent().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        host.file("var/quarantine/0000:01:00.0.json", "{}");
+        for (path, closed) in [(&*file, 0o600), (dir, 0o700)] {
+            fs::set_permissions(path, fs::Permissions::from_mode(closed)).unwrap();
+        }
+        quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+        assert_eq!((mode(dir), mode(&file)), (0o755, 0o644));
+    }
+
+    #[test]
+    fn a_tenant_that_may_not_look_at_the_hosts_records_keeps_its_devices() {
+        let kept = |whose, error: io::ErrorKind| {
+            let home = Home {
+                dir: PathBuf::from("/x"),
+                _held: None,
+                whose,
+            };
+            home.unread(Path::new("/x/y"), &error.into()).is_some()
+        };
+        let denied = io::ErrorKind::PermissionDenied;
+        let cases = [
+            (Whose::Own, true),
+            (Whose::Host, false),
+            (Whose::Tenant, false),
+        ];
+        for (whose, keeps_out) in cases {
+            assert_eq!(kept(whose, denied), keeps_out, "{whose:?}");
+            assert!(!kept(whose, io::ErrorKind::NotFound), "{whose:?}");
+        }
+        assert!(kept(Whose::Host, io::ErrorKind::InvalidData));
     }
 
     #[test]
