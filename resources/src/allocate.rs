@@ -2,6 +2,7 @@
 
 mod choose;
 mod fit;
+mod lacks;
 mod prepare;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,20 +20,24 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
-    LeaseStatus, PASSING_PATIENCE, holder, is_passing,
+    LeaseStatus, PASSING_PATIENCE, holder,
 };
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
 use crate::obstacle::{Blocked, Obstacle, Pool};
 use crate::quarantine::{QuarantineError, Until, forget_reason, quarantine};
-use crate::request::{Placement, Request, Source};
+use crate::request::{Placement, Request};
 use crate::sriov::{HostAccess, Netlink, SriovError};
 use crate::topology::Sockets;
 use crate::vgpu::{self, VgpuError};
 use crate::writer::ChildWriter;
 use choose::{Pick, View, choose, survey};
 pub use fit::{Fit, RequestFit};
+use lacks::Lacks;
 use prepare::{Needs, activate_wanted, in_order};
+
+/// Each look is one at all of the host, and keeps others from choosing.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Nothing was allocated.
 #[derive(Debug, Error)]
@@ -174,19 +179,19 @@ pub(crate) fn allocate_with(
     let record = LeaseRecord::vm(holder);
     let deadline = Instant::now() + PASSING_PATIENCE;
     let mut reaped = false;
+    let mut pause = Duration::from_millis(10);
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
         let look = Look::at(paths)?.beside(own);
         let lacks = match choose(look.view(), requests, placement) {
-            Err(AllocateError::NoFit(fit)) => Some(look.is_made(&fit)),
-            Err(AllocateError::Unavailable(_)) => Some(false),
-            _ => None,
+            Err(AllocateError::NoFit(fit)) => Lacks::of(&look, &fit),
+            Err(AllocateError::Unavailable(blocked)) => Lacks::devices(&look, &[blocked]),
+            _ => Lacks::default(),
         };
         // What killed VMs had made for them is in the way of making more.
-        let left = lacks == Some(true) && look.has_left_vgpus() && !reaped;
-        let waits =
-            look.has_passing_holders(paths) || lacks == Some(true) && look.has_vgpus_under_way();
-        if lacks.is_none() || !(left || waits && Instant::now() < deadline) {
+        let left = lacks.made && look.has_left_vgpus() && !reaped;
+        let waits = lacks.passes(paths, &look) || lacks.made && look.has_vgpus_under_way();
+        if !(left || waits && Instant::now() < deadline) {
             break (choosing, look);
         }
         drop(choosing);
@@ -194,7 +199,8 @@ pub(crate) fn allocate_with(
             tracing::warn!("a virtual GPU of a VM that is gone stays: {error}");
         }
         reaped |= left;
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
     };
     let picks = choose(look.view(), requests, placement)?;
     let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
@@ -271,15 +277,6 @@ impl Look {
         self
     }
 
-    /// Whether a request that got too little asks for what is made for it.
-    fn is_made(&self, fit: &RequestFit) -> bool {
-        let group = match &fit.from {
-            Some(Source::Group(name) | Source::Alias(name)) => self.groups.get(name),
-            None => None,
-        };
-        group.is_some_and(|group| group.vgpu.is_some())
-    }
-
     /// Whether killed VMs have left what takes the room of others.
     fn has_left_vgpus(&self) -> bool {
         self.mdevs.claims.iter().any(|claim| claim.left)
@@ -289,16 +286,6 @@ impl Look {
     fn has_vgpus_under_way(&self) -> bool {
         let mut claims = self.mdevs.claims.iter();
         claims.any(|claim| claim.under_way && !claim.left)
-    }
-
-    /// Whether devices are about to become free.
-    fn has_passing_holders(&self, paths: &HostPaths) -> bool {
-        let devices = self.devices.iter();
-        let functions = devices.map(|device| (DeviceName::from(device.bdf), &device.lease));
-        let mdevs = self.mdevs.devices.iter();
-        let mdevs = mdevs.map(|device| (DeviceName::from(device.uuid), &device.lease));
-        let mut held = functions.chain(mdevs).filter(|(_, lease)| lease.is_held());
-        held.any(|(name, lease)| is_passing(paths, name, lease.record()))
     }
 
     fn view(&self) -> View<'_> {

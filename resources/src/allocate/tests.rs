@@ -95,6 +95,32 @@ fn a_holder_that_is_ending_is_waited_for_and_no_other() {
 }
 
 #[test]
+fn what_others_give_back_is_not_waited_for() {
+    let groups = r#"{"groups": [{"name": "one", "rules": [{"slot": "0000:01:00.0"}]},
+        {"name": "two", "rules": [{"slot": "0000:02:00.0"}]}]}"#;
+    let host = host(
+        &[Fake::nvme("01:00.0", 1), Fake::nvme("02:00.0", 2)],
+        groups,
+    );
+    let _taken = allocate(&host.paths, &[of("one", 1)], &vm("a")).unwrap();
+    let restore = LeaseRecord::restore();
+    let returned = DeviceLock::take(&host.paths, bdf("02:00.0"), &restore).unwrap();
+    let started = Instant::now();
+    for request in [of("one", 1), exact("01:00.0")] {
+        assert!(refusal(&host, &[request]).contains("held by VM 'a'"));
+    }
+    assert!(started.elapsed() < Duration::from_secs(5));
+    let late = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(returned);
+        });
+        allocate(&host.paths, &[of("two", 1)], &vm("b"))
+    });
+    assert_eq!(addresses(&late.unwrap()), ["0000:02:00.0"]);
+}
+
+#[test]
 fn devices_come_in_the_order_of_the_requests_and_none_twice() {
     let devices: Vec<Fake> = (1..5)
         .map(|bus| Fake::nvme(&format!("{bus:02x}:00.0"), bus))

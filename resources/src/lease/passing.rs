@@ -3,12 +3,14 @@
 //! the locks.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use nix::libc;
 
 use super::{
     ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder,
+    lock_path,
 };
 use crate::host::HostPaths;
 use crate::name::DeviceName;
@@ -48,7 +50,7 @@ pub(crate) fn is_passing(
         return matches!(holder(paths, name), Ok(LeaseStatus::Free));
     };
     if record.kind == LeaseKind::Task && record.name == RESTORE {
-        return true;
+        return may_be_believed(paths, name);
     }
     let process = paths.proc.join(record.pid.to_string());
     let read = |name: &str| fs::read_to_string(process.join(name)).ok();
@@ -60,6 +62,17 @@ pub(crate) fn is_passing(
         // It may as well be in another PID namespace, and well.
         None => matches!(holder(paths, name), Ok(LeaseStatus::Free)),
     }
+}
+
+/// Whether what a lease's file says is to be believed.
+fn may_be_believed(paths: &HostPaths, name: DeviceName) -> bool {
+    let file = fs::symlink_metadata(lock_path(paths, name));
+    file.is_ok_and(|file| is_trusted(file.uid()))
+}
+
+/// Root and this user: a tenant writes what it likes into the lease files of its devices.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }
 
 /// Does something under the allocation lock, which is free again when this returns. As long as nothing
@@ -117,6 +130,19 @@ fn pending(status: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+    use crate::lease::DeviceLock;
+
+    #[test]
+    fn the_word_of_another_user_is_not_believed() {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
+        let name = DeviceName::from(bdf("01:00.0"));
+        let restore = LeaseRecord::restore();
+        let _lock = DeviceLock::take(&host.paths, name, &restore).unwrap();
+        assert!(is_passing(&host.paths, name, Some(&restore)));
+        let own = nix::unistd::geteuid().as_raw();
+        assert!(is_trusted(0) && is_trusted(own) && !is_trusted(own + 1));
+    }
 
     #[test]
     fn the_kernels_words_are_understood() {
