@@ -67,6 +67,14 @@ fn with_mdevs(
     }
     let mut files = GroupFiles::open(scope)?;
     for device in devices {
+        // Whoever removes it has its lock since before this one was free.
+        let (uuid, lease) = (device.uuid, holder(scope, device.uuid)?);
+        if lease.is_held() {
+            return Err(VgpuError::held(uuid, &lease).into());
+        }
+        if MdevDevice::read(scope, uuid)?.is_none() {
+            return Err(VgpuError::NoSuch { uuid }.into());
+        }
         let now = files.groups()?.get(group).cloned();
         let mut spec = match now {
             None => {
@@ -125,8 +133,11 @@ pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), 
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, FakeKernel};
+    use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
     use crate::tenant::{TenantFile, create_tenant, delete_tenant};
     use crate::{Groups, Holder, Lease, Request, allocate, make_ahead, unmake_ahead};
+    use std::fs;
+    use std::time::Duration;
 
     const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
     const TWO: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
@@ -221,6 +232,47 @@ mod tests {
         );
         drop(lease);
         assert_eq!(seen(&a), 1, "it stays");
+    }
+
+    #[test]
+    fn what_is_granted_or_removed_meanwhile_stays_whole() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        let all = Mdevs::read(&host.paths).unwrap().devices;
+        let scope = definitions(&host.paths, "a");
+        // The grant of a device that a deactivation has locked since it was looked at.
+        let record = LeaseRecord::task("gantry group deactivate");
+        let lock = DeviceLock::take(&host.paths, all[0].uuid, &record).unwrap();
+        let said = with_mdevs(&scope, "a", &[&all[0]]).unwrap_err().to_string();
+        assert!(
+            said.contains("is held by `gantry group deactivate`"),
+            "{said}"
+        );
+        drop(lock);
+        // The other way round: it is granted while the deactivation waits.
+        let choosing = AllocationLock::acquire(&host.paths, &record, ALLOCATION_DEADLINE).unwrap();
+        let said = std::thread::scope(|threads| {
+            threads.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                let granted = format!(
+                    r#"{{"groups": [{{"name": "a", "type": "vgpu",
+                        "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}"]}}}}]}}"#
+                );
+                host.file("etc/tenants/a/groups.json", &granted);
+                drop(choosing);
+            });
+            unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err()
+        });
+        assert!(
+            said.to_string().contains("belongs to tenant \"a\""),
+            "{said}"
+        );
+        assert_eq!(Mdevs::read(&host.paths).unwrap().devices.len(), 2);
+        // What is gone is not granted.
+        fs::remove_file(host.paths.config.join("tenants/a/groups.json")).unwrap();
+        unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+        let said = with_mdevs(&scope, "a", &[&all[0]]).unwrap_err().to_string();
+        assert!(said.contains("no mediated device"), "{said}");
     }
 
     #[test]

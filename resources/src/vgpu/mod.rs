@@ -261,13 +261,14 @@ pub fn unmake_ahead(
 ) -> Result<VgpuReport, VgpuError> {
     let spec = ahead(group)?;
     let record = LeaseRecord::task("gantry group deactivate");
-    let tenants = Tenants::load(paths)?;
-    let owned = |uuid: &Uuid| Some((*uuid, tenants.owner_of(*uuid)?.name.clone()));
-    if let Some((uuid, tenant)) = spec.uuids.iter().find_map(owned) {
-        return Err(VgpuError::OfTenant { uuid, tenant });
-    }
     // Locked is enough from here on: a driver that is slow to remove them stops nobody else.
     let locked = under_lock(paths, &record, VgpuError::in_the_way, || {
+        // Whose they are is changed under this lock too.
+        let tenants = Tenants::load(paths)?;
+        let owned = |uuid: &Uuid| Some((*uuid, tenants.owner_of(*uuid)?.name.clone()));
+        if let Some((uuid, tenant)) = spec.uuids.iter().find_map(owned) {
+            return Err(VgpuError::OfTenant { uuid, tenant });
+        }
         let mut locked = Vec::new();
         for &uuid in &spec.uuids {
             if MdevDevice::read(paths, uuid)?.is_some() {
