@@ -360,7 +360,8 @@ fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice], holder: &H
     }
 }
 
-fn detail(groups: &Groups) -> Detail {
+/// How much a look has to ask for, that tells which devices groups have.
+pub(crate) fn detail(groups: &Groups) -> Detail {
     if groups.ask_for_serials() {
         Detail::Full
     } else {

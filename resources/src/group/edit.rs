@@ -8,7 +8,7 @@ use super::chosen::Chosen;
 use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
 use crate::config::{self, ConfigError};
 use crate::host::{HostBdf, HostPaths};
-use crate::inventory::HostDevice;
+use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
 use crate::name::DeviceName;
 use crate::nova::Traits;
@@ -71,6 +71,9 @@ pub enum EditError {
     /// The lock cannot be had.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The host's devices cannot be read.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
     /// A group has no rule of that number.
     #[error("group \"{group}\" has no rule {number}: it has {count} (`gantry group show {group}`)")]
     NoRule {

@@ -1,22 +1,24 @@
 //! What stands against taking a group, or devices out of it: VMs that have them, and what was made for it.
 
 use super::{EditError, GroupFiles, ResourceGroup};
-use crate::host::HostBdf;
-use crate::inventory::HostDevice;
+use crate::allocate::detail;
+use crate::host::{HostBdf, HostPaths};
+use crate::inventory::{Detail, scan_with};
 use crate::lease::LeaseStatus;
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
 
 impl GroupFiles {
-    /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one.
+    /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one. The files
+    /// are open, so nobody gets one after the look.
     pub fn is_idle(
         &self,
+        paths: &HostPaths,
         name: &str,
         leaving: Option<&[HostBdf]>,
-        devices: &[HostDevice],
-        mdevs: &Mdevs,
     ) -> Result<(), EditError> {
         let groups = self.groups()?;
+        let (devices, mdevs) = (scan_with(paths, detail(&groups))?, Mdevs::read(paths)?);
         let is = |owner: Option<&ResourceGroup>| owner.is_some_and(|owner| owner.name == name);
         let leaves = |bdf: &HostBdf| leaving.is_none_or(|leaving| leaving.contains(bdf));
         let functions = devices
@@ -34,13 +36,9 @@ impl GroupFiles {
     }
 
     /// Refuses a group that has functions or devices which were made for it: they would be nobody's.
-    pub fn has_nothing_made(
-        &self,
-        name: &str,
-        devices: &[HostDevice],
-        mdevs: &Mdevs,
-    ) -> Result<(), EditError> {
+    pub fn has_nothing_made(&self, paths: &HostPaths, name: &str) -> Result<(), EditError> {
         let groups = self.groups()?;
+        let (devices, mdevs) = (scan_with(paths, Detail::ForChoice)?, Mdevs::read(paths)?);
         let Some(group) = groups.get(name) else {
             return Err(groups.unknown(name).into());
         };
@@ -95,8 +93,7 @@ mod tests {
 
     fn said(host: &FakeHost, name: &str, leaving: Option<&[HostBdf]>) -> String {
         let files = GroupFiles::open(&host.paths).unwrap();
-        let mdevs = Mdevs::read(&host.paths).unwrap();
-        let result = files.is_idle(name, leaving, &host.scan(), &mdevs);
+        let result = files.is_idle(&host.paths, name, leaving);
         result.map_or_else(|error| error.to_string(), |()| String::new())
     }
 
@@ -129,8 +126,7 @@ mod tests {
         let kernel = FakeKernel::new(&host);
         let made = || {
             let files = GroupFiles::open(&host.paths).unwrap();
-            let mdevs = Mdevs::read(&host.paths).unwrap();
-            let result = files.has_nothing_made("vgpus", &host.scan(), &mdevs);
+            let result = files.has_nothing_made(&host.paths, "vgpus");
             result.map_err(|error| error.to_string())
         };
         assert_eq!(made(), Ok(()));

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use gantry_resources::{
     BdfError, Bind, Chosen, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths,
-    Mdevs, ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan, scan_usb,
+    ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan_usb,
 };
 
 use super::told::{Before, Hardware, TellArgs};
@@ -249,10 +249,9 @@ pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
         name: Some(to.clone()),
         ..GroupChange::default()
     };
-    let (devices, mdevs) = hardware(paths)?;
     change(paths, tell, [&name, &to], |files| {
         if !force {
-            files.is_idle(&name, None, &devices, &mdevs)?;
+            files.is_idle(paths, &name, None)?;
         }
         files.change(&name, wanted)
     })
@@ -260,11 +259,10 @@ pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
     let DeleteArgs { name, force, tell } = args;
-    let (devices, mdevs) = hardware(paths)?;
     change(paths, *tell, [name, name], |files| {
         if !force {
-            files.is_idle(name, None, &devices, &mdevs)?;
-            files.has_nothing_made(name, &devices, &mdevs)?;
+            files.is_idle(paths, name, None)?;
+            files.has_nothing_made(paths, name)?;
         }
         files.delete(name)
     })
@@ -282,19 +280,13 @@ pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
     let RemoveArgs { common, force } = args;
     let leaving = read(paths, &common.devices)?;
     let name = &common.name;
-    let (devices, mdevs) = hardware(paths)?;
     change(paths, common.tell, [name, name], |files| {
         if !force {
             let functions: Vec<HostBdf> = leaving.pci.iter().map(|device| device.bdf).collect();
-            files.is_idle(name, Some(&functions), &devices, &mdevs)?;
+            files.is_idle(paths, name, Some(&functions))?;
         }
         files.remove_chosen(name, &leaving.chosen())
     })
-}
-
-fn hardware(paths: &HostPaths) -> Result<(Vec<HostDevice>, Mdevs), Failure> {
-    let devices = scan(paths).map_err(Failure::host)?;
-    Ok((devices, Mdevs::read(paths).map_err(Failure::host)?))
 }
 
 /// Where a device is.
