@@ -27,5 +27,6 @@ pub use gantry_devices::outlet;
 
 pub use config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount, VmConfig};
 pub use error::Error;
+pub use memory::let_go_of_program;
 pub use sandbox::SeccompMode;
 pub use vmm::{Handle, Options, Outcome, Vmm};

@@ -10,7 +10,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use super::calls::App;
@@ -50,6 +50,8 @@ impl Default for Limits {
 
 /// The longest head of a request, and the buffer that a connection may fill.
 const HEAD_BYTES: usize = 16 << 10;
+/// How long nobody may have been connected before the memory that answers took is given back.
+const QUIET: Duration = Duration::from_millis(200);
 /// How long the last answers may take once the server ends.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -134,8 +136,7 @@ impl Server {
                 let Some(accepted) = next else { break };
                 match accepted {
                     Ok((stream, _)) => {
-                        let place = Arc::clone(&places).try_acquire_owned();
-                        admit(stream, place.ok(), &app, leaving.subscribe());
+                        admit(stream, &places, &app, leaving.subscribe());
                     }
                     Err(error) => {
                         // Out of descriptors, say: those that are there must end first.
@@ -172,20 +173,26 @@ async fn race<T>(
 
 fn admit(
     stream: UnixStream,
-    place: Option<OwnedSemaphorePermit>,
+    places: &Arc<Semaphore>,
     app: &Arc<App>,
     leaving: tokio::sync::watch::Receiver<bool>,
 ) {
-    let Some(place) = place else {
+    let Ok(place) = Arc::clone(places).try_acquire_owned() else {
         app.tally.turned_away();
         // What does not fit into an empty socket's buffer at once was not to be.
         let _ = stream.try_write(FULL);
         return;
     };
     let connection = connection(stream, Arc::clone(app), leaving);
+    let all = app.limits.connections;
+    let places = Arc::clone(places);
     tokio::spawn(async move {
-        let _place = place;
         connection.await;
+        drop(place);
+        sleep(QUIET).await;
+        if places.available_permits() == all {
+            gantry_vmm::let_go_of_program();
+        }
     });
 }
 
