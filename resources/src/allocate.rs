@@ -119,6 +119,27 @@ pub enum AllocateError {
     Lease(#[from] LeaseError),
 }
 
+impl AllocateError {
+    /// Whether the devices are not to be had as things are, rather than the host having failed.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::UnknownGroup { .. }
+            | Self::UnknownAlias { .. }
+            | Self::RefusedAlias { .. }
+            | Self::NoFit(_)
+            | Self::NoSuchDevice { .. }
+            | Self::Ungrouped { .. }
+            | Self::Unavailable(_)
+            | Self::AskedTwice { .. } => true,
+            Self::Inventory(error) => matches!(error, InventoryError::NoSuchDevice { .. }),
+            Self::Bind(error) => error.is_refusal(),
+            Self::Sriov(error) => matches!(error, SriovError::Busy(_) | SriovError::Live { .. }),
+            Self::Vgpu(error) => error.is_refusal(),
+            Self::Groups(_) | Self::Quarantine(_) | Self::Lease(_) => false,
+        }
+    }
+}
+
 /// Leases devices for a VM: all that is asked for or nothing, in the order of the requests.
 ///
 /// Devices asked for by address are settled first, then groups pick what is free in the order of

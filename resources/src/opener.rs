@@ -33,7 +33,7 @@ use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 pub use desk::{BUSY_PATIENCE, opener_helper};
 pub use wire::Limit;
-use wire::{Ask, Leased, Said};
+use wire::{Ask, Leased, Refusal, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
@@ -58,9 +58,21 @@ pub enum OpenerError {
         "cannot take over the files that the helper opened for this VM: if too many are open, raise `ulimit -n`"
     )]
     Files(#[source] io::Error),
-    /// It did not do what it was asked for.
+    /// What it was asked for is not to be had.
     #[error("{0}")]
     Refused(String),
+    /// The host failed it.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<Refusal> for OpenerError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Denied(why) => Self::Refused(why),
+            Refusal::Failed(why) => Self::Failed(why),
+        }
+    }
 }
 
 /// A device that the opener leased.
@@ -263,7 +275,7 @@ impl Opener {
                     let files: Vec<_> = files.collect();
                     (devices, groups, files.into_iter())
                 }
-                Said::Refused(why) => return Err(OpenerError::Refused(why)),
+                Said::Not(refusal) => return Err(refusal.into()),
                 Said::Released | Said::Planned(_) => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
@@ -326,7 +338,7 @@ impl Opener {
         let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
         match said.map_err(OpenerError::Gone)? {
             Said::Planned(requests) => Ok(requests),
-            Said::Refused(why) => Err(OpenerError::Refused(why)),
+            Said::Not(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }
     }

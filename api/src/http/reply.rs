@@ -120,7 +120,8 @@ impl From<CommandError> for Refusal {
 fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     use gantry_vmm::Error as E;
     match error {
-        E::Allocate(_) | E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } => true,
+        E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } => true,
+        E::Allocate(error) => error.is_refusal(),
         E::Opener(error) => matches!(error, OpenerError::Refused(_)),
         _ => false,
     }
@@ -190,6 +191,8 @@ fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
 
 #[cfg(test)]
 mod tests {
+    use gantry_resources::AllocateError;
+
     use super::*;
 
     #[test]
@@ -199,6 +202,19 @@ mod tests {
         assert_eq!(status(refused.into()), StatusCode::CONFLICT);
         let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
         assert_eq!(status(maintenance), StatusCode::CONFLICT);
+        let twice = AllocateError::AskedTwice {
+            bdf: "0000:01:00.0".parse().unwrap(),
+        };
+        assert_eq!(status(twice.into()), StatusCode::CONFLICT);
+        let unreadable = gantry_resources::InventoryError::Sysfs {
+            path: "/sys/bus/pci".into(),
+            source: std::io::ErrorKind::PermissionDenied.into(),
+        };
+        let unreadable = AllocateError::from(unreadable);
+        let failure = StatusCode::INTERNAL_SERVER_ERROR;
+        assert_eq!(status(unreadable.into()), failure);
+        let failed = OpenerError::Failed("cannot open /dev/vfio/7".to_owned());
+        assert_eq!(status(failed.into()), failure);
         let gone = OpenerError::Gone(std::io::ErrorKind::UnexpectedEof.into());
         assert_eq!(status(gone.into()), StatusCode::INTERNAL_SERVER_ERROR);
     }

@@ -95,6 +95,19 @@ pub enum BindError {
 }
 
 impl BindError {
+    /// As [`crate::AllocateError::is_refusal`].
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Blocked(_)
+                | Self::Guarded(_)
+                | Self::HostBridge { .. }
+                | Self::HasVirtualFunctions { .. }
+        )
+    }
+}
+
+impl BindError {
     /// Who has a device that was to be moved, if that is the failure.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
         match self {

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Said};
-use crate::allocate::{allocate_beside, fit};
+use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
+use crate::allocate::{AllocateError, allocate_beside, fit};
 use crate::group::Groups;
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
@@ -66,7 +66,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
             }) => desk.lease(&mut socket, &requests, &held, container)?,
             Ok(Ask::Plan(name)) => {
                 let planned = desk.plan(&name);
-                let said = planned.map_or_else(Said::Refused, Said::Planned);
+                let said = planned.map_or_else(Said::Not, Said::Planned);
                 wire::send(&mut socket, &said)?;
             }
             Ok(Ask::Release { id, aside }) => {
@@ -131,7 +131,7 @@ impl Desk<'_> {
             container,
         } = match bundle {
             Ok(bundle) => bundle,
-            Err(why) => return wire::send(socket, &Said::Refused(why)),
+            Err(refusal) => return wire::send(socket, &Said::Not(refusal)),
         };
         let first = self.next;
         let devices = (first..).zip(&leases).map(|(id, lease)| Leased {
@@ -158,12 +158,12 @@ impl Desk<'_> {
         Ok(())
     }
 
-    fn plan(&self, name: &str) -> Result<Vec<Request>, String> {
-        let plans = Plans::load(self.paths).map_err(|error| chain(&error))?;
-        let plan = plans.find(name).map_err(|error| chain(&error))?;
-        let requests = plan.requests().map_err(|error| chain(&error))?;
+    fn plan(&self, name: &str) -> Result<Vec<Request>, Refusal> {
+        let plans = Plans::load(self.paths).map_err(|error| failed(&error))?;
+        let plan = plans.find(name).map_err(|error| denied(&error))?;
+        let requests = plan.requests().map_err(|error| denied(&error))?;
         match requests.is_empty() {
-            true => Err(format!("plan \"{name}\" has no devices")),
+            true => Err(Refusal::Denied(format!("plan \"{name}\" has no devices"))),
             false => Ok(requests),
         }
     }
@@ -174,18 +174,19 @@ impl Desk<'_> {
         requests: &[Request],
         held: &[u32],
         container: bool,
-    ) -> Result<Bundle, String> {
+    ) -> Result<Bundle, Refusal> {
         if let Some(limit) = &self.limit {
             self.within(limit, requests)?;
         }
         let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
         let nowhere = Placement::default();
         let leases = allocate_beside(self.paths, requests, &nowhere, &self.holder, &own)
-            .map_err(|error| chain(&error))?;
+            .map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
             let Some(number) = lease.iommu_group() else {
-                return Err(format!("{} is in no IOMMU group", lease.name()));
+                let why = format!("{} is in no IOMMU group", lease.name());
+                return Err(Refusal::Denied(why));
             };
             let known =
                 held.contains(&number) || groups.iter().any(|(group, _)| group.number == number);
@@ -203,8 +204,8 @@ impl Desk<'_> {
         })
     }
 
-    fn group(&self, number: u32, lease: &Lease) -> Result<(LeasedGroup, File), String> {
-        let reserved = reserved_regions(self.paths, number).map_err(|error| chain(&error))?;
+    fn group(&self, number: u32, lease: &Lease) -> Result<(LeasedGroup, File), Refusal> {
+        let reserved = reserved_regions(self.paths, number).map_err(|error| failed(&error))?;
         let path = self.paths.vfio_group(number);
         let node = open_node(&path).map_err(|error| {
             // Whoever keeps it busy keeps to no lease, or cannot be ended.
@@ -226,36 +227,37 @@ impl Desk<'_> {
     }
 
     /// Whether the VM may be given all that it asks for.
-    fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), String> {
+    fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), Refusal> {
         let wanted = requests.iter().map(|request| match request {
             Request::Any(wish) => wish.count as usize,
             Request::Device { .. } | Request::Mdev { .. } => 1,
         });
         let most = limit.most;
         if wanted.fold(self.leases.len(), usize::saturating_add) > most {
-            return Err(format!(
+            return Err(Refusal::Denied(format!(
                 "this VM may have no more devices at a time than it was started for, {most}: detach one first"
-            ));
+            )));
         }
         requests
             .iter()
             .try_for_each(|request| self.may(limit, request))
     }
 
-    fn may(&self, limit: &Limit, request: &Request) -> Result<(), String> {
+    fn may(&self, limit: &Limit, request: &Request) -> Result<(), Refusal> {
         let owner = match request {
             Request::Any(wish) if limit.from.is_empty() || limit.from.contains(&wish.from) => {
                 return Ok(());
             }
             Request::Any(_) => None,
             Request::Device { bdf, .. } => {
-                let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
-                let device = HostDevice::read(self.paths, *bdf).map_err(|error| chain(&error))?;
+                let groups = Groups::load(self.paths).map_err(|error| failed(&error))?;
+                let device = HostDevice::read(self.paths, *bdf);
+                let device = device.map_err(|error| not_allocated(&error.into()))?;
                 groups.group_of(&device).map(|group| group.name.clone())
             }
             Request::Mdev { uuid, .. } => {
-                let groups = Groups::load(self.paths).map_err(|error| chain(&error))?;
-                let device = MdevDevice::read(self.paths, *uuid).map_err(|error| chain(&error))?;
+                let groups = Groups::load(self.paths).map_err(|error| failed(&error))?;
+                let device = MdevDevice::read(self.paths, *uuid).map_err(|error| failed(&error))?;
                 device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()))
             }
         };
@@ -267,13 +269,13 @@ impl Desk<'_> {
             return Ok(());
         }
         let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
-        Err(match from.is_empty() {
+        Err(Refusal::Denied(match from.is_empty() {
             true => "this VM was started to be given devices of groups only: put the device into a group, or start the VM with --allow-ungrouped".to_owned(),
             false => format!(
                 "this VM was started to be given devices from {} only: name other groups in `hotplug.groups` of its file",
                 from.join(", ")
             ),
-        })
+        }))
     }
 
     fn release(&mut self, id: u64, aside: Option<&str>) {
@@ -308,8 +310,23 @@ fn open_node(path: &Path) -> io::Result<File> {
     }
 }
 
-fn cannot_open(path: &Path) -> impl Fn(io::Error) -> String {
-    move |error| format!("cannot open {}: {error}", path.display())
+fn cannot_open(path: &Path) -> impl Fn(io::Error) -> Refusal {
+    move |error| Refusal::Failed(format!("cannot open {}: {error}", path.display()))
+}
+
+fn denied(error: &dyn std::error::Error) -> Refusal {
+    Refusal::Denied(chain(error))
+}
+
+fn failed(error: &dyn std::error::Error) -> Refusal {
+    Refusal::Failed(chain(error))
+}
+
+fn not_allocated(error: &AllocateError) -> Refusal {
+    match error.is_refusal() {
+        true => denied(error),
+        false => failed(error),
+    }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -226,11 +226,16 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     let host = host();
     let (opener, helper) = started(&host);
     std::fs::remove_file(host.paths.vfio_group(2)).unwrap();
-    let exact = Request::Device {
-        bdf: bdf("02:00.0"),
+    let exact = |address| Request::Device {
+        bdf: bdf(address),
         allow_ungrouped: true,
     };
-    refused(&opener, exact);
+    refused(&opener, exact("02:00.0"));
+    // Nor does one that cannot be opened, where the host is to blame.
+    std::fs::create_dir(host.paths.vfio_group(2)).unwrap();
+    let failed = opener.open(&[exact("02:00.0")], &[], false, &|| false);
+    assert!(matches!(failed, Err(OpenerError::Failed(_))));
+    assert!(refused(&opener, exact("0a:00.0")).contains("no PCI device"));
     assert!(held(&host).is_empty());
     let opened = opener
         .open(&[Request::group("nvme", 1)], &[], false, &|| false)

@@ -65,8 +65,17 @@ pub(super) enum Said {
     },
     /// What a plan asks for.
     Planned(Vec<Request>),
-    Refused(String),
+    Not(Refusal),
     Released,
+}
+
+/// Why something is not given, in words for whoever asked.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Refusal {
+    /// It is not to be had.
+    Denied(String),
+    /// The host failed.
+    Failed(String),
 }
 
 /// A leased device, and how many locks keep it from others.

@@ -141,6 +141,21 @@ pub enum VgpuError {
     Identifier(#[source] io::Error),
 }
 
+impl VgpuError {
+    /// As [`crate::AllocateError::is_refusal`].
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Held { .. }
+                | Self::NoSuch { .. }
+                | Self::OfTenant { .. }
+                | Self::Ungrouped { .. }
+                | Self::AskedTwice { .. }
+                | Self::NoRoom { .. }
+        )
+    }
+}
+
 /// What became of the devices that a group has made ahead, or in a dry run would.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VgpuReport {
