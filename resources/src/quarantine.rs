@@ -21,6 +21,8 @@ const DIR: &str = "quarantine";
 const TENANTS: &str = "tenants";
 /// No record is longer.
 const LONGEST: u64 = 16 << 10;
+/// Characters of what others say of a device.
+const MOST_WORDS: usize = 200;
 
 /// How long a device stays out of the pools by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,9 +129,24 @@ pub(crate) fn note(device: &HostDevice, reason: &str) -> Vec<u8> {
     serde_json::to_vec(&record).unwrap_or_default()
 }
 
+/// As much of what others say as a line has room for: it is kept for people to read, at a terminal.
+pub(crate) fn short(reason: &str) -> String {
+    let printed = reason.chars().filter(|one| !one.is_control());
+    printed.take(MOST_WORDS).collect()
+}
+
+/// A record that may be a tenant's, who writes into it what it likes.
+fn of_others(text: &[u8]) -> Option<Record> {
+    let record: Record = serde_json::from_slice(text).ok()?;
+    Some(Record {
+        reason: short(&record.reason),
+        ..record
+    })
+}
+
 /// Writes down what a [`note`] says. Anything else is none.
 pub(crate) fn keep(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<()> {
-    let Ok(record) = serde_json::from_slice::<Record>(text) else {
+    let Some(record) = of_others(text) else {
         return Ok(());
     };
     let record = Record {
@@ -209,7 +226,7 @@ pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
         .filter_map(|home| home.record(paths, bdf))
         .find(counts);
     // A record of another boot or device says nothing of what the last VM left.
-    let note = || serde_json::from_slice(&lease::note(paths, bdf)?).ok();
+    let note = || of_others(&lease::note(paths, bdf)?);
     let note = || note().map(Kept::Record).filter(counts);
     Some(match kept.or_else(note)? {
         Kept::Record(Record { reason, until, .. }) => Found { reason, until },
@@ -300,10 +317,14 @@ impl Home {
             Ok(Some(text))
         };
         match read() {
-            Ok(Some(text)) => Some(match serde_json::from_slice(&text) {
-                Ok(record) => Kept::Record(record),
-                Err(_) => Kept::Broken(format!("{} is damaged", path.display())),
-            }),
+            Ok(Some(text)) => {
+                let record = match self.whose {
+                    Whose::Tenant => of_others(&text),
+                    Whose::Own | Whose::Host => serde_json::from_slice(&text).ok(),
+                };
+                let broken = || Kept::Broken(format!("{} is damaged", path.display()));
+                Some(record.map_or_else(broken, Kept::Record))
+            }
             Ok(None) => None,
             Err(error) => self.unread(&path, &error),
         }
@@ -486,6 +507,21 @@ mod tests {
             assert!(!kept(whose, io::ErrorKind::NotFound), "{whose:?}");
         }
         assert!(kept(Whose::Host, io::ErrorKind::InvalidData));
+    }
+
+    #[test]
+    fn what_a_note_says_is_fit_for_a_terminal() {
+        let host = host();
+        let disk = host.read("01:00.0");
+        let wild = format!("\u{1b}[2Jgone\n\u{7}{}", "x".repeat(999));
+        let note = String::from_utf8(note(&disk, &wild)).unwrap();
+        host.file("run/leases/0000:01:00.0.lock", &note);
+        let tame = format!("[2Jgone{}", "x".repeat(193));
+        assert_eq!(host.read("01:00.0").quarantine.as_ref(), Some(&tame));
+        let record = LeaseRecord::task("a");
+        drop(DeviceLock::take(&host.paths, disk.bdf, &record).unwrap());
+        let kept = fs::read_to_string(path(&host.paths, disk.bdf)).unwrap();
+        assert!(kept.contains(&format!("\"{tame}\"")), "{kept}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use nix::libc;
 
 use super::{LeaseError, LeaseRecord, LeaseStatus, create_dir};
 use crate::host::HostPaths;
+use crate::quarantine::short;
 use crate::sysfs;
 
 /// A locked file that says who locked it.
@@ -150,7 +151,13 @@ pub(crate) fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, Leas
             .ok()
             .and_then(|bytes| serde_json::from_slice::<LeaseRecord>(&bytes).ok());
         match record {
-            Some(record) => return Ok(LeaseStatus::Held(record)),
+            // It may be a tenant's, who writes into it what it likes.
+            Some(record) => {
+                return Ok(LeaseStatus::Held(LeaseRecord {
+                    name: short(&record.name),
+                    ..record
+                }));
+            }
             None => std::thread::sleep(Duration::from_millis(1)),
         }
     }

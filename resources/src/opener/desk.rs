@@ -17,6 +17,7 @@ use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
 use crate::mdev::MdevDevice;
 use crate::plan::Plans;
+use crate::quarantine::short;
 use crate::request::{Placement, Request, Source, Wish};
 use crate::reserved::reserved_regions;
 
@@ -25,9 +26,6 @@ use crate::reserved::reserved_regions;
 pub const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
-
-/// Characters of the reason why a device is put aside.
-const MOST_WORDS: usize = 200;
 
 /// What the helper does with the arguments after `__open`: the host's directories.
 pub fn opener_helper(args: &[String]) -> ExitCode {
@@ -287,12 +285,6 @@ impl Desk<'_> {
             lease.set_aside(&short(reason));
         }
     }
-}
-
-/// As much of a reason as a line has room for: it is kept for people to read.
-fn short(reason: &str) -> String {
-    let printed = reason.chars().filter(|one| !one.is_control());
-    printed.take(MOST_WORDS).collect()
 }
 
 /// Opens a VFIO node; a group that is in use is asked for again for a while.
