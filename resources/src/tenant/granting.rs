@@ -9,7 +9,7 @@ use crate::group::{Bind, GroupChange, GroupFiles, ResourceGroup, is_name};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
 use crate::obstacle::Blocked;
-use crate::quarantine::adopt;
+use crate::quarantine::{adopt, hung};
 use crate::writer::SysfsWriter;
 
 /// What a tenant gets.
@@ -95,7 +95,7 @@ fn with_devices(
 }
 
 /// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
-/// drivers that they had. Refused while a VM has one of them.
+/// drivers that they had. One that hangs is left where it is. Refused while a VM has one of them.
 pub fn revoke(
     host: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -134,11 +134,8 @@ pub fn revoke(
     let mut files = GroupFiles::open(&definitions(host, name))?;
     files.forget(&leaving);
     files.save()?;
-    let present: Vec<HostBdf> = all
-        .iter()
-        .map(|device| device.bdf)
-        .filter(|bdf| leaving.contains(bdf))
-        .collect();
+    let present = all.iter().filter(|device| leaving.contains(&device.bdf));
+    let present: Vec<HostBdf> = without_hung(host, &all, present.collect());
     if !present.is_empty() {
         let request = BindRequest {
             devices: &present,
@@ -148,4 +145,29 @@ pub fn revoke(
         reattach(host, writer, &request)?;
     }
     Ok(leaving)
+}
+
+/// Those of some devices that can be moved: whoever moves one that hangs hangs with it, and what shares an
+/// IOMMU group with one stays where it is. That is told; the others need not wait for it.
+fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>) -> Vec<HostBdf> {
+    let together = |one: &HostDevice, other: &HostDevice| {
+        let neighbours = one.iommu_group.is_some() && one.iommu_group == other.iommu_group;
+        one.bdf == other.bdf || neighbours
+    };
+    let mut stuck: Vec<&HostDevice> = Vec::new();
+    for device in all {
+        if devices.iter().any(|one| together(one, device))
+            && let Some(why) = hung(host, device)
+        {
+            let bdf = device.bdf;
+            tracing::warn!(
+                "{bdf} is the host's again, but left where it is with its IOMMU group: {why}; once it is well, \
+                 `gantry device release-quarantine {bdf}` and `gantry device reattach {bdf}`"
+            );
+            stuck.push(device);
+        }
+    }
+    let moves = |device: &&&HostDevice| !stuck.iter().any(|one| together(one, device));
+    let moves = devices.iter().filter(moves);
+    moves.map(|device| device.bdf).collect()
 }

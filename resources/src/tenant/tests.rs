@@ -415,11 +415,34 @@ fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() 
     let lock = lock_path(&host.paths, other.bdf);
     let _ = fs::remove_file(&lock);
     assert_eq!(host.read("02:00.0").quarantine, None);
-    // It stays known when the device goes back.
-    quarantine(&tenant, &host.read("01:00.0"), "it hangs", until).unwrap();
+    // It stays known when the device goes back, in words that a terminal takes.
+    quarantine(&tenant, &host.read("01:00.0"), "it\u{1b} hangs", until).unwrap();
+    assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
     revoke(&host.paths, &kernel, "a", &[bdf("01:00.0")]).unwrap();
     delete_tenant(&host.paths, "a").unwrap();
     assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
+}
+
+#[test]
+fn a_device_that_hangs_is_taken_back_and_left_alone() {
+    use crate::quarantine::{hung, quarantine};
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    for device in ["01:00.0", "02:00.0"] {
+        give(&host, &kernel, "a", device);
+    }
+    let stuck = host.read("02:00.1");
+    quarantine(&scope(&host, "a"), &stuck, "it hangs", crate::Until::Boot).unwrap();
+    let all = ["01:00.0", "02:00.0", "02:00.1"].map(bdf);
+    assert_eq!(revoke(&host.paths, &kernel, "a", &all).unwrap(), all);
+    let driver = |device| host.read(device).driver;
+    assert_eq!(driver("01:00.0").as_deref(), Some("nvme"));
+    for neighbour in ["02:00.0", "02:00.1"] {
+        assert_eq!(driver(neighbour).as_deref(), Some("vfio-pci"));
+    }
+    assert_eq!(hung(&host.paths, &stuck).as_deref(), Some("it hangs"));
+    delete_tenant(&host.paths, "a").unwrap();
 }
 
 #[test]
