@@ -303,6 +303,14 @@ fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         Some(group) => free(paths, group, args.count)?,
     };
     let (functions, mdevs) = parted(&devices);
+    if !functions.is_empty() && !mdevs.is_empty() {
+        // One group takes one kind of them: the second would fail when the first has moved.
+        return Err(Failure::new(
+            USAGE,
+            "PCI functions and mediated devices do not go into one group of the tenant",
+        )
+        .help("grant them one kind after the other, with a --group for each"));
+    }
     let group = args.group.as_deref();
     // A ctrl-c between two steps would leave a device with nobody.
     let _whole = SignalsHeld::new();
