@@ -218,6 +218,7 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
     for line in [
         "functions    2 of 0000:00:03.0, 0 of 8 there",
         "  vf 1        mac 52:54:00:00:00:09, vlan 5 qos 0",
+        "Its virtual functions are not there: `gantry group activate vfs` makes them.",
     ] {
         assert!(shown.contains(line), "{shown}");
     }
@@ -284,6 +285,9 @@ fn mediated_devices_are_listed_asked_for_and_planned() {
     let args = ["group", "create", "vgpus", "--type", "vgpu", "--vgpu"];
     let new = r#"{"type": "GVTg V5 4"}"#;
     host.gantry(&[&args[..], &[new]].concat()).ok();
+    let shown = host.gantry(&["group", "show", "vgpus"]).ok();
+    let hint = "A VM's vGPU is made when the VM starts";
+    assert!(shown.contains(hint), "{shown}");
     let list = host.gantry(&["device", "mdev"]).ok();
     for words in ["i915-4", "GVTg V5 4", uuid, "detached", "vgpus"] {
         assert!(list.contains(words), "no {words} in {list}");
@@ -313,6 +317,11 @@ fn mediated_devices_are_listed_asked_for_and_planned() {
         shown.contains(more) && shown.contains("vgpu type    i915-4"),
         "{shown}"
     );
+    let hint = "Its vGPUs are not all there: `gantry group activate vgpus` makes them.";
+    assert!(shown.contains(hint), "{shown}");
+    let mixed = ["tenant", "grant", "a", "01:00.0", more];
+    let error = host.gantry(&mixed).failed(2);
+    assert!(error.contains("do not go into one group"), "{error}");
     let error = host
         .gantry(&["group", "edit", "disks", "--vgpu", new])
         .failed(1);

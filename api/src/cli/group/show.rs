@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use clap::Args;
 use gantry_resources::{
-    Bind, GroupType, Groups, HostDevice, HostPaths, ResourceGroup, SriovSpec, VgpuSpec, scan,
+    Bind, GroupType, Groups, HostDevice, HostPaths, Mdevs, ResourceGroup, SriovSpec, VgpuSpec, scan,
 };
 use serde::Serialize;
 
@@ -55,6 +55,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&shown);
     }
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     print(|out| {
         writeln!(out, "name         {}", group.name)?;
         writeln!(out, "type         {}", group.kind.word())?;
@@ -90,8 +91,9 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             writeln!(out, "rule {:<7} {text}", index + 1)?;
         }
         writeln!(out)?;
-        match group.kind {
-            GroupType::Usb => Ok(()),
+        match (group.kind, to_come(group, &mdevs)) {
+            (GroupType::Usb, _) => Ok(()),
+            (_, Some(words)) if shown.devices.is_empty() => writeln!(out, "{words}"),
             _ => table(out, &shown.devices, sort),
         }
     })?;
@@ -133,6 +135,31 @@ fn functions(out: &mut dyn Write, spec: &SriovSpec, devices: &[HostDevice]) -> i
         writeln!(out, "  vf {index:<8} {}", words.join(", "))?;
     }
     Ok(())
+}
+
+/// Where the devices of a group come from that are made for it.
+fn to_come(group: &ResourceGroup, mdevs: &Mdevs) -> Option<String> {
+    let is_there = |uuid| mdevs.devices.iter().any(|device| device.uuid == uuid);
+    let (name, on_demand) = (&group.name, group.bind == Bind::Demand);
+    match (&group.sriov, &group.vgpu) {
+        (Some(_), _) if on_demand => {
+            Some("Its virtual functions are made when a VM asks for one.".to_owned())
+        }
+        (Some(_), _) => Some(format!(
+            "Its virtual functions are not there: `gantry group activate {name}` makes them."
+        )),
+        (None, Some(spec)) if spec.uuids.is_empty() => Some(
+            "A VM's vGPU is made when the VM starts: `gantry device mdev` shows the room for them."
+                .to_owned(),
+        ),
+        (None, Some(spec)) if spec.uuids.iter().all(|&uuid| is_there(uuid)) => {
+            Some("Its vGPUs are there: `gantry device mdev` shows them.".to_owned())
+        }
+        (None, Some(_)) => Some(format!(
+            "Its vGPUs are not all there: `gantry group activate {name}` makes them."
+        )),
+        (None, None) => None,
+    }
 }
 
 fn vgpus(out: &mut dyn Write, spec: &VgpuSpec) -> io::Result<()> {
