@@ -59,18 +59,20 @@ fn run_parts(clock: &mut Clock) -> Result<()> {
     })
 }
 
-/// The lab cases that repeat something, by a part of their names.
-const REPEATING: &[&str] = &[
-    "lab-kernel::endings::killed_while_booting",
-    "lab-kernel::pools::of_eight_vms",
-    "lab-kernel::pools::of_fifty_vms",
+/// The lab cases that repeat something, by a part of their names, and how often in a round.
+const REPEATING: &[(&str, u32)] = &[
+    ("lab-kernel::endings::killed_while_booting", 1),
+    ("lab-kernel::pools::of_eight_vms", 1),
+    ("lab-kernel::pools::of_fifty_vms", 1),
+    ("lab-kernel::sriov::a_killed_activation", 1),
+    ("lab-kernel::hotplug::cycles_leave_nothing", 20),
 ];
 
-/// Runs the cases that repeat something, `rounds` times each: what no test has the time for.
+/// Runs the cases that repeat something, for so many rounds: what no test has the time for.
 pub fn soak(rounds: u32) -> Result<()> {
     let mut clock = Clock::default();
-    let rounds = rounds.max(2).to_string();
-    let outcome = REPEATING.iter().try_for_each(|case| {
+    let outcome = REPEATING.iter().try_for_each(|(case, often)| {
+        let rounds = rounds.max(2).saturating_mul(*often).to_string();
         clock.time(case, || {
             let arguments = ["test", "-p", "gantry-tests", "--test", "lab", "--", case];
             cargo_with(&arguments, &[("GANTRY_ROUNDS", &rounds)])
