@@ -24,6 +24,26 @@ pub struct VmConfig {
     pub hotplug: Hotplug,
 }
 
+#[cfg(test)]
+impl VmConfig {
+    /// A small VM without devices, for tests.
+    pub fn small() -> Self {
+        Self {
+            name: "one".to_owned(),
+            payload: Payload {
+                kernel: "vmlinux".into(),
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            vcpus: VcpuCount::new(2).unwrap(),
+            memory: MemorySize::new(64 << 20).unwrap(),
+            devices: Vec::new(),
+            serial: SerialMode::Off,
+            hotplug: Hotplug::default(),
+        }
+    }
+}
+
 /// Slots for devices that come while the VM runs. By default there are none: each costs the guest
 /// time at boot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

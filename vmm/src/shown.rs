@@ -147,23 +147,6 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
-
-    fn config() -> Arc<VmConfig> {
-        Arc::new(VmConfig {
-            name: "one".to_owned(),
-            payload: Payload {
-                kernel: "vmlinux".into(),
-                initramfs: None,
-                cmdline: String::new(),
-            },
-            vcpus: VcpuCount::new(2).unwrap(),
-            memory: MemorySize::new(64 << 20).unwrap(),
-            devices: Vec::new(),
-            serial: SerialMode::Off,
-            hotplug: Hotplug::default(),
-        })
-    }
 
     fn slots() -> Slots {
         let mut pci = PciSegment::new([0..=4]).unwrap();
@@ -182,7 +165,10 @@ mod tests {
         assert!(shown.info().is_none());
         shown.state(VmState::Running);
         assert!(shown.info().is_none(), "there is still no VM");
-        shown.show(Some(View::idle(&config(), VmState::Created)));
+        shown.show(Some(View::idle(
+            &Arc::new(VmConfig::small()),
+            VmState::Created,
+        )));
         let info = shown.info().unwrap();
         assert_eq!((info.state, info.slots), (VmState::Created, 0));
         let slots = slots();
@@ -196,7 +182,7 @@ mod tests {
         };
         shown.show(Some(View {
             slots: Some(slots),
-            ..View::idle(&config(), VmState::Running)
+            ..View::idle(&Arc::new(VmConfig::small()), VmState::Running)
         }));
         assert_eq!(shown.info().unwrap().free_slots, 2);
         shown.rows(vec![row]);

@@ -490,23 +490,9 @@ impl Desk {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
     fn config() -> Recipe {
-        let config = VmConfig {
-            name: "one".to_owned(),
-            payload: Payload {
-                kernel: "vmlinux".into(),
-                initramfs: None,
-                cmdline: String::new(),
-            },
-            vcpus: VcpuCount::new(2).unwrap(),
-            memory: MemorySize::new(64 << 20).unwrap(),
-            devices: Vec::new(),
-            serial: SerialMode::Off,
-            hotplug: Hotplug::default(),
-        };
-        Recipe(Box::new(|| Ok(config)))
+        Recipe(Box::new(|| Ok(VmConfig::small())))
     }
 
     fn refused(deed: Deed) -> CommandError {

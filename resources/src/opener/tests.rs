@@ -49,6 +49,17 @@ fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
     (opener, helper)
 }
 
+/// Another VM that chooses devices.
+fn others_turn(host: &FakeHost) -> AllocationLock {
+    let record = LeaseRecord {
+        kind: LeaseKind::Vm,
+        name: "two".to_owned(),
+        pid: 124,
+        since: 0,
+    };
+    AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap()
+}
+
 fn held(host: &FakeHost) -> Vec<String> {
     let held = host
         .scan()
@@ -331,13 +342,7 @@ fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
         .open(&[Request::group("nvme", 1)], &[], false, &|| false)
         .unwrap();
     // Somebody is choosing devices all the time.
-    let record = LeaseRecord {
-        kind: LeaseKind::Vm,
-        name: "two".to_owned(),
-        pid: 124,
-        since: 0,
-    };
-    let turn = AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap();
+    let turn = others_turn(&host);
     let second = opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
     assert!(matches!(second, Err(OpenerError::Gone(_))));
     drop(first);
@@ -355,13 +360,7 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
         .open(&[Request::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let before = held(&host);
-    let record = LeaseRecord {
-        kind: LeaseKind::Vm,
-        name: "two".to_owned(),
-        pid: 124,
-        since: 0,
-    };
-    let turn = AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap();
+    let turn = others_turn(&host);
     let disk = || opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
     assert!(matches!(disk(), Err(OpenerError::Gone(_))));
     drop(turn);

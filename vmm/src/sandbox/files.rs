@@ -168,22 +168,12 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::config::{Hotplug, MemorySize, Payload, VcpuCount};
 
     fn config(folder: &Path, serial: SerialMode) -> VmConfig {
-        VmConfig {
-            name: "one".to_owned(),
-            payload: Payload {
-                kernel: folder.join("vmlinux"),
-                initramfs: None,
-                cmdline: String::new(),
-            },
-            vcpus: VcpuCount::new(1).unwrap(),
-            memory: MemorySize::new(64 << 20).unwrap(),
-            devices: Vec::new(),
-            serial,
-            hotplug: Hotplug::default(),
-        }
+        let mut config = VmConfig::small();
+        config.payload.kernel = folder.join("vmlinux");
+        config.serial = serial;
+        config
     }
 
     #[test]
