@@ -21,6 +21,24 @@ unsafe impl Send for HostMapping {}
 // SAFETY: `&HostMapping` gives out only the address and the length.
 unsafe impl Sync for HostMapping {}
 
+/// `MPOL_PREFERRED_MANY` (linux/mempolicy.h).
+const MPOL_PREFERRED_MANY: libc::c_int = 5;
+/// Nodes in one word of a mask of nodes.
+const MASK_BITS: usize = libc::c_ulong::BITS as usize;
+
+/// A bit for each node (set_mempolicy(2)).
+fn node_mask(nodes: &[u32]) -> Vec<libc::c_ulong> {
+    let highest = nodes.iter().max().map_or(0, |node| *node as usize);
+    let mut mask = vec![0; highest / MASK_BITS + 1];
+    for node in nodes {
+        let (word, bit) = (*node as usize / MASK_BITS, *node as usize % MASK_BITS);
+        if let Some(word) = mask.get_mut(word) {
+            *word |= 1 << bit;
+        }
+    }
+    mask
+}
+
 /// What lies behind a mapping.
 enum Backing<'a> {
     Anonymous,
@@ -66,6 +84,40 @@ impl HostMapping {
                 self.start.as_ptr().wrapping_add(offset).cast(),
                 len,
                 libc::MADV_POPULATE_WRITE,
+            )
+        };
+        match ret {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Says which NUMA nodes of the host the range's pages are to come from, as long as none exists
+    /// (mbind(2)): from no others if `strict`, else from them as long as they have memory.
+    ///
+    /// # Errors
+    /// The host has no such nodes, the process may not use them, or the kernel knows no such policy.
+    pub fn place(&self, nodes: &[u32], strict: bool) -> io::Result<()> {
+        let mask = node_mask(nodes);
+        let mode = match (strict, nodes) {
+            (true, _) => libc::MPOL_BIND,
+            // All that kernels before Linux 5.15 have.
+            (false, [_]) => libc::MPOL_PREFERRED,
+            (false, _) => MPOL_PREFERRED_MANY,
+        };
+        // The kernel reads one bit less than it is told.
+        let bits = mask.len() * MASK_BITS + 1;
+        // SAFETY: the range is what `self` owns, no byte of it changes, and the kernel reads the mask only
+        // during the call, which `bits` does not exceed.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.start.as_ptr(),
+                self.len.get(),
+                mode,
+                mask.as_ptr(),
+                bits,
+                0,
             )
         };
         match ret {
@@ -218,6 +270,23 @@ mod tests {
         assert_eq!(unsafe { last.read_volatile() }, 0);
         // SAFETY: as above.
         unsafe { last.write_volatile(7) };
+    }
+
+    #[test]
+    fn a_node_is_a_bit_of_a_mask() {
+        for (nodes, mask) in [
+            (vec![0], vec![1]),
+            (vec![1, 3], vec![0b1010]),
+            (vec![64, 2], vec![0b100, 1]),
+        ] {
+            assert_eq!(node_mask(&nodes), mask, "{nodes:?}");
+        }
+    }
+
+    #[test]
+    fn memory_does_not_come_from_nodes_that_are_not_there() {
+        let mapping = HostMapping::anonymous(4096, 4096).unwrap();
+        assert!(mapping.place(&[1000], true).is_err());
     }
 
     #[test]

@@ -34,6 +34,7 @@ mod moves;
 mod name;
 mod names;
 mod nova;
+mod numbers;
 mod obstacle;
 mod opener;
 mod persist;
@@ -81,6 +82,7 @@ pub use modules::KernelModules;
 pub use moves::MoveError;
 pub use name::DeviceName;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
+pub use numbers::{Numbers, NumbersError};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
     BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
@@ -103,6 +105,7 @@ pub use tenant::{
     Grant, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant,
     grant, grant_mdevs, revoke, revoke_mdevs,
 };
+pub use topology::{HostNode, host_nodes, node_of};
 pub use tree::{TreeNode, tree};
 pub use usb::{UsbDevice, scan_usb};
 pub use uuid::{Uuid, UuidError};

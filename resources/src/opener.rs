@@ -28,7 +28,7 @@ use crate::host::HostPaths;
 use crate::inventory::{Detail, scan_with};
 use crate::lease::Holder;
 use crate::name::DeviceName;
-use crate::request::{Request, Source};
+use crate::request::{Placement, Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 pub use desk::{BUSY_PATIENCE, opener_helper};
@@ -237,6 +237,12 @@ impl Opener {
         };
         opener.lock().say(&hello).map_err(OpenerError::Start)?;
         Ok(opener)
+    }
+
+    /// From now on devices are chosen for a VM that is where its `placement` says.
+    pub fn place(&self, placement: Placement) -> Result<(), OpenerError> {
+        let asked = self.lock().say(&Ask::Place(placement));
+        asked.map_err(OpenerError::Gone)
     }
 
     /// From now on the VM is given what the `limit` allows and no more; nothing takes that back.

@@ -61,11 +61,34 @@ pub struct Wish {
     pub isolate: bool,
 }
 
-/// Where a VM's processors and memory are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Placement {
-    /// The host's NUMA nodes; none if the VM may be anywhere.
-    pub nodes: BTreeSet<u32>,
+/// On which of the host's NUMA nodes a VM's processors and memory are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Placement {
+    /// On whichever its devices are.
+    #[default]
+    Anywhere,
+    /// On these, since its first devices are there.
+    Near(BTreeSet<u32>),
+    /// On these, since that was asked for.
+    Bound(BTreeSet<u32>),
+}
+
+impl Placement {
+    /// A VM that is bound to some nodes, or to none.
+    pub fn bound(nodes: BTreeSet<u32>) -> Self {
+        match nodes.is_empty() {
+            true => Self::Anywhere,
+            false => Self::Bound(nodes),
+        }
+    }
+
+    /// The nodes, if they are known.
+    pub(crate) fn nodes(&self) -> Option<&BTreeSet<u32>> {
+        match self {
+            Self::Anywhere => None,
+            Self::Near(nodes) | Self::Bound(nodes) => Some(nodes),
+        }
+    }
 }
 
 impl Wish {

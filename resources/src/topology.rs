@@ -1,31 +1,87 @@
-//! Which NUMA nodes share a processor socket.
+//! The host's NUMA nodes: what each has, and which share a processor socket.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::path::Path;
 
 use crate::host::HostPaths;
+use crate::mdev;
+use crate::name::DeviceName;
+use crate::numbers::Numbers;
 use crate::sysfs;
+
+/// A NUMA node of the host (Documentation/ABI/stable/sysfs-devices-node).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostNode {
+    /// Its number.
+    pub number: u32,
+    /// Its processors; none in a node that is memory only.
+    pub cpus: Numbers,
+    /// Bytes of memory that it has; none where the kernel does not say.
+    pub memory: Option<u64>,
+}
+
+/// The nodes of the host, in their order.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn host_nodes(paths: &HostPaths) -> io::Result<Vec<HostNode>> {
+    let directory = paths.sysfs.join("devices/system/node");
+    let mut nodes = Vec::new();
+    for name in sysfs::entries(&directory)? {
+        let Some(number) = name.strip_prefix("node").and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let node = directory.join(&name);
+        let cpus = sysfs::text(&node.join("cpulist"))?.unwrap_or_default();
+        nodes.push(HostNode {
+            number,
+            cpus: cpus.parse().map_err(io::Error::other)?,
+            memory: memory(&node.join("meminfo"))?,
+        });
+    }
+    nodes.sort_by_key(|node| node.number);
+    Ok(nodes)
+}
+
+/// Bytes of a node's memory, of its line `Node 0 MemTotal: 1024 kB`.
+fn memory(path: &Path) -> io::Result<Option<u64>> {
+    let table = sysfs::table(path)?;
+    let kib = table.lines().find_map(|line| {
+        let (_, amount) = line.split_once("MemTotal:")?;
+        amount.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    Ok(kib.and_then(|kib| kib.checked_mul(1024)))
+}
+
+/// The node that a device is on; a mediated one is where its parent is. None where the host does not say.
+pub fn node_of(paths: &HostPaths, device: DeviceName) -> Option<u32> {
+    let owner = match device {
+        DeviceName::Pci(bdf) => paths.pci_device(bdf),
+        DeviceName::Mdev(uuid) => {
+            let link = mdev::directory(paths, uuid);
+            link.canonicalize().ok()?.parent()?.to_owned()
+        }
+    };
+    sysfs::decimal(&owner.join("numa_node")).ok().flatten()
+}
 
 /// The socket of each NUMA node with processors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sockets(BTreeMap<u32, u32>);
 
 impl Sockets {
-    /// Reads the first processor of each node, and its socket.
+    /// Reads the socket of the first processor of each node.
     pub(crate) fn read(paths: &HostPaths) -> io::Result<Self> {
-        let system = paths.sysfs.join("devices/system");
+        let cpus = paths.sysfs.join("devices/system/cpu");
         let mut sockets = BTreeMap::new();
-        for name in sysfs::entries(&system.join("node"))? {
-            let Some(node) = name.strip_prefix("node").and_then(|n| n.parse().ok()) else {
+        for node in host_nodes(paths)? {
+            let Some(first) = node.cpus.first() else {
                 continue;
             };
-            let list = sysfs::text(&system.join("node").join(&name).join("cpulist"))?;
-            let digits = |c: char| c.is_ascii_digit();
-            let first = list.as_deref().unwrap_or_default();
-            let first = &first[..first.find(|c| !digits(c)).unwrap_or(first.len())];
-            let package = system.join(format!("cpu/cpu{first}/topology/physical_package_id"));
+            let package = cpus.join(format!("cpu{first}/topology/physical_package_id"));
             if let Some(socket) = sysfs::decimal(&package)? {
-                sockets.insert(node, socket);
+                sockets.insert(node.number, socket);
             }
         }
         Ok(Self(sockets))
@@ -70,5 +126,39 @@ mod tests {
         let shared = |node| sockets.share(node, &BTreeSet::from([0]));
         assert_eq!([0, 1, 2, 3].map(shared), [true, true, false, false]);
         assert!(sockets.share(3, &BTreeSet::from([3])));
+    }
+
+    #[test]
+    fn nodes_say_what_they_have() {
+        let host = FakeHost::new(&[]);
+        let node = |number: u32, file: &str, text: &str| {
+            host.file(
+                &format!("sys/devices/system/node/node{number}/{file}"),
+                text,
+            );
+        };
+        node(10, "cpulist", "\n");
+        node(2, "cpulist", "4-7\n");
+        let meminfo = "\nNode 2 MemTotal:        2048 kB\nNode 2 MemFree:  1 kB\n";
+        node(2, "meminfo", meminfo);
+        host.file("sys/devices/system/node/has_cpu", "2");
+        let nodes = host_nodes(&host.paths).unwrap();
+        assert_eq!(
+            nodes,
+            [
+                HostNode {
+                    number: 2,
+                    cpus: (4..8).collect(),
+                    memory: Some(2 << 20),
+                },
+                HostNode {
+                    number: 10,
+                    cpus: Numbers::default(),
+                    memory: None,
+                },
+            ]
+        );
+        node(3, "cpulist", "4-");
+        assert!(host_nodes(&host.paths).is_err());
     }
 }

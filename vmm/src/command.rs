@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::WindowKind;
-use gantry_resources::{DeviceName, Request};
+use gantry_resources::{DeviceName, Numbers, Request};
 
 use crate::config::VmConfig;
 use crate::error::Error;
@@ -139,6 +139,11 @@ impl fmt::Display for VmState {
 pub struct VmInfo {
     /// What it was made from.
     pub config: Arc<VmConfig>,
+    /// The NUMA nodes of the host that its RAM comes from; the kernel's choice if there is none.
+    pub nodes: Numbers,
+    /// The host's processors that its vCPUs run on, but for those with some of their own; any if there is
+    /// none.
+    pub cpus: Numbers,
     /// What it is doing.
     pub state: VmState,
     /// Devices of the host that it has.

@@ -1,8 +1,9 @@
 //! What a VM is to be: the validated form of a VM's configuration, in the VMM's own terms.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use gantry_resources::{Request, Source};
+use gantry_resources::{Numbers, Request, Source};
 
 /// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
 /// again, only against the host.
@@ -14,8 +15,12 @@ pub struct VmConfig {
     pub payload: Payload,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
+    /// The host's processors that a vCPU may run on, for those that have some of their own.
+    pub affinity: BTreeMap<u8, Numbers>,
     /// Guest RAM.
     pub memory: MemorySize,
+    /// The NUMA nodes of the host that RAM comes from, and where the vCPUs are.
+    pub nodes: Nodes,
     /// Host devices it takes, in the order of their slots.
     pub devices: Vec<Request>,
     /// Where its serial port leads.
@@ -36,12 +41,26 @@ impl VmConfig {
                 cmdline: String::new(),
             },
             vcpus: VcpuCount::new(2).unwrap(),
+            affinity: BTreeMap::new(),
             memory: MemorySize::new(64 << 20).unwrap(),
+            nodes: Nodes::default(),
             devices: Vec::new(),
             serial: SerialMode::Off,
             hotplug: Hotplug::default(),
         }
     }
+}
+
+/// The NUMA nodes of the host that a VM is on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Nodes {
+    /// Those of the devices that it starts with, as far as there is room.
+    #[default]
+    OfDevices,
+    /// Whichever the host's kernel chooses.
+    Any,
+    /// These and no others.
+    These(Numbers),
 }
 
 /// Slots for devices that come while the VM runs. By default there are none: each costs the guest

@@ -9,6 +9,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::layout::RamRange;
+use crate::placement::Home;
 
 /// Transparent huge pages begin at multiples of their size.
 const HUGE_PAGE: usize = 2 << 20;
@@ -29,14 +30,14 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Sets memory aside for every range of the plan.
+    /// Sets memory aside for every range of the plan, to come from where the VM is.
     ///
     /// # Errors
-    /// The host has no address space left, or the ranges overlap.
-    pub fn new(plan: &[RamRange]) -> io::Result<Self> {
+    /// The host has no address space left, the ranges overlap, or there is no memory where the VM must be.
+    pub fn new(plan: &[RamRange], home: &Home) -> io::Result<Self> {
         let regions = plan
             .iter()
-            .map(RamRegion::new)
+            .map(|range| RamRegion::new(range, home))
             .collect::<io::Result<Vec<_>>>()?;
         let views = regions
             .iter()
@@ -66,9 +67,18 @@ impl GuestRam {
 }
 
 impl RamRegion {
-    fn new(range: &RamRange) -> io::Result<Self> {
+    fn new(range: &RamRange, home: &Home) -> io::Result<Self> {
         let len = usize::try_from(range.len).map_err(io::Error::other)?;
         let mapping = HostMapping::anonymous(len, HUGE_PAGE)?;
+        let nodes: Vec<u32> = home.nodes.iter().collect();
+        if !nodes.is_empty() {
+            match mapping.place(&nodes, home.strict) {
+                Err(error) if home.strict => return Err(error),
+                // Where it was only wished for, the guest runs without.
+                Err(error) => tracing::warn!("guest RAM is not kept near the devices: {error}"),
+                Ok(()) => {}
+            }
+        }
         Ok(Self {
             guest: range.start,
             mapping: Arc::new(mapping),

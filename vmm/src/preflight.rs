@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use gantry_resources::HostPaths;
+use gantry_resources::{HostPaths, Numbers};
 
 use crate::config::{VcpuCount, VmConfig};
+use crate::placement::{Home, PlacementError};
 
 /// What the host lacks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -33,6 +34,9 @@ pub enum PreflightError {
         /// MiB that the kernel calls available.
         available: u64,
     },
+    /// The VM cannot be where its file says.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// More vCPUs than KVM gives one VM.
     #[error(
         "cpus.boot_vcpus: the VM is to have {asked} vCPUs, but this host's KVM gives a VM {limit} \
@@ -74,6 +78,7 @@ const MIB: u64 = 1 << 20;
 /// # Errors
 /// What the host lacks first.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
+    Home::find(config, &Numbers::default(), host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::memlock_limit(host);
     judge(

@@ -8,6 +8,7 @@ use gantry_resources::DeviceName;
 
 use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;
+use crate::placement::Home;
 
 /// The place where it is shown. Its owner shows a change before it tells anyone of it.
 #[derive(Default)]
@@ -18,6 +19,8 @@ pub struct Shown(Mutex<Option<View>>);
 pub struct View {
     /// What it was made from.
     pub config: Arc<VmConfig>,
+    /// Where it is on the host; anywhere if it does not run.
+    pub home: Home,
     /// What it is doing.
     pub state: VmState,
     /// The devices that it has.
@@ -89,6 +92,7 @@ impl View {
     pub fn idle(config: &Arc<VmConfig>, state: VmState) -> Self {
         Self {
             config: Arc::clone(config),
+            home: Home::default(),
             state,
             rows: Vec::new(),
             slots: None,
@@ -100,6 +104,8 @@ impl View {
         let device = |row| slots.map(|slots| slots.info(row));
         VmInfo {
             config: Arc::clone(&self.config),
+            nodes: self.home.nodes.clone(),
+            cpus: self.home.cpus.clone(),
             state: self.state,
             devices: self.rows.iter().filter_map(device).collect(),
             slots: slots.map_or(0, |slots| slots.ports.len()),

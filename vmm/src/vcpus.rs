@@ -9,6 +9,7 @@ use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 
 use crate::kvm::{Access, Exit, Vcpu};
+use crate::placement::Berth;
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 
@@ -155,12 +156,13 @@ pub struct Vcpus {
 type Fleet = Vec<Mutex<Vcpu>>;
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; none runs before the gate is opened.
+    /// Starts a thread for each vCPU, in its berth; none runs before the gate is opened.
     ///
     /// # Errors
     /// A thread could not be made.
     pub fn start<A>(
         vcpus: Vec<Vcpu>,
+        berths: Vec<Berth>,
         gate: &Arc<Gate>,
         sandbox: &Sandbox,
         access: &Arc<A>,
@@ -174,7 +176,7 @@ impl Vcpus {
             fleet,
             threads: Vec::new(),
         };
-        for index in 0..this.fleet.len() {
+        for (index, berth) in berths.into_iter().enumerate() {
             let index = u8::try_from(index).map_err(std::io::Error::other)?;
             let (gate, fleet, access) = (
                 Arc::clone(gate),
@@ -182,8 +184,15 @@ impl Vcpus {
                 Arc::clone(access),
             );
             let body = move || run(index, &fleet, &gate, &*access);
-            this.threads
-                .push(threads::spawn(Role::Vcpu(index), sandbox, body)?);
+            let moor = move || {
+                if let Err(error) = berth.take() {
+                    tracing::warn!(vcpu = index, "it is not kept on its processors: {error}");
+                }
+                Ok(())
+            };
+            let role = Role::Vcpu(index);
+            let thread = threads::spawn_confined(role, sandbox, moor, body)?;
+            this.threads.push(thread);
         }
         Ok(this)
     }

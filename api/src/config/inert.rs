@@ -38,7 +38,6 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("console.pci_device_id", NOTHING),
     ("console.pci_segment", ZERO),
     ("console.socket", NOTHING),
-    ("cpus.affinity", EMPTY),
     ("cpus.core_scheduling", Only(&["\"Vm\"", "\"Off\""])),
     ("cpus.features", Members),
     ("cpus.features.amx", FALSE),

@@ -26,6 +26,12 @@ pub struct VmConfig {
     #[serde(default, deserialize_with = "given")]
     #[schemars(with = "MemoryConfig")]
     pub memory: Option<MemoryConfig>,
+    /// NUMA nodes of the host that the VM's processors and memory are on, and no others; `lscpu` shows
+    /// them. Without this key they are on those of the devices that the VM starts with, as far as there is
+    /// room; `[]` leaves it to the host's kernel.
+    #[serde(default, deserialize_with = "given")]
+    #[schemars(with = "Vec<u32>")]
+    pub numa_nodes: Option<Vec<u32>>,
     /// Host devices given to the guest, in the order of their slots.
     #[serde(default)]
     pub devices: Option<Vec<DeviceConfig>>,
@@ -70,6 +76,18 @@ pub struct CpusConfig {
     /// `boot_vcpus` or absent.
     #[schemars(range(min = 1, max = 254))]
     pub max_vcpus: Option<u64>,
+    /// Processors of the host for single vCPUs. The others run where `numa_nodes` or the devices are.
+    pub affinity: Option<Vec<AffinityConfig>>,
+}
+
+/// Processors of the host that a vCPU may run on.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct AffinityConfig {
+    /// Number of the vCPU; the first is 0.
+    pub vcpu: u64,
+    /// Numbers of the host's processors, as `lscpu --extended` shows them.
+    pub host_cpus: Vec<u32>,
 }
 
 impl Default for CpusConfig {
@@ -77,6 +95,7 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: None,
+            affinity: None,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use gantry_resources::Request;
 use gantry_vmm::command::Wanted;
-use gantry_vmm::{SerialMode, VmConfig};
+use gantry_vmm::{Nodes, SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
 
@@ -92,6 +92,19 @@ fn a_full_file_means_what_it_says() {
 }
 
 #[test]
+fn a_file_says_where_the_vm_is() {
+    let folder = Folder::new();
+    let at = |members: &str| folder.load(&file(members)).unwrap();
+    assert_eq!(at(r#""cpus": {"boot_vcpus": 1}"#).nodes, Nodes::OfDevices);
+    assert_eq!(at(r#""numa_nodes": []"#).nodes, Nodes::Any);
+    let these = Nodes::These([0, 2].into_iter().collect());
+    assert_eq!(at(r#""numa_nodes": [2, 0]"#).nodes, these);
+    let cpus = r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 1, "host_cpus": [3, 2]}]}"#;
+    let affinity = at(cpus).affinity;
+    assert_eq!(affinity, [(1, [2, 3].into_iter().collect())].into());
+}
+
+#[test]
 fn sizes_may_be_written_with_units() {
     let folder = Folder::new();
     for (size, bytes) in [
@@ -144,6 +157,34 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
 /// `members` of an otherwise right file, then what the error says first and what its help says.
 type Mistake = (&'static str, &'static str, &'static str);
 
+const PLACES: &[Mistake] = &[
+    (
+        r#""numa_nodes": 1"#,
+        "2:15: `numa_nodes`: expected a list, found the number 1",
+        "",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 2, "host_cpus": [0]}]}"#,
+        "2:39: `cpus.affinity`: there is no vCPU 2",
+        "one less than `boot_vcpus`",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 256, "host_cpus": [0]}]}"#,
+        "2:40: `cpus.affinity[0]`: there is no vCPU 256",
+        "one less than `boot_vcpus`",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 0, "host_cpus": []}]}"#,
+        "2:65: `cpus.affinity[0].host_cpus`: a vCPU cannot run nowhere",
+        "name processors",
+    ),
+    (
+        r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 0, "host_cpus": [0]}, {"vcpu": 0, "host_cpus": [1]}]}"#,
+        "2:80: `cpus.affinity[1].vcpu`: vCPU 0 is in the list already",
+        "name each vCPU once",
+    ),
+];
+
 const KEYS: &[Mistake] = &[
     (
         r#""cpus": {"boot_vcpu": 1}"#,
@@ -163,7 +204,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""colour": 1"#,
         "2:1: unknown key `colour`",
-        "the keys here are: payload, plan, cpus, memory, devices, pci_passthrough:alias, serial",
+        "the keys here are: payload, plan, cpus, memory, numa_nodes, devices, pci_passthrough:alias, serial",
     ),
     (
         r#""devices": [{"groop": "nvme"}]"#,
@@ -376,7 +417,7 @@ const VALUES: &[Mistake] = &[
 #[test]
 fn every_mistake_is_told_with_its_place_and_what_to_do() {
     let folder = Folder::new();
-    for (members, what, help) in [KEYS, TYPES, VALUES].concat() {
+    for (members, what, help) in [PLACES, KEYS, TYPES, VALUES].concat() {
         let refusal = folder.refusal(&file(members));
         let (first, second) = refusal.split_once('\n').unwrap();
         assert!(

@@ -1,5 +1,6 @@
 //! Turns what a user wrote into what the VMM takes; this conversion is the validation.
 
+mod place;
 mod planned;
 
 use std::fs::File;
@@ -64,6 +65,11 @@ pub fn convert(
         Some(name) => Some(planned::read(name, context)?),
         None => None,
     };
+    let affinity = config
+        .cpus
+        .as_ref()
+        .and_then(|cpus| cpus.affinity.as_deref());
+    let affinity = place::affinity(affinity.unwrap_or_default())?;
     let cpus = config.cpus.map(|cpus| vcpus(&cpus)).transpose()?;
     let ram = config.memory.map(|config| memory(&config)).transpose()?;
     let own = config.devices.is_some() || config.aliases.is_some();
@@ -72,13 +78,17 @@ pub fn convert(
         Some(plan) if !own => planned::devices(plan)?,
         _ => asked,
     };
+    let vcpus = match cpus {
+        Some(cpus) => cpus,
+        None => planned::vcpus(plan.as_ref())?,
+    };
+    place::check(&affinity, vcpus)?;
     Ok(gantry_vmm::VmConfig {
         name: context.name.to_owned(),
         payload: payload(config.payload, context.folder)?,
-        vcpus: match cpus {
-            Some(cpus) => cpus,
-            None => planned::vcpus(plan.as_ref())?,
-        },
+        vcpus,
+        affinity,
+        nodes: place::nodes(config.numa_nodes),
         memory: match ram {
             Some(ram) => ram,
             None => planned::memory(plan.as_ref())?,

@@ -1,6 +1,7 @@
 //! The bodies of the API as JSON: the names of Cloud Hypervisor's OpenAPI document, and what is added.
 
 mod event;
+mod place;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use event::{Event, EventLine};
+pub use place::{Affinity, Placement};
 
 /// Answer to `vmm.ping`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -73,6 +75,9 @@ pub struct VmInfo {
     pub state: VmState,
     /// Bytes of RAM that its guest has.
     pub memory_actual_size: u64,
+    /// Where it is on the host, if it is kept anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
     /// Its passed devices by their names.
     pub device_tree: BTreeMap<String, DeviceNode>,
     /// Name of the VM.
@@ -149,6 +154,9 @@ pub struct Cpus {
     pub boot_vcpus: u8,
     /// At most.
     pub max_vcpus: u8,
+    /// Processors of the host for single vCPUs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub affinity: Vec<Affinity>,
 }
 
 /// Memory.
@@ -289,6 +297,7 @@ impl From<&command::VmInfo> for VmInfo {
         Self {
             state: info.state.into(),
             memory_actual_size: config.memory.bytes(),
+            placement: Placement::of(info),
             device_tree: info.devices.iter().map(node).collect(),
             name: config.name.clone(),
             devices: info.devices.iter().map(Device::from).collect(),
@@ -303,6 +312,7 @@ impl From<&command::VmInfo> for VmInfo {
                 cpus: Cpus {
                     boot_vcpus: vcpus,
                     max_vcpus: vcpus,
+                    affinity: config.affinity.iter().map(Affinity::from).collect(),
                 },
                 memory: Memory {
                     size: config.memory.bytes(),

@@ -150,6 +150,8 @@ impl Vm for FakeVm {
         let (config, is) = state.vm.clone().ok_or(CommandError::NotCreated)?;
         Ok(VmInfo {
             config,
+            nodes: [1].into_iter().collect(),
+            cpus: [4, 5].into_iter().collect(),
             state: is,
             devices: state.devices.clone(),
             slots: SLOTS,

@@ -95,7 +95,7 @@ pub(crate) fn survey<'a>(
     for nodes in nodes_to_try(view, requests, placement) {
         let near = Near {
             nodes: nodes.as_ref(),
-            bound: !placement.nodes.is_empty(),
+            bound: matches!(placement, Placement::Bound(_)),
         };
         let picked = run(view, requests, near)?;
         let missing = picked.iter().filter(|one| !one.fit.is_enough()).count();
@@ -121,8 +121,8 @@ fn nodes_to_try(
     requests: &[Request],
     placement: &Placement,
 ) -> Vec<Option<BTreeSet<u32>>> {
-    if !placement.nodes.is_empty() {
-        return vec![Some(placement.nodes.clone())];
+    if let Some(nodes) = placement.nodes() {
+        return vec![Some(nodes.clone())];
     }
     let matters = |request: &Request| match request {
         Request::Any(wish) => !matches!(policy(view.groups, wish), None | Some(NumaPolicy::Legacy)),

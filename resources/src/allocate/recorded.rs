@@ -57,9 +57,7 @@ fn on(devices: &[HostDevice], requests: &[Request], nodes: &[u32], test: impl Fn
         attached: &BTreeMap::new(),
         mdevs: &Mdevs::default(),
     };
-    let placement = Placement {
-        nodes: nodes.iter().copied().collect(),
-    };
+    let placement = Placement::bound(nodes.iter().copied().collect());
     test(survey(view, requests, &placement).unwrap());
 }
 

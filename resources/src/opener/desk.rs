@@ -50,6 +50,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
     let mut desk = Desk {
         paths,
         holder: Holder { vm, pid },
+        placement: Placement::Anywhere,
         limit: None,
         leases: Vec::new(),
         next: 0,
@@ -76,6 +77,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                     desk.release(id, None);
                 }
             }
+            Ok(Ask::Place(placement)) => desk.placement = placement,
             Ok(Ask::Limit(limit)) if desk.limit.is_none() => {
                 desk.rehearse(&limit.from);
                 desk.limit = Some(limit);
@@ -94,6 +96,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
 struct Desk<'a> {
     paths: &'a HostPaths,
     holder: Holder,
+    placement: Placement,
     /// None while the VM is built, as its file says.
     limit: Option<Limit>,
     leases: Vec<(u64, Lease)>,
@@ -177,8 +180,7 @@ impl Desk<'_> {
             self.within(limit, requests)?;
         }
         let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
-        let nowhere = Placement::default();
-        let leases = allocate_beside(self.paths, requests, &nowhere, &self.holder, &own)
+        let leases = allocate_beside(self.paths, requests, &self.placement, &self.holder, &own)
             .map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::name::DeviceName;
-use crate::request::{Request, Source};
+use crate::request::{Placement, Request, Source};
 use crate::reserved::ReservedRegion;
 use crate::uuid::Uuid;
 
@@ -28,6 +28,8 @@ const STEP: u16 = 50;
 pub(super) enum Ask {
     /// First of all: who it is.
     Hello { vm: String, pid: u32 },
+    /// Where it is from now on.
+    Place(Placement),
     /// What it may be given from now on.
     Limit(Limit),
     /// Devices; the VM has the groups `held`, and wants a container or not.

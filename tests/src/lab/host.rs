@@ -73,7 +73,7 @@ impl Host {
         let initrd = images::host(parts, setup.kernel, &setup.programs)?;
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
-            if let Device::Nvme { serial } = device {
+            if let Some(serial) = device.disk() {
                 disk::write(serial, &qemu::disk_path(path, serial))?;
             }
         }

@@ -20,6 +20,15 @@ pub enum Device {
         /// At most 20 characters.
         serial: String,
     },
+    /// An NVMe disk as [`Device::Nvme`], below a host bridge of its own on a NUMA node: at 21:00.0 on
+    /// node 0, at 41:00.0 on node 1. The machine has two nodes then, each with half of its memory, and
+    /// node 0 with one processor.
+    NvmeOnNode {
+        /// 0 or 1.
+        node: u8,
+        /// At most 20 characters.
+        serial: String,
+    },
     /// An SR-IOV network card (8086:10c9) behind a root port of its own; cards on one hub talk.
     Igb {
         /// Number of the hub.
@@ -80,16 +89,31 @@ impl Device {
         vec![Self::Usb { serial }]
     }
 
+    /// Two disks, each on a NUMA node of its own.
+    pub fn on_two_nodes() -> Vec<Self> {
+        let disk = |node, serial: &str| Self::NvmeOnNode {
+            node,
+            serial: serial.to_owned(),
+        };
+        vec![disk(0, "GANTRY-NVME0001"), disk(1, "GANTRY-NVME0002")]
+    }
+
+    /// The serial number of the disk that it is.
+    pub fn disk(&self) -> Option<&str> {
+        match self {
+            Self::Nvme { serial } | Self::NvmeOnNode { serial, .. } => Some(serial),
+            _ => None,
+        }
+    }
+
     /// QEMU's arguments for the device as number `index` of the machine.
     fn arguments(&self, index: usize, folder: &Path) -> Vec<String> {
         let slot = index + 0x10;
         let port = format!(
             "pcie-root-port,id=port{index},bus=pcie.0,chassis={index},slot={index},addr={slot:#x}"
         );
-        match self {
-            Self::Nvme { serial } => vec![
-                "-device".into(),
-                port,
+        let nvme = |serial: &str| {
+            vec![
                 // Unlike a -drive, it stays when the device is unplugged.
                 "-blockdev".into(),
                 format!(
@@ -98,7 +122,20 @@ impl Device {
                 ),
                 "-device".into(),
                 format!("nvme,id=dev{index},bus=port{index},drive=disk{index},serial={serial}"),
-            ],
+            ]
+        };
+        match self {
+            Self::Nvme { serial } => [vec!["-device".into(), port], nvme(serial)].concat(),
+            Self::NvmeOnNode { node, serial } => {
+                let bus = BUSES_OF_NODE * (node + 1);
+                let bridge =
+                    format!("pxb-pcie,id=host{index},bus=pcie.0,bus_nr={bus},numa_node={node}");
+                let port = format!(
+                    "pcie-root-port,id=port{index},bus=host{index},chassis={index},slot={index}"
+                );
+                let above = ["-device", &bridge, "-device", &port].map(str::to_owned);
+                [above.to_vec(), nvme(serial)].concat()
+            }
             Self::Igb { hub } => vec![
                 "-device".into(),
                 port,
@@ -140,6 +177,9 @@ impl Device {
         }
     }
 }
+
+/// How many bus numbers the host bridge of a NUMA node has; the first are those of the usual one.
+const BUSES_OF_NODE: u8 = 0x20;
 
 /// QEMU itself, among its unpacked packages.
 pub fn program(tree: &Path) -> Result<PathBuf> {
@@ -232,10 +272,29 @@ impl Machine {
         ]
         .map(str::to_owned)
         .to_vec();
+        let on_node = |device: &Device| matches!(device, Device::NvmeOnNode { .. });
+        if self.devices.iter().any(on_node) {
+            arguments.extend(self.two_nodes());
+        }
         for (index, device) in self.devices.iter().enumerate() {
             arguments.extend(device.arguments(index, &self.folder));
         }
         arguments
+    }
+
+    /// Two NUMA nodes, the first with one processor.
+    fn two_nodes(&self) -> Vec<String> {
+        let half = self.memory_mib / 2;
+        let node = |number: u8, cpus: String| {
+            [
+                "-object".to_owned(),
+                format!("memory-backend-ram,id=ram{number},size={half}M"),
+                "-numa".to_owned(),
+                format!("node,nodeid={number},cpus={cpus},memdev=ram{number}"),
+            ]
+        };
+        let others = format!("1-{}", self.cpus.saturating_sub(1));
+        [node(0, "0".to_owned()), node(1, others)].concat()
     }
 
     /// Starts QEMU. The process dies with the returned value, and with this process.

@@ -27,6 +27,7 @@ mod endings;
 mod hotplug;
 mod lab_kernel;
 mod launch;
+mod numa;
 mod passthrough;
 mod persist;
 mod pool;
@@ -122,6 +123,13 @@ const SUITES: &[Suite] = &[
         append: "iommu=off",
         devices: Device::usual,
         cases: &[("check", check::NO_IOMMU)],
+    },
+    Suite {
+        name: "numa",
+        kernel: HostKernel::Stock,
+        append: "",
+        devices: Device::on_two_nodes,
+        cases: &[("numa", numa::CASES)],
     },
     Suite {
         name: "usb",

@@ -141,7 +141,8 @@ pub fn free(host: &Host, group: &str) -> Result<usize> {
     Ok(detached)
 }
 
-fn parsed(host: &Host, command: &str) -> Result<Value> {
+/// What a command says in JSON.
+pub fn parsed(host: &Host, command: &str) -> Result<Value> {
     let text = host.sh(command).output()?.success()?.text();
     serde_json::from_str(&text).with_context(|| format!("`{command}` says {text}"))
 }

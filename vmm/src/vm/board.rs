@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::kvm::{GsiRoutes, Machine, MemorySlots};
 use crate::layout::{self, Layout};
 use crate::memory::GuestRam;
+use crate::placement::Home;
 use crate::sandbox::Sandbox;
 use crate::shown::Slots;
 use crate::threads::{self, Role};
@@ -69,9 +70,10 @@ impl Board {
         layout: &Layout,
         config: &VmConfig,
         ports: usize,
+        home: &Home,
     ) -> Result<Self, Error> {
         let hot = usize::from(config.hotplug.slots);
-        let ram = GuestRam::new(&layout.ram).map_err(Error::host("set guest RAM aside"))?;
+        let ram = GuestRam::new(&layout.ram, home).map_err(Error::host("set guest RAM aside"))?;
         let routes = GsiRoutes::new(Arc::clone(machine.vm()))
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout, ports + hot)?);

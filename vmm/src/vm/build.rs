@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{Holder, HostPaths, Limit, Opener};
+use gantry_resources::{Holder, HostPaths, Limit, Opener, Placement, allocate_near, node_of};
 
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
@@ -20,13 +20,14 @@ use super::payload::OpenPayload;
 use super::populate::Populating;
 use crate::boot::Entry;
 use crate::command::VmState;
-use crate::config::{VcpuCount, VmConfig};
+use crate::config::{Nodes, VcpuCount, VmConfig};
 use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
 use crate::kvm::{KvmError, Machine, Vcpu, VfioObserver};
 use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
-use crate::preflight;
+use crate::placement::Home;
+use crate::preflight::{self, PreflightError};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 use crate::vcpus::{Gate, Vcpus};
@@ -71,10 +72,11 @@ impl Vm {
         };
         let claimed = claim(config, ground, &holder, hot.as_ref(), &machine)?;
         signals.check()?;
+        let home = settle(config, &claimed, host)?;
         let ports = arrange(&claimed.names()).len();
         let domain = claimed.domain().cloned();
         let layout = plan(config, &features, &claimed, ports, host)?;
-        let mut board = Board::new(&machine, &layout, config, ports)?;
+        let mut board = Board::new(&machine, &layout, config, ports, &home)?;
         let (devices, entry) = side_by_side(claimed, &board, ground, || {
             payload.load(&board, &layout, config.vcpus)
         })?;
@@ -82,7 +84,7 @@ impl Vm {
         let mut devices = Devices::plug_in(devices, &config.devices, &board, ground)?;
         board.assign_pci(&layout)?;
         if let Some(hot) = hot {
-            hot.opener.limit(limit(config, ports))?;
+            hot.confine(&home, limit(config, ports))?;
             devices.open_slots(hot.worker(domain.as_ref(), &board, &layout, ground)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
@@ -97,7 +99,8 @@ impl Vm {
             Arc::clone(&gate),
             Arc::clone(mailbox),
         );
-        let vcpus = Vcpus::start(vcpus, &gate, sandbox, &Arc::new(dispatch))
+        let berths = home.berths(config);
+        let vcpus = Vcpus::start(vcpus, berths, &gate, sandbox, &Arc::new(dispatch))
             .map_err(Error::host("spawn a vCPU thread"))?;
         Ok(Self {
             vcpus,
@@ -109,10 +112,9 @@ impl Vm {
             irqchip,
             layout,
             payload,
-            vcpu_count: config.vcpus,
-            serial: config.serial.clone(),
             gate,
             config: Arc::clone(config),
+            home,
             state: VmState::Running,
             ground: ground.clone(),
             machine,
@@ -132,6 +134,12 @@ impl Hot {
             opener: Opener::start(host, holder)?,
             observer: Arc::new(VfioObserver::new(machine.vm())?),
         })
+    }
+
+    /// From now on devices are chosen for where the VM is, and within the limit.
+    fn confine(&self, home: &Home, limit: Limit) -> Result<(), Error> {
+        self.opener.place(home.placement())?;
+        Ok(self.opener.limit(limit)?)
     }
 
     /// The thread that attaches them, beside those of the `domain` that there is.
@@ -198,6 +206,21 @@ fn side_by_side(
     Ok((devices, entry))
 }
 
+/// Where the VM is, now that its devices are known.
+fn settle(config: &VmConfig, claimed: &Claimed, host: &HostPaths) -> Result<Home, PreflightError> {
+    let names = claimed.names().into_iter();
+    let nodes = names.filter_map(|name| node_of(host, name)).collect();
+    Ok(Home::find(config, &nodes, host)?)
+}
+
+/// Where devices are chosen for a VM that has none yet.
+fn asked_placement(nodes: &Nodes) -> Placement {
+    match nodes {
+        Nodes::These(nodes) => Placement::bound(nodes.iter().collect()),
+        Nodes::OfDevices | Nodes::Any => Placement::Anywhere,
+    }
+}
+
 /// Leases the devices that the VM starts with: by the opener where there is one, as it must know of
 /// every device of a group.
 fn claim(
@@ -208,16 +231,18 @@ fn claim(
     machine: &Machine,
 ) -> Result<Claimed, Error> {
     let Ground { host, signals, .. } = ground;
+    let placement = asked_placement(&config.nodes);
     match hot {
         _ if config.devices.is_empty() => Ok(Claimed::none()),
         Some(Hot { opener, observer }) => {
             let unwanted = || signals.check().is_err();
+            opener.place(placement)?;
             let opened = opener.open(&config.devices, &[], true, &unwanted);
             signals.check()?;
             Claimed::opened(opened?, None, observer, host)
         }
         None => {
-            let leases = gantry_resources::allocate(host, &config.devices, holder)?;
+            let leases = allocate_near(host, &config.devices, &placement, holder)?;
             Claimed::new(leases, host, machine)
         }
     }

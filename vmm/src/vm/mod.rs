@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::command::{Answer, Command, Reply, VmEvent, VmState};
-use crate::config::{SerialMode, VcpuCount, VmConfig};
+use crate::config::{SerialMode, VmConfig};
 use crate::console::{self, Keyboard, RawTerminal, SerialOutput};
 use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
@@ -27,6 +27,7 @@ use crate::error::Error;
 use crate::kvm::{IrqchipState, Machine};
 use crate::layout::Layout;
 use crate::memory;
+use crate::placement::Home;
 use crate::shown::View;
 use crate::threads::Role;
 use crate::vcpus::{Fault, Gate, Vcpus};
@@ -61,12 +62,11 @@ pub struct Vm {
     irqchip: IrqchipState,
     layout: Layout,
     payload: OpenPayload,
-    vcpu_count: VcpuCount,
     /// `/proc/interrupts`, if it can be read.
     interrupts: Option<File>,
-    serial: SerialMode,
     gate: Arc<Gate>,
     config: Arc<VmConfig>,
+    home: Home,
     state: VmState,
     ground: Ground,
     machine: Machine,
@@ -91,6 +91,7 @@ impl Vm {
         memory::let_go_of_program();
         self.ground.shown.show(Some(View {
             config: Arc::clone(&self.config),
+            home: self.home.clone(),
             state: self.state,
             rows: self.devices.rows(),
             slots: Some(self.board.slots()),
@@ -147,7 +148,7 @@ impl Vm {
             return Ok(None);
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
-        if self.serial != SerialMode::Tty {
+        if self.config.serial != SerialMode::Tty {
             return Ok(None);
         }
         if console::in_background() {
@@ -183,7 +184,7 @@ impl Vm {
         self.machine.restore_irqchip(&self.irqchip)?;
         let entry = self
             .payload
-            .load(&self.board, &self.layout, self.vcpu_count)?;
+            .load(&self.board, &self.layout, self.config.vcpus)?;
         let memory = self.board.ram.memory();
         let mut first = true;
         self.vcpus.visit(|_, vcpu| {

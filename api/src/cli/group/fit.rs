@@ -1,5 +1,6 @@
 //! `gantry group fit`: what a request would get, without taking anything.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,9 @@ pub struct FitArgs {
 }
 
 pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let (requests, mut placement) = read(args, paths)?;
-    placement.nodes.extend(&args.nodes);
+    let (requests, mut nodes) = read(args, paths)?;
+    nodes.extend(&args.nodes);
+    let placement = Placement::bound(nodes);
     let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
     if args.json {
         print_json(&result)?;
@@ -57,7 +59,7 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), Failure> {
+fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32>), Failure> {
     let wrong = |what: String| Failure::new(USAGE, what);
     let path = PathBuf::from(&args.request);
     let mut name = path.as_path();
@@ -71,7 +73,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), 
             .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
         false => {
             let requests = aliases(text).map_err(|error| wrong(error.to_string()))?;
-            return Ok((requests, Placement::default()));
+            return Ok((requests, BTreeSet::new()));
         }
     };
     let request = Requests::read(name, &text).map_err(|error| wrong(error.to_string()))?;
@@ -83,15 +85,12 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, Placement), 
             plans.find(name).map_err(Failure::host)?.requests()
         }
     };
-    let placement = Placement {
-        nodes: request.numa_nodes,
-    };
     Ok((
         requests.map_err(|error| {
             let place = Place::in_text(name, &text, &error.key());
             wrong(format!("{place}: {error}"))
         })?,
-        placement,
+        request.numa_nodes,
     ))
 }
 

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
-use gantry_resources::{DeviceName, HostPaths, Plans};
-use serde::Serialize;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use gantry_resources::{DeviceName, HostPaths, NumaPolicy};
+use serde::de::IntoDeserializer;
+use serde::de::value::StringDeserializer;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{find, watch};
@@ -35,6 +38,9 @@ pub struct AttachArgs {
     /// How many devices of the group or alias
     #[arg(long, value_name = "N", conflicts_with = "device")]
     count: Option<u32>,
+    /// How near to the VM's memory and processors the devices must be
+    #[arg(long, value_name = "POLICY", value_parser = policies(), conflicts_with_all = ["device", "plan"])]
+    numa_policy: Option<NumaPolicy>,
     /// Name that the device gets in the VM [default: its address on the host]
     #[arg(long)]
     id: Option<String>,
@@ -99,12 +105,8 @@ pub struct DetachArgs {
 pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
-    let mut devices: Vec<Device> = Vec::new();
-    for body in args.bodies(paths)? {
-        let added: Result<Option<AddedDevices>, _> = client.put_json("vm.add-device", &body);
-        let added = added.map_err(|error| beside(error.into(), &devices))?;
-        devices.extend(added.into_iter().flat_map(|added| added.devices));
-    }
+    let added: Option<AddedDevices> = client.put_json("vm.add-device", &args.body())?;
+    let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
         wait_for_driver(&mut events, &mut devices, wait)?;
@@ -126,42 +128,35 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// A failure that tells of the devices of a plan that came before it.
-fn beside(failure: Failure, devices: &[Device]) -> Failure {
-    let ids: Vec<&str> = devices.iter().map(|device| &*device.id).collect();
-    match ids.as_slice() {
-        [] => failure,
-        ids => failure.help(format!("attached before that: {}", ids.join(", "))),
-    }
-}
-
 impl AttachArgs {
-    /// What is asked of the VM: several times for a plan.
-    fn bodies(&self, paths: &HostPaths) -> Result<Vec<AddDevice>, Failure> {
+    /// What is asked of the VM.
+    fn body(&self) -> AddDevice {
         let From {
             group,
             alias,
             plan,
             device,
         } = &self.from;
-        if let Some(name) = plan {
-            let plans = Plans::load(paths).map_err(Failure::host)?;
-            let plan = plans.find(name).map_err(Failure::host)?;
-            let requests = plan.requests().map_err(Failure::host)?;
-            if requests.is_empty() {
-                return Err(Failure::host(format!("plan \"{name}\" has no devices")));
-            }
-            return Ok(requests.iter().map(AddDevice::from).collect());
-        }
-        Ok(vec![AddDevice {
+        AddDevice {
             id: self.id.clone(),
             group: group.clone(),
             alias: alias.clone(),
+            plan: plan.clone(),
             count: self.count.map(u64::from),
             path: device.map(|name| name.sysfs_path().into()),
+            numa_policy: self.numa_policy,
             ..AddDevice::default()
-        }])
+        }
     }
+}
+
+/// The words that a VM's file has for the policies.
+fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
+    let words = PossibleValuesParser::new(["required", "preferred", "legacy", "socket"]);
+    words.try_map(|word| {
+        let word: StringDeserializer<serde::de::value::Error> = word.into_deserializer();
+        NumaPolicy::deserialize(word)
+    })
 }
 
 fn wait_for_driver(

@@ -3,10 +3,10 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::HostPaths;
+use gantry_resources::{HostPaths, Numbers};
 
 use super::find;
-use crate::http::wire::{Device, VmInfo};
+use crate::http::wire::{Device, Placement, VmInfo};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Give, Table, column, terminal_width};
@@ -71,6 +71,9 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     writeln!(out, "state    {}", info.state)?;
     writeln!(out, "vcpus    {}", config.cpus.boot_vcpus)?;
     writeln!(out, "memory   {}", crate::config::size(config.memory.size))?;
+    if let Some(placement) = &info.placement {
+        writeln!(out, "numa     {}", numa(placement))?;
+    }
     writeln!(out, "kernel   {}", config.payload.kernel.display())?;
     if let Some(initramfs) = &config.payload.initramfs {
         writeln!(out, "initrd   {}", initramfs.display())?;
@@ -87,6 +90,16 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
         .sorted(sort)
         .fit(terminal_width());
     write!(out, "\n{table}")
+}
+
+/// `node 1, CPUs 4-7`
+fn numa(placement: &Placement) -> String {
+    let list = |numbers: &[u32]| numbers.iter().copied().collect::<Numbers>();
+    let nodes = list(&placement.numa_nodes);
+    match placement.host_cpus.as_slice() {
+        [] => format!("node {nodes}"),
+        cpus => format!("node {nodes}, CPUs {}", list(cpus)),
+    }
 }
 
 fn cells(device: &Device) -> Vec<String> {

@@ -26,7 +26,7 @@ pub fn vcpus(plan: Option<&Plan>) -> Result<VcpuCount, Invalid> {
         Some((plan, boot_vcpus)) => {
             let config = model::CpusConfig {
                 boot_vcpus,
-                max_vcpus: None,
+                ..model::CpusConfig::default()
             };
             super::vcpus(&config).map_err(|error| wrong(plan, &error.what))
         }

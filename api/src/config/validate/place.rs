@@ -1,0 +1,57 @@
+//! Where on the host a VM is to be: its vCPUs' processors, and its NUMA nodes.
+
+use std::collections::BTreeMap;
+
+use gantry_resources::Numbers;
+use gantry_vmm::{Nodes, VcpuCount};
+
+use super::{Invalid, invalid, model};
+
+/// The processors of each vCPU that has some of its own.
+pub fn affinity(configs: &[model::AffinityConfig]) -> Result<BTreeMap<u8, Numbers>, Invalid> {
+    let mut affinity = BTreeMap::new();
+    for (index, config) in configs.iter().enumerate() {
+        let key = format!("cpus.affinity[{index}]");
+        let vcpu = u8::try_from(config.vcpu).map_err(|_| no_such(&key, config.vcpu))?;
+        if config.host_cpus.is_empty() {
+            let help = "name processors of the host, or remove the entry";
+            return Err(invalid(
+                &format!("{key}.host_cpus"),
+                "a vCPU cannot run nowhere",
+                help,
+            ));
+        }
+        let cpus = config.host_cpus.iter().copied().collect();
+        if affinity.insert(vcpu, cpus).is_some() {
+            let what = format!("vCPU {vcpu} is in the list already");
+            return Err(invalid(
+                &format!("{key}.vcpu"),
+                what,
+                "name each vCPU once, with all its `host_cpus`",
+            ));
+        }
+    }
+    Ok(affinity)
+}
+
+/// Whether the VM has the vCPUs that are named.
+pub fn check(affinity: &BTreeMap<u8, Numbers>, vcpus: VcpuCount) -> Result<(), Invalid> {
+    match affinity.keys().find(|vcpu| **vcpu >= vcpus.get()) {
+        Some(vcpu) => Err(no_such("cpus.affinity", u64::from(*vcpu))),
+        None => Ok(()),
+    }
+}
+
+fn no_such(key: &str, vcpu: u64) -> Invalid {
+    let what = format!("there is no vCPU {vcpu}");
+    invalid(key, what, "use 0 up to one less than `boot_vcpus`")
+}
+
+/// The NUMA nodes that the VM is on.
+pub fn nodes(numbers: Option<Vec<u32>>) -> Nodes {
+    match numbers {
+        None => Nodes::OfDevices,
+        Some(none) if none.is_empty() => Nodes::Any,
+        Some(numbers) => Nodes::These(numbers.into_iter().collect()),
+    }
+}

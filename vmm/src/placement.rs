@@ -1,0 +1,410 @@
+//! Where on the host a VM is: the NUMA nodes of its RAM, and the processors of its vCPUs.
+//!
+//! What its file says comes first; else it is where its devices are, as far as there is room.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::sync::Arc;
+
+use gantry_resources::{HostNode, HostPaths, Numbers, Placement, host_nodes};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::config::{Nodes, VmConfig};
+
+/// What the VM's file asks for is not to be had.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlacementError {
+    /// There is no such node.
+    #[error("numa_nodes: this host has no NUMA node {node}\nuse of {have}: `lscpu` shows them")]
+    NoSuchNode {
+        /// The node.
+        node: u32,
+        /// Those that there are.
+        have: Numbers,
+    },
+    /// The process may not use a node's memory.
+    #[error(
+        "numa_nodes: this process may not use memory of NUMA node {node}, but only of {allowed}\n\
+         name another node, or start gantry in a cpuset that has it"
+    )]
+    MemoryForbidden {
+        /// The node.
+        node: u32,
+        /// The nodes whose memory it may use.
+        allowed: Numbers,
+    },
+    /// The process may use none of the nodes' processors.
+    #[error(
+        "numa_nodes: this process may use none of the CPUs of NUMA node {nodes}, but only {allowed}\n\
+         name other nodes, or start gantry without `taskset`, or in a cpuset that has them"
+    )]
+    CpusForbidden {
+        /// The nodes.
+        nodes: Numbers,
+        /// The CPUs that it may use.
+        allowed: Numbers,
+    },
+    /// The nodes have not so much memory.
+    #[error(
+        "memory.size: the VM is to have {asked} MiB, but NUMA node {nodes} has {total} MiB\n\
+         give the VM less memory, or more nodes in `numa_nodes`"
+    )]
+    TooLittleMemory {
+        /// MiB asked for.
+        asked: u64,
+        /// The nodes.
+        nodes: Numbers,
+        /// MiB that they have.
+        total: u64,
+    },
+    /// A vCPU is to run where it cannot.
+    #[error(
+        "cpus.affinity: vCPU {vcpu} is to run on CPU {cpu}, but this process may use {allowed}\n\
+         use of these"
+    )]
+    NoSuchCpu {
+        /// The vCPU.
+        vcpu: u8,
+        /// The processor of the host.
+        cpu: u32,
+        /// The CPUs that this process may use.
+        allowed: Numbers,
+    },
+}
+
+/// What of the host this process may use.
+#[derive(Debug, Default)]
+struct Site {
+    nodes: Vec<HostNode>,
+    /// Processors.
+    cpus: Numbers,
+    /// Nodes, by their memory.
+    memory: Numbers,
+}
+
+impl Site {
+    /// Where the kernel does not say what the process may use, as one without cpusets, that is all.
+    fn read(host: &HostPaths) -> Self {
+        let status = fs::read_to_string(host.proc.join("thread-self/status"));
+        let status = status.unwrap_or_default();
+        let list = |name: &str| -> Option<Numbers> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|list| list.parse().ok())
+        };
+        let nodes = host_nodes(host).unwrap_or_else(|error| {
+            tracing::warn!("cannot tell which NUMA nodes the host has: {error}");
+            Vec::new()
+        });
+        let all = || nodes.iter().flat_map(|node| node.cpus.iter()).collect();
+        Self {
+            cpus: list("Cpus_allowed_list:").unwrap_or_else(all),
+            memory: list("Mems_allowed_list:")
+                .unwrap_or_else(|| nodes.iter().map(|node| node.number).collect()),
+            nodes,
+        }
+    }
+
+    fn numbers(&self) -> Numbers {
+        self.nodes.iter().map(|node| node.number).collect()
+    }
+
+    fn of<'a>(&'a self, nodes: &'a Numbers) -> impl Iterator<Item = &'a HostNode> {
+        let all = self.nodes.iter();
+        all.filter(|node| nodes.contains(node.number))
+    }
+
+    /// Processors of some nodes, whether this process may use them or not.
+    fn cpus_of(&self, nodes: &Numbers) -> Numbers {
+        self.of(nodes).flat_map(|node| node.cpus.iter()).collect()
+    }
+}
+
+/// Where a VM is on the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Home {
+    /// The NUMA nodes that its RAM comes from; the kernel's choice if there is none.
+    pub nodes: Numbers,
+    /// From no others, even if they have no memory left.
+    pub strict: bool,
+    /// The processors of all vCPUs without some of their own; any if there is none.
+    pub cpus: Numbers,
+}
+
+impl Home {
+    /// Finds it for a VM whose devices are on some `nodes` of the host.
+    ///
+    /// # Errors
+    /// What the VM's file asks for is not to be had.
+    pub fn find(
+        config: &VmConfig,
+        nodes: &Numbers,
+        host: &HostPaths,
+    ) -> Result<Self, PlacementError> {
+        let silent = nodes.is_empty() && !matches!(config.nodes, Nodes::These(_));
+        if silent && config.affinity.is_empty() {
+            return Ok(Self::default());
+        }
+        Self::settle(config, nodes, &Site::read(host))
+    }
+
+    fn settle(config: &VmConfig, devices: &Numbers, site: &Site) -> Result<Self, PlacementError> {
+        check_affinity(config, site)?;
+        match &config.nodes {
+            Nodes::Any => Ok(Self::default()),
+            Nodes::These(nodes) => Self::bound(config, nodes, site),
+            Nodes::OfDevices => Ok(Self::near(config, devices, site)),
+        }
+    }
+
+    fn bound(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<Self, PlacementError> {
+        let have = site.numbers();
+        if let Some(node) = nodes.iter().find(|node| !have.contains(*node)) {
+            return Err(PlacementError::NoSuchNode { node, have });
+        }
+        let allowed = site.memory.clone();
+        if let Some(node) = nodes.iter().find(|node| !allowed.contains(*node)) {
+            return Err(PlacementError::MemoryForbidden { node, allowed });
+        }
+        let asked = config.memory.bytes();
+        let total: Option<u64> = site.of(nodes).map(|node| node.memory).sum();
+        if let Some(total) = total.filter(|total| *total < asked) {
+            return Err(PlacementError::TooLittleMemory {
+                asked: asked >> 20,
+                nodes: nodes.clone(),
+                total: total >> 20,
+            });
+        }
+        let all = site.cpus_of(nodes);
+        let cpus = &all & &site.cpus;
+        // A node may be memory only.
+        if cpus.is_empty() && !all.is_empty() {
+            return Err(PlacementError::CpusForbidden {
+                nodes: nodes.clone(),
+                allowed: site.cpus.clone(),
+            });
+        }
+        Ok(Self {
+            nodes: nodes.clone(),
+            strict: true,
+            cpus,
+        })
+    }
+
+    /// On one node there is nothing to choose, and fewer processors than vCPUs would slow the guest down.
+    fn near(config: &VmConfig, devices: &Numbers, site: &Site) -> Self {
+        let nodes = devices & &site.memory;
+        if nodes.is_empty() || nodes == site.numbers() {
+            return Self::default();
+        }
+        let cpus = &site.cpus_of(&nodes) & &site.cpus;
+        let enough = cpus.len() >= usize::from(config.vcpus.get());
+        Self {
+            nodes,
+            strict: false,
+            cpus: if enough { cpus } else { Numbers::default() },
+        }
+    }
+
+    /// What devices are chosen for that come later.
+    pub fn placement(&self) -> Placement {
+        let nodes: BTreeSet<u32> = self.nodes.iter().collect();
+        match self.strict {
+            _ if nodes.is_empty() => Placement::Anywhere,
+            true => Placement::Bound(nodes),
+            false => Placement::Near(nodes),
+        }
+    }
+
+    /// Where each vCPU may run.
+    pub fn berths(&self, config: &VmConfig) -> Vec<Berth> {
+        let cpus = Arc::new(self.cpus.clone());
+        let own = |vcpu| config.affinity.get(&vcpu).cloned().map(Arc::new);
+        let vcpus = 0..config.vcpus.get();
+        vcpus
+            .map(|vcpu| Berth(own(vcpu).unwrap_or_else(|| Arc::clone(&cpus))))
+            .collect()
+    }
+}
+
+fn check_affinity(config: &VmConfig, site: &Site) -> Result<(), PlacementError> {
+    for (vcpu, cpus) in &config.affinity {
+        if let Some(cpu) = cpus.iter().find(|cpu| !site.cpus.contains(*cpu)) {
+            return Err(PlacementError::NoSuchCpu {
+                vcpu: *vcpu,
+                cpu,
+                allowed: site.cpus.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The processors that a vCPU may run on; any if there is none.
+#[derive(Debug, Clone, Default)]
+pub struct Berth(Arc<Numbers>);
+
+impl Berth {
+    /// Keeps the calling thread on them (sched_setaffinity(2)).
+    ///
+    /// # Errors
+    /// None of them is left, or the kernel has no such.
+    pub fn take(&self) -> io::Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let mut set = CpuSet::new();
+        for cpu in self.0.iter() {
+            set.set(cpu as usize)?;
+        }
+        sched_setaffinity(Pid::from_raw(0), &set)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::MemorySize;
+
+    fn numbers(list: &str) -> Numbers {
+        list.parse().unwrap()
+    }
+
+    /// Two nodes with processors, and one that is memory only.
+    fn site(cpus: &str, memory: &str) -> Site {
+        let node = |number, cpus| HostNode {
+            number,
+            cpus: numbers(cpus),
+            memory: Some(1 << 30),
+        };
+        Site {
+            nodes: vec![node(0, "0-3"), node(1, "4-7"), node(2, "")],
+            cpus: numbers(cpus),
+            memory: numbers(memory),
+        }
+    }
+
+    fn whole() -> Site {
+        site("0-7", "0-2")
+    }
+
+    fn on(nodes: Nodes) -> VmConfig {
+        VmConfig {
+            nodes,
+            ..VmConfig::small()
+        }
+    }
+
+    fn these(nodes: &str) -> VmConfig {
+        on(Nodes::These(numbers(nodes)))
+    }
+
+    fn settle(config: &VmConfig, devices: &str, site: &Site) -> Home {
+        Home::settle(config, &numbers(devices), site).unwrap()
+    }
+
+    fn refused(config: &VmConfig, site: &Site) -> String {
+        let refused = Home::settle(config, &Numbers::default(), site);
+        refused.unwrap_err().to_string()
+    }
+
+    fn home(nodes: &str, strict: bool, cpus: &str) -> Home {
+        Home {
+            nodes: numbers(nodes),
+            strict,
+            cpus: numbers(cpus),
+        }
+    }
+
+    #[test]
+    fn a_vm_is_where_its_devices_are() {
+        let vm = on(Nodes::OfDevices);
+        assert_eq!(settle(&vm, "1", &whole()), home("1", false, "4-7"));
+        assert_eq!(settle(&vm, "0-1", &whole()), home("0-1", false, "0-7"));
+        assert_eq!(settle(&vm, "", &whole()), Home::default());
+        assert_eq!(settle(&vm, "0-2", &whole()), Home::default());
+        assert_eq!(settle(&on(Nodes::Any), "1", &whole()), Home::default());
+    }
+
+    #[test]
+    fn near_devices_there_must_be_room() {
+        let vm = on(Nodes::OfDevices);
+        let few = site("0-4", "0-2");
+        assert_eq!(settle(&vm, "1", &few), home("1", false, ""));
+        let elsewhere = site("0-7", "0");
+        assert_eq!(settle(&vm, "1", &elsewhere), Home::default());
+    }
+
+    #[test]
+    fn a_vm_is_bound_to_the_nodes_of_its_file() {
+        assert_eq!(settle(&these("0"), "1", &whole()), home("0", true, "0-3"));
+        let few = site("3-4", "0-2");
+        assert_eq!(settle(&these("0"), "", &few), home("0", true, "3"));
+        assert_eq!(settle(&these("2"), "", &whole()), home("2", true, ""));
+    }
+
+    #[test]
+    fn nodes_that_are_not_to_be_had_are_refused() {
+        let text = refused(&these("1,7"), &whole());
+        assert!(
+            text.contains("no NUMA node 7") && text.contains("0-2"),
+            "{text}"
+        );
+        let text = refused(&these("0-1"), &site("0-7", "0"));
+        assert!(text.contains("memory of NUMA node 1"), "{text}");
+        let text = refused(&these("0"), &site("4-7", "0-2"));
+        assert!(text.contains("none of the CPUs of NUMA node 0"), "{text}");
+        let large = VmConfig {
+            memory: MemorySize::new(2 << 30).unwrap(),
+            ..these("0")
+        };
+        let text = refused(&large, &whole());
+        assert!(
+            text.contains("2048 MiB") && text.contains("1024 MiB"),
+            "{text}"
+        );
+        let wide = VmConfig {
+            nodes: Nodes::These(numbers("0-1")),
+            ..large
+        };
+        assert!(Home::settle(&wide, &Numbers::default(), &whole()).is_ok());
+    }
+
+    #[test]
+    fn a_vcpu_with_processors_of_its_own_is_there() {
+        let vm = VmConfig {
+            affinity: [(1, numbers("2,5"))].into(),
+            ..these("0")
+        };
+        let berths = settle(&vm, "", &whole()).berths(&vm);
+        let at: Vec<String> = berths.iter().map(|berth| berth.0.to_string()).collect();
+        assert_eq!(at, ["0-3", "2,5"]);
+        let text = refused(&vm, &site("0-4", "0-2"));
+        assert!(text.contains("vCPU 1") && text.contains("CPU 5"), "{text}");
+    }
+
+    #[test]
+    fn later_devices_are_chosen_near() {
+        let nodes = || BTreeSet::from([1]);
+        assert_eq!(home("1", true, "").placement(), Placement::Bound(nodes()));
+        assert_eq!(home("1", false, "").placement(), Placement::Near(nodes()));
+        assert_eq!(Home::default().placement(), Placement::Anywhere);
+    }
+
+    #[test]
+    fn a_thread_stays_on_its_processors() {
+        let here = Site::read(&HostPaths::default());
+        let cpu = here.cpus.first().unwrap();
+        let berth = Berth(Arc::new([cpu].into_iter().collect()));
+        let thread = std::thread::spawn(move || {
+            berth.take().unwrap();
+            Site::read(&HostPaths::default()).cpus
+        });
+        assert_eq!(thread.join().unwrap(), [cpu].into_iter().collect());
+        let nowhere = Berth(Arc::new([1023].into_iter().collect()));
+        assert!(nowhere.take().is_err());
+        assert!(Berth::default().take().is_ok());
+    }
+}
