@@ -1,0 +1,190 @@
+//! How devices come: a slot is found for what the worker prepared, and the guest is told.
+
+use gantry_devices::pci::PortIndex;
+use gantry_devices::pci::firmware::{self, WindowKind};
+use gantry_resources::{DeviceName, Request, Source};
+
+use super::Devices;
+use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
+use crate::error::Error;
+use crate::vm::attach::{Job, Prepared, tell_steps};
+use crate::vm::board::Board;
+use crate::vm::host_devices::{AttachedDevice, arrange};
+
+impl Devices {
+    /// Begins to attach; the reply comes when the guest has been told, or it failed.
+    pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
+        let refused = match (&self.worker, &attach.id) {
+            (None, _) => Some(CommandError::NoSlots),
+            _ if self.free().len() <= self.coming => Some(CommandError::NoFreeSlot {
+                slots: board.slots.len(),
+            }),
+            (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
+            _ => None,
+        };
+        match (refused, &self.worker) {
+            (None, Some(worker)) => {
+                self.coming += 1;
+                worker.give(Job::Attach(attach, reply));
+            }
+            (refused, _) => reply(Err(refused.unwrap_or(CommandError::NoSlots))),
+        }
+    }
+
+    /// Plugs in what was prepared, and tells the guest.
+    pub fn arrive(&mut self, prepared: Prepared, board: &Board) {
+        let Prepared {
+            attach,
+            reply,
+            devices,
+            mut steps,
+        } = prepared;
+        self.coming = self.coming.saturating_sub(1);
+        let begun = self.plugged.len();
+        let plugged = match devices {
+            Ok((devices, asked)) => self.plug(&attach, devices, &asked, board),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = plugged {
+            let what = attach.id.unwrap_or_else(|| attach.wanted.to_string());
+            (self.events)(VmEvent::AttachFailed {
+                id: what,
+                error: error.to_string(),
+            });
+            return reply(Err(error));
+        }
+        let ports: Vec<PortIndex> = self
+            .plugged
+            .iter()
+            .skip(begun)
+            .map(|new| new.row.port)
+            .collect();
+        ports.iter().for_each(|port| board.events.announce(*port));
+        self.remind();
+        steps.done("announce");
+        for new in self.plugged.iter_mut().skip(begun) {
+            new.attach = steps.times().to_vec();
+        }
+        self.show();
+        let infos: Vec<DeviceInfo> = self
+            .plugged
+            .iter()
+            .skip(begun)
+            .map(|new| self.slots.info(&new.row))
+            .collect();
+        for info in &infos {
+            tell_steps(&self.events, &info.id, &steps);
+            (self.events)(VmEvent::Attached(info.clone()));
+        }
+        reply(Ok(Answer::Attached(infos)));
+    }
+
+    /// Finds slots for devices and plugs them in: all, or none.
+    fn plug(
+        &mut self,
+        attach: &Attach,
+        devices: Vec<AttachedDevice>,
+        asked: &[Request],
+        board: &Board,
+    ) -> Result<(), CommandError> {
+        let begun = self.plugged.len();
+        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let plugged = self.plug_each(attach, &mut devices, asked, board);
+        if plugged.is_err() {
+            let left = devices.into_iter().flatten();
+            let new = self.plugged.drain(begun..).map(|new| new.device);
+            let undone = new.chain(left).map(|mut device| {
+                device.unplug();
+                (String::new(), device)
+            });
+            let devices = undone.collect();
+            if let Some(worker) = &self.worker {
+                worker.give(Job::Close {
+                    devices,
+                    forced: None,
+                });
+            }
+        }
+        plugged
+    }
+
+    fn plug_each(
+        &mut self,
+        attach: &Attach,
+        devices: &mut [Option<AttachedDevice>],
+        asked: &[Request],
+        board: &Board,
+    ) -> Result<(), CommandError> {
+        let addresses: Vec<DeviceName> =
+            devices.iter().flatten().map(AttachedDevice::name).collect();
+        let groups: Vec<Option<String>> = asked.iter().flat_map(groups).collect();
+        for set in arrange(&addresses) {
+            let port = self.slot_for(&set, devices, board)?;
+            for (index, function) in set {
+                let Some(bdf) = addresses.get(index) else {
+                    continue;
+                };
+                let id = match &attach.id {
+                    None => bdf.to_string(),
+                    Some(id) if index == 0 => id.clone(),
+                    Some(id) => format!("{id}-{index}"),
+                };
+                if self.has(&id) {
+                    return Err(CommandError::DuplicateId(id));
+                }
+                let Some(device) = devices.get_mut(index).and_then(Option::take) else {
+                    continue;
+                };
+                let group = groups.get(index).cloned().flatten();
+                self.seat(device, (port, function), (id, group), board)
+                    .map_err(Error::from)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first empty slot whose windows hold the BARs of all functions.
+    fn slot_for(
+        &self,
+        set: &[(usize, u8)],
+        devices: &[Option<AttachedDevice>],
+        board: &Board,
+    ) -> Result<PortIndex, CommandError> {
+        let mut bars = Vec::new();
+        let mut first = None;
+        for (index, function) in set {
+            if let Some(Some(device)) = devices.get(*index) {
+                first = first.or(Some(device.name()));
+                bars.extend(device.bars(*function));
+            }
+        }
+        let mut small: Option<(WindowKind, u64)> = None;
+        for port in self.free() {
+            match firmware::fit(&bars, &board.windows(port)) {
+                Ok(()) => return Ok(port),
+                Err(window) => small = small.or(Some(window)),
+            }
+        }
+        Err(match (small, first) {
+            (Some((kind, size)), Some(device)) => {
+                CommandError::SlotsTooSmall { device, kind, size }
+            }
+            _ => CommandError::NoFreeSlot {
+                slots: board.slots.len(),
+            },
+        })
+    }
+}
+
+/// The group or alias of each device that a request asks for.
+pub fn groups(request: &Request) -> Vec<Option<String>> {
+    match request {
+        Request::Any(wish) => {
+            let name = match &wish.from {
+                Source::Group(name) | Source::Alias(name) => name,
+            };
+            vec![Some(name.clone()); wish.count as usize]
+        }
+        Request::Device { .. } | Request::Mdev { .. } => vec![None],
+    }
+}

@@ -1,0 +1,229 @@
+//! The devices of a running VM: where they are plugged in, and how they come and go.
+//!
+//! The control thread plugs in, announces and unplugs, which takes microseconds. What takes longer is
+//! the [`Worker`]'s. A slot that the guest was asked to empty stays as it is until the guest has done
+//! so, is reset, or the time it was given is over.
+
+mod arrival;
+mod departure;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::{PortIndex, SegmentError};
+use gantry_resources::{DeviceName, Request};
+
+use super::alarms::{AlarmKey, Alarms, Ears};
+use super::attach::Worker;
+use super::board::Board;
+use super::host_devices::{AttachedDevice, arrange};
+use crate::command::{DeviceCounters, DeviceState, EventSink, VmEvent};
+use crate::control::Mailbox;
+use crate::error::Error;
+use crate::shown::{Row, Shown, Slots};
+use crate::vmm::Ground;
+
+/// How long a guest may take to read what it was told before it is told again: while a guest boots,
+/// interrupts get lost. Doubled each time.
+const FIRST_REMINDER: Duration = Duration::from_millis(50);
+const LAST_REMINDER: Duration = Duration::from_secs(5);
+
+/// A device in its slot.
+struct Plugged {
+    row: Row,
+    key: AlarmKey,
+    device: AttachedDevice,
+    attach: Vec<(&'static str, Duration)>,
+    /// When it is taken away whether or not the guest has let go of it.
+    force_at: Option<Instant>,
+    /// Whether the host wants it back.
+    wanted: bool,
+}
+
+/// All devices of the host that a VM has.
+pub struct Devices {
+    // Ended before the devices that it knows nothing of are closed.
+    worker: Option<Worker>,
+    plugged: Vec<Plugged>,
+    /// What has been asked for and is on its way.
+    coming: usize,
+    reminder: Option<(Instant, Duration)>,
+    alarms: Alarms,
+    slots: Slots,
+    shown: Arc<Shown>,
+    events: EventSink,
+}
+
+impl Devices {
+    /// The devices that a VM starts with are plugged in, in the order of the ports; `asked` is what
+    /// they were asked for by.
+    ///
+    /// # Errors
+    /// There are not enough ports.
+    pub fn plug_in(
+        devices: Vec<AttachedDevice>,
+        asked: &[Request],
+        board: &Board,
+        ground: &Ground,
+    ) -> Result<Self, Error> {
+        let names: Vec<DeviceName> = devices.iter().map(AttachedDevice::name).collect();
+        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let groups: Vec<Option<String>> = asked.iter().flat_map(arrival::groups).collect();
+        let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
+        let mut this = Self {
+            worker: None,
+            plugged: Vec::new(),
+            coming: 0,
+            reminder: None,
+            alarms: Alarms::new().map_err(Error::host("make an epoll instance"))?,
+            slots: board.slots(),
+            shown: Arc::clone(&ground.shown),
+            events: Arc::clone(&ground.events),
+        };
+        for (set, port) in arrange(&names).into_iter().zip(ports) {
+            for (index, function) in set {
+                let Some(device) = devices.get_mut(index).and_then(Option::take) else {
+                    continue;
+                };
+                let (id, group) = (device.name().to_string(), groups.get(index).cloned());
+                this.seat(device, (port, function), (id, group.flatten()), board)?;
+                board.events.fill(port);
+            }
+        }
+        Ok(this)
+    }
+
+    /// Plugs a device in behind a port as a function, under its name and that of its group. It is among the
+    /// others even where that fails.
+    fn seat(
+        &mut self,
+        mut device: AttachedDevice,
+        (port, function): (PortIndex, u8),
+        (id, group): (String, Option<String>),
+        board: &Board,
+    ) -> Result<(), SegmentError> {
+        let placed = device.plug(&board.pci, port, function);
+        let row = Row {
+            id,
+            name: device.name(),
+            group,
+            state: DeviceState::Announced,
+            port,
+            function,
+        };
+        self.plugged.push(Plugged {
+            row,
+            key: self.alarms.hear(device.wires()),
+            device,
+            attach: Vec::new(),
+            force_at: None,
+            wanted: false,
+        });
+        placed
+    }
+
+    /// From now on devices can come and go.
+    pub fn open_slots(&mut self, worker: Worker) {
+        self.worker = Some(worker);
+    }
+
+    /// Takes all devices out of their slots, and hands them over to be closed.
+    pub fn give_up(&mut self) -> Vec<AttachedDevice> {
+        self.worker = None;
+        let plugged = std::mem::take(&mut self.plugged);
+        self.show();
+        plugged.into_iter().map(|plugged| plugged.device).collect()
+    }
+
+    /// What hears the alarms of the devices.
+    pub fn ears(&self, mailbox: &Arc<Mailbox>) -> Ears {
+        self.alarms.ears(mailbox)
+    }
+
+    /// The guest has switched a device on.
+    pub fn enabled(&mut self, name: DeviceName) {
+        let one = self
+            .plugged
+            .iter_mut()
+            .find(|one| one.device.name() == name);
+        if let Some(one) = one.filter(|one| one.row.state == DeviceState::Announced) {
+            one.row.state = DeviceState::Enabled;
+            let id = one.row.id.clone();
+            self.show();
+            (self.events)(VmEvent::Enabled { id });
+        }
+    }
+
+    /// When [`Self::tick`] is to be called next.
+    pub fn deadline(&self) -> Option<Instant> {
+        let forced = self.plugged.iter().filter_map(|one| one.force_at).min();
+        let reminder = self.reminder.map(|(at, _)| at);
+        match (forced, reminder) {
+            (Some(forced), Some(reminder)) => Some(forced.min(reminder)),
+            (forced, reminder) => forced.or(reminder),
+        }
+    }
+
+    /// Does what is due by now.
+    pub fn tick(&mut self, now: Instant, board: &Board) {
+        let due = |one: &Plugged| one.force_at.is_some_and(|at| at <= now);
+        while let Some(port) = self
+            .plugged
+            .iter()
+            .find(|one| due(one))
+            .map(|one| one.row.port)
+        {
+            self.take_out(port, true, board);
+        }
+        if let Some((at, wait)) = self.reminder
+            && at <= now
+        {
+            let wait = (wait * 2).min(LAST_REMINDER);
+            self.reminder = board.events.remind().then_some((now + wait, wait));
+        }
+    }
+
+    /// Tells the guest again in a while, unless it has read what it was told.
+    pub fn remind(&mut self) {
+        self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
+    }
+
+    /// Shows the devices as they are: done before anyone is told of a change.
+    fn show(&self) {
+        self.shown.rows(self.rows());
+    }
+
+    /// The devices as they are.
+    pub fn rows(&self) -> Vec<Row> {
+        self.plugged.iter().map(|one| one.row.clone()).collect()
+    }
+
+    /// What the devices did; `interrupts` are those of the host, by device and vector.
+    pub fn counters(
+        &self,
+        interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,
+    ) -> Vec<DeviceCounters> {
+        let counters = self.plugged.iter().map(|one| {
+            let bdf = one.device.name().to_string();
+            let mut counters = DeviceCounters {
+                id: one.row.id.clone(),
+                interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
+                bdf,
+                attach: one.attach.clone(),
+                ..DeviceCounters::default()
+            };
+            one.device.counts().read(&mut counters);
+            counters
+        });
+        counters.collect()
+    }
+
+    fn free(&self) -> Vec<PortIndex> {
+        self.slots.free(self.plugged.iter().map(|one| &one.row))
+    }
+
+    fn has(&self, id: &str) -> bool {
+        self.plugged.iter().any(|one| one.row.id == id)
+    }
+}
