@@ -86,7 +86,7 @@ pub use numbers::{Numbers, NumbersError};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
     BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
-    opener_helper, reserved_for,
+    ToCome, opener_helper, to_come,
 };
 pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
 pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};

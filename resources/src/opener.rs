@@ -28,6 +28,7 @@ use crate::host::HostPaths;
 use crate::inventory::{Detail, scan_with};
 use crate::lease::Holder;
 use crate::name::DeviceName;
+use crate::numbers::Numbers;
 use crate::request::{Placement, Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
@@ -365,9 +366,18 @@ impl Drop for End {
     }
 }
 
-/// What devices `from` these sources could not map, for a VM that may be given them later. Aliases and
-/// what cannot be read are left out: it is looked at again when a device comes.
-pub fn reserved_for(paths: &HostPaths, from: &[Source]) -> Vec<ReservedRegion> {
+/// What is known of devices that a VM may be given later.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ToCome {
+    /// What they could not map.
+    pub reserved: Vec<ReservedRegion>,
+    /// The NUMA nodes that they are on.
+    pub nodes: Numbers,
+}
+
+/// What is known of devices `from` these sources. Aliases and what cannot be read are left out: it is looked
+/// at again when a device comes.
+pub fn to_come(paths: &HostPaths, from: &[Source]) -> ToCome {
     let look = || {
         let groups = Groups::load(paths).ok()?;
         let devices = scan_with(paths, Detail::ForChoice).ok()?;
@@ -375,13 +385,17 @@ pub fn reserved_for(paths: &HostPaths, from: &[Source]) -> Vec<ReservedRegion> {
             let owner = groups.group_of(device);
             owner.is_some_and(|owner| from.contains(&Source::Group(owner.name.clone())))
         });
-        let numbers: BTreeSet<u32> = meant.filter_map(|device| device.iommu_group).collect();
+        let meant: Vec<_> = meant.collect();
+        let numbers: BTreeSet<u32> = meant.iter().filter_map(|one| one.iommu_group).collect();
         let regions = numbers.iter();
         let regions = regions.filter_map(|number| reserved_regions(paths, *number).ok());
-        Some(regions.flatten().collect())
+        Some(ToCome {
+            reserved: regions.flatten().collect(),
+            nodes: meant.iter().filter_map(|one| one.numa_node).collect(),
+        })
     };
-    let nothing = from.is_empty();
-    nothing.then(Vec::new).or_else(look).unwrap_or_default()
+    let nothing = from.is_empty().then(ToCome::default);
+    nothing.or_else(look).unwrap_or_default()
 }
 
 #[cfg(test)]

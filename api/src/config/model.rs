@@ -27,8 +27,8 @@ pub struct VmConfig {
     #[schemars(with = "MemoryConfig")]
     pub memory: Option<MemoryConfig>,
     /// NUMA nodes of the host that the VM's processors and memory are on, and no others; `lscpu` shows
-    /// them. Without this key they are on those of the devices that the VM starts with, as far as there is
-    /// room; `[]` leaves it to the host's kernel.
+    /// them. Without this key they are on those of the devices that the VM starts with, or else of
+    /// `hotplug.groups`, as far as there is room; `[]` leaves it to the host's kernel.
     #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Vec<u32>")]
     pub numa_nodes: Option<Vec<u32>>,

@@ -276,8 +276,12 @@ fn nonsense_ends_the_helper() {
 fn what_later_devices_reserve_is_known_beforehand() {
     let host = host();
     let from = [Source::Group("nvme".to_owned())];
-    assert_eq!(reserved_for(&host.paths, &from).len(), 2);
-    assert!(reserved_for(&host.paths, &[]).is_empty());
+    let later = to_come(&host.paths, &from);
+    assert_eq!(
+        (later.reserved.len(), later.nodes.to_string()),
+        (2, "1".to_owned())
+    );
+    assert_eq!(to_come(&host.paths, &[]), ToCome::default());
 }
 
 #[test]

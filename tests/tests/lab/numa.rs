@@ -111,6 +111,17 @@ fn a_vm_is_where_its_devices_are(host: &Host) -> Result<()> {
         running.types("poweroff -f")?;
         running.end()?.powered_off()?;
     }
+    // It has none yet, and its file says where they will come from.
+    let mut later = vm.clone();
+    later.file["hotplug"] = json!({"slots": 1, "groups": ["far"]});
+    let running = started(host, &later)?;
+    let (cpus, policy, _) = seat(host)?;
+    ensure!(
+        (cpus.as_str(), policy.as_str()) == ("1", "prefer:1"),
+        "{cpus} {policy}"
+    );
+    host.sh("gantry vm shutdown vm").output()?.success()?;
+    running.end()?.powered_off()?;
     // More vCPUs than the node has processors: only memory is kept there.
     let running = started(host, &vm.clone().cpus(2).devices("far", 1))?;
     let (cpus, policy, _) = seat(host)?;

@@ -7,7 +7,9 @@ use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{Holder, HostPaths, Limit, Opener, Placement, allocate_near, node_of};
+use gantry_resources::{
+    Holder, HostPaths, Limit, Opener, Placement, ToCome, allocate_near, node_of, to_come,
+};
 
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
@@ -72,10 +74,11 @@ impl Vm {
         };
         let claimed = claim(config, ground, &holder, hot.as_ref(), &machine)?;
         signals.check()?;
-        let home = settle(config, &claimed, host)?;
+        let later = to_come(host, &config.hotplug.from);
+        let home = settle(config, &claimed, &later, host)?;
         let ports = arrange(&claimed.names()).len();
         let domain = claimed.domain().cloned();
-        let layout = plan(config, &features, &claimed, ports, host)?;
+        let layout = plan(config, &features, &claimed, ports, &later)?;
         let mut board = Board::new(&machine, &layout, config, ports, &home)?;
         let (devices, entry) = side_by_side(claimed, &board, ground, || {
             payload.load(&board, &layout, config.vcpus)
@@ -206,10 +209,19 @@ fn side_by_side(
     Ok((devices, entry))
 }
 
-/// Where the VM is, now that its devices are known.
-fn settle(config: &VmConfig, claimed: &Claimed, host: &HostPaths) -> Result<Home, PreflightError> {
-    let names = claimed.names().into_iter();
-    let nodes = names.filter_map(|name| node_of(host, name)).collect();
+/// Where the VM is, now that its devices are known; where those are that may come, if it has none yet.
+fn settle(
+    config: &VmConfig,
+    claimed: &Claimed,
+    later: &ToCome,
+    host: &HostPaths,
+) -> Result<Home, PreflightError> {
+    let names = claimed.names();
+    let own = names.iter().filter_map(|name| node_of(host, *name));
+    let nodes = match names.is_empty() {
+        true => later.nodes.clone(),
+        false => own.collect(),
+    };
     Ok(Home::find(config, &nodes, host)?)
 }
 
@@ -253,12 +265,11 @@ fn plan(
     features: &Features,
     claimed: &Claimed,
     ports: usize,
-    host: &HostPaths,
+    later: &ToCome,
 ) -> Result<Layout, Error> {
     let iova = claimed.iova_ranges()?;
     let mut reserved = claimed.reserved().to_vec();
-    let later = gantry_resources::reserved_for(host, &config.hotplug.from);
-    let later = later.iter().filter_map(forbidden).collect();
+    let later = later.reserved.iter().filter_map(forbidden).collect();
     reserved.extend(expected(config.hotplug.slots, &iova, later));
     let ports = ports + usize::from(config.hotplug.slots);
     Ok(Layout::plan(&LayoutInputs {
