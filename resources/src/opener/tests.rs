@@ -18,7 +18,7 @@ const GROUPS: &str = r#"{"groups": [
 fn host() -> FakeHost {
     let nic = |address| Fake::nvme(address, 7).class(0x02_00_00);
     let host = FakeHost::new(&[
-        Fake::nvme("01:00.0", 1),
+        Fake::nvme("01:00.0", 1).with("numa_node", "1"),
         Fake::nvme("02:00.0", 2),
         nic("03:00.0"),
         nic("03:00.1"),

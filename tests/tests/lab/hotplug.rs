@@ -70,6 +70,25 @@ fn until_free(host: &Host, group: &str, count: usize) -> Result<()> {
     Ok(())
 }
 
+/// What the guest and gantry have to say of devices that do not come or go: for a failure's report.
+fn state_of(host: &Host, running: &mut Running) -> String {
+    let script = "cat /proc/interrupts; lspci; dmesg | tail -20; \
+        grep -v '^  *0' /sys/firmware/acpi/interrupts/* | head; echo guest: all";
+    let asked = running.types(script);
+    let said = asked.and_then(|()| running.until("guest: all\r"));
+    let silent = said.map_or_else(
+        |error| format!("nothing: {error:#}"),
+        |()| running.to_string(),
+    );
+    let ours = host
+        .sh("gantry vm info vm; gantry vm metrics vm; for t in /proc/$(pidof gantry | tr ' ' '\\n' | tail -1)/task/*; do cat $t/comm $t/wchan $t/stat; done")
+        .output();
+    format!(
+        "{silent}\n--- gantry\n{}",
+        ours.map_or_else(|error| error.to_string(), |ours| ours.text())
+    )
+}
+
 /// Has the guest say the sum of a disk that it has, or will have soon.
 fn says_sum(running: &mut Running, disk: &str) -> Result<()> {
     running.types(&format!(
@@ -259,8 +278,14 @@ fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
         "gantry vm attach vm --group nvme >/dev/null && gantry vm detach vm {} >/dev/null",
         FIRST.bdf
     );
-    let cycles = |count: u64| -> Result<()> {
-        (0..count).try_for_each(|_| host.sh(&cycle).output()?.success().map(drop))
+    let mut cycles = |count: u64| -> Result<()> {
+        for round in 0..count {
+            if let Err(error) = host.sh(&cycle).output()?.success() {
+                let state = state_of(host, &mut running);
+                return Err(error.context(format!("round {round}; then the guest said {state}")));
+            }
+        }
+        Ok(())
     };
     cycles(2)?;
     sleep(Duration::from_millis(500));
