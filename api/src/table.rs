@@ -21,8 +21,28 @@ pub enum Give {
     Nothing,
     /// Its texts are cut, down to so many characters.
     Width(usize),
-    /// It is left out; lower numbers go first.
+    /// It is left out; lower numbers go first, and before all others what holds nothing in any row.
     All(u8),
+    /// Its texts are cut down to so many characters; then it is left out, in the order of the numbers.
+    Both(usize, u8),
+}
+
+impl Give {
+    /// To how many characters its texts may be cut.
+    fn least(self) -> Option<usize> {
+        match self {
+            Self::Width(least) | Self::Both(least, _) => Some(least),
+            Self::Nothing | Self::All(_) => None,
+        }
+    }
+
+    /// When it is left out.
+    fn order(self) -> Option<u8> {
+        match self {
+            Self::All(order) | Self::Both(_, order) => Some(order),
+            Self::Nothing | Self::Width(_) => None,
+        }
+    }
 }
 
 /// Head of a column.
@@ -35,6 +55,12 @@ pub struct Column {
 }
 
 impl Column {
+    /// Whether it could be narrower than so many characters.
+    fn gives(&self, width: usize) -> bool {
+        let least = self.give.least();
+        least.is_some_and(|least| width > least.max(self.title.len()))
+    }
+
     fn is_named(&self, name: &str) -> bool {
         self.title.eq_ignore_ascii_case(name)
     }
@@ -102,33 +128,39 @@ impl Table {
     /// Narrowed to `width` characters as far as its columns give.
     pub fn fit(mut self, width: usize) -> Self {
         while self.narrowest() > width {
-            let expendable = self
-                .columns
-                .iter()
-                .enumerate()
-                .filter_map(|(index, column)| {
-                    let Give::All(order) = column.give else {
-                        return None;
-                    };
-                    Some((order, index))
-                });
-            let Some((_, index)) = expendable.min() else {
+            let columns = self.columns.iter().enumerate();
+            let expendable = columns.filter_map(|(index, column)| {
+                let holds = self.rows.iter().any(|row| row[index] != "-");
+                Some((holds, column.give.order()?, index))
+            });
+            let Some((.., index)) = expendable.min() else {
                 break;
             };
             self.left_out.push(self.columns.remove(index).title);
             self.rows.iter_mut().for_each(|row| drop(row.remove(index)));
         }
-        for index in 0..self.columns.len() {
-            let Give::Width(least) = self.columns[index].give else {
-                continue;
-            };
-            let surplus = self.total(&self.widths()).saturating_sub(width);
-            let width = self.widths()[index].saturating_sub(surplus).max(least);
-            self.rows
-                .iter_mut()
-                .for_each(|row| cut(&mut row[index], width));
+        let widths = self.narrowed(width);
+        for row in &mut self.rows {
+            row.iter_mut()
+                .zip(&widths)
+                .for_each(|(cell, width)| cut(cell, *width));
         }
         self
+    }
+
+    /// The columns' widths, the widest of those that give any made narrower until all fit.
+    fn narrowed(&self, width: usize) -> Vec<usize> {
+        let mut widths = self.widths();
+        while self.total(&widths) > width {
+            let giving = widths.iter_mut().zip(&self.columns);
+            let giving = giving.filter(|(width, column)| column.gives(**width));
+            // Of columns that are as wide as each other the last, which says less.
+            match giving.map(|(width, _)| width).max() {
+                Some(widest) => *widest -= 1,
+                None => break,
+            }
+        }
+        widths
     }
 
     /// Titles of the columns that did not fit.
@@ -153,7 +185,7 @@ impl Table {
     fn narrowest(&self) -> usize {
         let mut widths = self.widths();
         for (width, column) in widths.iter_mut().zip(&self.columns) {
-            if let Give::Width(least) = column.give {
+            if let Some(least) = column.give.least() {
                 *width = least.max(column.title.len()).min(*width);
             }
         }
@@ -270,6 +302,34 @@ mod tests {
             cells,
             ["1.5", "12", "5000", "128 MiB", "512M", "2 GiB", "x", "-"]
         );
+    }
+
+    #[test]
+    fn the_widest_column_gives_first() {
+        let column = |title, give| Column { title, give };
+        let columns = [
+            column("NAME", Give::Width(4)),
+            column("CLASS", Give::Both(6, 0)),
+        ];
+        let rows = vec![vec![
+            "a name of 20 letters".to_owned(),
+            "controller".to_owned(),
+        ]];
+        let fit = |width| shown(&Table::new(&columns, rows.clone()).fit(width))[1].clone();
+        assert_eq!(fit(26), "a name of 20 …  controller");
+        assert_eq!(fit(20), "a name o…  controll…");
+        assert_eq!(fit(13), "a na…  contr…");
+        assert_eq!(fit(11), "a name of …");
+    }
+
+    #[test]
+    fn what_holds_nothing_goes_first() {
+        let mut table = table();
+        table
+            .rows
+            .iter_mut()
+            .for_each(|row| row[2] = "-".to_owned());
+        assert_eq!(table.fit(30).left_out(), ["NUMA"]);
     }
 
     #[test]

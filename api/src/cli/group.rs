@@ -97,18 +97,26 @@ impl From<Kind> for GroupType {
     }
 }
 
+/// A JSON object on the command line.
+fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| match text.trim().starts_with('{') {
+        true => error.to_string(),
+        false => {
+            "write a JSON object, such as '{\"vendor\": \"10de\"}', in single quotes".to_owned()
+        }
+    })
+}
+
 /// A rule on the command line.
 fn rule(text: &str) -> Result<Rule, String> {
-    serde_json::from_str(text).map_err(|error| error.to_string())
+    from_json(text)
 }
 
 /// What is to be made for a group, on the command line; an empty text is a wish for nothing.
 fn made<T: DeserializeOwned>(text: &str) -> Result<Made<T>, String> {
     match text.trim() {
         "" => Ok(Made(None)),
-        text => serde_json::from_str(text)
-            .map(|spec| Made(Some(spec)))
-            .map_err(|error| error.to_string()),
+        text => from_json(text).map(|spec| Made(Some(spec))),
     }
 }
 

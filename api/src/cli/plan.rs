@@ -20,11 +20,11 @@ pub enum PlanCommand {
     /// List the plans
     List(ListArgs),
     /// Show one plan
-    Show(NameArgs),
+    Show(ShowArgs),
     /// Make a plan
     Create(CreateArgs),
     /// Delete a plan; VMs that run are not touched
-    Delete(NameArgs),
+    Delete(DeleteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -40,7 +40,14 @@ pub struct ListArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry plan show gpu2")]
-pub struct NameArgs {
+pub struct ShowArgs {
+    /// The plan
+    name: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry plan delete gpu2")]
+pub struct DeleteArgs {
     /// The plan
     name: String,
 }

@@ -87,7 +87,7 @@ const COLUMNS: [Column; 12] = [
     },
     Column {
         title: "ID",
-        give: Give::All(3),
+        give: Give::All(4),
     },
     Column {
         title: "NAME",
@@ -95,7 +95,7 @@ const COLUMNS: [Column; 12] = [
     },
     Column {
         title: "CLASS",
-        give: Give::All(2),
+        give: Give::Both(12, 3),
     },
     Column {
         title: "DRIVER",
@@ -115,7 +115,7 @@ const COLUMNS: [Column; 12] = [
     },
     Column {
         title: "VFS",
-        give: Give::All(0),
+        give: Give::All(2),
     },
     Column {
         title: "STATE",
@@ -295,15 +295,22 @@ impl<'a> Row<'a> {
     /// Vendor and device name as far as they are known.
     fn name(&self) -> String {
         let names = [self.vendor_name, self.device_name];
-        names.into_iter().flatten().collect::<Vec<_>>().join(" ")
+        match names.into_iter().flatten().collect::<Vec<_>>().join(" ") {
+            none if none.is_empty() => self.kind(),
+            names => names,
+        }
     }
 
-    /// The device's name, or its vendor's where that is all that is known.
+    /// The device's name, or its vendor's where that is all that is known, or what it is.
     fn short_name(&self) -> String {
-        self.device_name
-            .or(self.vendor_name)
-            .unwrap_or_default()
-            .to_owned()
+        let known = self.device_name.or(self.vendor_name);
+        known.map_or_else(|| self.kind(), str::to_owned)
+    }
+
+    /// What it is, where it has no name.
+    fn kind(&self) -> String {
+        let class = self.class_name.unwrap_or("device");
+        format!("({})", class.to_lowercase())
     }
 
     /// Virtual functions there are and could be; of one of them, its physical function.

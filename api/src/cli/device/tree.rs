@@ -104,7 +104,10 @@ impl Node {
         let functions = self.sriov.filter(|sriov| sriov.active > 0);
         let functions = functions.map(|sriov| format!("{} of {} VFs", sriov.active, sriov.total));
         let mdevs = Some(self.mdevs.len()).filter(|count| *count > 0);
-        let mdevs = mdevs.map(|count| format!("{count} mediated devices"));
+        let mdevs = mdevs.map(|count| match count {
+            1 => "1 mediated device".to_owned(),
+            count => format!("{count} mediated devices"),
+        });
         functions.into_iter().chain(mdevs).collect()
     }
 

@@ -26,7 +26,7 @@ Examples:
   gantry group alias --remove p2000")]
 pub struct AliasArgs {
     /// Aliases to define
-    #[arg(value_name = "JSON", value_parser = from_json::<Alias>)]
+    #[arg(value_name = "JSON", value_parser = super::from_json::<Alias>)]
     aliases: Vec<Alias>,
     /// Show the aliases as JSON
     #[arg(long)]
@@ -48,21 +48,17 @@ Examples:
   gantry group device-spec --remove '{\"address\": \"*:3b:00.*\"}'")]
 pub struct SpecArgs {
     /// Device specs to add
-    #[arg(value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
+    #[arg(value_name = "JSON", value_parser = super::from_json::<DeviceSpec>)]
     specs: Vec<DeviceSpec>,
     /// Show the devices as JSON
     #[arg(long)]
     json: bool,
     /// Take away the device spec that says exactly this; may be given several times
-    #[arg(long = "remove", value_name = "JSON", value_parser = from_json::<DeviceSpec>)]
+    #[arg(long = "remove", value_name = "JSON", value_parser = super::from_json::<DeviceSpec>)]
     remove: Vec<DeviceSpec>,
     /// Column to sort by
     #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&matching::COLUMNS))]
     sort: Option<String>,
-}
-
-fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 /// An alias with how many devices it could give.

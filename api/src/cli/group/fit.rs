@@ -113,9 +113,7 @@ fn table(out: &mut dyn Write, result: &Fit, lacking: Option<&RequestFit>) -> io:
 
 fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     let devices = request.devices.iter().map(ToString::to_string);
-    let devices: Vec<String> = devices
-        .chain(request.instances.iter().map(instance))
-        .collect();
+    let devices: Vec<String> = devices.chain(instances(&request.instances)).collect();
     let devices = match devices.as_slice() {
         [] => "nothing".to_owned(),
         devices => devices.join(" "),
@@ -134,7 +132,10 @@ fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
             "  its virtual functions are not there: `gantry group activate {group}` makes them"
         )?;
     }
-    if !request.dropped.is_empty() {
+    // What is made for a VM is none of the devices that there are.
+    if !request.instances.is_empty() {
+        writeln!(out, "  {} free", request.free)?;
+    } else if !request.dropped.is_empty() {
         let (drops, all) = (request.drops(), request.considered);
         writeln!(
             out,
@@ -145,10 +146,20 @@ fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     Ok(())
 }
 
-/// A mediated device by its identifier, or by what it would be made of.
-fn instance(one: &Instance) -> String {
-    match one.uuid {
-        Some(uuid) => uuid.to_string(),
-        None => format!("a new {} of {}", one.kind, one.parent),
+/// Mediated devices by their identifiers, or by how many would be made of what.
+fn instances(all: &[Instance]) -> Vec<String> {
+    let (there, new): (Vec<_>, Vec<_>) = all.iter().partition(|one| one.uuid.is_some());
+    let mut made: Vec<(String, usize)> = Vec::new();
+    for one in new {
+        let what = format!("new {} of {}", one.kind, one.parent);
+        match made.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, count)) => *count += 1,
+            None => made.push((what, 1)),
+        }
     }
+    let there = there.into_iter().filter_map(|one| one.uuid);
+    let made = made
+        .into_iter()
+        .map(|(what, count)| format!("{count} {what}"));
+    there.map(|uuid| uuid.to_string()).chain(made).collect()
 }

@@ -15,6 +15,7 @@ use crate::report::Failure;
 use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
+#[command(override_usage = "gantry group match [OPTIONS] <NAME|--rule <JSON>>")]
 #[command(after_help = "\
 All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins, \
 ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa, \

@@ -9,7 +9,7 @@ use super::{Context, Invalid, invalid, model};
 pub fn read(name: &str, context: &Context) -> Result<Plan, Invalid> {
     let plans = Plans::load(context.host);
     let plan = plans.and_then(|plans| plans.find(name).cloned());
-    let help = "`gantry plan list` shows the plans of this host";
+    let help = "name one of this host's, or make it with `gantry plan create`";
     plan.map_err(|error| invalid("plan", error.to_string(), help))
 }
 
