@@ -365,7 +365,7 @@ impl AllocationLock {
 }
 
 /// Waits for a lock as long as its holders change, and for one of them until the deadline: then it is
-/// named.
+/// named, and told of before if that is long.
 fn wait(
     paths: &HostPaths,
     path: &Path,
@@ -375,21 +375,31 @@ fn wait(
     let mut started = Instant::now();
     let mut pause = Duration::from_micros(200);
     let mut seen = None;
+    let mut told = false;
     loop {
         if let Some(lock) = LockFile::take(path, record).map_err(LeaseError::file(path))? {
             return Ok(Ok(lock));
         }
         // It is one holder that must not take too long: of many contenders the last one waits for all.
-        if seen.is_none() || started.elapsed() >= deadline {
+        let patience = match told {
+            true => deadline,
+            false => deadline.min(ALLOCATION_DEADLINE),
+        };
+        if seen.is_none() || started.elapsed() >= patience {
             let holder = status(paths, path)?;
             if seen.as_ref() == Some(&holder) && holder.is_held() {
                 let record = holder.record().map(ToString::to_string);
-                return Ok(Err(
-                    record.unwrap_or_else(|| "an unknown process".to_owned())
-                ));
+                let name = record.unwrap_or_else(|| "an unknown process".to_owned());
+                if patience == deadline {
+                    return Ok(Err(name));
+                }
+                tracing::warn!("waiting for {name} to finish");
+                told = true;
+            } else {
+                seen = Some(holder);
+                started = Instant::now();
+                told = false;
             }
-            seen = Some(holder);
-            started = Instant::now();
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));

@@ -102,8 +102,8 @@ pub use sriov::{
     deactivate,
 };
 pub use tenant::{
-    Grant, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant, edit_tenant,
-    grant, grant_mdevs, revoke, revoke_mdevs,
+    Grant, Granted, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant,
+    edit_tenant, grant, revoke, revoke_mdevs,
 };
 pub use topology::{HostNode, host_nodes, node_of};
 pub use tree::{TreeNode, tree};

@@ -28,9 +28,9 @@ use crate::name::DeviceName;
 use crate::rule::Rule;
 use crate::sysfs;
 pub use error::TenantError;
-pub use granting::{Grant, grant, revoke};
+pub use granting::{Grant, Granted, grant, revoke};
 use hand_over::Owner;
-pub use vgpus::{grant_mdevs, revoke_mdevs};
+pub use vgpus::revoke_mdevs;
 
 /// Where definitions, run-time files and state of tenants lie, below those of the host.
 const DIR: &str = "tenants";

@@ -2,9 +2,9 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    ChildWriter, DeviceName, DeviceState, Grant, Groups, HostBdf, HostDevice, HostPaths,
+    ChildWriter, DeviceName, DeviceState, Grant, Granted, HostBdf, HostDevice, HostPaths,
     MdevDevice, Mdevs, PciId, Tenant, TenantFile, Tenants, Uuid, create_tenant, delete_tenant,
-    edit_tenant, grant, grant_mdevs, revoke, revoke_mdevs, scan,
+    edit_tenant, grant, revoke, revoke_mdevs, scan,
 };
 use nix::unistd::{User, geteuid};
 use serde::Serialize;
@@ -298,42 +298,37 @@ fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let (functions, mdevs) = parted(&args.devices);
     let devices = match &args.from {
-        None => args.devices.clone(),
-        Some(group) => free(paths, group, args.count)?,
-    };
-    let (functions, mdevs) = parted(&devices);
-    if !functions.is_empty() && !mdevs.is_empty() {
+        Some(from) => Granted::Free {
+            from,
+            count: args.count,
+        },
+        None if mdevs.is_empty() => Granted::Functions(&functions),
+        None if functions.is_empty() => Granted::Mdevs(&mdevs),
         // One group takes one kind of them: the second would fail when the first has moved.
-        return Err(Failure::new(
-            USAGE,
-            "PCI functions and mediated devices do not go into one group of the tenant",
-        )
-        .help("grant them one kind after the other, with a --group for each"));
-    }
-    let group = args.group.as_deref();
+        None => {
+            return Err(Failure::new(
+                USAGE,
+                "PCI functions and mediated devices do not go into one group of the tenant",
+            )
+            .help("grant them one kind after the other, with a --group for each"));
+        }
+    };
+    let wanted = Grant {
+        devices,
+        group: args.group.as_deref(),
+        overrides: &args.overrides,
+    };
     // A ctrl-c between two steps would leave a device with nobody.
     let _whole = SignalsHeld::new();
-    let mut given: Vec<DeviceName> = Vec::new();
-    if !functions.is_empty() {
-        let wanted = Grant {
-            devices: &functions,
-            group,
-            overrides: &args.overrides,
-        };
-        let granted = grant(paths, &ChildWriter::default(), &args.name, &wanted);
-        given.extend(
-            granted
-                .map_err(Failure::host)?
-                .into_iter()
-                .map(DeviceName::from),
-        );
-    }
-    if !mdevs.is_empty() {
-        grant_mdevs(paths, &args.name, &mdevs, group).map_err(Failure::host)?;
-        given.extend(mdevs.into_iter().map(DeviceName::from));
-    }
-    told(&given, &args.name)
+    let given = grant(paths, &ChildWriter::default(), &args.name, &wanted);
+    let given = given.map_err(Failure::host)?;
+    let tenant = &args.name;
+    print(|out| {
+        let mut given = given.iter();
+        given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
+    })
 }
 
 /// PCI functions and mediated devices go different ways.
@@ -341,46 +336,6 @@ fn parted(devices: &[DeviceName]) -> (Vec<HostBdf>, Vec<Uuid>) {
     let functions = devices.iter().filter_map(|name| name.pci());
     let mdevs = devices.iter().filter_map(|name| name.mdev());
     (functions.collect(), mdevs.collect())
-}
-
-/// The first devices of a group that nobody has.
-fn free(paths: &HostPaths, group: &str, count: usize) -> Result<Vec<DeviceName>, Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    groups.find(group).map_err(Failure::host)?;
-    let owned = |device: &HostDevice| {
-        let owner = groups.group_of(device);
-        owner.is_some_and(|owner| owner.name == group)
-    };
-    let idle = |device: &HostDevice| !device.lease.is_held() && device.quarantine.is_none();
-    let all = scan(paths).map_err(Failure::host)?;
-    let free = all.iter().filter(|device| owned(device) && idle(device));
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
-    let ahead = mdevs.devices.iter().filter(|device| {
-        let owner = groups
-            .group_of_mdev(device)
-            .filter(|owner| owner.name == group);
-        let spec = owner.and_then(|owner| owner.vgpu.as_ref());
-        spec.is_some_and(|spec| spec.uuids.contains(&device.uuid)) && !device.lease.is_held()
-    });
-    let free: Vec<DeviceName> = free
-        .map(|device| device.bdf.into())
-        .chain(ahead.map(|device| device.uuid.into()))
-        .take(count)
-        .collect();
-    match free.len() == count {
-        true => Ok(free),
-        false => Err(Failure::host(format!(
-            "{count} of group \"{group}\" asked for, {} not in use",
-            free.len()
-        ))),
-    }
-}
-
-fn told(given: &[DeviceName], tenant: &str) -> Result<(), Failure> {
-    print(|out| {
-        let mut given = given.iter();
-        given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
-    })
 }
 
 fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {

@@ -301,7 +301,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     };
     crate::create_tenant(&host.paths, "a", &file).unwrap();
     let wanted = crate::Grant {
-        devices: &[bdf(FIRST)],
+        devices: crate::Granted::Functions(&[bdf(FIRST)]),
         group: None,
         overrides: &[],
     };

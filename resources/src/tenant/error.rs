@@ -79,6 +79,16 @@ pub enum TenantError {
         /// The tenant.
         name: String,
     },
+    /// A group of the host's has not as many devices that nobody has.
+    #[error("{count} of group \"{group}\" asked for, {found} not in use")]
+    NotFree {
+        /// The group.
+        group: String,
+        /// How many are asked for.
+        count: usize,
+        /// How many there are.
+        found: usize,
+    },
     /// A VM has a device.
     #[error("{0}")]
     InUse(Blocked),

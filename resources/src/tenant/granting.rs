@@ -1,41 +1,122 @@
-//! Giving PCI functions to tenants, and taking them back.
+//! Giving devices to tenants, and taking PCI functions back.
 
 use std::collections::BTreeSet;
 
 use super::hand_over::Owner;
-use super::{TenantError, Tenants, alone, definitions, failed};
+use super::{Tenant, TenantError, Tenants, alone, definitions, failed, vgpus};
 use crate::bind::{BindRequest, detach, reattach};
-use crate::group::{Bind, GroupChange, GroupFiles, ResourceGroup, is_name};
+use crate::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
+use crate::mdev::{MdevDevice, Mdevs};
+use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::quarantine::{adopt, hung};
+use crate::uuid::Uuid;
 use crate::writer::SysfsWriter;
 
 /// What a tenant gets.
 #[derive(Clone, Copy, Debug)]
 pub struct Grant<'a> {
-    /// The devices, with all endpoints of their IOMMU groups.
-    pub devices: &'a [HostBdf],
+    /// The devices.
+    pub devices: Granted<'a>,
     /// The tenant's group that they come into; one of the tenant's name if there is none.
     pub group: Option<&'a str>,
     /// Devices that are taken although the host uses them, each named exactly.
     pub overrides: &'a [HostBdf],
 }
 
-/// Gives devices to a tenant, bound to vfio-pci, with all endpoints of their IOMMU groups.
+/// Which devices a tenant gets. One group of a tenant takes one kind of them.
+#[derive(Clone, Copy, Debug)]
+pub enum Granted<'a> {
+    /// These PCI functions, with all endpoints of their IOMMU groups.
+    Functions(&'a [HostBdf]),
+    /// These mediated devices, which a group of the host's makes ahead.
+    Mdevs(&'a [Uuid]),
+    /// The first devices of a group of the host's that nobody has.
+    Free {
+        /// The group.
+        from: &'a str,
+        /// How many.
+        count: usize,
+    },
+}
+
+/// Gives devices to a tenant; PCI functions bound to vfio-pci.
+///
+/// One grant at a time: what is free is looked for when those before have what they wanted.
 pub fn grant(
     host: &HostPaths,
     writer: &dyn SysfsWriter,
     name: &str,
     wanted: &Grant<'_>,
-) -> Result<Vec<HostBdf>, TenantError> {
+) -> Result<Vec<DeviceName>, TenantError> {
     let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
+    let chosen;
+    let (functions, mdevs) = match wanted.devices {
+        Granted::Functions(functions) => (functions, &[][..]),
+        Granted::Mdevs(mdevs) => (&[][..], mdevs),
+        Granted::Free { from, count } => {
+            chosen = free(host, from, count)?;
+            (chosen.0.as_slice(), chosen.1.as_slice())
+        }
+    };
+    if !mdevs.is_empty() {
+        vgpus::give(host, &tenants, tenant, mdevs, wanted.group)?;
+        return Ok(mdevs.iter().map(|uuid| (*uuid).into()).collect());
+    }
+    let given = give(host, writer, &tenants, tenant, functions, wanted)?;
+    Ok(given.into_iter().map(DeviceName::from).collect())
+}
+
+/// The first devices of a group that nobody has: functions, or the mediated devices that it makes ahead.
+fn free(
+    host: &HostPaths,
+    from: &str,
+    count: usize,
+) -> Result<(Vec<HostBdf>, Vec<Uuid>), TenantError> {
+    let groups = Groups::load(host)?;
+    let ahead = groups.find(from)?.vgpu.as_ref().map(|spec| &spec.uuids);
+    let is = |group: Option<&ResourceGroup>| group.is_some_and(|group| group.name == from);
+    let idle = |device: &&HostDevice| !device.lease.is_held() && device.quarantine.is_none();
+    let made = |device: &&MdevDevice| {
+        let ahead = ahead.is_some_and(|ahead| ahead.contains(&device.uuid));
+        ahead && !device.lease.is_held() && is(groups.group_of_mdev(device))
+    };
+    let (all, mdevs) = (scan(host)?, Mdevs::read(host)?);
+    let functions = all.iter().filter(idle);
+    let functions = functions.filter(|device| is(groups.group_of(device)));
+    let functions: Vec<HostBdf> = functions.map(|device| device.bdf).take(count).collect();
+    let mdevs = mdevs.devices.iter().filter(made);
+    let mdevs: Vec<Uuid> = match functions.is_empty() {
+        true => mdevs.map(|device| device.uuid).take(count).collect(),
+        false => Vec::new(),
+    };
+    let found = functions.len() + mdevs.len();
+    match found == count {
+        true => Ok((functions, mdevs)),
+        false => Err(TenantError::NotFree {
+            group: from.to_owned(),
+            count,
+            found,
+        }),
+    }
+}
+
+fn give(
+    host: &HostPaths,
+    writer: &dyn SysfsWriter,
+    tenants: &Tenants,
+    tenant: &Tenant,
+    functions: &[HostBdf],
+    wanted: &Grant<'_>,
+) -> Result<Vec<HostBdf>, TenantError> {
+    let name = tenant.name.as_str();
     let owner = Owner::of(host, tenant)?;
     let all = scan(host)?;
-    let devices: Vec<HostDevice> = crate::bind::members(&all, wanted.devices)?;
+    let devices: Vec<HostDevice> = crate::bind::members(&all, functions)?;
     for HostDevice { bdf, .. } in &devices {
         match tenants.owner_of(*bdf) {
             Some(other) if other.name != name => {
@@ -51,7 +132,7 @@ pub fn grant(
         return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
     }
     let request = BindRequest {
-        devices: wanted.devices,
+        devices: functions,
         overrides: wanted.overrides,
         dry_run: false,
     };

@@ -33,7 +33,7 @@ fn user() -> TenantFile {
 
 fn give(host: &FakeHost, kernel: &FakeKernel<'_>, name: &str, device: &str) -> String {
     let wanted = Grant {
-        devices: &[bdf(device)],
+        devices: Granted::Functions(&[bdf(device)]),
         group: None,
         overrides: &[],
     };
@@ -320,7 +320,7 @@ fn a_wrong_group_is_named_before_a_device_moves() {
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
     let wanted = Grant {
-        devices: &[bdf("01:00.0")],
+        devices: Granted::Functions(&[bdf("01:00.0")]),
         group: Some("no/name"),
         overrides: &[],
     };
@@ -347,6 +347,47 @@ fn two_grants_at_once_give_a_device_once() {
         second.join().unwrap()
     });
     assert!(said.contains("belongs to tenant \"a\""), "{said}");
+}
+
+/// Free devices are chosen when it is one's turn, and not before: what fits together is granted.
+#[test]
+fn two_grants_out_of_a_group_at_once_get_other_devices() {
+    let host = FakeHost::new(&[
+        Fake::nvme("01:00.0", 1).driver("nvme"),
+        Fake::nvme("02:00.0", 2).driver("nvme"),
+    ]);
+    host.file(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#,
+    );
+    for name in ["a", "b"] {
+        create_tenant(&host.paths, name, &user()).unwrap();
+    }
+    let free = |name| {
+        let wanted = Grant {
+            devices: Granted::Free {
+                from: "disks",
+                count: 1,
+            },
+            group: None,
+            overrides: &[],
+        };
+        grant(&host.paths, &FakeKernel::new(&host), name, &wanted)
+    };
+    let first = alone(&host.paths).unwrap();
+    let given = std::thread::scope(|scope| {
+        let both = ["a", "b", "a"].map(|name| scope.spawn(move || free(name)));
+        // Long enough for both to have chosen, if they did not wait.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(first);
+        both.map(|one| one.join().unwrap())
+    });
+    let (given, refused): (Vec<_>, Vec<_>) = given.into_iter().partition(Result::is_ok);
+    let mut given: Vec<DeviceName> = given.into_iter().flat_map(Result::unwrap).collect();
+    given.sort();
+    assert_eq!(given, ["01:00.0", "02:00.0"].map(bdf));
+    let refused = refused.into_iter().next().unwrap().unwrap_err().to_string();
+    assert_eq!(refused, "1 of group \"disks\" asked for, 0 not in use");
 }
 
 #[test]

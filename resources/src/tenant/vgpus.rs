@@ -21,15 +21,14 @@ impl Tenant {
 
 /// Gives mediated devices that are there to a tenant: those that `gantry group activate` makes, as others
 /// go with the VM that they were made for.
-pub fn grant_mdevs(
+pub(super) fn give(
     host: &HostPaths,
-    name: &str,
+    tenants: &Tenants,
+    tenant: &Tenant,
     uuids: &[Uuid],
     group: Option<&str>,
 ) -> Result<(), TenantError> {
-    let _alone = alone(host)?;
-    let tenants = Tenants::load(host)?;
-    let tenant = tenants.find(name)?;
+    let name = tenant.name.as_str();
     let owner = Owner::of(host, tenant)?;
     let mdevs = Mdevs::read(host)?;
     let mut devices = Vec::new();
@@ -135,7 +134,9 @@ mod tests {
     use crate::fixture::{Fake, FakeHost, FakeKernel};
     use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
     use crate::tenant::{TenantFile, create_tenant, delete_tenant};
-    use crate::{Groups, Holder, Lease, Request, allocate, make_ahead, unmake_ahead};
+    use crate::{
+        Grant, Granted, Groups, Holder, Lease, Request, allocate, grant, make_ahead, unmake_ahead,
+    };
     use std::fs;
     use std::time::Duration;
 
@@ -144,6 +145,20 @@ mod tests {
 
     fn uuid(text: &str) -> Uuid {
         text.parse().unwrap()
+    }
+
+    fn grant_mdevs(
+        host: &FakeHost,
+        name: &str,
+        devices: Granted<'_>,
+        group: Option<&str>,
+    ) -> Result<Vec<crate::DeviceName>, TenantError> {
+        let wanted = Grant {
+            devices,
+            group,
+            overrides: &[],
+        };
+        grant(&host.paths, &FakeKernel::new(host), name, &wanted)
     }
 
     fn group(host: &FakeHost) -> ResourceGroup {
@@ -194,8 +209,8 @@ mod tests {
     fn a_tenant_has_its_vgpu_and_nobody_else_has() {
         let host = host();
         let kernel = FakeKernel::new(&host);
-        grant_mdevs(&host.paths, "a", &[uuid(ONE)], None).unwrap();
-        grant_mdevs(&host.paths, "a", &[uuid(ONE)], None).unwrap();
+        grant_mdevs(&host, "a", Granted::Mdevs(&[uuid(ONE)]), None).unwrap();
+        grant_mdevs(&host, "a", Granted::Mdevs(&[uuid(ONE)]), None).unwrap();
         let (a, b) = (scope(&host, "a"), scope(&host, "b"));
         let seen = |paths: &HostPaths| Mdevs::read(paths).unwrap().devices.len();
         assert_eq!((seen(&host.paths), seen(&a), seen(&b)), (2, 1, 0));
@@ -225,7 +240,7 @@ mod tests {
             taken(&a, Request::group("a", 1)).is_err(),
             "it makes no more"
         );
-        let said = grant_mdevs(&host.paths, "b", &[uuid(ONE)], None).unwrap_err();
+        let said = grant_mdevs(&host, "b", Granted::Mdevs(&[uuid(ONE)]), None).unwrap_err();
         assert!(
             said.to_string().contains("belongs to tenant \"a\""),
             "{said}"
@@ -279,7 +294,13 @@ mod tests {
     fn what_is_taken_back_is_the_hosts_again() {
         let host = host();
         let kernel = FakeKernel::new(&host);
-        grant_mdevs(&host.paths, "a", &[uuid(ONE), uuid(TWO)], Some("gpus")).unwrap();
+        grant_mdevs(
+            &host,
+            "a",
+            Granted::Mdevs(&[uuid(ONE), uuid(TWO)]),
+            Some("gpus"),
+        )
+        .unwrap();
         let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
         assert!(said.contains(ONE), "{said}");
         revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap();
@@ -302,7 +323,7 @@ mod tests {
         let host = host();
         let own = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003";
         let grant = |uuid, group| {
-            let said = grant_mdevs(&host.paths, "a", &[uuid], group);
+            let said = grant_mdevs(&host, "a", Granted::Mdevs(&[uuid]), group);
             said.unwrap_err().to_string()
         };
         assert!(grant(uuid(own), None).contains("no mediated device"));
