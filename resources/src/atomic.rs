@@ -1,19 +1,50 @@
-//! Replacing a file as a whole: a reader sees the old content or the new, whatever happens in between.
+//! Files and directories of gantry's own: replaced as a whole, so that a reader sees the old content or the
+//! new, whatever happens in between; and readable to tenants and other users, whatever root's umask is.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
 
-/// Writes a file anew and puts it in the place of the old one, whose mode and owner it takes. What was
-/// written is on disk when this returns; after a failure the old file stands as it was.
+/// Makes a directory that everybody may enter and list, and those above it. One that is there stays as it
+/// is.
+///
+/// # Errors
+/// It cannot be made, or something else is in its place.
+pub fn make_dir(dir: &Path) -> io::Result<()> {
+    let make = || DirBuilder::new().mode(0o755).create(dir);
+    let made = match (make(), dir.parent()) {
+        (Err(error), Some(above)) if error.kind() == io::ErrorKind::NotFound => {
+            make_dir(above)?;
+            make()
+        }
+        (made, _) => made,
+    };
+    match made {
+        Err(_) if dir.is_dir() => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => show(dir, 0o755),
+    }
+}
+
+/// Gives a file or directory its mode, where it has another one: that of a new one depends on the umask.
+pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
+    match fs::metadata(path)?.mode() & 0o777 {
+        now if now == mode => Ok(()),
+        _ => fs::set_permissions(path, Permissions::from_mode(mode)),
+    }
+}
+
+/// Writes a file anew and puts it in the place of the old one, whose mode and owner it takes; a new one is
+/// for all to read. What was written is on disk when this returns; after a failure the old file stands as
+/// it was.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     // A link is kept and its target replaced.
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    fs::create_dir_all(dir)?;
+    make_dir(dir)?;
     let draft = dir.join(format!(
         ".{}.{}",
         name.to_string_lossy(),
@@ -34,15 +65,16 @@ fn write(draft: &Path, content: &[u8], old: Option<&fs::Metadata>) -> io::Result
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .mode(0o644)
+        .mode(0o600)
         .open(draft)?;
     if let Some(old) = old {
         let new = file.metadata()?;
         if (new.uid(), new.gid()) != (old.uid(), old.gid()) {
             fchown(&file, Some(old.uid()), Some(old.gid()))?;
         }
-        file.set_permissions(fs::Permissions::from_mode(old.mode()))?;
     }
+    let mode = old.map_or(0o644, fs::Metadata::mode);
+    file.set_permissions(Permissions::from_mode(mode))?;
     file.write_all(content)?;
     file.sync_all()
 }

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::atomic;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, Nvme};
 
@@ -104,20 +105,9 @@ impl Former {
         bdf: HostBdf,
     ) -> Result<(), (PathBuf, io::Error)> {
         let path = path(paths, bdf);
-        let draft = path.with_file_name(format!(".{bdf}.{}", std::process::id()));
-        self.replace(&path, &draft).map_err(|error| (path, error))
-    }
-
-    fn replace(&self, path: &Path, draft: &Path) -> io::Result<()> {
-        if let Some(dir) = path.parent() {
-            crate::lease::create_dir(dir)?;
-        }
-        let written =
-            fs::write(draft, serde_json::to_vec(self)?).and_then(|()| fs::rename(draft, path));
-        if written.is_err() {
-            let _ = fs::remove_file(draft);
-        }
-        written
+        let text = serde_json::to_vec(self).map_err(io::Error::from);
+        let written = text.and_then(|text| atomic::replace(&path, &text));
+        written.map_err(|error| (path, error))
     }
 
     /// Forgets a device that was put back as it was, unless the record is older than the attempt and so

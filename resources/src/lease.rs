@@ -12,9 +12,8 @@ mod file;
 mod passing;
 
 use std::fmt;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -409,11 +408,6 @@ fn wait(
 /// Who holds a device. Asks the kernel; takes no lock, not even for a moment.
 pub fn holder(paths: &HostPaths, name: impl Into<DeviceName>) -> Result<LeaseStatus, LeaseError> {
     status(paths, &lock_path(paths, name))
-}
-
-/// Makes a directory of the run directory, and those above it.
-pub(crate) fn create_dir(dir: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o755).create(dir)
 }
 
 pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathBuf {

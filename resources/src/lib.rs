@@ -54,6 +54,7 @@ mod vgpu;
 mod writer;
 
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
+pub use atomic::make_dir;
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
 pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,

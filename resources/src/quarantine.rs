@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::atomic;
+use crate::atomic::{self, make_dir, show};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{self, DeviceLock, LeaseRecord};
@@ -104,17 +104,10 @@ pub fn quarantine(
 /// Tenants read the host's records too, whatever the umask of the one who writes them.
 fn store(path: &Path, record: &Record) -> io::Result<()> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    fs::create_dir_all(dir)?;
+    make_dir(dir)?;
     show(dir, 0o755)?;
     atomic::replace(path, &serde_json::to_vec(record)?)?;
     show(path, 0o644)
-}
-
-fn show(path: &Path, mode: u32) -> io::Result<()> {
-    match fs::metadata(path)?.mode() & 0o777 {
-        now if now == mode => Ok(()),
-        _ => fs::set_permissions(path, fs::Permissions::from_mode(mode)),
-    }
 }
 
 /// A record for a process that can neither ask for the boot nor open a file: it is left in the file of
@@ -396,6 +389,7 @@ mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, bdf};
     use crate::inventory::DeviceState;
+    use std::os::unix::fs::PermissionsExt;
 
     fn host() -> FakeHost {
         let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);

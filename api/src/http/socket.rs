@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use gantry_resources::make_dir;
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
@@ -312,13 +313,6 @@ fn has_kill_pending(status: &str) -> bool {
         u64::from_str_radix(mask.trim(), 16).ok()
     });
     masks.into_iter().any(|mask| mask & SIGKILL != 0)
-}
-
-fn make_dir(dir: &Path) -> io::Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(dir)
 }
 
 /// Waits for its turn, for as long as the file is open: two that find the same stale socket must not both

@@ -11,7 +11,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use super::{LeaseError, LeaseRecord, LeaseStatus, create_dir};
+use super::{LeaseError, LeaseRecord, LeaseStatus};
+use crate::atomic::make_dir;
 use crate::host::HostPaths;
 use crate::quarantine::short;
 use crate::sysfs;
@@ -115,7 +116,7 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
     let opened = match options.open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(dir) = path.parent() {
-                create_dir(dir)?;
+                make_dir(dir)?;
             }
             options.open(path)
         }

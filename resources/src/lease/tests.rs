@@ -2,6 +2,7 @@
 
 use super::file::{listed_as_locked, open};
 use super::*;
+use crate::atomic::make_dir;
 use crate::fixture::bdf;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -97,7 +98,7 @@ fn a_lock_without_a_record_still_counts() {
 fn a_record_without_a_lock_does_not_count() {
     let (_root, paths) = paths();
     let device = bdf("01:00.0");
-    create_dir(&paths.run.join("leases")).unwrap();
+    make_dir(&paths.run.join("leases")).unwrap();
     fs::write(
         lock_path(&paths, device),
         serde_json::to_vec(&record("killed")).unwrap(),
@@ -140,7 +141,7 @@ fn a_lock_on_a_removed_file_binds_nobody_and_is_not_taken() {
 #[test]
 fn a_symbolic_link_is_not_followed() {
     let (root, paths) = paths();
-    create_dir(&paths.run.join("leases")).unwrap();
+    make_dir(&paths.run.join("leases")).unwrap();
     let target = root.path().join("precious");
     fs::write(&target, "text").unwrap();
     std::os::unix::fs::symlink(&target, lock_path(&paths, bdf("01:00.0"))).unwrap();

@@ -76,7 +76,7 @@ fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
     }
     let token = Uuid::random(paths)?;
     if let Some(dir) = path.parent() {
-        crate::lease::create_dir(dir)?;
+        crate::atomic::make_dir(dir)?;
     }
     let draft = path.with_extension(format!("{}", std::process::id()));
     let mut options = std::fs::OpenOptions::new();

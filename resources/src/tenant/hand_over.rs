@@ -65,7 +65,7 @@ impl Owner {
             (&state, &["maintenance.json"]),
         ] {
             if let Some(above) = dir.parent() {
-                crate::lease::create_dir(above).map_err(failed(above))?;
+                crate::atomic::make_dir(above).map_err(failed(above))?;
             }
             let made = DirBuilder::new().mode(0o700).create(dir);
             made.or_else(present_is_fine).map_err(failed(dir))?;

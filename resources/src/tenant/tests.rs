@@ -194,6 +194,59 @@ fn a_boot_puts_nodes_and_files_right() {
     assert_eq!(running_vms(&host.paths).unwrap(), []);
 }
 
+/// The other process of the next test, which has root's umask of 077.
+#[test]
+#[ignore = "run by what_tenants_need_is_open_to_them_whatever_the_umask"]
+fn make_everything_anew() {
+    use crate::quarantine::quarantine;
+    let disk = Fake::nvme("01:00.0", 1).driver("nvme");
+    let host = FakeHost::new(&[disk]);
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    assert_eq!(give(&host, &kernel, "a", "01:00.0"), "1 given");
+    let disk = host.read("01:00.0");
+    quarantine(&host.paths, &disk, "it hangs", crate::Until::Boot).unwrap();
+    let HostPaths {
+        run, config, state, ..
+    } = &host.paths;
+    for (root, path, mode) in [
+        (run, "", 0o755),
+        (run, "leases", 0o755),
+        (run, "leases/0000:01:00.0.lock", 0o600),
+        (run, "former", 0o755),
+        (run, "former/0000:01:00.0", 0o644),
+        (run, "tenants", 0o755),
+        (run, "tenants/a", 0o700),
+        (config, "", 0o755),
+        (config, "tenants", 0o755),
+        (config, "tenants/a", 0o755),
+        (config, "tenants/a/tenant.json", 0o644),
+        (config, "tenants/a/groups.json", 0o644),
+        (state, "", 0o755),
+        (state, "tenants", 0o755),
+        (state, "tenants/a", 0o700),
+        (state, "quarantine", 0o755),
+        (state, "quarantine/0000:01:00.0.json", 0o644),
+    ] {
+        let path = root.join(path);
+        let found = fs::metadata(&path).unwrap().mode() & 0o777;
+        assert_eq!(found, mode, "{}: {found:o}", path.display());
+    }
+}
+
+#[test]
+fn what_tenants_need_is_open_to_them_whatever_the_umask() {
+    let name = "tenant::tests::make_everything_anew";
+    let run = std::process::Command::new("sh")
+        .args(["-c", r#"umask 077; exec "$0" "$@""#])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", name])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && said.contains("1 passed"), "{said}");
+}
+
 #[test]
 fn mistakes_are_named() {
     let host = host();

@@ -36,7 +36,7 @@ struct Rule {
 pub fn confine(config: &VmConfig, host: &HostPaths, socket: Option<&Path>) -> io::Result<()> {
     // A rule is about a directory that is there.
     for own in [&host.run, &host.state] {
-        if let Err(error) = fs::create_dir_all(own) {
+        if let Err(error) = gantry_resources::make_dir(own) {
             tracing::debug!(path = %own.display(), %error, "a directory of gantry's is missing");
         }
     }
