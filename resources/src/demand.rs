@@ -148,6 +148,10 @@ pub(crate) fn reap_with(
     if let Err(error) = sriov::reap(paths, host.writer) {
         tracing::warn!("new virtual functions stay without drivers of the host: {error}");
     }
+    // A tenant may not set the card.
+    if paths.only.is_none() {
+        sriov::granted::mend(paths, host.links);
+    }
     let functions = Former::on_demand(paths).into_iter();
     let functions = functions.chain(sriov::owed::owed(paths));
     let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();

@@ -26,6 +26,7 @@ use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::rule::Rule;
+use crate::sriov::{Netlink, VfLinks};
 use crate::sysfs;
 pub use error::TenantError;
 pub use granting::{Grant, Granted, grant, revoke};
@@ -242,13 +243,25 @@ impl Tenants {
     /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
     /// bound anew, has undone. Devices must be with vfio-pci already.
     pub fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
+        self.put_right_with(host, &Netlink::new(host))
+    }
+
+    pub(crate) fn put_right_with(
+        &self,
+        host: &HostPaths,
+        links: &dyn VfLinks,
+    ) -> Result<(), TenantError> {
         let all = scan(host)?;
         let put_right = |tenant: &Tenant| {
             let owner = Owner::of(host, tenant)?;
             owner.make_dirs(host, &tenant.name)?;
             let given = tenant.devices().into_iter().map(|bdf| {
                 tenant.may_have(bdf, &all)?;
-                owner.take_over(host, bdf.into())
+                owner.take_over(host, bdf.into())?;
+                if all.iter().any(|device| device.bdf == bdf) {
+                    granting::keep_settings(host, links, &[bdf]);
+                }
+                Ok(())
             });
             // Those that no group of the host's makes are not there.
             let mdevs = tenant.mdevs().into_iter();

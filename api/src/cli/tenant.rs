@@ -2,9 +2,9 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    ChildWriter, DeviceName, DeviceState, Grant, Granted, HostBdf, HostDevice, HostPaths,
-    MdevDevice, Mdevs, PciId, Tenant, TenantFile, Tenants, Uuid, create_tenant, delete_tenant,
-    edit_tenant, grant, revoke, revoke_mdevs, scan,
+    ChildWriter, DeviceName, DeviceState, Grant, Granted, HostAccess, HostBdf, HostDevice,
+    HostPaths, MdevDevice, Mdevs, Netlink, PciId, Tenant, TenantFile, Tenants, Uuid, create_tenant,
+    delete_tenant, edit_tenant, grant, revoke, revoke_mdevs, scan,
 };
 use nix::unistd::{User, geteuid};
 use serde::Serialize;
@@ -22,7 +22,8 @@ vfio-pci, and their nodes and locks belong to the tenant's user, who sees these 
 VMs with them without being root. `gantry boot` puts that right again after a reboot.
 
 Mediated devices (vGPUs) can be granted where a group of the host's makes them ahead, by their \
-\"uuids\"; virtual functions keep the settings that their group gave them.
+\"uuids\"; virtual functions keep the settings that their group gave them, and what a trusted guest changes of these \
+is put back by `gantry boot` and other commands of root's, once no VM has the device.
 
 A device that is granted comes into a group of the tenant's name, or into the one that --group names; the \
 VMs of the tenant ask for it there. The definitions lie in tenants/NAME below the configuration directory. \
@@ -322,7 +323,12 @@ fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     // A ctrl-c between two steps would leave a device with nobody.
     let _whole = SignalsHeld::new();
-    let given = grant(paths, &ChildWriter::default(), &args.name, &wanted);
+    let links = Netlink::new(paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
+    let given = grant(paths, host, &args.name, &wanted);
     let given = given.map_err(Failure::host)?;
     let tenant = &args.name;
     print(|out| {
@@ -351,14 +357,18 @@ fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     let (functions, mdevs) = parted(&devices);
     let _whole = SignalsHeld::new();
-    let writer = ChildWriter::default();
+    let links = Netlink::new(paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
     let mut taken: Vec<DeviceName> = Vec::new();
     if !mdevs.is_empty() {
         revoke_mdevs(paths, &args.name, &mdevs).map_err(Failure::host)?;
         taken.extend(mdevs.into_iter().map(DeviceName::from));
     }
     if !functions.is_empty() {
-        let back = revoke(paths, &writer, &args.name, &functions).map_err(Failure::host)?;
+        let back = revoke(paths, host, &args.name, &functions).map_err(Failure::host)?;
         taken.extend(back.into_iter().map(DeviceName::from));
     }
     print(|out| {

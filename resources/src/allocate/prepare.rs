@@ -124,6 +124,9 @@ impl<'a> Needs<'a> {
         let (paths, groups, host) = (self.paths, self.groups, self.binder.host);
         for device in leases.iter().filter_map(Lease::device) {
             sriov::owed::prepare(paths, host.links, groups, device)?;
+            if paths.only.is_some() {
+                sriov::granted::look(paths, host.links, device.bdf);
+            }
             let group = groups.group_of(device);
             if let Some(group) = group.filter(|group| group.kind == GroupType::Vgpu) {
                 vgpu::set_type(paths, host.writer, group, device, self.record)?;

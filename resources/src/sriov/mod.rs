@@ -7,6 +7,7 @@
 
 mod activation;
 mod error;
+pub(crate) mod granted;
 mod links;
 mod netlink;
 pub(crate) mod owed;
@@ -393,6 +394,7 @@ fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
 fn forget(paths: &HostPaths, bdf: HostBdf) {
     Former::forget(paths, bdf);
     owed::forget(paths, bdf);
+    granted::forget(paths, bdf);
 }
 
 #[cfg(test)]

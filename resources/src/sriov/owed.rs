@@ -5,12 +5,12 @@
 //! everything back under the function's lock and removes it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::error::SriovError;
-use super::links::{LinkError, LinkWrite, VfLinks};
+use super::links::{Interface, LinkError, LinkWrite, VfLinks};
 use super::pf::Pf;
 use super::settings::VfState;
 use crate::group::Groups;
@@ -20,27 +20,72 @@ use crate::sysfs;
 
 /// A record in the run directory, which a reboot empties, as it ends all virtual functions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Owed {
-    pf: HostBdf,
-    vf: u16,
-    before: VfState,
+pub(super) struct Owed {
+    pub(super) pf: HostBdf,
+    pub(super) vf: u16,
+    pub(super) before: VfState,
 }
 
 impl Owed {
-    fn load(paths: &HostPaths, bdf: HostBdf) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(path(paths, bdf)).ok()?).ok()
+    pub(super) fn load(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
     }
 
-    fn store(&self, paths: &HostPaths, bdf: HostBdf) -> Result<(), SriovError> {
-        let path = path(paths, bdf);
+    pub(super) fn store(&self, path: PathBuf) -> Result<(), SriovError> {
         let written = serde_json::to_vec(self)
             .map_err(io::Error::from)
             .and_then(|text| crate::atomic::replace(&path, &text));
         written.map_err(|source| SriovError::Record { path, source })
     }
+
+    /// What the function has to be told to be as it was; none where it is gone.
+    pub(super) fn writes(
+        &self,
+        paths: &HostPaths,
+        links: &dyn VfLinks,
+        bdf: HostBdf,
+    ) -> Result<Option<Vec<LinkWrite>>, SriovError> {
+        let vf = self.vf;
+        let there = match Pf::read(paths, self.pf) {
+            Ok(pf) => pf
+                .interface
+                .filter(|_| pf.vfs.get(usize::from(vf)) == Some(&bdf)),
+            Err(InventoryError::NoSuchDevice { .. }) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let Some(interface) = there else {
+            return Ok(None);
+        };
+        let now = links.read(&interface)?.remove(&vf).unwrap_or_default();
+        let write = |setting| LinkWrite {
+            interface: Interface::clone(&interface),
+            vf,
+            setting,
+        };
+        let settings = now.changes_to(&self.before).into_iter();
+        Ok(Some(settings.map(write).collect()))
+    }
 }
 
-fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+/// Tells the kernel what functions were set to. Whether it took something.
+pub(super) fn put_back(links: &dyn VfLinks, writes: &[LinkWrite]) -> Result<bool, SriovError> {
+    let mut changed = false;
+    for write in writes {
+        match links.set(write) {
+            Ok(()) => changed = true,
+            // What the card gave by itself it need not take from others.
+            Err(LinkError::Refused { write, source })
+                if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
+            {
+                tracing::debug!("`{write}` is not to be had: {source}");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(changed)
+}
+
+pub(super) fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
     paths.run.join("vf").join(bdf.to_string())
 }
 
@@ -57,8 +102,11 @@ pub(crate) fn is_owed(paths: &HostPaths, bdf: HostBdf) -> bool {
 
 /// Forgets a function: it is no more.
 pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
-    let path = path(paths, bdf);
-    match std::fs::remove_file(&path) {
+    remove(&path(paths, bdf));
+}
+
+pub(super) fn remove(path: &Path) {
+    match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::warn!("cannot remove {}: {error}", path.display());
         }
@@ -107,7 +155,8 @@ pub(crate) fn prepare(
         return Ok(());
     };
     let now = links.read(interface)?.remove(&vf).unwrap_or_default();
-    let before = match Owed::load(paths, device.bdf) {
+    let record = path(paths, device.bdf);
+    let before = match Owed::load(&record) {
         Some(older) if (older.pf, older.vf) == (pf.device.bdf, vf) => older.before,
         _ => now.clone(),
     };
@@ -117,7 +166,7 @@ pub(crate) fn prepare(
         vf,
         before,
     };
-    owed.store(paths, device.bdf)?;
+    owed.store(record)?;
     for setting in now.changes_to(&wanted) {
         links.set(&LinkWrite {
             interface: interface.clone(),
@@ -134,39 +183,11 @@ pub(crate) fn restore(
     links: &dyn VfLinks,
     bdf: HostBdf,
 ) -> Result<bool, SriovError> {
-    let Some(Owed { pf, vf, before }) = Owed::load(paths, bdf) else {
-        forget(paths, bdf);
-        return Ok(false);
+    let writes = match Owed::load(&path(paths, bdf)) {
+        Some(owed) => owed.writes(paths, links, bdf)?,
+        None => None,
     };
-    let there = match Pf::read(paths, pf) {
-        Ok(pf) => pf
-            .interface
-            .filter(|_| pf.vfs.get(usize::from(vf)) == Some(&bdf)),
-        Err(InventoryError::NoSuchDevice { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    let mut changed = false;
-    if let Some(interface) = there {
-        let now = links.read(&interface)?.remove(&vf).unwrap_or_default();
-        for setting in now.changes_to(&before) {
-            let interface = interface.clone();
-            let write = LinkWrite {
-                interface,
-                vf,
-                setting,
-            };
-            match links.set(&write) {
-                Ok(()) => changed = true,
-                // What the card gave by itself it need not take from others.
-                Err(LinkError::Refused { write, source })
-                    if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
-                {
-                    tracing::debug!("`{write}` is not to be had: {source}");
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
+    let changed = put_back(links, &writes.unwrap_or_default())?;
     forget(paths, bdf);
     Ok(changed)
 }

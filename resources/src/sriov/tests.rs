@@ -305,7 +305,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
         group: None,
         overrides: &[],
     };
-    crate::grant(&host.paths, &kernel, "a", &wanted).unwrap();
+    crate::grant(&host.paths, kernel.access(), "a", &wanted).unwrap();
     assert_eq!(seen(&host, &kernel).states, before);
     let error = down(&host, &kernel).unwrap_err().to_string();
     assert!(
@@ -323,8 +323,33 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     assert_eq!(lease[0].name(), bdf(FIRST));
     drop(lease);
     assert_eq!(seen(&host, &kernel).states, before);
-    // A boot makes it again, as it was.
-    crate::revoke(&host.paths, &kernel, "a", &[bdf(FIRST)]).unwrap();
+    // What its guest changes is put back by the next command of root's, and not while a VM has it.
+    let spoil = || {
+        let mut functions = kernel.functions.borrow_mut();
+        functions.entry((3, 0)).or_default().mac = Some(Mac([2, 0, 0, 0, 0, 9]));
+    };
+    spoil();
+    let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    reap_with(&scope, kernel.access()).unwrap();
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_ne!(seen(&host, &kernel).states, before, "a VM has it");
+    drop(lease);
+    reap_with(&scope, kernel.access()).unwrap();
+    assert_ne!(seen(&host, &kernel).states, before, "a tenant may not");
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host, &kernel).states, before);
+    // A boot writes it down again, as the group wants it and not as it is.
+    fs::remove_dir_all(host.paths.run.join("granted")).unwrap();
+    spoil();
+    let tenants = Tenants::load(&host.paths).unwrap();
+    tenants.put_right_with(&host.paths, &kernel).unwrap();
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(seen(&host, &kernel).states, before);
+    // And what is taken back is as it was.
+    spoil();
+    crate::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
+    let records = crate::sysfs::entries(&host.paths.run.join("granted")).unwrap();
+    assert_eq!((seen(&host, &kernel).states, records), (before, Vec::new()));
     down(&host, &kernel).unwrap();
 }
 

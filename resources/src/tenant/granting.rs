@@ -12,8 +12,8 @@ use crate::mdev::{MdevDevice, Mdevs};
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::quarantine::{adopt, hung};
+use crate::sriov::{HostAccess, VfLinks, granted};
 use crate::uuid::Uuid;
-use crate::writer::SysfsWriter;
 
 /// What a tenant gets.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +47,7 @@ pub enum Granted<'a> {
 /// One grant at a time: what is free is looked for when those before have what they wanted.
 pub fn grant(
     host: &HostPaths,
-    writer: &dyn SysfsWriter,
+    access: HostAccess<'_>,
     name: &str,
     wanted: &Grant<'_>,
 ) -> Result<Vec<DeviceName>, TenantError> {
@@ -67,7 +67,7 @@ pub fn grant(
         vgpus::give(host, &tenants, tenant, mdevs, wanted.group)?;
         return Ok(mdevs.iter().map(|uuid| (*uuid).into()).collect());
     }
-    let given = give(host, writer, &tenants, tenant, functions, wanted)?;
+    let given = give(host, access, &tenants, tenant, functions, wanted)?;
     Ok(given.into_iter().map(DeviceName::from).collect())
 }
 
@@ -107,7 +107,7 @@ fn free(
 
 fn give(
     host: &HostPaths,
-    writer: &dyn SysfsWriter,
+    access: HostAccess<'_>,
     tenants: &Tenants,
     tenant: &Tenant,
     functions: &[HostBdf],
@@ -139,7 +139,7 @@ fn give(
     let group = wanted.group.unwrap_or(name);
     // What is wrong with the group is said before a device moves; its lock must be free meanwhile.
     drop(with_devices(&definitions(host, name), group, &devices)?);
-    detach(host, writer, &request)?;
+    detach(host, access.writer, &request)?;
     owner.make_dirs(host, name)?;
     // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
     with_devices(&definitions(host, name), group, &devices)?.save()?;
@@ -147,7 +147,18 @@ fn give(
     addresses
         .iter()
         .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
+    keep_settings(host, access.links, &addresses);
     Ok(addresses)
+}
+
+/// Writes down what a tenant's virtual functions are set to. One of which that is not known is the tenant's
+/// nevertheless.
+pub(super) fn keep_settings(host: &HostPaths, links: &dyn VfLinks, devices: &[HostBdf]) {
+    for &bdf in devices {
+        if let Err(error) = granted::keep(host, links, bdf) {
+            tracing::warn!("{bdf} will stay as a guest sets it: {error}");
+        }
+    }
 }
 
 /// A tenant's groups with these devices in one, not yet written.
@@ -179,7 +190,7 @@ fn with_devices(
 /// drivers that they had. One that hangs is left where it is. Refused while a VM has one of them.
 pub fn revoke(
     host: &HostPaths,
-    writer: &dyn SysfsWriter,
+    access: HostAccess<'_>,
     name: &str,
     devices: &[HostBdf],
 ) -> Result<Vec<HostBdf>, TenantError> {
@@ -215,6 +226,11 @@ pub fn revoke(
     let mut files = GroupFiles::open(&definitions(host, name))?;
     files.forget(&leaving);
     files.save()?;
+    for &bdf in &leaving {
+        if let Err(error) = granted::end(host, access.links, bdf) {
+            tracing::warn!("{bdf} stays as a guest has set it until the next command: {error}");
+        }
+    }
     let present = all.iter().filter(|device| leaving.contains(&device.bdf));
     let present: Vec<HostBdf> = without_hung(host, &all, present.collect());
     if !present.is_empty() {
@@ -223,7 +239,7 @@ pub fn revoke(
             overrides: &[],
             dry_run: false,
         };
-        reattach(host, writer, &request)?;
+        reattach(host, access.writer, &request)?;
     }
     Ok(leaving)
 }

@@ -14,6 +14,7 @@ use crate::lease::{DeviceLock, LeaseRecord, holder};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
+use crate::sriov::granted;
 use crate::sysfs;
 use crate::vgpu::VgpuError;
 
@@ -61,7 +62,7 @@ impl Owner {
     pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
         let HostPaths { run, state, .. } = dirs(host, name);
         for (dir, links) in [
-            (&run, &["leases", "former"][..]),
+            (&run, &["leases", "former", granted::DIR][..]),
             (&state, &["maintenance.json"]),
         ] {
             if let Some(above) = dir.parent() {

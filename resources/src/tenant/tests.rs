@@ -37,7 +37,7 @@ fn give(host: &FakeHost, kernel: &FakeKernel<'_>, name: &str, device: &str) -> S
         group: None,
         overrides: &[],
     };
-    match grant(&host.paths, kernel, name, &wanted) {
+    match grant(&host.paths, kernel.access(), name, &wanted) {
         Ok(given) => format!("{} given", given.len()),
         Err(error) => error.to_string(),
     }
@@ -124,7 +124,7 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
     assert_eq!(lease[0].name(), bdf("01:00.0"));
     // The host sees who has it, in the one place where leases are.
     assert!(host.read("01:00.0").lease.is_held());
-    let said = revoke(&host.paths, &kernel, "a", &[bdf("01:00.0")]).unwrap_err();
+    let said = revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap_err();
     assert!(said.to_string().contains("held by VM 'vm of a'"), "{said}");
 }
 
@@ -144,7 +144,10 @@ fn what_is_taken_back_is_as_it_was() {
         .ino();
     let all = scope(&host, "a").only.unwrap().into_iter();
     let all: Vec<HostBdf> = all.filter_map(DeviceName::pci).collect();
-    assert_eq!(revoke(&host.paths, &kernel, "a", &all).unwrap(), all);
+    assert_eq!(
+        revoke(&host.paths, kernel.access(), "a", &all).unwrap(),
+        all
+    );
     assert_eq!(host.bindings(), before);
     // The file is another one where it had to change hands; here it was this user's all the time.
     let new = fs::metadata(lock_path(&host.paths, bdf("01:00.0")))
@@ -285,7 +288,7 @@ fn mistakes_are_named() {
         ),
         (delete_tenant(&host.paths, "zzz"), "gantry tenant list"),
         (
-            revoke(&host.paths, &kernel, "lab", &[bdf("01:00.0")]).map(drop),
+            revoke(&host.paths, kernel.access(), "lab", &[bdf("01:00.0")]).map(drop),
             "0000:01:00.0 does not belong to tenant \"lab\"",
         ),
     ] {
@@ -322,7 +325,7 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     // A pipe for the lock: nobody waits at it.
     pipe(&lock);
     assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
-    revoke(&host.paths, &kernel, "a", &[bdf("02:00.0")]).unwrap();
+    revoke(&host.paths, kernel.access(), "a", &[bdf("02:00.0")]).unwrap();
     // Pipes among the VMs, and a link in the place of their directory.
     let vms = run.join("vms");
     fs::create_dir(&vms).unwrap();
@@ -377,7 +380,7 @@ fn a_wrong_group_is_named_before_a_device_moves() {
         group: Some("no/name"),
         overrides: &[],
     };
-    grant(&host.paths, &kernel, "a", &wanted).unwrap_err();
+    grant(&host.paths, kernel.access(), "a", &wanted).unwrap_err();
     assert_eq!(host.bindings(), before);
 }
 
@@ -425,7 +428,7 @@ fn two_grants_out_of_a_group_at_once_get_other_devices() {
             group: None,
             overrides: &[],
         };
-        grant(&host.paths, &FakeKernel::new(&host), name, &wanted)
+        grant(&host.paths, FakeKernel::new(&host).access(), name, &wanted)
     };
     let first = alone(&host.paths).unwrap();
     let given = std::thread::scope(|scope| {
@@ -512,7 +515,7 @@ fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() 
     // It stays known when the device goes back, in words that a terminal takes.
     quarantine(&tenant, &host.read("01:00.0"), "it\u{1b} hangs", until).unwrap();
     assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
-    revoke(&host.paths, &kernel, "a", &[bdf("01:00.0")]).unwrap();
+    revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap();
     delete_tenant(&host.paths, "a").unwrap();
     assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
 }
@@ -529,7 +532,10 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
     let stuck = host.read("02:00.1");
     quarantine(&scope(&host, "a"), &stuck, "it hangs", crate::Until::Boot).unwrap();
     let all = ["01:00.0", "02:00.0", "02:00.1"].map(bdf);
-    assert_eq!(revoke(&host.paths, &kernel, "a", &all).unwrap(), all);
+    assert_eq!(
+        revoke(&host.paths, kernel.access(), "a", &all).unwrap(),
+        all
+    );
     let driver = |device| host.read(device).driver;
     assert_eq!(driver("01:00.0").as_deref(), Some("nvme"));
     for neighbour in ["02:00.0", "02:00.1"] {

@@ -158,7 +158,7 @@ mod tests {
             group,
             overrides: &[],
         };
-        grant(&host.paths, &FakeKernel::new(host), name, &wanted)
+        grant(&host.paths, FakeKernel::new(host).access(), name, &wanted)
     }
 
     fn group(host: &FakeHost) -> ResourceGroup {

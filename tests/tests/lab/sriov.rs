@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
 use crate::pool::{NIC, device, nothing_is_held};
-use crate::vm::Vm;
+use crate::tenants::{LIMIT, by, with_user};
+use crate::vm::{Ended, Vm};
 
 /// For host kernels with network cards.
 pub const CASES: &[Case] = cases![
@@ -19,6 +20,7 @@ pub const CASES: &[Case] = cases![
     functions_in_use_stay,
     a_vm_makes_the_functions_it_asks_for,
     what_a_vm_leaves_changed_is_put_back,
+    what_a_tenants_vm_leaves_changed_root_puts_back,
     a_setting_that_the_card_lacks_changes_nothing,
     a_killed_activation_is_healed_by_the_next,
     a_card_and_its_function_go_to_two_vms_with_a_token,
@@ -237,6 +239,40 @@ fn what_a_vm_leaves_changed_is_put_back(host: &Host) -> Result<()> {
         ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
     }
     Ok(())
+}
+
+fn what_a_tenants_vm_leaves_changed_root_puts_back(host: &Host) -> Result<()> {
+    let card = Card::new(host, "manual", json!({"trust": true}))?;
+    card.command("activate vfs")?;
+    let before = card.link()?;
+    with_user(host, "alice")?;
+    let grant = format!("gantry tenant create alice && gantry tenant grant alice {FIRST}");
+    host.sh(&grant).output()?.success()?;
+    let change = format!(
+        "/bin/ip link set {} vf 0 mac 02:00:00:00:00:99",
+        card.name()?
+    );
+    host.sh(&change).output()?.success()?;
+    ensure!(card.link()? != before, "it is changed");
+    let run = Vm::new("net").devices("alice", 1).command(host)?;
+    let run = format!("{} </dev/null", by("alice", LIMIT, &run));
+    let ended = Ended::of(host.sh(&run).output()?).powered_off()?;
+    let warned = ended
+        .errors
+        .contains(&format!("{FIRST} is not set as it was granted"));
+    ensure!(warned && ended.errors.contains("`gantry boot`"), "{ended}");
+    ensure!(card.link()? != before, "nobody could put it back");
+    host.sh("gantry boot").output()?.success()?;
+    ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
+    let ended = Ended::of(host.sh(&run).output()?).powered_off()?;
+    ensure!(!ended.errors.contains("granted"), "{ended}");
+    // Nor does it stay when the device goes back.
+    host.sh(&change).output()?.success()?;
+    let clear =
+        "gantry tenant revoke alice --all && gantry tenant delete alice; chmod 600 /dev/kvm";
+    host.sh(clear).output()?.success()?;
+    ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
+    nothing_is_held(host)
 }
 
 fn a_setting_that_the_card_lacks_changes_nothing(host: &Host) -> Result<()> {

@@ -29,17 +29,28 @@ fn says(host: &Host, user: &str, command: &str) -> Result<Output> {
     host.sh(&by(user, LIMIT, command)).output()
 }
 
+/// Lets a user of this name run VMs.
+pub fn with_user(host: &Host, name: &str) -> Result<()> {
+    let script = format!(
+        "grep -q {name} /etc/passwd || {{
+             id=$((1000 + $(wc -l </etc/passwd)))
+             echo {name}:x:$id:$id::/tmp:/bin/sh >>/etc/passwd
+         }}
+         chmod 666 /dev/kvm; mkdir -p /tmp/vms; chmod 755 /tmp /tmp/vms /lab"
+    );
+    host.sh(&script).output()?.success()?;
+    Ok(())
+}
+
 /// Tenants `alice` and `bob`, users of these names, with a disk each; everything is undone at the end.
 fn with_tenants(host: &Host, during: impl FnOnce() -> Result<()>) -> Result<()> {
     let set_up = format!(
-        "for user in alice:1001 bob:1002; do
-             grep -q $user /etc/passwd || echo ${{user%:*}}:x:${{user#*:}}:${{user#*:}}::/tmp:/bin/sh >>/etc/passwd
-         done
-         chmod 666 /dev/kvm; mkdir -p /tmp/vms; chmod 755 /tmp /tmp/vms /lab; umask 077
-         gantry tenant create alice && gantry tenant create bob --description other &&
+        "umask 077; gantry tenant create alice && gantry tenant create bob --description other &&
          gantry tenant grant alice {} && gantry tenant grant bob {}",
         FIRST.bdf, SECOND.bdf
     );
+    with_user(host, "alice")?;
+    with_user(host, "bob")?;
     let groups = json!({"groups": [{"name": "nvme", "rules": [{"class": "0108"}]}]});
     host.write("/etc/gantry/groups.json", groups.to_string())?;
     let result = host.sh(&set_up).output()?.success().and_then(|_| during());

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
 use crate::pool::nothing_is_held;
-use crate::tenants::{LIMIT, by};
+use crate::tenants::{LIMIT, by, with_user};
 use crate::vm::{Running, Vm};
 
 /// For host kernels with the samples.
@@ -148,10 +148,9 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
 fn a_tenant_runs_a_vm_with_a_device_made_ahead(host: &Host) -> Result<()> {
     let sample = Sample::new(host, "mtty", json!({"type": "mtty-2", "uuids": [ONE, TWO]}))?;
     let set_up = format!(
-        "grep -q alice:x:1001 /etc/passwd || echo alice:x:1001:1001::/tmp:/bin/sh >>/etc/passwd
-         chmod 666 /dev/kvm; mkdir -p /tmp/vms; chmod 755 /tmp /tmp/vms /lab
-         gantry group activate vgpus && gantry tenant create alice && gantry tenant grant alice {ONE}"
+        "gantry group activate vgpus && gantry tenant create alice && gantry tenant grant alice {ONE}"
     );
+    with_user(host, "alice")?;
     let result = host.sh(&set_up).output()?.success().and_then(|_| {
         let vm = Vm::new("shell").devices("alice", 1);
         let run = by("alice", LIMIT, &vm.command(host)?);

@@ -131,7 +131,7 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
         rule(Path::new("/etc/ld.so.cache"), AccessFs::ReadFile.into()),
     ];
     // A tenant's lead to the host's, and a rule is about where a way ends.
-    let shared = ["leases", "former"].map(|name| fs::canonicalize(host.run.join(name)));
+    let shared = ["leases", "former", "granted"].map(|name| fs::canonicalize(host.run.join(name)));
     rules.extend(shared.iter().flatten().map(|path| rule(path, own)));
     rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
     let initramfs = config.payload.initramfs.as_deref();
