@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
 use crate::sriov::{HostAccess, Interface, LinkError, LinkWrite, Pf, VfLinks, VfSetting, VfState};
-use crate::writer::{SysfsWriter, WriteError};
+use crate::writer::{SysfsWrite, SysfsWriter, Unfinished, WriteError};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
     text.parse().unwrap()
@@ -404,6 +404,16 @@ impl<'a> FakeKernel<'a> {
     }
 }
 
+/// The kernel does not come back from a write.
+pub(crate) fn hung(path: &Path, value: &str) -> WriteError {
+    let (path, value) = (path.to_owned(), value.to_owned());
+    WriteError::Hung(Box::new(Unfinished {
+        write: SysfsWrite { path, value },
+        after: Duration::from_secs(30),
+        by: String::new(),
+    }))
+}
+
 impl SysfsWriter for FakeKernel<'_> {
     fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
         let about = value
@@ -426,11 +436,7 @@ impl SysfsWriter for FakeKernel<'_> {
             }
             Some(Fault::Hangs) => {
                 self.stuck.set(about);
-                Err(WriteError::Hung {
-                    path: path.to_owned(),
-                    value: value.to_owned(),
-                    after: Duration::from_secs(30),
-                })
+                Err(hung(path, value))
             }
             Some(Fault::Ignores) => Ok(()),
             None => self.obey(path, value).map_err(refused),

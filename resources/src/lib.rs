@@ -113,4 +113,4 @@ pub use uuid::{Uuid, UuidError};
 pub use vgpu::{
     Instance, VendorType, VendorVgpu, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead,
 };
-pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, WriteError, write_helper};
+pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, Unfinished, WriteError, write_helper};

@@ -1,5 +1,7 @@
 //! Writes to sysfs that the kernel may never come back from.
 
+mod users;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
@@ -7,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use thiserror::Error;
+
+use crate::lease::PASSING_PATIENCE;
 
 /// The first argument of the child that [`ChildWriter`] runs.
 const SUBCOMMAND: &str = "__sysfs-write";
@@ -35,18 +40,18 @@ pub enum WriteError {
         #[source]
         source: io::Error,
     },
+    /// Somebody has the device open, and goes on to.
+    #[error(
+        "the kernel has refused {:?} in {} for {:?}, as the device is in use{}",
+        .0.write.value, .0.write.path.display(), .0.after, .0.by
+    )]
+    Busy(Box<Unfinished>),
     /// The kernel did not come back.
     #[error(
-        "the kernel did not come back within {after:?} from writing {value:?} to {path}: the device hangs, see dmesg"
+        "the kernel did not come back within {:?} from writing {:?} to {}: the device hangs, see dmesg{}",
+        .0.after, .0.write.value, .0.write.path.display(), .0.by
     )]
-    Hung {
-        /// The attribute.
-        path: PathBuf,
-        /// What was written.
-        value: String,
-        /// How long was waited.
-        after: Duration,
-    },
+    Hung(Box<Unfinished>),
     /// The process that writes could not be run.
     #[error("cannot run {program} to write {path}")]
     Helper {
@@ -58,6 +63,17 @@ pub enum WriteError {
         #[source]
         source: io::Error,
     },
+}
+
+/// A write that others are in the way of.
+#[derive(Debug)]
+pub struct Unfinished {
+    /// What was written.
+    pub write: SysfsWrite,
+    /// How long it was tried, or waited for.
+    pub after: Duration,
+    /// Who has the device open, in words, if that is to be seen.
+    pub by: String,
 }
 
 /// Writes sysfs attributes.
@@ -72,6 +88,9 @@ pub trait SysfsWriter {
 
 /// Writes in a child process, which is abandoned when the kernel does not come back in time.
 ///
+/// Where the kernel says that a device is in use, it is tried again for a while: a process that was killed
+/// loses its locks before the kernel has closed its devices.
+///
 /// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
 /// this process's descriptors, and no lock lives on in it but that on a file it is to keep, which is its
 /// standard input.
@@ -81,6 +100,10 @@ pub struct ChildWriter {
     pub program: PathBuf,
     /// How long to wait for it.
     pub deadline: Duration,
+    /// How long a device may be in use.
+    pub patience: Duration,
+    /// Where procfs is, which tells who uses it.
+    pub proc: PathBuf,
 }
 
 impl Default for ChildWriter {
@@ -89,21 +112,59 @@ impl Default for ChildWriter {
         Self {
             program: "/proc/self/exe".into(),
             deadline: Duration::from_secs(30),
+            patience: PASSING_PATIENCE,
+            proc: "/proc".into(),
         }
     }
 }
 
 impl SysfsWriter for ChildWriter {
     fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
-        self.run(path, value, Ok(Stdio::null()))
+        self.insist(path, value, || Ok(Stdio::null()))
     }
 
     fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError> {
-        self.run(path, value, kept.try_clone().map(Stdio::from))
+        self.insist(path, value, || kept.try_clone().map(Stdio::from))
     }
 }
 
 impl ChildWriter {
+    fn insist(
+        &self,
+        path: &Path,
+        value: &str,
+        stdin: impl Fn() -> io::Result<Stdio>,
+    ) -> Result<(), WriteError> {
+        let started = Instant::now();
+        let busy = |error: &WriteError| match error {
+            WriteError::Refused { source, .. } => source.raw_os_error() == Some(libc::EBUSY),
+            _ => false,
+        };
+        let mut pause = Duration::from_millis(10);
+        loop {
+            let written = self.run(path, value, stdin());
+            if !written.as_ref().is_err_and(busy) {
+                return written;
+            }
+            if started.elapsed() >= self.patience {
+                return Err(WriteError::Busy(self.unfinished(
+                    path,
+                    value,
+                    self.patience,
+                )));
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(500));
+        }
+    }
+
+    fn unfinished(&self, path: &Path, value: &str, after: Duration) -> Box<Unfinished> {
+        let by = users::words(&self.proc, path);
+        let (path, value) = (path.to_owned(), value.to_owned());
+        let write = SysfsWrite { path, value };
+        Box::new(Unfinished { write, after, by })
+    }
+
     fn run(&self, path: &Path, value: &str, stdin: io::Result<Stdio>) -> Result<(), WriteError> {
         let helper = |source| WriteError::Helper {
             program: self.program.clone(),
@@ -122,11 +183,11 @@ impl ChildWriter {
         let Some(status) = wait(&mut child, self.deadline).map_err(helper)? else {
             // It dies as soon as the kernel lets go of it, before it could write anything else.
             let _ = child.kill();
-            return Err(WriteError::Hung {
-                path: path.to_owned(),
-                value: value.to_owned(),
-                after: self.deadline,
-            });
+            return Err(WriteError::Hung(self.unfinished(
+                path,
+                value,
+                self.deadline,
+            )));
         };
         match status.code() {
             Some(0) => Ok(()),
@@ -213,6 +274,8 @@ mod tests {
         ChildWriter {
             program: program(dir, script),
             deadline,
+            patience: Duration::from_millis(300),
+            proc: dir.join("proc"),
         }
     }
 
@@ -241,6 +304,35 @@ mod tests {
             error.to_string().contains("/sys/x/unbind")
                 && error.to_string().contains("0000:01:00.0")
         );
+    }
+
+    #[test]
+    fn a_device_that_is_in_use_for_a_moment_is_waited_for_and_then_its_user_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (device, tries) = (dir.path().join("device"), dir.path().join("tries"));
+        let script = format!(
+            r#"echo >>{0}; [ $(wc -l <{0}) -gt 2 ] || exit 16"#,
+            tries.display()
+        );
+        let writer = self::writer(dir.path(), &script, Duration::from_secs(20));
+        let unbind = device.join("driver/unbind");
+        writer.write(&unbind, "0000:01:00.0").unwrap();
+        assert_eq!(fs::read_to_string(&tries).unwrap().len(), 3);
+        let writer = self::writer(dir.path(), "exit 16", Duration::from_secs(20));
+        let error = writer.write(&unbind, "0000:01:00.0").unwrap_err();
+        assert!(
+            error.to_string().ends_with("as the device is in use"),
+            "{error}"
+        );
+        let fd = dir.path().join("proc/77/fd");
+        for dir in [&fd, &device, &dir.path().join("groups/12")] {
+            fs::create_dir_all(dir).unwrap();
+        }
+        std::os::unix::fs::symlink(dir.path().join("groups/12"), device.join("iommu_group"))
+            .unwrap();
+        std::os::unix::fs::symlink("/dev/vfio/12", fd.join("5")).unwrap();
+        let error = writer.write(&unbind, "0000:01:00.0").unwrap_err();
+        assert!(error.to_string().contains("in use: process 77"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::*;
 use crate::AllocateError;
 use crate::allocate::allocate_with;
 use crate::demand::{Binder, reap_with};
-use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung};
 use crate::group::Groups;
 use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
@@ -276,11 +276,7 @@ impl SysfsWriter for HangsThen<'_> {
             return self.0.write(path, value);
         }
         let _ = self.0.write(path, value);
-        Err(WriteError::Hung {
-            path: path.to_owned(),
-            value: value.to_owned(),
-            after: Duration::from_secs(30),
-        })
+        Err(hung(path, value))
     }
 
     fn write_keeping(&self, path: &Path, value: &str, _: &fs::File) -> Result<(), WriteError> {

@@ -172,9 +172,10 @@ fn functions_in_use_stay(host: &Host) -> Result<()> {
         ensure!(card.count()? == 2, "it resized");
     }
     running.signal(Signal::SIGKILL)?;
+    // At once: the kernel closes the device after it has let go of the lock.
+    card.command("activate vfs")?;
     let ended = running.end()?;
     ensure!(ended.exit == Exit::Signal(9), "{ended}");
-    card.command("activate vfs")?;
     ensure!(card.count()? == 4, "it is free now");
     // A function of the host that is up is as good as one of a VM.
     let up =

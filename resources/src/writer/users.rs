@@ -1,0 +1,95 @@
+//! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::sysfs;
+
+/// Words for the processes that have open the device of an attribute, or a virtual function of it; none
+/// where none is to be seen, as one that is ending closes its files last.
+pub(super) fn words(proc: &Path, attribute: &Path) -> String {
+    let found = users(proc, &nodes(attribute));
+    match found.is_empty() {
+        true => String::new(),
+        false => format!(": {} has it open", found.join(" and ")),
+    }
+}
+
+/// The ends of the paths of a device's VFIO nodes, and of those of its functions.
+fn nodes(attribute: &Path) -> Vec<PathBuf> {
+    let is_device = |dir: &&Path| dir.join("iommu_group").exists();
+    let Some(device) = attribute.ancestors().skip(1).find(is_device) else {
+        return Vec::new();
+    };
+    let functions = (0..).map(|index| device.join(format!("virtfn{index}")));
+    let functions = functions.take_while(|function| function.exists());
+    let vfio = Path::new("vfio");
+    let mut nodes = Vec::new();
+    for dir in [device.to_owned()].into_iter().chain(functions) {
+        let group = sysfs::link_name(&dir.join("iommu_group")).ok().flatten();
+        nodes.extend(group.map(|group| vfio.join(group)));
+        let own = sysfs::entries(&dir.join("vfio-dev")).unwrap_or_default();
+        nodes.extend(own.iter().map(|name| vfio.join("devices").join(name)));
+    }
+    nodes
+}
+
+fn users(proc: &Path, nodes: &[PathBuf]) -> Vec<String> {
+    let mut found = Vec::new();
+    if nodes.is_empty() {
+        return found;
+    }
+    for pid in sysfs::entries(proc).unwrap_or_default() {
+        if pid.parse::<u32>().is_err() {
+            continue;
+        }
+        let process = proc.join(&pid);
+        let files = fs::read_dir(process.join("fd")).into_iter().flatten();
+        let mut targets = files
+            .flatten()
+            .filter_map(|file| fs::read_link(file.path()).ok());
+        if targets.any(|target| nodes.iter().any(|node| target.ends_with(node))) {
+            let name = sysfs::text(&process.join("comm")).ok().flatten();
+            found.push(format!("process {pid} ({})", name.unwrap_or_default()));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn who_has_a_device_or_a_function_of_it_open_is_named() {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 7),
+            Fake::nvme("03:00.0", 9)
+                .with("sriov_numvfs", "0")
+                .with("sriov_offset", "128")
+                .with("sriov_stride", "2"),
+        ]);
+        let kernel = FakeKernel::new(&host);
+        let numvfs = host.paths.pci_device(bdf("03:00.0")).join("sriov_numvfs");
+        crate::SysfsWriter::write(&kernel, &numvfs, "1").unwrap();
+        host.file("proc/77/comm", "qemu\n");
+        host.file("proc/77/fd/0", "");
+        let opens = |node: &str, fd: &str| {
+            symlink(node, host.paths.proc.join("77/fd").join(fd)).unwrap();
+        };
+        let disk = host.paths.pci_device(bdf("01:00.0"));
+        let said = |attribute: &Path| words(&host.paths.proc, attribute);
+        opens("/dev/vfio/17", "5");
+        assert_eq!(said(&disk.join("driver/unbind")), "");
+        opens("/dev/vfio/7", "6");
+        let held = ": process 77 (qemu) has it open";
+        assert_eq!(said(&disk.join("driver/unbind")), held);
+        assert_eq!(said(&disk.join("nvidia/current_vgpu_type")), held);
+        assert_eq!(said(&numvfs), "");
+        opens("/dev/vfio/100", "8");
+        assert_eq!(said(&numvfs), held);
+        assert_eq!(said(&host.paths.sysfs.join("bus/pci/drivers_probe")), "");
+    }
+}
