@@ -12,7 +12,11 @@ use crate::inventory::{DeviceState, InventoryError};
 use crate::lease::{LeaseStatus, holder};
 use crate::sysfs;
 use crate::uuid::Uuid;
-use crate::vgpu::owed::{Claim, claims};
+use crate::vgpu::owed::{Claim, claims, hangs};
+
+/// What is said of a device that the kernel neither made nor removed.
+pub(crate) const HANGS: &str =
+    "the kernel has not come back from making or removing it: `gantry check` says more";
 
 /// A kind of mediated device that a parent can make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -52,6 +56,9 @@ pub struct MdevDevice {
     pub iommu_group: Option<u32>,
     /// Who has leased it.
     pub lease: LeaseStatus,
+    /// Why no VM gets it.
+    #[serde(skip)]
+    pub quarantine: Option<String>,
 }
 
 /// All of a host.
@@ -135,6 +142,7 @@ impl MdevDevice {
                 title: sysfs::text(&dir.join("mdev_type/name"))?,
                 iommu_group: group.and_then(|name| name.parse().ok()),
                 lease: LeaseStatus::Free,
+                quarantine: None,
             }))
         };
         let found = facts().map_err(|source| InventoryError::Sysfs {
@@ -145,16 +153,24 @@ impl MdevDevice {
             return Ok(None);
         };
         let lease = holder(paths, uuid)?;
-        Ok(Some(Self { lease, ..device }))
+        let quarantine = hangs(paths, uuid).then(|| HANGS.to_owned());
+        Ok(Some(Self {
+            lease,
+            quarantine,
+            ..device
+        }))
     }
 }
 
 impl MdevDevice {
     /// Whether a VM has it.
     pub fn state(&self) -> DeviceState {
-        match &self.lease {
-            LeaseStatus::Free => DeviceState::Detached,
-            lease => DeviceState::Assigned {
+        match (&self.quarantine, &self.lease) {
+            (Some(reason), _) => DeviceState::Quarantined {
+                reason: reason.clone(),
+            },
+            (None, LeaseStatus::Free) => DeviceState::Detached,
+            (None, lease) => DeviceState::Assigned {
                 vm: lease.record().map(|record| record.name.clone()),
             },
         }

@@ -13,6 +13,7 @@ use super::cpu::Cpu;
 use super::iommu::Iommu;
 use super::memory::Memory;
 use super::modprobe::{Modprobe, Modules};
+use super::vgpu::Hanging;
 use crate::group::Groups;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
@@ -42,6 +43,8 @@ pub(super) struct Facts {
     /// Parameters of loaded modules that make the host unsafe and are switched on.
     pub(super) unsafe_parameters: Vec<PathBuf>,
     pub(super) devices: Devices,
+    /// Virtual GPUs that the kernel does not come back from.
+    pub(super) hanging: Vec<Hanging>,
     pub(super) memory: Memory,
     pub(super) boot: Boot,
 }
@@ -91,6 +94,7 @@ impl Facts {
                 .filter(|path| is_yes(&text(path)))
                 .collect(),
             devices: Devices::read(paths, wanted)?,
+            hanging: Hanging::read(paths),
             memory: Memory::read(paths),
             boot: Boot::read(paths, &root),
             release,

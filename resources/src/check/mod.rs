@@ -14,6 +14,7 @@ mod iommu;
 mod memory;
 mod modprobe;
 mod vfio;
+mod vgpu;
 
 use std::io;
 use std::path::PathBuf;
@@ -123,6 +124,7 @@ fn judge(facts: &Facts) -> Report {
     findings.extend(iommu::judge(facts));
     findings.extend(vfio::judge(facts));
     findings.extend(devices::judge(facts));
+    findings.extend(vgpu::judge(&facts.hanging));
     findings.extend(memory::judge(facts));
     let mut change = Change::default();
     for finding in &findings {

@@ -147,6 +147,7 @@ impl VgpuError {
         matches!(
             self,
             Self::Held { .. }
+                | Self::AtWork { .. }
                 | Self::NoSuch { .. }
                 | Self::OfTenant { .. }
                 | Self::Ungrouped { .. }

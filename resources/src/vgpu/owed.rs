@@ -61,6 +61,13 @@ pub(crate) fn is_owed(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     path(paths, name.into()).exists()
 }
 
+/// Whether the kernel is still at work on something that nobody waits for any more.
+pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
+    let name = name.into();
+    let at_work = File::open(path(paths, name)).and_then(|file| is_locked(&file));
+    at_work.unwrap_or(false) && holder(paths, name).is_ok_and(|lease| !lease.is_held())
+}
+
 /// The mediated devices with records.
 pub(crate) fn claims(paths: &HostPaths) -> Vec<Claim> {
     let mdevs = all(paths).into_iter().filter_map(DeviceName::mdev);

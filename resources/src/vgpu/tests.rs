@@ -7,12 +7,14 @@ use crate::allocate::{allocate_with, fit};
 use crate::demand::{Binder, reap_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::group::Groups;
+use crate::inventory::DeviceState;
 use crate::lease::{AllocationLock, Holder, Lease};
 use crate::request::{Placement, Request};
 use crate::sriov::HostAccess;
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
@@ -515,13 +517,33 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         reap_with(&host.paths, after.access()).unwrap_err();
         let path = format!("/sys/bus/mdev/devices/{ONE}");
         let exact = Request::exact(path.as_ref(), true).unwrap();
-        take(&host, &after, &[exact]).unwrap_err();
+        let error = take(&host, &after, &[exact]).unwrap_err().to_string();
+        assert!(error.contains("is still making or removing"), "{error}");
+        // It is shown as what it is, with who is in the way.
+        let device = Mdevs::read(&host.paths).unwrap().devices.remove(0);
+        assert!(matches!(device.state(), DeviceState::Quarantined { .. }));
+        let group = device.iommu_group.unwrap();
+        host.file("proc/77/comm", "qemu\n");
+        fs::create_dir_all(host.paths.proc.join("77/fd")).unwrap();
+        symlink(
+            format!("/dev/vfio/{group}"),
+            host.paths.proc.join("77/fd/5"),
+        )
+        .unwrap();
+        let found = || {
+            let report = crate::check(&host.paths, &[]).unwrap();
+            report.findings.into_iter().find(|one| one.check == "vgpus")
+        };
+        let warned = found().unwrap();
+        let said = format!("removing {ONE}: process 77 (qemu) has it open");
+        assert!(warned.reason.contains(&said), "{}", warned.reason);
         assert!(after.written.borrow().is_empty(), "ahead: {ahead}");
         let (remove, _) = kernel.written.borrow()[1].clone();
         after.write(&remove, "1").unwrap();
         kernel.kept.borrow_mut().clear();
         reap_with(&host.paths, after.access()).unwrap();
         assert_eq!(seen(&host), before, "ahead: {ahead}");
+        assert_eq!(found(), None);
     }
 }
 

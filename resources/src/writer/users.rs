@@ -7,7 +7,7 @@ use crate::sysfs;
 
 /// Words for the processes that have open the device of an attribute, or a virtual function of it; none
 /// where none is to be seen, as one that is ending closes its files last.
-pub(super) fn words(proc: &Path, attribute: &Path) -> String {
+pub(crate) fn words(proc: &Path, attribute: &Path) -> String {
     let found = users(proc, &nodes(attribute));
     match found.is_empty() {
         true => String::new(),
@@ -17,7 +17,7 @@ pub(super) fn words(proc: &Path, attribute: &Path) -> String {
 
 /// The ends of the paths of a device's VFIO nodes, and of those of its functions.
 fn nodes(attribute: &Path) -> Vec<PathBuf> {
-    let is_device = |dir: &&Path| dir.join("iommu_group").exists();
+    let is_device = |dir: &&Path| dir.join("iommu_group").is_symlink();
     let Some(device) = attribute.ancestors().skip(1).find(is_device) else {
         return Vec::new();
     };

@@ -174,9 +174,10 @@ impl<'a> Row<'a> {
         };
         let there: Vec<&MdevDevice> = mdevs.devices.iter().filter(owned).collect();
         let used = there.iter().filter(|device| device.lease.is_held());
+        let stuck = there.iter().filter(|device| device.quarantine.is_some());
         self.used += used.count();
         self.free += spec.free(groups, mdevs);
-        self.total = self.used + self.free;
+        self.total = self.used + self.free + stuck.count();
         self.mdevs = there.iter().map(|device| device.uuid).collect();
         self
     }

@@ -18,6 +18,9 @@ impl<'a> Choice<'a, '_> {
     ) -> Result<Picked<'a>, AllocateError> {
         let mut all = self.view.mdevs.devices.iter();
         let device = all.find(|device| device.uuid == uuid);
+        if device.is_some_and(|device| device.quarantine.is_some()) {
+            return Err(VgpuError::AtWork { name: uuid.into() }.into());
+        }
         let leaving = |device: &&MdevDevice| {
             self.view.mdevs.is_claimed(device.uuid) && !device.lease.is_held()
         };

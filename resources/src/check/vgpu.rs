@@ -1,0 +1,53 @@
+//! Virtual GPUs that the kernel never finished making or removing: each costs its parent a place.
+
+use super::{Finding, Level};
+use crate::host::HostPaths;
+use crate::mdev::directory;
+use crate::name::DeviceName;
+use crate::vgpu::owed;
+use crate::writer::who_has_open;
+
+/// One of them.
+#[derive(Clone, Debug)]
+pub(super) struct Hanging {
+    name: DeviceName,
+    /// Who has it open, in words.
+    by: String,
+}
+
+impl Hanging {
+    pub(super) fn read(paths: &HostPaths) -> Vec<Self> {
+        let all = owed::all(paths).into_iter();
+        let one = |name| {
+            let dir = match name {
+                DeviceName::Pci(bdf) => paths.pci_device(bdf),
+                DeviceName::Mdev(uuid) => directory(paths, uuid),
+            };
+            let by = who_has_open(&paths.proc, &dir.join("remove"));
+            Self { name, by }
+        };
+        all.filter(|name| owed::hangs(paths, *name))
+            .map(one)
+            .collect()
+    }
+}
+
+pub(super) fn judge(hanging: &[Hanging]) -> Option<Finding> {
+    if hanging.is_empty() {
+        return None;
+    }
+    let names: Vec<String> = hanging
+        .iter()
+        .map(|one| format!("{}{}", one.name, one.by))
+        .collect();
+    let reason = format!(
+        "the kernel has not come back from making or removing {}: until it does, no VM gets the place on the card",
+        names.join("; ")
+    );
+    let finding = Finding::new("vgpus", "Virtual GPUs", Level::Warn, reason);
+    Some(finding.lines(
+        "end whatever has one open; the driver's complaint is in the log, and a boot of the host ends it at the \
+         latest. Once the kernel is through, the next command that moves devices forgets it, as this one does:",
+        ["dmesg | tail -n 50", "gantry boot"],
+    ))
+}
