@@ -78,6 +78,12 @@ impl Former {
         Self::load(paths, device).or_else(|| Self::owed(paths, device))
     }
 
+    /// The driver of the host's that a device was taken from, while none has it.
+    pub(crate) fn driver_of(paths: &HostPaths, device: &HostDevice) -> Option<String> {
+        let away = device.driver.is_none() || device.on_vfio();
+        Self::recorded(paths, device).filter(|_| away)?.driver
+    }
+
     fn recorded(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         let former: Self = serde_json::from_slice(&fs::read(path(paths, device.bdf)).ok()?).ok()?;
         let same_dsn = former.dsn.is_none() || device.dsn.is_none() || former.dsn == device.dsn;

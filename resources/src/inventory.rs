@@ -60,6 +60,9 @@ pub struct HostDevice {
     pub revision: Option<u8>,
     /// Name of the bound driver.
     pub driver: Option<String>,
+    /// The driver of the host's that it was taken from, until one has it again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former_driver: Option<String>,
     /// The only driver that may bind, where one is set.
     pub driver_override: Option<String>,
     /// IOMMU group; none if the host's IOMMU is off.
@@ -365,6 +368,9 @@ impl<'a> Source<'a> {
             };
             self.read_serials(&mut device);
         }
+        if self.former.may_have(|| bdf.to_string()) {
+            device.former_driver = Former::driver_of(paths, &device);
+        }
         Ok(Some(device))
     }
 
@@ -425,6 +431,7 @@ fn facts(
         class: PciClass::new(0),
         revision: None,
         driver: attributes.link("driver")?,
+        former_driver: None,
         driver_override: None,
         iommu_group: attributes
             .link("iommu_group")?

@@ -57,7 +57,8 @@ pub struct Filters {
     /// Serial number: of the NVMe controller, or the PCIe device serial number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Filter<Word>>,
-    /// The driver that has the device now.
+    /// The driver that has the device; one that gantry has taken from a driver of the host's counts as having
+    /// that one too, until it has it again. What vfio-pci gets from the start has had none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver: Option<Filter<Word>>,
     /// NUMA node; a device of a host with one node has none.
@@ -221,7 +222,10 @@ impl Rule {
             && holds(slot, || address(Some(device.bdf)))
             && holds(pf, || address(device.physfn))
             && holds(serial, || serials(device))
-            && holds(driver, || words(device.driver.as_deref()))
+            && holds(driver, || {
+                let former = device.former_driver.as_deref();
+                words(device.driver.as_deref().into_iter().chain(former))
+            })
             && holds(numa, || one(device.numa_node.map(Number)))
             && holds(iommu_group, || one(device.iommu_group.map(Number)))
             && holds(mdev_type, || {

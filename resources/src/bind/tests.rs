@@ -1,12 +1,15 @@
 //! Tests: there and back, and a fault at every write.
 
 use super::*;
+use crate::Groups;
 use crate::allocate::allocate;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::inventory::DeviceState;
 use crate::lease::Holder;
 use crate::request::Request;
+use crate::writer::WriteError;
 use std::fs;
+use std::path::Path;
 
 /// A GPU with its audio function behind a bridge, a disk alone, and an unbound device.
 fn host() -> FakeHost {
@@ -512,4 +515,57 @@ fn a_death_at_any_write_can_be_made_good() {
             assert_eq!(host.bindings(), before, "{at}, again: {detach_again}");
         }
     }
+}
+
+#[test]
+fn a_rule_that_names_a_driver_goes_on_to_match_what_was_taken_from_it() {
+    fn group(host: &FakeHost, address: &str) -> Option<String> {
+        let groups = Groups::load(&host.paths).unwrap();
+        let all = scan_with(&host.paths, Detail::ForChoice).unwrap();
+        let device = all.into_iter().find(|one| one.bdf == bdf(address)).unwrap();
+        let chosen = groups.group_of(&device).map(|group| group.name.clone());
+        let whole = groups.group_of(&host.read(address));
+        assert_eq!(whole.map(|group| group.name.clone()), chosen);
+        chosen
+    }
+    struct Spy<'a>(FakeKernel<'a>, &'a FakeHost);
+    impl SysfsWriter for Spy<'_> {
+        fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+            self.0.write(path, value)?;
+            assert_eq!(
+                group(self.1, "02:00.0").as_deref(),
+                Some("disks"),
+                "{value}"
+            );
+            Ok(())
+        }
+
+        fn write_keeping(&self, path: &Path, value: &str, _: &fs::File) -> Result<(), WriteError> {
+            self.write(path, value)
+        }
+    }
+    let host = FakeHost::new(&[
+        Fake::nvme("01:00.0", 1),
+        Fake::nvme("02:00.0", 2).driver("nvme"),
+        Fake::nvme("03:00.0", 3).driver("other"),
+    ]);
+    host.file(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "disks", "rules": [{"driver": "nvme"}]},
+            {"name": "others", "rules": [{"driver": {"not": "nvme"}}]}]}"#,
+    );
+    let spy = Spy(FakeKernel::new(&host), &host);
+    let devices = [bdf("02:00.0")];
+    detach(&host.paths, &spy, &request(&devices, &[])).unwrap();
+    assert_eq!(host.read("02:00.0").former_driver.as_deref(), Some("nvme"));
+    // Nobody knows of a driver that the first one had.
+    let groups = ["01:00.0", "02:00.0", "03:00.0"].map(|address| group(&host, address));
+    let groups = groups.map(Option::unwrap);
+    assert_eq!(groups, ["others", "disks", "others"]);
+    reattach(&host.paths, &spy, &request(&devices, &[])).unwrap();
+    assert_eq!(host.read("02:00.0").former_driver, None);
+    // Another driver has it by hand: it is what counts.
+    detach(&host.paths, &spy, &request(&devices, &[])).unwrap();
+    host.bind(devices[0], Some("other"));
+    assert_eq!(group(&host, "02:00.0").as_deref(), Some("others"));
 }

@@ -487,7 +487,7 @@ fn a_driver_that_hangs_is_left_alone_until_it_comes_back() {
     // It comes back in the end, and the device goes.
     let (create, uuid) = kernel.written.borrow()[0].clone();
     after.write(&create, &uuid).unwrap();
-    kernel.kept.borrow_mut().clear();
+    kernel.come_back();
     assert_eq!(seen(&host).0, [ONE]);
     reap_with(&host.paths, after.access()).unwrap();
     assert_eq!(seen(&host), before);
@@ -540,7 +540,7 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         assert!(after.written.borrow().is_empty(), "ahead: {ahead}");
         let (remove, _) = kernel.written.borrow()[1].clone();
         after.write(&remove, "1").unwrap();
-        kernel.kept.borrow_mut().clear();
+        kernel.come_back();
         reap_with(&host.paths, after.access()).unwrap();
         assert_eq!(seen(&host), before, "ahead: {ahead}");
         assert_eq!(found(), None);
