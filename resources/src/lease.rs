@@ -23,7 +23,7 @@ use thiserror::Error;
 
 use file::content;
 pub(crate) use file::{LockFile, create, is_locked, status, try_lock, unlock};
-pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_passing, under_lock};
+pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_ending, is_passing, under_lock};
 
 use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};

@@ -5,7 +5,7 @@ use crate::host::HostPaths;
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::vgpu::owed;
-use crate::writer::who_has_open;
+use crate::writer::open_in;
 
 /// One of them.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ impl Hanging {
                 DeviceName::Pci(bdf) => paths.pci_device(bdf),
                 DeviceName::Mdev(uuid) => directory(paths, uuid),
             };
-            let by = who_has_open(&paths.proc, &dir.join("remove"));
+            let by = open_in(&paths.proc, &dir.join("remove"));
             Self { name, by }
         };
         all.filter(|name| owed::hangs(paths, *name))

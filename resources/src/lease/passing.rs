@@ -52,16 +52,18 @@ pub(crate) fn is_passing(
     if record.kind == LeaseKind::Task && record.name == RESTORE {
         return may_be_believed(paths, name);
     }
-    let process = paths.proc.join(record.pid.to_string());
+    // Who is not to be seen may as well be in another PID namespace, and well.
+    let free = || matches!(holder(paths, name), Ok(LeaseStatus::Free));
+    is_ending(paths, record.pid).unwrap_or_else(free)
+}
+
+/// Whether a process is ending, or about to; none if it is not to be seen.
+pub(crate) fn is_ending(paths: &HostPaths, pid: u32) -> Option<bool> {
+    let process = paths.proc.join(pid.to_string());
     let read = |name: &str| fs::read_to_string(process.join(name)).ok();
-    match read("stat") {
-        Some(stat) => {
-            flags(&stat).is_some_and(|flags| flags & EXITING != 0)
-                || read("status").is_some_and(|status| pending(&status) & KILLED != 0)
-        }
-        // It may as well be in another PID namespace, and well.
-        None => matches!(holder(paths, name), Ok(LeaseStatus::Free)),
-    }
+    let stat = read("stat")?;
+    let exits = flags(&stat).is_some_and(|flags| flags & EXITING != 0);
+    Some(exits || read("status").is_some_and(|status| pending(&status) & KILLED != 0))
 }
 
 /// Whether what a lease's file says is to be believed.

@@ -10,8 +10,9 @@ use super::links::Interface;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
-use crate::lease::{LeaseRecord, LeaseStatus};
+use crate::lease::{LeaseRecord, LeaseStatus, is_ending};
 use crate::sysfs;
+use crate::writer::{User, who_has_open};
 
 /// `IFF_UP` of netdevice(7).
 const IFF_UP: u32 = 1;
@@ -111,7 +112,8 @@ pub struct LiveVf {
     pub bdf: HostBdf,
     /// What uses it, in words.
     pub why: String,
-    /// The lease that is the reason, if one is.
+    /// The lease that is the reason, if one is; without a record where a killed process has let go of it,
+    /// but not yet of the device.
     #[serde(skip)]
     pub lease: Option<LeaseStatus>,
 }
@@ -130,31 +132,32 @@ pub(crate) fn live(
             Err(InventoryError::NoSuchDevice { .. }) => continue,
             Err(error) => return Err(error),
         };
-        let why = used(paths, &device, own).map_err(|source| InventoryError::Sysfs {
+        let used = used(paths, &device, own).map_err(|source| InventoryError::Sysfs {
             path: paths.pci_device(bdf),
             source,
         })?;
-        let foreign = device.lease.is_held() && device.lease.record() != Some(own);
-        let lease = foreign.then(|| device.lease.clone());
-        live.extend(why.map(|why| LiveVf { bdf, why, lease }));
+        live.extend(used.map(|(why, lease)| LiveVf { bdf, why, lease }));
     }
     Ok(live)
 }
 
-fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<String>> {
+/// What uses a function, in words, and the lease that it does so with.
+type Use = (String, Option<LeaseStatus>);
+
+fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<Use>> {
     if let Some(why) = crate::quarantine::hung(paths, device) {
-        return Ok(Some(format!("in quarantine: {why}")));
+        return Ok(Some((format!("in quarantine: {why}"), None)));
     }
     let foreign = device.lease.is_held() && device.lease.record() != Some(own);
     if foreign {
         let who = device.lease.record();
         let who = who.map_or_else(|| "an unknown process".to_owned(), ToString::to_string);
-        return Ok(Some(format!("held by {who}")));
+        return Ok(Some((format!("held by {who}"), Some(device.lease.clone()))));
     }
     if device.on_vfio() {
         let group = device.iommu_group.map(|group| paths.vfio_group(group));
         let open = group.filter(|node| is_open(node));
-        return Ok(open.map(|node| format!("another program has {} open", node.display())));
+        return Ok(open.map(|node| in_use(paths, device, &node)));
     }
     let net = paths.pci_device(device.bdf).join("net");
     for name in sysfs::entries(&net)? {
@@ -163,11 +166,22 @@ fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result
             u32::from_str_radix(text.strip_prefix("0x").unwrap_or(&text), 16).ok()
         });
         if flags.is_some_and(|flags| flags & IFF_UP != 0) {
-            return Ok(Some(format!("the host's {name}, which is up")));
+            return Ok(Some((format!("the host's {name}, which is up"), None)));
         }
     }
     let uses = host_uses(paths, std::slice::from_ref(device))?;
-    Ok(uses.first().map(ToString::to_string))
+    Ok(uses.first().map(|one| (one.to_string(), None)))
+}
+
+/// The kernel frees the locks of a process that was killed before it closes its devices.
+fn in_use(paths: &HostPaths, device: &HostDevice, node: &Path) -> Use {
+    let users = who_has_open(&paths.proc, &paths.pci_device(device.bdf).join("driver"));
+    let stays = |user: &&User| is_ending(paths, user.pid) == Some(false);
+    let who = users.iter().find(stays);
+    let words = who.or(users.first()).map(User::to_string);
+    let words = words.unwrap_or_else(|| "another program".to_owned());
+    let lease = who.is_none().then_some(LeaseStatus::Unrecorded);
+    (format!("{words} has {} open", node.display()), lease)
 }
 
 /// Whether a program has an IOMMU group: the kernel lets only one open its node.
@@ -180,6 +194,29 @@ fn is_open(node: &Path) -> bool {
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, bdf};
+
+    #[test]
+    fn who_has_a_function_open_is_waited_for_only_if_it_may_be_ending() {
+        let host = FakeHost::new(&[Fake::nvme("03:10.0", 14)]);
+        let device = host.read("03:10.0");
+        let node = Path::new("/dev/vfio/14");
+        let said = || in_use(&host.paths, &device, node);
+        let passing = Some(LeaseStatus::Unrecorded);
+        let open = "has /dev/vfio/14 open";
+        assert_eq!(said(), (format!("another program {open}"), passing.clone()));
+        for (pid, flags) in [(7, 4), (8, 0)] {
+            host.file(&format!("proc/{pid}/comm"), "vmm\n");
+            host.file(
+                &format!("proc/{pid}/stat"),
+                &format!("{pid} (vmm) R 1 {pid} {pid} 0 -1 {flags} 0\n"),
+            );
+            let fd = host.paths.proc.join(pid.to_string()).join("fd");
+            fs::create_dir(&fd).unwrap();
+            std::os::unix::fs::symlink(node, fd.join("5")).unwrap();
+            let lease = passing.clone().filter(|_| flags != 0);
+            assert_eq!(said(), (format!("process {pid} (vmm) {open}"), lease));
+        }
+    }
 
     #[test]
     fn addresses_follow_from_offset_and_stride() {

@@ -1,14 +1,32 @@
 //! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::sysfs;
 
-/// Words for the processes that have open the device of an attribute, or a virtual function of it; none
-/// where none is to be seen, as one that is ending closes its files last.
+/// A process that has a device open.
+pub(crate) struct User {
+    pub(crate) pid: u32,
+    name: String,
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} ({})", self.pid, self.name)
+    }
+}
+
+/// The processes that have open the device of an attribute, or a virtual function of it. One that is ending
+/// is not to be seen: it closes its files last.
+pub(crate) fn users(proc: &Path, attribute: &Path) -> Vec<User> {
+    with_open(proc, &nodes(attribute))
+}
+
+/// The end of a sentence that says so.
 pub(crate) fn words(proc: &Path, attribute: &Path) -> String {
-    let found = users(proc, &nodes(attribute));
+    let found: Vec<String> = users(proc, attribute).iter().map(User::to_string).collect();
     match found.is_empty() {
         true => String::new(),
         false => format!(": {} has it open", found.join(" and ")),
@@ -34,23 +52,24 @@ fn nodes(attribute: &Path) -> Vec<PathBuf> {
     nodes
 }
 
-fn users(proc: &Path, nodes: &[PathBuf]) -> Vec<String> {
+fn with_open(proc: &Path, nodes: &[PathBuf]) -> Vec<User> {
     let mut found = Vec::new();
     if nodes.is_empty() {
         return found;
     }
-    for pid in sysfs::entries(proc).unwrap_or_default() {
-        if pid.parse::<u32>().is_err() {
+    for name in sysfs::entries(proc).unwrap_or_default() {
+        let Ok(pid) = name.parse() else {
             continue;
-        }
-        let process = proc.join(&pid);
+        };
+        let process = proc.join(&name);
         let files = fs::read_dir(process.join("fd")).into_iter().flatten();
         let mut targets = files
             .flatten()
             .filter_map(|file| fs::read_link(file.path()).ok());
         if targets.any(|target| nodes.iter().any(|node| target.ends_with(node))) {
             let name = sysfs::text(&process.join("comm")).ok().flatten();
-            found.push(format!("process {pid} ({})", name.unwrap_or_default()));
+            let name = name.unwrap_or_default();
+            found.push(User { pid, name });
         }
     }
     found
