@@ -74,8 +74,8 @@ pub use inventory::{
 };
 pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
 pub use maintenance::{
-    Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance, end_maintenance,
-    maintenance, running_vms,
+    Announced, Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance,
+    end_maintenance, maintenance, running_vms,
 };
 pub use mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 pub use memlock::memlock_limit;

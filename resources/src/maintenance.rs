@@ -1,5 +1,6 @@
 //! Maintenance: no new VM starts on the host, and those that run can be seen.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -80,20 +81,41 @@ fn path(paths: &HostPaths) -> PathBuf {
 
 /// Says that a VM runs for as long as it lives: a locked file, which the kernel unlocks.
 #[derive(Debug)]
-pub struct RunningVm {
+pub struct Announced {
     _lock: LockFile,
+}
+
+/// A VM that runs. Shown with its process, and its tenant where it is one's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RunningVm {
+    /// The tenant whose it is; none if it is the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// What it says of itself.
+    #[serde(flatten)]
+    pub record: LeaseRecord,
+}
+
+impl fmt::Display for RunningVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.record)?;
+        match &self.tenant {
+            Some(tenant) => write!(f, " of tenant {tenant}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Announces a VM to [`running_vms`]. None where this user may not write the run directory; the VM can
 /// run all the same.
-pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<RunningVm> {
+pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<Announced> {
     let dir = paths.run.join("vms");
     clear(&dir, holder.pid);
     let path = dir.join(format!("{}.lock", holder.pid));
     // Another VM that starts may look at the file for a moment.
     for _ in 0..100 {
         match LockFile::take(&path, &LeaseRecord::vm(holder)) {
-            Ok(Some(lock)) => return Some(RunningVm { _lock: lock }),
+            Ok(Some(lock)) => return Some(Announced { _lock: lock }),
             Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
             Err(error) => {
                 let path = path.display();
@@ -106,11 +128,11 @@ pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<RunningVm> {
 }
 
 /// The VMs that run, with and without devices, in the order of their names.
-pub fn running_vms(paths: &HostPaths) -> Result<Vec<LeaseRecord>, MaintenanceError> {
+pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError> {
     let mut running = Vec::new();
-    for home in homes(paths)? {
+    for (tenant, home) in homes(paths)? {
         // A tenant's own, so what lies there may be anything, and is at most not seen.
-        let tenants = home != paths.run.join("vms");
+        let tenants = tenant.is_some();
         let held = match sysfs::HeldDir::open(&home) {
             Ok(held) => held,
             // Another user's.
@@ -123,22 +145,32 @@ pub fn running_vms(paths: &HostPaths) -> Result<Vec<LeaseRecord>, MaintenanceErr
         let dir = held.path();
         for name in list(&dir)? {
             match status(paths, &dir.join(name)) {
-                Ok(LeaseStatus::Held(record)) => running.push(record),
+                Ok(LeaseStatus::Held(record)) => running.push(RunningVm {
+                    tenant: tenant.clone(),
+                    record,
+                }),
                 Err(error) if !tenants => return Err(error.into()),
                 _ => {}
             }
         }
     }
-    running.sort_by(|one, other| (&one.name, one.pid).cmp(&(&other.name, other.pid)));
+    running.sort_by(
+        |RunningVm { record: one, .. }, RunningVm { record: other, .. }| {
+            (&one.name, one.pid).cmp(&(&other.name, other.pid))
+        },
+    );
     Ok(running)
 }
 
-/// Where VMs are announced: those of the host, and those of tenants.
-fn homes(paths: &HostPaths) -> Result<Vec<PathBuf>, MaintenanceError> {
+/// Where VMs are announced: those of the host, and those of tenants, by these.
+fn homes(paths: &HostPaths) -> Result<Vec<(Option<String>, PathBuf)>, MaintenanceError> {
     let tenants = paths.run.join("tenants");
     let of_tenants = list(&tenants)?;
-    let mut homes = vec![paths.run.join("vms")];
-    homes.extend(of_tenants.iter().map(|name| tenants.join(name).join("vms")));
+    let mut homes = vec![(None, paths.run.join("vms"))];
+    homes.extend(of_tenants.into_iter().map(|name| {
+        let home = tenants.join(&name).join("vms");
+        (Some(name), home)
+    }));
     Ok(homes)
 }
 
@@ -191,7 +223,7 @@ mod tests {
         };
         let seen = || -> Vec<String> {
             let running = running_vms(&host.paths).unwrap();
-            running.into_iter().map(|record| record.name).collect()
+            running.into_iter().map(|vm| vm.record.name).collect()
         };
         assert_eq!(seen(), Vec::<String>::new());
         let b = announce(&host.paths, &vm("b", 7)).unwrap();

@@ -23,6 +23,7 @@ use crate::group::{GroupError, Groups, is_name};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
+use crate::maintenance::{RunningVm, running_vms};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::rule::Rule;
@@ -314,11 +315,15 @@ pub fn edit_tenant(
     Ok(path)
 }
 
-/// Deletes a tenant that owns nothing.
+/// Deletes a tenant that owns nothing, and none of whose VMs runs.
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
     let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let owned = tenants.find(name)?.names();
+    let is_own = |vm: &RunningVm| vm.tenant.as_deref() == Some(name);
+    if let Some(vm) = running_vms(host)?.into_iter().find(is_own) {
+        return Err(TenantError::Running(vm));
+    }
     if !owned.is_empty() {
         let devices: Vec<String> = owned.iter().map(DeviceName::to_string).collect();
         return Err(TenantError::NotEmpty {

@@ -2,8 +2,7 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    HostPaths, LeaseRecord, Maintenance, begin_maintenance, end_maintenance, maintenance,
-    running_vms,
+    HostPaths, Maintenance, RunningVm, begin_maintenance, end_maintenance, maintenance, running_vms,
 };
 use serde::Serialize;
 
@@ -41,7 +40,7 @@ pub struct StatusArgs {
 #[derive(Debug, Serialize)]
 struct Status {
     maintenance: Option<Maintenance>,
-    running: Vec<LeaseRecord>,
+    running: Vec<RunningVm>,
 }
 
 pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
@@ -70,9 +69,7 @@ pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Fail
         }
         match status.running.as_slice() {
             [] => writeln!(out, "no VM runs"),
-            running => running
-                .iter()
-                .try_for_each(|record| writeln!(out, "{record} runs")),
+            running => running.iter().try_for_each(|vm| writeln!(out, "{vm} runs")),
         }
     })
 }

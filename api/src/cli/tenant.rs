@@ -44,7 +44,7 @@ pub enum TenantCommand {
     Show(ShowArgs),
     /// Change a tenant's user or description
     Edit(EditArgs),
-    /// Delete a tenant that owns nothing
+    /// Delete a tenant that owns nothing and runs no VM
     Delete(NameArgs),
     /// Give devices to a tenant, with all of their IOMMU groups
     Grant(GrantArgs),

@@ -13,6 +13,7 @@ use crate::host::HostBdf;
 use crate::ids::PciId;
 use crate::inventory::InventoryError;
 use crate::lease::LeaseError;
+use crate::maintenance::{MaintenanceError, RunningVm};
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::vgpu::VgpuError;
@@ -59,6 +60,9 @@ pub enum TenantError {
         /// Its devices.
         devices: String,
     },
+    /// One of the tenant's VMs runs: nobody would see it any more.
+    #[error("{0} runs: end it first")]
+    Running(RunningVm),
     /// A device belongs to another tenant.
     #[error(
         "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"
@@ -143,6 +147,9 @@ pub enum TenantError {
     /// A device could not be moved between the host and the tenant.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The running VMs cannot be listed.
+    #[error(transparent)]
+    Vms(#[from] MaintenanceError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),

@@ -251,6 +251,23 @@ fn what_tenants_need_is_open_to_them_whatever_the_umask() {
 }
 
 #[test]
+fn a_tenant_whose_vm_runs_stays() {
+    let host = host();
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    let vm = |pid| Holder {
+        vm: "x".to_owned(),
+        pid,
+    };
+    let _hosts = crate::announce(&host.paths, &vm(7)).unwrap();
+    let running = crate::announce(&scope(&host, "a"), &vm(8)).unwrap();
+    let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
+    assert_eq!(said, "VM 'x' (pid 8) of tenant a runs: end it first");
+    assert!(scope(&host, "a").config.join("tenant.json").exists());
+    drop(running);
+    delete_tenant(&host.paths, "a").unwrap();
+}
+
+#[test]
 fn mistakes_are_named() {
     let host = host();
     let kernel = FakeKernel::new(&host);

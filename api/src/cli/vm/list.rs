@@ -1,7 +1,7 @@
 //! `gantry vm list`: the VMs that run.
 
 use clap::Args;
-use gantry_resources::{HostPaths, LeaseRecord, running_vms};
+use gantry_resources::{HostPaths, RunningVm, running_vms};
 use serde::Serialize;
 
 use super::find;
@@ -89,7 +89,9 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     let silent = running_vms(paths).map_err(Failure::host)?;
     let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
-    let silent = silent.into_iter().filter(|vm| !known.contains(&vm.pid));
+    let silent = silent
+        .into_iter()
+        .filter(|vm| !known.contains(&vm.record.pid));
     rows.extend(silent.map(Row::of_record));
     if args.json {
         return print_json(&rows);
@@ -143,7 +145,7 @@ impl Row {
         }
     }
 
-    fn of_record(record: LeaseRecord) -> Self {
+    fn of_record(RunningVm { record, .. }: RunningVm) -> Self {
         Self {
             name: record.name,
             pid: Some(record.pid),
