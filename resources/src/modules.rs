@@ -73,6 +73,17 @@ impl KernelModules {
     }
 }
 
+/// The module that a driver of PCI devices was loaded from; none where it is part of the kernel's image, and
+/// has its devices before any setting of modprobe counts. A built-in one with parameters has a folder as
+/// well, but never a state.
+pub(crate) fn loaded_module(paths: &HostPaths, driver: &str) -> Option<String> {
+    let drivers = paths.sysfs.join("bus/pci/drivers");
+    let module = drivers.join(driver).join("module");
+    let loaded = module.join("initstate").exists();
+    let name = sysfs::link_name(&module).ok().flatten();
+    name.filter(|_| loaded)
+}
+
 /// Whether a text fits a pattern in which `*` stands for anything: all that depmod writes.
 fn matches(pattern: &[u8], text: &[u8]) -> bool {
     match (pattern, text) {

@@ -11,7 +11,7 @@ use crate::group::ResourceGroup;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
-use crate::sysfs;
+use crate::modules::loaded_module;
 
 /// The two ways that name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,18 +156,11 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
     let mut built_in = Vec::new();
     for driver in drivers {
         // Options are about modules, whose names need not be those of their drivers.
-        let module = paths
-            .sysfs
-            .join("bus/pci/drivers")
-            .join(driver)
-            .join("module");
-        // A built-in one with parameters has a folder as well, but was never loaded.
-        let loaded = module.join("initstate").exists();
-        match sysfs::link_name(&module).ok().flatten() {
-            Some(module) if loaded => {
+        match loaded_module(paths, driver) {
+            Some(module) => {
                 let _ = writeln!(text, "softdep {module} pre: vfio-pci");
             }
-            _ => built_in.push(format!(
+            None => built_in.push(format!(
                 "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
             )),
         }

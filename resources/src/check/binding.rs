@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::devices::{count, list};
-use super::facts::{Devices, Facts};
-use super::modprobe::{ModuleState, pairs};
+use super::facts::Facts;
+use super::modprobe::pairs;
 use super::{Finding, Level};
 use crate::inventory::HostDevice;
 
@@ -13,9 +13,10 @@ pub(super) fn judge(facts: &Facts) -> Finding {
     let devices = &facts.devices;
     let finding =
         |level, reason: String| Finding::new("binding", "Bound to vfio-pci", level, reason);
-    let unbound = devices
-        .wanted()
-        .filter(|device| !device.on_vfio() && !device.is_bridge() && !devices.is_needed(device));
+    let unbound = devices.wanted().filter(|device| {
+        let stays = devices.is_needed(device) || devices.makes_functions(device);
+        !device.on_vfio() && !device.is_bridge() && !stays
+    });
     let (on_demand, astray): (Vec<_>, Vec<_>) =
         unbound.partition(|device| devices.on_demand.contains(&device.bdf));
     if astray.is_empty() {
@@ -55,7 +56,7 @@ pub(super) fn judge(facts: &Facts) -> Finding {
 struct Plan<'a> {
     /// What is to be bound: the devices and their neighbours in the IOMMU groups.
     bring: Vec<&'a HostDevice>,
-    /// Devices outside with the same ids, which vfio-pci would take as well.
+    /// Other devices with the same ids that are not vfio-pci's at all times: it would take them as well.
     twins: Vec<&'a HostDevice>,
     /// Ids that can be given to vfio-pci, in the order of the devices.
     ids: Vec<String>,
@@ -75,7 +76,8 @@ impl<'a> Plan<'a> {
                 .iommu_group
                 .is_some_and(|group| groups.contains(&group));
             let ours = neighbour || astray.iter().any(|one| one.bdf == device.bdf);
-            ours && !device.is_bridge() && !devices.is_needed(device) && !device.on_vfio()
+            let stays = devices.is_needed(device) || devices.makes_functions(device);
+            ours && !device.is_bridge() && !stays && !device.on_vfio()
         };
         let bring: Vec<&HostDevice> = devices
             .all
@@ -90,13 +92,14 @@ impl<'a> Plan<'a> {
             }
         }
         let is_twin = |device: &&HostDevice| {
-            ids.contains(&of(device))
-                && !is_brought(device)
-                && !devices.is_wanted(device)
-                && !device.on_vfio()
+            let demanded = devices.on_demand.contains(&device.bdf);
+            ids.contains(&of(device)) && !is_brought(device) && (demanded || !device.on_vfio())
         };
         let twins: Vec<&HostDevice> = devices.all.iter().filter(is_twin).collect();
-        ids.retain(|id| !twins.iter().any(|twin| of(twin) == *id));
+        // What a driver of the kernel's image has, no module is early enough for.
+        let taken = bring.iter().filter(|device| has_builtin(facts, device));
+        let not_by_id: Vec<&&HostDevice> = twins.iter().chain(taken).collect();
+        ids.retain(|id| !not_by_id.iter().any(|device| of(device) == *id));
         let words = facts.cmdline.named("vfio-pci.ids");
         let mut given: BTreeSet<String> = words.flat_map(|(_, value)| pairs(value)).collect();
         given.extend(facts.modprobe.vfio_ids.iter().cloned());
@@ -122,21 +125,17 @@ impl<'a> Plan<'a> {
             let told = |twin: &&HostDevice| self.given.contains(&twin.id.to_string());
             finding = finding.fix(if self.twins.iter().any(told) {
                 format!(
-                    "the ids that vfio-pci is told to take are also those of {twins}, which stay with the host and \
-                     may be lost to it at any boot: take these ids away from vfio-pci, and name the devices by \
+                    "the ids that vfio-pci is told to take are also those of {twins}, which are not its own \
+                     at all times and may be lost to it at any boot: take these ids away from vfio-pci, and name the devices by \
                      address, as above"
                 )
             } else {
                 format!(
-                    "vfio-pci.ids cannot tell these devices from {twins}, which stay with the host: name them by \
-                     address, as above"
+                    "vfio-pci.ids cannot tell these devices from {twins}, which are not vfio-pci's at all \
+                     times: name them by address, as above"
                 )
             });
         }
-        if self.ids.is_empty() {
-            return finding;
-        }
-        finding = self.words(facts, finding);
         let drivers = Drivers::new(facts, self);
         if !drivers.builtin.is_empty() {
             finding = finding.fix(format!(
@@ -145,6 +144,10 @@ impl<'a> Plan<'a> {
                 drivers.builtin.join(" and ")
             ));
         }
+        if self.ids.is_empty() {
+            return finding;
+        }
+        finding = self.words(facts, finding);
         if !drivers.wait.is_empty() {
             let lines = drivers
                 .wait
@@ -217,17 +220,20 @@ impl Drivers {
             // It comes before every module; what has the devices now did not have ids against it.
             return drivers;
         }
+        let taken = plan.bring.iter().filter(|one| has_builtin(facts, one));
+        let taken: BTreeSet<&String> = taken.filter_map(|one| one.driver.as_ref()).collect();
+        drivers.builtin = taken.into_iter().cloned().collect();
         let led = plan
             .bring
             .iter()
             .filter(|device| plan.ids.contains(&device.id.to_string()));
         let names: BTreeSet<&String> = led.filter_map(|device| device.driver.as_ref()).collect();
         for name in names {
-            let module = module(&facts.devices, name);
-            let told = facts.modprobe.after_vfio.contains(&module);
-            if is_builtin(facts, &module) {
-                drivers.builtin.push(module);
-            } else if !told {
+            let Some(module) = facts.devices.driver_modules.get(name) else {
+                continue;
+            };
+            let module = module.clone();
+            if !facts.modprobe.after_vfio.contains(&module) {
                 drivers.wait.push(module);
             } else if !plan.late(facts).is_empty() && !used_elsewhere(facts, plan, name) {
                 drivers.hold_back.push(module);
@@ -237,13 +243,11 @@ impl Drivers {
     }
 }
 
-fn module(devices: &Devices, driver: &str) -> String {
-    let known = devices.driver_modules.get(driver);
-    known.map_or_else(|| super::cmdline::underscored(driver), String::clone)
-}
-
-fn is_builtin(facts: &Facts, module: &str) -> bool {
-    facts.modules.is_builtin(module) || facts.modules.state(module) == ModuleState::Missing
+/// Whether a device's driver is part of the kernel's image, and vfio-pci is not.
+fn has_builtin(facts: &Facts, device: &HostDevice) -> bool {
+    let modules = &facts.devices.driver_modules;
+    let builtin = |driver: &String| !modules.contains_key(driver);
+    !facts.modules.is_builtin("vfio-pci") && device.driver.as_ref().is_some_and(builtin)
 }
 
 fn used_elsewhere(facts: &Facts, plan: &Plan<'_>, driver: &str) -> bool {

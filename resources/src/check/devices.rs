@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Devices, Facts};
 use super::{Finding, Level, binding};
+use crate::group::Groups;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::reserved::ReservedKind;
@@ -36,6 +37,17 @@ impl Devices {
             Ok(uses) => uses.iter().any(|guarded| guarded.bdf == device.bdf),
             Err(_) => true,
         }
+    }
+
+    /// Whether a group has its virtual functions made of a device, which its driver does.
+    pub(super) fn makes_functions(&self, device: &HostDevice) -> bool {
+        let mut groups = self.groups.iter().flat_map(Groups::iter);
+        groups.any(|group| {
+            group
+                .sriov
+                .as_ref()
+                .is_some_and(|spec| spec.pf == device.bdf)
+        })
     }
 
     /// The IOMMU groups of the wanted devices, with all their members.

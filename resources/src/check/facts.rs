@@ -18,6 +18,7 @@ use crate::group::Groups;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
+use crate::modules::loaded_module;
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::sysfs;
 
@@ -61,7 +62,7 @@ pub(super) struct Devices {
     pub(super) on_demand: BTreeSet<HostBdf>,
     /// What the host uses the wanted devices and their neighbours for, or why that cannot be told.
     pub(super) uses: Result<Vec<Guarded>, String>,
-    /// The module that each driver comes from; drivers of the kernel's image may have none.
+    /// The module that each driver comes from; drivers of the kernel's image have none.
     pub(super) driver_modules: BTreeMap<String, String>,
     /// Reserved ranges of the wanted devices' IOMMU groups.
     pub(super) reserved: BTreeMap<u32, Vec<ReservedRegion>>,
@@ -210,16 +211,8 @@ fn driver_modules(paths: &HostPaths, devices: &[HostDevice]) -> BTreeMap<String,
         .iter()
         .filter_map(|device| device.driver.as_ref())
         .collect();
-    let module = |driver: &&String| {
-        let link = paths
-            .sysfs
-            .join("bus/pci/drivers")
-            .join(driver)
-            .join("module");
-        sysfs::link_name(&link).ok().flatten()
-    };
     drivers
         .into_iter()
-        .filter_map(|driver| Some((driver.clone(), module(&driver)?)))
+        .filter_map(|driver| Some((driver.clone(), loaded_module(paths, driver)?)))
         .collect()
 }

@@ -98,6 +98,9 @@ impl Host {
                 "driver" => {
                     let driver = format!("sys/bus/pci/drivers/{value}");
                     fs::create_dir_all(self.path(&driver)).unwrap();
+                    let module = format!("sys/module/{}", value.replace('-', "_"));
+                    fs::write(self.path(&format!("{module}/initstate")), "live\n").unwrap();
+                    self.link(&format!("{driver}/module"), &self.path(&module));
                     self.link(&format!("{dir}/driver"), &self.path(&driver));
                 }
                 "group" => {
@@ -266,6 +269,81 @@ fn devices_that_are_bound_on_demand_are_in_their_place() {
     );
     let named = check(&host.paths(), &[bdf("0000:0b:00.0")]).unwrap();
     assert_eq!(answer(&named, "binding").0, Level::Warn);
+}
+
+/// Two disks of one make with the host, in groups as told.
+fn twins(groups: &str) -> Host {
+    let host = Host::unpack("lab");
+    host.pci("0000:02:00.0 1b36:0010 010802 group=11 driver=nvme");
+    host.line("etc/groups.json", groups);
+    host
+}
+
+#[test]
+fn ids_are_for_what_is_vfio_pcis_at_all_times() {
+    let host = twins(
+        r#"{"groups": [{"name": "a", "rules": [{"slot": "01:00.0"}]},
+            {"name": "b", "bind": "demand", "rules": [{"slot": "02:00.0"}]}]}"#,
+    );
+    for driver in ["nvme", "vfio-pci"] {
+        // A VM has it for now, or not.
+        host.pci(&format!(
+            "0000:02:00.0 1b36:0010 010802 group=11 driver={driver}"
+        ));
+        let report = check(&host.paths(), &[]).unwrap();
+        let (_, text) = answer(&report, "binding");
+        assert!(
+            text.contains("gantry device detach 0000:01:00.0\n"),
+            "{text}"
+        );
+        let said = format!("cannot tell these devices from 0000:02:00.0 ({driver})");
+        assert!(text.contains(&said), "{text}");
+        assert!(!text.contains("vfio-pci.ids="), "{text}");
+        assert_eq!(report.command_line, None);
+    }
+    let host = twins(r#"{"groups": [{"name": "a", "rules": [{"class": "0108"}]}]}"#);
+    let report = check(&host.paths(), &[]).unwrap();
+    assert_eq!(report.command_line.unwrap().add, ["vfio-pci.ids=1b36:0010"]);
+    // The host has one of them mounted.
+    let mut facts = host.facts();
+    facts.devices.uses = Ok(vec![crate::guard::Guarded {
+        bdf: bdf("02:00.0"),
+        host_use: crate::guard::HostUse::Claimed {
+            block: "nvme1n1".into(),
+        },
+    }]);
+    let (_, text) = answer(&judge(&facts), "binding");
+    assert!(text.contains("from 0000:02:00.0 (nvme)"), "{text}");
+}
+
+#[test]
+fn a_card_stays_with_its_driver_for_its_functions() {
+    let host = twins(
+        r#"{"groups": [{"name": "a", "rules": [{"class": "0108"}]},
+            {"name": "vfs", "type": "sriov-nic", "sriov": {"pf": "02:00.0", "count": 2}}]}"#,
+    );
+    let report = check(&host.paths(), &[]).unwrap();
+    let (_, text) = answer(&report, "binding");
+    assert!(
+        text.contains("gantry device detach 0000:01:00.0\n"),
+        "{text}"
+    );
+    assert!(text.contains("from 0000:02:00.0 (nvme)"), "{text}");
+    assert_eq!(report.command_line, None);
+}
+
+#[test]
+fn what_a_built_in_driver_has_is_for_the_boot_to_detach() {
+    let host = twins(r#"{"groups": [{"name": "a", "rules": [{"class": "0108"}]}]}"#);
+    host.remove("sys/module/nvme/initstate");
+    let report = check(&host.paths(), &[]).unwrap();
+    let (_, text) = answer(&report, "binding");
+    assert!(
+        text.contains("nvme is part of the kernel's image"),
+        "{text}"
+    );
+    assert!(!text.contains("softdep"), "{text}");
+    assert_eq!(report.command_line, None);
 }
 
 #[test]
