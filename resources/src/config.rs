@@ -48,6 +48,27 @@ pub enum ConfigError {
         /// What is wrong with it, and what would be right.
         problem: String,
     },
+    /// What was to be written would not be what the file should be; it is as it was.
+    #[error("{key}: {problem}")]
+    Unfit {
+        /// Which key.
+        key: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+}
+
+impl ConfigError {
+    /// Of a text that is in no file yet: it has no lines that anyone could look at.
+    fn unwritten(self) -> Self {
+        match self {
+            Self::Invalid { key, problem, .. } => Self::Unfit {
+                key: key.rsplit('.').next().unwrap_or(&key).to_owned(),
+                problem,
+            },
+            other => other,
+        }
+    }
 }
 
 /// The `*.json` files of a directory, in the order of their names; none if there is no directory.
@@ -95,7 +116,7 @@ pub(crate) fn write<T: Serialize + DeserializeOwned>(
     let mut text =
         serde_json::to_string_pretty(value).map_err(|error| failed(io::Error::other(error)))?;
     text.push('\n');
-    parse::<T>(path, &text)?;
+    parse::<T>(path, &text).map_err(ConfigError::unwritten)?;
     atomic::replace(path, text.as_bytes()).map_err(failed)
 }
 

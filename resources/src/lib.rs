@@ -90,7 +90,7 @@ pub use opener::{
     ToCome, opener_helper, to_come,
 };
 pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
-pub use plan::{Plan, PlanError, PlanSize, Plans, create_plan, delete_plan};
+pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine, shared_quarantine};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};

@@ -67,6 +67,19 @@ fn plan_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Er
 }
 
 impl Plan {
+    /// One that says nothing yet.
+    pub fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            description: String::new(),
+            vcpus: None,
+            memory: None,
+            devices: Vec::new(),
+            aliases: None,
+            file: PathBuf::new(),
+        }
+    }
+
     /// The devices of the plan, as requests.
     pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
         let requests = Requests {
@@ -122,6 +135,16 @@ pub enum PlanError {
         first: Place,
         /// Where the second is.
         second: Place,
+    },
+    /// A plan is to be made that is there.
+    #[error(
+        "there is already a plan named \"{name}\" at {at}: `gantry plan edit {name}` changes it"
+    )]
+    Exists {
+        /// The name.
+        name: String,
+        /// Where it is.
+        at: Place,
     },
     /// The devices of a plan are wrong.
     #[error("{place}: plan \"{name}\": {source}")]
@@ -208,15 +231,39 @@ impl Plans {
 pub fn create_plan(paths: &HostPaths, plan: Plan) -> Result<PathBuf, PlanError> {
     let path = paths.config.join("plans.json");
     let _choosing = lock(paths)?;
-    let mut plans = Plans::load(paths)?;
+    let plans = Plans::load(paths)?;
+    if let Some(first) = plans.iter().find(|other| other.name == plan.name) {
+        return Err(PlanError::Exists {
+            at: Place::first(&first.file, item(first), "name"),
+            name: plan.name,
+        });
+    }
     let mut file = read(&path)?;
-    let new = PlansFile {
-        plans: vec![plan.clone()],
-        ..PlansFile::default()
-    };
-    plans.add(path.clone(), new)?;
     file.plans.push(plan);
-    config::write(&path, &file)?;
+    write(path, &file)
+}
+
+/// Changes a plan in the file that defines it, but for its name. Returns the file. VMs that run are not
+/// touched.
+pub fn change_plan(
+    paths: &HostPaths,
+    name: &str,
+    change: impl FnOnce(&mut Plan),
+) -> Result<PathBuf, PlanError> {
+    let _choosing = lock(paths)?;
+    let path = Plans::load(paths)?.find(name)?.file.clone();
+    let mut file = read(&path)?;
+    if let Some(plan) = file.plans.iter_mut().find(|plan| plan.name == name) {
+        change(plan);
+        plan.name = name.to_owned();
+    }
+    write(path, &file)
+}
+
+/// Writes a file that reads as plans.
+fn write(path: PathBuf, file: &PlansFile) -> Result<PathBuf, PlanError> {
+    Plans::default().add(path.clone(), file.clone())?;
+    config::write(&path, file)?;
     Ok(path)
 }
 
@@ -226,8 +273,7 @@ pub fn delete_plan(paths: &HostPaths, name: &str) -> Result<PathBuf, PlanError> 
     let path = Plans::load(paths)?.find(name)?.file.clone();
     let mut file = read(&path)?;
     file.plans.retain(|plan| plan.name != name);
-    config::write(&path, &file)?;
-    Ok(path)
+    write(path, &file)
 }
 
 fn lock(paths: &HostPaths) -> Result<AllocationLock, LeaseError> {
@@ -314,11 +360,34 @@ mod tests {
     }
 
     #[test]
+    fn a_plan_is_changed_where_it_is() {
+        let host = FakeHost::new(&[]);
+        let text = r#"{"plans": [{"name": "a", "vcpus": 1}, {"name": "b"}]}"#;
+        host.file("etc/plans.d/a.json", text);
+        let larger = |plan: &mut Plan| {
+            plan.vcpus = Some(8);
+            plan.name = "c".to_owned();
+        };
+        let file = change_plan(&host.paths, "a", larger).unwrap();
+        assert!(file.ends_with("plans.d/a.json"));
+        let plans = Plans::load(&host.paths).unwrap();
+        assert_eq!(plans.find("a").unwrap().vcpus, Some(8));
+        let wrong = |plan: &mut Plan| plan.aliases = Some("x:".to_owned());
+        change_plan(&host.paths, "b", wrong).unwrap_err();
+        assert_eq!(Plans::load(&host.paths).unwrap().iter().count(), 2);
+    }
+
+    #[test]
     fn a_plan_that_is_there_is_not_made_again() {
         let host = FakeHost::new(&[]);
         create_plan(&host.paths, plan(r#"{"name": "a"}"#)).unwrap();
         let before = std::fs::read(host.paths.config.join("plans.json")).unwrap();
-        create_plan(&host.paths, plan(r#"{"name": "a", "vcpus": 2}"#)).unwrap_err();
+        let again = create_plan(&host.paths, plan(r#"{"name": "a", "vcpus": 2}"#)).unwrap_err();
+        let again = again.to_string();
+        assert!(
+            again.contains("plans.json:") && again.contains("plan edit a"),
+            "{again}"
+        );
         assert_eq!(
             std::fs::read(host.paths.config.join("plans.json")).unwrap(),
             before

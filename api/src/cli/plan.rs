@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    DeviceEntry, HostPaths, Plan, PlanSize, Plans, aliases, create_plan, delete_plan,
+    DeviceEntry, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan, delete_plan,
 };
 
 use crate::output::{print, print_json};
@@ -15,6 +15,7 @@ A VM's file that says \"plan\": \"gpu2\" gets what the plan says; what the file 
 
 Examples:
   gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
+  gantry plan edit gpu2 --vcpus 8
   gantry plan list")]
 pub enum PlanCommand {
     /// List the plans
@@ -23,6 +24,8 @@ pub enum PlanCommand {
     Show(ShowArgs),
     /// Make a plan
     Create(CreateArgs),
+    /// Change a plan; VMs that run are not touched
+    Edit(EditArgs),
     /// Delete a plan; VMs that run are not touched
     Delete(DeleteArgs),
 }
@@ -60,9 +63,36 @@ Examples:
 pub struct CreateArgs {
     /// What VMs ask for
     name: String,
+    #[command(flatten)]
+    says: Says,
+    /// Show the plan as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What is given replaces what the plan says; '' takes a description or aliases away.
+
+Examples:
+  gantry plan edit gpu2 --memory 16GiB
+  gantry plan edit gpu2 --device gpus:4 --device disks:1")]
+pub struct EditArgs {
+    /// The plan
+    name: String,
+    #[command(flatten)]
+    says: Says,
+    /// Show the plan as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a plan says.
+#[derive(Debug, Args)]
+struct Says {
     /// Words for people
-    #[arg(long, default_value_t, hide_default_value = true)]
-    description: String,
+    #[arg(long)]
+    description: Option<String>,
     /// Number of processors
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=254))]
     vcpus: Option<u64>,
@@ -75,6 +105,22 @@ pub struct CreateArgs {
     /// Devices by aliases with counts, such as 'gpu:1, qat-c62x-vf:2'
     #[arg(long = "alias", value_name = "ALIASES", value_parser = checked_aliases)]
     aliases: Option<String>,
+}
+
+impl Says {
+    /// Puts what is said in place of what the plan said.
+    fn replace(self, plan: &mut Plan) {
+        plan.description = self
+            .description
+            .unwrap_or(std::mem::take(&mut plan.description));
+        plan.vcpus = self.vcpus.or(plan.vcpus);
+        plan.memory = self.memory.map(PlanSize::Text).or(plan.memory.take());
+        if !self.devices.is_empty() {
+            plan.devices = self.devices;
+        }
+        let aliases = self.aliases.or(plan.aliases.take());
+        plan.aliases = aliases.filter(|text| !text.is_empty());
+    }
 }
 
 fn size(text: &str) -> Result<String, String> {
@@ -100,6 +146,9 @@ fn entry(text: &str) -> Result<DeviceEntry, String> {
 }
 
 fn checked_aliases(text: &str) -> Result<String, String> {
+    if text.is_empty() {
+        return Ok(String::new());
+    }
     let read = aliases(text).map(|_| text.to_owned());
     read.map_err(|error| error.to_string())
 }
@@ -130,29 +179,34 @@ const COLUMNS: [Column; 5] = [
 pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         PlanCommand::List(args) => list(&args, paths),
-        PlanCommand::Show(args) => {
-            let plans = Plans::load(paths).map_err(Failure::host)?;
-            print_json(plans.find(&args.name).map_err(Failure::host)?)
-        }
+        PlanCommand::Show(args) => show(&args.name, paths),
         PlanCommand::Create(args) => {
-            let plan = Plan {
-                name: args.name,
-                description: args.description,
-                vcpus: args.vcpus,
-                memory: args.memory.map(PlanSize::Text),
-                devices: args.devices,
-                aliases: args.aliases,
-                file: Default::default(),
-            };
-            let name = plan.name.clone();
+            let mut plan = Plan::named(&args.name);
+            args.says.replace(&mut plan);
             let file = create_plan(paths, plan).map_err(Failure::host)?;
-            print(|out| writeln!(out, "plan {name}: created (in {})", file.display()))
+            if args.json {
+                return show(&args.name, paths);
+            }
+            print(|out| writeln!(out, "plan {}: created (in {})", args.name, file.display()))
+        }
+        PlanCommand::Edit(args) => {
+            let change = |plan: &mut Plan| args.says.replace(plan);
+            let file = change_plan(paths, &args.name, change).map_err(Failure::host)?;
+            if args.json {
+                return show(&args.name, paths);
+            }
+            print(|out| writeln!(out, "plan {}: changed (in {})", args.name, file.display()))
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
             print(|out| writeln!(out, "plan {}: deleted (from {})", args.name, file.display()))
         }
     }
+}
+
+fn show(name: &str, paths: &HostPaths) -> Result<(), Failure> {
+    let plans = Plans::load(paths).map_err(Failure::host)?;
+    print_json(plans.find(name).map_err(Failure::host)?)
 }
 
 fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {

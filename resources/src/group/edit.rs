@@ -74,6 +74,17 @@ pub enum EditError {
     /// The host's devices cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
+    /// A group is to be made that is there.
+    #[error(
+        "there is already a group named \"{name}\" (in {file}): `gantry group edit {name}` changes it",
+        file = .file.display()
+    )]
+    Exists {
+        /// The group.
+        name: String,
+        /// The file that defines it.
+        file: PathBuf,
+    },
     /// A group has no rule of that number.
     #[error("group \"{group}\" has no rule {number}: it has {count} (`gantry group show {group}`)")]
     NoRule {
@@ -200,6 +211,12 @@ impl GroupFiles {
     /// Adds a group after all others of `groups.json`.
     pub fn create(&mut self, group: ResourceGroup) -> Result<(), EditError> {
         let path = self.main.clone();
+        if let Some(first) = self.groups()?.get(&group.name) {
+            return Err(EditError::Exists {
+                file: first.file.clone(),
+                name: group.name,
+            });
+        }
         let group = ResourceGroup {
             file: path.clone(),
             ..group
