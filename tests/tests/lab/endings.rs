@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::bed::{Case, cases};
-use crate::pool::{FIRST, Pool, nothing_is_held};
+use crate::pool::{FIRST, Pool, device, nothing_is_held};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.
@@ -86,6 +86,14 @@ fn killed_while_booting_it_leaves_nothing(host: &Host) -> Result<()> {
     }
     let ended = last.end()?.powered_off()?;
     ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+    // It goes back to the host at once, though the kernel closes it after it has let go of the lock.
+    let mut killed = stays.start(host)?;
+    killed.until("guest: init")?;
+    killed.signal(Signal::SIGKILL)?;
+    let back = ["gantry", "device", "reattach", FIRST.bdf];
+    host.command(back).output()?.success()?;
+    check_killed(killed)?;
+    ensure!(device(host, FIRST.bdf)?["driver"] == "nvme", "not back");
     nothing_is_held(host)
 }
 

@@ -137,9 +137,14 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
     running.signal(Signal::SIGTERM)?;
     running.end()?.exits(128 + Signal::SIGTERM as i32)?;
     ensure!(sample.devices()?.len() == 1, "it is not the VM's");
+    let mut killed = Vm::new("sleep").devices("vgpus", 1).start(host)?;
+    killed.until("guest: init")?;
+    killed.signal(Signal::SIGKILL)?;
+    // At once: the kernel closes the device after it has let go of the lock.
     host.sh("gantry group deactivate vgpus")
         .output()?
         .success()?;
+    ensure!(killed.end()?.exit == Exit::Signal(9));
     ensure!(sample.devices()?.is_empty(), "it is gone");
     nothing_is_held(host)
 }
