@@ -244,6 +244,11 @@ impl Lease {
         }
     }
 
+    /// Whether it is a virtual function of a card: a device of its own, whatever its address.
+    pub fn is_virtual_function(&self) -> bool {
+        self.device().is_some_and(|device| device.physfn.is_some())
+    }
+
     /// The IOMMU group; none if the device has none.
     pub fn iommu_group(&self) -> Option<u32> {
         match &self.device {

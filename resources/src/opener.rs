@@ -82,6 +82,8 @@ pub struct OpenedDevice {
     pub name: DeviceName,
     /// Its IOMMU group.
     pub group: u32,
+    /// Whether it is a virtual function of a card.
+    pub virtual_function: bool,
     /// The token that it must be opened with.
     pub token: Option<Uuid>,
     /// Dropping it gives the lease back.
@@ -333,6 +335,7 @@ impl Opener {
         Ok(OpenedDevice {
             name: device.name,
             group: device.group,
+            virtual_function: device.virtual_function,
             token: device.token,
             lease,
         })

@@ -188,6 +188,8 @@ pub struct DeviceInfo {
     pub group: Option<String>,
     /// How far it has come.
     pub state: DeviceState,
+    /// What the other functions in its slot are called: they go when it goes.
+    pub together_with: Vec<String>,
 }
 
 /// What a device did since it was attached.

@@ -73,8 +73,9 @@ impl Slots {
         free.into_iter().map(|(_, port)| port).collect()
     }
 
-    /// A device as clients know it.
-    pub fn info(&self, row: &Row) -> DeviceInfo {
+    /// A device as clients know it, one of `rows`.
+    pub fn info<'a>(&self, row: &Row, rows: impl Iterator<Item = &'a Row>) -> DeviceInfo {
+        let beside = rows.filter(|other| other.port == row.port && other.id != row.id);
         let port = self.pci.ports().find(|(port, ..)| *port == row.port);
         let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
         DeviceInfo {
@@ -83,6 +84,7 @@ impl Slots {
             guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(row.function)),
             group: row.group.clone(),
             state: row.state,
+            together_with: beside.map(|other| other.id.clone()).collect(),
         }
     }
 }
@@ -101,7 +103,7 @@ impl View {
 
     fn info(&self) -> VmInfo {
         let slots = self.slots.as_ref();
-        let device = |row| slots.map(|slots| slots.info(row));
+        let device = |row| slots.map(|slots| slots.info(row, self.rows.iter()));
         VmInfo {
             config: Arc::clone(&self.config),
             nodes: self.home.nodes.clone(),
@@ -178,24 +180,28 @@ mod tests {
         let info = shown.info().unwrap();
         assert_eq!((info.state, info.slots), (VmState::Created, 0));
         let slots = slots();
-        let row = Row {
-            id: "disk".to_owned(),
-            name: "01:00.0".parse().unwrap(),
+        let row = |id: &str, port: usize, function| Row {
+            id: id.to_owned(),
+            name: format!("01:00.{function}").parse().unwrap(),
             group: None,
             state: DeviceState::Announced,
-            port: slots.ports[1],
-            function: 0,
+            port: slots.ports[port],
+            function,
         };
+        let rows = vec![row("gpu", 1, 0), row("audio", 1, 1), row("disk", 0, 0)];
         shown.show(Some(View {
             slots: Some(slots),
             ..View::idle(&Arc::new(VmConfig::small()), VmState::Running)
         }));
         assert_eq!(shown.info().unwrap().free_slots, 2);
-        shown.rows(vec![row]);
+        shown.rows(rows);
         shown.state(VmState::Paused);
         let info = shown.info().unwrap();
-        assert_eq!((info.slots, info.free_slots), (2, 1));
-        assert_eq!(info.devices[0].id, "disk");
+        assert_eq!((info.slots, info.free_slots), (2, 0));
+        let together = |index: usize| info.devices[index].together_with.clone();
+        assert_eq!(info.devices[0].id, "gpu");
+        assert_eq!([together(0), together(1)], [["audio"], ["gpu"]]);
+        assert!(together(2).is_empty());
         assert_eq!(info.state, VmState::Paused);
         shown.show(None);
         assert!(shown.info().is_none());

@@ -262,6 +262,10 @@ pub struct Device {
     pub group: Option<String>,
     /// Its state.
     pub state: DeviceState,
+    /// The other functions of the same device by their names in the VM: they share its slot, and go when it
+    /// goes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub together_with: Vec<String>,
 }
 
 impl From<&command::DeviceInfo> for Device {
@@ -272,6 +276,7 @@ impl From<&command::DeviceInfo> for Device {
             bdf: device.guest.to_string(),
             group: device.group.clone(),
             state: device.state.into(),
+            together_with: device.together_with.clone(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use crate::fake::{Bed, LAZY};
+use crate::fake::{Bed, LAZY, WHOLE};
 
 fn command(run_dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
@@ -217,8 +217,28 @@ fn devices_are_detached_and_their_guests_waited_for() {
     let came: Value = serde_json::from_str(&ok(&bed, &args)).unwrap();
     assert_eq!(
         came,
-        serde_json::json!({"id": LAZY, "gone": true, "forced": true})
+        serde_json::json!({"id": LAZY, "together_with": [], "gone": true, "forced": true})
     );
+}
+
+#[test]
+fn what_goes_along_with_a_device_is_named() {
+    let bed = Bed::new();
+    bed.boot();
+    let attach = ["attach", "vm", "--plan", WHOLE];
+    ok(&bed, &attach);
+    let info = ok(&bed, &["info", "vm"]);
+    let words = "dev0 and dev1 are one device: they are detached together";
+    assert_eq!(info.matches(words).count(), 1, "{info}");
+    assert_eq!(info.matches("together").count(), 1, "{info}");
+    assert_eq!(
+        ok(&bed, &["detach", "vm", "dev1"]),
+        "dev1 and dev0 are given back\n"
+    );
+    ok(&bed, &attach);
+    let came = ok(&bed, &["detach", "vm", "01:00.0", "--json"]);
+    let came: Value = serde_json::from_str(&came).unwrap();
+    assert_eq!(came["together_with"], serde_json::json!(["dev1"]));
 }
 
 #[test]

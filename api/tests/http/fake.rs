@@ -30,6 +30,8 @@ struct State {
 }
 
 const SLOTS: usize = 4;
+/// Name of a plan whose devices are functions of one.
+pub const WHOLE: &str = "gpu";
 /// Name of a device that the guest never answers for.
 pub const LAZY: &str = "lazy";
 
@@ -71,8 +73,12 @@ impl FakeVm {
                 })?;
                 let forced = detach.force_after.is_some();
                 if forced || detach.id != LAZY {
-                    let id = state.devices.remove(found).id;
-                    self.events.tell(VmEvent::Detached { id, forced });
+                    let gone = state.devices.remove(found);
+                    let together = |one: &DeviceInfo| gone.together_with.contains(&one.id);
+                    state.devices.retain(|one| !together(one));
+                    for id in [vec![gone.id], gone.together_with].concat() {
+                        self.events.tell(VmEvent::Detached { id, forced });
+                    }
                 }
                 return Ok(Answer::Done);
             }
@@ -102,6 +108,7 @@ impl FakeVm {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
+        let whole = *wanted == Wanted::Plan(WHOLE.to_owned());
         for index in first..first + count {
             let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
             if state.devices.iter().any(|device| device.id == id) {
@@ -113,6 +120,10 @@ impl FakeVm {
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
                 state: DeviceState::Announced,
+                together_with: match whole {
+                    true => vec![format!("dev{}", 2 * first + 1 - index)],
+                    false => Vec::new(),
+                },
             };
             self.events.tell(VmEvent::Attached(device.clone()));
             if device.id != LAZY {

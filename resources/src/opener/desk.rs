@@ -139,6 +139,7 @@ impl Desk<'_> {
             id,
             name: lease.name(),
             group: lease.iommu_group().unwrap_or_default(),
+            virtual_function: lease.is_virtual_function(),
             token: lease.token(),
             locks: lease.descriptors().count(),
         });

@@ -297,6 +297,7 @@ fn what_does_not_arrive_whole_goes_back() {
             id,
             name: bdf("01:00.0").into(),
             group: 1,
+            virtual_function: false,
             token: None,
             locks: 1,
         };

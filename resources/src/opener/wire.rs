@@ -86,6 +86,7 @@ pub(super) struct Leased {
     pub(super) id: u64,
     pub(super) name: DeviceName,
     pub(super) group: u32,
+    pub(super) virtual_function: bool,
     pub(super) token: Option<Uuid>,
     pub(super) locks: usize,
 }

@@ -76,7 +76,7 @@ impl Vm {
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
         let home = settle(config, &claimed, &later, host)?;
-        let ports = arrange(&claimed.names()).len();
+        let ports = arrange(&claimed.parts()).len();
         let domain = claimed.domain().cloned();
         let layout = plan(config, &features, &claimed, ports, &later)?;
         let mut board = Board::new(&machine, &layout, config, ports, &home)?;

@@ -35,9 +35,19 @@ pub struct Claimed {
     reserved: Vec<RangeInclusive<u64>>,
 }
 
+/// What tells whether a device is a part of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// What the device is called on the host.
+    pub name: DeviceName,
+    /// Whether it is a virtual function: a device of its own, though cards give them addresses that look
+    /// like those of one device's functions.
+    pub virtual_function: bool,
+}
+
 /// A device that is leased and whose group is open.
 pub struct Taken {
-    name: DeviceName,
+    part: Part,
     token: Option<Uuid>,
     group: Arc<Group>,
     domain: Arc<Domain>,
@@ -71,7 +81,7 @@ pub struct AttachedDevice {
     _io: Last<Counted<VfioDevice>>,
     // With the last device, RAM is unmapped.
     _domain: Arc<Domain>,
-    name: DeviceName,
+    part: Part,
     wires: Wires,
     hold: Hold,
 }
@@ -139,13 +149,18 @@ impl AttachedDevice {
         self.slot = None;
         if let Err(error) = self.function.0.function().retire() {
             let error = &error as &dyn std::error::Error;
-            tracing::warn!(device = %self.name, error, "the device may not have stopped");
+            tracing::warn!(device = %self.part.name, error, "the device may not have stopped");
         }
     }
 
     /// What it is called on the host.
     pub fn name(&self) -> DeviceName {
-        self.name
+        self.part.name
+    }
+
+    /// What tells whether it belongs into a slot with others.
+    pub fn part(&self) -> Part {
+        self.part
     }
 
     /// What the host says of it comes through these.
@@ -181,29 +196,30 @@ impl Drop for AttachedDevice {
 }
 
 /// Which devices go behind one port together, and as which function: those of one device of the host
-/// keep their numbers if function 0 is among them. All others come alone.
-pub fn arrange(devices: &[DeviceName]) -> Vec<Vec<(usize, u8)>> {
-    let place = |name: &DeviceName| match name.pci() {
-        Some(bdf) => Ok((bdf.domain(), bdf.bus(), bdf.device())),
-        None => Err(*name),
+/// keep their numbers if function 0 is among them. All others come alone, virtual functions always: who
+/// has one slot emptied loses all that is in it.
+pub fn arrange(devices: &[Part]) -> Vec<Vec<(usize, u8)>> {
+    let place = |part: &Part| match part.name.pci() {
+        Some(bdf) if !part.virtual_function => Ok((bdf.domain(), bdf.bus(), bdf.device())),
+        _ => Err(part.name),
     };
-    let number = |name: &DeviceName| name.pci().map_or(0, HostBdf::function);
-    let whole = |name: &DeviceName| {
+    let number = |part: &Part| part.name.pci().map_or(0, HostBdf::function);
+    let whole = |part: &Part| {
         devices
             .iter()
-            .any(|other| place(other) == place(name) && number(other) == 0)
+            .any(|other| place(other) == place(part) && number(other) == 0)
     };
     let mut slots: Vec<Vec<(usize, u8)>> = Vec::new();
-    for (index, name) in devices.iter().enumerate() {
+    for (index, part) in devices.iter().enumerate() {
         let same = |slot: &&mut Vec<(usize, u8)>| {
             slot.iter().any(|(other, _)| {
-                devices.get(*other).map(place) == Some(place(name))
+                devices.get(*other).map(place) == Some(place(part))
                     && devices.get(*other).is_some_and(whole)
             })
         };
-        match slots.iter_mut().find(same).filter(|_| whole(name)) {
-            Some(slot) => slot.push((index, number(name))),
-            None if whole(name) => slots.push(vec![(index, number(name))]),
+        match slots.iter_mut().find(same).filter(|_| whole(part)) {
+            Some(slot) => slot.push((index, number(part))),
+            None if whole(part) => slots.push(vec![(index, number(part))]),
             None => slots.push(vec![(index, 0)]),
         }
     }
@@ -256,9 +272,12 @@ impl Claimed {
             let missing = Error::NoIommuGroup {
                 device: lease.name(),
             };
-            let (name, group) = (lease.name(), domain.group(group_of(&lease)?));
+            let group = domain.group(group_of(&lease)?);
             Ok(Taken {
-                name,
+                part: Part {
+                    name: lease.name(),
+                    virtual_function: lease.is_virtual_function(),
+                },
                 token: lease.token(),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),
@@ -307,7 +326,10 @@ impl Claimed {
                 device: device.name,
             };
             Ok(Taken {
-                name: device.name,
+                part: Part {
+                    name: device.name,
+                    virtual_function: device.virtual_function,
+                },
                 token: device.token,
                 group: domain.group(device.group).ok_or(missing)?,
                 domain: Arc::clone(&domain),
@@ -324,7 +346,12 @@ impl Claimed {
 
     /// What the devices are called on the host.
     pub fn names(&self) -> Vec<DeviceName> {
-        self.taken.iter().map(|taken| taken.name).collect()
+        self.taken.iter().map(|taken| taken.part.name).collect()
+    }
+
+    /// What tells which of them share a slot.
+    pub fn parts(&self) -> Vec<Part> {
+        self.taken.iter().map(|taken| taken.part).collect()
     }
 
     /// What must be neither RAM nor BAR.
@@ -377,12 +404,12 @@ impl Taken {
         let counts = Arc::new(Counts::default());
         let io = VfioDevice::open(
             self.group,
-            &self.name.to_string(),
+            &self.part.name.to_string(),
             self.token.map(|token| token.to_string()).as_deref(),
         )?;
         let wires = Wires::lay(&io);
         let io = Arc::new(Counted::new(io, &counts));
-        let name = self.name;
+        let name = self.part.name;
         let on_enable = move || mailbox.post(Event::Enabled(name));
         let function = PassthroughDevice::new(io.clone(), router)?;
         let function = Watched::new(function, &counts, on_enable);
@@ -391,7 +418,7 @@ impl Taken {
             function: Last(Arc::new(function)),
             _io: Last(io),
             _domain: self.domain,
-            name,
+            part: self.part,
             wires,
             hold: self.hold,
         })

@@ -78,9 +78,12 @@ struct From {
 The guest's driver is let go first. A guest that does not answer can be asked again, or the device be \
 taken from it with --force-after.
 
+Functions of one device, such as a GPU and its audio, share a slot and go together, whichever is named; \
+`gantry vm info` shows which do.
+
 Examples:
   gantry vm detach web-1 gpu0
-  gantry vm detach web-1 0000:41:00.0 --force-after 10")]
+  gantry vm detach web-1 41:00.0 --force-after 10")]
 pub struct DetachArgs {
     /// Name of the VM; `gantry vm list` shows them
     #[arg(value_name = "VM")]
@@ -209,13 +212,21 @@ fn wait_for_driver(
 #[derive(Debug, Serialize)]
 struct Detached {
     id: String,
+    /// The other functions of the same device, which go with it.
+    together_with: Vec<String>,
     gone: bool,
     forced: bool,
 }
 
 pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
-    let id = id_of(&args.device, &client)?;
+    let (id, together_with) = find_device(&args.device, &client)?;
+    let mut going = vec![id.clone()];
+    going.extend(together_with.iter().cloned());
+    let (named, is) = match together_with.as_slice() {
+        [] => (id.clone(), "is"),
+        _ => (watch::list(&going), "are"),
+    };
     let mut events = client.events()?;
     let body = RemoveDevice {
         id: id.clone(),
@@ -225,29 +236,30 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let forced = if args.no_wait {
         None
     } else {
-        eprintln!("waiting for {}'s guest to let {id} go", args.vm);
+        eprintln!("waiting for {}'s guest to let {named} go", args.vm);
         let wait = args.force_after.unwrap_or(0.0) + f64::from(args.timeout);
         let wait = Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX);
-        Some(wait_for_guest(&mut events, &id, wait)?)
+        Some(wait_for_guest(&mut events, going, wait)?)
     };
     if args.json {
         return print_json(&Detached {
             gone: forced.is_some(),
             forced: forced == Some(true),
             id,
+            together_with,
         });
     }
     print(|out| match forced {
-        None => writeln!(out, "{id}: the guest is asked to let it go"),
-        Some(false) => writeln!(out, "{id} is given back"),
-        Some(true) => writeln!(out, "{id} is taken from the guest and given back"),
+        None => writeln!(out, "{named}: the guest is asked to let go"),
+        Some(false) => writeln!(out, "{named} {is} given back"),
+        Some(true) => writeln!(out, "{named} {is} taken from the guest and given back"),
     })
 }
 
-/// Waits until a device is gone; whether it had to be forced.
+/// Waits until devices are gone; whether that had to be forced.
 fn wait_for_guest(
     events: &mut EventReader<'_>,
-    wanted: &str,
+    mut going: Vec<String>,
     wait: Duration,
 ) -> Result<bool, Failure> {
     let now = Instant::now();
@@ -255,16 +267,21 @@ fn wait_for_guest(
     loop {
         match events.next(deadline) {
             Ok(Some(line)) => {
-                if let Event::Detached { id, forced } = line.event
-                    && id == wanted
-                {
-                    return Ok(forced);
+                if let Event::Detached { id, forced } = line.event {
+                    going.retain(|left| *left != id);
+                    if going.is_empty() {
+                        return Ok(forced);
+                    }
                 }
             }
             // It has been given back with all the rest.
             Ok(None) => return Ok(true),
             Err(ClientError::Late { .. }) => {
-                let what = format!("the guest has not let {wanted} go in {}", seconds(wait));
+                let what = format!(
+                    "the guest has not let {} go in {}",
+                    watch::list(&going),
+                    seconds(wait)
+                );
                 let help = "ask again, or take it from the guest with `--force-after 0`";
                 return Err(Failure::host(what).help(help));
             }
@@ -273,18 +290,23 @@ fn wait_for_guest(
     }
 }
 
-/// The name in the VM of a device that is named so, or that has this address on the host.
-fn id_of(device: &str, client: &Client) -> Result<String, Failure> {
+/// The name in the VM of a device that is named so, or that has this address on the host, and those of the
+/// functions that go with it.
+fn find_device(device: &str, client: &Client) -> Result<(String, Vec<String>), Failure> {
     let info: VmInfo = client.get("vm.info")?;
-    let named = info.devices.iter().find(|found| found.id == device);
-    if let Some(found) = named {
-        return Ok(found.id.clone());
-    }
     let name: Option<DeviceName> = device.parse().ok();
-    let at = info
-        .devices
-        .into_iter()
-        .find(|found| Some(found.host) == name);
-    // One that it does not have, the VM says so itself, with those it has.
-    Ok(at.map_or(device.to_owned(), |found| found.id))
+    let named = info.devices.iter().find(|found| found.id == device);
+    let at = || {
+        let mut devices = info.devices.iter();
+        devices.find(|found| Some(found.host) == name)
+    };
+    Ok(match named.or_else(at) {
+        Some(found) => (found.id.clone(), found.together_with.clone()),
+        // What a VM that is not booted will have goes by its whole address. What it does not have, the VM
+        // says itself, with those it has.
+        None => (
+            name.map_or(device.to_owned(), |name| name.to_string()),
+            Vec::new(),
+        ),
+    })
 }

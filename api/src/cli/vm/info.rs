@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::Args;
 use gantry_resources::{HostPaths, Numbers};
 
-use super::find;
+use super::{find, watch};
 use crate::http::wire::{Device, Placement, VmInfo};
 use crate::output::{print, print_json};
 use crate::report::Failure;
@@ -89,7 +89,19 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     let table = Table::new(&COLUMNS, rows)
         .sorted(sort)
         .fit(terminal_width());
-    write!(out, "\n{table}")
+    write!(out, "\n{table}")?;
+    let mut said: Vec<&String> = Vec::new();
+    for device in &info.devices {
+        let others = &device.together_with;
+        if others.is_empty() || said.contains(&&device.id) {
+            continue;
+        }
+        said.extend(others);
+        let all: Vec<String> = [&device.id].into_iter().chain(others).cloned().collect();
+        let all = watch::list(&all);
+        writeln!(out, "\n{all} are one device: they are detached together")?;
+    }
+    Ok(())
 }
 
 /// `node 1, CPUs 4-7`

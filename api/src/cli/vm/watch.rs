@@ -65,6 +65,15 @@ pub fn named(device: &Device) -> String {
     }
 }
 
+/// `a`, `a and b`, `a, b and c`
+pub fn list(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => one.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
 /// An event for people.
 fn words(event: &Event) -> String {
     match event {

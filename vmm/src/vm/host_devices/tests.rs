@@ -3,8 +3,15 @@
 use super::*;
 
 fn arranged(devices: &[&str]) -> Vec<Vec<(usize, u8)>> {
-    let devices: Vec<DeviceName> = devices.iter().map(|text| text.parse().unwrap()).collect();
-    arrange(&devices)
+    arrange(&parts(devices, false))
+}
+
+fn parts(devices: &[&str], virtual_function: bool) -> Vec<Part> {
+    let part = |text: &&str| Part {
+        name: text.parse().unwrap(),
+        virtual_function,
+    };
+    devices.iter().map(part).collect()
 }
 
 struct Closed(Arc<std::sync::Mutex<Option<std::thread::ThreadId>>>);
@@ -47,4 +54,23 @@ fn functions_of_a_device_stay_together_if_it_is_whole() {
         arranged(&["01:00.3", "0001:01:00.0", "01:00.0"]),
         [vec![(0, 3), (2, 0)], vec![(1, 0)]]
     );
+}
+
+#[test]
+fn virtual_functions_have_slots_of_their_own() {
+    let mut devices = parts(&["03:10.0", "03:10.2", "03:10.1"], true);
+    devices.extend(parts(&["01:00.1", "01:00.0"], false));
+    assert_eq!(
+        arrange(&devices),
+        [
+            vec![(0, 0)],
+            vec![(1, 0)],
+            vec![(2, 0)],
+            vec![(3, 1), (4, 0)]
+        ]
+    );
+    // With ARI they may have the address of a function of the card itself.
+    let mut devices = parts(&["01:00.0"], false);
+    devices.extend(parts(&["01:00.1"], true));
+    assert_eq!(arrange(&devices), [vec![(0, 0)], vec![(1, 0)]]);
 }

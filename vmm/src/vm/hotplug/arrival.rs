@@ -2,14 +2,14 @@
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, WindowKind};
-use gantry_resources::{DeviceName, Request, Source};
+use gantry_resources::{Request, Source};
 
 use super::Devices;
 use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
 use crate::error::Error;
 use crate::vm::attach::{Job, Prepared, tell_steps};
 use crate::vm::board::Board;
-use crate::vm::host_devices::{AttachedDevice, arrange};
+use crate::vm::host_devices::{AttachedDevice, Part, arrange};
 
 impl Devices {
     /// Begins to attach; the reply comes when the guest has been told, or it failed.
@@ -70,7 +70,10 @@ impl Devices {
             .plugged
             .iter()
             .skip(begun)
-            .map(|new| self.slots.info(&new.row))
+            .map(|new| {
+                self.slots
+                    .info(&new.row, self.plugged.iter().map(|one| &one.row))
+            })
             .collect();
         for info in &infos {
             tell_steps(&self.events, &info.id, &steps);
@@ -115,17 +118,16 @@ impl Devices {
         asked: &[Request],
         board: &Board,
     ) -> Result<(), CommandError> {
-        let addresses: Vec<DeviceName> =
-            devices.iter().flatten().map(AttachedDevice::name).collect();
+        let parts: Vec<Part> = devices.iter().flatten().map(AttachedDevice::part).collect();
         let groups: Vec<Option<String>> = asked.iter().flat_map(groups).collect();
-        for set in arrange(&addresses) {
+        for set in arrange(&parts) {
             let port = self.slot_for(&set, devices, board)?;
             for (index, function) in set {
-                let Some(bdf) = addresses.get(index) else {
+                let Some(part) = parts.get(index) else {
                     continue;
                 };
                 let id = match &attach.id {
-                    None => bdf.to_string(),
+                    None => part.name.to_string(),
                     Some(id) if index == 0 => id.clone(),
                     Some(id) => format!("{id}-{index}"),
                 };

@@ -17,7 +17,7 @@ use gantry_resources::{DeviceName, Request};
 use super::alarms::{AlarmKey, Alarms, Ears};
 use super::attach::Worker;
 use super::board::Board;
-use super::host_devices::{AttachedDevice, arrange};
+use super::host_devices::{AttachedDevice, Part, arrange};
 use crate::command::{DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::control::Mailbox;
 use crate::error::Error;
@@ -67,7 +67,7 @@ impl Devices {
         board: &Board,
         ground: &Ground,
     ) -> Result<Self, Error> {
-        let names: Vec<DeviceName> = devices.iter().map(AttachedDevice::name).collect();
+        let parts: Vec<Part> = devices.iter().map(AttachedDevice::part).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
         let groups: Vec<Option<String>> = asked.iter().flat_map(arrival::groups).collect();
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
@@ -81,7 +81,7 @@ impl Devices {
             shown: Arc::clone(&ground.shown),
             events: Arc::clone(&ground.events),
         };
-        for (set, port) in arrange(&names).into_iter().zip(ports) {
+        for (set, port) in arrange(&parts).into_iter().zip(ports) {
             for (index, function) in set {
                 let Some(device) = devices.get_mut(index).and_then(Option::take) else {
                     continue;
