@@ -146,7 +146,10 @@ fn devices_are_attached_and_their_drivers_waited_for() {
             "0",
         ],
     );
-    assert!(said.contains("not switched on lazy in 0 s"), "{said}");
+    assert!(
+        said.contains("not switched on lazy in 0 s") && said.contains("`gantry vm detach vm lazy`"),
+        "{said}"
+    );
     let args = [
         "attach",
         "vm",
@@ -239,6 +242,25 @@ fn what_goes_along_with_a_device_is_named() {
     let came = ok(&bed, &["detach", "vm", "01:00.0", "--json"]);
     let came: Value = serde_json::from_str(&came).unwrap();
     assert_eq!(came["together_with"], serde_json::json!(["dev1"]));
+}
+
+#[test]
+fn who_waits_for_a_paused_guest_is_told() {
+    let bed = Bed::new();
+    bed.boot();
+    ok(&bed, &["pause", "vm"]);
+    let lazy = ["--id", LAZY, "--timeout", "0"];
+    let attach = [&["attach", "vm", "--group", "nvme"], &lazy[..]].concat();
+    let button: &[&str] = &["power-button", "vm", "--wait", "0"];
+    let detach: &[&str] = &["detach", "vm", LAZY, "--timeout", "0"];
+    for args in [&attach, button, detach] {
+        let said = fails(&bed, args);
+        let words = "is paused: its guest does nothing until `gantry vm resume vm`";
+        // Before the wait, and after it.
+        assert_eq!(said.matches(words).count(), 2, "{args:?}: {said}");
+    }
+    ok(&bed, &["resume", "vm"]);
+    assert!(!fails(&bed, detach).contains("paused"));
 }
 
 #[test]

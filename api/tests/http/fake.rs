@@ -82,6 +82,7 @@ impl FakeVm {
                 }
                 return Ok(Answer::Done);
             }
+            (Command::PowerButton, was) => was,
             (Command::Pause, _) => VmState::Paused,
             (Command::Resume, VmState::Paused) => VmState::Running,
             (Command::Resume, _) => return Err(CommandError::NotPaused),

@@ -190,6 +190,11 @@ fn a_paused_guest_does_nothing(host: &Host) -> Result<()> {
     ensure!(info["state"] == "Paused", "{info}");
     gantry(host, "vm resume vm")?;
     running.until("guest: tick")?;
+    gantry(host, "vm pause vm")?;
+    gantry(host, "vm reboot vm")?;
+    running.until("guest: init")?;
+    let info: Value = serde_json::from_str(&gantry(host, "vm info vm --json")?)?;
+    ensure!(info["state"] == "Running", "{info}");
     gantry(host, "vm shutdown vm")?;
     running.end()?.powered_off()?;
     no_socket(host)

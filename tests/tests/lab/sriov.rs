@@ -19,6 +19,7 @@ pub const CASES: &[Case] = cases![
     functions_are_made_set_and_given_to_a_vm,
     functions_in_use_stay,
     a_vm_makes_the_functions_it_asks_for,
+    one_function_goes_and_the_other_stays,
     what_a_vm_leaves_changed_is_put_back,
     what_a_tenants_vm_leaves_changed_root_puts_back,
     a_setting_that_the_card_lacks_changes_nothing,
@@ -209,6 +210,38 @@ fn a_vm_makes_the_functions_it_asks_for(host: &Host) -> Result<()> {
     card.command("deactivate vfs")?;
     ensure!(card.count()? == 0, "they are gone");
     Ok(())
+}
+
+fn one_function_goes_and_the_other_stays(host: &Host) -> Result<()> {
+    let card = Card::new(host, "manual", json!({}))?;
+    card.command("activate vfs")?;
+    let mut vm = Vm::new("shell").devices("vfs", 2);
+    vm.file["hotplug"] = json!({"slots": 2});
+    let mut running = vm.start(host)?;
+    running.until("guest: init")?;
+    let gantry = |words: &str| -> Result<String> {
+        let done = host.sh(&format!("gantry vm {words}")).output()?;
+        Ok(done.success()?.text())
+    };
+    let said = gantry("detach vm 03:10.0")?;
+    ensure!(said == format!("{FIRST} is given back"), "{said}");
+    let info = gantry("info vm")?;
+    ensure!(
+        info.contains("0000:03:10.2") && !info.contains(FIRST),
+        "{info}"
+    );
+    // Neither does one that comes take the other's slot.
+    gantry("attach vm --group vfs")?;
+    gantry("detach vm 03:10.2")?;
+    let info = gantry("info vm")?;
+    ensure!(
+        info.contains(FIRST) && !info.contains("0000:03:10.2"),
+        "{info}"
+    );
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    card.command("deactivate vfs")?;
+    nothing_is_held(host)
 }
 
 fn what_a_vm_leaves_changed_is_put_back(host: &Host) -> Result<()> {

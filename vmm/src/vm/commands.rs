@@ -21,9 +21,15 @@ impl Vm {
                 return Ok(Some(End::Asked(command, reply)));
             }
             Command::Reboot => {
+                let was = self.state;
                 let rebooted = self.reboot();
                 return match rebooted {
                     Ok(()) => {
+                        // Who asks for a boot wants it to run.
+                        if was == VmState::Paused {
+                            self.gate.open();
+                            self.enter(VmState::Running);
+                        }
                         reply(Ok(Answer::Done));
                         Ok(None)
                     }

@@ -11,7 +11,7 @@ use serde::de::value::StringDeserializer;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{find, watch};
+use super::{find, state, watch};
 use crate::http::client::{Client, ClientError, EventReader, seconds};
 use crate::http::wire::{
     AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo,
@@ -112,7 +112,13 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
-        wait_for_driver(&mut events, &mut devices, wait)?;
+        if let Some(asleep) = state::asleep(&client, &args.vm) {
+            eprintln!("{asleep}");
+        }
+        let waited = wait_for_driver(&mut events, &mut devices, wait)?;
+        if let Err(waiting) = waited {
+            return Err(not_switched_on(&client, &args.vm, &waiting, wait));
+        }
     }
     if args.json {
         return print_json(&devices);
@@ -162,39 +168,47 @@ fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
     })
 }
 
+/// Why the command is over before the guest's driver has switched on the devices, and what helps.
+fn not_switched_on(client: &Client, vm: &str, waiting: &[String], wait: Duration) -> Failure {
+    let (named, waited) = (watch::list(waiting), seconds(wait));
+    let what = format!(
+        "the guest has not switched on {named} in {waited}: attached, and taken from the host, but not in use"
+    );
+    let why = state::asleep(client, vm).unwrap_or_else(|| {
+        "the guest may lack a driver for it: look with `lspci -k` there".to_owned()
+    });
+    let first = waiting.first().map_or("", String::as_str);
+    Failure::host(what).help(format!(
+        "{why}; `gantry vm detach {vm} {first}` gives it back"
+    ))
+}
+
+/// Waits until the guest's driver has switched on all devices; which are left if it does not.
 fn wait_for_driver(
     events: &mut EventReader<'_>,
     devices: &mut [Device],
     wait: Duration,
-) -> Result<(), Failure> {
+) -> Result<Result<(), Vec<String>>, Failure> {
     let deadline = Instant::now() + wait;
     let mut took: BTreeMap<String, f64> = BTreeMap::new();
     loop {
         let waiting = devices
             .iter()
             .filter(|device| device.state != DeviceState::Enabled);
-        let waiting: Vec<&str> = waiting.map(|device| &*device.id).collect();
+        let waiting: Vec<String> = waiting.map(|device| device.id.clone()).collect();
         if waiting.is_empty() {
-            return Ok(());
+            return Ok(Ok(()));
         }
         let line = match events.next(Some(deadline)) {
             Ok(Some(line)) => line,
             Ok(None) => return Err(Failure::host("the VM ended")),
-            Err(ClientError::Late { .. }) => {
-                let what = format!(
-                    "the guest has not switched on {} in {}: attached, but not in use",
-                    waiting.join(", "),
-                    seconds(wait)
-                );
-                let help = "the guest may lack a driver for it: look with `lspci -k` there";
-                return Err(Failure::host(what).help(help));
-            }
+            Err(ClientError::Late { .. }) => return Ok(Err(waiting)),
             Err(error) => return Err(error.into()),
         };
         match line.event {
             Event::AttachStep { id, seconds, .. } => *took.entry(id).or_default() += seconds,
             // Of what others attach meanwhile, nothing is said.
-            Event::Attached { device } if waiting.contains(&&*device.id) => {
+            Event::Attached { device } if waiting.contains(&device.id) => {
                 let seconds = took.get(&device.id).copied().unwrap_or_default();
                 let named = watch::named(&device);
                 eprintln!("{named} is plugged in after {seconds:.2} s; the guest's turn");
@@ -236,10 +250,16 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let forced = if args.no_wait {
         None
     } else {
-        eprintln!("waiting for {}'s guest to let {named} go", args.vm);
+        match state::asleep(&client, &args.vm) {
+            Some(asleep) => eprintln!("{asleep}"),
+            None => eprintln!("waiting for {}'s guest to let {named} go", args.vm),
+        }
         let wait = args.force_after.unwrap_or(0.0) + f64::from(args.timeout);
         let wait = Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX);
-        Some(wait_for_guest(&mut events, going, wait)?)
+        Some(match wait_for_guest(&mut events, going, wait)? {
+            Ok(forced) => forced,
+            Err(left) => return Err(not_let_go(&client, args, &left, wait)),
+        })
     };
     if args.json {
         return print_json(&Detached {
@@ -256,12 +276,23 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// Waits until devices are gone; whether that had to be forced.
+/// Why the command is over before the guest has let devices go, and what helps.
+fn not_let_go(client: &Client, args: &DetachArgs, left: &[String], wait: Duration) -> Failure {
+    let (named, waited) = (watch::list(left), seconds(wait));
+    let what = format!("the guest has not let {named} go in {waited}");
+    let force = "take it from the guest with `--force-after 0`";
+    Failure::host(what).help(match state::asleep(client, &args.vm) {
+        Some(asleep) => format!("{asleep}; or {force}"),
+        None => format!("ask again, or {force}"),
+    })
+}
+
+/// Waits until devices are gone; whether that had to be forced, or which are left.
 fn wait_for_guest(
     events: &mut EventReader<'_>,
     mut going: Vec<String>,
     wait: Duration,
-) -> Result<bool, Failure> {
+) -> Result<Result<bool, Vec<String>>, Failure> {
     let now = Instant::now();
     let deadline = now.checked_add(wait);
     loop {
@@ -270,21 +301,13 @@ fn wait_for_guest(
                 if let Event::Detached { id, forced } = line.event {
                     going.retain(|left| *left != id);
                     if going.is_empty() {
-                        return Ok(forced);
+                        return Ok(Ok(forced));
                     }
                 }
             }
             // It has been given back with all the rest.
-            Ok(None) => return Ok(true),
-            Err(ClientError::Late { .. }) => {
-                let what = format!(
-                    "the guest has not let {} go in {}",
-                    watch::list(&going),
-                    seconds(wait)
-                );
-                let help = "ask again, or take it from the guest with `--force-after 0`";
-                return Err(Failure::host(what).help(help));
-            }
+            Ok(None) => return Ok(Ok(true)),
+            Err(ClientError::Late { .. }) => return Ok(Err(going)),
             Err(error) => return Err(error.into()),
         }
     }

@@ -7,8 +7,8 @@ use gantry_resources::HostPaths;
 use tokio::time::Instant;
 
 use super::find;
-use crate::http::client::{ClientError, seconds};
-use crate::http::wire::{Event, VmState};
+use crate::http::client::{Client, ClientError, seconds};
+use crate::http::wire::{Event, VmInfo, VmState};
 use crate::output::print;
 use crate::report::Failure;
 
@@ -43,6 +43,13 @@ pub struct PowerButtonArgs {
     wait: Option<u32>,
 }
 
+/// What is to be known of a VM whose guest is to do something: none unless it is paused.
+pub fn asleep(client: &Client, vm: &str) -> Option<String> {
+    let info: VmInfo = client.get("vm.info").ok()?;
+    (info.state == VmState::Paused)
+        .then(|| format!("{vm} is paused: its guest does nothing until `gantry vm resume {vm}`"))
+}
+
 /// Has `call` done, and says that the VM `is` so now.
 pub fn change(vm: &str, paths: &HostPaths, call: &str, is: &str) -> Result<(), Failure> {
     find::vm(vm, paths)?.put(call)?;
@@ -73,6 +80,9 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
     client.put("vm.power-button")?;
+    if let Some(asleep) = asleep(&client, &args.vm) {
+        eprintln!("{asleep}");
+    }
     let Some(wait) = args.wait else {
         return print(|out| writeln!(out, "{}'s guest is asked to power off", args.vm));
     };
@@ -90,8 +100,9 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
             Ok(None) => break,
             Err(ClientError::Late { .. }) => {
                 let what = format!("{}'s guest did not power off in {}", args.vm, seconds(wait));
-                let help =
+                let deaf =
                     "it may not listen to its power button; `gantry vm shutdown` does not ask";
+                let help = asleep(&client, &args.vm).unwrap_or_else(|| deaf.to_owned());
                 return Err(Failure::host(what).help(help));
             }
             Err(error) => return Err(error.into()),
