@@ -168,6 +168,9 @@ fn devices_are_attached_and_their_drivers_waited_for() {
         info.contains("slots    0 of 4 free") && info.contains("lazy"),
         "{info}"
     );
+    let counted = gantry(&bed, &["attach", "vm", "--alias", "disk:1"]);
+    let said = String::from_utf8(counted.stderr).unwrap();
+    assert!(said.contains("`--alias disk --count 1`"), "{said}");
     let both = gantry(&bed, &["attach", "vm", "--group", "a", "--alias", "b"]);
     assert_eq!(both.status.code(), Some(2));
 }

@@ -22,8 +22,12 @@ use crate::report::Failure;
 #[derive(Debug, Args)]
 #[command(override_usage = "gantry vm attach [OPTIONS] <--group|--alias|--plan|--device> <VM>")]
 #[command(after_help = "\
+Devices go into slots that the VM was started with: `\"hotplug\": {\"slots\": 8}` in its file. `gantry \
+vm info` shows how many are free.
+
 It is over when the guest's driver has switched the devices on. How long each step took, `gantry vm \
-events` shows as it happens, and `gantry vm metrics` afterwards.
+events` shows as it happens, and `gantry vm metrics` afterwards. A device that the guest does not switch \
+on in time stays in the VM until `gantry vm detach`.
 
 Examples:
   gantry vm attach web-1 --group gpu
@@ -63,7 +67,7 @@ struct From {
     #[arg(long)]
     group: Option<String>,
     /// Alias to take devices by; `gantry group alias` shows them
-    #[arg(long)]
+    #[arg(long, value_parser = alias)]
     alias: Option<String>,
     /// Service plan whose devices to take; `gantry plan list` shows them
     #[arg(long, conflicts_with_all = ["count", "id"])]
@@ -156,6 +160,16 @@ impl AttachArgs {
             numa_policy: self.numa_policy,
             ..AddDevice::default()
         }
+    }
+}
+
+/// An alias without the number that Nova's requests have behind it.
+fn alias(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((name, count)) if count.parse::<u32>().is_ok() => Err(format!(
+            "an alias stands alone here: use `--alias {name} --count {count}`"
+        )),
+        _ => Ok(text.to_owned()),
     }
 }
 
