@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
-use gantry_devices::pci::firmware::WindowKind;
+use gantry_devices::pci::firmware::{Misfit, WindowKind};
 use gantry_resources::{DeviceName, Numbers, Request};
 
 use crate::config::VmConfig;
@@ -255,16 +255,15 @@ pub enum CommandError {
     },
     /// The device has larger BARs than the windows of any empty slot.
     #[error(
-        "no empty slot of the VM can hold {device}: it needs a {kind} window of {size:#x} bytes; {}",
-        wider(*kind)
+        "no empty slot of the VM can hold {device}: its BAR {} ({:#x} bytes) needs {:#x} bytes of {} \
+         addresses there; {}",
+        misfit.largest.index, misfit.largest.size, misfit.size, misfit.kind, wider(misfit.kind)
     )]
     SlotsTooSmall {
         /// The device.
         device: DeviceName,
         /// Which window is too small.
-        kind: WindowKind,
-        /// Bytes that it needs.
-        size: u64,
+        misfit: Misfit,
     },
     /// Another device is called so.
     #[error("the VM has a device \"{0}\" already: choose another id")]
@@ -287,8 +286,13 @@ pub enum CommandError {
 
 fn wider(kind: WindowKind) -> &'static str {
     match kind {
+        WindowKind::Io => {
+            "start the VM with the device, or detach one that is in a slot with I/O ports"
+        }
         WindowKind::Mem64 => "start the VM with a larger `hotplug.window` in its file",
-        _ => "start the VM with fewer `hotplug.slots` in its file: each is larger then",
+        WindowKind::Mem32 => {
+            "start the VM with fewer `hotplug.slots` in its file: each is larger then"
+        }
     }
 }
 

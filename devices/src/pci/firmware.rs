@@ -8,7 +8,8 @@ use std::fmt;
 use std::ops::Range;
 
 use super::registers::{BARS, COMMAND};
-use super::root_port::{IO_GRANULARITY, MEMORY_GRANULARITY};
+pub use super::root_port::IO_GRANULARITY;
+use super::root_port::MEMORY_GRANULARITY;
 use super::{BAR_COUNT, BarKind, GuestBdf, PciDevice, PciSegment, PortIndex, PortWindows};
 
 /// The least distance of two memory BARs, so that each has pages of its own.
@@ -204,6 +205,15 @@ pub enum FirmwareError {
     },
 }
 
+impl FirmwareError {
+    /// The window that does not fit.
+    pub const fn kind(&self) -> WindowKind {
+        match self {
+            Self::Bar { kind, .. } | Self::Slot { kind, .. } => *kind,
+        }
+    }
+}
+
 /// Assigns everything behind every root port of `segment`: at the first start, and after each
 /// reset of the functions. Returns what each port got, in their order.
 ///
@@ -227,13 +237,23 @@ pub fn assign(
     Ok(plans)
 }
 
+/// A window that a port does not have, or that is too small for a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Misfit {
+    /// Which window.
+    pub kind: WindowKind,
+    /// Bytes that it would have to have.
+    pub size: u64,
+    /// The largest BAR that has to be in it.
+    pub largest: BarRequest,
+}
+
 /// Whether the BARs of all functions of a device fit into the windows of a port, so that a guest that
-/// finds it there can give them addresses. Otherwise the window that is too small, and what it would
-/// have to be.
+/// finds it there can give them addresses. Linux enables no device that has a BAR without one.
 ///
 /// # Errors
 /// They do not.
-pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), (WindowKind, u64)> {
+pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), Misfit> {
     let request = PortRequest {
         port: GuestBdf::from_bits(0),
         minimum: Minimum {
@@ -245,16 +265,23 @@ pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), (WindowKind
     };
     let mut windows = windows.clone();
     for kind in WindowKind::ALL {
-        // A device works without its I/O ports, as it does on machines that have run out of them.
-        let Some(need) = Need::of(kind, &request).filter(|_| kind != WindowKind::Io) else {
+        let Some(need) = Need::of(kind, &request) else {
             continue;
         };
         let window = kind.port(&mut windows).clone();
         let fits = window.is_some_and(|window| {
             place(window.start, &need).is_some_and(|placed| placed.end <= window.end)
         });
-        if !fits {
-            return Err((kind, need.size));
+        match need.bars.first() {
+            Some(&(largest, _)) if !fits => {
+                let size = need.size;
+                return Err(Misfit {
+                    kind,
+                    size,
+                    largest,
+                });
+            }
+            _ => {}
         }
     }
     Ok(())

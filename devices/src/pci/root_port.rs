@@ -29,7 +29,8 @@ const BRIDGE_CONTROL_WRITABLE: u16 = 0x001f;
 /// Granularity of the memory windows in bytes.
 pub(super) const MEMORY_GRANULARITY: u64 = 1 << 20;
 /// Granularity of the I/O window in ports.
-pub(super) const IO_GRANULARITY: u64 = 1 << 12;
+/// An I/O window is made of so many ports, and aligned to them.
+pub const IO_GRANULARITY: u64 = 1 << 12;
 /// What the low nibbles of the prefetchable base and limit say: 64-bit addresses.
 const PREFETCHABLE_64_BIT: u16 = 1;
 

@@ -16,6 +16,7 @@ use crate::vm::{Running, Vm};
 pub const CASES: &[Case] = cases![
     a_vm_gets_a_new_device_and_it_goes_with_it,
     a_killed_vms_device_goes_too,
+    one_with_io_ports_comes_to_a_running_vm,
     devices_made_ahead_stay,
     a_tenant_runs_a_vm_with_a_device_made_ahead,
 ];
@@ -106,6 +107,27 @@ fn a_killed_vms_device_goes_too(host: &Host) -> Result<()> {
         }
         sample.until_none()?;
     }
+    nothing_is_held(host)
+}
+
+fn one_with_io_ports_comes_to_a_running_vm(host: &Host) -> Result<()> {
+    let sample = Sample::new(host, "mtty", json!({"type": "mtty-2"}))?;
+    let mut vm = Vm::new("shell");
+    vm.file["hotplug"] = json!({"slots": 32});
+    let mut running = vm.start(host)?;
+    running.until("guest: init")?;
+    let attach = "gantry vm attach vm --group vgpus --id tty --no-wait";
+    host.sh(attach).output()?.success()?;
+    // Linux enables no device that has a BAR without an address.
+    running.types("until grep -qs 4348 /sys/bus/pci/devices/*/vendor; do sleep 0.1; done; cd $(dirname $(grep -l 4348 /sys/bus/pci/devices/*/vendor)); head -1 resource | sed 's/^/guest: bar=/'; echo 1 >enable && echo guest: enabled=$(cat enable); cd /; echo guest: done")?;
+    running.until("\nguest: done")?;
+    host.sh("gantry vm detach vm tty").output()?.success()?;
+    sample.until_none()?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.number("enabled")? >= 1, "{ended}");
+    let bar = ended.value("bar")?;
+    ensure!(!bar.starts_with("0x0000000000000000"), "{ended}");
     nothing_is_held(host)
 }
 

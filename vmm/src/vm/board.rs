@@ -7,7 +7,9 @@ use std::sync::Arc;
 use gantry_devices::events::{self, PlatformEvents};
 use gantry_devices::outlet::{self, Outlet};
 use gantry_devices::panic::{self, PanicRegister};
-use gantry_devices::pci::firmware::{self, FirmwareError, HostWindows, Minimum};
+use gantry_devices::pci::firmware::{
+    self, FirmwareError, HostWindows, IO_GRANULARITY, Minimum, WindowKind,
+};
 use gantry_devices::pci::{
     BarSpaceError, ConfigPorts, EcamWindow, PciSegment, PortIndex, PortWindows,
 };
@@ -208,9 +210,21 @@ struct SlotWindows {
     /// Bytes of 64-bit addresses that each such port is to have, if that was said.
     wish: Option<u64>,
     /// What each got.
-    share: Option<Minimum>,
+    share: Option<Share>,
     /// The windows of all ports.
     given: Vec<PortWindows>,
+}
+
+/// What the ports that are empty at the start get.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Bytes of addresses below 4 GiB.
+    mem32: u64,
+    /// Bytes of 64-bit addresses.
+    mem64: u64,
+    /// How many get I/O ports: there are few of them. The last, as slots are filled from the first on, and
+    /// most devices have no I/O BAR.
+    with_io: usize,
 }
 
 /// The most 64-bit addresses that a slot gets unasked: enough for the largest BARs there are.
@@ -230,12 +244,17 @@ impl SlotWindows {
         let empty = slots.len().saturating_sub(self.first) as u64;
         let mut share = self.share.unwrap_or_else(|| self.even(host, empty));
         let plans = loop {
-            let minimum = |port: PortIndex| match port.get() < self.first {
-                true => Minimum::default(),
-                false => share,
+            let first_with_io = slots.len().saturating_sub(share.with_io);
+            let minimum = |port: PortIndex| match port.get() {
+                port if port < self.first => Minimum::default(),
+                port => Minimum {
+                    mem32: share.mem32,
+                    mem64: share.mem64,
+                    io: IO_GRANULARITY * u64::from(port >= first_with_io),
+                },
             };
             match firmware::assign(pci, host, minimum) {
-                Err(_) if empty > 0 && self.shrink(&mut share) => {}
+                Err(error) if empty > 0 && self.shrink(&mut share, error.kind()) => {}
                 plans => break plans?,
             }
         };
@@ -245,20 +264,26 @@ impl SlotWindows {
     }
 
     /// An even share of a part of what there is: the rest is for the devices that are there.
-    fn even(&self, host: &HostWindows, empty: u64) -> Minimum {
+    fn even(&self, host: &HostWindows, empty: u64) -> Share {
         let len = |range: &Range<u64>| range.end.saturating_sub(range.start) / empty.max(1);
         let least = Minimum::default().mem32;
         let mem32 = (len(&host.mem32) / 4 * 3).clamp(least, MAX_SHARE32);
         let mem64 = (len(&host.mem64) / 2).clamp(MIN_SHARE64, MAX_SHARE64);
-        Minimum {
+        let windows = (host.io.end.saturating_sub(host.io.start) / IO_GRANULARITY).min(empty);
+        Share {
             mem32: 1 << mem32.ilog2(),
             mem64: self.wish.unwrap_or(1 << mem64.ilog2()),
-            io: 0,
+            with_io: windows as usize,
         }
     }
 
     /// Makes shares that did not fit smaller; `false` if nothing is left to be made smaller.
-    fn shrink(&self, share: &mut Minimum) -> bool {
+    fn shrink(&self, share: &mut Share, kind: WindowKind) -> bool {
+        if kind == WindowKind::Io {
+            let more = share.with_io > 0;
+            share.with_io = share.with_io.saturating_sub(1);
+            return more;
+        }
         if share.mem32 > Minimum::default().mem32 {
             share.mem32 /= 2;
             return true;
@@ -361,10 +386,31 @@ mod tests {
             for given in &windows.given[1..] {
                 assert_eq!((len(&given.mem32), len(&given.mem64)), (mem32, mem64));
             }
+            // 60 KiB of I/O ports, and the first slots go without.
+            let with_io = windows.given.iter().map(|given| len(&given.io));
+            let mut expected = vec![0; empty + 1];
+            expected[(empty + 1).saturating_sub(15).max(1)..].fill(0x1000);
+            assert!(with_io.eq(expected));
             let before = windows.given.clone();
             windows.assign(&segment, &host(), &slots).unwrap();
             assert_eq!(windows.given, before, "the same at a reboot");
         }
+    }
+
+    #[test]
+    fn io_ports_that_others_need_are_done_without() {
+        let mut few = host();
+        few.io = 0x1000..0x4000;
+        let (segment, slots) = segment(6);
+        let mut shared = windows(None);
+        shared.assign(&segment, &few, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.with_io), Some(3));
+        // As after a reboot with fewer left.
+        few.io = 0x1000..0x3000;
+        shared.assign(&segment, &few, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.with_io), Some(2));
+        few.io = 0x1000..0x1000;
+        windows(None).assign(&segment, &few, &slots).unwrap();
     }
 
     #[test]

@@ -135,11 +135,26 @@ fn a_device_fits_into_a_slot_whose_windows_hold_its_bars() {
         mem64: Some(64 * GIB..80 * GIB),
         io: None,
     };
+    let misfit = |kind, size, largest| {
+        Err(Misfit {
+            kind,
+            size,
+            largest,
+        })
+    };
     let small = [request(0, MEM64, 0x4000), request(2, BarKind::Io, 0x80)];
-    assert_eq!(fit(&small, &windows), Ok(()));
+    assert_eq!(
+        fit(&small, &windows),
+        misfit(WindowKind::Io, IO_GRANULARITY, small[1])
+    );
+    let with_io = PortWindows {
+        io: Some(0x3000..0x4000),
+        ..windows.clone()
+    };
+    assert_eq!(fit(&small, &with_io), Ok(()));
     assert_eq!(
         fit(&small, &PortWindows::default()),
-        Err((WindowKind::Mem32, MIB))
+        misfit(WindowKind::Mem32, MIB, small[0])
     );
     let large = [
         request(0, PREFETCHABLE, 16 * GIB),
@@ -152,7 +167,7 @@ fn a_device_fits_into_a_slot_whose_windows_hold_its_bars() {
     ];
     assert_eq!(
         fit(&larger, &windows),
-        Err((WindowKind::Mem64, 16 * GIB + MIB))
+        misfit(WindowKind::Mem64, 16 * GIB + MIB, larger[0])
     );
 }
 

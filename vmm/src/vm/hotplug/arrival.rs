@@ -1,7 +1,7 @@
 //! How devices come: a slot is found for what the worker prepared, and the guest is told.
 
 use gantry_devices::pci::PortIndex;
-use gantry_devices::pci::firmware::{self, WindowKind};
+use gantry_devices::pci::firmware::{self, Misfit};
 use gantry_resources::{Request, Source};
 
 use super::Devices;
@@ -160,17 +160,15 @@ impl Devices {
                 bars.extend(device.bars(*function));
             }
         }
-        let mut small: Option<(WindowKind, u64)> = None;
+        let mut small: Option<Misfit> = None;
         for port in self.free() {
             match firmware::fit(&bars, &board.windows(port)) {
                 Ok(()) => return Ok(port),
-                Err(window) => small = small.or(Some(window)),
+                Err(misfit) => small = small.or(Some(misfit)),
             }
         }
         Err(match (small, first) {
-            (Some((kind, size)), Some(device)) => {
-                CommandError::SlotsTooSmall { device, kind, size }
-            }
+            (Some(misfit), Some(device)) => CommandError::SlotsTooSmall { device, misfit },
             _ => CommandError::NoFreeSlot {
                 slots: board.slots.len(),
             },
