@@ -146,6 +146,8 @@ pub struct VmInfo {
     pub cpus: Numbers,
     /// What it is doing.
     pub state: VmState,
+    /// Why it has ended, in words for people, if it has.
+    pub ended: Option<String>,
     /// Devices of the host that it has.
     pub devices: Vec<DeviceInfo>,
     /// Slots that devices can be plugged into while it runs.

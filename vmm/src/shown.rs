@@ -23,6 +23,8 @@ pub struct View {
     pub home: Home,
     /// What it is doing.
     pub state: VmState,
+    /// Why it has ended, if it has.
+    pub ended: Option<String>,
     /// The devices that it has.
     pub rows: Vec<Row>,
     /// Where they are plugged in; `None` if it does not run.
@@ -96,6 +98,7 @@ impl View {
             config: Arc::clone(config),
             home: Home::default(),
             state,
+            ended: None,
             rows: Vec::new(),
             slots: None,
         }
@@ -109,6 +112,7 @@ impl View {
             nodes: self.home.nodes.clone(),
             cpus: self.home.cpus.clone(),
             state: self.state,
+            ended: self.ended.clone(),
             devices: self.rows.iter().filter_map(device).collect(),
             slots: slots.map_or(0, |slots| slots.ports.len()),
             free_slots: slots.map_or(0, |slots| slots.free(self.rows.iter()).len()),

@@ -8,6 +8,7 @@
 
 mod desk;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -60,6 +61,18 @@ pub enum Outcome {
     Signal(i32),
     /// The guest cannot go on, and why.
     GuestFault(String),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::Stopped => f.write_str("it was ended from its console"),
+            Self::Asked => f.write_str("a client ended it"),
+            Self::Signal(number) => write!(f, "signal {number} ended it"),
+            Self::GuestFault(what) => write!(f, "the guest died: {what}"),
+        }
+    }
 }
 
 /// What the VMs of a process stand on.
@@ -267,7 +280,7 @@ impl Vmm {
         let ended = thread.map_err(Error::host("spawn a thread"))?.join();
         reap();
         if !matches!(ended, Err((_, Some(_)))) {
-            desk.ran();
+            desk.ran(why(&ended));
         }
         if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
             desk.created = None;
@@ -276,6 +289,7 @@ impl Vmm {
         let outcome = match ended {
             Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))) => Some(outcome),
             Ok(End::Over(Outcome::GuestFault(error))) => {
+                tracing::warn!("the guest died: {error}");
                 (self.ground.events)(VmEvent::GuestFault { error });
                 None
             }
@@ -305,6 +319,20 @@ impl Vmm {
         };
         desk.tell(&self.ground.events);
         Ok(outcome)
+    }
+}
+
+/// Why a VM has ended, in words for people.
+fn why(ended: &Result<End, (Error, Option<Reply>)>) -> String {
+    match ended {
+        Ok(End::Over(outcome)) => outcome.to_string(),
+        Ok(End::Asked(..)) => Outcome::Asked.to_string(),
+        Err((error, _)) => {
+            let first: &dyn std::error::Error = error;
+            let causes = std::iter::successors(Some(first), |error| error.source());
+            let causes: Vec<String> = causes.map(ToString::to_string).collect();
+            format!("the host failed it: {}", causes.join(": "))
+        }
     }
 }
 

@@ -73,6 +73,9 @@ pub struct VmInfo {
     pub config: Config,
     /// Its state.
     pub state: VmState,
+    /// Why it was shut down, in words for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<String>,
     /// Bytes of RAM that its guest has.
     pub memory_actual_size: u64,
     /// Where it is on the host, if it is kept anywhere.
@@ -301,6 +304,7 @@ impl From<&command::VmInfo> for VmInfo {
         let vcpus = config.vcpus.get();
         Self {
             state: info.state.into(),
+            ended: info.ended.clone(),
             memory_actual_size: config.memory.bytes(),
             placement: Placement::of(info),
             device_tree: info.devices.iter().map(node).collect(),

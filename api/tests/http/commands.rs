@@ -97,6 +97,9 @@ fn states_change_and_refusals_are_told() {
     ok(&bed, &["reboot", "vm"]);
     ok(&bed, &["power-button", "vm"]);
     ok(&bed, &["shutdown", "vm"]);
+    let info = ok(&bed, &["info", "vm"]);
+    let why = "state    shut down\nended    the guest died: at once\n         too little memory\n";
+    assert!(info.contains(why), "{info}");
     let said = fails(&bed, &["shutdown", "vm"]);
     assert!(said.contains("`gantry vm shutdown vm --process`"), "{said}");
     assert_eq!(

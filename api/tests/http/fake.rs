@@ -165,6 +165,8 @@ impl Vm for FakeVm {
             nodes: [1].into_iter().collect(),
             cpus: [4, 5].into_iter().collect(),
             state: is,
+            ended: (is == VmState::Shutdown)
+                .then(|| "the guest died: at once\ntoo little memory".to_owned()),
             devices: state.devices.clone(),
             slots: SLOTS,
             free_slots: SLOTS - state.devices.len(),

@@ -93,6 +93,7 @@ impl Vm {
             config: Arc::clone(&self.config),
             home: self.home.clone(),
             state: self.state,
+            ended: None,
             rows: self.devices.rows(),
             slots: Some(self.board.slots()),
         }));

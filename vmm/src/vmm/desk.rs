@@ -16,8 +16,8 @@ pub struct Desk {
     host: HostPaths,
     /// The VM that there will be.
     pub created: Option<Arc<VmConfig>>,
-    /// Whether the VM has run.
-    ended: bool,
+    /// Why the VM has ended, if it has run.
+    ended: Option<String>,
     /// The state that was last told of.
     told: Option<VmState>,
 }
@@ -51,7 +51,7 @@ impl Desk {
         Self {
             host: host.clone(),
             created: None,
-            ended: false,
+            ended: None,
             told: None,
         }
     }
@@ -85,7 +85,7 @@ impl Desk {
     fn create(&mut self, Recipe(make): Recipe) -> Result<Answer, CommandError> {
         let config = make().map_err(CommandError::Invalid)?;
         self.created = Some(Arc::new(config));
-        self.ended = false;
+        self.ended = None;
         Ok(Answer::Done)
     }
 
@@ -127,9 +127,9 @@ impl Desk {
         Ok(Answer::Done)
     }
 
-    /// The VM ran, and told so itself.
-    pub fn ran(&mut self) {
-        self.ended = true;
+    /// The VM ran, told so itself, and has ended for the reason `why`.
+    pub fn ran(&mut self, why: String) {
+        self.ended = Some(why);
         self.told = Some(VmState::Running);
     }
 
@@ -137,11 +137,15 @@ impl Desk {
     pub fn show(&self, shown: &Shown) {
         let state = self.state();
         let created = self.created.as_ref();
-        shown.show(created.map(|config| View::idle(config, state)));
+        let view = |config| View {
+            ended: self.ended.clone(),
+            ..View::idle(config, state)
+        };
+        shown.show(created.map(view));
     }
 
     fn state(&self) -> VmState {
-        if self.ended {
+        if self.ended.is_some() {
             VmState::Shutdown
         } else {
             VmState::Created

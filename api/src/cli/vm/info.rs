@@ -69,6 +69,9 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     let config = &info.config;
     writeln!(out, "name     {}", info.name)?;
     writeln!(out, "state    {}", info.state)?;
+    if let Some(ended) = &info.ended {
+        writeln!(out, "ended    {}", ended.replace('\n', "\n         "))?;
+    }
     writeln!(out, "vcpus    {}", config.cpus.boot_vcpus)?;
     writeln!(out, "memory   {}", crate::config::size(config.memory.size))?;
     if let Some(placement) = &info.placement {

@@ -67,7 +67,7 @@ fn a_vm_is_created_once_booted_and_deleted() {
     };
     assert_eq!(state(&desk), Some(VmState::Created));
     assert!(matches!(desk.take(Command::Boot), Deed::Boot));
-    desk.ended = true;
+    desk.ended = Some("the guest powered off".to_owned());
     assert_eq!(state(&desk), Some(VmState::Shutdown));
     assert!(matches!(desk.take(Command::Boot), Deed::Boot));
     done(desk.take(Command::Delete));
@@ -88,7 +88,7 @@ fn a_state_is_told_of_once() {
     done(desk.take(Command::Create(config())));
     desk.tell(&events);
     desk.tell(&events);
-    desk.ended = true;
+    desk.ended = Some("the guest powered off".to_owned());
     desk.tell(&events);
     let expected = [VmState::Created, VmState::Shutdown].map(VmEvent::State);
     assert_eq!(*told.lock().unwrap(), expected);
@@ -104,7 +104,7 @@ fn a_vm_that_ends_twice_is_told_of_twice() {
     let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
     done(desk.take(Command::Create(config())));
     for _ in 0..2 {
-        desk.ran();
+        desk.ran("the guest powered off".to_owned());
         desk.tell(&events);
     }
     let expected = [VmState::Shutdown; 2].map(VmEvent::State);
@@ -167,4 +167,24 @@ fn a_device_may_come_before_the_vm_is_booted() {
     assert!(desk.created.as_ref().unwrap().devices.is_empty());
     let counters = done(desk.take(Command::Counters));
     assert!(matches!(counters, Answer::Counters(devices) if devices.is_empty()));
+}
+
+#[test]
+fn why_a_vm_has_ended_is_shown_until_there_is_another() {
+    let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
+    let shown = Shown::default();
+    let seen = |desk: &Desk| {
+        desk.show(&shown);
+        shown.info().and_then(|info| info.ended)
+    };
+    done(desk.take(Command::Create(config())));
+    assert_eq!(seen(&desk), None);
+    desk.ran("the guest died: a triple fault".to_owned());
+    assert_eq!(
+        seen(&desk).as_deref(),
+        Some("the guest died: a triple fault")
+    );
+    done(desk.take(Command::Delete));
+    done(desk.take(Command::Create(config())));
+    assert_eq!(seen(&desk), None);
 }
