@@ -78,6 +78,25 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
 
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
-        Self::host(error)
+        let help = match error {
+            ClientError::Late { pid: Some(pid), .. } if is_stopped(pid) => {
+                format!("the process is stopped: `kill -CONT {pid}` lets it run on")
+            }
+            ClientError::Late { pid: Some(pid), .. } => format!(
+                "try again; `kill {pid}` ends it, `kill -9 {pid}` in any case, and its devices go back"
+            ),
+            _ => return Self::host(error),
+        };
+        Self::host(error).help(help)
     }
+}
+
+/// Whether somebody has stopped a process, with ctrl-z for one.
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    // Its state is behind its name, which is in parentheses (proc_pid_stat(5)).
+    stat.is_ok_and(|stat| {
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, state)| state.starts_with('T'))
+    })
 }

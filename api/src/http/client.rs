@@ -1,5 +1,6 @@
 //! The other side: asks a running VM over its socket, one connection a request, and waits.
 
+use std::cell::Cell;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -45,10 +46,12 @@ pub enum ClientError {
         messages: Vec<String>,
     },
     /// The VM takes too long.
-    #[error("the VM on {path} did not answer in {}", seconds(*waited))]
+    #[error("the VM on {path}{} did not answer in {}", process(*pid), seconds(*waited))]
     Late {
         /// The socket.
         path: PathBuf,
+        /// Who listens there, as far as known.
+        pid: Option<u32>,
         /// How long it was waited for.
         waited: Duration,
     },
@@ -63,6 +66,10 @@ pub enum ClientError {
     },
 }
 
+fn process(pid: Option<u32>) -> String {
+    pid.map_or(String::new(), |pid| format!(" (process {pid})"))
+}
+
 /// A time for people.
 pub fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f64())
@@ -73,6 +80,8 @@ pub struct Client {
     runtime: Runtime,
     path: PathBuf,
     patience: Duration,
+    /// Who listens there, once that is known.
+    pid: Cell<Option<u32>>,
 }
 
 impl Client {
@@ -85,6 +94,7 @@ impl Client {
             runtime: Builder::new_current_thread().enable_all().build()?,
             path: path.to_owned(),
             patience,
+            pid: Cell::default(),
         })
     }
 
@@ -162,6 +172,7 @@ impl Client {
         let waited = self.patience;
         let late = |_| ClientError::Late {
             path: self.path.clone(),
+            pid: self.pid.get(),
             waited,
         };
         self.runtime
@@ -176,6 +187,9 @@ impl Client {
     ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.path).await;
         let stream = stream.map_err(|error| self.unreachable(error))?;
+        let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        self.pid
+            .set(listener.and_then(|pid| u32::try_from(pid).ok()));
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
@@ -264,6 +278,7 @@ impl EventReader<'_> {
                 None => {
                     return Err(ClientError::Late {
                         path: self.client.path.clone(),
+                        pid: self.client.pid.get(),
                         waited: began.elapsed(),
                     });
                 }

@@ -69,6 +69,44 @@ fn stale_sockets_go_when_somebody_looks() {
 }
 
 #[test]
+fn a_process_that_is_stopped_is_listed_once_and_told_of() {
+    let run = tempfile::tempdir().unwrap();
+    let socket = run.path().join("vm.sock");
+    let mut gantry = Command::new(env!("CARGO_BIN_EXE_gantry"));
+    gantry.arg("--run-dir").arg(run.path());
+    gantry.arg("run").arg("--api-socket").arg(&socket);
+    let mut gantry = gantry.stdin(Stdio::null()).spawn().unwrap();
+    let pid = gantry.id().to_string();
+    let ping = ["info", "vm"];
+    let created = || {
+        let said = command(run.path(), &ping).output().unwrap().stderr;
+        String::from_utf8(said).unwrap().contains("create one")
+    };
+    while !created() {
+        assert_eq!(gantry.try_wait().unwrap(), None);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let signal = |name: &str| {
+        let kill = Command::new("kill").args([name, &pid]).status();
+        assert!(kill.unwrap().success());
+    };
+    signal("-STOP");
+    let list = command(run.path(), &["list"]).output().unwrap();
+    let shutdown = command(run.path(), &["shutdown", "vm"]).output().unwrap();
+    signal("-KILL");
+    gantry.wait().unwrap();
+    let list = String::from_utf8(list.stdout).unwrap();
+    let rows: Vec<&str> = list.lines().skip(1).collect();
+    let cells: Vec<Vec<&str>> = rows
+        .iter()
+        .map(|row| row.split_whitespace().take(3).collect())
+        .collect();
+    assert_eq!(cells, [["vm", &pid, "stopped"]], "{list}");
+    let said = String::from_utf8(shutdown.stderr).unwrap();
+    assert!(said.contains(&format!("`kill -CONT {pid}`")), "{said}");
+}
+
+#[test]
 fn a_vm_that_does_not_run_is_answered_with_those_that_do() {
     let bed = Bed::new();
     let said = fails(&bed, &["pause", "wm"]);

@@ -4,7 +4,7 @@ use clap::Args;
 use gantry_resources::{HostPaths, RunningVm, running_vms};
 use serde::Serialize;
 
-use super::find;
+use super::{find, is_stopped};
 use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmmPing};
 use crate::output::{print, print_json};
@@ -21,6 +21,7 @@ States:
   no VM      it waits for one; `gantry vm shutdown NAME --process` ends it
   no socket  it has none (--no-api), or one elsewhere (--api-socket)
   denied     it is another user's
+  stopped    its process is stopped, with ctrl-z for one; `kill -CONT PID` lets it run on
   silent     it does not answer
 
 Examples:
@@ -134,11 +135,14 @@ impl Row {
     }
 
     fn with_problem(self, error: &ClientError) -> Self {
-        let state = match error {
-            ClientError::Denied { .. } => "denied",
-            _ => "silent",
+        let (state, pid) = match *error {
+            ClientError::Denied { .. } => ("denied", None),
+            ClientError::Late { pid: Some(pid), .. } if is_stopped(pid) => ("stopped", Some(pid)),
+            ClientError::Late { pid, .. } => ("silent", pid),
+            _ => ("silent", None),
         };
         Self {
+            pid: self.pid.or(pid),
             state: state.to_owned(),
             problem: Some(error.to_string()),
             ..self
