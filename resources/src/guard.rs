@@ -2,6 +2,7 @@
 
 mod console;
 mod framebuffer;
+mod network;
 mod session;
 
 use std::collections::BTreeSet;
@@ -62,11 +63,17 @@ pub enum HostUse {
     DefaultRoute {
         /// The network interface.
         interface: String,
+        /// The one that has the route, where this one is only a part of it (bond, bridge, VLAN).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        of: Option<String>,
     },
     /// Somebody is logged in over it (SSH).
     Session {
         /// The network interface.
         interface: String,
+        /// As of a default route.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        of: Option<String>,
     },
     /// It is the display that the firmware started.
     ConsoleDisplay,
@@ -117,12 +124,15 @@ impl fmt::Display for Guarded {
                 f,
                 "{bdf} is a network card of {driver} with no interface in sight, as where a container's network namespace has it"
             ),
-            HostUse::DefaultRoute { interface } => {
-                write!(f, "{bdf} is {interface}, which carries a default route")
-            }
-            HostUse::Session { interface } => write!(
+            HostUse::DefaultRoute { interface, of } => write!(
                 f,
-                "{bdf} is {interface}, which somebody is logged in over (SSH)"
+                "{bdf} is {interface}{}, which carries a default route",
+                part(of)
+            ),
+            HostUse::Session { interface, of } => write!(
+                f,
+                "{bdf} is {interface}{}, which somebody is logged in over (SSH)",
+                part(of)
             ),
             HostUse::Framebuffer => write!(
                 f,
@@ -143,18 +153,24 @@ impl fmt::Display for Guarded {
     }
 }
 
+fn part(of: &Option<String>) -> String {
+    of.as_ref()
+        .map_or_else(String::new, |of| format!(", part of {of}"))
+}
+
 /// What the host uses these devices for, one line for each use; empty if they can go.
 pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
     let storage = Storage::read(paths)?;
     let ipv4 = sysfs::table(&paths.proc.join("net/route"))?;
     let ipv6 = sysfs::table(&paths.proc.join("net/ipv6_route"))?;
-    let default: BTreeSet<String> = default_routes_v4(&ipv4)
-        .chain(default_routes_v6(&ipv6))
+    let default: BTreeSet<String> = network::default_routes_v4(&ipv4)
+        .chain(network::default_routes_v6(&ipv6))
         .collect();
-    let routes = made_of(paths, &default)?;
+    let routes = network::made_of(paths, &default)?;
     let tcp = |name: &str| sysfs::table(&paths.proc.join("net").join(name));
     let sessions = session::interfaces(&tcp("tcp")?, &tcp("tcp6")?, &ipv4);
-    let sessions = made_of(paths, &sessions.difference(&default).cloned().collect())?;
+    let sessions = sessions.difference(&default).cloned().collect();
+    let sessions = network::made_of(paths, &sessions)?;
     let framebuffers = framebuffer::owners(&sysfs::table(&paths.proc.join("iomem"))?);
     let seats = console::Seats::read(paths)?;
     let mut uses = Vec::new();
@@ -173,21 +189,19 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
             add(HostUse::Framebuffer);
         }
         seats.uses(&dir)?.into_iter().for_each(&mut add);
-        if let Some(driver) = out_of_sight(&dir, device)? {
+        if let Some(driver) = network::out_of_sight(&dir, device)? {
             add(HostUse::OutOfSight { driver });
         }
         for block in storage.below(&dir) {
             storage.uses(paths, block)?.into_iter().for_each(&mut add);
         }
-        for (interface, _) in routes.iter().filter(|(_, path)| path.starts_with(&dir)) {
-            add(HostUse::DefaultRoute {
-                interface: interface.clone(),
-            });
+        for one in routes.iter().filter(|one| one.path.starts_with(&dir)) {
+            let (interface, of) = (one.name.clone(), one.of.clone());
+            add(HostUse::DefaultRoute { interface, of });
         }
-        for (interface, _) in sessions.iter().filter(|(_, path)| path.starts_with(&dir)) {
-            add(HostUse::Session {
-                interface: interface.clone(),
-            });
+        for one in sessions.iter().filter(|one| one.path.starts_with(&dir)) {
+            let (interface, of) = (one.name.clone(), one.of.clone());
+            add(HostUse::Session { interface, of });
         }
     }
     Ok(uses)
@@ -296,19 +310,6 @@ fn homes(dir: &Path) -> io::Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// The driver of a network card that shows no interface: sysfs shows those of one network namespace.
-fn out_of_sight(dir: &Path, device: &HostDevice) -> io::Result<Option<String>> {
-    let is_network = matches!(
-        (device.class.base(), device.class.sub()),
-        (0x02, 0x00 | 0x80)
-    );
-    let driver = device.driver.clone();
-    match driver.filter(|_| is_network && !device.on_vfio()) {
-        Some(driver) if sysfs::entries(&dir.join("net"))?.is_empty() => Ok(Some(driver)),
-        _ => Ok(None),
-    }
-}
-
 /// How often a claim is asked for: another command that asks has it for a moment.
 const CLAIMS: u32 = 5;
 
@@ -382,54 +383,6 @@ fn swaps(swaps: &str) -> BTreeSet<String> {
         .filter_map(|path| path.strip_prefix("/dev/"))
         .map(str::to_owned)
         .collect()
-}
-
-/// These interfaces and those that they are made of (bridge, bond, VLAN), with their places in the device
-/// tree.
-fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result<Vec<(String, PathBuf)>> {
-    let mut waiting: Vec<String> = names.iter().cloned().collect();
-    let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
-    while let Some(name) = waiting.pop() {
-        let link = paths.sysfs.join("class/net").join(&name);
-        if !seen.insert(name.clone()) {
-            continue;
-        }
-        let below = sysfs::entries(&link)?;
-        waiting.extend(
-            below
-                .iter()
-                .filter_map(|entry| entry.strip_prefix("lower_"))
-                .map(str::to_owned),
-        );
-        if let Ok(path) = fs::canonicalize(&link) {
-            found.push((name, path));
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// Interfaces of /proc/net/route whose destination and mask are zero.
-fn default_routes_v4(table: &str) -> impl Iterator<Item = String> {
-    table.lines().filter_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let default = fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000");
-        default.then(|| fields.first().map(|name| (*name).to_owned()))?
-    })
-}
-
-/// Interfaces of /proc/net/ipv6_route with a destination of no bits; `lo` has one that rejects.
-fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
-    table.lines().filter_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let [destination, bits, .., name] = fields.as_slice() else {
-            return None;
-        };
-        let default =
-            destination.bytes().all(|digit| digit == b'0') && *bits == "00" && *name != "lo";
-        default.then(|| (*name).to_owned())
-    })
 }
 
 #[cfg(test)]
@@ -592,7 +545,7 @@ mod tests {
         }
         assert_eq!(
             uses(&host),
-            ["0000:02:00.0 is eth0, which carries a default route"]
+            ["0000:02:00.0 is eth0, part of br0.7, which carries a default route"]
         );
     }
 
@@ -673,5 +626,17 @@ mod tests {
         let dir = host.dir(bdf("02:00.0")).join("net/eth7");
         fs::create_dir_all(dir).unwrap();
         assert!(host_uses(&host.paths, &host.scan()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_interface_of_a_virtio_card_is_in_sight() {
+        let card = Fake::nvme("02:00.0", 2).class(0x02_00_00);
+        let host = FakeHost::new(&[card.driver("virtio-pci")]);
+        host.file("proc/self/mountinfo", "");
+        let below = host.dir(bdf("02:00.0")).join("virtio0");
+        fs::create_dir_all(&below).unwrap();
+        assert_eq!(uses(&host).len(), 1);
+        fs::create_dir_all(below.join("net/eth7")).unwrap();
+        assert!(uses(&host).is_empty());
     }
 }
