@@ -40,7 +40,7 @@ pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
 /// it was.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     // A link is kept and its target replaced.
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
     let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -83,6 +83,17 @@ fn write(draft: &Path, content: &[u8], old: Option<&fs::Metadata>) -> io::Result
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_file_of_the_working_directory_needs_no_folder_in_its_name() {
+        let name = format!("atomic-{}", std::process::id());
+        let path = Path::new(&name);
+        let replaced = replace(path, b"one");
+        let text = fs::read_to_string(path);
+        fs::remove_file(path).unwrap();
+        assert_eq!(text.unwrap(), "one");
+        replaced.unwrap();
+    }
 
     #[test]
     fn a_file_is_replaced_with_its_mode_and_nothing_is_left_behind() {

@@ -7,11 +7,12 @@ use std::path::Path;
 
 use crate::atomic;
 use crate::bind::{BindError, members};
+use crate::former::Former;
 use crate::group::ResourceGroup;
 use crate::guard::host_uses;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
-use crate::modules::loaded_module;
+use crate::modules::{KernelModules, loaded_module};
 
 /// The two ways that name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,16 +123,24 @@ pub fn persist_unit(gantry: &Path) -> Persistent {
 fn udev(devices: &[HostDevice]) -> Persistent {
     let mut text = "# Made by `gantry device persist`: these devices are for VMs.\n\
         # A driver that is built into the kernel or loaded in the initramfs comes before udev: put this\n\
-        # file into the initramfs too, or use `gantry device persist --by modprobe`.\n"
+        # file into the initramfs too, or use `gantry device persist --by modprobe`.\n\
+        # Whichever PCI device comes first marks them all, as a driver loaded for it looks at them too.\n"
         .to_owned();
-    for device in devices {
-        let HostDevice { bdf, id, .. } = device;
+    for HostDevice { bdf, id, .. } in devices {
         let _ = writeln!(
             text,
-            "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", ATTR{{vendor}}==\"{:#06x}\", \
-             ATTR{{device}}==\"{:#06x}\", ATTR{{driver_override}}=\"vfio-pci\", RUN{{builtin}}+=\"kmod load vfio-pci\", \
-             RUN+=\"/bin/sh -c 'echo $kernel >/sys/bus/pci/drivers_probe'\"",
+            "ACTION==\"add\", SUBSYSTEM==\"pci\", TEST!=\"[pci/{bdf}]driver\", \
+             ATTR{{[pci/{bdf}]vendor}}==\"{:#06x}\", ATTR{{[pci/{bdf}]device}}==\"{:#06x}\", \
+             ATTR{{[pci/{bdf}]driver_override}}=\"vfio-pci\"",
             id.vendor, id.device
+        );
+    }
+    for HostDevice { bdf, .. } in devices {
+        let _ = writeln!(
+            text,
+            "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", ATTR{{driver_override}}==\"vfio-pci\", \
+             RUN{{builtin}}+=\"kmod load vfio-pci\", \
+             RUN+=\"/bin/sh -c 'echo $kernel >/sys/bus/pci/drivers_probe'\""
         );
     }
     Persistent {
@@ -144,27 +153,19 @@ fn udev(devices: &[HostDevice]) -> Persistent {
 
 fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Persistent {
     let ids: BTreeSet<String> = devices.iter().map(|device| device.id.to_string()).collect();
-    let drivers: BTreeSet<&str> = devices
-        .iter()
-        .filter_map(|device| device.driver.as_deref())
-        .filter(|driver| !is_vfio_driver(driver))
-        .collect();
     let ids_text = ids.iter().cloned().collect::<Vec<_>>().join(",");
     let mut text = format!(
         "# Made by `gantry device persist`: these devices are for VMs.\noptions vfio-pci ids={ids_text}\n"
     );
-    let mut built_in = Vec::new();
-    for driver in drivers {
-        // Options are about modules, whose names need not be those of their drivers.
-        match loaded_module(paths, driver) {
-            Some(module) => {
-                let _ = writeln!(text, "softdep {module} pre: vfio-pci");
-            }
-            None => built_in.push(format!(
-                "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
-            )),
-        }
+    let Rivals { modules, built_in } = Rivals::of(paths, devices);
+    for module in modules {
+        let _ = writeln!(text, "softdep {module} pre: vfio-pci");
     }
+    let built_in = built_in.iter().map(|driver| {
+        format!(
+            "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
+        )
+    });
     let chosen = |device: &&HostDevice| devices.iter().any(|one| one.bdf == device.bdf);
     let others = all.iter().filter(|device| !chosen(device));
     let also = others.filter(|device| ids.contains(&device.id.to_string()));
@@ -179,10 +180,53 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
     }
 }
 
+/// Who else would take devices at boot.
+#[derive(Default)]
+struct Rivals {
+    /// Modules, whose names need not be those of their drivers.
+    modules: BTreeSet<String>,
+    /// Drivers that are no modules.
+    built_in: BTreeSet<String>,
+}
+
+impl Rivals {
+    /// The modules that claim the devices, loaded or not, and the drivers that have them or had them
+    /// before they were detached.
+    fn of(paths: &HostPaths, devices: &[HostDevice]) -> Self {
+        let known = KernelModules::read(paths);
+        let mut rivals = Self::default();
+        for device in devices {
+            let claim = known.of(device).into_iter().map(str::to_owned);
+            rivals.modules.extend(claim);
+            let has = device.driver.clone().filter(|name| !is_vfio_driver(name));
+            let had = || Former::load(paths, device).and_then(|former| former.driver);
+            if let Some(driver) = has.or_else(had) {
+                rivals.add(paths, driver);
+            }
+        }
+        rivals
+    }
+
+    fn add(&mut self, paths: &HostPaths, driver: String) {
+        let folder = paths.sysfs.join("bus/pci/drivers").join(&driver);
+        match loaded_module(paths, &driver) {
+            Some(module) => {
+                self.modules.insert(module);
+            }
+            // One that is not there any more was unloaded.
+            None if folder.exists() => {
+                self.built_in.insert(driver);
+            }
+            None => {}
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{Fake, FakeHost, bdf};
+    use crate::bind::{BindRequest, detach};
+    use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
 
     fn host() -> FakeHost {
         FakeHost::new(&[
@@ -207,23 +251,25 @@ mod tests {
     }
 
     #[test]
-    fn a_udev_rule_names_each_device_of_the_group() {
+    fn udev_rules_mark_each_device_of_the_group_and_then_bind_it() {
         let text = persist(&host().paths, &[bdf("01:00.0")], &[], PersistBy::Udev)
             .unwrap()
             .text;
         let rules: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
-        assert_eq!(rules.len(), 2);
-        for (rule, address) in rules.iter().zip(["0000:01:00.0", "0000:01:00.1"]) {
-            for part in [
-                &format!("KERNEL==\"{address}\""),
-                "ATTR{vendor}==\"0x1b36\"",
-                "ATTR{device}==\"0x0010\"",
-                "ATTR{driver_override}=\"vfio-pci\"",
-                // Where vfio-pci is loaded already, nothing else makes it look at the device.
-                "echo $kernel >/sys/bus/pci/drivers_probe",
-            ] {
-                assert!(rule.contains(part), "{rule}");
-            }
+        assert_eq!(rules.len(), 4);
+        for (number, address) in ["0000:01:00.0", "0000:01:00.1"].iter().enumerate() {
+            let mark = format!(
+                "TEST!=\"[pci/{address}]driver\", ATTR{{[pci/{address}]vendor}}==\"0x1b36\", \
+                 ATTR{{[pci/{address}]device}}==\"0x0010\", ATTR{{[pci/{address}]driver_override}}=\"vfio-pci\""
+            );
+            assert!(rules[number].ends_with(&mark), "{text}");
+            let bind = rules[number + 2];
+            assert!(bind.contains(&format!("KERNEL==\"{address}\"")), "{bind}");
+            // Where vfio-pci is loaded already, nothing else makes it look at the device.
+            assert!(
+                bind.contains("echo $kernel >/sys/bus/pci/drivers_probe"),
+                "{bind}"
+            );
         }
     }
 
@@ -245,6 +291,25 @@ mod tests {
             options.warnings,
             ["0000:02:00.0 has the same ids and goes along"]
         );
+    }
+
+    #[test]
+    fn options_know_drivers_that_do_not_have_the_device_now() {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 7).driver("nouveau")]);
+        host.file("proc/sys/kernel/osrelease", "6.12.1\n");
+        let aliases = "alias pci:v00001B36d*sv*sd*bc*sc*i* nvidia\n";
+        host.file("proc/self/root/lib/modules/6.12.1/modules.alias", aliases);
+        module(&host, "nouveau", "nouveau", true);
+        let request = BindRequest {
+            devices: &[bdf("01:00.0")],
+            overrides: &[],
+            dry_run: false,
+        };
+        detach(&host.paths, &FakeKernel::new(&host), &request).unwrap();
+        let made = persist(&host.paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
+        let soft = "softdep nouveau pre: vfio-pci\nsoftdep nvidia pre: vfio-pci\n";
+        assert!(made.text.ends_with(soft), "{}", made.text);
+        assert!(made.warnings.is_empty(), "{:?}", made.warnings);
     }
 
     #[test]
