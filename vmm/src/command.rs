@@ -213,7 +213,7 @@ pub struct DeviceCounters {
     pub attach: Vec<(&'static str, Duration)>,
     /// Times that it was reset.
     pub resets: u64,
-    /// Accesses, resets and interrupt settings that failed.
+    /// Accesses, resets and interrupt settings that failed, and errors that the device itself reported.
     pub errors: u64,
 }
 

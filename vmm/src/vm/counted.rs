@@ -29,6 +29,11 @@ fn add(counter: &AtomicU64, more: u64) {
 }
 
 impl Counts {
+    /// Counts an error that the device itself has reported.
+    pub fn failed(&self) {
+        add(&self.errors, 1);
+    }
+
     /// Fills in what was counted.
     pub fn read(&self, into: &mut DeviceCounters) {
         let by_region = |counters: &[AtomicU64; Region::COUNT]| -> BTreeMap<String, u64> {

@@ -58,6 +58,7 @@ impl Devices {
         let id = one.row.id.clone();
         let error = match alarm {
             Alarm::Failed => {
+                one.device.counts().failed();
                 "it reported an error that cannot be corrected: do not rely on what it did since"
             }
             // It asks again and again.
