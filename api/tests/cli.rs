@@ -266,6 +266,38 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
 }
 
 #[test]
+fn a_group_asks_for_its_functions_until_they_are_gone() {
+    let host = Host::new();
+    let card = host.path("sys/bus/pci/devices/0000:00:03.0");
+    fs::write(card.join("sriov_totalvfs"), "8\n").unwrap();
+    let sriov = r#"{"pf": "00:03.0", "count": 2, "vlan": 5}"#;
+    let args = ["group", "create", "vfs", "--type", "sriov-nic"];
+    host.gantry(&[&args[..], &["--sriov", sriov]].concat()).ok();
+    host.device(
+        "0000:00:05.0",
+        ["0x8086", "0x154c", "0x020000"],
+        "vfio-pci",
+        50,
+    );
+    let function = host.path("sys/bus/pci/devices/0000:00:05.0");
+    symlink(&card, function.join("physfn")).unwrap();
+    symlink(&function, card.join("virtfn0")).unwrap();
+    let edit = |sriov: &str| host.gantry(&["group", "edit", "vfs", "--sriov", sriov]);
+    edit(&sriov.replace("\"vlan\": 5", "\"vlan\": 6")).ok();
+    for other in [
+        "",
+        &sriov.replace("2,", "3,"),
+        &sriov.replace("00:03.0", "01:00.0"),
+    ] {
+        let error = edit(other).failed(1);
+        let way = "has 1 virtual functions now: `gantry group deactivate vfs` first";
+        assert!(error.contains(way), "{error}");
+    }
+    host.gantry(&["group", "edit", "vfs", "--sriov", "", "--force"])
+        .ok();
+}
+
+#[test]
 fn mediated_devices_are_listed_asked_for_and_planned() {
     let host = Host::new();
     let none = host.gantry(&["device", "mdev"]).ok();

@@ -157,7 +157,7 @@ pub enum EditError {
     },
     /// Something was made for the group.
     #[error(
-        "group \"{group}\" has {made}, which would be nobody's: `gantry group deactivate {group}` first, or give --force"
+        "group \"{group}\" has {made} now: `gantry group deactivate {group}` first, or give --force"
     )]
     HasMade {
         /// The group.

@@ -1,12 +1,14 @@
 //! What stands against taking a group, or devices out of it: VMs that have them, and what was made for it.
 
-use super::{EditError, GroupFiles, ResourceGroup};
+use super::{EditError, GroupChange, GroupFiles, ResourceGroup};
 use crate::allocate::detail;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, scan_with};
 use crate::lease::LeaseStatus;
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
+use crate::sriov::SriovSpec;
+use crate::vgpu::VgpuSpec;
 
 impl GroupFiles {
     /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one. The files
@@ -33,6 +35,34 @@ impl GroupFiles {
         let mut held = functions.chain(mdevs).filter(|(_, lease)| lease.is_held());
         held.next()
             .map_or(Ok(()), |(device, lease)| Err(in_use(name, device, lease)))
+    }
+
+    /// Refuses a change after which a group does not ask for what was made for it.
+    pub fn keeps_what_is_made(
+        &self,
+        paths: &HostPaths,
+        name: &str,
+        change: &GroupChange,
+    ) -> Result<(), EditError> {
+        let groups = self.groups()?;
+        let group = groups.find(name)?;
+        let functions = |spec: &SriovSpec| (spec.pf, spec.count);
+        let same_functions = change
+            .sriov
+            .as_ref()
+            .is_none_or(|new| new.as_ref().map(functions) == group.sriov.as_ref().map(functions));
+        let same_devices = change.vgpu.as_ref().is_none_or(|new| {
+            let still = |old: &VgpuSpec| {
+                let new = new.as_ref().filter(|new| new.kind == old.kind);
+                let stays = |uuid| new.is_some_and(|new| new.uuids.contains(uuid));
+                old.uuids.iter().all(stays)
+            };
+            group.vgpu.as_ref().is_none_or(still)
+        });
+        match same_functions && same_devices {
+            true => Ok(()),
+            false => self.has_nothing_made(paths, name),
+        }
     }
 
     /// Refuses a group that has functions or devices which were made for it: they would be nobody's.
@@ -137,5 +167,30 @@ mod tests {
             said.contains("has 1 mediated devices") && said.contains("deactivate vgpus"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn what_was_made_is_still_asked_for_after_a_change() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        let groups = Groups::load(&host.paths).unwrap();
+        make_ahead(&host.paths, &kernel, groups.get("vgpus").unwrap(), false).unwrap();
+        let may = |vgpu: Option<&str>| {
+            let vgpu = vgpu.map(|text| serde_json::from_str(text).unwrap());
+            let change = GroupChange {
+                description: Some("x".to_owned()),
+                vgpu: Some(vgpu),
+                ..GroupChange::default()
+            };
+            let files = GroupFiles::open(&host.paths).unwrap();
+            files.keeps_what_is_made(&host.paths, "vgpus", &change)
+        };
+        let more = format!(
+            r#"{{"type": "mtty-2", "uuids": ["{UUID}", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"]}}"#
+        );
+        assert!(may(Some(&more)).is_ok());
+        assert!(may(Some(&more.replace("mtty-2", "mtty-1"))).is_err());
+        assert!(may(Some(r#"{"type": "mtty-2"}"#)).is_err());
+        assert!(may(None).is_err());
     }
 }

@@ -68,6 +68,9 @@ pub struct EditArgs {
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
     drop_rules: Vec<usize>,
+    /// Although there are virtual functions or vGPUs that it would ask for no more; they stay as they are
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -222,6 +225,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         tags,
         rules,
         drop_rules,
+        force,
         tell,
     } = args;
     let wanted = GroupChange {
@@ -234,6 +238,9 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         ..tags.change()
     };
     change(paths, tell, [&name, &name], |files| {
+        if !force {
+            files.keeps_what_is_made(paths, &name, &wanted)?;
+        }
         files.change(&name, wanted)
     })
 }
