@@ -149,9 +149,9 @@ impl Activation<'_> {
             if self.is_live(self.pf.address(index)) {
                 continue;
             }
-            let wanted = self.spec.wanted(index);
+            // Of functions that are not there yet nothing is known: each gets all.
             let has = now.get(&index).cloned().unwrap_or_default();
-            for setting in wanted.settings(&has.with(&wanted)) {
+            for setting in has.changes_to(&self.spec.wanted(index)) {
                 self.link(LinkWrite {
                     interface: interface.clone(),
                     vf: index,

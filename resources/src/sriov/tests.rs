@@ -152,6 +152,30 @@ fn a_dry_run_writes_nothing_and_tells_everything() {
 }
 
 #[test]
+fn only_what_differs_is_written() {
+    let host = host("manual", SETTINGS);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    let writes = |dry_run| {
+        let report = activate(&host.paths, kernel.access(), &group(&host), dry_run).unwrap();
+        let writes = report.writes.iter().map(HostWrite::to_string);
+        writes.collect::<Vec<_>>()
+    };
+    assert!(writes(true).is_empty() && writes(false).is_empty());
+    kernel
+        .set(&LinkWrite {
+            interface: Pf::read(&host.paths, bdf(PF)).unwrap().interface.unwrap(),
+            vf: 1,
+            setting: VfSetting::Vlan { vlan: 9, qos: 0 },
+        })
+        .unwrap();
+    let back = ["ip link set eth0 vf 1 vlan 100 qos 0"];
+    assert_eq!(writes(true), back);
+    assert_eq!(writes(false), back);
+    assert!(writes(true).is_empty());
+}
+
+#[test]
 fn a_fault_at_any_write_leaves_the_host_as_it_was() {
     for fault in [Fault::Refuses, Fault::Ignores] {
         for at in 0.. {

@@ -179,22 +179,26 @@ fn show(out: &mut dyn Write, report: &SriovReport, dry_run: bool) -> io::Result<
         .as_ref()
         .map(|interface| format!(" ({})", interface.name));
     let name = name.unwrap_or_default();
+    write!(out, "{group}: {pf}{name} ")?;
     match (before == after, dry_run) {
-        (true, _) => writeln!(
+        (true, _) if writes.is_empty() => writeln!(
             out,
-            "{group}: {pf}{name} has {after} virtual functions already"
+            "has {after} virtual functions already, as they should be"
         )?,
+        (true, true) => writeln!(out, "has {after} virtual functions already; to be changed:")?,
+        (true, false) => writeln!(out, "has {after} virtual functions already; changed:")?,
         (false, true) => writeln!(
             out,
-            "{group}: {pf}{name} would have {after} virtual functions instead of {before}"
+            "would have {after} virtual functions instead of {before}"
         )?,
-        (false, false) => writeln!(out, "{group}: {pf}{name} has {after} virtual functions")?,
+        (false, false) => writeln!(out, "has {after} virtual functions")?,
     }
-    if dry_run {
+    if dry_run || before == after {
         writes
             .iter()
             .try_for_each(|write| writeln!(out, "  {write}"))?;
-    } else {
+    }
+    if !dry_run {
         functions
             .iter()
             .try_for_each(|bdf| writeln!(out, "  {bdf}"))?;
