@@ -1,14 +1,16 @@
 //! What the host itself needs: disks in use, the network of the default route, the console display.
 
+mod addresses;
 mod console;
 mod framebuffer;
 mod network;
 mod session;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -18,6 +20,7 @@ use serde::Serialize;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::sysfs;
+use network::Network;
 
 /// What the host uses a device for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -74,6 +77,16 @@ pub enum HostUse {
         /// As of a default route.
         #[serde(skip_serializing_if = "Option::is_none")]
         of: Option<String>,
+    },
+    /// The host has an address on it.
+    Address {
+        /// The network interface.
+        interface: String,
+        /// As of a default route.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        of: Option<String>,
+        /// The address.
+        address: IpAddr,
     },
     /// It is the display that the firmware started.
     ConsoleDisplay,
@@ -134,6 +147,15 @@ impl fmt::Display for Guarded {
                 "{bdf} is {interface}{}, which somebody is logged in over (SSH)",
                 part(of)
             ),
+            HostUse::Address {
+                interface,
+                of,
+                address,
+            } => write!(
+                f,
+                "{bdf} is {interface}{}, which is up with the address {address}",
+                part(of)
+            ),
             HostUse::Framebuffer => write!(
                 f,
                 "{bdf} holds the framebuffer that the console is drawn in (/proc/iomem)"
@@ -160,17 +182,17 @@ fn part(of: &Option<String>) -> String {
 
 /// What the host uses these devices for, one line for each use; empty if they can go.
 pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
+    uses_with(paths, devices, &addresses::addressed(paths)?)
+}
+
+/// [`host_uses`], with the interfaces that have an address.
+fn uses_with(
+    paths: &HostPaths,
+    devices: &[HostDevice],
+    addressed: &BTreeMap<String, IpAddr>,
+) -> io::Result<Vec<Guarded>> {
     let storage = Storage::read(paths)?;
-    let ipv4 = sysfs::table(&paths.proc.join("net/route"))?;
-    let ipv6 = sysfs::table(&paths.proc.join("net/ipv6_route"))?;
-    let default: BTreeSet<String> = network::default_routes_v4(&ipv4)
-        .chain(network::default_routes_v6(&ipv6))
-        .collect();
-    let routes = network::made_of(paths, &default)?;
-    let tcp = |name: &str| sysfs::table(&paths.proc.join("net").join(name));
-    let sessions = session::interfaces(&tcp("tcp")?, &tcp("tcp6")?, &ipv4);
-    let sessions = sessions.difference(&default).cloned().collect();
-    let sessions = network::made_of(paths, &sessions)?;
+    let network = Network::read(paths, addressed)?;
     let framebuffers = framebuffer::owners(&sysfs::table(&paths.proc.join("iomem"))?);
     let seats = console::Seats::read(paths)?;
     let mut uses = Vec::new();
@@ -195,14 +217,7 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
         for block in storage.below(&dir) {
             storage.uses(paths, block)?.into_iter().for_each(&mut add);
         }
-        for one in routes.iter().filter(|one| one.path.starts_with(&dir)) {
-            let (interface, of) = (one.name.clone(), one.of.clone());
-            add(HostUse::DefaultRoute { interface, of });
-        }
-        for one in sessions.iter().filter(|one| one.path.starts_with(&dir)) {
-            let (interface, of) = (one.name.clone(), one.of.clone());
-            add(HostUse::Session { interface, of });
-        }
+        network.below(&dir).for_each(&mut add);
     }
     Ok(uses)
 }
@@ -526,6 +541,33 @@ mod tests {
             uses(&host),
             ["0000:02:00.0 is eth0, which carries a default route"]
         );
+    }
+
+    #[test]
+    fn the_nic_that_the_host_is_reached_by_stays() {
+        let host = host();
+        let dir = host.paths.sysfs.join("devices/virtual/net/bond0");
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("lower_eth0"), "").unwrap();
+        std::os::unix::fs::symlink(&dir, host.paths.sysfs.join("class/net/bond0")).unwrap();
+        let said = |name: &str| -> Vec<String> {
+            let address = "10.9.1.1".parse().unwrap();
+            let addressed = BTreeMap::from([(name.to_owned(), address)]);
+            let uses = uses_with(&host.paths, &host.scan(), &addressed).unwrap();
+            uses.iter().map(Guarded::to_string).collect()
+        };
+        let up = "which is up with the address 10.9.1.1";
+        assert_eq!(said("eth0"), [format!("0000:02:00.0 is eth0, {up}")]);
+        let part = format!("0000:02:00.0 is eth0, part of bond0, {up}");
+        assert_eq!(said("bond0"), [part]);
+        assert!(said("eth1").is_empty());
+        // What says more is said alone.
+        host.file(
+            "proc/net/route",
+            "Iface\tDestination\neth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n",
+        );
+        let route = "0000:02:00.0 is eth0, which carries a default route";
+        assert_eq!(said("bond0"), [route]);
     }
 
     #[test]

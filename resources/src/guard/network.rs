@@ -1,25 +1,74 @@
-//! Network interfaces: those of a default route, what they are made of, and cards that show none.
+//! Network interfaces that the host needs: those of default routes, of people logged in, of its addresses;
+//! what they are made of, and cards that show none.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use super::{HostUse, session};
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::sysfs;
 
+/// What interfaces are used for, one use each, by their places in the device tree.
+pub(super) struct Network(BTreeMap<PathBuf, HostUse>);
+
+impl Network {
+    /// Reads routes and sessions. `addressed` are the interfaces that are up with an address.
+    pub(super) fn read(
+        paths: &HostPaths,
+        addressed: &BTreeMap<String, IpAddr>,
+    ) -> io::Result<Self> {
+        let table = |name: &str| sysfs::table(&paths.proc.join("net").join(name));
+        let (ipv4, ipv6) = (table("route")?, table("ipv6_route")?);
+        let default = default_routes_v4(&ipv4).chain(default_routes_v6(&ipv6));
+        let default: BTreeSet<String> = default.collect();
+        let sessions = session::interfaces(&table("tcp")?, &table("tcp6")?, &ipv4);
+        let mut uses = BTreeMap::new();
+        for Interface { name, of, path } in made_of(paths, &default)? {
+            let interface = name;
+            uses.entry(path)
+                .or_insert(HostUse::DefaultRoute { interface, of });
+        }
+        for Interface { name, of, path } in made_of(paths, &sessions)? {
+            let interface = name;
+            uses.entry(path)
+                .or_insert(HostUse::Session { interface, of });
+        }
+        for (name, &address) in addressed {
+            for Interface { name, of, path } in made_of(paths, &[name.clone()].into())? {
+                let interface = name;
+                uses.entry(path).or_insert(HostUse::Address {
+                    interface,
+                    of,
+                    address,
+                });
+            }
+        }
+        Ok(Self(uses))
+    }
+
+    /// What the interfaces of a device are used for.
+    pub(super) fn below(&self, device: &Path) -> impl Iterator<Item = HostUse> {
+        let below = self.0.iter();
+        let below = below.filter(move |(path, _)| path.starts_with(device));
+        below.map(|(_, host_use)| host_use.clone())
+    }
+}
+
 /// An interface that something goes through.
-pub(super) struct Interface {
-    pub(super) name: String,
+struct Interface {
+    name: String,
     /// The one that it goes through, where this is a part of it.
-    pub(super) of: Option<String>,
+    of: Option<String>,
     /// Its place in the device tree.
-    pub(super) path: PathBuf,
+    path: PathBuf,
 }
 
 /// These interfaces and those that they are made of (bridge, bond, VLAN).
-pub(super) fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result<Vec<Interface>> {
+fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result<Vec<Interface>> {
     let mut waiting: Vec<(String, Option<String>)> =
         names.iter().map(|name| (name.clone(), None)).collect();
     let mut seen = BTreeSet::new();
@@ -45,7 +94,7 @@ pub(super) fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result
 }
 
 /// Interfaces of /proc/net/route whose destination and mask are zero.
-pub(super) fn default_routes_v4(table: &str) -> impl Iterator<Item = String> {
+fn default_routes_v4(table: &str) -> impl Iterator<Item = String> {
     table.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let default = fields.get(1) == Some(&"00000000") && fields.get(7) == Some(&"00000000");
@@ -54,7 +103,7 @@ pub(super) fn default_routes_v4(table: &str) -> impl Iterator<Item = String> {
 }
 
 /// Interfaces of /proc/net/ipv6_route with a destination of no bits; `lo` has one that rejects.
-pub(super) fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
+fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
     table.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let [destination, bits, .., name] = fields.as_slice() else {

@@ -265,12 +265,13 @@ fn interface(host: &Host) -> Result<String> {
 
 fn the_card_of_the_default_route_stays_with_the_host(host: &Host) -> Result<()> {
     let name = interface(host)?;
-    let set_up = format!(
-        "ip address add 10.9.1.1/24 dev {name} && ip link set {name} up &&
-         ip route add default via 10.9.1.2"
-    );
+    let set_up = format!("ip address add 10.9.1.1/24 dev {name} && ip link set {name} up");
     host.sh(&set_up).output()?.success()?;
-    let result = stays(host, NIC, &[NIC, &name, "default route", "--override"]);
+    let addressed = stays(host, NIC, &[NIC, &name, "10.9.1.1", "--override"]);
+    let route = "ip route add default via 10.9.1.2";
+    host.sh(route).output()?.success()?;
+    let routed = stays(host, NIC, &[NIC, &name, "default route", "--override"]);
+    let result = addressed.and(routed);
     let clear =
         format!("ip route del default; ip link set {name} down; ip address flush dev {name}");
     host.sh(&clear).output()?.success()?;
@@ -281,13 +282,19 @@ fn the_card_below_a_bridge_of_the_default_route_stays_with_the_host(host: &Host)
     let name = interface(host)?;
     let set_up = format!(
         "/bin/ip link add br9 type bridge && /bin/ip link set {name} master br9 &&
-         ip address add 10.9.1.1/24 dev br9 && ip link set {name} up && ip link set br9 up &&
-         ip route add default via 10.9.1.2"
+         ip address add 10.9.1.1/24 dev br9 && ip link set {name} up && ip link set br9 up"
     );
+    let route = || {
+        host.sh("ip route add default via 10.9.1.2")
+            .output()?
+            .success()
+    };
     let result = host
         .sh(&set_up)
         .output()?
         .success()
+        .and_then(|_| stays(host, NIC, &[NIC, &name, "part of br9", "10.9.1.1"]))
+        .and_then(|()| route())
         .and_then(|_| stays(host, NIC, &[NIC, &name, "default route", "--override"]));
     let clear = format!("ip link set {name} down; /bin/ip link delete br9");
     host.sh(&clear).output()?.success()?;
