@@ -298,6 +298,58 @@ fn a_group_asks_for_its_functions_until_they_are_gone() {
 }
 
 #[test]
+fn what_would_only_fail_later_is_told_at_once() {
+    let host = Host::new();
+    let create =
+        |name: &str, more: &[&str]| host.gantry(&[&["group", "create", name][..], more].concat());
+    let functions = |count: u32| format!(r#"{{"pf": "00:03.0", "count": {count}}}"#);
+    let none = create("vfs", &["--sriov", &functions(2)]).failed(1);
+    assert!(none.contains("has no SR-IOV"), "{none}");
+    let card = host.path("sys/bus/pci/devices/0000:00:03.0");
+    fs::write(card.join("sriov_totalvfs"), "8\n").unwrap();
+    create("vfs", &["--sriov", &functions(2)]).ok();
+    let edit = ["group", "edit", "vfs", "--sriov", &functions(9)];
+    let many = host.gantry(&edit).failed(1);
+    assert!(many.contains("8 virtual functions at most"), "{many}");
+    let typeless = create("vgpus", &["--type", "vgpu"]).failed(1);
+    assert!(typeless.contains("give it a type"), "{typeless}");
+    let foreign = create(
+        "vgpus",
+        &["--type", "vgpu", "--vgpu", r#"{"type": "nvidia-1"}"#],
+    );
+    let said = "nothing on this host makes a vGPU of type \"nvidia-1\"";
+    assert!(
+        foreign.code == Some(0) && foreign.err.contains(said),
+        "{foreign:?}"
+    );
+
+    let plan = host.gantry(&[
+        "plan", "create", "p", "--device", "disk:1", "--device", "vfs:1",
+    ]);
+    let said = "plan p: there is no group \"disk\": did you mean \"disks\"?";
+    assert!(plan.code == Some(0) && plan.err.contains(said), "{plan:?}");
+    assert!(!plan.err.contains("vfs"), "{plan:?}");
+    let gone = host.gantry(&["group", "delete", "vfs"]);
+    let said = "plan p asks for group vfs: `gantry plan edit p` changes that";
+    assert!(gone.code == Some(0) && gone.err.contains(said), "{gone:?}");
+
+    let nothing = host.gantry(&["group", "fit", "{}"]).ok();
+    assert_eq!(nothing, "The request asks for no devices.\n");
+    let unknown = host.gantry(&["group", "fit", r#"{"x": 1}"#]).failed(2);
+    assert!(unknown.contains("\"x\" is no key"), "{unknown}");
+
+    fs::write(host.path("kernel"), "").unwrap();
+    let vm = r#"{"payload": {"kernel": "kernel"}, "hotplug": {"groups": ["disk", "disks"]}}"#;
+    fs::write(host.path("vm.json"), vm).unwrap();
+    let run = host.gantry(&["run", host.path("vm.json").to_str().unwrap()]);
+    let said = "hotplug.groups: there is no group \"disk\"";
+    assert!(
+        run.err.matches("hotplug.groups").count() == 1 && run.err.contains(said),
+        "{run:?}"
+    );
+}
+
+#[test]
 fn mediated_devices_are_listed_asked_for_and_planned() {
     let host = Host::new();
     let none = host.gantry(&["device", "mdev"]).ok();

@@ -6,6 +6,7 @@ mod error;
 mod in_use;
 mod made;
 mod nova_files;
+mod possible;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

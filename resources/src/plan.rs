@@ -80,6 +80,13 @@ impl Plan {
         }
     }
 
+    /// The groups that it names.
+    pub fn groups(&self) -> impl Iterator<Item = &str> {
+        self.devices
+            .iter()
+            .filter_map(|entry| entry.group.as_deref())
+    }
+
     /// The devices of the plan, as requests.
     pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
         let requests = Requests {

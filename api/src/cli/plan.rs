@@ -2,7 +2,8 @@
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
-    DeviceEntry, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan, delete_plan,
+    DeviceEntry, Groups, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan,
+    delete_plan,
 };
 
 use crate::output::{print, print_json};
@@ -184,6 +185,7 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
             let mut plan = Plan::named(&args.name);
             args.says.replace(&mut plan);
             let file = create_plan(paths, plan).map_err(Failure::host)?;
+            warn_of_groups(&args.name, paths)?;
             if args.json {
                 return show(&args.name, paths);
             }
@@ -192,6 +194,7 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
         PlanCommand::Edit(args) => {
             let change = |plan: &mut Plan| args.says.replace(plan);
             let file = change_plan(paths, &args.name, change).map_err(Failure::host)?;
+            warn_of_groups(&args.name, paths)?;
             if args.json {
                 return show(&args.name, paths);
             }
@@ -202,6 +205,17 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
             print(|out| writeln!(out, "plan {}: deleted (from {})", args.name, file.display()))
         }
     }
+}
+
+/// Says which groups of a plan there are not.
+fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
+    let plans = Plans::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let named = plans.find(plan).map_err(Failure::host)?.groups();
+    for error in named.filter_map(|group| groups.find(group).err()) {
+        tracing::warn!("plan {plan}: {error}");
+    }
+    Ok(())
 }
 
 fn show(name: &str, paths: &HostPaths) -> Result<(), Failure> {

@@ -6,7 +6,7 @@ mod planned;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{DeviceName, HostPaths, Request, Source, Wish};
+use gantry_resources::{DeviceName, Groups, HostPaths, Request, Source, Wish};
 use gantry_vmm::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
@@ -294,7 +294,15 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
         let help = format!("use a power of two, {} or more", ByteSize(MIN_WINDOW));
         return Err(invalid("hotplug.window", "no BAR has that size", help));
     }
-    let groups = config.groups.unwrap_or_default().into_iter();
+    let groups = config.groups.unwrap_or_default();
+    // One may be made while the VM runs; groups that cannot be read are told of when one is used.
+    let there = Groups::load(context.host).ok();
+    for name in &groups {
+        if let Some(Err(error)) = there.as_ref().map(|there| there.find(name)) {
+            tracing::warn!("hotplug.groups: {error}");
+        }
+    }
+    let groups = groups.into_iter();
     Ok(Hotplug {
         slots,
         from: groups.map(Source::Group).collect(),

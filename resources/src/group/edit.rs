@@ -13,7 +13,7 @@ use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord}
 use crate::name::DeviceName;
 use crate::nova::Traits;
 use crate::rule::Rule;
-use crate::sriov::SriovSpec;
+use crate::sriov::{SriovError, SriovSpec};
 use crate::uuid::Uuid;
 use crate::vgpu::VgpuSpec;
 
@@ -155,6 +155,14 @@ pub enum EditError {
         /// Who, in words.
         holder: String,
     },
+    /// A card cannot have the functions that are asked for.
+    #[error(transparent)]
+    Functions(Box<SriovError>),
+    /// A group of vGPUs, of none.
+    #[error(
+        "group \"{0}\" is of type vgpu and does not say which: give it a type, as in --vgpu '{{\"type\": \"nvidia-222\"}}' (`gantry device mdev` lists them)"
+    )]
+    NoVgpu(String),
     /// Something was made for the group.
     #[error(
         "group \"{group}\" has {made} now: `gantry group deactivate {group}` first, or give --force"

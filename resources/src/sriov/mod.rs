@@ -151,7 +151,7 @@ pub fn deactivate(
     let record = LeaseRecord::task("gantry group deactivate");
     let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
         let pf = Pf::read(paths, spec.pf)?;
-        is_the_right_one(&pf, spec)?;
+        is_the_right_one(&pf.device, spec)?;
         does_not_hang(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, 0, &live)?;
@@ -226,8 +226,8 @@ fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
     group.sriov.as_ref().ok_or_else(none)
 }
 
-fn is_the_right_one(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
-    let is = IdPair::from(pf.device.id);
+fn is_the_right_one(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
+    let is = IdPair::from(pf.id);
     match spec.id.filter(|wanted| *wanted != is) {
         Some(wanted) => Err(SriovError::OtherPf {
             pf: spec.pf,
@@ -281,10 +281,11 @@ fn no_function_hangs(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
     })
 }
 
-fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+/// Refuses a card that is not the one that is meant, or cannot have as many functions.
+pub(crate) fn suits(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
     is_the_right_one(pf, spec)?;
     let bdf = spec.pf;
-    let total = match pf.device.sriov {
+    let total = match pf.sriov {
         Some(sriov) if sriov.total > 0 => sriov.total,
         _ => return Err(SriovError::NotCapable { pf: bdf }),
     };
@@ -295,6 +296,12 @@ fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
             wanted: spec.count,
         });
     }
+    Ok(())
+}
+
+fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+    suits(&pf.device, spec)?;
+    let bdf = spec.pf;
     if pf.device.driver.is_none() {
         return Err(SriovError::NoDriver { pf: bdf });
     }

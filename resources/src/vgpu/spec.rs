@@ -126,6 +126,11 @@ impl VgpuSpec {
         current.or(creatable.map(|one| one.id))
     }
 
+    /// Whether there is something that makes this type, be there room for one now or not.
+    pub(crate) fn can_be_made(&self, mdevs: &Mdevs) -> bool {
+        self.sources(mdevs).next().is_some()
+    }
+
     /// The parents that can make this type, with it.
     fn sources<'m>(
         &self,

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use gantry_resources::{
     BdfError, Bind, Chosen, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths,
-    ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan_usb,
+    Plans, ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan_usb,
 };
 
 use super::told::{Before, Hardware, TellArgs};
@@ -212,7 +212,9 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
     change(paths, tell, [&name, &name], |files| {
         files.create(group)?;
         files.change(&name, tags.change())?;
-        files.add_chosen(&name, &devices.chosen())
+        files.add_chosen(&name, &devices.chosen())?;
+        warn_of(files.is_possible(paths, &name)?, &name);
+        Ok(())
     })
 }
 
@@ -241,8 +243,35 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         if !force {
             files.keeps_what_is_made(paths, &name, &wanted)?;
         }
-        files.change(&name, wanted)
+        let asks = wanted.kind.is_some() || wanted.sriov.is_some() || wanted.vgpu.is_some();
+        files.change(&name, wanted)?;
+        if asks {
+            warn_of(files.is_possible(paths, &name)?, &name);
+        }
+        Ok(())
     })
+}
+
+/// Says what a group lacks for now.
+fn warn_of(lacking: Option<String>, group: &str) {
+    if let Some(lacking) = lacking {
+        tracing::warn!("group {group}: {lacking}");
+    }
+}
+
+/// Says which plans ask for a group that is no more.
+fn warn_of_plans(paths: &HostPaths, group: &str) {
+    // Plans that cannot be read are told of where they are used.
+    let plans = Plans::load(paths).unwrap_or_default();
+    for plan in plans
+        .iter()
+        .filter(|plan| plan.groups().any(|one| one == group))
+    {
+        tracing::warn!(
+            "plan {0} asks for group {group}: `gantry plan edit {0}` changes that",
+            plan.name
+        );
+    }
 }
 
 pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -261,7 +290,9 @@ pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
             files.is_idle(paths, &name, None)?;
         }
         files.change(&name, wanted)
-    })
+    })?;
+    warn_of_plans(paths, &name);
+    Ok(())
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -272,7 +303,9 @@ pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
             files.has_nothing_made(paths, name)?;
         }
         files.delete(name)
-    })
+    })?;
+    warn_of_plans(paths, name);
+    Ok(())
 }
 
 pub fn add(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {

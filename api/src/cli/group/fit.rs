@@ -9,6 +9,9 @@ use gantry_resources::{
     Fit, HostPaths, Instance, Place, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
 };
 
+use serde_json::{Map, Value};
+
+use crate::config::schema;
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, USAGE};
 
@@ -40,6 +43,9 @@ pub struct FitArgs {
 
 pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     let (requests, mut nodes) = read(args, paths)?;
+    if requests.is_empty() && !args.json {
+        return print(|out| writeln!(out, "The request asks for no devices."));
+    }
     nodes.extend(&args.nodes);
     let placement = Placement::bound(nodes);
     let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
@@ -77,6 +83,11 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
         }
     };
     let request = Requests::read(name, &text).map_err(|error| wrong(error.to_string()))?;
+    if let Some(key) = unknown_key(&text) {
+        let place = Place::in_text(name, &text, &key);
+        let what = format!("{place}: \"{key}\" is no key of a request, nor of a VM's file");
+        return Err(wrong(what).help("`gantry schema` tells all keys"));
+    }
     let planned = request.plan.as_deref().filter(|_| !request.has_devices());
     let requests = match planned {
         None => request.requests(args.allow_ungrouped),
@@ -92,6 +103,14 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
         })?,
         request.numa_nodes,
     ))
+}
+
+/// A key that a VM's file does not have.
+fn unknown_key(text: &str) -> Option<String> {
+    let schema = schema();
+    let written: Map<String, Value> = serde_json::from_str(text).ok()?;
+    let mut keys = written.into_iter().map(|(key, _)| key);
+    keys.find(|key| schema["properties"].get(key).is_none())
 }
 
 /// What each request would get. What one that is `lacking` does not get, the error tells.
