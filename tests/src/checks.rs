@@ -26,6 +26,20 @@ const CARGO: &[(&str, &[&str])] = &[
             "warnings",
         ],
     ),
+    // It is no target of a plain test, and so none of all targets.
+    (
+        "lints of the lab's tests",
+        &[
+            "clippy",
+            "-p",
+            "gantry-tests",
+            "--test",
+            "lab",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
     ("unit and property tests", &["test", "--workspace"]),
 ];
 

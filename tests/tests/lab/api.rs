@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_client::apis::DefaultApi;
@@ -152,7 +152,9 @@ fn a_vm_is_created_over_its_socket(host: &Host) -> Result<()> {
     running.until("guest: done")?;
     // The VM ends, gantry stays, and the VM can be booted again.
     with_client(host, "/tmp/late.sock", async |client| {
+        let deadline = Instant::now() + Duration::from_secs(60);
         while client.vm_info_get().await?.state != VmState::Shutdown {
+            ensure!(Instant::now() < deadline, "the VM never ends");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         client.boot_vm().await?;
@@ -202,9 +204,11 @@ fn a_paused_guest_does_nothing(host: &Host) -> Result<()> {
 
 fn a_guest_hears_its_power_button(host: &Host) -> Result<()> {
     let mut running = Vm::new("shell").start(host)?;
-    running.types("echo guest: listens; head -c 24 /dev/input/event0 >/dev/null; poweroff -f")?;
+    // What is pressed waits for its reader from when the button is open.
+    running.types(
+        "exec 3</dev/input/event0; echo guest: listens; head -c 24 <&3 >/dev/null; poweroff -f",
+    )?;
     running.until("guest: listens\r")?;
-    thread::sleep(Duration::from_millis(500));
     gantry(host, "vm power-button vm --wait 60")?;
     running.end()?.powered_off()?;
     Ok(())
@@ -450,7 +454,7 @@ fn a_kill_at_any_moment_of_an_attach_leaves_nothing(host: &Host) -> Result<()> {
         host.sh(&script).output()?.success()?;
         running.signal(nix::sys::signal::Signal::SIGKILL)?;
         running.end()?;
-        let freed = "for n in $(seq 50); do pidof gantry || exit 0; sleep 0.1; done; exit 1";
+        let freed = "for n in $(seq 300); do pidof gantry || exit 0; sleep 0.1; done; exit 1";
         host.sh(freed)
             .output()?
             .success()

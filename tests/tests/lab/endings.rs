@@ -46,7 +46,11 @@ fn signals_end_it_and_release_everything(host: &Host) -> Result<()> {
             Signal::SIGTERM => running.until("guest: init")?,
             // While it is being built.
             Signal::SIGINT => until_held(host)?,
-            _ => sleep(Duration::from_millis(1500)),
+            // While its guest boots, or has done so.
+            _ => {
+                until_held(host)?;
+                sleep(Duration::from_secs(1));
+            }
         }
         running.signal(signal)?;
         let ended = running.end()?.exits(128 + signal as i32)?;
@@ -76,7 +80,7 @@ fn killed_while_booting_it_leaves_nothing(host: &Host) -> Result<()> {
         if let Some(killed) = before.take() {
             check_killed(killed)?;
         }
-        sleep(Duration::from_millis(3000 * round / (rounds - 1)));
+        sleep(Duration::from_millis(3000 * round / rounds));
         running.signal(Signal::SIGKILL)?;
         before = Some(running);
     }

@@ -268,6 +268,21 @@ fn possessions(host: &Host) -> Result<String> {
     Ok(host.sh(script).output()?.success()?.text())
 }
 
+/// What they have as soon as it `has_settled`, told by the last look and this one; or at last.
+fn settled(host: &Host, has_settled: impl Fn(&str, &str) -> bool) -> Result<String> {
+    let mut last = String::new();
+    for _ in 0..20 {
+        // What took part in the last cycle goes a little later.
+        sleep(Duration::from_millis(500));
+        let now = possessions(host)?;
+        if has_settled(&last, &now) {
+            return Ok(now);
+        }
+        last = now;
+    }
+    Ok(last)
+}
+
 fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let mut running = vm().append("unknown_nmi_panic").start(host)?;
@@ -286,11 +301,9 @@ fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
         Ok(())
     };
     cycles(2)?;
-    sleep(Duration::from_millis(500));
-    let before = possessions(host)?;
+    let before = settled(host, |last, now| last == now)?;
     cycles(crate::rounds(50))?;
-    sleep(Duration::from_millis(500));
-    let after = possessions(host)?;
+    let after = settled(host, |_, now| now == before)?;
     ensure!(before == after, "before:\n{before}\nafter:\n{after}");
     // RAM is pinned while there is a device, and not a moment longer.
     ensure!(before.contains("VmLck:\t       0 kB"), "{before}");

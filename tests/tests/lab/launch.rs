@@ -101,7 +101,7 @@ fn streams_that_are_closed_do_no_harm(host: &Host) -> Result<()> {
     ensure!(ended.errors.contains("status=0"), "{ended}");
     // Nobody reads its log, and the pipe is full.
     let script = format!(
-        "mkfifo /tmp/log; exec 3<>/tmp/log; timeout 5 dd if=/dev/zero bs=4k count=64 >&3 2>/dev/null;
+        "mkfifo /tmp/log; exec 3<>/tmp/log; timeout 2 dd if=/dev/zero bs=4k count=64 >&3 2>/dev/null;
          rm /tmp/log; exec {command} -vv </dev/null 2>&3"
     );
     Ended::of(host.sh(&script).output()?).powered_off()?;

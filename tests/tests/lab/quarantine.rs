@@ -1,7 +1,7 @@
 //! Cases about devices that the kernel does not let go of: they are kept from VMs, and come back.
 
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
@@ -68,7 +68,9 @@ fn a_disk_that_hangs_when_it_is_moved_is_set_aside(host: &Host) -> Result<()> {
     // Neither this nor any other command waits for it.
     is_quarantined(host, "it hung")?;
     gone(stranger)?;
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !processes(host, "__sysfs-write")?.is_empty() {
+        ensure!(Instant::now() < deadline, "the write never ends");
         sleep(Duration::from_millis(100));
     }
     release(host)?;

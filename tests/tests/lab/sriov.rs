@@ -338,7 +338,7 @@ fn a_killed_activation_is_healed_by_the_next(host: &Host) -> Result<()> {
     let rounds = crate::rounds(6);
     for round in 0..rounds {
         let activation = host.sh("exec gantry group activate vfs").start()?;
-        sleep(Duration::from_millis(400 * round / (rounds - 1)));
+        sleep(Duration::from_millis(400 * round / rounds));
         activation.control().signal(Signal::SIGKILL)?;
         host.sh("while pidof gantry; do sleep 0.1; done")
             .output()?

@@ -46,10 +46,10 @@ impl<'h> Sample<'h> {
         Ok(devices.context("no devices")?.clone())
     }
 
-    /// Waits until there is no device.
+    /// Waits until there is no device, nor a helper that removed it.
     fn until_none(&self) -> Result<()> {
         let script = "for try in $(seq 300); do
-                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)\" ] && exit
+                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)$(pidof gantry)\" ] && exit
                  sleep 0.1
              done; exit 1";
         self.host.sh(script).output()?.success()?;
@@ -71,13 +71,14 @@ impl Drop for Sample<'_> {
 fn a_vm_gets_a_new_device_and_it_goes_with_it(host: &Host) -> Result<()> {
     let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga"}))?;
     let mut running = Vm::new("shell").devices("vgpus", 1).start(host)?;
-    running
-        .types("cat /sys/bus/pci/devices/*/vendor /sys/bus/pci/devices/*/device; poweroff -f")?;
+    running.until("guest: init")?;
     let devices = sample.devices()?;
     ensure!(
         devices.len() == 1 && devices[0]["state"] == "assigned" && devices[0]["group"] == "vgpus",
         "{devices:#?}"
     );
+    running
+        .types("cat /sys/bus/pci/devices/*/vendor /sys/bus/pci/devices/*/device; poweroff -f")?;
     let ended = running.end()?.exits(0)?;
     // MDPY_PCI_VENDOR_ID and MDPY_PCI_DEVICE_ID of samples/vfio-mdev/mdpy-defs.h.
     ensure!(
