@@ -14,6 +14,8 @@ mount -t tracefs trace /sys/kernel/tracing
 hostname lab
 ip link set lo up
 ulimit -c 0
+# Debian's modprobe, where it is there, reads an index of its own; the shell's depmod makes none.
+[ -e /bin/kmod ] && /bin/depmod
 # Built in, or there as modules, depending on the kernel.
 for module in kvm_amd vfio_iommu_type1 vfio_pci; do
     modprobe $module 2>/dev/null

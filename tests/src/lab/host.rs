@@ -35,6 +35,8 @@ pub struct Setup {
     pub cpus: u8,
     /// Added to its kernel's command line.
     pub append: String,
+    /// Whether it has Debian's modprobe and udev, which nobody starts, in place of busybox's.
+    pub udev: bool,
     /// Programs put there besides, with their libraries: path there, file here.
     pub programs: Vec<(String, PathBuf)>,
 }
@@ -47,6 +49,7 @@ impl Default for Setup {
             memory_mib: 8 << 10,
             cpus: 2,
             append: String::new(),
+            udev: false,
             programs: Vec::new(),
         }
     }
@@ -70,7 +73,7 @@ impl Host {
         let folder = TempFolder::new(&std::env::temp_dir(), "gantry-lab.")
             .context("cannot create a temporary folder for the lab")?;
         let path = folder.path();
-        let initrd = images::host(parts, setup.kernel, &setup.programs)?;
+        let initrd = images::host(parts, setup)?;
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
             if let Some(serial) = device.disk() {

@@ -1,12 +1,13 @@
 //! What is in the two initramfs: the lab host's and its guests'.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use super::command;
+use super::host::Setup;
 use super::initramfs::Initramfs;
 use super::kernel::Kernel;
 use super::packages::find_in;
@@ -34,16 +35,23 @@ impl HostKernel {
     }
 }
 
-/// The lab host's initramfs, with `programs` besides: path there, file here.
-pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -> Result<Vec<u8>> {
-    let mut archive = base(parts, &["lspci", "ip"])?;
+/// What of kmod stands in for busybox's.
+const KMOD: &[&str] = &["modprobe", "depmod", "insmod", "rmmod", "lsmod", "modinfo"];
+
+/// The lab host's initramfs.
+pub fn host(parts: &Parts, setup: &Setup) -> Result<Vec<u8>> {
+    let mut archive = Initramfs::default();
+    if setup.udev {
+        udev(&mut archive, &parts.tools)?;
+    }
+    base(&mut archive, parts, &["lspci", "ip"])?;
     archive.file("init", 0o755, include_bytes!("../../lab/host-init.sh"));
     // Busybox's knows no virtual functions.
     let ip = find_in(&parts.tools, &["bin/ip", "usr/bin/ip"])?;
     archive.program("bin/ip", &ip, Some(&parts.tools))?;
     archive.program("bin/lab-agent", &parts.agent, None)?;
     archive.program("bin/gantry", &parts.gantry, None)?;
-    for (path, from) in programs {
+    for (path, from) in &setup.programs {
         archive.program(path, from, None)?;
     }
     archive.program(
@@ -62,7 +70,7 @@ pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -
         0o644,
         b"export PS1='lab:\\w\\$ ' HOME=/root\ncd\n",
     );
-    let kernel = kernel.of(parts)?;
+    let kernel = setup.kernel.of(parts)?;
     modules(&mut archive, kernel)?;
     archive.copy("lab/bzImage-debian", &parts.stock.bzimage)?;
     if let Some(lab) = &parts.lab {
@@ -78,7 +86,8 @@ pub fn host(parts: &Parts, kernel: HostKernel, programs: &[(String, PathBuf)]) -
 
 /// A guest's initramfs.
 pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
-    let mut archive = base(parts, &["lspci"])?;
+    let mut archive = Initramfs::default();
+    base(&mut archive, parts, &["lspci"])?;
     archive.file("init", 0o755, include_bytes!("../../lab/guest-init.sh"));
     archive.program(
         "bin/lspci",
@@ -97,9 +106,24 @@ pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Busybox under all its names but those of `others`, and the folders that init mounts things on.
-fn base(parts: &Parts, others: &[&str]) -> Result<Initramfs> {
-    let mut archive = Initramfs::default();
+/// Debian's modprobe and udev, with the rule that loads drivers.
+fn udev(archive: &mut Initramfs, tools: &Path) -> Result<()> {
+    let kmod = find_in(tools, &["bin/kmod", "usr/bin/kmod"])?;
+    archive.program("bin/kmod", &kmod, Some(tools))?;
+    for name in KMOD {
+        archive.link(&format!("bin/{name}"), "kmod");
+    }
+    let udevadm = find_in(tools, &["bin/udevadm", "usr/bin/udevadm"])?;
+    archive.program("bin/udevadm", &udevadm, Some(tools))?;
+    archive.link("lib/systemd/systemd-udevd", "/bin/udevadm");
+    let rules = "lib/udev/rules.d/80-drivers.rules";
+    let place = find_in(tools, &[rules, &format!("usr/{rules}")])?;
+    archive.copy(rules, &place)
+}
+
+/// Busybox under all its names but those of `others` and those that are taken, and the folders that init
+/// mounts things on.
+fn base(archive: &mut Initramfs, parts: &Parts, others: &[&str]) -> Result<()> {
     for folder in ["dev", "proc", "sys", "tmp", "run", "root", "etc"] {
         archive.folder(folder);
     }
@@ -113,7 +137,7 @@ fn base(parts: &Parts, others: &[&str]) -> Result<Initramfs> {
         }
     }
     archive.link("sbin", "bin");
-    Ok(archive)
+    Ok(())
 }
 
 fn modules(archive: &mut Initramfs, kernel: &Kernel) -> Result<()> {

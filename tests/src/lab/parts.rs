@@ -25,6 +25,10 @@ const STOCK_MODULES: &[&str] = &[
     "tun",
     "veth",
     "bridge",
+    "bonding",
+    "8021q",
+    "vmxnet3",
+    "virtio_net",
     // For guests.
     PANIC_MODULE,
 ];
@@ -39,7 +43,7 @@ pub const PANIC_MODULE_NEEDS: &[&str] = &["pvpanic"];
 pub struct Parts {
     /// QEMU and its firmware, unpacked.
     pub qemu: PathBuf,
-    /// Busybox, pciutils and iproute2, unpacked.
+    /// Busybox, pciutils, iproute2, kmod and udev, unpacked.
     pub tools: PathBuf,
     /// Debian's kernel.
     pub stock: Kernel,
@@ -70,7 +74,7 @@ impl Parts {
         let qemu = store.qemu()?;
         let tools = store.tree(
             "tools",
-            "busybox, pciutils and iproute2",
+            "busybox, pciutils, iproute2, kmod and udev",
             Wanted {
                 always: &[
                     "busybox-static",
@@ -78,8 +82,10 @@ impl Parts {
                     "libpci3",
                     "pci.ids",
                     "iproute2",
+                    "kmod",
+                    "udev",
                 ],
-                missing: &["pciutils", "iproute2"],
+                missing: &["pciutils", "iproute2", "kmod", "udev"],
                 backports: false,
             },
         )?;

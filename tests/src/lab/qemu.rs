@@ -34,6 +34,18 @@ pub enum Device {
         /// Number of the hub.
         hub: u8,
     },
+    /// A network card of VMware's (15ad:07b0) behind a root port of its own; Debian's kernel has its
+    /// driver as a module.
+    Vmxnet {
+        /// Number of the hub.
+        hub: u8,
+    },
+    /// A virtio network card (1af4:1041) behind a root port of its own. Of all that is here it alone can
+    /// report PCI Express errors: the others lack the capability, or its switches.
+    VirtioNet {
+        /// Number of the hub.
+        hub: u8,
+    },
     /// A display (1234:1111, function 0) and an audio controller (8086:2668, function 1) in one
     /// slot of the root complex: one IOMMU group, as a GPU with its audio.
     Gpu,
@@ -80,6 +92,13 @@ impl Device {
     pub fn with_console() -> Vec<Self> {
         let mut devices = Self::usual();
         devices.push(Self::Console);
+        devices
+    }
+
+    /// Three of VMware's network cards (01:00.0 to 03:00.0) and a virtio one (04:00.0), on one hub.
+    pub fn only_cards() -> Vec<Self> {
+        let mut devices = vec![Self::Vmxnet { hub: 0 }; 3];
+        devices.push(Self::VirtioNet { hub: 0 });
         devices
     }
 
@@ -136,14 +155,15 @@ impl Device {
                 let above = ["-device", &bridge, "-device", &port].map(str::to_owned);
                 [above.to_vec(), nvme(serial)].concat()
             }
-            Self::Igb { hub } => vec![
-                "-device".into(),
+            Self::Igb { hub } => card("igb", index, port, *hub),
+            Self::Vmxnet { hub } => card("vmxnet3", index, port, *hub),
+            // Through the IOMMU, as what is passed on has to be.
+            Self::VirtioNet { hub } => card(
+                "virtio-net-pci,disable-legacy=on,iommu_platform=on,aer=on",
+                index,
                 port,
-                "-netdev".into(),
-                format!("hubport,id=net{index},hubid={hub}"),
-                "-device".into(),
-                format!("igb,id=dev{index},bus=port{index},netdev=net{index},romfile="),
-            ],
+                *hub,
+            ),
             Self::Gpu => vec![
                 "-device".into(),
                 format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
@@ -180,6 +200,18 @@ impl Device {
 
 /// How many bus numbers the host bridge of a NUMA node has; the first are those of the usual one.
 const BUSES_OF_NODE: u8 = 0x20;
+
+/// A network card of this model, with its settings, behind `port` and on a hub.
+fn card(model: &str, index: usize, port: String, hub: u8) -> Vec<String> {
+    vec![
+        "-device".into(),
+        port,
+        "-netdev".into(),
+        format!("hubport,id=net{index},hubid={hub}"),
+        "-device".into(),
+        format!("{model},id=dev{index},bus=port{index},netdev=net{index},romfile="),
+    ]
+}
 
 /// QEMU itself, among its unpacked packages.
 pub fn program(tree: &Path) -> Result<PathBuf> {

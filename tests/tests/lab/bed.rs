@@ -21,6 +21,8 @@ pub struct Suite {
     pub append: &'static str,
     /// The lab host's devices.
     pub devices: fn() -> Vec<Device>,
+    /// Whether it has Debian's udev.
+    pub udev: bool,
     /// Modules with their cases.
     pub cases: &'static [(&'static str, &'static [Case])],
 }
@@ -100,6 +102,7 @@ impl Bed {
             kernel: suite.kernel,
             append: suite.append.to_owned(),
             devices: (suite.devices)(),
+            udev: suite.udev,
             ..Setup::default()
         };
         Host::boot(parts, &setup)
@@ -129,9 +132,13 @@ fn with_kernel_log(error: anyhow::Error, host: &Host, mark: &str) -> anyhow::Err
     }
 }
 
-/// Fails if a device is not with its host driver, a gantry runs, or a file is locked.
+/// Fails if a device is not with its host driver, a gantry runs, or a file is locked. Helpers that have done
+/// what they were there for may take a moment to end.
 fn check_clean(host: &Host) -> Result<()> {
     const TRACES: &str = r"
+        for try in $(seq 50); do
+            pidof gantry >/dev/null && sleep 0.1 || break
+        done
         for device in /sys/bus/pci/drivers/vfio-pci/????:*; do
             [ -e $device ] && echo ${device##*/} is bound to vfio-pci
         done

@@ -24,6 +24,7 @@ mod bed;
 mod check;
 mod demand;
 mod endings;
+mod errors;
 mod hotplug;
 mod lab_kernel;
 mod launch;
@@ -38,6 +39,7 @@ mod sandbox;
 mod sriov;
 mod tenants;
 mod the_lab;
+mod uplinks;
 mod usb;
 mod vgpu;
 mod vm;
@@ -58,6 +60,7 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Stock,
         append: "",
         devices: Device::usual,
+        udev: false,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("launch", launch::CASES),
@@ -79,6 +82,7 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Lab,
         append: "",
         devices: Device::usual,
+        udev: false,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("lab_kernel", lab_kernel::CASES),
@@ -108,6 +112,7 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Stock,
         append: "intel_iommu=off",
         devices: Device::usual,
+        udev: false,
         cases: &[("check", check::IOMMU_OFF)],
     },
     Suite {
@@ -115,6 +120,7 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Stock,
         append: "intremap=off iommu=pt",
         devices: Device::with_console,
+        udev: false,
         cases: &[("check", check::NO_REMAPPING), ("pools", pools::CONSOLE)],
     },
     Suite {
@@ -122,6 +128,7 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Stock,
         append: "iommu=off",
         devices: Device::usual,
+        udev: false,
         cases: &[("check", check::NO_IOMMU)],
     },
     Suite {
@@ -129,13 +136,27 @@ const SUITES: &[Suite] = &[
         kernel: HostKernel::Stock,
         append: "",
         devices: Device::on_two_nodes,
+        udev: false,
         cases: &[("numa", numa::CASES)],
+    },
+    Suite {
+        name: "cards",
+        kernel: HostKernel::Stock,
+        append: "",
+        devices: Device::only_cards,
+        udev: true,
+        cases: &[
+            ("uplinks", uplinks::CASES),
+            ("errors", errors::CASES),
+            ("persist", persist::UDEV),
+        ],
     },
     Suite {
         name: "usb",
         kernel: HostKernel::Lab,
         append: "",
         devices: Device::only_usb,
+        udev: false,
         cases: &[("usb", usb::CASES)],
     },
 ];

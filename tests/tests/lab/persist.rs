@@ -1,19 +1,24 @@
-//! Cases about what makes devices go to vfio-pci at boot: what `gantry device persist` writes is played
-//! back as modprobe and udev do it, and `gantry boot` does what a boot's unit runs.
+//! Cases about what makes devices go to vfio-pci at boot: modprobe and udev obey what `gantry device persist`
+//! writes, and `gantry boot` does what a boot's unit runs.
 
 use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
 use crate::bed::{Case, cases};
-use crate::pool::{BIG_BAR, EDU, FIRST, SECOND, device, free};
+use crate::pool::{FIRST, SECOND, VIRTIO_CARD, device, free};
 use crate::vm::Vm;
 
 /// For a host kernel with vfio-pci as a module.
 pub const CASES: &[Case] = cases![
     options_for_modprobe_bind_by_ids,
-    udev_rules_bind_by_address,
     a_boot_binds_the_groups_that_say_so,
+];
+
+/// For a host with VMware's network cards and udev.
+pub const UDEV: &[Case] = cases![
+    a_driver_waits_for_vfio_pci,
+    udev_gives_vfio_pci_what_the_rules_name,
 ];
 
 fn sh(host: &Host, script: &str) -> Result<String> {
@@ -68,78 +73,98 @@ fn options_for_modprobe_bind_by_ids(host: &Host) -> Result<()> {
     })
 }
 
-/// Two devices whose drivers come later than udev: the second comes when vfio-pci is there already.
-fn udev_rules_bind_by_address(host: &Host) -> Result<()> {
-    let made = sh(
+/// VMware's network cards. Their driver is a module, which nothing loads before udev does.
+const CARDS: [&str; 3] = ["0000:01:00.0", "0000:02:00.0", "0000:03:00.0"];
+/// That driver, and its module.
+const CARDS_DRIVER: &str = "vmxnet3";
+
+/// Does `during` with neither vfio-pci nor the cards' driver loaded, as a boot finds it, and leaves it so
+/// that the cards are with their driver.
+fn at_boot(host: &Host, during: impl FnOnce() -> Result<()>) -> Result<()> {
+    sh(
         host,
-        &format!("gantry device persist {EDU} {BIG_BAR} --json"),
+        "rmmod vmxnet3; rmmod vfio_pci && [ ! -e /sys/module/vfio_pci ]",
     )?;
-    let made: serde_json::Value = serde_json::from_str(&made)?;
-    let rules = made["text"].as_str().context("no text")?.to_owned();
-    without_vfio_pci(host, || {
-        let result = [EDU, BIG_BAR].iter().try_for_each(|bdf| {
-            device_is_added(host, &rules, bdf)?;
-            ensure!(
-                driver(host, bdf)? == "vfio-pci",
-                "{bdf} is not bound by\n{rules}"
-            );
-            Ok(())
-        });
-        ensure!(
-            driver(host, FIRST.bdf)? == "nvme",
-            "others are bound as well"
+    let result = during();
+    let mut clear = "rm -rf /etc/modprobe.d /etc/udev".to_owned();
+    for bdf in CARDS {
+        clear += &format!(
+            "; cd /sys/bus/pci/devices/{bdf}; echo >driver_override
+             [ -e /sys/bus/pci/drivers/vfio-pci/{bdf} ] && echo {bdf} >driver/unbind"
         );
-        let back = [EDU, BIG_BAR].map(|bdf| {
-            format!("cd /sys/bus/pci/devices/{bdf} && echo >driver_override && echo {bdf} >driver/unbind;")
-        });
-        sh(host, &back.concat())?;
-        result
-    })
+    }
+    clear += "; rmmod vfio_pci vmxnet3; modprobe vfio_pci && modprobe vmxnet3";
+    sh(host, &clear)?;
+    result
 }
 
-/// What udev does with rules when a device is added (udev(7)): comparisons first, then assignments, and
-/// the programs when all rules have been read.
-fn device_is_added(host: &Host, rules: &str, bdf: &str) -> Result<()> {
-    let dir = format!("/sys/bus/pci/devices/{bdf}");
-    let mut programs = Vec::new();
-    for rule in rules.lines().filter(|line| !line.starts_with('#')) {
-        let mut assigned = Vec::new();
-        let mut holds = true;
-        for term in rule.split(", ") {
-            let (head, value) = term.split_once('"').with_context(|| term.to_owned())?;
-            let value = value.strip_suffix('"').with_context(|| term.to_owned())?;
-            let value = value.replace("$kernel", bdf);
-            let attribute = |head: &str| {
-                let name = head.strip_prefix("ATTR{")?;
-                Some(name.split_once('}')?.0.to_owned())
-            };
-            match (head, attribute(head)) {
-                ("ACTION==", _) => holds &= value == "add",
-                ("SUBSYSTEM==", _) => holds &= value == "pci",
-                ("KERNEL==", _) => holds &= value == bdf,
-                (_, Some(name)) if head.ends_with("==") => {
-                    holds &= host.read_text(&format!("{dir}/{name}"))? == value;
-                }
-                (_, Some(name)) => assigned.push(format!("echo {value} >{dir}/{name}")),
-                ("RUN{builtin}+=", _) => {
-                    let module = value
-                        .strip_prefix("kmod load ")
-                        .context("unknown builtin")?;
-                    assigned.push(String::new());
-                    programs.push((holds, format!("modprobe {module}")));
-                }
-                ("RUN+=", _) => programs.push((holds, value)),
-                _ => anyhow::bail!("udev knows no {head}"),
-            }
-        }
-        if holds {
-            sh(host, &assigned.join("\n"))?;
-        }
-    }
-    for (_, program) in programs.iter().filter(|(holds, _)| *holds) {
-        sh(host, program)?;
+fn drivers(host: &Host) -> Result<[String; 3]> {
+    let [first, second, third] = CARDS.map(|bdf| driver(host, bdf));
+    Ok([first?, second?, third?])
+}
+
+fn a_driver_waits_for_vfio_pci(host: &Host) -> Result<()> {
+    // Asked for while the driver has the card, and while vfio-pci has it already.
+    for before in ["true", "gantry device detach 02:00.0"] {
+        sh(host, "modprobe vmxnet3")?;
+        sh(host, before)?;
+        let persist = "mkdir -p /tmp/made; cd /tmp/made &&
+             gantry device persist 02:00.0 --by modprobe --output gantry.conf 2>&1 && cat gantry.conf";
+        let written = sh(host, persist)?;
+        ensure!(
+            written.contains("softdep vmxnet3 pre: vfio-pci"),
+            "{before}: {written}"
+        );
+        ensure!(
+            written.contains("0000:01:00.0 has the same ids and goes along"),
+            "{written}"
+        );
+        sh(host, "gantry device reattach 02:00.0")?;
+        at_boot(host, || {
+            // Busybox's shell would take its own, which knows of no softdep.
+            let load = format!(
+                "mkdir -p /etc/modprobe.d && mv /tmp/made/gantry.conf /etc/modprobe.d && /bin/modprobe {CARDS_DRIVER}"
+            );
+            sh(host, &load)?;
+            let got = drivers(host)?;
+            ensure!(got == ["vfio-pci"; 3], "{got:?} with\n{written}");
+            Ok(())
+        })?;
     }
     Ok(())
+}
+
+/// What a boot does: udev is started, with these flags, and the kernel tells it of every device.
+fn udev_runs(host: &Host, flags: &str) -> Result<()> {
+    let boot = format!(
+        "/lib/systemd/systemd-udevd --daemon {flags} && udevadm trigger --action=add && udevadm settle
+         status=$?; udevadm control --exit; exit $status"
+    );
+    sh(host, &boot)?;
+    Ok(())
+}
+
+fn udev_gives_vfio_pci_what_the_rules_name(host: &Host) -> Result<()> {
+    at_boot(host, || {
+        let rules = "/etc/udev/rules.d/10-gantry.rules";
+        sh(
+            host,
+            &format!(
+                "mkdir -p /etc/udev/rules.d && gantry device persist 02:00.0 03:00.0 --output {rules}"
+            ),
+        )?;
+        // With one at a time the first card's driver is loaded before the others' turn comes.
+        udev_runs(host, "--children-max=1")?;
+        let got = drivers(host)?;
+        ensure!(
+            got == [CARDS_DRIVER, "vfio-pci", "vfio-pci"],
+            "{got:?} with\n{}",
+            host.read_text(rules)?
+        );
+        let other = driver(host, VIRTIO_CARD)?;
+        ensure!(other == "virtio-pci", "{other} has another device");
+        Ok(())
+    })
 }
 
 /// A boot leaves definitions and what the state directory holds; the run directory is empty.

@@ -25,6 +25,9 @@ pub const EDU: &str = "0000:00:15.0";
 /// The device with a BAR of 8 GiB.
 pub const BIG_BAR: &str = "0000:00:16.0";
 
+/// The virtio network card of the lab that has nothing but cards.
+pub const VIRTIO_CARD: &str = "0000:04:00.0";
+
 /// A disk of the lab.
 #[derive(Debug, Clone, Copy)]
 pub struct Disk {
@@ -105,6 +108,21 @@ pub fn processes(host: &Host, words: &str) -> Result<Vec<String>> {
         done; true";
     let found = host.sh(script).env("WORDS", words).output()?.success()?;
     Ok(found.text().lines().map(str::to_owned).collect())
+}
+
+/// Fails unless `gantry device detach` refuses with these words, and the device stays as it is.
+pub fn stays(host: &Host, bdf: &str, words: &[&str]) -> Result<()> {
+    let before = device(host, bdf)?;
+    let refused = host
+        .command(["gantry", "device", "detach", bdf])
+        .output()?
+        .exits(1)?;
+    for word in words {
+        ensure!(refused.errors().contains(word), "no {word:?} in {refused}");
+    }
+    ensure!(refused.errors().lines().count() <= 20, "{refused}");
+    ensure!(device(host, bdf)? == before, "it changed");
+    Ok(())
 }
 
 /// What `gantry device list` says of a device.
