@@ -350,6 +350,51 @@ fn what_would_only_fail_later_is_told_at_once() {
 }
 
 #[test]
+fn a_card_without_a_driver_needs_its_module() {
+    let host = Host::new();
+    let card = host.path("sys/bus/pci/devices/0000:00:03.0");
+    fs::write(card.join("sriov_totalvfs"), "8\n").unwrap();
+    fs::write(host.path("sys/bus/pci/drivers_probe"), "").unwrap();
+    fs::remove_file(card.join("driver")).unwrap();
+    let args = ["group", "create", "vfs", "--type", "sriov-nic"];
+    let sriov = r#"{"pf": "00:03.0", "count": 2}"#;
+    host.gantry(&[&args[..], &["--sriov", sriov]].concat()).ok();
+    let said = || {
+        let activated = host.gantry(&["group", "activate", "vfs"]).failed(1);
+        (
+            activated,
+            host.gantry(&["device", "reattach", "00:03.0"]).ok(),
+        )
+    };
+    let (activated, reattached) = said();
+    assert!(activated.contains("load its module first"), "{activated}");
+    let nothing = "still with no driver (IOMMU group 3)\n  no driver that is loaded takes it\n";
+    assert!(reattached.contains(nothing), "{reattached}");
+    let modules = host.path("proc/self/root/lib/modules/6.1");
+    fs::create_dir_all(host.path("proc/sys/kernel")).unwrap();
+    fs::write(host.path("proc/sys/kernel/osrelease"), "6.1\n").unwrap();
+    fs::create_dir_all(&modules).unwrap();
+    let alias = "alias pci:v00008086d*sv*sd*bc*sc*i* i40e\n";
+    fs::write(modules.join("modules.alias"), alias).unwrap();
+    let (activated, reattached) = said();
+    assert!(
+        activated.contains("`modprobe i40e` loads it"),
+        "{activated}"
+    );
+    assert!(
+        reattached.contains("`modprobe i40e` loads one"),
+        "{reattached}"
+    );
+    fs::create_dir_all(host.path("sys/module/i40e")).unwrap();
+    let (activated, reattached) = said();
+    assert!(
+        activated.contains("`gantry device reattach 0000:00:03.0`"),
+        "{activated}"
+    );
+    assert!(reattached.contains("see dmesg"), "{reattached}");
+}
+
+#[test]
 fn mediated_devices_are_listed_asked_for_and_planned() {
     let host = Host::new();
     let none = host.gantry(&["device", "mdev"]).ok();

@@ -186,6 +186,11 @@ fn an_unknown_group() {
         &["no tenant \"lab\""],
     );
     one_line(&host.refused(1, &["plan", "show", "gpu2"]), &["\"gpu2\""]);
+    let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
+    let user = user.unwrap().unwrap().name;
+    let create = ["tenant", "create", "lab", "--user", &user];
+    let program = Path::new(env!("CARGO_BIN_EXE_gantry"));
+    assert!(host.command(program, &create).status().unwrap().success());
     let grant = ["tenant", "grant", "lab", "--from", "disk"];
     one_line(
         &host.refused(1, &grant),

@@ -79,7 +79,7 @@ pub use maintenance::{
 };
 pub use mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 pub use memlock::memlock_limit;
-pub use modules::KernelModules;
+pub use modules::{KernelModules, NoDriver};
 pub use moves::MoveError;
 pub use name::DeviceName;
 pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};

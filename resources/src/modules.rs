@@ -73,6 +73,32 @@ impl KernelModules {
     }
 }
 
+/// Why a device has no driver, as far as the kernel's modules tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoDriver {
+    /// This module could drive it, and is not loaded.
+    NotLoaded(String),
+    /// A module that could drive it is there.
+    Loaded,
+    /// No module that is known claims it.
+    NoModule,
+}
+
+impl NoDriver {
+    /// Looks for the modules of a device.
+    pub fn of(paths: &HostPaths, device: &HostDevice) -> Self {
+        let modules = KernelModules::read(paths);
+        let modules = modules.of(device);
+        let loaded = paths.sysfs.join("module");
+        let is_loaded = |name: &&str| loaded.join(name.replace('-', "_")).exists();
+        match modules.first() {
+            None => Self::NoModule,
+            Some(_) if modules.iter().any(is_loaded) => Self::Loaded,
+            Some(first) => Self::NotLoaded((*first).to_owned()),
+        }
+    }
+}
+
 /// The module that a driver of PCI devices was loaded from; none where it is part of the kernel's image, and
 /// has its devices before any setting of modprobe counts. A built-in one with parameters has a folder as
 /// well, but never a state.
@@ -116,6 +142,13 @@ mod tests {
         let modules = KernelModules::read(&host.paths);
         assert_eq!(modules.of(&host.read("01:00.0")), ["nvme"]);
         assert_eq!(modules.of(&host.read("02:00.0")), ["nvme", "vga"]);
+        let why = |bdf| NoDriver::of(&host.paths, &host.read(bdf));
+        assert_eq!(why("02:00.0"), NoDriver::NotLoaded("nvme".to_owned()));
+        host.file("sys/module/vga/refcnt", "0");
+        assert_eq!(why("02:00.0"), NoDriver::Loaded);
+        let other = FakeHost::new(&[]);
+        let why = NoDriver::of(&other.paths, &host.read("01:00.0"));
+        assert_eq!(why, NoDriver::NoModule);
         let none = KernelModules::read(&FakeHost::new(&[]).paths);
         assert!(none.of(&host.read("01:00.0")).is_empty());
     }

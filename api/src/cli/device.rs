@@ -14,7 +14,7 @@ use std::fmt;
 use clap::{Args, Subcommand};
 use gantry_resources::{
     BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
-    ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
+    NoDriver, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
 };
 use serde::Serialize;
 
@@ -214,6 +214,18 @@ struct Move {
     /// The driver now; in a dry run, as it was.
     to: Option<String>,
     moved: bool,
+    /// What it lacks, where it has no driver after all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+/// Why a device is still without a driver.
+fn problem(paths: &HostPaths, device: &HostDevice) -> String {
+    match NoDriver::of(paths, device) {
+        NoDriver::NotLoaded(module) => format!("`modprobe {module}` loads one that takes it"),
+        NoDriver::Loaded => "its driver does not take it: see dmesg".to_owned(),
+        NoDriver::NoModule => "no driver that is loaded takes it".to_owned(),
+    }
 }
 
 /// Drivers are read again afterwards: what counts is what the kernel did.
@@ -228,11 +240,13 @@ fn moves(
     let one = |(bdf, moved)| {
         let was = before.iter().find(|device| device.bdf == bdf);
         let from = was.and_then(|device| device.driver.clone());
-        let to = if moved && !dry_run {
-            HostDevice::read(paths, bdf).map_err(Failure::host)?.driver
-        } else {
-            from.clone()
+        let now = match moved && !dry_run {
+            true => Some(HostDevice::read(paths, bdf).map_err(Failure::host)?),
+            false => None,
         };
+        let bare = now.as_ref().filter(|device| device.driver.is_none());
+        let problem = bare.map(|device| problem(paths, device));
+        let to = now.map_or_else(|| from.clone(), |device| device.driver);
         let iommu_group = was.and_then(|device| device.iommu_group);
         Ok(Move {
             bdf,
@@ -240,6 +254,7 @@ fn moves(
             from,
             to,
             moved,
+            problem,
         })
     };
     all.map(one).collect()
@@ -253,18 +268,24 @@ impl fmt::Display for Shown<'_> {
             from,
             to,
             moved,
+            problem,
         } in &self.devices
         {
+            let same = from == to;
             let from = from.as_deref().unwrap_or("no driver");
             let to = to.as_deref().unwrap_or("no driver");
             match (moved, self.dry_run) {
                 (true, true) => write!(f, "{bdf}: would leave {from}")?,
+                (true, false) if same => write!(f, "{bdf}: still with {to}")?,
                 (true, false) => write!(f, "{bdf}: {from} -> {to}")?,
                 (false, _) => write!(f, "{bdf}: already with {from}")?,
             }
             match iommu_group {
                 Some(group) => writeln!(f, " (IOMMU group {group})")?,
                 None => writeln!(f)?,
+            }
+            if let Some(problem) = problem {
+                writeln!(f, "  {problem}")?;
             }
         }
         for write in self.writes.iter().filter(|_| self.dry_run) {

@@ -12,6 +12,7 @@ use crate::group::GroupError;
 use crate::host::HostBdf;
 use crate::inventory::InventoryError;
 use crate::lease::{InTheWay, LeaseError};
+use crate::modules::NoDriver;
 use crate::obstacle::Blocked;
 use crate::rule::IdPair;
 use crate::writer::WriteError;
@@ -53,10 +54,12 @@ pub enum SriovError {
         wanted: u16,
     },
     /// No driver makes its functions.
-    #[error("{pf} has no driver, which makes its virtual functions: `gantry device reattach {pf}`")]
+    #[error("{pf} has no driver, which makes its virtual functions: {}", way(pf, .why))]
     NoDriver {
         /// The device.
         pf: HostBdf,
+        /// Why not.
+        why: NoDriver,
     },
     /// The settings need a network card.
     #[error(
@@ -165,5 +168,14 @@ impl SriovError {
             }
             _ => false,
         }
+    }
+}
+
+/// What gives a card its driver.
+fn way(pf: &HostBdf, why: &NoDriver) -> String {
+    match why {
+        NoDriver::NotLoaded(module) => format!("`modprobe {module}` loads it"),
+        NoDriver::Loaded => format!("`gantry device reattach {pf}`"),
+        NoDriver::NoModule => "load its module first".to_owned(),
     }
 }

@@ -24,6 +24,7 @@ use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
 use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
+use crate::modules::NoDriver;
 use crate::obstacle::{Blocked, Obstacle};
 use crate::quarantine::{Until, hung, quarantine};
 use crate::rule::IdPair;
@@ -107,7 +108,7 @@ pub fn activate(
     let record = LeaseRecord::task("gantry group activate");
     let look = || {
         let pf = Pf::read(paths, spec.pf)?;
-        may_activate(&pf, spec)?;
+        may_activate(paths, &pf, spec)?;
         does_not_hang(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, spec.count, &live)?;
@@ -299,11 +300,12 @@ pub(crate) fn suits(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError>
     Ok(())
 }
 
-fn may_activate(pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
     suits(&pf.device, spec)?;
     let bdf = spec.pf;
     if pf.device.driver.is_none() {
-        return Err(SriovError::NoDriver { pf: bdf });
+        let why = NoDriver::of(paths, &pf.device);
+        return Err(SriovError::NoDriver { pf: bdf, why });
     }
     let wanted = spec.wanted(0);
     match wanted.settings(&wanted).first() {
