@@ -299,9 +299,16 @@ fn a_missing_permission() {
     fs::set_permissions(host.path("run"), fs::Permissions::from_mode(0o555)).unwrap();
     let error = host.refuses_for_nobody(&["device", "detach", "02:00.0"]);
     assert!(
-        error.contains("allocate.lock") && error.contains("GANTRY_RUN_DIR"),
+        error.contains("allocate.lock") && error.contains("run as root, or as a tenant's user"),
         "{error}"
     );
+    let definition = host.path("etc/tenants/lab/tenant.json");
+    fs::create_dir_all(definition.parent().unwrap()).unwrap();
+    fs::write(&definition, r#"{"user": "root"}"#).unwrap();
+    let other = of_nobody(&host, &["--tenant", "lab", "vm", "list"]);
+    let error = host.refuses(other, 2);
+    let said = "you are not tenant \"lab\", whose user is root";
+    assert!(error.contains(said), "{error}");
 }
 
 #[test]

@@ -132,7 +132,7 @@ impl LeaseStatus {
 pub enum LeaseError {
     /// A file or directory of the run directory cannot be used.
     #[error(
-        "cannot use {path} to keep leases: run as a user who may write there, or set GANTRY_RUN_DIR to a directory that you own"
+        "cannot use {path} to keep leases: run as root, or as a tenant's user (`gantry tenant create`)"
     )]
     File {
         /// The path.

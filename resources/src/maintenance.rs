@@ -24,7 +24,7 @@ pub struct Maintenance {
 #[derive(Debug, Error)]
 pub enum MaintenanceError {
     /// The state directory cannot be used.
-    #[error("cannot use {path}: run as root, or set GANTRY_STATE_DIR to a directory that you own")]
+    #[error("cannot use {path}: run as root")]
     File {
         /// The path.
         path: PathBuf,

@@ -49,7 +49,7 @@ struct Record {
 #[derive(Debug, Error)]
 pub enum QuarantineError {
     /// The state directory cannot be used.
-    #[error("cannot use {path}: run as root, or set GANTRY_STATE_DIR to a directory that you own")]
+    #[error("cannot use {path}: run as root")]
     File {
         /// The path.
         path: PathBuf,

@@ -428,10 +428,14 @@ fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// In a tenant's directories lies what the tenant put there, links among it, which root must not follow.
-fn not_as_root(tenant: &Tenant) -> Failure {
+/// Nobody but its user works as a tenant. In its directories lies what the tenant put there, links among it,
+/// which root must not follow.
+fn not_its_user(tenant: &Tenant, is_root: bool) -> Failure {
     let (name, user) = (&tenant.name, &tenant.file.user);
-    let what = format!("root does not work in the directories of tenant \"{name}\"");
+    let what = match is_root {
+        true => format!("root does not work in the directories of tenant \"{name}\""),
+        false => format!("you are not tenant \"{name}\", whose user is {user}"),
+    };
     Failure::new(USAGE, what).help(format!(
         "run it as its user, as in `sudo -u {user} gantry device list`; `gantry tenant show {name}` lists what it owns"
     ))
@@ -444,16 +448,16 @@ pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> 
         return Ok(host);
     }
     let tenants = Tenants::load(&host).map_err(Failure::host)?;
-    if let Some(name) = name {
-        let tenant = tenants.find(name).map_err(Failure::host)?;
-        let of_root = tenant.file.user == "root";
-        if user.is_root() && !of_root {
-            return Err(not_as_root(tenant));
-        }
-        return Ok(tenant.scope(&host));
-    }
+    let is_root = user.is_root();
     let user = User::from_uid(user).ok().flatten();
     let user = user.map(|user| user.name).unwrap_or_default();
+    if let Some(name) = name {
+        let tenant = tenants.find(name).map_err(Failure::host)?;
+        return match tenant.file.user == user {
+            true => Ok(tenant.scope(&host)),
+            false => Err(not_its_user(tenant, is_root)),
+        };
+    }
     let mut own = tenants.of_user(&user);
     match (own.next(), own.next()) {
         (None, _) => Ok(host),
