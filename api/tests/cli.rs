@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use gantry_resources::{Holder, HostPaths, announce};
 use serde_json::Value;
 
 /// A host of files: two NVMe disks and a NIC, and a group for the disks.
@@ -392,6 +393,44 @@ fn a_card_without_a_driver_needs_its_module() {
         "{activated}"
     );
     assert!(reattached.contains("see dmesg"), "{reattached}");
+}
+
+#[test]
+fn a_tenants_vm_is_named_with_its_tenant() {
+    let host = Host::new();
+    let definition = host.path("etc/tenants/lab/tenant.json");
+    fs::create_dir_all(definition.parent().unwrap()).unwrap();
+    fs::write(&definition, r#"{"user": "nobody"}"#).unwrap();
+    let mut paths = HostPaths::under(host.0.path());
+    paths.run = host.path("run/tenants/lab");
+    let holder = Holder {
+        vm: "al".to_owned(),
+        pid: 7,
+    };
+    let running = announce(&paths, &holder).unwrap();
+    let list = host.gantry(&["vm", "list"]).ok();
+    assert!(list.contains("al    7    tenant lab"), "{list}");
+    let json: Value = serde_json::from_str(&host.gantry(&["vm", "list", "--json"]).ok()).unwrap();
+    assert_eq!(json[0]["tenant"], "lab");
+    let error = host.gantry(&["vm", "info", "al"]).failed(1);
+    let said = "VM 'al' (pid 7) of tenant lab is not yours";
+    assert!(error.contains(said), "{error}");
+    assert!(
+        error.contains("sudo -u nobody gantry vm info al"),
+        "{error}"
+    );
+    let error = host.gantry(&["tenant", "delete", "lab"]).failed(1);
+    assert!(
+        error.contains("pid 7) of tenant lab runs: end it first"),
+        "{error}"
+    );
+    drop(running);
+    paths.run = host.path("run");
+    let _running = announce(&paths, &holder).unwrap();
+    let error = host.gantry(&["vm", "info", "al"]).failed(1);
+    assert!(error.contains("VM 'al' (pid 7) has no socket"), "{error}");
+    let error = host.gantry(&["vm", "info", "el"]).failed(1);
+    assert!(error.contains("no VM \"el\" runs"), "{error}");
 }
 
 #[test]

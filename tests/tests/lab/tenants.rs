@@ -215,6 +215,12 @@ fn while_it_is_used(host: &Host) -> Result<()> {
     ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
     let seen = gantry(host, "maintenance status")?.success()?.text();
     ensure!(seen.contains("VM 'hers'"), "{seen}");
+    let list = gantry(host, "vm list")?.success()?.text();
+    ensure!(list.contains("tenant alice"), "{list}");
+    let control = gantry(host, "vm info hers")?.exits(1)?;
+    ensure!(control.errors().contains("sudo -u alice"), "{control}");
+    let kept = gantry(host, "tenant delete alice")?.exits(1)?;
+    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
     let other = says(host, "bob", "gantry device list --json")?
         .success()?
         .text();

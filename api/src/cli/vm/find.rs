@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use gantry_resources::HostPaths;
+use gantry_resources::{HostPaths, RunningVm, Tenants, running_vms};
 
 use crate::http::client::{Client, ClientError};
 use crate::http::wire::VmmPing;
@@ -36,6 +36,10 @@ pub fn connect(path: &Path, patience: Duration) -> Result<Client, Failure> {
 }
 
 fn unknown(name: &str, paths: &HostPaths) -> Failure {
+    let mut running = running_vms(paths).unwrap_or_default().into_iter();
+    if let Some(vm) = running.find(|vm| vm.record.name == name) {
+        return unreachable_vm(&vm, paths);
+    }
     let names: Vec<String> = sockets(paths).into_iter().map(|(name, _)| name).collect();
     let help = match names.as_slice() {
         [] => format!(
@@ -45,6 +49,22 @@ fn unknown(name: &str, paths: &HostPaths) -> Failure {
         names => format!("these run: {}", names.join(", ")),
     };
     Failure::host(format!("no VM \"{name}\" runs")).help(help)
+}
+
+/// One that runs, and has no socket that this user would find.
+fn unreachable_vm(vm: &RunningVm, paths: &HostPaths) -> Failure {
+    let Some(tenant) = &vm.tenant else {
+        let what = format!("{vm} has no socket in {}", paths.run.display());
+        return Failure::host(what)
+            .help("where it was started with --api-socket PATH, say PATH for its name");
+    };
+    let tenants = Tenants::load(paths).unwrap_or_default();
+    let user = tenants.find(tenant).map(|tenant| &*tenant.file.user);
+    let user = user.unwrap_or("USER");
+    Failure::host(format!("{vm} is not yours")).help(format!(
+        "its user controls it, as in `sudo -u {user} gantry vm info {}`",
+        vm.record.name
+    ))
 }
 
 /// Names and sockets of the run directory, in the order of the names. What nobody listens on any more is

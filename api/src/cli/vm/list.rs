@@ -20,8 +20,9 @@ States:
   shut down  its guest has ended; it can be booted again
   no VM      it waits for one; `gantry vm shutdown NAME --process` ends it
   no socket  it has none (--no-api), or one elsewhere (--api-socket)
+  tenant T   it is tenant T's, whose user controls it
   denied     it is another user's
-  stopped    its process is stopped, with ctrl-z for one; `kill -CONT PID` lets it run on
+  stopped    its process is, as by ctrl-z; `kill -CONT PID` lets it run on
   silent     it does not answer
 
 Examples:
@@ -41,6 +42,9 @@ pub struct ListArgs {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
+    /// Whose it is, where it is not the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
     pid: Option<u32>,
     /// Where it has no socket in the run directory, how it is controlled is not known.
     socket: Option<std::path::PathBuf>,
@@ -111,6 +115,7 @@ impl Row {
         let client = find::connect(&socket, find::GLANCE)?;
         let mut row = Self {
             name,
+            tenant: None,
             pid: None,
             socket: Some(socket),
             state: "no VM".to_owned(),
@@ -149,12 +154,14 @@ impl Row {
         }
     }
 
-    fn of_record(RunningVm { record, .. }: RunningVm) -> Self {
+    fn of_record(RunningVm { tenant, record }: RunningVm) -> Self {
+        let state = tenant.as_ref().map(|tenant| format!("tenant {tenant}"));
         Self {
             name: record.name,
+            tenant,
             pid: Some(record.pid),
             socket: None,
-            state: "no socket".to_owned(),
+            state: state.unwrap_or_else(|| "no socket".to_owned()),
             info: None,
             problem: None,
         }
