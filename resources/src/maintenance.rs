@@ -37,11 +37,17 @@ pub enum MaintenanceError {
     Lease(#[from] LeaseError),
 }
 
-/// Switches maintenance on; it outlives a reboot.
-pub fn begin_maintenance(paths: &HostPaths, reason: &str) -> Result<(), MaintenanceError> {
+/// Why, where nobody says.
+const NO_REASON: &str = "ask the administrator";
+
+/// Switches maintenance on; it outlives a reboot. Without a reason, one that it is on for stays.
+pub fn begin_maintenance(paths: &HostPaths, reason: Option<&str>) -> Result<(), MaintenanceError> {
+    if reason.is_none() && maintenance(paths)?.is_some() {
+        return Ok(());
+    }
     let path = path(paths);
     let state = Maintenance {
-        reason: reason.to_owned(),
+        reason: reason.unwrap_or(NO_REASON).to_owned(),
         since: LeaseRecord::task("gantry maintenance").since,
     };
     let written = serde_json::to_vec(&state)
@@ -203,9 +209,16 @@ mod tests {
     fn maintenance_goes_on_and_off() {
         let host = FakeHost::new(&[]);
         assert_eq!(maintenance(&host.paths).unwrap(), None);
-        begin_maintenance(&host.paths, "new disks").unwrap();
-        let state = maintenance(&host.paths).unwrap().unwrap();
-        assert_eq!(state.reason, "new disks");
+        for (given, told) in [
+            (None, NO_REASON),
+            (Some("new disks"), "new disks"),
+            (None, "new disks"),
+            (Some("new GPUs"), "new GPUs"),
+        ] {
+            begin_maintenance(&host.paths, given).unwrap();
+            let state = maintenance(&host.paths).unwrap().unwrap();
+            assert_eq!(state.reason, told);
+        }
         host.file("var/maintenance.json", "");
         let state = maintenance(&host.paths).unwrap().unwrap();
         assert!(state.reason.contains("maintenance.json says so"));

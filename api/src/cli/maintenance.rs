@@ -24,9 +24,9 @@ pub enum MaintenanceCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry maintenance on --reason 'new GPUs'")]
 pub struct OnArgs {
-    /// What those are told who start a VM
-    #[arg(long, default_value = "ask the administrator")]
-    reason: String,
+    /// What those are told who start a VM [default: what was said before]
+    #[arg(long)]
+    reason: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ struct Status {
 pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
     let json = match command {
         MaintenanceCommand::On(args) => {
-            begin_maintenance(paths, &args.reason).map_err(Failure::host)?;
+            begin_maintenance(paths, args.reason.as_deref()).map_err(Failure::host)?;
             false
         }
         MaintenanceCommand::Off => {

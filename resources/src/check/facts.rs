@@ -18,6 +18,7 @@ use crate::group::Groups;
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
+use crate::maintenance::maintenance;
 use crate::modules::loaded_module;
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::sysfs;
@@ -48,6 +49,8 @@ pub(super) struct Facts {
     pub(super) hanging: Vec<Hanging>,
     pub(super) memory: Memory,
     pub(super) boot: Boot,
+    /// Why no VM starts for now.
+    pub(super) maintenance: Option<String>,
 }
 
 /// The devices and who wants them.
@@ -98,6 +101,7 @@ impl Facts {
             hanging: Hanging::read(paths),
             memory: Memory::read(paths),
             boot: Boot::read(paths, &root),
+            maintenance: maintenance(paths).ok().flatten().map(|on| on.reason),
             release,
         })
     }

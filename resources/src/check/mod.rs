@@ -132,6 +132,11 @@ fn judge(facts: &Facts) -> Report {
     }
     let change = change.against(&facts.cmdline);
     findings.push(boot::reboot(facts, &change));
+    findings.extend(facts.maintenance.as_ref().map(|reason| {
+        let reason = format!("on, so that no VM starts: {reason}");
+        Finding::new("maintenance", "Maintenance", Level::Fail, reason)
+            .fix("`gantry maintenance off` ends it")
+    }));
     let level = findings.iter().map(|finding| finding.level);
     Report {
         level: level.max().unwrap_or(Level::Ok),

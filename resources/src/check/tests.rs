@@ -9,6 +9,7 @@ use super::{Level, Report, check, judge, note_reboot};
 use crate::fixture::{bdf, modalias};
 use crate::host::HostPaths;
 use crate::inventory::NodeAccess;
+use crate::maintenance::begin_maintenance;
 
 /// Where the recorded hosts are; `README.md` there tells the format.
 fn hosts() -> PathBuf {
@@ -344,6 +345,18 @@ fn what_a_built_in_driver_has_is_for_the_boot_to_detach() {
     );
     assert!(!text.contains("softdep"), "{text}");
     assert_eq!(report.command_line, None);
+}
+
+#[test]
+fn maintenance_is_told() {
+    let host = Host::unpack("lab");
+    let told = |report: &Report| told(report).contains("Maintenance");
+    assert!(!told(&check(&host.paths(), &[]).unwrap()));
+    begin_maintenance(&host.paths(), Some("new disks")).unwrap();
+    let report = check(&host.paths(), &[]).unwrap();
+    let (level, text) = answer(&report, "maintenance");
+    assert_eq!(level, Level::Fail);
+    assert!(text.contains("no VM starts: new disks"), "{text}");
 }
 
 #[test]
