@@ -434,6 +434,20 @@ fn a_tenants_vm_is_named_with_its_tenant() {
 }
 
 #[test]
+fn a_group_whose_devices_others_have_says_so() {
+    let host = Host::new();
+    let rule = r#"{"class": "0108"}"#;
+    let created = host
+        .gantry(&["group", "create", "all", "--rule", rule])
+        .ok();
+    assert_eq!(
+        created,
+        "group all: created with no device\n  its rules match devices that belong to groups \
+         defined before it: 0000:01:00.0 of disks, 0000:02:00.0 of disks\n"
+    );
+}
+
+#[test]
 fn mediated_devices_are_listed_asked_for_and_planned() {
     let host = Host::new();
     let none = host.gantry(&["device", "mdev"]).ok();
@@ -1109,6 +1123,7 @@ fn no_vm_starts_in_maintenance() {
         .gantry(&["maintenance", "on", "--reason", "new disks"])
         .ok();
     assert_eq!(on, "maintenance is on: new disks\nno VM runs\n");
+    assert_eq!(host.gantry(&["maintenance", "on"]).ok(), on);
     let error = host.gantry(&["run", vm]).failed(1);
     assert!(
         error.contains("in maintenance") && error.contains("new disks"),

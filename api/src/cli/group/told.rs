@@ -98,7 +98,11 @@ impl Before {
         };
         let was = self.group.map(|group| group.name);
         Ok(Changed {
-            advice: group.and_then(|group| advice(group, &devices, &added, hardware)),
+            advice: group.and_then(|group| {
+                let elsewhere = || elsewhere(group, &groups, hardware);
+                let taken = devices.is_empty().then(elsewhere).flatten();
+                taken.or_else(|| advice(group, &devices, &added, hardware))
+            }),
             group: now.to_owned(),
             was: was.filter(|was| was != now),
             done,
@@ -125,6 +129,28 @@ fn differing(one: Option<&ResourceGroup>, other: Option<&ResourceGroup>) -> Vec<
     let all: BTreeSet<String> = keys(&one).into_iter().chain(keys(&other)).collect();
     let differs = |key: &String| one.get(key) != other.get(key);
     all.into_iter().filter(differs).collect()
+}
+
+/// How many devices are named of those that other groups have.
+const NAMED: usize = 4;
+
+/// What a group's rules match, and other groups have.
+fn elsewhere(group: &ResourceGroup, groups: &Groups, hardware: &Hardware) -> Option<String> {
+    let mut overlaps = groups.overlaps(&hardware.pci);
+    overlaps.retain(|overlap| overlap.others.contains(&group.name));
+    let named = overlaps.iter().take(NAMED);
+    let named = named.map(|overlap| format!("{} of {}", overlap.bdf, overlap.owner));
+    let named: Vec<String> = named.collect();
+    let more = match overlaps.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!named.is_empty()).then(|| {
+        format!(
+            "its rules match devices that belong to groups defined before it: {}{more}",
+            named.join(", ")
+        )
+    })
 }
 
 /// What is still to be done before VMs get anything of the group.
