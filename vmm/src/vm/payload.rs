@@ -1,6 +1,6 @@
 //! The files a VM boots: opened once, read at every boot of the guest.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +30,17 @@ pub enum FileError {
         /// The key of the VM's file that names it.
         key: &'static str,
         /// What is no file.
+        path: PathBuf,
+    },
+    /// Another VM writes to it.
+    #[error(
+        "{key}: another VM writes to {} already: name another file, or end that VM",
+        path.display()
+    )]
+    InUse {
+        /// The key of the VM's file that names it.
+        key: &'static str,
+        /// The file.
         path: PathBuf,
     },
 }
@@ -114,17 +125,32 @@ fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
     Ok((path.to_owned(), file))
 }
 
-/// Makes a file to write to, or empties the one there is.
+/// Makes a file to write to, or empties the one there is. It is locked for as long as it is open, so that no
+/// other VM writes to it.
 ///
 /// # Errors
-/// It is there and no regular file, or cannot be made.
+/// It is there and no regular file, or another VM's, or cannot be made.
 pub fn create(key: &'static str, path: &Path) -> Result<File, FileError> {
     let path = path.to_owned();
     // Opening a pipe would wait for its reader, and so would the guest.
     if fs::metadata(&path).is_ok_and(|existing| !existing.is_file()) {
         return Err(FileError::NotAFile { key, path });
     }
-    File::create(&path).map_err(|source| FileError::Open { key, path, source })
+    let opened = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path);
+    let emptied = opened.and_then(|file| match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Ok(None),
+        // Some file systems know no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => file.set_len(0).map(|()| Some(file)),
+    });
+    match emptied {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(FileError::InUse { key, path }),
+        Err(source) => Err(FileError::Open { key, path, source }),
+    }
 }
 
 #[cfg(test)]
@@ -145,6 +171,13 @@ mod tests {
         }
         let log = folder.path().join("log");
         fs::write(&log, "old").unwrap();
+        let first = create("serial.file", &log).unwrap();
+        assert_eq!(fs::read(&log).unwrap(), b"");
+        fs::write(&log, "of the first").unwrap();
+        let second = create("serial.file", &log).unwrap_err().to_string();
+        assert!(second.contains("another VM writes to"), "{second}");
+        assert_eq!(fs::read(&log).unwrap(), b"of the first");
+        drop(first);
         create("serial.file", &log).unwrap();
         assert_eq!(fs::read(&log).unwrap(), b"");
         let missing = create("serial.file", &folder.path().join("no/log"));
