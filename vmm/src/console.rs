@@ -1,4 +1,7 @@
-//! The terminal as the guest's serial console: raw while the VM runs, restored whatever ends it.
+//! The terminal as the guest's serial console: raw while the VM has it, restored whatever ends it.
+//!
+//! A shell gives a job the terminal, and takes it away again (POSIX.1-2017, 2.204 and 11.1.4). It is told by
+//! SIGCONT as a rule; some shells send none to a job that runs anyway, and then a line that comes in tells.
 #![allow(unsafe_code)] // tcsetattr from a signal handler.
 
 use std::collections::VecDeque;
@@ -10,8 +13,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use gantry_devices::serial::Serial;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
-use nix::unistd::{getpgrp, tcgetpgrp};
+use nix::unistd::getpgrp;
 
 use crate::control::{Event, Mailbox};
 
@@ -20,9 +25,9 @@ static BEFORE: OnceLock<libc::termios> = OnceLock::new();
 /// Whether the terminal is raw now.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Puts the terminal back if it is raw. Async-signal-safe.
+/// Puts the terminal back if it is raw and no other job's. Async-signal-safe.
 pub fn restore_terminal() {
-    if !RAW.swap(false, Ordering::AcqRel) {
+    if !RAW.swap(false, Ordering::AcqRel) || in_background() {
         return;
     }
     if let Some(before) = BEFORE.get() {
@@ -32,36 +37,62 @@ pub fn restore_terminal() {
 }
 
 /// Whether standard input is a terminal that another job of the shell has: whoever reads or sets it
-/// from the background is stopped.
-pub fn in_background() -> bool {
+/// from the background is stopped. Async-signal-safe.
+fn in_background() -> bool {
+    // SAFETY: tcgetpgrp takes a number and touches no memory of this process.
+    let foreground = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) };
     // An error means that it is no terminal, or not the one that controls this process.
-    tcgetpgrp(io::stdin()).is_ok_and(|foreground| foreground != getpgrp())
+    foreground != -1 && foreground != getpgrp().as_raw()
 }
 
-/// Standard input in raw mode; dropping it restores the terminal.
-pub struct RawTerminal(());
+/// Standard input, if it is a terminal; dropping it restores the terminal.
+struct Terminal {
+    /// Whether it is this job's, as far as was seen last. It is raw then.
+    ours: bool,
+    /// Where SIGCONT comes in, which [`crate::control::Signals`] keeps blocked.
+    continued: SignalFd,
+    keys: Keys,
+}
 
-impl RawTerminal {
-    /// Makes standard input raw if it is a terminal.
+impl Terminal {
+    /// None if standard input is no terminal.
+    ///
+    /// # Errors
+    /// The kernel has no descriptors left.
+    fn open() -> io::Result<Option<Self>> {
+        if !io::stdin().is_terminal() {
+            return Ok(None);
+        }
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        Ok(Some(Self {
+            ours: false,
+            continued: SignalFd::with_flags(&SigSet::from(Signal::SIGCONT), flags)?,
+            keys: Keys::default(),
+        }))
+    }
+
+    /// Sees whose it is, and makes it raw if it has become this job's, or may have been set by others.
     ///
     /// # Errors
     /// The terminal refused.
-    pub fn enter() -> io::Result<Option<Self>> {
-        let stdin = io::stdin();
-        if !stdin.is_terminal() {
-            return Ok(None);
+    fn follow(&mut self, others_may_have_set_it: bool) -> io::Result<()> {
+        let had = std::mem::replace(&mut self.ours, !in_background());
+        if !self.ours {
+            // Its settings are the other job's now.
+            RAW.store(false, Ordering::Release);
+        } else if !had || others_may_have_set_it {
+            let stdin = io::stdin();
+            let mut settings = tcgetattr(stdin.as_fd())?;
+            let _ = BEFORE.set(settings.clone().into());
+            cfmakeraw(&mut settings);
+            RAW.store(true, Ordering::Release);
+            tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &settings)?;
         }
-        let mut settings = tcgetattr(stdin.as_fd())?;
-        let _ = BEFORE.set(settings.clone().into());
-        cfmakeraw(&mut settings);
-        RAW.store(true, Ordering::Release);
-        let guard = Self(());
-        tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &settings)?;
-        Ok(Some(guard))
+        Ok(())
     }
 }
 
-impl Drop for RawTerminal {
+impl Drop for Terminal {
     fn drop(&mut self) {
         restore_terminal();
     }
@@ -98,22 +129,61 @@ pub struct Keyboard {
     serial: Arc<Serial>,
     mailbox: Arc<Mailbox>,
     // Ctrl-a is special on a terminal only: a pipe carries bytes.
-    keys: Option<Keys>,
+    terminal: Option<Terminal>,
     waiting: VecDeque<u8>,
     // Nothing comes any more: a guest that makes room must not have the end read again and again.
     ended: bool,
 }
 
 impl Keyboard {
-    /// Feeds `serial`; `commands` says whether ctrl-a x ends the VM.
-    pub fn new(serial: Arc<Serial>, mailbox: Arc<Mailbox>, commands: bool) -> Self {
-        Self {
+    /// Feeds `serial`, and makes the terminal raw if there is one that this job has. Dropping it restores
+    /// the terminal.
+    ///
+    /// # Errors
+    /// The terminal refused, or the kernel has no descriptors left.
+    pub fn new(serial: Arc<Serial>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        let mut terminal = Terminal::open()?;
+        if let Some(terminal) = &mut terminal {
+            terminal.follow(false)?;
+            if !terminal.ours {
+                tracing::info!("in the background: the guest's console has no keyboard until `fg`");
+            }
+        }
+        Ok(Self {
             serial,
             mailbox,
-            keys: commands.then(Keys::default),
+            terminal,
             waiting: VecDeque::new(),
             ended: false,
+        })
+    }
+
+    /// What of standard input is waited for. While another job has the terminal, what comes is that one's:
+    /// it is told of once and left alone.
+    fn stdin(&self) -> Events {
+        let away = self.terminal.as_ref().is_some_and(|one| !one.ours);
+        let edge = match away {
+            true => EventSet::EDGE_TRIGGERED,
+            false => EventSet::empty(),
+        };
+        Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN | edge)
+    }
+
+    /// Sees who has the terminal. Returns whether what comes from standard input is the guest's.
+    fn follow(&mut self, others_may_have_set_it: bool, ops: &EventOps<'_>) -> bool {
+        let Some(terminal) = &mut self.terminal else {
+            return true;
+        };
+        let had = terminal.ours;
+        if let Err(error) = terminal.follow(others_may_have_set_it) {
+            tracing::warn!(%error, "the terminal cannot be made raw");
         }
+        let ours = terminal.ours;
+        if ours != had {
+            // Nothing to change where it is not waited for.
+            let _ = ops.modify(self.stdin());
+        }
+        ours
     }
 
     /// Reads what is there. Returns whether more may come.
@@ -129,9 +199,9 @@ impl Keyboard {
             }
         };
         let typed = typed.get(..len).unwrap_or(&[]);
-        match &mut self.keys {
-            Some(keys) => {
-                if keys.take(typed, &mut self.waiting) {
+        match &mut self.terminal {
+            Some(terminal) => {
+                if terminal.keys.take(typed, &mut self.waiting) {
                     self.mailbox.post(Event::Quit);
                 }
             }
@@ -148,10 +218,11 @@ impl Keyboard {
 
 const STDIN: u32 = 0;
 const ROOM: u32 = 1;
+const CONTINUED: u32 = 2;
 
 impl MutEventSubscriber for Keyboard {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let stdin = Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN);
+        let stdin = self.stdin();
         // A regular file or /dev/null cannot be waited for: it is no console then.
         if let Err(error) = ops.add(stdin) {
             tracing::debug!(?error, "standard input is not read");
@@ -160,25 +231,37 @@ impl MutEventSubscriber for Keyboard {
         if let Err(error) = ops.add(room) {
             tracing::warn!(?error, "the serial port may drop input");
         }
+        if let Some(terminal) = &self.terminal {
+            let continued = Events::with_data(&terminal.continued, CONTINUED, EventSet::IN);
+            if let Err(error) = ops.add(continued) {
+                tracing::warn!(?error, "the console may not hear of `fg`");
+            }
+        }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let stdin = Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN);
         match events.data() {
+            CONTINUED => {
+                if let Some(terminal) = &self.terminal {
+                    while let Ok(Some(_)) = terminal.continued.read_signal() {}
+                }
+                self.follow(true, ops);
+            }
             ROOM => {
                 let _ = self.serial.room().read();
                 self.feed();
                 if self.waiting.is_empty() && !self.ended {
                     // Already watched unless it had been set aside below.
-                    let _ = ops.add(stdin);
+                    let _ = ops.add(self.stdin());
                 }
             }
+            _ if !self.follow(false, ops) => {}
             _ => {
                 self.ended = !self.read();
                 self.feed();
                 // What does not fit waits, and so does the rest of the input.
                 if self.ended || !self.waiting.is_empty() {
-                    let _ = ops.remove(stdin);
+                    let _ = ops.remove(self.stdin());
                 }
             }
         }

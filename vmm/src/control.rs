@@ -225,15 +225,17 @@ const ENDING: [Signal; 4] = [
 ];
 
 impl Signals {
-    /// Blocks the signals for the calling thread and every thread it makes from now on. Dropping
+    /// Blocks the signals for the calling thread and every thread it makes from now on, and SIGCONT, which
+    /// the console reads where it is used; a process that is stopped goes on by it all the same. Dropping
     /// the value forgets those that came, since gantry ends already, and lets others through again.
     ///
     /// # Errors
     /// The kernel refused.
     pub fn block() -> io::Result<Self> {
-        let set: SigSet = ENDING.into_iter().collect();
+        let mut set: SigSet = ENDING.into_iter().collect();
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let mut before = SigSet::empty();
+        set.add(Signal::SIGCONT);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
         Ok(Self {
             fd,

@@ -36,7 +36,8 @@ A VM with one device of the group \"nvme\":
     \"devices\": [{\"group\": \"nvme\", \"count\": 1}]
   }
 
-With the serial port on the terminal, ctrl-a x stops the VM.
+With the serial port on the terminal, ctrl-a x stops the VM. Started in the background, it has no keyboard \
+until it is brought to the foreground: `fg`, and Enter if the shell does not tell it.
 
 Exit status:
   0      the guest powered off

@@ -25,6 +25,7 @@ pub const MORE: &[Case] = cases![
     a_signal_restores_the_terminal,
     a_start_up_error_leaves_the_terminal_alone,
     in_the_background_it_leaves_the_terminal_alone,
+    in_the_foreground_again_its_console_is_alive,
     a_panicking_guest_boots_again,
     a_panic_is_told_of,
     a_triple_fault_ends_it,
@@ -190,6 +191,33 @@ fn in_the_background_it_leaves_the_terminal_alone(host: &Host) -> Result<()> {
     ensure!(ended.said.contains("status=0"), "{ended}");
     let said = host.read_text("/tmp/background")?;
     ensure!(said.contains("guest: done"), "{said}");
+    Ok(())
+}
+
+fn in_the_foreground_again_its_console_is_alive(host: &Host) -> Result<()> {
+    let script = "set -m; echo before=$(stty -g); $VM &
+        until [ -S /run/gantry/vm.sock ]; do sleep 0.1; done; sleep 1
+        fg; echo; stty sane; stty -a; fg; status=$?
+        echo; echo status=$status; echo after=$(stty -g)";
+    let mut running = Vm::new("shell").on_terminal(host, script)?;
+    running.types("echo ali''ve")?;
+    running.until("alive")?;
+    terminal_is_raw(host, true)?;
+    // Stopped, the shell has the terminal, and gives it back with other settings.
+    host.sh("kill -STOP $(pidof gantry)").output()?.success()?;
+    running.until("icanon")?;
+    running.keys("echo a''gain\n")?;
+    running.until("again")?;
+    terminal_is_raw(host, true)?;
+    running.keys("\x01x")?;
+    let ended = running.end()?.exits(0)?;
+    ensure!(ended.said.contains("status=4"), "{ended}");
+    let after = ended
+        .said
+        .lines()
+        .find_map(|line| line.strip_prefix("after="));
+    let sane = after.is_some_and(|after| ended.said.contains(&format!("before={}", after.trim())));
+    ensure!(sane, "{ended}");
     Ok(())
 }
 

@@ -46,6 +46,8 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_restart_syscall,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    // The end puts the terminal back, if it is this job's.
+    libc::SYS_getpgrp,
     // The end of a thread gives its alternate signal stack back.
     libc::SYS_sigaltstack,
     libc::SYS_exit,
@@ -235,7 +237,7 @@ const CONTROL_REQUESTS: &[c_ulong] = &[
     call(0xad), // KVM_KVMCLOCK_CTRL
 ];
 
-/// Logging asks whether stderr is a terminal; the end puts the terminal back. From glibc 2.42 on,
+/// Logging asks whether stderr is a terminal; the end puts the terminal back, if it is this job's. From glibc 2.42 on,
 /// both go by the second set of requests.
 const TERMINAL_REQUESTS: &[c_ulong] = &[
     libc::TCGETS2,
@@ -247,6 +249,7 @@ const TERMINAL_REQUESTS: &[c_ulong] = &[
     libc::TCSETSW,
     libc::TCSETSF,
     libc::TIOCGWINSZ,
+    libc::TIOCGPGRP,
 ];
 
 /// The first thread, once the VM stands.

@@ -14,13 +14,12 @@ mod payload;
 mod populate;
 
 use std::fs::File;
-use std::io::{self, IsTerminal};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::command::{Answer, Command, Reply, VmEvent, VmState};
 use crate::config::{SerialMode, VmConfig};
-use crate::console::{self, Keyboard, RawTerminal, SerialOutput};
+use crate::console::{Keyboard, SerialOutput};
 use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
@@ -84,7 +83,7 @@ impl Vm {
             mailbox: Arc::clone(mailbox),
         }));
         control.add(Box::new(self.devices.ears(mailbox)));
-        let _terminal = self.open_console(&mut control)?;
+        self.open_console(&mut control)?;
         let confined = self.ground.sandbox.filter(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.gate.open();
@@ -144,26 +143,18 @@ impl Vm {
         (self.ground.events)(event);
     }
 
-    fn open_console(&self, control: &mut ControlLoop) -> Result<Option<RawTerminal>, Error> {
+    fn open_console(&self, control: &mut ControlLoop) -> Result<(), Error> {
         let Some(serial) = &self.board.serial else {
-            return Ok(None);
+            return Ok(());
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
-        if self.config.serial != SerialMode::Tty {
-            return Ok(None);
+        if self.config.serial == SerialMode::Tty {
+            let keyboard = Keyboard::new(Arc::clone(serial), Arc::clone(&self.ground.mailbox));
+            control.add(Box::new(
+                keyboard.map_err(Error::host("make the terminal raw"))?,
+            ));
         }
-        if console::in_background() {
-            tracing::info!("started in the background: the guest's console has no keyboard");
-            return Ok(None);
-        }
-        let commands = io::stdin().is_terminal();
-        let keyboard = Keyboard::new(
-            Arc::clone(serial),
-            Arc::clone(&self.ground.mailbox),
-            commands,
-        );
-        control.add(Box::new(keyboard));
-        RawTerminal::enter().map_err(Error::host("make the terminal raw"))
+        Ok(())
     }
 
     /// Brings the machine back to its first state and boots again. RAM, vCPUs, mappings and open
