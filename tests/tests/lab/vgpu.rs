@@ -46,12 +46,20 @@ impl<'h> Sample<'h> {
         Ok(devices.context("no devices")?.clone())
     }
 
-    /// Waits until there is no device, nor a helper that removed it.
+    /// Waits until there is no device.
     fn until_none(&self) -> Result<()> {
         let script = "for try in $(seq 300); do
-                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)$(pidof gantry)\" ] && exit
+                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)\" ] && exit
                  sleep 0.1
              done; exit 1";
+        self.host.sh(script).output()?.success()?;
+        Ok(())
+    }
+
+    /// The same after a VM's end, and until the helper that removes it has ended.
+    fn until_over(&self) -> Result<()> {
+        self.until_none()?;
+        let script = "for try in $(seq 300); do pidof gantry || exit 0; sleep 0.1; done; exit 1";
         self.host.sh(script).output()?.success()?;
         Ok(())
     }
@@ -85,7 +93,7 @@ fn a_vm_gets_a_new_device_and_it_goes_with_it(host: &Host) -> Result<()> {
         ended.said.contains("0x1b36") && ended.said.contains("0x000f"),
         "{ended}"
     );
-    sample.until_none()?;
+    sample.until_over()?;
     nothing_is_held(host)
 }
 
@@ -106,7 +114,7 @@ fn a_killed_vms_device_goes_too(host: &Host) -> Result<()> {
             running.signal(Signal::SIGKILL)?;
             ensure!(running.end()?.exit == Exit::Signal(9));
         }
-        sample.until_none()?;
+        sample.until_over()?;
     }
     nothing_is_held(host)
 }
