@@ -296,9 +296,10 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
     }
     let groups = config.groups.unwrap_or_default();
     // One may be made while the VM runs; groups that cannot be read are told of when one is used.
-    let there = Groups::load(context.host).ok();
-    for name in &groups {
-        if let Some(Err(error)) = there.as_ref().map(|there| there.find(name)) {
+    if !groups.is_empty()
+        && let Ok(there) = Groups::load(context.host)
+    {
+        for error in groups.iter().filter_map(|name| there.find(name).err()) {
             tracing::warn!("hotplug.groups: {error}");
         }
     }
