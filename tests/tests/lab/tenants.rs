@@ -159,7 +159,7 @@ fn another_is_out_of_reach(host: &Host) -> Result<()> {
         (format!("gantry device reattach {bobs}"), "no PCI device"),
         (
             format!("gantry --tenant bob device reattach {bobs}"),
-            "ermission",
+            "you are not tenant \"bob\"",
         ),
         (format!("gantry tenant revoke bob {bobs}"), ""),
         (format!("gantry tenant grant alice {bobs}"), ""),
