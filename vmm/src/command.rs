@@ -373,3 +373,35 @@ pub enum VmEvent {
 
 /// Who hears of events: called on threads of the VMM that must not wait.
 pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
+
+#[cfg(test)]
+mod tests {
+    use gantry_devices::pci::BarKind;
+    use gantry_devices::pci::firmware::BarRequest;
+
+    use super::*;
+
+    #[test]
+    fn a_slot_without_io_ports_is_told_with_the_device_and_its_bar() {
+        let largest = BarRequest {
+            function: 0,
+            index: 2,
+            kind: BarKind::Io,
+            size: 0x20,
+        };
+        let refused = CommandError::SlotsTooSmall {
+            device: "03:00.0".parse().unwrap(),
+            misfit: Misfit {
+                kind: WindowKind::Io,
+                size: 0x1000,
+                largest,
+            },
+        };
+        assert_eq!(
+            refused.to_string(),
+            "no empty slot of the VM can hold 0000:03:00.0: its BAR 2 (0x20 bytes) needs 0x1000 bytes of \
+             I/O port addresses there; start the VM with the device, or detach one that is in a slot with \
+             I/O ports"
+        );
+    }
+}

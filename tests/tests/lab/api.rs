@@ -21,6 +21,7 @@ use crate::vm::{Running, Vm};
 pub const CASES: &[Case] = cases![
     an_unchanged_client_drives_a_vm,
     a_vm_is_created_over_its_socket,
+    why_a_guest_died_is_told_as_long_as_gantry_stays,
     a_paused_guest_does_nothing,
     a_guest_hears_its_power_button,
     commands_find_the_vm_by_its_name,
@@ -167,6 +168,32 @@ fn a_vm_is_created_over_its_socket(host: &Host) -> Result<()> {
     running.end()?.exits(0)?;
     let left = host.sh("ls /tmp/*.sock 2>/dev/null").output()?.text();
     ensure!(left.is_empty(), "its socket stays: {left}");
+    Ok(())
+}
+
+fn why_a_guest_died_is_told_as_long_as_gantry_stays(host: &Host) -> Result<()> {
+    let mut file = Vm::new("reboot").append("reboot=t").file;
+    file["cpus"]["max_vcpus"] = json!(1);
+    file["memory"]["size"] = (256 << 20).into();
+    let config: models::VmConfig = serde_json::from_value(file)?;
+    let start = "exec gantry run --api-socket /run/gantry/late.sock";
+    let running = Running::of(host.sh(start).start()?);
+    host.sh("while ! [ -e /run/gantry/late.sock ]; do sleep 0.01; done")
+        .output()?
+        .success()?;
+    with_client(host, "/run/gantry/late.sock", async |client| {
+        client.create_vm(config).await?;
+        client.boot_vm().await?;
+        Ok(())
+    })?;
+    let over = "for n in $(seq 600); do gantry vm info late | grep -q 'shut down' && exit; sleep 0.1; done; exit 1";
+    host.sh(over).output()?.success()?;
+    let info = gantry(host, "vm info late")?;
+    let told = "the guest died: vCPU 0 of the guest had a triple fault";
+    ensure!(info.contains(&format!("ended    {told}")), "{info}");
+    gantry(host, "vm shutdown late --process")?;
+    let ended = running.end()?.exits(0)?;
+    ensure!(ended.errors.contains(told), "{ended}");
     Ok(())
 }
 

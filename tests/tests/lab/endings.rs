@@ -26,6 +26,7 @@ pub const MORE: &[Case] = cases![
     a_start_up_error_leaves_the_terminal_alone,
     in_the_background_it_leaves_the_terminal_alone,
     in_the_foreground_again_its_console_is_alive,
+    in_the_background_again_it_ends,
     a_panicking_guest_boots_again,
     a_panic_is_told_of,
     a_triple_fault_ends_it,
@@ -218,6 +219,22 @@ fn in_the_foreground_again_its_console_is_alive(host: &Host) -> Result<()> {
         .find_map(|line| line.strip_prefix("after="));
     let sane = after.is_some_and(|after| ended.said.contains(&format!("before={}", after.trim())));
     ensure!(sane, "{ended}");
+    Ok(())
+}
+
+fn in_the_background_again_it_ends(host: &Host) -> Result<()> {
+    // Ended where the terminal is not its own, it must neither set it nor be stopped for that.
+    let script = "set -m; $VM; echo job=stopped; stty sane; echo before=$(stty -g); bg
+        sleep 1; kill -TERM $(pidof gantry); wait %1; echo status=$?; echo after=$(stty -g)";
+    let mut running = Vm::new("shell").on_terminal(host, script)?;
+    running.until("/ # ")?;
+    host.sh("kill -STOP $(pidof gantry)").output()?.success()?;
+    running.until("job=stopped")?;
+    let ended = running.end()?.exits(0)?;
+    ensure!(ended.said.contains("status=143"), "{ended}");
+    let word = |key| ended.said.lines().find_map(|line| line.strip_prefix(key));
+    let (before, after) = (word("before="), word("after="));
+    ensure!(before.is_some() && before == after, "{ended}");
     Ok(())
 }
 
