@@ -251,9 +251,10 @@ fn has_builtin(facts: &Facts, device: &HostDevice) -> bool {
 }
 
 fn used_elsewhere(facts: &Facts, plan: &Plan<'_>, driver: &str) -> bool {
-    let mut others = facts.devices.all.iter().filter(|device| {
-        let brought = plan.bring.iter().any(|one| one.bdf == device.bdf);
-        !brought && !facts.devices.is_wanted(device)
-    });
+    let mut others = facts
+        .devices
+        .all
+        .iter()
+        .filter(|device| !plan.bring.iter().any(|one| one.bdf == device.bdf));
     others.any(|device| device.driver.as_deref() == Some(driver))
 }

@@ -318,6 +318,28 @@ fn ids_are_for_what_is_vfio_pcis_at_all_times() {
 }
 
 #[test]
+fn no_driver_is_held_back_that_devices_on_demand_need() {
+    let host = Host::unpack("vfio-later");
+    let held_back = |host: &Host| {
+        let report = check(&host.paths(), &[]).unwrap();
+        let mut words = report
+            .command_line
+            .into_iter()
+            .flat_map(|change| change.add);
+        words.any(|word| word.starts_with("modprobe.blacklist=") && word.contains("nouveau"))
+    };
+    assert!(held_back(&host));
+    host.pci("0000:0c:00.0 10de:2204 030000 group=40 driver=nouveau");
+    host.remove("etc/groups.json");
+    host.line(
+        "etc/groups.json",
+        r#"{"groups": [{"name": "rest", "bind": "demand", "rules": [{"slot": "0c:00.0"}]},
+            {"name": "gpu", "rules": [{"vendor": "10de"}]}]}"#,
+    );
+    assert!(!held_back(&host));
+}
+
+#[test]
 fn a_card_stays_with_its_driver_for_its_functions() {
     let host = twins(
         r#"{"groups": [{"name": "a", "rules": [{"class": "0108"}]},
