@@ -104,7 +104,7 @@ pub use sriov::{
 };
 pub use tenant::{
     Grant, Granted, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant,
-    edit_tenant, grant, revoke, revoke_mdevs,
+    edit_tenant, grant, put_tenants_right, revoke, revoke_mdevs,
 };
 pub use topology::{HostNode, host_nodes, node_of};
 pub use tree::{TreeNode, tree};

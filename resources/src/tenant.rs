@@ -4,7 +4,7 @@
 //! it is (`tenant.json`), and its groups. A device that a tenant's groups name belongs to it: nobody else
 //! gets it, and the tenant gets no other. It stays bound to vfio-pci; its VFIO nodes and the file of its
 //! lease are the user's, so that the kernel keeps tenants apart. A boot of the host gives nodes and files
-//! back to their makers: [`Tenants::put_right`] says again whose they are.
+//! back to their makers: [`put_tenants_right`] says again whose they are.
 
 mod error;
 mod granting;
@@ -27,7 +27,7 @@ use crate::maintenance::{RunningVm, running_vms};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::rule::Rule;
-use crate::sriov::{Netlink, VfLinks};
+use crate::sriov::{Netlink, VfLinks, granted};
 use crate::sysfs;
 pub use error::TenantError;
 pub use granting::{Grant, Granted, grant, revoke};
@@ -241,9 +241,8 @@ impl Tenants {
         self.0.iter().filter(move |tenant| tenant.file.user == user)
     }
 
-    /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
-    /// bound anew, has undone. Devices must be with vfio-pci already.
-    pub fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
+    /// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
+    fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
         self.put_right_with(host, &Netlink::new(host))
     }
 
@@ -256,23 +255,35 @@ impl Tenants {
         let put_right = |tenant: &Tenant| {
             let owner = Owner::of(host, tenant)?;
             owner.make_dirs(host, &tenant.name)?;
-            let given = tenant.devices().into_iter().map(|bdf| {
+            let mut there = Vec::new();
+            let mut give = |bdf: HostBdf| {
                 tenant.may_have(bdf, &all)?;
                 owner.take_over(host, bdf.into())?;
-                if all.iter().any(|device| device.bdf == bdf) {
-                    granting::keep_settings(host, links, &[bdf]);
-                }
+                let device = all.iter().find(|device| device.bdf == bdf);
+                there.extend(device.map(|device| device.bdf));
                 Ok(())
-            });
+            };
+            let given: Vec<_> = tenant.devices().into_iter().map(&mut give).collect();
+            granting::keep_settings(host, links, &there);
             // Those that no group of the host's makes are not there.
             let mdevs = tenant.mdevs().into_iter();
             let mdevs = mdevs.filter(|uuid| directory(host, *uuid).exists());
             let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
             // One that cannot be had keeps no other one away.
-            all_of(given.chain(mdevs))
+            all_of(given.into_iter().chain(mdevs))
         };
-        all_of(self.0.iter().map(put_right))
+        let done = all_of(self.0.iter().map(put_right));
+        granted::mend(host, links);
+        done
     }
+}
+
+/// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
+/// bound anew, has undone. Devices must be with vfio-pci already. Whose they are is looked up when it is this
+/// command's turn: another one may just have changed it.
+pub fn put_tenants_right(host: &HostPaths) -> Result<(), TenantError> {
+    let _alone = alone(host)?;
+    Tenants::load(host)?.put_right(host)
 }
 
 /// Of two commands that change whose devices are, the second one sees what the first one did.

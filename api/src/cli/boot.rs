@@ -2,7 +2,8 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach, scan,
+    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach,
+    put_tenants_right, scan,
 };
 
 use crate::output::print;
@@ -41,7 +42,7 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
             Err(failure) => failed.push(failure),
         }
     }
-    failed.extend(tenants.put_right(paths).map_err(Failure::host).err());
+    failed.extend(put_tenants_right(paths).map_err(Failure::host).err());
     match failed.pop() {
         None => Ok(()),
         Some(last) => {

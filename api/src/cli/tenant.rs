@@ -23,7 +23,8 @@ VMs with them without being root. `gantry boot` puts that right again after a re
 
 Mediated devices (vGPUs) can be granted where a group of the host's makes them ahead, by their \
 \"uuids\"; virtual functions keep the settings that their group gave them, and what a trusted guest changes of these \
-is put back by `gantry boot` and other commands of root's, once no VM has the device.
+is put back by `gantry boot` and other commands of root's, once no VM has the device. Settings that the group \
+gets later come to them with `gantry boot`, or when they are granted again.
 
 A device that is granted comes into a group of the tenant's name, or into the one that --group names; the \
 VMs of the tenant ask for it there. The definitions lie in tenants/NAME below the configuration directory. \

@@ -4,6 +4,7 @@
 //! record is written before the first change; the helper that outlives the VM, or the next command, puts
 //! everything back under the function's lock and removes it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -38,32 +39,60 @@ impl Owed {
         written.map_err(|source| SriovError::Record { path, source })
     }
 
-    /// What the function has to be told to be as it was; none where it is gone.
+    /// What the function has to be told to be as it was; nothing where it is gone.
     pub(super) fn writes(
         &self,
         paths: &HostPaths,
         links: &dyn VfLinks,
         bdf: HostBdf,
-    ) -> Result<Option<Vec<LinkWrite>>, SriovError> {
+    ) -> Result<Vec<LinkWrite>, SriovError> {
+        let card = Card::read(paths, links, self.pf)?;
+        Ok(card.map_or_else(Vec::new, |card| self.writes_to(&card, bdf)))
+    }
+
+    /// [`Owed::writes`] to a card that has been looked at.
+    pub(super) fn writes_to(&self, card: &Card, bdf: HostBdf) -> Vec<LinkWrite> {
         let vf = self.vf;
-        let there = match Pf::read(paths, self.pf) {
-            Ok(pf) => pf
-                .interface
-                .filter(|_| pf.vfs.get(usize::from(vf)) == Some(&bdf)),
-            Err(InventoryError::NoSuchDevice { .. }) => None,
-            Err(error) => return Err(error.into()),
-        };
-        let Some(interface) = there else {
-            return Ok(None);
-        };
-        let now = links.read(&interface)?.remove(&vf).unwrap_or_default();
+        if card.vfs.get(usize::from(vf)) != Some(&bdf) {
+            return Vec::new();
+        }
+        let now = card.states.get(&vf).cloned().unwrap_or_default();
         let write = |setting| LinkWrite {
-            interface: Interface::clone(&interface),
+            interface: card.interface.clone(),
             vf,
             setting,
         };
         let settings = now.changes_to(&self.before).into_iter();
-        Ok(Some(settings.map(write).collect()))
+        settings.map(write).collect()
+    }
+}
+
+/// A network card, and what its functions have.
+pub(super) struct Card {
+    interface: Interface,
+    vfs: Vec<HostBdf>,
+    states: BTreeMap<u16, VfState>,
+}
+
+impl Card {
+    /// Looks at a card; none if it is gone, or has no functions any more.
+    pub(super) fn read(
+        paths: &HostPaths,
+        links: &dyn VfLinks,
+        pf: HostBdf,
+    ) -> Result<Option<Self>, SriovError> {
+        let pf = match Pf::read(paths, pf) {
+            Err(InventoryError::NoSuchDevice { .. }) => return Ok(None),
+            read => read?,
+        };
+        let Some(interface) = pf.interface.filter(|_| !pf.vfs.is_empty()) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            states: links.read(&interface)?,
+            interface,
+            vfs: pf.vfs,
+        }))
     }
 }
 
@@ -185,9 +214,9 @@ pub(crate) fn restore(
 ) -> Result<bool, SriovError> {
     let writes = match Owed::load(&path(paths, bdf)) {
         Some(owed) => owed.writes(paths, links, bdf)?,
-        None => None,
+        None => Vec::new(),
     };
-    let changed = put_back(links, &writes.unwrap_or_default())?;
+    let changed = put_back(links, &writes)?;
     forget(paths, bdf);
     Ok(changed)
 }

@@ -16,6 +16,7 @@ use crate::lease::LeaseError;
 use crate::maintenance::{MaintenanceError, RunningVm};
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
+use crate::sriov::SriovError;
 use crate::vgpu::VgpuError;
 
 /// A tenant could not be looked at or changed.
@@ -123,6 +124,15 @@ pub enum TenantError {
     /// A mediated device is not there, or is held.
     #[error(transparent)]
     Vgpu(#[from] VgpuError),
+    /// A virtual function's settings cannot be kept.
+    #[error("cannot keep the settings of {bdf}, which are to outlast the tenant's guests")]
+    Settings {
+        /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
     /// A file or directory cannot be changed.
     #[error("cannot change {path}: run as root", path = .path.display())]
     File {
@@ -153,6 +163,15 @@ pub enum TenantError {
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+}
+
+impl TenantError {
+    pub(super) fn settings(bdf: HostBdf) -> impl FnOnce(SriovError) -> Self {
+        move |source| Self::Settings {
+            bdf,
+            source: Box::new(source),
+        }
+    }
 }
 
 fn hint(near: &Option<String>) -> String {

@@ -12,7 +12,8 @@ use crate::mdev::{MdevDevice, Mdevs};
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::quarantine::{adopt, hung};
-use crate::sriov::{HostAccess, VfLinks, granted};
+use crate::sriov::granted::{self, Kept};
+use crate::sriov::{HostAccess, VfLinks};
 use crate::uuid::Uuid;
 
 /// What a tenant gets.
@@ -136,26 +137,36 @@ fn give(
         overrides: wanted.overrides,
         dry_run: false,
     };
+    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
+    // Whoever gets a function later must not find it as this tenant's guests leave it.
+    let mut kept = Vec::new();
+    for &bdf in &addresses {
+        let one = Kept::of(host, access.links, bdf).map_err(TenantError::settings(bdf))?;
+        kept.extend(one.map(|one| (bdf, one)));
+    }
     let group = wanted.group.unwrap_or(name);
     // What is wrong with the group is said before a device moves; its lock must be free meanwhile.
     drop(with_devices(&definitions(host, name), group, &devices)?);
     detach(host, access.writer, &request)?;
     owner.make_dirs(host, name)?;
-    // It is the tenant's from here on; should this be cut short, `put_right` does the rest.
+    // It is the tenant's from here on; should this be cut short, `put_tenants_right` does the rest.
     with_devices(&definitions(host, name), group, &devices)?.save()?;
-    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
     addresses
         .iter()
         .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
-    keep_settings(host, access.links, &addresses);
+    for (bdf, one) in kept {
+        one.store(host).map_err(TenantError::settings(bdf))?;
+    }
+    granted::mend(host, access.links);
     Ok(addresses)
 }
 
-/// Writes down what a tenant's virtual functions are set to. One of which that is not known is the tenant's
-/// nevertheless.
+/// Writes down what a tenant's virtual functions are to be set to, for [`granted::mend`]. One of which that
+/// is not known is the tenant's nevertheless.
 pub(super) fn keep_settings(host: &HostPaths, links: &dyn VfLinks, devices: &[HostBdf]) {
     for &bdf in devices {
-        if let Err(error) = granted::keep(host, links, bdf) {
+        let kept = Kept::of(host, links, bdf);
+        if let Err(error) = kept.and_then(|kept| kept.map_or(Ok(()), |kept| kept.store(host))) {
             tracing::warn!("{bdf} will stay as a guest sets it: {error}");
         }
     }

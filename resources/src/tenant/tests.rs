@@ -422,6 +422,29 @@ fn two_grants_at_once_give_a_device_once() {
     assert!(said.contains("belongs to tenant \"a\""), "{said}");
 }
 
+/// A boot takes long: whose devices are is looked up when it is its turn.
+#[test]
+fn a_boot_gives_nobody_what_was_taken_back_meanwhile() {
+    let host = host();
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    let owns = |rules: &str| {
+        let groups = format!(r#"{{"groups": [{{"name": "a", "rules": [{rules}]}}]}}"#);
+        host.file("etc/tenants/a/groups.json", &groups);
+    };
+    let given = |device| lock_path(&host.paths, bdf(device)).exists();
+    owns(r#"{"slot": "0000:01:00.0"}"#);
+    let first = alone(&host.paths).unwrap();
+    std::thread::scope(|scope| {
+        let boot = scope.spawn(|| put_tenants_right(&host.paths).unwrap());
+        // Long enough for the boot to have looked, if it did not wait.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        owns(r#"{"slot": "0000:02:00.0"}, {"slot": "0000:02:00.1"}"#);
+        drop(first);
+        boot.join().unwrap();
+    });
+    assert!(!given("01:00.0") && given("02:00.0") && given("02:00.1"));
+}
+
 /// Free devices are chosen when it is one's turn, and not before: what fits together is granted.
 #[test]
 fn two_grants_out_of_a_group_at_once_get_other_devices() {

@@ -48,7 +48,7 @@ pub(super) fn give(
     let scope = definitions(host, name);
     let group = group.unwrap_or(name);
     owner.make_dirs(host, name)?;
-    // They are the tenant's from here on; should this be cut short, `put_right` does the rest.
+    // They are the tenant's from here on; should this be cut short, `put_tenants_right` does the rest.
     with_mdevs(&scope, group, &devices)?.save()?;
     uuids
         .iter()
