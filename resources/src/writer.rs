@@ -43,7 +43,7 @@ pub enum WriteError {
     },
     /// Somebody has the device open, and goes on to.
     #[error(
-        "the kernel has refused {:?} in {} for {:?}, as the device is in use{}",
+        "the kernel has refused {:?} in {} for {:.1?}, as the device is in use{}",
         .0.write.value, .0.write.path.display(), .0.after, .0.by
     )]
     Busy(Box<Unfinished>),
@@ -90,7 +90,8 @@ pub trait SysfsWriter {
 /// Writes in a child process, which is abandoned when the kernel does not come back in time.
 ///
 /// Where the kernel says that a device is in use, it is tried again for a while: a process that was killed
-/// loses its locks before the kernel has closed its devices.
+/// loses its locks before the kernel has closed its devices. Where a process has it open that is not ending,
+/// that is final.
 ///
 /// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
 /// this process's descriptors, and no lock lives on in it but that on a file it is to keep, which is its
@@ -142,25 +143,27 @@ impl ChildWriter {
             _ => false,
         };
         let mut pause = Duration::from_millis(10);
+        let mut before = Vec::new();
         loop {
             let written = self.run(path, value, stdin());
             if !written.as_ref().is_err_and(busy) {
                 return written;
             }
-            if started.elapsed() >= self.patience {
-                return Err(WriteError::Busy(self.unfinished(
-                    path,
-                    value,
-                    self.patience,
-                )));
+            // Who only looks whether a device is free has it open for a moment too: seen twice, one stays.
+            let staying = users::staying(&self.proc, &users::about(path, value));
+            let stays = staying.iter().any(|pid| before.contains(pid));
+            let waited = started.elapsed();
+            if stays || waited >= self.patience {
+                return Err(WriteError::Busy(self.unfinished(path, value, waited)));
             }
+            before = staying;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(500));
         }
     }
 
     fn unfinished(&self, path: &Path, value: &str, after: Duration) -> Box<Unfinished> {
-        let by = users::words(&self.proc, path);
+        let by = users::words(&self.proc, &users::about(path, value));
         let (path, value) = (path.to_owned(), value.to_owned());
         let write = SysfsWrite { path, value };
         Box::new(Unfinished { write, after, by })
@@ -315,12 +318,17 @@ mod tests {
             r#"echo >>{0}; [ $(wc -l <{0}) -gt 2 ] || exit 16"#,
             tries.display()
         );
-        let writer = self::writer(dir.path(), &script, Duration::from_secs(20));
+        let patient = |script: &str| ChildWriter {
+            patience: Duration::from_secs(20),
+            ..writer(dir.path(), script, Duration::from_secs(20))
+        };
         let unbind = device.join("driver/unbind");
-        writer.write(&unbind, "0000:01:00.0").unwrap();
-        assert_eq!(fs::read_to_string(&tries).unwrap().len(), 3);
-        let writer = self::writer(dir.path(), "exit 16", Duration::from_secs(20));
-        let error = writer.write(&unbind, "0000:01:00.0").unwrap_err();
+        let patient_one = patient(&script);
+        patient_one.write(&unbind, "0000:01:00.0").unwrap();
+        let count = || fs::read_to_string(&tries).unwrap().len();
+        assert_eq!(count(), 3);
+        let busy = writer(dir.path(), "exit 16", Duration::from_secs(20));
+        let error = busy.write(&unbind, "0000:01:00.0").unwrap_err();
         assert!(
             error.to_string().ends_with("as the device is in use"),
             "{error}"
@@ -332,8 +340,23 @@ mod tests {
         std::os::unix::fs::symlink(dir.path().join("groups/12"), device.join("iommu_group"))
             .unwrap();
         std::os::unix::fs::symlink("/dev/vfio/12", fd.join("5")).unwrap();
-        let error = writer.write(&unbind, "0000:01:00.0").unwrap_err();
+        let error = busy.write(&unbind, "0000:01:00.0").unwrap_err();
         assert!(error.to_string().contains("in use: process 77"), "{error}");
+        // One that is ending is waited for; one that stays is not, whatever patience there is.
+        let runs = |flags: u32| {
+            let stat = format!("77 (qemu) R 1 77 77 0 -1 {flags} 0\n");
+            fs::write(dir.path().join("proc/77/stat"), stat).unwrap();
+        };
+        runs(4);
+        fs::write(&tries, "").unwrap();
+        patient(&script).write(&unbind, "0000:01:00.0").unwrap();
+        assert_eq!(count(), 3);
+        runs(0);
+        fs::write(&tries, "").unwrap();
+        let script = format!("echo >>{}; exit 16", tries.display());
+        let error = patient(&script).write(&unbind, "0000:01:00.0").unwrap_err();
+        assert!(error.to_string().contains("in use: process 77"), "{error}");
+        assert_eq!(count(), 2);
     }
 
     #[test]

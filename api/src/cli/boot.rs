@@ -23,7 +23,7 @@ pub struct BootArgs {}
 pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     let _whole = SignalsHeld::new();
     let writer = ChildWriter::default();
-    super::reap_or_warn(paths, &writer);
+    super::reap_or_warn(paths);
     let mut failed = Vec::new();
     // Virtual functions first: they may be what is to be bound.
     failed.extend(super::group::activate::at_boot(paths).err());

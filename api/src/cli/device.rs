@@ -180,7 +180,7 @@ fn change_hands(
     // A ctrl-c between two writes would leave a device with no driver.
     let _whole = SignalsHeld::new();
     if !dry_run {
-        super::reap_or_warn(paths, &ChildWriter::default());
+        super::reap_or_warn(paths);
     }
     let before = scan(paths).map_err(Failure::host)?;
     let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;

@@ -16,10 +16,11 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anstream::ColorChoice;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
-use gantry_resources::{HostPaths, SysfsWriter, reap};
+use gantry_resources::{ChildWriter, HostPaths, reap};
 use gantry_vmm::outlet::{self, Outlet};
 use tracing::Level;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
@@ -180,9 +181,14 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|failure| failure.show(colour))
 }
 
-/// Gives back to the host what killed VMs could not. One that cannot be had back stops no command.
-fn reap_or_warn(paths: &HostPaths, writer: &dyn SysfsWriter) {
-    if let Err(error) = reap(paths, writer) {
+/// Gives back to the host what killed VMs could not. One that cannot be had back stops no command, nor does it
+/// wait longer for one than a killed process takes to close it.
+fn reap_or_warn(paths: &HostPaths) {
+    let writer = ChildWriter {
+        patience: Duration::from_secs(1),
+        ..ChildWriter::default()
+    };
+    if let Err(error) = reap(paths, &writer) {
         tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{ChildWriter, Holder, HostPaths, Maintenance, announce, maintenance};
+use gantry_resources::{Holder, HostPaths, Maintenance, announce, maintenance};
 
 use crate::config::{self, Extras, Source};
 use crate::http::{
@@ -230,7 +230,7 @@ fn may_start(paths: &HostPaths) -> Result<(), Failure> {
         let what = format!("this host is in maintenance, no VM starts: {reason}");
         return Err(Failure::host(what).help("`gantry maintenance off` ends it"));
     }
-    super::reap_or_warn(paths, &ChildWriter::default());
+    super::reap_or_warn(paths);
     Ok(())
 }
 

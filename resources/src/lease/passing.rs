@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -54,12 +55,12 @@ pub(crate) fn is_passing(
     }
     // Who is not to be seen may as well be in another PID namespace, and well.
     let free = || matches!(holder(paths, name), Ok(LeaseStatus::Free));
-    is_ending(paths, record.pid).unwrap_or_else(free)
+    is_ending(&paths.proc, record.pid).unwrap_or_else(free)
 }
 
-/// Whether a process is ending, or about to; none if it is not to be seen.
-pub(crate) fn is_ending(paths: &HostPaths, pid: u32) -> Option<bool> {
-    let process = paths.proc.join(pid.to_string());
+/// Whether a process is ending, or about to; none if it is not to be seen in procfs, which is at `proc`.
+pub(crate) fn is_ending(proc: &Path, pid: u32) -> Option<bool> {
+    let process = proc.join(pid.to_string());
     let read = |name: &str| fs::read_to_string(process.join(name)).ok();
     let stat = read("stat")?;
     let exits = flags(&stat).is_some_and(|flags| flags & EXITING != 0);

@@ -126,6 +126,7 @@ pub(crate) fn live(
     own: &LeaseRecord,
 ) -> Result<Vec<LiveVf>, InventoryError> {
     let mut live = Vec::new();
+    let mut idle = Vec::new();
     for &bdf in vfs {
         let device = match HostDevice::read(paths, bdf) {
             Ok(device) => device,
@@ -136,14 +137,34 @@ pub(crate) fn live(
             path: paths.pci_device(bdf),
             source,
         })?;
-        live.extend(used.map(|(why, lease)| LiveVf { bdf, why, lease }));
+        match used {
+            Some((why, lease)) => live.push(LiveVf { bdf, why, lease }),
+            None if device.on_vfio() => {}
+            None => idle.push(device),
+        }
     }
+    // All at once: what the host needs is known of the whole host.
+    let uses = match idle.as_slice() {
+        [] => Vec::new(),
+        idle => host_uses(paths, idle).map_err(|source| InventoryError::Sysfs {
+            path: paths.sysfs.clone(),
+            source,
+        })?,
+    };
+    for one in uses {
+        if !live.iter().any(|known| known.bdf == one.bdf) {
+            let (bdf, why, lease) = (one.bdf, one.to_string(), None);
+            live.push(LiveVf { bdf, why, lease });
+        }
+    }
+    live.sort_by_key(|one| vfs.iter().position(|vf| *vf == one.bdf));
     Ok(live)
 }
 
 /// What uses a function, in words, and the lease that it does so with.
 type Use = (String, Option<LeaseStatus>);
 
+/// What is to be seen of the function itself.
 fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<Use>> {
     if let Some(why) = crate::quarantine::hung(paths, device) {
         return Ok(Some((format!("in quarantine: {why}"), None)));
@@ -169,14 +190,13 @@ fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result
             return Ok(Some((format!("the host's {name}, which is up"), None)));
         }
     }
-    let uses = host_uses(paths, std::slice::from_ref(device))?;
-    Ok(uses.first().map(|one| (one.to_string(), None)))
+    Ok(None)
 }
 
 /// The kernel frees the locks of a process that was killed before it closes its devices.
 fn in_use(paths: &HostPaths, device: &HostDevice, node: &Path) -> Use {
     let users = who_has_open(&paths.proc, &paths.pci_device(device.bdf).join("driver"));
-    let stays = |user: &&User| is_ending(paths, user.pid) == Some(false);
+    let stays = |user: &&User| is_ending(&paths.proc, user.pid) == Some(false);
     let who = users.iter().find(stays);
     let words = who.or(users.first()).map(User::to_string);
     let words = words.unwrap_or_else(|| "another program".to_owned());

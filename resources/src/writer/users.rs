@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::host::HostBdf;
+use crate::lease::is_ending;
 use crate::sysfs;
 
 /// A process that has a device open.
@@ -22,6 +24,22 @@ impl fmt::Display for User {
 /// is not to be seen: it closes its files last.
 pub(crate) fn users(proc: &Path, attribute: &Path) -> Vec<User> {
     with_open(proc, &nodes(attribute))
+}
+
+/// Those of them that are there to stay.
+pub(super) fn staying(proc: &Path, attribute: &Path) -> Vec<u32> {
+    let pids = users(proc, attribute).into_iter().map(|user| user.pid);
+    pids.filter(|pid| is_ending(proc, *pid) == Some(false))
+        .collect()
+}
+
+/// An attribute of the device that a write is about: what is written to its bus names it.
+pub(super) fn about(attribute: &Path, value: &str) -> PathBuf {
+    let device = attribute.with_file_name("devices").join(value);
+    match value.parse::<HostBdf>().is_ok() && device.exists() {
+        true => device.join("driver"),
+        false => attribute.to_owned(),
+    }
 }
 
 /// The end of a sentence that says so.
@@ -109,6 +127,9 @@ mod tests {
         assert_eq!(said(&numvfs), "");
         opens("/dev/vfio/100", "8");
         assert_eq!(said(&numvfs), held);
-        assert_eq!(said(&host.paths.sysfs.join("bus/pci/drivers_probe")), "");
+        let probe = host.paths.sysfs.join("bus/pci/drivers_probe");
+        assert_eq!(said(&probe), "");
+        assert_eq!(said(&about(&probe, "0000:01:00.0")), held);
+        assert_eq!(said(&about(&probe, "0000:02:00.0")), "");
     }
 }

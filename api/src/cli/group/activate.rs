@@ -137,7 +137,7 @@ fn each(
     // A ctrl-c between two writes would leave functions without settings.
     let _whole = SignalsHeld::new();
     if !args.dry_run {
-        crate::cli::reap_or_warn(paths, host.writer);
+        crate::cli::reap_or_warn(paths);
     }
     let mut reports = Vec::new();
     for group in groups {
