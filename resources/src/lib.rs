@@ -106,7 +106,7 @@ pub use tenant::{
     Grant, Granted, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant,
     edit_tenant, grant, put_tenants_right, revoke, revoke_mdevs,
 };
-pub use topology::{HostNode, host_nodes, node_of};
+pub use topology::{HostNode, host_nodes, node_of, online_cpus};
 pub use tree::{TreeNode, tree};
 pub use usb::{UsbDevice, scan_usb};
 pub use uuid::{Uuid, UuidError};

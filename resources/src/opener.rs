@@ -242,7 +242,7 @@ impl Opener {
         Ok(opener)
     }
 
-    /// From now on devices are chosen for a VM that is where its `placement` says.
+    /// From now on devices are chosen for a VM that is where its `placement` says. Not after [`Self::limit`].
     pub fn place(&self, placement: Placement) -> Result<(), OpenerError> {
         let asked = self.lock().say(&Ask::Place(placement));
         asked.map_err(OpenerError::Gone)

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::Path;
 
 use crate::host::HostPaths;
 use crate::mdev;
@@ -19,6 +18,8 @@ pub struct HostNode {
     pub cpus: Numbers,
     /// Bytes of memory that it has; none where the kernel does not say.
     pub memory: Option<u64>,
+    /// Bytes of it that are free, or would be if caches of files were dropped.
+    pub available: Option<u64>,
 }
 
 /// The nodes of the host, in their order.
@@ -34,24 +35,45 @@ pub fn host_nodes(paths: &HostPaths) -> io::Result<Vec<HostNode>> {
         };
         let node = directory.join(&name);
         let cpus = sysfs::text(&node.join("cpulist"))?.unwrap_or_default();
+        let memory = Meminfo(sysfs::table(&node.join("meminfo"))?);
         nodes.push(HostNode {
             number,
             cpus: cpus.parse().map_err(io::Error::other)?,
-            memory: memory(&node.join("meminfo"))?,
+            memory: memory.of("MemTotal"),
+            available: memory.available(),
         });
     }
     nodes.sort_by_key(|node| node.number);
     Ok(nodes)
 }
 
-/// Bytes of a node's memory, of its line `Node 0 MemTotal: 1024 kB`.
-fn memory(path: &Path) -> io::Result<Option<u64>> {
-    let table = sysfs::table(path)?;
-    let kib = table.lines().find_map(|line| {
-        let (_, amount) = line.split_once("MemTotal:")?;
-        amount.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    Ok(kib.and_then(|kib| kib.checked_mul(1024)))
+/// A node's `meminfo`, with lines such as `Node 0 MemTotal: 1024 kB`.
+struct Meminfo(String);
+
+impl Meminfo {
+    /// A field in bytes.
+    fn of(&self, name: &str) -> Option<u64> {
+        let kib = self.0.lines().find_map(|line| {
+            let (field, amount) = line.split_once(':')?;
+            let named = field.rsplit(' ').next() == Some(name);
+            let amount = named.then(|| amount.trim().strip_suffix("kB"))??;
+            amount.trim().parse::<u64>().ok()
+        });
+        kib?.checked_mul(1024)
+    }
+
+    /// About what `MemAvailable` says of the whole host, which no node says of itself.
+    fn available(&self) -> Option<u64> {
+        let caches = ["Active(file)", "Inactive(file)", "SReclaimable"];
+        let caches = caches.iter().filter_map(|name| self.of(name));
+        Some(caches.fold(self.of("MemFree")?, u64::saturating_add))
+    }
+}
+
+/// The processors that run; none where the kernel does not say.
+pub fn online_cpus(paths: &HostPaths) -> Option<Numbers> {
+    let online = sysfs::text(&paths.sysfs.join("devices/system/cpu/online"));
+    online.ok().flatten()?.parse().ok()
 }
 
 /// The node that a device is on; a mediated one is where its parent is. None where the host does not say.
@@ -139,7 +161,8 @@ mod tests {
         };
         node(10, "cpulist", "\n");
         node(2, "cpulist", "4-7\n");
-        let meminfo = "\nNode 2 MemTotal:        2048 kB\nNode 2 MemFree:  1 kB\n";
+        let meminfo = "\nNode 2 MemTotal:        2048 kB\nNode 2 MemFree:  1 kB\n\
+            Node 2 Active(file): 20 kB\nNode 2 Active: 99 kB\nNode 2 SReclaimable: 3 kB\n";
         node(2, "meminfo", meminfo);
         host.file("sys/devices/system/node/has_cpu", "2");
         let nodes = host_nodes(&host.paths).unwrap();
@@ -150,11 +173,13 @@ mod tests {
                     number: 2,
                     cpus: (4..8).collect(),
                     memory: Some(2 << 20),
+                    available: Some((1 + 20 + 3) << 10),
                 },
                 HostNode {
                     number: 10,
                     cpus: Numbers::default(),
                     memory: None,
+                    available: None,
                 },
             ]
         );

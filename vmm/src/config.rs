@@ -29,6 +29,13 @@ pub struct VmConfig {
     pub hotplug: Hotplug,
 }
 
+impl VmConfig {
+    /// Whether devices need all of its RAM pinned, now or later.
+    pub fn is_pinned(&self) -> bool {
+        !self.devices.is_empty() || !self.hotplug.from.is_empty()
+    }
+}
+
 #[cfg(test)]
 impl VmConfig {
     /// A small VM without devices, for tests.

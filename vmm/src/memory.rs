@@ -113,3 +113,23 @@ pub fn let_go_of_program() {
     // between segments are an error that does no harm.
     let _ = unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_is_where_it_must_be_or_not_at_all() {
+        let plan = [RamRange {
+            start: 0,
+            len: 2 << 20,
+        }];
+        let home = |strict| Home {
+            nodes: [1000].into_iter().collect(),
+            strict,
+            ..Home::default()
+        };
+        assert!(GuestRam::new(&plan, &home(true)).is_err());
+        assert!(GuestRam::new(&plan, &home(false)).is_ok());
+    }
+}

@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::sync::Arc;
 
-use gantry_resources::{HostNode, HostPaths, Numbers, Placement, host_nodes};
+use gantry_resources::{HostNode, HostPaths, Numbers, Placement, host_nodes, online_cpus};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
@@ -16,6 +16,9 @@ use crate::config::{Nodes, VmConfig};
 /// What the VM's file asks for is not to be had.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlacementError {
+    /// The host has none.
+    #[error("numa_nodes: this host has no NUMA nodes\nremove the key")]
+    NoNodes,
     /// There is no such node.
     #[error("numa_nodes: this host has no NUMA node {node}\nuse of {have}: `lscpu` shows them")]
     NoSuchNode {
@@ -59,6 +62,20 @@ pub enum PlacementError {
         /// MiB that they have.
         total: u64,
     },
+    /// The nodes have not so much memory free, and all of it must be pinned.
+    #[error(
+        "memory.size: a VM with devices needs all of its {asked} MiB at once, since devices may write \
+         anywhere in it, but only {available} MiB of NUMA node {nodes} are free\n\
+         give the VM less memory, more nodes in `numa_nodes`, or stop something else"
+    )]
+    TooLittleFree {
+        /// MiB asked for.
+        asked: u64,
+        /// The nodes.
+        nodes: Numbers,
+        /// MiB that are free, caches of files included.
+        available: u64,
+    },
     /// A vCPU is to run where it cannot.
     #[error(
         "cpus.affinity: vCPU {vcpu} is to run on CPU {cpu}, but this process may use {allowed}\n\
@@ -98,8 +115,13 @@ impl Site {
             Vec::new()
         });
         let all = || nodes.iter().flat_map(|node| node.cpus.iter()).collect();
+        let allowed = list("Cpus_allowed_list:").unwrap_or_else(all);
         Self {
-            cpus: list("Cpus_allowed_list:").unwrap_or_else(all),
+            // A process may be allowed processors that do not run.
+            cpus: match online_cpus(host) {
+                Some(online) => &online & &allowed,
+                None => allowed,
+            },
             memory: list("Mems_allowed_list:")
                 .unwrap_or_else(|| nodes.iter().map(|node| node.number).collect()),
             nodes,
@@ -160,6 +182,9 @@ impl Home {
 
     fn bound(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<Self, PlacementError> {
         let have = site.numbers();
+        if have.is_empty() {
+            return Err(PlacementError::NoNodes);
+        }
         if let Some(node) = nodes.iter().find(|node| !have.contains(*node)) {
             return Err(PlacementError::NoSuchNode { node, have });
         }
@@ -167,15 +192,7 @@ impl Home {
         if let Some(node) = nodes.iter().find(|node| !allowed.contains(*node)) {
             return Err(PlacementError::MemoryForbidden { node, allowed });
         }
-        let asked = config.memory.bytes();
-        let total: Option<u64> = site.of(nodes).map(|node| node.memory).sum();
-        if let Some(total) = total.filter(|total| *total < asked) {
-            return Err(PlacementError::TooLittleMemory {
-                asked: asked >> 20,
-                nodes: nodes.clone(),
-                total: total >> 20,
-            });
-        }
+        check_memory(config, nodes, site)?;
         let all = site.cpus_of(nodes);
         let cpus = &all & &site.cpus;
         // A node may be memory only.
@@ -219,12 +236,41 @@ impl Home {
 
     /// Where each vCPU may run.
     pub fn berths(&self, config: &VmConfig) -> Vec<Berth> {
-        let cpus = Arc::new(self.cpus.clone());
-        let own = |vcpu| config.affinity.get(&vcpu).cloned().map(Arc::new);
+        let shared = Berth {
+            cpus: Arc::new(self.cpus.clone()),
+            ordered: self.strict,
+        };
+        let own = |cpus: &Numbers| Berth {
+            cpus: Arc::new(cpus.clone()),
+            ordered: true,
+        };
         let vcpus = 0..config.vcpus.get();
         vcpus
-            .map(|vcpu| Berth(own(vcpu).unwrap_or_else(|| Arc::clone(&cpus))))
+            .map(|vcpu| config.affinity.get(&vcpu).map_or(shared.clone(), own))
             .collect()
+    }
+}
+
+fn check_memory(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<(), PlacementError> {
+    let bytes = config.memory.bytes();
+    let (asked, nodes_of) = (bytes >> 20, || nodes.clone());
+    let total: Option<u64> = site.of(nodes).map(|node| node.memory).sum();
+    if let Some(total) = total.filter(|total| *total < bytes) {
+        return Err(PlacementError::TooLittleMemory {
+            asked,
+            nodes: nodes_of(),
+            total: total >> 20,
+        });
+    }
+    // What is pinned beyond that, the kernel would make room for by ending processes.
+    let free: Option<u64> = site.of(nodes).map(|node| node.available).sum();
+    match free.filter(|free| config.is_pinned() && *free < bytes) {
+        Some(free) => Err(PlacementError::TooLittleFree {
+            asked,
+            nodes: nodes_of(),
+            available: free >> 20,
+        }),
+        None => Ok(()),
     }
 }
 
@@ -243,23 +289,34 @@ fn check_affinity(config: &VmConfig, site: &Site) -> Result<(), PlacementError> 
 
 /// The processors that a vCPU may run on; any if there is none.
 #[derive(Debug, Clone, Default)]
-pub struct Berth(Arc<Numbers>);
+pub struct Berth {
+    cpus: Arc<Numbers>,
+    /// Whether the VM's file asks for it; else it is a wish.
+    ordered: bool,
+}
 
 impl Berth {
-    /// Keeps the calling thread on them (sched_setaffinity(2)).
+    /// Keeps the calling thread on them (sched_setaffinity(2)). A wish that is not to be had is a warning.
     ///
     /// # Errors
-    /// None of them is left, or the kernel has no such.
+    /// None of those that were asked for is left.
     pub fn take(&self) -> io::Result<()> {
-        if self.0.is_empty() {
+        if self.cpus.is_empty() {
             return Ok(());
         }
         let mut set = CpuSet::new();
-        for cpu in self.0.iter() {
-            set.set(cpu as usize)?;
+        for cpu in self.cpus.iter() {
+            // Those beyond what a set holds are done without, as long as there are others.
+            let _ = set.set(cpu as usize);
         }
-        sched_setaffinity(Pid::from_raw(0), &set)?;
-        Ok(())
+        match sched_setaffinity(Pid::from_raw(0), &set) {
+            Err(error) if self.ordered => Err(error.into()),
+            Err(error) => {
+                tracing::warn!("a vCPU is not kept near the devices: {error}");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
     }
 }
 
@@ -278,6 +335,7 @@ mod tests {
             number,
             cpus: numbers(cpus),
             memory: Some(1 << 30),
+            available: Some(512 << 20),
         };
         Site {
             nodes: vec![node(0, "0-3"), node(1, "4-7"), node(2, "")],
@@ -370,6 +428,17 @@ mod tests {
             ..large
         };
         assert!(Home::settle(&wide, &Numbers::default(), &whole()).is_ok());
+        let pinned = VmConfig {
+            devices: vec![gantry_resources::Request::group("gpu", 1)],
+            ..wide
+        };
+        let text = refused(&pinned, &whole());
+        assert!(
+            text.contains("only 1024 MiB of NUMA node 0-1 are free"),
+            "{text}"
+        );
+        let text = refused(&these("0"), &Site::default());
+        assert!(text.contains("no NUMA nodes"), "{text}");
     }
 
     #[test]
@@ -379,7 +448,7 @@ mod tests {
             ..these("0")
         };
         let berths = settle(&vm, "", &whole()).berths(&vm);
-        let at: Vec<String> = berths.iter().map(|berth| berth.0.to_string()).collect();
+        let at: Vec<String> = berths.iter().map(|berth| berth.cpus.to_string()).collect();
         assert_eq!(at, ["0-3", "2,5"]);
         let text = refused(&vm, &site("0-4", "0-2"));
         assert!(text.contains("vCPU 1") && text.contains("CPU 5"), "{text}");
@@ -397,14 +466,18 @@ mod tests {
     fn a_thread_stays_on_its_processors() {
         let here = Site::read(&HostPaths::default());
         let cpu = here.cpus.first().unwrap();
-        let berth = Berth(Arc::new([cpu].into_iter().collect()));
+        let on = |cpus: &[u32], ordered| Berth {
+            cpus: Arc::new(cpus.iter().copied().collect()),
+            ordered,
+        };
+        let berth = on(&[cpu, 5000], true);
         let thread = std::thread::spawn(move || {
             berth.take().unwrap();
             Site::read(&HostPaths::default()).cpus
         });
         assert_eq!(thread.join().unwrap(), [cpu].into_iter().collect());
-        let nowhere = Berth(Arc::new([1023].into_iter().collect()));
-        assert!(nowhere.take().is_err());
+        assert!(on(&[5000], true).take().is_err());
+        assert!(on(&[5000], false).take().is_ok());
         assert!(Berth::default().take().is_ok());
     }
 }

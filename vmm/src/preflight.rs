@@ -81,12 +81,7 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
     Home::find(config, &Numbers::default(), host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::memlock_limit(host);
-    judge(
-        config.memory.bytes(),
-        !config.devices.is_empty() || !config.hotplug.from.is_empty(),
-        &memory,
-        limit,
-    )
+    judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
 }
 
 /// Checks the number of vCPUs against KVM's limit (`KVM_CAP_MAX_VCPUS`).

@@ -1,6 +1,7 @@
 //! The vCPU threads: started together, paused together, stopped together.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -159,7 +160,7 @@ impl Vcpus {
     /// Starts a thread for each vCPU, in its berth; none runs before the gate is opened.
     ///
     /// # Errors
-    /// A thread could not be made.
+    /// A thread could not be made, or have the processors that it must.
     pub fn start<A>(
         vcpus: Vec<Vcpu>,
         berths: Vec<Berth>,
@@ -184,15 +185,16 @@ impl Vcpus {
                 Arc::clone(access),
             );
             let body = move || run(index, &fleet, &gate, &*access);
+            let (told, heard) = channel();
             let moor = move || {
-                if let Err(error) = berth.take() {
-                    tracing::warn!(vcpu = index, "it is not kept on its processors: {error}");
-                }
+                // Heard as long as the thread is being made.
+                let _ = told.send(berth.take());
                 Ok(())
             };
             let role = Role::Vcpu(index);
             let thread = threads::spawn_confined(role, sandbox, moor, body)?;
             this.threads.push(thread);
+            heard.recv().map_err(std::io::Error::other)??;
         }
         Ok(this)
     }

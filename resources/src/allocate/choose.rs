@@ -294,9 +294,8 @@ impl<'a> Choice<'a, '_> {
                 Verdict::Free => free.push(device),
             }
         }
-        if policy.is_some() {
-            free.sort_by_key(|device| !self.near.has(device));
-        }
+        // Stable: elsewhere, and where nothing is known, addresses decide.
+        free.sort_by_key(|device| !self.near.has(device));
         if wish.isolate {
             free = isolated(free, &mut fit);
         }

@@ -77,12 +77,12 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                     desk.release(id, None);
                 }
             }
-            Ok(Ask::Place(placement)) => desk.placement = placement,
+            Ok(Ask::Place(placement)) if desk.limit.is_none() => desk.placement = placement,
             Ok(Ask::Limit(limit)) if desk.limit.is_none() => {
                 desk.rehearse(&limit.from);
                 desk.limit = Some(limit);
             }
-            Ok(Ask::Limit(_) | Ask::Hello { .. }) => {
+            Ok(Ask::Limit(_) | Ask::Place(_) | Ask::Hello { .. }) => {
                 return Err(io::ErrorKind::InvalidData.into());
             }
             // The end of the VM, and of the leases it still had.
