@@ -20,7 +20,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
-    LeaseStatus, PASSING_PATIENCE, holder,
+    LeaseStatus, PASSING_PATIENCE, holder, is_passing,
 };
 use crate::mdev::Mdevs;
 use crate::name::DeviceName;
@@ -38,6 +38,9 @@ use prepare::{Needs, activate_wanted, in_order};
 
 /// Each look is one at all of the host, and keeps others from choosing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a choice is held up by who came between it and the lock.
+const MOMENT: Duration = Duration::from_secs(2);
 
 /// Nothing was allocated.
 #[derive(Debug, Error)]
@@ -435,23 +438,31 @@ fn lock_group(
     members: &[&HostDevice],
     record: &LeaseRecord,
 ) -> Result<Arc<[DeviceLock]>, AllocateError> {
-    let mut locks = Vec::new();
-    for member in members.iter().filter(|member| !member.is_bridge()) {
-        match DeviceLock::take(paths, member.bdf, record)? {
-            Some(lock) => locks.push(lock),
-            // Only somebody who does not keep to the allocation lock can have come in between.
-            None => {
-                let obstacle = Obstacle::Leased {
-                    holder: holder(paths, member.bdf)?.record().cloned(),
-                };
-                return Err(AllocateError::Unavailable(Blocked {
-                    bdf: member.bdf,
-                    obstacle,
-                }));
-            }
+    let members = members.iter().filter(|member| !member.is_bridge());
+    let locks: Result<Vec<DeviceLock>, AllocateError> = members
+        .map(|member| lock_one(paths, member.bdf, record))
+        .collect();
+    Ok(locks?.into())
+}
+
+/// Only somebody who does not keep to the allocation lock can have come in between: for a tenant, a command of
+/// root's that puts a function back, which takes a moment.
+fn lock_one(
+    paths: &HostPaths,
+    bdf: HostBdf,
+    record: &LeaseRecord,
+) -> Result<DeviceLock, AllocateError> {
+    let deadline = Instant::now() + MOMENT;
+    loop {
+        if let Some(lock) = DeviceLock::take(paths, bdf, record)? {
+            return Ok(lock);
         }
+        let lease = holder(paths, bdf)?;
+        if !is_passing(paths, bdf, lease.record()) || Instant::now() >= deadline {
+            return Err(AllocateError::Unavailable(Blocked::leased(bdf, &lease)));
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(locks.into())
 }
 
 fn others(near: &Option<String>, known: &[String]) -> String {

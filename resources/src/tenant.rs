@@ -330,10 +330,21 @@ pub fn edit_tenant(
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
     let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
-    let owned = tenants.find(name)?.names();
+    let tenant = tenants.find(name)?;
+    let owned = tenant.names();
     let is_own = |vm: &RunningVm| vm.tenant.as_deref() == Some(name);
     if let Some(vm) = running_vms(host)?.into_iter().find(is_own) {
-        return Err(TenantError::Running(vm));
+        let pid = vm.record.pid;
+        return Err(
+            match Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid)) {
+                true => TenantError::Running(vm),
+                false => TenantError::SaysItRuns {
+                    name: name.to_owned(),
+                    vm: vm.record.name,
+                    user: tenant.file.user.clone(),
+                },
+            },
+        );
     }
     if !owned.is_empty() {
         let devices: Vec<String> = owned.iter().map(DeviceName::to_string).collect();

@@ -95,6 +95,27 @@ fn a_holder_that_is_ending_is_waited_for_and_no_other() {
 }
 
 #[test]
+fn who_comes_between_the_choice_and_the_lock_is_waited_for_if_he_lets_go() {
+    let host = host(&[Fake::nvme("01:00.0", 1)], NVME);
+    let (devices, record) = (host.scan(), LeaseRecord::vm(&vm("b")));
+    let locked = || super::lock(&host.paths, &devices, &[&devices[0]], &[], &record);
+    for (other, waits) in [
+        (LeaseRecord::restore(), true),
+        (LeaseRecord::task("gantry device detach"), false),
+    ] {
+        let held = DeviceLock::take(&host.paths, bdf("01:00.0"), &other).unwrap();
+        let got = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(300));
+                drop(held);
+            });
+            locked()
+        });
+        assert_eq!(got.is_ok(), waits, "{other}");
+    }
+}
+
+#[test]
 fn what_others_give_back_is_not_waited_for() {
     let groups = r#"{"groups": [{"name": "one", "rules": [{"slot": "0000:01:00.0"}]},
         {"name": "two", "rules": [{"slot": "0000:02:00.0"}]}]}"#;

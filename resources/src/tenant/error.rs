@@ -64,6 +64,19 @@ pub enum TenantError {
     /// One of the tenant's VMs runs: nobody would see it any more.
     #[error("{0} runs: end it first")]
     Running(RunningVm),
+    /// A record in the tenant's own directory says that a VM runs, as a process that is not the tenant's user's.
+    #[error(
+        "tenant \"{name}\" says that its VM '{vm}' runs, but not as which process of {user}'s: once none of \
+         {user}'s has its files open, the tenant can be deleted"
+    )]
+    SaysItRuns {
+        /// The tenant.
+        name: String,
+        /// What the record names.
+        vm: String,
+        /// The tenant's user.
+        user: String,
+    },
     /// A device belongs to another tenant.
     #[error(
         "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"

@@ -82,17 +82,18 @@ fn free(
     let ahead = groups.find(from)?.vgpu.as_ref().map(|spec| &spec.uuids);
     let is = |group: Option<&ResourceGroup>| group.is_some_and(|group| group.name == from);
     let idle = |device: &&HostDevice| !device.lease.is_held() && device.quarantine.is_none();
+    let (all, mdevs) = (scan(host)?, Mdevs::read(host)?);
     let made = |device: &&MdevDevice| {
         let ahead = ahead.is_some_and(|ahead| ahead.contains(&device.uuid));
-        ahead && !device.lease.is_held() && is(groups.group_of_mdev(device))
+        let idle = !device.lease.is_held() && device.quarantine.is_none();
+        ahead && idle && !mdevs.is_claimed(device.uuid) && is(groups.group_of_mdev(device))
     };
-    let (all, mdevs) = (scan(host)?, Mdevs::read(host)?);
     let functions = all.iter().filter(idle);
     let functions = functions.filter(|device| is(groups.group_of(device)));
     let functions: Vec<HostBdf> = functions.map(|device| device.bdf).take(count).collect();
-    let mdevs = mdevs.devices.iter().filter(made);
+    let uuids = mdevs.devices.iter().filter(made);
     let mdevs: Vec<Uuid> = match functions.is_empty() {
-        true => mdevs.map(|device| device.uuid).take(count).collect(),
+        true => uuids.map(|device| device.uuid).take(count).collect(),
         false => Vec::new(),
     };
     let found = functions.len() + mdevs.len();

@@ -51,6 +51,12 @@ impl Owner {
         })
     }
 
+    /// Whether a process is this user's.
+    pub(super) fn runs(&self, host: &HostPaths, pid: u32) -> bool {
+        let process = fs::metadata(host.proc.join(pid.to_string()));
+        process.is_ok_and(|process| process.uid() == self.uid)
+    }
+
     /// Only for what lies in a directory of root's: a tenant puts links where it may.
     fn own(&self, path: &Path) -> io::Result<()> {
         lchown(path, Some(self.uid), Some(self.gid))

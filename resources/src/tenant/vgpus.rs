@@ -250,6 +250,21 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_out_of_a_group_is_what_can_be_granted() {
+        let host = host();
+        host.file(&format!("run/vgpu/{ONE}"), r#"{"vm": "x"}"#);
+        let free = |count| Granted::Free {
+            from: "vgpus",
+            count,
+        };
+        let said = grant_mdevs(&host, "a", free(2), None).unwrap_err();
+        assert!(said.to_string().contains("1 not in use"), "{said}");
+        grant_mdevs(&host, "a", free(1), None).unwrap();
+        let tenants = Tenants::load(&host.paths).unwrap();
+        assert_eq!(tenants.find("a").unwrap().mdevs(), [uuid(TWO)].into());
+    }
+
+    #[test]
     fn what_is_granted_or_removed_meanwhile_stays_whole() {
         let host = host();
         let kernel = FakeKernel::new(&host);

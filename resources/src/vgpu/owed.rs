@@ -64,8 +64,16 @@ pub(crate) fn is_owed(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
 /// Whether the kernel is still at work on something that nobody waits for any more.
 pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     let name = name.into();
-    let at_work = File::open(path(paths, name)).and_then(|file| is_locked(&file));
-    at_work.unwrap_or(false) && holder(paths, name).is_ok_and(|lease| !lease.is_held())
+    hangs_by(
+        || File::open(path(paths, name)).and_then(|file| is_locked(&file)),
+        || holder(paths, name).is_ok_and(|lease| lease.is_held()),
+    )
+}
+
+/// Whoever is at work and then lets go of the device was through between the two looks: a third one tells.
+fn hangs_by(at_work: impl Fn() -> io::Result<bool>, is_held: impl FnOnce() -> bool) -> bool {
+    let at_work = || at_work().unwrap_or(false);
+    at_work() && !is_held() && at_work()
 }
 
 /// The mediated devices with records.
@@ -248,4 +256,25 @@ pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<usize,
         .filter_map(DeviceName::mdev)
         .collect();
     reap_mdevs(paths, writer, &mdevs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn who_is_through_between_two_looks_does_not_hang() {
+        for (ends, held, hangs) in [
+            (None, false, true),
+            (None, true, false),
+            (Some(0), false, false),
+            (Some(1), false, false),
+        ] {
+            let looks = Cell::new(0);
+            let at_work = || Ok(ends.is_none_or(|ends| looks.replace(looks.get() + 1) < ends));
+            assert_eq!(hangs_by(at_work, || held), hangs, "{ends:?} {held}");
+        }
+        assert!(!hangs_by(|| Err(io::ErrorKind::NotFound.into()), || false));
+    }
 }
