@@ -18,6 +18,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::routes::ROOT;
+use super::socket;
 use super::wire::EventLine;
 
 /// Why a VM was not heard.
@@ -188,8 +189,7 @@ impl Client {
         let stream = UnixStream::connect(&self.path).await;
         let stream = stream.map_err(|error| self.unreachable(error))?;
         let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
-        self.pid
-            .set(listener.and_then(|pid| u32::try_from(pid).ok()));
+        self.pid.set(listener.and_then(socket::process));
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;

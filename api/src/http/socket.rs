@@ -96,7 +96,12 @@ impl Socket {
     pub fn bind(path: &Path, group: Option<&str>, run: &Path) -> Result<Self, SocketError> {
         let group = group.map(gid).transpose()?;
         let dir = dir_of(path);
-        make_dir(dir).map_err(SocketError::io("make", dir))?;
+        // Gantry's own are there for all users, whatever root's umask is; another folder is its maker's.
+        let made = match dir.starts_with(run) {
+            true => make_dir(dir),
+            false => fs::create_dir_all(dir),
+        };
+        made.map_err(SocketError::io("make", dir))?;
         let _turn = vacate(path, run, is_dying)?;
         let private = Private::new(dir).map_err(SocketError::io("make", path))?;
         let hidden = private.0.join("s");
@@ -236,8 +241,13 @@ fn knock(path: &Path) -> nix::Result<Option<u32>> {
     let socket = socket::socket(family, kind, flags, None)?;
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     let listener = socket::getsockopt(&socket, sockopt::PeerCredentials);
-    let pid = listener.ok().and_then(|one| u32::try_from(one.pid()).ok());
-    Ok(pid.filter(|pid| *pid != 0))
+    Ok(listener.ok().and_then(|one| process(one.pid())))
+}
+
+/// A process that the kernel names, as whose socket it is for one; 0 is one of another PID namespace, and
+/// would be oneself to kill(2).
+pub fn process(pid: i32) -> Option<u32> {
+    u32::try_from(pid).ok().filter(|pid| *pid != 0)
 }
 
 /// Waits until nobody listens at a path; what comes back keeps it so. While somebody who was killed still

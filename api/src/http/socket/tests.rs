@@ -18,6 +18,36 @@ fn a_socket_is_for_its_owner_alone() {
 }
 
 #[test]
+fn who_is_out_of_sight_is_nobody_to_be_killed() {
+    assert_eq!([7, 0, -1].map(process), [Some(7), None, None]);
+}
+
+/// The other process of the next test, which has a umask of 077.
+#[test]
+#[ignore = "run by a_folder_that_a_user_names_is_made_as_the_user_makes_folders"]
+fn make_folders_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    for (folder, wanted) in [(run.join("more"), 0o755), (dir.path().join("own"), 0o700)] {
+        Socket::bind(&path_of(&folder, "web"), None, &run).unwrap();
+        assert_eq!(mode(&folder), wanted, "{}", folder.display());
+    }
+}
+
+#[test]
+fn a_folder_that_a_user_names_is_made_as_the_user_makes_folders() {
+    let name = "http::socket::tests::make_folders_anew";
+    let run = std::process::Command::new("sh")
+        .args(["-c", r#"umask 077; exec "$0" "$@""#])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", name])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
 fn a_group_gets_it_where_it_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = path_of(dir.path(), "web");
