@@ -232,6 +232,17 @@ fn a_plans_devices_are_attached_together() {
 }
 
 #[test]
+fn a_vm_that_is_not_booted_has_no_guest_to_wait_for() {
+    let bed = Bed::new();
+    assert_eq!(bed.put("vm.create", &bed.config()).0, 204);
+    let said = ok(&bed, &["detach", "vm", "02:00.0"]);
+    assert_eq!(said, "0000:02:00.0: vm will not have it when it boots\n");
+    let said: Value =
+        serde_json::from_str(&ok(&bed, &["detach", "vm", "02:00.0", "--json"])).unwrap();
+    assert_eq!(said["gone"], true);
+}
+
+#[test]
 fn devices_are_detached_and_their_guests_waited_for() {
     let bed = Bed::new();
     bed.boot();

@@ -60,6 +60,7 @@ impl FakeVm {
                 state.vm = None;
                 return Ok(Answer::Done);
             }
+            (Command::Detach(_), VmState::Created) => return Ok(Answer::Done),
             (_, VmState::Created | VmState::Shutdown) => return Err(CommandError::NotBooted),
             (Command::Attach(attach), _) => {
                 let id = attach.id.clone();

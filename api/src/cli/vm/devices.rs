@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::{find, state, watch};
 use crate::http::client::{Client, ClientError, EventReader, seconds};
 use crate::http::wire::{
-    AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo,
+    AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState,
 };
 use crate::output::{print, print_json};
 use crate::report::Failure;
@@ -248,7 +248,8 @@ struct Detached {
 
 pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
-    let (id, together_with) = find_device(&args.device, &client)?;
+    let info: VmInfo = client.get("vm.info")?;
+    let (id, together_with) = find_device(&args.device, &info);
     let mut going = vec![id.clone()];
     going.extend(together_with.iter().cloned());
     let (named, is) = match together_with.as_slice() {
@@ -261,6 +262,9 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         force_after: args.force_after,
     };
     client.put_json::<()>("vm.remove-device", &body)?;
+    if matches!(info.state, VmState::Created | VmState::Shutdown) {
+        return forgotten(args, id, together_with);
+    }
     let forced = if args.no_wait {
         None
     } else {
@@ -327,17 +331,29 @@ fn wait_for_guest(
     }
 }
 
+/// A VM that is not booted has no guest to wait for.
+fn forgotten(args: &DetachArgs, id: String, together_with: Vec<String>) -> Result<(), Failure> {
+    if args.json {
+        return print_json(&Detached {
+            gone: true,
+            forced: false,
+            id,
+            together_with,
+        });
+    }
+    print(|out| writeln!(out, "{id}: {} will not have it when it boots", args.vm))
+}
+
 /// The name in the VM of a device that is named so, or that has this address on the host, and those of the
 /// functions that go with it.
-fn find_device(device: &str, client: &Client) -> Result<(String, Vec<String>), Failure> {
-    let info: VmInfo = client.get("vm.info")?;
+fn find_device(device: &str, info: &VmInfo) -> (String, Vec<String>) {
     let name: Option<DeviceName> = device.parse().ok();
     let named = info.devices.iter().find(|found| found.id == device);
     let at = || {
         let mut devices = info.devices.iter();
         devices.find(|found| Some(found.host) == name)
     };
-    Ok(match named.or_else(at) {
+    match named.or_else(at) {
         Some(found) => (found.id.clone(), found.together_with.clone()),
         // What a VM that is not booted will have goes by its whole address. What it does not have, the VM
         // says itself, with those it has.
@@ -345,5 +361,5 @@ fn find_device(device: &str, client: &Client) -> Result<(String, Vec<String>), F
             name.map_or(device.to_owned(), |name| name.to_string()),
             Vec::new(),
         ),
-    })
+    }
 }
