@@ -91,6 +91,17 @@ fn a_process_that_is_stopped_is_listed_once_and_told_of() {
         assert!(kill.unwrap().success());
     };
     signal("-STOP");
+    // Each of its threads stops when it next comes by.
+    let stopped = || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        let stat = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("stat"));
+        tasks
+            .flatten()
+            .all(|task| stat(task).unwrap().contains(") T "))
+    };
+    while !stopped() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     let list = command(run.path(), &["list"]).output().unwrap();
     let shutdown = command(run.path(), &["shutdown", "vm"]).output().unwrap();
     signal("-KILL");
