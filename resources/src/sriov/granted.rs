@@ -141,11 +141,7 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
-    owed::put_back(links, &writes)?;
-    for write in writes {
-        tracing::info!("{bdf} is set as its tenant was granted it: `{write}`");
-    }
-    Ok(())
+    owed::put_back(links, &writes).map(drop)
 }
 
 /// [`end`] of a function that a command did not come to.

@@ -101,7 +101,10 @@ pub(super) fn put_back(links: &dyn VfLinks, writes: &[LinkWrite]) -> Result<bool
     let mut changed = false;
     for write in writes {
         match links.set(write) {
-            Ok(()) => changed = true,
+            Ok(()) => {
+                tracing::info!("put back: `{write}`");
+                changed = true;
+            }
             // What the card gave by itself it need not take from others.
             Err(LinkError::Refused { write, source })
                 if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
