@@ -94,8 +94,22 @@ A shell in the lab host; `exit` or ^D ends it. To begin with:
   gantry group create nvme --device 0000:01:00.0 --device 0000:02:00.0
   gantry device detach 0000:01:00.0 0000:02:00.0
   gantry run /lab/vm.json             a guest with a disk and a shell; ctrl-a x ends it
-Kernels and an initramfs for guests are in /lab. The driver of the network cards 03:00.0 and 04:00.0
-comes with `cargo xtask lab --kernel lab`.";
+  gantry run /lab/vm.json &           the same beside this shell, for `gantry vm`; `fg` and Enter go to it
+Kernels and an initramfs for guests are in /lab. You are root here, and there is no sudo.
+";
+
+/// What else there is to try, which depends on the host's kernel.
+fn extras(kernel: HostKernel) -> &'static str {
+    match kernel {
+        HostKernel::Stock => {
+            "The driver of the network cards 03:00.0 and 04:00.0 comes with `cargo xtask lab --kernel lab`."
+        }
+        HostKernel::Lab => {
+            "The network cards 03:00.0 and 04:00.0 make virtual functions; after `modprobe mtty` there are \
+             vGPUs to be made, in name: `gantry device mdev`."
+        }
+    }
+}
 
 fn lab(arguments: LabArguments) -> Result<i32> {
     if arguments.command.is_empty() && !io::stdin().is_terminal() {
@@ -114,7 +128,7 @@ fn lab(arguments: LabArguments) -> Result<i32> {
     let host = Host::boot(&parts, &setup)?;
     step.done();
     if arguments.command.is_empty() {
-        eprintln!("{WELCOME}");
+        eprintln!("{WELCOME}{}", extras(arguments.kernel));
         shell::interactive(&host, &["sh", "-l"])
     } else {
         shell::batch(&host, &arguments.command)
