@@ -22,13 +22,25 @@ pub enum PlanCommand {
     /// List the plans
     List(ListArgs),
     /// Show one plan
-    Show(ShowArgs),
+    #[command(after_help = "Example: gantry plan show gpu2")]
+    Show(NameArgs),
     /// Make a plan
-    Create(CreateArgs),
+    #[command(after_help = "\
+Examples:
+  gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
+  gantry plan create crypto --alias qat-c62x-vf:2 --description 'No GPU'")]
+    Create(WriteArgs),
     /// Change a plan; VMs that run are not touched
-    Edit(EditArgs),
+    #[command(after_help = "\
+What is given replaces what the plan says; '' takes a description or aliases away.
+
+Examples:
+  gantry plan edit gpu2 --memory 16GiB
+  gantry plan edit gpu2 --device gpus:4 --device disks:1")]
+    Edit(WriteArgs),
     /// Delete a plan; VMs that run are not touched
-    Delete(DeleteArgs),
+    #[command(after_help = "Example: gantry plan delete gpu2")]
+    Delete(NameArgs),
 }
 
 #[derive(Debug, Args)]
@@ -43,43 +55,14 @@ pub struct ListArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example: gantry plan show gpu2")]
-pub struct ShowArgs {
+pub struct NameArgs {
     /// The plan
     name: String,
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example: gantry plan delete gpu2")]
-pub struct DeleteArgs {
-    /// The plan
-    name: String,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
-  gantry plan create crypto --alias qat-c62x-vf:2 --description 'No GPU'")]
-pub struct CreateArgs {
-    /// What VMs ask for
-    name: String,
-    #[command(flatten)]
-    says: Says,
-    /// Show the plan as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-What is given replaces what the plan says; '' takes a description or aliases away.
-
-Examples:
-  gantry plan edit gpu2 --memory 16GiB
-  gantry plan edit gpu2 --device gpus:4 --device disks:1")]
-pub struct EditArgs {
-    /// The plan
+pub struct WriteArgs {
+    /// The plan, as VMs ask for it
     name: String,
     #[command(flatten)]
     says: Says,
