@@ -177,7 +177,9 @@ impl Vcpus {
             fleet,
             threads: Vec::new(),
         };
+        let (told, heard) = channel();
         for (index, berth) in berths.into_iter().enumerate() {
+            let told = told.clone();
             let index = u8::try_from(index).map_err(std::io::Error::other)?;
             let (gate, fleet, access) = (
                 Arc::clone(gate),
@@ -185,17 +187,17 @@ impl Vcpus {
                 Arc::clone(access),
             );
             let body = move || run(index, &fleet, &gate, &*access);
-            let (told, heard) = channel();
             let moor = move || {
-                // Heard as long as the thread is being made.
+                // Heard until the last thread has said it.
                 let _ = told.send(berth.take());
                 Ok(())
             };
             let role = Role::Vcpu(index);
             let thread = threads::spawn_confined(role, sandbox, moor, body)?;
             this.threads.push(thread);
-            heard.recv().map_err(std::io::Error::other)??;
         }
+        drop(told);
+        heard.into_iter().collect::<std::io::Result<()>>()?;
         Ok(this)
     }
 
