@@ -1,5 +1,7 @@
 //! `gantry plan`: processors, memory and devices under a name.
 
+use std::path::Path;
+
 use clap::{Args, Subcommand};
 use gantry_resources::{
     DeviceEntry, Groups, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan,
@@ -168,20 +170,12 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
             let mut plan = Plan::named(&args.name);
             args.says.replace(&mut plan);
             let file = create_plan(paths, plan).map_err(Failure::host)?;
-            warn_of_groups(&args.name, paths)?;
-            if args.json {
-                return show(&args.name, paths);
-            }
-            print(|out| writeln!(out, "plan {}: created (in {})", args.name, file.display()))
+            written(&args.name, "created", &file, args.json, paths)
         }
         PlanCommand::Edit(args) => {
             let change = |plan: &mut Plan| args.says.replace(plan);
             let file = change_plan(paths, &args.name, change).map_err(Failure::host)?;
-            warn_of_groups(&args.name, paths)?;
-            if args.json {
-                return show(&args.name, paths);
-            }
-            print(|out| writeln!(out, "plan {}: changed (in {})", args.name, file.display()))
+            written(&args.name, "changed", &file, args.json, paths)
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
@@ -199,6 +193,21 @@ fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
         tracing::warn!("plan {plan}: {error}");
     }
     Ok(())
+}
+
+/// Tells what became of a plan, and of groups that it names and the host lacks.
+fn written(
+    name: &str,
+    what: &str,
+    file: &Path,
+    json: bool,
+    paths: &HostPaths,
+) -> Result<(), Failure> {
+    warn_of_groups(name, paths)?;
+    if json {
+        return show(name, paths);
+    }
+    print(|out| writeln!(out, "plan {name}: {what} (in {})", file.display()))
 }
 
 fn show(name: &str, paths: &HostPaths) -> Result<(), Failure> {
