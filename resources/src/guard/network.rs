@@ -27,25 +27,27 @@ impl Network {
         let default: BTreeSet<String> = default.collect();
         let sessions = session::interfaces(&table("tcp")?, &table("tcp6")?, &ipv4);
         let mut uses = BTreeMap::new();
-        for Interface { name, of, path } in made_of(paths, &default)? {
-            let interface = name;
-            uses.entry(path)
-                .or_insert(HostUse::DefaultRoute { interface, of });
-        }
-        for Interface { name, of, path } in made_of(paths, &sessions)? {
-            let interface = name;
-            uses.entry(path)
-                .or_insert(HostUse::Session { interface, of });
-        }
-        for (name, &address) in addressed {
-            for Interface { name, of, path } in made_of(paths, &[name.clone()].into())? {
-                let interface = name;
-                uses.entry(path).or_insert(HostUse::Address {
-                    interface,
-                    of,
-                    address,
-                });
+        let mut mark = |names: &BTreeSet<String>,
+                        used: &dyn Fn(String, Option<String>) -> HostUse| {
+            for Interface { name, of, path } in made_of(paths, names)? {
+                uses.entry(path).or_insert_with(|| used(name, of));
             }
+            Ok::<(), io::Error>(())
+        };
+        mark(&default, &|interface, of| HostUse::DefaultRoute {
+            interface,
+            of,
+        })?;
+        mark(&sessions, &|interface, of| HostUse::Session {
+            interface,
+            of,
+        })?;
+        for (name, &address) in addressed {
+            mark(&[name.clone()].into(), &|interface, of| HostUse::Address {
+                interface,
+                of,
+                address,
+            })?;
         }
         Ok(Self(uses))
     }
