@@ -87,6 +87,7 @@ impl Bench {
             kernel: HostKernel::Lab,
             devices: vec![Device::nvme("GANTRY-NVME0001")],
             programs: contenders.iter().filter_map(Contender::to_bring).collect(),
+            parallel: true,
             ..Setup::default()
         };
         let step = ui::Step::begin("Booting the lab");

@@ -96,6 +96,7 @@ impl Bench {
                 Device::nvme("GANTRY-NVME0002"),
             ],
             programs: contenders.iter().filter_map(Contender::to_bring).collect(),
+            parallel: true,
             ..Setup::default()
         };
         let step = ui::Step::begin("Booting the lab");

@@ -236,6 +236,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Processors.
     pub cpus: u8,
+    /// Whether the processors run beside each other; else they take turns.
+    pub parallel: bool,
     /// Devices, in the order of their slots.
     pub devices: Vec<Device>,
     /// Folder of the initramfs (`initrd`), the disks, the console's log and QEMU's own.
@@ -263,7 +265,10 @@ impl Machine {
             "-M",
             "q35,kernel-irqchip=split",
             "-accel",
-            "tcg,thread=multi",
+            match self.parallel {
+                true => "tcg,thread=multi",
+                false => "tcg,thread=single",
+            },
             "-cpu",
             "max,+svm,+npt",
             "-smp",
@@ -377,6 +382,7 @@ mod tests {
             append: "a=b".into(),
             memory_mib: 1024,
             cpus: 2,
+            parallel: false,
             devices: Device::usual(),
             folder: "/f".into(),
         };
