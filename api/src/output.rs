@@ -2,12 +2,35 @@
 
 use std::io::{self, ErrorKind, Write};
 
+use clap::Args;
 use serde::Serialize;
 
 use crate::report::Failure;
 
 /// A list of thousands of devices is written in few pieces.
 const CHUNK: usize = 1 << 16;
+
+/// How a command says what it did.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct TellArgs {
+    /// Show the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl TellArgs {
+    /// Shows `done` to a program, or has it said to people.
+    pub fn tell(
+        self,
+        done: &impl Serialize,
+        say: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        match self.json {
+            true => print_json(done),
+            false => print(say),
+        }
+    }
+}
 
 /// Writes to standard output. A closed pipe (`gantry device list | head`) is a success; a full
 /// disk is a failure.

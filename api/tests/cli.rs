@@ -1112,6 +1112,38 @@ fn plans_are_made_used_and_deleted() {
 }
 
 #[test]
+fn a_change_of_a_tenant_or_plan_is_told_to_programs() {
+    let host = Host::new();
+    let told = |args: &[&str]| -> Value {
+        let args = [args, &["--json"]].concat();
+        serde_json::from_str(&host.gantry(&args).ok()).unwrap()
+    };
+    let file = host.path("etc/tenants/lab/tenant.json");
+    let created = told(&["tenant", "create", "lab", "--user", "root"]);
+    assert_eq!(
+        created,
+        serde_json::json!({"tenant": "lab", "done": "created", "user": "root", "file": file})
+    );
+    let changed = told(&["tenant", "edit", "lab", "--description", "upstairs"]);
+    assert_eq!(
+        (&changed["done"], &changed["user"]),
+        (&"changed".into(), &"root".into())
+    );
+    let deleted = told(&["tenant", "delete", "lab"]);
+    assert_eq!(
+        deleted,
+        serde_json::json!({"tenant": "lab", "done": "deleted"})
+    );
+    told(&["plan", "create", "fast", "--vcpus", "2"]);
+    let deleted = told(&["plan", "delete", "fast"]);
+    let file = host.path("etc/plans.json");
+    assert_eq!(
+        deleted,
+        serde_json::json!({"deleted": "fast", "file": file})
+    );
+}
+
+#[test]
 fn no_vm_starts_in_maintenance() {
     let host = Host::new();
     fs::write(host.path("kernel"), "no kernel").unwrap();
@@ -1130,6 +1162,9 @@ fn no_vm_starts_in_maintenance() {
     );
     let off = host.gantry(&["maintenance", "off"]).ok();
     assert_eq!(off, "maintenance is off\nno VM runs\n");
+    let off = host.gantry(&["maintenance", "off", "--json"]).ok();
+    let off: Value = serde_json::from_str(&off).unwrap();
+    assert_eq!(off, serde_json::json!({"maintenance": null, "running": []}));
     let error = host.gantry(&["run", vm]).failed(1);
     assert!(!error.contains("in maintenance"), "{error}");
 }

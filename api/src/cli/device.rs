@@ -14,12 +14,13 @@ use std::fmt;
 use clap::{Args, Subcommand};
 use gantry_resources::{
     BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
-    NoDriver, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
+    NoDriver, QuarantineError, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach,
+    release_quarantine, scan,
 };
 use serde::Serialize;
 
 use super::group::told::{Before, Changed, Hardware};
-use crate::output::{print, print_json};
+use crate::output::{TellArgs, print, print_json};
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
 
@@ -53,6 +54,14 @@ pub struct ReleaseArgs {
     /// PCI addresses, such as 0000:01:00.0 or 01:00.0
     #[arg(value_name = "BDF", required = true)]
     devices: Vec<HostBdf>,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+/// Devices that VMs may have again.
+#[derive(Debug, Serialize)]
+struct Released<'a> {
+    released: &'a [HostBdf],
 }
 
 #[derive(Debug, Args)]
@@ -108,11 +117,23 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
 }
 
 fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
-    for &bdf in &args.devices {
-        release_quarantine(paths, bdf).map_err(Failure::host)?;
-        print(|out| writeln!(out, "{bdf}: released"))?;
+    let mut released = Vec::new();
+    let all = args.devices.iter().try_for_each(|&bdf| {
+        release_quarantine(paths, bdf)?;
+        released.push(bdf);
+        Ok::<(), QuarantineError>(())
+    });
+    // Those before one that fails are free.
+    if !released.is_empty() {
+        let done = Released {
+            released: &released,
+        };
+        args.tell.tell(&done, |out| {
+            let mut released = released.iter();
+            released.try_for_each(|bdf| writeln!(out, "{bdf}: released"))
+        })?;
     }
-    Ok(())
+    all.map_err(Failure::host)
 }
 
 /// Detaches, and makes rules. Whether the rules can be made is known before a device is touched.

@@ -6,7 +6,7 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
-use crate::output::{print, print_json};
+use crate::output::TellArgs;
 use crate::report::Failure;
 
 #[derive(Debug, Subcommand)]
@@ -16,9 +16,10 @@ pub enum MaintenanceCommand {
     On(OnArgs),
     /// Let VMs start again
     #[command(after_help = "Example: gantry maintenance off")]
-    Off,
+    Off(TellArgs),
     /// Show whether VMs may start, and which run
-    Status(StatusArgs),
+    #[command(after_help = "Example: gantry maintenance status --json")]
+    Status(TellArgs),
 }
 
 #[derive(Debug, Args)]
@@ -27,14 +28,8 @@ pub struct OnArgs {
     /// What those are told who start a VM [default: what was said before]
     #[arg(long)]
     reason: Option<String>,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "Example: gantry maintenance status --json")]
-pub struct StatusArgs {
-    /// Show the state as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 #[derive(Debug, Serialize)]
@@ -44,25 +39,22 @@ struct Status {
 }
 
 pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
-    let json = match command {
+    let tell = match command {
         MaintenanceCommand::On(args) => {
             begin_maintenance(paths, args.reason.as_deref()).map_err(Failure::host)?;
-            false
+            args.tell
         }
-        MaintenanceCommand::Off => {
+        MaintenanceCommand::Off(tell) => {
             end_maintenance(paths).map_err(Failure::host)?;
-            false
+            tell
         }
-        MaintenanceCommand::Status(args) => args.json,
+        MaintenanceCommand::Status(tell) => tell,
     };
     let status = Status {
         maintenance: maintenance(paths).map_err(Failure::host)?,
         running: running_vms(paths).map_err(Failure::host)?,
     };
-    if json {
-        return print_json(&status);
-    }
-    print(|out| {
+    tell.tell(&status, |out| {
         match &status.maintenance {
             Some(state) => writeln!(out, "maintenance is on: {}", state.reason)?,
             None => writeln!(out, "maintenance is off")?,

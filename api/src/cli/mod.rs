@@ -232,15 +232,45 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// What stands under the options of each command that people see.
-    fn each_after_help(check: &mut dyn FnMut(&str, &str)) {
-        fn below(command: &clap::Command, check: &mut dyn FnMut(&str, &str)) {
-            let help = command.get_after_help().map(ToString::to_string);
-            check(command.get_name(), &help.unwrap_or_default());
+    /// Each command that people see.
+    fn each_command(check: &mut dyn FnMut(&clap::Command)) {
+        fn below(command: &clap::Command, check: &mut dyn FnMut(&clap::Command)) {
+            check(command);
             let seen = command.get_subcommands().filter(|one| !one.is_hide_set());
             seen.for_each(|one| below(one, check));
         }
         below(&Cli::command(), check);
+    }
+
+    /// What stands under the options of each.
+    fn each_after_help(check: &mut dyn FnMut(&str, &str)) {
+        each_command(&mut |command| {
+            let help = command.get_after_help().map(ToString::to_string);
+            check(command.get_name(), &help.unwrap_or_default());
+        });
+    }
+
+    #[test]
+    fn every_command_tells_programs_too() {
+        // `run` and `boot` go on and tell as they go; what the others print is for programs anyway.
+        let others = [
+            "run",
+            "metrics",
+            "show",
+            "boot",
+            "schema",
+            "completions",
+            "man",
+        ];
+        let mut without = Vec::new();
+        each_command(&mut |command| {
+            let name = command.get_name();
+            let json = command.get_arguments().any(|arg| arg.get_id() == "json");
+            if !command.has_subcommands() && !json {
+                without.push(name.to_owned());
+            }
+        });
+        assert_eq!(without, others);
     }
 
     #[test]

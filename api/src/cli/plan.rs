@@ -1,14 +1,16 @@
 //! `gantry plan`: processors, memory and devices under a name.
 
-use std::path::Path;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
     DeviceEntry, Groups, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan,
     delete_plan,
 };
+use serde::Serialize;
 
-use crate::output::{print, print_json};
+use crate::output::{TellArgs, print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Give, Table, column, terminal_width};
 
@@ -42,7 +44,7 @@ Examples:
     Edit(WriteArgs),
     /// Delete a plan; VMs that run are not touched
     #[command(after_help = "Example: gantry plan delete gpu2")]
-    Delete(NameArgs),
+    Delete(DeleteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -60,6 +62,21 @@ pub struct ListArgs {
 pub struct NameArgs {
     /// The plan
     name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct DeleteArgs {
+    /// The plan
+    name: String,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+/// A plan that is no more.
+#[derive(Debug, Serialize)]
+struct Deleted<'a> {
+    deleted: &'a str,
+    file: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -179,7 +196,10 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
-            print(|out| writeln!(out, "plan {}: deleted (from {})", args.name, file.display()))
+            let (deleted, at) = (args.name.as_str(), file.display().to_string());
+            let done = Deleted { deleted, file };
+            let say = |out: &mut dyn Write| writeln!(out, "plan {deleted}: deleted (from {at})");
+            args.tell.tell(&done, say)
         }
     }
 }

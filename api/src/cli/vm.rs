@@ -33,13 +33,13 @@ pub enum VmCommand {
     Detach(devices::DetachArgs),
     /// Let a VM's processors wait
     #[command(after_help = "Example: gantry vm pause web-1")]
-    Pause(VmArgs),
+    Pause(state::ChangeArgs),
     /// Let a paused VM's processors run on
     #[command(after_help = "Example: gantry vm resume web-1")]
-    Resume(VmArgs),
+    Resume(state::ChangeArgs),
     /// Reset a VM at once, and boot it again
     #[command(after_help = "Example: gantry vm reboot web-1")]
-    Reboot(VmArgs),
+    Reboot(state::ChangeArgs),
     /// End a VM at once, without asking its guest
     Shutdown(state::ShutdownArgs),
     /// Ask the guest to power off
@@ -60,15 +60,15 @@ pub struct VmArgs {
 }
 
 pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
-    use VmCommand as C;
+    use {VmCommand as C, state::Done};
     match command {
         C::List(args) => list::list(&args, paths),
         C::Info(args) => info::info(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
         C::Detach(args) => devices::detach(&args, paths),
-        C::Pause(args) => state::change(&args.vm, paths, "vm.pause", "is paused"),
-        C::Resume(args) => state::change(&args.vm, paths, "vm.resume", "runs again"),
-        C::Reboot(args) => state::change(&args.vm, paths, "vm.reboot", "boots again"),
+        C::Pause(args) => state::change(&args, paths, "vm.pause", Done::Paused),
+        C::Resume(args) => state::change(&args, paths, "vm.resume", Done::Resumed),
+        C::Reboot(args) => state::change(&args, paths, "vm.reboot", Done::Rebooted),
         C::Shutdown(args) => state::shutdown(&args, paths),
         C::PowerButton(args) => state::power_button(&args, paths),
         C::Events(args) => watch::events(&args, paths),

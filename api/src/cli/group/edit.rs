@@ -8,8 +8,9 @@ use gantry_resources::{
     Plans, ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan_usb,
 };
 
-use super::told::{Before, Hardware, TellArgs};
+use super::told::{Before, Hardware};
 use super::{Kind, Made};
+use crate::output::TellArgs;
 use crate::report::Failure;
 
 #[derive(Debug, Args)]

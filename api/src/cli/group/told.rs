@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
-use clap::Args;
 use gantry_resources::{
     Bind, DeviceState, GroupFiles, Groups, HostDevice, HostPaths, ResourceGroup, UsbDevice, scan,
     scan_usb,
@@ -12,16 +11,8 @@ use gantry_resources::{
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::output::{print, print_json};
+use crate::output::TellArgs;
 use crate::report::Failure;
-
-/// How it is told.
-#[derive(Debug, Clone, Copy, Args)]
-pub struct TellArgs {
-    /// Show what was changed as JSON
-    #[arg(long)]
-    json: bool,
-}
 
 /// The devices that groups can have.
 pub struct Hardware {
@@ -218,10 +209,7 @@ impl Changed {
     /// Tells of it, once `files` are written.
     pub fn tell(mut self, files: Vec<PathBuf>, args: TellArgs) -> Result<(), Failure> {
         self.files = files;
-        match args.json {
-            true => print_json(&self),
-            false => print(|out| writeln!(out, "{self}")),
-        }
+        args.tell(&self, |out| writeln!(out, "{self}"))
     }
 
     fn changes(&self) -> String {

@@ -4,13 +4,24 @@ use std::time::Duration;
 
 use clap::Args;
 use gantry_resources::HostPaths;
+use serde::Serialize;
 use tokio::time::Instant;
 
 use super::find;
 use crate::http::client::{Client, ClientError, seconds};
 use crate::http::wire::{Event, VmInfo, VmState};
-use crate::output::print;
+use crate::output::TellArgs;
 use crate::report::Failure;
+
+/// A VM whose state is to change at once.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    #[command(flatten)]
+    tell: TellArgs,
+}
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -27,6 +38,8 @@ pub struct ShutdownArgs {
     /// End the gantry process, whether it has a VM or not
     #[arg(long)]
     process: bool,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 #[derive(Debug, Args)]
@@ -41,6 +54,39 @@ pub struct PowerButtonArgs {
     /// Wait until the guest has powered off, for so many seconds
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
     wait: Option<u32>,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+/// What a VM did.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Done {
+    Paused,
+    Resumed,
+    Rebooted,
+    Ended,
+    /// And its gantry with it.
+    ProcessEnded,
+    /// Its guest is to power off.
+    Asked,
+}
+
+#[derive(Debug, Serialize)]
+struct Changed<'a> {
+    vm: &'a str,
+    done: Done,
+}
+
+fn tell(vm: &str, done: Done, args: TellArgs) -> Result<(), Failure> {
+    args.tell(&Changed { vm, done }, |out| match done {
+        Done::Paused => writeln!(out, "{vm} is paused"),
+        Done::Resumed => writeln!(out, "{vm} runs again"),
+        Done::Rebooted => writeln!(out, "{vm} boots again"),
+        Done::Ended => writeln!(out, "{vm} has ended"),
+        Done::ProcessEnded => writeln!(out, "{vm} has ended, and gantry with it"),
+        Done::Asked => writeln!(out, "{vm}'s guest is asked to power off"),
+    })
 }
 
 /// What is to be known of a VM whose guest is to do something: none unless it is paused.
@@ -50,19 +96,20 @@ pub fn asleep(client: &Client, vm: &str) -> Option<String> {
         .then(|| format!("{vm} is paused: its guest does nothing until `gantry vm resume {vm}`"))
 }
 
-/// Has `call` done, and says that the VM `is` so now.
-pub fn change(vm: &str, paths: &HostPaths, call: &str, is: &str) -> Result<(), Failure> {
-    find::vm(vm, paths)?.put(call)?;
-    print(|out| writeln!(out, "{vm} {is}"))
+/// Has `call` done, which does that.
+pub fn change(args: &ChangeArgs, paths: &HostPaths, call: &str, done: Done) -> Result<(), Failure> {
+    find::vm(&args.vm, paths)?.put(call)?;
+    tell(&args.vm, done, args.tell)
 }
 
 pub fn shutdown(args: &ShutdownArgs, paths: &HostPaths) -> Result<(), Failure> {
     let vm = &args.vm;
     if args.process {
-        return change(vm, paths, "vmm.shutdown", "has ended, and gantry with it");
+        find::vm(vm, paths)?.put("vmm.shutdown")?;
+        return tell(vm, Done::ProcessEnded, args.tell);
     }
     match find::vm(vm, paths)?.put("vm.shutdown") {
-        Ok(()) => print(|out| writeln!(out, "{vm} has ended")),
+        Ok(()) => tell(vm, Done::Ended, args.tell),
         // No VM is created, or it does not run.
         Err(
             error @ ClientError::Refused {
@@ -84,7 +131,7 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
         eprintln!("{asleep}");
     }
     let Some(wait) = args.wait else {
-        return print(|out| writeln!(out, "{}'s guest is asked to power off", args.vm));
+        return tell(&args.vm, Done::Asked, args.tell);
     };
     eprintln!("waiting for {}'s guest to power off", args.vm);
     let wait = Duration::from_secs(wait.into());
@@ -108,5 +155,5 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
             Err(error) => return Err(error.into()),
         }
     }
-    print(|out| writeln!(out, "{} has ended", args.vm))
+    tell(&args.vm, Done::Ended, args.tell)
 }

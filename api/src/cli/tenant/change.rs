@@ -1,0 +1,285 @@
+//! `gantry tenant create`, `edit`, `delete`, `grant` and `revoke`: what they do and say.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use gantry_resources::{
+    ChildWriter, DeviceName, Grant, Granted, HostAccess, HostBdf, HostPaths, Netlink, TenantFile,
+    Tenants, Uuid, create_tenant, delete_tenant, edit_tenant, grant, revoke, revoke_mdevs,
+};
+use serde::Serialize;
+
+use crate::output::TellArgs;
+use crate::report::{Failure, USAGE};
+use crate::signals::SignalsHeld;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: gantry tenant create lab --user alice --description 'The lab upstairs'"
+)]
+pub struct CreateArgs {
+    /// The tenant
+    name: String,
+    /// Who runs its VMs [default: the user of the tenant's name]
+    #[arg(long)]
+    user: Option<String>,
+    /// Words for people
+    #[arg(long, default_value_t, hide_default_value = true)]
+    description: String,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry tenant edit lab --user bob")]
+pub struct EditArgs {
+    /// The tenant
+    name: String,
+    /// Who runs its VMs
+    #[arg(long)]
+    user: Option<String>,
+    /// Words for people
+    #[arg(long)]
+    description: Option<String>,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry tenant delete lab")]
+pub struct DeleteArgs {
+    /// The tenant
+    name: String,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry tenant grant lab 0b:00.0
+  gantry tenant grant lab 0b:00.0 --group gpus
+  gantry tenant grant lab 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001
+  gantry tenant grant lab --from gpus --count 2")]
+pub struct GrantArgs {
+    /// The tenant
+    name: String,
+    /// PCI addresses, such as 01:00.0, or identifiers of mediated devices
+    #[arg(
+        value_name = "DEVICE",
+        required_unless_present = "from",
+        conflicts_with = "from"
+    )]
+    devices: Vec<DeviceName>,
+    /// Devices of this group of the host's that are not in use
+    #[arg(long, value_name = "GROUP")]
+    from: Option<String>,
+    /// How many of that group
+    #[arg(long, requires = "from", default_value_t = 1)]
+    count: usize,
+    /// The tenant's group that they come into [default: one of the tenant's name]
+    #[arg(long)]
+    group: Option<String>,
+    /// Give this device away although the host uses it; whatever uses it loses it
+    #[arg(long = "override", value_name = "BDF")]
+    overrides: Vec<HostBdf>,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  gantry tenant revoke lab 0b:00.0
+  gantry tenant revoke lab --all")]
+pub struct RevokeArgs {
+    /// The tenant
+    name: String,
+    /// PCI addresses, such as 01:00.0, or identifiers of mediated devices
+    #[arg(
+        value_name = "DEVICE",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
+    devices: Vec<DeviceName>,
+    /// All that the tenant owns
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Done {
+    Created,
+    Changed,
+    Deleted,
+    Granted,
+    Revoked,
+}
+
+/// A tenant that was changed.
+#[derive(Debug, Serialize)]
+struct Changed<'a> {
+    tenant: &'a str,
+    done: Done,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<&'a str>,
+    /// Those that were granted or revoked, with all that share their IOMMU groups.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    devices: Option<&'a [DeviceName]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<PathBuf>,
+}
+
+impl<'a> Changed<'a> {
+    const fn new(tenant: &'a str, done: Done) -> Self {
+        Self {
+            tenant,
+            done,
+            user: None,
+            devices: None,
+            file: None,
+        }
+    }
+}
+
+/// A tenant was created, or its user changed.
+fn written(
+    tenant: &str,
+    done: Done,
+    file: &TenantFile,
+    path: PathBuf,
+    args: TellArgs,
+) -> Result<(), Failure> {
+    let changed = Changed {
+        user: Some(&file.user),
+        file: Some(path.clone()),
+        ..Changed::new(tenant, done)
+    };
+    let (user, path) = (&file.user, path.display());
+    args.tell(&changed, |out| match done {
+        Done::Created => writeln!(
+            out,
+            "tenant {tenant}: created for user {user} (in {path})\n  `gantry tenant grant {tenant} BDF` gives it a device",
+        ),
+        _ => writeln!(out, "tenant {tenant}: its user is {user} (in {path})"),
+    })
+}
+
+pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let file = TenantFile {
+        user: args.user.unwrap_or_else(|| args.name.clone()),
+        description: args.description,
+    };
+    let path = create_tenant(paths, &args.name, &file).map_err(Failure::host)?;
+    written(&args.name, Done::Created, &file, path, args.tell)
+}
+
+pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    let now = &tenants.find(&args.name).map_err(Failure::host)?.file;
+    let file = TenantFile {
+        user: args.user.unwrap_or_else(|| now.user.clone()),
+        description: args.description.unwrap_or_else(|| now.description.clone()),
+    };
+    let path = edit_tenant(paths, &args.name, &file).map_err(Failure::host)?;
+    written(&args.name, Done::Changed, &file, path, args.tell)
+}
+
+pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
+    delete_tenant(paths, &args.name).map_err(Failure::host)?;
+    let changed = Changed::new(&args.name, Done::Deleted);
+    args.tell.tell(&changed, |out| {
+        writeln!(out, "tenant {}: deleted", args.name)
+    })
+}
+
+pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let (functions, mdevs) = parted(&args.devices);
+    let devices = match &args.from {
+        Some(from) => Granted::Free {
+            from,
+            count: args.count,
+        },
+        None if mdevs.is_empty() => Granted::Functions(&functions),
+        None if functions.is_empty() => Granted::Mdevs(&mdevs),
+        // One group takes one kind of them: the second would fail when the first has moved.
+        None => {
+            return Err(Failure::new(
+                USAGE,
+                "PCI functions and mediated devices do not go into one group of the tenant",
+            )
+            .help("grant them one kind after the other, with a --group for each"));
+        }
+    };
+    let wanted = Grant {
+        devices,
+        group: args.group.as_deref(),
+        overrides: &args.overrides,
+    };
+    // A ctrl-c between two steps would leave a device with nobody.
+    let _whole = SignalsHeld::new();
+    let links = Netlink::new(paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
+    let given = grant(paths, host, &args.name, &wanted);
+    let given = given.map_err(Failure::host)?;
+    moved(&args.name, Done::Granted, &given, args.tell)
+}
+
+/// Devices came to a tenant, or went from it.
+fn moved(tenant: &str, done: Done, devices: &[DeviceName], args: TellArgs) -> Result<(), Failure> {
+    let changed = Changed {
+        devices: Some(devices),
+        ..Changed::new(tenant, done)
+    };
+    let is = match done {
+        Done::Granted => "belongs to",
+        _ => "taken back from",
+    };
+    args.tell(&changed, |out| {
+        let mut devices = devices.iter();
+        devices.try_for_each(|device| writeln!(out, "{device}: {is} tenant {tenant}"))
+    })
+}
+
+/// PCI functions and mediated devices go different ways.
+fn parted(devices: &[DeviceName]) -> (Vec<HostBdf>, Vec<Uuid>) {
+    let functions = devices.iter().filter_map(|name| name.pci());
+    let mdevs = devices.iter().filter_map(|name| name.mdev());
+    (functions.collect(), mdevs.collect())
+}
+
+pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let devices = match args.all {
+        false => args.devices,
+        true => {
+            let tenants = Tenants::load(paths).map_err(Failure::host)?;
+            let tenant = tenants.find(&args.name).map_err(Failure::host)?;
+            let functions = tenant.devices().into_iter().map(DeviceName::from);
+            let mdevs = tenant.mdevs().into_iter().map(DeviceName::from);
+            functions.chain(mdevs).collect()
+        }
+    };
+    let (functions, mdevs) = parted(&devices);
+    let _whole = SignalsHeld::new();
+    let links = Netlink::new(paths);
+    let host = HostAccess {
+        writer: &ChildWriter::default(),
+        links: &links,
+    };
+    let mut taken: Vec<DeviceName> = Vec::new();
+    if !mdevs.is_empty() {
+        revoke_mdevs(paths, &args.name, &mdevs).map_err(Failure::host)?;
+        taken.extend(mdevs.into_iter().map(DeviceName::from));
+    }
+    if !functions.is_empty() {
+        let back = revoke(paths, host, &args.name, &functions).map_err(Failure::host)?;
+        taken.extend(back.into_iter().map(DeviceName::from));
+    }
+    moved(&args.name, Done::Revoked, &taken, args.tell)
+}

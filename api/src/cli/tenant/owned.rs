@@ -1,0 +1,176 @@
+//! `gantry tenant list` and `show`: what tenants own.
+
+use clap::Args;
+use gantry_resources::{
+    DeviceName, DeviceState, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs, PciId, Tenant,
+    TenantFile, Tenants, Uuid, scan,
+};
+use serde::Serialize;
+
+use crate::cli::device::state_word;
+use crate::output::{print, print_json};
+use crate::report::Failure;
+use crate::table::{Column, Give, Table, column, terminal_width};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry tenant list --sort devices")]
+pub struct ListArgs {
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+    /// Column to sort by
+    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    sort: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example: gantry tenant show lab")]
+pub struct ShowArgs {
+    /// The tenant
+    name: String,
+    /// Show all there is to know as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const fn full(title: &'static str) -> Column {
+    let give = Give::Nothing;
+    Column { title, give }
+}
+
+const COLUMNS: [Column; 5] = [
+    full("NAME"),
+    full("USER"),
+    full("DEVICES"),
+    full("USED"),
+    Column {
+        title: "DESCRIPTION",
+        give: Give::Width(12),
+    },
+];
+
+/// A tenant with its devices.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    name: &'a str,
+    #[serde(flatten)]
+    file: &'a TenantFile,
+    used: usize,
+    devices: Vec<Owned>,
+}
+
+/// A device of a tenant.
+#[derive(Debug, Serialize)]
+struct Owned {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bdf: Option<HostBdf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uuid: Option<Uuid>,
+    /// None where the device is gone.
+    id: Option<PciId>,
+    name: Option<&'static str>,
+    #[serde(flatten)]
+    state: Option<DeviceState>,
+    group: Option<String>,
+}
+
+impl<'a> Row<'a> {
+    fn new(tenant: &'a Tenant, all: &[HostDevice], mdevs: &Mdevs) -> Self {
+        let functions = tenant.devices().into_iter().map(|bdf| {
+            let device = all.iter().find(|device| device.bdf == bdf);
+            let group = device.and_then(|device| tenant.groups().group_of(device));
+            Owned {
+                bdf: Some(bdf),
+                uuid: None,
+                id: device.map(|device| device.id),
+                name: device.and_then(HostDevice::device_name),
+                state: device.map(HostDevice::state),
+                group: group.map(|group| group.name.clone()),
+            }
+        });
+        let mdevs = tenant.mdevs().into_iter().map(|uuid| {
+            let device = mdevs.devices.iter().find(|device| device.uuid == uuid);
+            let group = device.and_then(|device| tenant.groups().group_of_mdev(device));
+            Owned {
+                bdf: None,
+                uuid: Some(uuid),
+                id: None,
+                name: None,
+                state: device.map(MdevDevice::state),
+                group: group.map(|group| group.name.clone()),
+            }
+        });
+        let devices: Vec<Owned> = functions.chain(mdevs).collect();
+        let used = |one: &&Owned| matches!(one.state, Some(DeviceState::Assigned { .. }));
+        Self {
+            name: &tenant.name,
+            file: &tenant.file,
+            used: devices.iter().filter(used).count(),
+            devices,
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.name.to_owned(),
+            self.file.user.clone(),
+            self.devices.len().to_string(),
+            self.used.to_string(),
+            match self.file.description.as_str() {
+                "" => "-".to_owned(),
+                text => text.to_owned(),
+            },
+        ]
+    }
+}
+
+pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    let all = scan(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let rows: Vec<Row> = tenants
+        .iter()
+        .map(|tenant| Row::new(tenant, &all, &mdevs))
+        .collect();
+    if args.json {
+        return print_json(&rows);
+    }
+    if rows.is_empty() {
+        return print(|out| {
+            writeln!(
+                out,
+                "There are no tenants: `gantry tenant create` makes one"
+            )
+        });
+    }
+    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
+    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
+    print(|out| write!(out, "{table}"))
+}
+
+pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    let tenant = tenants.find(&args.name).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let row = Row::new(tenant, &scan(paths).map_err(Failure::host)?, &mdevs);
+    if args.json {
+        return print_json(&row);
+    }
+    print(|out| {
+        writeln!(out, "name         {}", row.name)?;
+        writeln!(out, "user         {}", row.file.user)?;
+        if !row.file.description.is_empty() {
+            writeln!(out, "description  {}", row.file.description)?;
+        }
+        for one in &row.devices {
+            let state = one.state.as_ref().map_or("gone", state_word);
+            let name = one.name.unwrap_or("-");
+            let group = one.group.as_deref().unwrap_or("-");
+            let device = one.bdf.map(DeviceName::from);
+            let device = device.or(one.uuid.map(DeviceName::from));
+            let device = device.map(|device| device.to_string()).unwrap_or_default();
+            writeln!(out, "device       {device}  {state}  group {group}  {name}")?;
+        }
+        Ok(())
+    })
+}
