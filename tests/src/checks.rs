@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything that has to pass before a change goes in, one part after another.
 
+use std::fs;
+use std::num::NonZero;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -62,12 +64,13 @@ fn run_parts(clock: &mut Clock) -> Result<()> {
     for (name, arguments) in CARGO {
         clock.time(name, || cargo(arguments))?;
     }
-    clock.time("the lab's parts", || {
+    let parts = clock.time("the lab's parts", || {
         Parts::prepare(&Options {
             gantry: None,
             lab_kernel: true,
         })
     })?;
+    clock.note(format!("lab: {}", parts.versions()?));
     clock.time("lab tests", || {
         cargo(&["test", "-p", "gantry-tests", "--test", "lab"])
     })
@@ -119,24 +122,38 @@ fn cargo_with(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// How long each part took.
+/// How long each part took, and what to know beside that.
 #[derive(Debug, Default)]
-struct Clock(Vec<(String, Duration)>);
+struct Clock {
+    parts: Vec<(String, Duration)>,
+    notes: Vec<String>,
+}
 
 impl Clock {
     fn time<T>(&mut self, name: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
         let began = Instant::now();
         let outcome = part();
-        self.0.push((name.to_owned(), began.elapsed()));
+        self.parts.push((name.to_owned(), began.elapsed()));
         outcome.with_context(|| format!("{name}: failed"))
     }
 
+    fn note(&mut self, note: String) {
+        self.notes.push(note);
+    }
+
+    /// Says all of it, with how busy the machine was.
     fn report(&self) -> Duration {
         eprintln!();
-        for (name, time) in &self.0 {
+        self.notes.iter().for_each(|note| eprintln!("{note}"));
+        if let Ok(load) = fs::read_to_string("/proc/loadavg") {
+            let processors = std::thread::available_parallelism().map_or(0, NonZero::get);
+            let load: Vec<&str> = load.split(' ').take(3).collect();
+            eprintln!("machine: {processors} processors, load {}", load.join(" "));
+        }
+        for (name, time) in &self.parts {
             eprintln!("{name:25} {:7.1} s", time.as_secs_f64());
         }
-        let total: Duration = self.0.iter().map(|(_, time)| *time).sum();
+        let total: Duration = self.parts.iter().map(|(_, time)| *time).sum();
         eprintln!("{:25} {:7.1} s", "total", total.as_secs_f64());
         total
     }

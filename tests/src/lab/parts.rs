@@ -65,6 +65,20 @@ pub struct Options {
 }
 
 impl Parts {
+    /// The versions that a lab's behaviour depends on.
+    pub fn versions(&self) -> Result<String> {
+        let packages = fs::read_to_string(self.qemu.join("packages"))?;
+        let qemu = packages.lines().find(|line| line.starts_with(QEMU_PACKAGE));
+        let kernels = [Some(&self.stock), self.lab.as_ref()];
+        let kernels = kernels.into_iter().flatten();
+        let kernels: Vec<&str> = kernels.map(|kernel| kernel.release.as_str()).collect();
+        Ok(format!(
+            "{}; Linux {}",
+            qemu.unwrap_or(QEMU_PACKAGE),
+            kernels.join(" and ")
+        ))
+    }
+
     /// Finds or makes all parts.
     pub fn prepare(options: &Options) -> Result<Self> {
         if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
@@ -130,6 +144,8 @@ fn busybox(tools: &Path) -> Result<PathBuf> {
 /// that interrupts are lost.
 const QEMU_RELEASE: &str = "trixie";
 
+const QEMU_PACKAGE: &str = "qemu-system-x86";
+
 /// The cache, with apt opened at the first use.
 struct Store {
     cache: Cache,
@@ -156,21 +172,24 @@ impl Store {
     fn qemu(&self) -> Result<PathBuf> {
         let wanted = Wanted {
             always: &[],
-            missing: &["qemu-system-x86"],
+            missing: &[QEMU_PACKAGE],
             backports: true,
         };
-        let inputs = format!("{QEMU_RELEASE} {wanted:?} mended");
+        let inputs = format!("{QEMU_RELEASE} {wanted:?} mended, which is noted");
         self.cache.entry("qemu", &[inputs.as_bytes()], |into, _| {
             let release = Release::of_this_machine()?.other(QEMU_RELEASE);
             let apt = Apt::open(self.cache.folder("apt-foreign"), release)?;
-            let packages = apt.unpack("QEMU", wanted, into)?;
-            if !erratum::mend(&qemu::program(into)?)? {
-                let unknown = packages.iter().find(|name| name.starts_with("qemu-system-x86"));
+            let mut packages = apt.unpack("QEMU", wanted, into)?;
+            let mended = erratum::mend(&qemu::program(into)?)?;
+            let ours = |name: &&mut String| name.starts_with(QEMU_PACKAGE);
+            let package = packages.iter_mut().find(ours);
+            let package = package.context("QEMU's package is not among its own")?;
+            if !mended {
                 eprintln!(
-                    "note: {} is not as the lab knows it; guests may hang now and then (see lab/erratum.rs)",
-                    unknown.map_or("this QEMU", String::as_str)
+                    "note: {package} is not as the lab knows it; guests may hang now and then (see lab/erratum.rs)"
                 );
             }
+            package.push_str(if mended { ", mended" } else { ", not mended" });
             Ok(fs::write(into.join("packages"), packages.join("\n"))?)
         })
     }
