@@ -105,6 +105,12 @@ impl Bench {
 
     fn measure(&self, rounds: usize, samples: &mut Samples) -> Result<()> {
         rows::warn_if_busy();
+        // Whoever is first pays for the simulated host's memory: no page of it is there before its first use.
+        let step = ui::Step::begin("Warming up");
+        for contender in 0..self.contenders.len() {
+            self.attach(contender, Case::Cold)?;
+        }
+        step.done();
         let step = ui::Step::items(
             format!("{rounds} rounds"),
             (rounds * self.contenders.len()) as u64,
