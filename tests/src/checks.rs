@@ -52,6 +52,7 @@ pub fn run() -> Result<()> {
         BUDGET.as_secs() / 60
     );
     let mut clock = Clock::default();
+    clock.note(format!("machine before: {}", load()));
     let outcome = run_parts(&mut clock);
     let total = clock.report();
     if total > BUDGET {
@@ -70,29 +71,62 @@ fn run_parts(clock: &mut Clock) -> Result<()> {
             lab_kernel: true,
         })
     })?;
-    clock.note(format!("lab: {}", parts.versions()?));
+    clock.note(format!("lab: {}", parts.versions()));
     clock.time("lab tests", || {
         cargo(&["test", "-p", "gantry-tests", "--test", "lab"])
     })
 }
 
-/// The lab cases that repeat something, by a part of their names, and how often in a round.
-const REPEATING: &[(&str, u32)] = &[
-    ("lab-kernel::endings::killed_while_booting", 1),
-    ("lab-kernel::pools::of_eight_vms", 1),
-    ("lab-kernel::pools::of_fifty_vms", 1),
-    ("lab-kernel::sriov::a_killed_activation", 1),
-    ("lab-kernel::hotplug::cycles_leave_nothing", 20),
+/// A lab case that repeats something.
+struct Repeating {
+    /// A part of its name.
+    case: &'static str,
+    /// How often in a round.
+    often: u32,
+    /// Whether it looks for races, for which the lab's processors run beside each other.
+    races: bool,
+}
+
+const fn race(case: &'static str) -> Repeating {
+    Repeating {
+        case,
+        often: 1,
+        races: true,
+    }
+}
+
+const REPEATING: &[Repeating] = &[
+    race("lab-kernel::endings::killed_while_booting"),
+    race("lab-kernel::pools::of_eight_vms"),
+    race("lab-kernel::pools::of_fifty_vms"),
+    race("lab-kernel::sriov::a_killed_activation"),
+    Repeating {
+        case: "lab-kernel::hotplug::cycles_leave_nothing",
+        often: 20,
+        races: false,
+    },
 ];
 
 /// Runs the cases that repeat something, for so many rounds: what no test has the time for.
 pub fn soak(rounds: u32) -> Result<()> {
     let mut clock = Clock::default();
-    let outcome = REPEATING.iter().try_for_each(|(case, often)| {
-        let rounds = rounds.max(2).saturating_mul(*often).to_string();
-        clock.time(case, || {
-            let arguments = ["test", "-p", "gantry-tests", "--test", "lab", "--", case];
-            cargo_with(&arguments, &[("GANTRY_ROUNDS", &rounds)])
+    let outcome = REPEATING.iter().try_for_each(|one| {
+        let rounds = rounds.max(2).saturating_mul(one.often).to_string();
+        let mut environment = vec![("GANTRY_ROUNDS", rounds.as_str())];
+        if one.races {
+            environment.push(("GANTRY_PARALLEL", "1"));
+        }
+        clock.time(one.case, || {
+            let arguments = [
+                "test",
+                "-p",
+                "gantry-tests",
+                "--test",
+                "lab",
+                "--",
+                one.case,
+            ];
+            cargo_with(&arguments, &environment)
         })
     });
     clock.report();
@@ -122,6 +156,14 @@ fn cargo_with(arguments: &[&str], environment: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
+/// How busy the machine is and was of late.
+fn load() -> String {
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load: Vec<&str> = load.split(' ').take(3).collect();
+    format!("{processors} processors, load {}", load.join(" "))
+}
+
 /// How long each part took, and what to know beside that.
 #[derive(Debug, Default)]
 struct Clock {
@@ -141,15 +183,10 @@ impl Clock {
         self.notes.push(note);
     }
 
-    /// Says all of it, with how busy the machine was.
     fn report(&self) -> Duration {
         eprintln!();
         self.notes.iter().for_each(|note| eprintln!("{note}"));
-        if let Ok(load) = fs::read_to_string("/proc/loadavg") {
-            let processors = std::thread::available_parallelism().map_or(0, NonZero::get);
-            let load: Vec<&str> = load.split(' ').take(3).collect();
-            eprintln!("machine: {processors} processors, load {}", load.join(" "));
-        }
+        eprintln!("machine after: {}", load());
         for (name, time) in &self.parts {
             eprintln!("{name:25} {:7.1} s", time.as_secs_f64());
         }

@@ -33,9 +33,8 @@ pub struct Setup {
     pub memory_mib: u32,
     /// Its processors.
     pub cpus: u8,
-    /// Whether its processors run beside each other, which measurements need. By default they take
-    /// turns: it takes no longer on a machine of two, and what only a race in the emulator can do to a
-    /// guest does not happen.
+    /// Whether its processors run beside each other: what is measured needs that, and what looks for
+    /// races. By default they take turns on one thread; the [`lab`](super) says why.
     pub parallel: bool,
     /// Added to its kernel's command line.
     pub append: String,
@@ -91,7 +90,7 @@ impl Host {
             append: setup.append.clone(),
             memory_mib: setup.memory_mib,
             cpus: setup.cpus,
-            parallel: setup.parallel,
+            parallel: setup.parallel || !parts.may_take_turns(),
             devices: setup.devices.clone(),
             folder: path.to_owned(),
         };

@@ -4,10 +4,10 @@
 //! Linux kernel booted in it is the *host* (L1) with real KVM and VFIO, and gantry runs *guests*
 //! (L2) there. [`Host::boot`] gives a booted host to run commands in.
 //!
-//! The host's processors take turns on one thread of this machine, unless something is measured
-//! ([`Setup::parallel`]). Beside each other they once killed or silenced three guests in 167 cases, for no
-//! reason that could be found in them; taking turns they have not, and 600 attaches and detaches take 5
-//! minutes where they took 7.
+//! The host's processors take turns on one thread of this machine, unless something is measured or the soak
+//! looks for races ([`Setup::parallel`]). When they run beside each other, a guest dies or goes silent now
+//! and then: three did in one run of 167 cases, none in ten other runs, and why was not found. It has not
+//! been seen where they take turns, and 600 attaches and detaches take 5 minutes there instead of 7.
 //!
 //! | room | holds |
 //! |---|---|

@@ -43,6 +43,8 @@ pub const PANIC_MODULE_NEEDS: &[&str] = &["pvpanic"];
 pub struct Parts {
     /// QEMU and its firmware, unpacked.
     pub qemu: PathBuf,
+    /// Its package and version, and whether it is mended.
+    pub qemu_package: String,
     /// Busybox, pciutils, iproute2, kmod and udev, unpacked.
     pub tools: PathBuf,
     /// Debian's kernel.
@@ -66,17 +68,16 @@ pub struct Options {
 
 impl Parts {
     /// The versions that a lab's behaviour depends on.
-    pub fn versions(&self) -> Result<String> {
-        let packages = fs::read_to_string(self.qemu.join("packages"))?;
-        let qemu = packages.lines().find(|line| line.starts_with(QEMU_PACKAGE));
+    pub fn versions(&self) -> String {
         let kernels = [Some(&self.stock), self.lab.as_ref()];
         let kernels = kernels.into_iter().flatten();
         let kernels: Vec<&str> = kernels.map(|kernel| kernel.release.as_str()).collect();
-        Ok(format!(
-            "{}; Linux {}",
-            qemu.unwrap_or(QEMU_PACKAGE),
-            kernels.join(" and ")
-        ))
+        format!("{}; Linux {}", self.qemu_package, kernels.join(" and "))
+    }
+
+    /// Whether its processors may take turns: so a QEMU that is not mended hangs almost every guest.
+    pub fn may_take_turns(&self) -> bool {
+        !self.qemu_package.ends_with(NOT_MENDED)
     }
 
     /// Finds or makes all parts.
@@ -120,6 +121,7 @@ impl Parts {
             None => take("gantry")?,
         };
         Ok(Self {
+            qemu_package: package_of(&qemu)?,
             qemu,
             tools,
             stock,
@@ -135,6 +137,16 @@ impl Parts {
     }
 }
 
+/// The package that the QEMU at `tree` comes from, as it was noted when that was unpacked.
+fn package_of(tree: &Path) -> Result<String> {
+    let file = tree.join("packages");
+    let packages = fs::read_to_string(&file);
+    let packages = packages.with_context(|| format!("cannot read {}", file.display()))?;
+    let mut packages = packages.lines();
+    let package = packages.find(|line| line.starts_with(QEMU_PACKAGE));
+    Ok(package.unwrap_or(QEMU_PACKAGE).to_owned())
+}
+
 fn busybox(tools: &Path) -> Result<PathBuf> {
     find_in(tools, &["bin/busybox", "usr/bin/busybox"])
 }
@@ -145,6 +157,8 @@ fn busybox(tools: &Path) -> Result<PathBuf> {
 const QEMU_RELEASE: &str = "trixie";
 
 const QEMU_PACKAGE: &str = "qemu-system-x86";
+const MENDED: &str = ", mended";
+const NOT_MENDED: &str = ", not mended";
 
 /// The cache, with apt opened at the first use.
 struct Store {
@@ -186,10 +200,11 @@ impl Store {
             let package = package.context("QEMU's package is not among its own")?;
             if !mended {
                 eprintln!(
-                    "note: {package} is not as the lab knows it; guests may hang now and then (see lab/erratum.rs)"
+                    "note: {package} is not as the lab knows it, so its processors do not take turns; guests may \
+                     hang now and then (see lab/erratum.rs)"
                 );
             }
-            package.push_str(if mended { ", mended" } else { ", not mended" });
+            package.push_str(if mended { MENDED } else { NOT_MENDED });
             Ok(fs::write(into.join("packages"), packages.join("\n"))?)
         })
     }

@@ -393,6 +393,13 @@ mod tests {
         assert!(all.contains("file.filename=/f/GANTRY-NVME0001.raw"));
         assert!(all.contains("bochs-display,id=dev4,addr=0x14.0,multifunction=on"));
         assert!(all.contains("rdinit=/init a=b"));
+        assert!(all.contains("-accel tcg,thread=single"));
+        let parallel = Machine {
+            parallel: true,
+            ..machine
+        };
+        let parallel = parallel.arguments().join(" ");
+        assert!(parallel.contains("-accel tcg,thread=multi"));
         // The IOMMU has to come before every device that it is to translate for.
         let position = |what: &str| arguments.iter().position(|a| a.starts_with(what)).unwrap();
         assert!(position("intel-iommu") < position("virtio-serial-pci"));

@@ -103,6 +103,7 @@ impl Bed {
             append: suite.append.to_owned(),
             devices: (suite.devices)(),
             udev: suite.udev,
+            parallel: std::env::var_os("GANTRY_PARALLEL").is_some(),
             ..Setup::default()
         };
         Host::boot(parts, &setup)
