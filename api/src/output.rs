@@ -10,7 +10,7 @@ use crate::report::Failure;
 /// A list of thousands of devices is written in few pieces.
 const CHUNK: usize = 1 << 16;
 
-/// How a command says what it did.
+/// Whether people or programs are told what a command did.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct TellArgs {
     /// Show the result as JSON
@@ -27,6 +27,14 @@ impl TellArgs {
     ) -> Result<(), Failure> {
         match self.json {
             true => print_json(done),
+            false => print(say),
+        }
+    }
+
+    /// Says a part of it to people at once; a program is shown the whole later.
+    pub fn say(self, say: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
+        match self.json {
+            true => Ok(()),
             false => print(say),
         }
     }

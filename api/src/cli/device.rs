@@ -14,8 +14,7 @@ use std::fmt;
 use clap::{Args, Subcommand};
 use gantry_resources::{
     BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
-    NoDriver, QuarantineError, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach,
-    release_quarantine, scan,
+    NoDriver, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
 };
 use serde::Serialize;
 
@@ -60,8 +59,9 @@ pub struct ReleaseArgs {
 
 /// Devices that VMs may have again.
 #[derive(Debug, Serialize)]
-struct Released<'a> {
-    released: &'a [HostBdf],
+struct Released {
+    done: &'static str,
+    devices: Vec<HostBdf>,
 }
 
 #[derive(Debug, Args)]
@@ -117,23 +117,19 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
 }
 
 fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let mut released = Vec::new();
+    let mut devices = Vec::new();
     let all = args.devices.iter().try_for_each(|&bdf| {
-        release_quarantine(paths, bdf)?;
-        released.push(bdf);
-        Ok::<(), QuarantineError>(())
+        release_quarantine(paths, bdf).map_err(Failure::host)?;
+        devices.push(bdf);
+        args.tell.say(|out| writeln!(out, "{bdf}: released"))
     });
     // Those before one that fails are free.
-    if !released.is_empty() {
-        let done = Released {
-            released: &released,
-        };
-        args.tell.tell(&done, |out| {
-            let mut released = released.iter();
-            released.try_for_each(|bdf| writeln!(out, "{bdf}: released"))
-        })?;
+    if devices.is_empty() {
+        return all;
     }
-    all.map_err(Failure::host)
+    let done = "released";
+    let told = args.tell.tell(&Released { done, devices }, |_| Ok(()));
+    all.and(told)
 }
 
 /// Detaches, and makes rules. Whether the rules can be made is known before a device is touched.

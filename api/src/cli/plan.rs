@@ -1,7 +1,6 @@
 //! `gantry plan`: processors, memory and devices under a name.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::{Args, Subcommand};
 use gantry_resources::{
@@ -75,8 +74,9 @@ pub struct DeleteArgs {
 /// A plan that is no more.
 #[derive(Debug, Serialize)]
 struct Deleted<'a> {
-    deleted: &'a str,
-    file: PathBuf,
+    plan: &'a str,
+    done: &'static str,
+    files: [&'a Path; 1],
 }
 
 #[derive(Debug, Args)]
@@ -196,10 +196,14 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
-            let (deleted, at) = (args.name.as_str(), file.display().to_string());
-            let done = Deleted { deleted, file };
-            let say = |out: &mut dyn Write| writeln!(out, "plan {deleted}: deleted (from {at})");
-            args.tell.tell(&done, say)
+            let deleted = Deleted {
+                plan: &args.name,
+                done: "deleted",
+                files: [&file],
+            };
+            args.tell.tell(&deleted, |out| {
+                writeln!(out, "plan {}: deleted (from {})", args.name, file.display())
+            })
         }
     }
 }

@@ -141,10 +141,17 @@ fn states_change_and_refusals_are_told() {
     assert_eq!(ok(&bed, &["pause", "vm"]), "vm is paused\n");
     let socket = bed.socket();
     assert!(ok(&bed, &["info", socket.to_str().unwrap()]).contains("state    paused"));
-    ok(&bed, &["resume", "vm"]);
+    assert_eq!(ok(&bed, &["resume", "vm"]), "vm runs again\n");
     assert!(fails(&bed, &["resume", "vm"]).contains("not paused"));
-    ok(&bed, &["reboot", "vm"]);
-    ok(&bed, &["power-button", "vm"]);
+    assert_eq!(ok(&bed, &["reboot", "vm"]), "vm boots again\n");
+    let told = |args: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&ok(&bed, &[args, &["--json"]].concat())).unwrap()
+    };
+    let done = |done: &str| serde_json::json!({"vm": "vm", "done": done});
+    assert_eq!(told(&["pause", "vm"]), done("paused"));
+    assert_eq!(told(&["resume", "vm"]), done("resumed"));
+    assert_eq!(told(&["reboot", "vm"]), done("rebooted"));
+    assert_eq!(told(&["power-button", "vm"]), done("asked"));
     ok(&bed, &["shutdown", "vm"]);
     let info = ok(&bed, &["info", "vm"]);
     let why = "state    shut down\nended    the guest died: at once\n         too little memory\n";
@@ -152,8 +159,8 @@ fn states_change_and_refusals_are_told() {
     let said = fails(&bed, &["shutdown", "vm"]);
     assert!(said.contains("`gantry vm shutdown vm --process`"), "{said}");
     assert_eq!(
-        ok(&bed, &["shutdown", "vm", "--process"]),
-        "vm has ended, and gantry with it\n"
+        told(&["shutdown", "vm", "--process"]),
+        done("process-ended")
     );
 }
 

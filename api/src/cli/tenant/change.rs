@@ -1,11 +1,13 @@
 //! `gantry tenant create`, `edit`, `delete`, `grant` and `revoke`: what they do and say.
 
 use std::path::PathBuf;
+use std::slice;
 
 use clap::Args;
 use gantry_resources::{
-    ChildWriter, DeviceName, Grant, Granted, HostAccess, HostBdf, HostPaths, Netlink, TenantFile,
-    Tenants, Uuid, create_tenant, delete_tenant, edit_tenant, grant, revoke, revoke_mdevs,
+    ChildWriter, DeviceName, Grant, Granted, HostAccess, HostBdf, HostPaths, Netlink, TenantError,
+    TenantFile, Tenants, Uuid, create_tenant, delete_tenant, edit_tenant, grant, revoke,
+    revoke_mdevs,
 };
 use serde::Serialize;
 
@@ -124,13 +126,17 @@ enum Done {
 struct Changed<'a> {
     tenant: &'a str,
     done: Done,
+    #[serde(flatten)]
+    file: Option<&'a TenantFile>,
+    /// The tenant's group that the devices came into.
     #[serde(skip_serializing_if = "Option::is_none")]
-    user: Option<&'a str>,
-    /// Those that were granted or revoked, with all that share their IOMMU groups.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    devices: Option<&'a [DeviceName]>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file: Option<PathBuf>,
+    group: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    added: &'a [DeviceName],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    removed: &'a [DeviceName],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    files: &'a [PathBuf],
 }
 
 impl<'a> Changed<'a> {
@@ -138,54 +144,52 @@ impl<'a> Changed<'a> {
         Self {
             tenant,
             done,
-            user: None,
-            devices: None,
             file: None,
+            group: None,
+            added: &[],
+            removed: &[],
+            files: &[],
         }
     }
 }
 
-/// A tenant was created, or its user changed.
-fn written(
-    tenant: &str,
-    done: Done,
-    file: &TenantFile,
-    path: PathBuf,
-    args: TellArgs,
-) -> Result<(), Failure> {
-    let changed = Changed {
-        user: Some(&file.user),
-        file: Some(path.clone()),
-        ..Changed::new(tenant, done)
+pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let name = &args.name;
+    let file = TenantFile {
+        user: args.user.unwrap_or_else(|| name.clone()),
+        description: args.description,
     };
-    let (user, path) = (&file.user, path.display());
-    args.tell(&changed, |out| match done {
-        Done::Created => writeln!(
-            out,
-            "tenant {tenant}: created for user {user} (in {path})\n  `gantry tenant grant {tenant} BDF` gives it a device",
-        ),
-        _ => writeln!(out, "tenant {tenant}: its user is {user} (in {path})"),
+    let path = create_tenant(paths, name, &file).map_err(Failure::host)?;
+    let changed = Changed {
+        file: Some(&file),
+        files: slice::from_ref(&path),
+        ..Changed::new(name, Done::Created)
+    };
+    args.tell.tell(&changed, |out| {
+        let (user, path) = (&file.user, path.display());
+        writeln!(out, "tenant {name}: created for user {user} (in {path})")?;
+        writeln!(out, "  `gantry tenant grant {name} BDF` gives it a device")
     })
 }
 
-pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let file = TenantFile {
-        user: args.user.unwrap_or_else(|| args.name.clone()),
-        description: args.description,
-    };
-    let path = create_tenant(paths, &args.name, &file).map_err(Failure::host)?;
-    written(&args.name, Done::Created, &file, path, args.tell)
-}
-
 pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let name = &args.name;
     let tenants = Tenants::load(paths).map_err(Failure::host)?;
-    let now = &tenants.find(&args.name).map_err(Failure::host)?.file;
+    let now = &tenants.find(name).map_err(Failure::host)?.file;
     let file = TenantFile {
         user: args.user.unwrap_or_else(|| now.user.clone()),
         description: args.description.unwrap_or_else(|| now.description.clone()),
     };
-    let path = edit_tenant(paths, &args.name, &file).map_err(Failure::host)?;
-    written(&args.name, Done::Changed, &file, path, args.tell)
+    let path = edit_tenant(paths, name, &file).map_err(Failure::host)?;
+    let changed = Changed {
+        file: Some(&file),
+        files: slice::from_ref(&path),
+        ..Changed::new(name, Done::Changed)
+    };
+    args.tell.tell(&changed, |out| {
+        let (user, path) = (&file.user, path.display());
+        writeln!(out, "tenant {name}: its user is {user} (in {path})")
+    })
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -228,22 +232,15 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     let given = grant(paths, host, &args.name, &wanted);
     let given = given.map_err(Failure::host)?;
-    moved(&args.name, Done::Granted, &given, args.tell)
-}
-
-/// Devices came to a tenant, or went from it.
-fn moved(tenant: &str, done: Done, devices: &[DeviceName], args: TellArgs) -> Result<(), Failure> {
+    let tenant = &args.name;
     let changed = Changed {
-        devices: Some(devices),
-        ..Changed::new(tenant, done)
+        group: Some(args.group.as_ref().unwrap_or(tenant)),
+        added: &given,
+        ..Changed::new(tenant, Done::Granted)
     };
-    let is = match done {
-        Done::Granted => "belongs to",
-        _ => "taken back from",
-    };
-    args.tell(&changed, |out| {
-        let mut devices = devices.iter();
-        devices.try_for_each(|device| writeln!(out, "{device}: {is} tenant {tenant}"))
+    args.tell.tell(&changed, |out| {
+        let mut given = given.iter();
+        given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
     })
 }
 
@@ -267,19 +264,43 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     let (functions, mdevs) = parted(&devices);
     let _whole = SignalsHeld::new();
+    let (tenant, mut taken) = (&args.name, Vec::new());
+    let all = revoke_all(paths, tenant, (&functions, &mdevs), &mut taken);
+    // Those before one that fails are the host's again.
+    let all = all.map_err(Failure::host);
+    if taken.is_empty() && all.is_err() {
+        return all;
+    }
+    let changed = Changed {
+        removed: &taken,
+        ..Changed::new(tenant, Done::Revoked)
+    };
+    let told = args.tell.tell(&changed, |out| {
+        let mut taken = taken.iter();
+        taken.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {tenant}"))
+    });
+    all.and(told)
+}
+
+/// Takes functions and mediated devices back; those of which that is done are in `taken`.
+fn revoke_all(
+    paths: &HostPaths,
+    tenant: &str,
+    (functions, mdevs): (&[HostBdf], &[Uuid]),
+    taken: &mut Vec<DeviceName>,
+) -> Result<(), TenantError> {
     let links = Netlink::new(paths);
     let host = HostAccess {
         writer: &ChildWriter::default(),
         links: &links,
     };
-    let mut taken: Vec<DeviceName> = Vec::new();
     if !mdevs.is_empty() {
-        revoke_mdevs(paths, &args.name, &mdevs).map_err(Failure::host)?;
-        taken.extend(mdevs.into_iter().map(DeviceName::from));
+        revoke_mdevs(paths, tenant, mdevs)?;
+        taken.extend(mdevs.iter().copied().map(DeviceName::from));
     }
     if !functions.is_empty() {
-        let back = revoke(paths, host, &args.name, &functions).map_err(Failure::host)?;
+        let back = revoke(paths, host, tenant, functions)?;
         taken.extend(back.into_iter().map(DeviceName::from));
     }
-    moved(&args.name, Done::Revoked, &taken, args.tell)
+    Ok(())
 }

@@ -7,7 +7,7 @@ use gantry_resources::HostPaths;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::find;
+use super::{VmArgs, find};
 use crate::http::client::{Client, ClientError, seconds};
 use crate::http::wire::{Event, VmInfo, VmState};
 use crate::output::TellArgs;
@@ -16,9 +16,8 @@ use crate::report::Failure;
 /// A VM whose state is to change at once.
 #[derive(Debug, Args)]
 pub struct ChangeArgs {
-    /// Name of the VM; `gantry vm list` shows them
-    #[arg(value_name = "VM")]
-    vm: String,
+    #[command(flatten)]
+    of: VmArgs,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -58,7 +57,7 @@ pub struct PowerButtonArgs {
     tell: TellArgs,
 }
 
-/// What a VM did.
+/// What became of a VM.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Done {
@@ -96,10 +95,11 @@ pub fn asleep(client: &Client, vm: &str) -> Option<String> {
         .then(|| format!("{vm} is paused: its guest does nothing until `gantry vm resume {vm}`"))
 }
 
-/// Has `call` done, which does that.
+/// Has `call` done, and says that the VM has `done` it.
 pub fn change(args: &ChangeArgs, paths: &HostPaths, call: &str, done: Done) -> Result<(), Failure> {
-    find::vm(&args.vm, paths)?.put(call)?;
-    tell(&args.vm, done, args.tell)
+    let vm = &args.of.vm;
+    find::vm(vm, paths)?.put(call)?;
+    tell(vm, done, args.tell)
 }
 
 pub fn shutdown(args: &ShutdownArgs, paths: &HostPaths) -> Result<(), Failure> {
