@@ -712,6 +712,15 @@ fn a_device_that_is_there_already_is_left_alone() {
         text,
         "0000:01:00.0: already with vfio-pci (IOMMU group 11)\n"
     );
+    let detach = ["device", "detach", "01:00.0", "--group", "disks"];
+    let text = host.gantry(&detach).ok();
+    let (moved, group) = text.split_once('\n').unwrap();
+    assert!(moved.contains("already with vfio-pci"), "{moved}");
+    assert!(group.starts_with("group disks: "), "{group}");
+    let text = host.gantry(&[&detach[..], &["--json"]].concat()).ok();
+    let told: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(told["devices"][0]["moved"], false);
+    assert_eq!(told["group"]["group"], "disks");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use gantry_resources::{
 use serde::Serialize;
 
 use super::group::told::{Before, Changed, Hardware};
-use crate::output::{TellArgs, print, print_json};
+use crate::output::TellArgs;
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
 
@@ -99,9 +99,8 @@ struct MoveArgs {
     /// Only show what would be done
     #[arg(long)]
     dry_run: bool,
-    /// Show the result as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> {
@@ -112,7 +111,11 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
         DeviceCommand::Mdev(args) => mdev::show(&args, paths),
         DeviceCommand::Persist(args) => persist::show(&args, paths),
         DeviceCommand::ReleaseQuarantine(args) => release(&args, paths),
-        DeviceCommand::Reattach(args) => change_hands(&args.common, &[], reattach, paths),
+        DeviceCommand::Reattach(args) => {
+            let shown = change_hands(&args.common, &[], reattach, paths)?;
+            let tell = args.common.tell;
+            tell.tell(&shown, |out| write!(out, "{shown}"))
+        }
     }
 }
 
@@ -139,20 +142,22 @@ fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         overrides,
         group,
     } = args;
-    let Some(group) = group else {
-        return change_hands(common, overrides, detach, paths);
-    };
-    drop(with_rules(paths, group, &common.devices)?);
-    change_hands(common, overrides, detach, paths)?;
-    if common.dry_run {
-        return Ok(());
+    if let Some(group) = group {
+        drop(with_rules(paths, group, &common.devices)?);
     }
-    let (files, changed) = with_rules(paths, group, &common.devices)?;
-    files.save().map_err(Failure::host)?;
-    match common.json {
-        true => Ok(()),
-        false => print(|out| writeln!(out, "{changed}")),
-    }
+    let mut shown = change_hands(common, overrides, detach, paths)?;
+    common.tell.say(|out| write!(out, "{shown}"))?;
+    let group = group.as_ref().filter(|_| !common.dry_run);
+    let ruled = group.map_or(Ok(()), |group| {
+        let (files, changed) = with_rules(paths, group, &common.devices)?;
+        let changed = changed.saved(files.save().map_err(Failure::host)?);
+        common.tell.say(|out| writeln!(out, "{changed}"))?;
+        shown.group = Some(changed);
+        Ok(())
+    });
+    // The devices have moved, whatever became of the group.
+    let told = common.tell.tell(&shown, |_| Ok(()));
+    ruled.and(told)
 }
 
 /// The group files with a rule for each device in this group, not yet written, and what that changes.
@@ -183,11 +188,9 @@ fn change_hands(
     overrides: &[HostBdf],
     bind: Bind,
     paths: &HostPaths,
-) -> Result<(), Failure> {
+) -> Result<Shown, Failure> {
     let MoveArgs {
-        devices,
-        dry_run,
-        json,
+        devices, dry_run, ..
     } = args;
     let request = BindRequest {
         devices,
@@ -201,24 +204,23 @@ fn change_hands(
     }
     let before = scan(paths).map_err(Failure::host)?;
     let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;
-    let shown = Shown {
+    Ok(Shown {
         dry_run: *dry_run,
         devices: moves(&report, *dry_run, &before, paths)?,
-        writes: &report.writes,
-    };
-    if *json {
-        print_json(&shown)
-    } else {
-        print(|out| write!(out, "{shown}"))
-    }
+        writes: report.writes,
+        group: None,
+    })
 }
 
 /// What was done, or in a dry run would be.
 #[derive(Debug, Serialize)]
-struct Shown<'a> {
+struct Shown {
     dry_run: bool,
     devices: Vec<Move>,
-    writes: &'a [SysfsWrite],
+    writes: Vec<SysfsWrite>,
+    /// The group that they came into.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<Changed>,
 }
 
 /// What happened to one device.
@@ -277,7 +279,7 @@ fn moves(
     all.map(one).collect()
 }
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for Shown {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for Move {
             bdf,

@@ -206,10 +206,15 @@ pub struct Changed {
 }
 
 impl Changed {
+    /// It is in `files` now.
+    pub fn saved(self, files: Vec<PathBuf>) -> Self {
+        Self { files, ..self }
+    }
+
     /// Tells of it, once `files` are written.
-    pub fn tell(mut self, files: Vec<PathBuf>, args: TellArgs) -> Result<(), Failure> {
-        self.files = files;
-        args.tell(&self, |out| writeln!(out, "{self}"))
+    pub fn tell(self, files: Vec<PathBuf>, args: TellArgs) -> Result<(), Failure> {
+        let changed = self.saved(files);
+        args.tell(&changed, |out| writeln!(out, "{changed}"))
     }
 
     fn changes(&self) -> String {
