@@ -1,0 +1,239 @@
+//! Plans, tenants, maintenance, VM files and schemas.
+
+use std::fs;
+use std::io::Write;
+use std::process::Stdio;
+
+use gantry_resources::{Holder, HostPaths, announce};
+use serde_json::Value;
+
+use crate::host::{Done, Host, first_words};
+
+#[test]
+fn what_would_only_fail_later_is_told_at_once() {
+    let host = Host::new();
+    let create =
+        |name: &str, more: &[&str]| host.gantry(&[&["group", "create", name][..], more].concat());
+    let functions = |count: u32| format!(r#"{{"pf": "00:03.0", "count": {count}}}"#);
+    let none = create("vfs", &["--sriov", &functions(2)]).failed(1);
+    assert!(none.contains("has no SR-IOV"), "{none}");
+    let card = host.path("sys/bus/pci/devices/0000:00:03.0");
+    fs::write(card.join("sriov_totalvfs"), "8\n").unwrap();
+    create("vfs", &["--sriov", &functions(2)]).ok();
+    let edit = ["group", "edit", "vfs", "--sriov", &functions(9)];
+    let many = host.gantry(&edit).failed(1);
+    assert!(many.contains("8 virtual functions at most"), "{many}");
+    let typeless = create("vgpus", &["--type", "vgpu"]).failed(1);
+    assert!(typeless.contains("give it a type"), "{typeless}");
+    let foreign = create(
+        "vgpus",
+        &["--type", "vgpu", "--vgpu", r#"{"type": "nvidia-1"}"#],
+    );
+    let said = "nothing on this host makes a vGPU of type \"nvidia-1\"";
+    assert!(
+        foreign.code == Some(0) && foreign.err.contains(said),
+        "{foreign:?}"
+    );
+
+    let plan = host.gantry(&[
+        "plan", "create", "p", "--device", "disk:1", "--device", "vfs:1",
+    ]);
+    let said = "plan p: there is no group \"disk\": did you mean \"disks\"?";
+    assert!(plan.code == Some(0) && plan.err.contains(said), "{plan:?}");
+    assert!(!plan.err.contains("vfs"), "{plan:?}");
+    let gone = host.gantry(&["group", "delete", "vfs"]);
+    let said = "plan p asks for group vfs: `gantry plan edit p` changes that";
+    assert!(gone.code == Some(0) && gone.err.contains(said), "{gone:?}");
+
+    let nothing = host.gantry(&["group", "fit", "{}"]).ok();
+    assert_eq!(nothing, "The request asks for no devices.\n");
+    let unknown = host.gantry(&["group", "fit", r#"{"x": 1}"#]).failed(2);
+    assert!(unknown.contains("\"x\" is no key"), "{unknown}");
+
+    fs::write(host.path("kernel"), "").unwrap();
+    let vm = r#"{"payload": {"kernel": "kernel"}, "hotplug": {"groups": ["disk", "disks"]}}"#;
+    fs::write(host.path("vm.json"), vm).unwrap();
+    let run = host.gantry(&["run", host.path("vm.json").to_str().unwrap()]);
+    let said = "hotplug.groups: there is no group \"disk\"";
+    assert!(
+        run.err.matches("hotplug.groups").count() == 1 && run.err.contains(said),
+        "{run:?}"
+    );
+}
+
+#[test]
+fn a_tenants_vm_is_named_with_its_tenant() {
+    let host = Host::new();
+    let definition = host.path("etc/tenants/lab/tenant.json");
+    fs::create_dir_all(definition.parent().unwrap()).unwrap();
+    fs::write(&definition, r#"{"user": "nobody"}"#).unwrap();
+    let mut paths = HostPaths::under(&host.path(""));
+    paths.run = host.path("run/tenants/lab");
+    let holder = Holder {
+        vm: "al".to_owned(),
+        pid: 7,
+    };
+    let running = announce(&paths, &holder).unwrap();
+    let list = host.gantry(&["vm", "list"]).ok();
+    assert!(list.contains("al    7    tenant lab"), "{list}");
+    let json: Value = serde_json::from_str(&host.gantry(&["vm", "list", "--json"]).ok()).unwrap();
+    assert_eq!(json[0]["tenant"], "lab");
+    let error = host.gantry(&["vm", "info", "al"]).failed(1);
+    let said = "VM 'al' (pid 7) of tenant lab is not yours";
+    assert!(error.contains(said), "{error}");
+    assert!(
+        error.contains("sudo -u nobody gantry vm info al"),
+        "{error}"
+    );
+    let error = host.gantry(&["tenant", "delete", "lab"]).failed(1);
+    // The tenant names the process, which is not the tenant's.
+    let said = "tenant \"lab\" says that its VM 'al' runs, but not as which process";
+    assert!(error.contains(said), "{error}");
+    drop(running);
+    paths.run = host.path("run");
+    let _running = announce(&paths, &holder).unwrap();
+    let error = host.gantry(&["vm", "info", "al"]).failed(1);
+    assert!(error.contains("VM 'al' (pid 7) has no socket"), "{error}");
+    let error = host.gantry(&["vm", "info", "el"]).failed(1);
+    assert!(error.contains("no VM \"el\" runs"), "{error}");
+}
+
+#[test]
+fn a_wrong_file_is_told_on_one_screen() {
+    let host = Host::new();
+    let file = host.path("vm.json");
+    fs::write(&file, "{\n  \"cpus\": {\n    \"boot_vcpu\": 1}}").unwrap();
+    let name = file.display().to_string();
+    let error = host.gantry(&["run", &name]).failed(2);
+    let expected =
+        format!("error: {name}:3:5: unknown key `cpus.boot_vcpu`\n  did you mean `boot_vcpus`?\n");
+    assert_eq!(error, expected);
+    let error = host.gantry(&["run", "none.json"]).failed(2);
+    assert!(
+        error.starts_with("error: cannot read none.json\n  because: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_vm_that_cannot_be_built_is_told_on_one_screen() {
+    let host = Host::new();
+    fs::write(host.path("vmlinux"), "no kernel").unwrap();
+    fs::write(
+        host.path("vm.json"),
+        r#"{"payload": {"kernel": "vmlinux"}, "serial": {"mode": "Null"}}"#,
+    )
+    .unwrap();
+    let file = host.path("vm.json").display().to_string();
+    let error = host.gantry(&["run", &file]).failed(1);
+    // Where this runs, KVM may be missing or not permitted; that is told before.
+    let named = error.contains("vmlinux is not a kernel") || error.contains("/dev/kvm");
+    assert!(error.starts_with("error: ") && named, "{error}");
+    assert!(error.lines().count() < 10, "{error}");
+}
+
+#[test]
+fn standard_input_is_named_so() {
+    let host = Host::new();
+    let mut child = host
+        .command(&["run", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"{}").unwrap();
+    let error = Done::from(child.wait_with_output().unwrap()).failed(2);
+    assert!(
+        error.starts_with("error: <stdin>:1:1: key `payload` is missing\n"),
+        "{error}"
+    );
+}
+
+#[test]
+fn schemas_are_json() {
+    let host = Host::new();
+    for (file, key) in [("vm", "payload"), ("groups", "groups")] {
+        let schema: Value = serde_json::from_str(&host.gantry(&["schema", file]).ok()).unwrap();
+        assert!(schema["properties"][key].is_object(), "{file}");
+    }
+}
+
+#[test]
+fn plans_are_made_used_and_deleted() {
+    let host = Host::new();
+    host.node(11);
+    host.gantry(&["plan", "list"]).ok();
+    let args = ["plan", "create", "fast", "--vcpus", "2", "--memory", "1GiB"];
+    host.gantry(&[&args[..], &["--device", "disks:1"]].concat())
+        .ok();
+    assert_eq!(first_words(&host.gantry(&["plan", "list"]).ok()), ["fast"]);
+    let fit = host.gantry(&["group", "fit", r#"{"plan": "fast"}"#]).ok();
+    assert!(fit.contains("1 of group \"disks\": 0000:01:00.0"), "{fit}");
+    host.gantry(&[&args[..]].concat()).failed(1);
+    host.gantry(&["plan", "create", "odd", "--memory", "big"])
+        .failed(2);
+    let shown = host.gantry(&["plan", "show", "fast"]).ok();
+    assert!(shown.contains("\"vcpus\": 2"), "{shown}");
+    host.gantry(&["plan", "delete", "fast"]).ok();
+    let error = host.gantry(&["plan", "show", "fast"]).failed(1);
+    assert!(error.contains("no plan \"fast\""), "{error}");
+}
+
+#[test]
+fn a_change_of_a_tenant_or_plan_is_told_to_programs() {
+    let host = Host::new();
+    let told = |args: &[&str]| -> Value {
+        let args = [args, &["--json"]].concat();
+        serde_json::from_str(&host.gantry(&args).ok()).unwrap()
+    };
+    let file = host.path("etc/tenants/lab/tenant.json");
+    let created = told(&["tenant", "create", "lab", "--user", "root"]);
+    assert_eq!(
+        created,
+        serde_json::json!({
+            "tenant": "lab", "done": "created", "user": "root", "description": "", "files": [file],
+        })
+    );
+    let changed = told(&["tenant", "edit", "lab", "--description", "upstairs"]);
+    assert_eq!(changed["done"], "changed");
+    assert_eq!(changed["description"], "upstairs");
+    let deleted = told(&["tenant", "delete", "lab"]);
+    assert_eq!(
+        deleted,
+        serde_json::json!({"tenant": "lab", "done": "deleted"})
+    );
+    told(&["plan", "create", "fast", "--vcpus", "2"]);
+    let deleted = told(&["plan", "delete", "fast"]);
+    let file = host.path("etc/plans.json");
+    assert_eq!(
+        deleted,
+        serde_json::json!({"plan": "fast", "done": "deleted", "files": [file]})
+    );
+}
+
+#[test]
+fn no_vm_starts_in_maintenance() {
+    let host = Host::new();
+    fs::write(host.path("kernel"), "no kernel").unwrap();
+    fs::write(host.path("vm.json"), r#"{"payload": {"kernel": "kernel"}}"#).unwrap();
+    let vm = host.path("vm.json");
+    let vm = vm.to_str().unwrap();
+    let on = host
+        .gantry(&["maintenance", "on", "--reason", "new disks"])
+        .ok();
+    assert_eq!(on, "maintenance is on: new disks\nno VM runs\n");
+    assert_eq!(host.gantry(&["maintenance", "on"]).ok(), on);
+    let error = host.gantry(&["run", vm]).failed(1);
+    assert!(
+        error.contains("in maintenance") && error.contains("new disks"),
+        "{error}"
+    );
+    let off = host.gantry(&["maintenance", "off"]).ok();
+    assert_eq!(off, "maintenance is off\nno VM runs\n");
+    let off = host.gantry(&["maintenance", "off", "--json"]).ok();
+    let off: Value = serde_json::from_str(&off).unwrap();
+    assert_eq!(off, serde_json::json!({"maintenance": null, "running": []}));
+    let error = host.gantry(&["run", vm]).failed(1);
+    assert!(!error.contains("in maintenance"), "{error}");
+}
