@@ -7,7 +7,7 @@
 //! The host's processors take turns on one thread of this machine, unless something is measured or the soak
 //! looks for races ([`Setup::parallel`]). When they run beside each other, a guest dies or goes silent now
 //! and then: three did in one run of 167 cases, none in ten other runs, and why was not found. It has not
-//! been seen where they take turns, and 600 attaches and detaches take 5 minutes there instead of 7.
+//! been seen where they take turns, which takes no longer on two processors.
 //!
 //! | room | holds |
 //! |---|---|

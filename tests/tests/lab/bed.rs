@@ -11,6 +11,8 @@ use gantry_tests::lab::qemu::Device;
 use gantry_tests::lab::{Host, Parts, Setup};
 use libtest_mimic::Failed;
 
+use crate::is_soak;
+
 /// A lab and the cases to run in it.
 pub struct Suite {
     /// First word of its cases' names.
@@ -48,18 +50,52 @@ pub(crate) use cases;
 pub struct Bed {
     parts: OnceLock<Result<Parts, String>>,
     host: Mutex<Option<(&'static str, Host)>>,
+    /// The cases that lost a guest and passed in another lab, with what was seen first.
+    lost: Mutex<Vec<String>>,
+}
+
+/// How many cases of a run may lose a guest to the emulator (see [`gantry_tests::lab`]) and be tried once
+/// more: what kills guests more often than that is not the emulator.
+const LOST_AT_MOST: usize = 3;
+
+/// Whether a guest died in the middle of things or fell silent.
+fn lost_a_guest(failure: &str) -> bool {
+    let signs = ["had a triple fault", "it never said", "it does not say"];
+    signs.iter().any(|sign| failure.contains(sign))
 }
 
 impl Bed {
-    /// Runs one case in its suite's lab, booted if it is not up.
+    /// Runs one case in its suite's lab, booted if it is not up; once more in a fresh one if it loses a guest.
     pub fn run(&self, suite: &'static Suite, case: &Case) -> Result<(), Failed> {
-        self.try_run(suite, case)
-            .map_err(|error| Failed::from(format!("{error:#}")))
+        let run = || {
+            let result = self.try_run(suite, case);
+            result.map_err(|error| format!("{error:#}"))
+        };
+        let Err(first) = run() else {
+            return Ok(());
+        };
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        // A soak is there to find what happens rarely.
+        if is_soak() || lost.len() == LOST_AT_MOST || !lost_a_guest(&first) {
+            return Err(first.into());
+        }
+        *self.host() = None;
+        run().map_err(|again| format!("{again}\n--- in another lab before\n{first}"))?;
+        lost.push(format!("{}::{}\n{first}", suite.name, case.name));
+        Ok(())
     }
 
-    /// Ends the lab.
+    /// Ends the lab, and tells of the cases that passed at their second try.
     pub fn clear(&self) {
         *self.host() = None;
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        if !lost.is_empty() {
+            eprintln!(
+                "guests lost by cases that passed in another lab: {}",
+                lost.len()
+            );
+        }
+        lost.iter().for_each(|first| eprintln!("\n---- {first}"));
     }
 
     fn try_run(&self, suite: &'static Suite, case: &Case) -> Result<()> {

@@ -2,7 +2,8 @@
 //!
 //! `cargo test -p gantry-tests --test lab [-- NAME]` runs them, or those whose names contain NAME.
 //! `GANTRY=/path/to/gantry` tests that program instead of a release build of this tree.
-//! A lab that cannot start makes each of its cases fail.
+//! A lab that cannot start makes each of its cases fail. A case that loses a guest is tried once more in a
+//! fresh lab, which the end of the output tells of: the emulator is known to lose some. Not so in a soak.
 //!
 //! # Adding a case
 //! Write a function in the module it belongs to and name it in that module's `CASES`:
@@ -160,6 +161,11 @@ const SUITES: &[Suite] = &[
         cases: &[("usb", usb::CASES)],
     },
 ];
+
+/// Whether `cargo xtask soak` runs this.
+fn is_soak() -> bool {
+    std::env::var_os("GANTRY_ROUNDS").is_some()
+}
 
 /// How often a case repeats what it repeats: `usual` times, or as often as `cargo xtask soak` says.
 fn rounds(usual: u64) -> u64 {
