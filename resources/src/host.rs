@@ -33,6 +33,9 @@ pub struct HostPaths {
     pub only: Option<BTreeSet<DeviceName>>,
 }
 
+/// Where tenants' directories lie, below the host's.
+pub(crate) const TENANTS: &str = "tenants";
+
 /// An argument for all devices.
 const ALL: &str = "all";
 
@@ -100,6 +103,13 @@ impl HostPaths {
             only: (only != ALL).then(|| addresses.collect()),
         };
         Some((paths, rest))
+    }
+
+    /// Where the host keeps what must outlive a reboot: not where a tenant does, if these are a tenant's.
+    pub(crate) fn state_of_host(&self) -> &Path {
+        let tenants = self.state.parent().filter(|_| self.only.is_some());
+        let tenants = tenants.filter(|dir| dir.ends_with(TENANTS));
+        tenants.and_then(Path::parent).unwrap_or(&self.state)
     }
 
     /// The sysfs directory of one PCI function.

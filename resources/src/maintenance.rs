@@ -81,8 +81,9 @@ pub fn maintenance(paths: &HostPaths) -> Result<Option<Maintenance>, Maintenance
     }
 }
 
+/// The host's, whoever asks: a tenant is told of it, and cannot end it.
 fn path(paths: &HostPaths) -> PathBuf {
-    paths.state.join("maintenance.json")
+    paths.state_of_host().join("maintenance.json")
 }
 
 /// Says that a VM runs for as long as it lives: a locked file, which the kernel unlocks.
@@ -225,6 +226,21 @@ mod tests {
         assert!(end_maintenance(&host.paths).unwrap());
         assert!(!end_maintenance(&host.paths).unwrap());
         assert_eq!(maintenance(&host.paths).unwrap(), None);
+    }
+
+    #[test]
+    fn a_tenant_is_told_of_the_hosts() {
+        let host = FakeHost::new(&[]);
+        let tenant = HostPaths {
+            state: host.paths.state.join("tenants/lab"),
+            only: Some(Default::default()),
+            ..host.paths.clone()
+        };
+        host.file("var/tenants/lab/maintenance.json", "");
+        assert_eq!(maintenance(&tenant).unwrap(), None);
+        begin_maintenance(&host.paths, Some("new disks")).unwrap();
+        let told = maintenance(&tenant).unwrap().unwrap();
+        assert_eq!(told.reason, "new disks");
     }
 
     #[test]

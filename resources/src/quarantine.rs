@@ -10,15 +10,13 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::atomic::{self, make_dir, show};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::{HostBdf, HostPaths, TENANTS};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{self, DeviceLock, LeaseRecord};
 use crate::sysfs::{self, HeldDir};
 
 /// Where records lie, below the state directory.
 const DIR: &str = "quarantine";
-/// Where tenants' state directories lie, below the host's.
-const TENANTS: &str = "tenants";
 /// No record is longer.
 const LONGEST: u64 = 16 << 10;
 /// Characters of what others say of a device.
@@ -68,11 +66,14 @@ pub enum QuarantineError {
     },
     /// Somebody has the device.
     #[error(
-        "{bdf} is held by somebody: `gantry device list` shows by whom; release it when that is over"
+        "{bdf} is held by {}: release it when that is over",
+        holder.as_ref().map_or_else(|| "somebody".to_owned(), ToString::to_string)
     )]
     Held {
         /// The device.
         bdf: HostBdf,
+        /// Who says that it has it.
+        holder: Option<LeaseRecord>,
     },
     /// The device still is not well.
     #[error(
@@ -162,7 +163,8 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Quarant
     let record = LeaseRecord::task("gantry device release-quarantine");
     let lock = DeviceLock::take(paths, bdf, &record).map_err(InventoryError::from)?;
     if lock.is_none() {
-        return Err(QuarantineError::Held { bdf });
+        let holder = device.lease.record().cloned();
+        return Err(QuarantineError::Held { bdf, holder });
     }
     homes(paths)
         .iter()
@@ -283,9 +285,8 @@ pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
 
 /// The host's records, where this is a tenant's view: they count for the tenant too.
 pub fn shared_quarantine(paths: &HostPaths) -> Option<PathBuf> {
-    let tenants = paths.state.parent()?;
-    let of_tenant = paths.only.is_some() && tenants.file_name()? == TENANTS;
-    Some(tenants.parent()?.join(DIR)).filter(|_| of_tenant)
+    let host = paths.state_of_host();
+    (host != paths.state).then(|| host.join(DIR))
 }
 
 impl Home {

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, ConfigError, nearest};
 use crate::group::{GroupError, Groups, is_name};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::{HostBdf, HostPaths, TENANTS};
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::maintenance::{RunningVm, running_vms};
@@ -35,7 +35,7 @@ use hand_over::Owner;
 pub use vgpus::revoke_mdevs;
 
 /// Where definitions, run-time files and state of tenants lie, below those of the host.
-const DIR: &str = "tenants";
+const DIR: &str = TENANTS;
 
 /// Who a tenant is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -318,12 +318,41 @@ pub fn edit_tenant(
     file: &TenantFile,
 ) -> Result<PathBuf, TenantError> {
     let _alone = alone(host)?;
-    Tenants::load(host)?.find(name)?;
+    let tenants = Tenants::load(host)?;
+    let tenant = tenants.find(name)?;
     let path = definition(host, name);
     Owner::named(&file.user, &path)?;
+    if tenant.file.user == file.user {
+        config::write(&path, file)?;
+        return Ok(path);
+    }
+    // What runs would belong to a user who is nobody any more.
+    runs_no_vm(host, tenant)?;
+    for device in tenant.names() {
+        hand_over::is_free(host, device)?;
+    }
     config::write(&path, file)?;
     Tenants::load(host)?.put_right(host)?;
     Ok(path)
+}
+
+/// Refuses what a tenant's VM that runs would not survive.
+fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
+    let is_own = |vm: &RunningVm| vm.tenant.as_ref() == Some(&tenant.name);
+    let Some(vm) = running_vms(host)?.into_iter().find(is_own) else {
+        return Ok(());
+    };
+    let pid = vm.record.pid;
+    Err(
+        match Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid)) {
+            true => TenantError::Running(vm),
+            false => TenantError::SaysItRuns {
+                name: tenant.name.clone(),
+                vm: vm.record.name,
+                user: tenant.file.user.clone(),
+            },
+        },
+    )
 }
 
 /// Deletes a tenant that owns nothing, and none of whose VMs runs.
@@ -332,20 +361,7 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let owned = tenant.names();
-    let is_own = |vm: &RunningVm| vm.tenant.as_deref() == Some(name);
-    if let Some(vm) = running_vms(host)?.into_iter().find(is_own) {
-        let pid = vm.record.pid;
-        return Err(
-            match Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid)) {
-                true => TenantError::Running(vm),
-                false => TenantError::SaysItRuns {
-                    name: name.to_owned(),
-                    vm: vm.record.name,
-                    user: tenant.file.user.clone(),
-                },
-            },
-        );
-    }
+    runs_no_vm(host, tenant)?;
     if !owned.is_empty() {
         let devices: Vec<String> = owned.iter().map(DeviceName::to_string).collect();
         return Err(TenantError::NotEmpty {

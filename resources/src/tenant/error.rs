@@ -66,8 +66,8 @@ pub enum TenantError {
     Running(RunningVm),
     /// A record in the tenant's own directory says that a VM runs, as a process that is not the tenant's user's.
     #[error(
-        "tenant \"{name}\" says that its VM '{vm}' runs, but not as which process of {user}'s: once none of \
-         {user}'s has its files open, the tenant can be deleted"
+        "tenant \"{name}\" says that its VM '{vm}' runs, but not as which process of {user}'s: try again \
+         once none of {user}'s has its files open"
     )]
     SaysItRuns {
         /// The tenant.
@@ -107,7 +107,7 @@ pub enum TenantError {
         /// How many there are.
         found: usize,
     },
-    /// A VM has a device.
+    /// A VM has a device, or it is in quarantine.
     #[error("{0}")]
     InUse(Blocked),
     /// There is other hardware at a tenant's address, or beside it in its IOMMU group.

@@ -10,7 +10,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
 use crate::mdev::{MdevDevice, Mdevs};
 use crate::name::DeviceName;
-use crate::obstacle::Blocked;
+use crate::obstacle::{Blocked, Obstacle};
 use crate::quarantine::{adopt, hung};
 use crate::sriov::granted::{self, Kept};
 use crate::sriov::{HostAccess, VfLinks};
@@ -133,6 +133,10 @@ fn give(
     if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
         return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
     }
+    if let Some((bdf, why)) = devices.iter().find_map(quarantined) {
+        let obstacle = Obstacle::Quarantined { why };
+        return Err(TenantError::InUse(Blocked { bdf, obstacle }));
+    }
     let request = BindRequest {
         devices: functions,
         overrides: wanted.overrides,
@@ -160,6 +164,10 @@ fn give(
     }
     granted::mend(host, access.links);
     Ok(addresses)
+}
+
+fn quarantined(device: &HostDevice) -> Option<(HostBdf, String)> {
+    Some((device.bdf, device.quarantine.clone()?))
 }
 
 /// Writes down what a tenant's virtual functions are to be set to, for [`granted::mend`]. One of which that

@@ -10,7 +10,7 @@ use nix::unistd::User;
 use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
 use crate::config::place::Place;
 use crate::host::HostPaths;
-use crate::lease::{DeviceLock, LeaseRecord, holder};
+use crate::lease::{DeviceLock, LeaseRecord, LeaseStatus, holder};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
@@ -63,13 +63,13 @@ impl Owner {
     }
 
     /// Makes the tenant's directories for run-time files and state. Leases and what devices were are the
-    /// host's, and so is maintenance: links lead there. What lies in the directories is the tenant's to make
+    /// host's: links lead there. What lies in the directories is the tenant's to make
     /// and to replace: nothing of it is opened here, or given to anybody.
     pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
         let HostPaths { run, state, .. } = dirs(host, name);
         for (dir, links) in [
             (&run, &["leases", "former", granted::DIR][..]),
-            (&state, &["maintenance.json"]),
+            (&state, &[]),
         ] {
             if let Some(above) = dir.parent() {
                 crate::atomic::make_dir(above).map_err(failed(above))?;
@@ -120,11 +120,7 @@ impl Owner {
         }
         let record = LeaseRecord::task("gantry tenant");
         let Some(lock) = DeviceLock::take(host, name, &record)? else {
-            let lease = holder(host, name)?;
-            return Err(match name {
-                DeviceName::Pci(bdf) => TenantError::InUse(Blocked::leased(bdf, &lease)),
-                DeviceName::Mdev(uuid) => VgpuError::held(uuid, &lease).into(),
-            });
+            return Err(held(name, &holder(host, name)?));
         };
         for node in nodes(host, name) {
             self.own(&node)
@@ -140,6 +136,22 @@ impl Owner {
             .and_then(|()| fs::rename(&draft, &path));
         drop(lock);
         made.map_err(failed(&path))
+    }
+}
+
+/// Refuses what somebody has.
+pub(super) fn is_free(host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
+    let lease = holder(host, name)?;
+    match lease.is_held() {
+        true => Err(held(name, &lease)),
+        false => Ok(()),
+    }
+}
+
+fn held(name: DeviceName, lease: &LeaseStatus) -> TenantError {
+    match name {
+        DeviceName::Pci(bdf) => TenantError::InUse(Blocked::leased(bdf, lease)),
+        DeviceName::Mdev(uuid) => VgpuError::held(uuid, lease).into(),
     }
 }
 

@@ -271,8 +271,44 @@ fn a_tenant_whose_vm_runs_stays() {
     host.file("proc/8/stat", "");
     assert_eq!(delete(), "VM 'x' (pid 8) of tenant a runs: end it first");
     assert!(scope(&host, "a").config.join("tenant.json").exists());
+    // Nor does it become another user's, who could neither see nor end the VM.
+    let definition = |user: &str, description: &str| TenantFile {
+        user: user.to_owned(),
+        description: description.to_owned(),
+    };
+    let own = user().user;
+    let edit = |file: &TenantFile| edit_tenant(&host.paths, "a", file);
+    let said = edit(&definition("daemon", "")).unwrap_err().to_string();
+    assert_eq!(said, "VM 'x' (pid 8) of tenant a runs: end it first");
+    edit(&definition(&own, "upstairs")).unwrap();
+    let tenants = Tenants::load(&host.paths).unwrap();
+    assert_eq!(
+        tenants.find("a").unwrap().file,
+        definition(&own, "upstairs")
+    );
     drop(running);
     delete_tenant(&host.paths, "a").unwrap();
+}
+
+#[test]
+fn what_is_in_quarantine_or_somebodys_stays_with_whom_it_is() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    let record = r#"{"id": "1b36:0010", "reason": "it hung", "until": "released", "boot": null}"#;
+    host.file("var/quarantine/0000:01:00.0.json", record);
+    let said = give(&host, &kernel, "a", "01:00.0");
+    assert!(said.contains("is in quarantine: it hung"), "{said}");
+    assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+    let _held = taken(&scope(&host, "a"), "a").unwrap();
+    let other = TenantFile {
+        user: "daemon".to_owned(),
+        description: String::new(),
+    };
+    let edit = edit_tenant(&host.paths, "a", &other).unwrap_err();
+    assert!(edit.to_string().contains("is held by VM"), "{edit}");
+    let tenants = Tenants::load(&host.paths).unwrap();
+    assert_eq!(tenants.find("a").unwrap().file, user());
 }
 
 #[test]

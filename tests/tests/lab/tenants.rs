@@ -215,6 +215,14 @@ fn while_it_is_used(host: &Host) -> Result<()> {
     ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
     let seen = gantry(host, "maintenance status")?.success()?.text();
     ensure!(seen.contains("VM 'hers'"), "{seen}");
+    gantry(host, "maintenance on --reason tests")?.success()?;
+    let off = says(host, "alice", "gantry maintenance off")?.exits(1)?;
+    ensure!(off.errors().contains("run as root"), "{off}");
+    let seen = says(host, "alice", "gantry maintenance status")?.success()?;
+    ensure!(seen.text().contains("maintenance is on: tests"), "{seen}");
+    gantry(host, "maintenance off")?.success()?;
+    let kept = gantry(host, "tenant edit alice --user bob")?.exits(1)?;
+    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
     let list = gantry(host, "vm list")?.success()?.text();
     ensure!(list.contains("tenant alice"), "{list}");
     let control = gantry(host, "vm info hers")?.exits(1)?;

@@ -131,10 +131,10 @@ struct Changed<'a> {
     /// The tenant's group that the devices came into.
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<&'a str>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    added: &'a [DeviceName],
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    removed: &'a [DeviceName],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    added: Option<&'a [DeviceName]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    removed: Option<&'a [DeviceName]>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     files: &'a [PathBuf],
 }
@@ -146,8 +146,8 @@ impl<'a> Changed<'a> {
             done,
             file: None,
             group: None,
-            added: &[],
-            removed: &[],
+            added: None,
+            removed: None,
             files: &[],
         }
     }
@@ -235,7 +235,7 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
     let tenant = &args.name;
     let changed = Changed {
         group: Some(args.group.as_ref().unwrap_or(tenant)),
-        added: &given,
+        added: Some(&given),
         ..Changed::new(tenant, Done::Granted)
     };
     args.tell.tell(&changed, |out| {
@@ -272,7 +272,7 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
         return all;
     }
     let changed = Changed {
-        removed: &taken,
+        removed: Some(&taken),
         ..Changed::new(tenant, Done::Revoked)
     };
     let told = args.tell.tell(&changed, |out| {
