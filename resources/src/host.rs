@@ -33,7 +33,7 @@ pub struct HostPaths {
     pub only: Option<BTreeSet<DeviceName>>,
 }
 
-/// Where tenants' directories lie, below the host's.
+/// Where definitions, run-time files and state of tenants lie, below those of the host.
 pub(crate) const TENANTS: &str = "tenants";
 
 /// An argument for all devices.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::HostPaths;
+use crate::host::{HostPaths, TENANTS};
 use crate::lease::{Holder, LeaseError, LeaseRecord, LeaseStatus, LockFile, status};
 use crate::{atomic, sysfs};
 
@@ -171,7 +171,7 @@ pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError
 
 /// Where VMs are announced: those of the host, and those of tenants, by these.
 fn homes(paths: &HostPaths) -> Result<Vec<(Option<String>, PathBuf)>, MaintenanceError> {
-    let tenants = paths.run.join("tenants");
+    let tenants = paths.run.join(TENANTS);
     let of_tenants = list(&tenants)?;
     let mut homes = vec![(None, paths.run.join("vms"))];
     homes.extend(of_tenants.into_iter().map(|name| {

@@ -34,9 +34,6 @@ pub use granting::{Grant, Granted, grant, revoke};
 use hand_over::Owner;
 pub use vgpus::revoke_mdevs;
 
-/// Where definitions, run-time files and state of tenants lie, below those of the host.
-const DIR: &str = TENANTS;
-
 /// Who a tenant is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -160,9 +157,9 @@ impl Tenant {
 /// A tenant's directories, with all devices in sight.
 fn dirs(host: &HostPaths, name: &str) -> HostPaths {
     HostPaths {
-        run: host.run.join(DIR).join(name),
-        config: host.config.join(DIR).join(name),
-        state: host.state.join(DIR).join(name),
+        run: host.run.join(TENANTS).join(name),
+        config: host.config.join(TENANTS).join(name),
+        state: host.state.join(TENANTS).join(name),
         ..host.clone()
     }
 }
@@ -183,7 +180,7 @@ fn definition(host: &HostPaths, name: &str) -> PathBuf {
 impl Tenants {
     /// Reads `tenants/*/tenant.json` with the groups beside each. None need exist.
     pub fn load(host: &HostPaths) -> Result<Self, GroupError> {
-        let dir = host.config.join(DIR);
+        let dir = host.config.join(TENANTS);
         let names = sysfs::entries(&dir).map_err(|source| ConfigError::Read {
             path: dir.clone(),
             source,
