@@ -1,8 +1,12 @@
-//! Standard output: buffered, without panics, quiet when the reader has gone.
+//! Standard output: buffered, without panics, quiet when the reader has gone. Standard error: the log,
+//! which nothing waits for and no failure of which is an error.
 
+use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
+use gantry_vmm::outlet::{self, Outlet};
 use serde::Serialize;
 
 use crate::report::Failure;
@@ -43,19 +47,59 @@ impl TellArgs {
 /// Writes to standard output. A closed pipe (`gantry device list | head`) is a success; a full
 /// disk is a failure.
 pub fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
+    print_while_read(write).map(drop)
+}
+
+/// Writes to standard output as [`print`] does; `false` once nobody reads it any more.
+pub fn print_while_read(
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<bool, Failure> {
     print_to(anstream::stdout().lock(), write)
 }
 
 fn print_to(
     out: impl Write,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     let mut out = io::BufWriter::with_capacity(CHUNK, out);
     match write(&mut out).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::host(format!(
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Failure::host(format!(
             "cannot write to standard output: {error}"
         ))),
-        _ => Ok(()),
+    }
+}
+
+/// Tells people, on standard error, what a command does. Who reads none of that misses nothing.
+pub fn note(text: impl Display) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Standard error, as the log and the last error use it: a write waits for no reader, and never fails.
+/// It is opened once, before a VM confines the process.
+#[derive(Clone)]
+pub struct Stderr(Arc<Mutex<Option<Outlet>>>);
+
+impl Stderr {
+    /// What standard error leads to; nowhere if it is closed.
+    pub fn open() -> Self {
+        let outlet = Outlet::of_stream(&io::stderr(), outlet::Kind::Log);
+        Self(Arc::new(Mutex::new(outlet.ok())))
+    }
+}
+
+impl Write for Stderr {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut outlet = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *outlet {
+            Some(outlet) => outlet.write(data),
+            None => Ok(data.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -65,4 +109,5 @@ pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
         serde_json::to_writer_pretty(&mut *out, value)?;
         writeln!(out)
     })
+    .map(drop)
 }

@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 
+use crate::output::Stderr;
+
 /// The guest powered off, or the command did what it was asked.
 pub const SUCCESS: u8 = 0;
 /// gantry or the host failed.
@@ -62,10 +64,15 @@ impl Failure {
     }
 
     /// Shows the failure on standard error.
-    pub fn show(&self, colour: ColorChoice) -> ExitCode {
-        let mut out = AutoStream::new(std::io::stderr().lock(), colour);
-        // Where standard error cannot be written to, there is nobody left to tell.
-        let _ = self.write(&mut out);
+    pub fn show(&self, stderr: &Stderr, colour: ColorChoice) -> ExitCode {
+        let mut text = Vec::new();
+        // Nothing but memory is written to.
+        let _ = self.write(&mut text);
+        let text = match colour {
+            ColorChoice::Never => anstream::adapter::strip_bytes(&text).into_vec(),
+            _ => text,
+        };
+        let _ = stderr.clone().write_all(&text);
         ExitCode::from(self.exit)
     }
 

@@ -2,6 +2,13 @@
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
+/// Lets no limit on the size of files (RLIMIT_FSIZE) end this process: a write that is too long fails
+/// instead, as one to a full disk does. It stays so, as a signal that came is never taken.
+pub fn outlive_size_limits() {
+    // It fails only for a mask that is no mask.
+    let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
+}
+
 /// While this stands, signals that would end gantry wait; children started meanwhile inherit that.
 /// Once it is dropped, a signal that came ends gantry as it would have.
 #[derive(Debug)]

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -12,14 +13,23 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// How long one write waits for a reader.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// The most that one write to a blocking file takes: a pipe with any room has room for so much
+/// (POSIX's PIPE_BUF, on Linux a page).
+const BLOCKING_CHUNK: usize = 4096;
+/// Standard output and standard error may be the same pipe: only one thread at a time may see that a
+/// blocking file has room and use that room.
+static BLOCKING: Mutex<()> = Mutex::new(());
+
 /// A file whose reader may stop reading: a write never waits longer than a tenth of a second.
 ///
-/// Once a write has waited in vain, output is dropped until there is room again. How much that was
-/// is told then and not before: the log may well be stuck in the same pipe.
+/// Once a write has waited in vain, output is dropped until there is room again. The number of dropped
+/// bytes is told then and not before: the log may well be stuck in the same pipe.
 pub struct Outlet {
     file: File,
     kind: Kind,
-    /// Bytes dropped since the reader stopped; `None` while it reads.
+    /// A write may block, as a poll says that there is room and another writer takes it.
+    blocking: bool,
+    /// Bytes dropped since output was last lost; `None` while all of it is written.
     dropped: Option<u64>,
 }
 
@@ -28,7 +38,8 @@ pub struct Outlet {
 pub enum Kind {
     /// A guest's output, which is not ours to write into: gaps are told in the log.
     Guest,
-    /// The log: gaps are told in their place.
+    /// The log: gaps are told in their place. A write that fails is such a gap too, since an error has no
+    /// other place to be told.
     Log,
 }
 
@@ -39,6 +50,7 @@ impl Outlet {
         Self {
             file,
             kind,
+            blocking: true,
             dropped: None,
         }
     }
@@ -53,12 +65,18 @@ impl Outlet {
             return Ok(Self::new(file, kind));
         }
         // Opened anew, a pipe or terminal is non-blocking for this process and not for its shell. A
-        // socket cannot be opened so, and one that says it has room has room for a line.
+        // socket cannot be opened so, nor can the pipe of another user.
         let anew = OpenOptions::new()
             .write(true)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(format!("/proc/self/fd/{}", stream.as_raw_fd()));
-        Ok(Self::new(anew.unwrap_or(file), kind))
+        Ok(match anew {
+            Ok(anew) => Self {
+                blocking: false,
+                ..Self::new(anew, kind)
+            },
+            Err(_) => Self::new(file, kind),
+        })
     }
 
     /// Tells in the log itself what is missing there.
@@ -66,7 +84,7 @@ impl Outlet {
         let Some(dropped) = self.dropped.filter(|_| self.kind == Kind::Log) else {
             return Ok(());
         };
-        let note = format!("[nobody read: {dropped} bytes of the log are missing here]\n");
+        let note = format!("[{dropped} bytes of the log could not be written here]\n");
         if self.write_until(note.as_bytes(), deadline)? == 0 {
             self.dropped = None;
         }
@@ -89,11 +107,23 @@ impl Outlet {
         }
     }
 
+    /// Writes what there is room for now.
+    fn write_some(&mut self, data: &[u8]) -> io::Result<usize> {
+        if !self.blocking {
+            return self.file.write(data);
+        }
+        let _alone = BLOCKING.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.wait_for_room(Instant::now())? {
+            true => self.file.write(data.get(..BLOCKING_CHUNK).unwrap_or(data)),
+            false => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
     /// Writes as much of `data` as there is room for before `deadline`; returns how much is left.
     fn write_until(&mut self, data: &[u8], deadline: Instant) -> io::Result<usize> {
         let mut left = data;
         while !left.is_empty() && self.wait_for_room(deadline)? {
-            match self.file.write(left) {
+            match self.write_some(left) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => left = left.get(written..).unwrap_or(&[]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -112,15 +142,20 @@ impl Outlet {
 }
 
 impl Write for Outlet {
-    /// Takes all of `data`, be it written or dropped.
+    /// Takes all of `data`, be it written or dropped. The log never fails.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let now = Instant::now();
         let deadline = match self.dropped {
             Some(_) => now,
             None => now + PATIENCE,
         };
-        self.tell_gap(deadline)?;
-        let left = self.write_until(data, deadline)? as u64;
+        let left = self
+            .tell_gap(deadline)
+            .and_then(|()| self.write_until(data, deadline));
+        let left = match left {
+            Err(_) if self.kind == Kind::Log => data.len(),
+            left => left?,
+        } as u64;
         match (self.dropped, left) {
             (None, 0) => {}
             // Told before the next line; this may be the log's own writer.
@@ -171,7 +206,7 @@ mod tests {
         drop(outlet);
         let mut rest = Vec::new();
         reader.read_to_end(&mut rest).unwrap();
-        let note = format!("[nobody read: {dropped} bytes of the log are missing here]\nagain\n");
+        let note = format!("[{dropped} bytes of the log could not be written here]\nagain\n");
         assert!(
             rest.ends_with(note.as_bytes()),
             "{:?}",
@@ -245,9 +280,41 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_without_a_reader_is_an_error() {
+    fn a_pipe_without_a_reader_is_an_error_for_a_guest_and_a_gap_for_the_log() {
         let (reader, mut outlet) = pipe();
         drop(reader);
         assert!(outlet.write(b"lost").is_err());
+        let (reader, mut log) = pipe_of(Kind::Log);
+        drop(reader);
+        for _ in 0..3 {
+            log.write_all(b"lost").unwrap();
+        }
+        assert_eq!(log.dropped, Some(12));
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut log = Outlet::of_stream(&full, Kind::Log).unwrap();
+        log.write_all(b"lost").unwrap();
+        assert_eq!(log.dropped, Some(4));
+    }
+
+    #[test]
+    fn writers_to_one_blocking_pipe_never_wait_for_its_reader() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let writers = [Kind::Guest, Kind::Log].map(|kind| {
+            let writer = File::from(OwnedFd::from(writer.try_clone().unwrap()));
+            std::thread::spawn(move || {
+                let mut outlet = Outlet::new(writer, kind);
+                // More than a pipe holds, and of a length that fits no page.
+                (0..300).for_each(|_| outlet.write_all(&[b'x'; 1001]).unwrap());
+                outlet.dropped
+            })
+        });
+        // Joined before anybody reads: a write that waited would wait for ever.
+        for writer in writers {
+            assert!(writer.join().unwrap().is_some());
+        }
+        drop(writer);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert!(!all.is_empty());
     }
 }

@@ -226,8 +226,10 @@ const ENDING: [Signal; 4] = [
 
 impl Signals {
     /// Blocks the signals for the calling thread and every thread it makes from now on, and SIGCONT, which
-    /// the console reads where it is used; a process that is stopped goes on by it all the same. Dropping
-    /// the value forgets those that came, since gantry ends already, and lets others through again.
+    /// the console reads where it is used; a process that is stopped goes on by it all the same. SIGTTOU is
+    /// blocked too, so that a VM in the background writes to a terminal that is set to stop such a job
+    /// (`stty tostop`). Dropping the value forgets those that came, since gantry ends already, and lets
+    /// others through again.
     ///
     /// # Errors
     /// The kernel refused.
@@ -236,6 +238,7 @@ impl Signals {
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let mut before = SigSet::empty();
         set.add(Signal::SIGCONT);
+        set.add(Signal::SIGTTOU);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
         Ok(Self {
             fd,

@@ -12,20 +12,18 @@ mod schema;
 mod tenant;
 mod vm;
 
-use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use anstream::ColorChoice;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use gantry_resources::{ChildWriter, HostPaths, reap};
-use gantry_vmm::outlet::{self, Outlet};
 use tracing::Level;
-use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
+use crate::output::{Stderr, print};
 use crate::report::{self, Failure};
+use crate::signals;
 
 /// Launches Linux VMs with devices of the host passed through.
 #[derive(Debug, Parser)]
@@ -159,12 +157,27 @@ enum Command {
 
 /// Everything between the arguments and the exit code.
 pub fn main() -> ExitCode {
-    let Cli { globals, command } = Cli::parse();
+    signals::outlive_size_limits();
     let colour = report::colour();
+    let stderr = Stderr::open();
+    let Cli { globals, command } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => error.exit(),
+        Err(text) => {
+            let printed = print(|out| write!(out, "{}", text.render().ansi()));
+            return match printed {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(failure) => failure.show(&stderr, colour),
+            };
+        }
+    };
+    let log = stderr.clone();
     tracing_subscriber::fmt()
         .with_ansi(colour != ColorChoice::Never)
         .with_max_level(globals.level())
-        .with_writer(log_writer())
+        .with_writer(move || log.clone())
+        // They would go to standard error, and end the process if that fails.
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .compact()
@@ -178,7 +191,7 @@ pub fn main() -> ExitCode {
     };
     paths
         .and_then(|paths| execute(command, paths))
-        .unwrap_or_else(|failure| failure.show(colour))
+        .unwrap_or_else(|failure| failure.show(&stderr, colour))
 }
 
 /// Gives back to the host what killed VMs could not. One that cannot be had back stops no command, nor does it
@@ -190,15 +203,6 @@ fn reap_or_warn(paths: &HostPaths) {
     };
     if let Err(error) = reap(paths, &writer) {
         tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
-    }
-}
-
-/// Standard error, which nobody may be reading: a VM must not wait for that.
-fn log_writer() -> BoxMakeWriter {
-    match Outlet::of_stream(&io::stderr(), outlet::Kind::Log) {
-        Ok(outlet) => BoxMakeWriter::new(Mutex::new(outlet)),
-        // It is closed.
-        Err(_) => BoxMakeWriter::new(io::sink),
     }
 }
 

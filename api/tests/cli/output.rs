@@ -86,6 +86,51 @@ fn a_full_disk_is_a_failure() {
 }
 
 #[test]
+fn no_state_of_a_stream_harms_a_command() {
+    let host = Host::new();
+    // The log warns of the group, and then the VM fails: its kernel is none.
+    let vm = r#"{"payload": {"kernel": "/bin/true"}, "hotplug": {"groups": ["none"]}}"#;
+    fs::write(host.path("w.json"), vm).unwrap();
+    let vm = host.path("w.json").display().to_string();
+    let commands: [(&[&str], &[i32]); 6] = [
+        (&["run", "--no-api", &vm], &[1]),
+        (&["device", "list"], &[0, 1]),
+        (&["device", "list", "--json"], &[0, 1]),
+        (&["completions", "bash"], &[0, 1]),
+        (&["--help"], &[0, 1]),
+        (&["device", "lits"], &[2]),
+    ];
+    let streams = [
+        "\"$@\" >/dev/full",
+        "\"$@\" 2>/dev/full",
+        "\"$@\" >/dev/full 2>&1",
+        "\"$@\" >&-",
+        "\"$@\" 2>&-",
+        "\"$@\" >&- 2>&-",
+        "\"$@\" | true",
+        "\"$@\" 2>&1 | true",
+        "\"$@\" >&2 2>/dev/full",
+        "ulimit -f 0; \"$@\" >limited 2>&1",
+    ];
+    for (args, statuses) in commands {
+        for stream in streams {
+            let command = host.command(args);
+            let mut shell = std::process::Command::new("bash");
+            shell.args(["-c", &format!("set -o pipefail; {stream}"), "bash"]);
+            shell.arg(command.get_program()).args(command.get_args());
+            shell.current_dir(host.path(""));
+            shell.stdin(std::process::Stdio::null());
+            let status = shell.output().unwrap().status;
+            let known = |code| statuses.contains(&code);
+            assert!(
+                status.code().is_some_and(known),
+                "{args:?} {stream}: {status}"
+            );
+        }
+    }
+}
+
+#[test]
 fn tables_are_sorted_by_each_of_their_columns() {
     let host = Host::new();
     let tables: [(&[&str], &str); 11] = [

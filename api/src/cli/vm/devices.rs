@@ -16,7 +16,7 @@ use crate::http::client::{Client, ClientError, EventReader, seconds};
 use crate::http::wire::{
     AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState,
 };
-use crate::output::{print, print_json};
+use crate::output::{note, print, print_json};
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
@@ -117,7 +117,7 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
         if let Some(asleep) = state::asleep(&client, &args.vm) {
-            eprintln!("{asleep}");
+            note(asleep);
         }
         let waited = wait_for_driver(&mut events, &mut devices, wait)?;
         if let Err(waiting) = waited {
@@ -225,7 +225,9 @@ fn wait_for_driver(
             Event::Attached { device } if waiting.contains(&device.id) => {
                 let seconds = took.get(&device.id).copied().unwrap_or_default();
                 let named = watch::named(&device);
-                eprintln!("{named} is plugged in after {seconds:.2} s; the guest's turn");
+                note(format_args!(
+                    "{named} is plugged in after {seconds:.2} s; the guest's turn"
+                ));
             }
             Event::Enabled { id } => {
                 let enabled = devices.iter_mut().filter(|device| device.id == id);
@@ -269,8 +271,11 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         None
     } else {
         match state::asleep(&client, &args.vm) {
-            Some(asleep) => eprintln!("{asleep}"),
-            None => eprintln!("waiting for {}'s guest to let {named} go", args.vm),
+            Some(asleep) => note(asleep),
+            None => note(format_args!(
+                "waiting for {}'s guest to let {named} go",
+                args.vm
+            )),
         }
         let wait = args.force_after.unwrap_or(0.0) + f64::from(args.timeout);
         let wait = Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX);

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{VmArgs, find};
 use crate::http::client::{Client, ClientError, seconds};
 use crate::http::wire::{Event, VmInfo, VmState};
-use crate::output::TellArgs;
+use crate::output::{TellArgs, note};
 use crate::report::Failure;
 
 /// A VM whose state is to change at once.
@@ -128,12 +128,12 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
     let mut events = client.events()?;
     client.put("vm.power-button")?;
     if let Some(asleep) = asleep(&client, &args.vm) {
-        eprintln!("{asleep}");
+        note(asleep);
     }
     let Some(wait) = args.wait else {
         return tell(&args.vm, Done::Asked, args.tell);
     };
-    eprintln!("waiting for {}'s guest to power off", args.vm);
+    note(format_args!("waiting for {}'s guest to power off", args.vm));
     let wait = Duration::from_secs(wait.into());
     let deadline = Instant::now() + wait;
     loop {

@@ -1,13 +1,11 @@
 //! `gantry vm events` and `gantry vm metrics`: what a VM tells of itself.
 
-use std::io::Write;
-
 use clap::Args;
 use gantry_resources::HostPaths;
 
 use super::{VmArgs, find};
 use crate::http::wire::{Device, Event};
-use crate::output::print;
+use crate::output::{print, print_while_read};
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
@@ -31,16 +29,13 @@ pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut events = client.events()?;
     let began = std::time::Instant::now();
     while let Some(line) = events.next(None)? {
-        let mut out = std::io::stdout().lock();
-        let written = if args.json {
-            let text = serde_json::to_string(&line).map_err(Failure::host)?;
-            writeln!(out, "{text}")
+        let text = if args.json {
+            serde_json::to_string(&line).map_err(Failure::host)?
         } else {
             let since = began.elapsed().as_secs_f64();
-            writeln!(out, "{since:9.3} {}", words(&line.event))
+            format!("{since:9.3} {}", words(&line.event))
         };
-        // Whoever read along has gone.
-        if written.and_then(|()| out.flush()).is_err() {
+        if !print_while_read(|out| writeln!(out, "{text}"))? {
             return Ok(());
         }
     }
