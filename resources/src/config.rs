@@ -3,7 +3,6 @@
 
 pub(crate) mod place;
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+use crate::regular::read_regular;
 use crate::{atomic, sysfs};
 
 /// A file of the configuration directory is wrong, or cannot be used.
@@ -83,9 +83,12 @@ pub(crate) fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(names.map(|name| dir.join(name)).collect())
 }
 
+/// The longest file of the configuration directory.
+const LONGEST: u64 = 16 << 20;
+
 /// A file's text; none if there is no such file.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, ConfigError> {
-    match fs::read_to_string(path) {
+    match read_regular(path, LONGEST) {
         Ok(text) => Ok(Some(text)),
         Err(error) if sysfs::is_gone(&error) => Ok(None),
         Err(source) => Err(ConfigError::Read {

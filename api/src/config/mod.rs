@@ -12,13 +12,13 @@ mod validate;
 mod wording;
 
 use std::fmt;
-use std::io::Read;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
-use gantry_resources::{DeviceName, HostPaths, Request};
+use gantry_resources::{DeviceName, HostPaths, Request, read_text};
 use gantry_vmm::command::Wanted;
 pub use schema::schema;
 pub use validate::SLOTS;
@@ -193,16 +193,14 @@ fn compile(text: &str, context: &Context) -> Result<gantry_vmm::VmConfig, Fault>
     })
 }
 
+/// The longest file that describes a VM.
+pub const LONGEST: u64 = 1 << 20;
+
 fn read(source: &Source) -> Result<String, Error> {
     let text = match source {
-        Source::Stdin => {
-            let mut text = String::new();
-            std::io::stdin()
-                .lock()
-                .read_to_string(&mut text)
-                .map(|_| text)
-        }
-        Source::File(path) => std::fs::read_to_string(path),
+        Source::Stdin => read_text(std::io::stdin().lock(), LONGEST),
+        // A pipe is waited for: whoever runs gantry may name one, as a shell does for `<(...)`.
+        Source::File(path) => File::open(path).and_then(|file| read_text(file, LONGEST)),
     };
     text.map_err(|error| Error::Read {
         what: source.to_string(),

@@ -470,7 +470,7 @@ const WHOLE: &[Mistake] = &[
     ),
     (
         r#"{"payload": {"kernel": "boot"}}"#,
-        "vm.json:1:24: `payload.kernel`: cannot read boot: it is a directory",
+        "vm.json:1:24: `payload.kernel`: cannot read boot: it is a directory, not a regular file",
         "",
     ),
     (
@@ -493,6 +493,28 @@ fn payload_mistakes_are_told_too() {
         let refusal = folder.refusal(text);
         assert!(refusal.starts_with(what), "{text}\n{refusal}");
         assert!(refusal.contains(help), "{text}\n{refusal}");
+    }
+}
+
+#[test]
+fn files_that_are_no_regular_ones_are_refused_and_not_waited_for() {
+    let folder = Folder::new();
+    let mode = nix::sys::stat::Mode::S_IRWXU;
+    nix::unistd::mkfifo(&folder.path("pipe"), mode).unwrap();
+    for (text, key) in [
+        (r#"{"payload": {"kernel": "pipe"}}"#, "payload.kernel"),
+        (
+            r#"{"payload": {"kernel": "vmlinux", "initramfs": "pipe"}}"#,
+            "payload.initramfs",
+        ),
+        (
+            r#"{"payload": {"kernel": "vmlinux"}, "serial": {"mode": "File", "file": "pipe"}}"#,
+            "serial.file",
+        ),
+    ] {
+        let refusal = folder.refusal(text);
+        assert!(refusal.contains(&format!("`{key}`: cannot ")), "{refusal}");
+        assert!(refusal.contains("pipe: it is a named pipe"), "{refusal}");
     }
 }
 

@@ -4,9 +4,10 @@ mod place;
 mod planned;
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{DeviceName, Groups, HostPaths, Request, Source, Wish};
+use gantry_resources::{DeviceName, Groups, HostPaths, Request, Source, Wish, open_regular};
 use gantry_vmm::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
 use super::model::{self, ByteSize};
@@ -131,10 +132,8 @@ fn readable(key: &str, file: PathBuf, folder: &Path) -> Result<PathBuf, Invalid>
     } else {
         "name a file that this user may read; a relative path starts at the folder of the JSON file"
     };
-    let problem = match File::open(&path).and_then(|opened| opened.metadata()) {
-        Ok(metadata) if !metadata.is_dir() => return Ok(path),
-        Ok(_) => "it is a directory".to_owned(),
-        Err(error) => error.to_string(),
+    let Err(problem) = open_regular(&path, File::options().read(true)) else {
+        return Ok(path);
     };
     Err(invalid(
         key,
@@ -333,10 +332,22 @@ fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Inval
     }
 }
 
+/// A file that is there must be one that can be written to; else it is made when the VM is built.
+fn serial_file(path: PathBuf) -> Result<SerialMode, Invalid> {
+    match open_regular(&path, File::options().write(true)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(invalid(
+            "serial.file",
+            format!("cannot write to {}: {error}", path.display()),
+            "name a regular file that this user may write to, or one that is not there yet",
+        )),
+        _ => Ok(SerialMode::File(path)),
+    }
+}
+
 fn serial(config: model::SerialConfig, folder: &Path) -> Result<SerialMode, Invalid> {
     use model::SerialMode as Mode;
     match (config.mode, config.file) {
-        (Mode::File, Some(file)) => Ok(SerialMode::File(folder.join(file))),
+        (Mode::File, Some(file)) => serial_file(folder.join(file)),
         (Mode::File, None) => {
             let help = "add \"file\": \"PATH\" beside it";
             Err(invalid("serial.mode", "mode \"File\" needs a file", help))

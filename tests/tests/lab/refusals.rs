@@ -122,8 +122,8 @@ fn files_that_are_no_kernels(host: &Host) -> Result<()> {
     refused(
         host,
         &kernel("/dev/null"),
-        1,
-        &["payload.kernel", "/dev/null", "regular"],
+        2,
+        &["payload.kernel", "/dev/null", "a device"],
     )?;
     let script = "
         mkdir -p /tmp/vms && cd /tmp/vms && : >empty && gzip -c /etc/profile >gzip

@@ -1,8 +1,10 @@
 //! The files a VM boots: opened once, read at every boot of the guest.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+
+use gantry_resources::open_regular;
 
 use super::board::Board;
 use crate::boot::{self, Entry, Image, acpi};
@@ -23,14 +25,6 @@ pub enum FileError {
         /// Why.
         #[source]
         source: io::Error,
-    },
-    /// It is a directory, a device or a pipe.
-    #[error("{key}: {} is not a regular file", path.display())]
-    NotAFile {
-        /// The key of the VM's file that names it.
-        key: &'static str,
-        /// What is no file.
-        path: PathBuf,
     },
     /// Another VM writes to it.
     #[error(
@@ -114,14 +108,7 @@ fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
         path: path.to_owned(),
         source,
     };
-    // Asked before it is opened: opening a pipe would wait for its writer.
-    if !fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(FileError::NotAFile {
-            key,
-            path: path.to_owned(),
-        });
-    }
-    let file = File::open(path).map_err(failed)?;
+    let file = open_regular(path, File::options().read(true)).map_err(failed)?;
     Ok((path.to_owned(), file))
 }
 
@@ -132,15 +119,9 @@ fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
 /// It is there and no regular file, or another VM's, or cannot be made.
 pub fn create(key: &'static str, path: &Path) -> Result<File, FileError> {
     let path = path.to_owned();
-    // Opening a pipe would wait for its reader, and so would the guest.
-    if fs::metadata(&path).is_ok_and(|existing| !existing.is_file()) {
-        return Err(FileError::NotAFile { key, path });
-    }
-    let opened = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    let opened = open_regular(&path, &options);
     let emptied = opened.and_then(|file| match file.try_lock() {
         Err(TryLockError::WouldBlock) => Ok(None),
         // Some file systems know no locks.
@@ -155,9 +136,12 @@ pub fn create(key: &'static str, path: &Path) -> Result<File, FileError> {
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error;
+    use std::fs;
+
     use nix::sys::stat::Mode;
 
-    use super::*;
+    use super::{FileError, create, open};
 
     #[test]
     fn output_goes_to_regular_files_only() {
@@ -165,9 +149,16 @@ mod tests {
         let pipe = folder.path().join("pipe");
         nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
         for path in [folder.path(), &pipe] {
-            let refused = create("serial.file", path).unwrap_err().to_string();
-            assert!(refused.starts_with("serial.file: "), "{refused}");
-            assert!(refused.ends_with("is not a regular file"), "{refused}");
+            let refused = create("serial.file", path).unwrap_err();
+            assert!(
+                refused.to_string().starts_with("serial.file: "),
+                "{refused}"
+            );
+            let why = refused.source().unwrap().to_string();
+            assert!(why.ends_with("not a regular file"), "{why}");
+            let refused = open("payload.kernel", path).unwrap_err();
+            let why = refused.source().unwrap().to_string();
+            assert!(why.ends_with("not a regular file"), "{why}");
         }
         let log = folder.path().join("log");
         fs::write(&log, "old").unwrap();

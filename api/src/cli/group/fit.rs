@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use gantry_resources::{
     Fit, HostPaths, Instance, Place, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
+    read_regular,
 };
 
 use serde_json::{Map, Value};
@@ -75,7 +76,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
             name = Path::new("the request");
             text.to_owned()
         }
-        false if path.is_file() => std::fs::read_to_string(&path)
+        false if path.is_file() => read_regular(&path, crate::config::LONGEST)
             .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
         false => {
             let requests = aliases(text).map_err(|error| wrong(error.to_string()))?;

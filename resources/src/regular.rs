@@ -1,0 +1,113 @@
+//! Opening files that somebody else names: none is waited for, and nothing but a regular file is opened.
+//!
+//! Opening a pipe waits for its other end, and opening a device may do something to it. So the kind of a
+//! file is asked for first, and once more of what was opened, which may be another file by then.
+
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::libc;
+
+/// Opens a regular file, or a link to one, without waiting.
+///
+/// # Errors
+/// It is something else, in words, or cannot be opened.
+pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    match fs::metadata(path) {
+        Ok(metadata) => must_be_regular(metadata.file_type())?,
+        // The options may be to make it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let file = options
+        .clone()
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)?;
+    must_be_regular(file.metadata()?.file_type())?;
+    Ok(file)
+}
+
+/// The text of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// As [`open_regular`]; or it is longer, or no text.
+pub fn read_regular(path: &Path, most: u64) -> io::Result<String> {
+    read_text(open_regular(path, OpenOptions::new().read(true))?, most)
+}
+
+/// All of a text of at most `most` bytes.
+///
+/// # Errors
+/// It cannot be read, is longer, or is no text.
+pub fn read_text(source: impl Read, most: u64) -> io::Result<String> {
+    let mut text = String::new();
+    let length = source
+        .take(most.saturating_add(1))
+        .read_to_string(&mut text)?;
+    match length as u64 > most {
+        true => Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it is longer than {most} bytes"),
+        )),
+        false => Ok(text),
+    }
+}
+
+fn must_be_regular(kind: FileType) -> io::Result<()> {
+    let what = match kind {
+        kind if kind.is_file() => return Ok(()),
+        kind if kind.is_dir() => "a directory",
+        kind if kind.is_fifo() => "a named pipe",
+        kind if kind.is_socket() => "a socket",
+        kind if kind.is_block_device() || kind.is_char_device() => "a device",
+        _ => "something else",
+    };
+    let what = format!("it is {what}, not a regular file");
+    Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use nix::sys::stat::Mode;
+
+    use super::*;
+
+    #[test]
+    fn only_regular_files_are_opened_and_none_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        nix::unistd::mkfifo(&path("pipe"), Mode::S_IRWXU).unwrap();
+        symlink(path("pipe"), path("link-to-pipe")).unwrap();
+        let _listener = UnixListener::bind(path("socket")).unwrap();
+        fs::write(path("file"), "text").unwrap();
+        symlink(path("file"), path("link")).unwrap();
+        let mut write = OpenOptions::new();
+        write.write(true).create(true);
+        for (name, what) in [
+            ("pipe", "a named pipe"),
+            ("link-to-pipe", "a named pipe"),
+            ("socket", "a socket"),
+            ("", "a directory"),
+            ("/dev/zero", "a device"),
+        ] {
+            for options in [OpenOptions::new().read(true), &mut write] {
+                let refused = open_regular(&path(name), options).unwrap_err().to_string();
+                assert_eq!(refused, format!("it is {what}, not a regular file"));
+            }
+        }
+        for name in ["file", "link"] {
+            assert_eq!(read_regular(&path(name), 4).unwrap(), "text");
+        }
+        let long = read_regular(&path("file"), 3).unwrap_err().to_string();
+        assert_eq!(long, "it is longer than 3 bytes");
+        let missing = read_regular(&path("none"), 4).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        open_regular(&path("new"), &write).unwrap();
+        assert!(path("new").is_file());
+    }
+}
