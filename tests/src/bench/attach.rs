@@ -86,7 +86,7 @@ impl Bench {
         let setup = Setup {
             kernel: HostKernel::Lab,
             devices: vec![Device::nvme("GANTRY-NVME0001")],
-            programs: contenders.iter().filter_map(Contender::to_bring).collect(),
+            puts: contenders.iter().filter_map(Contender::to_bring).collect(),
             parallel: true,
             ..Setup::default()
         };

@@ -95,7 +95,7 @@ impl Bench {
                 Device::nvme("GANTRY-NVME0001"),
                 Device::nvme("GANTRY-NVME0002"),
             ],
-            programs: contenders.iter().filter_map(Contender::to_bring).collect(),
+            puts: contenders.iter().filter_map(Contender::to_bring).collect(),
             parallel: true,
             ..Setup::default()
         };

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use crate::lab::Host;
+use crate::lab::put::Put;
 
 /// Folder of the peers' programs and of the VMs' files in the lab host.
 const FOLDER: &str = "/bench";
@@ -106,9 +107,12 @@ impl Contender {
         })
     }
 
-    /// What the lab has to be given: path there, file here.
-    pub fn to_bring(&self) -> Option<(String, PathBuf)> {
-        Some((self.program.clone(), self.file.clone()?))
+    /// What the lab has to be given.
+    pub fn to_bring(&self) -> Option<Put> {
+        Some(Put {
+            from: self.file.clone()?,
+            place: self.program.clone(),
+        })
     }
 
     /// The command that runs `guest`; what it reads is written to the lab host.
@@ -194,9 +198,9 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().display();
         let peer = Contender::peer(&format!("cloud-hypervisor={path}")).unwrap();
-        let (there, here) = peer.to_bring().unwrap();
-        assert_eq!(there, "/bench/cloud-hypervisor");
-        assert_eq!(here, file.path());
+        let put = peer.to_bring().unwrap();
+        assert_eq!(put.place, "/bench/cloud-hypervisor");
+        assert_eq!(put.from, file.path());
         assert!(Contender::peer("cloud-hypervisor").is_err());
         assert!(Contender::peer("cloud-hypervisor=/no/such/file").is_err());
         assert!(Contender::peer(&format!("other={path}")).is_err());

@@ -1,8 +1,8 @@
 //! The agent of the lab host: starts what `xtask` asks for and sends back what comes out.
 //!
 //! It is started by the lab host's `/init` and speaks [`gantry_tests::protocol`] over a
-//! virtio-serial port. When `xtask` is gone, the port closes, the agent ends and `/init` powers
-//! the lab off: no lab outlives its owner. With the argument `measure` it runs one measurement of a
+//! virtio-serial port. When the port or `xtask` is gone, the agent ends, `/init` restarts the host and
+//! QEMU ends: no lab outlives its owner. With the argument `measure` it runs one measurement of a
 //! bench instead, and with `relay` and a path it passes what comes in on to a Unix socket and back.
 
 use std::collections::HashMap;

@@ -1,15 +1,15 @@
 //! A booted lab host: run commands in it, write and read its files, know why it died.
 
 use std::fs;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::channel::{Channel, Event, Process};
 use super::monitor::Monitor;
 use super::parts::Parts;
+use super::put::Put;
 use super::qemu::{self, Device, Machine, Running};
 use super::{command, disk, images};
 use crate::cleanup::TempFolder;
@@ -21,6 +21,14 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 const HELLO_PATIENCE: Duration = Duration::from_secs(20);
 /// How long a command may run unless it says otherwise.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(120);
+/// How long QEMU may take to end when the wire is gone.
+const END_PATIENCE: Duration = Duration::from_secs(20);
+/// What the host's console says when its kernel panics, and when its agent ends (see `lab/host-init.sh`).
+const PANIC: &str = "Kernel panic";
+const AGENT_ENDED: &str = "lab: the agent ended";
+/// What part of the memory the initramfs may take: it is there twice while the kernel unpacks it, which drops
+/// without a word what finds no room.
+const INITRD_SHARE: usize = 4;
 
 /// Which lab to boot.
 #[derive(Debug, Clone)]
@@ -40,8 +48,10 @@ pub struct Setup {
     pub append: String,
     /// Whether it has Debian's modprobe and udev, which nobody starts, in place of busybox's.
     pub udev: bool,
-    /// Programs put there besides, with their libraries: path there, file here.
-    pub programs: Vec<(String, PathBuf)>,
+    /// Files of this machine that are put there besides.
+    pub puts: Vec<Put>,
+    /// More arguments for QEMU, after the lab's own.
+    pub qemu: Vec<String>,
 }
 
 impl Default for Setup {
@@ -54,7 +64,8 @@ impl Default for Setup {
             parallel: false,
             append: String::new(),
             udev: false,
-            programs: Vec::new(),
+            puts: Vec::new(),
+            qemu: Vec::new(),
         }
     }
 }
@@ -78,6 +89,12 @@ impl Host {
             .context("cannot create a temporary folder for the lab")?;
         let path = folder.path();
         let initrd = images::host(parts, setup)?;
+        let (needed, most) = (initrd.len() >> 20, setup.memory_mib as usize / INITRD_SHARE);
+        ensure!(
+            needed <= most,
+            "the lab's files take {needed} MiB, and a lab with {} MiB of memory holds {most} MiB of them",
+            setup.memory_mib
+        );
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
             if let Some(serial) = device.disk() {
@@ -92,13 +109,17 @@ impl Host {
             cpus: setup.cpus,
             parallel: setup.parallel || !parts.may_take_turns(),
             devices: setup.devices.clone(),
+            more: setup.qemu.clone(),
             folder: path.to_owned(),
         };
         let began = Instant::now();
         let running = machine.start()?;
         let channel = Channel::new(running.agent.try_clone()?)?;
-        let monitor = Monitor::new(running.monitor.try_clone()?).with_context(|| {
-            format!("QEMU did not start\n{}", command::tail(&machine.messages()))
+        let monitor = Monitor::new(running.monitor.try_clone()?).map_err(|error| {
+            match command::tail(&machine.messages()) {
+                words if words.is_empty() => error.context("QEMU does not start"),
+                words => anyhow!("QEMU does not start; it says:\n{words}"),
+            }
         })?;
         let monitor = Mutex::new(monitor);
         let mut host = Self {
@@ -121,6 +142,11 @@ impl Host {
         // QEMU has read it, and it is large.
         let _ = fs::remove_file(host.machine.folder.join("initrd"));
         Ok(host)
+    }
+
+    /// What QEMU has said, warnings mostly.
+    pub fn messages(&self) -> String {
+        fs::read_to_string(self.machine.messages()).unwrap_or_default()
     }
 
     /// How long the boot took, from QEMU's start to the agent's first word.
@@ -206,8 +232,58 @@ impl Host {
         )
     }
 
+    /// Why the lab ended, asked when the wire to it is gone.
+    pub fn end(&self) -> End {
+        let deadline = Instant::now() + END_PATIENCE;
+        let status = loop {
+            match self.running.child.try_wait() {
+                Ok(Some(status)) => break Some(status),
+                _ if Instant::now() > deadline => break None,
+                _ => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        let Some(status) = status else {
+            return End::Lost("its agent does not answer any more, and QEMU still runs".to_owned());
+        };
+        let mut monitor = self.monitor.lock().unwrap_or_else(PoisonError::into_inner);
+        let console = fs::read(self.machine.console()).unwrap_or_default();
+        End::of(
+            &status.to_string(),
+            monitor.last_reason().as_deref(),
+            &String::from_utf8_lossy(&console),
+        )
+    }
+
     fn lost(&self) -> anyhow::Error {
         anyhow!("the lab host is gone\n{}", self.last_words())
+    }
+}
+
+/// How a lab ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// Somebody in it switched it off.
+    PoweredOff,
+    /// It died, and why.
+    Lost(String),
+}
+
+impl End {
+    /// The end that these tell of: QEMU's exit status, the reason in its last event, the console's text.
+    fn of(status: &str, reason: Option<&str>, console: &str) -> Self {
+        let why = match reason {
+            Some("guest-shutdown") => return Self::PoweredOff,
+            Some("guest-reset") if console.contains(PANIC) => "its kernel panicked".to_owned(),
+            Some("guest-reset") if console.contains(AGENT_ENDED) => {
+                "the wire to it is gone: a command took the virtio console 0000:00:02.0, which its agent \
+                 talks over, from its driver, or ended the agent"
+                    .to_owned()
+            }
+            Some("guest-reset") => "it was restarted, which ends a lab".to_owned(),
+            Some(reason) => format!("QEMU ended: {reason}"),
+            None => format!("QEMU ended: {status}"),
+        };
+        Self::Lost(why)
     }
 }
 
@@ -336,5 +412,32 @@ impl std::fmt::Display for Output {
         let Self { what, exit, .. } = self;
         writeln!(f, "`{what}`: {exit:?}\n--- stdout\n{}", self.text())?;
         write!(f, "--- stderr\n{}", self.errors())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_in_plain_words() {
+        let end = |reason, console| End::of("signal: 9 (SIGKILL)", reason, console);
+        assert_eq!(end(Some("guest-shutdown"), ""), End::PoweredOff);
+        let lost = |reason, console| match end(reason, console) {
+            End::Lost(why) => why,
+            End::PoweredOff => String::new(),
+        };
+        let panic = "[    9.0] Kernel panic - not syncing: sysrq triggered crash\n";
+        assert!(lost(Some("guest-reset"), panic).contains("kernel panicked"));
+        let agent = "[    9.0] lab: the agent ended with status 1\n";
+        assert!(lost(Some("guest-reset"), agent).contains("virtio console 0000:00:02.0"));
+        assert!(lost(Some("guest-reset"), "").contains("restarted"));
+        assert!(lost(Some("host-signal"), "").contains("host-signal"));
+        assert!(lost(None, "").contains("signal: 9"));
+    }
+
+    #[test]
+    fn what_the_end_looks_for_is_what_init_says() {
+        assert!(include_str!("../../lab/host-init.sh").contains(AGENT_ENDED));
     }
 }

@@ -51,9 +51,6 @@ pub fn host(parts: &Parts, setup: &Setup) -> Result<Vec<u8>> {
     archive.program("bin/ip", &ip, Some(&parts.tools))?;
     archive.program("bin/lab-agent", &parts.agent, None)?;
     archive.program("bin/gantry", &parts.gantry, None)?;
-    for (path, from) in &setup.programs {
-        archive.program(path, from, None)?;
-    }
     archive.program(
         "bin/lspci",
         &parts.tools.join("usr/bin/lspci"),
@@ -81,6 +78,9 @@ pub fn host(parts: &Parts, setup: &Setup) -> Result<Vec<u8>> {
     }
     archive.file("lab/initramfs-guest", 0o644, &guest(parts)?);
     archive.file("lab/vm.json", 0o644, include_bytes!("../../lab/vm.json"));
+    for put in &setup.puts {
+        put.add(&mut archive)?;
+    }
     Ok(archive.finish())
 }
 

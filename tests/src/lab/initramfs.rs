@@ -4,29 +4,38 @@
 //! Own code because it is 60 lines; uncompressed because unpacking costs more in the lab than
 //! reading.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use object::Architecture;
+use object::elf::PT_DYNAMIC;
+use object::read::elf::{ElfFile64, ProgramHeader};
+use object::{LittleEndian, Object};
 
 use super::command;
+
+/// Type bits of a mode, and those of a folder.
+const TYPE: u32 = 0o170_000;
+const FOLDER: u32 = 0o040_000;
 
 /// An archive that grows file by file. Parent folders are added by themselves.
 #[derive(Debug, Default)]
 pub struct Initramfs {
     bytes: Vec<u8>,
     inode: u32,
-    present: BTreeSet<String>,
+    /// Path and mode of each entry.
+    present: BTreeMap<String, u32>,
 }
 
 impl Initramfs {
     /// Adds a folder and its parents.
     pub fn folder(&mut self, path: &str) {
         let path = path.trim_matches('/');
-        if path.is_empty() || self.present.contains(path) {
+        if path.is_empty() || self.present.contains_key(path) {
             return;
         }
         if let Some((parent, _)) = path.rsplit_once('/') {
@@ -38,6 +47,34 @@ impl Initramfs {
     /// Adds a file; one that is there already stays.
     pub fn file(&mut self, path: &str, mode: u32, data: &[u8]) {
         self.leaf(path, 0o100_000 | mode, data, (0, 0));
+    }
+
+    /// Lets the next entry at `path`, a folder or not, take the place of what is there, or says why it cannot:
+    /// the kernel drops without a word what it cannot unpack.
+    pub fn make_way(&mut self, path: &str, folder: bool) -> Result<()> {
+        let path = path.trim_matches('/');
+        for (end, _) in path.match_indices('/') {
+            let parent = path.get(..end).unwrap_or_default();
+            if self.mode(parent).is_some_and(|mode| mode & TYPE != FOLDER) {
+                bail!("/{parent} is a file in the lab");
+            }
+        }
+        match (self.mode(path).map(|mode| mode & TYPE == FOLDER), folder) {
+            (Some(true), false) => {
+                bail!("/{path} is a folder in the lab; /{path}/ names a place in it")
+            }
+            (Some(false), true) => bail!("/{path} is a file in the lab"),
+            // A later entry of a path replaces an earlier one.
+            (Some(false), false) => {
+                self.present.remove(path);
+            }
+            (Some(true), true) | (None, _) => {}
+        }
+        Ok(())
+    }
+
+    fn mode(&self, path: &str) -> Option<u32> {
+        self.present.get(path).copied()
     }
 
     /// Adds a symbolic link.
@@ -53,6 +90,9 @@ impl Initramfs {
     /// Copies a file of this machine.
     pub fn copy(&mut self, path: &str, from: &Path) -> Result<()> {
         let data = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        if u32::try_from(data.len()).is_err() {
+            bail!("{} is too large: at most 4 GiB", from.display());
+        }
         let mode = fs::metadata(from)?.permissions().mode() & 0o777;
         self.file(path, mode, &data);
         Ok(())
@@ -67,6 +107,17 @@ impl Initramfs {
         Ok(())
     }
 
+    /// Whether a file is a program or library of this machine's kind that is linked to libraries.
+    pub fn needs_libraries(path: &Path) -> Result<bool> {
+        let data = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Ok(elf) = ElfFile64::<LittleEndian>::parse(&*data) else {
+            return Ok(false);
+        };
+        let mut headers = elf.elf_program_headers().iter();
+        let dynamic = headers.any(|header| header.p_type(LittleEndian) == PT_DYNAMIC);
+        Ok(dynamic && elf.architecture() == Architecture::X86_64)
+    }
+
     /// The finished archive.
     pub fn finish(mut self) -> Vec<u8> {
         self.inode = 0;
@@ -76,7 +127,7 @@ impl Initramfs {
 
     fn leaf(&mut self, path: &str, mode: u32, data: &[u8], device: (u32, u32)) {
         let path = path.trim_matches('/');
-        if self.present.contains(path) {
+        if self.present.contains_key(path) {
             return;
         }
         if let Some((parent, _)) = path.rsplit_once('/') {
@@ -86,7 +137,7 @@ impl Initramfs {
     }
 
     fn entry(&mut self, path: &str, mode: u32, data: &[u8], (major, minor): (u32, u32)) {
-        self.present.insert(path.to_owned());
+        self.present.insert(path.to_owned(), mode);
         self.inode += 1;
         let fields = [
             self.inode,

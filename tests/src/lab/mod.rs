@@ -18,15 +18,18 @@
 //! | [`parts`] | all that a lab is made of: found in the cache or made |
 //! | [`initramfs`] | cpio archives of programs with their libraries, modules and files |
 //! | [`images`] | what is in the two initramfs, the host's and the guest's |
+//! | [`put`] | files of this machine that go there besides |
 //! | [`disk`] | disks with known contents |
 //! | [`qemu`] | the machine, its command line and its process |
 //! | [`monitor`] | QEMU's own monitor: faults and hot-plug from outside |
 //! | [`channel`] | the wire to the agent |
 //! | [`host`] | a booted lab host |
 //! | [`shell`] | a terminal in it |
+//! | [`cli`] | `cargo xtask lab` |
 
 pub mod cache;
 pub mod channel;
+pub mod cli;
 pub mod command;
 pub mod disk;
 pub mod erratum;
@@ -38,9 +41,10 @@ pub mod kernel_build;
 pub mod monitor;
 pub mod packages;
 pub mod parts;
+pub mod put;
 pub mod qemu;
 pub mod shell;
 pub mod sources;
 
-pub use host::{Host, Output, Setup};
+pub use host::{End, Host, Output, Setup};
 pub use parts::Parts;

@@ -27,6 +27,22 @@ impl Monitor {
         Ok(monitor)
     }
 
+    /// Why QEMU ended, in the word of its event SHUTDOWN (`guest-shutdown`, `guest-reset` ...), once it has;
+    /// nothing if it was killed.
+    pub fn last_reason(&mut self) -> Option<String> {
+        let mut reason = None;
+        let mut line = String::new();
+        while self.input.read_line(&mut line).is_ok_and(|read| read > 0) {
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event.get("event").and_then(Value::as_str) == Some("SHUTDOWN") {
+                let told = event.pointer("/data/reason").and_then(Value::as_str);
+                reason = told.map(str::to_owned);
+            }
+            line.clear();
+        }
+        reason
+    }
+
     /// Runs `command` and returns what it says; events and the greeting are skipped.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let mut line = json!({"execute": command, "arguments": arguments}).to_string();
@@ -72,5 +88,21 @@ mod tests {
         assert!(error.to_string().contains("refuses b"), "{error}");
         drop(theirs);
         assert!(monitor.execute("c", json!({})).is_err());
+    }
+
+    #[test]
+    fn the_reason_of_the_end_is_told() {
+        let end = |last: &str| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let said = format!("{{\"QMP\": {{}}}}\n{{\"return\": {{}}}}\n{last}");
+            theirs.write_all(said.as_bytes()).unwrap();
+            let mut monitor = Monitor::new(ours).unwrap();
+            drop(theirs);
+            monitor.last_reason()
+        };
+        let off = "{\"event\": \"STOP\"}\n\
+            {\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";
+        assert_eq!(end(off).as_deref(), Some("guest-shutdown"));
+        assert_eq!(end(""), None, "killed");
     }
 }

@@ -240,6 +240,8 @@ pub struct Machine {
     pub parallel: bool,
     /// Devices, in the order of their slots.
     pub devices: Vec<Device>,
+    /// More arguments, after all others.
+    pub more: Vec<String>,
     /// Folder of the initramfs (`initrd`), the disks, the console's log and QEMU's own.
     pub folder: PathBuf,
 }
@@ -316,6 +318,7 @@ impl Machine {
         for (index, device) in self.devices.iter().enumerate() {
             arguments.extend(device.arguments(index, &self.folder));
         }
+        arguments.extend_from_slice(&self.more);
         arguments
     }
 
@@ -384,6 +387,7 @@ mod tests {
             cpus: 2,
             parallel: false,
             devices: Device::usual(),
+            more: vec!["-device".into(), "e1000e".into()],
             folder: "/f".into(),
         };
         let arguments = machine.arguments();
@@ -393,6 +397,7 @@ mod tests {
         assert!(all.contains("file.filename=/f/GANTRY-NVME0001.raw"));
         assert!(all.contains("bochs-display,id=dev4,addr=0x14.0,multifunction=on"));
         assert!(all.contains("rdinit=/init a=b"));
+        assert!(all.ends_with("-device e1000e"));
         assert!(all.contains("-accel tcg,thread=single"));
         let parallel = Machine {
             parallel: true,

@@ -5,13 +5,13 @@ use std::os::fd::AsFd;
 use std::process::Command;
 use std::thread;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::termios::{self, SetArg};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 
-use super::Host;
-use super::channel::Event;
+use super::channel::{Event, Process};
+use super::{End, Host};
 use crate::cleanup::Guard;
 use crate::protocol::{Exit, Size};
 
@@ -46,27 +46,48 @@ pub fn interactive(host: &Host, argv: &[&str]) -> Result<i32> {
     });
     let exit = pass_through(&mut process);
     drop(raw);
-    exit
+    match exit? {
+        Some(code) => Ok(code),
+        None => match host.end() {
+            // A good way out.
+            End::PoweredOff => {
+                eprintln!("The lab host is powered off.");
+                Ok(0)
+            }
+            End::Lost(why) => Err(lost(host, &why)),
+        },
+    }
 }
 
 /// Runs `argv` without a terminal, output passed through; its exit status.
 pub fn batch(host: &Host, argv: &[String]) -> Result<i32> {
     let mut process = host.command(argv.iter().cloned()).start()?;
-    process.control().close()?;
-    pass_through(&mut process)
+    // Where this fails the lab is gone, which the next event tells.
+    let _ = process.control().close();
+    match pass_through(&mut process)? {
+        Some(code) => Ok(code),
+        None => match host.end() {
+            End::PoweredOff => bail!("the lab host was powered off before the command ended"),
+            End::Lost(why) => Err(lost(host, &why)),
+        },
+    }
 }
 
-fn pass_through(process: &mut super::channel::Process) -> Result<i32> {
+fn lost(host: &Host, why: &str) -> anyhow::Error {
+    anyhow!("the lab host is gone: {why}\n{}", host.last_words())
+}
+
+/// Shows the command's output until it ends; its exit status, or nothing when the wire is gone.
+fn pass_through(process: &mut Process) -> Result<Option<i32>> {
     loop {
         match process.next(None) {
             Ok(Event::Stdout(data)) => show(&mut stdout(), &data)?,
             Ok(Event::Stderr(data)) => show(&mut io::stderr(), &data)?,
             Ok(Event::Hello) => {}
-            Ok(Event::Exit(Exit::Code(code))) => return Ok(code),
-            Ok(Event::Exit(Exit::Signal(signal))) => return Ok(128 + signal),
+            Ok(Event::Exit(Exit::Code(code))) => return Ok(Some(code)),
+            Ok(Event::Exit(Exit::Signal(signal))) => return Ok(Some(128 + signal)),
             Ok(Event::Exit(Exit::NotStarted(why))) => bail!("cannot start it in the lab: {why}"),
-            // The lab is off: `poweroff` in its shell is a good way out.
-            Err(_) => return Ok(0),
+            Err(_) => return Ok(None),
         }
     }
 }

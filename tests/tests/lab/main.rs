@@ -44,6 +44,7 @@ mod uplinks;
 mod usb;
 mod vgpu;
 mod vm;
+mod xtask;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -76,6 +77,7 @@ const SUITES: &[Suite] = &[
             ("sandbox", sandbox::AUDITED),
             ("check", check::CASES),
             ("persist", persist::CASES),
+            ("xtask", xtask::CASES),
         ],
     },
     Suite {
