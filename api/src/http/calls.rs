@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::metrics::{self, Tally};
+use super::places::Place;
 use super::reply::{self, Answered, Refusal};
 use super::routes::{self, Call};
 use super::server::{Identity, Limits};
@@ -22,7 +23,7 @@ use super::wire::{self, AddDevice, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, Extras, Written};
 
-/// How long a body that is refused for its size is read on, so that its sender gets to read why.
+/// How long a body that is not wanted is read on, so that its sender gets to read why.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// What every request is answered from.
@@ -35,28 +36,38 @@ pub struct App {
 }
 
 impl App {
-    /// Answers one request.
-    pub async fn answer(&self, request: Request<Incoming>) -> Answered {
-        let (name, answer) = match routes::find(request.method(), request.uri().path()) {
-            Ok(route) => (route.path, self.call(route.call, request).await),
-            Err(refusal) => ("none", Err(refusal)),
+    /// Answers one request, once all of it has come: a client that is still writing reads no answer.
+    pub async fn answer(&self, request: Request<Incoming>, place: &Place) -> Answered {
+        let route = routes::find(request.method(), request.uri().path());
+        let body = match &route {
+            Ok(_) => self.body(request).await,
+            Err(_) => {
+                skip(request).await;
+                Ok(Bytes::new())
+            }
+        };
+        let busy = place.busy();
+        let (name, answer) = match (route, body) {
+            (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body).await),
+            (Ok(route), Err(refusal)) => (route.path, Err(refusal)),
+            (Err(refusal), _) => ("none", Err(refusal)),
         };
         let answer = answer.unwrap_or_else(|refusal| reply::refused(&refusal));
         self.tally.answered(name, answer.status());
-        answer
+        answer.map(|payload| payload.keep(busy))
     }
 
-    async fn call(&self, call: Call, request: Request<Incoming>) -> Result<Answered, Refusal> {
+    async fn call(&self, call: Call, body: &[u8]) -> Result<Answered, Refusal> {
         let command = match call {
             Call::Ping => return Ok(reply::json(&self.ping())),
             Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info()?))),
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
-            Call::AddDevice => return self.add_device(request).await,
+            Call::AddDevice => return self.add_device(body).await,
             Call::Events => return self.listen(),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
-            Call::RemoveDevice => Command::Detach(self.detach(request).await?),
-            Call::Create => self.create(request).await?,
+            Call::RemoveDevice => Command::Detach(detach(body)?),
+            Call::Create => self.create(body)?,
             Call::Quit => Command::Quit,
             Call::Boot => Command::Boot,
             Call::Delete => Command::Delete,
@@ -112,9 +123,8 @@ impl App {
         }
     }
 
-    async fn create(&self, request: Request<Incoming>) -> Result<Command, Refusal> {
-        let body = self.body(request).await?;
-        let text = String::from_utf8(body.into())
+    fn create(&self, body: &[u8]) -> Result<Command, Refusal> {
+        let text = String::from_utf8(body.to_vec())
             .map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))?;
         let Identity {
             name,
@@ -146,8 +156,8 @@ impl App {
         Ok(Command::Create(Recipe(Box::new(make))))
     }
 
-    async fn add_device(&self, request: Request<Incoming>) -> Result<Answered, Refusal> {
-        let mut body: AddDevice = self.json(request).await?;
+    async fn add_device(&self, body: &[u8]) -> Result<Answered, Refusal> {
+        let mut body: AddDevice = json(body)?;
         let id = body.id.take();
         let wanted = config::attach_request(body, self.identity.allow_ungrouped);
         let wanted = wanted.map_err(Refusal::malformed)?;
@@ -167,15 +177,6 @@ impl App {
             }
             _ => Ok(reply::done()),
         }
-    }
-
-    async fn detach(&self, request: Request<Incoming>) -> Result<Detach, Refusal> {
-        let RemoveDevice { id, force_after } = self.json(request).await?;
-        let force_after = force_after
-            .map(Duration::try_from_secs_f64)
-            .transpose()
-            .map_err(|_| Refusal::malformed("`force_after`: a number of seconds is wanted"))?;
-        Ok(Detach { id, force_after })
     }
 
     fn listen(&self) -> Result<Answered, Refusal> {
@@ -207,17 +208,10 @@ impl App {
         Ok(reply::text(metrics::CONTENT_TYPE, text))
     }
 
-    /// The body as a value, with the key in what is wrong with it.
-    async fn json<T: DeserializeOwned>(&self, request: Request<Incoming>) -> Result<T, Refusal> {
-        let body = self.body(request).await?;
-        serde_json::from_slice(&body)
-            .map_err(|error| Refusal::malformed(format!("the body: {error}")))
-    }
-
     /// The whole body, within bounds of size and time.
     async fn body(&self, request: Request<Incoming>) -> Result<Bytes, Refusal> {
         let most = self.limits.body_bytes;
-        let waits = request.headers().contains_key(EXPECT);
+        let waits = waits(&request);
         let mut body = request.into_body();
         let declared = body.size_hint().lower();
         let whole = async {
@@ -240,18 +234,44 @@ impl App {
         if let Some(whole) = whole {
             return Ok(whole);
         }
-        // A sender that waits to be asked for the body has sent nothing.
         if !waits {
-            let _ = timeout(DRAIN, drain(body)).await;
+            drain(body).await;
         }
         let what = format!("the body is larger than {most} bytes");
         Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, what))
     }
 }
 
+fn detach(body: &[u8]) -> Result<Detach, Refusal> {
+    let RemoveDevice { id, force_after } = json(body)?;
+    let force_after = force_after
+        .map(Duration::try_from_secs_f64)
+        .transpose()
+        .map_err(|_| Refusal::malformed("`force_after`: a number of seconds is wanted"))?;
+    Ok(Detach { id, force_after })
+}
+
+/// The body as a value, with the key in what is wrong with it.
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(|error| Refusal::malformed(format!("the body: {error}")))
+}
+
+/// Lets the client send a body that nobody wants.
+async fn skip(request: Request<Incoming>) {
+    if !waits(&request) {
+        drain(request.into_body()).await;
+    }
+}
+
+/// Whether the sender waits to be asked for the body, and has sent nothing of it.
+fn waits(request: &Request<Incoming>) -> bool {
+    request.headers().contains_key(EXPECT)
+}
+
 /// Reads what still comes, and forgets it.
 async fn drain(mut body: Incoming) {
-    while let Some(Ok(_)) = body.frame().await {}
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    let _ = timeout(DRAIN, rest).await;
 }
 
 /// The VM answered another question: a mistake in gantry.

@@ -9,6 +9,7 @@ mod events;
 mod metrics;
 mod openapi;
 mod patience;
+mod places;
 mod reply;
 mod routes;
 mod server;

@@ -1,13 +1,18 @@
-//! A connection that gives up on a reader who does not read.
+//! A connection that gives up on a reader who does not read, and lets a writer finish before it closes.
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep};
+
+/// How long a client that has its answer may go on writing: closed under it, it would see a broken pipe
+/// and never read the answer.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// A stream whose writes fail once one has waited too long. What is slow to be written to it is bounded
 /// elsewhere: the server limits the time for a request's head and for its body.
@@ -16,15 +21,46 @@ pub struct Patient {
     patience: Duration,
     /// Runs while a write waits.
     waiting: Option<Pin<Box<Sleep>>>,
+    /// Runs once all is written, while the client may still write.
+    lingering: Option<Pin<Box<Sleep>>>,
+    /// The server ends: nobody is waited for.
+    leaving: watch::Receiver<bool>,
 }
 
 impl Patient {
     /// `stream`, with a write that waits failing after `patience`.
-    pub fn new(stream: UnixStream, patience: Duration) -> Self {
+    pub fn new(stream: UnixStream, patience: Duration, leaving: watch::Receiver<bool>) -> Self {
         Self {
             stream,
             patience,
             waiting: None,
+            lingering: None,
+            leaving,
+        }
+    }
+
+    /// Writes what fits into an empty socket's buffer, and closes.
+    pub async fn say_and_close(mut self, text: &[u8]) {
+        let _ = self.stream.try_write(text);
+        let _ = std::future::poll_fn(|context| Pin::new(&mut self).poll_shutdown(context)).await;
+    }
+
+    /// Reads what still comes, and forgets it, until the client closes or its time is over.
+    fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let lingering = self
+            .lingering
+            .get_or_insert_with(|| Box::pin(sleep(LINGER)));
+        if *self.leaving.borrow() || lingering.as_mut().poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        let mut bytes = [0; 4096];
+        loop {
+            let mut buffer = ReadBuf::new(&mut bytes);
+            match Pin::new(&mut self.stream).poll_read(context, &mut buffer) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => return Poll::Ready(()),
+            }
         }
     }
 
@@ -91,6 +127,9 @@ impl AsyncWrite for Patient {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        if self.lingering.is_none() {
+            ready!(Pin::new(&mut self.stream).poll_shutdown(context))?;
+        }
+        self.poll_linger(context).map(Ok)
     }
 }

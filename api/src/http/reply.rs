@@ -9,21 +9,50 @@ use gantry_resources::OpenerError;
 use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
+use hyper::ext::ReasonPhrase;
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use super::events::Stream;
+use super::places::Busy;
 
 /// An answer.
 pub type Answered = Response<Payload>;
 
 /// What an answer carries.
-pub enum Payload {
+pub struct Payload {
+    content: Content,
+    /// The connection is in use until the answer is written.
+    busy: Option<Busy>,
+}
+
+enum Content {
     /// All of it at once.
     Whole(Full<Bytes>),
     /// Line after line, as things happen.
     Lines(Stream),
+}
+
+impl Payload {
+    fn whole(body: Bytes) -> Self {
+        Content::Whole(Full::new(body)).into()
+    }
+
+    /// Keeps a connection in use for as long as this is written.
+    pub fn keep(mut self, busy: Busy) -> Self {
+        self.busy = Some(busy);
+        self
+    }
+}
+
+impl From<Content> for Payload {
+    fn from(content: Content) -> Self {
+        Self {
+            content,
+            busy: None,
+        }
+    }
 }
 
 impl Body for Payload {
@@ -34,27 +63,44 @@ impl Body for Payload {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        match self.get_mut() {
-            Self::Whole(body) => Pin::new(body).poll_frame(context),
-            Self::Lines(stream) => stream
+        match &mut self.get_mut().content {
+            Content::Whole(body) => Pin::new(body).poll_frame(context),
+            Content::Lines(stream) => stream
                 .poll_line(context)
                 .map(|line| line.map(Frame::data).map(Ok)),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Whole(body) => body.is_end_stream(),
-            Self::Lines(_) => false,
+        match &self.content {
+            Content::Whole(body) => body.is_end_stream(),
+            Content::Lines(_) => false,
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Whole(body) => body.size_hint(),
-            Self::Lines(_) => SizeHint::default(),
+        match &self.content {
+            Content::Whole(body) => body.size_hint(),
+            Content::Lines(_) => SizeHint::default(),
         }
     }
+}
+
+/// Clients that read HTTP by hand take all that follows the version for the status: no reason follows it.
+const NO_REASON: ReasonPhrase = ReasonPhrase::from_static(b"");
+
+fn answer(status: StatusCode, payload: Payload) -> Answered {
+    let mut answer = Response::new(payload);
+    *answer.status_mut() = status;
+    answer.extensions_mut().insert(NO_REASON);
+    answer
+}
+
+fn typed(status: StatusCode, kind: &'static str, payload: Payload) -> Answered {
+    let mut answer = answer(status, payload);
+    let kind = HeaderValue::from_static(kind);
+    answer.headers_mut().insert(CONTENT_TYPE, kind);
+    answer
 }
 
 /// A request that is not answered with what it asks for.
@@ -129,9 +175,7 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
 
 /// 204: it is done, and there is nothing to tell.
 pub fn done() -> Answered {
-    let mut answer = Response::new(Payload::Whole(Full::default()));
-    *answer.status_mut() = StatusCode::NO_CONTENT;
-    answer
+    answer(StatusCode::NO_CONTENT, Payload::whole(Bytes::new()))
 }
 
 /// 200 with a JSON body.
@@ -146,10 +190,8 @@ pub fn text(kind: &'static str, text: String) -> Answered {
 
 /// 200 with a line for each event, until one side ends it.
 pub fn lines(stream: Stream) -> Answered {
-    let mut answer = Response::new(Payload::Lines(stream));
-    let kind = HeaderValue::from_static("application/x-ndjson");
-    answer.headers_mut().insert(CONTENT_TYPE, kind);
-    answer
+    let payload = Content::Lines(stream).into();
+    typed(StatusCode::OK, "application/x-ndjson", payload)
 }
 
 /// The refusal's status, with its messages as a JSON list.
@@ -182,11 +224,7 @@ fn with_json(status: StatusCode, value: &impl Serialize) -> Answered {
 }
 
 fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
-    let mut answer = Response::new(Payload::Whole(Full::new(body)));
-    *answer.status_mut() = status;
-    let kind = HeaderValue::from_static(kind);
-    answer.headers_mut().insert(CONTENT_TYPE, kind);
-    answer
+    typed(status, kind, Payload::whole(body))
 }
 
 #[cfg(test)]

@@ -10,18 +10,19 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use super::calls::App;
 use super::metrics::Tally;
 use super::patience::Patient;
+use super::places::{Place, Places};
 use super::{Events, Vm};
 
 /// How much a client may take.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at a time; more are told 503.
+    /// Connections at a time. One more takes the place of one that idles, or is told 503.
     pub connections: usize,
     /// Time for the head of a request, which is also how long a connection may idle.
     pub head: Duration,
@@ -39,7 +40,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 256,
-            head: Duration::from_secs(30),
+            head: Duration::from_secs(10),
             body: Duration::from_secs(10),
             body_bytes: 256 << 10,
             read: Duration::from_secs(10),
@@ -54,6 +55,8 @@ const HEAD_BYTES: usize = 16 << 10;
 const QUIET: Duration = Duration::from_millis(200);
 /// How long the last answers may take once the server ends.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// Connections that are told at a time that they are too many; further ones are closed without a word.
+const TURNED_AWAY: usize = 64;
 
 /// Who answers.
 #[derive(Debug, Clone)]
@@ -72,6 +75,8 @@ pub struct Server {
     listener: UnixListener,
     stop: Stop,
     limits: Limits,
+    /// User of this process: its thread may not ask once it is confined.
+    owner: u32,
 }
 
 /// Ends a server, from any thread.
@@ -103,6 +108,7 @@ impl Server {
             listener,
             stop: Stop::default(),
             limits,
+            owner: nix::unistd::geteuid().as_raw(),
         })
     }
 
@@ -118,6 +124,7 @@ impl Server {
             listener,
             stop,
             limits,
+            owner,
         } = self;
         let tally = Tally::default();
         let app = Arc::new(App {
@@ -128,16 +135,18 @@ impl Server {
             limits: limits.clone(),
         });
         runtime.block_on(async {
-            let places = Arc::new(Semaphore::new(limits.connections));
-            let leaving = Arc::new(tokio::sync::watch::Sender::new(false));
+            let door = Door {
+                places: Places::new(limits.connections, owner),
+                turned_away: Arc::new(Semaphore::new(TURNED_AWAY)),
+                leaving: watch::Sender::new(false),
+                app,
+            };
             let mut stopped = pin!(stop.0.notified());
             loop {
                 let next = race(stopped.as_mut(), listener.accept()).await;
                 let Some(accepted) = next else { break };
                 match accepted {
-                    Ok((stream, _)) => {
-                        admit(stream, &places, &app, leaving.subscribe());
-                    }
+                    Ok((stream, _)) => door.admit(stream),
                     Err(error) => {
                         // Out of descriptors, say: those that are there must end first.
                         tracing::warn!(%error, "the API cannot accept a connection");
@@ -147,9 +156,8 @@ impl Server {
             }
             drop(listener);
             events.close();
-            leaving.send_replace(true);
-            let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
-            let _ = timeout(FAREWELL, places.acquire_many(all)).await;
+            door.leaving.send_replace(true);
+            let _ = timeout(FAREWELL, door.leaving.closed()).await;
         });
         runtime.shutdown_background();
     }
@@ -171,64 +179,83 @@ async fn race<T>(
     .await
 }
 
-fn admit(
-    stream: UnixStream,
-    places: &Arc<Semaphore>,
-    app: &Arc<App>,
-    leaving: tokio::sync::watch::Receiver<bool>,
-) {
-    let Ok(place) = Arc::clone(places).try_acquire_owned() else {
-        app.tally.turned_away();
-        // What does not fit into an empty socket's buffer at once was not to be.
-        let _ = stream.try_write(FULL);
-        return;
-    };
-    let connection = connection(stream, Arc::clone(app), leaving);
-    let all = app.limits.connections;
-    let places = Arc::clone(places);
-    tokio::spawn(async move {
-        connection.await;
-        drop(place);
-        sleep(QUIET).await;
-        if places.available_permits() == all {
-            gantry_vmm::let_go_of_program();
-        }
-    });
+/// Where connections come in.
+struct Door {
+    places: Arc<Places>,
+    turned_away: Arc<Semaphore>,
+    leaving: watch::Sender<bool>,
+    app: Arc<App>,
 }
 
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\n\
-    content-type: application/json\r\nconnection: close\r\ncontent-length: 60\r\n\r\n\
+impl Door {
+    fn admit(&self, stream: UnixStream) {
+        // The kernel knows the other side of every connected socket.
+        let user = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
+        let leaving = self.leaving.subscribe();
+        let stream = Patient::new(stream, self.app.limits.read, leaving.clone());
+        let Some(place) = self.places.take(user) else {
+            self.app.tally.turned_away();
+            if let Ok(turn) = Arc::clone(&self.turned_away).try_acquire_owned() {
+                tokio::spawn(async move {
+                    stream.say_and_close(FULL).await;
+                    drop(turn);
+                });
+            }
+            return;
+        };
+        let connection = connection(stream, place, Arc::clone(&self.app), leaving);
+        let places = Arc::clone(&self.places);
+        tokio::spawn(async move {
+            connection.await;
+            sleep(QUIET).await;
+            if places.are_empty() {
+                gantry_vmm::let_go_of_program();
+            }
+        });
+    }
+}
+
+const FULL: &[u8] = b"HTTP/1.1 503 \r\n\
+    Content-Type: application/json\r\nConnection: close\r\nContent-Length: 60\r\n\r\n\
     [\"there are too many connections: close one, and try again\"]";
 
 async fn connection(
-    stream: UnixStream,
+    stream: Patient,
+    place: Place,
     app: Arc<App>,
-    mut leaving: tokio::sync::watch::Receiver<bool>,
+    mut leaving: watch::Receiver<bool>,
 ) {
     let open = app.tally.connected();
-    let io = TokioIo::new(Patient::new(stream, app.limits.read));
+    let lost = place.lost();
+    let place = Arc::new(place);
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(app.limits.head)
         .max_buf_size(HEAD_BYTES)
+        // Clients that read HTTP by hand look for `Content-Length` written so.
+        .title_case_headers(true)
         // A client may be done with writing before it reads: `nc -N`.
         .half_close(true);
     let answers = service_fn(move |request| {
-        let app = Arc::clone(&app);
-        async move { Ok::<_, std::convert::Infallible>(app.answer(request).await) }
+        let (app, place) = (Arc::clone(&app), Arc::clone(&place));
+        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &place).await) }
     });
-    let mut connection = pin!(builder.serve_connection(io, answers));
-    let end = pin!(async { drop(leaving.wait_for(|leaving| *leaving).await) });
-    let outcome = match race(end, connection.as_mut()).await {
-        Some(outcome) => outcome,
-        None => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), answers));
+    let whole = async {
+        let end = pin!(async { drop(leaving.wait_for(|leaving| *leaving).await) });
+        match race(end, connection.as_mut()).await {
+            Some(outcome) => outcome,
+            None => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
         }
     };
-    if let Err(error) = outcome {
-        tracing::debug!(%error, "a connection of the API ended early");
+    match race(pin!(lost.notified()), whole).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => tracing::debug!(%error, "a connection of the API ended early"),
+        None => tracing::debug!("an idle connection of the API made place for another"),
     }
     drop(open);
 }
@@ -242,7 +269,7 @@ mod tests {
         let text = std::str::from_utf8(FULL).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(
-            head.contains(&format!("content-length: {}", body.len())),
+            head.contains(&format!("Content-Length: {}", body.len())),
             "{}",
             body.len()
         );

@@ -3,6 +3,7 @@
 // The workspace allows these in tests; clippy does not take a test's helper functions for tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod by_hand;
 mod client;
 mod commands;
 mod fake;

@@ -146,5 +146,5 @@ fn what_is_not_there_is_refused_by_name() {
         "{status} {answer}"
     );
     let answer = bed.raw(b"GET /api/v1/vm.boot HTTP/1.1\r\nconnection: close\r\n\r\n");
-    assert!(answer.contains("allow: PUT\r\n"), "{answer}");
+    assert!(answer.contains("Allow: PUT\r\n"), "{answer}");
 }
