@@ -457,7 +457,7 @@ fn lock_one(
         if let Some(lock) = DeviceLock::take(paths, bdf, record)? {
             return Ok(lock);
         }
-        let lease = holder(paths, bdf)?;
+        let lease = holder(paths, bdf);
         if !is_passing(paths, bdf, lease.record()) || Instant::now() >= deadline {
             return Err(AllocateError::Unavailable(Blocked::leased(bdf, &lease)));
         }

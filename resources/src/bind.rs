@@ -341,7 +341,7 @@ impl Plan {
                 None => {
                     return Err(BindError::Blocked(Blocked::leased(
                         bdf,
-                        &holder(paths, bdf)?,
+                        &holder(paths, bdf),
                     )));
                 }
             }

@@ -192,7 +192,9 @@ impl HostDevice {
             LeaseStatus::Held(record) if record.kind == LeaseKind::Vm => DeviceState::Assigned {
                 vm: Some(record.name.clone()),
             },
-            LeaseStatus::Unrecorded => DeviceState::Assigned { vm: None },
+            LeaseStatus::Unrecorded | LeaseStatus::Unreadable { .. } => {
+                DeviceState::Assigned { vm: None }
+            }
             _ if self.quarantine.is_some() => DeviceState::Quarantined {
                 reason: self.quarantine.clone().unwrap_or_default(),
             },

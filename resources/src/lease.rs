@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use file::content;
-pub(crate) use file::{LockFile, create, is_locked, status, try_lock, unlock};
+pub(crate) use file::{LockFile, create, is_locked, status, status_of, try_lock, unlock};
 pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_ending, is_passing, under_lock};
 
 use crate::demand::Watch;
@@ -63,8 +63,8 @@ pub struct LeaseRecord {
     pub kind: LeaseKind,
     /// Name of the VM or of the command.
     pub name: String,
-    /// Process.
-    pub pid: u32,
+    /// Process; none where another user names one that is not its own.
+    pub pid: Option<u32>,
     /// When it was taken, in seconds since 1970.
     pub since: u64,
 }
@@ -77,7 +77,7 @@ impl LeaseRecord {
         Self {
             kind,
             name: name.to_owned(),
-            pid,
+            pid: Some(pid),
             since,
         }
     }
@@ -94,8 +94,12 @@ impl LeaseRecord {
 impl fmt::Display for LeaseRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            LeaseKind::Vm => write!(f, "VM '{}' (pid {})", self.name, self.pid),
-            LeaseKind::Task => write!(f, "`{}` (pid {})", self.name, self.pid),
+            LeaseKind::Vm => write!(f, "VM '{}'", self.name)?,
+            LeaseKind::Task => write!(f, "`{}`", self.name)?,
+        }
+        match self.pid {
+            Some(pid) => write!(f, " (pid {pid})"),
+            None => Ok(()),
         }
     }
 }
@@ -110,6 +114,13 @@ pub enum LeaseStatus {
     Held(LeaseRecord),
     /// By somebody whose record is not to be had: a full disk, or another user's lease.
     Unrecorded,
+    /// By somebody unknown, for all that can be told: the lock file cannot be read.
+    Unreadable {
+        /// The lock file.
+        file: PathBuf,
+        /// Why not.
+        why: String,
+    },
 }
 
 impl LeaseStatus {
@@ -122,7 +133,7 @@ impl LeaseStatus {
     pub fn record(&self) -> Option<&LeaseRecord> {
         match self {
             Self::Held(record) => Some(record),
-            Self::Free | Self::Unrecorded => None,
+            Self::Free | Self::Unrecorded | Self::Unreadable { .. } => None,
         }
     }
 }
@@ -318,7 +329,8 @@ impl DeviceLock {
             DeviceName::Pci(bdf) => quarantine::keep(paths, bdf, note),
             DeviceName::Mdev(_) => Ok(()),
         };
-        let lock = LockFile::take_after(&path, record, keep).map_err(LeaseError::file(&path))?;
+        let lock =
+            LockFile::take_after(paths, &path, record, keep).map_err(LeaseError::file(&path))?;
         Ok(lock.map(|lock| Self { name, lock }))
     }
 }
@@ -381,7 +393,7 @@ fn wait(
     let mut seen = None;
     let mut told = false;
     loop {
-        if let Some(lock) = LockFile::take(path, record).map_err(LeaseError::file(path))? {
+        if let Some(lock) = LockFile::take(paths, path, record).map_err(LeaseError::file(path))? {
             return Ok(Ok(lock));
         }
         // It is one holder that must not take too long: of many contenders the last one waits for all.
@@ -390,7 +402,7 @@ fn wait(
             false => deadline.min(ALLOCATION_DEADLINE),
         };
         if seen.is_none() || started.elapsed() >= patience {
-            let holder = status(paths, path)?;
+            let holder = status(paths, path);
             if seen.as_ref() == Some(&holder) && holder.is_held() {
                 let record = holder.record().map(ToString::to_string);
                 let name = record.unwrap_or_else(|| "an unknown process".to_owned());
@@ -411,7 +423,7 @@ fn wait(
 }
 
 /// Who holds a device. Asks the kernel; takes no lock, not even for a moment.
-pub fn holder(paths: &HostPaths, name: impl Into<DeviceName>) -> Result<LeaseStatus, LeaseError> {
+pub fn holder(paths: &HostPaths, name: impl Into<DeviceName>) -> LeaseStatus {
     status(paths, &lock_path(paths, name))
 }
 

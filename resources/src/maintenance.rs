@@ -1,15 +1,18 @@
 //! Maintenance: no new VM starts on the host, and those that run can be seen.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::atomic;
 use crate::host::{HostPaths, TENANTS};
-use crate::lease::{Holder, LeaseError, LeaseRecord, LeaseStatus, LockFile, status};
-use crate::{atomic, sysfs};
+use crate::lease::{Holder, LeaseRecord, LeaseStatus, LockFile, status, status_of};
+use crate::sysfs::{self, HeldDir};
 
 /// Why no VM may start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,13 +35,13 @@ pub enum MaintenanceError {
         #[source]
         source: io::Error,
     },
-    /// The running VMs cannot be listed.
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
 }
 
 /// Why, where nobody says.
 const NO_REASON: &str = "ask the administrator";
+
+/// Files of one tenant that are looked at for running VMs.
+const MOST_OF_TENANT: usize = 1024;
 
 /// Switches maintenance on; it outlives a reboot. Without a reason, one that it is on for stays.
 pub fn begin_maintenance(paths: &HostPaths, reason: Option<&str>) -> Result<(), MaintenanceError> {
@@ -117,11 +120,11 @@ impl fmt::Display for RunningVm {
 /// run all the same.
 pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<Announced> {
     let dir = paths.run.join("vms");
-    clear(&dir, holder.pid);
+    clear(paths, &dir, holder.pid);
     let path = dir.join(format!("{}.lock", holder.pid));
     // Another VM that starts may look at the file for a moment.
     for _ in 0..100 {
-        match LockFile::take(&path, &LeaseRecord::vm(holder)) {
+        match LockFile::take(paths, &path, &LeaseRecord::vm(holder)) {
             Ok(Some(lock)) => return Some(Announced { _lock: lock }),
             Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
             Err(error) => {
@@ -136,29 +139,24 @@ pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<Announced> {
 
 /// The VMs that run, with and without devices, in the order of their names.
 pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError> {
-    let mut running = Vec::new();
-    for (tenant, home) in homes(paths)? {
-        // A tenant's own, so what lies there may be anything, and is at most not seen.
-        let tenants = tenant.is_some();
-        let held = match sysfs::HeldDir::open(&home) {
-            Ok(held) => held,
-            // Another user's.
-            Err(_) if tenants => None,
-            Err(source) => return Err(MaintenanceError::File { path: home, source }),
-        };
-        let Some(held) = held else {
-            continue;
-        };
-        let dir = held.path();
-        for name in list(&dir)? {
-            match status(paths, &dir.join(name)) {
-                Ok(LeaseStatus::Held(record)) => running.push(RunningVm {
-                    tenant: tenant.clone(),
-                    record,
-                }),
-                Err(error) if !tenants => return Err(error.into()),
-                _ => {}
-            }
+    let vms = paths.run.join("vms");
+    let own = list(&vms)?.into_iter();
+    let own = own.filter_map(|name| match status(paths, &vms.join(name)) {
+        LeaseStatus::Held(record) => Some(record),
+        _ => None,
+    });
+    let announced = |tenant: Option<&str>, record| RunningVm {
+        tenant: tenant.map(str::to_owned),
+        record,
+    };
+    let mut running: Vec<_> = own.map(|record| announced(None, record)).collect();
+    let tenants = paths.run.join(TENANTS);
+    for name in list(&tenants)? {
+        // Another user's directory may be closed.
+        let dir = HeldDir::below(&tenants, &Path::new(&name).join("vms"));
+        if let Ok(Some(dir)) = dir {
+            let records = announced_in(paths, &dir, &name).into_iter();
+            running.extend(records.map(|record| announced(Some(&name), record)));
         }
     }
     running.sort_by(
@@ -169,16 +167,27 @@ pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError
     Ok(running)
 }
 
-/// Where VMs are announced: those of the host, and those of tenants, by these.
-fn homes(paths: &HostPaths) -> Result<Vec<(Option<String>, PathBuf)>, MaintenanceError> {
-    let tenants = paths.run.join(TENANTS);
-    let of_tenants = list(&tenants)?;
-    let mut homes = vec![(None, paths.run.join("vms"))];
-    homes.extend(of_tenants.into_iter().map(|name| {
-        let home = tenants.join(&name).join("vms");
-        (Some(name), home)
-    }));
-    Ok(homes)
+/// What a tenant's directory says of the tenant's VMs. The tenant may have put anything there, which is at
+/// most not seen: each file is looked at once, whatever its names, and so many of them at most.
+fn announced_in(paths: &HostPaths, dir: &HeldDir, tenant: &str) -> Vec<LeaseRecord> {
+    let (names, more) = dir.names(MOST_OF_TENANT).unwrap_or_default();
+    if more {
+        tracing::warn!(
+            "tenant {tenant} has more than {MOST_OF_TENANT} files in its directory of running VMs: not all \
+             are looked at"
+        );
+    }
+    let mut seen = BTreeSet::new();
+    let mut record = |name: &String| {
+        let file = dir.regular(name).ok()?;
+        let meta = file.metadata().ok()?;
+        let new = seen.insert((meta.dev(), meta.ino()));
+        match new.then(|| status_of(paths, &file)) {
+            Some(Ok(LeaseStatus::Held(record))) => Some(record),
+            _ => None,
+        }
+    };
+    names.iter().filter_map(&mut record).collect()
 }
 
 fn list(dir: &Path) -> Result<Vec<String>, MaintenanceError> {
@@ -190,12 +199,12 @@ fn list(dir: &Path) -> Result<Vec<String>, MaintenanceError> {
 
 /// Removes the files of processes that are no more. A number given anew has its file made anew: whoever
 /// locks a file looks whether it still is there.
-fn clear(dir: &Path, own: u32) {
+fn clear(paths: &HostPaths, dir: &Path, own: u32) {
     for name in sysfs::entries(dir).unwrap_or_default() {
         let path = dir.join(&name);
         let record = LeaseRecord::task("gantry run");
         let other = name != format!("{own}.lock");
-        if let (true, Ok(Some(_lock))) = (other, LockFile::take(&path, &record)) {
+        if let (true, Ok(Some(_lock))) = (other, LockFile::take(paths, &path, &record)) {
             let _ = std::fs::remove_file(&path);
         }
     }

@@ -152,7 +152,7 @@ impl MdevDevice {
         let Some(device) = found else {
             return Ok(None);
         };
-        let lease = holder(paths, uuid)?;
+        let lease = holder(paths, uuid);
         let quarantine = hangs(paths, uuid).then(|| HANGS.to_owned());
         Ok(Some(Self {
             lease,

@@ -4,6 +4,7 @@ mod sieve;
 mod words;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -25,6 +26,13 @@ pub enum Obstacle {
     Leased {
         /// Who, if that is recorded.
         holder: Option<LeaseRecord>,
+    },
+    /// It counts as held, as its lock file cannot be read.
+    LockUnreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        why: String,
     },
     /// It is in quarantine.
     Quarantined {
@@ -154,15 +162,29 @@ pub struct Blocked {
     pub obstacle: Obstacle,
 }
 
+impl Obstacle {
+    /// What a lease has against another one.
+    fn of_lease(lease: &LeaseStatus) -> Option<Self> {
+        match lease {
+            LeaseStatus::Free => None,
+            LeaseStatus::Held(_) | LeaseStatus::Unrecorded => {
+                let holder = lease.record().cloned();
+                Some(Self::Leased { holder })
+            }
+            LeaseStatus::Unreadable { file, why } => {
+                let (file, why) = (file.clone(), why.clone());
+                Some(Self::LockUnreadable { file, why })
+            }
+        }
+    }
+}
+
 impl Blocked {
     /// A device that somebody holds.
     pub(crate) fn leased(bdf: HostBdf, lease: &LeaseStatus) -> Self {
-        Self {
-            bdf,
-            obstacle: Obstacle::Leased {
-                holder: lease.record().cloned(),
-            },
-        }
+        let held = Obstacle::Leased { holder: None };
+        let obstacle = Obstacle::of_lease(lease).unwrap_or(held);
+        Self { bdf, obstacle }
     }
 
     /// Who has it, where that is what is in the way.
@@ -212,8 +234,8 @@ impl<'a> Pool<'a> {
         if device.is_bridge() {
             return Some(Obstacle::Bridge);
         }
-        if let Some(holder) = held(&device.lease) {
-            return Some(Obstacle::Leased { holder });
+        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+            return Some(leased);
         }
         if let Some(why) = &device.quarantine {
             return Some(Obstacle::Quarantined { why: why.clone() });
@@ -275,8 +297,8 @@ impl<'a> Pool<'a> {
     /// The first thing that keeps a function of the vendor's from being made a virtual GPU for a VM. The
     /// host's driver keeps it, and VFIO has it through that.
     pub(crate) fn vgpu_obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
-        if let Some(holder) = held(&device.lease) {
-            return Some(Obstacle::Leased { holder });
+        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+            return Some(leased);
         }
         if let Some(why) = &device.quarantine {
             return Some(Obstacle::Quarantined { why: why.clone() });

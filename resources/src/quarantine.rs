@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::atomic::{self, make_dir, show};
 use crate::host::{HostBdf, HostPaths, TENANTS};
+use crate::ids::PciId;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{self, DeviceLock, LeaseRecord};
 use crate::sysfs::{self, HeldDir};
@@ -21,6 +22,8 @@ const DIR: &str = "quarantine";
 const LONGEST: u64 = 16 << 10;
 /// Characters of what others say of a device.
 const MOST_WORDS: usize = 200;
+/// Files of a tenant that are looked through before each device's is asked for by its name.
+const MOST_FILES: usize = 4096;
 
 /// How long a device stays out of the pools by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +34,9 @@ pub enum Until {
     /// Until it is released.
     Released,
 }
+
+/// All of them, what is the more urgent first.
+const UNTIL: [Until; 2] = [Until::Boot, Until::Released];
 
 /// A record in the state directory. It counts only for the hardware that it was made for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,7 +104,7 @@ pub fn quarantine(
         until,
         boot: boot(paths),
     };
-    let path = path(paths, device.bdf);
+    let path = path(paths, device.bdf, until);
     store(&path, &record).map_err(|source| QuarantineError::File { path, source })
 }
 
@@ -123,10 +129,13 @@ pub(crate) fn note(device: &HostDevice, reason: &str) -> Vec<u8> {
     serde_json::to_vec(&record).unwrap_or_default()
 }
 
-/// As much of what others say as a line has room for: it is kept for people to read, at a terminal.
+/// As much of what others say as a line has room for: it is kept for people to read, at a terminal. What
+/// changes how a terminal shows the rest is left out.
 pub(crate) fn short(reason: &str) -> String {
-    let printed = reason.chars().filter(|one| !one.is_control());
-    printed.take(MOST_WORDS).collect()
+    let shown = |one: &char| {
+        one.is_alphanumeric() || one.is_ascii_punctuation() || matches!(one, ' ' | '\u{2019}')
+    };
+    reason.chars().filter(shown).take(MOST_WORDS).collect()
 }
 
 /// A record that may be a tenant's, who writes into it what it likes.
@@ -138,16 +147,49 @@ fn of_others(text: &[u8]) -> Option<Record> {
     })
 }
 
+/// What a [`note`] says, or what somebody put into its place. It lasts until the host boots, as a note does.
+fn of_note(text: &[u8]) -> Option<Record> {
+    Some(Record {
+        until: Until::Boot,
+        boot: None,
+        ..of_others(text)?
+    })
+}
+
 /// Writes down what a [`note`] says. Anything else is none.
 pub(crate) fn keep(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<()> {
-    let Some(record) = of_others(text) else {
+    let Some(record) = of_note(text) else {
         return Ok(());
     };
-    let record = Record {
-        boot: boot(paths),
-        ..record
+    let boot = boot(paths);
+    add(paths, bdf, &Record { boot, ..record })
+}
+
+/// Writes down what others say of a device, beside what is written down already. A record of another device
+/// is none.
+fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
+    let there = id(paths, bdf)?;
+    if there.is_some_and(|id| id.to_string() != record.id) {
+        return Ok(());
+    }
+    let own = Home::own(paths);
+    let now = boot(paths);
+    let known = own.record(paths, bdf, record.until);
+    match known.is_some_and(|known| known.counts(&now, &record.id)) {
+        true => Ok(()),
+        false => store(&path(paths, bdf, record.until), record),
+    }
+}
+
+/// Which device is there; none if none is.
+fn id(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
+    let half = |name: &str| -> io::Result<Option<u16>> {
+        let text = sysfs::text(&paths.pci_device(bdf).join(name))?;
+        let digits = text.as_deref().and_then(|text| text.strip_prefix("0x"));
+        Ok(digits.and_then(|digits| u16::from_str_radix(digits, 16).ok()))
     };
-    store(&path(paths, bdf), &record)
+    let both = half("vendor")?.zip(half("device")?);
+    Ok(both.map(|(vendor, device)| PciId { vendor, device }))
 }
 
 /// Gives a device back to its pools, if it answers.
@@ -166,9 +208,12 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Quarant
         let holder = device.lease.record().cloned();
         return Err(QuarantineError::Held { bdf, holder });
     }
-    homes(paths)
-        .iter()
-        .try_for_each(|home| remove(home.file(bdf)))
+    for home in homes(paths) {
+        for until in UNTIL {
+            home.forget(paths, bdf, until)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove(path: PathBuf) -> Result<(), QuarantineError> {
@@ -184,52 +229,66 @@ pub(crate) fn forget_reason(
     bdf: HostBdf,
     reason: &str,
 ) -> Result<(), QuarantineError> {
-    let text = fs::read(path(paths, bdf)).unwrap_or_default();
-    match serde_json::from_slice::<Record>(&text) {
-        Ok(record) if record.reason == reason => remove(path(paths, bdf)),
-        _ => Ok(()),
+    for path in UNTIL.map(|until| path(paths, bdf, until)) {
+        let text = fs::read(&path).unwrap_or_default();
+        match serde_json::from_slice::<Record>(&text) {
+            Ok(record) if record.reason == reason => remove(path)?,
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 /// Why a device must not be moved: it hung or failed, and another attempt would hang as well.
 pub(crate) fn hung(paths: &HostPaths, device: &HostDevice) -> Option<String> {
     let found = find(paths, device.bdf, &device.id.to_string())?;
-    (found.until == Until::Boot).then_some(found.reason)
+    (found.until == Until::Boot).then(|| found.reason())
 }
 
 /// Why a device is in quarantine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    pub(crate) reason: String,
+    reasons: Vec<String>,
+    /// Until the host boots if any of them is, as then the device must not be moved.
     pub(crate) until: Until,
 }
 
-/// Why a device with these ids is in quarantine, if it is.
+impl Found {
+    /// The reasons in a line.
+    pub(crate) fn reason(&self) -> String {
+        self.reasons.join("; ")
+    }
+}
+
+/// Why a device with these ids is in quarantine, if it is: all the reasons that there are.
 ///
 /// A record that cannot be read keeps the device out: better idle than broken.
 pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
     let now = boot(paths);
-    let counts = |found: &Kept| match found {
-        Kept::Broken(_) => true,
-        Kept::Record(record) => {
-            let booted = record.boot.is_some() && record.boot != now;
-            !(record.until == Until::Boot && booted) && record.id == id
+    let homes = homes(paths);
+    let kept = homes.iter().flat_map(|home| {
+        let records = UNTIL.map(|until| home.record(paths, bdf, until));
+        records.into_iter().flatten()
+    });
+    let note = || of_note(&lease::note(paths, bdf)?).map(Kept::Record);
+    let mut found: Option<Found> = None;
+    for (reason, until) in kept
+        .chain(note())
+        .filter(|kept| kept.counts(&now, id))
+        .map(Kept::into_reason)
+    {
+        let found = found.get_or_insert_with(|| Found {
+            reasons: Vec::new(),
+            until,
+        });
+        if until == Until::Boot {
+            found.until = until;
         }
-    };
-    let kept = homes(paths)
-        .iter()
-        .filter_map(|home| home.record(paths, bdf))
-        .find(counts);
-    // A record of another boot or device says nothing of what the last VM left.
-    let note = || of_others(&lease::note(paths, bdf)?);
-    let note = || note().map(Kept::Record).filter(counts);
-    Some(match kept.or_else(note)? {
-        Kept::Record(Record { reason, until, .. }) => Found { reason, until },
-        Kept::Broken(reason) => {
-            let until = Until::Released;
-            Found { reason, until }
+        if !found.reasons.contains(&reason) {
+            found.reasons.push(reason);
         }
-    })
+    }
+    found
 }
 
 /// What a file says.
@@ -239,12 +298,45 @@ enum Kept {
     Broken(String),
 }
 
+impl Kept {
+    /// Whether it is about a device with these ids, in the boot that is now.
+    fn counts(&self, now: &Option<String>, id: &str) -> bool {
+        match self {
+            Self::Broken(_) => true,
+            Self::Record(record) => {
+                let booted = record.boot.is_some() && record.boot != *now;
+                !(record.until == Until::Boot && booted) && record.id == id
+            }
+        }
+    }
+
+    fn into_reason(self) -> (String, Until) {
+        match self {
+            Self::Record(Record { reason, until, .. }) => (reason, until),
+            Self::Broken(reason) => (reason, Until::Released),
+        }
+    }
+}
+
 /// A directory of records that count for the host and for a tenant alike: the hardware is the same.
 pub(crate) struct Home {
     dir: PathBuf,
     /// Of a tenant: held open, as the tenant may put something else into its place.
-    _held: Option<HeldDir>,
+    held: Option<HeldDir>,
     whose: Whose,
+}
+
+/// The name of a device's record.
+fn name(bdf: HostBdf, until: Until) -> String {
+    match until {
+        Until::Boot => format!("{bdf}.boot.json"),
+        Until::Released => format!("{bdf}.json"),
+    }
+}
+
+/// The names of a device's records: it may hang and have been used once.
+pub(crate) fn names(bdf: HostBdf) -> [String; 2] {
+    UNTIL.map(|until| name(bdf, until))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,23 +351,23 @@ enum Whose {
 
 /// Where records are: one's own, and the host's for a tenant, or those of tenants for the host.
 pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
-    let plain = |dir, whose| Home {
-        dir,
-        _held: None,
-        whose,
-    };
-    let mut homes = vec![plain(paths.state.join(DIR), Whose::Own)];
-    if let Some(above) = shared_quarantine(paths) {
-        homes.push(plain(above, Whose::Host));
+    let mut homes = vec![Home::own(paths)];
+    if let Some(dir) = shared_quarantine(paths) {
+        homes.push(Home {
+            dir,
+            held: None,
+            whose: Whose::Host,
+        });
         return homes;
     }
     let tenants = paths.state.join(TENANTS);
     for name in sysfs::entries(&tenants).unwrap_or_default() {
+        let inner = Path::new(&name).join(DIR);
         // Who may not look there is nobody who moves devices.
-        if let Ok(Some(held)) = HeldDir::open(&tenants.join(name).join(DIR)) {
+        if let Ok(Some(held)) = HeldDir::below(&tenants, &inner) {
             homes.push(Home {
-                dir: held.path(),
-                _held: Some(held),
+                dir: tenants.join(inner),
+                held: Some(held),
                 whose: Whose::Tenant,
             });
         }
@@ -290,19 +382,33 @@ pub fn shared_quarantine(paths: &HostPaths) -> Option<PathBuf> {
 }
 
 impl Home {
-    /// Its place, for a list of what is there.
-    pub(crate) fn dir(&self) -> &Path {
-        &self.dir
+    fn own(paths: &HostPaths) -> Self {
+        Self {
+            dir: paths.state.join(DIR),
+            held: None,
+            whose: Whose::Own,
+        }
     }
 
-    fn file(&self, bdf: HostBdf) -> PathBuf {
-        self.dir.join(format!("{bdf}.json"))
+    /// Names of what is there; none where that cannot be listed, or is too much.
+    pub(crate) fn names(&self) -> Option<Vec<String>> {
+        match &self.held {
+            None => sysfs::entries(&self.dir).ok(),
+            Some(held) => {
+                let (names, more) = held.names(MOST_FILES).ok()?;
+                (!more).then_some(names)
+            }
+        }
     }
 
-    fn record(&self, paths: &HostPaths, bdf: HostBdf) -> Option<Kept> {
-        let path = self.file(bdf);
+    fn record(&self, paths: &HostPaths, bdf: HostBdf, until: Until) -> Option<Kept> {
+        let name = name(bdf, until);
+        let path = self.dir.join(&name);
         let read = || -> io::Result<Option<Vec<u8>>> {
-            let file = sysfs::regular(&path)?;
+            let file = match &self.held {
+                Some(held) => held.regular(&name)?,
+                None => sysfs::regular(&path)?,
+            };
             if self.whose == Whose::Tenant && !is_owners(paths, bdf, &file)? {
                 return Ok(None);
             }
@@ -321,6 +427,21 @@ impl Home {
             }
             Ok(None) => None,
             Err(error) => self.unread(&path, &error),
+        }
+    }
+
+    /// Removes a record. What a tenant has put there besides may stay.
+    fn forget(&self, paths: &HostPaths, bdf: HostBdf, until: Until) -> Result<(), QuarantineError> {
+        let name = name(bdf, until);
+        let path = self.dir.join(&name);
+        let Some(held) = &self.held else {
+            return remove(path);
+        };
+        match held.remove(&name) {
+            Err(source) if self.record(paths, bdf, until).is_some() => {
+                Err(QuarantineError::File { path, source })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -357,13 +478,13 @@ fn is_owners(paths: &HostPaths, bdf: HostBdf, record: &fs::File) -> io::Result<b
 
 /// Keeps what tenants' records say of devices that are about to be the host's again.
 pub(crate) fn adopt(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
-    let own = path(paths, bdf);
-    for home in homes(paths)
-        .iter()
-        .filter(|home| home.whose == Whose::Tenant)
-    {
-        if let (Some(Kept::Record(record)), false) = (home.record(paths, bdf), own.exists()) {
-            store(&own, &record)?;
+    let homes = homes(paths);
+    let tenants = homes.iter().filter(|home| home.whose == Whose::Tenant);
+    for home in tenants {
+        for until in UNTIL {
+            if let Some(Kept::Record(record)) = home.record(paths, bdf, until) {
+                add(paths, bdf, &record)?;
+            }
         }
     }
     Ok(())
@@ -381,8 +502,8 @@ fn boot(paths: &HostPaths) -> Option<String> {
     sysfs::text(&path).ok().flatten()
 }
 
-fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.state.join(DIR).join(format!("{bdf}.json"))
+fn path(paths: &HostPaths, bdf: HostBdf, until: Until) -> PathBuf {
+    paths.state.join(DIR).join(name(bdf, until))
 }
 
 #[cfg(test)]

@@ -2,11 +2,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::libc;
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
 /// Whether an error means that the thing asked about is not there, or went away while being read.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
@@ -50,26 +52,66 @@ pub(crate) fn must_be_regular(file: File) -> io::Result<File> {
     }
 }
 
-/// A directory, under a name that stays what it is while it is held open: a link is refused.
+/// A directory that another user may change, held open. It is reached by its descriptor alone; neither a link
+/// nor a mount leads out of it, to a file system that answers when that user likes.
 pub(crate) struct HeldDir(File);
 
 impl HeldDir {
-    /// Opens it; none where there is none, or something else.
-    pub(crate) fn open(path: &Path) -> io::Result<Option<Self>> {
-        let mut options = OpenOptions::new();
-        options.read(true);
-        options.custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY);
-        match options.open(path) {
-            Ok(file) => Ok(Some(Self(file))),
-            Err(error) if is_gone(&error) || error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
+    /// Opens `inner`, below a directory that no other user may change; none where there is none, or something
+    /// else.
+    pub(crate) fn below(outer: &Path, inner: &Path) -> io::Result<Option<Self>> {
+        let outer = match File::open(outer) {
+            Ok(outer) => outer,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match open_beneath(&outer, inner, OFlag::O_DIRECTORY) {
+            Ok(dir) => Ok(Some(Self(dir))),
+            Err(error) if is_gone(&error) || leads_out(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// What leads to it (proc_pid_fd(5)).
-    pub(crate) fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    /// Opens a regular file in it to be read, as [`regular`] does.
+    pub(crate) fn regular(&self, name: &str) -> io::Result<File> {
+        open_beneath(&self.0, Path::new(name), OFlag::O_NONBLOCK).and_then(must_be_regular)
     }
+
+    /// Removes a file from it.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+        Ok(unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir)?)
+    }
+
+    /// Names of no more than so many entries, sorted, and whether there are more.
+    pub(crate) fn names(&self, most: usize) -> io::Result<(Vec<String>, bool)> {
+        // What leads to it (proc_pid_fd(5)).
+        let mut listing = fs::read_dir(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?;
+        let mut names = Vec::new();
+        for entry in listing.by_ref().take(most) {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok((names, listing.next().is_some()))
+    }
+}
+
+/// Opens a path below a directory to be read.
+fn open_beneath(dir: &File, path: &Path, flags: OFlag) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
+        .resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS
+                | ResolveFlag::RESOLVE_NO_XDEV,
+        );
+    let opened: OwnedFd = openat2(dir, path, how)?;
+    Ok(opened.into())
+}
+
+/// Whether an error means that a link or a mount is in the way.
+fn leads_out(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EXDEV))
 }
 
 /// All of a file of procfs, however long; nothing if there is no such file.

@@ -339,17 +339,15 @@ fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
     let Some(vm) = running_vms(host)?.into_iter().find(is_own) else {
         return Ok(());
     };
-    let pid = vm.record.pid;
-    Err(
-        match Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid)) {
-            true => TenantError::Running(vm),
-            false => TenantError::SaysItRuns {
-                name: tenant.name.clone(),
-                vm: vm.record.name,
-                user: tenant.file.user.clone(),
-            },
+    let runs = |pid| Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid));
+    Err(match vm.record.pid.is_some_and(runs) {
+        true => TenantError::Running(vm),
+        false => TenantError::SaysItRuns {
+            name: tenant.name.clone(),
+            vm: vm.record.name,
+            user: tenant.file.user.clone(),
         },
-    )
+    })
 }
 
 /// Deletes a tenant that owns nothing, and none of whose VMs runs.

@@ -42,7 +42,10 @@ struct Listed(Option<BTreeSet<String>>);
 
 impl Listed {
     fn of(dir: &Path) -> Self {
-        let names = sysfs::entries(dir).ok();
+        Self::all(sysfs::entries(dir).ok())
+    }
+
+    fn all(names: Option<Vec<String>>) -> Self {
         Self(names.map(|names| names.into_iter().collect()))
     }
 
@@ -69,7 +72,7 @@ impl<'a> Source<'a> {
             leases: Listed::of(&paths.run.join("leases")),
             quarantine: quarantine::homes(paths)
                 .iter()
-                .map(|home| Listed::of(home.dir()))
+                .map(|home| Listed::all(home.names()))
                 .collect(),
             former: Listed::of(&paths.run.join("former")),
             mdev: paths.sysfs.join("class/mdev_bus").exists(),
@@ -103,16 +106,20 @@ impl<'a> Source<'a> {
         };
         let leased = self.leases.may_have(|| format!("{bdf}.lock"));
         if leased {
-            device.lease = holder(paths, bdf)?;
+            device.lease = holder(paths, bdf);
         }
         let mut hung = false;
-        let aside = |one: &Listed| one.may_have(|| format!("{bdf}.json"));
+        let aside = |one: &Listed| {
+            quarantine::names(bdf)
+                .into_iter()
+                .any(|name| one.may_have(|| name))
+        };
         if leased || self.quarantine.iter().any(aside) {
             let found = quarantine::find(paths, bdf, &device.id.to_string());
             hung = found
                 .as_ref()
                 .is_some_and(|found| found.until == Until::Boot);
-            device.quarantine = found.map(|found| found.reason);
+            device.quarantine = found.map(|found| found.reason());
         }
         if device.physfn.is_some() && device.id.vendor == NVIDIA {
             device.vgpu = VendorVgpu::read(&paths.pci_device(bdf));
@@ -160,7 +167,9 @@ impl<'a> Source<'a> {
 fn moves_elsewhere(device: &HostDevice) -> bool {
     match device.lease.record() {
         // A VM's helper moves devices for it.
-        Some(record) if [std::process::id(), parent_id()].contains(&record.pid) => false,
+        Some(record) if [Some(std::process::id()), Some(parent_id())].contains(&record.pid) => {
+            false
+        }
         Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
         None => false,
     }

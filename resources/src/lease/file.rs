@@ -2,16 +2,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, lchown};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{AT_FDCWD, FcntlArg, RenameFlags, fcntl, renameat2};
 use nix::libc;
 
-use super::{LeaseError, LeaseRecord, LeaseStatus};
+use super::{LeaseRecord, LeaseStatus};
 use crate::atomic::make_dir;
 use crate::host::HostPaths;
 use crate::quarantine::short;
@@ -27,18 +27,32 @@ pub(crate) struct LockFile {
 
 impl LockFile {
     /// Locks a file, making it first where needed; none if somebody else has the lock.
-    pub(crate) fn take(path: &Path, record: &LeaseRecord) -> io::Result<Option<Self>> {
-        Self::take_after(path, record, |_| Ok(()))
+    pub(crate) fn take(
+        paths: &HostPaths,
+        path: &Path,
+        record: &LeaseRecord,
+    ) -> io::Result<Option<Self>> {
+        Self::take_after(paths, path, record, |_| Ok(()))
     }
 
     /// [`LockFile::take`], with a look at what the last holder left before it is overwritten.
     pub(super) fn take_after(
+        paths: &HostPaths,
         path: &Path,
         record: &LeaseRecord,
         look: impl Fn(&[u8]) -> io::Result<()>,
     ) -> io::Result<Option<Self>> {
         loop {
-            let file = open(path)?;
+            let file = match open(path) {
+                Ok(file) => file,
+                Err(error) if is_replaceable(path, &error) => match replace(paths, path) {
+                    Ok(Some(file)) => file,
+                    Ok(None) => return Ok(None),
+                    // This user may not, so the first failure is the one to tell.
+                    Err(_) => return Err(error),
+                },
+                Err(error) => return Err(error),
+            };
             if !try_lock(&file)? {
                 return Ok(None);
             }
@@ -125,6 +139,48 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
     opened.and_then(sysfs::must_be_regular)
 }
 
+/// Whether an error of [`open`] is about the file in this place, and a new file would cure it: its owner has
+/// a file lease on it (fcntl(2), "Leases") or has closed it, or it is no regular file.
+fn is_replaceable(path: &Path, error: &io::Error) -> bool {
+    let closed = [io::ErrorKind::WouldBlock, io::ErrorKind::PermissionDenied];
+    let other = || fs::symlink_metadata(path).is_ok_and(|found| !found.is_file());
+    closed.contains(&error.kind()) || other()
+}
+
+/// Replaces a lock file that cannot be opened by a new one of the same owner, and returns that, locked. None
+/// if somebody has locked the old one, which then stays. Whoever may write the directory can do this.
+///
+/// The two files change places in one step, and the old one is looked at afterwards: whoever locks it later
+/// sees that it is no longer in its place (see [`LockFile::is_at`]).
+fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
+    let old = fs::symlink_metadata(path)?;
+    let new = path.with_extension(format!("{}.new", std::process::id()));
+    let swap = || {
+        let both = RenameFlags::RENAME_EXCHANGE;
+        renameat2(AT_FDCWD, &new, AT_FDCWD, path, both).map_err(io::Error::from)
+    };
+    create(&new)?;
+    let swapped = lchown(&new, Some(old.uid()), Some(old.gid()))
+        .and_then(|()| open(&new))
+        .and_then(|file| try_lock(&file).map(|_| file))
+        .and_then(|file| swap().map(|()| file));
+    let file = match swapped {
+        Ok(file) => file,
+        Err(error) => {
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
+    };
+    let swapped_out = fs::symlink_metadata(&new)?;
+    // Where the list cannot be read, the old file may be locked.
+    let locked = !swapped_out.is_dir() && is_listed(paths, &swapped_out).unwrap_or(true);
+    if locked {
+        swap()?;
+    }
+    fs::remove_file(&new).or_else(|_| fs::remove_dir(&new))?;
+    Ok((!locked).then_some(file))
+}
+
 /// What a lock file says. A tenant writes its own: there is no more to be read than records have.
 pub(super) fn content(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; 16 << 10];
@@ -133,55 +189,82 @@ pub(super) fn content(file: &File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Who has locked a file. Asks the kernel; takes no lock.
-pub(crate) fn status(paths: &HostPaths, path: &Path) -> Result<LeaseStatus, LeaseError> {
-    let file = match sysfs::regular(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LeaseStatus::Free),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            return listed_as_locked(paths, path).map_err(LeaseError::file(path));
-        }
-        Err(error) => return Err(LeaseError::file(path)(error)),
+/// Who has locked a file. Asks the kernel; takes no lock. A file that cannot be read counts as locked.
+pub(crate) fn status(paths: &HostPaths, path: &Path) -> LeaseStatus {
+    let unreadable = |error: io::Error| LeaseStatus::Unreadable {
+        file: path.to_owned(),
+        why: error.to_string(),
     };
-    // The holder locks first and writes second: its record may be a moment late.
-    for _ in 0..20 {
-        if !is_locked(&file).map_err(LeaseError::file(path))? {
+    let known = match sysfs::regular(path) {
+        Ok(file) => status_of(paths, &file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(LeaseStatus::Free),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            listed_as_locked(paths, path)
+        }
+        Err(error) => Err(error),
+    };
+    known.unwrap_or_else(unreadable)
+}
+
+/// Who has locked a file that was opened to be read.
+pub(crate) fn status_of(paths: &HostPaths, file: &File) -> io::Result<LeaseStatus> {
+    let owner = file.metadata()?.uid();
+    // The holder locks first and writes second: its record may be a moment late. Another user may leave it
+    // out altogether, on many files, so nobody waits for that.
+    let attempts = if is_trusted(owner) { 20 } else { 1 };
+    for attempt in 1..=attempts {
+        if !is_locked(file)? {
             return Ok(LeaseStatus::Free);
         }
-        let record = content(&file)
+        let record = content(file)
             .ok()
             .and_then(|bytes| serde_json::from_slice::<LeaseRecord>(&bytes).ok());
         match record {
-            // It may be a tenant's, who writes into it what it likes.
-            Some(record) => {
-                return Ok(LeaseStatus::Held(LeaseRecord {
-                    name: short(&record.name),
-                    ..record
-                }));
-            }
-            None => std::thread::sleep(Duration::from_millis(1)),
+            Some(record) => return Ok(LeaseStatus::Held(credible(paths, owner, record))),
+            None if attempt < attempts => std::thread::sleep(Duration::from_millis(1)),
+            None => {}
         }
     }
     Ok(LeaseStatus::Unrecorded)
 }
 
-/// What the kernel's list of all locks says (proc_locks(5)), for those who may not open the file.
+/// As much of a record as is believed. It may be a tenant's, who writes into it what it likes: a text that
+/// changes what a terminal shows, or the process of somebody else.
+pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> LeaseRecord {
+    let process = |pid: u32| fs::metadata(paths.proc.join(pid.to_string()));
+    let owners = |pid: &u32| process(*pid).is_ok_and(|process| process.uid() == owner);
+    LeaseRecord {
+        name: short(&record.name),
+        pid: record.pid.filter(|pid| is_trusted(owner) || owners(pid)),
+        ..record
+    }
+}
+
+/// Root and this user: a tenant writes what it likes into the lock files of its devices.
+pub(super) fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == nix::unistd::geteuid().as_raw()
+}
+
+/// What the kernel's list of all locks says, for those who may not open the file.
 pub(super) fn listed_as_locked(paths: &HostPaths, path: &Path) -> io::Result<LeaseStatus> {
-    let file = fs::metadata(path)?;
+    let locked = is_listed(paths, &fs::symlink_metadata(path)?)?;
+    Ok(if locked {
+        LeaseStatus::Unrecorded
+    } else {
+        LeaseStatus::Free
+    })
+}
+
+/// Whether the kernel lists a lock of ours on a file (proc_locks(5)).
+fn is_listed(paths: &HostPaths, file: &fs::Metadata) -> io::Result<bool> {
     let (major, minor) = (
         nix::sys::stat::major(file.dev()),
         nix::sys::stat::minor(file.dev()),
     );
     let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
     let locks = fs::read_to_string(paths.proc.join("locks"))?;
-    let locked = locks
-        .lines()
-        .any(|line| line.contains("OFDLCK") && line.split_whitespace().any(|word| word == id));
-    Ok(if locked {
-        LeaseStatus::Unrecorded
-    } else {
-        LeaseStatus::Free
-    })
+    let mut lines = locks.lines();
+    Ok(lines.any(|line| line.contains("OFDLCK") && line.split_whitespace().any(|word| word == id)))
 }
 
 /// A write lock on all of a file.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 
+use super::file::is_trusted;
 use super::{
     ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder,
     lock_path,
@@ -48,14 +49,15 @@ pub(crate) fn is_passing(
     let name = name.into();
     let Some(record) = record else {
         // Whoever lets go takes his record away first.
-        return matches!(holder(paths, name), Ok(LeaseStatus::Free));
+        return holder(paths, name) == LeaseStatus::Free;
     };
     if record.kind == LeaseKind::Task && record.name == RESTORE {
         return may_be_believed(paths, name);
     }
     // Who is not to be seen may as well be in another PID namespace, and well.
-    let free = || matches!(holder(paths, name), Ok(LeaseStatus::Free));
-    is_ending(&paths.proc, record.pid).unwrap_or_else(free)
+    let free = || holder(paths, name) == LeaseStatus::Free;
+    let ending = record.pid.and_then(|pid| is_ending(&paths.proc, pid));
+    ending.unwrap_or_else(free)
 }
 
 /// Whether a process is ending, or about to; none if it is not to be seen in procfs, which is at `proc`.
@@ -71,11 +73,6 @@ pub(crate) fn is_ending(proc: &Path, pid: u32) -> Option<bool> {
 fn may_be_believed(paths: &HostPaths, name: DeviceName) -> bool {
     let file = fs::symlink_metadata(lock_path(paths, name));
     file.is_ok_and(|file| is_trusted(file.uid()))
-}
-
-/// Root and this user: a tenant writes what it likes into the lease files of its devices.
-fn is_trusted(uid: u32) -> bool {
-    uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }
 
 /// Does something under the allocation lock, which is free again when this returns. As long as nothing

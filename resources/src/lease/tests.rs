@@ -1,6 +1,6 @@
 //! Tests: one holder at a time, however it ends.
 
-use super::file::{listed_as_locked, open};
+use super::file::{credible, listed_as_locked, open};
 use super::*;
 use crate::atomic::make_dir;
 use crate::fixture::bdf;
@@ -29,7 +29,7 @@ fn record(vm: &str) -> LeaseRecord {
 fn a_lock_is_held_by_one_until_it_is_dropped() {
     let (_root, paths) = paths();
     let device = bdf("01:00.0");
-    assert_eq!(holder(&paths, device).unwrap(), LeaseStatus::Free);
+    assert_eq!(holder(&paths, device), LeaseStatus::Free);
     let lock = DeviceLock::take(&paths, device, &record("a"))
         .unwrap()
         .unwrap();
@@ -38,16 +38,16 @@ fn a_lock_is_held_by_one_until_it_is_dropped() {
             .unwrap()
             .is_none()
     );
-    let LeaseStatus::Held(held) = holder(&paths, device).unwrap() else {
+    let LeaseStatus::Held(held) = holder(&paths, device) else {
         panic!()
     };
     assert_eq!(
         (held.kind, held.name.as_str(), held.pid),
-        (LeaseKind::Vm, "a", 123)
+        (LeaseKind::Vm, "a", Some(123))
     );
     assert_eq!(held.to_string(), "VM 'a' (pid 123)");
     drop(lock);
-    assert_eq!(holder(&paths, device).unwrap(), LeaseStatus::Free);
+    assert_eq!(holder(&paths, device), LeaseStatus::Free);
     assert!(lock_path(&paths, device).exists(), "the file stays");
     assert!(
         DeviceLock::take(&paths, device, &record("b"))
@@ -72,7 +72,7 @@ fn asking_takes_nothing() {
     let device = bdf("01:00.0");
     drop(DeviceLock::take(&paths, device, &record("a")).unwrap());
     std::thread::scope(|scope| {
-        let asking = scope.spawn(|| (0..2000).for_each(|_| drop(holder(&paths, device).unwrap())));
+        let asking = scope.spawn(|| (0..2000).for_each(|_| drop(holder(&paths, device))));
         while !asking.is_finished() {
             assert!(
                 DeviceLock::take(&paths, device, &record("b"))
@@ -90,7 +90,7 @@ fn a_lock_without_a_record_still_counts() {
     let _lock = DeviceLock::take(&paths, device, &record("a")).unwrap();
     for content in ["", "{\"kind\": \"vm\""] {
         fs::write(lock_path(&paths, device), content).unwrap();
-        assert_eq!(holder(&paths, device).unwrap(), LeaseStatus::Unrecorded);
+        assert_eq!(holder(&paths, device), LeaseStatus::Unrecorded);
     }
 }
 
@@ -104,7 +104,7 @@ fn a_record_without_a_lock_does_not_count() {
         serde_json::to_vec(&record("killed")).unwrap(),
     )
     .unwrap();
-    assert_eq!(holder(&paths, device).unwrap(), LeaseStatus::Free);
+    assert_eq!(holder(&paths, device), LeaseStatus::Free);
 }
 
 #[test]
@@ -139,14 +139,53 @@ fn a_lock_on_a_removed_file_binds_nobody_and_is_not_taken() {
 }
 
 #[test]
-fn a_symbolic_link_is_not_followed() {
+fn what_is_no_regular_file_counts_as_held_and_is_replaced() {
     let (root, paths) = paths();
+    let device = bdf("01:00.0");
+    let path = lock_path(&paths, device);
     make_dir(&paths.run.join("leases")).unwrap();
     let target = root.path().join("precious");
     fs::write(&target, "text").unwrap();
-    std::os::unix::fs::symlink(&target, lock_path(&paths, bdf("01:00.0"))).unwrap();
-    assert!(DeviceLock::take(&paths, bdf("01:00.0"), &record("a")).is_err());
+    let puts: [&dyn Fn(); 4] = [
+        &|| std::os::unix::fs::symlink(&target, &path).unwrap(),
+        &|| nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+        &|| drop(std::os::unix::net::UnixListener::bind(&path).unwrap()),
+        &|| fs::create_dir(&path).unwrap(),
+    ];
+    for put in puts {
+        let _ = fs::remove_file(&path);
+        put();
+        let status = holder(&paths, device);
+        let LeaseStatus::Unreadable { file, why } = &status else {
+            panic!("{status:?}")
+        };
+        assert!(status.is_held() && !why.is_empty());
+        assert_eq!(*file, path);
+        let lock = DeviceLock::take(&paths, device, &record("a")).unwrap();
+        assert_eq!(holder(&paths, device).record().unwrap().name, "a");
+        drop(lock.unwrap());
+        assert_eq!(holder(&paths, device), LeaseStatus::Free);
+        let left = fs::read_dir(path.parent().unwrap()).unwrap().count();
+        assert_eq!(left, 1, "nothing is left behind");
+    }
     assert_eq!(fs::read_to_string(&target).unwrap(), "text");
+}
+
+#[test]
+fn another_users_record_names_only_that_users_processes() {
+    let root = tempfile::tempdir().unwrap();
+    let paths = HostPaths::under(root.path());
+    let own = nix::unistd::geteuid().as_raw();
+    fs::create_dir_all(paths.proc.join("123")).unwrap();
+    let wild = LeaseRecord {
+        name: "a\u{1b}[2J\u{202e}b\n".to_owned(),
+        ..record("a")
+    };
+    // The process is this user's.
+    let said = credible(&paths, own, wild.clone());
+    assert_eq!(said.to_string(), "VM 'a[2Jb' (pid 123)");
+    let said = credible(&paths, own + 1, wild);
+    assert_eq!(said.to_string(), "VM 'a[2Jb'");
 }
 
 #[test]
@@ -184,7 +223,7 @@ fn a_spawned_process_takes_no_lock_along() {
     let lock = DeviceLock::take(&paths, bdf("01:00.0"), &record("a")).unwrap();
     let mut child = Command::new("sleep").arg("600").spawn().unwrap();
     drop(lock);
-    assert_eq!(holder(&paths, bdf("01:00.0")).unwrap(), LeaseStatus::Free);
+    assert_eq!(holder(&paths, bdf("01:00.0")), LeaseStatus::Free);
     child.kill().unwrap();
     child.wait().unwrap();
 }
@@ -221,7 +260,7 @@ fn killing_the_holder_frees_the_device() {
             .spawn()
             .unwrap();
         let started = Instant::now();
-        while !holder(&paths, device).unwrap().is_held() {
+        while !holder(&paths, device).is_held() {
             assert!(
                 started.elapsed() < Duration::from_secs(60),
                 "the other process does not lease"
@@ -235,7 +274,7 @@ fn killing_the_holder_frees_the_device() {
         );
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(holder(&paths, device).unwrap(), LeaseStatus::Free);
+        assert_eq!(holder(&paths, device), LeaseStatus::Free);
         drop(
             DeviceLock::take(&paths, device, &record("b"))
                 .unwrap()

@@ -61,7 +61,7 @@ impl Obstacle {
     pub fn sieve(&self) -> Sieve {
         match self {
             Self::Bridge => Sieve::Bridge,
-            Self::Leased { .. } => Sieve::Leased,
+            Self::Leased { .. } | Self::LockUnreadable { .. } => Sieve::Leased,
             Self::Quarantined { .. } | Self::PfQuarantined { .. } => Sieve::Quarantined,
             Self::HostDriver { .. } => Sieve::HostDriver,
             Self::HostNeeds { .. } | Self::HasVfs { .. } => Sieve::HostNeeds,

@@ -12,7 +12,6 @@ impl fmt::Display for Blocked {
         let bdf = self.bdf;
         match &self.obstacle {
             Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
-            Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
             Obstacle::Quarantined { why } => write!(
                 f,
                 "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` ends that"
@@ -57,16 +56,6 @@ impl fmt::Display for Blocked {
                     members.join(", ")
                 )
             }
-            Obstacle::GroupLeased {
-                group,
-                member,
-                holder,
-            } => write!(
-                f,
-                "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
-                 between VMs",
-                name(holder)
-            ),
             Obstacle::NodeMissing { group } => write!(
                 f,
                 "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
@@ -76,8 +65,32 @@ impl fmt::Display for Blocked {
                 f,
                 "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
             ),
-            _ => of_request(f, bdf, &self.obstacle),
+            _ => of_holder(f, bdf, &self.obstacle),
         }
+    }
+}
+
+/// Who has the device, or one that goes with it.
+fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+        Obstacle::LockUnreadable { file, why } => write!(
+            f,
+            "{bdf} counts as held: its lock file {} cannot be read ({why}); as root, remove the \
+             file if no process uses the device",
+            file.display()
+        ),
+        Obstacle::GroupLeased {
+            group,
+            member,
+            holder,
+        } => write!(
+            f,
+            "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
+             between VMs",
+            name(holder)
+        ),
+        _ => of_request(f, bdf, obstacle),
     }
 }
 

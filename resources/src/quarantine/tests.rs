@@ -83,10 +83,10 @@ fn a_note_that_cannot_be_kept_stays_in_its_place() {
 fn a_tenant_reads_the_hosts_records_whatever_the_umask_was() {
     let host = host();
     let disk = host.read("01:00.0");
-    let file = path(&host.paths, disk.bdf);
+    let file = path(&host.paths, disk.bdf, Until::Boot);
     let dir = file.parent().unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
-    host.file("var/quarantine/0000:01:00.0.json", "{}");
+    host.file("var/quarantine/0000:01:00.0.boot.json", "{}");
     for (path, closed) in [(&*file, 0o600), (dir, 0o700)] {
         fs::set_permissions(path, fs::Permissions::from_mode(closed)).unwrap();
     }
@@ -99,7 +99,7 @@ fn a_tenant_that_may_not_look_at_the_hosts_records_keeps_its_devices() {
     let kept = |whose, error: io::ErrorKind| {
         let home = Home {
             dir: PathBuf::from("/x"),
-            _held: None,
+            held: None,
             whose,
         };
         home.unread(Path::new("/x/y"), &error.into()).is_some()
@@ -128,8 +128,48 @@ fn what_a_note_says_is_fit_for_a_terminal() {
     assert_eq!(host.read("01:00.0").quarantine.as_ref(), Some(&tame));
     let record = LeaseRecord::task("a");
     drop(DeviceLock::take(&host.paths, disk.bdf, &record).unwrap());
-    let kept = fs::read_to_string(path(&host.paths, disk.bdf)).unwrap();
+    let kept = fs::read_to_string(path(&host.paths, disk.bdf, Until::Boot)).unwrap();
     assert!(kept.contains(&format!("\"{tame}\"")), "{kept}");
+}
+
+/// The lock file is a tenant's, who writes into it what it likes.
+#[test]
+fn a_forged_note_takes_nothing_back() {
+    let host = host();
+    let disk = host.read("01:00.0");
+    let used = "it was used by VM 'x' (one_time_use)";
+    let record = LeaseRecord::task("a");
+    let forge = |note: &str| {
+        host.file("run/leases/0000:01:00.0.lock", note);
+        drop(DeviceLock::take(&host.paths, disk.bdf, &record).unwrap());
+        host.read("01:00.0").quarantine
+    };
+    let note = |id: &str, until: &str| {
+        format!(r#"{{"id": "{id}", "reason": "x", "until": "{until}", "boot": "none"}}"#)
+    };
+    let foreign = [
+        note("ffff:ffff", "boot"),
+        note("ffff:ffff", "released"),
+        "[".repeat(1 << 14),
+        "null".to_owned(),
+    ];
+    for forged in &foreign {
+        assert_eq!(forge(forged), None, "{forged}");
+    }
+    quarantine(&host.paths, &disk, used, Until::Released).unwrap();
+    for forged in &foreign {
+        assert_eq!(forge(forged).as_deref(), Some(used), "{forged}");
+    }
+    // One of the device's own is added, until the host boots.
+    let own = note("1b36:0010", "released");
+    assert_eq!(forge(&own).unwrap(), format!("x; {used}"));
+    host.file("proc/sys/kernel/random/boot_id", "two\n");
+    assert_eq!(host.read("01:00.0").quarantine.as_deref(), Some(used));
+    // A reason that the host has found is not replaced.
+    quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+    assert_eq!(forge(&own).unwrap(), format!("it hangs; {used}"));
+    release_quarantine(&host.paths, disk.bdf).unwrap();
+    assert_eq!(host.read("01:00.0").quarantine, None);
 }
 
 #[test]
@@ -137,7 +177,7 @@ fn a_boot_or_other_hardware_ends_it() {
     let host = host();
     let disk = host.read("01:00.0");
     quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
-    let reason = |id| find(&host.paths, disk.bdf, id).map(|found| found.reason);
+    let reason = |id| find(&host.paths, disk.bdf, id).map(|found| found.reason());
     assert_eq!(reason("1b36:0010").as_deref(), Some("it hangs"));
     assert_eq!(reason("1b36:0011"), None);
     host.file("proc/sys/kernel/random/boot_id", "two\n");
@@ -173,7 +213,7 @@ fn a_record_of_another_boot_hides_no_note() {
     let note = String::from_utf8(note(&disk, "its reset failed")).unwrap();
     host.file("run/leases/0000:01:00.0.lock", &note);
     let found = find(&host.paths, disk.bdf, &id).unwrap();
-    assert_eq!(found.reason, "its reset failed");
+    assert_eq!(found.reason(), "its reset failed");
 }
 
 #[test]
@@ -182,6 +222,8 @@ fn only_the_record_that_was_made_is_taken_back() {
     let disk = host.read("01:00.0");
     quarantine(&host.paths, &disk, "it was used", Until::Released).unwrap();
     quarantine(&host.paths, &disk, "it hung", Until::Boot).unwrap();
+    let both = host.read("01:00.0").quarantine;
+    assert_eq!(both.as_deref(), Some("it hung; it was used"));
     forget_reason(&host.paths, disk.bdf, "it was used").unwrap();
     assert_eq!(hung(&host.paths, &disk).as_deref(), Some("it hung"));
     forget_reason(&host.paths, disk.bdf, "it hung").unwrap();

@@ -205,7 +205,7 @@ pub(crate) fn activate_for_vm(
             };
         }
         if Instant::now() >= deadline {
-            let lease = holder(paths, spec.pf)?;
+            let lease = holder(paths, spec.pf);
             return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -215,11 +215,8 @@ pub(crate) fn activate_for_vm(
 /// Whether a command is at work on a device, which does not take long.
 fn is_task(paths: &HostPaths, bdf: HostBdf) -> bool {
     let lease = holder(paths, bdf);
-    lease.is_ok_and(|lease| {
-        lease
-            .record()
-            .is_some_and(|one| one.kind == LeaseKind::Task)
-    })
+    let record = lease.record();
+    record.is_some_and(|record| record.kind == LeaseKind::Task)
 }
 
 fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
@@ -364,7 +361,7 @@ fn lock(
         match DeviceLock::take(paths, bdf, record)? {
             Some(lock) => locks.push(lock),
             None => {
-                let lease = holder(paths, bdf)?;
+                let lease = holder(paths, bdf);
                 return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
             }
         }

@@ -120,7 +120,7 @@ impl Owner {
         }
         let record = LeaseRecord::task("gantry tenant");
         let Some(lock) = DeviceLock::take(host, name, &record)? else {
-            return Err(held(name, &holder(host, name)?));
+            return Err(held(name, &holder(host, name)));
         };
         for node in nodes(host, name) {
             self.own(&node)
@@ -139,12 +139,11 @@ impl Owner {
     }
 }
 
-/// Refuses what somebody has.
+/// Refuses what somebody has. A lock file that cannot be read is replaced when the device is taken over.
 pub(super) fn is_free(host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
-    let lease = holder(host, name)?;
-    match lease.is_held() {
-        true => Err(held(name, &lease)),
-        false => Ok(()),
+    match holder(host, name) {
+        LeaseStatus::Free | LeaseStatus::Unreadable { .. } => Ok(()),
+        lease => Err(held(name, &lease)),
     }
 }
 

@@ -43,6 +43,11 @@ fn give(host: &FakeHost, kernel: &FakeKernel<'_>, name: &str, device: &str) -> S
     }
 }
 
+fn holder_of(vm: &str, pid: u32) -> Holder {
+    let vm = vm.to_owned();
+    Holder { vm, pid }
+}
+
 fn scope(host: &FakeHost, name: &str) -> HostPaths {
     let tenants = Tenants::load(&host.paths).unwrap();
     tenants.find(name).unwrap().scope(&host.paths)
@@ -229,7 +234,7 @@ fn make_everything_anew() {
         (state, "tenants", 0o755),
         (state, "tenants/a", 0o700),
         (state, "quarantine", 0o755),
-        (state, "quarantine/0000:01:00.0.json", 0o644),
+        (state, "quarantine/0000:01:00.0.boot.json", 0o644),
     ] {
         let path = root.join(path);
         let found = fs::metadata(&path).unwrap().mode() & 0o777;
@@ -387,17 +392,27 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     pipe(&lock);
     assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
     revoke(&host.paths, kernel.access(), "a", &[bdf("02:00.0")]).unwrap();
-    // Pipes among the VMs, and a link in the place of their directory.
+    // One VM under many names.
+    let running = crate::announce(&scope(&host, "a"), &holder_of("x", 7)).unwrap();
     let vms = run.join("vms");
+    for index in 0..400 {
+        fs::hard_link(vms.join("7.lock"), vms.join(format!("{index}"))).unwrap();
+    }
+    let seen = running_vms(&host.paths).unwrap();
+    assert_eq!((seen.len(), seen[0].record.name.as_str()), (1, "x"));
+    // And so many files that not all are looked at.
+    for index in 0..2000 {
+        fs::write(vms.join(format!("file-{index}")), "").unwrap();
+    }
+    assert!(running_vms(&host.paths).unwrap().len() <= 1);
+    drop(running);
+    fs::remove_dir_all(&vms).unwrap();
+    // Pipes among the VMs, and a link in the place of their directory.
     fs::create_dir(&vms).unwrap();
     pipe(&vms.join("7.lock"));
     assert_eq!(running_vms(&host.paths).unwrap(), []);
     fs::remove_dir_all(&vms).unwrap();
-    let holder = Holder {
-        vm: "x".to_owned(),
-        pid: 1,
-    };
-    let _running = crate::announce(&host.paths, &holder).unwrap();
+    let _running = crate::announce(&host.paths, &holder_of("x", 1)).unwrap();
     symlink(host.paths.run.join("vms"), &vms).unwrap();
     assert_eq!(running_vms(&host.paths).unwrap().len(), 1, "not seen twice");
 }

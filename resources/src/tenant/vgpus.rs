@@ -67,7 +67,7 @@ fn with_mdevs(
     let mut files = GroupFiles::open(scope)?;
     for device in devices {
         // Whoever removes it has its lock since before this one was free.
-        let (uuid, lease) = (device.uuid, holder(scope, device.uuid)?);
+        let (uuid, lease) = (device.uuid, holder(scope, device.uuid));
         if lease.is_held() {
             return Err(VgpuError::held(uuid, &lease).into());
         }
@@ -116,7 +116,7 @@ pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), 
     // As with functions, the nodes and locks first.
     let owner = Owner::host();
     for &uuid in uuids {
-        let lease = holder(host, uuid)?;
+        let lease = holder(host, uuid);
         if lease.is_held() {
             return Err(VgpuError::held(uuid, &lease).into());
         }

@@ -359,7 +359,7 @@ fn lock(paths: &HostPaths, uuid: Uuid, record: &LeaseRecord) -> Result<DeviceLoc
     let lock = DeviceLock::take(paths, uuid, record)?;
     match lock {
         Some(lock) => Ok(lock),
-        None => Err(VgpuError::held(uuid, &holder(paths, uuid)?)),
+        None => Err(VgpuError::held(uuid, &holder(paths, uuid))),
     }
 }
 

@@ -66,7 +66,7 @@ pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     let name = name.into();
     hangs_by(
         || File::open(path(paths, name)).and_then(|file| is_locked(&file)),
-        || holder(paths, name).is_ok_and(|lease| lease.is_held()),
+        || holder(paths, name).is_held(),
     )
 }
 
@@ -91,7 +91,7 @@ fn claim_on(paths: &HostPaths, uuid: Uuid) -> Option<Claim> {
         uuid,
         parent: owed.and_then(|owed| owed.parent),
         under_way: at_work.unwrap_or(true) || !directory(paths, uuid).exists(),
-        left: holder(paths, uuid).is_ok_and(|lease| !lease.is_held()),
+        left: !holder(paths, uuid).is_held(),
     })
 }
 

@@ -96,7 +96,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
     let silent = silent
         .into_iter()
-        .filter(|vm| !known.contains(&vm.record.pid));
+        .filter(|vm| vm.record.pid.is_none_or(|pid| !known.contains(&pid)));
     rows.extend(silent.map(Row::of_record));
     if args.json {
         return print_json(&rows);
@@ -159,7 +159,7 @@ impl Row {
         Self {
             name: record.name,
             tenant,
-            pid: Some(record.pid),
+            pid: record.pid,
             socket: None,
             state: state.unwrap_or_else(|| "no socket".to_owned()),
             info: None,
