@@ -12,7 +12,7 @@ use crate::lab::Parts;
 use crate::lab::parts::{Options, workspace};
 
 /// What a cold machine may take, downloads and the lab kernel's build included.
-const BUDGET: Duration = Duration::from_secs(40 * 60);
+const BUDGET: Duration = Duration::from_secs(30 * 60);
 
 /// Cargo's part of the checks before the lab: what is said, and the arguments.
 const CARGO: &[(&str, &[&str])] = &[

@@ -9,4 +9,5 @@ pub mod cleanup;
 pub mod demo;
 pub mod lab;
 pub mod protocol;
+pub mod times;
 pub mod ui;

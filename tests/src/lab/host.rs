@@ -16,11 +16,11 @@ use crate::cleanup::TempFolder;
 use crate::protocol::{Exit, Run, Size};
 
 /// How long a boot may take; it takes 2 to 5 s on an idle machine.
-const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+const BOOT_PATIENCE: Duration = Duration::from_secs(240);
 /// How long a running host may take to say that it is there.
-const HELLO_PATIENCE: Duration = Duration::from_secs(20);
+const HELLO_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a command may run unless it says otherwise.
-const COMMAND_PATIENCE: Duration = Duration::from_secs(120);
+const COMMAND_PATIENCE: Duration = Duration::from_secs(240);
 /// How long QEMU may take to end when the wire is gone.
 const END_PATIENCE: Duration = Duration::from_secs(20);
 /// What the host's console says when its kernel panics, and when its agent ends (see `lab/host-init.sh`).
@@ -275,8 +275,8 @@ impl End {
             Some("guest-shutdown") => return Self::PoweredOff,
             Some("guest-reset") if console.contains(PANIC) => "its kernel panicked".to_owned(),
             Some("guest-reset") if console.contains(AGENT_ENDED) => {
-                "the wire to it is gone: a command took the virtio console 0000:00:02.0, which its agent \
-                 talks over, from its driver, or ended the agent"
+                "a command took the virtio console 0000:00:02.0, which its agent talks over, from its \
+                 driver, or ended the agent"
                     .to_owned()
             }
             Some("guest-reset") => "it was restarted, which ends a lab".to_owned(),
@@ -310,7 +310,7 @@ impl HostCommand<'_> {
         self
     }
 
-    /// Kills it and fails when it runs longer; 120 s without.
+    /// Kills it and fails when it runs longer; 240 s without.
     pub fn within(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self

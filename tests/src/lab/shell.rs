@@ -74,7 +74,7 @@ pub fn batch(host: &Host, argv: &[String]) -> Result<i32> {
 }
 
 fn lost(host: &Host, why: &str) -> anyhow::Error {
-    anyhow!("the lab host is gone: {why}\n{}", host.last_words())
+    anyhow!("the lab has ended: {why}\n{}", host.last_words())
 }
 
 /// Shows the command's output until it ends; its exit status, or nothing when the wire is gone.

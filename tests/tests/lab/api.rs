@@ -153,7 +153,7 @@ fn a_vm_is_created_over_its_socket(host: &Host) -> Result<()> {
     running.until("guest: done")?;
     // The VM ends, gantry stays, and the VM can be booted again.
     with_client(host, "/tmp/late.sock", async |client| {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while client.vm_info_get().await?.state != VmState::Shutdown {
             ensure!(Instant::now() < deadline, "the VM never ends");
             tokio::time::sleep(Duration::from_millis(50)).await;

@@ -1,14 +1,18 @@
-//! The test bed: the lab that is up, the run of a case in it, and the check of what it left.
+//! The test bed: the labs that are up, the run of a case in it, and the check of what it left.
 
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{ThreadId, available_parallelism, current};
+use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail, ensure};
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
 use gantry_tests::lab::qemu::Device;
 use gantry_tests::lab::{Host, Parts, Setup};
+use gantry_tests::times::Times;
 use libtest_mimic::Failed;
 
 use crate::is_soak;
@@ -45,13 +49,41 @@ macro_rules! cases {
 }
 pub(crate) use cases;
 
-/// What the cases share. A host that is there is clean.
+/// What the cases share.
 #[derive(Default)]
 pub struct Bed {
     parts: OnceLock<Result<Parts, String>>,
-    host: Mutex<Option<(&'static str, Host)>>,
-    /// The cases that lost a guest and passed in another lab, with what was seen first.
-    lost: Mutex<Vec<String>>,
+    /// The lab of each thread that runs cases, clean, and its suite. No thread takes another's, as QEMU ends
+    /// with the thread that started it.
+    labs: Mutex<HashMap<ThreadId, (&'static str, Host)>>,
+    again: Mutex<Again>,
+    times: Mutex<Times>,
+}
+
+/// Cases that lost a guest.
+#[derive(Default)]
+struct Again {
+    /// How many were tried once more.
+    tries: usize,
+    /// Those that passed then, with what was seen first.
+    passed: Vec<String>,
+}
+
+/// What a lab takes of this machine's memory at most, in KiB: 4.4 GiB were measured, in the case with the
+/// largest guest.
+const LAB_MEMORY: usize = 5 << 20;
+
+/// How many labs run side by side: one for each processor, as those of a lab take turns on one, and as many as
+/// there is memory for.
+pub fn labs_side_by_side() -> usize {
+    let processors = available_parallelism().map_or(1, usize::from);
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let mut lines = memory.lines();
+    let available = lines.find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available =
+        available.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    let fit = available.map_or(1, |available| available / LAB_MEMORY);
+    processors.min(fit).max(1)
 }
 
 /// How many cases of a run may lose a guest to the emulator (see [`gantry_tests::lab`]) and be tried once
@@ -66,65 +98,67 @@ fn lost_a_guest(failure: &str) -> bool {
 
 impl Bed {
     /// Runs one case in its suite's lab, booted if it is not up; once more in a fresh one if it loses a guest.
-    pub fn run(&self, suite: &'static Suite, case: &Case) -> Result<(), Failed> {
+    pub fn run(&self, suite: &'static Suite, case: &Case, name: &str) -> Result<(), Failed> {
         let run = || {
-            let result = self.try_run(suite, case);
+            let result = self.try_run(suite, case, name);
             result.map_err(|error| format!("{error:#}"))
         };
         let Err(first) = run() else {
             return Ok(());
         };
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        // A soak is there to find what happens rarely.
-        if is_soak() || lost.len() == LOST_AT_MOST || !lost_a_guest(&first) {
+        if !lost_a_guest(&first) || !self.may_try_again() {
             return Err(first.into());
         }
-        *self.host() = None;
+        drop(self.take_lab());
         run().map_err(|again| format!("{again}\n--- in another lab before\n{first}"))?;
-        lost.push(format!("{}::{}\n{first}", suite.name, case.name));
+        lock(&self.again).passed.push(format!("{name}\n{first}"));
         Ok(())
     }
 
-    /// Ends the lab, and tells of the cases that passed at their second try.
-    pub fn clear(&self) {
-        *self.host() = None;
-        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lost.is_empty() {
-            eprintln!(
-                "guests lost by cases that passed in another lab: {}",
-                lost.len()
-            );
-        }
-        lost.iter().for_each(|first| eprintln!("\n---- {first}"));
+    fn may_try_again(&self) -> bool {
+        let mut again = lock(&self.again);
+        // A soak is there to find what happens rarely.
+        let may = !is_soak() && again.tries < LOST_AT_MOST;
+        again.tries += usize::from(may);
+        may
     }
 
-    fn try_run(&self, suite: &'static Suite, case: &Case) -> Result<()> {
-        let mut slot = self.host();
-        if slot.as_ref().is_some_and(|(name, _)| *name != suite.name) {
-            *slot = None;
+    /// Ends the labs, and tells how long the suites took and which cases passed at their second try.
+    pub fn clear(&self) {
+        lock(&self.labs).clear();
+        eprint!("{}", lock(&self.times));
+        let passed = &lock(&self.again).passed;
+        if !passed.is_empty() {
+            eprintln!(
+                "guests lost by cases that passed in another lab: {}",
+                passed.len()
+            );
         }
-        let host = match slot.take() {
-            Some((_, host)) => host,
-            None => self.boot(suite)?,
+        passed.iter().for_each(|first| eprintln!("\n---- {first}"));
+    }
+
+    fn try_run(&self, suite: &'static Suite, case: &Case, name: &str) -> Result<()> {
+        let host = match self.take_lab() {
+            Some((of, host)) if of == suite.name => host,
+            other => {
+                drop(other);
+                self.boot(suite)?
+            }
         };
-        // So that the kernel's log, and the console's, say which lines are whose. What is wanted and
-        // remembered of devices is each case's own.
-        let mark = format!("case {}", case.name);
-        let begin = "echo $0 >/dev/kmsg; rm -rf /etc/gantry /var/lib/gantry";
-        host.command(["sh", "-c", begin, &mark])
-            .output()?
-            .success()?;
-        let result = catch_unwind(AssertUnwindSafe(|| (case.run)(&host)))
-            .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()))));
-        let clean = check_clean(&host);
-        let result = result.map_err(|error| with_kernel_log(error, &host, &mark));
+        let began = Instant::now();
+        let (result, clean) = run_in(&host, case)?;
+        lock(&self.times).case(suite.name, name.to_owned(), began.elapsed());
         if clean.is_ok() {
-            *slot = Some((suite.name, host));
+            lock(&self.labs).insert(current().id(), (suite.name, host));
         }
         result.and(clean)
     }
 
-    fn boot(&self, suite: &Suite) -> Result<Host> {
+    fn take_lab(&self) -> Option<(&'static str, Host)> {
+        lock(&self.labs).remove(&current().id())
+    }
+
+    fn boot(&self, suite: &'static Suite) -> Result<Host> {
         let options = Options {
             gantry: std::env::var_os("GANTRY").map(PathBuf::from),
             lab_kernel: true,
@@ -142,12 +176,33 @@ impl Bed {
             parallel: std::env::var_os("GANTRY_PARALLEL").is_some(),
             ..Setup::default()
         };
-        Host::boot(parts, &setup)
+        let began = Instant::now();
+        let host = Host::boot(parts, &setup)?;
+        lock(&self.times).boot(suite.name, began.elapsed());
+        Ok(host)
     }
+}
 
-    fn host(&self) -> MutexGuard<'_, Option<(&'static str, Host)>> {
-        self.host.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs the case: its result, and whether it left the host clean.
+fn run_in(host: &Host, case: &Case) -> Result<(Result<()>, Result<()>)> {
+    // So that the kernel's log, and the console's, say which lines are whose. What is wanted and
+    // remembered of devices is each case's own.
+    let mark = format!("case {}", case.name);
+    let begin = "echo $0 >/dev/kmsg; rm -rf /etc/gantry /var/lib/gantry";
+    host.command(["sh", "-c", begin, &mark])
+        .output()?
+        .success()?;
+    let result = catch_unwind(AssertUnwindSafe(|| (case.run)(host)))
+        .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()))));
+    let clean = check_clean(host);
+    Ok((
+        result.map_err(|error| with_kernel_log(error, host, &mark)),
+        clean,
+    ))
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

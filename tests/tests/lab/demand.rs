@@ -19,7 +19,7 @@ pub const CASES: &[Case] = cases![
 ];
 
 /// How long the host may take to have its disk again.
-const PATIENCE: Duration = Duration::from_secs(40);
+const PATIENCE: Duration = Duration::from_secs(100);
 
 /// Defines the group `disks`, with the first disk only.
 fn group(host: &Host) -> Result<Vm> {

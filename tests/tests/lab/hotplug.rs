@@ -60,7 +60,7 @@ fn devices(host: &Host) -> Result<Vec<Value>> {
 
 /// Waits until a group has so many free devices.
 fn until_free(host: &Host, group: &str, count: usize) -> Result<()> {
-    for _ in 0..100 {
+    for _ in 0..300 {
         if free(host, group)? == count {
             return Ok(());
         }
@@ -162,7 +162,7 @@ fn what_the_host_wants_back_goes_back(host: &Host) -> Result<()> {
         // The kernel has the command wait until the VM has closed the device.
         let unbind = format!("echo {} > {driver}/unbind", FIRST.bdf);
         host.sh(&unbind)
-            .within(Duration::from_secs(60))
+            .within(Duration::from_secs(150))
             .output()?
             .success()?;
         events.until("the host wants it back")?;

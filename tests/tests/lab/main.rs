@@ -1,6 +1,8 @@
 //! The lab tests: many cases in one boot of the lab, each a named test.
 //!
-//! `cargo test -p gantry-tests --test lab [-- NAME]` runs them, or those whose names contain NAME.
+//! `cargo test -p gantry-tests --test lab [-- NAME]` runs them, or those whose names contain NAME. All of them
+//! run in several labs side by side, one for each processor; those named in one lab. `--test-threads` says how
+//! many labs instead. The output ends with a table of the suites and their times.
 //! `GANTRY=/path/to/gantry` tests that program instead of a release build of this tree.
 //! A lab that cannot start makes each of its cases fail. A case that loses a guest is tried once more in a
 //! fresh lab, which the end of the output tells of: the emulator is known to lose some. Not so in a soak.
@@ -49,37 +51,15 @@ mod xtask;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use bed::{Bed, Suite};
+use bed::{Bed, Suite, labs_side_by_side};
 use gantry_tests::cleanup;
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::qemu::Device;
 use libtest_mimic::{Arguments, Trial};
 
-/// Which cases run in which lab. Cases of one suite share its boot, in this order.
+/// Which cases run in which lab, the longest suites first. Cases are begun in this order; each thread that runs
+/// them boots a lab for its first case of a suite, and keeps it to the last.
 const SUITES: &[Suite] = &[
-    Suite {
-        name: "stock",
-        kernel: HostKernel::Stock,
-        append: "",
-        devices: Device::usual,
-        udev: false,
-        cases: &[
-            ("the_lab", the_lab::CASES),
-            ("launch", launch::CASES),
-            ("passthrough", passthrough::CASES),
-            ("endings", endings::CASES),
-            ("hotplug", hotplug::CASES),
-            ("hotplug", hotplug::AUDITED),
-            ("pools", pools::CASES),
-            ("pools", pools::SWAP),
-            ("refusals", refusals::CASES),
-            ("sandbox", sandbox::CASES),
-            ("sandbox", sandbox::AUDITED),
-            ("check", check::CASES),
-            ("persist", persist::CASES),
-            ("xtask", xtask::CASES),
-        ],
-    },
     Suite {
         name: "lab-kernel",
         kernel: HostKernel::Lab,
@@ -108,6 +88,29 @@ const SUITES: &[Suite] = &[
             ("sandbox", sandbox::CASES),
             ("sriov", sriov::CASES),
             ("vgpu", vgpu::CASES),
+        ],
+    },
+    Suite {
+        name: "stock",
+        kernel: HostKernel::Stock,
+        append: "",
+        devices: Device::usual,
+        udev: false,
+        cases: &[
+            ("the_lab", the_lab::CASES),
+            ("launch", launch::CASES),
+            ("passthrough", passthrough::CASES),
+            ("endings", endings::CASES),
+            ("hotplug", hotplug::CASES),
+            ("hotplug", hotplug::AUDITED),
+            ("pools", pools::CASES),
+            ("pools", pools::SWAP),
+            ("refusals", refusals::CASES),
+            ("sandbox", sandbox::CASES),
+            ("sandbox", sandbox::AUDITED),
+            ("check", check::CASES),
+            ("persist", persist::CASES),
+            ("xtask", xtask::CASES),
         ],
     },
     Suite {
@@ -181,8 +184,12 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut arguments = Arguments::from_args();
-    // The cases of a suite share one host.
-    arguments.test_threads = Some(1);
+    // Each thread has a lab of its own. A few cases are sooner done in one, and the processors of a soak's
+    // labs run beside each other already.
+    let few = arguments.filter.is_some() || is_soak();
+    arguments.test_threads = arguments
+        .test_threads
+        .or_else(|| Some(if few { 1 } else { labs_side_by_side() }));
     let bed = Arc::new(Bed::default());
     let mut trials = Vec::new();
     for suite in SUITES {
@@ -190,7 +197,9 @@ fn main() -> ExitCode {
             for case in *cases {
                 let bed = Arc::clone(&bed);
                 let name = format!("{}::{module}::{}", suite.name, case.name);
-                trials.push(Trial::test(name, move || bed.run(suite, case)));
+                trials.push(Trial::test(name.clone(), move || {
+                    bed.run(suite, case, &name)
+                }));
             }
         }
     }

@@ -113,7 +113,7 @@ fn reading_a_disk_causes_no_exit_to_user_space(host: &Host) -> Result<()> {
 /// Waits until the host has passed on so many interrupts more from the disk.
 fn until_interrupts(host: &Host, more: u64) -> Result<()> {
     let done = interrupts(host)? + more;
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while interrupts(host)? < done {
         ensure!(Instant::now() < deadline, "the disk is not read");
         sleep(Duration::from_millis(100));

@@ -53,7 +53,7 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
              (gantry run --name vm$n {file} </dev/null >$n.out 2>$n.err & echo $! >$n.pid
               wait $!; echo $? >$n.status) &
          done
-         for try in $(seq 900); do
+         for try in $(seq 2000); do
              [ $(cat *.status 2>/dev/null | wc -l) -ge 47 ] && break
              sleep 0.1
          done
@@ -64,7 +64,7 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
     );
     let told = host
         .sh(&script)
-        .within(Duration::from_secs(150))
+        .within(Duration::from_secs(300))
         .output()?
         .success()?
         .text();
@@ -229,7 +229,7 @@ fn a_mounted_disk_stays_with_the_host(host: &Host) -> Result<()> {
 /// The block device of a disk. It belongs to the controller, or to a subsystem of several.
 fn block_device(host: &Host, disk: &Disk) -> Result<String> {
     let script = format!(
-        "for try in $(seq 100); do
+        "for try in $(seq 300); do
              for block in /sys/block/nvme*; do
                  name=/dev/${{block##*/}}
                  grep -q {} $block/device/serial && [ -b $name ] && echo $name && exit

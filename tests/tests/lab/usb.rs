@@ -25,7 +25,7 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
         {"name": "slow", "type": "usb", "rules": [{"speed": {"less": 481}, "port": {"begins": "1-"}}]},
     ]});
     host.write("/etc/gantry/groups.json", groups.to_string())?;
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(90);
     let all = loop {
         let all = list(host)?;
         let ready = all.iter().filter(|device| device["group"].is_string());

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// How long a guest may take to say something, or gantry to end.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// What the guest's shell says when it waits for a command.
 const PROMPT: &str = "/ # ";
 
