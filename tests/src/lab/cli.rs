@@ -133,9 +133,10 @@ impl LabArguments {
         let step = ui::Step::begin("Booting the lab");
         let host = Host::boot(&parts, &setup)?;
         step.done();
-        if !setup.qemu.is_empty() {
+        let messages = host.messages();
+        if !messages.is_empty() {
             // It warns of what it cannot do as it was told.
-            eprint!("{}", host.messages());
+            eprintln!("{messages}");
         }
         if self.command.is_empty() {
             eprintln!("{WELCOME}{}", extras(self.kernel));

@@ -1,12 +1,13 @@
 //! A booted lab host: run commands in it, write and read its files, know why it died.
 
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::channel::{Channel, Event, Process};
+use super::end::End;
 use super::monitor::Monitor;
 use super::parts::Parts;
 use super::put::Put;
@@ -23,9 +24,8 @@ const HELLO_PATIENCE: Duration = Duration::from_secs(60);
 const COMMAND_PATIENCE: Duration = Duration::from_secs(240);
 /// How long QEMU may take to end when the wire is gone.
 const END_PATIENCE: Duration = Duration::from_secs(20);
-/// What the host's console says when its kernel panics, and when its agent ends (see `lab/host-init.sh`).
-const PANIC: &str = "Kernel panic";
-const AGENT_ENDED: &str = "lab: the agent ended";
+/// What QEMU says of every lab.
+const USUAL_MESSAGES: &[&str] = &["'-mon' is deprecated", "is not connected to host network"];
 /// What part of the memory the initramfs may take: it is there twice while the kernel unpacks it, which drops
 /// without a word what finds no room.
 const INITRD_SHARE: usize = 4;
@@ -78,6 +78,7 @@ pub struct Host {
     machine: Machine,
     monitor: Mutex<Monitor>,
     booted_in: Duration,
+    end: OnceLock<End>,
     // Last: its folder goes when QEMU is gone.
     _folder: TempFolder,
 }
@@ -128,6 +129,7 @@ impl Host {
             machine,
             monitor,
             booted_in: Duration::ZERO,
+            end: OnceLock::new(),
             _folder: folder,
         };
         match host.channel.hello(BOOT_PATIENCE) {
@@ -144,9 +146,13 @@ impl Host {
         Ok(host)
     }
 
-    /// What QEMU has said, warnings mostly.
+    /// What QEMU has said besides what it says of every lab: warnings mostly.
     pub fn messages(&self) -> String {
-        fs::read_to_string(self.machine.messages()).unwrap_or_default()
+        let messages = fs::read(self.machine.messages()).unwrap_or_default();
+        let messages = String::from_utf8_lossy(&messages);
+        let mut lines: Vec<&str> = messages.lines().collect();
+        lines.retain(|line| !USUAL_MESSAGES.iter().any(|usual| line.contains(usual)));
+        lines.join("\n")
     }
 
     /// How long the boot took, from QEMU's start to the agent's first word.
@@ -233,7 +239,12 @@ impl Host {
     }
 
     /// Why the lab ended, asked when the wire to it is gone.
-    pub fn end(&self) -> End {
+    pub fn end(&self) -> &End {
+        // Events are told once.
+        self.end.get_or_init(|| self.wait_for_end())
+    }
+
+    fn wait_for_end(&self) -> End {
         let deadline = Instant::now() + END_PATIENCE;
         let status = loop {
             match self.running.child.try_wait() {
@@ -254,36 +265,9 @@ impl Host {
         )
     }
 
-    fn lost(&self) -> anyhow::Error {
-        anyhow!("the lab host is gone\n{}", self.last_words())
-    }
-}
-
-/// How a lab ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum End {
-    /// Somebody in it switched it off.
-    PoweredOff,
-    /// It died, and why.
-    Lost(String),
-}
-
-impl End {
-    /// The end that these tell of: QEMU's exit status, the reason in its last event, the console's text.
-    fn of(status: &str, reason: Option<&str>, console: &str) -> Self {
-        let why = match reason {
-            Some("guest-shutdown") => return Self::PoweredOff,
-            Some("guest-reset") if console.contains(PANIC) => "its kernel panicked".to_owned(),
-            Some("guest-reset") if console.contains(AGENT_ENDED) => {
-                "a command took the virtio console 0000:00:02.0, which its agent talks over, from its \
-                 driver, or ended the agent"
-                    .to_owned()
-            }
-            Some("guest-reset") => "it was restarted, which ends a lab".to_owned(),
-            Some(reason) => format!("QEMU ended: {reason}"),
-            None => format!("QEMU ended: {status}"),
-        };
-        Self::Lost(why)
+    /// The error of what the lab's end came in between of.
+    pub fn lost(&self) -> anyhow::Error {
+        anyhow!("the lab has ended: {}\n{}", self.end(), self.last_words())
     }
 }
 
@@ -412,32 +396,5 @@ impl std::fmt::Display for Output {
         let Self { what, exit, .. } = self;
         writeln!(f, "`{what}`: {exit:?}\n--- stdout\n{}", self.text())?;
         write!(f, "--- stderr\n{}", self.errors())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_end_is_told_in_plain_words() {
-        let end = |reason, console| End::of("signal: 9 (SIGKILL)", reason, console);
-        assert_eq!(end(Some("guest-shutdown"), ""), End::PoweredOff);
-        let lost = |reason, console| match end(reason, console) {
-            End::Lost(why) => why,
-            End::PoweredOff => String::new(),
-        };
-        let panic = "[    9.0] Kernel panic - not syncing: sysrq triggered crash\n";
-        assert!(lost(Some("guest-reset"), panic).contains("kernel panicked"));
-        let agent = "[    9.0] lab: the agent ended with status 1\n";
-        assert!(lost(Some("guest-reset"), agent).contains("virtio console 0000:00:02.0"));
-        assert!(lost(Some("guest-reset"), "").contains("restarted"));
-        assert!(lost(Some("host-signal"), "").contains("host-signal"));
-        assert!(lost(None, "").contains("signal: 9"));
-    }
-
-    #[test]
-    fn what_the_end_looks_for_is_what_init_says() {
-        assert!(include_str!("../../lab/host-init.sh").contains(AGENT_ENDED));
     }
 }

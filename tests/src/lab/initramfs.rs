@@ -98,24 +98,16 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Copies a program and the libraries that `ldd` names, found in `tree` or on this machine.
+    /// Copies a program and the libraries that it needs, found in `tree` or on this machine.
     pub fn program(&mut self, path: &str, from: &Path, tree: Option<&Path>) -> Result<()> {
         self.copy(path, from)?;
+        if !needs_libraries(from)? {
+            return Ok(());
+        }
         for (name, library) in libraries(from, tree)? {
             self.copy(&name, &library)?;
         }
         Ok(())
-    }
-
-    /// Whether a file is a program or library of this machine's kind that is linked to libraries.
-    pub fn needs_libraries(path: &Path) -> Result<bool> {
-        let data = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let Ok(elf) = ElfFile64::<LittleEndian>::parse(&*data) else {
-            return Ok(false);
-        };
-        let mut headers = elf.elf_program_headers().iter();
-        let dynamic = headers.any(|header| header.p_type(LittleEndian) == PT_DYNAMIC);
-        Ok(dynamic && elf.architecture() == Architecture::X86_64)
     }
 
     /// The finished archive.
@@ -169,6 +161,17 @@ impl Initramfs {
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
+}
+
+/// Whether a file is a program or library of this machine's kind that is linked to libraries.
+fn needs_libraries(path: &Path) -> Result<bool> {
+    let data = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let Ok(elf) = ElfFile64::<LittleEndian>::parse(&*data) else {
+        return Ok(false);
+    };
+    let mut headers = elf.elf_program_headers().iter();
+    let dynamic = headers.any(|header| header.p_type(LittleEndian) == PT_DYNAMIC);
+    Ok(dynamic && elf.architecture() == Architecture::X86_64)
 }
 
 /// Where the loader will look for each library, and where it is now.

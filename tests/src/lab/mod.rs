@@ -24,6 +24,7 @@
 //! | [`monitor`] | QEMU's own monitor: faults and hot-plug from outside |
 //! | [`channel`] | the wire to the agent |
 //! | [`host`] | a booted lab host |
+//! | [`end`] | how a lab ended |
 //! | [`shell`] | a terminal in it |
 //! | [`cli`] | `cargo xtask lab` |
 
@@ -32,6 +33,7 @@ pub mod channel;
 pub mod cli;
 pub mod command;
 pub mod disk;
+pub mod end;
 pub mod erratum;
 pub mod host;
 pub mod images;
@@ -46,5 +48,6 @@ pub mod qemu;
 pub mod shell;
 pub mod sources;
 
-pub use host::{End, Host, Output, Setup};
+pub use end::End;
+pub use host::{Host, Output, Setup};
 pub use parts::Parts;

@@ -33,7 +33,12 @@ impl FromStr for Put {
             None => (text, format!("{HOME}/")),
         };
         let from = PathBuf::from(from);
-        fs::metadata(&from).with_context(|| format!("cannot read {}", from.display()))?;
+        fs::metadata(&from).with_context(|| {
+            format!(
+                "cannot read {} (a place follows it as :/PLACE)",
+                from.display()
+            )
+        })?;
         let place = match place.ends_with('/') {
             true => {
                 let name = from.file_name().and_then(|name| name.to_str());
@@ -122,10 +127,7 @@ fn add_file(archive: &mut Initramfs, place: &str, from: &Path) -> Result<()> {
         from.display()
     );
     archive.make_way(place, false)?;
-    match Initramfs::needs_libraries(from)? {
-        true => archive.program(place, from, None),
-        false => archive.copy(place, from),
-    }
+    archive.program(place, from, None)
 }
 
 #[cfg(test)]

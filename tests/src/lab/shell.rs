@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::process::Command;
 use std::thread;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::sys::termios::{self, SetArg};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
@@ -48,14 +48,12 @@ pub fn interactive(host: &Host, argv: &[&str]) -> Result<i32> {
     drop(raw);
     match exit? {
         Some(code) => Ok(code),
-        None => match host.end() {
-            // A good way out.
-            End::PoweredOff => {
-                eprintln!("The lab host is powered off.");
-                Ok(0)
-            }
-            End::Lost(why) => Err(lost(host, &why)),
-        },
+        // A good way out.
+        None if *host.end() == End::PoweredOff => {
+            eprintln!("The lab host is powered off.");
+            Ok(0)
+        }
+        None => Err(host.lost()),
     }
 }
 
@@ -64,17 +62,7 @@ pub fn batch(host: &Host, argv: &[String]) -> Result<i32> {
     let mut process = host.command(argv.iter().cloned()).start()?;
     // Where this fails the lab is gone, which the next event tells.
     let _ = process.control().close();
-    match pass_through(&mut process)? {
-        Some(code) => Ok(code),
-        None => match host.end() {
-            End::PoweredOff => bail!("the lab host was powered off before the command ended"),
-            End::Lost(why) => Err(lost(host, &why)),
-        },
-    }
-}
-
-fn lost(host: &Host, why: &str) -> anyhow::Error {
-    anyhow!("the lab has ended: {why}\n{}", host.last_words())
+    pass_through(&mut process)?.ok_or_else(|| host.lost())
 }
 
 /// Shows the command's output until it ends; its exit status, or nothing when the wire is gone.
