@@ -1,9 +1,12 @@
 //! Cases about `cargo xtask lab` as people and scripts call it. Each boots a lab of its own.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::bed::{Case, cases};
 
@@ -13,10 +16,11 @@ pub const CASES: &[Case] = cases![
     a_lost_wire_is_an_error,
     a_kernels_panic_is_an_error,
     a_poweroff_ends_no_command_well,
+    a_killed_qemu_is_an_error,
 ];
 
-/// Runs `cargo xtask lab` with these arguments, and `script` in the lab.
-fn lab(arguments: &[&str], script: &str) -> Result<Output> {
+/// `cargo xtask lab` with these arguments, and `script` in the lab.
+fn command(arguments: &[&str], script: &str) -> Command {
     let mut xtask = Command::new(env!("CARGO_BIN_EXE_xtask"));
     xtask.args(["lab", "--memory", "2G"]).args(arguments);
     if let Some(gantry) = std::env::var_os("GANTRY") {
@@ -25,6 +29,13 @@ fn lab(arguments: &[&str], script: &str) -> Result<Output> {
     xtask
         .args(["--", "sh", "-c", script])
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    xtask
+}
+
+fn lab(arguments: &[&str], script: &str) -> Result<Output> {
+    command(arguments, script)
         .output()
         .context("cannot start xtask")
 }
@@ -77,8 +88,11 @@ fn what_qemu_refuses_is_told_in_its_words(_: &Host) -> Result<()> {
 
 /// Runs `script` in a lab that ends by it: the status is 1 and the error says these words.
 fn ends(script: &str, words: &str) -> Result<()> {
-    let output = lab(&[], &format!("{script}; sleep 100"))?;
-    let errors = errors(&output);
+    fails(&lab(&[], &format!("{script}; sleep 100"))?, words)
+}
+
+fn fails(output: &Output, words: &str) -> Result<()> {
+    let errors = errors(output);
     ensure!(output.status.code() == Some(1), "{}", output.status);
     let error = errors.lines().find(|line| line.starts_with("error: "));
     ensure!(error.is_some_and(|error| error.contains(words)), "{errors}");
@@ -98,4 +112,15 @@ fn a_kernels_panic_is_an_error(_: &Host) -> Result<()> {
 
 fn a_poweroff_ends_no_command_well(_: &Host) -> Result<()> {
     ends("poweroff -f", "powered off")
+}
+
+fn a_killed_qemu_is_an_error(_: &Host) -> Result<()> {
+    let mut xtask = command(&[], "echo up; sleep 100").spawn()?;
+    let stdout = xtask.stdout.as_mut().context("its output is piped")?;
+    BufReader::new(stdout).read_line(&mut String::new())?;
+    let children = format!("/proc/{0}/task/{0}/children", xtask.id());
+    let children = std::fs::read_to_string(children)?;
+    let qemu = children.trim().parse().context("QEMU is its one child")?;
+    kill(Pid::from_raw(qemu), Signal::SIGKILL)?;
+    fails(&xtask.wait_with_output()?, "SIGKILL")
 }
