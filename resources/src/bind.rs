@@ -379,6 +379,14 @@ pub(crate) fn members(
     Ok(members.cloned().collect())
 }
 
+/// Refuses to bind devices to a driver that is not there.
+pub(crate) fn has_vfio_pci(paths: &HostPaths) -> Result<(), BindError> {
+    match paths.sysfs.join("bus/pci/drivers").join(VFIO_PCI).exists() {
+        true => Ok(()),
+        false => Err(BindError::NoVfioPci),
+    }
+}
+
 /// Whether the host can do without these devices, and VFIO do with their groups.
 fn may_leave_host(
     paths: &HostPaths,
@@ -386,9 +394,7 @@ fn may_leave_host(
     plan: &Plan,
     overrides: &[HostBdf],
 ) -> Result<(), BindError> {
-    if !paths.sysfs.join("bus/pci/drivers").join(VFIO_PCI).exists() {
-        return Err(BindError::NoVfioPci);
-    }
+    has_vfio_pci(paths)?;
     let pool = Pool::new(devices);
     for Move { device, .. } in &plan.moves {
         if let Some(sriov) = device.sriov.filter(|sriov| sriov.active > 0) {

@@ -67,7 +67,7 @@ pub use group::{
     Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
     ResourceGroup, change_aliases, change_device_specs,
 };
-pub use guard::{Guarded, HostUse, host_uses};
+pub use guard::{Guarded, HostUse, OnBlock, Via, host_uses};
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
 pub use inventory::{

@@ -199,7 +199,7 @@ mod tests {
         );
         assert_eq!(
             uses(&host),
-            ["0000:02:00.0 has the host's last keyboard, the input2"]
+            ["0000:02:00.0 has the host's only keyboard, the input2"]
         );
         plug("03:00.0", "input3", "ffff fffffffffffffffe\n");
         assert!(uses(&host).is_empty());

@@ -1,98 +1,94 @@
-//! Network interfaces that the host needs: those of default routes, of people logged in, of its addresses;
-//! what they are made of, and cards that show none.
+//! Network interfaces that the host needs: those of default routes, of people logged in, of its addresses,
+//! of its VMs; those that are ports of others; and cards whose interfaces are in other network namespaces.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::{HostUse, session};
+use super::interfaces::Interfaces;
+use super::session;
+use super::uses::{HostUse, Via};
 use crate::host::HostPaths;
-use crate::inventory::HostDevice;
 use crate::sysfs;
 
-/// What interfaces are used for, one use each, by their places in the device tree.
-pub(super) struct Network(BTreeMap<PathBuf, HostUse>);
+/// The interfaces and what is known of their use.
+pub(super) struct Network<'a> {
+    interfaces: Interfaces,
+    default: BTreeSet<String>,
+    sessions: BTreeSet<String>,
+    pppoe: BTreeSet<String>,
+    addressed: &'a BTreeMap<String, IpAddr>,
+}
 
-impl Network {
-    /// Reads routes and sessions. `addressed` are the interfaces that are up with an address.
+impl<'a> Network<'a> {
+    /// Reads interfaces, routes and sessions. `addressed` are the interfaces that are up with an address.
     pub(super) fn read(
         paths: &HostPaths,
-        addressed: &BTreeMap<String, IpAddr>,
+        addressed: &'a BTreeMap<String, IpAddr>,
     ) -> io::Result<Self> {
         let table = |name: &str| sysfs::table(&paths.proc.join("net").join(name));
         let (ipv4, ipv6) = (table("route")?, table("ipv6_route")?);
         let default = default_routes_v4(&ipv4).chain(default_routes_v6(&ipv6));
-        let default: BTreeSet<String> = default.collect();
-        let sessions = session::interfaces(&table("tcp")?, &table("tcp6")?, &ipv4);
-        let mut uses = BTreeMap::new();
-        let mut mark = |names: &BTreeSet<String>,
-                        used: &dyn Fn(String, Option<String>) -> HostUse| {
-            for Interface { name, of, path } in made_of(paths, names)? {
-                uses.entry(path).or_insert_with(|| used(name, of));
-            }
-            Ok::<(), io::Error>(())
-        };
-        mark(&default, &|interface, of| HostUse::DefaultRoute {
-            interface,
-            of,
-        })?;
-        mark(&sessions, &|interface, of| HostUse::Session {
-            interface,
-            of,
-        })?;
-        for (name, &address) in addressed {
-            mark(&[name.clone()].into(), &|interface, of| HostUse::Address {
-                interface,
-                of,
-                address,
-            })?;
-        }
-        Ok(Self(uses))
+        Ok(Self {
+            interfaces: Interfaces::read(paths)?,
+            default: default.collect(),
+            sessions: session::interfaces(&table("tcp")?, &table("tcp6")?, &ipv4),
+            pppoe: pppoe(&table("pppoe")?),
+            addressed,
+        })
     }
 
-    /// What the interfaces of a device are used for.
-    pub(super) fn below(&self, device: &Path) -> impl Iterator<Item = HostUse> {
-        let below = self.0.iter();
-        let below = below.filter(move |(path, _)| path.starts_with(device));
-        below.map(|(_, host_use)| host_use.clone())
+    /// What the interfaces of a device are used for, one use each.
+    pub(super) fn uses(&self, device: &Path) -> impl Iterator<Item = HostUse> {
+        let below = self.interfaces.below(device);
+        below.filter_map(|interface| self.use_of(interface))
+    }
+
+    /// The most important use of an interface, or of one that is connected to it; of several that are as
+    /// important, the nearest.
+    fn use_of(&self, interface: &str) -> Option<HostUse> {
+        let connected = self.interfaces.connected(interface);
+        let own = self.own_use(interface, Via::new(interface, &[]));
+        let others = connected.iter().filter_map(|path| {
+            let name = path.last()?;
+            self.own_use(name, Via::new(interface, path))
+        });
+        let used = own.into_iter().chain(others).min_by_key(rank);
+        used.or_else(|| {
+            let of = self.interfaces.uppers(interface).next()?.clone();
+            let interface = interface.to_owned();
+            Some(HostUse::Port { interface, of })
+        })
+    }
+
+    /// What an interface itself is used for.
+    fn own_use(&self, name: &str, via: Via) -> Option<HostUse> {
+        if self.default.contains(name) {
+            Some(HostUse::DefaultRoute { via })
+        } else if self.sessions.contains(name) {
+            Some(HostUse::Session { via })
+        } else if let Some(&address) = self.addressed.get(name) {
+            Some(HostUse::Address { via, address })
+        } else if self.pppoe.contains(name) {
+            Some(HostUse::Pppoe { via })
+        } else if self.interfaces.is_tap(name) {
+            Some(HostUse::Tap { via })
+        } else {
+            None
+        }
     }
 }
 
-/// An interface that something goes through.
-struct Interface {
-    name: String,
-    /// The one that it goes through, where this is a part of it.
-    of: Option<String>,
-    /// Its place in the device tree.
-    path: PathBuf,
-}
-
-/// These interfaces and those that they are made of (bridge, bond, VLAN).
-fn made_of(paths: &HostPaths, names: &BTreeSet<String>) -> io::Result<Vec<Interface>> {
-    let mut waiting: Vec<(String, Option<String>)> =
-        names.iter().map(|name| (name.clone(), None)).collect();
-    let mut seen = BTreeSet::new();
-    let mut found = Vec::new();
-    while let Some((name, of)) = waiting.pop() {
-        let link = paths.sysfs.join("class/net").join(&name);
-        if !seen.insert(name.clone()) {
-            continue;
-        }
-        let top = of.as_ref().unwrap_or(&name);
-        waiting.extend(
-            sysfs::entries(&link)?
-                .iter()
-                .filter_map(|entry| entry.strip_prefix("lower_"))
-                .map(|below| (below.to_owned(), Some(top.clone()))),
-        );
-        if let Ok(path) = fs::canonicalize(&link) {
-            found.push(Interface { name, of, path });
-        }
+/// The most important use of an interface has the lowest rank.
+fn rank(host_use: &HostUse) -> u8 {
+    match host_use {
+        HostUse::DefaultRoute { .. } => 0,
+        HostUse::Session { .. } => 1,
+        HostUse::Address { .. } => 2,
+        HostUse::Pppoe { .. } => 3,
+        _ => 4,
     }
-    found.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(found)
 }
 
 /// Interfaces of /proc/net/route whose destination and mask are zero.
@@ -117,23 +113,34 @@ fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// The driver of a network card that shows no interface: sysfs shows those of one network namespace.
-pub(super) fn out_of_sight(dir: &Path, device: &HostDevice) -> io::Result<Option<String>> {
-    let is_network = matches!(
-        (device.class.base(), device.class.sub()),
-        (0x02, 0x00 | 0x80)
-    );
-    let driver = device.driver.clone();
-    let Some(driver) = driver.filter(|_| is_network && !device.on_vfio()) else {
-        return Ok(None);
-    };
-    // The interface of a virtio card hangs below its virtio device.
-    let below = sysfs::entries(dir)?;
-    let below = below.iter().filter(|name| name.starts_with("virtio"));
-    for home in below.map(|name| dir.join(name)).chain([dir.to_owned()]) {
-        if !sysfs::entries(&home.join("net"))?.is_empty() {
-            return Ok(None);
+/// Interfaces of /proc/net/pppoe: `00000001 52:54:00:12:34:56     eth0`. The ppp interface has the address,
+/// and nothing in sysfs connects the two.
+fn pppoe(table: &str) -> BTreeSet<String> {
+    let names = table
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().nth(2));
+    names.map(str::to_owned).collect()
+}
+
+/// Whether a device has an interface in another network namespace. The kernel keeps the directory `net` for
+/// it, and shows the interface in its own namespace only. A device without that directory has no interface:
+/// its driver, or that of its virtio device, is not loaded or made none.
+pub(super) fn is_elsewhere(dir: &Path) -> io::Result<bool> {
+    let mut hidden = false;
+    let children = sysfs::entries(dir)?;
+    let homes = children
+        .iter()
+        .map(|name| dir.join(name))
+        .filter(|child| !child.is_symlink());
+    for home in homes.chain([dir.to_owned()]) {
+        let net = home.join("net");
+        if net.is_dir() {
+            if !sysfs::entries(&net)?.is_empty() {
+                return Ok(false);
+            }
+            hidden = true;
         }
     }
-    Ok(Some(driver))
+    Ok(hidden)
 }

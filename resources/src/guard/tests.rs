@@ -1,5 +1,9 @@
 //! What the host uses, told by the device and the reason.
 
+mod network;
+
+use std::os::unix::fs::symlink;
+
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
 
@@ -89,7 +93,7 @@ fn swap_and_volumes_keep_their_disk() {
     assert_eq!(
         uses(&host),
         [
-            format!("{DISK} holds nvme0n1, which is part of dm-0"),
+            format!("{DISK} holds nvme0n1, which backs dm-0"),
             format!("{DISK} holds nvme0n1p1, which the host swaps to"),
         ]
     );
@@ -105,11 +109,11 @@ fn a_namespace_with_several_paths_keeps_all_its_controllers() {
     let namespace = subsystem.join("nvme9n1");
     fs::create_dir_all(&namespace).unwrap();
     fs::write(namespace.join("dev"), "259:9\n").unwrap();
-    std::os::unix::fs::symlink(&namespace, host.paths.sysfs.join("class/block/nvme9n1")).unwrap();
+    symlink(&namespace, host.paths.sysfs.join("class/block/nvme9n1")).unwrap();
     for (device, name) in [(DISK, "nvme0"), ("0000:03:00.0", "nvme1")] {
         let controller = host.dir(bdf(device)).join("nvme").join(name);
         fs::create_dir_all(&controller).unwrap();
-        std::os::unix::fs::symlink(&controller, subsystem.join(name)).unwrap();
+        symlink(&controller, subsystem.join(name)).unwrap();
     }
     host.file(
         "proc/self/mountinfo",
@@ -118,73 +122,6 @@ fn a_namespace_with_several_paths_keeps_all_its_controllers() {
     let said = ["0000:01:00.0", "0000:03:00.0"]
         .map(|bdf| format!("{bdf} holds nvme9n1, which is mounted at /"));
     assert_eq!(uses(&host), said);
-}
-
-#[test]
-fn the_nic_of_a_default_route_stays() {
-    let route =
-        "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n";
-    let host = host();
-    host.file(
-        "proc/net/route",
-        &format!("{route}eth0\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"),
-    );
-    assert!(uses(&host).is_empty());
-    host.file(
-        "proc/net/route",
-        &format!("{route}eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"),
-    );
-    assert_eq!(
-        uses(&host),
-        ["0000:02:00.0 is eth0, which carries a default route"]
-    );
-}
-
-#[test]
-fn the_nic_that_the_host_is_reached_by_stays() {
-    let host = host();
-    let dir = host.paths.sysfs.join("devices/virtual/net/bond0");
-    fs::create_dir_all(&dir).unwrap();
-    fs::write(dir.join("lower_eth0"), "").unwrap();
-    std::os::unix::fs::symlink(&dir, host.paths.sysfs.join("class/net/bond0")).unwrap();
-    let said = |name: &str| -> Vec<String> {
-        let address = "10.9.1.1".parse().unwrap();
-        let addressed = BTreeMap::from([(name.to_owned(), address)]);
-        let uses = uses_with(&host.paths, &host.scan(), &addressed).unwrap();
-        uses.iter().map(Guarded::to_string).collect()
-    };
-    let up = "which is up with the address 10.9.1.1";
-    assert_eq!(said("eth0"), [format!("0000:02:00.0 is eth0, {up}")]);
-    let part = format!("0000:02:00.0 is eth0, part of bond0, {up}");
-    assert_eq!(said("bond0"), [part]);
-    assert!(said("eth1").is_empty());
-    // What says more is said alone.
-    host.file(
-        "proc/net/route",
-        "Iface\tDestination\neth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n",
-    );
-    let route = "0000:02:00.0 is eth0, which carries a default route";
-    assert_eq!(said("bond0"), [route]);
-}
-
-#[test]
-fn the_nic_below_a_bridge_with_the_default_route_stays() {
-    let host = host();
-    let zeros = "0".repeat(32);
-    host.file("proc/net/ipv6_route", &format!(
-        "{zeros} 00 {zeros} 00 fe800000000000000000000000000001 00000400 00000001 00000000 00000003   br0.7\n\
-         {zeros} 00 {zeros} 00 {zeros} ffffffff 00000001 00000000 00200200       lo\n"
-    ));
-    for (upper, lower) in [("br0.7", "br0"), ("br0", "eth0")] {
-        let dir = host.paths.sysfs.join("devices/virtual/net").join(upper);
-        fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join(format!("lower_{lower}")), "").unwrap();
-        std::os::unix::fs::symlink(&dir, host.paths.sysfs.join("class/net").join(upper)).unwrap();
-    }
-    assert_eq!(
-        uses(&host),
-        ["0000:02:00.0 is eth0, part of br0.7, which carries a default route"]
-    );
 }
 
 #[test]
@@ -206,7 +143,7 @@ fn the_nic_of_a_session_and_the_device_of_the_framebuffer_stay() {
     assert_eq!(
         uses(&host),
         [
-            "0000:02:00.0 is eth0, which somebody is logged in over (SSH)",
+            "0000:02:00.0 is eth0, which carries an SSH session",
             "0000:03:00.0 holds the framebuffer that the console is drawn in (/proc/iomem)",
         ]
     );
@@ -224,56 +161,172 @@ fn the_console_display_stays() {
 }
 
 #[test]
-fn only_block_devices_are_tried() {
-    let host = host();
-    host.file("dev/nvme0n1", "a file that happens to be there");
-    assert_eq!(claim(&host.paths.dev.join("nvme0n1"), "nvme0n1"), None);
-    assert_eq!(claim(Path::new("/dev/null"), "nvme0n1"), None);
-    assert_eq!(claim(Path::new("/nonexistent"), "nvme0n1"), None);
-}
-
-#[test]
 fn this_machines_own_files_are_read() {
-    let mounts = mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap());
-    assert!(
-        mounts
-            .iter()
-            .any(|mount| mount.at == "/" && mount.number.contains(':'))
+    let paths = HostPaths::default();
+    let blocks = blocks::Blocks::read(&paths).unwrap();
+    mounts::Mounts::read(&paths, &blocks).unwrap();
+    assert!(host_uses(&paths, &[]).unwrap().is_empty());
+}
+
+/// A block device that hangs below no device: loop, device-mapper.
+fn virtual_block(host: &FakeHost, name: &str, number: &str) -> std::path::PathBuf {
+    let dir = host.paths.sysfs.join("devices/virtual/block").join(name);
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join("dev"), number).unwrap();
+    symlink(&dir, host.paths.sysfs.join("class/block").join(name)).unwrap();
+    dir
+}
+
+fn put(path: std::path::PathBuf, text: &str) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, text).unwrap();
+}
+
+#[test]
+fn a_loop_device_keeps_the_disk_that_backs_it() {
+    let host = host();
+    let loop0 = virtual_block(&host, "loop0", "7:0\n");
+    put(loop0.join("loop/backing_file"), "/dev/nvme0n1\n");
+    assert_eq!(
+        uses(&host),
+        [format!("{DISK} holds nvme0n1, which backs loop0")]
     );
-    assert!(host_uses(&HostPaths::default(), &[]).unwrap().is_empty());
-}
-
-#[test]
-fn a_claim_that_cannot_be_asked_for_keeps_the_disk() {
-    let folder = tempfile::tempdir().unwrap();
-    let node = folder.path().join("nvme0n1");
-    assert_eq!(claim(&node, "nvme0n1"), None, "no node, nobody to claim it");
-    std::os::unix::fs::symlink(&node, &node).unwrap();
-    let used = claim(&node, "nvme0n1");
-    assert!(matches!(used, Some(HostUse::Unsure { .. })), "{used:?}");
-}
-
-#[test]
-fn a_card_whose_interface_is_out_of_sight_stays() {
-    let card = |address| Fake::nvme(address, 2).class(0x02_00_00);
-    let host = FakeHost::new(&[card("02:00.0").driver("ixgbevf"), card("02:00.1")]);
+    host.file(
+        "proc/self/mountinfo",
+        "29 1 7:0 / /mnt rw - ext2 /dev/loop0 rw\n",
+    );
+    let said = format!("{DISK} holds nvme0n1; it backs loop0, which is mounted at /mnt");
+    assert_eq!(uses(&host), [said]);
+    // A loop device that has a file of the same name.
     host.file("proc/self/mountinfo", "");
-    let said = "0000:02:00.0 is a network card of ixgbevf with no interface in sight";
-    let uses = uses(&host);
-    assert!(uses.len() == 1 && uses[0].starts_with(said), "{uses:?}");
-    let dir = host.dir(bdf("02:00.0")).join("net/eth7");
-    fs::create_dir_all(dir).unwrap();
-    assert!(host_uses(&host.paths, &host.scan()).unwrap().is_empty());
-}
-
-#[test]
-fn the_interface_of_a_virtio_card_is_in_sight() {
-    let card = Fake::nvme("02:00.0", 2).class(0x02_00_00);
-    let host = FakeHost::new(&[card.driver("virtio-pci")]);
-    host.file("proc/self/mountinfo", "");
-    let below = host.dir(bdf("02:00.0")).join("virtio0");
-    fs::create_dir_all(&below).unwrap();
-    assert_eq!(uses(&host).len(), 1);
-    fs::create_dir_all(below.join("net/eth7")).unwrap();
+    put(loop0.join("loop/backing_file"), "/srv/nvme0n1\n");
     assert!(uses(&host).is_empty());
+}
+
+#[test]
+fn the_use_of_a_volume_is_told_across_what_lies_between() {
+    let host = host();
+    let partition = host.dir(bdf(DISK)).join("nvme/nvme0/nvme0n1/nvme0n1p1");
+    fs::create_dir_all(partition.join("holders/md0")).unwrap();
+    // A partition of an array is a block device of its own.
+    let md = virtual_block(&host, "md0", "9:0\n");
+    fs::create_dir_all(md.join("md0p1/holders/dm-1")).unwrap();
+    symlink(md.join("md0p1"), host.paths.sysfs.join("class/block/md0p1")).unwrap();
+    let volume = virtual_block(&host, "dm-1", "253:1\n");
+    put(volume.join("dm/name"), "vg-root\n");
+    host.file(
+        "proc/self/mountinfo",
+        "29 1 0:33 / / rw - btrfs /dev/mapper/vg-root rw\n\
+         30 1 0:33 /home /home rw - btrfs /dev/mapper/vg-root rw\n",
+    );
+    let said = "nvme0n1p1; it backs dm-1 (vg-root), which is mounted at / and 1 other places";
+    assert_eq!(uses(&host), [format!("{DISK} holds {said}")]);
+}
+
+#[test]
+fn every_disk_of_a_file_system_with_several_stays() {
+    let host = host();
+    let second = host.child(bdf("03:00.0"), "nvme/nvme1/nvme1n1", "class/block/nvme1n1");
+    put(second.join("dev"), "259:5\n");
+    for disk in ["nvme0n1", "nvme1n1"] {
+        put(
+            host.paths.sysfs.join("fs/btrfs/1f2e/devices").join(disk),
+            "",
+        );
+    }
+    let told = |words: &str| {
+        [(DISK, "nvme0n1"), ("0000:03:00.0", "nvme1n1")]
+            .map(|(bdf, disk)| format!("{bdf} holds {disk}, which {words}"))
+    };
+    assert_eq!(uses(&host), told("backs the btrfs file system 1f2e"));
+    host.file(
+        "proc/self/mountinfo",
+        "29 1 0:33 / /srv rw - btrfs /dev/nvme0n1 rw\n",
+    );
+    assert_eq!(uses(&host), told("is mounted at /srv"));
+    fs::remove_dir_all(host.paths.sysfs.join("fs/btrfs")).unwrap();
+    host.file(
+        "proc/self/mountinfo",
+        "29 1 0:33 / /srv rw - bcachefs /dev/nvme0n1:/dev/nvme1n1 rw\n",
+    );
+    assert_eq!(uses(&host), told("is mounted at /srv"));
+}
+
+#[test]
+fn a_disk_that_a_target_serves_stays() {
+    let configfs = "sys/kernel/config";
+    for (object, attribute, value, by) in [
+        (
+            "target/core/iblock_0/disk1",
+            "udev_path",
+            "/dev/nvme0n1p1",
+            "LIO backstore disk1",
+        ),
+        (
+            "target/core/fileio_0/disk1",
+            "info",
+            "Status: ACTIVATED\n TCM FILEIO ID: 0 File: /dev/nvme0n1p1 Size: 5 Mode: O_DSYNC",
+            "LIO backstore disk1",
+        ),
+        (
+            "nvmet/subsystems/nqn.x/namespaces/1",
+            "device_path",
+            "/dev/nvme0n1p1",
+            "NVMe target nqn.x",
+        ),
+    ] {
+        let host = host();
+        host.file(&format!("{configfs}/{object}/{attribute}"), value);
+        let said = format!("{DISK} holds nvme0n1p1, which is served by {by}");
+        assert_eq!(uses(&host), [said]);
+        host.file(&format!("{configfs}/{object}/enable"), "0\n");
+        assert!(uses(&host).is_empty(), "{object} has not opened it");
+    }
+    let host = host();
+    let controller = host.dir(bdf(DISK)).join("nvme/nvme0");
+    put(controller.join("dev"), "240:0\n");
+    fs::create_dir_all(host.paths.sysfs.join("class/nvme")).unwrap();
+    symlink(&controller, host.paths.sysfs.join("class/nvme/nvme0")).unwrap();
+    host.file(
+        &format!("{configfs}/nvmet/subsystems/nqn.x/passthru/device_path"),
+        "/dev/nvme0",
+    );
+    let said = format!("{DISK} holds nvme0, which is served by NVMe target nqn.x");
+    assert_eq!(uses(&host), [said]);
+}
+
+#[test]
+fn what_a_process_keeps_open_stays() {
+    let host = host();
+    host.file("proc/812/comm", "qemu\n");
+    fs::create_dir_all(host.paths.proc.join("812/fd")).unwrap();
+    let fd = host.paths.proc.join("812/fd/9");
+    let opens = |node: &str| {
+        let _ = fs::remove_file(&fd);
+        symlink(node, &fd).unwrap();
+    };
+    // A file of this name, and another disk.
+    for other in ["/srv/dev/nvme0n1", "/dev/nvme0n10", "/dev/shm/nvme0n1"] {
+        opens(other);
+        assert!(uses(&host).is_empty(), "{other}");
+    }
+    opens("/dev/nvme0n1p1");
+    let said = "holds nvme0n1p1, which process 812 (qemu) has open";
+    assert_eq!(uses(&host), [format!("{DISK} {said}")]);
+    // A GPU has no block device.
+    let card = host.child(bdf("03:00.0"), "drm/renderD128", "class/renderD128");
+    put(card.join("dev"), "226:128\n");
+    put(card.join("uevent"), "MAJOR=226\nDEVNAME=dri/renderD128\n");
+    fs::create_dir_all(host.paths.sysfs.join("class/drm")).unwrap();
+    symlink(&card, host.paths.sysfs.join("class/drm/renderD128")).unwrap();
+    opens("/dev/dri/renderD128");
+    let said = "0000:03:00.0 holds dri/renderD128, which process 812 (qemu) has open";
+    assert_eq!(uses(&host), [said]);
+    host.file(
+        "proc/driver/nvidia/gpus/0000:03:00.0/information",
+        "Model: \t X\nDevice Minor: \t 4\n",
+    );
+    opens("/dev/nvidia4");
+    let said = "0000:03:00.0 holds nvidia4, which process 812 (qemu) has open";
+    assert_eq!(uses(&host), [said]);
 }

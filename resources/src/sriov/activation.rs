@@ -8,10 +8,10 @@ use super::links::LinkWrite;
 use super::pf::{LiveVf, Pf};
 use super::settings::{SriovSpec, VfState};
 use super::{
-    HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, report,
+    HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
     set_aside_if_hung,
 };
-use crate::bind::{BindError, BindRequest, detach};
+use crate::bind::{BindError, BindRequest, detach, has_vfio_pci};
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
@@ -168,6 +168,7 @@ impl Activation<'_> {
 
     fn bind(&mut self) -> Result<(), SriovError> {
         if self.dry_run && self.resized {
+            has_vfio_pci(self.paths).map_err(|error| SriovError::Bind(Box::new(error)))?;
             self.would_bind();
             return Ok(());
         }
@@ -214,7 +215,8 @@ impl Activation<'_> {
     fn write(&mut self, attribute: &str, value: &str) -> Result<(), SriovError> {
         let path = self.pf.attribute(attribute);
         if !self.dry_run {
-            self.host.writer.write(&path, value)?;
+            let written = self.host.writer.write(&path, value);
+            written.map_err(|error| refused(&self.pf, error))?;
         }
         let value = value.to_owned();
         self.writes

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::links::LinkError;
-use super::pf::LiveVf;
+use super::pf::{LiveVf, Pf};
 use crate::bind::BindError;
 use crate::group::GroupError;
 use crate::host::HostBdf;
-use crate::inventory::InventoryError;
+use crate::inventory::{InventoryError, is_vfio_driver};
 use crate::lease::{InTheWay, LeaseError};
 use crate::modules::NoDriver;
 use crate::obstacle::Blocked;
@@ -60,6 +60,17 @@ pub enum SriovError {
         pf: HostBdf,
         /// Why not.
         why: NoDriver,
+    },
+    /// Its driver makes no functions.
+    #[error(
+        "{pf} is bound to {driver}, which makes no virtual functions: {} gives it back to its own driver",
+        giving_back(pf, .driver)
+    )]
+    WrongDriver {
+        /// The device.
+        pf: HostBdf,
+        /// Its driver.
+        driver: String,
     },
     /// The settings need a network card.
     #[error(
@@ -144,7 +155,25 @@ fn lines(live: &[LiveVf]) -> String {
     live.iter().map(line).collect()
 }
 
+/// What binds a physical function to its own driver.
+fn giving_back(pf: &HostBdf, driver: &str) -> String {
+    match is_vfio_driver(driver) {
+        true => format!("`gantry device reattach {pf}`"),
+        false => format!(
+            "`echo {pf} > /sys/bus/pci/drivers/{driver}/unbind; echo {pf} > /sys/bus/pci/drivers_probe`"
+        ),
+    }
+}
+
 impl SriovError {
+    /// That the driver of a physical function makes no functions.
+    pub(super) fn of_driver(pf: &Pf) -> Self {
+        Self::WrongDriver {
+            pf: pf.device.bdf,
+            driver: pf.device.driver.clone().unwrap_or_default(),
+        }
+    }
+
     /// Who has functions that must stay or be moved, if that alone is the failure.
     pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
         let held = |one: &LiveVf| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));

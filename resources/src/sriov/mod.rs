@@ -19,6 +19,8 @@ pub(crate) mod token;
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
+use nix::libc;
+
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
 use crate::host::{HostBdf, HostPaths};
@@ -28,8 +30,9 @@ use crate::modules::NoDriver;
 use crate::obstacle::{Blocked, Obstacle};
 use crate::quarantine::{Until, hung, quarantine};
 use crate::rule::IdPair;
+use crate::sysfs;
 use crate::tenant::Tenants;
-use crate::writer::{SysfsWrite, SysfsWriter};
+use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
 use activation::Activation;
 pub use error::SriovError;
 pub use links::{Interface, LinkError, LinkWrite, VfLinks};
@@ -112,10 +115,7 @@ pub fn activate(
         does_not_hang(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, spec.count, &live)?;
-        let locks = match dry_run {
-            false => lock(paths, &pf, spec.count, &live, &record)?,
-            true => Vec::new(),
-        };
+        let locks = lock(paths, &pf, spec.count, &live, &record, dry_run)?;
         let former = former(paths, &pf)?;
         Ok((pf, former, live, locks))
     };
@@ -156,8 +156,8 @@ pub fn deactivate(
         does_not_hang(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, 0, &live)?;
-        let locks = match dry_run || pf.vfs.is_empty() {
-            false => lock(paths, &pf, 0, &[], &record)?,
+        let locks = match pf.vfs.is_empty() {
+            false => lock(paths, &pf, 0, &[], &record, dry_run)?,
             true => Vec::new(),
         };
         Ok::<_, SriovError>((pf, locks))
@@ -172,7 +172,7 @@ pub fn deactivate(
     };
     if !dry_run {
         if let Err(error) = host.writer.write(&none.path, &none.value) {
-            let error = SriovError::from(error);
+            let error = refused(&pf, error);
             set_aside_if_hung(paths, &pf, &error);
             return Err(error);
         }
@@ -304,6 +304,9 @@ fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), Srio
         let why = NoDriver::of(paths, &pf.device);
         return Err(SriovError::NoDriver { pf: bdf, why });
     }
+    if pf.vfs.len() != usize::from(spec.count) {
+        makes_functions(paths, pf)?;
+    }
     let wanted = spec.wanted(0);
     match wanted.settings(&wanted).first() {
         Some(setting) if pf.interface.is_none() => Err(SriovError::NoInterface {
@@ -311,6 +314,32 @@ fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), Srio
             key: setting.key(),
         }),
         _ => Ok(()),
+    }
+}
+
+/// Drivers that keep a device for programs or for nobody, and make no virtual functions of it.
+const KEEPERS: [&str; 3] = ["pci-stub", "uio_pci_generic", "pciback"];
+
+/// Refuses a driver of which it is known that it makes no virtual functions. vfio-pci does where that is
+/// switched on.
+fn makes_functions(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
+    let driver = pf.device.driver.as_deref().unwrap_or_default();
+    let switch = paths.sysfs.join("module/vfio_pci/parameters/enable_sriov");
+    let switched_on = || sysfs::text(&switch).ok().flatten().as_deref() == Some("Y");
+    if KEEPERS.contains(&driver) || pf.device.on_vfio() && !switched_on() {
+        return Err(SriovError::of_driver(pf));
+    }
+    Ok(())
+}
+
+/// Why the kernel refused another number of functions.
+fn refused(pf: &Pf, error: WriteError) -> SriovError {
+    match &error {
+        // The driver cannot do it (sriov_numvfs_store of the kernel's drivers/pci/iov.c), or vfio-pci may not.
+        WriteError::Refused { source, .. } if source.raw_os_error() == Some(libc::ENOENT) => {
+            SriovError::of_driver(pf)
+        }
+        _ => error.into(),
     }
 }
 
@@ -344,13 +373,14 @@ fn report(group: &ResourceGroup, pf: &Pf, after: u16) -> SriovReport {
 }
 
 /// Locks the physical function, the functions that there are, but for those in use, and those that will
-/// be: a lock is on an address.
+/// be: a lock is on an address. A dry run locks none, and is refused where one is held.
 fn lock(
     paths: &HostPaths,
     pf: &Pf,
     wanted: u16,
     live: &[LiveVf],
     record: &LeaseRecord,
+    dry_run: bool,
 ) -> Result<Vec<DeviceLock>, SriovError> {
     let functions = (0..wanted.max(count(pf))).filter_map(|index| pf.address(index));
     let mut locks = Vec::new();
@@ -358,12 +388,13 @@ fn lock(
         if live.iter().any(|one| one.bdf == bdf) {
             continue;
         }
-        match DeviceLock::take(paths, bdf, record)? {
-            Some(lock) => locks.push(lock),
-            None => {
-                let lease = holder(paths, bdf);
-                return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
-            }
+        if !dry_run && let Some(lock) = DeviceLock::take(paths, bdf, record)? {
+            locks.push(lock);
+            continue;
+        }
+        let lease = holder(paths, bdf);
+        if !dry_run || lease.is_held() {
+            return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
         }
     }
     Ok(locks)

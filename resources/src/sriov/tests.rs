@@ -222,6 +222,8 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         let kernel = FakeKernel::new(&host);
         let error = up(&host, &kernel).unwrap_err().to_string();
         assert!(kernel.written.borrow().is_empty(), "{error}");
+        let dry = activate(&host.paths, kernel.access(), &group(&host), true);
+        assert_eq!(dry.unwrap_err().to_string(), error, "a dry run");
         error
     };
     let attribute = |host: &FakeHost, name: &str, text: &str| {
@@ -246,6 +248,14 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         ),
         (&|host| host.bind(bdf(PF), None), "has no driver"),
         (
+            &|host| host.bind(bdf(PF), Some("vfio-pci")),
+            "bound to vfio-pci, which makes no virtual functions: `gantry device reattach 0000:03:00.0`",
+        ),
+        (
+            &|host| host.bind(bdf(PF), Some("pci-stub")),
+            "bound to pci-stub, which makes no virtual functions: `echo 0000:03:00.0 > ",
+        ),
+        (
             &|host| fs::remove_dir_all(host.dir(bdf(PF)).join("net")).unwrap(),
             "have no vlan: take it out",
         ),
@@ -254,8 +264,20 @@ fn what_cannot_be_is_refused_with_the_way_out() {
         let error = said(change);
         assert!(error.contains(words), "{error}");
     }
-    let plain: ResourceGroup = serde_json::from_str(r#"{"name": "x"}"#).unwrap();
+    // Of other drivers only the kernel knows.
     let host = host("manual", "");
+    let pf = Pf::read(&host.paths, bdf(PF)).unwrap();
+    let enoent = WriteError::Refused {
+        path: pf.attribute("sriov_numvfs"),
+        value: "3".to_owned(),
+        source: std::io::Error::from_raw_os_error(nix::libc::ENOENT),
+    };
+    let said = refused(&pf, enoent).to_string();
+    assert!(
+        said.contains("bound to igb, which makes no virtual"),
+        "{said}"
+    );
+    let plain: ResourceGroup = serde_json::from_str(r#"{"name": "x"}"#).unwrap();
     let kernel = FakeKernel::new(&host);
     let error = activate(&host.paths, kernel.access(), &plain, false).unwrap_err();
     assert!(error.to_string().contains("--sriov"), "{error}");
@@ -284,6 +306,8 @@ fn somebody_at_work_on_the_card_is_named() {
         error.contains("is held by `gantry group activate`"),
         "{error}"
     );
+    let dry = activate(&host.paths, kernel.access(), &group(&host), true);
+    assert_eq!(dry.unwrap_err().to_string(), error, "a dry run");
     let device: HostDevice = host.read(PF);
     assert!(device.lease.is_held());
 }

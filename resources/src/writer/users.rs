@@ -11,7 +11,7 @@ use crate::sysfs;
 /// A process that has a device open.
 pub(crate) struct User {
     pub(crate) pid: u32,
-    name: String,
+    pub(crate) name: String,
 }
 
 impl fmt::Display for User {
@@ -71,23 +71,51 @@ fn nodes(attribute: &Path) -> Vec<PathBuf> {
 }
 
 fn with_open(proc: &Path, nodes: &[PathBuf]) -> Vec<User> {
-    let mut found = Vec::new();
     if nodes.is_empty() {
-        return found;
+        return Vec::new();
     }
+    let is_one = |target: &Path| nodes.iter().any(|node| target.ends_with(node));
+    let open = open_nodes(proc, |_, target| is_one(target).then_some(()));
+    open.into_iter().map(|((), user)| user).collect()
+}
+
+/// How many descriptors are looked at, of one process and of all: others' processes may have any number.
+const DESCRIPTORS: usize = 1 << 14;
+const ALL_DESCRIPTORS: usize = 1 << 18;
+
+/// The processes that have device nodes open. `which` is asked about each descriptor and its target, and
+/// tells which node it is; every process is told once for each node. Processes of other users are not to be
+/// seen without their rights.
+pub(crate) fn open_nodes<T: PartialEq>(
+    proc: &Path,
+    which: impl Fn(&Path, &Path) -> Option<T>,
+) -> Vec<(T, User)> {
+    let mut found: Vec<(T, User)> = Vec::new();
+    let mut left = ALL_DESCRIPTORS;
     for name in sysfs::entries(proc).unwrap_or_default() {
         let Ok(pid) = name.parse() else {
             continue;
         };
         let process = proc.join(&name);
         let files = fs::read_dir(process.join("fd")).into_iter().flatten();
-        let mut targets = files
-            .flatten()
-            .filter_map(|file| fs::read_link(file.path()).ok());
-        if targets.any(|target| nodes.iter().any(|node| target.ends_with(node))) {
+        for file in files.flatten().take(DESCRIPTORS.min(left)) {
+            left -= 1;
+            let descriptor = file.path();
+            // Other files may lie on a server that does not answer.
+            let target = fs::read_link(&descriptor).ok();
+            let Some(target) = target.filter(|target| target.starts_with("/dev")) else {
+                continue;
+            };
+            let node = which(&descriptor, &target);
+            let Some(node) = node.filter(|node| {
+                let known = |(other, user): &(T, User)| other == node && user.pid == pid;
+                !found.iter().any(known)
+            }) else {
+                continue;
+            };
             let name = sysfs::text(&process.join("comm")).ok().flatten();
-            let name = name.unwrap_or_default();
-            found.push(User { pid, name });
+            let name = name.unwrap_or_default().replace(char::is_control, "?");
+            found.push((node, User { pid, name }));
         }
     }
     found

@@ -21,8 +21,11 @@ pub const SWAP: &[Case] = cases![a_swap_disk_stays_with_the_host];
 /// For host kernels with ext4 and network cards.
 pub const MORE: &[Case] = cases![
     a_mounted_disk_stays_with_the_host,
+    a_disk_below_a_mounted_loop_device_stays_with_the_host,
+    a_disk_that_a_program_has_open_stays_with_the_host,
     the_card_of_the_default_route_stays_with_the_host,
     the_card_below_a_bridge_of_the_default_route_stays_with_the_host,
+    the_card_in_a_bridge_with_a_tap_stays_with_the_host,
 ];
 
 /// For a host with a display that the firmware started, in one IOMMU group with its audio.
@@ -226,6 +229,27 @@ fn a_mounted_disk_stays_with_the_host(host: &Host) -> Result<()> {
     in_use(host, &disk, &set_up, "umount /mnt", case)
 }
 
+fn a_disk_below_a_mounted_loop_device_stays_with_the_host(host: &Host) -> Result<()> {
+    let disk = block_device(host, &FIRST)?;
+    let set_up = format!(
+        "modprobe loop; losetup /dev/loop0 {disk} && mke2fs -q /dev/loop0 4096 && mkdir -p /mnt &&
+         mount -t ext4 /dev/loop0 /mnt"
+    );
+    let case = || stays(host, FIRST.bdf, &["backs loop0", "mounted at /mnt"]);
+    let clear = "umount /mnt; losetup -d /dev/loop0";
+    in_use(host, &disk, &set_up, clear, case)
+}
+
+fn a_disk_that_a_program_has_open_stays_with_the_host(host: &Host) -> Result<()> {
+    let disk = block_device(host, &FIRST)?;
+    let opens = format!("sleep 600 <{disk} >/dev/null 2>&1 & echo $!");
+    let pid = host.sh(&opens).output()?.success()?.text();
+    let words = format!("which process {pid} (sleep) has open");
+    let result = stays(host, FIRST.bdf, &[&words, "--override"]);
+    host.sh(&format!("kill {pid}")).output()?.success()?;
+    result
+}
+
 /// The block device of a disk. It belongs to the controller, or to a subsystem of several.
 fn block_device(host: &Host, disk: &Disk) -> Result<String> {
     let script = format!(
@@ -283,5 +307,19 @@ fn the_card_below_a_bridge_of_the_default_route_stays_with_the_host(host: &Host)
         .and_then(|_| stays(host, NIC, &[NIC, &name, "default route", "--override"]));
     let clear = format!("ip link set {name} down; /bin/ip link delete br9");
     host.sh(&clear).output()?.success()?;
+    result
+}
+
+fn the_card_in_a_bridge_with_a_tap_stays_with_the_host(host: &Host) -> Result<()> {
+    let name = interface(host)?;
+    let set_up = format!(
+        "modprobe tun; /bin/ip link add br9 type bridge && /bin/ip link set {name} master br9 &&
+         /bin/ip tuntap add tap9 mode tap && /bin/ip link set tap9 master br9"
+    );
+    let words = format!("is {name}, part of br9; tap9, connected to it, is a tap device");
+    let set_up = host.sh(&set_up).output()?.success();
+    let result = set_up.and_then(|_| stays(host, NIC, &[&words, "--override"]));
+    let clear = "/bin/ip link delete tap9; /bin/ip link delete br9";
+    host.sh(clear).output()?.success()?;
     result
 }

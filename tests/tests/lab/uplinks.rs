@@ -14,6 +14,7 @@ pub const CASES: &[Case] = cases![
     the_card_below_a_vlan_on_a_bond_on_a_bridge_stays_with_the_host,
     no_vm_takes_a_card_of_a_bond,
     naming_the_card_takes_it_out_of_its_bond,
+    a_virtio_card_without_its_driver_is_free,
 ];
 
 /// One of VMware's, whose interface is its own child.
@@ -73,7 +74,10 @@ fn the_card_below_a_vlan_on_a_bond_on_a_bridge_stays_with_the_host(host: &Host) 
     let above = "/bin/ip link add link bond9 name bond9.7 type vlan id 7 &&
          /bin/ip link add br9 type bridge && /bin/ip link set bond9.7 master br9 up";
     with_bond(host, above, "br9", || {
-        both_stay(host, "part of br9, which carries a default route")
+        both_stay(
+            host,
+            "part of bond9; br9, connected to it, carries a default route",
+        )
     })
 }
 
@@ -118,4 +122,27 @@ fn naming_the_card_takes_it_out_of_its_bond(host: &Host) -> Result<()> {
             .success()?;
         Ok(())
     })
+}
+
+/// Nobody has an interface that there is not.
+fn a_virtio_card_without_its_driver_is_free(host: &Host) -> Result<()> {
+    let detach = || {
+        host.command(["gantry", "device", "detach", VIRTIO_CARD, "--dry-run"])
+            .output()
+    };
+    let name = interface(host, VIRTIO_CARD)?;
+    let moved = format!("/bin/ip link set {name} down; unshare -n sleep 30 & echo $!; sleep 0.5");
+    let pid = host.sh(&moved).output()?.success()?.text();
+    let hide = format!("/bin/ip link set {name} netns {pid}");
+    host.sh(&hide).output()?.success()?;
+    let hidden = detach()?.exits(1)?;
+    host.sh(&format!("kill {pid}; sleep 0.5")).output()?;
+    ensure!(
+        hidden.errors().contains("in another network namespace"),
+        "{hidden}"
+    );
+    host.sh("modprobe -r virtio_net").output()?.success()?;
+    detach()?.success()?;
+    ensure!(!interface(host, VIRTIO_CARD)?.is_empty(), "no driver");
+    Ok(())
 }

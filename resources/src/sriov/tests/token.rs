@@ -6,6 +6,7 @@ use super::*;
 fn shared(token: &str) -> FakeHost {
     let host = host("manual", token);
     host.bind(bdf(PF), Some("vfio-pci"));
+    host.file("sys/module/vfio_pci/parameters/enable_sriov", "Y\n");
     host.file(
         "proc/sys/kernel/random/uuid",
         "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001\n",
