@@ -110,20 +110,60 @@ pub(crate) fn loaded_module(paths: &HostPaths, driver: &str) -> Option<String> {
     name.filter(|_| loaded)
 }
 
-/// Whether a text fits a pattern in which `*` stands for anything: all that depmod writes.
-fn matches(pattern: &[u8], text: &[u8]) -> bool {
+/// Whether a pattern of depmod's or of modprobe.d is one of a text (glob(7)).
+pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     match (pattern, text) {
         ([], []) => true,
         ([b'*', rest @ ..], _) => (0..=text.len()).any(|skip| matches(rest, &text[skip..])),
+        ([b'?', pattern @ ..], [_, text @ ..]) => matches(pattern, text),
+        ([b'[', rest @ ..], [first, text @ ..]) => match class(rest) {
+            Some((members, pattern)) => members(*first) && matches(pattern, text),
+            None => *first == b'[' && matches(rest, text),
+        },
         ([one, pattern @ ..], [other, text @ ..]) => one == other && matches(pattern, text),
         _ => false,
     }
+}
+
+/// The class that a bracket opens, and what follows it; none where nothing closes it.
+fn class(pattern: &[u8]) -> Option<(impl Fn(u8) -> bool + '_, &[u8])> {
+    let negated = matches!(pattern.first(), Some(b'!' | b'^'));
+    let members = &pattern[usize::from(negated)..];
+    // A closing bracket that comes first is a member.
+    let length = 1 + members.get(1..)?.iter().position(|byte| *byte == b']')?;
+    let (members, rest) = (&members[..length], &members[length + 1..]);
+    let has = move |byte: u8| {
+        let range = |three: &[u8]| three[1] == b'-' && (three[0]..=three[2]).contains(&byte);
+        members.contains(&byte) || members.windows(3).any(range)
+    };
+    Some((move |byte| has(byte) != negated, rest))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost};
+
+    #[test]
+    fn patterns_are_those_of_the_shell() {
+        for (pattern, text, expected) in [
+            ("nvidia*", "nvidia_drm", true),
+            ("nvidia*", "nvidia", true),
+            ("nvidia*", "nouveau", false),
+            ("snd_h?a_*", "snd_hda_intel", true),
+            ("i[gx]b*", "ixgbe", true),
+            ("i[!g]b", "igb", false),
+            ("x[a-c]", "xb", true),
+            ("x[a-c]", "xd", false),
+            ("x[]a]", "x]", true),
+            ("x[", "x[", true),
+            ("x[a", "xa", false),
+            ("", "x", false),
+        ] {
+            let said = matches(pattern.as_bytes(), text.as_bytes());
+            assert_eq!(said, expected, "{pattern} {text}");
+        }
+    }
 
     #[test]
     fn a_device_has_the_modules_that_claim_it() {

@@ -122,17 +122,20 @@ impl<'a> Plan<'a> {
     fn advise(&self, facts: &Facts, mut finding: Finding) -> Finding {
         if !self.twins.is_empty() {
             let twins = list(self.twins.iter().copied());
+            let by_address = match self.bring.iter().all(|one| one.iommu_group.is_some()) {
+                true => "by their addresses with `gantry device persist`, as shown above",
+                false => "by their addresses with `gantry device persist`, once the IOMMU is on",
+            };
             let told = |twin: &&HostDevice| self.given.contains(&twin.id.to_string());
             finding = finding.fix(if self.twins.iter().any(told) {
                 format!(
-                    "the ids that vfio-pci is told to take are also those of {twins}, which are not its own \
-                     at all times and may be lost to it at any boot: take these ids away from vfio-pci, and name the devices by \
-                     address, as above"
+                    "vfio-pci is told to take ids that {twins} has as well, and may take that device at any boot: \
+                     take these ids away from vfio-pci, and name the devices {by_address}"
                 )
             } else {
                 format!(
-                    "vfio-pci.ids cannot tell these devices from {twins}, which are not vfio-pci's at all \
-                     times: name them by address, as above"
+                    "vfio-pci.ids cannot tell these devices from {twins}, which vfio-pci does not always have: name \
+                     the devices {by_address}"
                 )
             });
         }
@@ -163,6 +166,17 @@ impl<'a> Plan<'a> {
                 Some(command) => finding.lines("then rebuild the initramfs:", [command]),
                 None => finding.fix("then rebuild the initramfs, where there is one"),
             };
+        }
+        for (module, file) in &drivers.held_back {
+            let rebuild = facts.boot.initramfs.command();
+            let rebuild = rebuild.map_or_else(
+                || "rebuild the initramfs".to_owned(),
+                |command| format!("`{command}`"),
+            );
+            finding = finding.fix(format!(
+                "{file} holds {module} back, and it is loaded: {rebuild}, in case the initramfs lacks that file, and \
+                 restart the host"
+            ));
         }
         if !drivers.hold_back.is_empty() {
             let words = format!("modprobe.blacklist={}", drivers.hold_back.join(","));
@@ -209,6 +223,8 @@ struct Drivers {
     builtin: Vec<String>,
     /// They should wait for vfio-pci.
     wait: Vec<String>,
+    /// They are held back already, by this file.
+    held_back: Vec<(String, String)>,
     /// They are told to wait and do not, and only devices that are to leave use them.
     hold_back: Vec<String>,
 }
@@ -233,7 +249,10 @@ impl Drivers {
                 continue;
             };
             let module = module.clone();
-            if !facts.modprobe.after_vfio.contains(&module) {
+            if let Some(file) = facts.modprobe.held_back_by(&module) {
+                let held_back = (module.clone(), file.to_owned());
+                drivers.held_back.push(held_back);
+            } else if !facts.modprobe.waits(&module) {
                 drivers.wait.push(module);
             } else if !plan.late(facts).is_empty() && !used_elsewhere(facts, plan, name) {
                 drivers.hold_back.push(module);

@@ -8,43 +8,23 @@ use serde::{Deserialize, Serialize};
 
 use super::cmdline::{Change, CommandLine};
 use super::facts::{Facts, text};
+use super::grub::{self, Setting};
+use super::loader::{Found, Loader, Menu, has_program};
 use super::{Advice, CommandLineChange, Finding, Level};
 use crate::atomic;
 use crate::host::HostPaths;
-use crate::sysfs;
 
 /// What is known of the boot loader, and what has been noted about a reboot.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Boot {
     /// This boot's id, random for each (/proc/sys/kernel/random/boot_id).
     pub(super) id: String,
-    pub(super) loader: Loader,
-    /// `GRUB_CMDLINE_LINUX_DEFAULT` and `GRUB_CMDLINE_LINUX` of /etc/default/grub, or the line of
-    /// /etc/kernel/cmdline.
-    pub(super) configured: Vec<(&'static str, CommandLine)>,
-    /// The command line of the first entry of the boot loader's menu, and the file that has it.
-    pub(super) installed: Option<(String, CommandLine)>,
+    /// The boot loader, its configuration and its menu.
+    pub(super) found: Found,
     pub(super) note: Option<Note>,
     /// A package has asked for a reboot: Debian's and Ubuntu's mark.
     pub(super) asked_for: bool,
     pub(super) initramfs: Initramfs,
-}
-
-/// What writes the boot loader's menu here.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Loader {
-    /// GRUB of Debian and Ubuntu.
-    UpdateGrub,
-    /// Fedora's and Red Hat's tool.
-    Grubby,
-    /// GRUB of others, with the place of its menu.
-    GrubMkconfig(&'static str),
-    /// systemd-boot of Proxmox.
-    Proxmox,
-    /// systemd-boot and whatever else kernel-install serves.
-    KernelInstall,
-    #[default]
-    Unknown,
 }
 
 /// What writes the initramfs here.
@@ -91,55 +71,20 @@ impl Note {
     }
 }
 
-const GRUB_DEFAULT: &str = "GRUB_CMDLINE_LINUX_DEFAULT";
-const GRUB_ALWAYS: &str = "GRUB_CMDLINE_LINUX";
-const KERNEL_CMDLINE: &str = "/etc/kernel/cmdline";
+/// The file of GRUB's that everybody knows.
+const GRUB_FILE: &str = "/etc/default/grub";
 
 impl Boot {
-    pub(super) fn read(paths: &HostPaths, root: &Path) -> Self {
-        let loader = loader(root);
+    /// `running` is the running kernel's command line.
+    pub(super) fn read(paths: &HostPaths, root: &Path, running: &CommandLine) -> Self {
         let note = fs::read(note_path(paths)).ok();
         Self {
             id: text(&paths.proc.join("sys/kernel/random/boot_id")),
-            configured: configured(root, loader),
-            installed: installed(root),
             note: note.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
             asked_for: root.join("run/reboot-required").exists(),
             initramfs: initramfs(root),
-            loader,
+            found: Found::read(paths, root, running),
         }
-    }
-
-    /// All words that the boot loader's configuration has.
-    fn configured_words(&self) -> CommandLine {
-        let mut all = CommandLine::default();
-        for (_, line) in &self.configured {
-            all.extend(line.clone());
-        }
-        all
-    }
-}
-
-fn has_program(root: &Path, name: &str) -> bool {
-    let mut dirs = ["usr/sbin", "usr/bin", "sbin", "bin"].into_iter();
-    dirs.any(|dir| root.join(dir).join(name).exists())
-}
-
-fn loader(root: &Path) -> Loader {
-    if root.join("etc/kernel/proxmox-boot-uuids").exists() {
-        Loader::Proxmox
-    } else if has_program(root, "update-grub") {
-        Loader::UpdateGrub
-    } else if has_program(root, "grubby") {
-        Loader::Grubby
-    } else if has_program(root, "grub2-mkconfig") {
-        Loader::GrubMkconfig("grub2-mkconfig -o /boot/grub2/grub.cfg")
-    } else if has_program(root, "grub-mkconfig") {
-        Loader::GrubMkconfig("grub-mkconfig -o /boot/grub/grub.cfg")
-    } else if has_program(root, "kernel-install") && root.join("etc/kernel/cmdline").exists() {
-        Loader::KernelInstall
-    } else {
-        Loader::Unknown
     }
 }
 
@@ -151,68 +96,6 @@ fn initramfs(root: &Path) -> Initramfs {
     ];
     let found = tools.into_iter().find(|(name, _)| has_program(root, name));
     found.map_or(Initramfs::Unknown, |(_, tool)| tool)
-}
-
-fn configured(root: &Path, loader: Loader) -> Vec<(&'static str, CommandLine)> {
-    let table = |path: &str| sysfs::table(&root.join(path)).unwrap_or_default();
-    match loader {
-        Loader::Proxmox | Loader::KernelInstall => {
-            vec![(
-                KERNEL_CMDLINE,
-                CommandLine::parse(&table("etc/kernel/cmdline")),
-            )]
-        }
-        Loader::UpdateGrub | Loader::GrubMkconfig(_) => {
-            let file = table("etc/default/grub");
-            let value = |name| Some((name, CommandLine::parse(&assigned(&file, name)?)));
-            [GRUB_DEFAULT, GRUB_ALWAYS]
-                .into_iter()
-                .filter_map(value)
-                .collect()
-        }
-        Loader::Grubby | Loader::Unknown => Vec::new(),
-    }
-}
-
-/// The value of the last `NAME="..."` of a file of shell assignments.
-fn assigned(file: &str, name: &str) -> Option<String> {
-    let mut values = file.lines().filter_map(|line| {
-        let value = line
-            .trim_start()
-            .strip_prefix(name)?
-            .strip_prefix('=')?
-            .trim();
-        let quote = value.chars().next().filter(|first| "\"'".contains(*first));
-        Some(match quote {
-            Some(quote) => value[1..]
-                .rsplit_once(quote)
-                .map_or(&value[1..], |(inside, _)| inside),
-            None => value,
-        })
-    });
-    values.next_back().map(str::to_owned)
-}
-
-/// The first entry of the menu that boots Linux: `linux /vmlinuz... words` of GRUB's, `options words`
-/// of the others (the Boot Loader Specification).
-fn installed(root: &Path) -> Option<(String, CommandLine)> {
-    let found = |path: &str, key: &[&str]| {
-        let text = sysfs::table(&root.join(path)).ok()?;
-        let line = text.lines().map(str::trim).find_map(|line| {
-            let (first, rest) = line.split_once(char::is_whitespace)?;
-            key.contains(&first).then_some(rest)
-        });
-        Some((format!("/{path}"), CommandLine::parse(line?)))
-    };
-    let entries = sysfs::entries(&root.join("boot/loader/entries")).unwrap_or_default();
-    let mut entries = entries
-        .iter()
-        .rev()
-        .map(|name| format!("boot/loader/entries/{name}"));
-    let grub = ["boot/grub/grub.cfg", "boot/grub2/grub.cfg"];
-    grub.iter()
-        .find_map(|path| found(path, &["linux", "linuxefi"]))
-        .or_else(|| entries.find_map(|path| found(&path, &["options"])))
 }
 
 /// Whether a reboot would bring what is asked for, or was to have brought it.
@@ -236,9 +119,19 @@ pub(super) fn reboot(facts: &Facts, change: &Change) -> Finding {
             .fix("see whether the boot loader's menu was written, and whether another entry of it was started");
         }
     }
-    match &boot.installed {
-        Some((file, line)) if !change.is_empty() && line.follows(change) => waiting(format!(
-            "waiting: {file} has been changed, the running kernel was started before"
+    match boot.installed(change) {
+        Some(menu) if menu.before_boot => finding(
+            Level::Warn,
+            format!(
+                "{} had the words before this boot, but the running kernel was started without them: by another \
+                 entry or another boot loader",
+                menu.file
+            ),
+        )
+        .lines("see which one was started:", ["cat /proc/cmdline", "efibootmgr"]),
+        Some(menu) => waiting(format!(
+            "waiting: {} has been changed since the running kernel was started",
+            menu.file
         )),
         _ if boot.asked_for => waiting("waiting: /run/reboot-required asks for it".into()),
         _ => finding(Level::Ok, "none is waiting".into()),
@@ -257,68 +150,155 @@ fn words(change: &Change, add: &str, remove: &str) -> String {
         .join(" and ")
 }
 
+impl Boot {
+    /// The boot loader's menu, if a change has been made there already.
+    fn installed(&self, change: &Change) -> Option<&Menu> {
+        let menu = self.found.menu.as_ref();
+        menu.filter(|menu| !change.is_empty() && menu.line.follows(change))
+    }
+}
+
 /// The change as it is made on this machine; none where there is nothing to change.
 pub(super) fn how(facts: &Facts, change: Change) -> Option<CommandLineChange> {
     if change.is_empty() {
         return None;
     }
     let boot = &facts.boot;
-    let line = |text: String| vec![text];
-    let (what, mut lines) = match boot.loader {
-        _ if boot.installed.as_ref().is_some_and(|(_, line)| line.follows(&change)) => {
-            ("the boot loader has it already; restart the host:".to_owned(), Vec::new())
-        }
-        Loader::UpdateGrub => edited(boot, &change, "/etc/default/grub", "update-grub"),
-        Loader::GrubMkconfig(command) => edited(boot, &change, "/etc/default/grub", command),
-        Loader::Proxmox => edited(boot, &change, KERNEL_CMDLINE, "proxmox-boot-tool refresh"),
-        Loader::KernelInstall => edited(boot, &change, KERNEL_CMDLINE, "kernel-install add-all"),
-        Loader::Grubby => ("change all entries and restart the host:".to_owned(), line(grubby(&change))),
-        Loader::Unknown => (
-            "the boot loader was not recognised: change its entry (Debian and Ubuntu: GRUB_CMDLINE_LINUX_DEFAULT in \
-             /etc/default/grub, then update-grub; Fedora: grubby --update-kernel=ALL --args=...; systemd-boot: \
-             /etc/kernel/cmdline, then kernel-install add-all), and restart the host:"
-                .to_owned(),
+    let restart = |what: &str, lines: Vec<String>| {
+        let lines = lines.into_iter().chain(["reboot".to_owned()]).collect();
+        let text = what.to_owned();
+        Advice { text, lines }
+    };
+    let how = match (&boot.found.loader, boot.installed(&change)) {
+        (_, Some(menu)) if menu.before_boot => Advice {
+            text: format!(
+                "{} has it already, but this boot did not come from there: make the same change in the entry that \
+                 was started, or start this one",
+                menu.file
+            ),
+            lines: Vec::new(),
+        },
+        (_, Some(menu)) => restart(
+            &format!("{} has it already; restart the host:", menu.file),
             Vec::new(),
         ),
+        (Loader::Edited(command), _) => edited(&boot.found.settings, &change, command),
+        (Loader::Grubby, _) => restart(
+            "change all entries and restart the host:",
+            vec![grubby(&change)],
+        ),
+        (Loader::Ostree, _) => restart(
+            "change the next deployment and restart the host:",
+            vec![ostree(&change)],
+        ),
+        (Loader::Entry, _) => match &boot.found.menu {
+            Some(menu) => restart(
+                &format!(
+                    "make the options line of {} this and restart the host:",
+                    menu.file
+                ),
+                vec![format!("options {}", menu.line.with(&change))],
+            ),
+            None => unknown(),
+        },
+        (Loader::Unknown, _) => unknown(),
     };
-    lines.push("reboot".to_owned());
     Some(CommandLineChange {
         add: change.add,
         remove: change.remove,
-        how: Advice { text: what, lines },
+        how,
     })
 }
 
-/// The configuration's lines as they should be, and the command that carries them to the menu.
-fn edited(boot: &Boot, change: &Change, file: &str, command: &str) -> (String, Vec<String>) {
-    if !boot.configured.is_empty() && boot.configured_words().follows(change) {
-        return (
-            format!("{file} has it already; write the boot loader's menu and restart the host:"),
-            vec![command.to_owned()],
-        );
+fn unknown() -> Advice {
+    Advice {
+        text: "the boot loader was not recognised: change its entry (Debian and Ubuntu: GRUB_CMDLINE_LINUX_DEFAULT in \
+               /etc/default/grub, then update-grub; Fedora: grubby --update-kernel=ALL --args=...; systemd-boot: \
+               /etc/kernel/cmdline, then kernel-install add-all), and restart the host:"
+            .to_owned(),
+        lines: vec!["reboot".to_owned()],
     }
+}
+
+/// The configuration's lines as they should be, and the command that carries them to the menu.
+fn edited(settings: &[Setting], change: &Change, command: &str) -> Advice {
+    let then = [command.to_owned(), "reboot".to_owned()];
+    let mut all = CommandLine::default();
+    settings.iter().for_each(|one| all.extend(one.line.clone()));
     let removal = Change {
         add: Vec::new(),
         remove: change.remove.clone(),
     };
-    let mut lines = Vec::new();
-    if file == KERNEL_CMDLINE {
-        lines.extend(boot.configured.iter().map(|(_, line)| line.with(change)));
-    } else {
-        let of = |name| boot.configured.iter().find(|(own, _)| *own == name);
-        let usual = of(GRUB_DEFAULT)
-            .map(|(_, line)| line.clone())
-            .unwrap_or_default();
-        lines.push(format!("{GRUB_DEFAULT}=\"{}\"", usual.with(change)));
-        let always =
-            of(GRUB_ALWAYS).filter(|(_, line)| !line.is_empty() && !line.follows(&removal));
-        lines.extend(always.map(|(name, line)| format!("{name}=\"{}\"", line.with(&removal))));
+    // What every usual start has; where nothing sets that, what every start has.
+    let target = [Some(grub::USUAL), Some(grub::ALWAYS), None]
+        .into_iter()
+        .find_map(|name| settings.iter().position(|one| one.name() == name));
+    if let Some(target) = target.filter(|_| all.follows(change)) {
+        let file = &settings[target].file;
+        return Advice {
+            text: format!(
+                "{file} has it already; write the boot loader's menu and restart the host:"
+            ),
+            lines: then.to_vec(),
+        };
     }
-    lines.push(command.to_owned());
-    (
-        format!("make the line of {file} this, write the boot loader's menu and restart the host:"),
-        lines,
-    )
+    let missing = Change {
+        add: change
+            .add
+            .iter()
+            .filter(|word| !all.has(word))
+            .cloned()
+            .collect(),
+        remove: change.remove.clone(),
+    };
+    let mut edits: Vec<(&str, String)> = Vec::new();
+    for (index, one) in settings.iter().enumerate() {
+        if Some(index) == target && (!missing.add.is_empty() || !one.line.follows(&removal)) {
+            edits.push((&one.file, one.with(&missing)));
+        } else if !one.line.follows(&removal) {
+            edits.push((&one.file, one.with(&removal)));
+        }
+    }
+    if target.is_none() {
+        let words = CommandLine::default().with(change);
+        edits.push((GRUB_FILE, format!("{}=\"{words}\"", grub::USUAL)));
+    }
+    let mut files: Vec<&str> = edits.iter().map(|(file, _)| *file).collect();
+    files.dedup();
+    let mut lines = Vec::new();
+    for file in &files {
+        // Two files have their names as comments.
+        lines.extend((files.len() > 1).then(|| format!("# {file}")));
+        let own = edits.iter().filter(|(other, _)| other == file);
+        lines.extend(own.map(|(_, line)| line.clone()));
+    }
+    lines.extend(then);
+    let overrides = match files
+        .iter()
+        .any(|file| file.starts_with("/etc/default/grub.d/"))
+    {
+        true => ", which is read after /etc/default/grub,",
+        false => "",
+    };
+    let what = match files.as_slice() {
+        [file] => format!("make the line of {file}{overrides} this"),
+        files => format!("make the lines of {} these", files.join(" and ")),
+    };
+    let text = format!("{what}, write the boot loader's menu and restart the host:");
+    Advice { text, lines }
+}
+
+fn ostree(change: &Change) -> String {
+    let mut command = "rpm-ostree kargs".to_owned();
+    for (option, words) in [
+        ("append-if-missing", &change.add),
+        ("delete-if-present", &change.remove),
+    ] {
+        for word in words {
+            command += &format!(" --{option}={word}");
+        }
+    }
+    command
 }
 
 fn grubby(change: &Change) -> String {

@@ -59,6 +59,25 @@ impl CommandLine {
         on.map(|(word, _)| word.to_owned()).collect()
     }
 
+    pub(super) fn first(&self) -> Option<&str> {
+        self.0.first().map(String::as_str)
+    }
+
+    /// The line without the words of these names.
+    pub(super) fn without(&self, names: &[&str]) -> Self {
+        let name = |word: &str| {
+            word.split('=')
+                .next()
+                .map(str::to_owned)
+                .unwrap_or_default()
+        };
+        let words = self
+            .0
+            .iter()
+            .filter(|word| !names.contains(&name(word).as_str()));
+        Self(words.cloned().collect())
+    }
+
     pub(super) fn has(&self, word: &str) -> bool {
         self.0.iter().any(|own| own == word)
     }
@@ -71,10 +90,6 @@ impl CommandLine {
 
     pub(super) fn extend(&mut self, other: Self) {
         self.0.extend(other.0);
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 
     /// The line with a change made.

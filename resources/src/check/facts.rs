@@ -81,8 +81,8 @@ impl Facts {
             "vfio_iommu_type1/parameters/allow_unsafe_interrupts",
             "iommufd/parameters/allow_unsafe_interrupts",
         ];
+        let cmdline = CommandLine::parse(&text(&paths.proc.join("cmdline")));
         Ok(Self {
-            cmdline: CommandLine::parse(&text(&paths.proc.join("cmdline"))),
             machine: machine(&paths.sysfs.join("class/dmi/id")),
             user: user(paths, &root),
             cpu: Cpu::parse(&sysfs::table(&paths.proc.join("cpuinfo")).unwrap_or_default()),
@@ -100,7 +100,8 @@ impl Facts {
             devices: Devices::read(paths, wanted)?,
             hanging: Hanging::read(paths),
             memory: Memory::read(paths),
-            boot: Boot::read(paths, &root),
+            boot: Boot::read(paths, &root, &cmdline),
+            cmdline,
             maintenance: maintenance(paths).ok().flatten().map(|on| on.reason),
             release,
         })

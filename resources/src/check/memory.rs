@@ -82,7 +82,7 @@ fn chosen(choices: &str) -> Option<String> {
 }
 
 pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
-    vec![memlock(facts), huge_pages(&facts.memory)]
+    vec![memlock(facts), huge_pages(facts)]
 }
 
 fn memlock(facts: &Facts) -> Finding {
@@ -135,7 +135,9 @@ fn memlock(facts: &Facts) -> Finding {
         )
 }
 
-fn huge_pages(memory: &Memory) -> Finding {
+fn huge_pages(facts: &Facts) -> Finding {
+    let memory = &facts.memory;
+    let word = "transparent_hugepage=madvise";
     let finding = |level, reason: String| Finding::new("huge-pages", "Huge pages", level, reason);
     let pool = |(size, number, free): &(u64, u64, u64)| {
         format!("{free} of {number} free pages of {} MiB", size / 1024)
@@ -151,16 +153,26 @@ fn huge_pages(memory: &Memory) -> Finding {
         Some(mode @ ("always" | "madvise")) => {
             finding(Level::Ok, format!("transparent huge pages ({mode}); {pools}"))
         }
-        Some(mode) => finding(
-            Level::Warn,
-            format!("transparent huge pages are off ({mode}): mapping RAM for devices takes far longer; {pools}"),
-        )
-        .lines(
-            "now:",
-            ["echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"],
-        )
-        .fix("for each boot, transparent_hugepage=madvise on the kernel's command line, as shown below")
-        .add(["transparent_hugepage=madvise"]),
+        Some(mode) => {
+            let off = finding(
+                Level::Warn,
+                format!("transparent huge pages are off ({mode}): mapping RAM for devices takes far longer; {pools}"),
+            )
+            .lines(
+                "now:",
+                ["echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"],
+            );
+            if facts.cmdline.has(word) {
+                return off.fix(format!(
+                    "{word} is on the kernel's command line: a service has switched them off since the boot (tuned, \
+                     sysfs.conf, tmpfiles.d)"
+                ));
+            }
+            off.fix(format!(
+                "for each boot, {word} on the kernel's command line, as shown below"
+            ))
+            .add([word])
+        }
         None => finding(
             Level::Warn,
             format!("this kernel has no transparent huge pages: mapping RAM for devices takes far longer; {pools}"),

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::cmdline::underscored;
+use super::cmdline::{is_yes, underscored};
+use crate::modules;
 use crate::sysfs;
 
 /// Where a module of the kernel is.
@@ -69,13 +70,16 @@ fn module_name(path: &str) -> String {
     underscored(file.split(".ko").next().unwrap_or(file))
 }
 
-/// What the files of modprobe.d say. Names with underscores.
+/// What the files of modprobe.d say. Modules are named by patterns there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modprobe {
     /// `vendor:device` of each id that vfio-pci is told to take.
     pub(super) vfio_ids: Vec<String>,
     /// Modules that wait for vfio-pci.
-    pub(super) after_vfio: BTreeSet<String>,
+    after_vfio: Vec<String>,
+    /// Modules that are not loaded for their devices (`blacklist`, `install`, `alias`), with the file that says
+    /// so.
+    held_back: Vec<(String, String)>,
     /// Modules that switch the safety of interrupts or of the IOMMU off, with the file that says so.
     pub(super) unsafe_options: Vec<(String, String)>,
 }
@@ -83,23 +87,23 @@ pub(super) struct Modprobe {
 impl Modprobe {
     pub(super) fn read(root: &Path) -> Self {
         let mut all = Self::default();
+        let mut seen = BTreeSet::new();
+        // A file hides those of the same name in the directories behind.
         for dir in [
+            "etc/modprobe.d",
+            "run/modprobe.d",
+            "usr/local/lib/modprobe.d",
             "usr/lib/modprobe.d",
             "lib/modprobe.d",
-            "run/modprobe.d",
-            "etc/modprobe.d",
         ] {
             let names = sysfs::entries(&root.join(dir)).unwrap_or_default();
-            for name in names.iter().filter(|name| name.ends_with(".conf")) {
-                let text = sysfs::table(&root.join(dir).join(name)).unwrap_or_default();
-                all.parse(&format!("/{dir}/{name}"), &text);
+            for name in names.into_iter().filter(|name| name.ends_with(".conf")) {
+                if seen.insert(name.clone()) {
+                    let text = sysfs::table(&root.join(dir).join(&name)).unwrap_or_default();
+                    all.parse(&format!("/{dir}/{name}"), &text);
+                }
             }
         }
-        // With a merged /usr one directory is seen under two names.
-        all.unsafe_options.dedup_by(|one, other| {
-            one.1 == other.1
-                && one.0.trim_start_matches("/usr") == other.0.trim_start_matches("/usr")
-        });
         all
     }
 
@@ -107,32 +111,76 @@ impl Modprobe {
         let whole = text.replace("\\\n", " ");
         for line in whole.lines() {
             let mut words = line.split_whitespace();
-            let (command, module) = (words.next(), words.next().map(underscored));
-            match (command, module.as_deref()) {
-                (Some("options"), Some("vfio_pci")) => {
-                    let ids = words.filter_map(|word| word.strip_prefix("ids="));
-                    self.vfio_ids.extend(ids.flat_map(pairs));
-                }
-                (Some("options"), Some("vfio" | "vfio_iommu_type1")) => {
-                    let off = words.filter(|word| {
+            let (Some(command), Some(module)) = (words.next(), words.next()) else {
+                continue;
+            };
+            let is = |name| is_module(module, name);
+            match command {
+                "options" => {
+                    for word in words {
                         let (name, value) = word.split_once('=').unwrap_or((word, "1"));
-                        UNSAFE.contains(&name) && super::cmdline::is_yes(value)
-                    });
-                    self.unsafe_options
-                        .extend(off.map(|word| (file.to_owned(), word.to_owned())));
+                        if is("vfio_pci") && name == "ids" {
+                            self.vfio_ids.extend(pairs(value));
+                        }
+                        let can_be_unsafe = is("vfio") || is("vfio_iommu_type1");
+                        if can_be_unsafe && UNSAFE.contains(&name) && is_yes(value) {
+                            let unsafe_option = (file.to_owned(), word.to_owned());
+                            self.unsafe_options.push(unsafe_option);
+                        }
+                    }
                 }
-                (Some("softdep"), Some(module)) => {
-                    let before = words
+                "softdep" => {
+                    let mut before = words
                         .skip_while(|word| *word != "pre:")
                         .take_while(|word| *word != "post:");
-                    if before.map(underscored).any(|word| word == "vfio_pci") {
-                        self.after_vfio.insert(module.to_owned());
+                    if before.any(|word| is_module(word, "vfio_pci")) {
+                        self.after_vfio.push(module.to_owned());
+                    }
+                }
+                "blacklist" => self.held_back.push((module.to_owned(), file.to_owned())),
+                "install" | "alias" => {
+                    let instead = words.next().unwrap_or_default();
+                    let program = instead.rsplit('/').next().unwrap_or_default();
+                    if matches!(
+                        (command, program),
+                        ("install", "true" | "false") | ("alias", "off")
+                    ) {
+                        self.held_back.push((module.to_owned(), file.to_owned()));
                     }
                 }
                 _ => {}
             }
         }
     }
+
+    /// Whether a module waits for vfio-pci.
+    pub(super) fn waits(&self, module: &str) -> bool {
+        let mut patterns = self.after_vfio.iter();
+        patterns.any(|pattern| is_module(pattern, module))
+    }
+
+    /// The file that keeps a module from being loaded for its devices.
+    pub(super) fn held_back_by(&self, module: &str) -> Option<&str> {
+        let mut patterns = self.held_back.iter();
+        let found = patterns.find(|(pattern, _)| is_module(pattern, module));
+        found.map(|(_, file)| file.as_str())
+    }
+}
+
+/// Whether a module is meant by a pattern. `-` and `_` are the same, outside of brackets.
+fn is_module(pattern: &str, module: &str) -> bool {
+    let mut inside = false;
+    let pattern: String = pattern
+        .chars()
+        .map(|symbol| {
+            inside = (inside || symbol == '[') && symbol != ']';
+            match symbol {
+                '-' if !inside => '_',
+                symbol => symbol,
+            }
+        })
+        .collect();
+    modules::matches(pattern.as_bytes(), underscored(module).as_bytes())
 }
 
 const UNSAFE: [&str; 2] = ["allow_unsafe_interrupts", "enable_unsafe_noiommu_mode"];
@@ -194,7 +242,7 @@ mod tests {
              options vfio enable_unsafe_noiommu_mode=0\n",
         );
         assert_eq!(seen.vfio_ids, ["10de:1c30", "10de:10f1"]);
-        assert_eq!(seen.after_vfio.iter().collect::<Vec<_>>(), ["nouveau"]);
+        assert_eq!(seen.after_vfio, ["nouveau"]);
         assert_eq!(
             seen.unsafe_options,
             [(
@@ -202,5 +250,47 @@ mod tests {
                 "allow_unsafe_interrupts=1".into()
             )]
         );
+    }
+
+    #[test]
+    fn modules_are_named_by_patterns() {
+        let mut seen = Modprobe::default();
+        seen.parse(
+            "/etc/modprobe.d/a.conf",
+            "softdep nvidia* pre: vfio-pci\nsoftdep snd[-_]hda-* pre: drm vfio?pci\n\
+             options vfio[-_]pci ids=10de:1c30\noptions vfio* enable_unsafe_noiommu_mode=1\n\
+             blacklist nouv*\ninstall i2c-* /bin/false\ninstall xhci_hcd /sbin/modprobe x\n\
+             alias amdgpu off\nalias eth0 e1000\n",
+        );
+        for module in ["nvidia", "nvidia-drm", "snd-hda-intel", "snd_hda_intel"] {
+            assert!(seen.waits(module), "{module}");
+        }
+        assert!(!seen.waits("nouveau") && !seen.waits("snd_usb"));
+        assert_eq!(seen.vfio_ids, ["10de:1c30"]);
+        let (file, option) = &seen.unsafe_options[0];
+        assert_eq!(file, "/etc/modprobe.d/a.conf");
+        assert_eq!(option, "enable_unsafe_noiommu_mode=1");
+        for module in ["nouveau", "i2c_i801", "amdgpu"] {
+            assert_eq!(seen.held_back_by(module), Some("/etc/modprobe.d/a.conf"));
+        }
+        for module in ["xhci-hcd", "eth0", "nvidia"] {
+            assert_eq!(seen.held_back_by(module), None, "{module}");
+        }
+    }
+
+    #[test]
+    fn a_file_hides_those_of_its_name_in_other_directories() {
+        let root = tempfile::tempdir().unwrap();
+        for (dir, text) in [
+            ("etc", "# nothing\n"),
+            ("usr/lib", "softdep nouveau pre: vfio-pci\n"),
+        ] {
+            let dir = root.path().join(dir).join("modprobe.d");
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("a.conf"), text).unwrap();
+        }
+        assert!(!Modprobe::read(root.path()).waits("nouveau"));
+        std::fs::remove_file(root.path().join("etc/modprobe.d/a.conf")).unwrap();
+        assert!(Modprobe::read(root.path()).waits("nouveau"));
     }
 }

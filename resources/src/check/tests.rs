@@ -1,3 +1,5 @@
+mod boot;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -220,6 +222,63 @@ fn what_is_unsafe_is_never_proposed() {
             }
         }
     }
+}
+
+/// Fails where a fix speaks of what is shown above or below, and nothing is.
+fn nothing_is_missing(report: &Report) {
+    for finding in &report.findings {
+        for (index, advice) in finding.fix.iter().enumerate() {
+            let mut before = finding.fix[..index].iter();
+            let above = before.any(|advice| !advice.lines.is_empty());
+            let said = &advice.text;
+            assert!(above || !said.contains("above"), "nothing is above: {said}");
+            let below = report.command_line.is_some();
+            assert!(below || !said.contains("below"), "nothing is below: {said}");
+        }
+    }
+}
+
+#[test]
+fn what_is_shown_above_or_below_is_there() {
+    for entry in fs::read_dir(hosts()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if let Some(name) = name.strip_suffix(".host") {
+            nothing_is_missing(&check(&Host::unpack(name).paths(), &[]).unwrap());
+        }
+    }
+    // Twins, and no IOMMU groups by which they could be detached.
+    let mut facts = Host::unpack("acs-override").facts();
+    facts
+        .devices
+        .all
+        .iter_mut()
+        .for_each(|device| device.iommu_group = None);
+    let report = judge(&facts);
+    assert!(
+        answer(&report, "binding")
+            .1
+            .contains("cannot tell these devices from")
+    );
+    nothing_is_missing(&report);
+    // The command line asks for huge pages, and something has switched them off since.
+    let mut facts = Host::unpack("amd-ok").facts();
+    facts.memory.transparent = Some("never".to_owned());
+    facts.cmdline = super::cmdline::CommandLine::parse("transparent_hugepage=madvise");
+    let report = judge(&facts);
+    assert!(answer(&report, "huge-pages").1.contains("since the boot"));
+    nothing_is_missing(&report);
+}
+
+#[test]
+fn a_driver_that_is_held_back_already_is_not_to_wait() {
+    let host = Host::unpack("command-line-off");
+    host.line("proc/self/root/etc/modprobe.d/no.conf", "blacklist nouv*");
+    let (_, text) = answer(&check(&host.paths(), &[]).unwrap(), "binding");
+    assert!(!text.contains("softdep nouveau"), "{text}");
+    assert!(
+        text.contains("/etc/modprobe.d/no.conf holds nouveau back"),
+        "{text}"
+    );
 }
 
 #[test]
