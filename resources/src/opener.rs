@@ -32,7 +32,7 @@ use crate::numbers::Numbers;
 use crate::request::{Placement, Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
-pub use desk::{BUSY_PATIENCE, opener_helper};
+pub use desk::{BUSY_PATIENCE, opener_helper, source_of, ungrouped};
 pub use wire::Limit;
 use wire::{Ask, Leased, Refusal, Said};
 

@@ -120,6 +120,21 @@ impl Request {
         })
     }
 
+    /// The same, where devices in no group are allowed or not.
+    pub fn with_ungrouped(self, allow_ungrouped: bool) -> Self {
+        match self {
+            Self::Device { bdf, .. } => Self::Device {
+                bdf,
+                allow_ungrouped,
+            },
+            Self::Mdev { uuid, .. } => Self::Mdev {
+                uuid,
+                allow_ungrouped,
+            },
+            any @ Self::Any(_) => any,
+        }
+    }
+
     /// So many devices of a group.
     pub fn group(name: impl Into<String>, count: u32) -> Self {
         Self::Any(Wish::new(Source::Group(name.into()), count))

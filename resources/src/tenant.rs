@@ -327,8 +327,16 @@ pub fn edit_tenant(
     runs_no_vm(host, tenant)?;
     for device in tenant.names() {
         hand_over::is_free(host, device)?;
+        hand_over::is_closed(host, device)?;
     }
-    config::write(&path, file)?;
+    // The former user opens nothing from here on, whatever becomes of this command.
+    let mut names = tenant.names().into_iter();
+    let taken = names.try_for_each(|device| Owner::host().take_over(host, device));
+    let changed = taken.and_then(|()| Ok(config::write(&path, file)?));
+    if let Err(error) = changed {
+        tenants.put_right(host)?;
+        return Err(error);
+    }
     Tenants::load(host)?.put_right(host)?;
     Ok(path)
 }

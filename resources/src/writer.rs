@@ -13,7 +13,7 @@ use nix::libc;
 use thiserror::Error;
 
 use crate::lease::PASSING_PATIENCE;
-pub(crate) use users::{User, open_nodes, users as who_has_open, words as open_in};
+pub(crate) use users::{User, is_open, open_nodes, users as who_has_open, words as open_in};
 
 /// The first argument of the child that [`ChildWriter`] runs.
 const SUBCOMMAND: &str = "__sysfs-write";

@@ -76,7 +76,7 @@ pub enum Nodes {
 pub struct Hotplug {
     /// How many, beside those of the devices that the VM starts with.
     pub slots: u8,
-    /// Where the devices will come from. RAM is laid out so that they can reach it, and made present
+    /// Where the devices will come from; from the groups of those that the VM starts with if nothing is named. RAM is laid out so that they can reach it, and made present
     /// in the background once the guest runs, so that the first of them is not waited for.
     pub from: Vec<Source>,
     /// Whether devices may come that are in no group.

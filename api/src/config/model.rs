@@ -151,10 +151,14 @@ pub struct HotplugConfig {
     /// `--api-socket`.
     #[schemars(range(min = 0, max = 96))]
     pub slots: Option<u64>,
-    /// Groups that devices will come from. The guest's memory is made ready for them once it runs, so
-    /// that the first of them is not waited for.
+    /// The groups whose devices can be attached; those of the devices that the VM starts with if none is
+    /// named. The guest's memory is made ready for devices of groups that are named, once it runs, so that
+    /// the first of them is not waited for.
     #[serde(default)]
     pub groups: Option<Vec<String>>,
+    /// Whether devices that are in no group can be attached too, by their paths.
+    #[serde(default)]
+    pub ungrouped: bool,
     /// Addresses that each slot has for large BARs: a number of bytes, or a string such as `"128G"`; a
     /// share of what there is if absent.
     pub window: Option<ByteSize>,

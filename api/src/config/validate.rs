@@ -84,6 +84,14 @@ pub fn convert(
         None => planned::vcpus(plan.as_ref())?,
     };
     place::check(&affinity, vcpus)?;
+    let asks_for_slots = config.hotplug.is_some();
+    let hotplug = hotplug(config.hotplug, context)?;
+    let none_may_come = hotplug.from.is_empty() && !hotplug.ungrouped && devices.is_empty();
+    if asks_for_slots && hotplug.slots > 0 && none_may_come {
+        tracing::warn!(
+            "hotplug.groups: it names no group, and the VM starts without devices: none can be attached later"
+        );
+    }
     Ok(gantry_vmm::VmConfig {
         name: context.name.to_owned(),
         payload: payload(config.payload, context.folder)?,
@@ -96,7 +104,7 @@ pub fn convert(
         },
         devices,
         serial: serial(config.serial, context.folder)?,
-        hotplug: hotplug(config.hotplug, context)?,
+        hotplug,
     })
 }
 
@@ -271,7 +279,7 @@ pub fn device(
 }
 
 fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Hotplug, Invalid> {
-    let ungrouped = context.allow_ungrouped;
+    let mut ungrouped = context.allow_ungrouped;
     let Some(config) = config else {
         return Ok(Hotplug {
             slots: context.slots,
@@ -288,6 +296,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
             return Err(invalid("hotplug.slots", "there cannot be so many", help));
         }
     };
+    ungrouped |= config.ungrouped;
     let window = config.window.map(|ByteSize(bytes)| bytes);
     if window.is_some_and(|bytes| !bytes.is_power_of_two() || bytes < MIN_WINDOW) {
         let help = format!("use a power of two, {} or more", ByteSize(MIN_WINDOW));

@@ -118,8 +118,11 @@ pub struct Config {
 pub struct Hotplug {
     /// How many, beside those of the devices that the VM started with.
     pub slots: u8,
-    /// Groups that all of these devices come from; any if none is named.
+    /// Groups that these devices come from; those of the devices that the VM started with if none is named.
     pub groups: Vec<String>,
+    /// Whether devices that are in no group can be attached too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ungrouped: bool,
     /// Bytes of addresses that each slot has for large BARs, if that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
@@ -133,6 +136,7 @@ impl From<&gantry_vmm::Hotplug> for Hotplug {
         Self {
             slots: hotplug.slots,
             groups: hotplug.from.iter().map(name).collect(),
+            ungrouped: hotplug.ungrouped,
             window: hotplug.window,
         }
     }

@@ -55,6 +55,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
         leases: Vec::new(),
         next: 0,
         last: 0..0,
+        sources: Vec::new(),
     };
     loop {
         match wire::receive(&mut socket) {
@@ -78,7 +79,10 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                 }
             }
             Ok(Ask::Place(placement)) if desk.limit.is_none() => desk.placement = placement,
-            Ok(Ask::Limit(limit)) if desk.limit.is_none() => {
+            Ok(Ask::Limit(mut limit)) if desk.limit.is_none() => {
+                if limit.from.is_empty() {
+                    limit.from = std::mem::take(&mut desk.sources);
+                }
                 desk.rehearse(&limit.from);
                 desk.limit = Some(limit);
             }
@@ -103,6 +107,8 @@ struct Desk<'a> {
     next: u64,
     /// What was given for the last request.
     last: Range<u64>,
+    /// Where the devices came from that the VM starts with.
+    sources: Vec<Source>,
 }
 
 /// What goes over the socket for a request.
@@ -157,6 +163,10 @@ impl Desk<'_> {
         self.next += leases.len() as u64;
         self.last = first..self.next;
         self.leases.extend((first..).zip(leases));
+        if self.limit.is_none() {
+            let sources = requests.iter().filter_map(|one| self.source(one).ok()?);
+            self.sources = sources.chain(self.sources.clone()).collect();
+        }
         Ok(())
     }
 
@@ -177,11 +187,15 @@ impl Desk<'_> {
         held: &[u32],
         container: bool,
     ) -> Result<Bundle, Refusal> {
+        let mut requests = requests.to_vec();
         if let Some(limit) = &self.limit {
-            self.within(limit, requests)?;
+            self.within(limit, &requests)?;
+            for request in &mut requests {
+                *request = request.clone().with_ungrouped(limit.ungrouped);
+            }
         }
         let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
-        let leases = allocate_beside(self.paths, requests, &self.placement, &self.holder, &own)
+        let leases = allocate_beside(self.paths, &requests, &self.placement, &self.holder, &own)
             .map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
@@ -245,38 +259,21 @@ impl Desk<'_> {
     }
 
     fn may(&self, limit: &Limit, request: &Request) -> Result<(), Refusal> {
-        let owner = match request {
-            Request::Any(wish) if limit.from.is_empty() || limit.from.contains(&wish.from) => {
-                return Ok(());
-            }
-            Request::Any(_) => None,
-            Request::Device { bdf, .. } => {
-                let groups = Groups::load(self.paths).map_err(|error| failed(&error))?;
-                let device = HostDevice::read(self.paths, *bdf);
-                let device = device.map_err(|error| not_allocated(&error.into()))?;
-                groups.group_of(&device).map(|group| group.name.clone())
-            }
-            Request::Mdev { uuid, .. } => {
-                let groups = Groups::load(self.paths).map_err(|error| failed(&error))?;
-                let device = MdevDevice::read(self.paths, *uuid).map_err(|error| failed(&error))?;
-                device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()))
-            }
+        let source = self.source(request)?;
+        let allowed = match &source {
+            Some(source) => limit.from.contains(source),
+            None => limit.ungrouped,
         };
-        let allowed = match owner {
-            Some(owner) => limit.from.is_empty() || limit.from.contains(&Source::Group(owner)),
-            None => limit.from.is_empty() && limit.ungrouped,
-        };
-        if allowed {
-            return Ok(());
+        match (allowed, source) {
+            (true, _) => Ok(()),
+            (false, Some(source)) => Err(Refusal::Denied(not_from(limit, &source))),
+            (false, None) => Err(Refusal::Denied(ungrouped(request))),
         }
-        let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
-        Err(Refusal::Denied(match from.is_empty() {
-            true => "this VM was started to be given devices of groups only: put the device into a group, or start the VM with --allow-ungrouped".to_owned(),
-            false => format!(
-                "this VM was started to be given devices from {} only: name other groups in `hotplug.groups` of its file",
-                from.join(", ")
-            ),
-        }))
+    }
+
+    /// Where a request's devices come from; none for a device that is in no group.
+    fn source(&self, request: &Request) -> Result<Option<Source>, Refusal> {
+        source_of(self.paths, request).map_err(|error| not_allocated(&error))
     }
 
     fn release(&mut self, id: u64, aside: Option<&str>) {
@@ -288,6 +285,55 @@ impl Desk<'_> {
             lease.set_aside(&short(reason));
         }
     }
+}
+
+/// Where a request's devices come from; none for a device that is in no group.
+pub fn source_of(paths: &HostPaths, request: &Request) -> Result<Option<Source>, AllocateError> {
+    let owner = match request {
+        Request::Any(wish) => return Ok(Some(wish.from.clone())),
+        Request::Device { bdf, .. } => {
+            let groups = Groups::load(paths)?;
+            let device = HostDevice::read(paths, *bdf)?;
+            groups.group_of(&device).map(|group| group.name.clone())
+        }
+        Request::Mdev { uuid, .. } => {
+            let groups = Groups::load(paths)?;
+            let device = MdevDevice::read(paths, *uuid)?;
+            device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()))
+        }
+    };
+    Ok(owner.map(Source::Group))
+}
+
+fn not_from(limit: &Limit, source: &Source) -> String {
+    let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
+    let may = match from.is_empty() {
+        true => "this VM names no groups for devices that are attached later".to_owned(),
+        false => format!(
+            "devices attached to this VM come from {} only",
+            from.join(", ")
+        ),
+    };
+    let remedy = match source {
+        Source::Group(name) => format!("add \"{name}\" to `hotplug.groups` of its file"),
+        Source::Alias(_) => {
+            "name the groups of the devices in `hotplug.groups` of its file".to_owned()
+        }
+    };
+    format!("{may}, not from {source}: {remedy}, and start the VM again")
+}
+
+/// Why a VM that was not started for it gets no device that is in no group.
+pub fn ungrouped(request: &Request) -> String {
+    let device = match request {
+        Request::Device { bdf, .. } => bdf.to_string(),
+        Request::Mdev { uuid, .. } => uuid.to_string(),
+        Request::Any(wish) => wish.from.to_string(),
+    };
+    format!(
+        "{device} is in no group: add it to a group of this VM, or set \"ungrouped\": true under `hotplug` in the \
+         VM's file and start the VM again"
+    )
 }
 
 /// Opens a VFIO node; a group that is in use is asked for again for a while.

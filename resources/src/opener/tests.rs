@@ -196,12 +196,16 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let (opener, _helper) = started(&host);
     opener.limit(only(&[])).unwrap();
     let why = refused(&opener, ungrouped.clone());
-    assert!(why.contains("groups only"), "{why}");
-    let three = Request::group("nic", 3);
-    assert!(refused(&opener, three).contains("started for, 2"));
-    let _nics = opener
-        .open(&[Request::group("nic", 2)], &[], false, &|| false)
-        .unwrap();
+    assert!(
+        why.contains("01:00.0 is in no group") && why.contains("\"ungrouped\": true"),
+        "{why}"
+    );
+    let nics = |count| Request::group("nic", count);
+    assert!(refused(&opener, nics(3)).contains("started for, 2"));
+    // It started without devices, so that no group is its own.
+    let why = refused(&opener, nics(1));
+    assert!(why.contains("add \"nic\" to `hotplug.groups`"), "{why}");
+    assert!(held(&host).is_empty());
     let (other, _helper) = started(&host);
     let limit = Limit {
         ungrouped: true,
@@ -215,7 +219,32 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         allow_ungrouped: true,
     };
     assert!(refused(&other, more).contains("started for, 1"));
-    assert_eq!(held(&host).len(), 3);
+    assert_eq!(held(&host).len(), 1);
+}
+
+#[test]
+fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
+    let host = host();
+    let exact = |address, allow_ungrouped| Request::Device {
+        bdf: bdf(address),
+        allow_ungrouped,
+    };
+    for own in [Request::group("nvme", 1), exact("01:00.0", false)] {
+        let (opener, _helper) = started(&host);
+        let first = opener.open(&[own], &[], false, &|| false).unwrap();
+        opener.limit(only(&[])).unwrap();
+        let why = refused(&opener, Request::group("nic", 1));
+        assert!(
+            why.contains("group \"nvme\" only") && why.contains("add \"nic\" to"),
+            "{why}"
+        );
+        refused(&opener, exact("03:00.0", true));
+        for more in [Request::group("nvme", 1), exact("02:00.0", true)] {
+            let second = opener.open(&[more], &[], false, &|| false).unwrap();
+            assert_eq!(second.devices[0].name, bdf("02:00.0"));
+        }
+        drop(first);
+    }
 }
 
 #[test]

@@ -49,7 +49,7 @@ pub(super) enum Ask {
 /// What a VM may be given once it runs, however it asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Where its devices come from; anywhere if there is nothing.
+    /// Where its devices come from. If nothing is named, from the groups of the devices that it has by now.
     pub from: Vec<Source>,
     /// Whether it may be given devices that are in no group.
     pub ungrouped: bool,

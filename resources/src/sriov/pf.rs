@@ -1,10 +1,7 @@
 //! A physical function as sysfs shows it: its interface, its virtual functions, and who uses those.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-
-use nix::libc;
 
 use super::links::Interface;
 use crate::guard::host_uses;
@@ -12,7 +9,7 @@ use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{LeaseRecord, LeaseStatus, is_ending};
 use crate::sysfs;
-use crate::writer::{User, who_has_open};
+use crate::writer::{User, is_open, who_has_open};
 
 /// `IFF_UP` of netdevice(7).
 const IFF_UP: u32 = 1;
@@ -204,16 +201,11 @@ fn in_use(paths: &HostPaths, device: &HostDevice, node: &Path) -> Use {
     (format!("{words} has {} open", node.display()), lease)
 }
 
-/// Whether a program has an IOMMU group: the kernel lets only one open its node.
-fn is_open(node: &Path) -> bool {
-    let opened = fs::OpenOptions::new().read(true).write(true).open(node);
-    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, bdf};
+    use std::fs;
 
     #[test]
     fn who_has_a_function_open_is_waited_for_only_if_it_may_be_ending() {

@@ -110,6 +110,14 @@ pub enum TenantError {
     /// A VM has a device, or it is in quarantine.
     #[error("{0}")]
     InUse(Blocked),
+    /// A process has the device open, and would keep it whoever it is given to.
+    #[error("{device} cannot change hands: {by} has it open; end that process first")]
+    Open {
+        /// The device.
+        device: DeviceName,
+        /// The process, in words.
+        by: String,
+    },
     /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
     #[error(
         "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::hand_over::Owner;
+use super::hand_over::{Owner, is_closed, is_free};
 use super::{Tenant, TenantError, Tenants, alone, definitions, failed, vgpus};
 use crate::bind::{BindRequest, detach, reattach};
 use crate::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
@@ -137,6 +137,9 @@ fn give(
         let obstacle = Obstacle::Quarantined { why };
         return Err(TenantError::InUse(Blocked { bdf, obstacle }));
     }
+    let fresh = |device: &&HostDevice| device.on_vfio() && tenants.owner_of(device.bdf).is_none();
+    let mut fresh = devices.iter().filter(fresh);
+    fresh.try_for_each(|device| is_closed(host, device.bdf.into()))?;
     let request = BindRequest {
         devices: functions,
         overrides: wanted.overrides,
@@ -234,6 +237,11 @@ pub fn revoke(
         devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
     };
     let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
+    // What is open would hold up the driver that is to have the device, and before that the next user.
+    for &bdf in &leaving {
+        is_free(host, bdf.into())?;
+        is_closed(host, bdf.into())?;
+    }
     // What a tenant's VM found out about a device stays known: records of users who own it count.
     for &bdf in &leaving {
         adopt(host, bdf).map_err(failed(&host.state))?;

@@ -3,20 +3,22 @@
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, lchown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::unistd::User;
 
 use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
 use crate::config::place::Place;
 use crate::host::HostPaths;
-use crate::lease::{DeviceLock, LeaseRecord, LeaseStatus, holder};
+use crate::lease::{DeviceLock, LeaseRecord, LeaseStatus, PASSING_PATIENCE, holder, is_ending};
 use crate::mdev::directory;
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::sriov::granted;
 use crate::sysfs;
 use crate::vgpu::VgpuError;
+use crate::writer::{User as Process, is_open, who_has_open};
 
 /// A user who owns files.
 pub(super) struct Owner {
@@ -108,7 +110,8 @@ impl Owner {
         Ok(true)
     }
 
-    /// Makes the nodes and the lock file of a device this user's. Refused while somebody has the device.
+    /// Makes the nodes and the lock file of a device this user's. Refused while somebody has the device, or
+    /// has it open: permissions bind only those who open it later.
     ///
     /// The lock file is made anew, under its lock: what somebody holds open of the old one binds nobody.
     pub(super) fn take_over(&self, host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
@@ -122,11 +125,9 @@ impl Owner {
         let Some(lock) = DeviceLock::take(host, name, &record)? else {
             return Err(held(name, &holder(host, name)));
         };
-        for node in nodes(host, name) {
-            self.own(&node)
-                .or_else(absent_is_fine)
-                .map_err(failed(&node))?;
-        }
+        let closed = ClosedNodes::of(host, name)?;
+        is_closed(host, name)?;
+        closed.give(self)?;
         let path = crate::lease::lock_path(host, name);
         let draft = path.with_extension("new");
         let made = fs::remove_file(&draft)
@@ -136,6 +137,68 @@ impl Owner {
             .and_then(|()| fs::rename(&draft, &path));
         drop(lock);
         made.map_err(failed(&path))
+    }
+}
+
+/// The nodes of a device, which only root can open now. Dropping it gives them back.
+struct ClosedNodes(Vec<(PathBuf, fs::Metadata)>);
+
+impl ClosedNodes {
+    fn of(host: &HostPaths, name: DeviceName) -> Result<Self, TenantError> {
+        let mut closed = Self(Vec::new());
+        for node in nodes(host, name) {
+            let found = match fs::symlink_metadata(&node) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                found => found.map_err(failed(&node))?,
+            };
+            Owner::host().own(&node).map_err(failed(&node))?;
+            closed.0.push((node, found));
+        }
+        Ok(closed)
+    }
+
+    fn give(mut self, owner: &Owner) -> Result<(), TenantError> {
+        for (node, _) in std::mem::take(&mut self.0) {
+            let given = owner.own(&node).or_else(absent_is_fine);
+            given.map_err(failed(&node))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ClosedNodes {
+    fn drop(&mut self) {
+        for (node, former) in &self.0 {
+            if let Err(error) = lchown(node, Some(former.uid()), Some(former.gid())) {
+                tracing::error!("cannot give {} back: {error}", node.display());
+            }
+        }
+    }
+}
+
+/// Refuses a device that a process has open, however that came by it. One that is ending is waited for, as
+/// the kernel frees its locks before it closes its files.
+pub(super) fn is_closed(host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
+    let deadline = Instant::now() + PASSING_PATIENCE;
+    let group = group_node(host, name);
+    let mut before = Vec::new();
+    loop {
+        let users = who_has_open(&host.proc, &directory_of(host, name).join("driver"));
+        if users.is_empty() && !group.as_deref().is_some_and(is_open) {
+            return Ok(());
+        }
+        let stays = |user: &&Process| is_ending(&host.proc, user.pid) == Some(false);
+        let staying: Vec<u32> = users.iter().filter(stays).map(|user| user.pid).collect();
+        // Who only looks whether a device is free has it open for a moment too: seen twice, one stays.
+        if staying.iter().any(|pid| before.contains(pid)) || Instant::now() >= deadline {
+            let who = users.iter().find(stays).or(users.first());
+            return Err(TenantError::Open {
+                device: name,
+                by: who.map_or_else(|| "a process".to_owned(), Process::to_string),
+            });
+        }
+        before = staying;
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -154,21 +217,28 @@ fn held(name: DeviceName, lease: &LeaseStatus) -> TenantError {
     }
 }
 
-/// The nodes of a device's IOMMU group, and of the device itself where the kernel has such.
-fn nodes(host: &HostPaths, name: DeviceName) -> Vec<std::path::PathBuf> {
-    let dir = match name {
+/// Where sysfs has a device.
+fn directory_of(host: &HostPaths, name: DeviceName) -> PathBuf {
+    match name {
         DeviceName::Pci(bdf) => host.pci_device(bdf),
         DeviceName::Mdev(uuid) => directory(host, uuid),
-    };
-    let group = sysfs::link_name(&dir.join("iommu_group")).ok().flatten();
-    let own = sysfs::entries(&dir.join("vfio-dev")).unwrap_or_default();
-    let vfio = host.dev.join("vfio");
-    let devices = own.iter().map(|name| vfio.join("devices").join(name));
-    group
-        .map(|group| vfio.join(group))
-        .into_iter()
-        .chain(devices)
-        .collect()
+    }
+}
+
+/// The node of a device's IOMMU group.
+fn group_node(host: &HostPaths, name: DeviceName) -> Option<PathBuf> {
+    let link = directory_of(host, name).join("iommu_group");
+    let group = sysfs::link_name(&link).ok().flatten()?;
+    Some(host.dev.join("vfio").join(group))
+}
+
+/// The nodes of a device's IOMMU group, and of the device itself where the kernel has such.
+fn nodes(host: &HostPaths, name: DeviceName) -> Vec<PathBuf> {
+    let own = directory_of(host, name).join("vfio-dev");
+    let own = sysfs::entries(&own).unwrap_or_default().into_iter();
+    let devices = host.dev.join("vfio/devices");
+    let own = own.map(|name| devices.join(name));
+    group_node(host, name).into_iter().chain(own).collect()
 }
 
 fn present_is_fine(error: io::Error) -> io::Result<()> {

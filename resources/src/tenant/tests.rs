@@ -295,6 +295,61 @@ fn a_tenant_whose_vm_runs_stays() {
     delete_tenant(&host.paths, "a").unwrap();
 }
 
+/// Whoever has a node open keeps the device, whoever may open it later.
+#[test]
+fn what_a_process_has_open_changes_no_hands() {
+    use std::os::unix::fs::symlink;
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    give(&host, &kernel, "a", "01:00.0");
+    let opens = |group: u32| {
+        host.file("proc/77/comm", "dd\u{1b}[2J\n");
+        host.file("proc/77/stat", "77 (dd) S 1 77 77 0 -1 0 0\n");
+        let fd = host.paths.proc.join("77/fd");
+        fs::create_dir_all(&fd).unwrap();
+        symlink(format!("/dev/vfio/{group}"), fd.join("5")).unwrap();
+    };
+    let ends = || fs::remove_dir_all(host.paths.proc.join("77")).unwrap();
+    opens(1);
+    let other = TenantFile {
+        user: "daemon".to_owned(),
+        description: String::new(),
+    };
+    let said = [
+        edit_tenant(&host.paths, "a", &other).map(drop),
+        revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).map(drop),
+    ];
+    for said in said {
+        let said = said.unwrap_err().to_string();
+        let words = "0000:01:00.0 cannot change hands: process 77 (dd[2J) has it open";
+        assert!(said.starts_with(words), "{said}");
+    }
+    let tenants = Tenants::load(&host.paths).unwrap();
+    assert_eq!(tenants.find("a").unwrap().file, user());
+    assert!(
+        scope(&host, "a")
+            .only
+            .unwrap()
+            .contains(&bdf("01:00.0").into())
+    );
+    ends();
+    revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap();
+    // Nor does a tenant get what a process of the host's has open.
+    let request = BindRequest {
+        devices: &[bdf("02:00.0")],
+        overrides: &[],
+        dry_run: false,
+    };
+    crate::bind::detach(&host.paths, &kernel, &request).unwrap();
+    opens(2);
+    let said = give(&host, &kernel, "a", "02:00.0");
+    assert!(said.contains("process 77"), "{said}");
+    assert!(scope(&host, "a").only.unwrap().is_empty());
+    ends();
+    assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+}
+
 #[test]
 fn what_is_in_quarantine_or_somebodys_stays_with_whom_it_is() {
     let host = host();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::hand_over::Owner;
+use super::hand_over::{Owner, is_closed, is_free};
 use super::{Tenant, TenantError, Tenants, alone, definitions};
 use crate::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup, is_name};
 use crate::host::HostPaths;
@@ -116,10 +116,8 @@ pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), 
     // As with functions, the nodes and locks first.
     let owner = Owner::host();
     for &uuid in uuids {
-        let lease = holder(host, uuid);
-        if lease.is_held() {
-            return Err(VgpuError::held(uuid, &lease).into());
-        }
+        is_free(host, uuid.into())?;
+        is_closed(host, uuid.into())?;
         owner.take_over(host, uuid.into())?;
     }
     let mut files = GroupFiles::open(&definitions(host, name))?;

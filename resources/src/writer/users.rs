@@ -1,11 +1,15 @@
 //! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::libc;
 
 use crate::host::HostBdf;
 use crate::lease::is_ending;
+use crate::quarantine::short;
 use crate::sysfs;
 
 /// A process that has a device open.
@@ -31,6 +35,18 @@ pub(super) fn staying(proc: &Path, attribute: &Path) -> Vec<u32> {
     let pids = users(proc, attribute).into_iter().map(|user| user.pid);
     pids.filter(|pid| is_ending(proc, *pid) == Some(false))
         .collect()
+}
+
+/// Whether a process has an IOMMU group: the kernel lets only one open its node, and a process that has a
+/// device of the group open, or mapped, keeps that open too.
+pub(crate) fn is_open(node: &Path) -> bool {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    let opened = options.open(node);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// An attribute of the device that a write is about: what is written to its bus names it.
@@ -114,7 +130,8 @@ pub(crate) fn open_nodes<T: PartialEq>(
                 continue;
             };
             let name = sysfs::text(&process.join("comm")).ok().flatten();
-            let name = name.unwrap_or_default().replace(char::is_control, "?");
+            // A process chooses its name.
+            let name = short(&name.unwrap_or_default());
             found.push((node, User { pid, name }));
         }
     }

@@ -94,8 +94,6 @@ impl Bench {
         let host = Host::boot(&parts, &setup)?;
         step.done();
         bind(&host, &[DISK])?;
-        let groups = json!({"groups": [{"name": GROUP, "rules": [{"class": "0108"}]}]});
-        host.write("/etc/gantry/groups.json", groups.to_string())?;
         Ok(Self {
             host,
             kernel: HostKernel::Lab.of(&parts)?.release.clone(),
@@ -159,10 +157,17 @@ impl Bench {
     }
 
     fn attach(&self, contender: usize, case: Case) -> Result<Attach> {
-        let declared = match case {
-            Case::Cold => Vec::new(),
-            Case::Declared => vec![GROUP.to_owned()],
+        // Where the file names no group, the disk is in none.
+        let (declared, groups) = match case {
+            Case::Cold => (Vec::new(), json!([])),
+            Case::Declared => {
+                let group = json!({"name": GROUP, "rules": [{"class": "0108"}]});
+                (vec![GROUP.to_owned()], json!([group]))
+            }
         };
+        let groups = json!({"groups": groups});
+        self.host
+            .write("/etc/gantry/groups.json", groups.to_string())?;
         let api = Api::Socket {
             path: SOCKET.to_owned(),
             declared,

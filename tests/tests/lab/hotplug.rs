@@ -28,6 +28,7 @@ pub const MORE: &[Case] = cases![
     a_reboot_stops_a_device_that_is_leaving,
     what_was_taken_by_force_can_come_again,
     what_the_host_wants_back_goes_back,
+    one_that_is_in_no_group_comes_if_the_file_says_so,
 ];
 
 /// For host kernels that can audit.
@@ -36,7 +37,8 @@ pub const AUDITED: &[Case] = cases![nothing_of_it_is_outside_the_filters];
 /// A guest with a shell, and slots for devices.
 fn vm() -> Vm {
     let mut vm = Vm::new("shell");
-    vm.file["hotplug"] = json!({"slots": 32});
+    let groups = ["nvme", "audio", "gpu", "big"];
+    vm.file["hotplug"] = json!({"slots": 32, "groups": groups});
     vm
 }
 
@@ -381,6 +383,36 @@ fn what_was_taken_by_force_can_come_again(host: &Host) -> Result<()> {
     let sums: Vec<&str> = ended.values("sum").collect();
     let expected = format!("{} -", FIRST.checksum());
     ensure!(sums == [&*expected; 3], "{sums:?}: {ended}");
+    nothing_is_held(host)
+}
+
+fn one_that_is_in_no_group_comes_if_the_file_says_so(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    host.write("/etc/gantry/groups.json", json!({"groups": []}).to_string())?;
+    let mut vm = Vm::new("shell");
+    for (says, hotplug) in [
+        (false, json!({"slots": 1})),
+        (true, json!({"slots": 1, "ungrouped": true})),
+    ] {
+        vm.file["hotplug"] = hotplug;
+        let mut running = vm.start(host)?;
+        running.until("guest: init")?;
+        let attach = format!("gantry vm attach vm --device {}", FIRST.bdf);
+        let output = host.sh(&attach).output()?;
+        match says {
+            false => {
+                let output = output.exits(1)?;
+                ensure!(output.errors().contains("\"ungrouped\": true"), "{output}");
+            }
+            true => {
+                output.success()?;
+                let list = devices(host)?;
+                ensure!(list.len() == 1, "{list:?}");
+            }
+        }
+        running.types("poweroff -f")?;
+        running.end()?.powered_off()?;
+    }
     nothing_is_held(host)
 }
 

@@ -199,7 +199,7 @@ fn later_devices_come_from_the_vms_node(host: &Host) -> Result<()> {
     host.write("/etc/gantry/groups.json", both.to_string())?;
     let mut vm = Vm::new("shell");
     vm.file["numa_nodes"] = json!([1]);
-    vm.file["hotplug"] = json!({"slots": 2});
+    vm.file["hotplug"] = json!({"slots": 2, "groups": ["both"]});
     let mut running = started(host, &vm)?;
     let attach = "gantry vm attach vm --group both";
     let said = host.sh(attach).output()?.success()?.text();

@@ -11,6 +11,7 @@ use crate::vm::{Ended, Running, Vm};
 pub const CASES: &[Case] = cases![
     a_tenant_runs_a_vm_and_gets_at_no_others_device,
     a_boot_gives_tenants_their_devices_again,
+    what_a_former_user_has_open_changes_no_hands,
 ];
 
 /// What a VM of 256 MiB may have to lock, KiB.
@@ -268,6 +269,40 @@ fn a_boot_gives_tenants_their_devices_again(host: &Host) -> Result<()> {
         );
         let ended = ended.powered_off()?;
         ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+        Ok(())
+    })
+}
+
+fn what_a_former_user_has_open_changes_no_hands(host: &Host) -> Result<()> {
+    with_tenants(host, || {
+        let link = format!("/sys/bus/pci/devices/{}/iommu_group", FIRST.bdf);
+        let group = host.sh(&format!("basename $(readlink {link})")).output()?;
+        let node = format!("/dev/vfio/{}", group.success()?.text());
+        let open = by("alice", LIMIT, &format!("exec 3<>{node}; exec sleep 600"));
+        // The processes that have it open, once there are some.
+        let who = format!(
+            "for one in /proc/[0-9]*; do
+                 [ \"$(readlink $one/fd/3)\" = {node} ] && echo ${{one#/proc/}}
+             done"
+        );
+        let script = format!(
+            "({open}) </dev/null >/dev/null 2>&1 &
+             until [ -n \"$({who})\" ]; do sleep 0.1; done"
+        );
+        host.sh(&script).output()?.success()?;
+        let owner = || -> Result<String> {
+            let owner = host.sh(&format!("stat -c %U {node}")).output()?;
+            Ok(owner.success()?.text())
+        };
+        for words in ["tenant edit alice --user bob", "tenant revoke alice --all"] {
+            let kept = gantry(host, words)?.exits(1)?;
+            let said = kept.errors();
+            ensure!(said.contains("(sleep) has it open"), "{words}: {kept}");
+            ensure!(owner()? == "alice", "{words}");
+        }
+        host.sh(&format!("kill $({who})")).output()?.success()?;
+        gantry(host, "tenant edit alice --user bob")?.success()?;
+        ensure!(owner()? == "bob");
         Ok(())
     })
 }

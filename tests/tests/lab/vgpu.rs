@@ -122,7 +122,7 @@ fn a_killed_vms_device_goes_too(host: &Host) -> Result<()> {
 fn one_with_io_ports_comes_to_a_running_vm(host: &Host) -> Result<()> {
     let sample = Sample::new(host, "mtty", json!({"type": "mtty-2"}))?;
     let mut vm = Vm::new("shell");
-    vm.file["hotplug"] = json!({"slots": 32});
+    vm.file["hotplug"] = json!({"slots": 32, "groups": ["vgpus"]});
     let mut running = vm.start(host)?;
     running.until("guest: init")?;
     let attach = "gantry vm attach vm --group vgpus --id tty --no-wait";

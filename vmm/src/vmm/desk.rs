@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Plans, Request};
+use gantry_resources::{HostPaths, Plans, Request, source_of, ungrouped};
 
 use crate::command::{
     Answer, Attach, Command, CommandError, Detach, EventSink, Recipe, VmEvent, VmState, Wanted,
@@ -104,6 +104,16 @@ impl Desk {
             }
         };
         if let Some(created) = &mut self.created {
+            let allowed = created.hotplug.ungrouped;
+            // What cannot be looked at now is when the VM boots.
+            let grouped = |request: &Request| !matches!(source_of(&self.host, request), Ok(None));
+            if let Some(request) = requests.iter().find(|one| !allowed && !grouped(one)) {
+                return Err(CommandError::Invalid(ungrouped(request).into()));
+            }
+            let requests: Vec<Request> = requests
+                .into_iter()
+                .map(|request| request.with_ungrouped(allowed))
+                .collect();
             let known = |request| address(request).filter(|_| created.devices.contains(request));
             if let Some(twice) = requests.iter().find_map(known) {
                 return Err(CommandError::DuplicateId(twice));

@@ -169,6 +169,46 @@ fn a_device_may_come_before_the_vm_is_booted() {
     assert!(matches!(counters, Answer::Counters(devices) if devices.is_empty()));
 }
 
+/// That it is in no group is said when it is asked for, and not when the VM boots.
+#[test]
+fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = HostPaths::under(folder.path());
+    let device = host.pci_device("0000:01:00.0".parse().unwrap());
+    std::fs::create_dir_all(&device).unwrap();
+    for (name, value) in [
+        ("vendor", "0x1b36"),
+        ("device", "0x0010"),
+        ("class", "0x010802"),
+    ] {
+        std::fs::write(device.join(name), value).unwrap();
+    }
+    let attach = || {
+        Command::Attach(Attach {
+            id: None,
+            wanted: Wanted::Request(Request::Device {
+                bdf: "0000:01:00.0".parse().unwrap(),
+                allow_ungrouped: true,
+            }),
+        })
+    };
+    for allowed in [false, true] {
+        let mut desk = Desk::new(&host);
+        done(desk.take(Command::Create(config())));
+        let created = desk.created.as_mut().unwrap();
+        std::sync::Arc::make_mut(created).hotplug.ungrouped = allowed;
+        match allowed {
+            true => drop(done(desk.take(attach()))),
+            false => {
+                let said = refused(desk.take(attach())).to_string();
+                assert!(said.contains("\"ungrouped\": true"), "{said}");
+            }
+        }
+        let devices = desk.created.as_ref().unwrap().devices.len();
+        assert_eq!(devices, usize::from(allowed));
+    }
+}
+
 #[test]
 fn why_a_vm_has_ended_is_shown_until_there_is_another() {
     let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
