@@ -16,6 +16,7 @@ use crate::lease::{LeaseError, LeaseKind, LeaseStatus};
 use crate::vgpu::VendorVgpu;
 pub use nvme::{Namespace, Nvme};
 use source::Source;
+pub(crate) use source::id_at;
 
 /// Virtual functions of a physical function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -11,8 +11,7 @@ use thiserror::Error;
 
 use crate::atomic::{self, make_dir, show};
 use crate::host::{HostBdf, HostPaths, TENANTS};
-use crate::ids::PciId;
-use crate::inventory::{HostDevice, InventoryError};
+use crate::inventory::{HostDevice, InventoryError, id_at};
 use crate::lease::{self, DeviceLock, LeaseRecord};
 use crate::sysfs::{self, HeldDir};
 
@@ -168,7 +167,7 @@ pub(crate) fn keep(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<(
 /// Writes down what others say of a device, beside what is written down already. A record of another device
 /// is none.
 fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
-    let there = id(paths, bdf)?;
+    let there = id_at(paths, bdf)?;
     if there.is_some_and(|id| id.to_string() != record.id) {
         return Ok(());
     }
@@ -179,17 +178,6 @@ fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
         true => Ok(()),
         false => store(&path(paths, bdf, record.until), record),
     }
-}
-
-/// Which device is there; none if none is.
-fn id(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
-    let half = |name: &str| -> io::Result<Option<u16>> {
-        let text = sysfs::text(&paths.pci_device(bdf).join(name))?;
-        let digits = text.as_deref().and_then(|text| text.strip_prefix("0x"));
-        Ok(digits.and_then(|digits| u16::from_str_radix(digits, 16).ok()))
-    };
-    let both = half("vendor")?.zip(half("device")?);
-    Ok(both.map(|(vendor, device)| PciId { vendor, device }))
 }
 
 /// Gives a device back to its pools, if it answers.

@@ -9,6 +9,7 @@
 mod error;
 mod granting;
 mod hand_over;
+mod removal;
 mod vgpus;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,12 +27,14 @@ use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::maintenance::{RunningVm, running_vms};
 use crate::mdev::directory;
 use crate::name::DeviceName;
+use crate::quarantine::adopt;
 use crate::rule::Rule;
 use crate::sriov::{Netlink, VfLinks, granted};
 use crate::sysfs;
 pub use error::TenantError;
 pub use granting::{Grant, Granted, grant, revoke};
 use hand_over::Owner;
+use removal::Former;
 pub use vgpus::revoke_mdevs;
 
 /// Who a tenant is.
@@ -314,7 +317,7 @@ pub fn edit_tenant(
     name: &str,
     file: &TenantFile,
 ) -> Result<PathBuf, TenantError> {
-    let _alone = alone(host)?;
+    let alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let path = definition(host, name);
@@ -329,6 +332,10 @@ pub fn edit_tenant(
         hand_over::is_free(host, device)?;
         hand_over::is_closed(host, device)?;
     }
+    // What the former user's VMs found out about devices stays known.
+    for bdf in tenant.devices() {
+        adopt(host, bdf).map_err(failed(&host.state))?;
+    }
     // The former user opens nothing from here on, whatever becomes of this command.
     let mut names = tenant.names().into_iter();
     let taken = names.try_for_each(|device| Owner::host().take_over(host, device));
@@ -337,8 +344,12 @@ pub fn edit_tenant(
         tenants.put_right(host)?;
         return Err(error);
     }
-    Tenants::load(host)?.put_right(host)?;
-    Ok(path)
+    // Nor may it have a hand in the new user's directories.
+    let former = Former::of(host, name);
+    let given = Tenants::load(host)?.put_right(host);
+    drop(alone);
+    former.remove();
+    given.map(|()| path)
 }
 
 /// Refuses what a tenant's VM that runs would not survive.
@@ -360,7 +371,7 @@ fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
 
 /// Deletes a tenant that owns nothing, and none of whose VMs runs.
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
-    let _alone = alone(host)?;
+    let alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let owned = tenant.names();
@@ -372,18 +383,20 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
             devices: devices.join(", "),
         });
     }
-    let HostPaths {
-        run, config, state, ..
-    } = dirs(host, name);
+    let HostPaths { config, .. } = dirs(host, name);
     // The definition first: what is left of a tenant without one is nobody's.
     let definition = config.join("tenant.json");
-    for path in [&definition, &config, &run, &state] {
+    for path in [&definition, &config] {
         let removed = match path.is_dir() {
             true => fs::remove_dir_all(path),
             false => fs::remove_file(path),
         };
         removed.or_else(absent_is_fine).map_err(failed(path))?;
     }
+    let former = Former::of(host, name);
+    // Nobody waits for that.
+    drop(alone);
+    former.remove();
     Ok(())
 }
 

@@ -162,6 +162,16 @@ impl<'a> Source<'a> {
     }
 }
 
+/// Which device is at an address; none if none is.
+pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
+    let devices = File::open(paths.sysfs.join("bus/pci/devices"))?;
+    let identity = match Attributes::open(&devices, bdf)? {
+        Some(attributes) => attributes.identity()?,
+        None => None,
+    };
+    Ok(identity.map(|identity| identity.id))
+}
+
 /// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
 /// for which whoever asks for the override waits, if need be for ever.
 fn moves_elsewhere(device: &HostDevice) -> bool {

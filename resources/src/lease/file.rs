@@ -233,9 +233,15 @@ pub(crate) fn status_of(paths: &HostPaths, file: &File) -> io::Result<LeaseStatu
 pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> LeaseRecord {
     let process = |pid: u32| fs::metadata(paths.proc.join(pid.to_string()));
     let owners = |pid: &u32| process(*pid).is_ok_and(|process| process.uid() == owner);
+    let name = short(&record.name);
+    if is_trusted(owner) {
+        return LeaseRecord { name, ..record };
+    }
+    // Nothing that would end a quotation, or that a shell would take for more than a name.
+    let plain = |one: &char| one.is_alphanumeric() || "._- ".contains(*one);
     LeaseRecord {
-        name: short(&record.name),
-        pid: record.pid.filter(|pid| is_trusted(owner) || owners(pid)),
+        name: name.chars().filter(plain).collect(),
+        pid: record.pid.filter(owners),
         ..record
     }
 }

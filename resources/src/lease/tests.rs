@@ -178,14 +178,14 @@ fn another_users_record_names_only_that_users_processes() {
     let own = nix::unistd::geteuid().as_raw();
     fs::create_dir_all(paths.proc.join("123")).unwrap();
     let wild = LeaseRecord {
-        name: "a\u{1b}[2J\u{202e}b\n".to_owned(),
+        name: "a\u{1b}[2J\u{202e}b' (pid 1); $(x)\n".to_owned(),
         ..record("a")
     };
     // The process is this user's.
     let said = credible(&paths, own, wild.clone());
-    assert_eq!(said.to_string(), "VM 'a[2Jb' (pid 123)");
+    assert_eq!(said.to_string(), "VM 'a[2Jb' (pid 1); $(x)' (pid 123)");
     let said = credible(&paths, own + 1, wild);
-    assert_eq!(said.to_string(), "VM 'a[2Jb'");
+    assert_eq!(said.to_string(), "VM 'a2Jb pid 1 x'");
 }
 
 #[test]

@@ -156,6 +156,10 @@ fn a_forged_note_takes_nothing_back() {
     for forged in &foreign {
         assert_eq!(forge(forged), None, "{forged}");
     }
+    assert!(
+        !host.paths.state.join(DIR).exists(),
+        "nothing is written down"
+    );
     quarantine(&host.paths, &disk, used, Until::Released).unwrap();
     for forged in &foreign {
         assert_eq!(forge(forged).as_deref(), Some(used), "{forged}");

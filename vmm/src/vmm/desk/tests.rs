@@ -176,13 +176,8 @@ fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
     let host = HostPaths::under(folder.path());
     let device = host.pci_device("0000:01:00.0".parse().unwrap());
     std::fs::create_dir_all(&device).unwrap();
-    for (name, value) in [
-        ("vendor", "0x1b36"),
-        ("device", "0x0010"),
-        ("class", "0x010802"),
-    ] {
-        std::fs::write(device.join(name), value).unwrap();
-    }
+    let modalias = "pci:v00001B36d00000010sv00001AF4sd00001100bc01sc08i02";
+    std::fs::write(device.join("modalias"), modalias).unwrap();
     let attach = || {
         Command::Attach(Attach {
             id: None,
