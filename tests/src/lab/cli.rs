@@ -18,13 +18,14 @@ use crate::ui;
 Examples:
   cargo xtask lab --kernel lab -- gantry device list
   cargo xtask lab --put target/debug/examples/client -- ./client /run/gantry/vm.sock
-  cargo xtask lab --put ch-remote:/bin/ --put guests:/lab/guests     a program on the PATH, and a folder
-  cargo xtask lab --qemu '-device e1000e,addr=0x5' --memory 4G       a network card at 00:05.0
+  cargo xtask lab --put ch-remote:/bin/ --put guests:/lab/guests
+  cargo xtask lab --qemu '-device e1000e,addr=0x5' --memory 4G
   cargo xtask lab --qemu '-device ahci,id=sata' \\
       --qemu '-drive if=none,id=d,file=disk.raw,format=raw -device ide-hd,bus=sata.0,drive=d'
   cargo xtask lab --qemu '-device qemu-xhci -device usb-kbd'
 
-The lab's own devices are at 00:02.0 (its agent's console) and from 00:10.0 on; the rest of bus 0 is free.
+On bus 0, the slots 03 to 0f are free for devices. The lab's own are at 00:02.0, which its agent talks
+over, and from 00:10.0 on.
 Commands run in /root as root. The status is that of COMMAND, or 1 if the lab ends before it.")]
 pub struct LabArguments {
     /// The host's kernel.
