@@ -48,7 +48,7 @@ enum Backing<'a> {
 impl HostMapping {
     /// Maps `len` bytes of private anonymous memory at an address aligned to `align`, asks for
     /// transparent huge pages, and keeps it out of forked children, so that a child never shares or
-    /// splits pages that a device may write (pinned pages must not be copied on write).
+    /// splits pages that a device may write (pinned pages must not be copied on write), and out of core dumps.
     ///
     /// # Errors
     /// `len` is 0, `align` is no power of two, or the kernel has no address space left.
@@ -57,6 +57,7 @@ impl HostMapping {
         // Without transparent huge pages in the kernel the advice fails and nothing is lost.
         let _ = mapping.advise(libc::MADV_HUGEPAGE);
         mapping.advise(libc::MADV_DONTFORK)?;
+        mapping.advise(libc::MADV_DONTDUMP)?;
         Ok(mapping)
     }
 
@@ -270,6 +271,17 @@ mod tests {
         assert_eq!(unsafe { last.read_volatile() }, 0);
         // SAFETY: as above.
         unsafe { last.write_volatile(7) };
+    }
+
+    #[test]
+    fn anonymous_memory_is_in_no_child_and_no_core_dump() {
+        let mapping = HostMapping::anonymous(2 << 20, 2 << 20).unwrap();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapping.address());
+        let own = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let mut flags = own.filter_map(|line| line.strip_prefix("VmFlags:"));
+        let flags: Vec<_> = flags.next().unwrap().split_whitespace().collect();
+        assert!(flags.contains(&"dc") && flags.contains(&"dd"), "{flags:?}");
     }
 
     #[test]

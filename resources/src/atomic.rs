@@ -27,12 +27,13 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives a file or directory its mode, where it has another one: that of a new one depends on the umask.
+/// Gives a file or directory its mode, where it has another one: that of a new one depends on the umask. Where
+/// the process is confined, only what it may open can be given one.
 pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
-    match fs::metadata(path)?.mode() & 0o777 {
-        now if now == mode => Ok(()),
-        _ => fs::set_permissions(path, Permissions::from_mode(mode)),
+    if fs::metadata(path)?.mode() & 0o777 == mode {
+        return Ok(());
     }
+    File::open(path)?.set_permissions(Permissions::from_mode(mode))
 }
 
 /// Writes a file anew and puts it in the place of the old one, whose mode and owner it takes; a new one is

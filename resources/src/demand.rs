@@ -156,10 +156,14 @@ pub(crate) fn reap_with(
     let functions = functions.chain(sriov::owed::owed(paths));
     let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();
     marked.extend(vgpu::owed::all(paths));
-    if marked.is_empty() {
-        return Ok(Vec::new());
+    let restored = match marked.is_empty() {
+        true => Ok(Vec::new()),
+        false => restore(paths, host, &marked, Duration::ZERO),
+    };
+    if paths.only.is_none() {
+        vgpu::owed::sweep_locks(paths);
     }
-    restore(paths, host, &marked, Duration::ZERO)
+    restored
 }
 
 /// Gives devices back that carry the mark, IOMMU group by IOMMU group, as soon as nobody holds them.

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use file::content;
-pub(crate) use file::{LockFile, create, is_locked, status, status_of, try_lock, unlock};
+pub(crate) use file::{LockFile, create, is_locked, open, status, status_of, try_lock, unlock};
 pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_ending, is_passing, under_lock};
 
 use crate::demand::Watch;

@@ -13,9 +13,6 @@ pub enum Role {
     /// Runs the control loop of a VM that stands, and takes it apart. A thread comes to this role by
     /// itself: the first one, or one that was [`Role::Vm`].
     Control,
-    /// The first thread of a process that outlives its VMs: it comes to this role by itself, and keeps
-    /// what clients say between two VMs.
-    Keeper,
     /// Builds a VM in a process that outlives it, behind the filter of whoever made the thread.
     Vm,
     /// Speaks with clients.
@@ -34,7 +31,6 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Control => f.write_str("control"),
-            Self::Keeper => f.write_str("keeper"),
             Self::Vm => f.write_str("vm"),
             Self::Api => f.write_str("api"),
             Self::Vcpu(index) => write!(f, "vcpu{index}"),
@@ -68,7 +64,8 @@ impl<T> Drop for Task<T> {
     }
 }
 
-/// Runs `body` on a new thread, behind its role's filter.
+/// Runs `body` on a new thread, behind its role's filter, and where no file is in reach unless it builds
+/// a VM.
 ///
 /// # Errors
 /// The kernel makes no thread.
@@ -77,22 +74,23 @@ pub fn spawn<T: Send + 'static>(
     sandbox: &Sandbox,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<Task<T>> {
-    spawn_confined(role, sandbox, || Ok(()), body)
+    spawn_prepared(role, sandbox, || {}, body)
 }
 
-/// Runs `body` on a new thread that has confined itself with `confine`, behind its role's filter.
+/// [`spawn`], where the new thread calls `prepare` before it is confined.
 ///
 /// # Errors
 /// The kernel makes no thread.
-pub fn spawn_confined<T: Send + 'static>(
+pub fn spawn_prepared<T: Send + 'static>(
     role: Role,
     sandbox: &Sandbox,
-    confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    prepare: impl FnOnce() + Send + 'static,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<Task<T>> {
-    let filter = sandbox.filter(role);
+    let confinement = sandbox.confinement(role);
     let thread = Builder::new().name(role.to_string()).spawn(move || {
-        if let Err(error) = confine().and_then(|()| filter.enter()) {
+        prepare();
+        if let Err(error) = confinement.enter() {
             // Running on unconfined is worse than ending.
             tracing::error!(%role, %error, "the kernel refused to confine the thread");
             std::process::abort();

@@ -190,10 +190,9 @@ impl Vcpus {
             let moor = move || {
                 // Heard until the last thread has said it.
                 let _ = told.send(berth.take());
-                Ok(())
             };
             let role = Role::Vcpu(index);
-            let thread = threads::spawn_confined(role, sandbox, moor, body)?;
+            let thread = threads::spawn_prepared(role, sandbox, moor, body)?;
             this.threads.push(thread);
         }
         drop(told);

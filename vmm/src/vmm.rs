@@ -10,7 +10,6 @@ mod desk;
 
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use gantry_resources::{HostPaths, Maintenance, maintenance};
@@ -126,8 +125,6 @@ impl Handle {
 pub struct Vmm {
     ground: Ground,
     keep: bool,
-    /// Where the socket of the clients is, if there is one.
-    socket_folder: Option<PathBuf>,
 }
 
 impl Vmm {
@@ -151,7 +148,6 @@ impl Vmm {
                 shown: Arc::default(),
             },
             keep: options.keep,
-            socket_folder: None,
         })
     }
 
@@ -164,20 +160,12 @@ impl Vmm {
     }
 
     /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
-    /// may use sockets that it has or accepts, and reaches no file. Its socket is in `folder`, from where
-    /// the calling thread may remove it at the end.
+    /// may use sockets that it has or accepts, and reaches no file.
     ///
     /// # Errors
     /// The kernel makes no thread.
-    pub fn spawn_api(
-        &mut self,
-        folder: &Path,
-        body: impl FnOnce() + Send + 'static,
-    ) -> io::Result<Task<()>> {
-        let sandbox = Arc::clone(&self.ground.sandbox);
-        let confine = move || sandbox.confine_to_nothing();
-        self.socket_folder = Some(folder.to_owned());
-        threads::spawn_confined(Role::Api, &self.ground.sandbox, confine, body)
+    pub fn spawn_api(&self, body: impl FnOnce() + Send + 'static) -> io::Result<Task<()>> {
+        threads::spawn(Role::Api, &self.ground.sandbox, body)
     }
 
     /// Runs a VM until it ends, or VMs until the process is to end, and gives everything back. To be
@@ -187,6 +175,8 @@ impl Vmm {
     /// # Errors
     /// The VM could not be built, or the host failed it later. Everything has been given back.
     pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
+        let confined = self.ground.sandbox.confine_process();
+        confined.map_err(Error::host("enter the sandbox"))?;
         let ended = match first {
             Some(config) if !self.keep => self.once(&Arc::new(config)),
             first => self.serve(first),
@@ -202,8 +192,7 @@ impl Vmm {
     fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
         let idle = View::idle(config, VmState::Created);
         self.ground.shown.show(Some(idle));
-        let socket = self.socket_folder.as_deref();
-        match live(&self.ground, config, socket, &mut None)? {
+        match live(&self.ground, config, &mut None)? {
             End::Over(outcome) => Ok(outcome),
             End::Asked(_, reply) => {
                 reply(Ok(Answer::Done));
@@ -217,8 +206,6 @@ impl Vmm {
         let ground = &self.ground;
         let mut control = ControlLoop::new(Arc::clone(&ground.mailbox))
             .map_err(Error::host("make the control loop"))?;
-        let confined = ground.sandbox.filter(Role::Keeper).enter();
-        confined.map_err(Error::host("enter the sandbox"))?;
         ground.signals.check()?;
         control.add(Box::new(SignalWatch {
             signals: Arc::clone(&ground.signals),
@@ -269,8 +256,7 @@ impl Vmm {
         let (ground, asked) = (self.ground.clone(), started.is_some());
         let life = move || {
             let mut started = started;
-            // The first thread removes the socket, which is free to.
-            let ended = live(&ground, &config, None, &mut started);
+            let ended = live(&ground, &config, &mut started);
             match (ended, started) {
                 (Err(error), Some(reply)) => Err((error, Some(reply))),
                 (ended, _) => ended.map_err(|error| (error, None)),
@@ -336,19 +322,17 @@ fn why(ended: &Result<End, (Error, Option<Reply>)>) -> String {
     }
 }
 
-/// Builds a VM, runs it, and gives back what it had. A thread that is to remove the clients' socket says in
-/// which folder that is.
+/// Builds a VM, runs it, and gives back what it had.
 fn live(
     ground: &Ground,
     config: &Arc<VmConfig>,
-    socket: Option<&Path>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
     // A VM may have been made, or have ended, long before it is started.
     if let Some(Maintenance { reason, .. }) = maintenance(&ground.host)? {
         return Err(Error::Maintenance(reason));
     }
-    let confined = ground.sandbox.confine_files(config, &ground.host, socket);
+    let confined = ground.sandbox.confine_files(config, &ground.host);
     let ended = confined
         .map_err(Error::host("confine files (Landlock)"))
         .and_then(|()| Vm::build(config, ground))

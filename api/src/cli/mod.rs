@@ -21,6 +21,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use gantry_resources::{ChildWriter, HostPaths, reap};
 use tracing::Level;
 
+use crate::http::{REMOVE_SOCKET, RemoverArgs, remover_helper};
 use crate::output::{Stderr, print};
 use crate::report::{self, Failure};
 use crate::signals;
@@ -146,6 +147,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Wait for the end of a VM on standard input, then remove its socket
+    #[command(name = REMOVE_SOCKET, hide = true)]
+    RemoveSocket(RemoverArgs),
     /// Wait for the end of a VM on standard input, then give its devices back to the host
     #[command(name = "__restore", hide = true)]
     Restore {
@@ -184,9 +188,10 @@ pub fn main() -> ExitCode {
         .init();
     // Helpers are told all they need, and may be confined from the rest.
     let paths = match command {
-        Command::Open { .. } | Command::Restore { .. } | Command::SysfsWrite { .. } => {
-            Ok(HostPaths::default())
-        }
+        Command::Open { .. }
+        | Command::RemoveSocket(_)
+        | Command::Restore { .. }
+        | Command::SysfsWrite { .. } => Ok(HostPaths::default()),
         _ => globals.paths(),
     };
     paths
@@ -221,6 +226,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
         Command::Open { args } => return Ok(gantry_resources::opener_helper(&args)),
+        Command::RemoveSocket(args) => return Ok(remover_helper(&args.path, &args.run)),
         Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),
         Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
     }

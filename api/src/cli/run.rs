@@ -1,6 +1,6 @@
 //! `gantry run`: one VM in the foreground.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -135,8 +135,8 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         keep: config.is_none(),
         events: events.sink(),
     };
-    let mut vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    let _api = args.serve(&mut vmm, events, &name, paths)?;
+    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
+    let _api = args.serve(&vmm, events, &name, paths)?;
     let outcome = vmm.run(config).map_err(Failure::host)?;
     exit_code(outcome).map(ExitCode::from)
 }
@@ -159,7 +159,7 @@ impl RunArgs {
     /// Serves the VM on its socket, if it is to have one.
     fn serve(
         self,
-        vmm: &mut Vmm,
+        vmm: &Vmm,
         events: Events,
         name: &str,
         paths: &HostPaths,
@@ -168,7 +168,9 @@ impl RunArgs {
             return Ok(None);
         };
         let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));
-        let (listener, file) = socket.into_parts().map_err(failed)?;
+        let program = Path::new("/proc/self/exe");
+        let parts = socket.into_parts(program, &paths.run);
+        let (listener, file) = parts.map_err(failed)?;
         let server = Server::new(listener, Limits::default()).map_err(failed)?;
         let stop = server.stopper();
         let identity = Identity {
@@ -178,7 +180,7 @@ impl RunArgs {
         };
         let vm = Arc::new(vmm.handle());
         let serve = move || server.serve(vm, events, identity);
-        let task = vmm.spawn_api(file.folder(), serve).map_err(failed)?;
+        let task = vmm.spawn_api(serve).map_err(failed)?;
         Ok(Some(Api {
             stop,
             _task: task,

@@ -18,7 +18,10 @@ pub mod wire;
 
 pub use events::Events;
 pub use server::{Identity, Limits, Server, Stop};
-pub use socket::{Socket, SocketError, SocketFile, as_process, path_of, remove_stale};
+pub use socket::{
+    REMOVE_SOCKET, RemoverArgs, Socket, SocketError, SocketFile, as_process, path_of, remove_stale,
+    remover_helper,
+};
 
 use gantry_vmm::Handle;
 use gantry_vmm::command::{Command, CommandError, Reply, VmInfo};

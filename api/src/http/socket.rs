@@ -1,6 +1,8 @@
 //! The socket's file: made for its owner alone, found by the VM's name, never taken from a VM that
 //! lives.
 
+mod remover;
+
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -14,6 +16,8 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::unistd::{Gid, Group, Pid, chown};
+use remover::Remover;
+pub use remover::{RemoverArgs, SUBCOMMAND as REMOVE_SOCKET, remover_helper};
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -122,43 +126,20 @@ impl Socket {
         &self.path
     }
 
-    /// The listener, non-blocking, and its file.
+    /// The listener, non-blocking, and its file, which goes with the process or before, by a helper:
+    /// `program` must call [`remover_helper`]. `run` is the host's run directory.
     ///
     /// # Errors
-    /// No descriptor is left.
-    pub fn into_parts(self) -> io::Result<(UnixListener, SocketFile)> {
-        let file = SocketFile {
-            _listener: self.listener.try_clone()?,
-            path: self.path,
-        };
-        Ok((self.listener, file))
+    /// The helper cannot be started.
+    pub fn into_parts(self, program: &Path, run: &Path) -> io::Result<(UnixListener, SocketFile)> {
+        let remover = Remover::start(program, &self.path, run)?;
+        Ok((self.listener, SocketFile(remover)))
     }
 }
 
-/// The file of a socket that somebody listens on. Dropping it removes the file.
+/// The file of a socket. Dropping it, once nobody listens any more, has the file removed.
 #[derive(Debug)]
-pub struct SocketFile {
-    path: PathBuf,
-    /// While somebody listens, the file is of this socket and no other.
-    _listener: UnixListener,
-}
-
-impl SocketFile {
-    /// The directory that it is in.
-    pub fn folder(&self) -> &Path {
-        dir_of(&self.path)
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let path = self.path.display();
-        if let Err(error) = fs::remove_file(&self.path) {
-            // Not the listener too: to show it asks the kernel for its name, which the filters forbid here.
-            tracing::debug!(%error, "the API's socket stays: {path}");
-        }
-    }
-}
+pub struct SocketFile(#[expect(dead_code, reason = "it is dropped")] Remover);
 
 /// The directory that a path is in.
 pub fn dir_of(path: &Path) -> &Path {
@@ -325,13 +306,18 @@ fn has_kill_pending(status: &str) -> bool {
     masks.into_iter().any(|mask| mask & SIGKILL != 0)
 }
 
+/// The file that is locked by whose turn it is.
+fn turns(run: &Path) -> PathBuf {
+    run.join("sockets.lock")
+}
+
 /// Waits for its turn, for as long as the file is open: two that find the same stale socket must not both
 /// replace it. A file that only its owner opens, as whoever may open it could keep all others waiting;
 /// who may not can only be in the way of himself.
 fn turn(run: &Path) -> Option<File> {
     let mut options = File::options();
     let file = options.write(true).create(true).truncate(false).mode(0o600);
-    let file = file.open(run.join("sockets.lock")).ok()?;
+    let file = file.open(turns(run)).ok()?;
     file.lock().ok()?;
     Some(file)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -277,7 +277,8 @@ pub fn serve(
     limits: Limits,
 ) -> (Stop, JoinHandle<()>) {
     let socket = Socket::bind(&folder.path().join("vm.sock"), None, folder.path()).unwrap();
-    let (listener, file) = socket.into_parts().unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_gantry"));
+    let (listener, file) = socket.into_parts(program, folder.path()).unwrap();
     let server = Server::new(listener, limits).unwrap();
     let stop = server.stopper();
     let identity = Identity {

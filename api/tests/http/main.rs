@@ -9,3 +9,4 @@ mod commands;
 mod fake;
 mod faults;
 mod published;
+mod remover;

@@ -119,7 +119,8 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
     made.map(drop)
 }
 
-pub(super) fn open(path: &Path) -> io::Result<File> {
+/// Opens a lock file, making it where there is none.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options
         .read(true)

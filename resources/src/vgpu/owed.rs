@@ -192,10 +192,26 @@ pub(super) fn remove_mdev(
         }
     }
     forget(paths, uuid.into());
-    // An identifier does not come again, and so its file would be one more for ever. Whoever opened it
-    // meanwhile looks whether it is still in its place.
-    let _ = std::fs::remove_file(lock_path(paths, uuid));
     Ok(())
+}
+
+/// Removes the lock files of mediated devices that are gone: an identifier does not come again, and its file
+/// would be one more for ever. Those who removed the devices may have been confined, and remove no lock.
+pub(crate) fn sweep_locks(paths: &HostPaths) {
+    let names = sysfs::entries(&paths.run.join("leases")).unwrap_or_default();
+    let uuids = names.iter().filter_map(|name| name.strip_suffix(".lock"));
+    let uuids = uuids.filter_map(|name| name.parse::<Uuid>().ok());
+    let record = LeaseRecord::restore();
+    for uuid in uuids {
+        let left = || !is_owed(paths, uuid) && !directory(paths, uuid).exists();
+        // Whoever opened the file meanwhile looks whether it is still in its place.
+        if left()
+            && let Ok(Some(_lock)) = DeviceLock::take(paths, uuid, &record)
+            && left()
+        {
+            let _ = std::fs::remove_file(lock_path(paths, uuid));
+        }
+    }
 }
 
 /// Takes the type from a function that has a record. This process has locked it.

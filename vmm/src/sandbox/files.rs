@@ -1,8 +1,9 @@
 //! Landlock: which files a process can reach while it builds a VM, and in the helpers that it starts.
 //!
-//! Once the VM stands, no thread may open anything, whatever its name. Before, and in the helpers for
-//! as long as they live, these rules hold: the files that the VM's file names, KVM, VFIO's nodes,
-//! sysfs, and gantry's own directories. No TCP at all. A kernel without Landlock enforces what it can.
+//! While a VM is built, and in the helpers for as long as they live, these rules hold: the files that the VM's
+//! file names, KVM, VFIO's nodes, sysfs, and of gantry's own directories what is changed there. No TCP, and no
+//! signals to others. Once the VM stands, no thread of it reaches any file. A kernel without Landlock enforces
+//! what it can.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -10,16 +11,16 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{Groups, HostPaths, shared_quarantine};
+use gantry_resources::{Groups, HostPaths, own_files, shared_quarantine};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,
 };
 
 use crate::config::{SerialMode, VmConfig};
 
 /// The newest interface that the rules are written for.
-const ABI_KNOWN: ABI = ABI::V5;
+const ABI_KNOWN: ABI = ABI::V6;
 
 /// A path, and what may be done there and below.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,24 +29,14 @@ struct Rule {
     access: BitFlags<AccessFs>,
 }
 
-/// Confines the calling thread, and every thread and process that it makes from now on, to what the
-/// VM needs. From the folder of its `socket` it may remove files.
+/// Confines the calling thread, and every thread and process that it makes from now on, to what building
+/// the VM needs.
 ///
 /// # Errors
 /// The kernel refused the rules.
-pub fn confine(config: &VmConfig, host: &HostPaths, socket: Option<&Path>) -> io::Result<()> {
-    // A rule is about a directory that is there.
-    for own in [&host.run, &host.state] {
-        if let Err(error) = gantry_resources::make_dir(own) {
-            tracing::debug!(path = %own.display(), %error, "a directory of gantry's is missing");
-        }
-    }
+pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(config, host);
-    rules.extend(socket.map(|folder| Rule {
-        path: folder.to_owned(),
-        access: AccessFs::RemoveFile.into(),
-    }));
     // Before a disk leaves the host it is asked whether something has claimed it, and its node is made
     // anew whenever it comes back.
     if Groups::load(host).is_ok_and(|groups| groups.take_on_demand()) {
@@ -60,7 +51,24 @@ pub fn confine(config: &VmConfig, host: &HostPaths, socket: Option<&Path>) -> io
         path,
         access: AccessFs::Execute | AccessFs::ReadFile,
     }));
-    enforce(&rules).map_err(io::Error::other)
+    // No signals to processes that are not the VM's own, nor abstract sockets of others.
+    enforce(&rules, Scope::from_all(ABI_KNOWN)).map_err(io::Error::other)
+}
+
+/// Confines the calling thread to removing files of `folder` and opening the file `lock`.
+///
+/// # Errors
+/// The kernel refused the rules.
+pub fn confine_removal(folder: &Path, lock: &Path) -> io::Result<()> {
+    let rule = |path: &Path, access| Rule {
+        path: path.to_owned(),
+        access,
+    };
+    let rules = [
+        rule(folder, AccessFs::RemoveFile.into()),
+        rule(lock, AccessFs::WriteFile.into()),
+    ];
+    enforce(&rules, Scope::from_all(ABI_KNOWN)).map_err(io::Error::other)
 }
 
 /// Keeps the calling thread from all files that are not open.
@@ -68,15 +76,19 @@ pub fn confine(config: &VmConfig, host: &HostPaths, socket: Option<&Path>) -> io
 /// # Errors
 /// The kernel refused the rules.
 pub fn confine_to_nothing() -> io::Result<()> {
-    enforce(&[]).map_err(io::Error::other)
+    // Threads that signal each other do so across layers that scope nothing.
+    enforce(&[], BitFlags::EMPTY).map_err(io::Error::other)
 }
 
-fn enforce(rules: &[Rule]) -> Result<(), RulesetError> {
+fn enforce(rules: &[Rule], scope: BitFlags<Scope>) -> Result<(), RulesetError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI_KNOWN))?
-        .handle_access(AccessNet::from_all(ABI_KNOWN))?
-        .create()?;
+        .handle_access(AccessNet::from_all(ABI_KNOWN))?;
+    if !scope.is_empty() {
+        ruleset = ruleset.scope(scope)?;
+    }
+    let mut ruleset = ruleset.create()?;
     for rule in rules {
         add(&mut ruleset, rule)?;
     }
@@ -109,8 +121,10 @@ fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
 fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
+    let write = AccessFs::WriteFile | AccessFs::Truncate;
     let node = AccessFs::MakeChar | AccessFs::MakeBlock;
-    let own = AccessFs::from_all(ABI_KNOWN) & !(node | AccessFs::Execute);
+    let record = AccessFs::from_all(ABI_KNOWN) & !(node | AccessFs::Execute);
+    let lock = read | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::MakeReg;
     let rule = |path: &Path, access: BitFlags<AccessFs>| Rule {
         path: path.to_owned(),
         access,
@@ -121,22 +135,32 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
         rule(&host.dev.join("vfio"), device | AccessFs::ReadDir),
         // Helpers' standard streams.
         rule(&host.dev.join("null"), device),
-        // Helpers bind drivers and make virtual functions.
-        rule(&host.sysfs, read | AccessFs::WriteFile),
+        rule(&host.sysfs, read),
+        // Helpers bind drivers and make mediated devices.
+        rule(&host.sysfs.join("bus"), write),
         rule(&host.proc, read),
         rule(&host.config, read),
-        rule(&host.run, own),
-        rule(&host.state, own),
+        rule(&host.run, read),
+        rule(&host.state, read),
         // The dynamic linker's.
         rule(Path::new("/etc/ld.so.cache"), AccessFs::ReadFile.into()),
     ];
-    // A tenant's lead to the host's, and a rule is about where a way ends.
-    let shared = ["leases", "former", "granted"].map(|name| fs::canonicalize(host.run.join(name)));
-    rules.extend(shared.iter().flatten().map(|path| rule(path, own)));
+    // Its entries are the roots of buses, and the processors and memory of the host.
+    let roots = fs::read_dir(host.sysfs.join("devices"))
+        .into_iter()
+        .flatten();
+    let roots = roots.flatten().filter(|root| root.file_name() != "system");
+    rules.extend(roots.map(|root| rule(&root.path(), write)));
+    // A rule is about where a way ends: a tenant's lead to the host's.
+    let granted = fs::canonicalize(host.run.join("granted"));
+    rules.extend(granted.iter().map(|path| rule(path, read)));
+    let own = own_files(host);
+    rules.extend(own.records.iter().map(|path| rule(path, record)));
+    let locks = own.locks.iter().chain(&own.lock_files);
+    rules.extend(locks.map(|path| rule(path, lock)));
     rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
     let initramfs = config.payload.initramfs.as_deref();
     rules.extend(initramfs.map(|path| rule(path, AccessFs::ReadFile.into())));
-    let write = AccessFs::WriteFile | AccessFs::Truncate;
     match &config.serial {
         SerialMode::Off | SerialMode::Null => {}
         SerialMode::Tty => rules.push(rule(&host.proc.join("self/fd/1"), device)),
@@ -222,19 +246,27 @@ mod tests {
     /// On a thread of its own, as nothing takes the rules back. Where the kernel has no Landlock there
     /// is nothing to see.
     #[test]
-    fn only_what_was_named_is_reached() {
+    fn only_what_was_named_is_reached_and_nothing_of_others_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let host = HostPaths::under(folder.path());
-        let sockets = "sockets/x.sock";
-        let files = [
-            "vmlinux",
-            "secret",
-            "program",
-            "run/lock",
-            "dev/vfio/7",
-            sockets,
+        let others = [
+            "run/web.sock",
+            "run/vms/7.lock",
+            "run/leases/0000:01:00.0.lock",
+            "run/allocate.lock",
+            "var/maintenance.json",
+            "sys/devices/system/cpu/online",
         ];
-        for path in files.into_iter().chain(["proc/x", "proc/self/maps"]) {
+        let own = [
+            "run/leases/0000:01:00.0.lock",
+            "run/former/x",
+            "var/quarantine/x",
+            "sys/bus/pci/drivers_probe",
+            "sys/devices/pci0000:00/driver_override",
+        ];
+        let files = ["vmlinux", "secret", "program", "dev/vfio/7"];
+        let files = files.iter().chain(&others).chain(&own).copied();
+        for path in files.chain(["proc/x", "proc/self/maps"]) {
             let path = folder.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, "text").unwrap();
@@ -248,21 +280,32 @@ mod tests {
         // A pipe has no place that a rule could be about.
         let (pipe, _writer) = io::pipe().unwrap();
         let link = format!("/proc/self/fd/{}", pipe.as_raw_fd());
-        std::os::unix::fs::symlink(link, folder.path().join("var")).unwrap();
+        std::os::unix::fs::symlink(link, folder.path().join("etc")).unwrap();
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host, Some(&root.join("sockets"))).unwrap();
+            confine(&config, &host).unwrap();
             if !has_landlock() {
                 return;
             }
             fs::read(root.join("secret")).unwrap_err();
             fs::remove_file(root.join("vmlinux")).unwrap_err();
-            fs::remove_file(root.join("sockets/x.sock")).unwrap();
-            fs::write(root.join("sockets/vm.sock"), "text").unwrap_err();
-            for path in ["vmlinux", "program", "run/lock", "dev/vfio/7", "proc/x"] {
+            for path in others {
+                fs::remove_file(root.join(path)).unwrap_err();
+            }
+            fs::write(root.join("sys/devices/system/cpu/online"), "0").unwrap_err();
+            fs::write(root.join("var/maintenance.json"), "x").unwrap_err();
+            fs::write(root.join("run/vms/7.lock"), "x").unwrap_err();
+            fs::write(root.join("run/new.sock"), "x").unwrap_err();
+            for path in own {
+                fs::write(root.join(path), "text").unwrap();
+            }
+            fs::write(root.join("run/leases/new.lock"), "").unwrap();
+            for path in ["run/former/x", "var/quarantine/x"] {
+                fs::remove_file(root.join(path)).unwrap();
+            }
+            for path in ["vmlinux", "program", "run/web.sock", "dev/vfio/7", "proc/x"] {
                 fs::read(root.join(path)).unwrap();
             }
-            fs::write(root.join("run/new"), "text").unwrap();
             fs::write(root.join("logs/new"), "text").unwrap();
             for path in ["vmlinux", "proc/x", "logs/other/x", "new"] {
                 fs::write(root.join(path), "text").unwrap_err();
@@ -294,7 +337,7 @@ mod tests {
         let config = config(folder.path(), SerialMode::Off);
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host, None).unwrap();
+            confine(&config, &host).unwrap();
             if !has_landlock() {
                 return;
             }

@@ -2,7 +2,7 @@
 
 use gantry_vfio::host::{DMA_REQUESTS, INTERRUPT_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
 use kvm_bindings as kvm;
-use libc::{c_long, c_ulong};
+use libc::{c_int, c_long, c_ulong};
 use seccompiler::{
     SeccompCmpArgLen::{Dword, Qword},
     SeccompCmpOp::{Eq, MaskedEq},
@@ -73,26 +73,40 @@ const FCNTL_COMMANDS: &[libc::c_int] = &[
     libc::F_OFD_GETLK,
 ];
 
-/// Making a thread: what glibc and the standard library call in the new one before its own filter.
+/// Making a thread: what glibc and the standard library call in the new one before its own filter, and
+/// that filter. clone is in [`rules_with_threads`]; clone3 is answered ENOSYS by the filter of the process.
 const MAKES_THREADS: &[c_long] = &[
-    libc::SYS_clone,
     libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_seccomp,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_landlock_restrict_self,
 ];
+
+/// clone: a thread of this process, which ends with it.
+const THREAD: c_int = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM;
+/// clone: where a new thread's own memory and number are; C libraries differ in these.
+const THREAD_PLACES: c_int = libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_SETTID
+    | libc::CLONE_CHILD_CLEARTID
+    | libc::CLONE_DETACHED;
 
 /// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
 const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
-/// Speaking with clients, over sockets that are there and those that are accepted. The event loop of an
-/// HTTP server wakes itself by an eventfd.
+/// Speaking with clients, over sockets that are there and those that are accepted; no descriptor is sent nor
+/// received. The event loop of an HTTP server wakes itself by an eventfd.
 const CLIENTS: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
     libc::SYS_sendto,
-    libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
@@ -132,62 +146,6 @@ const CONTROL: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_newfstatat,
     libc::SYS_readv,
-    // The clients' socket is taken out of its directory at the end.
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-];
-
-/// What building VMs never takes, nor any helper: other processes, the kernel itself, mounts, users, time.
-/// A process that outlives its VMs goes on building them, so that no short list of what it does is true.
-pub const NEVER: &[c_long] = &[
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_kcmp,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_io_uring_setup,
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_fsopen,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_setns,
-    libc::SYS_unshare,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_setuid,
-    libc::SYS_setgid,
-    libc::SYS_setreuid,
-    libc::SYS_setregid,
-    libc::SYS_setresuid,
-    libc::SYS_setresgid,
-    libc::SYS_setgroups,
-    libc::SYS_capset,
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_keyctl,
-    libc::SYS_reboot,
-    libc::SYS_swapon,
-    libc::SYS_swapoff,
-    libc::SYS_iopl,
-    libc::SYS_ioperm,
-    libc::SYS_modify_ldt,
-    libc::SYS_settimeofday,
-    libc::SYS_clock_settime,
-    libc::SYS_adjtimex,
-    libc::SYS_clock_adjtime,
-    libc::SYS_sethostname,
-    libc::SYS_acct,
-    libc::SYS_syslog,
 ];
 
 const KVMIO: u32 = 0xae;
@@ -260,8 +218,7 @@ pub fn control() -> Rules {
         GROUP_REQUESTS,
         RUNTIME_REQUESTS,
     ];
-    let calls = [CONTROL, DEVICE_ACCESS, LEASES, MAKES_THREADS];
-    rules(&calls, &requests)
+    rules_with_threads(&[CONTROL, DEVICE_ACCESS, LEASES], &requests)
 }
 
 /// A vCPU thread.
@@ -282,8 +239,7 @@ pub fn device() -> Rules {
 /// The thread that prepares devices, and has others open, map and close: it can do what they can.
 pub fn attach() -> Rules {
     let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
-    let calls = [DEVICE_ACCESS, LEASES, DESCRIPTORS, MAKES_THREADS];
-    rules(&calls, &requests)
+    rules_with_threads(&[DEVICE_ACCESS, LEASES, DESCRIPTORS], &requests)
 }
 
 /// A thread that maps guest RAM for devices.
@@ -294,6 +250,16 @@ pub fn dma() -> Rules {
 /// The thread that speaks with clients.
 pub fn api() -> Rules {
     rules(&[CLIENTS], &[])
+}
+
+/// [`rules`] of a role that makes threads.
+fn rules_with_threads(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
+    let mut rules = rules(calls, requests);
+    rules.extend(MAKES_THREADS.iter().map(|&number| (number, Vec::new())));
+    let checked = !(THREAD_PLACES as u64);
+    let thread = rule(0, Qword, MaskedEq(checked), THREAD as u64);
+    rules.push((libc::SYS_clone, thread.into_iter().collect()));
+    rules
 }
 
 fn rules(calls: &[&[c_long]], requests: &[&[c_ulong]]) -> Rules {
@@ -333,9 +299,10 @@ fn rule(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::process::is_never_made;
 
     #[test]
-    fn every_role_may_end_itself_and_none_may_open_files_or_run_programs() {
+    fn every_role_may_end_itself_and_none_may_open_or_remove_files_or_run_programs() {
         for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
             let allowed = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(allowed(libc::SYS_exit) && allowed(libc::SYS_exit_group));
@@ -347,6 +314,9 @@ mod tests {
                 libc::SYS_socket,
                 libc::SYS_ptrace,
                 libc::SYS_rename,
+                libc::SYS_unlink,
+                libc::SYS_unlinkat,
+                libc::SYS_rmdir,
             ] {
                 assert!(!allowed(number), "call {number}");
             }
@@ -356,8 +326,20 @@ mod tests {
     #[test]
     fn no_role_may_do_what_is_never_done() {
         for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
-            let allowed = rules.iter().find(|(call, _)| NEVER.contains(call));
+            let allowed = rules.iter().find(|(call, _)| is_never_made(*call));
             assert_eq!(allowed.map(|(call, _)| call), None);
+        }
+    }
+
+    #[test]
+    fn only_roles_that_make_threads_may_clone() {
+        for rules in [vcpu(), device(), dma(), api()] {
+            let may = |number| rules.iter().any(|(call, _)| *call == number);
+            assert!(!may(libc::SYS_clone) && !may(libc::SYS_clone3));
+        }
+        for rules in [control(), attach()] {
+            let clone = rules.iter().find(|(call, _)| *call == libc::SYS_clone);
+            assert!(clone.is_some_and(|(_, conditions)| !conditions.is_empty()));
         }
     }
 

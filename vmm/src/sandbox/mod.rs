@@ -2,6 +2,7 @@
 
 mod files;
 mod filters;
+mod process;
 mod trap;
 
 use std::collections::BTreeMap;
@@ -29,21 +30,21 @@ pub enum SeccompMode {
     Off,
 }
 
-/// The compiled filters of every role.
+/// The compiled filters of every role, and of the process.
 pub struct Sandbox {
     mode: SeccompMode,
+    process: [Filter; 2],
     control: Filter,
     vcpu: Filter,
     device: Filter,
     dma: Filter,
     api: Filter,
     attach: Filter,
-    keeper: Filter,
 }
 
-/// The filter of one role.
+/// One filter.
 #[derive(Clone)]
-pub struct Filter(Option<Arc<BpfProgram>>);
+struct Filter(Option<Arc<BpfProgram>>);
 
 impl Sandbox {
     /// Compiles the filters.
@@ -53,56 +54,88 @@ impl Sandbox {
     pub fn new(mode: SeccompMode) -> io::Result<Self> {
         Ok(Self {
             mode,
+            process: process_filters(mode)?,
             control: Filter::compile(mode, filters::control())?,
             vcpu: Filter::compile(mode, filters::vcpu())?,
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
             api: Filter::compile(mode, filters::api())?,
             attach: Filter::compile(mode, filters::attach())?,
-            keeper: Filter::but(mode, filters::NEVER)?,
         })
     }
 
-    /// Keeps the calling thread, and what it makes from now on, from all files but those that a VM
-    /// needs, and from removing files but where its `socket` is. Without filters, or where they only log, it may open what it likes.
+    /// Refuses the calling thread, what it makes from now on and the helpers that it starts, what nothing
+    /// in gantry does. A role's filter comes on top.
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn confine_files(
-        &self,
-        config: &VmConfig,
-        host: &HostPaths,
-        socket: Option<&Path>,
-    ) -> io::Result<()> {
+    pub fn confine_process(&self) -> io::Result<()> {
+        self.process.iter().try_for_each(Filter::enter)
+    }
+
+    /// Keeps the calling thread, and what it makes from now on, from all files but those that building a VM
+    /// needs. Without filters, or where they only log, it may open what it likes.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
         match self.mode {
-            SeccompMode::On => files::confine(config, host, socket),
+            SeccompMode::On => files::confine(config, host),
             SeccompMode::Log | SeccompMode::Off => Ok(()),
         }
     }
 
-    /// Keeps the calling thread from all files. As above.
-    ///
-    /// # Errors
-    /// The kernel refused.
-    pub fn confine_to_nothing(&self) -> io::Result<()> {
-        match self.mode {
-            SeccompMode::On => files::confine_to_nothing(),
-            SeccompMode::Log | SeccompMode::Off => Ok(()),
-        }
-    }
-
-    /// The filter of a role.
-    pub fn filter(&self, role: Role) -> Filter {
-        match role {
+    /// What a thread of this role enters before its work.
+    pub fn confinement(&self, role: Role) -> Confinement {
+        let filter = match role {
             Role::Control => self.control.clone(),
             Role::Vcpu(_) => self.vcpu.clone(),
             Role::Device => self.device.clone(),
             Role::Dma => self.dma.clone(),
             Role::Api => self.api.clone(),
             Role::Attach => self.attach.clone(),
-            Role::Keeper => self.keeper.clone(),
             Role::Vm => Filter(None),
+        };
+        Confinement {
+            files: role == Role::Vm || self.mode != SeccompMode::On,
+            filter,
         }
+    }
+}
+
+/// Confines a helper that removes one file of `folder`, under the lock of the file `lock`.
+///
+/// # Errors
+/// The kernel refused.
+pub fn confine_removal(folder: &Path, lock: &Path) -> io::Result<()> {
+    files::confine_removal(folder, lock)?;
+    process_filters(SeccompMode::On)?
+        .iter()
+        .try_for_each(Filter::enter)
+}
+
+/// Refuses what nothing in gantry does.
+fn process_filters(mode: SeccompMode) -> io::Result<[Filter; 2]> {
+    Ok([Filter::known(mode), Filter::but(mode, process::never())?])
+}
+
+/// What keeps a thread to its role.
+pub struct Confinement {
+    /// Whether it may reach files.
+    files: bool,
+    filter: Filter,
+}
+
+impl Confinement {
+    /// Confines the calling thread, and what it makes from now on, for the rest of its life.
+    ///
+    /// # Errors
+    /// The kernel refused: the thread is not confined and must not go on.
+    pub fn enter(&self) -> io::Result<()> {
+        if !self.files {
+            files::confine_to_nothing()?;
+        }
+        self.filter.enter()
     }
 }
 
@@ -115,12 +148,18 @@ impl Filter {
         Self::program(rules, refused, SeccompAction::Allow)
     }
 
-    /// A filter that allows all but these calls.
-    fn but(mode: SeccompMode, calls: &[libc::c_long]) -> io::Result<Self> {
+    /// A filter that hides calls that were not reviewed. They are not said to be wrong: the C library asks
+    /// for some, and goes on without.
+    fn known(mode: SeccompMode) -> Self {
+        let program = Self::refusal(mode).map(|_| Arc::new(process::known_calls()));
+        Self(program)
+    }
+
+    /// A filter that allows all but what the rules name.
+    fn but(mode: SeccompMode, rules: filters::Rules) -> io::Result<Self> {
         let Some(refused) = Self::refusal(mode) else {
             return Ok(Self(None));
         };
-        let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
         Self::program(rules, SeccompAction::Allow, refused)
     }
 
@@ -145,11 +184,7 @@ impl Filter {
         Ok(Self(Some(Arc::new(program))))
     }
 
-    /// Confines the calling thread, for the rest of its life.
-    ///
-    /// # Errors
-    /// The kernel refused the filter: the thread is not confined and must not go on.
-    pub fn enter(&self) -> io::Result<()> {
+    fn enter(&self) -> io::Result<()> {
         match &self.0 {
             Some(program) => seccompiler::apply_filter(program).map_err(io::Error::other),
             None => Ok(()),

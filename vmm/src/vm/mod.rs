@@ -84,7 +84,7 @@ impl Vm {
         }));
         control.add(Box::new(self.devices.ears(mailbox)));
         self.open_console(&mut control)?;
-        let confined = self.ground.sandbox.filter(Role::Control).enter();
+        let confined = self.ground.sandbox.confinement(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.gate.open();
         memory::let_go_of_program();
