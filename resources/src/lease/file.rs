@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, lchown};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -161,8 +161,9 @@ fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
         renameat2(AT_FDCWD, &new, AT_FDCWD, path, both).map_err(io::Error::from)
     };
     create(&new)?;
-    let swapped = lchown(&new, Some(old.uid()), Some(old.gid()))
-        .and_then(|()| open(&new))
+    // By descriptor, as a confined process changes no owner by path.
+    let swapped = open(&new)
+        .and_then(|file| fchown(&file, Some(old.uid()), Some(old.gid())).map(|()| file))
         .and_then(|file| try_lock(&file).map(|_| file))
         .and_then(|file| swap().map(|()| file));
     let file = match swapped {
