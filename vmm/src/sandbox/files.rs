@@ -164,11 +164,13 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
     match &config.serial {
         SerialMode::Off | SerialMode::Null => {}
         SerialMode::Tty => rules.push(rule(&host.proc.join("self/fd/1"), device)),
-        SerialMode::File(path) if path.exists() => rules.push(rule(path, write)),
+        SerialMode::File(path) if path.exists() => {
+            rules.push(rule(path, write | AccessFs::ReadFile));
+        }
         SerialMode::File(path) => {
             let folder = path.parent().filter(|folder| *folder != Path::new(""));
             let folder = folder.unwrap_or(Path::new("."));
-            rules.push(rule(folder, write | AccessFs::MakeReg));
+            rules.push(rule(folder, write | AccessFs::ReadFile | AccessFs::MakeReg));
         }
     }
     rules
