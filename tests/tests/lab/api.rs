@@ -26,7 +26,7 @@ pub const CASES: &[Case] = cases![
     a_guest_hears_its_power_button,
     commands_find_the_vm_by_its_name,
     a_second_vm_of_a_name_is_refused,
-    a_killed_vm_leaves_a_socket_that_is_replaced,
+    the_socket_of_a_killed_vm_goes_and_no_other,
     bad_clients_do_not_disturb_the_guest,
 ];
 
@@ -204,7 +204,7 @@ fn a_paused_guest_does_nothing(host: &Host) -> Result<()> {
     gantry(host, "vm pause vm")?;
     let counted = || -> Result<u64> {
         let text =
-            host.sh("cat /proc/$(pidof gantry)/task/*/stat | awk '$2 ~ /vcpu/ {print $14+$15}'");
+            host.sh("cat /proc/$(pidof gantry | tr ' ' '\\n' | sort -n | head -n1)/task/*/stat | awk '$2 ~ /vcpu/ {print $14+$15}'");
         Ok(text
             .output()?
             .text()
@@ -272,7 +272,8 @@ fn commands_find_the_vm_by_its_name(host: &Host) -> Result<()> {
 fn a_second_vm_of_a_name_is_refused(host: &Host) -> Result<()> {
     let mut first = Vm::new("shell").start(host)?;
     first.until("guest: init")?;
-    let pid = host.sh("pidof gantry").output()?.text();
+    let pid = host.sh("pidof gantry | tr ' ' '\\n' | sort -n | head -n1");
+    let pid = pid.output()?.text();
     let second = Vm::new("none").run(host)?.exits(1)?;
     for words in [
         &format!("a VM \"vm\" runs already, as process {pid}"),
@@ -290,14 +291,20 @@ fn a_second_vm_of_a_name_is_refused(host: &Host) -> Result<()> {
     no_socket(host)
 }
 
-fn a_killed_vm_leaves_a_socket_that_is_replaced(host: &Host) -> Result<()> {
+fn the_socket_of_a_killed_vm_goes_and_no_other(host: &Host) -> Result<()> {
+    let mut other = Vm::new("shell");
+    other.flags = "--name other";
+    let mut other = other.start(host)?;
+    other.until("guest: init")?;
     let mut running = Vm::new("shell").start(host)?;
     running.until("guest: init")?;
     running.signal(nix::sys::signal::Signal::SIGKILL)?;
     running.end()?;
-    let left = host.sh("[ -S /run/gantry/vm.sock ]").output()?;
-    left.success()
-        .context("kill -9 leaves nobody to remove it")?;
+    let gone =
+        "for n in $(seq 100); do [ -e /run/gantry/vm.sock ] || exit 0; sleep 0.1; done; exit 1";
+    host.sh(gone).output()?.success()?;
+    gantry(host, "vm shutdown other")?;
+    other.end()?.powered_off()?;
     let mut running = Vm::new("shell").start(host)?;
     running.until("guest: init")?;
     let explicit = "gantry run --api-socket /run/gantry/vm.sock /tmp/vms/vm.json";

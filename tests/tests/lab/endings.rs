@@ -205,7 +205,9 @@ fn in_the_foreground_again_its_console_is_alive(host: &Host) -> Result<()> {
     running.until("alive")?;
     terminal_is_raw(host, true)?;
     // Stopped, the shell has the terminal, and gives it back with other settings.
-    host.sh("kill -STOP $(pidof gantry)").output()?.success()?;
+    host.sh("kill -STOP $(pidof gantry | tr ' ' '\\n' | sort -n | head -n1)")
+        .output()?
+        .success()?;
     running.until("icanon")?;
     running.keys("echo a''gain\n")?;
     running.until("again")?;
@@ -228,7 +230,9 @@ fn in_the_background_again_it_ends(host: &Host) -> Result<()> {
         sleep 1; kill -TERM $(pidof gantry); wait %1; echo status=$?; echo after=$(stty -g)";
     let mut running = Vm::new("shell").on_terminal(host, script)?;
     running.until("/ # ")?;
-    host.sh("kill -STOP $(pidof gantry)").output()?.success()?;
+    host.sh("kill -STOP $(pidof gantry | tr ' ' '\\n' | sort -n | head -n1)")
+        .output()?
+        .success()?;
     running.until("job=stopped")?;
     let ended = running.end()?.exits(0)?;
     ensure!(ended.said.contains("status=143"), "{ended}");

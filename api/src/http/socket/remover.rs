@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::{DYING_PATIENCE, DYING_STEP, KNOCK_STEP, dir_of, remove_stale, turns};
 use gantry_vmm::sandbox;
+use nix::sys::signal::{SigSet, Signal};
 
 /// The first argument of the helper.
 pub const SUBCOMMAND: &str = "__remove-socket";
@@ -56,6 +57,14 @@ impl Drop for Remover {
 /// What the helper does with the socket and the run directory: waits for the end of its standard input,
 /// then removes the socket unless another one took its place.
 pub fn remover_helper(path: &Path, run: &Path) -> ExitCode {
+    // Its end is the VM's, whatever ends others that run this program.
+    let ending = [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+    ];
+    let _ = SigSet::from_iter(ending).thread_block();
     let removed = identity(path).and_then(|own| {
         sandbox::confine_removal(dir_of(path), &turns(run))?;
         io::copy(&mut io::stdin().lock(), &mut io::sink())?;
