@@ -257,51 +257,48 @@ impl Vmm {
         let life = move || {
             let mut started = started;
             let ended = live(&ground, &config, &mut started);
-            match (ended, started) {
-                (Err(error), Some(reply)) => Err((error, Some(reply))),
-                (ended, _) => ended.map_err(|error| (error, None)),
-            }
+            (ended, started)
         };
         let thread = threads::spawn(Role::Vm, &self.ground.sandbox, life);
-        let ended = thread.map_err(Error::host("spawn a thread"))?.join();
+        let (ended, unheard) = thread.map_err(Error::host("spawn a thread"))?.join();
         reap();
-        if !matches!(ended, Err((_, Some(_)))) {
+        if ended.is_ok() || unheard.is_none() {
             desk.ran(why(&ended));
         }
         if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
             desk.created = None;
         }
         desk.show(&self.ground.shown);
-        let outcome = match ended {
-            Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))) => Some(outcome),
-            Ok(End::Over(Outcome::GuestFault(error))) => {
+        let outcome = match (ended, unheard) {
+            (Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))), _) => Some(outcome),
+            (Ok(End::Over(Outcome::GuestFault(error))), _) => {
                 tracing::warn!("the guest died: {error}");
                 (self.ground.events)(VmEvent::GuestFault { error });
                 None
             }
-            Ok(End::Over(_)) => None,
-            Ok(End::Asked(command, reply)) => {
+            (Ok(End::Over(_)), _) => None,
+            (Ok(End::Asked(command, reply)), _) => {
                 reply(Ok(Answer::Done));
                 matches!(command, Command::Quit).then_some(Outcome::Asked)
             }
-            Err((Error::Interrupted(signal), reply)) => {
+            (Err(Error::Interrupted(signal)), reply) => {
                 if let Some(reply) = reply {
                     reply(Err(CommandError::Ending));
                 }
                 Some(Outcome::Signal(signal))
             }
-            Err((error, Some(reply))) => {
+            (Err(error), Some(reply)) => {
                 reply(Err(CommandError::Failed(error)));
                 None
             }
-            Err((error, None)) if asked => {
+            (Err(error), None) if asked => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "the host failed the VM"
                 );
                 None
             }
-            Err((error, None)) => return Err(error),
+            (Err(error), None) => return Err(error),
         };
         desk.tell(&self.ground.events);
         Ok(outcome)
@@ -309,11 +306,11 @@ impl Vmm {
 }
 
 /// Why a VM has ended, in words for people.
-fn why(ended: &Result<End, (Error, Option<Reply>)>) -> String {
+fn why(ended: &Result<End, Error>) -> String {
     match ended {
         Ok(End::Over(outcome)) => outcome.to_string(),
         Ok(End::Asked(..)) => Outcome::Asked.to_string(),
-        Err((error, _)) => {
+        Err(error) => {
             let first: &dyn std::error::Error = error;
             let causes = std::iter::successors(Some(first), |error| error.source());
             let causes: Vec<String> = causes.map(ToString::to_string).collect();

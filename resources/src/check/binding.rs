@@ -160,24 +160,13 @@ impl<'a> Plan<'a> {
                 .lines(
                     "ids need vfio-pci to be the first at each boot, by these lines in /etc/modprobe.d/gantry.conf:",
                     lines,
-                )
-                ;
+                );
             finding = match facts.boot.initramfs.command() {
                 Some(command) => finding.lines("then rebuild the initramfs:", [command]),
                 None => finding.fix("then rebuild the initramfs, where there is one"),
             };
         }
-        for (module, file) in &drivers.held_back {
-            let rebuild = facts.boot.initramfs.command();
-            let rebuild = rebuild.map_or_else(
-                || "rebuild the initramfs".to_owned(),
-                |command| format!("`{command}`"),
-            );
-            finding = finding.fix(format!(
-                "{file} holds {module} back, and it is loaded: {rebuild}, in case the initramfs lacks that file, and \
-                 restart the host"
-            ));
-        }
+        finding = held_back(facts, &drivers, finding);
         if !drivers.hold_back.is_empty() {
             let words = format!("modprobe.blacklist={}", drivers.hold_back.join(","));
             finding = finding
@@ -276,4 +265,20 @@ fn used_elsewhere(facts: &Facts, plan: &Plan<'_>, driver: &str) -> bool {
         .iter()
         .filter(|device| !plan.bring.iter().any(|one| one.bdf == device.bdf));
     others.any(|device| device.driver.as_deref() == Some(driver))
+}
+
+/// Drivers that a file holds back, and that are loaded all the same.
+fn held_back(facts: &Facts, drivers: &Drivers, mut finding: Finding) -> Finding {
+    for (module, file) in &drivers.held_back {
+        let rebuild = facts.boot.initramfs.command();
+        let rebuild = rebuild.map_or_else(
+            || "rebuild the initramfs".to_owned(),
+            |command| format!("`{command}`"),
+        );
+        finding = finding.fix(format!(
+            "{file} holds {module} back, and it is loaded: {rebuild}, in case the initramfs lacks that file, and \
+             restart the host"
+        ));
+    }
+    finding
 }
