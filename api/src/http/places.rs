@@ -1,5 +1,6 @@
 //! The places that connections take: bounded in number, and shared between the users that connect.
 
+use std::cmp::Reverse;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -75,7 +76,7 @@ impl Places {
         let seats = || taken.seats.iter().enumerate();
         let idle = seats().filter(|(_, seat)| !own_only || seat.user == user);
         let idle = idle.filter_map(|(index, seat)| Some((index, seat, seat.idle?)));
-        let longest = idle.max_by_key(|(_, seat, since)| (taken.of(seat.user), since.elapsed()));
+        let longest = idle.max_by_key(|(_, seat, since)| (taken.of(seat.user), Reverse(*since)));
         if let Some((index, ..)) = longest {
             return Some(index);
         }
@@ -205,6 +206,7 @@ mod tests {
         let _busy = (alice.busy(), bob.busy());
         assert!(places.take(1003).is_none());
         let owner = places.take(OWNER).unwrap();
+        let _answering = owner.busy();
         let root = places.take(0).unwrap();
         assert!(is_lost(&alice) && is_lost(&bob));
         assert!(!is_lost(&owner) && !is_lost(&root));
