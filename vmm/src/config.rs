@@ -22,7 +22,7 @@ pub struct VmConfig {
     /// The NUMA nodes of the host that RAM comes from, and where the vCPUs are.
     pub nodes: Nodes,
     /// Host devices it takes, in the order of their slots.
-    pub devices: Vec<Request>,
+    pub devices: Vec<Asked>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Slots for devices that come while it runs.
@@ -30,9 +30,66 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// What is asked of the host, in the order of the slots.
+    pub fn requests(&self) -> Vec<Request> {
+        let asked = self.devices.iter();
+        asked.map(|asked| asked.request.clone()).collect()
+    }
+
     /// Whether devices need all of its RAM pinned, now or later.
     pub fn is_pinned(&self) -> bool {
         !self.devices.is_empty() || !self.hotplug.from.is_empty()
+    }
+}
+
+/// Host devices that a VM asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    /// What the device is called in the VM; its address on the host if absent. Of several devices only the
+    /// first is called so, the others get `-1`, `-2`, ... behind it.
+    pub id: Option<String>,
+    /// Which devices.
+    pub request: Request,
+}
+
+impl Asked {
+    /// What they are called, as far as that is known before they are leased.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let address = match &self.request {
+            Request::Any(_) => None,
+            Request::Device { bdf, .. } => Some(bdf.to_string()),
+            Request::Mdev { uuid, .. } => Some(uuid.to_string()),
+        };
+        let count = match (&self.id, &self.request) {
+            (Some(_), Request::Any(wish)) => wish.count as usize,
+            _ => usize::from(self.id.is_some() || address.is_some()),
+        };
+        let first = self.id.clone().or(address).unwrap_or_default();
+        (0..count).map(move |index| nth_name(&first, index))
+    }
+
+    /// The group or alias that they are asked for by.
+    pub fn source(&self) -> Option<&str> {
+        match &self.request {
+            Request::Any(wish) => match &wish.from {
+                Source::Group(name) | Source::Alias(name) => Some(name),
+            },
+            Request::Device { .. } | Request::Mdev { .. } => None,
+        }
+    }
+}
+
+impl From<Request> for Asked {
+    fn from(request: Request) -> Self {
+        Self { id: None, request }
+    }
+}
+
+/// What the device with this index is called of several that are named at once.
+pub fn nth_name(id: &str, index: usize) -> String {
+    match index {
+        0 => id.to_owned(),
+        index => format!("{id}-{index}"),
     }
 }
 

@@ -71,9 +71,9 @@ pub struct DeleteArgs {
     tell: TellArgs,
 }
 
-/// A plan that is no more.
+/// What was done to a plan.
 #[derive(Debug, Serialize)]
-struct Deleted<'a> {
+struct Changed<'a> {
     plan: &'a str,
     done: &'static str,
     files: [&'a Path; 1],
@@ -85,9 +85,8 @@ pub struct WriteArgs {
     name: String,
     #[command(flatten)]
     says: Says,
-    /// Show the plan as JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    tell: TellArgs,
 }
 
 /// What a plan says.
@@ -187,23 +186,16 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
             let mut plan = Plan::named(&args.name);
             args.says.replace(&mut plan);
             let file = create_plan(paths, plan).map_err(Failure::host)?;
-            written(&args.name, "created", &file, args.json, paths)
+            written(&args.name, "created", &file, args.tell, paths)
         }
         PlanCommand::Edit(args) => {
             let change = |plan: &mut Plan| args.says.replace(plan);
             let file = change_plan(paths, &args.name, change).map_err(Failure::host)?;
-            written(&args.name, "changed", &file, args.json, paths)
+            written(&args.name, "changed", &file, args.tell, paths)
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
-            let deleted = Deleted {
-                plan: &args.name,
-                done: "deleted",
-                files: [&file],
-            };
-            args.tell.tell(&deleted, |out| {
-                writeln!(out, "plan {}: deleted (from {})", args.name, file.display())
-            })
+            tell(&args.name, "deleted", "from", &file, args.tell)
         }
     }
 }
@@ -222,16 +214,26 @@ fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
 /// Tells what became of a plan, and of groups that it names and the host lacks.
 fn written(
     name: &str,
-    what: &str,
+    what: &'static str,
     file: &Path,
-    json: bool,
+    args: TellArgs,
     paths: &HostPaths,
 ) -> Result<(), Failure> {
     warn_of_groups(name, paths)?;
-    if json {
-        return show(name, paths);
-    }
-    print(|out| writeln!(out, "plan {name}: {what} (in {})", file.display()))
+    tell(name, what, "in", file, args)
+}
+
+fn tell(
+    plan: &str,
+    done: &'static str,
+    place: &str,
+    file: &Path,
+    args: TellArgs,
+) -> Result<(), Failure> {
+    let files = [file];
+    args.tell(&Changed { plan, done, files }, |out| {
+        writeln!(out, "plan {plan}: {done} ({place} {})", file.display())
+    })
 }
 
 fn show(name: &str, paths: &HostPaths) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! What can be wrong with a VM's file, said so that the user can mend it.
 
-use super::document::Position;
+use super::document::{self, Position};
 
 /// Why there is no [`gantry_vmm::VmConfig`].
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +64,16 @@ impl Fault {
             at,
             what,
             help: None,
+        }
+    }
+
+    /// The same fault in a text that has a name.
+    pub fn in_file(self, file: &str, text: &str) -> Error {
+        Error::Invalid {
+            file: file.to_owned(),
+            position: document::position(text, self.at),
+            what: self.what,
+            help: self.help,
         }
     }
 

@@ -11,24 +11,28 @@ use super::wording::{unknown_key, wrong_type};
 /// What an inert key may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accepts {
-    /// One of these JSON values; the first is named in messages. All are scalars, `[]` or `{}`.
+    /// `null` or one of these JSON values; the first is named in messages. All are scalars, `[]` or `{}`.
     Only(&'static [&'static str]),
+    /// Any text: it tells nothing that gantry would act on.
+    Text,
     /// `null`, or an object with inert keys, which have rows of their own.
     Members,
 }
 
-use Accepts::{Members, Only};
+use Accepts::{Members, Only, Text};
 
 const FALSE: Accepts = Only(&["false"]);
 const TRUE: Accepts = Only(&["true"]);
 const NOTHING: Accepts = Only(&["null"]);
-const EMPTY: Accepts = Only(&["[]", "null"]);
+const EMPTY: Accepts = Only(&["[]"]);
 const OFF: Accepts = Only(&["\"Off\""]);
 const ZERO: Accepts = Only(&["0"]);
-const NO_BYTES: Accepts = Only(&["null", "0"]);
+const NO_BYTES: Accepts = Only(&["0"]);
 
-/// Every inert key by its path, `[]` standing for any element of a list.
+/// Every inert key by its path, `[]` standing for any element of a list: all keys that Cloud Hypervisor's
+/// API document has, or once had, and gantry does not act on.
 pub const KEYS: &[(&str, Accepts)] = &[
+    ("$schema", Text),
     ("balloon", NOTHING),
     ("console", Members),
     ("console.file", NOTHING),
@@ -48,22 +52,26 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("cpus.topology", NOTHING),
     ("debug_console", Members),
     ("debug_console.file", NOTHING),
-    ("debug_console.iobase", Only(&["null", "233"])),
+    ("debug_console.iobase", Only(&["233"])),
     ("debug_console.mode", OFF),
-    ("devices[].id", NOTHING),
+    ("devices[].fd", NOTHING),
     ("devices[].iommu", FALSE),
     ("devices[].pci_device_id", NOTHING),
     ("devices[].pci_segment", ZERO),
-    ("devices[].x_exclude_mmap_bars", Only(&["[]"])),
+    ("devices[].x_exclude_mmap_bars", EMPTY),
     ("devices[].x_nv_gpudirect_clique", NOTHING),
     ("disks", EMPTY),
     ("fs", EMPTY),
     ("gdb", FALSE),
+    ("generic-vhost-user", EMPTY),
     ("generic_vhost_user", EMPTY),
     ("iommu", FALSE),
     ("ivshmem", NOTHING),
     ("landlock_enable", FALSE),
     ("landlock_rules", EMPTY),
+    ("memory.balloon", FALSE),
+    ("memory.balloon_size", NO_BYTES),
+    ("memory.file", NOTHING),
     ("memory.hotplug_method", Only(&["\"Acpi\""])),
     ("memory.hotplug_size", NO_BYTES),
     ("memory.hotplugged_size", NO_BYTES),
@@ -84,9 +92,11 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("pci_segments", EMPTY),
     ("platform", Members),
     ("platform.chassis_asset_tag", NOTHING),
+    ("platform.iommu_address_width", Only(&["64"])),
     ("platform.iommu_address_width_bits", Only(&["64"])),
     ("platform.iommu_segments", EMPTY),
     ("platform.iommufd", FALSE),
+    ("platform.iommufd_fd", NOTHING),
     ("platform.num_pci_segments", Only(&["1"])),
     ("platform.oem_strings", EMPTY),
     ("platform.serial_number", NOTHING),
@@ -102,6 +112,7 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("platform.uuid", NOTHING),
     ("platform.vfio_p2p_dma", TRUE),
     ("pmem", EMPTY),
+    ("preserved_fds", EMPTY),
     ("pvmemcontrol", NOTHING),
     ("pvpanic", FALSE),
     ("rate_limit_groups", EMPTY),
@@ -112,10 +123,18 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("rng.pci_segment", ZERO),
     ("rng.src", Only(&["\"/dev/urandom\""])),
     ("rtc", NOTHING),
+    ("serial.id", NOTHING),
+    ("serial.iommu", FALSE),
+    ("serial.pci_device_id", NOTHING),
+    ("serial.pci_segment", ZERO),
     ("serial.socket", NOTHING),
+    ("sgx_epc", EMPTY),
+    ("tdx", NOTHING),
     ("tpm", NOTHING),
     ("user_devices", EMPTY),
     ("vdpa", EMPTY),
+    ("vhost_user_blk", EMPTY),
+    ("vhost_user_net", EMPTY),
     ("vsock", NOTHING),
     ("watchdog", FALSE),
 ];
@@ -129,9 +148,10 @@ pub fn keys_of(parent: &str) -> impl Iterator<Item = &'static str> {
     })
 }
 
-/// Takes the inert keys out of a tree, refusing those that ask for something.
-pub fn strip(root: &mut Node) -> Result<(), Fault> {
-    strip_below(root, "")
+/// Takes the inert keys out of a tree that stands at `place` of the table, refusing those that ask for
+/// something. A VM's file stands at the empty place, the body for one device at `devices[]`.
+pub fn strip(root: &mut Node, place: &str) -> Result<(), Fault> {
+    strip_below(root, "", place)
 }
 
 /// A path as the table writes it: `devices[0].id` becomes `devices[].id`.
@@ -144,17 +164,21 @@ fn pattern(path: &str) -> String {
     outside.collect()
 }
 
-fn strip_below(node: &mut Node, path: &str) -> Result<(), Fault> {
+/// `path` is where the node stands in the text, `place` where it stands in the table.
+fn strip_below(node: &mut Node, path: &str, place: &str) -> Result<(), Fault> {
     match &mut node.value {
         Value::List(items) => {
+            let place = format!("{place}[]");
             let mut items = items.iter_mut().enumerate();
-            items.try_for_each(|(index, item)| strip_below(item, &format!("{path}[{index}]")))
+            items.try_for_each(|(index, item)| {
+                strip_below(item, &format!("{path}[{index}]"), &place)
+            })
         }
         Value::Map(entries) => {
             let mut kept = Vec::with_capacity(entries.len());
             for mut entry in std::mem::take(entries) {
-                let path = join(path, &entry.key);
-                if !strip_entry(&mut entry, &path)? {
+                let (path, place) = (join(path, &entry.key), join(place, &entry.key));
+                if !strip_entry(&mut entry, &path, &place)? {
                     kept.push(entry);
                 }
             }
@@ -166,13 +190,21 @@ fn strip_below(node: &mut Node, path: &str) -> Result<(), Fault> {
 }
 
 /// Whether the entry was inert; what is inert below it is gone in any case.
-fn strip_entry(entry: &mut Entry, path: &str) -> Result<bool, Fault> {
-    let pattern = pattern(path);
-    match KEYS.iter().find(|(key, _)| *key == pattern) {
-        None => strip_below(&mut entry.node, path).map(|()| false),
+fn strip_entry(entry: &mut Entry, path: &str, place: &str) -> Result<bool, Fault> {
+    match KEYS.iter().find(|(key, _)| *key == place) {
+        None => strip_below(&mut entry.node, path, place).map(|()| false),
         Some((_, Only(values))) => asks_for_nothing(entry, path, values).map(|()| true),
+        Some((_, Text)) => match &entry.node.value {
+            Value::Text(_) | Value::Null => Ok(true),
+            other => Err(wrong_type(
+                entry.node.at,
+                path,
+                "a string",
+                &other.to_string(),
+            )),
+        },
         Some((_, Members)) => {
-            strip_below(&mut entry.node, path)?;
+            strip_below(&mut entry.node, path, place)?;
             only_inert_members(&entry.node, path).map(|()| true)
         }
     }
@@ -180,7 +212,7 @@ fn strip_entry(entry: &mut Entry, path: &str) -> Result<bool, Fault> {
 
 fn asks_for_nothing(entry: &Entry, path: &str, values: &[&str]) -> Result<(), Fault> {
     let found = entry.node.value.to_string();
-    if values.contains(&found.as_str()) {
+    if matches!(entry.node.value, Value::Null) || values.contains(&found.as_str()) {
         return Ok(());
     }
     let first = values.first().copied().unwrap_or_default();
@@ -208,9 +240,9 @@ mod tests {
     fn what_every_row_accepts_is_taken_out() {
         for (path, accepts) in KEYS {
             let Only(values) = accepts else { continue };
-            for value in *values {
+            for value in values.iter().chain(&["null"]) {
                 let mut root = parse(&nest(path, value)).unwrap();
-                strip(&mut root).unwrap_or_else(|fault| panic!("{path}: {}", fault.what));
+                strip(&mut root, "").unwrap_or_else(|fault| panic!("{path}: {}", fault.what));
                 let key = path.rsplit('.').next().unwrap();
                 let left = format!("{root:?}");
                 assert!(!left.contains(&format!("{key:?}")), "{path}: {left}");
@@ -223,7 +255,7 @@ mod tests {
         for (path, accepts) in KEYS {
             let Only(values) = accepts else { continue };
             let mut root = parse(&nest(path, "\"much\"")).unwrap();
-            let fault = strip(&mut root).unwrap_err();
+            let fault = strip(&mut root, "").unwrap_err();
             assert!(
                 fault.what.contains(&path.replace("[]", "[0]")),
                 "{}",

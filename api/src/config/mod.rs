@@ -18,13 +18,12 @@ use std::path::{Path, PathBuf};
 use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
-use gantry_resources::{DeviceName, HostPaths, Request, read_text};
-use gantry_vmm::command::Wanted;
-pub use schema::schema;
+use gantry_resources::{HostPaths, read_text};
+use gantry_vmm::command::{Attach, Wanted};
+pub use model::{AddDevice, DeviceConfig, PlanDevices};
+pub use schema::{add_inert, schema};
 pub use validate::SLOTS;
 use validate::{Context, Invalid};
-
-use crate::http::wire::AddDevice;
 
 /// Where a VM's file comes from.
 #[derive(Debug, Clone)]
@@ -129,67 +128,56 @@ pub fn parse(
         host: &extras.host,
         slots: extras.slots,
     };
-    compile(written.text, &context).map_err(|Fault { at, what, help }| Error::Invalid {
-        file: written.file.to_owned(),
-        position: document::position(written.text, at),
-        what,
-        help,
+    compile(written.text, &context).map_err(|fault| fault.in_file(written.file, written.text))
+}
+
+/// What the body of `vm.add-device` asks for.
+///
+/// # Errors
+/// The body is no JSON, has a key that is not known or asks for what there is not, or makes no sense.
+pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, Error> {
+    attach_of(body, allow_ungrouped).map_err(|fault| fault.in_file("the body", body))
+}
+
+fn attach_of(body: &str, allow_ungrouped: bool) -> Result<Attach, Fault> {
+    let mut root = document::parse(body)?;
+    inert::strip(&mut root, "devices[]")?;
+    let misplaced = |Invalid { path, what, help }: Invalid| {
+        Fault::new(locate(&root, &path), told(&path, &what)).help(help)
+    };
+    let planned =
+        matches!(&root.value, Value::Map(entries) if entries.iter().any(|e| e.key == "plan"));
+    if planned {
+        let PlanDevices { plan, id } = decode::decode(&root).map_err(wording::misfit)?;
+        if let Some(id) = &id {
+            validate::check_id("id", id, None).map_err(misplaced)?;
+        }
+        let wanted = Wanted::Plan(plan);
+        return Ok(Attach { id, wanted });
+    }
+    let device = decode::decode(&root).map_err(wording::misfit)?;
+    let asked = validate::device("", device, allow_ungrouped).map_err(misplaced)?;
+    Ok(Attach {
+        id: asked.id,
+        wanted: Wanted::Request(asked.request),
     })
 }
 
-/// What the body of `vm.add-device` asks for; else what is wrong with it, and what to do.
-pub fn attach_request(body: AddDevice, allow_ungrouped: bool) -> Result<Wanted, String> {
-    let unsupported = [
-        ("iommu", body.iommu == Some(true)),
-        (
-            "pci_segment",
-            body.pci_segment.is_some_and(|segment| segment > 0),
-        ),
-        ("pci_device_id", body.pci_device_id.is_some()),
-        (
-            "x_nv_gpudirect_clique",
-            body.x_nv_gpudirect_clique.is_some(),
-        ),
-        (
-            "x_exclude_mmap_bars",
-            body.x_exclude_mmap_bars
-                .is_some_and(|bars| !bars.is_empty()),
-        ),
-    ];
-    if let Some((key, _)) = unsupported.iter().find(|(_, given)| *given) {
-        return Err(format!("`{key}` is not supported yet\nremove the key"));
+/// What is wrong with the value at a path; the empty path is the whole text.
+fn told(path: &str, what: &str) -> String {
+    match path {
+        "" => what.to_owned(),
+        path => format!("`{path}`: {what}"),
     }
-    let plan = body.plan;
-    let device = model::DeviceConfig {
-        group: body.group,
-        alias: body.alias,
-        count: body.count,
-        path: body.path,
-        numa_policy: body.numa_policy,
-        traits: body.traits,
-        resource_class: body.resource_class,
-        isolate: body.isolate,
-    };
-    if let Some(plan) = plan {
-        return match device == model::DeviceConfig::default() {
-            true => Ok(Wanted::Plan(plan)),
-            false => {
-                Err("`plan`: the plan says which devices\nleave the other keys out".to_owned())
-            }
-        };
-    }
-    validate::device("device", device, allow_ungrouped)
-        .map(Wanted::Request)
-        .map_err(|Invalid { path, what, help }| format!("`{path}`: {what}\n{help}"))
 }
 
 /// The whole way from text to a validated VM.
 fn compile(text: &str, context: &Context) -> Result<gantry_vmm::VmConfig, Fault> {
     let mut root = document::parse(text)?;
-    inert::strip(&mut root)?;
+    inert::strip(&mut root, "")?;
     let model = decode::decode(&root).map_err(wording::misfit)?;
     validate::convert(model, context).map_err(|Invalid { path, what, help }| {
-        Fault::new(locate(&root, &path), format!("`{path}`: {what}")).help(help)
+        Fault::new(locate(&root, &path), told(&path, &what)).help(help)
     })
 }
 
@@ -213,29 +201,6 @@ fn stem(path: &Path) -> String {
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned()
-}
-
-/// What a client calls a device: it appears in logs and tables, beside the addresses of others.
-///
-/// # Errors
-/// Why it cannot be called so, in words.
-pub fn check_id(id: &str, wanted: &Wanted) -> Result<(), String> {
-    let own = match wanted {
-        Wanted::Request(Request::Device { bdf, .. }) => Some(DeviceName::Pci(*bdf)),
-        Wanted::Request(Request::Mdev { uuid, .. }) => Some(DeviceName::Mdev(*uuid)),
-        Wanted::Request(Request::Any(_)) | Wanted::Plan(_) => None,
-    };
-    let why = match id.parse::<DeviceName>() {
-        Ok(name) if Some(name) != own => "it is the address of a device",
-        _ => match flaw(id) {
-            Some(flaw) => flaw,
-            None => return Ok(()),
-        },
-    };
-    Err(format!(
-        "`id`: \"{}\" is no name for a device: {why}",
-        id.escape_debug()
-    ))
 }
 
 /// A name appears in lock files, logs and tables.

@@ -5,7 +5,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{NumaPolicy, Traits};
+use gantry_resources::{DeviceName, NumaPolicy, Request, Source, Traits};
+use gantry_vmm::Asked;
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};
 
@@ -19,18 +20,12 @@ pub struct VmConfig {
     /// devices. `gantry plan list` shows them.
     pub plan: Option<String>,
     /// The guest's processors.
-    #[serde(default, deserialize_with = "given")]
-    #[schemars(with = "CpusConfig")]
     pub cpus: Option<CpusConfig>,
     /// The guest's memory.
-    #[serde(default, deserialize_with = "given")]
-    #[schemars(with = "MemoryConfig")]
     pub memory: Option<MemoryConfig>,
     /// NUMA nodes of the host that the VM's processors and memory are on, and no others; `lscpu` shows
     /// them. Without this key they are on those of the devices that the VM starts with, or else of
     /// `hotplug.groups`, as far as there is room; `[]` leaves it to the host's kernel.
-    #[serde(default, deserialize_with = "given")]
-    #[schemars(with = "Vec<u32>")]
     pub numa_nodes: Option<Vec<u32>>,
     /// Host devices given to the guest, in the order of their slots.
     #[serde(default)]
@@ -39,17 +34,9 @@ pub struct VmConfig {
     #[serde(default, rename = "pci_passthrough:alias")]
     pub aliases: Option<String>,
     /// The guest's first serial port.
-    #[serde(default)]
-    pub serial: SerialConfig,
+    pub serial: Option<SerialConfig>,
     /// Slots for devices that are attached while the guest runs.
     pub hotplug: Option<HotplugConfig>,
-}
-
-/// A key that may be left out, but is no `null`.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    deserializer: D,
-) -> Result<Option<T>, D::Error> {
-    T::deserialize(deserializer).map(Some)
 }
 
 /// What the guest boots. Relative paths start at the folder of the file they are written in, or at
@@ -118,28 +105,94 @@ impl Default for MemoryConfig {
 }
 
 /// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`.
-#[derive(Debug, Default, PartialEq, Eq, serde::Deserialize, JsonSchema)]
+#[derive(
+    Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema,
+)]
 #[serde(deny_unknown_fields, expecting = "an object")]
 #[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
 pub struct DeviceConfig {
+    /// Name that the device gets in the VM; its address on the host if absent. Of several devices the
+    /// first has it, the others get `-1`, `-2` and so on behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Name of the resource group to take devices from; `gantry group list` shows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
     /// Alias to take devices by, as OpenStack Nova defines them; `gantry group alias` shows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub alias: Option<String>,
     /// How many devices of the group or alias; 1 if absent.
     #[schemars(range(min = 1))]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u64>,
-    /// Sysfs path of one device, such as `/sys/bus/pci/devices/0000:01:00.0`. It must be in a
-    /// group unless gantry runs with `--allow-ungrouped`.
+    /// One device, by its sysfs path, such as `/sys/bus/pci/devices/0000:01:00.0`, or its address alone. It
+    /// must be in a group unless gantry runs with `--allow-ungrouped`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// How near to the VM's processors and memory the devices must be.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub numa_policy: Option<NumaPolicy>,
     /// Traits that each device must have, with commas between or as a list.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub traits: Option<Traits>,
     /// The resource class that each device must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub resource_class: Option<String>,
     /// Whether no two of these devices may share a physical function.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
+}
+
+/// Host devices for a running VM: those of a service plan, all of them or none.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "an object")]
+pub struct PlanDevices {
+    /// Name of the service plan; `gantry plan list` shows them.
+    pub plan: String,
+    /// Name that the first device gets in the VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// Body of `vm.add-device`.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum AddDevice {
+    /// The devices of a plan.
+    Plan(PlanDevices),
+    /// Devices of a group or alias, or one.
+    Device(DeviceConfig),
+}
+
+impl From<&Asked> for DeviceConfig {
+    fn from(asked: &Asked) -> Self {
+        let id = asked.id.clone();
+        let exactly = |name: DeviceName| Self {
+            path: Some(name.sysfs_path().into()),
+            ..Self::default()
+        };
+        let device = match &asked.request {
+            Request::Device { bdf, .. } => exactly(DeviceName::Pci(*bdf)),
+            Request::Mdev { uuid, .. } => exactly(DeviceName::Mdev(*uuid)),
+            Request::Any(wish) => {
+                let (group, alias) = match wish.from.clone() {
+                    Source::Group(name) => (Some(name), None),
+                    Source::Alias(name) => (None, Some(name)),
+                };
+                Self {
+                    group,
+                    alias,
+                    count: Some(wish.count.into()),
+                    numa_policy: wish.numa_policy,
+                    traits: Some(wish.traits.clone()).filter(|traits| *traits != Traits::default()),
+                    resource_class: wish.resource_class.clone(),
+                    isolate: Some(wish.isolate).filter(|isolate| *isolate),
+                    ..Self::default()
+                }
+            }
+        };
+        Self { id, ..device }
+    }
 }
 
 /// Slots for devices that are attached while the guest runs.

@@ -22,10 +22,23 @@ pub fn schema() -> Value {
         .into_generator()
         .into_root_schema_for::<VmConfig>()
         .to_value();
-    for (path, accepts) in inert::KEYS {
-        add(&mut schema, path, inert_schema(*accepts));
-    }
+    add_inert(&mut schema, "");
     schema
+}
+
+/// Adds the inert keys to the schema of what stands at `place` of their table.
+pub fn add_inert(schema: &mut Value, place: &str) {
+    for (path, accepts) in inert::KEYS {
+        let path = match place {
+            "" => Some(*path),
+            place => path
+                .strip_prefix(place)
+                .and_then(|path| path.strip_prefix('.')),
+        };
+        if let Some(path) = path {
+            add(schema, path, inert_schema(*accepts));
+        }
+    }
 }
 
 fn inert_schema(accepts: Accepts) -> Value {
@@ -36,8 +49,13 @@ fn inert_schema(accepts: Accepts) -> Value {
             "properties": {},
             "additionalProperties": false,
         }),
+        Accepts::Text => json!({
+            "description": "It tells nothing that gantry would act on.",
+            "type": ["string", "null"],
+        }),
         Accepts::Only(values) => {
-            let values = values.iter().map(|value| serde_json::from_str(value));
+            let values = values.iter().copied().filter(|value| *value != "null");
+            let values = values.chain(["null"]).map(serde_json::from_str);
             json!({
                 "description": "Not supported yet; accepted where it asks for nothing.",
                 "enum": values.filter_map(Result::ok).collect::<Vec<Value>>(),

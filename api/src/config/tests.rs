@@ -5,7 +5,6 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::Request;
-use gantry_vmm::command::Wanted;
 use gantry_vmm::{Nodes, SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
@@ -88,7 +87,10 @@ fn a_full_file_means_what_it_says() {
         bdf,
         allow_ungrouped: false,
     };
-    assert_eq!(config.devices, [group("nvme", 2), group("gpu", 1), device]);
+    assert_eq!(
+        config.requests(),
+        [group("nvme", 2), group("gpu", 1), device]
+    );
 }
 
 #[test]
@@ -138,7 +140,7 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
     let config = named("web 1").unwrap();
     assert_eq!(config.name, "web 1");
     assert!(matches!(
-        config.devices[0],
+        config.requests()[0],
         Request::Device {
             allow_ungrouped: true,
             ..
@@ -393,11 +395,6 @@ const VALUES: &[Mistake] = &[
         "/sys/bus/pci/devices/0000:01:00.0",
     ),
     (
-        r#""devices": [{"path": "01:00.0"}]"#,
-        "2:22: `devices[0].path`: \"01:00.0\" is no path",
-        "write \"/sys/bus/pci/devices/0000:01:00.0\"",
-    ),
-    (
         r#""devices": [{"path": "/a/01:00.0"}, {"path": "/a/0000:01:00.0"}]"#,
         "2:37: `devices[1]`: this device is in the list already",
         "remove one",
@@ -582,23 +579,116 @@ fn the_schema_knows_every_key() {
 
 #[test]
 fn a_device_is_called_by_a_name_that_can_be_shown() {
-    let any = Wanted::Request(Request::group("gpu", 1));
+    let folder = Folder::new();
+    let load = |devices: &str| folder.load(&file(&format!("\"devices\": [{devices}]")));
+    let group = |id: &str| {
+        let id = serde_json::to_string(id).unwrap();
+        format!("{{\"group\": \"gpu\", \"id\": {id}}}")
+    };
     for id in ["gpu0", "Karte 1"] {
-        super::check_id(id, &any).unwrap();
+        assert_eq!(load(&group(id)).unwrap().devices[0].id.as_deref(), Some(id));
+        let attach = super::attach(&group(id), false).unwrap();
+        assert_eq!(attach.id.as_deref(), Some(id));
     }
     for id in ["", "a/b", "\u{1b}[2J", &"x".repeat(65), "0000:01:00.0"] {
-        let said = super::check_id(id, &any).unwrap_err();
+        let said = load(&group(id)).unwrap_err().to_string();
         assert!(
-            said.starts_with("`id`: ") && !said.contains('\u{1b}'),
+            said.contains("`devices[0].id`: ") && !said.contains('\u{1b}'),
+            "{said}"
+        );
+        let said = super::attach(&group(id), false).unwrap_err().to_string();
+        assert!(
+            said.contains("`id`: ") && !said.contains('\u{1b}'),
             "{said}"
         );
     }
-    let own = Wanted::Request(Request::Device {
-        bdf: "0000:01:00.0".parse().unwrap(),
-        allow_ungrouped: false,
-    });
-    super::check_id("0000:01:00.0", &own).unwrap();
-    super::check_id("0000:02:00.0", &own).unwrap_err();
+    let own = |id: &str| format!("{{\"path\": \"01:00.0\", \"id\": \"{id}\"}}");
+    load(&own("0000:01:00.0")).unwrap();
+    load(&own("0000:02:00.0")).unwrap_err();
+}
+
+#[test]
+fn no_two_devices_have_one_name() {
+    let folder = Folder::new();
+    let load = |devices: &str| folder.load(&file(&format!("\"devices\": [{devices}]")));
+    let two = r#"{"group": "gpu", "count": 2, "id": "gpu"}"#;
+    load(&format!(r#"{two}, {{"group": "gpu", "id": "gpu-2"}}"#)).unwrap();
+    for twice in ["gpu", "gpu-1"] {
+        let said = load(&format!(r#"{two}, {{"group": "nic", "id": "{twice}"}}"#));
+        let said = said.unwrap_err().to_string();
+        assert!(said.contains("`devices[1].id`"), "{said}");
+        assert!(said.contains(&format!("called \"{twice}\"")), "{said}");
+    }
+}
+
+#[test]
+fn a_path_may_be_an_address() {
+    let folder = Folder::new();
+    for path in [
+        "00:02.0",
+        "0000:00:02.0",
+        "/sys/bus/pci/devices/0000:00:02.0",
+    ] {
+        let devices = format!(r#""devices": [{{"path": "{path}"}}]"#);
+        let requests = folder.load(&file(&devices)).unwrap().requests();
+        let bdf = "0000:00:02.0".parse().unwrap();
+        let allow_ungrouped = false;
+        assert_eq!(
+            requests,
+            [Request::Device {
+                bdf,
+                allow_ungrouped
+            }],
+            "{path}"
+        );
+    }
+}
+
+#[test]
+fn a_key_that_is_null_is_one_that_is_absent() {
+    let folder = Folder::new();
+    let schema = super::schema();
+    let mut body: serde_json::Value = serde_json::from_str(&file("\"devices\": [{}]")).unwrap();
+    body["devices"][0]["group"] = "nvme".into();
+    // Every key of every object, with null where nothing is said.
+    fill(&mut body, &schema);
+    assert!(
+        body["cpus"].is_null() && body["sgx_epc"].is_null(),
+        "{body}"
+    );
+    assert!(body["devices"][0]["pci_segment"].is_null(), "{body}");
+    let config = folder.load(&body.to_string()).unwrap();
+    assert_eq!(config.requests(), [Request::group("nvme", 1)]);
+    let device = &mut body["devices"][0];
+    super::attach(&device.to_string(), false).unwrap();
+    // And with the objects spelled out.
+    for key in [
+        "cpus", "memory", "serial", "hotplug", "console", "platform", "rng",
+    ] {
+        body[key] = serde_json::json!({});
+    }
+    body["cpus"]["boot_vcpus"] = 1.into();
+    body["memory"]["size"] = "64M".into();
+    body["serial"]["mode"] = "Null".into();
+    fill(&mut body, &schema);
+    assert!(body["memory"]["zones"].is_null(), "{body}");
+    folder.load(&body.to_string()).unwrap();
+}
+
+/// Adds a null for each key of a schema that an object lacks.
+fn fill(value: &mut serde_json::Value, schema: &serde_json::Value) {
+    use serde_json::Value;
+    match value {
+        Value::Object(members) => {
+            for (key, schema) in schema["properties"].as_object().into_iter().flatten() {
+                fill(members.entry(key).or_insert(Value::Null), schema);
+            }
+        }
+        Value::Array(items) => items
+            .iter_mut()
+            .for_each(|item| fill(item, &schema["items"])),
+        _ => {}
+    }
 }
 
 #[test]
@@ -686,7 +776,7 @@ fn a_plan_says_what_the_file_does_not() {
         let config = loaded(members).unwrap();
         assert_eq!(u64::from(config.vcpus.get()), vcpus, "{members}");
         assert_eq!(config.memory.bytes(), mib << 20, "{members}");
-        assert_eq!(&config.devices, devices, "{members}");
+        assert_eq!(&config.requests(), devices, "{members}");
     }
     for (members, said) in [
         (

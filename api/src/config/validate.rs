@@ -8,8 +8,10 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::{DeviceName, Groups, HostPaths, Request, Source, Wish, open_regular};
-use gantry_vmm::{Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_vmm::{Asked, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 
+use super::decode::join;
+use super::flaw;
 use super::model::{self, ByteSize};
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
@@ -74,9 +76,12 @@ pub fn convert(
     let cpus = config.cpus.map(|cpus| vcpus(&cpus)).transpose()?;
     let ram = config.memory.map(|config| memory(&config)).transpose()?;
     let own = config.devices.is_some() || config.aliases.is_some();
-    let asked = requests(config.devices, config.aliases, context.allow_ungrouped)?;
+    let asked = asked(config.devices, config.aliases, context.allow_ungrouped)?;
     let devices = match &plan {
-        Some(plan) if !own => planned::devices(plan)?,
+        Some(plan) if !own => planned::devices(plan)?
+            .into_iter()
+            .map(Asked::from)
+            .collect(),
         _ => asked,
     };
     let vcpus = match cpus {
@@ -103,7 +108,7 @@ pub fn convert(
             None => planned::memory(plan.as_ref())?,
         },
         devices,
-        serial: serial(config.serial, context.folder)?,
+        serial: serial(config.serial.unwrap_or_default(), context.folder)?,
         hotplug,
     })
 }
@@ -194,41 +199,80 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
     })
 }
 
-fn requests(
+fn asked(
     configs: Option<Vec<model::DeviceConfig>>,
     aliases: Option<String>,
     allow_ungrouped: bool,
-) -> Result<Vec<Request>, Invalid> {
-    let mut requests = devices(configs.unwrap_or_default(), allow_ungrouped)?;
+) -> Result<Vec<Asked>, Invalid> {
+    let mut asked = devices(configs.unwrap_or_default(), allow_ungrouped)?;
     if let Some(text) = aliases {
         let more = gantry_resources::aliases(&text).map_err(|error| {
             let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
             invalid("pci_passthrough:alias", error.to_string(), help)
         })?;
-        requests.extend(more);
+        asked.extend(more.into_iter().map(Asked::from));
     }
-    Ok(requests)
+    Ok(asked)
 }
 
 fn devices(
     configs: Vec<model::DeviceConfig>,
     allow_ungrouped: bool,
-) -> Result<Vec<Request>, Invalid> {
-    let mut requests = Vec::with_capacity(configs.len());
+) -> Result<Vec<Asked>, Invalid> {
+    let mut all: Vec<Asked> = Vec::with_capacity(configs.len());
+    let mut names: Vec<String> = Vec::new();
     for (index, config) in configs.into_iter().enumerate() {
         let key = format!("devices[{index}]");
-        let request = device(&key, config, allow_ungrouped)?;
-        if !matches!(request, Request::Any(_)) && requests.contains(&request) {
+        let asked = device(&key, config, allow_ungrouped)?;
+        let exact = !matches!(asked.request, Request::Any(_));
+        if exact && all.iter().any(|other| other.request == asked.request) {
             let what = "this device is in the list already";
             return Err(invalid(&key, what, "remove one of the two"));
         }
-        requests.push(request);
+        if let Some(twice) = asked.names().find(|name| names.contains(name)) {
+            let what = format!("another device of the list is called \"{twice}\"");
+            return Err(invalid(&join(&key, "id"), what, "choose another id"));
+        }
+        names.extend(asked.names());
+        all.push(asked);
     }
-    Ok(requests)
+    Ok(all)
 }
 
-/// Converts one device; `key` is where it stands.
+/// Converts one device; `key` is where it stands, empty where it stands alone.
 pub fn device(
+    key: &str,
+    config: model::DeviceConfig,
+    allow_ungrouped: bool,
+) -> Result<Asked, Invalid> {
+    let id = config.id.clone();
+    let request = request(key, config, allow_ungrouped)?;
+    if let Some(id) = &id {
+        let own = match &request {
+            Request::Device { bdf, .. } => Some(DeviceName::Pci(*bdf)),
+            Request::Mdev { uuid, .. } => Some(DeviceName::Mdev(*uuid)),
+            Request::Any(_) => None,
+        };
+        check_id(&join(key, "id"), id, own)?;
+    }
+    Ok(Asked { id, request })
+}
+
+/// What a device is called appears in logs and tables, beside the addresses of others: it may be the
+/// device's `own` address, and no other.
+pub fn check_id(key: &str, id: &str, own: Option<DeviceName>) -> Result<(), Invalid> {
+    let why = match id.parse::<DeviceName>() {
+        Ok(name) if Some(name) != own => "it is the address of a device",
+        _ => match flaw(id) {
+            Some(flaw) => flaw,
+            None => return Ok(()),
+        },
+    };
+    let what = format!("\"{}\" is no name for a device: {why}", id.escape_debug());
+    Err(invalid(key, what, "choose another id, or leave it out"))
+}
+
+fn request(
     key: &str,
     config: model::DeviceConfig,
     allow_ungrouped: bool,
@@ -249,7 +293,7 @@ pub fn device(
             Some((name, _)) => {
                 let what = "a path names exactly one device";
                 let help = format!("remove `{name}`");
-                return Err(invalid(&format!("{key}.{name}"), what, help));
+                return Err(invalid(&join(key, name), what, help));
             }
         },
         (None, None, None) => {
@@ -267,7 +311,7 @@ pub fn device(
     let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
     if count == 0 {
         let help = "use 1 or more, or remove the entry";
-        return Err(invalid(&format!("{key}.count"), "0 devices are none", help));
+        return Err(invalid(&join(key, "count"), "0 devices are none", help));
     }
     Ok(Request::Any(Wish {
         numa_policy: config.numa_policy,
@@ -323,20 +367,14 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
 fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {
     let wrong = |what: &str, help: String| {
         let what = format!("\"{}\" {what}", path.display());
-        Err(invalid(&format!("{key}.path"), what, help))
+        Err(invalid(&join(key, "path"), what, help))
     };
-    match DeviceName::from_sysfs_path(path) {
-        Ok(name) if !path.is_absolute() => {
-            wrong("is no path", format!("write \"{}\"", name.sysfs_path()))
-        }
-        Ok(_) => match Request::exact(path, allow_ungrouped) {
-            Ok(request) => Ok(request),
-            Err(error) => wrong("names no device", error.to_string()),
-        },
+    match Request::exact(path, allow_ungrouped) {
+        Ok(request) => Ok(request),
         Err(_) => {
             let help = "write it like \"/sys/bus/pci/devices/0000:01:00.0\"; \
                         `gantry device list` shows the addresses";
-            wrong("is no PCI device's sysfs path", help.to_owned())
+            wrong("is no PCI device's sysfs path or address", help.to_owned())
         }
     }
 }

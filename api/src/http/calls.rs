@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_resources::{Maintenance, maintenance};
-use gantry_vmm::command::{Answer, Attach, Command, Detach, DeviceCounters, Recipe, VmInfo};
+use gantry_vmm::command::{Answer, Command, Detach, DeviceCounters, Recipe, VmInfo};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::EXPECT;
@@ -19,7 +19,7 @@ use super::places::Place;
 use super::reply::{self, Answered, Refusal};
 use super::routes::{self, Call};
 use super::server::{Identity, Limits};
-use super::wire::{self, AddDevice, AddedDevices, Event, RemoveDevice, VmmPing};
+use super::wire::{self, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, Extras, Written};
 
@@ -124,8 +124,7 @@ impl App {
     }
 
     fn create(&self, body: &[u8]) -> Result<Command, Refusal> {
-        let text = String::from_utf8(body.to_vec())
-            .map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))?;
+        let text = text(body)?.to_owned();
         let Identity {
             name,
             allow_ungrouped,
@@ -148,23 +147,15 @@ impl App {
                 file: "the body",
                 folder: Path::new(""),
             };
-            config::parse(&written, &name, &extras).map_err(|error| match error.help() {
-                Some(help) => format!("{error}\n{help}").into(),
-                None => error.into(),
-            })
+            config::parse(&written, &name, &extras).map_err(|error| in_full(&error).into())
         };
         Ok(Command::Create(Recipe(Box::new(make))))
     }
 
     async fn add_device(&self, body: &[u8]) -> Result<Answered, Refusal> {
-        let mut body: AddDevice = json(body)?;
-        let id = body.id.take();
-        let wanted = config::attach_request(body, self.identity.allow_ungrouped);
-        let wanted = wanted.map_err(Refusal::malformed)?;
-        if let Some(id) = &id {
-            config::check_id(id, &wanted).map_err(Refusal::malformed)?;
-        }
-        match self.ask(Command::Attach(Attach { id, wanted })).await? {
+        let attach = config::attach(text(body)?, self.identity.allow_ungrouped);
+        let attach = attach.map_err(|error| Refusal::malformed(in_full(&error)))?;
+        match self.ask(Command::Attach(attach)).await? {
             Answer::Attached(devices) => {
                 let Some(first) = devices.first() else {
                     return Ok(reply::done());
@@ -249,6 +240,18 @@ fn detach(body: &[u8]) -> Result<Detach, Refusal> {
         .transpose()
         .map_err(|_| Refusal::malformed("`force_after`: a number of seconds is wanted"))?;
     Ok(Detach { id, force_after })
+}
+
+/// What is wrong with a body, and what to do about it.
+fn in_full(error: &config::Error) -> String {
+    match error.help() {
+        Some(help) => format!("{error}\n{help}"),
+        None => error.to_string(),
+    }
+}
+
+fn text(body: &[u8]) -> Result<&str, Refusal> {
+    std::str::from_utf8(body).map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))
 }
 
 /// The body as a value, with the key in what is wrong with it.

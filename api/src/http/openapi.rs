@@ -4,7 +4,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use super::routes::{Call, ROUTES, Route};
+use super::routes::{Call, ROOT, ROUTES, Route};
 use super::wire;
 
 /// OpenAPI 3.1, whose schemas are JSON Schema as [`schemars`] writes it.
@@ -34,6 +34,9 @@ pub fn document() -> Value {
         "paths": paths,
     });
     let mut definitions = schemas.take_definitions(true);
+    if let Some(device) = definitions.get_mut("DeviceConfig") {
+        crate::config::add_inert(device, "devices[]");
+    }
     definitions.insert("VmConfig".to_owned(), vm_config());
     document["components"] = json!({ "schemas": definitions });
     document
@@ -50,6 +53,7 @@ fn vm_config() -> Value {
 
 fn operation(route: &Route, schemas: &mut SchemaGenerator) -> Value {
     let mut operation = json!({
+        "operationId": operation_id(route.path),
         "summary": route.summary,
         "responses": {},
     });
@@ -84,10 +88,26 @@ fn operation(route: &Route, schemas: &mut SchemaGenerator) -> Value {
     operation
 }
 
+/// `vmAddDevice` for `/api/v1/vm.add-device`.
+fn operation_id(path: &str) -> String {
+    let path = path.strip_prefix(ROOT).unwrap_or(path);
+    let words = path.split(|c: char| !c.is_ascii_alphanumeric());
+    let mut id = String::new();
+    for word in words.filter(|word| !word.is_empty()) {
+        let (first, rest) = word.split_at(1);
+        match id.is_empty() {
+            true => id.push_str(first),
+            false => id.push_str(&first.to_uppercase()),
+        }
+        id.push_str(rest);
+    }
+    id
+}
+
 fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
     match call {
         Call::Create => Some(json!({"$ref": "#/components/schemas/VmConfig"})),
-        Call::AddDevice => Some(of::<wire::AddDevice>(schemas)),
+        Call::AddDevice => Some(of::<crate::config::AddDevice>(schemas)),
         Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),
         _ => None,
     }
@@ -126,5 +146,7 @@ mod tests {
             assert!(document.pointer(pointer).is_some(), "{pointer}");
         }
         assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
+        let add = &document["paths"]["/api/v1/vm.add-device"]["put"];
+        assert_eq!(add["operationId"], "vmAddDevice");
     }
 }

@@ -7,13 +7,15 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{DeviceName, NumaPolicy, Request, Source, Traits};
-use gantry_vmm::{SerialMode, command};
+use gantry_resources::{DeviceName, Source};
+use gantry_vmm::{Nodes, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use event::{Event, EventLine};
 pub use place::{Affinity, Placement};
+
+use crate::config::DeviceConfig;
 
 /// Answer to `vmm.ping`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -69,7 +71,7 @@ impl From<command::VmState> for VmState {
 /// Answer to `vm.info`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct VmInfo {
-    /// What it was created from, with the devices that it has now.
+    /// What it was created from, or would be again: while it runs, with the devices that it has now.
     pub config: Config,
     /// Its state.
     pub state: VmState,
@@ -103,7 +105,10 @@ pub struct Config {
     /// Its memory.
     pub memory: Memory,
     /// Its passed devices.
-    pub devices: Vec<ConfigDevice>,
+    pub devices: Vec<DeviceConfig>,
+    /// The NUMA nodes of the host that it is bound to, if that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_nodes: Option<Vec<u32>>,
     /// Its slots for devices to come.
     #[serde(default)]
     pub hotplug: Hotplug,
@@ -171,18 +176,6 @@ pub struct Cpus {
 pub struct Memory {
     /// Bytes.
     pub size: u64,
-}
-
-/// A device of the configuration.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-pub struct ConfigDevice {
-    /// Its name in the VM.
-    pub id: String,
-    /// Its sysfs directory in the host.
-    pub path: PathBuf,
-    /// The group that it is of.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub group: Option<String>,
 }
 
 /// A serial port or console.
@@ -300,10 +293,18 @@ impl From<&command::VmInfo> for VmInfo {
             };
             (device.id.clone(), node)
         };
-        let entry = |device: &command::DeviceInfo| ConfigDevice {
-            id: device.id.clone(),
-            path: device.name.sysfs_path().into(),
-            group: device.group.clone(),
+        let plugged = |device: &command::DeviceInfo| DeviceConfig {
+            id: Some(device.id.clone()),
+            path: Some(device.name.sysfs_path().into()),
+            ..DeviceConfig::default()
+        };
+        let devices = match info.state {
+            command::VmState::Running | command::VmState::Paused => {
+                info.devices.iter().map(plugged).collect()
+            }
+            command::VmState::Created | command::VmState::Shutdown => {
+                config.devices.iter().map(DeviceConfig::from).collect()
+            }
         };
         let vcpus = config.vcpus.get();
         Self {
@@ -330,93 +331,16 @@ impl From<&command::VmInfo> for VmInfo {
                 memory: Memory {
                     size: config.memory.bytes(),
                 },
-                devices: info.devices.iter().map(entry).collect(),
+                devices,
+                numa_nodes: match &config.nodes {
+                    Nodes::OfDevices => None,
+                    Nodes::Any => Some(Vec::new()),
+                    Nodes::These(nodes) => Some(nodes.iter().collect()),
+                },
                 hotplug: Hotplug::from(&config.hotplug),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
             },
-        }
-    }
-}
-
-/// Body of `vm.add-device`: so many devices of a `group` or an `alias`, the one at `path`, or those of a
-/// `plan`.
-#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
-#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}, {"required": ["plan"]}]))]
-pub struct AddDevice {
-    /// Name that the device gets in the VM; made up if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Name of the resource group to take devices from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub group: Option<String>,
-    /// Alias to take devices by.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alias: Option<String>,
-    /// How many devices of the group or alias; 1 if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub count: Option<u64>,
-    /// Sysfs path of one device, such as `/sys/bus/pci/devices/0000:01:00.0`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// How near to the VM's processors and memory the devices must be.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub numa_policy: Option<NumaPolicy>,
-    /// Traits that each device must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traits: Option<Traits>,
-    /// The resource class that each device must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resource_class: Option<String>,
-    /// Whether no two of these devices may share a physical function.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub isolate: Option<bool>,
-    /// Name of the service plan whose devices to take, all of them or none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub plan: Option<String>,
-    /// Not supported: `false`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub iommu: Option<bool>,
-    /// Not supported: 0.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pci_segment: Option<u16>,
-    /// Not supported: absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pci_device_id: Option<u8>,
-    /// Not supported: absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub x_nv_gpudirect_clique: Option<i8>,
-    /// Not supported: empty.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub x_exclude_mmap_bars: Option<Vec<i64>>,
-}
-
-impl From<&Request> for AddDevice {
-    fn from(request: &Request) -> Self {
-        let exactly = |name: DeviceName| Self {
-            path: Some(name.sysfs_path().into()),
-            ..Self::default()
-        };
-        let wish = match request {
-            Request::Any(wish) => wish,
-            Request::Device { bdf, .. } => return exactly(DeviceName::Pci(*bdf)),
-            Request::Mdev { uuid, .. } => return exactly(DeviceName::Mdev(*uuid)),
-        };
-        let (group, alias) = match wish.from.clone() {
-            Source::Group(name) => (Some(name), None),
-            Source::Alias(name) => (None, Some(name)),
-        };
-        Self {
-            group,
-            alias,
-            count: Some(wish.count.into()),
-            numa_policy: wish.numa_policy,
-            traits: Some(wish.traits.clone()),
-            resource_class: wish.resource_class.clone(),
-            isolate: Some(wish.isolate),
-            ..Self::default()
         }
     }
 }

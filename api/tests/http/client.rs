@@ -61,6 +61,26 @@ fn it_takes_a_vm_through_its_life() {
 }
 
 #[test]
+fn it_names_devices_before_the_vm_is_booted() {
+    let bed = Bed::new();
+    let mut config: models::VmConfig = serde_json::from_str(&bed.config()).unwrap();
+    let device = |address: &str, id: &str| models::DeviceConfig {
+        id: Some(id.to_owned()),
+        iommu: Some(false),
+        ..models::DeviceConfig::new(format!("/sys/bus/pci/devices/0000:{address}"))
+    };
+    config.devices = Some(vec![device("01:00.0", "disk")]);
+    run_in(&bed, async |client| {
+        client.create_vm(config.clone()).await.unwrap();
+        let info = client.vm_info_get().await.unwrap();
+        assert_eq!(info.config.devices.unwrap()[0].id.as_deref(), Some("disk"));
+        client.delete_vm().await.unwrap();
+        config.devices = Some(vec![device("01:00.0", "disk"), device("02:00.0", "disk")]);
+        assert_eq!(status(client.create_vm(config.clone()).await), 400);
+    });
+}
+
+#[test]
 fn it_attaches_and_detaches_devices() {
     let bed = Bed::new();
     bed.boot();

@@ -30,7 +30,8 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
         (r#"{"group": "a", "count": 0}"#, "count"),
         (r#"{"group": "a", "size": 3}"#, "size"),
         (r#"{"group": "a", "iommu": true}"#, "iommu"),
-        (r#"{"plan": "a", "group": "b"}"#, "the plan says"),
+        (r#"{"plan": "a", "group": "b"}"#, "unknown key `group`"),
+        (r#"{"group": "a", "id": "b/c"}"#, "`id`"),
         (r#"{"group": "#, "EOF"),
         ("", "EOF"),
     ] {
@@ -53,6 +54,45 @@ fn slots_are_told_of() {
     let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
     let told = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": 1 << 30});
     assert_eq!(info["config"]["hotplug"], told, "{info}");
+}
+
+#[test]
+fn what_a_vm_is_told_to_be_can_be_posted_back() {
+    let bed = Bed::new();
+    let mut config: Value = serde_json::from_str(&bed.config()).unwrap();
+    config["numa_nodes"] = serde_json::json!([0, 1]);
+    config["cpus"]["affinity"] = serde_json::json!([{"vcpu": 1, "host_cpus": [2, 3]}]);
+    config["hotplug"] = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": "1G"});
+    config["devices"] = serde_json::json!([
+        {"group": "nvme", "count": 2, "id": "disk", "numa_policy": "required"},
+        {"alias": "gpu", "traits": "CUSTOM_A", "resource_class": "CUSTOM_B", "isolate": true},
+        {"path": "01:00.0"},
+    ]);
+    assert_eq!(bed.put("vm.create", &config.to_string()).0, 204);
+    let told = || {
+        let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
+        info["config"].clone()
+    };
+    let first = told();
+    assert_eq!(first["devices"].as_array().unwrap().len(), 3, "{first}");
+    assert_eq!(first["devices"][0], config["devices"][0]);
+    let path = "/sys/bus/pci/devices/0000:01:00.0";
+    assert_eq!(first["devices"][2]["path"], path);
+    let again = |config: &Value| {
+        assert_eq!(bed.put("vm.delete", "").0, 204);
+        let (status, answer) = bed.put("vm.create", &config.to_string());
+        assert_eq!(status, 204, "{answer}");
+    };
+    again(&first);
+    assert_eq!(told(), first);
+    // While it runs, its devices are those that it has.
+    bed.put("vm.boot", "");
+    let (status, answer) = bed.put("vm.add-device", r#"{"group": "nvme", "id": "more"}"#);
+    assert_eq!(status, 200, "{answer}");
+    let running = told();
+    assert_eq!(running["devices"][0]["id"], "more", "{running}");
+    again(&running);
+    assert_eq!(told(), running);
 }
 
 #[test]
@@ -122,7 +162,7 @@ fn the_api_tells_what_it_has() {
     let document: Value = serde_json::from_str(&text).unwrap();
     let add = &document["paths"]["/api/v1/vm.add-device"]["put"];
     assert!(add["responses"]["409"].is_object(), "{add}");
-    let keys = &document["components"]["schemas"]["AddDevice"]["properties"];
+    let keys = &document["components"]["schemas"]["DeviceConfig"]["properties"];
     assert!(
         keys["group"].is_object() && keys["path"].is_object(),
         "{keys}"

@@ -107,7 +107,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
     };
     assert!(Home::settle(&wide, &Numbers::default(), &whole()).is_ok());
     let pinned = VmConfig {
-        devices: vec![gantry_resources::Request::group("gpu", 1)],
+        devices: vec![gantry_resources::Request::group("gpu", 1).into()],
         ..wide
     };
     let text = refused(&pinned, &whole());

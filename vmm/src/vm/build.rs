@@ -249,12 +249,12 @@ fn claim(
         Some(Hot { opener, observer }) => {
             let unwanted = || signals.check().is_err();
             opener.place(placement)?;
-            let opened = opener.open(&config.devices, &[], true, &unwanted);
+            let opened = opener.open(&config.requests(), &[], true, &unwanted);
             signals.check()?;
             Claimed::opened(opened?, None, observer, host)
         }
         None => {
-            let leases = allocate_near(host, &config.devices, &placement, holder)?;
+            let leases = allocate_near(host, &config.requests(), &placement, holder)?;
             Claimed::new(leases, host, machine)
         }
     }

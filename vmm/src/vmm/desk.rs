@@ -7,7 +7,7 @@ use gantry_resources::{HostPaths, Plans, Request, source_of, ungrouped};
 use crate::command::{
     Answer, Attach, Command, CommandError, Detach, EventSink, Recipe, VmEvent, VmState, Wanted,
 };
-use crate::config::VmConfig;
+use crate::config::{Asked, VmConfig};
 use crate::shown::{Shown, View};
 
 /// What is remembered while no VM runs.
@@ -20,15 +20,6 @@ pub struct Desk {
     ended: Option<String>,
     /// The state that was last told of.
     told: Option<VmState>,
-}
-
-/// What the device is called that a request is for, if it is for that one only.
-fn address(request: &Request) -> Option<String> {
-    match request {
-        Request::Any(_) => None,
-        Request::Device { bdf, .. } => Some(bdf.to_string()),
-        Request::Mdev { uuid, .. } => Some(uuid.to_string()),
-    }
 }
 
 fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> CommandError {
@@ -91,10 +82,6 @@ impl Desk {
 
     /// A VM that is not booted will have the device when it is.
     fn attach(&mut self, Attach { id, wanted }: Attach) -> Result<Answer, CommandError> {
-        if id.is_some() {
-            let what = "a VM that is not booted calls its devices by their addresses: leave `id` out, or boot it first";
-            return Err(CommandError::Invalid(what.into()));
-        }
         let requests = match wanted {
             Wanted::Request(request) => vec![request],
             Wanted::Plan(name) => {
@@ -103,37 +90,46 @@ impl Desk {
                 plan.requests().map_err(invalid)?
             }
         };
-        if let Some(created) = &mut self.created {
-            let allowed = created.hotplug.ungrouped;
-            // What cannot be looked at now is when the VM boots.
-            let grouped = |request: &Request| !matches!(source_of(&self.host, request), Ok(None));
-            if let Some(request) = requests.iter().find(|one| !allowed && !grouped(one)) {
-                return Err(CommandError::Invalid(ungrouped(request).into()));
-            }
-            let requests: Vec<Request> = requests
-                .into_iter()
-                .map(|request| request.with_ungrouped(allowed))
-                .collect();
-            let known = |request| address(request).filter(|_| created.devices.contains(request));
-            if let Some(twice) = requests.iter().find_map(known) {
-                return Err(CommandError::DuplicateId(twice));
-            }
-            Arc::make_mut(created).devices.extend(requests);
+        let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
+        let allowed = created.hotplug.ungrouped;
+        // What cannot be looked at now is when the VM boots.
+        let grouped = |request: &Request| !matches!(source_of(&self.host, request), Ok(None));
+        if let Some(request) = requests.iter().find(|one| !allowed && !grouped(one)) {
+            return Err(CommandError::Invalid(ungrouped(request).into()));
         }
+        let requests = requests.into_iter();
+        let requests = requests.map(|request| request.with_ungrouped(allowed));
+        let mut new: Vec<Asked> = requests.map(Asked::from).collect();
+        if let Some(first) = new.first_mut() {
+            first.id = id;
+        }
+        let known: Vec<String> = created.devices.iter().flat_map(Asked::names).collect();
+        let twice = new.iter().find_map(|asked| {
+            let same = created
+                .devices
+                .iter()
+                .find(|old| old.request == asked.request);
+            let same = same.filter(|old| !matches!(old.request, Request::Any(_)));
+            let taken = asked.names().find(|name| known.contains(name));
+            taken.or_else(|| same?.names().next())
+        });
+        if let Some(twice) = twice {
+            return Err(CommandError::DuplicateId(twice));
+        }
+        Arc::make_mut(created).devices.extend(new);
         Ok(Answer::Done)
     }
 
-    /// A VM that is not booted will not have the device when it is.
+    /// A VM that is not booted will not have the devices when it is that were asked for together with this
+    /// one.
     fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
-        let meant = |request: &Request| address(request).is_some_and(|name| name == id);
+        let meant = |asked: &Asked| asked.names().any(|name| name == id);
         if !created.devices.iter().any(meant) {
-            let others = created.devices.iter().filter_map(address).collect();
+            let others = created.devices.iter().flat_map(Asked::names).collect();
             return Err(CommandError::NoSuchDevice { id, others });
         }
-        Arc::make_mut(created)
-            .devices
-            .retain(|request| !meant(request));
+        Arc::make_mut(created).devices.retain(|asked| !meant(asked));
         Ok(Answer::Done)
     }
 

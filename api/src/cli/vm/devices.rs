@@ -12,10 +12,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{find, state, watch};
+use crate::config::{AddDevice, DeviceConfig, PlanDevices};
 use crate::http::client::{Client, ClientError, EventReader, seconds};
-use crate::http::wire::{
-    AddDevice, AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState,
-};
+use crate::http::wire::{AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState};
 use crate::output::{note, print, print_json};
 use crate::report::Failure;
 
@@ -150,15 +149,17 @@ impl AttachArgs {
             plan,
             device,
         } = &self.from;
-        AddDevice {
-            id: self.id.clone(),
-            group: group.clone(),
-            alias: alias.clone(),
-            plan: plan.clone(),
-            count: self.count.map(u64::from),
-            path: device.map(|name| name.sysfs_path().into()),
-            numa_policy: self.numa_policy,
-            ..AddDevice::default()
+        match plan.clone() {
+            Some(plan) => AddDevice::Plan(PlanDevices { plan, id: None }),
+            None => AddDevice::Device(DeviceConfig {
+                id: self.id.clone(),
+                group: group.clone(),
+                alias: alias.clone(),
+                count: self.count.map(u64::from),
+                path: device.map(|name| name.sysfs_path().into()),
+                numa_policy: self.numa_policy,
+                ..DeviceConfig::default()
+            }),
         }
     }
 }

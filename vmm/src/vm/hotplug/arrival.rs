@@ -2,10 +2,11 @@
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
-use gantry_resources::{Request, Source};
+use gantry_resources::Request;
 
-use super::Devices;
+use super::{Devices, Label};
 use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
+use crate::config::{Asked, nth_name};
 use crate::error::Error;
 use crate::vm::attach::{Job, Prepared, tell_steps};
 use crate::vm::board::Board;
@@ -119,7 +120,8 @@ impl Devices {
         board: &Board,
     ) -> Result<(), CommandError> {
         let parts: Vec<Part> = devices.iter().flatten().map(AttachedDevice::part).collect();
-        let groups: Vec<Option<String>> = asked.iter().flat_map(groups).collect();
+        let asked = asked.iter().cloned().map(Asked::from);
+        let labels: Vec<Label> = asked.flat_map(|asked| labels(&asked)).collect();
         for set in arrange(&parts) {
             let port = self.slot_for(&set, devices, board)?;
             for (index, function) in set {
@@ -128,8 +130,7 @@ impl Devices {
                 };
                 let id = match &attach.id {
                     None => part.name.to_string(),
-                    Some(id) if index == 0 => id.clone(),
-                    Some(id) => format!("{id}-{index}"),
+                    Some(id) => nth_name(id, index),
                 };
                 if self.has(&id) {
                     return Err(CommandError::DuplicateId(id));
@@ -137,7 +138,7 @@ impl Devices {
                 let Some(device) = devices.get_mut(index).and_then(Option::take) else {
                     continue;
                 };
-                let group = groups.get(index).cloned().flatten();
+                let group = labels.get(index).and_then(|label| label.group.clone());
                 self.seat(device, (port, function), (id, group), board)
                     .map_err(Error::from)?;
             }
@@ -176,15 +177,15 @@ impl Devices {
     }
 }
 
-/// The group or alias of each device that a request asks for.
-pub fn groups(request: &Request) -> Vec<Option<String>> {
-    match request {
-        Request::Any(wish) => {
-            let name = match &wish.from {
-                Source::Group(name) | Source::Alias(name) => name,
-            };
-            vec![Some(name.clone()); wish.count as usize]
-        }
-        Request::Device { .. } | Request::Mdev { .. } => vec![None],
-    }
+/// What each of the devices is called that were asked for together, and their group or alias.
+pub fn labels(asked: &Asked) -> Vec<Label> {
+    let count = match &asked.request {
+        Request::Any(wish) => wish.count as usize,
+        Request::Device { .. } | Request::Mdev { .. } => 1,
+    };
+    let label = |index| Label {
+        id: asked.id.as_ref().map(|id| nth_name(id, index)),
+        group: asked.source().map(str::to_owned),
+    };
+    (0..count).map(label).collect()
 }

@@ -12,13 +12,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::{PortIndex, SegmentError};
-use gantry_resources::{DeviceName, Request};
+use gantry_resources::DeviceName;
 
 use super::alarms::{AlarmKey, Alarms, Ears};
 use super::attach::Worker;
 use super::board::Board;
 use super::host_devices::{AttachedDevice, Part, arrange};
 use crate::command::{DeviceCounters, DeviceState, EventSink, VmEvent};
+use crate::config::Asked;
 use crate::control::Mailbox;
 use crate::error::Error;
 use crate::shown::{Row, Shown, Slots};
@@ -39,6 +40,13 @@ struct Plugged {
     force_at: Option<Instant>,
     /// Whether the host wants it back.
     wanted: bool,
+}
+
+/// What a device was asked for by, and is to be called.
+#[derive(Debug, Clone, Default)]
+struct Label {
+    id: Option<String>,
+    group: Option<String>,
 }
 
 /// All devices of the host that a VM has.
@@ -63,13 +71,13 @@ impl Devices {
     /// There are not enough ports.
     pub fn plug_in(
         devices: Vec<AttachedDevice>,
-        asked: &[Request],
+        asked: &[Asked],
         board: &Board,
         ground: &Ground,
     ) -> Result<Self, Error> {
         let parts: Vec<Part> = devices.iter().map(AttachedDevice::part).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
-        let groups: Vec<Option<String>> = asked.iter().flat_map(arrival::groups).collect();
+        let labels: Vec<Label> = asked.iter().flat_map(arrival::labels).collect();
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
         let mut this = Self {
             worker: None,
@@ -86,8 +94,9 @@ impl Devices {
                 let Some(device) = devices.get_mut(index).and_then(Option::take) else {
                     continue;
                 };
-                let (id, group) = (device.name().to_string(), groups.get(index).cloned());
-                this.seat(device, (port, function), (id, group.flatten()), board)?;
+                let Label { id, group } = labels.get(index).cloned().unwrap_or_default();
+                let id = id.unwrap_or_else(|| device.name().to_string());
+                this.seat(device, (port, function), (id, group), board)?;
                 board.events.fill(port);
             }
         }

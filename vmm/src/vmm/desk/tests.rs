@@ -130,7 +130,7 @@ fn a_plans_devices_may_come_before_the_vm_is_booted() {
     assert!(matches!(unknown, CommandError::Invalid(_)), "{unknown}");
     done(desk.take(attach("two")));
     let devices = &desk.created.as_ref().unwrap().devices;
-    assert_eq!(*devices, [Request::group("gpu", 2)]);
+    assert_eq!(*devices, [Asked::from(Request::group("gpu", 2))]);
 }
 
 #[test]
@@ -148,11 +148,11 @@ fn a_device_may_come_before_the_vm_is_booted() {
     let early = refused(desk.take(attach(None)));
     assert!(matches!(early, CommandError::NotCreated));
     done(desk.take(Command::Create(config())));
-    let named = refused(desk.take(attach(Some("disk"))));
-    assert!(matches!(named, CommandError::Invalid(_)), "{named}");
     assert!(matches!(done(desk.take(attach(None))), Answer::Done));
-    let twice = refused(desk.take(attach(None)));
-    assert!(matches!(twice, CommandError::DuplicateId(_)), "{twice}");
+    for id in [None, Some("disk")] {
+        let twice = refused(desk.take(attach(id)));
+        assert!(matches!(twice, CommandError::DuplicateId(_)), "{twice}");
+    }
     let created = desk.created.as_ref().unwrap();
     assert_eq!(created.devices.len(), 1);
     let detach = |id: &str| {
@@ -202,6 +202,38 @@ fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
         let devices = desk.created.as_ref().unwrap().devices.len();
         assert_eq!(devices, usize::from(allowed));
     }
+}
+
+#[test]
+fn devices_have_names_before_the_vm_is_booted() {
+    let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
+    done(desk.take(Command::Create(config())));
+    let attach = |id: Option<&str>, count| {
+        Command::Attach(Attach {
+            id: id.map(str::to_owned),
+            wanted: Wanted::Request(Request::group("nvme", count)),
+        })
+    };
+    done(desk.take(attach(Some("disk"), 2)));
+    done(desk.take(attach(None, 1)));
+    for (id, count, taken) in [("disk", 1, "disk"), ("disk-1", 1, "disk-1")] {
+        let twice = refused(desk.take(attach(Some(id), count)));
+        assert!(
+            matches!(&twice, CommandError::DuplicateId(name) if name == taken),
+            "{twice}"
+        );
+    }
+    let detach = |id: &str| {
+        Command::Detach(Detach {
+            id: id.to_owned(),
+            force_after: None,
+        })
+    };
+    let other = refused(desk.take(detach("nic"))).to_string();
+    assert!(other.contains("it has disk, disk-1"), "{other}");
+    done(desk.take(detach("disk")));
+    let devices = &desk.created.as_ref().unwrap().devices;
+    assert_eq!(*devices, [Asked::from(Request::group("nvme", 1))]);
 }
 
 #[test]
