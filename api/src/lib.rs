@@ -8,6 +8,7 @@ pub mod http;
 mod output;
 mod report;
 mod signals;
+mod status;
 mod table;
 
 pub use cli::main;

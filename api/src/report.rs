@@ -7,20 +7,12 @@ use std::process::ExitCode;
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 
-use crate::output::Stderr;
+use crate::status::status_of;
+pub use crate::status::{
+    BY_SIGNAL, EXIT_STATUSES, FAILED, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
+};
 
-/// The guest powered off, or the command did what it was asked.
-pub const SUCCESS: u8 = 0;
-/// gantry or the host failed.
-pub const FAILED: u8 = 1;
-/// The command line or the configuration is wrong; clap exits with the same code.
-pub const USAGE: u8 = 2;
-/// The guest died.
-pub const GUEST_DIED: u8 = 3;
-/// The VM was stopped from the console.
-pub const STOPPED: u8 = 4;
-/// Plus n: ended by signal n, as shells have it.
-pub const BY_SIGNAL: u8 = 128;
+use crate::output::Stderr;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const CAUSE: Style = Style::new().dimmed();
@@ -50,9 +42,10 @@ impl Failure {
         }
     }
 
-    /// A failure of gantry or of the host.
+    /// A failure of gantry or of the host, unless the error tells that it is another kind of failure.
     pub fn host(error: impl Into<Box<dyn Error>>) -> Self {
-        Self::new(FAILED, error)
+        let error = error.into();
+        Self::new(status_of(&*error), error)
     }
 
     /// The same failure with advice.

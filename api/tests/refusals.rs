@@ -177,15 +177,15 @@ fn an_unknown_group() {
         &["device", "persist", "--group", "disk"],
     ] {
         one_line(
-            &host.refused(1, args),
+            &host.refused(2, args),
             &["\"disk\"", "did you mean \"disks\"?"],
         );
     }
     one_line(
-        &host.refused(1, &["tenant", "show", "lab"]),
+        &host.refused(2, &["tenant", "show", "lab"]),
         &["no tenant \"lab\""],
     );
-    one_line(&host.refused(1, &["plan", "show", "gpu2"]), &["\"gpu2\""]);
+    one_line(&host.refused(2, &["plan", "show", "gpu2"]), &["\"gpu2\""]);
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
     let user = user.unwrap().unwrap().name;
     let create = ["tenant", "create", "lab", "--user", &user];
@@ -193,7 +193,7 @@ fn an_unknown_group() {
     assert!(host.command(program, &create).status().unwrap().success());
     let grant = ["tenant", "grant", "lab", "--from", "disk"];
     one_line(
-        &host.refused(1, &grant),
+        &host.refused(2, &grant),
         &["\"disk\"", "did you mean \"disks\"?"],
     );
     let error = host.refused(1, &["group", "alias", "--remove", "gpu"]);
@@ -239,7 +239,7 @@ fn an_illegal_transition() {
     one_line(&error, &["0000:01:00.0 is not in quarantine"]);
     let error = host.refused(1, &["device", "detach", "07:00.0"]);
     one_line(&error, &["there is no PCI device 0000:07:00.0"]);
-    let error = host.refused(1, &["tenant", "revoke", "lab", "01:00.0"]);
+    let error = host.refused(2, &["tenant", "revoke", "lab", "01:00.0"]);
     one_line(&error, &["no tenant \"lab\""]);
     let error = host.refused(1, &["device", "detach", "02:00.0", "--group", "other"]);
     one_line(&error, &["0000:02:00.0 belongs to group \"disks\""]);

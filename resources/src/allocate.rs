@@ -123,6 +123,23 @@ pub enum AllocateError {
 }
 
 impl AllocateError {
+    /// Whether the same request may succeed later: others hold what is asked for.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Self::NoFit(fit) => fit.is_temporary(),
+            Self::Unavailable(blocked) => blocked.obstacle.is_temporary(),
+            Self::Sriov(error) => matches!(error, SriovError::Busy(_) | SriovError::Live { .. }),
+            Self::Vgpu(error) => error.is_temporary(),
+            _ => false,
+        }
+    }
+
+    /// Whether it asks by a name that nothing on this host has.
+    pub fn is_unknown_name(&self) -> bool {
+        let unknown = matches!(self, Self::UnknownGroup { .. } | Self::UnknownAlias { .. });
+        unknown || matches!(self, Self::RefusedAlias { .. })
+    }
+
     /// Whether the devices are not to be had as things are, rather than the host having failed.
     pub fn is_refusal(&self) -> bool {
         match self {

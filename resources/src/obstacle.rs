@@ -152,6 +152,16 @@ pub enum Obstacle {
     },
 }
 
+impl Obstacle {
+    /// Whether it goes by itself, once another VM gives back what it holds.
+    pub fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::Leased { .. } | Self::GroupLeased { .. } | Self::VfHeld { .. }
+        )
+    }
+}
+
 /// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Blocked {

@@ -62,6 +62,9 @@ pub enum OpenerError {
     /// What it was asked for is not to be had.
     #[error("{0}")]
     Refused(String),
+    /// What it was asked for is held by others.
+    #[error("{0}")]
+    Busy(String),
     /// The host failed it.
     #[error("{0}")]
     Failed(String),
@@ -71,6 +74,7 @@ impl From<Refusal> for OpenerError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Denied(why) => Self::Refused(why),
+            Refusal::Busy(why) => Self::Busy(why),
             Refusal::Failed(why) => Self::Failed(why),
         }
     }

@@ -11,12 +11,13 @@ use crate::config::{self, Extras, Source};
 use crate::http::{
     Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
 };
-use crate::report::{BY_SIGNAL, Failure, GUEST_DIED, STOPPED, SUCCESS, USAGE};
+use crate::report::{
+    BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
+};
 use gantry_vmm::threads::Task;
 use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
 
-#[derive(Debug, Args)]
-#[command(after_help = "\
+const HELP: &str = "\
 Examples:
   gantry run vm.json
   gantry run --name web-1 - < vm.json
@@ -37,15 +38,10 @@ A VM with one device of the group \"nvme\":
   }
 
 With the serial port on the terminal, ctrl-a x stops the VM. Started in the background, it has no keyboard \
-until it is brought to the foreground: `fg`, and Enter if the shell does not tell it.
+until it is brought to the foreground: `fg`, and Enter if the shell does not tell it.";
 
-Exit status:
-  0      the guest powered off
-  1      gantry or the host failed
-  2      the command line or the file is wrong
-  3      the guest died (a triple fault, say)
-  4      stopped from the console with ctrl-a x
-  128+n  ended by signal n")]
+#[derive(Debug, Args)]
+#[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
 pub struct RunArgs {
     /// JSON file that describes the VM, or - for standard input; `gantry schema` tells its keys
     #[arg(value_name = "VM.JSON", required_unless_present = "api_socket")]
@@ -230,7 +226,7 @@ fn taken(name: &str, pid: Option<u32>) -> Failure {
 fn may_start(paths: &HostPaths) -> Result<(), Failure> {
     if let Some(Maintenance { reason, .. }) = maintenance(paths).map_err(Failure::host)? {
         let what = format!("this host is in maintenance, no VM starts: {reason}");
-        return Err(Failure::host(what).help("`gantry maintenance off` ends it"));
+        return Err(Failure::new(TRY_AGAIN, what).help("`gantry maintenance off` ends it"));
     }
     super::reap_or_warn(paths);
     Ok(())

@@ -8,7 +8,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::header::{CONTENT_TYPE, HOST, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -17,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::heard;
 use super::routes::ROOT;
 use super::socket;
 use super::wire::EventLine;
@@ -45,6 +46,8 @@ pub enum ClientError {
         status: u16,
         /// What the VM said.
         messages: Vec<String>,
+        /// The same may succeed later.
+        temporary: bool,
     },
     /// The VM takes too long.
     #[error("the VM on {path}{} did not answer in {}", process(*pid), seconds(*waited))]
@@ -105,7 +108,7 @@ impl Client {
     /// The VM is not heard, or says no.
     pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
         let body = self.whole(Method::GET, &format!("{ROOT}{call}"), Bytes::new())?;
-        serde_json::from_slice(&body).map_err(|error| self.broken(error))
+        heard::value(&body).map_err(|error| self.broken(error))
     }
 
     /// What a `GET` of a path gives, as text.
@@ -114,7 +117,8 @@ impl Client {
     /// The VM is not heard, or says no.
     pub fn text(&self, path: &str) -> Result<String, ClientError> {
         let body = self.whole(Method::GET, path, Bytes::new())?;
-        String::from_utf8(body.into()).map_err(|error| self.broken(error))
+        let text = std::str::from_utf8(&body).map_err(|error| self.broken(error))?;
+        Ok(heard::text(text))
     }
 
     /// Has a call without a body done.
@@ -140,7 +144,7 @@ impl Client {
         if answer.is_empty() {
             return Ok(None);
         }
-        let answer = serde_json::from_slice(&answer);
+        let answer = heard::value(&answer);
         answer.map(Some).map_err(|error| self.broken(error))
     }
 
@@ -161,8 +165,8 @@ impl Client {
     fn whole(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
         self.within(async {
             let answer = self.send(method, path, body).await?;
-            let body = answer.into_body().collect().await;
-            Ok(body.map_err(|error| self.broken(error))?.to_bytes())
+            let body = heard::whole(answer.into_body()).await;
+            body.map_err(|error| self.broken(error))
         })
     }
 
@@ -205,19 +209,22 @@ impl Client {
         let answer = answer.map_err(|error| self.broken(error))?;
         match answer.status() {
             StatusCode::OK | StatusCode::NO_CONTENT => Ok(answer),
-            status => Err(self.refused(status, answer.into_body()).await),
+            _ => Err(self.refused(answer).await),
         }
     }
 
-    async fn refused(&self, status: StatusCode, body: Incoming) -> ClientError {
-        let body = match body.collect().await {
-            Ok(body) => body.to_bytes(),
+    async fn refused(&self, answer: Response<Incoming>) -> ClientError {
+        let status = answer.status();
+        let temporary = answer.headers().contains_key(RETRY_AFTER);
+        let body = match heard::whole(answer.into_body()).await {
+            Ok(body) => body,
             Err(error) => return self.broken(error),
         };
-        let messages = serde_json::from_slice(&body);
+        let messages = heard::value(&body);
         ClientError::Refused {
             status: status.as_u16(),
             messages: messages.unwrap_or_else(|_| vec![format!("the VM answers {status}")]),
+            temporary,
         }
     }
 
@@ -257,10 +264,13 @@ impl EventReader<'_> {
                 let line: Vec<u8> = self.read.drain(..=end).collect();
                 // An empty one tells that the VM is there.
                 if line.len() > 1 {
-                    let event = serde_json::from_slice(&line);
+                    let event = heard::value(&line);
                     return event.map(Some).map_err(|error| self.client.broken(error));
                 }
                 continue;
+            }
+            if self.read.len() > heard::LONGEST_LINE {
+                return Err(self.client.broken("an event is too long"));
             }
             let body = &mut self.body;
             let frame = self.client.runtime.block_on(async {

@@ -6,6 +6,7 @@
 mod calls;
 pub mod client;
 mod events;
+mod heard;
 mod metrics;
 mod openapi;
 mod patience;

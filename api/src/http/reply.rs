@@ -10,7 +10,7 @@ use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::ext::ReasonPhrase;
-use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
@@ -112,6 +112,8 @@ pub struct Refusal {
     pub messages: Vec<String>,
     /// The verb that would do.
     pub allow: Option<&'static str>,
+    /// The same request may succeed later.
+    pub temporary: bool,
 }
 
 impl Refusal {
@@ -121,6 +123,7 @@ impl Refusal {
             status,
             messages: vec![message.into()],
             allow: None,
+            temporary: false,
         }
     }
 
@@ -148,6 +151,10 @@ impl From<CommandError> for Refusal {
             E::Failed(error) if not_to_be_had(error) => StatusCode::CONFLICT,
             E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
+        let temporary = match &error {
+            E::NoFreeSlot { .. } => true,
+            error => crate::status::is_temporary(error),
+        };
         let mut messages = vec![error.to_string()];
         let mut next = error.source();
         while let Some(cause) = next {
@@ -158,6 +165,7 @@ impl From<CommandError> for Refusal {
             status,
             messages,
             allow: None,
+            temporary,
         }
     }
 }
@@ -168,7 +176,7 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     match error {
         E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } => true,
         E::Allocate(error) => error.is_refusal(),
-        E::Opener(error) => matches!(error, OpenerError::Refused(_)),
+        E::Opener(error) => matches!(error, OpenerError::Refused(_) | OpenerError::Busy(_)),
         _ => false,
     }
 }
@@ -200,6 +208,10 @@ pub fn refused(refusal: &Refusal) -> Answered {
     if let Some(verb) = refusal.allow {
         let verb = HeaderValue::from_static(verb);
         answer.headers_mut().insert(ALLOW, verb);
+    }
+    if refusal.temporary {
+        let seconds = HeaderValue::from_static("1");
+        answer.headers_mut().insert(RETRY_AFTER, seconds);
     }
     if refusal.status == StatusCode::PAYLOAD_TOO_LARGE {
         let close = HeaderValue::from_static("close");

@@ -176,7 +176,7 @@ fn plans_are_made_used_and_deleted() {
     let shown = host.gantry(&["plan", "show", "fast"]).ok();
     assert!(shown.contains("\"vcpus\": 2"), "{shown}");
     host.gantry(&["plan", "delete", "fast"]).ok();
-    let error = host.gantry(&["plan", "show", "fast"]).failed(1);
+    let error = host.gantry(&["plan", "show", "fast"]).failed(2);
     assert!(error.contains("no plan \"fast\""), "{error}");
 }
 
@@ -224,7 +224,7 @@ fn no_vm_starts_in_maintenance() {
         .ok();
     assert_eq!(on, "maintenance is on: new disks\nno VM runs\n");
     assert_eq!(host.gantry(&["maintenance", "on"]).ok(), on);
-    let error = host.gantry(&["run", vm]).failed(1);
+    let error = host.gantry(&["run", vm]).failed(75);
     assert!(
         error.contains("in maintenance") && error.contains("new disks"),
         "{error}"

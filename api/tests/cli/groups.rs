@@ -94,7 +94,7 @@ fn groups_are_made_of_devices_and_rules_and_changed() {
         (["group", "show", "nets"], "no group \"nets\""),
         (["group", "delete", "disk"], "did you mean \"disks\"?"),
     ] {
-        let error = host.gantry(&args).failed(1);
+        let error = host.gantry(&args).failed(2);
         assert!(error.contains(said), "{error}");
     }
     let error = host
@@ -208,6 +208,6 @@ fn novas_words_are_taken_verbatim() {
     let told =
         "No valid host was found: 2 of group \"disks\" asked for, 0 free; of 3 devices dropped: ";
     assert!(done.err.contains(told), "{}", done.err);
-    let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(1);
+    let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(2);
     assert!(error.contains("limits of its driver"), "{error}");
 }

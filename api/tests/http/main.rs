@@ -8,5 +8,6 @@ mod client;
 mod commands;
 mod fake;
 mod faults;
+mod hostile;
 mod published;
 mod remover;

@@ -109,6 +109,15 @@ impl RequestFit {
             .is_ok_and(|count| count >= self.wanted)
     }
 
+    /// Whether it would get all it asks for if others gave back what they hold.
+    pub fn is_temporary(&self) -> bool {
+        let held = self.blocked.iter();
+        let held = held
+            .filter(|blocked| blocked.obstacle.is_temporary())
+            .count();
+        !self.is_enough() && self.free + held >= self.wanted as usize
+    }
+
     /// How many devices each filter dropped, in words; empty if none did.
     pub fn drops(&self) -> String {
         let drops = self.dropped.iter();

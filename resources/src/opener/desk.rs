@@ -365,6 +365,7 @@ fn failed(error: &dyn std::error::Error) -> Refusal {
 
 fn not_allocated(error: &AllocateError) -> Refusal {
     match error.is_refusal() {
+        _ if error.is_temporary() => Refusal::Busy(chain(error)),
         true => denied(error),
         false => failed(error),
     }

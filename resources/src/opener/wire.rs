@@ -76,6 +76,8 @@ pub(super) enum Said {
 pub(super) enum Refusal {
     /// It is not to be had.
     Denied(String),
+    /// Others hold it.
+    Busy(String),
     /// The host failed.
     Failed(String),
 }

@@ -143,6 +143,13 @@ pub enum VgpuError {
 
 impl VgpuError {
     /// As [`crate::AllocateError::is_refusal`].
+    pub(crate) fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::Held { .. } | Self::AtWork { .. } | Self::NoRoom { .. }
+        )
+    }
+
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,

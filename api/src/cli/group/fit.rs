@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::config::schema;
 use crate::output::{print, print_json};
-use crate::report::{FAILED, Failure, USAGE};
+use crate::report::{FAILED, Failure, TRY_AGAIN, USAGE};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -60,7 +60,11 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     match lacking {
         None => Ok(()),
         Some(request) => Err(Failure::new(
-            FAILED,
+            if request.is_temporary() {
+                TRY_AGAIN
+            } else {
+                FAILED
+            },
             format!("No valid host was found: {request}"),
         )),
     }

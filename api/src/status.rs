@@ -1,0 +1,145 @@
+//! Exit statuses: their numbers, their words, and which error leads to which.
+
+use std::error::Error;
+
+use gantry_resources::{AllocateError, EditError, GroupError, OpenerError, PlanError, TenantError};
+use gantry_vmm::command::CommandError;
+
+/// The guest powered off, or the command did what it was asked.
+pub const SUCCESS: u8 = 0;
+/// gantry or the host failed.
+pub const FAILED: u8 = 1;
+/// The command line or the configuration is wrong; clap exits with the same code.
+pub const USAGE: u8 = 2;
+/// The guest died.
+pub const GUEST_DIED: u8 = 3;
+/// The VM was stopped from the console.
+pub const STOPPED: u8 = 4;
+/// Others hold what was asked for, or the host is in maintenance: `EX_TEMPFAIL` of sysexits.h.
+pub const TRY_AGAIN: u8 = 75;
+/// Plus n: ended by signal n, as shells have it.
+pub const BY_SIGNAL: u8 = 128;
+
+/// The statuses for people, in the order of their numbers.
+pub const EXIT_STATUSES: &str = "\
+Exit status:
+  0      the guest powered off, or the command did what it was asked
+  1      gantry or the host failed
+  2      the command line or a file is wrong, or names a group, an alias,
+         a plan or a tenant that there is not
+  3      the guest died (a triple fault, say)
+  4      the VM was stopped from the console with ctrl-a x
+  75     not now: other VMs hold the devices, or the host is in
+         maintenance; try again later
+  128+n  ended by signal n";
+
+/// The status that an error leads to.
+pub fn status_of(error: &(dyn Error + 'static)) -> u8 {
+    if is_temporary(error) {
+        TRY_AGAIN
+    } else if chain(error).any(is_unknown_name) {
+        USAGE
+    } else {
+        FAILED
+    }
+}
+
+/// Whether the same may succeed later, with nothing changed on this host but what others hold.
+pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
+    chain(error).any(|error| {
+        if let Some(error) = error.downcast_ref::<gantry_vmm::Error>() {
+            use gantry_vmm::Error as E;
+            return match error {
+                E::Maintenance(_) | E::Opener(OpenerError::Busy(_)) => true,
+                E::Allocate(error) => error.is_temporary(),
+                _ => false,
+            };
+        }
+        if let Some(CommandError::Failed(error)) = error.downcast_ref() {
+            return is_temporary(error);
+        }
+        let allocate = error.downcast_ref::<AllocateError>();
+        allocate.is_some_and(AllocateError::is_temporary)
+    })
+}
+
+/// Whether a name was given that nothing on this host has.
+fn is_unknown_name(error: &(dyn Error + 'static)) -> bool {
+    if let Some(gantry_vmm::Error::Allocate(error)) = error.downcast_ref() {
+        return error.is_unknown_name();
+    }
+    let allocate = error.downcast_ref::<AllocateError>();
+    let group = match (
+        error.downcast_ref(),
+        error.downcast_ref(),
+        error.downcast_ref(),
+    ) {
+        (Some(error), ..) => Some(error),
+        (_, Some(EditError::Groups(error)), _) | (.., Some(TenantError::Groups(error))) => {
+            Some(error)
+        }
+        _ => None,
+    };
+    allocate.is_some_and(AllocateError::is_unknown_name)
+        || matches!(group, Some(GroupError::Unknown { .. }))
+        || matches!(error.downcast_ref(), Some(PlanError::Unknown { .. }))
+        || matches!(error.downcast_ref(), Some(TenantError::Unknown { .. }))
+}
+
+/// An error and its causes. One that only passes its source on hides it from this.
+fn chain<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    let mut next = Some(error);
+    std::iter::from_fn(move || {
+        let error = next?;
+        next = error.source();
+        Some(error)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_hold_is_a_reason_to_try_again() {
+        let busy = || gantry_vmm::Error::from(OpenerError::Busy("all are held".to_owned()));
+        assert_eq!(status_of(&busy()), TRY_AGAIN);
+        assert_eq!(status_of(&CommandError::from(busy())), TRY_AGAIN);
+        let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
+        assert_eq!(status_of(&maintenance), TRY_AGAIN);
+        let refused = gantry_vmm::Error::from(OpenerError::Refused("not yours".to_owned()));
+        assert_eq!(status_of(&refused), FAILED);
+    }
+
+    #[test]
+    fn a_name_that_there_is_not_is_a_mistake_whatever_it_names() {
+        let name = || "gpu".to_owned();
+        let group = AllocateError::UnknownGroup {
+            name: name(),
+            near: None,
+            known: Vec::new(),
+        };
+        assert_eq!(status_of(&gantry_vmm::Error::from(group)), USAGE);
+        let group = GroupError::Unknown {
+            name: name(),
+            near: None,
+        };
+        assert_eq!(status_of(&group), USAGE);
+        let plan = PlanError::Unknown {
+            name: name(),
+            near: None,
+        };
+        assert_eq!(status_of(&plan), USAGE);
+    }
+
+    #[test]
+    fn every_status_has_its_words() {
+        for status in [SUCCESS, FAILED, USAGE, GUEST_DIED, STOPPED, TRY_AGAIN] {
+            let begin = format!("  {status} ");
+            assert!(
+                EXIT_STATUSES.lines().any(|line| line.starts_with(&begin)),
+                "{status}"
+            );
+        }
+    }
+}
