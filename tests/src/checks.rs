@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::lab::Parts;
 use crate::lab::parts::{Options, workspace};
+use crate::published;
 
 /// What a cold machine may take, downloads and the lab kernel's build included.
 const BUDGET: Duration = Duration::from_secs(30 * 60);
@@ -72,6 +73,7 @@ fn run_parts(clock: &mut Clock) -> Result<()> {
         })
     })?;
     clock.note(format!("lab: {}", parts.versions()));
+    clock.time("published documents", || published::validate(&parts.gantry))?;
     clock.time("lab tests", || {
         cargo(&["test", "-p", "gantry-tests", "--test", "lab"])
     })

@@ -9,5 +9,6 @@ pub mod cleanup;
 pub mod demo;
 pub mod lab;
 pub mod protocol;
+pub mod published;
 pub mod times;
 pub mod ui;

@@ -14,6 +14,7 @@ use gantry_resources::{GroupType, HostPaths, Rule};
 use serde::de::DeserializeOwned;
 
 use crate::report::Failure;
+pub use list::{Counts, counts};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\

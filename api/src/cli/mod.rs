@@ -6,6 +6,7 @@ mod device;
 mod generate;
 mod group;
 mod maintenance;
+mod metrics;
 mod plan;
 mod run;
 mod schema;
@@ -23,8 +24,18 @@ use tracing::Level;
 
 use crate::http::{REMOVE_SOCKET, RemoverArgs, remover_helper};
 use crate::output::{Stderr, print};
-use crate::report::{self, Failure};
+use crate::report::{self, EXIT_STATUSES, Failure};
 use crate::signals;
+
+const EXAMPLES: &str = "\
+Examples:
+  gantry check                         what the host lacks, and the remedy
+  gantry device list                   what the host has, and who has it
+  gantry group create gpu --device 0b:00.0
+  gantry device detach 0b:00.0         from the host's driver to vfio-pci
+  gantry group list                    the pools, and what is free
+  gantry run vm.json                   a VM from a file
+  gantry vm attach web-1 --group gpu   a device for a VM that runs";
 
 /// Launches Linux VMs with devices of the host passed through.
 #[derive(Debug, Parser)]
@@ -34,15 +45,7 @@ use crate::signals;
     propagate_version = true,
     max_term_width = 100
 )]
-#[command(after_help = "\
-Examples:
-  gantry check                         what the host lacks, and the remedy
-  gantry device list                   what the host has, and who has it
-  gantry group create gpu --device 0b:00.0
-  gantry device detach 0b:00.0         from the host's driver to vfio-pci
-  gantry group list                    the pools, and what is free
-  gantry run vm.json                   a VM from a file
-  gantry vm attach web-1 --group gpu   a device for a VM that runs")]
+#[command(after_help = format!("{EXAMPLES}\n\n{EXIT_STATUSES}"))]
 struct Cli {
     #[command(flatten)]
     globals: Globals,
@@ -120,6 +123,8 @@ enum Command {
     /// List the tenants, change what they own
     #[command(subcommand)]
     Tenant(tenant::TenantCommand),
+    /// Print how much of each group is free and what all VMs did, for Prometheus
+    Metrics(metrics::MetricsArgs),
     /// Let no new VM start while the host is worked on
     #[command(subcommand)]
     Maintenance(maintenance::MaintenanceCommand),
@@ -220,6 +225,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Boot(args) => boot::boot(&args, &paths)?,
         Command::Plan(command) => plan::plan(command, &paths)?,
         Command::Tenant(command) => tenant::tenant(command, &paths)?,
+        Command::Metrics(args) => metrics::metrics(&args, &paths)?,
         Command::Maintenance(command) => maintenance::switch(command, &paths)?,
         Command::Group(command) => group::group(command, &paths)?,
         Command::Completions(args) => generate::completions(&args, Cli::command())?,
@@ -271,6 +277,7 @@ mod tests {
             "gantry run",
             "gantry vm metrics",
             "gantry plan show",
+            "gantry metrics",
             "gantry boot",
             "gantry schema",
             "gantry completions",

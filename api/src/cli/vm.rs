@@ -11,7 +11,8 @@ use clap::{Args, Subcommand};
 use gantry_resources::HostPaths;
 
 use crate::http::client::ClientError;
-use crate::report::Failure;
+use crate::http::wire::VmmPing;
+use crate::report::{Failure, TRY_AGAIN};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
@@ -76,6 +77,26 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
+/// Each VM that runs, by its name, and its metrics as it tells them; none if it does not answer.
+pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
+    let mut all: Vec<(String, Option<String>)> = Vec::new();
+    for (socket, path) in find::sockets(paths) {
+        let Ok(client) = find::connect(&path, find::GLANCE) else {
+            continue;
+        };
+        let name = match client.get::<VmmPing>("vmm.ping") {
+            Err(ClientError::Nobody { .. }) => continue,
+            Ok(ping) if !ping.name.is_empty() => ping.name,
+            Ok(_) | Err(_) => socket,
+        };
+        // Two that call themselves the same are told apart by nobody.
+        if all.iter().all(|(other, _)| *other != name) {
+            all.push((name, client.text("/metrics").ok()));
+        }
+    }
+    all
+}
+
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let help = match error {
@@ -85,6 +106,9 @@ impl From<ClientError> for Failure {
             ClientError::Late { pid: Some(pid), .. } => format!(
                 "try again; `kill {pid}` ends it, `kill -9 {pid}` in any case, and its devices go back"
             ),
+            ClientError::Refused {
+                temporary: true, ..
+            } => return Self::new(TRY_AGAIN, error),
             _ => return Self::host(error),
         };
         Self::host(error).help(help)

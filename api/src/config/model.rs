@@ -210,8 +210,7 @@ pub struct HotplugConfig {
     #[serde(default)]
     pub groups: Option<Vec<String>>,
     /// Whether devices that are in no group can be attached too, by their paths.
-    #[serde(default)]
-    pub ungrouped: bool,
+    pub ungrouped: Option<bool>,
     /// Addresses that each slot has for large BARs: a number of bytes, or a string such as `"128G"`; a
     /// share of what there is if absent.
     pub window: Option<ByteSize>,

@@ -340,7 +340,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
             return Err(invalid("hotplug.slots", "there cannot be so many", help));
         }
     };
-    ungrouped |= config.ungrouped;
+    ungrouped |= config.ungrouped.unwrap_or(false);
     let window = config.window.map(|ByteSize(bytes)| bytes);
     if window.is_some_and(|bytes| !bytes.is_power_of_two() || bytes < MIN_WINDOW) {
         let help = format!("use a power of two, {} or more", ByteSize(MIN_WINDOW));

@@ -242,7 +242,7 @@ fn a_display_alone_reserves_its_audio(host: &Host) -> Result<()> {
         .named("two")
         .devices("audio", 1)
         .run(host)?
-        .exits(1)?;
+        .exits(75)?;
     ensure!(refused.errors.contains(AUDIO), "{refused}");
     ensure!(refused.errors.contains("'one'"), "{refused}");
     running.signal(Signal::SIGTERM)?;

@@ -98,7 +98,7 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
         won.len() == 3 && holders == won,
         "{holders:?} hold, of\n{told}"
     );
-    let refused = "lost 1 error: No valid host was found: 1 of group \"any\" asked for, 0 free";
+    let refused = "lost 75 error: No valid host was found: 1 of group \"any\" asked for, 0 free";
     let clear = told
         .lines()
         .filter(|line| line.starts_with(refused) && line.contains("held by VM 'vm"));
@@ -159,7 +159,7 @@ fn eight_vms_race_for_two_disks(host: &Host) -> Result<()> {
         if running.says("guest: init")? {
             winners.push((name, running));
         } else {
-            let refused = running.end()?.exits(1)?;
+            let refused = running.end()?.exits(75)?;
             let words = "1 of group \"nvme\" asked for, 0 free";
             ensure!(refused.errors.contains(words), "{refused}");
             ensure!(refused.errors.contains(FIRST.bdf), "{refused}");

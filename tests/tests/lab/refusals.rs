@@ -148,9 +148,9 @@ fn files_that_are_no_kernels(host: &Host) -> Result<()> {
 fn unknown_groups(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let vm = Vm::new("none").devices("nvne", 1);
-    refused(host, &vm, 1, &["\"nvne\"", "did you mean \"nvme\"?"])?;
+    refused(host, &vm, 2, &["\"nvne\"", "did you mean \"nvme\"?"])?;
     let vm = Vm::new("none").devices("zzzzz", 1);
-    refused(host, &vm, 1, &["\"zzzzz\"", "nvme", "nic"])
+    refused(host, &vm, 2, &["\"zzzzz\"", "nvme", "nic"])
 }
 
 fn too_few_free_devices(host: &Host) -> Result<()> {
@@ -171,7 +171,7 @@ fn too_few_free_devices(host: &Host) -> Result<()> {
     ensure!(refused.errors.lines().count() <= SCREEN, "{refused}");
     let mut by_path = Vm::new("none");
     by_path.file["devices"] = json!([{"path": format!("/sys/bus/pci/devices/{}", FIRST.bdf)}]);
-    let refused = by_path.run(host)?.exits(1)?;
+    let refused = by_path.run(host)?.exits(75)?;
     ensure!(refused.errors.contains("held by VM 'first'"), "{refused}");
     holder.signal(Signal::SIGTERM)?;
     holder.end()?.exits(143)?;

@@ -73,6 +73,7 @@ struct Row<'a> {
     total: usize,
     used: usize,
     free: usize,
+    quarantined: usize,
     devices: Vec<Member>,
     /// Of USB devices: where they are plugged in.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -91,14 +92,7 @@ struct Member {
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
-    let devices = scan(paths).map_err(Failure::host)?;
-    let usb = scan_usb(paths).map_err(Failure::host)?;
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
-    let rows: Vec<Row> = groups
-        .iter()
-        .map(|group| Row::new(group, &groups, &devices))
-        .map(|row| row.with_usb(&groups, &usb).with_mdevs(&groups, &mdevs))
-        .collect();
+    let rows = rows(&groups, paths)?;
     if args.json {
         return print_json(&rows);
     }
@@ -115,6 +109,53 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
     let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
     print(|out| write!(out, "{table}"))
+}
+
+fn rows<'a>(groups: &'a Groups, paths: &HostPaths) -> Result<Vec<Row<'a>>, Failure> {
+    let devices = scan(paths).map_err(Failure::host)?;
+    let usb = scan_usb(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let rows = groups
+        .iter()
+        .map(|group| Row::new(group, groups, &devices))
+        .map(|row| row.with_usb(groups, &usb).with_mdevs(groups, &mdevs));
+    Ok(rows.collect())
+}
+
+/// How much of a group there is, and what of it VMs can have.
+#[derive(Debug, Clone, Serialize)]
+pub struct Counts {
+    #[serde(skip)]
+    pub group: String,
+    #[serde(skip)]
+    pub kind: &'static str,
+    pub total: usize,
+    pub used: usize,
+    pub free: usize,
+    pub quarantined: usize,
+}
+
+/// The counts of every group.
+pub fn counts(groups: &Groups, paths: &HostPaths) -> Result<Vec<Counts>, Failure> {
+    let counts = |row: Row| Counts {
+        group: row.group.name.clone(),
+        kind: row.group.kind.word(),
+        total: row.total,
+        used: row.used,
+        free: row.free,
+        quarantined: row.quarantined,
+    };
+    Ok(rows(groups, paths)?.into_iter().map(counts).collect())
+}
+
+/// The counts of one group.
+pub fn counts_of(
+    group: &ResourceGroup,
+    groups: &Groups,
+    paths: &HostPaths,
+) -> Result<Option<Counts>, Failure> {
+    let mut all = counts(groups, paths)?.into_iter();
+    Ok(all.find(|counts| counts.group == group.name))
 }
 
 impl<'a> Row<'a> {
@@ -145,6 +186,7 @@ impl<'a> Row<'a> {
                 DeviceState::Attached | DeviceState::Unbound => on_demand,
                 _ => false,
             }),
+            quarantined: count(&|state| matches!(state, DeviceState::Quarantined { .. })),
             devices,
             usb: Vec::new(),
             mdevs: Vec::new(),
@@ -177,7 +219,8 @@ impl<'a> Row<'a> {
         let stuck = there.iter().filter(|device| device.quarantine.is_some());
         self.used += used.count();
         self.free += spec.free(groups, mdevs);
-        self.total = self.used + self.free + stuck.count();
+        self.quarantined += stuck.count();
+        self.total = self.used + self.free + self.quarantined;
         self.mdevs = there.iter().map(|device| device.uuid).collect();
         self
     }

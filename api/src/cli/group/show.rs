@@ -8,6 +8,7 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
+use super::list::{Counts, counts_of};
 use super::matching::{COLUMNS, Found, sort_by, table};
 use crate::cli::device::{has_column, usb};
 use crate::output::{print, print_json};
@@ -33,6 +34,8 @@ pub struct ShowArgs {
 struct Shown<'a> {
     #[serde(flatten)]
     group: &'a ResourceGroup,
+    #[serde(flatten)]
+    counts: Option<Counts>,
     file: String,
     devices: Vec<Found>,
 }
@@ -49,6 +52,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     let matched = devices.iter().filter(|device| group.matches(device));
     let shown = Shown {
         group,
+        counts: counts_of(group, &groups, paths)?,
         file: group.file.display().to_string(),
         devices: matched.map(|device| Found::new(device, &groups)).collect(),
     };

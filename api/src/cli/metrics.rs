@@ -1,0 +1,251 @@
+//! `gantry metrics`: the host's pools and all VMs that run, as Prometheus reads it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use gantry_resources::{Groups, HostPaths};
+
+use super::group::{Counts, counts};
+use super::vm::metrics_of_all;
+use crate::output::print;
+use crate::report::Failure;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A VM's socket is a Unix socket, which Prometheus cannot read. Its node_exporter reads files: let a timer \
+write one into the folder that node_exporter is given with --collector.textfile.directory.
+
+Examples:
+  gantry metrics | grep free
+  gantry metrics --textfile /var/lib/node_exporter/gantry.prom")]
+pub struct MetricsArgs {
+    /// Write to this file, which is replaced as a whole, instead of standard output
+    #[arg(long, value_name = "FILE")]
+    textfile: Option<PathBuf>,
+}
+
+pub fn metrics(args: &MetricsArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let mut families = Families::default();
+    families.pools(&counts(&groups, paths)?);
+    for (name, text) in metrics_of_all(paths) {
+        families.vm(&name, text.as_deref());
+    }
+    let text = families.text();
+    match &args.textfile {
+        None => print(|out| out.write_all(text.as_bytes())),
+        Some(file) => replace(file, &text)
+            .map_err(|error| Failure::host(format!("cannot write {}: {error}", file.display()))),
+    }
+}
+
+/// Puts a whole new file, for all to read, in the place of the old one.
+fn replace(file: &Path, text: &str) -> std::io::Result<()> {
+    let mut name = file.as_os_str().to_owned();
+    // node_exporter reads files whose names end with `.prom` only.
+    name.push(format!(".{}", std::process::id()));
+    let fresh = PathBuf::from(name);
+    let written = fs::write(&fresh, text)
+        .and_then(|()| fs::set_permissions(&fresh, Permissions::from_mode(0o644)))
+        .and_then(|()| fs::rename(&fresh, file));
+    written.inspect_err(|_| drop(fs::remove_file(&fresh)))
+}
+
+/// Metrics by their family: each is told once, with the samples of all VMs.
+#[derive(Debug, Default)]
+struct Families(BTreeMap<String, Family>);
+
+#[derive(Debug, Default)]
+struct Family {
+    help: String,
+    kind: String,
+    samples: Vec<String>,
+}
+
+impl Families {
+    fn gauge(&mut self, name: &str, help: &str, labels: &[(&str, &str)], value: usize) {
+        let family = self.0.entry(name.to_owned()).or_default();
+        family.help = help.to_owned();
+        family.kind = "gauge".to_owned();
+        let labels: Vec<String> = labels
+            .iter()
+            .map(|(key, value)| format!("{key}=\"{}\"", escaped(value)))
+            .collect();
+        family
+            .samples
+            .push(format!("{name}{{{}}} {value}", labels.join(",")));
+    }
+
+    fn pools(&mut self, pools: &[Counts]) {
+        for pool in pools {
+            let labels = [("group", pool.group.as_str()), ("type", pool.kind)];
+            for (name, help, value) in [
+                ("gantry_group_devices", "Devices of a group", pool.total),
+                (
+                    "gantry_group_devices_used",
+                    "Devices of a group that VMs have",
+                    pool.used,
+                ),
+                (
+                    "gantry_group_devices_free",
+                    "Devices of a group that are free",
+                    pool.free,
+                ),
+                (
+                    "gantry_group_devices_quarantined",
+                    "Devices of a group that are in quarantine",
+                    pool.quarantined,
+                ),
+            ] {
+                self.gauge(name, help, &labels, value);
+            }
+        }
+    }
+
+    /// What a VM answers, as OpenMetrics; none if it does not answer.
+    fn vm(&mut self, name: &str, text: Option<&str>) {
+        let help = "Whether the VM's process answers";
+        self.gauge(
+            "gantry_vm_up",
+            help,
+            &[("vm", name)],
+            usize::from(text.is_some()),
+        );
+        // A VM speaks for itself alone.
+        let own = format!("{{vm=\"{}\"", escaped(name));
+        let mut current = None;
+        for line in text.unwrap_or_default().lines() {
+            let mut words = line.splitn(4, ' ');
+            let what = (words.next(), words.next(), words.next(), words.next());
+            match what {
+                (Some("#"), Some(key), Some(family), Some(rest)) => {
+                    if !is_name(family) {
+                        continue;
+                    }
+                    let family = self.0.entry(family.to_owned()).or_default();
+                    match key {
+                        "HELP" if family.help.is_empty() => {
+                            family.help = rest.trim_end_matches('.').to_owned()
+                        }
+                        "TYPE" if family.kind.is_empty() => family.kind = rest.to_owned(),
+                        _ => {}
+                    }
+                    current = line.split(' ').nth(2).map(str::to_owned);
+                }
+                _ => {
+                    let sample = line.split('{').next().unwrap_or_default();
+                    let family = current.as_ref().filter(|family| {
+                        let rest = sample.strip_prefix(family.as_str());
+                        matches!(rest, Some("" | "_total"))
+                            && line[sample.len()..].starts_with(&own)
+                    });
+                    if let Some(family) = family.and_then(|family| self.0.get_mut(family)) {
+                        family.samples.push(line.to_owned());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Prometheus' text format, in which a counter's family is called as its samples are.
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for (name, family) in self
+            .0
+            .iter()
+            .filter(|(_, family)| !family.samples.is_empty())
+        {
+            let name = match family.kind.as_str() {
+                "counter" => format!("{name}_total"),
+                _ => name.clone(),
+            };
+            // Nothing fails that writes into a string.
+            let _ = writeln!(text, "# HELP {name} {}", family.help);
+            let _ = writeln!(text, "# TYPE {name} {}", family.kind);
+            for sample in &family.samples {
+                let _ = writeln!(text, "{sample}");
+            }
+        }
+        text
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    name.starts_with("gantry_")
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
+/// A label's value as the text formats write it.
+fn escaped(value: &str) -> String {
+    let value = value.replace('\\', "\\\\").replace('"', "\\\"");
+    value.replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ANSWER: &str = "\
+# HELP gantry_device_resets Resets.
+# TYPE gantry_device_resets counter
+gantry_device_resets_total{vm=\"a\",device=\"d\"} 3
+# HELP gantry_vm_slots Slots.
+# TYPE gantry_vm_slots gauge
+gantry_vm_slots{vm=\"a\"} 4
+# EOF
+";
+
+    #[test]
+    fn pools_and_all_vms_are_told_family_by_family() {
+        let mut families = Families::default();
+        families.pools(&[Counts {
+            group: "gpu \"x\"".to_owned(),
+            kind: "gpu",
+            total: 4,
+            used: 1,
+            free: 2,
+            quarantined: 1,
+        }]);
+        families.vm("a", Some(ANSWER));
+        families.vm("b", Some(&ANSWER.replace("\"a\"", "\"b\"")));
+        families.vm("silent", None);
+        let text = families.text();
+        let once = |line: &str| text.lines().filter(|found| *found == line).count() == 1;
+        for line in [
+            "# TYPE gantry_device_resets_total counter",
+            "gantry_device_resets_total{vm=\"a\",device=\"d\"} 3",
+            "gantry_device_resets_total{vm=\"b\",device=\"d\"} 3",
+            "# TYPE gantry_vm_slots gauge",
+            "gantry_group_devices{group=\"gpu \\\"x\\\"\",type=\"gpu\"} 4",
+            "gantry_group_devices_quarantined{group=\"gpu \\\"x\\\"\",type=\"gpu\"} 1",
+            "gantry_vm_up{vm=\"a\"} 1",
+            "gantry_vm_up{vm=\"silent\"} 0",
+        ] {
+            assert!(once(line), "no {line} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_vm_speaks_for_no_other() {
+        let forged = "\
+# TYPE gantry_vm_slots gauge
+gantry_vm_slots{vm=\"other\"} 4
+gantry_group_devices{group=\"gpu\"} 9
+gantry_vm_slotsé{vm=\"a\"} 1
+# TYPE node_load1 gauge
+node_load1{vm=\"a\"} 1
+";
+        let mut families = Families::default();
+        families.vm("a", Some(forged));
+        let text = families.text();
+        for line in text.lines() {
+            assert!(line.contains("gantry_vm_up"), "{text}");
+        }
+    }
+}
