@@ -5,7 +5,7 @@ mod error;
 use std::collections::BTreeSet;
 
 use crate::former::Former;
-use crate::guard::host_uses;
+use crate::guard::{doubts, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
 use crate::lease::{DeviceLock, LeaseRecord, holder, under_lock};
@@ -422,11 +422,13 @@ fn may_leave_host(
     let leaving: Vec<HostDevice> = plan.moves.iter().map(|one| one.device.clone()).collect();
     let mut guarded = host_uses(paths, &leaving).map_err(BindError::Guard)?;
     guarded.retain(|guarded| !overrides.contains(&guarded.bdf));
-    if guarded.is_empty() {
-        Ok(())
-    } else {
-        Err(BindError::Guarded(guarded))
+    if !guarded.is_empty() {
+        return Err(BindError::Guarded(guarded));
     }
+    for doubt in doubts(paths, &leaving).map_err(BindError::Guard)? {
+        tracing::warn!("{doubt}");
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,6 +33,21 @@ pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Gu
     uses_with(paths, devices, &addresses::addressed(paths)?)
 }
 
+/// What keeps no device, and may be missed once it is gone: a sentence each.
+pub(crate) fn doubts(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for device in devices {
+        let dir = fs::canonicalize(paths.pci_device(device.bdf))?;
+        for interface in network::listened_to(paths, &dir)? {
+            found.push(format!(
+                "{} is {interface}, whose packets a program receives (/proc/net/packet)",
+                device.bdf
+            ));
+        }
+    }
+    Ok(found)
+}
+
 /// [`host_uses`], with the interfaces that have an address.
 fn uses_with(
     paths: &HostPaths,

@@ -151,7 +151,7 @@ mod tests {
             ("nvidia*", "nvidia", true),
             ("nvidia*", "nouveau", false),
             ("snd_h?a_*", "snd_hda_intel", true),
-            ("i[gx]b*", "ixgbe", true),
+            ("ix[fg]b*", "ixgbe", true),
             ("i[!g]b", "igb", false),
             ("x[a-c]", "xb", true),
             ("x[a-c]", "xd", false),

@@ -21,7 +21,7 @@ pub(super) fn judge(facts: &Facts) -> Finding {
         unbound.partition(|device| devices.on_demand.contains(&device.bdf));
     if astray.is_empty() {
         let bound = devices.wanted().filter(|device| device.on_vfio()).count();
-        let mut reason = format!("{} with vfio-pci", count(bound, "device"));
+        let mut reason = format!("{} bound to vfio-pci", count(bound, "device"));
         if !on_demand.is_empty() {
             reason += &format!(", {} to be bound when a VM takes them", on_demand.len());
         }
@@ -30,10 +30,10 @@ pub(super) fn judge(facts: &Facts) -> Finding {
     let plan = Plan::new(facts, &astray);
     let late = plan.late(facts);
     let reason = if late.is_empty() {
-        format!("not with vfio-pci: {}", list(astray.iter().copied()))
+        format!("not bound to vfio-pci: {}", list(astray.iter().copied()))
     } else {
         format!(
-            "vfio-pci came too late: it is told to take {}, but another driver was first",
+            "vfio-pci was loaded too late: it has the ids of {}, but another driver was first",
             list(late)
         )
     };

@@ -107,16 +107,17 @@ pub(super) fn reboot(facts: &Facts, change: &Change) -> Finding {
     if let Some(note) = &boot.note {
         if note.boot_id == boot.id && !boot.id.is_empty() {
             return waiting(
-                "waiting: the host has not been restarted since it was set up anew".into(),
+                "pending: the host has not been restarted since its configuration was changed"
+                    .into(),
             );
         }
         let lost = note.change().against(&facts.cmdline);
         if !change.is_empty() && !lost.is_empty() {
             return finding(
                 Level::Warn,
-                format!("restarted since it was set up anew, and still the command line {}", words(&lost, "lacks", "has")),
+                format!("restarted since its configuration was changed, but the command line still {}", words(&lost, "lacks", "has")),
             )
-            .fix("see whether the boot loader's menu was written, and whether another entry of it was started");
+            .fix("check that the boot loader's menu was written, and that no other entry was started");
         }
     }
     match boot.installed(change) {
@@ -130,11 +131,11 @@ pub(super) fn reboot(facts: &Facts, change: &Change) -> Finding {
         )
         .lines("see which one was started:", ["cat /proc/cmdline", "efibootmgr"]),
         Some(menu) => waiting(format!(
-            "waiting: {} has been changed since the running kernel was started",
+            "pending: {} has been changed since the running kernel was started",
             menu.file
         )),
-        _ if boot.asked_for => waiting("waiting: /run/reboot-required asks for it".into()),
-        _ => finding(Level::Ok, "none is waiting".into()),
+        _ if boot.asked_for => waiting("pending: /run/reboot-required asks for it".into()),
+        _ => finding(Level::Ok, "none is pending".into()),
     }
 }
 

@@ -94,7 +94,7 @@ pub(super) fn virtualisation(facts: &Facts) -> Finding {
     if facts.kvm == NodeAccess::Ready {
         return finding(
             Level::Warn,
-            "/proc/cpuinfo shows neither vmx nor svm, and still there is /dev/kvm: a KVM of another kind, \
+            "/proc/cpuinfo shows neither vmx nor svm, but /dev/kvm exists: another kind of KVM, \
              which may not run every VM"
                 .into(),
         );
@@ -147,10 +147,10 @@ pub(super) fn kvm(facts: &Facts) -> Finding {
             )],
         ),
         (NodeAccess::Missing, _) if !facts.cpu.virtualisation => {
-            finding(Level::Fail, "not there, for want of CPU virtualisation")
+            finding(Level::Fail, "missing, because CPU virtualisation is off")
         }
         (NodeAccess::Missing, ModuleState::There) => {
-            finding(Level::Fail, "not there, though the kernel has KVM")
+            finding(Level::Fail, "missing, though the kernel has KVM")
                 .fix("in a container, make /dev/kvm visible: --device /dev/kvm")
                 .fix(format!(
                     "otherwise the kernel says why: dmesg | grep -i {module}"
@@ -162,7 +162,7 @@ pub(super) fn kvm(facts: &Facts) -> Finding {
             ))
         }
         (NodeAccess::Missing, ModuleState::Loadable | ModuleState::Unknown) => {
-            finding(Level::Fail, &format!("not there: {module} is not loaded"))
+            finding(Level::Fail, &format!("missing: {module} is not loaded"))
                 .lines("load it:", [format!("modprobe {module}")])
         }
     }

@@ -88,7 +88,7 @@ fn groups(devices: &Devices) -> Finding {
     let finding = |level, reason: String| Finding::new("groups", "Resource groups", level, reason);
     match &devices.groups {
         Err(problem) => finding(Level::Fail, problem.clone())
-            .fix("put that file right: until then no group can be used"),
+            .fix("correct that file: until then no group can be used"),
         Ok(groups) if groups.iter().next().is_none() => {
             finding(Level::Ok, "none are defined".into())
                 .fix("`gantry check 01:00.0` looks at a device as if it were in one")
@@ -117,7 +117,8 @@ pub(super) fn count(number: usize, noun: &str) -> String {
 
 /// What the host itself uses is refused by `gantry device detach`; better to know before.
 fn host_needs(devices: &Devices) -> Finding {
-    let finding = |level, reason: String| Finding::new("host-guard", "Host's needs", level, reason);
+    let finding =
+        |level, reason: String| Finding::new("host-guard", "Used by the host", level, reason);
     let uses = match &devices.uses {
         Ok(uses) => uses,
         Err(problem) => {
@@ -132,13 +133,10 @@ fn host_needs(devices: &Devices) -> Finding {
         .filter(|guarded| devices.wanted.contains(&guarded.bdf));
     let wanted: Vec<String> = wanted.map(ToString::to_string).collect();
     if wanted.is_empty() {
-        return finding(
-            Level::Ok,
-            "none of the devices is used by the host itself".into(),
-        );
+        return finding(Level::Ok, "the host uses none of the devices".into());
     }
     finding(Level::Warn, wanted.join("; ")).fix(
-        "such a device is not given away: narrow the rules of its resource group, or free it first",
+        "gantry detaches no such device: exclude it from its group's rules, or end the host's use of it first",
     )
 }
 
@@ -159,7 +157,7 @@ fn iommu_groups(devices: &Devices) -> Vec<Finding> {
         let number = count(groups.len(), "IOMMU group");
         return vec![finding(
             Level::Ok,
-            format!("{number} of the devices' own, with nobody else in them"),
+            format!("{number} without other devices"),
         )];
     }
     problems
@@ -180,7 +178,7 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
         problems.push((
             Level::Fail,
             format!(
-                "IOMMU group {number} holds the host's {}: nothing of it can be given away",
+                "IOMMU group {number} contains the host's bridge {}: no device of it can be passed through",
                 list(bridges)
             ),
             "put the card into another slot".to_owned(),
@@ -192,7 +190,7 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
     if !needed.is_empty() {
         problems.push((
             Level::Fail,
-            format!("IOMMU group {number} also holds {}, which the host uses: nothing of it can be given away", list(needed)),
+            format!("IOMMU group {number} also contains {}, which the host uses: no device of it can be passed through", list(needed)),
             "put one of the two cards into another slot".to_owned(),
         ));
     }
@@ -201,8 +199,8 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
         problems.push((
             Level::Warn,
             format!(
-                "IOMMU group {number} also holds {}, which no resource group has: it is \
-                 detached along with the others",
+                "IOMMU group {number} also contains {}, which is in no resource group: it is \
+                 detached together with the others",
                 list(unowned)
             ),
             "widen a rule of the resource group, so that the IOMMU group is in it as a whole"
@@ -258,8 +256,8 @@ fn reserved(devices: &Devices) -> Option<Finding> {
             finding(
                 Level::Fail,
                 format!(
-                    "the firmware claims memory for good (ACPI RMRR) that {} must reach: the \
-                     kernel does not give such a device away",
+                    "the firmware reserves memory that {} must always reach (ACPI RMRR): the \
+                     kernel passes no such device through",
                     join(&fixed)
                 ),
             )
@@ -273,13 +271,13 @@ fn reserved(devices: &Devices) -> Option<Finding> {
     Some(if passing.is_empty() {
         finding(
             Level::Ok,
-            "the firmware claims no memory for these devices".into(),
+            "the firmware reserves no memory for these devices".into(),
         )
     } else {
         finding(
             Level::Ok,
             format!(
-                "the firmware's claim for {} ends when the device is given away (USB, display)",
+                "the firmware's reservation for {} ends when the device is passed through (USB, display)",
                 join(&passing)
             ),
         )

@@ -278,10 +278,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
     };
     match facts.iommu.remapped {
         Some(true) => {
-            return finding(
-                Level::Ok,
-                "on: a device can raise no interrupts but its own",
-            );
+            return finding(Level::Ok, "on: a device can raise only its own interrupts");
         }
         None if kind == Kind::Other => return finding(Level::Ok, "not told by this kind of IOMMU"),
         None => {
@@ -300,7 +297,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
     words.extend(line.named("nointremap").map(|(word, _)| word.to_owned()));
     if !words.is_empty() {
         let reason = format!(
-            "{} on the kernel's command line switches it off, and VFIO then gives no device away",
+            "{} on the kernel's command line switches it off, and VFIO then passes no device through",
             words.join(" ")
         );
         return finding(Level::Fail, &reason)
@@ -310,7 +307,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
     let incapable = |unit: &&Unit| unit.ecap.is_some_and(|ecap| ecap & ECAP_IR == 0);
     if let Some(unit) = facts.iommu.units.iter().find(incapable) {
         let reason = format!(
-            "{} cannot do it: VFIO gives no device away, since one could raise any interrupt of the host",
+            "{} cannot do it: VFIO passes no device through, since one could raise any interrupt of the host",
             unit.name
         );
         return finding(Level::Fail, &reason).fix(if facts.cpu.is_guest {
@@ -319,7 +316,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
             "use other hardware; VFIO's switch for unsafe interrupts would let a guest take over the host"
         });
     }
-    finding(Level::Fail, "the IOMMU can do it, but it is not on, and VFIO then gives no device away")
+    finding(Level::Fail, "the IOMMU can do it, but it is not on, and VFIO then passes no device through")
         .fix(format!(
             "{} switch on \"Interrupt Remapping\" or \"x2APIC\", and off \"x2APIC opt-out\", where it has these",
             firmware(facts)
@@ -334,11 +331,11 @@ fn host_devices(facts: &Facts) -> Finding {
     // Single groups are direct on any host: some devices ask for it.
     let direct = facts.iommu.groups.iter().filter(|kind| *kind == "identity");
     if direct.count() * 2 > facts.iommu.groups.len() {
-        return finding("go past the IOMMU (iommu=pt)");
+        return finding("bypass the IOMMU (iommu=pt)");
     }
-    finding("go through the IOMMU, which costs them some speed").fix(
-        "where the host's own network and disks are to be as fast as without, iommu=pt on the kernel's command \
-         line spares them; devices of VMs are translated in any case",
+    finding("use the IOMMU, which costs some performance").fix(
+        "iommu=pt on the kernel's command line lets the host's own network cards and disks bypass it; devices of \
+         VMs are translated in any case",
     )
 }
 
@@ -353,11 +350,11 @@ fn acs(facts: &Facts) -> Finding {
     if words.is_empty() {
         return finding(
             Level::Ok,
-            "not used: IOMMU groups are what the hardware keeps apart",
+            "not used: IOMMU groups match the hardware's isolation",
         );
     }
     let reason = format!(
-        "{} makes IOMMU groups smaller than what the hardware keeps apart: devices of different VMs may reach one another",
+        "{} makes IOMMU groups smaller than the hardware's isolation: devices of different VMs may reach one another",
         words.join(" ")
     );
     finding(Level::Warn, &reason)

@@ -111,7 +111,7 @@ fn memlock(facts: &Facts) -> Finding {
         )
     };
     let reason = format!(
-        "{} may pin {} MiB: {what}, since all RAM of such a VM is pinned, and 64 MiB beside",
+        "{} may pin {} MiB: {what}, since all RAM of such a VM is pinned, and 64 MiB more",
         facts.user,
         limit / MIB
     );

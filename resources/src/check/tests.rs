@@ -538,7 +538,7 @@ fn a_reboot_is_waited_for_from_its_note_to_the_next_boot() {
     let (level, text) = reboot();
     assert_eq!(level, Level::Warn);
     assert!(
-        text.contains("still the command line lacks intel_iommu=on"),
+        text.contains("the command line still lacks intel_iommu=on"),
         "{text}"
     );
     host.remove("proc/cmdline");

@@ -40,10 +40,10 @@ fn modules(facts: &Facts) -> Finding {
             );
     }
     match facts.vfio {
-        NodeAccess::Ready => finding(Level::Ok, format!("{} are there", NEEDED.join(" and "))),
+        NodeAccess::Ready => finding(Level::Ok, format!("{} are loaded", NEEDED.join(" and "))),
         NodeAccess::Missing => finding(
             Level::Fail,
-            "the modules are there, and /dev/vfio/vfio is not".into(),
+            "the modules are loaded, but /dev/vfio/vfio is missing".into(),
         )
         .fix("in a container, make /dev/vfio visible: --device /dev/vfio"),
         NodeAccess::Denied => finding(
@@ -66,7 +66,7 @@ fn no_iommu(facts: &Facts) -> Finding {
         finding(Level::Ok, "off".into()),
         finding(
             Level::Fail,
-            "on: a device that is given away without an IOMMU reads and writes all of this host's memory".into(),
+            "on: a device that is passed through without an IOMMU can read and write all of this host's memory".into(),
         ),
     )
 }
@@ -77,7 +77,7 @@ fn unsafe_interrupts(facts: &Facts) -> Finding {
     let (level, reason) = match facts.iommu.remapped {
         Some(true) => (
             Level::Warn,
-            "allowed, though this IOMMU remaps interrupts and the switch is of no use",
+            "allowed, though this IOMMU remaps interrupts and the setting is not needed",
         ),
         _ => (
             Level::Fail,

@@ -24,6 +24,7 @@ struct Interface {
     peers: BTreeSet<String>,
     /// Programs exchange packets through it: a tap or tun device, or a macvtap.
     is_tap: bool,
+    index: Option<u32>,
 }
 
 impl Interfaces {
@@ -39,11 +40,13 @@ impl Interfaces {
             };
             all.read_neighbours(&name, &dir)?;
             let number = |file: &str| sysfs::decimal::<u32>(&dir.join(file)).ok().flatten();
-            if let (Some(own), Some(link)) = (number("ifindex"), number("iflink")) {
+            let index = number("ifindex");
+            if let (Some(own), Some(link)) = (index, number("iflink")) {
                 links.insert(own, (link, name.clone()));
             }
             let own = all.0.entry(name).or_default();
             own.is_tap = dir.join("tun_flags").exists() || dir.join("macvtap").exists();
+            own.index = index;
             own.dir = Some(dir);
         }
         // `iflink` may be a number of another network namespace, unless the two name each other.
@@ -94,6 +97,10 @@ impl Interfaces {
             move |one: &Interface| one.dir.as_ref().is_some_and(|dir| dir.starts_with(device));
         let below = self.0.iter().filter(move |(_, one)| is_below(one));
         below.map(|(name, _)| name.as_str())
+    }
+
+    pub(super) fn index(&self, name: &str) -> Option<u32> {
+        self.0.get(name)?.index
     }
 
     pub(super) fn is_tap(&self, name: &str) -> bool {

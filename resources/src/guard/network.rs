@@ -80,6 +80,22 @@ impl<'a> Network<'a> {
     }
 }
 
+/// The interfaces of a device whose packets programs receive (packet(7)): an intrusion detection, a switch in
+/// user space; but also lldpd, on every interface. No use by itself.
+pub(super) fn listened_to(paths: &HostPaths, device: &Path) -> io::Result<Vec<String>> {
+    let table = sysfs::table(&paths.proc.join("net/packet"))?;
+    let index = |line: &str| line.split_whitespace().nth(4)?.parse::<u32>().ok();
+    let bound: BTreeSet<u32> = table.lines().skip(1).filter_map(index).collect();
+    let interfaces = Interfaces::read(paths)?;
+    let below = interfaces.below(device);
+    let is_bound = |name: &&str| {
+        interfaces
+            .index(name)
+            .is_some_and(|own| bound.contains(&own))
+    };
+    Ok(below.filter(is_bound).map(str::to_owned).collect())
+}
+
 /// The most important use of an interface has the lowest rank.
 fn rank(host_use: &HostUse) -> u8 {
     match host_use {

@@ -55,7 +55,7 @@ fn an_iommu_that_is_switched_off(host: &Host) -> Result<()> {
 fn interrupt_remapping_that_is_switched_off(host: &Host) -> Result<()> {
     names_the_word(host, "Interrupt remapping", "intremap=off")?;
     let past = host.sh("gantry check").output()?.text();
-    ensure!(past.contains("go past the IOMMU (iommu=pt)"), "{past}");
+    ensure!(past.contains("bypass the IOMMU (iommu=pt)"), "{past}");
     Ok(())
 }
 

@@ -202,3 +202,23 @@ fn a_vm_on_demand_takes_no_port_of_a_bridge() {
         "{blocked:?}"
     );
 }
+
+#[test]
+fn a_card_whose_packets_a_program_receives_is_named_and_free() {
+    let host = host();
+    let nic = host.paths.sysfs.join("class/net/eth0");
+    fs::write(nic.join("ifindex"), "4\n").unwrap();
+    let socket = |index: u32| {
+        let table = format!(
+            "sk               RefCnt Type Proto  Iface R Rmem   User   Inode\n\
+             0000000000000000 3      3    0003   {index}     1 0      0      28273\n"
+        );
+        host.file("proc/net/packet", &table);
+        assert!(uses(&host).is_empty());
+        doubts(&host.paths, &host.scan()).unwrap()
+    };
+    // A socket for all interfaces has the index 0.
+    assert!(socket(0).is_empty() && socket(5).is_empty());
+    let said = "is eth0, whose packets a program receives (/proc/net/packet)";
+    assert_eq!(socket(4), [format!("{NIC} {said}")]);
+}
