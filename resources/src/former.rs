@@ -29,6 +29,9 @@ pub(crate) struct Former {
     pub(crate) driver: Option<String>,
     /// The override that was set.
     pub(crate) driver_override: Option<String>,
+    /// The network interfaces that it had, which `devname` names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) interfaces: Vec<String>,
     /// A VM took the device for as long as it runs: the host gets it back without being asked.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) demand: bool,
@@ -43,6 +46,7 @@ impl Former {
             nvme: device.nvme.clone(),
             driver: device.driver.clone(),
             driver_override: device.driver_override.clone(),
+            interfaces: Vec::new(),
             demand: false,
         }
     }
@@ -82,6 +86,17 @@ impl Former {
     pub(crate) fn driver_of(paths: &HostPaths, device: &HostDevice) -> Option<String> {
         let away = device.driver.is_none() || device.on_vfio();
         Self::recorded(paths, device).filter(|_| away)?.driver
+    }
+
+    /// The function that had a network interface before it was moved.
+    pub(crate) fn of_interface(paths: &HostPaths, name: &str) -> Option<HostBdf> {
+        let records = crate::sysfs::entries(&paths.run.join("former")).unwrap_or_default();
+        let mut records = records.iter().filter_map(|name| name.parse().ok());
+        records.find(|bdf| {
+            let text = fs::read(path(paths, *bdf)).unwrap_or_default();
+            let former = serde_json::from_slice::<Self>(&text);
+            former.is_ok_and(|former| former.interfaces.iter().any(|one| one == name))
+        })
     }
 
     fn recorded(paths: &HostPaths, device: &HostDevice) -> Option<Self> {

@@ -247,6 +247,7 @@ pub(crate) struct Tags {
     pub(crate) traits: Vec<String>,
     /// In its normal form.
     pub(crate) resource_class: String,
+    pub(crate) live_migratable: bool,
     pub(crate) one_time_use: bool,
     pub(crate) on_demand: bool,
 }
@@ -283,14 +284,19 @@ impl Groups {
                 groups.add(file.groups)?;
                 groups.specs.extend(file.device_spec);
                 groups.aliases.extend(file.alias);
+                nova_files::agree(&path, &groups.aliases)?;
             }
         }
         groups
             .specs
             .extend(nova_files::load(&nova_files::specs(paths))?);
-        groups
-            .aliases
-            .extend(nova_files::load(&nova_files::aliases(paths))?);
+        let file = nova_files::aliases(paths);
+        groups.aliases.extend(nova_files::load(&file)?);
+        nova_files::agree(&file, &groups.aliases)?;
+        for spec in &mut groups.specs {
+            let name = spec.devname.as_deref();
+            spec.found = name.and_then(|name| nova::devname::function(paths, name));
+        }
         Ok(groups)
     }
 
@@ -361,7 +367,7 @@ impl Groups {
 
     /// The alternatives of an alias: those defined, or else those built in; empty if there is none.
     pub fn alias(&self, name: &str) -> Vec<Alias> {
-        let named = |alias: &Alias| alias.name == name;
+        let named = |alias: &Alias| alias.name == name.trim();
         let defined: Vec<Alias> = self
             .aliases
             .iter()
@@ -419,14 +425,11 @@ impl Groups {
         let class = group
             .and_then(|group| group.resource_class.as_deref())
             .or(spec.and_then(|spec| spec.resource_class.as_deref()));
+        let traits = traits.into_iter().flatten().flat_map(Traits::names);
         Tags {
-            traits: traits
-                .into_iter()
-                .flatten()
-                .flat_map(Traits::names)
-                .map(str::to_owned)
-                .collect(),
-            resource_class: class.map_or_else(|| nova::class_of(device), nova::normal),
+            traits: traits.map(str::to_owned).collect(),
+            live_migratable: flag(spec.and_then(|spec| spec.live_migratable)),
+            resource_class: class.map_or_else(|| nova::class_of(device), nova::resource_class),
             one_time_use: group.is_some_and(|group| group.one_time_use)
                 || flag(spec.and_then(|spec| spec.one_time_use)),
             on_demand: match group {

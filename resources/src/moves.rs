@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
+use crate::nova::devname;
 use crate::quarantine::{Until, quarantine};
 use crate::writer::{SysfsWrite, SysfsWriter, WriteError};
 
@@ -97,6 +98,7 @@ impl Move {
             return Ok(());
         }
         let mut former = Former::of(&self.device);
+        former.interfaces = devname::interfaces(paths, self.device.bdf);
         former.demand = demand;
         let stored = former.store(paths, self.device.bdf);
         stored.map_err(|(path, source)| MoveError::Former { path, source })

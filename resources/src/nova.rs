@@ -1,6 +1,8 @@
 //! OpenStack Nova's words for PCI devices: `device_spec`, `alias`, and what their values mean.
 
 mod address;
+pub(crate) mod devname;
+mod words;
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -10,9 +12,12 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::rule::HexId;
 use address::Address;
+pub use words::{Flag, IdOrAny, LocallyManaged, Traits};
+pub(crate) use words::{class_of, resource_class};
 
 /// What a function is in the eyes of SR-IOV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -64,7 +69,7 @@ pub enum NumaPolicy {
 }
 
 /// Devices that may be given to VMs, in Nova's form. Several are alternatives.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceSpec {
     /// Vendor id, or "*".
@@ -73,10 +78,16 @@ pub struct DeviceSpec {
     /// Device id, or "*".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub product_id: Option<IdOrAny>,
-    /// The device's address or that of its physical function: "*:0a:00.*", or an object of regular
-    /// expressions for domain, bus, slot and function.
+    /// The device's address: "0000:0a:00.0", "*:0a:00.*", or an object of regular expressions for domain,
+    /// bus, slot and function. The full address of a physical function stands for its virtual ones too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<Address>,
+    /// Instead of an address: the host's network interface on the device, or on its physical function.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devname: Option<String>,
+    /// The function of that interface, as far as there is one.
+    #[serde(skip)]
+    pub(crate) found: Option<HostBdf>,
     /// Read and not used: gantry knows no networks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub physical_network: Option<String>,
@@ -89,27 +100,52 @@ pub struct DeviceSpec {
     /// After one use the device is not given again before it is released by hand.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_use: Option<Flag>,
-    /// Whether the device is taken from its host driver when a VM needs it.
+    /// Whether the device is taken from its host driver when a VM needs it. Left out it means no, unlike
+    /// in Nova: `gantry device detach` takes it then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub managed: Option<Flag>,
-    /// Read and not used: VMs do not migrate.
+    /// What an alias may ask for; VMs do not migrate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live_migratable: Option<Flag>,
-    /// Read and not used.
+    /// Read and not used: in Nova, ports ask for it, and gantry knows no networks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trusted: Option<Flag>,
+    /// False: nothing here manages functions on a card's own processor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote_managed: Option<LocallyManaged>,
 }
 
 impl DeviceSpec {
-    /// Whether the spec takes a device. A physical function's address stands for its virtual ones too.
+    /// Whether the spec takes a device. One physical function named by its full address or its interface
+    /// stands for its virtual ones too; a pattern does not.
     pub fn matches(&self, device: &HostDevice) -> bool {
-        let address = |address: &Address| {
-            address.covers(device.bdf) || device.physfn.is_some_and(|pf| address.covers(pf))
+        let parent = |is_meant: &dyn Fn(HostBdf) -> bool| device.physfn.is_some_and(is_meant);
+        let place = match (&self.devname, &self.address) {
+            (Some(_), _) => self
+                .found
+                .is_some_and(|at| at == device.bdf || parent(&|pf| pf == at)),
+            (None, Some(address)) => {
+                address.covers(device.bdf) || parent(&|pf| address.is_exactly(pf))
+            }
+            (None, None) => true,
         };
         !device.is_bridge()
             && self.vendor_id.is_none_or(|id| id.is(device.id.vendor))
             && self.product_id.is_none_or(|id| id.is(device.id.device))
-            && self.address.as_ref().is_none_or(address)
+            && place
+    }
+}
+
+impl Entry for DeviceSpec {
+    fn problem(&self) -> Option<&'static str> {
+        let name = self.devname.as_deref();
+        if name.is_some() && self.address.is_some() {
+            return Some("devname and address name a device each: leave one of them out");
+        }
+        let wrong =
+            |name: &str| name.is_empty() || name.contains(['/', ' ']) || name.starts_with('.');
+        name.is_some_and(wrong)
+            .then_some("devname: write the name of a network interface, such as \"eth0\"")
     }
 }
 
@@ -118,6 +154,7 @@ impl DeviceSpec {
 #[serde(deny_unknown_fields)]
 pub struct Alias {
     /// The name.
+    #[serde(deserialize_with = "trimmed")]
     pub name: String,
     /// Vendor id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -140,12 +177,33 @@ pub struct Alias {
     /// Traits that the device must have, with commas between.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traits: Option<Traits>,
-    /// Read and not used: VMs do not migrate.
+    /// What the device's `device_spec` must say of itself; VMs do not migrate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live_migratable: Option<Flag>,
 }
 
+impl Entry for Alias {
+    fn problem(&self) -> Option<&'static str> {
+        let length = self.name.chars().count();
+        (!(1..=256).contains(&length)).then_some("name: an alias has a name of 1 to 256 characters")
+    }
+}
+
+fn trimmed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    String::deserialize(deserializer).map(|text| text.trim().to_owned())
+}
+
 impl Alias {
+    /// The key in which this definition contradicts another one of the same name, if there is one.
+    pub(crate) fn contradicts(&self, other: &Self) -> Option<&'static str> {
+        let policy = |alias: &Self| alias.numa_policy.unwrap_or(NumaPolicy::Legacy);
+        match self.name == other.name {
+            true if policy(self) != policy(other) => Some("numa_policy"),
+            true if self.device_type != other.device_type => Some("device_type"),
+            _ => None,
+        }
+    }
+
     /// Whether a device has the ids asked for.
     pub fn has_ids(&self, device: &HostDevice) -> bool {
         self.vendor_id.is_none_or(|id| id.is(device.id.vendor))
@@ -206,140 +264,6 @@ pub enum Capability {
     Pci,
 }
 
-/// A vendor or device id, or `*` for any.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^(\\*|(0x)?[0-9a-fA-F]{4})$"))]
-pub enum IdOrAny {
-    /// Any id.
-    Any,
-    /// This one.
-    Id(HexId),
-}
-
-impl IdOrAny {
-    fn is(self, id: u16) -> bool {
-        self == Self::Any || self == Self::Id(HexId(id))
-    }
-}
-
-impl TryFrom<String> for IdOrAny {
-    type Error = crate::rule::RuleError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        match text.as_str() {
-            "*" => Ok(Self::Any),
-            text => text.parse().map(Self::Id),
-        }
-    }
-}
-
-impl From<IdOrAny> for String {
-    fn from(id: IdOrAny) -> Self {
-        match id {
-            IdOrAny::Any => "*".to_owned(),
-            IdOrAny::Id(id) => id.to_string(),
-        }
-    }
-}
-
-/// Names of traits, compared as Nova does: in capitals, with `_` for what is no letter or digit, and
-/// with or without `CUSTOM_` in front.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
-#[schemars(with = "TraitsText")]
-#[serde(into = "String")]
-pub struct Traits(Vec<String>);
-
-#[derive(Deserialize, JsonSchema)]
-#[serde(untagged)]
-#[allow(dead_code)] // the schema's form, and what is read
-enum TraitsText {
-    One(String),
-    List(Vec<String>),
-}
-
-impl Traits {
-    /// The names in their normal form.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(String::as_str)
-    }
-}
-
-impl From<Traits> for String {
-    fn from(traits: Traits) -> Self {
-        traits.0.join(",")
-    }
-}
-
-impl<'de> Deserialize<'de> for Traits {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let texts = match TraitsText::deserialize(deserializer) {
-            Ok(TraitsText::One(text)) => vec![text],
-            Ok(TraitsText::List(texts)) => texts,
-            Err(_) => {
-                return Err(serde::de::Error::custom(
-                    "expected names of traits: a string with commas, or a list",
-                ));
-            }
-        };
-        Ok(texts.iter().map(String::as_str).collect())
-    }
-}
-
-impl<'a> FromIterator<&'a str> for Traits {
-    fn from_iter<I: IntoIterator<Item = &'a str>>(texts: I) -> Self {
-        let names = texts.into_iter().flat_map(|text| text.split(','));
-        Self(names.map(normal).filter(|name| !name.is_empty()).collect())
-    }
-}
-
-/// A resource class or trait in its normal form.
-pub(crate) fn normal(name: &str) -> String {
-    let plain = |c: char| {
-        if c.is_ascii_alphanumeric() {
-            c.to_ascii_uppercase()
-        } else {
-            '_'
-        }
-    };
-    let name: String = name.trim().chars().map(plain).collect();
-    name.strip_prefix("CUSTOM_")
-        .map_or(name.clone(), str::to_owned)
-}
-
-/// The resource class of a device that is given none: that of its ids.
-pub(crate) fn class_of(device: &HostDevice) -> String {
-    format!("PCI_{:04X}_{:04X}", device.id.vendor, device.id.device)
-}
-
-/// True or false, also in the words that Nova's files use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(transparent)]
-#[schemars(with = "FlagText")]
-pub struct Flag(pub bool);
-
-#[derive(Deserialize, JsonSchema)]
-#[serde(untagged)]
-#[allow(dead_code)] // the schema's form, and what is read
-enum FlagText {
-    Bool(bool),
-    Text(String),
-}
-
-impl<'de> Deserialize<'de> for Flag {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let wrong = || serde::de::Error::custom("expected true or false, \"yes\" or \"no\"");
-        match FlagText::deserialize(deserializer).map_err(|_| wrong())? {
-            FlagText::Bool(value) => Ok(Self(value)),
-            FlagText::Text(text) => match text.to_ascii_lowercase().as_str() {
-                "true" | "yes" | "on" | "1" | "t" | "y" => Ok(Self(true)),
-                "false" | "no" | "off" | "0" | "f" | "n" => Ok(Self(false)),
-                _ => Err(wrong()),
-            },
-        }
-    }
-}
-
 /// One thing, a list of them, or either of these as a text of JSON, which is how Nova's own
 /// configuration file holds them.
 #[derive(JsonSchema)]
@@ -355,15 +279,28 @@ enum OneOrMany<T> {
 pub(crate) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
-    T: serde::de::DeserializeOwned,
+    T: Entry,
 {
     deserializer.deserialize_any(Things(PhantomData))
+}
+
+/// What Nova's options hold: an object, which may contradict itself.
+pub(crate) trait Entry: serde::de::DeserializeOwned {
+    /// Words of what is wrong with it as a whole.
+    fn problem(&self) -> Option<&'static str>;
+}
+
+fn checked<T: Entry, E: serde::de::Error>(thing: T) -> Result<T, E> {
+    match thing.problem() {
+        Some(problem) => Err(E::custom(problem)),
+        None => Ok(thing),
+    }
 }
 
 /// One thing or several.
 struct Things<T>(PhantomData<T>);
 
-impl<'de, T: serde::de::DeserializeOwned> Visitor<'de> for Things<T> {
+impl<'de, T: Entry> Visitor<'de> for Things<T> {
     type Value = Vec<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -373,13 +310,14 @@ impl<'de, T: serde::de::DeserializeOwned> Visitor<'de> for Things<T> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut things = Vec::new();
         while let Some(thing) = list.next_element()? {
-            things.push(thing);
+            things.push(checked(thing)?);
         }
         Ok(things)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Vec<T>, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map)).map(|thing| vec![thing])
+        let thing = T::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(vec![checked(thing)?])
     }
 
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Vec<T>, E> {

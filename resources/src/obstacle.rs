@@ -113,6 +113,11 @@ pub enum Obstacle {
         /// Its class.
         is: String,
     },
+    /// An alias asks for devices whose device_spec says other of live migration.
+    Migratable {
+        /// What it must say.
+        wanted: bool,
+    },
     /// It lacks traits that are asked for.
     Traits {
         /// These.

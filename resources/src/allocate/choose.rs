@@ -445,6 +445,11 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
             wanted: alias.device_type,
         });
     }
+    if let Some(nova::Flag(wanted)) = alias.live_migratable
+        && wanted != tags.live_migratable
+    {
+        return Some(Obstacle::Migratable { wanted });
+    }
     let traits: Vec<&str> = alias
         .traits
         .iter()
@@ -454,7 +459,7 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
 }
 
 fn lacks(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> {
-    if class.is_some_and(|class| nova::normal(class) != tags.resource_class) {
+    if class.is_some_and(|class| nova::resource_class(class) != tags.resource_class) {
         return Some(Obstacle::ResourceClass {
             is: tags.resource_class.clone(),
         });

@@ -79,6 +79,7 @@ fn may_pass(blocked: &Blocked) -> bool {
             | Obstacle::DeviceType { .. }
             | Obstacle::ResourceClass { .. }
             | Obstacle::Traits { .. }
+            | Obstacle::Migratable { .. }
     )
 }
 

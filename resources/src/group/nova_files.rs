@@ -2,22 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::edit::EditError;
 use crate::config::{self, ConfigError};
 use crate::host::HostPaths;
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseRecord};
-use crate::nova::{self, Alias, DeviceSpec};
+use crate::nova::{self, Alias, DeviceSpec, Entry};
 
 /// One or a list of what Nova's option of that name holds.
 #[derive(Serialize, Deserialize)]
-#[serde(transparent, bound = "T: Serialize + DeserializeOwned")]
+#[serde(transparent, bound = "T: Serialize + Entry")]
 struct NovaFile<T>(#[serde(deserialize_with = "nova::one_or_many")] Vec<T>);
 
 /// What such a file holds; nothing if there is none.
-pub(super) fn load<T: Serialize + DeserializeOwned>(path: &Path) -> Result<Vec<T>, ConfigError> {
+pub(super) fn load<T: Serialize + Entry>(path: &Path) -> Result<Vec<T>, ConfigError> {
     match config::read(path)? {
         Some(text) => config::parse(path, &text).map(|NovaFile(values)| values),
         None => Ok(Vec::new()),
@@ -34,6 +33,22 @@ pub(super) fn aliases(paths: &HostPaths) -> PathBuf {
     paths.config.join("alias.json")
 }
 
+/// Refuses aliases of one name that contradict each other. The file is for the error alone.
+pub(super) fn agree(file: &Path, aliases: &[Alias]) -> Result<(), ConfigError> {
+    for (index, alias) in aliases.iter().enumerate() {
+        let others = aliases.iter().take(index);
+        if let Some(key) = others.filter_map(|other| alias.contradicts(other)).next() {
+            return Err(ConfigError::Unfit {
+                key: format!("{}: alias \"{}\"", file.display(), alias.name),
+                problem: format!(
+                    "its definitions name different values of {key}: give all the same"
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Adds device specs to `device_spec.json`, as far as they are not there yet, and takes others away. All
 /// of it or nothing. Returns the file.
 pub fn change_device_specs(
@@ -41,7 +56,8 @@ pub fn change_device_specs(
     new: Vec<DeviceSpec>,
     gone: &[DeviceSpec],
 ) -> Result<PathBuf, EditError> {
-    change(paths, specs(paths), new, |specs: &mut Vec<DeviceSpec>| {
+    let is_fit = |_: &[DeviceSpec]| Ok(());
+    change(paths, specs(paths), new, is_fit, |specs| {
         for spec in gone {
             let before = specs.len();
             specs.retain(|one| one != spec);
@@ -61,10 +77,12 @@ pub fn change_aliases(
     new: Vec<Alias>,
     gone: &[String],
 ) -> Result<PathBuf, EditError> {
-    change(paths, aliases(paths), new, |aliases: &mut Vec<Alias>| {
+    let file = aliases(paths);
+    let is_fit = |aliases: &[Alias]| agree(&file, aliases);
+    change(paths, file.clone(), new, is_fit, |aliases| {
         for name in gone {
             let before = aliases.len();
-            aliases.retain(|alias| alias.name != *name);
+            aliases.retain(|alias| alias.name != name.trim());
             if aliases.len() == before {
                 return Err(format!("no alias \"{name}\""));
             }
@@ -73,10 +91,11 @@ pub fn change_aliases(
     })
 }
 
-fn change<T: Serialize + DeserializeOwned + PartialEq>(
+fn change<T: Serialize + Entry + PartialEq>(
     paths: &HostPaths,
     file: PathBuf,
     new: Vec<T>,
+    is_fit: impl FnOnce(&[T]) -> Result<(), ConfigError>,
     remove: impl FnOnce(&mut Vec<T>) -> Result<(), String>,
 ) -> Result<PathBuf, EditError> {
     let record = LeaseRecord::task("gantry group");
@@ -91,6 +110,7 @@ fn change<T: Serialize + DeserializeOwned + PartialEq>(
             values.push(value);
         }
     }
+    is_fit(&values)?;
     config::write(&file, &NovaFile(values))?;
     Ok(file)
 }

@@ -4,8 +4,8 @@ use regex_lite::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::words::hex;
 use crate::host::HostBdf;
-use crate::rule::Slot;
 
 /// Addresses of PCI functions.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -18,9 +18,10 @@ pub struct Address {
 
 #[derive(Clone, Debug)]
 enum Test {
-    Slot(Slot),
-    /// Domain, bus, slot, function.
-    Parts(Box<[Regex; 4]>),
+    /// Domain, bus, slot, function; none for any.
+    Pattern([Option<u32>; 4]),
+    /// The same, each found at the beginning of its part.
+    Expressions(Box<[Regex; 4]>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -51,21 +52,49 @@ impl Address {
     /// Whether an address is meant.
     pub(crate) fn covers(&self, bdf: HostBdf) -> bool {
         match &self.test {
-            Test::Slot(slot) => slot.covers(bdf),
-            Test::Parts(parts) => {
-                let numbers = [
-                    format!("{:04x}", bdf.domain()),
-                    format!("{:02x}", bdf.bus()),
-                    format!("{:02x}", bdf.device()),
-                    format!("{:x}", bdf.function()),
-                ];
-                parts
-                    .iter()
-                    .zip(&numbers)
-                    .all(|(part, number)| part.is_match(number))
+            Test::Pattern(parts) => {
+                let wanted = parts.iter().zip(numbers(bdf));
+                wanted
+                    .into_iter()
+                    .all(|(part, is)| part.is_none_or(|part| part == is))
+            }
+            Test::Expressions(parts) => {
+                let mut wanted = parts.iter().zip(texts(bdf));
+                wanted.all(|(part, is)| part.is_match(&is))
             }
         }
     }
+
+    /// Whether it is this one address, written out in full, and no pattern.
+    pub(crate) fn is_exactly(&self, bdf: HostBdf) -> bool {
+        match (&self.test, &self.written) {
+            (Test::Pattern(parts), _) => *parts == numbers(bdf).map(Some),
+            (Test::Expressions(_), Written::Parts(parts)) => {
+                let Parts {
+                    domain,
+                    bus,
+                    slot,
+                    function,
+                } = parts;
+                texts(bdf).iter().eq([domain, bus, slot, function])
+            }
+            (Test::Expressions(_), Written::Pattern(_)) => false,
+        }
+    }
+}
+
+fn numbers(bdf: HostBdf) -> [u32; 4] {
+    let [bus, slot, function] = [bdf.bus(), bdf.device(), bdf.function()].map(u32::from);
+    [bdf.domain(), bus, slot, function]
+}
+
+fn texts(bdf: HostBdf) -> [String; 4] {
+    [
+        format!("{:04x}", bdf.domain()),
+        format!("{:02x}", bdf.bus()),
+        format!("{:02x}", bdf.device()),
+        format!("{:x}", bdf.function()),
+    ]
 }
 
 impl PartialEq for Address {
@@ -81,17 +110,13 @@ impl TryFrom<Written> for Address {
 
     fn try_from(written: Written) -> Result<Self, String> {
         let test = match &written {
-            Written::Pattern(text) => Test::Slot(short(text).parse().map_err(|_| {
-                format!(
-                    "\"{text}\" is no PCI address: write it like \"0000:0a:00.1\" or \"*:0a:00.*\""
-                )
-            })?),
+            Written::Pattern(text) => Test::Pattern(pattern(text)?),
             Written::Parts(parts) => {
                 let regex = |text: &str| {
-                    Regex::new(&format!("(?i)^(?:{text})"))
+                    Regex::new(&format!("^(?:{text})"))
                         .map_err(|error| format!("\"{text}\" is no regular expression: {error}"))
                 };
-                Test::Parts(Box::new([
+                Test::Expressions(Box::new([
                     regex(&parts.domain)?,
                     regex(&parts.bus)?,
                     regex(&parts.slot)?,
@@ -103,15 +128,35 @@ impl TryFrom<Written> for Address {
     }
 }
 
-/// Nova leaves parts out on the right: "*:0a" is "*:0a:*".
-fn short(text: &str) -> String {
-    let parts = text
-        .bytes()
-        .all(|byte| byte.is_ascii_hexdigit() || b"*:".contains(&byte));
-    match parts && text.contains(':') && !text.ends_with('*') {
-        true => format!("{text}*"),
-        false => text.to_owned(),
+/// Reads `[[[[domain]:]bus]:][slot][.[function]]`: parts are left out on the left, and a part that is
+/// empty or `*` is any.
+fn pattern(text: &str) -> Result<[Option<u32>; 4], String> {
+    let (before, function) = text.split_once('.').unwrap_or((text, ""));
+    let mut parts: Vec<&str> = before.split(':').collect();
+    if parts.len() > 3 {
+        return Err(format!(
+            "\"{text}\" is no PCI address: write it like \"0000:0a:00.1\", \"*:0a:00.*\" or \":0a:00.\""
+        ));
     }
+    while parts.len() < 3 {
+        parts.insert(0, "*");
+    }
+    let part = |name: &str, part: Option<&&str>, max: u32| {
+        match part.map_or("", |part| part.trim()) {
+        "" | "*" => Ok(None),
+        part => hex(part, max).map(Some).ok_or_else(|| {
+            format!(
+                "\"{text}\" is no PCI address: its {name} \"{part}\" is no hex number up to {max:X}, nor \"*\""
+            )
+        }),
+    }
+    };
+    Ok([
+        part("domain", parts.first(), 0xffff)?,
+        part("bus", parts.get(1), 0xff)?,
+        part("slot", parts.get(2), 0x1f)?,
+        part("function", Some(&function), 7)?,
+    ])
 }
 
 impl From<Address> for Written {

@@ -28,6 +28,8 @@ pub enum Sieve {
     ResourceClass,
     /// `traits`.
     Traits,
+    /// `live_migratable` of an alias.
+    Migratable,
     /// What the host keeps for itself.
     Bridge,
     /// Not to be held by anybody.
@@ -76,6 +78,7 @@ impl Obstacle {
             Self::DeviceType { .. } => Sieve::DeviceType,
             Self::ResourceClass { .. } => Sieve::ResourceClass,
             Self::Traits { .. } => Sieve::Traits,
+            Self::Migratable { .. } => Sieve::Migratable,
             Self::Numa { .. } => Sieve::Numa,
             Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => Sieve::VfToken,
             Self::SamePf { .. } => Sieve::Isolation,
@@ -96,6 +99,7 @@ impl fmt::Display for Sieve {
             Self::DeviceType => "of another device_type",
             Self::ResourceClass => "of another resource_class",
             Self::Traits => "without the traits",
+            Self::Migratable => "of another live_migratable",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",
             Self::Quarantined => "in quarantine",

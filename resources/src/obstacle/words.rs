@@ -148,6 +148,13 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
         Obstacle::Traits { missing } => {
             write!(f, "{bdf} lacks the traits {}", missing.join(", "))
         }
+        Obstacle::Migratable { wanted } => {
+            let said = if *wanted { "yes" } else { "no" };
+            write!(
+                f,
+                "{bdf} is of no device_spec that says \"live_migratable\": \"{said}\""
+            )
+        }
         Obstacle::Numa { node: Some(node) } => {
             write!(f, "{bdf} is on NUMA node {node}, too far from the VM")
         }
