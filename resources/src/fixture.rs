@@ -14,7 +14,9 @@ use tempfile::TempDir;
 
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, scan};
-use crate::sriov::{HostAccess, Interface, LinkError, LinkWrite, Pf, VfLinks, VfSetting, VfState};
+use crate::sriov::{
+    HostAccess, Interface, LinkError, LinkWrite, Mac, Pf, VfLinks, VfSetting, VfState,
+};
 use crate::writer::{SysfsWrite, SysfsWriter, Unfinished, WriteError};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
@@ -228,6 +230,8 @@ pub(crate) enum Fault {
     Hangs,
     /// Takes the write and does nothing.
     Ignores,
+    /// Asks to be told again, once: what writes sysfs has done so already when the write comes here.
+    Again,
     /// Takes no write any more: as if the writing process had been killed.
     Dead,
 }
@@ -243,6 +247,8 @@ pub(crate) struct FakeKernel<'a> {
     /// What virtual functions have: interface, number.
     pub(crate) functions: RefCell<BTreeMap<(u32, u16), VfState>>,
     stuck: Cell<Option<HostBdf>>,
+    /// Takes no MAC address of zeroes, as some drivers do.
+    pub(crate) wants_macs: Cell<bool>,
     /// What a write that hangs keeps open.
     pub(crate) kept: RefCell<Vec<File>>,
 }
@@ -261,6 +267,7 @@ impl<'a> FakeKernel<'a> {
             written: RefCell::default(),
             functions: RefCell::default(),
             stuck: Cell::new(None),
+            wants_macs: Cell::new(false),
             kept: RefCell::default(),
         }
     }
@@ -447,7 +454,7 @@ impl SysfsWriter for FakeKernel<'_> {
                 Err(hung(path, value))
             }
             Some(Fault::Ignores) => Ok(()),
-            None => self.obey(path, value).map_err(refused),
+            Some(Fault::Again) | None => self.obey(path, value).map_err(refused),
         }
     }
     fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError> {
@@ -487,8 +494,12 @@ impl VfLinks for FakeKernel<'_> {
         };
         match self.fault(Path::new(&write.interface.name), &write.to_string()) {
             Some(Fault::Ignores) => return Ok(()),
+            Some(Fault::Again) => return Err(refused(nix::libc::EAGAIN)),
             Some(_) => return Err(refused(nix::libc::EOPNOTSUPP)),
             None => {}
+        }
+        if self.wants_macs.get() && write.setting == VfSetting::Mac(Mac([0; 6])) {
+            return Err(refused(nix::libc::EINVAL));
         }
         let mut state = self.read(&write.interface)?.remove(&write.vf);
         let state = state.as_mut().ok_or_else(|| refused(nix::libc::EINVAL))?;

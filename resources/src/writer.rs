@@ -89,8 +89,9 @@ pub trait SysfsWriter {
 
 /// Writes in a child process, which is abandoned when the kernel does not come back in time.
 ///
-/// Where the kernel says that a device is in use, it is tried again for a while: a process that was killed
-/// loses its locks before the kernel has closed its devices. Where a process has it open that is not ending,
+/// Where the kernel says that a device is in use, or to try again, that is done for a while: a process that
+/// was killed loses its locks before the kernel has closed its devices, and some drivers are not ready while
+/// a device resets. Where a process has it open that is not ending,
 /// that is final.
 ///
 /// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
@@ -138,25 +139,29 @@ impl ChildWriter {
         stdin: impl Fn() -> io::Result<Stdio>,
     ) -> Result<(), WriteError> {
         let started = Instant::now();
-        let busy = |error: &WriteError| match error {
-            WriteError::Refused { source, .. } => source.raw_os_error() == Some(libc::EBUSY),
-            _ => false,
+        let errno = |error: &WriteError| match error {
+            WriteError::Refused { source, .. } => source.raw_os_error(),
+            _ => None,
         };
         let mut pause = Duration::from_millis(10);
         let mut before = Vec::new();
         loop {
             let written = self.run(path, value, stdin());
-            if !written.as_ref().is_err_and(busy) {
-                return written;
-            }
-            // Who only looks whether a device is free has it open for a moment too: seen twice, one stays.
-            let staying = users::staying(&self.proc, &users::about(path, value));
-            let stays = staying.iter().any(|pid| before.contains(pid));
             let waited = started.elapsed();
-            if stays || waited >= self.patience {
-                return Err(WriteError::Busy(self.unfinished(path, value, waited)));
+            match written.as_ref().err().and_then(errno) {
+                Some(libc::EBUSY) => {
+                    // Who only looks whether a device is free has it open for a moment too: seen twice,
+                    // one stays.
+                    let staying = users::staying(&self.proc, &users::about(path, value));
+                    let stays = staying.iter().any(|pid| before.contains(pid));
+                    if stays || waited >= self.patience {
+                        return Err(WriteError::Busy(self.unfinished(path, value, waited)));
+                    }
+                    before = staying;
+                }
+                Some(libc::EAGAIN | libc::EINTR) if waited < self.patience => {}
+                _ => return written,
             }
-            before = staying;
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(500));
         }
@@ -357,6 +362,31 @@ mod tests {
         let error = patient(&script).write(&unbind, "0000:01:00.0").unwrap_err();
         assert!(error.to_string().contains("in use: process 77"), "{error}");
         assert_eq!(count(), 2);
+    }
+
+    #[test]
+    fn what_the_kernel_says_to_try_again_is_tried_again_for_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let tries = dir.path().join("tries");
+        let count = || fs::read_to_string(&tries).unwrap().len();
+        for errno in [libc::EAGAIN, libc::EINTR] {
+            let script = format!(
+                r#"echo >>{0}; [ $(wc -l <{0}) -gt 2 ] || exit {errno}"#,
+                tries.display()
+            );
+            let patient = ChildWriter {
+                patience: Duration::from_secs(20),
+                ..writer(dir.path(), &script, Duration::from_secs(20))
+            };
+            fs::write(&tries, "").unwrap();
+            patient.write(Path::new("/sys/x"), "1").unwrap();
+            assert_eq!(count(), 3);
+            let script = format!("echo >>{}; exit {errno}", tries.display());
+            let writer = writer(dir.path(), &script, Duration::from_secs(20));
+            let error = writer.write(Path::new("/sys/x"), "1").unwrap_err();
+            assert!(matches!(error, WriteError::Refused { .. }), "{error}");
+            assert!(count() > 4);
+        }
     }
 
     #[test]

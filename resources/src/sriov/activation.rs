@@ -226,7 +226,7 @@ impl Activation<'_> {
 
     fn link(&mut self, write: LinkWrite) -> Result<(), SriovError> {
         if !self.dry_run {
-            self.host.links.set(&write)?;
+            self.host.links.set_when_ready(&write)?;
         }
         self.writes.push(HostWrite::Link(write));
         Ok(())
@@ -323,19 +323,22 @@ impl Activation<'_> {
             return Ok(());
         };
         let now = self.host.links.read(interface)?;
+        let mut undone = Ok(());
         for (vf, state) in &now {
             let Some(before) = before.get(vf) else {
                 continue;
             };
+            // One that is refused keeps no other from being put back.
             for setting in state.changes_to(before) {
                 let interface = interface.clone();
-                self.host.links.set(&LinkWrite {
+                let set = self.host.links.set_when_ready(&LinkWrite {
                     interface,
                     vf: *vf,
                     setting,
-                })?;
+                });
+                undone = undone.and(set);
             }
         }
-        Ok(())
+        Ok(undone?)
     }
 }

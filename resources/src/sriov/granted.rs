@@ -137,11 +137,18 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     // Another look: a VM, or another command, may have come in between.
-    let Some(record) = Owed::load(&path(host, bdf)) else {
+    let Some(mut record) = Owed::load(&path(host, bdf)) else {
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
-    owed::put_back(links, &writes).map(drop)
+    let (done, result) = owed::put_back(links, &writes);
+    if !done.refused.is_empty() {
+        // It is told of once: the next command does not ask for it again.
+        let known = done.refused.iter();
+        record.before = known.fold(record.before, |state, setting| state.without(setting));
+        record.store(path(host, bdf))?;
+    }
+    result
 }
 
 /// [`end`] of a function that a command did not come to.

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use serde::Serialize;
 use thiserror::Error;
 
 use super::settings::{VfSetting, VfState};
+
+/// How long a card may say that it is busy: a function that is being reset takes no settings.
+const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A network interface of a physical function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -71,6 +75,32 @@ pub enum LinkError {
     },
 }
 
+impl LinkError {
+    fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused { source, .. } | Self::Ask { source, .. } => source.raw_os_error(),
+            Self::Elsewhere { .. } => None,
+        }
+    }
+
+    /// Whether the same may be taken a moment later.
+    fn is_passing(&self) -> bool {
+        matches!(self.errno(), Some(libc::EAGAIN | libc::EBUSY | libc::EINTR))
+    }
+
+    /// Whether the driver does not take this value: it will not do so later either, and it says nothing
+    /// of other settings.
+    pub(super) fn is_of_value(&self) -> bool {
+        /// What drivers answer that mean EOPNOTSUPP, though the number is the kernel's own.
+        const ENOTSUPP: i32 = 524;
+        let of_value = matches!(
+            self.errno(),
+            Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ERANGE | libc::EADDRNOTAVAIL | ENOTSUPP)
+        );
+        matches!(self, Self::Refused { .. }) && of_value
+    }
+}
+
 fn advice(error: &io::Error, setting: &VfSetting) -> String {
     let key = setting.key();
     match error.raw_os_error() {
@@ -93,4 +123,25 @@ pub trait VfLinks {
 
     /// Makes one change.
     fn set(&self, write: &LinkWrite) -> Result<(), LinkError>;
+
+    /// [`VfLinks::set`], tried again for a while as long as the card is busy.
+    fn set_when_ready(&self, write: &LinkWrite) -> Result<(), LinkError> {
+        when_ready(|| self.set(write))
+    }
+}
+
+/// Does what may be refused for the moment, until it is done or [`BUSY_PATIENCE`] is over.
+pub(super) fn when_ready<T>(
+    mut attempt: impl FnMut() -> Result<T, LinkError>,
+) -> Result<T, LinkError> {
+    let deadline = Instant::now() + BUSY_PATIENCE;
+    let mut pause = Duration::from_millis(10);
+    loop {
+        match attempt() {
+            Err(error) if error.is_passing() && Instant::now() < deadline => {}
+            result => return result,
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(500));
+    }
 }

@@ -20,7 +20,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
 
-use super::links::{Interface, LinkError, LinkWrite, VfLinks};
+use super::links::{Interface, LinkError, LinkWrite, VfLinks, when_ready};
 use super::settings::{LinkState, Mac, VfSetting, VfState};
 use crate::host::HostPaths;
 
@@ -53,13 +53,15 @@ impl<'a> Netlink<'a> {
 impl VfLinks for Netlink<'_> {
     fn read(&self, interface: &Interface) -> Result<BTreeMap<u16, VfState>, LinkError> {
         self.on_this_host()?;
-        let mut message = message_of(interface);
-        let parts = vec![LinkExtentMask::Vf, LinkExtentMask::SkipStats];
-        message.attributes.push(LinkAttribute::ExtMask(parts));
-        let answer = ask(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST);
-        let answer = answer.map_err(|source| LinkError::Ask {
-            interface: interface.name.clone(),
-            source,
+        let answer = when_ready(|| {
+            let mut message = message_of(interface);
+            let parts = vec![LinkExtentMask::Vf, LinkExtentMask::SkipStats];
+            message.attributes.push(LinkAttribute::ExtMask(parts));
+            let answer = ask(RouteNetlinkMessage::GetLink(message), NLM_F_REQUEST);
+            answer.map_err(|source| LinkError::Ask {
+                interface: interface.name.clone(),
+                source,
+            })
         })?;
         let mut found = BTreeMap::new();
         let attributes = answer.into_iter().flat_map(|link| link.attributes);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::error::SriovError;
 use super::links::{Interface, LinkError, LinkWrite, VfLinks};
 use super::pf::Pf;
-use super::settings::VfState;
+use super::settings::{VfSetting, VfState};
 use crate::group::Groups;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, InventoryError};
@@ -96,25 +96,47 @@ impl Card {
     }
 }
 
-/// Tells the kernel what functions were set to. Whether it took something.
-pub(super) fn put_back(links: &dyn VfLinks, writes: &[LinkWrite]) -> Result<bool, SriovError> {
-    let mut changed = false;
+/// What became of settings that were put back.
+#[derive(Debug, Default)]
+pub(super) struct PutBack {
+    /// Whether the card took something.
+    pub(super) changed: bool,
+    /// What it does not take, though it had that by itself: the function keeps what it has.
+    pub(super) refused: Vec<VfSetting>,
+}
+
+/// Tells the kernel what a function was set to: all of it, also where some is refused.
+pub(super) fn put_back(
+    links: &dyn VfLinks,
+    writes: &[LinkWrite],
+) -> (PutBack, Result<(), SriovError>) {
+    let mut done = PutBack::default();
+    let mut result = Ok(());
     for write in writes {
-        match links.set(write) {
+        match links.set_when_ready(write) {
             Ok(()) => {
                 tracing::info!("put back: `{write}`");
-                changed = true;
+                done.changed = true;
             }
-            // What the card gave by itself it need not take from others.
-            Err(LinkError::Refused { write, source })
-                if source.raw_os_error() == Some(nix::libc::EOPNOTSUPP) =>
-            {
-                tracing::debug!("`{write}` is not to be had: {source}");
+            Err(error) if error.is_of_value() => {
+                tell(write, &error);
+                done.refused.push(write.setting);
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => result = result.and(Err(error.into())),
         }
     }
-    Ok(changed)
+    (done, result)
+}
+
+/// Reports a value that a card had by itself and does not take from others.
+fn tell(write: &LinkWrite, error: &LinkError) {
+    let reason = std::error::Error::source(error).map_or_else(String::new, ToString::to_string);
+    tracing::warn!(
+        "function {} of {} keeps its {}: the kernel refused `{write}` ({reason})",
+        write.vf,
+        write.interface.name,
+        write.setting.key()
+    );
 }
 
 pub(super) fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
@@ -199,14 +221,21 @@ pub(crate) fn prepare(
         before,
     };
     owed.store(record)?;
+    let asked = spec.wanted(vf);
+    let mut result = Ok(());
     for setting in now.changes_to(&wanted) {
-        links.set(&LinkWrite {
+        let write = LinkWrite {
             interface: interface.clone(),
             vf,
             setting,
-        })?;
+        };
+        match links.set_when_ready(&write) {
+            // What the function had before the last VM is less than what its group asks for.
+            Err(error) if error.is_of_value() && !asked.asks_for(&setting) => tell(&write, &error),
+            set => result = result.and(set),
+        }
     }
-    Ok(())
+    Ok(result?)
 }
 
 /// Puts a function back that this process has locked. Whether there was anything to put back.
@@ -219,7 +248,8 @@ pub(crate) fn restore(
         Some(owed) => owed.writes(paths, links, bdf)?,
         None => Vec::new(),
     };
-    let changed = put_back(links, &writes)?;
+    let (done, result) = put_back(links, &writes);
+    result?;
     forget(paths, bdf);
-    Ok(changed)
+    Ok(done.changed)
 }

@@ -238,6 +238,40 @@ impl VfState {
         }
     }
 
+    /// Whether it says something of what a setting is about.
+    pub(super) fn asks_for(&self, setting: &VfSetting) -> bool {
+        self.clone().without(setting) != *self
+    }
+
+    /// This without what a setting is about.
+    pub(super) fn without(self, setting: &VfSetting) -> Self {
+        match setting {
+            VfSetting::Mac(_) => Self { mac: None, ..self },
+            VfSetting::Vlan { .. } => Self {
+                vlan: None,
+                qos: None,
+                ..self
+            },
+            VfSetting::SpoofCheck(_) => Self {
+                spoof_check: None,
+                ..self
+            },
+            VfSetting::Trust(_) => Self {
+                trust: None,
+                ..self
+            },
+            VfSetting::Rate { .. } => Self {
+                min_rate: None,
+                max_rate: None,
+                ..self
+            },
+            VfSetting::LinkState(_) => Self {
+                link_state: None,
+                ..self
+            },
+        }
+    }
+
     /// The changes that make `wanted` of this.
     pub(crate) fn changes_to(&self, wanted: &Self) -> Vec<VfSetting> {
         let same = Self::default();

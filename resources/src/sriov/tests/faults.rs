@@ -29,6 +29,20 @@ fn a_fault_at_any_write_leaves_the_host_as_it_was() {
     }
 }
 
+#[test]
+fn a_function_in_reset_is_told_again() {
+    for at in 0.. {
+        let host = host("manual", SETTINGS);
+        let kernel = FakeKernel::new(&host).with_fault(at, Fault::Again);
+        up(&host, &kernel).unwrap();
+        let made = seen(&host, &kernel);
+        assert_eq!((made.functions.len(), made.states[2].vlan), (3, Some(100)));
+        if kernel.written.borrow().len() <= at {
+            break;
+        }
+    }
+}
+
 /// Two functions that somebody has set and bound, and a group that wants three.
 fn used_host() -> FakeHost {
     let host = host("manual", r#", "mac": "52:54:00:00:09:00", "vlan": 7"#);

@@ -97,6 +97,41 @@ fn what_a_guest_changed_is_put_back_by_the_next_command_or_the_next_vm() {
 }
 
 #[test]
+fn a_value_that_the_card_does_not_take_back_is_in_nobodys_way() {
+    let host = host("manual", r#", "vlan": 7, "trust": true"#);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    kernel.wants_macs.set(true);
+    // A trusted guest changes its address, and somebody the VLAN.
+    let spoil = |mac: u8| {
+        let mut functions = kernel.functions.borrow_mut();
+        let state = functions.entry((3, 0)).or_default();
+        (state.mac, state.vlan) = (Some(Mac([2, 0, 0, 0, 0, mac])), Some(9));
+    };
+    let state = || seen(&host, &kernel).states[0].clone();
+    let lease = take(&host, &kernel, 1).unwrap();
+    spoil(1);
+    drop(lease);
+    // Nobody came since: the next VM puts right what can be put right.
+    let lease = take(&host, &kernel, 1).unwrap();
+    assert_eq!((state().vlan, state().trust), (Some(7), Some(true)));
+    assert_eq!(state().mac, Some(Mac([2, 0, 0, 0, 0, 1])));
+    spoil(2);
+    drop(lease);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(state().vlan, Some(7));
+    assert!(!owed::is_owed(&host.paths, bdf(FIRST)));
+    let writes = kernel.written.borrow().len();
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(
+        kernel.written.borrow().len(),
+        writes,
+        "it is not tried for ever"
+    );
+    take(&host, &kernel, 1).unwrap();
+}
+
+#[test]
 fn a_setting_that_fails_gives_the_vm_nothing() {
     let host = host("demand", SETTINGS);
     let kernel = FakeKernel::new(&host);

@@ -42,6 +42,24 @@ fn edit_group(host: &FakeHost, from: &str, to: &str) {
 }
 
 #[test]
+fn a_value_that_the_card_does_not_take_back_is_told_of_once() {
+    let host = host("boot", r#", "vlan": 7, "trust": true"#);
+    let kernel = FakeKernel::new(&host);
+    up(&host, &kernel).unwrap();
+    tenant(&host);
+    grant_first(&host, kernel.access()).unwrap();
+    kernel.wants_macs.set(true);
+    spoil(&kernel);
+    reap_with(&host.paths, kernel.access()).unwrap();
+    let state = seen(&host, &kernel).states[0].clone();
+    assert_eq!(state.vlan, Some(7));
+    assert_eq!(state.mac, Some(Mac([2, 0, 0, 0, 0, 9])));
+    let writes = kernel.written.borrow().len();
+    reap_with(&host.paths, kernel.access()).unwrap();
+    assert_eq!(kernel.written.borrow().len(), writes);
+}
+
+#[test]
 fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_stay() {
     let host = host("boot", SETTINGS);
     let kernel = FakeKernel::new(&host);
