@@ -1,5 +1,5 @@
 //! Device nodes by which programs use a device: block devices, and character devices of disks, GPUs, RDMA
-//! cards and user-space drivers; and the processes that have one open.
+//! cards, serial ports, virtio consoles and user-space drivers; and the processes that have one open.
 
 use std::fs;
 use std::io;
@@ -15,9 +15,8 @@ use crate::host::HostPaths;
 use crate::sysfs;
 use crate::writer::{User, open_nodes};
 
-/// Classes of nodes. Who has another kind open (an input device, a terminal) is told otherwise, or does not
-/// matter.
-const CLASSES: [&str; 8] = [
+/// Classes of nodes. Who has another kind open (an input device) is told otherwise, or does not matter.
+const CLASSES: [&str; 10] = [
     "block",
     "nvme",
     "nvme-generic",
@@ -25,8 +24,13 @@ const CLASSES: [&str; 8] = [
     "scsi_tape",
     "drm",
     "infiniband_verbs",
+    "tty",
     "uio",
+    "virtio-ports",
 ];
+
+/// Where the kernel keeps the terminals of a hypervisor's consoles, which are below no device.
+const HYPERVISOR_TERMINALS: &str = "virtual/tty/hvc";
 
 /// The major number of NVIDIA's nodes, which have no class.
 const NVIDIA: u32 = 195;
@@ -84,16 +88,30 @@ pub(super) fn read(paths: &HostPaths) -> io::Result<Vec<Node>> {
             let event = sysfs::text(&dir.join("uevent")).ok().flatten();
             let event = event.unwrap_or_default();
             let told = event.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+            let of_hypervisor = dir.to_string_lossy().contains(HYPERVISOR_TERMINALS);
             found.push(Node {
                 name: told.map_or_else(|| name.replace('!', "/"), str::to_owned),
                 number,
                 is_block: class == "block",
-                homes: homes(&dir)?,
+                homes: match of_hypervisor {
+                    true => virtio_consoles(paths)?,
+                    false => homes(&dir)?,
+                },
             });
         }
     }
     found.extend(nvidia(paths)?);
     Ok(found)
+}
+
+/// The devices whose driver makes terminals of a hypervisor. Which of them has which is not to be seen.
+fn virtio_consoles(paths: &HostPaths) -> io::Result<Vec<PathBuf>> {
+    let driver = paths.sysfs.join("bus/virtio/drivers/virtio_console");
+    let bound = sysfs::entries(&driver)?.into_iter();
+    let bound = bound.filter(|name| name.starts_with("virtio"));
+    Ok(bound
+        .filter_map(|name| fs::canonicalize(driver.join(name)).ok())
+        .collect())
 }
 
 /// The nodes of NVIDIA's own driver: `Device Minor: 0` of /proc/driver/nvidia/gpus/BDF/information.
@@ -152,4 +170,57 @@ pub(super) fn kept_open<'a>(paths: &HostPaths, nodes: &[&'a Node]) -> Vec<(&'a N
         (node, host_use)
     };
     open.into_iter().map(used).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, bdf};
+    use crate::guard::host_uses;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_port_that_a_process_talks_over_keeps_its_device() {
+        let host = FakeHost::new(&[
+            Fake::nvme("01:00.0", 1)
+                .class(0x07_80_00)
+                .driver("virtio-pci"),
+            Fake::nvme("02:00.0", 2).class(0x07_00_02).driver("serial"),
+        ]);
+        for dir in ["virtio-ports", "tty"] {
+            fs::create_dir_all(host.paths.sysfs.join("class").join(dir)).unwrap();
+        }
+        let (console, serial) = (bdf("01:00.0"), bdf("02:00.0"));
+        let port = "virtio3/virtio-ports/vport3p1";
+        let port = host.child(console, port, "class/virtio-ports/vport3p1");
+        let tty = host.child(serial, "tty/ttyS4", "class/tty/ttyS4");
+        host.file("sys/devices/virtual/tty/hvc0/dev", "229:0\n");
+        let hvc = host.paths.sysfs.join("devices/virtual/tty/hvc0");
+        symlink(&hvc, host.paths.sysfs.join("class/tty/hvc0")).unwrap();
+        let driver = host.paths.sysfs.join("bus/virtio/drivers/virtio_console");
+        fs::create_dir_all(&driver).unwrap();
+        symlink(host.dir(console).join("virtio3"), driver.join("virtio3")).unwrap();
+        fs::write(port.join("dev"), "251:1\n").unwrap();
+        fs::write(tty.join("dev"), "4:68\n").unwrap();
+        let uses = || -> Vec<String> {
+            let uses = host_uses(&host.paths, &host.scan()).unwrap();
+            uses.iter().map(ToString::to_string).collect()
+        };
+        assert!(uses().is_empty(), "nobody has them open");
+        host.file("proc/77/comm", "agent\n");
+        host.file("proc/77/fd/0", "");
+        let opens = |node: &str| {
+            let link = host.paths.proc.join("77/fd/5");
+            let _ = fs::remove_file(&link);
+            symlink(Path::new("/dev").join(node), link).unwrap();
+        };
+        for (node, device) in [("vport3p1", "01"), ("hvc0", "01"), ("ttyS4", "02")] {
+            opens(node);
+            let said =
+                format!("0000:{device}:00.0 holds {node}, which process 77 (agent) has open");
+            assert_eq!(uses(), [said]);
+        }
+        opens("vport9p1");
+        assert!(uses().is_empty(), "a port of another device");
+    }
 }
