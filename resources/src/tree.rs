@@ -11,16 +11,17 @@ use crate::inventory::HostDevice;
 pub struct TreeNode<'a> {
     /// The function.
     pub device: &'a HostDevice,
-    /// What its secondary bus holds.
+    /// What its secondary bus holds; of a physical function, its virtual ones.
     pub children: Vec<TreeNode<'a>>,
 }
 
 /// The functions on the host's root buses, each with those behind it. sysfs has a device's directory in
-/// that of the bridge that leads to it.
+/// that of the bridge that leads to it. Virtual functions are below the physical one, which they are part of.
 pub fn tree<'a>(paths: &HostPaths, devices: &'a [HostDevice]) -> Vec<TreeNode<'a>> {
     let mut below: BTreeMap<Option<HostBdf>, Vec<&HostDevice>> = BTreeMap::new();
     for device in devices {
-        let parent = parent(paths, device.bdf).filter(|parent| known(devices, *parent));
+        let parent = device.physfn.or_else(|| parent(paths, device.bdf));
+        let parent = parent.filter(|parent| known(devices, *parent));
         below.entry(parent).or_default().push(device);
     }
     nodes(&mut below, None)
@@ -62,6 +63,21 @@ mod tests {
         fs::rename(host.dir(bdf(child)), &dir).unwrap();
         fs::remove_file(&link).unwrap();
         symlink(dir, link).unwrap();
+    }
+
+    #[test]
+    fn virtual_functions_are_below_their_card() {
+        let host = FakeHost::new(&[
+            Fake::nvme("03:00.0", 1),
+            Fake::nvme("03:10.0", 2),
+            Fake::nvme("04:00.0", 3),
+        ]);
+        symlink(
+            host.dir(bdf("03:00.0")),
+            host.dir(bdf("03:10.0")).join("physfn"),
+        )
+        .unwrap();
+        assert_eq!(shape(&tree(&host.paths, &host.scan())), "3(3) 4");
     }
 
     fn shape(nodes: &[TreeNode<'_>]) -> String {

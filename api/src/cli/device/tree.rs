@@ -1,9 +1,11 @@
-//! `gantry device tree`: how the PCI functions hang together, with IOMMU groups, NUMA nodes, pools and VMs.
+//! `gantry device tree`: how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs.
 
+mod icon;
 mod svg;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use clap::Args;
 use gantry_resources::{
@@ -16,14 +18,16 @@ use super::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{cut, terminal_width};
+use icon::Icon;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   gantry device tree
-  gantry device tree --svg host.svg")]
+  gantry device tree --svg host.svg
+  gantry device tree --svg - > host.svg")]
 pub struct TreeArgs {
-    /// Write the tree as a picture to this file
+    /// Write the tree as a picture to this file, or - for standard output
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     svg: Option<PathBuf>,
     /// Show the tree as JSON
@@ -44,6 +48,9 @@ struct Node {
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<String>,
     bridge: bool,
+    /// What it is, for its icon.
+    #[serde(skip)]
+    icon: Icon,
     /// Of a physical function: the virtual ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     sriov: Option<Sriov>,
@@ -60,6 +67,7 @@ impl Node {
     fn new(node: &TreeNode, groups: &Groups, mdevs: &Mdevs) -> Self {
         let device: &HostDevice = node.device;
         let name = [device.device_name(), device.class_name()];
+        let group = groups.group_of(device);
         let address = device.bdf.to_string();
         let made = mdevs.devices.iter().filter(|mdev| mdev.parent == address);
         Self {
@@ -73,7 +81,8 @@ impl Node {
                 .to_owned(),
             iommu_group: device.iommu_group,
             numa_node: device.numa_node,
-            group: groups.group_of(device).map(|group| group.name.clone()),
+            group: group.map(|group| group.name.clone()),
+            icon: Icon::of(device.class, group.and_then(|group| group.class.as_deref())),
             bridge: device.is_bridge(),
             sriov: device.sriov,
             mdevs: made.map(|mdev| mdev.uuid).collect(),
@@ -86,7 +95,7 @@ impl Node {
         }
     }
 
-    /// IOMMU group, NUMA node, pool, and who has it.
+    /// IOMMU group, NUMA node, group, and who has it.
     fn facts(&self) -> String {
         let mut facts = Vec::new();
         facts.extend(self.iommu_group.map(|group| format!("iommu {group}")));
@@ -134,7 +143,16 @@ pub fn show(args: &TreeArgs, paths: &HostPaths) -> Result<(), Failure> {
     match &args.svg {
         None => print(|out| write_tree(out, &roots, terminal_width())),
         Some(file) => {
-            let written = std::fs::write(file, svg::draw(&roots));
+            let hostname = std::fs::read_to_string(paths.proc.join("sys/kernel/hostname"));
+            let title = svg::Title {
+                host: hostname.unwrap_or_default().trim().to_owned(),
+                date: httpdate::fmt_http_date(SystemTime::now()),
+            };
+            let picture = svg::draw(&roots, &title);
+            if file == Path::new("-") {
+                return print(|out| out.write_all(picture.as_bytes()));
+            }
+            let written = std::fs::write(file, picture);
             written
                 .map_err(|error| Failure::host(format!("cannot write {}: {error}", file.display())))
         }
@@ -201,6 +219,7 @@ mod tests {
             numa_node: None,
             group: Some("gpus".to_owned()),
             bridge: !children.is_empty(),
+            icon: Icon::Network,
             sriov: None,
             mdevs: Vec::new(),
             state: DeviceState::Detached,

@@ -5,13 +5,16 @@ use std::fmt::Write;
 use gantry_resources::DeviceState;
 
 use super::Node;
+use super::icon::Icon;
 
 const ROW: usize = 24;
 const STEP: usize = 28;
 const LEFT: usize = 24;
-const TOP: usize = 64;
+const TOP: usize = 112;
 /// Between a circle and its text.
-const INDENT: usize = 12;
+const INDENT: usize = 14;
+/// Width of a VM's mark, with the gap to its name.
+const MARK: usize = 20;
 /// Between two columns.
 const GAP: usize = 24;
 /// Width of one letter at the font's size, with room to spare.
@@ -19,7 +22,8 @@ const LETTER: usize = 7;
 
 const STYLE: &str = "text{font:12px system-ui,sans-serif;fill:#222}.dim,.id{fill:#777}\
     .head{font-weight:600}.vm{font-weight:600}.line{stroke:#b8b8b8;fill:none}\
-    .band{fill:#7f7f7f;opacity:.1}.node{stroke:#b8b8b8}\
+    .icon{fill:none;stroke:#fff;stroke-width:1.2}.plain{fill:none;stroke:#888;stroke-width:1.2}\
+    .mark{fill:#fff;font-weight:600;text-anchor:middle}.band{fill:#7f7f7f;opacity:.1}.node{stroke:#b8b8b8}\
     @media(prefers-color-scheme:dark){.back{fill:#1c1c1e}text{fill:#eee}.dim,.id{fill:#999}.line,.node{stroke:#666}}";
 
 /// The states with their colours, as in the legend.
@@ -32,18 +36,38 @@ const STATES: [(&str, &str); 5] = [
 ];
 
 /// What stands beside a function, in columns of their own.
-const COLUMNS: [&str; 3] = ["IOMMU group", "Pool", "State, VM"];
+const COLUMNS: [&str; 3] = ["IOMMU group", "Group", "State, VM"];
+
+/// Colours of VMs' marks; the number tells those of one colour apart.
+const MARKS: [&str; 6] = [
+    "#b6992d", "#d37295", "#499894", "#7b5ea7", "#8c564b", "#3b5b92",
+];
+
+/// Which host a picture shows, and when.
+pub struct Title {
+    pub host: String,
+    pub date: String,
+}
 
 /// The picture as the text of an SVG file.
-pub fn draw(roots: &[Node]) -> String {
+pub fn draw(roots: &[Node], title: &Title) -> String {
     let rows = rows(roots);
+    let vms = vms(&rows);
     let columns = columns(&rows);
     let width = columns[COLUMNS.len()];
     let height = TOP + rows.len() * ROW + LEFT;
+    let (host, date) = (escaped(&title.host), escaped(&title.date));
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         viewBox=\"0 0 {width} {height}\"><title>PCI functions of this host</title>\
+         viewBox=\"0 0 {width} {height}\"><title>PCI functions of {host}, {date}</title>\
          <style>{STYLE}</style><rect class=\"back\" width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n"
+    );
+    text(&mut svg, "head", (LEFT - 8, 24), &title.host);
+    text(
+        &mut svg,
+        "dim",
+        (LEFT + title.host.chars().count() * (LETTER + 1), 24),
+        &title.date,
     );
     bands(&mut svg, &rows, width);
     for (title, x) in COLUMNS.iter().zip(columns) {
@@ -61,7 +85,14 @@ pub fn draw(roots: &[Node]) -> String {
                     _ => ("fact", "fact"),
                 };
                 let cells = row.cells(node);
-                for ((cell, class), x) in cells.iter().zip([plain, plain, state]).zip(columns) {
+                let number = vm(node).and_then(|vm| vms.iter().position(|one| *one == vm));
+                if let Some(number) = number {
+                    mark(&mut svg, (columns[2], y), number);
+                }
+                let [first, second, last] = [columns[0], columns[1], columns[2]];
+                let last = last + number.map_or(0, |_| MARK);
+                let places = [(first, plain), (second, plain), (last, state)];
+                for (cell, (x, class)) in cells.iter().zip(places) {
                     text(&mut svg, class, (x, y + 4), cell);
                 }
             }
@@ -79,6 +110,39 @@ pub fn draw(roots: &[Node]) -> String {
     legend(&mut svg);
     svg.push_str("</svg>\n");
     svg
+}
+
+/// The VM that has a function.
+fn vm(node: &Node) -> Option<&str> {
+    match &node.state {
+        DeviceState::Assigned { vm: Some(vm) } => Some(vm),
+        _ => None,
+    }
+}
+
+/// The VMs in the order of their first functions: the place of each is the number of its mark.
+fn vms<'a>(rows: &[Row<'a>]) -> Vec<&'a str> {
+    let mut all = Vec::new();
+    for row in rows {
+        if let What::Node(node) = &row.what
+            && let Some(vm) = vm(node)
+            && !all.contains(&vm)
+        {
+            all.push(vm);
+        }
+    }
+    all
+}
+
+/// A VM's mark: the same for all its functions.
+fn mark(svg: &mut String, (x, y): (usize, usize), number: usize) {
+    let colour = MARKS.get(number % MARKS.len()).copied().unwrap_or("none");
+    let _ = write!(
+        svg,
+        "<rect x=\"{x}\" y=\"{}\" width=\"16\" height=\"16\" rx=\"3\" fill=\"{colour}\"/>",
+        y - 8
+    );
+    text(svg, "mark", (x + 8, y + 4), &(number + 1).to_string());
 }
 
 /// A function, or a heading, in its row.
@@ -179,8 +243,9 @@ fn columns(rows: &[Row]) -> [usize; COLUMNS.len() + 1] {
             continue;
         };
         labels = labels.max(row.x() + INDENT + letters(&label(node)));
+        let mark = vm(node).map_or(0, |_| MARK);
         for (width, cell) in widths.iter_mut().zip(row.cells(node)) {
-            *width = letters(&cell).max(*width);
+            *width = (letters(&cell) + mark).max(*width);
         }
     }
     let legend = LEFT + STATES.len() * (36 + 12 * LETTER) + 40 * LETTER;
@@ -219,8 +284,8 @@ fn bands(svg: &mut String, rows: &[Row], width: usize) {
 /// The line from the bridge that leads to a function.
 fn branch(svg: &mut String, row: &Row, y: usize) {
     if let Some(parent) = row.parent {
-        let (from, top) = (row.x() - STEP, TOP + parent * ROW + ROW / 2 + 6);
-        let to = row.x() - 6;
+        let (from, top) = (row.x() - STEP, TOP + parent * ROW + ROW / 2 + 8);
+        let to = row.x() - 8;
         let _ = writeln!(svg, "<path class=\"line\" d=\"M{from} {top}V{y}H{to}\"/>");
     }
 }
@@ -231,6 +296,12 @@ fn function(svg: &mut String, (x, y): (usize, usize), node: &Node) {
         false => (colour(&node.state), "name"),
     };
     circle(svg, (x, y), fill);
+    icon(
+        svg,
+        (x, y),
+        node.icon,
+        if node.bridge { "plain" } else { "icon" },
+    );
     let _ = writeln!(
         svg,
         "<text class=\"{class}\" x=\"{}\" y=\"{}\">{} <tspan class=\"id\">{}</tspan> {}</text>",
@@ -245,7 +316,15 @@ fn function(svg: &mut String, (x, y): (usize, usize), node: &Node) {
 fn circle(svg: &mut String, (x, y): (usize, usize), fill: &str) {
     let _ = write!(
         svg,
-        "<circle cx=\"{x}\" cy=\"{y}\" r=\"6\" fill=\"{fill}\" stroke=\"#888\"/>"
+        "<circle cx=\"{x}\" cy=\"{y}\" r=\"8\" fill=\"{fill}\" stroke=\"#888\"/>"
+    );
+}
+
+fn icon(svg: &mut String, (x, y): (usize, usize), icon: Icon, class: &str) {
+    let path = icon.path();
+    let _ = write!(
+        svg,
+        "<path class=\"{class}\" transform=\"translate({x} {y})\" d=\"{path}\"/>"
     );
 }
 
@@ -263,15 +342,21 @@ fn legend(svg: &mut String) {
     let mut x = LEFT;
     let known = STATES.iter().chain(&[("bridge", "none")]);
     for (word, colour) in known {
-        circle(svg, (x, 20), colour);
-        text(svg, "fact", (x + INDENT, 24), word);
+        circle(svg, (x, 48), colour);
+        text(svg, "fact", (x + INDENT, 52), word);
         x += 36 + word.len() * LETTER;
     }
     let _ = writeln!(
         svg,
-        "<rect class=\"band\" x=\"{x}\" y=\"10\" width=\"28\" height=\"20\" rx=\"6\"/>"
+        "<rect class=\"band\" x=\"{x}\" y=\"38\" width=\"28\" height=\"20\" rx=\"6\"/>"
     );
-    text(svg, "fact", (x + 36, 24), "one IOMMU group");
+    text(svg, "fact", (x + 36, 52), "one IOMMU group");
+    let mut x = LEFT;
+    for one in Icon::ALL {
+        icon(svg, (x, 74), one, "plain");
+        text(svg, "fact", (x + INDENT, 78), one.word());
+        x += 36 + one.word().len() * LETTER;
+    }
 }
 
 fn colour(state: &DeviceState) -> &'static str {
@@ -291,6 +376,49 @@ fn escaped(text: &str) -> String {
 mod tests {
     use super::super::tests::{host, node};
     use super::*;
+
+    fn draw(roots: &[Node]) -> String {
+        let title = Title {
+            host: "rack-7 <b>".to_owned(),
+            date: "Sat, 28 Nov 2026 12:00:00 GMT".to_owned(),
+        };
+        super::draw(roots, &title)
+    }
+
+    #[test]
+    fn the_picture_says_which_host_it_shows_and_when() {
+        let svg = draw(&host());
+        assert!(svg.contains(">rack-7 &lt;b&gt;</text>"), "{svg}");
+        assert!(
+            svg.contains(">Sat, 28 Nov 2026 12:00:00 GMT</text>"),
+            "{svg}"
+        );
+    }
+
+    #[test]
+    fn each_vm_has_a_mark_and_each_class_an_icon() {
+        let mut host = host();
+        for (vm, address) in [("web", "0d:00.0"), ("db", "0e:00.0"), ("web", "0f:00.0")] {
+            let mut one = node(address, "a disk", Vec::new());
+            one.icon = Icon::Storage;
+            one.state = DeviceState::Assigned {
+                vm: Some(vm.to_owned()),
+            };
+            host.push(one);
+        }
+        let svg = draw(&host);
+        let count = |what: &str| svg.matches(what).count();
+        assert_eq!(
+            count(&format!("fill=\"{}\"/><text class=\"mark\"", MARKS[0])),
+            2
+        );
+        assert_eq!(
+            count(&format!("fill=\"{}\"/><text class=\"mark\"", MARKS[1])),
+            1
+        );
+        let icons = |icon: Icon| count(icon.path());
+        assert_eq!((icons(Icon::Storage), icons(Icon::Network)), (3 + 1, 6 + 1));
+    }
 
     #[test]
     fn every_function_and_every_line_is_drawn() {
