@@ -129,7 +129,7 @@ fn a_malformed_regex() {
         &[
             "10-a.json:2:",
             "groups[0].rules[0].name",
-            "\"(a\" is no pattern",
+            "\"(a\" is not a pattern",
         ],
     );
 }
@@ -326,7 +326,7 @@ fn a_read_only_directory() {
             &["group", "device-spec", "{\"vendor_id\": \"10de\"}"],
             "etc/device_spec.json",
         ),
-        (&["plan", "create", "x"], "etc/plans.json"),
+        (&["plan", "create", "x", "--vcpus", "1"], "etc/plans.json"),
         (&["maintenance", "on"], "var/maintenance.json"),
     ] {
         let error = host.refuses_for_nobody(args);

@@ -1,4 +1,4 @@
-//! Resource groups: named pools of devices, defined in JSON files.
+//! Groups: named sets of devices, defined in JSON files.
 
 mod chosen;
 mod edit;
@@ -83,7 +83,7 @@ pub enum Bind {
     Demand,
 }
 
-/// A named pool of devices.
+/// A named set of devices.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceGroup {
@@ -91,10 +91,10 @@ pub struct ResourceGroup {
     #[serde(deserialize_with = "group_name")]
     #[schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"))]
     pub name: String,
-    /// What kind of thing the group holds.
+    /// What the group holds.
     #[serde(rename = "type", default)]
     pub kind: GroupType,
-    /// Words for people.
+    /// A description.
     #[serde(default)]
     pub description: String,
     /// What the devices are, for the icon in a picture only: "storage", "gpu", "network", ...
@@ -118,7 +118,7 @@ pub struct ResourceGroup {
     /// The resource class that an alias may ask for; that of a device's ids if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource_class: Option<String>,
-    /// After a VM has used it, a device stays out of the pool until `gantry device release-quarantine`.
+    /// After a VM has used it, a device is not given again until `gantry device release-quarantine`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub one_time_use: bool,
     /// The file that defines the group.
@@ -200,7 +200,7 @@ fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::E
 /// A file of groups: `groups.json` and each `groups.d/*.json`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(title = "gantry resource groups")]
+#[schemars(title = "gantry groups")]
 struct GroupsFile {
     /// For editors; gantry does not read it.
     #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
@@ -275,8 +275,8 @@ impl Groups {
         })
     }
 
-    /// [`Groups::load`] without a look at tenants.
-    pub(crate) fn load_own(paths: &HostPaths) -> Result<Self, GroupError> {
+    /// What `groups.json` and `groups.d/*.json` say.
+    fn load_group_files(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
         for path in files(paths)? {
             if let Some(text) = config::read(&path)? {
@@ -287,6 +287,12 @@ impl Groups {
                 nova_files::agree(&path, &groups.aliases)?;
             }
         }
+        Ok(groups)
+    }
+
+    /// [`Groups::load`] without a look at tenants.
+    pub(crate) fn load_own(paths: &HostPaths) -> Result<Self, GroupError> {
+        let mut groups = Self::load_group_files(paths)?;
         groups
             .specs
             .extend(nova_files::load(&nova_files::specs(paths))?);

@@ -157,7 +157,7 @@ pub struct HostBdf {
 
 /// Text that is no PCI address.
 #[derive(Debug, Error)]
-#[error("\"{0}\" is no PCI address: write it like 0000:01:00.0 or 01:00.0")]
+#[error("\"{0}\" is not a PCI address: write it like 0000:01:00.0 or 01:00.0")]
 pub struct BdfError(pub(crate) String);
 
 impl HostBdf {

@@ -1,4 +1,4 @@
-//! What the host owns and who holds it: the PCI inventory, resource groups, leases and driver binding.
+//! What the host owns and who holds it: the PCI inventory, groups, leases and driver binding.
 //!
 //! Nothing here keeps state of its own. What exists is read from sysfs at the moment of asking, who
 //! holds it is a kernel lock, and what is wanted is JSON under the configuration directory. So there

@@ -17,7 +17,7 @@ use crate::sysfs::{self, HeldDir};
 /// Why no VM may start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Maintenance {
-    /// Words for people.
+    /// A description.
     pub reason: String,
     /// Since when, in seconds since 1970.
     pub since: u64,

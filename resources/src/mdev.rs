@@ -16,7 +16,7 @@ use crate::vgpu::owed::{Claim, claims, hangs};
 
 /// What is said of a device that the kernel neither made nor removed.
 pub(crate) const HANGS: &str =
-    "the kernel has not come back from making or removing it: `gantry check` says more";
+    "the kernel has not finished making or removing it: see `gantry check`";
 
 /// A kind of mediated device that a parent can make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

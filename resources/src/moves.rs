@@ -46,7 +46,7 @@ pub enum MoveError {
     Write(#[from] WriteError),
     /// All writes went through, but the device has another driver than intended.
     #[error(
-        "its driver is {found} afterwards, not {wanted}: see dmesg, and whether a vfio-pci.ids option claims it"
+        "its driver is now {found}, not {wanted}: see dmesg, and whether a vfio-pci.ids option claims it"
     )]
     Driver {
         /// The driver intended.
@@ -55,7 +55,7 @@ pub enum MoveError {
         found: String,
     },
     /// What the device was cannot be written down, so it was not touched.
-    #[error("cannot keep its former driver in {path}")]
+    #[error("cannot record its former driver in {path}")]
     Former {
         /// The file.
         path: PathBuf,

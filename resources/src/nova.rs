@@ -252,7 +252,7 @@ pub(crate) fn built_in() -> impl Iterator<Item = Alias> {
 /// Why an alias that others know is not to be had here.
 pub(crate) fn refused(alias: &str) -> Option<&'static str> {
     (alias == "qat-pf").then_some(
-        "a QuickAssist card (AV-ICE02) cannot be passed through as a whole, for limits of its driver: use its virtual functions, \"qat-vf\"",
+        "a QuickAssist card (AV-ICE02) cannot be passed through as a whole, because of limits of its driver: use its virtual functions, \"qat-vf\"",
     )
 }
 

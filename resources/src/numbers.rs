@@ -15,7 +15,7 @@ pub struct Numbers(BTreeSet<u32>);
 
 /// A text that is no list of numbers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is no list of numbers like 0-15,64")]
+#[error("\"{0}\" is not a list of numbers like 0-15,64")]
 pub struct NumbersError(String);
 
 impl Numbers {

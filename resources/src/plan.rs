@@ -21,7 +21,7 @@ pub struct Plan {
     #[serde(deserialize_with = "plan_name")]
     #[schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"))]
     pub name: String,
-    /// Words for people.
+    /// A description.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
     /// Number of processors.
@@ -353,7 +353,7 @@ mod tests {
             ),
             (
                 r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
-                "plans.json:1:50: plan \"a\": \"x:\" is no alias",
+                "plans.json:1:50: plan \"a\": \"x:\" is not an alias",
             ),
         ] {
             let host = FakeHost::new(&[]);

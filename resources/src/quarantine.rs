@@ -24,7 +24,7 @@ const MOST_WORDS: usize = 200;
 /// Files of a tenant that are looked through before each device's is asked for by its name.
 const MOST_FILES: usize = 4096;
 
-/// How long a device stays out of the pools by itself.
+/// How long a device stays out of use by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Until {
@@ -71,8 +71,8 @@ pub enum QuarantineError {
     },
     /// Somebody has the device.
     #[error(
-        "{bdf} is held by {}: release it when that is over",
-        holder.as_ref().map_or_else(|| "somebody".to_owned(), ToString::to_string)
+        "{bdf} is held by {}: release it when that has ended",
+        holder.as_ref().map_or_else(|| "an unknown process".to_owned(), ToString::to_string)
     )]
     Held {
         /// The device.
@@ -82,7 +82,7 @@ pub enum QuarantineError {
     },
     /// The device still is not well.
     #[error(
-        "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or boot the host, then release it"
+        "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or reboot the host, then release it"
     )]
     Dead {
         /// The device.
@@ -90,7 +90,7 @@ pub enum QuarantineError {
     },
 }
 
-/// Keeps a device out of the pools until somebody releases it.
+/// Keeps a device from VMs until it is released by hand.
 pub fn quarantine(
     paths: &HostPaths,
     device: &HostDevice,
@@ -180,7 +180,7 @@ fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
     }
 }
 
-/// Gives a device back to its pools, if it answers.
+/// Lets VMs have a device again, if it answers.
 pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
     let device = HostDevice::read(paths, bdf)?;
     if device.quarantine.is_none() {

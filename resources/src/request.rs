@@ -159,7 +159,7 @@ impl fmt::Display for Source {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum RequestError {
     /// A part of a list of aliases is none.
-    #[error("\"{0}\" is no alias with a count: write \"gpu:1\", several with commas between")]
+    #[error("\"{0}\" is not an alias with a count: write \"gpu:1\", several with commas between")]
     Alias(String),
     /// A count of zero, or one that is too large.
     #[error("{0} asks for no devices: ask for 1 or more, or leave it out")]
@@ -169,7 +169,7 @@ pub enum RequestError {
     Source(usize),
     /// A path that is no PCI device's.
     #[error(
-        "devices[{index}]: \"{path}\" is no PCI device: write \"/sys/bus/pci/devices/0000:01:00.0\" or its address"
+        "devices[{index}]: \"{path}\" is not a PCI device: write \"/sys/bus/pci/devices/0000:01:00.0\" or its address"
     )]
     Path {
         /// Which entry.
@@ -232,7 +232,7 @@ pub struct Requests {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceEntry {
-    /// Name of the resource group to take devices from.
+    /// Name of the group to take devices from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
     /// Alias to take devices by.
@@ -388,7 +388,7 @@ mod tests {
                 "devices[3].count asks for no devices",
             ),
             (json!({"path": "01:00.0", "count": 1}), "exactly one device"),
-            (json!({"path": "eth0"}), "\"eth0\" is no PCI device"),
+            (json!({"path": "eth0"}), "\"eth0\" is not a PCI device"),
         ] {
             let error = read(value).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");

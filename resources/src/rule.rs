@@ -97,17 +97,17 @@ pub struct Filters {
 #[derive(Debug, Error)]
 pub enum RuleError {
     /// Not four hex digits.
-    #[error("\"{0}\" is no PCI id: write four hex digits, \"8086\" or \"0x8086\"")]
+    #[error("\"{0}\" is not a PCI id: write four hex digits, \"8086\" or \"0x8086\"")]
     Id(String),
     /// Not two ids with a colon between.
-    #[error("\"{0}\" is no pair of PCI ids: write vendor and device like \"1b36:0010\"")]
+    #[error("\"{0}\" is not a pair of PCI ids: write vendor and device like \"1b36:0010\"")]
     IdPair(String),
     /// Not the beginning of a class code.
-    #[error("\"{0}\" is no PCI class: write 2, 4 or 6 hex digits, like \"0108\" for NVMe")]
+    #[error("\"{0}\" is not a PCI class: write 2, 4 or 6 hex digits, like \"0108\" for NVMe")]
     Class(String),
     /// Neither an address nor a pattern for some.
     #[error(
-        "\"{0}\" is no PCI address: write it like 0000:01:00.0 or 01:00.0, or a pattern like 01:*"
+        "\"{0}\" is not a PCI address: write it like 0000:01:00.0 or 01:00.0, or a pattern like 01:*"
     )]
     Slot(String),
     /// No filter at all.
@@ -134,7 +134,7 @@ pub enum RuleError {
         operator: &'static str,
     },
     /// A pattern that cannot be read.
-    #[error("\"{text}\" is no pattern: {problem}")]
+    #[error("\"{text}\" is not a pattern: {problem}")]
     Pattern {
         /// The pattern.
         text: String,

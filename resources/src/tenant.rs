@@ -44,7 +44,7 @@ pub use vgpus::revoke_mdevs;
 pub struct TenantFile {
     /// The user who runs the tenant's VMs.
     pub user: String,
-    /// Words for people.
+    /// A description.
     #[serde(default)]
     pub description: String,
 }

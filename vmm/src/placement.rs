@@ -20,7 +20,9 @@ pub enum PlacementError {
     #[error("numa_nodes: this host has no NUMA nodes\nremove the key")]
     NoNodes,
     /// There is no such node.
-    #[error("numa_nodes: this host has no NUMA node {node}\nuse of {have}: `lscpu` shows them")]
+    #[error(
+        "numa_nodes: this host has only node {have}, not {node}\nname nodes that `lscpu` shows"
+    )]
     NoSuchNode {
         /// The node.
         node: u32,
@@ -78,8 +80,8 @@ pub enum PlacementError {
     },
     /// A vCPU is to run where it cannot.
     #[error(
-        "cpus.affinity: vCPU {vcpu} is to run on CPU {cpu}, but this process may use {allowed}\n\
-         use of these"
+        "cpus.affinity: vCPU {vcpu} is to run on CPU {cpu}, but this process may use only {allowed}\n\
+         name CPUs of these"
     )]
     NoSuchCpu {
         /// The vCPU.

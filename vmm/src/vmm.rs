@@ -294,7 +294,7 @@ impl Vmm {
             (Err(error), None) if asked => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    "the host failed the VM"
+                    "an error of the host ended the VM"
                 );
                 None
             }

@@ -38,10 +38,10 @@ Examples:
   gantry check --json
   gantry check --note-reboot      after a change that a restart is to bring")]
 pub struct CheckArgs {
-    /// Devices to look at besides those of the resource groups
+    /// Devices to look at besides those of the groups
     #[arg(value_name = "BDF")]
     devices: Vec<HostBdf>,
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Note in the configuration directory that the boot loader or the firmware has been changed as

@@ -1,4 +1,4 @@
-//! `gantry device`: what the host has, and moving it between the host and the pools.
+//! `gantry device`: what the host has, and moving it between the host and VMs.
 
 mod list;
 mod mdev;
@@ -39,11 +39,11 @@ pub enum DeviceCommand {
     Reattach(ReattachArgs),
     /// Show how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs
     Tree(tree::TreeArgs),
-    /// List what makes mediated devices (vGPUs), and those there are
+    /// List mediated devices (vGPUs), and the devices that can make them
     Mdev(mdev::MdevArgs),
-    /// Print what makes devices go to vfio-pci when the host boots
+    /// Print udev rules, modprobe options or a systemd unit that bind devices at boot
     Persist(persist::PersistArgs),
-    /// Let VMs have a device again that hung, or that was for one use
+    /// Release a device from quarantine: one that hung, or that was for one use
     ReleaseQuarantine(ReleaseArgs),
 }
 
@@ -73,7 +73,7 @@ Examples:
 pub struct DetachArgs {
     #[command(flatten)]
     common: MoveArgs,
-    /// Detach this device although the host uses it; whatever uses it loses it
+    /// Detach this device even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     /// Put the devices into this group too, with a rule for each; it is made if it is not there

@@ -9,7 +9,7 @@ use clap_mangen::Man;
 use clap_mangen::roff::{Roff, roman};
 
 use crate::output::print;
-use crate::report::Failure;
+use crate::report::{Failure, USAGE};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -43,6 +43,10 @@ pub fn completions(args: &CompletionsArgs, grammar: Command) -> Result<(), Failu
 }
 
 pub fn man(args: &ManArgs, mut grammar: Command) -> Result<(), Failure> {
+    if args.dir == Path::new("-") {
+        let what = "man pages are several files: name a directory for them";
+        return Err(Failure::new(USAGE, what));
+    }
     grammar = grammar.disable_help_subcommand(true);
     grammar.build();
     let written = std::fs::create_dir_all(&args.dir).and_then(|()| pages(&grammar, &args.dir));

@@ -1,9 +1,9 @@
-//! `gantry group`: the named pools that VMs take devices from.
+//! `gantry group`: the named groups of devices that VMs take devices from.
 
 pub mod activate;
 mod alias;
 mod edit;
-mod fit;
+pub mod fit;
 mod list;
 mod matching;
 mod show;

@@ -12,7 +12,7 @@ use crate::report::Failure;
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Example: gantry maintenance on --reason 'new GPUs'")]
 pub enum MaintenanceCommand {
-    /// Let no new VM start, also after a reboot; those that run go on
+    /// Keep new VMs from starting, also after a reboot; VMs that run are not touched
     On(OnArgs),
     /// Let VMs start again
     #[command(after_help = "Example: gantry maintenance off")]
@@ -25,7 +25,7 @@ pub enum MaintenanceCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry maintenance on --reason 'new GPUs'")]
 pub struct OnArgs {
-    /// What those are told who start a VM [default: what was said before]
+    /// Reason, shown to users who start a VM [default: the former reason]
     #[arg(long)]
     reason: Option<String>,
     #[command(flatten)]

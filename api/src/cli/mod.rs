@@ -4,6 +4,7 @@ mod boot;
 mod check;
 mod device;
 mod generate;
+mod grammar;
 mod group;
 mod maintenance;
 mod metrics;
@@ -18,6 +19,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anstream::ColorChoice;
+#[cfg(test)]
+use clap::FromArgMatches;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use gantry_resources::{ChildWriter, HostPaths, reap};
 use tracing::Level;
@@ -33,7 +36,7 @@ Examples:
   gantry device list                   what the host has, and who has it
   gantry group create gpu --device 0b:00.0
   gantry device detach 0b:00.0         from the host's driver to vfio-pci
-  gantry group list                    the pools, and what is free
+  gantry group list                    the groups, and what is free
   gantry run vm.json                   a VM from a file
   gantry vm attach web-1 --group gpu   a device for a VM that runs";
 
@@ -69,7 +72,7 @@ pub struct Globals {
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_STATE_DIR", hide_env_values = true)]
     state_dir: Option<PathBuf>,
-    /// See and use what this tenant owns, and nothing else [default: the tenant of the user who runs it]
+    /// See and use only what this tenant owns [default: the tenant of the user who runs it]
     #[arg(long, global = true, value_name = "NAME")]
     #[arg(env = "GANTRY_TENANT", hide_env_values = true)]
     tenant: Option<String>,
@@ -108,33 +111,33 @@ impl Globals {
 enum Command {
     /// Run a VM in the foreground until it ends
     Run(run::RunArgs),
-    /// List the VMs that run, control them
+    /// List and control the VMs that run
     #[command(subcommand)]
     Vm(vm::VmCommand),
-    /// List the host's devices, move them between host and pools
+    /// List the host's devices, and move them between host and VMs
     #[command(subcommand)]
     Device(device::DeviceCommand),
-    /// List the resource groups, change what is in them
+    /// List and change the groups of devices
     #[command(subcommand)]
     Group(group::GroupCommand),
-    /// List the service plans, change them
+    /// List and change the service plans
     #[command(subcommand)]
     Plan(plan::PlanCommand),
-    /// List the tenants, change what they own
+    /// List the tenants, and change what they own
     #[command(subcommand)]
     Tenant(tenant::TenantCommand),
     /// Print how much of each group is free and what all VMs did, for Prometheus
     Metrics(metrics::MetricsArgs),
-    /// Let no new VM start while the host is worked on
+    /// Keep new VMs from starting during maintenance of the host
     #[command(subcommand)]
     Maintenance(maintenance::MaintenanceCommand),
-    /// Do again what a boot of the host undoes
+    /// Bind, grant and activate again what a reboot of the host undid
     Boot(boot::BootArgs),
-    /// Check what the host lacks to give devices to VMs, and say how to put it right
+    /// Check what this host lacks for passing devices to VMs, and show the fixes
     Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
     Schema(schema::SchemaArgs),
-    /// Print a script that completes gantry's commands in a shell
+    /// Print a completion script for a shell
     Completions(generate::CompletionsArgs),
     /// Write man pages
     Man(generate::ManArgs),
@@ -169,7 +172,7 @@ pub fn main() -> ExitCode {
     signals::outlive_size_limits();
     let colour = report::colour();
     let stderr = Stderr::open();
-    let Cli { globals, command } = match Cli::try_parse() {
+    let Cli { globals, command } = match grammar::parse::<Cli>() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => error.exit(),
         Err(text) => {
@@ -240,12 +243,51 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
 }
 
 #[cfg(test)]
+fn command() -> clap::Command {
+    Cli::command()
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_grammar_is_sound() {
-        Cli::command().debug_assert();
+        grammar::any_case(Cli::command()).debug_assert();
+    }
+
+    #[test]
+    fn no_word_of_a_list_needs_its_case() {
+        for (args, said) in [
+            (
+                &["device", "list", "--sort", "IOMMU", "--type", "NVMe"][..],
+                "list",
+            ),
+            (
+                &["group", "create", "x", "--type", "PCI", "--bind", "Demand"],
+                "create",
+            ),
+            (
+                &[
+                    "vm",
+                    "attach",
+                    "x",
+                    "--group",
+                    "g",
+                    "--numa-policy",
+                    "Required",
+                ],
+                "attach",
+            ),
+            (&["run", "--seccomp", "LOG", "vm.json"], "run"),
+            (&["completions", "BASH"], "completions"),
+            (&["group", "list", "--sort", "free"], "list"),
+        ] {
+            let args = ["gantry"].iter().chain(args);
+            let matches = grammar::any_case(Cli::command()).try_get_matches_from(args);
+            let read = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+            assert!(read.is_ok(), "{said}: {read:?}");
+        }
     }
 
     /// Each command that people see, with all its words.

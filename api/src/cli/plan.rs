@@ -10,7 +10,7 @@ use gantry_resources::{
 use serde::Serialize;
 
 use crate::output::{TellArgs, print, print_json};
-use crate::report::Failure;
+use crate::report::{Failure, USAGE};
 use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Subcommand)]
@@ -49,11 +49,11 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry plan list --json")]
 pub struct ListArgs {
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&COLUMNS))]
     sort: Option<String>,
 }
 
@@ -92,7 +92,7 @@ pub struct WriteArgs {
 /// What a plan says.
 #[derive(Debug, Args)]
 struct Says {
-    /// Words for people
+    /// A description
     #[arg(long)]
     description: Option<String>,
     /// Number of processors
@@ -110,6 +110,15 @@ struct Says {
 }
 
 impl Says {
+    /// Whether a VM would be given nothing by it.
+    fn is_nothing(&self) -> bool {
+        let aliases = self.aliases.as_deref().unwrap_or_default();
+        self.vcpus.is_none()
+            && self.memory.is_none()
+            && self.devices.is_empty()
+            && aliases.is_empty()
+    }
+
     /// Puts what is said in place of what the plan said.
     fn replace(self, plan: &mut Plan) {
         plan.description = self
@@ -182,6 +191,11 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         PlanCommand::List(args) => list(&args, paths),
         PlanCommand::Show(args) => show(&args.name, paths),
+        PlanCommand::Create(args) if args.says.is_nothing() => {
+            let what = format!("plan {} would say nothing", args.name);
+            let help = "give it --vcpus, --memory, --device or --alias";
+            Err(Failure::new(USAGE, what).help(help))
+        }
         PlanCommand::Create(args) => {
             let mut plan = Plan::named(&args.name);
             args.says.replace(&mut plan);

@@ -1,5 +1,7 @@
 //! `gantry run`: one VM in the foreground.
 
+use std::collections::BTreeSet;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,19 +9,22 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use gantry_resources::{Holder, HostPaths, Maintenance, announce, maintenance};
 
+use crate::cli::group::fit;
 use crate::config::{self, Extras, Source};
 use crate::http::{
     Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
 };
+use crate::output::{Stderr, print};
 use crate::report::{
     BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
 use gantry_vmm::threads::Task;
-use gantry_vmm::{Options, Outcome, SeccompMode, Vmm};
+use gantry_vmm::{Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};
 
 const HELP: &str = "\
 Examples:
   gantry run vm.json
+  gantry run --check vm.json
   gantry run --name web-1 - < vm.json
   gantry run --api-socket /run/gantry/web-1.sock
 
@@ -43,16 +48,22 @@ until it is brought to the foreground: `fg`, and Enter if the shell does not tel
 #[derive(Debug, Args)]
 #[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
 pub struct RunArgs {
-    /// JSON file that describes the VM, or - for standard input; `gantry schema` tells its keys
+    /// JSON file that describes the VM, or - for standard input; `gantry schema` lists its keys
     #[arg(value_name = "VM.JSON", required_unless_present = "api_socket")]
     file: Option<PathBuf>,
-    /// Name of the VM, which no other that runs has [default: the file's name without its extension]
+    /// Only check the file, and show which devices the VM would get; nothing is taken and nothing starts
+    #[arg(long, requires = "file", conflicts_with_all = ["api_socket", "api_group", "no_api"])]
+    check: bool,
+    /// Run in the background: not supported yet
+    #[arg(short = 'd', long, hide = true, aliases = ["background", "daemon", "daemonize"])]
+    detach: bool,
+    /// Name of the VM, unique among the VMs that run [default: the file's name without its extension]
     #[arg(long)]
     name: Option<String>,
     /// Give the VM devices named by path that are in no group
     #[arg(long)]
     allow_ungrouped: bool,
-    /// What happens to system calls that gantry should never make
+    /// What to do on a system call that gantry should never make
     #[arg(long, value_enum, default_value_t = Seccomp::On)]
     seccomp: Seccomp,
     /// Path of the socket that the VM is controlled by [default: NAME.sock in the run directory].
@@ -62,18 +73,18 @@ pub struct RunArgs {
     /// Group of users who may use the socket too, by name or number
     #[arg(long, value_name = "GROUP")]
     api_group: Option<String>,
-    /// Have no socket
+    /// Do not listen on a socket
     #[arg(long, conflicts_with_all = ["api_socket", "api_group"])]
     no_api: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Seccomp {
-    /// They end the process, by name
+    /// End the process and name the call
     On,
-    /// They are logged by the kernel and done
+    /// Let the kernel log it, and go on
     Log,
-    /// They are done
+    /// Go on
     Off,
 }
 
@@ -99,6 +110,13 @@ impl From<config::Error> for Failure {
 }
 
 pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
+    if args.detach {
+        return Err(no_background());
+    }
+    if args.api_socket.as_deref() == Some("-".as_ref()) {
+        let what = "--api-socket: a socket has a path, and standard output is none";
+        return Err(Failure::new(USAGE, what));
+    }
     let config = match args.file.take() {
         Some(file) => Some(config::load(
             &Source::from(file),
@@ -116,6 +134,11 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         Some(config) => config.name.clone(),
         None => args.name.clone().unwrap_or_else(|| args.socket_stem()),
     };
+    if let Some(config) = config.as_ref().filter(|_| args.check) {
+        return check(config, paths);
+    }
+    // Before the VM confines the process.
+    let stderr = Stderr::open();
     // Announced first: whoever switches maintenance on in between sees the VM.
     let _running = announce(
         paths,
@@ -134,7 +157,43 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
     let _api = args.serve(&vmm, events, &name, paths)?;
     let outcome = vmm.run(config).map_err(Failure::host)?;
+    if let Some(why) = ended(&outcome) {
+        // Where nobody reads it, there is nobody to tell.
+        let line = format!("VM {name} ended: {why}\n");
+        let _ = stderr.clone().write_all(line.as_bytes());
+    }
     exit_code(outcome).map(ExitCode::from)
+}
+
+/// What `--check` shows: what the VM would get, or why it gets nothing. A file that is wrong has been refused.
+fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
+    let nodes = match &config.nodes {
+        Nodes::These(nodes) => nodes.iter().collect(),
+        Nodes::OfDevices | Nodes::Any => BTreeSet::new(),
+    };
+    fit::tell(paths, &config.requests(), nodes, false)?;
+    print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn no_background() -> Failure {
+    let what =
+        "gantry does not run VMs in the background yet: `gantry run` stays until the VM ends";
+    Failure::new(USAGE, what).help(
+        "let systemd keep it, with \"serial\": {\"mode\": \"File\", \"file\": \"web.log\"} in its file: \
+         `systemd-run --unit web --working-directory \"$PWD\" gantry run web.json`; `gantry vm` controls it",
+    )
+}
+
+/// How a VM ended, where no error tells.
+fn ended(outcome: &Outcome) -> Option<String> {
+    Some(match outcome {
+        Outcome::PowerOff => "the guest powered off".to_owned(),
+        Outcome::Asked => "a client shut it down".to_owned(),
+        Outcome::Stopped => "ctrl-a x".to_owned(),
+        Outcome::Signal(signal) => format!("signal {signal}"),
+        Outcome::GuestFault(_) => return None,
+    })
 }
 
 /// The thread that speaks with clients. Dropping it ends it, once its last answers are out, and then the
@@ -254,5 +313,13 @@ mod tests {
         assert_eq!(exit_code(Outcome::Signal(15)).unwrap(), 143);
         let died = exit_code(Outcome::GuestFault("triple fault".to_owned())).unwrap_err();
         assert_eq!(died.exit, 3);
+    }
+
+    #[test]
+    fn every_end_is_told() {
+        assert_eq!(ended(&Outcome::Stopped).unwrap(), "ctrl-a x");
+        assert_eq!(ended(&Outcome::Signal(15)).unwrap(), "signal 15");
+        // The error tells.
+        assert_eq!(ended(&Outcome::GuestFault("triple fault".to_owned())), None);
     }
 }

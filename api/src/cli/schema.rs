@@ -21,7 +21,7 @@ pub struct SchemaArgs {
 enum Kind {
     /// A VM's file, as `gantry run` takes it
     Vm,
-    /// A file of resource groups: groups.json, groups.d/*.json
+    /// A file of groups: groups.json, groups.d/*.json
     Groups,
     /// A file of service plans: plans.json, plans.d/*.json
     Plans,

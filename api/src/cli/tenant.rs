@@ -68,7 +68,7 @@ fn not_its_user(tenant: &Tenant, is_root: bool) -> Failure {
         false => format!("you are not tenant \"{name}\", whose user is {user}"),
     };
     Failure::new(USAGE, what).help(format!(
-        "run it as its user, as in `sudo -u {user} gantry device list`; `gantry tenant show {name}` lists what it owns"
+        "run it as the tenant's user, as in `sudo -u {user} gantry device list`; `gantry tenant show {name}` lists what it owns"
     ))
 }
 

@@ -32,10 +32,10 @@ pub enum VmCommand {
     Attach(devices::AttachArgs),
     /// Take a device from a running VM
     Detach(devices::DetachArgs),
-    /// Let a VM's processors wait
+    /// Pause a VM
     #[command(after_help = "Example: gantry vm pause web-1")]
     Pause(state::ChangeArgs),
-    /// Let a paused VM's processors run on
+    /// Resume a paused VM
     #[command(after_help = "Example: gantry vm resume web-1")]
     Resume(state::ChangeArgs),
     /// Reset a VM at once, and boot it again
@@ -45,9 +45,9 @@ pub enum VmCommand {
     Shutdown(state::ShutdownArgs),
     /// Ask the guest to power off
     PowerButton(state::PowerButtonArgs),
-    /// Show what happens to a VM as it happens
+    /// Show the events of a VM as they happen
     Events(watch::EventsArgs),
-    /// Print what a VM and its devices did, as Prometheus reads it
+    /// Print metrics of a VM and its devices for Prometheus
     #[command(after_help = "Example: gantry vm metrics web-1 | grep interrupts")]
     Metrics(VmArgs),
 }

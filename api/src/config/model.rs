@@ -115,7 +115,7 @@ pub struct DeviceConfig {
     /// first has it, the others get `-1`, `-2` and so on behind it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Name of the resource group to take devices from; `gantry group list` shows them.
+    /// Name of the group to take devices from; `gantry group list` shows them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
     /// Alias to take devices by, as OpenStack Nova defines them; `gantry group alias` shows them.

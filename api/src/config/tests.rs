@@ -177,12 +177,12 @@ const PLACES: &[Mistake] = &[
     ),
     (
         r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 0, "host_cpus": []}]}"#,
-        "2:65: `cpus.affinity[0].host_cpus`: a vCPU cannot run nowhere",
-        "name processors",
+        "2:65: `cpus.affinity[0].host_cpus`: the list is empty",
+        "name CPUs",
     ),
     (
         r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 0, "host_cpus": [0]}, {"vcpu": 0, "host_cpus": [1]}]}"#,
-        "2:80: `cpus.affinity[1].vcpu`: vCPU 0 is in the list already",
+        "2:80: `cpus.affinity[1].vcpu`: vCPU 0 is named twice",
         "name each vCPU once",
     ),
 ];
@@ -361,7 +361,7 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""memory": {"size": 1000000000}"#,
-        "2:20: `memory.size`: 1000000000 bytes are no multiple of 2 MiB",
+        "2:20: `memory.size`: 1000000000 bytes is not a multiple of 2 MiB",
         "the nearest sizes are 952 MiB and 954 MiB",
     ),
     (
@@ -381,7 +381,7 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""devices": [{"group": "a", "count": 0}]"#,
-        "2:37: `devices[0].count`: 0 devices are none",
+        "2:37: `devices[0].count`: 0 is too few: at least 1",
         "use 1 or more",
     ),
     (
@@ -523,7 +523,7 @@ fn a_command_line_is_as_long_as_a_kernel_takes() {
         format!(r#"{{"payload": {{"kernel": "vmlinux", "cmdline": "{cmdline}"}}}}"#)
     };
     let refusal = folder.refusal(&file(2048));
-    let what = "vm.json:1:46: `payload.cmdline`: 2048 bytes are too long for a kernel";
+    let what = "vm.json:1:46: `payload.cmdline`: 2048 bytes are too many: at most 2047";
     assert!(
         refusal.starts_with(what) && refusal.contains("2047"),
         "{refusal}"
@@ -704,7 +704,7 @@ fn slots_are_there_where_they_are_asked_for() {
         [gantry_resources::Source::Group("gpu".to_owned())]
     );
     for (members, words) in [
-        ("\"slots\": 97", "use 0 to 96"),
+        ("\"slots\": 97", "97 is too many: at most 96"),
         ("\"window\": \"3G\"", "power of two"),
         ("\"window\": 4096", "1 MiB or more"),
         ("\"group\": \"gpu\"", "groups"),

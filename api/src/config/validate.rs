@@ -123,8 +123,11 @@ fn payload(config: model::PayloadConfig, folder: &Path) -> Result<Payload, Inval
         ));
     }
     if cmdline.len() > MAX_CMDLINE {
-        let what = format!("{} bytes are too long for a kernel", cmdline.len());
-        let help = format!("make it {MAX_CMDLINE} bytes or shorter");
+        let what = format!(
+            "{} bytes are too many: at most {MAX_CMDLINE}",
+            cmdline.len()
+        );
+        let help = "shorten the command line";
         return Err(invalid("payload.cmdline", what, help));
     }
     Ok(Payload {
@@ -180,7 +183,7 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
     let (min, align) = (MemorySize::MIN, MemorySize::ALIGN);
     MemorySize::new(bytes).ok_or_else(|| {
         if bytes < min {
-            let what = format!("{} are too little for a guest", config.size);
+            let what = format!("{} is too small", config.size);
             return invalid(
                 "memory.size",
                 what,
@@ -190,7 +193,7 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
         let below = bytes - bytes % align;
         let near = [Some(below), below.checked_add(align)].map(|near| near.map(ByteSize));
         let near: Vec<String> = near.iter().flatten().map(ToString::to_string).collect();
-        let what = format!("{} are no multiple of {}", config.size, ByteSize(align));
+        let what = format!("{} is not a multiple of {}", config.size, ByteSize(align));
         invalid(
             "memory.size",
             what,
@@ -268,7 +271,7 @@ pub fn check_id(key: &str, id: &str, own: Option<DeviceName>) -> Result<(), Inva
             None => return Ok(()),
         },
     };
-    let what = format!("\"{}\" is no name for a device: {why}", id.escape_debug());
+    let what = format!("\"{}\" cannot name a device: {why}", id.escape_debug());
     Err(invalid(key, what, "choose another id, or leave it out"))
 }
 
@@ -311,7 +314,11 @@ fn request(
     let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
     if count == 0 {
         let help = "use 1 or more, or remove the entry";
-        return Err(invalid(&join(key, "count"), "0 devices are none", help));
+        return Err(invalid(
+            &join(key, "count"),
+            "0 is too few: at least 1",
+            help,
+        ));
     }
     Ok(Request::Any(Wish {
         numa_policy: config.numa_policy,
@@ -331,20 +338,21 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
             ..Hotplug::default()
         });
     };
-    let slots = match config.slots.map(u8::try_from) {
-        None => SLOTS,
-        Some(Ok(slots)) if slots <= MAX_SLOTS => slots,
-        Some(_) => {
-            let help =
-                format!("use 0 to {MAX_SLOTS}, less one for each device that the VM starts with");
-            return Err(invalid("hotplug.slots", "there cannot be so many", help));
-        }
+    let slots = config.slots.unwrap_or(SLOTS.into());
+    let Some(slots) = u8::try_from(slots).ok().filter(|slots| *slots <= MAX_SLOTS) else {
+        let what = format!("{slots} is too many: at most {MAX_SLOTS}");
+        let help = "each device that the VM starts with takes one of these too";
+        return Err(invalid("hotplug.slots", what, help));
     };
     ungrouped |= config.ungrouped.unwrap_or(false);
     let window = config.window.map(|ByteSize(bytes)| bytes);
     if window.is_some_and(|bytes| !bytes.is_power_of_two() || bytes < MIN_WINDOW) {
         let help = format!("use a power of two, {} or more", ByteSize(MIN_WINDOW));
-        return Err(invalid("hotplug.window", "no BAR has that size", help));
+        return Err(invalid(
+            "hotplug.window",
+            "it is not a size that a BAR can have",
+            help,
+        ));
     }
     let groups = config.groups.unwrap_or_default();
     // One may be made while the VM runs; groups that cannot be read are told of when one is used.

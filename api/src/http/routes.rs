@@ -97,7 +97,7 @@ pub const ROUTES: &[Route] = &[
         &[
             NOT_CREATED,
             (405, "The VM runs already."),
-            (409, "The devices are not to be had."),
+            (409, "The devices are not available."),
             FAILED,
         ],
     ),
@@ -183,7 +183,7 @@ pub const ROUTES: &[Route] = &[
             NOT_CREATED,
             (
                 409,
-                "The name is taken, there is no slot left, or no such device is to be had.",
+                "The name is taken, there is no free slot, or no such device is available.",
             ),
             FAILED,
             (

@@ -35,7 +35,7 @@ pub enum SocketError {
         pid: Option<u32>,
     },
     /// What is there is no socket.
-    #[error("{path} is no socket: it is left alone\nname another path with --api-socket")]
+    #[error("{path} is not a socket: it is left as it is\nname another path with --api-socket")]
     NoSocket {
         /// The path.
         path: PathBuf,

@@ -362,7 +362,7 @@ pub struct AddedDevices {
 pub struct RemoveDevice {
     /// Name of the device in the VM.
     pub id: String,
-    /// Take the device away after so many seconds, even if the guest has not let it go by then. 0 takes
+    /// Remove the device by force after this many seconds if the guest has not released it. 0 takes
     /// it away at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]

@@ -48,7 +48,7 @@ fn what_would_only_fail_later_is_told_at_once() {
     let nothing = host.gantry(&["group", "fit", "{}"]).ok();
     assert_eq!(nothing, "The request asks for no devices.\n");
     let unknown = host.gantry(&["group", "fit", r#"{"x": 1}"#]).failed(2);
-    assert!(unknown.contains("\"x\" is no key"), "{unknown}");
+    assert!(unknown.contains("\"x\" is not a key"), "{unknown}");
 
     fs::write(host.path("kernel"), "").unwrap();
     let vm = r#"{"payload": {"kernel": "kernel"}, "hotplug": {"groups": ["disk", "disks"]}}"#;
@@ -169,7 +169,10 @@ fn plans_are_made_used_and_deleted() {
         .ok();
     assert_eq!(first_words(&host.gantry(&["plan", "list"]).ok()), ["fast"]);
     let fit = host.gantry(&["group", "fit", r#"{"plan": "fast"}"#]).ok();
-    assert!(fit.contains("1 of group \"disks\": 0000:01:00.0"), "{fit}");
+    assert!(
+        fit.contains("group \"disks\": 1 of 1: 0000:01:00.0"),
+        "{fit}"
+    );
     host.gantry(&[&args[..]].concat()).failed(1);
     host.gantry(&["plan", "create", "odd", "--memory", "big"])
         .failed(2);
@@ -236,4 +239,76 @@ fn no_vm_starts_in_maintenance() {
     assert_eq!(off, serde_json::json!({"maintenance": null, "running": []}));
     let error = host.gantry(&["run", vm]).failed(1);
     assert!(!error.contains("in maintenance"), "{error}");
+}
+
+#[test]
+fn a_vms_file_is_checked_and_nothing_is_taken() {
+    let host = Host::new();
+    host.node(11);
+    let file = host.path("vm.json");
+    let path = file.to_str().unwrap();
+    let write = |kernel: &str, count: u32| {
+        let text = format!(
+            r#"{{"payload": {{"kernel": "{kernel}"}}, "devices": [{{"group": "disks", "count": {count}}}]}}"#
+        );
+        fs::write(&file, text).unwrap();
+    };
+    fs::write(host.path("kernel"), "no kernel").unwrap();
+    for args in [&["run", "--check"][..], &["group", "fit"]] {
+        let args = [args, &[path]].concat();
+        write("kernel", 1);
+        let said = host.gantry(&args).ok();
+        assert!(
+            said.contains("group \"disks\": 1 of 1: 0000:01:00.0"),
+            "{said}"
+        );
+        write("kernel", 2);
+        let done = host.gantry(&args);
+        assert_eq!(done.code, Some(1), "{}", done.err);
+        assert!(
+            done.err
+                .contains("group \"disks\" has only 1 free device (2 asked for)"),
+            "{}",
+            done.err
+        );
+        write("none", 1);
+        let done = host.gantry(&args);
+        assert!(
+            done.code != Some(0) && done.err.contains("payload.kernel"),
+            "{}",
+            done.err
+        );
+    }
+    let said = host.gantry(&["run", "-d", path]).failed(2);
+    assert!(
+        said.contains("in the background yet") && said.contains("systemd-run"),
+        "{said}"
+    );
+    let said = host.gantry(&["plan", "create", "p"]).failed(2);
+    assert!(said.contains("plan p would say nothing"), "{said}");
+}
+
+#[test]
+fn a_command_of_another_tool_is_pointed_to_the_one_here() {
+    let host = Host::new();
+    for (command, pointer) in [
+        ("ls", "gantry vm list"),
+        ("ps", "gantry vm list"),
+        ("start", "gantry run vm.json"),
+        ("console", "the terminal of its `gantry run`"),
+    ] {
+        let said = host.gantry(&[command]).failed(2);
+        assert!(said.contains(pointer), "{command}: {said}");
+    }
+}
+
+#[test]
+fn a_dash_is_standard_output_or_refused() {
+    let host = Host::new();
+    let svg = host.gantry(&["device", "tree", "--svg", "-"]).ok();
+    assert!(svg.starts_with("<svg "), "{svg}");
+    let said = host.gantry(&["man", "-"]).failed(2);
+    assert!(said.contains("a directory"), "{said}");
+    let said = host.gantry(&["run", "--api-socket", "-"]).failed(2);
+    assert!(said.contains("a socket has a path"), "{said}");
 }

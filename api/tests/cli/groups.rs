@@ -204,9 +204,8 @@ fn novas_words_are_taken_verbatim() {
     );
     // A word for a group is no alias, and what is dropped is told once.
     let done = host.gantry(&["group", "fit", "disks:2"]);
-    assert_eq!(done.out, "2 of group \"disks\": nothing\n");
-    let told =
-        "No valid host was found: 2 of group \"disks\" asked for, 0 free; of 3 devices dropped: ";
+    assert_eq!(done.out, "group \"disks\": 0 of 2: none\n");
+    let told = "No valid host was found: group \"disks\" has no free device (2 asked for); of 3 devices dropped: ";
     assert!(done.err.contains(told), "{}", done.err);
     let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(2);
     assert!(error.contains("limits of its driver"), "{error}");

@@ -210,7 +210,7 @@ fn devices_are_attached_and_their_drivers_waited_for() {
         ],
     );
     assert!(
-        said.contains("not switched on lazy in 0 s") && said.contains("`gantry vm detach vm lazy`"),
+        said.contains("has not enabled lazy in 0 s") && said.contains("`gantry vm detach vm lazy`"),
         "{said}"
     );
     let args = [
@@ -290,7 +290,7 @@ fn devices_are_detached_and_their_guests_waited_for() {
     assert!(said.contains("no device \"dev0\": it has lazy"), "{said}");
     let said = fails(&bed, &["detach", "vm", LAZY, "--timeout", "0"]);
     assert!(
-        said.contains("not let lazy go in 0 s") && said.contains("--force-after"),
+        said.contains("has not released lazy in 0 s") && said.contains("--force-after"),
         "{said}"
     );
     let args = ["detach", "vm", LAZY, "--force-after", "0", "--json"];

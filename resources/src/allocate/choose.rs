@@ -240,6 +240,9 @@ enum Meant<'g> {
     Alias(Vec<Alias>),
 }
 
+/// As many mediated devices are counted; no host can make more.
+const MOST_INSTANCES: usize = 4096;
+
 /// A choice in progress.
 struct Choice<'a, 'n> {
     view: View<'a>,
@@ -307,10 +310,10 @@ impl<'a> Choice<'a, '_> {
             fit.inactive = none.then(|| group.name.clone());
         }
         let wanted = usize::try_from(wish.count).unwrap_or(usize::MAX);
-        let mut instances = self.instances_of(&meant, wanted.saturating_sub(free.len()));
+        let mut instances = self.instances_of(&meant, MOST_INSTANCES);
         fit.free = free.len() + instances.len();
         free.truncate(wanted);
-        instances.truncate(wanted - free.len());
+        instances.truncate(wanted.saturating_sub(free.len()));
         fit.devices = free.iter().map(|device| device.bdf).collect();
         self.taken.extend(&fit.devices);
         self.instances.take(&instances);

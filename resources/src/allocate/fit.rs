@@ -131,11 +131,16 @@ impl RequestFit {
 /// Why the request does not get what it asks for: the counts, then one device a line, as many as fit.
 impl fmt::Display for RequestFit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.wanted)?;
-        if let Some(from) = &self.from {
-            write!(f, " of {from}")?;
+        match &self.from {
+            Some(from) => write!(f, "{from} has ")?,
+            None => f.write_str("there is ")?,
         }
-        write!(f, " asked for, {} free", self.free)?;
+        match self.free {
+            0 => f.write_str("no free device")?,
+            1 => f.write_str("only 1 free device")?,
+            free => write!(f, "only {free} free devices")?,
+        }
+        write!(f, " ({} asked for)", self.wanted)?;
         if self.dropped.is_empty() {
             write!(f, "; this host has {} devices", self.considered)?;
         } else {

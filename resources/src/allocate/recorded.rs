@@ -186,7 +186,7 @@ fn a_device_type_that_mismatches_is_told_with_the_right_one() {
             let fit = &chosen.picked[0].fit;
             assert_eq!(fit.dropped[&Sieve::DeviceType], 3);
             let said = fit.to_string();
-            assert!(said.contains("3 of another device_type"), "{said}");
+            assert!(said.contains("3 with another device_type"), "{said}");
             assert!(
                 said.contains(r#"set "device_type": "type-PF" in the alias"#),
                 "{said}"
@@ -290,7 +290,7 @@ fn other_hardware_at_an_address_is_named() {
     let error = choose(view, &requests, &Placement::default())
         .unwrap_err()
         .to_string();
-    assert!(error.contains("1 changed behind their address"), "{error}");
+    assert!(error.contains("1 replaced by other hardware"), "{error}");
     assert!(error.contains("0000:0b:00.0 is 10de:1c31 now"), "{error}");
 }
 

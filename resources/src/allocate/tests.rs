@@ -255,14 +255,14 @@ fn what_is_missing_is_said_device_by_device() {
     let error = refusal(&host, &[exact("07:00.0"), of("nvme", 2)]);
     let lines: Vec<&str> = error.lines().map(str::trim).collect();
     for (line, said) in lines.iter().zip([
-            "No valid host was found: 2 of group \"nvme\" asked for, 0 free; of 8 devices dropped: 1 not in the group, 1 held by others, 1 with a driver of the host, 1 with no driver, 1 without IOMMU group, 1 with neighbours in use in their IOMMU group, 1 whose VFIO node cannot be opened, 1 asked for elsewhere in the request",
+            "No valid host was found: group \"nvme\" has no free device (2 asked for); of 8 devices dropped: 1 not in the group, 1 held by others, 1 bound to a host driver, 1 bound to no driver, 1 without IOMMU group, 1 sharing an IOMMU group with a device in use, 1 whose VFIO node cannot be opened, 1 asked for twice",
             "0000:01:00.0 is held by VM 'a' (pid 123)",
-            "0000:02:00.0 is bound to nvme: `gantry device detach 0000:02:00.0` makes it free",
+            "0000:02:00.0 is bound to nvme: `gantry device detach 0000:02:00.0` frees it for VMs",
             "0000:03:00.0 is bound to no driver: `gantry device detach 0000:03:00.0` binds it to vfio-pci",
             "0000:04:00.0 is in no IOMMU group: switch the IOMMU on",
             "0000:05:00.0 shares IOMMU group 5 with 0000:05:00.1 (igb), which the host uses",
             "0000:06:00.0 is bound to vfio-pci, but /dev/vfio/6 is not there",
-            "0000:07:00.0 is asked for by its address or otherwise in the same request",
+            "0000:07:00.0 is asked for twice in the request",
         ]) {
             assert!(line.starts_with(said), "{line}\n{error}");
         }
@@ -295,7 +295,7 @@ fn unknown_and_empty_groups_are_explained() {
     assert!(error.contains("there are: nvme, gpu"), "{error}");
     let error = refusal(&full, &[of("gpu", 1)]);
     assert!(
-        error.ends_with("1 of group \"gpu\" asked for, 0 free; this host has 0 devices"),
+        error.ends_with("group \"gpu\" has no free device (1 asked for); this host has 0 devices"),
         "{error}"
     );
     let error = refusal(&FakeHost::new(&[]), &[of("nvme", 1)]);
@@ -409,7 +409,7 @@ fn fifty_vms_over_three_devices_give_three_winners() {
         .map(|result| result.unwrap_err().to_string())
     {
         assert!(
-            error.starts_with("No valid host was found: 1 of group \"nvme\" asked for, 0 free; of 3 devices dropped: 3 held by others\n"),
+            error.starts_with("No valid host was found: group \"nvme\" has no free device (1 asked for); of 3 devices dropped: 3 held by others\n"),
             "{error}"
         );
         assert_eq!(error.matches("is held by VM 'vm").count(), 3, "{error}");

@@ -30,7 +30,7 @@ pub enum BindError {
     Blocked(Blocked),
     /// The host needs a device, or one of its IOMMU group.
     #[error(
-        "the host itself needs this:{}\nnothing was changed; to take it nevertheless, give{}",
+        "the host uses this:{}\nnothing was changed; to take it anyway, give{}",
         list("\n  ", .0),
         list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
     )]
@@ -70,7 +70,7 @@ pub enum BindError {
     },
     /// A physical function has virtual functions, which would vanish with its driver.
     #[error(
-        "{bdf} has {count} virtual functions, which would vanish: `gantry group deactivate` their group, or write 0 to its sriov_numvfs"
+        "{bdf} has {count} virtual functions, which would be destroyed: run `gantry group deactivate` for their group, or write 0 to its sriov_numvfs"
     )]
     HasVirtualFunctions {
         /// The physical function.
@@ -128,7 +128,7 @@ fn aftermath(left: &[HostBdf]) -> String {
     match left {
         [] => ": everything is as it was before".to_owned(),
         left => format!(
-            ": these could not be put back where they were:{}",
+            ": these could not be given back to their drivers:{}",
             list(" ", left)
         ),
     }

@@ -386,8 +386,8 @@ fn what_the_host_needs_goes_only_when_it_is_named() {
         let error = refused(detach(&host.paths, &kernel, &request(&[sound], &overrides)));
         assert_eq!(
             error,
-            "the host itself needs this:\n  0000:01:00.0 is the display that the firmware started (boot_vga)\n\
-                 nothing was changed; to take it nevertheless, give --override 0000:01:00.0"
+            "the host uses this:\n  0000:01:00.0 is the display that the firmware started (boot_vga)\n\
+                 nothing was changed; to take it anyway, give --override 0000:01:00.0"
         );
     }
     assert!(kernel.written.borrow().is_empty());
@@ -432,7 +432,7 @@ fn without_a_record_the_kernel_chooses() {
         &request(&[bdf("02:00.0")], &[]),
     ));
     assert!(
-        error.contains("its driver is vfio-pci afterwards") && error.contains("vfio-pci.ids"),
+        error.contains("its driver is now vfio-pci") && error.contains("vfio-pci.ids"),
         "{error}"
     );
 }
@@ -463,7 +463,7 @@ fn nothing_is_touched_when_the_former_driver_cannot_be_kept() {
         &request(&[bdf("02:00.0")], &[]),
     ));
     assert!(
-        error.contains("cannot keep its former driver in") && error.contains("run/former"),
+        error.contains("cannot record its former driver in") && error.contains("run/former"),
         "{error}"
     );
     assert!(kernel.written.borrow().is_empty());

@@ -199,12 +199,11 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
         problems.push((
             Level::Warn,
             format!(
-                "IOMMU group {number} also contains {}, which is in no resource group: it is \
+                "IOMMU group {number} also contains {}, which is in no group: it is \
                  detached together with the others",
                 list(unowned)
             ),
-            "widen a rule of the resource group, so that the IOMMU group is in it as a whole"
-                .to_owned(),
+            "widen a rule of the group, so that the IOMMU group is in it as a whole".to_owned(),
         ));
     }
     let owners: BTreeSet<&str> = members
@@ -216,11 +215,11 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
         problems.push((
             Level::Warn,
             format!(
-                "IOMMU group {number} is spread over the resource groups {}: a VM that gets one of \
+                "IOMMU group {number} is spread over the groups {}: a VM that gets one of \
                  its devices keeps the others from all other VMs",
                 owners.join(" and ")
             ),
-            "write the rules so that one resource group has all of it".to_owned(),
+            "write the rules so that one group has all of it".to_owned(),
         ));
     }
     problems

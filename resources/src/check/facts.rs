@@ -57,9 +57,9 @@ pub(super) struct Facts {
 #[derive(Clone, Debug)]
 pub(super) struct Devices {
     pub(super) all: Vec<HostDevice>,
-    /// The resource groups, or why they cannot be read.
+    /// The groups, or why they cannot be read.
     pub(super) groups: Result<Groups, String>,
-    /// Those of resource groups and device specs, and those named by who asks.
+    /// Those of groups and device specs, and those named by who asks.
     pub(super) wanted: BTreeSet<HostBdf>,
     /// Of these, the ones that are bound when a VM takes them.
     pub(super) on_demand: BTreeSet<HostBdf>,

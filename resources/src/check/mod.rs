@@ -107,7 +107,7 @@ pub enum CheckError {
     },
 }
 
-/// Looks at the host. `wanted` are devices that are to be passed besides those of the resource groups.
+/// Looks at the host. `wanted` are devices that are to be passed besides those of the groups.
 pub fn check(paths: &HostPaths, wanted: &[HostBdf]) -> Result<Report, CheckError> {
     Ok(judge(&Facts::read(paths, wanted)?))
 }

@@ -78,11 +78,11 @@ fn what_the_host_needs_is_passed_over_and_named() {
     assert_eq!(first[0].device().unwrap().bdf, bdf("03:00.0"));
     let error = take(&host, &kernel, "disks").unwrap_err().to_string();
     assert!(
-        error.contains("1 held by others, 1 that the host needs"),
+        error.contains("1 held by others, 1 in use by the host"),
         "{error}"
     );
     assert!(
-        error.contains("which is mounted at /: the host needs it"),
+        error.contains("which is mounted at /: the host uses it"),
         "{error}"
     );
     assert_eq!(host.read("02:00.0").driver.as_deref(), Some("nvme"));

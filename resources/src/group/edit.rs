@@ -125,7 +125,7 @@ pub enum EditError {
     },
     /// A rule takes a device together with others.
     #[error(
-        "rule {number} of group \"{group}\" takes {device} by more than what names it alone: change it (`gantry group edit {group} --drop-rule {number} --rule ...`)"
+        "rule {number} of group \"{group}\" also takes other devices than {device}: change it (`gantry group edit {group} --drop-rule {number} --rule ...`)"
     )]
     WiderRule {
         /// The device: its address, or its port.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Groups;
 use super::edit::EditError;
 use crate::config::{self, ConfigError};
 use crate::host::HostPaths;
@@ -78,7 +79,11 @@ pub fn change_aliases(
     gone: &[String],
 ) -> Result<PathBuf, EditError> {
     let file = aliases(paths);
-    let is_fit = |aliases: &[Alias]| agree(&file, aliases);
+    let of_groups = Groups::load_group_files(paths)?.aliases;
+    let is_fit = |aliases: &[Alias]| {
+        let all: Vec<Alias> = of_groups.iter().chain(aliases).cloned().collect();
+        agree(&file, &all)
+    };
     change(paths, file.clone(), new, is_fit, |aliases| {
         for name in gone {
             let before = aliases.len();

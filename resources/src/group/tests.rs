@@ -228,7 +228,7 @@ fn a_mistake_in_novas_json_is_told_with_its_place() {
         (
             "device_spec.json",
             "{\n\"vendor_id\": \"nvidia\"}",
-            "device_spec.json:2:22: vendor_id: \"nvidia\" is no PCI id",
+            "device_spec.json:2:22: vendor_id: \"nvidia\" is not a PCI id",
         ),
         (
             "device_spec.json",

@@ -114,7 +114,7 @@ impl TryFrom<Written> for Address {
             Written::Parts(parts) => {
                 let regex = |text: &str| {
                     Regex::new(&format!("^(?:{text})"))
-                        .map_err(|error| format!("\"{text}\" is no regular expression: {error}"))
+                        .map_err(|error| format!("\"{text}\" is not a regular expression: {error}"))
                 };
                 Test::Expressions(Box::new([
                     regex(&parts.domain)?,
@@ -135,7 +135,7 @@ fn pattern(text: &str) -> Result<[Option<u32>; 4], String> {
     let mut parts: Vec<&str> = before.split(':').collect();
     if parts.len() > 3 {
         return Err(format!(
-            "\"{text}\" is no PCI address: write it like \"0000:0a:00.1\", \"*:0a:00.*\" or \":0a:00.\""
+            "\"{text}\" is not a PCI address: write it like \"0000:0a:00.1\", \"*:0a:00.*\" or \":0a:00.\""
         ));
     }
     while parts.len() < 3 {
@@ -146,7 +146,7 @@ fn pattern(text: &str) -> Result<[Option<u32>; 4], String> {
         "" | "*" => Ok(None),
         part => hex(part, max).map(Some).ok_or_else(|| {
             format!(
-                "\"{text}\" is no PCI address: its {name} \"{part}\" is no hex number up to {max:X}, nor \"*\""
+                "\"{text}\" is not a PCI address: its {name} \"{part}\" is not a hex number up to {max:X}, nor \"*\""
             )
         }),
     }

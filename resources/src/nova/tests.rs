@@ -78,13 +78,13 @@ fn parts_of_an_address_are_left_out_on_the_left_and_are_hex_numbers() {
         assert_eq!(takes(&json!(address), "0b:00.0", None), covers, "{address}");
     }
     for (address, said) in [
-        ("gpu0", "its slot \"gpu0\" is no hex number up to 1F"),
-        ("0b:20.0", "its slot \"20\" is no hex number up to 1F"),
-        ("0b:00.8", "its function \"8\" is no hex number up to 7"),
-        ("100:00.0", "its bus \"100\" is no hex number up to FF"),
+        ("gpu0", "its slot \"gpu0\" is not a hex number up to 1F"),
+        ("0b:20.0", "its slot \"20\" is not a hex number up to 1F"),
+        ("0b:00.8", "its function \"8\" is not a hex number up to 7"),
+        ("100:00.0", "its bus \"100\" is not a hex number up to FF"),
         (
             "10000:0b:00.0",
-            "its domain \"10000\" is no hex number up to FFFF",
+            "its domain \"10000\" is not a hex number up to FFFF",
         ),
         ("0:0:0b:00.0", "write it like"),
         ("-1:00.0", "its bus \"-1\""),
@@ -93,7 +93,7 @@ fn parts_of_an_address_are_left_out_on_the_left_and_are_hex_numbers() {
         let spec = serde_json::from_value::<DeviceSpec>(json!({"address": address}));
         let error = spec.unwrap_err().to_string();
         assert!(
-            error.contains("is no PCI address") && error.contains(said),
+            error.contains("is not a PCI address") && error.contains(said),
             "{error}"
         );
     }
@@ -276,8 +276,8 @@ fn words_that_are_none_are_refused() {
     for (spec, said) in [
         (json!({"vendor_id": "nvidia"}), "four hex digits"),
         (json!({"vendr_id": "10de"}), "unknown field `vendr_id`"),
-        (json!({"address": "gpu0"}), "\"gpu0\" is no PCI address"),
-        (json!({"address": {"bus": "("}}), "no regular expression"),
+        (json!({"address": "gpu0"}), "\"gpu0\" is not a PCI address"),
+        (json!({"address": {"bus": "("}}), "not a regular expression"),
         (json!({"one_time_use": "maybe"}), "true or false"),
         (
             json!({"remote_managed": "true"}),
@@ -354,6 +354,16 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("different values of device_type"), "{error}");
+    // Nor one that a file of groups contradicts: all commands would refuse to read them.
+    let host = FakeHost::new(&[]);
+    host.file("etc/groups.json", &format!(r#"{{"alias": [{plain}]}}"#));
+    let other = alias(&more(r#""numa_policy": "socket""#));
+    let error = crate::change_aliases(&host.paths, vec![other], &[]).unwrap_err();
+    assert!(
+        error.to_string().contains("values of numa_policy"),
+        "{error}"
+    );
+    crate::group::Groups::load(&host.paths).unwrap();
 }
 
 #[test]

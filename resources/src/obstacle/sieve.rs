@@ -36,7 +36,7 @@ pub enum Sieve {
     Leased,
     /// Not to be in quarantine.
     Quarantined,
-    /// Not to be with a driver of the host.
+    /// Not to be bound to a host driver.
     HostDriver,
     /// Not to be needed by the host.
     HostNeeds,
@@ -91,28 +91,28 @@ impl fmt::Display for Sieve {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Group => "not in the group",
-            Self::Exposed => "in no group and no device_spec",
-            Self::Ids => "of other vendor or product id",
-            Self::Changed => "changed behind their address",
+            Self::Exposed => "in no group or device_spec",
+            Self::Ids => "with another vendor or product id",
+            Self::Changed => "replaced by other hardware",
             Self::OtherGroup => "in a group defined earlier",
-            Self::Tenant => "of tenants",
-            Self::DeviceType => "of another device_type",
-            Self::ResourceClass => "of another resource_class",
+            Self::Tenant => "that belong to tenants",
+            Self::DeviceType => "with another device_type",
+            Self::ResourceClass => "with another resource_class",
             Self::Traits => "without the traits",
-            Self::Migratable => "of another live_migratable",
+            Self::Migratable => "with another live_migratable",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",
             Self::Quarantined => "in quarantine",
-            Self::HostDriver => "with a driver of the host",
-            Self::HostNeeds => "that the host needs",
-            Self::Unbound => "with no driver",
+            Self::HostDriver => "bound to a host driver",
+            Self::HostNeeds => "in use by the host",
+            Self::Unbound => "bound to no driver",
             Self::IommuGroup => "without IOMMU group",
-            Self::Neighbours => "with neighbours in use in their IOMMU group",
+            Self::Neighbours => "sharing an IOMMU group with a device in use",
             Self::Node => "whose VFIO node cannot be opened",
-            Self::AskedFor => "asked for elsewhere in the request",
+            Self::AskedFor => "asked for twice",
             Self::Numa => "on another NUMA node",
-            Self::VfToken => "parted from their physical or virtual functions",
-            Self::Isolation => "of a physical function already used",
+            Self::VfToken => "that need a VF token",
+            Self::Isolation => "on a physical function already used",
         })
     }
 }

@@ -14,24 +14,24 @@ impl fmt::Display for Blocked {
             Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
             Obstacle::Quarantined { why } => write!(
                 f,
-                "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` ends that"
+                "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` releases it"
             ),
             Obstacle::HostDriver { driver } => {
                 write!(
                     f,
-                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` makes it free"
+                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` frees it for VMs"
                 )
             }
             Obstacle::HostNeeds { need } if need.bdf == bdf => {
-                write!(f, "{need}: the host needs it")
+                write!(f, "{need}: the host uses it")
             }
             Obstacle::HostNeeds { need } => write!(
                 f,
-                "{bdf} shares its IOMMU group with what the host needs: {need}"
+                "{bdf} shares its IOMMU group with a device that the host uses: {need}"
             ),
             Obstacle::HasVfs { count } => write!(
                 f,
-                "{bdf} has {count} virtual functions, which would vanish: `gantry group deactivate` their group, or write 0 to its sriov_numvfs"
+                "{bdf} has {count} virtual functions, which would be destroyed: run `gantry group deactivate` for their group, or write 0 to its sriov_numvfs"
             ),
             Obstacle::Unbound => {
                 write!(
@@ -99,24 +99,24 @@ fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt
     match obstacle {
         Obstacle::NoVfToken { pf } => write!(
             f,
-            "{bdf} is a function of {pf}, which is with vfio-pci: only a token lets VMs have one each; set \
+            "{bdf} is a function of {pf}, which is bound to vfio-pci: VMs can have one each only with a VF token; set \
              \"vf_token\": true in the \"sriov\" of its group, or `gantry device reattach {pf}`"
         ),
         Obstacle::PfQuarantined { pf, why } => write!(
             f,
-            "{bdf} is a function of {pf}, which is in quarantine: {why}; `gantry device release-quarantine {pf}` ends that"
+            "{bdf} is a function of {pf}, which is in quarantine: {why}; `gantry device release-quarantine {pf}` releases it"
         ),
         Obstacle::PfIdle { pf } => write!(
             f,
-            "{bdf} is a function of {pf}, which is with vfio-pci and which no VM has: its owner comes first, and \
-             sets the token"
+            "{bdf} is a function of {pf}, which is bound to vfio-pci and which no VM has: start the VM that gets {pf} first, \
+             it sets the VF token"
         ),
         Obstacle::VfHeld { vf } => write!(
             f,
-            "{bdf} has the virtual function {vf}, which somebody holds: only a token lets them have one each; \
+            "{bdf} has the virtual function {vf}, which is held: VMs can have one each only with a VF token; \
              set \"vf_token\": true in the \"sriov\" of its group"
         ),
-        _ => write!(f, "{bdf} cannot be had"),
+        _ => write!(f, "{bdf} is not available"),
     }
 }
 
@@ -134,17 +134,14 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
             "{bdf} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {bdf}` takes it back"
         ),
         Obstacle::AskedFor => {
-            write!(
-                f,
-                "{bdf} is asked for by its address or otherwise in the same request"
-            )
+            write!(f, "{bdf} is asked for twice in the request")
         }
         Obstacle::Changed { is } => write!(
             f,
-            "{bdf} is {is} now, not the device that a rule was made for: change the rule if that is right"
+            "{bdf} is {is} now, not the device that the rule names: change the rule if the new device is right"
         ),
         Obstacle::DeviceType { is, wanted } => mismatch(f, bdf, *is, *wanted),
-        Obstacle::ResourceClass { is } => write!(f, "{bdf} is of resource class {is}"),
+        Obstacle::ResourceClass { is } => write!(f, "{bdf} has resource class {is}"),
         Obstacle::Traits { missing } => {
             write!(f, "{bdf} lacks the traits {}", missing.join(", "))
         }
@@ -152,7 +149,7 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
             let said = if *wanted { "yes" } else { "no" };
             write!(
                 f,
-                "{bdf} is of no device_spec that says \"live_migratable\": \"{said}\""
+                "{bdf} has no device_spec that says \"live_migratable\": \"{said}\""
             )
         }
         Obstacle::Numa { node: Some(node) } => {
@@ -162,10 +159,7 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
         Obstacle::SamePf { pf } => {
-            write!(
-                f,
-                "{bdf} is a function of {pf}, as another device of the request"
-            )
+            write!(f, "{bdf} is on {pf}, like another device of the request")
         }
         _ => of_card(f, bdf, obstacle),
     }
@@ -180,7 +174,7 @@ fn mismatch(
 ) -> fmt::Result {
     match wanted {
         Some(wanted) => write!(f, "{bdf} is {is}, not {wanted}")?,
-        None => write!(f, "{bdf} is {is}, which must be asked for")?,
+        None => write!(f, "{bdf} is {is}, which an alias must ask for by name")?,
     }
     write!(f, ": set \"device_type\": \"{is}\" in the alias")
 }

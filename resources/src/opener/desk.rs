@@ -250,7 +250,7 @@ impl Desk<'_> {
         let most = limit.most;
         if wanted.fold(self.leases.len(), usize::saturating_add) > most {
             return Err(Refusal::Denied(format!(
-                "this VM may have no more devices at a time than it was started for, {most}: detach one first"
+                "this VM can have at most {most} devices at a time: detach one first"
             )));
         }
         requests

@@ -97,7 +97,7 @@ fn all_filters_must_hold() {
 fn what_is_no_filter_is_refused_with_an_example() {
     for (rule, said) in [
         (json!({}), "at least one filter"),
-        (json!({"vendor": "86"}), "\"86\" is no PCI id"),
+        (json!({"vendor": "86"}), "\"86\" is not a PCI id"),
         (json!({"vendor": "+086"}), "four hex digits"),
         (json!({"device": "xyzw"}), "four hex digits"),
         (json!({"id": "1b36"}), "1b36:0010"),
@@ -125,7 +125,7 @@ fn what_is_no_filter_is_refused_with_an_example() {
         (json!({"slot": "01:[0"}), "0000:01:00.0"),
         (json!({"name": {}}), "needs a comparison"),
         (json!({"name": {"equals": "x"}}), "unknown field `equals`"),
-        (json!({"name": {"regex": "("}}), "\"(\" is no pattern"),
+        (json!({"name": {"regex": "("}}), "\"(\" is not a pattern"),
         (json!({"name": {"contains": ""}}), "cannot be empty"),
     ] {
         let error = serde_json::from_value::<Rule>(rule.clone())

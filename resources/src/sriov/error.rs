@@ -37,7 +37,7 @@ pub enum SriovError {
     },
     /// The device has no SR-IOV.
     #[error(
-        "{pf} cannot have virtual functions: it has no SR-IOV, or firmware or kernel do not show it (sriov_totalvfs)"
+        "{pf} cannot have virtual functions: it has no SR-IOV, or the firmware or kernel does not show it (sriov_totalvfs)"
     )]
     NotCapable {
         /// The device.
@@ -54,7 +54,7 @@ pub enum SriovError {
         wanted: u16,
     },
     /// No driver makes its functions.
-    #[error("{pf} has no driver, which makes its virtual functions: {}", way(pf, .why))]
+    #[error("{pf} has no driver, and only its driver can make virtual functions: {}", way(pf, .why))]
     NoDriver {
         /// The device.
         pf: HostBdf,
@@ -74,7 +74,7 @@ pub enum SriovError {
     },
     /// The settings need a network card.
     #[error(
-        "{pf} is no network interface of the host, so its functions have no {key}: take it out of the group"
+        "{pf} has no network interface on the host, so its functions have no {key}: take it out of the group"
     )]
     NoInterface {
         /// The device.
@@ -84,7 +84,7 @@ pub enum SriovError {
     },
     /// Functions in use would vanish.
     #[error(
-        "{pf} has {now} virtual functions and cannot have {wanted} now, since these would vanish:{}",
+        "{pf} has {now} virtual functions and cannot have {wanted} now, since these would be destroyed:{}",
         lines(.live)
     )]
     Live {
@@ -101,7 +101,7 @@ pub enum SriovError {
     #[error("{0}")]
     Busy(Blocked),
     /// The kernel took the write, but the functions are not there.
-    #[error("{pf} has {found} virtual functions afterwards, not {wanted}: see dmesg")]
+    #[error("{pf} has {found} virtual functions after the write, not {wanted}: see dmesg")]
     Short {
         /// The device.
         pf: HostBdf,
@@ -140,7 +140,7 @@ pub enum SriovError {
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// What was cannot be written down, so nothing was touched.
-    #[error("cannot keep what was in {path}")]
+    #[error("cannot record the former settings in {path}")]
     Record {
         /// The file.
         path: PathBuf,

@@ -68,7 +68,7 @@ pub enum LinkError {
         source: io::Error,
     },
     /// The host is one of files.
-    #[error("{sysfs} is not the running host's: its network cards cannot be asked or set")]
+    #[error("{sysfs} is not the running host's: its network cards cannot be read or set")]
     Elsewhere {
         /// Where its sysfs is.
         sysfs: PathBuf,

@@ -118,7 +118,7 @@ impl TryFrom<String> for Mac {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let wrong = || format!("\"{text}\" is no MAC address: write it like 52:54:00:12:34:56");
+        let wrong = || format!("\"{text}\" is not a MAC address: write it like 52:54:00:12:34:56");
         let bytes: Option<Vec<u8>> = text
             .split(':')
             .map(|part| u8::try_from(crate::host::hex(part, 2..=2)?).ok())
@@ -384,10 +384,10 @@ impl SriovSpec {
         for index in 0..count {
             let Some(mac) = self.wanted(index).mac else {
                 return (self.mac.is_some())
-                    .then(|| format!("counts up past its last address: {index} of {count} fit"));
+                    .then(|| format!("leaves too few addresses: {index} of {count} fit"));
             };
             if !mac.names_a_station() {
-                return Some(format!("{mac} is no address of a station"));
+                return Some(format!("{mac} is not a unicast address"));
             }
             if !seen.insert(mac) {
                 return Some(format!("{mac} is given twice"));
@@ -425,8 +425,8 @@ mod tests {
     fn what_makes_no_sense_is_named() {
         for (more, key, words) in [
             (json!({"count": 0}), "count", "1 to"),
-            (json!({"mac": "03:00:00:00:00:00"}), "mac", "station"),
-            (json!({"mac": "00:00:00:00:00:00"}), "mac", "station"),
+            (json!({"mac": "03:00:00:00:00:00"}), "mac", "unicast"),
+            (json!({"mac": "00:00:00:00:00:00"}), "mac", "unicast"),
             (json!({"mac": "52:54:00:ff:ff:fe"}), "mac", "2 of 3 fit"),
             (
                 json!({"mac": ["02:00:00:00:00:01"]}),

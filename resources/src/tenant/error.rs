@@ -98,7 +98,7 @@ pub enum TenantError {
         name: String,
     },
     /// A group of the host's has not as many devices that nobody has.
-    #[error("{count} of group \"{group}\" asked for, {found} not in use")]
+    #[error("group \"{group}\" has {} ({count} asked for)", free(.found))]
     NotFree {
         /// The group.
         group: String,
@@ -146,7 +146,7 @@ pub enum TenantError {
     #[error(transparent)]
     Vgpu(#[from] VgpuError),
     /// A virtual function's settings cannot be kept.
-    #[error("cannot keep the settings of {bdf}, which are to outlast the tenant's guests")]
+    #[error("cannot record the settings of {bdf} for the time after the tenant's guests")]
     Settings {
         /// The function.
         bdf: HostBdf,
@@ -200,4 +200,12 @@ fn hint(near: &Option<String>) -> String {
         || ": `gantry tenant list` shows them".to_owned(),
         |near| format!(": did you mean \"{near}\"?"),
     )
+}
+
+fn free(found: &usize) -> String {
+    match *found {
+        0 => "no free device".to_owned(),
+        1 => "only 1 free device".to_owned(),
+        found => format!("only {found} free devices"),
+    }
 }

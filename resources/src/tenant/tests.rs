@@ -91,7 +91,7 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
     assert_eq!(groups.tenant_of(&devices[0]), Some("a"));
     let refused = taken(&host.paths, "disks").unwrap_err();
     assert!(
-        refused.contains("of 3 devices dropped: 3 of tenants"),
+        refused.contains("of 3 devices dropped: 3 that belong to tenants"),
         "{refused}"
     );
     assert!(
@@ -597,7 +597,7 @@ fn two_grants_out_of_a_group_at_once_get_other_devices() {
     given.sort();
     assert_eq!(given, ["01:00.0", "02:00.0"].map(bdf));
     let refused = refused.into_iter().next().unwrap().unwrap_err().to_string();
-    assert_eq!(refused, "1 of group \"disks\" asked for, 0 not in use");
+    assert_eq!(refused, "group \"disks\" has no free device (1 asked for)");
 }
 
 #[test]

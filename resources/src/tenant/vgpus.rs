@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(lease[0].name().to_string(), ONE);
         assert!(
             taken(&a, Request::group("a", 1)).is_err(),
-            "it makes no more"
+            "it can make no more"
         );
         let said = grant_mdevs(&host, "b", Granted::Mdevs(&[uuid(ONE)]), None).unwrap_err();
         assert!(
@@ -256,7 +256,7 @@ mod tests {
             count,
         };
         let said = grant_mdevs(&host, "a", free(2), None).unwrap_err();
-        assert!(said.to_string().contains("1 not in use"), "{said}");
+        assert!(said.to_string().contains("only 1 free device"), "{said}");
         grant_mdevs(&host, "a", free(1), None).unwrap();
         let tenants = Tenants::load(&host.paths).unwrap();
         assert_eq!(tenants.find("a").unwrap().mdevs(), [uuid(TWO)].into());

@@ -46,7 +46,7 @@ pub enum VgpuError {
         kind: String,
     },
     /// The kernel took the write, but the device is still there.
-    #[error("mediated device {uuid} stays although it was removed: see dmesg")]
+    #[error("mediated device {uuid} is still there after its removal: see dmesg")]
     Stays {
         /// The device.
         uuid: Uuid,
@@ -61,7 +61,7 @@ pub enum VgpuError {
     },
     /// The kernel has not come back from an earlier write.
     #[error(
-        "the kernel is still making or removing {name}, and is waited for no longer: see dmesg; a boot of the host ends it at the latest"
+        "the kernel has not finished making or removing {name}: see dmesg; only a reboot of the host may end that"
     )]
     AtWork {
         /// The device.
@@ -122,7 +122,7 @@ pub enum VgpuError {
     )]
     NoneAhead(String),
     /// A record cannot be written, so nothing was made.
-    #[error("cannot keep in {path} what is made for a VM")]
+    #[error("cannot write the record of the VM's mediated device to {path}")]
     Record {
         /// The file.
         path: PathBuf,
@@ -137,7 +137,7 @@ pub enum VgpuError {
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// There are no new identifiers.
-    #[error("the kernel gives no new identifier")]
+    #[error("the kernel gives no new UUID")]
     Identifier(#[source] io::Error),
 }
 

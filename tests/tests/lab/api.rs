@@ -433,7 +433,7 @@ fn a_guest_that_does_not_answer_is_forced(host: &Host) -> Result<()> {
         .sh("gantry vm detach vm disk --timeout 1")
         .output()?
         .exits(1)?;
-    ensure!(late.errors().contains("has not let disk go"), "{late}");
+    ensure!(late.errors().contains("has not released disk"), "{late}");
     ensure!(free(host, "nvme")? == 0);
     let said = gantry(host, "vm detach vm disk --force-after 0.5")?;
     ensure!(said.contains("taken from the guest"), "{said}");

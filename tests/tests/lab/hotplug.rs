@@ -149,7 +149,10 @@ fn a_guest_that_does_not_answer_keeps_nothing(host: &Host) -> Result<()> {
 fn what_the_host_wants_back_goes_back(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let driver = "/sys/bus/pci/drivers/vfio-pci";
-    for (vm, words) in [(vm(), "let it go"), (deaf(), "it was taken from the guest")] {
+    for (vm, words) in [
+        (vm(), "released it"),
+        (deaf(), "it was taken from the guest"),
+    ] {
         let mut running = vm.devices("nvme", 1).start(host)?;
         running.until("guest: init")?;
         let mut events = Running::of(host.sh("gantry vm events vm").start()?);

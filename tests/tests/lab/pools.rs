@@ -98,7 +98,8 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
         won.len() == 3 && holders == won,
         "{holders:?} hold, of\n{told}"
     );
-    let refused = "lost 75 error: No valid host was found: 1 of group \"any\" asked for, 0 free";
+    let refused =
+        "lost 75 error: No valid host was found: group \"any\" has no free device (1 asked for)";
     let clear = told
         .lines()
         .filter(|line| line.starts_with(refused) && line.contains("held by VM 'vm"));
@@ -160,7 +161,7 @@ fn eight_vms_race_for_two_disks(host: &Host) -> Result<()> {
             winners.push((name, running));
         } else {
             let refused = running.end()?.exits(75)?;
-            let words = "1 of group \"nvme\" asked for, 0 free";
+            let words = "group \"nvme\" has no free device (1 asked for)";
             ensure!(refused.errors.contains(words), "{refused}");
             ensure!(refused.errors.contains(FIRST.bdf), "{refused}");
             ensure!(refused.errors.contains("held by VM 'vm"), "{refused}");

@@ -161,7 +161,7 @@ fn too_few_free_devices(host: &Host) -> Result<()> {
     let second = Vm::new("none").named("second").devices("nvme", 2);
     let refused = second.run(host)?.exits(1)?;
     for words in [
-        "2 of group \"nvme\" asked for, 0 free",
+        "group \"nvme\" has no free device (2 asked for)",
         &format!("{} is held by VM 'first' (pid", FIRST.bdf),
         &format!("{} is bound to nvme", SECOND.bdf),
         &format!("gantry device detach {}", SECOND.bdf),

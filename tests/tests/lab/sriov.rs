@@ -407,14 +407,11 @@ fn a_card_and_its_function_go_to_two_vms_with_a_token(host: &Host) -> Result<()>
         .named("card")
         .devices("card", 1);
     let refused = function.run(host)?.exits(1)?;
-    let words = "only a token lets VMs have one each";
+    let words = "VMs can have one each only with a VF token";
     ensure!(refused.errors.contains(words), "{refused}");
     shared.groups(json!(true))?;
     let refused = function.run(host)?.exits(1)?;
-    ensure!(
-        refused.errors.contains("its owner comes first"),
-        "{refused}"
-    );
+    ensure!(refused.errors.contains("it sets the VF token"), "{refused}");
     let mut running = card.start(host)?;
     running.until("guest: init")?;
     let ended = function.run(host)?.powered_off()?;

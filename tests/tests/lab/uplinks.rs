@@ -90,7 +90,7 @@ fn no_vm_takes_a_card_of_a_bond(host: &Host) -> Result<()> {
         let refused = Vm::new("none").devices("cards", 1).run(host)?.exits(1)?;
         for bdf in [CARD, VIRTIO_CARD] {
             let words = format!(
-                "{bdf} is {}, part of bond9, which carries a default route: the host needs it",
+                "{bdf} is {}, part of bond9, which carries a default route: the host uses it",
                 interface(host, bdf)?
             );
             ensure!(refused.errors.contains(&words), "no {words:?}: {refused}");

@@ -221,7 +221,7 @@ impl VfioDevice {
         if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(Error::Unusable {
                 device: name.to_owned(),
-                why: "it is no PCI device".into(),
+                why: "it is not a PCI device".into(),
             });
         }
         let mut regions = Vec::with_capacity(Region::COUNT);

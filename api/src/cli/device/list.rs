@@ -28,13 +28,13 @@ Examples:
   gantry device list --type usb --sort speed
   gantry device list --json")]
 pub struct ListArgs {
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
-    /// Column to sort by; those of the table that is shown
+    /// Column to sort by, of the table shown
     #[arg(long, value_name = "COLUMN", value_enum)]
     sort: Option<Key>,
-    /// Only devices of this type, with what they tell of themselves
+    /// Only devices of this type, with columns of their own
     #[arg(long = "type", value_enum)]
     kind: Option<Kind>,
 }

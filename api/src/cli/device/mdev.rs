@@ -23,11 +23,11 @@ Examples:
   gantry device mdev --sort state
   gantry device mdev --json")]
 pub struct MdevArgs {
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort by; a table without it stays as it is
-    #[arg(long, value_name = "COLUMN", ignore_case = true)]
+    #[arg(long, value_name = "COLUMN")]
     #[arg(value_parser = table::column(&[TYPES.as_slice(), DEVICES.as_slice()].concat()))]
     sort: Option<String>,
 }

@@ -27,13 +27,13 @@ pub struct PersistArgs {
     /// All devices of a group; may be given several times
     #[arg(long = "group", value_name = "NAME")]
     groups: Vec<String>,
-    /// How the host is told
+    /// What binds the devices at boot
     #[arg(long, value_enum, default_value_t = By::Udev)]
     by: By,
     /// Write this file instead of standard output
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Include this device although the host uses it now
+    /// Include this device even if the host uses it now
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     /// Show the result as JSON

@@ -104,7 +104,7 @@ fn named<'g>(groups: &'g Groups, args: &CommonArgs) -> Result<Vec<&'g ResourceGr
                 .to_owned(),
             made => format!("these have virtual functions or vGPUs: {}", made.join(", ")),
         };
-        return Err(Failure::new(USAGE, "which group? None is named").help(help));
+        return Err(Failure::new(USAGE, "no group is named").help(help));
     }
     let find = |name: &String| groups.find(name).map_err(Failure::host);
     args.names.iter().map(find).collect()

@@ -31,11 +31,11 @@ pub struct AliasArgs {
     /// Show the aliases as JSON
     #[arg(long)]
     json: bool,
-    /// Take away what is defined under this name; may be given several times
+    /// Remove the aliases of this name; may be given several times
     #[arg(long = "remove", value_name = "NAME")]
     remove: Vec<String>,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&COLUMNS))]
     sort: Option<String>,
 }
 
@@ -53,11 +53,11 @@ pub struct SpecArgs {
     /// Show the devices as JSON
     #[arg(long)]
     json: bool,
-    /// Take away the device spec that says exactly this; may be given several times
+    /// Remove the device spec that says exactly this; may be given several times
     #[arg(long = "remove", value_name = "JSON", value_parser = super::from_json::<DeviceSpec>)]
     remove: Vec<DeviceSpec>,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&matching::COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&matching::COLUMNS))]
     sort: Option<String>,
 }
 

@@ -21,15 +21,15 @@ Examples:
   gantry group create vfs --type sriov-nic \\
       --sriov '{\"pf\": \"03:00.0\", \"count\": 4, \"vlan\": 100}'")]
 pub struct CreateArgs {
-    /// What VMs ask for
+    /// Name of the group, which VMs ask for
     name: String,
-    /// What kind of thing the group holds
+    /// What the group holds
     #[arg(long = "type", value_enum, default_value_t = Kind::Pci)]
     kind: Kind,
     /// What the devices are, for an icon only: gpu, network, storage, ...
     #[arg(long)]
     class: Option<String>,
-    /// Words for people
+    /// A description
     #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
@@ -52,13 +52,13 @@ Examples:
 pub struct EditArgs {
     /// The group
     name: String,
-    /// What kind of thing the group holds
+    /// What the group holds
     #[arg(long = "type", value_enum)]
     kind: Option<Kind>,
     /// What the devices are, for an icon only; '' takes it away
     #[arg(long)]
     class: Option<String>,
-    /// Words for people
+    /// A description
     #[arg(long)]
     description: Option<String>,
     #[command(flatten)]
@@ -69,7 +69,7 @@ pub struct EditArgs {
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
     drop_rules: Vec<usize>,
-    /// Although there are virtual functions or vGPUs that it would ask for no more; they stay as they are
+    /// Even if virtual functions or vGPUs exist that the group would no longer ask for; they stay as they are
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -82,7 +82,7 @@ struct Tags {
     /// When devices leave their host drivers
     #[arg(long, value_enum)]
     bind: Option<When>,
-    /// Keep a device out of the pool after a VM has used it
+    /// Keep a device out of the group after a VM has used it, until it is released
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     one_time_use: Option<bool>,
     /// Traits that a request may ask for, with commas between; '' takes them away
@@ -101,7 +101,7 @@ struct Tags {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum When {
-    /// When somebody detaches them
+    /// With `gantry device detach`
     Manual,
     /// When the host boots: see `gantry device persist`
     Boot,
@@ -140,7 +140,7 @@ pub struct RenameArgs {
     name: String,
     /// Its new name
     to: String,
-    /// Although a VM has a device of it
+    /// Even if a VM has a device of the group
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -152,7 +152,7 @@ pub struct RenameArgs {
 pub struct DeleteArgs {
     /// The group
     name: String,
-    /// Although a VM has a device of it, or something was made for it; that stays as it is
+    /// Even if a VM has a device of the group, or something was made for it; that stays as it is
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -164,7 +164,7 @@ pub struct DeleteArgs {
 pub struct RemoveArgs {
     #[command(flatten)]
     common: DevicesArgs,
-    /// Although a VM has one of them, which keeps it
+    /// Even if a VM has one of them; the VM keeps it
     #[arg(long)]
     force: bool,
 }

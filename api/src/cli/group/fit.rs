@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use gantry_resources::{
     Fit, HostPaths, Instance, Place, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
-    read_regular,
+    read_regular, read_text,
 };
 
 use serde_json::{Map, Value};
 
-use crate::config::schema;
+use crate::config::{self, Extras, LONGEST, Written, schema};
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, TRY_AGAIN, USAGE};
+use gantry_vmm::Nodes;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -29,7 +30,7 @@ Examples:
   gantry group fit 'gpu:1, qat-c62x-vf:2'
   gantry group fit vm.json")]
 pub struct FitArgs {
-    /// JSON, a file of it, or aliases with counts
+    /// JSON, a file of it (- for standard input), or aliases with counts
     request: String,
     /// NUMA nodes of the host that the VM is bound to
     #[arg(long = "node", value_name = "NODE", value_delimiter = ',')]
@@ -44,17 +45,27 @@ pub struct FitArgs {
 
 pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     let (requests, mut nodes) = read(args, paths)?;
-    if requests.is_empty() && !args.json {
+    nodes.extend(&args.nodes);
+    tell(paths, &requests, nodes, args.json)
+}
+
+/// Shows what requests would get. What does not fit is an error.
+pub fn tell(
+    paths: &HostPaths,
+    requests: &[Request],
+    nodes: BTreeSet<u32>,
+    json: bool,
+) -> Result<(), Failure> {
+    if requests.is_empty() && !json {
         return print(|out| writeln!(out, "The request asks for no devices."));
     }
-    nodes.extend(&args.nodes);
     let placement = Placement::bound(nodes);
-    let result = fit(paths, &requests, &placement).map_err(Failure::host)?;
-    if args.json {
+    let result = fit(paths, requests, &placement).map_err(Failure::host)?;
+    if json {
         print_json(&result)?;
     }
     let lacking = result.requests.iter().find(|request| !request.is_enough());
-    if !args.json {
+    if !json {
         print(|out| table(out, &result, lacking))?;
     }
     match lacking {
@@ -80,7 +91,12 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
             name = Path::new("the request");
             text.to_owned()
         }
-        false if path.is_file() => read_regular(&path, crate::config::LONGEST)
+        false if text == "-" => {
+            name = Path::new("<stdin>");
+            read_text(std::io::stdin().lock(), LONGEST)
+                .map_err(|error| wrong(format!("cannot read standard input: {error}")))?
+        }
+        false if path.is_file() => read_regular(&path, LONGEST)
             .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
         false => {
             let requests = aliases(text).map_err(|error| wrong(error.to_string()))?;
@@ -90,8 +106,11 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
     let request = Requests::read(name, &text).map_err(|error| wrong(error.to_string()))?;
     if let Some(key) = unknown_key(&text) {
         let place = Place::in_text(name, &text, &key);
-        let what = format!("{place}: \"{key}\" is no key of a request, nor of a VM's file");
-        return Err(wrong(what).help("`gantry schema` tells all keys"));
+        let what = format!("{place}: \"{key}\" is not a key of a request or of a VM's file");
+        return Err(wrong(what).help("`gantry schema` lists the keys"));
+    }
+    if is_whole(&text) {
+        return whole(args, name, &text, paths);
     }
     let planned = request.plan.as_deref().filter(|_| !request.has_devices());
     let requests = match planned {
@@ -108,6 +127,37 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
         })?,
         request.numa_nodes,
     ))
+}
+
+/// Whether it is a VM's whole file, which can be wrong in more than its devices.
+fn is_whole(text: &str) -> bool {
+    let written = serde_json::from_str::<Map<String, Value>>(text);
+    written.is_ok_and(|keys| keys.contains_key("payload"))
+}
+
+/// The devices of a VM's file, which is checked as `gantry run` checks it.
+fn whole(
+    args: &FitArgs,
+    name: &Path,
+    text: &str,
+    paths: &HostPaths,
+) -> Result<(Vec<Request>, BTreeSet<u32>), Failure> {
+    let written = Written {
+        text,
+        file: &name.display().to_string(),
+        folder: name.parent().unwrap_or(Path::new("")),
+    };
+    let extras = Extras {
+        allow_ungrouped: args.allow_ungrouped,
+        host: paths.clone(),
+        ..Extras::default()
+    };
+    let config = config::parse(&written, "fit", &extras)?;
+    let nodes = match &config.nodes {
+        Nodes::These(nodes) => nodes.iter().collect(),
+        Nodes::OfDevices | Nodes::Any => BTreeSet::new(),
+    };
+    Ok((config.requests(), nodes))
 }
 
 /// A key that a VM's file does not have.
@@ -139,11 +189,14 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     let devices = request.devices.iter().map(ToString::to_string);
     let devices: Vec<String> = devices.chain(instances(&request.instances)).collect();
     let devices = match devices.as_slice() {
-        [] => "nothing".to_owned(),
+        [] => "none".to_owned(),
         devices => devices.join(" "),
     };
     match &request.from {
-        Some(from) => writeln!(out, "{} of {from}: {devices}", request.wanted),
+        Some(from) => {
+            let got = request.devices.len() + request.instances.len();
+            writeln!(out, "{from}: {got} of {}: {devices}", request.wanted)
+        }
         None => writeln!(out, "by address: {devices}"),
     }
 }

@@ -1,4 +1,4 @@
-//! `gantry group list`: the pools with what they hold.
+//! `gantry group list`: the groups with what they hold.
 
 use clap::Args;
 use gantry_resources::{
@@ -22,11 +22,11 @@ Examples:
   gantry group list --sort free
   gantry group list --json")]
 pub struct ListArgs {
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&COLUMNS))]
     sort: Option<String>,
 }
 
@@ -101,7 +101,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         return print(|out| {
             writeln!(
                 out,
-                "There are no groups: `gantry group create`, or define some in {}",
+                "There are no groups: `gantry group create` makes one, or define some in {}",
                 file.display()
             )
         });

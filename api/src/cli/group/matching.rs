@@ -41,7 +41,7 @@ pub struct MatchArgs {
     #[arg(long)]
     json: bool,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = sort_by())]
+    #[arg(long, value_name = "COLUMN", value_parser = sort_by())]
     sort: Option<String>,
 }
 

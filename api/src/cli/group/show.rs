@@ -22,11 +22,11 @@ Examples:
 pub struct ShowArgs {
     /// The group
     name: String,
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort the devices by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = sort_by())]
+    #[arg(long, value_name = "COLUMN", value_parser = sort_by())]
     sort: Option<String>,
 }
 

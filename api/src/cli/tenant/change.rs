@@ -25,7 +25,7 @@ pub struct CreateArgs {
     /// Who runs its VMs [default: the user of the tenant's name]
     #[arg(long)]
     user: Option<String>,
-    /// Words for people
+    /// A description
     #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
@@ -40,7 +40,7 @@ pub struct EditArgs {
     /// Who runs its VMs
     #[arg(long)]
     user: Option<String>,
-    /// Words for people
+    /// A description
     #[arg(long)]
     description: Option<String>,
     #[command(flatten)]
@@ -82,7 +82,7 @@ pub struct GrantArgs {
     /// The tenant's group that they come into [default: one of the tenant's name]
     #[arg(long)]
     group: Option<String>,
-    /// Give this device away although the host uses it; whatever uses it loses it
+    /// Give this device away even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     #[command(flatten)]

@@ -15,11 +15,11 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry tenant list --sort devices")]
 pub struct ListArgs {
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&COLUMNS))]
     sort: Option<String>,
 }
 
@@ -28,7 +28,7 @@ pub struct ListArgs {
 pub struct ShowArgs {
     /// The tenant
     name: String,
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
 }

@@ -50,7 +50,7 @@ pub struct AttachArgs {
     /// How long to wait for the guest, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u32,
-    /// Do not wait for the guest to switch the devices on
+    /// Do not wait for the guest's driver
     #[arg(long)]
     no_wait: bool,
     /// Show the devices as JSON
@@ -78,7 +78,7 @@ struct From {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest's driver is let go first. A guest that does not answer can be asked again, or the device be \
+The guest's driver releases the device first. A guest that does not answer can be asked again, or the device be \
 taken from it with --force-after.
 
 Functions of one device, such as a GPU and its audio, share a slot and go together, whichever is named; \
@@ -94,16 +94,16 @@ pub struct DetachArgs {
     /// The device: its name in the VM, or its address on the host; `gantry vm info` shows them
     #[arg(value_name = "DEVICE")]
     device: String,
-    /// Take the device away after so many seconds, even if the guest has not let it go by then
+    /// Remove the device by force after this many seconds if the guest has not released it
     #[arg(long, value_name = "SECONDS")]
     force_after: Option<f64>,
     /// How long to wait for the guest, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u32,
-    /// Do not wait for the guest to let the device go
+    /// Do not wait for the guest to release the device
     #[arg(long)]
     no_wait: bool,
-    /// Show what came of it as JSON
+    /// Show the result as JSON
     #[arg(long)]
     json: bool,
 }
@@ -168,7 +168,7 @@ impl AttachArgs {
 fn alias(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
         Some((name, count)) if count.parse::<u32>().is_ok() => Err(format!(
-            "an alias stands alone here: use `--alias {name} --count {count}`"
+            "give the count apart from the alias: use `--alias {name} --count {count}`"
         )),
         _ => Ok(text.to_owned()),
     }
@@ -178,7 +178,8 @@ fn alias(text: &str) -> Result<String, String> {
 fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
     let words = PossibleValuesParser::new(["required", "preferred", "legacy", "socket"]);
     words.try_map(|word| {
-        let word: StringDeserializer<serde::de::value::Error> = word.into_deserializer();
+        let word: StringDeserializer<serde::de::value::Error> =
+            word.to_lowercase().into_deserializer();
         NumaPolicy::deserialize(word)
     })
 }
@@ -187,7 +188,7 @@ fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
 fn not_switched_on(client: &Client, vm: &str, waiting: &[String], wait: Duration) -> Failure {
     let (named, waited) = (watch::list(waiting), seconds(wait));
     let what = format!(
-        "the guest has not switched on {named} in {waited}: attached, and taken from the host, but not in use"
+        "the guest's driver has not enabled {named} in {waited}: it is attached, but not in use"
     );
     let why = state::asleep(client, vm).unwrap_or_else(|| {
         "the guest may lack a driver for it: look with `lspci -k` there".to_owned()
@@ -227,7 +228,7 @@ fn wait_for_driver(
                 let seconds = took.get(&device.id).copied().unwrap_or_default();
                 let named = watch::named(&device);
                 note(format_args!(
-                    "{named} is plugged in after {seconds:.2} s; the guest's turn"
+                    "{named} is plugged in after {seconds:.2} s: waiting for the guest's driver"
                 ));
             }
             Event::Enabled { id } => {
@@ -274,7 +275,7 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         match state::asleep(&client, &args.vm) {
             Some(asleep) => note(asleep),
             None => note(format_args!(
-                "waiting for {}'s guest to let {named} go",
+                "waiting for the guest of VM {} to release {named}",
                 args.vm
             )),
         }
@@ -294,7 +295,7 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         });
     }
     print(|out| match forced {
-        None => writeln!(out, "{named}: the guest is asked to let go"),
+        None => writeln!(out, "{named}: the guest is asked to release it"),
         Some(false) => writeln!(out, "{named} {is} given back"),
         Some(true) => writeln!(out, "{named} {is} taken from the guest and given back"),
     })
@@ -303,7 +304,7 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
 /// Why the command is over before the guest has let devices go, and what helps.
 fn not_let_go(client: &Client, args: &DetachArgs, left: &[String], wait: Duration) -> Failure {
     let (named, waited) = (watch::list(left), seconds(wait));
-    let what = format!("the guest has not let {named} go in {waited}");
+    let what = format!("the guest has not released {named} in {waited}");
     let force = "take it from the guest with `--force-after 0`";
     Failure::host(what).help(match state::asleep(client, &args.vm) {
         Some(asleep) => format!("{asleep}; or {force}"),

@@ -25,11 +25,11 @@ pub struct InfoArgs {
     /// Name of the VM; `gantry vm list` shows them
     #[arg(value_name = "VM")]
     vm: String,
-    /// Show all there is to know as JSON
+    /// Show everything as JSON
     #[arg(long)]
     json: bool,
     /// Column to sort the devices by
-    #[arg(long, value_name = "COLUMN", ignore_case = true, value_parser = column(&COLUMNS))]
+    #[arg(long, value_name = "COLUMN", value_parser = column(&COLUMNS))]
     sort: Option<String>,
 }
 

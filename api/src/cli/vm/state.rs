@@ -50,7 +50,7 @@ pub struct PowerButtonArgs {
     /// Name of the VM; `gantry vm list` shows them
     #[arg(value_name = "VM")]
     vm: String,
-    /// Wait until the guest has powered off, for so many seconds
+    /// Wait this many seconds for the guest to power off
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
     wait: Option<u32>,
     #[command(flatten)]
@@ -148,7 +148,7 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
             Err(ClientError::Late { .. }) => {
                 let what = format!("{}'s guest did not power off in {}", args.vm, seconds(wait));
                 let deaf =
-                    "it may not listen to its power button; `gantry vm shutdown` does not ask";
+                    "it may ignore its power button; `gantry vm shutdown` ends the VM at once";
                 let help = asleep(&client, &args.vm).unwrap_or_else(|| deaf.to_owned());
                 return Err(Failure::host(what).help(help));
             }

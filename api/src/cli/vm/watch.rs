@@ -85,8 +85,8 @@ fn words(event: &Event) -> String {
             format!("{id}: not attached: {}", error.replace("\n  ", "; "))
         }
         Event::Enabled { id } => format!("{id}: the guest has switched it on"),
-        Event::DetachAsked { id } => format!("{id}: the guest is asked to let it go"),
-        Event::Detached { id, forced: false } => format!("{id}: the guest has let it go"),
+        Event::DetachAsked { id } => format!("{id}: the guest is asked to release it"),
+        Event::Detached { id, forced: false } => format!("{id}: the guest has released it"),
         Event::Detached { id, forced: true } => format!("{id}: it was taken from the guest"),
         Event::Wanted { id } => format!("{id}: the host wants it back"),
         Event::DeviceError { id, error } => format!("{id}: error: {error}"),

@@ -14,16 +14,16 @@ pub fn affinity(configs: &[model::AffinityConfig]) -> Result<BTreeMap<u8, Number
         let key = format!("cpus.affinity[{index}]");
         let vcpu = u8::try_from(config.vcpu).map_err(|_| no_such(&key, config.vcpu))?;
         if config.host_cpus.is_empty() {
-            let help = "name processors of the host, or remove the entry";
+            let help = "name CPUs of the host, or remove the entry";
             return Err(invalid(
                 &format!("{key}.host_cpus"),
-                "a vCPU cannot run nowhere",
+                "the list is empty",
                 help,
             ));
         }
         let cpus = config.host_cpus.iter().copied().collect();
         if affinity.insert(vcpu, cpus).is_some() {
-            let what = format!("vCPU {vcpu} is in the list already");
+            let what = format!("vCPU {vcpu} is named twice");
             return Err(invalid(
                 &format!("{key}.vcpu"),
                 what,

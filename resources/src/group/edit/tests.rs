@@ -111,7 +111,7 @@ fn what_makes_no_sense_is_refused_and_nothing_is_written() {
         ),
         (
             edit(&host, |f| f.remove("gpu", &gpu)),
-            "rule 1 of group \"gpu\" takes 0000:03:00.0",
+            "rule 1 of group \"gpu\" also takes other devices than 0000:03:00.0",
         ),
         (
             edit(&host, |f| f.remove("gpu", &disk)),

@@ -47,23 +47,23 @@ fn lease_beside(
 fn a_card_and_its_functions_part_only_with_a_token() {
     let without = shared("");
     let error = lease_of(&without, &["vfs"]).unwrap_err().to_string();
-    assert!(
-        error.contains("3 parted from their physical or virtual functions"),
-        "{error}"
-    );
+    assert!(error.contains("3 that need a VF token"), "{error}");
     assert!(error.contains("set \"vf_token\": true"), "{error}");
     // Held by another program that keeps to leases, say.
     let record = LeaseRecord::task("x");
     let _lock = DeviceLock::take(&without.paths, bdf(FIRST), &record).unwrap();
     let error = lease_of(&without, &["card"]).unwrap_err().to_string();
     assert!(
-        error.contains("has the virtual function 0000:03:10.0, which somebody holds"),
+        error.contains("has the virtual function 0000:03:10.0, which is held"),
         "{error}"
     );
 
     let with = shared(r#", "vf_token": true"#);
     let error = lease_of(&with, &["vfs"]).unwrap_err().to_string();
-    assert!(error.contains("its owner comes first"), "{error}");
+    assert!(
+        error.contains("start the VM that gets 0000:03:00.0 first"),
+        "{error}"
+    );
     let card = lease_of(&with, &["card"]).unwrap();
     let function = lease_of(&with, &["vfs"]).unwrap();
     let token = card[0].token().unwrap().to_string();
