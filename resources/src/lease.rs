@@ -14,6 +14,7 @@ mod passing;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -64,7 +65,7 @@ pub struct LeaseRecord {
     /// Name of the VM or of the command.
     pub name: String,
     /// Process; none where another user names one that is not its own.
-    pub pid: Option<u32>,
+    pub pid: Option<NonZeroU32>,
     /// When it was taken, in seconds since 1970.
     pub since: u64,
 }
@@ -77,7 +78,7 @@ impl LeaseRecord {
         Self {
             kind,
             name: name.to_owned(),
-            pid: Some(pid),
+            pid: NonZeroU32::new(pid),
             since,
         }
     }

@@ -15,6 +15,7 @@ mod vgpus;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -358,7 +359,8 @@ fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
     let Some(vm) = running_vms(host)?.into_iter().find(is_own) else {
         return Ok(());
     };
-    let runs = |pid| Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid));
+    let runs =
+        |pid: NonZeroU32| Owner::of(host, tenant).is_ok_and(|owner| owner.runs(host, pid.get()));
     Err(match vm.record.pid.is_some_and(runs) {
         true => TenantError::Running(vm),
         false => TenantError::SaysItRuns {

@@ -175,11 +175,10 @@ pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>
 /// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
 /// for which whoever asks for the override waits, if need be for ever.
 fn moves_elsewhere(device: &HostDevice) -> bool {
+    let own = [std::process::id(), parent_id()];
     match device.lease.record() {
         // A VM's helper moves devices for it.
-        Some(record) if [Some(std::process::id()), Some(parent_id())].contains(&record.pid) => {
-            false
-        }
+        Some(record) if record.pid.is_some_and(|pid| own.contains(&pid.get())) => false,
         Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
         None => false,
     }

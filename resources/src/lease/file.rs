@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::num::NonZeroU32;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -234,7 +235,7 @@ pub(crate) fn status_of(paths: &HostPaths, file: &File) -> io::Result<LeaseStatu
 /// changes what a terminal shows, or the process of somebody else.
 pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> LeaseRecord {
     let process = |pid: u32| fs::metadata(paths.proc.join(pid.to_string()));
-    let owners = |pid: &u32| process(*pid).is_ok_and(|process| process.uid() == owner);
+    let owners = |pid: &NonZeroU32| process(pid.get()).is_ok_and(|process| process.uid() == owner);
     let name = short(&record.name);
     if is_trusted(owner) {
         return LeaseRecord { name, ..record };

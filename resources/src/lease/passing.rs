@@ -56,7 +56,7 @@ pub(crate) fn is_passing(
     }
     // Who is not to be seen may as well be in another PID namespace, and well.
     let free = || holder(paths, name) == LeaseStatus::Free;
-    let ending = record.pid.and_then(|pid| is_ending(&paths.proc, pid));
+    let ending = record.pid.and_then(|pid| is_ending(&paths.proc, pid.get()));
     ending.unwrap_or_else(free)
 }
 

@@ -43,7 +43,7 @@ fn a_lock_is_held_by_one_until_it_is_dropped() {
     };
     assert_eq!(
         (held.kind, held.name.as_str(), held.pid),
-        (LeaseKind::Vm, "a", Some(123))
+        (LeaseKind::Vm, "a", NonZeroU32::new(123))
     );
     assert_eq!(held.to_string(), "VM 'a' (pid 123)");
     drop(lock);

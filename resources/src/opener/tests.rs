@@ -54,7 +54,7 @@ fn others_turn(host: &FakeHost) -> AllocationLock {
     let record = LeaseRecord {
         kind: LeaseKind::Vm,
         name: "two".to_owned(),
-        pid: Some(124),
+        pid: std::num::NonZeroU32::new(124),
         since: 0,
     };
     AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap()

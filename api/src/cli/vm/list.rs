@@ -1,5 +1,7 @@
 //! `gantry vm list`: the VMs that run.
 
+use std::num::NonZeroU32;
+
 use clap::Args;
 use gantry_resources::{HostPaths, RunningVm, running_vms};
 use serde::Serialize;
@@ -96,7 +98,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
     let silent = silent
         .into_iter()
-        .filter(|vm| vm.record.pid.is_none_or(|pid| !known.contains(&pid)));
+        .filter(|vm| vm.record.pid.is_none_or(|pid| !known.contains(&pid.get())));
     rows.extend(silent.map(Row::of_record));
     if args.json {
         return print_json(&rows);
@@ -159,7 +161,7 @@ impl Row {
         Self {
             name: record.name,
             tenant,
-            pid: record.pid,
+            pid: record.pid.map(NonZeroU32::get),
             socket: None,
             state: state.unwrap_or_else(|| "no socket".to_owned()),
             info: None,
