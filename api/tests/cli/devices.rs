@@ -227,6 +227,34 @@ fn a_dry_run_shows_the_writes_and_does_none() {
 }
 
 #[test]
+fn a_dry_run_refuses_what_the_host_uses() {
+    let host = Host::new();
+    let nic = host.path("sys/bus/pci/devices/0000:00:03.0/net/eno2");
+    let class = host.path("sys/class/net");
+    fs::create_dir_all(&class).unwrap();
+    fs::create_dir_all(&nic).unwrap();
+    std::os::unix::fs::symlink(&nic, class.join("eno2")).unwrap();
+    let detach = || host.gantry(&["device", "detach", "00:03.0", "--dry-run"]);
+    detach().ok();
+    // Somebody else has the default route, and a VM is beside the card in the bridge.
+    for (file, text) in [
+        ("eno2/upper_br0", ""),
+        ("br0/lower_eno2", ""),
+        ("br0/lower_tap0", ""),
+        ("tap0/upper_br0", ""),
+        ("tap0/tun_flags", "0x1002\n"),
+    ] {
+        let file = class.join(file);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+    let text = detach().failed(1);
+    let said = "0000:00:03.0 is eno2, part of br0; tap0, connected to it, is a tap device";
+    assert!(text.contains(said), "{text}");
+    assert!(text.contains("--override 0000:00:03.0"), "{text}");
+}
+
+#[test]
 fn a_device_that_is_there_already_is_left_alone() {
     let host = Host::new();
     let text = host.gantry(&["device", "detach", "01:00.0"]).ok();

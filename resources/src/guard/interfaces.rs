@@ -72,8 +72,14 @@ impl Interfaces {
                 self.put(lower, name);
             }
         }
-        if let Some(master) = sysfs::link_name(&dir.join("master"))? {
-            self.put(name, &master);
+        for link in ["master", "brport/bridge"] {
+            if let Some(master) = sysfs::link_name(&dir.join(link))? {
+                self.put(name, &master);
+            }
+        }
+        let slaves = sysfs::text(&dir.join("bonding/slaves")).ok().flatten();
+        for slave in slaves.iter().flat_map(|names| names.split_whitespace()) {
+            self.put(slave, name);
         }
         for port in sysfs::entries(&dir.join("brif"))? {
             self.put(&port, name);

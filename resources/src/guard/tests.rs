@@ -197,6 +197,12 @@ fn a_loop_device_keeps_the_disk_that_backs_it() {
     );
     let said = format!("{DISK} holds nvme0n1; it backs loop0, which is mounted at /mnt");
     assert_eq!(uses(&host), [said]);
+    // A compressed disk in memory that writes back to a partition.
+    let zram = virtual_block(&host, "zram0", "252:0\n");
+    put(zram.join("backing_dev"), "/dev/nvme0n1p1\n");
+    let zram = format!("{DISK} holds nvme0n1p1, which backs zram0");
+    assert_eq!(uses(&host).last(), Some(&zram));
+    fs::remove_dir_all(host.paths.sysfs.join("devices/virtual/block/zram0")).unwrap();
     // A loop device that has a file of the same name.
     host.file("proc/self/mountinfo", "");
     put(loop0.join("loop/backing_file"), "/srv/nvme0n1\n");
