@@ -89,7 +89,7 @@ pub use numbers::{Numbers, NumbersError};
 pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
 pub use opener::{
     BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
-    ToCome, opener_helper, source_of, to_come, ungrouped,
+    ToCome, opener_helper, pool_of, source_of, to_come, ungrouped,
 };
 pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
 pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};

@@ -32,7 +32,7 @@ use crate::numbers::Numbers;
 use crate::request::{Placement, Request, Source};
 use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
-pub use desk::{BUSY_PATIENCE, opener_helper, source_of, ungrouped};
+pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
 pub use wire::Limit;
 use wire::{Ask, Leased, Refusal, Said};
 
@@ -90,6 +90,8 @@ pub struct OpenedDevice {
     pub virtual_function: bool,
     /// The token that it must be opened with.
     pub token: Option<Uuid>,
+    /// The resource group that it is in.
+    pub pool: Option<String>,
     /// Dropping it gives the lease back.
     pub lease: HeldLease,
 }
@@ -341,6 +343,7 @@ impl Opener {
             group: device.group,
             virtual_function: device.virtual_function,
             token: device.token,
+            pool: device.pool,
             lease,
         })
     }

@@ -186,7 +186,8 @@ pub struct DeviceInfo {
     pub name: DeviceName,
     /// Where the guest finds it.
     pub guest: GuestBdf,
-    /// The group or alias that it was asked for by, if not by its address.
+    /// The group or alias that it was asked for by; the group that it is in, if it was asked for by its
+    /// address.
     pub group: Option<String>,
     /// How far it has come.
     pub state: DeviceState,

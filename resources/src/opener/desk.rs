@@ -16,6 +16,7 @@ use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
 use crate::mdev::MdevDevice;
+use crate::name::DeviceName;
 use crate::plan::Plans;
 use crate::quarantine::short;
 use crate::request::{Placement, Request, Source, Wish};
@@ -147,6 +148,7 @@ impl Desk<'_> {
             group: lease.iommu_group().unwrap_or_default(),
             virtual_function: lease.is_virtual_function(),
             token: lease.token(),
+            pool: pool_of(self.paths, lease.name()),
             locks: lease.descriptors().count(),
         });
         let devices = devices.collect();
@@ -303,6 +305,24 @@ pub fn source_of(paths: &HostPaths, request: &Request) -> Result<Option<Source>,
         }
     };
     Ok(owner.map(Source::Group))
+}
+
+/// The resource group that a device is in, as far as that can be read.
+pub fn pool_of(paths: &HostPaths, name: DeviceName) -> Option<String> {
+    let request = match name {
+        DeviceName::Pci(bdf) => Request::Device {
+            bdf,
+            allow_ungrouped: true,
+        },
+        DeviceName::Mdev(uuid) => Request::Mdev {
+            uuid,
+            allow_ungrouped: true,
+        },
+    };
+    match source_of(paths, &request) {
+        Ok(Some(Source::Group(name))) => Some(name),
+        _ => None,
+    }
 }
 
 fn not_from(limit: &Limit, source: &Source) -> String {

@@ -87,9 +87,27 @@ fn content(mut file: &File) -> String {
 
 fn refused(opener: &Opener, request: Request) -> String {
     match opener.open(&[request], &[], false, &|| false) {
-        Err(OpenerError::Refused(why)) => why,
+        Err(OpenerError::Refused(why) | OpenerError::Busy(why)) => why,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it was given"),
+    }
+}
+
+#[test]
+fn what_others_hold_may_be_asked_for_again() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let both = [Request::group("nvme", 2)];
+    let _held = opener.open(&both, &[], false, &|| false).unwrap();
+    let ask = |request: Request| opener.open(&[request], &[], false, &|| false).err();
+    let held = ask(Request::group("nvme", 1));
+    assert!(matches!(held, Some(OpenerError::Busy(_))), "{held:?}");
+    for never in [Request::group("nvme", 9), Request::group("disks", 1)] {
+        let refused = ask(never);
+        assert!(
+            matches!(refused, Some(OpenerError::Refused(_))),
+            "{refused:?}"
+        );
     }
 }
 
@@ -177,9 +195,11 @@ fn a_vm_is_given_only_what_its_file_names() {
     refused(&opener, exact("03:00.0"));
     refused(&opener, Request::alias("nvme", 1));
     assert!(held(&host).is_empty());
-    opener
+    let opened = opener
         .open(&[exact("02:00.0")], &[], false, &|| false)
         .unwrap();
+    // Asked for by its address, it is of its group all the same.
+    assert_eq!(opened.devices[0].pool.as_deref(), Some("nvme"));
 }
 
 #[test]
@@ -328,6 +348,7 @@ fn what_does_not_arrive_whole_goes_back() {
             group: 1,
             virtual_function: false,
             token: None,
+            pool: None,
             locks: 1,
         };
         let devices = vec![leased(4), leased(5)];

@@ -90,6 +90,8 @@ pub(super) struct Leased {
     pub(super) group: u32,
     pub(super) virtual_function: bool,
     pub(super) token: Option<Uuid>,
+    /// The resource group that it is in.
+    pub(super) pool: Option<String>,
     pub(super) locks: usize,
 }
 

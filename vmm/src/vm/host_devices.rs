@@ -49,6 +49,7 @@ pub struct Part {
 pub struct Taken {
     part: Part,
     token: Option<Uuid>,
+    pool: Option<String>,
     group: Arc<Group>,
     domain: Arc<Domain>,
     hold: Hold,
@@ -82,6 +83,7 @@ pub struct AttachedDevice {
     // With the last device, RAM is unmapped.
     _domain: Arc<Domain>,
     part: Part,
+    pool: Option<String>,
     wires: Wires,
     hold: Hold,
 }
@@ -156,6 +158,11 @@ impl AttachedDevice {
     /// What it is called on the host.
     pub fn name(&self) -> DeviceName {
         self.part.name
+    }
+
+    /// The resource group that it is in.
+    pub fn pool(&self) -> Option<&str> {
+        self.pool.as_deref()
     }
 
     /// What tells whether it belongs into a slot with others.
@@ -279,6 +286,7 @@ impl Claimed {
                     virtual_function: lease.is_virtual_function(),
                 },
                 token: lease.token(),
+                pool: gantry_resources::pool_of(host, lease.name()),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Own(Box::new(lease)),
@@ -331,6 +339,7 @@ impl Claimed {
                     virtual_function: device.virtual_function,
                 },
                 token: device.token,
+                pool: device.pool,
                 group: domain.group(device.group).ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Opener(device.lease),
@@ -419,6 +428,7 @@ impl Taken {
             _io: Last(io),
             _domain: self.domain,
             part: self.part,
+            pool: self.pool,
             wires,
             hold: self.hold,
         })

@@ -138,7 +138,8 @@ impl Devices {
                 let Some(device) = devices.get_mut(index).and_then(Option::take) else {
                     continue;
                 };
-                let group = labels.get(index).and_then(|label| label.group.clone());
+                let asked = labels.get(index).and_then(|label| label.group.clone());
+                let group = asked.or_else(|| device.pool().map(str::to_owned));
                 self.seat(device, (port, function), (id, group), board)
                     .map_err(Error::from)?;
             }

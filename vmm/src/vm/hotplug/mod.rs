@@ -96,6 +96,7 @@ impl Devices {
                 };
                 let Label { id, group } = labels.get(index).cloned().unwrap_or_default();
                 let id = id.unwrap_or_else(|| device.name().to_string());
+                let group = group.or_else(|| device.pool().map(str::to_owned));
                 this.seat(device, (port, function), (id, group), board)?;
                 board.events.fill(port);
             }
