@@ -396,6 +396,10 @@ impl MsiRouter for FakeRouter {
             route,
         }))
     }
+
+    fn publish(&self) -> io::Result<()> {
+        self.trace.step("publish".into())
+    }
 }
 
 struct FakeRoute {
@@ -405,6 +409,8 @@ struct FakeRoute {
 }
 
 impl MsiRoute for FakeRoute {
+    fn prepare(&self, _message: MsiMessage) {}
+
     fn set(&self, message: Option<MsiMessage>) -> io::Result<()> {
         let data = message.map(|message| message.data);
         *self.route.message.lock().unwrap() = None;

@@ -20,10 +20,21 @@ pub trait MsiRouter: Send + Sync {
     /// # Errors
     /// The interrupt controller has no route left, or no file descriptor can be made.
     fn route(&self) -> io::Result<Box<dyn MsiRoute>>;
+
+    /// Gives the interrupt controller the messages of all routes that were [prepared](MsiRoute::prepare), at
+    /// once: a controller that takes its table as a whole takes it one time for many routes.
+    ///
+    /// # Errors
+    /// The interrupt controller refused. Nothing is prepared any more then.
+    fn publish(&self) -> io::Result<()>;
 }
 
 /// One interrupt route. Dropping it stops delivery and gives the route back.
 pub trait MsiRoute: Send + Sync {
+    /// Notes the message that the next [`MsiRouter::publish`] gives to the interrupt controller.
+    /// [`Self::set`] with the same message begins to deliver it.
+    fn prepare(&self, message: MsiMessage);
+
     /// Delivers with `message` from now on, or with `None` holds interrupts back: one that arrives
     /// meanwhile stays pending and is delivered with the next message.
     ///

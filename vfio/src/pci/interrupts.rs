@@ -7,6 +7,7 @@
 //! while its route holds interrupts back and remembers them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::error::Error;
 use std::io;
 use std::ops::Range;
@@ -42,6 +43,8 @@ struct State {
     table: MsixTable,
     /// The vectors that have been unmasked since MSI-X was switched on.
     routes: BTreeMap<u16, Box<dyn MsiRoute>>,
+    /// Routes for vectors that are about to be unmasked, many at once.
+    prepared: BTreeMap<u16, Box<dyn MsiRoute>>,
     /// Vectors that VFIO has set aside from vector 0 on; 0 while it has MSI-X switched off.
     armed: u16,
 }
@@ -103,6 +106,7 @@ impl Interrupts {
             state: Mutex::new(State {
                 table,
                 routes: BTreeMap::new(),
+                prepared: BTreeMap::new(),
                 armed: 0,
             }),
         }))
@@ -190,6 +194,7 @@ impl Interrupts {
     /// Carries out what a write to the table or the control register has changed. A vector that
     /// the host cannot deliver stays masked until the guest unmasks it again.
     fn apply(&self, state: &mut State, changes: Changes) {
+        self.prepare(state, &changes);
         for (vector, message) in changes {
             let applied = match message {
                 Some(message) => self.unmask(state, vector, message),
@@ -206,6 +211,33 @@ impl Interrupts {
         }
     }
 
+    /// Has the interrupt controller hear of many messages at once. What fails here is tried, and told, vector
+    /// by vector.
+    fn prepare(&self, state: &mut State, changes: &Changes) {
+        let unmasked = || {
+            changes
+                .iter()
+                .filter_map(|(vector, message)| Some((*vector, (*message)?)))
+        };
+        if unmasked().nth(1).is_none() {
+            return;
+        }
+        for (vector, message) in unmasked() {
+            let route = match state.routes.entry(vector) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(_) => match state.prepared.entry(vector) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(place) => match self.router.route() {
+                        Ok(route) => place.insert(route),
+                        Err(_) => break,
+                    },
+                },
+            };
+            route.prepare(message);
+        }
+        let _ = self.router.publish();
+    }
+
     fn unmask(
         &self,
         state: &mut State,
@@ -215,7 +247,10 @@ impl Interrupts {
         if let Some(route) = state.routes.get(&vector) {
             return Ok(route.set(Some(message))?);
         }
-        let route = self.router.route()?;
+        let route = match state.prepared.remove(&vector) {
+            Some(route) => route,
+            None => self.router.route()?,
+        };
         route.set(Some(message))?;
         state.arm(self.io.as_ref(), vector, route.trigger())?;
         state.routes.insert(vector, route);

@@ -28,9 +28,14 @@ struct Shared {
     table: Mutex<Table>,
 }
 
-/// GSIs handed out, each with the message it delivers, once it has one.
+/// GSIs handed out.
 #[derive(Default)]
-struct Table(BTreeMap<u32, Option<MsiMessage>>);
+struct Table {
+    /// The message that each delivers, once it has one.
+    messages: BTreeMap<u32, Option<MsiMessage>>,
+    /// The GSIs whose messages the kernel does not have yet, with the message that it has.
+    prepared: BTreeMap<u32, Option<MsiMessage>>,
+}
 
 impl GsiRoutes {
     /// The IO-APIC's pins and nothing else, which is what a new VM routes.
@@ -68,20 +73,54 @@ impl Shared {
         let routing = KvmIrqRouting::from_entries(&table.entries()).map_err(io::Error::other)?;
         self.vm.set_gsi_routing(&routing).map_err(io::Error::from)
     }
+
+    /// Gives the kernel the table if there is something new in it.
+    fn publish_prepared(&self) -> io::Result<()> {
+        let mut table = self.lock();
+        table.publish_with(|table| self.publish(table))
+    }
 }
 
 impl Table {
     fn take(&mut self) -> io::Result<u32> {
-        let free = (IOAPIC_PINS..MAX_ROUTES).find(|gsi| !self.0.contains_key(gsi));
+        let free = (IOAPIC_PINS..MAX_ROUTES).find(|gsi| !self.messages.contains_key(gsi));
         let gsi = free.ok_or_else(|| io::Error::other("all 4096 interrupt routes are in use"))?;
-        self.0.insert(gsi, None);
+        self.messages.insert(gsi, None);
         Ok(gsi)
+    }
+
+    fn give_back(&mut self, gsi: u32) {
+        self.messages.remove(&gsi);
+        self.prepared.remove(&gsi);
+    }
+
+    /// Notes what a GSI is to deliver. Guests unmask more often than they move an interrupt, and at each new
+    /// table the kernel waits until nobody uses the old one: what the kernel has is not new.
+    fn prepare(&mut self, gsi: u32, message: MsiMessage) {
+        let before = self.messages.insert(gsi, Some(message)).flatten();
+        if before != Some(message) {
+            self.prepared.entry(gsi).or_insert(before);
+        }
+    }
+
+    /// Calls `publish` if there is something new. What the kernel refuses is taken out again, or it would be in
+    /// every later table.
+    fn publish_with(&mut self, publish: impl FnOnce(&Self) -> io::Result<()>) -> io::Result<()> {
+        if self.prepared.is_empty() {
+            return Ok(());
+        }
+        let published = publish(self);
+        let prepared = std::mem::take(&mut self.prepared);
+        if published.is_err() {
+            self.messages.extend(prepared);
+        }
+        published
     }
 
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let pins = (0..IOAPIC_PINS).map(pin_entry);
         let messages = self
-            .0
+            .messages
             .iter()
             .filter_map(|(&gsi, message)| Some((gsi, (*message)?)));
         pins.chain(messages.map(|(gsi, message)| message_entry(gsi, message)))
@@ -124,6 +163,10 @@ impl MsiRouter for GsiRoutes {
             live,
         }))
     }
+
+    fn publish(&self) -> io::Result<()> {
+        self.0.publish_prepared()
+    }
 }
 
 /// One GSI and the eventfd that raises it.
@@ -142,25 +185,13 @@ impl GsiRoute {
         }
         Ok(())
     }
-
-    fn program(&self, message: MsiMessage) -> io::Result<()> {
-        let mut table = self.routes.lock();
-        let before = table.0.insert(self.gsi, Some(message)).flatten();
-        if before == Some(message) {
-            // The kernel has it. Guests unmask more often than they move an interrupt, and at each
-            // new table the kernel waits until nobody uses the old one.
-            return Ok(());
-        }
-        let published = self.routes.publish(&table);
-        if published.is_err() {
-            // Else what the kernel refused here would be in every later table.
-            table.0.insert(self.gsi, before);
-        }
-        published
-    }
 }
 
 impl MsiRoute for GsiRoute {
+    fn prepare(&self, message: MsiMessage) {
+        self.routes.lock().prepare(self.gsi, message);
+    }
+
     /// The route before the irqfd when delivery starts, the irqfd before the route when it stops:
     /// the kernel must never see an irqfd whose GSI leads nowhere. An eventfd that was written to
     /// in between is noticed by the kernel when the irqfd is assigned.
@@ -169,7 +200,8 @@ impl MsiRoute for GsiRoute {
         let Some(message) = message else {
             return self.stop(&mut live);
         };
-        if let Err(error) = self.program(message) {
+        self.prepare(message);
+        if let Err(error) = self.routes.publish_prepared() {
             self.stop(&mut live)?;
             return Err(error);
         }
@@ -204,7 +236,7 @@ impl Drop for GsiRoute {
             tracing::error!(gsi = self.gsi, %error, "irqfd stays assigned");
         }
         // The kernel's entry goes with the next table: no irqfd leads to it any more.
-        self.routes.lock().0.remove(&self.gsi);
+        self.routes.lock().give_back(self.gsi);
     }
 }
 
@@ -217,7 +249,7 @@ mod tests {
         let mut table = Table::default();
         assert_eq!(table.take().unwrap(), 24);
         assert_eq!(table.take().unwrap(), 25);
-        table.0.remove(&24);
+        table.give_back(24);
         assert_eq!(table.take().unwrap(), 24);
     }
 
@@ -230,18 +262,56 @@ mod tests {
         assert!(table.take().is_err());
     }
 
+    fn message(data: u32) -> MsiMessage {
+        MsiMessage {
+            address: 0x1_fee0_0000,
+            data,
+        }
+    }
+
+    #[test]
+    fn many_messages_are_published_at_once_and_known_ones_not_again() {
+        let mut table = Table::default();
+        let gsis = [(); 2048].map(|()| table.take().unwrap());
+        gsis.iter()
+            .for_each(|gsi| table.prepare(*gsi, message(*gsi)));
+        let mut calls = 0;
+        for _ in 0..2 {
+            table
+                .publish_with(|table| {
+                    calls += 1;
+                    assert_eq!(table.entries().len(), 24 + gsis.len());
+                    Ok(())
+                })
+                .unwrap();
+            gsis.iter()
+                .for_each(|gsi| table.prepare(*gsi, message(*gsi)));
+        }
+        assert_eq!(calls, 1);
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_is_in_no_later_table() {
+        let mut table = Table::default();
+        let [old, new] = [(); 2].map(|()| table.take().unwrap());
+        table.prepare(old, message(1));
+        table.publish_with(|_| Ok(())).unwrap();
+        table.prepare(old, message(2));
+        table.prepare(new, message(3));
+        table
+            .publish_with(|_| Err(io::ErrorKind::InvalidInput.into()))
+            .unwrap_err();
+        assert_eq!(table.messages[&old], Some(message(1)));
+        assert_eq!(table.messages[&new], None);
+        assert!(table.prepared.is_empty());
+    }
+
     #[test]
     fn only_routes_with_a_message_are_published() {
         let mut table = Table::default();
         let gsi = table.take().unwrap();
         assert_eq!(table.entries().len(), 24);
-        table.0.insert(
-            gsi,
-            Some(MsiMessage {
-                address: 0x1_fee0_0000,
-                data: 0x4021,
-            }),
-        );
+        table.prepare(gsi, message(0x4021));
         let entries = table.entries();
         assert_eq!((entries.len(), entries[24].gsi), (25, 24));
         assert_eq!(entries[24].type_, KVM_IRQ_ROUTING_MSI);

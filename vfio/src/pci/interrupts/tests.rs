@@ -120,6 +120,29 @@ fn vectors_set_up_before_the_switch_are_delivered_after_it() {
     assert_eq!(rig.armed(), [1, 3]);
 }
 
+#[test]
+fn many_vectors_unmasked_at_once_are_published_once() {
+    for refused in [false, true] {
+        let rig = Rig::new();
+        rig.interrupts.write_control(ENABLE | FUNCTION_MASK);
+        (0..MSIX_VECTORS).for_each(|vector| rig.unmask(vector));
+        rig.device.trace.take();
+        if refused {
+            rig.device.trace.fail_after(usize::from(MSIX_VECTORS));
+        }
+        rig.interrupts.write_control(ENABLE);
+        let seen = rig.device.trace.take();
+        let published = seen.iter().filter(|event| *event == "publish").count();
+        assert_eq!(published, usize::from(!refused));
+        let first_set = seen.iter().position(|event| event.contains(" set "));
+        let routes = usize::from(MSIX_VECTORS) + published;
+        assert_eq!(first_set, Some(routes), "all routes come first");
+        assert_eq!(rig.armed(), Vec::from_iter(0..usize::from(MSIX_VECTORS)));
+        rig.device.fire(64);
+        assert_eq!(rig.delivered(), [64]);
+    }
+}
+
 /// TRAPS 3: what arrives while a vector is masked is pending, and comes with the unmasking.
 #[test]
 fn a_masked_vector_stays_armed_and_remembers() {
