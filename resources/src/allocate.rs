@@ -4,6 +4,7 @@ mod choose;
 mod fit;
 mod lacks;
 mod prepare;
+mod slots;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -35,6 +36,7 @@ use choose::{Pick, View, choose, survey};
 pub use fit::{Fit, RequestFit};
 use lacks::Lacks;
 use prepare::{Needs, activate_wanted, in_order};
+pub(crate) use slots::slots_needed;
 
 /// Each look is one at all of the host, and keeps others from choosing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);

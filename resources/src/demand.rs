@@ -18,6 +18,7 @@ use std::os::unix::process::CommandExt;
 
 use crate::bind::{BindError, detach_held, give_back};
 use crate::former::Former;
+use crate::helpers;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{HostDevice, NodeAccess, scan};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
@@ -90,9 +91,9 @@ impl Binder<'_> {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let mut child = command.spawn()?;
-        Ok(Watch {
-            pipe: child.stdin.take(),
-        })
+        let pipe = child.stdin.take();
+        helpers::keep(child);
+        Ok(Watch { pipe })
     }
 }
 

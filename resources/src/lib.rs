@@ -22,6 +22,7 @@ mod fixture;
 mod former;
 mod group;
 mod guard;
+mod helpers;
 mod host;
 mod ids;
 mod inventory;
@@ -69,6 +70,7 @@ pub use group::{
     ResourceGroup, change_aliases, change_device_specs,
 };
 pub use guard::{Guarded, HostUse, OnBlock, Via, host_uses};
+pub use helpers::reap_helpers;
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
 pub use inventory::{

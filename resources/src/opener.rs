@@ -24,6 +24,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::group::Groups;
+use crate::helpers;
 use crate::host::HostPaths;
 use crate::inventory::{Detail, scan_with};
 use crate::lease::Holder;
@@ -34,7 +35,7 @@ use crate::reserved::{ReservedRegion, reserved_regions};
 use crate::uuid::Uuid;
 pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
 pub use wire::Limit;
-use wire::{Ask, Leased, Refusal, Said};
+use wire::{Ask, Bounded, Leased, Refusal, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
@@ -42,6 +43,9 @@ const SUBCOMMAND: &str = "__open";
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
 /// How long giving one back may take, or reading a file.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the helper may take to read what it is told, or to send a file that it has announced.
+const SAY_PATIENCE: Duration = Duration::from_secs(10);
+const FILE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the helper may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -168,18 +172,22 @@ struct Line {
 }
 
 impl Line {
-    fn new(socket: UnixStream) -> Self {
-        Self {
+    /// # Errors
+    /// The socket cannot be made non-blocking.
+    fn new(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self {
             socket,
             lost: false,
-        }
+        })
     }
 
     fn say(&mut self, ask: &Ask) -> io::Result<()> {
         if self.lost {
             self.discard();
         }
-        wire::send(&mut self.socket, ask)
+        let never = &|| false;
+        wire::send(&mut Bounded::new(&self.socket, SAY_PATIENCE, never), ask)
     }
 
     /// Asks for something, unless an answer was missed before.
@@ -202,11 +210,22 @@ impl Line {
         heard
     }
 
+    /// A file that was announced in the answer heard last.
+    fn file(&mut self) -> io::Result<File> {
+        if self.lost {
+            return Err(missed());
+        }
+        let mut socket = Bounded::new(&self.socket, FILE_PATIENCE, &|| false);
+        wire::receive_file(&mut socket).inspect_err(|error| {
+            // A file that this process has no room for has come, and only the file is missing.
+            self.lost = error.kind() != io::ErrorKind::InvalidData;
+        })
+    }
+
     /// Throws away what came too late, with its descriptors.
     fn discard(&mut self) {
         let mut late = [0; 1024];
-        while wire::has_more(&self.socket) && self.socket.read(&mut late).is_ok_and(|len| len > 0) {
-        }
+        while self.socket.read(&mut late).is_ok_and(|len| len > 0) {}
     }
 
     /// The answer to what was said last.
@@ -214,8 +233,7 @@ impl Line {
         if self.lost {
             return Err(missed());
         }
-        let heard = wire::wait(&self.socket, patience, unwanted)
-            .and_then(|()| wire::receive(&mut self.socket));
+        let heard = wire::receive(&mut Bounded::new(&self.socket, patience, unwanted));
         self.lost = heard.is_err();
         heard
     }
@@ -238,8 +256,9 @@ impl Opener {
         command
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null());
-        command.spawn().map_err(OpenerError::Start)?;
-        let opener = Self(Arc::new(End(Mutex::new(Line::new(ours)))));
+        helpers::keep(command.spawn().map_err(OpenerError::Start)?);
+        let line = Line::new(ours).map_err(OpenerError::Start)?;
+        let opener = Self(Arc::new(End(Mutex::new(line))));
         let hello = Ask::Hello {
             vm: holder.vm.clone(),
             pid: holder.pid,
@@ -257,6 +276,12 @@ impl Opener {
     /// From now on the VM is given what the `limit` allows and no more; nothing takes that back.
     pub fn limit(&self, limit: Limit) -> Result<(), OpenerError> {
         let asked = self.lock().say(&Ask::Limit(limit));
+        asked.map_err(OpenerError::Gone)
+    }
+
+    /// So many slots are free for what is asked for next: what needs more is refused before a device is leased.
+    pub fn slots(&self, free: usize) -> Result<(), OpenerError> {
+        let asked = self.lock().say(&Ask::Slots(free));
         asked.map_err(OpenerError::Gone)
     }
 
@@ -285,7 +310,7 @@ impl Opener {
                 Said::Leased { devices, groups } => {
                     let locks: usize = devices.iter().map(|device| device.locks).sum();
                     let count = usize::from(container) + groups.len() + locks;
-                    let files = (0..count).map(|_| wire::receive_file(&line.socket));
+                    let files = (0..count).map(|_| line.file());
                     // All of them even if one fails, so that the next answer is not taken for one.
                     let files: Vec<_> = files.collect();
                     (devices, groups, files.into_iter())
@@ -371,7 +396,7 @@ impl Drop for End {
         let line = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         let socket = &mut line.socket;
         let _ = socket.shutdown(std::net::Shutdown::Write);
-        let _ = socket.set_read_timeout(Some(END_PATIENCE));
+        let mut socket = Bounded::new(socket, END_PATIENCE, &|| false);
         while socket.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use thiserror::Error;
 
+use crate::helpers;
 use crate::lease::PASSING_PATIENCE;
 pub(crate) use users::{User, is_open, open_nodes, users as who_has_open, words as open_in};
 
@@ -192,6 +193,7 @@ impl ChildWriter {
         let Some(status) = wait(&mut child, self.deadline).map_err(helper)? else {
             // It dies as soon as the kernel lets go of it, before it could write anything else.
             let _ = child.kill();
+            helpers::keep(child);
             return Err(WriteError::Hung(self.unfinished(
                 path,
                 value,

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
-use crate::allocate::{AllocateError, allocate_beside, fit};
+use crate::allocate::{AllocateError, allocate_beside, fit, slots_needed};
 use crate::group::Groups;
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
@@ -53,6 +53,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
         holder: Holder { vm, pid },
         placement: Placement::Anywhere,
         limit: None,
+        slots: None,
         leases: Vec::new(),
         next: 0,
         last: 0..0,
@@ -79,6 +80,7 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
                     desk.release(id, None);
                 }
             }
+            Ok(Ask::Slots(free)) => desk.slots = Some(free),
             Ok(Ask::Place(placement)) if desk.limit.is_none() => desk.placement = placement,
             Ok(Ask::Limit(mut limit)) if desk.limit.is_none() => {
                 if limit.from.is_empty() {
@@ -104,6 +106,8 @@ struct Desk<'a> {
     placement: Placement,
     /// None while the VM is built, as its file says.
     limit: Option<Limit>,
+    /// The slots that are free for what is asked for next; None while each device gets one that is made for it.
+    slots: Option<usize>,
     leases: Vec<(u64, Lease)>,
     next: u64,
     /// What was given for the last request.
@@ -197,6 +201,7 @@ impl Desk<'_> {
             }
         }
         let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
+        self.have_slots(&requests, &own)?;
         let leases = allocate_beside(self.paths, &requests, &self.placement, &self.holder, &own)
             .map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
@@ -245,12 +250,8 @@ impl Desk<'_> {
 
     /// Whether the VM may be given all that it asks for.
     fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), Refusal> {
-        let wanted = requests.iter().map(|request| match request {
-            Request::Any(wish) => wish.count as usize,
-            Request::Device { .. } | Request::Mdev { .. } => 1,
-        });
         let most = limit.most;
-        if wanted.fold(self.leases.len(), usize::saturating_add) > most {
+        if self.leases.len().saturating_add(devices(requests)) > most {
             return Err(Refusal::Denied(format!(
                 "this VM can have at most {most} devices at a time: detach one first"
             )));
@@ -258,6 +259,21 @@ impl Desk<'_> {
         requests
             .iter()
             .try_for_each(|request| self.may(limit, request))
+    }
+
+    /// Whether there are slots for the devices. Functions of one device share a slot, so that fewer may do than
+    /// there are functions.
+    fn have_slots(&self, requests: &[Request], own: &[&Lease]) -> Result<(), Refusal> {
+        let Some(free) = self.slots.filter(|free| devices(requests) > *free) else {
+            return Ok(());
+        };
+        let needed = slots_needed(self.paths, requests, &self.placement, own);
+        match needed.map_err(|error| not_allocated(&error))? {
+            needed if needed <= free => Ok(()),
+            needed => Err(Refusal::Denied(format!(
+                "the devices need {needed} slots and this VM has {free} free: ask for fewer, or detach a device first"
+            ))),
+        }
     }
 
     fn may(&self, limit: &Limit, request: &Request) -> Result<(), Refusal> {
@@ -354,6 +370,15 @@ pub fn ungrouped(request: &Request) -> String {
         "{device} is in no group: add it to a group of this VM, or set \"ungrouped\": true under `hotplug` in the \
          VM's file and start the VM again"
     )
+}
+
+/// How many devices are asked for.
+fn devices(requests: &[Request]) -> usize {
+    let counts = requests.iter().map(|request| match request {
+        Request::Any(wish) => wish.count as usize,
+        Request::Device { .. } | Request::Mdev { .. } => 1,
+    });
+    counts.fold(0, usize::saturating_add)
 }
 
 /// Opens a VFIO node; a group that is in use is asked for again for a while.

@@ -40,7 +40,7 @@ fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let paths = host.paths.clone();
     let helper = thread::spawn(move || serve(&paths, theirs));
-    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours)))));
+    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours).unwrap()))));
     let hello = Ask::Hello {
         vm: "one".to_owned(),
         pid: 123,
@@ -339,7 +339,7 @@ fn what_does_not_arrive_whole_goes_back() {
     // A lease that waits for itself would wait for ever.
     let patience = Some(Duration::from_secs(5));
     theirs.set_read_timeout(patience).unwrap();
-    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours)))));
+    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours).unwrap()))));
     let helper = thread::spawn(move || {
         let _: Ask = wire::receive(&mut theirs).unwrap();
         let leased = |id| wire::Leased {
@@ -423,17 +423,18 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
         assert!(matches!(disk(), Err(OpenerError::Gone(_))));
         assert!(matches!(opener.plan("x"), Err(OpenerError::Gone(_))));
     }
-    let mut line = opener.lock();
+    let line = opener.lock();
     // What comes next is of this: neither of the lease, nor of what was asked for after it.
+    let mut socket = Bounded::new(&line.socket, RELEASE_PATIENCE, &|| false);
     wire::send(
-        &mut line.socket,
+        &mut socket,
         &Ask::Release {
             id: 99,
             aside: None,
         },
     )
     .unwrap();
-    let said = wire::receive(&mut line.socket).unwrap();
+    let said = wire::receive(&mut socket).unwrap();
     assert!(matches!(said, Said::Released), "{said:?}");
     assert!(!wire::has_more(&line.socket));
     drop(line);
@@ -456,7 +457,7 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     };
     let mut line = opener.lock();
     line.say(&ask).unwrap();
-    wire::wait(&line.socket, RELEASE_PATIENCE, &|| false).unwrap();
+    while !wire::has_more(&line.socket) {}
     line.lost = true;
     // Discards the answer.
     line.say(&Ask::Unheard).unwrap();
@@ -469,11 +470,45 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
 }
 
 #[test]
-fn a_helper_that_says_nothing_is_not_waited_for_for_ever() {
-    let (ours, _theirs) = UnixStream::pair().unwrap();
+fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    opener.slots(1).unwrap();
+    // Nobody leases anything in another's turn: whoever tried would wait.
+    let turn = others_turn(&host);
+    let why = refused(&opener, Request::group("nvme", 2));
+    assert!(why.contains("need 2 slots and this VM has 1 free"), "{why}");
+    let both = refused(&opener, Request::group("nvme", 4));
+    assert!(both.contains("No valid host was found"), "{both}");
+    drop(turn);
+    assert!(held(&host).is_empty());
+    // Functions of one device share a slot.
+    let card = opener.open(&[Request::group("nic", 2)], &[], false, &|| false);
+    assert_eq!(card.unwrap().devices.len(), 2);
+    opener.slots(2).unwrap();
+    let disks = opener.open(&[Request::group("nvme", 2)], &[], false, &|| false);
+    assert_eq!(disks.unwrap().devices.len(), 2);
+}
+
+#[test]
+fn one_deadline_holds_for_all_of_an_answer_and_all_of_a_question() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
     let patience = Duration::from_millis(100);
-    let waited = wire::wait(&ours, patience, &|| false).unwrap_err();
-    assert_eq!(waited.kind(), io::ErrorKind::TimedOut);
-    let waited = wire::wait(&ours, patience, &|| true).unwrap_err();
-    assert_eq!(waited.kind(), io::ErrorKind::Interrupted);
+    let hear = |unwanted: &dyn Fn() -> bool| {
+        wire::receive::<Said>(&mut Bounded::new(&ours, patience, unwanted)).unwrap_err()
+    };
+    assert_eq!(hear(&|| false).kind(), io::ErrorKind::TimedOut);
+    // The beginning of an answer is no answer.
+    theirs.write_all(&[100, 0]).unwrap();
+    assert_eq!(hear(&|| false).kind(), io::ErrorKind::TimedOut);
+    theirs.write_all(&[1, 0, 0, 0, b'{']).unwrap();
+    assert_eq!(hear(&|| true).kind(), io::ErrorKind::InvalidData);
+    assert_eq!(hear(&|| true).kind(), io::ErrorKind::ConnectionAborted);
+    let file = wire::receive_file(&mut Bounded::new(&ours, patience, &|| false));
+    assert_eq!(file.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    // More than a socket holds, and nobody reads.
+    let long = Ask::Plan("x".repeat(4 << 20));
+    let said = wire::send(&mut Bounded::new(&ours, patience, &|| false), &long);
+    assert_eq!(said.unwrap_err().kind(), io::ErrorKind::TimedOut);
 }

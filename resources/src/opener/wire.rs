@@ -32,6 +32,8 @@ pub(super) enum Ask {
     Place(Placement),
     /// What it may be given from now on.
     Limit(Limit),
+    /// The slots that are free for the devices that are asked for next.
+    Slots(usize),
     /// Devices; the VM has the groups `held`, and wants a container or not.
     Lease {
         requests: Vec<Request>,
@@ -102,29 +104,70 @@ pub(super) struct LeasedGroup {
     pub(super) reserved: Vec<ReservedRegion>,
 }
 
-/// Waits until there is something to receive, or the other side has ended.
-///
-/// # Errors
-/// `TimedOut` after so long, `Interrupted` once it is `unwanted`.
-pub(super) fn wait(
-    socket: &UnixStream,
-    patience: Duration,
-    unwanted: &dyn Fn() -> bool,
-) -> io::Result<()> {
-    let deadline = Instant::now() + patience;
-    let mut files = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    loop {
-        match poll(&mut files, STEP) {
-            Ok(1..) => return Ok(()),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
+/// A socket, non-blocking, whose other side may hang: one deadline holds for all that is read and written
+/// through this value, to the last byte.
+pub(super) struct Bounded<'a> {
+    socket: &'a UnixStream,
+    deadline: Instant,
+    unwanted: &'a dyn Fn() -> bool,
+}
+
+impl<'a> Bounded<'a> {
+    /// Waits for `patience` in all, or until it is `unwanted`.
+    pub(super) fn new(
+        socket: &'a UnixStream,
+        patience: Duration,
+        unwanted: &'a dyn Fn() -> bool,
+    ) -> Self {
+        Self {
+            socket,
+            deadline: Instant::now() + patience,
+            unwanted,
         }
-        if unwanted() {
-            return Err(io::ErrorKind::Interrupted.into());
+    }
+
+    /// Tries until the socket has data or room.
+    ///
+    /// # Errors
+    /// `TimedOut` at the deadline, `ConnectionAborted` once it is unwanted; what `attempt` has to say else.
+    fn try_until<T>(
+        &self,
+        ready: PollFlags,
+        mut attempt: impl FnMut(&UnixStream) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            match attempt(self.socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            // Not `Interrupted`, at which whoever reads tries again.
+            if (self.unwanted)() {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            if Instant::now() >= self.deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match poll(&mut [PollFd::new(self.socket.as_fd(), ready)], STEP) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        if Instant::now() >= deadline {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
+    }
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
+        self.try_until(PollFlags::POLLIN, |mut socket| socket.read(data))
+    }
+}
+
+impl Write for Bounded<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.try_until(PollFlags::POLLOUT, |mut socket| socket.write(data))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -134,7 +177,7 @@ pub(super) fn has_more(socket: &UnixStream) -> bool {
     matches!(poll(&mut files, PollTimeout::ZERO), Ok(1..))
 }
 
-pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize) -> io::Result<()> {
+pub(super) fn send(socket: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_vec(message)?;
     let len = u32::try_from(text.len()).map_err(io::Error::other)?;
     socket.write_all(&len.to_le_bytes())?;
@@ -143,7 +186,7 @@ pub(super) fn send(socket: &mut UnixStream, message: &impl Serialize) -> io::Res
 
 /// # Errors
 /// `UnexpectedEof` at the end of the socket.
-pub(super) fn receive<T: DeserializeOwned>(socket: &mut UnixStream) -> io::Result<T> {
+pub(super) fn receive<T: DeserializeOwned>(socket: &mut impl Read) -> io::Result<T> {
     let mut len = [0; 4];
     socket.read_exact(&mut len)?;
     let len = u32::from_le_bytes(len);
@@ -162,9 +205,12 @@ pub(super) fn send_file(socket: &UnixStream, file: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn receive_file(socket: &UnixStream) -> io::Result<File> {
+pub(super) fn receive_file(socket: &mut Bounded<'_>) -> io::Result<File> {
     let mut byte = [0];
-    match socket.recv_with_fd(&mut byte)? {
+    let received = socket.try_until(PollFlags::POLLIN, |socket| {
+        Ok(socket.recv_with_fd(&mut byte)?)
+    });
+    match received? {
         (1, Some(file)) => {
             // The way through the socket has lost this mark.
             fcntl(&file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
