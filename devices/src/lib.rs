@@ -4,6 +4,7 @@
 //! the device comes back up as a [`bus::Effect`], applied by the owner of the address space with no
 //! lock held; no device calls back into the bus it sits on.
 
+pub mod bounded;
 pub mod bus;
 pub mod events;
 pub mod limit;

@@ -3,21 +3,27 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines let through in one [`PERIOD`].
+/// Lines let through in one period.
 const BURST: u32 = 8;
-/// How long a burst lasts.
+/// How long the first period lasts.
 const PERIOD: Duration = Duration::from_secs(5);
+/// How long a period gets, doubled each time that the one before had more lines than it let through.
+const LONGEST: Duration = Duration::from_secs(3600);
 
 /// Lets a burst of lines through in each period, and counts the rest.
 ///
-/// A guest can cause a line at every access, and must not be able to fill the host's disk so.
+/// A guest can cause a line at every access, and must not be able to fill the host's disk so: one that goes on
+/// for days causes a few hundred lines a day.
 #[derive(Debug)]
 pub struct RateLimit(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
     since: Option<Instant>,
+    period: Duration,
     passed: u32,
+    /// Whether the period had more lines than it let through.
+    flooded: bool,
     suppressed: u64,
 }
 
@@ -26,7 +32,9 @@ impl RateLimit {
     pub const fn new() -> Self {
         Self(Mutex::new(State {
             since: None,
+            period: PERIOD,
             passed: 0,
+            flooded: false,
             suppressed: 0,
         }))
     }
@@ -38,15 +46,23 @@ impl RateLimit {
 
     fn admit_at(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state
+        let age = state
             .since
-            .is_none_or(|since| now.saturating_duration_since(since) >= PERIOD)
-        {
+            .map(|since| now.saturating_duration_since(since));
+        if age.is_none_or(|age| age >= state.period) {
+            // After a quiet period it begins anew.
+            let again = age.is_some_and(|age| age < state.period * 2) && state.flooded;
+            state.period = match again {
+                true => (state.period * 2).min(LONGEST),
+                false => PERIOD,
+            };
             state.since = Some(now);
             state.passed = 0;
+            state.flooded = false;
         }
         if state.passed == BURST {
             state.suppressed += 1;
+            state.flooded = true;
             return None;
         }
         state.passed += 1;
@@ -103,6 +119,27 @@ mod tests {
         }
         assert_eq!(limit.admit_at(start + PERIOD), Some(3));
         assert_eq!(limit.admit_at(start + PERIOD), Some(0));
+    }
+
+    #[test]
+    fn a_flood_of_days_is_a_few_hundred_lines_a_day() {
+        let limit = RateLimit::new();
+        let start = Instant::now();
+        let day = 24 * 3600;
+        let lines = |from: u64| {
+            let seconds = from..from + day;
+            let passed = seconds.filter(|second| {
+                let at = start + Duration::from_secs(*second);
+                // More in a second than any period lets through.
+                (0..=BURST).filter(|_| limit.admit_at(at).is_some()).count() > 0
+            });
+            passed.count() as u32 * BURST
+        };
+        assert!((BURST..400).contains(&lines(0)));
+        assert!((BURST..400).contains(&lines(day)));
+        let quiet = start + Duration::from_secs(4 * day);
+        assert!(limit.admit_at(quiet).is_some());
+        assert!(limit.admit_at(quiet).is_some(), "a new burst");
     }
 
     #[test]

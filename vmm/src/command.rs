@@ -282,6 +282,9 @@ pub enum CommandError {
     /// The process is about to end.
     #[error("the VM is ending")]
     Ending,
+    /// Too many commands wait for the thread that owns the VM.
+    #[error("too many requests wait for the VM: try again")]
+    Busy,
     /// It was tried and failed.
     #[error(transparent)]
     Failed(#[from] Error),
@@ -321,6 +324,8 @@ pub enum VmEvent {
         step: &'static str,
         /// How long it took.
         took: Duration,
+        /// Why it took its time and how to avoid that, if that can be avoided.
+        hint: Option<&'static str>,
     },
     /// A device is plugged in, and the guest has been told.
     Attached(DeviceInfo),
@@ -369,6 +374,16 @@ pub enum VmEvent {
     GuestFault {
         /// Why.
         error: String,
+    },
+    /// The VM has ended, and all that it had has been given back.
+    Ended {
+        /// Why, in words for people.
+        reason: String,
+    },
+    /// The process ends: nothing is told after this.
+    Exit {
+        /// Its exit status.
+        status: u8,
     },
 }
 

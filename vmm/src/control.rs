@@ -46,6 +46,29 @@ pub enum Event {
     Command(Command, Reply),
 }
 
+impl Event {
+    /// Whether it says what another one says, which waits already. Guests and devices can say it again at any
+    /// rate; what is left is bounded by the number of slots, devices and vCPUs.
+    fn repeats(&self, waiting: &Self) -> bool {
+        match (self, waiting) {
+            (Self::PowerOff, Self::PowerOff)
+            | (Self::Reset, Self::Reset)
+            | (Self::Quit, Self::Quit) => true,
+            (Self::Fault(vcpu, _), Self::Fault(other, _)) => vcpu == other,
+            (Self::Signal(number), Self::Signal(other)) => number == other,
+            (Self::Panic(panic), Self::Panic(other)) => panic == other,
+            (Self::Eject(port), Self::Eject(other)) => port == other,
+            (Self::Enabled(name), Self::Enabled(other)) => name == other,
+            (Self::Alarm(key, alarm), Self::Alarm(other, same)) => key == other && alarm == same,
+            _ => false,
+        }
+    }
+}
+
+/// How many commands of clients may wait. Each takes the control thread microseconds, so that more are there only
+/// if that thread does not get on.
+const MOST_COMMANDS: usize = 64;
+
 /// Events on their way to the control thread. Any thread may post; none waits.
 pub struct Mailbox {
     queue: Mutex<Queue>,
@@ -71,12 +94,23 @@ impl Mailbox {
         }))
     }
 
-    /// Leaves an event for the control thread.
+    /// Leaves an event for the control thread, unless it says what another one says that is there. A client whose
+    /// command is one too many is answered so.
     pub fn post(&self, event: Event) {
         let mut queue = self.lock();
         if queue.closed {
             drop(queue);
-            return refuse(event);
+            return refuse(event, || CommandError::Ending);
+        }
+        if matches!(event, Event::Command(..)) {
+            let commands = queue.events.iter();
+            let commands = commands.filter(|event| matches!(event, Event::Command(..)));
+            if commands.count() >= MOST_COMMANDS {
+                drop(queue);
+                return refuse(event, || CommandError::Busy);
+            }
+        } else if queue.events.iter().any(|waiting| event.repeats(waiting)) {
+            return;
         }
         queue.events.push_back(event);
         drop(queue);
@@ -111,7 +145,7 @@ impl Mailbox {
             .partition(|event| matches!(event, Event::Prepared(_)));
         queue.events = stay;
         drop(queue);
-        gone.into_iter().for_each(refuse);
+        refuse_all(gone);
     }
 
     /// Answers whoever still asks that the VM is ending, now and from now on.
@@ -120,7 +154,7 @@ impl Mailbox {
         queue.closed = true;
         let left = std::mem::take(&mut queue.events);
         drop(queue);
-        left.into_iter().for_each(refuse);
+        refuse_all(left);
     }
 
     /// Whether nobody takes events any more.
@@ -137,13 +171,19 @@ impl Mailbox {
     }
 }
 
-fn refuse(event: Event) {
+fn refuse_all(events: VecDeque<Event>) {
+    for event in events {
+        refuse(event, || CommandError::Ending);
+    }
+}
+
+fn refuse(event: Event, why: impl FnOnce() -> CommandError) {
     match event {
-        Event::Command(_, reply) => reply(Err(CommandError::Ending)),
+        Event::Command(_, reply) => reply(Err(why())),
         Event::Prepared(prepared) => {
             let Prepared { reply, devices, .. } = *prepared;
             drop(devices);
-            reply(Err(CommandError::Ending));
+            reply(Err(why()));
         }
         _ => {}
     }
@@ -334,6 +374,40 @@ mod tests {
         assert!(matches!(mailbox.take(), Some(Event::Signal(15))));
         assert!(mailbox.take().is_none());
         assert!(answers.try_recv().is_err(), "nobody has answered");
+    }
+
+    #[test]
+    fn nobody_can_fill_the_mailbox() {
+        let pci = &mut PciSegment::new([0..=2]).unwrap();
+        let ports = [(); 2].map(|()| pci.add_root_port(0).unwrap());
+        let mailbox = Mailbox::new().unwrap();
+        let name: DeviceName = "01:00.0".parse().unwrap();
+        for _ in 0..1000 {
+            for port in ports {
+                mailbox.post(Event::Eject(port));
+            }
+            mailbox.post(Event::Enabled(name));
+            mailbox.post(Event::PowerOff);
+            mailbox.post(Event::Panic(Panic::End));
+            mailbox.post(Event::Signal(1));
+        }
+        assert_eq!(mailbox.lock().events.len(), 6);
+        let asked: Vec<_> = (0..=MOST_COMMANDS).map(|_| ask(&mailbox)).collect();
+        let answered = asked.iter().filter_map(|answer| answer.try_recv().ok());
+        let answered: Vec<_> = answered.collect();
+        assert!(matches!(answered[..], [Err(CommandError::Busy)]));
+        assert!(
+            asked[MOST_COMMANDS].try_recv().is_err(),
+            "it was the last one"
+        );
+        assert!(matches!(mailbox.take(), Some(Event::Eject(_))));
+        assert!(matches!(mailbox.take(), Some(Event::Eject(_))));
+        mailbox.post(Event::Eject(ports[0]));
+        assert_eq!(
+            mailbox.lock().events.len(),
+            5 + MOST_COMMANDS,
+            "it is news again"
+        );
     }
 
     #[test]

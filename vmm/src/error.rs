@@ -97,6 +97,20 @@ pub enum Error {
     /// The ACPI tables could not be written.
     #[error(transparent)]
     Acpi(#[from] crate::boot::acpi::AcpiError),
+    /// A vCPU is kept by the kernel.
+    #[error(transparent)]
+    Stuck(#[from] crate::vcpus::Stuck),
+    /// The kernel is at a device, and does not come back from it.
+    #[error(
+        "{device} does not answer: the host's kernel is at it since {seconds} s\n\
+         it stays leased until the kernel comes back; `dmesg` may tell more"
+    )]
+    DeviceStuck {
+        /// The device.
+        device: DeviceName,
+        /// For how long.
+        seconds: u64,
+    },
     /// A signal asked gantry to end while it built the VM. [`run`](crate::run) makes an outcome of it.
     #[error("signal {0} came before the VM was built")]
     Interrupted(i32),

@@ -9,6 +9,7 @@ use gantry_resources::DeviceName;
 use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;
 use crate::placement::Home;
+use crate::vm::Leaving;
 
 /// The place where it is shown. Its owner shows a change before it tells anyone of it.
 #[derive(Default)]
@@ -58,15 +59,17 @@ pub struct Slots {
     pub pci: Arc<PciSegment>,
     /// What the guest was told of the slots.
     pub events: Arc<PlatformEvents>,
+    /// Slots that something is still on its way out of.
+    pub leaving: Leaving,
 }
 
 impl Slots {
-    /// The slots that have nothing in them as far as the guest has heard, the surest first.
+    /// The slots that have nothing in them any more, as far as the guest has heard too, the surest first.
     pub fn free<'a>(&self, rows: impl Iterator<Item = &'a Row> + Clone) -> Vec<PortIndex> {
         let empty = self
             .ports
             .iter()
-            .filter(|port| rows.clone().all(|row| row.port != **port));
+            .filter(|port| rows.clone().all(|row| row.port != **port) && !self.leaving.has(**port));
         let known = empty.map(|port| (self.events.vacancy(*port), *port));
         let mut free: Vec<_> = known
             .filter(|(known, _)| *known < Vacancy::Untold)
@@ -168,6 +171,7 @@ mod tests {
             events: Arc::new(PlatformEvents::new(ports.iter().copied(), trigger)),
             ports: ports.into(),
             pci: Arc::new(pci),
+            leaving: Leaving::default(),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
@@ -20,6 +20,20 @@ pub const KICK: Signal = Signal::SIGUSR1;
 /// How long a kick may stay without effect before it is sent again. A signal that arrives between
 /// the look at the phase and the entry into the kernel is lost.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+/// How long a vCPU may take to leave the kernel. It takes microseconds, unless a device that it accesses does not
+/// answer.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// vCPUs that do not leave the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("vCPU {} does not come back from the host's kernel: a device that it accesses may hang", numbers(.0))]
+pub struct Stuck(Vec<u8>);
+
+fn numbers(vcpus: &[u8]) -> String {
+    let texts: Vec<String> = vcpus.iter().map(u8::to_string).collect();
+    texts.join(", ")
+}
 
 /// What the vCPUs are to do.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -54,7 +68,10 @@ pub struct Gate {
 
 struct State {
     phase: Phase,
-    inside: Vec<Pthread>,
+    /// The guest has asked for its end or its reset, or cannot go on: nothing but [`Gate::rearm`] lets it run.
+    halted: bool,
+    /// The vCPUs that may run, with their threads.
+    inside: Vec<(u8, Pthread)>,
 }
 
 impl Gate {
@@ -62,6 +79,7 @@ impl Gate {
     pub fn new() -> Arc<Self> {
         let state = State {
             phase: Phase::Pause,
+            halted: false,
             inside: Vec::new(),
         };
         let halt = AtomicBool::new(true);
@@ -72,13 +90,26 @@ impl Gate {
         })
     }
 
-    /// Lets the vCPUs run.
+    /// Lets the vCPUs run, unless one of them has [halted](Self::halt) the machine: its owner has yet to hear
+    /// of that.
     pub fn open(&self) {
         self.enter_phase(Phase::Run);
     }
 
-    /// Asks the vCPUs to pause, without waiting until they have. A vCPU may call it about itself.
-    pub fn close(&self) {
+    /// Pauses the vCPUs until the machine has been reset, without waiting until they have. A vCPU may call
+    /// it about itself.
+    pub fn halt(&self) {
+        self.lock().halted = true;
+        self.close();
+    }
+
+    /// Forgets that the machine was halted: it has been reset.
+    pub fn rearm(&self) {
+        self.lock().halted = false;
+    }
+
+    /// Asks the vCPUs to pause, without waiting until they have.
+    fn close(&self) {
         self.enter_phase(Phase::Pause);
     }
 
@@ -88,7 +119,8 @@ impl Gate {
 
     fn enter_phase(&self, phase: Phase) {
         let mut state = self.lock();
-        if state.phase != Phase::Stop {
+        let held_back = phase == Phase::Run && state.halted;
+        if state.phase != Phase::Stop && !held_back {
             state.phase = phase;
             self.halt.store(phase != Phase::Run, Ordering::Release);
             self.changed.notify_all();
@@ -96,10 +128,16 @@ impl Gate {
     }
 
     /// Waits until no vCPU runs, kicking those that do.
-    fn wait_until_empty(&self) {
+    ///
+    /// # Errors
+    /// These still do at the deadline: the kernel keeps them, as in an access to a device that hangs.
+    fn wait_until_empty(&self, deadline: Instant) -> Result<(), Stuck> {
         let mut state = self.lock();
         while !state.inside.is_empty() {
-            for &thread in &state.inside {
+            if Instant::now() >= deadline {
+                return Err(Stuck(state.inside.iter().map(|(vcpu, _)| *vcpu).collect()));
+            }
+            for &(_, thread) in &state.inside {
                 // The thread is alive: it takes itself out of the list before it ends.
                 let _ = pthread_kill(thread, KICK);
             }
@@ -109,10 +147,11 @@ impl Gate {
                 .unwrap_or_else(PoisonError::into_inner);
             state = next;
         }
+        Ok(())
     }
 
     /// Called by a vCPU: waits for the gate to open. `None` means to end.
-    fn pass(&self) -> Option<Inside<'_>> {
+    fn pass(&self, vcpu: u8) -> Option<Inside<'_>> {
         let mut state = self.lock();
         loop {
             match state.phase {
@@ -126,22 +165,21 @@ impl Gate {
                 }
             }
         }
-        let thread = pthread_self();
-        state.inside.push(thread);
-        Some(Inside { gate: self, thread })
+        state.inside.push((vcpu, pthread_self()));
+        Some(Inside { gate: self, vcpu })
     }
 }
 
 /// A vCPU that has passed the gate. Dropping it, by a panic too, says that it runs no more.
 struct Inside<'a> {
     gate: &'a Gate,
-    thread: Pthread,
+    vcpu: u8,
 }
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         let mut state = self.gate.lock();
-        state.inside.retain(|&thread| thread != self.thread);
+        state.inside.retain(|(vcpu, _)| *vcpu != self.vcpu);
         self.gate.changed.notify_all();
     }
 }
@@ -200,17 +238,28 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Stops the vCPUs for good and waits for their threads to end.
+    /// Stops the vCPUs for good and waits for their threads to end. What does not leave the kernel is left
+    /// to itself: all that it may still reach lives as long as it does.
     pub fn stop(&mut self) {
         self.gate.enter_phase(Phase::Stop);
-        self.gate.wait_until_empty();
-        self.threads.clear();
+        let deadline = Instant::now() + LEAVE_PATIENCE;
+        if let Err(stuck) = self.gate.wait_until_empty(deadline) {
+            tracing::error!("{stuck}: the VM ends without waiting for it");
+        }
+        for thread in self.threads.drain(..) {
+            if let Err(thread) = thread.join_until(deadline) {
+                thread.abandon();
+            }
+        }
     }
 
     /// Pauses the vCPUs and waits until none runs. They stay paused until the gate is opened.
-    pub fn pause(&self) {
+    ///
+    /// # Errors
+    /// One does not leave the kernel. The others are paused.
+    pub fn pause(&self) -> Result<(), Stuck> {
         self.gate.close();
-        self.gate.wait_until_empty();
+        self.gate.wait_until_empty(Instant::now() + LEAVE_PATIENCE)
     }
 
     /// Calls `change` with each of the vCPUs, in order. They must have been paused.
@@ -242,7 +291,7 @@ fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
     let Some(vcpu) = fleet.get(usize::from(index)) else {
         return;
     };
-    while let Some(_inside) = gate.pass() {
+    while let Some(_inside) = gate.pass(index) {
         // Given back before `_inside` goes.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         while !gate.halt.load(Ordering::Acquire) {
@@ -252,7 +301,7 @@ fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
                 Ok(Exit::Broken(what)) => Fault::Broken(what),
                 Err(error) => Fault::Broken(format!("KVM_RUN: {error}")),
             };
-            gate.close();
+            gate.halt();
             access.fault(index, fault);
         }
     }
@@ -263,18 +312,62 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_machine_that_was_halted_runs_again_only_after_a_reset() {
+        let gate = Gate::new();
+        gate.open();
+        gate.halt();
+        gate.open();
+        assert!(gate.halt.load(Ordering::Acquire), "no client opens it");
+        gate.rearm();
+        assert!(
+            gate.halt.load(Ordering::Acquire),
+            "nor does the reset alone"
+        );
+        gate.open();
+        assert!(!gate.halt.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn a_vcpu_that_the_kernel_keeps_is_named_at_the_deadline() {
+        crate::sandbox::install_traps().unwrap();
+        let gate = Gate::new();
+        gate.open();
+        let (told, heard) = channel();
+        let (let_go, kept) = channel::<()>();
+        let vcpu = Arc::clone(&gate);
+        let thread = std::thread::spawn(move || {
+            let _inside = vcpu.pass(3);
+            told.send(()).unwrap();
+            // As a read of a device that hangs: no kick ends it.
+            let _ = kept.recv();
+        });
+        heard.recv().unwrap();
+        gate.close();
+        let soon = Instant::now() + Duration::from_millis(20);
+        let stuck = gate.wait_until_empty(soon).unwrap_err();
+        assert!(
+            stuck.to_string().starts_with("vCPU 3 does not come back"),
+            "{stuck}"
+        );
+        drop(let_go);
+        gate.wait_until_empty(Instant::now() + Duration::from_secs(60))
+            .unwrap();
+        thread.join().unwrap();
+    }
+
+    #[test]
     fn a_vcpu_thread_that_panics_has_left() {
         let gate = Gate::new();
         gate.open();
         let vcpu = Arc::clone(&gate);
         let thread = std::thread::spawn(move || {
-            let _inside = vcpu.pass();
+            let _inside = vcpu.pass(0);
             std::panic::resume_unwind(Box::new(()));
         });
         assert!(thread.join().is_err());
         assert!(gate.lock().inside.is_empty());
-        gate.wait_until_empty();
+        gate.wait_until_empty(Instant::now()).unwrap();
         gate.enter_phase(Phase::Stop);
-        assert!(gate.pass().is_none());
+        assert!(gate.pass(0).is_none());
     }
 }

@@ -12,9 +12,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Maintenance, maintenance};
+use gantry_resources::{HostPaths, Maintenance, maintenance, reap_helpers};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use crate::command::{Answer, Command, CommandError, EventSink, Reply, VmEvent, VmInfo, VmState};
 use crate::config::VmConfig;
@@ -192,7 +191,11 @@ impl Vmm {
     fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
         let idle = View::idle(config, VmState::Created);
         self.ground.shown.show(Some(idle));
-        match live(&self.ground, config, &mut None)? {
+        let ended = live(&self.ground, config, &mut None);
+        (self.ground.events)(VmEvent::Ended {
+            reason: why(&ended),
+        });
+        match ended? {
             End::Over(outcome) => Ok(outcome),
             End::Asked(_, reply) => {
                 reply(Ok(Answer::Done));
@@ -261,9 +264,14 @@ impl Vmm {
         };
         let thread = threads::spawn(Role::Vm, &self.ground.sandbox, life);
         let (ended, unheard) = thread.map_err(Error::host("spawn a thread"))?.join();
-        reap();
+        // They have ended, or end before the next VM does.
+        reap_helpers();
         if ended.is_ok() || unheard.is_none() {
-            desk.ran(why(&ended));
+            let reason = why(&ended);
+            (self.ground.events)(VmEvent::Ended {
+                reason: reason.clone(),
+            });
+            desk.ran(reason);
         }
         if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
             desk.created = None;
@@ -310,6 +318,7 @@ fn why(ended: &Result<End, Error>) -> String {
     match ended {
         Ok(End::Over(outcome)) => outcome.to_string(),
         Ok(End::Asked(..)) => Outcome::Asked.to_string(),
+        Err(Error::Interrupted(signal)) => Outcome::Signal(*signal).to_string(),
         Err(error) => {
             let first: &dyn std::error::Error = error;
             let causes = std::iter::successors(Some(first), |error| error.source());
@@ -336,12 +345,6 @@ fn live(
         .and_then(|mut vm| vm.run(started));
     ground.mailbox.forget_vm();
     ended
-}
-
-/// Forgets the VM's helpers, which have ended, or end before the next VM does: nobody waits for them.
-fn reap() {
-    let any = || waitpid(None, Some(WaitPidFlag::WNOHANG));
-    while any().is_ok_and(|status| status != WaitStatus::StillAlive) {}
 }
 
 /// Each interrupt vector costs a descriptor, and the usual soft limit of 1024 is there for programs

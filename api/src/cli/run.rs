@@ -18,6 +18,7 @@ use crate::output::{Stderr, print};
 use crate::report::{
     BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
+use gantry_vmm::command::VmEvent;
 use gantry_vmm::threads::Task;
 use gantry_vmm::{Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};
 
@@ -155,14 +156,24 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         events: events.sink(),
     };
     let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    let _api = args.serve(&vmm, events, &name, paths)?;
-    let outcome = vmm.run(config).map_err(Failure::host)?;
-    if let Some(why) = ended(&outcome) {
+    let api = args.serve(&vmm, events.clone(), &name, paths)?;
+    let outcome = vmm.run(config).map_err(Failure::host);
+    if let Some(why) = outcome.as_ref().ok().and_then(ended) {
         // Where nobody reads it, there is nobody to tell.
-        let line = format!("VM {name} ended: {why}\n");
+        let line = format!(
+            "VM {name} ended: {why}
+"
+        );
         let _ = stderr.clone().write_all(line.as_bytes());
     }
-    exit_code(outcome).map(ExitCode::from)
+    let ended = outcome.and_then(exit_code);
+    let status = match &ended {
+        Ok(status) => *status,
+        Err(failure) => failure.exit,
+    };
+    events.tell(VmEvent::Exit { status });
+    drop(api);
+    ended.map(ExitCode::from)
 }
 
 /// What `--check` shows: what the VM would get, or why it gets nothing. A file that is wrong has been refused.

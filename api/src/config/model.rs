@@ -222,7 +222,8 @@ pub struct HotplugConfig {
 pub struct SerialConfig {
     /// Where it leads.
     pub mode: SerialMode,
-    /// With mode `File`, the file that output goes to, truncated at start.
+    /// With mode `File`, the file that output goes to, truncated at start. It holds 64 MiB at most: when it is full,
+    /// its older half is removed.
     pub file: Option<PathBuf>,
 }
 

@@ -147,7 +147,7 @@ impl From<CommandError> for Refusal {
             | E::NoFreeSlot { .. }
             | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
             E::Invalid(_) => StatusCode::BAD_REQUEST,
-            E::Ending => StatusCode::SERVICE_UNAVAILABLE,
+            E::Ending | E::Busy => StatusCode::SERVICE_UNAVAILABLE,
             E::Failed(error) if not_to_be_had(error) => StatusCode::CONFLICT,
             E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use gantry_vmm::command::VmEvent;
 use serde_json::Value;
 
 use crate::fake::{Bed, LAZY, WHOLE};
@@ -362,13 +363,38 @@ fn events_are_followed_to_the_end() {
     assert_eq!(first["event"], "state");
     bed.boot();
     bed.put("vm.pause", "");
+    bed.vm.events.tell(VmEvent::Exit { status: 3 });
     bed.stop();
     let words: Vec<String> = words.collect();
     assert!(words[0].ends_with("the VM is running"), "{words:?}");
     assert!(words[1].ends_with("the VM is paused"), "{words:?}");
-    assert!(words[2].ends_with("vm has ended"), "{words:?}");
-    assert_eq!(lines.count(), 2);
+    assert!(
+        words[2].ends_with("gantry ends with exit status 3"),
+        "{words:?}"
+    );
+    let last: Value = serde_json::from_str(&lines.last().unwrap()).unwrap();
+    assert_eq!(
+        (&last["event"], &last["status"]),
+        (&"exit".into(), &3.into())
+    );
     assert!(people.wait().unwrap().success() && program.wait().unwrap().success());
+}
+
+#[test]
+fn a_stream_of_events_that_breaks_off_is_told_from_an_end() {
+    let mut bed = Bed::new();
+    let child = command(bed.folder.path(), &["events", "vm"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = child.unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    bed.stop();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the events of vm broke off"), "{said}");
 }
 
 #[test]

@@ -217,6 +217,12 @@ impl PciSegment {
             .map_or_else(Vec::new, Port::functions)
     }
 
+    /// The host bridges and the root ports.
+    pub fn bridges_and_ports(&self) -> impl Iterator<Item = &dyn PciDevice> {
+        let bridges = self.roots.iter().map(|root| &*root.bridge as _);
+        bridges.chain(self.ports.iter().map(|port| &*port.port as _))
+    }
+
     /// Every function there is, where the guest has it now: host bridges, root ports, and what is
     /// behind the ports.
     pub fn functions(&self) -> Vec<(GuestBdf, Arc<dyn PciDevice>)> {

@@ -121,6 +121,9 @@ const CLIENTS: &[c_long] = &[
     libc::SYS_clock_nanosleep,
 ];
 
+/// The serial port's file is made shorter when it is full.
+const SERIAL_FILE: &[c_long] = &[libc::SYS_ftruncate];
+
 /// A lease that ends empties its record, or is told to the opener over the socket that there is. The
 /// last of them waits for the opener's end, and each for vCPUs that are still in the device.
 const LEASES: &[c_long] = &[
@@ -224,7 +227,7 @@ pub fn control() -> Rules {
 /// A vCPU thread.
 pub fn vcpu() -> Rules {
     rules(
-        &[DEVICE_ACCESS],
+        &[DEVICE_ACCESS, SERIAL_FILE],
         &[VM_REQUESTS, VCPU_REQUESTS, INTERRUPT_REQUESTS],
     )
 }

@@ -1,9 +1,8 @@
-//! The slow part of plugging in and unplugging, on a thread of its own: leases, files, resets, pinning.
+//! The slow part of plugging in, on a thread of its own: leases, files, resets, pinning.
 //!
-//! Jobs are done one after the other, so that a container that its last device leaves is never joined.
-//! What is to be closed comes before what is to be opened.
+//! Jobs are done one after the other, so that two of them do not both make the container that there is to be.
+//! Devices that go are not its business: they are closed meanwhile, each on a thread of its own.
 
-use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -24,18 +23,18 @@ use crate::preflight;
 use crate::threads::{self, Role, Task};
 use crate::vmm::Ground;
 
-/// Something that takes its time.
-pub enum Job {
-    /// Lease and open devices; the result goes to the mailbox.
-    Attach(Attach, Reply),
-    /// Close devices that are out of their slots.
-    Close {
-        /// The devices, and what they were called.
-        devices: Vec<(String, AttachedDevice)>,
-        /// Whether the guest was not asked; `None` for devices that nobody has heard of.
-        forced: Option<bool>,
-    },
+/// Devices that are to be leased and opened; the result goes to the mailbox.
+pub struct Job {
+    /// Which.
+    pub attach: Attach,
+    /// Who waits for them.
+    pub reply: Reply,
+    /// How many slots are free for them.
+    pub slots: usize,
 }
+
+/// How often devices are leased again, as devices of their IOMMU groups were closed meanwhile.
+const CLAIM_TRIES: u32 = 3;
 
 /// Devices that were leased and opened, or why not.
 pub struct Prepared {
@@ -49,10 +48,16 @@ pub struct Prepared {
     pub steps: Steps,
 }
 
+/// Why the step in which RAM is mapped took its time, and how to avoid that.
+const MAPPED_LATE: &str = "RAM was made ready and mapped for the VM's first device: with the groups of later \
+    devices in `hotplug.groups` of the VM's file, RAM is made ready beforehand";
+
 /// How long the steps took so far.
 pub struct Steps {
     steps: Vec<(&'static str, Duration)>,
     begun: Instant,
+    /// RAM was not made ready for this device beforehand.
+    mapped_late: bool,
 }
 
 impl Steps {
@@ -60,6 +65,7 @@ impl Steps {
         Self {
             steps: Vec::new(),
             begun: Instant::now(),
+            mapped_late: false,
         }
     }
 
@@ -123,12 +129,14 @@ pub struct Workshop {
     pub memlock: Option<u64>,
     /// How many threads make RAM present for the first device.
     pub threads: usize,
+    /// Whether the VM's file names the groups of later devices, for which RAM is made ready beforehand.
+    pub declared: bool,
     /// What the VM stands on.
     pub ground: Ground,
 }
 
-/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, and for what
-/// is to be closed. Who waits for devices is told that the VM is ending.
+/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, and gives up
+/// what the kernel does not come back from. Who waits for devices is told that the VM is ending.
 pub struct Worker {
     // Closed first: it ends the thread.
     jobs: Option<Sender<Job>>,
@@ -147,7 +155,6 @@ impl Worker {
         let (sandbox, told) = (Arc::clone(&workshop.ground.sandbox), Arc::clone(&ending));
         let jobs = Jobs {
             given: jobs,
-            waiting: VecDeque::new(),
             ending: told,
         };
         let work = move || work(workshop, jobs);
@@ -179,7 +186,6 @@ impl Drop for Worker {
 /// What is to be done.
 struct Jobs {
     given: Receiver<Job>,
-    waiting: VecDeque<Job>,
     /// Nothing more is to be opened.
     ending: Arc<AtomicBool>,
 }
@@ -188,84 +194,50 @@ impl Jobs {
     /// The next job, once there is one; `None` if there will be none.
     fn next(&mut self) -> Option<Job> {
         loop {
-            if self.waiting.is_empty() {
-                self.waiting.push_back(self.given.recv().ok()?);
+            let job = self.given.recv().ok()?;
+            if !self.ending.load(Ordering::Acquire) {
+                return Some(job);
             }
-            self.waiting.extend(self.given.try_iter());
-            let close = |job: &Job| matches!(job, Job::Close { .. });
-            let first = self.waiting.iter().position(close).unwrap_or(0);
-            match self.waiting.remove(first) {
-                Some(Job::Attach(_, reply)) if self.ending.load(Ordering::Acquire) => {
-                    reply(Err(CommandError::Ending));
-                }
-                job => return job,
-            }
+            (job.reply)(Err(CommandError::Ending));
         }
     }
 }
 
 fn work(mut workshop: Workshop, mut jobs: Jobs) {
     while let Some(job) = jobs.next() {
-        match job {
-            Job::Attach(attach, reply) => {
-                let mut steps = Steps::begin();
-                let devices = workshop.attach(&attach, &mut steps, &jobs.ending);
-                let prepared = Prepared {
-                    attach,
-                    reply,
-                    devices,
-                    steps,
-                };
-                let mailbox = &workshop.ground.mailbox;
-                mailbox.post(Event::Prepared(Box::new(prepared)));
-            }
-            Job::Close { devices, forced } => close(&workshop, devices, forced),
-        }
-    }
-}
-
-fn close(workshop: &Workshop, devices: Vec<(String, AttachedDevice)>, forced: Option<bool>) {
-    for (id, _) in devices.iter().filter(|(_, device)| device.reset_failed()) {
-        (workshop.ground.events)(VmEvent::DeviceError {
-            id: id.clone(),
-            error: "its reset failed: it goes into quarantine".to_owned(),
-        });
-    }
-    let (ids, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
-    host_devices::close(devices, &workshop.ground.sandbox);
-    if let Some(forced) = forced {
-        for id in ids {
-            (workshop.ground.events)(VmEvent::Detached { id, forced });
-        }
+        let mut steps = Steps::begin();
+        let devices = workshop.attach(&job, &mut steps, &jobs.ending);
+        let prepared = Prepared {
+            attach: job.attach,
+            reply: job.reply,
+            devices,
+            steps,
+        };
+        let mailbox = &workshop.ground.mailbox;
+        mailbox.post(Event::Prepared(Box::new(prepared)));
     }
 }
 
 impl Workshop {
     fn attach(
         &mut self,
-        attach: &Attach,
+        job: &Job,
         steps: &mut Steps,
         ending: &Arc<AtomicBool>,
     ) -> Result<(Vec<AttachedDevice>, Vec<Request>), Error> {
         let Ground {
-            sandbox,
-            mailbox,
-            host,
-            ..
+            sandbox, mailbox, ..
         } = &self.ground;
-        let domain = self.domain.upgrade();
-        let held = domain
-            .as_ref()
-            .map_or_else(Vec::new, |domain| domain.held());
-        let first = domain.is_none();
-        let requests = match &attach.wanted {
+        let requests = match &job.attach.wanted {
             Wanted::Request(request) => vec![request.clone()],
             Wanted::Plan(name) => self.opener.plan(name)?,
         };
         let unwanted = || ending.load(Ordering::Acquire);
-        let opened = self.opener.open(&requests, &held, first, &unwanted)?;
+        self.opener.slots(job.slots)?;
+        let claimed = self.claim(&requests, &unwanted)?;
         steps.done("lease");
-        let claimed = Claimed::opened(opened, domain, &self.observer, host)?;
+        let fresh = claimed.domain().map(Arc::downgrade);
+        let first = !fresh.is_some_and(|domain| domain.ptr_eq(&self.domain));
         if let Some(range) = self.room.conflict(claimed.reserved()) {
             let (start, last) = (*range.start(), *range.end());
             let device = claimed.names().first().copied();
@@ -283,14 +255,32 @@ impl Workshop {
         };
         let domain = claimed.domain().map_or_else(Weak::new, Arc::downgrade);
         let opening = claimed.open(&self.router, mailbox, sandbox)?;
-        let opened: Vec<_> = opening.into_iter().map(Task::join).collect();
+        let devices = host_devices::opened(opening, || !unwanted());
         steps.done("open");
         let mapped = mapping.map_or(Ok(()), Task::join);
         steps.done("map");
-        let devices = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
+        steps.mapped_late = first && !self.declared;
+        let devices = devices?;
         mapped?;
         self.domain = domain;
         Ok((devices, requests))
+    }
+
+    /// Leases what is asked for, and joins it in the domain there is, or in a new one.
+    fn claim(&self, requests: &[Request], unwanted: &dyn Fn() -> bool) -> Result<Claimed, Error> {
+        let mut tries = 0;
+        loop {
+            let domain = self.domain.upgrade();
+            let held = domain.as_ref().map(|domain| domain.held());
+            let held = held.unwrap_or_default();
+            let opened = self.opener.open(requests, &held, true, unwanted)?;
+            let host = &self.ground.host;
+            match Claimed::opened(opened, domain, &self.observer, host) {
+                // A group that the domain had has left it meanwhile, with its last device.
+                Err(Error::NoIommuGroup { .. }) if tries < CLAIM_TRIES => tries += 1,
+                claimed => return claimed,
+            }
+        }
     }
 
     /// Begins to map RAM for the first device.
@@ -327,6 +317,7 @@ pub fn tell_steps(events: &EventSink, id: &str, steps: &Steps) {
             id: id.to_owned(),
             step,
             took: *took,
+            hint: (*step == "map" && steps.mapped_late).then_some(MAPPED_LATE),
         });
     }
 }

@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use gantry_devices::bounded::BoundedFile;
 use gantry_devices::events::{self, PlatformEvents};
 use gantry_devices::outlet::{self, Outlet};
 use gantry_devices::panic::{self, PanicRegister};
@@ -17,6 +19,7 @@ use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{self, Serial};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::closing::Leaving;
 use super::payload;
 use crate::address_space::{AddressSpace, Guard};
 use crate::boot::acpi::HotSlot;
@@ -37,6 +40,12 @@ const LOCAL_APIC_LEN: u64 = 0x10_0000;
 /// The identity map page and three TSS pages.
 const KVM_PAGES_LEN: u64 = 0x4000;
 
+/// The most that `serial.file` holds. A guest can write without end, and a full disk harms the host.
+const SERIAL_FILE_MOST: u64 = 64 << 20;
+
+/// How long a device may take to be reset. The kernel waits for some seconds at most, for a device that comes back.
+const RESET_PATIENCE: Duration = Duration::from_secs(10);
+
 /// What every VM has, whatever is plugged into it.
 pub struct Board {
     /// Who answers where.
@@ -55,6 +64,8 @@ pub struct Board {
     pub events: Arc<PlatformEvents>,
     /// Slots that can be filled and emptied while the guest runs.
     pub slots: Vec<HotSlot>,
+    /// Slots that something is still on its way out of.
+    pub leaving: Leaving,
     windows: SlotWindows,
     // Taken out of the address space when the board goes.
     _guards: Vec<Guard>,
@@ -103,6 +114,7 @@ impl Board {
             panic: Arc::default(),
             events: Arc::new(events),
             slots,
+            leaving: Leaving::default(),
             windows,
             _guards: Vec::new(),
         };
@@ -165,6 +177,7 @@ impl Board {
             ports: self.slots.iter().map(|slot| slot.port).collect(),
             pci: Arc::clone(&self.pci),
             events: Arc::clone(&self.events),
+            leaving: self.leaving.clone(),
         }
     }
 
@@ -177,27 +190,54 @@ impl Board {
             .unwrap_or_default()
     }
 
-    /// Brings the serial port and PCI back to their state before the guest started. Functions are
-    /// reset side by side: a host device takes a tenth of a second.
+    /// Resets all functions behind the ports side by side, as a host device takes a tenth of a second. Returns
+    /// the ports of those that failed, or did not answer in time.
     ///
     /// # Errors
-    /// A host device could not be reset, or no thread could be made.
-    pub fn reset(&mut self, layout: &Layout, sandbox: &Sandbox) -> Result<(), Error> {
+    /// No thread could be made.
+    pub fn reset_devices(&self, sandbox: &Sandbox) -> Result<Vec<PortIndex>, Error> {
+        let ports = self.pci.ports().map(|(port, ..)| port);
+        let behind = ports.flat_map(|port| {
+            let functions = self.pci.functions_behind(port).into_iter();
+            functions.map(move |(_, function)| (port, function))
+        });
+        let mut tasks = Vec::new();
+        for (port, function) in behind {
+            let space = Arc::clone(&self.space);
+            let reset = move || function.reset(&*space);
+            let task = threads::spawn(Role::Device, sandbox, reset);
+            tasks.push((port, task.map_err(Error::host("spawn a thread"))?));
+        }
+        let deadline = Instant::now() + RESET_PATIENCE;
+        let mut failed = Vec::new();
+        for (port, task) in tasks {
+            match task.join_until(deadline) {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "a device could not be reset for the guest's reboot");
+                }
+                Err(task) => task.abandon(),
+            }
+            failed.push(port);
+        }
+        Ok(failed)
+    }
+
+    /// Brings all but what is behind the ports back to its state before the guest started, and gives PCI its
+    /// addresses again.
+    ///
+    /// # Errors
+    /// A window of the plan does not hold what is behind its ports.
+    pub fn reset(&mut self, layout: &Layout) -> Result<(), Error> {
         if let Some(serial) = &self.serial {
             serial.reset();
         }
         self.events.reset();
         self.panic.reset();
-        let mut tasks = Vec::new();
-        for (_, function) in self.pci.functions() {
-            let space = Arc::clone(&self.space);
-            let reset = move || function.reset(&*space);
-            let task = threads::spawn(Role::Device, sandbox, reset);
-            tasks.push(task.map_err(Error::host("spawn a thread"))?);
-        }
-        for task in tasks {
-            let reset = task.join();
-            reset.map_err(Error::host("reset a device for the guest's reboot"))?;
+        for function in self.pci.bridges_and_ports() {
+            let reset = function.reset(&*self.space);
+            reset.map_err(Error::host("reset a root port for the guest's reboot"))?;
         }
         self.assign_pci(layout)
     }
@@ -321,7 +361,10 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
             let stdout = Outlet::of_stream(&io::stdout(), outlet::Kind::Guest);
             Box::new(stdout.map_err(Error::host("use stdout"))?)
         }
-        SerialMode::File(path) => Box::new(payload::create("serial.file", path)?),
+        SerialMode::File(path) => Box::new(BoundedFile::new(
+            payload::create("serial.file", path)?,
+            SERIAL_FILE_MOST,
+        )),
     };
     let trigger = wire(routes, layout::SERIAL_GSI)?;
     let serial = Serial::new(trigger, out).map_err(Error::host("make an eventfd"))?;

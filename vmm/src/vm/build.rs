@@ -16,7 +16,7 @@ use super::attach::{Room, Worker, Workshop};
 use super::board::Board;
 use super::dispatch::Dispatch;
 use super::domain::{Domain, RamRanges};
-use super::host_devices::{AttachedDevice, Claimed, arrange, forbidden};
+use super::host_devices::{self, AttachedDevice, Claimed, arrange, forbidden};
 use super::hotplug::Devices;
 use super::payload::OpenPayload;
 use super::populate::Populating;
@@ -88,7 +88,7 @@ impl Vm {
         board.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&home, limit(config, ports))?;
-            devices.open_slots(hot.worker(domain.as_ref(), &board, &layout, ground)?);
+            devices.open_slots(hot.worker(domain.as_ref(), config, &board, &layout, ground)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
         let populating =
@@ -149,6 +149,7 @@ impl Hot {
     fn worker(
         self,
         domain: Option<&Arc<Domain>>,
+        config: &VmConfig,
         board: &Board,
         layout: &Layout,
         ground: &Ground,
@@ -162,6 +163,7 @@ impl Hot {
             room: room(layout),
             memlock: gantry_resources::memlock_limit(&ground.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
+            declared: !config.hotplug.from.is_empty(),
             ground: ground.clone(),
         })
     }
@@ -199,14 +201,11 @@ fn side_by_side(
     let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
     let opening = claimed.open(&router, &ground.mailbox, sandbox)?;
     let entry = load()?;
-    let devices = opening
-        .into_iter()
-        .map(|task| task.join())
-        .collect::<Result<Vec<_>, _>>()?;
+    let devices = host_devices::opened(opening, || signals.check().is_ok());
     let mapped = mapping.map_or(Ok(()), Task::join);
     signals.check()?;
     mapped?;
-    Ok((devices, entry))
+    Ok((devices?, entry))
 }
 
 /// Where the VM is, now that its devices are known; where those are that may come, if it has none yet.

@@ -64,7 +64,7 @@ impl Vm {
         if self.state == VmState::Paused {
             return Err(CommandError::AlreadyPaused);
         }
-        self.vcpus.pause();
+        self.pause_vcpus()?;
         // So that the guest does not take the pause for a lock-up of its processors. A guest without
         // KVM's clock cannot be told.
         self.vcpus
@@ -86,8 +86,18 @@ impl Vm {
         Ok(Answer::Done)
     }
 
+    /// Pauses the vCPUs, or none of them.
+    fn pause_vcpus(&self) -> Result<(), CommandError> {
+        self.vcpus.pause().map_err(|stuck| {
+            if self.state == VmState::Running {
+                self.gate.open();
+            }
+            CommandError::Failed(stuck.into())
+        })
+    }
+
     fn nmi(&mut self) -> Result<Answer, CommandError> {
-        self.vcpus.pause();
+        self.pause_vcpus()?;
         let sent = self.vcpus.visit(|_, vcpu: &mut VcpuFd| vcpu.nmi());
         if self.state == VmState::Running {
             self.gate.open();

@@ -39,7 +39,7 @@ impl Dispatch {
 
     /// The guest asked to be stopped: no vCPU goes on while the control thread gets to it.
     fn halt(&self, event: Event) {
-        self.gate.close();
+        self.gate.halt();
         self.mailbox.post(event);
     }
 }

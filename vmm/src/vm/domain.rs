@@ -44,6 +44,12 @@ impl Domain {
         held.map(|(number, _)| *number).collect()
     }
 
+    /// The groups that are in it. It is not spent while somebody has one of them.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.values().filter_map(Weak::upgrade).collect()
+    }
+
     /// A group that is in it.
     pub fn group(&self, number: u32) -> Option<Arc<Group>> {
         let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);

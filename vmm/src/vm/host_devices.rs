@@ -15,17 +15,24 @@ use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
 use super::alarms::Wires;
+use super::closing::Retired;
 use super::counted::{Counted, Counts, Watched};
 use super::domain::Domain;
+use crate::command::VmEvent;
 use crate::control::{Event, Mailbox};
 use crate::error::Error;
 use crate::kvm::{Machine, VfioObserver};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
+use crate::vmm::Ground;
 
 /// After how long it is said that a vCPU has not left a device that is to be closed. It takes
 /// microseconds, unless the device does not answer.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long the kernel may take to open a device. It resets the device, which takes a tenth of a second, and some
+/// seconds where the device comes back slowly.
+const OPEN_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a VM has of the host before it is built: leases, and groups joined in one container.
 pub struct Claimed {
@@ -85,6 +92,8 @@ pub struct AttachedDevice {
     part: Part,
     pool: Option<String>,
     wires: Wires,
+    /// Why nobody may have it after this VM, if that is so.
+    unfit: Option<String>,
     hold: Hold,
 }
 
@@ -145,10 +154,14 @@ impl AttachedDevice {
         Ok(())
     }
 
-    /// Takes the device away from the guest: it neither writes to RAM nor interrupts any more, and its BARs
-    /// are free for others. It stays open.
+    /// Takes the device out of its slot: no vCPU finds it in configuration space any more. Accesses no hardware.
     pub fn unplug(&mut self) {
         self.slot = None;
+    }
+
+    /// Takes the device away from the guest: it neither writes to RAM nor interrupts any more, and its BARs
+    /// are free for others. It stays open. Waits for the hardware, and for a vCPU that is in an access to it.
+    fn retire(&self) {
         if let Err(error) = self.function.0.function().retire() {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(device = %self.part.name, error, "the device may not have stopped");
@@ -181,9 +194,24 @@ impl AttachedDevice {
         firmware::probe(function, &*self.function.0)
     }
 
-    /// Whether it could not be reset when the guest was: what it does now nobody knows.
-    pub fn reset_failed(&self) -> bool {
-        self.function.0.function().reset_failed()
+    /// Nobody may have the device after this VM, for this reason.
+    pub fn condemn(&mut self, why: &str) {
+        self.unfit = Some(why.to_owned());
+    }
+
+    /// Why nobody may have it after this VM, if that is so: a reset that failed leaves it in a state that
+    /// nobody knows.
+    fn unfit(&self) -> Option<String> {
+        let failed = self.function.0.function().reset_failed();
+        let failed = failed.then(|| "its reset failed".to_owned());
+        failed.or_else(|| self.unfit.clone())
+    }
+
+    /// Has the lease say so where nobody may have the device after this VM.
+    fn set_aside(&self) {
+        if let Some(why) = self.unfit() {
+            self.hold.set_aside(&why);
+        }
     }
 
     /// What it did so far.
@@ -195,10 +223,10 @@ impl AttachedDevice {
 impl Drop for AttachedDevice {
     fn drop(&mut self) {
         self.slot = None;
+        // Once before something may hang, and once for what it leads to.
+        self.set_aside();
         self.function.wait();
-        if self.reset_failed() {
-            self.hold.set_aside("its reset failed");
-        }
+        self.set_aside();
     }
 }
 
@@ -237,7 +265,8 @@ pub fn arrange(devices: &[Part]) -> Vec<Vec<(usize, u8)>> {
     slots
 }
 
-type OpenTask = Task<Result<AttachedDevice, Error>>;
+/// A device that is being opened.
+pub type OpenTask = Task<Result<AttachedDevice, Error>>;
 
 impl Claimed {
     /// No devices.
@@ -300,8 +329,8 @@ impl Claimed {
         })
     }
 
-    /// Joins what the opener leased and opened: in the `domain` there is, or in a new one of which KVM
-    /// hears through `observer`. Devices of a group are in the domain before they get here.
+    /// Joins what the opener leased and opened: in the `domain` there is, unless its last group has left, or in a
+    /// new one of which KVM hears through `observer`. Devices of a group are in the domain before they get here.
     ///
     /// # Errors
     /// A group is not whole or stays busy, or the kernel refused.
@@ -311,6 +340,11 @@ impl Claimed {
         observer: &Arc<VfioObserver>,
         host: &HostPaths,
     ) -> Result<Self, Error> {
+        // Devices are closed meanwhile, and with its last group a container is spent: these keep theirs until
+        // others have joined it.
+        let groups = domain.as_ref().map(|domain| domain.groups());
+        let _anchor = groups.filter(|groups| !groups.is_empty());
+        let domain = domain.filter(|_| _anchor.is_some());
         let reserved = opened.groups.iter().flat_map(|group| &group.reserved);
         let reserved = reserved.filter_map(forbidden).collect();
         let domain = match (domain, opened.container) {
@@ -321,7 +355,7 @@ impl Claimed {
             (domain, _) => domain,
         };
         let Some(domain) = domain else {
-            // A new one was asked for.
+            // One is asked for each time.
             let none = std::io::ErrorKind::InvalidData.into();
             return Err(OpenerError::Gone(none).into());
         };
@@ -394,10 +428,12 @@ impl Claimed {
         router: &Arc<dyn MsiRouter>,
         mailbox: &Arc<Mailbox>,
         sandbox: &Sandbox,
-    ) -> Result<Vec<OpenTask>, Error> {
+    ) -> Result<Vec<(DeviceName, OpenTask)>, Error> {
         let open = |taken: Taken| {
             let (router, mailbox) = (Arc::clone(router), Arc::clone(mailbox));
+            let name = taken.part.name;
             threads::spawn(Role::Device, sandbox, move || taken.open(router, mailbox))
+                .map(|task| (name, task))
                 .map_err(Error::host("spawn a thread"))
         };
         self.taken.into_iter().map(open).collect()
@@ -430,6 +466,7 @@ impl Taken {
             part: self.part,
             pool: self.pool,
             wires,
+            unfit: None,
             hold: self.hold,
         })
     }
@@ -440,14 +477,64 @@ pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
     (region.kind != ReservedKind::DirectRelaxable).then_some(region.start..=region.end)
 }
 
+/// Takes the devices of a slot away from the guest, says so by dropping `retired`, closes them, and tells of it.
+/// `forced` says whether the guest was not asked; it is `None` for devices that nobody has heard of.
+pub fn leave(
+    devices: Vec<(String, AttachedDevice)>,
+    forced: Option<bool>,
+    ground: &Ground,
+    retired: Retired,
+) {
+    for (_, device) in &devices {
+        device.set_aside();
+        device.retire();
+    }
+    drop(retired);
+    for (id, device) in &devices {
+        if let Some(why) = device.unfit() {
+            (ground.events)(VmEvent::DeviceError {
+                id: id.clone(),
+                error: format!("{why}: it goes into quarantine"),
+            });
+        }
+    }
+    let (ids, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
+    close(devices, &ground.sandbox);
+    if let Some(forced) = forced {
+        for id in ids {
+            (ground.events)(VmEvent::Detached { id, forced });
+        }
+    }
+}
+
 /// Closes devices side by side: the kernel resets each as it is closed.
-pub fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
+fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
     let closing: Vec<_> = devices
         .into_iter()
         // Without a thread the device has been dropped, hence closed, here.
         .filter_map(|device| threads::spawn(Role::Device, sandbox, move || drop(device)).ok())
         .collect();
     drop(closing);
+}
+
+/// Waits for devices that are being opened, each until the deadline or until they are unwanted. What the kernel
+/// does not come back from is left to itself: its lease ends when the kernel does.
+pub fn opened(
+    opening: Vec<(DeviceName, OpenTask)>,
+    wanted: impl Fn() -> bool,
+) -> Result<Vec<AttachedDevice>, Error> {
+    let begun = Instant::now();
+    let deadline = begun + OPEN_PATIENCE;
+    // All of them even if one fails: what is open is closed here.
+    let opened = opening.into_iter().map(|(device, task)| {
+        task.join_while(deadline, &wanted).unwrap_or_else(|task| {
+            task.abandon();
+            let seconds = begun.elapsed().as_secs();
+            Err(Error::DeviceStuck { device, seconds })
+        })
+    });
+    let opened: Vec<_> = opened.collect();
+    opened.into_iter().collect()
 }
 
 fn group_of(lease: &Lease) -> Result<u32, Error> {

@@ -4,6 +4,7 @@ mod alarms;
 mod attach;
 mod board;
 mod build;
+mod closing;
 mod commands;
 mod counted;
 mod dispatch;
@@ -40,6 +41,7 @@ use populate::Populating;
 
 pub use alarms::{Alarm, AlarmKey};
 pub use attach::Prepared;
+pub use closing::Leaving;
 pub use payload::FileError;
 
 /// Why a VM runs no more.
@@ -163,10 +165,15 @@ impl Vm {
         info_limited!("the guest reboots");
         // Devices first: one that still runs would raise interrupts in what is restored next, and write to
         // the memory of the guest that boots. That goes for those that leave, too, closed or not.
-        self.vcpus.pause();
+        self.vcpus.pause()?;
         let emptied = self.ground.mailbox.forget_guest();
+        self.gate.rearm();
         self.devices.reset(&emptied, &self.board);
-        self.board.reset(&self.layout, &self.ground.sandbox)?;
+        for port in self.board.reset_devices(&self.ground.sandbox)? {
+            self.devices.lose(port, &self.board);
+        }
+        self.devices.wait_for_leaving();
+        self.board.reset(&self.layout)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();
         self.vcpus.visit(|_, vcpu| match snapshots.next() {
@@ -198,10 +205,9 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.vcpus.stop();
         self.populating = None;
-        let devices = self.devices.give_up();
+        self.devices.give_up();
         // What was on its way when the worker ended.
         self.ground.mailbox.forget_vm();
-        host_devices::close(devices, &self.ground.sandbox);
     }
 }
 

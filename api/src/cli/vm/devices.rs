@@ -222,7 +222,15 @@ fn wait_for_driver(
             Err(error) => return Err(error.into()),
         };
         match line.event {
-            Event::AttachStep { id, seconds, .. } => *took.entry(id).or_default() += seconds,
+            Event::AttachStep {
+                id, seconds, hint, ..
+            } => {
+                // What takes less nobody has to avoid.
+                if let Some(hint) = hint.filter(|_| seconds > 0.5 && waiting.contains(&id)) {
+                    note(format_args!("{id}: {seconds:.2} s: {hint}"));
+                }
+                *took.entry(id).or_default() += seconds;
+            }
             // Of what others attach meanwhile, nothing is said.
             Event::Attached { device } if waiting.contains(&device.id) => {
                 let seconds = took.get(&device.id).copied().unwrap_or_default();

@@ -10,7 +10,9 @@ use crate::report::Failure;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The first column counts the seconds since the command began. It goes on until gantry ends, or ctrl-c.
+The first column counts the seconds since the command began. It goes on until gantry ends, or ctrl-c. \
+The last event is gantry's own end with its exit status; without that the exit status here is 1: gantry \
+was killed.
 
 Examples:
   gantry vm events web-1
@@ -28,7 +30,9 @@ pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
     let began = std::time::Instant::now();
+    let mut last = false;
     while let Some(line) = events.next(None)? {
+        last = matches!(line.event, Event::Exit { .. });
         let text = if args.json {
             serde_json::to_string(&line).map_err(Failure::host)?
         } else {
@@ -39,10 +43,12 @@ pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
             return Ok(());
         }
     }
-    let since = began.elapsed().as_secs_f64();
-    match args.json {
+    match last {
         true => Ok(()),
-        false => print(|out| writeln!(out, "{since:9.3} {} has ended", args.vm)),
+        false => Err(Failure::host(format!(
+            "the events of {} broke off: gantry was killed, or died",
+            args.vm
+        ))),
     }
 }
 
@@ -74,7 +80,9 @@ fn words(event: &Event) -> String {
     match event {
         Event::State { state: None } => "there is no VM yet".to_owned(),
         Event::State { state: Some(state) } => format!("the VM is {state}"),
-        Event::AttachStep { id, step, seconds } => {
+        Event::AttachStep {
+            id, step, seconds, ..
+        } => {
             format!("{id}: {step} took {:.1} ms", seconds * 1e3)
         }
         Event::Attached { device } => {
@@ -98,6 +106,8 @@ fn words(event: &Event) -> String {
             "the guest's kernel has panicked, and its crash kernel takes over".to_owned()
         }
         Event::GuestFault { error } => format!("the guest cannot go on: {error}"),
+        Event::Ended { reason } => format!("the VM has ended: {}", reason.replace('\n', "; ")),
+        Event::Exit { status } => format!("gantry ends with exit status {status}"),
         Event::Missed { events } => format!("{events} events came too fast to be shown"),
     }
 }

@@ -34,6 +34,9 @@ pub enum Event {
         step: String,
         /// How long it took.
         seconds: f64,
+        /// Why it took its time and how to avoid that, if that can be avoided.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
     },
     /// A device is in its slot, and the guest was told.
     Attached {
@@ -88,6 +91,17 @@ pub enum Event {
         /// Why.
         error: String,
     },
+    /// The VM has ended, and all that it had has been given back.
+    Ended {
+        /// Why, in words for people.
+        reason: String,
+    },
+    /// gantry ends: the last line of every stream. A stream that ends without it broke off, as when gantry
+    /// is killed.
+    Exit {
+        /// The exit status, as `gantry run --help` explains it.
+        status: u8,
+    },
     /// The reader was too slow: so many events are missing here.
     Missed {
         /// How many.
@@ -102,10 +116,16 @@ impl From<&command::VmEvent> for Event {
             E::State(state) => Self::State {
                 state: Some(state.into()),
             },
-            E::AttachStep { id, step, took } => Self::AttachStep {
+            E::AttachStep {
+                id,
+                step,
+                took,
+                hint,
+            } => Self::AttachStep {
                 id,
                 step: step.to_owned(),
                 seconds: took.as_secs_f64(),
+                hint: hint.map(str::to_owned),
             },
             E::Attached(device) => Self::Attached {
                 device: Device::from(&device),
@@ -119,6 +139,8 @@ impl From<&command::VmEvent> for Event {
             E::Reboot => Self::Reboot,
             E::GuestPanic { crash_kernel } => Self::GuestPanic { crash_kernel },
             E::GuestFault { error } => Self::GuestFault { error },
+            E::Ended { reason } => Self::Ended { reason },
+            E::Exit { status } => Self::Exit { status },
         }
     }
 }

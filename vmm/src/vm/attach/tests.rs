@@ -14,49 +14,31 @@ fn attach(id: &str) -> (Job, Answers) {
         wanted: Wanted::Plan("gpu".to_owned()),
     };
     let reply = move |answer| drop(sender.send(answer));
-    (Job::Attach(attach, Box::new(reply)), answers)
-}
-
-fn close() -> Job {
-    Job::Close {
-        devices: Vec::new(),
-        forced: None,
-    }
-}
-
-fn jobs(given: impl IntoIterator<Item = Job>) -> Jobs {
-    let (sender, jobs) = channel();
-    given.into_iter().for_each(|job| sender.send(job).unwrap());
-    Jobs {
-        given: jobs,
-        waiting: VecDeque::new(),
-        ending: Arc::default(),
-    }
-}
-
-fn what(job: Option<Job>) -> String {
-    match job {
-        Some(Job::Attach(attach, _)) => attach.id.unwrap(),
-        Some(Job::Close { .. }) => "close".to_owned(),
-        None => "end".to_owned(),
-    }
+    let job = Job {
+        attach,
+        reply: Box::new(reply),
+        slots: 1,
+    };
+    (job, answers)
 }
 
 #[test]
-fn closing_comes_before_opening() {
-    let [(first, _), (second, _)] = ["first", "second"].map(attach);
-    let mut jobs = jobs([first, second, close()]);
-    let order = [(); 4].map(|()| what(jobs.next()));
-    assert_eq!(order, ["close", "first", "second", "end"]);
-}
-
-#[test]
-fn a_vm_that_ends_opens_nothing_more_and_closes_everything() {
-    let [(first, answer), (second, other)] = ["first", "second"].map(attach);
-    let mut jobs = jobs([first, close(), second, close()]);
-    jobs.ending.store(true, Ordering::Release);
-    let order = [(); 3].map(|()| what(jobs.next()));
-    assert_eq!(order, ["close", "close", "end"]);
+fn a_vm_that_ends_opens_nothing_more() {
+    let [(first, _), (second, answer), (third, other)] = ["first", "second", "third"].map(attach);
+    let (sender, given) = channel();
+    let ending: Arc<AtomicBool> = Arc::default();
+    let mut jobs = Jobs {
+        given,
+        ending: Arc::clone(&ending),
+    };
+    for job in [first, second, third] {
+        sender.send(job).unwrap();
+    }
+    drop(sender);
+    let job = jobs.next().unwrap();
+    assert_eq!(job.attach.id.as_deref(), Some("first"));
+    ending.store(true, Ordering::Release);
+    assert!(jobs.next().is_none());
     for answers in [answer, other] {
         assert!(matches!(answers.try_recv(), Ok(Err(CommandError::Ending))));
     }

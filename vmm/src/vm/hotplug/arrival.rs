@@ -15,9 +15,10 @@ use crate::vm::host_devices::{AttachedDevice, Part, arrange};
 impl Devices {
     /// Begins to attach; the reply comes when the guest has been told, or it failed.
     pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
+        let free = self.free().len().saturating_sub(self.coming);
         let refused = match (&self.worker, &attach.id) {
             (None, _) => Some(CommandError::NoSlots),
-            _ if self.free().len() <= self.coming => Some(CommandError::NoFreeSlot {
+            _ if free == 0 => Some(CommandError::NoFreeSlot {
                 slots: board.slots.len(),
             }),
             (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
@@ -26,7 +27,11 @@ impl Devices {
         match (refused, &self.worker) {
             (None, Some(worker)) => {
                 self.coming += 1;
-                worker.give(Job::Attach(attach, reply));
+                worker.give(Job {
+                    attach,
+                    reply,
+                    slots: free,
+                });
             }
             (refused, _) => reply(Err(refused.unwrap_or(CommandError::NoSlots))),
         }
@@ -54,12 +59,7 @@ impl Devices {
             });
             return reply(Err(error));
         }
-        let ports: Vec<PortIndex> = self
-            .plugged
-            .iter()
-            .skip(begun)
-            .map(|new| new.row.port)
-            .collect();
+        let ports = self.ports_from(begun);
         ports.iter().for_each(|port| board.events.announce(*port));
         self.remind();
         steps.done("announce");
@@ -95,18 +95,12 @@ impl Devices {
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
         let plugged = self.plug_each(attach, &mut devices, asked, board);
         if plugged.is_err() {
-            let left = devices.into_iter().flatten();
-            let new = self.plugged.drain(begun..).map(|new| new.device);
-            let undone = new.chain(left).map(|mut device| {
+            for port in self.ports_from(begun) {
+                self.close(port, None);
+            }
+            for mut device in devices.into_iter().flatten() {
                 device.unplug();
-                (String::new(), device)
-            });
-            let devices = undone.collect();
-            if let Some(worker) = &self.worker {
-                worker.give(Job::Close {
-                    devices,
-                    forced: None,
-                });
+                self.leave(None, vec![(String::new(), device)], None);
             }
         }
         plugged

@@ -8,11 +8,13 @@ use gantry_devices::warn_limited;
 use super::Devices;
 use crate::command::{Answer, CommandError, Detach, DeviceState, VmEvent};
 use crate::vm::alarms::{Alarm, AlarmKey};
-use crate::vm::attach::Job;
 use crate::vm::board::Board;
 
 /// How long a guest may take to let go of what the host wants back.
 const HOST_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a device may take to stop, once it is taken away from a guest that is reset.
+const RETIRE_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Devices {
     /// Asks the guest to let go of a device and of the other functions in its slot.
@@ -94,28 +96,37 @@ impl Devices {
 
     /// Takes what is in a slot away from the guest, and has it closed.
     pub(super) fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
-        let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
-            .into_iter()
-            .partition(|one| one.row.port == port);
-        self.plugged = stay;
-        if gone.is_empty() {
+        if !self.close(port, Some(forced)) {
             return;
-        }
-        let mut devices = Vec::new();
-        for mut one in gone {
-            one.device.unplug();
-            devices.push((one.row.id, one.device));
         }
         board.events.empty(port, forced);
         self.show();
         if forced {
             self.remind();
         }
-        if let Some(worker) = &self.worker {
-            worker.give(Job::Close {
-                devices,
-                forced: Some(forced),
-            });
+    }
+
+    /// What is in a slot could not be reset with the guest: it is taken away, and nobody else gets it.
+    pub fn lose(&mut self, port: PortIndex, board: &Board) {
+        for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
+            one.device
+                .condemn("it could not be reset when the guest rebooted");
+            let device = one.row.id.as_str();
+            tracing::warn!(
+                device,
+                "the guest goes on without a device that could not be reset"
+            );
+        }
+        self.take_out(port, true, board);
+    }
+
+    /// Waits until devices that leave neither write to RAM nor interrupt any more, but for those that hang.
+    pub fn wait_for_leaving(&self) {
+        for device in self.closing.wait_retired(Instant::now() + RETIRE_PATIENCE) {
+            tracing::warn!(
+                device,
+                "a device that is taken away does not answer: it may still write to the guest's memory"
+            );
         }
     }
 

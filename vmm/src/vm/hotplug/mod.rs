@@ -1,13 +1,13 @@
 //! The devices of a running VM: where they are plugged in, and how they come and go.
 //!
-//! The control thread plugs in, announces and unplugs, which takes microseconds. What takes longer is
-//! the [`Worker`]'s. A slot that the guest was asked to empty stays as it is until the guest has done
+//! The control thread plugs in, announces and takes out of slots, which takes microseconds and accesses no
+//! hardware. Devices that come are the [`Worker`]'s, and those that go have threads of their own. A slot that the guest was asked to empty stays as it is until the guest has done
 //! so, is reset, or the time it was given is over.
 
 mod arrival;
 mod departure;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,8 @@ use gantry_resources::DeviceName;
 use super::alarms::{AlarmKey, Alarms, Ears};
 use super::attach::Worker;
 use super::board::Board;
-use super::host_devices::{AttachedDevice, Part, arrange};
+use super::closing::Closing;
+use super::host_devices::{self, AttachedDevice, Part, arrange};
 use crate::command::{DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::config::Asked;
 use crate::control::Mailbox;
@@ -29,6 +30,9 @@ use crate::vmm::Ground;
 /// interrupts get lost. Doubled each time.
 const FIRST_REMINDER: Duration = Duration::from_millis(50);
 const LAST_REMINDER: Duration = Duration::from_secs(5);
+
+/// How long the kernel may take to close the devices of a VM that ends. It resets each.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A device in its slot.
 struct Plugged {
@@ -51,9 +55,9 @@ struct Label {
 
 /// All devices of the host that a VM has.
 pub struct Devices {
-    // Ended before the devices that it knows nothing of are closed.
     worker: Option<Worker>,
     plugged: Vec<Plugged>,
+    closing: Closing,
     /// What has been asked for and is on its way.
     coming: usize,
     reminder: Option<(Instant, Duration)>,
@@ -61,6 +65,7 @@ pub struct Devices {
     slots: Slots,
     shown: Arc<Shown>,
     events: EventSink,
+    ground: Ground,
 }
 
 impl Devices {
@@ -82,12 +87,14 @@ impl Devices {
         let mut this = Self {
             worker: None,
             plugged: Vec::new(),
+            closing: Closing::new(&ground.sandbox, board.leaving.clone()),
             coming: 0,
             reminder: None,
             alarms: Alarms::new().map_err(Error::host("make an epoll instance"))?,
             slots: board.slots(),
             shown: Arc::clone(&ground.shown),
             events: Arc::clone(&ground.events),
+            ground: ground.clone(),
         };
         for (set, port) in arrange(&parts).into_iter().zip(ports) {
             for (index, function) in set {
@@ -138,12 +145,55 @@ impl Devices {
         self.worker = Some(worker);
     }
 
-    /// Takes all devices out of their slots, and hands them over to be closed.
-    pub fn give_up(&mut self) -> Vec<AttachedDevice> {
+    /// Takes all devices out of their slots and closes them, those too that were on their way when the worker
+    /// ended. What the kernel does not come back from in time is left behind.
+    pub fn give_up(&mut self) {
         self.worker = None;
-        let plugged = std::mem::take(&mut self.plugged);
+        for port in self.ports_from(0) {
+            self.close(port, None);
+        }
         self.show();
-        plugged.into_iter().map(|plugged| plugged.device).collect()
+        self.closing.finish(Instant::now() + CLOSE_PATIENCE);
+    }
+
+    /// The ports of all devices from the `first` in the list on.
+    fn ports_from(&self, first: usize) -> BTreeSet<PortIndex> {
+        let from = self.plugged.iter().skip(first);
+        from.map(|one| one.row.port).collect()
+    }
+
+    /// Takes what is in a slot out of it, and has it taken away from the guest and closed elsewhere. Returns
+    /// whether there was something.
+    fn close(&mut self, port: PortIndex, forced: Option<bool>) -> bool {
+        let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
+            .into_iter()
+            .partition(|one| one.row.port == port);
+        self.plugged = stay;
+        let devices = gone.into_iter().map(|mut one| {
+            one.device.unplug();
+            (one.row.id, one.device)
+        });
+        let devices: Vec<_> = devices.collect();
+        let any = !devices.is_empty();
+        if any {
+            self.leave(Some(port), devices, forced);
+        }
+        any
+    }
+
+    /// Has devices that are in no slot any more closed.
+    fn leave(
+        &mut self,
+        port: Option<PortIndex>,
+        devices: Vec<(String, AttachedDevice)>,
+        forced: Option<bool>,
+    ) {
+        let names = devices.iter().map(|(_, device)| device.name().to_string());
+        let names = names.collect::<Vec<_>>().join(", ");
+        let ground = self.ground.clone();
+        self.closing.begin(port, names, move |retired| {
+            host_devices::leave(devices, forced, &ground, retired);
+        });
     }
 
     /// What hears the alarms of the devices.
