@@ -253,7 +253,11 @@ impl Desk<'_> {
         let most = limit.most;
         if self.leases.len().saturating_add(devices(requests)) > most {
             return Err(Refusal::Denied(format!(
-                "this VM can have at most {most} devices at a time: detach one first"
+                "this VM can have at most {} at a time: detach one first",
+                match most {
+                    1 => "1 device".to_owned(),
+                    most => format!("{most} devices"),
+                }
             )));
         }
         requests

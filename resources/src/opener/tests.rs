@@ -221,7 +221,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         "{why}"
     );
     let nics = |count| Request::group("nic", count);
-    assert!(refused(&opener, nics(3)).contains("started for, 2"));
+    assert!(refused(&opener, nics(3)).contains("at most 2 devices"));
     // It started without devices, so that no group is its own.
     let why = refused(&opener, nics(1));
     assert!(why.contains("add \"nic\" to `hotplug.groups`"), "{why}");
@@ -238,7 +238,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         bdf: bdf("02:00.0"),
         allow_ungrouped: true,
     };
-    assert!(refused(&other, more).contains("started for, 1"));
+    assert!(refused(&other, more).contains("at most 1 device at a time"));
     assert_eq!(held(&host).len(), 1);
 }
 
