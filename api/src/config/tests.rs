@@ -356,7 +356,7 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""memory": {"size": 0}"#,
-        "2:20: `memory.size`: 0 bytes are too little",
+        "2:20: `memory.size`: 0 bytes is too small",
         "use 32 MiB or more",
     ),
     (
@@ -366,7 +366,7 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""memory": {"size": 18446744073709551615}"#,
-        "2:20: `memory.size`: 18446744073709551615 bytes are no multiple",
+        "2:20: `memory.size`: 18446744073709551615 bytes is not a multiple",
         "the nearest sizes are",
     ),
     (

@@ -60,7 +60,7 @@ pub enum ClientError {
         waited: Duration,
     },
     /// The connection broke, or what came over it is no answer.
-    #[error("the VM on {path} gave an answer that is not HTTP with JSON")]
+    #[error("the VM on {path} gave an answer that gantry cannot read")]
     Broken {
         /// The socket.
         path: PathBuf,

@@ -111,6 +111,9 @@ fn an_answer_without_end_is_not_read_to_its_end() {
         let Output { status, stderr, .. } = gantry(args, answer);
         let said = String::from_utf8(stderr).unwrap();
         assert_eq!(status.code(), Some(1), "{args:?}: {said}");
-        assert!(said.contains("did not answer properly"), "{args:?}: {said}");
+        assert!(
+            said.contains("gave an answer that gantry cannot read"),
+            "{args:?}: {said}"
+        );
     }
 }
