@@ -97,7 +97,7 @@ pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_uni
 pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine, shared_quarantine};
 pub use reach::{OwnFiles, own_files};
-pub use regular::{open_regular, read_regular, read_text};
+pub use regular::{open_below, open_regular, read_regular, read_text};
 pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{

@@ -8,7 +8,10 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::libc;
+use nix::sys::stat::Mode;
 
 /// Opens a regular file, or a link to one, without waiting.
 ///
@@ -25,6 +28,47 @@ pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
         .clone()
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)?;
+    must_be_regular(file.metadata()?.file_type())?;
+    Ok(file)
+}
+
+/// Opens a regular file below a folder without waiting; no link and no `..` in `path` leads out of it. The path
+/// begins with the folder, or is relative to it.
+///
+/// # Errors
+/// It is something else or elsewhere, in words, or cannot be opened.
+pub fn open_below(folder: &Path, path: &Path, flags: OFlag) -> io::Result<File> {
+    let inner = path.strip_prefix(folder).unwrap_or(path);
+    let outside = || {
+        let what = format!("it is not in {}", folder.display());
+        io::Error::new(io::ErrorKind::InvalidInput, what)
+    };
+    if inner.is_absolute() {
+        return Err(outside());
+    }
+    let mut options = OpenOptions::new();
+    options.read(true);
+    options.custom_flags(libc::O_PATH | libc::O_DIRECTORY);
+    let folder = options.open(folder)?;
+    let open = |flags: OFlag, mode| {
+        let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).mode(mode);
+        let how = how.resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        match openat2(&folder, inner, how) {
+            Ok(file) => Ok(File::from(file)),
+            Err(Errno::EXDEV) => Err(outside()),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    match open(OFlag::O_PATH, Mode::empty()) {
+        Ok(found) => must_be_regular(found.metadata()?.file_type())?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let mode = match flags.contains(OFlag::O_CREAT) {
+        true => Mode::from_bits_truncate(0o644),
+        false => Mode::empty(),
+    };
+    let file = open(flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY, mode)?;
     must_be_regular(file.metadata()?.file_type())?;
     Ok(file)
 }
@@ -76,6 +120,48 @@ mod tests {
     use nix::sys::stat::Mode;
 
     use super::*;
+
+    #[test]
+    fn nothing_outside_a_folder_is_opened_below_it() {
+        let host = tempfile::tempdir().unwrap();
+        let folder = host.path().join("kernels");
+        fs::create_dir_all(folder.join("old")).unwrap();
+        fs::write(host.path().join("secret"), "text").unwrap();
+        fs::write(folder.join("old/vmlinuz"), "text").unwrap();
+        symlink("old/vmlinuz", folder.join("vmlinuz")).unwrap();
+        symlink("../secret", folder.join("link")).unwrap();
+        symlink(host.path(), folder.join("host")).unwrap();
+        symlink("/proc/self/root", folder.join("magic")).unwrap();
+        nix::unistd::mkfifo(&folder.join("pipe"), Mode::S_IRWXU).unwrap();
+        let open = |path: &Path| open_below(&folder, path, OFlag::O_RDONLY);
+        for inside in ["vmlinuz", "old/vmlinuz", "old/../vmlinuz"] {
+            open(Path::new(inside)).unwrap();
+            open(&folder.join(inside)).unwrap();
+        }
+        let secret = host.path().join("secret");
+        let secret = secret.to_str().unwrap();
+        let magic = format!("magic{secret}");
+        for outside in [
+            "link",
+            "host/secret",
+            "../secret",
+            &magic,
+            secret,
+            "/etc/passwd",
+        ] {
+            let refused = open(Path::new(outside)).unwrap_err().to_string();
+            let expected = format!("it is not in {}", folder.display());
+            assert_eq!(refused, expected, "{outside}");
+        }
+        let refused = open(Path::new("pipe")).unwrap_err().to_string();
+        assert!(refused.contains("a named pipe"), "{refused}");
+        let make = |path| open_below(&folder, Path::new(path), OFlag::O_RDWR | OFlag::O_CREAT);
+        make("new").unwrap();
+        assert!(folder.join("new").is_file());
+        make("../new").unwrap_err();
+        make("host/new").unwrap_err();
+        assert!(!host.path().join("new").exists());
+    }
 
     #[test]
     fn only_regular_files_are_opened_and_none_is_waited_for() {

@@ -27,6 +27,17 @@ pub struct VmConfig {
     pub serial: SerialMode,
     /// Slots for devices that come while it runs.
     pub hotplug: Hotplug,
+    /// Where its files must lie; anywhere if absent.
+    pub folders: Option<Folders>,
+}
+
+/// The folders that clients may name files in. No link leads out of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folders {
+    /// Where kernels and initramfs files are.
+    pub payload: PathBuf,
+    /// Where a serial port's output may go; nowhere if absent.
+    pub output: Option<PathBuf>,
 }
 
 impl VmConfig {
@@ -111,6 +122,7 @@ impl VmConfig {
             devices: Vec::new(),
             serial: SerialMode::Off,
             hotplug: Hotplug::default(),
+            folders: None,
         }
     }
 }

@@ -26,7 +26,9 @@ mod vmm;
 
 pub use gantry_devices::outlet;
 
-pub use config::{Asked, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig};
+pub use config::{
+    Asked, Folders, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig,
+};
 pub use error::Error;
 pub use memory::let_go_of_program;
 pub use sandbox::SeccompMode;

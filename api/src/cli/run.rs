@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::iter;
+use std::path::{self, Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use crate::report::{
 };
 use gantry_vmm::command::VmEvent;
 use gantry_vmm::threads::Task;
-use gantry_vmm::{Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};
+use gantry_vmm::{Folders, Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};
 
 const HELP: &str = "\
 Examples:
@@ -28,11 +29,15 @@ Examples:
   gantry run --check vm.json
   gantry run --name web-1 - < vm.json
   gantry run --api-socket /run/gantry/web-1.sock
+  gantry run --api-socket /run/gantry/web-1.sock --api-group web \\
+      --payload-dir /srv/kernels --output-dir /srv/logs
 
 Without a file, the VM comes over the socket, by vm.create and vm.boot.
 
 While it runs, `gantry vm` controls the VM over its socket: NAME.sock in the run directory, for its owner \
-alone; with --api-group, for a group of users too. Who may connect may do all that gantry may.
+alone; with --api-group, for a group of users too. Who may connect controls the VM, and may attach to it every \
+device of the groups that it may have. Who may create a VM may have it boot any file that gantry may read, and \
+write to any, but for --payload-dir and --output-dir.
 
 A VM with one device of the group \"nvme\":
   {
@@ -74,6 +79,13 @@ pub struct RunArgs {
     /// Group of users who may use the socket too, by name or number
     #[arg(long, value_name = "GROUP")]
     api_group: Option<String>,
+    /// Folder of the kernels and initramfs files that clients may name in vm.create, and of no others.
+    /// Needed with --api-group
+    #[arg(long, value_name = "DIR", conflicts_with = "file")]
+    payload_dir: Option<PathBuf>,
+    /// Folder of the files that clients may have a serial port write to; none without it
+    #[arg(long, value_name = "DIR", requires = "payload_dir")]
+    output_dir: Option<PathBuf>,
     /// Do not listen on a socket
     #[arg(long, conflicts_with_all = ["api_socket", "api_group"])]
     no_api: bool,
@@ -118,6 +130,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         let what = "--api-socket: a socket has a path, and standard output is none";
         return Err(Failure::new(USAGE, what));
     }
+    let folders = args.folders()?;
     let config = match args.file.take() {
         Some(file) => Some(config::load(
             &Source::from(file),
@@ -127,6 +140,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
                 host: paths.clone(),
                 // Who names a socket means to attach devices over it.
                 slots: args.api_socket.as_ref().map_or(0, |_| config::SLOTS),
+                folders: None,
             },
         )?),
         None => None,
@@ -156,7 +170,13 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         events: events.sink(),
     };
     let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    let api = args.serve(&vmm, events.clone(), &name, paths)?;
+    let identity = Identity {
+        name: name.clone(),
+        allow_ungrouped: args.allow_ungrouped,
+        host: paths.clone(),
+        folders,
+    };
+    let api = args.serve(&vmm, events.clone(), identity)?;
     let outcome = vmm.run(config).map_err(Failure::host);
     if let Some(why) = outcome.as_ref().ok().and_then(ended) {
         // Where nobody reads it, there is nobody to tell.
@@ -223,14 +243,9 @@ impl Drop for Api {
 
 impl RunArgs {
     /// Serves the VM on its socket, if it is to have one.
-    fn serve(
-        self,
-        vmm: &Vmm,
-        events: Events,
-        name: &str,
-        paths: &HostPaths,
-    ) -> Result<Option<Api>, Failure> {
-        let Some(socket) = self.socket(name, paths)? else {
+    fn serve(self, vmm: &Vmm, events: Events, identity: Identity) -> Result<Option<Api>, Failure> {
+        let paths = &identity.host;
+        let Some(socket) = self.socket(&identity.name, paths)? else {
             return Ok(None);
         };
         let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));
@@ -239,11 +254,6 @@ impl RunArgs {
         let (listener, file) = parts.map_err(failed)?;
         let server = Server::new(listener, Limits::default()).map_err(failed)?;
         let stop = server.stopper();
-        let identity = Identity {
-            name: name.to_owned(),
-            allow_ungrouped: self.allow_ungrouped,
-            host: paths.clone(),
-        };
         let vm = Arc::new(vmm.handle());
         let serve = move || server.serve(vm, events, identity);
         let task = vmm.spawn_api(serve).map_err(failed)?;
@@ -275,6 +285,34 @@ impl RunArgs {
             }
             Ok(socket) => Ok(Some(socket)),
         }
+    }
+
+    /// The folders that clients are kept to who create a VM. A group of users is always kept to some: a file
+    /// that gantry reads for them, or writes, would be any file of the host.
+    fn folders(&self) -> Result<Option<Folders>, Failure> {
+        let wrong = |what: String, help: &str| Err(Failure::new(USAGE, what).help(help));
+        let Some(payload) = &self.payload_dir else {
+            return match (&self.file, &self.api_group) {
+                (None, Some(_)) => wrong(
+                    "--api-group without a VM's file needs --payload-dir".to_owned(),
+                    "name the folder of the kernels that the group may boot: `--payload-dir /boot`",
+                ),
+                _ => Ok(None),
+            };
+        };
+        for dir in iter::once(payload).chain(&self.output_dir) {
+            if !dir.is_dir() {
+                return wrong(
+                    format!("{} is not a directory", dir.display()),
+                    "name one that is there",
+                );
+            }
+        }
+        let absolute = |dir| path::absolute(dir).map_err(Failure::host);
+        Ok(Some(Folders {
+            payload: absolute(payload)?,
+            output: self.output_dir.as_ref().map(absolute).transpose()?,
+        }))
     }
 
     /// The name of a VM that is created over its socket.

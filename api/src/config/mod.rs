@@ -64,6 +64,8 @@ pub struct Extras {
     pub host: HostPaths,
     /// Slots for devices to come, where the file does not say.
     pub slots: u8,
+    /// Where the files that are named must lie; anywhere if absent.
+    pub folders: Option<gantry_vmm::Folders>,
 }
 
 /// The bytes that a size such as `512M` means.
@@ -127,6 +129,7 @@ pub fn parse(
         allow_ungrouped: extras.allow_ungrouped,
         host: &extras.host,
         slots: extras.slots,
+        folders: extras.folders.as_ref(),
     };
     compile(written.text, &context).map_err(|fault| fault.in_file(written.file, written.text))
 }

@@ -723,6 +723,55 @@ fn slots_are_there_where_they_are_asked_for() {
 }
 
 #[test]
+fn clients_that_are_kept_to_folders_name_no_file_elsewhere() {
+    let folder = Folder::new();
+    for dir in ["kernels", "logs"] {
+        std::fs::create_dir(folder.path(dir)).unwrap();
+    }
+    std::fs::write(folder.path("kernels/vmlinuz"), "x").unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", folder.path("kernels/link")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", folder.path("logs/link")).unwrap();
+    let kept = |kernel: &str, members: &str, output: Option<&str>| {
+        let extras = Extras {
+            folders: Some(gantry_vmm::Folders {
+                payload: folder.path("kernels"),
+                output: output.map(|dir| folder.path(dir)),
+            }),
+            ..Extras::default()
+        };
+        let text = format!(r#"{{"payload": {{"kernel": "{kernel}"}}{members}}}"#);
+        let written = super::Written {
+            text: &text,
+            file: "the body",
+            folder: Path::new(""),
+        };
+        super::parse(&written, "web", &extras).map_err(|error| error.to_string())
+    };
+    let log = |file: &str| format!(r#", "serial": {{"mode": "File", "file": "{file}"}}"#);
+    let vm = kept("vmlinuz", &log("new.log"), Some("logs")).unwrap();
+    assert_eq!(vm.payload.kernel, folder.path("kernels/vmlinuz"));
+    assert_eq!(vm.serial, SerialMode::File(folder.path("logs/new.log")));
+    let inside = folder.path("kernels/vmlinuz");
+    kept(inside.to_str().unwrap(), "", None).unwrap();
+    for outside in ["/etc/passwd", "link", "../vmlinux"] {
+        let said = kept(outside, "", None).unwrap_err();
+        assert!(
+            said.contains("`payload.kernel`") && said.contains("it is not in"),
+            "{said}"
+        );
+    }
+    for outside in ["/etc/passwd", "link", "../new.log"] {
+        let said = kept("vmlinuz", &log(outside), Some("logs")).unwrap_err();
+        assert!(
+            said.contains("`serial.file`") && said.contains("it is not in"),
+            "{said}"
+        );
+    }
+    let said = kept("vmlinuz", &log("new.log"), None).unwrap_err();
+    assert!(said.contains("may name no file to write to"), "{said}");
+}
+
+#[test]
 fn a_relative_path_starts_at_the_file() {
     let folder = Folder::new();
     let config = folder

@@ -4,11 +4,14 @@ mod place;
 mod planned;
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{DeviceName, Groups, HostPaths, Request, Source, Wish, open_regular};
-use gantry_vmm::{Asked, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_resources::{
+    DeviceName, Groups, HostPaths, Request, Source, Wish, open_below, open_regular,
+};
+use gantry_vmm::{Asked, Folders, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+use nix::fcntl::OFlag;
 
 use super::decode::join;
 use super::flaw;
@@ -38,6 +41,8 @@ pub struct Context<'a> {
     pub host: &'a HostPaths,
     /// Slots for devices to come, where nothing is said.
     pub slots: u8,
+    /// Where the files that are named must lie; anywhere if absent.
+    pub folders: Option<&'a Folders>,
 }
 
 /// A value that fits its type but makes no VM.
@@ -99,7 +104,7 @@ pub fn convert(
     }
     Ok(gantry_vmm::VmConfig {
         name: context.name.to_owned(),
-        payload: payload(config.payload, context.folder)?,
+        payload: payload(config.payload, context)?,
         vcpus,
         affinity,
         nodes: place::nodes(config.numa_nodes),
@@ -108,12 +113,13 @@ pub fn convert(
             None => planned::memory(plan.as_ref())?,
         },
         devices,
-        serial: serial(config.serial.unwrap_or_default(), context.folder)?,
+        serial: serial(config.serial.unwrap_or_default(), context)?,
         hotplug,
+        folders: context.folders.cloned(),
     })
 }
 
-fn payload(config: model::PayloadConfig, folder: &Path) -> Result<Payload, Invalid> {
+fn payload(config: model::PayloadConfig, context: &Context) -> Result<Payload, Invalid> {
     let cmdline = config.cmdline.unwrap_or_default();
     if cmdline.contains('\0') {
         return Err(invalid(
@@ -131,18 +137,23 @@ fn payload(config: model::PayloadConfig, folder: &Path) -> Result<Payload, Inval
         return Err(invalid("payload.cmdline", what, help));
     }
     Ok(Payload {
-        kernel: readable("payload.kernel", config.kernel, folder)?,
+        kernel: readable("payload.kernel", &config.kernel, context)?,
         initramfs: config
             .initramfs
-            .map(|file| readable("payload.initramfs", file, folder))
+            .map(|file| readable("payload.initramfs", &file, context))
             .transpose()?,
         cmdline,
     })
 }
 
 /// Opens a file once, so that a wrong path is told with the key that names it.
-fn readable(key: &str, file: PathBuf, folder: &Path) -> Result<PathBuf, Invalid> {
-    let path = folder.join(&file);
+fn readable(key: &str, file: &Path, context: &Context) -> Result<PathBuf, Invalid> {
+    if let Some(Folders { payload, .. }) = context.folders {
+        let path = payload.join(file);
+        let opened = open_below(payload, &path, OFlag::O_RDONLY);
+        return named(key, path, opened, "read", payload);
+    }
+    let path = context.folder.join(file);
     let help = if file.is_absolute() {
         "name a file that this user may read"
     } else {
@@ -156,6 +167,22 @@ fn readable(key: &str, file: PathBuf, folder: &Path) -> Result<PathBuf, Invalid>
         format!("cannot read {}: {problem}", path.display()),
         help,
     ))
+}
+
+/// A file that a client names in a folder that it is kept to.
+fn named(
+    key: &str,
+    path: PathBuf,
+    opened: io::Result<File>,
+    how: &str,
+    folder: &Path,
+) -> Result<PathBuf, Invalid> {
+    let Err(problem) = opened else {
+        return Ok(path);
+    };
+    let what = format!("cannot {how} {}: {problem}", path.display());
+    let help = format!("clients of this socket name files in {}", folder.display());
+    Err(invalid(key, what, help))
 }
 
 fn vcpus(config: &model::CpusConfig) -> Result<VcpuCount, Invalid> {
@@ -388,7 +415,21 @@ fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Inval
 }
 
 /// A file that is there must be one that can be written to; else it is made when the VM is built.
-fn serial_file(path: PathBuf) -> Result<SerialMode, Invalid> {
+fn serial_file(file: &Path, context: &Context) -> Result<SerialMode, Invalid> {
+    if let Some(Folders { output, .. }) = context.folders {
+        let Some(output) = output else {
+            let what = "clients of this socket may name no file to write to";
+            let help = "start gantry with --output-dir, or use another mode";
+            return Err(invalid("serial.file", what, help));
+        };
+        let path = output.join(file);
+        let opened = match open_below(output, &path, OFlag::O_WRONLY) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(SerialMode::File(path)),
+            opened => opened,
+        };
+        return named("serial.file", path, opened, "write to", output).map(SerialMode::File);
+    }
+    let path = context.folder.join(file);
     match open_regular(&path, File::options().write(true)) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(invalid(
             "serial.file",
@@ -399,10 +440,10 @@ fn serial_file(path: PathBuf) -> Result<SerialMode, Invalid> {
     }
 }
 
-fn serial(config: model::SerialConfig, folder: &Path) -> Result<SerialMode, Invalid> {
+fn serial(config: model::SerialConfig, context: &Context) -> Result<SerialMode, Invalid> {
     use model::SerialMode as Mode;
     match (config.mode, config.file) {
-        (Mode::File, Some(file)) => serial_file(folder.join(file)),
+        (Mode::File, Some(file)) => serial_file(&file, context),
         (Mode::File, None) => {
             let help = "add \"file\": \"PATH\" beside it";
             Err(invalid("serial.mode", "mode \"File\" needs a file", help))

@@ -129,6 +129,7 @@ impl App {
             name,
             allow_ungrouped,
             host,
+            folders,
         } = self.identity.clone();
         // Opens files, so the thread that owns the VM does it.
         let make = move || {
@@ -141,6 +142,7 @@ impl App {
                 allow_ungrouped,
                 host,
                 slots: config::SLOTS,
+                folders,
             };
             let written = Written {
                 text: &text,

@@ -67,6 +67,8 @@ pub struct Identity {
     pub allow_ungrouped: bool,
     /// Where the host keeps things.
     pub host: gantry_resources::HostPaths,
+    /// Where the files that clients name must lie; anywhere if absent.
+    pub folders: Option<gantry_vmm::Folders>,
 }
 
 /// A server that listens and does not answer yet.

@@ -285,6 +285,7 @@ pub fn serve(
         name: "fake".to_owned(),
         allow_ungrouped: false,
         host: HostPaths::under(folder.path()),
+        folders: None,
     };
     let thread = std::thread::spawn(move || {
         let _file = file;

@@ -130,7 +130,6 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
         access,
     };
     let mut rules = vec![
-        rule(&config.payload.kernel, AccessFs::ReadFile.into()),
         rule(&host.dev.join("kvm"), device),
         rule(&host.dev.join("vfio"), device | AccessFs::ReadDir),
         // Helpers' standard streams.
@@ -159,9 +158,26 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
     let locks = own.locks.iter().chain(&own.lock_files);
     rules.extend(locks.map(|path| rule(path, lock)));
     rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
-    let initramfs = config.payload.initramfs.as_deref();
-    rules.extend(initramfs.map(|path| rule(path, AccessFs::ReadFile.into())));
+    let payload: Vec<&Path> = match &config.folders {
+        Some(folders) => vec![&folders.payload],
+        None => [
+            Some(&config.payload.kernel),
+            config.payload.initramfs.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(PathBuf::as_path)
+        .collect(),
+    };
+    let payload = payload.into_iter();
+    rules.extend(payload.map(|path| rule(path, AccessFs::ReadFile.into())));
+    let output = config.folders.as_ref();
+    let output = output.and_then(|folders| folders.output.as_deref());
+    let make = write | AccessFs::ReadFile | AccessFs::MakeReg;
     match &config.serial {
+        SerialMode::File(_) if output.is_some() => {
+            rules.extend(output.map(|folder| rule(folder, make)));
+        }
         SerialMode::Off | SerialMode::Null => {}
         SerialMode::Tty => rules.push(rule(&host.proc.join("self/fd/1"), device)),
         SerialMode::File(path) if path.exists() => {
@@ -170,7 +186,7 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
         SerialMode::File(path) => {
             let folder = path.parent().filter(|folder| *folder != Path::new(""));
             let folder = folder.unwrap_or(Path::new("."));
-            rules.push(rule(folder, write | AccessFs::ReadFile | AccessFs::MakeReg));
+            rules.push(rule(folder, make));
         }
     }
     rules

@@ -90,7 +90,7 @@ impl Board {
         let routes = GsiRoutes::new(Arc::clone(machine.vm()))
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout, ports + hot)?);
-        let serial = serial_port(&config.serial, &routes)?;
+        let serial = serial_port(config, &routes)?;
         // Where devices can come, those that are there can go.
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
         let slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
@@ -353,8 +353,10 @@ fn hierarchy(layout: &Layout, ports: usize) -> Result<PciSegment, Error> {
     Ok(segment)
 }
 
-fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Serial>>, Error> {
-    let out: Box<dyn Write + Send> = match mode {
+fn serial_port(config: &VmConfig, routes: &GsiRoutes) -> Result<Option<Arc<Serial>>, Error> {
+    let below = config.folders.as_ref();
+    let below = below.and_then(|folders| folders.output.as_deref());
+    let out: Box<dyn Write + Send> = match &config.serial {
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
         SerialMode::Tty => {
@@ -362,7 +364,7 @@ fn serial_port(mode: &SerialMode, routes: &GsiRoutes) -> Result<Option<Arc<Seria
             Box::new(stdout.map_err(Error::host("use stdout"))?)
         }
         SerialMode::File(path) => Box::new(BoundedFile::new(
-            payload::create("serial.file", path)?,
+            payload::create("serial.file", path, below)?,
             SERIAL_FILE_MOST,
         )),
     };

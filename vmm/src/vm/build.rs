@@ -58,7 +58,7 @@ impl Vm {
             ..
         } = ground;
         preflight::check(config, host)?;
-        let mut payload = OpenPayload::open(&config.payload)?;
+        let mut payload = OpenPayload::open(config)?;
         let machine = Machine::new()?;
         preflight::check_vcpus(config.vcpus, machine.kvm().get_max_vcpus())?;
         let features =

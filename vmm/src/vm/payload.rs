@@ -4,11 +4,12 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::open_regular;
+use gantry_resources::{open_below, open_regular};
+use nix::fcntl::OFlag;
 
 use super::board::Board;
 use crate::boot::{self, Entry, Image, acpi};
-use crate::config::{Payload, VcpuCount};
+use crate::config::{VcpuCount, VmConfig};
 use crate::error::Error;
 use crate::layout::Layout;
 
@@ -39,7 +40,7 @@ pub enum FileError {
     },
 }
 
-/// The open files of a [`Payload`].
+/// The open files of a [`Payload`](crate::config::Payload).
 pub struct OpenPayload {
     kernel: (PathBuf, File),
     initramfs: Option<(PathBuf, File)>,
@@ -51,12 +52,15 @@ impl OpenPayload {
     ///
     /// # Errors
     /// One is missing, not permitted, or no regular file.
-    pub fn open(payload: &Payload) -> Result<Self, FileError> {
+    pub fn open(config: &VmConfig) -> Result<Self, FileError> {
+        let payload = &config.payload;
+        let below = config.folders.as_ref();
+        let below = below.map(|folders| folders.payload.as_path());
         let initramfs = payload.initramfs.as_deref();
         Ok(Self {
-            kernel: open("payload.kernel", &payload.kernel)?,
+            kernel: open("payload.kernel", &payload.kernel, below)?,
             initramfs: initramfs
-                .map(|path| open("payload.initramfs", path))
+                .map(|path| open("payload.initramfs", path, below))
                 .transpose()?,
             cmdline: payload.cmdline.clone(),
         })
@@ -102,13 +106,21 @@ fn image((path, file): &mut (PathBuf, File)) -> Image<'_> {
     Image { path, file }
 }
 
-fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
+fn open(
+    key: &'static str,
+    path: &Path,
+    below: Option<&Path>,
+) -> Result<(PathBuf, File), FileError> {
     let failed = |source| FileError::Open {
         key,
         path: path.to_owned(),
         source,
     };
-    let file = open_regular(path, File::options().read(true)).map_err(failed)?;
+    let file = match below {
+        Some(folder) => open_below(folder, path, OFlag::O_RDONLY),
+        None => open_regular(path, File::options().read(true)),
+    };
+    let file = file.map_err(failed)?;
     Ok((path.to_owned(), file))
 }
 
@@ -117,11 +129,14 @@ fn open(key: &'static str, path: &Path) -> Result<(PathBuf, File), FileError> {
 ///
 /// # Errors
 /// It is there and no regular file, or another VM's, or cannot be made.
-pub fn create(key: &'static str, path: &Path) -> Result<File, FileError> {
+pub fn create(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
     let path = path.to_owned();
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);
-    let opened = open_regular(&path, &options);
+    let opened = match below {
+        Some(folder) => open_below(folder, &path, OFlag::O_RDWR | OFlag::O_CREAT),
+        None => open_regular(&path, &options),
+    };
     let emptied = opened.and_then(|file| match file.try_lock() {
         Err(TryLockError::WouldBlock) => Ok(None),
         // Some file systems know no locks.
@@ -149,29 +164,29 @@ mod tests {
         let pipe = folder.path().join("pipe");
         nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
         for path in [folder.path(), &pipe] {
-            let refused = create("serial.file", path).unwrap_err();
+            let refused = create("serial.file", path, None).unwrap_err();
             assert!(
                 refused.to_string().starts_with("serial.file: "),
                 "{refused}"
             );
             let why = refused.source().unwrap().to_string();
             assert!(why.ends_with("not a regular file"), "{why}");
-            let refused = open("payload.kernel", path).unwrap_err();
+            let refused = open("payload.kernel", path, None).unwrap_err();
             let why = refused.source().unwrap().to_string();
             assert!(why.ends_with("not a regular file"), "{why}");
         }
         let log = folder.path().join("log");
         fs::write(&log, "old").unwrap();
-        let first = create("serial.file", &log).unwrap();
+        let first = create("serial.file", &log, None).unwrap();
         assert_eq!(fs::read(&log).unwrap(), b"");
         fs::write(&log, "of the first").unwrap();
-        let second = create("serial.file", &log).unwrap_err().to_string();
+        let second = create("serial.file", &log, None).unwrap_err().to_string();
         assert!(second.contains("another VM writes to"), "{second}");
         assert_eq!(fs::read(&log).unwrap(), b"of the first");
         drop(first);
-        create("serial.file", &log).unwrap();
+        create("serial.file", &log, None).unwrap();
         assert_eq!(fs::read(&log).unwrap(), b"");
-        let missing = create("serial.file", &folder.path().join("no/log"));
+        let missing = create("serial.file", &folder.path().join("no/log"), None);
         assert!(matches!(missing, Err(FileError::Open { .. })));
     }
 }

@@ -56,7 +56,7 @@ proptest! {
     fn no_json_is_too_much(json in anything(), pretty: bool) {
         let text = if pretty { format!("{json:#}") } else { json.to_string() };
         let folder = Path::new("/nonexistent");
-        let context = Context { name: "vm", folder, allow_ungrouped: false, host: &HostPaths::default(), slots: 0 };
+        let context = Context { name: "vm", folder, allow_ungrouped: false, host: &HostPaths::default(), slots: 0, folders: None };
         // The folder does not exist, so neither does a kernel: there is always a fault.
         let fault = compile(&text, &context).unwrap_err();
         prop_assert!(fault.at < text.len(), "{} in {text}", fault.at);
@@ -66,7 +66,7 @@ proptest! {
 
     #[test]
     fn no_text_is_too_much(text in ".{0,40}") {
-        let context = Context { name: "vm", folder: Path::new("/"), allow_ungrouped: false, host: &HostPaths::default(), slots: 0 };
+        let context = Context { name: "vm", folder: Path::new("/"), allow_ungrouped: false, host: &HostPaths::default(), slots: 0, folders: None };
         let fault = compile(&text, &context).unwrap_err();
         prop_assert!(fault.at <= text.len() && !fault.what.is_empty());
     }
