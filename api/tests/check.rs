@@ -39,6 +39,7 @@ impl Host {
                 "sys/bus/pci/devices/0000:01:00.0/modalias",
                 "pci:v00001B36d00000010sv00000000sd00000000bc01sc08i02",
             ),
+            ("sys/bus/pci/devices/0000:01:00.0/reset_method", "flr"),
         ] {
             host.put(path, text);
         }

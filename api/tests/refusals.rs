@@ -26,6 +26,7 @@ impl Host {
             }
             let modalias = "pci:v00001B36d00000010sv00000000sd00000000bc01sc08i02\n";
             fs::write(dir.join("modalias"), modalias).unwrap();
+            fs::write(dir.join("reset_method"), "flr\n").unwrap();
             symlink(drivers, dir.join("driver")).unwrap();
             symlink(group, dir.join("iommu_group")).unwrap();
         }

@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::bind::BindError;
 use crate::demand::Binder;
-use crate::group::{GroupError, Groups};
+use crate::group::{GroupError, Groups, NO_USB};
 use crate::guard::{Guarded, host_uses};
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
@@ -57,6 +57,12 @@ pub enum AllocateError {
         /// All names.
         known: Vec<String>,
     },
+    /// The devices of a group cannot be passed yet.
+    #[error("group \"{name}\": {NO_USB}")]
+    Usb {
+        /// The group.
+        name: String,
+    },
     /// There is no such alias.
     #[error("there is no alias \"{name}\", nor a group of that name{}", others(.near, .known))]
     UnknownAlias {
@@ -94,7 +100,7 @@ pub enum AllocateError {
     },
     /// A device asked for by its address is not free.
     #[error("{0}")]
-    Unavailable(Blocked),
+    Unavailable(Box<Blocked>),
     /// A device is asked for twice.
     #[error("{bdf} is asked for twice: name it once")]
     AskedTwice {
@@ -146,6 +152,7 @@ impl AllocateError {
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::UnknownGroup { .. }
+            | Self::Usb { .. }
             | Self::UnknownAlias { .. }
             | Self::RefusedAlias { .. }
             | Self::NoFit(_)
@@ -228,7 +235,7 @@ pub(crate) fn allocate_with(
         let look = Look::at(paths)?.beside(own);
         let lacks = match choose(look.view(), requests, placement) {
             Err(AllocateError::NoFit(fit)) => Lacks::of(&look, &fit),
-            Err(AllocateError::Unavailable(blocked)) => Lacks::devices(&look, &[blocked]),
+            Err(AllocateError::Unavailable(blocked)) => Lacks::devices(&look, &[*blocked]),
             _ => Lacks::default(),
         };
         // What killed VMs had made for them is in the way of making more.
@@ -368,6 +375,20 @@ fn guarded(
     host_uses(paths, &leaving).map_err(|error| AllocateError::Bind(BindError::Guard(error)))
 }
 
+/// Of chosen devices those that are for one use. The first function of a card stands for the others.
+fn for_one_use<'a>(groups: &Groups, chosen: &[&'a HostDevice]) -> Vec<&'a HostDevice> {
+    let first = |device: &HostDevice| {
+        let lead = device.lead.as_ref();
+        !lead.is_some_and(|lead| chosen.iter().any(|one| one.bdf == lead.bdf))
+    };
+    let once = |device: &HostDevice| groups.tags(device).one_time_use && first(device);
+    chosen
+        .iter()
+        .copied()
+        .filter(|device| once(device))
+        .collect()
+}
+
 /// Writes down the use of devices that are for one use, before they are used.
 fn use_once(
     paths: &HostPaths,
@@ -376,10 +397,8 @@ fn use_once(
     holder: &Holder,
 ) -> Result<(), AllocateError> {
     let reason = reason_of_use(holder);
-    for device in chosen {
-        let once = groups.tags(device).one_time_use;
-        let written = once.then(|| quarantine(paths, device, &reason, Until::Released));
-        if let Some(Err(error)) = written {
+    for device in for_one_use(groups, chosen) {
+        if let Err(error) = quarantine(paths, device, &reason, Until::Released) {
             unused(paths, groups, chosen, holder);
             return Err(error.into());
         }
@@ -393,10 +412,7 @@ fn reason_of_use(holder: &Holder) -> String {
 
 /// Takes back what [`use_once`] wrote, and not what was written over it: a device that hung meanwhile.
 fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice], holder: &Holder) {
-    let once = chosen
-        .iter()
-        .filter(|device| groups.tags(device).one_time_use);
-    for device in once {
+    for device in for_one_use(groups, chosen) {
         if let Err(error) = forget_reason(paths, device.bdf, &reason_of_use(holder)) {
             tracing::error!("{} stays in quarantine: {error}", device.bdf);
         }
@@ -437,10 +453,11 @@ fn lock(
     for &device in chosen {
         let bdf = device.bdf;
         let Some(group) = device.iommu_group else {
-            return Err(AllocateError::Unavailable(Blocked {
+            let obstacle = Obstacle::NoIommuGroup;
+            return Err(AllocateError::Unavailable(Box::new(Blocked {
                 bdf,
-                obstacle: Obstacle::NoIommuGroup,
-            }));
+                obstacle,
+            })));
         };
         let locks = match groups.get(&group) {
             Some(locks) => locks.clone(),
@@ -478,7 +495,9 @@ fn lock_one(
         }
         let lease = holder(paths, bdf);
         if !is_passing(paths, bdf, lease.record()) || Instant::now() >= deadline {
-            return Err(AllocateError::Unavailable(Blocked::leased(bdf, &lease)));
+            return Err(AllocateError::Unavailable(Box::new(Blocked::leased(
+                bdf, &lease,
+            ))));
         }
         std::thread::sleep(Duration::from_millis(10));
     }

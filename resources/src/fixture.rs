@@ -32,6 +32,8 @@ pub(crate) struct Fake {
     pub(crate) driver: Option<String>,
     pub(crate) group: Option<u32>,
     pub(crate) attributes: Vec<(String, String)>,
+    /// Whether it has MSI-X beside MSI and INTx.
+    pub(crate) msix: bool,
 }
 
 impl Fake {
@@ -44,6 +46,14 @@ impl Fake {
             driver: Some("vfio-pci".to_owned()),
             group: Some(group),
             attributes: Vec::new(),
+            msix: true,
+        }
+    }
+
+    pub(crate) fn without_msix(self) -> Self {
+        Self {
+            msix: false,
+            ..self
         }
     }
 
@@ -77,6 +87,17 @@ impl Fake {
         self.attributes.push((name.to_owned(), content.to_owned()));
         self
     }
+}
+
+/// A configuration space with an interrupt pin, MSI, and MSI-X or not.
+fn config(msix: bool) -> [u8; 256] {
+    let mut config = [0; 256];
+    config[0x06] = 1 << 4;
+    config[0x34] = 0x40;
+    config[0x3d] = 1;
+    config[0x40..0x42].copy_from_slice(&[0x05, if msix { 0x50 } else { 0 }]);
+    config[0x50] = 0x11;
+    config
 }
 
 /// What the kernel says of a device in one line.
@@ -126,6 +147,8 @@ impl FakeHost {
             "modalias",
             modalias(device.id, (0x1af4, 0x1100), device.class),
         );
+        put("reset_method", "flr bus".to_owned());
+        fs::write(dir.join("config"), config(device.msix)).unwrap();
         put("revision", "0x02".to_owned());
         put("numa_node", "-1".to_owned());
         put("driver_override", "(null)".to_owned());

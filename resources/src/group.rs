@@ -70,6 +70,11 @@ impl GroupType {
     }
 }
 
+/// Why no VM is given a device of a group of type "usb".
+pub const NO_USB: &str = "USB passthrough is not supported yet: no VM can be given devices of a group of type \"usb\". \
+    A whole USB controller, which is a PCI device, can be passed: `gantry device list --type usb` shows which \
+    device is behind which";
+
 /// When a group's devices leave their host drivers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -152,8 +157,15 @@ impl ResourceGroup {
         }
     }
 
-    /// Whether the group's type and one of its rules take a device. Bridges belong to the host.
+    /// Whether the group's type and one of its rules take a device, or the first function of its card: a card
+    /// comes as a whole. Bridges belong to the host.
     pub fn matches(&self, device: &HostDevice) -> bool {
+        let lead = device.lead.as_deref();
+        self.takes(device) || lead.is_some_and(|lead| self.takes(lead))
+    }
+
+    /// Whether the group's type and one of its rules take this function itself.
+    fn takes(&self, device: &HostDevice) -> bool {
         !device.is_bridge()
             && self.kind.admits(device)
             && (self.makes(device) || self.rules.iter().any(|rule| rule.matches(device)))
@@ -350,10 +362,12 @@ impl Groups {
         }
     }
 
-    /// The group that a device belongs to: the first one, in the order of definition, that matches it.
+    /// The group that a device belongs to: the first one, in the order of definition, that matches the first
+    /// function of its card, so that all functions go together; if there is none, the first that matches it.
     pub fn group_of(&self, device: &HostDevice) -> Option<&ResourceGroup> {
-        let mut groups = self.groups.iter();
-        groups.find(|group| group.matches(device) && self.tenant_of(device).is_none())
+        let first = |wanted: &HostDevice| self.groups.iter().find(|group| group.takes(wanted));
+        let owner = first(device.first_function()).or_else(|| first(device));
+        owner.filter(|_| self.tenant_of(device).is_none())
     }
 
     /// The group that a USB device belongs to: the first one of their type that matches it.
@@ -417,7 +431,8 @@ impl Groups {
     }
 
     fn spec_of(&self, device: &HostDevice) -> Option<&DeviceSpec> {
-        self.specs.iter().find(|spec| spec.matches(device))
+        let first = |wanted: &HostDevice| self.specs.iter().find(|spec| spec.matches(wanted));
+        first(device.first_function()).or_else(|| first(device))
     }
 
     /// What a device is said to be and do, by its group and the first device spec that takes it.
@@ -448,13 +463,10 @@ impl Groups {
     /// The devices that more than one group matches.
     pub fn overlaps(&self, devices: &[HostDevice]) -> Vec<Overlap> {
         let overlap = |device: &HostDevice| {
-            let mut names = self
-                .groups
-                .iter()
-                .filter(|group| group.matches(device))
-                .map(|group| group.name.clone());
-            let owner = names.next()?;
-            let others: Vec<String> = names.collect();
+            let owner = self.group_of(device)?.name.clone();
+            let matching = self.groups.iter().filter(|group| group.takes(device));
+            let names = matching.map(|group| group.name.clone());
+            let others: Vec<String> = names.filter(|name| *name != owner).collect();
             (!others.is_empty()).then_some(Overlap {
                 bdf: device.bdf,
                 owner,

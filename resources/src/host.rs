@@ -179,6 +179,11 @@ impl HostBdf {
         }
     }
 
+    /// Whether two functions have domain, bus and device number in common.
+    pub fn is_in_slot_of(self, other: Self) -> bool {
+        (self.domain, self.bus, self.device) == (other.domain, other.bus, other.device)
+    }
+
     /// PCI domain (segment).
     pub fn domain(self) -> u32 {
         self.domain

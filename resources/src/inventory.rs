@@ -6,12 +6,14 @@ mod source;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Serialize;
 use thiserror::Error;
 
 use crate::host::{HostBdf, HostPaths};
 use crate::ids::{PciClass, PciId};
+use crate::interrupts::Interrupts;
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus};
 use crate::vgpu::VendorVgpu;
 pub use nvme::{Namespace, Nvme};
@@ -75,6 +77,16 @@ pub struct HostDevice {
     /// PCIe device serial number (PCIe 7.9.3), eight pairs of hex digits: `00-1b-21-ff-ff-aa-bb-cc`.
     /// Only root can read it.
     pub dsn: Option<String>,
+    /// The interrupts that it has, if they are known: only root can read them.
+    pub interrupts: Option<Interrupts>,
+    /// How the kernel can reset it (`reset_method`): "flr", "bus", ...; empty if in no way.
+    pub reset_methods: Vec<String>,
+    /// Whether its bus is a root bus, which is never reset as a whole.
+    #[serde(skip)]
+    pub on_root_bus: bool,
+    /// The first function of its card, if it is another function of that card.
+    #[serde(skip)]
+    pub lead: Option<Arc<HostDevice>>,
     /// The firmware's console display.
     pub boot_vga: bool,
     /// Types of mediated devices that it can make (`mdev_supported_types`).
@@ -180,9 +192,10 @@ impl HostDevice {
     /// Reads one device.
     pub fn read(paths: &HostPaths, bdf: HostBdf) -> Result<Self, InventoryError> {
         let source = Source::open(paths, Detail::Full)?;
-        source
-            .read(bdf, &[])?
-            .ok_or(InventoryError::NoSuchDevice { bdf })
+        let device = source.read(bdf, &[])?;
+        let mut device = device.ok_or(InventoryError::NoSuchDevice { bdf })?;
+        device.lead = source.read_lead(&device)?.map(Arc::new);
+        Ok(device)
     }
 
     /// Who has the device: a VM, a driver of the host, vfio-pci, nobody.
@@ -196,13 +209,19 @@ impl HostDevice {
             LeaseStatus::Unrecorded | LeaseStatus::Unreadable { .. } => {
                 DeviceState::Assigned { vm: None }
             }
-            _ if self.quarantine.is_some() => DeviceState::Quarantined {
-                reason: self.quarantine.clone().unwrap_or_default(),
+            _ if self.kept_out().is_some() => DeviceState::Quarantined {
+                reason: self.kept_out().unwrap_or_default().to_owned(),
             },
             _ if self.on_vfio() => DeviceState::Detached,
             _ if self.driver.is_some() => DeviceState::Attached,
             _ => DeviceState::Unbound,
         }
+    }
+
+    /// Why it, or its card, is in quarantine.
+    pub(crate) fn kept_out(&self) -> Option<&str> {
+        let card = self.first_function().quarantine.as_deref();
+        self.quarantine.as_deref().or(card)
     }
 
     /// Vendor's name in pci.ids.
@@ -233,6 +252,24 @@ impl HostDevice {
     /// A bridge that belongs to the host: never in a group, never detached, never assigned.
     pub fn is_bridge(&self) -> bool {
         self.class.is_bridge()
+    }
+
+    /// Whether it can be one of several functions of a card: virtual functions are devices of their own.
+    pub(crate) fn may_share_card(&self) -> bool {
+        self.physfn.is_none() && !self.is_bridge()
+    }
+
+    /// Whether two functions are of one card: they have one slot and one IOMMU group.
+    pub(crate) fn shares_card(&self, other: &Self) -> bool {
+        self.may_share_card()
+            && other.may_share_card()
+            && self.bdf.is_in_slot_of(other.bdf)
+            && self.iommu_group == other.iommu_group
+    }
+
+    /// The first function of its card, which may be itself.
+    pub fn first_function(&self) -> &Self {
+        self.lead.as_deref().unwrap_or(self)
     }
 
     /// Whether VFIO lets other devices of this one's IOMMU group be assigned: the kernel asks that no

@@ -26,6 +26,7 @@ use file::content;
 pub(crate) use file::{LockFile, create, is_locked, open, status, status_of, try_lock, unlock};
 pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_ending, is_passing, under_lock};
 
+use crate::card::Terms;
 use crate::demand::Watch;
 use crate::host::{HostBdf, HostPaths};
 use crate::inventory::HostDevice;
@@ -192,6 +193,7 @@ pub struct Lease {
     watch: Option<Arc<Watch>>,
     /// What it is opened with.
     token: Option<Uuid>,
+    terms: Terms,
 }
 
 /// What is leased.
@@ -219,7 +221,19 @@ impl Lease {
             group,
             watch: None,
             token: None,
+            terms: Terms::default(),
         }
+    }
+
+    /// The lease on a device that is given on these terms.
+    pub(crate) fn on_terms(mut self, terms: Terms) -> Self {
+        self.terms = terms;
+        self
+    }
+
+    /// On which terms the device is given.
+    pub fn terms(&self) -> Terms {
+        self.terms
     }
 
     /// The lease on a function of a card that others have functions of.

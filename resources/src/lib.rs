@@ -13,6 +13,7 @@
 mod allocate;
 mod atomic;
 mod bind;
+mod card;
 mod check;
 mod config;
 mod demand;
@@ -25,6 +26,7 @@ mod guard;
 mod helpers;
 mod host;
 mod ids;
+mod interrupts;
 mod inventory;
 mod lease;
 mod maintenance;
@@ -59,6 +61,7 @@ mod writer;
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
 pub use atomic::make_dir;
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
+pub use card::{Allow, Card, Terms, cards, is_reset, lacks};
 pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
 };
@@ -66,13 +69,14 @@ pub use config::ConfigError;
 pub use config::place::Place;
 pub use demand::{reap, restore_helper};
 pub use group::{
-    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, Overlap,
-    ResourceGroup, change_aliases, change_device_specs,
+    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, NO_USB,
+    Overlap, ResourceGroup, change_aliases, change_device_specs,
 };
 pub use guard::{Guarded, HostUse, OnBlock, Via, host_uses};
 pub use helpers::reap_helpers;
 pub use host::{BdfError, HostBdf, HostPaths};
 pub use ids::{PciClass, PciId};
+pub use interrupts::Interrupts;
 pub use inventory::{
     DeviceState, HostDevice, InventoryError, Namespace, NodeAccess, Nvme, Sriov, scan,
 };
@@ -98,7 +102,9 @@ pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delet
 pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine, shared_quarantine};
 pub use reach::{OwnFiles, own_files};
 pub use regular::{open_below, open_regular, read_regular, read_text};
-pub use request::{DeviceEntry, Placement, Request, RequestError, Requests, Source, Wish, aliases};
+pub use request::{
+    DeviceEntry, InterruptNeed, Placement, Request, RequestError, Requests, Source, Wish, aliases,
+};
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use rule::{
     ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,

@@ -204,6 +204,12 @@ impl Alias {
         }
     }
 
+    /// The function by whose ids a device is meant: the first one of its card, or itself.
+    pub(crate) fn meant<'d>(&self, device: &'d HostDevice) -> Option<&'d HostDevice> {
+        let mut functions = [device.first_function(), device].into_iter();
+        functions.find(|function| self.has_ids(function))
+    }
+
     /// Whether a device has the ids asked for.
     pub fn has_ids(&self, device: &HostDevice) -> bool {
         self.vendor_id.is_none_or(|id| id.is(device.id.vendor))

@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::ids::PciId;
+use crate::interrupts::Interrupts;
 use crate::inventory::{HostDevice, NodeAccess};
 use crate::lease::{InTheWay, LeaseRecord, LeaseStatus};
 use crate::nova::DeviceType;
@@ -150,6 +151,13 @@ pub enum Obstacle {
         /// The virtual function.
         vf: HostBdf,
     },
+    /// It has no MSI-X, and its entry does not say that it may work without interrupts.
+    NoMsix {
+        /// What it has.
+        has: Interrupts,
+    },
+    /// Nothing resets it between two VMs, and its entry does not allow that.
+    NoReset,
     /// Another device asked for with it is of the same physical function.
     SamePf {
         /// The physical function.
@@ -252,8 +260,9 @@ impl<'a> Pool<'a> {
         if let Some(leased) = Obstacle::of_lease(&device.lease) {
             return Some(leased);
         }
-        if let Some(why) = &device.quarantine {
-            return Some(Obstacle::Quarantined { why: why.clone() });
+        if let Some(why) = device.kept_out() {
+            let why = why.to_owned();
+            return Some(Obstacle::Quarantined { why });
         }
         match &device.driver {
             Some(driver) if !device.on_vfio() => {

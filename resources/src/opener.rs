@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::card::Terms;
 use crate::group::Groups;
 use crate::helpers;
 use crate::host::HostPaths;
@@ -96,6 +97,8 @@ pub struct OpenedDevice {
     pub token: Option<Uuid>,
     /// The resource group that it is in.
     pub pool: Option<String>,
+    /// On which terms it is given.
+    pub terms: Terms,
     /// Dropping it gives the lease back.
     pub lease: HeldLease,
 }
@@ -369,6 +372,7 @@ impl Opener {
             virtual_function: device.virtual_function,
             token: device.token,
             pool: device.pool,
+            terms: device.terms,
             lease,
         })
     }

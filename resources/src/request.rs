@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::card::Allow;
 use crate::config::{self, ConfigError};
 use crate::host::{BdfError, HostBdf};
 use crate::name::DeviceName;
@@ -24,6 +25,8 @@ pub enum Request {
         bdf: HostBdf,
         /// Take it even if it is in no group.
         allow_ungrouped: bool,
+        /// What it may lack.
+        allow: Allow,
     },
     /// This mediated device, which is there already, and stays.
     Mdev {
@@ -31,6 +34,8 @@ pub enum Request {
         uuid: Uuid,
         /// Take it even if it is in no group.
         allow_ungrouped: bool,
+        /// What it may lack.
+        allow: Allow,
     },
 }
 
@@ -59,6 +64,8 @@ pub struct Wish {
     pub resource_class: Option<String>,
     /// No two of them may share a physical function.
     pub isolate: bool,
+    /// What each may lack.
+    pub allow: Allow,
 }
 
 /// On which of the host's NUMA nodes a VM's processors and memory are.
@@ -101,6 +108,7 @@ impl Wish {
             traits: Traits::default(),
             resource_class: None,
             isolate: false,
+            allow: Allow::default(),
         }
     }
 }
@@ -108,30 +116,57 @@ impl Wish {
 impl Request {
     /// The device at a path of sysfs, or with an address or identifier.
     pub fn exact(path: &Path, allow_ungrouped: bool) -> Result<Self, BdfError> {
+        let allow = Allow::default();
         Ok(match DeviceName::from_sysfs_path(path)? {
             DeviceName::Pci(bdf) => Self::Device {
                 bdf,
                 allow_ungrouped,
+                allow,
             },
             DeviceName::Mdev(uuid) => Self::Mdev {
                 uuid,
                 allow_ungrouped,
+                allow,
             },
         })
     }
 
     /// The same, where devices in no group are allowed or not.
-    pub fn with_ungrouped(self, allow_ungrouped: bool) -> Self {
+    pub fn with_ungrouped(mut self, allowed: bool) -> Self {
+        match &mut self {
+            Self::Device {
+                allow_ungrouped, ..
+            }
+            | Self::Mdev {
+                allow_ungrouped, ..
+            } => *allow_ungrouped = allowed,
+            Self::Any(_) => {}
+        }
+        self
+    }
+
+    /// The same for devices that may lack something.
+    pub fn allowing(mut self, what: Allow) -> Self {
+        let (Self::Any(Wish { allow, .. }) | Self::Device { allow, .. } | Self::Mdev { allow, .. }) =
+            &mut self;
+        *allow = what;
+        self
+    }
+
+    /// How many devices it asks for: a card is one.
+    pub fn count(&self) -> u32 {
         match self {
-            Self::Device { bdf, .. } => Self::Device {
-                bdf,
-                allow_ungrouped,
-            },
-            Self::Mdev { uuid, .. } => Self::Mdev {
-                uuid,
-                allow_ungrouped,
-            },
-            any @ Self::Any(_) => any,
+            Self::Any(wish) => wish.count,
+            Self::Device { .. } | Self::Mdev { .. } => 1,
+        }
+    }
+
+    /// What each of its devices may lack.
+    pub fn allow(&self) -> Allow {
+        match self {
+            Self::Any(Wish { allow, .. })
+            | Self::Device { allow, .. }
+            | Self::Mdev { allow, .. } => *allow,
         }
     }
 
@@ -228,6 +263,26 @@ pub struct Requests {
     pub plan: Option<String>,
 }
 
+/// The interrupts that a device needs in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum InterruptNeed {
+    /// MSI-X, the only kind that gantry delivers yet; a device without is refused.
+    Msix,
+    /// None: a device without MSI-X is passed all the same, and has no interrupts.
+    None,
+}
+
+impl Allow {
+    /// What an entry's keys `interrupts` and `allow_no_reset` allow.
+    pub fn of(interrupts: Option<InterruptNeed>, no_reset: Option<bool>) -> Self {
+        Self {
+            no_msix: interrupts == Some(InterruptNeed::None),
+            no_reset: no_reset == Some(true),
+        }
+    }
+}
+
 /// Devices of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -257,6 +312,12 @@ pub struct DeviceEntry {
     /// No two of them may share a physical function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
+    /// "none": devices without MSI-X are taken too, and have no interrupts in the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interrupts: Option<InterruptNeed>,
+    /// Devices that nothing resets between two VMs are taken too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_no_reset: Option<bool>,
 }
 
 impl Requests {
@@ -301,6 +362,7 @@ impl DeviceEntry {
                 traits: self.traits.clone().unwrap_or_default(),
                 resource_class: self.resource_class.clone(),
                 isolate: self.isolate.unwrap_or(false),
+                allow: Allow::of(self.interrupts, self.allow_no_reset),
             })),
         }
     }
@@ -313,12 +375,17 @@ impl DeviceEntry {
     ) -> Result<Request, RequestError> {
         let alone = Self {
             path: self.path.clone(),
+            interrupts: self.interrupts,
+            allow_no_reset: self.allow_no_reset,
             ..Self::default()
         };
+        let allow = Allow::of(self.interrupts, self.allow_no_reset);
         if *self != alone {
             return Err(RequestError::PathAlone(index));
         }
-        Request::exact(path.as_ref(), allow_ungrouped).map_err(|_| RequestError::Path {
+        let request = Request::exact(path.as_ref(), allow_ungrouped);
+        let request = request.map(|request| request.allowing(allow));
+        request.map_err(|_| RequestError::Path {
             index,
             path: path.to_owned(),
         })
@@ -375,10 +442,16 @@ mod tests {
             (2, true, Some(NumaPolicy::Socket))
         );
         for path in ["01:00.0", "/sys/bus/pci/devices/0000:01:00.0"] {
-            assert!(matches!(
-                read(json!({"path": path})),
-                Ok(Request::Device { .. })
-            ));
+            let allows = json!({"path": path, "interrupts": "none", "allow_no_reset": true});
+            let allow = Allow {
+                no_msix: true,
+                no_reset: true,
+            };
+            for (value, allowed) in [(json!({"path": path}), Allow::default()), (allows, allow)] {
+                let request = read(value).unwrap();
+                assert!(matches!(request, Request::Device { .. }));
+                assert_eq!(request.allow(), allowed);
+            }
         }
         for (value, said) in [
             (json!({}), "devices[3] needs exactly one"),

@@ -100,6 +100,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The device cannot interrupt a guest, and nobody has said that it need not.
+    #[error(
+        "{device} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
+         \"none\" to the device's entry to use it without interrupts"
+    )]
+    NoMsix {
+        /// What VFIO knows the device by.
+        device: String,
+        /// The interrupts that it has.
+        has: &'static str,
+    },
     /// The device is there but says things that no guest could work with.
     #[error("device {device} cannot be passed through: {why}")]
     Unusable {

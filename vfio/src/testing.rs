@@ -246,6 +246,11 @@ impl DeviceIo for FakeDevice {
     fn irq(&self, irq: Irq) -> IrqInfo {
         match irq {
             Irq::Msix => self.msix,
+            // A device has MSI and INTx as a rule.
+            Irq::Msi | Irq::Intx => IrqInfo {
+                count: 1,
+                fixed: true,
+            },
             _ => IrqInfo::default(),
         }
     }

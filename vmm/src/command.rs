@@ -336,7 +336,7 @@ pub enum VmEvent {
         /// Why.
         error: String,
     },
-    /// The guest has switched a device on.
+    /// The guest has enabled the memory or I/O ports of a device.
     Enabled {
         /// What it is called.
         id: String,

@@ -15,6 +15,8 @@ pub struct VmConfig {
     pub payload: Payload,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
+    /// What of the host's processors the guest is offered.
+    pub cpu: CpuOffer,
     /// The host's processors that a vCPU may run on, for those that have some of their own.
     pub affinity: BTreeMap<u8, Numbers>,
     /// Guest RAM.
@@ -25,6 +27,8 @@ pub struct VmConfig {
     pub devices: Vec<Asked>,
     /// Where its serial port leads.
     pub serial: SerialMode,
+    /// Whether it has a register by which its kernel says that it has panicked (`pvpanic`).
+    pub pvpanic: bool,
     /// Slots for devices that come while it runs.
     pub hotplug: Hotplug,
     /// Where its files must lie; anywhere if absent.
@@ -116,15 +120,26 @@ impl VmConfig {
                 cmdline: String::new(),
             },
             vcpus: VcpuCount::new(2).unwrap(),
+            cpu: CpuOffer::default(),
             affinity: BTreeMap::new(),
             memory: MemorySize::new(64 << 20).unwrap(),
             nodes: Nodes::default(),
             devices: Vec::new(),
             serial: SerialMode::Off,
+            pvpanic: true,
             hotplug: Hotplug::default(),
             folders: None,
         }
     }
+}
+
+/// What of the host's processors a guest is offered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuOffer {
+    /// VMX or SVM, so that the guest can run VMs itself.
+    pub nested: bool,
+    /// Bits of a guest-physical address, at most; those of the host if absent.
+    pub max_phys_bits: Option<u8>,
 }
 
 /// The NUMA nodes of the host that a VM is on.

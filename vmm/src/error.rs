@@ -19,7 +19,13 @@ pub enum Error {
     MaintenanceUnknown(#[from] gantry_resources::MaintenanceError),
     /// The devices could not be leased.
     #[error(transparent)]
-    Allocate(#[from] gantry_resources::AllocateError),
+    Allocate(Box<gantry_resources::AllocateError>),
+    /// The guest is to run VMs itself, and the host's KVM does not let it.
+    #[error(
+        "`cpus.nested` is true, and KVM on this host has no nested virtualisation\nload its module with it \
+         (`modprobe -r kvm_intel && modprobe kvm_intel nested=1`, or kvm_amd), or remove the key"
+    )]
+    NoNested,
     /// A leased device is in no IOMMU group.
     #[error(
         "{device} is in no IOMMU group: without an IOMMU a guest could write to all of the host's \
@@ -123,6 +129,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+impl From<gantry_resources::AllocateError> for Error {
+    fn from(error: gantry_resources::AllocateError) -> Self {
+        Self::Allocate(Box::new(error))
+    }
 }
 
 impl Error {

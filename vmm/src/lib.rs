@@ -27,7 +27,7 @@ mod vmm;
 pub use gantry_devices::outlet;
 
 pub use config::{
-    Asked, Folders, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig,
+    Asked, CpuOffer, Folders, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig,
 };
 pub use error::Error;
 pub use memory::let_go_of_program;

@@ -10,7 +10,9 @@ mod show;
 pub mod told;
 
 use clap::{Subcommand, ValueEnum};
-use gantry_resources::{GroupType, HostPaths, Rule};
+use gantry_resources::{
+    Allow, GroupType, Groups, HostDevice, HostPaths, NO_USB, ResourceGroup, Rule, lacks,
+};
 use serde::de::DeserializeOwned;
 
 use crate::report::Failure;
@@ -96,6 +98,20 @@ impl From<Kind> for GroupType {
             Kind::Usb => Self::Usb,
         }
     }
+}
+
+/// Why VMs cannot be given devices of a group, or only if the devices' entries allow it: a line each.
+fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Vec<String> {
+    if group.kind == GroupType::Usb {
+        return vec![NO_USB.to_owned()];
+    }
+    let owned = |device: &&HostDevice| {
+        let owner = groups.group_of(device);
+        owner.is_some_and(|owner| owner.name == group.name)
+    };
+    let owned = devices.iter().filter(owned);
+    let lacks = owned.flat_map(|device| lacks(device, devices, Allow::default()));
+    lacks.map(|lack| lack.to_string()).collect()
 }
 
 /// A JSON object on the command line.

@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use gantry_resources::HostPaths;
 
 use crate::http::client::ClientError;
-use crate::http::wire::VmmPing;
+use crate::http::wire::{VmInfo, VmmPing};
 use crate::report::{Failure, TRY_AGAIN};
 
 #[derive(Debug, Subcommand)]
@@ -123,4 +123,11 @@ fn is_stopped(pid: u32) -> bool {
         stat.rsplit_once(") ")
             .is_some_and(|(_, state)| state.starts_with('T'))
     })
+}
+
+/// The slots of a VM in words. Those of the devices that it started with can be used again, too, so that there
+/// are more than its file asks for.
+fn slots(info: &VmInfo) -> String {
+    let taken = info.slots.saturating_sub(info.free_slots);
+    format!("{} free, {taken} taken", info.free_slots)
 }

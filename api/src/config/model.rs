@@ -5,7 +5,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{DeviceName, NumaPolicy, Request, Source, Traits};
+use gantry_resources::{Allow, DeviceName, InterruptNeed, NumaPolicy, Request, Source, Traits};
 use gantry_vmm::Asked;
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};
@@ -35,6 +35,8 @@ pub struct VmConfig {
     pub aliases: Option<String>,
     /// The guest's first serial port.
     pub serial: Option<SerialConfig>,
+    /// Whether the guest has a register by which its kernel says that it has panicked; `true` if absent.
+    pub pvpanic: Option<bool>,
     /// Slots for devices that are attached while the guest runs.
     pub hotplug: Option<HotplugConfig>,
 }
@@ -63,6 +65,11 @@ pub struct CpusConfig {
     /// `boot_vcpus` or absent.
     #[schemars(range(min = 1, max = 254))]
     pub max_vcpus: Option<u64>,
+    /// Whether the guest can run VMs itself (VMX or SVM); `false` if absent. The host's KVM must have that on.
+    pub nested: Option<bool>,
+    /// Bits of a guest-physical address, at most; as many as the host has if absent.
+    #[schemars(range(min = 36, max = 52))]
+    pub max_phys_bits: Option<u64>,
     /// Processors of the host for single vCPUs. The others run where `numa_nodes` or the devices are.
     pub affinity: Option<Vec<AffinityConfig>>,
 }
@@ -82,6 +89,8 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: None,
+            nested: None,
+            max_phys_bits: None,
             affinity: None,
         }
     }
@@ -104,7 +113,8 @@ impl Default for MemoryConfig {
     }
 }
 
-/// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`.
+/// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`. A device of a group or
+/// an alias is a whole card: a GPU comes with its audio function.
 #[derive(
     Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema,
 )]
@@ -141,6 +151,14 @@ pub struct DeviceConfig {
     /// Whether no two of these devices may share a physical function.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
+    /// `"none"` takes devices without MSI-X too, the only kind of interrupt that gantry delivers yet: they have
+    /// no interrupts in the guest. Without this key they are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interrupts: Option<InterruptNeed>,
+    /// Whether to take devices too that nothing resets between two VMs (`reset_method` in sysfs is empty): one
+    /// VM may read what the other left in it. Without this key they are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_no_reset: Option<bool>,
 }
 
 /// Host devices for a running VM: those of a service plan, all of them or none.
@@ -191,7 +209,13 @@ impl From<&Asked> for DeviceConfig {
                 }
             }
         };
-        Self { id, ..device }
+        let Allow { no_msix, no_reset } = asked.request.allow();
+        Self {
+            id,
+            interrupts: no_msix.then_some(InterruptNeed::None),
+            allow_no_reset: no_reset.then_some(true),
+            ..device
+        }
     }
 }
 

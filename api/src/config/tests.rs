@@ -79,6 +79,7 @@ fn a_full_file_means_what_it_says() {
     assert_eq!(config.payload.initramfs, Some(folder.path("initrd.img")));
     assert_eq!(config.payload.cmdline, "console=ttyS0");
     assert_eq!(config.vcpus.get(), 4);
+    assert!(config.cpu.nested, "asked for");
     assert_eq!(config.memory.bytes(), 1 << 30);
     assert_eq!(config.serial, SerialMode::File(folder.path("out.log")));
     let group = |name: &str, count| Request::group(name, count);
@@ -86,10 +87,78 @@ fn a_full_file_means_what_it_says() {
     let device = Request::Device {
         bdf,
         allow_ungrouped: false,
+        allow: Default::default(),
     };
     assert_eq!(
         config.requests(),
         [group("nvme", 2), group("gpu", 1), device]
+    );
+}
+
+#[test]
+fn what_a_guest_is_offered_is_what_the_file_says() {
+    let folder = Folder::new();
+    let of = |members: &str| folder.load(&file(members)).unwrap();
+    let plain = of(r#""cpus": {"boot_vcpus": 1}"#);
+    assert!(!plain.cpu.nested && plain.cpu.max_phys_bits.is_none() && plain.pvpanic);
+    let said =
+        of(r#""cpus": {"boot_vcpus": 1, "nested": false, "max_phys_bits": 46}, "pvpanic": false"#);
+    assert!(!said.cpu.nested && !said.pvpanic);
+    assert_eq!(said.cpu.max_phys_bits, Some(46));
+    // What gantry does not do is refused even where it is another VMM's default.
+    for (members, key) in [
+        (
+            r#""platform": {"vfio_p2p_dma": true}"#,
+            "platform.vfio_p2p_dma",
+        ),
+        (
+            r#""cpus": {"boot_vcpus": 1, "core_scheduling": "Vm"}"#,
+            "cpus.core_scheduling",
+        ),
+        (
+            r#""cpus": {"boot_vcpus": 1, "max_phys_bits": 64}"#,
+            "cpus.max_phys_bits",
+        ),
+        (r#""rng": {"src": "/dev/hwrng"}"#, "rng.src"),
+    ] {
+        let error = folder.load(&file(members)).unwrap_err().to_string();
+        assert!(error.contains(key), "{members}: {error}");
+    }
+}
+
+#[test]
+fn a_device_that_lacks_something_is_taken_as_its_entry_says() {
+    let folder = Folder::new();
+    let allow = |entry: &str| {
+        let config = folder
+            .load(&file(&format!(r#""devices": [{entry}]"#)))
+            .unwrap();
+        let allow = config.requests()[0].allow();
+        (allow.no_msix, allow.no_reset)
+    };
+    assert_eq!(allow(r#"{"group": "g"}"#), (false, false));
+    assert_eq!(
+        allow(r#"{"group": "g", "interrupts": "msix"}"#),
+        (false, false)
+    );
+    assert_eq!(
+        allow(r#"{"group": "g", "interrupts": "none"}"#),
+        (true, false)
+    );
+    assert_eq!(
+        allow(r#"{"alias": "g", "allow_no_reset": true}"#),
+        (false, true)
+    );
+    let path = r#""path": "/sys/bus/pci/devices/0000:01:00.0""#;
+    let both = format!(r#"{{{path}, "interrupts": "none", "allow_no_reset": true}}"#);
+    assert_eq!(allow(&both), (true, true));
+    let wrong = file(r#""devices": [{"group": "g", "interrupts": "msi"}]"#);
+    assert!(
+        folder
+            .load(&wrong)
+            .unwrap_err()
+            .to_string()
+            .contains("interrupts")
     );
 }
 
@@ -637,7 +706,8 @@ fn a_path_may_be_an_address() {
             requests,
             [Request::Device {
                 bdf,
-                allow_ungrouped
+                allow_ungrouped,
+                allow: Default::default(),
             }],
             "{path}"
         );

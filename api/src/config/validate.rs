@@ -8,9 +8,10 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use gantry_resources::{
-    DeviceName, Groups, HostPaths, Request, Source, Wish, open_below, open_regular,
+    Allow, DeviceName, GroupType, Groups, HostPaths, NO_USB, Request, Source, Wish, open_below,
+    open_regular,
 };
-use gantry_vmm::{Asked, Folders, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_vmm::{Asked, CpuOffer, Folders, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
 use nix::fcntl::OFlag;
 
 use super::decode::join;
@@ -19,6 +20,9 @@ use super::model::{self, ByteSize};
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
 const MAX_CMDLINE: usize = 2047;
+
+/// Bits of a guest-physical address: what any x86 processor has with 64-bit mode, to what any can have.
+const PHYS_BITS: std::ops::RangeInclusive<u8> = 36..=52;
 
 /// Slots for devices to come, of a VM that is to have some.
 pub const SLOTS: u8 = 32;
@@ -78,6 +82,7 @@ pub fn convert(
         .as_ref()
         .and_then(|cpus| cpus.affinity.as_deref());
     let affinity = place::affinity(affinity.unwrap_or_default())?;
+    let cpu = config.cpus.as_ref().map(offer).transpose()?;
     let cpus = config.cpus.map(|cpus| vcpus(&cpus)).transpose()?;
     let ram = config.memory.map(|config| memory(&config)).transpose()?;
     let own = config.devices.is_some() || config.aliases.is_some();
@@ -106,6 +111,7 @@ pub fn convert(
         name: context.name.to_owned(),
         payload: payload(config.payload, context)?,
         vcpus,
+        cpu: cpu.unwrap_or_default(),
         affinity,
         nodes: place::nodes(config.numa_nodes),
         memory: match ram {
@@ -114,6 +120,7 @@ pub fn convert(
         },
         devices,
         serial: serial(config.serial.unwrap_or_default(), context)?,
+        pvpanic: config.pvpanic.unwrap_or(true),
         hotplug,
         folders: context.folders.cloned(),
     })
@@ -203,6 +210,24 @@ fn vcpus(config: &model::CpusConfig) -> Result<VcpuCount, Invalid> {
         }
         _ => Ok(vcpus),
     }
+}
+
+/// What of the host's processors the guest is offered.
+fn offer(config: &model::CpusConfig) -> Result<CpuOffer, Invalid> {
+    let max_phys_bits = match config.max_phys_bits.map(u8::try_from) {
+        None => None,
+        Some(Ok(bits)) if PHYS_BITS.contains(&bits) => Some(bits),
+        Some(_) => {
+            let (least, most) = (PHYS_BITS.start(), PHYS_BITS.end());
+            let what = "a guest-physical address cannot have that many bits";
+            let help = format!("use {least} to {most}, or remove the key");
+            return Err(invalid("cpus.max_phys_bits", what, help));
+        }
+    };
+    Ok(CpuOffer {
+        nested: config.nested.unwrap_or(false),
+        max_phys_bits,
+    })
 }
 
 fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
@@ -315,11 +340,15 @@ fn request(
         ("isolate", config.isolate.is_some()),
     ];
     let condition = condition.into_iter().find(|(_, given)| *given);
+    let allow = Allow::of(config.interrupts, config.allow_no_reset);
     let from = match (config.group, config.alias, config.path) {
         (Some(name), None, None) => Source::Group(name),
         (None, Some(name), None) => Source::Alias(name),
         (None, None, Some(path)) => match condition {
-            None => return exact(key, &path, allow_ungrouped),
+            None => {
+                let request = exact(key, &path, allow_ungrouped)?;
+                return Ok(request.allowing(allow));
+            }
             Some((name, _)) => {
                 let what = "a path names exactly one device";
                 let help = format!("remove `{name}`");
@@ -352,6 +381,7 @@ fn request(
         traits: config.traits.unwrap_or_default(),
         resource_class: config.resource_class,
         isolate: config.isolate.unwrap_or(false),
+        allow,
         ..Wish::new(from, count)
     }))
 }
@@ -382,6 +412,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
         ));
     }
     let groups = config.groups.unwrap_or_default();
+    usable(&groups, context)?;
     // One may be made while the VM runs; groups that cannot be read are told of when one is used.
     if !groups.is_empty()
         && let Ok(there) = Groups::load(context.host)
@@ -397,6 +428,22 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
         ungrouped,
         window,
     })
+}
+
+/// Refuses groups whose devices cannot be passed yet.
+fn usable(groups: &[String], context: &Context) -> Result<(), Invalid> {
+    let there = Groups::load(context.host).unwrap_or_default();
+    let usb = |name: &String| {
+        let group = there.get(name);
+        group.is_some_and(|group| group.kind == GroupType::Usb)
+    };
+    match groups.iter().position(usb) {
+        Some(index) => {
+            let key = format!("hotplug.groups[{index}]");
+            Err(invalid(&key, NO_USB, "remove the group from the list"))
+        }
+        None => Ok(()),
+    }
 }
 
 fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {

@@ -166,6 +166,9 @@ pub struct Cpus {
     pub boot_vcpus: u8,
     /// At most.
     pub max_vcpus: u8,
+    /// Whether the guest can run VMs itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub nested: bool,
     /// Processors of the host for single vCPUs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub affinity: Vec<Affinity>,
@@ -222,7 +225,7 @@ pub struct DeviceNode {
 pub enum DeviceState {
     /// The guest was told of it.
     Announced,
-    /// The guest's driver uses it.
+    /// The guest has enabled its memory or I/O ports.
     Enabled,
     /// The guest was asked to let it go.
     Detaching,
@@ -326,6 +329,7 @@ impl From<&command::VmInfo> for VmInfo {
                 cpus: Cpus {
                     boot_vcpus: vcpus,
                     max_vcpus: vcpus,
+                    nested: config.cpu.nested,
                     affinity: config.affinity.iter().map(Affinity::from).collect(),
                 },
                 memory: Memory {

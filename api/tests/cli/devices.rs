@@ -24,17 +24,44 @@ fn devices_are_listed_with_state_and_group() {
             .collect::<Vec<_>>()
     };
     assert!(
-        row(2).ends_with(&["vfio-pci", "-", "11", "-", "-", "detached", "disks", "-"]),
+        row(2).ends_with(&[
+            "vfio-pci", "-", "11", "-", "-", "flr", "-", "detached", "disks", "-"
+        ]),
         "{table}"
     );
     assert!(
-        row(3).ends_with(&["nvme", "-", "2", "-", "-", "attached", "disks", "-"]),
+        row(3).ends_with(&[
+            "nvme", "-", "2", "-", "-", "flr", "-", "attached", "disks", "-"
+        ]),
         "{table}"
     );
     assert!(
         table.contains("1b36:0010") && table.contains("QEMU NVM Express"),
         "{table}"
     );
+}
+
+#[test]
+fn a_device_without_a_reset_is_shown_as_such() {
+    let host = Host::new();
+    let disk = host.path("sys/bus/pci/devices/0000:01:00.0");
+    fs::write(disk.join("reset_method"), "\n").unwrap();
+    let table = host.gantry(&["device", "list"]).ok();
+    let row = table.lines().nth(2).unwrap();
+    assert!(row.contains(" none "), "{table}");
+    let text = host.gantry(&["device", "list", "--json"]).ok();
+    let all: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(all[1]["is_reset"], false);
+    assert_eq!(all[2]["is_reset"], true);
+    host.node(11);
+    let words = "0000:01:00.0 has no reset";
+    let shown = host.gantry(&["group", "show", "disks"]).ok();
+    assert!(shown.contains(words), "{shown}");
+    let refused = host.gantry(&["group", "fit", "disks:1"]);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.err.contains(words), "{refused:?}");
+    let asked = r#"{"devices": [{"group": "disks", "allow_no_reset": true}]}"#;
+    host.gantry(&["group", "fit", asked]).ok();
 }
 
 #[test]

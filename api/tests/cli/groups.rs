@@ -45,6 +45,46 @@ fn groups_are_listed_with_what_is_free() {
 }
 
 #[test]
+fn a_card_is_counted_and_given_as_one() {
+    let host = Host::new();
+    let gpu = |function: u8, device, class| {
+        let bdf = format!("0000:0b:00.{function}");
+        host.device(&bdf, ["0x10de", device, class], "vfio-pci", 20);
+    };
+    gpu(0, "0x1e87", "0x030000");
+    gpu(1, "0x10f8", "0x040300");
+    host.node(20);
+    let rule = r#"{"class": "03"}"#;
+    host.gantry(&["group", "create", "gpus", "--rule", rule])
+        .ok();
+    let text = host.gantry(&["group", "list", "--json"]).ok();
+    let group = &serde_json::from_str::<Value>(&text).unwrap()[1];
+    assert_eq!((&group["total"], &group["free"]), (&1.into(), &1.into()));
+    assert_eq!(group["devices"][1]["bdf"], "0000:0b:00.1");
+    let fits = host.gantry(&["group", "fit", "gpus:1"]).ok();
+    assert!(fits.contains("0000:0b:00.0 0000:0b:00.1"), "{fits}");
+    let refused = host.gantry(&["group", "fit", "gpus:2"]);
+    assert_eq!(refused.code, Some(1));
+    let words = "2 of group \"gpus\" asked for, 1 free";
+    assert!(refused.err.contains(words), "{refused:?}");
+}
+
+#[test]
+fn what_cannot_be_passed_yet_is_said_at_once() {
+    let host = Host::new();
+    let words = "USB passthrough is not supported yet";
+    let created = host
+        .gantry(&["group", "create", "sticks", "--type", "usb"])
+        .ok();
+    assert!(created.contains(words), "{created}");
+    let shown = host.gantry(&["group", "show", "sticks"]).ok();
+    assert!(shown.contains(words), "{shown}");
+    assert!(!shown.contains("device detach"), "{shown}");
+    let refused = host.gantry(&["group", "fit", "sticks:1"]).failed(1);
+    assert!(refused.contains(words), "{refused}");
+}
+
+#[test]
 fn a_host_without_groups_says_where_to_define_them() {
     let host = Host::new();
     fs::remove_file(host.path("etc/groups.json")).unwrap();

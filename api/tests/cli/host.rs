@@ -52,7 +52,11 @@ impl Host {
             class & 0xff
         );
         fs::write(dir.join("modalias"), modalias).unwrap();
-        for (name, text) in [("numa_node", "-1\n"), ("driver_override", "(null)\n")] {
+        for (name, text) in [
+            ("numa_node", "-1\n"),
+            ("driver_override", "(null)\n"),
+            ("reset_method", "flr\n"),
+        ] {
             fs::write(dir.join(name), text).unwrap();
         }
         let driver_dir = self.path("sys/bus/pci/drivers").join(driver);

@@ -55,7 +55,7 @@ fn vms_are_listed_by_their_sockets() {
     assert_eq!(
         cells,
         [
-            "vm", &pid, "running", "2", "128", "MiB", "4", "of", "4", "free", "-"
+            "vm", &pid, "running", "2", "128", "MiB", "4", "free,", "0", "taken", "-"
         ]
     );
     let list: Value = serde_json::from_str(&ok(&bed, &["list", "--json"])).unwrap();
@@ -194,8 +194,8 @@ fn devices_are_attached_and_their_drivers_waited_for() {
     let said = ok(&bed, &["attach", "vm", "--group", "nvme", "--count", "2"]);
     assert_eq!(
         said,
-        "dev0 (0000:01:00.0) is in use in vm, there as 0000:01:00.0\n\
-         dev1 (0000:02:00.0) is in use in vm, there as 0000:02:00.0\n"
+        "dev0 (0000:01:00.0) is enabled by the guest in vm, there as 0000:01:00.0\n\
+         dev1 (0000:02:00.0) is enabled by the guest in vm, there as 0000:02:00.0\n"
     );
     let said = fails(
         &bed,
@@ -229,7 +229,7 @@ fn devices_are_attached_and_their_drivers_waited_for() {
     assert!(fails_with(75, &bed, &["attach", "vm", "--group", "nvme"]).contains("all 4 slots"));
     let info = ok(&bed, &["info", "vm"]);
     assert!(
-        info.contains("slots    0 of 4 free") && info.contains("lazy"),
+        info.contains("slots    0 free, 4 taken") && info.contains("lazy"),
         "{info}"
     );
     let counted = gantry(&bed, &["attach", "vm", "--alias", "disk:1"]);
@@ -249,7 +249,7 @@ fn a_plans_devices_are_attached_together() {
     ok(&bed, &["attach", "vm", "--group", "nvme"]);
     // One slot stays, and one device alone is not what the plan says.
     assert!(fails_with(75, &bed, &attach).contains("all 4 slots"));
-    assert!(ok(&bed, &["info", "vm"]).contains("slots    1 of 4 free"));
+    assert!(ok(&bed, &["info", "vm"]).contains("slots    1 free, 3 taken"));
     let counted = gantry(&bed, &["attach", "vm", "--plan", "two", "--count", "2"]);
     assert_eq!(counted.status.code(), Some(2));
 }

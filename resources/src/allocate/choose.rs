@@ -5,8 +5,9 @@ mod made;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{AllocateError, RequestFit};
+use crate::card::{Allow, Card, Terms, cards, lacks};
 use crate::config::nearest;
-use crate::group::{Groups, ResourceGroup, Tags};
+use crate::group::{GroupType, Groups, ResourceGroup, Tags};
 use crate::guard::Guarded;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
@@ -31,9 +32,15 @@ pub(crate) struct View<'a> {
     pub(crate) mdevs: &'a Mdevs,
 }
 
-/// One thing that a VM gets.
+/// One thing that a VM gets, and on which terms.
 #[derive(Clone, Debug)]
-pub(crate) enum Pick<'a> {
+pub(crate) struct Pick<'a> {
+    pub(crate) thing: Thing<'a>,
+    pub(crate) terms: Terms,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Thing<'a> {
     Device(&'a HostDevice),
     Instance(Instance),
 }
@@ -41,9 +48,9 @@ pub(crate) enum Pick<'a> {
 impl<'a> Pick<'a> {
     /// The PCI function, if it is one.
     pub(crate) fn device(&self) -> Option<&'a HostDevice> {
-        match self {
-            Self::Device(device) => Some(device),
-            Self::Instance(_) => None,
+        match &self.thing {
+            Thing::Device(device) => Some(device),
+            Thing::Instance(_) => None,
         }
     }
 }
@@ -51,6 +58,7 @@ impl<'a> Pick<'a> {
 /// What a request gets.
 #[derive(Clone, Debug)]
 pub(crate) struct Picked<'a> {
+    /// All functions of its cards.
     pub(crate) devices: Vec<&'a HostDevice>,
     pub(crate) instances: Vec<Instance>,
     pub(crate) fit: RequestFit,
@@ -72,12 +80,17 @@ pub(crate) fn choose<'a>(
 ) -> Result<Vec<Pick<'a>>, AllocateError> {
     let chosen = survey(view, requests, placement)?;
     let mut picks = Vec::new();
-    for picked in chosen.picked {
+    for (index, (picked, request)) in chosen.picked.into_iter().zip(requests).enumerate() {
         if !picked.fit.is_enough() {
             return Err(AllocateError::NoFit(Box::new(picked.fit)));
         }
-        picks.extend(picked.devices.into_iter().map(Pick::Device));
-        picks.extend(picked.instances.into_iter().map(Pick::Instance));
+        let terms = Terms {
+            request: index,
+            allow: request.allow(),
+        };
+        let devices = picked.devices.into_iter().map(Thing::Device);
+        let things = devices.chain(picked.instances.into_iter().map(Thing::Instance));
+        picks.extend(things.map(|thing| Pick { thing, terms }));
     }
     Ok(picks)
 }
@@ -174,10 +187,12 @@ fn run<'a>(
             Request::Device {
                 bdf,
                 allow_ungrouped,
-            } => choice.exact(*bdf, *allow_ungrouped)?,
+                allow,
+            } => choice.exact(*bdf, *allow_ungrouped, *allow)?,
             Request::Mdev {
                 uuid,
                 allow_ungrouped,
+                ..
             } => choice.exact_mdev(*uuid, *allow_ungrouped)?,
             Request::Any(_) => continue,
         };
@@ -225,13 +240,13 @@ impl Near<'_> {
     }
 }
 
-/// What becomes of a device that a wish looks at.
-enum Verdict {
+/// What becomes of a card, or of one of its functions, that a wish looks at.
+enum Verdict<T> {
     /// It is none of those meant.
     Other(Sieve),
     /// It is one, but it cannot be had.
-    Blocked(Obstacle),
-    Free,
+    Blocked(Blocked),
+    Free(T),
 }
 
 /// The devices that a wish means.
@@ -253,18 +268,30 @@ struct Choice<'a, 'n> {
 }
 
 impl<'a> Choice<'a, '_> {
-    fn exact(&mut self, bdf: HostBdf, allow_ungrouped: bool) -> Result<Picked<'a>, AllocateError> {
+    fn exact(
+        &mut self,
+        bdf: HostBdf,
+        allow_ungrouped: bool,
+        allow: Allow,
+    ) -> Result<Picked<'a>, AllocateError> {
         let device = self.view.devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
         let groups = self.view.groups;
         if let Some(obstacle) = of_tenant(groups, device) {
-            return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
+            return Err(AllocateError::Unavailable(Box::new(Blocked {
+                bdf,
+                obstacle,
+            })));
         }
         if !allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
-        if let Some(obstacle) = self.obstacle(device) {
-            return Err(AllocateError::Unavailable(Blocked { bdf, obstacle }));
+        let blocked = self.lacking(device, allow).or_else(|| {
+            let obstacle = self.obstacle(device)?;
+            Some(Blocked { bdf, obstacle })
+        });
+        if let Some(blocked) = blocked {
+            return Err(AllocateError::Unavailable(Box::new(blocked)));
         }
         if !self.taken.insert(bdf) {
             return Err(AllocateError::AskedTwice { bdf });
@@ -278,27 +305,29 @@ impl<'a> Choice<'a, '_> {
 
     fn pick(&mut self, wish: &Wish) -> Result<Picked<'a>, AllocateError> {
         let meant = self.meant(&wish.from)?;
+        if let Meant::Group(group) = &meant
+            && group.kind == GroupType::Usb
+        {
+            let name = group.name.clone();
+            return Err(AllocateError::Usb { name });
+        }
         let policy = policy(self.view.groups, wish);
         let mut fit = RequestFit::new(wish);
         if let Meant::Group(group) = &meant {
             fit.from = Some(Source::Group(group.name.clone()));
         }
         let mut free = Vec::new();
-        let devices = self
-            .view
-            .devices
-            .iter()
-            .filter(|device| !device.is_bridge());
-        for device in devices {
+        let devices = self.view.devices.iter();
+        for card in cards(devices.filter(|device| !device.is_bridge())) {
             fit.considered += 1;
-            match self.verdict(wish, &meant, policy, device) {
+            match self.card(wish, &meant, policy, &card) {
                 Verdict::Other(sieve) => fit.drop(sieve),
-                Verdict::Blocked(obstacle) => fit.block(device.bdf, obstacle),
-                Verdict::Free => free.push(device),
+                Verdict::Blocked(blocked) => fit.block(blocked),
+                Verdict::Free(card) => free.push(card),
             }
         }
         // Stable: elsewhere, and where nothing is known, addresses decide.
-        free.sort_by_key(|device| !self.near.has(device));
+        free.sort_by_key(|card| !self.near.has(card.first()));
         if wish.isolate {
             free = isolated(free, &mut fit);
         }
@@ -314,12 +343,14 @@ impl<'a> Choice<'a, '_> {
         fit.free = free.len() + instances.len();
         free.truncate(wanted);
         instances.truncate(wanted.saturating_sub(free.len()));
-        fit.devices = free.iter().map(|device| device.bdf).collect();
+        fit.cards = free.len();
+        let devices: Vec<&HostDevice> = free.iter().flat_map(Card::functions).collect();
+        fit.devices = devices.iter().map(|device| device.bdf).collect();
         self.taken.extend(&fit.devices);
         self.instances.take(&instances);
         fit.instances = instances.clone();
         Ok(Picked {
-            devices: free,
+            devices,
             instances,
             fit,
         })
@@ -346,13 +377,34 @@ impl<'a> Choice<'a, '_> {
         }
     }
 
+    /// A card with those of its functions that are meant: it is free if all of these are.
+    fn card(
+        &self,
+        wish: &Wish,
+        meant: &Meant<'_>,
+        policy: Option<NumaPolicy>,
+        card: &Card<'a>,
+    ) -> Verdict<Card<'a>> {
+        let mut free = BTreeSet::new();
+        let mut other = Sieve::Group;
+        for device in card.functions() {
+            match self.verdict(wish, meant, policy, device) {
+                Verdict::Other(sieve) => other = sieve,
+                Verdict::Blocked(blocked) => return Verdict::Blocked(blocked),
+                Verdict::Free(()) => drop(free.insert(device.bdf)),
+            }
+        }
+        let card = card.only(|device| free.contains(&device.bdf));
+        card.map_or(Verdict::Other(other), Verdict::Free)
+    }
+
     fn verdict(
         &self,
         wish: &Wish,
         meant: &Meant<'_>,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
-    ) -> Verdict {
+    ) -> Verdict<()> {
         let groups = self.view.groups;
         let obstacle = match meant {
             Meant::Group(group) if !group.matches(device) => match group.misses_former(device) {
@@ -365,10 +417,11 @@ impl<'a> Choice<'a, '_> {
             }
             Meant::Alias(alternatives) => {
                 let tags = groups.tags(device);
-                let mut right = alternatives
-                    .iter()
-                    .filter(|alias| alias.has_ids(device))
-                    .map(|alias| misses(alias, device, &tags));
+                let right = alternatives.iter();
+                let mut right = right.filter_map(|alias| {
+                    let function = alias.meant(device)?;
+                    Some(misses(alias, function, &tags))
+                });
                 match right.next() {
                     None => return Verdict::Other(Sieve::Ids),
                     Some(None) => None,
@@ -377,8 +430,17 @@ impl<'a> Choice<'a, '_> {
                 }
             }
         };
-        let obstacle = obstacle.or_else(|| self.against(wish, policy, device));
-        obstacle.map_or(Verdict::Free, Verdict::Blocked)
+        let bdf = device.bdf;
+        let blocked = match obstacle {
+            Some(obstacle) => Some(Blocked { bdf, obstacle }),
+            None => self.against(wish, policy, device),
+        };
+        blocked.map_or(Verdict::Free(()), Verdict::Blocked)
+    }
+
+    /// What a device lacks that the request does not allow.
+    fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<Blocked> {
+        lacks(device, self.view.devices, allow).into_iter().next()
     }
 
     /// What stands against any use of a device.
@@ -404,22 +466,26 @@ impl<'a> Choice<'a, '_> {
         wish: &Wish,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
-    ) -> Option<Obstacle> {
+    ) -> Option<Blocked> {
+        let bdf = device.bdf;
+        let blocked = |obstacle| Some(Blocked { bdf, obstacle });
         let wanted: Vec<&str> = wish.traits.names().collect();
         if !wanted.is_empty() || wish.resource_class.is_some() {
             let tags = self.view.groups.tags(device);
-            if let Some(obstacle) = lacks(wish.resource_class.as_deref(), &wanted, &tags) {
-                return Some(obstacle);
+            if let Some(obstacle) = untagged(wish.resource_class.as_deref(), &wanted, &tags) {
+                return blocked(obstacle);
             }
         }
         if self.taken.contains(&device.bdf) {
-            return Some(Obstacle::AskedFor);
+            return blocked(Obstacle::AskedFor);
         }
-        self.obstacle(device).or_else(|| {
-            let node = device.numa_node;
-            let near = self.near.admits(policy, device, self.view.sockets);
-            (!near).then_some(Obstacle::Numa { node })
-        })
+        if let Some(lacking) = self.lacking(device, wish.allow) {
+            return Some(lacking);
+        }
+        let node = device.numa_node;
+        let far = || !self.near.admits(policy, device, self.view.sockets);
+        let obstacle = self.obstacle(device);
+        blocked(obstacle.or_else(|| far().then_some(Obstacle::Numa { node }))?)
     }
 }
 
@@ -458,10 +524,11 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
         .iter()
         .flat_map(|traits| traits.names())
         .collect();
-    lacks(alias.resource_class.as_deref(), &traits, tags)
+    untagged(alias.resource_class.as_deref(), &traits, tags)
 }
 
-fn lacks(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> {
+/// What is not said of a device by its group or device spec.
+fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> {
     if class.is_some_and(|class| nova::resource_class(class) != tags.resource_class) {
         return Some(Obstacle::ResourceClass {
             is: tags.resource_class.clone(),
@@ -476,15 +543,17 @@ fn lacks(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> 
 }
 
 /// The first device of each physical function; one that is not virtual counts by itself.
-fn isolated<'a>(free: Vec<&'a HostDevice>, fit: &mut RequestFit) -> Vec<&'a HostDevice> {
+fn isolated<'a>(free: Vec<Card<'a>>, fit: &mut RequestFit) -> Vec<Card<'a>> {
     let mut used = BTreeSet::new();
     let mut keep = Vec::new();
-    for device in free {
-        let pf = device.physfn.unwrap_or(device.bdf);
+    for card in free {
+        let bdf = card.first().bdf;
+        let pf = card.first().physfn.unwrap_or(bdf);
         if used.insert(pf) {
-            keep.push(device);
+            keep.push(card);
         } else {
-            fit.block(device.bdf, Obstacle::SamePf { pf });
+            let obstacle = Obstacle::SamePf { pf };
+            fit.block(Blocked { bdf, obstacle });
         }
     }
     keep

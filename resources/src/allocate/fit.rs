@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::host::HostBdf;
-use crate::obstacle::{Blocked, Obstacle, Sieve};
+use crate::obstacle::{Blocked, Sieve};
 use crate::request::{Source, Wish};
 use crate::vgpu::Instance;
 
@@ -35,7 +35,9 @@ pub struct RequestFit {
     pub wanted: u32,
     /// How many it could have.
     pub free: usize,
-    /// The devices that it would get.
+    /// How many cards it would get.
+    pub cards: usize,
+    /// All functions of these cards.
     pub devices: Vec<HostBdf>,
     /// The mediated devices that it would get.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -57,6 +59,7 @@ impl RequestFit {
             from: Some(wish.from.clone()),
             wanted: wish.count,
             free: 0,
+            cards: 0,
             devices: Vec::new(),
             instances: Vec::new(),
             considered: 0,
@@ -71,6 +74,7 @@ impl RequestFit {
             from: None,
             wanted: 1,
             free: 1,
+            cards: 1,
             devices: vec![bdf],
             instances: Vec::new(),
             considered: 1,
@@ -85,6 +89,7 @@ impl RequestFit {
             from: None,
             wanted: 1,
             free: 1,
+            cards: 0,
             devices: Vec::new(),
             instances: vec![instance.clone()],
             considered: 1,
@@ -98,15 +103,14 @@ impl RequestFit {
         *self.dropped.entry(sieve).or_default() += 1;
     }
 
-    pub(super) fn block(&mut self, bdf: HostBdf, obstacle: Obstacle) {
-        self.drop(obstacle.sieve());
-        self.blocked.push(Blocked { bdf, obstacle });
+    pub(super) fn block(&mut self, blocked: Blocked) {
+        self.drop(blocked.obstacle.sieve());
+        self.blocked.push(blocked);
     }
 
     /// Whether the request gets all it asks for.
     pub fn is_enough(&self) -> bool {
-        u32::try_from(self.devices.len() + self.instances.len())
-            .is_ok_and(|count| count >= self.wanted)
+        u32::try_from(self.cards + self.instances.len()).is_ok_and(|count| count >= self.wanted)
     }
 
     /// Whether it would get all it asks for if others gave back what they hold.

@@ -80,6 +80,8 @@ fn may_pass(blocked: &Blocked) -> bool {
             | Obstacle::ResourceClass { .. }
             | Obstacle::Traits { .. }
             | Obstacle::Migratable { .. }
+            | Obstacle::NoMsix { .. }
+            | Obstacle::NoReset
     )
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::AllocateError;
-use super::choose::Pick;
+use super::choose::{Pick, Thing};
 use crate::demand::{Binder, Watch};
 use crate::group::{GroupType, Groups};
 use crate::host::{HostBdf, HostPaths};
@@ -70,9 +70,9 @@ impl<'a> Needs<'a> {
             watch: None,
         };
         for pick in picks {
-            match pick {
-                Pick::Device(device) => needs.look_at(device)?,
-                Pick::Instance(instance) => {
+            match &pick.thing {
+                Thing::Device(device) => needs.look_at(device)?,
+                Thing::Instance(instance) => {
                     let uuid = vgpu::identifier(paths, instance)?;
                     let name = DeviceName::from(uuid);
                     needs.owed.extend((!instance.made).then_some(name));
@@ -153,16 +153,20 @@ impl<'a> Needs<'a> {
     }
 }
 
-/// Puts leases of functions and of mediated devices in the order of what was chosen.
+/// Puts leases of functions and of mediated devices in the order of what was chosen, each with its
+/// terms.
 pub(super) fn in_order(picks: &[Pick<'_>], functions: Vec<Lease>, mdevs: Vec<Lease>) -> Vec<Lease> {
     let mut by_name: BTreeMap<DeviceName, Lease> = functions
         .into_iter()
         .map(|lease| (lease.name(), lease))
         .collect();
     let mut mdevs = mdevs.into_iter();
-    let one = |pick: &Pick<'_>| match pick {
-        Pick::Device(device) => by_name.remove(&device.bdf.into()),
-        Pick::Instance(_) => mdevs.next(),
+    let one = |pick: &Pick<'_>| {
+        let lease = match &pick.thing {
+            Thing::Device(device) => by_name.remove(&device.bdf.into()),
+            Thing::Instance(_) => mdevs.next(),
+        };
+        Some(lease?.on_terms(pick.terms))
     };
     picks.iter().filter_map(one).collect()
 }

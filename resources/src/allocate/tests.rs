@@ -33,6 +33,7 @@ fn exact(address: &str) -> Request {
     Request::Device {
         bdf: bdf(address),
         allow_ungrouped: false,
+        allow: crate::Allow::default(),
     }
 }
 
@@ -255,7 +256,7 @@ fn what_is_missing_is_said_device_by_device() {
     let error = refusal(&host, &[exact("07:00.0"), of("nvme", 2)]);
     let lines: Vec<&str> = error.lines().map(str::trim).collect();
     for (line, said) in lines.iter().zip([
-            "No valid host was found: group \"nvme\" has no free device (2 asked for); of 8 devices dropped: 1 not in the group, 1 held by others, 1 bound to a host driver, 1 bound to no driver, 1 without IOMMU group, 1 sharing an IOMMU group with a device in use, 1 whose VFIO node cannot be opened, 1 asked for twice",
+            "No valid host was found: group \"nvme\" has no free device (2 asked for); of 7 devices dropped: 1 held by others, 1 bound to a host driver, 1 bound to no driver, 1 without IOMMU group, 1 sharing an IOMMU group with a device in use, 1 whose VFIO node cannot be opened, 1 asked for twice",
             "0000:01:00.0 is held by VM 'a' (pid 123)",
             "0000:02:00.0 is bound to nvme: `gantry device detach 0000:02:00.0` frees it for VMs",
             "0000:03:00.0 is bound to no driver: `gantry device detach 0000:03:00.0` binds it to vfio-pci",
@@ -347,6 +348,7 @@ fn exact_devices_are_refused_with_their_reason() {
     let request = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     assert_eq!(
         allocate(&host.paths, &[request], &vm("a")).unwrap().len(),
@@ -465,6 +467,7 @@ fn arbitrary_requests() -> impl Strategy<Value = Vec<Request>> {
     let device = (1u8..11, any::<bool>()).prop_map(|(bus, allow_ungrouped)| Request::Device {
         bdf: HostBdf::new(0, bus, 0, 0).unwrap(),
         allow_ungrouped,
+        allow: crate::Allow::default(),
     });
     prop::collection::vec(prop_oneof![group, device], 1..4)
 }

@@ -231,6 +231,7 @@ fn a_leased_device_stays_with_its_vm() {
     let gpu = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     let leases = allocate(
         &host.paths,
@@ -297,6 +298,7 @@ fn devices_cannot_be_leased_while_they_move() {
             let other = Request::Device {
                 bdf: bdf("02:00.0"),
                 allow_ungrouped: true,
+                allow: crate::Allow::default(),
             };
             let error = allocate(
                 &self.1.paths,
@@ -485,6 +487,7 @@ fn a_neighbour_with_pci_stub_is_out_of_the_way() {
     let disk = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     allocate(
         &host.paths,

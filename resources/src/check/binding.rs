@@ -152,15 +152,9 @@ impl<'a> Plan<'a> {
         }
         finding = self.words(facts, finding);
         if !drivers.wait.is_empty() {
-            let lines = drivers
-                .wait
-                .iter()
-                .map(|module| format!("softdep {module} pre: vfio-pci"));
-            finding = finding
-                .lines(
-                    "ids need vfio-pci to be the first at each boot, by these lines in /etc/modprobe.d/gantry.conf:",
-                    lines,
-                );
+            let line = |module: &String| format!("softdep {module} pre: vfio-pci");
+            let what = "ids need vfio-pci to be the first at each boot, by these lines in /etc/modprobe.d/gantry.conf:";
+            finding = finding.lines(what, drivers.wait.iter().map(line));
             finding = match facts.boot.initramfs.command() {
                 Some(command) => finding.lines("then rebuild the initramfs:", [command]),
                 None => finding.fix("then rebuild the initramfs, where there is one"),

@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Devices, Facts};
-use super::{Finding, Level, binding};
+use super::{Finding, Level, binding, lacking};
+use crate::card::cards;
 use crate::group::Groups;
 use crate::host::HostBdf;
 use crate::inventory::HostDevice;
@@ -18,6 +19,7 @@ pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
         findings.push(binding::judge(facts));
         findings.extend(iommu_groups(devices));
         findings.extend(reserved(devices));
+        findings.extend(lacking::judge(devices));
     }
     findings
 }
@@ -103,7 +105,7 @@ fn groups(devices: &Devices) -> Finding {
                 format!(
                     "{} with {}",
                     count(groups.iter().count(), "group"),
-                    count(owned.count(), "device")
+                    count(cards(owned).len(), "device")
                 ),
             )
         }

@@ -12,6 +12,7 @@ mod devices;
 mod facts;
 mod grub;
 mod iommu;
+mod lacking;
 mod loader;
 mod memory;
 mod modprobe;

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::facts::Facts;
 use super::{Level, Report, check, judge, note_reboot};
-use crate::fixture::{bdf, modalias};
+use crate::fixture::{Fake, FakeHost, bdf, modalias};
 use crate::host::HostPaths;
 use crate::inventory::NodeAccess;
 use crate::maintenance::begin_maintenance;
@@ -89,13 +89,16 @@ impl Host {
         let dir = format!("sys/devices/pci0000:00/{address}");
         let link = format!("sys/bus/pci/devices/{address}");
         self.link(&link, &Path::new("../../../../").join(&dir));
-        for attribute in ["driver", "iommu_group", "modalias"] {
+        for attribute in ["driver", "iommu_group", "modalias", "reset_method"] {
             let _ = fs::remove_file(self.path(&format!("{dir}/{attribute}")));
         }
         let number = |text| u32::from_str_radix(text, 16).unwrap();
         let id = (number(vendor) as u16, number(device) as u16);
         let said = modalias(id, (0, 0), number(class));
         self.line(&format!("{dir}/modalias"), &said);
+        if !words.clone().any(|word| word.starts_with("reset_method=")) {
+            self.line(&format!("{dir}/reset_method"), "flr");
+        }
         for (key, value) in words.map(|word| word.split_once('=').unwrap()) {
             match key {
                 "driver" => {
@@ -279,6 +282,34 @@ fn a_driver_that_is_held_back_already_is_not_to_wait() {
         text.contains("/etc/modprobe.d/no.conf holds nouveau back"),
         "{text}"
     );
+}
+
+#[test]
+fn devices_that_need_an_entrys_leave_are_listed() {
+    let host = FakeHost::new(&[
+        Fake::nvme("00:15.0", 1)
+            .without_msix()
+            .with("reset_method", ""),
+        Fake::nvme("01:00.0", 2),
+    ]);
+    let report = check(&host.paths, &[bdf("00:15.0"), bdf("01:00.0")]).unwrap();
+    let (level, text) = answer(&report, "interrupts");
+    assert_eq!(level, Level::Warn);
+    assert!(
+        text.contains("0000:00:15.0 (it has MSI and INTx)"),
+        "{text}"
+    );
+    assert!(text.contains("\"interrupts\": \"none\""), "{text}");
+    let (level, text) = answer(&report, "resets");
+    assert_eq!(level, Level::Warn);
+    assert!(
+        text.contains("0000:00:15.0") && !text.contains("01:00.0"),
+        "{text}"
+    );
+    assert!(text.contains("\"allow_no_reset\": true"), "{text}");
+    let report = check(&host.paths, &[bdf("01:00.0")]).unwrap();
+    let names: Vec<&str> = report.findings.iter().map(|one| one.check).collect();
+    assert!(!names.contains(&"interrupts") && !names.contains(&"resets"));
 }
 
 #[test]

@@ -226,7 +226,7 @@ fn the_helper_is_told_what_to_give_back() {
         thread::sleep(Duration::from_millis(10));
     }
     let told = fs::read_to_string(&out).unwrap();
-    assert_eq!(told, "__restore 0000:01:00.0\n0000:01:00.0\n");
+    assert_eq!(told, "__restore 0000:01:00.0\n0000:01:00.0\n0000:01:00.1\n");
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, readlinkat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::read;
 
 use super::HostDevice;
@@ -80,6 +80,11 @@ impl Attributes {
         Ok(Some(text.trim().to_owned()))
     }
 
+    /// Whether there is such an attribute, which need not be one that can be read.
+    pub(super) fn has(&self, name: &str) -> io::Result<bool> {
+        Ok(present(fstatat(&self.dir, name, AtFlags::empty()))?.is_some())
+    }
+
     /// A decimal attribute; none also where it is no unsigned number.
     pub(super) fn decimal<T: std::str::FromStr>(&self, name: &str) -> io::Result<Option<T>> {
         Ok(self.text(name)?.and_then(|text| text.parse().ok()))
@@ -106,6 +111,17 @@ impl Attributes {
         }
         names.sort();
         Ok(names)
+    }
+
+    /// Whether the function is on a root bus: its directory is in that of the host bridge.
+    pub(super) fn is_on_root_bus(devices: &File, bdf: HostBdf) -> io::Result<bool> {
+        let target = match readlinkat(devices, bdf.to_string().as_str()) {
+            // No link: sysfs has one for each device.
+            Err(Errno::EINVAL) => None,
+            target => present(target)?,
+        };
+        let parent = target.as_deref().map(Path::new).and_then(Path::parent);
+        Ok(parent.is_none_or(|dir| HostBdf::from_sysfs_path(dir).is_err()))
     }
 
     /// The last component of a link's target.

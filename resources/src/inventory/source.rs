@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
@@ -14,6 +15,7 @@ use super::{Detail, HostDevice, InventoryError, NodeAccess, Sriov, nvme};
 use crate::former::Former;
 use crate::host::{HostBdf, HostPaths};
 use crate::ids::{PciClass, PciId};
+use crate::interrupts::Interrupts;
 use crate::lease::{LeaseKind, LeaseStatus, holder};
 use crate::quarantine::{self, Until};
 use crate::vgpu::{NVIDIA, VendorVgpu};
@@ -104,10 +106,17 @@ impl<'a> Source<'a> {
         else {
             return Ok(None);
         };
+        device.reset_methods = match sibling(before, device.physfn) {
+            Some(like) => like.reset_methods.clone(),
+            None => reset_methods(&attributes).map_err(unreadable)?,
+        };
+        device.on_root_bus = device.physfn.is_none()
+            && Attributes::is_on_root_bus(&self.devices, bdf).map_err(unreadable)?;
         let leased = self.leases.may_have(|| format!("{bdf}.lock"));
         if leased {
             device.lease = holder(paths, bdf);
         }
+        device.lead = lead_of(&device, before);
         let mut hung = false;
         let aside = |one: &Listed| {
             quarantine::names(bdf)
@@ -123,6 +132,14 @@ impl<'a> Source<'a> {
         }
         if device.physfn.is_some() && device.id.vendor == NVIDIA {
             device.vgpu = VendorVgpu::read(&paths.pci_device(bdf));
+        }
+        let busy = device.lease.is_held() || device.quarantine.is_some();
+        let wanted = self.detail == Detail::Full || !busy;
+        if wanted && !hung && !device.is_bridge() {
+            device.interrupts = match sibling(before, device.physfn) {
+                Some(like) if like.interrupts.is_some() => like.interrupts,
+                _ => Interrupts::read(&paths.pci_device(bdf).join("config")),
+            };
         }
         device.node = device
             .iommu_group
@@ -143,6 +160,25 @@ impl<'a> Source<'a> {
             device.former_driver = Former::driver_of(paths, &device);
         }
         Ok(Some(device))
+    }
+
+    /// The first function of a device's card, read for its sake alone; none if that is the device itself.
+    pub(super) fn read_lead(
+        &self,
+        device: &HostDevice,
+    ) -> Result<Option<HostDevice>, InventoryError> {
+        if !device.may_share_card() {
+            return Ok(None);
+        }
+        let bdf = device.bdf;
+        for function in 0..bdf.function() {
+            let first = HostBdf::new(bdf.domain(), bdf.bus(), bdf.device(), function);
+            let first = first.map(|first| self.read(first, &[])).transpose()?;
+            if let Some(first) = first.flatten().filter(|first| first.shares_card(device)) {
+                return Ok(Some(first));
+            }
+        }
+        Ok(None)
     }
 
     fn read_serials(&self, device: &mut HostDevice) {
@@ -170,6 +206,25 @@ pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>
         None => None,
     };
     Ok(identity.map(|identity| identity.id))
+}
+
+/// The first function of a device's card among those of lower addresses; none if that is the device itself.
+fn lead_of(device: &HostDevice, before: &[HostDevice]) -> Option<Arc<HostDevice>> {
+    let near = before.iter().rev();
+    let mut near = near.take_while(|other| other.bdf.is_in_slot_of(device.bdf));
+    let other = near.find(|other| other.shares_card(device))?;
+    let lead = other.lead.clone();
+    lead.or_else(|| Some(Arc::new(other.clone())))
+}
+
+/// How the kernel can reset a function. It shows the attribute only where it can; before Linux 5.15 it does
+/// not say in which way.
+fn reset_methods(attributes: &Attributes) -> io::Result<Vec<String>> {
+    if let Some(methods) = attributes.text("reset_method")? {
+        return Ok(methods.split_whitespace().map(str::to_owned).collect());
+    }
+    let has = attributes.has("reset")?;
+    Ok(has.then(|| "unnamed".to_owned()).into_iter().collect())
 }
 
 /// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
@@ -231,6 +286,10 @@ fn facts(
         serial: None,
         nvme: None,
         dsn: None,
+        interrupts: None,
+        reset_methods: Vec::new(),
+        on_root_bus: false,
+        lead: None,
         boot_vga: false,
         mdev_types: Vec::new(),
         vgpu: None,

@@ -30,6 +30,10 @@ pub enum Sieve {
     Traits,
     /// `live_migratable` of an alias.
     Migratable,
+    /// Interrupts that a guest can be given.
+    Msix,
+    /// A reset between two VMs.
+    Reset,
     /// What the host keeps for itself.
     Bridge,
     /// Not to be held by anybody.
@@ -81,6 +85,8 @@ impl Obstacle {
             Self::Migratable { .. } => Sieve::Migratable,
             Self::Numa { .. } => Sieve::Numa,
             Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => Sieve::VfToken,
+            Self::NoMsix { .. } => Sieve::Msix,
+            Self::NoReset => Sieve::Reset,
             Self::SamePf { .. } => Sieve::Isolation,
         }
     }
@@ -100,6 +106,8 @@ impl fmt::Display for Sieve {
             Self::ResourceClass => "with another resource_class",
             Self::Traits => "without the traits",
             Self::Migratable => "with another live_migratable",
+            Self::Msix => "without MSI-X",
+            Self::Reset => "without a reset",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",
             Self::Quarantined => "in quarantine",

@@ -158,6 +158,16 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
         Obstacle::Numa { node: None } => {
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
+        Obstacle::NoMsix { has } => write!(
+            f,
+            "{bdf} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
+             \"none\" to the device's entry to use it without interrupts"
+        ),
+        Obstacle::NoReset => write!(
+            f,
+            "{bdf} has no reset (its reset_method in sysfs is empty): a VM can read what the VM before left in it. \
+             Add \"allow_no_reset\": true to the device's entry to use it all the same"
+        ),
         Obstacle::SamePf { pf } => {
             write!(f, "{bdf} is on {pf}, like another device of the request")
         }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
 use crate::allocate::{AllocateError, allocate_beside, fit, slots_needed};
+use crate::card::Allow;
 use crate::group::Groups;
 use crate::host::HostPaths;
 use crate::inventory::HostDevice;
@@ -153,6 +154,7 @@ impl Desk<'_> {
             virtual_function: lease.is_virtual_function(),
             token: lease.token(),
             pool: pool_of(self.paths, lease.name()),
+            terms: lease.terms(),
             locks: lease.descriptors().count(),
         });
         let devices = devices.collect();
@@ -333,10 +335,12 @@ pub fn pool_of(paths: &HostPaths, name: DeviceName) -> Option<String> {
         DeviceName::Pci(bdf) => Request::Device {
             bdf,
             allow_ungrouped: true,
+            allow: Allow::default(),
         },
         DeviceName::Mdev(uuid) => Request::Mdev {
             uuid,
             allow_ungrouped: true,
+            allow: Allow::default(),
         },
     };
     match source_of(paths, &request) {
@@ -378,10 +382,7 @@ pub fn ungrouped(request: &Request) -> String {
 
 /// How many devices are asked for.
 fn devices(requests: &[Request]) -> usize {
-    let counts = requests.iter().map(|request| match request {
-        Request::Any(wish) => wish.count as usize,
-        Request::Device { .. } | Request::Mdev { .. } => 1,
-    });
+    let counts = requests.iter().map(|request| request.count() as usize);
     counts.fold(0, usize::saturating_add)
 }
 

@@ -21,7 +21,7 @@ fn host() -> FakeHost {
         Fake::nvme("01:00.0", 1).with("numa_node", "1"),
         Fake::nvme("02:00.0", 2),
         nic("03:00.0"),
-        nic("03:00.1"),
+        nic("03:01.0"),
     ]);
     host.file("etc/groups.json", GROUPS);
     host.file("dev/vfio/vfio", "container");
@@ -165,11 +165,11 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
         .open(&[Request::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let (other, _helper) = started(&host);
-    assert!(refused(&other, Request::group("nic", 1)).contains("03:00.1"));
+    assert!(refused(&other, Request::group("nic", 1)).contains("03:01.0"));
     let second = opener
         .open(&[Request::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
-    assert_eq!(second.devices[0].name, bdf("03:00.1"));
+    assert_eq!(second.devices[0].name, bdf("03:01.0"));
     assert!(refused(&opener, Request::group("nic", 1)).contains("'one'"));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
@@ -191,6 +191,7 @@ fn a_vm_is_given_only_what_its_file_names() {
     let exact = |address| Request::Device {
         bdf: bdf(address),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     refused(&opener, exact("03:00.0"));
     refused(&opener, Request::alias("nvme", 1));
@@ -212,6 +213,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let ungrouped = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     let (opener, _helper) = started(&host);
     opener.limit(only(&[])).unwrap();
@@ -237,6 +239,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let more = Request::Device {
         bdf: bdf("02:00.0"),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     assert!(refused(&other, more).contains("at most 1 device at a time"));
     assert_eq!(held(&host).len(), 1);
@@ -248,6 +251,7 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
     let exact = |address, allow_ungrouped| Request::Device {
         bdf: bdf(address),
         allow_ungrouped,
+        allow: crate::Allow::default(),
     };
     for own in [Request::group("nvme", 1), exact("01:00.0", false)] {
         let (opener, _helper) = started(&host);
@@ -289,6 +293,7 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     let exact = |address| Request::Device {
         bdf: bdf(address),
         allow_ungrouped: true,
+        allow: crate::Allow::default(),
     };
     refused(&opener, exact("02:00.0"));
     // Nor does one that cannot be opened, where the host is to blame.
@@ -349,6 +354,7 @@ fn what_does_not_arrive_whole_goes_back() {
             virtual_function: false,
             token: None,
             pool: None,
+            terms: crate::Terms::default(),
             locks: 1,
         };
         let devices = vec![leased(4), leased(5)];

@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::card::Terms;
 use crate::name::DeviceName;
 use crate::request::{Placement, Request, Source};
 use crate::reserved::ReservedRegion;
@@ -94,6 +95,7 @@ pub(super) struct Leased {
     pub(super) token: Option<Uuid>,
     /// The resource group that it is in.
     pub(super) pool: Option<String>,
+    pub(super) terms: Terms,
     pub(super) locks: usize,
 }
 

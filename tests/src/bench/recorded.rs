@@ -159,6 +159,7 @@ impl Function {
             ("class", format!("{:#08x}", self.class)),
             ("revision", "0x00".to_owned()),
             ("modalias", modalias),
+            ("reset_method", "flr".to_owned()),
             ("numa_node", self.node.to_string()),
             ("driver_override", own.to_owned()),
         ];
@@ -173,6 +174,10 @@ impl Function {
     fn config(&self) -> Vec<u8> {
         let mut space = vec![0; 4096];
         let mut put = |at: usize, word: u32| space[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        // A list of capabilities that has MSI-X alone.
+        put(0x04, 1 << 20);
+        put(0x34, 0x40);
+        put(0x40, 0x11);
         // ARI, whose list goes on where there is a serial number.
         put(
             0x100,

@@ -367,7 +367,7 @@ fn a_disk_is_attached_and_detached(host: &Host) -> Result<()> {
             .success()?;
         let said = attached.text();
         ensure!(
-            said.contains(FIRST.bdf) && said.contains("is in use in vm"),
+            said.contains(FIRST.bdf) && said.contains("is enabled by the guest in vm"),
             "{round}: {said}"
         );
         let told = attached.errors();

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
-use crate::pool::{AUDIO, BIG_BAR, DISPLAY, FIRST, Pool, SECOND, free, nothing_is_held};
+use crate::pool::{AUDIO, BIG_BAR, DISPLAY, FIRST, LACKING, Pool, SECOND, free, nothing_is_held};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.
@@ -187,12 +187,15 @@ fn what_the_host_wants_back_goes_back(host: &Host) -> Result<()> {
 
 fn devices_come_beside_those_that_are_there(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf, DISPLAY])?;
-    let mut running = vm().devices("nvme", 1).devices("display", 1).start(host)?;
+    let mut running = vm().devices("nvme", 1).lacking_path(DISPLAY).start(host)?;
     running.until("guest: init")?;
     gantry(host, "attach vm --group nvme")?;
     says_sum(&mut running, "nvme1n1")?;
     // Its IOMMU group is the VM's already.
-    gantry(host, "attach vm --group audio --no-wait")?;
+    gantry(
+        host,
+        &format!("attach vm --device {AUDIO} {LACKING} --no-wait"),
+    )?;
     ensure!(devices(host)?.len() == 4);
     // What was there from the start can go as well, and its slot be used again.
     gantry(host, &format!("detach vm {}", FIRST.bdf))?;
@@ -214,13 +217,22 @@ fn a_whole_device_comes_with_its_functions(host: &Host) -> Result<()> {
     let mut running = vm().start(host)?;
     running.until("guest: init")?;
     // Nothing drives the audio here.
-    gantry(host, "attach vm --group gpu --count 2 --id gpu --no-wait")?;
+    let refused = host
+        .sh("gantry vm attach vm --group gpu")
+        .output()?
+        .exits(1)?;
+    ensure!(refused.errors().contains("has no MSI-X"), "{refused}");
+    ensure!(free(host, "gpu")? == 1, "a card is one");
+    gantry(
+        host,
+        &format!("attach vm --group gpu --id gpu {LACKING} --no-wait"),
+    )?;
     until_listed(&mut running)?;
     let list = devices(host)?;
     ensure!(list.len() == 2, "{list:?}");
     // The functions of one device go together.
     gantry(host, "detach vm gpu")?;
-    ensure!(free(host, "gpu")? == 2);
+    ensure!(free(host, "gpu")? == 1);
     running.types("poweroff -f")?;
     let ended = running.end()?.powered_off()?;
     let has = |words: &str| ended.said.contains(words);
@@ -243,7 +255,7 @@ fn a_bar_of_8_gib_finds_a_slot(host: &Host) -> Result<()> {
     let mut running = vm().start(host)?;
     running.until("guest: init")?;
     // No driver switches it on.
-    gantry(host, "attach vm --group big --no-wait")?;
+    gantry(host, &format!("attach vm --group big {LACKING} --no-wait"))?;
     // Its I/O BAR takes it to a slot that has ports.
     running.types("until lspci -n | grep 1b36:0005; do sleep 0.1; done; lspci -v -d 1b36:0005 2>/dev/null | sed 's/^.[MI]/guest: &/'; poweroff -f")?;
     let ended = running.end()?.powered_off()?;
@@ -255,7 +267,7 @@ fn a_bar_of_8_gib_finds_a_slot(host: &Host) -> Result<()> {
     let mut running = small.start(host)?;
     running.until("guest: init")?;
     let refused = host
-        .sh("gantry vm attach vm --group big")
+        .sh(&format!("gantry vm attach vm --group big {LACKING}"))
         .output()?
         .exits(1)?;
     ensure!(refused.errors().contains("hotplug.window"), "{refused}");

@@ -194,7 +194,7 @@ fn a_network_card_talks_to_its_neighbour(host: &Host) -> Result<()> {
 
 fn a_bar_of_8_gib_has_its_size(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[BIG_BAR])?;
-    let mut running = Vm::new("shell").devices("big", 1).start(host)?;
+    let mut running = Vm::new("shell").lacking("big", 1).start(host)?;
     running.types("lspci -v -s 01:00.0 | sed 's/^.Region/guest: Region/;s/^.Memory/guest: Memory/'; poweroff -f")?;
     let ended = running.end()?.powered_off()?;
     let bar = ended.said.lines().find(|line| line.contains("[size=8G]"));
@@ -214,7 +214,19 @@ fn a_bar_of_8_gib_has_its_size(host: &Host) -> Result<()> {
 
 fn a_display_comes_with_its_audio(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[DISPLAY])?;
-    let vm = Vm::new("shell").devices("display", 1).devices("audio", 1);
+    let refused = Vm::new("none").devices("display", 1).run(host)?.exits(1)?;
+    ensure!(refused.errors.contains(DISPLAY), "{refused}");
+    ensure!(
+        refused.errors.contains("\"interrupts\": \"none\""),
+        "{refused}"
+    );
+    let two = Vm::new("none").lacking("display", 2).run(host)?.exits(1)?;
+    ensure!(
+        two.errors
+            .contains("2 of group \"display\" asked for, 1 free"),
+        "{two}"
+    );
+    let vm = Vm::new("shell").lacking("display", 1);
     let mut running = vm.start(host)?;
     running.types("lspci -nnk | sed 's/^0/guest: 0/'; poweroff -f")?;
     let ended = running.end()?.powered_off()?;
@@ -228,7 +240,7 @@ fn a_display_alone_reserves_its_audio(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[DISPLAY])?;
     let mut running = Vm::new("sleep")
         .named("one")
-        .devices("display", 1)
+        .lacking_path(DISPLAY)
         .start(host)?;
     running.until("guest: init")?;
     for member in [DISPLAY, AUDIO] {
@@ -240,7 +252,7 @@ fn a_display_alone_reserves_its_audio(host: &Host) -> Result<()> {
     }
     let refused = Vm::new("none")
         .named("two")
-        .devices("audio", 1)
+        .lacking_path(AUDIO)
         .run(host)?
         .exits(75)?;
     ensure!(refused.errors.contains(AUDIO), "{refused}");
@@ -258,6 +270,16 @@ fn a_device_is_named_by_its_path(host: &Host) -> Result<()> {
     ensure!(refused.errors.contains(EDU), "{refused}");
     ensure!(refused.errors.contains("--allow-ungrouped"), "{refused}");
     vm.flags = "--allow-ungrouped";
+    let refused = vm.run(host)?.exits(1)?;
+    let words = format!("{EDU} has no MSI-X (it has MSI and INTx)");
+    ensure!(refused.errors.contains(&words), "{refused}");
+    vm.file["devices"][0]["interrupts"] = json!("none");
+    let refused = vm.run(host)?.exits(1)?;
+    ensure!(
+        refused.errors.contains(&format!("{EDU} has no reset")),
+        "{refused}"
+    );
+    vm.file["devices"][0]["allow_no_reset"] = json!(true);
     let mut running = vm.start(host)?;
     running.types("lspci -n | sed 's/^0/guest: 0/'; poweroff -f")?;
     let ended = running.end()?.powered_off()?;

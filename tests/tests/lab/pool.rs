@@ -25,6 +25,9 @@ pub const EDU: &str = "0000:00:15.0";
 /// The device with a BAR of 8 GiB.
 pub const BIG_BAR: &str = "0000:00:16.0";
 
+/// What `gantry vm attach` is told for a device that has neither MSI-X nor a reset.
+pub const LACKING: &str = "--interrupts none --allow-no-reset";
+
 /// The virtio network card of the lab that has nothing but cards.
 pub const VIRTIO_CARD: &str = "0000:04:00.0";
 
@@ -51,14 +54,14 @@ pub struct Pool<'h> {
 }
 
 impl<'h> Pool<'h> {
-    /// Defines the groups `nvme`, `nic`, `display`, `audio` and `big`, and detaches `devices`.
+    /// Defines the groups `nvme`, `nic`, `display` (whose card has an audio function, too) and `big`, and
+    /// detaches `devices`.
     pub fn of(host: &'h Host, devices: &[&'static str]) -> Result<Self> {
         let rule = |name: &str, rule: Value| json!({"name": name, "rules": [rule]});
         let groups = json!({"groups": [
             rule("nvme", json!({"class": "0108"})),
             rule("nic", json!({"class": "0200"})),
             rule("display", json!({"class": "0380"})),
-            rule("audio", json!({"class": "0403"})),
             rule("big", json!({"vendor": "1b36", "device": "0005"})),
         ]});
         host.write("/etc/gantry/groups.json", groups.to_string())?;

@@ -207,13 +207,13 @@ fn a_group_owned_in_part(host: &Host) -> Result<()> {
     host.sh(&bind).output()?.success()?;
     let result = match device(host, DISPLAY)?["driver"].is_string() {
         true => {
-            let vm = Vm::new("none").devices("audio", 1);
+            let vm = Vm::new("none").lacking_path(AUDIO);
             let detach = format!("gantry device detach {AUDIO}");
             refused(host, &vm, 1, &[AUDIO, DISPLAY, "IOMMU group", &detach])
         }
         // A group is whole if all its other devices have no driver.
         false => {
-            let vm = Vm::new("none").devices("audio", 1);
+            let vm = Vm::new("none").lacking_path(AUDIO);
             vm.run(host).and_then(Ended::powered_off).map(drop)
         }
     };

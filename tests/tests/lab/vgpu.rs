@@ -78,7 +78,10 @@ impl Drop for Sample<'_> {
 
 fn a_vm_gets_a_new_device_and_it_goes_with_it(host: &Host) -> Result<()> {
     let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga"}))?;
-    let mut running = Vm::new("shell").devices("vgpus", 1).start(host)?;
+    let refused = Vm::new("none").devices("vgpus", 1).run(host)?.exits(1)?;
+    ensure!(refused.errors.contains("has no MSI-X"), "{refused}");
+    sample.until_over()?;
+    let mut running = Vm::new("shell").lacking("vgpus", 1).start(host)?;
     running.until("guest: init")?;
     let devices = sample.devices()?;
     ensure!(
@@ -100,7 +103,7 @@ fn a_vm_gets_a_new_device_and_it_goes_with_it(host: &Host) -> Result<()> {
 fn a_killed_vms_device_goes_too(host: &Host) -> Result<()> {
     let sample = Sample::new(host, "mdpy", json!({"type": "mdpy-vga"}))?;
     for with_helper in [false, true] {
-        let mut running = Vm::new("sleep").devices("vgpus", 1).start(host)?;
+        let mut running = Vm::new("sleep").lacking("vgpus", 1).start(host)?;
         running.until("guest: init")?;
         if with_helper {
             host.sh("kill -9 $(pidof gantry)").output()?.success()?;
@@ -125,7 +128,7 @@ fn one_with_io_ports_comes_to_a_running_vm(host: &Host) -> Result<()> {
     vm.file["hotplug"] = json!({"slots": 32, "groups": ["vgpus"]});
     let mut running = vm.start(host)?;
     running.until("guest: init")?;
-    let attach = "gantry vm attach vm --group vgpus --id tty --no-wait";
+    let attach = "gantry vm attach vm --group vgpus --interrupts none --id tty --no-wait";
     host.sh(attach).output()?.success()?;
     // Linux enables no device that has a BAR without an address.
     running.types("until grep -qs 4348 /sys/bus/pci/devices/*/vendor; do sleep 0.1; done; cd $(dirname $(grep -l 4348 /sys/bus/pci/devices/*/vendor)); head -1 resource | sed 's/^/guest: bar=/'; echo 1 >enable && echo guest: enabled=$(cat enable); cd /; echo guest: done")?;
@@ -149,10 +152,10 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
     host.sh("gantry group activate vgpus").output()?.success()?;
     let mut running = Vm::new("sleep")
         .named("owner")
-        .devices("vgpus", 1)
+        .lacking("vgpus", 1)
         .start(host)?;
     running.until("guest: init")?;
-    let second = Vm::new("sleep").devices("vgpus", 1).run(host)?.exits(1)?;
+    let second = Vm::new("sleep").lacking("vgpus", 1).run(host)?.exits(1)?;
     ensure!(
         second.errors.contains("No valid host was found"),
         "{second}"
@@ -168,7 +171,7 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
     running.signal(Signal::SIGTERM)?;
     running.end()?.exits(128 + Signal::SIGTERM as i32)?;
     ensure!(sample.devices()?.len() == 1, "it is not the VM's");
-    let mut killed = Vm::new("sleep").devices("vgpus", 1).start(host)?;
+    let mut killed = Vm::new("sleep").lacking("vgpus", 1).start(host)?;
     killed.until("guest: init")?;
     killed.signal(Signal::SIGKILL)?;
     // At once: the kernel closes the device after it has let go of the lock.
@@ -188,7 +191,7 @@ fn a_tenant_runs_a_vm_with_a_device_made_ahead(host: &Host) -> Result<()> {
     );
     with_user(host, "alice")?;
     let result = host.sh(&set_up).output()?.success().and_then(|_| {
-        let vm = Vm::new("shell").devices("alice", 1);
+        let vm = Vm::new("shell").lacking("alice", 1);
         let run = by("alice", LIMIT, &vm.command(host)?);
         let mut running = Running::of(host.sh(&run).start()?);
         running.types(

@@ -86,6 +86,30 @@ impl Vm {
         self
     }
 
+    /// The same with so many devices of a group that may have neither MSI-X nor a reset.
+    pub fn lacking(mut self, group: &str, count: u32) -> Self {
+        self = self.devices(group, count);
+        let last = self.file["devices"]
+            .as_array_mut()
+            .and_then(|all| all.last_mut());
+        if let Some(last) = last {
+            last["interrupts"] = json!("none");
+            last["allow_no_reset"] = json!(true);
+        }
+        self
+    }
+
+    /// The same with one device, named by its address, that may have neither MSI-X nor a reset.
+    pub fn lacking_path(mut self, bdf: &str) -> Self {
+        let path = format!("/sys/bus/pci/devices/{bdf}");
+        let device = json!({"path": path, "interrupts": "none", "allow_no_reset": true});
+        match &mut self.file["devices"] {
+            Value::Array(devices) => devices.push(device),
+            none => *none = json!([device]),
+        }
+        self
+    }
+
     /// The same under another name.
     pub fn named(mut self, name: &str) -> Self {
         self.name = name.to_owned();

@@ -76,8 +76,30 @@ impl PassthroughDevice {
     /// through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, or what it says of itself makes no sense.
+    /// The device cannot be reached, what it says of itself makes no sense, or it has no MSI-X.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
+        match (io.irq(Irq::Msix).count, io.irq(Irq::Msi).count) {
+            (1.., _) => Self::without_interrupts(io, router),
+            (0, msi) => Err(Error::NoMsix {
+                device: io.name().to_owned(),
+                has: match (msi > 0, io.irq(Irq::Intx).count > 0) {
+                    (true, true) => "MSI and INTx",
+                    (true, false) => "MSI",
+                    (false, true) => "INTx",
+                    (false, false) => "no interrupts",
+                },
+            }),
+        }
+    }
+
+    /// The same of a device that may lack MSI-X: without, it has no interrupts.
+    ///
+    /// # Errors
+    /// As [`Self::new`], but for MSI-X.
+    pub fn without_interrupts(
+        io: Arc<dyn DeviceIo>,
+        router: Arc<dyn MsiRouter>,
+    ) -> Result<Arc<Self>> {
         let unusable = |why: String| Error::Unusable {
             device: io.name().to_owned(),
             why,

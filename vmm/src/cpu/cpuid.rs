@@ -3,6 +3,7 @@
 //! The topology is one socket of `count` cores of one thread, whose APIC ids are their numbers.
 //! Leaves are those of Intel's manual (volume 2, CPUID) and AMD's (volume 3, appendix E).
 
+use crate::config::CpuOffer;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 type Entry = kvm_cpuid_entry2;
@@ -13,8 +14,22 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const CMP_LEGACY: u32 = 1 << 1;
 
-/// What all processors of a guest have in common, out of what KVM supports.
-pub fn common(supported: &[Entry], tsc_deadline: bool) -> Vec<Entry> {
+/// Features of SVM.
+const SVM_LEAF: u32 = 0x8000_000a;
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+
+/// Whether KVM offers guests to run VMs themselves.
+pub fn offers_nested(supported: &[Entry]) -> bool {
+    let has = |function, bit| {
+        let mut entries = supported.iter();
+        entries.any(|entry| entry.function == function && entry.ecx & bit != 0)
+    };
+    has(1, VMX) || has(0x8000_0001, SVM)
+}
+
+/// What all processors of a guest have in common, out of what KVM supports and the guest is offered.
+pub fn common(supported: &[Entry], tsc_deadline: bool, offer: CpuOffer) -> Vec<Entry> {
     // Leaves of SGX, which has no memory here, of encrypted memory, which this is not, and AMD's
     // extended topology, in whose absence the older leaves say it.
     let dropped = [0x12, 0x8000_001f, 0x8000_0026];
@@ -22,9 +37,26 @@ pub fn common(supported: &[Entry], tsc_deadline: bool) -> Vec<Entry> {
     supported
         .iter()
         .filter(|entry| !dropped.contains(&entry.function))
+        .filter(|entry| offer.nested || entry.function != SVM_LEAF)
         .filter(|entry| amx || !matches!(entry.function, 0x1d | 0x1e))
         .map(|entry| mask(entry, tsc_deadline, amx))
+        .map(|entry| limit(entry, offer))
         .collect()
+}
+
+/// Takes away what the guest is not offered.
+fn limit(mut entry: Entry, offer: CpuOffer) -> Entry {
+    match entry.function {
+        1 if !offer.nested => entry.ecx &= !VMX,
+        0x8000_0001 if !offer.nested => entry.ecx &= !SVM,
+        0x8000_0008 => {
+            let bits = entry.eax & 0xff;
+            let most = offer.max_phys_bits.map_or(bits, u32::from);
+            set_bits(&mut entry.eax, 0..8, bits.min(most));
+        }
+        _ => {}
+    }
+    entry
 }
 
 fn mask(entry: &Entry, tsc_deadline: bool, amx: bool) -> Entry {
@@ -243,10 +275,13 @@ mod tests {
 
     #[test]
     fn features_that_cannot_work_are_masked() {
-        let entries = common(&intel(), true);
+        let entries = common(&intel(), true, CpuOffer::default());
         let [_, _, ecx, _] = find(&entries, 1, 0);
         assert_eq!(ecx, HYPERVISOR | X2APIC | TSC_DEADLINE);
-        assert_eq!(find(&common(&intel(), false), 1, 0)[2], HYPERVISOR | X2APIC);
+        assert_eq!(
+            find(&common(&intel(), false, CpuOffer::default()), 1, 0)[2],
+            HYPERVISOR | X2APIC
+        );
         assert_eq!(find(&entries, 7, 0), [1, !4, !(1 << 30), !0x0340_0000]);
         assert_eq!(find(&entries, 7, 1), [!(1 << 21), 0, 0, !0x100]);
         assert!(
@@ -258,13 +293,52 @@ mod tests {
             find(&entries, 0x4000_0000, 0),
             find(&intel(), 0x4000_0000, 0)
         );
-        let entries = common(&amd(), true);
+        let entries = common(&amd(), true, CpuOffer::default());
         let dropped = [0x8000_001f, 0x8000_0026];
         assert!(
             !entries
                 .iter()
                 .any(|entry| dropped.contains(&entry.function))
         );
+    }
+
+    #[test]
+    fn a_guest_runs_vms_only_if_it_is_offered() {
+        let bits = |entries: &[Entry], function, bit: u32| {
+            let mut found = entries.iter();
+            found.any(|entry| entry.function == function && entry.ecx & bit != 0)
+        };
+        let vmx = [entry(1, 0, [0, 0, u32::MAX, 0])];
+        let svm = [
+            entry(0x8000_0001, 0, [0, 0, u32::MAX, 0]),
+            entry(SVM_LEAF, 0, [1, 8, 0, u32::MAX]),
+        ];
+        for (supported, leaf, bit) in [(&vmx[..], 1, VMX), (&svm[..], 0x8000_0001, SVM)] {
+            assert!(offers_nested(supported));
+            let plain = common(supported, true, CpuOffer::default());
+            assert!(!bits(&plain, leaf, bit), "{leaf:#x}");
+            assert!(!plain.iter().any(|entry| entry.function == SVM_LEAF));
+            assert!(!offers_nested(&plain));
+            let nested = CpuOffer {
+                nested: true,
+                ..CpuOffer::default()
+            };
+            let nested = common(supported, true, nested);
+            assert!(bits(&nested, leaf, bit), "{leaf:#x}");
+            assert_eq!(nested.len(), supported.len());
+        }
+    }
+
+    #[test]
+    fn addresses_have_at_most_so_many_bits() {
+        let wide = [entry(0x8000_0008, 0, [0x30_3034, 0, 0, 0])];
+        for (most, bits) in [(None, 48), (Some(46), 46), (Some(60), 48)] {
+            let offer = CpuOffer {
+                max_phys_bits: most,
+                ..CpuOffer::default()
+            };
+            assert_eq!(physical_bits(&common(&wide, true, offer)), bits, "{most:?}");
+        }
     }
 
     #[test]
@@ -275,14 +349,14 @@ mod tests {
             .find(|entry| entry.function == 0xd)
             .unwrap()
             .eax |= 3 << 17;
-        let entries = common(&supported, true);
+        let entries = common(&supported, true, CpuOffer::default());
         assert_eq!(find(&entries, 7, 0)[3], u32::MAX);
         assert_eq!(find(&entries, 0x1d, 0)[0], 1);
     }
 
     #[test]
     fn intel_topology_is_one_socket_of_single_threaded_cores() {
-        let common = common(&intel(), true);
+        let common = common(&intel(), true, CpuOffer::default());
         let third = of_processor(&common, 2, 3);
         assert_eq!(find(&third, 1, 0)[1], 0x0204_0800);
         assert_eq!(find(&third, 1, 0)[3], HTT);
@@ -310,7 +384,7 @@ mod tests {
 
     #[test]
     fn amd_topology_says_the_same() {
-        let entries = of_processor(&common(&amd(), true), 4, 6);
+        let entries = of_processor(&common(&amd(), true, CpuOffer::default()), 4, 6);
         assert_eq!(find(&entries, 0x8000_0001, 0)[2], CMP_LEGACY);
         assert_eq!(find(&entries, 0x8000_0008, 0), [0x30_3034, 0, 0x3005, 0]);
         assert_eq!(find(&entries, 0x8000_001d, 3)[0], 7 << 14 | 0x163);
@@ -320,7 +394,7 @@ mod tests {
             !entries.iter().any(|entry| entry.function == 0x1f),
             "beyond the last leaf"
         );
-        let only = of_processor(&common(&amd(), true), 0, 1);
+        let only = of_processor(&common(&amd(), true, CpuOffer::default()), 0, 1);
         assert_eq!(find(&only, 0x8000_0001, 0)[2], 0);
     }
 

@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 use crate::boot::Entry;
+use crate::config::CpuOffer;
 pub use snapshot::Snapshot;
 
 /// Why a vCPU could not be set up.
@@ -51,19 +52,24 @@ pub struct Features {
 }
 
 impl Features {
-    /// Asks the host.
+    /// Asks the host for what a guest is offered.
     ///
     /// # Errors
     /// KVM refused.
-    pub fn of(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
+    pub fn of(kvm: &Kvm, offer: CpuOffer) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self {
-            cpuid: cpuid::common(supported.as_slice(), tsc_deadline),
-            msrs: msrs::saved(kvm.get_msr_index_list()?.as_slice()),
+            cpuid: cpuid::common(supported.as_slice(), tsc_deadline, offer),
+            msrs: msrs::saved(kvm.get_msr_index_list()?.as_slice(), offer.nested),
             xcrs: kvm.check_extension(Cap::Xcrs),
-            nested: kvm.check_extension(Cap::NestedState),
+            nested: offer.nested && kvm.check_extension(Cap::NestedState),
         })
+    }
+
+    /// Whether the guest can run VMs itself.
+    pub fn has_nested(&self) -> bool {
+        cpuid::offers_nested(&self.cpuid)
     }
 
     /// Bits of a guest-physical address.

@@ -9,6 +9,11 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 const PAT: u32 = 0x277;
 const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
+/// What VMX can do (Intel's manual, volume 3, appendix A).
+const VMX: std::ops::RangeInclusive<u32> = 0x480..=0x491;
+/// `VM_HSAVE_PA`: where SVM saves the host's state.
+const SVM_HOST_SAVE: u32 = 0xc001_0117;
+
 /// `IA32_MISC_ENABLE`: fast string instructions. Without it Linux does not use them.
 const FAST_STRINGS: u64 = 1;
 /// `IA32_MTRR_DEF_TYPE`: memory is write-back where nothing else is said, and MTRRs are on.
@@ -28,11 +33,14 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
 ///
 /// The TSC runs on over a reboot, or the vCPUs' would drift apart. Hyper-V's registers are out of
 /// a guest's reach, and the mere writing of one makes KVM set its machinery up.
-pub fn saved(listed: &[u32]) -> Vec<u32> {
+///
+/// A guest that cannot run VMs has no registers of VMX and SVM.
+pub fn saved(listed: &[u32], nested: bool) -> Vec<u32> {
     let mut indices: Vec<_> = listed
         .iter()
         .copied()
         .filter(|index| *index != TSC && !HYPER_V.contains(index))
+        .filter(|index| nested || !(VMX.contains(index) || *index == SVM_HOST_SAVE))
         .chain(MTRRS.into_iter().flatten())
         .chain([PAT])
         .collect();
@@ -111,7 +119,7 @@ mod tests {
 
     #[test]
     fn the_saved_registers_leave_the_clock_alone() {
-        let saved = saved(&[
+        let listed = [
             0x6e0,
             TSC,
             0x4b56_4d01,
@@ -119,7 +127,13 @@ mod tests {
             0x4000_0118,
             0x277,
             0x174,
-        ]);
+            0x480,
+            SVM_HOST_SAVE,
+        ];
+        let of_nested = saved(&listed, true);
+        assert!(of_nested.contains(&0x480) && of_nested.contains(&SVM_HOST_SAVE));
+        let saved = saved(&listed, false);
+        assert!(!saved.contains(&0x480) && !saved.contains(&SVM_HOST_SAVE));
         assert!(!saved.contains(&TSC));
         assert!(!saved.iter().any(|index| HYPER_V.contains(index)));
         for index in [

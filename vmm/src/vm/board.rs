@@ -58,8 +58,8 @@ pub struct Board {
     pub pci: Arc<PciSegment>,
     /// The serial port, if there is one.
     pub serial: Option<Arc<Serial>>,
-    /// Where its kernel says that it has panicked.
-    panic: Arc<PanicRegister>,
+    /// Where its kernel says that it has panicked, if it has such a register.
+    panic: Option<Arc<PanicRegister>>,
     /// What the guest is told of while it runs.
     pub events: Arc<PlatformEvents>,
     /// Slots that can be filled and emptied while the guest runs.
@@ -111,7 +111,7 @@ impl Board {
             routes,
             pci,
             serial,
-            panic: Arc::default(),
+            panic: config.pvpanic.then(Arc::default),
             events: Arc::new(events),
             slots,
             leaving: Leaving::default(),
@@ -120,6 +120,11 @@ impl Board {
         };
         board._guards = board.fill(layout).map_err(Error::place("the board"))?;
         Ok(board)
+    }
+
+    /// Whether the guest's kernel can say that it has panicked.
+    pub fn has_pvpanic(&self) -> bool {
+        self.panic.is_some()
     }
 
     fn fill(&self, layout: &Layout) -> Result<Vec<Guard>, BarSpaceError> {
@@ -140,8 +145,9 @@ impl Board {
         guards.push(space.add_ports(*ports.start(), ports.len() as u16, config)?);
         let power = Arc::new(PowerRegisters);
         guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
-        let panic = Arc::clone(&self.panic);
-        guards.push(space.add_ports(panic::PORT, panic::LEN as u16, panic)?);
+        if let Some(panic) = self.panic.clone() {
+            guards.push(space.add_ports(panic::PORT, panic::LEN as u16, panic)?);
+        }
         let events = Arc::clone(&self.events);
         guards.push(space.add_ports(layout::EVENT_PORT, events::LEN as u16, events)?);
         if let Some(serial) = &self.serial {
@@ -234,7 +240,9 @@ impl Board {
             serial.reset();
         }
         self.events.reset();
-        self.panic.reset();
+        if let Some(panic) = &self.panic {
+            panic.reset();
+        }
         for function in self.pci.bridges_and_ports() {
             let reset = function.reset(&*self.space);
             reset.map_err(Error::host("reset a root port for the guest's reboot"))?;

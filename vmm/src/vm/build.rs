@@ -61,8 +61,7 @@ impl Vm {
         let mut payload = OpenPayload::open(config)?;
         let machine = Machine::new()?;
         preflight::check_vcpus(config.vcpus, machine.kvm().get_max_vcpus())?;
-        let features =
-            Features::of(machine.kvm()).map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+        let features = offered(config, &machine)?;
 
         let holder = Holder {
             vm: config.name.clone(),
@@ -174,6 +173,16 @@ fn populate_threads(processors: usize) -> usize {
     processors
         .saturating_sub(OTHER_THREADS)
         .min(POPULATE_THREADS)
+}
+
+/// What the host's KVM gives the guest's processors, of what the VM's file asks for.
+fn offered(config: &VmConfig, machine: &Machine) -> Result<Features, Error> {
+    let features = Features::of(machine.kvm(), config.cpu);
+    let features = features.map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+    match config.cpu.nested && !features.has_nested() {
+        true => Err(Error::NoNested),
+        false => Ok(features),
+    }
 }
 
 /// What the VM may be given while it runs. `ports` are those of the devices that it starts with.

@@ -9,7 +9,7 @@ use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
 use gantry_resources::{
     DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, OpenerError, ReservedKind,
-    ReservedRegion, Uuid,
+    ReservedRegion, Terms, Uuid,
 };
 use gantry_vfio::host::{Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
@@ -57,6 +57,7 @@ pub struct Taken {
     part: Part,
     token: Option<Uuid>,
     pool: Option<String>,
+    terms: Terms,
     group: Arc<Group>,
     domain: Arc<Domain>,
     hold: Hold,
@@ -91,6 +92,7 @@ pub struct AttachedDevice {
     _domain: Arc<Domain>,
     part: Part,
     pool: Option<String>,
+    request: usize,
     wires: Wires,
     /// Why nobody may have it after this VM, if that is so.
     unfit: Option<String>,
@@ -181,6 +183,11 @@ impl AttachedDevice {
     /// What tells whether it belongs into a slot with others.
     pub fn part(&self) -> Part {
         self.part
+    }
+
+    /// Which of the requests it was leased for, counted from 0.
+    pub fn request(&self) -> usize {
+        self.request
     }
 
     /// What the host says of it comes through these.
@@ -316,6 +323,7 @@ impl Claimed {
                 },
                 token: lease.token(),
                 pool: gantry_resources::pool_of(host, lease.name()),
+                terms: lease.terms(),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Own(Box::new(lease)),
@@ -374,6 +382,7 @@ impl Claimed {
                 },
                 token: device.token,
                 pool: device.pool,
+                terms: device.terms,
                 group: domain.group(device.group).ok_or(missing)?,
                 domain: Arc::clone(&domain),
                 hold: Hold::Opener(device.lease),
@@ -456,7 +465,10 @@ impl Taken {
         let io = Arc::new(Counted::new(io, &counts));
         let name = self.part.name;
         let on_enable = move || mailbox.post(Event::Enabled(name));
-        let function = PassthroughDevice::new(io.clone(), router)?;
+        let function = match self.terms.allow.no_msix {
+            true => PassthroughDevice::without_interrupts(io.clone(), router)?,
+            false => PassthroughDevice::new(io.clone(), router)?,
+        };
         let function = Watched::new(function, &counts, on_enable);
         Ok(AttachedDevice {
             slot: None,
@@ -465,6 +477,7 @@ impl Taken {
             _domain: self.domain,
             part: self.part,
             pool: self.pool,
+            request: self.terms.request,
             wires,
             unfit: None,
             hold: self.hold,

@@ -85,6 +85,7 @@ impl OpenPayload {
                 layout,
                 cpus,
                 serial,
+                pvpanic: board.has_pvpanic(),
                 slots: &board.slots,
             },
         )?;

@@ -3,7 +3,9 @@
 use std::cmp::Ordering;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{DeviceState, Groups, HostDevice, HostPaths, KernelModules, Mdevs, scan};
+use gantry_resources::{
+    DeviceState, Groups, HostDevice, HostPaths, KernelModules, Mdevs, is_reset, scan,
+};
 use serde::Serialize;
 use serde::ser::SerializeSeq;
 
@@ -20,6 +22,10 @@ States:
   assigned     a VM has it
   unbound      no driver has it
   quarantined  it hung, or was for one use: `device release-quarantine`
+
+RESET shows how the kernel can reset a device (`reset_method`); \"card\" if only a reset of its bus does, which \
+takes all its functions. A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
+IRQ shows the interrupts that it has, which only root can read; gantry delivers MSI-X.
 
 VFS shows a physical function's virtual ones, those there are and those it could have.
 
@@ -58,6 +64,8 @@ enum Key {
     Iommu,
     Numa,
     Vfs,
+    Reset,
+    Irq,
     State,
     Group,
     Vm,
@@ -80,7 +88,7 @@ impl Key {
     }
 }
 
-const COLUMNS: [Column; 12] = [
+const COLUMNS: [Column; 14] = [
     Column {
         title: "ADDRESS",
         give: Give::Nothing,
@@ -118,6 +126,14 @@ const COLUMNS: [Column; 12] = [
         give: Give::All(2),
     },
     Column {
+        title: "RESET",
+        give: Give::All(2),
+    },
+    Column {
+        title: "IRQ",
+        give: Give::All(1),
+    },
+    Column {
         title: "STATE",
         give: Give::Nothing,
     },
@@ -145,6 +161,8 @@ struct Row<'a> {
     #[serde(flatten)]
     state: DeviceState,
     group: Option<&'a str>,
+    /// Whether it is reset between two VMs.
+    is_reset: bool,
     /// The tenant that the device belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     tenant: Option<&'a str>,
@@ -163,7 +181,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     let modules = KernelModules::read(paths);
     let mut rows: Vec<Row> = devices
         .iter()
-        .map(|device| Row::new(device, &groups, &modules))
+        .map(|device| Row::new(device, &devices, &groups, &modules))
         .collect();
     // Stable: devices that are equal here stay in the order of their addresses.
     rows.sort_by(|a, b| a.compare(b, args.sort.unwrap_or(Key::Address)));
@@ -190,13 +208,13 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 fn list_nvme(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Failure> {
-    let mut devices = scan(paths).map_err(Failure::host)?;
-    devices.retain(HostDevice::is_nvme);
+    let devices = scan(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let modules = KernelModules::read(paths);
     let rows: Vec<Row> = devices
         .iter()
-        .map(|one| Row::new(one, &groups, &modules))
+        .filter(|one| one.is_nvme())
+        .map(|one| Row::new(one, &devices, &groups, &modules))
         .collect();
     if json {
         return print_json(&rows);
@@ -273,8 +291,14 @@ fn table<'a>(rows: &[Row<'a>], width: usize) -> Table {
 }
 
 impl<'a> Row<'a> {
-    fn new(device: &'a HostDevice, groups: &'a Groups, modules: &'a KernelModules) -> Self {
+    fn new(
+        device: &'a HostDevice,
+        all: &[HostDevice],
+        groups: &'a Groups,
+        modules: &'a KernelModules,
+    ) -> Self {
         Self {
+            is_reset: is_reset(device, all),
             device,
             vendor_name: device.vendor_name(),
             device_name: device.device_name(),
@@ -322,6 +346,25 @@ impl<'a> Row<'a> {
         }
     }
 
+    /// How it is reset.
+    fn reset(&self) -> String {
+        match (self.device.reset_methods.join(" "), self.is_reset) {
+            (methods, _) if !methods.is_empty() => methods,
+            (_, true) => "card".to_owned(),
+            (_, false) if self.device.is_bridge() => "-".to_owned(),
+            (_, false) => "none".to_owned(),
+        }
+    }
+
+    /// The kinds of interrupt that it has.
+    fn interrupts(&self) -> String {
+        let interrupts = self
+            .device
+            .interrupts
+            .map(|has| has.to_string().replace(" and ", " "));
+        interrupts.unwrap_or_else(|| "-".to_owned())
+    }
+
     fn vm(&self) -> Option<&str> {
         match &self.state {
             DeviceState::Assigned { vm } => vm.as_deref(),
@@ -346,6 +389,8 @@ impl<'a> Row<'a> {
             number(self.device.iommu_group),
             number(self.device.numa_node),
             self.functions(),
+            self.reset(),
+            self.interrupts(),
             state_word(&self.state).to_owned(),
             text(self.whose().as_deref()),
             text(self.vm()),
@@ -367,6 +412,8 @@ impl<'a> Row<'a> {
                 let functions = |row: &Self| Some(row.functions()).filter(|text| text != "-");
                 last_if_none(&functions(self), &functions(other))
             }
+            Key::Reset => self.reset().cmp(&other.reset()),
+            Key::Irq => self.interrupts().cmp(&other.interrupts()),
             Key::State => self.state.cmp(&other.state),
             Key::Group => last_if_none(&self.whose(), &other.whose()),
             Key::Vm => last_if_none(&self.vm(), &other.vm()),

@@ -2,8 +2,8 @@
 
 use clap::Args;
 use gantry_resources::{
-    Bind, DeviceState, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs, ResourceGroup,
-    UsbDevice, Uuid, scan, scan_usb,
+    Bind, Card, DeviceState, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs,
+    ResourceGroup, UsbDevice, Uuid, cards, scan, scan_usb,
 };
 use serde::Serialize;
 
@@ -13,8 +13,8 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-TOTAL counts the devices that the group's rules match; USED those a VM has; FREE those that are \
-detached and no VM has, or that a VM may take from the host on demand. The others are still with a \
+TOTAL counts the devices that the group's rules match, a card with all its functions as one; USED those \
+a VM has; FREE those that are detached and no VM has, or that a VM may take from the host on demand. The others are still with a \
 driver of the host: `gantry device detach`.
 
 Examples:
@@ -169,25 +169,28 @@ impl<'a> Row<'a> {
             bdf: device.bdf,
             state: device.state(),
         };
-        let devices: Vec<Member> = devices.iter().filter(owned).map(member).collect();
+        let cards = cards(devices.iter().filter(owned));
         let on_demand = group.bind == Bind::Demand;
-        let count = |wanted: &dyn Fn(&DeviceState) -> bool| {
-            devices
-                .iter()
-                .filter(|member| wanted(&member.state))
-                .count()
+        let is_used = |device: &HostDevice| matches!(device.state(), DeviceState::Assigned { .. });
+        let is_free = |device: &HostDevice| match device.state() {
+            DeviceState::Detached => true,
+            DeviceState::Attached | DeviceState::Unbound => on_demand,
+            _ => false,
         };
+        let is_out =
+            |device: &HostDevice| matches!(device.state(), DeviceState::Quarantined { .. });
+        let used = cards.iter().filter(|card| card.functions().any(is_used));
+        let free = cards.iter().filter(|card| card.functions().all(is_free));
         Self {
             group,
-            total: devices.len(),
-            used: count(&|state| matches!(state, DeviceState::Assigned { .. })),
-            free: count(&|state| match state {
-                DeviceState::Detached => true,
-                DeviceState::Attached | DeviceState::Unbound => on_demand,
-                _ => false,
-            }),
-            quarantined: count(&|state| matches!(state, DeviceState::Quarantined { .. })),
-            devices,
+            total: cards.len(),
+            used: used.count(),
+            free: free.count(),
+            quarantined: cards
+                .iter()
+                .filter(|card| card.functions().any(is_out))
+                .count(),
+            devices: cards.iter().flat_map(Card::functions).map(member).collect(),
             usb: Vec::new(),
             mdevs: Vec::new(),
         }

@@ -8,6 +8,7 @@ use gantry_resources::{
 };
 use serde::Serialize;
 
+use super::lacking;
 use super::list::{Counts, counts_of};
 use super::matching::{COLUMNS, Found, sort_by, table};
 use crate::cli::device::{has_column, usb};
@@ -59,24 +60,10 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.json {
         return print_json(&shown);
     }
+    let lacking = lacking(group, &groups, &devices);
     let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     print(|out| {
-        writeln!(out, "name         {}", group.name)?;
-        writeln!(out, "type         {}", group.kind.word())?;
-        if let Some(class) = &group.class {
-            writeln!(out, "class        {class}")?;
-        }
-        if !group.description.is_empty() {
-            writeln!(out, "description  {}", group.description)?;
-        }
-        if let Some(traits) = &group.traits {
-            let names: Vec<&str> = traits.names().collect();
-            writeln!(out, "traits       {}", names.join(", "))?;
-        }
-        if let Some(class) = &group.resource_class {
-            writeln!(out, "res. class   {class}")?;
-        }
-        writeln!(out, "bind         {}", bind_word(group.bind))?;
+        tags(out, group)?;
         if let Some(spec) = &group.sriov {
             functions(out, spec, &devices)?;
         }
@@ -99,7 +86,10 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
             (GroupType::Usb, _) => Ok(()),
             (_, Some(words)) if shown.devices.is_empty() => writeln!(out, "{words}"),
             _ => table(out, &shown.devices, sort),
-        }
+        }?;
+        lacking
+            .iter()
+            .try_for_each(|words| writeln!(out, "{words}"))
     })?;
     match group.kind {
         GroupType::Usb => usb::list_those(
@@ -111,6 +101,29 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         ),
         _ => Ok(()),
     }
+}
+
+/// What is said of a group.
+fn tags(out: &mut dyn Write, group: &ResourceGroup) -> io::Result<()> {
+    writeln!(out, "name         {}", group.name)?;
+    writeln!(out, "type         {}", group.kind.word())?;
+    if let Some(class) = &group.class {
+        writeln!(out, "class        {class}")?;
+    }
+    if !group.description.is_empty() {
+        writeln!(out, "description  {}", group.description)?;
+    }
+    if let Some(traits) = &group.traits {
+        let names: Vec<&str> = traits.names().collect();
+        writeln!(out, "traits       {}", names.join(", "))?;
+    }
+    if let Some(class) = &group.resource_class {
+        writeln!(out, "res. class   {class}")?;
+    }
+    if group.kind != GroupType::Usb {
+        writeln!(out, "bind         {}", bind_word(group.bind))?;
+    }
+    Ok(())
 }
 
 fn bind_word(bind: Bind) -> &'static str {

@@ -5,12 +5,13 @@ use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::{
-    Bind, DeviceState, GroupFiles, Groups, HostDevice, HostPaths, ResourceGroup, UsbDevice, scan,
-    scan_usb,
+    Bind, DeviceState, GroupFiles, GroupType, Groups, HostDevice, HostPaths, ResourceGroup,
+    UsbDevice, scan, scan_usb,
 };
 use serde::Serialize;
 use serde_json::Value;
 
+use super::lacking;
 use crate::output::TellArgs;
 use crate::report::Failure;
 
@@ -94,6 +95,7 @@ impl Before {
                 let taken = devices.is_empty().then(elsewhere).flatten();
                 taken.or_else(|| advice(group, &devices, &added, hardware))
             }),
+            warnings: group.map_or_else(Vec::new, |group| lacking(group, &groups, &hardware.pci)),
             group: now.to_owned(),
             was: was.filter(|was| was != now),
             done,
@@ -160,6 +162,9 @@ fn advice(
             "`gantry group activate {name}` makes its virtual functions"
         ));
     }
+    if devices.is_empty() && group.kind == GroupType::Usb {
+        return None;
+    }
     if devices.is_empty() {
         return Some(format!(
             "`gantry group add {name} BDF` gives it a device, `gantry group edit {name} --rule JSON` a rule"
@@ -201,6 +206,9 @@ pub struct Changed {
     removed: Vec<String>,
     /// Those that were written.
     files: Vec<PathBuf>,
+    /// Why VMs cannot be given some of its devices, or only if their entries allow it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
     #[serde(skip)]
     advice: Option<String>,
 }
@@ -253,10 +261,10 @@ impl fmt::Display for Changed {
             Done::Nothing => write!(f, "as it was, with {}", listed(&self.devices))?,
             Done::Changed => f.write_str(&self.changes())?,
         }
-        match &self.advice {
-            Some(advice) => write!(f, "\n  {advice}"),
-            None => Ok(()),
-        }
+        let advice = self.advice.iter().chain(&self.warnings);
+        advice
+            .into_iter()
+            .try_for_each(|line| write!(f, "\n  {line}"))
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use gantry_resources::{DeviceName, HostPaths, NumaPolicy};
+use gantry_resources::{DeviceName, HostPaths, InterruptNeed, NumaPolicy};
 use serde::de::IntoDeserializer;
 use serde::de::value::StringDeserializer;
 use serde::{Deserialize, Serialize};
@@ -24,9 +24,10 @@ use crate::report::Failure;
 Devices go into slots that the VM was started with: `\"hotplug\": {\"slots\": 8}` in its file. `gantry \
 vm info` shows how many are free.
 
-It is over when the guest's driver has switched the devices on. How long each step took, `gantry vm \
-events` shows as it happens, and `gantry vm metrics` afterwards. A device that the guest does not switch \
-on in time stays in the VM until `gantry vm detach`.
+It is over when the guest has enabled the devices, that is, their memory or I/O ports; whether a driver then \
+succeeds, the guest tells (`lspci -k`), and `gantry vm metrics` shows their interrupts. How long each step took, `gantry vm \
+events` shows as it happens, and `gantry vm metrics` afterwards. A device that the guest does not \
+enable in time stays in the VM until `gantry vm detach`.
 
 Examples:
   gantry vm attach web-1 --group gpu
@@ -44,13 +45,19 @@ pub struct AttachArgs {
     /// How near to the VM's memory and processors the devices must be
     #[arg(long, value_name = "POLICY", value_parser = policies(), conflicts_with_all = ["device", "plan"])]
     numa_policy: Option<NumaPolicy>,
+    /// `none` takes devices without MSI-X too: they have no interrupts in the guest
+    #[arg(long, value_name = "KIND", value_parser = needed(), conflicts_with = "plan")]
+    interrupts: Option<InterruptNeed>,
+    /// Take devices too that nothing resets between two VMs: one may read what the other left
+    #[arg(long, conflicts_with = "plan")]
+    allow_no_reset: bool,
     /// Name that the device gets in the VM [default: its address on the host]
     #[arg(long)]
     id: Option<String>,
     /// How long to wait for the guest, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u32,
-    /// Do not wait for the guest's driver
+    /// Do not wait for the guest to enable the devices
     #[arg(long)]
     no_wait: bool,
     /// Show the devices as JSON
@@ -130,9 +137,9 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
         [] => writeln!(out, "{} will have it when it boots", args.vm),
         devices => devices.iter().try_for_each(|device| {
             let how = match device.state {
-                DeviceState::Enabled => "in use",
+                DeviceState::Enabled => "enabled by the guest",
                 DeviceState::Announced => "plugged in",
-                DeviceState::Detaching => "on its way out",
+                DeviceState::Detaching => "being detached",
             };
             let (named, bdf) = (watch::named(device), &device.bdf);
             writeln!(out, "{named} is {how} in {}, there as {bdf}", args.vm)
@@ -158,6 +165,8 @@ impl AttachArgs {
                 count: self.count.map(u64::from),
                 path: device.map(|name| name.sysfs_path().into()),
                 numa_policy: self.numa_policy,
+                interrupts: self.interrupts,
+                allow_no_reset: self.allow_no_reset.then_some(true),
                 ..DeviceConfig::default()
             }),
         }
@@ -184,12 +193,20 @@ fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
     })
 }
 
+/// The words that a VM's file has for interrupts.
+fn needed() -> impl TypedValueParser<Value = InterruptNeed> {
+    let words = PossibleValuesParser::new(["msix", "none"]);
+    words.map(|word| match word.as_str() {
+        "none" => InterruptNeed::None,
+        _ => InterruptNeed::Msix,
+    })
+}
+
 /// Why the command is over before the guest's driver has switched on the devices, and what helps.
 fn not_switched_on(client: &Client, vm: &str, waiting: &[String], wait: Duration) -> Failure {
     let (named, waited) = (watch::list(waiting), seconds(wait));
-    let what = format!(
-        "the guest's driver has not enabled {named} in {waited}: it is attached, but not in use"
-    );
+    let what =
+        format!("the guest has not enabled {named} in {waited}: it is attached, but not in use");
     let why = state::asleep(client, vm).unwrap_or_else(|| {
         "the guest may lack a driver for it: look with `lspci -k` there".to_owned()
     });

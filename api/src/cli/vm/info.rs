@@ -15,7 +15,7 @@ use crate::table::{Column, Give, Table, column, terminal_width};
 #[command(after_help = "\
 States of devices:
   announced  the guest was told of it
-  enabled    the guest's driver uses it
+  enabled    the guest has enabled its memory or I/O ports
   detaching  the guest was asked to let it go
 
 Examples:
@@ -84,7 +84,7 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     if !config.payload.cmdline.is_empty() {
         writeln!(out, "cmdline  {}", config.payload.cmdline)?;
     }
-    writeln!(out, "slots    {} of {} free", info.free_slots, info.slots)?;
+    writeln!(out, "slots    {}", super::slots(info))?;
     if info.devices.is_empty() {
         return Ok(());
     }

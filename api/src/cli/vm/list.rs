@@ -187,7 +187,7 @@ impl Row {
             self.state.clone(),
             of_info(&|info| info.config.cpus.boot_vcpus.to_string()),
             of_info(&|info| crate::config::size(info.config.memory.size)),
-            of_info(&|info| format!("{} of {} free", info.free_slots, info.slots)),
+            of_info(&super::slots),
             of_info(&devices),
         ]
     }

@@ -92,7 +92,7 @@ fn words(event: &Event) -> String {
         Event::AttachFailed { id, error } => {
             format!("{id}: not attached: {}", error.replace("\n  ", "; "))
         }
-        Event::Enabled { id } => format!("{id}: the guest has switched it on"),
+        Event::Enabled { id } => format!("{id}: enabled by the guest"),
         Event::DetachAsked { id } => format!("{id}: the guest is asked to release it"),
         Event::Detached { id, forced: false } => format!("{id}: the guest has released it"),
         Event::Detached { id, forced: true } => format!("{id}: it was taken from the guest"),

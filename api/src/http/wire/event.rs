@@ -50,7 +50,7 @@ pub enum Event {
         /// Why.
         error: String,
     },
-    /// The guest has enabled a device.
+    /// The guest has enabled the memory or I/O ports of a device.
     Enabled {
         /// The device.
         id: String,

@@ -30,7 +30,9 @@ pub fn dsdt(inputs: &AcpiInputs<'_>) -> Sdt {
     if inputs.serial {
         serial(&mut system_bus);
     }
-    panic_register(&mut system_bus);
+    if inputs.pvpanic {
+        panic_register(&mut system_bus);
+    }
     events::events(inputs.slots, &mut system_bus);
     for uid in 0..inputs.cpus {
         processor(uid.into(), &mut system_bus);

@@ -33,6 +33,8 @@ pub struct AcpiInputs<'a> {
     pub cpus: u8,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Whether there is a register for a kernel that panics.
+    pub pvpanic: bool,
     /// Slots that can be filled and emptied while the guest runs.
     pub slots: &'a [HotSlot],
 }
@@ -188,6 +190,7 @@ mod tests {
                 layout: &layout,
                 cpus,
                 serial,
+                pvpanic: serial,
                 slots: &[],
             },
         )
@@ -276,7 +279,9 @@ mod tests {
         assert!(contains(dsdt, &window), "32-bit window");
         let window = [4 << 30, (1_u64 << 40) - 1].map(u64::to_le_bytes).concat();
         assert!(contains(dsdt, &window), "64-bit window");
-        assert!(!contains(&tables(1, false)[3], b"COM1"));
+        for absent in ["COM1", "QEMU0001"] {
+            assert!(!contains(&tables(1, false)[3], absent.as_bytes()));
+        }
     }
 
     fn dsdt_with(slots: &[HotSlot]) -> std::collections::BTreeMap<String, aml::Object> {
@@ -285,6 +290,7 @@ mod tests {
             layout: &layout(),
             cpus: 2,
             serial: true,
+            pvpanic: true,
             slots,
         };
         dsdt::dsdt(&inputs).to_aml_bytes(&mut bytes);
@@ -370,6 +376,7 @@ mod tests {
                 layout: &layout,
                 cpus: 1,
                 serial: true,
+                pvpanic: true,
                 slots: &[],
             },
         );

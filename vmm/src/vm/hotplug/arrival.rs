@@ -114,8 +114,13 @@ impl Devices {
         board: &Board,
     ) -> Result<(), CommandError> {
         let parts: Vec<Part> = devices.iter().flatten().map(AttachedDevice::part).collect();
-        let asked = asked.iter().cloned().map(Asked::from);
-        let labels: Vec<Label> = asked.flat_map(|asked| labels(&asked)).collect();
+        let asked: Vec<Asked> = asked.iter().cloned().map(Asked::from).collect();
+        let requests: Vec<usize> = devices
+            .iter()
+            .flatten()
+            .map(AttachedDevice::request)
+            .collect();
+        let labels = labels(&asked, &requests);
         for set in arrange(&parts) {
             let port = self.slot_for(&set, devices, board)?;
             for (index, function) in set {
@@ -172,15 +177,19 @@ impl Devices {
     }
 }
 
-/// What each of the devices is called that were asked for together, and their group or alias.
-pub fn labels(asked: &Asked) -> Vec<Label> {
-    let count = match &asked.request {
-        Request::Any(wish) => wish.count as usize,
-        Request::Device { .. } | Request::Mdev { .. } => 1,
+/// What each device is called, and the group or alias that it was asked for by. `requests` says of each which of
+/// those `asked` it is for: a card has several functions.
+pub fn labels(asked: &[Asked], requests: &[usize]) -> Vec<Label> {
+    let label = |(index, request): (usize, &usize)| {
+        let Some(asked) = asked.get(*request) else {
+            return Label::default();
+        };
+        let before = requests.iter().take(index);
+        let nth = before.filter(|other| *other == request).count();
+        Label {
+            id: asked.id.as_ref().map(|id| nth_name(id, nth)),
+            group: asked.source().map(str::to_owned),
+        }
     };
-    let label = |index| Label {
-        id: asked.id.as_ref().map(|id| nth_name(id, index)),
-        group: asked.source().map(str::to_owned),
-    };
-    (0..count).map(label).collect()
+    requests.iter().enumerate().map(label).collect()
 }

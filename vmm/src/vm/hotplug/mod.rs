@@ -82,7 +82,12 @@ impl Devices {
     ) -> Result<Self, Error> {
         let parts: Vec<Part> = devices.iter().map(AttachedDevice::part).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
-        let labels: Vec<Label> = asked.iter().flat_map(arrival::labels).collect();
+        let requests: Vec<usize> = devices
+            .iter()
+            .flatten()
+            .map(AttachedDevice::request)
+            .collect();
+        let labels = arrival::labels(asked, &requests);
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
         let mut this = Self {
             worker: None,

@@ -141,6 +141,7 @@ fn a_device_may_come_before_the_vm_is_booted() {
             wanted: Wanted::Request(Request::Device {
                 bdf: "0000:01:00.0".parse().unwrap(),
                 allow_ungrouped: false,
+                allow: Default::default(),
             }),
         })
     };
@@ -178,12 +179,14 @@ fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
     std::fs::create_dir_all(&device).unwrap();
     let modalias = "pci:v00001B36d00000010sv00001AF4sd00001100bc01sc08i02";
     std::fs::write(device.join("modalias"), modalias).unwrap();
+    std::fs::write(device.join("reset_method"), "flr").unwrap();
     let attach = || {
         Command::Attach(Attach {
             id: None,
             wanted: Wanted::Request(Request::Device {
                 bdf: "0000:01:00.0".parse().unwrap(),
                 allow_ungrouped: true,
+                allow: Default::default(),
             }),
         })
     };

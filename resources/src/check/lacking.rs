@@ -1,0 +1,44 @@
+//! Devices that a VM gets only if their entry allows it: those without MSI-X, and those without a reset.
+
+use super::facts::Devices;
+use super::{Finding, Level};
+use crate::card::{Allow, lacks};
+use crate::obstacle::{Blocked, Obstacle};
+
+pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
+    let lacks = |device| lacks(device, &devices.all, Allow::default());
+    let all: Vec<Blocked> = devices.wanted().flat_map(lacks).collect();
+    let of = |no_reset: bool| {
+        let of = move |one: &&Blocked| (one.obstacle == Obstacle::NoReset) == no_reset;
+        let words = |one: &Blocked| match &one.obstacle {
+            Obstacle::NoMsix { has } => format!("{} (it has {has})", one.bdf),
+            _ => one.bdf.to_string(),
+        };
+        let named: Vec<String> = all.iter().filter(of).map(words).collect();
+        named.join(", ")
+    };
+    let findings = [
+        (
+            "interrupts",
+            "Interrupts",
+            of(false),
+            "no MSI-X, the only kind that gantry delivers yet",
+            "add \"interrupts\": \"none\" to such a device's entry in the VM's file: it works without interrupts",
+        ),
+        (
+            "resets",
+            "Device reset",
+            of(true),
+            "nothing resets these between two VMs, and one could read what the other left",
+            "add \"allow_no_reset\": true to such a device's entry in the VM's file if that is acceptable",
+        ),
+    ];
+    let findings = findings.into_iter();
+    findings
+        .filter(|(_, _, named, ..)| !named.is_empty())
+        .map(|(check, title, named, what, fix)| {
+            let reason = format!("{what}: {named}");
+            Finding::new(check, title, Level::Warn, reason).fix(fix)
+        })
+        .collect()
+}
