@@ -21,7 +21,7 @@ pub enum PlacementError {
     NoNodes,
     /// There is no such node.
     #[error(
-        "numa_nodes: this host has only node {have}, not {node}\nname nodes that `lscpu` shows"
+        "numa_nodes: this host has no NUMA node {node}, only {have}\nname nodes that `lscpu` shows"
     )]
     NoSuchNode {
         /// The node.

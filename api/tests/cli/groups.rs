@@ -65,7 +65,7 @@ fn a_card_is_counted_and_given_as_one() {
     assert!(fits.contains("0000:0b:00.0 0000:0b:00.1"), "{fits}");
     let refused = host.gantry(&["group", "fit", "gpus:2"]);
     assert_eq!(refused.code, Some(1));
-    let words = "2 of group \"gpus\" asked for, 1 free";
+    let words = "group \"gpus\" has only 1 free device (2 asked for)";
     assert!(refused.err.contains(words), "{refused:?}");
 }
 

@@ -16,12 +16,16 @@ const GROUPS: &str = r#"{"groups": [
 
 /// Two disks, and a card with two functions in one IOMMU group.
 fn host() -> FakeHost {
+    host_with_nics(["03:00.0", "03:01.0"])
+}
+
+fn host_with_nics(nics: [&str; 2]) -> FakeHost {
     let nic = |address| Fake::nvme(address, 7).class(0x02_00_00);
     let host = FakeHost::new(&[
         Fake::nvme("01:00.0", 1).with("numa_node", "1"),
         Fake::nvme("02:00.0", 2),
-        nic("03:00.0"),
-        nic("03:01.0"),
+        nic(nics[0]),
+        nic(nics[1]),
     ]);
     host.file("etc/groups.json", GROUPS);
     host.file("dev/vfio/vfio", "container");
@@ -477,7 +481,7 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
 
 #[test]
 fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
-    let host = host();
+    let host = host_with_nics(["03:00.0", "03:00.1"]);
     let (opener, _helper) = started(&host);
     opener.slots(1).unwrap();
     // Nobody leases anything in another's turn: whoever tried would wait.
@@ -488,8 +492,8 @@ fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
     assert!(both.contains("No valid host was found"), "{both}");
     drop(turn);
     assert!(held(&host).is_empty());
-    // Functions of one device share a slot.
-    let card = opener.open(&[Request::group("nic", 2)], &[], false, &|| false);
+    // The functions of one card share a slot.
+    let card = opener.open(&[Request::group("nic", 1)], &[], false, &|| false);
     assert_eq!(card.unwrap().devices.len(), 2);
     opener.slots(2).unwrap();
     let disks = opener.open(&[Request::group("nvme", 2)], &[], false, &|| false);

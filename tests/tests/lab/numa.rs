@@ -179,7 +179,7 @@ fn a_place_that_is_not_to_be_had_is_refused(host: &Host) -> Result<()> {
     };
     let mut vm = Vm::new("none").devices("near", 1);
     vm.file["numa_nodes"] = json!([0, 7]);
-    refused(&vm, "", &["this host has only node 0-1, not 7"])?;
+    refused(&vm, "", &["this host has no NUMA node 7, only 0-1"])?;
     vm.file["numa_nodes"] = json!([1]);
     refused(
         &vm,
