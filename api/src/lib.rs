@@ -9,6 +9,7 @@ mod output;
 mod report;
 mod signals;
 mod status;
+mod stderr;
 mod table;
 
 pub use cli::main;

@@ -1,12 +1,9 @@
-//! Standard output: buffered, without panics, quiet when the reader has gone. Standard error: the log,
-//! which nothing waits for and no failure of which is an error.
+//! Standard output: buffered, without panics, quiet when the reader has gone.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
-use gantry_vmm::outlet::{self, Outlet};
 use serde::Serialize;
 
 use crate::report::Failure;
@@ -74,33 +71,6 @@ fn print_to(
 /// Tells people, on standard error, what a command does. Who reads none of that misses nothing.
 pub fn note(text: impl Display) {
     let _ = writeln!(io::stderr(), "{text}");
-}
-
-/// Standard error, as the log and the last error use it: a write waits for no reader, and never fails.
-/// It is opened once, before a VM confines the process.
-#[derive(Clone)]
-pub struct Stderr(Arc<Mutex<Option<Outlet>>>);
-
-impl Stderr {
-    /// What standard error leads to; nowhere if it is closed.
-    pub fn open() -> Self {
-        let outlet = Outlet::of_stream(&io::stderr(), outlet::Kind::Log);
-        Self(Arc::new(Mutex::new(outlet.ok())))
-    }
-}
-
-impl Write for Stderr {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let mut outlet = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *outlet {
-            Some(outlet) => outlet.write(data),
-            None => Ok(data.len()),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Writes a value as indented JSON, which has no colours to take out for those who want none.

@@ -12,7 +12,7 @@ pub use crate::status::{
     BY_SIGNAL, EXIT_STATUSES, FAILED, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
 
-use crate::output::Stderr;
+use crate::stderr::Stderr;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const CAUSE: Style = Style::new().dimmed();

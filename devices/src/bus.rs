@@ -3,75 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::panic::Panic;
-use crate::pci::{PciDevice, PortIndex};
-
-/// A device, or a window of one, that answers accesses on a [`Bus`].
-///
-/// Accesses are 1, 2, 4 or 8 bytes, little endian, with `offset` relative to the range under which
-/// the device was inserted. Several vCPUs call at once: a device guards its own state.
-pub trait BusDevice: Send + Sync {
-    /// Fills `data` with what the guest reads at `offset`.
-    fn read(&self, offset: u64, data: &mut [u8]);
-
-    /// Takes what the guest wrote at `offset`, and says what must follow from it.
-    fn write(&self, offset: u64, data: &[u8]) -> Effect;
-}
-
-/// What a guest's write asks of the owner of the VM. It is applied after every lock taken on the
-/// way down has been released.
-#[must_use = "an effect does nothing until the owner of the VM applies it"]
-#[derive(Clone)]
-pub enum Effect {
-    /// Nothing outside the device.
-    None,
-    /// The BARs of this function moved, appeared or went: call [`PciDevice::remap`].
-    Remap(Arc<dyn PciDevice>),
-    /// The guest asked to be powered off.
-    PowerOff,
-    /// The guest asked for a reset.
-    Reset,
-    /// The guest's kernel has panicked.
-    Panic(Panic),
-    /// The guest has let go of what is in the slot of this root port.
-    Eject(PortIndex),
-}
-
-impl std::fmt::Debug for Effect {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Effect::None => "None",
-            Effect::Remap(_) => "Remap",
-            Effect::PowerOff => "PowerOff",
-            Effect::Reset => "Reset",
-            Effect::Panic(_) => "Panic",
-            Effect::Eject(_) => "Eject",
-        })
-    }
-}
-
-/// Why a range could not be put on a bus.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum BusError {
-    /// The range has no bytes or runs past the end of the address space.
-    #[error("bus range of {len:#x} bytes at {base:#x} is empty or wraps")]
-    BadRange {
-        /// First address of the range.
-        base: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// Another device already answers somewhere in the range.
-    #[error("bus range {base:#x}..={last:#x} overlaps the device at {other:#x}")]
-    Overlap {
-        /// First address of the refused range.
-        base: u64,
-        /// Last address of the refused range.
-        last: u64,
-        /// First address of the range in its way.
-        other: u64,
-    },
-}
+pub use crate::device::{BusDevice, BusError, Effect};
 
 struct Entry {
     last: u64,

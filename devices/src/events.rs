@@ -10,8 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::bus::{BusDevice, Effect};
-use crate::pci::PortIndex;
+use crate::device::PortIndex;
+use crate::device::{BusDevice, Effect};
 use crate::warn_limited;
 
 /// Offset of the event register, 32 bits, read-only: the slot's number, or 0 for the machine itself,

@@ -6,6 +6,7 @@
 
 pub mod bounded;
 pub mod bus;
+mod device;
 pub mod events;
 pub mod limit;
 pub mod mapping;

@@ -3,7 +3,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::bus::{BusDevice, Effect};
+pub use crate::device::Panic;
+use crate::device::{BusDevice, Effect};
 
 /// Its I/O port, where QEMU has it.
 pub const PORT: u16 = 0x505;
@@ -14,15 +15,6 @@ pub const LEN: u64 = 1;
 const PANICKED: u8 = 1 << 0;
 /// The kernel panicked, and another one that it keeps for that takes over.
 const CRASH_LOADED: u8 = 1 << 1;
-
-/// What a panic leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Panic {
-    /// The guest's end, or its reset.
-    End,
-    /// A kernel that looks into it.
-    CrashKernel,
-}
 
 /// The register. It tells of each kind of panic once, until it is reset.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! Power: the ACPI sleep and reset registers of hardware-reduced ACPI.
 
-use crate::bus::{BusDevice, Effect};
+use crate::device::{BusDevice, Effect};
 use crate::warn_limited;
 
 /// Offset of the sleep control register, 8 bits (ACPI Specification 6.5, 4.8.3.7; FADT field

@@ -12,7 +12,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::bus::{BusDevice, Effect};
+use crate::device::{BusDevice, Effect};
 use crate::warn_limited;
 
 /// Where PCs have their first serial port, COM1.

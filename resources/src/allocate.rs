@@ -13,11 +13,12 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use crate::bdf::HostBdf;
 use crate::bind::BindError;
 use crate::demand::Binder;
 use crate::group::{GroupError, Groups, NO_USB};
 use crate::guard::{Guarded, host_uses};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{Detail, HostDevice, InventoryError, scan_with};
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,

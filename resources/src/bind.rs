@@ -4,9 +4,10 @@ mod error;
 
 use std::collections::BTreeSet;
 
+use crate::bdf::HostBdf;
 use crate::former::Former;
 use crate::guard::{doubts, host_uses};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
 use crate::lease::{DeviceLock, LeaseRecord, holder, under_lock};
 use crate::moves::{Move, MoveError, Mover, Target, VFIO_PCI};

@@ -16,10 +16,11 @@ use std::{fs, thread};
 
 use std::os::unix::process::CommandExt;
 
+use crate::bdf::HostBdf;
 use crate::bind::{BindError, detach_held, give_back};
 use crate::former::Former;
 use crate::helpers;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, NodeAccess, scan};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
 use crate::name::DeviceName;

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, scan};
 use crate::sriov::{
     HostAccess, Interface, LinkError, LinkWrite, Mac, Pf, VfLinks, VfSetting, VfState,

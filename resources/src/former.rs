@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::atomic;
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, Nvme};
 
 /// A record in the run directory: written before the first change, removed after reattaching.

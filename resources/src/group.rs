@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::bdf::HostBdf;
 use crate::config::place::{ListItem, Place};
 use crate::config::{self, ConfigError, nearest};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::name::DeviceName;
 use crate::nova::{self, Alias, DeviceSpec, Traits};

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::ids::{PciClass, PciId};
 use crate::interrupts::Interrupts;
 use crate::lease::{LeaseError, LeaseKind, LeaseStatus};

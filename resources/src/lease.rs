@@ -26,9 +26,10 @@ use file::content;
 pub(crate) use file::{LockFile, create, is_locked, open, status, status_of, try_lock, unlock};
 pub(crate) use passing::{InTheWay, PASSING_PATIENCE, is_ending, is_passing, under_lock};
 
+use crate::bdf::HostBdf;
 use crate::card::Terms;
 use crate::demand::Watch;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::mdev::MdevDevice;
 use crate::name::DeviceName;

@@ -12,6 +12,7 @@
 
 mod allocate;
 mod atomic;
+mod bdf;
 mod bind;
 mod card;
 mod check;
@@ -60,6 +61,7 @@ mod writer;
 
 pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
 pub use atomic::make_dir;
+pub use bdf::{BdfError, HostBdf};
 pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
 pub use card::{Allow, Card, Terms, cards, is_reset, lacks};
 pub use check::{
@@ -74,7 +76,7 @@ pub use group::{
 };
 pub use guard::{Guarded, HostUse, OnBlock, Via, host_uses};
 pub use helpers::reap_helpers;
-pub use host::{BdfError, HostBdf, HostPaths};
+pub use host::HostPaths;
 pub use ids::{PciClass, PciId};
 pub use interrupts::Interrupts;
 pub use inventory::{

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::{DeviceState, InventoryError};
 use crate::lease::{LeaseStatus, holder};
 use crate::sysfs;

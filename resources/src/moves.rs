@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::bdf::HostBdf;
 use crate::former::Former;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::nova::devname;
 use crate::quarantine::{Until, quarantine};

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::{BdfError, HostBdf};
+use crate::bdf::{BdfError, HostBdf};
 use crate::uuid::Uuid;
 
 /// The name of a device that a VM can have.

@@ -12,7 +12,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::inventory::HostDevice;
 use crate::rule::HexId;
 use address::Address;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::bdf::HostBdf;
 use crate::guard::Guarded;
-use crate::host::HostBdf;
 use crate::ids::PciId;
 use crate::interrupts::Interrupts;
 use crate::inventory::{HostDevice, NodeAccess};

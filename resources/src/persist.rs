@@ -6,11 +6,12 @@ use std::io;
 use std::path::Path;
 
 use crate::atomic;
+use crate::bdf::HostBdf;
 use crate::bind::{BindError, members};
 use crate::former::Former;
 use crate::group::ResourceGroup;
 use crate::guard::host_uses;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, is_vfio_driver, scan};
 use crate::modules::{KernelModules, loaded_module};
 

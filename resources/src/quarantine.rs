@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::atomic::{self, make_dir, show};
-use crate::host::{HostBdf, HostPaths, TENANTS};
+use crate::bdf::HostBdf;
+use crate::host::{HostPaths, TENANTS};
 use crate::inventory::{HostDevice, InventoryError, id_at};
 use crate::lease::{self, DeviceLock, LeaseRecord};
 use crate::sysfs::{self, HeldDir};

@@ -7,9 +7,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::bdf::{BdfError, HostBdf};
 use crate::card::Allow;
 use crate::config::{self, ConfigError};
-use crate::host::{BdfError, HostBdf};
 use crate::name::DeviceName;
 use crate::nova::{NumaPolicy, Traits};
 use crate::uuid::Uuid;

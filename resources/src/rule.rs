@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::inventory::HostDevice;
 use filter::Subject;
 pub use filter::{Filter, FilterValue};

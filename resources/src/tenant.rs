@@ -20,9 +20,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bdf::HostBdf;
 use crate::config::{self, ConfigError, nearest};
 use crate::group::{GroupError, Groups, is_name};
-use crate::host::{HostBdf, HostPaths, TENANTS};
+use crate::host::{HostPaths, TENANTS};
 use crate::inventory::{HostDevice, InventoryError, scan};
 use crate::lease::{LeaseError, LeaseRecord, OwnersLock};
 use crate::maintenance::{RunningVm, running_vms};

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 
 /// A function with those behind it, in the order of their addresses.

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::host::{HostBdf, HostPaths, hex};
+use crate::bdf::{HostBdf, hex};
+use crate::host::HostPaths;
 use crate::ids::PciId;
 use crate::inventory::InventoryError;
 use crate::sysfs;

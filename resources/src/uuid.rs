@@ -1,15 +1,13 @@
 //! Universally unique identifiers (RFC 9562), as the kernel writes and reads them.
 
 use std::fmt;
-use std::io;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::host::{HostPaths, hex};
-use crate::sysfs;
+use crate::bdf::hex;
 
 /// An identifier, written `83b8f4f2-509f-382f-3c1e-e6bfe0fa1001`.
 #[derive(
@@ -23,16 +21,6 @@ pub struct Uuid([u8; 16]);
 #[derive(Debug, Error)]
 #[error("\"{0}\" is no UUID: write it like 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001, or leave it out")]
 pub struct UuidError(String);
-
-impl Uuid {
-    /// A new one, from the kernel.
-    pub(crate) fn random(paths: &HostPaths) -> io::Result<Self> {
-        let path = paths.proc.join("sys/kernel/random/uuid");
-        let text = sysfs::text(&path)?.unwrap_or_default();
-        let wrong = |error| io::Error::other(format!("{}: {error}", path.display()));
-        text.parse().map_err(|error: UuidError| wrong(error))
-    }
-}
 
 impl FromStr for Uuid {
     type Err = UuidError;

@@ -94,7 +94,7 @@ pub struct LayoutInputs<'a> {
     pub root_ports: u8,
     /// Bytes of guest RAM.
     pub ram: u64,
-    /// Physical address bits of the guest's processors ([`crate::cpu::Features::physical_bits`]).
+    /// Physical address bits of the guest's processors (`cpu::Features::physical_bits`).
     pub physical_bits: u8,
     /// What the IOMMU can map; empty where no device is passed through.
     pub iova: &'a [RangeInclusive<u64>],

@@ -26,9 +26,10 @@ use gantry_resources::{ChildWriter, HostPaths, reap};
 use tracing::Level;
 
 use crate::http::{REMOVE_SOCKET, RemoverArgs, remover_helper};
-use crate::output::{Stderr, print};
+use crate::output::print;
 use crate::report::{self, EXIT_STATUSES, Failure};
 use crate::signals;
+use crate::stderr::Stderr;
 
 const EXAMPLES: &str = "\
 Examples:

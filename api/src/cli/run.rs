@@ -15,10 +15,11 @@ use crate::config::{self, Extras, Source};
 use crate::http::{
     Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
 };
-use crate::output::{Stderr, print};
+use crate::output::print;
 use crate::report::{
     BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
+use crate::stderr::Stderr;
 use gantry_vmm::command::VmEvent;
 use gantry_vmm::threads::Task;
 use gantry_vmm::{Folders, Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::registers::CONFIG_SIZE;
 use super::{GuestBdf, PciSegment};
-use crate::bus::{BusDevice, Effect};
+use crate::device::{BusDevice, Effect};
 
 /// The bytes of the ECAM window that one bus takes up.
 pub const ECAM_BYTES_PER_BUS: u64 = 256 * CONFIG_SIZE as u64;

@@ -8,7 +8,7 @@ use super::{
     Area, Bar, BarGuard, BarKind, BarPlacement, BarSet, BarSpace, BarSpaceError, ConfigSpace,
     Decode, NoBacking, PciDevice,
 };
-use crate::bus::BusError;
+use crate::device::BusError;
 
 /// What happened to an address space, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,6 @@ mod bars;
 mod bdf;
 pub mod capability;
 mod config;
-mod device;
 #[cfg(test)]
 mod fake;
 pub mod firmware;
@@ -16,16 +15,16 @@ pub mod registers;
 mod root_port;
 mod segment;
 
+pub use crate::device::{
+    BarGuard, BarPlacement, BarSpace, BarSpaceError, PciDevice, PortIndex, Segment, SegmentKind,
+};
 pub use access::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, ECAM_BYTES_PER_BUS, EcamWindow};
 pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarSet, Decode};
 pub use bdf::{GuestBdf, InvalidBdf};
 pub use capability::{Capability, CapabilityId, ExtendedCapability, ExtendedCapabilityId};
 pub use config::{Area, Backing, ConfigSpace, NoBacking};
-pub use device::{
-    BarGuard, BarPlacement, BarSpace, BarSpaceError, PciDevice, Segment, SegmentKind,
-};
 pub use host_bridge::HostBridge;
 pub use msi::{MsiMessage, MsiRoute, MsiRouter};
 pub use msix::{Changes, ENTRY_SIZE, MAX_VECTORS, MsixTable};
 pub use root_port::{PortWindows, RootPort};
-pub use segment::{PciSegment, PortIndex, SegmentError};
+pub use segment::{PciSegment, SegmentError};

@@ -4,24 +4,13 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::registers::{CONFIG_SIZE, HEADER_MULTIFUNCTION, HEADER_TYPE};
-use super::{GuestBdf, HostBridge, PciDevice, RootPort};
-use crate::bus::Effect;
+use super::{GuestBdf, HostBridge, RootPort};
+use crate::device::{Effect, PciDevice, PortIndex};
 
 /// Functions of one device.
 const FUNCTIONS: u8 = 8;
 /// Devices on a root bus that can be made of root ports: all but the host bridge's.
 const PORT_DEVICES: u8 = 31;
-
-/// A root port of a [`PciSegment`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PortIndex(usize);
-
-impl PortIndex {
-    /// The port's number, from 0 on in the order in which ports were added.
-    pub const fn get(self) -> usize {
-        self.0
-    }
-}
 
 /// Why the hierarchy cannot be as asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

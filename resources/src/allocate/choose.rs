@@ -5,11 +5,11 @@ mod made;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{AllocateError, RequestFit};
+use crate::bdf::HostBdf;
 use crate::card::{Allow, Card, Terms, cards, lacks};
 use crate::config::nearest;
 use crate::group::{GroupType, Groups, ResourceGroup, Tags};
 use crate::guard::Guarded;
-use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::lease::LeaseRecord;
 use crate::mdev::Mdevs;

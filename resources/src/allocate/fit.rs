@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::obstacle::{Blocked, Sieve};
 use crate::request::{Source, Wish};
 use crate::vgpu::Instance;

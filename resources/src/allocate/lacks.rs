@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::{Look, RequestFit};
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::is_passing;
 use crate::obstacle::{Blocked, Obstacle};

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::AllocateError;
 use super::choose::{Pick, Thing};
+use crate::bdf::HostBdf;
 use crate::demand::{Binder, Watch};
 use crate::group::{GroupType, Groups};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{Lease, LeaseRecord};
 use crate::name::DeviceName;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use super::choose::{Pick, choose};
 use super::{AllocateError, Look};
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::lease::Lease;
 use crate::request::{Placement, Request};
 

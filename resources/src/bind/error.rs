@@ -6,9 +6,9 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::bdf::HostBdf;
 use crate::group::GroupError;
 use crate::guard::Guarded;
-use crate::host::HostBdf;
 use crate::inventory::InventoryError;
 use crate::lease::{InTheWay, LeaseError};
 use crate::moves::MoveError;

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Devices, Facts};
 use super::{Finding, Level, binding, lacking};
+use crate::bdf::HostBdf;
 use crate::card::cards;
 use crate::group::Groups;
-use crate::host::HostBdf;
 use crate::inventory::HostDevice;
 use crate::reserved::ReservedKind;
 

@@ -25,7 +25,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::InventoryError;
 use cmdline::Change;
 use facts::Facts;

@@ -6,8 +6,9 @@ use thiserror::Error;
 
 use super::chosen::Chosen;
 use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
+use crate::bdf::HostBdf;
 use crate::config::{self, ConfigError};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
 use crate::name::DeviceName;

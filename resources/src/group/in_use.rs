@@ -2,7 +2,8 @@
 
 use super::{EditError, GroupChange, GroupFiles, ResourceGroup};
 use crate::allocate::detail;
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::{Detail, scan_with};
 use crate::lease::LeaseStatus;
 use crate::mdev::Mdevs;

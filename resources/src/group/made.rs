@@ -2,7 +2,7 @@
 //! was made is.
 
 use super::{GroupType, Groups, ResourceGroup};
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::mdev::MdevDevice;
 use crate::sriov::VfToken;
 

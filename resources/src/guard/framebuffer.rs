@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 
 /// What the kernel calls the memory of such a framebuffer, from its reservation at boot to its drivers.
 const NAMES: [&str; 5] = [

@@ -9,7 +9,8 @@ use super::mounts::Mounts;
 use super::nodes::{self, Node};
 use super::served::{Served, served};
 use super::uses::{HostUse, OnBlock};
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 
 /// The block devices of the host, its other nodes, and what is known of their use.
 pub(super) struct Storage {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 
 /// What the host uses a device for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

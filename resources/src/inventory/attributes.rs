@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::read;
 
 use super::HostDevice;
-use crate::host::{HostBdf, hex};
+use crate::bdf::{HostBdf, hex};
 use crate::ids::{PciClass, PciId};
 use crate::sysfs;
 

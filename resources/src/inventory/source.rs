@@ -12,8 +12,9 @@ use nix::unistd::{AccessFlags, access};
 
 use super::attributes::{Attributes, Identity};
 use super::{Detail, HostDevice, InventoryError, NodeAccess, Sriov, nvme};
+use crate::bdf::HostBdf;
 use crate::former::Former;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::ids::{PciClass, PciId};
 use crate::interrupts::Interrupts;
 use crate::lease::{LeaseKind, LeaseStatus, holder};

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::words::hex;
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 
 /// Addresses of PCI functions.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

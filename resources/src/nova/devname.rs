@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use crate::bdf::HostBdf;
 use crate::former::Former;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::sysfs;
 
 /// The function of a network interface; one that gantry has taken from its host driver is remembered. None

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Blocked, Obstacle};
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::lease::LeaseRecord;
 use crate::nova::DeviceType;
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RuleError;
 use super::filter::FilterValue;
-use crate::host::{BdfError, HostBdf, hex};
+use crate::bdf::{BdfError, HostBdf, hex};
 use crate::ids::{PciClass, PciId};
 
 /// A vendor or device id of a rule.

@@ -11,10 +11,11 @@ use super::{
     HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
     set_aside_if_hung,
 };
+use crate::bdf::HostBdf;
 use crate::bind::{BindError, BindRequest, detach, has_vfio_pci};
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::DeviceLock;
 use crate::moves::{Move, Mover};

@@ -7,9 +7,9 @@ use thiserror::Error;
 
 use super::links::LinkError;
 use super::pf::{LiveVf, Pf};
+use crate::bdf::HostBdf;
 use crate::bind::BindError;
 use crate::group::GroupError;
-use crate::host::HostBdf;
 use crate::inventory::{InventoryError, is_vfio_driver};
 use crate::lease::{InTheWay, LeaseError};
 use crate::modules::NoDriver;

@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 
+use crate::bdf::HostBdf;
 use crate::former::Former;
 use crate::group::{Bind, ResourceGroup};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
 use crate::modules::NoDriver;

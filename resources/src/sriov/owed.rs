@@ -14,8 +14,9 @@ use super::error::SriovError;
 use super::links::{Interface, LinkError, LinkWrite, VfLinks};
 use super::pf::Pf;
 use super::settings::{VfSetting, VfState};
+use crate::bdf::HostBdf;
 use crate::group::Groups;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::sysfs;
 

@@ -4,8 +4,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::links::Interface;
+use crate::bdf::HostBdf;
 use crate::guard::host_uses;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{LeaseRecord, LeaseStatus, is_ending};
 use crate::sysfs;

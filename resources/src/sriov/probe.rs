@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use super::error::SriovError;
 use super::set_aside;
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
 use crate::quarantine::hung;

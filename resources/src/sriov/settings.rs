@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::token::VfToken;
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::rule::IdPair;
 
 /// Most VFs that PCI has room for (`TotalVFs` has 16 bits, function numbers end before).
@@ -121,7 +121,7 @@ impl TryFrom<String> for Mac {
         let wrong = || format!("\"{text}\" is not a MAC address: write it like 52:54:00:12:34:56");
         let bytes: Option<Vec<u8>> = text
             .split(':')
-            .map(|part| u8::try_from(crate::host::hex(part, 2..=2)?).ok())
+            .map(|part| u8::try_from(crate::bdf::hex(part, 2..=2)?).ok())
             .collect();
         let bytes: [u8; 6] = bytes
             .and_then(|bytes| bytes.try_into().ok())

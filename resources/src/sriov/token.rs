@@ -10,8 +10,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::SriovError;
+use crate::bdf::HostBdf;
 use crate::group::Groups;
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::HostDevice;
 use crate::sysfs;
 use crate::uuid::Uuid;
@@ -74,7 +75,7 @@ fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
         let broken = |_| io::Error::other("it holds no token: remove it while no VM has the card");
         return text.parse().map_err(broken);
     }
-    let token = Uuid::random(paths)?;
+    let token = paths.random_uuid()?;
     if let Some(dir) = path.parent() {
         crate::atomic::make_dir(dir)?;
     }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::bdf::HostBdf;
 use crate::bind::BindError;
 use crate::config::ConfigError;
 use crate::config::place::Place;
 use crate::group::{EditError, GroupError};
-use crate::host::HostBdf;
 use crate::ids::PciId;
 use crate::inventory::InventoryError;
 use crate::lease::LeaseError;

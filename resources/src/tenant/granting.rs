@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use super::hand_over::{Owner, is_closed, is_free};
 use super::{Tenant, TenantError, Tenants, alone, definitions, failed, vgpus};
+use crate::bdf::HostBdf;
 use crate::bind::{BindRequest, detach, reattach};
 use crate::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, scan};
 use crate::mdev::{MdevDevice, Mdevs};
 use crate::name::DeviceName;

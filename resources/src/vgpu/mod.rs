@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::bdf::HostBdf;
 use crate::group::{GroupError, ResourceGroup};
-use crate::host::{HostBdf, HostPaths};
+use crate::host::HostPaths;
 use crate::inventory::{HostDevice, InventoryError};
 use crate::lease::{
     DeviceLock, InTheWay, LeaseError, LeaseRecord, LeaseStatus, holder, under_lock,
@@ -431,7 +432,7 @@ pub(crate) fn take(
 
 /// The identifier that an instance has, or a new one.
 pub(crate) fn identifier(paths: &HostPaths, instance: &Instance) -> Result<Uuid, VgpuError> {
-    let new = || Uuid::random(paths).map_err(VgpuError::Identifier);
+    let new = || paths.random_uuid().map_err(VgpuError::Identifier);
     instance.uuid.map_or_else(new, Ok)
 }
 

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{VgpuError, vendor};
-use crate::host::{HostBdf, HostPaths};
+use crate::bdf::HostBdf;
+use crate::host::HostPaths;
 use crate::lease::{
     ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord, holder, is_locked, lock_path,
     try_lock, unlock,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::libc;
 
-use crate::host::HostBdf;
+use crate::bdf::HostBdf;
 use crate::lease::is_ending;
 use crate::quarantine::short;
 use crate::sysfs;

@@ -4,7 +4,7 @@
 //!
 //! | address | what |
 //! |---|---|
-//! | `0x500` | segment descriptors of the 64-bit entry ([`crate::cpu::boot_state`]) |
+//! | `0x500` | segment descriptors of the 64-bit entry (`cpu::boot_state`) |
 //! | [`START_INFO`] | PVH start info, module list, memory map |
 //! | [`ZERO_PAGE`] | `boot_params` of the Linux protocol |
 //! | `0x9000` | page tables of the 64-bit entry |

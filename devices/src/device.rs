@@ -1,11 +1,100 @@
-//! What every PCI function of the guest is, and what it needs from the owner of the address space.
+//! What devices and the owner of the VM expect of each other: the traits of a device, and what a write asks for.
+//!
+//! The traits name each other (a write may ask to remap a function, whose BARs are served by devices), so they
+//! are in one place, below the bus and PCI.
 
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
-use crate::bus::{BusDevice, BusError};
 use crate::mapping::HostMapping;
+
+/// A device, or a window of one, that answers accesses on a [`Bus`].
+///
+/// Accesses are 1, 2, 4 or 8 bytes, little endian, with `offset` relative to the range under which
+/// the device was inserted. Several vCPUs call at once: a device guards its own state.
+pub trait BusDevice: Send + Sync {
+    /// Fills `data` with what the guest reads at `offset`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Takes what the guest wrote at `offset`, and says what must follow from it.
+    fn write(&self, offset: u64, data: &[u8]) -> Effect;
+}
+
+/// What a guest's write asks of the owner of the VM. It is applied after every lock taken on the
+/// way down has been released.
+#[must_use = "an effect does nothing until the owner of the VM applies it"]
+#[derive(Clone)]
+pub enum Effect {
+    /// Nothing outside the device.
+    None,
+    /// The BARs of this function moved, appeared or went: call [`PciDevice::remap`].
+    Remap(Arc<dyn PciDevice>),
+    /// The guest asked to be powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's kernel has panicked.
+    Panic(Panic),
+    /// The guest has let go of what is in the slot of this root port.
+    Eject(PortIndex),
+}
+
+impl std::fmt::Debug for Effect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Effect::None => "None",
+            Effect::Remap(_) => "Remap",
+            Effect::PowerOff => "PowerOff",
+            Effect::Reset => "Reset",
+            Effect::Panic(_) => "Panic",
+            Effect::Eject(_) => "Eject",
+        })
+    }
+}
+
+/// Why a range could not be put on a bus.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BusError {
+    /// The range has no bytes or runs past the end of the address space.
+    #[error("bus range of {len:#x} bytes at {base:#x} is empty or wraps")]
+    BadRange {
+        /// First address of the range.
+        base: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Another device already answers somewhere in the range.
+    #[error("bus range {base:#x}..={last:#x} overlaps the device at {other:#x}")]
+    Overlap {
+        /// First address of the refused range.
+        base: u64,
+        /// Last address of the refused range.
+        last: u64,
+        /// First address of the range in its way.
+        other: u64,
+    },
+}
+
+/// A root port of a PCI segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortIndex(pub(crate) usize);
+
+impl PortIndex {
+    /// The port's number, from 0 on in the order in which ports were added.
+    pub const fn get(self) -> usize {
+        self.0
+    }
+}
+
+/// What a panic leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Panic {
+    /// The guest's end, or its reset.
+    End,
+    /// A kernel that looks into it.
+    CrashKernel,
+}
 
 /// One PCI function as the guest sees it.
 ///
