@@ -8,6 +8,7 @@ pub mod checks;
 pub mod cleanup;
 pub mod demo;
 pub mod lab;
+pub mod modules;
 pub mod protocol;
 pub mod published;
 pub mod times;
