@@ -223,7 +223,7 @@ fn a_display_comes_with_its_audio(host: &Host) -> Result<()> {
     let two = Vm::new("none").lacking("display", 2).run(host)?.exits(1)?;
     ensure!(
         two.errors
-            .contains("2 of group \"display\" asked for, 1 free"),
+            .contains("group \"display\" has only 1 free device (2 asked for)"),
         "{two}"
     );
     let vm = Vm::new("shell").lacking("display", 1);
