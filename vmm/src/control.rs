@@ -136,16 +136,17 @@ impl Mailbox {
         emptied
     }
 
-    /// Forgets a VM that is no more. What was prepared for it goes back.
-    pub fn forget_vm(&self) {
-        self.forget_guest();
+    /// Takes out what was prepared for a VM that ends.
+    pub fn take_prepared(&self) -> Vec<Prepared> {
         let mut queue = self.lock();
-        let (gone, stay): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut queue.events)
-            .into_iter()
-            .partition(|event| matches!(event, Event::Prepared(_)));
-        queue.events = stay;
-        drop(queue);
-        refuse_all(gone);
+        let mut prepared = Vec::new();
+        for event in std::mem::take(&mut queue.events) {
+            match event {
+                Event::Prepared(one) => prepared.push(*one),
+                other => queue.events.push_back(other),
+            }
+        }
+        prepared
     }
 
     /// Answers whoever still asks that the VM is ending, now and from now on.
@@ -180,11 +181,7 @@ fn refuse_all(events: VecDeque<Event>) {
 fn refuse(event: Event, why: impl FnOnce() -> CommandError) {
     match event {
         Event::Command(_, reply) => reply(Err(why())),
-        Event::Prepared(prepared) => {
-            let Prepared { reply, devices, .. } = *prepared;
-            drop(devices);
-            reply(Err(why()));
-        }
+        Event::Prepared(prepared) => prepared.give_up(),
         _ => {}
     }
 }

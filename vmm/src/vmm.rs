@@ -343,7 +343,7 @@ fn live(
         .map_err(Error::host("confine files (Landlock)"))
         .and_then(|()| Vm::build(config, ground))
         .and_then(|mut vm| vm.run(started));
-    ground.mailbox.forget_vm();
+    ground.mailbox.forget_guest();
     ended
 }
 

@@ -36,6 +36,9 @@ pub struct Job {
 /// How often devices are leased again, as devices of their IOMMU groups were closed meanwhile.
 const CLAIM_TRIES: u32 = 3;
 
+/// How long the worker may take to end once the VM ends: it may be closing devices that it has just opened.
+const END_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Devices that were leased and opened, or why not.
 pub struct Prepared {
     /// What was asked for.
@@ -46,6 +49,14 @@ pub struct Prepared {
     pub devices: Result<(Vec<AttachedDevice>, Vec<Request>), Error>,
     /// How long each step took.
     pub steps: Steps,
+}
+
+impl Prepared {
+    /// Closes the devices, and tells the client that the VM is ending.
+    pub fn give_up(self) {
+        drop(self.devices);
+        (self.reply)(Err(CommandError::Ending));
+    }
 }
 
 /// Why the step in which RAM is mapped took its time, and how to avoid that.
@@ -135,8 +146,8 @@ pub struct Workshop {
     pub ground: Ground,
 }
 
-/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, and gives up
-/// what the kernel does not come back from. Who waits for devices is told that the VM is ending.
+/// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, but not for
+/// a device that hangs. Clients that wait for devices are told that the VM is ending.
 pub struct Worker {
     // Closed first: it ends the thread.
     jobs: Option<Sender<Job>>,
@@ -179,7 +190,17 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.ending.store(true, Ordering::Release);
         self.jobs = None;
-        self.thread = None;
+        let deadline = Instant::now() + END_PATIENCE;
+        let late = self
+            .thread
+            .take()
+            .and_then(|thread| thread.join_until(deadline).err());
+        if let Some(thread) = late {
+            tracing::error!(
+                "the host's kernel does not come back from a device that was on its way to the VM"
+            );
+            thread.abandon();
+        }
     }
 }
 
@@ -213,6 +234,11 @@ fn work(mut workshop: Workshop, mut jobs: Jobs) {
             devices,
             steps,
         };
+        // The mailbox outlives this VM: the next one must not find the devices of this one there.
+        if jobs.ending.load(Ordering::Acquire) {
+            prepared.give_up();
+            continue;
+        }
         let mailbox = &workshop.ground.mailbox;
         mailbox.post(Event::Prepared(Box::new(prepared)));
     }

@@ -13,7 +13,7 @@ use gantry_devices::pci::firmware::{
     self, FirmwareError, HostWindows, IO_GRANULARITY, Minimum, WindowKind,
 };
 use gantry_devices::pci::{
-    BarSpaceError, ConfigPorts, EcamWindow, PciSegment, PortIndex, PortWindows,
+    BarSpace, BarSpaceError, ConfigPorts, EcamWindow, PciDevice, PciSegment, PortIndex, PortWindows,
 };
 use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{self, Serial};
@@ -207,27 +207,7 @@ impl Board {
             let functions = self.pci.functions_behind(port).into_iter();
             functions.map(move |(_, function)| (port, function))
         });
-        let mut tasks = Vec::new();
-        for (port, function) in behind {
-            let space = Arc::clone(&self.space);
-            let reset = move || function.reset(&*space);
-            let task = threads::spawn(Role::Device, sandbox, reset);
-            tasks.push((port, task.map_err(Error::host("spawn a thread"))?));
-        }
-        let deadline = Instant::now() + RESET_PATIENCE;
-        let mut failed = Vec::new();
-        for (port, task) in tasks {
-            match task.join_until(deadline) {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(error, "a device could not be reset for the guest's reboot");
-                }
-                Err(task) => task.abandon(),
-            }
-            failed.push(port);
-        }
-        Ok(failed)
+        reset_all(behind.collect(), &self.space, sandbox, RESET_PATIENCE)
     }
 
     /// Brings all but what is behind the ports back to its state before the guest started, and gives PCI its
@@ -249,6 +229,36 @@ impl Board {
         }
         self.assign_pci(layout)
     }
+}
+
+/// Resets functions side by side. Returns the ports of those that failed, or did not answer within `patience`.
+fn reset_all(
+    behind: Vec<(PortIndex, Arc<dyn PciDevice>)>,
+    space: &Arc<impl BarSpace + Send + Sync + 'static>,
+    sandbox: &Sandbox,
+    patience: Duration,
+) -> Result<Vec<PortIndex>, Error> {
+    let mut tasks = Vec::new();
+    for (port, function) in behind {
+        let space = Arc::clone(space);
+        let reset = move || function.reset(&*space);
+        let task = threads::spawn(Role::Device, sandbox, reset);
+        tasks.push((port, task.map_err(Error::host("spawn a thread"))?));
+    }
+    let deadline = Instant::now() + patience;
+    let mut failed = Vec::new();
+    for (port, task) in tasks {
+        match task.join_until(deadline) {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "a device could not be reset for the guest's reboot");
+            }
+            Err(task) => task.abandon(),
+        }
+        failed.push(port);
+    }
+    Ok(failed)
 }
 
 /// The windows of the slots, which are there before anything is in them.
@@ -393,7 +403,13 @@ fn wire(routes: &GsiRoutes, line: u32) -> Result<EventFd, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+
+    use gantry_devices::pci::{BarGuard, BarPlacement};
+
     use super::*;
+    use crate::sandbox::SeccompMode;
 
     const GIB: u64 = 1 << 30;
 
@@ -422,6 +438,60 @@ mod tests {
         let slots = segment.ports().map(|(port, at, _)| HotSlot { port, at });
         let slots = slots.collect();
         (segment, slots)
+    }
+
+    /// A function whose reset calls this.
+    struct Resets<F>(F);
+
+    impl<F: Fn() -> io::Result<()> + Send + Sync> PciDevice for Resets<F> {
+        fn read_config(&self, _offset: u16, _data: &mut [u8]) {}
+
+        fn write_config(&self, _offset: u16, _data: &[u8]) -> bool {
+            false
+        }
+
+        fn remap(&self, _space: &dyn BarSpace) {}
+
+        fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
+            (self.0)()
+        }
+    }
+
+    struct NoSpace;
+
+    impl BarSpace for NoSpace {
+        fn map(&self, _: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
+            Ok(Box::new(()))
+        }
+    }
+
+    #[test]
+    fn a_device_whose_reset_fails_or_hangs_is_named_and_the_others_are_reset() {
+        let sandbox = Sandbox::new(SeccompMode::Off).unwrap();
+        let (_, slots) = segment(3);
+        let (let_go, stuck) = channel::<()>();
+        let stuck = Mutex::new(stuck);
+        let done = Arc::new(Mutex::new(false));
+        let good = Arc::clone(&done);
+        let functions: [Arc<dyn PciDevice>; 3] = [
+            Arc::new(Resets(move || {
+                let _ = stuck.lock().map(|stuck| stuck.recv());
+                Ok(())
+            })),
+            Arc::new(Resets(|| Err(io::ErrorKind::TimedOut.into()))),
+            Arc::new(Resets(move || {
+                *good.lock().unwrap() = true;
+                Ok(())
+            })),
+        ];
+        let ports: Vec<PortIndex> = slots.iter().map(|slot| slot.port).collect();
+        let behind = ports.iter().copied().zip(functions).collect();
+        // Long enough for the two that answer.
+        let patience = Duration::from_secs(2);
+        let failed = reset_all(behind, &Arc::new(NoSpace), &sandbox, patience).unwrap();
+        assert_eq!(failed, ports[..2]);
+        assert!(*done.lock().unwrap());
+        drop(let_go);
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
-            populating: populating.transpose()?,
+            _populating: populating.transpose()?,
             interrupts: File::open(host.proc.join("interrupts")).ok(),
             board,
             snapshots,

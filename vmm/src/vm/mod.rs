@@ -57,7 +57,7 @@ pub struct Vm {
     // Dropped in this order: first what runs, then what is reached, last what it is reached through.
     vcpus: Vcpus,
     devices: Devices,
-    populating: Option<Populating>,
+    _populating: Option<Populating>,
     board: Board,
     snapshots: Vec<Snapshot>,
     irqchip: IrqchipState,
@@ -198,16 +198,6 @@ impl Vm {
             self.gate.open();
         }
         Ok(())
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        self.vcpus.stop();
-        self.populating = None;
-        self.devices.give_up();
-        // What was on its way when the worker ended.
-        self.ground.mailbox.forget_vm();
     }
 }
 

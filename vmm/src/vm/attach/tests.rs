@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::command::Answer;
+use crate::control::{ControlLoop, Mailbox};
 
 const MIB: u64 = 1 << 20;
 
@@ -42,6 +43,30 @@ fn a_vm_that_ends_opens_nothing_more() {
     for answers in [answer, other] {
         assert!(matches!(answers.try_recv(), Ok(Err(CommandError::Ending))));
     }
+}
+
+#[test]
+fn what_was_prepared_for_a_vm_that_ends_is_not_left_for_the_next_one() {
+    let mailbox = Mailbox::new().unwrap();
+    let (job, answers) = attach("late");
+    let prepared = Prepared {
+        attach: job.attach,
+        reply: job.reply,
+        devices: Err(Error::NoNested),
+        steps: Steps::begin(),
+    };
+    mailbox.post(Event::Signal(1));
+    mailbox.post(Event::Prepared(Box::new(prepared)));
+    mailbox.post(Event::Quit);
+    let taken = mailbox.take_prepared();
+    assert_eq!(taken.len(), 1);
+    taken.into_iter().for_each(Prepared::give_up);
+    assert!(matches!(answers.try_recv(), Ok(Err(CommandError::Ending))));
+    assert!(mailbox.take_prepared().is_empty());
+    let mut control = ControlLoop::new(mailbox).unwrap();
+    let now = Some(Instant::now());
+    assert!(matches!(control.next(now), Ok(Some(Event::Signal(1)))));
+    assert!(matches!(control.next(now), Ok(Some(Event::Quit))));
 }
 
 fn room() -> Room {

@@ -1,8 +1,9 @@
 //! The devices of a running VM: where they are plugged in, and how they come and go.
 //!
 //! The control thread plugs in, announces and takes out of slots, which takes microseconds and accesses no
-//! hardware. Devices that come are the [`Worker`]'s, and those that go have threads of their own. A slot that the guest was asked to empty stays as it is until the guest has done
-//! so, is reset, or the time it was given is over.
+//! hardware. Devices that come are the [`Worker`]'s, and those that go have threads of their own. A slot that
+//! the guest was asked to empty stays as it is until the guest has done so, is reset, or the time it was given
+//! is over.
 
 mod arrival;
 mod departure;
@@ -19,7 +20,7 @@ use super::attach::Worker;
 use super::board::Board;
 use super::closing::Closing;
 use super::host_devices::{self, AttachedDevice, Part, arrange};
-use crate::command::{DeviceCounters, DeviceState, EventSink, VmEvent};
+use crate::command::{CommandError, DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::config::Asked;
 use crate::control::Mailbox;
 use crate::error::Error;
@@ -54,6 +55,9 @@ struct Label {
 }
 
 /// All devices of the host that a VM has.
+///
+/// Dropping it takes all of them out of their slots and closes them, also those that were on their way to a
+/// slot. A device that the kernel does not come back from in time is left behind.
 pub struct Devices {
     worker: Option<Worker>,
     plugged: Vec<Plugged>,
@@ -148,17 +152,6 @@ impl Devices {
     /// From now on devices can come and go.
     pub fn open_slots(&mut self, worker: Worker) {
         self.worker = Some(worker);
-    }
-
-    /// Takes all devices out of their slots and closes them, those too that were on their way when the worker
-    /// ended. What the kernel does not come back from in time is left behind.
-    pub fn give_up(&mut self) {
-        self.worker = None;
-        for port in self.ports_from(0) {
-            self.close(port, None);
-        }
-        self.show();
-        self.closing.finish(Instant::now() + CLOSE_PATIENCE);
     }
 
     /// The ports of all devices from the `first` in the list on.
@@ -290,5 +283,24 @@ impl Devices {
 
     fn has(&self, id: &str) -> bool {
         self.plugged.iter().any(|one| one.row.id == id)
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        self.worker = None;
+        for port in self.ports_from(0) {
+            self.close(port, None);
+        }
+        for prepared in self.ground.mailbox.take_prepared() {
+            if let Ok((devices, _)) = prepared.devices {
+                let named = devices.into_iter();
+                let named = named.map(|device| (device.name().to_string(), device));
+                self.leave(None, named.collect(), None);
+            }
+            (prepared.reply)(Err(CommandError::Ending));
+        }
+        self.show();
+        self.closing.finish(Instant::now() + CLOSE_PATIENCE);
     }
 }
