@@ -55,8 +55,10 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
                 _ => false,
             };
         }
-        if let Some(CommandError::Failed(error)) = error.downcast_ref() {
-            return is_temporary(error);
+        match error.downcast_ref() {
+            Some(CommandError::Failed(error)) => return is_temporary(error),
+            Some(CommandError::Busy) => return true,
+            _ => {}
         }
         let allocate = error.downcast_ref::<AllocateError>();
         allocate.is_some_and(AllocateError::is_temporary)
@@ -105,6 +107,7 @@ mod tests {
         let busy = || gantry_vmm::Error::from(OpenerError::Busy("all are held".to_owned()));
         assert_eq!(status_of(&busy()), TRY_AGAIN);
         assert_eq!(status_of(&CommandError::from(busy())), TRY_AGAIN);
+        assert_eq!(status_of(&CommandError::Busy), TRY_AGAIN);
         let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
         assert_eq!(status_of(&maintenance), TRY_AGAIN);
         let refused = gantry_vmm::Error::from(OpenerError::Refused("not yours".to_owned()));

@@ -17,7 +17,7 @@ pub type WrongConfig = Box<dyn std::error::Error + Send + Sync>;
 
 /// Makes a VM's description of what a client wrote. That reads files of the host, which the thread
 /// that speaks with clients may not: it is called where VMs are built, and only if there is none.
-pub struct Recipe(pub Box<dyn FnOnce() -> Result<VmConfig, WrongConfig> + Send>);
+pub struct Recipe(pub Box<dyn FnOnce() -> Result<VmConfig, CommandError> + Send>);
 
 impl fmt::Debug for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -26,6 +26,8 @@ const TRUE: Accepts = Only(&["true"]);
 const NOTHING: Accepts = Only(&["null"]);
 const EMPTY: Accepts = Only(&["[]"]);
 const OFF: Accepts = Only(&["\"Off\""]);
+/// A port that leads nowhere.
+const NOWHERE: Accepts = Only(&["\"Off\"", "\"Null\""]);
 const ZERO: Accepts = Only(&["0"]);
 const NO_BYTES: Accepts = Only(&["0"]);
 
@@ -38,7 +40,7 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("console.file", NOTHING),
     ("console.id", NOTHING),
     ("console.iommu", FALSE),
-    ("console.mode", OFF),
+    ("console.mode", NOWHERE),
     ("console.pci_device_id", NOTHING),
     ("console.pci_segment", ZERO),
     ("console.socket", NOTHING),
@@ -51,7 +53,7 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("debug_console", Members),
     ("debug_console.file", NOTHING),
     ("debug_console.iobase", Only(&["233"])),
-    ("debug_console.mode", OFF),
+    ("debug_console.mode", NOWHERE),
     ("devices[].fd", NOTHING),
     ("devices[].iommu", FALSE),
     ("devices[].pci_device_id", NOTHING),

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_resources::{Maintenance, maintenance};
-use gantry_vmm::command::{Answer, Command, Detach, DeviceCounters, Recipe, VmInfo};
+use gantry_vmm::Error;
+use gantry_vmm::command::{Answer, Command, CommandError, Detach, DeviceCounters, Recipe, VmInfo};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::EXPECT;
@@ -133,9 +134,8 @@ impl App {
         } = self.identity.clone();
         // Opens files, so the thread that owns the VM does it.
         let make = move || {
-            if let Some(Maintenance { reason, .. }) = maintenance(&host)? {
-                let what = format!("this host is in maintenance, no VM starts: {reason}");
-                return Err(what.into());
+            if let Some(Maintenance { reason, .. }) = maintenance(&host).map_err(Error::from)? {
+                return Err(Error::Maintenance(reason).into());
             }
             let extras = Extras {
                 name: None,
@@ -149,7 +149,8 @@ impl App {
                 file: "the body",
                 folder: Path::new(""),
             };
-            config::parse(&written, &name, &extras).map_err(|error| in_full(&error).into())
+            let config = config::parse(&written, &name, &extras);
+            config.map_err(|error| CommandError::Invalid(in_full(&error).into()))
         };
         Ok(Command::Create(Recipe(Box::new(make))))
     }

@@ -87,7 +87,14 @@ pub const ROUTES: &[Route] = &[
         "PUT",
         Call::Create,
         "Give the VM its configuration: what `gantry run` reads from a file",
-        &[MALFORMED, (409, "The VM is created already."), FAILED],
+        &[
+            MALFORMED,
+            (
+                409,
+                "The VM is created already, or the host is in maintenance.",
+            ),
+            FAILED,
+        ],
     ),
     route(
         "/api/v1/vm.boot",
@@ -97,7 +104,10 @@ pub const ROUTES: &[Route] = &[
         &[
             NOT_CREATED,
             (405, "The VM runs already."),
-            (409, "The devices are not available."),
+            (
+                409,
+                "The devices are not available, or the host is in maintenance.",
+            ),
             FAILED,
         ],
     ),

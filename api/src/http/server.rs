@@ -218,7 +218,7 @@ impl Door {
 }
 
 const FULL: &[u8] = b"HTTP/1.1 503 \r\n\
-    Content-Type: application/json\r\nConnection: close\r\nContent-Length: 60\r\n\r\n\
+    Content-Type: application/json\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 60\r\n\r\n\
     [\"there are too many connections: close one, and try again\"]";
 
 async fn connection(

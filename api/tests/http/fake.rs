@@ -42,7 +42,7 @@ impl FakeVm {
             if state.vm.is_some() {
                 return Err(CommandError::AlreadyCreated);
             }
-            let config = make().map_err(CommandError::Invalid)?;
+            let config = make()?;
             state.vm = Some((Arc::new(config), VmState::Created));
             return Ok(Answer::Done);
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_api::http::{Events, Limits, Vm};
+use gantry_resources::{HostPaths, begin_maintenance, end_maintenance};
 use gantry_vmm::command::{Command, CommandError, Reply, VmEvent, VmInfo};
 
 use crate::fake::{Bed, parted, rest, serve};
@@ -75,7 +76,9 @@ fn one_too_many_is_told_so_and_the_others_stay() {
         stream.read_exact(&mut said).unwrap();
         assert_eq!(&said, b"HTTP/1.1 200");
     }
-    assert_eq!(parted(&rest(bed.connect())).0, 503);
+    let refused = rest(bed.connect());
+    assert_eq!(parted(&refused).0, 503);
+    assert!(refused.contains("\r\nRetry-After: 1\r\n"), "{refused}");
     open.pop();
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -379,4 +382,28 @@ fn the_end_waits_for_answers_and_for_nobody_who_is_silent() {
     );
     assert!(rest(idle).is_empty());
     assert!(!bed.socket().exists());
+}
+
+#[test]
+fn a_vm_that_is_created_in_maintenance_is_refused_for_now() {
+    let bed = Bed::new();
+    let paths = HostPaths::under(bed.folder.path());
+    begin_maintenance(&paths, Some("new memory")).unwrap();
+    let request = |body: &str| {
+        let length = body.len();
+        format!(
+            "PUT /api/v1/vm.create HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+    };
+    let refused = bed.raw(request(&bed.config()).as_bytes());
+    assert_eq!(parted(&refused).0, 409, "{refused}");
+    assert!(refused.contains("\r\nRetry-After: 1\r\n"), "{refused}");
+    assert!(refused.contains("new memory"), "{refused}");
+    // Nobody can tell: that is the host's failure, and not the client's mistake.
+    end_maintenance(&paths).unwrap();
+    let unreadable = bed.folder.path().join("var/maintenance.json");
+    std::fs::create_dir(&unreadable).unwrap();
+    assert_eq!(bed.put("vm.create", &bed.config()).0, 500);
+    std::fs::remove_dir(&unreadable).unwrap();
+    assert_eq!(bed.put("vm.create", &bed.config()).0, 204);
 }

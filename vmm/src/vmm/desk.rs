@@ -74,7 +74,7 @@ impl Desk {
     }
 
     fn create(&mut self, Recipe(make): Recipe) -> Result<Answer, CommandError> {
-        let config = make().map_err(CommandError::Invalid)?;
+        let config = make()?;
         self.created = Some(Arc::new(config));
         self.ended = None;
         Ok(Answer::Done)

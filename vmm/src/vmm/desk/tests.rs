@@ -43,7 +43,7 @@ fn nothing_can_be_asked_of_a_vm_that_is_not_there() {
 #[test]
 fn what_describes_no_vm_creates_none() {
     let mut desk = Desk::new(&HostPaths::under(Path::new("/nowhere")));
-    let wrong = Recipe(Box::new(|| Err("no kernel".into())));
+    let wrong = Recipe(Box::new(|| Err(CommandError::Invalid("no kernel".into()))));
     let error = refused(desk.take(Command::Create(wrong)));
     assert!(matches!(error, CommandError::Invalid(_)), "{error}");
     assert!(matches!(
