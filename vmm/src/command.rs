@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
-use gantry_resources::{DeviceName, Numbers, Request};
+use gantry_resources::{Allow, DeviceName, Numbers, Request};
 
 use crate::config::VmConfig;
 use crate::error::Error;
@@ -189,6 +189,8 @@ pub struct DeviceInfo {
     /// The group or alias that it was asked for by; the group that it is in, if it was asked for by its
     /// address.
     pub group: Option<String>,
+    /// What it may lack, as was said when it was asked for.
+    pub allow: Allow,
     /// How far it has come.
     pub state: DeviceState,
     /// What the other functions in its slot are called: they go when it goes.

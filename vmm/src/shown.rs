@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::events::{PlatformEvents, Vacancy};
 use gantry_devices::pci::{GuestBdf, PciSegment, PortIndex};
-use gantry_resources::DeviceName;
+use gantry_resources::{Allow, DeviceName};
 
 use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;
@@ -41,6 +41,8 @@ pub struct Row {
     pub name: DeviceName,
     /// The group or alias that it was asked for by.
     pub group: Option<String>,
+    /// What it may lack.
+    pub allow: Allow,
     /// How far it has come.
     pub state: DeviceState,
     /// The port that it is behind.
@@ -88,6 +90,7 @@ impl Slots {
             name: row.name,
             guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(row.function)),
             group: row.group.clone(),
+            allow: row.allow,
             state: row.state,
             together_with: beside.map(|other| other.id.clone()).collect(),
         }
@@ -192,6 +195,7 @@ mod tests {
             id: id.to_owned(),
             name: format!("01:00.{function}").parse().unwrap(),
             group: None,
+            allow: Allow::default(),
             state: DeviceState::Announced,
             port: slots.ports[port],
             function,

@@ -209,12 +209,27 @@ impl From<&Asked> for DeviceConfig {
                 }
             }
         };
-        let Allow { no_msix, no_reset } = asked.request.allow();
+        let Self {
+            interrupts,
+            allow_no_reset,
+            ..
+        } = Self::allowing(asked.request.allow());
         Self {
             id,
+            interrupts,
+            allow_no_reset,
+            ..device
+        }
+    }
+}
+
+impl DeviceConfig {
+    /// An entry for a device that may lack some things, and no more in it.
+    pub fn allowing(Allow { no_msix, no_reset }: Allow) -> Self {
+        Self {
             interrupts: no_msix.then_some(InterruptNeed::None),
             allow_no_reset: no_reset.then_some(true),
-            ..device
+            ..Self::default()
         }
     }
 }

@@ -116,6 +116,14 @@ pub struct Config {
     pub serial: Serial,
     /// Its console, which gantry does not have.
     pub console: Serial,
+    /// Whether it has a register by which its kernel says that it has panicked.
+    #[serde(default = "present")]
+    pub pvpanic: bool,
+}
+
+/// What `pvpanic` is where it is not said.
+fn present() -> bool {
+    true
 }
 
 /// Slots for devices to come.
@@ -169,6 +177,9 @@ pub struct Cpus {
     /// Whether the guest can run VMs itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
+    /// Bits of a guest-physical address, at most, if that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_phys_bits: Option<u8>,
     /// Processors of the host for single vCPUs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub affinity: Vec<Affinity>,
@@ -299,7 +310,7 @@ impl From<&command::VmInfo> for VmInfo {
         let plugged = |device: &command::DeviceInfo| DeviceConfig {
             id: Some(device.id.clone()),
             path: Some(device.name.sysfs_path().into()),
-            ..DeviceConfig::default()
+            ..DeviceConfig::allowing(device.allow)
         };
         let devices = match info.state {
             command::VmState::Running | command::VmState::Paused => {
@@ -330,6 +341,7 @@ impl From<&command::VmInfo> for VmInfo {
                     boot_vcpus: vcpus,
                     max_vcpus: vcpus,
                     nested: config.cpu.nested,
+                    max_phys_bits: config.cpu.max_phys_bits,
                     affinity: config.affinity.iter().map(Affinity::from).collect(),
                 },
                 memory: Memory {
@@ -344,6 +356,7 @@ impl From<&command::VmInfo> for VmInfo {
                 hotplug: Hotplug::from(&config.hotplug),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
+                pvpanic: config.pvpanic,
             },
         }
     }

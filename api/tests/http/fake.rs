@@ -110,6 +110,10 @@ impl FakeVm {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
+        let allow = match wanted {
+            Wanted::Request(request) => request.allow(),
+            Wanted::Plan(_) => Default::default(),
+        };
         let whole = *wanted == Wanted::Plan(WHOLE.to_owned());
         for index in first..first + count {
             let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
@@ -121,6 +125,7 @@ impl FakeVm {
                 name: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
+                allow,
                 state: DeviceState::Announced,
                 together_with: match whole {
                     true => vec![format!("dev{}", 2 * first + 1 - index)],

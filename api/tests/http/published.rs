@@ -62,6 +62,8 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     let mut config: Value = serde_json::from_str(&bed.config()).unwrap();
     config["numa_nodes"] = serde_json::json!([0, 1]);
     config["cpus"]["affinity"] = serde_json::json!([{"vcpu": 1, "host_cpus": [2, 3]}]);
+    config["cpus"]["max_phys_bits"] = 40.into();
+    config["pvpanic"] = false.into();
     config["hotplug"] = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": "1G"});
     config["devices"] = serde_json::json!([
         {"group": "nvme", "count": 2, "id": "disk", "numa_policy": "required"},
@@ -76,6 +78,8 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     let first = told();
     assert_eq!(first["devices"].as_array().unwrap().len(), 3, "{first}");
     assert_eq!(first["devices"][0], config["devices"][0]);
+    assert_eq!(first["cpus"]["max_phys_bits"], 40);
+    assert_eq!(first["pvpanic"], false);
     let path = "/sys/bus/pci/devices/0000:01:00.0";
     assert_eq!(first["devices"][2]["path"], path);
     let again = |config: &Value| {
@@ -87,9 +91,12 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     assert_eq!(told(), first);
     // While it runs, its devices are those that it has.
     bed.put("vm.boot", "");
-    let (status, answer) = bed.put("vm.add-device", r#"{"group": "nvme", "id": "more"}"#);
+    let more = r#"{"group": "nvme", "id": "more", "interrupts": "none", "allow_no_reset": true}"#;
+    let (status, answer) = bed.put("vm.add-device", more);
     assert_eq!(status, 200, "{answer}");
     let running = told();
+    assert_eq!(running["devices"][0]["interrupts"], "none");
+    assert_eq!(running["devices"][0]["allow_no_reset"], true);
     assert_eq!(running["devices"][0]["id"], "more", "{running}");
     again(&running);
     assert_eq!(told(), running);

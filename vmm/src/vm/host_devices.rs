@@ -92,7 +92,7 @@ pub struct AttachedDevice {
     _domain: Arc<Domain>,
     part: Part,
     pool: Option<String>,
-    request: usize,
+    terms: Terms,
     wires: Wires,
     /// Why nobody may have it after this VM, if that is so.
     unfit: Option<String>,
@@ -185,9 +185,9 @@ impl AttachedDevice {
         self.part
     }
 
-    /// Which of the requests it was leased for, counted from 0.
-    pub fn request(&self) -> usize {
-        self.request
+    /// On which terms it was leased.
+    pub fn terms(&self) -> Terms {
+        self.terms
     }
 
     /// What the host says of it comes through these.
@@ -477,7 +477,7 @@ impl Taken {
             _domain: self.domain,
             part: self.part,
             pool: self.pool,
-            request: self.terms.request,
+            terms: self.terms,
             wires,
             unfit: None,
             hold: self.hold,

@@ -118,7 +118,7 @@ impl Devices {
         let requests: Vec<usize> = devices
             .iter()
             .flatten()
-            .map(AttachedDevice::request)
+            .map(|device| device.terms().request)
             .collect();
         let labels = labels(&asked, &requests);
         for set in arrange(&parts) {

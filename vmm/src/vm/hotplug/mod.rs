@@ -89,7 +89,7 @@ impl Devices {
         let requests: Vec<usize> = devices
             .iter()
             .flatten()
-            .map(AttachedDevice::request)
+            .map(|device| device.terms().request)
             .collect();
         let labels = arrival::labels(asked, &requests);
         let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
@@ -134,6 +134,7 @@ impl Devices {
             id,
             name: device.name(),
             group,
+            allow: device.terms().allow,
             state: DeviceState::Announced,
             port,
             function,
