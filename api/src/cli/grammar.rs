@@ -72,12 +72,13 @@ fn pointed(mut error: clap::Error) -> clap::Error {
             .find(|(words, _)| words.contains(&word.as_str())),
         _ => None,
     };
-    // Where a command of a command is wrong, its own help tells more.
+    // Below a command, what it has itself is nearer.
+    let has_own = error.get(ContextKind::SuggestedSubcommand).is_some();
     let is_first = match error.get(ContextKind::Usage) {
         Some(ContextValue::StyledStr(usage)) => usage.to_string().contains("gantry [OPTIONS]"),
         _ => false,
     };
-    if let Some((_, pointer)) = known.filter(|_| is_first) {
+    if let Some((_, pointer)) = known.filter(|_| is_first || !has_own) {
         let pointer = ContextValue::StyledStrs(vec![(*pointer).into()]);
         error.remove(ContextKind::SuggestedSubcommand);
         error.insert(ContextKind::Suggested, pointer);

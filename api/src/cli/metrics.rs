@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs::{self, Permissions};
+use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +24,7 @@ Examples:
   gantry metrics | grep free
   gantry metrics --textfile /var/lib/node_exporter/gantry.prom")]
 pub struct MetricsArgs {
-    /// Write to this file, which is replaced as a whole, instead of standard output
+    /// Write to this file, which is replaced as a whole, instead of standard output (`-`)
     #[arg(long, value_name = "FILE")]
     textfile: Option<PathBuf>,
 }
@@ -36,21 +37,30 @@ pub fn metrics(args: &MetricsArgs, paths: &HostPaths) -> Result<(), Failure> {
         families.vm(&name, text.as_deref());
     }
     let text = families.text();
-    match &args.textfile {
+    let file = args.textfile.as_deref();
+    match file.filter(|file| *file != Path::new("-")) {
         None => print(|out| out.write_all(text.as_bytes())),
         Some(file) => replace(file, &text)
             .map_err(|error| Failure::host(format!("cannot write {}: {error}", file.display()))),
     }
 }
 
-/// Puts a whole new file, for all to read, in the place of the old one.
-fn replace(file: &Path, text: &str) -> std::io::Result<()> {
+/// Puts a whole new file, for all to read, in the place of the old one. The folder may be another user's: no link
+/// there is followed, and nothing but a file is replaced.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    if fs::symlink_metadata(file).is_ok_and(|old| !old.is_file()) {
+        let what = "it is not a regular file";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
     let mut name = file.as_os_str().to_owned();
     // node_exporter reads files whose names end with `.prom` only.
     name.push(format!(".{}", std::process::id()));
     let fresh = PathBuf::from(name);
-    let written = fs::write(&fresh, text)
-        .and_then(|()| fs::set_permissions(&fresh, Permissions::from_mode(0o644)))
+    let _ = fs::remove_file(&fresh);
+    let mut draft = fs::File::create_new(&fresh)?;
+    let written = draft
+        .write_all(text.as_bytes())
+        .and_then(|()| draft.set_permissions(Permissions::from_mode(0o644)))
         .and_then(|()| fs::rename(&fresh, file));
     written.inspect_err(|_| drop(fs::remove_file(&fresh)))
 }
