@@ -315,7 +315,7 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut things = Vec::new();
-        while let Some(thing) = list.next_element()? {
+        while let Some(OneThing(thing)) = list.next_element()? {
             things.push(checked(thing)?);
         }
         Ok(things)
@@ -332,6 +332,29 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
         }
         let mut json = serde_json::Deserializer::from_str(text);
         json.deserialize_any(self).map_err(E::custom)
+    }
+}
+
+/// One thing of a list. serde takes a list for an object whose keys are left out, and a device spec without keys
+/// is every device.
+struct OneThing<T>(T);
+
+impl<'de, T: Entry> Deserialize<'de> for OneThing<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object<T>(PhantomData<T>);
+        impl<'de, T: Entry> Visitor<'de> for Object<T> {
+            type Value = T;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map))
+            }
+        }
+        let thing = deserializer.deserialize_any(Object(PhantomData));
+        thing.map(Self)
     }
 }
 

@@ -116,12 +116,13 @@ fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Ve
 
 /// A JSON object on the command line.
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| match text.trim().starts_with('{') {
-        true => error.to_string(),
-        false => {
-            "write a JSON object, such as '{\"vendor\": \"10de\"}', in single quotes".to_owned()
-        }
-    })
+    // serde takes a list for an object whose keys are left out.
+    match text.trim().starts_with('{') {
+        true => serde_json::from_str(text).map_err(|error| error.to_string()),
+        false => Err(
+            "write a JSON object, such as '{\"vendor\": \"10de\"}', in single quotes".to_owned(),
+        ),
+    }
 }
 
 /// A rule on the command line.

@@ -293,6 +293,8 @@ fn words_that_are_none_are_refused() {
     for (spec, said) in [
         (both, "devname and address name a device each"),
         (json!({"devname": "../eth0"}), "name of a network interface"),
+        (json!([[]]), "expected an object"),
+        (json!([{"vendor_id": "8086"}, ["10de"]]), "[1]"),
     ] {
         let host = FakeHost::new(&[]);
         host.file("etc/device_spec.json", &spec.to_string());
