@@ -2,7 +2,9 @@
 
 use std::error::Error;
 
-use gantry_resources::{AllocateError, EditError, GroupError, OpenerError, PlanError, TenantError};
+use gantry_resources::{
+    AllocateError, ConfigError, EditError, GroupError, OpenerError, PlanError, TenantError,
+};
 use gantry_vmm::command::CommandError;
 
 /// The guest powered off, or the command did what it was asked.
@@ -37,7 +39,7 @@ Exit status:
 pub fn status_of(error: &(dyn Error + 'static)) -> u8 {
     if is_temporary(error) {
         TRY_AGAIN
-    } else if chain(error).any(is_unknown_name) {
+    } else if chain(error).any(is_mistake) {
         USAGE
     } else {
         FAILED
@@ -65,27 +67,24 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
     })
 }
 
-/// Whether a name was given that nothing on this host has.
-fn is_unknown_name(error: &(dyn Error + 'static)) -> bool {
+/// Whether a file is wrong, or a name was given that nothing on this host has.
+fn is_mistake(error: &(dyn Error + 'static)) -> bool {
     if let Some(gantry_vmm::Error::Allocate(error)) = error.downcast_ref() {
-        return error.is_unknown_name();
+        error.is_mistake()
+    } else if let Some(error) = error.downcast_ref::<AllocateError>() {
+        error.is_mistake()
+    } else if let Some(error) = error.downcast_ref::<ConfigError>() {
+        error.is_mistake()
+    } else if let Some(EditError::Groups(error)) = error.downcast_ref() {
+        error.is_mistake()
+    } else if let Some(error) = error.downcast_ref::<GroupError>() {
+        error.is_mistake()
+    } else if let Some(error) = error.downcast_ref::<PlanError>() {
+        error.is_mistake()
+    } else {
+        let tenant = error.downcast_ref::<TenantError>();
+        tenant.is_some_and(TenantError::is_mistake)
     }
-    let allocate = error.downcast_ref::<AllocateError>();
-    let group = match (
-        error.downcast_ref(),
-        error.downcast_ref(),
-        error.downcast_ref(),
-    ) {
-        (Some(error), ..) => Some(error),
-        (_, Some(EditError::Groups(error)), _) | (.., Some(TenantError::Groups(error))) => {
-            Some(error)
-        }
-        _ => None,
-    };
-    allocate.is_some_and(AllocateError::is_unknown_name)
-        || matches!(group, Some(GroupError::Unknown { .. }))
-        || matches!(error.downcast_ref(), Some(PlanError::Unknown { .. }))
-        || matches!(error.downcast_ref(), Some(TenantError::Unknown { .. }))
 }
 
 /// An error and its causes. One that only passes its source on hides it from this.

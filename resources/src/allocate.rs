@@ -143,10 +143,15 @@ impl AllocateError {
         }
     }
 
-    /// Whether it asks by a name that nothing on this host has.
-    pub fn is_unknown_name(&self) -> bool {
-        let unknown = matches!(self, Self::UnknownGroup { .. } | Self::UnknownAlias { .. });
-        unknown || matches!(self, Self::RefusedAlias { .. })
+    /// Whether it asks by a name that nothing on this host has, or a definition is wrong.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Groups(error) => error.is_mistake(),
+            Self::UnknownGroup { .. } | Self::UnknownAlias { .. } | Self::RefusedAlias { .. } => {
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Whether the devices are not to be had as things are, rather than the host having failed.

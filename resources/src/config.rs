@@ -59,6 +59,11 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
+    /// Whether what is written is wrong, rather than that the file cannot be used.
+    pub fn is_mistake(&self) -> bool {
+        matches!(self, Self::Invalid { .. } | Self::Unfit { .. })
+    }
+
     /// Of a text that is in no file yet: it has no lines that anyone could look at.
     fn unwritten(self) -> Self {
         match self {

@@ -165,6 +165,17 @@ pub enum PlanError {
     },
 }
 
+impl PlanError {
+    /// Whether what is written is wrong, or a name that no plan has, rather than that a file cannot be used.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::File(error) => error.is_mistake(),
+            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Devices { .. } => true,
+            Self::Lease(_) | Self::Exists { .. } => false,
+        }
+    }
+}
+
 fn hint(near: &Option<String>) -> String {
     near.as_ref().map_or_else(
         || ": `gantry plan list` shows them".to_owned(),

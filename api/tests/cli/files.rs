@@ -296,8 +296,15 @@ fn a_command_of_another_tool_is_pointed_to_the_one_here() {
         ("ps", "gantry vm list"),
         ("start", "gantry run vm.json"),
         ("console", "the terminal of its `gantry run`"),
+        ("vm console", "the terminal of its `gantry run`"),
+        ("vm start", "gantry run vm.json"),
+        ("vm stop", "'shutdown'"),
+        ("device bind", "gantry device detach"),
+        ("device show", "gantry device list"),
+        ("group ls", "'list'"),
     ] {
-        let said = host.gantry(&[command]).failed(2);
+        let words: Vec<&str> = command.split(' ').collect();
+        let said = host.gantry(&words).failed(2);
         assert!(said.contains(pointer), "{command}: {said}");
     }
 }
@@ -311,4 +318,61 @@ fn a_dash_is_standard_output_or_refused() {
     assert!(said.contains("a directory"), "{said}");
     let said = host.gantry(&["run", "--api-socket", "-"]).failed(2);
     assert!(said.contains("a socket has a path"), "{said}");
+    let metrics = host.gantry(&["metrics", "--textfile", "-"]).ok();
+    assert!(metrics.contains("gantry_group_devices"), "{metrics}");
+}
+
+#[test]
+fn only_a_file_is_replaced_by_metrics_and_no_link_is_followed() {
+    let host = Host::new();
+    let textfile = host.path("gantry.prom");
+    let name = textfile.to_str().unwrap();
+    let metrics = |name: &str| host.gantry(&["metrics", "--textfile", name]);
+    fs::write(&textfile, "old").unwrap();
+    metrics(name).ok();
+    let text = fs::read_to_string(&textfile).unwrap();
+    assert!(text.contains("gantry_group_devices"), "{text}");
+    let precious = host.path("precious");
+    fs::write(&precious, "text").unwrap();
+    fs::remove_file(&textfile).unwrap();
+    std::os::unix::fs::symlink(&precious, &textfile).unwrap();
+    let said = metrics(name).failed(1);
+    assert!(said.contains("not a regular file"), "{said}");
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "text");
+    assert!(textfile.is_symlink());
+}
+
+#[test]
+fn a_wrong_file_of_the_host_is_a_mistake_whoever_reads_it() {
+    let host = Host::new();
+    fs::write(
+        host.path("etc/groups.json"),
+        r#"{"groups": [{"nam": "a"}]}"#,
+    )
+    .unwrap();
+    fs::write(
+        host.path("vm.json"),
+        r#"{"payload": {"kernel": "/bin/true"}, "devices": [{"group": "a"}]}"#,
+    )
+    .unwrap();
+    let vm = host.path("vm.json").display().to_string();
+    for args in [
+        &["group", "list"][..],
+        &["group", "edit", "a", "--description", "b"],
+        &["group", "fit", "a"],
+        &["device", "list"],
+        &["metrics"],
+        &["run", "--check", &vm],
+    ] {
+        let said = host.gantry(args);
+        assert_eq!(said.code, Some(2), "{args:?}: {said:?}");
+        assert!(said.err.contains("groups.json:1:"), "{said:?}");
+    }
+    let host = Host::new();
+    let said = host.gantry(&["group", "create", "a b"]).failed(2);
+    assert!(said.contains("cannot name a group"), "{said}");
+    for list in ["[]", "[\"10de\"]"] {
+        let said = host.gantry(&["group", "device-spec", list]).failed(2);
+        assert!(said.contains("write a JSON object"), "{said}");
+    }
 }

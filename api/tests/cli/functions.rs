@@ -50,7 +50,7 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
         (r#"{"pf": "00:03.0"}"#, 2, "missing field `count`"),
         (
             r#"{"pf": "00:03.0", "count": 2, "vlan": 5000}"#,
-            1,
+            2,
             "sriov.vlan: is 1 to 4094",
         ),
         (
@@ -167,6 +167,6 @@ fn mediated_devices_are_listed_asked_for_and_planned() {
     assert!(error.contains("do not go into one group"), "{error}");
     let error = host
         .gantry(&["group", "edit", "disks", "--vgpu", new])
-        .failed(1);
+        .failed(2);
     assert!(error.contains("only groups of type \"vgpu\""), "{error}");
 }

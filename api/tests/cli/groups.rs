@@ -62,7 +62,7 @@ fn a_card_is_counted_and_given_as_one() {
     assert_eq!((&group["total"], &group["free"]), (&1.into(), &1.into()));
     assert_eq!(group["devices"][1]["bdf"], "0000:0b:00.1");
     let fits = host.gantry(&["group", "fit", "gpus:1"]).ok();
-    assert!(fits.contains("0000:0b:00.0 0000:0b:00.1"), "{fits}");
+    assert!(fits.contains("1 of 1: 0000:0b:00.0 0000:0b:00.1"), "{fits}");
     let refused = host.gantry(&["group", "fit", "gpus:2"]);
     assert_eq!(refused.code, Some(1));
     let words = "group \"gpus\" has only 1 free device (2 asked for)";

@@ -43,6 +43,16 @@ pub enum GroupError {
     },
 }
 
+impl GroupError {
+    /// Whether what is written is wrong, or a name that no group has, rather than that a file cannot be used.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::File(error) => error.is_mistake(),
+            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Made { .. } => true,
+        }
+    }
+}
+
 fn hint(near: &Option<String>) -> String {
     near.as_ref().map_or_else(
         || ": `gantry group list` shows them".to_owned(),

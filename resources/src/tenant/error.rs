@@ -187,6 +187,16 @@ pub enum TenantError {
 }
 
 impl TenantError {
+    /// Whether what is written is wrong, or a name that no tenant has, rather than that the host failed.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Config(error) => error.is_mistake(),
+            Self::Groups(error) | Self::Edit(EditError::Groups(error)) => error.is_mistake(),
+            Self::Unknown { .. } => true,
+            _ => false,
+        }
+    }
+
     pub(super) fn settings(bdf: HostBdf) -> impl FnOnce(SriovError) -> Self {
         move |source| Self::Settings {
             bdf,

@@ -194,7 +194,7 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     };
     match &request.from {
         Some(from) => {
-            let got = request.devices.len() + request.instances.len();
+            let got = request.cards + request.instances.len();
             writeln!(out, "{from}: {got} of {}: {devices}", request.wanted)
         }
         None => writeln!(out, "by address: {devices}"),
