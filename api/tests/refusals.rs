@@ -89,7 +89,7 @@ impl Host {
     fn file(&self, name: &str, text: &str) -> String {
         fs::create_dir_all(self.path("etc").join(name).parent().unwrap()).unwrap();
         fs::write(self.path("etc").join(name), text).unwrap();
-        let error = self.refused(1, &["group", "list"]);
+        let error = self.refused(2, &["group", "list"]);
         one_line(&error, &[&format!("etc/{name}:")])
     }
 }
@@ -160,7 +160,7 @@ fn malformed_json() {
     one_line(&error, &["tenant.json:2:", "did you mean \"user\"?"]);
     let host = Host::new();
     fs::write(host.path("etc/plans.json"), "{\"plans\": [{\"name\": 1}]}").unwrap();
-    let error = host.refused(1, &["plan", "list"]);
+    let error = host.refused(2, &["plan", "list"]);
     one_line(&error, &["plans.json:1:", "plans[0].name"]);
 }
 

@@ -26,7 +26,10 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// A file cannot be replaced; it is as it was.
-    #[error("cannot write {path}: run as a user who may, or set GANTRY_CONFIG_DIR")]
+    #[error(
+        "cannot write {path}{}",
+        sysfs::if_denied(.source, "run as a user who may, or set GANTRY_CONFIG_DIR")
+    )]
     Write {
         /// The path.
         path: PathBuf,

@@ -146,7 +146,11 @@ impl LeaseStatus {
 pub enum LeaseError {
     /// A file or directory of the run directory cannot be used.
     #[error(
-        "cannot use {path} to keep leases: run as root, or as a tenant's user (`gantry tenant create`)"
+        "cannot use {path} to keep leases{}",
+        sysfs::if_denied(
+            .source,
+            "run as root, or as a tenant's user (`gantry tenant create`)"
+        )
     )]
     File {
         /// The path.

@@ -27,7 +27,7 @@ pub struct Maintenance {
 #[derive(Debug, Error)]
 pub enum MaintenanceError {
     /// The state directory cannot be used.
-    #[error("cannot use {path}: run as root")]
+    #[error("cannot use {path}{}", sysfs::if_denied(.source, "run as root"))]
     File {
         /// The path.
         path: PathBuf,

@@ -53,7 +53,7 @@ struct Record {
 #[derive(Debug, Error)]
 pub enum QuarantineError {
     /// The state directory cannot be used.
-    #[error("cannot use {path}: run as root")]
+    #[error("cannot use {path}{}", sysfs::if_denied(.source, "run as root"))]
     File {
         /// The path.
         path: PathBuf,

@@ -17,6 +17,14 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
         || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
 }
 
+/// Advice to put behind an error's words, where permission was refused: it is of no use for a full disk.
+pub(crate) fn if_denied(error: &io::Error, advice: &str) -> String {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => format!(": {advice}"),
+        _ => String::new(),
+    }
+}
+
 /// The most that sysfs gives for one attribute: a page.
 const PAGE: usize = 4096;
 

@@ -343,6 +343,25 @@ fn only_a_file_is_replaced_by_metrics_and_no_link_is_followed() {
 }
 
 #[test]
+fn a_full_disk_is_no_lack_of_rights() {
+    let host = Host::new();
+    fs::remove_file(host.path("etc/groups.json")).unwrap();
+    fs::remove_dir(host.path("etc")).unwrap();
+    fs::write(host.path("etc"), "no directory").unwrap();
+    for args in [
+        &["group", "create", "a"][..],
+        &["plan", "create", "a", "--vcpus", "1"],
+        &["tenant", "create", "a", "--user", "root"],
+    ] {
+        let said = host.gantry(args).failed(1);
+        assert!(
+            said.contains("cannot ") && !said.contains("run as"),
+            "{args:?}: {said}"
+        );
+    }
+}
+
+#[test]
 fn a_wrong_file_of_the_host_is_a_mistake_whoever_reads_it() {
     let host = Host::new();
     fs::write(

@@ -28,6 +28,7 @@ use thiserror::Error;
 use crate::bdf::HostBdf;
 use crate::host::HostPaths;
 use crate::inventory::InventoryError;
+use crate::sysfs;
 use cmdline::Change;
 use facts::Facts;
 
@@ -99,7 +100,10 @@ pub enum CheckError {
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The note about a waiting reboot cannot be written.
-    #[error("cannot note in {path} that a reboot is waiting: run as a user who may write there")]
+    #[error(
+        "cannot note in {path} that a reboot is waiting{}",
+        sysfs::if_denied(.source, "run as a user who may write there")
+    )]
     Note {
         /// The file.
         path: PathBuf,

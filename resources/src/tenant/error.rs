@@ -17,6 +17,7 @@ use crate::maintenance::{MaintenanceError, RunningVm};
 use crate::name::DeviceName;
 use crate::obstacle::Blocked;
 use crate::sriov::SriovError;
+use crate::sysfs::if_denied;
 use crate::vgpu::VgpuError;
 
 /// A tenant could not be looked at or changed.
@@ -155,7 +156,7 @@ pub enum TenantError {
         source: Box<SriovError>,
     },
     /// A file or directory cannot be changed.
-    #[error("cannot change {path}: run as root", path = .path.display())]
+    #[error("cannot change {path}{}", if_denied(.source, "run as root"), path = .path.display())]
     File {
         /// The path.
         path: PathBuf,
