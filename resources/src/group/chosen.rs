@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{GroupType, Groups, ResourceGroup};
+use crate::bdf::HostBdf;
 use crate::inventory::HostDevice;
 use crate::rule::Rule;
 use crate::usb::UsbDevice;
@@ -62,6 +63,18 @@ impl Chosen<'_> {
         }
     }
 
+    /// The first function of its card, where a group has it for the sake of that.
+    pub(super) fn lead_in(&self, group: &ResourceGroup) -> Option<HostBdf> {
+        match self {
+            Self::Pci(device) => {
+                let lead = device.lead.as_deref();
+                lead.filter(|lead| group.matches(lead)).map(|lead| lead.bdf)
+            }
+            Self::Usb(_) => None,
+        }
+    }
+
+    /// Whether a rule takes it for its own sake.
     pub(super) fn is_taken_by(&self, rule: &Rule) -> bool {
         match self {
             Self::Pci(device) => rule.matches(device),

@@ -116,6 +116,19 @@ pub enum EditError {
         /// What it is.
         class: String,
     },
+    /// A device is in the group as a part of a card, which no rule names.
+    #[error(
+        "{device} is in group \"{group}\" because {first}, the first function of its card, is: \
+         `gantry group remove {group} {first}` takes out the whole card"
+    )]
+    PartOfCard {
+        /// The device.
+        device: String,
+        /// The group.
+        group: String,
+        /// The first function of the card.
+        first: HostBdf,
+    },
     /// A device is not in the group.
     #[error("{device} is not in group \"{group}\"")]
     NotThere {
@@ -347,9 +360,15 @@ impl GroupFiles {
         let group = self.group_mut(name)?;
         for device in devices {
             if !group.rules.iter().any(|rule| device.is_taken_by(rule)) {
-                return Err(EditError::NotThere {
-                    device: device.to_string(),
-                    group: name.to_owned(),
+                let (device, first) = (device.to_string(), device.lead_in(group));
+                let group = name.to_owned();
+                return Err(match first {
+                    Some(first) => EditError::PartOfCard {
+                        device,
+                        group,
+                        first,
+                    },
+                    None => EditError::NotThere { device, group },
                 });
             }
             let wider = |rule: &Rule| device.is_taken_by(rule) && !device.is_named_by(rule);

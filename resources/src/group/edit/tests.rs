@@ -80,6 +80,27 @@ fn a_drop_in_is_changed_where_it_is_and_keeps_what_else_it_says() {
 }
 
 #[test]
+fn a_function_that_came_with_its_card_goes_with_it() {
+    let gpu = |function: u8, class| Fake::nvme(&format!("0b:00.{function}"), 7).class(class);
+    let host = FakeHost::new(&[gpu(0, 0x03_00_00), gpu(1, 0x04_03_00)]);
+    let (first, audio) = ([host.read("0b:00.0")], [host.read("0b:00.1")]);
+    let said = edit(&host, |files| {
+        files.create(group("gpus", serde_json::json!([])))?;
+        files.add("gpus", &first)
+    });
+    assert_eq!(said, "");
+    let both = [bdf("0b:00.0"), bdf("0b:00.1")];
+    assert_eq!(members(&host, "gpus"), both);
+    let said = edit(&host, |files| files.remove("gpus", &audio));
+    let way_out = "`gantry group remove gpus 0000:0b:00.0` takes out the whole card";
+    assert!(said.contains(way_out), "{said}");
+    assert_eq!(edit(&host, |files| files.remove("gpus", &first)), "");
+    assert!(members(&host, "gpus").is_empty());
+    let said = edit(&host, |files| files.remove("gpus", &audio));
+    assert!(said.contains("is not in group"), "{said}");
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_and_nothing_is_written() {
     let host = host();
     let disk = [host.read("01:00.0")];
