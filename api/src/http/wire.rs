@@ -269,8 +269,8 @@ pub struct Device {
     pub id: String,
     /// Its address in the host.
     pub host: DeviceName,
-    /// Its address in the guest.
-    pub bdf: String,
+    /// Its address in the guest, as in `device_tree`.
+    pub pci_bdf: String,
     /// The group that it is of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
@@ -287,7 +287,7 @@ impl From<&command::DeviceInfo> for Device {
         Self {
             id: device.id.clone(),
             host: device.name,
-            bdf: device.guest.to_string(),
+            pci_bdf: device.guest.to_string(),
             group: device.group.clone(),
             state: device.state.into(),
             together_with: device.together_with.clone(),

@@ -60,6 +60,7 @@ fn vms_are_listed_by_their_sockets() {
     );
     let list: Value = serde_json::from_str(&ok(&bed, &["list", "--json"])).unwrap();
     assert_eq!(list[0]["info"]["state"], "Running");
+    assert_eq!(list[0]["state"], list[0]["info"]["state"]);
 }
 
 #[test]

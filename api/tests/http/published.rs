@@ -126,7 +126,7 @@ fn events_come_as_lines_until_the_end() {
     bed.put("vm.add-device", r#"{"group": "nvme"}"#);
     let attached = next().unwrap();
     assert_eq!(attached["event"], "attached");
-    assert_eq!(attached["device"]["bdf"], "0000:01:00.0");
+    assert_eq!(attached["device"]["pci_bdf"], "0000:01:00.0");
     assert_eq!(next().unwrap()["event"], "enabled");
     bed.put("vm.remove-device", r#"{"id": "dev0"}"#);
     assert_eq!(next().unwrap()["event"], "detached");

@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use gantry_resources::{
-    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, PciId, Rule, UsbDevice, scan,
+    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, PciClass, PciId, Rule,
+    UsbDevice, scan,
 };
 use serde::Serialize;
 
@@ -51,7 +52,7 @@ pub struct Found {
     bdf: HostBdf,
     id: PciId,
     name: Option<&'static str>,
-    class: Option<&'static str>,
+    class: PciClass,
     #[serde(flatten)]
     state: DeviceState,
     /// The group that the device belongs to.
@@ -92,7 +93,7 @@ impl Found {
             bdf: device.bdf,
             id: device.id,
             name: device.device_name().or_else(|| device.vendor_name()),
-            class: device.class_name(),
+            class: device.class,
             state: device.state(),
             group: groups.group_of(device).map(|group| group.name.clone()),
         }
@@ -103,7 +104,7 @@ impl Found {
             self.bdf.to_string(),
             self.id.to_string(),
             self.name.unwrap_or("-").to_owned(),
-            self.class.unwrap_or("-").to_owned(),
+            self.class.name().unwrap_or("-").to_owned(),
             state_word(&self.state).to_owned(),
             self.group.clone().unwrap_or_else(|| "-".to_owned()),
         ]

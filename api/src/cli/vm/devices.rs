@@ -141,7 +141,7 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
                 DeviceState::Announced => "plugged in",
                 DeviceState::Detaching => "being detached",
             };
-            let (named, bdf) = (watch::named(device), &device.bdf);
+            let (named, bdf) = (watch::named(device), &device.pci_bdf);
             writeln!(out, "{named} is {how} in {}, there as {bdf}", args.vm)
         }),
     })

@@ -121,7 +121,7 @@ fn cells(device: &Device) -> Vec<String> {
     vec![
         device.id.clone(),
         device.host.to_string(),
-        device.bdf.clone(),
+        device.pci_bdf.clone(),
         device.group.clone().unwrap_or_else(|| "-".to_owned()),
         device.state.to_string(),
     ]

@@ -1,5 +1,6 @@
 //! `gantry vm list`: the VMs that run.
 
+use std::fmt;
 use std::num::NonZeroU32;
 
 use clap::Args;
@@ -8,7 +9,7 @@ use serde::Serialize;
 
 use super::{find, is_stopped};
 use crate::http::client::ClientError;
-use crate::http::wire::{VmInfo, VmmPing};
+use crate::http::wire::{VmInfo, VmState, VmmPing};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Give, Table, column, terminal_width};
@@ -50,11 +51,33 @@ struct Row {
     pid: Option<u32>,
     /// Where it has no socket in the run directory, how it is controlled is not known.
     socket: Option<std::path::PathBuf>,
-    /// The state in a word.
-    state: String,
+    state: State,
     info: Option<VmInfo>,
     /// Why it cannot be asked.
     problem: Option<String>,
+}
+
+/// The state of a VM, as its socket tells it; or in words why there is none to tell.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum State {
+    Vm(VmState),
+    Words(String),
+}
+
+impl State {
+    fn words(words: impl Into<String>) -> Self {
+        Self::Words(words.into())
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vm(state) => state.fmt(f),
+            Self::Words(words) => f.write_str(words),
+        }
+    }
 }
 
 const COLUMNS: [Column; 7] = [
@@ -120,7 +143,7 @@ impl Row {
             tenant: None,
             pid: None,
             socket: Some(socket),
-            state: "no VM".to_owned(),
+            state: State::words("no VM"),
             info: None,
             problem: None,
         };
@@ -131,7 +154,7 @@ impl Row {
         }
         match client.get::<VmInfo>("vm.info") {
             Ok(info) => {
-                row.state = info.state.to_string();
+                row.state = State::Vm(info.state);
                 row.info = Some(info);
             }
             // None is created.
@@ -150,7 +173,7 @@ impl Row {
         };
         Self {
             pid: self.pid.or(pid),
-            state: state.to_owned(),
+            state: State::words(state),
             problem: Some(error.to_string()),
             ..self
         }
@@ -163,7 +186,7 @@ impl Row {
             tenant,
             pid: record.pid.map(NonZeroU32::get),
             socket: None,
-            state: state.unwrap_or_else(|| "no socket".to_owned()),
+            state: state.map_or_else(|| State::words("no socket"), State::Words),
             info: None,
             problem: None,
         }
@@ -184,7 +207,7 @@ impl Row {
         vec![
             self.name.clone(),
             self.pid.map_or("-".to_owned(), |pid| pid.to_string()),
-            self.state.clone(),
+            self.state.to_string(),
             of_info(&|info| info.config.cpus.boot_vcpus.to_string()),
             of_info(&|info| crate::config::size(info.config.memory.size)),
             of_info(&super::slots),

@@ -86,7 +86,11 @@ fn words(event: &Event) -> String {
             format!("{id}: {step} took {:.1} ms", seconds * 1e3)
         }
         Event::Attached { device } => {
-            format!("{} is plugged in, there as {}", named(device), device.bdf)
+            format!(
+                "{} is plugged in, there as {}",
+                named(device),
+                device.pci_bdf
+            )
         }
         // One event is one line.
         Event::AttachFailed { id, error } => {
