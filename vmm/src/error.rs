@@ -26,6 +26,12 @@ pub enum Error {
          (`modprobe -r kvm_intel && modprobe kvm_intel nested=1`, or kvm_amd), or remove the key"
     )]
     NoNested,
+    /// Two devices would have one name.
+    #[error(
+        "two devices of the VM would be called \"{0}\": a further function of a card is called by the card's id \
+         with a number behind it\ngive one of them another `id`"
+    )]
+    DuplicateId(String),
     /// A leased device is in no IOMMU group.
     #[error(
         "{device} is in no IOMMU group: without an IOMMU a guest could write to all of the host's \

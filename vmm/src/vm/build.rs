@@ -17,7 +17,7 @@ use super::board::Board;
 use super::dispatch::Dispatch;
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed, arrange, forbidden};
-use super::hotplug::Devices;
+use super::hotplug::{Devices, called_twice};
 use super::payload::OpenPayload;
 use super::populate::Populating;
 use crate::boot::Entry;
@@ -252,20 +252,22 @@ fn claim(
 ) -> Result<Claimed, Error> {
     let Ground { host, signals, .. } = ground;
     let placement = asked_placement(&config.nodes);
-    match hot {
-        _ if config.devices.is_empty() => Ok(Claimed::none()),
+    let claimed = match hot {
+        _ if config.devices.is_empty() => Claimed::none(),
         Some(Hot { opener, observer }) => {
             let unwanted = || signals.check().is_err();
             opener.place(placement)?;
             let opened = opener.open(&config.requests(), &[], true, &unwanted);
             signals.check()?;
-            Claimed::opened(opened?, None, observer, host)
+            Claimed::opened(opened?, None, observer, host)?
         }
         None => {
             let leases = allocate_near(host, &config.requests(), &placement, holder)?;
-            Claimed::new(leases, host, machine)
+            Claimed::new(leases, host, machine)?
         }
-    }
+    };
+    let twice = called_twice(&config.devices, &claimed.requests(), &claimed.names());
+    twice.map_or(Ok(claimed), |id| Err(Error::DuplicateId(id)))
 }
 
 fn plan(

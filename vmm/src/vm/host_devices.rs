@@ -401,6 +401,12 @@ impl Claimed {
         self.taken.iter().map(|taken| taken.part.name).collect()
     }
 
+    /// For which of the requests each was leased, counted from 0.
+    pub fn requests(&self) -> Vec<usize> {
+        let terms = self.taken.iter().map(|taken| taken.terms);
+        terms.map(|terms| terms.request).collect()
+    }
+
     /// What tells which of them share a slot.
     pub fn parts(&self) -> Vec<Part> {
         self.taken.iter().map(|taken| taken.part).collect()

@@ -1,8 +1,10 @@
 //! How devices come: a slot is found for what the worker prepared, and the guest is told.
 
+use std::collections::BTreeSet;
+
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
-use gantry_resources::Request;
+use gantry_resources::{DeviceName, Request};
 
 use super::{Devices, Label};
 use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
@@ -177,6 +179,17 @@ impl Devices {
     }
 }
 
+/// The name that two devices would have, where there is one: a card may have more functions than its entry says
+/// devices. A device without a name is called by its address.
+pub fn called_twice(asked: &[Asked], requests: &[usize], devices: &[DeviceName]) -> Option<String> {
+    let labels = labels(asked, requests).into_iter();
+    let mut seen = BTreeSet::new();
+    let mut ids = labels
+        .zip(devices)
+        .map(|(label, device)| label.id.unwrap_or_else(|| device.to_string()));
+    ids.find(|id| !seen.insert(id.clone()))
+}
+
 /// What each device is called, and the group or alias that it was asked for by. `requests` says of each which of
 /// those `asked` it is for: a card has several functions.
 pub fn labels(asked: &[Asked], requests: &[usize]) -> Vec<Label> {
@@ -192,4 +205,34 @@ pub fn labels(asked: &[Asked], requests: &[usize]) -> Vec<Label> {
         }
     };
     requests.iter().enumerate().map(label).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_of_a_card_and_a_named_device_cannot_have_one_name() {
+        let asked = |id: Option<&str>| Asked {
+            id: id.map(str::to_owned),
+            request: Request::group("gpus", 1),
+        };
+        let devices: Vec<DeviceName> = ["01:00.0", "01:00.1", "02:00.0"]
+            .map(|bdf| bdf.parse::<gantry_resources::HostBdf>().unwrap().into())
+            .into();
+        let twice = |ids: [Option<&str>; 2]| {
+            let asked = ids.map(asked);
+            called_twice(&asked, &[0, 0, 1], &devices)
+        };
+        assert_eq!(
+            twice([Some("gpu"), Some("gpu-1")]).as_deref(),
+            Some("gpu-1")
+        );
+        assert_eq!(
+            twice([None, Some("0000:01:00.1")]).as_deref(),
+            Some("0000:01:00.1")
+        );
+        assert_eq!(twice([Some("gpu"), Some("gpu-2")]), None);
+        assert_eq!(twice([None, None]), None);
+    }
 }

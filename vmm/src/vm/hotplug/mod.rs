@@ -26,6 +26,7 @@ use crate::control::Mailbox;
 use crate::error::Error;
 use crate::shown::{Row, Shown, Slots};
 use crate::vmm::Ground;
+pub use arrival::called_twice;
 
 /// How long a guest may take to read what it was told before it is told again: while a guest boots,
 /// interrupts get lost. Doubled each time.
