@@ -69,8 +69,13 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
 
 /// Whether a file is wrong, or a name was given that nothing on this host has.
 fn is_mistake(error: &(dyn Error + 'static)) -> bool {
-    if let Some(gantry_vmm::Error::Allocate(error)) = error.downcast_ref() {
-        error.is_mistake()
+    if let Some(error) = error.downcast_ref() {
+        use gantry_vmm::Error as E;
+        match error {
+            E::Allocate(error) => error.is_mistake(),
+            E::Opener(OpenerError::Mistaken(_)) | E::DuplicateId(_) => true,
+            _ => false,
+        }
     } else if let Some(error) = error.downcast_ref::<AllocateError>() {
         error.is_mistake()
     } else if let Some(error) = error.downcast_ref::<ConfigError>() {
@@ -122,6 +127,8 @@ mod tests {
             known: Vec::new(),
         };
         assert_eq!(status_of(&gantry_vmm::Error::from(group)), USAGE);
+        let by_opener = OpenerError::Mistaken("there is no group \"gpu\"".to_owned());
+        assert_eq!(status_of(&gantry_vmm::Error::from(by_opener)), USAGE);
         let group = GroupError::Unknown {
             name: name(),
             near: None,

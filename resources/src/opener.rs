@@ -67,6 +67,9 @@ pub enum OpenerError {
     /// What it was asked for is not to be had.
     #[error("{0}")]
     Refused(String),
+    /// Nothing on this host has the name that it was asked for by, or a definition is wrong.
+    #[error("{0}")]
+    Mistaken(String),
     /// What it was asked for is held by others.
     #[error("{0}")]
     Busy(String),
@@ -79,6 +82,7 @@ impl From<Refusal> for OpenerError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Denied(why) => Self::Refused(why),
+            Refusal::Mistaken(why) => Self::Mistaken(why),
             Refusal::Busy(why) => Self::Busy(why),
             Refusal::Failed(why) => Self::Failed(why),
         }

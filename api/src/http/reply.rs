@@ -174,9 +174,12 @@ impl From<CommandError> for Refusal {
 fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     use gantry_vmm::Error as E;
     match error {
-        E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } => true,
+        E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } | E::DuplicateId(_) => true,
         E::Allocate(error) => error.is_refusal(),
-        E::Opener(error) => matches!(error, OpenerError::Refused(_) | OpenerError::Busy(_)),
+        E::Opener(error) => matches!(
+            error,
+            OpenerError::Refused(_) | OpenerError::Mistaken(_) | OpenerError::Busy(_)
+        ),
         _ => false,
     }
 }

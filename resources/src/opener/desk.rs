@@ -18,7 +18,7 @@ use crate::inventory::HostDevice;
 use crate::lease::{Holder, Lease};
 use crate::mdev::MdevDevice;
 use crate::name::DeviceName;
-use crate::plan::Plans;
+use crate::plan::{PlanError, Plans};
 use crate::quarantine::short;
 use crate::request::{Placement, Request, Source, Wish};
 use crate::reserved::reserved_regions;
@@ -179,8 +179,12 @@ impl Desk<'_> {
     }
 
     fn plan(&self, name: &str) -> Result<Vec<Request>, Refusal> {
-        let plans = Plans::load(self.paths).map_err(|error| failed(&error))?;
-        let plan = plans.find(name).map_err(|error| denied(&error))?;
+        let not = |error: PlanError| match error.is_mistake() {
+            true => Refusal::Mistaken(chain(&error)),
+            false => failed(&error),
+        };
+        let plans = Plans::load(self.paths).map_err(not)?;
+        let plan = plans.find(name).map_err(not)?;
         let requests = plan.requests().map_err(|error| denied(&error))?;
         match requests.is_empty() {
             true => Err(Refusal::Denied(format!("plan \"{name}\" has no devices"))),
@@ -416,6 +420,7 @@ fn failed(error: &dyn std::error::Error) -> Refusal {
 fn not_allocated(error: &AllocateError) -> Refusal {
     match error.is_refusal() {
         _ if error.is_temporary() => Refusal::Busy(chain(error)),
+        _ if error.is_mistake() => Refusal::Mistaken(chain(error)),
         true => denied(error),
         false => failed(error),
     }

@@ -79,6 +79,8 @@ pub(super) enum Said {
 pub(super) enum Refusal {
     /// It is not to be had.
     Denied(String),
+    /// It is asked for by a name that nothing on this host has, or a definition is wrong.
+    Mistaken(String),
     /// Others hold it.
     Busy(String),
     /// The host failed.
