@@ -70,6 +70,17 @@ pub enum QuarantineError {
         /// The device.
         bdf: HostBdf,
     },
+    /// It is kept out with its card.
+    #[error(
+        "{bdf} is kept out because {first}, the first function of its card, is in quarantine: \
+         `gantry device release-quarantine {first}`"
+    )]
+    OfCard {
+        /// The device.
+        bdf: HostBdf,
+        /// The first function of its card.
+        first: HostBdf,
+    },
     /// Somebody has the device.
     #[error(
         "{bdf} is held by {}: release it when that has ended",
@@ -185,7 +196,11 @@ fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
 pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
     let device = HostDevice::read(paths, bdf)?;
     if device.quarantine.is_none() {
-        return Err(QuarantineError::NotThere { bdf });
+        let first = device.first_function().bdf;
+        return Err(match device.kept_out() {
+            Some(_) => QuarantineError::OfCard { bdf, first },
+            None => QuarantineError::NotThere { bdf },
+        });
     }
     if is_dead(&paths.pci_device(bdf).join("config")) {
         return Err(QuarantineError::Dead { bdf });

@@ -233,3 +233,19 @@ fn only_the_record_that_was_made_is_taken_back() {
     forget_reason(&host.paths, disk.bdf, "it hung").unwrap();
     assert_eq!(hung(&host.paths, &disk), None);
 }
+
+#[test]
+fn what_is_kept_out_with_its_card_is_released_with_it() {
+    let gpu = |function: u8| Fake::nvme(&format!("0b:00.{function}"), 7);
+    let host = FakeHost::new(&[gpu(0), gpu(1)]);
+    let first = host.read("0b:00.0");
+    quarantine(&host.paths, &first, "it was used", Until::Released).unwrap();
+    let reason = "it was used".to_owned();
+    let state = || host.read("0b:00.1").state();
+    assert_eq!(state(), DeviceState::Quarantined { reason });
+    let error = release_quarantine(&host.paths, bdf("0b:00.1")).unwrap_err();
+    let way_out = "`gantry device release-quarantine 0000:0b:00.0`";
+    assert!(error.to_string().contains(way_out), "{error}");
+    release_quarantine(&host.paths, first.bdf).unwrap();
+    assert_eq!(state(), DeviceState::Detached);
+}

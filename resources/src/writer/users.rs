@@ -1,5 +1,6 @@
 //! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -95,9 +96,17 @@ fn with_open(proc: &Path, nodes: &[PathBuf]) -> Vec<User> {
     open.into_iter().map(|((), user)| user).collect()
 }
 
-/// How many descriptors are looked at, of one process and of all: others' processes may have any number.
-const DESCRIPTORS: usize = 1 << 14;
-const ALL_DESCRIPTORS: usize = 1 << 18;
+/// How many descriptors are looked at. A user's processes may have any number of them: that hides none of other
+/// users, and none of root, of which all are looked at.
+struct Most {
+    of_process: usize,
+    of_user: usize,
+}
+
+const MOST: Most = Most {
+    of_process: 1 << 14,
+    of_user: 1 << 18,
+};
 
 /// The processes that have device nodes open. `which` is asked about each descriptor and its target, and
 /// tells which node it is; every process is told once for each node. Processes of other users are not to be
@@ -106,16 +115,30 @@ pub(crate) fn open_nodes<T: PartialEq>(
     proc: &Path,
     which: impl Fn(&Path, &Path) -> Option<T>,
 ) -> Vec<(T, User)> {
+    open_among(proc, which, &MOST)
+}
+
+fn open_among<T: PartialEq>(
+    proc: &Path,
+    which: impl Fn(&Path, &Path) -> Option<T>,
+    most: &Most,
+) -> Vec<(T, User)> {
     let mut found: Vec<(T, User)> = Vec::new();
-    let mut left = ALL_DESCRIPTORS;
+    let mut seen: BTreeMap<Option<u32>, usize> = BTreeMap::new();
     for name in sysfs::entries(proc).unwrap_or_default() {
         let Ok(pid) = name.parse() else {
             continue;
         };
         let process = proc.join(&name);
         let files = fs::read_dir(process.join("fd")).into_iter().flatten();
-        for file in files.flatten().take(DESCRIPTORS.min(left)) {
-            left -= 1;
+        let owner = owner(&process);
+        let seen = seen.entry(owner).or_default();
+        let most = match owner {
+            Some(0) => usize::MAX,
+            _ => most.of_process.min(most.of_user.saturating_sub(*seen)),
+        };
+        for file in files.flatten().take(most) {
+            *seen += 1;
             let descriptor = file.path();
             // Other files may lie on a server that does not answer.
             let target = fs::read_link(&descriptor).ok();
@@ -136,6 +159,14 @@ pub(crate) fn open_nodes<T: PartialEq>(
         }
     }
     found
+}
+
+/// The user that a process runs as. Its directory in procfs may be root's all the same (proc_pid(5)).
+fn owner(process: &Path) -> Option<u32> {
+    let status = sysfs::text(&process.join("status")).ok().flatten()?;
+    let mut lines = status.lines();
+    let users = lines.find_map(|line| line.strip_prefix("Uid:"))?;
+    users.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -176,5 +207,35 @@ mod tests {
         assert_eq!(said(&probe), "");
         assert_eq!(said(&about(&probe, "0000:01:00.0")), held);
         assert_eq!(said(&about(&probe, "0000:02:00.0")), "");
+    }
+
+    #[test]
+    fn many_descriptors_of_one_user_hide_none_of_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let process = |pid: u32, user: u32| {
+            let fd = dir.path().join(format!("{pid}/fd"));
+            fs::create_dir_all(&fd).unwrap();
+            for number in 0..3 {
+                symlink("/dev/null", fd.join(number.to_string())).unwrap();
+            }
+            symlink("/dev/nvme0n1", fd.join("3")).unwrap();
+            let status = format!("Name:\tx\nUid:\t{user}\t0\t0\t0\n");
+            fs::write(dir.path().join(format!("{pid}/status")), status).unwrap();
+        };
+        for (pid, user) in [(10, 1000), (11, 1000), (20, 1001), (30, 0), (31, 0)] {
+            process(pid, user);
+        }
+        let disk = |_: &Path, target: &Path| target.ends_with("nvme0n1").then_some(());
+        let found = |of_process, of_user| -> Vec<u32> {
+            let most = Most {
+                of_process,
+                of_user,
+            };
+            let open = open_among(dir.path(), disk, &most).into_iter();
+            open.map(|((), user)| user.pid).collect()
+        };
+        assert_eq!(found(4, 100), [10, 11, 20, 30, 31]);
+        assert_eq!(found(100, 4), [10, 20, 30, 31]);
+        assert_eq!(found(0, 100), [30, 31]);
     }
 }
