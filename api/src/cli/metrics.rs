@@ -1,6 +1,6 @@
 //! `gantry metrics`: the host's pools and all VMs that run, as Prometheus reads it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs::{self, Permissions};
 use std::io::{self, Write as _};
@@ -127,6 +127,8 @@ impl Families {
         );
         // A VM speaks for itself alone.
         let own = format!("{{vm=\"{}\"", escaped(name));
+        let up = format!("gantry_vm_up{own}}}");
+        let mut told = BTreeSet::from([up.as_str()]);
         let mut current = None;
         for line in text.unwrap_or_default().lines() {
             let mut words = line.splitn(4, ' ');
@@ -139,9 +141,13 @@ impl Families {
                     let family = self.0.entry(family.to_owned()).or_default();
                     match key {
                         "HELP" if family.help.is_empty() => {
-                            family.help = rest.trim_end_matches('.').to_owned()
+                            let plain =
+                                rest.replace(|char: char| char == '\\' || char.is_control(), "");
+                            family.help = plain.trim_end_matches('.').to_owned();
                         }
-                        "TYPE" if family.kind.is_empty() => family.kind = rest.to_owned(),
+                        "TYPE" if family.kind.is_empty() && KINDS.contains(&rest) => {
+                            family.kind = rest.to_owned();
+                        }
                         _ => {}
                     }
                     current = line.split(' ').nth(2).map(str::to_owned);
@@ -153,7 +159,11 @@ impl Families {
                         matches!(rest, Some("" | "_total"))
                             && line[sample.len()..].starts_with(&own)
                     });
-                    if let Some(family) = family.and_then(|family| self.0.get_mut(family)) {
+                    // One that is wrong, or there twice, would spoil the metrics of all.
+                    if let Some(family) = family.and_then(|family| self.0.get_mut(family))
+                        && let Some(labels) = labels(&line[sample.len()..])
+                        && told.insert(&line[..sample.len() + labels])
+                    {
                         family.samples.push(line.to_owned());
                     }
                 }
@@ -167,7 +177,7 @@ impl Families {
         for (name, family) in self
             .0
             .iter()
-            .filter(|(_, family)| !family.samples.is_empty())
+            .filter(|(_, family)| !family.samples.is_empty() && !family.kind.is_empty())
         {
             let name = match family.kind.as_str() {
                 "counter" => format!("{name}_total"),
@@ -181,6 +191,42 @@ impl Families {
             }
         }
         text
+    }
+}
+
+/// The types of metrics that VMs tell.
+const KINDS: [&str; 2] = ["counter", "gauge"];
+
+/// How long the labels of a sample are, which its value follows; none where it is not as the text formats write
+/// it: `{vm="a",device="d"} 3`.
+fn labels(text: &str) -> Option<usize> {
+    let mut rest = text.strip_prefix('{')?;
+    loop {
+        let (name, value) = rest.split_once("=\"")?;
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
+        if name.is_empty() || !name.bytes().all(plain) {
+            return None;
+        }
+        let mut is_escaped = false;
+        let end = value.find(|char: char| {
+            let ends = char == '"' && !is_escaped;
+            is_escaped = char == '\\' && !is_escaped;
+            ends
+        })?;
+        let (value, behind) = value.split_at(end);
+        let unescaped = value.replace("\\\\", "").replace("\\\"", "");
+        if unescaped.replace("\\n", "").contains('\\') || value.contains(char::is_control) {
+            return None;
+        }
+        let behind = behind.strip_prefix('"')?;
+        match behind.strip_prefix(',') {
+            Some(next) => rest = next,
+            None => {
+                let number = behind.strip_prefix("} ")?;
+                number.parse::<f64>().ok()?;
+                return Some(text.len() - number.len() - 1);
+            }
+        }
     }
 }
 
@@ -239,6 +285,37 @@ gantry_vm_slots{vm=\"a\"} 4
         ] {
             assert!(once(line), "no {line} in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_a_vm_tells_wrongly_spoils_nothing() {
+        let wrong = "\
+# TYPE gantry_vm_odd nonsense
+# TYPE gantry_vm_up gauge
+gantry_vm_up{vm=\"a\"} 0
+# TYPE gantry_vm_slots gauge
+gantry_vm_slots{vm=\"a\"} many
+gantry_vm_slots{vm=\"a\",} 1
+gantry_vm_slots{vm=\"a\"}
+gantry_vm_slots{vm=\"a\",x=\"\\q\"} 1
+gantry_vm_slots{vm=\"a\",x=\"\u{1b}[2J\"} 1
+gantry_vm_slots{vm=\"a\",x=\"} 1
+gantry_vm_slots{vm=\"a\",x=\"\\\\n\\\"\"} 1
+gantry_vm_slots{vm=\"a\"} 4
+gantry_vm_slots{vm=\"a\"} 5
+";
+        let mut families = Families::default();
+        families.vm("a", Some(wrong));
+        let text = families.text();
+        let samples: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let escapes = r#"gantry_vm_slots{vm="a",x="\\n\""} 1"#;
+        let expected = [
+            escapes,
+            r#"gantry_vm_slots{vm="a"} 4"#,
+            r#"gantry_vm_up{vm="a"} 1"#,
+        ];
+        assert_eq!(samples, expected);
+        assert!(!text.contains("nonsense"), "{text}");
     }
 
     #[test]
