@@ -6,6 +6,7 @@ use super::hand_over::{Owner, is_closed, is_free};
 use super::{Tenant, TenantError, Tenants, alone, definitions, failed, vgpus};
 use crate::bdf::HostBdf;
 use crate::bind::{BindRequest, detach, reattach};
+use crate::card::{Card, cards};
 use crate::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
 use crate::host::HostPaths;
 use crate::inventory::{HostDevice, scan};
@@ -73,7 +74,7 @@ pub fn grant(
     Ok(given.into_iter().map(DeviceName::from).collect())
 }
 
-/// The first devices of a group that nobody has: functions, or the mediated devices that it makes ahead.
+/// The first devices of a group that nobody has: all functions of cards, or the mediated devices that it makes ahead.
 fn free(
     host: &HostPaths,
     from: &str,
@@ -82,22 +83,24 @@ fn free(
     let groups = Groups::load(host)?;
     let ahead = groups.find(from)?.vgpu.as_ref().map(|spec| &spec.uuids);
     let is = |group: Option<&ResourceGroup>| group.is_some_and(|group| group.name == from);
-    let idle = |device: &&HostDevice| !device.lease.is_held() && device.quarantine.is_none();
+    let idle = |device: &HostDevice| !device.lease.is_held() && device.kept_out().is_none();
     let (all, mdevs) = (scan(host)?, Mdevs::read(host)?);
     let made = |device: &&MdevDevice| {
         let ahead = ahead.is_some_and(|ahead| ahead.contains(&device.uuid));
         let idle = !device.lease.is_held() && device.quarantine.is_none();
         ahead && idle && !mdevs.is_claimed(device.uuid) && is(groups.group_of_mdev(device))
     };
-    let functions = all.iter().filter(idle);
-    let functions = functions.filter(|device| is(groups.group_of(device)));
-    let functions: Vec<HostBdf> = functions.map(|device| device.bdf).take(count).collect();
+    let mut free = cards(all.iter().filter(|device| is(groups.group_of(device))));
+    free.retain(|card| card.functions().all(idle));
+    free.truncate(count);
+    let functions = free.iter().flat_map(Card::functions);
+    let functions: Vec<HostBdf> = functions.map(|device| device.bdf).collect();
     let uuids = mdevs.devices.iter().filter(made);
     let mdevs: Vec<Uuid> = match functions.is_empty() {
         true => uuids.map(|device| device.uuid).take(count).collect(),
         false => Vec::new(),
     };
-    let found = functions.len() + mdevs.len();
+    let found = free.len() + mdevs.len();
     match found == count {
         true => Ok((functions, mdevs)),
         false => Err(TenantError::NotFree {

@@ -62,6 +62,30 @@ fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::Lease>, String> {
 }
 
 #[test]
+fn free_devices_are_counted_and_given_as_cards() {
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    let free = |count| {
+        let wanted = Grant {
+            devices: Granted::Free {
+                from: "disks",
+                count,
+            },
+            group: None,
+            overrides: &[],
+        };
+        grant(&host.paths, kernel.access(), "a", &wanted).map_err(|error| error.to_string())
+    };
+    // Two of the three functions are one card.
+    let refused = free(3).unwrap_err();
+    assert!(refused.contains("only 2 free"), "{refused}");
+    assert_eq!(free(2).unwrap().len(), 3);
+    let refused = free(1).unwrap_err();
+    assert!(refused.contains("no free device"), "{refused}");
+}
+
+#[test]
 fn a_tenants_devices_are_its_own_idle_or_not() {
     let host = host();
     let kernel = FakeKernel::new(&host);
