@@ -222,5 +222,26 @@ mod tests {
         }
         opens("vport9p1");
         assert!(uses().is_empty(), "a port of another device");
+        // In a chroot, a node has any name: this one stands for /dev/null, whose number everybody knows.
+        fs::write(tty.join("dev"), "1:3\n").unwrap();
+        let elsewhere = host.paths.proc.join("disk");
+        symlink("/dev/null", &elsewhere).unwrap();
+        let link = host.paths.proc.join("77/fd/5");
+        fs::remove_file(&link).unwrap();
+        symlink(&elsewhere, &link).unwrap();
+        host.file("proc/77/fdinfo/5", "pos:\t0\nmnt_id:\t42\n");
+        let mount = |options: &str, kind: &str| {
+            let line = format!("42 1 0:5 / /srv {options} shared:1 - {kind} /dev/sda1 rw\n");
+            host.file("proc/77/mountinfo", &line);
+        };
+        mount("rw,relatime", "ext4");
+        assert_eq!(
+            uses(),
+            ["0000:02:00.0 holds ttyS4, which process 77 (agent) has open"]
+        );
+        for (options, kind) in [("rw,nodev", "ext4"), ("rw", "nfs4")] {
+            mount(options, kind);
+            assert!(uses().is_empty(), "{options} {kind}");
+        }
     }
 }

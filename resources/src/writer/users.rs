@@ -1,8 +1,10 @@
 //! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -130,6 +132,7 @@ fn open_among<T: PartialEq>(
             continue;
         };
         let process = proc.join(&name);
+        let mut mounts = None;
         let files = fs::read_dir(process.join("fd")).into_iter().flatten();
         let owner = owner(&process);
         let seen = seen.entry(owner).or_default();
@@ -140,11 +143,18 @@ fn open_among<T: PartialEq>(
         for file in files.flatten().take(most) {
             *seen += 1;
             let descriptor = file.path();
-            // Other files may lie on a server that does not answer.
-            let target = fs::read_link(&descriptor).ok();
-            let Some(target) = target.filter(|target| target.starts_with("/dev")) else {
+            let Ok(target) = fs::read_link(&descriptor) else {
                 continue;
             };
+            // In a chroot or a container a node may be anywhere.
+            let mut is_elsewhere = || {
+                let mounts = mounts.get_or_insert_with(|| mounts_with_nodes(&process));
+                let mount = mount_of(&process, &file.file_name());
+                mount.is_some_and(|mount| mounts.contains(&mount))
+            };
+            if !(target.starts_with("/dev") || target.is_absolute() && is_elsewhere()) {
+                continue;
+            }
             let node = which(&descriptor, &target);
             let Some(node) = node.filter(|node| {
                 let known = |(other, user): &(T, User)| other == node && user.pid == pid;
@@ -167,6 +177,44 @@ fn owner(process: &Path) -> Option<u32> {
     let mut lines = status.lines();
     let users = lines.find_map(|line| line.strip_prefix("Uid:"))?;
     users.split_whitespace().next()?.parse().ok()
+}
+
+/// File systems that nobody has to answer for: a server or a program may be one that does not.
+const LOCAL: [&str; 12] = [
+    "btrfs", "devtmpfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "rootfs", "tmpfs",
+    "xfs", "zfs",
+];
+
+/// The numbers of a process's mounts on which a device node can be opened and looked at (`mountinfo`,
+/// proc_pid_mountinfo(5)).
+fn mounts_with_nodes(process: &Path) -> BTreeSet<String> {
+    let table = beginning(&process.join("mountinfo"), 1 << 20);
+    let number = |line: &str| {
+        let (mount, made_of) = line.split_once(" - ")?;
+        let kind = made_of.split(' ').next()?;
+        let mut fields = mount.split(' ');
+        let number = fields.next()?;
+        let forbids = fields.nth(4)?.split(',').any(|option| option == "nodev");
+        (LOCAL.contains(&kind) && !forbids).then(|| number.to_owned())
+    };
+    table.lines().filter_map(number).collect()
+}
+
+/// The number of the mount that an open file is on.
+fn mount_of(process: &Path, descriptor: &OsStr) -> Option<String> {
+    let about = beginning(&process.join("fdinfo").join(descriptor), 512);
+    let number = about
+        .lines()
+        .find_map(|line| line.strip_prefix("mnt_id:"))?;
+    Some(number.trim().to_owned())
+}
+
+/// The first bytes of a file: a user may make one of a process's as long as the kernel has memory.
+fn beginning(path: &Path, most: u64) -> String {
+    let mut bytes = Vec::new();
+    // What cannot be read is empty.
+    let _ = File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]
