@@ -62,6 +62,28 @@ fn what_would_only_fail_later_is_told_at_once() {
 }
 
 #[test]
+fn a_tenants_card_counts_as_one() {
+    let host = Host::new();
+    for (function, class) in [(0, "0x030000"), (1, "0x040300")] {
+        let bdf = format!("0000:0b:00.{function}");
+        host.device(&bdf, ["0x10de", "0x1e87", class], "vfio-pci", 20);
+    }
+    let write = |path: &str, text: &str| {
+        let path = host.path(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("etc/tenants/lab/tenant.json", r#"{"user": "root"}"#);
+    let rules = r#"[{"slot": "0000:0b:00.0"}, {"slot": "0000:0b:00.1"}]"#;
+    let groups = format!(r#"{{"groups": [{{"name": "lab", "rules": {rules}}}]}}"#);
+    write("etc/tenants/lab/groups.json", &groups);
+    let text = host.gantry(&["tenant", "list", "--json"]).ok();
+    let tenant = &serde_json::from_str::<Value>(&text).unwrap()[0];
+    assert_eq!((&tenant["total"], &tenant["used"]), (&1.into(), &0.into()));
+    assert_eq!(tenant["devices"].as_array().unwrap().len(), 2);
+}
+
+#[test]
 fn a_tenants_vm_is_named_with_its_tenant() {
     let host = Host::new();
     let definition = host.path("etc/tenants/lab/tenant.json");

@@ -3,7 +3,7 @@
 use clap::Args;
 use gantry_resources::{
     DeviceName, DeviceState, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs, PciId, Tenant,
-    TenantFile, Tenants, Uuid, scan,
+    TenantFile, Tenants, Uuid, cards, scan,
 };
 use serde::Serialize;
 
@@ -55,6 +55,8 @@ struct Row<'a> {
     name: &'a str,
     #[serde(flatten)]
     file: &'a TenantFile,
+    /// How many devices it has: the functions of a card are one.
+    total: usize,
     used: usize,
     devices: Vec<Owned>,
 }
@@ -72,6 +74,14 @@ struct Owned {
     #[serde(flatten)]
     state: Option<DeviceState>,
     group: Option<String>,
+}
+
+/// The functions of a tenant's cards that come with the first one of theirs.
+fn companions(tenant: &Tenant, all: &[HostDevice]) -> Vec<HostBdf> {
+    let own = tenant.devices();
+    let cards = cards(all.iter().filter(|device| own.contains(&device.bdf)));
+    let others = cards.iter().flat_map(|card| card.functions().skip(1));
+    others.map(|device| device.bdf).collect()
 }
 
 impl<'a> Row<'a> {
@@ -101,11 +111,16 @@ impl<'a> Row<'a> {
             }
         });
         let devices: Vec<Owned> = functions.chain(mdevs).collect();
+        let others = companions(tenant, all);
+        let counted = devices
+            .iter()
+            .filter(|one| one.bdf.is_none_or(|bdf| !others.contains(&bdf)));
         let used = |one: &&Owned| matches!(one.state, Some(DeviceState::Assigned { .. }));
         Self {
             name: &tenant.name,
             file: &tenant.file,
-            used: devices.iter().filter(used).count(),
+            total: counted.clone().count(),
+            used: counted.filter(used).count(),
             devices,
         }
     }
@@ -114,7 +129,7 @@ impl<'a> Row<'a> {
         vec![
             self.name.to_owned(),
             self.file.user.clone(),
-            self.devices.len().to_string(),
+            self.total.to_string(),
             self.used.to_string(),
             match self.file.description.as_str() {
                 "" => "-".to_owned(),
