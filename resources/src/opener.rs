@@ -127,7 +127,8 @@ pub struct Opened {
     pub container: Option<File>,
 }
 
-/// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done.
+/// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done: also for a
+/// lease that the opener is making meanwhile, up to that one's deadline.
 pub struct HeldLease {
     opener: Opener,
     id: u64,
