@@ -32,4 +32,5 @@ pub use config::{
 pub use error::Error;
 pub use memory::let_go_of_program;
 pub use sandbox::SeccompMode;
+pub use vm::check;
 pub use vmm::{Handle, Options, Outcome, Vmm};

@@ -13,7 +13,7 @@ use crate::placement::{Home, PlacementError};
 pub enum PreflightError {
     /// More guest RAM than the host has at all.
     #[error(
-        "memory.size: the VM is to have {asked} MiB, but this host has {total} MiB\n\
+        "memory.size: {asked} MiB is more than this host has ({total} MiB)\n\
          give the VM less memory"
     )]
     MoreThanHost {
@@ -39,8 +39,7 @@ pub enum PreflightError {
     Placement(#[from] PlacementError),
     /// More vCPUs than KVM gives one VM.
     #[error(
-        "cpus.boot_vcpus: the VM is to have {asked} vCPUs, but this host's KVM gives a VM {limit} \
-         at most\n\
+        "cpus.boot_vcpus: {asked} is too many: this host's KVM allows at most {limit} vCPUs in a VM\n\
          give the VM fewer"
     )]
     TooManyVcpus {
@@ -82,6 +81,16 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::memlock_limit(host);
     judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
+}
+
+/// Checks what no other process changes: whether the host has the VM's NUMA nodes and as much memory.
+///
+/// # Errors
+/// What the host lacks first.
+pub fn check_host(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
+    Home::find(config, &Numbers::default(), host)?;
+    let memory = HostMemory::read(&host.proc.join("meminfo"));
+    judge(config.memory.bytes(), false, &memory, None)
 }
 
 /// Checks the number of vCPUs against KVM's limit (`KVM_CAP_MAX_VCPUS`).
@@ -211,7 +220,7 @@ mod tests {
         assert!(check_vcpus(count, 200).is_ok());
         let text = check_vcpus(count, 128).unwrap_err().to_string();
         assert!(text.starts_with("cpus.boot_vcpus: "), "{text}");
-        assert!(text.contains("128 at most"), "{text}");
+        assert!(text.contains("at most 128"), "{text}");
     }
 
     #[test]

@@ -33,12 +33,12 @@ Examples:
   gantry run --api-socket /run/gantry/web-1.sock --api-group web \\
       --payload-dir /srv/kernels --output-dir /srv/logs
 
-Without a file, the VM comes over the socket, by vm.create and vm.boot.
+Without a file, a client creates and boots the VM over the socket: vm.create, vm.boot.
 
 While it runs, `gantry vm` controls the VM over its socket: NAME.sock in the run directory, for its owner \
-alone; with --api-group, for a group of users too. Who may connect controls the VM, and may attach to it every \
-device of the groups that it may have. Who may create a VM may have it boot any file that gantry may read, and \
-write to any, but for --payload-dir and --output-dir.
+alone; with --api-group, for a group of users too. A user who may connect controls the VM, and may \
+attach devices of the groups that its file names. A user who may create a VM may boot any file that gantry can \
+read, and write to any file that it can write: --payload-dir and --output-dir limit that to two folders.
 
 A VM with one device of the group \"nvme\":
   {
@@ -49,8 +49,8 @@ A VM with one device of the group \"nvme\":
     \"devices\": [{\"group\": \"nvme\", \"count\": 1}]
   }
 
-With the serial port on the terminal, ctrl-a x stops the VM. Started in the background, it has no keyboard \
-until it is brought to the foreground: `fg`, and Enter if the shell does not tell it.";
+With the serial port on the terminal, ctrl-a x stops the VM. Started in the background (`&`), the VM \
+gets no input until `fg` brings it to the foreground; press Enter if it still gets none.";
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
@@ -74,7 +74,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = Seccomp::On)]
     seccomp: Seccomp,
     /// Path of the socket that the VM is controlled by [default: NAME.sock in the run directory].
-    /// Without a file, the VM is created over it, and gantry stays when the VM ends
+    /// Without a file, a client creates the VM over it, and gantry stays when the VM ends
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
     /// Group of users who may use the socket too, by name or number
@@ -197,13 +197,15 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     ended.map(ExitCode::from)
 }
 
-/// What `--check` shows: what the VM would get, or why it gets nothing. A file that is wrong has been refused.
+/// What `--check` shows: what the VM would get, or why it gets nothing, and whether the host has room
+/// for it and can boot its kernel. A file that is wrong has been refused.
 fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let nodes = match &config.nodes {
         Nodes::These(nodes) => nodes.iter().collect(),
         Nodes::OfDevices | Nodes::Any => BTreeSet::new(),
     };
     fit::tell(paths, &config.requests(), nodes, false)?;
+    gantry_vmm::check(config, paths).map_err(Failure::host)?;
     print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -334,8 +336,9 @@ fn taken(name: &str, pid: Option<u32>) -> Failure {
 /// Refuses in maintenance, and gives back to the host what killed VMs could not.
 fn may_start(paths: &HostPaths) -> Result<(), Failure> {
     if let Some(Maintenance { reason, .. }) = maintenance(paths).map_err(Failure::host)? {
-        let what = format!("this host is in maintenance, no VM starts: {reason}");
-        return Err(Failure::new(TRY_AGAIN, what).help("`gantry maintenance off` ends it"));
+        let what = format!("this host is in maintenance and starts no VM: {reason}");
+        return Err(Failure::new(TRY_AGAIN, what)
+            .help("try again later; `gantry maintenance off` ends the maintenance"));
     }
     super::reap_or_warn(paths);
     Ok(())

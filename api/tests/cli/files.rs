@@ -147,11 +147,82 @@ fn a_vm_that_cannot_be_built_is_told_on_one_screen() {
     )
     .unwrap();
     let file = host.path("vm.json").display().to_string();
-    let error = host.gantry(&["run", &file]).failed(1);
     // Where this runs, KVM may be missing or not permitted; that is told before.
+    let error = host.gantry(&["run", &file]).failed(1);
     let named = error.contains("vmlinux is not a kernel") || error.contains("/dev/kvm");
     assert!(error.starts_with("error: ") && named, "{error}");
     assert!(error.lines().count() < 10, "{error}");
+}
+
+#[test]
+fn a_check_of_a_vm_finds_that_its_kernel_cannot_be_booted() {
+    let host = Host::new();
+    fs::write(
+        host.path("vm.json"),
+        r#"{"payload": {"kernel": "vmlinux"}}"#,
+    )
+    .unwrap();
+    let file = host.path("vm.json").display().to_string();
+    for (kernel, words) in [("no kernel", "is not a kernel"), ("", "an empty file")] {
+        fs::write(host.path("vmlinux"), kernel).unwrap();
+        let said = host.gantry(&["run", "--check", &file]);
+        assert_eq!(said.code, Some(1), "{said:?}");
+        assert!(said.err.contains("vmlinux"), "{said:?}");
+        assert!(said.err.contains(words), "{said:?}");
+        assert!(!said.out.contains("nothing is wrong"), "{said:?}");
+    }
+}
+
+#[test]
+fn a_check_of_a_vm_finds_what_the_host_does_not_have() {
+    let host = Host::new();
+    fs::create_dir_all(host.path("proc")).unwrap();
+    fs::write(host.path("proc/meminfo"), "MemTotal: 8388608 kB\n").unwrap();
+    fs::write(host.path("vmlinux"), bzimage()).unwrap();
+    let file = host.path("vm.json").display().to_string();
+    let check = |more: &str| {
+        let text = format!(r#"{{"payload": {{"kernel": "vmlinux"}}{more}}}"#);
+        fs::write(&file, text).unwrap();
+        host.gantry(&["run", "--check", &file])
+    };
+    let said = check("").ok();
+    assert!(said.contains("nothing is wrong"), "{said}");
+    for (more, words) in [
+        (r#", "memory": {"size": "900G"}"#, "memory.size: 921600 MiB"),
+        (
+            r#", "numa_nodes": [5]"#,
+            "numa_nodes: this host has no NUMA node",
+        ),
+        (
+            r#", "memory": {"size": "32M"}"#,
+            "does not fit into guest memory",
+        ),
+    ] {
+        let said = check(more);
+        assert_eq!(said.code, Some(1), "{said:?}");
+        assert!(said.err.contains(words), "{said:?}");
+    }
+}
+
+/// The header of a bzImage with a 64-bit entry, of a kernel that takes 64 MiB while it unpacks itself, and no
+/// code.
+fn bzimage() -> Vec<u8> {
+    let mut file = vec![0; 5 * 512];
+    for (offset, bytes) in [
+        (0x1f1, &[4][..]),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &0x20f_u16.to_le_bytes()),
+        (0x211, &[1]),
+        (0x22c, &0x7fff_ffff_u32.to_le_bytes()),
+        (0x236, &1_u16.to_le_bytes()),
+        (0x238, &2047_u32.to_le_bytes()),
+        (0x258, &0x100_0000_u64.to_le_bytes()),
+        (0x260, &0x400_0000_u32.to_le_bytes()),
+    ] {
+        file[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    file
 }
 
 #[test]
@@ -275,7 +346,7 @@ fn a_vms_file_is_checked_and_nothing_is_taken() {
         );
         fs::write(&file, text).unwrap();
     };
-    fs::write(host.path("kernel"), "no kernel").unwrap();
+    fs::write(host.path("kernel"), bzimage()).unwrap();
     for args in [&["run", "--check"][..], &["group", "fit"]] {
         let args = [args, &[path]].concat();
         write("kernel", 1);

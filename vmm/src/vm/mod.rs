@@ -13,6 +13,7 @@ mod host_devices;
 mod hotplug;
 mod payload;
 mod populate;
+mod trial;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ pub use alarms::{Alarm, AlarmKey};
 pub use attach::Prepared;
 pub use closing::Leaving;
 pub use payload::FileError;
+pub use trial::check;
 
 /// Why a VM runs no more.
 pub enum End {

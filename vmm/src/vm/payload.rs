@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use gantry_resources::{open_below, open_regular};
 use nix::fcntl::OFlag;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::board::Board;
-use crate::boot::{self, Entry, Image, acpi};
+use crate::boot::{self, BootError, Entry, Image, acpi};
 use crate::config::{VcpuCount, VmConfig};
 use crate::error::Error;
 use crate::layout::Layout;
@@ -89,17 +90,20 @@ impl OpenPayload {
                 slots: &board.slots,
             },
         )?;
+        Ok(self.boot(memory, layout, rsdp)?)
+    }
+
+    /// Loads kernel, initramfs and command line.
+    pub(super) fn boot(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        layout: &Layout,
+        rsdp: GuestAddress,
+    ) -> Result<Entry, BootError> {
         let mut kernel = image(&mut self.kernel);
         let mut initramfs = self.initramfs.as_mut().map(image);
         let initramfs = initramfs.as_mut();
-        Ok(boot::load(
-            memory,
-            layout,
-            &mut kernel,
-            initramfs,
-            &self.cmdline,
-            rsdp,
-        )?)
+        boot::load(memory, layout, &mut kernel, initramfs, &self.cmdline, rsdp)
     }
 }
 
