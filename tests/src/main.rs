@@ -24,13 +24,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Chore {
-    /// A VM takes a disk out of a pool, uses it and gives it back; shown, and checked.
+    /// Show and check how a VM takes a disk from a group, uses it and gives it back.
     Demo,
-    /// A shell in a simulated VFIO host, with gantry on the PATH.
+    /// Open a shell on a simulated VFIO host, with gantry on its PATH.
     Lab(LabArguments),
-    /// Format, lints, unit, property and lab tests: all that has to pass.
+    /// Run all tests: format, lints, unit, property and lab tests.
     Test,
-    /// What takes too long for a test: the cases that repeat something, many more times.
+    /// Repeat the cases that race or kill, many more times than a test can.
     Soak {
         /// Rounds of each case.
         #[arg(long, default_value = "50")]

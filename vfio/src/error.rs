@@ -27,15 +27,18 @@ pub enum Error {
     },
     /// Not every device of the group is out of the host's hands.
     #[error(
-        "IOMMU group {group} is not viable: every device listed in \
-         /sys/kernel/iommu_groups/{group}/devices must be bound to vfio-pci or to no driver"
+        "IOMMU group {group} is not viable: a driver of the host still has a device of it; `gantry device \
+         detach` one of its devices (/sys/kernel/iommu_groups/{group}/devices lists them), which moves all"
     )]
     NotViable {
         /// The group's number.
         group: u32,
     },
     /// Another process holds the group.
-    #[error("IOMMU group {group} is in use by another process (waited {waited:?} for it)")]
+    #[error(
+        "IOMMU group {group} is in use by another process (waited {waited:?} for it): \
+         `fuser -v /dev/vfio/{group}` shows which; end that one first"
+    )]
     GroupInUse {
         /// The group's number.
         group: u32,
@@ -43,7 +46,7 @@ pub enum Error {
         waited: Duration,
     },
     /// A call on a group failed.
-    #[error("{call} on IOMMU group {group} failed")]
+    #[error("{call} on IOMMU group {group} failed: `dmesg` may show why")]
     Group {
         /// The group's number.
         group: u32,
@@ -54,7 +57,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A call on a container failed.
-    #[error("{call} on the VFIO container failed")]
+    #[error("{call} on the VFIO container failed: `dmesg` may show why")]
     Container {
         /// The kernel interface that refused.
         call: &'static str,
@@ -80,8 +83,8 @@ pub enum Error {
     },
     /// The container has no room for that many mappings.
     #[error(
-        "guest memory needs {needed} DMA mappings and the container has {available} left: raise \
-         the dma_entry_limit parameter of vfio_iommu_type1"
+        "guest memory needs {needed} DMA mappings, but the VFIO container has only {available} left: \
+         raise the limit, /sys/module/vfio_iommu_type1/parameters/dma_entry_limit"
     )]
     DmaEntries {
         /// Mappings asked for.

@@ -12,7 +12,9 @@ pub enum Error {
     #[error(transparent)]
     Preflight(#[from] crate::preflight::PreflightError),
     /// No VM starts for now.
-    #[error("this host is in maintenance, no VM starts: {0}\n`gantry maintenance off` ends it")]
+    #[error(
+        "this host is in maintenance and starts no VM: {0}\ntry again later; `gantry maintenance off` ends the maintenance"
+    )]
     Maintenance(String),
     /// Whether the host is in maintenance cannot be told.
     #[error(transparent)]
@@ -22,8 +24,8 @@ pub enum Error {
     Allocate(Box<gantry_resources::AllocateError>),
     /// The guest is to run VMs itself, and the host's KVM does not let it.
     #[error(
-        "`cpus.nested` is true, and KVM on this host has no nested virtualisation\nload its module with it \
-         (`modprobe -r kvm_intel && modprobe kvm_intel nested=1`, or kvm_amd), or remove the key"
+        "`cpus.nested` is true, but KVM on this host has nested virtualisation switched off\nreload its module \
+         (`modprobe -r kvm_intel && modprobe kvm_intel nested=1`; on AMD kvm_amd), or remove the key"
     )]
     NoNested,
     /// Two devices would have one name.
@@ -61,7 +63,7 @@ pub enum Error {
     },
     /// The IOMMU of a device that comes later does not reach all of RAM.
     #[error(
-        "the host's IOMMU cannot map the guest's memory at {start:#x}-{last:#x} for this device\n\
+        "the host's IOMMU cannot map the guest's memory at {start:#x}-{last:#x} for the new device\n\
          start the VM with the device, or with less memory"
     )]
     Unmappable {
@@ -114,8 +116,8 @@ pub enum Error {
     Stuck(#[from] crate::vcpus::Stuck),
     /// The kernel is at a device, and does not come back from it.
     #[error(
-        "{device} does not answer: the host's kernel is at it since {seconds} s\n\
-         it stays leased until the kernel comes back; `dmesg` may tell more"
+        "{device} does not answer: a call of the host's kernel on it has not returned for {seconds} s\n\
+         the device stays leased until the call returns; `dmesg` may show why"
     )]
     DeviceStuck {
         /// The device.

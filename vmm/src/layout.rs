@@ -137,8 +137,8 @@ pub enum LayoutError {
     },
     /// RAM does not fit below what can be addressed.
     #[error(
-        "guest memory of {} MiB does not fit: below {limit:#x}, where the guest's processors or \
-         the host's IOMMU end, there is room for {} MiB; give the VM less",
+        "guest memory of {} MiB does not fit: the guest's processors or the host's IOMMU address \
+         only what is below {limit:#x}, which has room for {} MiB; give the VM less memory",
         ram / MIB, room / MIB
     )]
     Ram {
@@ -151,8 +151,8 @@ pub enum LayoutError {
     },
     /// Too little is left for BARs below 4 GiB.
     #[error(
-        "no {} MiB of addresses in one piece for PCI devices between {:#x} and {:#x}: the host \
-         reserves too much there for this VM's devices",
+        "no {} MiB of contiguous addresses for PCI devices between {:#x} and {:#x}: this VM's devices \
+         reserve too much there; leave one of them out",
         MIN_MEM32 / MIB, LOW_RAM_END, ECAM.start()
     )]
     Window32,

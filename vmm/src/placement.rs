@@ -21,7 +21,7 @@ pub enum PlacementError {
     NoNodes,
     /// There is no such node.
     #[error(
-        "numa_nodes: this host has no NUMA node {node}, only {have}\nname nodes that `lscpu` shows"
+        "numa_nodes: this host has no NUMA node {node}, only {have}\nname one of these; `lscpu` shows them"
     )]
     NoSuchNode {
         /// The node.
@@ -31,7 +31,7 @@ pub enum PlacementError {
     },
     /// The process may not use a node's memory.
     #[error(
-        "numa_nodes: this process may not use memory of NUMA node {node}, but only of {allowed}\n\
+        "numa_nodes: this process may not use memory of NUMA node {node}, only of {allowed}\n\
          name another node, or start gantry in a cpuset that has it"
     )]
     MemoryForbidden {
@@ -42,7 +42,7 @@ pub enum PlacementError {
     },
     /// The process may use none of the nodes' processors.
     #[error(
-        "numa_nodes: this process may use none of the CPUs of NUMA node {nodes}, but only {allowed}\n\
+        "numa_nodes: this process may use no CPU of NUMA node {nodes}, only CPUs {allowed}\n\
          name other nodes, or start gantry without `taskset`, or in a cpuset that has them"
     )]
     CpusForbidden {
@@ -53,7 +53,7 @@ pub enum PlacementError {
     },
     /// The nodes have not so much memory.
     #[error(
-        "memory.size: the VM is to have {asked} MiB, but NUMA node {nodes} has {total} MiB\n\
+        "memory.size: {asked} MiB is more than NUMA node {nodes} has ({total} MiB)\n\
          give the VM less memory, or more nodes in `numa_nodes`"
     )]
     TooLittleMemory {
@@ -80,8 +80,8 @@ pub enum PlacementError {
     },
     /// A vCPU is to run where it cannot.
     #[error(
-        "cpus.affinity: vCPU {vcpu} is to run on CPU {cpu}, but this process may use only {allowed}\n\
-         name CPUs of these"
+        "cpus.affinity: vCPU {vcpu} is pinned to CPU {cpu}, but this process may use only CPUs {allowed}\n\
+         pin it to one of these"
     )]
     NoSuchCpu {
         /// The vCPU.

@@ -12,10 +12,12 @@ use crate::signals::SignalsHeld;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Groups that say \"bind\": \"boot\" get their virtual functions. Their devices, and those of tenants, go from \
-their host drivers to vfio-pci; nodes and locks of tenants' devices are their users' again. What the host \
-itself needs stays where it is and is named. To be run as root when the host has booted, as often as one \
-likes: `gantry device persist --by systemd` prints a unit that does.
+Makes the virtual functions of groups with \"bind\": \"boot\", and binds the devices of these groups and of \
+tenants to vfio-pci. Gives the device nodes and locks of each tenant's devices to its user. A device that the \
+host itself uses stays with its driver, and is named.
+
+Run it as root after the host has booted; running it again does no harm. `gantry device persist --by systemd` \
+prints a unit that runs it.
 
 Example: gantry boot")]
 pub struct BootArgs {}

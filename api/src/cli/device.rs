@@ -37,7 +37,7 @@ pub enum DeviceCommand {
     ///
     /// The devices of one IOMMU group move together. A device that a VM has is refused.
     Reattach(ReattachArgs),
-    /// Show how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs
+    /// Show which PCI functions are behind which ports, with IOMMU groups, NUMA nodes, groups and VMs
     Tree(tree::TreeArgs),
     /// List mediated devices (vGPUs), and the devices that can make them
     Mdev(mdev::MdevArgs),

@@ -61,7 +61,7 @@ struct Cli {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Globals {
-    /// Directory of locks [default: /run/gantry]
+    /// Directory of locks and sockets [default: /run/gantry]
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_RUN_DIR", hide_env_values = true)]
     run_dir: Option<PathBuf>,
@@ -69,7 +69,7 @@ pub struct Globals {
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_CONFIG_DIR", hide_env_values = true)]
     config_dir: Option<PathBuf>,
-    /// Directory of what outlives a reboot [default: /var/lib/gantry]
+    /// Directory of the state that outlives a reboot [default: /var/lib/gantry]
     #[arg(long, global = true, value_name = "DIR")]
     #[arg(env = "GANTRY_STATE_DIR", hide_env_values = true)]
     state_dir: Option<PathBuf>,

@@ -11,19 +11,19 @@ use crate::report::{Failure, USAGE};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
-A tenant's devices are its own whether it uses them or not: no VM of another gets them. They stay with \
-vfio-pci, and their nodes and locks belong to the tenant's user, who sees these devices alone and runs \
-VMs with them without being root. `gantry boot` puts that right again after a reboot.
+A tenant owns devices, whether its VMs use them or not: only its VMs can get them. They stay bound to \
+vfio-pci. Their device nodes and locks belong to the tenant's user, who sees only these devices and runs VMs \
+with them without root. After a reboot, `gantry boot` restores this.
 
-Mediated devices (vGPUs) can be granted where a group of the host's makes them ahead, by their \
-\"uuids\"; virtual functions keep the settings that their group gave them, and what a trusted guest changes of these \
-is put back by `gantry boot` and other commands of root's, once no VM has the device. Settings that the group \
-gets later come to them with `gantry boot`, or when they are granted again.
+A granted device is put into a group with the tenant's name, or into the one that --group names. The tenant's \
+VMs ask for that group. The definitions are in tenants/NAME below the configuration directory. A user of \
+several tenants chooses one with --tenant NAME. Root is in no tenant, and sees all of them with `gantry tenant \
+list` and `gantry tenant show`.
 
-A device that is granted comes into a group of the tenant's name, or into the one that --group names; the \
-VMs of the tenant ask for it there. The definitions lie in tenants/NAME below the configuration directory. \
-A user of several tenants says which with --tenant NAME; root works with none, and sees all with `gantry \
-tenant list` and `show`.
+A mediated device (vGPU) can be granted if its group lists it in \"uuids\", so that it exists before a VM \
+starts. A virtual function keeps the settings of its group. If a trusted guest changes them, `gantry boot` and \
+other commands of root put them back when no VM has the function. Settings that the group gets later are \
+applied by `gantry boot`, or when the function is granted again.
 
 Examples:
   gantry tenant create lab --user alice
@@ -41,9 +41,9 @@ pub enum TenantCommand {
     Edit(change::EditArgs),
     /// Delete a tenant that owns nothing and runs no VM
     Delete(change::DeleteArgs),
-    /// Give devices to a tenant, with all of their IOMMU groups
+    /// Give devices to a tenant, each with its whole IOMMU group
     Grant(change::GrantArgs),
-    /// Take devices back from a tenant, to the drivers that they had
+    /// Take devices back from a tenant, and rebind them to the drivers that they had
     Revoke(change::RevokeArgs),
 }
 

@@ -108,7 +108,7 @@ pub(super) fn virtualisation(facts: &Facts) -> Finding {
     );
     if cpu.is_guest {
         return off.fix(
-            "this host is itself a virtual machine: on the host outside, allow nested virtualisation \
+            "this host is itself a virtual machine: on the outer host, allow nested virtualisation \
              (kvm_intel.nested=1 or kvm_amd.nested=1) and pass the processor through (QEMU: -cpu host)",
         );
     }

@@ -87,7 +87,7 @@ pub(super) fn list<'a>(devices: impl IntoIterator<Item = &'a HostDevice>) -> Str
 }
 
 fn groups(devices: &Devices) -> Finding {
-    let finding = |level, reason: String| Finding::new("groups", "Resource groups", level, reason);
+    let finding = |level, reason: String| Finding::new("groups", "Groups", level, reason);
     match &devices.groups {
         Err(problem) => finding(Level::Fail, problem.clone())
             .fix("correct that file: until then no group can be used"),

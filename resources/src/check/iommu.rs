@@ -236,7 +236,7 @@ fn translation(facts: &Facts, kind: Kind, state: State) -> Finding {
             Level::Fail,
             "this host is a virtual machine without an IOMMU of its own".into(),
         )
-        .fix("on the host outside, give it a virtual IOMMU; QEMU: -machine q35,kernel-irqchip=split \
+        .fix("on the outer host, give this virtual machine a virtual IOMMU; QEMU: -machine q35,kernel-irqchip=split \
               -device intel-iommu,intremap=on,caching-mode=on")
         .add(asked_in_guest(facts)),
         State::NotAsked | State::Hidden => in_firmware(facts, kind, finding(
@@ -311,7 +311,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
             unit.name
         );
         return finding(Level::Fail, &reason).fix(if facts.cpu.is_guest {
-            "on the host outside, give this virtual machine an IOMMU that can (QEMU: -device intel-iommu,intremap=on)"
+            "on the outer host, give this virtual machine an IOMMU that can (QEMU: -device intel-iommu,intremap=on)"
         } else {
             "use other hardware; VFIO's switch for unsafe interrupts would let a guest take over the host"
         });

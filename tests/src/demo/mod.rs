@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a VM takes a disk out of a pool, uses it, and gives it back.
+//! `cargo xtask demo`: a VM takes a disk from a group, uses it, and gives it back.
 //!
 //! All of it happens in the lab, is shown as it happens, and is checked at the end. [`screen`] is
 //! what people see, [`guest`] understands the guest's console, [`vm`] runs the VM in the lab host,

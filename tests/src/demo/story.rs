@@ -114,7 +114,7 @@ impl<'a> Story<'a> {
 
     fn make_group(&mut self, host: &Host) -> Result<()> {
         self.screen
-            .step("A group, which is a pool of devices for VMs, gets the first disk")?;
+            .step("A group names devices that VMs may have; this one gets the first disk")?;
         self.run(
             host,
             &format!("gantry group create nvme --type nvme --device {DISK}"),

@@ -24,9 +24,11 @@ Examples:
       --qemu '-drive if=none,id=d,file=disk.raw,format=raw -device ide-hd,bus=sata.0,drive=d'
   cargo xtask lab --qemu '-device qemu-xhci -device usb-kbd'
 
-On bus 0, the slots 03 to 0f are free for devices. The lab's own are at 00:02.0, which its agent talks
-over, and from 00:10.0 on.
-Commands run in /root as root. The status is that of COMMAND, or 1 if the lab ends before it.")]
+Slots 03 to 0f of bus 0 are free for devices. The lab itself uses 00:02.0, the
+console of its agent, and 00:10.0 and above.
+
+Commands run in /root as root. The exit status is that of COMMAND, or 1 if the
+lab ends first.")]
 pub struct LabArguments {
     /// The host's kernel.
     #[arg(long, value_enum, default_value = "stock")]

@@ -31,8 +31,8 @@ impl End {
             Some("guest-shutdown") => return Self::PoweredOff,
             Some("guest-reset") if console.contains(PANIC) => "its kernel panicked".to_owned(),
             Some("guest-reset") if console.contains(AGENT_ENDED) => {
-                "a command took the virtio console 0000:00:02.0, which its agent talks over, from its \
-                 driver, or ended the agent"
+                "a command detached the virtio console 0000:00:02.0, which the lab's agent needs, or \
+                 ended the agent"
                     .to_owned()
             }
             Some("guest-reset") => "it was restarted, which ends a lab".to_owned(),

@@ -184,13 +184,17 @@ fn a_place_that_is_not_to_be_had_is_refused(host: &Host) -> Result<()> {
     refused(
         &vm,
         "taskset 1",
-        &["none of the CPUs of NUMA node 1", "but only 0"],
+        &["may use no CPU of NUMA node 1", "only CPUs 0"],
     )?;
     vm.file["devices"][0]["numa_policy"] = json!("required");
     refused(&vm, "", &["No valid host was found"])?;
     vm.file["numa_nodes"] = json!([]);
     vm.file["cpus"]["affinity"] = json!([{"vcpu": 0, "host_cpus": [2]}]);
-    refused(&vm, "", &["vCPU 0 is to run on CPU 2", "may use 0-1"])
+    refused(
+        &vm,
+        "",
+        &["vCPU 0 is pinned to CPU 2", "may use only CPUs 0-1"],
+    )
 }
 
 fn later_devices_come_from_the_vms_node(host: &Host) -> Result<()> {

@@ -30,7 +30,9 @@ pub enum BootError {
         seen: String,
     },
     /// The file ends before its own headers say.
-    #[error("{path} is cut short: its headers speak of {needed} bytes, and it has {size}")]
+    #[error(
+        "{path} is cut short: it has {size} bytes, and its headers say {needed}; copy it again"
+    )]
     Truncated {
         /// The file.
         path: PathBuf,

@@ -176,8 +176,8 @@ fn what_cannot_be_is_said() {
     );
     assert_eq!(
         plan(66 * GIB, 36, &[]).unwrap_err().to_string(),
-        "guest memory of 67584 MiB does not fit: below 0x1000000000, where the guest's \
-         processors or the host's IOMMU end, there is room for 63488 MiB; give the VM less"
+        "guest memory of 67584 MiB does not fit: the guest's processors or the host's IOMMU \
+         address only what is below 0x1000000000, which has room for 63488 MiB; give the VM less memory"
     );
 }
 

@@ -91,7 +91,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
     let text = refused(&these("0-1"), &site("0-7", "0"));
     assert!(text.contains("memory of NUMA node 1"), "{text}");
     let text = refused(&these("0"), &site("4-7", "0-2"));
-    assert!(text.contains("none of the CPUs of NUMA node 0"), "{text}");
+    assert!(text.contains("no CPU of NUMA node 0"), "{text}");
     let large = VmConfig {
         memory: MemorySize::new(2 << 30).unwrap(),
         ..these("0")
