@@ -28,13 +28,13 @@ pub fn colour() -> ColorChoice {
 pub struct Failure {
     /// The exit code.
     pub exit: u8,
-    error: Box<dyn Error>,
+    error: Box<dyn Error + Send + Sync>,
     help: Option<String>,
 }
 
 impl Failure {
     /// A failure with exit code `exit`.
-    pub fn new(exit: u8, error: impl Into<Box<dyn Error>>) -> Self {
+    pub fn new(exit: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             exit,
             error: error.into(),
@@ -43,7 +43,7 @@ impl Failure {
     }
 
     /// A failure of gantry or of the host, unless the error tells that it is another kind of failure.
-    pub fn host(error: impl Into<Box<dyn Error>>) -> Self {
+    pub fn host(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let error = error.into();
         Self::new(status_of(&*error), error)
     }

@@ -7,6 +7,8 @@ mod list;
 mod state;
 mod watch;
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use gantry_resources::HostPaths;
 
@@ -80,21 +82,26 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
 /// Each VM that runs, by its name, and its metrics as it tells them; none if it does not answer.
 pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
     let mut all: Vec<(String, Option<String>)> = Vec::new();
-    for (socket, path) in find::sockets(paths) {
-        let Ok(client) = find::connect(&path, find::GLANCE) else {
-            continue;
-        };
-        let name = match client.get::<VmmPing>("vmm.ping") {
-            Err(ClientError::Nobody { .. }) => continue,
-            Ok(ping) if !ping.name.is_empty() => ping.name,
-            Ok(_) | Err(_) => socket,
-        };
+    for (name, metrics) in find::ask_all(paths, metrics_of).into_iter().flatten() {
         // Two that call themselves the same are told apart by nobody.
         if all.iter().all(|(other, _)| *other != name) {
-            all.push((name, client.text("/metrics").ok()));
+            all.push((name, metrics));
         }
     }
     all
+}
+
+/// The name and the metrics of the VM behind a socket; none if nobody is.
+fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)> {
+    let client = find::connect(&path, find::GLANCE).ok()?;
+    let name = match client.get::<VmmPing>("vmm.ping") {
+        Err(ClientError::Nobody { .. }) => return None,
+        Ok(ping) if !ping.name.is_empty() => ping.name,
+        // Who is silent once is not waited for again.
+        Err(ClientError::Late { .. }) => return Some((socket, None)),
+        Ok(_) | Err(_) => socket,
+    };
+    Some((name, client.text("/metrics").ok()))
 }
 
 impl From<ClientError> for Failure {

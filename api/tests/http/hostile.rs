@@ -117,3 +117,36 @@ fn an_answer_without_end_is_not_read_to_its_end() {
         );
     }
 }
+
+#[test]
+fn vms_are_asked_side_by_side() {
+    let folder = tempfile::tempdir().unwrap();
+    // No VM answers before all have been asked.
+    let all = std::sync::Arc::new(std::sync::Barrier::new(8));
+    for name in 0..8 {
+        let path = folder.path().join(format!("{name}.sock"));
+        let listener = UnixListener::bind(path).unwrap();
+        let all = std::sync::Arc::clone(&all);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut request = [0; 4096];
+                let mut stream = stream.unwrap();
+                // Looking whether somebody listens sends nothing.
+                let length = stream.read(&mut request).unwrap_or(0);
+                if length > 0 {
+                    all.wait();
+                    match request.starts_with(b"GET /metrics") {
+                        true => send(&mut stream, 200, ""),
+                        false => send(&mut stream, 200, PING),
+                    }
+                }
+            }
+        });
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gantry"));
+    command.arg("--run-dir").arg(folder.path());
+    let output = command.args(["metrics"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let up = |line: &&str| line.starts_with("gantry_vm_up{") && line.ends_with(" 1");
+    assert_eq!(text.lines().filter(up).count(), 8, "{text}");
+}

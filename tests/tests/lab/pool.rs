@@ -1,5 +1,7 @@
 //! Pools of devices for the cases, and the proof that nobody holds any.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::{Host, disk};
 use serde_json::{Value, json};
@@ -136,7 +138,16 @@ pub fn device(host: &Host, bdf: &str) -> Result<Value> {
     Ok(found.next().context("the device is not listed")?.clone())
 }
 
-/// The number of free devices of a group, on which both lists must agree.
+/// What tells cards apart: functions share one if they share slot and IOMMU group, and are no virtual functions.
+fn card(device: &Value) -> String {
+    let bdf = device["bdf"].as_str().unwrap_or_default();
+    match (&device["physfn"], bdf.split_once('.')) {
+        (Value::Null, Some((slot, _))) => format!("{slot} {}", device["iommu_group"]),
+        _ => bdf.to_owned(),
+    }
+}
+
+/// The number of free cards of a group, on which both lists must agree.
 pub fn free(host: &Host, group: &str) -> Result<usize> {
     let groups = parsed(host, "gantry group list --json")?;
     let devices = parsed(host, "gantry device list --json")?;
@@ -150,13 +161,16 @@ pub fn free(host: &Host, group: &str) -> Result<usize> {
     let of_group: Vec<&Value> = of_group
         .filter(|device| device["group"] == group["name"])
         .collect();
-    let states = |state: &str| {
-        let of_state = of_group.iter().filter(|device| device["state"] == state);
-        of_state.count()
+    let cards = |state: Option<&str>| {
+        let of_state = of_group
+            .iter()
+            .filter(|device| state.is_none_or(|state| device["state"] == state));
+        let cards: BTreeSet<String> = of_state.map(|device| card(device)).collect();
+        cards.len()
     };
-    let (detached, assigned) = (states("detached"), states("assigned"));
+    let (detached, assigned) = (cards(Some("detached")), cards(Some("assigned")));
     ensure!(
-        group["total"] == of_group.len() && group["used"] == assigned && group["free"] == detached,
+        group["total"] == cards(None) && group["used"] == assigned && group["free"] == detached,
         "the lists disagree: {group:#}\n{of_group:#?}"
     );
     Ok(detached)

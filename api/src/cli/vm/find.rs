@@ -12,6 +12,9 @@ use crate::report::Failure;
 
 /// How long a command's answer is waited for; the server gives up before.
 const PATIENCE: Duration = Duration::from_secs(130);
+/// How many VMs are asked at a time.
+const AT_A_TIME: usize = 64;
+
 /// How long a list waits for each VM.
 pub const GLANCE: Duration = Duration::from_secs(2);
 
@@ -65,6 +68,27 @@ fn unreachable_vm(vm: &RunningVm, paths: &HostPaths) -> Failure {
         "its user controls it, as in `sudo -u {user} gantry vm info {}`",
         vm.record.name
     ))
+}
+
+/// Asks the VM behind each socket of the run directory, many at a time, as each that is silent is waited for. The
+/// answers are in the order of the names.
+pub fn ask_all<T: Send>(paths: &HostPaths, ask: impl Fn(String, PathBuf) -> T + Sync) -> Vec<T> {
+    let mut answers = Vec::new();
+    for some in sockets(paths).chunks(AT_A_TIME) {
+        let ask = &ask;
+        answers.extend(std::thread::scope(|scope| {
+            let asked = some.iter().cloned();
+            let asked = asked.map(|(name, path)| scope.spawn(move || ask(name, path)));
+            let asked: Vec<_> = asked.collect();
+            let answers = asked.into_iter().map(|thread| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            answers.collect::<Vec<T>>()
+        }));
+    }
+    answers
 }
 
 /// Names and sockets of the run directory, in the order of the names. What nobody listens on any more is

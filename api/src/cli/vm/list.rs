@@ -112,10 +112,9 @@ const COLUMNS: [Column; 7] = [
 ];
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let sockets = find::sockets(paths);
     let mut rows = Vec::new();
-    for (name, socket) in sockets {
-        rows.extend(Row::of_socket(name, socket)?);
+    for row in find::ask_all(paths, Row::of_socket) {
+        rows.extend(row?);
     }
     let silent = running_vms(paths).map_err(Failure::host)?;
     let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
