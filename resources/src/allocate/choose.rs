@@ -438,9 +438,11 @@ impl<'a> Choice<'a, '_> {
         blocked.map_or(Verdict::Free(()), Verdict::Blocked)
     }
 
-    /// What a device lacks that the request does not allow.
+    /// What a device lacks that the request does not allow. A bridge is never given, whatever it lacks.
     fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<Blocked> {
-        lacks(device, self.view.devices, allow).into_iter().next()
+        let given = !device.is_bridge();
+        let lacks = given.then(|| lacks(device, self.view.devices, allow));
+        lacks.into_iter().flatten().next()
     }
 
     /// What stands against any use of a device.

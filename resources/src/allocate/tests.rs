@@ -325,6 +325,7 @@ fn exact_devices_are_refused_with_their_reason() {
     let devices = [
         Fake::nvme("00:01.0", 9)
             .class(0x06_04_00)
+            .with("reset_method", "")
             .driver("pcieport"),
         Fake::nvme("01:00.0", 1).class(0x02_00_00),
         Fake::nvme("02:00.0", 2).driver("nvme"),
