@@ -23,7 +23,7 @@ pub struct OwnFiles {
 pub fn own_files(paths: &HostPaths) -> OwnFiles {
     let below = |names: &[&str]| names.iter().map(|name| paths.run.join(name)).collect();
     let mut own = OwnFiles {
-        records: below(&["former", "vf", "vf-token", "vgpu"]),
+        records: below(&["autoprobe", "former", "vf", "vf-token", "vgpu"]),
         locks: below(&["leases"]),
         lock_files: below(&["allocate.lock"]),
     };
