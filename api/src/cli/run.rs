@@ -155,7 +155,15 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     }
     // Before the VM confines the process.
     let stderr = Stderr::open();
-    // Announced first: whoever switches maintenance on in between sees the VM.
+    let events = Events::default();
+    let options = Options {
+        seccomp: args.seccomp.into(),
+        keep: config.is_none(),
+        events: events.sink(),
+    };
+    // Before anything is locked: it blocks the signals, which from here on end the VM in order.
+    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
+    // Announced before maintenance is asked for: whoever switches it on in between sees the VM.
     let _running = announce(
         paths,
         &Holder {
@@ -164,13 +172,6 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         },
     );
     may_start(paths)?;
-    let events = Events::default();
-    let options = Options {
-        seccomp: args.seccomp.into(),
-        keep: config.is_none(),
-        events: events.sink(),
-    };
-    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
     let identity = Identity {
         name: name.clone(),
         allow_ungrouped: args.allow_ungrouped,
