@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::command::{Command, CommandError, Reply};
 use crate::error::Error;
-use crate::vcpus::Fault;
+use crate::vcpus::VcpuFault;
 use crate::vm::{Alarm, AlarmKey, Prepared};
 
 /// What happened.
@@ -27,7 +27,7 @@ pub enum Event {
     /// The guest asked for a reset.
     Reset,
     /// A vCPU cannot go on; all are pausing.
-    Fault(u8, Fault),
+    VcpuFault(u8, VcpuFault),
     /// Someone sent gantry a signal that asks it to end.
     Signal(i32),
     /// The user ended the VM from its console.
@@ -54,7 +54,7 @@ impl Event {
             (Self::PowerOff, Self::PowerOff)
             | (Self::Reset, Self::Reset)
             | (Self::Quit, Self::Quit) => true,
-            (Self::Fault(vcpu, _), Self::Fault(other, _)) => vcpu == other,
+            (Self::VcpuFault(vcpu, _), Self::VcpuFault(other, _)) => vcpu == other,
             (Self::Signal(number), Self::Signal(other)) => number == other,
             (Self::Panic(panic), Self::Panic(other)) => panic == other,
             (Self::Eject(port), Self::Eject(other)) => port == other,
@@ -130,7 +130,7 @@ impl Mailbox {
         queue.events.retain(|event| match event {
             Event::Signal(_) | Event::Quit | Event::Command(..) => true,
             Event::Prepared(_) | Event::Alarm(..) => true,
-            Event::PowerOff | Event::Reset | Event::Fault(..) => false,
+            Event::PowerOff | Event::Reset | Event::VcpuFault(..) => false,
             Event::Eject(_) | Event::Enabled(_) | Event::Panic(_) => false,
         });
         emptied

@@ -113,7 +113,7 @@ pub enum Error {
     Acpi(#[from] crate::boot::acpi::AcpiError),
     /// A vCPU is kept by the kernel.
     #[error(transparent)]
-    Stuck(#[from] crate::vcpus::Stuck),
+    StuckVcpus(#[from] crate::vcpus::StuckVcpus),
     /// The kernel is at a device, and does not come back from it.
     #[error(
         "{device} does not answer: a call of the host's kernel on it has not returned for {seconds} s\n\

@@ -237,12 +237,12 @@ impl Home {
     }
 
     /// Where each vCPU may run.
-    pub fn berths(&self, config: &VmConfig) -> Vec<Berth> {
-        let shared = Berth {
+    pub fn affinities(&self, config: &VmConfig) -> Vec<CpuAffinity> {
+        let shared = CpuAffinity {
             cpus: Arc::new(self.cpus.clone()),
             ordered: self.strict,
         };
-        let own = |cpus: &Numbers| Berth {
+        let own = |cpus: &Numbers| CpuAffinity {
             cpus: Arc::new(cpus.clone()),
             ordered: true,
         };
@@ -291,18 +291,18 @@ fn check_affinity(config: &VmConfig, site: &Site) -> Result<(), PlacementError> 
 
 /// The processors that a vCPU may run on; any if there is none.
 #[derive(Debug, Clone, Default)]
-pub struct Berth {
+pub struct CpuAffinity {
     cpus: Arc<Numbers>,
     /// Whether the VM's file asks for it; else it is a wish.
     ordered: bool,
 }
 
-impl Berth {
+impl CpuAffinity {
     /// Keeps the calling thread on them (sched_setaffinity(2)). A wish that is not to be had is a warning.
     ///
     /// # Errors
     /// None of those that were asked for is left.
-    pub fn take(&self) -> io::Result<()> {
+    pub fn apply(&self) -> io::Result<()> {
         if self.cpus.is_empty() {
             return Ok(());
         }

@@ -9,8 +9,8 @@ use kvm_ioctls::VcpuFd;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 
-use crate::kvm::{Access, Exit, Vcpu};
-use crate::placement::Berth;
+use crate::kvm::{Exit, ExitHandler, Vcpu};
+use crate::placement::CpuAffinity;
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 
@@ -28,7 +28,7 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// vCPUs that do not leave the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("vCPU {} does not come back from the host's kernel: a device that it accesses may hang", numbers(.0))]
-pub struct Stuck(Vec<u8>);
+pub struct StuckVcpus(Vec<u8>);
 
 fn numbers(vcpus: &[u8]) -> String {
     let texts: Vec<String> = vcpus.iter().map(u8::to_string).collect();
@@ -45,7 +45,7 @@ enum Phase {
 
 /// Why the vCPUs stopped running on their own.
 #[derive(Debug)]
-pub enum Fault {
+pub enum VcpuFault {
     /// The guest caused a triple fault.
     TripleFault,
     /// KVM or the processor cannot go on, in KVM's words.
@@ -53,13 +53,13 @@ pub enum Fault {
 }
 
 /// What a vCPU thread reports to the owner of the VM.
-pub trait Monitor: Send + Sync {
+pub trait FaultSink: Send + Sync {
     /// The vCPUs cannot go on; they are pausing.
-    fn fault(&self, vcpu: u8, fault: Fault);
+    fn fault(&self, vcpu: u8, fault: VcpuFault);
 }
 
-/// The meeting point of the vCPU threads and their owner.
-pub struct Gate {
+/// Holds the vCPU threads back while the VM is paused, and counts those that run.
+pub struct VcpuBarrier {
     state: Mutex<State>,
     changed: Condvar,
     // Mirrors `state.phase != Run`, so that a running vCPU looks at no lock between two exits.
@@ -68,19 +68,19 @@ pub struct Gate {
 
 struct State {
     phase: Phase,
-    /// The guest has asked for its end or its reset, or cannot go on: nothing but [`Gate::rearm`] lets it run.
+    /// The guest has asked for its end or its reset, or cannot go on: nothing but [`VcpuBarrier::rearm`] lets it run.
     halted: bool,
     /// The vCPUs that may run, with their threads.
-    inside: Vec<(u8, Pthread)>,
+    running: Vec<(u8, Pthread)>,
 }
 
-impl Gate {
-    /// Closed: vCPUs wait until [`Gate::open`].
+impl VcpuBarrier {
+    /// Closed: vCPUs wait until [`VcpuBarrier::open`].
     pub fn new() -> Arc<Self> {
         let state = State {
             phase: Phase::Pause,
             halted: false,
-            inside: Vec::new(),
+            running: Vec::new(),
         };
         let halt = AtomicBool::new(true);
         Arc::new(Self {
@@ -131,13 +131,15 @@ impl Gate {
     ///
     /// # Errors
     /// These still do at the deadline: the kernel keeps them, as in an access to a device that hangs.
-    fn wait_until_empty(&self, deadline: Instant) -> Result<(), Stuck> {
+    fn wait_until_empty(&self, deadline: Instant) -> Result<(), StuckVcpus> {
         let mut state = self.lock();
-        while !state.inside.is_empty() {
+        while !state.running.is_empty() {
             if Instant::now() >= deadline {
-                return Err(Stuck(state.inside.iter().map(|(vcpu, _)| *vcpu).collect()));
+                return Err(StuckVcpus(
+                    state.running.iter().map(|(vcpu, _)| *vcpu).collect(),
+                ));
             }
-            for &(_, thread) in &state.inside {
+            for &(_, thread) in &state.running {
                 // The thread is alive: it takes itself out of the list before it ends.
                 let _ = pthread_kill(thread, KICK);
             }
@@ -150,8 +152,8 @@ impl Gate {
         Ok(())
     }
 
-    /// Called by a vCPU: waits for the gate to open. `None` means to end.
-    fn pass(&self, vcpu: u8) -> Option<Inside<'_>> {
+    /// Called by a vCPU thread: waits until the barrier is open. `None` means that the thread is to end.
+    fn pass(&self, vcpu: u8) -> Option<RunningVcpu<'_>> {
         let mut state = self.lock();
         loop {
             match state.phase {
@@ -165,72 +167,73 @@ impl Gate {
                 }
             }
         }
-        state.inside.push((vcpu, pthread_self()));
-        Some(Inside { gate: self, vcpu })
+        state.running.push((vcpu, pthread_self()));
+        Some(RunningVcpu {
+            barrier: self,
+            vcpu,
+        })
     }
 }
 
-/// A vCPU that has passed the gate. Dropping it, by a panic too, says that it runs no more.
-struct Inside<'a> {
-    gate: &'a Gate,
+/// A vCPU that has passed the barrier. Dropping it marks the vCPU as stopped, after a panic too.
+struct RunningVcpu<'a> {
+    barrier: &'a VcpuBarrier,
     vcpu: u8,
 }
 
-impl Drop for Inside<'_> {
+impl Drop for RunningVcpu<'_> {
     fn drop(&mut self) {
-        let mut state = self.gate.lock();
-        state.inside.retain(|(vcpu, _)| *vcpu != self.vcpu);
-        self.gate.changed.notify_all();
+        let mut state = self.barrier.lock();
+        state.running.retain(|(vcpu, _)| *vcpu != self.vcpu);
+        self.barrier.changed.notify_all();
     }
 }
 
 /// The vCPU threads of a VM. Dropping them stops and joins them.
 pub struct Vcpus {
-    gate: Arc<Gate>,
-    fleet: Arc<Fleet>,
+    barrier: Arc<VcpuBarrier>,
+    // Each is locked by its thread while it may run.
+    vcpus: Arc<[Mutex<Vcpu>]>,
     threads: Vec<Task<()>>,
 }
 
-/// The vCPUs themselves; each is locked by its thread while it may run.
-type Fleet = Vec<Mutex<Vcpu>>;
-
 impl Vcpus {
-    /// Starts a thread for each vCPU, in its berth; none runs before the gate is opened.
+    /// Starts a thread for each vCPU with its CPU affinity. No vCPU runs before the barrier is opened.
     ///
     /// # Errors
     /// A thread could not be made, or have the processors that it must.
     pub fn start<A>(
         vcpus: Vec<Vcpu>,
-        berths: Vec<Berth>,
-        gate: &Arc<Gate>,
+        affinities: Vec<CpuAffinity>,
+        barrier: &Arc<VcpuBarrier>,
         sandbox: &Sandbox,
         access: &Arc<A>,
     ) -> std::io::Result<Self>
     where
-        A: Access + Monitor + 'static,
+        A: ExitHandler + FaultSink + 'static,
     {
-        let fleet: Arc<Fleet> = Arc::new(vcpus.into_iter().map(Mutex::new).collect());
+        let vcpus: Arc<[Mutex<Vcpu>]> = vcpus.into_iter().map(Mutex::new).collect();
         let mut this = Self {
-            gate: Arc::clone(gate),
-            fleet,
+            barrier: Arc::clone(barrier),
+            vcpus,
             threads: Vec::new(),
         };
         let (told, heard) = channel();
-        for (index, berth) in berths.into_iter().enumerate() {
+        for (index, affinity) in affinities.into_iter().enumerate() {
             let told = told.clone();
             let index = u8::try_from(index).map_err(std::io::Error::other)?;
-            let (gate, fleet, access) = (
-                Arc::clone(gate),
-                Arc::clone(&this.fleet),
+            let (barrier, vcpus, access) = (
+                Arc::clone(barrier),
+                Arc::clone(&this.vcpus),
                 Arc::clone(access),
             );
-            let body = move || run(index, &fleet, &gate, &*access);
-            let moor = move || {
+            let body = move || run(index, &vcpus, &barrier, &*access);
+            let pin = move || {
                 // Heard until the last thread has said it.
-                let _ = told.send(berth.take());
+                let _ = told.send(affinity.apply());
             };
             let role = Role::Vcpu(index);
-            let thread = threads::spawn_prepared(role, sandbox, moor, body)?;
+            let thread = threads::spawn_prepared(role, sandbox, pin, body)?;
             this.threads.push(thread);
         }
         drop(told);
@@ -241,9 +244,9 @@ impl Vcpus {
     /// Stops the vCPUs for good and waits for their threads to end. What does not leave the kernel is left
     /// to itself: all that it may still reach lives as long as it does.
     pub fn stop(&mut self) {
-        self.gate.enter_phase(Phase::Stop);
+        self.barrier.enter_phase(Phase::Stop);
         let deadline = Instant::now() + LEAVE_PATIENCE;
-        if let Err(stuck) = self.gate.wait_until_empty(deadline) {
+        if let Err(stuck) = self.barrier.wait_until_empty(deadline) {
             tracing::error!("{stuck}: the VM ends without waiting for it");
         }
         for thread in self.threads.drain(..) {
@@ -253,13 +256,14 @@ impl Vcpus {
         }
     }
 
-    /// Pauses the vCPUs and waits until none runs. They stay paused until the gate is opened.
+    /// Pauses the vCPUs and waits until none runs. They stay paused until the barrier is opened.
     ///
     /// # Errors
     /// One does not leave the kernel. The others are paused.
-    pub fn pause(&self) -> Result<(), Stuck> {
-        self.gate.close();
-        self.gate.wait_until_empty(Instant::now() + LEAVE_PATIENCE)
+    pub fn pause(&self) -> Result<(), StuckVcpus> {
+        self.barrier.close();
+        self.barrier
+            .wait_until_empty(Instant::now() + LEAVE_PATIENCE)
     }
 
     /// Calls `change` with each of the vCPUs, in order. They must have been paused.
@@ -270,7 +274,7 @@ impl Vcpus {
         &self,
         mut change: impl FnMut(usize, &mut VcpuFd) -> Result<(), E>,
     ) -> Result<(), E> {
-        for (index, vcpu) in self.fleet.iter().enumerate() {
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
             change(
                 index,
                 vcpu.lock().unwrap_or_else(PoisonError::into_inner).fd(),
@@ -287,21 +291,26 @@ impl Drop for Vcpus {
 }
 
 /// The life of a vCPU thread.
-fn run<A: Access + Monitor>(index: u8, fleet: &Fleet, gate: &Gate, access: &A) {
-    let Some(vcpu) = fleet.get(usize::from(index)) else {
+fn run<A: ExitHandler + FaultSink>(
+    index: u8,
+    vcpus: &[Mutex<Vcpu>],
+    barrier: &VcpuBarrier,
+    access: &A,
+) {
+    let Some(vcpu) = vcpus.get(usize::from(index)) else {
         return;
     };
-    while let Some(_inside) = gate.pass(index) {
-        // Given back before `_inside` goes.
+    while let Some(_running) = barrier.pass(index) {
+        // Given back before `_running` goes.
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-        while !gate.halt.load(Ordering::Acquire) {
+        while !barrier.halt.load(Ordering::Acquire) {
             let fault = match vcpu.run(access) {
                 Ok(Exit::Continue) => continue,
-                Ok(Exit::TripleFault) => Fault::TripleFault,
-                Ok(Exit::Broken(what)) => Fault::Broken(what),
-                Err(error) => Fault::Broken(format!("KVM_RUN: {error}")),
+                Ok(Exit::TripleFault) => VcpuFault::TripleFault,
+                Ok(Exit::Broken(what)) => VcpuFault::Broken(what),
+                Err(error) => VcpuFault::Broken(format!("KVM_RUN: {error}")),
             };
-            gate.halt();
+            barrier.halt();
             access.fault(index, fault);
         }
     }
@@ -313,61 +322,62 @@ mod tests {
 
     #[test]
     fn a_machine_that_was_halted_runs_again_only_after_a_reset() {
-        let gate = Gate::new();
-        gate.open();
-        gate.halt();
-        gate.open();
-        assert!(gate.halt.load(Ordering::Acquire), "no client opens it");
-        gate.rearm();
+        let barrier = VcpuBarrier::new();
+        barrier.open();
+        barrier.halt();
+        barrier.open();
+        assert!(barrier.halt.load(Ordering::Acquire), "no client opens it");
+        barrier.rearm();
         assert!(
-            gate.halt.load(Ordering::Acquire),
+            barrier.halt.load(Ordering::Acquire),
             "nor does the reset alone"
         );
-        gate.open();
-        assert!(!gate.halt.load(Ordering::Acquire));
+        barrier.open();
+        assert!(!barrier.halt.load(Ordering::Acquire));
     }
 
     #[test]
     fn a_vcpu_that_the_kernel_keeps_is_named_at_the_deadline() {
         crate::sandbox::install_traps().unwrap();
-        let gate = Gate::new();
-        gate.open();
+        let barrier = VcpuBarrier::new();
+        barrier.open();
         let (told, heard) = channel();
         let (let_go, kept) = channel::<()>();
-        let vcpu = Arc::clone(&gate);
+        let vcpu = Arc::clone(&barrier);
         let thread = std::thread::spawn(move || {
-            let _inside = vcpu.pass(3);
+            let _running = vcpu.pass(3);
             told.send(()).unwrap();
             // As a read of a device that hangs: no kick ends it.
             let _ = kept.recv();
         });
         heard.recv().unwrap();
-        gate.close();
+        barrier.close();
         let soon = Instant::now() + Duration::from_millis(20);
-        let stuck = gate.wait_until_empty(soon).unwrap_err();
+        let stuck = barrier.wait_until_empty(soon).unwrap_err();
         assert!(
             stuck.to_string().starts_with("vCPU 3 does not come back"),
             "{stuck}"
         );
         drop(let_go);
-        gate.wait_until_empty(Instant::now() + Duration::from_secs(60))
+        barrier
+            .wait_until_empty(Instant::now() + Duration::from_secs(60))
             .unwrap();
         thread.join().unwrap();
     }
 
     #[test]
     fn a_vcpu_thread_that_panics_has_left() {
-        let gate = Gate::new();
-        gate.open();
-        let vcpu = Arc::clone(&gate);
+        let barrier = VcpuBarrier::new();
+        barrier.open();
+        let vcpu = Arc::clone(&barrier);
         let thread = std::thread::spawn(move || {
-            let _inside = vcpu.pass(0);
+            let _running = vcpu.pass(0);
             std::panic::resume_unwind(Box::new(()));
         });
         assert!(thread.join().is_err());
-        assert!(gate.lock().inside.is_empty());
-        gate.wait_until_empty(Instant::now()).unwrap();
-        gate.enter_phase(Phase::Stop);
-        assert!(gate.pass(0).is_none());
+        assert!(barrier.lock().running.is_empty());
+        barrier.wait_until_empty(Instant::now()).unwrap();
+        barrier.enter_phase(Phase::Stop);
+        assert!(barrier.pass(0).is_none());
     }
 }

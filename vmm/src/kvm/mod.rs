@@ -15,7 +15,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
 pub use routes::GsiRoutes;
 pub use slots::{MemorySlots, SlotGuard};
-pub use vcpu::{Access, Exit, PostedWrites, Vcpu};
+pub use vcpu::{Exit, ExitHandler, PostedWrites, Vcpu};
 pub use vfio::VfioObserver;
 
 use crate::layout;

@@ -20,7 +20,7 @@ pub enum Exit {
 }
 
 /// Answers the accesses of a vCPU.
-pub trait Access {
+pub trait ExitHandler {
     /// The guest reads an I/O port.
     fn port_in(&self, port: u16, data: &mut [u8]);
     /// The guest writes an I/O port.
@@ -73,7 +73,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// `KVM_RUN` failed for a reason other than a signal.
-    pub fn run(&mut self, access: &impl Access) -> io::Result<Exit> {
+    pub fn run(&mut self, access: &impl ExitHandler) -> io::Result<Exit> {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(errno) if matches!(errno.errno(), libc::EINTR | libc::EAGAIN) => {
@@ -111,7 +111,7 @@ impl Vcpu {
     }
 
     /// Has `access` answer the writes that were posted, if `port` is one for which they are due.
-    fn catch_up(&mut self, port: u16, access: &impl Access) -> io::Result<()> {
+    fn catch_up(&mut self, port: u16, access: &impl ExitHandler) -> io::Result<()> {
         if !self.posted.ports.contains(&port) {
             return Ok(());
         }

@@ -125,8 +125,11 @@ fn a_vcpu_with_processors_of_its_own_is_there() {
         affinity: [(1, numbers("2,5"))].into(),
         ..these("0")
     };
-    let berths = settle(&vm, "", &whole()).berths(&vm);
-    let at: Vec<String> = berths.iter().map(|berth| berth.cpus.to_string()).collect();
+    let affinities = settle(&vm, "", &whole()).affinities(&vm);
+    let at: Vec<String> = affinities
+        .iter()
+        .map(|affinity| affinity.cpus.to_string())
+        .collect();
     assert_eq!(at, ["0-3", "2,5"]);
     let text = refused(&vm, &site("0-4", "0-2"));
     assert!(text.contains("vCPU 1") && text.contains("CPU 5"), "{text}");
@@ -144,17 +147,17 @@ fn later_devices_are_chosen_near() {
 fn a_thread_stays_on_its_processors() {
     let here = Site::read(&HostPaths::default());
     let cpu = here.cpus.first().unwrap();
-    let on = |cpus: &[u32], ordered| Berth {
+    let on = |cpus: &[u32], ordered| CpuAffinity {
         cpus: Arc::new(cpus.iter().copied().collect()),
         ordered,
     };
-    let berth = on(&[cpu, 5000], true);
+    let affinity = on(&[cpu, 5000], true);
     let thread = std::thread::spawn(move || {
-        berth.take().unwrap();
+        affinity.apply().unwrap();
         Site::read(&HostPaths::default()).cpus
     });
     assert_eq!(thread.join().unwrap(), [cpu].into_iter().collect());
-    assert!(on(&[5000], true).take().is_err());
-    assert!(on(&[5000], false).take().is_ok());
-    assert!(Berth::default().take().is_ok());
+    assert!(on(&[5000], true).apply().is_err());
+    assert!(on(&[5000], false).apply().is_ok());
+    assert!(CpuAffinity::default().apply().is_ok());
 }

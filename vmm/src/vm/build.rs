@@ -14,8 +14,8 @@ use gantry_resources::{
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
 use super::board::Board;
-use super::dispatch::Dispatch;
 use super::domain::{Domain, RamRanges};
+use super::exits::ExitDispatcher;
 use super::host_devices::{self, AttachedDevice, Claimed, arrange, forbidden};
 use super::hotplug::{Devices, called_twice};
 use super::payload::OpenPayload;
@@ -32,7 +32,7 @@ use crate::placement::Home;
 use crate::preflight::{self, PreflightError};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
-use crate::vcpus::{Gate, Vcpus};
+use crate::vcpus::{VcpuBarrier, Vcpus};
 use crate::vmm::Ground;
 
 /// More threads that make memory present get in each other's way.
@@ -95,14 +95,14 @@ impl Vm {
         drop(domain);
         let irqchip = machine.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&machine, config.vcpus, &features, &entry, &board)?;
-        let gate = Gate::new();
-        let dispatch = Dispatch::new(
+        let barrier = VcpuBarrier::new();
+        let dispatcher = ExitDispatcher::new(
             Arc::clone(&board.space),
-            Arc::clone(&gate),
+            Arc::clone(&barrier),
             Arc::clone(mailbox),
         );
-        let berths = home.berths(config);
-        let vcpus = Vcpus::start(vcpus, berths, &gate, sandbox, &Arc::new(dispatch))
+        let affinities = home.affinities(config);
+        let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(dispatcher))
             .map_err(Error::host("spawn a vCPU thread"))?;
         Ok(Self {
             vcpus,
@@ -114,7 +114,7 @@ impl Vm {
             irqchip,
             layout,
             payload,
-            gate,
+            barrier,
             config: Arc::clone(config),
             home,
             state: VmState::Running,

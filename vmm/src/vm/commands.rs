@@ -27,7 +27,7 @@ impl Vm {
                     Ok(()) => {
                         // Who asks for a boot wants it to run.
                         if was == VmState::Paused {
-                            self.gate.open();
+                            self.barrier.open();
                             self.enter(VmState::Running);
                         }
                         reply(Ok(Answer::Done));
@@ -81,7 +81,7 @@ impl Vm {
         if self.state != VmState::Paused {
             return Err(CommandError::NotPaused);
         }
-        self.gate.open();
+        self.barrier.open();
         self.enter(VmState::Running);
         Ok(Answer::Done)
     }
@@ -90,7 +90,7 @@ impl Vm {
     fn pause_vcpus(&self) -> Result<(), CommandError> {
         self.vcpus.pause().map_err(|stuck| {
             if self.state == VmState::Running {
-                self.gate.open();
+                self.barrier.open();
             }
             CommandError::Failed(stuck.into())
         })
@@ -100,7 +100,7 @@ impl Vm {
         self.pause_vcpus()?;
         let sent = self.vcpus.visit(|_, vcpu: &mut VcpuFd| vcpu.nmi());
         if self.state == VmState::Running {
-            self.gate.open();
+            self.barrier.open();
         }
         sent.map_err(|error| CommandError::Failed(KvmError::call("KVM_NMI")(error).into()))?;
         Ok(Answer::Done)

@@ -7,8 +7,8 @@ mod build;
 mod closing;
 mod commands;
 mod counted;
-mod dispatch;
 mod domain;
+mod exits;
 mod host_devices;
 mod hotplug;
 mod payload;
@@ -31,7 +31,7 @@ use crate::memory;
 use crate::placement::Home;
 use crate::shown::View;
 use crate::threads::Role;
-use crate::vcpus::{Fault, Gate, Vcpus};
+use crate::vcpus::{VcpuBarrier, VcpuFault, Vcpus};
 use crate::vmm::{Ground, Outcome};
 use board::Board;
 use gantry_devices::panic::Panic;
@@ -67,7 +67,7 @@ pub struct Vm {
     payload: OpenPayload,
     /// `/proc/interrupts`, if it can be read.
     interrupts: Option<File>,
-    gate: Arc<Gate>,
+    barrier: Arc<VcpuBarrier>,
     config: Arc<VmConfig>,
     home: Home,
     state: VmState,
@@ -90,7 +90,7 @@ impl Vm {
         self.open_console(&mut control)?;
         let confined = self.ground.sandbox.confinement(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
-        self.gate.open();
+        self.barrier.open();
         memory::let_go_of_program();
         self.ground.shown.show(Some(View {
             config: Arc::clone(&self.config),
@@ -117,7 +117,7 @@ impl Vm {
                 Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),
                 Some(Event::Quit) => return Ok(End::Over(Outcome::Stopped)),
                 Some(Event::Signal(number)) => return Ok(End::Over(Outcome::Signal(number))),
-                Some(Event::Fault(vcpu, fault)) => {
+                Some(Event::VcpuFault(vcpu, fault)) => {
                     let what = describe(vcpu, &fault);
                     return Ok(End::Over(Outcome::GuestFault(what)));
                 }
@@ -169,7 +169,7 @@ impl Vm {
         // the memory of the guest that boots. That goes for those that leave, too, closed or not.
         self.vcpus.pause()?;
         let emptied = self.ground.mailbox.forget_guest();
-        self.gate.rearm();
+        self.barrier.rearm();
         self.devices.reset(&emptied, &self.board);
         for port in self.board.reset_devices(&self.ground.sandbox)? {
             self.devices.lose(port, &self.board);
@@ -197,19 +197,19 @@ impl Vm {
         })?;
         self.tell(VmEvent::Reboot);
         if self.state == VmState::Running {
-            self.gate.open();
+            self.barrier.open();
         }
         Ok(())
     }
 }
 
-fn describe(vcpu: u8, fault: &Fault) -> String {
+fn describe(vcpu: u8, fault: &VcpuFault) -> String {
     match fault {
-        Fault::TripleFault => format!(
+        VcpuFault::TripleFault => format!(
             "vCPU {vcpu} of the guest had a triple fault\n\
              a kernel that dies so at once was often built for another machine, or given too little \
              memory; boot it with `console=ttyS0 earlyprintk=ttyS0` to see its last words"
         ),
-        Fault::Broken(what) => format!("vCPU {vcpu} cannot go on: {what}"),
+        VcpuFault::Broken(what) => format!("vCPU {vcpu} cannot go on: {what}"),
     }
 }

@@ -6,22 +6,22 @@ use gantry_devices::bus::Effect;
 
 use crate::address_space::AddressSpace;
 use crate::control::{Event, Mailbox};
-use crate::kvm::Access;
-use crate::vcpus::{Fault, Gate, Monitor};
+use crate::kvm::ExitHandler;
+use crate::vcpus::{FaultSink, VcpuBarrier, VcpuFault};
 
 /// Answers the exits of all vCPUs.
-pub struct Dispatch {
+pub struct ExitDispatcher {
     space: Arc<AddressSpace>,
-    gate: Arc<Gate>,
+    barrier: Arc<VcpuBarrier>,
     mailbox: Arc<Mailbox>,
 }
 
-impl Dispatch {
+impl ExitDispatcher {
     /// Answers from `space`, and tells `mailbox` what concerns the VM as a whole.
-    pub fn new(space: Arc<AddressSpace>, gate: Arc<Gate>, mailbox: Arc<Mailbox>) -> Self {
+    pub fn new(space: Arc<AddressSpace>, barrier: Arc<VcpuBarrier>, mailbox: Arc<Mailbox>) -> Self {
         Self {
             space,
-            gate,
+            barrier,
             mailbox,
         }
     }
@@ -39,12 +39,12 @@ impl Dispatch {
 
     /// The guest asked to be stopped: no vCPU goes on while the control thread gets to it.
     fn halt(&self, event: Event) {
-        self.gate.halt();
+        self.barrier.halt();
         self.mailbox.post(event);
     }
 }
 
-impl Access for Dispatch {
+impl ExitHandler for ExitDispatcher {
     fn port_in(&self, port: u16, data: &mut [u8]) {
         self.space.ports().read(port.into(), data);
     }
@@ -62,8 +62,8 @@ impl Access for Dispatch {
     }
 }
 
-impl Monitor for Dispatch {
-    fn fault(&self, vcpu: u8, fault: Fault) {
-        self.mailbox.post(Event::Fault(vcpu, fault));
+impl FaultSink for ExitDispatcher {
+    fn fault(&self, vcpu: u8, fault: VcpuFault) {
+        self.mailbox.post(Event::VcpuFault(vcpu, fault));
     }
 }
