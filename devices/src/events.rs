@@ -60,15 +60,16 @@ struct Slot {
     stale: bool,
 }
 
-/// What a guest knows of an empty slot, from the best to fill to the worst.
+/// What the guest knows of an empty slot, from the best to fill to the worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Vacancy {
-    /// That it is empty.
-    Known,
-    /// It has read that it was emptied, and may be at it. Something new could be taken for what was there.
+pub enum SlotState {
+    /// The guest knows that the slot is empty.
+    Acknowledged,
+    /// The guest has read that the slot was emptied, and may still be handling it: it could take a new device
+    /// for the old one.
     Read,
-    /// It has not read that it was emptied. Something new would be taken for what was there.
-    Untold,
+    /// The guest has not read that the slot was emptied: it would take a new device for the old one.
+    Unread,
 }
 
 impl PlatformEvents {
@@ -141,13 +142,13 @@ impl PlatformEvents {
     }
 
     /// What the guest knows of a slot that is empty.
-    pub fn vacancy(&self, port: PortIndex) -> Vacancy {
+    pub fn slot_state(&self, port: PortIndex) -> SlotState {
         let state = self.lock();
         let slot = state.slots.iter().find(|slot| slot.port == port);
         match slot.filter(|slot| slot.stale) {
-            None => Vacancy::Known,
-            Some(slot) if slot.notification.is_none() => Vacancy::Read,
-            Some(_) => Vacancy::Untold,
+            None => SlotState::Acknowledged,
+            Some(slot) if slot.notification.is_none() => SlotState::Read,
+            Some(_) => SlotState::Unread,
         }
     }
 

@@ -5,12 +5,12 @@
 //! lock held; no device calls back into the bus it sits on.
 
 pub mod bounded;
+pub mod bounded_writer;
 pub mod bus;
 mod device;
 pub mod events;
 pub mod limit;
 pub mod mapping;
-pub mod outlet;
 pub mod panic;
 pub mod pci;
 pub mod power;

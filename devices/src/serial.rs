@@ -43,7 +43,7 @@ pub struct Serial {
 
 impl Serial {
     /// A port that raises its interrupt through `irq` and writes to `output`, while a vCPU waits:
-    /// what may have no reader belongs into an [`Outlet`](crate::outlet::Outlet). Output that fails
+    /// what may have no reader belongs into a [`BoundedWriter`](crate::bounded_writer::BoundedWriter). Output that fails
     /// is logged and lost.
     ///
     /// # Errors

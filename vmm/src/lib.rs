@@ -24,7 +24,7 @@ mod vcpus;
 mod vm;
 mod vmm;
 
-pub use gantry_devices::outlet;
+pub use gantry_devices::bounded_writer;
 
 pub use config::{
     Asked, CpuOffer, Folders, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig,

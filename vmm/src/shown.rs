@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gantry_devices::events::{PlatformEvents, Vacancy};
+use gantry_devices::events::{PlatformEvents, SlotState};
 use gantry_devices::pci::{GuestBdf, PciSegment, PortIndex};
 use gantry_resources::{Allow, DeviceName};
 
@@ -72,9 +72,9 @@ impl Slots {
             .ports
             .iter()
             .filter(|port| rows.clone().all(|row| row.port != **port) && !self.leaving.has(**port));
-        let known = empty.map(|port| (self.events.vacancy(*port), *port));
+        let known = empty.map(|port| (self.events.slot_state(*port), *port));
         let mut free: Vec<_> = known
-            .filter(|(known, _)| *known < Vacancy::Untold)
+            .filter(|(known, _)| *known < SlotState::Unread)
             .collect();
         free.sort();
         free.into_iter().map(|(_, port)| port).collect()

@@ -89,27 +89,35 @@ fn a_slot_that_was_emptied_unasked_is_known_to_be_once_the_guest_has_looked() {
     events.announce(port);
     assert_eq!(next(&events), (1, DEVICE_CHECK));
     events.empty(port, true);
-    assert_eq!(events.vacancy(port), Vacancy::Untold);
+    assert_eq!(events.slot_state(port), SlotState::Unread);
     answer(&events, 1);
-    assert_eq!(events.vacancy(port), Vacancy::Untold, "that was the first");
+    assert_eq!(
+        events.slot_state(port),
+        SlotState::Unread,
+        "that was the first"
+    );
     assert_eq!(next(&events), (1, DEVICE_CHECK));
-    assert_eq!(events.vacancy(port), Vacancy::Read);
+    assert_eq!(events.slot_state(port), SlotState::Read);
     answer(&events, 1);
-    assert_eq!(events.vacancy(port), Vacancy::Known);
+    assert_eq!(events.slot_state(port), SlotState::Acknowledged);
     // Both are read before either is answered.
     events.announce(port);
     next(&events);
     events.empty(port, true);
     next(&events);
     answer(&events, 1);
-    assert_eq!(events.vacancy(port), Vacancy::Read);
+    assert_eq!(events.slot_state(port), SlotState::Read);
     answer(&events, 1);
-    assert_eq!(events.vacancy(port), Vacancy::Known);
+    assert_eq!(events.slot_state(port), SlotState::Acknowledged);
     answer(&events, 1);
     answer(&events, 9);
     events.announce(port);
     events.empty(port, false);
-    assert_eq!(events.vacancy(port), Vacancy::Known, "the guest did it");
+    assert_eq!(
+        events.slot_state(port),
+        SlotState::Acknowledged,
+        "the guest did it"
+    );
 }
 
 #[test]
@@ -149,7 +157,7 @@ fn a_guest_may_eject_by_itself_once_it_knows_what_is_there() {
     events.fill(port);
     events.empty(port, true);
     events.reset();
-    assert_eq!(events.vacancy(port), Vacancy::Known);
+    assert_eq!(events.slot_state(port), SlotState::Acknowledged);
 }
 
 #[test]

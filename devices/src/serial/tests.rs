@@ -175,10 +175,12 @@ fn a_reset_forgets_registers_and_input_but_no_output() {
 #[test]
 fn output_that_nobody_reads_holds_no_vcpu_up() {
     let (reader, writer) = io::pipe().unwrap();
-    let outlet =
-        crate::outlet::Outlet::new(OwnedFd::from(writer).into(), crate::outlet::Kind::Guest);
+    let bounded_writer = crate::bounded_writer::BoundedWriter::new(
+        OwnedFd::from(writer).into(),
+        crate::bounded_writer::Kind::Guest,
+    );
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    let serial = Serial::new(irq, Box::new(outlet)).unwrap();
+    let serial = Serial::new(irq, Box::new(bounded_writer)).unwrap();
     let line = [[b'x'; 63].as_slice(), b"\n"].concat();
     let mut longest = Duration::ZERO;
     for _ in 0..(1 << 20) / line.len() {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::bounded::BoundedFile;
+use gantry_devices::bounded_writer::{self, BoundedWriter};
 use gantry_devices::events::{self, PlatformEvents};
-use gantry_devices::outlet::{self, Outlet};
 use gantry_devices::panic::{self, PanicRegister};
 use gantry_devices::pci::firmware::{
     self, FirmwareError, HostWindows, IO_GRANULARITY, Minimum, WindowKind,
@@ -378,7 +378,7 @@ fn serial_port(config: &VmConfig, routes: &GsiRoutes) -> Result<Option<Arc<Seria
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
         SerialMode::Tty => {
-            let stdout = Outlet::of_stream(&io::stdout(), outlet::Kind::Guest);
+            let stdout = BoundedWriter::of_stream(&io::stdout(), bounded_writer::Kind::Guest);
             Box::new(stdout.map_err(Error::host("use stdout"))?)
         }
         SerialMode::File(path) => Box::new(BoundedFile::new(

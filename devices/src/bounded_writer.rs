@@ -24,7 +24,7 @@ static BLOCKING: Mutex<()> = Mutex::new(());
 ///
 /// Once a write has waited in vain, output is dropped until there is room again. The number of dropped
 /// bytes is told then and not before: the log may well be stuck in the same pipe.
-pub struct Outlet {
+pub struct BoundedWriter {
     file: File,
     kind: Kind,
     /// A write may block, as a poll says that there is room and another writer takes it.
@@ -33,7 +33,7 @@ pub struct Outlet {
     dropped: Option<u64>,
 }
 
-/// What goes through an [`Outlet`], and with it where a gap is told.
+/// What goes through a [`BoundedWriter`], and with it where a gap is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A guest's output, which is not ours to write into: gaps are told in the log.
@@ -43,7 +43,7 @@ pub enum Kind {
     Log,
 }
 
-impl Outlet {
+impl BoundedWriter {
     /// Writes to `file`. Where it is not non-blocking itself, a terminal should have room for a
     /// whole line when it says that it has any, and nobody else should write to a pipe.
     pub fn new(file: File, kind: Kind) -> Self {
@@ -141,7 +141,7 @@ impl Outlet {
     }
 }
 
-impl Write for Outlet {
+impl Write for BoundedWriter {
     /// Takes all of `data`, be it written or dropped. The log never fails.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let now = Instant::now();
@@ -181,29 +181,32 @@ mod tests {
 
     use super::*;
 
-    /// A pipe and the outlet to it.
-    fn pipe_of(kind: Kind) -> (File, Outlet) {
+    /// A pipe and the writer to it.
+    fn pipe_of(kind: Kind) -> (File, BoundedWriter) {
         let (reader, writer) = io::pipe().unwrap();
         let file = |end: OwnedFd| File::from(end);
-        (file(reader.into()), Outlet::new(file(writer.into()), kind))
+        (
+            file(reader.into()),
+            BoundedWriter::new(file(writer.into()), kind),
+        )
     }
 
-    fn pipe() -> (File, Outlet) {
+    fn pipe() -> (File, BoundedWriter) {
         pipe_of(Kind::Guest)
     }
 
     #[test]
     fn the_log_tells_its_own_gaps() {
-        let (mut reader, mut outlet) = pipe_of(Kind::Log);
+        let (mut reader, mut writer) = pipe_of(Kind::Log);
         let line = [b'x'; 1000];
-        while outlet.dropped.is_none() {
-            outlet.write_all(&line).unwrap();
+        while writer.dropped.is_none() {
+            writer.write_all(&line).unwrap();
         }
-        let dropped = outlet.dropped.unwrap();
+        let dropped = writer.dropped.unwrap();
         reader.read_exact(&mut [0; 32 << 10]).unwrap();
-        outlet.write_all(b"again\n").unwrap();
-        assert_eq!(outlet.dropped, None);
-        drop(outlet);
+        writer.write_all(b"again\n").unwrap();
+        assert_eq!(writer.dropped, None);
+        drop(writer);
         let mut rest = Vec::new();
         reader.read_to_end(&mut rest).unwrap();
         let note = format!("[{dropped} bytes of the log could not be written here]\nagain\n");
@@ -217,17 +220,17 @@ mod tests {
     #[test]
     fn a_stream_is_reached_whatever_it_is() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut outlet = Outlet::of_stream(&writer, Kind::Guest).unwrap();
-        let flags = nix::fcntl::fcntl(&outlet.file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        let mut writer = BoundedWriter::of_stream(&writer, Kind::Guest).unwrap();
+        let flags = nix::fcntl::fcntl(&writer.file, nix::fcntl::FcntlArg::F_GETFL).unwrap();
         assert!(flags & libc::O_NONBLOCK != 0);
-        outlet.write_all(b"a").unwrap();
+        writer.write_all(b"a").unwrap();
         let mut data = [0];
         reader.read_exact(&mut data).unwrap();
 
         let mut file = tempfile();
         file.write_all(b"before ").unwrap();
-        let mut outlet = Outlet::of_stream(&file, Kind::Log).unwrap();
-        outlet.write_all(b"after").unwrap();
+        let mut writer = BoundedWriter::of_stream(&file, Kind::Log).unwrap();
+        writer.write_all(b"after").unwrap();
         let mut text = String::new();
         io::Seek::rewind(&mut file).unwrap();
         file.read_to_string(&mut text).unwrap();
@@ -237,13 +240,13 @@ mod tests {
     /// A file without a name.
     fn tempfile() -> File {
         let memory =
-            nix::sys::memfd::memfd_create("outlet", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+            nix::sys::memfd::memfd_create("output", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
         File::from(memory.unwrap())
     }
 
     #[test]
     fn what_is_read_arrives_whole() {
-        let (mut reader, mut outlet) = pipe();
+        let (mut reader, mut writer) = pipe();
         let reading = std::thread::spawn(move || {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).unwrap();
@@ -251,29 +254,29 @@ mod tests {
         });
         let line: Vec<u8> = (0..=255).cycle().take(1000).collect();
         for _ in 0..1000 {
-            assert_eq!(outlet.write(&line).unwrap(), line.len());
+            assert_eq!(writer.write(&line).unwrap(), line.len());
         }
-        drop(outlet);
+        drop(writer);
         assert_eq!(reading.join().unwrap(), line.repeat(1000));
     }
 
     #[test]
     fn a_pipe_that_nobody_reads_is_waited_for_once() {
-        let (mut reader, mut outlet) = pipe();
+        let (mut reader, mut writer) = pipe();
         let line = [b'x'; 1000];
         let start = Instant::now();
         for _ in 0..1000 {
-            outlet.write_all(&line).unwrap();
+            writer.write_all(&line).unwrap();
         }
-        assert!(outlet.dropped.is_some());
+        assert!(writer.dropped.is_some());
         // One wait in all; the rest is for a busy machine.
         assert!(start.elapsed() < 20 * PATIENCE, "{:?}", start.elapsed());
 
         // Less than there is, or the read would wait for more.
         reader.read_exact(&mut [0; 32 << 10]).unwrap();
-        outlet.write_all(b"again\n").unwrap();
-        assert_eq!(outlet.dropped, None);
-        drop(outlet);
+        writer.write_all(b"again\n").unwrap();
+        assert_eq!(writer.dropped, None);
+        drop(writer);
         let mut rest = Vec::new();
         reader.read_to_end(&mut rest).unwrap();
         assert!(rest.ends_with(b"again\n"), "{rest:?}");
@@ -281,9 +284,9 @@ mod tests {
 
     #[test]
     fn a_pipe_without_a_reader_is_an_error_for_a_guest_and_a_gap_for_the_log() {
-        let (reader, mut outlet) = pipe();
+        let (reader, mut writer) = pipe();
         drop(reader);
-        assert!(outlet.write(b"lost").is_err());
+        assert!(writer.write(b"lost").is_err());
         let (reader, mut log) = pipe_of(Kind::Log);
         drop(reader);
         for _ in 0..3 {
@@ -291,7 +294,7 @@ mod tests {
         }
         assert_eq!(log.dropped, Some(12));
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let mut log = Outlet::of_stream(&full, Kind::Log).unwrap();
+        let mut log = BoundedWriter::of_stream(&full, Kind::Log).unwrap();
         log.write_all(b"lost").unwrap();
         assert_eq!(log.dropped, Some(4));
     }
@@ -302,10 +305,10 @@ mod tests {
         let writers = [Kind::Guest, Kind::Log].map(|kind| {
             let writer = File::from(OwnedFd::from(writer.try_clone().unwrap()));
             std::thread::spawn(move || {
-                let mut outlet = Outlet::new(writer, kind);
+                let mut writer = BoundedWriter::new(writer, kind);
                 // More than a pipe holds, and of a length that fits no page.
-                (0..300).for_each(|_| outlet.write_all(&[b'x'; 1001]).unwrap());
-                outlet.dropped
+                (0..300).for_each(|_| writer.write_all(&[b'x'; 1001]).unwrap());
+                writer.dropped
             })
         });
         // Joined before anybody reads: a write that waited would wait for ever.
