@@ -9,7 +9,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::layout::RamRange;
-use crate::placement::Home;
+use crate::placement::VmPlacement;
 
 /// Transparent huge pages begin at multiples of their size.
 const HUGE_PAGE: usize = 2 << 20;
@@ -34,10 +34,10 @@ impl GuestRam {
     ///
     /// # Errors
     /// The host has no address space left, the ranges overlap, or there is no memory where the VM must be.
-    pub fn new(plan: &[RamRange], home: &Home) -> io::Result<Self> {
+    pub fn new(plan: &[RamRange], placement: &VmPlacement) -> io::Result<Self> {
         let regions = plan
             .iter()
-            .map(|range| RamRegion::new(range, home))
+            .map(|range| RamRegion::new(range, placement))
             .collect::<io::Result<Vec<_>>>()?;
         let views = regions
             .iter()
@@ -67,13 +67,13 @@ impl GuestRam {
 }
 
 impl RamRegion {
-    fn new(range: &RamRange, home: &Home) -> io::Result<Self> {
+    fn new(range: &RamRange, placement: &VmPlacement) -> io::Result<Self> {
         let len = usize::try_from(range.len).map_err(io::Error::other)?;
         let mapping = HostMapping::anonymous(len, HUGE_PAGE)?;
-        let nodes: Vec<u32> = home.nodes.iter().collect();
+        let nodes: Vec<u32> = placement.nodes.iter().collect();
         if !nodes.is_empty() {
-            match mapping.place(&nodes, home.strict) {
-                Err(error) if home.strict => return Err(error),
+            match mapping.place(&nodes, placement.strict) {
+                Err(error) if placement.strict => return Err(error),
                 // Where it was only wished for, the guest runs without.
                 Err(error) => tracing::warn!("guest RAM is not kept near the devices: {error}"),
                 Ok(()) => {}
@@ -124,12 +124,12 @@ mod tests {
             start: 0,
             len: 2 << 20,
         }];
-        let home = |strict| Home {
+        let placement = |strict| VmPlacement {
             nodes: [1000].into_iter().collect(),
             strict,
-            ..Home::default()
+            ..VmPlacement::default()
         };
-        assert!(GuestRam::new(&plan, &home(true)).is_err());
-        assert!(GuestRam::new(&plan, &home(false)).is_ok());
+        assert!(GuestRam::new(&plan, &placement(true)).is_err());
+        assert!(GuestRam::new(&plan, &placement(false)).is_ok());
     }
 }

@@ -95,7 +95,7 @@ pub enum PlacementError {
 
 /// What of the host this process may use.
 #[derive(Debug, Default)]
-struct Site {
+struct HostTopology {
     nodes: Vec<HostNode>,
     /// Processors.
     cpus: Numbers,
@@ -103,7 +103,7 @@ struct Site {
     memory: Numbers,
 }
 
-impl Site {
+impl HostTopology {
     /// Where the kernel does not say what the process may use, as one without cpusets, that is all.
     fn read(host: &HostPaths) -> Self {
         let status = fs::read_to_string(host.proc.join("thread-self/status"));
@@ -147,7 +147,7 @@ impl Site {
 
 /// Where a VM is on the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Home {
+pub struct VmPlacement {
     /// The NUMA nodes that its RAM comes from; the kernel's choice if there is none.
     pub nodes: Numbers,
     /// From no others, even if they have no memory left.
@@ -156,7 +156,7 @@ pub struct Home {
     pub cpus: Numbers,
 }
 
-impl Home {
+impl VmPlacement {
     /// Finds it for a VM whose devices are on some `nodes` of the host.
     ///
     /// # Errors
@@ -170,38 +170,46 @@ impl Home {
         if silent && config.affinity.is_empty() {
             return Ok(Self::default());
         }
-        Self::settle(config, nodes, &Site::read(host))
+        Self::resolve(config, nodes, &HostTopology::read(host))
     }
 
-    fn settle(config: &VmConfig, devices: &Numbers, site: &Site) -> Result<Self, PlacementError> {
-        check_affinity(config, site)?;
+    fn resolve(
+        config: &VmConfig,
+        devices: &Numbers,
+        topology: &HostTopology,
+    ) -> Result<Self, PlacementError> {
+        check_affinity(config, topology)?;
         match &config.nodes {
             Nodes::Any => Ok(Self::default()),
-            Nodes::These(nodes) => Self::bound(config, nodes, site),
-            Nodes::OfDevices => Ok(Self::near(config, devices, site)),
+            Nodes::These(nodes) => Self::bound(config, nodes, topology),
+            Nodes::OfDevices => Ok(Self::near(config, devices, topology)),
         }
     }
 
-    fn bound(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<Self, PlacementError> {
-        let have = site.numbers();
+    fn bound(
+        config: &VmConfig,
+        nodes: &Numbers,
+        topology: &HostTopology,
+    ) -> Result<Self, PlacementError> {
+        let have = topology.numbers();
         if have.is_empty() {
             return Err(PlacementError::NoNodes);
         }
         if let Some(node) = nodes.iter().find(|node| !have.contains(*node)) {
             return Err(PlacementError::NoSuchNode { node, have });
         }
-        let allowed = site.memory.clone();
+        let allowed = topology.memory.clone();
         if let Some(node) = nodes.iter().find(|node| !allowed.contains(*node)) {
             return Err(PlacementError::MemoryForbidden { node, allowed });
         }
-        check_memory(config, nodes, site)?;
-        let all = site.cpus_of(nodes);
-        let cpus = &all & &site.cpus;
+        check_memory(config, nodes, topology)?;
+        let all = topology.cpus_of(nodes);
+        let cpus = &all & &topology.cpus;
         // A node may be memory only.
         if cpus.is_empty() && !all.is_empty() {
             return Err(PlacementError::CpusForbidden {
                 nodes: nodes.clone(),
-                allowed: site.cpus.clone(),
+                allowed: topology.cpus.clone(),
             });
         }
         Ok(Self {
@@ -212,12 +220,12 @@ impl Home {
     }
 
     /// On one node there is nothing to choose, and fewer processors than vCPUs would slow the guest down.
-    fn near(config: &VmConfig, devices: &Numbers, site: &Site) -> Self {
-        let nodes = devices & &site.memory;
-        if nodes.is_empty() || nodes == site.numbers() {
+    fn near(config: &VmConfig, devices: &Numbers, topology: &HostTopology) -> Self {
+        let nodes = devices & &topology.memory;
+        if nodes.is_empty() || nodes == topology.numbers() {
             return Self::default();
         }
-        let cpus = &site.cpus_of(&nodes) & &site.cpus;
+        let cpus = &topology.cpus_of(&nodes) & &topology.cpus;
         let enough = cpus.len() >= usize::from(config.vcpus.get());
         Self {
             nodes,
@@ -226,8 +234,8 @@ impl Home {
         }
     }
 
-    /// What devices are chosen for that come later.
-    pub fn placement(&self) -> Placement {
+    /// Where devices are chosen that come later.
+    pub fn for_devices(&self) -> Placement {
         let nodes: BTreeSet<u32> = self.nodes.iter().collect();
         match self.strict {
             _ if nodes.is_empty() => Placement::Anywhere,
@@ -253,10 +261,14 @@ impl Home {
     }
 }
 
-fn check_memory(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<(), PlacementError> {
+fn check_memory(
+    config: &VmConfig,
+    nodes: &Numbers,
+    topology: &HostTopology,
+) -> Result<(), PlacementError> {
     let bytes = config.memory.bytes();
     let (asked, nodes_of) = (bytes >> 20, || nodes.clone());
-    let total: Option<u64> = site.of(nodes).map(|node| node.memory).sum();
+    let total: Option<u64> = topology.of(nodes).map(|node| node.memory).sum();
     if let Some(total) = total.filter(|total| *total < bytes) {
         return Err(PlacementError::TooLittleMemory {
             asked,
@@ -265,7 +277,7 @@ fn check_memory(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<(), P
         });
     }
     // What is pinned beyond that, the kernel would make room for by ending processes.
-    let free: Option<u64> = site.of(nodes).map(|node| node.available).sum();
+    let free: Option<u64> = topology.of(nodes).map(|node| node.available).sum();
     match free.filter(|free| config.is_pinned() && *free < bytes) {
         Some(free) => Err(PlacementError::TooLittleFree {
             asked,
@@ -276,13 +288,13 @@ fn check_memory(config: &VmConfig, nodes: &Numbers, site: &Site) -> Result<(), P
     }
 }
 
-fn check_affinity(config: &VmConfig, site: &Site) -> Result<(), PlacementError> {
+fn check_affinity(config: &VmConfig, topology: &HostTopology) -> Result<(), PlacementError> {
     for (vcpu, cpus) in &config.affinity {
-        if let Some(cpu) = cpus.iter().find(|cpu| !site.cpus.contains(*cpu)) {
+        if let Some(cpu) = cpus.iter().find(|cpu| !topology.cpus.contains(*cpu)) {
             return Err(PlacementError::NoSuchCpu {
                 vcpu: *vcpu,
                 cpu,
-                allowed: site.cpus.clone(),
+                allowed: topology.cpus.clone(),
             });
         }
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use gantry_resources::{HostPaths, Numbers};
 
 use crate::config::{VcpuCount, VmConfig};
-use crate::placement::{Home, PlacementError};
+use crate::placement::{PlacementError, VmPlacement};
 
 /// What the host lacks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -77,7 +77,7 @@ const MIB: u64 = 1 << 20;
 /// # Errors
 /// What the host lacks first.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
-    Home::find(config, &Numbers::default(), host)?;
+    VmPlacement::find(config, &Numbers::default(), host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::memlock_limit(host);
     judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
@@ -88,7 +88,7 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
 /// # Errors
 /// What the host lacks first.
 pub fn check_host(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
-    Home::find(config, &Numbers::default(), host)?;
+    VmPlacement::find(config, &Numbers::default(), host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     judge(config.memory.bytes(), false, &memory, None)
 }

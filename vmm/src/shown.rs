@@ -8,7 +8,7 @@ use gantry_resources::{Allow, DeviceName};
 
 use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;
-use crate::placement::Home;
+use crate::placement::VmPlacement;
 use crate::vm::Leaving;
 
 /// The place where it is shown. Its owner shows a change before it tells anyone of it.
@@ -21,7 +21,7 @@ pub struct View {
     /// What it was made from.
     pub config: Arc<VmConfig>,
     /// Where it is on the host; anywhere if it does not run.
-    pub home: Home,
+    pub placement: VmPlacement,
     /// What it is doing.
     pub state: VmState,
     /// Why it has ended, if it has.
@@ -102,7 +102,7 @@ impl View {
     pub fn idle(config: &Arc<VmConfig>, state: VmState) -> Self {
         Self {
             config: Arc::clone(config),
-            home: Home::default(),
+            placement: VmPlacement::default(),
             state,
             ended: None,
             rows: Vec::new(),
@@ -115,8 +115,8 @@ impl View {
         let device = |row| slots.map(|slots| slots.info(row, self.rows.iter()));
         VmInfo {
             config: Arc::clone(&self.config),
-            nodes: self.home.nodes.clone(),
-            cpus: self.home.cpus.clone(),
+            nodes: self.placement.nodes.clone(),
+            cpus: self.placement.cpus.clone(),
             state: self.state,
             ended: self.ended.clone(),
             devices: self.rows.iter().filter_map(device).collect(),

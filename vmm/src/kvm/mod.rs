@@ -72,12 +72,12 @@ impl KvmError {
 pub struct IrqchipState(Vec<kvm_irqchip>);
 
 /// One KVM virtual machine with its whole interrupt controller in the kernel.
-pub struct Machine {
+pub struct KvmVm {
     kvm: Kvm,
     vm: Arc<VmFd>,
 }
 
-impl Machine {
+impl KvmVm {
     /// Makes a virtual machine without memory or vCPUs.
     ///
     /// # Errors

@@ -8,22 +8,22 @@ fn numbers(list: &str) -> Numbers {
 }
 
 /// Two nodes with processors, and one that is memory only.
-fn site(cpus: &str, memory: &str) -> Site {
+fn topology(cpus: &str, memory: &str) -> HostTopology {
     let node = |number, cpus| HostNode {
         number,
         cpus: numbers(cpus),
         memory: Some(1 << 30),
         available: Some(512 << 20),
     };
-    Site {
+    HostTopology {
         nodes: vec![node(0, "0-3"), node(1, "4-7"), node(2, "")],
         cpus: numbers(cpus),
         memory: numbers(memory),
     }
 }
 
-fn whole() -> Site {
-    site("0-7", "0-2")
+fn whole() -> HostTopology {
+    topology("0-7", "0-2")
 }
 
 fn on(nodes: Nodes) -> VmConfig {
@@ -37,17 +37,17 @@ fn these(nodes: &str) -> VmConfig {
     on(Nodes::These(numbers(nodes)))
 }
 
-fn settle(config: &VmConfig, devices: &str, site: &Site) -> Home {
-    Home::settle(config, &numbers(devices), site).unwrap()
+fn resolve(config: &VmConfig, devices: &str, topology: &HostTopology) -> VmPlacement {
+    VmPlacement::resolve(config, &numbers(devices), topology).unwrap()
 }
 
-fn refused(config: &VmConfig, site: &Site) -> String {
-    let refused = Home::settle(config, &Numbers::default(), site);
+fn refused(config: &VmConfig, topology: &HostTopology) -> String {
+    let refused = VmPlacement::resolve(config, &Numbers::default(), topology);
     refused.unwrap_err().to_string()
 }
 
-fn home(nodes: &str, strict: bool, cpus: &str) -> Home {
-    Home {
+fn placed(nodes: &str, strict: bool, cpus: &str) -> VmPlacement {
+    VmPlacement {
         nodes: numbers(nodes),
         strict,
         cpus: numbers(cpus),
@@ -57,28 +57,34 @@ fn home(nodes: &str, strict: bool, cpus: &str) -> Home {
 #[test]
 fn a_vm_is_where_its_devices_are() {
     let vm = on(Nodes::OfDevices);
-    assert_eq!(settle(&vm, "1", &whole()), home("1", false, "4-7"));
-    assert_eq!(settle(&vm, "0-1", &whole()), home("0-1", false, "0-7"));
-    assert_eq!(settle(&vm, "", &whole()), Home::default());
-    assert_eq!(settle(&vm, "0-2", &whole()), Home::default());
-    assert_eq!(settle(&on(Nodes::Any), "1", &whole()), Home::default());
+    assert_eq!(resolve(&vm, "1", &whole()), placed("1", false, "4-7"));
+    assert_eq!(resolve(&vm, "0-1", &whole()), placed("0-1", false, "0-7"));
+    assert_eq!(resolve(&vm, "", &whole()), VmPlacement::default());
+    assert_eq!(resolve(&vm, "0-2", &whole()), VmPlacement::default());
+    assert_eq!(
+        resolve(&on(Nodes::Any), "1", &whole()),
+        VmPlacement::default()
+    );
 }
 
 #[test]
 fn near_devices_there_must_be_room() {
     let vm = on(Nodes::OfDevices);
-    let few = site("0-4", "0-2");
-    assert_eq!(settle(&vm, "1", &few), home("1", false, ""));
-    let elsewhere = site("0-7", "0");
-    assert_eq!(settle(&vm, "1", &elsewhere), Home::default());
+    let few = topology("0-4", "0-2");
+    assert_eq!(resolve(&vm, "1", &few), placed("1", false, ""));
+    let elsewhere = topology("0-7", "0");
+    assert_eq!(resolve(&vm, "1", &elsewhere), VmPlacement::default());
 }
 
 #[test]
 fn a_vm_is_bound_to_the_nodes_of_its_file() {
-    assert_eq!(settle(&these("0"), "1", &whole()), home("0", true, "0-3"));
-    let few = site("3-4", "0-2");
-    assert_eq!(settle(&these("0"), "", &few), home("0", true, "3"));
-    assert_eq!(settle(&these("2"), "", &whole()), home("2", true, ""));
+    assert_eq!(
+        resolve(&these("0"), "1", &whole()),
+        placed("0", true, "0-3")
+    );
+    let few = topology("3-4", "0-2");
+    assert_eq!(resolve(&these("0"), "", &few), placed("0", true, "3"));
+    assert_eq!(resolve(&these("2"), "", &whole()), placed("2", true, ""));
 }
 
 #[test]
@@ -88,9 +94,9 @@ fn nodes_that_are_not_to_be_had_are_refused() {
         text.contains("no NUMA node 7") && text.contains("0-2"),
         "{text}"
     );
-    let text = refused(&these("0-1"), &site("0-7", "0"));
+    let text = refused(&these("0-1"), &topology("0-7", "0"));
     assert!(text.contains("memory of NUMA node 1"), "{text}");
-    let text = refused(&these("0"), &site("4-7", "0-2"));
+    let text = refused(&these("0"), &topology("4-7", "0-2"));
     assert!(text.contains("no CPU of NUMA node 0"), "{text}");
     let large = VmConfig {
         memory: MemorySize::new(2 << 30).unwrap(),
@@ -105,7 +111,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
         nodes: Nodes::These(numbers("0-1")),
         ..large
     };
-    assert!(Home::settle(&wide, &Numbers::default(), &whole()).is_ok());
+    assert!(VmPlacement::resolve(&wide, &Numbers::default(), &whole()).is_ok());
     let pinned = VmConfig {
         devices: vec![gantry_resources::Request::group("gpu", 1).into()],
         ..wide
@@ -115,7 +121,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
         text.contains("only 1024 MiB of NUMA node 0-1 are free"),
         "{text}"
     );
-    let text = refused(&these("0"), &Site::default());
+    let text = refused(&these("0"), &HostTopology::default());
     assert!(text.contains("no NUMA nodes"), "{text}");
 }
 
@@ -125,27 +131,33 @@ fn a_vcpu_with_processors_of_its_own_is_there() {
         affinity: [(1, numbers("2,5"))].into(),
         ..these("0")
     };
-    let affinities = settle(&vm, "", &whole()).affinities(&vm);
+    let affinities = resolve(&vm, "", &whole()).affinities(&vm);
     let at: Vec<String> = affinities
         .iter()
         .map(|affinity| affinity.cpus.to_string())
         .collect();
     assert_eq!(at, ["0-3", "2,5"]);
-    let text = refused(&vm, &site("0-4", "0-2"));
+    let text = refused(&vm, &topology("0-4", "0-2"));
     assert!(text.contains("vCPU 1") && text.contains("CPU 5"), "{text}");
 }
 
 #[test]
 fn later_devices_are_chosen_near() {
     let nodes = || BTreeSet::from([1]);
-    assert_eq!(home("1", true, "").placement(), Placement::Bound(nodes()));
-    assert_eq!(home("1", false, "").placement(), Placement::Near(nodes()));
-    assert_eq!(Home::default().placement(), Placement::Anywhere);
+    assert_eq!(
+        placed("1", true, "").for_devices(),
+        Placement::Bound(nodes())
+    );
+    assert_eq!(
+        placed("1", false, "").for_devices(),
+        Placement::Near(nodes())
+    );
+    assert_eq!(VmPlacement::default().for_devices(), Placement::Anywhere);
 }
 
 #[test]
 fn a_thread_stays_on_its_processors() {
-    let here = Site::read(&HostPaths::default());
+    let here = HostTopology::read(&HostPaths::default());
     let cpu = here.cpus.first().unwrap();
     let on = |cpus: &[u32], ordered| CpuAffinity {
         cpus: Arc::new(cpus.iter().copied().collect()),
@@ -154,7 +166,7 @@ fn a_thread_stays_on_its_processors() {
     let affinity = on(&[cpu, 5000], true);
     let thread = std::thread::spawn(move || {
         affinity.apply().unwrap();
-        Site::read(&HostPaths::default()).cpus
+        HostTopology::read(&HostPaths::default()).cpus
     });
     assert_eq!(thread.join().unwrap(), [cpu].into_iter().collect());
     assert!(on(&[5000], true).apply().is_err());

@@ -13,11 +13,11 @@ use gantry_resources::{
 
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
-use super::board::Board;
 use super::domain::{Domain, RamRanges};
 use super::exits::ExitDispatcher;
 use super::host_devices::{self, AttachedDevice, Claimed, arrange, forbidden};
 use super::hotplug::{Devices, called_twice};
+use super::machine::Machine;
 use super::payload::OpenPayload;
 use super::populate::Populating;
 use crate::boot::Entry;
@@ -26,9 +26,9 @@ use crate::config::{Nodes, VcpuCount, VmConfig};
 use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
-use crate::kvm::{KvmError, Machine, Vcpu, VfioObserver};
+use crate::kvm::{KvmError, KvmVm, Vcpu, VfioObserver};
 use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
-use crate::placement::Home;
+use crate::placement::VmPlacement;
 use crate::preflight::{self, PreflightError};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
@@ -59,9 +59,9 @@ impl Vm {
         } = ground;
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(config)?;
-        let machine = Machine::new()?;
-        preflight::check_vcpus(config.vcpus, machine.kvm().get_max_vcpus())?;
-        let features = offered(config, &machine)?;
+        let kvm = KvmVm::new()?;
+        preflight::check_vcpus(config.vcpus, kvm.kvm().get_max_vcpus())?;
+        let features = offered(config, &kvm)?;
 
         let holder = Holder {
             vm: config.name.clone(),
@@ -69,39 +69,39 @@ impl Vm {
         };
         let hot = match config.hotplug.slots {
             0 => None,
-            _ => Some(Hot::new(host, &holder, &machine)?),
+            _ => Some(HotplugSetup::new(host, &holder, &kvm)?),
         };
-        let claimed = claim(config, ground, &holder, hot.as_ref(), &machine)?;
+        let claimed = claim(config, ground, &holder, hot.as_ref(), &kvm)?;
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
-        let home = settle(config, &claimed, &later, host)?;
+        let placement = place_vm(config, &claimed, &later, host)?;
         let ports = arrange(&claimed.parts()).len();
         let domain = claimed.domain().cloned();
         let layout = plan(config, &features, &claimed, ports, &later)?;
-        let mut board = Board::new(&machine, &layout, config, ports, &home)?;
-        let (devices, entry) = side_by_side(claimed, &board, ground, || {
-            payload.load(&board, &layout, config.vcpus)
+        let mut machine = Machine::new(&kvm, &layout, config, ports, &placement)?;
+        let (devices, entry) = side_by_side(claimed, &machine, ground, || {
+            payload.load(&machine, &layout, config.vcpus)
         })?;
 
-        let mut devices = Devices::plug_in(devices, &config.devices, &board, ground)?;
-        board.assign_pci(&layout)?;
+        let mut devices = Devices::plug_in(devices, &config.devices, &machine, ground)?;
+        machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
-            hot.confine(&home, limit(config, ports))?;
-            devices.open_slots(hot.worker(domain.as_ref(), config, &board, &layout, ground)?);
+            hot.confine(&placement, limit(config, ports))?;
+            devices.open_slots(hot.worker(domain.as_ref(), config, &machine, &layout, ground)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
         let populating =
-            declared.then(|| Populating::begin(&board.ram.ranges(), 1, &Arc::default(), sandbox));
+            declared.then(|| Populating::begin(&machine.ram.ranges(), 1, &Arc::default(), sandbox));
         drop(domain);
-        let irqchip = machine.save_irqchip()?;
-        let (vcpus, snapshots) = make_vcpus(&machine, config.vcpus, &features, &entry, &board)?;
+        let irqchip = kvm.save_irqchip()?;
+        let (vcpus, snapshots) = make_vcpus(&kvm, config.vcpus, &features, &entry, &machine)?;
         let barrier = VcpuBarrier::new();
         let dispatcher = ExitDispatcher::new(
-            Arc::clone(&board.space),
+            Arc::clone(&machine.space),
             Arc::clone(&barrier),
             Arc::clone(mailbox),
         );
-        let affinities = home.affinities(config);
+        let affinities = placement.affinities(config);
         let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(dispatcher))
             .map_err(Error::host("spawn a vCPU thread"))?;
         Ok(Self {
@@ -109,38 +109,38 @@ impl Vm {
             devices,
             _populating: populating.transpose()?,
             interrupts: File::open(host.proc.join("interrupts")).ok(),
-            board,
+            machine,
             snapshots,
             irqchip,
             layout,
             payload,
             barrier,
             config: Arc::clone(config),
-            home,
+            placement,
             state: VmState::Running,
             ground: ground.clone(),
-            machine,
+            kvm,
         })
     }
 }
 
 /// What it takes to attach devices later.
-struct Hot {
+struct HotplugSetup {
     opener: Opener,
     observer: Arc<VfioObserver>,
 }
 
-impl Hot {
-    fn new(host: &HostPaths, holder: &Holder, machine: &Machine) -> Result<Self, Error> {
+impl HotplugSetup {
+    fn new(host: &HostPaths, holder: &Holder, kvm: &KvmVm) -> Result<Self, Error> {
         Ok(Self {
             opener: Opener::start(host, holder)?,
-            observer: Arc::new(VfioObserver::new(machine.vm())?),
+            observer: Arc::new(VfioObserver::new(kvm.vm())?),
         })
     }
 
     /// From now on devices are chosen for where the VM is, and within the limit.
-    fn confine(&self, home: &Home, limit: Limit) -> Result<(), Error> {
-        self.opener.place(home.placement())?;
+    fn confine(&self, placement: &VmPlacement, limit: Limit) -> Result<(), Error> {
+        self.opener.place(placement.for_devices())?;
         Ok(self.opener.limit(limit)?)
     }
 
@@ -149,16 +149,16 @@ impl Hot {
         self,
         domain: Option<&Arc<Domain>>,
         config: &VmConfig,
-        board: &Board,
+        machine: &Machine,
         layout: &Layout,
         ground: &Ground,
     ) -> Result<Worker, Error> {
         Worker::start(Workshop {
             opener: self.opener,
             observer: self.observer,
-            router: Arc::new(board.routes.clone()),
+            router: Arc::new(machine.routes.clone()),
             domain: domain.map_or_else(Weak::new, Arc::downgrade),
-            ram: board.ram.ranges(),
+            ram: machine.ram.ranges(),
             room: room(layout),
             memlock: gantry_resources::memlock_limit(&ground.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
@@ -176,8 +176,8 @@ fn populate_threads(processors: usize) -> usize {
 }
 
 /// What the host's KVM gives the guest's processors, of what the VM's file asks for.
-fn offered(config: &VmConfig, machine: &Machine) -> Result<Features, Error> {
-    let features = Features::of(machine.kvm(), config.cpu);
+fn offered(config: &VmConfig, kvm: &KvmVm) -> Result<Features, Error> {
+    let features = Features::of(kvm.kvm(), config.cpu);
     let features = features.map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
     match config.cpu.nested && !features.has_nested() {
         true => Err(Error::NoNested),
@@ -198,16 +198,16 @@ fn limit(config: &VmConfig, ports: usize) -> Limit {
 /// Side by side: RAM is pinned, devices are opened, and the kernel is loaded by `load`.
 fn side_by_side(
     claimed: Claimed,
-    board: &Board,
+    machine: &Machine,
     ground: &Ground,
     load: impl FnOnce() -> Result<Entry, Error>,
 ) -> Result<(Vec<AttachedDevice>, Entry), Error> {
     let (sandbox, signals) = (&ground.sandbox, &ground.signals);
     let mapping = match claimed.domain() {
-        Some(domain) => Some(map_ram(domain, &board.ram.ranges(), sandbox, signals)?),
+        Some(domain) => Some(map_ram(domain, &machine.ram.ranges(), sandbox, signals)?),
         None => None,
     };
-    let router: Arc<dyn MsiRouter> = Arc::new(board.routes.clone());
+    let router: Arc<dyn MsiRouter> = Arc::new(machine.routes.clone());
     let opening = claimed.open(&router, &ground.mailbox, sandbox)?;
     let entry = load()?;
     let devices = host_devices::opened(opening, || signals.check().is_ok());
@@ -218,19 +218,19 @@ fn side_by_side(
 }
 
 /// Where the VM is, now that its devices are known; where those are that may come, if it has none yet.
-fn settle(
+fn place_vm(
     config: &VmConfig,
     claimed: &Claimed,
     later: &ToCome,
     host: &HostPaths,
-) -> Result<Home, PreflightError> {
+) -> Result<VmPlacement, PreflightError> {
     let names = claimed.names();
     let own = names.iter().filter_map(|name| node_of(host, *name));
     let nodes = match names.is_empty() {
         true => later.nodes.clone(),
         false => own.collect(),
     };
-    Ok(Home::find(config, &nodes, host)?)
+    Ok(VmPlacement::find(config, &nodes, host)?)
 }
 
 /// Where devices are chosen for a VM that has none yet.
@@ -247,14 +247,14 @@ fn claim(
     config: &VmConfig,
     ground: &Ground,
     holder: &Holder,
-    hot: Option<&Hot>,
-    machine: &Machine,
+    hot: Option<&HotplugSetup>,
+    kvm: &KvmVm,
 ) -> Result<Claimed, Error> {
     let Ground { host, signals, .. } = ground;
     let placement = asked_placement(&config.nodes);
     let claimed = match hot {
         _ if config.devices.is_empty() => Claimed::none(),
-        Some(Hot { opener, observer }) => {
+        Some(HotplugSetup { opener, observer }) => {
             let unwanted = || signals.check().is_err();
             opener.place(placement)?;
             let opened = opener.open(&config.requests(), &[], true, &unwanted);
@@ -263,7 +263,7 @@ fn claim(
         }
         None => {
             let leases = allocate_near(host, &config.requests(), &placement, holder)?;
-            Claimed::new(leases, host, machine)?
+            Claimed::new(leases, host, kvm)?
         }
     };
     let twice = called_twice(&config.devices, &claimed.requests(), &claimed.names());
@@ -333,23 +333,23 @@ fn room(layout: &Layout) -> Room {
 }
 
 fn make_vcpus(
-    machine: &Machine,
+    kvm: &KvmVm,
     count: VcpuCount,
     features: &Features,
     entry: &Entry,
-    board: &Board,
+    machine: &Machine,
 ) -> Result<(Vec<Vcpu>, Vec<Snapshot>), Error> {
     let (mut vcpus, mut snapshots) = (Vec::new(), Vec::new());
-    let posted = machine.post_config_address()?;
+    let posted = kvm.post_config_address()?;
     for id in 0..count.get() {
-        let vcpu = machine
+        let vcpu = kvm
             .vm()
             .create_vcpu(id.into())
             .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
         cpu::setup(&vcpu, id.into(), count.get().into(), features)?;
         snapshots.push(Snapshot::take(&vcpu, id.into(), features)?);
         if id == 0 {
-            cpu::boot_state(&vcpu, entry, board.ram.memory())?;
+            cpu::boot_state(&vcpu, entry, machine.ram.memory())?;
         }
         let vcpu = Vcpu::new(vcpu, posted.clone());
         vcpus.push(vcpu.map_err(Error::host("map the ring of posted writes"))?);

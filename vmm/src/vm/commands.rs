@@ -44,17 +44,17 @@ impl Vm {
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),
             Command::PowerButton => {
-                self.board.events.press_power_button();
+                self.machine.events.press_power_button();
                 self.devices.remind();
                 Ok(Answer::Done)
             }
             Command::Nmi => self.nmi(),
             Command::Counters => Ok(Answer::Counters(self.counters())),
             Command::Attach(attach) => {
-                self.devices.attach(attach, reply, &self.board);
+                self.devices.attach(attach, reply, &self.machine);
                 return Ok(None);
             }
-            Command::Detach(detach) => self.devices.detach(&detach, &self.board),
+            Command::Detach(detach) => self.devices.detach(&detach, &self.machine),
         };
         reply(answer);
         Ok(None)

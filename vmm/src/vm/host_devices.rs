@@ -21,7 +21,7 @@ use super::domain::Domain;
 use crate::command::VmEvent;
 use crate::control::{Event, Mailbox};
 use crate::error::Error;
-use crate::kvm::{Machine, VfioObserver};
+use crate::kvm::{KvmVm, VfioObserver};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 use crate::vmm::Ground;
@@ -289,12 +289,12 @@ impl Claimed {
     ///
     /// # Errors
     /// A node is missing or not permitted, a group stays busy or is not whole, or the kernel refused.
-    pub fn new(leases: Vec<Lease>, host: &HostPaths, machine: &Machine) -> Result<Self, Error> {
+    pub fn new(leases: Vec<Lease>, host: &HostPaths, kvm: &KvmVm) -> Result<Self, Error> {
         if leases.is_empty() {
             return Ok(Self::none());
         }
         let nodes = host.dev.join("vfio");
-        let observer = Arc::new(VfioObserver::new(machine.vm())?);
+        let observer = Arc::new(VfioObserver::new(kvm.vm())?);
         let mut reserved = Vec::new();
         let mut numbers = Vec::new();
         for lease in &leases {

@@ -2,7 +2,6 @@
 
 mod alarms;
 mod attach;
-mod board;
 mod build;
 mod closing;
 mod commands;
@@ -11,6 +10,7 @@ mod domain;
 mod exits;
 mod host_devices;
 mod hotplug;
+mod machine;
 mod payload;
 mod populate;
 mod trial;
@@ -25,18 +25,18 @@ use crate::console::{Keyboard, SerialOutput};
 use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
-use crate::kvm::{IrqchipState, Machine};
+use crate::kvm::{IrqchipState, KvmVm};
 use crate::layout::Layout;
 use crate::memory;
-use crate::placement::Home;
+use crate::placement::VmPlacement;
 use crate::shown::View;
 use crate::threads::Role;
 use crate::vcpus::{VcpuBarrier, VcpuFault, Vcpus};
 use crate::vmm::{Ground, Outcome};
-use board::Board;
 use gantry_devices::panic::Panic;
 use gantry_devices::{info_limited, warn_limited};
 use hotplug::Devices;
+use machine::Machine;
 use payload::OpenPayload;
 use populate::Populating;
 
@@ -60,7 +60,7 @@ pub struct Vm {
     vcpus: Vcpus,
     devices: Devices,
     _populating: Option<Populating>,
-    board: Board,
+    machine: Machine,
     snapshots: Vec<Snapshot>,
     irqchip: IrqchipState,
     layout: Layout,
@@ -69,10 +69,10 @@ pub struct Vm {
     interrupts: Option<File>,
     barrier: Arc<VcpuBarrier>,
     config: Arc<VmConfig>,
-    home: Home,
+    placement: VmPlacement,
     state: VmState,
     ground: Ground,
-    machine: Machine,
+    kvm: KvmVm,
 }
 
 impl Vm {
@@ -94,11 +94,11 @@ impl Vm {
         memory::let_go_of_program();
         self.ground.shown.show(Some(View {
             config: Arc::clone(&self.config),
-            home: self.home.clone(),
+            placement: self.placement.clone(),
             state: self.state,
             ended: None,
             rows: self.devices.rows(),
-            slots: Some(self.board.slots()),
+            slots: Some(self.machine.slots()),
         }));
         self.tell(VmEvent::State(self.state));
         if let Some(started) = started.take() {
@@ -107,12 +107,12 @@ impl Vm {
         loop {
             let event = control.next(self.devices.deadline());
             match event.map_err(Error::host("wait for events"))? {
-                None => self.devices.tick(Instant::now(), &self.board),
-                Some(Event::Eject(port)) => self.devices.ejected(port, &self.board),
+                None => self.devices.tick(Instant::now(), &self.machine),
+                Some(Event::Eject(port)) => self.devices.ejected(port, &self.machine),
                 Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
                 Some(Event::Panic(panic)) => self.panicked(panic),
-                Some(Event::Alarm(key, alarm)) => self.devices.alarmed(key, alarm, &self.board),
-                Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.board),
+                Some(Event::Alarm(key, alarm)) => self.devices.alarmed(key, alarm, &self.machine),
+                Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.machine),
                 Some(Event::Reset) => self.reboot()?,
                 Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),
                 Some(Event::Quit) => return Ok(End::Over(Outcome::Stopped)),
@@ -148,7 +148,7 @@ impl Vm {
     }
 
     fn open_console(&self, control: &mut ControlLoop) -> Result<(), Error> {
-        let Some(serial) = &self.board.serial else {
+        let Some(serial) = &self.machine.serial else {
             return Ok(());
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
@@ -170,23 +170,23 @@ impl Vm {
         self.vcpus.pause()?;
         let emptied = self.ground.mailbox.forget_guest();
         self.barrier.rearm();
-        self.devices.reset(&emptied, &self.board);
-        for port in self.board.reset_devices(&self.ground.sandbox)? {
-            self.devices.lose(port, &self.board);
+        self.devices.reset(&emptied, &self.machine);
+        for port in self.machine.reset_devices(&self.ground.sandbox)? {
+            self.devices.lose(port, &self.machine);
         }
         self.devices.wait_for_leaving();
-        self.board.reset(&self.layout)?;
+        self.machine.reset(&self.layout)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();
         self.vcpus.visit(|_, vcpu| match snapshots.next() {
             Some(snapshot) => snapshot.restore(vcpu),
             None => Ok(()),
         })?;
-        self.machine.restore_irqchip(&self.irqchip)?;
+        self.kvm.restore_irqchip(&self.irqchip)?;
         let entry = self
             .payload
-            .load(&self.board, &self.layout, self.config.vcpus)?;
-        let memory = self.board.ram.memory();
+            .load(&self.machine, &self.layout, self.config.vcpus)?;
+        let memory = self.machine.ram.memory();
         let mut first = true;
         self.vcpus.visit(|_, vcpu| {
             if std::mem::take(&mut first) {

@@ -8,7 +8,7 @@ use gantry_resources::{open_below, open_regular};
 use nix::fcntl::OFlag;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::board::Board;
+use super::machine::Machine;
 use crate::boot::{self, BootError, Entry, Image, acpi};
 use crate::config::{VcpuCount, VmConfig};
 use crate::error::Error;
@@ -74,20 +74,20 @@ impl OpenPayload {
     /// The kernel is none, or something does not fit.
     pub fn load(
         &mut self,
-        board: &Board,
+        machine: &Machine,
         layout: &Layout,
         vcpus: VcpuCount,
     ) -> Result<Entry, Error> {
-        let memory = board.ram.memory();
-        let (cpus, serial) = (vcpus.get(), board.serial.is_some());
+        let memory = machine.ram.memory();
+        let (cpus, serial) = (vcpus.get(), machine.serial.is_some());
         let rsdp = acpi::build(
             memory,
             &acpi::AcpiInputs {
                 layout,
                 cpus,
                 serial,
-                pvpanic: board.has_pvpanic(),
-                slots: &board.slots,
+                pvpanic: machine.has_pvpanic(),
+                slots: &machine.slots,
             },
         )?;
         Ok(self.boot(memory, layout, rsdp)?)

@@ -11,17 +11,17 @@ use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
 use crate::config::{Asked, nth_name};
 use crate::error::Error;
 use crate::vm::attach::{Job, Prepared, tell_steps};
-use crate::vm::board::Board;
 use crate::vm::host_devices::{AttachedDevice, Part, arrange};
+use crate::vm::machine::Machine;
 
 impl Devices {
     /// Begins to attach; the reply comes when the guest has been told, or it failed.
-    pub fn attach(&mut self, attach: Attach, reply: Reply, board: &Board) {
+    pub fn attach(&mut self, attach: Attach, reply: Reply, machine: &Machine) {
         let free = self.free().len().saturating_sub(self.coming);
         let refused = match (&self.worker, &attach.id) {
             (None, _) => Some(CommandError::NoSlots),
             _ if free == 0 => Some(CommandError::NoFreeSlot {
-                slots: board.slots.len(),
+                slots: machine.slots.len(),
             }),
             (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
             _ => None,
@@ -40,7 +40,7 @@ impl Devices {
     }
 
     /// Plugs in what was prepared, and tells the guest.
-    pub fn arrive(&mut self, prepared: Prepared, board: &Board) {
+    pub fn arrive(&mut self, prepared: Prepared, machine: &Machine) {
         let Prepared {
             attach,
             reply,
@@ -50,7 +50,7 @@ impl Devices {
         self.coming = self.coming.saturating_sub(1);
         let begun = self.plugged.len();
         let plugged = match devices {
-            Ok((devices, asked)) => self.plug(&attach, devices, &asked, board),
+            Ok((devices, asked)) => self.plug(&attach, devices, &asked, machine),
             Err(error) => Err(error.into()),
         };
         if let Err(error) = plugged {
@@ -62,7 +62,7 @@ impl Devices {
             return reply(Err(error));
         }
         let ports = self.ports_from(begun);
-        ports.iter().for_each(|port| board.events.announce(*port));
+        ports.iter().for_each(|port| machine.events.announce(*port));
         self.remind();
         steps.done("announce");
         for new in self.plugged.iter_mut().skip(begun) {
@@ -91,11 +91,11 @@ impl Devices {
         attach: &Attach,
         devices: Vec<AttachedDevice>,
         asked: &[Request],
-        board: &Board,
+        machine: &Machine,
     ) -> Result<(), CommandError> {
         let begun = self.plugged.len();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
-        let plugged = self.plug_each(attach, &mut devices, asked, board);
+        let plugged = self.plug_each(attach, &mut devices, asked, machine);
         if plugged.is_err() {
             for port in self.ports_from(begun) {
                 self.close(port, None);
@@ -113,7 +113,7 @@ impl Devices {
         attach: &Attach,
         devices: &mut [Option<AttachedDevice>],
         asked: &[Request],
-        board: &Board,
+        machine: &Machine,
     ) -> Result<(), CommandError> {
         let parts: Vec<Part> = devices.iter().flatten().map(AttachedDevice::part).collect();
         let asked: Vec<Asked> = asked.iter().cloned().map(Asked::from).collect();
@@ -124,7 +124,7 @@ impl Devices {
             .collect();
         let labels = labels(&asked, &requests);
         for set in arrange(&parts) {
-            let port = self.slot_for(&set, devices, board)?;
+            let port = self.slot_for(&set, devices, machine)?;
             for (index, function) in set {
                 let Some(part) = parts.get(index) else {
                     continue;
@@ -141,7 +141,7 @@ impl Devices {
                 };
                 let asked = labels.get(index).and_then(|label| label.group.clone());
                 let group = asked.or_else(|| device.pool().map(str::to_owned));
-                self.seat(device, (port, function), (id, group), board)
+                self.seat(device, (port, function), (id, group), machine)
                     .map_err(Error::from)?;
             }
         }
@@ -153,7 +153,7 @@ impl Devices {
         &self,
         set: &[(usize, u8)],
         devices: &[Option<AttachedDevice>],
-        board: &Board,
+        machine: &Machine,
     ) -> Result<PortIndex, CommandError> {
         let mut bars = Vec::new();
         let mut first = None;
@@ -165,7 +165,7 @@ impl Devices {
         }
         let mut small: Option<Misfit> = None;
         for port in self.free() {
-            match firmware::fit(&bars, &board.windows(port)) {
+            match firmware::fit(&bars, &machine.windows(port)) {
                 Ok(()) => return Ok(port),
                 Err(misfit) => small = small.or(Some(misfit)),
             }
@@ -173,7 +173,7 @@ impl Devices {
         Err(match (small, first) {
             (Some(misfit), Some(device)) => CommandError::SlotsTooSmall { device, misfit },
             _ => CommandError::NoFreeSlot {
-                slots: board.slots.len(),
+                slots: machine.slots.len(),
             },
         })
     }

@@ -8,7 +8,7 @@ use gantry_devices::warn_limited;
 use super::Devices;
 use crate::command::{Answer, CommandError, Detach, DeviceState, VmEvent};
 use crate::vm::alarms::{Alarm, AlarmKey};
-use crate::vm::board::Board;
+use crate::vm::machine::Machine;
 
 /// How long a guest may take to let go of what the host wants back.
 const HOST_PATIENCE: Duration = Duration::from_secs(10);
@@ -21,7 +21,7 @@ impl Devices {
     ///
     /// # Errors
     /// There is no such device, or this VM cannot let go of any.
-    pub fn detach(&mut self, detach: &Detach, board: &Board) -> Result<Answer, CommandError> {
+    pub fn detach(&mut self, detach: &Detach, machine: &Machine) -> Result<Answer, CommandError> {
         if self.worker.is_none() {
             return Err(CommandError::NoSlots);
         }
@@ -43,17 +43,17 @@ impl Devices {
         for id in asked {
             (self.events)(VmEvent::DetachAsked { id });
         }
-        board.events.request_eject(port);
+        machine.events.request_eject(port);
         self.remind();
         if detach.force_after.is_some_and(|after| after.is_zero()) {
-            self.take_out(port, true, board);
+            self.take_out(port, true, machine);
         }
         Ok(Answer::Done)
     }
 
     /// The host has something to say of a device. What it wants back goes back, if the guest does not let
     /// go of it by force: until then the host's command waits.
-    pub fn alarmed(&mut self, key: AlarmKey, alarm: Alarm, board: &Board) {
+    pub fn alarmed(&mut self, key: AlarmKey, alarm: Alarm, machine: &Machine) {
         let Some(one) = self.plugged.iter().find(|one| one.key == key) else {
             return;
         };
@@ -75,7 +75,7 @@ impl Devices {
                     id: id.clone(),
                     force_after,
                 };
-                match self.detach(&detach, board) {
+                match self.detach(&detach, machine) {
                     Ok(_) => return,
                     Err(_) => "the host wants it back, and this VM has no slots to let go of it",
                 }
@@ -88,18 +88,18 @@ impl Devices {
     }
 
     /// The guest has let go of what was in a slot; what has come there since stays.
-    pub fn ejected(&mut self, port: PortIndex, board: &Board) {
-        if !board.events.is_occupied(port) {
-            self.take_out(port, false, board);
+    pub fn ejected(&mut self, port: PortIndex, machine: &Machine) {
+        if !machine.events.is_occupied(port) {
+            self.take_out(port, false, machine);
         }
     }
 
     /// Takes what is in a slot away from the guest, and has it closed.
-    pub(super) fn take_out(&mut self, port: PortIndex, forced: bool, board: &Board) {
+    pub(super) fn take_out(&mut self, port: PortIndex, forced: bool, machine: &Machine) {
         if !self.close(port, Some(forced)) {
             return;
         }
-        board.events.empty(port, forced);
+        machine.events.empty(port, forced);
         self.show();
         if forced {
             self.remind();
@@ -107,7 +107,7 @@ impl Devices {
     }
 
     /// What is in a slot could not be reset with the guest: it is taken away, and nobody else gets it.
-    pub fn lose(&mut self, port: PortIndex, board: &Board) {
+    pub fn lose(&mut self, port: PortIndex, machine: &Machine) {
         for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
             one.device
                 .condemn("it could not be reset when the guest rebooted");
@@ -117,7 +117,7 @@ impl Devices {
                 "the guest goes on without a device that could not be reset"
             );
         }
-        self.take_out(port, true, board);
+        self.take_out(port, true, machine);
     }
 
     /// Waits until devices that leave neither write to RAM nor interrupt any more, but for those that hang.
@@ -131,7 +131,7 @@ impl Devices {
     }
 
     /// A guest that is reset has let go of what it was asked to let go of.
-    pub fn reset(&mut self, ejected: &[PortIndex], board: &Board) {
+    pub fn reset(&mut self, ejected: &[PortIndex], machine: &Machine) {
         let detaching = self
             .plugged
             .iter()
@@ -139,10 +139,10 @@ impl Devices {
             .map(|one| one.row.port);
         let detaching: Vec<PortIndex> = detaching.collect();
         for port in detaching {
-            self.take_out(port, false, board);
+            self.take_out(port, false, machine);
         }
         for port in ejected {
-            self.ejected(*port, board);
+            self.ejected(*port, machine);
         }
         for one in &mut self.plugged {
             one.row.state = DeviceState::Announced;

@@ -17,9 +17,9 @@ use gantry_resources::DeviceName;
 
 use super::alarms::{AlarmKey, Alarms, Ears};
 use super::attach::Worker;
-use super::board::Board;
 use super::closing::Closing;
 use super::host_devices::{self, AttachedDevice, Part, arrange};
+use super::machine::Machine;
 use crate::command::{CommandError, DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::config::Asked;
 use crate::control::Mailbox;
@@ -82,7 +82,7 @@ impl Devices {
     pub fn plug_in(
         devices: Vec<AttachedDevice>,
         asked: &[Asked],
-        board: &Board,
+        machine: &Machine,
         ground: &Ground,
     ) -> Result<Self, Error> {
         let parts: Vec<Part> = devices.iter().map(AttachedDevice::part).collect();
@@ -93,15 +93,15 @@ impl Devices {
             .map(|device| device.terms().request)
             .collect();
         let labels = arrival::labels(asked, &requests);
-        let ports: Vec<PortIndex> = board.pci.ports().map(|(port, ..)| port).collect();
+        let ports: Vec<PortIndex> = machine.pci.ports().map(|(port, ..)| port).collect();
         let mut this = Self {
             worker: None,
             plugged: Vec::new(),
-            closing: Closing::new(&ground.sandbox, board.leaving.clone()),
+            closing: Closing::new(&ground.sandbox, machine.leaving.clone()),
             coming: 0,
             reminder: None,
             alarms: Alarms::new().map_err(Error::host("make an epoll instance"))?,
-            slots: board.slots(),
+            slots: machine.slots(),
             shown: Arc::clone(&ground.shown),
             events: Arc::clone(&ground.events),
             ground: ground.clone(),
@@ -114,8 +114,8 @@ impl Devices {
                 let Label { id, group } = labels.get(index).cloned().unwrap_or_default();
                 let id = id.unwrap_or_else(|| device.name().to_string());
                 let group = group.or_else(|| device.pool().map(str::to_owned));
-                this.seat(device, (port, function), (id, group), board)?;
-                board.events.fill(port);
+                this.seat(device, (port, function), (id, group), machine)?;
+                machine.events.fill(port);
             }
         }
         Ok(this)
@@ -128,9 +128,9 @@ impl Devices {
         mut device: AttachedDevice,
         (port, function): (PortIndex, u8),
         (id, group): (String, Option<String>),
-        board: &Board,
+        machine: &Machine,
     ) -> Result<(), SegmentError> {
-        let placed = device.plug(&board.pci, port, function);
+        let placed = device.plug(&machine.pci, port, function);
         let row = Row {
             id,
             name: device.name(),
@@ -226,7 +226,7 @@ impl Devices {
     }
 
     /// Does what is due by now.
-    pub fn tick(&mut self, now: Instant, board: &Board) {
+    pub fn tick(&mut self, now: Instant, machine: &Machine) {
         let due = |one: &Plugged| one.force_at.is_some_and(|at| at <= now);
         while let Some(port) = self
             .plugged
@@ -234,13 +234,13 @@ impl Devices {
             .find(|one| due(one))
             .map(|one| one.row.port)
         {
-            self.take_out(port, true, board);
+            self.take_out(port, true, machine);
         }
         if let Some((at, wait)) = self.reminder
             && at <= now
         {
             let wait = (wait * 2).min(LAST_REMINDER);
-            self.reminder = board.events.remind().then_some((now + wait, wait));
+            self.reminder = machine.events.remind().then_some((now + wait, wait));
         }
     }
 

@@ -1,4 +1,4 @@
-//! The board of a VM: address space, RAM, interrupt routes, and the devices every VM has.
+//! The machine of a VM: address space, RAM, interrupt routes, and the devices every VM has.
 
 use std::io::{self, Write};
 use std::ops::{Range, RangeInclusive};
@@ -25,10 +25,10 @@ use crate::address_space::{AddressSpace, Guard};
 use crate::boot::acpi::HotSlot;
 use crate::config::{SerialMode, VmConfig};
 use crate::error::Error;
-use crate::kvm::{GsiRoutes, Machine, MemorySlots};
+use crate::kvm::{GsiRoutes, KvmVm, MemorySlots};
 use crate::layout::{self, Layout};
 use crate::memory::GuestRam;
-use crate::placement::Home;
+use crate::placement::VmPlacement;
 use crate::sandbox::Sandbox;
 use crate::shown::Slots;
 use crate::threads::{self, Role};
@@ -47,7 +47,7 @@ const SERIAL_FILE_MOST: u64 = 64 << 20;
 const RESET_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What every VM has, whatever is plugged into it.
-pub struct Board {
+pub struct Machine {
     /// Who answers where.
     pub space: Arc<AddressSpace>,
     /// RAM.
@@ -67,27 +67,28 @@ pub struct Board {
     /// Slots that something is still on its way out of.
     pub leaving: Leaving,
     windows: SlotWindows,
-    // Taken out of the address space when the board goes.
+    // Taken out of the address space when the machine is dropped.
     _guards: Vec<Guard>,
 }
 
-impl Board {
-    /// Puts the board together as planned, with so many PCIe root ports for the devices that the VM
+impl Machine {
+    /// Builds the machine as planned, with so many PCIe root ports for the devices that the VM
     /// starts with, and as many more as it has slots for others.
     ///
     /// # Errors
     /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
     /// be made.
     pub fn new(
-        machine: &Machine,
+        kvm: &KvmVm,
         layout: &Layout,
         config: &VmConfig,
         ports: usize,
-        home: &Home,
+        placement: &VmPlacement,
     ) -> Result<Self, Error> {
         let hot = usize::from(config.hotplug.slots);
-        let ram = GuestRam::new(&layout.ram, home).map_err(Error::host("set guest RAM aside"))?;
-        let routes = GsiRoutes::new(Arc::clone(machine.vm()))
+        let ram =
+            GuestRam::new(&layout.ram, placement).map_err(Error::host("set guest RAM aside"))?;
+        let routes = GsiRoutes::new(Arc::clone(kvm.vm()))
             .map_err(Error::host("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout, ports + hot)?);
         let serial = serial_port(config, &routes)?;
@@ -102,10 +103,8 @@ impl Board {
         };
         let trigger = wire(&routes, layout::EVENT_GSI)?;
         let events = PlatformEvents::new(slots.iter().map(|slot| slot.port), trigger);
-        let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(
-            machine.vm(),
-        ))));
-        let mut board = Self {
+        let space = Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(kvm.vm()))));
+        let mut machine = Self {
             space,
             ram,
             routes,
@@ -118,8 +117,8 @@ impl Board {
             windows,
             _guards: Vec::new(),
         };
-        board._guards = board.fill(layout).map_err(Error::place("the board"))?;
-        Ok(board)
+        machine._guards = machine.fill(layout).map_err(Error::place("the machine"))?;
+        Ok(machine)
     }
 
     /// Whether the guest's kernel can say that it has panicked.
