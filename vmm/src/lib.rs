@@ -18,7 +18,7 @@ mod memory;
 mod placement;
 mod preflight;
 pub mod sandbox;
-mod shown;
+mod status;
 pub mod threads;
 mod vcpus;
 mod vm;

@@ -6,7 +6,7 @@
 //! thread keeps what clients said, and each VM is built and run by a thread of its own that confines
 //! itself in the same way, while the first one waits for its end.
 
-mod desk;
+mod stopped;
 
 use std::fmt;
 use std::io;
@@ -20,10 +20,10 @@ use crate::config::VmConfig;
 use crate::control::{ControlLoop, Event, Mailbox, SignalWatch, Signals};
 use crate::error::Error;
 use crate::sandbox::{self, Sandbox, SeccompMode};
-use crate::shown::{Shown, View};
+use crate::status::{SharedStatus, VmStatus};
 use crate::threads::{self, Role, Task};
 use crate::vm::{End, Vm};
-use desk::{Deed, Desk};
+use stopped::{Action, StoppedVm};
 
 /// What the user decides about a run beside the VM itself.
 #[derive(Clone)]
@@ -75,7 +75,7 @@ impl fmt::Display for Outcome {
 
 /// What the VMs of a process stand on.
 #[derive(Clone)]
-pub struct Ground {
+pub struct VmContext {
     /// Where the host keeps things.
     pub host: HostPaths,
     /// The filters.
@@ -86,15 +86,15 @@ pub struct Ground {
     pub signals: Arc<Signals>,
     /// Where events go.
     pub events: EventSink,
-    /// Where it is shown what the VM is.
-    pub shown: Arc<Shown>,
+    /// Where it is status what the VM is.
+    pub status: Arc<SharedStatus>,
 }
 
 /// The way to the VM for clients, from any thread.
 #[derive(Clone)]
 pub struct Handle {
     mailbox: Arc<Mailbox>,
-    shown: Arc<Shown>,
+    status: Arc<SharedStatus>,
 }
 
 impl Handle {
@@ -116,13 +116,13 @@ impl Handle {
         if self.mailbox.is_closed() {
             return Err(CommandError::Ending);
         }
-        self.shown.info().ok_or(CommandError::NotCreated)
+        self.status.info().ok_or(CommandError::NotCreated)
     }
 }
 
 /// The VMM of this process.
 pub struct Vmm {
-    ground: Ground,
+    context: VmContext,
     keep: bool,
 }
 
@@ -138,13 +138,13 @@ impl Vmm {
         sandbox::install_traps().map_err(Error::host("install signal handlers"))?;
         let sandbox = Sandbox::new(options.seccomp).map_err(Error::host("compile filters"))?;
         Ok(Self {
-            ground: Ground {
+            context: VmContext {
                 host: host.clone(),
                 sandbox: Arc::new(sandbox),
                 mailbox: Mailbox::new().map_err(Error::host("make an eventfd"))?,
                 signals,
                 events: options.events,
-                shown: Arc::default(),
+                status: Arc::default(),
             },
             keep: options.keep,
         })
@@ -153,8 +153,8 @@ impl Vmm {
     /// The way in for clients.
     pub fn handle(&self) -> Handle {
         Handle {
-            mailbox: Arc::clone(&self.ground.mailbox),
-            shown: Arc::clone(&self.ground.shown),
+            mailbox: Arc::clone(&self.context.mailbox),
+            status: Arc::clone(&self.context.status),
         }
     }
 
@@ -164,7 +164,7 @@ impl Vmm {
     /// # Errors
     /// The kernel makes no thread.
     pub fn spawn_api(&self, body: impl FnOnce() + Send + 'static) -> io::Result<Task<()>> {
-        threads::spawn(Role::Api, &self.ground.sandbox, body)
+        threads::spawn(Role::Api, &self.context.sandbox, body)
     }
 
     /// Runs a VM until it ends, or VMs until the process is to end, and gives everything back. To be
@@ -174,13 +174,13 @@ impl Vmm {
     /// # Errors
     /// The VM could not be built, or the host failed it later. Everything has been given back.
     pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
-        let confined = self.ground.sandbox.confine_process();
+        let confined = self.context.sandbox.confine_process();
         confined.map_err(Error::host("enter the sandbox"))?;
         let ended = match first {
             Some(config) if !self.keep => self.once(&Arc::new(config)),
             first => self.serve(first),
         };
-        self.ground.mailbox.close();
+        self.context.mailbox.close();
         match ended {
             Err(Error::Interrupted(signal)) => Ok(Outcome::Signal(signal)),
             ended => ended,
@@ -189,10 +189,10 @@ impl Vmm {
 
     /// One VM, on this thread.
     fn once(&self, config: &Arc<VmConfig>) -> Result<Outcome, Error> {
-        let idle = View::idle(config, VmState::Created);
-        self.ground.shown.show(Some(idle));
-        let ended = live(&self.ground, config, &mut None);
-        (self.ground.events)(VmEvent::Ended {
+        let idle = VmStatus::stopped(config, VmState::Created);
+        self.context.status.publish(Some(idle));
+        let ended = live(&self.context, config, &mut None);
+        (self.context.events)(VmEvent::Ended {
             reason: why(&ended),
         });
         match ended? {
@@ -206,19 +206,19 @@ impl Vmm {
 
     /// VMs on threads of their own, as clients ask for them.
     fn serve(&self, first: Option<VmConfig>) -> Result<Outcome, Error> {
-        let ground = &self.ground;
-        let mut control = ControlLoop::new(Arc::clone(&ground.mailbox))
+        let context = &self.context;
+        let mut control = ControlLoop::new(Arc::clone(&context.mailbox))
             .map_err(Error::host("make the control loop"))?;
-        ground.signals.check()?;
+        context.signals.check()?;
         control.add(Box::new(SignalWatch {
-            signals: Arc::clone(&ground.signals),
-            mailbox: Arc::clone(&ground.mailbox),
+            signals: Arc::clone(&context.signals),
+            mailbox: Arc::clone(&context.mailbox),
         }));
-        let mut desk = Desk::new(&ground.host);
+        let mut stopped = StoppedVm::new(&context.host);
         if let Some(config) = first {
-            desk.created = Some(Arc::new(config));
-            desk.show(&ground.shown);
-            if let Some(outcome) = self.boot(&mut desk, None)? {
+            stopped.created = Some(Arc::new(config));
+            stopped.publish(&context.status);
+            if let Some(outcome) = self.boot(&mut stopped, None)? {
                 return Ok(outcome);
             }
         }
@@ -231,57 +231,61 @@ impl Vmm {
                 // The last words of a VM that is no more.
                 _ => continue,
             };
-            match desk.take(command) {
-                Deed::Answer(answer) => {
-                    desk.show(&ground.shown);
+            match stopped.handle(command) {
+                Action::Answer(answer) => {
+                    stopped.publish(&context.status);
                     reply(answer);
                 }
-                Deed::Boot => {
-                    if let Some(outcome) = self.boot(&mut desk, Some(reply))? {
+                Action::Boot => {
+                    if let Some(outcome) = self.boot(&mut stopped, Some(reply))? {
                         return Ok(outcome);
                     }
                 }
-                Deed::Quit => {
+                Action::Quit => {
                     reply(Ok(Answer::Done));
                     return Ok(Outcome::Asked);
                 }
             }
-            desk.tell(&ground.events);
+            stopped.tell(&context.events);
         }
     }
 
-    /// Runs the VM on the desk to its end; `Some` if the process ends with it. `started` hears when
+    /// Runs the VM on the stopped to its end; `Some` if the process ends with it. `started` hears when
     /// its vCPUs run, or why they never did.
-    fn boot(&self, desk: &mut Desk, started: Option<Reply>) -> Result<Option<Outcome>, Error> {
-        let Some(config) = desk.created.clone() else {
+    fn boot(
+        &self,
+        stopped: &mut StoppedVm,
+        started: Option<Reply>,
+    ) -> Result<Option<Outcome>, Error> {
+        let Some(config) = stopped.created.clone() else {
             return Ok(None);
         };
-        let (ground, asked) = (self.ground.clone(), started.is_some());
+        let (context, asked) = (self.context.clone(), started.is_some());
         let life = move || {
             let mut started = started;
-            let ended = live(&ground, &config, &mut started);
+            let ended = live(&context, &config, &mut started);
             (ended, started)
         };
-        let thread = threads::spawn(Role::Vm, &self.ground.sandbox, life);
+        let thread = threads::spawn(Role::Vm, &self.context.sandbox, life);
         let (ended, unheard) = thread.map_err(Error::host("spawn a thread"))?.join();
         // They have ended, or end before the next VM does.
         reap_helpers();
         if ended.is_ok() || unheard.is_none() {
             let reason = why(&ended);
-            (self.ground.events)(VmEvent::Ended {
+            (self.context.events)(VmEvent::Ended {
                 reason: reason.clone(),
             });
-            desk.ran(reason);
+            stopped.ran(reason);
         }
         if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
-            desk.created = None;
+            stopped.created = None;
         }
-        desk.show(&self.ground.shown);
+        stopped.publish(&self.context.status);
         let outcome = match (ended, unheard) {
             (Ok(End::Over(outcome @ (Outcome::Signal(_) | Outcome::Stopped))), _) => Some(outcome),
             (Ok(End::Over(Outcome::GuestFault(error))), _) => {
                 tracing::warn!("the guest died: {error}");
-                (self.ground.events)(VmEvent::GuestFault { error });
+                (self.context.events)(VmEvent::GuestFault { error });
                 None
             }
             (Ok(End::Over(_)), _) => None,
@@ -308,7 +312,7 @@ impl Vmm {
             }
             (Err(error), None) => return Err(error),
         };
-        desk.tell(&self.ground.events);
+        stopped.tell(&self.context.events);
         Ok(outcome)
     }
 }
@@ -330,20 +334,20 @@ fn why(ended: &Result<End, Error>) -> String {
 
 /// Builds a VM, runs it, and gives back what it had.
 fn live(
-    ground: &Ground,
+    context: &VmContext,
     config: &Arc<VmConfig>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
     // A VM may have been made, or have ended, long before it is started.
-    if let Some(Maintenance { reason, .. }) = maintenance(&ground.host)? {
+    if let Some(Maintenance { reason, .. }) = maintenance(&context.host)? {
         return Err(Error::Maintenance(reason));
     }
-    let confined = ground.sandbox.confine_files(config, &ground.host);
+    let confined = context.sandbox.confine_files(config, &context.host);
     let ended = confined
         .map_err(Error::host("confine files (Landlock)"))
-        .and_then(|()| Vm::build(config, ground))
+        .and_then(|()| Vm::build(config, context))
         .and_then(|mut vm| vm.run(started));
-    ground.mailbox.forget_guest();
+    context.mailbox.forget_guest();
     ended
 }
 

@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::kvm::VfioObserver;
 use crate::preflight;
 use crate::threads::{self, Role, Task};
-use crate::vmm::Ground;
+use crate::vmm::VmContext;
 
 /// Devices that are to be leased and opened; the result goes to the mailbox.
 pub struct Job {
@@ -143,7 +143,7 @@ pub struct Workshop {
     /// Whether the VM's file names the groups of later devices, for which RAM is made ready beforehand.
     pub declared: bool,
     /// What the VM stands on.
-    pub ground: Ground,
+    pub context: VmContext,
 }
 
 /// The thread that does the jobs. Dropping it waits for the one it is at, which is told to hurry, but not for
@@ -163,7 +163,7 @@ impl Worker {
     pub fn start(workshop: Workshop) -> Result<Self, Error> {
         let (sender, jobs) = channel();
         let ending = Arc::new(AtomicBool::new(false));
-        let (sandbox, told) = (Arc::clone(&workshop.ground.sandbox), Arc::clone(&ending));
+        let (sandbox, told) = (Arc::clone(&workshop.context.sandbox), Arc::clone(&ending));
         let jobs = Jobs {
             given: jobs,
             ending: told,
@@ -239,7 +239,7 @@ fn work(mut workshop: Workshop, mut jobs: Jobs) {
             prepared.give_up();
             continue;
         }
-        let mailbox = &workshop.ground.mailbox;
+        let mailbox = &workshop.context.mailbox;
         mailbox.post(Event::Prepared(Box::new(prepared)));
     }
 }
@@ -251,9 +251,9 @@ impl Workshop {
         steps: &mut Steps,
         ending: &Arc<AtomicBool>,
     ) -> Result<(Vec<AttachedDevice>, Vec<Request>), Error> {
-        let Ground {
+        let VmContext {
             sandbox, mailbox, ..
-        } = &self.ground;
+        } = &self.context;
         let requests = match &job.attach.wanted {
             Wanted::Request(request) => vec![request.clone()],
             Wanted::Plan(name) => self.opener.plan(name)?,
@@ -300,7 +300,7 @@ impl Workshop {
             let held = domain.as_ref().map(|domain| domain.held());
             let held = held.unwrap_or_default();
             let opened = self.opener.open(requests, &held, true, unwanted)?;
-            let host = &self.ground.host;
+            let host = &self.context.host;
             match Claimed::opened(opened, domain, &self.observer, host) {
                 // A group that the domain had has left it meanwhile, with its last device.
                 Err(Error::NoIommuGroup { .. }) if tries < CLAIM_TRIES => tries += 1,
@@ -324,7 +324,7 @@ impl Workshop {
         }
         let ram = self.ram.iter().map(|(_, memory)| memory.size() as u64);
         preflight::check_pinned(ram.sum(), self.memlock)?;
-        let sandbox = &self.ground.sandbox;
+        let sandbox = &self.context.sandbox;
         let populating = Populating::begin(&self.ram, self.threads, ending, sandbox)?;
         let (domain, ram) = (Arc::clone(domain), Arc::clone(&self.ram));
         let ending = Arc::clone(ending);
@@ -332,7 +332,7 @@ impl Workshop {
             populating.finish();
             domain.map(&ram, || ending.load(Ordering::Acquire))
         };
-        threads::spawn(Role::Dma, &self.ground.sandbox, map).map_err(Error::host("spawn a thread"))
+        threads::spawn(Role::Dma, &self.context.sandbox, map).map_err(Error::host("spawn a thread"))
     }
 }
 

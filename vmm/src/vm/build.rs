@@ -33,7 +33,7 @@ use crate::preflight::{self, PreflightError};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
 use crate::vcpus::{VcpuBarrier, Vcpus};
-use crate::vmm::Ground;
+use crate::vmm::VmContext;
 
 /// More threads that make memory present get in each other's way.
 const POPULATE_THREADS: usize = 4;
@@ -49,14 +49,14 @@ impl Vm {
     ///
     /// # Errors
     /// Something is missing, refused or does not fit; nothing is held then.
-    pub fn build(config: &Arc<VmConfig>, ground: &Ground) -> Result<Self, Error> {
-        let Ground {
+    pub fn build(config: &Arc<VmConfig>, context: &VmContext) -> Result<Self, Error> {
+        let VmContext {
             host,
             sandbox,
             mailbox,
             signals,
             ..
-        } = ground;
+        } = context;
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(config)?;
         let kvm = KvmVm::new()?;
@@ -71,7 +71,7 @@ impl Vm {
             0 => None,
             _ => Some(HotplugSetup::new(host, &holder, &kvm)?),
         };
-        let claimed = claim(config, ground, &holder, hot.as_ref(), &kvm)?;
+        let claimed = claim(config, context, &holder, hot.as_ref(), &kvm)?;
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
         let placement = place_vm(config, &claimed, &later, host)?;
@@ -79,15 +79,15 @@ impl Vm {
         let domain = claimed.domain().cloned();
         let layout = plan(config, &features, &claimed, ports, &later)?;
         let mut machine = Machine::new(&kvm, &layout, config, ports, &placement)?;
-        let (devices, entry) = side_by_side(claimed, &machine, ground, || {
+        let (devices, entry) = side_by_side(claimed, &machine, context, || {
             payload.load(&machine, &layout, config.vcpus)
         })?;
 
-        let mut devices = Devices::plug_in(devices, &config.devices, &machine, ground)?;
+        let mut devices = Devices::plug_in(devices, &config.devices, &machine, context)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&placement, limit(config, ports))?;
-            devices.open_slots(hot.worker(domain.as_ref(), config, &machine, &layout, ground)?);
+            devices.open_slots(hot.worker(domain.as_ref(), config, &machine, &layout, context)?);
         }
         let declared = domain.is_none() && !config.hotplug.from.is_empty();
         let populating =
@@ -118,7 +118,7 @@ impl Vm {
             config: Arc::clone(config),
             placement,
             state: VmState::Running,
-            ground: ground.clone(),
+            context: context.clone(),
             kvm,
         })
     }
@@ -151,7 +151,7 @@ impl HotplugSetup {
         config: &VmConfig,
         machine: &Machine,
         layout: &Layout,
-        ground: &Ground,
+        context: &VmContext,
     ) -> Result<Worker, Error> {
         Worker::start(Workshop {
             opener: self.opener,
@@ -160,10 +160,10 @@ impl HotplugSetup {
             domain: domain.map_or_else(Weak::new, Arc::downgrade),
             ram: machine.ram.ranges(),
             room: room(layout),
-            memlock: gantry_resources::memlock_limit(&ground.host),
+            memlock: gantry_resources::memlock_limit(&context.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
             declared: !config.hotplug.from.is_empty(),
-            ground: ground.clone(),
+            context: context.clone(),
         })
     }
 }
@@ -199,16 +199,16 @@ fn limit(config: &VmConfig, ports: usize) -> Limit {
 fn side_by_side(
     claimed: Claimed,
     machine: &Machine,
-    ground: &Ground,
+    context: &VmContext,
     load: impl FnOnce() -> Result<Entry, Error>,
 ) -> Result<(Vec<AttachedDevice>, Entry), Error> {
-    let (sandbox, signals) = (&ground.sandbox, &ground.signals);
+    let (sandbox, signals) = (&context.sandbox, &context.signals);
     let mapping = match claimed.domain() {
         Some(domain) => Some(map_ram(domain, &machine.ram.ranges(), sandbox, signals)?),
         None => None,
     };
     let router: Arc<dyn MsiRouter> = Arc::new(machine.routes.clone());
-    let opening = claimed.open(&router, &ground.mailbox, sandbox)?;
+    let opening = claimed.open(&router, &context.mailbox, sandbox)?;
     let entry = load()?;
     let devices = host_devices::opened(opening, || signals.check().is_ok());
     let mapped = mapping.map_or(Ok(()), Task::join);
@@ -245,12 +245,12 @@ fn asked_placement(nodes: &Nodes) -> Placement {
 /// every device of a group.
 fn claim(
     config: &VmConfig,
-    ground: &Ground,
+    context: &VmContext,
     holder: &Holder,
     hot: Option<&HotplugSetup>,
     kvm: &KvmVm,
 ) -> Result<Claimed, Error> {
-    let Ground { host, signals, .. } = ground;
+    let VmContext { host, signals, .. } = context;
     let placement = asked_placement(&config.nodes);
     let claimed = match hot {
         _ if config.devices.is_empty() => Claimed::none(),

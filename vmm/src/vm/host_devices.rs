@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::kvm::{KvmVm, VfioObserver};
 use crate::sandbox::Sandbox;
 use crate::threads::{self, Role, Task};
-use crate::vmm::Ground;
+use crate::vmm::VmContext;
 
 /// After how long it is said that a vCPU has not left a device that is to be closed. It takes
 /// microseconds, unless the device does not answer.
@@ -501,7 +501,7 @@ pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
 pub fn leave(
     devices: Vec<(String, AttachedDevice)>,
     forced: Option<bool>,
-    ground: &Ground,
+    context: &VmContext,
     retired: Retired,
 ) {
     for (_, device) in &devices {
@@ -511,17 +511,17 @@ pub fn leave(
     drop(retired);
     for (id, device) in &devices {
         if let Some(why) = device.unfit() {
-            (ground.events)(VmEvent::DeviceError {
+            (context.events)(VmEvent::DeviceError {
                 id: id.clone(),
                 error: format!("{why}: it goes into quarantine"),
             });
         }
     }
     let (ids, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
-    close(devices, &ground.sandbox);
+    close(devices, &context.sandbox);
     if let Some(forced) = forced {
         for id in ids {
-            (ground.events)(VmEvent::Detached { id, forced });
+            (context.events)(VmEvent::Detached { id, forced });
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::layout::{self, Layout};
 use crate::memory::GuestRam;
 use crate::placement::VmPlacement;
 use crate::sandbox::Sandbox;
-use crate::shown::Slots;
+use crate::status::SlotTable;
 use crate::threads::{self, Role};
 
 /// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
@@ -62,9 +62,9 @@ pub struct Machine {
     panic: Option<Arc<PanicRegister>>,
     /// What the guest is told of while it runs.
     pub events: Arc<PlatformEvents>,
-    /// Slots that can be filled and emptied while the guest runs.
+    /// SlotTable that can be filled and emptied while the guest runs.
     pub slots: Vec<HotSlot>,
-    /// Slots that something is still on its way out of.
+    /// SlotTable that something is still on its way out of.
     pub leaving: Leaving,
     windows: SlotWindows,
     // Taken out of the address space when the machine is dropped.
@@ -176,9 +176,9 @@ impl Machine {
         Ok(())
     }
 
-    /// The slots, as they are shown to clients.
-    pub fn slots(&self) -> Slots {
-        Slots {
+    /// The slots, as they are status to clients.
+    pub fn slots(&self) -> SlotTable {
+        SlotTable {
             ports: self.slots.iter().map(|slot| slot.port).collect(),
             pci: Arc::clone(&self.pci),
             events: Arc::clone(&self.events),

@@ -29,10 +29,10 @@ use crate::kvm::{IrqchipState, KvmVm};
 use crate::layout::Layout;
 use crate::memory;
 use crate::placement::VmPlacement;
-use crate::shown::View;
+use crate::status::VmStatus;
 use crate::threads::Role;
 use crate::vcpus::{VcpuBarrier, VcpuFault, Vcpus};
-use crate::vmm::{Ground, Outcome};
+use crate::vmm::{Outcome, VmContext};
 use gantry_devices::panic::Panic;
 use gantry_devices::{info_limited, warn_limited};
 use hotplug::Devices;
@@ -71,14 +71,14 @@ pub struct Vm {
     config: Arc<VmConfig>,
     placement: VmPlacement,
     state: VmState,
-    ground: Ground,
+    context: VmContext,
     kvm: KvmVm,
 }
 
 impl Vm {
     /// Runs the guest until something ends it; `started` is answered when it begins.
     pub fn run(&mut self, started: &mut Option<Reply>) -> Result<End, Error> {
-        let (mailbox, signals) = (&self.ground.mailbox, &self.ground.signals);
+        let (mailbox, signals) = (&self.context.mailbox, &self.context.signals);
         let mut control =
             ControlLoop::new(Arc::clone(mailbox)).map_err(Error::host("make the control loop"))?;
         signals.check()?;
@@ -88,16 +88,16 @@ impl Vm {
         }));
         control.add(Box::new(self.devices.ears(mailbox)));
         self.open_console(&mut control)?;
-        let confined = self.ground.sandbox.confinement(Role::Control).enter();
+        let confined = self.context.sandbox.confinement(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.barrier.open();
         memory::let_go_of_program();
-        self.ground.shown.show(Some(View {
+        self.context.status.publish(Some(VmStatus {
             config: Arc::clone(&self.config),
             placement: self.placement.clone(),
             state: self.state,
             ended: None,
-            rows: self.devices.rows(),
+            devices: self.devices.statuses(),
             slots: Some(self.machine.slots()),
         }));
         self.tell(VmEvent::State(self.state));
@@ -139,12 +139,12 @@ impl Vm {
     /// Shows the state that the VM has from now on, and tells of it.
     fn enter(&mut self, state: VmState) {
         self.state = state;
-        self.ground.shown.state(state);
+        self.context.status.set_state(state);
         self.tell(VmEvent::State(state));
     }
 
     fn tell(&self, event: VmEvent) {
-        (self.ground.events)(event);
+        (self.context.events)(event);
     }
 
     fn open_console(&self, control: &mut ControlLoop) -> Result<(), Error> {
@@ -153,7 +153,7 @@ impl Vm {
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
         if self.config.serial == SerialMode::Tty {
-            let keyboard = Keyboard::new(Arc::clone(serial), Arc::clone(&self.ground.mailbox));
+            let keyboard = Keyboard::new(Arc::clone(serial), Arc::clone(&self.context.mailbox));
             control.add(Box::new(
                 keyboard.map_err(Error::host("make the terminal raw"))?,
             ));
@@ -168,10 +168,10 @@ impl Vm {
         // Devices first: one that still runs would raise interrupts in what is restored next, and write to
         // the memory of the guest that boots. That goes for those that leave, too, closed or not.
         self.vcpus.pause()?;
-        let emptied = self.ground.mailbox.forget_guest();
+        let emptied = self.context.mailbox.forget_guest();
         self.barrier.rearm();
         self.devices.reset(&emptied, &self.machine);
-        for port in self.machine.reset_devices(&self.ground.sandbox)? {
+        for port in self.machine.reset_devices(&self.context.sandbox)? {
             self.devices.lose(port, &self.machine);
         }
         self.devices.wait_for_leaving();

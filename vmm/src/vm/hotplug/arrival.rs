@@ -68,14 +68,14 @@ impl Devices {
         for new in self.plugged.iter_mut().skip(begun) {
             new.attach = steps.times().to_vec();
         }
-        self.show();
+        self.publish();
         let infos: Vec<DeviceInfo> = self
             .plugged
             .iter()
             .skip(begun)
             .map(|new| {
                 self.slots
-                    .info(&new.row, self.plugged.iter().map(|one| &one.row))
+                    .info(&new.status, self.plugged.iter().map(|one| &one.status))
             })
             .collect();
         for info in &infos {

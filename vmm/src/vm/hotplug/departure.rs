@@ -25,21 +25,29 @@ impl Devices {
         if self.worker.is_none() {
             return Err(CommandError::NoSlots);
         }
-        let port = self.plugged.iter().find(|one| one.row.id == detach.id);
-        let Some(port) = port.map(|one| one.row.port) else {
+        let port = self.plugged.iter().find(|one| one.status.id == detach.id);
+        let Some(port) = port.map(|one| one.status.port) else {
             return Err(CommandError::NoSuchDevice {
                 id: detach.id.clone(),
-                others: self.plugged.iter().map(|one| one.row.id.clone()).collect(),
+                others: self
+                    .plugged
+                    .iter()
+                    .map(|one| one.status.id.clone())
+                    .collect(),
             });
         };
         let mut asked = Vec::new();
         let force_at = end_of(Instant::now(), detach.force_after);
-        for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
-            one.row.state = DeviceState::Detaching;
+        for one in self
+            .plugged
+            .iter_mut()
+            .filter(|one| one.status.port == port)
+        {
+            one.status.state = DeviceState::Detaching;
             one.force_at = due(one.force_at, force_at, one.wanted);
-            asked.push(one.row.id.clone());
+            asked.push(one.status.id.clone());
         }
-        self.show();
+        self.publish();
         for id in asked {
             (self.events)(VmEvent::DetachAsked { id });
         }
@@ -57,7 +65,7 @@ impl Devices {
         let Some(one) = self.plugged.iter().find(|one| one.key == key) else {
             return;
         };
-        let id = one.row.id.clone();
+        let id = one.status.id.clone();
         let error = match alarm {
             Alarm::Failed => {
                 one.device.counts().failed();
@@ -66,8 +74,11 @@ impl Devices {
             // It asks again and again.
             Alarm::Wanted if one.wanted => return,
             Alarm::Wanted => {
-                let port = one.row.port;
-                let slot = self.plugged.iter_mut().filter(|one| one.row.port == port);
+                let port = one.status.port;
+                let slot = self
+                    .plugged
+                    .iter_mut()
+                    .filter(|one| one.status.port == port);
                 slot.for_each(|one| one.wanted = true);
                 (self.events)(VmEvent::Wanted { id: id.clone() });
                 let force_after = Some(HOST_PATIENCE);
@@ -100,7 +111,7 @@ impl Devices {
             return;
         }
         machine.events.empty(port, forced);
-        self.show();
+        self.publish();
         if forced {
             self.remind();
         }
@@ -108,10 +119,14 @@ impl Devices {
 
     /// What is in a slot could not be reset with the guest: it is taken away, and nobody else gets it.
     pub fn lose(&mut self, port: PortIndex, machine: &Machine) {
-        for one in self.plugged.iter_mut().filter(|one| one.row.port == port) {
+        for one in self
+            .plugged
+            .iter_mut()
+            .filter(|one| one.status.port == port)
+        {
             one.device
                 .condemn("it could not be reset when the guest rebooted");
-            let device = one.row.id.as_str();
+            let device = one.status.id.as_str();
             tracing::warn!(
                 device,
                 "the guest goes on without a device that could not be reset"
@@ -135,8 +150,8 @@ impl Devices {
         let detaching = self
             .plugged
             .iter()
-            .filter(|one| one.row.state == DeviceState::Detaching)
-            .map(|one| one.row.port);
+            .filter(|one| one.status.state == DeviceState::Detaching)
+            .map(|one| one.status.port);
         let detaching: Vec<PortIndex> = detaching.collect();
         for port in detaching {
             self.take_out(port, false, machine);
@@ -145,9 +160,9 @@ impl Devices {
             self.ejected(*port, machine);
         }
         for one in &mut self.plugged {
-            one.row.state = DeviceState::Announced;
+            one.status.state = DeviceState::Announced;
         }
-        self.show();
+        self.publish();
         self.reminder = None;
     }
 }

@@ -24,8 +24,8 @@ use crate::command::{CommandError, DeviceCounters, DeviceState, EventSink, VmEve
 use crate::config::Asked;
 use crate::control::Mailbox;
 use crate::error::Error;
-use crate::shown::{Row, Shown, Slots};
-use crate::vmm::Ground;
+use crate::status::{DeviceStatus, SharedStatus, SlotTable};
+use crate::vmm::VmContext;
 pub use arrival::called_twice;
 
 /// How long a guest may take to read what it was told before it is told again: while a guest boots,
@@ -38,7 +38,7 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A device in its slot.
 struct Plugged {
-    row: Row,
+    status: DeviceStatus,
     key: AlarmKey,
     device: AttachedDevice,
     attach: Vec<(&'static str, Duration)>,
@@ -67,10 +67,10 @@ pub struct Devices {
     coming: usize,
     reminder: Option<(Instant, Duration)>,
     alarms: Alarms,
-    slots: Slots,
-    shown: Arc<Shown>,
+    slots: SlotTable,
+    status: Arc<SharedStatus>,
     events: EventSink,
-    ground: Ground,
+    context: VmContext,
 }
 
 impl Devices {
@@ -83,7 +83,7 @@ impl Devices {
         devices: Vec<AttachedDevice>,
         asked: &[Asked],
         machine: &Machine,
-        ground: &Ground,
+        context: &VmContext,
     ) -> Result<Self, Error> {
         let parts: Vec<Part> = devices.iter().map(AttachedDevice::part).collect();
         let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
@@ -97,14 +97,14 @@ impl Devices {
         let mut this = Self {
             worker: None,
             plugged: Vec::new(),
-            closing: Closing::new(&ground.sandbox, machine.leaving.clone()),
+            closing: Closing::new(&context.sandbox, machine.leaving.clone()),
             coming: 0,
             reminder: None,
             alarms: Alarms::new().map_err(Error::host("make an epoll instance"))?,
             slots: machine.slots(),
-            shown: Arc::clone(&ground.shown),
-            events: Arc::clone(&ground.events),
-            ground: ground.clone(),
+            status: Arc::clone(&context.status),
+            events: Arc::clone(&context.events),
+            context: context.clone(),
         };
         for (set, port) in arrange(&parts).into_iter().zip(ports) {
             for (index, function) in set {
@@ -131,7 +131,7 @@ impl Devices {
         machine: &Machine,
     ) -> Result<(), SegmentError> {
         let placed = device.plug(&machine.pci, port, function);
-        let row = Row {
+        let status = DeviceStatus {
             id,
             name: device.name(),
             group,
@@ -141,7 +141,7 @@ impl Devices {
             function,
         };
         self.plugged.push(Plugged {
-            row,
+            status,
             key: self.alarms.hear(device.wires()),
             device,
             attach: Vec::new(),
@@ -159,7 +159,7 @@ impl Devices {
     /// The ports of all devices from the `first` in the list on.
     fn ports_from(&self, first: usize) -> BTreeSet<PortIndex> {
         let from = self.plugged.iter().skip(first);
-        from.map(|one| one.row.port).collect()
+        from.map(|one| one.status.port).collect()
     }
 
     /// Takes what is in a slot out of it, and has it taken away from the guest and closed elsewhere. Returns
@@ -167,11 +167,11 @@ impl Devices {
     fn close(&mut self, port: PortIndex, forced: Option<bool>) -> bool {
         let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
             .into_iter()
-            .partition(|one| one.row.port == port);
+            .partition(|one| one.status.port == port);
         self.plugged = stay;
         let devices = gone.into_iter().map(|mut one| {
             one.device.unplug();
-            (one.row.id, one.device)
+            (one.status.id, one.device)
         });
         let devices: Vec<_> = devices.collect();
         let any = !devices.is_empty();
@@ -190,9 +190,9 @@ impl Devices {
     ) {
         let names = devices.iter().map(|(_, device)| device.name().to_string());
         let names = names.collect::<Vec<_>>().join(", ");
-        let ground = self.ground.clone();
+        let context = self.context.clone();
         self.closing.begin(port, names, move |retired| {
-            host_devices::leave(devices, forced, &ground, retired);
+            host_devices::leave(devices, forced, &context, retired);
         });
     }
 
@@ -207,10 +207,10 @@ impl Devices {
             .plugged
             .iter_mut()
             .find(|one| one.device.name() == name);
-        if let Some(one) = one.filter(|one| one.row.state == DeviceState::Announced) {
-            one.row.state = DeviceState::Enabled;
-            let id = one.row.id.clone();
-            self.show();
+        if let Some(one) = one.filter(|one| one.status.state == DeviceState::Announced) {
+            one.status.state = DeviceState::Enabled;
+            let id = one.status.id.clone();
+            self.publish();
             (self.events)(VmEvent::Enabled { id });
         }
     }
@@ -232,7 +232,7 @@ impl Devices {
             .plugged
             .iter()
             .find(|one| due(one))
-            .map(|one| one.row.port)
+            .map(|one| one.status.port)
         {
             self.take_out(port, true, machine);
         }
@@ -250,13 +250,13 @@ impl Devices {
     }
 
     /// Shows the devices as they are: done before anyone is told of a change.
-    fn show(&self) {
-        self.shown.rows(self.rows());
+    fn publish(&self) {
+        self.status.set_devices(self.statuses());
     }
 
     /// The devices as they are.
-    pub fn rows(&self) -> Vec<Row> {
-        self.plugged.iter().map(|one| one.row.clone()).collect()
+    pub fn statuses(&self) -> Vec<DeviceStatus> {
+        self.plugged.iter().map(|one| one.status.clone()).collect()
     }
 
     /// What the devices did; `interrupts` are those of the host, by device and vector.
@@ -267,7 +267,7 @@ impl Devices {
         let counters = self.plugged.iter().map(|one| {
             let bdf = one.device.name().to_string();
             let mut counters = DeviceCounters {
-                id: one.row.id.clone(),
+                id: one.status.id.clone(),
                 interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
                 bdf,
                 attach: one.attach.clone(),
@@ -280,11 +280,11 @@ impl Devices {
     }
 
     fn free(&self) -> Vec<PortIndex> {
-        self.slots.free(self.plugged.iter().map(|one| &one.row))
+        self.slots.free(self.plugged.iter().map(|one| &one.status))
     }
 
     fn has(&self, id: &str) -> bool {
-        self.plugged.iter().any(|one| one.row.id == id)
+        self.plugged.iter().any(|one| one.status.id == id)
     }
 }
 
@@ -294,7 +294,7 @@ impl Drop for Devices {
         for port in self.ports_from(0) {
             self.close(port, None);
         }
-        for prepared in self.ground.mailbox.take_prepared() {
+        for prepared in self.context.mailbox.take_prepared() {
             if let Ok((devices, _)) = prepared.devices {
                 let named = devices.into_iter();
                 let named = named.map(|device| (device.name().to_string(), device));
@@ -302,7 +302,7 @@ impl Drop for Devices {
             }
             (prepared.reply)(Err(CommandError::Ending));
         }
-        self.show();
+        self.publish();
         self.closing.finish(Instant::now() + CLOSE_PATIENCE);
     }
 }

@@ -8,10 +8,10 @@ use crate::command::{
     Answer, Attach, Command, CommandError, Detach, EventSink, Recipe, VmEvent, VmState, Wanted,
 };
 use crate::config::{Asked, VmConfig};
-use crate::shown::{Shown, View};
+use crate::status::{SharedStatus, VmStatus};
 
 /// What is remembered while no VM runs.
-pub struct Desk {
+pub struct StoppedVm {
     /// Where service plans are.
     host: HostPaths,
     /// The VM that there will be.
@@ -27,7 +27,7 @@ fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> CommandErro
 }
 
 /// What follows from a command while no VM runs.
-pub enum Deed {
+pub enum Action {
     /// It is done, or refused.
     Answer(Result<Answer, CommandError>),
     /// The VM that was created is to run.
@@ -36,7 +36,7 @@ pub enum Deed {
     Quit,
 }
 
-impl Desk {
+impl StoppedVm {
     /// Without a VM.
     pub fn new(host: &HostPaths) -> Self {
         Self {
@@ -48,20 +48,20 @@ impl Desk {
     }
 
     /// Does what a client asks for, as far as it can be done here.
-    pub fn take(&mut self, command: Command) -> Deed {
+    pub fn handle(&mut self, command: Command) -> Action {
         if self.created.is_none() {
             return match command {
-                Command::Create(recipe) => Deed::Answer(self.create(recipe)),
+                Command::Create(recipe) => Action::Answer(self.create(recipe)),
                 // Gone is what was wanted.
-                Command::Delete => Deed::Answer(Ok(Answer::Done)),
-                Command::Quit => Deed::Quit,
-                _ => Deed::Answer(Err(CommandError::NotCreated)),
+                Command::Delete => Action::Answer(Ok(Answer::Done)),
+                Command::Quit => Action::Quit,
+                _ => Action::Answer(Err(CommandError::NotCreated)),
             };
         }
-        Deed::Answer(match command {
+        Action::Answer(match command {
             Command::Create(_) => Err(CommandError::AlreadyCreated),
-            Command::Boot => return Deed::Boot,
-            Command::Quit => return Deed::Quit,
+            Command::Boot => return Action::Boot,
+            Command::Quit => return Action::Quit,
             Command::Delete => {
                 self.created = None;
                 Ok(Answer::Done)
@@ -140,14 +140,14 @@ impl Desk {
     }
 
     /// Shows the VM as it is: done before anyone is answered or told of a change.
-    pub fn show(&self, shown: &Shown) {
+    pub fn publish(&self, status: &SharedStatus) {
         let state = self.state();
         let created = self.created.as_ref();
-        let view = |config| View {
+        let view = |config| VmStatus {
             ended: self.ended.clone(),
-            ..View::idle(config, state)
+            ..VmStatus::stopped(config, state)
         };
-        shown.show(created.map(view));
+        status.publish(created.map(view));
     }
 
     fn state(&self) -> VmState {

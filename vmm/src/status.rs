@@ -1,4 +1,4 @@
-//! What a VM is at the moment: shown by the thread that owns it, and seen by any other without waking it.
+//! What a VM is at the moment: status by the thread that owns it, and seen by any other without waking it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,13 +11,13 @@ use crate::config::VmConfig;
 use crate::placement::VmPlacement;
 use crate::vm::Leaving;
 
-/// The place where it is shown. Its owner shows a change before it tells anyone of it.
+/// The place where it is status. Its owner shows a change before it tells anyone of it.
 #[derive(Default)]
-pub struct Shown(Mutex<Option<View>>);
+pub struct SharedStatus(Mutex<Option<VmStatus>>);
 
-/// What is shown of a VM.
+/// What is status of a VM.
 #[derive(Clone)]
-pub struct View {
+pub struct VmStatus {
     /// What it was made from.
     pub config: Arc<VmConfig>,
     /// Where it is on the host; anywhere if it does not run.
@@ -27,14 +27,14 @@ pub struct View {
     /// Why it has ended, if it has.
     pub ended: Option<String>,
     /// The devices that it has.
-    pub rows: Vec<Row>,
+    pub devices: Vec<DeviceStatus>,
     /// Where they are plugged in; `None` if it does not run.
-    pub slots: Option<Slots>,
+    pub slots: Option<SlotTable>,
 }
 
 /// A device in its slot.
 #[derive(Debug, Clone)]
-pub struct Row {
+pub struct DeviceStatus {
     /// What it is called.
     pub id: String,
     /// What it is called on the host.
@@ -54,24 +54,26 @@ pub struct Row {
 /// The slots of a VM that runs. Where they are and which are empty is the guest's doing as well: that is
 /// seen as of now.
 #[derive(Clone)]
-pub struct Slots {
+pub struct SlotTable {
     /// The ports whose slots can be filled and emptied.
     pub ports: Arc<[PortIndex]>,
     /// The ports as the guest has set them up.
     pub pci: Arc<PciSegment>,
     /// What the guest was told of the slots.
     pub events: Arc<PlatformEvents>,
-    /// Slots that something is still on its way out of.
+    /// SlotTable that something is still on its way out of.
     pub leaving: Leaving,
 }
 
-impl Slots {
+impl SlotTable {
     /// The slots that have nothing in them any more, as far as the guest has heard too, the surest first.
-    pub fn free<'a>(&self, rows: impl Iterator<Item = &'a Row> + Clone) -> Vec<PortIndex> {
-        let empty = self
-            .ports
-            .iter()
-            .filter(|port| rows.clone().all(|row| row.port != **port) && !self.leaving.has(**port));
+    pub fn free<'a>(
+        &self,
+        devices: impl Iterator<Item = &'a DeviceStatus> + Clone,
+    ) -> Vec<PortIndex> {
+        let empty = self.ports.iter().filter(|port| {
+            devices.clone().all(|status| status.port != **port) && !self.leaving.has(**port)
+        });
         let known = empty.map(|port| (self.events.slot_state(*port), *port));
         let mut free: Vec<_> = known
             .filter(|(known, _)| *known < SlotState::Unread)
@@ -80,71 +82,75 @@ impl Slots {
         free.into_iter().map(|(_, port)| port).collect()
     }
 
-    /// A device as clients know it, one of `rows`.
-    pub fn info<'a>(&self, row: &Row, rows: impl Iterator<Item = &'a Row>) -> DeviceInfo {
-        let beside = rows.filter(|other| other.port == row.port && other.id != row.id);
-        let port = self.pci.ports().find(|(port, ..)| *port == row.port);
+    /// A device as clients know it, one of `devices`.
+    pub fn info<'a>(
+        &self,
+        status: &DeviceStatus,
+        devices: impl Iterator<Item = &'a DeviceStatus>,
+    ) -> DeviceInfo {
+        let beside = devices.filter(|other| other.port == status.port && other.id != status.id);
+        let port = self.pci.ports().find(|(port, ..)| *port == status.port);
         let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
         DeviceInfo {
-            id: row.id.clone(),
-            name: row.name,
-            guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(row.function)),
-            group: row.group.clone(),
-            allow: row.allow,
-            state: row.state,
+            id: status.id.clone(),
+            name: status.name,
+            guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(status.function)),
+            group: status.group.clone(),
+            allow: status.allow,
+            state: status.state,
             together_with: beside.map(|other| other.id.clone()).collect(),
         }
     }
 }
 
-impl View {
+impl VmStatus {
     /// A VM that does not run.
-    pub fn idle(config: &Arc<VmConfig>, state: VmState) -> Self {
+    pub fn stopped(config: &Arc<VmConfig>, state: VmState) -> Self {
         Self {
             config: Arc::clone(config),
             placement: VmPlacement::default(),
             state,
             ended: None,
-            rows: Vec::new(),
+            devices: Vec::new(),
             slots: None,
         }
     }
 
     fn info(&self) -> VmInfo {
         let slots = self.slots.as_ref();
-        let device = |row| slots.map(|slots| slots.info(row, self.rows.iter()));
+        let device = |status| slots.map(|slots| slots.info(status, self.devices.iter()));
         VmInfo {
             config: Arc::clone(&self.config),
             nodes: self.placement.nodes.clone(),
             cpus: self.placement.cpus.clone(),
             state: self.state,
             ended: self.ended.clone(),
-            devices: self.rows.iter().filter_map(device).collect(),
+            devices: self.devices.iter().filter_map(device).collect(),
             slots: slots.map_or(0, |slots| slots.ports.len()),
-            free_slots: slots.map_or(0, |slots| slots.free(self.rows.iter()).len()),
+            free_slots: slots.map_or(0, |slots| slots.free(self.devices.iter()).len()),
         }
     }
 }
 
-impl Shown {
+impl SharedStatus {
     /// Shows a VM, or that there is none.
-    pub fn show(&self, view: Option<View>) {
+    pub fn publish(&self, view: Option<VmStatus>) {
         let before = std::mem::replace(&mut *self.lock(), view);
         // Not behind the lock: what only it has left goes now.
         drop(before);
     }
 
     /// Shows what the VM is doing now.
-    pub fn state(&self, state: VmState) {
+    pub fn set_state(&self, state: VmState) {
         if let Some(view) = &mut *self.lock() {
             view.state = state;
         }
     }
 
     /// Shows the devices that it has now.
-    pub fn rows(&self, rows: Vec<Row>) {
+    pub fn set_devices(&self, devices: Vec<DeviceStatus>) {
         if let Some(view) = &mut *self.lock() {
-            view.rows = rows;
+            view.devices = devices;
         }
     }
 
@@ -155,7 +161,7 @@ impl Shown {
         view.map(|view| view.info())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<View>> {
+    fn lock(&self) -> MutexGuard<'_, Option<VmStatus>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -166,11 +172,11 @@ mod tests {
 
     use super::*;
 
-    fn slots() -> Slots {
+    fn slots() -> SlotTable {
         let mut pci = PciSegment::new([0..=4]).unwrap();
         let ports: Vec<_> = (0..2).map(|_| pci.add_root_port(0).unwrap()).collect();
         let trigger = EventFd::new(0).unwrap();
-        Slots {
+        SlotTable {
             events: Arc::new(PlatformEvents::new(ports.iter().copied(), trigger)),
             ports: ports.into(),
             pci: Arc::new(pci),
@@ -180,18 +186,18 @@ mod tests {
 
     #[test]
     fn what_was_shown_last_is_seen() {
-        let shown = Shown::default();
-        assert!(shown.info().is_none());
-        shown.state(VmState::Running);
-        assert!(shown.info().is_none(), "there is still no VM");
-        shown.show(Some(View::idle(
+        let status = SharedStatus::default();
+        assert!(status.info().is_none());
+        status.set_state(VmState::Running);
+        assert!(status.info().is_none(), "there is still no VM");
+        status.publish(Some(VmStatus::stopped(
             &Arc::new(VmConfig::small()),
             VmState::Created,
         )));
-        let info = shown.info().unwrap();
+        let info = status.info().unwrap();
         assert_eq!((info.state, info.slots), (VmState::Created, 0));
         let slots = slots();
-        let row = |id: &str, port: usize, function| Row {
+        let device = |id: &str, port: usize, function| DeviceStatus {
             id: id.to_owned(),
             name: format!("01:00.{function}").parse().unwrap(),
             group: None,
@@ -200,22 +206,26 @@ mod tests {
             port: slots.ports[port],
             function,
         };
-        let rows = vec![row("gpu", 1, 0), row("audio", 1, 1), row("disk", 0, 0)];
-        shown.show(Some(View {
+        let devices = vec![
+            device("gpu", 1, 0),
+            device("audio", 1, 1),
+            device("disk", 0, 0),
+        ];
+        status.publish(Some(VmStatus {
             slots: Some(slots),
-            ..View::idle(&Arc::new(VmConfig::small()), VmState::Running)
+            ..VmStatus::stopped(&Arc::new(VmConfig::small()), VmState::Running)
         }));
-        assert_eq!(shown.info().unwrap().free_slots, 2);
-        shown.rows(rows);
-        shown.state(VmState::Paused);
-        let info = shown.info().unwrap();
+        assert_eq!(status.info().unwrap().free_slots, 2);
+        status.set_devices(devices);
+        status.set_state(VmState::Paused);
+        let info = status.info().unwrap();
         assert_eq!((info.slots, info.free_slots), (2, 0));
         let together = |index: usize| info.devices[index].together_with.clone();
         assert_eq!(info.devices[0].id, "gpu");
         assert_eq!([together(0), together(1)], [["audio"], ["gpu"]]);
         assert!(together(2).is_empty());
         assert_eq!(info.state, VmState::Paused);
-        shown.show(None);
-        assert!(shown.info().is_none());
+        status.publish(None);
+        assert!(status.info().is_none());
     }
 }
