@@ -13,15 +13,15 @@ use crate::config::VmConfig;
 use crate::error::Error;
 
 /// Why what a client wrote describes no VM.
-pub type WrongConfig = Box<dyn std::error::Error + Send + Sync>;
+pub type InvalidConfig = Box<dyn std::error::Error + Send + Sync>;
 
 /// Makes a VM's description of what a client wrote. That reads files of the host, which the thread
 /// that speaks with clients may not: it is called where VMs are built, and only if there is none.
-pub struct Recipe(pub Box<dyn FnOnce() -> Result<VmConfig, CommandError> + Send>);
+pub struct DeferredConfig(pub Box<dyn FnOnce() -> Result<VmConfig, CommandError> + Send>);
 
-impl fmt::Debug for Recipe {
+impl fmt::Debug for DeferredConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Recipe")
+        f.write_str("DeferredConfig")
     }
 }
 
@@ -29,7 +29,7 @@ impl fmt::Debug for Recipe {
 #[derive(Debug)]
 pub enum Command {
     /// Remember what the VM is to be.
-    Create(Recipe),
+    Create(DeferredConfig),
     /// Build the VM and run it. Answered once its vCPUs run.
     Boot,
     /// End the VM if it runs, and forget what it was.
@@ -64,19 +64,19 @@ pub struct Attach {
     /// only the first has it, the others get `-1`, `-2`, ... behind it.
     pub id: Option<String>,
     /// Which devices.
-    pub wanted: Wanted,
+    pub wanted: DeviceSelector,
 }
 
 /// The devices that a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wanted {
+pub enum DeviceSelector {
     /// So many of a group or alias, or one by its address.
     Request(Request),
     /// Those that the host's service plan of that name says when they are taken.
     Plan(String),
 }
 
-impl fmt::Display for Wanted {
+impl fmt::Display for DeviceSelector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Request(Request::Any(wish)) => wish.from.fmt(f),
@@ -231,7 +231,7 @@ pub enum CommandError {
     AlreadyCreated,
     /// What is to be created is no VM.
     #[error(transparent)]
-    Invalid(WrongConfig),
+    Invalid(InvalidConfig),
     /// The VM does not run.
     #[error("the VM is not running: boot it first")]
     NotBooted,
@@ -356,7 +356,7 @@ pub enum VmEvent {
         forced: bool,
     },
     /// The host wants a device back: the guest is asked to let go of it.
-    Wanted {
+    ReleaseRequested {
         /// What it is called.
         id: String,
     },

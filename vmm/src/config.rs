@@ -16,15 +16,15 @@ pub struct VmConfig {
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
     /// What of the host's processors the guest is offered.
-    pub cpu: CpuOffer,
+    pub cpu: CpuConfig,
     /// The host's processors that a vCPU may run on, for those that have some of their own.
     pub affinity: BTreeMap<u8, Numbers>,
     /// Guest RAM.
     pub memory: MemorySize,
     /// The NUMA nodes of the host that RAM comes from, and where the vCPUs are.
-    pub nodes: Nodes,
+    pub nodes: NumaPolicy,
     /// Host devices it takes, in the order of their slots.
-    pub devices: Vec<Asked>,
+    pub devices: Vec<NamedRequest>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Whether it has a register by which its kernel says that it has panicked (`pvpanic`).
@@ -59,7 +59,7 @@ impl VmConfig {
 
 /// Host devices that a VM asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asked {
+pub struct NamedRequest {
     /// What the device is called in the VM; its address on the host if absent. Of several devices only the
     /// first is called so, the others get `-1`, `-2`, ... behind it.
     pub id: Option<String>,
@@ -67,7 +67,7 @@ pub struct Asked {
     pub request: Request,
 }
 
-impl Asked {
+impl NamedRequest {
     /// What they are called, as far as that is known before they are leased.
     pub fn names(&self) -> impl Iterator<Item = String> {
         let address = match &self.request {
@@ -94,7 +94,7 @@ impl Asked {
     }
 }
 
-impl From<Request> for Asked {
+impl From<Request> for NamedRequest {
     fn from(request: Request) -> Self {
         Self { id: None, request }
     }
@@ -120,10 +120,10 @@ impl VmConfig {
                 cmdline: String::new(),
             },
             vcpus: VcpuCount::new(2).unwrap(),
-            cpu: CpuOffer::default(),
+            cpu: CpuConfig::default(),
             affinity: BTreeMap::new(),
             memory: MemorySize::new(64 << 20).unwrap(),
-            nodes: Nodes::default(),
+            nodes: NumaPolicy::default(),
             devices: Vec::new(),
             serial: SerialMode::Off,
             pvpanic: true,
@@ -135,7 +135,7 @@ impl VmConfig {
 
 /// What of the host's processors a guest is offered.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CpuOffer {
+pub struct CpuConfig {
     /// VMX or SVM, so that the guest can run VMs itself.
     pub nested: bool,
     /// Bits of a guest-physical address, at most; those of the host if absent.
@@ -144,14 +144,14 @@ pub struct CpuOffer {
 
 /// The NUMA nodes of the host that a VM is on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Nodes {
+pub enum NumaPolicy {
     /// Those of the devices that it starts with, as far as there is room.
     #[default]
-    OfDevices,
+    NearDevices,
     /// Whichever the host's kernel chooses.
     Any,
-    /// These and no others.
-    These(Numbers),
+    /// Only these nodes.
+    Only(Numbers),
 }
 
 /// Slots for devices that come while the VM runs. By default there are none: each costs the guest

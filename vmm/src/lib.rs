@@ -27,10 +27,11 @@ mod vmm;
 pub use gantry_devices::bounded_writer;
 
 pub use config::{
-    Asked, CpuOffer, Folders, Hotplug, MemorySize, Nodes, Payload, SerialMode, VcpuCount, VmConfig,
+    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, NumaPolicy, Payload, SerialMode,
+    VcpuCount, VmConfig,
 };
 pub use error::Error;
-pub use memory::let_go_of_program;
+pub use memory::release_program_pages;
 pub use sandbox::SeccompMode;
 pub use vm::check;
 pub use vmm::{Handle, Options, Outcome, Vmm};

@@ -100,7 +100,7 @@ impl RamRegion {
 
 /// Lets go of the program's code and constants as far as they are mapped: most of it was for the
 /// start, and what is needed again comes back from the page cache.
-pub fn let_go_of_program() {
+pub fn release_program_pages() {
     // Given by the linker: where the program begins, and where its code ends.
     unsafe extern "C" {
         static __executable_start: u8;

@@ -11,7 +11,7 @@ use gantry_resources::{HostNode, HostPaths, Numbers, Placement, host_nodes, onli
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::config::{Nodes, VmConfig};
+use crate::config::{NumaPolicy, VmConfig};
 
 /// What the VM's file asks for is not to be had.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -166,7 +166,7 @@ impl VmPlacement {
         nodes: &Numbers,
         host: &HostPaths,
     ) -> Result<Self, PlacementError> {
-        let silent = nodes.is_empty() && !matches!(config.nodes, Nodes::These(_));
+        let silent = nodes.is_empty() && !matches!(config.nodes, NumaPolicy::Only(_));
         if silent && config.affinity.is_empty() {
             return Ok(Self::default());
         }
@@ -180,9 +180,9 @@ impl VmPlacement {
     ) -> Result<Self, PlacementError> {
         check_affinity(config, topology)?;
         match &config.nodes {
-            Nodes::Any => Ok(Self::default()),
-            Nodes::These(nodes) => Self::bound(config, nodes, topology),
-            Nodes::OfDevices => Ok(Self::near(config, devices, topology)),
+            NumaPolicy::Any => Ok(Self::default()),
+            NumaPolicy::Only(nodes) => Self::bound(config, nodes, topology),
+            NumaPolicy::NearDevices => Ok(Self::near(config, devices, topology)),
         }
     }
 

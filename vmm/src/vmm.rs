@@ -54,7 +54,7 @@ pub enum Outcome {
     /// The user ended it from its console.
     Stopped,
     /// A client ended it.
-    Asked,
+    Client,
     /// A signal ended it.
     Signal(i32),
     /// The guest cannot go on, and why.
@@ -66,7 +66,7 @@ impl fmt::Display for Outcome {
         match self {
             Self::PowerOff => f.write_str("the guest powered off"),
             Self::Stopped => f.write_str("it was ended from its console"),
-            Self::Asked => f.write_str("a client ended it"),
+            Self::Client => f.write_str("a client ended it"),
             Self::Signal(number) => write!(f, "signal {number} ended it"),
             Self::GuestFault(what) => write!(f, "the guest died: {what}"),
         }
@@ -197,9 +197,9 @@ impl Vmm {
         });
         match ended? {
             End::Over(outcome) => Ok(outcome),
-            End::Asked(_, reply) => {
+            End::Requested(_, reply) => {
                 reply(Ok(Answer::Done));
-                Ok(Outcome::Asked)
+                Ok(Outcome::Client)
             }
         }
     }
@@ -243,7 +243,7 @@ impl Vmm {
                 }
                 Action::Quit => {
                     reply(Ok(Answer::Done));
-                    return Ok(Outcome::Asked);
+                    return Ok(Outcome::Client);
                 }
             }
             stopped.tell(&context.events);
@@ -277,7 +277,7 @@ impl Vmm {
             });
             stopped.ran(reason);
         }
-        if matches!(ended, Ok(End::Asked(Command::Delete, _))) {
+        if matches!(ended, Ok(End::Requested(Command::Delete, _))) {
             stopped.created = None;
         }
         stopped.publish(&self.context.status);
@@ -289,9 +289,9 @@ impl Vmm {
                 None
             }
             (Ok(End::Over(_)), _) => None,
-            (Ok(End::Asked(command, reply)), _) => {
+            (Ok(End::Requested(command, reply)), _) => {
                 reply(Ok(Answer::Done));
-                matches!(command, Command::Quit).then_some(Outcome::Asked)
+                matches!(command, Command::Quit).then_some(Outcome::Client)
             }
             (Err(Error::Interrupted(signal)), reply) => {
                 if let Some(reply) = reply {
@@ -321,7 +321,7 @@ impl Vmm {
 fn why(ended: &Result<End, Error>) -> String {
     match ended {
         Ok(End::Over(outcome)) => outcome.to_string(),
-        Ok(End::Asked(..)) => Outcome::Asked.to_string(),
+        Ok(End::Requested(..)) => Outcome::Client.to_string(),
         Err(Error::Interrupted(signal)) => Outcome::Signal(*signal).to_string(),
         Err(error) => {
             let first: &dyn std::error::Error = error;

@@ -22,7 +22,7 @@ use crate::report::{
 use crate::stderr::Stderr;
 use gantry_vmm::command::VmEvent;
 use gantry_vmm::threads::Task;
-use gantry_vmm::{Folders, Nodes, Options, Outcome, SeccompMode, VmConfig, Vmm};
+use gantry_vmm::{Folders, NumaPolicy, Options, Outcome, SeccompMode, VmConfig, Vmm};
 
 const HELP: &str = "\
 Examples:
@@ -202,8 +202,8 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
 /// for it and can boot its kernel. A file that is wrong has been refused.
 fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let nodes = match &config.nodes {
-        Nodes::These(nodes) => nodes.iter().collect(),
-        Nodes::OfDevices | Nodes::Any => BTreeSet::new(),
+        NumaPolicy::Only(nodes) => nodes.iter().collect(),
+        NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
     fit::tell(paths, &config.requests(), nodes, false)?;
     gantry_vmm::check(config, paths).map_err(Failure::host)?;
@@ -224,7 +224,7 @@ fn no_background() -> Failure {
 fn ended(outcome: &Outcome) -> Option<String> {
     Some(match outcome {
         Outcome::PowerOff => "the guest powered off".to_owned(),
-        Outcome::Asked => "a client shut it down".to_owned(),
+        Outcome::Client => "a client shut it down".to_owned(),
         Outcome::Stopped => "ctrl-a x".to_owned(),
         Outcome::Signal(signal) => format!("signal {signal}"),
         Outcome::GuestFault(_) => return None,
@@ -347,7 +347,7 @@ fn may_start(paths: &HostPaths) -> Result<(), Failure> {
 
 fn exit_code(outcome: Outcome) -> Result<u8, Failure> {
     match outcome {
-        Outcome::PowerOff | Outcome::Asked => Ok(SUCCESS),
+        Outcome::PowerOff | Outcome::Client => Ok(SUCCESS),
         Outcome::Stopped => Ok(STOPPED),
         Outcome::Signal(signal) => Ok(BY_SIGNAL.saturating_add(u8::try_from(signal).unwrap_or(0))),
         Outcome::GuestFault(what) => {

@@ -19,7 +19,7 @@ use document::{Node, Value};
 pub use error::Error;
 use error::Fault;
 use gantry_resources::{HostPaths, read_text};
-use gantry_vmm::command::{Attach, Wanted};
+use gantry_vmm::command::{Attach, DeviceSelector};
 pub use model::{AddDevice, DeviceConfig, PlanDevices};
 pub use schema::{add_inert, schema};
 pub use validate::SLOTS;
@@ -155,14 +155,14 @@ fn attach_of(body: &str, allow_ungrouped: bool) -> Result<Attach, Fault> {
         if let Some(id) = &id {
             validate::check_id("id", id, None).map_err(misplaced)?;
         }
-        let wanted = Wanted::Plan(plan);
+        let wanted = DeviceSelector::Plan(plan);
         return Ok(Attach { id, wanted });
     }
     let device = decode::decode(&root).map_err(wording::misfit)?;
     let asked = validate::device("", device, allow_ungrouped).map_err(misplaced)?;
     Ok(Attach {
         id: asked.id,
-        wanted: Wanted::Request(asked.request),
+        wanted: DeviceSelector::Request(asked.request),
     })
 }
 

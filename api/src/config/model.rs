@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::{Allow, DeviceName, InterruptNeed, NumaPolicy, Request, Source, Traits};
-use gantry_vmm::Asked;
+use gantry_vmm::NamedRequest;
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};
 
@@ -182,8 +182,8 @@ pub enum AddDevice {
     Device(DeviceConfig),
 }
 
-impl From<&Asked> for DeviceConfig {
-    fn from(asked: &Asked) -> Self {
+impl From<&NamedRequest> for DeviceConfig {
+    fn from(asked: &NamedRequest) -> Self {
         let id = asked.id.clone();
         let exactly = |name: DeviceName| Self {
             path: Some(name.sysfs_path().into()),

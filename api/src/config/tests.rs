@@ -5,7 +5,7 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::Request;
-use gantry_vmm::{Nodes, SerialMode, VmConfig};
+use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
 
@@ -166,9 +166,12 @@ fn a_device_that_lacks_something_is_taken_as_its_entry_says() {
 fn a_file_says_where_the_vm_is() {
     let folder = Folder::new();
     let at = |members: &str| folder.load(&file(members)).unwrap();
-    assert_eq!(at(r#""cpus": {"boot_vcpus": 1}"#).nodes, Nodes::OfDevices);
-    assert_eq!(at(r#""numa_nodes": []"#).nodes, Nodes::Any);
-    let these = Nodes::These([0, 2].into_iter().collect());
+    assert_eq!(
+        at(r#""cpus": {"boot_vcpus": 1}"#).nodes,
+        NumaPolicy::NearDevices
+    );
+    assert_eq!(at(r#""numa_nodes": []"#).nodes, NumaPolicy::Any);
+    let these = NumaPolicy::Only([0, 2].into_iter().collect());
     assert_eq!(at(r#""numa_nodes": [2, 0]"#).nodes, these);
     let cpus = r#""cpus": {"boot_vcpus": 2, "affinity": [{"vcpu": 1, "host_cpus": [3, 2]}]}"#;
     let affinity = at(cpus).affinity;

@@ -11,7 +11,9 @@ use gantry_resources::{
     Allow, DeviceName, GroupType, Groups, HostPaths, NO_USB, Request, Source, Wish, open_below,
     open_regular,
 };
-use gantry_vmm::{Asked, CpuOffer, Folders, Hotplug, MemorySize, Payload, SerialMode, VcpuCount};
+use gantry_vmm::{
+    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, Payload, SerialMode, VcpuCount,
+};
 use nix::fcntl::OFlag;
 
 use super::decode::join;
@@ -90,7 +92,7 @@ pub fn convert(
     let devices = match &plan {
         Some(plan) if !own => planned::devices(plan)?
             .into_iter()
-            .map(Asked::from)
+            .map(NamedRequest::from)
             .collect(),
         _ => asked,
     };
@@ -213,7 +215,7 @@ fn vcpus(config: &model::CpusConfig) -> Result<VcpuCount, Invalid> {
 }
 
 /// What of the host's processors the guest is offered.
-fn offer(config: &model::CpusConfig) -> Result<CpuOffer, Invalid> {
+fn offer(config: &model::CpusConfig) -> Result<CpuConfig, Invalid> {
     let max_phys_bits = match config.max_phys_bits.map(u8::try_from) {
         None => None,
         Some(Ok(bits)) if PHYS_BITS.contains(&bits) => Some(bits),
@@ -224,7 +226,7 @@ fn offer(config: &model::CpusConfig) -> Result<CpuOffer, Invalid> {
             return Err(invalid("cpus.max_phys_bits", what, help));
         }
     };
-    Ok(CpuOffer {
+    Ok(CpuConfig {
         nested: config.nested.unwrap_or(false),
         max_phys_bits,
     })
@@ -258,14 +260,14 @@ fn asked(
     configs: Option<Vec<model::DeviceConfig>>,
     aliases: Option<String>,
     allow_ungrouped: bool,
-) -> Result<Vec<Asked>, Invalid> {
+) -> Result<Vec<NamedRequest>, Invalid> {
     let mut asked = devices(configs.unwrap_or_default(), allow_ungrouped)?;
     if let Some(text) = aliases {
         let more = gantry_resources::aliases(&text).map_err(|error| {
             let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
             invalid("pci_passthrough:alias", error.to_string(), help)
         })?;
-        asked.extend(more.into_iter().map(Asked::from));
+        asked.extend(more.into_iter().map(NamedRequest::from));
     }
     Ok(asked)
 }
@@ -273,8 +275,8 @@ fn asked(
 fn devices(
     configs: Vec<model::DeviceConfig>,
     allow_ungrouped: bool,
-) -> Result<Vec<Asked>, Invalid> {
-    let mut all: Vec<Asked> = Vec::with_capacity(configs.len());
+) -> Result<Vec<NamedRequest>, Invalid> {
+    let mut all: Vec<NamedRequest> = Vec::with_capacity(configs.len());
     let mut names: Vec<String> = Vec::new();
     for (index, config) in configs.into_iter().enumerate() {
         let key = format!("devices[{index}]");
@@ -299,7 +301,7 @@ pub fn device(
     key: &str,
     config: model::DeviceConfig,
     allow_ungrouped: bool,
-) -> Result<Asked, Invalid> {
+) -> Result<NamedRequest, Invalid> {
     let id = config.id.clone();
     let request = request(key, config, allow_ungrouped)?;
     if let Some(id) = &id {
@@ -310,7 +312,7 @@ pub fn device(
         };
         check_id(&join(key, "id"), id, own)?;
     }
-    Ok(Asked { id, request })
+    Ok(NamedRequest { id, request })
 }
 
 /// What a device is called appears in logs and tables, beside the addresses of others: it may be the

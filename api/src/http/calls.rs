@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use gantry_resources::{Maintenance, maintenance};
 use gantry_vmm::Error;
-use gantry_vmm::command::{Answer, Command, CommandError, Detach, DeviceCounters, Recipe, VmInfo};
+use gantry_vmm::command::{
+    Answer, Command, CommandError, DeferredConfig, Detach, DeviceCounters, VmInfo,
+};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::EXPECT;
@@ -152,7 +154,7 @@ impl App {
             let config = config::parse(&written, &name, &extras);
             config.map_err(|error| CommandError::Invalid(in_full(&error).into()))
         };
-        Ok(Command::Create(Recipe(Box::new(make))))
+        Ok(Command::Create(DeferredConfig(Box::new(make))))
     }
 
     async fn add_device(&self, body: &[u8]) -> Result<Answered, Refusal> {

@@ -211,7 +211,7 @@ impl Door {
             connection.await;
             sleep(QUIET).await;
             if places.are_empty() {
-                gantry_vmm::let_go_of_program();
+                gantry_vmm::release_program_pages();
             }
         });
     }

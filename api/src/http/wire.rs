@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::{DeviceName, Source};
-use gantry_vmm::{Nodes, SerialMode, command};
+use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -349,9 +349,9 @@ impl From<&command::VmInfo> for VmInfo {
                 },
                 devices,
                 numa_nodes: match &config.nodes {
-                    Nodes::OfDevices => None,
-                    Nodes::Any => Some(Vec::new()),
-                    Nodes::These(nodes) => Some(nodes.iter().collect()),
+                    NumaPolicy::NearDevices => None,
+                    NumaPolicy::Any => Some(Vec::new()),
+                    NumaPolicy::Only(nodes) => Some(nodes.iter().collect()),
                 },
                 hotplug: Hotplug::from(&config.hotplug),
                 serial: Serial::from(&config.serial),

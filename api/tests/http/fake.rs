@@ -12,8 +12,8 @@ use gantry_api::http::{Events, Identity, Limits, Server, Socket, Stop, Vm};
 use gantry_resources::{HostPaths, Request};
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
-    Answer, Command, CommandError, DeviceCounters, DeviceInfo, DeviceState, GuestBdf, Recipe,
-    Reply, VmEvent, VmInfo, VmState, Wanted,
+    Answer, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceSelector,
+    DeviceState, GuestBdf, Reply, VmEvent, VmInfo, VmState,
 };
 
 /// A VM without a machine. It answers at once, on the thread that asks.
@@ -38,7 +38,7 @@ pub const LAZY: &str = "lazy";
 impl FakeVm {
     fn run(&self, command: Command) -> Result<Answer, CommandError> {
         let mut state = self.state.lock().unwrap();
-        if let Command::Create(Recipe(make)) = command {
+        if let Command::Create(DeferredConfig(make)) = command {
             if state.vm.is_some() {
                 return Err(CommandError::AlreadyCreated);
             }
@@ -99,22 +99,24 @@ impl FakeVm {
         &self,
         state: &mut State,
         id: Option<String>,
-        wanted: &Wanted,
+        wanted: &DeviceSelector,
     ) -> Result<Answer, CommandError> {
         let (count, group) = match wanted {
-            Wanted::Request(Request::Any(wish)) => (wish.count as usize, Some("nvme".to_owned())),
-            Wanted::Request(_) => (1, None),
-            Wanted::Plan(_) => (2, Some("nvme".to_owned())),
+            DeviceSelector::Request(Request::Any(wish)) => {
+                (wish.count as usize, Some("nvme".to_owned()))
+            }
+            DeviceSelector::Request(_) => (1, None),
+            DeviceSelector::Plan(_) => (2, Some("nvme".to_owned())),
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
         let allow = match wanted {
-            Wanted::Request(request) => request.allow(),
-            Wanted::Plan(_) => Default::default(),
+            DeviceSelector::Request(request) => request.allow(),
+            DeviceSelector::Plan(_) => Default::default(),
         };
-        let whole = *wanted == Wanted::Plan(WHOLE.to_owned());
+        let whole = *wanted == DeviceSelector::Plan(WHOLE.to_owned());
         for index in first..first + count {
             let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
             if state.devices.iter().any(|device| device.id == id) {

@@ -3,7 +3,7 @@
 //! The topology is one socket of `count` cores of one thread, whose APIC ids are their numbers.
 //! Leaves are those of Intel's manual (volume 2, CPUID) and AMD's (volume 3, appendix E).
 
-use crate::config::CpuOffer;
+use crate::config::CpuConfig;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 type Entry = kvm_cpuid_entry2;
@@ -29,7 +29,7 @@ pub fn offers_nested(supported: &[Entry]) -> bool {
 }
 
 /// What all processors of a guest have in common, out of what KVM supports and the guest is offered.
-pub fn common(supported: &[Entry], tsc_deadline: bool, offer: CpuOffer) -> Vec<Entry> {
+pub fn common(supported: &[Entry], tsc_deadline: bool, offer: CpuConfig) -> Vec<Entry> {
     // Leaves of SGX, which has no memory here, of encrypted memory, which this is not, and AMD's
     // extended topology, in whose absence the older leaves say it.
     let dropped = [0x12, 0x8000_001f, 0x8000_0026];
@@ -45,7 +45,7 @@ pub fn common(supported: &[Entry], tsc_deadline: bool, offer: CpuOffer) -> Vec<E
 }
 
 /// Takes away what the guest is not offered.
-fn limit(mut entry: Entry, offer: CpuOffer) -> Entry {
+fn limit(mut entry: Entry, offer: CpuConfig) -> Entry {
     match entry.function {
         1 if !offer.nested => entry.ecx &= !VMX,
         0x8000_0001 if !offer.nested => entry.ecx &= !SVM,
@@ -275,11 +275,11 @@ mod tests {
 
     #[test]
     fn features_that_cannot_work_are_masked() {
-        let entries = common(&intel(), true, CpuOffer::default());
+        let entries = common(&intel(), true, CpuConfig::default());
         let [_, _, ecx, _] = find(&entries, 1, 0);
         assert_eq!(ecx, HYPERVISOR | X2APIC | TSC_DEADLINE);
         assert_eq!(
-            find(&common(&intel(), false, CpuOffer::default()), 1, 0)[2],
+            find(&common(&intel(), false, CpuConfig::default()), 1, 0)[2],
             HYPERVISOR | X2APIC
         );
         assert_eq!(find(&entries, 7, 0), [1, !4, !(1 << 30), !0x0340_0000]);
@@ -293,7 +293,7 @@ mod tests {
             find(&entries, 0x4000_0000, 0),
             find(&intel(), 0x4000_0000, 0)
         );
-        let entries = common(&amd(), true, CpuOffer::default());
+        let entries = common(&amd(), true, CpuConfig::default());
         let dropped = [0x8000_001f, 0x8000_0026];
         assert!(
             !entries
@@ -315,13 +315,13 @@ mod tests {
         ];
         for (supported, leaf, bit) in [(&vmx[..], 1, VMX), (&svm[..], 0x8000_0001, SVM)] {
             assert!(offers_nested(supported));
-            let plain = common(supported, true, CpuOffer::default());
+            let plain = common(supported, true, CpuConfig::default());
             assert!(!bits(&plain, leaf, bit), "{leaf:#x}");
             assert!(!plain.iter().any(|entry| entry.function == SVM_LEAF));
             assert!(!offers_nested(&plain));
-            let nested = CpuOffer {
+            let nested = CpuConfig {
                 nested: true,
-                ..CpuOffer::default()
+                ..CpuConfig::default()
             };
             let nested = common(supported, true, nested);
             assert!(bits(&nested, leaf, bit), "{leaf:#x}");
@@ -333,9 +333,9 @@ mod tests {
     fn addresses_have_at_most_so_many_bits() {
         let wide = [entry(0x8000_0008, 0, [0x30_3034, 0, 0, 0])];
         for (most, bits) in [(None, 48), (Some(46), 46), (Some(60), 48)] {
-            let offer = CpuOffer {
+            let offer = CpuConfig {
                 max_phys_bits: most,
-                ..CpuOffer::default()
+                ..CpuConfig::default()
             };
             assert_eq!(physical_bits(&common(&wide, true, offer)), bits, "{most:?}");
         }
@@ -349,14 +349,14 @@ mod tests {
             .find(|entry| entry.function == 0xd)
             .unwrap()
             .eax |= 3 << 17;
-        let entries = common(&supported, true, CpuOffer::default());
+        let entries = common(&supported, true, CpuConfig::default());
         assert_eq!(find(&entries, 7, 0)[3], u32::MAX);
         assert_eq!(find(&entries, 0x1d, 0)[0], 1);
     }
 
     #[test]
     fn intel_topology_is_one_socket_of_single_threaded_cores() {
-        let common = common(&intel(), true, CpuOffer::default());
+        let common = common(&intel(), true, CpuConfig::default());
         let third = of_processor(&common, 2, 3);
         assert_eq!(find(&third, 1, 0)[1], 0x0204_0800);
         assert_eq!(find(&third, 1, 0)[3], HTT);
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn amd_topology_says_the_same() {
-        let entries = of_processor(&common(&amd(), true, CpuOffer::default()), 4, 6);
+        let entries = of_processor(&common(&amd(), true, CpuConfig::default()), 4, 6);
         assert_eq!(find(&entries, 0x8000_0001, 0)[2], CMP_LEGACY);
         assert_eq!(find(&entries, 0x8000_0008, 0), [0x30_3034, 0, 0x3005, 0]);
         assert_eq!(find(&entries, 0x8000_001d, 3)[0], 7 << 14 | 0x163);
@@ -394,7 +394,7 @@ mod tests {
             !entries.iter().any(|entry| entry.function == 0x1f),
             "beyond the last leaf"
         );
-        let only = of_processor(&common(&amd(), true, CpuOffer::default()), 0, 1);
+        let only = of_processor(&common(&amd(), true, CpuConfig::default()), 0, 1);
         assert_eq!(find(&only, 0x8000_0001, 0)[2], 0);
     }
 

@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 use crate::boot::Entry;
-use crate::config::CpuOffer;
+use crate::config::CpuConfig;
 pub use snapshot::Snapshot;
 
 /// Why a vCPU could not be set up.
@@ -56,7 +56,7 @@ impl Features {
     ///
     /// # Errors
     /// KVM refused.
-    pub fn of(kvm: &Kvm, offer: CpuOffer) -> Result<Self, kvm_ioctls::Error> {
+    pub fn of(kvm: &Kvm, offer: CpuConfig) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self {

@@ -26,7 +26,7 @@ fn whole() -> HostTopology {
     topology("0-7", "0-2")
 }
 
-fn on(nodes: Nodes) -> VmConfig {
+fn on(nodes: NumaPolicy) -> VmConfig {
     VmConfig {
         nodes,
         ..VmConfig::small()
@@ -34,7 +34,7 @@ fn on(nodes: Nodes) -> VmConfig {
 }
 
 fn these(nodes: &str) -> VmConfig {
-    on(Nodes::These(numbers(nodes)))
+    on(NumaPolicy::Only(numbers(nodes)))
 }
 
 fn resolve(config: &VmConfig, devices: &str, topology: &HostTopology) -> VmPlacement {
@@ -56,20 +56,20 @@ fn placed(nodes: &str, strict: bool, cpus: &str) -> VmPlacement {
 
 #[test]
 fn a_vm_is_where_its_devices_are() {
-    let vm = on(Nodes::OfDevices);
+    let vm = on(NumaPolicy::NearDevices);
     assert_eq!(resolve(&vm, "1", &whole()), placed("1", false, "4-7"));
     assert_eq!(resolve(&vm, "0-1", &whole()), placed("0-1", false, "0-7"));
     assert_eq!(resolve(&vm, "", &whole()), VmPlacement::default());
     assert_eq!(resolve(&vm, "0-2", &whole()), VmPlacement::default());
     assert_eq!(
-        resolve(&on(Nodes::Any), "1", &whole()),
+        resolve(&on(NumaPolicy::Any), "1", &whole()),
         VmPlacement::default()
     );
 }
 
 #[test]
 fn near_devices_there_must_be_room() {
-    let vm = on(Nodes::OfDevices);
+    let vm = on(NumaPolicy::NearDevices);
     let few = topology("0-4", "0-2");
     assert_eq!(resolve(&vm, "1", &few), placed("1", false, ""));
     let elsewhere = topology("0-7", "0");
@@ -108,7 +108,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
         "{text}"
     );
     let wide = VmConfig {
-        nodes: Nodes::These(numbers("0-1")),
+        nodes: NumaPolicy::Only(numbers("0-1")),
         ..large
     };
     assert!(VmPlacement::resolve(&wide, &Numbers::default(), &whole()).is_ok());

@@ -18,12 +18,15 @@ use crate::control::{Event, Mailbox};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Alarm {
     /// It wants the device back, and says so again every ten seconds.
-    Wanted,
+    ReleaseRequested,
     /// The device has reported an error that cannot be corrected.
     Failed,
 }
 
-const ALARMS: [(Alarm, Irq); 2] = [(Alarm::Wanted, Irq::Request), (Alarm::Failed, Irq::Error)];
+const ALARMS: [(Alarm, Irq); 2] = [
+    (Alarm::ReleaseRequested, Irq::Request),
+    (Alarm::Failed, Irq::Error),
+];
 
 /// Which device an alarm is of: a number that is given once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,7 +156,7 @@ mod tests {
             |wires: &Wires, place: usize| wires.0[place].as_ref().unwrap().write(1).unwrap();
         for _ in 0..2 {
             raise(&second, 0);
-            assert_eq!(ears.raised(), [(keys[2], Alarm::Wanted)]);
+            assert_eq!(ears.raised(), [(keys[2], Alarm::ReleaseRequested)]);
         }
         raise(&first, 1);
         assert_eq!(ears.raised(), [(keys[0], Alarm::Failed)]);

@@ -15,7 +15,7 @@ use gantry_resources::{Opener, Request};
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed};
 use super::populate::Populating;
-use crate::command::{Attach, CommandError, EventSink, Reply, VmEvent, Wanted};
+use crate::command::{Attach, CommandError, DeviceSelector, EventSink, Reply, VmEvent};
 use crate::control::Event;
 use crate::error::Error;
 use crate::kvm::VfioObserver;
@@ -255,8 +255,8 @@ impl Workshop {
             sandbox, mailbox, ..
         } = &self.context;
         let requests = match &job.attach.wanted {
-            Wanted::Request(request) => vec![request.clone()],
-            Wanted::Plan(name) => self.opener.plan(name)?,
+            DeviceSelector::Request(request) => vec![request.clone()],
+            DeviceSelector::Plan(name) => self.opener.plan(name)?,
         };
         let unwanted = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots)?;

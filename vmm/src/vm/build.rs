@@ -22,7 +22,7 @@ use super::payload::OpenPayload;
 use super::populate::Populating;
 use crate::boot::Entry;
 use crate::command::VmState;
-use crate::config::{Nodes, VcpuCount, VmConfig};
+use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
@@ -234,10 +234,10 @@ fn place_vm(
 }
 
 /// Where devices are chosen for a VM that has none yet.
-fn asked_placement(nodes: &Nodes) -> Placement {
+fn asked_placement(nodes: &NumaPolicy) -> Placement {
     match nodes {
-        Nodes::These(nodes) => Placement::bound(nodes.iter().collect()),
-        Nodes::OfDevices | Nodes::Any => Placement::Anywhere,
+        NumaPolicy::Only(nodes) => Placement::bound(nodes.iter().collect()),
+        NumaPolicy::NearDevices | NumaPolicy::Any => Placement::Anywhere,
     }
 }
 

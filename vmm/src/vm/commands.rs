@@ -18,7 +18,7 @@ impl Vm {
     pub(super) fn obey(&mut self, command: Command, reply: Reply) -> Result<Option<End>, Error> {
         let answer = match command {
             Command::Shutdown | Command::Delete | Command::Quit => {
-                return Ok(Some(End::Asked(command, reply)));
+                return Ok(Some(End::Requested(command, reply)));
             }
             Command::Reboot => {
                 let was = self.state;

@@ -51,7 +51,7 @@ pub enum End {
     /// By itself, by a signal, or from its console.
     Over(Outcome),
     /// A client asked for it, and is answered once everything has been given back.
-    Asked(Command, Reply),
+    Requested(Command, Reply),
 }
 
 /// A VM that stands. Dropping it stops its vCPUs and gives the host's devices back.
@@ -91,7 +91,7 @@ impl Vm {
         let confined = self.context.sandbox.confinement(Role::Control).enter();
         confined.map_err(Error::host("enter the sandbox"))?;
         self.barrier.open();
-        memory::let_go_of_program();
+        memory::release_program_pages();
         self.context.status.publish(Some(VmStatus {
             config: Arc::clone(&self.config),
             placement: self.placement.clone(),

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use gantry_resources::{HostPaths, Plans, Request, source_of, ungrouped};
 
 use crate::command::{
-    Answer, Attach, Command, CommandError, Detach, EventSink, Recipe, VmEvent, VmState, Wanted,
+    Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceSelector, EventSink,
+    VmEvent, VmState,
 };
-use crate::config::{Asked, VmConfig};
+use crate::config::{NamedRequest, VmConfig};
 use crate::status::{SharedStatus, VmStatus};
 
 /// What is remembered while no VM runs.
@@ -73,7 +74,7 @@ impl StoppedVm {
         })
     }
 
-    fn create(&mut self, Recipe(make): Recipe) -> Result<Answer, CommandError> {
+    fn create(&mut self, DeferredConfig(make): DeferredConfig) -> Result<Answer, CommandError> {
         let config = make()?;
         self.created = Some(Arc::new(config));
         self.ended = None;
@@ -83,8 +84,8 @@ impl StoppedVm {
     /// A VM that is not booted will have the device when it is.
     fn attach(&mut self, Attach { id, wanted }: Attach) -> Result<Answer, CommandError> {
         let requests = match wanted {
-            Wanted::Request(request) => vec![request],
-            Wanted::Plan(name) => {
+            DeviceSelector::Request(request) => vec![request],
+            DeviceSelector::Plan(name) => {
                 let plans = Plans::load(&self.host).map_err(invalid)?;
                 let plan = plans.find(&name).map_err(invalid)?;
                 plan.requests().map_err(invalid)?
@@ -99,11 +100,15 @@ impl StoppedVm {
         }
         let requests = requests.into_iter();
         let requests = requests.map(|request| request.with_ungrouped(allowed));
-        let mut new: Vec<Asked> = requests.map(Asked::from).collect();
+        let mut new: Vec<NamedRequest> = requests.map(NamedRequest::from).collect();
         if let Some(first) = new.first_mut() {
             first.id = id;
         }
-        let known: Vec<String> = created.devices.iter().flat_map(Asked::names).collect();
+        let known: Vec<String> = created
+            .devices
+            .iter()
+            .flat_map(NamedRequest::names)
+            .collect();
         let twice = new.iter().find_map(|asked| {
             let same = created
                 .devices
@@ -124,9 +129,13 @@ impl StoppedVm {
     /// one.
     fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
-        let meant = |asked: &Asked| asked.names().any(|name| name == id);
+        let meant = |asked: &NamedRequest| asked.names().any(|name| name == id);
         if !created.devices.iter().any(meant) {
-            let others = created.devices.iter().flat_map(Asked::names).collect();
+            let others = created
+                .devices
+                .iter()
+                .flat_map(NamedRequest::names)
+                .collect();
             return Err(CommandError::NoSuchDevice { id, others });
         }
         Arc::make_mut(created).devices.retain(|asked| !meant(asked));

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::config::{self, Extras, LONGEST, Written, schema};
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, TRY_AGAIN, USAGE};
-use gantry_vmm::Nodes;
+use gantry_vmm::NumaPolicy;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -154,8 +154,8 @@ fn whole(
     };
     let config = config::parse(&written, "fit", &extras)?;
     let nodes = match &config.nodes {
-        Nodes::These(nodes) => nodes.iter().collect(),
-        Nodes::OfDevices | Nodes::Any => BTreeSet::new(),
+        NumaPolicy::Only(nodes) => nodes.iter().collect(),
+        NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
     Ok((config.requests(), nodes))
 }

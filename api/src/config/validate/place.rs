@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use gantry_resources::Numbers;
-use gantry_vmm::{Nodes, VcpuCount};
+use gantry_vmm::{NumaPolicy, VcpuCount};
 
 use super::{Invalid, invalid, model};
 
@@ -48,10 +48,10 @@ fn no_such(key: &str, vcpu: u64) -> Invalid {
 }
 
 /// The NUMA nodes that the VM is on.
-pub fn nodes(numbers: Option<Vec<u32>>) -> Nodes {
+pub fn nodes(numbers: Option<Vec<u32>>) -> NumaPolicy {
     match numbers {
-        None => Nodes::OfDevices,
-        Some(none) if none.is_empty() => Nodes::Any,
-        Some(numbers) => Nodes::These(numbers.into_iter().collect()),
+        None => NumaPolicy::NearDevices,
+        Some(none) if none.is_empty() => NumaPolicy::Any,
+        Some(numbers) => NumaPolicy::Only(numbers.into_iter().collect()),
     }
 }

@@ -134,7 +134,7 @@ impl From<&command::VmEvent> for Event {
             E::AttachFailed { id, error } => Self::AttachFailed { id, error },
             E::DetachAsked { id } => Self::DetachAsked { id },
             E::Detached { id, forced } => Self::Detached { id, forced },
-            E::Wanted { id } => Self::Wanted { id },
+            E::ReleaseRequested { id } => Self::Wanted { id },
             E::DeviceError { id, error } => Self::DeviceError { id, error },
             E::Reboot => Self::Reboot,
             E::GuestPanic { crash_kernel } => Self::GuestPanic { crash_kernel },

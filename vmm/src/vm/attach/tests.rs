@@ -12,7 +12,7 @@ fn attach(id: &str) -> (Job, Answers) {
     let (sender, answers) = channel();
     let attach = Attach {
         id: Some(id.to_owned()),
-        wanted: Wanted::Plan("gpu".to_owned()),
+        wanted: DeviceSelector::Plan("gpu".to_owned()),
     };
     let reply = move |answer| drop(sender.send(answer));
     let job = Job {

@@ -8,7 +8,7 @@ use gantry_resources::{DeviceName, Request};
 
 use super::{Devices, Label};
 use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
-use crate::config::{Asked, nth_name};
+use crate::config::{NamedRequest, nth_name};
 use crate::error::Error;
 use crate::vm::attach::{Job, Prepared, tell_steps};
 use crate::vm::host_devices::{AttachedDevice, Part, arrange};
@@ -116,7 +116,7 @@ impl Devices {
         machine: &Machine,
     ) -> Result<(), CommandError> {
         let parts: Vec<Part> = devices.iter().flatten().map(AttachedDevice::part).collect();
-        let asked: Vec<Asked> = asked.iter().cloned().map(Asked::from).collect();
+        let asked: Vec<NamedRequest> = asked.iter().cloned().map(NamedRequest::from).collect();
         let requests: Vec<usize> = devices
             .iter()
             .flatten()
@@ -181,7 +181,11 @@ impl Devices {
 
 /// The name that two devices would have, where there is one: a card may have more functions than its entry says
 /// devices. A device without a name is called by its address.
-pub fn called_twice(asked: &[Asked], requests: &[usize], devices: &[DeviceName]) -> Option<String> {
+pub fn called_twice(
+    asked: &[NamedRequest],
+    requests: &[usize],
+    devices: &[DeviceName],
+) -> Option<String> {
     let labels = labels(asked, requests).into_iter();
     let mut seen = BTreeSet::new();
     let mut ids = labels
@@ -192,7 +196,7 @@ pub fn called_twice(asked: &[Asked], requests: &[usize], devices: &[DeviceName])
 
 /// What each device is called, and the group or alias that it was asked for by. `requests` says of each which of
 /// those `asked` it is for: a card has several functions.
-pub fn labels(asked: &[Asked], requests: &[usize]) -> Vec<Label> {
+pub fn labels(asked: &[NamedRequest], requests: &[usize]) -> Vec<Label> {
     let label = |(index, request): (usize, &usize)| {
         let Some(asked) = asked.get(*request) else {
             return Label::default();
@@ -213,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_function_of_a_card_and_a_named_device_cannot_have_one_name() {
-        let asked = |id: Option<&str>| Asked {
+        let asked = |id: Option<&str>| NamedRequest {
             id: id.map(str::to_owned),
             request: Request::group("gpus", 1),
         };

@@ -72,15 +72,15 @@ impl Devices {
                 "it reported an error that cannot be corrected: do not rely on what it did since"
             }
             // It asks again and again.
-            Alarm::Wanted if one.wanted => return,
-            Alarm::Wanted => {
+            Alarm::ReleaseRequested if one.wanted => return,
+            Alarm::ReleaseRequested => {
                 let port = one.status.port;
                 let slot = self
                     .plugged
                     .iter_mut()
                     .filter(|one| one.status.port == port);
                 slot.for_each(|one| one.wanted = true);
-                (self.events)(VmEvent::Wanted { id: id.clone() });
+                (self.events)(VmEvent::ReleaseRequested { id: id.clone() });
                 let force_after = Some(HOST_PATIENCE);
                 let detach = Detach {
                     id: id.clone(),

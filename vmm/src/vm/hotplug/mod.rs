@@ -21,7 +21,7 @@ use super::closing::Closing;
 use super::host_devices::{self, AttachedDevice, Part, arrange};
 use super::machine::Machine;
 use crate::command::{CommandError, DeviceCounters, DeviceState, EventSink, VmEvent};
-use crate::config::Asked;
+use crate::config::NamedRequest;
 use crate::control::Mailbox;
 use crate::error::Error;
 use crate::status::{DeviceStatus, SharedStatus, SlotTable};
@@ -81,7 +81,7 @@ impl Devices {
     /// There are not enough ports.
     pub fn plug_in(
         devices: Vec<AttachedDevice>,
-        asked: &[Asked],
+        asked: &[NamedRequest],
         machine: &Machine,
         context: &VmContext,
     ) -> Result<Self, Error> {

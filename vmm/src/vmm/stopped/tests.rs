@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::*;
 
-fn config() -> Recipe {
-    Recipe(Box::new(|| Ok(VmConfig::small())))
+fn config() -> DeferredConfig {
+    DeferredConfig(Box::new(|| Ok(VmConfig::small())))
 }
 
 fn refused(deed: Action) -> CommandError {
@@ -43,7 +43,7 @@ fn nothing_can_be_asked_of_a_vm_that_is_not_there() {
 #[test]
 fn what_describes_no_vm_creates_none() {
     let mut stopped = StoppedVm::new(&HostPaths::under(Path::new("/nowhere")));
-    let wrong = Recipe(Box::new(|| Err(CommandError::Invalid("no kernel".into()))));
+    let wrong = DeferredConfig(Box::new(|| Err(CommandError::Invalid("no kernel".into()))));
     let error = refused(stopped.handle(Command::Create(wrong)));
     assert!(matches!(error, CommandError::Invalid(_)), "{error}");
     assert!(matches!(
@@ -123,14 +123,14 @@ fn a_plans_devices_may_come_before_the_vm_is_booted() {
     let attach = |plan: &str| {
         Command::Attach(Attach {
             id: None,
-            wanted: Wanted::Plan(plan.to_owned()),
+            wanted: DeviceSelector::Plan(plan.to_owned()),
         })
     };
     let unknown = refused(stopped.handle(attach("three")));
     assert!(matches!(unknown, CommandError::Invalid(_)), "{unknown}");
     done(stopped.handle(attach("two")));
     let devices = &stopped.created.as_ref().unwrap().devices;
-    assert_eq!(*devices, [Asked::from(Request::group("gpu", 2))]);
+    assert_eq!(*devices, [NamedRequest::from(Request::group("gpu", 2))]);
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn a_device_may_come_before_the_vm_is_booted() {
     let attach = |id: Option<&str>| {
         Command::Attach(Attach {
             id: id.map(str::to_owned),
-            wanted: Wanted::Request(Request::Device {
+            wanted: DeviceSelector::Request(Request::Device {
                 bdf: "0000:01:00.0".parse().unwrap(),
                 allow_ungrouped: false,
                 allow: Default::default(),
@@ -183,7 +183,7 @@ fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
     let attach = || {
         Command::Attach(Attach {
             id: None,
-            wanted: Wanted::Request(Request::Device {
+            wanted: DeviceSelector::Request(Request::Device {
                 bdf: "0000:01:00.0".parse().unwrap(),
                 allow_ungrouped: true,
                 allow: Default::default(),
@@ -214,7 +214,7 @@ fn devices_have_names_before_the_vm_is_booted() {
     let attach = |id: Option<&str>, count| {
         Command::Attach(Attach {
             id: id.map(str::to_owned),
-            wanted: Wanted::Request(Request::group("nvme", count)),
+            wanted: DeviceSelector::Request(Request::group("nvme", count)),
         })
     };
     done(stopped.handle(attach(Some("disk"), 2)));
@@ -236,7 +236,7 @@ fn devices_have_names_before_the_vm_is_booted() {
     assert!(other.contains("it has disk, disk-1"), "{other}");
     done(stopped.handle(detach("disk")));
     let devices = &stopped.created.as_ref().unwrap().devices;
-    assert_eq!(*devices, [Asked::from(Request::group("nvme", 1))]);
+    assert_eq!(*devices, [NamedRequest::from(Request::group("nvme", 1))]);
 }
 
 #[test]
