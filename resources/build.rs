@@ -7,14 +7,14 @@
 use std::collections::BTreeMap;
 use std::{env, fs, io, path::Path};
 
-#[path = "src/names/key.rs"]
+#[path = "src/facts/names/key.rs"]
 mod key;
 
 use key::{Key, record};
 
 fn main() -> io::Result<()> {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=src/names/key.rs");
+    println!("cargo::rerun-if-changed=src/facts/names/key.rs");
     let mut names: BTreeMap<u64, &'static str> = BTreeMap::new();
     for vendor in pci_ids::Vendors::iter() {
         names.insert(Key::Vendor(vendor.id()).code(), vendor.name());

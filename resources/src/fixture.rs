@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::bdf::HostBdf;
-use crate::host::HostPaths;
-use crate::inventory::{HostDevice, scan};
-use crate::sriov::{
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::inventory::device::{HostDevice, scan};
+use crate::making::sriov::{
     HostAccess, Interface, LinkError, LinkWrite, Mac, Pf, VfLinks, VfSetting, VfState,
 };
-use crate::writer::{SysfsWrite, SysfsWriter, Unfinished, WriteError};
+use crate::moving::writer::{SysfsWrite, SysfsWriter, Unfinished, WriteError};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
     text.parse().unwrap()
@@ -315,7 +315,7 @@ impl<'a> FakeKernel<'a> {
     pub(crate) fn come_back(&self) {
         for file in self.kept.borrow_mut().drain(..) {
             // By name, as a child that another test is starting has a copy for a moment.
-            crate::lease::unlock(&file).unwrap();
+            crate::holding::lease::unlock(&file).unwrap();
         }
     }
 

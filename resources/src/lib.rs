@@ -10,121 +10,90 @@
 
 #![forbid(unsafe_code)]
 
-mod allocate;
-mod atomic;
-mod bdf;
-mod bind;
-mod card;
+mod allocation;
+mod base;
 mod check;
-mod config;
-mod demand;
-mod dsn;
+mod facts;
 #[cfg(test)]
 mod fixture;
-mod former;
-mod group;
-mod guard;
-mod helpers;
-mod host;
-mod ids;
-mod interrupts;
+mod holding;
 mod inventory;
-mod lease;
-mod maintenance;
-mod mdev;
-mod memlock;
-mod modules;
-mod moves;
-mod name;
-mod names;
-mod nova;
-mod numbers;
-mod obstacle;
+mod making;
+mod moving;
 mod opener;
-mod persist;
-mod plan;
-mod quarantine;
-mod reach;
-mod regular;
-mod request;
-mod reserved;
-mod rule;
-mod sriov;
-mod sysfs;
-mod tenant;
-mod topology;
-mod tree;
-mod usb;
-mod uuid;
-mod vgpu;
-mod writer;
+mod pools;
+mod tenants;
 
-pub use allocate::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
-pub use atomic::make_dir;
-pub use bdf::{BdfError, HostBdf};
-pub use bind::{BindError, BindReport, BindRequest, detach, reattach};
-pub use card::{Allow, Card, Terms, cards, is_reset, lacks};
+pub use allocation::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
+pub use base::atomic::make_dir;
+pub use base::bdf::{BdfError, HostBdf};
+pub use base::config::ConfigError;
+pub use base::config::place::Place;
+pub use base::helpers::reap_helpers;
+pub use base::host::HostPaths;
+pub use base::name::DeviceName;
+pub use base::numbers::{Numbers, NumbersError};
+pub use base::regular::{open_below, open_regular, read_regular, read_text};
+pub use base::uuid::{Uuid, UuidError};
 pub use check::{
     Advice, CheckError, CommandLineChange, Finding, Level, Report, check, note_reboot,
 };
-pub use config::ConfigError;
-pub use config::place::Place;
-pub use demand::{reap, restore_helper};
-pub use group::{
-    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, NO_USB,
-    Overlap, ResourceGroup, change_aliases, change_device_specs,
-};
-pub use guard::{Guarded, HostUse, OnBlock, Via, host_uses};
-pub use helpers::reap_helpers;
-pub use host::HostPaths;
-pub use ids::{PciClass, PciId};
-pub use interrupts::Interrupts;
-pub use inventory::{
-    DeviceState, HostDevice, InventoryError, Namespace, NodeAccess, Nvme, Sriov, scan,
-};
-pub use lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
-pub use maintenance::{
+pub use facts::ids::{PciClass, PciId};
+pub use facts::interrupts::Interrupts;
+pub use facts::memlock::memlock_limit;
+pub use facts::reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
+pub use facts::topology::{HostNode, host_nodes, node_of, online_cpus};
+pub use facts::usb::{UsbDevice, scan_usb};
+pub use holding::lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
+pub use holding::maintenance::{
     Announced, Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance,
     end_maintenance, maintenance, running_vms,
 };
-pub use mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
-pub use memlock::memlock_limit;
-pub use modules::{KernelModules, NoDriver};
-pub use moves::MoveError;
-pub use name::DeviceName;
-pub use nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
-pub use numbers::{Numbers, NumbersError};
-pub use obstacle::{Blocked, Obstacle, Sieve, blocked};
-pub use opener::{
-    BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
-    ToCome, opener_helper, pool_of, source_of, to_come, ungrouped,
+pub use holding::quarantine::{
+    QuarantineError, Until, quarantine, release_quarantine, shared_quarantine,
 };
-pub use persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
-pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
-pub use quarantine::{QuarantineError, Until, quarantine, release_quarantine, shared_quarantine};
-pub use reach::{OwnFiles, own_files};
-pub use regular::{open_below, open_regular, read_regular, read_text};
-pub use request::{
-    DeviceEntry, InterruptNeed, Placement, Request, RequestError, Requests, Source, Wish, aliases,
+pub use holding::reach::{OwnFiles, own_files};
+pub use inventory::card::{Allow, Card, Terms, cards, is_reset, lacks};
+pub use inventory::device::{
+    DeviceState, HostDevice, InventoryError, Namespace, NodeAccess, Nvme, Sriov, scan,
 };
-pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
-pub use rule::{
-    ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
-};
-pub use sriov::{
+pub use inventory::guard::{Guarded, HostUse, OnBlock, Via, host_uses};
+pub use inventory::mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
+pub use inventory::modules::{KernelModules, NoDriver};
+pub use inventory::obstacle::{Blocked, Obstacle, Sieve, blocked};
+pub use inventory::tree::{TreeNode, tree};
+pub use making::sriov::{
     HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
     Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, VfToken, activate,
     deactivate,
 };
-pub use tenant::{
+pub use making::vgpu::{
+    Instance, VendorType, VendorVgpu, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead,
+};
+pub use moving::bind::{BindError, BindReport, BindRequest, detach, reattach};
+pub use moving::demand::{reap, restore_helper};
+pub use moving::moves::MoveError;
+pub use moving::persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
+pub use moving::writer::{
+    ChildWriter, SysfsWrite, SysfsWriter, Unfinished, WriteError, write_helper,
+};
+pub use opener::{
+    BUSY_PATIENCE, HeldLease, Limit, Opened, OpenedDevice, OpenedGroup, Opener, OpenerError,
+    ToCome, opener_helper, pool_of, source_of, to_come, ungrouped,
+};
+pub use pools::group::{
+    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, NO_USB,
+    Overlap, ResourceGroup, change_aliases, change_device_specs,
+};
+pub use pools::nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
+pub use pools::plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
+pub use pools::request::{
+    DeviceEntry, InterruptNeed, Placement, Request, RequestError, Requests, Source, Wish, aliases,
+};
+pub use pools::rule::{
+    ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
+};
+pub use tenants::{
     Grant, Granted, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant,
     edit_tenant, grant, put_tenants_right, revoke, revoke_mdevs,
 };
-pub use topology::{HostNode, host_nodes, node_of, online_cpus};
-pub use tree::{TreeNode, tree};
-pub use usb::{UsbDevice, scan_usb};
-pub use uuid::{Uuid, UuidError};
-pub use vgpu::{
-    Instance, VendorType, VendorVgpu, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead,
-};
-pub use writer::{ChildWriter, SysfsWrite, SysfsWriter, Unfinished, WriteError, write_helper};

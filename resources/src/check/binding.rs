@@ -7,7 +7,7 @@ use super::devices::{count, list};
 use super::facts::Facts;
 use super::modprobe::pairs;
 use super::{Finding, Level};
-use crate::inventory::HostDevice;
+use crate::inventory::device::HostDevice;
 
 pub(super) fn judge(facts: &Facts) -> Finding {
     let devices = &facts.devices;

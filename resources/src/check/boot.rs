@@ -11,8 +11,8 @@ use super::facts::{Facts, text};
 use super::grub::{self, Setting};
 use super::loader::{Found, Loader, Menu, has_program};
 use super::{Advice, CommandLineChange, Finding, Level};
-use crate::atomic;
-use crate::host::HostPaths;
+use crate::base::atomic;
+use crate::base::host::HostPaths;
 
 /// What is known of the boot loader, and what has been noted about a reboot.
 #[derive(Clone, Debug, Default)]

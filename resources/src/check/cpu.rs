@@ -3,7 +3,7 @@
 use super::facts::Facts;
 use super::modprobe::ModuleState;
 use super::{Finding, Level};
-use crate::inventory::NodeAccess;
+use crate::inventory::device::NodeAccess;
 
 /// What the first processor says of itself in /proc/cpuinfo.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Devices, Facts};
 use super::{Finding, Level, binding, lacking};
-use crate::bdf::HostBdf;
-use crate::card::cards;
-use crate::group::Groups;
-use crate::inventory::HostDevice;
-use crate::reserved::ReservedKind;
+use crate::base::bdf::HostBdf;
+use crate::facts::reserved::ReservedKind;
+use crate::inventory::card::cards;
+use crate::inventory::device::HostDevice;
+use crate::pools::group::Groups;
 
 pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
     let devices = &facts.devices;

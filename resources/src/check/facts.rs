@@ -14,15 +14,15 @@ use super::iommu::Iommu;
 use super::memory::Memory;
 use super::modprobe::{Modprobe, Modules};
 use super::vgpu::Hanging;
-use crate::bdf::HostBdf;
-use crate::group::Groups;
-use crate::guard::{Guarded, host_uses};
-use crate::host::HostPaths;
-use crate::inventory::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
-use crate::maintenance::maintenance;
-use crate::modules::loaded_module;
-use crate::reserved::{ReservedRegion, reserved_regions};
-use crate::sysfs;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::facts::reserved::{ReservedRegion, reserved_regions};
+use crate::holding::maintenance::maintenance;
+use crate::inventory::device::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
+use crate::inventory::guard::{Guarded, host_uses};
+use crate::inventory::modules::loaded_module;
+use crate::pools::group::Groups;
 
 /// The host as the check sees it.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::cmdline::{Change, CommandLine};
-use crate::sysfs;
+use crate::base::sysfs;
 
 pub(super) const USUAL: &str = "GRUB_CMDLINE_LINUX_DEFAULT";
 pub(super) const ALWAYS: &str = "GRUB_CMDLINE_LINUX";

@@ -6,8 +6,8 @@ use std::path::Path;
 use super::cpu::{Vendor, firmware};
 use super::facts::{Facts, text};
 use super::{Finding, Level};
-use crate::host::HostPaths;
-use crate::sysfs;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
 
 /// What the kernel and the firmware show of IOMMUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,8 +2,8 @@
 
 use super::facts::Devices;
 use super::{Finding, Level};
-use crate::card::{Allow, lacks};
-use crate::obstacle::{Blocked, Obstacle};
+use crate::inventory::card::{Allow, lacks};
+use crate::inventory::obstacle::{Blocked, Obstacle};
 
 pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let lacks = |device| lacks(device, &devices.all, Allow::default());

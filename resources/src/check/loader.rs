@@ -6,8 +6,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use super::cmdline::CommandLine;
 use super::grub::{self, Setting};
-use crate::host::HostPaths;
-use crate::sysfs;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
 
 /// What changes the command line of the next boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

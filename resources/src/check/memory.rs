@@ -4,9 +4,9 @@ use std::path::Path;
 
 use super::facts::{Facts, text};
 use super::{Finding, Level};
-use crate::host::HostPaths;
-use crate::memlock;
-use crate::sysfs;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::facts::memlock;
 
 /// What the kernel says of memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

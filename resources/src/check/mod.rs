@@ -25,10 +25,10 @@ use std::path::PathBuf;
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::bdf::HostBdf;
-use crate::host::HostPaths;
-use crate::inventory::InventoryError;
-use crate::sysfs;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::inventory::device::InventoryError;
 use cmdline::Change;
 use facts::Facts;
 

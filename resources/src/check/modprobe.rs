@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::cmdline::{is_yes, underscored};
-use crate::modules;
-use crate::sysfs;
+use crate::base::sysfs;
+use crate::inventory::modules;
 
 /// Where a module of the kernel is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,10 +8,10 @@ use tempfile::TempDir;
 
 use super::facts::Facts;
 use super::{Level, Report, check, judge, note_reboot};
+use crate::base::host::HostPaths;
 use crate::fixture::{Fake, FakeHost, bdf, modalias};
-use crate::host::HostPaths;
-use crate::inventory::NodeAccess;
-use crate::maintenance::begin_maintenance;
+use crate::holding::maintenance::begin_maintenance;
+use crate::inventory::device::NodeAccess;
 
 /// Where the recorded hosts are; `README.md` there tells the format.
 fn hosts() -> PathBuf {
@@ -397,9 +397,9 @@ fn ids_are_for_what_is_vfio_pcis_at_all_times() {
     assert_eq!(report.command_line.unwrap().add, ["vfio-pci.ids=1b36:0010"]);
     // The host has one of them mounted.
     let mut facts = host.facts();
-    facts.devices.uses = Ok(vec![crate::guard::Guarded {
+    facts.devices.uses = Ok(vec![crate::inventory::guard::Guarded {
         bdf: bdf("02:00.0"),
-        host_use: crate::guard::HostUse::Claimed {
+        host_use: crate::inventory::guard::HostUse::Claimed {
             block: "nvme1n1".into(),
         },
     }]);

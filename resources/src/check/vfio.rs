@@ -3,7 +3,7 @@
 use super::facts::Facts;
 use super::modprobe::ModuleState;
 use super::{Finding, Level};
-use crate::inventory::NodeAccess;
+use crate::inventory::device::NodeAccess;
 
 /// What gantry uses; `vfio` itself and the core of vfio-pci come along.
 const NEEDED: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];

@@ -1,11 +1,11 @@
 //! Virtual GPUs that the kernel never finished making or removing: each costs its parent a place.
 
 use super::{Finding, Level};
-use crate::host::HostPaths;
-use crate::mdev::directory;
-use crate::name::DeviceName;
-use crate::vgpu::owed;
-use crate::writer::open_in;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::inventory::mdev::directory;
+use crate::making::vgpu::owed;
+use crate::moving::writer::open_in;
 
 /// One of them.
 #[derive(Clone, Debug)]

@@ -10,18 +10,18 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
-use crate::allocate::{AllocateError, allocate_beside, fit, slots_needed};
-use crate::card::Allow;
-use crate::group::Groups;
-use crate::host::HostPaths;
-use crate::inventory::HostDevice;
-use crate::lease::{Holder, Lease};
-use crate::mdev::MdevDevice;
-use crate::name::DeviceName;
-use crate::plan::{PlanError, Plans};
-use crate::quarantine::short;
-use crate::request::{Placement, Request, Source, Wish};
-use crate::reserved::reserved_regions;
+use crate::allocation::{AllocateError, allocate_beside, fit, slots_needed};
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::facts::reserved::reserved_regions;
+use crate::holding::lease::{Holder, Lease};
+use crate::holding::quarantine::short;
+use crate::inventory::card::Allow;
+use crate::inventory::device::HostDevice;
+use crate::inventory::mdev::MdevDevice;
+use crate::pools::group::Groups;
+use crate::pools::plan::{PlanError, Plans};
+use crate::pools::request::{Placement, Request, Source, Wish};
 
 /// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
 /// until the kernel has reset the device.

@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use super::desk::serve;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
-use crate::lease::{AllocationLock, LeaseKind, LeaseRecord};
+use crate::holding::lease::{AllocationLock, LeaseKind, LeaseRecord};
 
 const GROUPS: &str = r#"{"groups": [
     {"name": "nvme", "rules": [{"class": "0108"}]},

@@ -13,11 +13,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::card::Terms;
-use crate::name::DeviceName;
-use crate::request::{Placement, Request, Source};
-use crate::reserved::ReservedRegion;
-use crate::uuid::Uuid;
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
+use crate::facts::reserved::ReservedRegion;
+use crate::inventory::card::Terms;
+use crate::pools::request::{Placement, Request, Source};
 
 /// The longest message: far beyond any list of devices.
 const MAX: u32 = 1 << 20;

@@ -1,0 +1,98 @@
+//! The part of the choice that is about what is made of cards: mediated devices, and virtual functions
+//! that are parted from their card.
+
+use super::super::{AllocateError, RequestFit};
+use super::{Choice, Meant, Picked};
+use crate::base::uuid::Uuid;
+use crate::inventory::device::HostDevice;
+use crate::inventory::mdev::MdevDevice;
+use crate::inventory::obstacle::Obstacle;
+use crate::making::sriov::{VfToken, token};
+use crate::making::vgpu::{Instance, VgpuError, VgpuSpec};
+
+impl<'a> Choice<'a, '_> {
+    pub(super) fn exact_mdev(
+        &mut self,
+        uuid: Uuid,
+        ungrouped: bool,
+    ) -> Result<Picked<'a>, AllocateError> {
+        let mut all = self.view.mdevs.devices.iter();
+        let device = all.find(|device| device.uuid == uuid);
+        if device.is_some_and(|device| device.quarantine.is_some()) {
+            return Err(VgpuError::AtWork { name: uuid.into() }.into());
+        }
+        let leaving = |device: &&MdevDevice| {
+            self.view.mdevs.is_claimed(device.uuid) && !device.lease.is_held()
+        };
+        let device = device.filter(|device| !leaving(device));
+        let device = device.ok_or(VgpuError::NoSuch { uuid })?;
+        if let Some(tenant) = self.view.groups.owner(uuid) {
+            let tenant = tenant.to_owned();
+            return Err(VgpuError::OfTenant { uuid, tenant }.into());
+        }
+        if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
+            return Err(VgpuError::Ungrouped { uuid }.into());
+        }
+        if device.lease.is_held() {
+            return Err(VgpuError::held(uuid, &device.lease).into());
+        }
+        let instance = Instance {
+            uuid: Some(uuid),
+            made: true,
+            parent: device.parent.clone(),
+            kind: device.kind.clone(),
+        };
+        if !self.instances.take(std::slice::from_ref(&instance)) {
+            return Err(VgpuError::AskedTwice { uuid }.into());
+        }
+        Ok(Picked {
+            devices: Vec::new(),
+            fit: RequestFit::exact_mdev(&instance),
+            instances: vec![instance],
+        })
+    }
+
+    /// The mediated devices of a group that could be had, up to so many.
+    pub(super) fn instances_of(&self, meant: &Meant<'_>, wanted: usize) -> Vec<Instance> {
+        let spec = match meant {
+            Meant::Group(group) => group.vgpu.as_ref(),
+            Meant::Alias(_) => None,
+        };
+        let (groups, mdevs) = (self.view.groups, self.view.mdevs);
+        let free = |spec: &VgpuSpec| spec.free_instances(groups, mdevs, &self.instances, wanted);
+        spec.map(free).unwrap_or_default()
+    }
+
+    /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
+    pub(super) fn of_card(&self, device: &HostDevice) -> Option<Obstacle> {
+        let card = token::card(device);
+        let has_token = !matches!(
+            self.view.groups.vf_token(card),
+            None | Some(VfToken::Secret(false))
+        );
+        let devices = self.view.devices;
+        // Those of the VM itself are shown free of their leases.
+        let is_held = |device: &HostDevice| {
+            device.lease.is_held() || self.view.attached.contains_key(&device.bdf)
+        };
+        if device.physfn.is_none() {
+            let of_it = |other: &&HostDevice| other.physfn == Some(card) && is_held(other);
+            let held = devices.iter().find(of_it).filter(|_| !has_token)?;
+            return Some(Obstacle::VfHeld { vf: held.bdf });
+        }
+        let pf = devices.iter().find(|other| other.bdf == card)?;
+        if let Some(why) = &pf.quarantine {
+            let why = why.clone();
+            return Some(Obstacle::PfQuarantined { pf: card, why });
+        }
+        if !pf.on_vfio() {
+            return None;
+        }
+        let owned = is_held(pf) || self.taken.contains(&card);
+        match (has_token, owned) {
+            (false, _) => Some(Obstacle::NoVfToken { pf: card }),
+            (true, false) => Some(Obstacle::PfIdle { pf: card }),
+            (true, true) => None,
+        }
+    }
+}

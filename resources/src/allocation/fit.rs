@@ -1,0 +1,172 @@
+//! How a request fares: what it gets, and how many devices each filter dropped.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::base::bdf::HostBdf;
+use crate::inventory::obstacle::{Blocked, Sieve};
+use crate::making::vgpu::Instance;
+use crate::pools::request::{Source, Wish};
+
+/// Of a long list of devices, so many are shown: an error fits the screen.
+pub(super) const SHOWN: usize = 12;
+
+/// What all requests of a VM would get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fit {
+    /// Whether every request would get all it asks for.
+    pub fits: bool,
+    /// The NUMA nodes that devices with a NUMA policy were chosen for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa_nodes: Option<BTreeSet<u32>>,
+    /// The requests, in their order.
+    pub requests: Vec<RequestFit>,
+}
+
+/// What one request would get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestFit {
+    /// Where its devices come from; none for a device named by its address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<Source>,
+    /// How many it asks for.
+    pub wanted: u32,
+    /// How many it could have.
+    pub free: usize,
+    /// How many cards it would get.
+    pub cards: usize,
+    /// All functions of these cards.
+    pub devices: Vec<HostBdf>,
+    /// The mediated devices that it would get.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub instances: Vec<Instance>,
+    /// How many devices of the host were looked at.
+    pub considered: usize,
+    /// How many devices each filter dropped.
+    pub dropped: BTreeMap<Sieve, usize>,
+    /// Devices of the kind asked for that cannot be had, and why.
+    pub blocked: Vec<Blocked>,
+    /// The group whose virtual functions are not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inactive: Option<String>,
+}
+
+impl RequestFit {
+    pub(super) fn new(wish: &Wish) -> Self {
+        Self {
+            from: Some(wish.from.clone()),
+            wanted: wish.count,
+            free: 0,
+            cards: 0,
+            devices: Vec::new(),
+            instances: Vec::new(),
+            considered: 0,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+            inactive: None,
+        }
+    }
+
+    pub(super) fn exact(bdf: HostBdf) -> Self {
+        Self {
+            from: None,
+            wanted: 1,
+            free: 1,
+            cards: 1,
+            devices: vec![bdf],
+            instances: Vec::new(),
+            considered: 1,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+            inactive: None,
+        }
+    }
+
+    pub(super) fn exact_mdev(instance: &Instance) -> Self {
+        Self {
+            from: None,
+            wanted: 1,
+            free: 1,
+            cards: 0,
+            devices: Vec::new(),
+            instances: vec![instance.clone()],
+            considered: 1,
+            dropped: BTreeMap::new(),
+            blocked: Vec::new(),
+            inactive: None,
+        }
+    }
+
+    pub(super) fn drop(&mut self, sieve: Sieve) {
+        *self.dropped.entry(sieve).or_default() += 1;
+    }
+
+    pub(super) fn block(&mut self, blocked: Blocked) {
+        self.drop(blocked.obstacle.sieve());
+        self.blocked.push(blocked);
+    }
+
+    /// Whether the request gets all it asks for.
+    pub fn is_enough(&self) -> bool {
+        u32::try_from(self.cards + self.instances.len()).is_ok_and(|count| count >= self.wanted)
+    }
+
+    /// Whether it would get all it asks for if others gave back what they hold.
+    pub fn is_temporary(&self) -> bool {
+        let held = self.blocked.iter();
+        let held = held
+            .filter(|blocked| blocked.obstacle.is_temporary())
+            .count();
+        !self.is_enough() && self.free + held >= self.wanted as usize
+    }
+
+    /// How many devices each filter dropped, in words; empty if none did.
+    pub fn drops(&self) -> String {
+        let drops = self.dropped.iter();
+        let drops: Vec<String> = drops
+            .map(|(sieve, count)| format!("{count} {sieve}"))
+            .collect();
+        drops.join(", ")
+    }
+}
+
+/// Why the request does not get what it asks for: the counts, then one device a line, as many as fit.
+impl fmt::Display for RequestFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.from {
+            Some(from) => write!(f, "{from} has ")?,
+            None => f.write_str("there is ")?,
+        }
+        match self.free {
+            0 => f.write_str("no free device")?,
+            1 => f.write_str("only 1 free device")?,
+            free => write!(f, "only {free} free devices")?,
+        }
+        write!(f, " ({} asked for)", self.wanted)?;
+        if self.dropped.is_empty() {
+            write!(f, "; this host has {} devices", self.considered)?;
+        } else {
+            write!(
+                f,
+                "; of {} devices dropped: {}",
+                self.considered,
+                self.drops()
+            )?;
+        }
+        if let Some(group) = &self.inactive {
+            write!(
+                f,
+                "\n  its virtual functions are not there: `gantry group activate {group}` makes them"
+            )?;
+        }
+        for blocked in self.blocked.iter().take(SHOWN) {
+            write!(f, "\n  {blocked}")?;
+        }
+        match self.blocked.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\n  and {more} more (`gantry device list`)"),
+        }
+    }
+}

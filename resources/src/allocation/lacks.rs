@@ -1,0 +1,99 @@
+//! What a request that fails waits for: devices that it could have, and whose holders are about to let go.
+
+use std::collections::BTreeSet;
+
+use super::{Look, RequestFit};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::holding::lease::is_passing;
+use crate::inventory::device::HostDevice;
+use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::pools::request::Source;
+
+/// What a request lacks.
+#[derive(Debug, Default)]
+pub(super) struct Lacks {
+    /// Devices of the kind asked for that cannot be had now.
+    devices: BTreeSet<HostBdf>,
+    /// Cards whose other functions are in the way of those.
+    cards: BTreeSet<HostBdf>,
+    /// What is made for it.
+    pub(super) made: bool,
+}
+
+impl Lacks {
+    /// Of a request that got too little.
+    pub(super) fn of(look: &Look, fit: &RequestFit) -> Self {
+        let group = match &fit.from {
+            Some(Source::Group(name) | Source::Alias(name)) => look.groups.get(name),
+            None => None,
+        };
+        Self {
+            made: group.is_some_and(|group| group.vgpu.is_some()),
+            ..Self::devices(look, &fit.blocked)
+        }
+    }
+
+    /// Of a request for these devices.
+    pub(super) fn devices(look: &Look, blocked: &[Blocked]) -> Self {
+        let mut lacks = Self::default();
+        for blocked in blocked.iter().filter(|blocked| may_pass(blocked)) {
+            lacks.devices.insert(blocked.bdf);
+            let mut devices = look.devices.iter();
+            let device = devices.find(|device| device.bdf == blocked.bdf);
+            let device = device.filter(|device| device.vgpu.is_some() || is_cards(blocked));
+            lacks.cards.extend(device.map(card));
+        }
+        lacks
+    }
+
+    /// Whether something of it is about to become free. What others hold is nothing to this request,
+    /// whatever becomes of it.
+    pub(super) fn passes(&self, paths: &HostPaths, look: &Look) -> bool {
+        let meant = look.devices.iter();
+        let meant: Vec<&HostDevice> = meant
+            .filter(|one| self.devices.contains(&one.bdf))
+            .collect();
+        let concerned = |device: &HostDevice| {
+            let mut meant = meant.iter();
+            meant.any(|one| {
+                let neighbours = one.iommu_group.is_some() && one.iommu_group == device.iommu_group;
+                let of_card = self.cards.contains(&card(one)) && card(one) == card(device);
+                one.bdf == device.bdf || neighbours || of_card
+            })
+        };
+        let mut functions = look.devices.iter().filter(|device| device.lease.is_held());
+        let mut mdevs = look.mdevs.devices.iter().filter(|one| one.lease.is_held());
+        functions
+            .any(|device| concerned(device) && is_passing(paths, device.bdf, device.lease.record()))
+            || self.made && mdevs.any(|one| is_passing(paths, one.uuid, one.lease.record()))
+    }
+}
+
+/// Whether a device could be had once its holder, or that of its neighbours, lets go.
+fn may_pass(blocked: &Blocked) -> bool {
+    !matches!(
+        blocked.obstacle,
+        Obstacle::OfTenant { .. }
+            | Obstacle::OtherGroup { .. }
+            | Obstacle::Changed { .. }
+            | Obstacle::DeviceType { .. }
+            | Obstacle::ResourceClass { .. }
+            | Obstacle::Traits { .. }
+            | Obstacle::Migratable { .. }
+            | Obstacle::NoMsix { .. }
+            | Obstacle::NoReset
+    )
+}
+
+/// Whether it is another function of its card that keeps a device.
+fn is_cards(blocked: &Blocked) -> bool {
+    matches!(
+        blocked.obstacle,
+        Obstacle::VfHeld { .. } | Obstacle::NoVfToken { .. } | Obstacle::PfIdle { .. }
+    )
+}
+
+fn card(device: &HostDevice) -> HostBdf {
+    device.physfn.unwrap_or(device.bdf)
+}

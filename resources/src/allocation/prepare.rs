@@ -1,0 +1,173 @@
+//! What is done to chosen devices before a VM has them: made, set, bound; and undone after it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::AllocateError;
+use super::choose::{Pick, Thing};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
+use crate::holding::lease::{Lease, LeaseRecord};
+use crate::inventory::device::HostDevice;
+use crate::making::sriov::{self, SriovError};
+use crate::making::vgpu::{self, Claimed, Instance};
+use crate::moving::demand::{Binder, Watch};
+use crate::pools::group::{GroupType, Groups};
+use crate::pools::request::{Request, Source};
+
+/// Makes the virtual functions of groups that VMs take devices of on demand.
+pub(super) fn activate_wanted(
+    paths: &HostPaths,
+    requests: &[Request],
+    binder: &Binder<'_>,
+) -> Result<(), AllocateError> {
+    let groups = Groups::load(paths)?;
+    let wishes = requests.iter().filter_map(|request| match request {
+        Request::Any(wish) => Some(&wish.from),
+        Request::Device { .. } | Request::Mdev { .. } => None,
+    });
+    for Source::Group(name) | Source::Alias(name) in wishes {
+        if let Some(group) = groups.get(name) {
+            sriov::activate_for_vm(paths, binder.host, group)?;
+        }
+    }
+    Ok(())
+}
+
+/// What chosen devices need.
+pub(super) struct Needs<'a> {
+    paths: &'a HostPaths,
+    groups: &'a Groups,
+    binder: &'a Binder<'a>,
+    record: &'a LeaseRecord,
+    /// Those that leave their host drivers.
+    lent: Vec<HostBdf>,
+    /// All that is owed back.
+    owed: Vec<DeviceName>,
+    /// Mediated devices with the identifiers they have or get.
+    instances: Vec<(Instance, Uuid)>,
+    watch: Option<Arc<Watch>>,
+}
+
+impl<'a> Needs<'a> {
+    /// Looks what is needed, and starts the helper that undoes it, before anything is changed.
+    pub(super) fn of(
+        paths: &'a HostPaths,
+        groups: &'a Groups,
+        binder: &'a Binder<'a>,
+        record: &'a LeaseRecord,
+        picks: &[Pick<'_>],
+    ) -> Result<Self, AllocateError> {
+        let mut needs = Self {
+            paths,
+            groups,
+            binder,
+            record,
+            lent: Vec::new(),
+            owed: Vec::new(),
+            instances: Vec::new(),
+            watch: None,
+        };
+        for pick in picks {
+            match &pick.thing {
+                Thing::Device(device) => needs.look_at(device)?,
+                Thing::Instance(instance) => {
+                    let uuid = vgpu::identifier(paths, instance)?;
+                    let name = DeviceName::from(uuid);
+                    needs.owed.extend((!instance.made).then_some(name));
+                    needs.instances.push((instance.clone(), uuid));
+                }
+            }
+        }
+        if !needs.owed.is_empty() {
+            needs.watch = Some(Arc::new(binder.watch(paths, &needs.owed)?));
+        }
+        Ok(needs)
+    }
+
+    fn look_at(&mut self, device: &HostDevice) -> Result<(), AllocateError> {
+        let demand = self.groups.tags(device).on_demand && device.vgpu.is_none();
+        self.lent.extend(demand.then_some(device.bdf));
+        let set = sriov::owed::function(self.paths, self.groups, device);
+        let set = set.map_err(SriovError::from)?.is_some();
+        let changed = demand || set || device.vgpu.is_some();
+        let name = DeviceName::from(device.bdf);
+        self.owed.extend(changed.then_some(name));
+        Ok(())
+    }
+
+    /// Claims the mediated devices. The allocation lock is held: it is what the choice counted that they
+    /// are made of.
+    pub(super) fn claim(&mut self) -> Result<Vec<Claimed>, AllocateError> {
+        let claim = |(instance, uuid): &(Instance, Uuid)| {
+            vgpu::claim(self.paths, instance, *uuid, self.record)
+        };
+        let claimed: Result<Vec<Claimed>, _> = self.instances.iter().map(claim).collect();
+        Ok(claimed?)
+    }
+
+    /// The mediated devices, made where they are not there. Those that are not made when one fails are
+    /// forgotten by the helper, as those are removed that were.
+    pub(super) fn instances(&self, claimed: Vec<Claimed>) -> Result<Vec<Lease>, AllocateError> {
+        let mut leases = Vec::new();
+        for one in claimed {
+            let watch = self.watch.clone().filter(|_| one.is_new());
+            let (device, lock) = vgpu::take(self.paths, self.binder.host.writer, one)?;
+            leases.push(Lease::mdev(device, lock, watch));
+        }
+        Ok(leases)
+    }
+
+    /// Takes from the host what VMs take on demand, and gives functions their settings and types first.
+    pub(super) fn functions(&self, leases: Vec<Lease>) -> Result<Vec<Lease>, AllocateError> {
+        let (paths, groups, host) = (self.paths, self.groups, self.binder.host);
+        for device in leases.iter().filter_map(Lease::device) {
+            sriov::owed::prepare(paths, host.links, groups, device)?;
+            if paths.only.is_some() {
+                sriov::granted::look(paths, host.links, device.bdf);
+            }
+            let group = groups.group_of(device);
+            if let Some(group) = group.filter(|group| group.kind == GroupType::Vgpu) {
+                vgpu::set_type(paths, host.writer, group, device, self.record)?;
+            }
+        }
+        self.binder.bind(paths, &self.lent)?;
+        leases.into_iter().map(|lease| self.finish(lease)).collect()
+    }
+
+    /// A lease as the VM gets it: on the device as it is now, with its token.
+    fn finish(&self, lease: Lease) -> Result<Lease, AllocateError> {
+        let Some(bdf) = lease.device().map(|device| device.bdf) else {
+            return Ok(lease);
+        };
+        let lease = match &self.watch {
+            Some(watch) if self.owed.contains(&bdf.into()) => {
+                lease.on_demand(HostDevice::read(self.paths, bdf)?, watch)
+            }
+            _ => lease,
+        };
+        let device = lease.device();
+        let token = device.map(|device| sriov::token::of(self.paths, self.groups, device));
+        Ok(lease.with_token(token.transpose()?.flatten()))
+    }
+}
+
+/// Puts leases of functions and of mediated devices in the order of what was chosen, each with its
+/// terms.
+pub(super) fn in_order(picks: &[Pick<'_>], functions: Vec<Lease>, mdevs: Vec<Lease>) -> Vec<Lease> {
+    let mut by_name: BTreeMap<DeviceName, Lease> = functions
+        .into_iter()
+        .map(|lease| (lease.name(), lease))
+        .collect();
+    let mut mdevs = mdevs.into_iter();
+    let one = |pick: &Pick<'_>| {
+        let lease = match &pick.thing {
+            Thing::Device(device) => by_name.remove(&device.bdf.into()),
+            Thing::Instance(_) => mdevs.next(),
+        };
+        Some(lease?.on_terms(pick.terms))
+    };
+    picks.iter().filter_map(one).collect()
+}

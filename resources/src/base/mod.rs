@@ -1,0 +1,12 @@
+//! What everything else stands on: paths, addresses and names, files, JSON texts, helper processes.
+
+pub(crate) mod atomic;
+pub(crate) mod bdf;
+pub(crate) mod config;
+pub(crate) mod helpers;
+pub(crate) mod host;
+pub(crate) mod name;
+pub(crate) mod numbers;
+pub(crate) mod regular;
+pub(crate) mod sysfs;
+pub(crate) mod uuid;

@@ -1,0 +1,104 @@
+//! What a device is called: by VFIO, which opens it by this name, in locks, in records and to people.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::bdf::{BdfError, HostBdf};
+use crate::base::uuid::Uuid;
+
+/// The name of a device that a VM can have.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    schemars::JsonSchema,
+)]
+#[serde(untagged)]
+pub enum DeviceName {
+    /// A PCI function: its address.
+    Pci(HostBdf),
+    /// A mediated device: its identifier.
+    Mdev(Uuid),
+}
+
+impl DeviceName {
+    /// The address of a PCI function.
+    pub fn pci(self) -> Option<HostBdf> {
+        match self {
+            Self::Pci(bdf) => Some(bdf),
+            Self::Mdev(_) => None,
+        }
+    }
+
+    /// The identifier of a mediated device.
+    pub fn mdev(self) -> Option<Uuid> {
+        match self {
+            Self::Pci(_) => None,
+            Self::Mdev(uuid) => Some(uuid),
+        }
+    }
+
+    /// The name that a path such as `/sys/bus/pci/devices/0000:01:00.0` ends with.
+    pub fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some(name) => name.parse(),
+            None => Err(BdfError(path.display().to_string())),
+        }
+    }
+
+    /// Where sysfs has it.
+    pub fn sysfs_path(self) -> String {
+        match self {
+            Self::Pci(bdf) => format!("/sys/bus/pci/devices/{bdf}"),
+            Self::Mdev(uuid) => format!("/sys/bus/mdev/devices/{uuid}"),
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pci(bdf) => bdf.fmt(f),
+            Self::Mdev(uuid) => uuid.fmt(f),
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = BdfError;
+
+    fn from_str(text: &str) -> Result<Self, BdfError> {
+        match text.parse() {
+            Ok(uuid) => Ok(Self::Mdev(uuid)),
+            Err(_) => text.parse().map(Self::Pci),
+        }
+    }
+}
+
+impl From<HostBdf> for DeviceName {
+    fn from(bdf: HostBdf) -> Self {
+        Self::Pci(bdf)
+    }
+}
+
+impl From<Uuid> for DeviceName {
+    fn from(uuid: Uuid) -> Self {
+        Self::Mdev(uuid)
+    }
+}
+
+impl PartialEq<HostBdf> for DeviceName {
+    fn eq(&self, bdf: &HostBdf) -> bool {
+        self.pci() == Some(*bdf)
+    }
+}

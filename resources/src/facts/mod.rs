@@ -1,0 +1,10 @@
+//! What sysfs and procfs say, without a look at who holds anything.
+
+pub(crate) mod dsn;
+pub(crate) mod ids;
+pub(crate) mod interrupts;
+pub(crate) mod memlock;
+pub(crate) mod names;
+pub(crate) mod reserved;
+pub(crate) mod topology;
+pub(crate) mod usb;

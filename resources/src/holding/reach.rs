@@ -1,0 +1,42 @@
+//! What of gantry's own directories a process changes while it builds a VM, or opens devices for one: for
+//! whoever confines it.
+
+use std::path::PathBuf;
+
+use crate::base::atomic::make_dir;
+use crate::base::host::HostPaths;
+
+/// Files of gantry's own that building a VM changes. All else there is read at most: the clients' sockets,
+/// what says that other VMs run, maintenance.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OwnFiles {
+    /// Directories of records, which are replaced and removed.
+    pub records: Vec<PathBuf>,
+    /// Directories of locks, which are made and written, and never removed.
+    pub locks: Vec<PathBuf>,
+    /// Locks that are there.
+    pub lock_files: Vec<PathBuf>,
+}
+
+/// What is changed below these paths; made where it is missing and may be made, as only what is there can be
+/// named to the kernel.
+pub fn own_files(paths: &HostPaths) -> OwnFiles {
+    let below = |names: &[&str]| names.iter().map(|name| paths.run.join(name)).collect();
+    let mut own = OwnFiles {
+        records: below(&["autoprobe", "former", "vf", "vf-token", "vgpu"]),
+        locks: below(&["leases"]),
+        lock_files: below(&["allocate.lock"]),
+    };
+    own.records.push(paths.state.join("quarantine"));
+    for dir in own.records.iter().chain(&own.locks) {
+        if let Err(error) = make_dir(dir) {
+            tracing::debug!("{} is missing: {error}", dir.display());
+        }
+    }
+    for file in &own.lock_files {
+        if let Err(error) = crate::holding::lease::open(file) {
+            tracing::debug!("{} cannot be used: {error}", file.display());
+        }
+    }
+    own
+}

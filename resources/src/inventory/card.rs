@@ -1,0 +1,216 @@
+//! The unit of allocation: a card, that is, the functions of one physical device.
+//!
+//! A card is what shares a slot (domain, bus, device number) and an IOMMU group: a GPU with its audio and USB
+//! functions, or a network card whose ports cannot be isolated. Virtual functions, and ports with an IOMMU group
+//! each, are cards of their own. The resource group that has a card's first function has all of it; where no
+//! group has that, the other functions are what their own rules say. A VM that is given a card by a group or an
+//! alias gets all of these functions, in one slot. A device named by its address is given alone.
+
+use serde::{Deserialize, Serialize};
+
+use crate::inventory::device::HostDevice;
+use crate::inventory::obstacle::{Blocked, Obstacle};
+
+/// The functions of a card that go together, in the order of their addresses. There is at least one.
+#[derive(Clone, Debug)]
+pub struct Card<'a> {
+    first: &'a HostDevice,
+    others: Vec<&'a HostDevice>,
+}
+
+impl<'a> Card<'a> {
+    /// The first of its functions.
+    pub fn first(&self) -> &'a HostDevice {
+        self.first
+    }
+
+    /// All its functions.
+    pub fn functions(&self) -> impl Iterator<Item = &'a HostDevice> + use<'a, '_> {
+        std::iter::once(self.first).chain(self.others.iter().copied())
+    }
+
+    /// The same with some of its functions only; none if there are none.
+    pub(crate) fn only(&self, wanted: impl Fn(&HostDevice) -> bool) -> Option<Self> {
+        cards(self.functions().filter(|device| wanted(device))).pop()
+    }
+}
+
+/// The cards that functions belong to, which come in the order of their addresses.
+pub fn cards<'a>(functions: impl IntoIterator<Item = &'a HostDevice>) -> Vec<Card<'a>> {
+    let mut cards: Vec<Card<'a>> = Vec::new();
+    for device in functions {
+        let near = cards.iter_mut().rev();
+        let mut near = near.take_while(|card| card.first.bdf.is_in_slot_of(device.bdf));
+        match near.find(|card| card.first.shares_card(device)) {
+            Some(card) => card.others.push(device),
+            None => cards.push(Card {
+                first: device,
+                others: Vec::new(),
+            }),
+        }
+    }
+    cards
+}
+
+/// What a device may lack and is given to a VM all the same, as its entry says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allow {
+    /// MSI-X: without, it has no interrupts in the guest.
+    pub no_msix: bool,
+    /// A reset: without, the guest finds what the VM before left in it, and leaves what the next one finds.
+    pub no_reset: bool,
+}
+
+/// On which terms a VM is given a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Which of the requests it is for, counted from 0.
+    pub request: usize,
+    /// What it may lack.
+    pub allow: Allow,
+}
+
+/// Whether a function is reset between two VMs: the kernel has a method for it, or vfio-pci resets its bus when
+/// the last device of it is closed. It does so where all functions of the bus are in the hands of one VM, hence of
+/// one IOMMU group. For a function that is alone on its bus, a bus reset is among the methods if it works.
+pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
+    let address = |one: &HostDevice| (one.bdf.domain(), one.bdf.bus());
+    let on_bus = || all.iter().filter(|one| address(one) == address(device));
+    let whole = || on_bus().all(|one| one.iommu_group == device.iommu_group);
+    let of_bus = || !device.on_root_bus && on_bus().count() > 1 && whole();
+    !device.reset_methods.is_empty() || device.iommu_group.is_some() && of_bus()
+}
+
+/// What a device lacks that its entry does not allow. Interrupts that are not known are asked for again when
+/// the device is opened.
+pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Vec<Blocked> {
+    let no_msix = device.interrupts.filter(|has| !has.msix && !allow.no_msix);
+    let no_reset = !allow.no_reset && !is_reset(device, all);
+    let obstacles = [
+        no_msix.map(|has| Obstacle::NoMsix { has }),
+        no_reset.then_some(Obstacle::NoReset),
+    ];
+    let bdf = device.bdf;
+    let obstacles = obstacles.into_iter().flatten();
+    obstacles
+        .map(|obstacle| Blocked { bdf, obstacle })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::hosts::{nvswitch_server, paired_gpus, workstation};
+    use crate::fixture::{Fake, FakeHost};
+
+    fn shape(devices: &[HostDevice]) -> Vec<Vec<String>> {
+        let functions = |card: &Card<'_>| {
+            let functions = card.functions();
+            functions.map(|one| one.bdf.to_string()).collect()
+        };
+        cards(devices).iter().map(functions).collect()
+    }
+
+    #[test]
+    fn a_card_is_what_shares_a_slot_and_an_iommu_group() {
+        let gpu = |function: u8| Fake::nvme(&format!("0b:00.{function}"), 7);
+        let host = FakeHost::new(&[
+            gpu(0).class(0x03_00_00),
+            gpu(1).class(0x04_03_00),
+            gpu(2).class(0x0c_03_30),
+            gpu(3).class(0x0c_80_00),
+            // Two ports that are isolated from each other, two that are not.
+            Fake::nvme("0c:00.0", 8),
+            Fake::nvme("0c:00.1", 9),
+            Fake::nvme("0d:00.0", 10),
+            Fake::nvme("0d:00.1", 10),
+            // Another slot of the same IOMMU group.
+            Fake::nvme("0d:01.0", 10),
+        ]);
+        let expected: Vec<Vec<&str>> = vec![
+            vec![
+                "0000:0b:00.0",
+                "0000:0b:00.1",
+                "0000:0b:00.2",
+                "0000:0b:00.3",
+            ],
+            vec!["0000:0c:00.0"],
+            vec!["0000:0c:00.1"],
+            vec!["0000:0d:00.0", "0000:0d:00.1"],
+            vec!["0000:0d:01.0"],
+        ];
+        let all = host.scan();
+        assert_eq!(shape(&all), expected);
+        for device in &all {
+            let alone = HostDevice::read(&host.paths, device.bdf).unwrap();
+            assert_eq!(&alone, device, "read alone");
+        }
+    }
+
+    #[test]
+    fn virtual_functions_are_cards_of_their_own() {
+        let host = nvswitch_server();
+        let functions = host.iter().filter(|device| device.physfn.is_some());
+        let functions: Vec<HostDevice> = functions.cloned().collect();
+        assert_eq!(cards(&functions).len(), 256);
+        // Two cards in one IOMMU group are two.
+        let gpus: Vec<HostDevice> = paired_gpus().into_iter().take(4).collect();
+        assert_eq!(shape(&gpus).len(), 2);
+    }
+
+    #[test]
+    fn a_bus_reset_counts_where_all_of_the_bus_is_in_one_iommu_group() {
+        let mut host = workstation();
+        let no_method = |host: &mut Vec<HostDevice>| {
+            host.iter_mut().for_each(|one| one.reset_methods.clear());
+        };
+        assert!(host.iter().all(|one| is_reset(one, &host)));
+        no_method(&mut host);
+        let reset = |host: &[HostDevice]| -> Vec<String> {
+            let reset = host.iter().filter(|one| is_reset(one, host));
+            reset.map(|one| one.bdf.to_string()).collect()
+        };
+        // The disk is alone on its bus: the kernel would say so if a bus reset worked.
+        assert_eq!(reset(&host), ["0000:0b:00.0", "0000:0b:00.1"]);
+        let change = |change: fn(&mut HostDevice)| {
+            let mut host = host.clone();
+            let last = host.iter_mut().find(|one| one.bdf.function() == 1);
+            change(last.unwrap());
+            reset(&host)
+        };
+        assert!(change(|audio| audio.iommu_group = Some(8)).is_empty());
+        host.iter_mut().for_each(|one| one.on_root_bus = true);
+        assert!(reset(&host).is_empty(), "a root bus is not reset");
+    }
+
+    #[test]
+    fn what_a_device_lacks_is_said_unless_its_entry_allows_it() {
+        let host = FakeHost::new(&[
+            Fake::nvme("00:15.0", 1)
+                .without_msix()
+                .with("reset_method", ""),
+            Fake::nvme("01:00.0", 2),
+        ]);
+        let all = host.scan();
+        let said = |allow| -> Vec<String> {
+            let lacks = all.iter().flat_map(|one| lacks(one, &all, allow));
+            lacks.map(|one| one.to_string()).collect()
+        };
+        let strict = said(Allow::default());
+        assert_eq!(strict.len(), 2, "{strict:?}");
+        assert!(strict[0].contains("0000:00:15.0 has no MSI-X (it has MSI and INTx)"));
+        assert!(strict[0].contains("\"interrupts\": \"none\""), "{strict:?}");
+        assert!(strict[1].contains("0000:00:15.0 has no reset"));
+        assert!(strict[1].contains("\"allow_no_reset\": true"), "{strict:?}");
+        let no_msix = Allow {
+            no_msix: true,
+            ..Allow::default()
+        };
+        assert_eq!(said(no_msix), strict[1..]);
+        let all = Allow {
+            no_msix: true,
+            no_reset: true,
+        };
+        assert!(said(all).is_empty());
+    }
+}

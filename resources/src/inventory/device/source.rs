@@ -1,0 +1,345 @@
+//! How one PCI function is read: its attributes, its serial numbers, its lease, its past.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::process::parent_id;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access};
+
+use super::attributes::{Attributes, Identity};
+use super::{Detail, HostDevice, InventoryError, NodeAccess, Sriov, nvme};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::facts::dsn;
+use crate::facts::ids::{PciClass, PciId};
+use crate::facts::interrupts::Interrupts;
+use crate::holding::lease::{LeaseKind, LeaseStatus, holder};
+use crate::holding::quarantine::{self, Until};
+use crate::making::vgpu::{NVIDIA, VendorVgpu};
+use crate::moving::former::Former;
+
+/// The base class of displays; the kernel says of no other device whether the firmware started it.
+const DISPLAY: u8 = 0x03;
+
+/// Where devices are read from.
+pub(super) struct Source<'a> {
+    paths: &'a HostPaths,
+    detail: Detail,
+    /// The directory of all devices.
+    pub(super) dir: PathBuf,
+    devices: File,
+    leases: Listed,
+    quarantine: Vec<Listed>,
+    former: Listed,
+    /// Whether any device can make mediated ones.
+    mdev: bool,
+}
+
+/// Names of the files of a directory, so that a device without one is not looked for; none where they
+/// cannot be listed: then each is.
+struct Listed(Option<BTreeSet<String>>);
+
+impl Listed {
+    fn of(dir: &Path) -> Self {
+        Self::all(sysfs::entries(dir).ok())
+    }
+
+    fn all(names: Option<Vec<String>>) -> Self {
+        Self(names.map(|names| names.into_iter().collect()))
+    }
+
+    fn may_have(&self, name: impl FnOnce() -> String) -> bool {
+        match &self.0 {
+            Some(names) => !names.is_empty() && names.contains(&name()),
+            None => true,
+        }
+    }
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn open(paths: &'a HostPaths, detail: Detail) -> Result<Self, InventoryError> {
+        let dir = paths.sysfs.join("bus/pci/devices");
+        let devices = File::open(&dir).map_err(|source| InventoryError::Sysfs {
+            path: dir.clone(),
+            source,
+        })?;
+        Ok(Self {
+            paths,
+            detail,
+            dir,
+            devices,
+            leases: Listed::of(&paths.run.join("leases")),
+            quarantine: quarantine::homes(paths)
+                .iter()
+                .map(|home| Listed::all(home.names()))
+                .collect(),
+            former: Listed::of(&paths.run.join("former")),
+            mdev: paths.sysfs.join("class/mdev_bus").exists(),
+        })
+    }
+
+    pub(super) fn unreadable(&self) -> impl FnOnce(io::Error) -> InventoryError + use<> {
+        let path = self.dir.clone();
+        |source| InventoryError::Sysfs { path, source }
+    }
+
+    /// Reads a device; none if it is not there, or no longer. `before` are those of lower addresses, as
+    /// far as they have been read.
+    pub(super) fn read(
+        &self,
+        bdf: HostBdf,
+        before: &[HostDevice],
+    ) -> Result<Option<HostDevice>, InventoryError> {
+        let paths = self.paths;
+        let unreadable = |source| InventoryError::Sysfs {
+            path: paths.pci_device(bdf),
+            source,
+        };
+        let attributes = Attributes::open(&self.devices, bdf).map_err(unreadable)?;
+        let Some(attributes) = attributes.filter(|_| paths.shows(bdf)) else {
+            return Ok(None);
+        };
+        let Some(mut device) = facts(&attributes, bdf, before, self.mdev).map_err(unreadable)?
+        else {
+            return Ok(None);
+        };
+        device.reset_methods = match sibling(before, device.physfn) {
+            Some(like) => like.reset_methods.clone(),
+            None => reset_methods(&attributes).map_err(unreadable)?,
+        };
+        device.on_root_bus = device.physfn.is_none()
+            && Attributes::is_on_root_bus(&self.devices, bdf).map_err(unreadable)?;
+        let leased = self.leases.may_have(|| format!("{bdf}.lock"));
+        if leased {
+            device.lease = holder(paths, bdf);
+        }
+        device.lead = lead_of(&device, before);
+        let mut hung = false;
+        let aside = |one: &Listed| {
+            quarantine::names(bdf)
+                .into_iter()
+                .any(|name| one.may_have(|| name))
+        };
+        if leased || self.quarantine.iter().any(aside) {
+            let found = quarantine::find(paths, bdf, &device.id.to_string());
+            hung = found
+                .as_ref()
+                .is_some_and(|found| found.until == Until::Boot);
+            device.quarantine = found.map(|found| found.reason());
+        }
+        if device.physfn.is_some() && device.id.vendor == NVIDIA {
+            device.vgpu = VendorVgpu::read(&paths.pci_device(bdf));
+        }
+        let busy = device.lease.is_held() || device.quarantine.is_some();
+        let wanted = self.detail == Detail::Full || !busy;
+        if wanted && !hung && !device.is_bridge() {
+            device.interrupts = match sibling(before, device.physfn) {
+                Some(like) if like.interrupts.is_some() => like.interrupts,
+                _ => Interrupts::read(&paths.pci_device(bdf).join("config")),
+            };
+        }
+        device.node = device
+            .iommu_group
+            .filter(|_| device.on_vfio())
+            .map(|group| node_access(paths, group));
+        if self.detail == Detail::Full {
+            if !hung && !moves_elsewhere(&device) {
+                let name = attributes.text("driver_override").map_err(unreadable)?;
+                device.driver_override = name.filter(|name| !name.is_empty() && name != "(null)");
+            }
+            device.revision = match sibling(before, device.physfn) {
+                Some(like) => like.revision,
+                None => attributes.hex_byte("revision").map_err(unreadable)?,
+            };
+            self.read_serials(&mut device);
+        }
+        if self.former.may_have(|| bdf.to_string()) {
+            device.former_driver = Former::driver_of(paths, &device);
+        }
+        Ok(Some(device))
+    }
+
+    /// The first function of a device's card, read for its sake alone; none if that is the device itself.
+    pub(super) fn read_lead(
+        &self,
+        device: &HostDevice,
+    ) -> Result<Option<HostDevice>, InventoryError> {
+        if !device.may_share_card() {
+            return Ok(None);
+        }
+        let bdf = device.bdf;
+        for function in 0..bdf.function() {
+            let first = HostBdf::new(bdf.domain(), bdf.bus(), bdf.device(), function);
+            let first = first.map(|first| self.read(first, &[])).transpose()?;
+            if let Some(first) = first.flatten().filter(|first| first.shares_card(device)) {
+                return Ok(Some(first));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_serials(&self, device: &mut HostDevice) {
+        let dir = self.paths.pci_device(device.bdf);
+        // A virtual function has its physical one's number, or none.
+        if device.physfn.is_none() {
+            device.dsn = dsn::read(&dir.join("config"));
+        }
+        if device.is_nvme() {
+            (device.serial, device.nvme) = nvme::read(&dir);
+        }
+        if device.serial.is_none() && self.former.may_have(|| device.bdf.to_string()) {
+            let former = Former::load(self.paths, device);
+            let known = former.map(|former| (former.serial, former.nvme));
+            (device.serial, device.nvme) = known.unwrap_or_default();
+        }
+    }
+}
+
+/// Which device is at an address; none if none is.
+pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
+    let devices = File::open(paths.sysfs.join("bus/pci/devices"))?;
+    let identity = match Attributes::open(&devices, bdf)? {
+        Some(attributes) => attributes.identity()?,
+        None => None,
+    };
+    Ok(identity.map(|identity| identity.id))
+}
+
+/// The first function of a device's card among those of lower addresses; none if that is the device itself.
+fn lead_of(device: &HostDevice, before: &[HostDevice]) -> Option<Arc<HostDevice>> {
+    let near = before.iter().rev();
+    let mut near = near.take_while(|other| other.bdf.is_in_slot_of(device.bdf));
+    let other = near.find(|other| other.shares_card(device))?;
+    let lead = other.lead.clone();
+    lead.or_else(|| Some(Arc::new(other.clone())))
+}
+
+/// How the kernel can reset a function. It shows the attribute only where it can; before Linux 5.15 it does
+/// not say in which way.
+fn reset_methods(attributes: &Attributes) -> io::Result<Vec<String>> {
+    if let Some(methods) = attributes.text("reset_method")? {
+        return Ok(methods.split_whitespace().map(str::to_owned).collect());
+    }
+    let has = attributes.has("reset")?;
+    Ok(has.then(|| "unnamed".to_owned()).into_iter().collect())
+}
+
+/// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
+/// for which whoever asks for the override waits, if need be for ever.
+fn moves_elsewhere(device: &HostDevice) -> bool {
+    let own = [std::process::id(), parent_id()];
+    match device.lease.record() {
+        // A VM's helper moves devices for it.
+        Some(record) if record.pid.is_some_and(|pid| own.contains(&pid.get())) => false,
+        Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
+        None => false,
+    }
+}
+
+fn node_access(paths: &HostPaths, group: u32) -> NodeAccess {
+    let node = paths.vfio_group(group);
+    match access(&node, AccessFlags::R_OK | AccessFlags::W_OK) {
+        Ok(()) => NodeAccess::Ready,
+        Err(Errno::ENOENT | Errno::ENOTDIR) => NodeAccess::Missing,
+        Err(_) => NodeAccess::Denied,
+    }
+}
+
+/// What sysfs says of a device at no cost, without serial numbers, VFIO node and lease; none if it is gone.
+fn facts(
+    attributes: &Attributes,
+    bdf: HostBdf,
+    before: &[HostDevice],
+    mdev: bool,
+) -> io::Result<Option<HostDevice>> {
+    let physfn = attributes
+        .link("physfn")?
+        .and_then(|name| name.parse().ok());
+    let mut device = HostDevice {
+        bdf,
+        id: PciId {
+            vendor: 0,
+            device: 0,
+        },
+        subsystem: None,
+        class: PciClass::new(0),
+        revision: None,
+        driver: attributes.link("driver")?,
+        former_driver: None,
+        driver_override: None,
+        iommu_group: attributes
+            .link("iommu_group")?
+            .and_then(|name| name.parse().ok()),
+        // A virtual function is where its physical one is.
+        numa_node: match physfn.and_then(|pf| found(before, pf)) {
+            Some(card) => card.numa_node,
+            None => attributes.decimal("numa_node")?,
+        },
+        sriov: match physfn {
+            Some(_) => None,
+            None => sriov(attributes)?,
+        },
+        physfn,
+        serial: None,
+        nvme: None,
+        dsn: None,
+        interrupts: None,
+        reset_methods: Vec::new(),
+        on_root_bus: false,
+        lead: None,
+        boot_vga: false,
+        mdev_types: Vec::new(),
+        vgpu: None,
+        node: None,
+        lease: LeaseStatus::Free,
+        quarantine: None,
+    };
+    // Last, as a device always has it: attributes of one that vanished on the way would have been taken
+    // for "none".
+    let told = match sibling(before, physfn) {
+        // It is still there.
+        Some(like) => attributes.link("physfn")?.map(|_| like.into()),
+        None => attributes.identity()?,
+    };
+    let Some(Identity {
+        id,
+        subsystem,
+        class,
+    }) = told
+    else {
+        return Ok(None);
+    };
+    (device.id, device.subsystem, device.class) = (id, subsystem, class);
+    if class.base() == DISPLAY {
+        device.boot_vga = attributes.text("boot_vga")?.as_deref() == Some("1");
+    }
+    if mdev {
+        device.mdev_types = attributes.entries("mdev_supported_types")?;
+    }
+    Ok(Some(device))
+}
+
+/// The virtual function before, of the same physical one. The kernel asks the first what it is, and takes
+/// the others for the same (pci_setup_device).
+fn sibling(before: &[HostDevice], physfn: Option<HostBdf>) -> Option<&HostDevice> {
+    let last = before.last().filter(|_| physfn.is_some());
+    last.filter(|one| one.physfn == physfn)
+}
+
+fn found(sorted: &[HostDevice], bdf: HostBdf) -> Option<&HostDevice> {
+    let index = sorted.binary_search_by_key(&bdf, |device| device.bdf);
+    sorted.get(index.ok()?)
+}
+
+fn sriov(attributes: &Attributes) -> io::Result<Option<Sriov>> {
+    let Some(total) = attributes.decimal("sriov_totalvfs")? else {
+        return Ok(None);
+    };
+    let active = attributes.decimal("sriov_numvfs")?.unwrap_or(0);
+    Ok(Some(Sriov { total, active }))
+}

@@ -1,0 +1,9 @@
+//! The host's devices: facts and holders joined, and what keeps a device from a VM.
+
+pub(crate) mod card;
+pub(crate) mod device;
+pub(crate) mod guard;
+pub(crate) mod mdev;
+pub(crate) mod modules;
+pub(crate) mod obstacle;
+pub(crate) mod tree;

@@ -1,0 +1,369 @@
+//! Why a device cannot be given to a VM: what the host, other VMs and its IOMMU group have against it.
+
+mod sieve;
+mod words;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::base::bdf::HostBdf;
+use crate::facts::ids::PciId;
+use crate::facts::interrupts::Interrupts;
+use crate::holding::lease::{InTheWay, LeaseRecord, LeaseStatus};
+use crate::inventory::device::{HostDevice, NodeAccess};
+use crate::inventory::guard::Guarded;
+use crate::pools::nova::DeviceType;
+pub use sieve::Sieve;
+
+/// Why a device is not free.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "reason")]
+pub enum Obstacle {
+    /// It is a bridge.
+    Bridge,
+    /// Somebody holds it.
+    Leased {
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// It counts as held, as its lock file cannot be read.
+    LockUnreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// It is in quarantine.
+    Quarantined {
+        /// Why.
+        why: String,
+    },
+    /// A driver of the host has it.
+    HostDriver {
+        /// The driver.
+        driver: String,
+    },
+    /// The host needs it, or one of its IOMMU group, so that no VM may take it on demand.
+    HostNeeds {
+        /// What for.
+        need: Guarded,
+    },
+    /// Virtual functions of it exist, and would vanish if a VM took it on demand.
+    HasVfs {
+        /// How many.
+        count: u16,
+    },
+    /// No driver has it.
+    Unbound,
+    /// It is in no IOMMU group.
+    NoIommuGroup,
+    /// The host uses other devices of its IOMMU group.
+    GroupInUse {
+        /// The IOMMU group.
+        group: u32,
+        /// Those devices and their drivers.
+        members: Vec<(HostBdf, String)>,
+    },
+    /// Somebody holds another device of its IOMMU group.
+    GroupLeased {
+        /// The IOMMU group.
+        group: u32,
+        /// That device.
+        member: HostBdf,
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// There is no VFIO node for its IOMMU group.
+    NodeMissing {
+        /// The IOMMU group.
+        group: u32,
+    },
+    /// This process may not open the VFIO node of its IOMMU group.
+    NodeDenied {
+        /// The IOMMU group.
+        group: u32,
+    },
+    /// A resource group that is defined earlier matches it as well, and owns it.
+    OtherGroup {
+        /// That group.
+        owner: String,
+    },
+    /// It belongs to a tenant.
+    OfTenant {
+        /// The tenant.
+        tenant: String,
+    },
+    /// The same request asks for it, by its address or otherwise.
+    AskedFor,
+    /// The hardware at its address is not what the group's rule was made for.
+    Changed {
+        /// What is there now.
+        is: PciId,
+    },
+    /// SR-IOV makes something else of it than the alias asks for.
+    DeviceType {
+        /// What it is.
+        is: DeviceType,
+        /// What the alias asks for, if it says.
+        wanted: Option<DeviceType>,
+    },
+    /// It is of another resource class than asked for.
+    ResourceClass {
+        /// Its class.
+        is: String,
+    },
+    /// An alias asks for devices whose device_spec says other of live migration.
+    Migratable {
+        /// What it must say.
+        wanted: bool,
+    },
+    /// It lacks traits that are asked for.
+    Traits {
+        /// These.
+        missing: Vec<String>,
+    },
+    /// It is too far from the VM.
+    Numa {
+        /// Its NUMA node.
+        node: Option<u32>,
+    },
+    /// Its physical function is in quarantine.
+    PfQuarantined {
+        /// The physical function.
+        pf: HostBdf,
+        /// Why.
+        why: String,
+    },
+    /// Its physical function is with vfio-pci, and no token lets several have functions of it.
+    NoVfToken {
+        /// The physical function.
+        pf: HostBdf,
+    },
+    /// Its physical function is with vfio-pci, and nobody has it.
+    PfIdle {
+        /// The physical function.
+        pf: HostBdf,
+    },
+    /// Somebody holds a virtual function of it, and no token lets several have functions of it.
+    VfHeld {
+        /// The virtual function.
+        vf: HostBdf,
+    },
+    /// It has no MSI-X, and its entry does not say that it may work without interrupts.
+    NoMsix {
+        /// What it has.
+        has: Interrupts,
+    },
+    /// Nothing resets it between two VMs, and its entry does not allow that.
+    NoReset,
+    /// Another device asked for with it is of the same physical function.
+    SamePf {
+        /// The physical function.
+        pf: HostBdf,
+    },
+}
+
+impl Obstacle {
+    /// Whether it goes by itself, once another VM gives back what it holds.
+    pub fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::Leased { .. } | Self::GroupLeased { .. } | Self::VfHeld { .. }
+        )
+    }
+}
+
+/// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Blocked {
+    /// The device.
+    pub bdf: HostBdf,
+    /// Why.
+    #[serde(flatten)]
+    pub obstacle: Obstacle,
+}
+
+impl Obstacle {
+    /// What a lease has against another one.
+    fn of_lease(lease: &LeaseStatus) -> Option<Self> {
+        match lease {
+            LeaseStatus::Free => None,
+            LeaseStatus::Held(_) | LeaseStatus::Unrecorded => {
+                let holder = lease.record().cloned();
+                Some(Self::Leased { holder })
+            }
+            LeaseStatus::Unreadable { file, why } => {
+                let (file, why) = (file.clone(), why.clone());
+                Some(Self::LockUnreadable { file, why })
+            }
+        }
+    }
+}
+
+impl Blocked {
+    /// A device that somebody holds.
+    pub(crate) fn leased(bdf: HostBdf, lease: &LeaseStatus) -> Self {
+        let held = Obstacle::Leased { holder: None };
+        let obstacle = Obstacle::of_lease(lease).unwrap_or(held);
+        Self { bdf, obstacle }
+    }
+
+    /// Who has it, where that is what is in the way.
+    pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
+        match &self.obstacle {
+            Obstacle::Leased { holder } => vec![(self.bdf.into(), holder.clone())],
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The devices of the host that could not be given to a VM now, each with its first obstacle.
+pub fn blocked(devices: &[HostDevice]) -> Vec<Blocked> {
+    let pool = Pool::new(devices);
+    let blocked = |device: &HostDevice| {
+        Some(Blocked {
+            bdf: device.bdf,
+            obstacle: pool.obstacle(device)?,
+        })
+    };
+    devices.iter().filter_map(blocked).collect()
+}
+
+/// One look at the host, with its IOMMU groups at hand.
+pub(crate) struct Pool<'a> {
+    groups: BTreeMap<u32, Vec<&'a HostDevice>>,
+}
+
+impl<'a> Pool<'a> {
+    pub(crate) fn new(devices: &'a [HostDevice]) -> Self {
+        let mut groups: BTreeMap<u32, Vec<&HostDevice>> = BTreeMap::new();
+        for device in devices {
+            if let Some(group) = device.iommu_group {
+                groups.entry(group).or_default().push(device);
+            }
+        }
+        Self { groups }
+    }
+
+    /// All functions of an IOMMU group, bridges included.
+    pub(crate) fn members(&self, group: u32) -> &[&'a HostDevice] {
+        self.groups.get(&group).map_or(&[], Vec::as_slice)
+    }
+
+    /// The first thing that keeps a device from being assigned.
+    pub(crate) fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if device.is_bridge() {
+            return Some(Obstacle::Bridge);
+        }
+        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+            return Some(leased);
+        }
+        if let Some(why) = device.kept_out() {
+            let why = why.to_owned();
+            return Some(Obstacle::Quarantined { why });
+        }
+        match &device.driver {
+            Some(driver) if !device.on_vfio() => {
+                return Some(Obstacle::HostDriver {
+                    driver: driver.clone(),
+                });
+            }
+            None => return Some(Obstacle::Unbound),
+            Some(_) => {}
+        }
+        let Some(group) = device.iommu_group else {
+            return Some(Obstacle::NoIommuGroup);
+        };
+        self.group_obstacle(group).or(match device.node {
+            Some(NodeAccess::Ready) => None,
+            Some(NodeAccess::Denied) => Some(Obstacle::NodeDenied { group }),
+            Some(NodeAccess::Missing) | None => Some(Obstacle::NodeMissing { group }),
+        })
+    }
+
+    /// The first thing that keeps a device from being taken from the host for a VM.
+    pub(crate) fn demand_obstacle(
+        &self,
+        device: &HostDevice,
+        guarded: &[Guarded],
+    ) -> Option<Obstacle> {
+        let first = self.obstacle(device);
+        match first {
+            None
+            | Some(Obstacle::HostDriver { .. } | Obstacle::Unbound | Obstacle::GroupInUse { .. }) =>
+                {}
+            first => return first,
+        }
+        let Some(group) = device.iommu_group else {
+            return Some(Obstacle::NoIommuGroup);
+        };
+        let members = self.members(group);
+        let need = |member: &&HostDevice| guarded.iter().find(|one| one.bdf == member.bdf);
+        if let Some(need) = members.iter().find_map(need) {
+            return Some(Obstacle::HostNeeds { need: need.clone() });
+        }
+        let away = |member: &&&HostDevice| !member.on_vfio() && !member.is_bridge();
+        let vfs = members.iter().filter(away).find_map(|member| member.sriov);
+        if let Some(sriov) = vfs.filter(|sriov| sriov.active > 0) {
+            return Some(Obstacle::HasVfs {
+                count: sriov.active,
+            });
+        }
+        let leased = self.leased_in(group);
+        let bridge = members
+            .iter()
+            .any(|member| member.is_bridge() && !member.leaves_group_viable());
+        leased.or(first.filter(|_| bridge))
+    }
+
+    /// The first thing that keeps a function of the vendor's from being made a virtual GPU for a VM. The
+    /// host's driver keeps it, and VFIO has it through that.
+    pub(crate) fn vgpu_obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+            return Some(leased);
+        }
+        if let Some(why) = &device.quarantine {
+            return Some(Obstacle::Quarantined { why: why.clone() });
+        }
+        match device.iommu_group {
+            None => Some(Obstacle::NoIommuGroup),
+            Some(group) => self.leased_in(group),
+        }
+    }
+
+    fn leased_in(&self, group: u32) -> Option<Obstacle> {
+        let members = self.members(group);
+        let leased = members
+            .iter()
+            .find_map(|member| Some((member.bdf, held(&member.lease)?)));
+        leased.map(|(member, holder)| Obstacle::GroupLeased {
+            group,
+            member,
+            holder,
+        })
+    }
+
+    fn group_obstacle(&self, group: u32) -> Option<Obstacle> {
+        let members = self.members(group);
+        if let Some(leased) = self.leased_in(group) {
+            return Some(leased);
+        }
+        let in_use = members
+            .iter()
+            .filter(|member| !member.leaves_group_viable());
+        let in_use: Vec<_> = in_use
+            .filter_map(|member| Some((member.bdf, member.driver.clone()?)))
+            .collect();
+        (!in_use.is_empty()).then_some(Obstacle::GroupInUse {
+            group,
+            members: in_use,
+        })
+    }
+}
+
+/// The record of who holds a device, if somebody does.
+fn held(lease: &LeaseStatus) -> Option<Option<LeaseRecord>> {
+    lease.is_held().then(|| lease.record().cloned())
+}

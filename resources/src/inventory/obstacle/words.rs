@@ -1,0 +1,196 @@
+//! Obstacles in words: which device, what is in the way, and the way out.
+
+use std::fmt;
+
+use super::{Blocked, Obstacle};
+use crate::base::bdf::HostBdf;
+use crate::holding::lease::LeaseRecord;
+use crate::pools::nova::DeviceType;
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bdf = self.bdf;
+        match &self.obstacle {
+            Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
+            Obstacle::Quarantined { why } => write!(
+                f,
+                "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` releases it"
+            ),
+            Obstacle::HostDriver { driver } => {
+                write!(
+                    f,
+                    "{bdf} is bound to {driver}: `gantry device detach {bdf}` frees it for VMs"
+                )
+            }
+            Obstacle::HostNeeds { need } if need.bdf == bdf => {
+                write!(f, "{need}: the host uses it")
+            }
+            Obstacle::HostNeeds { need } => write!(
+                f,
+                "{bdf} shares its IOMMU group with a device that the host uses: {need}"
+            ),
+            Obstacle::HasVfs { count } => write!(
+                f,
+                "{bdf} has {count} virtual functions, which would be destroyed: run `gantry group deactivate` for their group, or write 0 to its sriov_numvfs"
+            ),
+            Obstacle::Unbound => {
+                write!(
+                    f,
+                    "{bdf} is bound to no driver: `gantry device detach {bdf}` binds it to vfio-pci"
+                )
+            }
+            Obstacle::NoIommuGroup => write!(
+                f,
+                "{bdf} is in no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and on the \
+                 kernel's command line (intel_iommu=on; AMD's is on by default)"
+            ),
+            Obstacle::GroupInUse { group, members } => {
+                let members: Vec<String> = members
+                    .iter()
+                    .map(|(member, driver)| format!("{member} ({driver})"))
+                    .collect();
+                write!(
+                    f,
+                    "{bdf} shares IOMMU group {group} with {}, which the host uses; a group is assigned as a whole: \
+                     `gantry device detach {bdf}` detaches all of it",
+                    members.join(", ")
+                )
+            }
+            Obstacle::NodeMissing { group } => write!(
+                f,
+                "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
+                 a container make /dev/vfio visible"
+            ),
+            Obstacle::NodeDenied { group } => write!(
+                f,
+                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
+            ),
+            _ => of_holder(f, bdf, &self.obstacle),
+        }
+    }
+}
+
+/// Who has the device, or one that goes with it.
+fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+        Obstacle::LockUnreadable { file, why } => write!(
+            f,
+            "{bdf} counts as held: its lock file {} cannot be read ({why}); as root, remove the \
+             file if no process uses the device",
+            file.display()
+        ),
+        Obstacle::GroupLeased {
+            group,
+            member,
+            holder,
+        } => write!(
+            f,
+            "{bdf} shares IOMMU group {group} with {member}, which is held by {}; a group is never split \
+             between VMs",
+            name(holder)
+        ),
+        _ => of_request(f, bdf, obstacle),
+    }
+}
+
+/// What a card and its virtual functions have against being parted.
+fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::NoVfToken { pf } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is bound to vfio-pci: VMs can have one each only with a VF token; set \
+             \"vf_token\": true in the \"sriov\" of its group, or `gantry device reattach {pf}`"
+        ),
+        Obstacle::PfQuarantined { pf, why } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is in quarantine: {why}; `gantry device release-quarantine {pf}` releases it"
+        ),
+        Obstacle::PfIdle { pf } => write!(
+            f,
+            "{bdf} is a function of {pf}, which is bound to vfio-pci and which no VM has: start the VM that gets {pf} first, \
+             it sets the VF token"
+        ),
+        Obstacle::VfHeld { vf } => write!(
+            f,
+            "{bdf} has the virtual function {vf}, which is held: VMs can have one each only with a VF token; \
+             set \"vf_token\": true in the \"sriov\" of its group"
+        ),
+        _ => write!(f, "{bdf} is not available"),
+    }
+}
+
+/// What the request has against a device that could be had.
+fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
+    match obstacle {
+        Obstacle::OtherGroup { owner } => {
+            write!(
+                f,
+                "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
+            )
+        }
+        Obstacle::OfTenant { tenant } => write!(
+            f,
+            "{bdf} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {bdf}` takes it back"
+        ),
+        Obstacle::AskedFor => {
+            write!(f, "{bdf} is asked for twice in the request")
+        }
+        Obstacle::Changed { is } => write!(
+            f,
+            "{bdf} is {is} now, not the device that the rule names: change the rule if the new device is right"
+        ),
+        Obstacle::DeviceType { is, wanted } => mismatch(f, bdf, *is, *wanted),
+        Obstacle::ResourceClass { is } => write!(f, "{bdf} has resource class {is}"),
+        Obstacle::Traits { missing } => {
+            write!(f, "{bdf} lacks the traits {}", missing.join(", "))
+        }
+        Obstacle::Migratable { wanted } => {
+            let said = if *wanted { "yes" } else { "no" };
+            write!(
+                f,
+                "{bdf} has no device_spec that says \"live_migratable\": \"{said}\""
+            )
+        }
+        Obstacle::Numa { node: Some(node) } => {
+            write!(f, "{bdf} is on NUMA node {node}, too far from the VM")
+        }
+        Obstacle::Numa { node: None } => {
+            write!(f, "{bdf} does not say which NUMA node it is on")
+        }
+        Obstacle::NoMsix { has } => write!(
+            f,
+            "{bdf} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
+             \"none\" to the device's entry to use it without interrupts"
+        ),
+        Obstacle::NoReset => write!(
+            f,
+            "{bdf} has no reset (its reset_method in sysfs is empty): a VM can read what the VM before left in it. \
+             Add \"allow_no_reset\": true to the device's entry to use it all the same"
+        ),
+        Obstacle::SamePf { pf } => {
+            write!(f, "{bdf} is on {pf}, like another device of the request")
+        }
+        _ => of_card(f, bdf, obstacle),
+    }
+}
+
+/// What the alias should have said.
+fn mismatch(
+    f: &mut fmt::Formatter<'_>,
+    bdf: HostBdf,
+    is: DeviceType,
+    wanted: Option<DeviceType>,
+) -> fmt::Result {
+    match wanted {
+        Some(wanted) => write!(f, "{bdf} is {is}, not {wanted}")?,
+        None => write!(f, "{bdf} is {is}, which an alias must ask for by name")?,
+    }
+    write!(f, ": set \"device_type\": \"{is}\" in the alias")
+}
+
+fn name(holder: &Option<LeaseRecord>) -> String {
+    holder
+        .as_ref()
+        .map_or_else(|| "an unknown process".to_owned(), LeaseRecord::to_string)
+}

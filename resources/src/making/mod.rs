@@ -1,0 +1,4 @@
+//! Devices that do not exist until gantry makes them: virtual functions and vGPUs.
+
+pub(crate) mod sriov;
+pub(crate) mod vgpu;

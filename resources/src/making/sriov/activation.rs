@@ -1,0 +1,345 @@
+//! An activation, write by write, and the way back from each.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::error::SriovError;
+use super::links::LinkWrite;
+use super::pf::{LiveVf, Pf};
+use super::settings::{SriovSpec, VfState};
+use super::{
+    HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
+    set_aside_if_hung,
+};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::holding::lease::DeviceLock;
+use crate::inventory::device::HostDevice;
+use crate::moving::bind::{BindError, BindRequest, detach, has_vfio_pci};
+use crate::moving::former::Former;
+use crate::moving::moves::{Move, Mover};
+use crate::moving::writer::SysfsWrite;
+use crate::pools::group::{Bind, ResourceGroup};
+
+/// How long a card may take to have its link back.
+const LINK_PATIENCE: Duration = Duration::from_secs(15);
+
+/// An activation under way.
+pub(super) struct Activation<'a> {
+    pub(super) paths: &'a HostPaths,
+    pub(super) host: HostAccess<'a>,
+    pub(super) group: &'a ResourceGroup,
+    pub(super) spec: &'a SriovSpec,
+    /// As it was before.
+    pub(super) pf: Pf,
+    /// Its functions as they were before, with what was known of each.
+    pub(super) former: Vec<(HostDevice, Option<Former>)>,
+    pub(super) live: Vec<LiveVf>,
+    pub(super) resized: bool,
+    /// Whether the physical function's interface had a link.
+    pub(super) had_link: bool,
+    pub(super) writes: Vec<HostWrite>,
+    pub(super) dry_run: bool,
+    /// That of the physical function first.
+    pub(super) locks: Vec<DeviceLock>,
+}
+
+impl Activation<'_> {
+    pub(super) fn carry_out(mut self) -> Result<SriovReport, SriovError> {
+        let before = self.states()?;
+        if let Err(source) = self.apply(&before) {
+            let left = self.undo(&before, &source);
+            set_aside_if_hung(self.paths, &self.pf, &source);
+            return Err(SriovError::Failed {
+                group: self.group.name.clone(),
+                left,
+                source: Box::new(source),
+            });
+        }
+        let mut report = report(self.group, &self.pf, self.spec.count);
+        if !self.dry_run {
+            report.functions = Pf::read(self.paths, self.pf.device.bdf)?.vfs;
+        }
+        report.left = self.live;
+        report.writes = self.writes;
+        Ok(report)
+    }
+
+    fn apply(&mut self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
+        if self.pf.vfs.len() != usize::from(self.spec.count) {
+            self.resize()?;
+        }
+        let now = match self.resized && !self.dry_run {
+            true => {
+                self.wait_for_link();
+                self.states()?
+            }
+            false => before.clone(),
+        };
+        self.set(&now)?;
+        if self.group.bind == Bind::Demand {
+            return Ok(());
+        }
+        // Detaching locks the functions itself; nobody resizes while the physical one is locked.
+        self.locks.truncate(1);
+        self.bind()
+    }
+
+    /// What the functions have now, by their numbers.
+    fn states(&self) -> Result<BTreeMap<u16, VfState>, SriovError> {
+        let Some(interface) = &self.pf.interface else {
+            return Ok(BTreeMap::new());
+        };
+        if !self.host_has_functions()? {
+            return Ok(BTreeMap::new());
+        }
+        match self.host.links.read(interface) {
+            // Where nothing is set they are only read so that they can be put back.
+            Err(_) if !self.spec.is_for_network() => Ok(BTreeMap::new()),
+            read => Ok(read?),
+        }
+    }
+
+    fn host_has_functions(&self) -> Result<bool, SriovError> {
+        let now = Pf::read(self.paths, self.pf.device.bdf)?;
+        Ok(!now.vfs.is_empty())
+    }
+
+    fn resize(&mut self) -> Result<(), SriovError> {
+        let quiet = self.pf.autoprobe == Some(true);
+        if quiet {
+            if !self.dry_run {
+                probe::remember(self.paths, self.pf.device.bdf)?;
+            }
+            self.write("sriov_drivers_autoprobe", "0")?;
+        }
+        self.resized = true;
+        if !self.pf.vfs.is_empty() {
+            self.write("sriov_numvfs", "0")?;
+            if !self.dry_run {
+                self.pf.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
+            }
+        }
+        self.write("sriov_numvfs", &self.spec.count.to_string())?;
+        if quiet {
+            self.write("sriov_drivers_autoprobe", "1")?;
+        }
+        if !self.dry_run {
+            probe::forget(self.paths, self.pf.device.bdf);
+            let now = found(self.paths, &self.pf, self.spec.count)?;
+            // A record of functions that somebody else destroyed would be taken for one of these.
+            now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
+        }
+        Ok(())
+    }
+
+    /// Making functions resets some cards, and those take no rate before their link is up again.
+    fn wait_for_link(&self) {
+        let rated = self.spec.min_rate.is_some() || self.spec.max_rate.is_some();
+        let deadline = Instant::now() + LINK_PATIENCE;
+        while rated && self.had_link && !self.pf.has_link() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn set(&mut self, now: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
+        let Some(interface) = self.pf.interface.clone() else {
+            return Ok(());
+        };
+        for index in 0..self.spec.count {
+            if self.is_live(self.pf.address(index)) {
+                continue;
+            }
+            // Of functions that are not there yet nothing is known: each gets all.
+            let has = now.get(&index).cloned().unwrap_or_default();
+            for setting in has.changes_to(&self.spec.wanted(index)) {
+                self.link(LinkWrite {
+                    interface: interface.clone(),
+                    vf: index,
+                    setting,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_live(&self, bdf: Option<HostBdf>) -> bool {
+        bdf.is_some_and(|bdf| self.live.iter().any(|one| one.bdf == bdf))
+    }
+
+    fn bind(&mut self) -> Result<(), SriovError> {
+        if self.dry_run && self.resized {
+            has_vfio_pci(self.paths).map_err(|error| SriovError::Bind(Box::new(error)))?;
+            self.would_bind();
+            return Ok(());
+        }
+        let there = Pf::read(self.paths, self.pf.device.bdf)?;
+        let devices: Vec<HostBdf> = there
+            .vfs
+            .into_iter()
+            .filter(|bdf| !self.is_live(Some(*bdf)))
+            .collect();
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let request = BindRequest {
+            devices: &devices,
+            overrides: &[],
+            dry_run: self.dry_run,
+        };
+        let bound = detach(self.paths, self.host.writer, &request)
+            .map_err(|error| SriovError::Bind(Box::new(error)))?;
+        self.writes
+            .extend(bound.writes.into_iter().map(HostWrite::Sysfs));
+        Ok(())
+    }
+
+    /// The writes that bind functions which are not there yet.
+    fn would_bind(&mut self) {
+        let addresses = (0..self.spec.count).filter_map(|index| self.pf.address(index));
+        for bdf in addresses {
+            let all = [
+                (
+                    self.paths.pci_device(bdf).join("driver_override"),
+                    "vfio-pci".to_owned(),
+                ),
+                (
+                    self.paths.sysfs.join("bus/pci/drivers_probe"),
+                    bdf.to_string(),
+                ),
+            ];
+            let writes = all.map(|(path, value)| HostWrite::Sysfs(SysfsWrite { path, value }));
+            self.writes.extend(writes);
+        }
+    }
+
+    fn write(&mut self, attribute: &str, value: &str) -> Result<(), SriovError> {
+        let path = self.pf.attribute(attribute);
+        if !self.dry_run {
+            let written = self.host.writer.write(&path, value);
+            written.map_err(|error| refused(&self.pf, error))?;
+        }
+        let value = value.to_owned();
+        self.writes
+            .push(HostWrite::Sysfs(SysfsWrite { path, value }));
+        Ok(())
+    }
+
+    fn link(&mut self, write: LinkWrite) -> Result<(), SriovError> {
+        if !self.dry_run {
+            self.host.links.set_when_ready(&write)?;
+        }
+        self.writes.push(HostWrite::Link(write));
+        Ok(())
+    }
+
+    /// Undoes what was done; words for what could not be.
+    fn undo(&mut self, before: &BTreeMap<u16, VfState>, why: &SriovError) -> String {
+        if self.dry_run {
+            return String::new();
+        }
+        // What hangs is left alone: another write would hang as well.
+        if why.is_hung() {
+            return format!(": {} hangs and is left as it is", self.pf.device.bdf);
+        }
+        let undone = match self.resized {
+            true => self.undo_resize(before),
+            false => self.undo_settings(before),
+        };
+        let probing = probe::restore(self.paths, self.host.writer, self.pf.device.bdf);
+        match undone.and(probing) {
+            Ok(()) => String::new(),
+            Err(error) => format!(", and could not be undone ({error})"),
+        }
+    }
+
+    /// Makes as many functions as there were, with the settings and the drivers that they had.
+    fn undo_resize(&self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
+        let path = self.pf.attribute("sriov_numvfs");
+        let now = Pf::read(self.paths, self.pf.device.bdf)?;
+        let resized =
+            |write: &HostWrite| matches!(write, HostWrite::Sysfs(one) if one.path == path);
+        if now.vfs.len() == self.pf.vfs.len() && !self.writes.iter().any(resized) {
+            return Ok(());
+        }
+        // Destroying a function that hangs would hang as well, with the card.
+        no_function_hangs(self.paths, &now)?;
+        if !now.vfs.is_empty() {
+            self.host.writer.write(&path, "0")?;
+            now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
+        }
+        if self.pf.vfs.is_empty() {
+            return Ok(());
+        }
+        // Each gets its own driver again, and no other one before.
+        if self.pf.autoprobe == Some(true) {
+            probe::remember(self.paths, self.pf.device.bdf)?;
+            let autoprobe = self.pf.attribute("sriov_drivers_autoprobe");
+            self.host.writer.write(&autoprobe, "0")?;
+        }
+        let former = self.pf.vfs.len().to_string();
+        self.host.writer.write(&path, &former)?;
+        self.wait_for_link();
+        // A setting that cannot be had keeps no function from its driver.
+        let set = self.undo_settings(before);
+        self.undo_drivers().and(set)
+    }
+
+    fn undo_drivers(&self) -> Result<(), SriovError> {
+        let mut mover = Mover {
+            paths: self.paths,
+            writer: self.host.writer,
+            writes: Vec::new(),
+        };
+        let mut failed = Ok(());
+        for (device, former) in &self.former {
+            let bdf = device.bdf;
+            let kept = former.as_ref().map_or(Ok(()), |former| {
+                former
+                    .store(self.paths, bdf)
+                    .map_err(|(path, source)| SriovError::Record { path, source })
+            });
+            let back = Move::to_where_it_was(device);
+            let moved = mover.make(&back).map_err(|source| {
+                mover.set_aside_if_hung(device, &source);
+                let left = vec![bdf];
+                SriovError::Bind(Box::new(BindError::Failed { bdf, left, source }))
+            });
+            let hangs = moved.as_ref().is_err_and(SriovError::is_hung);
+            failed = failed.and(kept).and(moved);
+            if hangs {
+                break;
+            }
+        }
+        failed
+    }
+
+    fn undo_settings(&self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
+        let Some(interface) = self
+            .pf
+            .interface
+            .as_ref()
+            .filter(|_| !self.writes.is_empty() && !before.is_empty())
+        else {
+            return Ok(());
+        };
+        let now = self.host.links.read(interface)?;
+        let mut undone = Ok(());
+        for (vf, state) in &now {
+            let Some(before) = before.get(vf) else {
+                continue;
+            };
+            // One that is refused keeps no other from being put back.
+            for setting in state.changes_to(before) {
+                let interface = interface.clone();
+                let set = self.host.links.set_when_ready(&LinkWrite {
+                    interface,
+                    vf: *vf,
+                    setting,
+                });
+                undone = undone.and(set);
+            }
+        }
+        Ok(undone?)
+    }
+}

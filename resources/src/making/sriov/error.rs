@@ -1,0 +1,210 @@
+//! Why virtual functions were not made, set or destroyed.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::links::LinkError;
+use super::pf::{LiveVf, Pf};
+use crate::base::bdf::HostBdf;
+use crate::holding::lease::{InTheWay, LeaseError};
+use crate::inventory::device::{InventoryError, is_vfio_driver};
+use crate::inventory::modules::NoDriver;
+use crate::inventory::obstacle::Blocked;
+use crate::moving::bind::BindError;
+use crate::moving::writer::WriteError;
+use crate::pools::group::GroupError;
+use crate::pools::rule::IdPair;
+
+/// Virtual functions were not made, set or destroyed.
+#[derive(Debug, Error)]
+pub enum SriovError {
+    /// The group makes no functions.
+    #[error(
+        "group \"{0}\" makes no virtual functions: `gantry group edit {0} --sriov '{{\"pf\": \"0000:03:00.0\", \"count\": 4}}'` says of which device, and how many"
+    )]
+    NoSpec(String),
+    /// Other hardware than the group was made for.
+    #[error("{pf} is {is} now, not {wanted}: change the group's sriov.id if that is right")]
+    OtherPf {
+        /// The address.
+        pf: HostBdf,
+        /// What is there.
+        is: IdPair,
+        /// What should be.
+        wanted: IdPair,
+    },
+    /// The device has no SR-IOV.
+    #[error(
+        "{pf} cannot have virtual functions: it has no SR-IOV, or the firmware or kernel does not show it (sriov_totalvfs)"
+    )]
+    NotCapable {
+        /// The device.
+        pf: HostBdf,
+    },
+    /// It cannot have as many.
+    #[error("{pf} can have {total} virtual functions at most, and the group asks for {wanted}")]
+    TooMany {
+        /// The device.
+        pf: HostBdf,
+        /// How many it can have.
+        total: u16,
+        /// How many are asked for.
+        wanted: u16,
+    },
+    /// No driver makes its functions.
+    #[error("{pf} has no driver, and only its driver can make virtual functions: {}", way(pf, .why))]
+    NoDriver {
+        /// The device.
+        pf: HostBdf,
+        /// Why not.
+        why: NoDriver,
+    },
+    /// Its driver makes no functions.
+    #[error(
+        "{pf} is bound to {driver}, which makes no virtual functions: {} gives it back to its own driver",
+        giving_back(pf, .driver)
+    )]
+    WrongDriver {
+        /// The device.
+        pf: HostBdf,
+        /// Its driver.
+        driver: String,
+    },
+    /// The settings need a network card.
+    #[error(
+        "{pf} has no network interface on the host, so its functions have no {key}: take it out of the group"
+    )]
+    NoInterface {
+        /// The device.
+        pf: HostBdf,
+        /// A setting that is asked for.
+        key: &'static str,
+    },
+    /// Functions in use would vanish.
+    #[error(
+        "{pf} has {now} virtual functions and cannot have {wanted} now, since these would be destroyed:{}",
+        lines(.live)
+    )]
+    Live {
+        /// The device.
+        pf: HostBdf,
+        /// How many it has.
+        now: u16,
+        /// How many it was to have.
+        wanted: u16,
+        /// Those in use.
+        live: Vec<LiveVf>,
+    },
+    /// Somebody is at work on the device.
+    #[error("{0}")]
+    Busy(Blocked),
+    /// The kernel took the write, but the functions are not there.
+    #[error("{pf} has {found} virtual functions after the write, not {wanted}: see dmesg")]
+    Short {
+        /// The device.
+        pf: HostBdf,
+        /// How many it has.
+        found: usize,
+        /// How many it was to have.
+        wanted: u16,
+    },
+    /// A write failed; what was done before it was undone, but for what `left` says.
+    #[error("group \"{group}\" was not activated{}", if .left.is_empty() { ": everything is as it was before" } else { .left })]
+    Failed {
+        /// The group.
+        group: String,
+        /// What could not be undone; empty if all was.
+        left: String,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// A write to sysfs failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// An interface could not be asked or set.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The functions could not be given to vfio-pci.
+    #[error(transparent)]
+    Bind(Box<BindError>),
+    /// It cannot be told whose functions are.
+    #[error(transparent)]
+    Tenants(#[from] GroupError),
+    /// A device cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// What was cannot be written down, so nothing was touched.
+    #[error("cannot record the former settings in {path}")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn lines(live: &[LiveVf]) -> String {
+    let line = |LiveVf { bdf, why, .. }: &LiveVf| format!("\n{bdf}: {why}");
+    live.iter().map(line).collect()
+}
+
+/// What binds a physical function to its own driver.
+fn giving_back(pf: &HostBdf, driver: &str) -> String {
+    match is_vfio_driver(driver) {
+        true => format!("`gantry device reattach {pf}`"),
+        false => format!(
+            "`echo {pf} > /sys/bus/pci/drivers/{driver}/unbind; echo {pf} > /sys/bus/pci/drivers_probe`"
+        ),
+    }
+}
+
+impl SriovError {
+    /// That the driver of a physical function makes no functions.
+    pub(super) fn of_driver(pf: &Pf) -> Self {
+        Self::WrongDriver {
+            pf: pf.device.bdf,
+            driver: pf.device.driver.clone().unwrap_or_default(),
+        }
+    }
+
+    /// Who has functions that must stay or be moved, if that alone is the failure.
+    pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
+        let held = |one: &LiveVf| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));
+        match self {
+            Self::Busy(blocked) => blocked.in_the_way(),
+            // One that is used otherwise stays whoever else lets go.
+            Self::Live { live, .. } => {
+                let all: Option<Vec<InTheWay>> = live.iter().map(held).collect();
+                all.unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether the kernel still is at work on the device, which must then be left alone.
+    pub(super) fn is_hung(&self) -> bool {
+        match self {
+            Self::Write(WriteError::Hung { .. }) => true,
+            Self::Bind(error) => {
+                matches!(&**error, BindError::Failed { source, .. } if source.is_hung())
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What gives a card its driver.
+fn way(pf: &HostBdf, why: &NoDriver) -> String {
+    match why {
+        NoDriver::NotLoaded(module) => format!("`modprobe {module}` loads it"),
+        NoDriver::Loaded => format!("`gantry device reattach {pf}`"),
+        NoDriver::NoModule => "load its module first".to_owned(),
+    }
+}

@@ -1,0 +1,223 @@
+//! What a tenant's virtual function was set to when it was granted, so that it does not stay as a trusted
+//! guest made it.
+//!
+//! A tenant's gantry may not set the card. The record lies with the host's, where root puts it when it grants
+//! the function; every command of root's that gives back what killed VMs left puts the function back too, while
+//! no VM has it. A VM that comes before gets the function as it is, with a warning: what its tenant's guests may
+//! change they may find changed, and nobody else gets the function.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::error::SriovError;
+use super::links::VfLinks;
+use super::owed::{self, Card, Owed};
+use super::pf::Pf;
+use super::settings::VfState;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::holding::lease::{DeviceLock, LeaseError, LeaseRecord};
+use crate::inventory::device::HostDevice;
+use crate::pools::group::Groups;
+use crate::tenants::Tenants;
+
+/// Where records lie, below the run directory; a tenant's leads to the host's.
+pub(crate) const DIR: &str = "granted";
+
+fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.run.join(DIR).join(bdf.to_string())
+}
+
+/// Forgets a function: it is no more.
+pub(super) fn forget(paths: &HostPaths, bdf: HostBdf) {
+    owed::remove(&path(paths, bdf));
+}
+
+/// What a virtual function is to be set to while it is a tenant's.
+pub(crate) struct Kept {
+    bdf: HostBdf,
+    record: Owed,
+}
+
+impl Kept {
+    /// Of a device that is a tenant's or about to be; none if it is no virtual function of a network card.
+    /// What is known of it stays, but for what the card's group asks for by now.
+    pub(crate) fn of(
+        host: &HostPaths,
+        links: &dyn VfLinks,
+        bdf: HostBdf,
+    ) -> Result<Option<Self>, SriovError> {
+        let Some(physfn) = HostDevice::read(host, bdf)?.physfn else {
+            return Ok(None);
+        };
+        let pf = Pf::read(host, physfn)?;
+        let vf = pf.vfs.iter().position(|vf| *vf == bdf);
+        let (Some(vf), Some(interface)) = (vf.and_then(|vf| u16::try_from(vf).ok()), &pf.interface)
+        else {
+            return Ok(None);
+        };
+        // What a VM left, the tenant's or one of the host's, is not what it should be.
+        let known = [path(host, bdf), owed::path(host, bdf)];
+        let mut known = known.iter().filter_map(|path| Owed::load(path));
+        let now = match known.find(|known| (known.pf, known.vf) == (physfn, vf)) {
+            Some(known) => known.before,
+            None => links.read(interface)?.remove(&vf).unwrap_or_default(),
+        };
+        let groups = Groups::load(host)?;
+        let specs = groups.iter().filter_map(|group| group.sriov.as_ref());
+        let wanted = specs.filter(|spec| spec.pf == physfn).last();
+        let wanted = wanted.map_or_else(VfState::default, |spec| spec.wanted(vf));
+        let record = Owed {
+            pf: physfn,
+            vf,
+            before: now.with(&wanted),
+        };
+        Ok(Some(Self { bdf, record }))
+    }
+
+    /// Writes it down.
+    pub(crate) fn store(&self, host: &HostPaths) -> Result<(), SriovError> {
+        let path = path(host, self.bdf);
+        match Owed::load(&path) {
+            Some(known) if known == self.record => Ok(()),
+            _ => self.record.store(path),
+        }
+    }
+}
+
+/// Puts back those of tenants' functions that no VM has, by whoever may; and those that are no tenant's any
+/// more, where that was cut short.
+pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
+    let names = sysfs::entries(&host.run.join(DIR)).unwrap_or_default();
+    let mut cards: BTreeMap<HostBdf, Vec<(HostBdf, Owed)>> = BTreeMap::new();
+    for bdf in names.iter().filter_map(|name| name.parse().ok()) {
+        if let Some(record) = Owed::load(&path(host, bdf)) {
+            cards.entry(record.pf).or_default().push((bdf, record));
+        }
+    }
+    if cards.is_empty() {
+        return;
+    }
+    // After the records: each is written when the definition names its tenant already.
+    let tenants = match Tenants::load(host) {
+        Ok(tenants) => tenants,
+        Err(error) => {
+            tracing::warn!("tenants' functions stay as guests have set them: {error}");
+            return;
+        }
+    };
+    for (pf, functions) in cards {
+        // One look at the card tells of all its functions.
+        let card = match Card::read(host, links, pf) {
+            Ok(card) => card,
+            Err(error) => {
+                tracing::warn!("tenants' functions of {pf} stay as guests have set them: {error}");
+                continue;
+            }
+        };
+        for (bdf, record) in functions {
+            let has_owner = tenants.owner_of(bdf).is_some();
+            let right = card
+                .as_ref()
+                .is_none_or(|card| record.writes_to(card, bdf).is_empty());
+            let mended = match (has_owner, right) {
+                (true, true) => Ok(()),
+                (true, false) => mend_one(host, links, bdf),
+                (false, _) => end_left(host, links, bdf),
+            };
+            if let Err(error) = mended {
+                tracing::warn!("{bdf}, a tenant's, stays as a guest has set it: {error}");
+            }
+        }
+    }
+}
+
+fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
+    let Some(_lock) = lock(host, bdf)? else {
+        return Ok(());
+    };
+    // Another look: a VM, or another command, may have come in between.
+    let Some(mut record) = Owed::load(&path(host, bdf)) else {
+        return Ok(());
+    };
+    let writes = record.writes(host, links, bdf)?;
+    let (done, result) = owed::put_back(links, &writes);
+    if !done.refused.is_empty() {
+        // It is told of once: the next command does not ask for it again.
+        let known = done.refused.iter();
+        record.before = known.fold(record.before, |state, setting| state.without(setting));
+        record.store(path(host, bdf))?;
+    }
+    result
+}
+
+/// [`end`] of a function that a command did not come to.
+fn end_left(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
+    let Some(_lock) = lock(host, bdf)? else {
+        return Ok(());
+    };
+    match owe(host, bdf)? {
+        true => owed::restore(host, links, bdf).map(drop),
+        false => Ok(()),
+    }
+}
+
+/// Locks a function; none if somebody has it, or this is somebody who is neither root nor the tenant.
+fn lock(host: &HostPaths, bdf: HostBdf) -> Result<Option<DeviceLock>, SriovError> {
+    match DeviceLock::take(host, bdf, &LeaseRecord::restore()) {
+        Err(LeaseError::File { source, .. })
+            if source.kind() == std::io::ErrorKind::PermissionDenied =>
+        {
+            Ok(None)
+        }
+        lock => Ok(lock?),
+    }
+}
+
+/// Makes a function that was a tenant's one that is owed to the host as it was, and puts it back if
+/// nobody has it already.
+pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
+    if !owe(host, bdf)? {
+        return Ok(());
+    }
+    match DeviceLock::take(host, bdf, &LeaseRecord::restore())? {
+        Some(_lock) => owed::restore(host, links, bdf).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Whether there was a record.
+fn owe(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
+    let Some(record) = Owed::load(&path(host, bdf)) else {
+        return Ok(false);
+    };
+    record.store(owed::path(host, bdf))?;
+    forget(host, bdf);
+    Ok(true)
+}
+
+/// Warns of a function that a tenant's VM gets other than it was granted.
+pub(crate) fn look(paths: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) {
+    // The card is not the tenant's, but may be looked at.
+    let whole = HostPaths {
+        only: None,
+        ..paths.clone()
+    };
+    let Some(record) = Owed::load(&path(paths, bdf)) else {
+        return;
+    };
+    match record.writes(&whole, links, bdf) {
+        Ok(writes) => {
+            let was: Vec<String> = writes.iter().map(|one| one.setting.to_string()).collect();
+            if !was.is_empty() {
+                tracing::warn!(
+                    "{bdf} is not set as it was granted ({}): a guest has changed it; `gantry boot` by root, while no VM \
+                     has the device, puts it back",
+                    was.join(", ")
+                );
+            }
+        }
+        Err(error) => tracing::debug!("cannot tell how {bdf} is set: {error}"),
+    }
+}

@@ -1,0 +1,439 @@
+//! Virtual functions of a group: made when it is activated, given their settings, and gone when it is
+//! deactivated; never resized under one that is in use.
+//!
+//! The kernel's side: `sriov_numvfs` makes and destroys all functions of a physical one at once
+//! (Documentation/PCI/pci-iov-howto.rst), `sriov_drivers_autoprobe` keeps the host's drivers off them,
+//! and the physical function's driver takes their settings through rtnetlink.
+
+mod activation;
+mod error;
+pub(crate) mod granted;
+mod links;
+mod netlink;
+pub(crate) mod owed;
+mod pf;
+mod probe;
+mod settings;
+pub(crate) mod token;
+
+use std::fmt::Display;
+use std::time::{Duration, Instant};
+
+use nix::libc;
+
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::holding::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
+use crate::holding::quarantine::{Until, hung, quarantine};
+use crate::inventory::device::HostDevice;
+use crate::inventory::modules::NoDriver;
+use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::moving::former::Former;
+use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
+use crate::pools::group::{Bind, ResourceGroup};
+use crate::pools::rule::IdPair;
+use crate::tenants::Tenants;
+use activation::Activation;
+pub use error::SriovError;
+pub use links::{Interface, LinkError, LinkWrite, VfLinks};
+pub use netlink::Netlink;
+pub use pf::LiveVf;
+pub(crate) use pf::Pf;
+pub(crate) use probe::reap;
+use serde::Serialize;
+pub use settings::{LinkState, Mac, MacPlan, SriovSpec, VfSetting, VfState};
+pub use token::VfToken;
+
+/// How long a VM waits for another command that makes the functions it asks for.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What changes the host: files of sysfs, and network interfaces.
+#[derive(Clone, Copy)]
+pub struct HostAccess<'a> {
+    /// Writes sysfs.
+    pub writer: &'a dyn SysfsWriter,
+    /// Asks and changes interfaces.
+    pub links: &'a dyn VfLinks,
+}
+
+/// One write to the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum HostWrite {
+    /// To sysfs.
+    Sysfs(SysfsWrite),
+    /// To an interface.
+    Link(LinkWrite),
+}
+
+impl Display for HostWrite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sysfs(SysfsWrite { path, value }) => {
+                write!(f, "write {value:?} to {}", path.display())
+            }
+            Self::Link(write) => write.fmt(f),
+        }
+    }
+}
+
+/// What became of a group's functions, or in a dry run would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SriovReport {
+    /// The group.
+    pub group: String,
+    /// The physical function.
+    pub pf: HostBdf,
+    /// Its network interface.
+    pub interface: Option<Interface>,
+    /// How many functions there were.
+    pub before: u16,
+    /// How many there are.
+    pub after: u16,
+    /// The functions, by their numbers.
+    pub functions: Vec<HostBdf>,
+    /// Functions in use, whose settings and drivers were left as they are.
+    pub left: Vec<LiveVf>,
+    /// The writes, in order.
+    pub writes: Vec<HostWrite>,
+}
+
+/// Makes a group's virtual functions, where there are not as many, gives them their settings, and hands
+/// them to vfio-pci unless VMs take them on demand. All of it or nothing; functions in use are left
+/// alone, and are in the way of another number of them.
+pub fn activate(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<SriovReport, SriovError> {
+    let spec = spec(group)?;
+    let record = LeaseRecord::task("gantry group activate");
+    let look = || {
+        let pf = Pf::read(paths, spec.pf)?;
+        may_activate(paths, &pf, spec)?;
+        does_not_hang(paths, &pf.device)?;
+        let live = live(paths, &pf, &record)?;
+        may_resize(&pf, spec.count, &live)?;
+        let locks = lock(paths, &pf, spec.count, &live, &record, dry_run)?;
+        let former = former(paths, &pf)?;
+        Ok((pf, former, live, locks))
+    };
+    // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
+    let (pf, former, live, locks) = match dry_run {
+        false => under_lock(paths, &record, SriovError::in_the_way, look)?,
+        true => look()?,
+    };
+    let work = Activation {
+        paths,
+        host,
+        group,
+        spec,
+        had_link: pf.has_link(),
+        pf,
+        former,
+        live,
+        resized: false,
+        writes: Vec::new(),
+        dry_run,
+        locks,
+    };
+    work.carry_out()
+}
+
+/// Destroys a group's virtual functions. Refused while one is in use.
+pub fn deactivate(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<SriovReport, SriovError> {
+    let spec = spec(group)?;
+    let record = LeaseRecord::task("gantry group deactivate");
+    let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
+        let pf = Pf::read(paths, spec.pf)?;
+        is_the_right_one(&pf.device, spec)?;
+        does_not_hang(paths, &pf.device)?;
+        let live = live(paths, &pf, &record)?;
+        may_resize(&pf, 0, &live)?;
+        let locks = match pf.vfs.is_empty() {
+            false => lock(paths, &pf, 0, &[], &record, dry_run)?,
+            true => Vec::new(),
+        };
+        Ok::<_, SriovError>((pf, locks))
+    })?;
+    let mut report = report(group, &pf, 0);
+    if pf.vfs.is_empty() {
+        return Ok(report);
+    }
+    let none = SysfsWrite {
+        path: pf.attribute("sriov_numvfs"),
+        value: "0".to_owned(),
+    };
+    if !dry_run {
+        if let Err(error) = host.writer.write(&none.path, &none.value) {
+            let error = refused(&pf, error);
+            set_aside_if_hung(paths, &pf, &error);
+            return Err(error);
+        }
+        found(paths, &pf, 0)?;
+        pf.vfs.iter().for_each(|bdf| forget(paths, *bdf));
+    }
+    report.writes.push(HostWrite::Sysfs(none));
+    Ok(report)
+}
+
+/// Activates a group that a VM asks for, if it has no functions yet. Waits for somebody else who does.
+pub(crate) fn activate_for_vm(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    group: &ResourceGroup,
+) -> Result<(), SriovError> {
+    let Some(spec) = group.sriov.as_ref().filter(|_| group.bind == Bind::Demand) else {
+        return Ok(());
+    };
+    let deadline = Instant::now() + OTHERS_PATIENCE;
+    loop {
+        if !is_task(paths, spec.pf) {
+            return match Pf::read(paths, spec.pf)?.vfs.as_slice() {
+                [] => match activate(paths, host, group, false) {
+                    // Somebody else was faster.
+                    Err(SriovError::Busy(_)) if is_task(paths, spec.pf) => continue,
+                    result => result.map(drop),
+                },
+                _ => Ok(()),
+            };
+        }
+        if Instant::now() >= deadline {
+            let lease = holder(paths, spec.pf);
+            return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether a command is at work on a device, which does not take long.
+fn is_task(paths: &HostPaths, bdf: HostBdf) -> bool {
+    let lease = holder(paths, bdf);
+    let record = lease.record();
+    record.is_some_and(|record| record.kind == LeaseKind::Task)
+}
+
+fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
+    let none = || SriovError::NoSpec(group.name.clone());
+    group.sriov.as_ref().ok_or_else(none)
+}
+
+fn is_the_right_one(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
+    let is = IdPair::from(pf.id);
+    match spec.id.filter(|wanted| *wanted != is) {
+        Some(wanted) => Err(SriovError::OtherPf {
+            pf: spec.pf,
+            is,
+            wanted,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The functions that somebody uses, and those of tenants, who need not use theirs.
+fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, SriovError> {
+    let mut live = pf::live(paths, &pf.vfs, own)?;
+    let tenants = Tenants::load(paths)?;
+    for &bdf in &pf.vfs {
+        let known = live.iter().any(|one| one.bdf == bdf);
+        if let Some(tenant) = tenants.owner_of(bdf).filter(|_| !known) {
+            let why = format!("belongs to tenant \"{}\"", tenant.name);
+            let lease = None;
+            live.push(LiveVf { bdf, why, lease });
+        }
+    }
+    Ok(live)
+}
+
+/// The functions of a physical one as they are, with what is known of each.
+fn former(paths: &HostPaths, pf: &Pf) -> Result<Vec<(HostDevice, Option<Former>)>, SriovError> {
+    let one = |bdf: &HostBdf| {
+        let device = HostDevice::read(paths, *bdf)?;
+        let former = Former::of_moved(paths, &device);
+        Ok((device, former))
+    };
+    pf.vfs.iter().map(one).collect()
+}
+
+/// Refuses a device that the kernel did not come back from: another write would hang as well.
+fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
+    match hung(paths, device) {
+        Some(why) => Err(SriovError::Busy(Blocked {
+            bdf: device.bdf,
+            obstacle: Obstacle::Quarantined { why },
+        })),
+        None => Ok(()),
+    }
+}
+
+fn no_function_hangs(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
+    pf.vfs.iter().try_for_each(|bdf| {
+        let function = HostDevice::read(paths, *bdf)?;
+        does_not_hang(paths, &function)
+    })
+}
+
+/// Refuses a card that is not the one that is meant, or cannot have as many functions.
+pub(crate) fn suits(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
+    is_the_right_one(pf, spec)?;
+    let bdf = spec.pf;
+    let total = match pf.sriov {
+        Some(sriov) if sriov.total > 0 => sriov.total,
+        _ => return Err(SriovError::NotCapable { pf: bdf }),
+    };
+    if spec.count > total {
+        return Err(SriovError::TooMany {
+            pf: bdf,
+            total,
+            wanted: spec.count,
+        });
+    }
+    Ok(())
+}
+
+fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
+    suits(&pf.device, spec)?;
+    let bdf = spec.pf;
+    if pf.device.driver.is_none() {
+        let why = NoDriver::of(paths, &pf.device);
+        return Err(SriovError::NoDriver { pf: bdf, why });
+    }
+    if pf.vfs.len() != usize::from(spec.count) {
+        makes_functions(paths, pf)?;
+    }
+    let wanted = spec.wanted(0);
+    match wanted.settings(&wanted).first() {
+        Some(setting) if pf.interface.is_none() => Err(SriovError::NoInterface {
+            pf: bdf,
+            key: setting.key(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Drivers that keep a device for programs or for nobody, and make no virtual functions of it.
+const KEEPERS: [&str; 3] = ["pci-stub", "uio_pci_generic", "pciback"];
+
+/// Refuses a driver of which it is known that it makes no virtual functions. vfio-pci does where that is
+/// switched on.
+fn makes_functions(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
+    let driver = pf.device.driver.as_deref().unwrap_or_default();
+    let switch = paths.sysfs.join("module/vfio_pci/parameters/enable_sriov");
+    let switched_on = || sysfs::text(&switch).ok().flatten().as_deref() == Some("Y");
+    if KEEPERS.contains(&driver) || pf.device.on_vfio() && !switched_on() {
+        return Err(SriovError::of_driver(pf));
+    }
+    Ok(())
+}
+
+/// Why the kernel refused another number of functions.
+fn refused(pf: &Pf, error: WriteError) -> SriovError {
+    match &error {
+        // The driver cannot do it (sriov_numvfs_store of the kernel's drivers/pci/iov.c), or vfio-pci may not.
+        WriteError::Refused { source, .. } if source.raw_os_error() == Some(libc::ENOENT) => {
+            SriovError::of_driver(pf)
+        }
+        _ => error.into(),
+    }
+}
+
+fn may_resize(pf: &Pf, wanted: u16, live: &[LiveVf]) -> Result<(), SriovError> {
+    if pf.vfs.len() == usize::from(wanted) || live.is_empty() {
+        return Ok(());
+    }
+    Err(SriovError::Live {
+        pf: pf.device.bdf,
+        now: count(pf),
+        wanted,
+        live: live.to_vec(),
+    })
+}
+
+fn count(pf: &Pf) -> u16 {
+    u16::try_from(pf.vfs.len()).unwrap_or(u16::MAX)
+}
+
+fn report(group: &ResourceGroup, pf: &Pf, after: u16) -> SriovReport {
+    SriovReport {
+        group: group.name.clone(),
+        pf: pf.device.bdf,
+        interface: pf.interface.clone(),
+        before: count(pf),
+        after,
+        functions: (0..after).filter_map(|index| pf.address(index)).collect(),
+        left: Vec::new(),
+        writes: Vec::new(),
+    }
+}
+
+/// Locks the physical function, the functions that there are, but for those in use, and those that will
+/// be: a lock is on an address. A dry run locks none, and is refused where one is held.
+fn lock(
+    paths: &HostPaths,
+    pf: &Pf,
+    wanted: u16,
+    live: &[LiveVf],
+    record: &LeaseRecord,
+    dry_run: bool,
+) -> Result<Vec<DeviceLock>, SriovError> {
+    let functions = (0..wanted.max(count(pf))).filter_map(|index| pf.address(index));
+    let mut locks = Vec::new();
+    for bdf in [pf.device.bdf].into_iter().chain(functions) {
+        if live.iter().any(|one| one.bdf == bdf) {
+            continue;
+        }
+        if !dry_run && let Some(lock) = DeviceLock::take(paths, bdf, record)? {
+            locks.push(lock);
+            continue;
+        }
+        let lease = holder(paths, bdf);
+        if !dry_run || lease.is_held() {
+            return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
+        }
+    }
+    Ok(locks)
+}
+
+/// Looks whether as many functions are there as should be.
+fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
+    let now = Pf::read(paths, pf.device.bdf)?;
+    if now.vfs.len() == usize::from(wanted) {
+        return Ok(now);
+    }
+    Err(SriovError::Short {
+        pf: pf.device.bdf,
+        found: now.vfs.len(),
+        wanted,
+    })
+}
+
+/// A device that the kernel did not come back from is for nobody.
+fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
+    if why.is_hung() {
+        set_aside(paths, &pf.device, why);
+    }
+}
+
+fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
+    let reason = format!("it hung: {why}");
+    if let Err(error) = quarantine(paths, device, &reason, Until::Boot) {
+        tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
+    }
+}
+
+/// Forgets what was known of a function that is no more.
+fn forget(paths: &HostPaths, bdf: HostBdf) {
+    Former::forget(paths, bdf);
+    owed::forget(paths, bdf);
+    granted::forget(paths, bdf);
+}
+
+#[cfg(test)]
+mod tests;

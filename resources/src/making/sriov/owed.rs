@@ -1,0 +1,256 @@
+//! What a virtual function was set to before a VM got it, so that the next one gets it like that.
+//!
+//! A trusted guest changes its address, and a group may ask for other settings than the function had. The
+//! record is written before the first change; the helper that outlives the VM, or the next command, puts
+//! everything back under the function's lock and removes it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::SriovError;
+use super::links::{Interface, LinkError, LinkWrite, VfLinks};
+use super::pf::Pf;
+use super::settings::{VfSetting, VfState};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::inventory::device::{HostDevice, InventoryError};
+use crate::pools::group::Groups;
+
+/// A record in the run directory, which a reboot empties, as it ends all virtual functions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Owed {
+    pub(super) pf: HostBdf,
+    pub(super) vf: u16,
+    pub(super) before: VfState,
+}
+
+impl Owed {
+    pub(super) fn load(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    pub(super) fn store(&self, path: PathBuf) -> Result<(), SriovError> {
+        let written = serde_json::to_vec(self)
+            .map_err(io::Error::from)
+            .and_then(|text| crate::base::atomic::replace(&path, &text));
+        written.map_err(|source| SriovError::Record { path, source })
+    }
+
+    /// What the function has to be told to be as it was; nothing where it is gone.
+    pub(super) fn writes(
+        &self,
+        paths: &HostPaths,
+        links: &dyn VfLinks,
+        bdf: HostBdf,
+    ) -> Result<Vec<LinkWrite>, SriovError> {
+        let card = Card::read(paths, links, self.pf)?;
+        Ok(card.map_or_else(Vec::new, |card| self.writes_to(&card, bdf)))
+    }
+
+    /// [`Owed::writes`] to a card that has been looked at.
+    pub(super) fn writes_to(&self, card: &Card, bdf: HostBdf) -> Vec<LinkWrite> {
+        let vf = self.vf;
+        if card.vfs.get(usize::from(vf)) != Some(&bdf) {
+            return Vec::new();
+        }
+        let now = card.states.get(&vf).cloned().unwrap_or_default();
+        let write = |setting| LinkWrite {
+            interface: card.interface.clone(),
+            vf,
+            setting,
+        };
+        let settings = now.changes_to(&self.before).into_iter();
+        settings.map(write).collect()
+    }
+}
+
+/// A network card, and what its functions have.
+pub(super) struct Card {
+    interface: Interface,
+    vfs: Vec<HostBdf>,
+    states: BTreeMap<u16, VfState>,
+}
+
+impl Card {
+    /// Looks at a card; none if it is gone, or has no functions any more.
+    pub(super) fn read(
+        paths: &HostPaths,
+        links: &dyn VfLinks,
+        pf: HostBdf,
+    ) -> Result<Option<Self>, SriovError> {
+        let pf = match Pf::read(paths, pf) {
+            Err(InventoryError::NoSuchDevice { .. }) => return Ok(None),
+            read => read?,
+        };
+        let Some(interface) = pf.interface.filter(|_| !pf.vfs.is_empty()) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            states: links.read(&interface)?,
+            interface,
+            vfs: pf.vfs,
+        }))
+    }
+}
+
+/// What became of settings that were put back.
+#[derive(Debug, Default)]
+pub(super) struct PutBack {
+    /// Whether the card took something.
+    pub(super) changed: bool,
+    /// What it does not take, though it had that by itself: the function keeps what it has.
+    pub(super) refused: Vec<VfSetting>,
+}
+
+/// Tells the kernel what a function was set to: all of it, also where some is refused.
+pub(super) fn put_back(
+    links: &dyn VfLinks,
+    writes: &[LinkWrite],
+) -> (PutBack, Result<(), SriovError>) {
+    let mut done = PutBack::default();
+    let mut result = Ok(());
+    for write in writes {
+        match links.set_when_ready(write) {
+            Ok(()) => {
+                tracing::info!("put back: `{write}`");
+                done.changed = true;
+            }
+            Err(error) if error.is_of_value() => {
+                tell(write, &error);
+                done.refused.push(write.setting);
+            }
+            Err(error) => result = result.and(Err(error.into())),
+        }
+    }
+    (done, result)
+}
+
+/// Reports a value that a card had by itself and does not take from others.
+fn tell(write: &LinkWrite, error: &LinkError) {
+    let reason = std::error::Error::source(error).map_or_else(String::new, ToString::to_string);
+    tracing::warn!(
+        "function {} of {} keeps its {}: the kernel refused `{write}` ({reason})",
+        write.vf,
+        write.interface.name,
+        write.setting.key()
+    );
+}
+
+pub(super) fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
+    paths.run.join("vf").join(bdf.to_string())
+}
+
+/// The functions that have a record.
+pub(crate) fn owed(paths: &HostPaths) -> Vec<HostBdf> {
+    let names = sysfs::entries(&paths.run.join("vf")).unwrap_or_default();
+    names.iter().filter_map(|name| name.parse().ok()).collect()
+}
+
+/// Whether a function has a record.
+pub(crate) fn is_owed(paths: &HostPaths, bdf: HostBdf) -> bool {
+    path(paths, bdf).exists()
+}
+
+/// Forgets a function: it is no more.
+pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
+    remove(&path(paths, bdf));
+}
+
+pub(super) fn remove(path: &Path) {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+/// Where a device is one of a group's virtual functions with an interface: the physical function and
+/// the number.
+pub(crate) fn function(
+    paths: &HostPaths,
+    groups: &Groups,
+    device: &HostDevice,
+) -> Result<Option<(Pf, u16)>, InventoryError> {
+    let made = groups
+        .group_of(device)
+        .and_then(|group| group.sriov.as_ref());
+    let Some(spec) = made.filter(|spec| device.physfn == Some(spec.pf)) else {
+        return Ok(None);
+    };
+    let pf = Pf::read(paths, spec.pf)?;
+    let index = pf.vfs.iter().position(|vf| *vf == device.bdf);
+    let index = index.and_then(|index| u16::try_from(index).ok());
+    Ok(index
+        .filter(|_| pf.interface.is_some())
+        .map(|index| (pf, index)))
+}
+
+/// Gives a function that this process has locked what its group asks for, and all else as it was before
+/// the last VM, and writes down what it was.
+pub(crate) fn prepare(
+    paths: &HostPaths,
+    links: &dyn VfLinks,
+    groups: &Groups,
+    device: &HostDevice,
+) -> Result<(), SriovError> {
+    let Some((pf, vf)) = function(paths, groups, device)? else {
+        return Ok(());
+    };
+    let (Some(interface), Some(spec)) = (
+        &pf.interface,
+        groups
+            .group_of(device)
+            .and_then(|group| group.sriov.as_ref()),
+    ) else {
+        return Ok(());
+    };
+    let now = links.read(interface)?.remove(&vf).unwrap_or_default();
+    let record = path(paths, device.bdf);
+    let before = match Owed::load(&record) {
+        Some(older) if (older.pf, older.vf) == (pf.device.bdf, vf) => older.before,
+        _ => now.clone(),
+    };
+    let wanted = before.with(&spec.wanted(vf));
+    let owed = Owed {
+        pf: pf.device.bdf,
+        vf,
+        before,
+    };
+    owed.store(record)?;
+    let asked = spec.wanted(vf);
+    let mut result = Ok(());
+    for setting in now.changes_to(&wanted) {
+        let write = LinkWrite {
+            interface: interface.clone(),
+            vf,
+            setting,
+        };
+        match links.set_when_ready(&write) {
+            // What the function had before the last VM is less than what its group asks for.
+            Err(error) if error.is_of_value() && !asked.asks_for(&setting) => tell(&write, &error),
+            set => result = result.and(set),
+        }
+    }
+    Ok(result?)
+}
+
+/// Puts a function back that this process has locked. Whether there was anything to put back.
+pub(crate) fn restore(
+    paths: &HostPaths,
+    links: &dyn VfLinks,
+    bdf: HostBdf,
+) -> Result<bool, SriovError> {
+    let writes = match Owed::load(&path(paths, bdf)) {
+        Some(owed) => owed.writes(paths, links, bdf)?,
+        None => Vec::new(),
+    };
+    let (done, result) = put_back(links, &writes);
+    result?;
+    forget(paths, bdf);
+    Ok(done.changed)
+}

@@ -1,0 +1,84 @@
+//! The record of a physical function whose new functions are being kept from the host's drivers: a
+//! command that is killed meanwhile cannot allow them again.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::error::SriovError;
+use super::set_aside;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::holding::quarantine::hung;
+use crate::inventory::device::HostDevice;
+use crate::moving::writer::SysfsWriter;
+
+fn path(paths: &HostPaths, pf: HostBdf) -> PathBuf {
+    paths.run.join("autoprobe").join(pf.to_string())
+}
+
+/// Writes down that `sriov_drivers_autoprobe` was 1.
+pub(super) fn remember(paths: &HostPaths, pf: HostBdf) -> Result<(), SriovError> {
+    let path = path(paths, pf);
+    crate::base::atomic::replace(&path, b"1").map_err(|source| SriovError::Record { path, source })
+}
+
+pub(super) fn forget(paths: &HostPaths, pf: HostBdf) {
+    let path = path(paths, pf);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove {}: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+/// Lets the host's drivers have new functions again, if they were kept from them. The device is locked.
+pub(super) fn restore(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    pf: HostBdf,
+) -> Result<(), SriovError> {
+    if !path(paths, pf).exists() {
+        return Ok(());
+    }
+    let attribute = paths.pci_device(pf).join("sriov_drivers_autoprobe");
+    if attribute.exists() {
+        writer.write(&attribute, "1")?;
+    }
+    forget(paths, pf);
+    Ok(())
+}
+
+/// Does so for every device that no command is at work on.
+pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), SriovError> {
+    let names = sysfs::entries(&paths.run.join("autoprobe")).unwrap_or_default();
+    let marked: Vec<HostBdf> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    if marked.is_empty() {
+        return Ok(());
+    }
+    let record = LeaseRecord::restore();
+    let mut locked = Vec::new();
+    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+    for pf in marked {
+        locked.extend(DeviceLock::take(paths, pf, &record)?.map(|lock| (pf, lock)));
+    }
+    // A card that hangs stops nobody else.
+    drop(choosing);
+    for (pf, _lock) in locked {
+        let there = match HostDevice::read(paths, pf) {
+            Ok(device) if hung(paths, &device).is_some() => continue,
+            Ok(device) => Some(device),
+            Err(_) => None,
+        };
+        let restored = restore(paths, writer, pf);
+        if let (Err(error), Some(device)) = (&restored, there)
+            && error.is_hung()
+        {
+            set_aside(paths, &device, error);
+        }
+        restored?;
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! Tokens that a physical function's owner and the owners of its virtual ones share: with vfio-pci, the
+//! kernel gives functions of one card to several only if they know the card's (`vf_token` of
+//! drivers/vfio/pci/vfio_pci_core.c). Whoever opens the physical function first sets it.
+
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::error::SriovError;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::sysfs;
+use crate::base::uuid::Uuid;
+use crate::inventory::device::HostDevice;
+use crate::pools::group::Groups;
+
+/// The token that a group asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(
+    untagged,
+    expecting = "expected true for a secret token, or a UUID that others know too"
+)]
+pub enum VfToken {
+    /// One that gantry makes and keeps to itself, or none.
+    Secret(bool),
+    /// This one.
+    Known(Uuid),
+}
+
+/// The physical function whose token a device is opened with: its own, or that of the card it is a
+/// function of.
+pub(crate) fn card(device: &HostDevice) -> HostBdf {
+    device.physfn.unwrap_or(device.bdf)
+}
+
+/// The token that a device must be opened with, if its card is with vfio-pci.
+pub(crate) fn of(
+    paths: &HostPaths,
+    groups: &Groups,
+    device: &HostDevice,
+) -> Result<Option<Uuid>, SriovError> {
+    let pf = card(device);
+    let Some(wanted) = groups.vf_token(pf) else {
+        return Ok(None);
+    };
+    let with_vfio = match device.physfn {
+        None => device.sriov.is_some(),
+        // The card may be another's, and is only looked at.
+        Some(pf) => {
+            let all = HostPaths {
+                only: None,
+                ..paths.clone()
+            };
+            HostDevice::read(&all, pf)?.on_vfio()
+        }
+    };
+    match with_vfio.then_some(wanted) {
+        None | Some(VfToken::Secret(false)) => Ok(None),
+        Some(VfToken::Known(token)) => Ok(Some(token)),
+        Some(VfToken::Secret(true)) => {
+            let path = paths.run.join("vf-token").join(pf.to_string());
+            kept(paths, &path)
+                .map(Some)
+                .map_err(|source| SriovError::Record { path, source })
+        }
+    }
+}
+
+/// The token in a file that only its owner reads; made if there is none.
+fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
+    if let Some(text) = sysfs::text(path)? {
+        let broken = |_| io::Error::other("it holds no token: remove it while no VM has the card");
+        return text.parse().map_err(broken);
+    }
+    let token = paths.random_uuid()?;
+    if let Some(dir) = path.parent() {
+        crate::base::atomic::make_dir(dir)?;
+    }
+    let draft = path.with_extension(format!("{}", std::process::id()));
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(&draft)?;
+    io::Write::write_all(&mut file, token.to_string().as_bytes())?;
+    // Of two that make one, the first makes it for both.
+    let linked = std::fs::hard_link(&draft, path);
+    std::fs::remove_file(draft)?;
+    match linked {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => kept(paths, path),
+        linked => linked.map(|()| token),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::FakeHost;
+
+    #[test]
+    fn a_token_is_kept_and_what_is_none_is_named() {
+        let host = FakeHost::new(&[]);
+        host.file(
+            "proc/sys/kernel/random/uuid",
+            "6a4d7d70-5b7a-4a44-a7a5-4d5e4a2b0c11\n",
+        );
+        let path = host.paths.run.join("vf-token/0000:01:00.0");
+        let token = kept(&host.paths, &path).unwrap();
+        assert_eq!(kept(&host.paths, &path).unwrap(), token);
+        host.file("run/vf-token/0000:01:00.0", "no token");
+        let said = kept(&host.paths, &path).unwrap_err().to_string();
+        assert!(said.contains("remove it"), "{said}");
+    }
+}

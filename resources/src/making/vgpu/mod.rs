@@ -1,0 +1,487 @@
+//! Virtual GPUs: mediated devices and the vendor's SR-IOV ones, made when a VM gets them and unmade when
+//! it ends; those with identifiers of their own are made ahead, when their group is activated.
+
+pub(crate) mod owed;
+mod spec;
+mod vendor;
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use thiserror::Error;
+
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
+use crate::holding::lease::{
+    DeviceLock, InTheWay, LeaseError, LeaseRecord, LeaseStatus, holder, under_lock,
+};
+use crate::inventory::device::{HostDevice, InventoryError};
+use crate::inventory::mdev::{MdevDevice, Mdevs, directory};
+use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
+use crate::pools::group::{GroupError, ResourceGroup};
+use crate::tenants::Tenants;
+pub(crate) use spec::TakenInstances;
+pub use spec::{Instance, VgpuSpec};
+pub(crate) use vendor::NVIDIA;
+pub use vendor::{VendorType, VendorVgpu};
+
+/// How long a new mediated device may take to have its IOMMU group and its VFIO node.
+const NODE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A virtual GPU was not made, or not unmade.
+#[derive(Debug, Error)]
+pub enum VgpuError {
+    /// A write failed.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The kernel took the write, but there is no device.
+    #[error("{parent} made no {kind}: see dmesg")]
+    NotMade {
+        /// What should have made it.
+        parent: String,
+        /// Of which type.
+        kind: String,
+    },
+    /// The kernel took the write, but the device is still there.
+    #[error("mediated device {uuid} is still there after its removal: see dmesg")]
+    Stays {
+        /// The device.
+        uuid: Uuid,
+    },
+    /// Somebody has a device that should go.
+    #[error("mediated device {uuid} is held by {}: end that first", who(.holder))]
+    Held {
+        /// The device.
+        uuid: Uuid,
+        /// Who, if that is recorded.
+        holder: Option<LeaseRecord>,
+    },
+    /// The kernel has not come back from an earlier write.
+    #[error(
+        "the kernel has not finished making or removing {name}: see dmesg; only a reboot of the host may end that"
+    )]
+    AtWork {
+        /// The device.
+        name: DeviceName,
+    },
+    /// There is no such device.
+    #[error(
+        "there is no mediated device {uuid} on this host: `gantry device mdev` shows what there is"
+    )]
+    NoSuch {
+        /// Its identifier.
+        uuid: Uuid,
+    },
+    /// A device belongs to a tenant.
+    #[error(
+        "mediated device {uuid} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {uuid}` takes it back"
+    )]
+    OfTenant {
+        /// Its identifier.
+        uuid: Uuid,
+        /// The tenant.
+        tenant: String,
+    },
+    /// It cannot be told whose devices are.
+    #[error(transparent)]
+    Tenants(#[from] GroupError),
+    /// A device is in no group.
+    #[error(
+        "mediated device {uuid} is in no group: name it in the \"uuids\" of one, or give --allow-ungrouped"
+    )]
+    Ungrouped {
+        /// Its identifier.
+        uuid: Uuid,
+    },
+    /// A device is asked for twice.
+    #[error("mediated device {uuid} is asked for twice: name it once")]
+    AskedTwice {
+        /// Its identifier.
+        uuid: Uuid,
+    },
+    /// Devices of the group are another type's, or cannot be made.
+    #[error(
+        "group \"{group}\" lacks {missing} of its {wanted} devices: no parent makes more of type \"{kind}\" (`gantry device mdev`)"
+    )]
+    NoRoom {
+        /// The group.
+        group: String,
+        /// How many cannot be made.
+        missing: usize,
+        /// How many it wants.
+        wanted: usize,
+        /// The type.
+        kind: String,
+    },
+    /// The group has no devices of its own.
+    #[error(
+        "group \"{0}\" makes a new device for each VM, none ahead: give its \"vgpu\" \"uuids\" for that"
+    )]
+    NoneAhead(String),
+    /// A record cannot be written, so nothing was made.
+    #[error("cannot write the record of the VM's mediated device to {path}")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A device cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// There are no new identifiers.
+    #[error("the kernel gives no new UUID")]
+    Identifier(#[source] io::Error),
+}
+
+impl VgpuError {
+    /// As [`crate::AllocateError::is_refusal`].
+    pub(crate) fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::Held { .. } | Self::AtWork { .. } | Self::NoRoom { .. }
+        )
+    }
+
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Held { .. }
+                | Self::AtWork { .. }
+                | Self::NoSuch { .. }
+                | Self::OfTenant { .. }
+                | Self::Ungrouped { .. }
+                | Self::AskedTwice { .. }
+                | Self::NoRoom { .. }
+        )
+    }
+}
+
+/// What became of the devices that a group has made ahead, or in a dry run would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VgpuReport {
+    /// The group.
+    pub group: String,
+    /// Its devices that there are afterwards.
+    pub devices: Vec<Uuid>,
+    /// The writes, in order.
+    pub writes: Vec<SysfsWrite>,
+}
+
+fn create_write(paths: &HostPaths, instance: &Instance, uuid: Uuid) -> SysfsWrite {
+    let parent = paths.sysfs.join("class/mdev_bus").join(&instance.parent);
+    let kind = parent.join("mdev_supported_types").join(&instance.kind);
+    SysfsWrite {
+        path: kind.join("create"),
+        value: uuid.to_string(),
+    }
+}
+
+/// A mediated device that this process has locked, to be made by nobody else.
+#[derive(Debug)]
+pub(crate) struct Claimed {
+    instance: Instance,
+    uuid: Uuid,
+    lock: DeviceLock,
+}
+
+impl Claimed {
+    /// Whether it is made for whoever has claimed it, and goes with him.
+    pub(crate) fn is_new(&self) -> bool {
+        !self.instance.made
+    }
+}
+
+/// Makes the mediated devices of a group that are to be there ahead: all of them or none.
+pub fn make_ahead(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<VgpuReport, VgpuError> {
+    let spec = ahead(group)?;
+    let record = LeaseRecord::task("gantry group activate");
+    let report = |instances: &[Instance]| VgpuReport {
+        group: group.name.clone(),
+        devices: spec.uuids.clone(),
+        writes: instances
+            .iter()
+            .filter_map(|instance| Some(create_write(paths, instance, instance.uuid?)))
+            .collect(),
+    };
+    if dry_run {
+        return Ok(report(&missing(paths, group, spec)?));
+    }
+    // Claimed is enough from here on: a driver that is slow to make them stops nobody else.
+    let claimed = under_lock(paths, &record, VgpuError::in_the_way, || {
+        let instances = missing(paths, group, spec)?;
+        let claims = instances.iter().filter_map(|instance| {
+            let uuid = instance.uuid?;
+            Some(claim(paths, instance, uuid, &record))
+        });
+        claims.collect::<Result<Vec<_>, _>>()
+    });
+    let claimed = claimed.inspect_err(|_| {
+        // What was claimed before the failure is nobody's: the record goes without a device.
+        let _ = owed::reap_mdevs(paths, writer, &spec.uuids);
+    })?;
+    for (index, one) in claimed.iter().enumerate() {
+        if let Err(error) = make(paths, writer, &one.instance, one.uuid) {
+            // What was made before it goes again; the one that failed may be there nevertheless.
+            for one in claimed[..=index].iter().rev() {
+                undo(paths, writer, one.uuid);
+            }
+            claimed[index + 1..]
+                .iter()
+                .for_each(|one| owed::forget(paths, one.uuid.into()));
+            return Err(error);
+        }
+    }
+    // They are not owed to anybody: they stay.
+    let uuids = claimed.iter().map(|one| one.uuid);
+    uuids.for_each(|uuid| owed::forget(paths, uuid.into()));
+    let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
+    Ok(report(&instances))
+}
+
+/// The devices of a group that are to be made, if all can be.
+fn missing(
+    paths: &HostPaths,
+    group: &ResourceGroup,
+    spec: &VgpuSpec,
+) -> Result<Vec<Instance>, VgpuError> {
+    let mdevs = Mdevs::read(paths)?;
+    let found = spec.instances(&mdevs, &TakenInstances::default(), usize::MAX);
+    let held = |uuid: &&Uuid| {
+        let mut all = mdevs.devices.iter();
+        all.any(|device| device.uuid == **uuid && device.lease.is_held())
+    };
+    let there = found.len() + spec.uuids.iter().filter(held).count();
+    if there < spec.uuids.len() {
+        return Err(VgpuError::NoRoom {
+            group: group.name.clone(),
+            missing: spec.uuids.len() - there,
+            wanted: spec.uuids.len(),
+            kind: spec.kind.clone(),
+        });
+    }
+    Ok(found.into_iter().filter(|one| !one.made).collect())
+}
+
+/// Removes the mediated devices that a group has made ahead. Refused while one is held.
+pub fn unmake_ahead(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    group: &ResourceGroup,
+    dry_run: bool,
+) -> Result<VgpuReport, VgpuError> {
+    let spec = ahead(group)?;
+    let record = LeaseRecord::task("gantry group deactivate");
+    // Locked is enough from here on: a driver that is slow to remove them stops nobody else.
+    let locked = under_lock(paths, &record, VgpuError::in_the_way, || {
+        // Whose they are is changed under this lock too.
+        let tenants = Tenants::load(paths)?;
+        let owned = |uuid: &Uuid| Some((*uuid, tenants.owner_of(*uuid)?.name.clone()));
+        if let Some((uuid, tenant)) = spec.uuids.iter().find_map(owned) {
+            return Err(VgpuError::OfTenant { uuid, tenant });
+        }
+        let mut locked = Vec::new();
+        for &uuid in &spec.uuids {
+            if MdevDevice::read(paths, uuid)?.is_some() {
+                locked.push((uuid, lock(paths, uuid, &record)?));
+            }
+        }
+        Ok::<_, VgpuError>(locked)
+    })?;
+    let write = |(uuid, _): &(Uuid, DeviceLock)| SysfsWrite {
+        path: directory(paths, *uuid).join("remove"),
+        value: "1".to_owned(),
+    };
+    let writes = locked.iter().map(write).collect();
+    for &(uuid, _) in locked.iter().filter(|_| !dry_run) {
+        owed::remember(paths, uuid.into(), None, &record)?;
+        owed::remove_mdev(paths, writer, uuid).inspect_err(|error| {
+            // It stays the group's, unless the kernel is still at it.
+            if !error.is_hung() {
+                owed::forget(paths, uuid.into());
+            }
+        })?;
+    }
+    Ok(VgpuReport {
+        group: group.name.clone(),
+        devices: Vec::new(),
+        writes,
+    })
+}
+
+impl VgpuError {
+    /// A device that somebody holds.
+    pub(crate) fn held(uuid: Uuid, lease: &LeaseStatus) -> Self {
+        let holder = lease.record().cloned();
+        Self::Held { uuid, holder }
+    }
+
+    /// Whether the kernel is still at work on the device.
+    fn is_hung(&self) -> bool {
+        matches!(
+            self,
+            Self::AtWork { .. } | Self::Write(WriteError::Hung { .. })
+        )
+    }
+
+    /// Who has a device, if that is the failure.
+    fn in_the_way(&self) -> Vec<InTheWay> {
+        match self {
+            Self::Held { uuid, holder } => vec![((*uuid).into(), holder.clone())],
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn who(holder: &Option<LeaseRecord>) -> String {
+    let record = holder.as_ref().map(ToString::to_string);
+    record.unwrap_or_else(|| "an unknown process".to_owned())
+}
+
+fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
+    let spec = group.vgpu.as_ref().filter(|spec| !spec.uuids.is_empty());
+    spec.ok_or_else(|| VgpuError::NoneAhead(group.name.clone()))
+}
+
+/// Removes what was made, or was about to be. Where this fails, the record is left for the next command.
+fn undo(paths: &HostPaths, writer: &dyn SysfsWriter, uuid: Uuid) {
+    if let Err(error) = owed::remove_mdev(paths, writer, uuid) {
+        tracing::error!("mediated device {uuid} stays: {error}");
+    }
+}
+
+fn lock(paths: &HostPaths, uuid: Uuid, record: &LeaseRecord) -> Result<DeviceLock, VgpuError> {
+    let lock = DeviceLock::take(paths, uuid, record)?;
+    match lock {
+        Some(lock) => Ok(lock),
+        None => Err(VgpuError::held(uuid, &holder(paths, uuid))),
+    }
+}
+
+/// Locks a mediated device and, where it is not there yet, writes down that it is to be made. The
+/// allocation lock is held, and what the choice counted on is this process's when it is free again.
+pub(crate) fn claim(
+    paths: &HostPaths,
+    instance: &Instance,
+    uuid: Uuid,
+    record: &LeaseRecord,
+) -> Result<Claimed, VgpuError> {
+    let lock = lock(paths, uuid, record)?;
+    if !instance.made {
+        owed::remember(paths, uuid.into(), Some(&instance.parent), record)?;
+    }
+    Ok(Claimed {
+        instance: instance.clone(),
+        uuid,
+        lock,
+    })
+}
+
+/// Makes a mediated device that was claimed.
+fn make(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    instance: &Instance,
+    uuid: Uuid,
+) -> Result<(), VgpuError> {
+    let not_made = || VgpuError::NotMade {
+        parent: instance.parent.clone(),
+        kind: instance.kind.clone(),
+    };
+    let mut work = owed::Work::begin(paths, uuid.into())?.ok_or_else(not_made)?;
+    let write = create_write(paths, instance, uuid);
+    work.write(writer, &write.path, &write.value)?;
+    MdevDevice::read(paths, uuid)?
+        .map(drop)
+        .ok_or_else(not_made)
+}
+
+/// A mediated device for a VM that was claimed for it, made if it is not there.
+pub(crate) fn take(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    claimed: Claimed,
+) -> Result<(MdevDevice, DeviceLock), VgpuError> {
+    let Claimed {
+        instance,
+        uuid,
+        lock,
+    } = claimed;
+    if !instance.made
+        && let Err(error) = make(paths, writer, &instance, uuid)
+    {
+        undo(paths, writer, uuid);
+        return Err(error);
+    }
+    let device = wait_for_node(paths, &instance, uuid)?;
+    Ok((device, lock))
+}
+
+/// The identifier that an instance has, or a new one.
+pub(crate) fn identifier(paths: &HostPaths, instance: &Instance) -> Result<Uuid, VgpuError> {
+    let new = || paths.random_uuid().map_err(VgpuError::Identifier);
+    instance.uuid.map_or_else(new, Ok)
+}
+
+fn wait_for_node(
+    paths: &HostPaths,
+    instance: &Instance,
+    uuid: Uuid,
+) -> Result<MdevDevice, VgpuError> {
+    let started = Instant::now();
+    loop {
+        let device = MdevDevice::read(paths, uuid)?.ok_or_else(|| VgpuError::NotMade {
+            parent: instance.parent.clone(),
+            kind: instance.kind.clone(),
+        })?;
+        let node = device.iommu_group.map(|group| paths.vfio_group(group));
+        let there = node.is_some_and(|node| node.exists());
+        if there || started.elapsed() >= NODE_DEADLINE {
+            return Ok(device);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Sets the type of one of the vendor's functions that this process has locked, if it has none yet.
+pub(crate) fn set_type(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+    group: &ResourceGroup,
+    device: &HostDevice,
+    record: &LeaseRecord,
+) -> Result<bool, VgpuError> {
+    let vgpu = device.vgpu.as_ref().filter(|vgpu| vgpu.current == 0);
+    let kind = vgpu.zip(group.vgpu.as_ref());
+    let Some(kind) = kind.and_then(|(vgpu, spec)| spec.vendor_type(vgpu)) else {
+        return Ok(false);
+    };
+    let bdf: HostBdf = device.bdf;
+    owed::remember(paths, bdf.into(), None, record)?;
+    let Some(mut work) = owed::Work::begin(paths, bdf.into())? else {
+        return Ok(false);
+    };
+    let written = work.write(writer, &vendor::current(paths, bdf), &kind.to_string());
+    drop(work);
+    written.inspect_err(|_| {
+        // Where this fails too, the record is left for the next command.
+        let _ = owed::untype(paths, writer, bdf);
+    })?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+//! Why devices were not moved between the host and VMs.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::io;
+
+use thiserror::Error;
+
+use crate::base::bdf::HostBdf;
+use crate::holding::lease::{InTheWay, LeaseError};
+use crate::inventory::device::InventoryError;
+use crate::inventory::guard::Guarded;
+use crate::inventory::obstacle::Blocked;
+use crate::making::sriov::SriovError;
+use crate::making::vgpu::VgpuError;
+use crate::moving::moves::MoveError;
+use crate::pools::group::GroupError;
+
+/// A move was refused, or failed and was undone.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// The inventory cannot be read, or a device does not exist.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// A device is a bridge, is held by somebody, or is in no IOMMU group.
+    #[error("{0}")]
+    Blocked(Blocked),
+    /// The host needs a device, or one of its IOMMU group.
+    #[error(
+        "the host uses this:{}\nnothing was changed; to take it anyway, give{}",
+        list("\n  ", .0),
+        list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
+    )]
+    Guarded(Vec<Guarded>),
+    /// It cannot be told whose devices are.
+    #[error(transparent)]
+    Tenants(GroupError),
+    /// The process that gives devices back when a VM ends cannot be started.
+    #[error("cannot start the process that gives devices back to the host when the VM ends")]
+    Helper(#[source] io::Error),
+    /// A virtual function that a VM had could not be put back as it was.
+    #[error("the settings of {bdf} could not be put back")]
+    Settings {
+        /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// A virtual GPU that a VM had could not be unmade.
+    #[error("a virtual GPU that was made for a VM could not be unmade")]
+    Vgpu(#[from] VgpuError),
+    /// It cannot be told whether the host needs a device.
+    #[error("cannot tell whether the host needs these devices")]
+    Guard(#[source] io::Error),
+    /// A bridge that the host drives is in the IOMMU group.
+    #[error(
+        "IOMMU group {group} holds the host's bridge {bridge} ({driver}): its devices cannot be detached"
+    )]
+    HostBridge {
+        /// The IOMMU group.
+        group: u32,
+        /// The bridge.
+        bridge: HostBdf,
+        /// Its driver.
+        driver: String,
+    },
+    /// A physical function has virtual functions, which would vanish with its driver.
+    #[error(
+        "{bdf} has {count} virtual functions, which would be destroyed: run `gantry group deactivate` for their group, or write 0 to its sriov_numvfs"
+    )]
+    HasVirtualFunctions {
+        /// The physical function.
+        bdf: HostBdf,
+        /// How many.
+        count: u16,
+    },
+    /// The kernel has no vfio-pci.
+    #[error("the kernel has no driver vfio-pci: `modprobe vfio-pci`")]
+    NoVfioPci,
+    /// A device did not get where it should. It and those moved before it were put back.
+    #[error("{bdf} was not moved{}", aftermath(.left))]
+    Failed {
+        /// The device.
+        bdf: HostBdf,
+        /// Devices that could not be put back where they were.
+        left: Vec<HostBdf>,
+        /// Why.
+        #[source]
+        source: MoveError,
+    },
+}
+
+impl BindError {
+    /// As [`crate::AllocateError::is_refusal`].
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Blocked(_)
+                | Self::Guarded(_)
+                | Self::HostBridge { .. }
+                | Self::HasVirtualFunctions { .. }
+        )
+    }
+}
+
+impl BindError {
+    /// Who has a device that was to be moved, if that is the failure.
+    pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
+        match self {
+            Self::Blocked(blocked) => blocked.in_the_way(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn list(separator: &str, items: impl IntoIterator<Item = impl Display>) -> String {
+    items
+        .into_iter()
+        .map(|item| format!("{separator}{item}"))
+        .collect()
+}
+
+fn aftermath(left: &[HostBdf]) -> String {
+    match left {
+        [] => ": everything is as it was before".to_owned(),
+        left => format!(
+            ": these could not be given back to their drivers:{}",
+            list(" ", left)
+        ),
+    }
+}

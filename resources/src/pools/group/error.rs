@@ -1,0 +1,61 @@
+//! What is wrong with definitions of groups.
+
+use thiserror::Error;
+
+use crate::base::config::ConfigError;
+use crate::base::config::place::Place;
+
+/// A definition of groups is wrong, or cannot be read.
+#[derive(Debug, Error)]
+pub enum GroupError {
+    /// A file is not what it should be, or cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    /// There is no such group.
+    #[error("there is no group \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// Two groups have one name.
+    #[error(
+        "{second}: name: there is already a group named \"{name}\" at {first}: rename or remove one of them"
+    )]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// Where the first is.
+        first: Place,
+        /// Where the second is.
+        second: Place,
+    },
+    /// What a group asks for makes no sense, or is another's.
+    #[error("{place}: {key}: {problem}")]
+    Made {
+        /// Where the key is.
+        place: Place,
+        /// The group and its key.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl GroupError {
+    /// Whether what is written is wrong, or a name that no group has, rather than that a file cannot be used.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::File(error) => error.is_mistake(),
+            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Made { .. } => true,
+        }
+    }
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry group list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}

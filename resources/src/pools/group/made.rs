@@ -1,0 +1,70 @@
+//! What is to be made for groups: virtual functions and virtual GPUs; what is wrong with it, and whose what
+//! was made is.
+
+use super::{GroupType, Groups, ResourceGroup};
+use crate::base::bdf::HostBdf;
+use crate::inventory::mdev::MdevDevice;
+use crate::making::sriov::VfToken;
+
+impl Groups {
+    /// What is wrong with what is to be made for a group: the key, and words.
+    pub(super) fn problem(&self, group: &ResourceGroup) -> Option<(String, String)> {
+        if let Some((key, problem)) = self.sriov_problem(group) {
+            return Some((format!("sriov.{key}"), problem));
+        }
+        let spec = group.vgpu.as_ref()?;
+        if group.kind != GroupType::Vgpu {
+            let problem = "only groups of type \"vgpu\" have it".to_owned();
+            return Some(("vgpu".to_owned(), problem));
+        }
+        let uuids = |other: &ResourceGroup| other.vgpu.as_ref().map(|other| other.uuids.clone());
+        let theirs = self.groups.iter().filter_map(uuids).flatten();
+        let shared = theirs.into_iter().find(|uuid| spec.uuids.contains(uuid));
+        if let Some(uuid) = shared {
+            let problem = format!("{uuid} belongs to another group");
+            return Some(("vgpu.uuids".to_owned(), problem));
+        }
+        let (key, problem) = spec.problem()?;
+        Some((format!("vgpu.{key}"), problem))
+    }
+
+    /// What is wrong with the virtual functions that a group asks for: the key, and words.
+    fn sriov_problem(&self, group: &ResourceGroup) -> Option<(&'static str, String)> {
+        let spec = group.sriov.as_ref()?;
+        let of = |other: &&ResourceGroup| {
+            let spec_of = other.sriov.as_ref();
+            spec_of.is_some_and(|other| other.pf == spec.pf)
+        };
+        if !matches!(group.kind, GroupType::Pci | GroupType::SriovNic) {
+            let problem = "only groups of type \"sriov-nic\" or \"pci\" have virtual functions";
+            return Some(("pf", problem.to_owned()));
+        }
+        if let Some(other) = self.groups.iter().find(of) {
+            let problem = format!(
+                "group \"{}\" makes the virtual functions of {} already: they are made all at once",
+                other.name, spec.pf
+            );
+            return Some(("pf", problem));
+        }
+        spec.problem()
+    }
+
+    /// The group that a mediated device belongs to: one that names it, or else the first of its type.
+    pub fn group_of_mdev(&self, device: &MdevDevice) -> Option<&ResourceGroup> {
+        let spec = |group: &&ResourceGroup, named: bool| {
+            let spec = group.vgpu.as_ref();
+            spec.is_some_and(|spec| spec.names(device) == Some(named))
+        };
+        if self.owner(device.uuid).is_some() {
+            return None;
+        }
+        let named = self.groups.iter().find(|group| spec(group, true));
+        named.or_else(|| self.groups.iter().find(|group| spec(group, false)))
+    }
+
+    /// The token that the group of a card's virtual functions asks for.
+    pub(crate) fn vf_token(&self, pf: HostBdf) -> Option<VfToken> {
+        let mut specs = self.groups.iter().filter_map(|group| group.sriov.as_ref());
+        specs.find(|spec| spec.pf == pf)?.vf_token
+    }
+}

@@ -1,0 +1,7 @@
+//! What operators write down: groups and their rules, aliases, plans; and what a VM asks for.
+
+pub(crate) mod group;
+pub(crate) mod nova;
+pub(crate) mod plan;
+pub(crate) mod request;
+pub(crate) mod rule;

@@ -1,0 +1,414 @@
+//! Service plans: processors, memory and devices under a name, kept on the host.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
+use thiserror::Error;
+
+use crate::base::config::place::{ListItem, Place};
+use crate::base::config::{self, ConfigError, nearest};
+use crate::base::host::HostPaths;
+use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::pools::group::is_name;
+use crate::pools::request::{DeviceEntry, Request, RequestError, Requests};
+
+/// What a VM gets that names the plan, as far as its own file does not say otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The name: letters, digits, `.`, `_`, `-`; at most 64.
+    #[serde(deserialize_with = "plan_name")]
+    #[schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"))]
+    pub name: String,
+    /// A description.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Number of processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 254))]
+    pub vcpus: Option<u64>,
+    /// Size of the RAM: a number of bytes, or a string such as "4GiB".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PlanSize>,
+    /// Devices, as in a VM's file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceEntry>,
+    /// Devices by aliases with counts: "gpu:1, qat-c62x-vf:2".
+    #[serde(
+        default,
+        rename = "pci_passthrough:alias",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub aliases: Option<String>,
+    /// The file that defines the plan.
+    #[serde(skip)]
+    pub file: PathBuf,
+}
+
+/// A number of bytes, or a text for one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum PlanSize {
+    /// Bytes.
+    Bytes(u64),
+    /// A number with a unit.
+    Text(String),
+}
+
+fn plan_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match is_name(&name) {
+        true => Ok(name),
+        false => Err(serde::de::Error::custom(format!(
+            "\"{name}\" cannot name a plan: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+        ))),
+    }
+}
+
+impl Plan {
+    /// One that says nothing yet.
+    pub fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            description: String::new(),
+            vcpus: None,
+            memory: None,
+            devices: Vec::new(),
+            aliases: None,
+            file: PathBuf::new(),
+        }
+    }
+
+    /// The groups that it names.
+    pub fn groups(&self) -> impl Iterator<Item = &str> {
+        self.devices
+            .iter()
+            .filter_map(|entry| entry.group.as_deref())
+    }
+
+    /// The devices of the plan, as requests.
+    pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
+        let requests = Requests {
+            devices: Some(self.devices.clone()),
+            aliases: self.aliases.clone(),
+            ..Requests::default()
+        };
+        requests.requests(false)
+    }
+}
+
+/// A file of plans: `plans.json` and each `plans.d/*.json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "gantry service plans")]
+struct PlansFile {
+    /// For editors; gantry does not read it.
+    #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
+    schema: Option<String>,
+    /// The plans.
+    plans: Vec<Plan>,
+}
+
+/// All plans of the host.
+#[derive(Clone, Debug, Default)]
+pub struct Plans {
+    plans: Vec<Plan>,
+}
+
+/// A plan is wrong, or cannot be used.
+#[derive(Debug, Error)]
+pub enum PlanError {
+    /// A file is not what it should be, or cannot be used.
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    /// The lock cannot be had.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// There is no such plan.
+    #[error("there is no plan \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// Two plans have one name.
+    #[error("{second}: name: there is already a plan named \"{name}\" at {first}")]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// Where the first is.
+        first: Place,
+        /// Where the second is.
+        second: Place,
+    },
+    /// A plan is to be made that is there.
+    #[error(
+        "there is already a plan named \"{name}\" at {at}: `gantry plan edit {name}` changes it"
+    )]
+    Exists {
+        /// The name.
+        name: String,
+        /// Where it is.
+        at: Place,
+    },
+    /// The devices of a plan are wrong.
+    #[error("{place}: plan \"{name}\": {source}")]
+    Devices {
+        /// The name.
+        name: String,
+        /// Where they are.
+        place: Place,
+        /// What is wrong.
+        source: RequestError,
+    },
+}
+
+impl PlanError {
+    /// Whether what is written is wrong, or a name that no plan has, rather than that a file cannot be used.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::File(error) => error.is_mistake(),
+            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Devices { .. } => true,
+            Self::Lease(_) | Self::Exists { .. } => false,
+        }
+    }
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry plan list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}
+
+fn item(plan: &Plan) -> ListItem<'_> {
+    ListItem {
+        list: "plans",
+        name: &plan.name,
+    }
+}
+
+impl Plans {
+    /// Reads `plans.json`, then `plans.d/*.json` in the order of their names. None need exist.
+    pub fn load(paths: &HostPaths) -> Result<Self, PlanError> {
+        let mut plans = Self::default();
+        for path in files(paths)? {
+            plans.add(path.clone(), read(&path)?)?;
+        }
+        Ok(plans)
+    }
+
+    fn add(&mut self, path: PathBuf, file: PlansFile) -> Result<(), PlanError> {
+        for mut plan in file.plans {
+            plan.file = path.clone();
+            let same = self.plans.iter().find(|other| other.name == plan.name);
+            if let Some(first) = same {
+                let list = item(&plan);
+                return Err(PlanError::Duplicate {
+                    first: Place::first(&first.file, list, "name"),
+                    second: Place::last(&path, list, "name"),
+                    name: plan.name.clone(),
+                });
+            }
+            plan.requests().map_err(|source| PlanError::Devices {
+                place: Place::last(&path, item(&plan), &source.key()),
+                name: plan.name.clone(),
+                source,
+            })?;
+            self.plans.push(plan);
+        }
+        Ok(())
+    }
+
+    /// The plans in the order of definition.
+    pub fn iter(&self) -> impl Iterator<Item = &Plan> {
+        self.plans.iter()
+    }
+
+    /// The plan of that name, or an error that names the most similar one.
+    pub fn find(&self, name: &str) -> Result<&Plan, PlanError> {
+        let plan = self.plans.iter().find(|plan| plan.name == name);
+        plan.ok_or_else(|| {
+            let names = self.plans.iter().map(|plan| plan.name.as_str());
+            PlanError::Unknown {
+                name: name.to_owned(),
+                near: nearest(name, names).map(str::to_owned),
+            }
+        })
+    }
+
+    /// The JSON Schema of a plan file.
+    pub fn schema() -> schemars::Schema {
+        schemars::schema_for!(PlansFile)
+    }
+}
+
+/// Adds a plan to `plans.json`. Returns the file.
+pub fn create_plan(paths: &HostPaths, plan: Plan) -> Result<PathBuf, PlanError> {
+    let path = paths.config.join("plans.json");
+    let _choosing = lock(paths)?;
+    let plans = Plans::load(paths)?;
+    if let Some(first) = plans.iter().find(|other| other.name == plan.name) {
+        return Err(PlanError::Exists {
+            at: Place::first(&first.file, item(first), "name"),
+            name: plan.name,
+        });
+    }
+    let mut file = read(&path)?;
+    file.plans.push(plan);
+    write(path, &file)
+}
+
+/// Changes a plan in the file that defines it, but for its name. Returns the file. VMs that run are not
+/// touched.
+pub fn change_plan(
+    paths: &HostPaths,
+    name: &str,
+    change: impl FnOnce(&mut Plan),
+) -> Result<PathBuf, PlanError> {
+    let _choosing = lock(paths)?;
+    let path = Plans::load(paths)?.find(name)?.file.clone();
+    let mut file = read(&path)?;
+    if let Some(plan) = file.plans.iter_mut().find(|plan| plan.name == name) {
+        change(plan);
+        plan.name = name.to_owned();
+    }
+    write(path, &file)
+}
+
+/// Writes a file that reads as plans.
+fn write(path: PathBuf, file: &PlansFile) -> Result<PathBuf, PlanError> {
+    Plans::default().add(path.clone(), file.clone())?;
+    config::write(&path, file)?;
+    Ok(path)
+}
+
+/// Removes a plan from the file that defines it. Returns the file. VMs that run are not touched.
+pub fn delete_plan(paths: &HostPaths, name: &str) -> Result<PathBuf, PlanError> {
+    let _choosing = lock(paths)?;
+    let path = Plans::load(paths)?.find(name)?.file.clone();
+    let mut file = read(&path)?;
+    file.plans.retain(|plan| plan.name != name);
+    write(path, &file)
+}
+
+fn lock(paths: &HostPaths) -> Result<AllocationLock, LeaseError> {
+    let record = LeaseRecord::task("gantry plan");
+    AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)
+}
+
+fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut files = vec![paths.config.join("plans.json")];
+    files.extend(config::drop_ins(&paths.config.join("plans.d"))?);
+    Ok(files)
+}
+
+fn read(path: &std::path::Path) -> Result<PlansFile, ConfigError> {
+    match config::read(path)? {
+        Some(text) => config::parse(path, &text),
+        None => Ok(PlansFile::default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::FakeHost;
+
+    fn plan(text: &str) -> Plan {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn plans_are_made_read_and_deleted() {
+        let host = FakeHost::new(&[]);
+        host.file(
+            "etc/plans.d/a.json",
+            r#"{"plans": [{"name": "small", "vcpus": 1, "memory": 536870912}]}"#,
+        );
+        let gpu2 = plan(
+            r#"{"name": "gpu2", "vcpus": 4, "memory": "8GiB", "devices": [{"group": "gpus", "count": 2}],
+                "pci_passthrough:alias": "qat-vf:1"}"#,
+        );
+        create_plan(&host.paths, gpu2).unwrap();
+        let plans = Plans::load(&host.paths).unwrap();
+        let names: Vec<_> = plans.iter().map(|plan| plan.name.as_str()).collect();
+        assert_eq!(names, ["gpu2", "small"]);
+        assert_eq!(plans.find("gpu2").unwrap().requests().unwrap().len(), 2);
+        let file = delete_plan(&host.paths, "small").unwrap();
+        assert!(file.ends_with("plans.d/a.json"));
+        let error = delete_plan(&host.paths, "gpu").unwrap_err().to_string();
+        assert!(error.contains("did you mean \"gpu2\"?"), "{error}");
+    }
+
+    #[test]
+    fn wrong_plans_are_refused_with_their_place() {
+        for (text, said) in [
+            (
+                r#"{"plans": [{"name": "a b"}]}"#,
+                "plans.json:1:26: plans[0].name: \"a b\" cannot",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "vcpu": 1}]}"#,
+                "did you mean \"vcpus\"?",
+            ),
+            (
+                r#"{"plans": [{"name": "a"}, {"name": "a"}]}"#,
+                "plans.json:1:35: name: there is already a plan named \"a\" at",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,
+                "plans.json:1:37: plan \"a\": devices[0] needs exactly one",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
+                "plans.json:1:50: plan \"a\": \"x:\" is not an alias",
+            ),
+        ] {
+            let host = FakeHost::new(&[]);
+            host.file("etc/plans.json", text);
+            let error = Plans::load(&host.paths).unwrap_err().to_string();
+            assert!(
+                error.contains(said) && error.contains("plans.json"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_plan_is_changed_where_it_is() {
+        let host = FakeHost::new(&[]);
+        let text = r#"{"plans": [{"name": "a", "vcpus": 1}, {"name": "b"}]}"#;
+        host.file("etc/plans.d/a.json", text);
+        let larger = |plan: &mut Plan| {
+            plan.vcpus = Some(8);
+            plan.name = "c".to_owned();
+        };
+        let file = change_plan(&host.paths, "a", larger).unwrap();
+        assert!(file.ends_with("plans.d/a.json"));
+        let plans = Plans::load(&host.paths).unwrap();
+        assert_eq!(plans.find("a").unwrap().vcpus, Some(8));
+        let wrong = |plan: &mut Plan| plan.aliases = Some("x:".to_owned());
+        change_plan(&host.paths, "b", wrong).unwrap_err();
+        assert_eq!(Plans::load(&host.paths).unwrap().iter().count(), 2);
+    }
+
+    #[test]
+    fn a_plan_that_is_there_is_not_made_again() {
+        let host = FakeHost::new(&[]);
+        create_plan(&host.paths, plan(r#"{"name": "a"}"#)).unwrap();
+        let before = std::fs::read(host.paths.config.join("plans.json")).unwrap();
+        let again = create_plan(&host.paths, plan(r#"{"name": "a", "vcpus": 2}"#)).unwrap_err();
+        let again = again.to_string();
+        assert!(
+            again.contains("plans.json:") && again.contains("plan edit a"),
+            "{again}"
+        );
+        assert_eq!(
+            std::fs::read(host.paths.config.join("plans.json")).unwrap(),
+            before
+        );
+    }
+}

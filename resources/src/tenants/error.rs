@@ -1,0 +1,222 @@
+//! Why tenants could not be looked at or changed.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::base::bdf::HostBdf;
+use crate::base::config::ConfigError;
+use crate::base::config::place::Place;
+use crate::base::name::DeviceName;
+use crate::base::sysfs::if_denied;
+use crate::facts::ids::PciId;
+use crate::holding::lease::LeaseError;
+use crate::holding::maintenance::{MaintenanceError, RunningVm};
+use crate::inventory::device::InventoryError;
+use crate::inventory::obstacle::Blocked;
+use crate::making::sriov::SriovError;
+use crate::making::vgpu::VgpuError;
+use crate::moving::bind::BindError;
+use crate::pools::group::{EditError, GroupError};
+
+/// A tenant could not be looked at or changed.
+#[derive(Debug, Error)]
+pub enum TenantError {
+    /// There is no such tenant.
+    #[error("there is no tenant \"{name}\"{}", hint(.near))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The most similar name.
+        near: Option<String>,
+    },
+    /// There is one of that name.
+    #[error("there is already a tenant named \"{name}\" ({path})", path = .path.display())]
+    Duplicate {
+        /// The name.
+        name: String,
+        /// Its definition.
+        path: PathBuf,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "\"{0}\" cannot name a tenant or its group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+    )]
+    Name(String),
+    /// The user is not known to this host.
+    #[error("{place}: user: there is no user \"{user}\" on this host: `getent passwd` lists them")]
+    User {
+        /// The user.
+        user: String,
+        /// Where the tenant's definition says so.
+        place: Place,
+    },
+    /// The tenant still owns devices.
+    #[error(
+        "tenant \"{name}\" still owns {devices}: `gantry tenant revoke {name} --all` takes them back"
+    )]
+    NotEmpty {
+        /// The tenant.
+        name: String,
+        /// Its devices.
+        devices: String,
+    },
+    /// One of the tenant's VMs runs: nobody would see it any more.
+    #[error("{0} runs: end it first")]
+    Running(RunningVm),
+    /// A record in the tenant's own directory says that a VM runs, as a process that is not the tenant's user's.
+    #[error(
+        "tenant \"{name}\" says that its VM '{vm}' runs, but not as which process of {user}'s: try again \
+         once none of {user}'s has its files open"
+    )]
+    SaysItRuns {
+        /// The tenant.
+        name: String,
+        /// What the record names.
+        vm: String,
+        /// The tenant's user.
+        user: String,
+    },
+    /// A device belongs to another tenant.
+    #[error(
+        "{device} belongs to tenant \"{owner}\": `gantry tenant revoke {owner} {device}` takes it back"
+    )]
+    Owned {
+        /// The device.
+        device: DeviceName,
+        /// Its owner.
+        owner: String,
+    },
+    /// A device is not the tenant's.
+    #[error(
+        "{device} does not belong to tenant \"{name}\": `gantry tenant show {name}` lists what does"
+    )]
+    NotOwned {
+        /// The device.
+        device: DeviceName,
+        /// The tenant.
+        name: String,
+    },
+    /// A group of the host's has not as many devices that nobody has.
+    #[error("group \"{group}\" has {} ({count} asked for)", free(.found))]
+    NotFree {
+        /// The group.
+        group: String,
+        /// How many are asked for.
+        count: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// A VM has a device, or it is in quarantine.
+    #[error("{0}")]
+    InUse(Blocked),
+    /// A process has the device open, and would keep it whoever it is given to.
+    #[error("{device} cannot change hands: {by} has it open; end that process first")]
+    Open {
+        /// The device.
+        device: DeviceName,
+        /// The process, in words.
+        by: String,
+    },
+    /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
+    #[error(
+        "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"
+    )]
+    OtherHardware {
+        /// The tenant's address.
+        bdf: HostBdf,
+        /// The tenant.
+        name: String,
+        /// The device, of the same IOMMU group.
+        other: HostBdf,
+        /// What it is.
+        id: PciId,
+    },
+    /// A tenant's group holds other things.
+    #[error(
+        "group \"{group}\" of the tenant is not of vGPUs of type \"{kind}\": name another one with --group"
+    )]
+    OtherKind {
+        /// The group.
+        group: String,
+        /// The type of the device.
+        kind: String,
+    },
+    /// A mediated device is not there, or is held.
+    #[error(transparent)]
+    Vgpu(#[from] VgpuError),
+    /// A virtual function's settings cannot be kept.
+    #[error("cannot record the settings of {bdf} for the time after the tenant's guests")]
+    Settings {
+        /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// A file or directory cannot be changed.
+    #[error("cannot change {path}{}", if_denied(.source, "run as root"), path = .path.display())]
+    File {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A definition is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The tenant's groups are wrong.
+    #[error(transparent)]
+    Groups(#[from] GroupError),
+    /// The tenant's groups cannot be changed.
+    #[error(transparent)]
+    Edit(#[from] EditError),
+    /// The host's devices cannot be read.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// A device could not be moved between the host and the tenant.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The running VMs cannot be listed.
+    #[error(transparent)]
+    Vms(#[from] MaintenanceError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+}
+
+impl TenantError {
+    /// Whether what is written is wrong, or a name that no tenant has, rather than that the host failed.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Config(error) => error.is_mistake(),
+            Self::Groups(error) | Self::Edit(EditError::Groups(error)) => error.is_mistake(),
+            Self::Unknown { .. } => true,
+            _ => false,
+        }
+    }
+
+    pub(super) fn settings(bdf: HostBdf) -> impl FnOnce(SriovError) -> Self {
+        move |source| Self::Settings {
+            bdf,
+            source: Box::new(source),
+        }
+    }
+}
+
+fn hint(near: &Option<String>) -> String {
+    near.as_ref().map_or_else(
+        || ": `gantry tenant list` shows them".to_owned(),
+        |near| format!(": did you mean \"{near}\"?"),
+    )
+}
+
+fn free(found: &usize) -> String {
+    match *found {
+        0 => "no free device".to_owned(),
+        1 => "only 1 free device".to_owned(),
+        found => format!("only {found} free devices"),
+    }
+}

@@ -1,0 +1,365 @@
+//! Mediated devices of tenants: those that a group of the host's makes ahead may be granted, one by one.
+
+use std::collections::BTreeSet;
+
+use super::hand_over::{Owner, is_closed, is_free};
+use super::{Tenant, TenantError, Tenants, alone, definitions};
+use crate::base::host::HostPaths;
+use crate::base::uuid::Uuid;
+use crate::holding::lease::holder;
+use crate::inventory::mdev::{MdevDevice, Mdevs};
+use crate::making::vgpu::{VgpuError, VgpuSpec};
+use crate::pools::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup, is_name};
+
+impl Tenant {
+    /// The mediated devices that its groups name.
+    pub fn mdevs(&self) -> BTreeSet<Uuid> {
+        let specs = self.groups.iter().filter_map(|group| group.vgpu.as_ref());
+        specs.flat_map(|spec| &spec.uuids).copied().collect()
+    }
+}
+
+/// Gives mediated devices that are there to a tenant: those that `gantry group activate` makes, as others
+/// go with the VM that they were made for.
+pub(super) fn give(
+    host: &HostPaths,
+    tenants: &Tenants,
+    tenant: &Tenant,
+    uuids: &[Uuid],
+    group: Option<&str>,
+) -> Result<(), TenantError> {
+    let name = tenant.name.as_str();
+    let owner = Owner::of(host, tenant)?;
+    let mdevs = Mdevs::read(host)?;
+    let mut devices = Vec::new();
+    for &uuid in uuids {
+        if let Some(other) = tenants.owner_of(uuid).filter(|other| other.name != name) {
+            let (device, owner) = (uuid.into(), other.name.clone());
+            return Err(TenantError::Owned { device, owner });
+        }
+        let stays = |device: &&MdevDevice| device.uuid == uuid && !mdevs.is_claimed(uuid);
+        let device = mdevs.devices.iter().find(stays);
+        let device = device.ok_or(VgpuError::NoSuch { uuid })?;
+        if device.lease.is_held() {
+            return Err(VgpuError::held(uuid, &device.lease).into());
+        }
+        devices.push(device);
+    }
+    let scope = definitions(host, name);
+    let group = group.unwrap_or(name);
+    owner.make_dirs(host, name)?;
+    // They are the tenant's from here on; should this be cut short, `put_tenants_right` does the rest.
+    with_mdevs(&scope, group, &devices)?.save()?;
+    uuids
+        .iter()
+        .try_for_each(|uuid| owner.take_over(host, (*uuid).into()))
+}
+
+/// A tenant's groups with these devices in one, not yet written.
+fn with_mdevs(
+    scope: &HostPaths,
+    group: &str,
+    devices: &[&MdevDevice],
+) -> Result<GroupFiles, TenantError> {
+    if !is_name(group) {
+        return Err(TenantError::Name(group.to_owned()));
+    }
+    let mut files = GroupFiles::open(scope)?;
+    for device in devices {
+        // Whoever removes it has its lock since before this one was free.
+        let (uuid, lease) = (device.uuid, holder(scope, device.uuid));
+        if lease.is_held() {
+            return Err(VgpuError::held(uuid, &lease).into());
+        }
+        if MdevDevice::read(scope, uuid)?.is_none() {
+            return Err(VgpuError::NoSuch { uuid }.into());
+        }
+        let now = files.groups()?.get(group).cloned();
+        let mut spec = match now {
+            None => {
+                files.create(ResourceGroup::named(group))?;
+                VgpuSpec::of_kind(&device.kind)
+            }
+            Some(group) => match group.vgpu.filter(|spec| spec.kind == device.kind) {
+                Some(spec) => spec,
+                None => {
+                    return Err(TenantError::OtherKind {
+                        group: group.name,
+                        kind: device.kind.clone(),
+                    });
+                }
+            },
+        };
+        if !spec.uuids.contains(&device.uuid) {
+            spec.uuids.push(device.uuid);
+        }
+        let change = GroupChange {
+            kind: Some(GroupType::Vgpu),
+            vgpu: Some(Some(spec)),
+            bind: Some(Bind::Boot),
+            ..GroupChange::default()
+        };
+        files.change(group, change)?;
+    }
+    Ok(files)
+}
+
+/// Takes mediated devices back from a tenant; they stay as they are. Refused while a VM has one of them.
+pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), TenantError> {
+    let _alone = alone(host)?;
+    let tenants = Tenants::load(host)?;
+    let owned = tenants.find(name)?.mdevs();
+    if let Some(uuid) = uuids.iter().find(|uuid| !owned.contains(uuid)) {
+        let (device, name) = ((*uuid).into(), name.to_owned());
+        return Err(TenantError::NotOwned { device, name });
+    }
+    // As with functions, the nodes and locks first.
+    let owner = Owner::host();
+    for &uuid in uuids {
+        is_free(host, uuid.into())?;
+        is_closed(host, uuid.into())?;
+        owner.take_over(host, uuid.into())?;
+    }
+    let mut files = GroupFiles::open(&definitions(host, name))?;
+    files.forget_mdevs(uuids);
+    files.save()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{Fake, FakeHost, FakeKernel};
+    use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+    use crate::tenants::{TenantFile, create_tenant, delete_tenant};
+    use crate::{
+        Grant, Granted, Groups, Holder, Lease, Request, allocate, grant, make_ahead, unmake_ahead,
+    };
+    use std::fs;
+    use std::time::Duration;
+
+    const ONE: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    const TWO: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
+
+    fn uuid(text: &str) -> Uuid {
+        text.parse().unwrap()
+    }
+
+    fn grant_mdevs(
+        host: &FakeHost,
+        name: &str,
+        devices: Granted<'_>,
+        group: Option<&str>,
+    ) -> Result<Vec<crate::DeviceName>, TenantError> {
+        let wanted = Grant {
+            devices,
+            group,
+            overrides: &[],
+        };
+        grant(&host.paths, FakeKernel::new(host).access(), name, &wanted)
+    }
+
+    fn group(host: &FakeHost) -> ResourceGroup {
+        let groups = Groups::load(&host.paths).unwrap();
+        groups.get("vgpus").unwrap().clone()
+    }
+
+    /// Two devices made ahead, and tenants `a` and `b`.
+    fn host() -> FakeHost {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
+        host.mdev_parent("mtty", "mtty-2", "Dual port serial", 3);
+        let groups = format!(
+            r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
+                "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}", "{TWO}"]}}}}]}}"#
+        );
+        host.file("etc/groups.json", &groups);
+        let kernel = FakeKernel::new(&host);
+        make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+        let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
+        let file = TenantFile {
+            user: user.unwrap().unwrap().name,
+            description: String::new(),
+        };
+        for name in ["a", "b"] {
+            create_tenant(&host.paths, name, &file).unwrap();
+        }
+        host
+    }
+
+    fn scope(host: &FakeHost, name: &str) -> HostPaths {
+        let tenants = Tenants::load(&host.paths).unwrap();
+        tenants.find(name).unwrap().scope(&host.paths)
+    }
+
+    fn taken(paths: &HostPaths, request: Request) -> Result<Vec<Lease>, String> {
+        let holder = Holder {
+            vm: "x".to_owned(),
+            pid: std::process::id(),
+        };
+        allocate(paths, &[request], &holder).map_err(|error| error.to_string())
+    }
+
+    fn exact(text: &str) -> Request {
+        Request::exact(format!("/sys/bus/mdev/devices/{text}").as_ref(), true).unwrap()
+    }
+
+    #[test]
+    fn a_tenant_has_its_vgpu_and_nobody_else_has() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        grant_mdevs(&host, "a", Granted::Mdevs(&[uuid(ONE)]), None).unwrap();
+        grant_mdevs(&host, "a", Granted::Mdevs(&[uuid(ONE)]), None).unwrap();
+        let (a, b) = (scope(&host, "a"), scope(&host, "b"));
+        let seen = |paths: &HostPaths| Mdevs::read(paths).unwrap().devices.len();
+        assert_eq!((seen(&host.paths), seen(&a), seen(&b)), (2, 1, 0));
+        // The host's group has one left, and by its name the other one is refused.
+        let left = taken(&host.paths, Request::group("vgpus", 1)).unwrap();
+        assert_eq!(left[0].name().to_string(), TWO);
+        assert!(taken(&host.paths, Request::group("vgpus", 1)).is_err());
+        let said = taken(&host.paths, exact(ONE)).unwrap_err();
+        assert!(said.contains("belongs to tenant \"a\""), "{said}");
+        for paths in [&b, &a] {
+            assert!(
+                taken(paths, exact(TWO))
+                    .unwrap_err()
+                    .contains("no mediated device")
+            );
+        }
+        // Nor does its deactivation take it away.
+        drop(left);
+        let said = unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
+        assert!(
+            said.to_string().contains("belongs to tenant \"a\""),
+            "{said}"
+        );
+        let lease = taken(&a, Request::group("a", 1)).unwrap();
+        assert_eq!(lease[0].name().to_string(), ONE);
+        assert!(
+            taken(&a, Request::group("a", 1)).is_err(),
+            "it can make no more"
+        );
+        let said = grant_mdevs(&host, "b", Granted::Mdevs(&[uuid(ONE)]), None).unwrap_err();
+        assert!(
+            said.to_string().contains("belongs to tenant \"a\""),
+            "{said}"
+        );
+        drop(lease);
+        assert_eq!(seen(&a), 1, "it stays");
+    }
+
+    #[test]
+    fn what_comes_out_of_a_group_is_what_can_be_granted() {
+        let host = host();
+        host.file(&format!("run/vgpu/{ONE}"), r#"{"vm": "x"}"#);
+        let free = |count| Granted::Free {
+            from: "vgpus",
+            count,
+        };
+        let said = grant_mdevs(&host, "a", free(2), None).unwrap_err();
+        assert!(said.to_string().contains("only 1 free device"), "{said}");
+        grant_mdevs(&host, "a", free(1), None).unwrap();
+        let tenants = Tenants::load(&host.paths).unwrap();
+        assert_eq!(tenants.find("a").unwrap().mdevs(), [uuid(TWO)].into());
+    }
+
+    #[test]
+    fn what_is_granted_or_removed_meanwhile_stays_whole() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        let all = Mdevs::read(&host.paths).unwrap().devices;
+        let scope = definitions(&host.paths, "a");
+        // The grant of a device that a deactivation has locked since it was looked at.
+        let record = LeaseRecord::task("gantry group deactivate");
+        let lock = DeviceLock::take(&host.paths, all[0].uuid, &record).unwrap();
+        let said = with_mdevs(&scope, "a", &[&all[0]]).unwrap_err().to_string();
+        assert!(
+            said.contains("is held by `gantry group deactivate`"),
+            "{said}"
+        );
+        drop(lock);
+        // The other way round: it is granted while the deactivation waits.
+        let choosing = AllocationLock::acquire(&host.paths, &record, ALLOCATION_DEADLINE).unwrap();
+        let said = std::thread::scope(|threads| {
+            threads.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                let granted = format!(
+                    r#"{{"groups": [{{"name": "a", "type": "vgpu",
+                        "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}"]}}}}]}}"#
+                );
+                host.file("etc/tenants/a/groups.json", &granted);
+                drop(choosing);
+            });
+            unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err()
+        });
+        assert!(
+            said.to_string().contains("belongs to tenant \"a\""),
+            "{said}"
+        );
+        assert_eq!(Mdevs::read(&host.paths).unwrap().devices.len(), 2);
+        // What is gone is not granted.
+        fs::remove_file(host.paths.config.join("tenants/a/groups.json")).unwrap();
+        unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+        let said = with_mdevs(&scope, "a", &[&all[0]]).unwrap_err().to_string();
+        assert!(said.contains("no mediated device"), "{said}");
+    }
+
+    #[test]
+    fn what_is_taken_back_is_the_hosts_again() {
+        let host = host();
+        let kernel = FakeKernel::new(&host);
+        grant_mdevs(
+            &host,
+            "a",
+            Granted::Mdevs(&[uuid(ONE), uuid(TWO)]),
+            Some("gpus"),
+        )
+        .unwrap();
+        let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
+        assert!(said.contains(ONE), "{said}");
+        revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap();
+        let lease = taken(&host.paths, Request::group("vgpus", 1)).unwrap();
+        assert_eq!(lease[0].name().to_string(), ONE);
+        drop(lease);
+        let said = revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap_err();
+        assert!(said.to_string().contains("does not belong"), "{said}");
+        let tenant = taken(&scope(&host, "a"), Request::group("gpus", 1)).unwrap();
+        let said = revoke_mdevs(&host.paths, "a", &[uuid(TWO)]).unwrap_err();
+        assert!(said.to_string().contains("held by VM 'x'"), "{said}");
+        drop(tenant);
+        revoke_mdevs(&host.paths, "a", &[uuid(TWO)]).unwrap();
+        delete_tenant(&host.paths, "a").unwrap();
+        unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_granted_is_refused() {
+        let host = host();
+        let own = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003";
+        let grant = |uuid, group| {
+            let said = grant_mdevs(&host, "a", Granted::Mdevs(&[uuid]), group);
+            said.unwrap_err().to_string()
+        };
+        assert!(grant(uuid(own), None).contains("no mediated device"));
+        let group = r#"{"groups": [{"name": "a", "rules": [{"slot": "0000:01:00.0"}]}]}"#;
+        host.file("etc/tenants/a/groups.json", group);
+        let said = grant(uuid(ONE), None);
+        assert!(said.contains("--group"), "{said}");
+        host.file(
+            "etc/tenants/b/groups.json",
+            &format!(
+                r#"{{"groups": [{{"name": "b", "type": "vgpu",
+                    "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}"]}}}}]}}"#
+            ),
+        );
+        let group = format!(
+            r#"{{"groups": [{{"name": "c", "type": "vgpu",
+                "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}"]}}}}]}}"#
+        );
+        host.file("etc/tenants/a/groups.json", &group);
+        let said = Tenants::load(&host.paths).unwrap_err().to_string();
+        assert!(
+            said.contains("vgpu.uuids: ") && said.contains("tenant \"a\" too"),
+            "{said}"
+        );
+    }
+}
