@@ -269,7 +269,7 @@ fn make_everything_anew() {
 
 #[test]
 fn what_tenants_need_is_open_to_them_whatever_the_umask() {
-    let name = "tenant::tests::make_everything_anew";
+    let name = "tenants::tests::make_everything_anew";
     let run = std::process::Command::new("sh")
         .args(["-c", r#"umask 077; exec "$0" "$@""#])
         .arg(std::env::current_exe().unwrap())

@@ -253,7 +253,11 @@ fn killing_the_holder_frees_the_device() {
     let device = bdf("01:00.0");
     for _ in 0..3 {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "--ignored", "lease::tests::hold_until_killed"])
+            .args([
+                "--exact",
+                "--ignored",
+                "holding::lease::tests::hold_until_killed",
+            ])
             .env(RUN, &paths.run)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
