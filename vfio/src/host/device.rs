@@ -43,6 +43,11 @@ impl Region {
         self.0 as usize
     }
 
+    /// The register of the BAR that it is; more than 5 if it is no BAR.
+    pub const fn bar_number(self) -> u8 {
+        self.0 as u8
+    }
+
     /// All of them, in the order of their indexes.
     pub fn all() -> impl Iterator<Item = Self> {
         (0..abi::VFIO_PCI_NUM_REGIONS).map(Self)

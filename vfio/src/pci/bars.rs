@@ -64,7 +64,9 @@ fn segments(
     interrupts: Option<&Arc<Interrupts>>,
 ) -> Result<Arc<[Segment]>> {
     let info = io.region(region);
-    let emulated = interrupts.map_or_else(Vec::new, |interrupts| interrupts.ranges(region));
+    let emulated = interrupts.map_or_else(Vec::new, |interrupts| {
+        interrupts.ranges(region.bar_number())
+    });
     let mut segments = Vec::new();
     for Piece { range, direct } in pieces(info.size, &info.areas, &emulated) {
         let len = range.end - range.start;

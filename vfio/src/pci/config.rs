@@ -7,6 +7,7 @@
 //! PRI, PASID).
 
 use gantry_devices::pci::capability::{walk_extended, walk_standard};
+use gantry_devices::pci::interrupts::{InBar, MsixLayout};
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
 use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
@@ -77,30 +78,8 @@ impl PowerCapability {
 pub(super) struct MsixCapability {
     /// Offset of the message control register.
     pub control: u16,
-    /// Number of vectors.
-    pub vectors: u16,
-    /// Where the table is.
-    pub table: InBar,
-    /// Where the pending bits are.
-    pub pba: InBar,
-}
-
-/// A place in a BAR.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct InBar {
-    /// The BAR's register; devices that say 6 or 7 are in error.
-    pub bar: u8,
-    /// Offset in the BAR.
-    pub offset: u64,
-}
-
-impl InBar {
-    fn from_register(value: u32) -> Self {
-        Self {
-            bar: value as u8 & 7,
-            offset: u64::from(value & !7),
-        }
-    }
+    /// How many vectors there are, and where the table and the pending bits are.
+    pub layout: MsixLayout,
 }
 
 /// Little-endian registers of a configuration space; past its end, zeros.
@@ -216,9 +195,11 @@ fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
             let control = registers.u16(at(2)) & MSIX_SIZE;
             plan.msix = Some(MsixCapability {
                 control: at(2),
-                vectors: control + 1,
-                table: InBar::from_register(registers.u32(at(4))),
-                pba: InBar::from_register(registers.u32(at(8))),
+                layout: MsixLayout {
+                    vectors: control + 1,
+                    table: InBar::from_register(registers.u32(at(4))),
+                    pba: InBar::from_register(registers.u32(at(8))),
+                },
             });
             let writable = (!MSIX_SIZE & MSIX_DEFINED).to_le_bytes();
             plan.space

@@ -11,7 +11,7 @@ use gantry_devices::warn_limited;
 
 use super::bars;
 use super::config::{self, MsixCapability, POWER_STATE, PowerCapability};
-use super::interrupts::Interrupts;
+use super::interrupts::{self, Interrupts};
 use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
 
@@ -109,8 +109,8 @@ impl PassthroughDevice {
         let plan = config::plan(&physical, msix).map_err(|why| unusable(why.into()))?;
         let msix = match plan.msix {
             Some(capability) => {
-                let interrupts = Interrupts::new(&io, router, &capability)
-                    .map_err(|why| unusable(why.into()))?;
+                let interrupts = interrupts::new(&io, router, &capability.layout)
+                    .map_err(|error| unusable(error.to_string()))?;
                 Some((capability, interrupts))
             }
             None => None,
@@ -311,7 +311,7 @@ impl PciDevice for PassthroughDevice {
         if let Some((capability, interrupts)) = &self.msix
             && touches(offset, data, capability.control)
         {
-            interrupts.write_control(u16::from_le_bytes(space.get(capability.control)));
+            interrupts.write_msix_control(u16::from_le_bytes(space.get(capability.control)));
         }
         *hardware != Some(control) || bars.is_stale(control.decode())
     }

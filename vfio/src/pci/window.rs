@@ -40,7 +40,7 @@ impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let at = self.start.saturating_add(offset);
         if let Some(interrupts) = &self.interrupts
-            && interrupts.read(self.region, at, data)
+            && interrupts.read(self.region.bar_number(), at, data)
         {
             return;
         }
@@ -53,7 +53,7 @@ impl BusDevice for Window {
     fn write(&self, offset: u64, data: &[u8]) -> Effect {
         let at = self.start.saturating_add(offset);
         if let Some(interrupts) = &self.interrupts
-            && interrupts.write(self.region, at, data)
+            && interrupts.write(self.region.bar_number(), at, data)
         {
             return Effect::None;
         }

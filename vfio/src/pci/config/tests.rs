@@ -89,10 +89,10 @@ fn extended_lists_may_be_empty_or_begin_with_what_is_kept() {
 fn msix_says_where_it_is_and_only_its_two_bits_are_written() {
     let mut plan = plan(&testing::config(), true).unwrap();
     let msix = plan.msix.unwrap();
-    assert_eq!((msix.control, msix.vectors), (testing::MSIX + 2, 65));
+    assert_eq!((msix.control, msix.layout.vectors), (testing::MSIX + 2, 65));
     let at = |offset| InBar { bar: 0, offset };
-    assert_eq!(msix.table, at(testing::MSIX_TABLE));
-    assert_eq!(msix.pba, at(testing::MSIX_PBA));
+    assert_eq!(msix.layout.table, at(testing::MSIX_TABLE));
+    assert_eq!(msix.layout.pba, at(testing::MSIX_PBA));
     plan.space.write(testing::MSIX, &[0xff; 4], &NoBacking);
     let header: [u8; 4] = plan.space.get(testing::MSIX);
     assert_eq!(header, [0x11, 0, 64, 0xc0]);
