@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use gantry_devices::mapping::HostMapping;
 use vfio_bindings::bindings::vfio as abi;
 
+use super::dma::Iommu;
 use super::info::{IommuInfo, parse_iommu};
 use super::ioctl;
 use crate::{Error, Result};
@@ -62,15 +63,6 @@ impl Container {
         })
     }
 
-    /// What the IOMMU can do, as of now.
-    ///
-    /// # Errors
-    /// No group has joined, or the kernel refuses.
-    pub fn info(&self) -> Result<IommuInfo> {
-        let bytes = ioctl::iommu_info(self.file.as_fd()).map_err(failed("VFIO_IOMMU_GET_INFO"))?;
-        Ok(parse_iommu(&bytes))
-    }
-
     /// Puts a group in with `set_container`, and sets the IOMMU if it is the first.
     pub(super) fn join(
         &self,
@@ -106,24 +98,36 @@ impl Container {
             _ => Groups::AllLeft,
         };
     }
+}
 
-    pub(super) fn map(
-        &self,
-        iova: u64,
-        memory: &HostMapping,
-        offset: u64,
-        len: u64,
-    ) -> io::Result<()> {
-        ioctl::map_dma(self.file.as_fd(), iova, memory, offset, len)
+impl Iommu for Container {
+    fn info(&self) -> Result<IommuInfo> {
+        let bytes = ioctl::iommu_info(self.file.as_fd()).map_err(failed("VFIO_IOMMU_GET_INFO"))?;
+        Ok(parse_iommu(&bytes))
     }
 
-    /// Takes away all mappings of the range, which the kernel has done already if no group is left.
-    pub(super) fn unmap(&self, iova: u64, len: u64) -> io::Result<()> {
+    fn map(&self, iova: u64, memory: &HostMapping, offset: u64, len: u64) -> Result<()> {
+        let mapped = ioctl::map_dma(self.file.as_fd(), iova, memory, offset, len);
+        mapped.map_err(|source| Error::Dma {
+            call: "VFIO_IOMMU_MAP_DMA",
+            iova,
+            len,
+            source,
+        })
+    }
+
+    /// Once no group is left, the kernel has ended all mappings itself.
+    fn unmap(&self, iova: u64, len: u64) -> Result<()> {
         let unmapped = ioctl::unmap_dma(self.file.as_fd(), iova, len);
         let groups = *self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         match unmapped {
             Err(_) if groups == Groups::AllLeft => Ok(()),
-            Err(error) => Err(error),
+            Err(source) => Err(Error::Dma {
+                call: "VFIO_IOMMU_UNMAP_DMA",
+                iova,
+                len,
+                source,
+            }),
             Ok(_) => Ok(()),
         }
     }

@@ -1,20 +1,17 @@
 //! A host device: the seam behind which it is reached, and the kernel's VFIO device behind it.
 
-use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use gantry_devices::mapping::HostMapping;
 use vfio_bindings::bindings::vfio as abi;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::group::Group;
+use super::attachment::Attachment;
 use super::info::{IrqInfo, MmapArea, RegionInfo, parse_region};
 use super::ioctl;
 use crate::{Error, Result};
@@ -161,51 +158,33 @@ pub trait DeviceIo: Send + Sync {
     fn reset(&self) -> Result<()>;
 }
 
-/// A device opened through its group.
+/// A device of the kernel's VFIO, open.
 #[derive(Debug)]
 pub struct VfioDevice {
     name: String,
-    // Declared before the group, so that the device is closed first.
+    // Declared before the attachment, so that the device is closed first.
     file: File,
     regions: Vec<(RegionInfo, u64)>,
     irqs: Vec<IrqInfo>,
     resettable: bool,
-    group: Arc<Group>,
-}
-
-/// How long to wait for the owner of a physical function to set its token.
-const TOKEN_PATIENCE: Duration = Duration::from_secs(5);
-const TOKEN_STEP: Duration = Duration::from_millis(50);
-
-/// Repeats `attempt` while it answers EACCES, until the deadline.
-fn while_denied<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match attempt() {
-            Err(error)
-                if error.raw_os_error() == Some(libc::EACCES) && Instant::now() < deadline =>
-            {
-                thread::sleep(TOKEN_STEP);
-            }
-            result => return result,
-        }
-    }
+    _attachment: Attachment,
 }
 
 /// The largest alignment worth having for a mapped BAR: the largest page that the kernel can use.
 const MAX_ALIGN: u64 = 1 << 30;
 
 impl VfioDevice {
-    /// Opens the device at the host address `name` (`0000:01:00.0`), a member of `group`.
+    /// Opens the device at the host address `name` (`0000:01:00.0`) through its `attachment`.
     ///
     /// The kernel resets it on the way, where it has a function-level reset: about 100 ms, during
-    /// which devices of other groups can be opened by other threads.
+    /// which other threads can open devices of other groups.
     ///
-    /// With a `token`, the device's card is shared with others: a physical function's first opener sets
-    /// the token, and until then those of its virtual functions are refused, and ask again for a while.
+    /// `token` is the token of the device's card, which other users share: [`Attachment::device`].
     ///
     /// # Errors
-    /// The device is not in the group, not bound to vfio-pci, no PCI device, or the kernel refuses.
-    pub fn open(group: Arc<Group>, name: &str, token: Option<&str>) -> Result<Self> {
+    /// The attachment has no such device, the device is not bound to vfio-pci or is no PCI device, or the
+    /// kernel refuses.
+    pub fn open(attachment: Attachment, name: &str, token: Option<&str>) -> Result<Self> {
         let failed = |place: String| {
             move |source| Error::Device {
                 device: name.to_owned(),
@@ -213,15 +192,7 @@ impl VfioDevice {
                 source,
             }
         };
-        let argument = match token {
-            Some(token) => format!("{name} vf_token={token}"),
-            None => name.to_owned(),
-        };
-        let deadline = Instant::now() + token.map_or(Duration::ZERO, |_| TOKEN_PATIENCE);
-        let fd = CString::new(argument)
-            .map_err(io::Error::from)
-            .and_then(|name| while_denied(deadline, || group.device(&name)))
-            .map_err(failed("VFIO_GROUP_GET_DEVICE_FD".into()))?;
+        let fd = attachment.device(name, token)?;
         let info = ioctl::device_info(fd.as_fd()).map_err(failed("VFIO_DEVICE_GET_INFO".into()))?;
         if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(Error::Unusable {
@@ -247,13 +218,8 @@ impl VfioDevice {
             regions,
             irqs,
             resettable: info.flags & abi::VFIO_DEVICE_FLAGS_RESET != 0,
-            group,
+            _attachment: attachment,
         })
-    }
-
-    /// The group through which it was opened.
-    pub fn group(&self) -> &Arc<Group> {
-        &self.group
     }
 
     fn error(&self, place: String, source: io::Error) -> Error {

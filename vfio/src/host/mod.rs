@@ -1,5 +1,6 @@
 //! The host's side: containers, groups, DMA mappings and devices of the kernel's VFIO.
 
+mod attachment;
 mod container;
 mod device;
 mod dma;
@@ -7,9 +8,10 @@ mod group;
 mod info;
 mod ioctl;
 
+pub use attachment::Attachment;
 pub use container::Container;
 pub use device::{DeviceIo, Irq, Region, VfioDevice};
-pub use dma::{DmaMapping, DmaSpace};
+pub use dma::{DmaMapping, DmaSpace, Iommu};
 pub use group::{Group, GroupObserver};
 pub use info::{IommuInfo, IrqInfo, MmapArea, RegionInfo};
 pub use ioctl::{DMA_REQUESTS, INTERRUPT_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};

@@ -23,16 +23,19 @@ pub struct Domain {
     mappings: Mutex<Vec<DmaMapping>>,
     groups: Mutex<BTreeMap<u32, Weak<Group>>>,
     dma: DmaSpace,
+    container: Arc<Container>,
     observer: Arc<VfioObserver>,
 }
 
 impl Domain {
     /// A domain without groups, of which KVM hears through `observer`.
     pub fn new(container: Container, observer: Arc<VfioObserver>) -> Arc<Self> {
+        let container = Arc::new(container);
         Arc::new(Self {
             mappings: Mutex::default(),
             groups: Mutex::default(),
-            dma: DmaSpace::new(Arc::new(container)),
+            dma: DmaSpace::new(container.clone()),
+            container,
             observer,
         })
     }
@@ -62,7 +65,7 @@ impl Domain {
     /// The node is missing or not permitted, the group stays busy or is not whole, or the kernel
     /// refused.
     pub fn open(&self, nodes: &Path, number: u32) -> Result<Arc<Group>, Error> {
-        let container = Arc::clone(self.dma.container());
+        let container = Arc::clone(&self.container);
         self.add(
             number,
             Group::open(nodes, number, container, BUSY_PATIENCE)?,
@@ -74,7 +77,7 @@ impl Domain {
     /// # Errors
     /// As [`Self::open`].
     pub fn join(&self, node: File, number: u32) -> Result<Arc<Group>, Error> {
-        let container = Arc::clone(self.dma.container());
+        let container = Arc::clone(&self.container);
         let deadline = Instant::now() + BUSY_PATIENCE;
         self.add(number, Group::join(node, number, container, deadline)?)
     }
@@ -92,7 +95,7 @@ impl Domain {
     /// # Errors
     /// The kernel refused to say.
     pub fn iova_ranges(&self) -> Result<Vec<RangeInclusive<u64>>, Error> {
-        Ok(self.dma.container().info()?.iova_ranges.unwrap_or_default())
+        Ok(self.dma.iova_ranges()?)
     }
 
     /// Makes RAM present and maps it, once, for every device there is and will be. Ends early once it

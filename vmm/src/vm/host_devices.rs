@@ -11,7 +11,7 @@ use gantry_resources::{
     DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, OpenerError, ReservedKind,
     ReservedRegion, Terms, Uuid,
 };
-use gantry_vfio::host::{Container, Group, VfioDevice};
+use gantry_vfio::host::{Attachment, Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
 use super::alarms::Wires;
@@ -463,7 +463,7 @@ impl Taken {
     ) -> Result<AttachedDevice, Error> {
         let counts = Arc::new(Counts::default());
         let io = VfioDevice::open(
-            self.group,
+            Attachment::Group(self.group),
             &self.part.name.to_string(),
             self.token.map(|token| token.to_string()).as_deref(),
         )?;

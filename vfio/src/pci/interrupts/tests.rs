@@ -373,7 +373,6 @@ fn a_table_outside_of_its_bar_is_refused_and_pending_bits_there_are_done_without
             vectors: 65,
             table: good,
             pba: place,
-            ..layout
         };
         let interrupts = super::new(&device, router.clone(), &layout).unwrap();
         assert_eq!(interrupts.ranges(0).len(), 1);
