@@ -1,7 +1,7 @@
 //! Files that are locked by the kernel and say who has locked them.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, BufRead, BufReader, Read};
 use std::num::NonZeroU32;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
@@ -17,6 +17,9 @@ use crate::base::atomic::make_dir;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::holding::quarantine::short;
+
+/// More than a line of `/proc/locks` has.
+const LONGEST_LINE: u64 = 512;
 
 /// A locked file that says who locked it.
 #[derive(Debug)]
@@ -271,9 +274,29 @@ fn is_listed(paths: &HostPaths, file: &fs::Metadata) -> io::Result<bool> {
         nix::sys::stat::minor(file.dev()),
     );
     let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
-    let locks = fs::read_to_string(paths.proc.join("locks"))?;
-    let mut lines = locks.lines();
-    Ok(lines.any(|line| line.contains("OFDLCK") && line.split_whitespace().any(|word| word == id)))
+    let locks = File::open(paths.proc.join("locks"))?;
+    lists(BufReader::new(locks), &id)
+}
+
+/// Whether a list of locks names an open-file-description lock on the file of this `id`. The list is as long as
+/// users take locks, so one line at a time is read, and no more of it than a line has.
+pub(super) fn lists(mut locks: impl BufRead, id: &str) -> io::Result<bool> {
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if locks
+            .by_ref()
+            .take(LONGEST_LINE)
+            .read_until(b'\n', &mut line)?
+            == 0
+        {
+            return Ok(false);
+        }
+        let mut words = line.split(u8::is_ascii_whitespace);
+        if words.by_ref().any(|word| word == b"OFDLCK") && words.any(|word| word == id.as_bytes()) {
+            return Ok(true);
+        }
+    }
 }
 
 /// A write lock on all of a file.

@@ -1,6 +1,6 @@
 //! Tests: one holder at a time, however it ends.
 
-use super::file::{credible, listed_as_locked, open};
+use super::file::{credible, listed_as_locked, lists, open};
 use super::*;
 use crate::base::atomic::make_dir;
 use crate::fixture::bdf;
@@ -119,6 +119,29 @@ fn those_who_may_not_open_the_file_are_told_by_the_kernels_list() {
     );
     drop(lock);
     assert_eq!(listed_as_locked(&paths, &path).unwrap(), LeaseStatus::Free);
+}
+
+#[test]
+fn the_list_of_locks_is_read_line_by_line_and_no_further_than_needed() {
+    /// What must not be read.
+    struct Beyond;
+    impl std::io::Read for Beyond {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            panic!("it is read to its end")
+        }
+    }
+    let line = |kind, id| format!("7: {kind}  ADVISORY  WRITE 12 {id} 0 EOF\n");
+    let of = |text: &str| lists(text.as_bytes(), "fe:00:12").unwrap();
+    assert!(of(&line("OFDLCK", "fe:00:12")));
+    assert!(!of(&line("FLOCK", "fe:00:12")) && !of(&line("OFDLCK", "fe:00:123")));
+    let others = line("OFDLCK", "fe:00:13").repeat(10_000);
+    assert!(!of(&others));
+    let found = others + &line("OFDLCK", "fe:00:12");
+    let list = std::io::Read::chain(found.as_bytes(), io::BufReader::new(Beyond));
+    assert!(lists(list, "fe:00:12").unwrap());
+    // A line without an end is no line of the kernel's; it ends the search at the end of the list.
+    let endless = std::io::Read::take(io::repeat(b'x'), 1 << 20);
+    assert!(!lists(io::BufReader::new(endless), "fe:00:12").unwrap());
 }
 
 #[test]
