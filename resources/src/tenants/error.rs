@@ -155,6 +155,20 @@ pub enum TenantError {
         #[source]
         source: Box<SriovError>,
     },
+    /// Devices were taken from a tenant, but not given to the host's drivers.
+    #[error(
+        "{devices} no longer of tenant \"{tenant}\", but not given back to the host's drivers; \
+         `gantry device reattach {devices}` tries that again"
+    )]
+    NotReattached {
+        /// The tenant.
+        tenant: String,
+        /// The devices.
+        devices: String,
+        /// Why.
+        #[source]
+        source: Box<BindError>,
+    },
     /// A file or directory cannot be changed.
     #[error("cannot change {path}{}", if_denied(.source, "run as root"), path = .path.display())]
     File {

@@ -271,7 +271,14 @@ pub fn revoke(
             overrides: &[],
             dry_run: false,
         };
-        reattach(host, access.writer, &request)?;
+        reattach(host, access.writer, &request).map_err(|source| {
+            let devices: Vec<String> = present.iter().map(HostBdf::to_string).collect();
+            TenantError::NotReattached {
+                tenant: name.to_owned(),
+                devices: devices.join(" "),
+                source: Box::new(source),
+            }
+        })?;
     }
     Ok(leaving)
 }

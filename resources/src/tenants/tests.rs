@@ -725,6 +725,39 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
 }
 
 #[test]
+fn what_is_revoked_and_not_reattached_is_said_to_be_just_that() {
+    for at in 0..6 {
+        let host = host();
+        let before = host.bindings();
+        let kernel = FakeKernel::new(&host);
+        create_tenant(&host.paths, "a", &user()).unwrap();
+        assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+        let given = host.bindings();
+        let faulty = FakeKernel::new(&host).with_fault(at, crate::fixture::Fault::Refuses);
+        let both = ["02:00.0", "02:00.1"].map(bdf);
+        let failed = revoke(&host.paths, faulty.access(), "a", &both).unwrap_err();
+        let source = std::error::Error::source(&failed).unwrap().to_string();
+        let said = format!("{failed}: {source}");
+        for part in [
+            "0000:02:00.0 0000:02:00.1 no longer of tenant \"a\"",
+            "`gantry device reattach 0000:02:00.0 0000:02:00.1`",
+            "each device has the driver that it had before",
+        ] {
+            assert!(said.contains(part), "{at}: {said}");
+        }
+        assert!(scope(&host, "a").only.unwrap().is_empty());
+        assert_eq!(host.bindings(), given, "{at}: both are with vfio-pci");
+        let request = BindRequest {
+            devices: &both,
+            overrides: &[],
+            dry_run: false,
+        };
+        reattach(&host.paths, &kernel, &request).unwrap();
+        assert_eq!(host.bindings(), before, "{at}");
+    }
+}
+
+#[test]
 fn a_link_in_the_place_of_a_tenants_records_leads_nowhere() {
     let host = host();
     let kernel = FakeKernel::new(&host);

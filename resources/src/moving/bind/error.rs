@@ -126,9 +126,9 @@ fn list(separator: &str, items: impl IntoIterator<Item = impl Display>) -> Strin
 
 fn aftermath(left: &[HostBdf]) -> String {
     match left {
-        [] => ": everything is as it was before".to_owned(),
+        [] => ": each device has the driver that it had before".to_owned(),
         left => format!(
-            ": these could not be given back to their drivers:{}",
+            ": these do not have the driver that they had before:{}",
             list(" ", left)
         ),
     }

@@ -128,7 +128,7 @@ fn a_fault_at_any_write_leaves_everything_as_it_was() {
                     .next()
                     .is_none()
             );
-            assert!(refused(result).contains("everything is as it was before"));
+            assert!(refused(result).contains("each device has the driver that it had before"));
         }
     }
 }
