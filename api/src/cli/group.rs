@@ -110,7 +110,7 @@ fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Ve
         owner.is_some_and(|owner| owner.name == group.name)
     };
     let owned = devices.iter().filter(owned);
-    let lacks = owned.flat_map(|device| lacks(device, devices, Allow::default()));
+    let lacks = owned.filter_map(|device| lacks(device, devices, Allow::default()));
     lacks.map(|lack| lack.to_string()).collect()
 }
 

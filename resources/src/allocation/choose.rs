@@ -441,8 +441,9 @@ impl<'a> Choice<'a, '_> {
     /// What a device lacks that the request does not allow. A bridge is never given, whatever it lacks.
     fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<Blocked> {
         let given = !device.is_bridge();
-        let lacks = given.then(|| lacks(device, self.view.devices, allow));
-        lacks.into_iter().flatten().next()
+        given
+            .then(|| lacks(device, self.view.devices, allow))
+            .flatten()
     }
 
     /// What stands against any use of a device.

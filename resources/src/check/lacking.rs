@@ -7,14 +7,18 @@ use crate::inventory::obstacle::{Blocked, Obstacle};
 
 pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let lacks = |device| lacks(device, &devices.all, Allow::default());
-    let all: Vec<Blocked> = devices.wanted().flat_map(lacks).collect();
+    let all: Vec<Blocked> = devices.wanted().filter_map(lacks).collect();
     let of = |no_reset: bool| {
-        let of = move |one: &&Blocked| (one.obstacle == Obstacle::NoReset) == no_reset;
         let words = |one: &Blocked| match &one.obstacle {
-            Obstacle::NoMsix { has } => format!("{} (it has {has})", one.bdf),
-            _ => one.bdf.to_string(),
+            Obstacle::NoMsix { has, .. } if !no_reset => {
+                Some(format!("{} (it has {has})", one.bdf))
+            }
+            Obstacle::NoMsix { no_reset: true, .. } | Obstacle::NoReset if no_reset => {
+                Some(one.bdf.to_string())
+            }
+            _ => None,
         };
-        let named: Vec<String> = all.iter().filter(of).map(words).collect();
+        let named: Vec<String> = all.iter().filter_map(words).collect();
         named.join(", ")
     };
     let findings = [

@@ -155,6 +155,9 @@ pub enum Obstacle {
     NoMsix {
         /// What it has.
         has: Interrupts,
+        /// Whether [`Self::NoReset`] stands against it too.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        no_reset: bool,
     },
     /// Nothing resets it between two VMs, and its entry does not allow that.
     NoReset,

@@ -158,11 +158,20 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
         Obstacle::Numa { node: None } => {
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
-        Obstacle::NoMsix { has } => write!(
-            f,
-            "{bdf} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
-             \"none\" to the device's entry to use it without interrupts"
-        ),
+        Obstacle::NoMsix { has, no_reset } => {
+            write!(
+                f,
+                "{bdf} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
+                 \"none\" to the device's entry to use it without interrupts"
+            )?;
+            match no_reset {
+                true => {
+                    f.write_str(". ")?;
+                    of_request(f, bdf, &Obstacle::NoReset)
+                }
+                false => Ok(()),
+            }
+        }
         Obstacle::NoReset => write!(
             f,
             "{bdf} has no reset (its reset_method in sysfs is empty): a VM can read what the VM before left in it. \
