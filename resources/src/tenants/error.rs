@@ -109,7 +109,7 @@ pub enum TenantError {
         found: usize,
     },
     /// A VM has a device, or it is in quarantine.
-    #[error("{0}")]
+    #[error("{0}{after}", after = .0.end_of_lease())]
     InUse(Blocked),
     /// A process has the device open, and would keep it whoever it is given to.
     #[error("{device} cannot change hands: {by} has it open; end that process first")]

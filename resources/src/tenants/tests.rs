@@ -392,6 +392,7 @@ fn what_is_in_quarantine_or_somebodys_stays_with_whom_it_is() {
     };
     let edit = edit_tenant(&host.paths, "a", &other).unwrap_err();
     assert!(edit.to_string().contains("is held by VM"), "{edit}");
+    assert!(edit.to_string().contains("`gantry vm detach "), "{edit}");
     let tenants = Tenants::load(&host.paths).unwrap();
     assert_eq!(tenants.find("a").unwrap().file, user());
 }

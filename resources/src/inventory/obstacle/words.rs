@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{Blocked, Obstacle};
 use crate::base::bdf::HostBdf;
-use crate::holding::lease::LeaseRecord;
+use crate::holding::lease::{LeaseKind, LeaseRecord};
 use crate::pools::nova::DeviceType;
 
 impl fmt::Display for Blocked {
@@ -66,6 +66,29 @@ impl fmt::Display for Blocked {
                 "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
             ),
             _ => of_holder(f, bdf, &self.obstacle),
+        }
+    }
+}
+
+impl Blocked {
+    /// What to do about the holder of a device that a command of the host's is to move, to put behind the
+    /// sentence; nothing where the sentence says it.
+    pub(crate) fn end_of_lease(&self) -> String {
+        let (device, holder) = match &self.obstacle {
+            Obstacle::Leased { holder } => (self.bdf, holder),
+            Obstacle::GroupLeased { member, holder, .. } => (*member, holder),
+            _ => return String::new(),
+        };
+        match holder {
+            Some(LeaseRecord {
+                kind: LeaseKind::Vm,
+                name,
+                ..
+            }) => {
+                format!(": `gantry vm detach {name} {device}` takes it from the VM, or end the VM")
+            }
+            Some(_) => ": try again when that has ended".to_owned(),
+            None => ": end that process first".to_owned(),
         }
     }
 }

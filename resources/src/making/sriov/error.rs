@@ -98,7 +98,7 @@ pub enum SriovError {
         live: Vec<LiveVf>,
     },
     /// Somebody is at work on the device.
-    #[error("{0}")]
+    #[error("{0}{after}", after = .0.end_of_lease())]
     Busy(Blocked),
     /// The kernel took the write, but the functions are not there.
     #[error("{pf} has {found} virtual functions after the write, not {wanted}: see dmesg")]

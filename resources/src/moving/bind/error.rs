@@ -26,7 +26,7 @@ pub enum BindError {
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// A device is a bridge, is held by somebody, or is in no IOMMU group.
-    #[error("{0}")]
+    #[error("{0}{after}", after = .0.end_of_lease())]
     Blocked(Blocked),
     /// The host needs a device, or one of its IOMMU group.
     #[error(
