@@ -25,4 +25,4 @@ pub use config::{Area, Backing, ConfigSpace, NoBacking};
 pub use host_bridge::HostBridge;
 pub use interrupts::{MsiMessage, MsiRoute, MsiRouter};
 pub use root_port::{PortWindows, RootPort};
-pub use segment::{PciSegment, SegmentError};
+pub use segment::{PciSegment, SegmentError, SlotGuard};

@@ -139,13 +139,31 @@ impl PciSegment {
         Ok(PortIndex(index))
     }
 
-    /// Puts `device` behind `port` as function `function`, and returns where the guest has it now.
+    /// Puts a function into the slot of `port` as number `function`, until the returned guard is dropped.
     ///
-    /// A guest looks for other functions only where it finds function 0: attach that one last.
+    /// A guest looks for other functions only where it finds function 0: plug that one in last.
     ///
     /// # Errors
     /// There is no such port or function number, or something is there already.
-    pub fn attach(
+    pub fn plug(
+        self: &Arc<Self>,
+        port: PortIndex,
+        function: u8,
+        device: Arc<dyn PciDevice>,
+    ) -> Result<SlotGuard, SegmentError> {
+        self.attach(port, function, device)?;
+        Ok(SlotGuard {
+            segment: Arc::clone(self),
+            port,
+            function,
+        })
+    }
+
+    /// Puts `device` behind `port` as function `function`, and returns where the guest has it now.
+    ///
+    /// # Errors
+    /// As [`Self::plug`].
+    pub(crate) fn attach(
         &self,
         port: PortIndex,
         function: u8,
@@ -174,7 +192,7 @@ impl PciSegment {
     }
 
     /// Takes a function away from behind `port`, if it is there.
-    pub fn detach(&self, port: PortIndex, function: u8) -> Option<Arc<dyn PciDevice>> {
+    pub(crate) fn detach(&self, port: PortIndex, function: u8) -> Option<Arc<dyn PciDevice>> {
         let port = self.ports.get(port.0)?;
         let mut functions = port
             .functions
@@ -316,6 +334,19 @@ impl PciSegment {
             device: Arc::clone(device),
             multifunction: functions.iter().flatten().count() > 1,
         })
+    }
+}
+
+/// A function in the slot of a root port. Dropping it takes the function out of the slot.
+pub struct SlotGuard {
+    segment: Arc<PciSegment>,
+    port: PortIndex,
+    function: u8,
+}
+
+impl Drop for SlotGuard {
+    fn drop(&mut self) {
+        self.segment.detach(self.port, self.function);
     }
 }
 

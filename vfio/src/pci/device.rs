@@ -12,6 +12,7 @@ use gantry_devices::warn_limited;
 use super::bars;
 use super::config::{self, MsixCapability, POWER_STATE, PowerCapability};
 use super::interrupts::{self, Interrupts};
+use super::reset::ResetScope;
 use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
 
@@ -154,7 +155,28 @@ impl PassthroughDevice {
             .or_else(|error| self.reset_device().map_err(|_| error))
     }
 
-    fn reset_device(&self) -> Result<()> {
+    /// Stops the function, and gives the guest its registers as they are after a reset. Bus mastering ends
+    /// even where the device has no reset.
+    pub(super) fn stop(&self) -> Result<()> {
+        let mut state = self.lock();
+        let quiet = self.quiet(&mut state);
+        state.bars.unassign();
+        state.space = self.at_reset.clone();
+        quiet
+    }
+
+    /// Makes the function ready for the guest after a reset, which may leave the command register as it was.
+    pub(super) fn restart(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.hardware = None;
+        self.follow(&mut state.hardware, Control::AT_RESET)
+    }
+
+    /// Resets the device.
+    ///
+    /// # Errors
+    /// The device has no reset of its own, or the reset failed.
+    pub(super) fn reset_device(&self) -> Result<()> {
         self.io.reset().inspect_err(|error| {
             if !error.is_unsupported() {
                 self.reset_failed.store(true, Ordering::Relaxed);
@@ -348,25 +370,7 @@ impl PciDevice for PassthroughDevice {
     }
 
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
-        let mut state = self.lock();
-        // Bus mastering ends even where the device has no reset, and the reset itself may leave the
-        // command register as it was.
-        let quiet = self.quiet(&mut state);
-        state.bars.unassign();
-        state.space = self.at_reset.clone();
-        let reset = match self.reset_device() {
-            Err(error) if error.is_unsupported() => {
-                warn_limited!(
-                    device = self.io.name(),
-                    "the device has no reset of its own: the guest finds it as it left it"
-                );
-                Ok(())
-            }
-            reset => reset,
-        };
-        state.hardware = None;
-        let after = self.follow(&mut state.hardware, Control::AT_RESET);
-        quiet.and(reset).and(after).map_err(io::Error::other)
+        ResetScope::new([self]).reset().map_err(io::Error::other)
     }
 }
 

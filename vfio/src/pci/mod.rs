@@ -4,6 +4,7 @@ mod bars;
 mod config;
 mod device;
 mod interrupts;
+mod reset;
 mod window;
 
 pub use device::PassthroughDevice;

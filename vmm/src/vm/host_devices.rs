@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, BarRequest};
-use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError};
+use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError, SlotGuard};
 use gantry_resources::{
     DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, OpenerError, ReservedKind,
     ReservedRegion, Terms, Uuid,
@@ -84,7 +84,7 @@ impl Hold {
 ///
 /// Dropping it takes it out of its slot, closes it, and gives the lease back, in this order.
 pub struct AttachedDevice {
-    slot: Option<Slot>,
+    slot: Option<SlotGuard>,
     function: Last<Watched>,
     // What is trapped of its BARs goes here, too.
     _io: Last<Counted<VfioDevice>>,
@@ -123,19 +123,6 @@ impl<T> Drop for Last<T> {
     }
 }
 
-/// Where a device is plugged in; dropping it unplugs the device.
-struct Slot {
-    pci: Arc<PciSegment>,
-    port: PortIndex,
-    function: u8,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.pci.detach(self.port, self.function);
-    }
-}
-
 impl AttachedDevice {
     /// Puts the device behind a root port, as function number `function`.
     ///
@@ -147,12 +134,7 @@ impl AttachedDevice {
         port: PortIndex,
         function: u8,
     ) -> Result<(), SegmentError> {
-        pci.attach(port, function, self.function.0.clone())?;
-        self.slot = Some(Slot {
-            pci: Arc::clone(pci),
-            port,
-            function,
-        });
+        self.slot = Some(pci.plug(port, function, self.function.0.clone())?);
         Ok(())
     }
 

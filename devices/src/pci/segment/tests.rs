@@ -195,3 +195,16 @@ fn hierarchies_that_make_no_sense_are_refused() {
     let missing = full.attach(PortIndex(248), 0, device());
     assert_eq!(missing, Err(SegmentError::NoPort { port: 248 }));
 }
+
+#[test]
+fn any_function_is_in_its_slot_until_its_guard_is_dropped() {
+    let segment = Arc::new(segment(1));
+    let (port, ..) = segment.ports().next().unwrap();
+    let guard = segment.plug(port, 0, Endpoint::new(9, [])).unwrap();
+    assert_eq!(dword(&segment, bdf(1, 0, 0), 0), 0x0009_1234);
+    assert!(segment.plug(port, 0, Endpoint::new(8, [])).is_err());
+    assert_eq!(dword(&segment, bdf(1, 0, 0), 0), 0x0009_1234);
+    drop(guard);
+    assert_eq!(dword(&segment, bdf(1, 0, 0), 0), u32::MAX);
+    segment.plug(port, 0, Endpoint::new(8, [])).unwrap();
+}
