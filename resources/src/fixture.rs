@@ -14,7 +14,8 @@ use tempfile::TempDir;
 
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::inventory::device::{HostDevice, scan};
+use crate::inventory::device::HostDevice;
+use crate::inventory::scan::scan;
 use crate::making::sriov::{
     HostAccess, Interface, LinkError, LinkWrite, Mac, Pf, VfLinks, VfSetting, VfState,
 };
@@ -315,7 +316,7 @@ impl<'a> FakeKernel<'a> {
     pub(crate) fn come_back(&self) {
         for file in self.kept.borrow_mut().drain(..) {
             // By name, as a child that another test is starting has a copy for a moment.
-            crate::holding::lease::unlock(&file).unwrap();
+            crate::holding::lock_file::unlock(&file).unwrap();
         }
     }
 

@@ -24,6 +24,7 @@ mod opener;
 mod pools;
 mod tenants;
 
+pub use allocation::Lease;
 pub use allocation::{AllocateError, Fit, RequestFit, allocate, allocate_near, fit};
 pub use base::atomic::make_dir;
 pub use base::bdf::{BdfError, HostBdf};
@@ -41,37 +42,39 @@ pub use check::{
 pub use facts::ids::{PciClass, PciId};
 pub use facts::interrupts::Interrupts;
 pub use facts::memlock::memlock_limit;
+pub use facts::nvme::{Namespace, Nvme};
 pub use facts::reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use facts::topology::{HostNode, host_nodes, node_of, online_cpus};
-pub use facts::usb::{UsbDevice, scan_usb};
-pub use holding::lease::{Holder, Lease, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder};
+pub use facts::vgpu::{VendorType, VendorVgpu};
+pub use holding::host_lock::LeaseError;
+pub use holding::lock_file::holder;
 pub use holding::maintenance::{
     Announced, Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance,
     end_maintenance, maintenance, running_vms,
 };
-pub use holding::quarantine::{
-    QuarantineError, Until, quarantine, release_quarantine, shared_quarantine,
-};
-pub use holding::reach::{OwnFiles, own_files};
+pub use holding::own_files::{OwnFiles, own_files};
+pub use holding::quarantine::{QuarantineError, Until, shared_quarantine};
+pub use holding::record::{Holder, LeaseKind, LeaseRecord, LeaseStatus};
 pub use inventory::card::{Allow, Card, Terms, cards, is_reset, lacks};
-pub use inventory::device::{
-    DeviceState, HostDevice, InventoryError, Namespace, NodeAccess, Nvme, Sriov, scan,
-};
+pub use inventory::device::DeviceType;
+pub use inventory::device::{DeviceState, HostDevice, NodeAccess, Sriov};
+pub use inventory::error::InventoryError;
 pub use inventory::guard::{Guarded, HostUse, OnBlock, Via, host_uses};
 pub use inventory::mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 pub use inventory::modules::{KernelModules, NoDriver};
 pub use inventory::obstacle::{Blocked, Obstacle, Sieve, blocked};
+pub use inventory::release::release_quarantine;
+pub use inventory::scan::scan;
 pub use inventory::tree::{TreeNode, tree};
+pub use inventory::usb::{UsbDevice, scan_usb};
+pub use making::demand::{reap, restore_helper};
 pub use making::sriov::{
     HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
     Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, VfToken, activate,
     deactivate,
 };
-pub use making::vgpu::{
-    Instance, VendorType, VendorVgpu, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead,
-};
+pub use making::vgpu::{Instance, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead};
 pub use moving::bind::{BindError, BindReport, BindRequest, detach, reattach};
-pub use moving::demand::{reap, restore_helper};
 pub use moving::moves::MoveError;
 pub use moving::persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
 pub use moving::writer::{
@@ -85,7 +88,7 @@ pub use pools::group::{
     Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, NO_USB,
     Overlap, ResourceGroup, change_aliases, change_device_specs,
 };
-pub use pools::nova::{Alias, DeviceSpec, DeviceType, NumaPolicy, Traits};
+pub use pools::nova::{Alias, DeviceSpec, NumaPolicy, Traits};
 pub use pools::plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
 pub use pools::request::{
     DeviceEntry, InterruptNeed, Placement, Request, RequestError, Requests, Source, Wish, aliases,

@@ -8,15 +8,17 @@ use super::{AllocateError, RequestFit};
 use crate::base::bdf::HostBdf;
 use crate::base::config::nearest;
 use crate::facts::topology::Sockets;
-use crate::holding::lease::LeaseRecord;
+use crate::holding::record::LeaseRecord;
 use crate::inventory::card::{Allow, Card, Terms, cards, lacks};
+use crate::inventory::device::DeviceType;
 use crate::inventory::device::HostDevice;
 use crate::inventory::guard::Guarded;
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::making::vgpu::{Instance, TakenInstances};
 use crate::pools::group::{GroupType, Groups, ResourceGroup, Tags};
-use crate::pools::nova::{self, Alias, DeviceType, NumaPolicy};
+use crate::pools::nova;
+use crate::pools::nova::{Alias, NumaPolicy};
 use crate::pools::request::{Placement, Request, Source, Wish};
 
 /// One look at the host.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Look, RequestFit};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::holding::lease::is_passing;
+use crate::holding::passing::is_passing;
 use crate::inventory::device::HostDevice;
 use crate::inventory::obstacle::{Blocked, Obstacle};
 use crate::pools::request::Source;

@@ -3,6 +3,7 @@
 mod choose;
 mod fit;
 mod lacks;
+mod lease;
 mod prepare;
 mod slots;
 
@@ -17,25 +18,29 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::facts::topology::Sockets;
-use crate::holding::lease::{
-    ALLOCATION_DEADLINE, AllocationLock, DeviceLock, Holder, Lease, LeaseError, LeaseRecord,
-    LeaseStatus, PASSING_PATIENCE, holder, is_passing,
-};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
+use crate::holding::lock_file::holder;
+use crate::holding::passing::{PASSING_PATIENCE, is_passing};
 use crate::holding::quarantine::{QuarantineError, Until, forget_reason, quarantine};
-use crate::inventory::device::{Detail, HostDevice, InventoryError, scan_with};
+use crate::holding::record::{Holder, LeaseRecord, LeaseStatus};
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{Guarded, host_uses};
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
+use crate::inventory::scan::{Detail, scan_with};
+use crate::making::demand::Binder;
 use crate::making::sriov::{HostAccess, Netlink, SriovError};
 use crate::making::vgpu::{self, VgpuError};
 use crate::moving::bind::BindError;
-use crate::moving::demand::Binder;
 use crate::moving::writer::ChildWriter;
 use crate::pools::group::{GroupError, Groups, NO_USB};
 use crate::pools::request::{Placement, Request};
 use choose::{Pick, View, choose, survey};
 pub use fit::{Fit, RequestFit};
 use lacks::Lacks;
+pub use lease::Lease;
 use prepare::{Needs, activate_wanted, in_order};
 pub(crate) use slots::slots_needed;
 
@@ -404,7 +409,7 @@ fn use_once(
 ) -> Result<(), AllocateError> {
     let reason = reason_of_use(holder);
     for device in for_one_use(groups, chosen) {
-        if let Err(error) = quarantine(paths, device, &reason, Until::Released) {
+        if let Err(error) = quarantine(paths, device.bdf, device.id, &reason, Until::Released) {
             unused(paths, groups, chosen, holder);
             return Err(error.into());
         }

@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use super::AllocateError;
 use super::choose::{Pick, Thing};
+use crate::allocation::Lease;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
-use crate::holding::lease::{Lease, LeaseRecord};
+use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
+use crate::making::demand::{Binder, Watch};
 use crate::making::sriov::{self, SriovError};
 use crate::making::vgpu::{self, Claimed, Instance};
-use crate::moving::demand::{Binder, Watch};
 use crate::pools::group::{GroupType, Groups};
 use crate::pools::request::{Request, Source};
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::choose::{Chosen, View, survey};
 use super::*;
 use crate::fixture::hosts;
-use crate::holding::lease::LeaseStatus;
+use crate::holding::record::LeaseStatus;
 use crate::inventory::card::{Card, cards};
 use crate::inventory::obstacle::Sieve;
 use crate::pools::nova::NumaPolicy;

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use super::choose::{Pick, choose};
 use super::{AllocateError, Look};
+use crate::allocation::Lease;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::holding::lease::Lease;
 use crate::pools::request::{Placement, Request};
 
 /// The slots that the requests would take as things are, for a VM that has the leases `own`.

@@ -3,7 +3,7 @@
 use super::fit::SHOWN;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
-use crate::holding::lease::LeaseStatus;
+use crate::holding::record::LeaseStatus;
 use crate::pools::request::{Source, Wish};
 use proptest::prelude::*;
 use std::collections::BTreeSet;

@@ -124,6 +124,11 @@ impl HostPaths {
         self.sysfs.join("bus/pci/devices").join(bdf.to_string())
     }
 
+    /// The sysfs directory of one mediated device.
+    pub(crate) fn mdev(&self, uuid: Uuid) -> PathBuf {
+        self.sysfs.join("bus/mdev/devices").join(uuid.to_string())
+    }
+
     /// Whether a device is in sight.
     pub(crate) fn shows(&self, name: impl Into<DeviceName>) -> bool {
         let name = name.into();

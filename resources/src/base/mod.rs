@@ -9,4 +9,5 @@ pub(crate) mod name;
 pub(crate) mod numbers;
 pub(crate) mod regular;
 pub(crate) mod sysfs;
+pub(crate) mod text;
 pub(crate) mod uuid;

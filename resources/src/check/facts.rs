@@ -19,9 +19,11 @@ use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::reserved::{ReservedRegion, reserved_regions};
 use crate::holding::maintenance::maintenance;
-use crate::inventory::device::{Detail, HostDevice, InventoryError, NodeAccess, scan_with};
+use crate::inventory::device::{HostDevice, NodeAccess};
+use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{Guarded, host_uses};
 use crate::inventory::modules::loaded_module;
+use crate::inventory::scan::{Detail, scan_with};
 use crate::pools::group::Groups;
 
 /// The host as the check sees it.

@@ -28,7 +28,7 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::inventory::device::InventoryError;
+use crate::inventory::error::InventoryError;
 use cmdline::Change;
 use facts::Facts;
 

@@ -3,9 +3,8 @@
 use super::{Finding, Level};
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::inventory::mdev::directory;
-use crate::making::vgpu::owed;
-use crate::moving::writer::open_in;
+use crate::facts::open_files;
+use crate::holding::vgpu_records;
 
 /// One of them.
 #[derive(Clone, Debug)]
@@ -17,16 +16,16 @@ pub(super) struct Hanging {
 
 impl Hanging {
     pub(super) fn read(paths: &HostPaths) -> Vec<Self> {
-        let all = owed::all(paths).into_iter();
+        let all = vgpu_records::all(paths).into_iter();
         let one = |name| {
             let dir = match name {
                 DeviceName::Pci(bdf) => paths.pci_device(bdf),
-                DeviceName::Mdev(uuid) => directory(paths, uuid),
+                DeviceName::Mdev(uuid) => paths.mdev(uuid),
             };
-            let by = open_in(&paths.proc, &dir.join("remove"));
+            let by = open_files::words(&paths.proc, &dir.join("remove"));
             Self { name, by }
         };
-        all.filter(|name| owed::hangs(paths, *name))
+        all.filter(|name| vgpu_records::hangs(paths, *name))
             .map(one)
             .collect()
     }

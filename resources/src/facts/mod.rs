@@ -1,10 +1,14 @@
 //! What sysfs and procfs say, without a look at who holds anything.
 
+pub(crate) mod attributes;
 pub(crate) mod dsn;
 pub(crate) mod ids;
 pub(crate) mod interrupts;
 pub(crate) mod memlock;
 pub(crate) mod names;
+pub(crate) mod nvme;
+pub(crate) mod open_files;
+pub(crate) mod process;
 pub(crate) mod reserved;
 pub(crate) mod topology;
-pub(crate) mod usb;
+pub(crate) mod vgpu;

@@ -7,7 +7,6 @@ use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::numbers::Numbers;
 use crate::base::sysfs;
-use crate::inventory::mdev;
 
 /// A NUMA node of the host (Documentation/ABI/stable/sysfs-devices-node).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,7 +80,7 @@ pub fn node_of(paths: &HostPaths, device: DeviceName) -> Option<u32> {
     let owner = match device {
         DeviceName::Pci(bdf) => paths.pci_device(bdf),
         DeviceName::Mdev(uuid) => {
-            let link = mdev::directory(paths, uuid);
+            let link = paths.mdev(uuid);
             link.canonicalize().ok()?.parent()?.to_owned()
         }
     };

@@ -12,7 +12,8 @@ use thiserror::Error;
 use crate::base::atomic;
 use crate::base::host::{HostPaths, TENANTS};
 use crate::base::sysfs::{self, HeldDir};
-use crate::holding::lease::{Holder, LeaseRecord, LeaseStatus, LockFile, status, status_of};
+use crate::holding::lock_file::{LockFile, status, status_of};
+use crate::holding::record::{Holder, LeaseRecord, LeaseStatus};
 
 /// Why no VM may start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

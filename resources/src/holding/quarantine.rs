@@ -13,15 +13,15 @@ use crate::base::atomic::{self, make_dir, show};
 use crate::base::bdf::HostBdf;
 use crate::base::host::{HostPaths, TENANTS};
 use crate::base::sysfs::{self, HeldDir};
-use crate::holding::lease::{self, DeviceLock, LeaseRecord};
-use crate::inventory::device::{HostDevice, InventoryError, id_at};
+use crate::base::text::short;
+use crate::facts::attributes::id_at;
+use crate::facts::ids::PciId;
+use crate::holding::lock_file;
 
 /// Where records lie, below the state directory.
 const DIR: &str = "quarantine";
 /// No record is longer.
 const LONGEST: u64 = 16 << 10;
-/// Characters of what others say of a device.
-const MOST_WORDS: usize = 200;
 /// Files of a tenant that are looked through before each device's is asked for by its name.
 const MOST_FILES: usize = 4096;
 
@@ -61,61 +61,23 @@ pub enum QuarantineError {
         #[source]
         source: io::Error,
     },
-    /// The device is not there, or cannot be looked at.
-    #[error(transparent)]
-    Inventory(#[from] InventoryError),
-    /// The device is in no quarantine.
-    #[error("{bdf} is not in quarantine: `gantry device list` shows the states")]
-    NotThere {
-        /// The device.
-        bdf: HostBdf,
-    },
-    /// It is kept out with its card.
-    #[error(
-        "{bdf} is kept out because {first}, the first function of its card, is in quarantine: \
-         `gantry device release-quarantine {first}`"
-    )]
-    OfCard {
-        /// The device.
-        bdf: HostBdf,
-        /// The first function of its card.
-        first: HostBdf,
-    },
-    /// Somebody has the device.
-    #[error(
-        "{bdf} is held by {}: release it when that has ended",
-        holder.as_ref().map_or_else(|| "an unknown process".to_owned(), ToString::to_string)
-    )]
-    Held {
-        /// The device.
-        bdf: HostBdf,
-        /// Who says that it has it.
-        holder: Option<LeaseRecord>,
-    },
-    /// The device still is not well.
-    #[error(
-        "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or reboot the host, then release it"
-    )]
-    Dead {
-        /// The device.
-        bdf: HostBdf,
-    },
 }
 
 /// Keeps a device from VMs until it is released by hand.
-pub fn quarantine(
+pub(crate) fn quarantine(
     paths: &HostPaths,
-    device: &HostDevice,
+    bdf: HostBdf,
+    id: PciId,
     reason: &str,
     until: Until,
 ) -> Result<(), QuarantineError> {
     let record = Record {
-        id: device.id.to_string(),
+        id: id.to_string(),
         reason: reason.to_owned(),
         until,
         boot: boot(paths),
     };
-    let path = path(paths, device.bdf, until);
+    let path = path(paths, bdf, until);
     store(&path, &record).map_err(|source| QuarantineError::File { path, source })
 }
 
@@ -130,23 +92,14 @@ fn store(path: &Path, record: &Record) -> io::Result<()> {
 
 /// A record for a process that can neither ask for the boot nor open a file: it is left in the file of
 /// the device's lease, whose directory a boot of the host empties.
-pub(crate) fn note(device: &HostDevice, reason: &str) -> Vec<u8> {
+pub(crate) fn note(id: PciId, reason: &str) -> Vec<u8> {
     let record = Record {
-        id: device.id.to_string(),
+        id: id.to_string(),
         reason: reason.to_owned(),
         until: Until::Boot,
         boot: None,
     };
     serde_json::to_vec(&record).unwrap_or_default()
-}
-
-/// As much of what others say as a line has room for: it is kept for people to read, at a terminal. What
-/// changes how a terminal shows the rest is left out.
-pub(crate) fn short(reason: &str) -> String {
-    let shown = |one: &char| {
-        one.is_alphanumeric() || one.is_ascii_punctuation() || matches!(one, ' ' | '\u{2019}')
-    };
-    reason.chars().filter(shown).take(MOST_WORDS).collect()
 }
 
 /// A record that may be a tenant's, who writes into it what it likes.
@@ -192,26 +145,8 @@ fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
     }
 }
 
-/// Lets VMs have a device again, if it answers.
-pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
-    let device = HostDevice::read(paths, bdf)?;
-    if device.quarantine.is_none() {
-        let first = device.first_function().bdf;
-        return Err(match device.kept_out() {
-            Some(_) => QuarantineError::OfCard { bdf, first },
-            None => QuarantineError::NotThere { bdf },
-        });
-    }
-    if is_dead(&paths.pci_device(bdf).join("config")) {
-        return Err(QuarantineError::Dead { bdf });
-    }
-    // Taking the lock takes away what its last holder left.
-    let record = LeaseRecord::task("gantry device release-quarantine");
-    let lock = DeviceLock::take(paths, bdf, &record).map_err(InventoryError::from)?;
-    if lock.is_none() {
-        let holder = device.lease.record().cloned();
-        return Err(QuarantineError::Held { bdf, holder });
-    }
+/// Takes all records of a device away.
+pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
     for home in homes(paths) {
         for until in UNTIL {
             home.forget(paths, bdf, until)?;
@@ -244,8 +179,8 @@ pub(crate) fn forget_reason(
 }
 
 /// Why a device must not be moved: it hung or failed, and another attempt would hang as well.
-pub(crate) fn hung(paths: &HostPaths, device: &HostDevice) -> Option<String> {
-    let found = find(paths, device.bdf, &device.id.to_string())?;
+pub(crate) fn hung(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<String> {
+    let found = find(paths, bdf, id)?;
     (found.until == Until::Boot).then(|| found.reason())
 }
 
@@ -267,14 +202,15 @@ impl Found {
 /// Why a device with these ids is in quarantine, if it is: all the reasons that there are.
 ///
 /// A record that cannot be read keeps the device out: better idle than broken.
-pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: &str) -> Option<Found> {
+pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<Found> {
+    let id = &id.to_string();
     let now = boot(paths);
     let homes = homes(paths);
     let kept = homes.iter().flat_map(|home| {
         let records = UNTIL.map(|until| home.record(paths, bdf, until));
         records.into_iter().flatten()
     });
-    let note = || of_note(&lease::note(paths, bdf)?).map(Kept::Record);
+    let note = || of_note(&lock_file::note(paths, bdf)?).map(Kept::Record);
     let mut found: Option<Found> = None;
     for (reason, until) in kept
         .chain(note())
@@ -476,7 +412,7 @@ impl Home {
 
 /// Whether a tenant's record is about a device of that tenant: the file of its lease is the user's too.
 fn is_owners(paths: &HostPaths, bdf: HostBdf, record: &fs::File) -> io::Result<bool> {
-    let lease = fs::symlink_metadata(lease::lock_path(paths, bdf))?;
+    let lease = fs::symlink_metadata(lock_file::lock_path(paths, bdf))?;
     Ok(lease.uid() == record.metadata()?.uid())
 }
 
@@ -492,13 +428,6 @@ pub(crate) fn adopt(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
-fn is_dead(config: &Path) -> bool {
-    let mut id = [0; 2];
-    let read = fs::File::open(config).and_then(|mut file| io::Read::read_exact(&mut file, &mut id));
-    read.is_ok() && id == [0xff; 2]
 }
 
 fn boot(paths: &HostPaths) -> Option<String> {

@@ -1,25 +1,17 @@
-//! The PCI functions of the host, read from sysfs at the moment of asking.
+//! A PCI function of the host: what sysfs says of it, and who holds it.
 
-mod attributes;
-mod nvme;
-mod source;
-
-use std::io;
-use std::path::PathBuf;
+use std::fmt;
 use std::sync::Arc;
 
-use serde::Serialize;
-use thiserror::Error;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use crate::base::bdf::HostBdf;
-use crate::base::host::HostPaths;
 use crate::facts::ids::{PciClass, PciId};
 use crate::facts::interrupts::Interrupts;
-use crate::holding::lease::{LeaseError, LeaseKind, LeaseStatus};
-use crate::making::vgpu::VendorVgpu;
-pub use nvme::{Namespace, Nvme};
-use source::Source;
-pub(crate) use source::id_at;
+use crate::facts::nvme::Nvme;
+use crate::facts::vgpu::VendorVgpu;
+use crate::holding::record::{LeaseKind, LeaseStatus};
 
 /// Virtual functions of a physical function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -126,79 +118,7 @@ pub enum DeviceState {
     },
 }
 
-/// The inventory could not be read.
-#[derive(Debug, Error)]
-pub enum InventoryError {
-    /// A path of sysfs that must be there cannot be read.
-    #[error("cannot read {path}: is sysfs mounted there?")]
-    Sysfs {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A device does not exist.
-    #[error("there is no PCI device {bdf} on this host: `gantry device list` shows what there is")]
-    NoSuchDevice {
-        /// Its address.
-        bdf: HostBdf,
-    },
-    /// It cannot be told who holds a device.
-    #[error(transparent)]
-    Lease(#[from] LeaseError),
-}
-
-/// How much of a device is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Detail {
-    /// All of it. Reading a serial number touches the hardware: it wakes a sleeping device and waits
-    /// for one that is being reset. Reading an override waits for whoever moves the device.
-    Full,
-    /// What a choice of devices looks at: all but serial numbers, overrides and revisions.
-    ForChoice,
-}
-
-/// Every PCI function of the host, in the order of their addresses.
-///
-/// A device that vanishes during the scan is left out.
-pub fn scan(paths: &HostPaths) -> Result<Vec<HostDevice>, InventoryError> {
-    scan_with(paths, Detail::Full)
-}
-
-pub(crate) fn scan_with(
-    paths: &HostPaths,
-    detail: Detail,
-) -> Result<Vec<HostDevice>, InventoryError> {
-    let source = Source::open(paths, detail)?;
-    let listing = std::fs::read_dir(&source.dir).map_err(source.unreadable())?;
-    let mut addresses = Vec::new();
-    for entry in listing {
-        let name = entry.map_err(source.unreadable())?.file_name();
-        if let Some(bdf) = name.to_str().and_then(|name| name.parse::<HostBdf>().ok()) {
-            addresses.push(bdf);
-        }
-    }
-    addresses.retain(|bdf| paths.shows(*bdf));
-    addresses.sort();
-    let mut devices = Vec::with_capacity(addresses.len());
-    for bdf in addresses {
-        let device = source.read(bdf, &devices)?;
-        devices.extend(device);
-    }
-    Ok(devices)
-}
-
 impl HostDevice {
-    /// Reads one device.
-    pub fn read(paths: &HostPaths, bdf: HostBdf) -> Result<Self, InventoryError> {
-        let source = Source::open(paths, Detail::Full)?;
-        let device = source.read(bdf, &[])?;
-        let mut device = device.ok_or(InventoryError::NoSuchDevice { bdf })?;
-        device.lead = source.read_lead(&device)?.map(Arc::new);
-        Ok(device)
-    }
-
     /// Who has the device: a VM, a driver of the host, vfio-pci, nobody.
     ///
     /// While a command moves it between drivers, the driver it has at that moment decides.
@@ -289,5 +209,37 @@ pub(crate) fn is_vfio_driver(name: &str) -> bool {
     name == "vfio-pci" || name.ends_with("-vfio-pci")
 }
 
-#[cfg(test)]
-mod tests;
+/// What a function is in the eyes of SR-IOV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DeviceType {
+    /// A function without SR-IOV.
+    #[serde(rename = "type-PCI")]
+    Pci,
+    /// A physical function: it has the SR-IOV capability, whether or not that is used.
+    #[serde(rename = "type-PF")]
+    Pf,
+    /// A virtual function.
+    #[serde(rename = "type-VF")]
+    Vf,
+}
+
+impl DeviceType {
+    /// What a device is.
+    pub fn of(device: &HostDevice) -> Self {
+        match (device.physfn, device.sriov) {
+            (Some(_), _) => Self::Vf,
+            (None, Some(sriov)) if sriov.total > 0 => Self::Pf,
+            (None, _) => Self::Pci,
+        }
+    }
+}
+
+impl fmt::Display for DeviceType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pci => "type-PCI",
+            Self::Pf => "type-PF",
+            Self::Vf => "type-VF",
+        })
+    }
+}

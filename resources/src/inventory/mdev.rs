@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -11,9 +11,11 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::base::uuid::Uuid;
-use crate::holding::lease::{LeaseStatus, holder};
-use crate::inventory::device::{DeviceState, InventoryError};
-use crate::making::vgpu::owed::{Claim, claims, hangs};
+use crate::holding::lock_file::holder;
+use crate::holding::record::LeaseStatus;
+use crate::holding::vgpu_records::{Claim, claims, hangs};
+use crate::inventory::device::DeviceState;
+use crate::inventory::error::InventoryError;
 
 /// What is said of a device that the kernel neither made nor removed.
 pub(crate) const HANGS: &str =
@@ -123,7 +125,7 @@ impl MdevDevice {
         if !paths.shows(uuid) {
             return Ok(None);
         }
-        let dir = directory(paths, uuid);
+        let dir = paths.mdev(uuid);
         let facts = || -> io::Result<Option<Self>> {
             let real = match fs::canonicalize(&dir) {
                 Ok(real) => real,
@@ -176,11 +178,6 @@ impl MdevDevice {
             },
         }
     }
-}
-
-/// The directory of a mediated device.
-pub(crate) fn directory(paths: &HostPaths, uuid: Uuid) -> PathBuf {
-    paths.sysfs.join("bus/mdev/devices").join(uuid.to_string())
 }
 
 fn types(parent: &Path) -> io::Result<Vec<MdevType>> {

@@ -2,8 +2,13 @@
 
 pub(crate) mod card;
 pub(crate) mod device;
+pub(crate) mod error;
+pub(crate) mod former;
 pub(crate) mod guard;
 pub(crate) mod mdev;
 pub(crate) mod modules;
 pub(crate) mod obstacle;
+pub(crate) mod release;
+pub(crate) mod scan;
 pub(crate) mod tree;
+pub(crate) mod usb;

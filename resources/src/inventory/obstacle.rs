@@ -11,10 +11,11 @@ use serde::Serialize;
 use crate::base::bdf::HostBdf;
 use crate::facts::ids::PciId;
 use crate::facts::interrupts::Interrupts;
-use crate::holding::lease::{InTheWay, LeaseRecord, LeaseStatus};
+use crate::holding::passing::InTheWay;
+use crate::holding::record::{LeaseRecord, LeaseStatus};
+use crate::inventory::device::DeviceType;
 use crate::inventory::device::{HostDevice, NodeAccess};
 use crate::inventory::guard::Guarded;
-use crate::pools::nova::DeviceType;
 pub use sieve::Sieve;
 
 /// Why a device is not free.

@@ -6,12 +6,17 @@ use std::collections::BTreeSet;
 
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::holding::lease::{DeviceLock, LeaseRecord, holder, under_lock};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::lock_file::holder;
+use crate::holding::passing::under_lock;
 use crate::holding::quarantine::hung;
-use crate::inventory::device::{Detail, HostDevice, InventoryError, is_vfio_driver, scan_with};
+use crate::holding::record::LeaseRecord;
+use crate::inventory::device::{HostDevice, is_vfio_driver};
+use crate::inventory::error::InventoryError;
+use crate::inventory::former::Former;
 use crate::inventory::guard::{doubts, host_uses};
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
-use crate::moving::former::Former;
+use crate::inventory::scan::{Detail, scan_with};
 use crate::moving::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::moving::writer::{SysfsWrite, SysfsWriter};
 use crate::tenants::Tenants;
@@ -217,7 +222,7 @@ impl Direction {
             )));
         }
         // Whoever moves what hangs would hang with it, and with its neighbours.
-        let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device)?));
+        let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device.bdf, device.id)?));
         if let Some((bdf, why)) = plan.members.iter().find_map(stuck) {
             let obstacle = Obstacle::Quarantined { why };
             return Err(BindError::Blocked(Blocked { bdf, obstacle }));

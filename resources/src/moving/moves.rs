@@ -8,8 +8,9 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::quarantine::{Until, quarantine};
-use crate::inventory::device::{HostDevice, InventoryError};
-use crate::moving::former::Former;
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
+use crate::inventory::former::Former;
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::nova::devname;
 
@@ -209,7 +210,7 @@ impl Mover<'_> {
             return;
         }
         let reason = format!("it hung: {why}");
-        if let Err(error) = quarantine(self.paths, device, &reason, Until::Boot) {
+        if let Err(error) = quarantine(self.paths, device.bdf, device.id, &reason, Until::Boot) {
             tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
         }
     }

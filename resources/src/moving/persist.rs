@@ -8,11 +8,12 @@ use std::path::Path;
 use crate::base::atomic;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::inventory::device::{HostDevice, is_vfio_driver, scan};
+use crate::inventory::device::{HostDevice, is_vfio_driver};
+use crate::inventory::former::Former;
 use crate::inventory::guard::host_uses;
 use crate::inventory::modules::{KernelModules, loaded_module};
+use crate::inventory::scan::scan;
 use crate::moving::bind::{BindError, members};
-use crate::moving::former::Former;
 use crate::pools::group::ResourceGroup;
 
 /// The two ways that name devices.

@@ -1,7 +1,5 @@
 //! Writes to sysfs that the kernel may never come back from.
 
-mod users;
-
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
@@ -13,8 +11,8 @@ use nix::libc;
 use thiserror::Error;
 
 use crate::base::helpers;
-use crate::holding::lease::PASSING_PATIENCE;
-pub(crate) use users::{User, is_open, open_nodes, users as who_has_open, words as open_in};
+use crate::facts::open_files;
+use crate::holding::passing::PASSING_PATIENCE;
 
 /// The first argument of the child that [`ChildWriter`] runs.
 const SUBCOMMAND: &str = "__sysfs-write";
@@ -153,7 +151,7 @@ impl ChildWriter {
                 Some(libc::EBUSY) => {
                     // Who only looks whether a device is free has it open for a moment too: seen twice,
                     // one stays.
-                    let staying = users::staying(&self.proc, &users::about(path, value));
+                    let staying = open_files::staying(&self.proc, &open_files::about(path, value));
                     let stays = staying.iter().any(|pid| before.contains(pid));
                     if stays || waited >= self.patience {
                         return Err(WriteError::Busy(self.unfinished(path, value, waited)));
@@ -169,7 +167,7 @@ impl ChildWriter {
     }
 
     fn unfinished(&self, path: &Path, value: &str, after: Duration) -> Box<Unfinished> {
-        let by = users::words(&self.proc, &users::about(path, value));
+        let by = open_files::words(&self.proc, &open_files::about(path, value));
         let (path, value) = (path.to_owned(), value.to_owned());
         let write = SysfsWrite { path, value };
         Box::new(Unfinished { write, after, by })
@@ -262,7 +260,7 @@ fn write_once(path: &Path, value: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::holding::lease;
+    use crate::holding::lock_file;
     use std::fs;
 
     /// A program that does what a shell script says. The script is written by another process: a
@@ -414,13 +412,13 @@ mod tests {
         );
         let kept = dir.path().join("kept");
         fs::write(&kept, "").unwrap();
-        let locked = || lease::is_locked(&File::open(&kept).unwrap()).unwrap();
+        let locked = || lock_file::is_locked(&File::open(&kept).unwrap()).unwrap();
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .open(&kept)
             .unwrap();
-        assert!(lease::try_lock(&file).unwrap());
+        assert!(lock_file::try_lock(&file).unwrap());
         writer
             .write_keeping(Path::new("/sys/x"), "1", &file)
             .unwrap();

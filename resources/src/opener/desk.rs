@@ -10,12 +10,13 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
+use crate::allocation::Lease;
 use crate::allocation::{AllocateError, allocate_beside, fit, slots_needed};
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::base::text::short;
 use crate::facts::reserved::reserved_regions;
-use crate::holding::lease::{Holder, Lease};
-use crate::holding::quarantine::short;
+use crate::holding::record::Holder;
 use crate::inventory::card::Allow;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;

@@ -7,7 +7,8 @@ use std::thread::{self, JoinHandle};
 use super::desk::serve;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
-use crate::holding::lease::{AllocationLock, LeaseKind, LeaseRecord};
+use crate::holding::host_lock::AllocationLock;
+use crate::holding::record::{LeaseKind, LeaseRecord};
 
 const GROUPS: &str = r#"{"groups": [
     {"name": "nvme", "rules": [{"class": "0108"}]},

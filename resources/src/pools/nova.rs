@@ -13,46 +13,11 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::HostBdf;
-use crate::inventory::device::HostDevice;
+use crate::inventory::device::{DeviceType, HostDevice};
 use crate::pools::rule::HexId;
 use address::Address;
 pub use words::{Flag, IdOrAny, LocallyManaged, Traits};
 pub(crate) use words::{class_of, resource_class};
-
-/// What a function is in the eyes of SR-IOV.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum DeviceType {
-    /// A function without SR-IOV.
-    #[serde(rename = "type-PCI")]
-    Pci,
-    /// A physical function: it has the SR-IOV capability, whether or not that is used.
-    #[serde(rename = "type-PF")]
-    Pf,
-    /// A virtual function.
-    #[serde(rename = "type-VF")]
-    Vf,
-}
-
-impl DeviceType {
-    /// What a device is.
-    pub fn of(device: &HostDevice) -> Self {
-        match (device.physfn, device.sriov) {
-            (Some(_), _) => Self::Vf,
-            (None, Some(sriov)) if sriov.total > 0 => Self::Pf,
-            (None, _) => Self::Pci,
-        }
-    }
-}
-
-impl fmt::Display for DeviceType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Pci => "type-PCI",
-            Self::Pf => "type-PF",
-            Self::Vf => "type-VF",
-        })
-    }
-}
 
 /// How near to a VM's processors and memory its devices must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -9,7 +9,8 @@ use thiserror::Error;
 use crate::base::config::place::{ListItem, Place};
 use crate::base::config::{self, ConfigError, nearest};
 use crate::base::host::HostPaths;
-use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseRecord};
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
+use crate::holding::record::LeaseRecord;
 use crate::pools::group::is_name;
 use crate::pools::request::{DeviceEntry, Request, RequestError, Requests};
 

@@ -10,9 +10,10 @@ use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::holding::quarantine::{adopt, hung};
 use crate::inventory::card::{Card, cards};
-use crate::inventory::device::{HostDevice, scan};
+use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::inventory::scan::scan;
 use crate::making::sriov::granted::{self, Kept};
 use crate::making::sriov::{HostAccess, VfLinks};
 use crate::moving::bind::{BindRequest, detach, reattach};
@@ -293,7 +294,7 @@ fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>)
     let mut stuck: Vec<&HostDevice> = Vec::new();
     for device in all {
         if devices.iter().any(|one| together(one, device))
-            && let Some(why) = hung(host, device)
+            && let Some(why) = hung(host, device.bdf, device.id)
         {
             let bdf = device.bdf;
             tracing::warn!(

@@ -13,14 +13,15 @@ use crate::base::config::place::Place;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::sysfs;
-use crate::holding::lease::{
-    DeviceLock, LeaseRecord, LeaseStatus, PASSING_PATIENCE, holder, is_ending,
-};
-use crate::inventory::mdev::directory;
+use crate::facts::open_files::{User as Process, is_open, users};
+use crate::facts::process::is_ending;
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::lock_file::holder;
+use crate::holding::passing::PASSING_PATIENCE;
+use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::inventory::obstacle::Blocked;
 use crate::making::sriov::granted;
 use crate::making::vgpu::VgpuError;
-use crate::moving::writer::{User as Process, is_open, who_has_open};
 
 /// A user who owns files.
 pub(super) struct Owner {
@@ -100,7 +101,7 @@ impl Owner {
     /// Whether all is this user's already: then it may be in use.
     fn has(&self, host: &HostPaths, name: DeviceName) -> io::Result<bool> {
         let mut files = nodes(host, name);
-        files.push(crate::holding::lease::lock_path(host, name));
+        files.push(crate::holding::lock_file::lock_path(host, name));
         for file in files {
             match fs::metadata(&file) {
                 Ok(found) if found.uid() == self.uid => {}
@@ -119,7 +120,7 @@ impl Owner {
     pub(super) fn take_over(&self, host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
         if self
             .has(host, name)
-            .map_err(failed(&crate::holding::lease::lock_path(host, name)))?
+            .map_err(failed(&crate::holding::lock_file::lock_path(host, name)))?
         {
             return Ok(());
         }
@@ -130,11 +131,11 @@ impl Owner {
         let closed = ClosedNodes::of(host, name)?;
         is_closed(host, name)?;
         closed.give(self)?;
-        let path = crate::holding::lease::lock_path(host, name);
+        let path = crate::holding::lock_file::lock_path(host, name);
         let draft = path.with_extension("new");
         let made = fs::remove_file(&draft)
             .or_else(absent_is_fine)
-            .and_then(|()| crate::holding::lease::create(&draft))
+            .and_then(|()| crate::holding::lock_file::create(&draft))
             .and_then(|()| self.own(&draft))
             .and_then(|()| fs::rename(&draft, &path));
         drop(lock);
@@ -185,7 +186,7 @@ pub(super) fn is_closed(host: &HostPaths, name: DeviceName) -> Result<(), Tenant
     let group = group_node(host, name);
     let mut before = Vec::new();
     loop {
-        let users = who_has_open(&host.proc, &directory_of(host, name).join("driver"));
+        let users = users(&host.proc, &directory_of(host, name).join("driver"));
         if users.is_empty() && !group.as_deref().is_some_and(is_open) {
             return Ok(());
         }
@@ -223,7 +224,7 @@ fn held(name: DeviceName, lease: &LeaseStatus) -> TenantError {
 fn directory_of(host: &HostPaths, name: DeviceName) -> PathBuf {
     match name {
         DeviceName::Pci(bdf) => host.pci_device(bdf),
-        DeviceName::Mdev(uuid) => directory(host, uuid),
+        DeviceName::Mdev(uuid) => host.mdev(uuid),
     }
 }
 

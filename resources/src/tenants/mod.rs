@@ -25,11 +25,13 @@ use crate::base::config::{self, ConfigError, nearest};
 use crate::base::host::{HostPaths, TENANTS};
 use crate::base::name::DeviceName;
 use crate::base::sysfs;
-use crate::holding::lease::{LeaseError, LeaseRecord, OwnersLock};
+use crate::holding::host_lock::{LeaseError, OwnersLock};
 use crate::holding::maintenance::{RunningVm, running_vms};
 use crate::holding::quarantine::adopt;
-use crate::inventory::device::{HostDevice, InventoryError, scan};
-use crate::inventory::mdev::directory;
+use crate::holding::record::LeaseRecord;
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
+use crate::inventory::scan::scan;
 use crate::making::sriov::{Netlink, VfLinks, granted};
 use crate::pools::group::{GroupError, Groups, is_name};
 use crate::pools::rule::Rule;
@@ -269,7 +271,7 @@ impl Tenants {
             granting::keep_settings(host, links, &there);
             // Those that no group of the host's makes are not there.
             let mdevs = tenant.mdevs().into_iter();
-            let mdevs = mdevs.filter(|uuid| directory(host, *uuid).exists());
+            let mdevs = mdevs.filter(|uuid| host.mdev(*uuid).exists());
             let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
             // One that cannot be had keeps no other one away.
             all_of(given.into_iter().chain(mdevs))

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
-use crate::holding::lease::lock_path;
+use crate::holding::lock_file::lock_path;
 use crate::moving::bind::{BindRequest, reattach};
 use crate::{Holder, Request, allocate, running_vms};
 
@@ -238,7 +238,14 @@ fn make_everything_anew() {
     create_tenant(&host.paths, "a", &user()).unwrap();
     assert_eq!(give(&host, &kernel, "a", "01:00.0"), "1 given");
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, &disk, "it hangs", crate::Until::Boot).unwrap();
+    quarantine(
+        &host.paths,
+        disk.bdf,
+        disk.id,
+        "it hangs",
+        crate::Until::Boot,
+    )
+    .unwrap();
     let HostPaths {
         run, config, state, ..
     } = &host.paths;
@@ -666,16 +673,18 @@ fn a_user_who_is_not_there_is_named_with_the_line() {
 
 #[test]
 fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() {
-    use crate::holding::quarantine::{quarantine, release_quarantine};
+    use crate::holding::quarantine::quarantine;
+    use crate::inventory::release::release_quarantine;
     let until = crate::Until::Released;
     let host = host();
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
     give(&host, &kernel, "a", "01:00.0");
     let tenant = scope(&host, "a");
+    let device = host.read("01:00.0");
     let state = |paths: &HostPaths| HostDevice::read(paths, bdf("01:00.0")).unwrap().quarantine;
     for (one, other) in [(&tenant, &host.paths), (&host.paths, &tenant)] {
-        quarantine(one, &host.read("01:00.0"), "it hangs", until).unwrap();
+        quarantine(one, device.bdf, device.id, "it hangs", until).unwrap();
         assert_eq!(state(other).as_deref(), Some("it hangs"));
         assert_eq!(
             scan(other).unwrap()[0].quarantine.as_deref(),
@@ -688,12 +697,12 @@ fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() 
     // What a tenant says of devices that are not its user's is nothing to the host; here all files are
     // one user's, so that it takes one without a lease.
     let other = host.read("02:00.0");
-    quarantine(&tenant, &other, "mine now", until).unwrap();
+    quarantine(&tenant, other.bdf, other.id, "mine now", until).unwrap();
     let lock = lock_path(&host.paths, other.bdf);
     let _ = fs::remove_file(&lock);
     assert_eq!(host.read("02:00.0").quarantine, None);
     // It stays known when the device goes back, in words that a terminal takes.
-    quarantine(&tenant, &host.read("01:00.0"), "it\u{1b} hangs", until).unwrap();
+    quarantine(&tenant, device.bdf, device.id, "it\u{1b} hangs", until).unwrap();
     assert_eq!(state(&host.paths).as_deref(), Some("it hangs"));
     revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap();
     delete_tenant(&host.paths, "a").unwrap();
@@ -710,7 +719,14 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
         give(&host, &kernel, "a", device);
     }
     let stuck = host.read("02:00.1");
-    quarantine(&scope(&host, "a"), &stuck, "it hangs", crate::Until::Boot).unwrap();
+    quarantine(
+        &scope(&host, "a"),
+        stuck.bdf,
+        stuck.id,
+        "it hangs",
+        crate::Until::Boot,
+    )
+    .unwrap();
     let all = ["01:00.0", "02:00.0", "02:00.1"].map(bdf);
     assert_eq!(
         revoke(&host.paths, kernel.access(), "a", &all).unwrap(),
@@ -721,7 +737,10 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
     for neighbour in ["02:00.0", "02:00.1"] {
         assert_eq!(driver(neighbour).as_deref(), Some("vfio-pci"));
     }
-    assert_eq!(hung(&host.paths, &stuck).as_deref(), Some("it hangs"));
+    assert_eq!(
+        hung(&host.paths, stuck.bdf, stuck.id).as_deref(),
+        Some("it hangs")
+    );
     delete_tenant(&host.paths, "a").unwrap();
 }
 

@@ -6,7 +6,7 @@ use super::hand_over::{Owner, is_closed, is_free};
 use super::{Tenant, TenantError, Tenants, alone, definitions};
 use crate::base::host::HostPaths;
 use crate::base::uuid::Uuid;
-use crate::holding::lease::holder;
+use crate::holding::lock_file::holder;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::making::vgpu::{VgpuError, VgpuSpec};
 use crate::pools::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup, is_name};
@@ -130,7 +130,9 @@ pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), 
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, FakeKernel};
-    use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+    use crate::holding::device_lock::DeviceLock;
+    use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
+    use crate::holding::record::LeaseRecord;
     use crate::tenants::{TenantFile, create_tenant, delete_tenant};
     use crate::{
         Grant, Granted, Groups, Holder, Lease, Request, allocate, grant, make_ahead, unmake_ahead,

@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::record::LeaseRecord;
 use crate::inventory::device::DeviceState;
+use crate::inventory::release::release_quarantine;
 use std::os::unix::fs::PermissionsExt;
 
 fn host() -> FakeHost {
@@ -15,7 +18,14 @@ fn host() -> FakeHost {
 fn a_device_is_kept_out_until_it_is_released() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, &disk, "it was used", Until::Released).unwrap();
+    quarantine(
+        &host.paths,
+        disk.bdf,
+        disk.id,
+        "it was used",
+        Until::Released,
+    )
+    .unwrap();
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     let reason = "it was used".to_owned();
     assert_eq!(
@@ -71,7 +81,7 @@ fn a_note_that_cannot_be_kept_stays_in_its_place() {
     let device = host.read("01:00.0");
     host.file(
         "run/leases/0000:01:00.0.lock",
-        std::str::from_utf8(&note(&device, "it hangs")).unwrap(),
+        std::str::from_utf8(&note(device.id, "it hangs")).unwrap(),
     );
     host.file("var", "no directory");
     let record = LeaseRecord::task("a");
@@ -90,7 +100,7 @@ fn a_tenant_reads_the_hosts_records_whatever_the_umask_was() {
     for (path, closed) in [(&*file, 0o600), (dir, 0o700)] {
         fs::set_permissions(path, fs::Permissions::from_mode(closed)).unwrap();
     }
-    quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
     assert_eq!((mode(dir), mode(&file)), (0o755, 0o644));
 }
 
@@ -122,7 +132,7 @@ fn what_a_note_says_is_fit_for_a_terminal() {
     let host = host();
     let disk = host.read("01:00.0");
     let wild = format!("\u{1b}[2Jgone\n\u{7}{}", "x".repeat(999));
-    let note = String::from_utf8(note(&disk, &wild)).unwrap();
+    let note = String::from_utf8(note(disk.id, &wild)).unwrap();
     host.file("run/leases/0000:01:00.0.lock", &note);
     let tame = format!("[2Jgone{}", "x".repeat(193));
     assert_eq!(host.read("01:00.0").quarantine.as_ref(), Some(&tame));
@@ -160,7 +170,7 @@ fn a_forged_note_takes_nothing_back() {
         !host.paths.state.join(DIR).exists(),
         "nothing is written down"
     );
-    quarantine(&host.paths, &disk, used, Until::Released).unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, used, Until::Released).unwrap();
     for forged in &foreign {
         assert_eq!(forge(forged).as_deref(), Some(used), "{forged}");
     }
@@ -170,7 +180,7 @@ fn a_forged_note_takes_nothing_back() {
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     assert_eq!(host.read("01:00.0").quarantine.as_deref(), Some(used));
     // A reason that the host has found is not replaced.
-    quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
     assert_eq!(forge(&own).unwrap(), format!("it hangs; {used}"));
     release_quarantine(&host.paths, disk.bdf).unwrap();
     assert_eq!(host.read("01:00.0").quarantine, None);
@@ -180,10 +190,11 @@ fn a_forged_note_takes_nothing_back() {
 fn a_boot_or_other_hardware_ends_it() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, &disk, "it hangs", Until::Boot).unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
     let reason = |id| find(&host.paths, disk.bdf, id).map(|found| found.reason());
-    assert_eq!(reason("1b36:0010").as_deref(), Some("it hangs"));
-    assert_eq!(reason("1b36:0011"), None);
+    assert_eq!(reason(disk.id).as_deref(), Some("it hangs"));
+    let (vendor, device) = (disk.id.vendor, disk.id.device + 1);
+    assert_eq!(reason(PciId { vendor, device }), None);
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     assert_eq!(host.read("01:00.0").quarantine, None);
 }
@@ -210,13 +221,12 @@ fn a_damaged_record_keeps_the_device_out_and_a_dead_device_stays() {
 fn a_record_of_another_boot_hides_no_note() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, &disk, "it hung", Until::Boot).unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hung", Until::Boot).unwrap();
     host.file("proc/sys/kernel/random/boot_id", "two\n");
-    let id = disk.id.to_string();
-    assert_eq!(find(&host.paths, disk.bdf, &id), None);
-    let note = String::from_utf8(note(&disk, "its reset failed")).unwrap();
+    assert_eq!(find(&host.paths, disk.bdf, disk.id), None);
+    let note = String::from_utf8(note(disk.id, "its reset failed")).unwrap();
     host.file("run/leases/0000:01:00.0.lock", &note);
-    let found = find(&host.paths, disk.bdf, &id).unwrap();
+    let found = find(&host.paths, disk.bdf, disk.id).unwrap();
     assert_eq!(found.reason(), "its reset failed");
 }
 
@@ -224,14 +234,24 @@ fn a_record_of_another_boot_hides_no_note() {
 fn only_the_record_that_was_made_is_taken_back() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, &disk, "it was used", Until::Released).unwrap();
-    quarantine(&host.paths, &disk, "it hung", Until::Boot).unwrap();
+    quarantine(
+        &host.paths,
+        disk.bdf,
+        disk.id,
+        "it was used",
+        Until::Released,
+    )
+    .unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hung", Until::Boot).unwrap();
     let both = host.read("01:00.0").quarantine;
     assert_eq!(both.as_deref(), Some("it hung; it was used"));
     forget_reason(&host.paths, disk.bdf, "it was used").unwrap();
-    assert_eq!(hung(&host.paths, &disk).as_deref(), Some("it hung"));
+    assert_eq!(
+        hung(&host.paths, disk.bdf, disk.id).as_deref(),
+        Some("it hung")
+    );
     forget_reason(&host.paths, disk.bdf, "it hung").unwrap();
-    assert_eq!(hung(&host.paths, &disk), None);
+    assert_eq!(hung(&host.paths, disk.bdf, disk.id), None);
 }
 
 #[test]
@@ -239,7 +259,14 @@ fn what_is_kept_out_with_its_card_is_released_with_it() {
     let gpu = |function: u8| Fake::nvme(&format!("0b:00.{function}"), 7);
     let host = FakeHost::new(&[gpu(0), gpu(1)]);
     let first = host.read("0b:00.0");
-    quarantine(&host.paths, &first, "it was used", Until::Released).unwrap();
+    quarantine(
+        &host.paths,
+        first.bdf,
+        first.id,
+        "it was used",
+        Until::Released,
+    )
+    .unwrap();
     let reason = "it was used".to_owned();
     let state = || host.read("0b:00.1").state();
     assert_eq!(state(), DeviceState::Quarantined { reason });

@@ -13,7 +13,7 @@ use super::blocks::homes;
 use super::uses::HostUse;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::moving::writer::{User, open_nodes};
+use crate::facts::open_files::{User, open_nodes};
 
 /// Classes of nodes. Who has another kind open (an input device) is told otherwise, or does not matter.
 const CLASSES: [&str; 10] = [

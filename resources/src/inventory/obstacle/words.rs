@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::{Blocked, Obstacle};
 use crate::base::bdf::HostBdf;
-use crate::holding::lease::{LeaseKind, LeaseRecord};
-use crate::pools::nova::DeviceType;
+use crate::holding::record::{LeaseKind, LeaseRecord};
+use crate::inventory::device::DeviceType;
 
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,10 +13,10 @@ use super::{
 };
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::holding::lease::DeviceLock;
+use crate::holding::device_lock::DeviceLock;
 use crate::inventory::device::HostDevice;
+use crate::inventory::former::Former;
 use crate::moving::bind::{BindError, BindRequest, detach, has_vfio_pci};
-use crate::moving::former::Former;
 use crate::moving::moves::{Move, Mover};
 use crate::moving::writer::SysfsWrite;
 use crate::pools::group::{Bind, ResourceGroup};

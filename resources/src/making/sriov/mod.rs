@@ -24,12 +24,15 @@ use nix::libc;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::holding::lease::{DeviceLock, LeaseKind, LeaseRecord, holder, under_lock};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::lock_file::holder;
+use crate::holding::passing::under_lock;
 use crate::holding::quarantine::{Until, hung, quarantine};
+use crate::holding::record::{LeaseKind, LeaseRecord};
 use crate::inventory::device::HostDevice;
+use crate::inventory::former::Former;
 use crate::inventory::modules::NoDriver;
 use crate::inventory::obstacle::{Blocked, Obstacle};
-use crate::moving::former::Former;
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::group::{Bind, ResourceGroup};
 use crate::pools::rule::IdPair;
@@ -264,7 +267,7 @@ fn former(paths: &HostPaths, pf: &Pf) -> Result<Vec<(HostDevice, Option<Former>)
 
 /// Refuses a device that the kernel did not come back from: another write would hang as well.
 fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
-    match hung(paths, device) {
+    match hung(paths, device.bdf, device.id) {
         Some(why) => Err(SriovError::Busy(Blocked {
             bdf: device.bdf,
             obstacle: Obstacle::Quarantined { why },
@@ -423,7 +426,7 @@ fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
 
 fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
     let reason = format!("it hung: {why}");
-    if let Err(error) = quarantine(paths, device, &reason, Until::Boot) {
+    if let Err(error) = quarantine(paths, device.bdf, device.id, &reason, Until::Boot) {
         tracing::error!("{} cannot be put into quarantine: {error}", device.bdf);
     }
 }

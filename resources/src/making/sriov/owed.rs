@@ -17,7 +17,8 @@ use super::settings::{VfSetting, VfState};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::inventory::device::{HostDevice, InventoryError};
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
 use crate::pools::group::Groups;
 
 /// A record in the run directory, which a reboot empties, as it ends all virtual functions.

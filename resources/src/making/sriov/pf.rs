@@ -7,10 +7,12 @@ use super::links::Interface;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::holding::lease::{LeaseRecord, LeaseStatus, is_ending};
-use crate::inventory::device::{HostDevice, InventoryError};
+use crate::facts::open_files::{User, is_open, users};
+use crate::facts::process::is_ending;
+use crate::holding::record::{LeaseRecord, LeaseStatus};
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
 use crate::inventory::guard::host_uses;
-use crate::moving::writer::{User, is_open, who_has_open};
 
 /// `IFF_UP` of netdevice(7).
 const IFF_UP: u32 = 1;
@@ -164,7 +166,7 @@ type Use = (String, Option<LeaseStatus>);
 
 /// What is to be seen of the function itself.
 fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<Use>> {
-    if let Some(why) = crate::holding::quarantine::hung(paths, device) {
+    if let Some(why) = crate::holding::quarantine::hung(paths, device.bdf, device.id) {
         return Ok(Some((format!("in quarantine: {why}"), None)));
     }
     let foreign = device.lease.is_held() && device.lease.record() != Some(own);
@@ -193,7 +195,7 @@ fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result
 
 /// The kernel frees the locks of a process that was killed before it closes its devices.
 fn in_use(paths: &HostPaths, device: &HostDevice, node: &Path) -> Use {
-    let users = who_has_open(&paths.proc, &paths.pci_device(device.bdf).join("driver"));
+    let users = users(&paths.proc, &paths.pci_device(device.bdf).join("driver"));
     let stays = |user: &&User| is_ending(&paths.proc, user.pid) == Some(false);
     let who = users.iter().find(stays);
     let words = who.or(users.first()).map(User::to_string);

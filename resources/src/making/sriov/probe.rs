@@ -9,8 +9,10 @@ use super::set_aside;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::quarantine::hung;
+use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
 use crate::moving::writer::SysfsWriter;
 
@@ -68,7 +70,7 @@ pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), Sr
     drop(choosing);
     for (pf, _lock) in locked {
         let there = match HostDevice::read(paths, pf) {
-            Ok(device) if hung(paths, &device).is_some() => continue,
+            Ok(device) if hung(paths, device.bdf, device.id).is_some() => continue,
             Ok(device) => Some(device),
             Err(_) => None,
         };

@@ -7,11 +7,12 @@ mod token;
 
 use super::*;
 use crate::AllocateError;
+use crate::allocation::Lease;
 use crate::allocation::allocate_with;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung};
-use crate::holding::lease::{Holder, Lease};
+use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
-use crate::moving::demand::{Binder, reap_with};
+use crate::making::demand::{Binder, reap_with};
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
 use crate::pools::request::{Placement, Request};

@@ -3,7 +3,6 @@
 
 pub(crate) mod owed;
 mod spec;
-mod vendor;
 
 use std::io;
 use std::path::PathBuf;
@@ -16,18 +15,20 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
-use crate::holding::lease::{
-    DeviceLock, InTheWay, LeaseError, LeaseRecord, LeaseStatus, holder, under_lock,
-};
-use crate::inventory::device::{HostDevice, InventoryError};
-use crate::inventory::mdev::{MdevDevice, Mdevs, directory};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::host_lock::LeaseError;
+use crate::holding::lock_file::holder;
+use crate::holding::passing::{InTheWay, under_lock};
+use crate::holding::record::{LeaseRecord, LeaseStatus};
+use crate::holding::vgpu_records;
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
+use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::group::{GroupError, ResourceGroup};
 use crate::tenants::Tenants;
 pub(crate) use spec::TakenInstances;
 pub use spec::{Instance, VgpuSpec};
-pub(crate) use vendor::NVIDIA;
-pub use vendor::{VendorType, VendorVgpu};
 
 /// How long a new mediated device may take to have its IOMMU group and its VFIO node.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
@@ -241,13 +242,13 @@ pub fn make_ahead(
             }
             claimed[index + 1..]
                 .iter()
-                .for_each(|one| owed::forget(paths, one.uuid.into()));
+                .for_each(|one| vgpu_records::forget(paths, one.uuid.into()));
             return Err(error);
         }
     }
     // They are not owed to anybody: they stay.
     let uuids = claimed.iter().map(|one| one.uuid);
-    uuids.for_each(|uuid| owed::forget(paths, uuid.into()));
+    uuids.for_each(|uuid| vgpu_records::forget(paths, uuid.into()));
     let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
     Ok(report(&instances))
 }
@@ -302,7 +303,7 @@ pub fn unmake_ahead(
         Ok::<_, VgpuError>(locked)
     })?;
     let write = |(uuid, _): &(Uuid, DeviceLock)| SysfsWrite {
-        path: directory(paths, *uuid).join("remove"),
+        path: paths.mdev(*uuid).join("remove"),
         value: "1".to_owned(),
     };
     let writes = locked.iter().map(write).collect();
@@ -311,7 +312,7 @@ pub fn unmake_ahead(
         owed::remove_mdev(paths, writer, uuid).inspect_err(|error| {
             // It stays the group's, unless the kernel is still at it.
             if !error.is_hung() {
-                owed::forget(paths, uuid.into());
+                vgpu_records::forget(paths, uuid.into());
             }
         })?;
     }
@@ -474,7 +475,11 @@ pub(crate) fn set_type(
     let Some(mut work) = owed::Work::begin(paths, bdf.into())? else {
         return Ok(false);
     };
-    let written = work.write(writer, &vendor::current(paths, bdf), &kind.to_string());
+    let written = work.write(
+        writer,
+        &crate::facts::vgpu::current(paths, bdf),
+        &kind.to_string(),
+    );
     drop(work);
     written.inspect_err(|_| {
         // Where this fails too, the record is left for the next command.

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::vendor::VendorVgpu;
 use crate::base::uuid::Uuid;
+use crate::facts::vgpu::VendorVgpu;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
 use crate::pools::group::Groups;

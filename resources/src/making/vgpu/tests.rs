@@ -3,12 +3,15 @@
 
 use super::*;
 use crate::AllocateError;
+use crate::allocation::Lease;
 use crate::allocation::{allocate_with, fit};
+use crate::facts::vgpu::NVIDIA;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
-use crate::holding::lease::{AllocationLock, Holder, Lease};
+use crate::holding::host_lock::AllocationLock;
+use crate::holding::record::Holder;
 use crate::inventory::device::DeviceState;
+use crate::making::demand::{Binder, reap_with};
 use crate::making::sriov::HostAccess;
-use crate::moving::demand::{Binder, reap_with};
 use crate::pools::group::Groups;
 use crate::pools::request::{Placement, Request};
 use std::cell::RefCell;

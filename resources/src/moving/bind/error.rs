@@ -7,8 +7,9 @@ use std::io;
 use thiserror::Error;
 
 use crate::base::bdf::HostBdf;
-use crate::holding::lease::{InTheWay, LeaseError};
-use crate::inventory::device::InventoryError;
+use crate::holding::host_lock::LeaseError;
+use crate::holding::passing::InTheWay;
+use crate::inventory::error::InventoryError;
 use crate::inventory::guard::Guarded;
 use crate::inventory::obstacle::Blocked;
 use crate::making::sriov::SriovError;

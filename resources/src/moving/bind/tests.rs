@@ -4,7 +4,7 @@ use super::*;
 use crate::Groups;
 use crate::allocation::allocate;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
-use crate::holding::lease::Holder;
+use crate::holding::record::Holder;
 use crate::inventory::device::DeviceState;
 use crate::moving::writer::WriteError;
 use crate::pools::request::Request;

@@ -4,8 +4,8 @@ use std::fmt;
 
 use super::{GroupType, Groups, ResourceGroup};
 use crate::base::bdf::HostBdf;
-use crate::facts::usb::UsbDevice;
 use crate::inventory::device::HostDevice;
+use crate::inventory::usb::UsbDevice;
 use crate::pools::rule::Rule;
 
 /// A device chosen for a group. Shown as its address, or as its port.
@@ -94,7 +94,7 @@ impl Chosen<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::usb::{scan_usb, tests};
+    use crate::inventory::usb::{scan_usb, tests};
     use crate::pools::group::GroupFiles;
 
     #[test]

@@ -5,9 +5,9 @@ use crate::allocation::detail;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::holding::lease::LeaseStatus;
-use crate::inventory::device::{Detail, scan_with};
+use crate::holding::record::LeaseStatus;
 use crate::inventory::mdev::Mdevs;
+use crate::inventory::scan::{Detail, scan_with};
 use crate::making::sriov::SriovSpec;
 use crate::making::vgpu::VgpuSpec;
 

@@ -8,7 +8,8 @@ use super::Groups;
 use super::edit::EditError;
 use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
-use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, LeaseRecord};
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
+use crate::holding::record::LeaseRecord;
 use crate::pools::nova::{self, Alias, DeviceSpec, Entry};
 
 /// One or a list of what Nova's option of that name holds.

@@ -3,8 +3,10 @@
 
 use super::{EditError, GroupFiles, GroupType, ResourceGroup};
 use crate::base::host::HostPaths;
-use crate::inventory::device::{HostDevice, InventoryError, scan};
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
 use crate::inventory::mdev::Mdevs;
+use crate::inventory::scan::scan;
 use crate::making::sriov;
 use crate::making::vgpu::VgpuSpec;
 

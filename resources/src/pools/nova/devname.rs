@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::moving::former::Former;
+use crate::inventory::former::Former;
 
 /// The function of a network interface; one that gantry has taken from its host driver is remembered. None
 /// if there is no such interface, or it is not on a PCI function of its own, such as a bridge.

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::filter::{Filter, Subject};
 use super::value::{HexId, IdPair, Number, Word};
 use super::{Filters, Rule, folded, holds, one, words};
-use crate::facts::usb::UsbDevice;
+use crate::inventory::usb::UsbDevice;
 
 impl Rule {
     /// The rule that takes this device and no other: by its serial number, wherever it is plugged in, or

@@ -154,7 +154,8 @@ fn a_card_in_quarantine_is_left_alone_with_its_functions() {
     let host = host("demand", "");
     let kernel = FakeKernel::new(&host);
     up(&host, &kernel).unwrap();
-    quarantine(&host.paths, &host.read(PF), "it hung", Until::Boot).unwrap();
+    let pf = host.read(PF);
+    quarantine(&host.paths, pf.bdf, pf.id, "it hung", Until::Boot).unwrap();
     let kernel = FakeKernel::new(&host);
     for error in [up(&host, &kernel), down(&host, &kernel)] {
         let error = error.unwrap_err().to_string();

@@ -1,13 +1,19 @@
 //! Tests: one holder at a time, however it ends.
 
-use super::file::{credible, listed_as_locked, lists, open};
 use super::*;
 use crate::base::atomic::make_dir;
 use crate::fixture::bdf;
+use crate::holding::host_lock::AllocationLock;
+use crate::holding::lock_file::{credible, holder, listed_as_locked, lists, open};
+use crate::holding::record::{Holder, LeaseKind, LeaseStatus};
 use std::fs;
+use std::io;
+use std::num::NonZeroU32;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 fn paths() -> (tempfile::TempDir, HostPaths) {
     let root = tempfile::tempdir().unwrap();
@@ -279,7 +285,7 @@ fn killing_the_holder_frees_the_device() {
             .args([
                 "--exact",
                 "--ignored",
-                "holding::lease::tests::hold_until_killed",
+                "holding::device_lock::tests::hold_until_killed",
             ])
             .env(RUN, &paths.run)
             .stdout(Stdio::null())

@@ -9,7 +9,7 @@ use crate::base::bdf::{HostBdf, hex};
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::ids::PciId;
-use crate::inventory::device::InventoryError;
+use crate::inventory::error::InventoryError;
 
 /// The class of hubs, which belong to the host (USB 3.2, 9.6.1).
 const HUB: u32 = 0x09;

@@ -36,7 +36,7 @@ impl Nvme {
 
 /// The serial number and the rest, of a PCI function's directory; a device that the nvme driver does not
 /// have tells neither.
-pub(super) fn read(dir: &Path) -> (Option<String>, Option<Nvme>) {
+pub(crate) fn read(dir: &Path) -> (Option<String>, Option<Nvme>) {
     let dir = dir.join("nvme");
     let controllers = sysfs::entries(&dir).unwrap_or_default();
     let Some(controller) = controllers.first().map(|name| dir.join(name)) else {
@@ -82,7 +82,7 @@ fn of_all_paths(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use crate::fixture::{Fake, FakeHost};
-    use crate::moving::former::Former;
+    use crate::inventory::former::Former;
     use crate::pools::rule::Rule;
 
     fn disk() -> Fake {

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::base::atomic;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::inventory::device::{HostDevice, Nvme};
+use crate::facts::nvme::Nvme;
+use crate::inventory::device::HostDevice;
 
 /// A record in the run directory: written before the first change, removed after reattaching.
 ///

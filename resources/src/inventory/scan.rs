@@ -1,4 +1,7 @@
-//! How one PCI function is read: its attributes, its serial numbers, its lease, its past.
+//! The PCI functions of the host, read at the moment of asking.
+//!
+//! Here facts are joined with who holds each function, whether it is in quarantine, and what it was before
+//! gantry took it from its driver.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -10,28 +13,92 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
-use super::attributes::{Attributes, Identity};
-use super::{Detail, HostDevice, InventoryError, NodeAccess, Sriov, nvme};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
+use crate::facts::attributes::{Attributes, Identity};
 use crate::facts::dsn;
 use crate::facts::ids::{PciClass, PciId};
 use crate::facts::interrupts::Interrupts;
-use crate::holding::lease::{LeaseKind, LeaseStatus, holder};
+use crate::facts::nvme;
+use crate::facts::vgpu::{NVIDIA, VendorVgpu};
+use crate::holding::lock_file::holder;
 use crate::holding::quarantine::{self, Until};
-use crate::making::vgpu::{NVIDIA, VendorVgpu};
-use crate::moving::former::Former;
+use crate::holding::record::{LeaseKind, LeaseStatus};
+use crate::inventory::device::{HostDevice, NodeAccess, Sriov};
+use crate::inventory::error::InventoryError;
+use crate::inventory::former::Former;
 
 /// The base class of displays; the kernel says of no other device whether the firmware started it.
 const DISPLAY: u8 = 0x03;
 
+/// How much of a device is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// All of it. Reading a serial number touches the hardware: it wakes a sleeping device and waits
+    /// for one that is being reset. Reading an override waits for whoever moves the device.
+    Full,
+    /// What a choice of devices looks at: all but serial numbers, overrides and revisions.
+    ForChoice,
+}
+
+/// Every PCI function of the host, in the order of their addresses.
+///
+/// A device that vanishes during the scan is left out.
+pub fn scan(paths: &HostPaths) -> Result<Vec<HostDevice>, InventoryError> {
+    scan_with(paths, Detail::Full)
+}
+
+pub(crate) fn scan_with(
+    paths: &HostPaths,
+    detail: Detail,
+) -> Result<Vec<HostDevice>, InventoryError> {
+    let source = Source::open(paths, detail)?;
+    let listing = std::fs::read_dir(&source.dir).map_err(source.unreadable())?;
+    let mut addresses = Vec::new();
+    for entry in listing {
+        let name = entry.map_err(source.unreadable())?.file_name();
+        if let Some(bdf) = name.to_str().and_then(|name| name.parse::<HostBdf>().ok()) {
+            addresses.push(bdf);
+        }
+    }
+    addresses.retain(|bdf| paths.shows(*bdf));
+    addresses.sort();
+    let mut devices = Vec::with_capacity(addresses.len());
+    for bdf in addresses {
+        let device = source.read(bdf, &devices)?;
+        devices.extend(device);
+    }
+    Ok(devices)
+}
+
+impl HostDevice {
+    /// Reads one device.
+    pub fn read(paths: &HostPaths, bdf: HostBdf) -> Result<Self, InventoryError> {
+        let source = Source::open(paths, Detail::Full)?;
+        let device = source.read(bdf, &[])?;
+        let mut device = device.ok_or(InventoryError::NoSuchDevice { bdf })?;
+        device.lead = source.read_lead(&device)?.map(Arc::new);
+        Ok(device)
+    }
+}
+
+impl From<&HostDevice> for Identity {
+    fn from(device: &HostDevice) -> Self {
+        Self {
+            id: device.id,
+            subsystem: device.subsystem,
+            class: device.class,
+        }
+    }
+}
+
 /// Where devices are read from.
-pub(super) struct Source<'a> {
+struct Source<'a> {
     paths: &'a HostPaths,
     detail: Detail,
     /// The directory of all devices.
-    pub(super) dir: PathBuf,
+    dir: PathBuf,
     devices: File,
     leases: Listed,
     quarantine: Vec<Listed>,
@@ -62,7 +129,7 @@ impl Listed {
 }
 
 impl<'a> Source<'a> {
-    pub(super) fn open(paths: &'a HostPaths, detail: Detail) -> Result<Self, InventoryError> {
+    fn open(paths: &'a HostPaths, detail: Detail) -> Result<Self, InventoryError> {
         let dir = paths.sysfs.join("bus/pci/devices");
         let devices = File::open(&dir).map_err(|source| InventoryError::Sysfs {
             path: dir.clone(),
@@ -83,14 +150,14 @@ impl<'a> Source<'a> {
         })
     }
 
-    pub(super) fn unreadable(&self) -> impl FnOnce(io::Error) -> InventoryError + use<> {
+    fn unreadable(&self) -> impl FnOnce(io::Error) -> InventoryError + use<> {
         let path = self.dir.clone();
         |source| InventoryError::Sysfs { path, source }
     }
 
     /// Reads a device; none if it is not there, or no longer. `before` are those of lower addresses, as
     /// far as they have been read.
-    pub(super) fn read(
+    fn read(
         &self,
         bdf: HostBdf,
         before: &[HostDevice],
@@ -126,7 +193,7 @@ impl<'a> Source<'a> {
                 .any(|name| one.may_have(|| name))
         };
         if leased || self.quarantine.iter().any(aside) {
-            let found = quarantine::find(paths, bdf, &device.id.to_string());
+            let found = quarantine::find(paths, bdf, device.id);
             hung = found
                 .as_ref()
                 .is_some_and(|found| found.until == Until::Boot);
@@ -165,10 +232,7 @@ impl<'a> Source<'a> {
     }
 
     /// The first function of a device's card, read for its sake alone; none if that is the device itself.
-    pub(super) fn read_lead(
-        &self,
-        device: &HostDevice,
-    ) -> Result<Option<HostDevice>, InventoryError> {
+    fn read_lead(&self, device: &HostDevice) -> Result<Option<HostDevice>, InventoryError> {
         if !device.may_share_card() {
             return Ok(None);
         }
@@ -198,16 +262,6 @@ impl<'a> Source<'a> {
             (device.serial, device.nvme) = known.unwrap_or_default();
         }
     }
-}
-
-/// Which device is at an address; none if none is.
-pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
-    let devices = File::open(paths.sysfs.join("bus/pci/devices"))?;
-    let identity = match Attributes::open(&devices, bdf)? {
-        Some(attributes) => attributes.identity()?,
-        None => None,
-    };
-    Ok(identity.map(|identity| identity.id))
 }
 
 /// The first function of a device's card among those of lower addresses; none if that is the device itself.
@@ -343,3 +397,6 @@ fn sriov(attributes: &Attributes) -> io::Result<Option<Sriov>> {
     let active = attributes.decimal("sriov_numvfs")?.unwrap_or(0);
     Ok(Some(Sriov { total, active }))
 }
+
+#[cfg(test)]
+mod tests;

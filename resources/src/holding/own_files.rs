@@ -34,7 +34,7 @@ pub fn own_files(paths: &HostPaths) -> OwnFiles {
         }
     }
     for file in &own.lock_files {
-        if let Err(error) = crate::holding::lease::open(file) {
+        if let Err(error) = crate::holding::lock_file::open(file) {
             tracing::debug!("{} cannot be used: {error}", file.display());
         }
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
 use std::num::NonZeroU32;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -12,11 +12,13 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, FcntlArg, RenameFlags, fcntl, renameat2};
 use nix::libc;
 
-use super::{LeaseRecord, LeaseStatus};
 use crate::base::atomic::make_dir;
+use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
 use crate::base::sysfs;
-use crate::holding::quarantine::short;
+use crate::base::text::short;
+use crate::holding::record::{LeaseRecord, LeaseStatus};
 
 /// More than a line of `/proc/locks` has.
 const LONGEST_LINE: u64 = 512;
@@ -333,4 +335,20 @@ pub(crate) fn is_locked(file: &File) -> io::Result<bool> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
     Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Who holds a device. Asks the kernel; takes no lock, not even for a moment.
+pub fn holder(paths: &HostPaths, name: impl Into<DeviceName>) -> LeaseStatus {
+    status(paths, &lock_path(paths, name))
+}
+
+pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathBuf {
+    let name = name.into();
+    paths.run.join("leases").join(format!("{name}.lock"))
+}
+
+/// What the last holder of a device left to be read, or the record of the one who has it.
+pub(crate) fn note(paths: &HostPaths, bdf: HostBdf) -> Option<Vec<u8>> {
+    let file = sysfs::regular(&lock_path(paths, bdf)).ok()?;
+    content(&file).ok()
 }

@@ -4,41 +4,22 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::libc;
-
-use super::file::is_trusted;
-use super::{
-    ALLOCATION_DEADLINE, AllocationLock, LeaseError, LeaseKind, LeaseRecord, LeaseStatus, holder,
-    lock_path,
-};
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::facts::process::is_ending;
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
+use crate::holding::lock_file::{holder, is_trusted, lock_path};
+use crate::holding::record::{LeaseKind, LeaseRecord, LeaseStatus, RESTORE};
 
 /// How long holders that are about to let go may keep devices from others.
 pub(crate) const PASSING_PATIENCE: Duration = Duration::from_secs(15);
 /// What is waited for longer is told of.
 const SILENT: Duration = Duration::from_millis(500);
 
-/// What gives devices back to the host calls itself.
-const RESTORE: &str = "gantry restore";
-
-/// `PF_EXITING` of `include/linux/sched.h`, in the flags of proc_pid_stat(5).
-const EXITING: u64 = 4;
-/// Signal 9 in the masks of proc_pid_status(5).
-const KILLED: u64 = 1 << (libc::SIGKILL - 1);
-
 /// A device that somebody has, and who that is if it is recorded.
 pub(crate) type InTheWay = (DeviceName, Option<LeaseRecord>);
-
-impl LeaseRecord {
-    /// Of whoever gives devices back to the host, which takes no longer than its driver does.
-    pub(crate) fn restore() -> Self {
-        Self::task(RESTORE)
-    }
-}
 
 /// Whether the holder of a device is about to let go, or has since the device was looked at.
 pub(crate) fn is_passing(
@@ -58,15 +39,6 @@ pub(crate) fn is_passing(
     let free = || holder(paths, name) == LeaseStatus::Free;
     let ending = record.pid.and_then(|pid| is_ending(&paths.proc, pid.get()));
     ending.unwrap_or_else(free)
-}
-
-/// Whether a process is ending, or about to; none if it is not to be seen in procfs, which is at `proc`.
-pub(crate) fn is_ending(proc: &Path, pid: u32) -> Option<bool> {
-    let process = proc.join(pid.to_string());
-    let read = |name: &str| fs::read_to_string(process.join(name)).ok();
-    let stat = read("stat")?;
-    let exits = flags(&stat).is_some_and(|flags| flags & EXITING != 0);
-    Some(exits || read("status").is_some_and(|status| pending(&status) & KILLED != 0))
 }
 
 /// Whether what a lease's file says is to be believed.
@@ -112,26 +84,11 @@ pub(crate) fn under_lock<T, E: From<LeaseError>>(
     }
 }
 
-/// The seventh field behind the process's name, which may hold anything.
-fn flags(stat: &str) -> Option<u64> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(6)?.parse().ok()
-}
-
-/// Signals that wait for the first thread: a kill is told to all of them.
-fn pending(status: &str) -> u64 {
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("SigPnd:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fixture::{Fake, FakeHost, bdf};
-    use crate::holding::lease::DeviceLock;
+    use crate::holding::device_lock::DeviceLock;
 
     #[test]
     fn the_word_of_another_user_is_not_believed() {
@@ -142,16 +99,5 @@ mod tests {
         assert!(is_passing(&host.paths, name, Some(&restore)));
         let own = nix::unistd::geteuid().as_raw();
         assert!(is_trusted(0) && is_trusted(own) && !is_trusted(own + 1));
-    }
-
-    #[test]
-    fn the_kernels_words_are_understood() {
-        let stat = "77 (a) b (c) D 1 77 77 0 -1 4195332 100 0";
-        assert_eq!(flags(stat), Some(4_195_332));
-        assert_eq!(flags("77 (a) Z"), None);
-        assert_eq!(flags(""), None);
-        let status = "Name:\tx\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000004000\n";
-        assert_eq!(pending(status), KILLED);
-        assert_eq!(pending("SigPnd:\tlots"), 0);
     }
 }

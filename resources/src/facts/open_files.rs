@@ -12,8 +12,8 @@ use nix::libc;
 
 use crate::base::bdf::HostBdf;
 use crate::base::sysfs;
-use crate::holding::lease::is_ending;
-use crate::holding::quarantine::short;
+use crate::base::text::short;
+use crate::facts::process::is_ending;
 
 /// A process that has a device open.
 pub(crate) struct User {
@@ -34,7 +34,7 @@ pub(crate) fn users(proc: &Path, attribute: &Path) -> Vec<User> {
 }
 
 /// Those of them that are there to stay.
-pub(super) fn staying(proc: &Path, attribute: &Path) -> Vec<u32> {
+pub(crate) fn staying(proc: &Path, attribute: &Path) -> Vec<u32> {
     let pids = users(proc, attribute).into_iter().map(|user| user.pid);
     pids.filter(|pid| is_ending(proc, *pid) == Some(false))
         .collect()
@@ -53,7 +53,7 @@ pub(crate) fn is_open(node: &Path) -> bool {
 }
 
 /// An attribute of the device that a write is about: what is written to its bus names it.
-pub(super) fn about(attribute: &Path, value: &str) -> PathBuf {
+pub(crate) fn about(attribute: &Path, value: &str) -> PathBuf {
     let device = attribute.with_file_name("devices").join(value);
     match value.parse::<HostBdf>().is_ok() && device.exists() {
         true => device.join("driver"),

@@ -21,12 +21,16 @@ use crate::base::helpers;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
-use crate::holding::lease::{ALLOCATION_DEADLINE, AllocationLock, DeviceLock, LeaseRecord};
-use crate::inventory::device::{HostDevice, NodeAccess, scan};
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
+use crate::holding::record::LeaseRecord;
+use crate::holding::vgpu_records;
+use crate::inventory::device::{HostDevice, NodeAccess};
+use crate::inventory::former::Former;
+use crate::inventory::scan::scan;
 use crate::making::sriov::{self, HostAccess, Netlink};
 use crate::making::vgpu;
 use crate::moving::bind::{BindError, detach_held, give_back};
-use crate::moving::former::Former;
 use crate::moving::writer::{ChildWriter, SysfsWriter};
 
 /// The first argument of the helper.
@@ -157,7 +161,7 @@ pub(crate) fn reap_with(
     let functions = Former::on_demand(paths).into_iter();
     let functions = functions.chain(sriov::owed::owed(paths));
     let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();
-    marked.extend(vgpu::owed::all(paths));
+    marked.extend(vgpu_records::all(paths));
     let restored = match marked.is_empty() {
         true => Ok(Vec::new()),
         false => restore(paths, host, &marked, Duration::ZERO),
@@ -214,7 +218,7 @@ pub(crate) fn restore(
 
 /// Removes mediated devices that were made for a VM, as far as nobody holds them. Whether all are gone.
 fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, BindError> {
-    let left = || mdevs.iter().any(|uuid| vgpu::owed::is_owed(paths, *uuid));
+    let left = || mdevs.iter().any(|uuid| vgpu_records::is_owed(paths, *uuid));
     if !left() {
         return Ok(true);
     }
@@ -231,7 +235,7 @@ fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<Host
             && device.quarantine.is_none()
             && (Former::owed(paths, device).is_some()
                 || sriov::owed::is_owed(paths, device.bdf)
-                || vgpu::owed::is_owed(paths, device.bdf))
+                || vgpu_records::is_owed(paths, device.bdf))
     });
     let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
     let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
@@ -272,7 +276,7 @@ fn restore_group(
     }
     for &bdf in members
         .iter()
-        .filter(|bdf| vgpu::owed::is_owed(paths, **bdf))
+        .filter(|bdf| vgpu_records::is_owed(paths, **bdf))
     {
         vgpu::owed::untype(paths, host.writer, bdf)?;
     }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
+use crate::inventory::device::{DeviceState, is_vfio_driver};
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

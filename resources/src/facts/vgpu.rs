@@ -43,7 +43,7 @@ impl VendorVgpu {
 }
 
 /// The file that a type is written to.
-pub(super) fn current(paths: &HostPaths, bdf: HostBdf) -> std::path::PathBuf {
+pub(crate) fn current(paths: &HostPaths, bdf: HostBdf) -> std::path::PathBuf {
     paths.pci_device(bdf).join("nvidia/current_vgpu_type")
 }
 

@@ -14,8 +14,8 @@ use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::read;
 
-use super::HostDevice;
 use crate::base::bdf::{HostBdf, hex};
+use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::ids::{PciClass, PciId};
 
@@ -23,39 +23,29 @@ use crate::facts::ids::{PciClass, PciId};
 const LONGEST: usize = 256;
 
 /// A function's directory, open.
-pub(super) struct Attributes {
+pub(crate) struct Attributes {
     dir: OwnedFd,
 }
 
 /// What `modalias` says, which the kernel puts together from what it read when it found the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) id: PciId,
+pub(crate) struct Identity {
+    pub(crate) id: PciId,
     /// None where both ids are zero.
-    pub(super) subsystem: Option<PciId>,
-    pub(super) class: PciClass,
-}
-
-impl From<&HostDevice> for Identity {
-    fn from(device: &HostDevice) -> Self {
-        Self {
-            id: device.id,
-            subsystem: device.subsystem,
-            class: device.class,
-        }
-    }
+    pub(crate) subsystem: Option<PciId>,
+    pub(crate) class: PciClass,
 }
 
 impl Attributes {
     /// The directory of a function below `devices`; none if there is no such function.
-    pub(super) fn open(devices: &File, bdf: HostBdf) -> io::Result<Option<Self>> {
+    pub(crate) fn open(devices: &File, bdf: HostBdf) -> io::Result<Option<Self>> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let dir = openat(devices, bdf.to_string().as_str(), flags, Mode::empty());
         Ok(present(dir)?.map(|dir| Self { dir }))
     }
 
     /// What the function is; none if it is gone.
-    pub(super) fn identity(&self) -> io::Result<Option<Identity>> {
+    pub(crate) fn identity(&self) -> io::Result<Option<Identity>> {
         let Some(text) = self.text("modalias")? else {
             return Ok(None);
         };
@@ -67,7 +57,7 @@ impl Attributes {
     }
 
     /// The text of an attribute without surrounding blanks; none if there is no such attribute.
-    pub(super) fn text(&self, name: &str) -> io::Result<Option<String>> {
+    pub(crate) fn text(&self, name: &str) -> io::Result<Option<String>> {
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let Some(file) = present(openat(&self.dir, name, flags, Mode::empty()))? else {
             return Ok(None);
@@ -81,23 +71,23 @@ impl Attributes {
     }
 
     /// Whether there is such an attribute, which need not be one that can be read.
-    pub(super) fn has(&self, name: &str) -> io::Result<bool> {
+    pub(crate) fn has(&self, name: &str) -> io::Result<bool> {
         Ok(present(fstatat(&self.dir, name, AtFlags::empty()))?.is_some())
     }
 
     /// A decimal attribute; none also where it is no unsigned number.
-    pub(super) fn decimal<T: std::str::FromStr>(&self, name: &str) -> io::Result<Option<T>> {
+    pub(crate) fn decimal<T: std::str::FromStr>(&self, name: &str) -> io::Result<Option<T>> {
         Ok(self.text(name)?.and_then(|text| text.parse().ok()))
     }
 
     /// A hexadecimal attribute such as `0x02`.
-    pub(super) fn hex_byte(&self, name: &str) -> io::Result<Option<u8>> {
+    pub(crate) fn hex_byte(&self, name: &str) -> io::Result<Option<u8>> {
         let number = |text: String| hex(text.strip_prefix("0x")?, 2..=2);
         Ok(self.text(name)?.and_then(number).map(|number| number as u8))
     }
 
     /// Names of a directory's entries, sorted; none at all if there is no such directory.
-    pub(super) fn entries(&self, name: &str) -> io::Result<Vec<String>> {
+    pub(crate) fn entries(&self, name: &str) -> io::Result<Vec<String>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let Some(dir) = present(Dir::openat(&self.dir, name, flags, Mode::empty()))? else {
             return Ok(Vec::new());
@@ -114,7 +104,7 @@ impl Attributes {
     }
 
     /// Whether the function is on a root bus: its directory is in that of the host bridge.
-    pub(super) fn is_on_root_bus(devices: &File, bdf: HostBdf) -> io::Result<bool> {
+    pub(crate) fn is_on_root_bus(devices: &File, bdf: HostBdf) -> io::Result<bool> {
         let target = match readlinkat(devices, bdf.to_string().as_str()) {
             // No link: sysfs has one for each device.
             Err(Errno::EINVAL) => None,
@@ -125,7 +115,7 @@ impl Attributes {
     }
 
     /// The last component of a link's target.
-    pub(super) fn link(&self, name: &str) -> io::Result<Option<String>> {
+    pub(crate) fn link(&self, name: &str) -> io::Result<Option<String>> {
         let target = present(readlinkat(&self.dir, name))?;
         let last = |target| {
             let name = Path::new(&target).file_name()?;
@@ -167,6 +157,16 @@ fn identity(modalias: &str) -> Option<Identity> {
         subsystem: Some(subsystem).filter(|id| id.vendor != 0 || id.device != 0),
         class: PciClass::new(class),
     })
+}
+
+/// Which device is at an address; none if none is.
+pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
+    let devices = File::open(paths.sysfs.join("bus/pci/devices"))?;
+    let identity = match Attributes::open(&devices, bdf)? {
+        Some(attributes) => attributes.identity()?,
+        None => None,
+    };
+    Ok(identity.map(|identity| identity.id))
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! Tests: taken and given back, with faults at every write and holders killed at every step.
 
 use super::*;
+use crate::allocation::Lease;
 use crate::allocation::allocate_with;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
-use crate::holding::lease::{Holder, Lease};
+use crate::holding::record::Holder;
 use crate::pools::request::{Placement, Request};
 use crate::{AllocateError, BindRequest, detach};
 

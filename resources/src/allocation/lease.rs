@@ -1,0 +1,155 @@
+//! What a VM holds of the host: devices with their locks, given back when dropped.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
+use crate::holding::device_lock::DeviceLock;
+use crate::inventory::card::Terms;
+use crate::inventory::device::HostDevice;
+use crate::inventory::mdev::MdevDevice;
+use crate::making::demand::Watch;
+
+/// A device held for a VM; dropping it gives the device back.
+///
+/// An IOMMU group is never split between VMs, so all endpoints of the device's group are locked with
+/// it. The leases of one VM on devices of one group share those locks; the last one dropped frees them.
+#[derive(Debug)]
+pub struct Lease {
+    device: Leased,
+    group: Arc<[DeviceLock]>,
+    /// Of a device that goes back to the host.
+    watch: Option<Arc<Watch>>,
+    /// What it is opened with.
+    token: Option<Uuid>,
+    terms: Terms,
+}
+
+/// What is leased.
+#[derive(Debug)]
+enum Leased {
+    Pci(Box<HostDevice>),
+    Mdev(MdevDevice),
+}
+
+impl Lease {
+    pub(crate) fn new(device: HostDevice, group: Arc<[DeviceLock]>) -> Self {
+        Self::of(Leased::Pci(Box::new(device)), group)
+    }
+
+    /// The lease on a mediated device, which is alone in its IOMMU group.
+    pub(crate) fn mdev(device: MdevDevice, lock: DeviceLock, watch: Option<Arc<Watch>>) -> Self {
+        let mut lease = Self::of(Leased::Mdev(device), [lock].into());
+        lease.watch = watch;
+        lease
+    }
+
+    fn of(device: Leased, group: Arc<[DeviceLock]>) -> Self {
+        Self {
+            device,
+            group,
+            watch: None,
+            token: None,
+            terms: Terms::default(),
+        }
+    }
+
+    /// The lease on a device that is given on these terms.
+    pub(crate) fn on_terms(mut self, terms: Terms) -> Self {
+        self.terms = terms;
+        self
+    }
+
+    /// On which terms the device is given.
+    pub fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    /// The lease on a function of a card that others have functions of.
+    pub(crate) fn with_token(mut self, token: Option<Uuid>) -> Self {
+        self.token = token;
+        self
+    }
+
+    /// The token that the device must be opened with.
+    pub fn token(&self) -> Option<Uuid> {
+        self.token
+    }
+
+    /// The lease on a device that goes back to the host with it.
+    pub(crate) fn on_demand(mut self, device: HostDevice, watch: &Arc<Watch>) -> Self {
+        self.device = Leased::Pci(Box::new(device));
+        self.watch = Some(Arc::clone(watch));
+        self
+    }
+
+    /// The PCI function as it was when it was leased; none for a mediated device.
+    pub fn device(&self) -> Option<&HostDevice> {
+        match &self.device {
+            Leased::Pci(device) => Some(device),
+            Leased::Mdev(_) => None,
+        }
+    }
+
+    /// What VFIO opens the device by.
+    pub fn name(&self) -> DeviceName {
+        match &self.device {
+            Leased::Pci(device) => device.bdf.into(),
+            Leased::Mdev(device) => device.uuid.into(),
+        }
+    }
+
+    /// Whether it is a virtual function of a card: a device of its own, whatever its address.
+    pub fn is_virtual_function(&self) -> bool {
+        self.device().is_some_and(|device| device.physfn.is_some())
+    }
+
+    /// The IOMMU group; none if the device has none.
+    pub fn iommu_group(&self) -> Option<u32> {
+        match &self.device {
+            Leased::Pci(device) => device.iommu_group,
+            Leased::Mdev(device) => device.iommu_group,
+        }
+    }
+
+    /// Puts the device into quarantine when the lease ends: no VM gets it until it is released, or the
+    /// host boots.
+    ///
+    /// This needs nothing that a confined process lacks: the reason is left in the lock's file, and the
+    /// next command that moves the device writes it down where quarantine is kept.
+    pub fn set_aside(&self, reason: &str) {
+        // A mediated device goes with its lease, whatever became of it.
+        let Some(device) = self.device() else {
+            return;
+        };
+        let mut locks = self.group.iter();
+        if let Some(lock) = locks.find(|lock| lock.name() == device.bdf) {
+            lock.leave_quarantine(device.id, reason);
+        }
+    }
+
+    /// Its locks, for another lease of this VM on a device of the same IOMMU group.
+    pub(crate) fn locks(&self) -> Arc<[DeviceLock]> {
+        Arc::clone(&self.group)
+    }
+
+    /// The files of its locks. A lock holds as long as any process has its file open.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = &File> {
+        self.group.iter().map(DeviceLock::file)
+    }
+
+    /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
+    pub fn locked(&self) -> impl Iterator<Item = DeviceName> {
+        self.group.iter().map(DeviceLock::name)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Whoever is told waits for the locks, which are freed next.
+        if let Some(watch) = &self.watch {
+            watch.released(self.name());
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Why the inventory could not be read.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::base::bdf::HostBdf;
+use crate::holding::host_lock::LeaseError;
+
+/// The inventory could not be read.
+#[derive(Debug, Error)]
+pub enum InventoryError {
+    /// A path of sysfs that must be there cannot be read.
+    #[error("cannot read {path}: is sysfs mounted there?")]
+    Sysfs {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A device does not exist.
+    #[error("there is no PCI device {bdf} on this host: `gantry device list` shows what there is")]
+    NoSuchDevice {
+        /// Its address.
+        bdf: HostBdf,
+    },
+    /// It cannot be told who holds a device.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+}

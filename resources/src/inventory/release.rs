@@ -1,0 +1,92 @@
+//! Devices that leave quarantine.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+
+use thiserror::Error;
+
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::holding::device_lock::DeviceLock;
+use crate::holding::quarantine::{self, QuarantineError};
+use crate::holding::record::LeaseRecord;
+use crate::inventory::device::HostDevice;
+use crate::inventory::error::InventoryError;
+
+/// A device stays in quarantine.
+#[derive(Debug, Error)]
+pub enum ReleaseError {
+    /// The records cannot be used.
+    #[error(transparent)]
+    Record(#[from] QuarantineError),
+    /// The device is not there, or cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The device is in no quarantine.
+    #[error("{bdf} is not in quarantine: `gantry device list` shows the states")]
+    NotThere {
+        /// The device.
+        bdf: HostBdf,
+    },
+    /// It is kept out with its card.
+    #[error(
+        "{bdf} is kept out because {first}, the first function of its card, is in quarantine: \
+         `gantry device release-quarantine {first}`"
+    )]
+    OfCard {
+        /// The device.
+        bdf: HostBdf,
+        /// The first function of its card.
+        first: HostBdf,
+    },
+    /// Somebody has the device.
+    #[error(
+        "{bdf} is held by {}: release it when that has ended",
+        holder.as_ref().map_or_else(|| "an unknown process".to_owned(), ToString::to_string)
+    )]
+    Held {
+        /// The device.
+        bdf: HostBdf,
+        /// Who says that it has it.
+        holder: Option<LeaseRecord>,
+    },
+    /// The device still is not well.
+    #[error(
+        "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or reboot the host, then release it"
+    )]
+    Dead {
+        /// The device.
+        bdf: HostBdf,
+    },
+}
+
+/// Lets VMs have a device again, if it answers.
+pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), ReleaseError> {
+    let device = HostDevice::read(paths, bdf)?;
+    if device.quarantine.is_none() {
+        let first = device.first_function().bdf;
+        return Err(match device.kept_out() {
+            Some(_) => ReleaseError::OfCard { bdf, first },
+            None => ReleaseError::NotThere { bdf },
+        });
+    }
+    if is_dead(&paths.pci_device(bdf).join("config")) {
+        return Err(ReleaseError::Dead { bdf });
+    }
+    // Taking the lock takes away what its last holder left.
+    let record = LeaseRecord::task("gantry device release-quarantine");
+    let lock = DeviceLock::take(paths, bdf, &record).map_err(InventoryError::from)?;
+    if lock.is_none() {
+        let holder = device.lease.record().cloned();
+        return Err(ReleaseError::Held { bdf, holder });
+    }
+    Ok(quarantine::forget(paths, bdf)?)
+}
+
+/// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
+fn is_dead(config: &Path) -> bool {
+    let mut id = [0; 2];
+    let read = fs::File::open(config).and_then(|mut file| file.read_exact(&mut id));
+    read.is_ok() && id == [0xff; 2]
+}
