@@ -1,16 +1,16 @@
-//! Output to a file that does not grow for ever: the newest is kept.
+//! Output to a file of bounded size, which keeps the newest output.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
-/// What stands where older output was.
+/// Takes the place of older output.
 const NOTE: &[u8] = b"[older output was removed from here]\n";
-/// Bytes that are moved at a time.
+/// Bytes moved at a time.
 const STEP: usize = 64 << 10;
 
-/// An empty file that holds so many bytes at most. When it is full, the older half goes: all at once and seldom,
-/// so that whoever reads the file finds text without holes.
+/// A file that holds a limited number of bytes. When it is full, the older half is removed at once, so that a
+/// reader of the file finds text without holes.
 pub struct BoundedFile {
     file: File,
     most: u64,
@@ -18,7 +18,7 @@ pub struct BoundedFile {
 }
 
 impl BoundedFile {
-    /// Writes to `file`, which can be read too and is empty. `most` is far more than one write.
+    /// Writes to `file`, which is empty and readable. `most` is far more than one write.
     pub fn new(file: File, most: u64) -> Self {
         Self { file, most, len: 0 }
     }
@@ -30,7 +30,7 @@ impl BoundedFile {
         let mut kept = NOTE.len() as u64;
         let mut step = vec![0; STEP];
         while from < self.len {
-            // What somebody has cut off from outside is gone.
+            // Another process may have truncated the file.
             let read = self.file.read_at(&mut step, from)?;
             if read == 0 {
                 break;

@@ -1,4 +1,4 @@
-//! Output to a pipe, socket or terminal that nobody may be reading.
+//! Output to a pipe, socket or terminal whose reader may have stopped.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,9 +11,9 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long one write waits for a reader.
-const PATIENCE: Duration = Duration::from_millis(100);
+const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The most that one write to a blocking file takes: a pipe with any room has room for so much
+/// The largest write to a blocking file: a pipe with any room has room for so much
 /// (POSIX's PIPE_BUF, on Linux a page).
 const BLOCKING_CHUNK: usize = 4096;
 /// Standard output and standard error may be the same pipe: only one thread at a time may see that a
@@ -22,30 +22,30 @@ static BLOCKING: Mutex<()> = Mutex::new(());
 
 /// A file whose reader may stop reading: a write never waits longer than a tenth of a second.
 ///
-/// Once a write has waited in vain, output is dropped until there is room again. The number of dropped
-/// bytes is told then and not before: the log may well be stuck in the same pipe.
+/// Once a write has timed out, output is dropped until there is room again. Only then is the number of
+/// dropped bytes reported: the log may go to the same pipe.
 pub struct BoundedWriter {
     file: File,
     kind: Kind,
-    /// A write may block, as a poll says that there is room and another writer takes it.
+    /// A write may block: another writer can take the room that poll(2) reported.
     blocking: bool,
     /// Bytes dropped since output was last lost; `None` while all of it is written.
     dropped: Option<u64>,
 }
 
-/// What goes through a [`BoundedWriter`], and with it where a gap is told.
+/// What a [`BoundedWriter`] writes, which decides where it reports a gap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A guest's output, which is not ours to write into: gaps are told in the log.
+    /// A guest's output. Nothing is added to it: gaps are reported in the log.
     Guest,
-    /// The log: gaps are told in their place. A write that fails is such a gap too, since an error has no
-    /// other place to be told.
+    /// The log: gaps are reported in place. A write that fails is such a gap too, as an error can be
+    /// reported nowhere else.
     Log,
 }
 
 impl BoundedWriter {
-    /// Writes to `file`. Where it is not non-blocking itself, a terminal should have room for a
-    /// whole line when it says that it has any, and nobody else should write to a pipe.
+    /// Writes to `file`, which may be in blocking mode. A terminal is expected to have room for a whole
+    /// line if it has any, and a pipe to have no other writer.
     pub fn new(file: File, kind: Kind) -> Self {
         Self {
             file,
@@ -55,7 +55,7 @@ impl BoundedWriter {
         }
     }
 
-    /// Writes to what a standard stream of this process leads to.
+    /// Writes to the file behind a standard stream of this process.
     ///
     /// # Errors
     /// The stream is closed.
@@ -64,8 +64,8 @@ impl BoundedWriter {
         if file.metadata()?.is_file() {
             return Ok(Self::new(file, kind));
         }
-        // Opened anew, a pipe or terminal is non-blocking for this process and not for its shell. A
-        // socket cannot be opened so, nor can the pipe of another user.
+        // A pipe or terminal that is opened again is non-blocking for this process and not for its shell.
+        // That is impossible for a socket, and for the pipe of another user.
         let anew = OpenOptions::new()
             .write(true)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -79,7 +79,7 @@ impl BoundedWriter {
         })
     }
 
-    /// Tells in the log itself what is missing there.
+    /// Reports a gap of the log in the log.
     fn tell_gap(&mut self, deadline: Instant) -> io::Result<()> {
         let Some(dropped) = self.dropped.filter(|_| self.kind == Kind::Log) else {
             return Ok(());
@@ -96,18 +96,18 @@ impl BoundedWriter {
         let mut files = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            // Rounded up, so that the last part of a millisecond is not waited for in a loop.
+            // Rounded up, so that the last part of a millisecond is no busy loop.
             let left = left.as_micros().div_ceil(1000);
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
             match poll(&mut files, timeout) {
-                // A signal is meant for whoever waits for this thread: time goes on all the same.
+                // The signal is for the code that waits for this thread; the deadline stays.
                 Err(Errno::EINTR) => {}
                 polled => return Ok(polled? > 0),
             }
         }
     }
 
-    /// Writes what there is room for now.
+    /// Writes as much as there is room for now.
     fn write_some(&mut self, data: &[u8]) -> io::Result<usize> {
         if !self.blocking {
             return self.file.write(data);
@@ -142,12 +142,12 @@ impl BoundedWriter {
 }
 
 impl Write for BoundedWriter {
-    /// Takes all of `data`, be it written or dropped. The log never fails.
+    /// Writes or drops all of `data`. A write to the log never fails.
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let now = Instant::now();
         let deadline = match self.dropped {
             Some(_) => now,
-            None => now + PATIENCE,
+            None => now + WRITE_TIMEOUT,
         };
         let left = self
             .tell_gap(deadline)
@@ -158,7 +158,7 @@ impl Write for BoundedWriter {
         } as u64;
         match (self.dropped, left) {
             (None, 0) => {}
-            // Told before the next line; this may be the log's own writer.
+            // Reported before the next line: this may be the log's own writer.
             (Some(_), 0) if self.kind == Kind::Log => {}
             (Some(dropped), 0) => {
                 self.dropped = None;
@@ -270,7 +270,11 @@ mod tests {
         }
         assert!(writer.dropped.is_some());
         // One wait in all; the rest is for a busy machine.
-        assert!(start.elapsed() < 20 * PATIENCE, "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < 20 * WRITE_TIMEOUT,
+            "{:?}",
+            start.elapsed()
+        );
 
         // Less than there is, or the read would wait for more.
         reader.read_exact(&mut [0; 32 << 10]).unwrap();

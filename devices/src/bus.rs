@@ -1,4 +1,4 @@
-//! Buses: who answers at a guest address, and what an access asks of the world outside the device.
+//! Buses: which device answers at a guest address.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -13,7 +13,7 @@ struct Entry {
 /// An address space of devices: guest-physical MMIO, or the 64 KiB of I/O ports.
 #[derive(Default)]
 pub struct Bus {
-    // A read lock is held only for the look-up, never while a device runs.
+    // Read-locked only for the look-up, never during an access to a device.
     entries: RwLock<BTreeMap<u64, Entry>>,
 }
 
@@ -39,7 +39,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Takes away the device whose range begins at `base`, if there is one.
+    /// Removes the device whose range begins at `base`, if there is one.
     pub fn remove(&self, base: u64) {
         self.entries
             .write()
@@ -47,7 +47,7 @@ impl Bus {
             .remove(&base);
     }
 
-    /// Reads `data.len()` bytes at `address`; where nothing answers, all ones.
+    /// Reads `data.len()` bytes at `address`; all ones where no device answers.
     /// Returns whether a device answered.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
@@ -62,7 +62,7 @@ impl Bus {
         }
     }
 
-    /// Writes `data` at `address`. `None` where nothing answers, and the write is lost.
+    /// Writes `data` at `address`. `None` where no device answers: the write is lost.
     pub fn write(&self, address: u64, data: &[u8]) -> Option<Effect> {
         let (offset, device) = self.find(address, data.len())?;
         Some(device.write(offset, data))

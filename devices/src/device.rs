@@ -1,7 +1,7 @@
-//! What devices and the owner of the VM expect of each other: the traits of a device, and what a write asks for.
+//! The traits between devices and the owner of the VM, and the effects of a guest's write.
 //!
-//! The traits name each other (a write may ask to remap a function, whose BARs are served by devices), so they
-//! are in one place, below the bus and PCI.
+//! The traits refer to each other (an effect can ask to remap a function, and devices answer accesses to its
+//! BARs), so they are in one module, below the bus and PCI.
 
 use std::any::Any;
 use std::io;
@@ -17,18 +17,18 @@ pub trait BusDevice: Send + Sync {
     /// Fills `data` with what the guest reads at `offset`.
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// Takes what the guest wrote at `offset`, and says what must follow from it.
+    /// Takes a guest's write at `offset`. Returns what the owner of the VM has to do next.
     fn write(&self, offset: u64, data: &[u8]) -> Effect;
 }
 
-/// What a guest's write asks of the owner of the VM. It is applied after every lock taken on the
-/// way down has been released.
+/// What the owner of the VM has to do after a guest's write. The owner does it after it has released every
+/// lock that it took for the write.
 #[must_use = "an effect does nothing until the owner of the VM applies it"]
 #[derive(Clone)]
 pub enum Effect {
     /// Nothing outside the device.
     None,
-    /// The BARs of this function moved, appeared or went: call [`PciDevice::remap`].
+    /// BARs of this function moved, appeared or disappeared: call [`PciDevice::remap`].
     Remap(Arc<dyn PciDevice>),
     /// The guest asked to be powered off.
     PowerOff,
@@ -36,7 +36,7 @@ pub enum Effect {
     Reset,
     /// The guest's kernel has panicked.
     Panic(Panic),
-    /// The guest has let go of what is in the slot of this root port.
+    /// The guest has ejected the device in the slot of this root port.
     Eject(PortIndex),
 }
 
@@ -71,7 +71,7 @@ pub enum BusError {
         base: u64,
         /// Last address of the refused range.
         last: u64,
-        /// First address of the range in its way.
+        /// First address of the range that it overlaps.
         other: u64,
     },
 }
@@ -87,12 +87,12 @@ impl PortIndex {
     }
 }
 
-/// What a panic leads to.
+/// What the guest's kernel does after a panic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Panic {
-    /// The guest's end, or its reset.
+    /// It stops or resets the machine.
     End,
-    /// A kernel that looks into it.
+    /// It starts its crash kernel.
     CrashKernel,
 }
 
@@ -109,12 +109,12 @@ pub trait PciDevice: Send + Sync {
     /// have changed, in which case the owner of the address space calls [`Self::remap`] next.
     fn write_config(&self, offset: u16, data: &[u8]) -> bool;
 
-    /// Brings what is mapped into `space` in line with the BARs and the decode bits: first takes
-    /// away every placement that no longer holds, then lets the hardware follow, then maps what is
-    /// new. Idempotent, and safe to call from several vCPUs at once: the last call wins.
+    /// Makes the mappings in `space` those of the BARs and the decode bits: first removes every mapping
+    /// that is no longer valid, then sets the hardware, then adds new mappings. Idempotent, and safe to
+    /// call from several vCPUs at once: the last call wins.
     fn remap(&self, space: &dyn BarSpace);
 
-    /// Brings the function back to the state it had when the guest was first started.
+    /// Resets the function to its state at the first start of the guest.
     ///
     /// # Errors
     /// The device behind it could not be reset.
@@ -131,13 +131,13 @@ pub trait BarSpace {
     fn map(&self, placement: &BarPlacement) -> Result<BarGuard, BarSpaceError>;
 }
 
-/// Dropping it takes the mapping away.
+/// Dropping it removes the mapping.
 pub type BarGuard = Box<dyn Any + Send + Sync>;
 
 /// Why a BAR could not be mapped where the guest asked for it.
 #[derive(Debug, thiserror::Error)]
 pub enum BarSpaceError {
-    /// Something else is there, or the range makes no sense.
+    /// The range is taken or invalid.
     #[error(transparent)]
     Range(#[from] BusError),
     /// The hypervisor refused the memory slot.
@@ -162,8 +162,8 @@ pub struct BarPlacement {
     pub base: u64,
     /// Size of the whole BAR in bytes, a power of two.
     pub size: u64,
-    /// What the BAR is made of, in ascending order, without overlaps. Bytes that no segment covers
-    /// read as all ones.
+    /// The parts of the BAR, in ascending order, without overlaps. Bytes that no segment covers read as
+    /// all ones.
     pub segments: Arc<[Segment]>,
 }
 
@@ -172,20 +172,20 @@ pub struct BarPlacement {
 pub struct Segment {
     /// Offset of its first byte in the BAR.
     pub offset: u64,
-    /// How it is served.
+    /// How accesses reach it.
     pub kind: SegmentKind,
 }
 
-/// How a part of a BAR is served.
+/// How accesses reach a part of a BAR.
 #[derive(Clone)]
 pub enum SegmentKind {
-    /// The guest reaches host memory with no exit. Page-aligned in offset and size.
+    /// The guest accesses host memory without an exit. Page-aligned in offset and size.
     Direct(Arc<HostMapping>),
     /// Every access is trapped and goes to `device`, with offsets relative to the segment.
     Trapped {
         /// Length in bytes.
         len: u64,
-        /// Who answers.
+        /// The device that answers.
         device: Arc<dyn BusDevice>,
     },
 }

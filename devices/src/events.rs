@@ -1,10 +1,10 @@
-//! What happens to the machine while the guest runs: the power button, and slots that are filled
-//! and emptied. The guest hears of it through a Generic Event Device (ACPI Specification 6.5, 5.6.9).
+//! Events of the machine while the guest runs: the power button, and slots that are filled and emptied. The
+//! guest receives them through a Generic Event Device (ACPI Specification 6.5, 5.6.9).
 //!
-//! An interrupt tells the guest's ACPI interpreter to read [`EVENT`] until it reads 0. Each read takes
-//! one notification: for whom, and which. A guest that has let go of a device writes its slot's
-//! number to [`EJECT`], and one that has done what a notification asked for says so at [`ANSWER`]. A slot
-//! has at most one notification waiting, so nothing piles up for a guest that never reads.
+//! An interrupt tells the guest's ACPI interpreter to read [`EVENT`] until it reads 0. Each read takes one
+//! notification, with its target. To eject a device the guest writes the slot's number to [`EJECT`], and
+//! after it has handled a notification it writes the number to [`ANSWER`]. A slot has at most one waiting
+//! notification, so that a guest that never reads uses no more memory.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -24,19 +24,19 @@ pub const ANSWER: u64 = 8;
 /// Bytes of registers.
 pub const LEN: u64 = 12;
 
-/// Notification of a slot: look whether something is there (ACPI Specification 6.5, 5.6.6).
+/// Notification of a slot: check whether a device is there (ACPI Specification 6.5, 5.6.6).
 pub const DEVICE_CHECK: u8 = 1;
-/// Notification of a slot: let go of what is there.
+/// Notification of a slot: eject the device.
 pub const EJECT_REQUEST: u8 = 3;
 /// Notification of the power button: it was pressed.
 pub const POWER_BUTTON: u8 = 0x80;
 
-/// The number by which the guest knows the slot of a root port.
+/// The guest's number for the slot of a root port.
 pub fn slot_number(port: PortIndex) -> u16 {
     u16::try_from(port.get() + 1).unwrap_or(u16::MAX)
 }
 
-/// The registers of the events, and what waits to be read.
+/// The event registers and the waiting notifications.
 pub struct PlatformEvents {
     state: Mutex<State>,
     trigger: EventFd,
@@ -48,15 +48,16 @@ struct State {
     slots: Vec<Slot>,
 }
 
-/// What the guest has yet to hear of a slot, and what is to be heard from it.
+/// A slot and its notifications.
 #[derive(Debug, Clone, Copy)]
 struct Slot {
     port: PortIndex,
     occupied: bool,
     notification: Option<u8>,
-    /// Notifications that were read, and not answered yet.
+    /// Notifications that the guest has read and not answered.
     unanswered: u32,
-    /// What was in it was taken away unasked: what the guest says of the slot may be of that.
+    /// Its device was removed without the guest's consent: what the guest writes for this slot may refer to
+    /// that device.
     stale: bool,
 }
 
@@ -73,7 +74,7 @@ pub enum SlotState {
 }
 
 impl PlatformEvents {
-    /// Events of a machine whose `ports` have slots, told of by writing to `trigger`.
+    /// Events of a machine whose `ports` have slots. Each event writes to `trigger`.
     pub fn new(ports: impl IntoIterator<Item = PortIndex>, trigger: EventFd) -> Self {
         let slots = ports.into_iter().map(|port| Slot {
             port,
@@ -95,34 +96,34 @@ impl PlatformEvents {
     /// Tells the guest that the power button was pressed.
     pub fn press_power_button(&self) {
         self.lock().power_button = true;
-        self.ring();
+        self.raise();
     }
 
-    /// Says that something is in a slot, of which a guest that runs has not been told.
+    /// Marks a slot as occupied, without a notification.
     pub fn fill(&self, port: PortIndex) {
         self.change(port, |slot| slot.occupied = true);
     }
 
-    /// Tells the guest that something is in a slot.
+    /// Tells the guest that a device is in a slot.
     pub fn announce(&self, port: PortIndex) {
         self.change(port, |slot| {
             slot.occupied = true;
             slot.notification = Some(DEVICE_CHECK);
         });
-        self.ring();
+        self.raise();
     }
 
-    /// Asks the guest to let go of what is in a slot; asks again if it was asked before.
+    /// Asks the guest to eject the device in a slot; asks again if it did so before.
     pub fn request_eject(&self, port: PortIndex) {
         self.change(port, |slot| {
             if slot.occupied {
                 slot.notification = Some(EJECT_REQUEST);
             }
         });
-        self.ring();
+        self.raise();
     }
 
-    /// Says that a slot is empty, and tells a guest that has not let go of what was in it.
+    /// Marks a slot as empty. With `tell`, it tells the guest, which has not ejected the device.
     pub fn empty(&self, port: PortIndex, tell: bool) {
         self.change(port, |slot| {
             slot.occupied = false;
@@ -130,11 +131,11 @@ impl PlatformEvents {
             slot.stale |= tell;
         });
         if tell {
-            self.ring();
+            self.raise();
         }
     }
 
-    /// Whether something is in a slot that the guest has not let go of.
+    /// Whether a device is in a slot that the guest has not ejected.
     pub fn is_occupied(&self, port: PortIndex) -> bool {
         let state = self.lock();
         let mut slots = state.slots.iter();
@@ -152,20 +153,20 @@ impl PlatformEvents {
         }
     }
 
-    /// Tells the guest again if it has not read all there is; whether that was so. An interrupt that
-    /// comes while a booting guest has its line masked is lost.
+    /// Tells the guest again if a notification waits. Returns whether one does. An interrupt is lost if it
+    /// arrives while a booting guest has its line masked.
     pub fn remind(&self) -> bool {
         let state = self.lock();
         let waits =
             state.power_button || state.slots.iter().any(|slot| slot.notification.is_some());
         drop(state);
         if waits {
-            self.ring();
+            self.raise();
         }
         waits
     }
 
-    /// Forgets what waits: a guest that starts looks at its slots by itself.
+    /// Drops all waiting notifications: a guest checks its slots when it starts.
     pub fn reset(&self) {
         let mut state = self.lock();
         state.power_button = false;
@@ -183,8 +184,8 @@ impl PlatformEvents {
         }
     }
 
-    fn ring(&self) {
-        // Fails only when the counter is full, and then the interrupt is on its way.
+    fn raise(&self) {
+        // It fails only when the counter is full: then the interrupt is already pending.
         let _ = self.trigger.write(1);
     }
 
@@ -194,7 +195,7 @@ impl PlatformEvents {
 }
 
 impl State {
-    /// The next notification, which is then no longer waiting.
+    /// Takes the next waiting notification.
     fn take(&mut self) -> u32 {
         if std::mem::take(&mut self.power_button) {
             return u32::from(POWER_BUTTON) << 16;
@@ -205,7 +206,7 @@ impl State {
             .find_map(|slot| Some((slot.notification.take()?, slot)));
         next.map_or(0, |(notification, slot)| {
             slot.unanswered = slot.unanswered.saturating_add(1);
-            // It is of what is there now that the guest is asked to let go.
+            // The guest is asked to eject the present device.
             slot.stale &= notification != EJECT_REQUEST;
             u32::from(notification) << 16 | u32::from(slot_number(slot.port))
         })
@@ -216,14 +217,14 @@ impl State {
         slots.find(|slot| u32::from(slot_number(slot.port)) == number)
     }
 
-    /// The slot that the guest has emptied. Only once: it is the owner who fills it again.
+    /// Marks a slot as ejected by the guest. `None` if it was so before: only the owner fills it again.
     fn eject(&mut self, number: u32) -> Option<PortIndex> {
         let slot = self.slot(number).filter(|slot| !slot.stale)?;
         slot.notification = None;
         std::mem::take(&mut slot.occupied).then_some(slot.port)
     }
 
-    /// The guest has done what a notification of a slot asked for.
+    /// The guest has handled a notification of a slot.
     fn answer(&mut self, number: u32) {
         if let Some(slot) = self.slot(number) {
             slot.unanswered = slot.unanswered.saturating_sub(1);
@@ -236,7 +237,7 @@ impl BusDevice for PlatformEvents {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match <&mut [u8; 4]>::try_from(&mut *data) {
             Ok(event) if offset == EVENT => *event = self.lock().take().to_le_bytes(),
-            // Anything narrower would lose the rest of an event.
+            // A narrower access would lose the rest of an event.
             _ => data.fill(0),
         }
     }
@@ -254,7 +255,7 @@ impl BusDevice for PlatformEvents {
         let mut state = self.lock();
         match state.eject(number) {
             Some(port) => Effect::Eject(port),
-            // Too late: that was taken away.
+            // Too late: that device was removed.
             None if state.slot(number).is_some_and(|slot| slot.stale) => Effect::None,
             None => {
                 warn_limited!(

@@ -1,8 +1,8 @@
 //! The virtual hardware of a gantry VM: state machines that know neither KVM, VFIO, files nor JSON.
 //!
-//! A device answers reads and writes that come down a [`bus::Bus`]. What a write changes outside
-//! the device comes back up as a [`bus::Effect`], applied by the owner of the address space with no
-//! lock held; no device calls back into the bus it sits on.
+//! A device answers reads and writes from a [`bus::Bus`]. A write returns what it changes outside of the
+//! device as a [`bus::Effect`], which the owner of the address space applies with no lock held; no device
+//! calls back into its bus.
 
 pub mod bounded;
 pub mod bounded_writer;

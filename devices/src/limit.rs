@@ -3,16 +3,16 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines let through in one period.
+/// Lines admitted in one period.
 const BURST: u32 = 8;
-/// How long the first period lasts.
+/// Length of the first period.
 const PERIOD: Duration = Duration::from_secs(5);
-/// How long a period gets, doubled each time that the one before had more lines than it let through.
+/// Length of the longest period. After a period with suppressed lines, the next is twice as long.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// Lets a burst of lines through in each period, and counts the rest.
+/// Admits a burst of lines in each period, and counts the rest.
 ///
-/// A guest can cause a line at every access, and must not be able to fill the host's disk so: one that goes on
+/// A guest can cause a line at every access, and must not fill the host's disk with them: a guest that does so
 /// for days causes a few hundred lines a day.
 #[derive(Debug)]
 pub struct RateLimit(Mutex<State>);
@@ -22,7 +22,7 @@ struct State {
     since: Option<Instant>,
     period: Duration,
     passed: u32,
-    /// Whether the period had more lines than it let through.
+    /// Whether lines were suppressed in the period.
     flooded: bool,
     suppressed: u64,
 }
@@ -50,7 +50,7 @@ impl RateLimit {
             .since
             .map(|since| now.saturating_duration_since(since));
         if age.is_none_or(|age| age >= state.period) {
-            // After a quiet period it begins anew.
+            // After a quiet period the length is the first one again.
             let again = age.is_some_and(|age| age < state.period * 2) && state.flooded;
             state.period = match again {
                 true => (state.period * 2).min(LONGEST),
@@ -77,13 +77,13 @@ impl Default for RateLimit {
 }
 
 /// Logs a warning as `tracing::warn!` does, with a [`RateLimit`] of its own for each place in the
-/// code. The number of lines left out is told in the field `left_out`.
+/// code. The field `left_out` has the number of lines left out before it.
 #[macro_export]
 macro_rules! warn_limited {
     ($($line:tt)*) => { $crate::log_limited!(warn, $($line)*) };
 }
 
-/// As [`warn_limited`], for what is nothing to worry about.
+/// As [`warn_limited`], at the level of information.
 #[macro_export]
 macro_rules! info_limited {
     ($($line:tt)*) => { $crate::log_limited!(info, $($line)*) };

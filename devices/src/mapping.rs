@@ -39,7 +39,7 @@ fn node_mask(nodes: &[u32]) -> Vec<libc::c_ulong> {
     mask
 }
 
-/// What lies behind a mapping.
+/// The memory of a mapping.
 enum Backing<'a> {
     Anonymous,
     File(BorrowedFd<'a>, libc::off_t),
@@ -71,8 +71,8 @@ impl HostMapping {
         Self::map(len, align, &Backing::File(file, offset))
     }
 
-    /// Makes pages of the range exist before they are touched (`MADV_POPULATE_WRITE`), as huge ones
-    /// where they were asked for. The part is cut to what there is.
+    /// Allocates pages of the range before their first access (`MADV_POPULATE_WRITE`), as huge pages where
+    /// the range has them. The part is cut to the range.
     ///
     /// # Errors
     /// The kernel is older than Linux 5.14, or has no memory left.
@@ -93,8 +93,8 @@ impl HostMapping {
         }
     }
 
-    /// Says which NUMA nodes of the host the range's pages are to come from, as long as none exists
-    /// (mbind(2)): from no others if `strict`, else from them as long as they have memory.
+    /// Sets the NUMA nodes of the host that the range's pages come from (mbind(2)), before any page exists:
+    /// only these if `strict`, else these as long as they have memory.
     ///
     /// # Errors
     /// The host has no such nodes, the process may not use them, or the kernel knows no such policy.
@@ -102,13 +102,13 @@ impl HostMapping {
         let mask = node_mask(nodes);
         let mode = match (strict, nodes) {
             (true, _) => libc::MPOL_BIND,
-            // All that kernels before Linux 5.15 have.
+            // Kernels before Linux 5.15 have only this one.
             (false, [_]) => libc::MPOL_PREFERRED,
             (false, _) => MPOL_PREFERRED_MANY,
         };
-        // The kernel reads one bit less than it is told.
+        // The kernel reads one bit less than the number it gets.
         let bits = mask.len() * MASK_BITS + 1;
-        // SAFETY: the range is what `self` owns, no byte of it changes, and the kernel reads the mask only
+        // SAFETY: `self` owns the range, no byte of it changes, and the kernel reads the mask only
         // during the call, which `bits` does not exceed.
         let ret = unsafe {
             libc::syscall(
@@ -170,15 +170,15 @@ impl HostMapping {
         room.trim_front(before);
         room.trim_back(len);
         if let Err(error) = room.fill(backing) {
-            // The kernel may have taken the reservation away, and another thread may have been given
-            // the place since: what is left of it, addresses without memory, is not worth the risk.
+            // The kernel may have removed the reservation and given its addresses to another thread: the rest
+            // of it, addresses without memory, is not worth that risk.
             std::mem::forget(room);
             return Err(error);
         }
         Ok(room)
     }
 
-    /// Puts the backing in place of the reservation.
+    /// Replaces the reservation with the backing.
     fn fill(&mut self, backing: &Backing<'_>) -> io::Result<()> {
         let (flags, fd, offset) = match backing {
             Backing::Anonymous => (

@@ -1,4 +1,4 @@
-//! The register by which a guest's kernel says that it has panicked: QEMU's `pvpanic` for the ISA bus
+//! The register with which a guest's kernel reports that it has panicked: QEMU's `pvpanic` for the ISA bus
 //! (QEMU, `docs/specs/pvpanic.rst`), which Linux drives.
 
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -6,31 +6,31 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub use crate::device::Panic;
 use crate::device::{BusDevice, Effect};
 
-/// Its I/O port, where QEMU has it.
+/// Its I/O port, the same as QEMU's.
 pub const PORT: u16 = 0x505;
 /// Number of registers, a byte each.
 pub const LEN: u64 = 1;
 
-/// The kernel panicked, and that is its end.
+/// The kernel panicked and stops.
 const PANICKED: u8 = 1 << 0;
-/// The kernel panicked, and another one that it keeps for that takes over.
+/// The kernel panicked, and its crash kernel starts.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// The register. It tells of each kind of panic once, until it is reset.
+/// The register. It reports each kind of panic once, until it is reset.
 #[derive(Debug, Default)]
 pub struct PanicRegister {
     told: AtomicU8,
 }
 
 impl PanicRegister {
-    /// Hears of panics again: another kernel boots.
+    /// Reports panics again: another kernel boots.
     pub fn reset(&self) {
         self.told.store(0, Ordering::Relaxed);
     }
 }
 
 impl BusDevice for PanicRegister {
-    /// Reads tell which panics it takes.
+    /// Reads return the kinds of panic that it takes.
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(first) = data.first_mut() {

@@ -23,8 +23,8 @@ const SLP_TYP_MASK: u8 = 0b111;
 /// Sleep control: enter the sleep state. Write-only.
 const SLP_EN: u8 = 1 << 5;
 
-/// The registers, at ports or in memory. They hold no state: the VM is running whenever a guest can
-/// read them, and a wake-up never was.
+/// The registers, at ports or in memory. They hold no state: a guest that can read them is running, and has
+/// not been woken up.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PowerRegisters;
 

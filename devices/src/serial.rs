@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::device::{BusDevice, Effect};
 use crate::warn_limited;
 
-/// Where PCs have their first serial port, COM1.
+/// The I/O port of a PC's first serial port, COM1.
 pub const COM1_PORT: u16 = 0x3f8;
 /// The interrupt line of COM1.
 pub const COM1_IRQ: u32 = 4;
@@ -23,16 +23,16 @@ pub const COM1_IRQ: u32 = 4;
 pub const LEN: u64 = 8;
 
 /// How long an unfinished line is held back.
-const PROMPTLY: Duration = Duration::from_millis(5);
-/// How long an unfinished line may get.
-const LONGEST: usize = 1024;
+const LINE_TIMEOUT: Duration = Duration::from_millis(5);
+/// The longest unfinished line, in bytes.
+const LONGEST_LINE: usize = 1024;
 
 type Port = Uart<IrqLine, Input, Output>;
 
-/// A serial port: the guest's console, as a rule.
+/// A serial port, usually the guest's console.
 ///
-/// Output leaves in whole lines, by the thread of the vCPU that ends one. An unfinished line (a
-/// prompt) leaves after 5 ms: the owner watches [`Self::timer`] and calls [`Self::flush`].
+/// The thread of the vCPU that ends a line writes the line out. An unfinished line (a prompt) is written
+/// after 5 ms: the owner watches [`Self::timer`] and calls [`Self::flush`].
 /// Dropping the port flushes it.
 pub struct Serial {
     uart: Mutex<Port>,
@@ -42,8 +42,8 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// A port that raises its interrupt through `irq` and writes to `output`, while a vCPU waits:
-    /// what may have no reader belongs into a [`BoundedWriter`](crate::bounded_writer::BoundedWriter). Output that fails
+    /// A port that raises its interrupt through `irq` and writes to `output`, while a vCPU waits: use for
+    /// output whose reader may stop a [`BoundedWriter`](crate::bounded_writer::BoundedWriter). Output that fails
     /// is logged and lost.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Serial {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let output = Output {
             sink: output,
-            line: Vec::with_capacity(LONGEST),
+            line: Vec::with_capacity(LONGEST_LINE),
             timer: Arc::clone(&timer),
             armed: false,
         };
@@ -69,8 +69,8 @@ impl Serial {
         })
     }
 
-    /// Brings the port back to its first state. What the guest has written still goes out; input
-    /// that it has not read is lost, and who waits for room is told that there is.
+    /// Resets the port. Output of the guest is still written; input that the guest has not read is lost, and
+    /// [`Self::room`] becomes readable for a waiting sender.
     pub fn reset(&self) {
         let mut uart = self.uart();
         uart.writer_mut().send();
@@ -95,15 +95,15 @@ impl Serial {
         self.uart().writer_mut().send();
     }
 
-    /// Gives the guest input, as much as its FIFO takes, and returns how many bytes that were.
-    /// When there is room for the rest, [`Self::room`] becomes readable.
+    /// Gives the guest as much input as its FIFO takes. Returns the number of bytes. [`Self::room`] becomes
+    /// readable when there is room for the rest.
     pub fn enqueue(&self, input: &[u8]) -> usize {
         let mut uart = self.uart();
         let room = uart.fifo_capacity();
         let result = uart.enqueue_raw_bytes(input);
         let taken = room - uart.fifo_capacity();
         let taken = match result {
-            // The guest tests its port: what comes from outside is lost meanwhile.
+            // The guest has its port in loopback mode: input from outside is lost.
             Ok(0) => input.len(),
             Ok(_) | Err(vm_superio::serial::Error::FullFifo) => taken,
             Err(error) => {
@@ -115,8 +115,8 @@ impl Serial {
         taken
     }
 
-    /// Readable when the guest has emptied a FIFO that [`Self::enqueue`] found too small; to be read
-    /// by who waits for that.
+    /// Readable after the guest has emptied a FIFO that was too small for [`Self::enqueue`]. The waiting sender
+    /// reads it.
     pub fn room(&self) -> &EventFd {
         &self.room
     }
@@ -147,7 +147,7 @@ impl BusDevice for Serial {
     }
 }
 
-/// A UART as it is when the machine is switched on.
+/// A UART after power-on.
 fn power_on(irq: &Arc<EventFd>, room: &Arc<EventFd>, output: Output) -> Port {
     let input = Input {
         room: Arc::clone(room),
@@ -167,10 +167,10 @@ impl Trigger for IrqLine {
     }
 }
 
-/// Tells that the FIFO has been emptied.
+/// Reports that the guest has emptied the FIFO.
 struct Input {
     room: Arc<EventFd>,
-    /// Whether anybody waits for that: a guest may read an empty port as often as it likes.
+    /// Whether a sender waits for it: a guest can read an empty port at any rate.
     waiting: Cell<bool>,
 }
 
@@ -181,13 +181,13 @@ impl SerialEvents for Input {
 
     fn in_buffer_empty(&self) {
         if self.waiting.take() {
-            // It fails only when the counter is full, and the owner has been told often enough then.
+            // It fails only when the counter is full: then it is readable already.
             let _ = self.room.write(1);
         }
     }
 }
 
-/// Gathers the bytes of a line.
+/// Collects the bytes of a line.
 struct Output {
     sink: Box<dyn Write + Send>,
     line: Vec<u8>,
@@ -198,7 +198,7 @@ struct Output {
 impl Output {
     fn push(&mut self, byte: u8) {
         self.line.push(byte);
-        if byte == b'\n' || self.line.len() >= LONGEST {
+        if byte == b'\n' || self.line.len() >= LONGEST_LINE {
             self.write_out();
         } else if !self.armed {
             self.arm();
@@ -207,17 +207,17 @@ impl Output {
 
     fn send(&mut self) {
         if self.armed {
-            // Non-blocking: it fails when the timer has not run out.
+            // Non-blocking: it fails if the timer has not expired.
             let _ = self.timer.wait();
             self.armed = false;
         }
         self.write_out();
     }
 
-    /// The timer is left running after a line: it serves the next one, and costs one idle wake-up
-    /// instead of a system call a line.
+    /// The timer keeps running after a line: it serves the next one, and costs one idle wake-up instead of one
+    /// system call a line.
     fn arm(&mut self) {
-        let when = Expiration::OneShot(TimeSpec::from_duration(PROMPTLY));
+        let when = Expiration::OneShot(TimeSpec::from_duration(LINE_TIMEOUT));
         match self.timer.set(when, TimerSetTimeFlags::empty()) {
             Ok(()) => self.armed = true,
             Err(_) => self.write_out(),
@@ -236,7 +236,7 @@ impl Output {
     }
 }
 
-/// What the UART model writes to, a byte at a time. It never fails: a guest cannot mend an output.
+/// The UART model writes here, byte by byte. A write never fails: a guest cannot repair an output.
 impl Write for Output {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         for &byte in data {

@@ -1,4 +1,4 @@
-//! What can go wrong between gantry and VFIO, in words for the person who has to mend it.
+//! Errors of VFIO, in words for the person who has to fix them.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The container's kernel interface is not the one this program was written for.
+    /// The kernel lacks the container interface that gantry uses.
     #[error(
         "VFIO at {} offers no type1v2 IOMMU: enable the IOMMU (intel_iommu=on or amd_iommu=on) \
          and load vfio_iommu_type1", path.display()
@@ -25,7 +25,7 @@ pub enum Error {
         /// The container's node.
         path: PathBuf,
     },
-    /// Not every device of the group is out of the host's hands.
+    /// A driver of the host still has a device of the group.
     #[error(
         "IOMMU group {group} is not viable: a driver of the host still has a device of it; `gantry device \
          detach` one of its devices (/sys/kernel/iommu_groups/{group}/devices lists them), which moves all"
@@ -65,7 +65,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// A range of guest memory could not be mapped for DMA, or taken away.
+    /// A range of guest memory could not be mapped or unmapped for DMA.
     #[error(
         "{call} of {len:#x} bytes at IOVA {iova:#x} failed{}",
         pin_hint(source)
@@ -103,35 +103,35 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The device cannot interrupt a guest, and nobody has said that it need not.
+    /// The device cannot interrupt a guest, and its entry does not allow that.
     #[error(
         "{device} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
          \"none\" to the device's entry to use it without interrupts"
     )]
     NoMsix {
-        /// What VFIO knows the device by.
+        /// The device's name in VFIO.
         device: String,
         /// The interrupts that it has.
         has: &'static str,
     },
-    /// The device is there but says things that no guest could work with.
+    /// The device cannot be used by a guest.
     #[error("device {device} cannot be passed through: {why}")]
     Unusable {
         /// The device's address on the host.
         device: String,
-        /// What it said.
+        /// The reason.
         why: String,
     },
 }
 
 impl Error {
-    /// Whether the device lacks what was asked of it, and nothing failed.
+    /// Whether the device lacks the function that was asked for, and nothing failed.
     pub fn is_unsupported(&self) -> bool {
         matches!(self, Self::Device { source, .. } if source.kind() == io::ErrorKind::Unsupported)
     }
 }
 
-/// How much memory may be pinned was looked at before: then there was enough left of the limit.
+/// gantry checks the limit on pinned memory beforehand: it sufficed then.
 fn pin_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => " (out of memory, or of the limit that `ulimit -l` shows)",
@@ -141,7 +141,7 @@ fn pin_hint(error: &io::Error) -> &'static str {
 
 fn open_hint(path: &Path, error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        // The container's node comes with the module, a group's with a device that is bound.
+        // The module makes the container's node, a bound device makes its group's.
         Some(libc::ENOENT) if path.ends_with("vfio/vfio") => {
             "\nload it with `modprobe vfio_iommu_type1`, or in a container make /dev/vfio visible"
         }

@@ -1,10 +1,10 @@
-//! VFIO for a gantry VM: `host` speaks to the kernel, `pci` turns a host device into a guest's.
+//! VFIO for a gantry VM: `host` calls the kernel, `pci` makes a guest's function of a host device.
 //!
-//! The two halves meet at [`host::DeviceIo`]: what a passed-through function needs from whatever
-//! stands behind it, be it the kernel's VFIO, a process that serves vfio-user, or a test's fake.
+//! [`host::DeviceIo`] is between the two: a passed-through function reaches its device through it, be it the
+//! kernel's VFIO, a process that serves vfio-user, or a test's fake.
 //!
-//! Drop order is part of the contract: device fds, then their [`host::Group`], then the
-//! [`host::Container`]. Each holds the next, so that dropping the last user is enough.
+//! Drop order is part of the contract: device fds, then their [`host::Group`], then the [`host::Container`].
+//! Each holds the next, so that dropping the last user is enough.
 
 mod error;
 pub mod host;

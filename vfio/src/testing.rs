@@ -1,5 +1,5 @@
-//! A device, an interrupt router and an address space for tests: they keep a common record of what
-//! is asked of them, can fail at any step, and hold callers to the rules of the real ones.
+//! A device, an interrupt router and an address space for tests: they record all calls in common, can fail at
+//! any step, and assert the rules of the real ones.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
 use crate::{Error, Result};
 
-/// What was asked, in order, and when to refuse.
+/// The calls, in order, and when to fail.
 #[derive(Default)]
 pub struct Trace(Mutex<Events>);
 
@@ -48,7 +48,7 @@ impl Trace {
         self.0.lock().unwrap().failed.clone()
     }
 
-    /// What has been seen since the last time.
+    /// The calls since the last time.
     pub fn take(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().seen)
     }
@@ -173,7 +173,7 @@ impl FakeDevice {
             .count()
     }
 
-    /// The vectors that VFIO has set aside, and which of them go somewhere; `None` while off.
+    /// The vectors that VFIO has allocated, and whether each is connected; `None` while interrupts are off.
     pub fn armed(&self) -> Option<Vec<bool>> {
         let vectors = self.vectors.lock().unwrap();
         let vectors = vectors.as_ref()?;
@@ -299,8 +299,8 @@ impl DeviceIo for FakeDevice {
         Ok(mapping)
     }
 
-    /// As vfio-pci does it: the first call sets vectors aside, a later one can add to them only if
-    /// the kernel allocates vectors one by one.
+    /// As vfio-pci does it: the first call allocates vectors, and a later one can add to them only if the
+    /// kernel allocates vectors one by one.
     fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()> {
         assert_eq!(irq, Irq::Msix);
         let (start, end) = (start as usize, start as usize + triggers.len());
@@ -342,7 +342,7 @@ impl DeviceIo for FakeDevice {
     }
 }
 
-/// Gives out routes until there are `limit` of them.
+/// Has `limit` routes.
 pub struct FakeRouter {
     trace: Arc<Trace>,
     limit: usize,
@@ -364,12 +364,12 @@ impl FakeRouter {
         }
     }
 
-    /// Routes given out and not yet back.
+    /// Routes in use.
     pub fn live(&self) -> usize {
         self.live.lock().unwrap().len()
     }
 
-    /// What the guest has been interrupted with since the last time, in the order of the routes.
+    /// The messages delivered to the guest since the last time, in the order of the routes.
     pub fn delivered(&self) -> Vec<MsiMessage> {
         let live = self.live.lock().unwrap();
         let delivered = live.iter().filter_map(|route| {
@@ -445,7 +445,7 @@ impl Drop for FakeRoute {
     }
 }
 
-/// An address space in which everything has room.
+/// An address space in which every placement fits.
 pub struct FakeSpace<'a>(pub &'a FakeDevice);
 
 struct Guard {
@@ -494,7 +494,7 @@ impl Drop for Guard {
     }
 }
 
-/// Writes to a function as the owner of its bus does.
+/// Writes to a function's configuration space, and remaps it, as the owner of its bus does.
 pub fn write_config(
     function: &dyn gantry_devices::pci::PciDevice,
     space: &dyn BarSpace,

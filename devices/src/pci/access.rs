@@ -1,4 +1,4 @@
-//! The two ways of a guest to configuration space: the ECAM window and the ports 0xcf8 to 0xcff.
+//! How a guest accesses configuration space: the ECAM window and the ports 0xcf8 to 0xcff.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,19 +7,19 @@ use super::registers::CONFIG_SIZE;
 use super::{GuestBdf, PciSegment};
 use crate::device::{BusDevice, Effect};
 
-/// The bytes of the ECAM window that one bus takes up.
+/// Bytes of the ECAM window for one bus.
 pub const ECAM_BYTES_PER_BUS: u64 = 256 * CONFIG_SIZE as u64;
 /// The first of the configuration ports.
 pub const CONFIG_PORTS: u16 = 0xcf8;
 /// How many configuration ports there are.
 pub const CONFIG_PORTS_LEN: u16 = 8;
 
-/// The memory window on all configuration space (PCI Express Base Specification 6.0, 7.2.2).
-/// It begins with bus 0, [`ECAM_BYTES_PER_BUS`] each.
+/// The memory window to all configuration space (PCI Express Base Specification 6.0, 7.2.2).
+/// It begins with bus 0 and has [`ECAM_BYTES_PER_BUS`] for each bus.
 pub struct EcamWindow(Arc<PciSegment>);
 
 impl EcamWindow {
-    /// The window on `segment`.
+    /// The window to `segment`.
     pub fn new(segment: Arc<PciSegment>) -> Self {
         Self(segment)
     }
@@ -47,8 +47,8 @@ impl BusDevice for EcamWindow {
     }
 }
 
-/// The address port accepts dwords only: bytes in it belong to other devices, the reset register
-/// at 0xcf9 of chipsets for one.
+/// The address port accepts dwords only: its bytes belong to other devices, such as the reset register of
+/// chipsets at 0xcf9.
 const ADDRESS: u64 = 0;
 /// First of the four data ports.
 const DATA: u64 = 4;
@@ -73,7 +73,7 @@ impl ConfigPorts {
         }
     }
 
-    /// The register that an access to the data ports is meant for.
+    /// The register that an access to the data ports refers to.
     fn target(&self, offset: u64) -> Option<(GuestBdf, u16)> {
         let lane = offset.checked_sub(DATA).filter(|lane| *lane < 4)?;
         let address = self.address.load(Ordering::Relaxed);

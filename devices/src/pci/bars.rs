@@ -1,4 +1,4 @@
-//! The BARs of a type-0 function: the registers a guest sees, and what is mapped because of them.
+//! The BARs of a type-0 function: the registers that a guest reads, and what is mapped for them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ pub enum BarKind {
 }
 
 impl BarKind {
-    /// What the low bits of a BAR register say.
+    /// The kind of BAR in the low bits of a register.
     pub const fn from_register(value: u32) -> Self {
         let prefetchable = value & PREFETCHABLE != 0;
         if value & IS_IO != 0 {
@@ -52,7 +52,7 @@ impl BarKind {
         matches!(self, BarKind::Memory64 { .. })
     }
 
-    /// Whether reads have no side effects. Never so for I/O ports.
+    /// Whether reads have no side effects. Reads of I/O ports may have some.
     pub const fn is_prefetchable(self) -> bool {
         matches!(
             self,
@@ -91,11 +91,11 @@ pub struct Bar {
     pub kind: BarKind,
     /// Size in bytes: a power of two, at least 16 for memory and 4 for I/O.
     pub size: u64,
-    /// What it is made of, as in [`BarPlacement::segments`].
+    /// Its parts, as in [`BarPlacement::segments`].
     pub segments: Arc<[Segment]>,
 }
 
-/// Why a set of BARs makes no sense.
+/// Why a set of BARs is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
     /// There is no such register, or another BAR has it already.
@@ -114,7 +114,7 @@ pub enum BarError {
     },
 }
 
-/// Which accesses a function answers: its command register, as far as BARs go.
+/// Which accesses a function decodes: the BAR bits of its command register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decode {
     /// Memory BARs are decoded.
@@ -124,13 +124,13 @@ pub struct Decode {
 }
 
 impl Decode {
-    /// Nothing is decoded, as after a reset and outside power state D0.
+    /// Nothing is decoded: after a reset, and outside of power state D0.
     pub const NONE: Self = Self {
         memory: false,
         io: false,
     };
 
-    /// What the command register enables.
+    /// The accesses that the command register enables.
     pub const fn from_command(command: u16) -> Self {
         Self {
             memory: command & registers::COMMAND_MEMORY != 0,
@@ -151,8 +151,8 @@ pub struct BarSet {
     /// Names the function in log lines.
     label: Arc<str>,
     bars: [Option<Bar>; BAR_COUNT],
-    /// What was written last, with the bits that the size makes read-only still in it, so that a
-    /// sizing probe can be told from an address.
+    /// The last write, including the bits that the size makes read-only: they distinguish a sizing probe from
+    /// an address.
     written: [u32; BAR_COUNT],
     mapped: [Option<Mapped>; BAR_COUNT],
     /// First address that the guest cannot reach.
@@ -160,8 +160,8 @@ pub struct BarSet {
 }
 
 impl BarSet {
-    /// The BARs of the function that log lines call `label`, in a guest with `address_bits` bits of
-    /// physical address. All of them begin unassigned.
+    /// The BARs of a function in a guest with `address_bits` bits of physical address. Log lines name the
+    /// function `label`. All BARs begin unassigned.
     ///
     /// # Errors
     /// Two BARs want one register, or a size is not one that a BAR can have.
@@ -215,8 +215,8 @@ impl BarSet {
         self.bars.iter().flatten()
     }
 
-    /// Whether the register at `offset` of the configuration space is answered here: the BARs, and
-    /// the expansion ROM register, which says that there is none.
+    /// Whether [`Self::read`] and [`Self::write`] handle the register at `offset` of the configuration space:
+    /// the BARs, and the expansion ROM register, which reads 0 as there is no ROM.
     pub fn handles(offset: u16) -> bool {
         registers::BARS.contains(&offset) || registers::EXPANSION_ROM.contains(&offset)
     }
@@ -244,8 +244,8 @@ impl BarSet {
         }
     }
 
-    /// The address in BAR `index`, 0 when it is unassigned, whatever it may be while the guest
-    /// sizes it. `None` where there is no such BAR.
+    /// The address in BAR `index`, 0 if it is unassigned; undefined while the guest sizes it. `None` if there
+    /// is no such BAR.
     pub fn address(&self, index: u8) -> Option<u64> {
         let bar = self.bars.get(usize::from(index))?.as_ref()?;
         let index = usize::from(index);
@@ -257,7 +257,7 @@ impl BarSet {
         Some((high | low) & !(bar.size - 1))
     }
 
-    /// Takes every BAR's address away, as a reset does.
+    /// Clears every BAR's address, as a reset does.
     pub fn unassign(&mut self) {
         self.written = [0; BAR_COUNT];
     }
@@ -270,9 +270,8 @@ impl BarSet {
         })
     }
 
-    /// Brings what is mapped in line with the registers and `decode`: takes away every placement
-    /// that no longer holds, calls `hardware`, in which the device follows (its own command
-    /// register, say), then maps what is new. Idempotent.
+    /// Makes the mappings those of the registers and `decode`: removes every mapping that is no longer valid,
+    /// calls `hardware`, which sets the device's own registers, then adds new mappings. Idempotent.
     ///
     /// A BAR that cannot be mapped is logged and stays unmapped until the next call.
     pub fn remap(&mut self, decode: Decode, space: &dyn BarSpace, hardware: impl FnOnce()) {
@@ -291,7 +290,7 @@ impl BarSet {
         }
     }
 
-    /// Takes every mapping away.
+    /// Removes every mapping.
     pub fn unmap(&mut self) {
         self.mapped = Default::default();
     }
@@ -327,7 +326,7 @@ impl BarSet {
         }
     }
 
-    /// Where BAR `index` belongs, unless it is disabled, unassigned, being sized, or out of reach.
+    /// Where BAR `index` has to be mapped; `None` if it is disabled, unassigned, being sized, or out of reach.
     fn wanted(&self, index: usize, decode: Decode) -> Option<u64> {
         let bar = self.bars[index].as_ref()?;
         let (enabled, end) = match bar.kind {
@@ -341,9 +340,8 @@ impl BarSet {
         (enabled && fits && !self.is_sizing(index, bar, last)).then_some(base)
     }
 
-    /// A probe writes ones to all address bits, or at least to those that the size leaves writable.
-    /// In the second case the BAR would end where 32-bit memory does, and none belongs there: on
-    /// x86 that is the reset vector's place.
+    /// A probe writes ones to all address bits, or at least to the writable ones. In the second case the BAR
+    /// would end at 4 GiB, where no BAR belongs: on x86 the reset vector is there.
     fn is_sizing(&self, index: usize, bar: &Bar, last: u64) -> bool {
         self.written[index] | bar.kind.flag_mask() == u32::MAX || last == u64::from(u32::MAX)
     }

@@ -1,4 +1,4 @@
-//! Capability lists: the ids that matter here, and walks that end whatever a device answers.
+//! Capability lists: ids, and walks that end for every answer of a device.
 
 use std::fmt;
 
@@ -86,7 +86,7 @@ impl fmt::Debug for ExtendedCapabilityId {
 /// A capability found in a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
-    /// What it is.
+    /// Its id.
     pub id: CapabilityId,
     /// Where its header is, a multiple of 4 between 0x40 and 0xfc.
     pub offset: u16,
@@ -95,7 +95,7 @@ pub struct Capability {
 /// An extended capability found in a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExtendedCapability {
-    /// What it is.
+    /// Its id.
     pub id: ExtendedCapabilityId,
     /// Its version, 4 bits.
     pub version: u8,
@@ -106,7 +106,7 @@ pub struct ExtendedCapability {
 /// The standard capabilities in the order of their list (PCI Express Base Specification 6.0,
 /// 7.5.1.1.11). `read` gives the 32 bits at an offset that is a multiple of 4.
 ///
-/// The walk ends at the first pointer that leads nowhere, or to where it has been before.
+/// The walk ends at the first pointer that is invalid or that it has followed before.
 pub fn walk_standard(mut read: impl FnMut(u16) -> u32) -> Vec<Capability> {
     let status = (read(STATUS & !3) >> 16) as u16;
     if status & STATUS_CAPABILITIES == 0 || status == u16::MAX {

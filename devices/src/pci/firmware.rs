@@ -1,8 +1,8 @@
-//! What firmware would do on a real machine: windows for the root ports, addresses for the BARs.
+//! The work of firmware on a real machine: windows for the root ports, addresses for the BARs.
 //!
-//! Linux keeps an assignment that it finds if every BAR lies inside its bridge's window and every
-//! window inside the host bridge's, as ACPI describes it. Functions are left with their decoding
-//! off: drivers turn it on. Bridges forward from the start, which spares the guest those writes.
+//! Linux keeps an existing assignment if every BAR lies inside its bridge's window and every window inside
+//! the host bridge's, as ACPI describes it. Functions keep their decoding off: drivers turn it on. Bridges
+//! forward from the start, which saves the guest those writes.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,10 +12,10 @@ pub use super::root_port::IO_GRANULARITY;
 use super::root_port::MEMORY_GRANULARITY;
 use super::{BAR_COUNT, BarKind, GuestBdf, PciDevice, PciSegment, PortIndex, PortWindows};
 
-/// The least distance of two memory BARs, so that each has pages of its own.
+/// The least distance of two memory BARs, so that no two share a page.
 const PAGE: u64 = 4096;
 
-/// The address ranges of a host bridge, out of which its root ports get their windows.
+/// The address ranges of a host bridge, from which its root ports get their windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostWindows {
     /// Memory below 4 GiB.
@@ -26,13 +26,13 @@ pub struct HostWindows {
     pub io: Range<u64>,
 }
 
-/// How large the windows of a root port are at least, so that something can be plugged in later.
-/// In bytes; 0 gives a window only to a port whose device needs it.
+/// The smallest windows of a root port, for devices that are plugged in later. In bytes; 0 gives a window
+/// only to a port whose device needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Minimum {
     /// The memory window.
     pub mem32: u64,
-    /// The prefetchable memory window. A power of two is aligned so that one BAR can fill it.
+    /// The prefetchable memory window. If it is a power of two, its alignment lets one BAR fill it.
     pub mem64: u64,
     /// The I/O window.
     pub io: u64,
@@ -49,7 +49,7 @@ impl Default for Minimum {
     }
 }
 
-/// A BAR that wants an address.
+/// A BAR that needs an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarRequest {
     /// The function behind the port.
@@ -62,7 +62,7 @@ pub struct BarRequest {
     pub size: u64,
 }
 
-/// What is behind a root port.
+/// A root port and the BARs behind it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortRequest {
     /// The port, for messages.
@@ -76,13 +76,13 @@ pub struct PortRequest {
 /// The address of a BAR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BarAddress {
-    /// Which BAR.
+    /// The BAR.
     pub bar: BarRequest,
-    /// Where it goes, a multiple of its size.
+    /// Its address, a multiple of its size.
     pub address: u64,
 }
 
-/// What a root port and the functions behind it are given.
+/// The addresses of a root port and of the functions behind it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PortPlan {
     /// The port's windows.
@@ -105,8 +105,8 @@ pub enum WindowKind {
 impl WindowKind {
     const ALL: [Self; 3] = [Self::Mem32, Self::Mem64, Self::Io];
 
-    /// The window that a BAR has to be in. A bridge's prefetchable window is the only one above
-    /// 4 GiB, and nothing that is not prefetchable may lie in it.
+    /// The window for a BAR. A bridge's prefetchable window is the only one above 4 GiB, and only
+    /// prefetchable BARs may lie in it.
     const fn of(kind: BarKind) -> Self {
         match kind {
             BarKind::Io => Self::Io,
@@ -214,11 +214,11 @@ impl FirmwareError {
     }
 }
 
-/// Assigns everything behind every root port of `segment`: at the first start, and after each
-/// reset of the functions. Returns what each port got, in their order.
+/// Assigns windows and addresses to all root ports of `segment`: at the first start, and after each reset of
+/// the functions. Returns the plan of each port, in their order.
 ///
 /// # Errors
-/// Something does not fit; nothing is changed then.
+/// A window does not fit; nothing is changed then.
 pub fn assign(
     segment: &PciSegment,
     host: &HostWindows,
@@ -237,22 +237,22 @@ pub fn assign(
     Ok(plans)
 }
 
-/// A window that a port does not have, or that is too small for a device.
+/// A window that a port lacks, or that is too small for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Misfit {
     /// Which window.
     pub kind: WindowKind,
-    /// Bytes that it would have to have.
+    /// Bytes that the device needs.
     pub size: u64,
-    /// The largest BAR that has to be in it.
+    /// The largest BAR for it.
     pub largest: BarRequest,
 }
 
-/// Whether the BARs of all functions of a device fit into the windows of a port, so that a guest that
-/// finds it there can give them addresses. Linux enables no device that has a BAR without one.
+/// Checks that the BARs of all functions of a device fit into the windows of a port, so that a guest can
+/// give them addresses. Linux enables no device that has a BAR without an address.
 ///
 /// # Errors
-/// They do not.
+/// They do not fit.
 pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), Misfit> {
     let request = PortRequest {
         port: GuestBdf::from_bits(0),
@@ -265,7 +265,7 @@ pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), Misfit> {
     };
     let mut windows = windows.clone();
     for kind in WindowKind::ALL {
-        let Some(need) = Need::of(kind, &request) else {
+        let Some(need) = WindowNeed::of(kind, &request) else {
             continue;
         };
         let window = kind.port(&mut windows).clone();
@@ -296,10 +296,10 @@ fn probe_behind(segment: &PciSegment, port: PortIndex) -> Vec<BarRequest> {
         .collect()
 }
 
-/// Turns the decoding of a function off and sizes its BARs, leaving them as they were
+/// Turns the decoding of a function off and sizes its BARs, which keep their addresses
 /// (PCI Express Base Specification 6.0, 7.5.1.2.1).
 pub fn probe(function: u8, device: &dyn PciDevice) -> Vec<BarRequest> {
-    // With decoding off, no write to a BAR has anything to map.
+    // With decoding off, a write to a BAR maps nothing.
     device.write_config(COMMAND, &[0; 2]);
     let mut found = Vec::new();
     let mut index = 0;
@@ -344,12 +344,12 @@ fn size_mask(device: &dyn PciDevice, index: u8) -> u32 {
 pub fn plan(ports: &[PortRequest], host: &HostWindows) -> Result<Vec<PortPlan>, FirmwareError> {
     let mut plans = vec![PortPlan::default(); ports.len()];
     for kind in WindowKind::ALL {
-        let mut needs: Vec<(usize, Need)> = ports
+        let mut needs: Vec<(usize, WindowNeed)> = ports
             .iter()
             .enumerate()
-            .filter_map(|(index, port)| Some((index, Need::of(kind, port)?)))
+            .filter_map(|(index, port)| Some((index, WindowNeed::of(kind, port)?)))
             .collect();
-        // Large alignments first: then each window ends where the next, less aligned, can begin.
+        // Large alignments first: each window then ends at an address where the next can begin.
         needs.sort_by_key(|(_, need)| std::cmp::Reverse(need.align));
         let range = kind.host(host);
         let mut next = range.start;
@@ -371,15 +371,15 @@ pub fn plan(ports: &[PortRequest], host: &HostWindows) -> Result<Vec<PortPlan>, 
 }
 
 /// What one window of a port has to hold.
-struct Need {
+struct WindowNeed {
     size: u64,
     align: u64,
     /// The BARs and their offsets in the window, largest first.
     bars: Vec<(BarRequest, u64)>,
 }
 
-impl Need {
-    /// `None` where no window is needed. Sizes that no window can have saturate, and fit nowhere.
+impl WindowNeed {
+    /// `None` if no window is needed. A size that no window can have saturates, and fits nowhere.
     fn of(kind: WindowKind, port: &PortRequest) -> Option<Self> {
         let mut wanted: Vec<BarRequest> = port
             .bars
@@ -429,8 +429,8 @@ impl Need {
     }
 }
 
-/// The first place for a window from `next` on.
-fn place(next: u64, need: &Need) -> Option<Range<u64>> {
+/// The first range for a window from `next` on.
+fn place(next: u64, need: &WindowNeed) -> Option<Range<u64>> {
     let start = next.checked_next_multiple_of(need.align)?;
     Some(start..start.checked_add(need.size)?)
 }

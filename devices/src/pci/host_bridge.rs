@@ -1,4 +1,4 @@
-//! The host bridge: function 0 of device 0 of a root bus, there to be found and nothing more.
+//! The host bridge: function 0 of device 0 of a root bus, without registers that have an effect.
 
 use std::io;
 
@@ -6,21 +6,20 @@ use super::config::{Area, ConfigSpace, NoBacking};
 use super::registers::{DEVICE_ID, REVISION_ID, VENDOR_ID};
 use super::{BarSpace, PciDevice};
 
-/// Red Hat's vendor id, under which the devices of open virtual machines are numbered.
+/// Red Hat's vendor id, which also QEMU's devices have.
 pub(super) const VENDOR: u16 = 0x1b36;
 /// QEMU's generic PCIe host bridge. Linux knows no quirk for it and needs no driver.
 const DEVICE: u16 = 0x0008;
 /// Class 06 bridge, subclass 00 host bridge, programming interface 0.
 const CLASS: u32 = 0x06_00_00;
 
-/// A host bridge with no registers that do anything. The bridge's windows and bus numbers are
-/// described by ACPI alone.
+/// A host bridge. Only ACPI describes its windows and bus numbers.
 pub struct HostBridge {
     config: ConfigSpace,
 }
 
 impl HostBridge {
-    /// The only kind there is.
+    /// A host bridge.
     pub fn new() -> Self {
         let config = ConfigSpace::new()
             .with(Area::read_only(VENDOR_ID, &VENDOR.to_le_bytes()))

@@ -14,24 +14,23 @@ use super::registers::{
 };
 use super::{BarSpace, CapabilityId, PciDevice};
 
-/// QEMU's generic root port: Linux knows no quirk for it, binds `pcieport` by class, and people
-/// recognise it as virtual.
+/// QEMU's generic root port: Linux has no quirk for it, binds `pcieport` by class, and users recognise it as
+/// virtual.
 const DEVICE: u16 = 0x000c;
 /// Class 06 bridge, subclass 04 PCI-to-PCI bridge, programming interface 0.
 const CLASS: u32 = 0x06_04_00;
 
 /// Command bits that can be set: I/O, memory, bus master, parity, SERR#, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0547;
-/// Bridge control bits that can be set: parity, SERR#, ISA, VGA, VGA 16-bit. Not secondary bus
-/// reset: nothing would follow from it.
+/// Bridge control bits that can be set: parity, SERR#, ISA, VGA, VGA 16-bit. Secondary bus reset is not
+/// among them: it would have no effect.
 const BRIDGE_CONTROL_WRITABLE: u16 = 0x001f;
 
 /// Granularity of the memory windows in bytes.
 pub(super) const MEMORY_GRANULARITY: u64 = 1 << 20;
-/// Granularity of the I/O window in ports.
-/// An I/O window is made of so many ports, and aligned to them.
+/// Granularity of the I/O window, in ports: its size and alignment are multiples of it.
 pub const IO_GRANULARITY: u64 = 1 << 12;
-/// What the low nibbles of the prefetchable base and limit say: 64-bit addresses.
+/// The low nibbles of the prefetchable base and limit: 64-bit addresses.
 const PREFETCHABLE_64_BIT: u16 = 1;
 
 /// Where the PCI Express capability lies.
@@ -40,8 +39,8 @@ const EXPRESS: u16 = 0x40;
 const LINK_STATUS: u16 = EXPRESS + 0x12;
 /// Offset of the slot status register in it.
 const SLOT_STATUS: u16 = EXPRESS + 0x1a;
-/// 32 GT/s, as a link speed field: as fast as anything behind the port is likely to be, since
-/// guests take the port for the bottleneck otherwise.
+/// 32 GT/s, as a link speed field: no slower than devices behind the port, or guests would report the port
+/// as a bottleneck.
 const LINK_SPEED: u16 = 5;
 /// 16 lanes, as a link width field.
 const LINK_WIDTH: u16 = 16 << 4;
@@ -49,7 +48,7 @@ const LINK_WIDTH: u16 = 16 << 4;
 const LINK_SLOT_CLOCK: u16 = 1 << 12;
 /// Link status: the data link layer is up.
 const LINK_ACTIVE: u16 = 1 << 13;
-/// Slot status: there is a card.
+/// Slot status: a card is present.
 const SLOT_PRESENCE: u16 = 1 << 6;
 
 /// The address ranges that a bridge forwards to the bus behind it. `None` is a closed window.
@@ -59,15 +58,15 @@ pub struct PortWindows {
     pub mem32: Option<Range<u64>>,
     /// Prefetchable memory, in units of 1 MiB.
     pub mem64: Option<Range<u64>>,
-    /// I/O ports, in units of 4 KiB. A port that is given none does not implement the window.
+    /// I/O ports, in units of 4 KiB. Without a range the port does not implement the window.
     pub io: Option<Range<u64>>,
 }
 
 /// A root port with a slot, after the PCI Express Base Specification 6.0, 7.5.1.3 and 7.5.3.
 ///
-/// It has no interrupts, no AER and no native hot-plug; all that counts of it are its bus numbers.
-/// The windows are kept for the guest but not enforced: the functions behind the port answer
-/// wherever their BARs are.
+/// It has no interrupts, no AER and no native hot-plug; only its bus numbers have an effect. The guest can
+/// read and write the windows, but they are not enforced: functions behind the port answer at the addresses
+/// of their BARs.
 pub struct RootPort {
     bus: u8,
     secondary: u8,
@@ -92,7 +91,7 @@ impl RootPort {
         self.config().get::<1>(PRIMARY_BUS + 1)[0]
     }
 
-    /// Opens and closes windows as firmware does, and lets the port forward accesses.
+    /// Sets the windows as firmware does, and has the port forward accesses.
     pub fn program(&self, windows: &PortWindows) {
         let mut command = COMMAND_BUS_MASTER | COMMAND_MEMORY;
         if windows.io.is_some() {
@@ -113,7 +112,7 @@ impl RootPort {
         config.set(COMMAND, &command.to_le_bytes());
     }
 
-    /// Shows a card in the slot, and the link to it up, or neither.
+    /// Shows a card in the slot with its link up, or an empty slot.
     pub fn set_occupied(&self, occupied: bool) {
         let (link, slot) = if occupied {
             let link = LINK_SPEED | LINK_WIDTH | LINK_SLOT_CLOCK | LINK_ACTIVE;

@@ -12,11 +12,11 @@ const FUNCTIONS: u8 = 8;
 /// Devices on a root bus that can be made of root ports: all but the host bridge's.
 const PORT_DEVICES: u8 = 31;
 
-/// Why the hierarchy cannot be as asked for.
+/// Why the hierarchy cannot be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SegmentError {
     /// Two host bridges have buses in common, or one has none.
-    #[error("buses {first:#04x} to {last:#04x} of a host bridge are none or taken")]
+    #[error("the range of buses {first:#04x} to {last:#04x} of a host bridge is empty or taken")]
     Buses {
         /// The host bridge's first bus.
         first: u8,
@@ -43,7 +43,7 @@ pub enum SegmentError {
         /// Its number.
         port: usize,
     },
-    /// Something is there already, or the function number is over 7.
+    /// The slot has such a function already, or the function number is over 7.
     #[error("function {function} behind root port {port} is taken or does not exist")]
     Function {
         /// The root port's number.
@@ -59,15 +59,15 @@ struct Root {
 }
 
 struct Port {
-    /// Where the port itself is.
+    /// The address of the port itself.
     at: GuestBdf,
     port: Arc<RootPort>,
-    /// Device 0 of the bus behind the port. The lock is held only to look, never while a function
-    /// runs.
+    /// Device 0 of the bus behind the port. Locked only for the look-up, never during an access to a
+    /// function.
     functions: RwLock<[Option<Arc<dyn PciDevice>>; FUNCTIONS as usize]>,
 }
 
-/// What answers at an address, and whether its device has other functions too.
+/// The function at an address, and whether its device has more functions.
 struct Target {
     device: Arc<dyn PciDevice>,
     multifunction: bool,
@@ -75,9 +75,8 @@ struct Target {
 
 /// PCI segment 0 of the guest.
 ///
-/// The tree of host bridges and root ports stands when the guest starts; functions come and go
-/// behind the ports. Configuration accesses find their way by the bus numbers that the guest has
-/// written to the ports.
+/// The tree of host bridges and root ports is complete when the guest starts; functions are added and
+/// removed behind the ports. The bus numbers that the guest writes to the ports route configuration accesses.
 pub struct PciSegment {
     roots: Vec<Root>,
     ports: Vec<Port>,
@@ -87,7 +86,7 @@ impl PciSegment {
     /// A segment with a host bridge for each range of bus numbers.
     ///
     /// # Errors
-    /// A range is empty, or two ranges meet.
+    /// A range is empty, or two ranges overlap.
     pub fn new(
         bridges: impl IntoIterator<Item = RangeInclusive<u8>>,
     ) -> Result<Self, SegmentError> {
@@ -141,10 +140,10 @@ impl PciSegment {
 
     /// Puts a function into the slot of `port` as number `function`, until the returned guard is dropped.
     ///
-    /// A guest looks for other functions only where it finds function 0: plug that one in last.
+    /// A guest looks for other functions only if it finds function 0: plug that one in last.
     ///
     /// # Errors
-    /// There is no such port or function number, or something is there already.
+    /// There is no such port or function number, or the slot has such a function already.
     pub fn plug(
         self: &Arc<Self>,
         port: PortIndex,
@@ -159,7 +158,7 @@ impl PciSegment {
         })
     }
 
-    /// Puts `device` behind `port` as function `function`, and returns where the guest has it now.
+    /// Puts `device` behind `port` as function `function`. Returns its address in the guest.
     ///
     /// # Errors
     /// As [`Self::plug`].
@@ -209,7 +208,7 @@ impl PciSegment {
         self.roots.iter().map(|root| root.buses.clone())
     }
 
-    /// The root ports and where they are.
+    /// The root ports and their addresses.
     pub fn ports(&self) -> impl Iterator<Item = (PortIndex, GuestBdf, &Arc<RootPort>)> {
         self.ports
             .iter()
@@ -230,8 +229,8 @@ impl PciSegment {
         bridges.chain(self.ports.iter().map(|port| &*port.port as _))
     }
 
-    /// Every function there is, where the guest has it now: host bridges, root ports, and what is
-    /// behind the ports.
+    /// All functions at their addresses in the guest: host bridges, root ports, and the functions behind the
+    /// ports.
     pub fn functions(&self) -> Vec<(GuestBdf, Arc<dyn PciDevice>)> {
         let mut all: Vec<(GuestBdf, Arc<dyn PciDevice>)> = Vec::new();
         for root in &self.roots {
@@ -250,8 +249,8 @@ impl PciSegment {
         all
     }
 
-    /// Fills `data` from the configuration space of the function at `at`; all ones where there is
-    /// none, and for accesses that are not 1, 2 or 4 bytes, naturally aligned.
+    /// Fills `data` from the configuration space of the function at `at`; all ones if there is none, and for
+    /// accesses that are not 1, 2 or 4 bytes, naturally aligned.
     pub fn read_config(&self, at: GuestBdf, offset: u16, data: &mut [u8]) {
         let target = if is_valid(offset, data.len()) {
             self.find(at)
@@ -267,7 +266,7 @@ impl PciSegment {
             .checked_sub(offset)
             .and_then(|index| data.get_mut(usize::from(index)))
         {
-            // Whether there are other functions depends on what was attached, not on the function.
+            // The slot knows whether there are other functions; the function does not.
             *header_type &= !HEADER_MULTIFUNCTION;
             if target.multifunction {
                 *header_type |= HEADER_MULTIFUNCTION;
@@ -275,8 +274,8 @@ impl PciSegment {
         }
     }
 
-    /// Takes a write to the configuration space of the function at `at`. It is lost where
-    /// [`Self::read_config`] would read all ones.
+    /// Takes a write to the configuration space of the function at `at`. It is lost if [`Self::read_config`]
+    /// would read all ones.
     pub fn write_config(&self, at: GuestBdf, offset: u16, data: &[u8]) -> Effect {
         if !is_valid(offset, data.len()) {
             return Effect::None;
@@ -363,7 +362,7 @@ impl Port {
     }
 }
 
-/// Whether functions take an access like this.
+/// Whether a function accepts such an access.
 fn is_valid(offset: u16, len: usize) -> bool {
     matches!(len, 1 | 2 | 4)
         && usize::from(offset).is_multiple_of(len)

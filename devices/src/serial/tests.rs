@@ -90,8 +90,8 @@ fn a_prompt_leaves_when_the_timer_says_so() {
 #[test]
 fn long_lines_do_not_wait_for_their_end() {
     let (serial, sink, _) = serial();
-    print(&serial, &"x".repeat(LONGEST));
-    assert_eq!(sink.written(), ["x".repeat(LONGEST)]);
+    print(&serial, &"x".repeat(LONGEST_LINE));
+    assert_eq!(sink.written(), ["x".repeat(LONGEST_LINE)]);
 }
 
 #[test]

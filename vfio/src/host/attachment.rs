@@ -11,8 +11,8 @@ use super::group::Group;
 use crate::{Error, Result};
 
 /// How long to wait for the user of a physical function to set its token.
-const TOKEN_PATIENCE: Duration = Duration::from_secs(5);
-const TOKEN_STEP: Duration = Duration::from_millis(50);
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(5);
+const TOKEN_RETRY: Duration = Duration::from_millis(50);
 
 /// Repeats `attempt` while it answers EACCES, until the deadline.
 fn while_denied<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
@@ -21,7 +21,7 @@ fn while_denied<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io
             Err(error)
                 if error.raw_os_error() == Some(libc::EACCES) && Instant::now() < deadline =>
             {
-                thread::sleep(TOKEN_STEP);
+                thread::sleep(TOKEN_RETRY);
             }
             result => return result,
         }
@@ -50,7 +50,7 @@ impl Attachment {
             Some(token) => format!("{name} vf_token={token}"),
             None => name.to_owned(),
         };
-        let deadline = Instant::now() + token.map_or(Duration::ZERO, |_| TOKEN_PATIENCE);
+        let deadline = Instant::now() + token.map_or(Duration::ZERO, |_| TOKEN_TIMEOUT);
         CString::new(argument)
             .map_err(io::Error::from)
             .and_then(|name| while_denied(deadline, || group.device(&name)))

@@ -1,4 +1,4 @@
-//! A VFIO container: the IOMMU domain that the groups of one VM share.
+//! A VFIO container: the DMA address space that the groups of one VM share, in VFIO's type1 interface.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,10 +14,10 @@ use super::info::{IommuInfo, parse_iommu};
 use super::ioctl;
 use crate::{Error, Result};
 
-/// A container with a type1v2 IOMMU, set when its first group joins.
+/// A container with a type1v2 IOMMU, which is set when its first group joins.
 ///
-/// When its last group leaves, the kernel takes the IOMMU and every mapping away; the container is
-/// then spent, and a group that comes later needs a new one.
+/// When its last group leaves, the kernel removes the IOMMU and every mapping; the container cannot be used
+/// again, and a later group needs a new one.
 #[derive(Debug)]
 pub struct Container {
     file: File,
@@ -45,10 +45,10 @@ impl Container {
         }
     }
 
-    /// A container whose node at `path` somebody else has opened.
+    /// A container whose node at `path` the caller has opened.
     ///
     /// # Errors
-    /// It is no container, or the kernel has no type1v2 IOMMU.
+    /// The file is no container, or the kernel has no type1v2 IOMMU.
     pub fn new(file: File, path: &Path) -> Result<Self> {
         let version = ioctl::api_version(file.as_fd()).map_err(failed("VFIO_GET_API_VERSION"))?;
         let type1 = ioctl::check_extension(file.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
@@ -63,7 +63,7 @@ impl Container {
         })
     }
 
-    /// Puts a group in with `set_container`, and sets the IOMMU if it is the first.
+    /// Adds a group with `set_container`, and sets the IOMMU if the group is the first.
     pub(super) fn join(
         &self,
         set_container: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
@@ -89,7 +89,7 @@ impl Container {
         Ok(())
     }
 
-    /// Takes a group out with `unset_container`.
+    /// Removes a group with `unset_container`.
     pub(super) fn leave(&self, unset_container: impl FnOnce()) {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         unset_container();

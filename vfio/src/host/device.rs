@@ -1,4 +1,4 @@
-//! A host device: the seam behind which it is reached, and the kernel's VFIO device behind it.
+//! A host device: the trait through which its function reaches it, and the kernel's VFIO device.
 
 use std::fmt;
 use std::fs::File;
@@ -35,7 +35,7 @@ impl Region {
         }
     }
 
-    /// Its place in a list of all regions.
+    /// Its index in a list of all regions.
     pub const fn index(self) -> usize {
         self.0 as usize
     }
@@ -78,7 +78,7 @@ pub enum Irq {
     Msi = abi::VFIO_PCI_MSI_IRQ_INDEX,
     /// Message-signalled interrupts with a table.
     Msix = abi::VFIO_PCI_MSIX_IRQ_INDEX,
-    /// An uncorrectable error was reported.
+    /// The device reported an uncorrectable error.
     Error = abi::VFIO_PCI_ERR_IRQ_INDEX,
     /// The host asks for the device back.
     Request = abi::VFIO_PCI_REQ_IRQ_INDEX,
@@ -106,18 +106,18 @@ impl fmt::Display for Irq {
     }
 }
 
-/// What a passed-through function needs from the device behind it.
+/// A device, as its passed-through function uses it.
 ///
-/// Several vCPUs call at once. Errors name the device, the place and the errno; only the side that
-/// faces the guest turns them into all ones.
+/// Several vCPUs call at once. Errors name the device, the place and the errno; only the function turns them
+/// into all ones for the guest.
 pub trait DeviceIo: Send + Sync {
     /// The device's address on the host, for messages.
     fn name(&self) -> &str;
 
-    /// What a region is; of size 0 if the device has none such.
+    /// Information on a region; of size 0 if the device has no such region.
     fn region(&self, region: Region) -> &RegionInfo;
 
-    /// What an interrupt index offers; no interrupts if the device has none such.
+    /// Information on an interrupt index; no interrupts if the device has no such index.
     fn irq(&self, irq: Irq) -> IrqInfo;
 
     /// Fills `data` from `offset` of a region, in accesses as wide as alignment allows.
@@ -138,14 +138,14 @@ pub trait DeviceIo: Send + Sync {
     /// The kernel refuses the part.
     fn map(&self, region: Region, part: MmapArea) -> Result<Arc<HostMapping>>;
 
-    /// Sends the interrupts from `start` on to `triggers`; with `None`, one goes nowhere. The first
-    /// call for an index switches its mode on in the device.
+    /// Connects the interrupts from `start` on to `triggers`; `None` disconnects one. The first call for an
+    /// index enables it in the device.
     ///
     /// # Errors
     /// The host has no interrupt vectors left, or the kernel refuses.
     fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()>;
 
-    /// Takes all interrupts of an index away and switches its mode off in the device.
+    /// Disconnects all interrupts of an index and disables it in the device.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -154,7 +154,7 @@ pub trait DeviceIo: Send + Sync {
     /// Resets the device.
     ///
     /// # Errors
-    /// The device has no way to be reset on its own, or the reset failed.
+    /// The device has no reset of its own, or the reset failed.
     fn reset(&self) -> Result<()>;
 }
 
@@ -170,7 +170,7 @@ pub struct VfioDevice {
     _attachment: Attachment,
 }
 
-/// The largest alignment worth having for a mapped BAR: the largest page that the kernel can use.
+/// The largest useful alignment of a mapped BAR: the largest page of the kernel.
 const MAX_ALIGN: u64 = 1 << 30;
 
 impl VfioDevice {
@@ -230,7 +230,7 @@ impl VfioDevice {
         }
     }
 
-    /// Where `len` bytes at `offset` of a region are in the device's file.
+    /// The offset in the device's file of `len` bytes at `offset` of a region.
     fn locate(&self, region: Region, offset: u64, len: usize) -> io::Result<u64> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let (info, start) = self.regions.get(region.index()).ok_or_else(invalid)?;
@@ -330,7 +330,7 @@ impl DeviceIo for VfioDevice {
     }
 }
 
-/// EINVAL is how the kernel says that a device has no such region or interrupt.
+/// The kernel answers EINVAL if a device has no such region or interrupt.
 fn or_absent<T: Default>(asked: io::Result<T>) -> io::Result<T> {
     match asked {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(T::default()),

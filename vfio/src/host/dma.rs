@@ -10,8 +10,8 @@ use gantry_devices::mapping::HostMapping;
 use super::info::IommuInfo;
 use crate::{Error, Result};
 
-/// The largest range mapped by one call: the kernel holds its lock throughout, and what needs it
-/// meanwhile should not wait for all of a guest's memory.
+/// The largest range that one call maps: the kernel holds its lock during the call, and others should not
+/// wait for all of a guest's memory.
 const CHUNK: u64 = 1 << 30;
 
 /// The kernel's side of a DMA address space: a type1 container now, an IOAS of iommufd one day.

@@ -1,4 +1,4 @@
-//! An IOMMU group: the smallest set of devices that the IOMMU can tell apart from others.
+//! An IOMMU group: the smallest set of devices that the IOMMU can isolate.
 
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
@@ -15,16 +15,16 @@ use super::container::Container;
 use super::ioctl;
 use crate::{Error, Result};
 
-/// Who must know which groups a VM uses: implemented over KVM's VFIO device, which lets the kernel
-/// take the devices' cache coherence into account.
+/// Is told which groups a VM uses. KVM's VFIO device implements it, so that the kernel takes the devices'
+/// cache coherence into account.
 pub trait GroupObserver: Send + Sync {
-    /// The group has an IOMMU, and none of its devices is open.
+    /// A group has joined a container, and none of its devices is open.
     ///
     /// # Errors
     /// The group cannot be used with this VM.
     fn added(&self, group: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// The group's devices are closed, and it is about to go.
+    /// The devices of a group are closed, and the group is about to leave.
     fn removed(&self, group: BorrowedFd<'_>);
 }
 
@@ -38,13 +38,13 @@ pub struct Group {
 }
 
 /// How long to wait between two attempts at a group that is in use.
-const BUSY_STEP: Duration = Duration::from_millis(20);
+const BUSY_RETRY: Duration = Duration::from_millis(20);
 
 impl Group {
     /// Opens group `number` in the device directory `dev` and puts it into `container`.
     ///
-    /// A group in use is asked for again until `patience` is over: when a process is killed, the
-    /// kernel gives up its file locks before its VFIO groups, which a reset can hold for a while.
+    /// The call repeats while the group is in use, up to `timeout`: after a process is killed, the kernel
+    /// releases its file locks before its VFIO groups, which a reset can hold for a while.
     ///
     /// # Errors
     /// The node is missing or not permitted, the group stays in use, some of its devices are bound
@@ -53,13 +53,13 @@ impl Group {
         dev: &Path,
         number: u32,
         container: Arc<Container>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Self> {
         let path = dev.join(number.to_string());
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let open = || OpenOptions::new().read(true).write(true).open(&path);
         let file = while_busy(deadline, open).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => in_use(number, patience),
+            Some(libc::EBUSY) => in_use(number, timeout),
             _ => Error::Open {
                 path: path.clone(),
                 source,
@@ -68,8 +68,8 @@ impl Group {
         Self::join(file, number, container, deadline)
     }
 
-    /// Puts group `number`, whose node somebody has opened, into `container`; while the kernel says
-    /// that it is in use, again and again until the deadline.
+    /// Puts group `number`, whose node the caller has opened, into `container`. The call repeats while the
+    /// group is in use, until the deadline.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -106,8 +106,8 @@ impl Group {
         })
     }
 
-    /// Tells `observer` of the group, now and when it goes. To be called before any device of the
-    /// group is opened.
+    /// Tells `observer` of the group, now and when the group leaves. Call it before any device of the group is
+    /// opened.
     ///
     /// # Errors
     /// The observer refuses the group.
@@ -139,9 +139,9 @@ impl Drop for Group {
             observer.removed(self.file.as_fd());
         }
         self.container.leave(|| {
-            // Closing the file below does as much; asking first tells whether a device is left open.
+            // Closing the file has the same effect; the call before it reports a device that is still open.
             match ioctl::group_unset_container(self.file.as_fd()) {
-                // The host has unbound its last device, and the kernel has taken it out.
+                // The host has unbound its last device, and the kernel has removed the group.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 Err(error) => {
                     tracing::warn!(group = self.number, %error, "VFIO_GROUP_UNSET_CONTAINER failed");
@@ -171,7 +171,7 @@ fn while_busy<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::
             Err(error)
                 if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
             {
-                thread::sleep(BUSY_STEP);
+                thread::sleep(BUSY_RETRY);
             }
             result => return result,
         }
@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(calls.get(), 3);
 
         let never = || Err::<(), _>(io::Error::from_raw_os_error(libc::EBUSY));
-        let error = while_busy(Instant::now() + 2 * BUSY_STEP, never).unwrap_err();
+        let error = while_busy(Instant::now() + 2 * BUSY_RETRY, never).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
     }
 

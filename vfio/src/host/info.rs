@@ -1,13 +1,13 @@
-//! What the kernel says about regions, interrupts and the IOMMU: pure parsing of its structures.
+//! Information of the kernel on regions, interrupts and the IOMMU: pure parsing of its structures.
 
 use std::ops::RangeInclusive;
 
 use vfio_bindings::bindings::vfio as abi;
 
-/// What a region of a device is.
+/// A region of a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RegionInfo {
-    /// Size in bytes; 0 for a region that the device does not have.
+    /// Size in bytes; 0 if the device has no such region.
     pub size: u64,
     /// The parts that can be mapped into a process, in ascending order.
     pub areas: Vec<MmapArea>,
@@ -22,12 +22,12 @@ pub struct MmapArea {
     pub len: u64,
 }
 
-/// What an interrupt index of a device offers.
+/// An interrupt index of a device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct IrqInfo {
     /// Number of interrupts.
     pub count: u32,
-    /// Whether interrupts cannot be added to those in use without giving all of them up first.
+    /// Whether all interrupts have to be disabled before more can be enabled.
     pub fixed: bool,
 }
 
@@ -41,16 +41,16 @@ impl From<abi::vfio_irq_info> for IrqInfo {
     }
 }
 
-/// What the IOMMU behind a container can do.
+/// What an IOMMU can map.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct IommuInfo {
-    /// Usable IOVA ranges in ascending order; `None` if the kernel does not say.
+    /// Usable IOVA ranges in ascending order; `None` if the kernel does not report them.
     pub iova_ranges: Option<Vec<RangeInclusive<u64>>>,
-    /// Mappings that can still be made; `None` if the kernel does not say.
+    /// Mappings that can still be made; `None` if the kernel does not report it.
     pub dma_avail: Option<u32>,
 }
 
-/// Little-endian fields of a structure; what lies beyond its end reads 0.
+/// Little-endian fields of a structure; fields beyond its end read 0.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a [u8]);
 
@@ -67,8 +67,8 @@ impl<'a> Fields<'a> {
         self.0.get(offset..)?.first_chunk().copied()
     }
 
-    /// The capability `id` of the chain (`vfio_info_cap_header`) that begins at `first`. The chain
-    /// only ever leads forward, so that it ends.
+    /// The capability `id` of the chain (`vfio_info_cap_header`) that begins at `first`. The walk follows the
+    /// chain only forward, so that it ends.
     fn capability(self, first: u32, id: u32) -> Option<Fields<'a>> {
         let mut at = 0;
         let mut next = first as usize;

@@ -1,7 +1,7 @@
 //! The VFIO system calls: one safe function for each ioctl, and nothing else.
 //!
-//! Numbers and structures are those of `linux/vfio.h`. Every function answers the kernel's errno
-//! unchanged; what was being done to which device is added by the callers.
+//! Numbers and structures are those of `linux/vfio.h`. Every function returns the kernel's errno unchanged;
+//! the callers add the device and the action.
 #![allow(unsafe_code)] // ioctl(2), and taking ownership of the fd that one of them returns.
 
 use std::ffi::CStr;
@@ -39,7 +39,7 @@ const IOMMU_GET_INFO: c_ulong = request(12);
 const IOMMU_MAP_DMA: c_ulong = request(13);
 const IOMMU_UNMAP_DMA: c_ulong = request(14);
 
-/// Requests made while a container, its groups and its devices are being opened.
+/// Requests for opening a container, its groups and its devices.
 pub const OPEN_REQUESTS: &[u64] = &[
     GET_API_VERSION,
     CHECK_EXTENSION,
@@ -53,7 +53,7 @@ pub const OPEN_REQUESTS: &[u64] = &[
     IOMMU_GET_INFO,
 ];
 
-/// Requests made by a running VM with devices that are open, and when it lets go of them.
+/// Requests of a running VM with open devices, until it has closed them.
 pub const RUNTIME_REQUESTS: &[u64] = &[
     DEVICE_SET_IRQS,
     DEVICE_RESET,
@@ -63,13 +63,13 @@ pub const RUNTIME_REQUESTS: &[u64] = &[
     GROUP_UNSET_CONTAINER,
 ];
 
-/// Requests made while the guest masks and unmasks interrupts of a device.
+/// Requests for masking and unmasking interrupts of a device.
 pub const INTERRUPT_REQUESTS: &[u64] = &[DEVICE_SET_IRQS];
 
-/// Requests made by a thread that maps guest memory for devices, and takes it away if that fails.
+/// Requests of a thread that maps guest memory for devices, and unmaps it if that fails.
 pub const DMA_REQUESTS: &[u64] = &[IOMMU_GET_INFO, IOMMU_MAP_DMA, IOMMU_UNMAP_DMA];
 
-/// Size of an information structure whose fixed part this program knows.
+/// Size of the fixed part of an information structure.
 const fn argsz<T>() -> u32 {
     size_of::<T>() as u32
 }
@@ -81,7 +81,7 @@ fn checked(ret: c_int) -> io::Result<c_int> {
     Ok(ret)
 }
 
-/// The version of the interface; `VFIO_API_VERSION` is the only one there has been.
+/// The version of the interface; `VFIO_API_VERSION` is the only one so far.
 pub fn api_version(container: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: the request takes no argument.
     let ret = unsafe { ioctl(&container, GET_API_VERSION) };
@@ -169,8 +169,8 @@ pub fn iommu_info(container: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     )
 }
 
-/// Asks for a structure that begins with `argsz: u32, flags: u32` and whose second 64 bits are
-/// `input`: once to learn how long it is with its capabilities, then, if longer, for all of it.
+/// Requests a structure that begins with `argsz: u32, flags: u32` and whose second 64 bits are `input`: once
+/// for its length with capabilities, then, if it is longer, for all of it.
 fn with_capabilities(
     fd: BorrowedFd<'_>,
     request: c_ulong,
@@ -195,7 +195,7 @@ fn with_capabilities(
     }
 }
 
-/// What an interrupt index offers.
+/// Information on an interrupt index.
 pub fn irq_info(device: BorrowedFd<'_>, index: Irq) -> io::Result<abi::vfio_irq_info> {
     let mut info = abi::vfio_irq_info {
         argsz: argsz::<abi::vfio_irq_info>(),
@@ -207,7 +207,7 @@ pub fn irq_info(device: BorrowedFd<'_>, index: Irq) -> io::Result<abi::vfio_irq_
     checked(ret).map(|_| info)
 }
 
-/// Sends the interrupts from `start` on to `triggers`; `None` takes one away.
+/// Connects the interrupts from `start` on to `triggers`; `None` disconnects one.
 pub fn set_irqs(
     device: BorrowedFd<'_>,
     index: Irq,
@@ -219,7 +219,7 @@ pub fn set_irqs(
     irq_set(device, flags, index, start, fds)
 }
 
-/// Takes every interrupt of the index away, and switches its mode off in the device.
+/// Disconnects every interrupt of the index, and disables it in the device.
 pub fn disable_irqs(device: BorrowedFd<'_>, index: Irq) -> io::Result<()> {
     let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
     irq_set(device, flags, index, 0, std::iter::empty())
@@ -241,12 +241,12 @@ fn irq_set(
     let ret = unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, words.as_ptr()) };
     match checked(ret)? {
         0 => Ok(()),
-        // The host's interrupt vectors ran out: the answer is how many it could have given.
+        // The host has too few interrupt vectors: the result is how many it has.
         _ => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
     }
 }
 
-/// Resets the device by the best means its bus has.
+/// Resets the device by the best method of its bus.
 pub fn device_reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the request takes no argument.
     let ret = unsafe { ioctl(&device, DEVICE_RESET) };
@@ -281,7 +281,7 @@ pub fn map_dma(
     checked(ret).map(drop)
 }
 
-/// Takes away all the mappings that lie in the range. Returns how many bytes they had.
+/// Unmaps all mappings in the range. Returns their size in bytes.
 pub fn unmap_dma(container: BorrowedFd<'_>, iova: u64, len: u64) -> io::Result<u64> {
     let mut unmap = abi::vfio_iommu_type1_dma_unmap {
         argsz: argsz::<abi::vfio_iommu_type1_dma_unmap>(),

@@ -1,4 +1,4 @@
-//! The host's side: containers, groups, DMA mappings and devices of the kernel's VFIO.
+//! The kernel's VFIO: containers, groups, DMA mappings and devices.
 
 mod attachment;
 mod container;

@@ -1,4 +1,4 @@
-//! How each BAR of a device is served: which pages the guest reaches directly, and which trap.
+//! The parts of each BAR of a device: pages that the guest accesses directly, and pages that trap.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use crate::host::{DeviceIo, MmapArea, Region};
 /// The granularity of mappings, in bytes.
 const PAGE: u64 = 4096;
 
-/// A part of a BAR, and whether the guest reaches it without a trap.
+/// A part of a BAR, and whether the guest accesses it directly.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Piece {
     range: Range<u64>,
     direct: bool,
 }
 
-/// The BARs of the device, mapped into this process where the guest will reach them directly.
+/// The BARs of the device. Parts that the guest will access directly are mapped into this process.
 ///
 /// # Errors
 /// The kernel refuses a mapping; all others are undone.
@@ -88,8 +88,8 @@ fn segments(
     Ok(segments.into())
 }
 
-/// Cuts a BAR of `size` bytes into pieces, in ascending order: direct where the host can map it,
-/// except for the pages on which something is `emulated`.
+/// Cuts a BAR of `size` bytes into pieces, in ascending order: direct where the host can map it, except for
+/// pages that contain an `emulated` range.
 fn pieces(size: u64, areas: &[MmapArea], emulated: &[Range<u64>]) -> Vec<Piece> {
     let mut traps: Vec<Range<u64>> = emulated.iter().map(pages).collect();
     traps.sort_by_key(|trap| trap.start);
@@ -113,7 +113,7 @@ fn pieces(size: u64, areas: &[MmapArea], emulated: &[Range<u64>]) -> Vec<Piece> 
     let mut pieces = Vec::new();
     let mut at = 0;
     for range in direct.into_iter().filter(|range| !range.is_empty()) {
-        // Areas that overlap come from no driver known; what has a place already keeps it.
+        // No known driver reports areas that overlap; the first area wins.
         if range.start < at {
             continue;
         }

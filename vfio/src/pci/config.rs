@@ -1,10 +1,9 @@
-//! What the guest sees of a device's configuration space: planned once from what the device says.
+//! The guest's view of a device's configuration space, planned once from the device's own.
 //!
-//! Everything is passed through but for what follows. The BARs, the command register, the power
-//! state and the MSI-X control are the guest's own, and reach the hardware in another form or not
-//! at all. What is not supported is taken out of the capability lists and reads zero: MSI and INTx
-//! for now, and whatever a guest could not use without its host (SR-IOV, ARI, Resizable BAR, ATS,
-//! PRI, PASID).
+//! Registers are passed through, with these exceptions. The BARs, the command register, the power state and
+//! the MSI-X control are emulated: the hardware's own registers follow in another form or not at all.
+//! Capabilities that the guest cannot use are removed from the lists and read zero: MSI and INTx, which are
+//! not supported yet, and those that need the host (SR-IOV, ARI, Resizable BAR, ATS, PRI, PASID).
 
 use gantry_devices::pci::capability::{walk_extended, walk_standard};
 use gantry_devices::pci::interrupts::{InBar, MsixLayout};
@@ -12,10 +11,10 @@ use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
 use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
 
-/// What any function has. Mediated devices may have less of the rest than 256 bytes: some of the kernel's
-/// samples end a byte short.
+/// The header, which every function has. Mediated devices may have less than 256 bytes in all: some of the
+/// kernel's samples end a byte short.
 const HEADER_SIZE: usize = 64;
-/// Where the list of extended capabilities begins.
+/// Offset of the first extended capability.
 const EXTENDED_START: u16 = 0x100;
 /// The bits of the command register that a guest may set. The others are reserved or have no
 /// meaning in PCI Express (PCI Express Base Specification 6.0, 7.5.1.1.3).
@@ -42,14 +41,14 @@ const HIDDEN_EXTENDED: [ExtendedCapabilityId; 7] = [
     ExtendedCapabilityId::VF_RESIZABLE_BAR,
 ];
 
-/// The configuration space of a function, and where the registers are that do more than be read.
+/// The configuration space of a function, and the capabilities whose registers have an effect.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
-    /// As it is before the guest starts. BARs and ROM are answered elsewhere.
+    /// Its state before the guest starts, without BARs and ROM.
     pub space: ConfigSpace,
     /// The power management capability, if there is one.
     pub power: Option<PowerCapability>,
-    /// The MSI-X capability, if there is one that can be used.
+    /// The MSI-X capability, if there is a usable one.
     pub msix: Option<MsixCapability>,
 }
 
@@ -63,7 +62,7 @@ pub(super) struct PowerCapability {
 }
 
 impl PowerCapability {
-    /// Whether the function has the power state D0 to D3; a write of another one is ignored.
+    /// Whether the function has the power state, 0 for D0 to 3 for D3hot; a write of another one is ignored.
     pub fn supports(self, state: u8) -> bool {
         match state {
             1 => self.d1,
@@ -100,8 +99,8 @@ impl Registers<'_> {
     }
 }
 
-/// Plans the guest's view of the configuration space `physical`, 256 or 4096 bytes, or a little less, as
-/// read from the device. `msix` says whether the host can deliver MSI-X interrupts of the device.
+/// Plans the guest's view of the configuration space `physical` of the device, 256 or 4096 bytes, or a
+/// little less. `msix` is whether the host can deliver MSI-X interrupts of the device.
 ///
 /// # Errors
 /// The device does not answer, or is a bridge.
@@ -141,7 +140,7 @@ pub(super) fn plan(physical: &[u8], msix: bool) -> Result<Plan, &'static str> {
     Ok(plan)
 }
 
-/// The registers of the type-0 header, but for the capability list.
+/// The registers of the type-0 header, without the capability list.
 fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
     let status = registers.u8(reg::STATUS) & !STATUS_INTX;
     let header_type = registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION;
@@ -158,7 +157,7 @@ fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
     }
 }
 
-/// Lists just these capabilities, in their order.
+/// Lists these capabilities only, in their order.
 fn link_standard(space: &mut ConfigSpace, kept: &[Capability]) {
     let [status]: [u8; 1] = space.get(reg::STATUS);
     let mut list = reg::STATUS_CAPABILITIES as u8;
@@ -176,7 +175,7 @@ fn link_standard(space: &mut ConfigSpace, kept: &[Capability]) {
     }
 }
 
-/// Puts the guest's own registers over those of a capability.
+/// Emulates registers of a capability.
 fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
     let at = |offset: u16| capability.offset + offset;
     match capability.id {
@@ -217,8 +216,8 @@ const MSIX_SIZE: u16 = 0x07ff;
 /// MSI-X message control: size, function mask and enable.
 const MSIX_DEFINED: u16 = 0xc7ff;
 
-/// In the guest every device has a root port above it: one that is part of the host's root complex
-/// becomes an ordinary endpoint, at the end of the narrowest link if it has none.
+/// In the guest every device has a root port above it: an endpoint that is integrated into the host's root
+/// complex becomes an ordinary one, with the narrowest link if it has no link.
 fn express(space: &mut ConfigSpace, registers: Registers<'_>, capability: u16) {
     const TYPE: u16 = 0b1111 << 4;
     const ROOT_COMPLEX_ENDPOINT: u16 = 0b1001 << 4;
@@ -241,7 +240,7 @@ fn express(space: &mut ConfigSpace, registers: Registers<'_>, capability: u16) {
 }
 
 /// Lists the extended capabilities that guests get. The list always begins at 0x100, with an empty
-/// capability if need be.
+/// capability if that one is hidden.
 fn extended(space: &mut ConfigSpace, registers: Registers<'_>) {
     let found = walk_extended(|offset| registers.u32(offset));
     let hidden = |capability: &&ExtendedCapability| HIDDEN_EXTENDED.contains(&capability.id);
@@ -273,7 +272,7 @@ fn zeros(offset: u16, len: u16) -> Area {
     Area::read_only(offset, &vec![0; usize::from(len)])
 }
 
-/// Length of a hidden capability: MSI's depends on what it can do.
+/// Length of a hidden capability: MSI's depends on its features.
 fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
     let control = registers.u16(capability.offset + 2);
     match capability.id {

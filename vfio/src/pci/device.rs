@@ -16,36 +16,35 @@ use super::reset::ResetScope;
 use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
 
-/// The most address bits that an x86 guest can have; where the guest's own end is, the owner of its
-/// address space knows.
+/// The largest physical address width of an x86 guest; the owner of the guest's address space knows the
+/// actual one.
 const MAX_ADDRESS_BITS: u8 = 52;
 
 /// A host device as a PCI function of the guest.
 ///
-/// The guest begins with a function whose decoding, bus mastering and interrupts are off. Its
-/// writes to the command register and to the power state take effect in [`PciDevice::remap`], which
-/// [`PciDevice::write_config`] asks for: so no vCPU reaches a BAR that the hardware has ceased to
-/// decode, and Bus Master reaches the hardware from one place only.
+/// At first decoding, bus mastering and interrupts are off. The guest's writes to the command register and to
+/// the power state take effect in [`PciDevice::remap`], which [`PciDevice::write_config`] asks for: so no vCPU
+/// reaches a BAR that the hardware no longer decodes, and one place only sets Bus Master in the hardware.
 pub struct PassthroughDevice {
-    // Dropped in this order: a BAR that is still mapped keeps the device open, and with it the group.
-    // Taken before the lock of the interrupts.
+    // Dropped in this order: a mapped BAR keeps the device open, and with it the group. This lock is taken
+    // before that of the interrupts.
     state: Mutex<State>,
     /// `None` for a device without MSI-X.
     msix: Option<(MsixCapability, Arc<Interrupts>)>,
     io: Arc<dyn DeviceIo>,
     power: Option<PowerCapability>,
-    /// The configuration space as it is after a reset.
+    /// The configuration space after a reset.
     at_reset: ConfigSpace,
-    /// The device has a reset, and once it did not work.
+    /// A reset of the device has failed.
     reset_failed: AtomicBool,
 }
 
 struct State {
     space: ConfigSpace,
     bars: BarSet,
-    /// What the hardware was last told; `None` if that is not known.
+    /// The registers that the hardware has; `None` if they are unknown.
     hardware: Option<Control>,
-    /// The guest has it no more.
+    /// The function was taken away from the guest.
     retired: bool,
 }
 
@@ -77,7 +76,7 @@ impl PassthroughDevice {
     /// through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, what it says of itself makes no sense, or it has no MSI-X.
+    /// The device cannot be reached, is invalid, or has no MSI-X.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
         match (io.irq(Irq::Msix).count, io.irq(Irq::Msi).count) {
             (1.., _) => Self::without_interrupts(io, router),
@@ -93,10 +92,10 @@ impl PassthroughDevice {
         }
     }
 
-    /// The same of a device that may lack MSI-X: without, it has no interrupts.
+    /// As [`Self::new`], for a device that may lack MSI-X: it has no interrupts then.
     ///
     /// # Errors
-    /// As [`Self::new`], but for MSI-X.
+    /// The device cannot be reached, or is invalid.
     pub fn without_interrupts(
         io: Arc<dyn DeviceIo>,
         router: Arc<dyn MsiRouter>,
@@ -137,21 +136,20 @@ impl PassthroughDevice {
         }))
     }
 
-    /// Whether a reset of the device failed: nobody knows what state it is in.
+    /// Whether a reset of the device has failed: its state is unknown then.
     pub fn reset_failed(&self) -> bool {
         self.reset_failed.load(Ordering::Relaxed)
     }
 
-    /// Takes the function away from the guest, for good: its mappings, interrupts and DMA have ended when
-    /// this returns. What a vCPU that had found the function before still writes to its configuration
-    /// space has no effect.
+    /// Takes the function away from the guest for good: its mappings, interrupts and DMA have ended when this
+    /// returns. Later writes of a vCPU to its configuration space have no effect.
     ///
     /// # Errors
-    /// The device does not say that it has stopped, nor could it be reset.
+    /// The device did not confirm that it has stopped, and could not be reset.
     pub fn retire(&self) -> Result<()> {
         let mut state = self.lock();
         state.retired = true;
-        self.quiet(&mut state)
+        self.quiesce(&mut state)
             .or_else(|error| self.reset_device().map_err(|_| error))
     }
 
@@ -159,10 +157,10 @@ impl PassthroughDevice {
     /// even where the device has no reset.
     pub(super) fn stop(&self) -> Result<()> {
         let mut state = self.lock();
-        let quiet = self.quiet(&mut state);
+        let quiesced = self.quiesce(&mut state);
         state.bars.unassign();
         state.space = self.at_reset.clone();
-        quiet
+        quiesced
     }
 
     /// Makes the function ready for the guest after a reset, which may leave the command register as it was.
@@ -184,9 +182,9 @@ impl PassthroughDevice {
         })
     }
 
-    /// Ends mappings, interrupts and bus mastering. The write to the command register is answered behind
-    /// all that the device has sent to memory before (PCI Express Base Specification 6.0, 2.4.1).
-    fn quiet(&self, state: &mut State) -> Result<()> {
+    /// Ends mappings, interrupts and bus mastering. The device completes the write to the command register
+    /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1).
+    fn quiesce(&self, state: &mut State) -> Result<()> {
         state.bars.unmap();
         if let Some((_, interrupts)) = &self.msix {
             interrupts.reset();
@@ -203,7 +201,7 @@ impl PassthroughDevice {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the guest has asked for.
+    /// The guest's settings.
     fn control(&self, space: &ConfigSpace) -> Control {
         let state = |power: PowerCapability| space.get::<1>(power.control)[0] & POWER_STATE;
         Control {
@@ -212,7 +210,7 @@ impl PassthroughDevice {
         }
     }
 
-    /// Tells the hardware what the guest has asked for, unless it knows.
+    /// Writes the guest's settings to the hardware, unless it has them.
     fn follow(&self, hardware: &mut Option<Control>, control: Control) -> Result<()> {
         if *hardware != Some(control) {
             *hardware = None;
@@ -224,8 +222,8 @@ impl PassthroughDevice {
 }
 
 impl Control {
-    /// The power state first: outside D0 a function may forget what else it is told. INTx is not
-    /// delivered yet, and raised all the same it would disturb whoever shares its line on the host.
+    /// The power state comes first: outside of D0 a function may lose other writes. INTx stays disabled, as it
+    /// is not delivered yet and would disturb devices that share the line on the host.
     fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>) -> Result<()> {
         if let Some(power) = power {
             io.write(Region::CONFIG, power.control.into(), &[self.power])?;
@@ -235,8 +233,8 @@ impl Control {
     }
 }
 
-/// The configuration space as far as it takes to plan the guest's: of the extended part, only how
-/// each capability begins, as every dword is an access to the device.
+/// The parts of the configuration space that the plan of the guest's needs: of the extended part, only the
+/// beginning of each capability, as every dword is an access to the device.
 fn read_config(io: &dyn DeviceIo) -> Result<Vec<u8>> {
     const HEADER_AND_CAPABILITIES: usize = 256;
     const CAPABILITY_BEGINS: usize = 12;
@@ -287,7 +285,7 @@ impl Backing for Hardware<'_> {
 }
 
 impl Drop for PassthroughDevice {
-    /// Interrupts end first, then the mappings; the device is closed once its last user has gone.
+    /// Interrupts end first, then the mappings; the last user closes the device.
     fn drop(&mut self) {
         if let Some((_, interrupts)) = &self.msix {
             interrupts.reset();
@@ -325,7 +323,7 @@ impl PciDevice for PassthroughDevice {
         }
         let mut control = self.control(space);
         if let Some(power) = self.power.filter(|power| !power.supports(control.power)) {
-            // A power state that the function does not have is not entered.
+            // The guest cannot enter a power state that the function does not have.
             let [low]: [u8; 1] = space.get(power.control);
             space.set(power.control, &[low & !POWER_STATE | before.power]);
             control.power = before.power;
@@ -338,8 +336,8 @@ impl PciDevice for PassthroughDevice {
         *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
-    /// Never is a BAR mapped that the hardware does not decode: reaching one ends the VM. What the
-    /// hardware decodes before and after is brought in line first, the rest once it has followed.
+    /// A BAR is mapped only while the hardware decodes it: an access to any other ends the VM. BARs that the
+    /// hardware decodes before and after are remapped first, the others after the hardware has followed.
     fn remap(&self, target: &dyn BarSpace) {
         let mut guard = self.lock();
         let State {

@@ -1,4 +1,4 @@
-//! The guest's side: a host PCI device as a function of the guest's PCI bus.
+//! A host PCI device as a function of the guest's PCI bus.
 
 mod bars;
 mod config;

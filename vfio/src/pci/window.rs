@@ -1,4 +1,4 @@
-//! A part of a BAR that traps: MSI-X structures are emulated, all else goes to the device.
+//! A part of a BAR that traps: MSI-X structures are emulated, other accesses go to the device.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::host::{DeviceIo, Region};
 pub(super) struct Window {
     io: Arc<dyn DeviceIo>,
     region: Region,
-    /// Where the part begins in the region.
+    /// Offset of the part in the region.
     start: u64,
     /// `None` for a device without MSI-X.
     interrupts: Option<Arc<Interrupts>>,

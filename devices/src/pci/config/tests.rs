@@ -1,4 +1,4 @@
-//! The configuration space: areas, masks, and what hides behind them.
+//! The configuration space: areas, writable bits, and the hardware behind them.
 
 use std::sync::Mutex;
 
@@ -43,42 +43,35 @@ impl Backing for Hardware {
     }
 }
 
+fn pass_through() -> ConfigSpace {
+    ConfigSpace::new().with(Area::pass_through(0, CONFIG_SIZE))
+}
+
 #[test]
 fn an_access_is_split_over_areas() {
-    let mut config = ConfigSpace::pass_through()
-        .with(Area::emulated(0x41, &[0xaa, 0xbb], &[0x0f]))
-        .with(Area::patched(0x43, &[0xf0], &[0x50]));
+    let mut config = pass_through().with(Area::emulated(0x41, &[0xaa, 0xbb], &[0x0f]));
     let hardware = Hardware::new();
     hardware.bytes.lock().unwrap()[0x40..0x44].copy_from_slice(&[1, 2, 3, 4]);
     let mut data = [0; 4];
     config.read(0x40, &mut data, &hardware);
-    assert_eq!(data, [1, 0xaa, 0xbb, 0x54]);
+    assert_eq!(data, [1, 0xaa, 0xbb, 4]);
     config.write(0x40, &[0x11, 0x22, 0x33, 0x44], &hardware);
     config.read(0x40, &mut data, &hardware);
-    assert_eq!(data, [0x11, 0xa2, 0xbb, 0x54]);
-    assert_eq!(hardware.bytes.lock().unwrap()[0x40..0x44], [0x11, 2, 3, 4]);
+    assert_eq!(data, [0x11, 0xa2, 0xbb, 0x44]);
+    assert_eq!(
+        hardware.bytes.lock().unwrap()[0x40..0x44],
+        [0x11, 2, 3, 0x44]
+    );
 }
 
 #[test]
 fn whole_accesses_reach_the_hardware_whole() {
-    let mut config = ConfigSpace::pass_through().with(Area::patched(0x50, &[0, 0, 1], &[]));
+    let mut config = pass_through().with(Area::read_only(0x52, &[1]));
     let hardware = Hardware::new();
     config.write(0x40, &[0; 4], &hardware);
     config.write(0x50, &[0; 2], &hardware);
     let accesses = std::mem::take(&mut *hardware.accesses.lock().unwrap());
     assert_eq!(accesses, [('w', 0x40, 4), ('w', 0x50, 2)]);
-}
-
-#[test]
-fn bytes_that_are_patched_whole_never_touch_the_hardware() {
-    let patch = Area::patched(0x40, &[0xff, 0xff, 0x00, 0xff], &[1, 2, 3, 4]);
-    let mut config = ConfigSpace::pass_through().with(patch);
-    let hardware = Hardware::new();
-    config.write(0x40, &[0; 4], &hardware);
-    let mut word = [0; 2];
-    config.read(0x40, &mut word, &hardware);
-    assert_eq!(word, [1, 2]);
-    assert_eq!(*hardware.accesses.lock().unwrap(), [('w', 0x42, 1)]);
 }
 
 #[test]
@@ -95,11 +88,11 @@ fn a_later_area_covers_parts_of_earlier_ones() {
 fn the_device_sets_what_the_guest_cannot() {
     let mut config = ConfigSpace::new()
         .with(Area::read_only(0, &[1, 2]))
-        .with(Area::patched(2, &[0x0f], &[0]));
+        .with(Area::emulated(2, &[0], &[]));
     config.write(0, &[9, 9, 9, 9], &NoBacking);
     assert_eq!(config.get(0), [1, 2, 0, 0]);
     config.set(1, &[7, 0xff, 0xff]);
-    assert_eq!(config.get(0), [1, 7, 0x0f, 0]);
+    assert_eq!(config.get(0), [1, 7, 0xff, 0]);
 }
 
 #[test]
@@ -120,7 +113,6 @@ fn past_the_end_there_are_ones_and_areas_are_cut() {
 #[derive(Debug, Clone)]
 enum Step {
     Emulated(u16, Vec<u8>, Vec<u8>),
-    Patched(u16, Vec<u8>, Vec<u8>),
     PassThrough(u16, u16),
     Read(u16, usize),
     Write(u16, Vec<u8>),
@@ -131,7 +123,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let bytes = || vec(prop_oneof![any::<u8>(), Just(0), Just(0xff)], 0..12);
     let step = prop_oneof![
         (at(), bytes(), bytes()).prop_map(|(at, a, b)| Step::Emulated(at, a, b)),
-        (at(), bytes(), bytes()).prop_map(|(at, a, b)| Step::Patched(at, a, b)),
         (at(), 0..12_u16).prop_map(|(at, len)| Step::PassThrough(at, len)),
         (at(), 0..9_usize).prop_map(|(at, len)| Step::Read(at, len)),
         (at(), bytes()).prop_map(|(at, data)| Step::Write(at, data)),
@@ -179,7 +170,7 @@ proptest! {
     #[test]
     fn areas_behave_as_the_bits_in_them(steps in steps(), through in any::<bool>()) {
         let hardware = Hardware::new();
-        let mut config = if through { ConfigSpace::pass_through() } else { ConfigSpace::new() };
+        let mut config = if through { pass_through() } else { ConfigSpace::new() };
         let mut naive = Naive {
             own: vec![if through { 0 } else { 0xff }; SIZE],
             writable: vec![0; SIZE],
@@ -191,10 +182,6 @@ proptest! {
                 Step::Emulated(at, bytes, writable) => {
                     config.insert(Area::emulated(at, &bytes, &writable));
                     naive.put(at, &vec![0xff; bytes.len()], &writable, &bytes);
-                }
-                Step::Patched(at, mask, value) => {
-                    config.insert(Area::patched(at, &mask, &value));
-                    naive.put(at, &mask, &[], &value);
                 }
                 Step::PassThrough(at, len) => {
                     config.insert(Area::pass_through(at, len));

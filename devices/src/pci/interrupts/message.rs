@@ -1,10 +1,10 @@
-//! Message-signalled interrupts as seen by a device: it asks for a route and gives it a message.
+//! Interrupt messages and their routes: a function asks for a route and gives it a message.
 
 use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// What a function writes to raise an interrupt (PCI Local Bus Specification 3.0, 6.8.1).
+/// The write with which a function raises an interrupt (PCI Local Bus Specification 3.0, 6.8.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MsiMessage {
     /// Address of the write; on x86 in `0xfee0_0000..0xfef0_0000`.
@@ -13,7 +13,7 @@ pub struct MsiMessage {
     pub data: u32,
 }
 
-/// Gives out interrupt routes: implemented by the owner of the interrupt controller.
+/// Gives interrupt routes to functions. The owner of the interrupt controller implements it.
 pub trait MsiRouter: Send + Sync {
     /// A new route, with no message yet.
     ///
@@ -21,11 +21,11 @@ pub trait MsiRouter: Send + Sync {
     /// The interrupt controller has no route left, or no file descriptor can be made.
     fn route(&self) -> io::Result<Box<dyn MsiRoute>>;
 
-    /// Gives the interrupt controller the messages of all routes that were [prepared](MsiRoute::prepare), at
-    /// once: a controller that takes its table as a whole takes it one time for many routes.
+    /// Gives the interrupt controller the messages of all [prepared](MsiRoute::prepare) routes at once: a
+    /// controller that takes only its whole table takes it once for many routes.
     ///
     /// # Errors
-    /// The interrupt controller refused. Nothing is prepared any more then.
+    /// The interrupt controller refused. No route is prepared any more then.
     fn publish(&self) -> io::Result<()>;
 }
 
@@ -35,16 +35,16 @@ pub trait MsiRoute: Send + Sync {
     /// [`Self::set`] with the same message begins to deliver it.
     fn prepare(&self, message: MsiMessage);
 
-    /// Delivers with `message` from now on, or with `None` holds interrupts back: one that arrives
-    /// meanwhile stays pending and is delivered with the next message.
+    /// Delivers interrupts with `message`, or holds them back with `None`: an interrupt that arrives then is
+    /// pending until the next message is set.
     ///
     /// # Errors
     /// The interrupt controller refused; delivery is then stopped.
     fn set(&self, message: Option<MsiMessage>) -> io::Result<()>;
 
-    /// Whether an interrupt has arrived that is being held back.
+    /// Whether an interrupt is held back.
     fn pending(&self) -> bool;
 
-    /// Who writes to it raises the interrupt.
+    /// A write to it raises the interrupt.
     fn trigger(&self) -> &EventFd;
 }

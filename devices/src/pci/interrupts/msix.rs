@@ -17,8 +17,8 @@ const VECTOR_MASK: u32 = 1 << 0;
 /// Where the message control register lies in the capability.
 const CONTROL: std::ops::Range<u16> = 2..4;
 
-/// Vectors whose delivery changed, in ascending order: with the message each now raises, or `None`
-/// where it is no longer to be delivered.
+/// Vectors whose delivery changed, in ascending order, with their messages; `None` for a vector that is no
+/// longer delivered.
 pub type Changes = Vec<(u16, Option<MsiMessage>)>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Entry {
     }
 }
 
-/// The table, the message control register, and the pending bits' place.
+/// The table and the message control register.
 ///
 /// A vector is *effective* when MSI-X is on, the function is not masked and the vector is not
 /// masked. Vectors start masked and MSI-X starts off.
@@ -94,7 +94,7 @@ impl MsixTable {
         u64::from(self.vectors()).div_ceil(64) * 8
     }
 
-    /// Whether MSI-X is on, so that INTx and MSI are not used.
+    /// Whether MSI-X is on, so that the function uses neither INTx nor MSI.
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
@@ -111,8 +111,8 @@ impl MsixTable {
         control
     }
 
-    /// Takes a guest's write to the capability, `offset` bytes from its header on. Only the bytes
-    /// that fall on the message control register count, whatever the width of the write.
+    /// Takes a guest's write to the capability, `offset` bytes from its header on. Only bytes of the message
+    /// control register have an effect, for any width of the write.
     pub fn write_control(&mut self, offset: u16, data: &[u8]) -> Changes {
         let mut control = self.control().to_le_bytes();
         for (at, &byte) in (u32::from(offset)..).zip(data) {
@@ -136,8 +136,8 @@ impl MsixTable {
         }
     }
 
-    /// Takes a guest's write to the table at `offset`. Dwords and qwords are what the specification
-    /// asks for (7.7.2); other writes change the bytes they cover.
+    /// Takes a guest's write to the table at `offset`. The specification asks for dwords and qwords (7.7.2);
+    /// other writes change the bytes that they cover.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) -> Changes {
         let mut changes = Changes::new();
         let mut at = offset;
@@ -161,8 +161,8 @@ impl MsixTable {
         changes
     }
 
-    /// Fills `data` from the pending bit array at `offset`, asking `pending` for each vector's bit.
-    /// Zeros past its end.
+    /// Fills `data` from the pending bit array at `offset`. `pending` gives each vector's bit. Zeros past its
+    /// end.
     pub fn read_pba(&self, offset: u64, data: &mut [u8], pending: impl Fn(u16) -> bool) {
         let vectors = u64::from(self.vectors());
         for (byte, index) in data.iter_mut().zip(0..) {
