@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use gantry_resources::json::JsonError;
 use gantry_resources::{
     AllocateError, ConfigError, EditError, GroupError, OpenerError, PlanError, TenantError,
 };
@@ -78,6 +79,8 @@ fn is_mistake(error: &(dyn Error + 'static)) -> bool {
         }
     } else if let Some(error) = error.downcast_ref::<AllocateError>() {
         error.is_mistake()
+    } else if error.is::<JsonError>() {
+        true
     } else if let Some(error) = error.downcast_ref::<ConfigError>() {
         error.is_mistake()
     } else if let Some(EditError::Groups(error)) = error.downcast_ref() {

@@ -111,7 +111,7 @@ fn a_malformed_rule() {
         &[
             "groups.json:3:",
             "groups[0].rules[0].vendr",
-            "did you mean \"vendor\"?",
+            "did you mean `vendor`?",
         ],
     );
     let error = Host::new().refused(2, &["group", "create", "x", "--rule", "{\"class\": \"1\"}"]);
@@ -157,7 +157,7 @@ fn malformed_json() {
     let error = Host::new().file("alias.json", "[\n{\"name\": \"gpu\",}]");
     one_line(&error, &["alias.json:2:"]);
     let error = Host::new().file("tenants/lab/tenant.json", "{\n\"usr\": \"a\"}");
-    one_line(&error, &["tenant.json:2:", "did you mean \"user\"?"]);
+    one_line(&error, &["tenant.json:2:", "did you mean `user`?"]);
     let host = Host::new();
     fs::write(host.path("etc/plans.json"), "{\"plans\": [{\"name\": 1}]}").unwrap();
     let error = host.refused(2, &["plan", "list"]);

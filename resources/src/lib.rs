@@ -29,9 +29,9 @@ pub use allocation::{AllocateError, Fit, RequestFit, allocate, allocate_near, fi
 pub use base::atomic::make_dir;
 pub use base::bdf::{BdfError, HostBdf};
 pub use base::config::ConfigError;
-pub use base::config::place::Place;
 pub use base::helpers::reap_helpers;
 pub use base::host::HostPaths;
+pub use base::json;
 pub use base::name::DeviceName;
 pub use base::numbers::{Numbers, NumbersError};
 pub use base::regular::{open_below, open_regular, read_regular, read_text};

@@ -10,6 +10,7 @@ mod show;
 pub mod told;
 
 use clap::{Subcommand, ValueEnum};
+use gantry_resources::json;
 use gantry_resources::{
     Allow, GroupType, Groups, HostDevice, HostPaths, NO_USB, ResourceGroup, Rule, lacks,
 };
@@ -116,9 +117,8 @@ fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Ve
 
 /// A JSON object on the command line.
 fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    // serde takes a list for an object whose keys are left out.
     match text.trim().starts_with('{') {
-        true => serde_json::from_str(text).map_err(|error| error.to_string()),
+        true => json::from_text(text).map_err(|error| error.to_string()),
         false => Err(
             "write a JSON object, such as '{\"vendor\": \"10de\"}', in single quotes".to_owned(),
         ),

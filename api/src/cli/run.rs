@@ -114,12 +114,7 @@ impl From<Seccomp> for SeccompMode {
 
 impl From<config::Error> for Failure {
     fn from(error: config::Error) -> Self {
-        let help = error.help().map(str::to_owned);
-        let failure = Self::new(USAGE, error);
-        match help {
-            Some(help) => failure.help(help),
-            None => failure,
-        }
+        Self::new(USAGE, error)
     }
 }
 

@@ -3,10 +3,7 @@
 //! A file written for Cloud Hypervisor often spells out defaults. Those that mean "no such thing"
 //! pass; anything else is refused by name, so that nobody believes to have what is not there.
 
-use super::decode::join;
-use super::document::{Entry, Node, Value};
-use super::error::Fault;
-use super::wording::{unknown_key, wrong_type};
+use gantry_resources::json::{Document, Entry, Node, Value, join, unknown_key};
 
 /// What an inert key may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,20 +135,28 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("watchdog", FALSE),
 ];
 
-/// Names of the inert keys directly below `parent`, such as `devices[0]`.
-pub fn keys_of(parent: &str) -> impl Iterator<Item = &'static str> {
-    let parent = pattern(parent);
-    KEYS.iter().filter_map(move |(path, _)| {
+/// Names of the inert keys of the object at `path` of a text whose root is at `place` of the table.
+pub fn keys_of(place: &str, path: &str) -> Vec<&'static str> {
+    let object = join(place, &pattern(path));
+    let keys = KEYS.iter().filter_map(move |(path, _)| {
         let (above, key) = path.rsplit_once('.').unwrap_or(("", path));
-        (above == parent).then_some(key)
-    })
+        (above == object).then_some(key)
+    });
+    keys.collect()
 }
 
-/// Takes the inert keys out of a tree that stands at `place` of the table, refusing those that ask for
-/// something. A VM's file stands at the empty place, the body for one device at `devices[]`.
-pub fn strip(root: &mut Node, place: &str) -> Result<(), Fault> {
-    strip_below(root, "", place)
+/// Takes the inert keys out of a text whose root is at `place` of the table. Those that ask for something are
+/// mistakes. A VM's file is at the empty place, the body for one device at `devices[]`.
+pub fn strip(document: &mut Document, place: &str) {
+    let mut refusals = Vec::new();
+    strip_below(&mut document.root, "", place, &mut refusals);
+    for (at, what) in refusals {
+        document.mistake_at(at, what);
+    }
 }
+
+/// Inert keys that ask for something: where they are, and the words.
+type Refusals = Vec<(usize, String)>;
 
 /// A path as the table writes it: `devices[0].id` becomes `devices[].id`.
 fn pattern(path: &str) -> String {
@@ -163,87 +168,90 @@ fn pattern(path: &str) -> String {
     outside.collect()
 }
 
-/// `path` is where the node stands in the text, `place` where it stands in the table.
-fn strip_below(node: &mut Node, path: &str, place: &str) -> Result<(), Fault> {
+/// `path` is the node's path in the text, `place` its path in the table.
+fn strip_below(node: &mut Node, path: &str, place: &str, refusals: &mut Refusals) {
     match &mut node.value {
         Value::List(items) => {
             let place = format!("{place}[]");
-            let mut items = items.iter_mut().enumerate();
-            items.try_for_each(|(index, item)| {
-                strip_below(item, &format!("{path}[{index}]"), &place)
-            })
+            for (index, item) in items.iter_mut().enumerate() {
+                strip_below(item, &format!("{path}[{index}]"), &place, refusals);
+            }
         }
-        Value::Map(entries) => {
-            let mut kept = Vec::with_capacity(entries.len());
-            for mut entry in std::mem::take(entries) {
-                let (path, place) = (join(path, &entry.key), join(place, &entry.key));
-                if !strip_entry(&mut entry, &path, &place)? {
-                    kept.push(entry);
+        Value::Map(entries) => entries.retain_mut(|entry| {
+            let (path, place) = (join(path, &entry.key), join(place, &entry.key));
+            match KEYS.iter().find(|(key, _)| *key == place) {
+                None => {
+                    strip_below(&mut entry.node, &path, &place, refusals);
+                    true
+                }
+                Some((_, accepts)) => {
+                    refusals.extend(refusal(entry, &path, &place, *accepts));
+                    false
                 }
             }
-            *entries = kept;
-            Ok(())
+        }),
+        _ => {}
+    }
+}
+
+/// What is wrong with the values of an inert key and of those below it.
+fn refusal(entry: &mut Entry, path: &str, place: &str, accepts: Accepts) -> Refusals {
+    let wrong_type = |expected: &str| {
+        let found = entry.node.value.describe();
+        let what = format!("`{path}`: expected {expected}, found {found}");
+        vec![(entry.node.at, what)]
+    };
+    match (accepts, &entry.node.value) {
+        (_, Value::Null) | (Text, Value::Text(_)) => Vec::new(),
+        (Text, _) => wrong_type("a string"),
+        (Only(values), value) => {
+            let found = value.to_string();
+            if values.contains(&found.as_str()) {
+                return Vec::new();
+            }
+            let first = values.first().copied().unwrap_or_default();
+            let what =
+                format!("`{path}`: {found} is not supported yet: remove the key, or write {first}");
+            vec![(entry.at, what)]
         }
-        _ => Ok(()),
-    }
-}
-
-/// Whether the entry was inert; what is inert below it is gone in any case.
-fn strip_entry(entry: &mut Entry, path: &str, place: &str) -> Result<bool, Fault> {
-    match KEYS.iter().find(|(key, _)| *key == place) {
-        None => strip_below(&mut entry.node, path, place).map(|()| false),
-        Some((_, Only(values))) => asks_for_nothing(entry, path, values).map(|()| true),
-        Some((_, Text)) => match &entry.node.value {
-            Value::Text(_) | Value::Null => Ok(true),
-            other => Err(wrong_type(
-                entry.node.at,
-                path,
-                "a string",
-                &other.to_string(),
-            )),
-        },
-        Some((_, Members)) => {
-            strip_below(&mut entry.node, path, place)?;
-            only_inert_members(&entry.node, path).map(|()| true)
+        (Members, Value::Map(_)) => {
+            let mut refusals = Vec::new();
+            strip_below(&mut entry.node, path, place, &mut refusals);
+            if let Value::Map(left) = &entry.node.value {
+                refusals.extend(left.iter().map(|entry| {
+                    let path = join(path, &entry.key);
+                    (entry.at, unknown_key(&path, &[], &keys_of("", place)))
+                }));
+            }
+            refusals
         }
-    }
-}
-
-fn asks_for_nothing(entry: &Entry, path: &str, values: &[&str]) -> Result<(), Fault> {
-    let found = entry.node.value.to_string();
-    if matches!(entry.node.value, Value::Null) || values.contains(&found.as_str()) {
-        return Ok(());
-    }
-    let first = values.first().copied().unwrap_or_default();
-    let what = format!("`{path}` is not supported yet; gantry accepts only {first}");
-    Err(Fault::new(entry.at, what).help(format!("it is {found} here: remove the key")))
-}
-
-fn only_inert_members(node: &Node, path: &str) -> Result<(), Fault> {
-    match &node.value {
-        Value::Null => Ok(()),
-        Value::Map(left) => match left.first() {
-            None => Ok(()),
-            Some(entry) => Err(unknown_key(entry.at, &join(path, &entry.key), &[])),
-        },
-        other => Err(wrong_type(node.at, path, "an object", &other.to_string())),
+        (Members, _) => wrong_type("an object"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::document::parse;
+    use std::path::Path;
+
     use super::*;
+
+    /// What is left of a text, or what is wrong with it.
+    fn stripped(text: &str) -> Result<String, String> {
+        let mut document = Document::parse(Path::new("vm.json"), text).unwrap();
+        strip(&mut document, "");
+        let left = format!("{:?}", document.root);
+        document
+            .finish(Some(left))
+            .map_err(|error| error.to_string())
+    }
 
     #[test]
     fn what_every_row_accepts_is_taken_out() {
         for (path, accepts) in KEYS {
             let Only(values) = accepts else { continue };
             for value in values.iter().chain(&["null"]) {
-                let mut root = parse(&nest(path, value)).unwrap();
-                strip(&mut root, "").unwrap_or_else(|fault| panic!("{path}: {}", fault.what));
+                let left = stripped(&nest(path, value)).unwrap_or_else(|said| panic!("{said}"));
                 let key = path.rsplit('.').next().unwrap();
-                let left = format!("{root:?}");
                 assert!(!left.contains(&format!("{key:?}")), "{path}: {left}");
             }
         }
@@ -253,14 +261,9 @@ mod tests {
     fn every_row_refuses_what_asks_for_something() {
         for (path, accepts) in KEYS {
             let Only(values) = accepts else { continue };
-            let mut root = parse(&nest(path, "\"much\"")).unwrap();
-            let fault = strip(&mut root, "").unwrap_err();
-            assert!(
-                fault.what.contains(&path.replace("[]", "[0]")),
-                "{}",
-                fault.what
-            );
-            assert!(fault.what.contains(values[0]), "{}", fault.what);
+            let said = stripped(&nest(path, "\"much\"")).unwrap_err();
+            assert!(said.contains(&path.replace("[]", "[0]")), "{said}");
+            assert!(said.contains(values[0]), "{said}");
         }
     }
 

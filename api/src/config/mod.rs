@@ -1,29 +1,48 @@
-//! A VM's JSON file: read, decoded with places, validated into the VMM's own terms.
+//! A VM's JSON file: read, and validated into the VMM's own terms.
 
-mod decode;
-mod document;
-mod error;
 mod inert;
 mod model;
 mod schema;
 #[cfg(test)]
 mod tests;
 mod validate;
-mod wording;
 
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use document::{Node, Value};
-pub use error::Error;
-use error::Fault;
-use gantry_resources::{HostPaths, read_text};
+use gantry_resources::json::{Document, JsonError};
+use gantry_resources::{HostPaths, Request, read_text};
+use gantry_vmm::NumaPolicy;
 use gantry_vmm::command::{Attach, DeviceSelector};
 pub use model::{AddDevice, DeviceConfig, PlanDevices};
 pub use schema::{add_inert, schema};
+use validate::Context;
 pub use validate::SLOTS;
-use validate::{Context, Invalid};
+
+/// Why there is no [`gantry_vmm::VmConfig`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read at all.
+    #[error("cannot read {what}")]
+    Read {
+        /// The file, as the user named it.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The name that the VM would have cannot be used.
+    #[error("\"{name}\" cannot be a VM's name: {why}: give it another name with --name")]
+    Name {
+        /// The name.
+        name: String,
+        /// The rule it breaks.
+        why: &'static str,
+    },
+    /// Something in the file is wrong.
+    #[error(transparent)]
+    Invalid(#[from] JsonError),
+}
 
 /// Where a VM's file comes from.
 #[derive(Debug, Clone)]
@@ -66,6 +85,19 @@ pub struct Extras {
     pub slots: u8,
     /// Where the files that are named must lie; anywhere if absent.
     pub folders: Option<gantry_vmm::Folders>,
+}
+
+impl Extras {
+    fn context<'a>(&'a self, name: &'a str, folder: &'a Path) -> Context<'a> {
+        Context {
+            name,
+            folder,
+            allow_ungrouped: self.allow_ungrouped,
+            host: &self.host,
+            slots: self.slots,
+            folders: self.folders.as_ref(),
+        }
+    }
 }
 
 /// The bytes that a size such as `512M` means.
@@ -123,65 +155,84 @@ pub fn parse(
     extras: &Extras,
 ) -> Result<gantry_vmm::VmConfig, Error> {
     check_name(name)?;
-    let context = Context {
-        name,
-        folder: written.folder,
-        allow_ungrouped: extras.allow_ungrouped,
-        host: &extras.host,
-        slots: extras.slots,
-        folders: extras.folders.as_ref(),
-    };
-    compile(written.text, &context).map_err(|fault| fault.in_file(written.file, written.text))
+    let context = extras.context(name, written.folder);
+    Ok(compile(written, |model| {
+        validate::convert(model, &context)
+    })?)
+}
+
+/// The devices that a VM's file, or a part of one, asks for, and the NUMA nodes that they must be near to.
+///
+/// # Errors
+/// Its keys or values are wrong.
+pub fn requests(
+    written: &Written,
+    extras: &Extras,
+) -> Result<(Vec<Request>, NumaPolicy), JsonError> {
+    let context = extras.context("", written.folder);
+    compile(written, |model| validate::requests(model, &context))
 }
 
 /// What the body of `vm.add-device` asks for.
 ///
 /// # Errors
 /// The body is no JSON, has a key that is not known or asks for what there is not, or makes no sense.
-pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, Error> {
-    attach_of(body, allow_ungrouped).map_err(|fault| fault.in_file("the body", body))
-}
-
-fn attach_of(body: &str, allow_ungrouped: bool) -> Result<Attach, Fault> {
-    let mut root = document::parse(body)?;
-    inert::strip(&mut root, "devices[]")?;
-    let misplaced = |Invalid { path, what, help }: Invalid| {
-        Fault::new(locate(&root, &path), told(&path, &what)).help(help)
+pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, JsonError> {
+    let mut document = Document::parse(Path::new("the body"), body)?;
+    inert::strip(&mut document, DEVICES);
+    let others = |path: &str| inert::keys_of(DEVICES, path);
+    let attach = if document.root.entry("plan").is_some() {
+        let planned = document.decode_beside(&others);
+        planned.and_then(|PlanDevices { plan, id }| {
+            let checked = id.as_deref().map(|id| validate::check_id("id", id, None));
+            let wanted = DeviceSelector::Plan(plan);
+            valid(&mut document, checked.transpose())?;
+            Some(Attach { id, wanted })
+        })
+    } else {
+        let device = document.decode_beside(&others);
+        device.and_then(|device| {
+            let asked = validate::device("", device, allow_ungrouped);
+            let asked = valid(&mut document, asked)?;
+            let wanted = DeviceSelector::Request(asked.request);
+            Some(Attach {
+                id: asked.id,
+                wanted,
+            })
+        })
     };
-    let planned =
-        matches!(&root.value, Value::Map(entries) if entries.iter().any(|e| e.key == "plan"));
-    if planned {
-        let PlanDevices { plan, id } = decode::decode(&root).map_err(wording::misfit)?;
-        if let Some(id) = &id {
-            validate::check_id("id", id, None).map_err(misplaced)?;
+    document.finish(attach)
+}
+
+/// Where the table of inert keys has those of a device.
+const DEVICES: &str = "devices[]";
+
+/// A valid value, or else a mistake of the text.
+fn valid<T>(document: &mut Document, value: Result<T, validate::Invalid>) -> Option<T> {
+    value
+        .map_err(|validate::Invalid { path, what }| document.mistake(&path, what))
+        .ok()
+}
+
+/// The whole way from text to a validated value.
+fn compile<T>(
+    written: &Written,
+    convert: impl FnOnce(model::VmConfig) -> Result<T, Vec<validate::Invalid>>,
+) -> Result<T, JsonError> {
+    let mut document = Document::parse(Path::new(written.file), written.text)?;
+    inert::strip(&mut document, "");
+    let model = document.decode_beside(&|path| inert::keys_of("", path));
+    let value = model.and_then(|model| {
+        let mistakes = match convert(model) {
+            Ok(value) => return Some(value),
+            Err(mistakes) => mistakes,
+        };
+        for validate::Invalid { path, what } in mistakes {
+            document.mistake(&path, what);
         }
-        let wanted = DeviceSelector::Plan(plan);
-        return Ok(Attach { id, wanted });
-    }
-    let device = decode::decode(&root).map_err(wording::misfit)?;
-    let asked = validate::device("", device, allow_ungrouped).map_err(misplaced)?;
-    Ok(Attach {
-        id: asked.id,
-        wanted: DeviceSelector::Request(asked.request),
-    })
-}
-
-/// What is wrong with the value at a path; the empty path is the whole text.
-fn told(path: &str, what: &str) -> String {
-    match path {
-        "" => what.to_owned(),
-        path => format!("`{path}`: {what}"),
-    }
-}
-
-/// The whole way from text to a validated VM.
-fn compile(text: &str, context: &Context) -> Result<gantry_vmm::VmConfig, Fault> {
-    let mut root = document::parse(text)?;
-    inert::strip(&mut root, "")?;
-    let model = decode::decode(&root).map_err(wording::misfit)?;
-    validate::convert(model, context).map_err(|Invalid { path, what, help }| {
-        Fault::new(locate(&root, &path), told(&path, &what)).help(help)
-    })
+        None
+    });
+    document.finish(value)
 }
 
 /// The longest file that describes a VM.
@@ -226,24 +277,5 @@ fn flaw(name: &str) -> Option<&'static str> {
             "it holds a slash or a control character"
         }
         _ => return None,
-    })
-}
-
-/// Byte offset of the value at a key path, or of the nearest value around it that is there.
-fn locate(node: &Node, path: &str) -> usize {
-    let (step, rest) = match path.strip_prefix('[') {
-        Some(path) => path.split_once(']').unwrap_or((path, "")),
-        None => path.split_at(path.find(['.', '[']).unwrap_or(path.len())),
-    };
-    let child = match &node.value {
-        Value::Map(entries) => entries
-            .iter()
-            .find(|e| e.key == step)
-            .map(|entry| &entry.node),
-        Value::List(items) => step.parse().ok().and_then(|index: usize| items.get(index)),
-        _ => None,
-    };
-    child.map_or(node.at, |child| {
-        locate(child, rest.strip_prefix('.').unwrap_or(rest))
     })
 }

@@ -12,10 +12,11 @@ use serde::de::{Deserialize, Deserializer, Visitor};
 
 /// A virtual machine, as written in the file given to `gantry run`.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// What the guest boots.
-    pub payload: PayloadConfig,
+    #[schemars(with = "PayloadConfig")]
+    pub payload: Option<PayloadConfig>,
     /// Name of a service plan of the host, which says what this file does not: processors, memory,
     /// devices. `gantry plan list` shows them.
     pub plan: Option<String>,
@@ -44,7 +45,7 @@ pub struct VmConfig {
 /// What the guest boots. Relative paths start at the folder of the file they are written in, or at
 /// the working directory when the configuration comes from standard input.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
     /// Path of the kernel: a `vmlinux` with a PVH entry point, or a `bzImage`.
     pub kernel: PathBuf,
@@ -56,7 +57,7 @@ pub struct PayloadConfig {
 
 /// The guest's processors.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct CpusConfig {
     /// Number of processors the guest starts with.
     #[schemars(range(min = 1, max = 254))]
@@ -76,7 +77,7 @@ pub struct CpusConfig {
 
 /// Processors of the host that a vCPU may run on.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct AffinityConfig {
     /// Number of the vCPU; the first is 0.
     pub vcpu: u64,
@@ -98,7 +99,7 @@ impl Default for CpusConfig {
 
 /// The guest's memory.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
     /// Size of the guest's RAM: a number of bytes, or a string such as `"512M"` or `"4GiB"`. A
     /// multiple of 2 MiB, at least 32 MiB.
@@ -118,7 +119,7 @@ impl Default for MemoryConfig {
 #[derive(
     Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema,
 )]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 #[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
 pub struct DeviceConfig {
     /// Name that the device gets in the VM; its address on the host if absent. Of several devices the
@@ -163,7 +164,7 @@ pub struct DeviceConfig {
 
 /// Host devices for a running VM: those of a service plan, all of them or none.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct PlanDevices {
     /// Name of the service plan; `gantry plan list` shows them.
     pub plan: String,
@@ -236,7 +237,7 @@ impl DeviceConfig {
 
 /// Slots for devices that are attached while the guest runs.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct HotplugConfig {
     /// How many, beside those of the devices that the VM starts with; 32 if absent. Each costs the guest
     /// some time at boot. A VM without `hotplug` has none, or 32 where `gantry run` is given
@@ -257,7 +258,7 @@ pub struct HotplugConfig {
 
 /// The guest's first serial port (16550, COM1).
 #[derive(Debug, serde::Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct SerialConfig {
     /// Where it leads.
     pub mode: SerialMode,

@@ -29,11 +29,11 @@ impl Folder {
         load(&Source::File(self.path("vm.json")), &Extras::default())
     }
 
-    /// The error for a text, with the folder's name taken out, and its help.
+    /// The error for a text, with the folder's name taken out.
     fn refusal(&self, text: &str) -> String {
         let error = self.load(text).expect_err(text);
         let folder = format!("{}/", self.0.path().display());
-        format!("{error}\n{}", error.help().unwrap_or_default()).replace(&folder, "")
+        error.to_string().replace(&folder, "")
     }
 }
 
@@ -224,7 +224,7 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
             error.to_string().contains("cannot be a VM's name"),
             "{error}"
         );
-        assert!(error.help().unwrap().contains("--name"));
+        assert!(error.to_string().contains("--name"));
     }
 }
 
@@ -278,7 +278,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""colour": 1"#,
         "2:1: unknown key `colour`",
-        "the keys here are: payload, plan, cpus, memory, numa_nodes, devices, pci_passthrough:alias, serial",
+        "the keys here are payload, plan, cpus, memory, numa_nodes, devices, pci_passthrough:alias, serial",
     ),
     (
         r#""devices": [{"groop": "nvme"}]"#,
@@ -302,7 +302,7 @@ const KEYS: &[Mistake] = &[
     ),
     (
         r#""cpus": {}"#,
-        "2:9: key `cpus.boot_vcpus` is missing",
+        "2:9: `cpus.boot_vcpus`: this key is missing",
         "add \"boot_vcpus\"",
     ),
     (
@@ -312,27 +312,27 @@ const KEYS: &[Mistake] = &[
     ),
     (
         r#""disks": [{"path": "a.img"}]"#,
-        "2:1: `disks` is not supported yet; gantry accepts only []",
+        "2:1: `disks`: [...] is not supported yet",
         "remove the key",
     ),
     (
         r#""vsock": {"cid": 3}"#,
-        "2:1: `vsock` is not supported yet; gantry accepts only null",
+        "2:1: `vsock`: {...} is not supported yet",
         "remove the key",
     ),
     (
         r#""console": {"mode": "Tty"}"#,
-        "2:13: `console.mode` is not supported yet; gantry accepts only \"Off\"",
-        "it is \"Tty\" here",
+        "2:13: `console.mode`: \"Tty\" is not supported yet",
+        "remove the key, or write \"Off\"",
     ),
     (
-        r#""devices": [{}, {"group": "a", "iommu": true}]"#,
-        "2:32: `devices[1].iommu` is not supported yet; gantry accepts only false",
-        "it is true here",
+        r#""devices": [{"group": "b"}, {"group": "a", "iommu": true}]"#,
+        "2:44: `devices[1].iommu`: true is not supported yet",
+        "remove the key, or write false",
     ),
     (
         r#""console": []"#,
-        "2:12: `console`: expected an object, found []",
+        "2:12: `console`: expected an object, found a list",
         "",
     ),
 ];
@@ -390,17 +390,17 @@ const TYPES: &[Mistake] = &[
     ),
     (
         r#""serial": {"mode": "tty"}"#,
-        "2:20: `serial.mode` cannot be \"tty\"",
+        "2:20: `serial.mode`: \"tty\" is unknown",
         "did you mean \"Tty\"?",
     ),
     (
         r#""serial": {"mode": "Pty"}"#,
-        "2:20: `serial.mode` cannot be \"Pty\"",
-        "it is one of: Off, Null, Tty, File",
+        "2:20: `serial.mode`: \"Pty\" is unknown",
+        "use one of Off, Null, Tty, File",
     ),
     (
         r#""serial": {"mode": 1}"#,
-        "2:20: `serial.mode`: expected a string, found 1",
+        "2:20: `serial.mode`: expected a string, found the number 1",
         "",
     ),
     (
@@ -486,15 +486,12 @@ const VALUES: &[Mistake] = &[
 #[test]
 fn every_mistake_is_told_with_its_place_and_what_to_do() {
     let folder = Folder::new();
-    for (members, what, help) in [PLACES, KEYS, TYPES, VALUES].concat() {
+    for (members, what, help_wanted) in [PLACES, KEYS, TYPES, VALUES].concat() {
         let refusal = folder.refusal(&file(members));
-        let (first, second) = refusal.split_once('\n').unwrap();
-        assert!(
-            first.starts_with(&format!("vm.json:{what}")),
-            "{members}\n{refusal}"
-        );
-        assert!(second.contains(help), "{members}\n{refusal}");
-        assert!(refusal.lines().count() <= 3, "{refusal}");
+        let help = refusal.strip_prefix(&format!("vm.json:{what}"));
+        let help_told = help.is_some_and(|said| said.contains(help_wanted));
+        assert!(help_told, "{members}\n{refusal}");
+        assert_eq!(refusal.lines().count(), 1, "{refusal}");
     }
 }
 
@@ -502,19 +499,19 @@ fn every_mistake_is_told_with_its_place_and_what_to_do() {
 const WHOLE: &[Mistake] = &[
     (
         "{}",
-        "vm.json:1:1: key `payload` is missing",
+        "vm.json:1:1: `payload`: this key is missing",
         "add \"payload\"",
     ),
     ("[]", "vm.json:1:1: expected an object, found a list", ""),
     ("", "vm.json:1:1: not valid JSON: EOF", ""),
     (
         "{\"payload\": }",
-        "vm.json:1:13: not valid JSON: expected value",
+        "vm.json:1:13: `payload`: not valid JSON: expected value",
         "",
     ),
     (
         r#"{"payload": {}}"#,
-        "vm.json:1:13: key `payload.kernel` is missing",
+        "vm.json:1:13: `payload.kernel`: this key is missing",
         "add \"kernel\"",
     ),
     (
@@ -529,7 +526,7 @@ const WHOLE: &[Mistake] = &[
     ),
     (
         r#"{"payload": {"kernel": "vmlinux", "firmware": "x"}}"#,
-        "vm.json:1:35: `payload.firmware` is not supported yet",
+        "vm.json:1:35: `payload.firmware`: \"x\" is not supported yet",
         "",
     ),
     (

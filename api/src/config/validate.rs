@@ -3,20 +3,22 @@
 mod place;
 mod planned;
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use gantry_resources::json::join;
 use gantry_resources::{
-    Allow, DeviceName, GroupType, Groups, HostPaths, NO_USB, Request, Source, Wish, open_below,
-    open_regular,
+    Allow, DeviceName, GroupType, Groups, HostPaths, NO_USB, Plan, Request, Source, Wish,
+    open_below, open_regular,
 };
 use gantry_vmm::{
-    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, Payload, SerialMode, VcpuCount,
+    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, NumaPolicy, Payload, SerialMode,
+    VcpuCount,
 };
 use nix::fcntl::OFlag;
 
-use super::decode::join;
 use super::flaw;
 use super::model::{self, ByteSize};
 
@@ -56,79 +58,130 @@ pub struct Context<'a> {
 pub struct Invalid {
     /// Its key path.
     pub path: String,
-    /// What is wrong with it.
+    /// What is wrong with it, and what to do about it.
     pub what: String,
-    /// What to do about it.
-    pub help: String,
 }
 
-fn invalid(path: &str, what: impl Into<String>, help: impl Into<String>) -> Invalid {
+fn invalid(path: &str, what: impl Display, help: impl Display) -> Invalid {
     Invalid {
         path: path.to_owned(),
-        what: what.into(),
-        help: help.into(),
+        what: format!("{what}: {help}"),
+    }
+}
+
+/// The mistakes of a file.
+#[derive(Default)]
+struct Mistakes(Vec<Invalid>);
+
+impl Mistakes {
+    /// A valid value; a mistake is kept.
+    fn keep<T>(&mut self, value: Result<T, Invalid>) -> Option<T> {
+        value.map_err(|mistake| self.0.push(mistake)).ok()
+    }
+
+    /// The value if there is no mistake.
+    fn or<T>(self, value: Option<T>) -> Result<T, Vec<Invalid>> {
+        match value {
+            Some(value) if self.0.is_empty() => Ok(value),
+            _ => Err(self.0),
+        }
     }
 }
 
 /// Converts a whole file.
+///
+/// # Errors
+/// Every mistake that can be seen.
 pub fn convert(
     config: model::VmConfig,
     context: &Context,
-) -> Result<gantry_vmm::VmConfig, Invalid> {
-    let plan = match &config.plan {
-        Some(name) => Some(planned::read(name, context)?),
-        None => None,
-    };
+) -> Result<gantry_vmm::VmConfig, Vec<Invalid>> {
+    let mut mistakes = Mistakes::default();
+    let built = build(config, context, &mut mistakes);
+    mistakes.or(built)
+}
+
+/// The devices of a file, and the NUMA nodes that they must be near to; the file need not describe a whole VM.
+///
+/// # Errors
+/// Every mistake in the devices.
+pub fn requests(
+    config: model::VmConfig,
+    context: &Context,
+) -> Result<(Vec<Request>, NumaPolicy), Vec<Invalid>> {
+    if config.payload.is_some() {
+        return convert(config, context).map(|config| (config.requests(), config.nodes));
+    }
+    let mut mistakes = Mistakes::default();
+    let plan = mistakes.keep(planned::named(config.plan.as_deref(), context));
+    let asked = plan.and_then(|plan| {
+        let plan = plan.as_ref();
+        mistakes.keep(asked(config.devices, config.aliases, plan, context))
+    });
+    let nodes = place::nodes(config.numa_nodes);
+    let requests = asked.map(|asked| asked.into_iter().map(|one| one.request).collect());
+    mistakes.or(requests.map(|requests| (requests, nodes)))
+}
+
+fn build(
+    config: model::VmConfig,
+    context: &Context,
+    mistakes: &mut Mistakes,
+) -> Option<gantry_vmm::VmConfig> {
+    let missing = || invalid("payload", "this key is missing", "add \"payload\": ...");
+    let payload = config.payload.ok_or_else(missing);
+    let payload = mistakes.keep(payload.and_then(|config| payload_of(config, context)));
+    let plan = mistakes.keep(planned::named(config.plan.as_deref(), context));
+    let plan = plan.flatten();
+    let plan = plan.as_ref();
     let affinity = config
         .cpus
         .as_ref()
         .and_then(|cpus| cpus.affinity.as_deref());
-    let affinity = place::affinity(affinity.unwrap_or_default())?;
-    let cpu = config.cpus.as_ref().map(offer).transpose()?;
-    let cpus = config.cpus.map(|cpus| vcpus(&cpus)).transpose()?;
-    let ram = config.memory.map(|config| memory(&config)).transpose()?;
-    let own = config.devices.is_some() || config.aliases.is_some();
-    let asked = asked(config.devices, config.aliases, context.allow_ungrouped)?;
-    let devices = match &plan {
-        Some(plan) if !own => planned::devices(plan)?
-            .into_iter()
-            .map(NamedRequest::from)
-            .collect(),
-        _ => asked,
+    let affinity = mistakes.keep(place::affinity(affinity.unwrap_or_default()));
+    let cpu = mistakes.keep(config.cpus.as_ref().map_or(Ok(CpuConfig::default()), offer));
+    let vcpus = match &config.cpus {
+        Some(cpus) => vcpus(cpus),
+        None => planned::vcpus(plan),
     };
-    let vcpus = match cpus {
-        Some(cpus) => cpus,
-        None => planned::vcpus(plan.as_ref())?,
+    let vcpus = mistakes.keep(vcpus);
+    if let (Some(affinity), Some(vcpus)) = (&affinity, vcpus) {
+        mistakes.keep(place::check(affinity, vcpus));
+    }
+    let memory = match &config.memory {
+        Some(config) => memory(config),
+        None => planned::memory(plan),
     };
-    place::check(&affinity, vcpus)?;
+    let memory = mistakes.keep(memory);
+    let devices = mistakes.keep(asked(config.devices, config.aliases, plan, context));
     let asks_for_slots = config.hotplug.is_some();
-    let hotplug = hotplug(config.hotplug, context)?;
-    let none_may_come = hotplug.from.is_empty() && !hotplug.ungrouped && devices.is_empty();
+    let hotplug = mistakes.keep(hotplug(config.hotplug, context));
+    let serial = mistakes.keep(serial(config.serial.unwrap_or_default(), context));
+    let config = gantry_vmm::VmConfig {
+        name: context.name.to_owned(),
+        payload: payload?,
+        vcpus: vcpus?,
+        cpu: cpu?,
+        affinity: affinity?,
+        nodes: place::nodes(config.numa_nodes),
+        memory: memory?,
+        devices: devices?,
+        serial: serial?,
+        pvpanic: config.pvpanic.unwrap_or(true),
+        hotplug: hotplug?,
+        folders: context.folders.cloned(),
+    };
+    let hotplug = &config.hotplug;
+    let none_may_come = hotplug.from.is_empty() && !hotplug.ungrouped && config.devices.is_empty();
     if asks_for_slots && hotplug.slots > 0 && none_may_come {
         tracing::warn!(
             "hotplug.groups: it names no group, and the VM starts without devices: none can be attached later"
         );
     }
-    Ok(gantry_vmm::VmConfig {
-        name: context.name.to_owned(),
-        payload: payload(config.payload, context)?,
-        vcpus,
-        cpu: cpu.unwrap_or_default(),
-        affinity,
-        nodes: place::nodes(config.numa_nodes),
-        memory: match ram {
-            Some(ram) => ram,
-            None => planned::memory(plan.as_ref())?,
-        },
-        devices,
-        serial: serial(config.serial.unwrap_or_default(), context)?,
-        pvpanic: config.pvpanic.unwrap_or(true),
-        hotplug,
-        folders: context.folders.cloned(),
-    })
+    Some(config)
 }
 
-fn payload(config: model::PayloadConfig, context: &Context) -> Result<Payload, Invalid> {
+fn payload_of(config: model::PayloadConfig, context: &Context) -> Result<Payload, Invalid> {
     let cmdline = config.cmdline.unwrap_or_default();
     if cmdline.contains('\0') {
         return Err(invalid(
@@ -256,16 +309,22 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
     })
 }
 
+/// What the file asks for, or else its plan.
 fn asked(
     configs: Option<Vec<model::DeviceConfig>>,
     aliases: Option<String>,
-    allow_ungrouped: bool,
+    plan: Option<&Plan>,
+    context: &Context,
 ) -> Result<Vec<NamedRequest>, Invalid> {
-    let mut asked = devices(configs.unwrap_or_default(), allow_ungrouped)?;
+    if let (None, None, Some(plan)) = (&configs, &aliases, plan) {
+        let planned = planned::devices(plan)?.into_iter();
+        return Ok(planned.map(NamedRequest::from).collect());
+    }
+    let mut asked = devices(configs.unwrap_or_default(), context.allow_ungrouped)?;
     if let Some(text) = aliases {
         let more = gantry_resources::aliases(&text).map_err(|error| {
             let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
-            invalid("pci_passthrough:alias", error.to_string(), help)
+            invalid("pci_passthrough:alias", error, help)
         })?;
         asked.extend(more.into_iter().map(NamedRequest::from));
     }

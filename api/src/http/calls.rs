@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use gantry_resources::json::{Document, JsonError};
 use gantry_resources::{Maintenance, maintenance};
 use gantry_vmm::Error;
 use gantry_vmm::command::{
@@ -13,7 +14,6 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::EXPECT;
 use hyper::{Request, StatusCode};
-use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -152,14 +152,14 @@ impl App {
                 folder: Path::new(""),
             };
             let config = config::parse(&written, &name, &extras);
-            config.map_err(|error| CommandError::Invalid(in_full(&error).into()))
+            config.map_err(|error| CommandError::Invalid(error.into()))
         };
         Ok(Command::Create(DeferredConfig(Box::new(make))))
     }
 
     async fn add_device(&self, body: &[u8]) -> Result<Answered, Refusal> {
         let attach = config::attach(text(body)?, self.identity.allow_ungrouped);
-        let attach = attach.map_err(|error| Refusal::malformed(in_full(&error)))?;
+        let attach = attach.map_err(|error| Refusal::malformed(error.to_string()))?;
         match self.ask(Command::Attach(attach)).await? {
             Answer::Attached(devices) => {
                 let Some(first) = devices.first() else {
@@ -239,29 +239,26 @@ impl App {
 }
 
 fn detach(body: &[u8]) -> Result<Detach, Refusal> {
-    let RemoveDevice { id, force_after } = json(body)?;
-    let force_after = force_after
-        .map(Duration::try_from_secs_f64)
-        .transpose()
-        .map_err(|_| Refusal::malformed("`force_after`: a number of seconds is wanted"))?;
-    Ok(Detach { id, force_after })
+    let text = text(body)?;
+    let read = || {
+        let mut document = Document::parse(Path::new("the body"), text)?;
+        let detach = document
+            .decode()
+            .and_then(|RemoveDevice { id, force_after }| {
+                let time = force_after.map(Duration::try_from_secs_f64).transpose();
+                let wrong = |_| document.mistake("force_after", NO_TIME);
+                let force_after = time.map_err(wrong).ok()?;
+                Some(Detach { id, force_after })
+            });
+        document.finish(detach)
+    };
+    read().map_err(|error: JsonError| Refusal::malformed(error.to_string()))
 }
 
-/// What is wrong with a body, and what to do about it.
-fn in_full(error: &config::Error) -> String {
-    match error.help() {
-        Some(help) => format!("{error}\n{help}"),
-        None => error.to_string(),
-    }
-}
+const NO_TIME: &str = "this is no time: write a number of seconds, such as 2.5";
 
 fn text(body: &[u8]) -> Result<&str, Refusal> {
     std::str::from_utf8(body).map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))
-}
-
-/// The body as a value, with the key in what is wrong with it.
-fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
-    serde_json::from_slice(body).map_err(|error| Refusal::malformed(format!("the body: {error}")))
 }
 
 /// Lets the client send a body that nobody wants.

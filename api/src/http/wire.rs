@@ -375,7 +375,7 @@ pub struct AddedDevices {
 
 /// Body of `vm.remove-device`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "an object")]
+#[serde(deny_unknown_fields)]
 pub struct RemoveDevice {
     /// Name of the device in the VM.
     pub id: String,

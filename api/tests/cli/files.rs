@@ -48,7 +48,10 @@ fn what_would_only_fail_later_is_told_at_once() {
     let nothing = host.gantry(&["group", "fit", "{}"]).ok();
     assert_eq!(nothing, "The request asks for no devices.\n");
     let unknown = host.gantry(&["group", "fit", r#"{"x": 1}"#]).failed(2);
-    assert!(unknown.contains("\"x\" is not a key"), "{unknown}");
+    assert!(
+        unknown.contains("unknown key `x`: the keys here are"),
+        "{unknown}"
+    );
 
     fs::write(host.path("kernel"), "").unwrap();
     let vm = r#"{"payload": {"kernel": "kernel"}, "hotplug": {"groups": ["disk", "disks"]}}"#;
@@ -124,12 +127,19 @@ fn a_tenants_vm_is_named_with_its_tenant() {
 fn a_wrong_file_is_told_on_one_screen() {
     let host = Host::new();
     let file = host.path("vm.json");
-    fs::write(&file, "{\n  \"cpus\": {\n    \"boot_vcpu\": 1}}").unwrap();
+    fs::write(
+        &file,
+        "{\n  \"cpus\": {\n    \"boot_vcpu\": 1},\n\"memory\": {\"size\": 1}}",
+    )
+    .unwrap();
     let name = file.display().to_string();
     let error = host.gantry(&["run", &name]).failed(2);
-    let expected =
-        format!("error: {name}:3:5: unknown key `cpus.boot_vcpu`\n  did you mean `boot_vcpus`?\n");
-    assert_eq!(error, expected);
+    let expected = [
+        "error: NAME:1:1: `payload`: this key is missing: add \"payload\": ...\n",
+        "  NAME:3:5: unknown key `cpus.boot_vcpu`: did you mean `boot_vcpus`?\n",
+        "  NAME:4:20: `memory.size`: 1 bytes is too small: use 32 MiB or more\n",
+    ];
+    assert_eq!(error, expected.concat().replace("NAME", &name));
     let error = host.gantry(&["run", "none.json"]).failed(2);
     assert!(
         error.starts_with("error: cannot read none.json\n  because: No such file"),
@@ -238,7 +248,7 @@ fn standard_input_is_named_so() {
     child.stdin.take().unwrap().write_all(b"{}").unwrap();
     let error = Done::from(child.wait_with_output().unwrap()).failed(2);
     assert!(
-        error.starts_with("error: <stdin>:1:1: key `payload` is missing\n"),
+        error.starts_with("error: <stdin>:1:1: `payload`: this key is missing: "),
         "{error}"
     );
 }

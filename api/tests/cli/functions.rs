@@ -47,11 +47,11 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
     let fit = host.gantry(&["group", "fit", "vfs:1"]);
     assert!(fit.err.contains("`gantry group activate vfs`"), "{fit:?}");
     let wrong = [
-        (r#"{"pf": "00:03.0"}"#, 2, "missing field `count`"),
+        (r#"{"pf": "00:03.0"}"#, 2, "`count`: this key is missing"),
         (
             r#"{"pf": "00:03.0", "count": 2, "vlan": 5000}"#,
             2,
-            "sriov.vlan: is 1 to 4094",
+            "`sriov.vlan`: is 1 to 4094",
         ),
         (
             r#"{"pf": "00:03.0", "count": 2, "mac": "x"}"#,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{AllocateError, RequestFit};
 use crate::base::bdf::HostBdf;
-use crate::base::config::nearest;
+use crate::base::json::nearest;
 use crate::facts::topology::Sockets;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::card::{Allow, Card, Terms, cards, lacks};

@@ -5,6 +5,7 @@ pub(crate) mod bdf;
 pub(crate) mod config;
 pub(crate) mod helpers;
 pub(crate) mod host;
+pub mod json;
 pub(crate) mod name;
 pub(crate) mod numbers;
 pub(crate) mod regular;

@@ -15,9 +15,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::HostBdf;
-use crate::base::config::place::{ListItem, Place};
-use crate::base::config::{self, ConfigError, nearest};
+use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
+use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::base::name::DeviceName;
 use crate::inventory::device::HostDevice;
 use crate::inventory::usb::UsbDevice;
@@ -151,11 +151,9 @@ impl ResourceGroup {
             list: "groups",
             name: &self.name,
         };
-        GroupError::Made {
-            place: Place::last(&self.file, list, key),
-            key: format!("group \"{}\": {key}", self.name),
-            problem,
-        }
+        let place = Place::last(&self.file, list, key);
+        let what = format!("group \"{}\": `{key}`: {problem}", self.name);
+        JsonError::new(Some(place), what).into()
     }
 
     /// Whether the group's type and one of its rules take a device, or the first function of its card: a card
@@ -326,11 +324,13 @@ impl Groups {
                     list: "groups",
                     name: &group.name,
                 };
-                return Err(GroupError::Duplicate {
-                    first: Place::first(&first.file, in_list, "name"),
-                    second: Place::last(&group.file, in_list, "name"),
-                    name: group.name.clone(),
-                });
+                let first = Place::first(&first.file, in_list, "name");
+                let second = Place::last(&group.file, in_list, "name");
+                let what = format!(
+                    "`name`: there is already a group named \"{}\" at {first}: rename or remove one of them",
+                    group.name
+                );
+                return Err(JsonError::new(Some(second), what).into());
             }
             if let Some((key, problem)) = self.problem(&group) {
                 return Err(group.wrong(&key, problem));

@@ -13,6 +13,7 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::HostBdf;
+use crate::base::json::without_position;
 use crate::inventory::device::{DeviceType, HostDevice};
 use crate::pools::rule::HexId;
 use address::Address;
@@ -296,7 +297,8 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
             return Err(E::invalid_type(serde::de::Unexpected::Str(text), &self));
         }
         let mut json = serde_json::Deserializer::from_str(text);
-        json.deserialize_any(self).map_err(E::custom)
+        json.deserialize_any(self)
+            .map_err(|error| E::custom(without_position(&error)))
     }
 }
 

@@ -6,9 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
-use crate::base::config::place::{ListItem, Place};
-use crate::base::config::{self, ConfigError, nearest};
+use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
+use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
 use crate::pools::group::is_name;
@@ -134,16 +134,6 @@ pub enum PlanError {
         /// The most similar name.
         near: Option<String>,
     },
-    /// Two plans have one name.
-    #[error("{second}: name: there is already a plan named \"{name}\" at {first}")]
-    Duplicate {
-        /// The name.
-        name: String,
-        /// Where the first is.
-        first: Place,
-        /// Where the second is.
-        second: Place,
-    },
     /// A plan is to be made that is there.
     #[error(
         "there is already a plan named \"{name}\" at {at}: `gantry plan edit {name}` changes it"
@@ -154,16 +144,12 @@ pub enum PlanError {
         /// Where it is.
         at: Place,
     },
-    /// The devices of a plan are wrong.
-    #[error("{place}: plan \"{name}\": {source}")]
-    Devices {
-        /// The name.
-        name: String,
-        /// Where they are.
-        place: Place,
-        /// What is wrong.
-        source: RequestError,
-    },
+}
+
+impl From<JsonError> for PlanError {
+    fn from(error: JsonError) -> Self {
+        Self::File(error.into())
+    }
 }
 
 impl PlanError {
@@ -171,7 +157,7 @@ impl PlanError {
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::File(error) => error.is_mistake(),
-            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Devices { .. } => true,
+            Self::Unknown { .. } => true,
             Self::Lease(_) | Self::Exists { .. } => false,
         }
     }
@@ -207,16 +193,17 @@ impl Plans {
             let same = self.plans.iter().find(|other| other.name == plan.name);
             if let Some(first) = same {
                 let list = item(&plan);
-                return Err(PlanError::Duplicate {
-                    first: Place::first(&first.file, list, "name"),
-                    second: Place::last(&path, list, "name"),
-                    name: plan.name.clone(),
-                });
+                let first = Place::first(&first.file, list, "name");
+                let second = Place::last(&path, list, "name");
+                let what = format!(
+                    "`name`: there is already a plan named \"{}\" at {first}: rename or remove one of them",
+                    plan.name
+                );
+                return Err(JsonError::new(Some(second), what).into());
             }
-            plan.requests().map_err(|source| PlanError::Devices {
-                place: Place::last(&path, item(&plan), &source.key()),
-                name: plan.name.clone(),
-                source,
+            plan.requests().map_err(|error| {
+                let place = Place::last(&path, item(&plan), &error.key());
+                JsonError::new(Some(place), format!("plan \"{}\": {error}", plan.name))
             })?;
             self.plans.push(plan);
         }
@@ -349,23 +336,23 @@ mod tests {
         for (text, said) in [
             (
                 r#"{"plans": [{"name": "a b"}]}"#,
-                "plans.json:1:26: plans[0].name: \"a b\" cannot",
+                "plans.json:1:21: `plans[0].name`: \"a b\" cannot",
             ),
             (
                 r#"{"plans": [{"name": "a", "vcpu": 1}]}"#,
-                "did you mean \"vcpus\"?",
+                "did you mean `vcpus`?",
             ),
             (
                 r#"{"plans": [{"name": "a"}, {"name": "a"}]}"#,
-                "plans.json:1:35: name: there is already a plan named \"a\" at",
+                "plans.json:1:36: `name`: there is already a plan named \"a\" at",
             ),
             (
                 r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,
-                "plans.json:1:37: plan \"a\": devices[0] needs exactly one",
+                "plans.json:1:38: plan \"a\": devices[0] needs exactly one",
             ),
             (
                 r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
-                "plans.json:1:50: plan \"a\": \"x:\" is not an alias",
+                "plans.json:1:51: plan \"a\": \"x:\" is not an alias",
             ),
         ] {
             let host = FakeHost::new(&[]);

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::base::bdf::HostBdf;
 use crate::base::config::ConfigError;
-use crate::base::config::place::Place;
+use crate::base::json::Place;
 use crate::base::name::DeviceName;
 use crate::base::sysfs::if_denied;
 use crate::facts::ids::PciId;
@@ -45,7 +45,9 @@ pub enum TenantError {
     )]
     Name(String),
     /// The user is not known to this host.
-    #[error("{place}: user: there is no user \"{user}\" on this host: `getent passwd` lists them")]
+    #[error(
+        "{place}: `user`: there is no user \"{user}\" on this host: `getent passwd` lists them"
+    )]
     User {
         /// The user.
         user: String,

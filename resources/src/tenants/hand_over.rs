@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use nix::unistd::User;
 
 use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
-use crate::base::config::place::Place;
 use crate::base::host::HostPaths;
+use crate::base::json::Place;
 use crate::base::name::DeviceName;
 use crate::base::sysfs;
 use crate::facts::open_files::{User as Process, is_open, users};

@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::bdf::HostBdf;
-use crate::base::config::{self, ConfigError, nearest};
+use crate::base::config::{self, ConfigError};
 use crate::base::host::{HostPaths, TENANTS};
+use crate::base::json::nearest;
 use crate::base::name::DeviceName;
 use crate::base::sysfs;
 use crate::holding::host_lock::{LeaseError, OwnersLock};

@@ -647,7 +647,7 @@ fn a_device_of_two_tenants_is_refused_with_file_line_and_key() {
     let said = Tenants::load(&host.paths).unwrap_err().to_string();
     for words in [
         "tenants/b/groups.json:3:",
-        "group \"x\": rules[1].slot: 0000:01:00.0 belongs to tenant \"a\" too",
+        "group \"x\": `rules[1].slot`: 0000:01:00.0 belongs to tenant \"a\" too",
     ] {
         assert!(said.contains(words), "{said}");
     }

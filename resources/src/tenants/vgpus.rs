@@ -360,7 +360,7 @@ mod tests {
         host.file("etc/tenants/a/groups.json", &group);
         let said = Tenants::load(&host.paths).unwrap_err().to_string();
         assert!(
-            said.contains("vgpu.uuids: ") && said.contains("tenant \"a\" too"),
+            said.contains("`vgpu.uuids`: ") && said.contains("tenant \"a\" too"),
             "{said}"
         );
     }

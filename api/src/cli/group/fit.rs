@@ -6,13 +6,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use gantry_resources::{
-    Fit, HostPaths, Instance, Place, Placement, Plans, Request, RequestFit, Requests, aliases, fit,
-    read_regular, read_text,
+    Fit, HostPaths, Instance, Placement, Request, RequestFit, aliases, fit, read_regular, read_text,
 };
 
-use serde_json::{Map, Value};
-
-use crate::config::{self, Extras, LONGEST, Written, schema};
+use crate::config::{self, Extras, LONGEST, Written};
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, TRY_AGAIN, USAGE};
 use gantry_vmm::NumaPolicy;
@@ -103,47 +100,8 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
             return Ok((requests, BTreeSet::new()));
         }
     };
-    let request = Requests::read(name, &text).map_err(|error| wrong(error.to_string()))?;
-    if let Some(key) = unknown_key(&text) {
-        let place = Place::in_text(name, &text, &key);
-        let what = format!("{place}: \"{key}\" is not a key of a request or of a VM's file");
-        return Err(wrong(what).help("`gantry schema` lists the keys"));
-    }
-    if is_whole(&text) {
-        return whole(args, name, &text, paths);
-    }
-    let planned = request.plan.as_deref().filter(|_| !request.has_devices());
-    let requests = match planned {
-        None => request.requests(args.allow_ungrouped),
-        Some(name) => {
-            let plans = Plans::load(paths).map_err(Failure::host)?;
-            plans.find(name).map_err(Failure::host)?.requests()
-        }
-    };
-    Ok((
-        requests.map_err(|error| {
-            let place = Place::in_text(name, &text, &error.key());
-            wrong(format!("{place}: {error}"))
-        })?,
-        request.numa_nodes,
-    ))
-}
-
-/// Whether it is a VM's whole file, which can be wrong in more than its devices.
-fn is_whole(text: &str) -> bool {
-    let written = serde_json::from_str::<Map<String, Value>>(text);
-    written.is_ok_and(|keys| keys.contains_key("payload"))
-}
-
-/// The devices of a VM's file, which is checked as `gantry run` checks it.
-fn whole(
-    args: &FitArgs,
-    name: &Path,
-    text: &str,
-    paths: &HostPaths,
-) -> Result<(Vec<Request>, BTreeSet<u32>), Failure> {
     let written = Written {
-        text,
+        text: &text,
         file: &name.display().to_string(),
         folder: name.parent().unwrap_or(Path::new("")),
     };
@@ -152,20 +110,12 @@ fn whole(
         host: paths.clone(),
         ..Extras::default()
     };
-    let config = config::parse(&written, "fit", &extras)?;
-    let nodes = match &config.nodes {
+    let (requests, nodes) = config::requests(&written, &extras).map_err(Failure::host)?;
+    let nodes = match &nodes {
         NumaPolicy::Only(nodes) => nodes.iter().collect(),
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
-    Ok((config.requests(), nodes))
-}
-
-/// A key that a VM's file does not have.
-fn unknown_key(text: &str) -> Option<String> {
-    let schema = schema();
-    let written: Map<String, Value> = serde_json::from_str(text).ok()?;
-    let mut keys = written.into_iter().map(|(key, _)| key);
-    keys.find(|key| schema["properties"].get(key).is_none())
+    Ok((requests, nodes))
 }
 
 /// What each request would get. What one that is `lacking` does not get, the error tells.

@@ -1,12 +1,10 @@
 //! Whatever is written, there is an answer.
 
-use gantry_resources::HostPaths;
 use std::path::Path;
 
 use proptest::prelude::*;
 
-use crate::config::compile;
-use crate::config::validate::Context;
+use crate::config::{Extras, Written, parse};
 
 /// JSON that looks like a VM's file: its keys, and values of every kind, at any place.
 fn anything() -> impl Strategy<Value = serde_json::Value> {
@@ -55,19 +53,26 @@ proptest! {
     #[test]
     fn no_json_is_too_much(json in anything(), pretty: bool) {
         let text = if pretty { format!("{json:#}") } else { json.to_string() };
-        let folder = Path::new("/nonexistent");
-        let context = Context { name: "vm", folder, allow_ungrouped: false, host: &HostPaths::default(), slots: 0, folders: None };
-        // The folder does not exist, so neither does a kernel: there is always a fault.
-        let fault = compile(&text, &context).unwrap_err();
-        prop_assert!(fault.at < text.len(), "{} in {text}", fault.at);
-        prop_assert!(text.is_char_boundary(fault.at));
-        prop_assert!(!fault.what.contains('\n'), "{}", fault.what);
+        // The folder does not exist, so neither does a kernel: there is always a mistake.
+        let said = refusal(&text);
+        for line in said.lines() {
+            let (_, place) = line.split_once("vm.json:").unwrap();
+            let mut numbers = place.splitn(3, ':').map(str::parse::<usize>);
+            let (row, column) = (numbers.next().unwrap().unwrap(), numbers.next().unwrap().unwrap());
+            let row = text.split('\n').nth(row - 1).unwrap();
+            prop_assert!(column <= row.chars().count(), "{line} in {text}");
+        }
     }
 
     #[test]
     fn no_text_is_too_much(text in ".{0,40}") {
-        let context = Context { name: "vm", folder: Path::new("/"), allow_ungrouped: false, host: &HostPaths::default(), slots: 0, folders: None };
-        let fault = compile(&text, &context).unwrap_err();
-        prop_assert!(fault.at <= text.len() && !fault.what.is_empty());
+        prop_assert!(refusal(&text).starts_with("vm.json:"));
     }
+}
+
+fn refusal(text: &str) -> String {
+    let (file, folder) = ("vm.json", Path::new("/nonexistent"));
+    let written = Written { text, file, folder };
+    let error = parse(&written, "vm", &Extras::default()).unwrap_err();
+    error.to_string()
 }

@@ -5,12 +5,15 @@ use gantry_vmm::{MemorySize, VcpuCount};
 
 use super::{Context, Invalid, invalid, model};
 
-/// The plan of that name.
-pub fn read(name: &str, context: &Context) -> Result<Plan, Invalid> {
+/// The plan that a file names.
+pub fn named(name: Option<&str>, context: &Context) -> Result<Option<Plan>, Invalid> {
+    let Some(name) = name else {
+        return Ok(None);
+    };
     let plans = Plans::load(context.host);
     let plan = plans.and_then(|plans| plans.find(name).cloned());
     let help = "name one of this host's, or make it with `gantry plan create`";
-    plan.map_err(|error| invalid("plan", error.to_string(), help))
+    plan.map(Some).map_err(|error| invalid("plan", error, help))
 }
 
 /// The devices of a plan.

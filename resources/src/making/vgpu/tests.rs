@@ -350,16 +350,16 @@ fn what_makes_no_sense_is_refused_with_file_and_key() {
     for (vgpu, words) in [
         (
             r#""type": "vgpu", "vgpu": {"type": " "}"#,
-            "vgpu.type: must name a type",
+            "`vgpu.type`: must name a type",
         ),
         (
             r#""vgpu": {"type": "x"}"#,
-            "vgpu: only groups of type \"vgpu\"",
+            "`vgpu`: only groups of type \"vgpu\"",
         ),
         (
             r#""type": "vgpu", "vgpu": {"type": "x", "uuids": ["83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
                 "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"]}"#,
-            "vgpu.uuids: 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 is given twice",
+            "`vgpu.uuids`: 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 is given twice",
         ),
         (
             r#""type": "vgpu", "vgpu": {"type": "x", "uuids": ["y"]}"#,

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::base::config::ConfigError;
-use crate::base::config::place::Place;
+use crate::base::json::JsonError;
 
 /// A definition of groups is wrong, or cannot be read.
 #[derive(Debug, Error)]
@@ -19,28 +19,12 @@ pub enum GroupError {
         /// The most similar name.
         near: Option<String>,
     },
-    /// Two groups have one name.
-    #[error(
-        "{second}: name: there is already a group named \"{name}\" at {first}: rename or remove one of them"
-    )]
-    Duplicate {
-        /// The name.
-        name: String,
-        /// Where the first is.
-        first: Place,
-        /// Where the second is.
-        second: Place,
-    },
-    /// What a group asks for makes no sense, or is another's.
-    #[error("{place}: {key}: {problem}")]
-    Made {
-        /// Where the key is.
-        place: Place,
-        /// The group and its key.
-        key: String,
-        /// What is wrong with it.
-        problem: String,
-    },
+}
+
+impl From<JsonError> for GroupError {
+    fn from(error: JsonError) -> Self {
+        Self::File(error.into())
+    }
 }
 
 impl GroupError {
@@ -48,7 +32,7 @@ impl GroupError {
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::File(error) => error.is_mistake(),
-            Self::Unknown { .. } | Self::Duplicate { .. } | Self::Made { .. } => true,
+            Self::Unknown { .. } => true,
         }
     }
 }

@@ -8,6 +8,7 @@ use super::Groups;
 use super::edit::EditError;
 use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
+use crate::base::json::{JsonError, Place};
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::record::LeaseRecord;
 use crate::pools::nova::{self, Alias, DeviceSpec, Entry};
@@ -40,12 +41,15 @@ pub(super) fn agree(file: &Path, aliases: &[Alias]) -> Result<(), ConfigError> {
     for (index, alias) in aliases.iter().enumerate() {
         let others = aliases.iter().take(index);
         if let Some(key) = others.filter_map(|other| alias.contradicts(other)).next() {
-            return Err(ConfigError::Unfit {
-                key: format!("{}: alias \"{}\"", file.display(), alias.name),
-                problem: format!(
-                    "its definitions name different values of {key}: give all the same"
-                ),
-            });
+            let place = Place {
+                file: file.into(),
+                position: None,
+            };
+            let what = format!(
+                "alias \"{}\": its definitions name different values of `{key}`: give all the same",
+                alias.name
+            );
+            return Err(JsonError::new(Some(place), what).into());
         }
     }
     Ok(())

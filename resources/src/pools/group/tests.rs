@@ -106,7 +106,7 @@ fn two_groups_of_one_name_are_refused_with_both_files() {
     host.file("etc/groups.d/a.json", text);
     let error = Groups::load(&host.paths).unwrap_err().to_string();
     assert!(
-        error.contains("groups.d/a.json:1:21: name: ") && error.contains("etc/groups.json:1:21"),
+        error.contains("groups.d/a.json:1:22: `name`: ") && error.contains("etc/groups.json:1:22"),
         "{error}"
     );
     let error = refusal(r#"{"groups": [{"name": "nvme"}, {"name": "nvme"}]}"#);
@@ -121,44 +121,47 @@ fn a_wrong_file_is_refused_with_file_line_key_and_the_way_out() {
     for (text, said) in [
         (
             "{\"groups\": [\n {\"name\": \"a\", \"rules\": [{\"vendr\": \"8086\"}]}]}",
-            "groups.json:2:33: groups[0].rules[0].vendr: unknown key \"vendr\": did you mean \"vendor\"?",
+            "groups.json:2:27: unknown key `groups[0].rules[0].vendr`: did you mean `vendor`?",
         ),
         (
             r#"{"groups": [{"name": "a", "type": "nvm"}]}"#,
-            "unknown value \"nvm\": did you mean \"nvme\"?",
+            "`groups[0].type`: \"nvm\" is unknown: did you mean \"nvme\"?",
         ),
         (
             r#"{"groups": [{"name": "a", "frobnicate": 1}]}"#,
-            "there are name, type, description, class, rules",
+            "the keys here are name, type, description, class, rules",
         ),
         (
             r#"{"groups": [{"name": "a", "rules": [{"class": "1"}]}]}"#,
-            "groups[0].rules[0].class: \"1\" is no",
+            "`groups[0].rules[0].class`: \"1\" is no",
         ),
         (
             r#"{"groups": [{"name": "a", "rules": [{"class": "01"}, {}]}]}"#,
-            "groups[0].rules[1]: a rule needs",
+            "`groups[0].rules[1]`: a rule needs",
         ),
         (
             r#"{"groups": [{"name": "a b"}]}"#,
-            "groups[0].name: \"a b\" cannot name a group",
+            "`groups[0].name`: \"a b\" cannot name a group",
         ),
         (r#"{"groups": [{"name": ""}]}"#, "cannot name a group"),
-        (r#"{"groups": [{"type": "pci"}]}"#, "missing field `name`"),
+        (
+            r#"{"groups": [{"type": "pci"}]}"#,
+            "`groups[0].name`: this key is missing: add \"name\"",
+        ),
         (
             r#"{"groups": [{"name": "a", "name": "b"}]}"#,
-            "duplicate field `name`",
+            "key `name` stands twice in one object: remove one",
         ),
         (
             r#"{"groups": {}}"#,
-            "groups.json:1:11: groups: invalid type: map",
+            "groups.json:1:12: `groups`: expected a list, found an object",
         ),
-        (r#"{"group": []}"#, "did you mean \"groups\"?"),
+        (r#"{"group": []}"#, "did you mean `groups`?"),
         (
             "{\"groups\": []}\n}",
-            "groups.json:2:1: the file: trailing characters",
+            "groups.json:2:1: not valid JSON: trailing characters",
         ),
-        ("", "groups.json:1:0: the file: EOF"),
+        ("", "groups.json:1:1: not valid JSON: EOF"),
     ] {
         let error = refusal(text);
         assert!(
@@ -223,12 +226,12 @@ fn a_mistake_in_novas_json_is_told_with_its_place() {
         (
             "alias.json",
             "[{\"name\": \"y\", \"vendr_id\": \"1\"}]",
-            "did you mean \"vendor_id\"?",
+            "did you mean `vendor_id`?",
         ),
         (
             "device_spec.json",
             "{\n\"vendor_id\": \"nvidia\"}",
-            "device_spec.json:2:22: vendor_id: \"nvidia\" is not a PCI id",
+            "device_spec.json:2:14: `vendor_id`: \"nvidia\" is not a PCI id",
         ),
         (
             "device_spec.json",
@@ -243,7 +246,7 @@ fn a_mistake_in_novas_json_is_told_with_its_place() {
         (
             "alias.json",
             "{\"vendor_id\": \"10de\"}",
-            "missing field `name`",
+            "`name`: this key is missing",
         ),
     ] {
         let host = host(r#"{"groups": []}"#);

@@ -335,7 +335,7 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
         ] {
             let error = load(groups, aliases).unwrap_err();
             let said =
-                format!("{file}: alias \"gpu\": its definitions name different values of {key}");
+                format!("{file}: alias \"gpu\": its definitions name different values of `{key}`");
             assert!(error.contains(&said), "{error}");
         }
     }
@@ -355,7 +355,10 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     let error = add(&more(r#""device_type": "type-PF""#))
         .unwrap_err()
         .to_string();
-    assert!(error.contains("different values of device_type"), "{error}");
+    assert!(
+        error.contains("different values of `device_type`"),
+        "{error}"
+    );
     // Nor one that a file of groups contradicts: all commands would refuse to read them.
     let host = FakeHost::new(&[]);
     host.file("etc/groups.json", &format!(r#"{{"alias": [{plain}]}}"#));

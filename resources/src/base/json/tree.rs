@@ -5,13 +5,14 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::error::Fault;
-
 /// Nesting at which reading gives up; gantry's own files need five levels.
 const MAX_DEPTH: usize = 32;
 
-/// Place in a text, both counted from 1, columns in characters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is wrong with a text: the byte offset and the words.
+pub(super) type Fault = (usize, String);
+
+/// Line and column in a text, both counted from 1, columns in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
     /// Line.
     pub line: usize,
@@ -43,6 +44,8 @@ pub enum Value {
     List(Vec<Node>),
     /// An object, in the order it was written.
     Map(Vec<Entry>),
+    /// A value that is not read again: its mistake is known already.
+    Skipped,
 }
 
 /// One member of an object.
@@ -56,21 +59,81 @@ pub struct Entry {
     pub node: Node,
 }
 
+impl Node {
+    /// The value at a key path such as `devices[0].count`, or the nearest value around it.
+    pub fn nearest(&self, path: &str) -> &Self {
+        let Some((step, rest)) = first_step(path) else {
+            return self;
+        };
+        self.child(step).map_or(self, |child| child.nearest(rest))
+    }
+
+    /// The value at a key path.
+    pub(super) fn find_mut(&mut self, path: &str) -> Option<&mut Self> {
+        let Some((step, rest)) = first_step(path) else {
+            return Some(self);
+        };
+        let child = match &mut self.value {
+            Value::Map(entries) => entries
+                .iter_mut()
+                .find(|entry| entry.key == step)
+                .map(|entry| &mut entry.node),
+            Value::List(items) => items.get_mut(step.parse::<usize>().ok()?),
+            _ => None,
+        };
+        child?.find_mut(rest)
+    }
+
+    /// The member of that name, or the item with that index.
+    pub(super) fn child(&self, step: &str) -> Option<&Self> {
+        match &self.value {
+            Value::Map(_) => self.entry(step).map(|entry| &entry.node),
+            Value::List(items) => items.get(step.parse::<usize>().ok()?),
+            _ => None,
+        }
+    }
+
+    /// The member of that name with its key.
+    pub fn entry(&self, key: &str) -> Option<&Entry> {
+        match &self.value {
+            Value::Map(entries) => entries.iter().find(|entry| entry.key == key),
+            _ => None,
+        }
+    }
+}
+
+/// The first key or index of a path, and the path behind it; none for the empty path.
+fn first_step(path: &str) -> Option<(&str, &str)> {
+    let (step, rest) = match path.strip_prefix('[') {
+        Some(path) => path.split_once(']').unwrap_or((path, "")),
+        None if path.is_empty() => return None,
+        None => path.split_at(path.find(['.', '[']).unwrap_or(path.len())),
+    };
+    Some((step, rest.strip_prefix('.').unwrap_or(rest)))
+}
+
 /// Reads a whole JSON text.
-pub fn parse(text: &str) -> Result<Node, Fault> {
+pub(super) fn parse(text: &str) -> Result<Node, Fault> {
     let raw: &RawValue = serde_json::from_str(text).map_err(|error| {
         // Skipping a value says less about what is wrong with it than reading it does.
-        let error = serde_json::from_str::<serde_json::Value>(text)
-            .err()
-            .unwrap_or(error);
-        let at = offset(text, error.line(), error.column());
-        Fault::new(at, syntax_message(&error))
+        let json = &mut serde_json::Deserializer::from_str(text);
+        let read = serde_path_to_error::deserialize::<_, serde_json::Value>(json);
+        let (path, error) = match read {
+            Ok(_) => (String::new(), error),
+            Err(error) => (error.path().to_string(), error.into_inner()),
+        };
+        let what = syntax_message(&error);
+        let what = match path.trim_end_matches(['.', '?']) {
+            "" => what,
+            path => format!("`{path}`: {what}"),
+        };
+        (offset(text, error.line(), error.column()), what)
     })?;
     node(text, raw, 0)
 }
 
 /// Line and column of byte offset `at` in `text`.
-pub fn position(text: &str, at: usize) -> Position {
+pub(super) fn position(text: &str, at: usize) -> Position {
     let before = text.get(..at).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     Position {
@@ -90,12 +153,14 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 }
 
 fn syntax_message(error: &serde_json::Error) -> String {
+    format!("not valid JSON: {}", without_position(error))
+}
+
+/// What serde_json says, without the line and column at its end.
+pub(crate) fn without_position(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let tail = format!(" at line {} column {}", error.line(), error.column());
-    format!(
-        "not valid JSON: {}",
-        text.strip_suffix(&tail).unwrap_or(&text)
-    )
+    text.strip_suffix(&tail).unwrap_or(&text).to_owned()
 }
 
 fn node(text: &str, raw: &RawValue, depth: usize) -> Result<Node, Fault> {
@@ -103,12 +168,9 @@ fn node(text: &str, raw: &RawValue, depth: usize) -> Result<Node, Fault> {
     // Both slices are of the same allocation: `raw` borrows from `text`.
     let at = json.as_ptr().addr() - text.as_ptr().addr();
     if depth > MAX_DEPTH {
-        return Err(Fault::new(
-            at,
-            format!("nested deeper than {MAX_DEPTH} levels"),
-        ));
+        return Err((at, format!("nested deeper than {MAX_DEPTH} levels")));
     }
-    let fault = |error: serde_json::Error| Fault::new(at, syntax_message(&error));
+    let fault = |error: serde_json::Error| (at, syntax_message(&error));
     let value = match json.as_bytes().first() {
         Some(b'n') => Value::Null,
         Some(b't') => Value::Bool(true),
@@ -139,10 +201,7 @@ fn entry(text: &str, (key, value): (&RawValue, &RawValue), depth: usize) -> Resu
         value: Value::Text(key),
     } = node(text, key, depth)?
     else {
-        return Err(Fault::new(
-            0,
-            "not valid JSON: a key is not a string".to_owned(),
-        ));
+        return Err((0, "not valid JSON: a key is not a string".to_owned()));
     };
     Ok(Entry {
         key,
@@ -155,11 +214,9 @@ fn no_key_twice(entries: &[Entry]) -> Result<(), Fault> {
     let mut seen = std::collections::HashSet::new();
     match entries.iter().find(|entry| !seen.insert(&entry.key)) {
         Some(twice) => {
-            let what = format!(
-                "key `{}` stands twice in one object",
-                twice.key.escape_debug()
-            );
-            Err(Fault::new(twice.at, what).help("remove one of them"))
+            let key = twice.key.escape_debug();
+            let what = format!("key `{key}` stands twice in one object: remove one of them");
+            Err((twice.at, what))
         }
         None => Ok(()),
     }
@@ -205,7 +262,7 @@ impl fmt::Display for Value {
             Self::List(items) if items.is_empty() => f.write_str("[]"),
             Self::List(_) => f.write_str("[...]"),
             Self::Map(entries) if entries.is_empty() => f.write_str("{}"),
-            Self::Map(_) => f.write_str("{...}"),
+            Self::Map(_) | Self::Skipped => f.write_str("{...}"),
         }
     }
 }
@@ -244,21 +301,16 @@ mod tests {
             ("{\"a\": }", 1, 7, "expected value"),
             ("{\n\"a\" 1}", 2, 5, "expected `:`"),
         ] {
-            let fault = parse(text).unwrap_err();
-            let place = position(text, fault.at);
-            assert_eq!(
-                (place.line, place.column),
-                (line, column),
-                "{text}: {}",
-                fault.what
-            );
-            assert!(fault.what.contains(what), "{text}: {}", fault.what);
+            let (at, said) = parse(text).unwrap_err();
+            let place = position(text, at);
+            assert_eq!((place.line, place.column), (line, column), "{text}: {said}");
+            assert!(said.contains(what), "{text}: {said}");
         }
     }
 
     #[test]
     fn deep_nesting_ends_in_an_error() {
         let text = "[".repeat(5000) + &"]".repeat(5000);
-        assert!(parse(&text).unwrap_err().what.contains("nested deeper"));
+        assert!(parse(&text).unwrap_err().1.contains("nested deeper"));
     }
 }

@@ -1,4 +1,4 @@
-//! Deserialises a [`Node`] tree, with errors that know key and place instead of a text to be parsed.
+//! Deserialises a [`Node`] tree, with errors that know the key path.
 
 use std::fmt;
 
@@ -8,27 +8,25 @@ use serde::de::{
     Unexpected, Visitor,
 };
 
-use super::document::{Entry, Node, Value};
+use super::tree::{Entry, Node, Value};
 
 /// Reads a `T` out of a tree.
-pub fn decode<'de, T: serde::Deserialize<'de>>(node: &'de Node) -> Result<T, DecodeError> {
+pub(super) fn decode<'de, T: serde::Deserialize<'de>>(node: &'de Node) -> Result<T, DecodeError> {
     T::deserialize(Decoder(node))
 }
 
 /// What does not fit, where.
 #[derive(Debug)]
-pub struct DecodeError {
+pub(super) struct DecodeError {
     /// Key path from the root, such as `devices[0].count`; empty for the root itself.
-    pub path: String,
-    /// Byte offset of the key or value; none until it has passed a value of the tree.
-    pub at: Option<usize>,
+    pub(super) path: String,
     /// What is wrong with it.
-    pub misfit: Misfit,
+    pub(super) misfit: Misfit,
 }
 
 /// The ways in which a tree does not fit a type.
 #[derive(Debug)]
-pub enum Misfit {
+pub(super) enum Misfit {
     /// There is no key of that name.
     Unknown {
         /// The keys there are.
@@ -58,16 +56,7 @@ impl DecodeError {
     fn new(path: &str, misfit: Misfit) -> Self {
         Self {
             path: path.to_owned(),
-            at: None,
             misfit,
-        }
-    }
-
-    /// Fills in the place, unless a deeper one is known already.
-    fn or_at(self, at: usize) -> Self {
-        Self {
-            at: self.at.or(Some(at)),
-            ..self
         }
     }
 
@@ -99,8 +88,16 @@ impl fmt::Display for DecodeError {
 impl std::error::Error for DecodeError {}
 
 impl serde::de::Error for DecodeError {
+    /// A message that begins with a key, as in "`count`: 0 is too few", is about that key of the value.
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self::new("", Misfit::Other(message.to_string()))
+        let message = message.to_string();
+        let own = message
+            .strip_prefix('`')
+            .and_then(|rest| rest.split_once("`: "));
+        match own {
+            Some((key, what)) => Self::new(key, Misfit::Other(what.to_owned())),
+            None => Self::new("", Misfit::Other(message)),
+        }
     }
 
     fn invalid_type(found: Unexpected, expected: &dyn Expected) -> Self {
@@ -133,14 +130,39 @@ impl serde::de::Error for DecodeError {
 
 /// serde's words for what it expects, in a user's words.
 fn plain(expected: &str) -> String {
-    match expected {
-        "u64" => "a whole number, 0 or more",
-        "path string" => "a string",
-        "a sequence" => "a list",
-        "a boolean" => "true or false",
-        other => other,
+    let most = match expected {
+        "u8" => u8::MAX.into(),
+        "u16" => u16::MAX.into(),
+        "u32" => u32::MAX,
+        "u64" | "usize" => return "a whole number, 0 or more".to_owned(),
+        "path string" => return "a string".to_owned(),
+        "a sequence" => return "a list".to_owned(),
+        "a boolean" => return "true or false".to_owned(),
+        other => return other.to_owned(),
+    };
+    format!("a whole number, 0 to {most}")
+}
+
+impl Value {
+    /// What stands there, in a user's words.
+    pub fn describe(&self) -> String {
+        describe(self.unexpected())
     }
-    .to_owned()
+
+    fn unexpected(&self) -> Unexpected<'_> {
+        match self {
+            Self::Null => Unexpected::Unit,
+            Self::Bool(value) => Unexpected::Bool(*value),
+            Self::Number(number) => match (number.as_u64(), number.as_i64()) {
+                (Some(value), _) => Unexpected::Unsigned(value),
+                (_, Some(value)) => Unexpected::Signed(value),
+                _ => Unexpected::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Self::Text(text) => Unexpected::Str(text),
+            Self::List(_) => Unexpected::Seq,
+            Self::Map(_) | Self::Skipped => Unexpected::Map,
+        }
+    }
 }
 
 fn describe(found: Unexpected) -> String {
@@ -181,8 +203,8 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
                 rest: entries,
                 value: None,
             }),
+            Value::Skipped => Err(DecodeError::custom("it is not read")),
         }
-        .map_err(|error| error.or_at(self.0.at))
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, DecodeError> {
@@ -192,19 +214,31 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
         }
     }
 
-    /// A list is no object, though serde would take its items for the fields in their order.
+    /// An object and nothing else: serde would also take a list, with its items for the fields in their order.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _: &'static str,
         _: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, DecodeError> {
-        match self.0.value {
-            Value::List(_) => {
-                Err(DecodeError::invalid_type(Unexpected::Seq, &visitor).or_at(self.0.at))
+        struct Object;
+        impl Expected for Object {
+            fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object")
             }
-            _ => self.deserialize_any(visitor),
         }
+        match &self.0.value {
+            Value::Map(_) => self.deserialize_any(visitor),
+            value => Err(DecodeError::invalid_type(value.unexpected(), &Object)),
+        }
+    }
+
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, DecodeError> {
+        visitor.visit_newtype_struct(self)
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -218,20 +252,13 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
                 let word: StrDeserializer<'_, DecodeError> = word.as_str().into_deserializer();
                 visitor.visit_enum(word)
             }
-            other => Err(DecodeError::new(
-                "",
-                Misfit::Type {
-                    expected: "a string".to_owned(),
-                    found: other.to_string(),
-                },
-            )),
+            other => Err(DecodeError::invalid_type(other.unexpected(), &"a string")),
         }
-        .map_err(|error| error.or_at(self.0.at))
     }
 
     serde::forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit
-        unit_struct newtype_struct seq tuple tuple_struct map identifier ignored_any
+        unit_struct seq tuple tuple_struct map identifier ignored_any
     }
 }
 
@@ -247,11 +274,12 @@ impl<'de> SeqAccess<'de> for Items<'de> {
         &mut self,
         seed: T,
     ) -> Result<Option<T::Value>, DecodeError> {
-        let Some(item) = self.items.get(self.next) else {
+        let rest = self.items.iter().enumerate().skip(self.next);
+        let mut unread = rest.filter(|(_, item)| !matches!(item.value, Value::Skipped));
+        let Some((index, item)) = unread.next() else {
             return Ok(None);
         };
-        let index = self.next;
-        self.next += 1;
+        self.next = index + 1;
         let value = seed.deserialize(Decoder(item));
         value
             .map(Some)
@@ -271,13 +299,16 @@ impl<'de> MapAccess<'de> for Members<'de> {
         &mut self,
         seed: K,
     ) -> Result<Option<K::Value>, DecodeError> {
-        let Some((entry, rest)) = self.rest.split_first() else {
-            return Ok(None);
-        };
-        (self.rest, self.value) = (rest, Some(entry));
-        let key = seed.deserialize(entry.key.as_str().into_deserializer());
-        key.map(Some)
-            .map_err(|error: DecodeError| error.or_at(entry.at))
+        while let Some((entry, rest)) = self.rest.split_first() {
+            self.rest = rest;
+            if !matches!(entry.node.value, Value::Skipped) {
+                self.value = Some(entry);
+                return seed
+                    .deserialize(entry.key.as_str().into_deserializer())
+                    .map(Some);
+            }
+        }
+        Ok(None)
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(
