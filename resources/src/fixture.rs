@@ -16,10 +16,9 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::inventory::device::HostDevice;
 use crate::inventory::scan::scan;
-use crate::making::sriov::{
-    HostAccess, Interface, LinkError, LinkWrite, Mac, Pf, VfLinks, VfSetting, VfState,
-};
+use crate::making::sriov::{HostAccess, Interface, LinkError, LinkWrite, Pf, VfLinks};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, Unfinished, WriteError};
+use crate::pools::vf_settings::{Mac, VfSetting, VfState};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
     text.parse().unwrap()

@@ -69,11 +69,10 @@ pub use inventory::tree::{TreeNode, tree};
 pub use inventory::usb::{UsbDevice, scan_usb};
 pub use making::demand::{reap, restore_helper};
 pub use making::sriov::{
-    HostAccess, HostWrite, Interface, LinkError, LinkState, LinkWrite, LiveVf, Mac, MacPlan,
-    Netlink, SriovError, SriovReport, SriovSpec, VfLinks, VfSetting, VfState, VfToken, activate,
-    deactivate,
+    HostAccess, HostWrite, Interface, LinkError, LinkWrite, LiveVf, Netlink, SriovError,
+    SriovReport, VfLinks, activate, deactivate,
 };
-pub use making::vgpu::{Instance, VgpuError, VgpuReport, VgpuSpec, make_ahead, unmake_ahead};
+pub use making::vgpu::{VgpuError, VgpuReport, make_ahead, unmake_ahead};
 pub use moving::bind::{BindError, BindReport, BindRequest, detach, reattach};
 pub use moving::moves::MoveError;
 pub use moving::persist::{PersistBy, Persistent, persist, persist_functions, persist_unit};
@@ -96,7 +95,11 @@ pub use pools::request::{
 pub use pools::rule::{
     ClassPrefix, Filter, FilterValue, Filters, HexId, IdPair, Number, Rule, RuleError, Slot, Word,
 };
+pub use pools::sriov::{MacPlan, SriovSpec, VfToken};
+pub use pools::tenant::{Tenant, TenantFile, Tenants};
+pub use pools::vf_settings::{LinkState, Mac, VfSetting, VfState};
+pub use pools::vgpu::{Instance, VgpuSpec};
 pub use tenants::{
-    Grant, Granted, Tenant, TenantError, TenantFile, Tenants, create_tenant, delete_tenant,
-    edit_tenant, grant, put_tenants_right, revoke, revoke_mdevs,
+    Grant, Granted, TenantError, create_tenant, delete_tenant, edit_tenant, grant,
+    put_tenants_right, revoke, revoke_mdevs,
 };

@@ -15,11 +15,11 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::guard::Guarded;
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool, Sieve};
-use crate::making::vgpu::{Instance, TakenInstances};
 use crate::pools::group::{GroupType, Groups, ResourceGroup, Tags};
 use crate::pools::nova;
 use crate::pools::nova::{Alias, NumaPolicy};
 use crate::pools::request::{Placement, Request, Source, Wish};
+use crate::pools::vgpu::{Instance, TakenInstances};
 
 /// One look at the host.
 #[derive(Clone, Copy)]

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::base::bdf::HostBdf;
 use crate::inventory::obstacle::{Blocked, Sieve};
-use crate::making::vgpu::Instance;
 use crate::pools::request::{Source, Wish};
+use crate::pools::vgpu::Instance;
 
 /// Of a long list of devices, so many are shown: an error fits the screen.
 pub(super) const SHOWN: usize = 12;

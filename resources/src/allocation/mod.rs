@@ -8,6 +8,7 @@ mod prepare;
 mod slots;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,7 +30,7 @@ use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{Guarded, host_uses};
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
-use crate::inventory::scan::{Detail, scan_with};
+use crate::inventory::scan::scan_with;
 use crate::making::demand::Binder;
 use crate::making::sriov::{HostAccess, Netlink, SriovError};
 use crate::making::vgpu::{self, VgpuError};
@@ -122,6 +123,9 @@ pub enum AllocateError {
     /// A device cannot be taken from the host.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The process that gives devices back when a VM ends cannot be started.
+    #[error("cannot start the process that gives devices back to the host when the VM ends")]
+    Helper(#[source] io::Error),
     /// The use of a device that is for one use cannot be written down.
     #[error(transparent)]
     Quarantine(#[from] QuarantineError),
@@ -175,7 +179,7 @@ impl AllocateError {
             Self::Bind(error) => error.is_refusal(),
             Self::Sriov(error) => matches!(error, SriovError::Busy(_) | SriovError::Live { .. }),
             Self::Vgpu(error) => error.is_refusal(),
-            Self::Groups(_) | Self::Quarantine(_) | Self::Lease(_) => false,
+            Self::Groups(_) | Self::Quarantine(_) | Self::Lease(_) | Self::Helper(_) => false,
         }
     }
 }
@@ -310,7 +314,7 @@ struct Look {
 impl Look {
     fn at(paths: &HostPaths) -> Result<Self, AllocateError> {
         let groups = Groups::load(paths)?;
-        let devices = scan_with(paths, detail(&groups))?;
+        let devices = scan_with(paths, groups.detail())?;
         let guarded = guarded(paths, &groups, &devices)?;
         Ok(Self {
             mdevs: Mdevs::read(paths)?,
@@ -427,15 +431,6 @@ fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice], holder: &H
         if let Err(error) = forget_reason(paths, device.bdf, &reason_of_use(holder)) {
             tracing::error!("{} stays in quarantine: {error}", device.bdf);
         }
-    }
-}
-
-/// How much a look has to ask for, that tells which devices groups have.
-pub(crate) fn detail(groups: &Groups) -> Detail {
-    if groups.ask_for_serials() {
-        Detail::Full
-    } else {
-        Detail::ForChoice
     }
 }
 

@@ -14,9 +14,11 @@ use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
 use crate::making::demand::{Binder, Watch};
 use crate::making::sriov::{self, SriovError};
-use crate::making::vgpu::{self, Claimed, Instance};
+use crate::making::vgpu;
+use crate::making::vgpu::Claimed;
 use crate::pools::group::{GroupType, Groups};
 use crate::pools::request::{Request, Source};
+use crate::pools::vgpu::Instance;
 
 /// Makes the virtual functions of groups that VMs take devices of on demand.
 pub(super) fn activate_wanted(
@@ -83,7 +85,11 @@ impl<'a> Needs<'a> {
             }
         }
         if !needs.owed.is_empty() {
-            needs.watch = Some(Arc::new(binder.watch(paths, &needs.owed)?));
+            needs.watch = Some(Arc::new(
+                binder
+                    .watch(paths, &needs.owed)
+                    .map_err(AllocateError::Helper)?,
+            ));
         }
         Ok(needs)
     }

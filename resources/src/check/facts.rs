@@ -115,8 +115,8 @@ impl Devices {
     fn read(paths: &HostPaths, named: &[HostBdf]) -> Result<Self, CheckError> {
         let groups = Groups::load(paths);
         let detail = match &groups {
-            Ok(groups) if groups.ask_for_serials() => Detail::Full,
-            _ => Detail::ForChoice,
+            Ok(groups) => groups.detail(),
+            Err(_) => Detail::ForChoice,
         };
         let all = scan_with(paths, detail)?;
         let missing = |bdf: &&HostBdf| !all.iter().any(|device| device.bdf == **bdf);

@@ -16,20 +16,23 @@ use std::{fs, thread};
 
 use std::os::unix::process::CommandExt;
 
+use thiserror::Error;
+
 use crate::base::bdf::HostBdf;
 use crate::base::helpers;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::holding::device_lock::DeviceLock;
-use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
+use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
 use crate::holding::vgpu_records;
 use crate::inventory::device::{HostDevice, NodeAccess};
+use crate::inventory::error::InventoryError;
 use crate::inventory::former::Former;
 use crate::inventory::scan::scan;
-use crate::making::sriov::{self, HostAccess, Netlink};
-use crate::making::vgpu;
+use crate::making::sriov::{self, HostAccess, Netlink, SriovError};
+use crate::making::vgpu::{self, VgpuError};
 use crate::moving::bind::{BindError, detach_held, give_back};
 use crate::moving::writer::{ChildWriter, SysfsWriter};
 
@@ -41,6 +44,32 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const EARLY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long udev may take to make a VFIO node and set its owner.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What a VM had was not given back to the host.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// A device was not moved.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// A device cannot be looked at.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// The locks cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// A virtual function that a VM had could not be put back as it was.
+    #[error("the settings of {bdf} could not be put back")]
+    Settings {
+        /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// A virtual GPU that a VM had could not be unmade.
+    #[error("a virtual GPU that was made for a VM could not be unmade")]
+    Vgpu(#[from] VgpuError),
+}
 
 /// What binds devices for a VM.
 pub(crate) struct Binder<'a> {
@@ -77,15 +106,7 @@ impl Binder<'_> {
     }
 
     /// Starts the helper for devices that are about to be changed.
-    pub(crate) fn watch(
-        &self,
-        paths: &HostPaths,
-        devices: &[DeviceName],
-    ) -> Result<Watch, BindError> {
-        self.spawn(paths, devices).map_err(BindError::Helper)
-    }
-
-    fn spawn(&self, paths: &HostPaths, devices: &[DeviceName]) -> io::Result<Watch> {
+    pub(crate) fn watch(&self, paths: &HostPaths, devices: &[DeviceName]) -> io::Result<Watch> {
         let mut command = Command::new(self.helper);
         command.arg(SUBCOMMAND).args(paths.to_args());
         command.args(devices.iter().map(DeviceName::to_string));
@@ -141,7 +162,7 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
 }
 
 /// Gives back to the host what VMs that are no more had taken on demand. Cheap if there is nothing.
-pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>, BindError> {
+pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>, RestoreError> {
     let links = Netlink::new(paths);
     let links = &links;
     reap_with(paths, HostAccess { writer, links })
@@ -150,7 +171,7 @@ pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>,
 pub(crate) fn reap_with(
     paths: &HostPaths,
     host: HostAccess<'_>,
-) -> Result<Vec<HostBdf>, BindError> {
+) -> Result<Vec<HostBdf>, RestoreError> {
     if let Err(error) = sriov::reap(paths, host.writer) {
         tracing::warn!("new virtual functions stay without drivers of the host: {error}");
     }
@@ -179,7 +200,7 @@ pub(crate) fn restore(
     host: HostAccess<'_>,
     devices: &[DeviceName],
     patience: Duration,
-) -> Result<Vec<HostBdf>, BindError> {
+) -> Result<Vec<HostBdf>, RestoreError> {
     let started = Instant::now();
     let mdevs: Vec<Uuid> = devices.iter().filter_map(|name| name.mdev()).collect();
     let devices: Vec<HostBdf> = devices.iter().filter_map(|name| name.pci()).collect();
@@ -217,7 +238,7 @@ pub(crate) fn restore(
 }
 
 /// Removes mediated devices that were made for a VM, as far as nobody holds them. Whether all are gone.
-fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, BindError> {
+fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, RestoreError> {
     let left = || mdevs.iter().any(|uuid| vgpu_records::is_owed(paths, *uuid));
     if !left() {
         return Ok(true);
@@ -228,7 +249,10 @@ fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<boo
 
 /// The endpoints of the IOMMU groups of devices that carry the mark. One in quarantine hung when it was
 /// moved, and waits until somebody releases it.
-fn owed(paths: &HostPaths, devices: &[HostBdf]) -> Result<BTreeMap<u32, Vec<HostBdf>>, BindError> {
+fn owed(
+    paths: &HostPaths,
+    devices: &[HostBdf],
+) -> Result<BTreeMap<u32, Vec<HostBdf>>, RestoreError> {
     let all = scan(paths)?;
     let marked = all.iter().filter(|device| {
         devices.contains(&device.bdf)
@@ -252,7 +276,7 @@ fn restore_group(
     paths: &HostPaths,
     host: HostAccess<'_>,
     members: &[HostBdf],
-) -> Result<Option<Vec<HostBdf>>, BindError> {
+) -> Result<Option<Vec<HostBdf>>, RestoreError> {
     let record = LeaseRecord::restore();
     let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     let mut locks = Vec::new();
@@ -271,7 +295,7 @@ fn restore_group(
     {
         if let Err(source) = sriov::owed::restore(paths, host.links, bdf) {
             let source = Box::new(source);
-            set_back = Err(BindError::Settings { bdf, source });
+            set_back = Err(RestoreError::Settings { bdf, source });
         }
     }
     for &bdf in members

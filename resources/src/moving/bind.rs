@@ -19,7 +19,7 @@ use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
 use crate::inventory::scan::{Detail, scan_with};
 use crate::moving::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::moving::writer::{SysfsWrite, SysfsWriter};
-use crate::tenants::Tenants;
+use crate::pools::tenant::Tenants;
 pub use error::BindError;
 
 /// Which devices to move.

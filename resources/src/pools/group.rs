@@ -20,12 +20,12 @@ use crate::base::host::HostPaths;
 use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::base::name::DeviceName;
 use crate::inventory::device::HostDevice;
+use crate::inventory::scan::Detail;
 use crate::inventory::usb::UsbDevice;
-use crate::making::sriov::SriovSpec;
-use crate::making::vgpu::VgpuSpec;
 use crate::pools::nova::{self, Alias, DeviceSpec, Traits};
 use crate::pools::rule::Rule;
-use crate::tenants::Tenants;
+use crate::pools::sriov::SriovSpec;
+use crate::pools::vgpu::VgpuSpec;
 pub use chosen::Chosen;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use error::GroupError;
@@ -275,17 +275,6 @@ pub struct Overlap {
 }
 
 impl Groups {
-    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names, then `device_spec.json`
-    /// and `alias.json`, which hold what Nova's options of these names hold. None need exist.
-    ///
-    /// Devices of tenants are left out of all of them.
-    pub fn load(paths: &HostPaths) -> Result<Self, GroupError> {
-        Ok(Self {
-            owners: Tenants::load(paths)?.owners(),
-            ..Self::load_own(paths)?
-        })
-    }
-
     /// What `groups.json` and `groups.d/*.json` say.
     fn load_group_files(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
@@ -301,7 +290,10 @@ impl Groups {
         Ok(groups)
     }
 
-    /// [`Groups::load`] without a look at tenants.
+    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names, then `device_spec.json`
+    /// and `alias.json`, which hold what Nova's options of these names hold. None need exist.
+    ///
+    /// Tenants are not looked at: [`Groups::load`] leaves their devices out.
     pub(crate) fn load_own(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::load_group_files(paths)?;
         groups
@@ -338,6 +330,11 @@ impl Groups {
             self.groups.push(group);
         }
         Ok(())
+    }
+
+    /// These without the devices of tenants, whose they are.
+    pub(super) fn without(self, owners: BTreeMap<DeviceName, String>) -> Self {
+        Self { owners, ..self }
     }
 
     /// The groups in the order of definition.
@@ -477,18 +474,21 @@ impl Groups {
         devices.iter().filter_map(overlap).collect()
     }
 
-    /// Whether a rule asks for a serial number, or what else only a driver knows, which takes more to read than the rest.
-    pub(crate) fn ask_for_serials(&self) -> bool {
-        self.groups
-            .iter()
-            .flat_map(|group| &group.rules)
-            .any(|rule| {
-                let filters = rule.filters();
-                filters.serial.is_some()
-                    || filters.model.is_some()
-                    || filters.firmware.is_some()
-                    || filters.size.is_some()
-            })
+    /// How much must be read of devices to tell which groups have them: all where a rule asks for a serial
+    /// number, or what else only a driver knows.
+    pub(crate) fn detail(&self) -> Detail {
+        let mut rules = self.groups.iter().flat_map(|group| &group.rules);
+        let asks = rules.any(|rule| {
+            let filters = rule.filters();
+            filters.serial.is_some()
+                || filters.model.is_some()
+                || filters.firmware.is_some()
+                || filters.size.is_some()
+        });
+        match asks {
+            true => Detail::Full,
+            false => Detail::ForChoice,
+        }
     }
 
     /// The JSON Schema of a group file.

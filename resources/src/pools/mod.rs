@@ -5,3 +5,7 @@ pub(crate) mod nova;
 pub(crate) mod plan;
 pub(crate) mod request;
 pub(crate) mod rule;
+pub(crate) mod sriov;
+pub(crate) mod tenant;
+pub(crate) mod vf_settings;
+pub(crate) mod vgpu;

@@ -10,7 +10,6 @@ use crate::base::config::ConfigError;
 use crate::base::json::Place;
 use crate::base::name::DeviceName;
 use crate::base::sysfs::if_denied;
-use crate::facts::ids::PciId;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::maintenance::{MaintenanceError, RunningVm};
 use crate::inventory::error::InventoryError;
@@ -19,18 +18,14 @@ use crate::making::sriov::SriovError;
 use crate::making::vgpu::VgpuError;
 use crate::moving::bind::BindError;
 use crate::pools::group::{EditError, GroupError};
+use crate::pools::tenant::{OtherHardware, UnknownTenant};
 
 /// A tenant could not be looked at or changed.
 #[derive(Debug, Error)]
 pub enum TenantError {
     /// There is no such tenant.
-    #[error("there is no tenant \"{name}\"{}", hint(.near))]
-    Unknown {
-        /// The name.
-        name: String,
-        /// The most similar name.
-        near: Option<String>,
-    },
+    #[error(transparent)]
+    Unknown(#[from] UnknownTenant),
     /// There is one of that name.
     #[error("there is already a tenant named \"{name}\" ({path})", path = .path.display())]
     Duplicate {
@@ -122,19 +117,8 @@ pub enum TenantError {
         by: String,
     },
     /// There is other hardware at a tenant's address, or beside it in its IOMMU group.
-    #[error(
-        "{bdf} is not given to tenant \"{name}\": {other} ({id}) is not what it was granted: `gantry tenant revoke {name} {bdf}`, and grant it again if it is to be the tenant's"
-    )]
-    OtherHardware {
-        /// The tenant's address.
-        bdf: HostBdf,
-        /// The tenant.
-        name: String,
-        /// The device, of the same IOMMU group.
-        other: HostBdf,
-        /// What it is.
-        id: PciId,
-    },
+    #[error(transparent)]
+    OtherHardware(#[from] OtherHardware),
     /// A tenant's group holds other things.
     #[error(
         "group \"{group}\" of the tenant is not of vGPUs of type \"{kind}\": name another one with --group"
@@ -209,7 +193,7 @@ impl TenantError {
         match self {
             Self::Config(error) => error.is_mistake(),
             Self::Groups(error) | Self::Edit(EditError::Groups(error)) => error.is_mistake(),
-            Self::Unknown { .. } => true,
+            Self::Unknown(_) => true,
             _ => false,
         }
     }
@@ -220,13 +204,6 @@ impl TenantError {
             source: Box::new(source),
         }
     }
-}
-
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry tenant list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
 }
 
 fn free(found: &usize) -> String {

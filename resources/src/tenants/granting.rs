@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::hand_over::{Owner, is_closed, is_free};
-use super::{Tenant, TenantError, Tenants, alone, definitions, failed, vgpus};
+use super::{TenantError, alone, failed, vgpus};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
@@ -18,6 +18,7 @@ use crate::making::sriov::granted::{self, Kept};
 use crate::making::sriov::{HostAccess, VfLinks};
 use crate::moving::bind::{BindRequest, detach, reattach};
 use crate::pools::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
+use crate::pools::tenant::{Tenant, Tenants, definitions};
 
 /// What a tenant gets.
 #[derive(Clone, Copy, Debug)]

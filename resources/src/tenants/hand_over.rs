@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::User;
 
-use super::{Tenant, TenantError, absent_is_fine, definition, dirs, failed};
+use super::{TenantError, absent_is_fine, failed};
 use crate::base::host::HostPaths;
 use crate::base::json::Place;
 use crate::base::name::DeviceName;
@@ -22,6 +22,7 @@ use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::inventory::obstacle::Blocked;
 use crate::making::sriov::granted;
 use crate::making::vgpu::VgpuError;
+use crate::pools::tenant::{Tenant, definition, dirs};
 
 /// A user who owns files.
 pub(super) struct Owner {

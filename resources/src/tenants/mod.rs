@@ -12,283 +12,70 @@ mod hand_over;
 mod removal;
 mod vgpus;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use crate::base::bdf::HostBdf;
-use crate::base::config::{self, ConfigError};
-use crate::base::host::{HostPaths, TENANTS};
-use crate::base::json::nearest;
+use crate::base::config;
+use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::base::sysfs;
 use crate::holding::host_lock::{LeaseError, OwnersLock};
 use crate::holding::maintenance::{RunningVm, running_vms};
 use crate::holding::quarantine::adopt;
 use crate::holding::record::LeaseRecord;
-use crate::inventory::device::HostDevice;
-use crate::inventory::error::InventoryError;
 use crate::inventory::scan::scan;
 use crate::making::sriov::{Netlink, VfLinks, granted};
-use crate::pools::group::{GroupError, Groups, is_name};
-use crate::pools::rule::Rule;
+use crate::pools::group::is_name;
+use crate::pools::tenant::{Tenant, TenantFile, Tenants, definition, dirs};
 pub use error::TenantError;
 pub use granting::{Grant, Granted, grant, revoke};
 use hand_over::Owner;
 use removal::Former;
 pub use vgpus::revoke_mdevs;
 
-/// Who a tenant is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(title = "gantry tenant")]
-pub struct TenantFile {
-    /// The user who runs the tenant's VMs.
-    pub user: String,
-    /// A description.
-    #[serde(default)]
-    pub description: String,
+/// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
+fn put_right(host: &HostPaths, tenants: &Tenants) -> Result<(), TenantError> {
+    put_right_with(host, tenants, &Netlink::new(host))
 }
 
-/// A tenant with what it owns.
-#[derive(Clone, Debug)]
-pub struct Tenant {
-    /// Its name.
-    pub name: String,
-    /// Who it is.
-    pub file: TenantFile,
-    groups: Groups,
-}
-
-/// All tenants of the host, in the order of their names.
-#[derive(Clone, Debug, Default)]
-pub struct Tenants(Vec<Tenant>);
-
-impl Tenant {
-    /// The addresses that its groups name.
-    pub fn devices(&self) -> BTreeSet<HostBdf> {
-        let rules = self.groups.iter().flat_map(|group| &group.rules);
-        rules.filter_map(|rule| rule.only_slot()).collect()
-    }
-
-    /// All that it owns.
-    fn names(&self) -> BTreeSet<DeviceName> {
-        let functions = self.devices().into_iter().map(DeviceName::from);
-        functions
-            .chain(self.mdevs().into_iter().map(DeviceName::from))
-            .collect()
-    }
-
-    /// Its groups.
-    pub fn groups(&self) -> &Groups {
-        &self.groups
-    }
-
-    /// Refuses a device that another tenant's groups name too.
-    fn apart_from(&self, other: &Self) -> Result<(), GroupError> {
-        let theirs = other.devices();
-        for group in self.groups.iter() {
-            let slots = group.rules.iter().map(Rule::only_slot);
-            for (index, bdf) in slots.enumerate() {
-                if let Some(bdf) = bdf.filter(|bdf| theirs.contains(bdf)) {
-                    let problem = format!(
-                        "{bdf} belongs to tenant \"{}\" too: take the rule out of one of them",
-                        other.name
-                    );
-                    return Err(group.wrong(&format!("rules[{index}].slot"), problem));
-                }
-            }
-            let spec = group.vgpu.as_ref();
-            let mut uuids = spec.iter().flat_map(|spec| &spec.uuids);
-            if let Some(uuid) = uuids.find(|uuid| other.mdevs().contains(uuid)) {
-                let other = &other.name;
-                let problem =
-                    format!("{uuid} belongs to tenant \"{other}\" too: take it out of one of them");
-                return Err(group.wrong("vgpu.uuids", problem));
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the device is the tenant's, by what it is and not only by where it is.
-    pub fn owns(&self, device: &HostDevice) -> bool {
-        let mut rules = self.groups.iter().flat_map(|group| &group.rules);
-        rules.any(|rule| rule.only_slot() == Some(device.bdf) && rule.matches(device))
-    }
-
-    /// Refuses an address where other hardware is by now, or in whose IOMMU group another device has
-    /// come: nobody granted that. `all` are the devices of the host.
-    pub fn may_have(&self, bdf: HostBdf, all: &[HostDevice]) -> Result<(), TenantError> {
-        let Some(device) = all.iter().find(|device| device.bdf == bdf) else {
-            return Ok(());
+pub(crate) fn put_right_with(
+    host: &HostPaths,
+    tenants: &Tenants,
+    links: &dyn VfLinks,
+) -> Result<(), TenantError> {
+    let all = scan(host)?;
+    let put_right = |tenant: &Tenant| {
+        let owner = Owner::of(host, tenant)?;
+        owner.make_dirs(host, &tenant.name)?;
+        let mut there = Vec::new();
+        let mut give = |bdf: HostBdf| {
+            tenant.may_have(bdf, &all)?;
+            owner.take_over(host, bdf.into())?;
+            let device = all.iter().find(|device| device.bdf == bdf);
+            there.extend(device.map(|device| device.bdf));
+            Ok(())
         };
-        let beside = |other: &&HostDevice| {
-            let shared = other.iommu_group.is_some() && other.iommu_group == device.iommu_group;
-            other.bdf == bdf || shared && !other.is_bridge()
-        };
-        match all.iter().filter(beside).find(|other| !self.owns(other)) {
-            None => Ok(()),
-            Some(other) => Err(TenantError::OtherHardware {
-                bdf,
-                name: self.name.clone(),
-                other: other.bdf,
-                id: other.id,
-            }),
-        }
-    }
-
-    /// The host as the tenant sees it: its own definitions, locks and state, and no devices but its own.
-    pub fn scope(&self, host: &HostPaths) -> HostPaths {
-        let own = |bdf: &HostBdf| match HostDevice::read(host, *bdf) {
-            Ok(device) => self.owns(&device),
-            Err(InventoryError::NoSuchDevice { .. }) => true,
-            Err(_) => false,
-        };
-        HostPaths {
-            only: Some(
-                self.devices()
-                    .into_iter()
-                    .filter(own)
-                    .map(DeviceName::from)
-                    .chain(self.mdevs().into_iter().map(DeviceName::from))
-                    .collect(),
-            ),
-            ..dirs(host, &self.name)
-        }
-    }
+        let given: Vec<_> = tenant.devices().into_iter().map(&mut give).collect();
+        granting::keep_settings(host, links, &there);
+        // Those that no group of the host's makes are not there.
+        let mdevs = tenant.mdevs().into_iter();
+        let mdevs = mdevs.filter(|uuid| host.mdev(*uuid).exists());
+        let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
+        // One that cannot be had keeps no other one away.
+        all_of(given.into_iter().chain(mdevs))
+    };
+    let done = all_of(tenants.iter().map(put_right));
+    granted::mend(host, links);
+    done
 }
-
-/// A tenant's directories, with all devices in sight.
-fn dirs(host: &HostPaths, name: &str) -> HostPaths {
-    HostPaths {
-        run: host.run.join(TENANTS).join(name),
-        config: host.config.join(TENANTS).join(name),
-        state: host.state.join(TENANTS).join(name),
-        ..host.clone()
-    }
-}
-
-/// A tenant's definitions, which only root changes: under the host's locks, as the tenant's own lie where
-/// root opens nothing.
-fn definitions(host: &HostPaths, name: &str) -> HostPaths {
-    HostPaths {
-        config: dirs(host, name).config,
-        ..host.clone()
-    }
-}
-
-fn definition(host: &HostPaths, name: &str) -> PathBuf {
-    dirs(host, name).config.join("tenant.json")
-}
-
-impl Tenants {
-    /// Reads `tenants/*/tenant.json` with the groups beside each. None need exist.
-    pub fn load(host: &HostPaths) -> Result<Self, GroupError> {
-        let dir = host.config.join(TENANTS);
-        let names = sysfs::entries(&dir).map_err(|source| ConfigError::Read {
-            path: dir.clone(),
-            source,
-        })?;
-        let mut tenants = Vec::new();
-        for name in names.into_iter().filter(|name| is_name(name)) {
-            let path = definition(host, &name);
-            let Some(text) = config::read(&path)? else {
-                continue;
-            };
-            let file = config::parse(&path, &text)?;
-            let groups = Groups::load_own(&dirs(host, &name))?;
-            let tenant = Tenant { name, file, groups };
-            tenants
-                .iter()
-                .try_for_each(|other| tenant.apart_from(other))?;
-            tenants.push(tenant);
-        }
-        Ok(Self(tenants))
-    }
-
-    /// The tenants.
-    pub fn iter(&self) -> impl Iterator<Item = &Tenant> {
-        self.0.iter()
-    }
-
-    /// The tenant of that name.
-    pub fn find(&self, name: &str) -> Result<&Tenant, TenantError> {
-        let found = self.0.iter().find(|tenant| tenant.name == name);
-        found.ok_or_else(|| TenantError::Unknown {
-            name: name.to_owned(),
-            near: nearest(name, self.0.iter().map(|tenant| tenant.name.as_str()))
-                .map(str::to_owned),
-        })
-    }
-
-    /// Every device of a tenant, and whose it is.
-    pub(crate) fn owners(&self) -> BTreeMap<DeviceName, String> {
-        let owned = |tenant: &Tenant| {
-            let name = tenant.name.clone();
-            let all = tenant.names().into_iter();
-            all.map(move |device| (device, name.clone()))
-        };
-        self.0.iter().flat_map(owned).collect()
-    }
-
-    /// The tenant that a device belongs to.
-    pub fn owner_of(&self, name: impl Into<DeviceName>) -> Option<&Tenant> {
-        let name = name.into();
-        self.0.iter().find(|tenant| tenant.names().contains(&name))
-    }
-
-    /// The tenants whose VMs a user runs.
-    pub fn of_user<'a>(&'a self, user: &'a str) -> impl Iterator<Item = &'a Tenant> {
-        self.0.iter().filter(move |tenant| tenant.file.user == user)
-    }
-
-    /// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
-    fn put_right(&self, host: &HostPaths) -> Result<(), TenantError> {
-        self.put_right_with(host, &Netlink::new(host))
-    }
-
-    pub(crate) fn put_right_with(
-        &self,
-        host: &HostPaths,
-        links: &dyn VfLinks,
-    ) -> Result<(), TenantError> {
-        let all = scan(host)?;
-        let put_right = |tenant: &Tenant| {
-            let owner = Owner::of(host, tenant)?;
-            owner.make_dirs(host, &tenant.name)?;
-            let mut there = Vec::new();
-            let mut give = |bdf: HostBdf| {
-                tenant.may_have(bdf, &all)?;
-                owner.take_over(host, bdf.into())?;
-                let device = all.iter().find(|device| device.bdf == bdf);
-                there.extend(device.map(|device| device.bdf));
-                Ok(())
-            };
-            let given: Vec<_> = tenant.devices().into_iter().map(&mut give).collect();
-            granting::keep_settings(host, links, &there);
-            // Those that no group of the host's makes are not there.
-            let mdevs = tenant.mdevs().into_iter();
-            let mdevs = mdevs.filter(|uuid| host.mdev(*uuid).exists());
-            let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
-            // One that cannot be had keeps no other one away.
-            all_of(given.into_iter().chain(mdevs))
-        };
-        let done = all_of(self.0.iter().map(put_right));
-        granted::mend(host, links);
-        done
-    }
-}
-
 /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
 /// bound anew, has undone. Devices must be with vfio-pci already. Whose they are is looked up when it is this
 /// command's turn: another one may just have changed it.
 pub fn put_tenants_right(host: &HostPaths) -> Result<(), TenantError> {
     let _alone = alone(host)?;
-    Tenants::load(host)?.put_right(host)
+    put_right(host, &Tenants::load(host)?)
 }
 
 /// Of two commands that change whose devices are, the second one sees what the first one did.
@@ -346,12 +133,12 @@ pub fn edit_tenant(
     let taken = names.try_for_each(|device| Owner::host().take_over(host, device));
     let changed = taken.and_then(|()| Ok(config::write(&path, file)?));
     if let Err(error) = changed {
-        tenants.put_right(host)?;
+        put_right(host, &tenants)?;
         return Err(error);
     }
     // Nor may it have a hand in the new user's directories.
     let former = Former::of(host, name);
-    let given = Tenants::load(host)?.put_right(host);
+    let given = put_right(host, &Tenants::load(host)?);
     drop(alone);
     former.remove();
     given.map(|()| path)

@@ -5,9 +5,9 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
-use super::dirs;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
+use crate::pools::tenant::dirs;
 
 /// Directories that were a tenant's, moved out of the way so that new ones can be made.
 pub(super) struct Former(Vec<(PathBuf, io::Result<Option<PathBuf>>)>);

@@ -5,8 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use super::*;
 use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
 use crate::holding::lock_file::lock_path;
+use crate::inventory::device::HostDevice;
 use crate::moving::bind::{BindRequest, reattach};
+use crate::pools::group::Groups;
 use crate::{Holder, Request, allocate, running_vms};
+use std::collections::BTreeSet;
 
 /// Three disks with the host, two of them neighbours; a group takes them all.
 fn host() -> FakeHost {
@@ -218,7 +221,7 @@ fn a_boot_puts_nodes_and_files_right() {
     give(&host, &kernel, "a", "01:00.0");
     fs::remove_dir_all(&host.paths.run).unwrap();
     let tenants = Tenants::load(&host.paths).unwrap();
-    tenants.put_right(&host.paths).unwrap();
+    put_right(&host.paths, &tenants).unwrap();
     assert!(
         host.paths.run.join("tenants/a/leases").is_dir(),
         "a link to the host's"
@@ -472,7 +475,7 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     let _ = fs::remove_file(&lock);
     symlink(&shadow, &lock).unwrap();
     let tenants = Tenants::load(&host.paths).unwrap();
-    tenants.put_right(&host.paths).unwrap();
+    put_right(&host.paths, &tenants).unwrap();
     let after = fs::metadata(&shadow).unwrap();
     let changed = |meta: &fs::Metadata| (meta.ctime(), meta.ctime_nsec());
     assert_eq!(changed(&after), changed(&before), "nobody has chowned it");
@@ -512,20 +515,20 @@ fn other_hardware_at_a_tenants_address_is_nobodys() {
     create_tenant(&host.paths, "a", &user()).unwrap();
     give(&host, &kernel, "a", "01:00.0");
     let tenants = || Tenants::load(&host.paths).unwrap();
-    tenants().put_right(&host.paths).unwrap();
+    put_right(&host.paths, &tenants()).unwrap();
     // Another device has come into the IOMMU group.
     host.add(&Fake::nvme("01:00.1", 1));
-    let said = tenants().put_right(&host.paths).unwrap_err().to_string();
+    let said = put_right(&host.paths, &tenants()).unwrap_err().to_string();
     assert!(
         said.contains("0000:01:00.1 (1b36:0010) is not what it was"),
         "{said}"
     );
     host.remove(bdf("01:00.1"));
-    tenants().put_right(&host.paths).unwrap();
+    put_right(&host.paths, &tenants()).unwrap();
     // The disk is replaced by another device.
     let modalias = crate::fixture::modalias((0x8086, 0x1533), (0, 0), 0x01_08_02);
     fs::write(host.dir(bdf("01:00.0")).join("modalias"), modalias).unwrap();
-    let said = tenants().put_right(&host.paths).unwrap_err().to_string();
+    let said = put_right(&host.paths, &tenants()).unwrap_err().to_string();
     assert!(
         said.contains("0000:01:00.0 is not given to tenant \"a\"") && said.contains("8086:1533"),
         "{said}"
@@ -667,7 +670,7 @@ fn a_user_who_is_not_there_is_named_with_the_line() {
         "{\n  \"user\": \"no such user\"}",
     );
     let tenants = Tenants::load(&host.paths).unwrap();
-    let said = tenants.put_right(&host.paths).unwrap_err().to_string();
+    let said = put_right(&host.paths, &tenants).unwrap_err().to_string();
     assert!(said.contains("a/tenant.json:2:"), "{said}");
 }
 

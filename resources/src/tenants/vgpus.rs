@@ -1,23 +1,15 @@
 //! Mediated devices of tenants: those that a group of the host's makes ahead may be granted, one by one.
 
-use std::collections::BTreeSet;
-
 use super::hand_over::{Owner, is_closed, is_free};
-use super::{Tenant, TenantError, Tenants, alone, definitions};
+use super::{TenantError, alone};
 use crate::base::host::HostPaths;
 use crate::base::uuid::Uuid;
 use crate::holding::lock_file::holder;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
-use crate::making::vgpu::{VgpuError, VgpuSpec};
+use crate::making::vgpu::VgpuError;
 use crate::pools::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup, is_name};
-
-impl Tenant {
-    /// The mediated devices that its groups name.
-    pub fn mdevs(&self) -> BTreeSet<Uuid> {
-        let specs = self.groups.iter().filter_map(|group| group.vgpu.as_ref());
-        specs.flat_map(|spec| &spec.uuids).copied().collect()
-    }
-}
+use crate::pools::tenant::{Tenant, Tenants, definitions};
+use crate::pools::vgpu::VgpuSpec;
 
 /// Gives mediated devices that are there to a tenant: those that `gantry group activate` makes, as others
 /// go with the VM that they were made for.
@@ -133,7 +125,8 @@ mod tests {
     use crate::holding::device_lock::DeviceLock;
     use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
     use crate::holding::record::LeaseRecord;
-    use crate::tenants::{TenantFile, create_tenant, delete_tenant};
+    use crate::pools::tenant::TenantFile;
+    use crate::tenants::{create_tenant, delete_tenant};
     use crate::{
         Grant, Granted, Groups, Holder, Lease, Request, allocate, grant, make_ahead, unmake_ahead,
     };

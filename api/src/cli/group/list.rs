@@ -221,7 +221,7 @@ impl<'a> Row<'a> {
         let used = there.iter().filter(|device| device.lease.is_held());
         let stuck = there.iter().filter(|device| device.quarantine.is_some());
         self.used += used.count();
-        self.free += spec.free(groups, mdevs);
+        self.free += groups.free_mdevs(spec, mdevs);
         self.quarantined += stuck.count();
         self.total = self.used + self.free + self.quarantined;
         self.mdevs = there.iter().map(|device| device.uuid).collect();

@@ -7,8 +7,10 @@ use crate::base::uuid::Uuid;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
 use crate::inventory::obstacle::Obstacle;
-use crate::making::sriov::{VfToken, token};
-use crate::making::vgpu::{Instance, VgpuError, VgpuSpec};
+use crate::making::sriov::token;
+use crate::making::vgpu::VgpuError;
+use crate::pools::sriov::VfToken;
+use crate::pools::vgpu::{Instance, VgpuSpec};
 
 impl<'a> Choice<'a, '_> {
     pub(super) fn exact_mdev(
@@ -59,7 +61,7 @@ impl<'a> Choice<'a, '_> {
             Meant::Alias(_) => None,
         };
         let (groups, mdevs) = (self.view.groups, self.view.mdevs);
-        let free = |spec: &VgpuSpec| spec.free_instances(groups, mdevs, &self.instances, wanted);
+        let free = |spec: &VgpuSpec| groups.free_instances(spec, mdevs, &self.instances, wanted);
         spec.map(free).unwrap_or_default()
     }
 

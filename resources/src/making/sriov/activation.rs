@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use super::error::SriovError;
 use super::links::LinkWrite;
 use super::pf::{LiveVf, Pf};
-use super::settings::{SriovSpec, VfState};
 use super::{
     HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
     set_aside_if_hung,
@@ -20,6 +19,8 @@ use crate::moving::bind::{BindError, BindRequest, detach, has_vfio_pci};
 use crate::moving::moves::{Move, Mover};
 use crate::moving::writer::SysfsWrite;
 use crate::pools::group::{Bind, ResourceGroup};
+use crate::pools::sriov::SriovSpec;
+use crate::pools::vf_settings::VfState;
 
 /// How long a card may take to have its link back.
 const LINK_PATIENCE: Duration = Duration::from_secs(15);

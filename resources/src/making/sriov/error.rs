@@ -17,7 +17,7 @@ use crate::inventory::obstacle::Blocked;
 use crate::moving::bind::BindError;
 use crate::moving::writer::WriteError;
 use crate::pools::group::GroupError;
-use crate::pools::rule::IdPair;
+use crate::pools::sriov::PfError;
 
 /// Virtual functions were not made, set or destroyed.
 #[derive(Debug, Error)]
@@ -27,34 +27,9 @@ pub enum SriovError {
         "group \"{0}\" makes no virtual functions: `gantry group edit {0} --sriov '{{\"pf\": \"0000:03:00.0\", \"count\": 4}}'` says of which device, and how many"
     )]
     NoSpec(String),
-    /// Other hardware than the group was made for.
-    #[error("{pf} is {is} now, not {wanted}: change the group's sriov.id if that is right")]
-    OtherPf {
-        /// The address.
-        pf: HostBdf,
-        /// What is there.
-        is: IdPair,
-        /// What should be.
-        wanted: IdPair,
-    },
-    /// The device has no SR-IOV.
-    #[error(
-        "{pf} cannot have virtual functions: it has no SR-IOV, or the firmware or kernel does not show it (sriov_totalvfs)"
-    )]
-    NotCapable {
-        /// The device.
-        pf: HostBdf,
-    },
-    /// It cannot have as many.
-    #[error("{pf} can have {total} virtual functions at most, and the group asks for {wanted}")]
-    TooMany {
-        /// The device.
-        pf: HostBdf,
-        /// How many it can have.
-        total: u16,
-        /// How many are asked for.
-        wanted: u16,
-    },
+    /// The physical function is not the one that is meant, or cannot have as many.
+    #[error(transparent)]
+    Pf(#[from] PfError),
     /// No driver makes its functions.
     #[error("{pf} has no driver, and only its driver can make virtual functions: {}", way(pf, .why))]
     NoDriver {

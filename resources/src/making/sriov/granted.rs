@@ -13,7 +13,6 @@ use super::error::SriovError;
 use super::links::VfLinks;
 use super::owed::{self, Card, Owed};
 use super::pf::Pf;
-use super::settings::VfState;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
@@ -22,7 +21,8 @@ use crate::holding::host_lock::LeaseError;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
-use crate::tenants::Tenants;
+use crate::pools::tenant::Tenants;
+use crate::pools::vf_settings::VfState;
 
 /// Where records lie, below the run directory; a tenant's leads to the host's.
 pub(crate) const DIR: &str = "granted";

@@ -9,7 +9,7 @@ use nix::libc;
 use serde::Serialize;
 use thiserror::Error;
 
-use super::settings::{VfSetting, VfState};
+use crate::pools::vf_settings::{VfSetting, VfState};
 
 /// How long a card may say that it is busy: a function that is being reset takes no settings.
 const BUSY_PATIENCE: Duration = Duration::from_secs(10);

@@ -13,7 +13,6 @@ mod netlink;
 pub(crate) mod owed;
 mod pf;
 mod probe;
-mod settings;
 pub(crate) mod token;
 
 use std::fmt::Display;
@@ -35,8 +34,8 @@ use crate::inventory::modules::NoDriver;
 use crate::inventory::obstacle::{Blocked, Obstacle};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::group::{Bind, ResourceGroup};
-use crate::pools::rule::IdPair;
-use crate::tenants::Tenants;
+use crate::pools::sriov::SriovSpec;
+use crate::pools::tenant::Tenants;
 use activation::Activation;
 pub use error::SriovError;
 pub use links::{Interface, LinkError, LinkWrite, VfLinks};
@@ -45,8 +44,6 @@ pub use pf::LiveVf;
 pub(crate) use pf::Pf;
 pub(crate) use probe::reap;
 use serde::Serialize;
-pub use settings::{LinkState, Mac, MacPlan, SriovSpec, VfSetting, VfState};
-pub use token::VfToken;
 
 /// How long a VM waits for another command that makes the functions it asks for.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
@@ -156,7 +153,7 @@ pub fn deactivate(
     let record = LeaseRecord::task("gantry group deactivate");
     let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
         let pf = Pf::read(paths, spec.pf)?;
-        is_the_right_one(&pf.device, spec)?;
+        spec.is_the_right_one(&pf.device)?;
         does_not_hang(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, 0, &live)?;
@@ -228,18 +225,6 @@ fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
     group.sriov.as_ref().ok_or_else(none)
 }
 
-fn is_the_right_one(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
-    let is = IdPair::from(pf.id);
-    match spec.id.filter(|wanted| *wanted != is) {
-        Some(wanted) => Err(SriovError::OtherPf {
-            pf: spec.pf,
-            is,
-            wanted,
-        }),
-        None => Ok(()),
-    }
-}
-
 /// The functions that somebody uses, and those of tenants, who need not use theirs.
 fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, SriovError> {
     let mut live = pf::live(paths, &pf.vfs, own)?;
@@ -283,26 +268,8 @@ fn no_function_hangs(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
     })
 }
 
-/// Refuses a card that is not the one that is meant, or cannot have as many functions.
-pub(crate) fn suits(pf: &HostDevice, spec: &SriovSpec) -> Result<(), SriovError> {
-    is_the_right_one(pf, spec)?;
-    let bdf = spec.pf;
-    let total = match pf.sriov {
-        Some(sriov) if sriov.total > 0 => sriov.total,
-        _ => return Err(SriovError::NotCapable { pf: bdf }),
-    };
-    if spec.count > total {
-        return Err(SriovError::TooMany {
-            pf: bdf,
-            total,
-            wanted: spec.count,
-        });
-    }
-    Ok(())
-}
-
 fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
-    suits(&pf.device, spec)?;
+    spec.suits(&pf.device)?;
     let bdf = spec.pf;
     if pf.device.driver.is_none() {
         let why = NoDriver::of(paths, &pf.device);

@@ -21,8 +21,8 @@ use nix::sys::socket::{
 };
 
 use super::links::{Interface, LinkError, LinkWrite, VfLinks, when_ready};
-use super::settings::{LinkState, Mac, VfSetting, VfState};
 use crate::base::host::HostPaths;
+use crate::pools::vf_settings::{LinkState, Mac, VfSetting, VfState};
 
 /// An answer about one interface: 256 functions have about 60 KiB of attributes.
 const ANSWER: usize = 256 << 10;

@@ -13,13 +13,13 @@ use serde::{Deserialize, Serialize};
 use super::error::SriovError;
 use super::links::{Interface, LinkError, LinkWrite, VfLinks};
 use super::pf::Pf;
-use super::settings::{VfSetting, VfState};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::pools::group::Groups;
+use crate::pools::vf_settings::{VfSetting, VfState};
 
 /// A record in the run directory, which a reboot empties, as it ends all virtual functions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,6 +16,7 @@ use crate::making::demand::{Binder, reap_with};
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
 use crate::pools::request::{Placement, Request};
+use crate::pools::vf_settings::{VfSetting, VfState};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -6,9 +6,6 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 use super::error::SriovError;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
@@ -16,19 +13,7 @@ use crate::base::sysfs;
 use crate::base::uuid::Uuid;
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
-
-/// The token that a group asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(
-    untagged,
-    expecting = "expected true for a secret token, or a UUID that others know too"
-)]
-pub enum VfToken {
-    /// One that gantry makes and keeps to itself, or none.
-    Secret(bool),
-    /// This one.
-    Known(Uuid),
-}
+use crate::pools::sriov::VfToken;
 
 /// The physical function whose token a device is opened with: its own, or that of the card it is a
 /// function of.

@@ -2,7 +2,6 @@
 //! it ends; those with identifiers of their own are made ahead, when their group is activated.
 
 pub(crate) mod owed;
-mod spec;
 
 use std::io;
 use std::path::PathBuf;
@@ -26,9 +25,8 @@ use crate::inventory::error::InventoryError;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::group::{GroupError, ResourceGroup};
-use crate::tenants::Tenants;
-pub(crate) use spec::TakenInstances;
-pub use spec::{Instance, VgpuSpec};
+use crate::pools::tenant::Tenants;
+use crate::pools::vgpu::{Instance, TakenInstances, VgpuSpec};
 
 /// How long a new mediated device may take to have its IOMMU group and its VFIO node.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
@@ -144,7 +142,7 @@ pub enum VgpuError {
 }
 
 impl VgpuError {
-    /// As [`crate::AllocateError::is_refusal`].
+    /// Whether it may go by itself, once another VM or command is through.
     pub(crate) fn is_temporary(&self) -> bool {
         matches!(
             self,
@@ -152,6 +150,7 @@ impl VgpuError {
         )
     }
 
+    /// Whether the devices are not to be had as things are, rather than the host having failed.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,

@@ -12,8 +12,6 @@ use crate::holding::passing::InTheWay;
 use crate::inventory::error::InventoryError;
 use crate::inventory::guard::Guarded;
 use crate::inventory::obstacle::Blocked;
-use crate::making::sriov::SriovError;
-use crate::making::vgpu::VgpuError;
 use crate::moving::moves::MoveError;
 use crate::pools::group::GroupError;
 
@@ -39,21 +37,6 @@ pub enum BindError {
     /// It cannot be told whose devices are.
     #[error(transparent)]
     Tenants(GroupError),
-    /// The process that gives devices back when a VM ends cannot be started.
-    #[error("cannot start the process that gives devices back to the host when the VM ends")]
-    Helper(#[source] io::Error),
-    /// A virtual function that a VM had could not be put back as it was.
-    #[error("the settings of {bdf} could not be put back")]
-    Settings {
-        /// The function.
-        bdf: HostBdf,
-        /// Why.
-        #[source]
-        source: Box<SriovError>,
-    },
-    /// A virtual GPU that a VM had could not be unmade.
-    #[error("a virtual GPU that was made for a VM could not be unmade")]
-    Vgpu(#[from] VgpuError),
     /// It cannot be told whether the host needs a device.
     #[error("cannot tell whether the host needs these devices")]
     Guard(#[source] io::Error),
@@ -96,7 +79,7 @@ pub enum BindError {
 }
 
 impl BindError {
-    /// As [`crate::AllocateError::is_refusal`].
+    /// Whether the devices are not to be had as things are, rather than the host having failed.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,

@@ -15,10 +15,10 @@ use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError}
 use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
-use crate::making::sriov::{SriovError, SriovSpec};
-use crate::making::vgpu::VgpuSpec;
 use crate::pools::nova::Traits;
 use crate::pools::rule::Rule;
+use crate::pools::sriov::{PfError, SriovSpec};
+use crate::pools::vgpu::VgpuSpec;
 
 /// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
 /// before [`GroupFiles::save`].
@@ -173,7 +173,7 @@ pub enum EditError {
     },
     /// A card cannot have the functions that are asked for.
     #[error(transparent)]
-    Functions(Box<SriovError>),
+    Functions(#[from] PfError),
     /// A group of vGPUs, of none.
     #[error(
         "group \"{0}\" is of type vgpu and does not say which: give it a type, as in --vgpu '{{\"type\": \"nvidia-222\"}}' (`gantry device mdev` lists them)"

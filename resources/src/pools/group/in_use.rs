@@ -1,15 +1,14 @@
 //! What stands against taking a group, or devices out of it: VMs that have them, and what was made for it.
 
 use super::{EditError, GroupChange, GroupFiles, ResourceGroup};
-use crate::allocation::detail;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::holding::record::LeaseStatus;
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::scan::{Detail, scan_with};
-use crate::making::sriov::SriovSpec;
-use crate::making::vgpu::VgpuSpec;
+use crate::pools::sriov::SriovSpec;
+use crate::pools::vgpu::VgpuSpec;
 
 impl GroupFiles {
     /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one. The files
@@ -21,7 +20,7 @@ impl GroupFiles {
         leaving: Option<&[HostBdf]>,
     ) -> Result<(), EditError> {
         let groups = self.groups()?;
-        let (devices, mdevs) = (scan_with(paths, detail(&groups))?, Mdevs::read(paths)?);
+        let (devices, mdevs) = (scan_with(paths, groups.detail())?, Mdevs::read(paths)?);
         let is = |owner: Option<&ResourceGroup>| owner.is_some_and(|owner| owner.name == name);
         let leaves = |bdf: &HostBdf| leaving.is_none_or(|leaving| leaving.contains(bdf));
         let functions = devices

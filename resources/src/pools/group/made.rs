@@ -3,8 +3,9 @@
 
 use super::{GroupType, Groups, ResourceGroup};
 use crate::base::bdf::HostBdf;
-use crate::inventory::mdev::MdevDevice;
-use crate::making::sriov::VfToken;
+use crate::inventory::mdev::{MdevDevice, Mdevs};
+use crate::pools::sriov::VfToken;
+use crate::pools::vgpu::{Instance, TakenInstances, VgpuSpec};
 
 impl Groups {
     /// What is wrong with what is to be made for a group: the key, and words.
@@ -60,6 +61,27 @@ impl Groups {
         }
         let named = self.groups.iter().find(|group| spec(group, true));
         named.or_else(|| self.groups.iter().find(|group| spec(group, false)))
+    }
+
+    /// How many mediated devices a VM could have of these now.
+    pub fn free_mdevs(&self, spec: &VgpuSpec, mdevs: &Mdevs) -> usize {
+        let none = TakenInstances::default();
+        self.free_instances(spec, mdevs, &none, spec.most(mdevs))
+            .len()
+    }
+
+    /// Those of [`VgpuSpec::instances`] that no tenant owns.
+    pub(crate) fn free_instances(
+        &self,
+        spec: &VgpuSpec,
+        mdevs: &Mdevs,
+        taken: &TakenInstances,
+        wanted: usize,
+    ) -> Vec<Instance> {
+        let mut found = spec.instances(mdevs, taken, wanted);
+        let owner = |uuid| self.owner(uuid);
+        found.retain(|instance| instance.uuid.and_then(owner).is_none());
+        found
     }
 
     /// The token that the group of a card's virtual functions asks for.

@@ -7,8 +7,7 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::scan::scan;
-use crate::making::sriov;
-use crate::making::vgpu::VgpuSpec;
+use crate::pools::vgpu::VgpuSpec;
 
 impl GroupFiles {
     /// Refuses what the group's card can never have, and a group of vGPUs that says not which. Words of what
@@ -22,8 +21,7 @@ impl GroupFiles {
                     Ok(Some(format!("there is no {bdf} on this host now")))
                 }
                 device => {
-                    let possible = sriov::suits(&device?, spec);
-                    possible.map_err(|error| EditError::Functions(Box::new(error)))?;
+                    spec.suits(&device?)?;
                     Ok(None)
                 }
             },

@@ -1,6 +1,7 @@
 //! Faults, hangs and kills at any moment.
 
 use super::*;
+use crate::pools::vf_settings::VfSetting;
 
 #[test]
 fn a_fault_at_any_write_leaves_the_host_as_it_was() {

@@ -1,6 +1,7 @@
 //! Functions in use, and those that VMs ask for.
 
 use super::*;
+use crate::pools::vf_settings::Mac;
 
 #[test]
 fn a_helper_that_gives_a_function_back_is_waited_for_and_nobody_else() {

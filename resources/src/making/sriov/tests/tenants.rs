@@ -1,6 +1,7 @@
 //! What tenants have: their functions keep their settings, whatever their guests do.
 
 use super::*;
+use crate::pools::vf_settings::{Mac, VfState};
 
 /// The tenant `a`, of this user.
 fn tenant(host: &FakeHost) {
@@ -83,7 +84,7 @@ fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_sta
         pid: 1,
     };
     let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
-    tenants.put_right_with(&host.paths, &kernel).unwrap();
+    crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
     assert_eq!(vlan(), Some(100));
     drop(lease);
     for change in [None, Some("\"vlan\": 8"), None] {
@@ -306,7 +307,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     fs::remove_dir_all(host.paths.run.join("granted")).unwrap();
     spoil();
     let tenants = Tenants::load(&host.paths).unwrap();
-    tenants.put_right_with(&host.paths, &kernel).unwrap();
+    crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host, &kernel).states, before);
     // And what is taken back is as it was.

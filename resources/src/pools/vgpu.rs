@@ -9,7 +9,6 @@ use crate::base::uuid::Uuid;
 use crate::facts::vgpu::VendorVgpu;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, MdevParent, MdevType, Mdevs};
-use crate::pools::group::Groups;
 
 /// The virtual GPUs, or other mediated devices, of a group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -79,26 +78,10 @@ impl VgpuSpec {
         self.kind == id || title == Some(&self.kind)
     }
 
-    /// How many mediated devices a VM could have now.
-    pub fn free(&self, groups: &Groups, mdevs: &Mdevs) -> usize {
+    /// How many mediated devices there could be now at most.
+    pub(super) fn most(&self, mdevs: &Mdevs) -> usize {
         let room = self.sources(mdevs).map(|(_, kind)| kind.available as usize);
-        let most = room.sum::<usize>() + self.uuids.len();
-        let none = TakenInstances::default();
-        self.free_instances(groups, mdevs, &none, most).len()
-    }
-
-    /// Those of [`VgpuSpec::instances`] that no tenant owns.
-    pub(crate) fn free_instances(
-        &self,
-        groups: &Groups,
-        mdevs: &Mdevs,
-        taken: &TakenInstances,
-        wanted: usize,
-    ) -> Vec<Instance> {
-        let mut found = self.instances(mdevs, taken, wanted);
-        let owner = |uuid| groups.owner(uuid);
-        found.retain(|instance| instance.uuid.and_then(owner).is_none());
-        found
+        room.sum::<usize>() + self.uuids.len()
     }
 
     /// Whether a mediated device is one of those named, or else one of the type; none if it is neither.
