@@ -1,7 +1,7 @@
 //! What a VM holds of the host: devices with their locks, given back when dropped.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
@@ -129,9 +129,13 @@ impl Lease {
         }
     }
 
-    /// Its locks, for another lease of this VM on a device of the same IOMMU group.
-    pub(crate) fn locks(&self) -> Arc<[DeviceLock]> {
-        Arc::clone(&self.group)
+    /// What another allocation for the same VM must know of it.
+    pub(crate) fn as_own(&self) -> OwnLease {
+        OwnLease {
+            name: self.name(),
+            iommu_group: self.iommu_group(),
+            locks: Arc::downgrade(&self.group),
+        }
     }
 
     /// The files of its locks. A lock holds as long as any process has its file open.
@@ -142,6 +146,30 @@ impl Lease {
     /// Every function that this lease keeps from others: the endpoints of the IOMMU group.
     pub fn locked(&self) -> impl Iterator<Item = DeviceName> {
         self.group.iter().map(DeviceLock::name)
+    }
+}
+
+/// A lease of the VM that more devices are allocated for. It keeps nothing: the lease may end meanwhile.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnLease {
+    /// The device.
+    pub(crate) name: DeviceName,
+    /// Its IOMMU group.
+    pub(crate) iommu_group: Option<u32>,
+    locks: Weak<[DeviceLock]>,
+}
+
+impl OwnLease {
+    /// Its locks, for a lease on another device of the same IOMMU group; none once it has ended.
+    pub(crate) fn locks(&self) -> Option<Arc<[DeviceLock]>> {
+        self.locks.upgrade()
+    }
+
+    /// Every function that it keeps from others.
+    pub(crate) fn locked(&self) -> Vec<DeviceName> {
+        let locks = self.locks();
+        let locks = locks.iter().flat_map(|locks| locks.iter());
+        locks.map(|lock| lock.name()).collect()
     }
 }
 

@@ -42,8 +42,9 @@ use choose::{Pick, View, choose, survey};
 pub use fit::{Fit, RequestFit};
 use lacks::Lacks;
 pub use lease::Lease;
+pub(crate) use lease::OwnLease;
 use prepare::{Needs, activate_wanted, in_order};
-pub(crate) use slots::slots_needed;
+use slots::have_slots;
 
 /// Each look is one at all of the host, and keeps others from choosing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
@@ -114,6 +115,19 @@ pub enum AllocateError {
         /// Its address.
         bdf: HostBdf,
     },
+    /// The VM has too few slots for the devices.
+    #[error(
+        "the devices need {needed} slots and this VM has {free} free: ask for fewer, or detach a device first{}",
+        each_takes_one(.alone)
+    )]
+    NoSlots {
+        /// How many they need.
+        needed: usize,
+        /// How many are free.
+        free: usize,
+        /// Functions that could share a slot if function 0 of their device were among them.
+        alone: Vec<HostBdf>,
+    },
     /// The groups cannot be read.
     #[error(transparent)]
     Groups(#[from] GroupError),
@@ -174,7 +188,8 @@ impl AllocateError {
             | Self::NoSuchDevice { .. }
             | Self::Ungrouped { .. }
             | Self::Unavailable(_)
-            | Self::AskedTwice { .. } => true,
+            | Self::AskedTwice { .. }
+            | Self::NoSlots { .. } => true,
             Self::Inventory(error) => matches!(error, InventoryError::NoSuchDevice { .. }),
             Self::Bind(error) => error.is_refusal(),
             Self::Sriov(error) => matches!(error, SriovError::Busy(_) | SriovError::Live { .. }),
@@ -205,17 +220,38 @@ pub fn allocate_near(
     placement: &Placement,
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
-    allocate_beside(paths, requests, placement, holder, &[])
+    allocate_for(paths, requests, Recipient::new(holder, placement))
 }
 
-/// [`allocate_near`] for a VM that has leases `own` already: other devices of their IOMMU groups are
-/// kept from others for this VM, and free for it.
-pub(crate) fn allocate_beside(
+/// The VM that devices are allocated for.
+#[derive(Clone, Copy)]
+pub(crate) struct Recipient<'a> {
+    pub(crate) holder: &'a Holder,
+    pub(crate) placement: &'a Placement,
+    /// The leases that it has: other devices of their IOMMU groups are kept from others for it, and free
+    /// for it. One that ends meanwhile is waited for by nobody.
+    pub(crate) own: &'a [OwnLease],
+    /// How many slots are free in it; none where each device gets one that is made for it.
+    pub(crate) slots: Option<usize>,
+}
+
+impl<'a> Recipient<'a> {
+    /// A VM that has nothing yet.
+    pub(crate) fn new(holder: &'a Holder, placement: &'a Placement) -> Self {
+        Self {
+            holder,
+            placement,
+            own: &[],
+            slots: None,
+        }
+    }
+}
+
+/// [`allocate_near`] for a VM that may have devices already.
+pub(crate) fn allocate_for(
     paths: &HostPaths,
     requests: &[Request],
-    placement: &Placement,
-    holder: &Holder,
-    own: &[&Lease],
+    vm: Recipient<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
     let links = Netlink::new(paths);
     let binder = Binder {
@@ -225,18 +261,22 @@ pub(crate) fn allocate_beside(
         },
         helper: Path::new("/proc/self/exe"),
     };
-    allocate_with(paths, requests, placement, holder, own, &binder)
+    allocate_with(paths, requests, vm, &binder)
 }
 
-/// With the leases that the VM has, and what binds devices for it.
+/// [`allocate_for`] with what binds devices.
 pub(crate) fn allocate_with(
     paths: &HostPaths,
     requests: &[Request],
-    placement: &Placement,
-    holder: &Holder,
-    own: &[&Lease],
+    vm: Recipient<'_>,
     binder: &Binder<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
+    let Recipient {
+        holder,
+        placement,
+        own,
+        slots,
+    } = vm;
     if requests.is_empty() {
         return Ok(Vec::new());
     }
@@ -268,6 +308,7 @@ pub(crate) fn allocate_with(
         pause = (pause * 2).min(LONGEST_PAUSE);
     };
     let picks = choose(look.view(), requests, placement)?;
+    have_slots(&picks, slots)?;
     let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
     let leases = lock(paths, &look.devices, &chosen, own, &record)?;
     let mut needs = Needs::of(paths, &look.groups, binder, &record, &picks)?;
@@ -327,10 +368,10 @@ impl Look {
     }
 
     /// The same for a VM that has leases: what they keep from others is not kept from it.
-    fn beside(mut self, own: &[&Lease]) -> Self {
-        let locked = own.iter().flat_map(|lease| lease.locked());
+    fn beside(mut self, own: &[OwnLease]) -> Self {
+        let locked = own.iter().flat_map(OwnLease::locked);
         let kept: BTreeSet<HostBdf> = locked.filter_map(DeviceName::pci).collect();
-        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.name() == *bdf);
+        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.name == *bdf);
         for device in &mut self.devices {
             if kept.contains(&device.bdf) {
                 let lease = std::mem::replace(&mut device.lease, LeaseStatus::Free);
@@ -447,14 +488,12 @@ fn lock(
     paths: &HostPaths,
     devices: &[HostDevice],
     chosen: &[&HostDevice],
-    own: &[&Lease],
+    own: &[OwnLease],
     record: &LeaseRecord,
 ) -> Result<Vec<Lease>, AllocateError> {
     let pool = Pool::new(devices);
-    let mut groups: BTreeMap<u32, Arc<[DeviceLock]>> = BTreeMap::new();
-    for lease in own {
-        groups.extend(lease.iommu_group().map(|group| (group, lease.locks())));
-    }
+    let shared = |lease: &OwnLease| Some((lease.iommu_group?, lease.locks()?));
+    let mut groups: BTreeMap<u32, Arc<[DeviceLock]>> = own.iter().filter_map(shared).collect();
     let mut leases = Vec::new();
     for &device in chosen {
         let bdf = device.bdf;
@@ -488,7 +527,7 @@ fn lock_group(
 }
 
 /// Only somebody who does not keep to the allocation lock can have come in between: for a tenant, a command of
-/// root's that puts a function back, which takes a moment.
+/// root's that puts a function back, which takes a moment; or a lease of the same VM that is just ending.
 fn lock_one(
     paths: &HostPaths,
     bdf: HostBdf,
@@ -500,12 +539,25 @@ fn lock_one(
             return Ok(lock);
         }
         let lease = holder(paths, bdf);
-        if !is_passing(paths, bdf, lease.record()) || Instant::now() >= deadline {
+        let ours = |holder: &LeaseRecord| holder.name == record.name && holder.pid == record.pid;
+        let passing = is_passing(paths, bdf, lease.record()) || lease.record().is_some_and(ours);
+        if !passing || Instant::now() >= deadline {
             return Err(AllocateError::Unavailable(Box::new(Blocked::leased(
                 bdf, &lease,
             ))));
         }
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn each_takes_one(functions: &[HostBdf]) -> String {
+    let functions: Vec<String> = functions.iter().map(HostBdf::to_string).collect();
+    match functions.is_empty() {
+        true => String::new(),
+        false => format!(
+            "; without function 0 of their device, each of {} takes one",
+            functions.join(", ")
+        ),
     }
 }
 

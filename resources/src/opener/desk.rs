@@ -1,17 +1,20 @@
 //! The helper's side: it leases and opens, keeps what belongs to a lease, and ends with the socket.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Said};
-use crate::allocation::Lease;
-use crate::allocation::{AllocateError, allocate_beside, fit, slots_needed};
+use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Return, Said};
+use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::text::short;
@@ -30,56 +33,81 @@ pub const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
 
-/// What the helper does with the arguments after `__open`: the host's directories.
+/// What the helper does with the arguments after `__open`: the host's directories. Its standard input and output
+/// are the sockets.
 pub fn opener_helper(args: &[String]) -> ExitCode {
     let Some((paths, _)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
     };
-    let stdin = io::stdin().as_fd().try_clone_to_owned();
-    match stdin
-        .map(UnixStream::from)
-        .and_then(|socket| serve(&paths, socket))
-    {
+    let asked = io::stdin().as_fd().try_clone_to_owned();
+    let returned = io::stdout().as_fd().try_clone_to_owned();
+    let served =
+        asked.and_then(|asked| serve(&paths, asked.into(), returned?.into(), &allocate_for));
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-/// Answers until the socket ends.
-pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()> {
-    let Ask::Hello { vm, pid } = wire::receive(&mut socket)? else {
+/// What allocates: [`allocate_for`].
+pub(super) type Allocate<'a> =
+    dyn Fn(&HostPaths, &[Request], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + 'a;
+
+/// Answers until the socket ends, over which things are asked for. Leases come back over the other one
+/// meanwhile.
+pub(super) fn serve(
+    paths: &HostPaths,
+    mut asks: UnixStream,
+    returns: UnixStream,
+    allocate: &Allocate<'_>,
+) -> io::Result<()> {
+    let leases = Leases::default();
+    thread::scope(|threads| {
+        let taken = returns.try_clone()?;
+        threads.spawn(|| leases.take_back(taken));
+        let served = answer(paths, &mut asks, &leases, allocate);
+        // The other thread ends with its socket.
+        let _ = returns.shutdown(Shutdown::Both);
+        served
+    })
+}
+
+fn answer(
+    paths: &HostPaths,
+    socket: &mut UnixStream,
+    leases: &Leases,
+    allocate: &Allocate<'_>,
+) -> io::Result<()> {
+    let Ask::Hello { vm, pid } = wire::receive(socket)? else {
         return Err(io::ErrorKind::InvalidData.into());
     };
     let mut desk = Desk {
         paths,
+        allocate,
         holder: Holder { vm, pid },
         placement: Placement::Anywhere,
         limit: None,
         slots: None,
-        leases: Vec::new(),
+        leases,
         next: 0,
         last: 0..0,
         sources: Vec::new(),
     };
     loop {
-        match wire::receive(&mut socket) {
+        match wire::receive(socket) {
             Ok(Ask::Lease {
                 requests,
                 held,
                 container,
-            }) => desk.lease(&mut socket, &requests, &held, container)?,
+            }) => desk.lease(socket, &requests, &held, container)?,
             Ok(Ask::Plan(name)) => {
                 let planned = desk.plan(&name);
                 let said = planned.map_or_else(Said::Not, Said::Planned);
-                wire::send(&mut socket, &said)?;
-            }
-            Ok(Ask::Release { id, aside }) => {
-                desk.release(id, aside.as_deref());
-                wire::send(&mut socket, &Said::Released)?;
+                wire::send(socket, &said)?;
             }
             Ok(Ask::Unheard) => {
                 for id in std::mem::take(&mut desk.last) {
-                    desk.release(id, None);
+                    leases.end(id, None);
                 }
             }
             Ok(Ask::Slots(free)) => desk.slots = Some(free),
@@ -101,16 +129,49 @@ pub(super) fn serve(paths: &HostPaths, mut socket: UnixStream) -> io::Result<()>
     }
 }
 
+/// The leases that the helper keeps, by the numbers that the VM knows them by.
+#[derive(Default)]
+struct Leases(Mutex<BTreeMap<u64, Lease>>);
+
+impl Leases {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, Lease>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an allocation must know of them. It holds none of them up.
+    fn own(&self) -> Vec<OwnLease> {
+        self.all().values().map(Lease::as_own).collect()
+    }
+
+    fn end(&self, id: u64, aside: Option<&str>) {
+        let ended = self.all().remove(&id);
+        if let (Some(lease), Some(reason)) = (ended, aside) {
+            lease.set_aside(&short(reason));
+        }
+    }
+
+    /// Ends leases that come back, until the socket ends.
+    fn take_back(&self, mut socket: UnixStream) {
+        while let Ok(Return { id, aside }) = wire::receive(&mut socket) {
+            self.end(id, aside.as_deref());
+            if wire::send(&mut socket, &()).is_err() {
+                return;
+            }
+        }
+    }
+}
+
 /// The helper's side: for whom it opens what, and the leases that it keeps.
 struct Desk<'a> {
     paths: &'a HostPaths,
+    allocate: &'a Allocate<'a>,
     holder: Holder,
     placement: Placement,
     /// None while the VM is built, as its file says.
     limit: Option<Limit>,
     /// The slots that are free for what is asked for next; None while each device gets one that is made for it.
     slots: Option<usize>,
-    leases: Vec<(u64, Lease)>,
+    leases: &'a Leases,
     next: u64,
     /// What was given for the last request.
     last: Range<u64>,
@@ -160,6 +221,8 @@ impl Desk<'_> {
         });
         let devices = devices.collect();
         let (groups, nodes): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
+        // One that comes back at once must be found.
+        let mut kept = self.leases.all();
         wire::send(socket, &Said::Leased { devices, groups })?;
         for file in container.iter().chain(&nodes) {
             wire::send_file(socket, file.as_raw_fd())?;
@@ -171,7 +234,8 @@ impl Desk<'_> {
         }
         self.next += leases.len() as u64;
         self.last = first..self.next;
-        self.leases.extend((first..).zip(leases));
+        kept.extend((first..).zip(leases));
+        drop(kept);
         if self.limit.is_none() {
             let sources = requests.iter().filter_map(|one| self.source(one).ok()?);
             self.sources = sources.chain(self.sources.clone()).collect();
@@ -207,10 +271,14 @@ impl Desk<'_> {
                 *request = request.clone().with_ungrouped(limit.ungrouped);
             }
         }
-        let own: Vec<&Lease> = self.leases.iter().map(|(_, lease)| lease).collect();
-        self.have_slots(&requests, &own)?;
-        let leases = allocate_beside(self.paths, &requests, &self.placement, &self.holder, &own)
-            .map_err(|error| not_allocated(&error))?;
+        let vm = Recipient {
+            holder: &self.holder,
+            placement: &self.placement,
+            own: &self.leases.own(),
+            slots: self.slots,
+        };
+        let leases = (self.allocate)(self.paths, &requests, vm);
+        let leases = leases.map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
             let Some(number) = lease.iommu_group() else {
@@ -258,7 +326,7 @@ impl Desk<'_> {
     /// Whether the VM may be given all that it asks for.
     fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), Refusal> {
         let most = limit.most;
-        if self.leases.len().saturating_add(devices(requests)) > most {
+        if self.leases.all().len().saturating_add(devices(requests)) > most {
             return Err(Refusal::Denied(format!(
                 "this VM can have at most {} at a time: detach one first",
                 match most {
@@ -270,21 +338,6 @@ impl Desk<'_> {
         requests
             .iter()
             .try_for_each(|request| self.may(limit, request))
-    }
-
-    /// Whether there are slots for the devices. Functions of one device share a slot, so that fewer may do than
-    /// there are functions.
-    fn have_slots(&self, requests: &[Request], own: &[&Lease]) -> Result<(), Refusal> {
-        let Some(free) = self.slots.filter(|free| devices(requests) > *free) else {
-            return Ok(());
-        };
-        let needed = slots_needed(self.paths, requests, &self.placement, own);
-        match needed.map_err(|error| not_allocated(&error))? {
-            needed if needed <= free => Ok(()),
-            needed => Err(Refusal::Denied(format!(
-                "the devices need {needed} slots and this VM has {free} free: ask for fewer, or detach a device first"
-            ))),
-        }
     }
 
     fn may(&self, limit: &Limit, request: &Request) -> Result<(), Refusal> {
@@ -303,16 +356,6 @@ impl Desk<'_> {
     /// Where a request's devices come from; none for a device that is in no group.
     fn source(&self, request: &Request) -> Result<Option<Source>, Refusal> {
         source_of(self.paths, request).map_err(|error| not_allocated(&error))
-    }
-
-    fn release(&mut self, id: u64, aside: Option<&str>) {
-        let Some(place) = self.leases.iter().position(|(other, _)| *other == id) else {
-            return;
-        };
-        let (_, lease) = self.leases.remove(place);
-        if let Some(reason) = aside {
-            lease.set_aside(&short(reason));
-        }
     }
 }
 

@@ -3,7 +3,8 @@
 //! A VMM that is confined sends requests over a socket, and gets descriptors back: of the VFIO nodes,
 //! and of the leases' lock files. So each lease lives as long as either process does. The opener keeps
 //! all else that belongs to a lease, and gives it up when it is told to, or when the socket ends,
-//! which the kernel sees to when the VMM is killed. Before the VM runs it is told what that may be
+//! which the kernel sees to when the VMM is killed. A lease is given back over a second socket, and never
+//! waits for one that is being made. Before the VM runs it is told what that may be
 //! given, and it keeps to that whoever asks.
 
 mod desk;
@@ -21,6 +22,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::base::helpers;
@@ -36,7 +39,7 @@ use crate::pools::group::Groups;
 use crate::pools::request::{Placement, Request, Source};
 pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
 pub use wire::Limit;
-use wire::{Ask, Bounded, Leased, Refusal, Said};
+use wire::{Ask, Bounded, Leased, Refusal, Return, Said};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
@@ -127,8 +130,8 @@ pub struct Opened {
     pub container: Option<File>,
 }
 
-/// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done: also for a
-/// lease that the opener is making meanwhile, up to that one's deadline.
+/// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done, but for no
+/// lease that the opener is making meanwhile.
 pub struct HeldLease {
     opener: Opener,
     id: u64,
@@ -152,10 +155,11 @@ impl Drop for HeldLease {
             .aside
             .get_mut()
             .map_or_else(|poisoned| poisoned.into_inner().take(), Option::take);
-        let (id, mut line) = (self.id, self.opener.lock());
+        let id = self.id;
+        let mut line = End::lock(&self.opener.0.returns);
         let released = line
-            .say(&Ask::Release { id, aside })
-            .and_then(|()| line.hear(RELEASE_PATIENCE, &|| false));
+            .say(&Return { id, aside })
+            .and_then(|()| line.hear::<()>(RELEASE_PATIENCE, &|| false));
         // Where an answer is owed to something before this, the helper gives back on its own.
         if let Err(error) = released
             && error.kind() != io::ErrorKind::Interrupted
@@ -165,11 +169,16 @@ impl Drop for HeldLease {
     }
 }
 
-/// The VM's end of the socket. Its clones share it; the helper ends with the last.
+/// The VM's end of the sockets. Its clones share it; the helper ends with the last.
 #[derive(Clone)]
 pub struct Opener(Arc<End>);
 
-struct End(Mutex<Line>);
+struct End {
+    /// What is asked for.
+    asks: Mutex<Line>,
+    /// Leases that end.
+    returns: Mutex<Line>,
+}
 
 /// Questions and answers, one after the other.
 struct Line {
@@ -190,12 +199,12 @@ impl Line {
         })
     }
 
-    fn say(&mut self, ask: &Ask) -> io::Result<()> {
+    fn say(&mut self, what: &impl Serialize) -> io::Result<()> {
         if self.lost {
             self.discard();
         }
         let never = &|| false;
-        wire::send(&mut Bounded::new(&self.socket, SAY_PATIENCE, never), ask)
+        wire::send(&mut Bounded::new(&self.socket, SAY_PATIENCE, never), what)
     }
 
     /// Asks for something, unless an answer was missed before.
@@ -237,7 +246,11 @@ impl Line {
     }
 
     /// The answer to what was said last.
-    fn hear(&mut self, patience: Duration, unwanted: &dyn Fn() -> bool) -> io::Result<Said> {
+    fn hear<T: DeserializeOwned>(
+        &mut self,
+        patience: Duration,
+        unwanted: &dyn Fn() -> bool,
+    ) -> io::Result<T> {
         if self.lost {
             return Err(missed());
         }
@@ -256,17 +269,18 @@ fn missed() -> io::Error {
 impl Opener {
     /// Starts the helper for a VM. The program that runs must call [`opener_helper`] for `__open`.
     pub fn start(paths: &HostPaths, holder: &Holder) -> Result<Self, OpenerError> {
-        let (ours, theirs) = UnixStream::pair().map_err(OpenerError::Start)?;
+        let (asks, asked) = UnixStream::pair().map_err(OpenerError::Start)?;
+        let (returns, returned) = UnixStream::pair().map_err(OpenerError::Start)?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
         command.arg(SUBCOMMAND).args(paths.to_args());
         // Neither the terminal's ctrl-c nor its end is meant for the helper.
         command.env_clear().process_group(0);
         command
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null());
+            .stdin(Stdio::from(OwnedFd::from(asked)))
+            .stdout(Stdio::from(OwnedFd::from(returned)));
         helpers::keep(command.spawn().map_err(OpenerError::Start)?);
-        let line = Line::new(ours).map_err(OpenerError::Start)?;
-        let opener = Self(Arc::new(End(Mutex::new(line))));
+        let end = End::new(asks, returns).map_err(OpenerError::Start)?;
+        let opener = Self(Arc::new(end));
         let hello = Ask::Hello {
             vm: holder.vm.clone(),
             pid: holder.pid,
@@ -324,7 +338,7 @@ impl Opener {
                     (devices, groups, files.into_iter())
                 }
                 Said::Not(refusal) => return Err(refusal.into()),
-                Said::Released | Said::Planned(_) => {
+                Said::Planned(_) => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
             }
@@ -395,14 +409,29 @@ impl Opener {
     }
 
     fn lock(&self) -> MutexGuard<'_, Line> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        End::lock(&self.0.asks)
+    }
+}
+
+impl End {
+    /// # Errors
+    /// As [`Line::new`].
+    fn new(asks: UnixStream, returns: UnixStream) -> io::Result<Self> {
+        Ok(Self {
+            asks: Mutex::new(Line::new(asks)?),
+            returns: Mutex::new(Line::new(returns)?),
+        })
+    }
+
+    fn lock(line: &Mutex<Line>) -> MutexGuard<'_, Line> {
+        line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for End {
     /// Lets the helper end, and waits until it has.
     fn drop(&mut self) {
-        let line = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let line = self.asks.get_mut().unwrap_or_else(PoisonError::into_inner);
         let socket = &mut line.socket;
         let _ = socket.shutdown(std::net::Shutdown::Write);
         let mut socket = Bounded::new(socket, END_PATIENCE, &|| false);

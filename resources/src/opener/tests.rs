@@ -2,13 +2,18 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use super::desk::serve;
 use super::*;
-use crate::fixture::{Fake, FakeHost, bdf};
+use crate::allocation::{AllocateError, Lease, Recipient, allocate_for, allocate_with};
+use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
 use crate::holding::host_lock::AllocationLock;
 use crate::holding::record::{LeaseKind, LeaseRecord};
+use crate::making::demand::Binder;
+use crate::making::sriov::HostAccess;
+use crate::moving::writer::{SysfsWriter, WriteError};
 
 const GROUPS: &str = r#"{"groups": [
     {"name": "nvme", "rules": [{"class": "0108"}]},
@@ -40,18 +45,32 @@ fn host_with_nics(nics: [&str; 2]) -> FakeHost {
     host
 }
 
+type AllocateFn =
+    dyn Fn(&HostPaths, &[Request], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + Send;
+
 /// The helper on a thread instead of in a process.
 fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    started_with(host, Box::new(allocate_for))
+}
+
+fn started_with(
+    host: &FakeHost,
+    allocate: Box<AllocateFn>,
+) -> (Opener, JoinHandle<io::Result<()>>) {
+    let ((asks, asked), (returns, returned)) = (pair(), pair());
     let paths = host.paths.clone();
-    let helper = thread::spawn(move || serve(&paths, theirs));
-    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours).unwrap()))));
+    let helper = thread::spawn(move || serve(&paths, asked, returned, &*allocate));
+    let opener = Opener(Arc::new(End::new(asks, returns).unwrap()));
     let hello = Ask::Hello {
         vm: "one".to_owned(),
         pid: 123,
     };
     opener.lock().say(&hello).unwrap();
     (opener, helper)
+}
+
+fn pair() -> (UnixStream, UnixStream) {
+    UnixStream::pair().unwrap()
 }
 
 /// Another VM that chooses devices.
@@ -345,11 +364,11 @@ fn what_later_devices_reserve_is_known_beforehand() {
 
 #[test]
 fn what_does_not_arrive_whole_goes_back() {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let ((asks, mut theirs), (returns, mut returned)) = (pair(), pair());
     // A lease that waits for itself would wait for ever.
     let patience = Some(Duration::from_secs(5));
-    theirs.set_read_timeout(patience).unwrap();
-    let opener = Opener(Arc::new(End(Mutex::new(Line::new(ours).unwrap()))));
+    returned.set_read_timeout(patience).unwrap();
+    let opener = Opener(Arc::new(End::new(asks, returns).unwrap()));
     let helper = thread::spawn(move || {
         let _: Ask = wire::receive(&mut theirs).unwrap();
         let leased = |id| wire::Leased {
@@ -371,11 +390,9 @@ fn what_does_not_arrive_whole_goes_back() {
         theirs.write_all(&[0]).unwrap();
         let mut released = Vec::new();
         while released.len() < 2 {
-            match wire::receive(&mut theirs).unwrap() {
-                Ask::Release { id, .. } => released.push(id),
-                other => panic!("{other:?}"),
-            }
-            wire::send(&mut theirs, &Said::Released).unwrap();
+            let Return { id, .. } = wire::receive(&mut returned).unwrap();
+            released.push(id);
+            wire::send(&mut returned, &()).unwrap();
         }
         released.sort_unstable();
         released
@@ -437,16 +454,9 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     let line = opener.lock();
     // What comes next is of this: neither of the lease, nor of what was asked for after it.
     let mut socket = Bounded::new(&line.socket, RELEASE_PATIENCE, &|| false);
-    wire::send(
-        &mut socket,
-        &Ask::Release {
-            id: 99,
-            aside: None,
-        },
-    )
-    .unwrap();
-    let said = wire::receive(&mut socket).unwrap();
-    assert!(matches!(said, Said::Released), "{said:?}");
+    wire::send(&mut socket, &Ask::Plan("x".to_owned())).unwrap();
+    let said: Said = wire::receive(&mut socket).unwrap();
+    assert!(matches!(said, Said::Not(_)), "{said:?}");
     assert!(!wire::has_more(&line.socket));
     drop(line);
     assert_eq!(held(&host), before);
@@ -485,20 +495,103 @@ fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
     let host = host_with_nics(["03:00.0", "03:00.1"]);
     let (opener, _helper) = started(&host);
     opener.slots(1).unwrap();
-    // Nobody leases anything in another's turn: whoever tried would wait.
-    let turn = others_turn(&host);
     let why = refused(&opener, Request::group("nvme", 2));
     assert!(why.contains("need 2 slots and this VM has 1 free"), "{why}");
     let both = refused(&opener, Request::group("nvme", 4));
     assert!(both.contains("No valid host was found"), "{both}");
-    drop(turn);
-    assert!(held(&host).is_empty());
+    // The lock file of a device that was ever leased stays.
+    assert!(!host.paths.run.join("leases").exists());
     // The functions of one card share a slot.
     let card = opener.open(&[Request::group("nic", 1)], &[], false, &|| false);
     assert_eq!(card.unwrap().devices.len(), 2);
     opener.slots(2).unwrap();
     let disks = opener.open(&[Request::group("nvme", 2)], &[], false, &|| false);
     assert_eq!(disks.unwrap().devices.len(), 2);
+}
+
+#[test]
+fn functions_without_function_0_of_their_card_take_a_slot_each() {
+    let host = host_with_nics(["03:00.1", "03:00.2"]);
+    let (opener, _helper) = started(&host);
+    opener.slots(1).unwrap();
+    let card = || Request::group("nic", 1);
+    let why = refused(&opener, card());
+    for part in [
+        "need 2 slots and this VM has 1 free",
+        "without function 0 of their device, each of 0000:03:00.1, 0000:03:00.2 takes one",
+    ] {
+        assert!(why.contains(part), "{why}");
+    }
+    assert!(!host.paths.run.join("leases").exists(), "none was leased");
+    opener.slots(2).unwrap();
+    let both = opener.open(&[card()], &[], false, &|| false).unwrap();
+    assert_eq!(both.devices.len(), 2);
+}
+
+/// The kernel does not come back from a write until the other end of `goes_on` is dropped.
+struct HangingWriter<'a> {
+    kernel: FakeKernel<'a>,
+    hangs: Sender<()>,
+    goes_on: &'a Receiver<()>,
+}
+
+impl SysfsWriter for HangingWriter<'_> {
+    fn write(&self, path: &Path, value: &str) -> Result<(), WriteError> {
+        let _ = self.hangs.send(());
+        let _ = self.goes_on.recv();
+        self.kernel.write(path, value)
+    }
+    fn write_keeping(&self, path: &Path, value: &str, _: &File) -> Result<(), WriteError> {
+        self.write(path, value)
+    }
+}
+
+#[test]
+fn a_lease_goes_back_while_another_is_being_made() {
+    let host = Arc::new(host());
+    host.file(
+        "etc/groups.json",
+        r#"{"groups": [
+            {"name": "nvme", "rules": [{"slot": "0000:01:00.0"}]},
+            {"name": "later", "bind": "demand", "rules": [{"slot": "0000:02:00.0"}]}
+        ]}"#,
+    );
+    host.bind(bdf("02:00.0"), Some("nvme"));
+    let ((hangs, hung), (go_on, goes_on)) = (channel::<()>(), channel::<()>());
+    let allocate = {
+        let host = Arc::clone(&host);
+        move |paths: &HostPaths, requests: &[Request], vm: Recipient<'_>| {
+            let writer = HangingWriter {
+                kernel: FakeKernel::new(&host),
+                hangs: hangs.clone(),
+                goes_on: &goes_on,
+            };
+            let binder = Binder {
+                host: HostAccess {
+                    writer: &writer,
+                    links: &writer.kernel,
+                },
+                helper: Path::new("/bin/true"),
+            };
+            allocate_with(paths, requests, vm, &binder)
+        }
+    };
+    let (opener, helper) = started_with(&host, Box::new(allocate));
+    let open = |group: &str| opener.open(&[Request::group(group, 1)], &[], false, &|| false);
+    let first = open("nvme").unwrap();
+    thread::scope(|threads| {
+        let second = threads.spawn(|| open("later"));
+        hung.recv().unwrap();
+        drop(first);
+        assert_eq!(held(&host), ["0000:02:00.0"], "the first is back");
+        assert!(!second.is_finished());
+        drop(go_on);
+        let second = second.join().unwrap().unwrap();
+        assert_eq!(second.devices[0].name, bdf("02:00.0"));
+    });
+    assert!(held(&host).is_empty());
+    drop(opener);
+    helper.join().unwrap().unwrap();
 }
 
 #[test]

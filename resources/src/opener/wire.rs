@@ -1,4 +1,4 @@
-//! What goes over the opener's socket: lengths with JSON behind them, and descriptors.
+//! What goes over the opener's sockets: lengths with JSON behind them, and descriptors.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -45,8 +45,14 @@ pub(super) enum Ask {
     Unheard,
     /// What the plan of that name asks for.
     Plan(String),
-    /// A lease ends, and why its device is to be put aside.
-    Release { id: u64, aside: Option<String> },
+}
+
+/// What the VM says over the other socket: a lease ends, and why its device is to be put aside. The answer is
+/// `()`, once it has ended.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Return {
+    pub(super) id: u64,
+    pub(super) aside: Option<String>,
 }
 
 /// What a VM may be given once it runs, however it asks.
@@ -71,7 +77,6 @@ pub(super) enum Said {
     /// What a plan asks for.
     Planned(Vec<Request>),
     Not(Refusal),
-    Released,
 }
 
 /// Why something is not given, in words for whoever asked.

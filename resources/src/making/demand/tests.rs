@@ -1,8 +1,7 @@
 //! Tests: taken and given back, with faults at every write and holders killed at every step.
 
 use super::*;
-use crate::allocation::Lease;
-use crate::allocation::allocate_with;
+use crate::allocation::{Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::record::Holder;
 use crate::pools::request::{Placement, Request};
@@ -45,14 +44,9 @@ fn take(
         pid: std::process::id(),
     };
     let requests = [Request::group(group, 1)];
-    allocate_with(
-        &host.paths,
-        &requests,
-        &Placement::default(),
-        &holder,
-        &[],
-        &binder,
-    )
+    let near = Placement::default();
+    let vm = Recipient::new(&holder, &near);
+    allocate_with(&host.paths, &requests, vm, &binder)
 }
 
 #[test]
@@ -213,14 +207,9 @@ fn the_helper_is_told_what_to_give_back() {
         pid: std::process::id(),
     };
     let requests = [Request::group("gpus", 1)];
-    let leases = allocate_with(
-        &host.paths,
-        &requests,
-        &Placement::default(),
-        &holder,
-        &[],
-        &binder,
-    );
+    let near = Placement::default();
+    let vm = Recipient::new(&holder, &near);
+    let leases = allocate_with(&host.paths, &requests, vm, &binder);
     drop(leases.unwrap());
     let started = Instant::now();
     while !out.exists() && started.elapsed() < Duration::from_secs(30) {

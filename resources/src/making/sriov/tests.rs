@@ -7,8 +7,7 @@ mod token;
 
 use super::*;
 use crate::AllocateError;
-use crate::allocation::Lease;
-use crate::allocation::allocate_with;
+use crate::allocation::{Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung};
 use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
@@ -107,7 +106,8 @@ fn take(host: &FakeHost, kernel: &FakeKernel<'_>, count: u32) -> Result<Vec<Leas
     };
     let requests = [Request::group("vfs", count)];
     let near = Placement::default();
-    allocate_with(&host.paths, &requests, &near, &holder, &[], &binder)
+    let vm = Recipient::new(&holder, &near);
+    allocate_with(&host.paths, &requests, vm, &binder)
 }
 
 #[test]

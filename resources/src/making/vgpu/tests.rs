@@ -3,8 +3,7 @@
 
 use super::*;
 use crate::AllocateError;
-use crate::allocation::Lease;
-use crate::allocation::{allocate_with, fit};
+use crate::allocation::{Lease, Recipient, allocate_with, fit};
 use crate::facts::vgpu::NVIDIA;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::host_lock::AllocationLock;
@@ -61,7 +60,8 @@ fn take_with(
         pid: 1,
     };
     let near = Placement::default();
-    allocate_with(&host.paths, requests, &near, &holder, &[], binder)
+    let vm = Recipient::new(&holder, &near);
+    allocate_with(&host.paths, requests, vm, binder)
 }
 
 fn one() -> [Request; 1] {

@@ -1,6 +1,7 @@
 //! A card and its functions in two VMs, with a VF token.
 
 use super::*;
+use crate::allocation::Recipient;
 
 /// The card is with vfio-pci and has two functions; a group asks for the card, and one for them.
 fn shared(token: &str) -> FakeHost {
@@ -40,7 +41,12 @@ fn lease_beside(
     };
     let requests: Vec<Request> = groups.iter().map(|name| Request::group(*name, 1)).collect();
     let near = Placement::default();
-    allocate_with(&host.paths, &requests, &near, &holder, own, &binder)
+    let own: Vec<_> = own.iter().map(|lease| lease.as_own()).collect();
+    let vm = Recipient {
+        own: &own,
+        ..Recipient::new(&holder, &near)
+    };
+    allocate_with(&host.paths, &requests, vm, &binder)
 }
 
 #[test]
