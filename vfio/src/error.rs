@@ -105,10 +105,10 @@ pub enum Error {
     },
     /// The device cannot interrupt a guest, and its entry does not allow that.
     #[error(
-        "{device} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
-         \"none\" to the device's entry to use it without interrupts"
+        "{device} has neither MSI-X nor MSI (it has {has}), and gantry delivers no other interrupts yet: add \
+         \"interrupts\": \"none\" to the device's entry to use it without interrupts"
     )]
-    NoMsix {
+    NoMessages {
         /// The device's name in VFIO.
         device: String,
         /// The interrupts that it has.

@@ -84,12 +84,14 @@ pub struct FakeDevice {
     pub trace: Arc<Trace>,
     pub regions: Vec<RegionInfo>,
     pub msix: IrqInfo,
+    pub msi: IrqInfo,
     pub resettable: bool,
     /// Interrupt vectors that the host has for it.
     pub host_vectors: usize,
     pub config: Mutex<Vec<u8>>,
     bytes: Mutex<BTreeMap<(Region, u64), u8>>,
-    vectors: Mutex<Option<Vec<Option<EventFd>>>>,
+    /// The index that is enabled, and its vectors.
+    vectors: Mutex<Option<(Irq, Vec<Option<EventFd>>)>>,
     mappings: Mutex<Vec<Weak<HostMapping>>>,
 }
 
@@ -155,6 +157,10 @@ impl FakeDevice {
                 count: MSIX_VECTORS.into(),
                 fixed: false,
             },
+            msi: IrqInfo {
+                count: 1,
+                fixed: true,
+            },
             resettable: true,
             host_vectors: usize::MAX,
             config: Mutex::new(config()),
@@ -176,7 +182,7 @@ impl FakeDevice {
     /// The vectors that VFIO has allocated, and whether each is connected; `None` while interrupts are off.
     pub fn armed(&self) -> Option<Vec<bool>> {
         let vectors = self.vectors.lock().unwrap();
-        let vectors = vectors.as_ref()?;
+        let (_, vectors) = vectors.as_ref()?;
         Some(vectors.iter().map(Option::is_some).collect())
     }
 
@@ -185,7 +191,7 @@ impl FakeDevice {
         let vectors = self.vectors.lock().unwrap();
         let trigger = vectors
             .as_ref()
-            .and_then(|vectors| vectors.get(vector)?.as_ref());
+            .and_then(|(_, vectors)| vectors.get(vector)?.as_ref());
         trigger.expect("vector is armed").write(1).unwrap();
     }
 
@@ -211,6 +217,9 @@ impl FakeDevice {
         let control = usize::from(MSIX) + 2..usize::from(MSIX) + 4;
         let missed = range.end <= control.start || range.start >= control.end;
         assert!(missed, "MSI-X control belongs to VFIO");
+        let msi = usize::from(MSI)..usize::from(MSI) + 24;
+        let missed = range.end <= msi.start || range.start >= msi.end;
+        assert!(missed, "MSI belongs to VFIO");
         assert!(
             !BarSet::handles(offset as u16),
             "BARs are answered from a shadow"
@@ -246,8 +255,8 @@ impl DeviceIo for FakeDevice {
     fn irq(&self, irq: Irq) -> IrqInfo {
         match irq {
             Irq::Msix => self.msix,
-            // A device has MSI and INTx as a rule.
-            Irq::Msi | Irq::Intx => IrqInfo {
+            Irq::Msi => self.msi,
+            Irq::Intx => IrqInfo {
                 count: 1,
                 fixed: true,
             },
@@ -302,22 +311,26 @@ impl DeviceIo for FakeDevice {
     /// As vfio-pci does it: the first call allocates vectors, and a later one can add to them only if the
     /// kernel allocates vectors one by one.
     fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()> {
-        assert_eq!(irq, Irq::Msix);
         let (start, end) = (start as usize, start as usize + triggers.len());
-        let place = format!("irqs {start}..{end}");
+        let info = self.irq(irq);
+        let place = match irq {
+            Irq::Msix => format!("irqs {start}..{end}"),
+            _ => format!("{irq} {start}..{end}"),
+        };
         self.trace.step(place.clone()).map_err(failed(&place))?;
         let mut vectors = self.vectors.lock().unwrap();
         let refused = |errno| failed(&place)(io::Error::from_raw_os_error(errno));
-        let fits = vectors
-            .as_ref()
-            .is_none_or(|vectors| end <= vectors.len() || !self.msix.fixed);
-        if triggers.is_empty() || end > self.msix.count as usize || !fits {
+        let fits = vectors.as_ref().is_none_or(|(enabled, vectors)| {
+            assert_eq!(*enabled, irq, "one index at a time");
+            end <= vectors.len() || !info.fixed
+        });
+        if triggers.is_empty() || end > info.count as usize || !fits {
             return Err(refused(libc::EINVAL));
         }
         if end > self.host_vectors {
             return Err(refused(libc::ENOSPC));
         }
-        let vectors = vectors.get_or_insert_default();
+        let (_, vectors) = vectors.get_or_insert((irq, Vec::new()));
         vectors.resize_with(vectors.len().max(end), || None);
         for (vector, trigger) in vectors[start..].iter_mut().zip(triggers) {
             *vector = trigger.map(|trigger| trigger.try_clone().unwrap());
@@ -326,10 +339,11 @@ impl DeviceIo for FakeDevice {
     }
 
     fn disable_irqs(&self, irq: Irq) -> Result<()> {
-        assert_eq!(irq, Irq::Msix);
-        self.trace
-            .step("irqs off".into())
-            .map_err(failed("irqs off"))?;
+        let place = match irq {
+            Irq::Msix => "irqs off".to_owned(),
+            _ => format!("{irq} off"),
+        };
+        self.trace.step(place.clone()).map_err(failed(&place))?;
         *self.vectors.lock().unwrap() = None;
         Ok(())
     }

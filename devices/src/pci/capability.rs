@@ -36,6 +36,8 @@ impl CapabilityId {
     pub const MSI_X: Self = Self(0x11);
     /// Advanced features of conventional PCI, function-level reset among them.
     pub const ADVANCED_FEATURES: Self = Self(0x13);
+    /// Enhanced Allocation: fixed addresses in place of BARs.
+    pub const ENHANCED_ALLOCATION: Self = Self(0x14);
 }
 
 impl fmt::Debug for CapabilityId {
@@ -65,12 +67,18 @@ impl ExtendedCapabilityId {
     pub const ATS: Self = Self(0x000f);
     /// Single-root I/O virtualisation.
     pub const SR_IOV: Self = Self(0x0010);
+    /// Multicast.
+    pub const MULTICAST: Self = Self(0x0012);
     /// Page request interface.
     pub const PRI: Self = Self(0x0013);
     /// Resizable BARs.
     pub const RESIZABLE_BAR: Self = Self(0x0015);
     /// Process address space id.
     pub const PASID: Self = Self(0x001b);
+    /// L1 power management substates.
+    pub const L1_PM_SUBSTATES: Self = Self(0x001e);
+    /// Precision time measurement.
+    pub const PTM: Self = Self(0x001f);
     /// Designated vendor-specific.
     pub const DVSEC: Self = Self(0x0023);
     /// Resizable BARs of virtual functions.

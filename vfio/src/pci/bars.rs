@@ -28,7 +28,7 @@ struct Piece {
 pub(super) fn open(
     io: &Arc<dyn DeviceIo>,
     physical: &[u8],
-    interrupts: Option<&Arc<Interrupts>>,
+    interrupts: &Arc<Interrupts>,
 ) -> Result<Vec<Bar>> {
     let mut bars = Vec::new();
     let mut index = 0;
@@ -61,12 +61,10 @@ fn register(physical: &[u8], bar: u8) -> u32 {
 fn segments(
     io: &Arc<dyn DeviceIo>,
     region: Region,
-    interrupts: Option<&Arc<Interrupts>>,
+    interrupts: &Arc<Interrupts>,
 ) -> Result<Arc<[Segment]>> {
     let info = io.region(region);
-    let emulated = interrupts.map_or_else(Vec::new, |interrupts| {
-        interrupts.ranges(region.bar_number())
-    });
+    let emulated = interrupts.ranges(region.bar_number());
     let mut segments = Vec::new();
     for Piece { range, direct } in pieces(info.size, &info.areas, &emulated) {
         let len = range.end - range.start;
@@ -143,6 +141,11 @@ mod tests {
     use super::*;
     use crate::testing::FakeDevice;
 
+    fn no_interrupts(io: &Arc<dyn DeviceIo>) -> Arc<Interrupts> {
+        let router = Arc::new(crate::testing::FakeRouter::new(&Arc::default(), 0));
+        super::super::interrupts::new(io, router, None, None).unwrap()
+    }
+
     fn area(offset: u64, len: u64) -> MmapArea {
         MmapArea { offset, len }
     }
@@ -216,7 +219,7 @@ mod tests {
     fn bars_are_what_the_device_says_they_are() {
         let device = Arc::new(FakeDevice::new());
         let io: Arc<dyn DeviceIo> = device.clone();
-        let bars = open(&io, &crate::testing::config(), None).unwrap();
+        let bars = open(&io, &crate::testing::config(), &no_interrupts(&io)).unwrap();
         let seen: Vec<_> = bars
             .iter()
             .map(|bar| (bar.index, bar.kind, bar.size))

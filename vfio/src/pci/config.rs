@@ -1,12 +1,12 @@
 //! The guest's view of a device's configuration space, planned once from the device's own.
 //!
-//! Registers are passed through, with these exceptions. The BARs, the command register, the power state and
-//! the MSI-X control are emulated: the hardware's own registers follow in another form or not at all.
-//! Capabilities that the guest cannot use are removed from the lists and read zero: MSI and INTx, which are
-//! not supported yet, and those that need the host (SR-IOV, ARI, Resizable BAR, ATS, PRI, PASID).
+//! Registers are passed through, with these exceptions. The BARs, the command register, the power state, MSI
+//! and the MSI-X control are emulated: the hardware's own registers follow in another form or not at all.
+//! The interrupt pin reads 0, as INTx is not supported yet. Capabilities in [`HIDDEN`] and
+//! [`HIDDEN_EXTENDED`] are removed from the lists and read zero.
 
 use gantry_devices::pci::capability::{walk_extended, walk_standard};
-use gantry_devices::pci::interrupts::{InBar, MsixLayout};
+use gantry_devices::pci::interrupts::{InBar, MsiLayout, MsixLayout};
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
 use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
@@ -30,15 +30,29 @@ const COMMAND_SERR: u16 = 1 << 8;
 const STATUS_INTX: u8 = 1 << 3;
 const BIST: u16 = 0x0f;
 
+/// Standard capabilities that guests do not get, besides MSI and MSI-X that the host cannot deliver.
+const HIDDEN: [CapabilityId; 1] = [
+    // It gives BARs fixed addresses, and the guest's are elsewhere.
+    CapabilityId::ENHANCED_ALLOCATION,
+];
+
 /// Extended capabilities that guests do not get.
-const HIDDEN_EXTENDED: [ExtendedCapabilityId; 7] = [
+const HIDDEN_EXTENDED: [ExtendedCapabilityId; 10] = [
+    // The root port and the host decide on the routing of requests.
     ExtendedCapabilityId::ARI,
+    // The guest has no IOMMU with which to translate for the device.
     ExtendedCapabilityId::ATS,
-    ExtendedCapabilityId::SR_IOV,
     ExtendedCapabilityId::PRI,
-    ExtendedCapabilityId::RESIZABLE_BAR,
     ExtendedCapabilityId::PASID,
+    // Virtual functions are the host's.
+    ExtendedCapabilityId::SR_IOV,
     ExtendedCapabilityId::VF_RESIZABLE_BAR,
+    // The size of a BAR is fixed while VFIO has the device.
+    ExtendedCapabilityId::RESIZABLE_BAR,
+    // Both ends of the link have to agree, and the host has the other one.
+    ExtendedCapabilityId::L1_PM_SUBSTATES,
+    ExtendedCapabilityId::PTM,
+    ExtendedCapabilityId::MULTICAST,
 ];
 
 /// The configuration space of a function, and the capabilities whose registers have an effect.
@@ -50,6 +64,24 @@ pub(super) struct Plan {
     pub power: Option<PowerCapability>,
     /// The MSI-X capability, if there is a usable one.
     pub msix: Option<MsixCapability>,
+    /// The MSI capability, if there is a usable one.
+    pub msi: Option<MsiCapability>,
+}
+
+/// Which message-signalled interrupts of the device the host can deliver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Deliverable {
+    pub msi: bool,
+    pub msix: bool,
+}
+
+/// MSI (PCI Express Base Specification 6.0, 7.7.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MsiCapability {
+    /// Offset of the capability.
+    pub offset: u16,
+    /// Its registers.
+    pub layout: MsiLayout,
 }
 
 /// PCI power management (PCI Express Base Specification 6.0, 7.5.2).
@@ -100,11 +132,11 @@ impl Registers<'_> {
 }
 
 /// Plans the guest's view of the configuration space `physical` of the device, 256 or 4096 bytes, or a
-/// little less. `msix` is whether the host can deliver MSI-X interrupts of the device.
+/// little less.
 ///
 /// # Errors
 /// The device does not answer, or is a bridge.
-pub(super) fn plan(physical: &[u8], msix: bool) -> Result<Plan, &'static str> {
+pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'static str> {
     let registers = Registers(physical);
     if registers.u16(reg::VENDOR_ID) == u16::MAX || physical.len() < HEADER_SIZE {
         return Err("it does not answer: its configuration space reads all ones");
@@ -117,13 +149,14 @@ pub(super) fn plan(physical: &[u8], msix: bool) -> Result<Plan, &'static str> {
         space: ConfigSpace::new().with(Area::pass_through(0, size)),
         power: None,
         msix: None,
+        msi: None,
     };
     header(&mut plan.space, registers);
     let found = walk_standard(|offset| registers.u32(offset));
     let hidden = |capability: &&Capability| match capability.id {
-        CapabilityId::MSI => true,
-        CapabilityId::MSI_X => !msix,
-        _ => false,
+        CapabilityId::MSI => !deliverable.msi,
+        CapabilityId::MSI_X => !deliverable.msix,
+        id => HIDDEN.contains(&id),
     };
     for capability in found.iter().filter(hidden) {
         let len = standard_len(registers, capability);
@@ -204,6 +237,14 @@ fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
             plan.space
                 .insert(Area::emulated(at(2), &control.to_le_bytes(), &writable));
         }
+        CapabilityId::MSI => {
+            let layout = MsiLayout::from_control(registers.u16(at(2)));
+            plan.space.insert(layout.area(capability.offset));
+            plan.msi = Some(MsiCapability {
+                offset: capability.offset,
+                layout,
+            });
+        }
         CapabilityId::PCI_EXPRESS => express(&mut plan.space, registers, capability.offset),
         _ => {}
     }
@@ -274,12 +315,15 @@ fn zeros(offset: u16, len: u16) -> Area {
 
 /// Length of a hidden capability: MSI's depends on its features.
 fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
-    let control = registers.u16(capability.offset + 2);
     match capability.id {
-        CapabilityId::MSI => {
-            let address = if control & 1 << 7 != 0 { 4 } else { 0 };
-            let masking = if control & 1 << 8 != 0 { 10 } else { 0 };
-            10 + address + masking
+        CapabilityId::MSI => MsiLayout::from_control(registers.u16(capability.offset + 2)).len(),
+        CapabilityId::ENHANCED_ALLOCATION => {
+            // The number of entries, each with its length in dwords.
+            let entries = registers.u8(capability.offset + 2) & 0x3f;
+            (0..entries).fold(4, |len: u16, _| {
+                let size = registers.u8(capability.offset.saturating_add(len)) & 0b111;
+                len + 4 * (1 + u16::from(size))
+            })
         }
         _ => 12,
     }
@@ -289,7 +333,9 @@ fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
 fn extended_len(registers: Registers<'_>, capability: &ExtendedCapability) -> u16 {
     match capability.id {
         ExtendedCapabilityId::SR_IOV => 0x40,
-        ExtendedCapabilityId::PRI => 0x10,
+        ExtendedCapabilityId::PRI | ExtendedCapabilityId::L1_PM_SUBSTATES => 0x10,
+        ExtendedCapabilityId::PTM => 0x0c,
+        ExtendedCapabilityId::MULTICAST => 0x30,
         ExtendedCapabilityId::RESIZABLE_BAR | ExtendedCapabilityId::VF_RESIZABLE_BAR => {
             // The number of BARs is in the first control register.
             let bars = registers.u8(capability.offset + 8) >> 5;

@@ -1,6 +1,7 @@
 //! The passed-through function: configuration space, BARs and interrupts of a host device.
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +11,7 @@ use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRou
 use gantry_devices::warn_limited;
 
 use super::bars;
-use super::config::{self, MsixCapability, POWER_STATE, PowerCapability};
+use super::config::{self, Deliverable, MsiCapability, POWER_STATE, PowerCapability};
 use super::interrupts::{self, Interrupts};
 use super::reset::ResetScope;
 use crate::host::{DeviceIo, Irq, Region};
@@ -29,8 +30,10 @@ pub struct PassthroughDevice {
     // Dropped in this order: a mapped BAR keeps the device open, and with it the group. This lock is taken
     // before that of the interrupts.
     state: Mutex<State>,
-    /// `None` for a device without MSI-X.
-    msix: Option<(MsixCapability, Arc<Interrupts>)>,
+    interrupts: Arc<Interrupts>,
+    /// Offset of the message control register of MSI-X.
+    msix_control: Option<u16>,
+    msi: Option<MsiCapability>,
     io: Arc<dyn DeviceIo>,
     power: Option<PowerCapability>,
     /// The configuration space after a reset.
@@ -76,23 +79,21 @@ impl PassthroughDevice {
     /// through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, is invalid, or has no MSI-X.
+    /// The device cannot be reached, is invalid, or has neither MSI-X nor MSI.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
-        match (io.irq(Irq::Msix).count, io.irq(Irq::Msi).count) {
-            (1.., _) => Self::without_interrupts(io, router),
-            (0, msi) => Err(Error::NoMsix {
-                device: io.name().to_owned(),
-                has: match (msi > 0, io.irq(Irq::Intx).count > 0) {
-                    (true, true) => "MSI and INTx",
-                    (true, false) => "MSI",
-                    (false, true) => "INTx",
-                    (false, false) => "no interrupts",
-                },
-            }),
+        if io.irq(Irq::Msix).count > 0 || io.irq(Irq::Msi).count > 0 {
+            return Self::without_interrupts(io, router);
         }
+        Err(Error::NoMessages {
+            device: io.name().to_owned(),
+            has: match io.irq(Irq::Intx).count {
+                0 => "no interrupts",
+                _ => "INTx",
+            },
+        })
     }
 
-    /// As [`Self::new`], for a device that may lack MSI-X: it has no interrupts then.
+    /// As [`Self::new`], for a device that may lack MSI-X and MSI: it has no interrupts then.
     ///
     /// # Errors
     /// The device cannot be reached, or is invalid.
@@ -105,18 +106,16 @@ impl PassthroughDevice {
             why,
         };
         let physical = read_config(io.as_ref())?;
-        let msix = io.irq(Irq::Msix).count > 0;
-        let plan = config::plan(&physical, msix).map_err(|why| unusable(why.into()))?;
-        let msix = match plan.msix {
-            Some(capability) => {
-                let interrupts = interrupts::new(&io, router, &capability.layout)
-                    .map_err(|error| unusable(error.to_string()))?;
-                Some((capability, interrupts))
-            }
-            None => None,
+        let deliverable = Deliverable {
+            msi: io.irq(Irq::Msi).count > 0,
+            msix: io.irq(Irq::Msix).count > 0,
         };
-        let interrupts = msix.as_ref().map(|(_, interrupts)| interrupts);
-        let bars = bars::open(&io, &physical, interrupts)?;
+        let plan = config::plan(&physical, deliverable).map_err(|why| unusable(why.into()))?;
+        let msix = plan.msix.as_ref().map(|msix| &msix.layout);
+        let msi = plan.msi.map(|msi| msi.layout);
+        let interrupts =
+            interrupts::new(&io, router, msix, msi).map_err(|error| unusable(error.to_string()))?;
+        let bars = bars::open(&io, &physical, &interrupts)?;
         let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
             .map_err(|error| unusable(error.to_string()))?;
         let power = plan.power;
@@ -129,7 +128,9 @@ impl PassthroughDevice {
                 retired: false,
             }),
             io,
-            msix,
+            interrupts,
+            msix_control: plan.msix.map(|msix| msix.control),
+            msi: plan.msi,
             power,
             at_reset: plan.space,
             reset_failed: AtomicBool::new(false),
@@ -186,9 +187,7 @@ impl PassthroughDevice {
     /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1).
     fn quiesce(&self, state: &mut State) -> Result<()> {
         state.bars.unmap();
-        if let Some((_, interrupts)) = &self.msix {
-            interrupts.reset();
-        }
+        self.interrupts.reset();
         self.follow(&mut state.hardware, Control::AT_RESET)
     }
 
@@ -199,6 +198,31 @@ impl PassthroughDevice {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes a guest's write to its interrupt capabilities on.
+    fn follow_interrupts(&self, space: &ConfigSpace, offset: u16, data: &[u8]) {
+        if let Some(control) = self.msix_control
+            && touches(offset, data, control..control + 2)
+        {
+            let control = u16::from_le_bytes(space.get(control));
+            self.interrupts.write_msix_control(control);
+        }
+        if let Some(msi) = self.msi
+            && touches(offset, data, msi.offset + 2..msi.offset + msi.layout.len())
+        {
+            self.interrupts.write_msi(&space.get(msi.offset));
+        }
+    }
+
+    /// Sets the pending bits of MSI, if the guest is about to read them.
+    fn update_pending(&self, space: &mut ConfigSpace, offset: u16, data: &[u8]) {
+        if let Some(msi) = self.msi
+            && let Some(pending) = msi.layout.pending().map(|pending| msi.offset + pending)
+            && touches(offset, data, pending..pending + 4)
+        {
+            space.set(pending, &self.interrupts.msi_pending().to_le_bytes());
+        }
     }
 
     /// The guest's settings.
@@ -287,19 +311,18 @@ impl Backing for Hardware<'_> {
 impl Drop for PassthroughDevice {
     /// Interrupts end first, then the mappings; the last user closes the device.
     fn drop(&mut self) {
-        if let Some((_, interrupts)) = &self.msix {
-            interrupts.reset();
-        }
+        self.interrupts.reset();
         self.lock().bars.unmap();
     }
 }
 
 impl PciDevice for PassthroughDevice {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        let state = self.lock();
+        let mut state = self.lock();
         if BarSet::handles(offset) {
             state.bars.read(offset, data);
         } else {
+            self.update_pending(&mut state.space, offset, data);
             state.space.read(offset, data, &Hardware(self.io.as_ref()));
         }
     }
@@ -328,11 +351,7 @@ impl PciDevice for PassthroughDevice {
             space.set(power.control, &[low & !POWER_STATE | before.power]);
             control.power = before.power;
         }
-        if let Some((capability, interrupts)) = &self.msix
-            && touches(offset, data, capability.control)
-        {
-            interrupts.write_msix_control(u16::from_le_bytes(space.get(capability.control)));
-        }
+        self.follow_interrupts(space, offset, data);
         *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
@@ -372,11 +391,10 @@ impl PciDevice for PassthroughDevice {
     }
 }
 
-/// Whether a write of `data` at `offset` covers a byte of the 16-bit register at `register`.
-fn touches(offset: u16, data: &[u8], register: u16) -> bool {
+/// Whether an access of `data` at `offset` covers a byte of `registers`.
+fn touches(offset: u16, data: &[u8], registers: Range<u16>) -> bool {
     let (start, end) = (usize::from(offset), usize::from(offset) + data.len());
-    let register = usize::from(register);
-    start < register + 2 && register < end
+    start < usize::from(registers.end) && usize::from(registers.start) < end
 }
 
 #[cfg(test)]

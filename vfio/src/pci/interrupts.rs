@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
 use gantry_devices::pci::interrupts::{
-    BackendError, ConnectError, MessageInterrupts, MessageKind, MsixLayout, MsixStructures,
-    OutsideBar, Triggers, VectorBackend,
+    BackendError, ConnectError, MessageInterrupts, MessageKind, MsiLayout, MsixLayout,
+    MsixStructures, OutsideBar, Triggers, VectorBackend,
 };
 use gantry_devices::warn_limited;
 use vmm_sys_util::eventfd::EventFd;
@@ -19,23 +19,25 @@ use crate::host::{DeviceIo, Irq, Region};
 /// The interrupts of a passed-through function.
 pub(super) type Interrupts = MessageInterrupts<VfioVectors>;
 
-/// The interrupts of the device behind `io` with an MSI-X capability, delivered through `router`; disabled.
+/// The interrupts of the device behind `io` with these capabilities, delivered through `router`; disabled.
 ///
 /// # Errors
 /// The table lies outside of the device's BARs.
 pub(super) fn new(
     io: &Arc<dyn DeviceIo>,
     router: Arc<dyn MsiRouter>,
-    layout: &MsixLayout,
+    msix: Option<&MsixLayout>,
+    msi: Option<MsiLayout>,
 ) -> Result<Arc<Interrupts>, OutsideBar> {
     let bar_size = |bar| Region::bar(bar).map_or(0, |region| io.region(region).size);
-    let structures = MsixStructures::new(layout, bar_size)?;
+    let msix = msix.map(|layout| MsixStructures::new(layout, bar_size));
+    let msix = msix.transpose()?;
     let backend = VfioVectors {
         io: Arc::clone(io),
         mode: Mode::Off,
         allocated: 0,
     };
-    Ok(Arc::new(Interrupts::new(structures, backend, router)))
+    Ok(Arc::new(Interrupts::new(msix, msi, backend, router)))
 }
 
 /// What the guest has enabled in a device. VFIO has one kind at a time.
@@ -58,13 +60,32 @@ pub(super) struct VfioVectors {
 impl VfioVectors {
     /// Enables the mode in the device with no vector connected, if it is not enabled.
     fn allocate(&mut self) -> crate::Result<()> {
-        if let Mode::Messages(irq, _) = self.mode
-            && self.allocated == 0
-        {
-            self.io.set_irqs(irq, 0, &[None])?;
-            self.allocated = 1;
+        match self.mode {
+            Mode::Messages(Irq::Msi, vectors) if self.allocated == 0 => self.allocate_msi(vectors),
+            Mode::Messages(irq, _) if self.allocated == 0 => {
+                self.io.set_irqs(irq, 0, &[None])?;
+                self.allocated = 1;
+                Ok(())
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// The vectors of MSI are consecutive, so the host allocates all at once. If it has not as many, the
+    /// device gets the largest power of two, and raises the others with one of these.
+    fn allocate_msi(&mut self, vectors: u16) -> crate::Result<()> {
+        let mut count = vectors;
+        loop {
+            let none = vec![None; count.into()];
+            match self.io.set_irqs(Irq::Msi, 0, &none) {
+                Err(_) if count > 1 => count /= 2,
+                result => {
+                    result?;
+                    self.allocated = count;
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Allocates more vectors on a kernel that gives all at once: all are given up and connected again.
@@ -121,6 +142,7 @@ impl VectorBackend for VfioVectors {
 
     fn enable(&mut self, kind: MessageKind, vectors: u16) -> Result<(), BackendError> {
         let irq = match kind {
+            MessageKind::Msi => Irq::Msi,
             MessageKind::Msix => Irq::Msix,
         };
         self.mode = Mode::Messages(irq, vectors);
@@ -140,6 +162,10 @@ impl VectorBackend for VfioVectors {
         if vector < self.allocated || !self.io.irq(irq).fixed {
             let triggers = [Some(trigger)];
             return self.io.set_irqs(irq, vector.into(), &triggers).map_err(one);
+        }
+        if irq == Irq::Msi {
+            let why = format!("the host has only {} MSI vectors for it", self.allocated);
+            return Err(ConnectError::One(why.into()));
         }
         self.grow(irq, most, (vector, trigger), connected)
     }

@@ -15,8 +15,7 @@ pub(super) struct Window {
     region: Region,
     /// Offset of the part in the region.
     start: u64,
-    /// `None` for a device without MSI-X.
-    interrupts: Option<Arc<Interrupts>>,
+    interrupts: Arc<Interrupts>,
 }
 
 impl Window {
@@ -25,13 +24,13 @@ impl Window {
         io: &Arc<dyn DeviceIo>,
         region: Region,
         start: u64,
-        interrupts: Option<&Arc<Interrupts>>,
+        interrupts: &Arc<Interrupts>,
     ) -> Self {
         Self {
             io: Arc::clone(io),
             region,
             start,
-            interrupts: interrupts.map(Arc::clone),
+            interrupts: Arc::clone(interrupts),
         }
     }
 }
@@ -39,9 +38,7 @@ impl Window {
 impl BusDevice for Window {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let at = self.start.saturating_add(offset);
-        if let Some(interrupts) = &self.interrupts
-            && interrupts.read(self.region.bar_number(), at, data)
-        {
+        if self.interrupts.read(self.region.bar_number(), at, data) {
             return;
         }
         if let Err(error) = self.io.read(self.region, at, data) {
@@ -52,9 +49,7 @@ impl BusDevice for Window {
 
     fn write(&self, offset: u64, data: &[u8]) -> Effect {
         let at = self.start.saturating_add(offset);
-        if let Some(interrupts) = &self.interrupts
-            && interrupts.write(self.region.bar_number(), at, data)
-        {
+        if self.interrupts.write(self.region.bar_number(), at, data) {
             return Effect::None;
         }
         if let Err(error) = self.io.write(self.region, at, data) {
@@ -67,14 +62,16 @@ impl BusDevice for Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::FakeDevice;
+    use crate::testing::{FakeDevice, FakeRouter};
 
     #[test]
     fn offsets_are_those_of_the_part_and_errors_are_the_guests_all_ones() {
         let device = Arc::new(FakeDevice::new());
         let io: Arc<dyn DeviceIo> = device.clone();
         let bar0 = Region::bar(0).unwrap();
-        let window = Window::new(&io, bar0, 0x5000, None);
+        let router = Arc::new(FakeRouter::new(&device.trace, 0));
+        let interrupts = super::super::interrupts::new(&io, router, None, None).unwrap();
+        let window = Window::new(&io, bar0, 0x5000, &interrupts);
         assert!(matches!(window.write(0x10, &[1, 2]), Effect::None));
         assert_eq!(device.trace.take(), ["write BAR0 0x5010 [01, 02]"]);
         let mut data = [0; 4];

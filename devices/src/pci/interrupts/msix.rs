@@ -161,6 +161,13 @@ impl MsixTable {
         changes
     }
 
+    /// The vectors that are delivered now.
+    pub fn unmasked(&self) -> Changes {
+        (0..self.vectors())
+            .filter_map(|vector| Some((vector, Some(self.effective(vector.into())?))))
+            .collect()
+    }
+
     /// Fills `data` from the pending bit array at `offset`. `pending` gives each vector's bit. Zeros past its
     /// end.
     pub fn read_pba(&self, offset: u64, data: &mut [u8], pending: impl Fn(u16) -> bool) {

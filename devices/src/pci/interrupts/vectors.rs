@@ -15,6 +15,8 @@ pub type BackendError = Box<dyn Error + Send + Sync>;
 /// The kinds of message-signalled interrupts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageKind {
+    /// MSI: up to 32 vectors with one message, in configuration space.
+    Msi,
     /// MSI-X: a table in a BAR has a message for each vector.
     Msix,
 }

@@ -6,6 +6,15 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing;
 
+const MSIX: Deliverable = Deliverable {
+    msi: false,
+    msix: true,
+};
+const NEITHER: Deliverable = Deliverable {
+    msi: false,
+    msix: false,
+};
+
 /// The hardware, as far as configuration space goes.
 struct Bytes<'a>(&'a [u8]);
 
@@ -28,16 +37,16 @@ fn guest_reads(plan: &Plan, physical: &[u8], offset: u16) -> u32 {
 #[test]
 fn a_space_that_ends_early_reads_as_zeros_behind_its_end() {
     let physical = &testing::config()[..255];
-    let short = plan(physical, false).unwrap();
+    let short = plan(physical, NEITHER).unwrap();
     assert_eq!(guest_reads(&short, physical, 0x00), 0x0010_1b36);
     assert_eq!(guest_reads(&short, physical, 0xfc) >> 24, 0);
-    assert!(plan(&physical[..63], false).is_err());
+    assert!(plan(&physical[..63], NEITHER).is_err());
 }
 
 #[test]
 fn the_header_is_that_of_a_lone_function_at_rest() {
     let physical = testing::config();
-    let plan = plan(&physical, true).unwrap();
+    let plan = plan(&physical, MSIX).unwrap();
     let reads = |offset| guest_reads(&plan, &physical, offset);
     assert_eq!(reads(0x00), 0x0010_1b36);
     assert_eq!(
@@ -54,7 +63,7 @@ fn the_header_is_that_of_a_lone_function_at_rest() {
 #[test]
 fn capabilities_that_guests_do_not_get_are_neither_listed_nor_readable() {
     let physical = testing::config();
-    let plan = plan(&physical, true).unwrap();
+    let plan = plan(&physical, MSIX).unwrap();
     let reads = |offset| guest_reads(&plan, &physical, offset);
     let listed: Vec<_> = walk_standard(reads).iter().map(|cap| cap.offset).collect();
     assert_eq!(listed, [testing::PM, testing::EXPRESS, testing::MSIX]);
@@ -76,18 +85,18 @@ fn capabilities_that_guests_do_not_get_are_neither_listed_nor_readable() {
 fn extended_lists_may_be_empty_or_begin_with_what_is_kept() {
     let mut physical = testing::config();
     physical[0x100..0x104].copy_from_slice(&0x0001_000e_u32.to_le_bytes());
-    let lone = plan(&physical, true).unwrap();
+    let lone = plan(&physical, MSIX).unwrap();
     assert_eq!(guest_reads(&lone, &physical, 0x100), 0);
     physical[0x100..0x104].copy_from_slice(&0x2002_0001_u32.to_le_bytes());
-    let first = plan(&physical, true).unwrap();
+    let first = plan(&physical, MSIX).unwrap();
     assert_eq!(guest_reads(&first, &physical, 0x100), 0x2402_0001);
-    let conventional = plan(&physical[..256], true).unwrap();
+    let conventional = plan(&physical[..256], MSIX).unwrap();
     assert_eq!(guest_reads(&conventional, &physical, 0x100), 0);
 }
 
 #[test]
 fn msix_says_where_it_is_and_only_its_two_bits_are_written() {
-    let mut plan = plan(&testing::config(), true).unwrap();
+    let mut plan = plan(&testing::config(), MSIX).unwrap();
     let msix = plan.msix.unwrap();
     assert_eq!((msix.control, msix.layout.vectors), (testing::MSIX + 2, 65));
     let at = |offset| InBar { bar: 0, offset };
@@ -101,15 +110,80 @@ fn msix_says_where_it_is_and_only_its_two_bits_are_written() {
 #[test]
 fn msix_that_the_host_cannot_deliver_is_hidden() {
     let physical = testing::config();
-    let plan = plan(&physical, false).unwrap();
+    let plan = plan(&physical, NEITHER).unwrap();
     assert_eq!(plan.msix, None);
     let listed = walk_standard(|offset| guest_reads(&plan, &physical, offset));
     assert!(listed.iter().all(|cap| cap.id != CapabilityId::MSI_X));
 }
 
 #[test]
+fn msi_is_emulated_where_the_host_can_deliver_it() {
+    let physical = testing::config();
+    let both = Deliverable {
+        msi: true,
+        msix: true,
+    };
+    let mut plan = plan(&physical, both).unwrap();
+    let listed = walk_standard(|offset| guest_reads(&plan, &physical, offset));
+    let ids: Vec<_> = listed.iter().map(|cap| cap.offset).collect();
+    assert_eq!(
+        ids,
+        [testing::PM, testing::MSI, testing::EXPRESS, testing::MSIX]
+    );
+    let msi = plan.msi.unwrap();
+    assert_eq!((msi.offset, msi.layout.len()), (testing::MSI, 24));
+    let registers = |plan: &Plan| {
+        let dwords = [0, 4, 8, 12, 16, 20];
+        dwords.map(|at| guest_reads(plan, &physical, testing::MSI + at))
+    };
+    assert_eq!(registers(&plan), [0x0180_7005, 0, 0, 0, 0, 0], "off");
+    for at in [0, 4, 8, 12, 16, 20] {
+        plan.space.write(testing::MSI + at, &[0xff; 4], &NoBacking);
+    }
+    let written = [0x01f1_7005, 0xffff_fffc, 0xffff_ffff, 0xffff, 1, 0];
+    assert_eq!(registers(&plan), written);
+}
+
+/// The table of capabilities that guests get: each in a space of its own.
+#[test]
+fn each_capability_is_shown_or_hidden() {
+    let deliverable = Deliverable {
+        msi: true,
+        msix: true,
+    };
+    for id in 1..=0x15 {
+        let mut physical = vec![0; 4096];
+        physical[0x06] = 0x10;
+        physical[0x34] = 0x40;
+        physical[0x40] = id;
+        physical[0x44..0x60].fill(0xaa);
+        let plan = plan(&physical, deliverable).unwrap();
+        let reads = |offset| guest_reads(&plan, &physical, offset);
+        let shown = walk_standard(reads).iter().any(|cap| cap.id.0 == id);
+        assert_eq!(shown, id != 0x14, "{id:#04x}");
+        assert!(shown || reads(0x40) == 0, "{id:#04x}");
+    }
+    // Multi-function grouping, latency tolerance and others are passed through; these are hidden.
+    let hidden = [0x0e, 0x0f, 0x10, 0x12, 0x13, 0x15, 0x1b, 0x1e, 0x1f, 0x24];
+    for id in 1_u16..=0x34 {
+        let mut physical = vec![0; 4096];
+        physical[0x100..0x104].copy_from_slice(&(0x1501_0003_u32).to_le_bytes());
+        physical[0x150..0x154].copy_from_slice(&(0x0001_0000 | u32::from(id)).to_le_bytes());
+        physical[0x154..0x158].fill(0xaa);
+        let plan = plan(&physical, deliverable).unwrap();
+        let reads = |offset| guest_reads(&plan, &physical, offset);
+        let listed = walk_extended(reads);
+        let shown = listed.iter().any(|cap| cap.offset == 0x150);
+        assert_eq!(shown, !hidden.contains(&id), "{id:#06x}");
+        let registers = if shown { 0xaaaa_aaaa } else { 0 };
+        assert_eq!(reads(0x154), registers, "{id:#06x}");
+        assert!(listed.iter().any(|cap| cap.offset == 0x100));
+    }
+}
+
+#[test]
 fn power_states_are_those_that_the_function_has() {
-    let plan = plan(&testing::config(), true).unwrap();
+    let plan = plan(&testing::config(), MSIX).unwrap();
     let power = plan.power.unwrap();
     assert_eq!(power.control, testing::PM + 4);
     assert_eq!(
@@ -123,7 +197,7 @@ fn power_states_are_those_that_the_function_has() {
 #[test]
 fn an_endpoint_of_the_root_complex_becomes_one_behind_a_port() {
     let physical = testing::config();
-    let there = plan(&physical, true).unwrap();
+    let there = plan(&physical, MSIX).unwrap();
     assert_eq!(guest_reads(&there, &physical, testing::EXPRESS) >> 16, 0x02);
     assert_eq!(
         guest_reads(&there, &physical, testing::EXPRESS + 0x0c),
@@ -135,7 +209,7 @@ fn an_endpoint_of_the_root_complex_becomes_one_behind_a_port() {
     );
     let mut ordinary = physical.clone();
     ordinary[usize::from(testing::EXPRESS) + 2] = 0x02;
-    let plain = plan(&ordinary, true).unwrap();
+    let plain = plan(&ordinary, MSIX).unwrap();
     assert_eq!(guest_reads(&plain, &ordinary, testing::EXPRESS + 0x0c), 0);
 }
 
@@ -143,9 +217,9 @@ fn an_endpoint_of_the_root_complex_becomes_one_behind_a_port() {
 fn what_is_no_endpoint_is_refused() {
     let mut bridge = testing::config();
     bridge[0x0e] = 0x81;
-    assert!(plan(&bridge, true).unwrap_err().contains("bridge"));
-    assert!(plan(&[0xff; 4096], true).unwrap_err().contains("all ones"));
-    assert!(plan(&[], true).is_err());
+    assert!(plan(&bridge, MSIX).unwrap_err().contains("bridge"));
+    assert!(plan(&[0xff; 4096], MSIX).unwrap_err().contains("all ones"));
+    assert!(plan(&[], MSIX).is_err());
 }
 
 /// TRAPS 14: pointers in a circle, and lists that run into nothing.
@@ -154,7 +228,7 @@ fn broken_lists_end() {
     let mut circle = testing::config();
     circle[usize::from(testing::MSIX) + 1] = testing::PM as u8;
     circle[0x240..0x244].copy_from_slice(&0x1001_0003_u32.to_le_bytes());
-    let plan = plan(&circle, true).unwrap();
+    let plan = plan(&circle, MSIX).unwrap();
     let reads = |offset| guest_reads(&plan, &circle, offset);
     assert_eq!(reads(testing::MSIX) >> 8 & 0xff, 0);
     assert_eq!(reads(0x240) >> 20, 0);
@@ -173,7 +247,7 @@ proptest! {
             physical[usize::from(slot) * 4] = id;
             physical[usize::from(slot) * 4 + 1] = next;
         }
-        if let Ok(plan) = plan(&physical, msix) {
+        if let Ok(plan) = plan(&physical, Deliverable { msi: false, msix }) {
             let reads = |offset| guest_reads(&plan, &physical, offset);
             for found in walk_standard(reads) {
                 prop_assert_ne!(found.id, CapabilityId::MSI);

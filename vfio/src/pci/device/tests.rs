@@ -1,11 +1,11 @@
 //! Tests of the whole function against a fake device: order, roll-back, and hostile guests.
 
 use gantry_devices::pci::registers::{BARS, STATUS};
-use gantry_devices::pci::{Segment, SegmentKind};
+use gantry_devices::pci::{MsiMessage, Segment, SegmentKind};
 use proptest::prelude::*;
 
 use super::*;
-use crate::testing::{CMD, FakeDevice, FakeRouter, FakeSpace, MSIX, MSIX_TABLE, PM};
+use crate::testing::{CMD, FakeDevice, FakeRouter, FakeSpace, MSI, MSIX, MSIX_TABLE, PM};
 
 struct Rig {
     device: Arc<FakeDevice>,
@@ -231,6 +231,78 @@ fn msix_control_is_the_guests_own_at_any_width() {
         assert_eq!(rig.read(MSIX), 0x0040_0011);
         assert_eq!(rig.events(), ["irqs off"]);
     }
+}
+
+/// The registers are the guest's own at any width, which the fake asserts, and pending bits are read.
+#[test]
+fn msi_is_enabled_through_the_configuration_space() {
+    for (offset, on, off) in [
+        (MSI, vec![0, 0, 1, 0], vec![0; 4]),
+        (MSI + 2, vec![1, 0], vec![0; 2]),
+        (MSI + 2, vec![1], vec![0]),
+    ] {
+        let rig = Rig::new();
+        rig.write(MSI + 4, &0xfee0_0000_u32.to_le_bytes());
+        rig.write(MSI + 8, &1_u32.to_le_bytes());
+        rig.write(MSI + 12, &[0x51, 0x40]);
+        rig.write(offset, &on);
+        assert_eq!(rig.device.armed(), Some(vec![true]));
+        rig.device.fire(0);
+        let delivered = MsiMessage {
+            address: 0x1_fee0_0000,
+            data: 0x4051,
+        };
+        assert_eq!(rig.router.delivered(), [delivered]);
+        rig.write(MSI + 16, &[1, 0, 0, 0]);
+        rig.device.fire(0);
+        assert_eq!(rig.router.delivered(), []);
+        assert_eq!(rig.read(MSI + 20), 1, "pending");
+        rig.write(MSI + 16, &[0]);
+        assert_eq!(rig.read(MSI + 20), 0);
+        assert_eq!(rig.router.delivered(), [delivered]);
+        rig.write(offset, &off);
+        assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
+    }
+}
+
+/// Drivers try MSI-X, fall back to MSI, and go back, without a reset in between.
+#[test]
+fn guests_switch_between_msi_and_msix() {
+    let rig = Rig::new();
+    for _ in 0..2 {
+        rig.write(MSI + 2, &[1]);
+        assert_eq!(rig.device.armed(), Some(vec![true]));
+        rig.write(MSIX + 3, &[0x80]);
+        assert_eq!(rig.device.armed(), Some(vec![false]), "MSI-X is on");
+        rig.write(MSI + 2, &[0]);
+        rig.write(MSIX + 3, &[0]);
+        assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
+    }
+    rig.write(MSI + 2, &[1]);
+    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
+    assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
+    assert_eq!(rig.read(MSI), 0x0180_7005);
+}
+
+#[test]
+fn a_device_with_msi_only_has_interrupts_and_one_with_intx_only_is_refused() {
+    let mut device = FakeDevice::new();
+    device.msix.count = 0;
+    let rig = Rig::around(device);
+    rig.write(MSI + 2, &[1]);
+    assert_eq!(rig.device.armed(), Some(vec![true]));
+
+    let mut device = FakeDevice::new();
+    (device.msix.count, device.msi.count) = (0, 0);
+    let router = Arc::new(FakeRouter::new(&device.trace, 1));
+    let error = PassthroughDevice::new(Arc::new(device), router)
+        .err()
+        .unwrap();
+    let text = error.to_string();
+    assert!(
+        text.contains("neither MSI-X nor MSI (it has INTx)"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -514,6 +586,7 @@ fn access() -> impl Strategy<Value = Access> {
         Just(CMD),
         BARS.start..BARS.end,
         PM..PM + 8,
+        MSI..MSI + 24,
         MSIX..MSIX + 12,
         0_u16..4096,
     ];

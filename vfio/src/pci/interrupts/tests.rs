@@ -1,6 +1,6 @@
 //! Tests of MSI-X against a device and a router that keep to the kernel's rules.
 
-use gantry_devices::pci::interrupts::InBar;
+use gantry_devices::pci::interrupts::{InBar, MSI_MAX_LEN};
 
 use super::*;
 use crate::host::IrqInfo;
@@ -42,7 +42,7 @@ impl Rig {
                 offset: MSIX_PBA,
             },
         };
-        let interrupts = super::new(&io, router.clone(), &layout).unwrap();
+        let interrupts = super::new(&io, router.clone(), Some(&layout), None).unwrap();
         Self {
             device,
             router,
@@ -368,13 +368,13 @@ fn a_table_outside_of_its_bar_is_refused_and_pending_bits_there_are_done_without
             table: place,
             pba: good,
         };
-        assert!(super::new(&device, router.clone(), &layout).is_err());
+        assert!(super::new(&device, router.clone(), Some(&layout), None).is_err());
         layout = MsixLayout {
             vectors: 65,
             table: good,
             pba: place,
         };
-        let interrupts = super::new(&device, router.clone(), &layout).unwrap();
+        let interrupts = super::new(&device, router.clone(), Some(&layout), None).unwrap();
         assert_eq!(interrupts.ranges(0).len(), 1);
     }
     assert_eq!(
@@ -384,4 +384,81 @@ fn a_table_outside_of_its_bar_is_refused_and_pending_bits_there_are_done_without
             fixed: false
         }
     );
+}
+
+/// A device with eight vectors of MSI, on a host that has so many for it.
+fn msi(host_vectors: usize) -> (Rig, [u8; MSI_MAX_LEN]) {
+    let mut device = FakeDevice::new();
+    device.msi.count = 8;
+    device.host_vectors = host_vectors;
+    let router = Arc::new(FakeRouter::new(&device.trace, usize::MAX));
+    let device = Arc::new(device);
+    let io: Arc<dyn DeviceIo> = device.clone();
+    let layout = MsiLayout::from_control(0x0086);
+    let interrupts = super::new(&io, router.clone(), None, Some(layout)).unwrap();
+    let mut capability = [0; MSI_MAX_LEN];
+    // The address, the data, and four of the eight vectors enabled.
+    capability[4..8].copy_from_slice(&0xfee0_0000_u32.to_le_bytes());
+    capability[12] = 0x40;
+    capability[2] = 0x21;
+    let rig = Rig {
+        device,
+        router,
+        interrupts,
+    };
+    (rig, capability)
+}
+
+#[test]
+fn msi_vectors_are_allocated_at_once_and_connected() {
+    let (rig, mut capability) = msi(usize::MAX);
+    rig.interrupts.write_msi(&capability);
+    let seen = rig.device.trace.take();
+    let expected = ["MSI 0..4", "MSI 0..1", "MSI 1..2", "MSI 2..3", "MSI 3..4"];
+    let connected = seen.iter().filter(|event| event.starts_with("MSI"));
+    assert!(connected.eq(expected), "{seen:?}");
+    rig.device.fire(3);
+    assert_eq!(rig.delivered(), [3]);
+    capability[12] = 0x44;
+    rig.interrupts.write_msi(&capability);
+    assert_eq!(rig.armed(), [0, 1, 2, 3]);
+    rig.device.fire(0);
+    assert_eq!(rig.delivered(), [4]);
+    capability[2] = 0;
+    rig.interrupts.write_msi(&capability);
+    assert!(rig.device.trace.take().contains(&"MSI off".to_owned()));
+    assert_eq!((rig.router.live(), rig.device.armed()), (0, None));
+}
+
+#[test]
+fn a_host_with_few_msi_vectors_gives_a_power_of_two() {
+    let (rig, capability) = msi(3);
+    rig.interrupts.write_msi(&capability);
+    assert_eq!(rig.armed(), [0, 1]);
+    assert_eq!(rig.router.live(), 2, "the others have no route");
+    rig.device.fire(1);
+    assert_eq!(rig.delivered(), [1]);
+}
+
+/// Whichever call fails, the guest's next attempt succeeds.
+#[test]
+fn a_failing_step_of_msi_is_mended_by_the_next_attempt() {
+    for steps in 0.. {
+        let (rig, mut capability) = msi(usize::MAX);
+        rig.device.trace.fail_after(steps);
+        rig.interrupts.write_msi(&capability);
+        let failed = rig.device.trace.failed();
+        for enable in [0, 0x21] {
+            capability[2] = enable;
+            rig.interrupts.write_msi(&capability);
+        }
+        assert_eq!(rig.armed(), [0, 1, 2, 3], "{failed:?}");
+        rig.delivered();
+        (0..4).for_each(|vector| rig.device.fire(vector));
+        assert_eq!(rig.delivered().len(), 4, "{failed:?}");
+        if failed.is_none() {
+            assert!(steps > 8);
+            break;
+        }
+    }
 }
