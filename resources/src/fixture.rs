@@ -33,8 +33,8 @@ pub(crate) struct Fake {
     pub(crate) driver: Option<String>,
     pub(crate) group: Option<u32>,
     pub(crate) attributes: Vec<(String, String)>,
-    /// Whether it has MSI-X beside MSI and INTx.
-    pub(crate) msix: bool,
+    /// Whether it has MSI and MSI-X beside INTx.
+    pub(crate) messages: bool,
 }
 
 impl Fake {
@@ -47,13 +47,13 @@ impl Fake {
             driver: Some("vfio-pci".to_owned()),
             group: Some(group),
             attributes: Vec::new(),
-            msix: true,
+            messages: true,
         }
     }
 
-    pub(crate) fn without_msix(self) -> Self {
+    pub(crate) fn with_intx_only(self) -> Self {
         Self {
-            msix: false,
+            messages: false,
             ..self
         }
     }
@@ -90,13 +90,13 @@ impl Fake {
     }
 }
 
-/// A configuration space with an interrupt pin, MSI, and MSI-X or not.
-fn config(msix: bool) -> [u8; 256] {
+/// A configuration space with an interrupt pin, and with MSI and MSI-X if it has `messages`.
+fn config(messages: bool) -> [u8; 256] {
     let mut config = [0; 256];
     config[0x06] = 1 << 4;
-    config[0x34] = 0x40;
+    config[0x34] = if messages { 0x40 } else { 0 };
     config[0x3d] = 1;
-    config[0x40..0x42].copy_from_slice(&[0x05, if msix { 0x50 } else { 0 }]);
+    config[0x40..0x42].copy_from_slice(&[0x05, 0x50]);
     config[0x50] = 0x11;
     config
 }
@@ -149,7 +149,7 @@ impl FakeHost {
             modalias(device.id, (0x1af4, 0x1100), device.class),
         );
         put("reset_method", "flr bus".to_owned());
-        fs::write(dir.join("config"), config(device.msix)).unwrap();
+        fs::write(dir.join("config"), config(device.messages)).unwrap();
         put("revision", "0x02".to_owned());
         put("numa_node", "-1".to_owned());
         put("driver_override", "(null)".to_owned());

@@ -204,7 +204,7 @@ pub struct DeviceCounters {
     pub id: String,
     /// Where it is on the host, as text.
     pub bdf: String,
-    /// Interrupts by MSI-X vector, as the host's kernel counted them.
+    /// Interrupts by MSI-X or MSI vector, as the host's kernel counted them.
     pub interrupts: BTreeMap<u16, u64>,
     /// Reads of the guest that did not reach the device directly, by region.
     pub trapped_reads: BTreeMap<String, u64>,

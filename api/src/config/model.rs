@@ -152,8 +152,8 @@ pub struct DeviceConfig {
     /// Whether no two of these devices may share a physical function.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
-    /// `"none"` takes devices without MSI-X too, the only kind of interrupt that gantry delivers yet: they have
-    /// no interrupts in the guest. Without this key they are refused.
+    /// `"none"` takes devices with neither MSI-X nor MSI too, the only kinds of interrupt that gantry delivers yet:
+    /// they have no interrupts in the guest. Without this key they are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interrupts: Option<InterruptNeed>,
     /// Whether to take devices too that nothing resets between two VMs (`reset_method` in sysfs is empty): one
@@ -226,9 +226,14 @@ impl From<&NamedRequest> for DeviceConfig {
 
 impl DeviceConfig {
     /// An entry for a device that may lack some things, and no more in it.
-    pub fn allowing(Allow { no_msix, no_reset }: Allow) -> Self {
+    pub fn allowing(
+        Allow {
+            no_interrupts,
+            no_reset,
+        }: Allow,
+    ) -> Self {
         Self {
-            interrupts: no_msix.then_some(InterruptNeed::None),
+            interrupts: no_interrupts.then_some(InterruptNeed::None),
             allow_no_reset: no_reset.then_some(true),
             ..Self::default()
         }

@@ -134,7 +134,7 @@ fn a_device_that_lacks_something_is_taken_as_its_entry_says() {
             .load(&file(&format!(r#""devices": [{entry}]"#)))
             .unwrap();
         let allow = config.requests()[0].allow();
-        (allow.no_msix, allow.no_reset)
+        (allow.no_interrupts, allow.no_reset)
     };
     assert_eq!(allow(r#"{"group": "g"}"#), (false, false));
     assert_eq!(

@@ -81,7 +81,7 @@ fn may_pass(blocked: &Blocked) -> bool {
             | Obstacle::ResourceClass { .. }
             | Obstacle::Traits { .. }
             | Obstacle::Migratable { .. }
-            | Obstacle::NoMsix { .. }
+            | Obstacle::NoMessages { .. }
             | Obstacle::NoReset
     )
 }

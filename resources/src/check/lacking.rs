@@ -1,4 +1,4 @@
-//! Devices that a VM gets only if their entry allows it: those without MSI-X, and those without a reset.
+//! Devices that a VM gets only if their entry allows it: those without interrupts that gantry delivers, and those without a reset.
 
 use super::facts::Devices;
 use super::{Finding, Level};
@@ -10,10 +10,10 @@ pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let all: Vec<Blocked> = devices.wanted().filter_map(lacks).collect();
     let of = |no_reset: bool| {
         let words = |one: &Blocked| match &one.obstacle {
-            Obstacle::NoMsix { has, .. } if !no_reset => {
+            Obstacle::NoMessages { has, .. } if !no_reset => {
                 Some(format!("{} (it has {has})", one.bdf))
             }
-            Obstacle::NoMsix { no_reset: true, .. } | Obstacle::NoReset if no_reset => {
+            Obstacle::NoMessages { no_reset: true, .. } | Obstacle::NoReset if no_reset => {
                 Some(one.bdf.to_string())
             }
             _ => None,
@@ -26,7 +26,7 @@ pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
             "interrupts",
             "Interrupts",
             of(false),
-            "no MSI-X, the only kind that gantry delivers yet",
+            "neither MSI-X nor MSI, and gantry delivers no other kind yet",
             "add \"interrupts\": \"none\" to such a device's entry in the VM's file: it works without interrupts",
         ),
         (

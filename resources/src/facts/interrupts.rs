@@ -21,7 +21,7 @@ const MOST_CAPABILITIES: usize = (256 - HEADER) / 4;
 /// Which interrupts a PCI function can raise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Interrupts {
-    /// MSI-X, the only kind that gantry delivers to a guest.
+    /// MSI-X.
     pub msix: bool,
     /// MSI.
     pub msi: bool,
@@ -70,6 +70,13 @@ impl Interrupts {
             next = following & !3;
         }
         Some(found)
+    }
+}
+
+impl Interrupts {
+    /// Whether it has interrupts that gantry delivers to a guest.
+    pub fn are_delivered(&self) -> bool {
+        self.msix || self.msi
     }
 }
 

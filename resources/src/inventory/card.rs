@@ -55,8 +55,8 @@ pub fn cards<'a>(functions: impl IntoIterator<Item = &'a HostDevice>) -> Vec<Car
 /// What a device may lack and is given to a VM all the same, as its entry says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
-    /// MSI-X: without, it has no interrupts in the guest.
-    pub no_msix: bool,
+    /// MSI-X and MSI: without them it has no interrupts in the guest.
+    pub no_interrupts: bool,
     /// A reset: without, the guest finds what the VM before left in it, and leaves what the next one finds.
     pub no_reset: bool,
 }
@@ -84,10 +84,12 @@ pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
 /// What a device lacks that its entry does not allow. Interrupts that are not known are asked for again when
 /// the device is opened.
 pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<Blocked> {
-    let no_msix = device.interrupts.filter(|has| !has.msix && !allow.no_msix);
+    let no_interrupts = device
+        .interrupts
+        .filter(|has| !has.are_delivered() && !allow.no_interrupts);
     let no_reset = !allow.no_reset && !is_reset(device, all);
-    let obstacle = match no_msix {
-        Some(has) => Obstacle::NoMsix { has, no_reset },
+    let obstacle = match no_interrupts {
+        Some(has) => Obstacle::NoMessages { has, no_reset },
         None if no_reset => Obstacle::NoReset,
         None => return None,
     };
@@ -185,7 +187,7 @@ mod tests {
     fn what_a_device_lacks_is_said_unless_its_entry_allows_it() {
         let host = FakeHost::new(&[
             Fake::nvme("00:15.0", 1)
-                .without_msix()
+                .with_intx_only()
                 .with("reset_method", ""),
             Fake::nvme("01:00.0", 2),
         ]);
@@ -199,18 +201,18 @@ mod tests {
         let [both] = strict.as_slice() else {
             panic!("{strict:?}");
         };
-        let no_msix = Allow {
-            no_msix: true,
+        let no_interrupts = Allow {
+            no_interrupts: true,
             ..Allow::default()
         };
-        let no_reset = said(no_msix).concat();
+        let no_reset = said(no_interrupts).concat();
         assert!(no_reset.starts_with("0000:00:15.0 has no reset"));
         assert!(no_reset.contains("\"allow_no_reset\": true"));
-        let no_msix = both.strip_suffix(&no_reset).unwrap();
-        assert!(no_msix.starts_with("0000:00:15.0 has no MSI-X (it has MSI and INTx)"));
-        assert!(no_msix.contains("\"interrupts\": \"none\""), "{both}");
+        let no_interrupts = both.strip_suffix(&no_reset).unwrap();
+        assert!(no_interrupts.starts_with("0000:00:15.0 has neither MSI-X nor MSI (it has INTx)"));
+        assert!(no_interrupts.contains("\"interrupts\": \"none\""), "{both}");
         let all = Allow {
-            no_msix: true,
+            no_interrupts: true,
             no_reset: true,
         };
         assert!(said(all).is_empty());

@@ -152,8 +152,8 @@ pub enum Obstacle {
         /// The virtual function.
         vf: HostBdf,
     },
-    /// It has no MSI-X, and its entry does not say that it may work without interrupts.
-    NoMsix {
+    /// It has neither MSI-X nor MSI, and its entry does not say that it may work without interrupts.
+    NoMessages {
         /// What it has.
         has: Interrupts,
         /// Whether [`Self::NoReset`] stands against it too.

@@ -267,9 +267,9 @@ pub struct Requests {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InterruptNeed {
-    /// MSI-X, the only kind that gantry delivers yet; a device without is refused.
+    /// MSI-X or MSI, as without the key: a device with neither is refused.
     Msix,
-    /// None: a device without MSI-X is passed all the same, and has no interrupts.
+    /// None: a device with neither MSI-X nor MSI is passed too, and has no interrupts.
     None,
 }
 
@@ -277,7 +277,7 @@ impl Allow {
     /// What an entry's keys `interrupts` and `allow_no_reset` allow.
     pub fn of(interrupts: Option<InterruptNeed>, no_reset: Option<bool>) -> Self {
         Self {
-            no_msix: interrupts == Some(InterruptNeed::None),
+            no_interrupts: interrupts == Some(InterruptNeed::None),
             no_reset: no_reset == Some(true),
         }
     }
@@ -312,7 +312,7 @@ pub struct DeviceEntry {
     /// No two of them may share a physical function.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolate: Option<bool>,
-    /// "none": devices without MSI-X are taken too, and have no interrupts in the guest.
+    /// "none": devices with neither MSI-X nor MSI are taken too, and have no interrupts in the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interrupts: Option<InterruptNeed>,
     /// Devices that nothing resets between two VMs are taken too.
@@ -444,7 +444,7 @@ mod tests {
         for path in ["01:00.0", "/sys/bus/pci/devices/0000:01:00.0"] {
             let allows = json!({"path": path, "interrupts": "none", "allow_no_reset": true});
             let allow = Allow {
-                no_msix: true,
+                no_interrupts: true,
                 no_reset: true,
             };
             for (value, allowed) in [(json!({"path": path}), Allow::default()), (allows, allow)] {

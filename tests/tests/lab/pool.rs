@@ -27,7 +27,7 @@ pub const EDU: &str = "0000:00:15.0";
 /// The device with a BAR of 8 GiB.
 pub const BIG_BAR: &str = "0000:00:16.0";
 
-/// What `gantry vm attach` is told for a device that has neither MSI-X nor a reset.
+/// What `gantry vm attach` is told for a device that has neither interrupts nor a reset.
 pub const LACKING: &str = "--interrupts none --allow-no-reset";
 
 /// The virtio network card of the lab that has nothing but cards.

@@ -86,7 +86,7 @@ impl Vm {
         self
     }
 
-    /// The same with so many devices of a group that may have neither MSI-X nor a reset.
+    /// The same with so many devices of a group that may have neither interrupts nor a reset.
     pub fn lacking(mut self, group: &str, count: u32) -> Self {
         self = self.devices(group, count);
         let last = self.file["devices"]
@@ -99,7 +99,7 @@ impl Vm {
         self
     }
 
-    /// The same with one device, named by its address, that may have neither MSI-X nor a reset.
+    /// The same with one device, named by its address, that may have neither interrupts nor a reset.
     pub fn lacking_path(mut self, bdf: &str) -> Self {
         let path = format!("/sys/bus/pci/devices/{bdf}");
         let device = json!({"path": path, "interrupts": "none", "allow_no_reset": true});

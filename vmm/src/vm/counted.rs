@@ -225,7 +225,9 @@ pub fn interrupts(text: &str) -> BTreeMap<String, BTreeMap<u16, u64>> {
 }
 
 fn handler_of(word: &str) -> Option<(u16, &str)> {
-    let (vector, device) = word.strip_prefix("vfio-msix[")?.split_once("](")?;
+    let word = word.strip_prefix("vfio-msi")?;
+    let word = word.strip_prefix('x').unwrap_or(word);
+    let (vector, device) = word.strip_prefix('[')?.split_once("](")?;
     Some((vector.parse().ok()?, device.strip_suffix(')')?))
 }
 
@@ -241,12 +243,16 @@ mod tests {
  24:         12          3  IR-PCI-MSIX-0000:01:00.0    0-edge      vfio-msix[0](0000:01:00.0)
  25:          0         67  IR-PCI-MSIX-0000:01:00.0    1-edge      vfio-msix[1](0000:01:00.0)
  26:          1          0  IR-PCI-MSIX-0000:02:00.0    0-edge      vfio-msix[x](0000:02:00.0)
+ 27:          3          1  IR-PCI-MSI-0000:03:00.0    0-edge      vfio-msi[0](0000:03:00.0)
 NMI:          0          0   Non-maskable interrupts
 ";
         let first = BTreeMap::from([(0, 15), (1, 67)]);
         assert_eq!(
             interrupts(text),
-            BTreeMap::from([("0000:01:00.0".to_owned(), first)])
+            BTreeMap::from([
+                ("0000:01:00.0".to_owned(), first),
+                ("0000:03:00.0".to_owned(), BTreeMap::from([(0, 4)])),
+            ])
         );
     }
 }

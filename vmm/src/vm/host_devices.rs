@@ -453,7 +453,7 @@ impl Taken {
         let io = Arc::new(Counted::new(io, &counts));
         let name = self.part.name;
         let on_enable = move || mailbox.post(Event::Enabled(name));
-        let function = match self.terms.allow.no_msix {
+        let function = match self.terms.allow.no_interrupts {
             true => PassthroughDevice::without_interrupts(io.clone(), router)?,
             false => PassthroughDevice::new(io.clone(), router)?,
         };

@@ -31,7 +31,7 @@ pub enum Sieve {
     /// `live_migratable` of an alias.
     Migratable,
     /// Interrupts that a guest can be given.
-    Msix,
+    Interrupts,
     /// A reset between two VMs.
     Reset,
     /// What the host keeps for itself.
@@ -85,7 +85,7 @@ impl Obstacle {
             Self::Migratable { .. } => Sieve::Migratable,
             Self::Numa { .. } => Sieve::Numa,
             Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => Sieve::VfToken,
-            Self::NoMsix { .. } => Sieve::Msix,
+            Self::NoMessages { .. } => Sieve::Interrupts,
             Self::NoReset => Sieve::Reset,
             Self::SamePf { .. } => Sieve::Isolation,
         }
@@ -106,7 +106,7 @@ impl fmt::Display for Sieve {
             Self::ResourceClass => "with another resource_class",
             Self::Traits => "without the traits",
             Self::Migratable => "with another live_migratable",
-            Self::Msix => "without MSI-X",
+            Self::Interrupts => "without MSI-X and MSI",
             Self::Reset => "without a reset",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",

@@ -181,11 +181,11 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
         Obstacle::Numa { node: None } => {
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
-        Obstacle::NoMsix { has, no_reset } => {
+        Obstacle::NoMessages { has, no_reset } => {
             write!(
                 f,
-                "{bdf} has no MSI-X (it has {has}), and gantry delivers no other interrupts yet: add \"interrupts\": \
-                 \"none\" to the device's entry to use it without interrupts"
+                "{bdf} has neither MSI-X nor MSI (it has {has}), and gantry delivers no other interrupts yet: add \
+                 \"interrupts\": \"none\" to the device's entry to use it without interrupts"
             )?;
             match no_reset {
                 true => {
