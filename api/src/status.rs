@@ -2,10 +2,12 @@
 
 use std::error::Error;
 
-use gantry_resources::json::JsonError;
-use gantry_resources::{
-    AllocateError, ConfigError, EditError, GroupError, OpenerError, PlanError, TenantError,
-};
+use gantry_resources::allocation::AllocateError;
+use gantry_resources::base::ConfigError;
+use gantry_resources::base::json::JsonError;
+use gantry_resources::opener::OpenerError;
+use gantry_resources::pools::{EditError, GroupError, PlanError};
+use gantry_resources::tenants::TenantError;
 use gantry_vmm::command::CommandError;
 
 /// The guest powered off, or the command did what it was asked.

@@ -7,7 +7,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use gantry_resources::{Holder, HostPaths, LeaseStatus, announce, holder, running_vms};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{Holder, LeaseStatus, announce, holder, running_vms};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
@@ -53,7 +54,7 @@ fn host() -> (tempfile::TempDir, HostPaths) {
 #[test]
 fn a_device_counts_as_held_and_the_file_is_named() {
     let (_root, paths) = host();
-    let device: gantry_resources::HostBdf = "01:00.0".parse().unwrap();
+    let device: gantry_resources::base::HostBdf = "01:00.0".parse().unwrap();
     let path = paths.run.join("leases/0000:01:00.0.lock");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let owners = open(&path);

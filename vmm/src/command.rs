@@ -7,7 +7,9 @@ use std::time::Duration;
 
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
-use gantry_resources::{Allow, DeviceName, Numbers, Request};
+use gantry_resources::base::{DeviceName, Numbers};
+use gantry_resources::inventory::Allow;
+use gantry_resources::pools::Request;
 
 use crate::config::VmConfig;
 use crate::error::Error;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use gantry_resources::{Numbers, Request, Source};
+use gantry_resources::base::Numbers;
+use gantry_resources::pools::{Request, Source};
 
 /// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
 /// again, only against the host.

@@ -10,7 +10,7 @@ use std::time::Instant;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use gantry_devices::panic::Panic;
 use gantry_devices::pci::PortIndex;
-use gantry_resources::DeviceName;
+use gantry_resources::base::DeviceName;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use gantry_resources::DeviceName;
+use gantry_resources::base::DeviceName;
 
 /// Every way in which starting and running a VM fails. Each text says what failed; the chain of
 /// sources says why.
@@ -18,10 +18,10 @@ pub enum Error {
     Maintenance(String),
     /// Whether the host is in maintenance cannot be told.
     #[error(transparent)]
-    MaintenanceUnknown(#[from] gantry_resources::MaintenanceError),
+    MaintenanceUnknown(#[from] gantry_resources::holding::MaintenanceError),
     /// The devices could not be leased.
     #[error(transparent)]
-    Allocate(Box<gantry_resources::AllocateError>),
+    Allocate(Box<gantry_resources::allocation::AllocateError>),
     /// The guest is to run VMs itself, and the host's KVM does not let it.
     #[error(
         "`cpus.nested` is true, but KVM on this host has nested virtualisation switched off\nreload its module \
@@ -46,7 +46,7 @@ pub enum Error {
     },
     /// The helper that opens devices does not, or cannot be reached.
     #[error(transparent)]
-    Opener(#[from] gantry_resources::OpenerError),
+    Opener(#[from] gantry_resources::opener::OpenerError),
     /// A device that comes later reserves addresses that the guest uses.
     #[error(
         "{device} reserves {start:#x}-{last:#x}, where this VM has RAM or PCI windows\n\
@@ -74,7 +74,7 @@ pub enum Error {
     },
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
-    Reserved(#[from] gantry_resources::ReservedError),
+    Reserved(#[from] gantry_resources::facts::ReservedError),
     /// VFIO refused something.
     #[error(transparent)]
     Vfio(#[from] gantry_vfio::Error),
@@ -139,8 +139,8 @@ pub enum Error {
     },
 }
 
-impl From<gantry_resources::AllocateError> for Error {
-    fn from(error: gantry_resources::AllocateError) -> Self {
+impl From<gantry_resources::allocation::AllocateError> for Error {
+    fn from(error: gantry_resources::allocation::AllocateError) -> Self {
         Self::Allocate(Box::new(error))
     }
 }

@@ -7,7 +7,9 @@ use std::fs;
 use std::io;
 use std::sync::Arc;
 
-use gantry_resources::{HostNode, HostPaths, Numbers, Placement, host_nodes, online_cpus};
+use gantry_resources::base::{HostPaths, Numbers};
+use gantry_resources::facts::{HostNode, host_nodes, online_cpus};
+use gantry_resources::pools::Placement;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use gantry_resources::{HostPaths, Numbers};
+use gantry_resources::base::{HostPaths, Numbers};
 
 use crate::config::{VcpuCount, VmConfig};
 use crate::placement::{PlacementError, VmPlacement};
@@ -79,7 +79,7 @@ const MIB: u64 = 1 << 20;
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
     VmPlacement::find(config, &Numbers::default(), host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
-    let limit = gantry_resources::memlock_limit(host);
+    let limit = gantry_resources::facts::memlock_limit(host);
     judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
 }
 

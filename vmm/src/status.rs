@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::events::{PlatformEvents, SlotState};
 use gantry_devices::pci::{GuestBdf, PciSegment, PortIndex};
-use gantry_resources::{Allow, DeviceName};
+use gantry_resources::base::DeviceName;
+use gantry_resources::inventory::Allow;
 
 use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;

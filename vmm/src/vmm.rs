@@ -12,7 +12,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Maintenance, maintenance, reap_helpers};
+use gantry_resources::base::{HostPaths, reap_helpers};
+use gantry_resources::holding::{Maintenance, maintenance};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::command::{Answer, Command, CommandError, EventSink, Reply, VmEvent, VmInfo, VmState};

@@ -1,10 +1,11 @@
 //! `gantry boot`: what a boot of the host undoes is done again.
 
 use clap::Args;
-use gantry_resources::{
-    Bind, BindRequest, ChildWriter, Groups, HostBdf, HostDevice, HostPaths, Tenants, detach,
-    put_tenants_right, scan,
-};
+use gantry_resources::base::{HostBdf, HostPaths};
+use gantry_resources::inventory::{HostDevice, scan};
+use gantry_resources::moving::{BindRequest, ChildWriter, detach};
+use gantry_resources::pools::{Bind, Groups, Tenants};
+use gantry_resources::tenants::put_tenants_right;
 
 use crate::output::print;
 use crate::report::Failure;

@@ -5,9 +5,8 @@ use std::process::ExitCode;
 
 use anstyle::{AnsiColor, Style};
 use clap::Args;
-use gantry_resources::{
-    Advice, CommandLineChange, Finding, HostBdf, HostPaths, Level, Report, note_reboot,
-};
+use gantry_resources::base::{HostBdf, HostPaths};
+use gantry_resources::check::{Advice, CommandLineChange, Finding, Level, Report, note_reboot};
 
 use crate::output::{print, print_json};
 use crate::report::{Failure, SUCCESS};
@@ -52,7 +51,7 @@ pub struct CheckArgs {
 }
 
 pub fn check(args: &CheckArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
-    let look = || gantry_resources::check(paths, &args.devices).map_err(Failure::host);
+    let look = || gantry_resources::check::check(paths, &args.devices).map_err(Failure::host);
     let mut report = look()?;
     if args.note_reboot {
         note_reboot(paths, &report).map_err(Failure::host)?;
@@ -202,7 +201,7 @@ mod tests {
     fn report() -> Report {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(root.path().join("sys/bus/pci/devices")).unwrap();
-        gantry_resources::check(&HostPaths::under(root.path()), &[]).unwrap()
+        gantry_resources::check::check(&HostPaths::under(root.path()), &[]).unwrap()
     }
 
     #[test]

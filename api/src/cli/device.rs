@@ -12,10 +12,12 @@ pub use list::{has_column, state_word};
 use std::fmt;
 
 use clap::{Args, Subcommand};
-use gantry_resources::{
-    BindError, BindReport, BindRequest, ChildWriter, GroupFiles, HostBdf, HostDevice, HostPaths,
-    NoDriver, ResourceGroup, SysfsWrite, SysfsWriter, detach, reattach, release_quarantine, scan,
+use gantry_resources::base::{HostBdf, HostPaths};
+use gantry_resources::inventory::{HostDevice, NoDriver, release_quarantine, scan};
+use gantry_resources::moving::{
+    BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter, detach, reattach,
 };
+use gantry_resources::pools::{GroupFiles, ResourceGroup};
 use serde::Serialize;
 
 use super::group::told::{Before, Changed, Hardware};

@@ -10,10 +10,10 @@ mod show;
 pub mod told;
 
 use clap::{Subcommand, ValueEnum};
-use gantry_resources::json;
-use gantry_resources::{
-    Allow, GroupType, Groups, HostDevice, HostPaths, NO_USB, ResourceGroup, Rule, lacks,
-};
+use gantry_resources::base::HostPaths;
+use gantry_resources::base::json;
+use gantry_resources::inventory::{Allow, HostDevice, lacks};
+use gantry_resources::pools::{GroupType, Groups, NO_USB, ResourceGroup, Rule};
 use serde::de::DeserializeOwned;
 
 use crate::report::Failure;

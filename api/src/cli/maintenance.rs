@@ -1,8 +1,9 @@
 //! `gantry maintenance`: no new VM starts, and those that run can be seen.
 
 use clap::{Args, Subcommand};
-use gantry_resources::{
-    HostPaths, Maintenance, RunningVm, begin_maintenance, end_maintenance, maintenance, running_vms,
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{
+    Maintenance, RunningVm, begin_maintenance, end_maintenance, maintenance, running_vms,
 };
 use serde::Serialize;
 

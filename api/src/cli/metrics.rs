@@ -8,7 +8,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use gantry_resources::{Groups, HostPaths};
+use gantry_resources::base::HostPaths;
+use gantry_resources::pools::Groups;
 
 use super::group::{Counts, counts};
 use super::vm::metrics_of_all;

@@ -22,7 +22,9 @@ use anstream::ColorChoice;
 #[cfg(test)]
 use clap::FromArgMatches;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
-use gantry_resources::{ChildWriter, HostPaths, reap};
+use gantry_resources::base::HostPaths;
+use gantry_resources::making::reap;
+use gantry_resources::moving::ChildWriter;
 use tracing::Level;
 
 use crate::http::{REMOVE_SOCKET, RemoverArgs, remover_helper};
@@ -235,10 +237,10 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Completions(args) => generate::completions(&args, Cli::command())?,
         Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
-        Command::Open { args } => return Ok(gantry_resources::opener_helper(&args)),
+        Command::Open { args } => return Ok(gantry_resources::opener::opener_helper(&args)),
         Command::RemoveSocket(args) => return Ok(remover_helper(&args.path, &args.run)),
-        Command::Restore { args } => return Ok(gantry_resources::restore_helper(&args)),
-        Command::SysfsWrite { args } => return Ok(gantry_resources::write_helper(&args)),
+        Command::Restore { args } => return Ok(gantry_resources::making::restore_helper(&args)),
+        Command::SysfsWrite { args } => return Ok(gantry_resources::moving::write_helper(&args)),
     }
     Ok(ExitCode::SUCCESS)
 }

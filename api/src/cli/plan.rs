@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use clap::{Args, Subcommand};
-use gantry_resources::{
-    DeviceEntry, Groups, HostPaths, Plan, PlanSize, Plans, aliases, change_plan, create_plan,
-    delete_plan,
+use gantry_resources::base::HostPaths;
+use gantry_resources::pools::{
+    DeviceEntry, Groups, Plan, PlanSize, Plans, aliases, change_plan, create_plan, delete_plan,
 };
 use serde::Serialize;
 

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{Holder, HostPaths, Maintenance, announce, maintenance};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{Holder, Maintenance, announce, maintenance};
 
 use crate::cli::group::fit;
 use crate::config::{self, Extras, Source};

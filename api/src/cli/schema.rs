@@ -1,7 +1,7 @@
 //! `gantry schema`: what the JSON files may hold, for editors and programs.
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{Groups, Plans};
+use gantry_resources::pools::{Groups, Plans};
 
 use crate::output::print_json;
 use crate::report::Failure;

@@ -4,7 +4,8 @@ mod change;
 mod owned;
 
 use clap::Subcommand;
-use gantry_resources::{HostPaths, Tenant, Tenants};
+use gantry_resources::base::HostPaths;
+use gantry_resources::pools::{Tenant, Tenants};
 use nix::unistd::{User, geteuid};
 
 use crate::report::{Failure, USAGE};

@@ -10,7 +10,7 @@ mod watch;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use gantry_resources::HostPaths;
+use gantry_resources::base::HostPaths;
 
 use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmmPing};

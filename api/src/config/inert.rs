@@ -3,7 +3,7 @@
 //! A file written for Cloud Hypervisor often spells out defaults. Those that mean "no such thing"
 //! pass; anything else is refused by name, so that nobody believes to have what is not there.
 
-use gantry_resources::json::{Document, Entry, Node, Value, join, unknown_key};
+use gantry_resources::base::json::{Document, Entry, Node, Value, join, unknown_key};
 
 /// What an inert key may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,8 +11,9 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::json::{Document, JsonError};
-use gantry_resources::{HostPaths, Request, read_text};
+use gantry_resources::base::json::{Document, JsonError};
+use gantry_resources::base::{HostPaths, read_text};
+use gantry_resources::pools::Request;
 use gantry_vmm::NumaPolicy;
 use gantry_vmm::command::{Attach, DeviceSelector};
 pub use model::{AddDevice, DeviceConfig, PlanDevices};

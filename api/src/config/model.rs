@@ -5,7 +5,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{Allow, DeviceName, InterruptNeed, NumaPolicy, Request, Source, Traits};
+use gantry_resources::base::DeviceName;
+use gantry_resources::inventory::Allow;
+use gantry_resources::pools::{InterruptNeed, NumaPolicy, Request, Source, Traits};
 use gantry_vmm::NamedRequest;
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};

@@ -4,7 +4,7 @@ mod any_json;
 
 use std::path::{Path, PathBuf};
 
-use gantry_resources::Request;
+use gantry_resources::pools::Request;
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
@@ -771,7 +771,7 @@ fn slots_are_there_where_they_are_asked_for() {
     assert_eq!((whole.slots, whole.window), (4, Some(128 << 30)));
     assert_eq!(
         whole.from,
-        [gantry_resources::Source::Group("gpu".to_owned())]
+        [gantry_resources::pools::Source::Group("gpu".to_owned())]
     );
     for (members, words) in [
         ("\"slots\": 97", "97 is too many: at most 96"),
@@ -863,7 +863,7 @@ fn a_plan_says_what_the_file_does_not() {
     let loaded = |members: &str| {
         std::fs::write(folder.path("vm.json"), file(members)).unwrap();
         let extras = Extras {
-            host: gantry_resources::HostPaths::under(folder.0.path()),
+            host: gantry_resources::base::HostPaths::under(folder.0.path()),
             ..Extras::default()
         };
         load(&Source::File(folder.path("vm.json")), &extras)

@@ -8,11 +8,10 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use gantry_resources::json::join;
-use gantry_resources::{
-    Allow, DeviceName, GroupType, Groups, HostPaths, NO_USB, Plan, Request, Source, Wish,
-    open_below, open_regular,
-};
+use gantry_resources::base::json::join;
+use gantry_resources::base::{DeviceName, HostPaths, open_below, open_regular};
+use gantry_resources::inventory::Allow;
+use gantry_resources::pools::{GroupType, Groups, NO_USB, Plan, Request, Source, Wish};
 use gantry_vmm::{
     CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, NumaPolicy, Payload, SerialMode,
     VcpuCount,
@@ -322,7 +321,7 @@ fn asked(
     }
     let mut asked = devices(configs.unwrap_or_default(), context.allow_ungrouped)?;
     if let Some(text) = aliases {
-        let more = gantry_resources::aliases(&text).map_err(|error| {
+        let more = gantry_resources::pools::aliases(&text).map_err(|error| {
             let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
             invalid("pci_passthrough:alias", error, help)
         })?;

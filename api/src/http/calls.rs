@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry_resources::json::{Document, JsonError};
-use gantry_resources::{Maintenance, maintenance};
+use gantry_resources::base::json::{Document, JsonError};
+use gantry_resources::holding::{Maintenance, maintenance};
 use gantry_vmm::Error;
 use gantry_vmm::command::{
     Answer, Command, CommandError, DeferredConfig, Detach, DeviceCounters, VmInfo,

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use gantry_resources::OpenerError;
+use gantry_resources::opener::OpenerError;
 use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
@@ -244,7 +244,7 @@ fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
 
 #[cfg(test)]
 mod tests {
-    use gantry_resources::AllocateError;
+    use gantry_resources::allocation::AllocateError;
 
     use super::*;
 
@@ -259,7 +259,7 @@ mod tests {
             bdf: "0000:01:00.0".parse().unwrap(),
         };
         assert_eq!(status(twice.into()), StatusCode::CONFLICT);
-        let unreadable = gantry_resources::InventoryError::Sysfs {
+        let unreadable = gantry_resources::inventory::InventoryError::Sysfs {
             path: "/sys/bus/pci".into(),
             source: std::io::ErrorKind::PermissionDenied.into(),
         };

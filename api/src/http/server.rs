@@ -66,7 +66,7 @@ pub struct Identity {
     /// Devices named by path may be in no group.
     pub allow_ungrouped: bool,
     /// Where the host keeps things.
-    pub host: gantry_resources::HostPaths,
+    pub host: gantry_resources::base::HostPaths,
     /// Where the files that clients name must lie; anywhere if absent.
     pub folders: Option<gantry_vmm::Folders>,
 }

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{DeviceName, Source};
+use gantry_resources::base::DeviceName;
+use gantry_resources::pools::Source;
 use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -4,7 +4,8 @@ use std::fs;
 use std::io::Write;
 use std::process::Stdio;
 
-use gantry_resources::{Holder, HostPaths, announce};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{Holder, announce};
 use serde_json::Value;
 
 use crate::host::{Done, Host, first_words};

@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use gantry_api::http::{Events, Identity, Limits, Server, Socket, Stop, Vm};
-use gantry_resources::{HostPaths, Request};
+use gantry_resources::base::HostPaths;
+use gantry_resources::pools::Request;
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
     Answer, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceSelector,

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_api::http::{Events, Limits, Vm};
-use gantry_resources::{HostPaths, begin_maintenance, end_maintenance};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{begin_maintenance, end_maintenance};
 use gantry_vmm::command::{Command, CommandError, Reply, VmEvent, VmInfo};
 
 use crate::fake::{Bed, parted, rest, serve};

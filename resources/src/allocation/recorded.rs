@@ -271,7 +271,7 @@ fn nvswitches_are_devices_and_ports_are_none() {
 fn other_hardware_at_an_address_is_named() {
     let host = crate::fixture::FakeHost::new(&[]);
     let mut devices = hosts::workstation();
-    let rule = crate::Rule::of_device(&devices[2]);
+    let rule = crate::pools::rule::Rule::of_device(&devices[2]);
     let text = serde_json::json!({"groups": [{"name": "one", "rules": [rule]}]}).to_string();
     host.file("etc/groups.json", &text);
     devices[2].id.device = 0x1c31;

@@ -33,7 +33,7 @@ fn exact(address: &str) -> Request {
     Request::Device {
         bdf: bdf(address),
         allow_ungrouped: false,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     }
 }
 
@@ -349,7 +349,7 @@ fn exact_devices_are_refused_with_their_reason() {
     let request = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     assert_eq!(
         allocate(&host.paths, &[request], &vm("a")).unwrap().len(),
@@ -468,7 +468,7 @@ fn arbitrary_requests() -> impl Strategy<Value = Vec<Request>> {
     let device = (1u8..11, any::<bool>()).prop_map(|(bus, allow_ungrouped)| Request::Device {
         bdf: HostBdf::new(0, bus, 0, 0).unwrap(),
         allow_ungrouped,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     });
     prop::collection::vec(prop_oneof![group, device], 1..4)
 }

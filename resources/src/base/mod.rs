@@ -12,3 +12,13 @@ pub(crate) mod regular;
 pub(crate) mod sysfs;
 pub(crate) mod text;
 pub(crate) mod uuid;
+
+pub use atomic::make_dir;
+pub use bdf::{BdfError, HostBdf};
+pub use config::ConfigError;
+pub use helpers::reap_helpers;
+pub use host::HostPaths;
+pub use name::DeviceName;
+pub use numbers::Numbers;
+pub use regular::{open_below, open_regular, read_regular, read_text};
+pub use uuid::Uuid;

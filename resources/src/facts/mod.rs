@@ -12,3 +12,9 @@ pub(crate) mod process;
 pub(crate) mod reserved;
 pub(crate) mod topology;
 pub(crate) mod vgpu;
+
+pub use ids::{PciClass, PciId};
+pub use memlock::memlock_limit;
+pub use nvme::Nvme;
+pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
+pub use topology::{HostNode, host_nodes, node_of, online_cpus};

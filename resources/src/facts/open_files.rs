@@ -234,7 +234,7 @@ mod tests {
         ]);
         let kernel = FakeKernel::new(&host);
         let numvfs = host.paths.pci_device(bdf("03:00.0")).join("sriov_numvfs");
-        crate::SysfsWriter::write(&kernel, &numvfs, "1").unwrap();
+        crate::moving::writer::SysfsWriter::write(&kernel, &numvfs, "1").unwrap();
         host.file("proc/77/comm", "qemu\n");
         host.file("proc/77/fd/0", "");
         let opens = |node: &str, fd: &str| {

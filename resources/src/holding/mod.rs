@@ -9,3 +9,12 @@ pub(crate) mod passing;
 pub(crate) mod quarantine;
 pub(crate) mod record;
 pub(crate) mod vgpu_records;
+
+pub use lock_file::holder;
+pub use maintenance::{
+    Maintenance, MaintenanceError, RunningVm, announce, begin_maintenance, end_maintenance,
+    maintenance, running_vms,
+};
+pub use own_files::own_files;
+pub use quarantine::shared_quarantine;
+pub use record::{Holder, LeaseStatus};

@@ -12,3 +12,13 @@ pub(crate) mod release;
 pub(crate) mod scan;
 pub(crate) mod tree;
 pub(crate) mod usb;
+
+pub use card::{Allow, Card, Terms, cards, is_reset, lacks};
+pub use device::{DeviceState, HostDevice, Sriov};
+pub use error::InventoryError;
+pub use mdev::{MdevDevice, MdevParent, Mdevs};
+pub use modules::{KernelModules, NoDriver};
+pub use release::release_quarantine;
+pub use scan::scan;
+pub use tree::{TreeNode, tree};
+pub use usb::{UsbDevice, scan_usb};

@@ -223,18 +223,6 @@ impl Blocked {
     }
 }
 
-/// The devices of the host that could not be given to a VM now, each with its first obstacle.
-pub fn blocked(devices: &[HostDevice]) -> Vec<Blocked> {
-    let pool = Pool::new(devices);
-    let blocked = |device: &HostDevice| {
-        Some(Blocked {
-            bdf: device.bdf,
-            obstacle: pool.obstacle(device)?,
-        })
-    };
-    devices.iter().filter_map(blocked).collect()
-}
-
 /// One look at the host, with its IOMMU groups at hand.
 pub(crate) struct Pool<'a> {
     groups: BTreeMap<u32, Vec<&'a HostDevice>>,

@@ -215,7 +215,7 @@ fn a_vm_is_given_only_what_its_file_names() {
     let exact = |address| Request::Device {
         bdf: bdf(address),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     refused(&opener, exact("03:00.0"));
     refused(&opener, Request::alias("nvme", 1));
@@ -237,7 +237,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let ungrouped = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     let (opener, _helper) = started(&host);
     opener.limit(only(&[])).unwrap();
@@ -263,7 +263,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let more = Request::Device {
         bdf: bdf("02:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     assert!(refused(&other, more).contains("at most 1 device at a time"));
     assert_eq!(held(&host).len(), 1);
@@ -275,7 +275,7 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
     let exact = |address, allow_ungrouped| Request::Device {
         bdf: bdf(address),
         allow_ungrouped,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     for own in [Request::group("nvme", 1), exact("01:00.0", false)] {
         let (opener, _helper) = started(&host);
@@ -317,7 +317,7 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     let exact = |address| Request::Device {
         bdf: bdf(address),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     refused(&opener, exact("02:00.0"));
     // Nor does one that cannot be opened, where the host is to blame.
@@ -378,7 +378,7 @@ fn what_does_not_arrive_whole_goes_back() {
             virtual_function: false,
             token: None,
             pool: None,
-            terms: crate::Terms::default(),
+            terms: crate::inventory::card::Terms::default(),
             locks: 1,
         };
         let devices = vec![leased(4), leased(5)];

@@ -9,3 +9,15 @@ pub(crate) mod sriov;
 pub(crate) mod tenant;
 pub(crate) mod vf_settings;
 pub(crate) mod vgpu;
+
+pub use group::{
+    Bind, Chosen, EditError, GroupChange, GroupError, GroupFiles, GroupType, Groups, NO_USB,
+    ResourceGroup, change_aliases, change_device_specs,
+};
+pub use nova::{Alias, DeviceSpec, NumaPolicy, Traits};
+pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
+pub use request::{DeviceEntry, InterruptNeed, Placement, Request, Source, Wish, aliases};
+pub use rule::Rule;
+pub use sriov::SriovSpec;
+pub use tenant::{Tenant, TenantFile, Tenants};
+pub use vgpu::{Instance, VgpuSpec};

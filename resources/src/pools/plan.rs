@@ -12,7 +12,7 @@ use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
 use crate::pools::group::is_name;
-use crate::pools::request::{DeviceEntry, Request, RequestError, Requests};
+use crate::pools::request::{DeviceEntry, Request, RequestError, aliases};
 
 /// What a VM gets that names the plan, as far as its own file does not say otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -90,12 +90,14 @@ impl Plan {
 
     /// The devices of the plan, as requests.
     pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
-        let requests = Requests {
-            devices: Some(self.devices.clone()),
-            aliases: self.aliases.clone(),
-            ..Requests::default()
-        };
-        requests.requests(false)
+        let entries = self.devices.iter().enumerate();
+        let mut requests = entries
+            .map(|(index, entry)| entry.request(index, false))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(text) = &self.aliases {
+            requests.extend(aliases(text)?);
+        }
+        Ok(requests)
     }
 }
 

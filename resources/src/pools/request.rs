@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::base::bdf::{BdfError, HostBdf};
-use crate::base::config::{self, ConfigError};
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::inventory::card::Allow;
@@ -246,23 +245,6 @@ impl RequestError {
     }
 }
 
-/// The devices of a VM as JSON has them: the keys of a VM's file that ask for devices.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Requests {
-    /// Devices by group, alias or path.
-    #[serde(default)]
-    pub devices: Option<Vec<DeviceEntry>>,
-    /// Devices by aliases with counts.
-    #[serde(default, rename = "pci_passthrough:alias")]
-    pub aliases: Option<String>,
-    /// The NUMA nodes of the host that the VM is bound to.
-    #[serde(default)]
-    pub numa_nodes: BTreeSet<u32>,
-    /// A service plan.
-    #[serde(default)]
-    pub plan: Option<String>,
-}
-
 /// The interrupts that a device needs in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -318,30 +300,6 @@ pub struct DeviceEntry {
     /// Devices that nothing resets between two VMs are taken too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow_no_reset: Option<bool>,
-}
-
-impl Requests {
-    /// Reads them from JSON, which may hold other keys too; `name` is for errors alone.
-    pub fn read(name: &Path, text: &str) -> Result<Self, ConfigError> {
-        config::parse(name, text)
-    }
-
-    /// Whether devices are asked for beside those of a plan, which then do not count.
-    pub fn has_devices(&self) -> bool {
-        self.devices.is_some() || self.aliases.is_some()
-    }
-
-    /// The requests, in the order in which they stand.
-    pub fn requests(&self, allow_ungrouped: bool) -> Result<Vec<Request>, RequestError> {
-        let entries = self.devices.iter().flatten().enumerate();
-        let mut requests = entries
-            .map(|(index, entry)| entry.request(index, allow_ungrouped))
-            .collect::<Result<Vec<_>, _>>()?;
-        if let Some(text) = &self.aliases {
-            requests.extend(aliases(text)?);
-        }
-        Ok(requests)
-    }
 }
 
 impl DeviceEntry {

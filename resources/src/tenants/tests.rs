@@ -3,12 +3,15 @@
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::allocation::allocate;
 use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
 use crate::holding::lock_file::lock_path;
+use crate::holding::maintenance::running_vms;
+use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::moving::bind::{BindRequest, reattach};
 use crate::pools::group::Groups;
-use crate::{Holder, Request, allocate, running_vms};
+use crate::pools::request::Request;
 use std::collections::BTreeSet;
 
 /// Three disks with the host, two of them neighbours; a group takes them all.
@@ -56,7 +59,7 @@ fn scope(host: &FakeHost, name: &str) -> HostPaths {
     tenants.find(name).unwrap().scope(&host.paths)
 }
 
-fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::Lease>, String> {
+fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::allocation::Lease>, String> {
     let holder = Holder {
         vm: format!("vm of {group}"),
         pid: std::process::id(),
@@ -128,7 +131,7 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
     let exact = [Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     }];
     let holder = Holder {
         vm: "x".to_owned(),
@@ -246,7 +249,7 @@ fn make_everything_anew() {
         disk.bdf,
         disk.id,
         "it hangs",
-        crate::Until::Boot,
+        crate::holding::quarantine::Until::Boot,
     )
     .unwrap();
     let HostPaths {
@@ -298,8 +301,8 @@ fn a_tenant_whose_vm_runs_stays() {
         vm: "x".to_owned(),
         pid,
     };
-    let _hosts = crate::announce(&host.paths, &vm(7)).unwrap();
-    let running = crate::announce(&scope(&host, "a"), &vm(8)).unwrap();
+    let _hosts = crate::holding::maintenance::announce(&host.paths, &vm(7)).unwrap();
+    let running = crate::holding::maintenance::announce(&scope(&host, "a"), &vm(8)).unwrap();
     // The record is the tenant's own, and may name anybody's process.
     let delete = || delete_tenant(&host.paths, "a").unwrap_err().to_string();
     let said = delete();
@@ -484,7 +487,8 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
     revoke(&host.paths, kernel.access(), "a", &[bdf("02:00.0")]).unwrap();
     // One VM under many names.
-    let running = crate::announce(&scope(&host, "a"), &holder_of("x", 7)).unwrap();
+    let running =
+        crate::holding::maintenance::announce(&scope(&host, "a"), &holder_of("x", 7)).unwrap();
     let vms = run.join("vms");
     for index in 0..400 {
         fs::hard_link(vms.join("7.lock"), vms.join(format!("{index}"))).unwrap();
@@ -503,7 +507,7 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     pipe(&vms.join("7.lock"));
     assert_eq!(running_vms(&host.paths).unwrap(), []);
     fs::remove_dir_all(&vms).unwrap();
-    let _running = crate::announce(&host.paths, &holder_of("x", 1)).unwrap();
+    let _running = crate::holding::maintenance::announce(&host.paths, &holder_of("x", 1)).unwrap();
     symlink(host.paths.run.join("vms"), &vms).unwrap();
     assert_eq!(running_vms(&host.paths).unwrap().len(), 1, "not seen twice");
 }
@@ -678,7 +682,7 @@ fn a_user_who_is_not_there_is_named_with_the_line() {
 fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() {
     use crate::holding::quarantine::quarantine;
     use crate::inventory::release::release_quarantine;
-    let until = crate::Until::Released;
+    let until = crate::holding::quarantine::Until::Released;
     let host = host();
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
@@ -727,7 +731,7 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
         stuck.bdf,
         stuck.id,
         "it hangs",
-        crate::Until::Boot,
+        crate::holding::quarantine::Until::Boot,
     )
     .unwrap();
     let all = ["01:00.0", "02:00.0", "02:00.1"].map(bdf);

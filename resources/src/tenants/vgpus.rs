@@ -121,15 +121,18 @@ pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::{Lease, allocate};
     use crate::fixture::{Fake, FakeHost, FakeKernel};
     use crate::holding::device_lock::DeviceLock;
     use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
+    use crate::holding::record::Holder;
     use crate::holding::record::LeaseRecord;
+    use crate::making::vgpu::{make_ahead, unmake_ahead};
+    use crate::pools::group::Groups;
+    use crate::pools::request::Request;
     use crate::pools::tenant::TenantFile;
+    use crate::tenants::{Grant, Granted, grant};
     use crate::tenants::{create_tenant, delete_tenant};
-    use crate::{
-        Grant, Granted, Groups, Holder, Lease, Request, allocate, grant, make_ahead, unmake_ahead,
-    };
     use std::fs;
     use std::time::Duration;
 
@@ -145,7 +148,7 @@ mod tests {
         name: &str,
         devices: Granted<'_>,
         group: Option<&str>,
-    ) -> Result<Vec<crate::DeviceName>, TenantError> {
+    ) -> Result<Vec<crate::base::name::DeviceName>, TenantError> {
         let wanted = Grant {
             devices,
             group,

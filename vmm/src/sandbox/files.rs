@@ -11,7 +11,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{Groups, HostPaths, own_files, shared_quarantine};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{own_files, shared_quarantine};
+use gantry_resources::pools::Groups;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,

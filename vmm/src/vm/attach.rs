@@ -10,7 +10,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{Opener, Request};
+use gantry_resources::opener::Opener;
+use gantry_resources::pools::Request;
 
 use super::domain::{Domain, RamRanges};
 use super::host_devices::{self, AttachedDevice, Claimed};

@@ -7,9 +7,12 @@ use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::{
-    Holder, HostPaths, Limit, Opener, Placement, ToCome, allocate_near, node_of, to_come,
-};
+use gantry_resources::allocation::allocate_near;
+use gantry_resources::base::HostPaths;
+use gantry_resources::facts::node_of;
+use gantry_resources::holding::Holder;
+use gantry_resources::opener::{Limit, Opener, ToCome, to_come};
+use gantry_resources::pools::Placement;
 
 use super::Vm;
 use super::attach::{Room, Worker, Workshop};
@@ -160,7 +163,7 @@ impl HotplugSetup {
             domain: domain.map_or_else(Weak::new, Arc::downgrade),
             ram: machine.ram.ranges(),
             room: room(layout),
-            memlock: gantry_resources::memlock_limit(&context.host),
+            memlock: gantry_resources::facts::memlock_limit(&context.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
             declared: !config.hotplug.from.is_empty(),
             context: context.clone(),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use std::{fs::File, path::Path};
 
 use gantry_devices::mapping::HostMapping;
-use gantry_resources::BUSY_PATIENCE;
+use gantry_resources::opener::BUSY_PATIENCE;
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group};
 
 use crate::error::Error;

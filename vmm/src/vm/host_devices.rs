@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError, SlotGuard};
-use gantry_resources::{
-    DeviceName, HeldLease, HostBdf, HostPaths, Lease, Opened, OpenerError, ReservedKind,
-    ReservedRegion, Terms, Uuid,
-};
+use gantry_resources::allocation::Lease;
+use gantry_resources::base::{DeviceName, HostBdf, HostPaths, Uuid};
+use gantry_resources::facts::{ReservedKind, ReservedRegion};
+use gantry_resources::inventory::Terms;
+use gantry_resources::opener::{HeldLease, Opened, OpenerError};
 use gantry_vfio::host::{Attachment, Container, Group, VfioDevice};
 use gantry_vfio::pci::PassthroughDevice;
 
@@ -283,7 +284,7 @@ impl Claimed {
             let group = group_of(lease)?;
             if !numbers.contains(&group) {
                 numbers.push(group);
-                let regions = gantry_resources::reserved_regions(host, group)?;
+                let regions = gantry_resources::facts::reserved_regions(host, group)?;
                 reserved.extend(regions.iter().filter_map(forbidden));
             }
         }
@@ -304,7 +305,7 @@ impl Claimed {
                     virtual_function: lease.is_virtual_function(),
                 },
                 token: lease.token(),
-                pool: gantry_resources::pool_of(host, lease.name()),
+                pool: gantry_resources::opener::pool_of(host, lease.name()),
                 terms: lease.terms(),
                 group: group.ok_or(missing)?,
                 domain: Arc::clone(&domain),

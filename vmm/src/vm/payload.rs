@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use gantry_resources::{open_below, open_regular};
+use gantry_resources::base::{open_below, open_regular};
 use nix::fcntl::OFlag;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 

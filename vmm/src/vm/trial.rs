@@ -2,7 +2,7 @@
 
 use std::io;
 
-use gantry_resources::HostPaths;
+use gantry_resources::base::HostPaths;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::payload::OpenPayload;

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use gantry_resources::{HostPaths, Plans, Request, source_of, ungrouped};
+use gantry_resources::base::HostPaths;
+use gantry_resources::opener::{source_of, ungrouped};
+use gantry_resources::pools::{Plans, Request};
 
 use crate::command::{
     Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceSelector, EventSink,

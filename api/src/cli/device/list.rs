@@ -3,9 +3,9 @@
 use std::cmp::Ordering;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{
-    DeviceState, Groups, HostDevice, HostPaths, KernelModules, Mdevs, is_reset, scan,
-};
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{DeviceState, HostDevice, KernelModules, Mdevs, is_reset, scan};
+use gantry_resources::pools::Groups;
 use serde::Serialize;
 use serde::ser::SerializeSeq;
 

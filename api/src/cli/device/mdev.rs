@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{DeviceState, Groups, HostPaths, MdevDevice, MdevParent, Mdevs};
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{DeviceState, MdevDevice, MdevParent, Mdevs};
+use gantry_resources::pools::Groups;
 use serde::Serialize;
 
 use super::state_word;

@@ -1,6 +1,7 @@
 //! `gantry device list --type nvme`: NVMe controllers with what they say of themselves and their disks.
 
-use gantry_resources::{HostDevice, Nvme};
+use gantry_resources::facts::Nvme;
+use gantry_resources::inventory::HostDevice;
 
 use super::list::state_word;
 use crate::table::{Column, Give};

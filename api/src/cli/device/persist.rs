@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{
-    Bind, Groups, HostBdf, HostPaths, PersistBy, Persistent, ResourceGroup, persist,
-    persist_functions, persist_unit, scan,
-};
+use gantry_resources::base::{HostBdf, HostPaths};
+use gantry_resources::inventory::scan;
+use gantry_resources::moving::{PersistBy, Persistent, persist, persist_functions, persist_unit};
+use gantry_resources::pools::{Bind, Groups, ResourceGroup};
 
 use crate::output::{print, print_json};
 use crate::report::{Failure, USAGE};

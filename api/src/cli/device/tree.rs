@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use clap::Args;
-use gantry_resources::{
-    DeviceState, Groups, HostBdf, HostDevice, HostPaths, Mdevs, PciId, Sriov, TreeNode, Uuid, scan,
-    tree,
-};
+use gantry_resources::base::{HostBdf, HostPaths, Uuid};
+use gantry_resources::facts::PciId;
+use gantry_resources::inventory::{DeviceState, HostDevice, Mdevs, Sriov, TreeNode, scan, tree};
+use gantry_resources::pools::Groups;
 use serde::Serialize;
 
 use super::state_word;

@@ -1,6 +1,8 @@
 //! `gantry device list --type usb`: the USB devices of the host.
 
-use gantry_resources::{Groups, HostPaths, UsbDevice, scan_usb};
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{UsbDevice, scan_usb};
+use gantry_resources::pools::Groups;
 use serde::Serialize;
 
 use super::list::shown;

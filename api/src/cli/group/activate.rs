@@ -3,11 +3,13 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{
-    Bind, ChildWriter, Groups, HostAccess, HostPaths, Netlink, ResourceGroup, SriovError,
-    SriovReport, SysfsWriter, VgpuError, VgpuReport, activate, deactivate, make_ahead,
-    unmake_ahead,
+use gantry_resources::base::HostPaths;
+use gantry_resources::making::{
+    HostAccess, Netlink, SriovError, SriovReport, VgpuError, VgpuReport, activate, deactivate,
+    make_ahead, unmake_ahead,
 };
+use gantry_resources::moving::{ChildWriter, SysfsWriter};
+use gantry_resources::pools::{Bind, Groups, ResourceGroup};
 use serde::Serialize;
 
 use crate::output::{print, print_json};

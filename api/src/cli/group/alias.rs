@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 
 use clap::Args;
-use gantry_resources::{
-    Alias, DeviceSpec, Groups, HostDevice, HostPaths, Placement, Request, change_aliases,
-    change_device_specs, fit, scan,
+use gantry_resources::allocation::fit;
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{HostDevice, scan};
+use gantry_resources::pools::{
+    Alias, DeviceSpec, Groups, Placement, Request, change_aliases, change_device_specs,
 };
 use serde::Serialize;
 

@@ -3,9 +3,11 @@
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use gantry_resources::{
-    BdfError, Bind, Chosen, EditError, GroupChange, GroupFiles, HostBdf, HostDevice, HostPaths,
-    Plans, ResourceGroup, Rule, SriovSpec, UsbDevice, VgpuSpec, scan_usb,
+use gantry_resources::base::{BdfError, HostBdf, HostPaths};
+use gantry_resources::inventory::{HostDevice, UsbDevice, scan_usb};
+use gantry_resources::pools::{
+    Bind, Chosen, EditError, GroupChange, GroupFiles, Plans, ResourceGroup, Rule, SriovSpec,
+    VgpuSpec,
 };
 
 use super::told::{Before, Hardware};

@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use gantry_resources::{
-    Fit, HostPaths, Instance, Placement, Request, RequestFit, aliases, fit, read_regular, read_text,
-};
+use gantry_resources::allocation::{Fit, RequestFit, fit};
+use gantry_resources::base::{HostPaths, read_regular, read_text};
+use gantry_resources::pools::{Instance, Placement, Request, aliases};
 
 use crate::config::{self, Extras, LONGEST, Written};
 use crate::output::{print, print_json};

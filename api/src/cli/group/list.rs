@@ -1,10 +1,11 @@
 //! `gantry group list`: the groups with what they hold.
 
 use clap::Args;
-use gantry_resources::{
-    Bind, Card, DeviceState, Groups, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs,
-    ResourceGroup, UsbDevice, Uuid, cards, scan, scan_usb,
+use gantry_resources::base::{HostBdf, HostPaths, Uuid};
+use gantry_resources::inventory::{
+    Card, DeviceState, HostDevice, MdevDevice, Mdevs, UsbDevice, cards, scan, scan_usb,
 };
+use gantry_resources::pools::{Bind, Groups, ResourceGroup};
 use serde::Serialize;
 
 use crate::output::{print, print_json};

@@ -4,10 +4,10 @@ use std::io::{self, Write};
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use gantry_resources::{
-    DeviceState, GroupType, Groups, HostBdf, HostDevice, HostPaths, PciClass, PciId, Rule,
-    UsbDevice, scan,
-};
+use gantry_resources::base::{HostBdf, HostPaths};
+use gantry_resources::facts::{PciClass, PciId};
+use gantry_resources::inventory::{DeviceState, HostDevice, UsbDevice, scan};
+use gantry_resources::pools::{GroupType, Groups, Rule};
 use serde::Serialize;
 
 use crate::cli::device::{has_column, state_word, usb};

@@ -3,9 +3,9 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{
-    Bind, GroupType, Groups, HostDevice, HostPaths, Mdevs, ResourceGroup, SriovSpec, VgpuSpec, scan,
-};
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{HostDevice, Mdevs, scan};
+use gantry_resources::pools::{Bind, GroupType, Groups, ResourceGroup, SriovSpec, VgpuSpec};
 use serde::Serialize;
 
 use super::lacking;

@@ -4,10 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::{
-    Bind, DeviceState, GroupFiles, GroupType, Groups, HostDevice, HostPaths, ResourceGroup,
-    UsbDevice, scan, scan_usb,
-};
+use gantry_resources::base::HostPaths;
+use gantry_resources::inventory::{DeviceState, HostDevice, UsbDevice, scan, scan_usb};
+use gantry_resources::pools::{Bind, GroupFiles, GroupType, Groups, ResourceGroup};
 use serde::Serialize;
 use serde_json::Value;
 

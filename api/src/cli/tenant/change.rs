@@ -4,9 +4,12 @@ use std::path::PathBuf;
 use std::slice;
 
 use clap::Args;
-use gantry_resources::{
-    ChildWriter, DeviceName, Grant, Granted, HostAccess, HostBdf, HostPaths, Netlink, TenantError,
-    TenantFile, Tenants, Uuid, create_tenant, delete_tenant, edit_tenant, grant, revoke,
+use gantry_resources::base::{DeviceName, HostBdf, HostPaths, Uuid};
+use gantry_resources::making::{HostAccess, Netlink};
+use gantry_resources::moving::ChildWriter;
+use gantry_resources::pools::{TenantFile, Tenants};
+use gantry_resources::tenants::{
+    Grant, Granted, TenantError, create_tenant, delete_tenant, edit_tenant, grant, revoke,
     revoke_mdevs,
 };
 use serde::Serialize;

@@ -1,10 +1,10 @@
 //! `gantry tenant list` and `show`: what tenants own.
 
 use clap::Args;
-use gantry_resources::{
-    DeviceName, DeviceState, HostBdf, HostDevice, HostPaths, MdevDevice, Mdevs, PciId, Tenant,
-    TenantFile, Tenants, Uuid, cards, scan,
-};
+use gantry_resources::base::{DeviceName, HostBdf, HostPaths, Uuid};
+use gantry_resources::facts::PciId;
+use gantry_resources::inventory::{DeviceState, HostDevice, MdevDevice, Mdevs, cards, scan};
+use gantry_resources::pools::{Tenant, TenantFile, Tenants};
 use serde::Serialize;
 
 use crate::cli::device::state_word;

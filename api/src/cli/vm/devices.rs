@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use gantry_resources::{DeviceName, HostPaths, InterruptNeed, NumaPolicy};
+use gantry_resources::base::{DeviceName, HostPaths};
+use gantry_resources::pools::{InterruptNeed, NumaPolicy};
 use serde::de::IntoDeserializer;
 use serde::de::value::StringDeserializer;
 use serde::{Deserialize, Serialize};

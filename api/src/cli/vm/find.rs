@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use gantry_resources::{HostPaths, RunningVm, Tenants, running_vms};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{RunningVm, running_vms};
+use gantry_resources::pools::Tenants;
 
 use crate::http::client::{Client, ClientError};
 use crate::http::wire::VmmPing;

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::{HostPaths, Numbers};
+use gantry_resources::base::{HostPaths, Numbers};
 
 use super::{find, watch};
 use crate::http::wire::{Device, Placement, VmInfo};

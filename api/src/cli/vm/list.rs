@@ -4,7 +4,8 @@ use std::fmt;
 use std::num::NonZeroU32;
 
 use clap::Args;
-use gantry_resources::{HostPaths, RunningVm, running_vms};
+use gantry_resources::base::HostPaths;
+use gantry_resources::holding::{RunningVm, running_vms};
 use serde::Serialize;
 
 use super::{find, is_stopped};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use gantry_resources::HostPaths;
+use gantry_resources::base::HostPaths;
 use serde::Serialize;
 use tokio::time::Instant;
 

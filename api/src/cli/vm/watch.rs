@@ -1,7 +1,7 @@
 //! `gantry vm events` and `gantry vm metrics`: what a VM tells of itself.
 
 use clap::Args;
-use gantry_resources::HostPaths;
+use gantry_resources::base::HostPaths;
 
 use super::{VmArgs, find};
 use crate::http::wire::{Device, Event};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gantry_resources::Numbers;
+use gantry_resources::base::Numbers;
 use gantry_vmm::{NumaPolicy, VcpuCount};
 
 use super::{Invalid, invalid, model};

@@ -1,6 +1,6 @@
 //! What a service plan says where a VM's file does not.
 
-use gantry_resources::{Plan, PlanSize, Plans, Request};
+use gantry_resources::pools::{Plan, PlanSize, Plans, Request};
 use gantry_vmm::{MemorySize, VcpuCount};
 
 use super::{Context, Invalid, invalid, model};

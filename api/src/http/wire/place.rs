@@ -1,6 +1,6 @@
 //! Where a VM is on the host, as JSON.
 
-use gantry_resources::Numbers;
+use gantry_resources::base::Numbers;
 use gantry_vmm::command;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

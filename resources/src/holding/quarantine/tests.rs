@@ -43,7 +43,7 @@ fn a_device_is_kept_out_until_it_is_released() {
 #[test]
 fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
     let host = host();
-    let holder = crate::Holder {
+    let holder = crate::holding::record::Holder {
         vm: "a".to_owned(),
         pid: 1,
     };
@@ -51,8 +51,8 @@ fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
         "etc/groups.json",
         r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#,
     );
-    let wish = [crate::Request::group("g", 1)];
-    let lease = crate::allocate(&host.paths, &wish, &holder).unwrap();
+    let wish = [crate::pools::request::Request::group("g", 1)];
+    let lease = crate::allocation::allocate(&host.paths, &wish, &holder).unwrap();
     lease[0].set_aside("its reset failed");
     assert!(matches!(
         host.read("01:00.0").state(),
@@ -62,7 +62,7 @@ fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
     let reason = "its reset failed".to_owned();
     let quarantined = DeviceState::Quarantined { reason };
     assert_eq!(host.read("01:00.0").state(), quarantined);
-    let refused = crate::allocate(&host.paths, &wish, &holder).unwrap_err();
+    let refused = crate::allocation::allocate(&host.paths, &wish, &holder).unwrap_err();
     assert!(refused.to_string().contains("release-quarantine"));
     // A command that takes the lock writes it down before it takes its place.
     let record = LeaseRecord::task("a");

@@ -1,11 +1,11 @@
 //! Tests: taken and given back, with faults at every write and holders killed at every step.
 
 use super::*;
-use crate::allocation::{Lease, Recipient, allocate_with};
+use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::record::Holder;
+use crate::moving::bind::{BindRequest, detach};
 use crate::pools::request::{Placement, Request};
-use crate::{AllocateError, BindRequest, detach};
 
 const GROUPS: &str = r#"{"groups": [{"name": "gpus", "bind": "demand", "rules": [{"class": "03"}]},
     {"name": "disks", "bind": "demand", "rules": [{"class": "01"}]}]}"#;
@@ -236,7 +236,7 @@ fn a_use_is_written_down_and_taken_back_when_it_fails() {
         error.contains("1 in quarantine") && error.contains("used by VM 'a'"),
         "{error}"
     );
-    crate::release_quarantine(&host.paths, bdf("01:00.0")).unwrap();
+    crate::inventory::release::release_quarantine(&host.paths, bdf("01:00.0")).unwrap();
     take(&host, &kernel, "gpus").unwrap();
 }
 
@@ -278,7 +278,7 @@ fn a_device_that_hangs_is_not_touched_again() {
     let kernel = FakeKernel::new(&host);
     assert_eq!(reap(&host.paths, &kernel).unwrap(), []);
     assert!(kernel.written.borrow().is_empty());
-    crate::release_quarantine(&host.paths, bdf("03:00.0")).unwrap();
+    crate::inventory::release::release_quarantine(&host.paths, bdf("03:00.0")).unwrap();
     let mut kernel = FakeKernel::new(&host);
     kernel.claims.insert(bdf("03:00.0"), "nvme".to_owned());
     assert_eq!(reap(&host.paths, &kernel).unwrap(), [bdf("03:00.0")]);

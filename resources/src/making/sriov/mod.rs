@@ -38,7 +38,9 @@ use crate::pools::sriov::SriovSpec;
 use crate::pools::tenant::Tenants;
 use activation::Activation;
 pub use error::SriovError;
-pub use links::{Interface, LinkError, LinkWrite, VfLinks};
+#[cfg(test)]
+pub(crate) use links::LinkError;
+pub use links::{Interface, LinkWrite, VfLinks};
 pub use netlink::Netlink;
 pub use pf::LiveVf;
 pub(crate) use pf::Pf;

@@ -6,8 +6,7 @@ mod tenants;
 mod token;
 
 use super::*;
-use crate::AllocateError;
-use crate::allocation::{Lease, Recipient, allocate_with};
+use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung};
 use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;

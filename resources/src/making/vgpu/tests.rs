@@ -2,8 +2,7 @@
 //! kills at every write.
 
 use super::*;
-use crate::AllocateError;
-use crate::allocation::{Lease, Recipient, allocate_with, fit};
+use crate::allocation::{AllocateError, Lease, Recipient, allocate_with, fit};
 use crate::facts::vgpu::NVIDIA;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::host_lock::AllocationLock;
@@ -111,7 +110,7 @@ fn a_vm_gets_a_new_device_and_it_goes_with_it() {
     let groups = Groups::load(&host.paths).unwrap();
     assert!(matches!(
         mdevs.devices[0].state(),
-        crate::DeviceState::Assigned { vm: Some(vm) } if vm == "a"
+        crate::inventory::device::DeviceState::Assigned { vm: Some(vm) } if vm == "a"
     ));
     assert_eq!(
         groups.group_of_mdev(&mdevs.devices[0]).unwrap().name,
@@ -537,7 +536,7 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         )
         .unwrap();
         let found = || {
-            let report = crate::check(&host.paths, &[]).unwrap();
+            let report = crate::check::check(&host.paths, &[]).unwrap();
             report.findings.into_iter().find(|one| one.check == "vgpus")
         };
         let warned = found().unwrap();

@@ -1,12 +1,12 @@
 //! Tests: there and back, and a fault at every write.
 
 use super::*;
-use crate::Groups;
 use crate::allocation::allocate;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::record::Holder;
 use crate::inventory::device::DeviceState;
 use crate::moving::writer::WriteError;
+use crate::pools::group::Groups;
 use crate::pools::request::Request;
 use std::fs;
 use std::path::Path;
@@ -231,7 +231,7 @@ fn a_leased_device_stays_with_its_vm() {
     let gpu = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     let leases = allocate(
         &host.paths,
@@ -271,7 +271,7 @@ fn a_holder_that_is_killed_is_waited_for() {
     let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
     let mut kernel = FakeKernel::new(&host);
     kernel.claims.clear();
-    let vm = crate::Holder {
+    let vm = crate::holding::record::Holder {
         vm: "a".to_owned(),
         pid: 123,
     };
@@ -303,7 +303,7 @@ fn devices_cannot_be_leased_while_they_move() {
             let other = Request::Device {
                 bdf: bdf("02:00.0"),
                 allow_ungrouped: true,
-                allow: crate::Allow::default(),
+                allow: crate::inventory::card::Allow::default(),
             };
             let error = allocate(
                 &self.1.paths,
@@ -492,7 +492,7 @@ fn a_neighbour_with_pci_stub_is_out_of_the_way() {
     let disk = Request::Device {
         bdf: bdf("01:00.0"),
         allow_ungrouped: true,
-        allow: crate::Allow::default(),
+        allow: crate::inventory::card::Allow::default(),
     };
     allocate(
         &host.paths,

@@ -105,8 +105,12 @@ fn in_use(group: &str, device: DeviceName, lease: &LeaseStatus) -> EditError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::allocate;
     use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
-    use crate::{Groups, Holder, Request, allocate, make_ahead};
+    use crate::holding::record::Holder;
+    use crate::making::vgpu::make_ahead;
+    use crate::pools::group::Groups;
+    use crate::pools::request::Request;
 
     const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
 

@@ -180,13 +180,13 @@ fn an_interface_names_its_device_also_while_that_is_with_vfio() {
     };
     let all = ["0000:03:00.0", "0000:04:00.0", "its function"];
     assert_eq!(taken(), all);
-    let request = crate::BindRequest {
+    let request = crate::moving::bind::BindRequest {
         devices: &[bdf("03:00.0")],
         overrides: &[],
         dry_run: false,
     };
     let kernel = crate::fixture::FakeKernel::new(&host);
-    crate::detach(&host.paths, &kernel, &request).unwrap();
+    crate::moving::bind::detach(&host.paths, &kernel, &request).unwrap();
     std::fs::remove_file(host.paths.sysfs.join("class/net/eth0")).unwrap();
     assert_eq!(taken(), all);
 }
@@ -195,7 +195,7 @@ fn an_interface_names_its_device_also_while_that_is_with_vfio() {
 fn types_are_those_of_sriov() {
     let plain = gpu();
     let pf = HostDevice {
-        sriov: Some(crate::Sriov {
+        sriov: Some(crate::inventory::device::Sriov {
             total: 8,
             active: 0,
         }),
@@ -350,7 +350,7 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     );
     let host = FakeHost::new(&[]);
     let alias = |text: &str| serde_json::from_str::<Alias>(text).unwrap();
-    let add = |text: &str| crate::change_aliases(&host.paths, vec![alias(text)], &[]);
+    let add = |text: &str| crate::pools::group::change_aliases(&host.paths, vec![alias(text)], &[]);
     add(plain).unwrap();
     let error = add(&more(r#""device_type": "type-PF""#))
         .unwrap_err()
@@ -363,7 +363,7 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     let host = FakeHost::new(&[]);
     host.file("etc/groups.json", &format!(r#"{{"alias": [{plain}]}}"#));
     let other = alias(&more(r#""numa_policy": "socket""#));
-    let error = crate::change_aliases(&host.paths, vec![other], &[]).unwrap_err();
+    let error = crate::pools::group::change_aliases(&host.paths, vec![other], &[]).unwrap_err();
     assert!(
         error.to_string().contains("values of numa_policy"),
         "{error}"
@@ -384,9 +384,14 @@ fn an_alias_may_ask_for_what_a_spec_says_of_live_migration() {
         (r#"{"vendor_id": "*"}"#, [0, 1]),
     ] {
         host.file("etc/device_spec.json", spec);
-        let requests = ["yes", "no"].map(|name| crate::Request::alias(name, 1));
+        let requests = ["yes", "no"].map(|name| crate::pools::request::Request::alias(name, 1));
         let each = requests.map(|request| {
-            let fit = crate::fit(&host.paths, &[request], &crate::Placement::default()).unwrap();
+            let fit = crate::allocation::fit(
+                &host.paths,
+                &[request],
+                &crate::pools::request::Placement::default(),
+            )
+            .unwrap();
             fit.requests[0].free
         });
         assert_eq!(each, free, "{spec}");

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
-use gantry_resources::{DeviceName, Request};
+use gantry_resources::base::DeviceName;
+use gantry_resources::pools::Request;
 
 use super::{Devices, Label};
 use crate::command::{Answer, Attach, CommandError, DeviceInfo, Reply, VmEvent};
@@ -222,7 +223,11 @@ mod tests {
             request: Request::group("gpus", 1),
         };
         let devices: Vec<DeviceName> = ["01:00.0", "01:00.1", "02:00.0"]
-            .map(|bdf| bdf.parse::<gantry_resources::HostBdf>().unwrap().into())
+            .map(|bdf| {
+                bdf.parse::<gantry_resources::base::HostBdf>()
+                    .unwrap()
+                    .into()
+            })
             .into();
         let twice = |ids: [Option<&str>; 2]| {
             let asked = ids.map(asked);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::{PortIndex, SegmentError};
-use gantry_resources::DeviceName;
+use gantry_resources::base::DeviceName;
 
 use super::alarms::{AlarmKey, Alarms, Ears};
 use super::attach::Worker;

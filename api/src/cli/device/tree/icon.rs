@@ -1,6 +1,6 @@
 //! Icons of devices in a picture, by what they are.
 
-use gantry_resources::PciClass;
+use gantry_resources::facts::PciClass;
 
 /// What a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

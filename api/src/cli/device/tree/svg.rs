@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use gantry_resources::DeviceState;
+use gantry_resources::inventory::DeviceState;
 
 use super::Node;
 use super::icon::Icon;

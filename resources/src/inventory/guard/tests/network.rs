@@ -190,8 +190,13 @@ fn a_vm_on_demand_takes_no_port_of_a_bridge() {
         "etc/groups.json",
         r#"{"groups": [{"name": "nic", "bind": "demand", "rules": [{"slot": "02:00.0"}]}]}"#,
     );
-    let asked = [crate::Request::group("nic", 1)];
-    let found = crate::fit(&host.paths, &asked, &crate::Placement::default()).unwrap();
+    let asked = [crate::pools::request::Request::group("nic", 1)];
+    let found = crate::allocation::fit(
+        &host.paths,
+        &asked,
+        &crate::pools::request::Placement::default(),
+    )
+    .unwrap();
     let blocked: Vec<String> = found.requests[0]
         .blocked
         .iter()

@@ -6,21 +6,21 @@ use crate::pools::vf_settings::{Mac, VfState};
 /// The tenant `a`, of this user.
 fn tenant(host: &FakeHost) {
     let user = nix::unistd::User::from_uid(nix::unistd::geteuid());
-    let file = crate::TenantFile {
+    let file = crate::pools::tenant::TenantFile {
         user: user.unwrap().unwrap().name,
         description: String::new(),
     };
-    crate::create_tenant(&host.paths, "a", &file).unwrap();
+    crate::tenants::create_tenant(&host.paths, "a", &file).unwrap();
 }
 
 /// Gives it the first function.
-fn grant_first(host: &FakeHost, access: HostAccess<'_>) -> Result<(), crate::TenantError> {
-    let wanted = crate::Grant {
-        devices: crate::Granted::Functions(&[bdf(FIRST)]),
+fn grant_first(host: &FakeHost, access: HostAccess<'_>) -> Result<(), crate::tenants::TenantError> {
+    let wanted = crate::tenants::Grant {
+        devices: crate::tenants::Granted::Functions(&[bdf(FIRST)]),
         group: None,
         overrides: &[],
     };
-    crate::grant(&host.paths, access, "a", &wanted).map(drop)
+    crate::tenants::grant(&host.paths, access, "a", &wanted).map(drop)
 }
 
 /// A guest has changed what it may.
@@ -83,7 +83,7 @@ fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_sta
         vm: "a".to_owned(),
         pid: 1,
     };
-    let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
     crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
     assert_eq!(vlan(), Some(100));
     drop(lease);
@@ -188,7 +188,7 @@ fn what_is_put_back_half_way_is_put_back_by_the_next_command() {
     let half = seen(&host, &kernel).states;
     assert_eq!((half[0].mac, half[0].vlan), (before[0].mac, Some(77)));
     // Nor does it stay so when it is taken back.
-    crate::revoke(&host.paths, access, "a", &[bdf(FIRST)]).unwrap();
+    crate::tenants::revoke(&host.paths, access, "a", &[bdf(FIRST)]).unwrap();
     assert_eq!(seen(&host, &kernel).states, half);
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host, &kernel).states, before);
@@ -216,7 +216,7 @@ fn a_function_that_was_a_tenants_is_the_hosts_as_it_was_whatever_came_in_between
         } else {
             // In the place of the directory of what is owed.
             host.file("run/vf", "");
-            crate::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
+            crate::tenants::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
             reap_with(&host.paths, kernel.access()).unwrap();
             assert_eq!(seen(&host, &kernel).states, spoilt);
             fs::remove_file(host.paths.run.join("vf")).unwrap();
@@ -238,12 +238,12 @@ fn one_look_at_a_card_tells_of_all_its_functions() {
     up(&host, &kernel).unwrap();
     tenant(&host);
     let all = seen(&host, &kernel).functions;
-    let wanted = crate::Grant {
-        devices: crate::Granted::Functions(&all),
+    let wanted = crate::tenants::Grant {
+        devices: crate::tenants::Granted::Functions(&all),
         group: None,
         overrides: &[],
     };
-    crate::grant(&host.paths, kernel.access(), "a", &wanted).unwrap();
+    crate::tenants::grant(&host.paths, kernel.access(), "a", &wanted).unwrap();
     let links = Counts(&kernel, 0.into());
     granted::mend(&host.paths, &links);
     assert_eq!(links.1.get(), 1);
@@ -287,14 +287,14 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
         vm: "a".to_owned(),
         pid: 1,
     };
-    let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
     assert_eq!(lease[0].name(), bdf(FIRST));
     drop(lease);
     assert_eq!(seen(&host, &kernel).states, before);
     // What its guest changes is put back by the next command of root's, and not while a VM has it.
     let spoil = || self::spoil(&kernel);
     spoil();
-    let lease = crate::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
     reap_with(&scope, kernel.access()).unwrap();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_ne!(seen(&host, &kernel).states, before, "a VM has it");
@@ -312,7 +312,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     assert_eq!(seen(&host, &kernel).states, before);
     // And what is taken back is as it was.
     spoil();
-    crate::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
+    crate::tenants::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
     let records = crate::base::sysfs::entries(&host.paths.run.join("granted")).unwrap();
     assert_eq!((seen(&host, &kernel).states, records), (before, Vec::new()));
     down(&host, &kernel).unwrap();
