@@ -8,6 +8,7 @@ use gantry_resources::base::json::JsonError;
 use gantry_resources::opener::OpenerError;
 use gantry_resources::pools::{EditError, GroupError, PlanError};
 use gantry_resources::tenants::TenantError;
+use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
 
 /// The guest powered off, or the command did what it was asked.
@@ -55,8 +56,8 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
         if let Some(error) = error.downcast_ref::<gantry_vmm::Error>() {
             use gantry_vmm::Error as E;
             return match error {
-                E::Maintenance(_) | E::Opener(OpenerError::Busy(_)) => true,
-                E::Allocate(error) => error.is_temporary(),
+                E::Maintenance(_) | E::Device(DeviceError::Opener(OpenerError::Busy(_))) => true,
+                E::Device(DeviceError::Allocate(error)) => error.is_temporary(),
                 _ => false,
             };
         }
@@ -75,8 +76,8 @@ fn is_mistake(error: &(dyn Error + 'static)) -> bool {
     if let Some(error) = error.downcast_ref() {
         use gantry_vmm::Error as E;
         match error {
-            E::Allocate(error) => error.is_mistake(),
-            E::Opener(OpenerError::Mistaken(_)) | E::DuplicateId(_) => true,
+            E::Device(DeviceError::Allocate(error)) => error.is_mistake(),
+            E::Device(DeviceError::Opener(OpenerError::Mistaken(_))) | E::DuplicateId(_) => true,
             _ => false,
         }
     } else if let Some(error) = error.downcast_ref::<AllocateError>() {
@@ -111,15 +112,19 @@ fn chain<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn 
 mod tests {
     use super::*;
 
+    fn device_error(error: impl Into<DeviceError>) -> gantry_vmm::Error {
+        error.into().into()
+    }
+
     #[test]
     fn what_others_hold_is_a_reason_to_try_again() {
-        let busy = || gantry_vmm::Error::from(OpenerError::Busy("all are held".to_owned()));
+        let busy = || device_error(OpenerError::Busy("all are held".to_owned()));
         assert_eq!(status_of(&busy()), TRY_AGAIN);
         assert_eq!(status_of(&CommandError::from(busy())), TRY_AGAIN);
         assert_eq!(status_of(&CommandError::Busy), TRY_AGAIN);
         let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
         assert_eq!(status_of(&maintenance), TRY_AGAIN);
-        let refused = gantry_vmm::Error::from(OpenerError::Refused("not yours".to_owned()));
+        let refused = device_error(OpenerError::Refused("not yours".to_owned()));
         assert_eq!(status_of(&refused), FAILED);
     }
 
@@ -131,9 +136,9 @@ mod tests {
             near: None,
             known: Vec::new(),
         };
-        assert_eq!(status_of(&gantry_vmm::Error::from(group)), USAGE);
+        assert_eq!(status_of(&device_error(group)), USAGE);
         let by_opener = OpenerError::Mistaken("there is no group \"gpu\"".to_owned());
-        assert_eq!(status_of(&gantry_vmm::Error::from(by_opener)), USAGE);
+        assert_eq!(status_of(&device_error(by_opener)), USAGE);
         let group = GroupError::Unknown {
             name: name(),
             near: None,

@@ -81,7 +81,7 @@ impl NamedRequest {
             _ => usize::from(self.id.is_some() || address.is_some()),
         };
         let first = self.id.clone().or(address).unwrap_or_default();
-        (0..count).map(move |index| nth_name(&first, index))
+        (0..count).map(move |index| nth_id(&first, index))
     }
 
     /// The group or alias that they are asked for by.
@@ -102,7 +102,7 @@ impl From<Request> for NamedRequest {
 }
 
 /// What the device with this index is called of several that are named at once.
-pub fn nth_name(id: &str, index: usize) -> String {
+pub fn nth_id(id: &str, index: usize) -> String {
     match index {
         0 => id.to_owned(),
         index => format!("{id}-{index}"),

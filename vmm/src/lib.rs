@@ -3,23 +3,33 @@
 //! [`Vmm`] is the whole of it: it takes a validated [`VmConfig`], leases the host's devices, builds
 //! the machine, runs the guest until it ends, and gives everything back. Meanwhile clients reach the
 //! VM through its [`Handle`], with a [`command::Command`].
+//!
+//! The modules lie in floors, and each imports from those below it only:
+//!
+//! | floor | modules |
+//! |---|---|
+//! | the process | `vmm`: one VM after the other; the way in for clients |
+//! | one VM | `vm`: built, run, rebooted, ended |
+//! | its devices | `hotplug`: slots, and how devices come and go |
+//! | what clients see | `command`, `status`, `error` |
+//! | its parts | `passthrough`: devices of the host; `machine`: all that every VM has; `vcpus` |
+//! | terms and facts | `info`, `host`, `cpu`, `boot`, `kvm` |
+//! | ground | `config`, `layout`, `process`: threads, sandbox, events |
 
-mod address_space;
 mod boot;
 pub mod command;
 mod config;
-mod console;
-mod control;
 mod cpu;
 mod error;
+mod host;
+mod hotplug;
+mod info;
 mod kvm;
 mod layout;
-mod memory;
-mod placement;
-mod preflight;
-pub mod sandbox;
+mod machine;
+mod passthrough;
+mod process;
 mod status;
-pub mod threads;
 mod vcpus;
 mod vm;
 mod vmm;
@@ -31,7 +41,9 @@ pub use config::{
     VcpuCount, VmConfig,
 };
 pub use error::Error;
-pub use memory::release_program_pages;
-pub use sandbox::SeccompMode;
-pub use vm::check;
-pub use vmm::{Handle, Options, Outcome, Vmm};
+pub use machine::release_program_pages;
+pub use passthrough::DeviceError;
+pub use process::sandbox::SeccompMode;
+pub use process::{sandbox, threads};
+pub use vm::Outcome;
+pub use vmm::{Handle, Options, Vmm, check};

@@ -1,22 +1,21 @@
-//! What a VM is at the moment: status by the thread that owns it, and seen by any other without waking it.
+//! What a VM is at the moment: published by the thread that owns it, and read by any other without waking it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gantry_devices::events::{PlatformEvents, SlotState};
-use gantry_devices::pci::{GuestBdf, PciSegment, PortIndex};
+use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
 
-use crate::command::{DeviceInfo, DeviceState, VmInfo, VmState};
 use crate::config::VmConfig;
-use crate::placement::VmPlacement;
-use crate::vm::Leaving;
+use crate::host::placement::VmPlacement;
+use crate::info::{DeviceInfo, DeviceState, VmInfo, VmState};
+use crate::machine::SlotTable;
 
-/// The place where it is status. Its owner shows a change before it tells anyone of it.
+/// Where it is published. Its owner publishes a change before it tells anyone of it.
 #[derive(Default)]
 pub struct SharedStatus(Mutex<Option<VmStatus>>);
 
-/// What is status of a VM.
+/// What is published of a VM.
 #[derive(Clone)]
 pub struct VmStatus {
     /// What it was made from.
@@ -52,58 +51,6 @@ pub struct DeviceStatus {
     pub function: u8,
 }
 
-/// The slots of a VM that runs. Where they are and which are empty is the guest's doing as well: that is
-/// seen as of now.
-#[derive(Clone)]
-pub struct SlotTable {
-    /// The ports whose slots can be filled and emptied.
-    pub ports: Arc<[PortIndex]>,
-    /// The ports as the guest has set them up.
-    pub pci: Arc<PciSegment>,
-    /// What the guest was told of the slots.
-    pub events: Arc<PlatformEvents>,
-    /// SlotTable that something is still on its way out of.
-    pub leaving: Leaving,
-}
-
-impl SlotTable {
-    /// The slots that have nothing in them any more, as far as the guest has heard too, the surest first.
-    pub fn free<'a>(
-        &self,
-        devices: impl Iterator<Item = &'a DeviceStatus> + Clone,
-    ) -> Vec<PortIndex> {
-        let empty = self.ports.iter().filter(|port| {
-            devices.clone().all(|status| status.port != **port) && !self.leaving.has(**port)
-        });
-        let known = empty.map(|port| (self.events.slot_state(*port), *port));
-        let mut free: Vec<_> = known
-            .filter(|(known, _)| *known < SlotState::Unread)
-            .collect();
-        free.sort();
-        free.into_iter().map(|(_, port)| port).collect()
-    }
-
-    /// A device as clients know it, one of `devices`.
-    pub fn info<'a>(
-        &self,
-        status: &DeviceStatus,
-        devices: impl Iterator<Item = &'a DeviceStatus>,
-    ) -> DeviceInfo {
-        let beside = devices.filter(|other| other.port == status.port && other.id != status.id);
-        let port = self.pci.ports().find(|(port, ..)| *port == status.port);
-        let bus = port.map_or(0, |(_, _, port)| port.secondary_bus());
-        DeviceInfo {
-            id: status.id.clone(),
-            name: status.name,
-            guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(status.function)),
-            group: status.group.clone(),
-            allow: status.allow,
-            state: status.state,
-            together_with: beside.map(|other| other.id.clone()).collect(),
-        }
-    }
-}
-
 impl VmStatus {
     /// A VM that does not run.
     pub fn stopped(config: &Arc<VmConfig>, state: VmState) -> Self {
@@ -119,7 +66,8 @@ impl VmStatus {
 
     fn info(&self) -> VmInfo {
         let slots = self.slots.as_ref();
-        let device = |status| slots.map(|slots| slots.info(status, self.devices.iter()));
+        let device = |device: &DeviceStatus| slots.map(|slots| device.info(slots, &self.devices));
+        let occupied = |port| self.devices.iter().any(|device| device.port == port);
         VmInfo {
             config: Arc::clone(&self.config),
             nodes: self.placement.nodes.clone(),
@@ -127,39 +75,61 @@ impl VmStatus {
             state: self.state,
             ended: self.ended.clone(),
             devices: self.devices.iter().filter_map(device).collect(),
-            slots: slots.map_or(0, |slots| slots.ports.len()),
-            free_slots: slots.map_or(0, |slots| slots.free(self.devices.iter()).len()),
+            slots: slots.map_or(0, SlotTable::count),
+            free_slots: slots.map_or(0, |slots| slots.free(occupied).len()),
+        }
+    }
+}
+
+impl DeviceStatus {
+    /// The device as clients know it, one of `all`.
+    pub fn info<'a>(
+        &self,
+        slots: &SlotTable,
+        all: impl IntoIterator<Item = &'a Self>,
+    ) -> DeviceInfo {
+        let beside = all.into_iter();
+        let beside = beside.filter(|other| other.port == self.port && other.id != self.id);
+        let bus = slots.bus(self.port);
+        DeviceInfo {
+            id: self.id.clone(),
+            name: self.name,
+            guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(self.function)),
+            group: self.group.clone(),
+            allow: self.allow,
+            state: self.state,
+            together_with: beside.map(|other| other.id.clone()).collect(),
         }
     }
 }
 
 impl SharedStatus {
     /// Shows a VM, or that there is none.
-    pub fn publish(&self, view: Option<VmStatus>) {
-        let before = std::mem::replace(&mut *self.lock(), view);
+    pub fn publish(&self, status: Option<VmStatus>) {
+        let before = std::mem::replace(&mut *self.lock(), status);
         // Not behind the lock: what only it has left goes now.
         drop(before);
     }
 
     /// Shows what the VM is doing now.
     pub fn set_state(&self, state: VmState) {
-        if let Some(view) = &mut *self.lock() {
-            view.state = state;
+        if let Some(status) = &mut *self.lock() {
+            status.state = state;
         }
     }
 
     /// Shows the devices that it has now.
     pub fn set_devices(&self, devices: Vec<DeviceStatus>) {
-        if let Some(view) = &mut *self.lock() {
-            view.devices = devices;
+        if let Some(status) = &mut *self.lock() {
+            status.devices = devices;
         }
     }
 
     /// The VM as it is; `None` if there is none.
     pub fn info(&self) -> Option<VmInfo> {
         // Copied, so that its owner is not kept by whoever looks.
-        let view = self.lock().clone();
-        view.map(|view| view.info())
+        let status = self.lock().clone();
+        status.map(|status| status.info())
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<VmStatus>> {
@@ -169,24 +139,23 @@ impl SharedStatus {
 
 #[cfg(test)]
 mod tests {
+    use gantry_devices::events::PlatformEvents;
+    use gantry_devices::pci::PciSegment;
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
 
-    fn slots() -> SlotTable {
+    fn slots() -> (SlotTable, Vec<PortIndex>) {
         let mut pci = PciSegment::new([0..=4]).unwrap();
         let ports: Vec<_> = (0..2).map(|_| pci.add_root_port(0).unwrap()).collect();
         let trigger = EventFd::new(0).unwrap();
-        SlotTable {
-            events: Arc::new(PlatformEvents::new(ports.iter().copied(), trigger)),
-            ports: ports.into(),
-            pci: Arc::new(pci),
-            leaving: Leaving::default(),
-        }
+        let events = PlatformEvents::new(ports.iter().copied(), trigger);
+        let slots = SlotTable::new(ports.iter().copied(), &Arc::new(pci), &Arc::new(events));
+        (slots, ports)
     }
 
     #[test]
-    fn what_was_shown_last_is_seen() {
+    fn what_was_published_last_is_seen() {
         let status = SharedStatus::default();
         assert!(status.info().is_none());
         status.set_state(VmState::Running);
@@ -197,14 +166,14 @@ mod tests {
         )));
         let info = status.info().unwrap();
         assert_eq!((info.state, info.slots), (VmState::Created, 0));
-        let slots = slots();
+        let (slots, ports) = slots();
         let device = |id: &str, port: usize, function| DeviceStatus {
             id: id.to_owned(),
             name: format!("01:00.{function}").parse().unwrap(),
             group: None,
             allow: Allow::default(),
             state: DeviceState::Announced,
-            port: slots.ports[port],
+            port: ports[port],
             function,
         };
         let devices = vec![

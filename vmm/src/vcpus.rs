@@ -7,15 +7,11 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
-use nix::sys::signal::Signal;
 
+use crate::host::placement::CpuAffinity;
 use crate::kvm::{Exit, ExitHandler, Vcpu};
-use crate::placement::CpuAffinity;
-use crate::sandbox::Sandbox;
-use crate::threads::{self, Role, Task};
-
-/// Makes a vCPU leave the kernel. Its handler does nothing: interrupting the system call is all.
-pub const KICK: Signal = Signal::SIGUSR1;
+use crate::process::sandbox::{KICK, Role, Sandbox};
+use crate::process::threads::{self, Task};
 
 /// How long a kick may stay without effect before it is sent again. A signal that arrives between
 /// the look at the phase and the entry into the kernel is lost.
@@ -338,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_vcpu_that_the_kernel_keeps_is_named_at_the_deadline() {
-        crate::sandbox::install_traps().unwrap();
+        crate::process::sandbox::install_traps().unwrap();
         let barrier = VcpuBarrier::new();
         barrier.open();
         let (told, heard) = channel();

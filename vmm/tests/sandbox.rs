@@ -7,8 +7,8 @@
 use std::process::{Command, ExitCode, Output};
 use std::sync::Arc;
 
-use gantry_vmm::sandbox::{self, Sandbox, SeccompMode};
-use gantry_vmm::threads::{Role, spawn};
+use gantry_vmm::sandbox::{self, Role, Sandbox, SeccompMode};
+use gantry_vmm::threads::spawn;
 use libc::{c_long, syscall};
 
 const ROLES: [Role; 6] = [
@@ -26,8 +26,8 @@ const HELPER: &str = "helper";
 const ENDED: i32 = 159;
 const REFUSED: i32 = 3;
 
-/// A deed that makes one call, and its result; below zero the errno, which is the thread's own.
-type Deed = (&'static str, fn() -> c_long);
+/// A function that makes one call, and its result; below zero the errno, which is the thread's own.
+type Call = (&'static str, fn() -> c_long);
 
 /// One call by its number and arguments.
 macro_rules! call {
@@ -49,7 +49,7 @@ fn told(result: c_long) -> c_long {
 }
 
 /// What neither a role nor a process that builds VMs does, nor its helpers.
-const NEVER: &[Deed] = &[
+const NEVER: &[Call] = &[
     ("fork", call!(libc::SYS_fork)),
     ("vfork", call!(libc::SYS_vfork)),
     ("clone", call!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0)),
@@ -157,7 +157,7 @@ const NEVER: &[Deed] = &[
 ];
 
 /// What no role does. A process that builds VMs opens files and starts programs.
-const NEVER_BY_ROLES: &[Deed] = &[
+const NEVER_BY_ROLES: &[Call] = &[
     (
         "clone-memory",
         call!(libc::SYS_clone, libc::CLONE_VM | libc::SIGCHLD, 0, 0, 0, 0),

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use gantry_resources::opener::OpenerError;
+use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
@@ -174,12 +175,16 @@ impl From<CommandError> for Refusal {
 fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     use gantry_vmm::Error as E;
     match error {
-        E::Maintenance(_) | E::Clash { .. } | E::Unmappable { .. } | E::DuplicateId(_) => true,
-        E::Allocate(error) => error.is_refusal(),
-        E::Opener(error) => matches!(
-            error,
-            OpenerError::Refused(_) | OpenerError::Mistaken(_) | OpenerError::Busy(_)
-        ),
+        E::Maintenance(_) | E::DuplicateId(_) => true,
+        E::Device(error) => match error {
+            DeviceError::Clash { .. } | DeviceError::Unmappable { .. } => true,
+            DeviceError::Allocate(error) => error.is_refusal(),
+            DeviceError::Opener(error) => matches!(
+                error,
+                OpenerError::Refused(_) | OpenerError::Mistaken(_) | OpenerError::Busy(_)
+            ),
+            _ => false,
+        },
         _ => false,
     }
 }
@@ -251,24 +256,25 @@ mod tests {
     #[test]
     fn what_is_not_to_be_had_is_no_failure_of_the_host() {
         let status = |error: gantry_vmm::Error| Refusal::from(CommandError::from(error)).status;
+        let device = |error: DeviceError| status(error.into());
         let refused = OpenerError::Refused("no group \"gpu\"".to_owned());
-        assert_eq!(status(refused.into()), StatusCode::CONFLICT);
+        assert_eq!(device(refused.into()), StatusCode::CONFLICT);
         let maintenance = gantry_vmm::Error::Maintenance("new memory".to_owned());
         assert_eq!(status(maintenance), StatusCode::CONFLICT);
         let twice = AllocateError::AskedTwice {
             bdf: "0000:01:00.0".parse().unwrap(),
         };
-        assert_eq!(status(twice.into()), StatusCode::CONFLICT);
+        assert_eq!(device(twice.into()), StatusCode::CONFLICT);
         let unreadable = gantry_resources::inventory::InventoryError::Sysfs {
             path: "/sys/bus/pci".into(),
             source: std::io::ErrorKind::PermissionDenied.into(),
         };
         let unreadable = AllocateError::from(unreadable);
         let failure = StatusCode::INTERNAL_SERVER_ERROR;
-        assert_eq!(status(unreadable.into()), failure);
+        assert_eq!(device(unreadable.into()), failure);
         let failed = OpenerError::Failed("cannot open /dev/vfio/7".to_owned());
-        assert_eq!(status(failed.into()), failure);
+        assert_eq!(device(failed.into()), failure);
         let gone = OpenerError::Gone(std::io::ErrorKind::UnexpectedEof.into());
-        assert_eq!(status(gone.into()), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(device(gone.into()), StatusCode::INTERNAL_SERVER_ERROR);
     }
 }

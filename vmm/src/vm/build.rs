@@ -7,36 +7,34 @@ use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::allocation::allocate_near;
 use gantry_resources::base::HostPaths;
-use gantry_resources::facts::node_of;
+use gantry_resources::facts::{memlock_limit, node_of};
 use gantry_resources::holding::Holder;
 use gantry_resources::opener::{Limit, Opener, ToCome, to_come};
 use gantry_resources::pools::Placement;
 
-use super::Vm;
-use super::attach::{Room, Worker, Workshop};
-use super::domain::{Domain, RamRanges};
 use super::exits::ExitDispatcher;
-use super::host_devices::{self, AttachedDevice, Claimed, arrange, forbidden};
-use super::hotplug::{Devices, called_twice};
-use super::machine::Machine;
-use super::payload::OpenPayload;
-use super::populate::Populating;
+use super::{Event, OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
-use crate::command::VmState;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
-use crate::control::Signals;
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
+use crate::host::placement::VmPlacement;
+use crate::host::preflight::{self, PreflightError};
+use crate::hotplug::{AttachWorker, Attacher, GuestRanges, HostDevices, arrange};
+use crate::info::VmState;
 use crate::kvm::{KvmError, KvmVm, Vcpu, VfioObserver};
 use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
-use crate::placement::VmPlacement;
-use crate::preflight::{self, PreflightError};
-use crate::sandbox::Sandbox;
-use crate::threads::{self, Role, Task};
+use crate::machine::Machine;
+use crate::passthrough::{
+    AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
+    RamRanges, forbidden,
+};
+use crate::process::error::{HostError, cannot};
+use crate::process::sandbox::{Role, Sandbox};
+use crate::process::signals::Signals;
+use crate::process::threads::{self, Task};
 use crate::vcpus::{VcpuBarrier, Vcpus};
-use crate::vmm::VmContext;
 
 /// More threads that make memory present get in each other's way.
 const POPULATE_THREADS: usize = 4;
@@ -74,28 +72,29 @@ impl Vm {
             0 => None,
             _ => Some(HotplugSetup::new(host, &holder, &kvm)?),
         };
-        let claimed = claim(config, context, &holder, hot.as_ref(), &kvm)?;
+        let acquired = acquire(config, context, &holder, hot.as_ref(), &kvm)?;
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
-        let placement = place_vm(config, &claimed, &later, host)?;
-        let ports = arrange(&claimed.parts()).len();
-        let domain = claimed.domain().cloned();
-        let layout = plan(config, &features, &claimed, ports, &later)?;
+        let placement = place_vm(config, &acquired, &later, host)?;
+        let ports = arrange(&acquired.functions()).len();
+        let space = acquired.space().cloned();
+        let layout = plan(config, &features, &acquired, ports, &later)?;
         let mut machine = Machine::new(&kvm, &layout, config, ports, &placement)?;
-        let (devices, entry) = side_by_side(claimed, &machine, context, || {
+        let (opened, entry) = side_by_side(acquired, &machine, context, || {
             payload.load(&machine, &layout, config.vcpus)
         })?;
 
-        let mut devices = Devices::plug_in(devices, &config.devices, &machine, context)?;
+        let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
+        devices.plug_at_boot(opened)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&placement, limit(config, ports))?;
-            devices.open_slots(hot.worker(domain.as_ref(), config, &machine, &layout, context)?);
+            devices.open_slots(hot.worker(space.as_ref(), config, &machine, &layout, context)?);
         }
-        let declared = domain.is_none() && !config.hotplug.from.is_empty();
-        let populating =
-            declared.then(|| Populating::begin(&machine.ram.ranges(), 1, &Arc::default(), sandbox));
-        drop(domain);
+        let declared = space.is_none() && !config.hotplug.from.is_empty();
+        let ram = machine.ram.ranges();
+        let prefault = declared.then(|| Prefault::start(&ram, 1, &Arc::default(), sandbox));
+        drop(space);
         let irqchip = kvm.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&kvm, config.vcpus, &features, &entry, &machine)?;
         let barrier = VcpuBarrier::new();
@@ -106,11 +105,11 @@ impl Vm {
         );
         let affinities = placement.affinities(config);
         let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(dispatcher))
-            .map_err(Error::host("spawn a vCPU thread"))?;
+            .map_err(cannot("spawn a vCPU thread"))?;
         Ok(Self {
             vcpus,
             devices,
-            _populating: populating.transpose()?,
+            _prefault: prefault.transpose()?,
             interrupts: File::open(host.proc.join("interrupts")).ok(),
             machine,
             snapshots,
@@ -136,38 +135,40 @@ struct HotplugSetup {
 impl HotplugSetup {
     fn new(host: &HostPaths, holder: &Holder, kvm: &KvmVm) -> Result<Self, Error> {
         Ok(Self {
-            opener: Opener::start(host, holder)?,
+            opener: Opener::start(host, holder).map_err(DeviceError::from)?,
             observer: Arc::new(VfioObserver::new(kvm.vm())?),
         })
     }
 
     /// From now on devices are chosen for where the VM is, and within the limit.
-    fn confine(&self, placement: &VmPlacement, limit: Limit) -> Result<(), Error> {
+    fn confine(&self, placement: &VmPlacement, limit: Limit) -> Result<(), DeviceError> {
         self.opener.place(placement.for_devices())?;
         Ok(self.opener.limit(limit)?)
     }
 
-    /// The thread that attaches them, beside those of the `domain` that there is.
+    /// The thread that attaches them, in the address `space` that there is.
     fn worker(
         self,
-        domain: Option<&Arc<Domain>>,
+        space: Option<&Arc<IoAddressSpace>>,
         config: &VmConfig,
         machine: &Machine,
         layout: &Layout,
         context: &VmContext,
-    ) -> Result<Worker, Error> {
-        Worker::start(Workshop {
+    ) -> Result<AttachWorker, HostError> {
+        let attacher = Attacher {
             opener: self.opener,
             observer: self.observer,
             router: Arc::new(machine.routes.clone()),
-            domain: domain.map_or_else(Weak::new, Arc::downgrade),
+            space: space.map_or_else(Weak::new, Arc::downgrade),
             ram: machine.ram.ranges(),
-            room: room(layout),
-            memlock: gantry_resources::facts::memlock_limit(&context.host),
+            ranges: guest_ranges(layout),
+            memlock: memlock_limit(&context.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
             declared: !config.hotplug.from.is_empty(),
-            context: context.clone(),
-        })
+            context: context.for_devices(),
+        };
+        let mailbox = Arc::clone(&context.mailbox);
+        AttachWorker::start(attacher, move || mailbox.post(Event::AttachDone))
     }
 }
 
@@ -200,20 +201,20 @@ fn limit(config: &VmConfig, ports: usize) -> Limit {
 
 /// Side by side: RAM is pinned, devices are opened, and the kernel is loaded by `load`.
 fn side_by_side(
-    claimed: Claimed,
+    acquired: AcquiredDevices,
     machine: &Machine,
     context: &VmContext,
     load: impl FnOnce() -> Result<Entry, Error>,
 ) -> Result<(Vec<AttachedDevice>, Entry), Error> {
     let (sandbox, signals) = (&context.sandbox, &context.signals);
-    let mapping = match claimed.domain() {
-        Some(domain) => Some(map_ram(domain, &machine.ram.ranges(), sandbox, signals)?),
+    let mapping = match acquired.space() {
+        Some(space) => Some(map_ram(space, &machine.ram.ranges(), sandbox, signals)?),
         None => None,
     };
     let router: Arc<dyn MsiRouter> = Arc::new(machine.routes.clone());
-    let opening = claimed.open(&router, &context.mailbox, sandbox)?;
+    let opening = acquired.open(&router, &context.for_devices().notify, sandbox)?;
     let entry = load()?;
-    let devices = host_devices::opened(opening, || signals.check().is_ok());
+    let devices = opening.wait(|| signals.check().is_err());
     let mapped = mapping.map_or(Ok(()), Task::join);
     signals.check()?;
     mapped?;
@@ -223,11 +224,11 @@ fn side_by_side(
 /// Where the VM is, now that its devices are known; where those are that may come, if it has none yet.
 fn place_vm(
     config: &VmConfig,
-    claimed: &Claimed,
+    acquired: &AcquiredDevices,
     later: &ToCome,
     host: &HostPaths,
 ) -> Result<VmPlacement, PreflightError> {
-    let names = claimed.names();
+    let names = acquired.names();
     let own = names.iter().filter_map(|name| node_of(host, *name));
     let nodes = match names.is_empty() {
         true => later.nodes.clone(),
@@ -246,42 +247,53 @@ fn asked_placement(nodes: &NumaPolicy) -> Placement {
 
 /// Leases the devices that the VM starts with: by the opener where there is one, as it must know of
 /// every device of a group.
-fn claim(
+fn acquire(
     config: &VmConfig,
     context: &VmContext,
     holder: &Holder,
     hot: Option<&HotplugSetup>,
     kvm: &KvmVm,
-) -> Result<Claimed, Error> {
-    let VmContext { host, signals, .. } = context;
+) -> Result<AcquiredDevices, Error> {
+    if config.devices.is_empty() {
+        return Ok(AcquiredDevices::default());
+    }
+    let (host, signals) = (&context.host, &context.signals);
     let placement = asked_placement(&config.nodes);
-    let claimed = match hot {
-        _ if config.devices.is_empty() => Claimed::none(),
-        Some(HotplugSetup { opener, observer }) => {
-            let unwanted = || signals.check().is_err();
-            opener.place(placement)?;
-            let opened = opener.open(&config.requests(), &[], true, &unwanted);
-            signals.check()?;
-            Claimed::opened(opened?, None, observer, host)?
-        }
-        None => {
-            let leases = allocate_near(host, &config.requests(), &placement, holder)?;
-            Claimed::new(leases, host, kvm)?
-        }
+    let observer = match hot {
+        Some(hot) => Arc::clone(&hot.observer),
+        None => Arc::new(VfioObserver::new(kvm.vm())?),
     };
-    let twice = called_twice(&config.devices, &claimed.requests(), &claimed.names());
-    twice.map_or(Ok(claimed), |id| Err(Error::DuplicateId(id)))
+    let lessor = match hot {
+        Some(hot) => {
+            hot.opener.place(placement).map_err(DeviceError::from)?;
+            Lessor::Opener(&hot.opener)
+        }
+        None => Lessor::Process(&placement, holder),
+    };
+    let acquirer = Acquirer {
+        lessor,
+        observer: &observer,
+        host,
+    };
+    let cancelled = || signals.check().is_err();
+    let acquired = acquirer.acquire(&config.devices, None, &cancelled);
+    signals.check()?;
+    let acquired = acquired?;
+    match acquired.duplicate_id() {
+        Some(id) => Err(Error::DuplicateId(id.to_owned())),
+        None => Ok(acquired),
+    }
 }
 
 fn plan(
     config: &VmConfig,
     features: &Features,
-    claimed: &Claimed,
+    acquired: &AcquiredDevices,
     ports: usize,
     later: &ToCome,
 ) -> Result<Layout, Error> {
-    let iova = claimed.iova_ranges()?;
-    let mut reserved = claimed.reserved().to_vec();
+    let iova = acquired.iova_ranges()?;
+    let mut reserved = acquired.reserved().to_vec();
     let later = later.reserved.iter().filter_map(forbidden).collect();
     reserved.extend(expected(config.hotplug.slots, &iova, later));
     let ports = ports + usize::from(config.hotplug.slots);
@@ -310,26 +322,23 @@ fn expected(
 /// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal has
 /// come.
 fn map_ram(
-    domain: &Arc<Domain>,
+    space: &Arc<IoAddressSpace>,
     ram: &RamRanges,
     sandbox: &Sandbox,
     signals: &Arc<Signals>,
-) -> Result<Task<Result<(), Error>>, Error> {
-    let (domain, ram, signals) = (Arc::clone(domain), Arc::clone(ram), Arc::clone(signals));
-    let map = move || domain.map(&ram, || signals.check().is_err());
-    threads::spawn(Role::Dma, sandbox, map).map_err(Error::host("spawn a thread"))
+) -> Result<Task<Result<(), DeviceError>>, HostError> {
+    let (space, ram, signals) = (Arc::clone(space), Arc::clone(ram), Arc::clone(signals));
+    let map = move || space.map(&ram, || signals.check().is_err());
+    threads::spawn(Role::Dma, sandbox, map).map_err(cannot("spawn a thread"))
 }
 
-/// What devices that come later may not reserve.
-fn room(layout: &Layout) -> Room {
-    let windows = layout.bridges.iter();
-    Room {
-        ram: layout
-            .ram
-            .iter()
-            .map(|range| range.start..=range.end() - 1)
-            .collect(),
-        windows: windows
+/// The addresses that devices that come later must not reserve.
+fn guest_ranges(layout: &Layout) -> GuestRanges {
+    let ram = layout.ram.iter();
+    let bridges = layout.bridges.iter();
+    GuestRanges {
+        ram: ram.map(|range| range.start..=range.end() - 1).collect(),
+        windows: bridges
             .flat_map(|bridge| [bridge.mem32.clone(), bridge.mem64.clone()])
             .collect(),
     }
@@ -355,7 +364,7 @@ fn make_vcpus(
             cpu::boot_state(&vcpu, entry, machine.ram.memory())?;
         }
         let vcpu = Vcpu::new(vcpu, posted.clone());
-        vcpus.push(vcpu.map_err(Error::host("map the ring of posted writes"))?);
+        vcpus.push(vcpu.map_err(cannot("map the ring of posted writes"))?);
     }
     Ok((vcpus, snapshots))
 }

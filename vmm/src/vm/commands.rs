@@ -5,10 +5,12 @@ use std::os::unix::fs::FileExt;
 
 use kvm_ioctls::VcpuFd;
 
-use super::{End, Vm, counted};
-use crate::command::{Answer, Command, CommandError, DeviceCounters, Reply, VmState};
+use super::{End, Vm};
+use crate::command::{Answer, Command, CommandError, Reply};
 use crate::error::Error;
+use crate::info::{DeviceCounters, VmState};
 use crate::kvm::KvmError;
+use crate::passthrough::interrupts;
 
 impl Vm {
     /// Does what a client wants, and answers; `Some` if the VM ends by it.
@@ -28,7 +30,7 @@ impl Vm {
                         // Who asks for a boot wants it to run.
                         if was == VmState::Paused {
                             self.barrier.open();
-                            self.enter(VmState::Running);
+                            self.set_state(VmState::Running);
                         }
                         reply(Ok(Answer::Done));
                         Ok(None)
@@ -51,10 +53,10 @@ impl Vm {
             Command::Nmi => self.nmi(),
             Command::Counters => Ok(Answer::Counters(self.counters())),
             Command::Attach(attach) => {
-                self.devices.attach(attach, reply, &self.machine);
+                self.devices.attach(attach, reply);
                 return Ok(None);
             }
-            Command::Detach(detach) => self.devices.detach(&detach, &self.machine),
+            Command::Detach(detach) => self.devices.detach(&detach),
         };
         reply(answer);
         Ok(None)
@@ -73,7 +75,7 @@ impl Vm {
                 _ => Ok(()),
             })
             .unwrap_or_else(|error| tracing::warn!(%error, "KVM_KVMCLOCK_CTRL"));
-        self.enter(VmState::Paused);
+        self.set_state(VmState::Paused);
         Ok(Answer::Done)
     }
 
@@ -82,7 +84,7 @@ impl Vm {
             return Err(CommandError::NotPaused);
         }
         self.barrier.open();
-        self.enter(VmState::Running);
+        self.set_state(VmState::Running);
         Ok(Answer::Done)
     }
 
@@ -108,7 +110,7 @@ impl Vm {
 
     fn counters(&self) -> Vec<DeviceCounters> {
         let text = self.interrupts.as_ref().map(read_whole).unwrap_or_default();
-        self.devices.counters(&counted::interrupts(&text))
+        self.devices.counters(&interrupts(&text))
     }
 }
 

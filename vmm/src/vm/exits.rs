@@ -4,21 +4,26 @@ use std::sync::Arc;
 
 use gantry_devices::bus::Effect;
 
-use crate::address_space::AddressSpace;
-use crate::control::{Event, Mailbox};
+use super::Event;
 use crate::kvm::ExitHandler;
+use crate::machine::AddressSpace;
+use crate::process::event_loop::Mailbox;
 use crate::vcpus::{FaultSink, VcpuBarrier, VcpuFault};
 
 /// Answers the exits of all vCPUs.
 pub struct ExitDispatcher {
     space: Arc<AddressSpace>,
     barrier: Arc<VcpuBarrier>,
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Event>>,
 }
 
 impl ExitDispatcher {
     /// Answers from `space`, and tells `mailbox` what concerns the VM as a whole.
-    pub fn new(space: Arc<AddressSpace>, barrier: Arc<VcpuBarrier>, mailbox: Arc<Mailbox>) -> Self {
+    pub fn new(
+        space: Arc<AddressSpace>,
+        barrier: Arc<VcpuBarrier>,
+        mailbox: Arc<Mailbox<Event>>,
+    ) -> Self {
         Self {
             space,
             barrier,
@@ -64,6 +69,6 @@ impl ExitHandler for ExitDispatcher {
 
 impl FaultSink for ExitDispatcher {
     fn fault(&self, vcpu: u8, fault: VcpuFault) {
-        self.mailbox.post(Event::VcpuFault(vcpu, fault));
+        self.mailbox.post(Event::Fault(vcpu, fault));
     }
 }

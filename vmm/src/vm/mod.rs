@@ -1,50 +1,39 @@
 //! One VM from its configuration to its end.
 
-mod alarms;
-mod attach;
 mod build;
-mod closing;
 mod commands;
-mod counted;
-mod domain;
+mod context;
+mod event;
 mod exits;
-mod host_devices;
-mod hotplug;
-mod machine;
 mod payload;
-mod populate;
-mod trial;
 
+use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::command::{Answer, Command, Reply, VmEvent, VmState};
+use crate::command::{Answer, Command, Reply};
 use crate::config::{SerialMode, VmConfig};
-use crate::console::{Keyboard, SerialOutput};
-use crate::control::{ControlLoop, Event, SignalWatch};
 use crate::cpu::{self, Snapshot};
 use crate::error::Error;
+use crate::host::placement::VmPlacement;
+use crate::hotplug::HostDevices;
+use crate::info::{VmEvent, VmState};
 use crate::kvm::{IrqchipState, KvmVm};
 use crate::layout::Layout;
-use crate::memory;
-use crate::placement::VmPlacement;
+use crate::machine::{Keyboard, Machine, SerialOutput, release_program_pages};
+use crate::passthrough::Prefault;
+use crate::process::error::cannot;
+use crate::process::event_loop::EventLoop;
+use crate::process::sandbox::Role;
 use crate::status::VmStatus;
-use crate::threads::Role;
 use crate::vcpus::{VcpuBarrier, VcpuFault, Vcpus};
-use crate::vmm::{Outcome, VmContext};
 use gantry_devices::panic::Panic;
 use gantry_devices::{info_limited, warn_limited};
-use hotplug::Devices;
-use machine::Machine;
-use payload::OpenPayload;
-use populate::Populating;
 
-pub use alarms::{Alarm, AlarmKey};
-pub use attach::Prepared;
-pub use closing::Leaving;
-pub use payload::FileError;
-pub use trial::check;
+pub use context::VmContext;
+pub use event::Event;
+pub use payload::OpenPayload;
 
 /// Why a VM runs no more.
 pub enum End {
@@ -54,12 +43,39 @@ pub enum End {
     Requested(Command, Reply),
 }
 
-/// A VM that stands. Dropping it stops its vCPUs and gives the host's devices back.
+/// How the process, or its VM, ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The user ended it from its console.
+    Stopped,
+    /// A client ended it.
+    Client,
+    /// A signal ended it.
+    Signal(i32),
+    /// The guest cannot go on, and why.
+    GuestFault(String),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest powered off"),
+            Self::Stopped => f.write_str("it was ended from its console"),
+            Self::Client => f.write_str("a client ended it"),
+            Self::Signal(number) => write!(f, "signal {number} ended it"),
+            Self::GuestFault(what) => write!(f, "the guest died: {what}"),
+        }
+    }
+}
+
+/// A VM that is built. Dropping it stops its vCPUs and gives the host's devices back.
 pub struct Vm {
     // Dropped in this order: first what runs, then what is reached, last what it is reached through.
     vcpus: Vcpus,
-    devices: Devices,
-    _populating: Option<Populating>,
+    devices: HostDevices,
+    _prefault: Option<Prefault>,
     machine: Machine,
     snapshots: Vec<Snapshot>,
     irqchip: IrqchipState,
@@ -78,27 +94,20 @@ pub struct Vm {
 impl Vm {
     /// Runs the guest until something ends it; `started` is answered when it begins.
     pub fn run(&mut self, started: &mut Option<Reply>) -> Result<End, Error> {
-        let (mailbox, signals) = (&self.context.mailbox, &self.context.signals);
-        let mut control =
-            ControlLoop::new(Arc::clone(mailbox)).map_err(Error::host("make the control loop"))?;
-        signals.check()?;
-        control.add(Box::new(SignalWatch {
-            signals: Arc::clone(signals),
-            mailbox: Arc::clone(mailbox),
-        }));
-        control.add(Box::new(self.devices.ears(mailbox)));
+        let mut control = self.context.event_loop()?;
+        control.add(Box::new(self.devices.listener()));
         self.open_console(&mut control)?;
         let confined = self.context.sandbox.confinement(Role::Control).enter();
-        confined.map_err(Error::host("enter the sandbox"))?;
+        confined.map_err(cannot("enter the sandbox"))?;
         self.barrier.open();
-        memory::release_program_pages();
+        release_program_pages();
         self.context.status.publish(Some(VmStatus {
             config: Arc::clone(&self.config),
             placement: self.placement.clone(),
             state: self.state,
             ended: None,
             devices: self.devices.statuses(),
-            slots: Some(self.machine.slots()),
+            slots: Some(self.machine.slots.clone()),
         }));
         self.tell(VmEvent::State(self.state));
         if let Some(started) = started.take() {
@@ -106,18 +115,17 @@ impl Vm {
         }
         loop {
             let event = control.next(self.devices.deadline());
-            match event.map_err(Error::host("wait for events"))? {
-                None => self.devices.tick(Instant::now(), &self.machine),
-                Some(Event::Eject(port)) => self.devices.ejected(port, &self.machine),
-                Some(Event::Enabled(bdf)) => self.devices.enabled(bdf),
+            match event.map_err(cannot("wait for events"))? {
+                None => self.devices.tick(Instant::now()),
+                Some(Event::Eject(port)) => self.devices.ejected(port),
+                Some(Event::Device(key, event)) => self.devices.handle(key, event),
+                Some(Event::AttachDone) => self.devices.arrive(&self.machine.windows),
                 Some(Event::Panic(panic)) => self.panicked(panic),
-                Some(Event::Alarm(key, alarm)) => self.devices.alarmed(key, alarm, &self.machine),
-                Some(Event::Prepared(prepared)) => self.devices.arrive(*prepared, &self.machine),
                 Some(Event::Reset) => self.reboot()?,
                 Some(Event::PowerOff) => return Ok(End::Over(Outcome::PowerOff)),
                 Some(Event::Quit) => return Ok(End::Over(Outcome::Stopped)),
                 Some(Event::Signal(number)) => return Ok(End::Over(Outcome::Signal(number))),
-                Some(Event::VcpuFault(vcpu, fault)) => {
+                Some(Event::Fault(vcpu, fault)) => {
                     let what = describe(vcpu, &fault);
                     return Ok(End::Over(Outcome::GuestFault(what)));
                 }
@@ -136,8 +144,8 @@ impl Vm {
         self.tell(VmEvent::GuestPanic { crash_kernel });
     }
 
-    /// Shows the state that the VM has from now on, and tells of it.
-    fn enter(&mut self, state: VmState) {
+    /// Publishes the state that the VM has from now on, and tells of it.
+    fn set_state(&mut self, state: VmState) {
         self.state = state;
         self.context.status.set_state(state);
         self.tell(VmEvent::State(state));
@@ -147,16 +155,16 @@ impl Vm {
         (self.context.events)(event);
     }
 
-    fn open_console(&self, control: &mut ControlLoop) -> Result<(), Error> {
+    fn open_console(&self, control: &mut EventLoop<Event>) -> Result<(), Error> {
         let Some(serial) = &self.machine.serial else {
             return Ok(());
         };
         control.add(Box::new(SerialOutput(Arc::clone(serial))));
         if self.config.serial == SerialMode::Tty {
-            let keyboard = Keyboard::new(Arc::clone(serial), Arc::clone(&self.context.mailbox));
-            control.add(Box::new(
-                keyboard.map_err(Error::host("make the terminal raw"))?,
-            ));
+            let mailbox = Arc::clone(&self.context.mailbox);
+            let on_quit = move || mailbox.post(Event::Quit);
+            let keyboard = Keyboard::new(Arc::clone(serial), on_quit);
+            control.add(Box::new(keyboard.map_err(cannot("make the terminal raw"))?));
         }
         Ok(())
     }
@@ -168,12 +176,15 @@ impl Vm {
         // Devices first: one that still runs would raise interrupts in what is restored next, and write to
         // the memory of the guest that boots. That goes for those that leave, too, closed or not.
         self.vcpus.pause()?;
-        let emptied = self.context.mailbox.forget_guest();
+        let forgotten = self.context.mailbox.extract(Event::is_of_guest);
+        let ejected = forgotten.iter().filter_map(|event| match event {
+            Event::Eject(port) => Some(*port),
+            _ => None,
+        });
+        let ejected: Vec<_> = ejected.collect();
         self.barrier.rearm();
-        self.devices.reset(&emptied, &self.machine);
-        for port in self.machine.reset_devices(&self.context.sandbox)? {
-            self.devices.lose(port, &self.machine);
-        }
+        self.devices.reset(&ejected);
+        self.devices.reset_functions(&self.machine.space)?;
         self.devices.wait_for_leaving();
         self.machine.reset(&self.layout)?;
         let snapshots = self.snapshots.iter();

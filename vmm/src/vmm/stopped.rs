@@ -7,10 +7,10 @@ use gantry_resources::opener::{source_of, ungrouped};
 use gantry_resources::pools::{Plans, Request};
 
 use crate::command::{
-    Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceSelector, EventSink,
-    VmEvent, VmState,
+    Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceSelector,
 };
 use crate::config::{NamedRequest, VmConfig};
+use crate::info::{EventSink, VmEvent, VmState};
 use crate::status::{SharedStatus, VmStatus};
 
 /// What is remembered while no VM runs.

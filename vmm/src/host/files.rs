@@ -1,0 +1,119 @@
+//! The files that a VM's file names. Each is opened once: a VM that runs opens none.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use gantry_resources::base::{open_below, open_regular};
+use nix::fcntl::OFlag;
+
+/// A file that the VM's file names cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It cannot be opened.
+    #[error("{key}: cannot open {}", path.display())]
+    Open {
+        /// The key of the VM's file that names it.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another VM writes to it.
+    #[error(
+        "{key}: another VM writes to {} already: name another file, or end that VM",
+        path.display()
+    )]
+    InUse {
+        /// The key of the VM's file that names it.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Opens a file to read.
+///
+/// # Errors
+/// It is missing, not permitted, or no regular file.
+pub fn open(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
+    let failed = |source| FileError::Open {
+        key,
+        path: path.to_owned(),
+        source,
+    };
+    let file = match below {
+        Some(folder) => open_below(folder, path, OFlag::O_RDONLY),
+        None => open_regular(path, File::options().read(true)),
+    };
+    file.map_err(failed)
+}
+
+/// Makes a file to write to, or empties the one there is. It is locked for as long as it is open, so that no
+/// other VM writes to it.
+///
+/// # Errors
+/// It is there and no regular file, or another VM's, or cannot be made.
+pub fn create(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
+    let path = path.to_owned();
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    let opened = match below {
+        Some(folder) => open_below(folder, &path, OFlag::O_RDWR | OFlag::O_CREAT),
+        None => open_regular(&path, &options),
+    };
+    let emptied = opened.and_then(|file| match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Ok(None),
+        // Some file systems know no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => file.set_len(0).map(|()| Some(file)),
+    });
+    match emptied {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(FileError::InUse { key, path }),
+        Err(source) => Err(FileError::Open { key, path, source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+    use std::fs;
+
+    use nix::sys::stat::Mode;
+
+    use super::{FileError, create, open};
+
+    #[test]
+    fn output_goes_to_regular_files_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        for path in [folder.path(), &pipe] {
+            let refused = create("serial.file", path, None).unwrap_err();
+            assert!(
+                refused.to_string().starts_with("serial.file: "),
+                "{refused}"
+            );
+            let why = refused.source().unwrap().to_string();
+            assert!(why.ends_with("not a regular file"), "{why}");
+            let refused = open("payload.kernel", path, None).unwrap_err();
+            let why = refused.source().unwrap().to_string();
+            assert!(why.ends_with("not a regular file"), "{why}");
+        }
+        let log = folder.path().join("log");
+        fs::write(&log, "old").unwrap();
+        let first = create("serial.file", &log, None).unwrap();
+        assert_eq!(fs::read(&log).unwrap(), b"");
+        fs::write(&log, "of the first").unwrap();
+        let second = create("serial.file", &log, None).unwrap_err().to_string();
+        assert!(second.contains("another VM writes to"), "{second}");
+        assert_eq!(fs::read(&log).unwrap(), b"of the first");
+        drop(first);
+        create("serial.file", &log, None).unwrap();
+        assert_eq!(fs::read(&log).unwrap(), b"");
+        let missing = create("serial.file", &folder.path().join("no/log"), None);
+        assert!(matches!(missing, Err(FileError::Open { .. })));
+    }
+}

@@ -1,0 +1,159 @@
+//! Leases and opens devices for a VM that runs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use gantry_devices::pci::MsiRouter;
+use gantry_resources::opener::Opener;
+
+use super::DeviceContext;
+use super::ranges::GuestRanges;
+use super::worker::{AttachJob, AttachSteps};
+use crate::command::DeviceSelector;
+use crate::config::NamedRequest;
+use crate::error::Error;
+use crate::host::preflight;
+use crate::kvm::VfioObserver;
+use crate::passthrough::{
+    AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
+    RamRanges,
+};
+use crate::process::error::cannot;
+use crate::process::sandbox::Role;
+use crate::process::threads::{self, Task};
+
+/// How often devices are leased again, as devices of their IOMMU groups were closed meanwhile.
+const ACQUIRE_TRIES: u32 = 3;
+
+/// What it takes to lease and open devices while the guest runs.
+pub struct Attacher {
+    /// Who leases and opens.
+    pub opener: Opener,
+    /// The address space of the devices, as long as there are any.
+    pub space: Weak<IoAddressSpace>,
+    /// Tells KVM of groups.
+    pub observer: Arc<VfioObserver>,
+    /// Interrupts.
+    pub router: Arc<dyn MsiRouter>,
+    /// What is mapped for the first device.
+    pub ram: RamRanges,
+    /// What no device may reserve.
+    pub ranges: GuestRanges,
+    /// Bytes that the process may pin; none if there is no limit.
+    pub memlock: Option<u64>,
+    /// How many threads make RAM present for the first device.
+    pub threads: usize,
+    /// Whether the VM's file names the groups of later devices, for which RAM is made ready beforehand.
+    pub declared: bool,
+    /// What it needs of the process.
+    pub context: DeviceContext,
+}
+
+impl Attacher {
+    /// Leases and opens the devices of a job, and maps RAM for the first ones.
+    ///
+    /// # Errors
+    /// They are not to be had, or reserve what the guest uses, or the VM is `ending`. None is held then.
+    pub fn attach(
+        &mut self,
+        job: &AttachJob,
+        steps: &mut AttachSteps,
+        ending: &Arc<AtomicBool>,
+    ) -> Result<Vec<AttachedDevice>, Error> {
+        let requests = match &job.attach.wanted {
+            DeviceSelector::Request(request) => vec![request.clone()],
+            DeviceSelector::Plan(name) => self.opener.plan(name).map_err(DeviceError::from)?,
+        };
+        let requests: Vec<_> = requests.into_iter().map(NamedRequest::from).collect();
+        let cancelled = || ending.load(Ordering::Acquire);
+        self.opener.slots(job.slots).map_err(DeviceError::from)?;
+        let mut acquired = self.acquire(&requests, &cancelled)?;
+        if let Some(id) = &job.attach.id {
+            acquired.name_all(id);
+        }
+        steps.done("lease");
+        self.check_reserved(&acquired)?;
+        let space = acquired.space().cloned();
+        let first = !space
+            .as_ref()
+            .is_some_and(|space| Arc::downgrade(space).ptr_eq(&self.space));
+        let mapping = match space.as_ref().filter(|_| first) {
+            Some(space) => Some(self.map(space, ending)?),
+            None => None,
+        };
+        let context = &self.context;
+        let opening = acquired.open(&self.router, &context.notify, &context.sandbox)?;
+        let devices = opening.wait(cancelled);
+        steps.done("open");
+        let mapped = mapping.map_or(Ok(()), Task::join);
+        steps.done("map");
+        steps.mapped_late = first && !self.declared;
+        let devices = devices?;
+        mapped?;
+        self.space = space.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        Ok(devices)
+    }
+
+    /// Leases what is asked for, in the address space there is or in a new one.
+    fn acquire(
+        &self,
+        requests: &[NamedRequest],
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<AcquiredDevices, DeviceError> {
+        let acquirer = Acquirer {
+            lessor: Lessor::Opener(&self.opener),
+            observer: &self.observer,
+            host: &self.context.host,
+        };
+        let mut tries = 0;
+        loop {
+            match acquirer.acquire(requests, self.space.upgrade(), cancelled) {
+                // A group that was in the address space has left it meanwhile, with its last device.
+                Err(DeviceError::NoIommuGroup { .. }) if tries < ACQUIRE_TRIES => tries += 1,
+                acquired => return acquired,
+            }
+        }
+    }
+
+    fn check_reserved(&self, acquired: &AcquiredDevices) -> Result<(), DeviceError> {
+        let Some(range) = self.ranges.conflict(acquired.reserved()) else {
+            return Ok(());
+        };
+        let (start, last) = (*range.start(), *range.end());
+        Err(match acquired.names().first().copied() {
+            Some(device) => DeviceError::Clash {
+                device,
+                start,
+                last,
+            },
+            None => DeviceError::Unmappable { start, last },
+        })
+    }
+
+    /// Begins to map RAM for the first device.
+    fn map(
+        &self,
+        space: &Arc<IoAddressSpace>,
+        ending: &Arc<AtomicBool>,
+    ) -> Result<Task<Result<(), DeviceError>>, Error> {
+        let iova = space.iova_ranges()?;
+        if let Some(ram) = self.ranges.unmappable(&iova) {
+            return Err(DeviceError::Unmappable {
+                start: *ram.start(),
+                last: *ram.end(),
+            }
+            .into());
+        }
+        let ram = self.ram.iter().map(|(_, memory)| memory.size() as u64);
+        preflight::check_pinned(ram.sum(), self.memlock)?;
+        let sandbox = &self.context.sandbox;
+        let prefault = Prefault::start(&self.ram, self.threads, ending, sandbox)?;
+        let (space, ram) = (Arc::clone(space), Arc::clone(&self.ram));
+        let ending = Arc::clone(ending);
+        let map = move || {
+            prefault.finish();
+            space.map(&ram, || ending.load(Ordering::Acquire))
+        };
+        Ok(threads::spawn(Role::Dma, sandbox, map).map_err(cannot("spawn a thread"))?)
+    }
+}

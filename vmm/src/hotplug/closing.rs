@@ -1,0 +1,180 @@
+//! Devices on their way back to the host, those of each slot on a thread of their own: one that hangs holds up
+//! neither the control thread nor the others.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Instant;
+
+use crate::info::{EventSink, VmEvent};
+use crate::machine::DrainGuard;
+use crate::passthrough::AttachedDevice;
+use crate::process::sandbox::{Role, Sandbox};
+use crate::process::threads::{self, Task};
+
+/// Dropping it says that devices are taken away from the guest: their slot can be filled again.
+pub struct Retired {
+    _slot: Option<DrainGuard>,
+    // Its receiver learns that it was dropped.
+    _told: Sender<()>,
+}
+
+/// The devices that are being closed.
+pub struct Closing {
+    sandbox: Arc<Sandbox>,
+    pending: Vec<PendingClose>,
+}
+
+struct PendingClose {
+    /// What the devices are called, for the log.
+    names: String,
+    retired: Receiver<()>,
+    task: Task<()>,
+}
+
+impl Closing {
+    /// None yet.
+    pub fn new(sandbox: &Arc<Sandbox>) -> Self {
+        Self {
+            sandbox: Arc::clone(sandbox),
+            pending: Vec::new(),
+        }
+    }
+
+    /// Has `close` take the devices of a slot, or of none, away from the guest, drop what it is given, and
+    /// close them.
+    pub fn start(
+        &mut self,
+        slot: Option<DrainGuard>,
+        names: String,
+        close: impl FnOnce(Retired) + Send + 'static,
+    ) {
+        self.pending.retain(|one| !one.task.is_finished());
+        let (told, retired) = channel();
+        let guard = Retired {
+            _slot: slot,
+            _told: told,
+        };
+        match threads::spawn(Role::Attach, &self.sandbox, move || close(guard)) {
+            Ok(task) => self.pending.push(PendingClose {
+                names,
+                retired,
+                task,
+            }),
+            // The devices have been dropped, hence closed, with the closure.
+            Err(error) => tracing::warn!(%error, "no thread for closing {names}"),
+        }
+    }
+
+    /// Waits until all devices that leave are taken away from the guest. Returns those that are not by the
+    /// deadline.
+    pub fn wait_retired(&self, deadline: Instant) -> Vec<&str> {
+        let late = self.pending.iter().filter(|one| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            one.retired.recv_timeout(left) == Err(RecvTimeoutError::Timeout)
+        });
+        late.map(|one| one.names.as_str()).collect()
+    }
+
+    /// Waits until all are closed. Those that are not by the deadline are left to themselves: their leases end when
+    /// the kernel returns from closing them, or with the process.
+    pub fn finish(&mut self, deadline: Instant) {
+        for one in self.pending.drain(..) {
+            if let Err(task) = one.task.join_until(deadline) {
+                let names = one.names;
+                tracing::error!("the host's kernel does not come back from closing {names}");
+                task.abandon();
+            }
+        }
+    }
+}
+
+/// Takes the devices of a slot away from the guest, says so by dropping `retired`, closes them, and tells of it.
+/// `forced` says whether the guest was not asked; it is `None` for devices that were never announced.
+pub fn take_away(
+    devices: Vec<AttachedDevice>,
+    forced: Option<bool>,
+    (sandbox, events): (&Sandbox, &EventSink),
+    retired: Retired,
+) {
+    devices.iter().for_each(AttachedDevice::retire);
+    drop(retired);
+    for device in &devices {
+        if let Some(why) = device.quarantine_reason() {
+            events(VmEvent::DeviceError {
+                id: device.label().id.clone(),
+                error: format!("{why}: it goes into quarantine"),
+            });
+        }
+    }
+    let ids: Vec<_> = devices.iter().map(|one| one.label().id.clone()).collect();
+    close(devices, sandbox);
+    if let Some(forced) = forced {
+        ids.into_iter()
+            .for_each(|id| events(VmEvent::Detached { id, forced }));
+    }
+}
+
+/// Closes devices side by side: the kernel resets each as it is closed.
+fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
+    let closing: Vec<_> = devices
+        .into_iter()
+        // Without a thread the device has been dropped, hence closed, here.
+        .filter_map(|device| threads::spawn(Role::Device, sandbox, move || drop(device)).ok())
+        .collect();
+    drop(closing);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use gantry_devices::events::PlatformEvents;
+    use gantry_devices::pci::PciSegment;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::machine::SlotTable;
+    use crate::process::sandbox::SeccompMode;
+
+    #[test]
+    fn a_device_that_hangs_holds_up_neither_its_owner_nor_other_devices() {
+        let sandbox = Arc::new(Sandbox::new(SeccompMode::Off).unwrap());
+        let mut pci = PciSegment::new([0..=4]).unwrap();
+        let [hung, slow, good] = [(); 3].map(|()| pci.add_root_port(0).unwrap());
+        let events = PlatformEvents::new([hung, slow, good], EventFd::new(0).unwrap());
+        let slots = SlotTable::new([hung, slow, good], &Arc::new(pci), &Arc::new(events));
+        let mut closing = Closing::new(&sandbox);
+        let (let_go, stuck) = channel::<()>();
+        let stuck = Arc::new(Mutex::new(stuck));
+        let later = Arc::clone(&stuck);
+        // Stuck in a register access, and in the kernel's reset at the close.
+        closing.start(Some(slots.drain(hung)), "hung".to_owned(), move |retired| {
+            let _ = stuck.lock().map(|stuck| stuck.recv());
+            drop(retired);
+        });
+        closing.start(Some(slots.drain(slow)), "slow".to_owned(), move |retired| {
+            drop(retired);
+            let _ = later.lock().map(|stuck| stuck.recv());
+        });
+        let (told, closed) = channel();
+        closing.start(Some(slots.drain(good)), "good".to_owned(), move |retired| {
+            drop(retired);
+            told.send(()).unwrap();
+        });
+        closed.recv().unwrap();
+        let soon = || Instant::now() + Duration::from_millis(50);
+        // The others are waited for as long as it takes.
+        while slots.is_draining(slow) || slots.is_draining(good) {
+            std::thread::yield_now();
+        }
+        assert!(slots.is_draining(hung));
+        assert_eq!(closing.wait_retired(soon()), ["hung"]);
+        closing.finish(soon());
+        assert!(closing.pending.is_empty());
+        drop(let_go);
+        while slots.is_draining(hung) {
+            std::thread::yield_now();
+        }
+    }
+}

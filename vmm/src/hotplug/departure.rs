@@ -1,0 +1,206 @@
+//! How devices go: the guest is asked, or made, to let go of them.
+
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::PortIndex;
+use gantry_devices::warn_limited;
+
+use super::HostDevices;
+use crate::command::{Answer, CommandError, Detach};
+use crate::info::{DeviceState, VmEvent};
+use crate::passthrough::{DeviceEvent, DeviceKey};
+
+/// How long a guest may take to let go of what the host wants back.
+const HOST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a device may take to stop, once it is taken away from a guest that is reset.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl HostDevices {
+    /// Asks the guest to let go of a device and of the other functions in its slot.
+    ///
+    /// # Errors
+    /// There is no such device, or this VM cannot let go of any.
+    pub fn detach(&mut self, detach: &Detach) -> Result<Answer, CommandError> {
+        if self.worker.is_none() {
+            return Err(CommandError::NoSlots);
+        }
+        let port = self.plugged.iter().find(|one| one.status.id == detach.id);
+        let Some(port) = port.map(|one| one.status.port) else {
+            return Err(CommandError::NoSuchDevice {
+                id: detach.id.clone(),
+                others: self
+                    .plugged
+                    .iter()
+                    .map(|one| one.status.id.clone())
+                    .collect(),
+            });
+        };
+        let mut asked = Vec::new();
+        let force_at = end_of(Instant::now(), detach.force_after);
+        for one in self
+            .plugged
+            .iter_mut()
+            .filter(|one| one.status.port == port)
+        {
+            one.status.state = DeviceState::Detaching;
+            one.force_at = due(one.force_at, force_at, one.release_requested);
+            asked.push(one.status.id.clone());
+        }
+        self.publish();
+        for id in asked {
+            self.tell(VmEvent::DetachAsked { id });
+        }
+        self.slots.events().request_eject(port);
+        self.remind();
+        if detach.force_after.is_some_and(|after| after.is_zero()) {
+            self.empty_slot(port, true);
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Something happened to a device. One that the host wants back goes back, by force if the guest does not let
+    /// go of it: until then the host's command waits.
+    pub fn handle(&mut self, key: DeviceKey, event: DeviceEvent) {
+        if event == DeviceEvent::Enabled {
+            return self.enabled(key);
+        }
+        let Some(one) = self.plugged.iter().find(|one| one.device.key() == key) else {
+            return;
+        };
+        let id = one.status.id.clone();
+        let error = match event {
+            DeviceEvent::Enabled => return,
+            DeviceEvent::Failed => {
+                one.device.counters().failed();
+                "it reported an error that cannot be corrected: do not rely on what it did since"
+            }
+            // The kernel repeats it.
+            DeviceEvent::ReleaseRequested if one.release_requested => return,
+            DeviceEvent::ReleaseRequested => {
+                let port = one.status.port;
+                let slot = self.plugged.iter_mut();
+                let slot = slot.filter(|one| one.status.port == port);
+                slot.for_each(|one| one.release_requested = true);
+                self.tell(VmEvent::ReleaseRequested { id: id.clone() });
+                let force_after = Some(HOST_TIMEOUT);
+                let detach = Detach {
+                    id: id.clone(),
+                    force_after,
+                };
+                match self.detach(&detach) {
+                    Ok(_) => return,
+                    Err(_) => "the host wants it back, and this VM has no slots to let go of it",
+                }
+            }
+        };
+        // A guest can have its device report errors.
+        warn_limited!(device = id, "{error}");
+        let error = error.to_owned();
+        self.tell(VmEvent::DeviceError { id, error });
+    }
+
+    /// The guest has let go of what was in a slot; what has come there since stays.
+    pub fn ejected(&mut self, port: PortIndex) {
+        if !self.slots.events().is_occupied(port) {
+            self.empty_slot(port, false);
+        }
+    }
+
+    /// Takes what is in a slot away from the guest, and has it closed.
+    pub(super) fn empty_slot(&mut self, port: PortIndex, forced: bool) {
+        if !self.close(port, Some(forced)) {
+            return;
+        }
+        self.slots.events().empty(port, forced);
+        self.publish();
+        if forced {
+            self.remind();
+        }
+    }
+
+    /// Waits until devices that leave neither write to RAM nor interrupt any more, but for those that hang.
+    pub fn wait_for_leaving(&self) {
+        for device in self.closing.wait_retired(Instant::now() + RETIRE_TIMEOUT) {
+            tracing::warn!(
+                device,
+                "a device that is taken away does not answer: it may still write to the guest's memory"
+            );
+        }
+    }
+
+    /// A guest that is reset has let go of what it was asked to let go of.
+    pub fn reset(&mut self, ejected: &[PortIndex]) {
+        let detaching = self
+            .plugged
+            .iter()
+            .filter(|one| one.status.state == DeviceState::Detaching)
+            .map(|one| one.status.port);
+        let detaching: Vec<PortIndex> = detaching.collect();
+        for port in detaching {
+            self.empty_slot(port, false);
+        }
+        for port in ejected {
+            self.ejected(*port);
+        }
+        for one in &mut self.plugged {
+            one.status.state = DeviceState::Announced;
+        }
+        self.publish();
+        self.reminder = None;
+    }
+}
+
+/// When a time is over that begins `now`; `None` if it has no end, or one that no clock gets to.
+fn end_of(now: Instant, time: Option<Duration>) -> Option<Instant> {
+    time.and_then(|time| now.checked_add(time))
+}
+
+/// When a device is taken away that was to be at the time `set`, now that it is `asked` for. What is asked
+/// last counts, but nobody puts off what the host wants back.
+fn due(set: Option<Instant>, asked: Option<Instant>, release_requested: bool) -> Option<Instant> {
+    match (set, asked) {
+        (Some(set), Some(asked)) if release_requested => Some(set.min(asked)),
+        (set, asked) => asked.or(set),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_puts_off_its_own_time_and_not_the_hosts() {
+        let now = Instant::now();
+        let [early, late] = [1, 2].map(|hours| Some(now + Duration::from_secs(hours * 3600)));
+        for (set, asked, wanted, expected) in [
+            (None, None, false, None),
+            (None, early, false, early),
+            (early, None, false, early),
+            (early, late, false, late),
+            (late, early, false, early),
+            (None, early, true, early),
+            (early, None, true, early),
+            (early, late, true, early),
+            (late, early, true, early),
+        ] {
+            assert_eq!(
+                due(set, asked, wanted),
+                expected,
+                "{set:?} {asked:?} {wanted}"
+            );
+        }
+    }
+
+    #[test]
+    fn times_that_no_clock_gets_to_have_no_end() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        assert_eq!(end_of(now, None), None);
+        assert_eq!(end_of(now, Some(second)), Some(now + second));
+        for seconds in [1e19, u64::MAX as f64 / 1.1] {
+            let time = Duration::try_from_secs_f64(seconds).unwrap();
+            assert_eq!(end_of(now, Some(time)), None, "{seconds}");
+        }
+    }
+}

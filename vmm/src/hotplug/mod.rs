@@ -1,0 +1,304 @@
+//! The devices of a running VM: where they are plugged in, and how they come and go.
+//!
+//! The control thread plugs in, announces and takes out of slots, which takes microseconds and accesses no
+//! hardware. The [`AttachWorker`] prepares devices that come; those that go have threads of their own. A slot that
+//! the guest was asked to empty stays as it is until the guest has done so, is reset, or the time it was given
+//! is over.
+
+mod arrange;
+mod arrival;
+mod attacher;
+mod closing;
+mod departure;
+mod ranges;
+mod reset;
+mod worker;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::PortIndex;
+use gantry_resources::base::HostPaths;
+
+use crate::command::CommandError;
+use crate::error::Error;
+use crate::info::{DeviceCounters, DeviceState, EventSink, VmEvent};
+use crate::machine::{MachineError, SlotTable};
+use crate::passthrough::{
+    AttachedDevice, DeviceEventListener, DeviceEvents, DeviceKey, DeviceNotify, FunctionId,
+};
+use crate::process::error::cannot;
+use crate::process::sandbox::Sandbox;
+use crate::status::{DeviceStatus, SharedStatus};
+pub use arrange::arrange;
+pub use attacher::Attacher;
+use closing::Closing;
+pub use ranges::GuestRanges;
+pub use worker::AttachWorker;
+
+/// How long a guest may take to read what it was told before it is told again: while a guest boots,
+/// interrupts get lost. Doubled each time.
+const FIRST_REMINDER: Duration = Duration::from_millis(50);
+const LAST_REMINDER: Duration = Duration::from_secs(5);
+
+/// How long the kernel may take to close the devices of a VM that ends. It resets each.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What host devices need of the process.
+#[derive(Clone)]
+pub struct DeviceContext {
+    /// Where the host keeps things.
+    pub host: HostPaths,
+    /// The filters.
+    pub sandbox: Arc<Sandbox>,
+    /// Where events for clients go.
+    pub events: EventSink,
+    /// Where the VM's status is published.
+    pub status: Arc<SharedStatus>,
+    /// Where events of devices go.
+    pub notify: DeviceNotify,
+}
+
+/// A device in its slot.
+struct PluggedDevice {
+    status: DeviceStatus,
+    device: AttachedDevice,
+    attach: Vec<(&'static str, Duration)>,
+    /// When it is taken away whether or not the guest has let go of it.
+    force_at: Option<Instant>,
+    /// Whether the host wants it back.
+    release_requested: bool,
+}
+
+/// All devices of the host that a VM has.
+///
+/// Dropping it takes all of them out of their slots and closes them, also those that were on their way to a
+/// slot. A device that the kernel does not come back from in time is left behind.
+pub struct HostDevices {
+    worker: Option<AttachWorker>,
+    plugged: Vec<PluggedDevice>,
+    closing: Closing,
+    /// What has been asked for and is on its way.
+    coming: usize,
+    reminder: Option<(Instant, Duration)>,
+    kernel_events: DeviceEvents,
+    slots: SlotTable,
+    context: DeviceContext,
+}
+
+impl HostDevices {
+    /// None yet.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn new(slots: &SlotTable, context: DeviceContext) -> Result<Self, Error> {
+        Ok(Self {
+            worker: None,
+            plugged: Vec::new(),
+            closing: Closing::new(&context.sandbox),
+            coming: 0,
+            reminder: None,
+            kernel_events: DeviceEvents::new().map_err(cannot("make an epoll instance"))?,
+            slots: slots.clone(),
+            context,
+        })
+    }
+
+    /// Plugs in the devices that a VM starts with, in the order of the ports.
+    ///
+    /// # Errors
+    /// There are not enough ports.
+    pub fn plug_at_boot(&mut self, devices: Vec<AttachedDevice>) -> Result<(), MachineError> {
+        let functions: Vec<FunctionId> = devices.iter().map(AttachedDevice::function).collect();
+        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let ports: Vec<PortIndex> = self.slots.pci().ports().map(|(port, ..)| port).collect();
+        for (set, port) in arrange(&functions).into_iter().zip(ports) {
+            for (index, function) in set {
+                if let Some(device) = devices.get_mut(index).and_then(Option::take) {
+                    self.plug(device, port, function)?;
+                    self.slots.events().fill(port);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Plugs a device in behind a port as a function. It is among the others even where that fails.
+    fn plug(
+        &mut self,
+        mut device: AttachedDevice,
+        port: PortIndex,
+        function: u8,
+    ) -> Result<(), MachineError> {
+        let plugged = device.plug(self.slots.pci(), port, function);
+        let label = device.label().clone();
+        let status = DeviceStatus {
+            id: label.id,
+            name: device.name(),
+            group: label.group,
+            allow: label.allow,
+            state: DeviceState::Announced,
+            port,
+            function,
+        };
+        self.kernel_events.watch(device.key(), device.events());
+        self.plugged.push(PluggedDevice {
+            status,
+            device,
+            attach: Vec::new(),
+            force_at: None,
+            release_requested: false,
+        });
+        Ok(plugged?)
+    }
+
+    /// From now on devices can come and go.
+    pub fn open_slots(&mut self, worker: AttachWorker) {
+        self.worker = Some(worker);
+    }
+
+    /// The ports of all devices from the `first` in the list on.
+    fn ports_from(&self, first: usize) -> BTreeSet<PortIndex> {
+        let from = self.plugged.iter().skip(first);
+        from.map(|one| one.status.port).collect()
+    }
+
+    /// Takes the devices of a slot out of it, and has them taken away from the guest and closed elsewhere. Returns
+    /// whether there were any.
+    fn close(&mut self, port: PortIndex, forced: Option<bool>) -> bool {
+        let (gone, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.plugged)
+            .into_iter()
+            .partition(|one| one.status.port == port);
+        self.plugged = stay;
+        let devices: Vec<_> = gone.into_iter().map(|one| one.device).collect();
+        let any = !devices.is_empty();
+        if any {
+            self.take_away(Some(port), devices, forced);
+        }
+        any
+    }
+
+    /// Takes devices out of their slot, if they are in one, and has them closed.
+    fn take_away(
+        &mut self,
+        port: Option<PortIndex>,
+        mut devices: Vec<AttachedDevice>,
+        forced: Option<bool>,
+    ) {
+        devices.iter_mut().for_each(AttachedDevice::unplug);
+        let names = devices.iter().map(|device| device.name().to_string());
+        let names = names.collect::<Vec<_>>().join(", ");
+        let (sandbox, events) = (
+            Arc::clone(&self.context.sandbox),
+            Arc::clone(&self.context.events),
+        );
+        let slot = port.map(|port| self.slots.drain(port));
+        self.closing.start(slot, names, move |retired| {
+            closing::take_away(devices, forced, (&sandbox, &events), retired);
+        });
+    }
+
+    /// What watches for the kernel's events of the devices.
+    pub fn listener(&self) -> DeviceEventListener {
+        self.kernel_events.listener(&self.context.notify)
+    }
+
+    /// The guest has switched a device on.
+    fn enabled(&mut self, key: DeviceKey) {
+        let mut plugged = self.plugged.iter_mut();
+        let one = plugged.find(|one| one.device.key() == key);
+        if let Some(one) = one.filter(|one| one.status.state == DeviceState::Announced) {
+            one.status.state = DeviceState::Enabled;
+            let id = one.status.id.clone();
+            self.publish();
+            self.tell(VmEvent::Enabled { id });
+        }
+    }
+
+    /// When [`Self::tick`] is to be called next.
+    pub fn deadline(&self) -> Option<Instant> {
+        let forced = self.plugged.iter().filter_map(|one| one.force_at);
+        forced.chain(self.reminder.map(|(at, _)| at)).min()
+    }
+
+    /// Does what is due by now.
+    pub fn tick(&mut self, now: Instant) {
+        let due = |one: &PluggedDevice| one.force_at.is_some_and(|at| at <= now);
+        while let Some(one) = self.plugged.iter().find(|one| due(one)) {
+            self.empty_slot(one.status.port, true);
+        }
+        if let Some((at, wait)) = self.reminder
+            && at <= now
+        {
+            let wait = (wait * 2).min(LAST_REMINDER);
+            let unread = self.slots.events().remind();
+            self.reminder = unread.then_some((now + wait, wait));
+        }
+    }
+
+    /// Tells the guest again in a while, unless it has read what it was told.
+    pub fn remind(&mut self) {
+        self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
+    }
+
+    /// Publishes the devices as they are: done before anyone is told of a change.
+    fn publish(&self) {
+        self.context.status.set_devices(self.statuses());
+    }
+
+    fn tell(&self, event: VmEvent) {
+        (self.context.events)(event);
+    }
+
+    /// The devices as they are.
+    pub fn statuses(&self) -> Vec<DeviceStatus> {
+        self.plugged.iter().map(|one| one.status.clone()).collect()
+    }
+
+    /// What the devices did; `interrupts` are those of the host, by device and vector.
+    pub fn counters(
+        &self,
+        interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,
+    ) -> Vec<DeviceCounters> {
+        let counters = self.plugged.iter().map(|one| {
+            let bdf = one.device.name().to_string();
+            let mut counters = DeviceCounters {
+                id: one.status.id.clone(),
+                interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
+                bdf,
+                attach: one.attach.clone(),
+                ..DeviceCounters::default()
+            };
+            one.device.counters().read(&mut counters);
+            counters
+        });
+        counters.collect()
+    }
+
+    fn free(&self) -> Vec<PortIndex> {
+        let occupied = |port| self.plugged.iter().any(|one| one.status.port == port);
+        self.slots.free(occupied)
+    }
+
+    fn has(&self, id: &str) -> bool {
+        self.plugged.iter().any(|one| one.status.id == id)
+    }
+}
+
+impl Drop for HostDevices {
+    fn drop(&mut self) {
+        let left = self.worker.take().map(AttachWorker::end);
+        for port in self.ports_from(0) {
+            self.close(port, None);
+        }
+        for result in left.into_iter().flatten() {
+            if let Ok(devices) = result.devices {
+                self.take_away(None, devices, None);
+            }
+            (result.reply)(Err(CommandError::Ending));
+        }
+        self.publish();
+        self.closing.finish(Instant::now() + CLOSE_TIMEOUT);
+    }
+}

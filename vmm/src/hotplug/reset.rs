@@ -1,0 +1,160 @@
+//! The reset of the devices when the guest reboots.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::{BarSpace, PciDevice, PortIndex};
+
+use super::HostDevices;
+use crate::process::error::{HostError, cannot};
+use crate::process::sandbox::{Role, Sandbox};
+use crate::process::threads;
+
+/// How long a device may take to be reset. The kernel waits for some seconds at most, for a device that comes back.
+const RESET_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl HostDevices {
+    /// Resets all functions behind the ports side by side, as a host device takes a tenth of a second. The guest
+    /// loses those that fail or do not answer in time, and nobody else gets them.
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub fn reset_functions(
+        &mut self,
+        space: &Arc<impl BarSpace + Send + Sync + 'static>,
+    ) -> Result<(), HostError> {
+        self.reset_within(space, RESET_TIMEOUT)
+    }
+
+    fn reset_within(
+        &mut self,
+        space: &Arc<impl BarSpace + Send + Sync + 'static>,
+        timeout: Duration,
+    ) -> Result<(), HostError> {
+        let pci = self.slots.pci();
+        let ports = pci.ports().map(|(port, ..)| port);
+        let behind = ports.flat_map(|port| {
+            let functions = pci.functions_behind(port).into_iter();
+            functions.map(move |(_, function)| (port, function))
+        });
+        let sandbox = &self.context.sandbox;
+        for port in reset_all(behind.collect(), space, sandbox, timeout)? {
+            self.lose(port);
+        }
+        Ok(())
+    }
+
+    /// The devices of a slot could not be reset with the guest: they are taken away, and nobody else gets them.
+    fn lose(&mut self, port: PortIndex) {
+        for one in self
+            .plugged
+            .iter_mut()
+            .filter(|one| one.status.port == port)
+        {
+            one.device
+                .quarantine("it could not be reset when the guest rebooted");
+            let device = one.status.id.as_str();
+            tracing::warn!(
+                device,
+                "the guest goes on without a device that could not be reset"
+            );
+        }
+        self.empty_slot(port, true);
+    }
+}
+
+/// Resets functions side by side. Returns the ports of those that failed, or did not answer within `timeout`.
+fn reset_all(
+    behind: Vec<(PortIndex, Arc<dyn PciDevice>)>,
+    space: &Arc<impl BarSpace + Send + Sync + 'static>,
+    sandbox: &Sandbox,
+    timeout: Duration,
+) -> Result<Vec<PortIndex>, HostError> {
+    let mut tasks = Vec::new();
+    for (port, function) in behind {
+        let space = Arc::clone(space);
+        let reset = move || function.reset(&*space);
+        let task = threads::spawn(Role::Device, sandbox, reset);
+        tasks.push((port, task.map_err(cannot("spawn a thread"))?));
+    }
+    let deadline = Instant::now() + timeout;
+    let mut failed = Vec::new();
+    for (port, task) in tasks {
+        match task.join_until(deadline) {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "a device could not be reset for the guest's reboot");
+            }
+            Err(task) => task.abandon(),
+        }
+        failed.push(port);
+    }
+    Ok(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+
+    use gantry_devices::pci::{BarGuard, BarPlacement, BarSpaceError, PciSegment};
+
+    use super::*;
+    use crate::process::sandbox::SeccompMode;
+
+    /// A function whose reset calls this.
+    struct Resets<F>(F);
+
+    impl<F: Fn() -> io::Result<()> + Send + Sync> PciDevice for Resets<F> {
+        fn read_config(&self, _offset: u16, _data: &mut [u8]) {}
+
+        fn write_config(&self, _offset: u16, _data: &[u8]) -> bool {
+            false
+        }
+
+        fn remap(&self, _space: &dyn BarSpace) {}
+
+        fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
+            (self.0)()
+        }
+    }
+
+    struct NoSpace;
+
+    impl BarSpace for NoSpace {
+        fn map(&self, _: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
+            Ok(Box::new(()))
+        }
+    }
+
+    #[test]
+    fn a_device_whose_reset_fails_or_hangs_is_named_and_the_others_are_reset() {
+        let sandbox = Sandbox::new(SeccompMode::Off).unwrap();
+        let mut pci = PciSegment::new([0..=4]).unwrap();
+        let ports = [(); 3].map(|()| pci.add_root_port(0).unwrap());
+        let (let_go, stuck) = channel::<()>();
+        let stuck = Mutex::new(stuck);
+        let done = Arc::new(Mutex::new(false));
+        let good = Arc::clone(&done);
+        let functions: [Arc<dyn PciDevice>; 3] = [
+            Arc::new(Resets(move || {
+                let _ = stuck.lock().map(|stuck| stuck.recv());
+                Ok(())
+            })),
+            Arc::new(Resets(|| Err(io::ErrorKind::TimedOut.into()))),
+            Arc::new(Resets(move || {
+                *good.lock().unwrap() = true;
+                Ok(())
+            })),
+        ];
+        let behind = ports.iter().copied().zip(functions).collect();
+        // Long enough for the two that answer.
+        let timeout = Duration::from_secs(2);
+        let failed = reset_all(behind, &Arc::new(NoSpace), &sandbox, timeout).unwrap();
+        assert_eq!(failed, ports[..2]);
+        assert!(*done.lock().unwrap());
+        drop(let_go);
+    }
+}

@@ -1,0 +1,135 @@
+//! Guest RAM: private anonymous memory, one mapping for each range of the layout.
+#![allow(unsafe_code)] // vm-memory takes our mappings by raw address.
+
+use std::io;
+use std::sync::Arc;
+
+use gantry_devices::mapping::HostMapping;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::host::placement::VmPlacement;
+use crate::layout::RamRange;
+
+/// Transparent huge pages begin at multiples of their size.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// One range of guest RAM and the host memory behind it.
+pub struct RamRegion {
+    /// First guest-physical address.
+    pub guest: u64,
+    /// The memory; its size is the range's.
+    pub mapping: Arc<HostMapping>,
+}
+
+/// The guest's RAM. No page of it exists before it is touched or pinned.
+pub struct GuestRam {
+    // Declared first: it refers to the regions' memory by address and must go before them.
+    memory: GuestMemoryMmap,
+    regions: Vec<RamRegion>,
+}
+
+impl GuestRam {
+    /// Sets memory aside for every range of the plan, to come from where the VM is.
+    ///
+    /// # Errors
+    /// The host has no address space left, the ranges overlap, or there is no memory where the VM must be.
+    pub fn new(plan: &[RamRange], placement: &VmPlacement) -> io::Result<Self> {
+        let regions = plan
+            .iter()
+            .map(|range| RamRegion::new(range, placement))
+            .collect::<io::Result<Vec<_>>>()?;
+        let views = regions
+            .iter()
+            .map(RamRegion::view)
+            .collect::<io::Result<Vec<_>>>()?;
+        let memory = GuestMemoryMmap::from_regions(views).map_err(io::Error::other)?;
+        Ok(Self { memory, regions })
+    }
+
+    /// For reading and writing by guest-physical address.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The ranges as devices are to see them.
+    pub fn ranges(&self) -> Arc<[(u64, Arc<HostMapping>)]> {
+        let ranges = self.regions.iter();
+        ranges
+            .map(|region| (region.guest, Arc::clone(&region.mapping)))
+            .collect()
+    }
+
+    /// The ranges, in guest-physical order.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+}
+
+impl RamRegion {
+    fn new(range: &RamRange, placement: &VmPlacement) -> io::Result<Self> {
+        let len = usize::try_from(range.len).map_err(io::Error::other)?;
+        let mapping = HostMapping::anonymous(len, HUGE_PAGE)?;
+        let nodes: Vec<u32> = placement.nodes.iter().collect();
+        if !nodes.is_empty() {
+            match mapping.place(&nodes, placement.strict) {
+                Err(error) if placement.strict => return Err(error),
+                // Where it was only wished for, the guest runs without.
+                Err(error) => tracing::warn!("guest RAM is not kept near the devices: {error}"),
+                Ok(()) => {}
+            }
+        }
+        Ok(Self {
+            guest: range.start,
+            mapping: Arc::new(mapping),
+        })
+    }
+
+    fn view(&self) -> io::Result<GuestRegionMmap> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (start, len) = (self.mapping.as_ptr(), self.mapping.size());
+        // SAFETY: the range is mapped so for as long as the region's `HostMapping` lives, which
+        // `GuestRam` drops only after the view; vm-memory does not unmap what it did not map.
+        let region = unsafe { MmapRegion::build_raw(start, len, protection, flags) };
+        let region = region.map_err(io::Error::other)?;
+        GuestRegionMmap::new(region, GuestAddress(self.guest))
+            .ok_or_else(|| io::Error::other("guest RAM runs past the end of the address space"))
+    }
+}
+
+/// Lets go of the program's code and constants as far as they are mapped: most of it was for the
+/// start, and what is needed again comes back from the page cache.
+pub fn release_program_pages() {
+    // Given by the linker: where the program begins, and where its code ends.
+    unsafe extern "C" {
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    let start = (&raw const __executable_start).cast_mut();
+    let len = (&raw const etext).addr().saturating_sub(start.addr());
+    // SAFETY: what lies between the two is in segments that nobody may write, so it is as in the
+    // file, from which the kernel maps it anew when it is next used, by whatever thread. Holes
+    // between segments are an error that does no harm.
+    let _ = unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_is_where_it_must_be_or_not_at_all() {
+        let plan = [RamRange {
+            start: 0,
+            len: 2 << 20,
+        }];
+        let placement = |strict| VmPlacement {
+            nodes: [1000].into_iter().collect(),
+            strict,
+            ..VmPlacement::default()
+        };
+        assert!(GuestRam::new(&plan, &placement(true)).is_err());
+        assert!(GuestRam::new(&plan, &placement(false)).is_ok());
+    }
+}

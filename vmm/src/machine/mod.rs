@@ -1,0 +1,211 @@
+//! The machine of a VM: address space, RAM, interrupt routes, and the devices every VM has.
+
+mod address_space;
+mod console;
+mod error;
+mod memory;
+mod serial;
+mod slot_windows;
+mod slots;
+
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
+
+use gantry_devices::events::{self, PlatformEvents};
+use gantry_devices::panic::{self, PanicRegister};
+use gantry_devices::pci::firmware::HostWindows;
+use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
+use gantry_devices::power::{self, PowerRegisters};
+use gantry_devices::serial::{LEN as SERIAL_LEN, Serial};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::acpi::HotSlot;
+use crate::config::VmConfig;
+use crate::host::placement::VmPlacement;
+use crate::kvm::{GsiRoutes, KvmVm, MemorySlots};
+use crate::layout::{self, Layout};
+use crate::process::error::cannot;
+pub use address_space::AddressSpace;
+use address_space::Guard;
+pub use console::{Keyboard, SerialOutput};
+pub use error::MachineError;
+use memory::GuestRam;
+pub use memory::release_program_pages;
+pub use slot_windows::SlotWindows;
+pub use slots::{DrainGuard, SlotTable};
+
+/// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
+/// message-signalled interrupts are written.
+const IO_APIC_LEN: u64 = 0x1000;
+const LOCAL_APIC_LEN: u64 = 0x10_0000;
+/// The identity map page and three TSS pages.
+const KVM_PAGES_LEN: u64 = 0x4000;
+
+/// What every VM has, whatever is plugged into it.
+pub struct Machine {
+    /// Who answers where.
+    pub space: Arc<AddressSpace>,
+    /// RAM.
+    pub ram: GuestRam,
+    /// Message-signalled interrupts.
+    pub routes: GsiRoutes,
+    /// PCI.
+    pub pci: Arc<PciSegment>,
+    /// The serial port, if there is one.
+    pub serial: Option<Arc<Serial>>,
+    /// Where its kernel says that it has panicked, if it has such a register.
+    panic: Option<Arc<PanicRegister>>,
+    /// What the guest is told of while it runs.
+    pub events: Arc<PlatformEvents>,
+    /// The slots that can be filled and emptied while the guest runs, for the ACPI tables.
+    pub hot_slots: Vec<HotSlot>,
+    /// The same slots, and what is known of each.
+    pub slots: SlotTable,
+    /// What the ports can hold.
+    pub windows: SlotWindows,
+    // Taken out of the address space when the machine is dropped.
+    _guards: Vec<Guard>,
+}
+
+impl Machine {
+    /// Builds the machine as planned, with so many PCIe root ports for the devices that the VM
+    /// starts with, and as many more as it has slots for others.
+    ///
+    /// # Errors
+    /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
+    /// be made.
+    pub fn new(
+        kvm: &KvmVm,
+        layout: &Layout,
+        config: &VmConfig,
+        ports: usize,
+        placement: &VmPlacement,
+    ) -> Result<Self, MachineError> {
+        let hot = usize::from(config.hotplug.slots);
+        let ram = GuestRam::new(&layout.ram, placement).map_err(cannot("set guest RAM aside"))?;
+        let routes = GsiRoutes::new(Arc::clone(kvm.vm()))
+            .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
+        let pci = Arc::new(hierarchy(layout, ports + hot)?);
+        let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
+        // Where devices can come, those that are there can go.
+        let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
+        let hot_slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
+        let trigger = connect_irq(&routes, layout::EVENT_GSI)?;
+        let slot_ports = hot_slots.iter().map(|slot| slot.port);
+        let events = Arc::new(PlatformEvents::new(slot_ports.clone(), trigger));
+        let mut machine = Self {
+            space: Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(kvm.vm())))),
+            ram,
+            routes,
+            slots: SlotTable::new(slot_ports, &pci, &events),
+            pci,
+            serial,
+            panic: config.pvpanic.then(Arc::default),
+            events,
+            hot_slots,
+            windows: SlotWindows::new(ports, config.hotplug.window),
+            _guards: Vec::new(),
+        };
+        machine._guards = machine
+            .fill(layout)
+            .map_err(MachineError::place("the machine"))?;
+        Ok(machine)
+    }
+
+    /// Whether the guest's kernel can say that it has panicked.
+    pub fn has_pvpanic(&self) -> bool {
+        self.panic.is_some()
+    }
+
+    fn fill(&self, layout: &Layout) -> Result<Vec<Guard>, BarSpaceError> {
+        let space = &self.space;
+        let mut guards = vec![
+            space.reserve(layout::IO_APIC, IO_APIC_LEN)?,
+            space.reserve(layout::LOCAL_APIC, LOCAL_APIC_LEN)?,
+            space.reserve(layout::KVM_PAGES, KVM_PAGES_LEN)?,
+        ];
+        for region in self.ram.regions() {
+            guards.push(space.add_ram(region.guest, &region.mapping)?);
+        }
+        let ecam_len = layout.ecam.end() - layout.ecam.start() + 1;
+        let ecam = Arc::new(EcamWindow::new(Arc::clone(&self.pci)));
+        guards.push(space.add_mmio(*layout.ecam.start(), ecam_len, ecam)?);
+        let ports = layout::PCI_CONFIG_PORTS;
+        let config = Arc::new(ConfigPorts::new(Arc::clone(&self.pci)));
+        guards.push(space.add_ports(*ports.start(), ports.len() as u16, config)?);
+        let power = Arc::new(PowerRegisters);
+        guards.push(space.add_ports(layout::POWER_PORT, power::LEN as u16, power)?);
+        if let Some(panic) = self.panic.clone() {
+            guards.push(space.add_ports(panic::PORT, panic::LEN as u16, panic)?);
+        }
+        let events = Arc::clone(&self.events);
+        guards.push(space.add_ports(layout::EVENT_PORT, events::LEN as u16, events)?);
+        if let Some(serial) = &self.serial {
+            guards.push(space.add_ports(layout::SERIAL_PORT, SERIAL_LEN as u16, serial.clone())?);
+        }
+        Ok(guards)
+    }
+
+    /// Gives bus numbers, windows and BAR addresses to everything behind the root ports, as firmware
+    /// would: there is none.
+    ///
+    /// # Errors
+    /// A window of the plan does not hold what is behind its ports.
+    pub fn assign_pci(&mut self, layout: &Layout) -> Result<(), MachineError> {
+        for bridge in &layout.bridges {
+            let host = HostWindows {
+                mem32: half_open(&bridge.mem32),
+                mem64: half_open(&bridge.mem64),
+                io: u64::from(*bridge.io.start())..u64::from(*bridge.io.end()) + 1,
+            };
+            self.windows.assign(&self.pci, &host, &self.hot_slots)?;
+        }
+        Ok(())
+    }
+
+    /// Brings all but what is behind the ports back to its state before the guest started, and gives PCI its
+    /// addresses again.
+    ///
+    /// # Errors
+    /// A window of the plan does not hold what is behind its ports.
+    pub fn reset(&mut self, layout: &Layout) -> Result<(), MachineError> {
+        if let Some(serial) = &self.serial {
+            serial.reset();
+        }
+        self.events.reset();
+        if let Some(panic) = &self.panic {
+            panic.reset();
+        }
+        for function in self.pci.bridges_and_ports() {
+            let reset = function.reset(&*self.space);
+            reset.map_err(cannot("reset a root port for the guest's reboot"))?;
+        }
+        self.assign_pci(layout)
+    }
+}
+
+fn half_open(range: &RangeInclusive<u64>) -> Range<u64> {
+    *range.start()..range.end().saturating_add(1)
+}
+
+/// The host bridges of the plan, and `ports` root ports on the first.
+fn hierarchy(layout: &Layout, ports: usize) -> Result<PciSegment, MachineError> {
+    let buses = layout
+        .bridges
+        .iter()
+        .map(|bridge| bridge.first_bus..=bridge.last_bus);
+    let mut segment = PciSegment::new(buses)?;
+    for _ in 0..ports {
+        segment.add_root_port(0)?;
+    }
+    Ok(segment)
+}
+
+/// An eventfd that raises a line of the I/O APIC.
+fn connect_irq(routes: &GsiRoutes, line: u32) -> Result<EventFd, MachineError> {
+    let trigger = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(cannot("make an eventfd"))?;
+    routes
+        .wire_pin(line, &trigger)
+        .map_err(cannot("wire an interrupt line (KVM_IRQFD)"))?;
+    Ok(trigger)
+}

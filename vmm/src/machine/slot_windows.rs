@@ -1,0 +1,210 @@
+//! The windows of the root ports: what devices can be plugged into them while the guest runs.
+
+use std::ops::Range;
+
+use gantry_devices::pci::firmware::{
+    self, FirmwareError, HostWindows, IO_GRANULARITY, Minimum, WindowKind,
+};
+use gantry_devices::pci::{PciSegment, PortIndex, PortWindows};
+
+use crate::boot::acpi::HotSlot;
+
+/// The windows of the slots, which are there before anything is in them.
+pub struct SlotWindows {
+    /// Number of the first port that is empty at the start.
+    first: usize,
+    /// Bytes of 64-bit addresses that each such port is to have, if that was said.
+    requested: Option<u64>,
+    /// What each got.
+    share: Option<Share>,
+    /// The windows of all ports.
+    given: Vec<PortWindows>,
+}
+
+/// What the ports that are empty at the start get.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    /// Bytes of addresses below 4 GiB.
+    mem32: u64,
+    /// Bytes of 64-bit addresses.
+    mem64: u64,
+    /// How many get I/O ports: there are few of them. The last, as slots are filled from the first on, and
+    /// most devices have no I/O BAR.
+    with_io: usize,
+}
+
+/// The most 64-bit addresses that a slot gets unasked: enough for the largest BARs there are.
+const MAX_SHARE64: u64 = 256 << 30;
+/// The most addresses below 4 GiB: few devices have more than one BAR of 16 MiB there.
+const MAX_SHARE32: u64 = 256 << 20;
+/// The least that is worth having.
+const MIN_SHARE64: u64 = 1 << 20;
+
+impl SlotWindows {
+    /// None given yet. The ports from the `first` on are empty at the start; each is to have the `requested` bytes
+    /// of 64-bit addresses, if that was said.
+    pub fn new(first: usize, requested: Option<u64>) -> Self {
+        Self {
+            first,
+            requested,
+            share: None,
+            given: Vec::new(),
+        }
+    }
+
+    /// What a port can hold, as it was given when the guest last booted.
+    pub fn of(&self, port: PortIndex) -> PortWindows {
+        self.given.get(port.get()).cloned().unwrap_or_default()
+    }
+
+    /// Gives windows and BAR addresses to everything behind the ports.
+    ///
+    /// # Errors
+    /// A window of the host bridge does not hold what is behind its ports.
+    pub fn assign(
+        &mut self,
+        pci: &PciSegment,
+        host: &HostWindows,
+        slots: &[HotSlot],
+    ) -> Result<(), FirmwareError> {
+        let empty = slots.len().saturating_sub(self.first) as u64;
+        let mut share = self.share.unwrap_or_else(|| self.even(host, empty));
+        let plans = loop {
+            let first_with_io = slots.len().saturating_sub(share.with_io);
+            let minimum = |port: PortIndex| match port.get() {
+                port if port < self.first => Minimum::default(),
+                port => Minimum {
+                    mem32: share.mem32,
+                    mem64: share.mem64,
+                    io: IO_GRANULARITY * u64::from(port >= first_with_io),
+                },
+            };
+            match firmware::assign(pci, host, minimum) {
+                Err(error) if empty > 0 && self.shrink(&mut share, error.kind()) => {}
+                plans => break plans?,
+            }
+        };
+        self.share = Some(share);
+        self.given = plans.into_iter().map(|plan| plan.windows).collect();
+        Ok(())
+    }
+
+    /// An even share of a part of what there is: the rest is for the devices that are there.
+    fn even(&self, host: &HostWindows, empty: u64) -> Share {
+        let len = |range: &Range<u64>| range.end.saturating_sub(range.start) / empty.max(1);
+        let least = Minimum::default().mem32;
+        let mem32 = (len(&host.mem32) / 4 * 3).clamp(least, MAX_SHARE32);
+        let mem64 = (len(&host.mem64) / 2).clamp(MIN_SHARE64, MAX_SHARE64);
+        let windows = (host.io.end.saturating_sub(host.io.start) / IO_GRANULARITY).min(empty);
+        Share {
+            mem32: 1 << mem32.ilog2(),
+            mem64: self.requested.unwrap_or(1 << mem64.ilog2()),
+            with_io: windows as usize,
+        }
+    }
+
+    /// Makes shares that did not fit smaller; `false` if nothing is left to be made smaller.
+    fn shrink(&self, share: &mut Share, kind: WindowKind) -> bool {
+        if kind == WindowKind::Io {
+            let more = share.with_io > 0;
+            share.with_io = share.with_io.saturating_sub(1);
+            return more;
+        }
+        if share.mem32 > Minimum::default().mem32 {
+            share.mem32 /= 2;
+            return true;
+        }
+        let more = self.requested.is_none() && share.mem64 > MIN_SHARE64;
+        if more {
+            share.mem64 /= 2;
+        }
+        more
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn host() -> HostWindows {
+        HostWindows {
+            mem32: 2 * GIB..3 * GIB + GIB / 2,
+            mem64: 4 * GIB..1024 * GIB,
+            io: 0x1000..0x1_0000,
+        }
+    }
+
+    fn windows(requested: Option<u64>) -> SlotWindows {
+        SlotWindows::new(1, requested)
+    }
+
+    fn segment(ports: usize) -> (PciSegment, Vec<HotSlot>) {
+        let mut segment = PciSegment::new([0..=0xff]).unwrap();
+        for _ in 0..ports {
+            segment.add_root_port(0).unwrap();
+        }
+        let slots = segment.ports().map(|(port, at, _)| HotSlot { port, at });
+        let slots = slots.collect();
+        (segment, slots)
+    }
+
+    #[test]
+    fn empty_slots_share_what_there_is() {
+        for (empty, mem32, mem64) in [(1, 256 << 20, 256 * GIB), (32, 32 << 20, 8 * GIB)] {
+            let (segment, slots) = segment(empty + 1);
+            let mut windows = windows(None);
+            windows.assign(&segment, &host(), &slots).unwrap();
+            let len = |window: &Option<Range<u64>>| {
+                window
+                    .as_ref()
+                    .map_or(0, |window| window.end - window.start)
+            };
+            assert_eq!(len(&windows.given[0].mem64), 0, "there from the start");
+            for given in &windows.given[1..] {
+                assert_eq!((len(&given.mem32), len(&given.mem64)), (mem32, mem64));
+            }
+            // 60 KiB of I/O ports, and the first slots go without.
+            let with_io = windows.given.iter().map(|given| len(&given.io));
+            let mut expected = vec![0; empty + 1];
+            expected[(empty + 1).saturating_sub(15).max(1)..].fill(0x1000);
+            assert!(with_io.eq(expected));
+            let before = windows.given.clone();
+            windows.assign(&segment, &host(), &slots).unwrap();
+            assert_eq!(windows.given, before, "the same at a reboot");
+        }
+    }
+
+    #[test]
+    fn io_ports_that_others_need_are_done_without() {
+        let mut few = host();
+        few.io = 0x1000..0x4000;
+        let (segment, slots) = segment(6);
+        let mut shared = windows(None);
+        shared.assign(&segment, &few, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.with_io), Some(3));
+        // As after a reboot with fewer left.
+        few.io = 0x1000..0x3000;
+        shared.assign(&segment, &few, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.with_io), Some(2));
+        few.io = 0x1000..0x1000;
+        windows(None).assign(&segment, &few, &slots).unwrap();
+    }
+
+    #[test]
+    fn shares_shrink_until_they_fit_and_wishes_do_not() {
+        let mut small = host();
+        small.mem32 = 2 * GIB..2 * GIB + (544 << 20);
+        let (segment, slots) = segment(33);
+        let mut shared = windows(None);
+        shared.assign(&segment, &small, &slots).unwrap();
+        assert_eq!(shared.share.map(|share| share.mem32), Some(16 << 20));
+        let refused = windows(Some(128 * GIB)).assign(&segment, &host(), &slots);
+        assert!(matches!(refused, Err(FirmwareError::Slot { .. })));
+        let (segment, slots) = self::segment(5);
+        windows(Some(128 * GIB))
+            .assign(&segment, &host(), &slots)
+            .unwrap();
+    }
+}

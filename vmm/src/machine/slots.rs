@@ -1,0 +1,100 @@
+//! The slots that devices can be plugged into while the guest runs.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gantry_devices::events::{PlatformEvents, SlotState};
+use gantry_devices::pci::{PciSegment, PortIndex};
+
+/// The slots of a VM that runs. The guest decides where they are and which are empty, too: both are looked up anew
+/// each time.
+#[derive(Clone)]
+pub struct SlotTable {
+    ports: Arc<[PortIndex]>,
+    pci: Arc<PciSegment>,
+    events: Arc<PlatformEvents>,
+    /// Slots that a device has left, though the guest may still reach it, and it may still write to RAM.
+    draining: Arc<Mutex<BTreeSet<PortIndex>>>,
+}
+
+/// Dropping it says that the devices of a slot are taken away from the guest: the slot can be filled again.
+pub struct DrainGuard {
+    draining: Arc<Mutex<BTreeSet<PortIndex>>>,
+    port: PortIndex,
+}
+
+impl Drop for DrainGuard {
+    fn drop(&mut self) {
+        lock(&self.draining).remove(&self.port);
+    }
+}
+
+impl SlotTable {
+    /// The slots of these ports.
+    pub fn new(
+        ports: impl IntoIterator<Item = PortIndex>,
+        pci: &Arc<PciSegment>,
+        events: &Arc<PlatformEvents>,
+    ) -> Self {
+        Self {
+            ports: ports.into_iter().collect(),
+            pci: Arc::clone(pci),
+            events: Arc::clone(events),
+            draining: Arc::default(),
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.ports.len()
+    }
+
+    /// All ports of the VM, with and without such a slot.
+    pub fn pci(&self) -> &Arc<PciSegment> {
+        &self.pci
+    }
+
+    /// What the guest is told of the slots.
+    pub fn events(&self) -> &PlatformEvents {
+        &self.events
+    }
+
+    /// The slots that have nothing in them and are known by the guest to be empty, the surest first. The caller
+    /// knows which are `occupied`.
+    pub fn free(&self, occupied: impl Fn(PortIndex) -> bool) -> Vec<PortIndex> {
+        let draining = lock(&self.draining);
+        let ports = self.ports.iter().copied();
+        let empty = ports.filter(|port| !occupied(*port) && !draining.contains(port));
+        let mut free: Vec<_> = empty
+            .map(|port| (self.events.slot_state(port), port))
+            .filter(|(state, _)| *state < SlotState::Unread)
+            .collect();
+        free.sort();
+        free.into_iter().map(|(_, port)| port).collect()
+    }
+
+    /// The bus behind a port, as the guest has numbered it.
+    pub fn bus(&self, port: PortIndex) -> u8 {
+        let found = self.pci.ports().find(|(other, ..)| *other == port);
+        found.map_or(0, |(_, _, port)| port.secondary_bus())
+    }
+
+    /// Keeps a slot from being filled until the devices that leave it are taken away from the guest.
+    pub fn drain(&self, port: PortIndex) -> DrainGuard {
+        lock(&self.draining).insert(port);
+        DrainGuard {
+            draining: Arc::clone(&self.draining),
+            port,
+        }
+    }
+
+    /// Whether a device is still on its way out of a slot.
+    #[cfg(test)]
+    pub fn is_draining(&self, port: PortIndex) -> bool {
+        lock(&self.draining).contains(&port)
+    }
+}
+
+fn lock(draining: &Mutex<BTreeSet<PortIndex>>) -> MutexGuard<'_, BTreeSet<PortIndex>> {
+    draining.lock().unwrap_or_else(PoisonError::into_inner)
+}

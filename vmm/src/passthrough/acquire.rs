@@ -1,0 +1,387 @@
+//! How a VM gets devices of the host: leased by this process or by its opener, with their IOMMU groups in the VM's
+//! address space.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::ops::RangeInclusive;
+use std::path::Path;
+use std::sync::Arc;
+
+use gantry_devices::pci::MsiRouter;
+use gantry_resources::allocation::{Lease, allocate_near};
+use gantry_resources::base::{DeviceName, HostPaths, Uuid};
+use gantry_resources::facts::{ReservedKind, ReservedRegion, reserved_regions};
+use gantry_resources::holding::Holder;
+use gantry_resources::inventory::Terms;
+use gantry_resources::opener::{Opened, Opener, pool_of};
+use gantry_resources::pools::Placement;
+
+use gantry_vfio::host::Group;
+
+use super::error::DeviceError;
+use super::events::DeviceNotify;
+use super::io_address_space::IoAddressSpace;
+use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice, UnopenedDevice};
+use super::opening::Opening;
+use crate::config::{NamedRequest, nth_id};
+use crate::kvm::VfioObserver;
+use crate::process::sandbox::Sandbox;
+
+/// Devices that are leased, with their groups in one address space.
+#[derive(Default)]
+pub struct AcquiredDevices {
+    // Dropped first: groups leave the address space before others may lease the devices.
+    devices: Vec<UnopenedDevice>,
+    space: Option<Arc<IoAddressSpace>>,
+    reserved: Vec<RangeInclusive<u64>>,
+}
+
+/// Who leases devices for a VM.
+pub enum Lessor<'a> {
+    /// This process.
+    Process(&'a Placement, &'a Holder),
+    /// The opener, as it must know of all devices of a VM that it opens later ones for.
+    Opener(&'a Opener),
+}
+
+/// What a lessor gives.
+struct Granted {
+    // Dropped in this order.
+    container: Option<File>,
+    groups: Vec<GrantedGroup>,
+    devices: Vec<GrantedDevice>,
+}
+
+struct GrantedGroup {
+    number: u32,
+    reserved: Vec<ReservedRegion>,
+    /// Its node, if the opener has opened it.
+    node: Option<File>,
+}
+
+struct GrantedDevice {
+    function: FunctionId,
+    iommu_group: u32,
+    token: Option<Uuid>,
+    pool: Option<String>,
+    terms: Terms,
+    lease: Box<dyn DeviceLease>,
+}
+
+/// Whose devices they are to be.
+pub struct Acquirer<'a> {
+    /// Who leases them.
+    pub lessor: Lessor<'a>,
+    /// Tells KVM of their groups.
+    pub observer: &'a Arc<VfioObserver>,
+    /// Where the host keeps things.
+    pub host: &'a HostPaths,
+}
+
+impl Acquirer<'_> {
+    /// Leases what is asked for: all of it, or nothing. The groups join the address space `space` of the VM, or a
+    /// new one if that has lost its last group. Gives up once it is `cancelled`.
+    ///
+    /// # Errors
+    /// A device is not to be had, a node is missing or not permitted, a group stays busy or is not whole, or the
+    /// kernel refused.
+    pub fn acquire(
+        &self,
+        requests: &[NamedRequest],
+        space: Option<Arc<IoAddressSpace>>,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<AcquiredDevices, DeviceError> {
+        if requests.is_empty() {
+            return Ok(AcquiredDevices::default());
+        }
+        let asked: Vec<_> = requests.iter().map(|one| one.request.clone()).collect();
+        let granted = match &self.lessor {
+            Lessor::Process(placement, holder) => {
+                let leases = allocate_near(self.host, &asked, placement, holder)?;
+                Granted::in_process(leases, self.host)?
+            }
+            Lessor::Opener(opener) => {
+                let space = space.as_ref();
+                let groups = space.map(|space| space.group_numbers()).unwrap_or_default();
+                opener.open(&asked, &groups, true, cancelled)?.into()
+            }
+        };
+        self.join(granted, requests, space)
+    }
+
+    /// Puts the groups into the address space. Devices of a group that joins must not reach the guest before.
+    fn join(
+        &self,
+        granted: Granted,
+        requests: &[NamedRequest],
+        space: Option<Arc<IoAddressSpace>>,
+    ) -> Result<AcquiredDevices, DeviceError> {
+        let nodes = self.host.dev.join("vfio");
+        // Devices are closed meanwhile, and with its last group an address space is spent: these keep theirs until
+        // others have joined.
+        let present = space.as_ref().map(|space| space.groups());
+        let _present = present.filter(|groups| !groups.is_empty());
+        let space = match space.filter(|_| _present.is_some()) {
+            Some(space) => space,
+            None => IoAddressSpace::open(&nodes, granted.container, self.observer)?,
+        };
+        let regions = granted.groups.iter().flat_map(|group| &group.reserved);
+        let reserved = regions.filter_map(forbidden).collect();
+        // Kept until the devices have them.
+        let _added = self.add_groups(&space, granted.groups, &nodes, &granted.devices)?;
+        let in_space = |device: &GrantedDevice| {
+            let group = space.group(device.iommu_group);
+            group.ok_or(DeviceError::NoIommuGroup {
+                device: device.function.name,
+            })
+        };
+        let groups = granted.devices.iter().map(in_space);
+        let groups = groups.collect::<Result<Vec<_>, _>>()?;
+        let mut labels = Labels::new(requests);
+        let devices = granted.devices.into_iter().zip(groups);
+        let devices = devices.map(|(device, iommu_group)| UnopenedDevice {
+            iommu_group,
+            token: device.token,
+            leased: LeasedDevice {
+                function: device.function,
+                label: labels.next(device.function.name, device.terms, device.pool),
+                _space: Arc::clone(&space) as _,
+                lease: device.lease,
+            },
+        });
+        Ok(AcquiredDevices {
+            devices: devices.collect(),
+            space: Some(space),
+            reserved,
+        })
+    }
+
+    /// A group that stays busy after its device was leased is held by a process that the kernel cannot end,
+    /// or by one that keeps to no lease: none of its devices is fit for another VM.
+    fn add_groups(
+        &self,
+        space: &IoAddressSpace,
+        groups: Vec<GrantedGroup>,
+        nodes: &Path,
+        devices: &[GrantedDevice],
+    ) -> Result<Vec<Arc<Group>>, DeviceError> {
+        let add = |group: GrantedGroup| {
+            let added = space.add(group.number, nodes, group.node);
+            added.inspect_err(|error| {
+                if matches!(
+                    error,
+                    DeviceError::Vfio(gantry_vfio::Error::GroupInUse { .. })
+                ) {
+                    let of_group = |device: &&GrantedDevice| device.iommu_group == group.number;
+                    let leases = devices.iter().filter(of_group).map(|device| &device.lease);
+                    leases.for_each(|lease| lease.quarantine(&error.to_string()));
+                }
+            })
+        };
+        groups.into_iter().map(add).collect()
+    }
+}
+
+impl Granted {
+    /// # Errors
+    /// A device is in no IOMMU group, or what its group reserves is not known.
+    fn in_process(leases: Vec<Lease>, host: &HostPaths) -> Result<Self, DeviceError> {
+        let mut granted = Self {
+            container: None,
+            groups: Vec::new(),
+            devices: Vec::new(),
+        };
+        for lease in leases {
+            let device = lease.name();
+            let number = lease.iommu_group();
+            let number = number.ok_or(DeviceError::NoIommuGroup { device })?;
+            if granted.groups.iter().all(|group| group.number != number) {
+                granted.groups.push(GrantedGroup {
+                    number,
+                    reserved: reserved_regions(host, number)?,
+                    node: None,
+                });
+            }
+            granted.devices.push(GrantedDevice {
+                function: FunctionId {
+                    name: device,
+                    virtual_function: lease.is_virtual_function(),
+                },
+                iommu_group: number,
+                token: lease.token(),
+                pool: pool_of(host, device),
+                terms: lease.terms(),
+                lease: Box::new(lease),
+            });
+        }
+        Ok(granted)
+    }
+}
+
+impl From<Opened> for Granted {
+    fn from(opened: Opened) -> Self {
+        let groups = opened.groups.into_iter().map(|group| GrantedGroup {
+            number: group.number,
+            reserved: group.reserved,
+            node: Some(group.node),
+        });
+        let devices = opened.devices.into_iter().map(|device| GrantedDevice {
+            function: FunctionId {
+                name: device.name,
+                virtual_function: device.virtual_function,
+            },
+            iommu_group: device.group,
+            token: device.token,
+            pool: device.pool,
+            terms: device.terms,
+            lease: Box::new(device.lease),
+        });
+        Self {
+            container: opened.container,
+            groups: groups.collect(),
+            devices: devices.collect(),
+        }
+    }
+}
+
+impl AcquiredDevices {
+    /// What the devices are called on the host.
+    pub fn names(&self) -> Vec<DeviceName> {
+        self.functions()
+            .iter()
+            .map(|function| function.name)
+            .collect()
+    }
+
+    /// What tells which of them share a slot.
+    pub fn functions(&self) -> Vec<FunctionId> {
+        let devices = self.devices.iter();
+        devices.map(|device| device.leased.function).collect()
+    }
+
+    /// Calls the devices `id`, `id-1`, `id-2` and so on.
+    pub fn name_all(&mut self, id: &str) {
+        for (index, device) in self.devices.iter_mut().enumerate() {
+            device.leased.label.id = nth_id(id, index);
+        }
+    }
+
+    /// The name that two of the devices have, if there is one: a card may have more functions than its entry says
+    /// devices.
+    pub fn duplicate_id(&self) -> Option<&str> {
+        duplicate_of(self.devices.iter().map(|device| &device.leased.label))
+    }
+
+    /// What must be neither RAM nor BAR.
+    pub fn reserved(&self) -> &[RangeInclusive<u64>] {
+        &self.reserved
+    }
+
+    /// The address space of the devices; `None` without devices.
+    pub fn space(&self) -> Option<&Arc<IoAddressSpace>> {
+        self.space.as_ref()
+    }
+
+    /// What the IOMMU can map; empty where nothing restricts it.
+    ///
+    /// # Errors
+    /// The kernel refused to say.
+    pub fn iova_ranges(&self) -> Result<Vec<RangeInclusive<u64>>, DeviceError> {
+        let ranges = self.space.as_ref().map(|space| space.iova_ranges());
+        ranges.unwrap_or_else(|| Ok(Vec::new()))
+    }
+
+    /// Begins to open every device, in the order of the leases.
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub fn open(
+        self,
+        router: &Arc<dyn MsiRouter>,
+        notify: &DeviceNotify,
+        sandbox: &Sandbox,
+    ) -> Result<Opening, DeviceError> {
+        Opening::start(self.devices, router, notify, sandbox)
+    }
+}
+
+fn duplicate_of<'a>(labels: impl Iterator<Item = &'a DeviceLabel>) -> Option<&'a str> {
+    let mut seen = BTreeSet::new();
+    let mut ids = labels.map(|label| label.id.as_str());
+    ids.find(|id| !seen.insert(*id))
+}
+
+/// Names devices in the order in which they were leased.
+struct Labels<'a> {
+    requests: &'a [NamedRequest],
+    /// How many devices each request has got: a card has several functions.
+    counts: BTreeMap<usize, usize>,
+}
+
+impl<'a> Labels<'a> {
+    fn new(requests: &'a [NamedRequest]) -> Self {
+        Self {
+            requests,
+            counts: BTreeMap::new(),
+        }
+    }
+
+    fn next(&mut self, name: DeviceName, terms: Terms, pool: Option<String>) -> DeviceLabel {
+        let count = self.counts.entry(terms.request).or_default();
+        let request = self.requests.get(terms.request);
+        let id = request.and_then(|request| request.id.as_ref());
+        let label = DeviceLabel {
+            id: id.map_or_else(|| name.to_string(), |id| nth_id(id, *count)),
+            group: request
+                .and_then(|request| request.source())
+                .map(str::to_owned)
+                .or(pool),
+            allow: terms.allow,
+        };
+        *count += 1;
+        label
+    }
+}
+
+/// What a reserved region keeps from the guest. A relaxable one binds the host's own drivers only.
+pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
+    (region.kind != ReservedKind::DirectRelaxable).then_some(region.start..=region.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use gantry_resources::base::HostBdf;
+    use gantry_resources::inventory::Allow;
+    use gantry_resources::pools::Request;
+
+    use super::*;
+
+    #[test]
+    fn a_function_of_a_card_and_a_named_device_cannot_have_one_name() {
+        let devices = [("01:00.0", 0), ("01:00.1", 0), ("02:00.0", 1)];
+        let duplicate = |ids: [Option<&str>; 2]| {
+            let requests = ids.map(|id| NamedRequest {
+                id: id.map(str::to_owned),
+                request: Request::group("gpus", 1),
+            });
+            let mut labels = Labels::new(&requests);
+            let labels = devices.map(|(bdf, request)| {
+                let name = bdf.parse::<HostBdf>().unwrap().into();
+                let terms = Terms {
+                    request,
+                    allow: Allow::default(),
+                };
+                let label = labels.next(name, terms, None);
+                assert_eq!(label.group.as_deref(), Some("gpus"));
+                label
+            });
+            duplicate_of(labels.iter()).map(str::to_owned)
+        };
+        let gpu = duplicate([Some("gpu"), Some("gpu-1")]);
+        assert_eq!(gpu.as_deref(), Some("gpu-1"));
+        let address = duplicate([None, Some("0000:01:00.1")]);
+        assert_eq!(address.as_deref(), Some("0000:01:00.1"));
+        assert_eq!(duplicate([Some("gpu"), Some("gpu-2")]), None);
+        assert_eq!(duplicate([None, None]), None);
+    }
+}

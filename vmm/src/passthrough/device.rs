@@ -1,0 +1,219 @@
+//! A device of the host as a function of the guest.
+
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::firmware::{self, BarRequest};
+use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError, SlotGuard};
+use gantry_resources::base::DeviceName;
+use gantry_vfio::host::DeviceIo;
+use gantry_vfio::pci::PassthroughDevice;
+
+use super::counters::{AccessCounters, CountingFunction, CountingIo};
+use super::error::DeviceError;
+use super::events::{DeviceEvent, DeviceEventFds, DeviceKey, DeviceNotify};
+use super::lease::{DeviceLabel, FunctionId, LeasedDevice};
+
+/// How long a vCPU may stay in a device that is to be closed before a warning. It leaves within microseconds,
+/// unless the device does not answer.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// One host device, open, and its lease.
+///
+/// Dropping it takes it out of its slot, closes it, and gives the lease back, in this order.
+pub struct AttachedDevice {
+    slot: Option<SlotGuard>,
+    function: DrainOnDrop<CountingFunction>,
+    // The trapped parts of its BARs lead here, too.
+    _io: DrainOnDrop<CountingIo>,
+    events: DeviceEventFds,
+    key: DeviceKey,
+    /// Why nobody may have it after this VM, if that is so.
+    quarantine: Option<String>,
+    leased: LeasedDevice,
+}
+
+/// A value that vCPUs may still use, though no other can get to it. Dropping it waits until all have left: the
+/// last user closes the device, and that must not be a vCPU.
+struct DrainOnDrop<T>(Arc<T>);
+
+impl<T> DrainOnDrop<T> {
+    fn wait(&self) {
+        let begun = Instant::now();
+        let mut told = false;
+        while Arc::strong_count(&self.0) > 1 {
+            sleep(Duration::from_millis(1));
+            if !told && begun.elapsed() > LEAVE_TIMEOUT {
+                told = true;
+                tracing::warn!("a device that is to be closed does not answer a vCPU: waiting");
+            }
+        }
+    }
+}
+
+impl<T> Drop for DrainOnDrop<T> {
+    fn drop(&mut self) {
+        self.wait();
+    }
+}
+
+impl AttachedDevice {
+    /// Makes a function of the guest of the open device behind `io`, which interrupts through `router`.
+    ///
+    /// # Errors
+    /// The device cannot be reached, or has no MSI-X and must have it. It is closed before its lease ends.
+    pub fn new(
+        // Parameters are dropped from the last to the first.
+        leased: LeasedDevice,
+        io: impl DeviceIo + 'static,
+        router: Arc<dyn MsiRouter>,
+        notify: DeviceNotify,
+    ) -> Result<Self, DeviceError> {
+        let events = DeviceEventFds::register(&io);
+        let counters = Arc::new(AccessCounters::default());
+        let io = Arc::new(CountingIo::new(io, &counters));
+        let function = match leased.label.allow.no_interrupts {
+            true => PassthroughDevice::without_interrupts(io.clone(), router)?,
+            false => PassthroughDevice::new(io.clone(), router)?,
+        };
+        let key = DeviceKey::unique();
+        let on_enable = move || notify(key, DeviceEvent::Enabled);
+        let function = CountingFunction::new(function, &counters, on_enable);
+        Ok(Self {
+            slot: None,
+            function: DrainOnDrop(Arc::new(function)),
+            _io: DrainOnDrop(io),
+            events,
+            key,
+            quarantine: None,
+            leased,
+        })
+    }
+
+    /// Puts the device behind a root port, as function number `function`.
+    ///
+    /// # Errors
+    /// There is no such port, or it is taken.
+    pub fn plug(
+        &mut self,
+        pci: &Arc<PciSegment>,
+        port: PortIndex,
+        function: u8,
+    ) -> Result<(), SegmentError> {
+        self.slot = Some(pci.plug(port, function, self.function.0.clone())?);
+        Ok(())
+    }
+
+    /// Takes the device out of its slot: no vCPU finds it in configuration space any more. Accesses no hardware.
+    pub fn unplug(&mut self) {
+        self.slot = None;
+    }
+
+    /// Takes the device away from the guest: it neither writes to RAM nor interrupts any more, and its BARs
+    /// are free for others. It stays open. Waits for the hardware, and for a vCPU that accesses it.
+    pub fn retire(&self) {
+        self.announce_quarantine();
+        if let Err(error) = self.function.0.function().retire() {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(device = %self.name(), error, "the device may not have stopped");
+        }
+    }
+
+    /// What it is called on the host.
+    pub fn name(&self) -> DeviceName {
+        self.leased.function.name
+    }
+
+    /// What tells whether it belongs into a slot with others.
+    pub fn function(&self) -> FunctionId {
+        self.leased.function
+    }
+
+    /// What the VM calls it.
+    pub fn label(&self) -> &DeviceLabel {
+        &self.leased.label
+    }
+
+    /// Its number, by which [`Self::events`] and its notifications are told from those of others.
+    pub fn key(&self) -> DeviceKey {
+        self.key
+    }
+
+    /// Where the kernel tells of its events.
+    pub fn events(&self) -> &DeviceEventFds {
+        &self.events
+    }
+
+    /// The BARs that it needs addresses for as function number `function`. Its decoding is off
+    /// afterwards: the guest must not have it yet.
+    pub fn bars(&self, function: u8) -> Vec<BarRequest> {
+        firmware::probe(function, &*self.function.0)
+    }
+
+    /// Nobody may have the device after this VM, for this reason.
+    pub fn quarantine(&mut self, why: &str) {
+        self.quarantine = Some(why.to_owned());
+    }
+
+    /// Why nobody may have it after this VM, if that is so: after a reset that failed, nobody knows its state.
+    pub fn quarantine_reason(&self) -> Option<String> {
+        let failed = self.function.0.function().reset_failed();
+        let failed = failed.then(|| "its reset failed".to_owned());
+        failed.or_else(|| self.quarantine.clone())
+    }
+
+    /// Tells the lease if nobody may have the device after this VM.
+    fn announce_quarantine(&self) {
+        if let Some(why) = self.quarantine_reason() {
+            self.leased.lease.quarantine(&why);
+        }
+    }
+
+    /// What it did so far.
+    pub fn counters(&self) -> &AccessCounters {
+        self.function.0.counters()
+    }
+}
+
+impl Drop for AttachedDevice {
+    fn drop(&mut self) {
+        self.slot = None;
+        // Once before something may hang, and once for what it leads to.
+        self.announce_quarantine();
+        self.function.wait();
+        self.announce_quarantine();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+
+    struct Closed(Arc<Mutex<Option<ThreadId>>>);
+
+    impl Drop for Closed {
+        fn drop(&mut self) {
+            *self.0.lock().unwrap() = Some(thread::current().id());
+        }
+    }
+
+    #[test]
+    fn the_owner_of_a_device_closes_it_and_not_a_vcpu() {
+        let by = Arc::default();
+        let device = Arc::new(Closed(Arc::clone(&by)));
+        let vcpu = Arc::clone(&device);
+        let slow = LEAVE_TIMEOUT + Duration::from_millis(100);
+        let vcpu = thread::spawn(move || {
+            sleep(slow);
+            drop(vcpu);
+        });
+        drop(DrainOnDrop(device));
+        let closed = *by.lock().unwrap();
+        assert_eq!(closed, Some(thread::current().id()));
+        vcpu.join().unwrap();
+    }
+}

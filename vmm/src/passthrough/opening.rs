@@ -1,0 +1,67 @@
+//! Devices that are being opened, side by side: the kernel resets each as it is opened, which takes a tenth of a
+//! second.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gantry_devices::pci::MsiRouter;
+use gantry_resources::base::DeviceName;
+
+use super::device::AttachedDevice;
+use super::error::DeviceError;
+use super::events::DeviceNotify;
+use super::lease::UnopenedDevice;
+use crate::process::error::cannot;
+use crate::process::sandbox::{Role, Sandbox};
+use crate::process::threads::{self, Task};
+
+/// How long the kernel may take to open a device. It resets the device, which takes a tenth of a second, and some
+/// seconds where the device comes back slowly.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Devices that are being opened, each on a thread of its own.
+pub struct Opening(Vec<(DeviceName, Task<Result<AttachedDevice, DeviceError>>)>);
+
+impl Opening {
+    pub(super) fn start(
+        devices: Vec<UnopenedDevice>,
+        router: &Arc<dyn MsiRouter>,
+        notify: &DeviceNotify,
+        sandbox: &Sandbox,
+    ) -> Result<Self, DeviceError> {
+        let open = |device: UnopenedDevice| {
+            let name = device.leased.function.name;
+            let (router, notify) = (Arc::clone(router), Arc::clone(notify));
+            let body = move || device.open(router, notify);
+            let task = threads::spawn(Role::Device, sandbox, body);
+            Ok((name, task.map_err(cannot("spawn a thread"))?))
+        };
+        Ok(Self(
+            devices
+                .into_iter()
+                .map(open)
+                .collect::<Result<_, DeviceError>>()?,
+        ))
+    }
+
+    /// Waits for the devices, each until the deadline or until they are `cancelled`. A call that the kernel does
+    /// not return from is left to itself: the lease ends when it returns.
+    ///
+    /// # Errors
+    /// The first device that could not be opened. The others are closed then.
+    pub fn wait(self, cancelled: impl Fn() -> bool) -> Result<Vec<AttachedDevice>, DeviceError> {
+        let begun = Instant::now();
+        let deadline = begun + OPEN_TIMEOUT;
+        let wanted = || !cancelled();
+        // All of them even if one fails: what is open is closed here.
+        let opened = self.0.into_iter().map(|(device, task)| {
+            task.join_while(deadline, &wanted).unwrap_or_else(|task| {
+                task.abandon();
+                let seconds = begun.elapsed().as_secs();
+                Err(DeviceError::Stuck { device, seconds })
+            })
+        });
+        let opened: Vec<_> = opened.collect();
+        opened.into_iter().collect()
+    }
+}

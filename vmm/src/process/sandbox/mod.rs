@@ -1,0 +1,193 @@
+//! The sandbox: which system calls each thread may make, and what happens when it makes another.
+
+mod files;
+mod filters;
+mod process;
+mod role;
+mod trap;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use gantry_resources::base::HostPaths;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+
+use crate::config::VmConfig;
+pub use role::Role;
+pub use trap::{KICK, install as install_traps};
+
+/// What becomes of a system call that no filter names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SeccompMode {
+    /// It is reported by name and ends the process.
+    #[default]
+    On,
+    /// The kernel logs it and lets it through.
+    Log,
+    /// No filters at all.
+    Off,
+}
+
+/// The compiled filters of every role, and of the process.
+pub struct Sandbox {
+    mode: SeccompMode,
+    process: [Filter; 2],
+    control: Filter,
+    vcpu: Filter,
+    device: Filter,
+    dma: Filter,
+    api: Filter,
+    attach: Filter,
+}
+
+/// One filter.
+#[derive(Clone)]
+struct Filter(Option<Arc<BpfProgram>>);
+
+impl Sandbox {
+    /// Compiles the filters.
+    ///
+    /// # Errors
+    /// A filter has no valid form, which is a mistake in its table.
+    pub fn new(mode: SeccompMode) -> io::Result<Self> {
+        Ok(Self {
+            mode,
+            process: process_filters(mode)?,
+            control: Filter::compile(mode, filters::control())?,
+            vcpu: Filter::compile(mode, filters::vcpu())?,
+            device: Filter::compile(mode, filters::device())?,
+            dma: Filter::compile(mode, filters::dma())?,
+            api: Filter::compile(mode, filters::api())?,
+            attach: Filter::compile(mode, filters::attach())?,
+        })
+    }
+
+    /// Refuses the calling thread, what it makes from now on and the helpers that it starts, what nothing
+    /// in gantry does. A role's filter comes on top.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn confine_process(&self) -> io::Result<()> {
+        self.process.iter().try_for_each(Filter::enter)
+    }
+
+    /// Keeps the calling thread, and what it makes from now on, from all files but those that building a VM
+    /// needs. Without filters, or where they only log, it may open what it likes.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+        match self.mode {
+            SeccompMode::On => files::confine(config, host),
+            SeccompMode::Log | SeccompMode::Off => Ok(()),
+        }
+    }
+
+    /// What a thread of this role enters before its work.
+    pub fn confinement(&self, role: Role) -> Confinement {
+        let filter = match role {
+            Role::Control => self.control.clone(),
+            Role::Vcpu(_) => self.vcpu.clone(),
+            Role::Device => self.device.clone(),
+            Role::Dma => self.dma.clone(),
+            Role::Api => self.api.clone(),
+            Role::Attach => self.attach.clone(),
+            Role::Vm => Filter(None),
+        };
+        Confinement {
+            files: role == Role::Vm || self.mode != SeccompMode::On,
+            filter,
+        }
+    }
+}
+
+/// Confines a helper that removes one file of `folder`, under the lock of the file `lock`.
+///
+/// # Errors
+/// The kernel refused.
+pub fn confine_removal(folder: &Path, lock: &Path) -> io::Result<()> {
+    files::confine_removal(folder, lock)?;
+    process_filters(SeccompMode::On)?
+        .iter()
+        .try_for_each(Filter::enter)
+}
+
+/// Refuses what nothing in gantry does.
+fn process_filters(mode: SeccompMode) -> io::Result<[Filter; 2]> {
+    Ok([Filter::known(mode), Filter::but(mode, process::never())?])
+}
+
+/// What keeps a thread to its role.
+pub struct Confinement {
+    /// Whether it may reach files.
+    files: bool,
+    filter: Filter,
+}
+
+impl Confinement {
+    /// Confines the calling thread, and what it makes from now on, for the rest of its life.
+    ///
+    /// # Errors
+    /// The kernel refused: the thread is not confined and must not go on.
+    pub fn enter(&self) -> io::Result<()> {
+        if !self.files {
+            files::confine_to_nothing()?;
+        }
+        self.filter.enter()
+    }
+}
+
+impl Filter {
+    /// A filter that allows what the rules name.
+    fn compile(mode: SeccompMode, rules: filters::Rules) -> io::Result<Self> {
+        let Some(refused) = Self::refusal(mode) else {
+            return Ok(Self(None));
+        };
+        Self::program(rules, refused, SeccompAction::Allow)
+    }
+
+    /// A filter that hides calls that were not reviewed. They are not said to be wrong: the C library asks
+    /// for some, and goes on without.
+    fn known(mode: SeccompMode) -> Self {
+        let program = Self::refusal(mode).map(|_| Arc::new(process::known_calls()));
+        Self(program)
+    }
+
+    /// A filter that allows all but what the rules name.
+    fn but(mode: SeccompMode, rules: filters::Rules) -> io::Result<Self> {
+        let Some(refused) = Self::refusal(mode) else {
+            return Ok(Self(None));
+        };
+        Self::program(rules, SeccompAction::Allow, refused)
+    }
+
+    /// What becomes of a call that is not allowed; `None` without filters.
+    fn refusal(mode: SeccompMode) -> Option<SeccompAction> {
+        match mode {
+            SeccompMode::On => Some(SeccompAction::Trap),
+            SeccompMode::Log => Some(SeccompAction::Log),
+            SeccompMode::Off => None,
+        }
+    }
+
+    fn program(
+        rules: filters::Rules,
+        others: SeccompAction,
+        named: SeccompAction,
+    ) -> io::Result<Self> {
+        let rules: BTreeMap<_, _> = rules.into_iter().collect();
+        let filter = SeccompFilter::new(rules, others, named, TargetArch::x86_64)
+            .map_err(io::Error::other)?;
+        let program = BpfProgram::try_from(filter).map_err(io::Error::other)?;
+        Ok(Self(Some(Arc::new(program))))
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        match &self.0 {
+            Some(program) => seccompiler::apply_filter(program).map_err(io::Error::other),
+            None => Ok(()),
+        }
+    }
+}

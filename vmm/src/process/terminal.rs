@@ -1,0 +1,106 @@
+//! The terminal on standard input: raw while a VM has it, restored however the process ends.
+//!
+//! A shell gives a job the terminal, and takes it away again (POSIX.1-2017, 2.204 and 11.1.4). As a rule SIGCONT
+//! announces it; some shells send none to a job that runs anyway, and then the next line of input does.
+#![allow(unsafe_code)] // tcsetattr from a signal handler.
+
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::getpgrp;
+
+/// The terminal's settings from before it was made raw, for handlers that may not allocate.
+static BEFORE: OnceLock<libc::termios> = OnceLock::new();
+/// Whether the terminal is raw now.
+static RAW: AtomicBool = AtomicBool::new(false);
+
+/// Restores the terminal's settings if it is raw and belongs to no other job. Async-signal-safe.
+pub fn restore_terminal() {
+    if !RAW.swap(false, Ordering::AcqRel) || in_background() {
+        return;
+    }
+    if let Some(before) = BEFORE.get() {
+        // SAFETY: tcsetattr is async-signal-safe and reads one termios, which is never changed.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
+    }
+}
+
+/// Whether another job of the shell has the terminal. A background job that reads it or changes its settings is
+/// stopped. Async-signal-safe.
+fn in_background() -> bool {
+    // SAFETY: tcgetpgrp takes a number and touches no memory of this process.
+    let foreground = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) };
+    // An error means that it is no terminal, or not the one that controls this process.
+    foreground != -1 && foreground != getpgrp().as_raw()
+}
+
+/// The terminal that standard input is. Dropping it restores the settings.
+pub struct Terminal {
+    /// Whether it was this job's when it was last looked at. It is raw then.
+    ours: bool,
+    /// Reads SIGCONT, which [`Signals`](super::signals::Signals) keeps blocked.
+    continued: SignalFd,
+}
+
+impl Terminal {
+    /// None if standard input is no terminal.
+    ///
+    /// # Errors
+    /// The kernel has no descriptors left.
+    pub fn open() -> io::Result<Option<Self>> {
+        if !io::stdin().is_terminal() {
+            return Ok(None);
+        }
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        Ok(Some(Self {
+            ours: false,
+            continued: SignalFd::with_flags(&SigSet::from(Signal::SIGCONT), flags)?,
+        }))
+    }
+
+    /// Whether it was this job's when it was last looked at.
+    pub fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    /// The file that becomes readable when a SIGCONT has come.
+    pub fn continued(&self) -> &SignalFd {
+        &self.continued
+    }
+
+    /// Forgets the SIGCONT that have come.
+    pub fn clear_continued(&self) {
+        while let Ok(Some(_)) = self.continued.read_signal() {}
+    }
+
+    /// Looks whose it is. Makes it raw if it has become this job's, or if other jobs may have changed its settings.
+    ///
+    /// # Errors
+    /// The terminal refused.
+    pub fn follow(&mut self, others_may_have_set_it: bool) -> io::Result<()> {
+        let had = std::mem::replace(&mut self.ours, !in_background());
+        if !self.ours {
+            // Its settings are the other job's now.
+            RAW.store(false, Ordering::Release);
+        } else if !had || others_may_have_set_it {
+            let stdin = io::stdin();
+            let mut settings = tcgetattr(stdin.as_fd())?;
+            let _ = BEFORE.set(settings.clone().into());
+            cfmakeraw(&mut settings);
+            RAW.store(true, Ordering::Release);
+            tcsetattr(stdin.as_fd(), SetArg::TCSANOW, &settings)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        restore_terminal();
+    }
+}

@@ -1,0 +1,43 @@
+//! Checks a VM before it is to start: what it boots is loaded into memory that is thrown away.
+
+use std::io;
+
+use gantry_resources::base::HostPaths;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use crate::config::VmConfig;
+use crate::error::Error;
+use crate::host::preflight;
+use crate::layout::{Layout, LayoutInputs};
+use crate::process::error::cannot;
+use crate::vm::OpenPayload;
+
+/// Enough of the VM's memory to tell: kernels and their initramfs lie below 4 GiB.
+const ENOUGH: u64 = 4 << 30;
+
+/// Checks that the host has room for the VM, and that its kernel and initramfs can be booted and fit into its
+/// memory.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), Error> {
+    preflight::check_host(config, host)?;
+    let layout = Layout::plan(&LayoutInputs {
+        root_ports: 0,
+        ram: config.memory.bytes().min(ENOUGH),
+        physical_bits: 46,
+        iova: &[],
+        reserved: &[],
+    })?;
+    let ram = layout.ram.iter();
+    let ranges: Vec<_> = ram
+        .map(|range| (GuestAddress(range.start), range.len as usize))
+        .collect();
+    // Private and not reserved: it costs what is written to it.
+    let memory = GuestMemoryMmap::<()>::from_ranges(&ranges)
+        .map_err(io::Error::other)
+        .map_err(cannot("make memory to load the kernel into"))?;
+    let rsdp = GuestAddress(layout.acpi.start);
+    OpenPayload::open(config)?.boot(&memory, &layout, rsdp)?;
+    Ok(())
+}
