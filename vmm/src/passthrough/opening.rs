@@ -55,7 +55,7 @@ impl Opening {
         let wanted = || !cancelled();
         // All of them even if one fails: what is open is closed here.
         let opened = self.0.into_iter().map(|(device, task)| {
-            task.join_while(deadline, &wanted).unwrap_or_else(|task| {
+            task.join_while(deadline, wanted).unwrap_or_else(|task| {
                 task.abandon();
                 let seconds = begun.elapsed().as_secs();
                 Err(DeviceError::Stuck { device, seconds })
