@@ -214,27 +214,42 @@ impl FirmwareError {
     }
 }
 
-/// Assigns windows and addresses to all root ports of `segment`: at the first start, and after each reset of
-/// the functions. Returns the plan of each port, in their order.
+/// Assigns windows and addresses to the root ports of the host bridge at `bridge` in the list of `segment`: at the
+/// first start, and after each reset of the functions. Returns the plan of each port, in their order.
 ///
 /// # Errors
 /// A window does not fit; nothing is changed then.
 pub fn assign(
     segment: &PciSegment,
+    bridge: usize,
     host: &HostWindows,
     minimum: impl Fn(PortIndex) -> Minimum,
-) -> Result<Vec<PortPlan>, FirmwareError> {
-    let requests: Vec<PortRequest> = segment
-        .ports()
-        .map(|(index, port, _)| PortRequest {
-            port,
-            minimum: minimum(index),
-            bars: probe_behind(segment, index),
+) -> Result<Vec<(PortIndex, PortPlan)>, FirmwareError> {
+    let (ports, requests): (Vec<_>, Vec<_>) = segment
+        .ports_of(bridge)
+        .map(|(index, port, registers)| {
+            let request = PortRequest {
+                port,
+                minimum: minimum(index),
+                bars: probe_behind(segment, index),
+            };
+            ((index, registers), request)
         })
-        .collect();
+        .unzip();
     let plans = plan(&requests, host)?;
-    apply(segment, &plans);
-    Ok(plans)
+    let assigned = ports
+        .into_iter()
+        .zip(plans)
+        .map(|((index, registers), plan)| {
+            registers.program(&plan.windows);
+            for (function, device) in segment.functions_behind(index) {
+                for placed in plan.bars.iter().filter(|bar| bar.bar.function == function) {
+                    program(device.as_ref(), placed);
+                }
+            }
+            (index, plan)
+        });
+    Ok(assigned.collect())
 }
 
 /// A window that a port lacks, or that is too small for a device.
@@ -433,18 +448,6 @@ impl WindowNeed {
 fn place(next: u64, need: &WindowNeed) -> Option<Range<u64>> {
     let start = next.checked_next_multiple_of(need.align)?;
     Some(start..start.checked_add(need.size)?)
-}
-
-/// Programs the ports and the functions behind them. `plans` are those of all ports, in order.
-fn apply(segment: &PciSegment, plans: &[PortPlan]) {
-    for ((index, _, port), plan) in segment.ports().zip(plans) {
-        port.program(&plan.windows);
-        for (function, device) in segment.functions_behind(index) {
-            for placed in plan.bars.iter().filter(|bar| bar.bar.function == function) {
-                program(device.as_ref(), placed);
-            }
-        }
-    }
 }
 
 fn program(device: &dyn PciDevice, placed: &BarAddress) {

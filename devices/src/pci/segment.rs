@@ -216,6 +216,15 @@ impl PciSegment {
             .map(|(index, port)| (PortIndex(index), port.at, &port.port))
     }
 
+    /// The root ports of the host bridge at `bridge` in the list, and where they are.
+    pub fn ports_of(
+        &self,
+        bridge: usize,
+    ) -> impl Iterator<Item = (PortIndex, GuestBdf, &Arc<RootPort>)> {
+        let bus = self.roots.get(bridge).map(|root| *root.buses.start());
+        self.ports().filter(move |(_, at, _)| Some(at.bus()) == bus)
+    }
+
     /// The functions behind a port, by number.
     pub fn functions_behind(&self, port: PortIndex) -> Vec<(u8, Arc<dyn PciDevice>)> {
         self.ports

@@ -85,7 +85,7 @@ impl Machine {
         let ram = GuestRam::new(&layout.ram, placement).map_err(cannot("set guest RAM aside"))?;
         let routes = GsiRoutes::new(Arc::clone(kvm.vm()))
             .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
-        let pci = Arc::new(hierarchy(layout, ports + hot)?);
+        let pci = Arc::new(hierarchy(layout)?);
         let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
         // Where devices can come, those that are there can go.
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
@@ -152,13 +152,13 @@ impl Machine {
     /// # Errors
     /// A window of the plan does not hold what is behind its ports.
     pub fn assign_pci(&mut self, layout: &Layout) -> Result<(), MachineError> {
-        for bridge in &layout.bridges {
+        for (index, bridge) in layout.bridges.iter().enumerate() {
             let host = HostWindows {
                 mem32: half_open(&bridge.mem32),
                 mem64: half_open(&bridge.mem64),
                 io: u64::from(*bridge.io.start())..u64::from(*bridge.io.end()) + 1,
             };
-            self.windows.assign(&self.pci, &host, &self.hot_slots)?;
+            self.windows.assign(&self.pci, index, &host)?;
         }
         Ok(())
     }
@@ -188,15 +188,14 @@ fn half_open(range: &RangeInclusive<u64>) -> Range<u64> {
     *range.start()..range.end().saturating_add(1)
 }
 
-/// The host bridges of the plan, and `ports` root ports on the first.
-fn hierarchy(layout: &Layout, ports: usize) -> Result<PciSegment, MachineError> {
-    let buses = layout
-        .bridges
-        .iter()
-        .map(|bridge| bridge.first_bus..=bridge.last_bus);
-    let mut segment = PciSegment::new(buses)?;
-    for _ in 0..ports {
-        segment.add_root_port(0)?;
+/// The host bridges of the plan, each with a root port for every bus that it has beside its own.
+fn hierarchy(layout: &Layout) -> Result<PciSegment, MachineError> {
+    let bridges = layout.bridges.iter();
+    let mut segment = PciSegment::new(bridges.map(|bridge| bridge.first_bus..=bridge.last_bus))?;
+    for (index, bridge) in layout.bridges.iter().enumerate() {
+        for _ in bridge.first_bus..bridge.last_bus {
+            segment.add_root_port(index)?;
+        }
     }
     Ok(segment)
 }

@@ -1,5 +1,6 @@
 //! The windows of the root ports: what devices can be plugged into them while the guest runs.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use gantry_devices::pci::firmware::{
@@ -7,18 +8,16 @@ use gantry_devices::pci::firmware::{
 };
 use gantry_devices::pci::{PciSegment, PortIndex, PortWindows};
 
-use crate::boot::acpi::HotSlot;
-
 /// The windows of the slots, which are there before anything is in them.
 pub struct SlotWindows {
     /// Number of the first port that is empty at the start.
     first: usize,
     /// Bytes of 64-bit addresses that each such port is to have, if that was said.
     requested: Option<u64>,
-    /// What each got.
-    share: Option<Share>,
+    /// What each such port got, by host bridge.
+    shares: BTreeMap<usize, Share>,
     /// The windows of all ports.
-    given: Vec<PortWindows>,
+    given: BTreeMap<PortIndex, PortWindows>,
 }
 
 /// What the ports that are empty at the start get.
@@ -47,45 +46,49 @@ impl SlotWindows {
         Self {
             first,
             requested,
-            share: None,
-            given: Vec::new(),
+            shares: BTreeMap::new(),
+            given: BTreeMap::new(),
         }
     }
 
     /// What a port can hold, as it was given when the guest last booted.
     pub fn of(&self, port: PortIndex) -> PortWindows {
-        self.given.get(port.get()).cloned().unwrap_or_default()
+        self.given.get(&port).cloned().unwrap_or_default()
     }
 
-    /// Gives windows and BAR addresses to everything behind the ports.
+    /// Gives windows and BAR addresses to everything behind the ports of a host bridge.
     ///
     /// # Errors
     /// A window of the host bridge does not hold what is behind its ports.
     pub fn assign(
         &mut self,
         pci: &PciSegment,
+        bridge: usize,
         host: &HostWindows,
-        slots: &[HotSlot],
     ) -> Result<(), FirmwareError> {
-        let empty = slots.len().saturating_sub(self.first) as u64;
-        let mut share = self.share.unwrap_or_else(|| self.even(host, empty));
+        let ports = pci.ports_of(bridge).map(|(port, ..)| port);
+        let empty: Vec<PortIndex> = ports.filter(|port| port.get() >= self.first).collect();
+        let before = self.shares.get(&bridge).copied();
+        let mut share = before.unwrap_or_else(|| self.even(host, empty.len() as u64));
         let plans = loop {
-            let first_with_io = slots.len().saturating_sub(share.with_io);
+            let without_io = empty.len().saturating_sub(share.with_io);
+            let with_io = empty.get(without_io).copied();
             let minimum = |port: PortIndex| match port.get() {
-                port if port < self.first => Minimum::default(),
-                port => Minimum {
+                number if number < self.first => Minimum::default(),
+                _ => Minimum {
                     mem32: share.mem32,
                     mem64: share.mem64,
-                    io: IO_GRANULARITY * u64::from(port >= first_with_io),
+                    io: IO_GRANULARITY * u64::from(with_io.is_some_and(|first| port >= first)),
                 },
             };
-            match firmware::assign(pci, host, minimum) {
-                Err(error) if empty > 0 && self.shrink(&mut share, error.kind()) => {}
+            match firmware::assign(pci, bridge, host, minimum) {
+                Err(error) if !empty.is_empty() && self.shrink(&mut share, error.kind()) => {}
                 plans => break plans?,
             }
         };
-        self.share = Some(share);
-        self.given = plans.into_iter().map(|plan| plan.windows).collect();
+        self.shares.insert(bridge, share);
+        let given = plans.into_iter().map(|(port, plan)| (port, plan.windows));
+        self.given.extend(given);
         Ok(())
     }
 
@@ -140,38 +143,37 @@ mod tests {
         SlotWindows::new(1, requested)
     }
 
-    fn segment(ports: usize) -> (PciSegment, Vec<HotSlot>) {
+    fn segment(ports: usize) -> PciSegment {
         let mut segment = PciSegment::new([0..=0xff]).unwrap();
         for _ in 0..ports {
             segment.add_root_port(0).unwrap();
         }
-        let slots = segment.ports().map(|(port, at, _)| HotSlot { port, at });
-        let slots = slots.collect();
-        (segment, slots)
+        segment
     }
 
     #[test]
     fn empty_slots_share_what_there_is() {
         for (empty, mem32, mem64) in [(1, 256 << 20, 256 * GIB), (32, 32 << 20, 8 * GIB)] {
-            let (segment, slots) = segment(empty + 1);
+            let segment = segment(empty + 1);
             let mut windows = windows(None);
-            windows.assign(&segment, &host(), &slots).unwrap();
+            windows.assign(&segment, 0, &host()).unwrap();
             let len = |window: &Option<Range<u64>>| {
                 window
                     .as_ref()
                     .map_or(0, |window| window.end - window.start)
             };
-            assert_eq!(len(&windows.given[0].mem64), 0, "there from the start");
-            for given in &windows.given[1..] {
+            let all: Vec<_> = windows.given.values().cloned().collect();
+            assert_eq!(len(&all[0].mem64), 0, "there from the start");
+            for given in &all[1..] {
                 assert_eq!((len(&given.mem32), len(&given.mem64)), (mem32, mem64));
             }
             // 60 KiB of I/O ports, and the first slots go without.
-            let with_io = windows.given.iter().map(|given| len(&given.io));
+            let with_io = all.iter().map(|given| len(&given.io));
             let mut expected = vec![0; empty + 1];
             expected[(empty + 1).saturating_sub(15).max(1)..].fill(0x1000);
             assert!(with_io.eq(expected));
             let before = windows.given.clone();
-            windows.assign(&segment, &host(), &slots).unwrap();
+            windows.assign(&segment, 0, &host()).unwrap();
             assert_eq!(windows.given, before, "the same at a reboot");
         }
     }
@@ -180,31 +182,34 @@ mod tests {
     fn io_ports_that_others_need_are_done_without() {
         let mut few = host();
         few.io = 0x1000..0x4000;
-        let (segment, slots) = segment(6);
+        let segment = segment(6);
         let mut shared = windows(None);
-        shared.assign(&segment, &few, &slots).unwrap();
-        assert_eq!(shared.share.map(|share| share.with_io), Some(3));
+        shared.assign(&segment, 0, &few).unwrap();
+        assert_eq!(shared.shares.get(&0).map(|share| share.with_io), Some(3));
         // As after a reboot with fewer left.
         few.io = 0x1000..0x3000;
-        shared.assign(&segment, &few, &slots).unwrap();
-        assert_eq!(shared.share.map(|share| share.with_io), Some(2));
+        shared.assign(&segment, 0, &few).unwrap();
+        assert_eq!(shared.shares.get(&0).map(|share| share.with_io), Some(2));
         few.io = 0x1000..0x1000;
-        windows(None).assign(&segment, &few, &slots).unwrap();
+        windows(None).assign(&segment, 0, &few).unwrap();
     }
 
     #[test]
     fn shares_shrink_until_they_fit_and_wishes_do_not() {
         let mut small = host();
         small.mem32 = 2 * GIB..2 * GIB + (544 << 20);
-        let (segment, slots) = segment(33);
+        let segment = segment(33);
         let mut shared = windows(None);
-        shared.assign(&segment, &small, &slots).unwrap();
-        assert_eq!(shared.share.map(|share| share.mem32), Some(16 << 20));
-        let refused = windows(Some(128 * GIB)).assign(&segment, &host(), &slots);
+        shared.assign(&segment, 0, &small).unwrap();
+        assert_eq!(
+            shared.shares.get(&0).map(|share| share.mem32),
+            Some(16 << 20)
+        );
+        let refused = windows(Some(128 * GIB)).assign(&segment, 0, &host());
         assert!(matches!(refused, Err(FirmwareError::Slot { .. })));
-        let (segment, slots) = self::segment(5);
+        let segment = self::segment(5);
         windows(Some(128 * GIB))
-            .assign(&segment, &host(), &slots)
+            .assign(&segment, 0, &host())
             .unwrap();
     }
 }

@@ -226,7 +226,7 @@ fn an_endpoint_is_sized_and_assigned_through_its_registers() {
         ..Minimum::default()
     };
     for _ in 0..2 {
-        assign(&segment, &host(), minimum).unwrap();
+        assign(&segment, 0, &host(), minimum).unwrap();
         let addresses = [0, 2, 4, 5].map(|index| device.address(index));
         assert_eq!(
             addresses,
@@ -319,5 +319,39 @@ proptest! {
         if let Ok(plans) = plan(&ports, &host) {
             check(&ports, &plans, &host);
         }
+    }
+}
+
+#[test]
+fn each_host_bridge_gives_its_ports_addresses_of_its_own() {
+    let mut segment = PciSegment::new([0..=0x7f, 0x80..=0xff]).unwrap();
+    let bars = || vec![bar(0, MEM64, 0x4000), bar(2, PREFETCHABLE, GIB)];
+    let devices = [0, 1, 0, 1].map(|bridge| {
+        let port = segment.add_root_port(bridge).unwrap();
+        let device = Endpoint::new(1, bars());
+        segment.attach(port, 0, device.clone()).unwrap();
+        (bridge, port, device)
+    });
+    let half = |bridge: u64| HostWindows {
+        mem32: 0x8000_0000 + bridge * 0x2000_0000..0xa000_0000 + bridge * 0x2000_0000,
+        mem64: (64 + bridge * 64) * GIB..(128 + bridge * 64) * GIB,
+        io: 0x1000 + bridge * 0x1000..0x2000 + bridge * 0x1000,
+    };
+    for bridge in [0, 1] {
+        let assigned = assign(&segment, bridge, &half(bridge as u64), |_| {
+            Minimum::default()
+        });
+        let ports: Vec<_> = assigned
+            .unwrap()
+            .into_iter()
+            .map(|(port, _)| port)
+            .collect();
+        let own = devices.iter().filter(|(other, ..)| *other == bridge);
+        assert!(own.map(|(_, port, _)| *port).eq(ports));
+    }
+    for (bridge, _, device) in devices {
+        let host = half(bridge as u64);
+        assert!(host.mem32.contains(&device.address(0)), "{bridge}");
+        assert!(host.mem64.contains(&device.address(2)), "{bridge}");
     }
 }
