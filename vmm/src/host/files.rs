@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use gantry_resources::base::{open_below, open_regular};
 use nix::fcntl::OFlag;
 
+use crate::config::{SerialMode, VmConfig};
+use crate::process::sandbox::{Output, VmFiles};
+
 /// A file that the VM's file names cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -32,6 +35,30 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
     },
+}
+
+/// The files of a VM: all that it may reach of those that clients and users name.
+pub fn of_vm(config: &VmConfig) -> VmFiles {
+    let payload = &config.payload;
+    let folders = config.folders.as_ref();
+    VmFiles {
+        read: match folders {
+            Some(folders) => vec![folders.payload.clone()],
+            None => [Some(&payload.kernel), payload.initramfs.as_ref()]
+                .into_iter()
+                .flatten()
+                .cloned()
+                .collect(),
+        },
+        output: match (&config.serial, folders) {
+            (SerialMode::Off | SerialMode::Null, _) => None,
+            (SerialMode::Tty, _) => Some(Output::Stdout),
+            (SerialMode::File(path), folders) => {
+                let below = folders.and_then(|folders| folders.output.clone());
+                Some(below.map_or_else(|| Output::File(path.clone()), Output::Below))
+            }
+        },
+    }
 }
 
 /// Opens a file to read.

@@ -19,6 +19,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::command::{Answer, Command, CommandError, Reply};
 use crate::config::VmConfig;
 use crate::error::Error;
+use crate::host::files;
 use crate::info::{EventSink, VmEvent, VmInfo, VmState};
 use crate::process::error::cannot;
 use crate::process::event_loop::Mailbox;
@@ -297,7 +298,9 @@ fn run_vm(
     if let Some(Maintenance { reason, .. }) = maintenance(&context.host)? {
         return Err(Error::Maintenance(reason));
     }
-    let confined = context.sandbox.confine_files(config, &context.host);
+    let confined = context
+        .sandbox
+        .confine_files(&files::of_vm(config), &context.host);
     let ended = confined
         .map_err(cannot("confine files (Landlock)"))
         .map_err(Error::from)

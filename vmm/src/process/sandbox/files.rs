@@ -19,10 +19,28 @@ use landlock::{
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,
 };
 
-use crate::config::{SerialMode, VmConfig};
-
 /// The newest interface that the rules are written for.
 const ABI_KNOWN: ABI = ABI::V6;
+
+/// The files of one VM.
+#[derive(Debug, Default)]
+pub struct VmFiles {
+    /// Files and folders that it reads.
+    pub read: Vec<PathBuf>,
+    /// Where its output goes, if anywhere.
+    pub output: Option<Output>,
+}
+
+/// Where a VM's output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// Standard output.
+    Stdout,
+    /// A file, which is made if it is missing.
+    File(PathBuf),
+    /// A file in this folder, which is made if it is missing.
+    Below(PathBuf),
+}
 
 /// A path, and what may be done there and below.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,9 +54,9 @@ struct Rule {
 ///
 /// # Errors
 /// The kernel refused the rules.
-pub fn confine(config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+pub fn confine(files: &VmFiles, host: &HostPaths) -> io::Result<()> {
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
-    let mut rules = rules(config, host);
+    let mut rules = rules(files, host);
     // Before a disk leaves the host it is asked whether something has claimed it, and its node is made
     // anew whenever it comes back.
     if Groups::load(host).is_ok_and(|groups| groups.take_on_demand()) {
@@ -120,7 +138,7 @@ fn errno(error: &(dyn Error + 'static)) -> Option<i32> {
     errno.or_else(|| self::errno(error.source()?))
 }
 
-fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
+fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
     let write = AccessFs::WriteFile | AccessFs::Truncate;
@@ -160,32 +178,17 @@ fn rules(config: &VmConfig, host: &HostPaths) -> Vec<Rule> {
     let locks = own.locks.iter().chain(&own.lock_files);
     rules.extend(locks.map(|path| rule(path, lock)));
     rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
-    let payload: Vec<&Path> = match &config.folders {
-        Some(folders) => vec![&folders.payload],
-        None => [
-            Some(&config.payload.kernel),
-            config.payload.initramfs.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .map(PathBuf::as_path)
-        .collect(),
-    };
-    let payload = payload.into_iter();
-    rules.extend(payload.map(|path| rule(path, AccessFs::ReadFile.into())));
-    let output = config.folders.as_ref();
-    let output = output.and_then(|folders| folders.output.as_deref());
+    let named = files.read.iter();
+    rules.extend(named.map(|path| rule(path, AccessFs::ReadFile.into())));
     let make = write | AccessFs::ReadFile | AccessFs::MakeReg;
-    match &config.serial {
-        SerialMode::File(_) if output.is_some() => {
-            rules.extend(output.map(|folder| rule(folder, make)));
-        }
-        SerialMode::Off | SerialMode::Null => {}
-        SerialMode::Tty => rules.push(rule(&host.proc.join("self/fd/1"), device)),
-        SerialMode::File(path) if path.exists() => {
+    match &files.output {
+        None => {}
+        Some(Output::Stdout) => rules.push(rule(&host.proc.join("self/fd/1"), device)),
+        Some(Output::Below(folder)) => rules.push(rule(folder, make)),
+        Some(Output::File(path)) if path.exists() => {
             rules.push(rule(path, write | AccessFs::ReadFile));
         }
-        SerialMode::File(path) => {
+        Some(Output::File(path)) => {
             let folder = path.parent().filter(|folder| *folder != Path::new(""));
             let folder = folder.unwrap_or(Path::new("."));
             rules.push(rule(folder, make));
@@ -213,11 +216,11 @@ mod tests {
 
     use super::*;
 
-    fn config(folder: &Path, serial: SerialMode) -> VmConfig {
-        let mut config = VmConfig::small();
-        config.payload.kernel = folder.join("vmlinux");
-        config.serial = serial;
-        config
+    fn files(folder: &Path, output: Option<Output>) -> VmFiles {
+        VmFiles {
+            read: vec![folder.join("vmlinux")],
+            output,
+        }
     }
 
     #[test]
@@ -296,14 +299,14 @@ mod tests {
         std::os::unix::fs::symlink(folder.path().join("program"), exe).unwrap();
         let logs = folder.path().join("logs");
         fs::create_dir(&logs).unwrap();
-        let config = config(folder.path(), SerialMode::File(logs.join("new")));
+        let files = self::files(folder.path(), Some(Output::File(logs.join("new"))));
         // A pipe has no place that a rule could be about.
         let (pipe, _writer) = io::pipe().unwrap();
         let link = format!("/proc/self/fd/{}", pipe.as_raw_fd());
         std::os::unix::fs::symlink(link, folder.path().join("etc")).unwrap();
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host).unwrap();
+            confine(&files, &host).unwrap();
             if !has_landlock() {
                 return;
             }
@@ -354,10 +357,10 @@ mod tests {
         host.run = host.run.join("tenants/a");
         fs::create_dir_all(&host.run).unwrap();
         std::os::unix::fs::symlink("../../leases", host.run.join("leases")).unwrap();
-        let config = config(folder.path(), SerialMode::Off);
+        let files = files(folder.path(), None);
         let root = folder.path().to_owned();
         let confined = thread::spawn(move || {
-            confine(&config, &host).unwrap();
+            confine(&files, &host).unwrap();
             if !has_landlock() {
                 return;
             }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use gantry_resources::base::HostPaths;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
-use crate::config::VmConfig;
+pub use files::{Output, VmFiles};
 pub use role::Role;
 pub use trap::{KICK, install as install_traps};
 
@@ -78,9 +78,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// The kernel refused.
-    pub fn confine_files(&self, config: &VmConfig, host: &HostPaths) -> io::Result<()> {
+    pub fn confine_files(&self, files: &VmFiles, host: &HostPaths) -> io::Result<()> {
         match self.mode {
-            SeccompMode::On => files::confine(config, host),
+            SeccompMode::On => files::confine(files, host),
             SeccompMode::Log | SeccompMode::Off => Ok(()),
         }
     }
