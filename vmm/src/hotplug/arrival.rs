@@ -3,8 +3,8 @@
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
 
-use super::worker::{AttachJob, AttachResult, AttachWorker};
-use super::{HostDevices, arrange};
+use super::job::{AttachJob, AttachResult};
+use super::{AttachWorker, HostDevices, arrange};
 use crate::command::{Answer, Attach, CommandError, Reply};
 use crate::error::Error;
 use crate::info::{DeviceInfo, VmEvent};

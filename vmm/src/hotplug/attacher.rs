@@ -7,8 +7,8 @@ use gantry_devices::pci::MsiRouter;
 use gantry_resources::opener::Opener;
 
 use super::DeviceContext;
+use super::job::{AttachJob, AttachSteps};
 use super::ranges::GuestRanges;
-use super::worker::{AttachJob, AttachSteps};
 use crate::command::DeviceSelector;
 use crate::config::NamedRequest;
 use crate::error::Error;

@@ -10,6 +10,7 @@ mod arrival;
 mod attacher;
 mod closing;
 mod departure;
+mod job;
 mod ranges;
 mod reset;
 mod worker;

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::base::DeviceName;
+use gantry_resources::base::{DeviceName, Uuid};
+use gantry_vfio::host::{Attachment, Group, VfioDevice};
 
 use super::device::AttachedDevice;
 use super::error::DeviceError;
 use super::events::DeviceNotify;
-use super::lease::UnopenedDevice;
+use super::lease::LeasedDevice;
 use crate::process::error::cannot;
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
@@ -18,6 +19,32 @@ use crate::process::threads::{self, Task};
 /// How long the kernel may take to open a device. It resets the device, which takes a tenth of a second, and some
 /// seconds where the device comes back slowly.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A device that is leased and not open yet. Its IOMMU group is in the VM's address space.
+pub struct UnopenedDevice {
+    // Dropped in this order: the group leaves the address space before others may lease the device.
+    pub(super) iommu_group: Arc<Group>,
+    /// The token that it must be opened with.
+    pub(super) token: Option<Uuid>,
+    pub(super) leased: LeasedDevice,
+}
+
+impl UnopenedDevice {
+    /// Opens the device and makes a function of the guest of it.
+    ///
+    /// # Errors
+    /// VFIO refused, or the device has no MSI-X and must have it.
+    fn open(
+        self,
+        router: Arc<dyn MsiRouter>,
+        notify: DeviceNotify,
+    ) -> Result<AttachedDevice, DeviceError> {
+        let name = self.leased.function.name.to_string();
+        let token = self.token.map(|token| token.to_string());
+        let io = VfioDevice::open(Attachment::Group(self.iommu_group), &name, token.as_deref())?;
+        AttachedDevice::new(self.leased, io, router, notify)
+    }
+}
 
 /// Devices that are being opened, each on a thread of its own.
 pub struct Opening(Vec<(DeviceName, Task<Result<AttachedDevice, DeviceError>>)>);

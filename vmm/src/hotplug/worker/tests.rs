@@ -1,7 +1,8 @@
 //! The worker's jobs and their order.
 
 use super::*;
-use crate::command::{Answer, DeviceSelector};
+use crate::command::{Answer, Attach, DeviceSelector};
+use crate::error::Error;
 
 type Answers = Receiver<Result<Answer, CommandError>>;
 
