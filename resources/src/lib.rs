@@ -26,6 +26,7 @@
 //! back. Every function takes [`base::HostPaths`], so that all of it runs over a fake tree.
 
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 pub mod allocation;
 pub mod base;

@@ -50,7 +50,7 @@ impl HostBdf {
     }
 
     /// The address that a sysfs path such as `/sys/bus/pci/devices/0000:01:00.0` ends with.
-    pub fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
+    pub(crate) fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
         match path.file_name().and_then(|name| name.to_str()) {
             Some(name) => name.parse(),
             None => Err(BdfError(path.display().to_string())),
@@ -58,7 +58,7 @@ impl HostBdf {
     }
 
     /// Whether two functions have domain, bus and device number in common.
-    pub fn is_in_slot_of(self, other: Self) -> bool {
+    pub(crate) fn is_in_slot_of(self, other: Self) -> bool {
         (self.domain, self.bus, self.device) == (other.domain, other.bus, other.device)
     }
 

@@ -136,7 +136,7 @@ impl HostPaths {
     }
 
     /// The VFIO node of an IOMMU group.
-    pub fn vfio_group(&self, group: u32) -> PathBuf {
+    pub(crate) fn vfio_group(&self, group: u32) -> PathBuf {
         self.dev.join("vfio").join(group.to_string())
     }
 }

@@ -49,7 +49,7 @@ impl DeviceName {
     }
 
     /// The name that a path such as `/sys/bus/pci/devices/0000:01:00.0` ends with.
-    pub fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
+    pub(crate) fn from_sysfs_path(path: &Path) -> Result<Self, BdfError> {
         match path.file_name().and_then(|name| name.to_str()) {
             Some(name) => name.parse(),
             None => Err(BdfError(path.display().to_string())),

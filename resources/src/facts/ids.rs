@@ -73,7 +73,7 @@ impl PciClass {
     }
 
     /// A bridge to a bus of its own (PCI-to-PCI, CardBus): header type 1 or 2.
-    pub fn is_bus_bridge(self) -> bool {
+    pub(crate) fn is_bus_bridge(self) -> bool {
         self.base() == 0x06 && matches!(self.sub(), 0x04 | 0x07 | 0x09)
     }
 

@@ -75,7 +75,7 @@ impl Interrupts {
 
 impl Interrupts {
     /// Whether it has interrupts that gantry delivers to a guest.
-    pub fn are_delivered(&self) -> bool {
+    pub(crate) fn are_delivered(&self) -> bool {
         self.msix || self.msi
     }
 }

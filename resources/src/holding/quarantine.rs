@@ -28,7 +28,7 @@ const MOST_FILES: usize = 4096;
 /// How long a device stays out of use by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Until {
+pub(crate) enum Until {
     /// Until the host boots, which cures what hangs; or until it is released.
     Boot,
     /// Until it is released.

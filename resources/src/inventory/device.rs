@@ -189,7 +189,7 @@ impl HostDevice {
     }
 
     /// The first function of its card, which may be itself.
-    pub fn first_function(&self) -> &Self {
+    pub(crate) fn first_function(&self) -> &Self {
         self.lead.as_deref().unwrap_or(self)
     }
 

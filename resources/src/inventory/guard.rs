@@ -26,10 +26,10 @@ use crate::base::sysfs;
 use crate::inventory::device::HostDevice;
 use network::Network;
 use storage::Storage;
-pub use uses::{Guarded, HostUse};
+pub(crate) use uses::{Guarded, HostUse};
 
 /// What the host uses these devices for, one line for each use; empty if they can go.
-pub fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
+pub(crate) fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
     uses_with(paths, devices, &addresses::addressed(paths)?)
 }
 

@@ -16,7 +16,7 @@ use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::inventory::device::DeviceType;
 use crate::inventory::device::{HostDevice, NodeAccess};
 use crate::inventory::guard::Guarded;
-pub use sieve::Sieve;
+pub(crate) use sieve::Sieve;
 
 /// Why a device is not free.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

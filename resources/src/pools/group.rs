@@ -412,7 +412,7 @@ impl Groups {
     }
 
     /// Whether VMs may have a device: it is in a group, or a device spec takes it.
-    pub fn exposes(&self, device: &HostDevice) -> bool {
+    pub(crate) fn exposes(&self, device: &HostDevice) -> bool {
         let taken = self.group_of(device).is_some() || self.spec_of(device).is_some();
         taken && self.tenant_of(device).is_none()
     }

@@ -17,7 +17,8 @@ use crate::base::json::without_position;
 use crate::inventory::device::{DeviceType, HostDevice};
 use crate::pools::rule::HexId;
 use address::Address;
-pub use words::{Flag, IdOrAny, LocallyManaged, Traits};
+pub use words::Traits;
+pub(crate) use words::{Flag, IdOrAny, LocallyManaged};
 pub(crate) use words::{class_of, resource_class};
 
 /// How near to a VM's processors and memory its devices must be.
@@ -177,7 +178,7 @@ impl Alias {
     }
 
     /// Whether a device has the ids asked for.
-    pub fn has_ids(&self, device: &HostDevice) -> bool {
+    pub(crate) fn has_ids(&self, device: &HostDevice) -> bool {
         self.vendor_id.is_none_or(|id| id.is(device.id.vendor))
             && self.product_id.is_none_or(|id| id.is(device.id.device))
     }
@@ -189,7 +190,7 @@ impl Alias {
     }
 
     /// Whether a device is of the type asked for.
-    pub fn has_type(&self, device: &HostDevice) -> bool {
+    pub(crate) fn has_type(&self, device: &HostDevice) -> bool {
         let is = DeviceType::of(device);
         match self.device_type {
             Some(wanted) => is == wanted,

@@ -13,9 +13,9 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::inventory::device::HostDevice;
 use filter::Subject;
-pub use filter::{Filter, FilterValue};
+pub(crate) use filter::{Filter, FilterValue};
 use value::addresses;
-pub use value::{ClassPrefix, HexId, IdPair, Number, Slot, Word};
+pub(crate) use value::{ClassPrefix, HexId, IdPair, Number, Slot, Word};
 
 /// Filters that must all hold for a device to match. There is at least one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -151,7 +151,7 @@ impl Rule {
 
     /// The rule that takes this device and no other: its address, and what it is, so that other
     /// hardware at that address is not taken for it.
-    pub fn of_device(device: &HostDevice) -> Self {
+    pub(crate) fn of_device(device: &HostDevice) -> Self {
         Self(Box::new(Filters {
             id: Some(Filter::equal(device.id.into())),
             slot: Some(Filter::equal(Slot::Exact(device.bdf))),
@@ -161,7 +161,7 @@ impl Rule {
     }
 
     /// The address that the rule names, if it names exactly one.
-    pub fn only_slot(&self) -> Option<HostBdf> {
+    pub(crate) fn only_slot(&self) -> Option<HostBdf> {
         match self.0.slot.as_ref()?.only()? {
             Slot::Exact(bdf) => Some(*bdf),
             Slot::Glob(..) => None,

@@ -169,7 +169,7 @@ impl SriovSpec {
     }
 
     /// Whether it asks for what only a network card has.
-    pub fn is_for_network(&self) -> bool {
+    pub(crate) fn is_for_network(&self) -> bool {
         self.wanted(0) != VfState::default()
     }
 

@@ -64,7 +64,7 @@ pub enum Sieve {
 
 impl Obstacle {
     /// The filter that drops a device for this.
-    pub fn sieve(&self) -> Sieve {
+    pub(crate) fn sieve(&self) -> Sieve {
         match self {
             Self::Bridge => Sieve::Bridge,
             Self::Leased { .. } | Self::LockUnreadable { .. } => Sieve::Leased,

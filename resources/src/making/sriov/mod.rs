@@ -40,10 +40,9 @@ use activation::Activation;
 pub use error::SriovError;
 #[cfg(test)]
 pub(crate) use links::LinkError;
-pub use links::{Interface, LinkWrite, VfLinks};
+pub(crate) use links::{Interface, LinkWrite, VfLinks};
 pub use netlink::Netlink;
-pub use pf::LiveVf;
-pub(crate) use pf::Pf;
+pub(crate) use pf::{LiveVf, Pf};
 pub(crate) use probe::reap;
 use serde::Serialize;
 

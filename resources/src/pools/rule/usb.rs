@@ -10,7 +10,7 @@ use crate::inventory::usb::UsbDevice;
 impl Rule {
     /// The rule that takes this device and no other: by its serial number, wherever it is plugged in, or
     /// else by where that is.
-    pub fn of_usb(device: &UsbDevice) -> Self {
+    pub(crate) fn of_usb(device: &UsbDevice) -> Self {
         let word = |text: &str| Some(Filter::equal(Word::exact(text)));
         let serial = device.serial.as_deref();
         Self(Box::new(Filters {
