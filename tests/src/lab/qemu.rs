@@ -57,6 +57,12 @@ pub enum Device {
         /// Of the stick.
         serial: String,
     },
+    /// A USB controller with MSI only (1033:0194) and a stick of 8 MiB, in the root complex; see
+    /// [`super::disk`] for its contents.
+    UsbMsi {
+        /// Of the stick; at most 20 characters.
+        serial: String,
+    },
     /// The teaching device (1234:11e8) with DMA, MSI and INTx, in the root complex.
     Edu,
     /// A device (1b36:0005) with a prefetchable BAR of this many MiB, in the root complex.
@@ -104,8 +110,8 @@ impl Device {
 
     /// Only a USB controller, with a stick and a keyboard.
     pub fn only_usb() -> Vec<Self> {
-        let serial = "GANTRY-USB0001".to_owned();
-        vec![Self::Usb { serial }]
+        let [first, second] = ["GANTRY-USB0001", "GANTRY-USB0002"].map(str::to_owned);
+        vec![Self::Usb { serial: first }, Self::UsbMsi { serial: second }]
     }
 
     /// Two disks, each on a NUMA node of its own.
@@ -120,7 +126,9 @@ impl Device {
     /// The serial number of the disk that it is.
     pub fn disk(&self) -> Option<&str> {
         match self {
-            Self::Nvme { serial } | Self::NvmeOnNode { serial, .. } => Some(serial),
+            Self::Nvme { serial } | Self::NvmeOnNode { serial, .. } | Self::UsbMsi { serial } => {
+                Some(serial)
+            }
             _ => None,
         }
     }
@@ -185,6 +193,17 @@ impl Device {
                 format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),
                 "-device".into(),
                 format!("usb-kbd,bus=dev{index}.0"),
+            ],
+            Self::UsbMsi { serial } => vec![
+                "-device".into(),
+                format!("nec-usb-xhci,id=dev{index},addr={slot:#x},msix=off,msi=on"),
+                "-blockdev".into(),
+                format!(
+                    "driver=raw,node-name=stick{index},file.driver=file,file.filename={}",
+                    disk_path(folder, serial).display()
+                ),
+                "-device".into(),
+                format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),
             ],
             Self::Edu => vec![
                 "-device".into(),

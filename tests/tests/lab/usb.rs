@@ -2,14 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::{Value, json};
 
 use crate::bed::{Case, cases};
+use crate::pool::{Disk, Pool};
+use crate::vm::Vm;
 
-/// For a host with a USB stick and a keyboard.
-pub const CASES: &[Case] = cases![a_stick_and_a_keyboard_are_listed];
+/// For a host with two USB sticks and a keyboard.
+pub const CASES: &[Case] = cases![
+    a_stick_and_a_keyboard_are_listed,
+    a_controller_with_msi_only_serves_its_stick,
+];
+
+/// The controller with MSI only, and its stick.
+const MSI_ONLY: Disk = Disk {
+    bdf: "0000:00:11.0",
+    serial: "GANTRY-USB0002",
+};
 
 fn list(host: &Host) -> Result<Vec<Value>> {
     let text = host
@@ -21,7 +32,7 @@ fn list(host: &Host) -> Result<Vec<Value>> {
 
 fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
     let groups = json!({"groups": [
-        {"name": "sticks", "type": "usb", "rules": [{"driver": "usb-storage"}]},
+        {"name": "sticks", "type": "usb", "rules": [{"driver": "usb-storage", "port": {"begins": "2-"}}]},
         {"name": "slow", "type": "usb", "rules": [{"speed": {"less": 481}, "port": {"begins": "1-"}}]},
     ]});
     host.write("/etc/gantry/groups.json", groups.to_string())?;
@@ -29,7 +40,8 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
     let all = loop {
         let all = list(host)?;
         let ready = all.iter().filter(|device| device["group"].is_string());
-        if ready.count() == 2 {
+        let other = all.iter().any(|one| one["serial"] == MSI_ONLY.serial);
+        if ready.count() == 2 && other {
             break all;
         }
         ensure!(Instant::now() < deadline, "{all:#?}");
@@ -65,5 +77,43 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
         .output()?
         .success()?;
     ensure!(table.text().lines().count() == all.len() + 1, "{table}");
+    Ok(())
+}
+
+/// The guest's driver uses MSI, also after it has moved to another processor.
+fn a_controller_with_msi_only_serves_its_stick(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[MSI_ONLY.bdf])?;
+    let mut vm = Vm::new("shell").cpus(2);
+    let path = format!("/sys/bus/pci/devices/{}", MSI_ONLY.bdf);
+    vm.file["devices"] = json!([{"path": path, "allow_no_reset": true}]);
+    vm.flags = "--allow-ungrouped";
+    let mut running = vm.start(host)?;
+    running.types("for try in $(seq 200); do [ -b /dev/sda ] && break; sleep 0.1; done")?;
+    running.types("IRQ=$(grep xhci /proc/interrupts | head -n1 | cut -d: -f1 | tr -d ' ')")?;
+    running
+        .types("COUNT='grep xhci /proc/interrupts'; READ='dd if=/dev/sda bs=64k iflag=direct'")?;
+    running.types(
+        "for mask in 1 2; do echo $mask >/proc/irq/$IRQ/smp_affinity; \
+         echo guest: before=$($COUNT); echo guest: sum=$($READ | sha256sum); \
+         echo guest: after=$($COUNT); done",
+    )?;
+    running.types("lspci -vv | grep MSI:; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let sum = format!("{} -", MSI_ONLY.checksum());
+    ensure!(ended.values("sum").eq([&*sum, &*sum]), "{ended}");
+    ensure!(ended.said.contains("MSI: Enable+"), "{ended}");
+    for (processor, (before, after)) in ended
+        .values("before")
+        .zip(ended.values("after"))
+        .enumerate()
+    {
+        ensure!(after.contains("PCI-MSI-"), "{after}");
+        let count = |line: &str| -> Result<u64> {
+            let word = line.split_whitespace().nth(1 + processor);
+            Ok(word.context("no such processor")?.parse()?)
+        };
+        // The first read is also the first use; the second has moved.
+        ensure!(count(after)? > count(before)?, "{before}\n{after}");
+    }
     Ok(())
 }

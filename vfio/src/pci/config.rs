@@ -316,7 +316,7 @@ fn zeros(offset: u16, len: u16) -> Area {
 /// Length of a hidden capability: MSI's depends on its features.
 fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
     match capability.id {
-        CapabilityId::MSI => MsiLayout::from_control(registers.u16(capability.offset + 2)).len(),
+        CapabilityId::MSI => MsiLayout::from_control(registers.u16(capability.offset + 2)).size(),
         CapabilityId::ENHANCED_ALLOCATION => {
             // The number of entries, each with its length in dwords.
             let entries = registers.u8(capability.offset + 2) & 0x3f;

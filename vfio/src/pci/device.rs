@@ -209,7 +209,7 @@ impl PassthroughDevice {
             self.interrupts.write_msix_control(control);
         }
         if let Some(msi) = self.msi
-            && touches(offset, data, msi.offset + 2..msi.offset + msi.layout.len())
+            && touches(offset, data, msi.offset + 2..msi.offset + msi.layout.size())
         {
             self.interrupts.write_msi(&space.get(msi.offset));
         }

@@ -46,7 +46,7 @@ impl MsiLayout {
     }
 
     /// Length of the capability in bytes.
-    pub const fn len(self) -> u16 {
+    pub const fn size(self) -> u16 {
         let address = if self.control & ADDRESS_64 != 0 { 4 } else { 0 };
         let masking = if self.control & MASKING != 0 { 10 } else { 0 };
         10 + address + masking
@@ -94,7 +94,7 @@ impl MsiLayout {
             let vectors = u32::MAX >> (32 - u32::from(self.vectors()));
             put(mask, &[0; 4], &vectors.to_le_bytes());
         }
-        let range = CONTROL..usize::from(self.len());
+        let range = CONTROL..usize::from(self.size());
         Area::emulated(
             offset + CONTROL as u16,
             &bytes[range.clone()],
@@ -218,7 +218,7 @@ mod tests {
         ] {
             let layout = MsiLayout::from_control(control | 0x0071);
             assert_eq!(
-                (layout.len(), layout.vectors()),
+                (layout.size(), layout.vectors()),
                 (len, vectors),
                 "{control:#x}"
             );

@@ -131,7 +131,7 @@ fn msi_is_emulated_where_the_host_can_deliver_it() {
         [testing::PM, testing::MSI, testing::EXPRESS, testing::MSIX]
     );
     let msi = plan.msi.unwrap();
-    assert_eq!((msi.offset, msi.layout.len()), (testing::MSI, 24));
+    assert_eq!((msi.offset, msi.layout.size()), (testing::MSI, 24));
     let registers = |plan: &Plan| {
         let dwords = [0, 4, 8, 12, 16, 20];
         dwords.map(|at| guest_reads(plan, &physical, testing::MSI + at))
