@@ -194,17 +194,7 @@ impl Device {
                 "-device".into(),
                 format!("usb-kbd,bus=dev{index}.0"),
             ],
-            Self::UsbMsi { serial } => vec![
-                "-device".into(),
-                format!("nec-usb-xhci,id=dev{index},addr={slot:#x},msix=off,msi=on"),
-                "-blockdev".into(),
-                format!(
-                    "driver=raw,node-name=stick{index},file.driver=file,file.filename={}",
-                    disk_path(folder, serial).display()
-                ),
-                "-device".into(),
-                format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),
-            ],
+            Self::UsbMsi { serial } => usb_msi(index, slot, serial, folder),
             Self::Edu => vec![
                 "-device".into(),
                 format!("edu,id=dev{index},addr={slot:#x},dma_mask=0xffffffffffff"),
@@ -215,6 +205,21 @@ impl Device {
             ],
         }
     }
+}
+
+/// A USB controller with MSI only in a slot, and a stick with this serial.
+fn usb_msi(index: usize, slot: usize, serial: &str, folder: &Path) -> Vec<String> {
+    vec![
+        "-device".into(),
+        format!("nec-usb-xhci,id=dev{index},addr={slot:#x},msix=off,msi=on"),
+        "-blockdev".into(),
+        format!(
+            "driver=raw,node-name=stick{index},file.driver=file,file.filename={}",
+            disk_path(folder, serial).display()
+        ),
+        "-device".into(),
+        format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),
+    ]
 }
 
 /// How many bus numbers the host bridge of a NUMA node has; the first are those of the usual one.
