@@ -392,8 +392,8 @@ fn the_helper_gives_back_what_a_vm_had_taken_when_its_input_ends() {
     let host = Host::new();
     let record = r#"{"id": "1b36:0010", "dsn": null, "serial": null, "driver": "nvme",
         "driver_override": null, "demand": true}"#;
-    fs::create_dir_all(host.path("run/former")).unwrap();
-    fs::write(host.path("run/former/0000:01:00.0"), record).unwrap();
+    fs::create_dir_all(host.path("run/restore/driver")).unwrap();
+    fs::write(host.path("run/restore/driver/0000:01:00.0"), record).unwrap();
     let device = host.path("sys/bus/pci/devices/0000:01:00.0");
     fs::write(device.join("driver_override"), "vfio-pci\n").unwrap();
     for file in ["drivers/vfio-pci/unbind", "drivers_probe"] {

@@ -4,6 +4,7 @@ use super::{Finding, Level};
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::facts::open_files;
+use crate::holding::restore::Change;
 use crate::holding::vgpu_records;
 
 /// One of them.
@@ -16,7 +17,7 @@ pub(super) struct Hanging {
 
 impl Hanging {
     pub(super) fn read(paths: &HostPaths) -> Vec<Self> {
-        let all = vgpu_records::all(paths).into_iter();
+        let all = Change::Vgpu.recorded(paths).into_iter();
         let one = |name| {
             let dir = match name {
                 DeviceName::Pci(bdf) => paths.pci_device(bdf),

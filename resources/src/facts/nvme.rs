@@ -82,7 +82,8 @@ fn of_all_paths(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use crate::fixture::{Fake, FakeHost};
-    use crate::inventory::former::Former;
+    use crate::holding::restore::RestoreRecord;
+    use crate::inventory::driver_record::DriverRecord;
     use crate::pools::rule::Rule;
 
     fn disk() -> Fake {
@@ -109,7 +110,7 @@ mod tests {
             ("GDC5602Q", 3840)
         );
         assert_eq!(nvme.namespaces[0].name, "nvme0n1");
-        Former::of(&attached)
+        DriverRecord::of(&attached)
             .store(&host.paths, attached.bdf)
             .unwrap();
         std::fs::remove_dir_all(host.dir(attached.bdf).join("nvme")).unwrap();

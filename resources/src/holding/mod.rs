@@ -8,6 +8,7 @@ pub(crate) mod own_files;
 pub(crate) mod passing;
 pub(crate) mod quarantine;
 pub(crate) mod record;
+pub(crate) mod restore;
 pub(crate) mod vgpu_records;
 
 pub use lock_file::holder;

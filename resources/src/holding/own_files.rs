@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::atomic::make_dir;
 use crate::base::host::HostPaths;
+use crate::holding::restore::Change;
 
 /// Files of gantry's own that building a VM changes. All else there is read at most: the clients' sockets,
 /// what says that other VMs run, maintenance.
@@ -21,12 +22,14 @@ pub struct OwnFiles {
 /// What is changed below these paths; made where it is missing and may be made, as only what is there can be
 /// named to the kernel.
 pub fn own_files(paths: &HostPaths) -> OwnFiles {
-    let below = |names: &[&str]| names.iter().map(|name| paths.run.join(name)).collect();
+    let below = |name: &str| vec![paths.run.join(name)];
     let mut own = OwnFiles {
-        records: below(&["autoprobe", "former", "vf", "vf-token", "vgpu"]),
-        locks: below(&["leases"]),
-        lock_files: below(&["allocate.lock"]),
+        records: below("vf-token"),
+        locks: below("leases"),
+        lock_files: below("allocate.lock"),
     };
+    own.records
+        .extend(Change::OF_VMS.map(|change| change.dir(paths)));
     own.records.push(paths.state.join("quarantine"));
     for dir in own.records.iter().chain(&own.locks) {
         if let Err(error) = make_dir(dir) {

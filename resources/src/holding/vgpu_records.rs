@@ -1,27 +1,29 @@
 //! Which virtual GPUs are made, or unmade, for one VM or command: a record of each in the run directory,
 //! locked for as long as the kernel is at work on it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::atomic;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::base::sysfs;
 use crate::base::uuid::Uuid;
 use crate::holding::lock_file::{holder, is_locked};
+use crate::holding::restore::{Change, RestoreRecord};
 
-/// A record in the run directory, which a reboot empties, as it ends all virtual GPUs.
+/// The record of a virtual GPU that is made or unmade.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Owed {
+pub(crate) struct VgpuRecord {
     /// The VM or the command, for people.
-    vm: String,
+    pub(crate) vm: String,
     /// What makes a mediated device.
     #[serde(default)]
-    parent: Option<String>,
+    pub(crate) parent: Option<String>,
+}
+
+impl RestoreRecord for VgpuRecord {
+    const CHANGE: Change = Change::Vgpu;
 }
 
 /// A mediated device with a record, as a choice counts it.
@@ -36,26 +38,11 @@ pub(crate) struct Claim {
     pub(crate) left: bool,
 }
 
-pub(crate) fn path(paths: &HostPaths, name: DeviceName) -> PathBuf {
-    paths.run.join("vgpu").join(name.to_string())
-}
-
-/// What has a record.
-pub(crate) fn all(paths: &HostPaths) -> Vec<DeviceName> {
-    let names = sysfs::entries(&paths.run.join("vgpu")).unwrap_or_default();
-    names.iter().filter_map(|name| name.parse().ok()).collect()
-}
-
-/// Whether something has a record.
-pub(crate) fn is_owed(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
-    path(paths, name.into()).exists()
-}
-
 /// Whether the kernel is still at work on something that nobody waits for any more.
 pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     let name = name.into();
     hangs_by(
-        || File::open(path(paths, name)).and_then(|file| is_locked(&file)),
+        || File::open(Change::Vgpu.path(paths, name)).and_then(|file| is_locked(&file)),
         || holder(paths, name).is_held(),
     )
 }
@@ -68,46 +55,25 @@ fn hangs_by(at_work: impl Fn() -> io::Result<bool>, is_held: impl FnOnce() -> bo
 
 /// The mediated devices with records.
 pub(crate) fn claims(paths: &HostPaths) -> Vec<Claim> {
-    let mdevs = all(paths).into_iter().filter_map(DeviceName::mdev);
+    let mdevs = Change::Vgpu
+        .recorded(paths)
+        .into_iter()
+        .filter_map(DeviceName::mdev);
     mdevs.filter_map(|uuid| claim_on(paths, uuid)).collect()
 }
 
 fn claim_on(paths: &HostPaths, uuid: Uuid) -> Option<Claim> {
-    let path = path(paths, uuid.into());
-    let at_work = File::open(&path).and_then(|file| is_locked(&file));
-    let owed = fs::read(&path).ok()?;
-    let owed = serde_json::from_slice::<Owed>(&owed).ok();
-    Some(Claim {
+    let record = File::open(Change::Vgpu.path(paths, uuid));
+    let at_work = record.and_then(|file| is_locked(&file));
+    let owed = VgpuRecord::load(paths, uuid);
+    // It may have been forgotten since it was listed.
+    let there = owed.is_some() || Change::Vgpu.is_recorded(paths, uuid);
+    there.then(|| Claim {
         uuid,
         parent: owed.and_then(|owed| owed.parent),
         under_way: at_work.unwrap_or(true) || !paths.mdev(uuid).exists(),
         left: !holder(paths, uuid).is_held(),
     })
-}
-
-/// Writes the record of a device.
-pub(crate) fn store(
-    paths: &HostPaths,
-    name: DeviceName,
-    vm: &str,
-    parent: Option<&str>,
-) -> io::Result<()> {
-    let owed = Owed {
-        vm: vm.to_owned(),
-        parent: parent.map(str::to_owned),
-    };
-    atomic::replace(&path(paths, name), &serde_json::to_vec(&owed)?)
-}
-
-/// Forgets a device that is gone, or that is to stay.
-pub(crate) fn forget(paths: &HostPaths, name: DeviceName) {
-    let path = path(paths, name);
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!("cannot remove {}: {error}", path.display());
-        }
-        _ => {}
-    }
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 
 pub(crate) mod card;
 pub(crate) mod device;
+pub(crate) mod driver_record;
 pub(crate) mod error;
-pub(crate) mod former;
 pub(crate) mod guard;
 pub(crate) mod mdev;
 pub(crate) mod modules;

@@ -25,9 +25,10 @@ use crate::facts::vgpu::{NVIDIA, VendorVgpu};
 use crate::holding::lock_file::holder;
 use crate::holding::quarantine::{self, Until};
 use crate::holding::record::{LeaseKind, LeaseStatus};
+use crate::holding::restore::Change;
 use crate::inventory::device::{HostDevice, NodeAccess, Sriov};
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
-use crate::inventory::former::Former;
 
 /// The base class of displays; the kernel says of no other device whether the firmware started it.
 const DISPLAY: u8 = 0x03;
@@ -145,7 +146,7 @@ impl<'a> Source<'a> {
                 .iter()
                 .map(|home| Listed::all(home.names()))
                 .collect(),
-            former: Listed::of(&paths.run.join("former")),
+            former: Listed::of(&Change::Driver.dir(paths)),
             mdev: paths.sysfs.join("class/mdev_bus").exists(),
         })
     }
@@ -226,7 +227,7 @@ impl<'a> Source<'a> {
             self.read_serials(&mut device);
         }
         if self.former.may_have(|| bdf.to_string()) {
-            device.former_driver = Former::driver_of(paths, &device);
+            device.former_driver = DriverRecord::driver_of(paths, &device);
         }
         Ok(Some(device))
     }
@@ -257,7 +258,7 @@ impl<'a> Source<'a> {
             (device.serial, device.nvme) = nvme::read(&dir);
         }
         if device.serial.is_none() && self.former.may_have(|| device.bdf.to_string()) {
-            let former = Former::load(self.paths, device);
+            let former = DriverRecord::of_detached(self.paths, device);
             let known = former.map(|former| (former.serial, former.nvme));
             (device.serial, device.nvme) = known.unwrap_or_default();
         }

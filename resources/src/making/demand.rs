@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
 use std::path::Path;
 use std::process::{ChildStdin, Command, ExitCode, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{fs, thread};
 
 use std::os::unix::process::CommandExt;
 
@@ -26,10 +26,10 @@ use crate::base::uuid::Uuid;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
-use crate::holding::vgpu_records;
+use crate::holding::restore::Change;
 use crate::inventory::device::{HostDevice, NodeAccess};
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
-use crate::inventory::former::Former;
 use crate::inventory::scan::scan;
 use crate::making::sriov::{self, HostAccess, Netlink, SriovError};
 use crate::making::vgpu::{self, VgpuError};
@@ -179,10 +179,15 @@ pub(crate) fn reap_with(
     if paths.only.is_none() {
         sriov::granted::mend(paths, host.links);
     }
-    let functions = Former::on_demand(paths).into_iter();
-    let functions = functions.chain(sriov::owed::owed(paths));
+    let functions = DriverRecord::on_demand(paths);
+    let functions = functions.chain(
+        Change::VfSettings
+            .recorded(paths)
+            .into_iter()
+            .filter_map(DeviceName::pci),
+    );
     let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();
-    marked.extend(vgpu_records::all(paths));
+    marked.extend(Change::Vgpu.recorded(paths));
     let restored = match marked.is_empty() {
         true => Ok(Vec::new()),
         false => restore(paths, host, &marked, Duration::ZERO),
@@ -239,7 +244,11 @@ pub(crate) fn restore(
 
 /// Removes mediated devices that were made for a VM, as far as nobody holds them. Whether all are gone.
 fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, RestoreError> {
-    let left = || mdevs.iter().any(|uuid| vgpu_records::is_owed(paths, *uuid));
+    let left = || {
+        mdevs
+            .iter()
+            .any(|uuid| Change::Vgpu.is_recorded(paths, *uuid))
+    };
     if !left() {
         return Ok(true);
     }
@@ -257,9 +266,9 @@ fn owed(
     let marked = all.iter().filter(|device| {
         devices.contains(&device.bdf)
             && device.quarantine.is_none()
-            && (Former::owed(paths, device).is_some()
-                || sriov::owed::is_owed(paths, device.bdf)
-                || vgpu_records::is_owed(paths, device.bdf))
+            && (DriverRecord::owed(paths, device).is_some()
+                || Change::VfSettings.is_recorded(paths, device.bdf)
+                || Change::Vgpu.is_recorded(paths, device.bdf))
     });
     let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
     let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
@@ -291,7 +300,7 @@ fn restore_group(
     let mut set_back = Ok(());
     for &bdf in members
         .iter()
-        .filter(|bdf| sriov::owed::is_owed(paths, **bdf))
+        .filter(|bdf| Change::VfSettings.is_recorded(paths, **bdf))
     {
         if let Err(source) = sriov::owed::restore(paths, host.links, bdf) {
             let source = Box::new(source);
@@ -300,27 +309,12 @@ fn restore_group(
     }
     for &bdf in members
         .iter()
-        .filter(|bdf| vgpu_records::is_owed(paths, **bdf))
+        .filter(|bdf| Change::Vgpu.is_recorded(paths, **bdf))
     {
         vgpu::owed::untype(paths, host.writer, bdf)?;
     }
     let report = give_back(paths, host.writer, members)?;
     set_back.map(|()| Some(report.moved))
-}
-
-impl Former {
-    /// The devices whose record carries the mark, whatever became of them.
-    fn on_demand(paths: &HostPaths) -> Vec<HostBdf> {
-        let dir = paths.run.join("former");
-        let names = crate::base::sysfs::entries(&dir).unwrap_or_default();
-        let marked = |bdf: &HostBdf| {
-            let text = fs::read(dir.join(bdf.to_string())).ok();
-            text.and_then(|text| serde_json::from_slice::<Former>(&text).ok())
-                .is_some_and(|former| former.demand)
-        };
-        let addresses = names.iter().filter_map(|name| name.parse().ok());
-        addresses.filter(marked).collect()
-    }
 }
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use crate::holding::lock_file::holder;
 use crate::holding::passing::under_lock;
 use crate::holding::quarantine::hung;
 use crate::holding::record::LeaseRecord;
+use crate::holding::restore::Change;
 use crate::inventory::device::{HostDevice, is_vfio_driver};
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
-use crate::inventory::former::Former;
 use crate::inventory::guard::{doubts, host_uses};
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
 use crate::inventory::scan::{Detail, scan_with};
@@ -132,7 +133,7 @@ impl Direction {
         if self == Self::Detach {
             plan.members
                 .iter()
-                .for_each(|member| Former::keep_detached(paths, member));
+                .for_each(|member| DriverRecord::keep_detached(paths, member));
         }
         let mut mover = Mover {
             paths,
@@ -157,7 +158,7 @@ impl Direction {
         let mut plan = self.plan(paths, &request)?;
         if self == Self::Return {
             plan.moves
-                .retain(|one| Former::owed(paths, &one.device).is_some());
+                .retain(|one| DriverRecord::owed(paths, &one.device).is_some());
         }
         let mut mover = Mover {
             paths,
@@ -248,27 +249,29 @@ impl Direction {
             }
             Self::Detach | Self::Lend if device.on_vfio() => return None,
             Self::Detach | Self::Lend => (Target::Vfio, Some(VFIO_PCI.to_owned())),
-            Self::Reattach | Self::Return => match (Former::of_moved(paths, device), host_driver) {
-                // Detaching was cut short, or somebody rebound it by hand: only the override is ours.
-                (Some(former), Some(driver)) => {
-                    (Target::Driver(driver.to_owned()), former.driver_override)
+            Self::Reattach | Self::Return => {
+                match (DriverRecord::of_moved(paths, device), host_driver) {
+                    // Detaching was cut short, or somebody rebound it by hand: only the override is ours.
+                    (Some(former), Some(driver)) => {
+                        (Target::Driver(driver.to_owned()), former.driver_override)
+                    }
+                    // What a VM took from no driver goes back to none.
+                    (
+                        Some(DriverRecord {
+                            driver: None,
+                            driver_override,
+                            ..
+                        }),
+                        None,
+                    ) if self == Self::Return => (Target::Nothing, driver_override),
+                    (Some(former), None) => (
+                        former.driver.map_or(Target::Natural, Target::Driver),
+                        former.driver_override,
+                    ),
+                    (None, Some(_)) => return None,
+                    (None, None) => (Target::Natural, None),
                 }
-                // What a VM took from no driver goes back to none.
-                (
-                    Some(Former {
-                        driver: None,
-                        driver_override,
-                        ..
-                    }),
-                    None,
-                ) if self == Self::Return => (Target::Nothing, driver_override),
-                (Some(former), None) => (
-                    former.driver.map_or(Target::Natural, Target::Driver),
-                    former.driver_override,
-                ),
-                (None, Some(_)) => return None,
-                (None, None) => (Target::Natural, None),
-            },
+            }
         };
         // An override to vfio-pci from before would only bring the device back there.
         let driver_override =
@@ -297,7 +300,7 @@ impl Direction {
                     .iter()
                     .map(|one| &one.device)
                     .filter(|device| !left.contains(&device.bdf));
-                restored.for_each(|device| Former::forget_unless_older(mover.paths, device));
+                restored.for_each(|device| DriverRecord::forget_unless_older(mover.paths, device));
             }
             if source.is_hung() {
                 left.push(one.device.bdf);
@@ -312,7 +315,7 @@ impl Direction {
         if !self.leaves_host() {
             moves
                 .iter()
-                .for_each(|one| Former::forget(mover.paths, one.device.bdf));
+                .for_each(|one| Change::Driver.forget(mover.paths, one.device.bdf));
         }
         Ok(())
     }

@@ -8,9 +8,10 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::quarantine::{Until, quarantine};
+use crate::holding::restore::RestoreRecord;
 use crate::inventory::device::HostDevice;
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
-use crate::inventory::former::Former;
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::nova::devname;
 
@@ -58,7 +59,7 @@ pub enum MoveError {
     },
     /// What the device was cannot be written down, so it was not touched.
     #[error("cannot record its former driver in {path}")]
-    Former {
+    NotRecorded {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -96,14 +97,14 @@ impl Move {
     /// Writes down what the device is before it is detached. A record that is there from an attempt
     /// that was cut short knows more than the device now shows.
     pub(crate) fn remember(&self, paths: &HostPaths, demand: bool) -> Result<(), MoveError> {
-        if Former::of_moved(paths, &self.device).is_some() {
+        if DriverRecord::of_moved(paths, &self.device).is_some() {
             return Ok(());
         }
-        let mut former = Former::of(&self.device);
+        let mut former = DriverRecord::of(&self.device);
         former.interfaces = devname::interfaces(paths, self.device.bdf);
         former.demand = demand;
         let stored = former.store(paths, self.device.bdf);
-        stored.map_err(|(path, source)| MoveError::Former { path, source })
+        stored.map_err(|(path, source)| MoveError::NotRecorded { path, source })
     }
 
     /// The writes that this takes for a device that is as `now` says.

@@ -9,7 +9,7 @@ use crate::base::atomic;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::inventory::device::{HostDevice, is_vfio_driver};
-use crate::inventory::former::Former;
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::guard::host_uses;
 use crate::inventory::modules::{KernelModules, loaded_module};
 use crate::inventory::scan::scan;
@@ -201,7 +201,7 @@ impl Rivals {
             let claim = known.of(device).into_iter().map(str::to_owned);
             rivals.modules.extend(claim);
             let has = device.driver.clone().filter(|name| !is_vfio_driver(name));
-            let had = || Former::load(paths, device).and_then(|former| former.driver);
+            let had = || DriverRecord::of_detached(paths, device).and_then(|former| former.driver);
             if let Some(driver) = has.or_else(had) {
                 rivals.add(paths, driver);
             }

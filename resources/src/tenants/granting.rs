@@ -14,7 +14,7 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::inventory::obstacle::{Blocked, Obstacle};
 use crate::inventory::scan::scan;
-use crate::making::sriov::granted::{self, Kept};
+use crate::making::sriov::granted::{self, GrantedRecord};
 use crate::making::sriov::{HostAccess, VfLinks};
 use crate::moving::bind::{BindRequest, detach, reattach};
 use crate::pools::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
@@ -155,7 +155,7 @@ fn give(
     // Whoever gets a function later must not find it as this tenant's guests leave it.
     let mut kept = Vec::new();
     for &bdf in &addresses {
-        let one = Kept::of(host, access.links, bdf).map_err(TenantError::settings(bdf))?;
+        let one = GrantedRecord::of(host, access.links, bdf).map_err(TenantError::settings(bdf))?;
         kept.extend(one.map(|one| (bdf, one)));
     }
     let group = wanted.group.unwrap_or(name);
@@ -169,7 +169,7 @@ fn give(
         .iter()
         .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
     for (bdf, one) in kept {
-        one.store(host).map_err(TenantError::settings(bdf))?;
+        one.keep(host, bdf).map_err(TenantError::settings(bdf))?;
     }
     granted::mend(host, access.links);
     Ok(addresses)
@@ -183,8 +183,8 @@ fn quarantined(device: &HostDevice) -> Option<(HostBdf, String)> {
 /// is not known is the tenant's nevertheless.
 pub(super) fn keep_settings(host: &HostPaths, links: &dyn VfLinks, devices: &[HostBdf]) {
     for &bdf in devices {
-        let kept = Kept::of(host, links, bdf);
-        if let Err(error) = kept.and_then(|kept| kept.map_or(Ok(()), |kept| kept.store(host))) {
+        let kept = GrantedRecord::of(host, links, bdf);
+        if let Err(error) = kept.and_then(|kept| kept.map_or(Ok(()), |kept| kept.keep(host, bdf))) {
             tracing::warn!("{bdf} will stay as a guest sets it: {error}");
         }
     }

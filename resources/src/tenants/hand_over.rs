@@ -19,8 +19,8 @@ use crate::holding::device_lock::DeviceLock;
 use crate::holding::lock_file::holder;
 use crate::holding::passing::PASSING_PATIENCE;
 use crate::holding::record::{LeaseRecord, LeaseStatus};
+use crate::holding::restore;
 use crate::inventory::obstacle::Blocked;
-use crate::making::sriov::granted;
 use crate::making::vgpu::VgpuError;
 use crate::pools::tenant::{Tenant, definition, dirs};
 
@@ -73,10 +73,7 @@ impl Owner {
     /// and to replace: nothing of it is opened here, or given to anybody.
     pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
         let HostPaths { run, state, .. } = dirs(host, name);
-        for (dir, links) in [
-            (&run, &["leases", "former", granted::DIR][..]),
-            (&state, &[]),
-        ] {
+        for (dir, links) in [(&run, &["leases", restore::DIR][..]), (&state, &[])] {
             if let Some(above) = dir.parent() {
                 crate::base::atomic::make_dir(above).map_err(failed(above))?;
             }

@@ -32,7 +32,7 @@ use crate::pools::tenant::{Tenant, TenantFile, Tenants, definition, dirs};
 pub use error::TenantError;
 pub use granting::{Grant, Granted, grant, revoke};
 use hand_over::Owner;
-use removal::Former;
+use removal::FormerDirs;
 pub use vgpus::revoke_mdevs;
 
 /// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
@@ -137,7 +137,7 @@ pub fn edit_tenant(
         return Err(error);
     }
     // Nor may it have a hand in the new user's directories.
-    let former = Former::of(host, name);
+    let former = FormerDirs::of(host, name);
     let given = put_right(host, &Tenants::load(host)?);
     drop(alone);
     former.remove();
@@ -186,7 +186,7 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
         };
         removed.or_else(absent_is_fine).map_err(failed(path))?;
     }
-    let former = Former::of(host, name);
+    let former = FormerDirs::of(host, name);
     // Nobody waits for that.
     drop(alone);
     former.remove();

@@ -10,9 +10,9 @@ use crate::base::sysfs;
 use crate::pools::tenant::dirs;
 
 /// Directories that were a tenant's, moved out of the way so that new ones can be made.
-pub(super) struct Former(Vec<(PathBuf, io::Result<Option<PathBuf>>)>);
+pub(super) struct FormerDirs(Vec<(PathBuf, io::Result<Option<PathBuf>>)>);
 
-impl Former {
+impl FormerDirs {
     /// What a tenant has for run-time files and state.
     pub(super) fn of(host: &HostPaths, name: &str) -> Self {
         let HostPaths { run, state, .. } = dirs(host, name);

@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn what_comes_out_of_a_group_is_what_can_be_granted() {
         let host = host();
-        host.file(&format!("run/vgpu/{ONE}"), r#"{"vm": "x"}"#);
+        host.file(&format!("run/restore/vgpu/{ONE}"), r#"{"vm": "x"}"#);
         let free = |count| Granted::Free {
             from: "vgpus",
             count,

@@ -269,7 +269,10 @@ fn what_a_vm_leaves_changed_is_put_back(host: &Host) -> Result<()> {
             running.signal(Signal::SIGKILL)?;
             running.end()?;
         }
-        until(host, "[ ! -e /run/gantry/vf/0000:03:10.0 ]")?;
+        until(
+            host,
+            "[ ! -e /run/gantry/restore/vf-settings/0000:03:10.0 ]",
+        )?;
         ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
     }
     Ok(())

@@ -49,7 +49,7 @@ impl<'h> Sample<'h> {
     /// Waits until there is no device.
     fn until_none(&self) -> Result<()> {
         let script = "for try in $(seq 300); do
-                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/vgpu)\" ] && exit
+                 [ -z \"$(ls /sys/bus/mdev/devices)$(ls /run/gantry/restore/vgpu)\" ] && exit
                  sleep 0.1
              done; exit 1";
         self.host.sh(script).output()?.success()?;

@@ -1,5 +1,7 @@
 //! Tests: taken and given back, with faults at every write and holders killed at every step.
 
+use std::fs;
+
 use super::*;
 use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};

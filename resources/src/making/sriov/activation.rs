@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::error::SriovError;
+use super::error::{SriovError, not_recorded};
 use super::links::LinkWrite;
 use super::pf::{LiveVf, Pf};
+use super::probe::AutoprobeRecord;
 use super::{
     HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
     set_aside_if_hung,
@@ -13,8 +14,9 @@ use super::{
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::device_lock::DeviceLock;
+use crate::holding::restore::{Change, RestoreRecord};
 use crate::inventory::device::HostDevice;
-use crate::inventory::former::Former;
+use crate::inventory::driver_record::DriverRecord;
 use crate::moving::bind::{BindError, BindRequest, detach, has_vfio_pci};
 use crate::moving::moves::{Move, Mover};
 use crate::moving::writer::SysfsWrite;
@@ -34,7 +36,7 @@ pub(super) struct Activation<'a> {
     /// As it was before.
     pub(super) pf: Pf,
     /// Its functions as they were before, with what was known of each.
-    pub(super) former: Vec<(HostDevice, Option<Former>)>,
+    pub(super) former: Vec<(HostDevice, Option<DriverRecord>)>,
     pub(super) live: Vec<LiveVf>,
     pub(super) resized: bool,
     /// Whether the physical function's interface had a link.
@@ -110,7 +112,7 @@ impl Activation<'_> {
         let quiet = self.pf.autoprobe == Some(true);
         if quiet {
             if !self.dry_run {
-                probe::remember(self.paths, self.pf.device.bdf)?;
+                self.remember_autoprobe()?;
             }
             self.write("sriov_drivers_autoprobe", "0")?;
         }
@@ -126,12 +128,17 @@ impl Activation<'_> {
             self.write("sriov_drivers_autoprobe", "1")?;
         }
         if !self.dry_run {
-            probe::forget(self.paths, self.pf.device.bdf);
+            Change::Autoprobe.forget(self.paths, self.pf.device.bdf);
             let now = found(self.paths, &self.pf, self.spec.count)?;
             // A record of functions that somebody else destroyed would be taken for one of these.
             now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
         }
         Ok(())
+    }
+
+    fn remember_autoprobe(&self) -> Result<(), SriovError> {
+        let stored = AutoprobeRecord {}.store(self.paths, self.pf.device.bdf);
+        stored.map_err(not_recorded)
     }
 
     /// Making functions resets some cards, and those take no rate before their link is up again.
@@ -274,7 +281,7 @@ impl Activation<'_> {
         }
         // Each gets its own driver again, and no other one before.
         if self.pf.autoprobe == Some(true) {
-            probe::remember(self.paths, self.pf.device.bdf)?;
+            self.remember_autoprobe()?;
             let autoprobe = self.pf.attribute("sriov_drivers_autoprobe");
             self.host.writer.write(&autoprobe, "0")?;
         }
@@ -296,9 +303,7 @@ impl Activation<'_> {
         for (device, former) in &self.former {
             let bdf = device.bdf;
             let kept = former.as_ref().map_or(Ok(()), |former| {
-                former
-                    .store(self.paths, bdf)
-                    .map_err(|(path, source)| SriovError::Record { path, source })
+                former.store(self.paths, bdf).map_err(not_recorded)
             });
             let back = Move::to_where_it_was(device);
             let moved = mover.make(&back).map_err(|source| {

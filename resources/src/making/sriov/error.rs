@@ -127,6 +127,11 @@ pub enum SriovError {
     },
 }
 
+/// [`SriovError::Record`] of a record that could not be written.
+pub(super) fn not_recorded((path, source): (PathBuf, io::Error)) -> SriovError {
+    SriovError::Record { path, source }
+}
+
 fn lines(live: &[LiveVf]) -> String {
     let line = |LiveVf { bdf, why, .. }: &LiveVf| format!("\n{bdf}: {why}");
     live.iter().map(line).collect()

@@ -7,42 +7,35 @@
 //! change they may find changed, and nobody else gets the function.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
-use super::error::SriovError;
+use serde::{Deserialize, Serialize};
+
+use super::error::{SriovError, not_recorded};
 use super::links::VfLinks;
-use super::owed::{self, Card, Owed};
+use super::owed::{self, Card, SettingsRecord};
 use super::pf::Pf;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::base::sysfs;
+use crate::base::name::DeviceName;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::record::LeaseRecord;
+use crate::holding::restore::{Change, RestoreRecord};
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
 use crate::pools::tenant::Tenants;
 use crate::pools::vf_settings::VfState;
 
-/// Where records lie, below the run directory; a tenant's leads to the host's.
-pub(crate) const DIR: &str = "granted";
+/// The record of a virtual function that is a tenant's: what it is to be set to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct GrantedRecord(SettingsRecord);
 
-fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.run.join(DIR).join(bdf.to_string())
+impl RestoreRecord for GrantedRecord {
+    const CHANGE: Change = Change::Granted;
 }
 
-/// Forgets a function: it is no more.
-pub(super) fn forget(paths: &HostPaths, bdf: HostBdf) {
-    owed::remove(&path(paths, bdf));
-}
-
-/// What a virtual function is to be set to while it is a tenant's.
-pub(crate) struct Kept {
-    bdf: HostBdf,
-    record: Owed,
-}
-
-impl Kept {
+impl GrantedRecord {
     /// Of a device that is a tenant's or about to be; none if it is no virtual function of a network card.
     /// What is known of it stays, but for what the card's group asks for by now.
     pub(crate) fn of(
@@ -60,8 +53,9 @@ impl Kept {
             return Ok(None);
         };
         // What a VM left, the tenant's or one of the host's, is not what it should be.
-        let known = [path(host, bdf), owed::path(host, bdf)];
-        let mut known = known.iter().filter_map(|path| Owed::load(path));
+        let granted = Self::load(host, bdf).map(|granted| granted.0);
+        let known = [granted, SettingsRecord::load(host, bdf)];
+        let mut known = known.into_iter().flatten();
         let now = match known.find(|known| (known.pf, known.vf) == (physfn, vf)) {
             Some(known) => known.before,
             None => links.read(interface)?.remove(&vf).unwrap_or_default(),
@@ -70,20 +64,18 @@ impl Kept {
         let specs = groups.iter().filter_map(|group| group.sriov.as_ref());
         let wanted = specs.filter(|spec| spec.pf == physfn).last();
         let wanted = wanted.map_or_else(VfState::default, |spec| spec.wanted(vf));
-        let record = Owed {
+        Ok(Some(Self(SettingsRecord {
             pf: physfn,
             vf,
             before: now.with(&wanted),
-        };
-        Ok(Some(Self { bdf, record }))
+        })))
     }
 
-    /// Writes it down.
-    pub(crate) fn store(&self, host: &HostPaths) -> Result<(), SriovError> {
-        let path = path(host, self.bdf);
-        match Owed::load(&path) {
-            Some(known) if known == self.record => Ok(()),
-            _ => self.record.store(path),
+    /// Writes it, where that is not known already.
+    pub(crate) fn keep(&self, host: &HostPaths, bdf: HostBdf) -> Result<(), SriovError> {
+        match Self::load(host, bdf) {
+            Some(known) if known == *self => Ok(()),
+            _ => self.store(host, bdf).map_err(not_recorded),
         }
     }
 }
@@ -91,10 +83,10 @@ impl Kept {
 /// Puts back those of tenants' functions that no VM has, by whoever may; and those that are no tenant's any
 /// more, where that was cut short.
 pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
-    let names = sysfs::entries(&host.run.join(DIR)).unwrap_or_default();
-    let mut cards: BTreeMap<HostBdf, Vec<(HostBdf, Owed)>> = BTreeMap::new();
-    for bdf in names.iter().filter_map(|name| name.parse().ok()) {
-        if let Some(record) = Owed::load(&path(host, bdf)) {
+    let mut cards: BTreeMap<HostBdf, Vec<(HostBdf, SettingsRecord)>> = BTreeMap::new();
+    let functions = Change::Granted.recorded(host).into_iter();
+    for bdf in functions.filter_map(DeviceName::pci) {
+        if let Some(GrantedRecord(record)) = GrantedRecord::load(host, bdf) {
             cards.entry(record.pf).or_default().push((bdf, record));
         }
     }
@@ -140,7 +132,7 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     // Another look: a VM, or another command, may have come in between.
-    let Some(mut record) = Owed::load(&path(host, bdf)) else {
+    let Some(GrantedRecord(mut record)) = GrantedRecord::load(host, bdf) else {
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
@@ -149,7 +141,8 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         // It is told of once: the next command does not ask for it again.
         let known = done.refused.iter();
         record.before = known.fold(record.before, |state, setting| state.without(setting));
-        record.store(path(host, bdf))?;
+        let stored = GrantedRecord(record).store(host, bdf);
+        stored.map_err(not_recorded)?;
     }
     result
 }
@@ -191,11 +184,11 @@ pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result
 
 /// Whether there was a record.
 fn owe(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
-    let Some(record) = Owed::load(&path(host, bdf)) else {
+    let Some(GrantedRecord(record)) = GrantedRecord::load(host, bdf) else {
         return Ok(false);
     };
-    record.store(owed::path(host, bdf))?;
-    forget(host, bdf);
+    record.store(host, bdf).map_err(not_recorded)?;
+    Change::Granted.forget(host, bdf);
     Ok(true)
 }
 
@@ -206,7 +199,7 @@ pub(crate) fn look(paths: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) {
         only: None,
         ..paths.clone()
     };
-    let Some(record) = Owed::load(&path(paths, bdf)) else {
+    let Some(GrantedRecord(record)) = GrantedRecord::load(paths, bdf) else {
         return;
     };
     match record.writes(&whole, links, bdf) {

@@ -28,8 +28,9 @@ use crate::holding::lock_file::holder;
 use crate::holding::passing::under_lock;
 use crate::holding::quarantine::{Until, hung, quarantine};
 use crate::holding::record::{LeaseKind, LeaseRecord};
+use crate::holding::restore::Change;
 use crate::inventory::device::HostDevice;
-use crate::inventory::former::Former;
+use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::modules::NoDriver;
 use crate::inventory::obstacle::{Blocked, Obstacle};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
@@ -242,10 +243,13 @@ fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, Sr
 }
 
 /// The functions of a physical one as they are, with what is known of each.
-fn former(paths: &HostPaths, pf: &Pf) -> Result<Vec<(HostDevice, Option<Former>)>, SriovError> {
+fn former(
+    paths: &HostPaths,
+    pf: &Pf,
+) -> Result<Vec<(HostDevice, Option<DriverRecord>)>, SriovError> {
     let one = |bdf: &HostBdf| {
         let device = HostDevice::read(paths, *bdf)?;
-        let former = Former::of_moved(paths, &device);
+        let former = DriverRecord::of_moved(paths, &device);
         Ok((device, former))
     };
     pf.vfs.iter().map(one).collect()
@@ -401,9 +405,9 @@ fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
 
 /// Forgets what was known of a function that is no more.
 fn forget(paths: &HostPaths, bdf: HostBdf) {
-    Former::forget(paths, bdf);
-    owed::forget(paths, bdf);
-    granted::forget(paths, bdf);
+    for change in [Change::Driver, Change::VfSettings, Change::Granted] {
+        change.forget(paths, bdf);
+    }
 }
 
 #[cfg(test)]

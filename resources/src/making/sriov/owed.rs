@@ -5,42 +5,33 @@
 //! everything back under the function's lock and removes it.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::error::SriovError;
+use super::error::{SriovError, not_recorded};
 use super::links::{Interface, LinkError, LinkWrite, VfLinks};
 use super::pf::Pf;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::base::sysfs;
+use crate::holding::restore::{Change, RestoreRecord};
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::pools::group::Groups;
 use crate::pools::vf_settings::{VfSetting, VfState};
 
-/// A record in the run directory, which a reboot empties, as it ends all virtual functions.
+/// The record of a virtual function that a VM gets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Owed {
+pub(super) struct SettingsRecord {
     pub(super) pf: HostBdf,
     pub(super) vf: u16,
     pub(super) before: VfState,
 }
 
-impl Owed {
-    pub(super) fn load(path: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
-    }
+impl RestoreRecord for SettingsRecord {
+    const CHANGE: Change = Change::VfSettings;
+}
 
-    pub(super) fn store(&self, path: PathBuf) -> Result<(), SriovError> {
-        let written = serde_json::to_vec(self)
-            .map_err(io::Error::from)
-            .and_then(|text| crate::base::atomic::replace(&path, &text));
-        written.map_err(|source| SriovError::Record { path, source })
-    }
-
+impl SettingsRecord {
     /// What the function has to be told to be as it was; nothing where it is gone.
     pub(super) fn writes(
         &self,
@@ -52,7 +43,7 @@ impl Owed {
         Ok(card.map_or_else(Vec::new, |card| self.writes_to(&card, bdf)))
     }
 
-    /// [`Owed::writes`] to a card that has been looked at.
+    /// [`SettingsRecord::writes`] to a card that has been looked at.
     pub(super) fn writes_to(&self, card: &Card, bdf: HostBdf) -> Vec<LinkWrite> {
         let vf = self.vf;
         if card.vfs.get(usize::from(vf)) != Some(&bdf) {
@@ -141,35 +132,6 @@ fn tell(write: &LinkWrite, error: &LinkError) {
     );
 }
 
-pub(super) fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.run.join("vf").join(bdf.to_string())
-}
-
-/// The functions that have a record.
-pub(crate) fn owed(paths: &HostPaths) -> Vec<HostBdf> {
-    let names = sysfs::entries(&paths.run.join("vf")).unwrap_or_default();
-    names.iter().filter_map(|name| name.parse().ok()).collect()
-}
-
-/// Whether a function has a record.
-pub(crate) fn is_owed(paths: &HostPaths, bdf: HostBdf) -> bool {
-    path(paths, bdf).exists()
-}
-
-/// Forgets a function: it is no more.
-pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
-    remove(&path(paths, bdf));
-}
-
-pub(super) fn remove(path: &Path) {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!("cannot remove {}: {error}", path.display());
-        }
-        _ => {}
-    }
-}
-
 /// Where a device is one of a group's virtual functions with an interface: the physical function and
 /// the number.
 pub(crate) fn function(
@@ -211,18 +173,17 @@ pub(crate) fn prepare(
         return Ok(());
     };
     let now = links.read(interface)?.remove(&vf).unwrap_or_default();
-    let record = path(paths, device.bdf);
-    let before = match Owed::load(&record) {
+    let before = match SettingsRecord::load(paths, device.bdf) {
         Some(older) if (older.pf, older.vf) == (pf.device.bdf, vf) => older.before,
         _ => now.clone(),
     };
     let wanted = before.with(&spec.wanted(vf));
-    let owed = Owed {
+    let record = SettingsRecord {
         pf: pf.device.bdf,
         vf,
         before,
     };
-    owed.store(record)?;
+    record.store(paths, device.bdf).map_err(not_recorded)?;
     let asked = spec.wanted(vf);
     let mut result = Ok(());
     for setting in now.changes_to(&wanted) {
@@ -246,12 +207,12 @@ pub(crate) fn restore(
     links: &dyn VfLinks,
     bdf: HostBdf,
 ) -> Result<bool, SriovError> {
-    let writes = match Owed::load(&path(paths, bdf)) {
-        Some(owed) => owed.writes(paths, links, bdf)?,
+    let writes = match SettingsRecord::load(paths, bdf) {
+        Some(record) => record.writes(paths, links, bdf)?,
         None => Vec::new(),
     };
     let (done, result) = put_back(links, &writes);
     result?;
-    forget(paths, bdf);
+    Change::VfSettings.forget(paths, bdf);
     Ok(done.changed)
 }

@@ -1,39 +1,27 @@
 //! The record of a physical function whose new functions are being kept from the host's drivers: a
 //! command that is killed meanwhile cannot allow them again.
 
-use std::io;
-use std::path::PathBuf;
+use serde::{Deserialize, Serialize};
 
 use super::error::SriovError;
 use super::set_aside;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::base::sysfs;
+use crate::base::name::DeviceName;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::quarantine::hung;
 use crate::holding::record::LeaseRecord;
+use crate::holding::restore::{Change, RestoreRecord};
 use crate::inventory::device::HostDevice;
 use crate::moving::writer::SysfsWriter;
 
-fn path(paths: &HostPaths, pf: HostBdf) -> PathBuf {
-    paths.run.join("autoprobe").join(pf.to_string())
-}
+/// The record of a physical function: its `sriov_drivers_autoprobe` was 1.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct AutoprobeRecord {}
 
-/// Writes down that `sriov_drivers_autoprobe` was 1.
-pub(super) fn remember(paths: &HostPaths, pf: HostBdf) -> Result<(), SriovError> {
-    let path = path(paths, pf);
-    crate::base::atomic::replace(&path, b"1").map_err(|source| SriovError::Record { path, source })
-}
-
-pub(super) fn forget(paths: &HostPaths, pf: HostBdf) {
-    let path = path(paths, pf);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            tracing::warn!("cannot remove {}: {error}", path.display());
-        }
-        _ => {}
-    }
+impl RestoreRecord for AutoprobeRecord {
+    const CHANGE: Change = Change::Autoprobe;
 }
 
 /// Lets the host's drivers have new functions again, if they were kept from them. The device is locked.
@@ -42,21 +30,21 @@ pub(super) fn restore(
     writer: &dyn SysfsWriter,
     pf: HostBdf,
 ) -> Result<(), SriovError> {
-    if !path(paths, pf).exists() {
+    if !Change::Autoprobe.is_recorded(paths, pf) {
         return Ok(());
     }
     let attribute = paths.pci_device(pf).join("sriov_drivers_autoprobe");
     if attribute.exists() {
         writer.write(&attribute, "1")?;
     }
-    forget(paths, pf);
+    Change::Autoprobe.forget(paths, pf);
     Ok(())
 }
 
 /// Does so for every device that no command is at work on.
 pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<(), SriovError> {
-    let names = sysfs::entries(&paths.run.join("autoprobe")).unwrap_or_default();
-    let marked: Vec<HostBdf> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    let marked = Change::Autoprobe.recorded(paths).into_iter();
+    let marked: Vec<HostBdf> = marked.filter_map(DeviceName::pci).collect();
     if marked.is_empty() {
         return Ok(());
     }

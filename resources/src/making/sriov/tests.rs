@@ -78,7 +78,7 @@ struct Seen {
 fn seen(host: &FakeHost, kernel: &FakeKernel<'_>) -> Seen {
     let pf = Pf::read(&host.paths, bdf(PF)).unwrap();
     let states = kernel.read(pf.interface.as_ref().unwrap()).unwrap();
-    let records = ["autoprobe", "vf", "former"]
+    let records = ["restore/autoprobe", "restore/vf-settings", "restore/driver"]
         .into_iter()
         .flat_map(|dir| crate::base::sysfs::entries(&host.paths.run.join(dir)).unwrap());
     Seen {

@@ -19,7 +19,7 @@ use crate::holding::host_lock::LeaseError;
 use crate::holding::lock_file::holder;
 use crate::holding::passing::{InTheWay, under_lock};
 use crate::holding::record::{LeaseRecord, LeaseStatus};
-use crate::holding::vgpu_records;
+use crate::holding::restore::Change;
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
@@ -241,13 +241,13 @@ pub fn make_ahead(
             }
             claimed[index + 1..]
                 .iter()
-                .for_each(|one| vgpu_records::forget(paths, one.uuid.into()));
+                .for_each(|one| Change::Vgpu.forget(paths, one.uuid));
             return Err(error);
         }
     }
     // They are not owed to anybody: they stay.
     let uuids = claimed.iter().map(|one| one.uuid);
-    uuids.for_each(|uuid| vgpu_records::forget(paths, uuid.into()));
+    uuids.for_each(|uuid| Change::Vgpu.forget(paths, uuid));
     let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
     Ok(report(&instances))
 }
@@ -311,7 +311,7 @@ pub fn unmake_ahead(
         owed::remove_mdev(paths, writer, uuid).inspect_err(|error| {
             // It stays the group's, unless the kernel is still at it.
             if !error.is_hung() {
-                vgpu_records::forget(paths, uuid.into());
+                Change::Vgpu.forget(paths, uuid);
             }
         })?;
     }

@@ -21,7 +21,8 @@ use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::lock_file::{lock_path, try_lock, unlock};
 use crate::holding::record::LeaseRecord;
-use crate::holding::vgpu_records;
+use crate::holding::restore::{Change, RestoreRecord};
+use crate::holding::vgpu_records::VgpuRecord;
 use crate::moving::writer::{SysfsWriter, WriteError};
 
 /// Writes down what is about to be made or unmade. This process has locked it.
@@ -33,11 +34,12 @@ pub(super) fn remember(
 ) -> Result<(), VgpuError> {
     // One that the kernel is still at would lose its lock if it were replaced.
     drop(Work::begin(paths, name)?);
-    let written = vgpu_records::store(paths, name, &record.name, parent);
-    written.map_err(|source| VgpuError::Record {
-        path: vgpu_records::path(paths, name),
-        source,
-    })
+    let record = VgpuRecord {
+        vm: record.name.clone(),
+        parent: parent.map(str::to_owned),
+    };
+    let stored = record.store(paths, name);
+    stored.map_err(|(path, source)| VgpuError::Record { path, source })
 }
 
 /// A record that is locked while something is written.
@@ -50,7 +52,7 @@ pub(super) struct Work {
 impl Work {
     /// Locks a record; none if there is none. Refused while the kernel is at an earlier write.
     pub(super) fn begin(paths: &HostPaths, name: DeviceName) -> Result<Option<Self>, VgpuError> {
-        let path = vgpu_records::path(paths, name);
+        let path = Change::Vgpu.path(paths, name);
         let locked = OpenOptions::new()
             .read(true)
             .write(true)
@@ -105,7 +107,7 @@ pub(super) fn remove_mdev(
             return Err(VgpuError::Stays { uuid });
         }
     }
-    vgpu_records::forget(paths, uuid.into());
+    Change::Vgpu.forget(paths, uuid);
     Ok(())
 }
 
@@ -117,7 +119,7 @@ pub(crate) fn sweep_locks(paths: &HostPaths) {
     let uuids = uuids.filter_map(|name| name.parse::<Uuid>().ok());
     let record = LeaseRecord::restore();
     for uuid in uuids {
-        let left = || !vgpu_records::is_owed(paths, uuid) && !paths.mdev(uuid).exists();
+        let left = || !Change::Vgpu.is_recorded(paths, uuid) && !paths.mdev(uuid).exists();
         // Whoever opened the file meanwhile looks whether it is still in its place.
         if left()
             && let Ok(Some(_lock)) = DeviceLock::take(paths, uuid, &record)
@@ -141,7 +143,7 @@ pub(crate) fn untype(
     if sysfs::decimal::<u32>(&file).is_ok_and(|kind| kind.is_some_and(|kind| kind != 0)) {
         work.write(writer, &file, "0")?;
     }
-    vgpu_records::forget(paths, bdf.into());
+    Change::Vgpu.forget(paths, bdf);
     Ok(())
 }
 
@@ -155,7 +157,7 @@ pub(crate) fn reap_mdevs(
     let owed: Vec<Uuid> = which
         .iter()
         .copied()
-        .filter(|uuid| vgpu_records::is_owed(paths, *uuid))
+        .filter(|uuid| Change::Vgpu.is_recorded(paths, *uuid))
         .collect();
     if owed.is_empty() {
         return Ok(0);
@@ -181,7 +183,8 @@ pub(crate) fn reap_mdevs(
 
 /// Removes all mediated devices with records that nobody holds.
 pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<usize, VgpuError> {
-    let mdevs: Vec<Uuid> = vgpu_records::all(paths)
+    let mdevs: Vec<Uuid> = Change::Vgpu
+        .recorded(paths)
         .into_iter()
         .filter_map(DeviceName::mdev)
         .collect();

@@ -78,7 +78,7 @@ fn seen(host: &FakeHost) -> (Vec<String>, Vec<u32>, Vec<String>) {
             .map(|device| device.uuid.to_string())
             .collect(),
         room.collect(),
-        crate::base::sysfs::entries(&host.paths.run.join("vgpu")).unwrap(),
+        crate::base::sysfs::entries(&host.paths.run.join("restore/vgpu")).unwrap(),
     )
 }
 
@@ -338,7 +338,8 @@ fn a_fault_or_a_kill_leaves_no_type_behind() {
             reap_with(&host.paths, kernel.access()).unwrap();
             assert_eq!(types(&host), [0, 0], "{fault:?} at {at}");
             assert!(
-                fs::read_dir(host.paths.run.join("vgpu")).is_ok_and(|mut dir| dir.next().is_none())
+                fs::read_dir(host.paths.run.join("restore/vgpu"))
+                    .is_ok_and(|mut dir| dir.next().is_none())
             );
         }
     }

@@ -77,7 +77,7 @@ fn a_group_goes_as_a_whole_and_comes_back_as_it_was() {
     assert_eq!(report.moved, [bdf("01:00.0"), bdf("01:00.1")]);
     assert_eq!(host.bindings(), before);
     assert!(
-        fs::read_dir(host.paths.run.join("former"))
+        fs::read_dir(host.paths.run.join("restore/driver"))
             .unwrap()
             .next()
             .is_none()
@@ -123,7 +123,7 @@ fn a_fault_at_any_write_leaves_everything_as_it_was() {
             assert!(left.is_empty(), "{fault:?} at {at}: {result:?}");
             assert_eq!(host.bindings(), before, "{fault:?} at {at}");
             assert!(
-                fs::read_dir(host.paths.run.join("former"))
+                fs::read_dir(host.paths.run.join("restore/driver"))
                     .unwrap()
                     .next()
                     .is_none()
@@ -463,14 +463,15 @@ fn a_serial_number_is_remembered_while_its_driver_is_away() {
 fn nothing_is_touched_when_the_former_driver_cannot_be_kept() {
     let host = host();
     let kernel = FakeKernel::new(&host);
-    host.file("run/former", "a file, not a directory");
+    host.file("run/restore/driver", "a file, not a directory");
     let error = refused(detach(
         &host.paths,
         &kernel,
         &request(&[bdf("02:00.0")], &[]),
     ));
     assert!(
-        error.contains("cannot record its former driver in") && error.contains("run/former"),
+        error.contains("cannot record its former driver in")
+            && error.contains("run/restore/driver"),
         "{error}"
     );
     assert!(kernel.written.borrow().is_empty());

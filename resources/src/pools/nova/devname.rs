@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
-use crate::inventory::former::Former;
+use crate::inventory::driver_record::DriverRecord;
 
 /// The function of a network interface; one that gantry has taken from its host driver is remembered. None
 /// if there is no such interface, or it is not on a PCI function of its own, such as a bridge.
@@ -14,7 +14,7 @@ pub(crate) fn function(paths: &HostPaths, name: &str) -> Option<HostBdf> {
     let there = fs::canonicalize(paths.sysfs.join("class/net").join(name));
     match there {
         Ok(path) => of_interface(&path),
-        Err(_) => Former::of_interface(paths, name),
+        Err(_) => DriverRecord::of_interface(paths, name),
     }
 }
 

@@ -171,7 +171,7 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     let roots = roots.flatten().filter(|root| root.file_name() != "system");
     rules.extend(roots.map(|root| rule(&root.path(), write)));
     // A rule is about where a way ends: a tenant's lead to the host's.
-    let granted = fs::canonicalize(host.run.join("granted"));
+    let granted = fs::canonicalize(host.run.join("restore/granted"));
     rules.extend(granted.iter().map(|path| rule(path, read)));
     let own = own_files(host);
     rules.extend(own.records.iter().map(|path| rule(path, record)));
@@ -282,7 +282,7 @@ mod tests {
         ];
         let own = [
             "run/leases/0000:01:00.0.lock",
-            "run/former/x",
+            "run/restore/driver/x",
             "var/quarantine/x",
             "sys/bus/pci/drivers_probe",
             "sys/devices/pci0000:00/driver_override",
@@ -323,7 +323,7 @@ mod tests {
                 fs::write(root.join(path), "text").unwrap();
             }
             fs::write(root.join("run/leases/new.lock"), "").unwrap();
-            for path in ["run/former/x", "var/quarantine/x"] {
+            for path in ["run/restore/driver/x", "var/quarantine/x"] {
                 fs::remove_file(root.join(path)).unwrap();
             }
             for path in ["vmlinux", "program", "run/web.sock", "dev/vfio/7", "proc/x"] {

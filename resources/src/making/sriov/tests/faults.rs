@@ -56,7 +56,7 @@ fn used_host() -> FakeHost {
     host.bind(bdf("03:10.2"), Some("igbvf"));
     let second = host.dir(bdf("03:10.2"));
     fs::write(second.join("driver_override"), "(null)\n").unwrap();
-    Former::forget(&host.paths, bdf("03:10.2"));
+    Change::Driver.forget(&host.paths, bdf("03:10.2"));
     fs::create_dir_all(second.join("net/eth5")).unwrap();
     let wanted = text.replace("\"vlan\": 7", "\"vlan\": 100, \"trust\": true");
     host.file("etc/groups.json", &wanted.replace("09:00", "01:00"));

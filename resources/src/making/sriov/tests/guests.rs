@@ -121,7 +121,7 @@ fn a_value_that_the_card_does_not_take_back_is_in_nobodys_way() {
     drop(lease);
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(state().vlan, Some(7));
-    assert!(!owed::is_owed(&host.paths, bdf(FIRST)));
+    assert!(!Change::VfSettings.is_recorded(&host.paths, bdf(FIRST)));
     let writes = kernel.written.borrow().len();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(

@@ -33,7 +33,8 @@ fn spoil(kernel: &FakeKernel<'_>) {
 
 /// The records of tenants' functions, and of functions that are owed to the host.
 fn vf_records(host: &FakeHost) -> [Vec<String>; 2] {
-    ["granted", "vf"].map(|dir| crate::base::sysfs::entries(&host.paths.run.join(dir)).unwrap())
+    ["restore/granted", "restore/vf-settings"]
+        .map(|dir| crate::base::sysfs::entries(&host.paths.run.join(dir)).unwrap())
 }
 
 fn edit_group(host: &FakeHost, from: &str, to: &str) {
@@ -158,9 +159,9 @@ fn a_grant_whose_settings_cannot_be_kept_changes_nothing() {
     assert_eq!((seen(&host, &kernel), host.bindings()), before);
     assert_eq!(vf_records(&host), [Vec::<String>::new(), Vec::new()]);
     // Where only the record cannot be written, it is the tenant's, and the command can be given again.
-    host.file("run/granted", "");
+    host.file("run/restore/granted", "");
     grant_first(&host, kernel.access()).unwrap_err();
-    fs::remove_file(host.paths.run.join("granted")).unwrap();
+    fs::remove_file(host.paths.run.join("restore/granted")).unwrap();
     grant_first(&host, kernel.access()).unwrap();
     assert!(owned());
     assert_eq!(vf_records(&host)[0], [FIRST]);
@@ -215,11 +216,11 @@ fn a_function_that_was_a_tenants_is_the_hosts_as_it_was_whatever_came_in_between
             drop(lock);
         } else {
             // In the place of the directory of what is owed.
-            host.file("run/vf", "");
+            host.file("run/restore/vf-settings", "");
             crate::tenants::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
             reap_with(&host.paths, kernel.access()).unwrap();
             assert_eq!(seen(&host, &kernel).states, spoilt);
-            fs::remove_file(host.paths.run.join("vf")).unwrap();
+            fs::remove_file(host.paths.run.join("restore/vf-settings")).unwrap();
         }
         reap_with(&host.paths, kernel.access()).unwrap();
         assert_eq!(seen(&host, &kernel).states, before);
@@ -304,7 +305,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host, &kernel).states, before);
     // A boot writes it down again, as the group wants it and not as it is.
-    fs::remove_dir_all(host.paths.run.join("granted")).unwrap();
+    fs::remove_dir_all(host.paths.run.join("restore/granted")).unwrap();
     spoil();
     let tenants = Tenants::load(&host.paths).unwrap();
     crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
@@ -313,7 +314,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     // And what is taken back is as it was.
     spoil();
     crate::tenants::revoke(&host.paths, kernel.access(), "a", &[bdf(FIRST)]).unwrap();
-    let records = crate::base::sysfs::entries(&host.paths.run.join("granted")).unwrap();
+    let records = crate::base::sysfs::entries(&host.paths.run.join("restore/granted")).unwrap();
     assert_eq!((seen(&host, &kernel).states, records), (before, Vec::new()));
     down(&host, &kernel).unwrap();
 }

@@ -1,23 +1,20 @@
 //! What a device was before it was detached, so that reattaching restores it.
 
-use std::fs;
-use std::io;
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 
-use crate::base::atomic;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
 use crate::facts::nvme::Nvme;
-use crate::inventory::device::HostDevice;
+use crate::holding::restore::{Change, RestoreRecord};
+use crate::inventory::device::{HostDevice, is_vfio_driver};
 
-/// A record in the run directory: written before the first change, removed after reattaching.
+/// The record of a device that is moved from its driver: removed after reattaching.
 ///
 /// It is a memory, never the truth: it counts only while sysfs shows that the device at this address
 /// is still the one that was detached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Former {
+pub(crate) struct DriverRecord {
     /// Vendor and device id at that time, in their shown form.
     id: String,
     /// Device serial number at that time.
@@ -39,7 +36,11 @@ pub(crate) struct Former {
     pub(crate) demand: bool,
 }
 
-impl Former {
+impl RestoreRecord for DriverRecord {
+    const CHANGE: Change = Change::Driver;
+}
+
+impl DriverRecord {
     pub(crate) fn of(device: &HostDevice) -> Self {
         Self {
             id: device.id.to_string(),
@@ -56,21 +57,16 @@ impl Former {
     /// The record, if there is one that speaks of the hardware that is there now.
     ///
     /// A device put in the place of another one comes up without the override that detaching sets.
-    pub(crate) fn load(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
-        if !device
-            .driver_override
-            .as_deref()
-            .is_some_and(crate::inventory::device::is_vfio_driver)
-        {
-            return None;
-        }
-        Self::recorded(paths, device)
+    pub(crate) fn of_detached(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+        let set = device.driver_override.as_deref();
+        set.filter(|driver| is_vfio_driver(driver))?;
+        Self::of_hardware(paths, device)
     }
 
     /// The record of a device that a VM took and that is not yet back as it was, in whichever state
     /// the giving back was cut short.
     pub(crate) fn owed(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
-        let former = Self::recorded(paths, device).filter(|former| former.demand)?;
+        let former = Self::of_hardware(paths, device).filter(|former| former.demand)?;
         let with_host = match &former.driver {
             Some(_) => device.driver.is_some() && !device.on_vfio(),
             None => device.driver.is_none(),
@@ -81,28 +77,37 @@ impl Former {
 
     /// What is known of a device that was moved, or is on its way.
     pub(crate) fn of_moved(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
-        Self::load(paths, device).or_else(|| Self::owed(paths, device))
+        Self::of_detached(paths, device).or_else(|| Self::owed(paths, device))
     }
 
     /// The driver of the host's that a device was taken from, while none has it.
     pub(crate) fn driver_of(paths: &HostPaths, device: &HostDevice) -> Option<String> {
         let away = device.driver.is_none() || device.on_vfio();
-        Self::recorded(paths, device).filter(|_| away)?.driver
+        Self::of_hardware(paths, device).filter(|_| away)?.driver
     }
 
     /// The function that had a network interface before it was moved.
     pub(crate) fn of_interface(paths: &HostPaths, name: &str) -> Option<HostBdf> {
-        let records = crate::base::sysfs::entries(&paths.run.join("former")).unwrap_or_default();
-        let mut records = records.iter().filter_map(|name| name.parse().ok());
-        records.find(|bdf| {
-            let text = fs::read(path(paths, *bdf)).unwrap_or_default();
-            let former = serde_json::from_slice::<Self>(&text);
-            former.is_ok_and(|former| former.interfaces.iter().any(|one| one == name))
-        })
+        let has = |bdf: &HostBdf| {
+            let record = Self::load(paths, *bdf);
+            record.is_some_and(|record| record.interfaces.iter().any(|one| one == name))
+        };
+        Self::all(paths).find(has)
     }
 
-    fn recorded(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
-        let former: Self = serde_json::from_slice(&fs::read(path(paths, device.bdf)).ok()?).ok()?;
+    /// The devices that VMs took, whatever became of them.
+    pub(crate) fn on_demand(paths: &HostPaths) -> impl Iterator<Item = HostBdf> {
+        let marked = |bdf: &HostBdf| Self::load(paths, *bdf).is_some_and(|record| record.demand);
+        Self::all(paths).filter(marked)
+    }
+
+    fn all(paths: &HostPaths) -> impl Iterator<Item = HostBdf> {
+        let names = Change::Driver.recorded(paths).into_iter();
+        names.filter_map(DeviceName::pci)
+    }
+
+    fn of_hardware(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+        let former = Self::load(paths, device.bdf)?;
         let same_dsn = former.dsn.is_none() || device.dsn.is_none() || former.dsn == device.dsn;
         (former.id == device.id.to_string() && same_dsn).then_some(former)
     }
@@ -121,45 +126,20 @@ impl Former {
         }
     }
 
-    /// Writes the record, replacing an older one as a whole.
-    pub(crate) fn store(
-        &self,
-        paths: &HostPaths,
-        bdf: HostBdf,
-    ) -> Result<(), (PathBuf, io::Error)> {
-        let path = path(paths, bdf);
-        let text = serde_json::to_vec(self).map_err(io::Error::from);
-        let written = text.and_then(|text| atomic::replace(&path, &text));
-        written.map_err(|error| (path, error))
-    }
-
     /// Forgets a device that was put back as it was, unless the record is older than the attempt and so
     /// still needed.
     pub(crate) fn forget_unless_older(paths: &HostPaths, before: &HostDevice) {
-        if Self::load(paths, before).is_none() {
-            Self::forget(paths, before.bdf);
+        if Self::of_detached(paths, before).is_none() {
+            Change::Driver.forget(paths, before.bdf);
         }
     }
-
-    /// Forgets a device. One that was never remembered is forgotten already.
-    pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) {
-        let path = path(paths, bdf);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!("cannot remove {}: {error}", path.display());
-            }
-            _ => {}
-        }
-    }
-}
-
-fn path(paths: &HostPaths, bdf: HostBdf) -> PathBuf {
-    paths.run.join("former").join(bdf.to_string())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
     use crate::fixture::{Fake, FakeHost};
 
     #[test]
@@ -168,8 +148,10 @@ mod tests {
             .driver("nvme")
             .with("nvme/nvme0/serial", "GN-1")]);
         let before = host.read("01:00.0");
-        Former::of(&before).store(&host.paths, before.bdf).unwrap();
-        let load = |device: &HostDevice| Former::load(&host.paths, device);
+        DriverRecord::of(&before)
+            .store(&host.paths, before.bdf)
+            .unwrap();
+        let load = |device: &HostDevice| DriverRecord::of_detached(&host.paths, device);
         assert_eq!(load(&before), None, "it was not detached yet");
         let detached = HostDevice {
             driver_override: Some("vfio-pci".to_owned()),
@@ -188,22 +170,14 @@ mod tests {
             dsn: Some(dsn.to_owned()),
             ..detached.clone()
         };
-        Former::of(&with_dsn("00-01"))
+        DriverRecord::of(&with_dsn("00-01"))
             .store(&host.paths, detached.bdf)
             .unwrap();
         assert!(load(&with_dsn("00-01")).is_some() && load(&with_dsn("00-02")).is_none());
-        fs::write(path(&host.paths, detached.bdf), "{\"id\": ").unwrap();
+        fs::write(Change::Driver.path(&host.paths, detached.bdf), "{\"id\": ").unwrap();
         assert_eq!(load(&detached), None, "a record cut short");
-        Former::forget(&host.paths, detached.bdf);
-        Former::forget(&host.paths, detached.bdf);
-        assert_eq!(
-            sysfs_entries(&host),
-            Vec::<String>::new(),
-            "nothing is left behind"
-        );
-    }
-
-    fn sysfs_entries(host: &FakeHost) -> Vec<String> {
-        crate::base::sysfs::entries(&host.paths.run.join("former")).unwrap()
+        Change::Driver.forget(&host.paths, detached.bdf);
+        Change::Driver.forget(&host.paths, detached.bdf);
+        assert!(Change::Driver.recorded(&host.paths).is_empty());
     }
 }

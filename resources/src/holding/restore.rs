@@ -1,0 +1,128 @@
+//! Restore records: what something of the host was before gantry changed it, which tells how to put it back.
+//!
+//! A record is a JSON file, `<run>/restore/KIND/DEVICE`. Whoever is about to change something writes it first,
+//! under the device's lock, and removes it once the change is undone; a reboot undoes all of them, and empties
+//! the run directory. Who ends in between, by any cause, leaves the record: what restores devices finds it, and
+//! undoes the change when nobody holds the device (`making::restore`).
+//!
+//! A tenant's directory is a link to the host's, which it can only read.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::base::atomic;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::base::sysfs;
+
+/// The directory of records, below the run directory.
+pub(crate) const DIR: &str = "restore";
+
+/// More than a record has. A confined VM's process may write most of them.
+const LONGEST: u64 = 64 << 10;
+
+/// What is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// The driver of a device, and its `driver_override`.
+    Driver,
+    /// The settings of a virtual function that a VM has: its MAC address, VLAN, rates, trust.
+    VfSettings,
+    /// The settings of a virtual function that a tenant owns.
+    Granted,
+    /// `sriov_drivers_autoprobe` of a physical function.
+    Autoprobe,
+    /// A virtual GPU: a mediated device that is made, or a vendor's function that is given a type.
+    Vgpu,
+}
+
+impl Change {
+    /// The changes that building a VM makes.
+    pub(crate) const OF_VMS: [Self; 4] =
+        [Self::Driver, Self::VfSettings, Self::Autoprobe, Self::Vgpu];
+
+    /// The directory of its records.
+    pub(crate) fn dir(self, paths: &HostPaths) -> PathBuf {
+        paths.run.join(DIR).join(match self {
+            Self::Driver => "driver",
+            Self::VfSettings => "vf-settings",
+            Self::Granted => "granted",
+            Self::Autoprobe => "autoprobe",
+            Self::Vgpu => "vgpu",
+        })
+    }
+
+    /// Whether its records are there for who looks: a tenant's gantry undoes nothing of the host's.
+    fn is_seen(self, paths: &HostPaths) -> bool {
+        paths.only.is_none() || matches!(self, Self::Driver | Self::Granted)
+    }
+
+    /// The record of a device.
+    pub(crate) fn path(self, paths: &HostPaths, name: impl Into<DeviceName>) -> PathBuf {
+        self.dir(paths).join(name.into().to_string())
+    }
+
+    /// Whether a device has a record.
+    pub(crate) fn is_recorded(self, paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
+        self.is_seen(paths) && self.path(paths, name).exists()
+    }
+
+    /// The devices that have a record.
+    pub(crate) fn recorded(self, paths: &HostPaths) -> Vec<DeviceName> {
+        let names = match self.is_seen(paths) {
+            true => sysfs::entries(&self.dir(paths)).unwrap_or_default(),
+            false => Vec::new(),
+        };
+        names.iter().filter_map(|name| name.parse().ok()).collect()
+    }
+
+    /// Removes the record of a device: the change is undone, or is to stay. One that was never recorded is
+    /// forgotten already.
+    pub(crate) fn forget(self, paths: &HostPaths, name: impl Into<DeviceName>) {
+        let path = self.path(paths, name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What something was before a change.
+pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
+    /// The change.
+    const CHANGE: Change;
+
+    /// The record of a device; none also where it was cut short.
+    fn load(paths: &HostPaths, name: impl Into<DeviceName>) -> Option<Self> {
+        let read = |path: &Path| {
+            let mut text = Vec::new();
+            let file = sysfs::regular(path)?;
+            file.take(LONGEST).read_to_end(&mut text)?;
+            Ok::<_, io::Error>(text)
+        };
+        let seen = Self::CHANGE.is_seen(paths);
+        let text = seen.then(|| read(&Self::CHANGE.path(paths, name)))?.ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// Writes the record, before the change. One that is there is replaced as a whole.
+    ///
+    /// # Errors
+    /// The file, and why it cannot be written: then nothing may be changed.
+    fn store(
+        &self,
+        paths: &HostPaths,
+        name: impl Into<DeviceName>,
+    ) -> Result<(), (PathBuf, io::Error)> {
+        let path = Self::CHANGE.path(paths, name);
+        let text = serde_json::to_vec(self).map_err(io::Error::from);
+        let written = text.and_then(|text| atomic::replace(&path, &text));
+        written.map_err(|error| (path, error))
+    }
+}
