@@ -96,12 +96,20 @@ fn reset_all(
 #[cfg(test)]
 mod tests {
     use std::io;
+    use std::path::Path;
     use std::sync::Mutex;
     use std::sync::mpsc::channel;
 
+    use gantry_devices::events::PlatformEvents;
     use gantry_devices::pci::{BarGuard, BarPlacement, BarSpaceError, PciSegment};
+    use gantry_resources::base::HostPaths;
+    use vmm_sys_util::eventfd::EventFd;
 
+    use super::super::DeviceContext;
     use super::*;
+    use crate::info::VmEvent;
+    use crate::machine::SlotTable;
+    use crate::passthrough::testing::attached;
     use crate::process::sandbox::SeccompMode;
 
     /// A function whose reset calls this.
@@ -126,6 +134,69 @@ mod tests {
     impl BarSpace for NoSpace {
         fn map(&self, _: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
             Ok(Box::new(()))
+        }
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_reset_leaves_the_guest_and_goes_into_quarantine() {
+        let mut pci = PciSegment::new([0..=2]).unwrap();
+        let ports = [(); 2].map(|()| pci.add_root_port(0).unwrap());
+        let pci = Arc::new(pci);
+        let events = Arc::new(PlatformEvents::new(ports, EventFd::new(0).unwrap()));
+        let told: Arc<Mutex<Vec<VmEvent>>> = Arc::default();
+        let all = Arc::clone(&told);
+        let context = DeviceContext {
+            host: HostPaths::under(Path::new("/nowhere")),
+            sandbox: Arc::new(Sandbox::new(SeccompMode::Off).unwrap()),
+            events: Arc::new(move |event| all.lock().unwrap().push(event)),
+            status: Arc::default(),
+            notify: Arc::new(|_, _| {}),
+        };
+        let slots = SlotTable::new(ports, &pci, &events);
+        let mut devices = HostDevices::new(&slots, context).unwrap();
+        let (fails, why_it_failed) = attached("01:00.0", || {
+            Err(gantry_vfio::Error::Unusable {
+                device: "01:00.0".to_owned(),
+                why: "it does not come back".to_owned(),
+            })
+        });
+        let (let_go, stuck) = channel::<()>();
+        let stuck = Mutex::new(stuck);
+        let (hangs, why_it_hung) = attached("02:00.0", move || {
+            let _ = stuck.lock().unwrap().recv();
+            Ok(())
+        });
+        devices.plug_at_boot(vec![fails, hangs]).unwrap();
+
+        let soon = Duration::from_millis(100);
+        devices.reset_within(&Arc::new(NoSpace), soon).unwrap();
+        assert!(devices.statuses().is_empty());
+        for port in ports {
+            assert!(pci.functions_behind(port).is_empty());
+            assert!(!events.is_occupied(port));
+        }
+        let late = Duration::from_secs(60);
+        assert_eq!(
+            why_it_failed.recv_timeout(late).unwrap(),
+            "its reset failed"
+        );
+        // While the call still hangs.
+        let reason = why_it_hung.recv_timeout(late).unwrap();
+        assert_eq!(reason, "it could not be reset when the guest rebooted");
+        drop(let_go);
+        drop(devices);
+        for (id, why) in [
+            ("01:00.0", "its reset failed"),
+            ("02:00.0", "it could not be reset when the guest rebooted"),
+        ] {
+            let id = id.to_owned();
+            let error = format!("{why}: it goes into quarantine");
+            let told = told.lock().unwrap();
+            assert!(told.contains(&VmEvent::DeviceError {
+                id: id.clone(),
+                error
+            }));
+            assert!(told.contains(&VmEvent::Detached { id, forced: true }));
         }
     }
 

@@ -13,6 +13,8 @@ mod io_address_space;
 mod lease;
 mod opening;
 mod prefault;
+#[cfg(test)]
+pub mod testing;
 
 pub use acquire::{AcquiredDevices, Acquirer, Lessor, forbidden};
 pub use counters::interrupts;

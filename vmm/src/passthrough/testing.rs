@@ -1,0 +1,121 @@
+//! A device and its lease for tests.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use gantry_devices::mapping::HostMapping;
+use gantry_devices::pci::{MsiRoute, MsiRouter};
+use gantry_resources::inventory::Allow;
+use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::AttachedDevice;
+use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
+
+/// An endpoint without BARs and interrupts, whose reset calls a function.
+struct FakeDevice<F> {
+    config: Mutex<[u8; 256]>,
+    regions: [RegionInfo; 2],
+    reset: F,
+}
+
+impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F> {
+    fn name(&self) -> &str {
+        "fake"
+    }
+
+    fn region(&self, region: Region) -> &RegionInfo {
+        &self.regions[usize::from(region == Region::CONFIG)]
+    }
+
+    fn irq(&self, _irq: Irq) -> IrqInfo {
+        IrqInfo::default()
+    }
+
+    fn read(&self, _region: Region, offset: u64, data: &mut [u8]) -> gantry_vfio::Result<()> {
+        let offset = offset as usize;
+        data.copy_from_slice(&self.config.lock().unwrap()[offset..offset + data.len()]);
+        Ok(())
+    }
+
+    fn write(&self, _region: Region, offset: u64, data: &[u8]) -> gantry_vfio::Result<()> {
+        let offset = offset as usize;
+        self.config.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn map(&self, _region: Region, _part: MmapArea) -> gantry_vfio::Result<Arc<HostMapping>> {
+        unimplemented!("it has no BARs")
+    }
+
+    fn set_irqs(&self, _: Irq, _: u32, _: &[Option<&EventFd>]) -> gantry_vfio::Result<()> {
+        unimplemented!("it has no interrupts")
+    }
+
+    fn disable_irqs(&self, _irq: Irq) -> gantry_vfio::Result<()> {
+        Ok(())
+    }
+
+    fn reset(&self) -> gantry_vfio::Result<()> {
+        (self.reset)()
+    }
+}
+
+struct NoRouter;
+
+impl MsiRouter for NoRouter {
+    fn route(&self) -> std::io::Result<Box<dyn MsiRoute>> {
+        unimplemented!("it has no interrupts")
+    }
+
+    fn publish(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A lease that passes on the reasons for quarantine.
+struct FakeLease(Sender<String>);
+
+impl DeviceLease for FakeLease {
+    fn quarantine(&self, reason: &str) {
+        let _ = self.0.send(reason.to_owned());
+    }
+}
+
+/// The device `name`, which is reset by `reset`. Comes with the reasons for which it goes into quarantine; their
+/// senders are dropped with its lease.
+pub fn attached(
+    name: &str,
+    reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
+) -> (AttachedDevice, Receiver<String>) {
+    let (sender, reasons) = channel();
+    let leased = LeasedDevice {
+        function: FunctionId {
+            name: name.parse().unwrap(),
+            virtual_function: false,
+        },
+        label: DeviceLabel {
+            id: name.to_owned(),
+            group: None,
+            allow: Allow {
+                no_interrupts: true,
+                ..Allow::default()
+            },
+        },
+        _space: Arc::new(()),
+        lease: Box::new(FakeLease(sender)),
+    };
+    let mut config = [0; 256];
+    config[..4].copy_from_slice(&[0x36, 0x1b, 0x10, 0x00]);
+    let region = |size| RegionInfo {
+        size,
+        areas: Vec::new(),
+    };
+    let io = FakeDevice {
+        config: Mutex::new(config),
+        regions: [region(0), region(256)],
+        reset,
+    };
+    let device = AttachedDevice::new(leased, io, Arc::new(NoRouter), Arc::new(|_, _| {}));
+    (device.unwrap(), reasons)
+}
