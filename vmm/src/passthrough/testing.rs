@@ -45,11 +45,11 @@ impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F
     }
 
     fn map(&self, _region: Region, _part: MmapArea) -> gantry_vfio::Result<Arc<HostMapping>> {
-        unimplemented!("it has no BARs")
+        panic!("it has no BARs")
     }
 
     fn set_irqs(&self, _: Irq, _: u32, _: &[Option<&EventFd>]) -> gantry_vfio::Result<()> {
-        unimplemented!("it has no interrupts")
+        panic!("it has no interrupts")
     }
 
     fn disable_irqs(&self, _irq: Irq) -> gantry_vfio::Result<()> {
@@ -65,7 +65,7 @@ struct NoRouter;
 
 impl MsiRouter for NoRouter {
     fn route(&self) -> std::io::Result<Box<dyn MsiRoute>> {
-        unimplemented!("it has no interrupts")
+        panic!("it has no interrupts")
     }
 
     fn publish(&self) -> std::io::Result<()> {
