@@ -6,7 +6,7 @@ use std::time::Duration;
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
 use gantry_resources::base::DeviceName;
-use gantry_resources::pools::Request;
+use gantry_resources::pools::DeviceRequest;
 
 use crate::config::VmConfig;
 use crate::error::Error;
@@ -60,31 +60,32 @@ pub enum Command {
 }
 
 /// Devices to be plugged in while the guest runs.
-#[derive(Debug, Clone)]
-pub struct Attach {
-    /// What the device is called from then on; its address on the host if absent. Of several devices
-    /// only the first has it, the others get `-1`, `-2`, ... behind it.
-    pub id: Option<String>,
-    /// Which devices.
-    pub wanted: DeviceSelector,
-}
-
-/// The devices that a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DeviceSelector {
+pub enum Attach {
     /// So many of a group or alias, or one by its address.
-    Request(Request),
-    /// Those that the host's service plan of that name says when they are taken.
-    Plan(String),
+    Devices(DeviceRequest),
+    /// Those that the host's service plan of that name has when they are taken.
+    Plan {
+        /// The plan.
+        name: String,
+        /// Name of the first device in the VM; further devices get `-1`, `-2`, ... behind it.
+        id: Option<String>,
+    },
 }
 
-impl fmt::Display for DeviceSelector {
+impl Attach {
+    /// Name of the first device in the VM; its address on the host if absent.
+    pub fn id(&self) -> Option<&str> {
+        let (Self::Devices(DeviceRequest { id, .. }) | Self::Plan { id, .. }) = self;
+        id.as_deref()
+    }
+}
+
+impl fmt::Display for Attach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Request(Request::Any(wish)) => wish.from.fmt(f),
-            Self::Request(Request::Device { bdf, .. }) => bdf.fmt(f),
-            Self::Request(Request::Mdev { uuid, .. }) => uuid.fmt(f),
-            Self::Plan(name) => write!(f, "plan \"{name}\""),
+            Self::Devices(request) => request.from.fmt(f),
+            Self::Plan { name, .. } => write!(f, "plan \"{name}\""),
         }
     }
 }

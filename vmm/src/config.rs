@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use gantry_resources::base::Numbers;
-use gantry_resources::pools::{Request, Source};
+use gantry_resources::pools::{DeviceRequest, DeviceSource};
 
 /// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
 /// again, only against the host.
@@ -25,7 +25,7 @@ pub struct VmConfig {
     /// The NUMA nodes of the host that RAM comes from, and where the vCPUs are.
     pub nodes: NumaPolicy,
     /// Host devices it takes, in the order of their slots.
-    pub devices: Vec<NamedRequest>,
+    pub devices: Vec<DeviceRequest>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Whether it has a register by which its kernel says that it has panicked (`pvpanic`).
@@ -46,66 +46,9 @@ pub struct Folders {
 }
 
 impl VmConfig {
-    /// What is asked of the host, in the order of the slots.
-    pub fn requests(&self) -> Vec<Request> {
-        let asked = self.devices.iter();
-        asked.map(|asked| asked.request.clone()).collect()
-    }
-
     /// Whether devices need all of its RAM pinned, now or later.
     pub fn is_pinned(&self) -> bool {
         !self.devices.is_empty() || !self.hotplug.from.is_empty()
-    }
-}
-
-/// Host devices that a VM asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NamedRequest {
-    /// What the device is called in the VM; its address on the host if absent. Of several devices only the
-    /// first is called so, the others get `-1`, `-2`, ... behind it.
-    pub id: Option<String>,
-    /// Which devices.
-    pub request: Request,
-}
-
-impl NamedRequest {
-    /// What they are called, as far as that is known before they are leased.
-    pub fn names(&self) -> impl Iterator<Item = String> {
-        let address = match &self.request {
-            Request::Any(_) => None,
-            Request::Device { bdf, .. } => Some(bdf.to_string()),
-            Request::Mdev { uuid, .. } => Some(uuid.to_string()),
-        };
-        let count = match (&self.id, &self.request) {
-            (Some(_), Request::Any(wish)) => wish.count as usize,
-            _ => usize::from(self.id.is_some() || address.is_some()),
-        };
-        let first = self.id.clone().or(address).unwrap_or_default();
-        (0..count).map(move |index| nth_id(&first, index))
-    }
-
-    /// The group or alias that they are asked for by.
-    pub fn source(&self) -> Option<&str> {
-        match &self.request {
-            Request::Any(wish) => match &wish.from {
-                Source::Group(name) | Source::Alias(name) => Some(name),
-            },
-            Request::Device { .. } | Request::Mdev { .. } => None,
-        }
-    }
-}
-
-impl From<Request> for NamedRequest {
-    fn from(request: Request) -> Self {
-        Self { id: None, request }
-    }
-}
-
-/// What the device with this index is called of several that are named at once.
-pub fn nth_id(id: &str, index: usize) -> String {
-    match index {
-        0 => id.to_owned(),
-        index => format!("{id}-{index}"),
     }
 }
 
@@ -163,7 +106,7 @@ pub struct Hotplug {
     pub slots: u8,
     /// Where the devices will come from; from the groups of those that the VM starts with if nothing is named. RAM is laid out so that they can reach it, and made present
     /// in the background once the guest runs, so that the first of them is not waited for.
-    pub from: Vec<Source>,
+    pub from: Vec<DeviceSource>,
     /// Whether devices may come that are in no group.
     pub ungrouped: bool,
     /// Bytes of 64-bit prefetchable addresses of each slot, for a device with larger BARs than usual;

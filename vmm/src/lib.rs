@@ -37,8 +37,7 @@ mod vmm;
 pub use gantry_devices::bounded_writer;
 
 pub use config::{
-    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, NumaPolicy, Payload, SerialMode,
-    VcpuCount, VmConfig,
+    CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount, VmConfig,
 };
 pub use error::Error;
 pub use machine::release_program_pages;

@@ -5,7 +5,8 @@ use std::path::Path;
 use clap::{Args, Subcommand};
 use gantry_resources::base::HostPaths;
 use gantry_resources::pools::{
-    DeviceEntry, Groups, Plan, PlanSize, Plans, aliases, change_plan, create_plan, delete_plan,
+    Aliases, DeviceRequest, DeviceSource, Groups, Plan, PlanSize, Plans, change_plan, create_plan,
+    delete_plan,
 };
 use serde::Serialize;
 
@@ -102,21 +103,24 @@ struct Says {
     #[arg(long, value_parser = size)]
     memory: Option<String>,
     /// Devices of a group, with their count; may be given several times
-    #[arg(long = "device", value_name = "GROUP:COUNT", value_parser = entry)]
-    devices: Vec<DeviceEntry>,
+    #[arg(long = "device", value_name = "GROUP:COUNT", value_parser = request)]
+    devices: Vec<DeviceRequest>,
     /// Devices by aliases with counts, such as 'gpu:1, qat-c62x-vf:2'
-    #[arg(long = "alias", value_name = "ALIASES", value_parser = checked_aliases)]
-    aliases: Option<String>,
+    #[arg(long = "alias", value_name = "ALIASES", value_parser = aliases)]
+    aliases: Option<Said>,
 }
 
 impl Says {
     /// Whether a VM would be given nothing by it.
     fn is_nothing(&self) -> bool {
-        let aliases = self.aliases.as_deref().unwrap_or_default();
+        let aliases = self
+            .aliases
+            .as_ref()
+            .and_then(|Said(aliases)| aliases.as_ref());
         self.vcpus.is_none()
             && self.memory.is_none()
             && self.devices.is_empty()
-            && aliases.is_empty()
+            && aliases.is_none()
     }
 
     /// Puts what is said in place of what the plan said.
@@ -129,8 +133,9 @@ impl Says {
         if !self.devices.is_empty() {
             plan.devices = self.devices;
         }
-        let aliases = self.aliases.or(plan.aliases.take());
-        plan.aliases = aliases.filter(|text| !text.is_empty());
+        if let Some(Said(aliases)) = self.aliases {
+            plan.aliases = aliases;
+        }
     }
 }
 
@@ -143,25 +148,24 @@ fn size(text: &str) -> Result<String, String> {
     })
 }
 
-fn entry(text: &str) -> Result<DeviceEntry, String> {
+fn request(text: &str) -> Result<DeviceRequest, String> {
     let (group, count) = text.split_once(':').unwrap_or((text, "1"));
     let count: u32 = count.parse().unwrap_or(0);
     if group.is_empty() || count == 0 {
         return Err("write a group and a count, such as gpus:2".to_owned());
     }
-    Ok(DeviceEntry {
-        group: Some(group.to_owned()),
-        count: Some(count),
-        ..DeviceEntry::default()
-    })
+    Ok(DeviceRequest::group(group, count))
 }
 
-fn checked_aliases(text: &str) -> Result<String, String> {
-    if text.is_empty() {
-        return Ok(String::new());
+/// Aliases on the command line; an empty text takes away those there are.
+#[derive(Debug, Clone)]
+struct Said(Option<Aliases>);
+
+fn aliases(text: &str) -> Result<Said, String> {
+    match text {
+        "" => Ok(Said(None)),
+        text => text.parse().map(|aliases| Said(Some(aliases))),
     }
-    let read = aliases(text).map(|_| text.to_owned());
-    read.map_err(|error| error.to_string())
 }
 
 const COLUMNS: [Column; 5] = [
@@ -275,12 +279,14 @@ fn cells(plan: &Plan) -> Vec<String> {
         text.filter(|text| !text.is_empty())
             .unwrap_or("-".to_owned())
     };
-    let devices = plan.devices.iter().map(|entry| {
-        let from = [&entry.group, &entry.alias, &entry.path];
-        let from = from.into_iter().flatten().next().cloned();
-        format!("{}:{}", from.unwrap_or_default(), entry.count.unwrap_or(1))
+    let devices = plan.devices.iter().map(|request| match &request.from {
+        DeviceSource::Group(name) | DeviceSource::Alias(name) => {
+            format!("{name}:{}", request.count)
+        }
+        DeviceSource::Device(name) => name.to_string(),
     });
-    let devices: Vec<String> = devices.chain(plan.aliases.clone()).collect();
+    let aliases = plan.aliases.iter().map(Aliases::to_string);
+    let devices: Vec<String> = devices.chain(aliases).collect();
     let memory = plan.memory.as_ref().map(|size| match size {
         PlanSize::Bytes(bytes) => bytes.to_string(),
         PlanSize::Text(text) => text.clone(),

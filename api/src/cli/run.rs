@@ -201,7 +201,7 @@ fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
         NumaPolicy::Only(nodes) => nodes.iter().collect(),
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
-    fit::tell(paths, &config.requests(), nodes, false)?;
+    fit::tell(paths, &config.devices, nodes, false)?;
     gantry_vmm::check(config, paths).map_err(Failure::host)?;
     print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
     Ok(ExitCode::SUCCESS)

@@ -12,11 +12,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::{Document, JsonError};
-use gantry_resources::base::{HostPaths, read_text};
-use gantry_resources::pools::Request;
+use gantry_resources::base::{HostPaths, label_flaw, read_text};
+use gantry_resources::pools::{DeviceRequest, check_device_id};
 use gantry_vmm::NumaPolicy;
-use gantry_vmm::command::{Attach, DeviceSelector};
-pub use model::{AddDevice, DeviceConfig, PlanDevices};
+use gantry_vmm::command::Attach;
+pub use model::PlanDevices;
 pub use schema::{add_inert, schema};
 use validate::Context;
 pub use validate::SLOTS;
@@ -169,7 +169,7 @@ pub fn parse(
 pub fn requests(
     written: &Written,
     extras: &Extras,
-) -> Result<(Vec<Request>, NumaPolicy), JsonError> {
+) -> Result<(Vec<DeviceRequest>, NumaPolicy), JsonError> {
     let context = extras.context("", written.folder);
     compile(written, |model| validate::requests(model, &context))
 }
@@ -184,21 +184,19 @@ pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, JsonError> {
     let others = |path: &str| inert::keys_of(DEVICES, path);
     let attach = if document.root.entry("plan").is_some() {
         let planned = document.decode_beside(&others);
-        planned.and_then(|PlanDevices { plan, id }| {
-            let checked = id.as_deref().map(|id| validate::check_id("id", id, None));
-            let wanted = DeviceSelector::Plan(plan);
-            valid(&mut document, checked.transpose())?;
-            Some(Attach { id, wanted })
+        planned.map(|PlanDevices { plan, id }| {
+            let checked = id.as_deref().map_or(Ok(()), |id| check_device_id(id, None));
+            if let Err(what) = checked {
+                document.mistake("id", what);
+            }
+            Attach::Plan { name: plan, id }
         })
     } else {
-        let device = document.decode_beside(&others);
-        device.and_then(|device| {
-            let asked = validate::device("", device, allow_ungrouped);
-            let asked = valid(&mut document, asked)?;
-            let wanted = DeviceSelector::Request(asked.request);
-            Some(Attach {
-                id: asked.id,
-                wanted,
+        let request = document.decode_beside(&others);
+        request.map(|request: DeviceRequest| {
+            Attach::Devices(DeviceRequest {
+                allow_ungrouped,
+                ..request
             })
         })
     };
@@ -207,13 +205,6 @@ pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, JsonError> {
 
 /// Where the table of inert keys has those of a device.
 const DEVICES: &str = "devices[]";
-
-/// A valid value, or else a mistake of the text.
-fn valid<T>(document: &mut Document, value: Result<T, validate::Invalid>) -> Option<T> {
-    value
-        .map_err(|validate::Invalid { path, what }| document.mistake(&path, what))
-        .ok()
-}
 
 /// The whole way from text to a validated value.
 fn compile<T>(
@@ -260,23 +251,11 @@ fn stem(path: &Path) -> String {
 
 /// A name appears in lock files, logs and tables.
 fn check_name(name: &str) -> Result<(), Error> {
-    match flaw(name) {
+    match label_flaw(name) {
         None => Ok(()),
         Some(why) => Err(Error::Name {
             name: name.escape_debug().to_string(),
             why,
         }),
     }
-}
-
-/// What makes a text no name.
-fn flaw(name: &str) -> Option<&'static str> {
-    Some(match name {
-        "" => "it is empty",
-        name if name.len() > 64 => "it is longer than 64 bytes",
-        name if name.chars().any(|c| c.is_control() || c == '/') => {
-            "it holds a slash or a control character"
-        }
-        _ => return None,
-    })
 }

@@ -5,10 +5,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use gantry_resources::base::DeviceName;
-use gantry_resources::inventory::Allow;
-use gantry_resources::pools::{InterruptNeed, NumaPolicy, Request, Source, Traits};
-use gantry_vmm::NamedRequest;
+use gantry_resources::pools::{Aliases, DeviceRequest};
 use schemars::JsonSchema;
 use serde::de::{Deserialize, Deserializer, Visitor};
 
@@ -32,10 +29,10 @@ pub struct VmConfig {
     pub numa_nodes: Option<Vec<u32>>,
     /// Host devices given to the guest, in the order of their slots.
     #[serde(default)]
-    pub devices: Option<Vec<DeviceConfig>>,
+    pub devices: Option<Vec<DeviceRequest>>,
     /// Host devices by aliases with counts, after those of `devices`: `"gpu:1, qat-c62x-vf:2"`.
     #[serde(default, rename = "pci_passthrough:alias")]
-    pub aliases: Option<String>,
+    pub aliases: Option<Aliases>,
     /// The guest's first serial port.
     pub serial: Option<SerialConfig>,
     /// Whether the guest has a register by which its kernel says that it has panicked; `true` if absent.
@@ -116,54 +113,6 @@ impl Default for MemoryConfig {
     }
 }
 
-/// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`. A device of a group or
-/// an alias is a whole card: a GPU comes with its audio function.
-#[derive(
-    Debug, Clone, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema,
-)]
-#[serde(deny_unknown_fields)]
-#[schemars(extend("oneOf" = [{"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}]))]
-pub struct DeviceConfig {
-    /// Name that the device gets in the VM; its address on the host if absent. Of several devices the
-    /// first has it, the others get `-1`, `-2` and so on behind it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Name of the group to take devices from; `gantry group list` shows them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub group: Option<String>,
-    /// Alias to take devices by, as OpenStack Nova defines them; `gantry group alias` shows them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub alias: Option<String>,
-    /// How many devices of the group or alias; 1 if absent.
-    #[schemars(range(min = 1))]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub count: Option<u64>,
-    /// One device, by its sysfs path, such as `/sys/bus/pci/devices/0000:01:00.0`, or its address alone. It
-    /// must be in a group unless gantry runs with `--allow-ungrouped`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// How near to the VM's processors and memory the devices must be.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub numa_policy: Option<NumaPolicy>,
-    /// Traits that each device must have, with commas between or as a list.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub traits: Option<Traits>,
-    /// The resource class that each device must have.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub resource_class: Option<String>,
-    /// Whether no two of these devices may share a physical function.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub isolate: Option<bool>,
-    /// `"none"` takes devices with neither MSI-X nor MSI too, the only kinds of interrupt that gantry delivers yet:
-    /// they have no interrupts in the guest. Without this key they are refused.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub interrupts: Option<InterruptNeed>,
-    /// Whether to take devices too that nothing resets between two VMs (`reset_method` in sysfs is empty): one
-    /// VM may read what the other left in it. Without this key they are refused.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub allow_no_reset: Option<bool>,
-}
-
 /// Host devices for a running VM: those of a service plan, all of them or none.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize, serde::Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -173,73 +122,6 @@ pub struct PlanDevices {
     /// Name that the first device gets in the VM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-}
-
-/// Body of `vm.add-device`.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, JsonSchema)]
-#[serde(untagged)]
-pub enum AddDevice {
-    /// The devices of a plan.
-    Plan(PlanDevices),
-    /// Devices of a group or alias, or one.
-    Device(DeviceConfig),
-}
-
-impl From<&NamedRequest> for DeviceConfig {
-    fn from(asked: &NamedRequest) -> Self {
-        let id = asked.id.clone();
-        let exactly = |name: DeviceName| Self {
-            path: Some(name.sysfs_path().into()),
-            ..Self::default()
-        };
-        let device = match &asked.request {
-            Request::Device { bdf, .. } => exactly(DeviceName::Pci(*bdf)),
-            Request::Mdev { uuid, .. } => exactly(DeviceName::Mdev(*uuid)),
-            Request::Any(wish) => {
-                let (group, alias) = match wish.from.clone() {
-                    Source::Group(name) => (Some(name), None),
-                    Source::Alias(name) => (None, Some(name)),
-                };
-                Self {
-                    group,
-                    alias,
-                    count: Some(wish.count.into()),
-                    numa_policy: wish.numa_policy,
-                    traits: Some(wish.traits.clone()).filter(|traits| *traits != Traits::default()),
-                    resource_class: wish.resource_class.clone(),
-                    isolate: Some(wish.isolate).filter(|isolate| *isolate),
-                    ..Self::default()
-                }
-            }
-        };
-        let Self {
-            interrupts,
-            allow_no_reset,
-            ..
-        } = Self::allowing(asked.request.allow());
-        Self {
-            id,
-            interrupts,
-            allow_no_reset,
-            ..device
-        }
-    }
-}
-
-impl DeviceConfig {
-    /// An entry for a device that may lack some things, and no more in it.
-    pub fn allowing(
-        Allow {
-            no_interrupts,
-            no_reset,
-        }: Allow,
-    ) -> Self {
-        Self {
-            interrupts: no_interrupts.then_some(InterruptNeed::None),
-            allow_no_reset: no_reset.then_some(true),
-            ..Self::default()
-        }
-    }
 }
 
 /// Slots for devices that are attached while the guest runs.

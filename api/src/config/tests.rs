@@ -4,7 +4,8 @@ mod any_json;
 
 use std::path::{Path, PathBuf};
 
-use gantry_resources::pools::Request;
+use gantry_resources::base::HostBdf;
+use gantry_resources::pools::DeviceRequest;
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
 use super::{Error, Extras, Source, load};
@@ -82,17 +83,10 @@ fn a_full_file_means_what_it_says() {
     assert!(config.cpu.nested, "asked for");
     assert_eq!(config.memory.bytes(), 1 << 30);
     assert_eq!(config.serial, SerialMode::File(folder.path("out.log")));
-    let group = |name: &str, count| Request::group(name, count);
-    let bdf = "0000:01:00.0".parse().unwrap();
-    let device = Request::Device {
-        bdf,
-        allow_ungrouped: false,
-        allow: Default::default(),
-    };
-    assert_eq!(
-        config.requests(),
-        [group("nvme", 2), group("gpu", 1), device]
-    );
+    let group = |name: &str, count| DeviceRequest::group(name, count);
+    let bdf: HostBdf = "0000:01:00.0".parse().unwrap();
+    let device = DeviceRequest::device(bdf);
+    assert_eq!(config.devices, [group("nvme", 2), group("gpu", 1), device]);
 }
 
 #[test]
@@ -133,7 +127,7 @@ fn a_device_that_lacks_something_is_taken_as_its_entry_says() {
         let config = folder
             .load(&file(&format!(r#""devices": [{entry}]"#)))
             .unwrap();
-        let allow = config.requests()[0].allow();
+        let allow = config.devices[0].allow;
         (allow.no_interrupts, allow.no_reset)
     };
     assert_eq!(allow(r#"{"group": "g"}"#), (false, false));
@@ -211,13 +205,7 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
     };
     let config = named("web 1").unwrap();
     assert_eq!(config.name, "web 1");
-    assert!(matches!(
-        config.requests()[0],
-        Request::Device {
-            allow_ungrouped: true,
-            ..
-        }
-    ));
+    assert!(config.devices[0].allow_ungrouped);
     for bad in ["", "a/b", "a\nb", &"x".repeat(65)] {
         let error = named(bad).unwrap_err();
         assert!(
@@ -453,7 +441,7 @@ const VALUES: &[Mistake] = &[
     ),
     (
         r#""devices": [{"group": "a", "count": 0}]"#,
-        "2:37: `devices[0].count`: 0 is too few: at least 1",
+        "2:37: `devices[0].count`: 0 is too few",
         "use 1 or more",
     ),
     (
@@ -657,7 +645,7 @@ fn a_device_is_called_by_a_name_that_can_be_shown() {
     for id in ["gpu0", "Karte 1"] {
         assert_eq!(load(&group(id)).unwrap().devices[0].id.as_deref(), Some(id));
         let attach = super::attach(&group(id), false).unwrap();
-        assert_eq!(attach.id.as_deref(), Some(id));
+        assert_eq!(attach.id(), Some(id));
     }
     for id in ["", "a/b", "\u{1b}[2J", &"x".repeat(65), "0000:01:00.0"] {
         let said = load(&group(id)).unwrap_err().to_string();
@@ -699,18 +687,9 @@ fn a_path_may_be_an_address() {
         "/sys/bus/pci/devices/0000:00:02.0",
     ] {
         let devices = format!(r#""devices": [{{"path": "{path}"}}]"#);
-        let requests = folder.load(&file(&devices)).unwrap().requests();
-        let bdf = "0000:00:02.0".parse().unwrap();
-        let allow_ungrouped = false;
-        assert_eq!(
-            requests,
-            [Request::Device {
-                bdf,
-                allow_ungrouped,
-                allow: Default::default(),
-            }],
-            "{path}"
-        );
+        let requests = folder.load(&file(&devices)).unwrap().devices;
+        let bdf: HostBdf = "0000:00:02.0".parse().unwrap();
+        assert_eq!(requests, [DeviceRequest::device(bdf)], "{path}");
     }
 }
 
@@ -728,7 +707,7 @@ fn a_key_that_is_null_is_one_that_is_absent() {
     );
     assert!(body["devices"][0]["pci_segment"].is_null(), "{body}");
     let config = folder.load(&body.to_string()).unwrap();
-    assert_eq!(config.requests(), [Request::group("nvme", 1)]);
+    assert_eq!(config.devices, [DeviceRequest::group("nvme", 1)]);
     let device = &mut body["devices"][0];
     super::attach(&device.to_string(), false).unwrap();
     // And with the objects spelled out.
@@ -771,7 +750,9 @@ fn slots_are_there_where_they_are_asked_for() {
     assert_eq!((whole.slots, whole.window), (4, Some(128 << 30)));
     assert_eq!(
         whole.from,
-        [gantry_resources::pools::Source::Group("gpu".to_owned())]
+        [gantry_resources::pools::DeviceSource::Group(
+            "gpu".to_owned()
+        )]
     );
     for (members, words) in [
         ("\"slots\": 97", "97 is too many: at most 96"),
@@ -868,8 +849,11 @@ fn a_plan_says_what_the_file_does_not() {
         };
         load(&Source::File(folder.path("vm.json")), &extras)
     };
-    let planned = vec![Request::group("gpus", 2), Request::alias("qat-vf", 1)];
-    let own = vec![Request::group("disks", 1)];
+    let planned = vec![
+        DeviceRequest::group("gpus", 2),
+        DeviceRequest::alias("qat-vf", 1),
+    ];
+    let own = vec![DeviceRequest::group("disks", 1)];
     for (members, vcpus, mib, devices) in [
         (r#""plan": "gpu2""#, 4, 1024, &planned),
         (
@@ -895,7 +879,7 @@ fn a_plan_says_what_the_file_does_not() {
         let config = loaded(members).unwrap();
         assert_eq!(u64::from(config.vcpus.get()), vcpus, "{members}");
         assert_eq!(config.memory.bytes(), mib << 20, "{members}");
-        assert_eq!(&config.requests(), devices, "{members}");
+        assert_eq!(&config.devices, devices, "{members}");
     }
     for (members, said) in [
         (

@@ -9,16 +9,15 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::join;
-use gantry_resources::base::{DeviceName, HostPaths, open_below, open_regular};
-use gantry_resources::inventory::Allow;
-use gantry_resources::pools::{GroupType, Groups, NO_USB, Plan, Request, Source, Wish};
+use gantry_resources::base::{HostPaths, open_below, open_regular};
+use gantry_resources::pools::{
+    Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan,
+};
 use gantry_vmm::{
-    CpuConfig, Folders, Hotplug, MemorySize, NamedRequest, NumaPolicy, Payload, SerialMode,
-    VcpuCount,
+    CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount,
 };
 use nix::fcntl::OFlag;
 
-use super::flaw;
 use super::model::{self, ByteSize};
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
@@ -107,18 +106,17 @@ pub fn convert(
 pub fn requests(
     config: model::VmConfig,
     context: &Context,
-) -> Result<(Vec<Request>, NumaPolicy), Vec<Invalid>> {
+) -> Result<(Vec<DeviceRequest>, NumaPolicy), Vec<Invalid>> {
     if config.payload.is_some() {
-        return convert(config, context).map(|config| (config.requests(), config.nodes));
+        return convert(config, context).map(|config| (config.devices, config.nodes));
     }
     let mut mistakes = Mistakes::default();
     let plan = mistakes.keep(planned::named(config.plan.as_deref(), context));
-    let asked = plan.and_then(|plan| {
+    let requests = plan.and_then(|plan| {
         let plan = plan.as_ref();
-        mistakes.keep(asked(config.devices, config.aliases, plan, context))
+        mistakes.keep(devices(config.devices, config.aliases, plan, context))
     });
     let nodes = place::nodes(config.numa_nodes);
-    let requests = asked.map(|asked| asked.into_iter().map(|one| one.request).collect());
     mistakes.or(requests.map(|requests| (requests, nodes)))
 }
 
@@ -152,7 +150,7 @@ fn build(
         None => planned::memory(plan),
     };
     let memory = mistakes.keep(memory);
-    let devices = mistakes.keep(asked(config.devices, config.aliases, plan, context));
+    let devices = mistakes.keep(devices(config.devices, config.aliases, plan, context));
     let asks_for_slots = config.hotplug.is_some();
     let hotplug = mistakes.keep(hotplug(config.hotplug, context));
     let serial = mistakes.keep(serial(config.serial.unwrap_or_default(), context));
@@ -309,141 +307,36 @@ fn memory(config: &model::MemoryConfig) -> Result<MemorySize, Invalid> {
 }
 
 /// What the file asks for, or else its plan.
-fn asked(
-    configs: Option<Vec<model::DeviceConfig>>,
-    aliases: Option<String>,
+fn devices(
+    own: Option<Vec<DeviceRequest>>,
+    aliases: Option<Aliases>,
     plan: Option<&Plan>,
     context: &Context,
-) -> Result<Vec<NamedRequest>, Invalid> {
-    if let (None, None, Some(plan)) = (&configs, &aliases, plan) {
-        let planned = planned::devices(plan)?.into_iter();
-        return Ok(planned.map(NamedRequest::from).collect());
+) -> Result<Vec<DeviceRequest>, Invalid> {
+    if let (None, None, Some(plan)) = (&own, &aliases, plan) {
+        return Ok(plan.requests());
     }
-    let mut asked = devices(configs.unwrap_or_default(), context.allow_ungrouped)?;
-    if let Some(text) = aliases {
-        let more = gantry_resources::pools::aliases(&text).map_err(|error| {
-            let help = "write names with counts, like \"gpu:1, qat-c62x-vf:2\"";
-            invalid("pci_passthrough:alias", error, help)
-        })?;
-        asked.extend(more.into_iter().map(NamedRequest::from));
-    }
-    Ok(asked)
-}
-
-fn devices(
-    configs: Vec<model::DeviceConfig>,
-    allow_ungrouped: bool,
-) -> Result<Vec<NamedRequest>, Invalid> {
-    let mut all: Vec<NamedRequest> = Vec::with_capacity(configs.len());
+    let mut all: Vec<DeviceRequest> = Vec::new();
     let mut names: Vec<String> = Vec::new();
-    for (index, config) in configs.into_iter().enumerate() {
+    for (index, request) in own.into_iter().flatten().enumerate() {
         let key = format!("devices[{index}]");
-        let asked = device(&key, config, allow_ungrouped)?;
-        let exact = !matches!(asked.request, Request::Any(_));
-        if exact && all.iter().any(|other| other.request == asked.request) {
+        let exact = request.from.device().is_some();
+        if exact && all.iter().any(|other| other.from == request.from) {
             let what = "this device is in the list already";
             return Err(invalid(&key, what, "remove one of the two"));
         }
-        if let Some(twice) = asked.names().find(|name| names.contains(name)) {
+        if let Some(twice) = request.names().find(|name| names.contains(name)) {
             let what = format!("another device of the list is called \"{twice}\"");
             return Err(invalid(&join(&key, "id"), what, "choose another id"));
         }
-        names.extend(asked.names());
-        all.push(asked);
+        names.extend(request.names());
+        all.push(DeviceRequest {
+            allow_ungrouped: exact && context.allow_ungrouped,
+            ..request
+        });
     }
+    all.extend(aliases.into_iter().flat_map(|Aliases(requests)| requests));
     Ok(all)
-}
-
-/// Converts one device; `key` is where it stands, empty where it stands alone.
-pub fn device(
-    key: &str,
-    config: model::DeviceConfig,
-    allow_ungrouped: bool,
-) -> Result<NamedRequest, Invalid> {
-    let id = config.id.clone();
-    let request = request(key, config, allow_ungrouped)?;
-    if let Some(id) = &id {
-        let own = match &request {
-            Request::Device { bdf, .. } => Some(DeviceName::Pci(*bdf)),
-            Request::Mdev { uuid, .. } => Some(DeviceName::Mdev(*uuid)),
-            Request::Any(_) => None,
-        };
-        check_id(&join(key, "id"), id, own)?;
-    }
-    Ok(NamedRequest { id, request })
-}
-
-/// What a device is called appears in logs and tables, beside the addresses of others: it may be the
-/// device's `own` address, and no other.
-pub fn check_id(key: &str, id: &str, own: Option<DeviceName>) -> Result<(), Invalid> {
-    let why = match id.parse::<DeviceName>() {
-        Ok(name) if Some(name) != own => "it is the address of a device",
-        _ => match flaw(id) {
-            Some(flaw) => flaw,
-            None => return Ok(()),
-        },
-    };
-    let what = format!("\"{}\" cannot name a device: {why}", id.escape_debug());
-    Err(invalid(key, what, "choose another id, or leave it out"))
-}
-
-fn request(
-    key: &str,
-    config: model::DeviceConfig,
-    allow_ungrouped: bool,
-) -> Result<Request, Invalid> {
-    let condition = [
-        ("count", config.count.is_some()),
-        ("numa_policy", config.numa_policy.is_some()),
-        ("traits", config.traits.is_some()),
-        ("resource_class", config.resource_class.is_some()),
-        ("isolate", config.isolate.is_some()),
-    ];
-    let condition = condition.into_iter().find(|(_, given)| *given);
-    let allow = Allow::of(config.interrupts, config.allow_no_reset);
-    let from = match (config.group, config.alias, config.path) {
-        (Some(name), None, None) => Source::Group(name),
-        (None, Some(name), None) => Source::Alias(name),
-        (None, None, Some(path)) => match condition {
-            None => {
-                let request = exact(key, &path, allow_ungrouped)?;
-                return Ok(request.allowing(allow));
-            }
-            Some((name, _)) => {
-                let what = "a path names exactly one device";
-                let help = format!("remove `{name}`");
-                return Err(invalid(&join(key, name), what, help));
-            }
-        },
-        (None, None, None) => {
-            let what = "it has neither `group` nor `alias` nor `path`";
-            let help = "add \"group\": \"NAME\" (`gantry group list` shows them), \
-                        or \"path\": \"/sys/bus/pci/devices/0000:01:00.0\"";
-            return Err(invalid(key, what, help));
-        }
-        _ => {
-            let what = "it has more than one of `group`, `alias` and `path`";
-            let help = "keep one: any device of a group or of an alias, or the one at a path";
-            return Err(invalid(key, what, help));
-        }
-    };
-    let count = u32::try_from(config.count.unwrap_or(1)).unwrap_or(u32::MAX);
-    if count == 0 {
-        let help = "use 1 or more, or remove the entry";
-        return Err(invalid(
-            &join(key, "count"),
-            "0 is too few: at least 1",
-            help,
-        ));
-    }
-    Ok(Request::Any(Wish {
-        numa_policy: config.numa_policy,
-        traits: config.traits.unwrap_or_default(),
-        resource_class: config.resource_class,
-        isolate: config.isolate.unwrap_or(false),
-        allow,
-        ..Wish::new(from, count)
-    }))
 }
 
 fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Hotplug, Invalid> {
@@ -484,7 +377,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
     let groups = groups.into_iter();
     Ok(Hotplug {
         slots,
-        from: groups.map(Source::Group).collect(),
+        from: groups.map(DeviceSource::Group).collect(),
         ungrouped,
         window,
     })
@@ -503,21 +396,6 @@ fn usable(groups: &[String], context: &Context) -> Result<(), Invalid> {
             Err(invalid(&key, NO_USB, "remove the group from the list"))
         }
         None => Ok(()),
-    }
-}
-
-fn exact(key: &str, path: &Path, allow_ungrouped: bool) -> Result<Request, Invalid> {
-    let wrong = |what: &str, help: String| {
-        let what = format!("\"{}\" {what}", path.display());
-        Err(invalid(&join(key, "path"), what, help))
-    };
-    match Request::exact(path, allow_ungrouped) {
-        Ok(request) => Ok(request),
-        Err(_) => {
-            let help = "write it like \"/sys/bus/pci/devices/0000:01:00.0\"; \
-                        `gantry device list` shows the addresses";
-            wrong("is no PCI device's sysfs path or address", help.to_owned())
-        }
     }
 }
 

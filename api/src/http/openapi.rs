@@ -4,8 +4,11 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use gantry_resources::pools::DeviceRequest;
+
 use super::routes::{Call, ROOT, ROUTES, Route};
 use super::wire;
+use crate::config::PlanDevices;
 
 /// OpenAPI 3.1, whose schemas are JSON Schema as [`schemars`] writes it.
 pub fn document() -> Value {
@@ -107,7 +110,10 @@ fn operation_id(path: &str) -> String {
 fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
     match call {
         Call::Create => Some(json!({"$ref": "#/components/schemas/VmConfig"})),
-        Call::AddDevice => Some(of::<crate::config::AddDevice>(schemas)),
+        Call::AddDevice => Some(json!({
+            "description": "Devices of a group or alias, one, or those of a plan.",
+            "anyOf": [of::<PlanDevices>(schemas), of::<DeviceRequest>(schemas)],
+        })),
         Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),
         _ => None,
     }

@@ -8,15 +8,13 @@ use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::base::DeviceName;
-use gantry_resources::pools::Source;
+use gantry_resources::pools::{DeviceRequest, DeviceSource};
 use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use event::{Event, EventLine};
 pub use place::{Affinity, Placement};
-
-use crate::config::DeviceConfig;
 
 /// Answer to `vmm.ping`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -106,7 +104,7 @@ pub struct Config {
     /// Its memory.
     pub memory: Memory,
     /// Its passed devices.
-    pub devices: Vec<DeviceConfig>,
+    pub devices: Vec<DeviceRequest>,
     /// The NUMA nodes of the host that it is bound to, if that was said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa_nodes: Option<Vec<u32>>,
@@ -144,12 +142,14 @@ pub struct Hotplug {
 
 impl From<&gantry_vmm::Hotplug> for Hotplug {
     fn from(hotplug: &gantry_vmm::Hotplug) -> Self {
-        let name = |source: &Source| match source {
-            Source::Group(name) | Source::Alias(name) => name.clone(),
-        };
         Self {
             slots: hotplug.slots,
-            groups: hotplug.from.iter().map(name).collect(),
+            groups: hotplug
+                .from
+                .iter()
+                .filter_map(DeviceSource::pool)
+                .map(str::to_owned)
+                .collect(),
             ungrouped: hotplug.ungrouped,
             window: hotplug.window,
         }
@@ -308,18 +308,16 @@ impl From<&command::VmInfo> for VmInfo {
             };
             (device.id.clone(), node)
         };
-        let plugged = |device: &command::DeviceInfo| DeviceConfig {
+        let plugged = |device: &command::DeviceInfo| DeviceRequest {
             id: Some(device.id.clone()),
-            path: Some(device.name.sysfs_path().into()),
-            ..DeviceConfig::allowing(device.allow)
+            allow: device.allow,
+            ..DeviceRequest::device(device.name)
         };
         let devices = match info.state {
             command::VmState::Running | command::VmState::Paused => {
                 info.devices.iter().map(plugged).collect()
             }
-            command::VmState::Created | command::VmState::Shutdown => {
-                config.devices.iter().map(DeviceConfig::from).collect()
-            }
+            command::VmState::Created | command::VmState::Shutdown => config.devices.clone(),
         };
         let vcpus = config.vcpus.get();
         Self {

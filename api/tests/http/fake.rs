@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use gantry_api::http::{Events, Identity, Limits, Server, Socket, Stop, Vm};
 use gantry_resources::base::HostPaths;
-use gantry_resources::pools::Request;
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
-    Answer, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceSelector,
-    DeviceState, GuestBdf, Reply, VmEvent, VmInfo, VmState,
+    Answer, Attach, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceState,
+    GuestBdf, Reply, VmEvent, VmInfo, VmState,
 };
 
 /// A VM without a machine. It answers at once, on the thread that asks.
@@ -64,8 +63,7 @@ impl FakeVm {
             (Command::Detach(_), VmState::Created) => return Ok(Answer::Done),
             (_, VmState::Created | VmState::Shutdown) => return Err(CommandError::NotBooted),
             (Command::Attach(attach), _) => {
-                let id = attach.id.clone();
-                return self.attach(&mut state, id, &attach.wanted);
+                return self.attach(&mut state, attach);
             }
             (Command::Detach(detach), _) => {
                 let found = state.devices.iter().position(|d| d.id == detach.id);
@@ -96,30 +94,27 @@ impl FakeVm {
         Ok(Answer::Done)
     }
 
-    fn attach(
-        &self,
-        state: &mut State,
-        id: Option<String>,
-        wanted: &DeviceSelector,
-    ) -> Result<Answer, CommandError> {
-        let (count, group) = match wanted {
-            DeviceSelector::Request(Request::Any(wish)) => {
-                (wish.count as usize, Some("nvme".to_owned()))
+    fn attach(&self, state: &mut State, attach: &Attach) -> Result<Answer, CommandError> {
+        let nvme = || "nvme".to_owned();
+        let (count, group) = match attach {
+            Attach::Devices(request) => {
+                let group = request.from.pool().map(|_| nvme());
+                (request.count as usize, group)
             }
-            DeviceSelector::Request(_) => (1, None),
-            DeviceSelector::Plan(_) => (2, Some("nvme".to_owned())),
+            Attach::Plan { .. } => (2, Some(nvme())),
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
-        let allow = match wanted {
-            DeviceSelector::Request(request) => request.allow(),
-            DeviceSelector::Plan(_) => Default::default(),
+        let (allow, whole) = match attach {
+            Attach::Devices(request) => (request.allow, false),
+            Attach::Plan { name, .. } => (Default::default(), name == WHOLE),
         };
-        let whole = *wanted == DeviceSelector::Plan(WHOLE.to_owned());
         for index in first..first + count {
-            let id = id.clone().unwrap_or_else(|| format!("dev{index}"));
+            let id = attach
+                .id()
+                .map_or_else(|| format!("dev{index}"), str::to_owned);
             if state.devices.iter().any(|device| device.id == id) {
                 return Err(CommandError::DuplicateId(id));
             }

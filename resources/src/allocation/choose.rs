@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{AllocateError, RequestFit};
 use crate::base::bdf::HostBdf;
 use crate::base::json::nearest;
+use crate::base::name::DeviceName;
 use crate::facts::topology::Sockets;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::card::{Allow, Card, Terms, cards, lacks};
@@ -18,7 +19,7 @@ use crate::inventory::obstacle::{Blocked, Obstacle, Pool, Sieve};
 use crate::pools::group::{GroupType, Groups, ResourceGroup, Tags};
 use crate::pools::nova;
 use crate::pools::nova::{Alias, NumaPolicy};
-use crate::pools::request::{Placement, Request, Source, Wish};
+use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 use crate::pools::vgpu::{Instance, TakenInstances};
 
 /// One look at the host.
@@ -77,7 +78,7 @@ pub(crate) struct Chosen<'a> {
 /// Which devices the requests get, if all get theirs.
 pub(crate) fn choose<'a>(
     view: View<'a>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Vec<Pick<'a>>, AllocateError> {
     let chosen = survey(view, requests, placement)?;
@@ -88,7 +89,7 @@ pub(crate) fn choose<'a>(
         }
         let terms = Terms {
             request: index,
-            allow: request.allow(),
+            allow: request.allow,
         };
         let devices = picked.devices.into_iter().map(Thing::Device);
         let things = devices.chain(picked.instances.into_iter().map(Thing::Instance));
@@ -103,7 +104,7 @@ pub(crate) fn choose<'a>(
 /// on which most of them are.
 pub(crate) fn survey<'a>(
     view: View<'a>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Chosen<'a>, AllocateError> {
     let mut best: Option<(usize, Chosen)> = None;
@@ -133,15 +134,17 @@ pub(crate) fn survey<'a>(
 /// The sets of nodes that the VM could be on, if that matters.
 fn nodes_to_try(
     view: View<'_>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Vec<Option<BTreeSet<u32>>> {
     if let Some(nodes) = placement.nodes() {
         return vec![Some(nodes.clone())];
     }
-    let matters = |request: &Request| match request {
-        Request::Any(wish) => !matches!(policy(view.groups, wish), None | Some(NumaPolicy::Legacy)),
-        Request::Device { .. } | Request::Mdev { .. } => false,
+    let matters = |request: &DeviceRequest| {
+        !matches!(
+            policy(view.groups, request),
+            None | Some(NumaPolicy::Legacy)
+        )
     };
     let nodes: BTreeSet<u32> = view
         .devices
@@ -158,11 +161,11 @@ fn nodes_to_try(
         .collect()
 }
 
-/// The NUMA policy of a wish: its own, or that of its alias, for which Nova's default holds.
-fn policy(groups: &Groups, wish: &Wish) -> Option<NumaPolicy> {
-    wish.numa_policy.or(match &wish.from {
-        Source::Group(_) => None,
-        Source::Alias(name) => groups
+/// The NUMA policy of a request: its own, or that of its alias, for which Nova's default holds.
+fn policy(groups: &Groups, request: &DeviceRequest) -> Option<NumaPolicy> {
+    request.numa_policy.or(match &request.from {
+        DeviceSource::Group(_) | DeviceSource::Device(_) => None,
+        DeviceSource::Alias(name) => groups
             .alias(name)
             .iter()
             .find_map(|alias| alias.numa_policy)
@@ -173,7 +176,7 @@ fn policy(groups: &Groups, wish: &Wish) -> Option<NumaPolicy> {
 /// Devices asked for by address are settled first, then the others pick in the order of the requests.
 fn run<'a>(
     view: View<'a>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     near: Near<'_>,
 ) -> Result<Vec<Picked<'a>>, AllocateError> {
     let mut choice = Choice {
@@ -185,24 +188,16 @@ fn run<'a>(
     };
     let mut picked = BTreeMap::new();
     for (index, request) in requests.iter().enumerate() {
-        let exact = match request {
-            Request::Device {
-                bdf,
-                allow_ungrouped,
-                allow,
-            } => choice.exact(*bdf, *allow_ungrouped, *allow)?,
-            Request::Mdev {
-                uuid,
-                allow_ungrouped,
-                ..
-            } => choice.exact_mdev(*uuid, *allow_ungrouped)?,
-            Request::Any(_) => continue,
+        let exact = match request.from.device() {
+            Some(DeviceName::Pci(bdf)) => choice.exact(bdf, request)?,
+            Some(DeviceName::Mdev(uuid)) => choice.exact_mdev(uuid, request.allow_ungrouped)?,
+            None => continue,
         };
         picked.insert(index, exact);
     }
     for (index, request) in requests.iter().enumerate() {
-        if let Request::Any(wish) = request {
-            picked.insert(index, choice.pick(wish)?);
+        if let Some(meant) = choice.meant(&request.from)? {
+            picked.insert(index, choice.pick(request, &meant)?);
         }
     }
     Ok(picked.into_values().collect())
@@ -242,7 +237,7 @@ impl Near<'_> {
     }
 }
 
-/// What becomes of a card, or of one of its functions, that a wish looks at.
+/// What becomes of a card, or of one of its functions, that a request looks at.
 enum Verdict<T> {
     /// It is none of those meant.
     Other(Sieve),
@@ -251,7 +246,7 @@ enum Verdict<T> {
     Free(T),
 }
 
-/// The devices that a wish means.
+/// The devices that a request means.
 enum Meant<'g> {
     Group(&'g ResourceGroup),
     Alias(Vec<Alias>),
@@ -273,8 +268,7 @@ impl<'a> Choice<'a, '_> {
     fn exact(
         &mut self,
         bdf: HostBdf,
-        allow_ungrouped: bool,
-        allow: Allow,
+        request: &DeviceRequest,
     ) -> Result<Picked<'a>, AllocateError> {
         let device = self.view.devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
@@ -285,10 +279,10 @@ impl<'a> Choice<'a, '_> {
                 obstacle,
             })));
         }
-        if !allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
+        if !request.allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
-        let blocked = self.lacking(device, allow).or_else(|| {
+        let blocked = self.lacking(device, request.allow).or_else(|| {
             let obstacle = self.obstacle(device)?;
             Some(Blocked { bdf, obstacle })
         });
@@ -305,24 +299,27 @@ impl<'a> Choice<'a, '_> {
         })
     }
 
-    fn pick(&mut self, wish: &Wish) -> Result<Picked<'a>, AllocateError> {
-        let meant = self.meant(&wish.from)?;
-        if let Meant::Group(group) = &meant
+    fn pick(
+        &mut self,
+        request: &DeviceRequest,
+        meant: &Meant<'a>,
+    ) -> Result<Picked<'a>, AllocateError> {
+        if let Meant::Group(group) = meant
             && group.kind == GroupType::Usb
         {
             let name = group.name.clone();
             return Err(AllocateError::Usb { name });
         }
-        let policy = policy(self.view.groups, wish);
-        let mut fit = RequestFit::new(wish);
-        if let Meant::Group(group) = &meant {
-            fit.from = Some(Source::Group(group.name.clone()));
+        let policy = policy(self.view.groups, request);
+        let mut fit = RequestFit::new(request);
+        if let Meant::Group(group) = meant {
+            fit.from = Some(DeviceSource::Group(group.name.clone()));
         }
         let mut free = Vec::new();
         let devices = self.view.devices.iter();
         for card in cards(devices.filter(|device| !device.is_bridge())) {
             fit.considered += 1;
-            match self.card(wish, &meant, policy, &card) {
+            match self.card(request, meant, policy, &card) {
                 Verdict::Other(sieve) => fit.drop(sieve),
                 Verdict::Blocked(blocked) => fit.block(blocked),
                 Verdict::Free(card) => free.push(card),
@@ -330,18 +327,18 @@ impl<'a> Choice<'a, '_> {
         }
         // Stable: elsewhere, and where nothing is known, addresses decide.
         free.sort_by_key(|card| !self.near.has(card.first()));
-        if wish.isolate {
+        if request.isolate {
             free = isolated(free, &mut fit);
         }
-        if let Meant::Group(group) = &meant
+        if let Meant::Group(group) = meant
             && let Some(spec) = &group.sriov
         {
             let one = |device: &HostDevice| device.physfn == Some(spec.pf);
             let none = !self.view.devices.iter().any(one);
             fit.inactive = none.then(|| group.name.clone());
         }
-        let wanted = usize::try_from(wish.count).unwrap_or(usize::MAX);
-        let mut instances = self.instances_of(&meant, MOST_INSTANCES);
+        let wanted = usize::try_from(request.count).unwrap_or(usize::MAX);
+        let mut instances = self.instances_of(meant, MOST_INSTANCES);
         fit.free = free.len() + instances.len();
         free.truncate(wanted);
         instances.truncate(wanted.saturating_sub(free.len()));
@@ -358,31 +355,33 @@ impl<'a> Choice<'a, '_> {
         })
     }
 
-    fn meant(&self, from: &Source) -> Result<Meant<'a>, AllocateError> {
+    /// The group or the alternatives of an alias; none where the device is named.
+    fn meant(&self, from: &DeviceSource) -> Result<Option<Meant<'a>>, AllocateError> {
         let groups = self.view.groups;
-        match from {
-            Source::Group(name) => match groups.get(name) {
-                Some(group) => Ok(Meant::Group(group)),
-                None => Err(unknown(groups, name)),
+        Ok(Some(match from {
+            DeviceSource::Device(_) => return Ok(None),
+            DeviceSource::Group(name) => match groups.get(name) {
+                Some(group) => Meant::Group(group),
+                None => return Err(unknown(groups, name)),
             },
-            Source::Alias(name) => match (groups.alias(name), groups.get(name)) {
-                (alternatives, _) if !alternatives.is_empty() => Ok(Meant::Alias(alternatives)),
-                (_, Some(group)) => Ok(Meant::Group(group)),
+            DeviceSource::Alias(name) => match (groups.alias(name), groups.get(name)) {
+                (alternatives, _) if !alternatives.is_empty() => Meant::Alias(alternatives),
+                (_, Some(group)) => Meant::Group(group),
                 (_, None) => match nova::refused(name) {
-                    Some(reason) => Err(AllocateError::RefusedAlias {
-                        name: name.clone(),
-                        reason,
-                    }),
-                    None => Err(unknown_alias(groups, name)),
+                    Some(reason) => {
+                        let name = name.clone();
+                        return Err(AllocateError::RefusedAlias { name, reason });
+                    }
+                    None => return Err(unknown_alias(groups, name)),
                 },
             },
-        }
+        }))
     }
 
     /// A card with those of its functions that are meant: it is free if all of these are.
     fn card(
         &self,
-        wish: &Wish,
+        request: &DeviceRequest,
         meant: &Meant<'_>,
         policy: Option<NumaPolicy>,
         card: &Card<'a>,
@@ -390,7 +389,7 @@ impl<'a> Choice<'a, '_> {
         let mut free = BTreeSet::new();
         let mut other = Sieve::Group;
         for device in card.functions() {
-            match self.verdict(wish, meant, policy, device) {
+            match self.verdict(request, meant, policy, device) {
                 Verdict::Other(sieve) => other = sieve,
                 Verdict::Blocked(blocked) => return Verdict::Blocked(blocked),
                 Verdict::Free(()) => drop(free.insert(device.bdf)),
@@ -402,7 +401,7 @@ impl<'a> Choice<'a, '_> {
 
     fn verdict(
         &self,
-        wish: &Wish,
+        request: &DeviceRequest,
         meant: &Meant<'_>,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
@@ -435,7 +434,7 @@ impl<'a> Choice<'a, '_> {
         let bdf = device.bdf;
         let blocked = match obstacle {
             Some(obstacle) => Some(Blocked { bdf, obstacle }),
-            None => self.against(wish, policy, device),
+            None => self.against(request, policy, device),
         };
         blocked.map_or(Verdict::Free(()), Verdict::Blocked)
     }
@@ -468,23 +467,23 @@ impl<'a> Choice<'a, '_> {
     /// What stands against a device that is one of those meant.
     fn against(
         &self,
-        wish: &Wish,
+        request: &DeviceRequest,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
     ) -> Option<Blocked> {
         let bdf = device.bdf;
         let blocked = |obstacle| Some(Blocked { bdf, obstacle });
-        let wanted: Vec<&str> = wish.traits.names().collect();
-        if !wanted.is_empty() || wish.resource_class.is_some() {
+        let wanted: Vec<&str> = request.traits.names().collect();
+        if !wanted.is_empty() || request.resource_class.is_some() {
             let tags = self.view.groups.tags(device);
-            if let Some(obstacle) = untagged(wish.resource_class.as_deref(), &wanted, &tags) {
+            if let Some(obstacle) = untagged(request.resource_class.as_deref(), &wanted, &tags) {
                 return blocked(obstacle);
             }
         }
         if self.taken.contains(&device.bdf) {
             return blocked(Obstacle::AskedFor);
         }
-        if let Some(lacking) = self.lacking(device, wish.allow) {
+        if let Some(lacking) = self.lacking(device, request.allow) {
             return Some(lacking);
         }
         let node = device.numa_node;

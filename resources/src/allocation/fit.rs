@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::base::bdf::HostBdf;
 use crate::inventory::obstacle::{Blocked, Sieve};
-use crate::pools::request::{Source, Wish};
+use crate::pools::request::{DeviceRequest, DeviceSource};
 use crate::pools::vgpu::Instance;
 
 /// Of a long list of devices, so many are shown: an error fits the screen.
@@ -30,7 +30,7 @@ pub struct Fit {
 pub struct RequestFit {
     /// Where its devices come from; none for a device named by its address.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub from: Option<Source>,
+    pub from: Option<DeviceSource>,
     /// How many it asks for.
     pub wanted: u32,
     /// How many it could have.
@@ -54,7 +54,7 @@ pub struct RequestFit {
 }
 
 impl RequestFit {
-    pub(super) fn new(wish: &Wish) -> Self {
+    pub(super) fn new(wish: &DeviceRequest) -> Self {
         Self {
             from: Some(wish.from.clone()),
             wanted: wish.count,

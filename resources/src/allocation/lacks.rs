@@ -8,7 +8,7 @@ use crate::base::host::HostPaths;
 use crate::holding::passing::is_passing;
 use crate::inventory::device::HostDevice;
 use crate::inventory::obstacle::{Blocked, Obstacle};
-use crate::pools::request::Source;
+use crate::pools::request::DeviceSource;
 
 /// What a request lacks.
 #[derive(Debug, Default)]
@@ -24,10 +24,8 @@ pub(super) struct Lacks {
 impl Lacks {
     /// Of a request that got too little.
     pub(super) fn of(look: &Look, fit: &RequestFit) -> Self {
-        let group = match &fit.from {
-            Some(Source::Group(name) | Source::Alias(name)) => look.groups.get(name),
-            None => None,
-        };
+        let name = fit.from.as_ref().and_then(DeviceSource::pool);
+        let group = name.and_then(|name| look.groups.get(name));
         Self {
             made: group.is_some_and(|group| group.vgpu.is_some()),
             ..Self::devices(look, &fit.blocked)

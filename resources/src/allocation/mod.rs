@@ -37,7 +37,7 @@ use crate::making::vgpu::{self, VgpuError};
 use crate::moving::bind::BindError;
 use crate::moving::writer::ChildWriter;
 use crate::pools::group::{GroupError, Groups, NO_USB};
-use crate::pools::request::{Placement, Request};
+use crate::pools::request::{DeviceRequest, Placement};
 use choose::{Pick, View, choose, survey};
 pub use fit::{Fit, RequestFit};
 use lacks::Lacks;
@@ -207,7 +207,7 @@ impl AllocateError {
 /// process still holds is waited for.
 pub fn allocate(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
     allocate_near(paths, requests, &Placement::default(), holder)
@@ -216,7 +216,7 @@ pub fn allocate(
 /// [`allocate`] for a VM whose processors and memory are bound to nodes of the host.
 pub fn allocate_near(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     placement: &Placement,
     holder: &Holder,
 ) -> Result<Vec<Lease>, AllocateError> {
@@ -250,7 +250,7 @@ impl<'a> Recipient<'a> {
 /// [`allocate_near`] for a VM that may have devices already.
 pub(crate) fn allocate_for(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     vm: Recipient<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
     let links = Netlink::new(paths);
@@ -267,7 +267,7 @@ pub(crate) fn allocate_for(
 /// [`allocate_for`] with what binds devices.
 pub(crate) fn allocate_with(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     vm: Recipient<'_>,
     binder: &Binder<'_>,
 ) -> Result<Vec<Lease>, AllocateError> {
@@ -328,7 +328,7 @@ pub(crate) fn allocate_with(
 /// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
 pub fn fit(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Fit, AllocateError> {
     let look = Look::at(paths)?;

@@ -17,21 +17,17 @@ use crate::making::sriov::{self, SriovError};
 use crate::making::vgpu;
 use crate::making::vgpu::Claimed;
 use crate::pools::group::{GroupType, Groups};
-use crate::pools::request::{Request, Source};
+use crate::pools::request::DeviceRequest;
 use crate::pools::vgpu::Instance;
 
 /// Makes the virtual functions of groups that VMs take devices of on demand.
 pub(super) fn activate_wanted(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     binder: &Binder<'_>,
 ) -> Result<(), AllocateError> {
     let groups = Groups::load(paths)?;
-    let wishes = requests.iter().filter_map(|request| match request {
-        Request::Any(wish) => Some(&wish.from),
-        Request::Device { .. } | Request::Mdev { .. } => None,
-    });
-    for Source::Group(name) | Source::Alias(name) in wishes {
+    for name in requests.iter().filter_map(|request| request.from.pool()) {
         if let Some(group) = groups.get(name) {
             sriov::activate_for_vm(paths, binder.host, group)?;
         }

@@ -9,7 +9,7 @@ use crate::holding::record::LeaseStatus;
 use crate::inventory::card::{Card, cards};
 use crate::inventory::obstacle::Sieve;
 use crate::pools::nova::NumaPolicy;
-use crate::pools::request::{Source, Wish, aliases};
+use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
 use proptest::prelude::*;
 
 const CONFIG: &str = r#"{
@@ -30,6 +30,10 @@ const CONFIG: &str = r#"{
     ]
 }"#;
 
+fn aliases(text: &str) -> Result<Vec<DeviceRequest>, String> {
+    text.parse().map(|Aliases(requests)| requests)
+}
+
 fn groups() -> Groups {
     let host = crate::fixture::FakeHost::new(&[]);
     host.file("etc/groups.json", CONFIG);
@@ -40,15 +44,20 @@ fn sockets() -> Sockets {
     [(0, 0), (1, 1)].into_iter().collect()
 }
 
-fn wish(group: &str, count: u32, policy: NumaPolicy) -> Request {
-    Request::Any(Wish {
+fn wish(group: &str, count: u32, policy: NumaPolicy) -> DeviceRequest {
+    DeviceRequest {
         numa_policy: Some(policy),
-        ..Wish::new(Source::Group(group.to_owned()), count)
-    })
+        ..DeviceRequest::new(DeviceSource::Group(group.to_owned()), count)
+    }
 }
 
 /// Runs a test on what requests would get.
-fn on(devices: &[HostDevice], requests: &[Request], nodes: &[u32], test: impl FnOnce(Chosen<'_>)) {
+fn on(
+    devices: &[HostDevice],
+    requests: &[DeviceRequest],
+    nodes: &[u32],
+    test: impl FnOnce(Chosen<'_>),
+) {
     let (groups, sockets) = (groups(), sockets());
     let view = View {
         devices,
@@ -198,7 +207,7 @@ fn resource_classes_and_traits_select() {
     for (alias, dropped) in [("quadro", None), ("red", Some(Sieve::Traits))] {
         on(
             &hosts::workstation(),
-            &[Request::alias(alias, 1)],
+            &[DeviceRequest::alias(alias, 1)],
             &[],
             |chosen| {
                 let fit = &chosen.picked[0].fit;
@@ -210,10 +219,10 @@ fn resource_classes_and_traits_select() {
         );
     }
     for (name, fits) in [("hw_gpu", true), ("HW_TPU", false)] {
-        let wish = Request::Any(Wish {
+        let wish = DeviceRequest {
             traits: [name].into_iter().collect(),
-            ..Wish::new(Source::Group("gpus".to_owned()), 1)
-        });
+            ..DeviceRequest::new(DeviceSource::Group("gpus".to_owned()), 1)
+        };
         on(&hosts::nvswitch_server(), &[wish], &[], |chosen| {
             assert_eq!(chosen.picked[0].fit.is_enough(), fits, "{name}");
         });
@@ -222,11 +231,9 @@ fn resource_classes_and_traits_select() {
 
 #[test]
 fn virtual_functions_can_be_asked_for_across_physical_ones() {
-    let wish = |count| {
-        Request::Any(Wish {
-            isolate: true,
-            ..Wish::new(Source::Group("vfs".to_owned()), count)
-        })
+    let wish = |count| DeviceRequest {
+        isolate: true,
+        ..DeviceRequest::new(DeviceSource::Group("vfs".to_owned()), count)
     };
     on(&hosts::paired_gpus(), &[wish(2)], &[], |chosen| {
         let pfs: BTreeSet<_> = chosen.picked[0]
@@ -246,7 +253,7 @@ fn virtual_functions_can_be_asked_for_across_physical_ones() {
 fn without_an_iommu_nothing_fits_and_that_is_said() {
     on(
         &hosts::no_iommu(),
-        &[Request::group("gpus", 1)],
+        &[DeviceRequest::group("gpus", 1)],
         &[],
         |chosen| {
             assert_eq!(chosen.picked[0].fit.dropped[&Sieve::IommuGroup], 1);
@@ -258,7 +265,7 @@ fn without_an_iommu_nothing_fits_and_that_is_said() {
 fn nvswitches_are_devices_and_ports_are_none() {
     on(
         &hosts::nvswitch_server(),
-        &[Request::group("switches", 4)],
+        &[DeviceRequest::group("switches", 4)],
         &[],
         |chosen| {
             assert!(chosen.picked[0].fit.is_enough());
@@ -284,7 +291,7 @@ fn other_hardware_at_an_address_is_named() {
         attached: &BTreeMap::new(),
         mdevs: &Mdevs::default(),
     };
-    let requests = [Request::group("one", 1)];
+    let requests = [DeviceRequest::group("one", 1)];
     let error = choose(view, &requests, &Placement::default())
         .unwrap_err()
         .to_string();
@@ -292,7 +299,7 @@ fn other_hardware_at_an_address_is_named() {
     assert!(error.contains("0000:0b:00.0 is 10de:1c31 now"), "{error}");
 }
 
-fn requests() -> impl Strategy<Value = Vec<Request>> {
+fn requests() -> impl Strategy<Value = Vec<DeviceRequest>> {
     let policy = prop::option::of(prop::sample::select(vec![
         NumaPolicy::Required,
         NumaPolicy::Preferred,
@@ -300,18 +307,18 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
         NumaPolicy::Socket,
     ]));
     let source = prop::sample::select(vec![
-        Source::Group("gpus".to_owned()),
-        Source::Group("vfs".to_owned()),
-        Source::Alias("qat-vf".to_owned()),
-        Source::Alias("p2000".to_owned()),
+        DeviceSource::Group("gpus".to_owned()),
+        DeviceSource::Group("vfs".to_owned()),
+        DeviceSource::Alias("qat-vf".to_owned()),
+        DeviceSource::Alias("p2000".to_owned()),
     ]);
     let wish =
         (source, 0u32..6, policy, any::<bool>()).prop_map(|(from, count, numa_policy, isolate)| {
-            Request::Any(Wish {
+            DeviceRequest {
                 numa_policy,
                 isolate,
-                ..Wish::new(from, count)
-            })
+                ..DeviceRequest::new(from, count)
+            }
         });
     prop::collection::vec(wish, 1..4)
 }
@@ -319,9 +326,9 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
 /// What happens to a host: a VM asks, one ends, one is killed while it starts.
 #[derive(Clone, Debug)]
 enum Event {
-    Start(Vec<Request>),
+    Start(Vec<DeviceRequest>),
     End(prop::sample::Index),
-    Killed(Vec<Request>),
+    Killed(Vec<DeviceRequest>),
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -374,10 +381,7 @@ proptest! {
             let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], mdevs: &Mdevs::default(), attached: &BTreeMap::new() };
             let Ok(chosen) = choose(view, &asked.0, &Placement::default()) else { continue };
             let chosen: Vec<&HostDevice> = chosen.iter().filter_map(Pick::device).collect();
-            let wanted: u32 = asked.0.iter().map(|request| match request {
-                Request::Any(wish) => wish.count,
-                Request::Device { .. } | Request::Mdev { .. } => 1,
-            }).sum();
+            let wanted: u32 = asked.0.iter().map(|request| request.count).sum();
             let firsts: Vec<&HostDevice> = cards(chosen.iter().copied()).iter().map(Card::first).collect();
             prop_assert_eq!(firsts.len(), wanted as usize);
             let distinct: BTreeSet<HostBdf> = chosen.iter().map(|one| one.bdf).collect();
@@ -406,16 +410,13 @@ proptest! {
 }
 
 /// The nodes of the devices that must be on the VM's node.
-fn near_devices(requests: &[Request], chosen: &[&HostDevice]) -> Vec<Option<u32>> {
+fn near_devices(requests: &[DeviceRequest], chosen: &[&HostDevice]) -> Vec<Option<u32>> {
     let mut rest = chosen;
     let mut nodes = Vec::new();
     for request in requests {
-        let Request::Any(wish) = request else {
-            continue;
-        };
-        let (own, others) = rest.split_at(wish.count as usize);
+        let (own, others) = rest.split_at(request.count as usize);
         rest = others;
-        if wish.numa_policy == Some(NumaPolicy::Required) {
+        if request.numa_policy == Some(NumaPolicy::Required) {
             nodes.extend(own.iter().map(|device| device.numa_node));
         }
     }

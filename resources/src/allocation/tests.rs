@@ -4,7 +4,7 @@ use super::fit::SHOWN;
 use super::*;
 use crate::fixture::{Fake, FakeHost, bdf};
 use crate::holding::record::LeaseStatus;
-use crate::pools::request::{Source, Wish};
+use crate::pools::request::{DeviceRequest, DeviceSource};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,16 +25,12 @@ fn vm(name: &str) -> Holder {
     }
 }
 
-fn of(group: &str, count: u32) -> Request {
-    Request::group(group, count)
+fn of(group: &str, count: u32) -> DeviceRequest {
+    DeviceRequest::group(group, count)
 }
 
-fn exact(address: &str) -> Request {
-    Request::Device {
-        bdf: bdf(address),
-        allow_ungrouped: false,
-        allow: crate::inventory::card::Allow::default(),
-    }
+fn exact(address: &str) -> DeviceRequest {
+    DeviceRequest::device(bdf(address))
 }
 
 fn addresses(leases: &[Lease]) -> Vec<String> {
@@ -44,7 +40,7 @@ fn addresses(leases: &[Lease]) -> Vec<String> {
         .collect()
 }
 
-fn refusal(host: &FakeHost, requests: &[Request]) -> String {
+fn refusal(host: &FakeHost, requests: &[DeviceRequest]) -> String {
     allocate(&host.paths, requests, &vm("b"))
         .unwrap_err()
         .to_string()
@@ -346,10 +342,9 @@ fn exact_devices_are_refused_with_their_reason() {
         let error = refusal(&host, &[exact(address)]);
         assert!(error.contains(said), "{error}");
     }
-    let request = Request::Device {
-        bdf: bdf("01:00.0"),
+    let request = DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("01:00.0"))
     };
     assert_eq!(
         allocate(&host.paths, &[request], &vm("a")).unwrap().len(),
@@ -462,13 +457,12 @@ fn arbitrary_host() -> impl Strategy<Value = Vec<Fake>> {
     })
 }
 
-fn arbitrary_requests() -> impl Strategy<Value = Vec<Request>> {
+fn arbitrary_requests() -> impl Strategy<Value = Vec<DeviceRequest>> {
     let group = (prop::sample::select(vec!["nvme", "net"]), 0u32..4)
         .prop_map(|(name, count)| of(name, count));
-    let device = (1u8..11, any::<bool>()).prop_map(|(bus, allow_ungrouped)| Request::Device {
-        bdf: HostBdf::new(0, bus, 0, 0).unwrap(),
+    let device = (1u8..11, any::<bool>()).prop_map(|(bus, allow_ungrouped)| DeviceRequest {
         allow_ungrouped,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(HostBdf::new(0, bus, 0, 0).unwrap())
     });
     prop::collection::vec(prop_oneof![group, device], 1..4)
 }
@@ -503,36 +497,28 @@ proptest! {
                 prop_assert!(chosen.iter().all(|device| is_free(&devices, device)));
                 let mut rest = chosen.as_slice();
                 for request in &requests {
-                    let count = match request {
-                        Request::Any(wish) => wish.count as usize,
-                        Request::Device { .. } | Request::Mdev { .. } => 1,
-                    };
-                    let (own, others) = rest.split_at(count);
+                    let (own, others) = rest.split_at(request.count as usize);
                     rest = others;
                     for device in own {
-                        match request {
-                            Request::Any(wish) => prop_assert_eq!(&wish.from, &Source::Group(groups.group_of(device).unwrap().name.clone())),
-                            Request::Device { bdf, .. } => prop_assert_eq!(&device.bdf, bdf),
-                            Request::Mdev { .. } => prop_assert!(false),
+                        match &request.from {
+                            DeviceSource::Device(name) => prop_assert_eq!(*name, device.bdf),
+                            from => prop_assert_eq!(from, &DeviceSource::Group(groups.group_of(device).unwrap().name.clone())),
                         }
                     }
                 }
                 prop_assert!(rest.is_empty());
             }
             Err(AllocateError::NoFit(fit)) => {
-                let Some(Source::Group(group)) = fit.from.clone() else { panic!() };
+                let Some(DeviceSource::Group(group)) = fit.from.clone() else { panic!() };
                 let (wanted, free, blocked) = (fit.wanted as usize, fit.free, &fit.blocked);
                 let passed: usize = fit.dropped.values().sum();
                 prop_assert_eq!(passed + free, fit.considered, "every device is counted once");
 
-                let asked: BTreeSet<HostBdf> = requests.iter().filter_map(|request| match request {
-                    Request::Device { bdf, .. } => Some(*bdf),
-                    Request::Any(_) | Request::Mdev { .. } => None,
-                }).collect();
+                let asked: BTreeSet<HostBdf> = requests.iter().filter_map(|request| request.from.device()?.pci()).collect();
                 let of_group = devices.iter().filter(|device| groups.group_of(device).is_some_and(|own| own.name == group));
                 let really = of_group.clone().filter(|device| is_free(&devices, device) && !asked.contains(&device.bdf)).count();
-                let earlier: u32 = requests.iter().map(|request| match request {
-                    Request::Any(Wish { from: Source::Group(name), count, .. }) if *name == group => *count,
+                let earlier: u32 = requests.iter().map(|request| match request.from.pool() {
+                    Some(name) if name == group => request.count,
                     _ => 0,
                 }).sum();
                 prop_assert!(really < earlier as usize && free < wanted);
@@ -548,7 +534,7 @@ proptest! {
             }
             Err(AllocateError::NoSuchDevice { bdf }) => prop_assert!(devices.iter().all(|device| device.bdf != bdf)),
             Err(AllocateError::AskedTwice { bdf }) => {
-                let same = |request: &&Request| matches!(request, Request::Device { bdf: other, .. } if *other == bdf);
+                let same = |request: &&DeviceRequest| request.from == DeviceSource::Device(bdf.into());
                 prop_assert!(requests.iter().filter(same).count() > 1);
             }
             Err(other) => prop_assert!(false, "{}", other),

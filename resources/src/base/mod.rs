@@ -18,7 +18,7 @@ pub use bdf::{BdfError, HostBdf};
 pub use config::ConfigError;
 pub use helpers::reap_helpers;
 pub use host::HostPaths;
-pub use name::DeviceName;
+pub use name::{DeviceName, label_flaw};
 pub use numbers::Numbers;
 pub use regular::{open_below, open_regular, read_regular, read_text};
 pub use uuid::Uuid;

@@ -102,3 +102,15 @@ impl PartialEq<HostBdf> for DeviceName {
         self.pci() == Some(*bdf)
     }
 }
+
+/// Why a text cannot name a VM or a device in it, if it cannot: such names appear in lock files, logs and tables.
+pub fn label_flaw(text: &str) -> Option<&'static str> {
+    Some(match text {
+        "" => "it is empty",
+        text if text.len() > 64 => "it is longer than 64 bytes",
+        text if text.chars().any(|c| c.is_control() || c == '/') => {
+            "it holds a slash or a control character"
+        }
+        _ => return None,
+    })
+}

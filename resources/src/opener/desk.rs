@@ -20,12 +20,11 @@ use crate::base::name::DeviceName;
 use crate::base::text::short;
 use crate::facts::reserved::reserved_regions;
 use crate::holding::record::Holder;
-use crate::inventory::card::Allow;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
 use crate::pools::group::Groups;
 use crate::pools::plan::{PlanError, Plans};
-use crate::pools::request::{Placement, Request, Source, Wish};
+use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 
 /// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
 /// until the kernel has reset the device.
@@ -51,7 +50,7 @@ pub fn opener_helper(args: &[String]) -> ExitCode {
 
 /// What allocates: [`allocate_for`].
 pub(super) type Allocate<'a> =
-    dyn Fn(&HostPaths, &[Request], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + 'a;
+    dyn Fn(&HostPaths, &[DeviceRequest], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + 'a;
 
 /// Answers until the socket ends, over which things are asked for. Leases come back over the other one
 /// meanwhile.
@@ -96,10 +95,18 @@ fn answer(
     loop {
         match wire::receive(socket) {
             Ok(Ask::Lease {
-                requests,
+                mut requests,
+                ungrouped,
                 held,
                 container,
-            }) => desk.lease(socket, &requests, &held, container)?,
+            }) => {
+                let limit = desk.limit.as_ref();
+                let ungrouped = limit.map_or(ungrouped, |limit| limit.ungrouped);
+                for request in &mut requests {
+                    request.allow_ungrouped = ungrouped;
+                }
+                desk.lease(socket, &requests, &held, container)?;
+            }
             Ok(Ask::Plan(name)) => {
                 let planned = desk.plan(&name);
                 let said = planned.map_or_else(Said::Not, Said::Planned);
@@ -176,7 +183,7 @@ struct Desk<'a> {
     /// What was given for the last request.
     last: Range<u64>,
     /// Where the devices came from that the VM starts with.
-    sources: Vec<Source>,
+    sources: Vec<DeviceSource>,
 }
 
 /// What goes over the socket for a request.
@@ -190,7 +197,7 @@ impl Desk<'_> {
     fn lease(
         &mut self,
         socket: &mut UnixStream,
-        requests: &[Request],
+        requests: &[DeviceRequest],
         held: &[u32],
         container: bool,
     ) -> io::Result<()> {
@@ -243,14 +250,14 @@ impl Desk<'_> {
         Ok(())
     }
 
-    fn plan(&self, name: &str) -> Result<Vec<Request>, Refusal> {
+    fn plan(&self, name: &str) -> Result<Vec<DeviceRequest>, Refusal> {
         let not = |error: PlanError| match error.is_mistake() {
             true => Refusal::Mistaken(chain(&error)),
             false => failed(&error),
         };
         let plans = Plans::load(self.paths).map_err(not)?;
         let plan = plans.find(name).map_err(not)?;
-        let requests = plan.requests().map_err(|error| denied(&error))?;
+        let requests = plan.requests();
         match requests.is_empty() {
             true => Err(Refusal::Denied(format!("plan \"{name}\" has no devices"))),
             false => Ok(requests),
@@ -260,16 +267,12 @@ impl Desk<'_> {
     /// Leases and opens, or says why not, in words for whoever asked.
     fn bundle(
         &self,
-        requests: &[Request],
+        requests: &[DeviceRequest],
         held: &[u32],
         container: bool,
     ) -> Result<Bundle, Refusal> {
-        let mut requests = requests.to_vec();
         if let Some(limit) = &self.limit {
-            self.within(limit, &requests)?;
-            for request in &mut requests {
-                *request = request.clone().with_ungrouped(limit.ungrouped);
-            }
+            self.within(limit, requests)?;
         }
         let vm = Recipient {
             holder: &self.holder,
@@ -277,7 +280,7 @@ impl Desk<'_> {
             own: &self.leases.own(),
             slots: self.slots,
         };
-        let leases = (self.allocate)(self.paths, &requests, vm);
+        let leases = (self.allocate)(self.paths, requests, vm);
         let leases = leases.map_err(|error| not_allocated(&error))?;
         let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
         for lease in &leases {
@@ -315,16 +318,16 @@ impl Desk<'_> {
     }
 
     /// Goes the way that a request will take, so that code and sysfs are at hand when one comes.
-    fn rehearse(&self, from: &[Source]) {
+    fn rehearse(&self, from: &[DeviceSource]) {
         for source in from {
-            let request = Request::Any(Wish::new(source.clone(), 1));
+            let request = DeviceRequest::new(source.clone(), 1);
             // Whether it fits now is of no interest.
             let _ = fit(self.paths, &[request], &Placement::default());
         }
     }
 
     /// Whether the VM may be given all that it asks for.
-    fn within(&self, limit: &Limit, requests: &[Request]) -> Result<(), Refusal> {
+    fn within(&self, limit: &Limit, requests: &[DeviceRequest]) -> Result<(), Refusal> {
         let most = limit.most;
         if self.leases.all().len().saturating_add(devices(requests)) > most {
             return Err(Refusal::Denied(format!(
@@ -340,7 +343,7 @@ impl Desk<'_> {
             .try_for_each(|request| self.may(limit, request))
     }
 
-    fn may(&self, limit: &Limit, request: &Request) -> Result<(), Refusal> {
+    fn may(&self, limit: &Limit, request: &DeviceRequest) -> Result<(), Refusal> {
         let source = self.source(request)?;
         let allowed = match &source {
             Some(source) => limit.from.contains(source),
@@ -354,50 +357,42 @@ impl Desk<'_> {
     }
 
     /// Where a request's devices come from; none for a device that is in no group.
-    fn source(&self, request: &Request) -> Result<Option<Source>, Refusal> {
+    fn source(&self, request: &DeviceRequest) -> Result<Option<DeviceSource>, Refusal> {
         source_of(self.paths, request).map_err(|error| not_allocated(&error))
     }
 }
 
 /// Where a request's devices come from; none for a device that is in no group.
-pub fn source_of(paths: &HostPaths, request: &Request) -> Result<Option<Source>, AllocateError> {
-    let owner = match request {
-        Request::Any(wish) => return Ok(Some(wish.from.clone())),
-        Request::Device { bdf, .. } => {
-            let groups = Groups::load(paths)?;
-            let device = HostDevice::read(paths, *bdf)?;
+pub fn source_of(
+    paths: &HostPaths,
+    request: &DeviceRequest,
+) -> Result<Option<DeviceSource>, AllocateError> {
+    match &request.from {
+        DeviceSource::Device(name) => Ok(group_of(paths, *name)?.map(DeviceSource::Group)),
+        from => Ok(Some(from.clone())),
+    }
+}
+
+fn group_of(paths: &HostPaths, name: DeviceName) -> Result<Option<String>, AllocateError> {
+    let groups = Groups::load(paths)?;
+    Ok(match name {
+        DeviceName::Pci(bdf) => {
+            let device = HostDevice::read(paths, bdf)?;
             groups.group_of(&device).map(|group| group.name.clone())
         }
-        Request::Mdev { uuid, .. } => {
-            let groups = Groups::load(paths)?;
-            let device = MdevDevice::read(paths, *uuid)?;
+        DeviceName::Mdev(uuid) => {
+            let device = MdevDevice::read(paths, uuid)?;
             device.and_then(|device| Some(groups.group_of_mdev(&device)?.name.clone()))
         }
-    };
-    Ok(owner.map(Source::Group))
+    })
 }
 
 /// The resource group that a device is in, as far as that can be read.
 pub fn pool_of(paths: &HostPaths, name: DeviceName) -> Option<String> {
-    let request = match name {
-        DeviceName::Pci(bdf) => Request::Device {
-            bdf,
-            allow_ungrouped: true,
-            allow: Allow::default(),
-        },
-        DeviceName::Mdev(uuid) => Request::Mdev {
-            uuid,
-            allow_ungrouped: true,
-            allow: Allow::default(),
-        },
-    };
-    match source_of(paths, &request) {
-        Ok(Some(Source::Group(name))) => Some(name),
-        _ => None,
-    }
+    group_of(paths, name).ok().flatten()
 }
 
-fn not_from(limit: &Limit, source: &Source) -> String {
+fn not_from(limit: &Limit, source: &DeviceSource) -> String {
     let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
     let may = match from.is_empty() {
         true => "this VM names no groups for devices that are attached later".to_owned(),
@@ -407,8 +402,8 @@ fn not_from(limit: &Limit, source: &Source) -> String {
         ),
     };
     let remedy = match source {
-        Source::Group(name) => format!("add \"{name}\" to `hotplug.groups` of its file"),
-        Source::Alias(_) => {
+        DeviceSource::Group(name) => format!("add \"{name}\" to `hotplug.groups` of its file"),
+        DeviceSource::Alias(_) | DeviceSource::Device(_) => {
             "name the groups of the devices in `hotplug.groups` of its file".to_owned()
         }
     };
@@ -416,21 +411,17 @@ fn not_from(limit: &Limit, source: &Source) -> String {
 }
 
 /// Why a VM that was not started for it gets no device that is in no group.
-pub fn ungrouped(request: &Request) -> String {
-    let device = match request {
-        Request::Device { bdf, .. } => bdf.to_string(),
-        Request::Mdev { uuid, .. } => uuid.to_string(),
-        Request::Any(wish) => wish.from.to_string(),
-    };
+pub fn ungrouped(request: &DeviceRequest) -> String {
     format!(
-        "{device} is in no group: add it to a group of this VM, or set \"ungrouped\": true under `hotplug` in the \
-         VM's file and start the VM again"
+        "{} is in no group: add it to a group of this VM, or set \"ungrouped\": true under `hotplug` in the \
+         VM's file and start the VM again",
+        request.from
     )
 }
 
 /// How many devices are asked for.
-fn devices(requests: &[Request]) -> usize {
-    let counts = requests.iter().map(|request| request.count() as usize);
+fn devices(requests: &[DeviceRequest]) -> usize {
+    let counts = requests.iter().map(|request| request.count as usize);
     counts.fold(0, usize::saturating_add)
 }
 

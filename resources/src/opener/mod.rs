@@ -36,7 +36,7 @@ use crate::holding::record::Holder;
 use crate::inventory::card::Terms;
 use crate::inventory::scan::{Detail, scan_with};
 use crate::pools::group::Groups;
-use crate::pools::request::{Placement, Request, Source};
+use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
 pub use wire::Limit;
 use wire::{Ask, Bounded, Leased, Refusal, Return, Said};
@@ -312,13 +312,14 @@ impl Opener {
     /// waited for any more, what is leased late goes back, and nothing will be opened again.
     pub fn open(
         &self,
-        requests: &[Request],
+        requests: &[DeviceRequest],
         held: &[u32],
         container: bool,
         unwanted: &dyn Fn() -> bool,
     ) -> Result<Opened, OpenerError> {
         let ask = Ask::Lease {
             requests: requests.to_vec(),
+            ungrouped: requests.iter().any(|request| request.allow_ungrouped),
             held: held.to_vec(),
             container,
         };
@@ -397,7 +398,7 @@ impl Opener {
     }
 
     /// What the plan of that name asks for.
-    pub fn plan(&self, name: &str) -> Result<Vec<Request>, OpenerError> {
+    pub fn plan(&self, name: &str) -> Result<Vec<DeviceRequest>, OpenerError> {
         let mut line = self.lock();
         let ask = Ask::Plan(name.to_owned());
         let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
@@ -450,13 +451,13 @@ pub struct ToCome {
 
 /// What is known of devices `from` these sources. Aliases and what cannot be read are left out: it is looked
 /// at again when a device comes.
-pub fn to_come(paths: &HostPaths, from: &[Source]) -> ToCome {
+pub fn to_come(paths: &HostPaths, from: &[DeviceSource]) -> ToCome {
     let look = || {
         let groups = Groups::load(paths).ok()?;
         let devices = scan_with(paths, Detail::ForChoice).ok()?;
         let meant = devices.iter().filter(|device| {
             let owner = groups.group_of(device);
-            owner.is_some_and(|owner| from.contains(&Source::Group(owner.name.clone())))
+            owner.is_some_and(|owner| from.contains(&DeviceSource::Group(owner.name.clone())))
         });
         let meant: Vec<_> = meant.collect();
         let numbers: BTreeSet<u32> = meant.iter().filter_map(|one| one.iommu_group).collect();

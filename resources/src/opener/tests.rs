@@ -46,7 +46,7 @@ fn host_with_nics(nics: [&str; 2]) -> FakeHost {
 }
 
 type AllocateFn =
-    dyn Fn(&HostPaths, &[Request], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + Send;
+    dyn Fn(&HostPaths, &[DeviceRequest], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + Send;
 
 /// The helper on a thread instead of in a process.
 fn started(host: &FakeHost) -> (Opener, JoinHandle<io::Result<()>>) {
@@ -95,7 +95,7 @@ fn held(host: &FakeHost) -> Vec<String> {
 fn only(groups: &[&str]) -> Limit {
     let groups = groups
         .iter()
-        .map(|group| Source::Group((*group).to_owned()));
+        .map(|group| DeviceSource::Group((*group).to_owned()));
     Limit {
         from: groups.collect(),
         ungrouped: false,
@@ -109,7 +109,7 @@ fn content(mut file: &File) -> String {
     text
 }
 
-fn refused(opener: &Opener, request: Request) -> String {
+fn refused(opener: &Opener, request: DeviceRequest) -> String {
     match opener.open(&[request], &[], false, &|| false) {
         Err(OpenerError::Refused(why) | OpenerError::Mistaken(why) | OpenerError::Busy(why)) => why,
         Err(other) => panic!("{other}"),
@@ -121,14 +121,14 @@ fn refused(opener: &Opener, request: Request) -> String {
 fn what_others_hold_may_be_asked_for_again() {
     let host = host();
     let (opener, _helper) = started(&host);
-    let both = [Request::group("nvme", 2)];
+    let both = [DeviceRequest::group("nvme", 2)];
     let _held = opener.open(&both, &[], false, &|| false).unwrap();
-    let ask = |request: Request| opener.open(&[request], &[], false, &|| false).err();
-    let held = ask(Request::group("nvme", 1));
+    let ask = |request: DeviceRequest| opener.open(&[request], &[], false, &|| false).err();
+    let held = ask(DeviceRequest::group("nvme", 1));
     assert!(matches!(held, Some(OpenerError::Busy(_))), "{held:?}");
-    let never = ask(Request::group("nvme", 9));
+    let never = ask(DeviceRequest::group("nvme", 9));
     assert!(matches!(never, Some(OpenerError::Refused(_))), "{never:?}");
-    let unknown = ask(Request::group("disks", 1));
+    let unknown = ask(DeviceRequest::group("disks", 1));
     assert!(
         matches!(unknown, Some(OpenerError::Mistaken(_))),
         "{unknown:?}"
@@ -140,7 +140,7 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
     let opened = opener
-        .open(&[Request::group("nvme", 1)], &[], true, &|| false)
+        .open(&[DeviceRequest::group("nvme", 1)], &[], true, &|| false)
         .unwrap();
     assert_eq!(opened.devices[0].name, bdf("01:00.0"));
     assert_eq!(opened.devices[0].group, 1);
@@ -150,11 +150,11 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     assert_eq!(held(&host), ["0000:01:00.0"]);
 
     let second = opener
-        .open(&[Request::group("nvme", 1)], &[1], false, &|| false)
+        .open(&[DeviceRequest::group("nvme", 1)], &[1], false, &|| false)
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("02:00.0"));
     assert!(second.container.is_none());
-    let none_left = refused(&opener, Request::group("nvme", 1));
+    let none_left = refused(&opener, DeviceRequest::group("nvme", 1));
     assert!(none_left.contains("No valid host was found"), "{none_left}");
     drop(opened);
     assert_eq!(held(&host), ["0000:02:00.0"]);
@@ -169,14 +169,14 @@ fn the_functions_of_a_group_come_with_one_node() {
     let host = host();
     let (opener, _helper) = started(&host);
     let opened = opener
-        .open(&[Request::group("nic", 2)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 2)], &[], false, &|| false)
         .unwrap();
     assert_eq!((opened.devices.len(), opened.groups.len()), (2, 1));
     let locks = opened.devices[0].lease.locks.as_ref().unwrap();
     assert_eq!(locks.len(), 2, "the whole group is locked");
     drop(opened);
     let known = opener
-        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert!(known.groups.is_empty());
 }
@@ -186,19 +186,19 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
     let host = host();
     let (opener, _helper) = started(&host);
     let first = opener
-        .open(&[Request::group("nic", 1)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let (other, _helper) = started(&host);
-    assert!(refused(&other, Request::group("nic", 1)).contains("03:01.0"));
+    assert!(refused(&other, DeviceRequest::group("nic", 1)).contains("03:01.0"));
     let second = opener
-        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("03:01.0"));
-    assert!(refused(&opener, Request::group("nic", 1)).contains("'one'"));
+    assert!(refused(&opener, DeviceRequest::group("nic", 1)).contains("'one'"));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
     let again = opener
-        .open(&[Request::group("nic", 1)], &[7], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert_eq!(again.devices[0].name, bdf("03:00.0"));
     drop((second, again));
@@ -210,15 +210,14 @@ fn a_vm_is_given_only_what_its_file_names() {
     let host = host();
     let (opener, _helper) = started(&host);
     opener.limit(only(&["nvme"])).unwrap();
-    let why = refused(&opener, Request::group("nic", 1));
+    let why = refused(&opener, DeviceRequest::group("nic", 1));
     assert!(why.contains("group \"nvme\" only"), "{why}");
-    let exact = |address| Request::Device {
-        bdf: bdf(address),
+    let exact = |address| DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf(address))
     };
     refused(&opener, exact("03:00.0"));
-    refused(&opener, Request::alias("nvme", 1));
+    refused(&opener, DeviceRequest::alias("nvme", 1));
     assert!(held(&host).is_empty());
     let opened = opener
         .open(&[exact("02:00.0")], &[], false, &|| false)
@@ -234,10 +233,9 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         "etc/groups.json",
         r#"{"groups": [{"name": "nic", "rules": [{"class": "0200"}]}]}"#,
     );
-    let ungrouped = Request::Device {
-        bdf: bdf("01:00.0"),
+    let ungrouped = DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("01:00.0"))
     };
     let (opener, _helper) = started(&host);
     opener.limit(only(&[])).unwrap();
@@ -246,7 +244,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         why.contains("01:00.0 is in no group") && why.contains("\"ungrouped\": true"),
         "{why}"
     );
-    let nics = |count| Request::group("nic", count);
+    let nics = |count| DeviceRequest::group("nic", count);
     assert!(refused(&opener, nics(3)).contains("at most 2 devices"));
     // It started without devices, so that no group is its own.
     let why = refused(&opener, nics(1));
@@ -260,10 +258,9 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     };
     other.limit(limit).unwrap();
     let _disk = other.open(&[ungrouped], &[], false, &|| false).unwrap();
-    let more = Request::Device {
-        bdf: bdf("02:00.0"),
+    let more = DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("02:00.0"))
     };
     assert!(refused(&other, more).contains("at most 1 device at a time"));
     assert_eq!(held(&host).len(), 1);
@@ -272,22 +269,21 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
 #[test]
 fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
     let host = host();
-    let exact = |address, allow_ungrouped| Request::Device {
-        bdf: bdf(address),
+    let exact = |address, allow_ungrouped| DeviceRequest {
         allow_ungrouped,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf(address))
     };
-    for own in [Request::group("nvme", 1), exact("01:00.0", false)] {
+    for own in [DeviceRequest::group("nvme", 1), exact("01:00.0", false)] {
         let (opener, _helper) = started(&host);
         let first = opener.open(&[own], &[], false, &|| false).unwrap();
         opener.limit(only(&[])).unwrap();
-        let why = refused(&opener, Request::group("nic", 1));
+        let why = refused(&opener, DeviceRequest::group("nic", 1));
         assert!(
             why.contains("group \"nvme\" only") && why.contains("add \"nic\" to"),
             "{why}"
         );
         refused(&opener, exact("03:00.0", true));
-        for more in [Request::group("nvme", 1), exact("02:00.0", true)] {
+        for more in [DeviceRequest::group("nvme", 1), exact("02:00.0", true)] {
             let second = opener.open(&[more], &[], false, &|| false).unwrap();
             assert_eq!(second.devices[0].name, bdf("02:00.0"));
         }
@@ -303,7 +299,7 @@ fn a_limit_is_never_taken_back() {
     opener.limit(only(&["nic"])).unwrap();
     assert!(
         opener
-            .open(&[Request::group("nic", 1)], &[], false, &|| false)
+            .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
             .is_err()
     );
     assert!(helper.join().unwrap().is_err(), "it ends");
@@ -314,10 +310,9 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     let host = host();
     let (opener, helper) = started(&host);
     std::fs::remove_file(host.paths.vfio_group(2)).unwrap();
-    let exact = |address| Request::Device {
-        bdf: bdf(address),
+    let exact = |address| DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf(address))
     };
     refused(&opener, exact("02:00.0"));
     // Nor does one that cannot be opened, where the host is to blame.
@@ -327,7 +322,7 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     assert!(refused(&opener, exact("0a:00.0")).contains("no PCI device"));
     assert!(held(&host).is_empty());
     let opened = opener
-        .open(&[Request::group("nvme", 1)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| false)
         .unwrap();
     // As when the VM's process is killed: nobody says anything any more.
     opener
@@ -353,7 +348,7 @@ fn nonsense_ends_the_helper() {
 #[test]
 fn what_later_devices_reserve_is_known_beforehand() {
     let host = host();
-    let from = [Source::Group("nvme".to_owned())];
+    let from = [DeviceSource::Group("nvme".to_owned())];
     let later = to_come(&host.paths, &from);
     assert_eq!(
         (later.reserved.len(), later.nodes.to_string()),
@@ -398,7 +393,7 @@ fn what_does_not_arrive_whole_goes_back() {
         released
     });
     let failed = opener
-        .open(&[Request::group("nvme", 2)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nvme", 2)], &[], false, &|| false)
         .err();
     assert!(matches!(failed, Some(OpenerError::Files(_))), "{failed:?}");
     assert_eq!(helper.join().unwrap(), [4, 5]);
@@ -411,7 +406,7 @@ fn a_plan_is_what_its_file_says() {
     host.file("etc/plans.json", plans);
     let (opener, _helper) = started(&host);
     let requests = opener.plan("two").unwrap();
-    assert_eq!(requests, [Request::group("nvme", 2)]);
+    assert_eq!(requests, [DeviceRequest::group("nvme", 2)]);
     let unknown = opener.plan("three").unwrap_err().to_string();
     assert!(unknown.contains("\"three\""), "{unknown}");
     opener.open(&requests, &[], false, &|| false).unwrap();
@@ -422,11 +417,11 @@ fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
     let first = opener
-        .open(&[Request::group("nvme", 1)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| false)
         .unwrap();
     // Somebody is choosing devices all the time.
     let turn = others_turn(&host);
-    let second = opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
+    let second = opener.open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| true);
     assert!(matches!(second, Err(OpenerError::Gone(_))));
     drop(first);
     drop(turn);
@@ -440,11 +435,11 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
     let first = opener
-        .open(&[Request::group("nic", 1)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let before = held(&host);
     let turn = others_turn(&host);
-    let disk = || opener.open(&[Request::group("nvme", 1)], &[], false, &|| true);
+    let disk = || opener.open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| true);
     assert!(matches!(disk(), Err(OpenerError::Gone(_))));
     drop(turn);
     for _ in 0..2 {
@@ -468,11 +463,12 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
     let _first = opener
-        .open(&[Request::group("nic", 1)], &[], false, &|| false)
+        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
         .unwrap();
     let before = held(&host);
     let ask = Ask::Lease {
-        requests: vec![Request::group("nvme", 1)],
+        requests: vec![DeviceRequest::group("nvme", 1)],
+        ungrouped: false,
         held: Vec::new(),
         container: false,
     };
@@ -495,17 +491,17 @@ fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
     let host = host_with_nics(["03:00.0", "03:00.1"]);
     let (opener, _helper) = started(&host);
     opener.slots(1).unwrap();
-    let why = refused(&opener, Request::group("nvme", 2));
+    let why = refused(&opener, DeviceRequest::group("nvme", 2));
     assert!(why.contains("need 2 slots and this VM has 1 free"), "{why}");
-    let both = refused(&opener, Request::group("nvme", 4));
+    let both = refused(&opener, DeviceRequest::group("nvme", 4));
     assert!(both.contains("No valid host was found"), "{both}");
     // The lock file of a device that was ever leased stays.
     assert!(!host.paths.run.join("leases").exists());
     // The functions of one card share a slot.
-    let card = opener.open(&[Request::group("nic", 1)], &[], false, &|| false);
+    let card = opener.open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false);
     assert_eq!(card.unwrap().devices.len(), 2);
     opener.slots(2).unwrap();
-    let disks = opener.open(&[Request::group("nvme", 2)], &[], false, &|| false);
+    let disks = opener.open(&[DeviceRequest::group("nvme", 2)], &[], false, &|| false);
     assert_eq!(disks.unwrap().devices.len(), 2);
 }
 
@@ -514,7 +510,7 @@ fn functions_without_function_0_of_their_card_take_a_slot_each() {
     let host = host_with_nics(["03:00.1", "03:00.2"]);
     let (opener, _helper) = started(&host);
     opener.slots(1).unwrap();
-    let card = || Request::group("nic", 1);
+    let card = || DeviceRequest::group("nic", 1);
     let why = refused(&opener, card());
     for part in [
         "need 2 slots and this VM has 1 free",
@@ -560,7 +556,7 @@ fn a_lease_goes_back_while_another_is_being_made() {
     let ((hangs, hung), (go_on, goes_on)) = (channel::<()>(), channel::<()>());
     let allocate = {
         let host = Arc::clone(&host);
-        move |paths: &HostPaths, requests: &[Request], vm: Recipient<'_>| {
+        move |paths: &HostPaths, requests: &[DeviceRequest], vm: Recipient<'_>| {
             let writer = HangingWriter {
                 kernel: FakeKernel::new(&host),
                 hangs: hangs.clone(),
@@ -577,7 +573,7 @@ fn a_lease_goes_back_while_another_is_being_made() {
         }
     };
     let (opener, helper) = started_with(&host, Box::new(allocate));
-    let open = |group: &str| opener.open(&[Request::group(group, 1)], &[], false, &|| false);
+    let open = |group: &str| opener.open(&[DeviceRequest::group(group, 1)], &[], false, &|| false);
     let first = open("nvme").unwrap();
     thread::scope(|threads| {
         let second = threads.spawn(|| open("later"));

@@ -17,7 +17,7 @@ use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::facts::reserved::ReservedRegion;
 use crate::inventory::card::Terms;
-use crate::pools::request::{Placement, Request, Source};
+use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 
 /// The longest message: far beyond any list of devices.
 const MAX: u32 = 1 << 20;
@@ -37,7 +37,9 @@ pub(super) enum Ask {
     Slots(usize),
     /// Devices; the VM has the groups `held`, and wants a container or not.
     Lease {
-        requests: Vec<Request>,
+        requests: Vec<DeviceRequest>,
+        /// A device that is named by its path may be in no group; a [`Limit`] decides once there is one.
+        ungrouped: bool,
         held: Vec<u32>,
         container: bool,
     },
@@ -59,7 +61,7 @@ pub(super) struct Return {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// Where its devices come from. If nothing is named, from the groups of the devices that it has by now.
-    pub from: Vec<Source>,
+    pub from: Vec<DeviceSource>,
     /// Whether it may be given devices that are in no group.
     pub ungrouped: bool,
     /// How many devices it may have at a time.
@@ -75,7 +77,7 @@ pub(super) enum Said {
         groups: Vec<LeasedGroup>,
     },
     /// What a plan asks for.
-    Planned(Vec<Request>),
+    Planned(Vec<DeviceRequest>),
     Not(Refusal),
 }
 

@@ -12,7 +12,7 @@ use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
 use crate::pools::group::is_name;
-use crate::pools::request::{DeviceEntry, Request, RequestError, aliases};
+use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
 
 /// What a VM gets that names the plan, as far as its own file does not say otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -34,14 +34,14 @@ pub struct Plan {
     pub memory: Option<PlanSize>,
     /// Devices, as in a VM's file.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub devices: Vec<DeviceEntry>,
+    pub devices: Vec<DeviceRequest>,
     /// Devices by aliases with counts: "gpu:1, qat-c62x-vf:2".
     #[serde(
         default,
         rename = "pci_passthrough:alias",
         skip_serializing_if = "Option::is_none"
     )]
-    pub aliases: Option<String>,
+    pub aliases: Option<Aliases>,
     /// The file that defines the plan.
     #[serde(skip)]
     pub file: PathBuf,
@@ -85,19 +85,16 @@ impl Plan {
     pub fn groups(&self) -> impl Iterator<Item = &str> {
         self.devices
             .iter()
-            .filter_map(|entry| entry.group.as_deref())
+            .filter_map(|request| match &request.from {
+                DeviceSource::Group(name) => Some(name.as_str()),
+                DeviceSource::Alias(_) | DeviceSource::Device(_) => None,
+            })
     }
 
-    /// The devices of the plan, as requests.
-    pub fn requests(&self) -> Result<Vec<Request>, RequestError> {
-        let entries = self.devices.iter().enumerate();
-        let mut requests = entries
-            .map(|(index, entry)| entry.request(index, false))
-            .collect::<Result<Vec<_>, _>>()?;
-        if let Some(text) = &self.aliases {
-            requests.extend(aliases(text)?);
-        }
-        Ok(requests)
+    /// All devices of the plan.
+    pub fn requests(&self) -> Vec<DeviceRequest> {
+        let aliases = self.aliases.iter().flat_map(|Aliases(requests)| requests);
+        self.devices.iter().chain(aliases).cloned().collect()
     }
 }
 
@@ -203,10 +200,6 @@ impl Plans {
                 );
                 return Err(JsonError::new(Some(second), what).into());
             }
-            plan.requests().map_err(|error| {
-                let place = Place::last(&path, item(&plan), &error.key());
-                JsonError::new(Some(place), format!("plan \"{}\": {error}", plan.name))
-            })?;
             self.plans.push(plan);
         }
         Ok(())
@@ -326,7 +319,7 @@ mod tests {
         let plans = Plans::load(&host.paths).unwrap();
         let names: Vec<_> = plans.iter().map(|plan| plan.name.as_str()).collect();
         assert_eq!(names, ["gpu2", "small"]);
-        assert_eq!(plans.find("gpu2").unwrap().requests().unwrap().len(), 2);
+        assert_eq!(plans.find("gpu2").unwrap().requests().len(), 2);
         let file = delete_plan(&host.paths, "small").unwrap();
         assert!(file.ends_with("plans.d/a.json"));
         let error = delete_plan(&host.paths, "gpu").unwrap_err().to_string();
@@ -350,11 +343,11 @@ mod tests {
             ),
             (
                 r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,
-                "plans.json:1:38: plan \"a\": devices[0] needs exactly one",
+                "plans.json:1:38: `plans[0].devices[0]`: it has neither",
             ),
             (
                 r#"{"plans": [{"name": "a", "pci_passthrough:alias": "x:"}]}"#,
-                "plans.json:1:51: plan \"a\": \"x:\" is not an alias",
+                "plans.json:1:51: `plans[0].pci_passthrough:alias`: \"x:\" is not an alias",
             ),
         ] {
             let host = FakeHost::new(&[]);
@@ -380,7 +373,7 @@ mod tests {
         assert!(file.ends_with("plans.d/a.json"));
         let plans = Plans::load(&host.paths).unwrap();
         assert_eq!(plans.find("a").unwrap().vcpus, Some(8));
-        let wrong = |plan: &mut Plan| plan.aliases = Some("x:".to_owned());
+        let wrong = |plan: &mut Plan| plan.aliases = Some(Aliases(Vec::new()));
         change_plan(&host.paths, "b", wrong).unwrap_err();
         assert_eq!(Plans::load(&host.paths).unwrap().iter().count(), 2);
     }

@@ -1,61 +1,32 @@
-//! What a VM asks for, and the forms in which that is written.
+//! What a VM asks for, and its form in JSON.
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
+use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::base::bdf::{BdfError, HostBdf};
-use crate::base::name::DeviceName;
-use crate::base::uuid::Uuid;
+use crate::base::bdf::BdfError;
+use crate::base::name::{DeviceName, label_flaw};
 use crate::inventory::card::Allow;
 use crate::pools::nova::{NumaPolicy, Traits};
 
-/// Something a VM asks for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Request {
-    /// So many free devices of some kind.
-    Any(Wish),
-    /// This device and no other.
-    Device {
-        /// Its address.
-        bdf: HostBdf,
-        /// Take it even if it is in no group.
-        allow_ungrouped: bool,
-        /// What it may lack.
-        allow: Allow,
-    },
-    /// This mediated device, which is there already, and stays.
-    Mdev {
-        /// Its identifier.
-        uuid: Uuid,
-        /// Take it even if it is in no group.
-        allow_ungrouped: bool,
-        /// What it may lack.
-        allow: Allow,
-    },
-}
-
-/// Where devices come from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Source {
-    /// From a resource group.
-    Group(String),
-    /// By an alias; a group of that name if there is no such alias.
-    Alias(String),
-}
-
-/// So many free devices, with conditions.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wish {
-    /// Where from.
-    pub from: Source,
-    /// How many.
+// The schema has the name that Cloud Hypervisor's API gives it.
+/// Host devices for the guest: `count` of a `group` or of an `alias`, or the one at `path`. A device of a group or
+/// an alias is a whole card: a GPU comes with its audio function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "DeviceKeys", into = "DeviceKeys")]
+#[schemars(rename = "DeviceConfig", with = "DeviceKeys")]
+pub struct DeviceRequest {
+    /// Name of the first device in the VM; its address on the host if absent. Further devices get `-1`, `-2`, ...
+    /// behind it.
+    pub id: Option<String>,
+    /// Where the devices come from.
+    pub from: DeviceSource,
+    /// How many: a card is one.
     pub count: u32,
-    /// How near to the VM; an alias has its own answer where this is none.
+    /// How near to the VM; an alias has its own policy where this is none.
     pub numa_policy: Option<NumaPolicy>,
     /// Traits that each must have.
     pub traits: Traits,
@@ -65,6 +36,20 @@ pub struct Wish {
     pub isolate: bool,
     /// What each may lack.
     pub allow: Allow,
+    /// A device that is named by its path may be in no group. No key of JSON says so.
+    pub allow_ungrouped: bool,
+}
+
+/// Where devices come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceSource {
+    /// From a resource group.
+    Group(String),
+    /// By an alias; from the group of that name if there is no such alias.
+    Alias(String),
+    /// This device and no other. A mediated device is there already, and stays.
+    Device(DeviceName),
 }
 
 /// On which of the host's NUMA nodes a VM's processors and memory are.
@@ -97,10 +82,11 @@ impl Placement {
     }
 }
 
-impl Wish {
+impl DeviceRequest {
     /// Devices without conditions.
-    pub fn new(from: Source, count: u32) -> Self {
+    pub fn new(from: DeviceSource, count: u32) -> Self {
         Self {
+            id: None,
             from,
             count,
             numa_policy: None,
@@ -108,245 +94,300 @@ impl Wish {
             resource_class: None,
             isolate: false,
             allow: Allow::default(),
-        }
-    }
-}
-
-impl Request {
-    /// The device at a path of sysfs, or with an address or identifier.
-    pub fn exact(path: &Path, allow_ungrouped: bool) -> Result<Self, BdfError> {
-        let allow = Allow::default();
-        Ok(match DeviceName::from_sysfs_path(path)? {
-            DeviceName::Pci(bdf) => Self::Device {
-                bdf,
-                allow_ungrouped,
-                allow,
-            },
-            DeviceName::Mdev(uuid) => Self::Mdev {
-                uuid,
-                allow_ungrouped,
-                allow,
-            },
-        })
-    }
-
-    /// The same, where devices in no group are allowed or not.
-    pub fn with_ungrouped(mut self, allowed: bool) -> Self {
-        match &mut self {
-            Self::Device {
-                allow_ungrouped, ..
-            }
-            | Self::Mdev {
-                allow_ungrouped, ..
-            } => *allow_ungrouped = allowed,
-            Self::Any(_) => {}
-        }
-        self
-    }
-
-    /// The same for devices that may lack something.
-    pub fn allowing(mut self, what: Allow) -> Self {
-        let (Self::Any(Wish { allow, .. }) | Self::Device { allow, .. } | Self::Mdev { allow, .. }) =
-            &mut self;
-        *allow = what;
-        self
-    }
-
-    /// How many devices it asks for: a card is one.
-    pub fn count(&self) -> u32 {
-        match self {
-            Self::Any(wish) => wish.count,
-            Self::Device { .. } | Self::Mdev { .. } => 1,
-        }
-    }
-
-    /// What each of its devices may lack.
-    pub fn allow(&self) -> Allow {
-        match self {
-            Self::Any(Wish { allow, .. })
-            | Self::Device { allow, .. }
-            | Self::Mdev { allow, .. } => *allow,
+            allow_ungrouped: false,
         }
     }
 
     /// So many devices of a group.
     pub fn group(name: impl Into<String>, count: u32) -> Self {
-        Self::Any(Wish::new(Source::Group(name.into()), count))
+        Self::new(DeviceSource::Group(name.into()), count)
     }
 
     /// So many devices of an alias.
     pub fn alias(name: impl Into<String>, count: u32) -> Self {
-        Self::Any(Wish::new(Source::Alias(name.into()), count))
+        Self::new(DeviceSource::Alias(name.into()), count)
+    }
+
+    /// This device and no other.
+    pub fn device(name: impl Into<DeviceName>) -> Self {
+        Self::new(DeviceSource::Device(name.into()), 1)
+    }
+
+    /// The names of the devices in the VM, as far as they are known before the devices are leased.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let first = match (&self.id, &self.from) {
+            (Some(id), _) => Some(id.clone()),
+            (None, DeviceSource::Device(name)) => Some(name.to_string()),
+            (None, _) => None,
+        };
+        let nth = |first: String| (0..self.count).map(move |index| nth_id(&first, index as usize));
+        first.into_iter().flat_map(nth)
     }
 }
 
-impl fmt::Display for Source {
+impl DeviceSource {
+    /// The device, where it is exactly one.
+    pub fn device(&self) -> Option<DeviceName> {
+        match self {
+            Self::Device(name) => Some(*name),
+            Self::Group(_) | Self::Alias(_) => None,
+        }
+    }
+
+    /// The group or alias.
+    pub fn pool(&self) -> Option<&str> {
+        match self {
+            Self::Group(name) | Self::Alias(name) => Some(name),
+            Self::Device(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for DeviceSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Group(name) => write!(f, "group \"{name}\""),
             Self::Alias(name) => write!(f, "alias \"{name}\""),
+            Self::Device(name) => name.fmt(f),
         }
     }
 }
 
-/// A request that asks for nothing that could be.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum RequestError {
-    /// A part of a list of aliases is none.
-    #[error("\"{0}\" is not an alias with a count: write \"gpu:1\", several with commas between")]
-    Alias(String),
-    /// A count of zero, or one that is too large.
-    #[error("{0} asks for no devices: ask for 1 or more, or leave it out")]
-    Count(String),
-    /// An entry does not say where its devices come from.
-    #[error("devices[{0}] needs exactly one of group, alias and path")]
-    Source(usize),
-    /// A path that is no PCI device's.
-    #[error(
-        "devices[{index}]: \"{path}\" is not a PCI device: write \"/sys/bus/pci/devices/0000:01:00.0\" or its address"
-    )]
-    Path {
-        /// Which entry.
-        index: usize,
-        /// What it says.
-        path: String,
-    },
-    /// A condition that a device named by its path cannot have.
-    #[error("devices[{0}]: a path names exactly one device: remove the other keys")]
-    PathAlone(usize),
-}
-
-/// Nova's `pci_passthrough:alias`: names with counts, such as `gpu:1, qat-c62x-vf:2`. A name without a
-/// count asks for one device.
-pub fn aliases(text: &str) -> Result<Vec<Request>, RequestError> {
-    let one = |part: &str| {
-        let part = part.trim();
-        let (name, count) = part.split_once(':').unwrap_or((part, "1"));
-        let (name, count) = (name.trim(), count.trim());
-        let digits = !count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit());
-        match count.parse::<u32>() {
-            _ if name.is_empty() || !digits => Err(RequestError::Alias(part.to_owned())),
-            Ok(count) if count > 0 => Ok(Request::alias(name, count)),
-            _ => Err(RequestError::Count(format!("\"{part}\""))),
-        }
-    };
-    text.split(',').map(one).collect()
-}
-
-impl RequestError {
-    /// Which key is wrong.
-    pub fn key(&self) -> String {
-        match self {
-            Self::Count(what) if what.starts_with("devices[") => what.clone(),
-            Self::Alias(_) | Self::Count(_) => "pci_passthrough:alias".to_owned(),
-            Self::Source(index) | Self::PathAlone(index) => format!("devices[{index}]"),
-            Self::Path { index, .. } => format!("devices[{index}].path"),
-        }
+/// The name of the device with this index of several that are named at once.
+pub fn nth_id(id: &str, index: usize) -> String {
+    match index {
+        0 => id.to_owned(),
+        index => format!("{id}-{index}"),
     }
 }
 
 /// The interrupts that a device needs in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum InterruptNeed {
+enum InterruptNeed {
     /// MSI-X or MSI, as without the key: a device with neither is refused.
     Msix,
     /// None: a device with neither MSI-X nor MSI is passed too, and has no interrupts.
     None,
 }
 
-impl Allow {
-    /// What an entry's keys `interrupts` and `allow_no_reset` allow.
-    pub fn of(interrupts: Option<InterruptNeed>, no_reset: Option<bool>) -> Self {
-        Self {
-            no_interrupts: interrupts == Some(InterruptNeed::None),
-            no_reset: no_reset == Some(true),
-        }
-    }
-}
-
-/// Devices of one kind.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+/// A request in JSON, with the keys of Cloud Hypervisor's API where it has the thing.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct DeviceEntry {
-    /// Name of the group to take devices from.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub group: Option<String>,
-    /// Alias to take devices by.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub alias: Option<String>,
-    /// One device, by its sysfs path or its address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<String>,
-    /// How many; 1 if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+#[schemars(inline, extend("oneOf" = [
+    {"required": ["group"]}, {"required": ["alias"]}, {"required": ["path"]}
+]))]
+struct DeviceKeys {
+    /// Name that the device gets in the VM; its address on the host if absent. Of several devices the
+    /// first has it, the others get `-1`, `-2` and so on behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    /// Name of the group to take devices from; `gantry group list` shows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
+    /// Alias to take devices by, as OpenStack Nova defines them; `gantry group alias` shows them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alias: Option<String>,
+    /// How many devices of the group or alias; 1 if absent.
     #[schemars(range(min = 1))]
-    pub count: Option<u32>,
-    /// How near to the VM.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub numa_policy: Option<NumaPolicy>,
-    /// Traits that each must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traits: Option<Traits>,
-    /// The resource class that each must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub resource_class: Option<String>,
-    /// No two of them may share a physical function.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub isolate: Option<bool>,
-    /// "none": devices with neither MSI-X nor MSI are taken too, and have no interrupts in the guest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub interrupts: Option<InterruptNeed>,
-    /// Devices that nothing resets between two VMs are taken too.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub allow_no_reset: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    count: Option<u64>,
+    /// One device, by its sysfs path, such as `/sys/bus/pci/devices/0000:01:00.0`, or its address alone. It
+    /// must be in a group unless gantry runs with `--allow-ungrouped`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    /// How near to the VM's processors and memory the devices must be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    numa_policy: Option<NumaPolicy>,
+    /// Traits that each device must have, with commas between or as a list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    traits: Option<Traits>,
+    /// The resource class that each device must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resource_class: Option<String>,
+    /// Whether no two of these devices may share a physical function.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    isolate: Option<bool>,
+    /// `"none"` takes devices with neither MSI-X nor MSI too, the only kinds of interrupt that gantry delivers yet:
+    /// they have no interrupts in the guest. Without this key they are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interrupts: Option<InterruptNeed>,
+    /// Whether to take devices too that nothing resets between two VMs (`reset_method` in sysfs is empty): one
+    /// VM may read what the other left in it. Without this key they are refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allow_no_reset: Option<bool>,
 }
 
-impl DeviceEntry {
-    /// The entry as a request; `index` is its place, for errors.
-    pub fn request(&self, index: usize, allow_ungrouped: bool) -> Result<Request, RequestError> {
-        let from = match (&self.group, &self.alias, &self.path) {
-            (Some(name), None, None) => Source::Group(name.clone()),
-            (None, Some(name), None) => Source::Alias(name.clone()),
-            (None, None, Some(path)) => return self.exact(path, index, allow_ungrouped),
-            _ => return Err(RequestError::Source(index)),
-        };
-        match self.count.unwrap_or(1) {
-            0 => Err(RequestError::Count(format!("devices[{index}].count"))),
-            count => Ok(Request::Any(Wish {
-                from,
-                count,
-                numa_policy: self.numa_policy,
-                traits: self.traits.clone().unwrap_or_default(),
-                resource_class: self.resource_class.clone(),
-                isolate: self.isolate.unwrap_or(false),
-                allow: Allow::of(self.interrupts, self.allow_no_reset),
-            })),
+impl TryFrom<DeviceKeys> for DeviceRequest {
+    type Error = String;
+
+    fn try_from(keys: DeviceKeys) -> Result<Self, String> {
+        let from = keys.source()?;
+        if let Some(id) = &keys.id {
+            check_device_id(id, from.device()).map_err(|what| format!("`id`: {what}"))?;
+        }
+        let count = u32::try_from(keys.count.unwrap_or(1)).unwrap_or(u32::MAX);
+        if count == 0 {
+            return Err("`count`: 0 is too few: use 1 or more, or remove the entry".to_owned());
+        }
+        Ok(Self {
+            id: keys.id,
+            from,
+            count,
+            numa_policy: keys.numa_policy,
+            traits: keys.traits.unwrap_or_default(),
+            resource_class: keys.resource_class,
+            isolate: keys.isolate == Some(true),
+            allow: Allow {
+                no_interrupts: keys.interrupts == Some(InterruptNeed::None),
+                no_reset: keys.allow_no_reset == Some(true),
+            },
+            allow_ungrouped: false,
+        })
+    }
+}
+
+impl DeviceKeys {
+    fn source(&self) -> Result<DeviceSource, String> {
+        match (&self.group, &self.alias, &self.path) {
+            (Some(name), None, None) => Ok(DeviceSource::Group(name.clone())),
+            (None, Some(name), None) => Ok(DeviceSource::Alias(name.clone())),
+            (None, None, Some(path)) => self.exactly(path).map(DeviceSource::Device),
+            (None, None, None) => Err("it has neither `group` nor `alias` nor `path`: add \"group\": \"NAME\" \
+                (`gantry group list` shows them), or \"path\": \"/sys/bus/pci/devices/0000:01:00.0\""
+                .to_owned()),
+            _ => Err("it has more than one of `group`, `alias` and `path`: keep one".to_owned()),
         }
     }
 
-    fn exact(
-        &self,
-        path: &str,
-        index: usize,
-        allow_ungrouped: bool,
-    ) -> Result<Request, RequestError> {
-        let alone = Self {
-            path: self.path.clone(),
-            interrupts: self.interrupts,
-            allow_no_reset: self.allow_no_reset,
+    fn exactly(&self, path: &str) -> Result<DeviceName, String> {
+        let conditions = [
+            ("count", self.count.is_some()),
+            ("numa_policy", self.numa_policy.is_some()),
+            ("traits", self.traits.is_some()),
+            ("resource_class", self.resource_class.is_some()),
+            ("isolate", self.isolate.is_some()),
+        ];
+        if let Some((key, _)) = conditions.into_iter().find(|(_, given)| *given) {
+            return Err(format!(
+                "`{key}`: a path names exactly one device: remove `{key}`"
+            ));
+        }
+        DeviceName::from_sysfs_path(path.as_ref()).map_err(|_: BdfError| {
+            format!(
+                "`path`: \"{}\" is no PCI device's sysfs path or address: write it like \
+                 \"/sys/bus/pci/devices/0000:01:00.0\"; `gantry device list` shows the addresses",
+                path.escape_debug()
+            )
+        })
+    }
+}
+
+impl From<DeviceRequest> for DeviceKeys {
+    fn from(request: DeviceRequest) -> Self {
+        let Allow {
+            no_interrupts,
+            no_reset,
+        } = request.allow;
+        let several = request.from.device().is_none();
+        let keys = Self {
+            id: request.id,
+            count: several.then_some(request.count.into()),
+            numa_policy: request.numa_policy,
+            traits: Some(request.traits).filter(|traits| *traits != Traits::default()),
+            resource_class: request.resource_class,
+            isolate: request.isolate.then_some(true),
+            interrupts: no_interrupts.then_some(InterruptNeed::None),
+            allow_no_reset: no_reset.then_some(true),
             ..Self::default()
         };
-        let allow = Allow::of(self.interrupts, self.allow_no_reset);
-        if *self != alone {
-            return Err(RequestError::PathAlone(index));
+        match request.from {
+            DeviceSource::Group(name) => Self {
+                group: Some(name),
+                ..keys
+            },
+            DeviceSource::Alias(name) => Self {
+                alias: Some(name),
+                ..keys
+            },
+            DeviceSource::Device(name) => Self {
+                path: Some(name.sysfs_path()),
+                ..keys
+            },
         }
-        let request = Request::exact(path.as_ref(), allow_ungrouped);
-        let request = request.map(|request| request.allowing(allow));
-        request.map_err(|_| RequestError::Path {
-            index,
-            path: path.to_owned(),
-        })
+    }
+}
+
+/// Refuses a name that logs and tables would mix up with an address: it may be the device's `own`, and no other.
+///
+/// # Errors
+/// The reason and the remedy.
+pub fn check_device_id(id: &str, own: Option<DeviceName>) -> Result<(), String> {
+    let why = match id.parse::<DeviceName>() {
+        Ok(name) if Some(name) != own => "it is the address of a device",
+        _ => match label_flaw(id) {
+            Some(flaw) => flaw,
+            None => return Ok(()),
+        },
+    };
+    let id = id.escape_debug();
+    Err(format!(
+        "\"{id}\" cannot name a device: {why}: choose another id, or leave it out"
+    ))
+}
+
+/// Nova's `pci_passthrough:alias`: aliases with counts, such as `gpu:1, qat-c62x-vf:2`. An alias without a count
+/// asks for one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct Aliases(pub Vec<DeviceRequest>);
+
+impl FromStr for Aliases {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let one = |part: &str| {
+            let part = part.trim();
+            let (name, count) = part.split_once(':').unwrap_or((part, "1"));
+            let (name, count) = (name.trim(), count.trim());
+            let digits = !count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit());
+            match count.parse::<u32>() {
+                _ if name.is_empty() || !digits => Err(format!(
+                    "\"{part}\" is not an alias with a count: write \"gpu:1\", several with commas between"
+                )),
+                Ok(count) if count > 0 => Ok(DeviceRequest::alias(name, count)),
+                _ => Err(format!(
+                    "\"{part}\" asks for no devices: ask for 1 or more, or leave it out"
+                )),
+            }
+        };
+        text.split(',').map(one).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl TryFrom<String> for Aliases {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Aliases> for String {
+    fn from(aliases: Aliases) -> Self {
+        aliases.to_string()
+    }
+}
+
+impl fmt::Display for Aliases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, request) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            let name = request.from.pool().unwrap_or_default();
+            write!(f, "{comma}{name}:{}", request.count)?;
+        }
+        Ok(())
     }
 }
 
@@ -357,72 +398,84 @@ mod tests {
 
     #[test]
     fn aliases_are_read_verbatim() {
+        let aliases = |text: &str| text.parse().map(|Aliases(requests)| requests);
         assert_eq!(
             aliases("gpu:1, qat-c62x-vf:2"),
             Ok(vec![
-                Request::alias("gpu", 1),
-                Request::alias("qat-c62x-vf", 2)
+                DeviceRequest::alias("gpu", 1),
+                DeviceRequest::alias("qat-c62x-vf", 2)
             ])
         );
         assert_eq!(
             aliases("qat-dh895xcc-vf:2"),
-            Ok(vec![Request::alias("qat-dh895xcc-vf", 2)])
+            Ok(vec![DeviceRequest::alias("qat-dh895xcc-vf", 2)])
         );
-        assert_eq!(aliases("p2000"), Ok(vec![Request::alias("p2000", 1)]));
-        for text in ["", ",", "gpu:", "gpu:x", ":1", "gpu:1:2", "gpu:+1"] {
-            assert!(
-                matches!(aliases(text), Err(RequestError::Alias(_))),
-                "{text}"
-            );
+        assert_eq!(aliases("p2000"), Ok(vec![DeviceRequest::alias("p2000", 1)]));
+        for (text, said) in [
+            ("", "is not an alias"),
+            (",", "is not an alias"),
+            ("gpu:", "is not an alias"),
+            ("gpu:x", "is not an alias"),
+            (":1", "is not an alias"),
+            ("gpu:1:2", "is not an alias"),
+            ("gpu:+1", "is not an alias"),
+            ("gpu:0", "asks for no devices"),
+            ("gpu:99999999999", "asks for no devices"),
+        ] {
+            let error = aliases(text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
         }
-        for text in ["gpu:0", "gpu:99999999999"] {
-            assert!(
-                matches!(aliases(text), Err(RequestError::Count(_))),
-                "{text}"
-            );
-        }
+        let text = Aliases(aliases("gpu, x:2").unwrap()).to_string();
+        assert_eq!(text, "gpu:1, x:2");
     }
 
     #[test]
     fn entries_say_exactly_where_devices_come_from() {
-        let read = |value| {
-            let entry: DeviceEntry = serde_json::from_value(value).unwrap();
-            entry.request(3, false)
-        };
-        let wish = read(
+        let read = |value| serde_json::from_value::<DeviceRequest>(value);
+        let request = read(
             json!({"group": "g", "count": 2, "numa_policy": "socket", "traits": "A", "isolate": true}),
         );
-        let Ok(Request::Any(wish)) = wish else {
-            panic!()
-        };
+        let request = request.unwrap();
         assert_eq!(
-            (wish.count, wish.isolate, wish.numa_policy),
+            (request.count, request.isolate, request.numa_policy),
             (2, true, Some(NumaPolicy::Socket))
         );
+        let allow = Allow {
+            no_interrupts: true,
+            no_reset: true,
+        };
         for path in ["01:00.0", "/sys/bus/pci/devices/0000:01:00.0"] {
             let allows = json!({"path": path, "interrupts": "none", "allow_no_reset": true});
-            let allow = Allow {
-                no_interrupts: true,
-                no_reset: true,
-            };
             for (value, allowed) in [(json!({"path": path}), Allow::default()), (allows, allow)] {
                 let request = read(value).unwrap();
-                assert!(matches!(request, Request::Device { .. }));
-                assert_eq!(request.allow(), allowed);
+                assert!(matches!(
+                    request.from,
+                    DeviceSource::Device(DeviceName::Pci(_))
+                ));
+                assert_eq!(request.allow, allowed);
             }
         }
         for (value, said) in [
-            (json!({}), "devices[3] needs exactly one"),
-            (json!({"group": "g", "alias": "a"}), "exactly one"),
-            (
-                json!({"group": "g", "count": 0}),
-                "devices[3].count asks for no devices",
-            ),
+            (json!({}), "neither `group` nor `alias` nor `path`"),
+            (json!({"group": "g", "alias": "a"}), "more than one of"),
+            (json!({"group": "g", "count": 0}), "`count`: 0 is too few"),
             (json!({"path": "01:00.0", "count": 1}), "exactly one device"),
-            (json!({"path": "eth0"}), "\"eth0\" is not a PCI device"),
+            (json!({"path": "eth0"}), "\"eth0\" is no PCI device"),
         ] {
             let error = read(value).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_request_is_written_as_it_is_read() {
+        for value in [
+            json!({"id": "disk", "group": "g", "count": 2, "traits": "HW_A", "isolate": true}),
+            json!({"alias": "a", "count": 1, "resource_class": "GPU", "numa_policy": "required"}),
+            json!({"path": "/sys/bus/pci/devices/0000:01:00.0", "interrupts": "none", "allow_no_reset": true}),
+        ] {
+            let request: DeviceRequest = serde_json::from_value(value.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&request).unwrap(), value);
         }
     }
 }

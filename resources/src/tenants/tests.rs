@@ -11,7 +11,7 @@ use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::moving::bind::{BindRequest, reattach};
 use crate::pools::group::Groups;
-use crate::pools::request::Request;
+use crate::pools::request::DeviceRequest;
 use std::collections::BTreeSet;
 
 /// Three disks with the host, two of them neighbours; a group takes them all.
@@ -64,7 +64,7 @@ fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::allocation::Lease>
         vm: format!("vm of {group}"),
         pid: std::process::id(),
     };
-    allocate(paths, &[Request::group(group, 1)], &holder).map_err(|error| error.to_string())
+    allocate(paths, &[DeviceRequest::group(group, 1)], &holder).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -128,10 +128,9 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
         refused.contains("gantry tenant revoke a 0000:01:00.0"),
         "{refused}"
     );
-    let exact = [Request::Device {
-        bdf: bdf("01:00.0"),
+    let exact = [DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("01:00.0"))
     }];
     let holder = Holder {
         vm: "x".to_owned(),

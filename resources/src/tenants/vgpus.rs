@@ -129,7 +129,7 @@ mod tests {
     use crate::holding::record::LeaseRecord;
     use crate::making::vgpu::{make_ahead, unmake_ahead};
     use crate::pools::group::Groups;
-    use crate::pools::request::Request;
+    use crate::pools::request::DeviceRequest;
     use crate::pools::tenant::TenantFile;
     use crate::tenants::{Grant, Granted, grant};
     use crate::tenants::{create_tenant, delete_tenant};
@@ -189,7 +189,7 @@ mod tests {
         tenants.find(name).unwrap().scope(&host.paths)
     }
 
-    fn taken(paths: &HostPaths, request: Request) -> Result<Vec<Lease>, String> {
+    fn taken(paths: &HostPaths, request: DeviceRequest) -> Result<Vec<Lease>, String> {
         let holder = Holder {
             vm: "x".to_owned(),
             pid: std::process::id(),
@@ -197,8 +197,11 @@ mod tests {
         allocate(paths, &[request], &holder).map_err(|error| error.to_string())
     }
 
-    fn exact(text: &str) -> Request {
-        Request::exact(format!("/sys/bus/mdev/devices/{text}").as_ref(), true).unwrap()
+    fn exact(text: &str) -> DeviceRequest {
+        DeviceRequest {
+            allow_ungrouped: true,
+            ..DeviceRequest::device(text.parse::<Uuid>().unwrap())
+        }
     }
 
     #[test]
@@ -211,9 +214,9 @@ mod tests {
         let seen = |paths: &HostPaths| Mdevs::read(paths).unwrap().devices.len();
         assert_eq!((seen(&host.paths), seen(&a), seen(&b)), (2, 1, 0));
         // The host's group has one left, and by its name the other one is refused.
-        let left = taken(&host.paths, Request::group("vgpus", 1)).unwrap();
+        let left = taken(&host.paths, DeviceRequest::group("vgpus", 1)).unwrap();
         assert_eq!(left[0].name().to_string(), TWO);
-        assert!(taken(&host.paths, Request::group("vgpus", 1)).is_err());
+        assert!(taken(&host.paths, DeviceRequest::group("vgpus", 1)).is_err());
         let said = taken(&host.paths, exact(ONE)).unwrap_err();
         assert!(said.contains("belongs to tenant \"a\""), "{said}");
         for paths in [&b, &a] {
@@ -230,10 +233,10 @@ mod tests {
             said.to_string().contains("belongs to tenant \"a\""),
             "{said}"
         );
-        let lease = taken(&a, Request::group("a", 1)).unwrap();
+        let lease = taken(&a, DeviceRequest::group("a", 1)).unwrap();
         assert_eq!(lease[0].name().to_string(), ONE);
         assert!(
-            taken(&a, Request::group("a", 1)).is_err(),
+            taken(&a, DeviceRequest::group("a", 1)).is_err(),
             "it can make no more"
         );
         let said = grant_mdevs(&host, "b", Granted::Mdevs(&[uuid(ONE)]), None).unwrap_err();
@@ -315,12 +318,12 @@ mod tests {
         let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
         assert!(said.contains(ONE), "{said}");
         revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap();
-        let lease = taken(&host.paths, Request::group("vgpus", 1)).unwrap();
+        let lease = taken(&host.paths, DeviceRequest::group("vgpus", 1)).unwrap();
         assert_eq!(lease[0].name().to_string(), ONE);
         drop(lease);
         let said = revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap_err();
         assert!(said.to_string().contains("does not belong"), "{said}");
-        let tenant = taken(&scope(&host, "a"), Request::group("gpus", 1)).unwrap();
+        let tenant = taken(&scope(&host, "a"), DeviceRequest::group("gpus", 1)).unwrap();
         let said = revoke_mdevs(&host.paths, "a", &[uuid(TWO)]).unwrap_err();
         assert!(said.to_string().contains("held by VM 'x'"), "{said}");
         drop(tenant);

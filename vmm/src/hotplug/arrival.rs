@@ -15,12 +15,12 @@ impl HostDevices {
     /// Begins to attach; the reply comes when the guest has been told, or it failed.
     pub fn attach(&mut self, attach: Attach, reply: Reply) {
         let free = self.free().len().saturating_sub(self.coming);
-        let refused = match (&self.worker, &attach.id) {
+        let refused = match (&self.worker, attach.id()) {
             (None, _) => Some(CommandError::NoSlots),
             _ if free == 0 => Some(CommandError::NoFreeSlot {
                 slots: self.slots.count(),
             }),
-            (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.clone())),
+            (_, Some(id)) if self.has(id) => Some(CommandError::DuplicateId(id.to_owned())),
             _ => None,
         };
         match (refused, &self.worker) {
@@ -55,7 +55,9 @@ impl HostDevices {
         let devices = devices.map_err(CommandError::from);
         if let Err(error) = devices.and_then(|devices| self.plug_all(devices, windows)) {
             self.tell(VmEvent::AttachFailed {
-                id: attach.id.unwrap_or_else(|| attach.wanted.to_string()),
+                id: attach
+                    .id()
+                    .map_or_else(|| attach.to_string(), str::to_owned),
                 error: error.to_string(),
             });
             return reply(Err(error));
@@ -114,7 +116,7 @@ impl HostDevices {
                 if let Some(id) = device.as_ref().map(|device| &device.label().id)
                     && self.has(id)
                 {
-                    return Err(CommandError::DuplicateId(id.clone()));
+                    return Err(CommandError::DuplicateId(id.to_owned()));
                 }
                 if let Some(device) = device.take() {
                     self.plug(device, port, function).map_err(Error::from)?;

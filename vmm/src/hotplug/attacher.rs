@@ -5,12 +5,12 @@ use std::sync::{Arc, Weak};
 
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::opener::Opener;
+use gantry_resources::pools::DeviceRequest;
 
 use super::DeviceContext;
 use super::job::{AttachJob, AttachSteps};
 use super::ranges::GuestRanges;
-use crate::command::DeviceSelector;
-use crate::config::NamedRequest;
+use crate::command::Attach;
 use crate::error::Error;
 use crate::host::preflight;
 use crate::kvm::VfioObserver;
@@ -60,15 +60,14 @@ impl Attacher {
         steps: &mut AttachSteps,
         ending: &Arc<AtomicBool>,
     ) -> Result<Vec<AttachedDevice>, Error> {
-        let requests = match &job.attach.wanted {
-            DeviceSelector::Request(request) => vec![request.clone()],
-            DeviceSelector::Plan(name) => self.opener.plan(name).map_err(DeviceError::from)?,
+        let requests = match &job.attach {
+            Attach::Devices(request) => vec![request.clone()],
+            Attach::Plan { name, .. } => self.opener.plan(name).map_err(DeviceError::from)?,
         };
-        let requests: Vec<_> = requests.into_iter().map(NamedRequest::from).collect();
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
         let mut acquired = self.acquire(&requests, &cancelled)?;
-        if let Some(id) = &job.attach.id {
+        if let Some(id) = job.attach.id() {
             acquired.name_all(id);
         }
         steps.done("lease");
@@ -97,7 +96,7 @@ impl Attacher {
     /// Leases what is asked for, in the address space there is or in a new one.
     fn acquire(
         &self,
-        requests: &[NamedRequest],
+        requests: &[DeviceRequest],
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
         let acquirer = Acquirer {

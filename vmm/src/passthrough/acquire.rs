@@ -14,7 +14,7 @@ use gantry_resources::facts::{ReservedKind, ReservedRegion, reserved_regions};
 use gantry_resources::holding::Holder;
 use gantry_resources::inventory::Terms;
 use gantry_resources::opener::{Opened, Opener, pool_of};
-use gantry_resources::pools::Placement;
+use gantry_resources::pools::{DeviceRequest, Placement, nth_id};
 
 use gantry_vfio::host::Group;
 
@@ -23,7 +23,6 @@ use super::events::DeviceNotify;
 use super::io_address_space::IoAddressSpace;
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
 use super::opening::{Opening, UnopenedDevice};
-use crate::config::{NamedRequest, nth_id};
 use crate::kvm::VfioObserver;
 use crate::process::sandbox::Sandbox;
 
@@ -87,23 +86,22 @@ impl Acquirer<'_> {
     /// kernel refused.
     pub fn acquire(
         &self,
-        requests: &[NamedRequest],
+        requests: &[DeviceRequest],
         space: Option<Arc<IoAddressSpace>>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
         if requests.is_empty() {
             return Ok(AcquiredDevices::default());
         }
-        let asked: Vec<_> = requests.iter().map(|one| one.request.clone()).collect();
         let granted = match &self.lessor {
             Lessor::Process(placement, holder) => {
-                let leases = allocate_near(self.host, &asked, placement, holder)?;
+                let leases = allocate_near(self.host, requests, placement, holder)?;
                 Granted::in_process(leases, self.host)?
             }
             Lessor::Opener(opener) => {
                 let space = space.as_ref();
                 let groups = space.map(|space| space.group_numbers()).unwrap_or_default();
-                opener.open(&asked, &groups, true, cancelled)?.into()
+                opener.open(requests, &groups, true, cancelled)?.into()
             }
         };
         self.join(granted, requests, space)
@@ -113,7 +111,7 @@ impl Acquirer<'_> {
     fn join(
         &self,
         granted: Granted,
-        requests: &[NamedRequest],
+        requests: &[DeviceRequest],
         space: Option<Arc<IoAddressSpace>>,
     ) -> Result<AcquiredDevices, DeviceError> {
         let nodes = self.host.dev.join("vfio");
@@ -313,13 +311,13 @@ fn duplicate_of<'a>(labels: impl Iterator<Item = &'a DeviceLabel>) -> Option<&'a
 
 /// Names devices in the order in which they were leased.
 struct Labels<'a> {
-    requests: &'a [NamedRequest],
+    requests: &'a [DeviceRequest],
     /// How many devices each request has got: a card has several functions.
     counts: BTreeMap<usize, usize>,
 }
 
 impl<'a> Labels<'a> {
-    fn new(requests: &'a [NamedRequest]) -> Self {
+    fn new(requests: &'a [DeviceRequest]) -> Self {
         Self {
             requests,
             counts: BTreeMap::new(),
@@ -333,7 +331,7 @@ impl<'a> Labels<'a> {
         let label = DeviceLabel {
             id: id.map_or_else(|| name.to_string(), |id| nth_id(id, *count)),
             group: request
-                .and_then(|request| request.source())
+                .and_then(|request| request.from.pool())
                 .map(str::to_owned)
                 .or(pool),
             allow: terms.allow,
@@ -352,7 +350,6 @@ pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
 mod tests {
     use gantry_resources::base::HostBdf;
     use gantry_resources::inventory::Allow;
-    use gantry_resources::pools::Request;
 
     use super::*;
 
@@ -360,9 +357,9 @@ mod tests {
     fn a_function_of_a_card_and_a_named_device_cannot_have_one_name() {
         let devices = [("01:00.0", 0), ("01:00.1", 0), ("02:00.0", 1)];
         let duplicate = |ids: [Option<&str>; 2]| {
-            let requests = ids.map(|id| NamedRequest {
+            let requests = ids.map(|id| DeviceRequest {
                 id: id.map(str::to_owned),
-                request: Request::group("gpus", 1),
+                ..DeviceRequest::group("gpus", 1)
             });
             let mut labels = Labels::new(&requests);
             let labels = devices.map(|(bdf, request)| {

@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use gantry_resources::base::HostPaths;
 use gantry_resources::opener::{source_of, ungrouped};
-use gantry_resources::pools::{Plans, Request};
+use gantry_resources::pools::{DeviceRequest, Plans};
 
-use crate::command::{
-    Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceSelector,
-};
-use crate::config::{NamedRequest, VmConfig};
+use crate::command::{Answer, Attach, Command, CommandError, DeferredConfig, Detach};
+use crate::config::VmConfig;
 use crate::info::{EventSink, VmEvent, VmState};
 use crate::status::{SharedStatus, VmStatus};
 
@@ -84,39 +82,38 @@ impl StoppedVm {
     }
 
     /// A VM that is not booted will have the device when it is.
-    fn attach(&mut self, Attach { id, wanted }: Attach) -> Result<Answer, CommandError> {
-        let requests = match wanted {
-            DeviceSelector::Request(request) => vec![request],
-            DeviceSelector::Plan(name) => {
+    fn attach(&mut self, attach: Attach) -> Result<Answer, CommandError> {
+        let mut new = match attach {
+            Attach::Devices(request) => vec![request],
+            Attach::Plan { name, id } => {
                 let plans = Plans::load(&self.host).map_err(invalid)?;
-                let plan = plans.find(&name).map_err(invalid)?;
-                plan.requests().map_err(invalid)?
+                let mut requests = plans.find(&name).map_err(invalid)?.requests();
+                if let Some(first) = requests.first_mut() {
+                    first.id = id;
+                }
+                requests
             }
         };
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
         let allowed = created.hotplug.ungrouped;
         // What cannot be looked at now is when the VM boots.
-        let grouped = |request: &Request| !matches!(source_of(&self.host, request), Ok(None));
-        if let Some(request) = requests.iter().find(|one| !allowed && !grouped(one)) {
+        let grouped = |request: &DeviceRequest| !matches!(source_of(&self.host, request), Ok(None));
+        if let Some(request) = new.iter().find(|one| !allowed && !grouped(one)) {
             return Err(CommandError::Invalid(ungrouped(request).into()));
         }
-        let requests = requests.into_iter();
-        let requests = requests.map(|request| request.with_ungrouped(allowed));
-        let mut new: Vec<NamedRequest> = requests.map(NamedRequest::from).collect();
-        if let Some(first) = new.first_mut() {
-            first.id = id;
+        for request in &mut new {
+            request.allow_ungrouped = allowed;
         }
         let known: Vec<String> = created
             .devices
             .iter()
-            .flat_map(NamedRequest::names)
+            .flat_map(DeviceRequest::names)
             .collect();
         let twice = new.iter().find_map(|asked| {
             let same = created
                 .devices
                 .iter()
-                .find(|old| old.request == asked.request);
-            let same = same.filter(|old| !matches!(old.request, Request::Any(_)));
+                .find(|old| old.from.device().is_some() && old.from == asked.from);
             let taken = asked.names().find(|name| known.contains(name));
             taken.or_else(|| same?.names().next())
         });
@@ -131,12 +128,12 @@ impl StoppedVm {
     /// one.
     fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
-        let meant = |asked: &NamedRequest| asked.names().any(|name| name == id);
+        let meant = |asked: &DeviceRequest| asked.names().any(|name| name == id);
         if !created.devices.iter().any(meant) {
             let others = created
                 .devices
                 .iter()
-                .flat_map(NamedRequest::names)
+                .flat_map(DeviceRequest::names)
                 .collect();
             return Err(CommandError::NoSuchDevice { id, others });
         }

@@ -7,7 +7,7 @@ use gantry_resources::allocation::fit;
 use gantry_resources::base::HostPaths;
 use gantry_resources::inventory::{HostDevice, scan};
 use gantry_resources::pools::{
-    Alias, DeviceSpec, Groups, Placement, Request, change_aliases, change_device_specs,
+    Alias, DeviceRequest, DeviceSpec, Groups, Placement, change_aliases, change_device_specs,
 };
 use serde::Serialize;
 
@@ -109,7 +109,10 @@ pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let names = groups.alias_names();
-    let requests: Vec<Request> = names.iter().map(|name| Request::alias(name, 0)).collect();
+    let requests: Vec<DeviceRequest> = names
+        .iter()
+        .map(|name| DeviceRequest::alias(name, 0))
+        .collect();
     let result = fit(paths, &requests, &Placement::default()).map_err(Failure::host)?;
     let row = |(name, free): (String, usize)| Row {
         alternatives: groups.alias(&name),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use gantry_resources::allocation::{Fit, RequestFit, fit};
 use gantry_resources::base::{HostPaths, read_regular, read_text};
-use gantry_resources::pools::{Instance, Placement, Request, aliases};
+use gantry_resources::pools::{Aliases, DeviceRequest, Instance, Placement};
 
 use crate::config::{self, Extras, LONGEST, Written};
 use crate::output::{print, print_json};
@@ -49,7 +49,7 @@ pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
 /// Shows what requests would get. What does not fit is an error.
 pub fn tell(
     paths: &HostPaths,
-    requests: &[Request],
+    requests: &[DeviceRequest],
     nodes: BTreeSet<u32>,
     json: bool,
 ) -> Result<(), Failure> {
@@ -78,7 +78,7 @@ pub fn tell(
     }
 }
 
-fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32>), Failure> {
+fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<DeviceRequest>, BTreeSet<u32>), Failure> {
     let wrong = |what: String| Failure::new(USAGE, what);
     let path = PathBuf::from(&args.request);
     let mut name = path.as_path();
@@ -96,7 +96,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<Request>, BTreeSet<u32
         false if path.is_file() => read_regular(&path, LONGEST)
             .map_err(|error| wrong(format!("cannot read {}: {error}", path.display())))?,
         false => {
-            let requests = aliases(text).map_err(|error| wrong(error.to_string()))?;
+            let Aliases(requests) = text.parse().map_err(wrong)?;
             return Ok((requests, BTreeSet::new()));
         }
     };

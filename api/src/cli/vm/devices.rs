@@ -6,14 +6,15 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gantry_resources::base::{DeviceName, HostPaths};
-use gantry_resources::pools::{InterruptNeed, NumaPolicy};
+use gantry_resources::inventory::Allow;
+use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy};
 use serde::de::IntoDeserializer;
 use serde::de::value::StringDeserializer;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{find, state, watch};
-use crate::config::{AddDevice, DeviceConfig, PlanDevices};
+use crate::config::PlanDevices;
 use crate::http::client::{Client, ClientError, EventReader, seconds};
 use crate::http::wire::{AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState};
 use crate::output::{note, print, print_json};
@@ -47,8 +48,8 @@ pub struct AttachArgs {
     #[arg(long, value_name = "POLICY", value_parser = policies(), conflicts_with_all = ["device", "plan"])]
     numa_policy: Option<NumaPolicy>,
     /// `none` takes devices with neither MSI-X nor MSI too: they have no interrupts in the guest
-    #[arg(long, value_name = "KIND", value_parser = needed(), conflicts_with = "plan")]
-    interrupts: Option<InterruptNeed>,
+    #[arg(long, value_name = "KIND", value_parser = ["msix", "none"], conflicts_with = "plan")]
+    interrupts: Option<String>,
     /// Take devices too that nothing resets between two VMs: one may read what the other left
     #[arg(long, conflicts_with = "plan")]
     allow_no_reset: bool,
@@ -119,7 +120,13 @@ pub struct DetachArgs {
 pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
-    let added: Option<AddedDevices> = client.put_json("vm.add-device", &args.body())?;
+    let added: Option<AddedDevices> = match &args.from.plan {
+        Some(plan) => {
+            let (plan, id) = (plan.clone(), None);
+            client.put_json("vm.add-device", &PlanDevices { plan, id })?
+        }
+        None => client.put_json("vm.add-device", &args.request())?,
+    };
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
@@ -149,27 +156,28 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 impl AttachArgs {
-    /// What is asked of the VM.
-    fn body(&self) -> AddDevice {
+    /// What is asked of the VM, where it is not the devices of a plan.
+    fn request(&self) -> DeviceRequest {
         let From {
             group,
             alias,
-            plan,
             device,
+            ..
         } = &self.from;
-        match plan.clone() {
-            Some(plan) => AddDevice::Plan(PlanDevices { plan, id: None }),
-            None => AddDevice::Device(DeviceConfig {
-                id: self.id.clone(),
-                group: group.clone(),
-                alias: alias.clone(),
-                count: self.count.map(u64::from),
-                path: device.map(|name| name.sysfs_path().into()),
-                numa_policy: self.numa_policy,
-                interrupts: self.interrupts,
-                allow_no_reset: self.allow_no_reset.then_some(true),
-                ..DeviceConfig::default()
-            }),
+        let group = group.clone().map(DeviceSource::Group);
+        let alias = alias.clone().map(DeviceSource::Alias);
+        let device = device.map(DeviceSource::Device);
+        let from = group.or(alias).or(device);
+        // The command line requires one of them.
+        let from = from.unwrap_or(DeviceSource::Group(String::new()));
+        DeviceRequest {
+            id: self.id.clone(),
+            numa_policy: self.numa_policy,
+            allow: Allow {
+                no_interrupts: self.interrupts.as_deref() == Some("none"),
+                no_reset: self.allow_no_reset,
+            },
+            ..DeviceRequest::new(from, self.count.unwrap_or(1))
         }
     }
 }
@@ -191,15 +199,6 @@ fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
         let word: StringDeserializer<serde::de::value::Error> =
             word.to_lowercase().into_deserializer();
         NumaPolicy::deserialize(word)
-    })
-}
-
-/// The words that a VM's file has for interrupts.
-fn needed() -> impl TypedValueParser<Value = InterruptNeed> {
-    let words = PossibleValuesParser::new(["msix", "none"]);
-    words.map(|word| match word.as_str() {
-        "none" => InterruptNeed::None,
-        _ => InterruptNeed::Msix,
     })
 }
 

@@ -1,6 +1,6 @@
 //! What a service plan says where a VM's file does not.
 
-use gantry_resources::pools::{Plan, PlanSize, Plans, Request};
+use gantry_resources::pools::{Plan, PlanSize, Plans};
 use gantry_vmm::{MemorySize, VcpuCount};
 
 use super::{Context, Invalid, invalid, model};
@@ -14,12 +14,6 @@ pub fn named(name: Option<&str>, context: &Context) -> Result<Option<Plan>, Inva
     let plan = plans.and_then(|plans| plans.find(name).cloned());
     let help = "name one of this host's, or make it with `gantry plan create`";
     plan.map(Some).map_err(|error| invalid("plan", error, help))
-}
-
-/// The devices of a plan.
-pub fn devices(plan: &Plan) -> Result<Vec<Request>, Invalid> {
-    plan.requests()
-        .map_err(|error| wrong(plan, &error.to_string()))
 }
 
 /// The processors of a plan, or those of a VM that says nothing.

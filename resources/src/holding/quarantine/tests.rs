@@ -51,7 +51,7 @@ fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
         "etc/groups.json",
         r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#,
     );
-    let wish = [crate::pools::request::Request::group("g", 1)];
+    let wish = [crate::pools::request::DeviceRequest::group("g", 1)];
     let lease = crate::allocation::allocate(&host.paths, &wish, &holder).unwrap();
     lease[0].set_aside("its reset failed");
     assert!(matches!(

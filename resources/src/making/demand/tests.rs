@@ -7,7 +7,7 @@ use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::record::Holder;
 use crate::moving::bind::{BindRequest, detach};
-use crate::pools::request::{Placement, Request};
+use crate::pools::request::{DeviceRequest, Placement};
 
 const GROUPS: &str = r#"{"groups": [{"name": "gpus", "bind": "demand", "rules": [{"class": "03"}]},
     {"name": "disks", "bind": "demand", "rules": [{"class": "01"}]}]}"#;
@@ -45,7 +45,7 @@ fn take(
         vm: "a".to_owned(),
         pid: std::process::id(),
     };
-    let requests = [Request::group(group, 1)];
+    let requests = [DeviceRequest::group(group, 1)];
     let near = Placement::default();
     let vm = Recipient::new(&holder, &near);
     allocate_with(&host.paths, &requests, vm, &binder)
@@ -208,7 +208,7 @@ fn the_helper_is_told_what_to_give_back() {
         vm: "a".to_owned(),
         pid: std::process::id(),
     };
-    let requests = [Request::group("gpus", 1)];
+    let requests = [DeviceRequest::group("gpus", 1)];
     let near = Placement::default();
     let vm = Recipient::new(&holder, &near);
     let leases = allocate_with(&host.paths, &requests, vm, &binder);

@@ -13,7 +13,7 @@ use crate::inventory::device::HostDevice;
 use crate::making::demand::{Binder, reap_with};
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
-use crate::pools::request::{Placement, Request};
+use crate::pools::request::{DeviceRequest, Placement};
 use crate::pools::vf_settings::{VfSetting, VfState};
 use std::collections::BTreeMap;
 use std::fs;
@@ -103,7 +103,7 @@ fn take(host: &FakeHost, kernel: &FakeKernel<'_>, count: u32) -> Result<Vec<Leas
         vm: "a".to_owned(),
         pid: 1,
     };
-    let requests = [Request::group("vfs", count)];
+    let requests = [DeviceRequest::group("vfs", count)];
     let near = Placement::default();
     let vm = Recipient::new(&holder, &near);
     allocate_with(&host.paths, &requests, vm, &binder)

@@ -11,7 +11,7 @@ use crate::inventory::device::DeviceState;
 use crate::making::demand::{Binder, reap_with};
 use crate::making::sriov::HostAccess;
 use crate::pools::group::Groups;
-use crate::pools::request::{Placement, Request};
+use crate::pools::request::{DeviceRequest, Placement};
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs::{self, File};
@@ -40,7 +40,7 @@ fn host(more: &str) -> FakeHost {
 fn take(
     host: &FakeHost,
     kernel: &FakeKernel<'_>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
 ) -> Result<Vec<Lease>, AllocateError> {
     let binder = Binder {
         host: kernel.access(),
@@ -52,7 +52,7 @@ fn take(
 fn take_with(
     host: &FakeHost,
     binder: &Binder<'_>,
-    requests: &[Request],
+    requests: &[DeviceRequest],
 ) -> Result<Vec<Lease>, AllocateError> {
     let holder = Holder {
         vm: "a".to_owned(),
@@ -63,8 +63,8 @@ fn take_with(
     allocate_with(&host.paths, requests, vm, binder)
 }
 
-fn one() -> [Request; 1] {
-    [Request::group("vgpus", 1)]
+fn one() -> [DeviceRequest; 1] {
+    [DeviceRequest::group("vgpus", 1)]
 }
 
 /// The devices, the room of each parent, and the records.
@@ -95,7 +95,10 @@ fn a_vm_gets_a_new_device_and_it_goes_with_it() {
     let host = host("");
     let kernel = FakeKernel::new(&host);
     let before = seen(&host);
-    let requests = [Request::group("disks", 1), Request::group("vgpus", 1)];
+    let requests = [
+        DeviceRequest::group("disks", 1),
+        DeviceRequest::group("vgpus", 1),
+    ];
     let leases = take(&host, &kernel, &requests).unwrap();
     let names: Vec<String> = leases
         .iter()
@@ -146,7 +149,10 @@ fn what_a_killed_vm_left_makes_room_for_the_next() {
 #[test]
 fn a_choice_counts_what_is_left_over_all_parents() {
     let host = host("");
-    let requests = [Request::group("vgpus", 2), Request::group("vgpus", 2)];
+    let requests = [
+        DeviceRequest::group("vgpus", 2),
+        DeviceRequest::group("vgpus", 2),
+    ];
     let found = fit(&host.paths, &requests, &Placement::default()).unwrap();
     let of = |index: usize| -> Vec<&str> {
         let instances = found.requests[index].instances.iter();
@@ -173,7 +179,7 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
             .writes
             .is_empty()
     );
-    let leases = take(&host, &kernel, &[Request::group("vgpus", 2)]).unwrap();
+    let leases = take(&host, &kernel, &[DeviceRequest::group("vgpus", 2)]).unwrap();
     let error = unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
     assert!(
         error.to_string().contains("is held by VM 'a' (pid 1)"),
@@ -193,8 +199,7 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
 fn a_device_that_is_there_is_asked_for_by_its_identifier() {
     let host = host(&format!(r#", "uuids": ["{ONE}"]"#));
     let kernel = FakeKernel::new(&host);
-    let path = format!("/sys/bus/mdev/devices/{ONE}");
-    let exact = || Request::exact(path.as_ref(), false).unwrap();
+    let exact = || DeviceRequest::device(ONE.parse::<Uuid>().unwrap());
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
     assert!(error.contains("no mediated device"), "{error}");
     make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
@@ -210,7 +215,10 @@ fn a_device_that_is_there_is_asked_for_by_its_identifier() {
     host.file("etc/groups.json", r#"{"groups": []}"#);
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
     assert!(error.contains("in no group"), "{error}");
-    let anyhow = Request::exact(path.as_ref(), true).unwrap();
+    let anyhow = DeviceRequest {
+        allow_ungrouped: true,
+        ..DeviceRequest::device(ONE.parse::<Uuid>().unwrap())
+    };
     take(&host, &kernel, &[anyhow]).unwrap();
     assert_eq!(seen(&host).0, [ONE]);
 }
@@ -405,12 +413,12 @@ fn a_device_in_the_making_stops_nobody_and_is_counted() {
         // As any other VM would, at once.
         let record = LeaseRecord::task("another");
         drop(AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap());
-        let disks = [Request::group("disks", 1)];
+        let disks = [DeviceRequest::group("disks", 1)];
         assert_eq!(
             take(&host, &FakeKernel::new(&host), &disks).unwrap().len(),
             1
         );
-        let all = [Request::group("vgpus", 3)];
+        let all = [DeviceRequest::group("vgpus", 3)];
         let found = fit(&host.paths, &all, &Placement::default()).unwrap();
         let what = path.file_name().unwrap().to_str().unwrap().to_owned();
         RefCell::borrow_mut(&seen_free).push((what, found.requests[0].free));
@@ -518,8 +526,10 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         }
         let after = FakeKernel::new(&host);
         reap_with(&host.paths, after.access()).unwrap_err();
-        let path = format!("/sys/bus/mdev/devices/{ONE}");
-        let exact = Request::exact(path.as_ref(), true).unwrap();
+        let exact = DeviceRequest {
+            allow_ungrouped: true,
+            ..DeviceRequest::device(ONE.parse::<Uuid>().unwrap())
+        };
         let error = take(&host, &after, &[exact]).unwrap_err().to_string();
         assert!(
             error.contains("has not finished making or removing"),

@@ -7,7 +7,7 @@ use crate::holding::record::Holder;
 use crate::inventory::device::DeviceState;
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
-use crate::pools::request::Request;
+use crate::pools::request::DeviceRequest;
 use std::fs;
 use std::path::Path;
 
@@ -228,10 +228,9 @@ fn a_leased_device_stays_with_its_vm() {
     let host = host();
     let kernel = FakeKernel::new(&host);
     detach(&host.paths, &kernel, &request(&[bdf("01:00.0")], &[])).unwrap();
-    let gpu = Request::Device {
-        bdf: bdf("01:00.0"),
+    let gpu = DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("01:00.0"))
     };
     let leases = allocate(
         &host.paths,
@@ -300,10 +299,9 @@ fn devices_cannot_be_leased_while_they_move() {
                 let lease = self.1.read(address).lease;
                 assert_eq!(lease.record().unwrap().name, "gantry device detach");
             }
-            let other = Request::Device {
-                bdf: bdf("02:00.0"),
+            let other = DeviceRequest {
                 allow_ungrouped: true,
-                allow: crate::inventory::card::Allow::default(),
+                ..DeviceRequest::device(bdf("02:00.0"))
             };
             let error = allocate(
                 &self.1.paths,
@@ -490,10 +488,9 @@ fn a_neighbour_with_pci_stub_is_out_of_the_way() {
     )
     .unwrap();
     assert_eq!(report.moved, [bdf("01:00.0")]);
-    let disk = Request::Device {
-        bdf: bdf("01:00.0"),
+    let disk = DeviceRequest {
         allow_ungrouped: true,
-        allow: crate::inventory::card::Allow::default(),
+        ..DeviceRequest::device(bdf("01:00.0"))
     };
     allocate(
         &host.paths,

@@ -110,7 +110,7 @@ mod tests {
     use crate::holding::record::Holder;
     use crate::making::vgpu::make_ahead;
     use crate::pools::group::Groups;
-    use crate::pools::request::Request;
+    use crate::pools::request::DeviceRequest;
 
     const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
 
@@ -142,7 +142,10 @@ mod tests {
             vm: "a".to_owned(),
             pid: 1,
         };
-        let wishes = [Request::group("disks", 1), Request::group("vgpus", 1)];
+        let wishes = [
+            DeviceRequest::group("disks", 1),
+            DeviceRequest::group("vgpus", 1),
+        ];
         let leases = allocate(&host.paths, &wishes, &holder).unwrap();
         let disk = "0000:01:00.0 is held by VM 'a' (pid 1)";
         assert!(said(&host, "disks", None).contains(disk));

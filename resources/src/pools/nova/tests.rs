@@ -365,7 +365,7 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     let other = alias(&more(r#""numa_policy": "socket""#));
     let error = crate::pools::group::change_aliases(&host.paths, vec![other], &[]).unwrap_err();
     assert!(
-        error.to_string().contains("values of numa_policy"),
+        error.to_string().contains("values of `numa_policy`"),
         "{error}"
     );
     crate::pools::group::Groups::load(&host.paths).unwrap();
@@ -384,7 +384,8 @@ fn an_alias_may_ask_for_what_a_spec_says_of_live_migration() {
         (r#"{"vendor_id": "*"}"#, [0, 1]),
     ] {
         host.file("etc/device_spec.json", spec);
-        let requests = ["yes", "no"].map(|name| crate::pools::request::Request::alias(name, 1));
+        let requests =
+            ["yes", "no"].map(|name| crate::pools::request::DeviceRequest::alias(name, 1));
         let each = requests.map(|request| {
             let fit = crate::allocation::fit(
                 &host.paths,

@@ -113,7 +113,7 @@ fn nodes_that_are_not_to_be_had_are_refused() {
     };
     assert!(VmPlacement::resolve(&wide, &Numbers::default(), &whole()).is_ok());
     let pinned = VmConfig {
-        devices: vec![gantry_resources::pools::Request::group("gpu", 1).into()],
+        devices: vec![gantry_resources::pools::DeviceRequest::group("gpu", 1)],
         ..wide
     };
     let text = refused(&pinned, &whole());

@@ -1,16 +1,16 @@
 //! The worker's jobs and their order.
 
 use super::*;
-use crate::command::{Answer, Attach, DeviceSelector};
+use crate::command::{Answer, Attach};
 use crate::error::Error;
 
 type Answers = Receiver<Result<Answer, CommandError>>;
 
 fn attach(id: &str) -> (AttachJob, Answers) {
     let (sender, answers) = channel();
-    let attach = Attach {
+    let attach = Attach::Plan {
+        name: "gpu".to_owned(),
         id: Some(id.to_owned()),
-        wanted: DeviceSelector::Plan("gpu".to_owned()),
     };
     let reply = move |answer| drop(sender.send(answer));
     let job = AttachJob {
@@ -35,7 +35,7 @@ fn a_vm_that_ends_opens_nothing_more() {
     }
     drop(sender);
     let job = jobs.next().unwrap();
-    assert_eq!(job.attach.id.as_deref(), Some("first"));
+    assert_eq!(job.attach.id(), Some("first"));
     ending.store(true, Ordering::Release);
     assert!(jobs.next().is_none());
     for answers in [answer, other] {
@@ -66,9 +66,9 @@ fn devices_that_come_too_late_for_a_vm_are_left_to_its_end_and_then_closed() {
     done.send(taken).unwrap();
     done.send(late).unwrap();
     let taken = worker.take_result().unwrap();
-    assert_eq!(taken.attach.id.as_deref(), Some("taken"));
+    assert_eq!(taken.attach.id(), Some("taken"));
     let left = worker.end();
-    let ids = left.iter().map(|result| result.attach.id.as_deref());
+    let ids = left.iter().map(|result| result.attach.id());
     assert_eq!(ids.collect::<Vec<_>>(), [Some("late")]);
     left.into_iter().for_each(AttachResult::cancel);
     // Of a worker that the VM did not wait for.

@@ -121,29 +121,29 @@ fn a_plans_devices_may_come_before_the_vm_is_booted() {
     let mut stopped = StoppedVm::new(&host);
     done(stopped.handle(Command::Create(config())));
     let attach = |plan: &str| {
-        Command::Attach(Attach {
+        Command::Attach(Attach::Plan {
+            name: plan.to_owned(),
             id: None,
-            wanted: DeviceSelector::Plan(plan.to_owned()),
         })
     };
     let unknown = refused(stopped.handle(attach("three")));
     assert!(matches!(unknown, CommandError::Invalid(_)), "{unknown}");
     done(stopped.handle(attach("two")));
     let devices = &stopped.created.as_ref().unwrap().devices;
-    assert_eq!(*devices, [NamedRequest::from(Request::group("gpu", 2))]);
+    assert_eq!(*devices, [DeviceRequest::group("gpu", 2)]);
 }
 
 #[test]
 fn a_device_may_come_before_the_vm_is_booted() {
     let attach = |id: Option<&str>| {
-        Command::Attach(Attach {
+        Command::Attach(Attach::Devices(DeviceRequest {
             id: id.map(str::to_owned),
-            wanted: DeviceSelector::Request(Request::Device {
-                bdf: "0000:01:00.0".parse().unwrap(),
-                allow_ungrouped: false,
-                allow: Default::default(),
-            }),
-        })
+            ..DeviceRequest::device(
+                "0000:01:00.0"
+                    .parse::<gantry_resources::base::DeviceName>()
+                    .unwrap(),
+            )
+        }))
     };
     let mut stopped = StoppedVm::new(&HostPaths::under(Path::new("/nowhere")));
     let early = refused(stopped.handle(attach(None)));
@@ -181,14 +181,14 @@ fn a_device_in_no_group_is_refused_at_once_unless_the_file_allows_it() {
     std::fs::write(device.join("modalias"), modalias).unwrap();
     std::fs::write(device.join("reset_method"), "flr").unwrap();
     let attach = || {
-        Command::Attach(Attach {
-            id: None,
-            wanted: DeviceSelector::Request(Request::Device {
-                bdf: "0000:01:00.0".parse().unwrap(),
-                allow_ungrouped: true,
-                allow: Default::default(),
-            }),
-        })
+        Command::Attach(Attach::Devices(DeviceRequest {
+            allow_ungrouped: true,
+            ..DeviceRequest::device(
+                "0000:01:00.0"
+                    .parse::<gantry_resources::base::DeviceName>()
+                    .unwrap(),
+            )
+        }))
     };
     for allowed in [false, true] {
         let mut stopped = StoppedVm::new(&host);
@@ -212,10 +212,10 @@ fn devices_have_names_before_the_vm_is_booted() {
     let mut stopped = StoppedVm::new(&HostPaths::under(Path::new("/nowhere")));
     done(stopped.handle(Command::Create(config())));
     let attach = |id: Option<&str>, count| {
-        Command::Attach(Attach {
+        Command::Attach(Attach::Devices(DeviceRequest {
             id: id.map(str::to_owned),
-            wanted: DeviceSelector::Request(Request::group("nvme", count)),
-        })
+            ..DeviceRequest::group("nvme", count)
+        }))
     };
     done(stopped.handle(attach(Some("disk"), 2)));
     done(stopped.handle(attach(None, 1)));
@@ -236,7 +236,7 @@ fn devices_have_names_before_the_vm_is_booted() {
     assert!(other.contains("it has disk, disk-1"), "{other}");
     done(stopped.handle(detach("disk")));
     let devices = &stopped.created.as_ref().unwrap().devices;
-    assert_eq!(*devices, [NamedRequest::from(Request::group("nvme", 1))]);
+    assert_eq!(*devices, [DeviceRequest::group("nvme", 1)]);
 }
 
 #[test]

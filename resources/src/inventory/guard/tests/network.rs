@@ -190,7 +190,7 @@ fn a_vm_on_demand_takes_no_port_of_a_bridge() {
         "etc/groups.json",
         r#"{"groups": [{"name": "nic", "bind": "demand", "rules": [{"slot": "02:00.0"}]}]}"#,
     );
-    let asked = [crate::pools::request::Request::group("nic", 1)];
+    let asked = [crate::pools::request::DeviceRequest::group("nic", 1)];
     let found = crate::allocation::fit(
         &host.paths,
         &asked,

@@ -84,7 +84,8 @@ fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_sta
         vm: "a".to_owned(),
         pid: 1,
     };
-    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease =
+        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
     crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
     assert_eq!(vlan(), Some(100));
     drop(lease);
@@ -288,14 +289,16 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
         vm: "a".to_owned(),
         pid: 1,
     };
-    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease =
+        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
     assert_eq!(lease[0].name(), bdf(FIRST));
     drop(lease);
     assert_eq!(seen(&host, &kernel).states, before);
     // What its guest changes is put back by the next command of root's, and not while a VM has it.
     let spoil = || self::spoil(&kernel);
     spoil();
-    let lease = crate::allocation::allocate(&scope, &[Request::group("a", 1)], &holder).unwrap();
+    let lease =
+        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
     reap_with(&scope, kernel.access()).unwrap();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_ne!(seen(&host, &kernel).states, before, "a VM has it");

@@ -39,7 +39,10 @@ fn lease_beside(
         vm: groups.join("-"),
         pid: 1,
     };
-    let requests: Vec<Request> = groups.iter().map(|name| Request::group(*name, 1)).collect();
+    let requests: Vec<DeviceRequest> = groups
+        .iter()
+        .map(|name| DeviceRequest::group(*name, 1))
+        .collect();
     let near = Placement::default();
     let own: Vec<_> = own.iter().map(|lease| lease.as_own()).collect();
     let vm = Recipient {
