@@ -25,15 +25,16 @@ use crate::holding::lock_file::holder;
 use crate::holding::passing::{PASSING_PATIENCE, is_passing};
 use crate::holding::quarantine::{QuarantineError, Until, forget_reason, quarantine};
 use crate::holding::record::{Holder, LeaseRecord, LeaseStatus};
+use crate::holding::restore::Change;
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{Guarded, host_uses};
 use crate::inventory::mdev::Mdevs;
 use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
 use crate::inventory::scan::scan_with;
-use crate::making::demand::Binder;
+use crate::making::demand::{Binder, restore};
 use crate::making::sriov::{HostAccess, Netlink, SriovError};
-use crate::making::vgpu::{self, VgpuError};
+use crate::making::vgpu::VgpuError;
 use crate::moving::bind::BindError;
 use crate::moving::writer::ChildWriter;
 use crate::pools::group::{GroupError, Groups, NO_USB};
@@ -300,8 +301,17 @@ pub(crate) fn allocate_with(
             break (choosing, look);
         }
         drop(choosing);
-        if left && let Err(error) = vgpu::owed::reap(paths, binder.host.writer) {
-            tracing::warn!("a virtual GPU of a VM that is gone stays: {error}");
+        if left {
+            let made = Change::Vgpu.recorded(paths);
+            let made: Vec<DeviceName> = made
+                .into_iter()
+                .filter(|one| one.mdev().is_some())
+                .collect();
+            if let Err(error) = restore(paths, binder.host, &made, Duration::ZERO) {
+                let why = std::error::Error::source(&error).map(ToString::to_string);
+                let why = why.unwrap_or_else(|| error.to_string());
+                tracing::warn!("a virtual GPU of a VM that is gone stays: {why}");
+            }
         }
         reaped |= left;
         std::thread::sleep(pause);

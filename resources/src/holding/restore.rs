@@ -3,7 +3,7 @@
 //! A record is a JSON file, `<run>/restore/KIND/DEVICE`. Whoever is about to change something writes it first,
 //! under the device's lock, and removes it once the change is undone; a reboot undoes all of them, and empties
 //! the run directory. Who ends in between, by any cause, leaves the record: what restores devices finds it, and
-//! undoes the change when nobody holds the device (`making::restore`).
+//! undoes the change when nobody holds the device (`making::demand`).
 //!
 //! A tenant's directory is a link to the host's, which it can only read.
 

@@ -7,7 +7,7 @@
 //! does for a killed process too. If the helper is gone as well, the mark stays, and the next command
 //! that moves devices finds a mark without a lock and does the same.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, Write};
 use std::path::Path;
 use std::process::{ChildStdin, Command, ExitCode, Stdio};
@@ -22,7 +22,6 @@ use crate::base::bdf::HostBdf;
 use crate::base::helpers;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::base::uuid::Uuid;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
@@ -61,6 +60,15 @@ pub enum RestoreError {
     #[error("the settings of {bdf} could not be put back")]
     Settings {
         /// The function.
+        bdf: HostBdf,
+        /// Why.
+        #[source]
+        source: Box<SriovError>,
+    },
+    /// The host's drivers do not get new functions of a card, as a command ended while it made some.
+    #[error("new virtual functions of {bdf} stay without drivers of the host")]
+    Autoprobe {
+        /// The card.
         bdf: HostBdf,
         /// Why.
         #[source]
@@ -172,25 +180,17 @@ pub(crate) fn reap_with(
     paths: &HostPaths,
     host: HostAccess<'_>,
 ) -> Result<Vec<HostBdf>, RestoreError> {
-    if let Err(error) = sriov::reap(paths, host.writer) {
-        tracing::warn!("new virtual functions stay without drivers of the host: {error}");
-    }
     // A tenant may not set the card.
     if paths.only.is_none() {
         sriov::granted::mend(paths, host.links);
     }
-    let functions = DriverRecord::on_demand(paths);
-    let functions = functions.chain(
-        Change::VfSettings
-            .recorded(paths)
-            .into_iter()
-            .filter_map(DeviceName::pci),
-    );
-    let mut marked: Vec<DeviceName> = functions.map(Into::into).collect();
-    marked.extend(Change::Vgpu.recorded(paths));
-    let restored = match marked.is_empty() {
+    let undone = [Change::VfSettings, Change::Autoprobe, Change::Vgpu];
+    let undone = undone.iter().flat_map(|change| change.recorded(paths));
+    let taken = DriverRecord::on_demand(paths).map(DeviceName::from);
+    let recorded: Vec<DeviceName> = taken.chain(undone).collect();
+    let restored = match recorded.is_empty() {
         true => Ok(Vec::new()),
-        false => restore(paths, host, &marked, Duration::ZERO),
+        false => restore(paths, host, &recorded, Duration::ZERO),
     };
     if paths.only.is_none() {
         vgpu::owed::sweep_locks(paths);
@@ -198,8 +198,8 @@ pub(crate) fn reap_with(
     restored
 }
 
-/// Gives devices back that carry the mark, IOMMU group by IOMMU group, as soon as nobody holds them.
-/// Those that somebody holds when patience is over are left to him.
+/// Undoes what was changed for VMs that have ended, as soon as nobody holds the devices. Those that somebody holds
+/// when patience is over are left to them.
 pub(crate) fn restore(
     paths: &HostPaths,
     host: HostAccess<'_>,
@@ -207,23 +207,19 @@ pub(crate) fn restore(
     patience: Duration,
 ) -> Result<Vec<HostBdf>, RestoreError> {
     let started = Instant::now();
-    let mdevs: Vec<Uuid> = devices.iter().filter_map(|name| name.mdev()).collect();
-    let devices: Vec<HostBdf> = devices.iter().filter_map(|name| name.pci()).collect();
-    let devices = devices.as_slice();
     let mut restored = Vec::new();
     let mut failed = BTreeMap::new();
     let mut pause = Duration::from_millis(50);
-    let mut pending = owed(paths, devices)?;
-    let mut unmade = unmake(paths, host, &mdevs);
-    while !pending.is_empty() || !matches!(unmade, Ok(true)) {
+    let mut pending = pending(paths, devices)?;
+    while !pending.is_empty() {
         let last = started.elapsed() >= patience;
-        for (group, members) in &pending {
-            match restore_group(paths, host, members) {
+        for unit in pending {
+            match restore_unit(paths, host, &unit) {
                 Ok(moved) => {
-                    failed.remove(group);
-                    restored.extend(moved.unwrap_or_default());
+                    failed.remove(&unit);
+                    restored.extend(moved);
                 }
-                Err(error) => drop(failed.insert(*group, error)),
+                Err(error) => drop(failed.insert(unit, error)),
             }
         }
         if last {
@@ -232,89 +228,91 @@ pub(crate) fn restore(
         // A killed process may have left a writer at work: what failed once may be right the next time.
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
-        pending = owed(paths, devices)?;
-        unmade = unmake(paths, host, &mdevs);
+        pending = self::pending(paths, devices)?;
     }
-    unmade?;
     match failed.into_values().next() {
         Some(error) => Err(error),
         None => Ok(restored),
     }
 }
 
-/// Removes mediated devices that were made for a VM, as far as nobody holds them. Whether all are gone.
-fn unmake(paths: &HostPaths, host: HostAccess<'_>, mdevs: &[Uuid]) -> Result<bool, RestoreError> {
-    let left = || {
-        mdevs
-            .iter()
-            .any(|uuid| Change::Vgpu.is_recorded(paths, *uuid))
-    };
-    if !left() {
-        return Ok(true);
-    }
-    vgpu::owed::reap_mdevs(paths, host.writer, mdevs)?;
-    Ok(!left())
-}
+/// What is locked together: a mediated device, or the endpoints of an IOMMU group.
+type Unit = Vec<DeviceName>;
 
-/// The endpoints of the IOMMU groups of devices that carry the mark. One in quarantine hung when it was
-/// moved, and waits until somebody releases it.
-fn owed(
-    paths: &HostPaths,
-    devices: &[HostBdf],
-) -> Result<BTreeMap<u32, Vec<HostBdf>>, RestoreError> {
+/// The devices of which something is to be undone, with those that are locked with them. One in quarantine hung
+/// when it was moved, and waits until somebody releases it.
+fn pending(paths: &HostPaths, devices: &[DeviceName]) -> Result<BTreeSet<Unit>, RestoreError> {
+    let mdevs = devices.iter().filter(|name| name.mdev().is_some());
+    let mdevs = mdevs.filter(|name| Change::Vgpu.is_recorded(paths, **name));
+    let mut units: BTreeSet<Unit> = mdevs.map(|name| vec![*name]).collect();
     let all = scan(paths)?;
-    let marked = all.iter().filter(|device| {
-        devices.contains(&device.bdf)
+    let is_pending = |device: &&HostDevice| {
+        let undone = [Change::VfSettings, Change::Autoprobe, Change::Vgpu];
+        let is_recorded = |change: &Change| change.is_recorded(paths, device.bdf);
+        devices.contains(&device.bdf.into())
             && device.quarantine.is_none()
-            && (DriverRecord::owed(paths, device).is_some()
-                || Change::VfSettings.is_recorded(paths, device.bdf)
-                || Change::Vgpu.is_recorded(paths, device.bdf))
-    });
-    let groups: Vec<u32> = marked.filter_map(|device| device.iommu_group).collect();
-    let mut members: BTreeMap<u32, Vec<HostBdf>> = BTreeMap::new();
-    for device in all.iter().filter(|device| !device.is_bridge()) {
-        if let Some(group) = device.iommu_group.filter(|group| groups.contains(group)) {
-            members.entry(group).or_default().push(device.bdf);
-        }
+            && (DriverRecord::owed(paths, device).is_some() || undone.iter().any(is_recorded))
+    };
+    for device in all.iter().filter(is_pending) {
+        let together = |other: &&HostDevice| {
+            let same = other.bdf == device.bdf;
+            same || device.iommu_group.is_some() && other.iommu_group == device.iommu_group
+        };
+        let members = all.iter().filter(|other| !other.is_bridge());
+        units.insert(members.filter(together).map(|one| one.bdf.into()).collect());
     }
-    Ok(members)
+    Ok(units)
 }
 
-/// Gives an IOMMU group's marked devices back; none if somebody holds one of its devices.
-fn restore_group(
+/// Undoes what is recorded of devices that are locked together, and returns those whose drivers have changed;
+/// nothing where somebody holds one of them.
+fn restore_unit(
     paths: &HostPaths,
     host: HostAccess<'_>,
-    members: &[HostBdf],
-) -> Result<Option<Vec<HostBdf>>, RestoreError> {
+    unit: &[DeviceName],
+) -> Result<Vec<HostBdf>, RestoreError> {
     let record = LeaseRecord::restore();
+    // Nobody has just chosen what is locked here.
     let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
     let mut locks = Vec::new();
-    for &bdf in members {
-        match DeviceLock::take(paths, bdf, &record)? {
+    for &name in unit {
+        match DeviceLock::take(paths, name, &record)? {
             Some(lock) => locks.push(lock),
-            None => return Ok(None),
+            None => return Ok(Vec::new()),
         }
     }
+    // A kernel that hangs stops nobody else.
     drop(choosing);
-    // A setting that cannot be had back keeps no device from its driver; it stays owed.
+    for uuid in unit.iter().filter_map(|name| name.mdev()) {
+        vgpu::owed::remove_mdev(paths, host.writer, uuid)?;
+    }
+    let functions: Vec<HostBdf> = unit.iter().filter_map(|name| name.pci()).collect();
+    let recorded = |change: Change| {
+        let functions = functions.iter().copied();
+        functions.filter(move |bdf| change.is_recorded(paths, *bdf))
+    };
+    // A setting that cannot be had back keeps no device from its driver; it stays recorded.
     let mut set_back = Ok(());
-    for &bdf in members
-        .iter()
-        .filter(|bdf| Change::VfSettings.is_recorded(paths, **bdf))
-    {
+    for bdf in recorded(Change::VfSettings) {
         if let Err(source) = sriov::owed::restore(paths, host.links, bdf) {
             let source = Box::new(source);
             set_back = Err(RestoreError::Settings { bdf, source });
         }
     }
-    for &bdf in members
-        .iter()
-        .filter(|bdf| Change::Vgpu.is_recorded(paths, **bdf))
-    {
+    for bdf in recorded(Change::Autoprobe) {
+        if let Err(source) = sriov::probe::restore(paths, host.writer, bdf) {
+            let source = Box::new(source);
+            set_back = Err(RestoreError::Autoprobe { bdf, source });
+        }
+    }
+    for bdf in recorded(Change::Vgpu) {
         vgpu::owed::untype(paths, host.writer, bdf)?;
     }
-    let report = give_back(paths, host.writer, members)?;
-    set_back.map(|()| Some(report.moved))
+    let moved = match recorded(Change::Driver).next() {
+        Some(_) => give_back(paths, host.writer, &functions)?.moved,
+        None => Vec::new(),
+    };
+    set_back.map(|()| moved)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ mod links;
 mod netlink;
 pub(crate) mod owed;
 mod pf;
-mod probe;
+pub(crate) mod probe;
 pub(crate) mod token;
 
 use std::fmt::Display;
@@ -44,7 +44,6 @@ pub(crate) use links::LinkError;
 pub(crate) use links::{Interface, LinkWrite, VfLinks};
 pub use netlink::Netlink;
 pub(crate) use pf::{LiveVf, Pf};
-pub(crate) use probe::reap;
 use serde::Serialize;
 
 /// How long a VM waits for another command that makes the functions it asks for.

@@ -223,15 +223,18 @@ pub fn make_ahead(
     // Claimed is enough from here on: a driver that is slow to make them stops nobody else.
     let claimed = under_lock(paths, &record, VgpuError::in_the_way, || {
         let instances = missing(paths, group, spec)?;
-        let claims = instances.iter().filter_map(|instance| {
-            let uuid = instance.uuid?;
-            Some(claim(paths, instance, uuid, &record))
-        });
-        claims.collect::<Result<Vec<_>, _>>()
-    });
-    let claimed = claimed.inspect_err(|_| {
-        // What was claimed before the failure is nobody's: the record goes without a device.
-        let _ = owed::reap_mdevs(paths, writer, &spec.uuids);
+        let mut claimed: Vec<Claimed> = Vec::new();
+        for instance in &instances {
+            let claim = instance
+                .uuid
+                .map(|uuid| claim(paths, instance, uuid, &record));
+            claimed.extend(claim.transpose().inspect_err(|_| {
+                // What was claimed before the failure is not made.
+                let claimed = claimed.iter();
+                claimed.for_each(|one| Change::Vgpu.forget(paths, one.uuid));
+            })?);
+        }
+        Ok(claimed)
     })?;
     for (index, one) in claimed.iter().enumerate() {
         if let Err(error) = make(paths, writer, &one.instance, one.uuid) {

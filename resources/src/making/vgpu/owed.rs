@@ -18,7 +18,6 @@ use crate::base::sysfs;
 use crate::base::uuid::Uuid;
 use crate::facts::vgpu;
 use crate::holding::device_lock::DeviceLock;
-use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::lock_file::{lock_path, try_lock, unlock};
 use crate::holding::record::LeaseRecord;
 use crate::holding::restore::{Change, RestoreRecord};
@@ -91,7 +90,7 @@ impl Drop for Work {
 }
 
 /// Removes a mediated device that has a record. This process has locked it.
-pub(super) fn remove_mdev(
+pub(crate) fn remove_mdev(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
     uuid: Uuid,
@@ -145,48 +144,4 @@ pub(crate) fn untype(
     }
     Change::Vgpu.forget(paths, bdf);
     Ok(())
-}
-
-/// Removes those of these mediated devices that have records and that nobody holds; how many are gone. Of
-/// failures the last one is told.
-pub(crate) fn reap_mdevs(
-    paths: &HostPaths,
-    writer: &dyn SysfsWriter,
-    which: &[Uuid],
-) -> Result<usize, VgpuError> {
-    let owed: Vec<Uuid> = which
-        .iter()
-        .copied()
-        .filter(|uuid| Change::Vgpu.is_recorded(paths, *uuid))
-        .collect();
-    if owed.is_empty() {
-        return Ok(0);
-    }
-    let record = LeaseRecord::restore();
-    let mut locked = Vec::new();
-    // Nobody has just chosen what is locked here; and the lock is free again before anything is written.
-    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    for uuid in owed {
-        locked.extend(DeviceLock::take(paths, uuid, &record)?.map(|lock| (uuid, lock)));
-    }
-    drop(choosing);
-    let mut gone = 0;
-    let mut failed = None;
-    for (uuid, _lock) in locked {
-        match remove_mdev(paths, writer, uuid) {
-            Ok(()) => gone += 1,
-            Err(error) => failed = Some(error),
-        }
-    }
-    failed.map_or(Ok(gone), Err)
-}
-
-/// Removes all mediated devices with records that nobody holds.
-pub(crate) fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<usize, VgpuError> {
-    let mdevs: Vec<Uuid> = Change::Vgpu
-        .recorded(paths)
-        .into_iter()
-        .filter_map(DeviceName::mdev)
-        .collect();
-    reap_mdevs(paths, writer, &mdevs)
 }
