@@ -96,6 +96,18 @@ fn lost_a_guest(failure: &str) -> bool {
     signs.iter().any(|sign| failure.contains(sign))
 }
 
+/// Tells of a failure as it happens, in one line: the list of failures comes at the end of the run.
+fn tell_at_once(what: &str, name: &str, failure: &str) {
+    // The runner may have begun a line for the case.
+    eprintln!("\n{what}: {name}: {}", first_line(failure));
+}
+
+/// The first line of `failure` that says something.
+fn first_line(failure: &str) -> &str {
+    let mut lines = failure.lines().map(str::trim);
+    lines.find(|line| !line.is_empty()).unwrap_or("it says nothing")
+}
+
 impl Bed {
     /// Runs one case in its suite's lab, booted if it is not up; once more in a fresh one if it loses a guest.
     pub fn run(&self, suite: &'static Suite, case: &Case, name: &str) -> Result<(), Failed> {
@@ -107,10 +119,15 @@ impl Bed {
             return Ok(());
         };
         if !lost_a_guest(&first) || !self.may_try_again() {
+            tell_at_once("FAILED", name, &first);
             return Err(first.into());
         }
+        tell_at_once("lost a guest, tried once more", name, &first);
         drop(self.take_lab());
-        run().map_err(|again| format!("{again}\n--- in another lab before\n{first}"))?;
+        run().map_err(|again| {
+            tell_at_once("FAILED", name, &again);
+            format!("{again}\n--- in another lab before\n{first}")
+        })?;
         lock(&self.again).passed.push(format!("{name}\n{first}"));
         Ok(())
     }
@@ -237,11 +254,13 @@ fn check_clean(host: &Host) -> Result<()> {
         for device in /sys/bus/pci/devices/*; do
             read -r driver <$device/driver_override
             [ $driver = '(null)' ] || echo ${device##*/} has the driver override $driver
-            [ $(cat $device/class) != 0x010802 ] || [ -e $device/driver ] ||
+            read -r class <$device/class
+            [ $class != 0x010802 ] || [ -e $device/driver ] ||
                 echo ${device##*/}, an NVMe disk, has no driver
         done
         for card in /sys/bus/pci/devices/*/sriov_numvfs; do
-            [ ! -e $card ] || [ $(cat $card) = 0 ] || echo ${card%/*} has virtual functions
+            [ ! -e $card ] || read -r functions <$card
+            [ ! -e $card ] || [ $functions = 0 ] || echo ${card%/*} has virtual functions
         done
         for process in $(pidof gantry); do
             echo gantry runs as process $process: $(tr '\0' ' ' <$process/cmdline)
