@@ -105,7 +105,9 @@ fn tell_at_once(what: &str, name: &str, failure: &str) {
 /// The first line of `failure` that says something.
 fn first_line(failure: &str) -> &str {
     let mut lines = failure.lines().map(str::trim);
-    lines.find(|line| !line.is_empty()).unwrap_or("it says nothing")
+    lines
+        .find(|line| !line.is_empty())
+        .unwrap_or("it says nothing")
 }
 
 impl Bed {
