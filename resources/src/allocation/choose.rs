@@ -15,7 +15,7 @@ use crate::inventory::device::DeviceType;
 use crate::inventory::device::HostDevice;
 use crate::inventory::guard::Guarded;
 use crate::inventory::mdev::Mdevs;
-use crate::inventory::obstacle::{Blocked, Obstacle, Pool, Sieve};
+use crate::inventory::unavailable::{CandidateFilter, IommuGroups, Unavailable, UnavailableDevice};
 use crate::pools::group::{GroupType, Groups, ResourceGroup, Tags};
 use crate::pools::nova;
 use crate::pools::nova::{Alias, NumaPolicy};
@@ -182,7 +182,7 @@ fn run<'a>(
     let mut choice = Choice {
         view,
         near,
-        pool: Pool::new(view.devices),
+        pool: IommuGroups::new(view.devices),
         taken: BTreeSet::new(),
         instances: TakenInstances::default(),
     };
@@ -240,9 +240,9 @@ impl Near<'_> {
 /// What becomes of a card, or of one of its functions, that a request looks at.
 enum Verdict<T> {
     /// It is none of those meant.
-    Other(Sieve),
+    Other(CandidateFilter),
     /// It is one, but it cannot be had.
-    Blocked(Blocked),
+    Unavailable(UnavailableDevice),
     Free(T),
 }
 
@@ -259,7 +259,7 @@ const MOST_INSTANCES: usize = 4096;
 struct Choice<'a, 'n> {
     view: View<'a>,
     near: Near<'n>,
-    pool: Pool<'a>,
+    pool: IommuGroups<'a>,
     taken: BTreeSet<HostBdf>,
     instances: TakenInstances,
 }
@@ -273,18 +273,18 @@ impl<'a> Choice<'a, '_> {
         let device = self.view.devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
         let groups = self.view.groups;
-        if let Some(obstacle) = of_tenant(groups, device) {
-            return Err(AllocateError::Unavailable(Box::new(Blocked {
+        if let Some(why) = of_tenant(groups, device) {
+            return Err(AllocateError::Unavailable(Box::new(UnavailableDevice {
                 bdf,
-                obstacle,
+                why,
             })));
         }
         if !request.allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
         let blocked = self.lacking(device, request.allow).or_else(|| {
-            let obstacle = self.obstacle(device)?;
-            Some(Blocked { bdf, obstacle })
+            let why = self.unavailable(device)?;
+            Some(UnavailableDevice { bdf, why })
         });
         if let Some(blocked) = blocked {
             return Err(AllocateError::Unavailable(Box::new(blocked)));
@@ -320,8 +320,8 @@ impl<'a> Choice<'a, '_> {
         for card in cards(devices.filter(|device| !device.is_bridge())) {
             fit.considered += 1;
             match self.card(request, meant, policy, &card) {
-                Verdict::Other(sieve) => fit.drop(sieve),
-                Verdict::Blocked(blocked) => fit.block(blocked),
+                Verdict::Other(filter) => fit.drop(filter),
+                Verdict::Unavailable(blocked) => fit.block(blocked),
                 Verdict::Free(card) => free.push(card),
             }
         }
@@ -387,11 +387,11 @@ impl<'a> Choice<'a, '_> {
         card: &Card<'a>,
     ) -> Verdict<Card<'a>> {
         let mut free = BTreeSet::new();
-        let mut other = Sieve::Group;
+        let mut other = CandidateFilter::Group;
         for device in card.functions() {
             match self.verdict(request, meant, policy, device) {
-                Verdict::Other(sieve) => other = sieve,
-                Verdict::Blocked(blocked) => return Verdict::Blocked(blocked),
+                Verdict::Other(filter) => other = filter,
+                Verdict::Unavailable(blocked) => return Verdict::Unavailable(blocked),
                 Verdict::Free(()) => drop(free.insert(device.bdf)),
             }
         }
@@ -407,14 +407,14 @@ impl<'a> Choice<'a, '_> {
         device: &HostDevice,
     ) -> Verdict<()> {
         let groups = self.view.groups;
-        let obstacle = match meant {
+        let why = match meant {
             Meant::Group(group) if !group.matches(device) => match group.misses_former(device) {
-                true => Some(Obstacle::Changed { is: device.id }),
-                false => return Verdict::Other(Sieve::Group),
+                true => Some(Unavailable::Changed { is: device.id }),
+                false => return Verdict::Other(CandidateFilter::Group),
             },
             Meant::Group(group) => other_owner(groups, group, device),
             Meant::Alias(_) if !groups.exposes(device) => {
-                return Verdict::Other(Sieve::Exposed);
+                return Verdict::Other(CandidateFilter::Exposed);
             }
             Meant::Alias(alternatives) => {
                 let tags = groups.tags(device);
@@ -424,7 +424,7 @@ impl<'a> Choice<'a, '_> {
                     Some(misses(alias, function, &tags))
                 });
                 match right.next() {
-                    None => return Verdict::Other(Sieve::Ids),
+                    None => return Verdict::Other(CandidateFilter::Ids),
                     Some(None) => None,
                     Some(first) if right.all(|other| other.is_some()) => first,
                     Some(_) => None,
@@ -432,15 +432,15 @@ impl<'a> Choice<'a, '_> {
             }
         };
         let bdf = device.bdf;
-        let blocked = match obstacle {
-            Some(obstacle) => Some(Blocked { bdf, obstacle }),
+        let blocked = match why {
+            Some(why) => Some(UnavailableDevice { bdf, why }),
             None => self.against(request, policy, device),
         };
-        blocked.map_or(Verdict::Free(()), Verdict::Blocked)
+        blocked.map_or(Verdict::Free(()), Verdict::Unavailable)
     }
 
     /// What a device lacks that the request does not allow. A bridge is never given, whatever it lacks.
-    fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<Blocked> {
+    fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<UnavailableDevice> {
         let given = !device.is_bridge();
         given
             .then(|| lacks(device, self.view.devices, allow))
@@ -448,18 +448,18 @@ impl<'a> Choice<'a, '_> {
     }
 
     /// What stands against any use of a device.
-    fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+    fn unavailable(&self, device: &HostDevice) -> Option<Unavailable> {
         if let Some(holder) = self.view.attached.get(&device.bdf) {
             let holder = holder.clone();
-            return Some(Obstacle::Leased { holder });
+            return Some(Unavailable::Leased { holder });
         }
         if device.vgpu.is_some() {
-            return self.pool.vgpu_obstacle(device);
+            return self.pool.unavailable_as_vgpu(device);
         }
         let first = if self.view.groups.tags(device).on_demand {
-            self.pool.demand_obstacle(device, self.view.guarded)
+            self.pool.unavailable_on_demand(device, self.view.guarded)
         } else {
-            self.pool.obstacle(device)
+            self.pool.unavailable(device)
         };
         first.or_else(|| self.of_card(device))
     }
@@ -470,50 +470,50 @@ impl<'a> Choice<'a, '_> {
         request: &DeviceRequest,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
-    ) -> Option<Blocked> {
+    ) -> Option<UnavailableDevice> {
         let bdf = device.bdf;
-        let blocked = |obstacle| Some(Blocked { bdf, obstacle });
+        let blocked = |why| Some(UnavailableDevice { bdf, why });
         let wanted: Vec<&str> = request.traits.names().collect();
         if !wanted.is_empty() || request.resource_class.is_some() {
             let tags = self.view.groups.tags(device);
-            if let Some(obstacle) = untagged(request.resource_class.as_deref(), &wanted, &tags) {
-                return blocked(obstacle);
+            if let Some(why) = untagged(request.resource_class.as_deref(), &wanted, &tags) {
+                return blocked(why);
             }
         }
         if self.taken.contains(&device.bdf) {
-            return blocked(Obstacle::AskedFor);
+            return blocked(Unavailable::AskedFor);
         }
         if let Some(lacking) = self.lacking(device, request.allow) {
             return Some(lacking);
         }
         let node = device.numa_node;
         let far = || !self.near.admits(policy, device, self.view.sockets);
-        let obstacle = self.obstacle(device);
-        blocked(obstacle.or_else(|| far().then_some(Obstacle::Numa { node }))?)
+        let why = self.unavailable(device);
+        blocked(why.or_else(|| far().then_some(Unavailable::Numa { node }))?)
     }
 }
 
 /// A tenant's device is nobody else's.
-fn of_tenant(groups: &Groups, device: &HostDevice) -> Option<Obstacle> {
+fn of_tenant(groups: &Groups, device: &HostDevice) -> Option<Unavailable> {
     let tenant = groups.tenant_of(device)?.to_owned();
-    Some(Obstacle::OfTenant { tenant })
+    Some(Unavailable::OfTenant { tenant })
 }
 
 /// The group that comes before the one asked for.
-fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Obstacle> {
-    if let Some(obstacle) = of_tenant(groups, device) {
-        return Some(obstacle);
+fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Unavailable> {
+    if let Some(why) = of_tenant(groups, device) {
+        return Some(why);
     }
     let owner = groups.group_of(device)?;
-    (owner.name != group.name).then(|| Obstacle::OtherGroup {
+    (owner.name != group.name).then(|| Unavailable::OtherGroup {
         owner: owner.name.clone(),
     })
 }
 
 /// What a device with the alias's ids lacks.
-fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
+fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Unavailable> {
     if !alias.has_type(device) {
-        return Some(Obstacle::DeviceType {
+        return Some(Unavailable::DeviceType {
             is: DeviceType::of(device),
             wanted: alias.device_type,
         });
@@ -521,7 +521,7 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
     if let Some(nova::Flag(wanted)) = alias.live_migratable
         && wanted != tags.live_migratable
     {
-        return Some(Obstacle::Migratable { wanted });
+        return Some(Unavailable::Migratable { wanted });
     }
     let traits: Vec<&str> = alias
         .traits
@@ -532,9 +532,9 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Obstacle> {
 }
 
 /// What is not said of a device by its group or device spec.
-fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacle> {
+fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Unavailable> {
     if class.is_some_and(|class| nova::resource_class(class) != tags.resource_class) {
-        return Some(Obstacle::ResourceClass {
+        return Some(Unavailable::ResourceClass {
             is: tags.resource_class.clone(),
         });
     }
@@ -543,7 +543,7 @@ fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Obstacl
         .filter(|wanted| !tags.traits.iter().any(|own| own == *wanted))
         .map(|wanted| (*wanted).to_owned())
         .collect();
-    (!missing.is_empty()).then_some(Obstacle::Traits { missing })
+    (!missing.is_empty()).then_some(Unavailable::Traits { missing })
 }
 
 /// The first device of each physical function; one that is not virtual counts by itself.
@@ -556,8 +556,8 @@ fn isolated<'a>(free: Vec<Card<'a>>, fit: &mut RequestFit) -> Vec<Card<'a>> {
         if used.insert(pf) {
             keep.push(card);
         } else {
-            let obstacle = Obstacle::SamePf { pf };
-            fit.block(Blocked { bdf, obstacle });
+            let why = Unavailable::SamePf { pf };
+            fit.block(UnavailableDevice { bdf, why });
         }
     }
     keep

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::base::bdf::HostBdf;
-use crate::inventory::obstacle::{Blocked, Sieve};
+use crate::inventory::unavailable::{CandidateFilter, UnavailableDevice};
 use crate::pools::request::{DeviceRequest, DeviceSource};
 use crate::pools::vgpu::Instance;
 
@@ -45,9 +45,9 @@ pub struct RequestFit {
     /// How many devices of the host were looked at.
     pub considered: usize,
     /// How many devices each filter dropped.
-    pub dropped: BTreeMap<Sieve, usize>,
+    pub dropped: BTreeMap<CandidateFilter, usize>,
     /// Devices of the kind asked for that cannot be had, and why.
-    pub blocked: Vec<Blocked>,
+    pub blocked: Vec<UnavailableDevice>,
     /// The group whose virtual functions are not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inactive: Option<String>,
@@ -99,12 +99,12 @@ impl RequestFit {
         }
     }
 
-    pub(super) fn drop(&mut self, sieve: Sieve) {
-        *self.dropped.entry(sieve).or_default() += 1;
+    pub(super) fn drop(&mut self, filter: CandidateFilter) {
+        *self.dropped.entry(filter).or_default() += 1;
     }
 
-    pub(super) fn block(&mut self, blocked: Blocked) {
-        self.drop(blocked.obstacle.sieve());
+    pub(super) fn block(&mut self, blocked: UnavailableDevice) {
+        self.drop(blocked.why.dropped_by());
         self.blocked.push(blocked);
     }
 
@@ -116,9 +116,7 @@ impl RequestFit {
     /// Whether it would get all it asks for if others gave back what they hold.
     pub fn is_temporary(&self) -> bool {
         let held = self.blocked.iter();
-        let held = held
-            .filter(|blocked| blocked.obstacle.is_temporary())
-            .count();
+        let held = held.filter(|blocked| blocked.why.is_temporary()).count();
         !self.is_enough() && self.free + held >= self.wanted as usize
     }
 
@@ -126,7 +124,7 @@ impl RequestFit {
     pub fn drops(&self) -> String {
         let drops = self.dropped.iter();
         let drops: Vec<String> = drops
-            .map(|(sieve, count)| format!("{count} {sieve}"))
+            .map(|(filter, count)| format!("{count} {filter}"))
             .collect();
         drops.join(", ")
     }

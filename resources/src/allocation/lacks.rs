@@ -7,7 +7,7 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::passing::is_passing;
 use crate::inventory::device::HostDevice;
-use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 use crate::pools::request::DeviceSource;
 
 /// What a request lacks.
@@ -33,7 +33,7 @@ impl Lacks {
     }
 
     /// Of a request for these devices.
-    pub(super) fn devices(look: &Look, blocked: &[Blocked]) -> Self {
+    pub(super) fn devices(look: &Look, blocked: &[UnavailableDevice]) -> Self {
         let mut lacks = Self::default();
         for blocked in blocked.iter().filter(|blocked| may_pass(blocked)) {
             lacks.devices.insert(blocked.bdf);
@@ -69,26 +69,26 @@ impl Lacks {
 }
 
 /// Whether a device could be had once its holder, or that of its neighbours, lets go.
-fn may_pass(blocked: &Blocked) -> bool {
+fn may_pass(blocked: &UnavailableDevice) -> bool {
     !matches!(
-        blocked.obstacle,
-        Obstacle::OfTenant { .. }
-            | Obstacle::OtherGroup { .. }
-            | Obstacle::Changed { .. }
-            | Obstacle::DeviceType { .. }
-            | Obstacle::ResourceClass { .. }
-            | Obstacle::Traits { .. }
-            | Obstacle::Migratable { .. }
-            | Obstacle::NoMessages { .. }
-            | Obstacle::NoReset
+        blocked.why,
+        Unavailable::OfTenant { .. }
+            | Unavailable::OtherGroup { .. }
+            | Unavailable::Changed { .. }
+            | Unavailable::DeviceType { .. }
+            | Unavailable::ResourceClass { .. }
+            | Unavailable::Traits { .. }
+            | Unavailable::Migratable { .. }
+            | Unavailable::NoMessages { .. }
+            | Unavailable::NoReset
     )
 }
 
 /// Whether it is another function of its card that keeps a device.
-fn is_cards(blocked: &Blocked) -> bool {
+fn is_cards(blocked: &UnavailableDevice) -> bool {
     matches!(
-        blocked.obstacle,
-        Obstacle::VfHeld { .. } | Obstacle::NoVfToken { .. } | Obstacle::PfIdle { .. }
+        blocked.why,
+        Unavailable::VfHeld { .. } | Unavailable::NoVfToken { .. } | Unavailable::PfIdle { .. }
     )
 }
 

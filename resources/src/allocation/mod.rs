@@ -30,8 +30,8 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{Guarded, host_uses};
 use crate::inventory::mdev::Mdevs;
-use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
 use crate::inventory::scan::scan_with;
+use crate::inventory::unavailable::{IommuGroups, Unavailable, UnavailableDevice};
 use crate::making::demand::{Binder, restore};
 use crate::making::sriov::{HostAccess, Netlink, SriovError};
 use crate::making::vgpu::VgpuError;
@@ -109,7 +109,7 @@ pub enum AllocateError {
     },
     /// A device asked for by its address is not free.
     #[error("{0}")]
-    Unavailable(Box<Blocked>),
+    Unavailable(Box<UnavailableDevice>),
     /// A device is asked for twice.
     #[error("{bdf} is asked for twice: name it once")]
     AskedTwice {
@@ -160,7 +160,7 @@ impl AllocateError {
     pub fn is_temporary(&self) -> bool {
         match self {
             Self::NoFit(fit) => fit.is_temporary(),
-            Self::Unavailable(blocked) => blocked.obstacle.is_temporary(),
+            Self::Unavailable(blocked) => blocked.why.is_temporary(),
             Self::Sriov(error) => matches!(error, SriovError::Busy(_) | SriovError::Live { .. }),
             Self::Vgpu(error) => error.is_temporary(),
             _ => false,
@@ -501,17 +501,17 @@ fn lock(
     own: &[OwnLease],
     record: &LeaseRecord,
 ) -> Result<Vec<Lease>, AllocateError> {
-    let pool = Pool::new(devices);
+    let pool = IommuGroups::new(devices);
     let shared = |lease: &OwnLease| Some((lease.iommu_group?, lease.locks()?));
     let mut groups: BTreeMap<u32, Arc<[DeviceLock]>> = own.iter().filter_map(shared).collect();
     let mut leases = Vec::new();
     for &device in chosen {
         let bdf = device.bdf;
         let Some(group) = device.iommu_group else {
-            let obstacle = Obstacle::NoIommuGroup;
-            return Err(AllocateError::Unavailable(Box::new(Blocked {
+            let why = Unavailable::NoIommuGroup;
+            return Err(AllocateError::Unavailable(Box::new(UnavailableDevice {
                 bdf,
-                obstacle,
+                why,
             })));
         };
         let locks = match groups.get(&group) {
@@ -552,9 +552,9 @@ fn lock_one(
         let ours = |holder: &LeaseRecord| holder.name == record.name && holder.pid == record.pid;
         let passing = is_passing(paths, bdf, lease.record()) || lease.record().is_some_and(ours);
         if !passing || Instant::now() >= deadline {
-            return Err(AllocateError::Unavailable(Box::new(Blocked::leased(
-                bdf, &lease,
-            ))));
+            return Err(AllocateError::Unavailable(Box::new(
+                UnavailableDevice::leased(bdf, &lease),
+            )));
         }
         std::thread::sleep(Duration::from_millis(10));
     }

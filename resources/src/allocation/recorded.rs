@@ -7,7 +7,7 @@ use super::*;
 use crate::fixture::hosts;
 use crate::holding::record::LeaseStatus;
 use crate::inventory::card::{Card, cards};
-use crate::inventory::obstacle::Sieve;
+use crate::inventory::unavailable::CandidateFilter;
 use crate::pools::nova::NumaPolicy;
 use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
 use proptest::prelude::*;
@@ -98,7 +98,7 @@ fn devices_with_a_policy_come_from_one_node() {
         |chosen| {
             let fit = &chosen.picked[0].fit;
             assert!(!fit.is_enough());
-            assert_eq!(fit.dropped[&Sieve::Numa], 4);
+            assert_eq!(fit.dropped[&CandidateFilter::Numa], 4);
             assert_eq!(fit.free, 4);
         },
     );
@@ -119,7 +119,7 @@ fn devices_with_a_policy_come_from_one_node() {
         &[wish("gpus", 5, NumaPolicy::Socket)],
         &[0],
         |chosen| {
-            assert_eq!(chosen.picked[0].fit.dropped[&Sieve::Numa], 4);
+            assert_eq!(chosen.picked[0].fit.dropped[&CandidateFilter::Numa], 4);
         },
     );
 }
@@ -178,7 +178,11 @@ fn novas_samples_are_served() {
         &[],
         |chosen| {
             let fit = &chosen.picked[0].fit;
-            assert_eq!(fit.dropped, [(Sieve::Ids, 2)].into(), "a card is one");
+            assert_eq!(
+                fit.dropped,
+                [(CandidateFilter::Ids, 2)].into(),
+                "a card is one"
+            );
         },
     );
 }
@@ -191,7 +195,7 @@ fn a_device_type_that_mismatches_is_told_with_the_right_one() {
         &[],
         |chosen| {
             let fit = &chosen.picked[0].fit;
-            assert_eq!(fit.dropped[&Sieve::DeviceType], 3);
+            assert_eq!(fit.dropped[&CandidateFilter::DeviceType], 3);
             let said = fit.to_string();
             assert!(said.contains("3 with another device_type"), "{said}");
             assert!(
@@ -204,7 +208,7 @@ fn a_device_type_that_mismatches_is_told_with_the_right_one() {
 
 #[test]
 fn resource_classes_and_traits_select() {
-    for (alias, dropped) in [("quadro", None), ("red", Some(Sieve::Traits))] {
+    for (alias, dropped) in [("quadro", None), ("red", Some(CandidateFilter::Traits))] {
         on(
             &hosts::workstation(),
             &[DeviceRequest::alias(alias, 1)],
@@ -212,8 +216,8 @@ fn resource_classes_and_traits_select() {
             |chosen| {
                 let fit = &chosen.picked[0].fit;
                 assert_eq!(fit.is_enough(), dropped.is_none(), "{fit}");
-                if let Some(sieve) = dropped {
-                    assert_eq!(fit.dropped[&sieve], 1);
+                if let Some(filter) = dropped {
+                    assert_eq!(fit.dropped[&filter], 1);
                 }
             },
         );
@@ -245,7 +249,10 @@ fn virtual_functions_can_be_asked_for_across_physical_ones() {
     });
     on(&hosts::paired_gpus(), &[wish(3)], &[], |chosen| {
         let fit = &chosen.picked[0].fit;
-        assert_eq!((fit.free, fit.dropped[&Sieve::Isolation]), (2, 254));
+        assert_eq!(
+            (fit.free, fit.dropped[&CandidateFilter::Isolation]),
+            (2, 254)
+        );
     });
 }
 
@@ -256,7 +263,10 @@ fn without_an_iommu_nothing_fits_and_that_is_said() {
         &[DeviceRequest::group("gpus", 1)],
         &[],
         |chosen| {
-            assert_eq!(chosen.picked[0].fit.dropped[&Sieve::IommuGroup], 1);
+            assert_eq!(
+                chosen.picked[0].fit.dropped[&CandidateFilter::IommuGroup],
+                1
+            );
         },
     );
 }

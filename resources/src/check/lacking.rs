@@ -3,17 +3,17 @@
 use super::facts::Devices;
 use super::{Finding, Level};
 use crate::inventory::card::{Allow, lacks};
-use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 
 pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let lacks = |device| lacks(device, &devices.all, Allow::default());
-    let all: Vec<Blocked> = devices.wanted().filter_map(lacks).collect();
+    let all: Vec<UnavailableDevice> = devices.wanted().filter_map(lacks).collect();
     let of = |no_reset: bool| {
-        let words = |one: &Blocked| match &one.obstacle {
-            Obstacle::NoMessages { has, .. } if !no_reset => {
+        let words = |one: &UnavailableDevice| match &one.why {
+            Unavailable::NoMessages { has, .. } if !no_reset => {
                 Some(format!("{} (it has {has})", one.bdf))
             }
-            Obstacle::NoMessages { no_reset: true, .. } | Obstacle::NoReset if no_reset => {
+            Unavailable::NoMessages { no_reset: true, .. } | Unavailable::NoReset if no_reset => {
                 Some(one.bdf.to_string())
             }
             _ => None,

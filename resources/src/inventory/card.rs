@@ -9,7 +9,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::inventory::device::HostDevice;
-use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 
 /// The functions of a card that go together, in the order of their addresses. There is at least one.
 #[derive(Clone, Debug)]
@@ -83,18 +83,18 @@ pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
 
 /// What a device lacks that its entry does not allow. Interrupts that are not known are asked for again when
 /// the device is opened.
-pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<Blocked> {
+pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<UnavailableDevice> {
     let no_interrupts = device
         .interrupts
         .filter(|has| !has.are_delivered() && !allow.no_interrupts);
     let no_reset = !allow.no_reset && !is_reset(device, all);
-    let obstacle = match no_interrupts {
-        Some(has) => Obstacle::NoMessages { has, no_reset },
-        None if no_reset => Obstacle::NoReset,
+    let why = match no_interrupts {
+        Some(has) => Unavailable::NoMessages { has, no_reset },
+        None if no_reset => Unavailable::NoReset,
         None => return None,
     };
     let bdf = device.bdf;
-    Some(Blocked { bdf, obstacle })
+    Some(UnavailableDevice { bdf, why })
 }
 
 #[cfg(test)]

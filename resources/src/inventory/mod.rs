@@ -7,10 +7,10 @@ pub(crate) mod error;
 pub(crate) mod guard;
 pub(crate) mod mdev;
 pub(crate) mod modules;
-pub(crate) mod obstacle;
 pub(crate) mod release;
 pub(crate) mod scan;
 pub(crate) mod tree;
+pub(crate) mod unavailable;
 pub(crate) mod usb;
 
 pub use card::{Allow, Card, Terms, cards, is_reset, lacks};

@@ -16,8 +16,8 @@ use crate::inventory::device::{HostDevice, is_vfio_driver};
 use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
 use crate::inventory::guard::{doubts, host_uses};
-use crate::inventory::obstacle::{Blocked, Obstacle, Pool};
 use crate::inventory::scan::{Detail, scan_with};
+use crate::inventory::unavailable::{IommuGroups, Unavailable, UnavailableDevice};
 use crate::moving::moves::{Move, MoveError, Mover, Target, VFIO_PCI};
 use crate::moving::writer::{SysfsWrite, SysfsWriter};
 use crate::pools::tenant::Tenants;
@@ -211,13 +211,13 @@ impl Direction {
             let owned = |one: &Move| Some((one.device.bdf, tenants.owner_of(one.device.bdf)?));
             if let Some((bdf, tenant)) = plan.moves.iter().find_map(owned) {
                 let tenant = tenant.name.clone();
-                let obstacle = Obstacle::OfTenant { tenant };
-                return Err(BindError::Blocked(Blocked { bdf, obstacle }));
+                let why = Unavailable::OfTenant { tenant };
+                return Err(BindError::Unavailable(UnavailableDevice { bdf, why }));
             }
         }
         let held = |device: &&HostDevice| device.lease.is_held();
         if let Some(device) = plan.members.iter().find(held).filter(|_| !self.is_held()) {
-            return Err(BindError::Blocked(Blocked::leased(
+            return Err(BindError::Unavailable(UnavailableDevice::leased(
                 device.bdf,
                 &device.lease,
             )));
@@ -225,8 +225,8 @@ impl Direction {
         // Whoever moves what hangs would hang with it, and with its neighbours.
         let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device.bdf, device.id)?));
         if let Some((bdf, why)) = plan.members.iter().find_map(stuck) {
-            let obstacle = Obstacle::Quarantined { why };
-            return Err(BindError::Blocked(Blocked { bdf, obstacle }));
+            let why = Unavailable::Quarantined { why };
+            return Err(BindError::Unavailable(UnavailableDevice { bdf, why }));
         }
         if self.leaves_host() {
             may_leave_host(paths, &devices, &plan, request.overrides)?;
@@ -348,7 +348,7 @@ impl Plan {
             match DeviceLock::take(paths, bdf, record)? {
                 Some(lock) => locks.push(lock),
                 None => {
-                    return Err(BindError::Blocked(Blocked::leased(
+                    return Err(BindError::Unavailable(UnavailableDevice::leased(
                         bdf,
                         &holder(paths, bdf),
                     )));
@@ -369,15 +369,15 @@ pub(crate) fn members(
         let device = devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(InventoryError::NoSuchDevice { bdf })?;
         if device.is_bridge() {
-            return Err(BindError::Blocked(Blocked {
+            return Err(BindError::Unavailable(UnavailableDevice {
                 bdf,
-                obstacle: Obstacle::Bridge,
+                why: Unavailable::Bridge,
             }));
         }
         let Some(group) = device.iommu_group else {
-            return Err(BindError::Blocked(Blocked {
+            return Err(BindError::Unavailable(UnavailableDevice {
                 bdf,
-                obstacle: Obstacle::NoIommuGroup,
+                why: Unavailable::NoIommuGroup,
             }));
         };
         groups.insert(Some(group));
@@ -404,7 +404,7 @@ fn may_leave_host(
     overrides: &[HostBdf],
 ) -> Result<(), BindError> {
     has_vfio_pci(paths)?;
-    let pool = Pool::new(devices);
+    let pool = IommuGroups::new(devices);
     for Move { device, .. } in &plan.moves {
         if let Some(sriov) = device.sriov.filter(|sriov| sriov.active > 0) {
             return Err(BindError::HasVirtualFunctions {

@@ -13,7 +13,7 @@ use crate::base::sysfs::if_denied;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::maintenance::{MaintenanceError, RunningVm};
 use crate::inventory::error::InventoryError;
-use crate::inventory::obstacle::Blocked;
+use crate::inventory::unavailable::UnavailableDevice;
 use crate::making::sriov::SriovError;
 use crate::making::vgpu::VgpuError;
 use crate::moving::bind::BindError;
@@ -107,7 +107,7 @@ pub enum TenantError {
     },
     /// A VM has a device, or it is in quarantine.
     #[error("{0}{after}", after = .0.end_of_lease())]
-    InUse(Blocked),
+    InUse(UnavailableDevice),
     /// A process has the device open, and would keep it whoever it is given to.
     #[error("{device} cannot change hands: {by} has it open; end that process first")]
     Open {

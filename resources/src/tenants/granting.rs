@@ -12,8 +12,8 @@ use crate::holding::quarantine::{adopt, hung};
 use crate::inventory::card::{Card, cards};
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
-use crate::inventory::obstacle::{Blocked, Obstacle};
 use crate::inventory::scan::scan;
+use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 use crate::making::sriov::granted::{self, GrantedRecord};
 use crate::making::sriov::{HostAccess, VfLinks};
 use crate::moving::bind::{BindRequest, detach, reattach};
@@ -137,11 +137,14 @@ fn give(
         }
     }
     if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
-        return Err(TenantError::InUse(Blocked::leased(held.bdf, &held.lease)));
+        return Err(TenantError::InUse(UnavailableDevice::leased(
+            held.bdf,
+            &held.lease,
+        )));
     }
     if let Some((bdf, why)) = devices.iter().find_map(quarantined) {
-        let obstacle = Obstacle::Quarantined { why };
-        return Err(TenantError::InUse(Blocked { bdf, obstacle }));
+        let why = Unavailable::Quarantined { why };
+        return Err(TenantError::InUse(UnavailableDevice { bdf, why }));
     }
     let fresh = |device: &&HostDevice| device.on_vfio() && tenants.owner_of(device.bdf).is_none();
     let mut fresh = devices.iter().filter(fresh);

@@ -20,7 +20,7 @@ use crate::holding::lock_file::holder;
 use crate::holding::passing::PASSING_PATIENCE;
 use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::holding::restore;
-use crate::inventory::obstacle::Blocked;
+use crate::inventory::unavailable::UnavailableDevice;
 use crate::making::vgpu::VgpuError;
 use crate::pools::tenant::{Tenant, definition, dirs};
 
@@ -213,7 +213,7 @@ pub(super) fn is_free(host: &HostPaths, name: DeviceName) -> Result<(), TenantEr
 
 fn held(name: DeviceName, lease: &LeaseStatus) -> TenantError {
     match name {
-        DeviceName::Pci(bdf) => TenantError::InUse(Blocked::leased(bdf, lease)),
+        DeviceName::Pci(bdf) => TenantError::InUse(UnavailableDevice::leased(bdf, lease)),
         DeviceName::Mdev(uuid) => VgpuError::held(uuid, lease).into(),
     }
 }

@@ -6,7 +6,7 @@ use super::{Choice, Meant, Picked};
 use crate::base::uuid::Uuid;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
-use crate::inventory::obstacle::Obstacle;
+use crate::inventory::unavailable::Unavailable;
 use crate::making::sriov::token;
 use crate::making::vgpu::VgpuError;
 use crate::pools::sriov::VfToken;
@@ -66,7 +66,7 @@ impl<'a> Choice<'a, '_> {
     }
 
     /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
-    pub(super) fn of_card(&self, device: &HostDevice) -> Option<Obstacle> {
+    pub(super) fn of_card(&self, device: &HostDevice) -> Option<Unavailable> {
         let card = token::card(device);
         let has_token = !matches!(
             self.view.groups.vf_token(card),
@@ -80,20 +80,20 @@ impl<'a> Choice<'a, '_> {
         if device.physfn.is_none() {
             let of_it = |other: &&HostDevice| other.physfn == Some(card) && is_held(other);
             let held = devices.iter().find(of_it).filter(|_| !has_token)?;
-            return Some(Obstacle::VfHeld { vf: held.bdf });
+            return Some(Unavailable::VfHeld { vf: held.bdf });
         }
         let pf = devices.iter().find(|other| other.bdf == card)?;
         if let Some(why) = &pf.quarantine {
             let why = why.clone();
-            return Some(Obstacle::PfQuarantined { pf: card, why });
+            return Some(Unavailable::PfQuarantined { pf: card, why });
         }
         if !pf.on_vfio() {
             return None;
         }
         let owned = is_held(pf) || self.taken.contains(&card);
         match (has_token, owned) {
-            (false, _) => Some(Obstacle::NoVfToken { pf: card }),
-            (true, false) => Some(Obstacle::PfIdle { pf: card }),
+            (false, _) => Some(Unavailable::NoVfToken { pf: card }),
+            (true, false) => Some(Unavailable::PfIdle { pf: card }),
             (true, true) => None,
         }
     }

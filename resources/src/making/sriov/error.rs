@@ -13,7 +13,7 @@ use crate::holding::passing::InTheWay;
 use crate::inventory::device::is_vfio_driver;
 use crate::inventory::error::InventoryError;
 use crate::inventory::modules::NoDriver;
-use crate::inventory::obstacle::Blocked;
+use crate::inventory::unavailable::UnavailableDevice;
 use crate::moving::bind::BindError;
 use crate::moving::writer::WriteError;
 use crate::pools::group::GroupError;
@@ -76,7 +76,7 @@ pub enum SriovError {
     },
     /// Somebody is at work on the device.
     #[error("{0}{after}", after = .0.end_of_lease())]
-    Busy(Blocked),
+    Busy(UnavailableDevice),
     /// The kernel took the write, but the functions are not there.
     #[error("{pf} has {found} virtual functions after the write, not {wanted}: see dmesg")]
     Short {

@@ -32,7 +32,7 @@ use crate::holding::restore::Change;
 use crate::inventory::device::HostDevice;
 use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::modules::NoDriver;
-use crate::inventory::obstacle::{Blocked, Obstacle};
+use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 use crate::moving::writer::{SysfsWrite, SysfsWriter, WriteError};
 use crate::pools::group::{Bind, ResourceGroup};
 use crate::pools::sriov::SriovSpec;
@@ -208,7 +208,7 @@ pub(crate) fn activate_for_vm(
         }
         if Instant::now() >= deadline {
             let lease = holder(paths, spec.pf);
-            return Err(SriovError::Busy(Blocked::leased(spec.pf, &lease)));
+            return Err(SriovError::Busy(UnavailableDevice::leased(spec.pf, &lease)));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -257,9 +257,9 @@ fn former(
 /// Refuses a device that the kernel did not come back from: another write would hang as well.
 fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
     match hung(paths, device.bdf, device.id) {
-        Some(why) => Err(SriovError::Busy(Blocked {
+        Some(why) => Err(SriovError::Busy(UnavailableDevice {
             bdf: device.bdf,
-            obstacle: Obstacle::Quarantined { why },
+            why: Unavailable::Quarantined { why },
         })),
         None => Ok(()),
     }
@@ -369,7 +369,7 @@ fn lock(
         }
         let lease = holder(paths, bdf);
         if !dry_run || lease.is_held() {
-            return Err(SriovError::Busy(Blocked::leased(bdf, &lease)));
+            return Err(SriovError::Busy(UnavailableDevice::leased(bdf, &lease)));
         }
     }
     Ok(locks)

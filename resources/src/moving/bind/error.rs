@@ -11,7 +11,7 @@ use crate::holding::host_lock::LeaseError;
 use crate::holding::passing::InTheWay;
 use crate::inventory::error::InventoryError;
 use crate::inventory::guard::Guarded;
-use crate::inventory::obstacle::Blocked;
+use crate::inventory::unavailable::UnavailableDevice;
 use crate::moving::moves::MoveError;
 use crate::pools::group::GroupError;
 
@@ -26,7 +26,7 @@ pub enum BindError {
     Lease(#[from] LeaseError),
     /// A device is a bridge, is held by somebody, or is in no IOMMU group.
     #[error("{0}{after}", after = .0.end_of_lease())]
-    Blocked(Blocked),
+    Unavailable(UnavailableDevice),
     /// The host needs a device, or one of its IOMMU group.
     #[error(
         "the host uses this:{}\nnothing was changed; to take it anyway, give{}",
@@ -83,7 +83,7 @@ impl BindError {
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,
-            Self::Blocked(_)
+            Self::Unavailable(_)
                 | Self::Guarded(_)
                 | Self::HostBridge { .. }
                 | Self::HasVirtualFunctions { .. }
@@ -95,7 +95,7 @@ impl BindError {
     /// Who has a device that was to be moved, if that is the failure.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
         match self {
-            Self::Blocked(blocked) => blocked.in_the_way(),
+            Self::Unavailable(blocked) => blocked.in_the_way(),
             _ => Vec::new(),
         }
     }

@@ -1,6 +1,6 @@
 //! Why a device cannot be given to a VM: what the host, other VMs and its IOMMU group have against it.
 
-mod sieve;
+mod filter;
 mod words;
 
 use std::collections::BTreeMap;
@@ -16,12 +16,12 @@ use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::inventory::device::DeviceType;
 use crate::inventory::device::{HostDevice, NodeAccess};
 use crate::inventory::guard::Guarded;
-pub(crate) use sieve::Sieve;
+pub(crate) use filter::CandidateFilter;
 
 /// Why a device is not free.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
-pub enum Obstacle {
+pub enum Unavailable {
     /// It is a bridge.
     Bridge,
     /// Somebody holds it.
@@ -169,7 +169,7 @@ pub enum Obstacle {
     },
 }
 
-impl Obstacle {
+impl Unavailable {
     /// Whether it goes by itself, once another VM gives back what it holds.
     pub fn is_temporary(&self) -> bool {
         matches!(
@@ -181,15 +181,15 @@ impl Obstacle {
 
 /// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Blocked {
+pub struct UnavailableDevice {
     /// The device.
     pub bdf: HostBdf,
     /// Why.
     #[serde(flatten)]
-    pub obstacle: Obstacle,
+    pub why: Unavailable,
 }
 
-impl Obstacle {
+impl Unavailable {
     /// What a lease has against another one.
     fn of_lease(lease: &LeaseStatus) -> Option<Self> {
         match lease {
@@ -206,29 +206,29 @@ impl Obstacle {
     }
 }
 
-impl Blocked {
+impl UnavailableDevice {
     /// A device that somebody holds.
     pub(crate) fn leased(bdf: HostBdf, lease: &LeaseStatus) -> Self {
-        let held = Obstacle::Leased { holder: None };
-        let obstacle = Obstacle::of_lease(lease).unwrap_or(held);
-        Self { bdf, obstacle }
+        let held = Unavailable::Leased { holder: None };
+        let why = Unavailable::of_lease(lease).unwrap_or(held);
+        Self { bdf, why }
     }
 
     /// Who has it, where that is what is in the way.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
-        match &self.obstacle {
-            Obstacle::Leased { holder } => vec![(self.bdf.into(), holder.clone())],
+        match &self.why {
+            Unavailable::Leased { holder } => vec![(self.bdf.into(), holder.clone())],
             _ => Vec::new(),
         }
     }
 }
 
 /// One look at the host, with its IOMMU groups at hand.
-pub(crate) struct Pool<'a> {
+pub(crate) struct IommuGroups<'a> {
     groups: BTreeMap<u32, Vec<&'a HostDevice>>,
 }
 
-impl<'a> Pool<'a> {
+impl<'a> IommuGroups<'a> {
     pub(crate) fn new(devices: &'a [HostDevice]) -> Self {
         let mut groups: BTreeMap<u32, Vec<&HostDevice>> = BTreeMap::new();
         for device in devices {
@@ -245,61 +245,64 @@ impl<'a> Pool<'a> {
     }
 
     /// The first thing that keeps a device from being assigned.
-    pub(crate) fn obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
+    pub(crate) fn unavailable(&self, device: &HostDevice) -> Option<Unavailable> {
         if device.is_bridge() {
-            return Some(Obstacle::Bridge);
+            return Some(Unavailable::Bridge);
         }
-        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+        if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
         }
         if let Some(why) = device.kept_out() {
             let why = why.to_owned();
-            return Some(Obstacle::Quarantined { why });
+            return Some(Unavailable::Quarantined { why });
         }
         match &device.driver {
             Some(driver) if !device.on_vfio() => {
-                return Some(Obstacle::HostDriver {
+                return Some(Unavailable::HostDriver {
                     driver: driver.clone(),
                 });
             }
-            None => return Some(Obstacle::Unbound),
+            None => return Some(Unavailable::Unbound),
             Some(_) => {}
         }
         let Some(group) = device.iommu_group else {
-            return Some(Obstacle::NoIommuGroup);
+            return Some(Unavailable::NoIommuGroup);
         };
-        self.group_obstacle(group).or(match device.node {
+        self.unavailable_group(group).or(match device.node {
             Some(NodeAccess::Ready) => None,
-            Some(NodeAccess::Denied) => Some(Obstacle::NodeDenied { group }),
-            Some(NodeAccess::Missing) | None => Some(Obstacle::NodeMissing { group }),
+            Some(NodeAccess::Denied) => Some(Unavailable::NodeDenied { group }),
+            Some(NodeAccess::Missing) | None => Some(Unavailable::NodeMissing { group }),
         })
     }
 
     /// The first thing that keeps a device from being taken from the host for a VM.
-    pub(crate) fn demand_obstacle(
+    pub(crate) fn unavailable_on_demand(
         &self,
         device: &HostDevice,
         guarded: &[Guarded],
-    ) -> Option<Obstacle> {
-        let first = self.obstacle(device);
+    ) -> Option<Unavailable> {
+        let first = self.unavailable(device);
         match first {
             None
-            | Some(Obstacle::HostDriver { .. } | Obstacle::Unbound | Obstacle::GroupInUse { .. }) =>
-                {}
+            | Some(
+                Unavailable::HostDriver { .. }
+                | Unavailable::Unbound
+                | Unavailable::GroupInUse { .. },
+            ) => {}
             first => return first,
         }
         let Some(group) = device.iommu_group else {
-            return Some(Obstacle::NoIommuGroup);
+            return Some(Unavailable::NoIommuGroup);
         };
         let members = self.members(group);
         let need = |member: &&HostDevice| guarded.iter().find(|one| one.bdf == member.bdf);
         if let Some(need) = members.iter().find_map(need) {
-            return Some(Obstacle::HostNeeds { need: need.clone() });
+            return Some(Unavailable::HostNeeds { need: need.clone() });
         }
         let away = |member: &&&HostDevice| !member.on_vfio() && !member.is_bridge();
         let vfs = members.iter().filter(away).find_map(|member| member.sriov);
         if let Some(sriov) = vfs.filter(|sriov| sriov.active > 0) {
-            return Some(Obstacle::HasVfs {
+            return Some(Unavailable::HasVfs {
                 count: sriov.active,
             });
         }
@@ -312,32 +315,32 @@ impl<'a> Pool<'a> {
 
     /// The first thing that keeps a function of the vendor's from being made a virtual GPU for a VM. The
     /// host's driver keeps it, and VFIO has it through that.
-    pub(crate) fn vgpu_obstacle(&self, device: &HostDevice) -> Option<Obstacle> {
-        if let Some(leased) = Obstacle::of_lease(&device.lease) {
+    pub(crate) fn unavailable_as_vgpu(&self, device: &HostDevice) -> Option<Unavailable> {
+        if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
         }
         if let Some(why) = &device.quarantine {
-            return Some(Obstacle::Quarantined { why: why.clone() });
+            return Some(Unavailable::Quarantined { why: why.clone() });
         }
         match device.iommu_group {
-            None => Some(Obstacle::NoIommuGroup),
+            None => Some(Unavailable::NoIommuGroup),
             Some(group) => self.leased_in(group),
         }
     }
 
-    fn leased_in(&self, group: u32) -> Option<Obstacle> {
+    fn leased_in(&self, group: u32) -> Option<Unavailable> {
         let members = self.members(group);
         let leased = members
             .iter()
             .find_map(|member| Some((member.bdf, held(&member.lease)?)));
-        leased.map(|(member, holder)| Obstacle::GroupLeased {
+        leased.map(|(member, holder)| Unavailable::GroupLeased {
             group,
             member,
             holder,
         })
     }
 
-    fn group_obstacle(&self, group: u32) -> Option<Obstacle> {
+    fn unavailable_group(&self, group: u32) -> Option<Unavailable> {
         let members = self.members(group);
         if let Some(leased) = self.leased_in(group) {
             return Some(leased);
@@ -348,7 +351,7 @@ impl<'a> Pool<'a> {
         let in_use: Vec<_> = in_use
             .filter_map(|member| Some((member.bdf, member.driver.clone()?)))
             .collect();
-        (!in_use.is_empty()).then_some(Obstacle::GroupInUse {
+        (!in_use.is_empty()).then_some(Unavailable::GroupInUse {
             group,
             members: in_use,
         })

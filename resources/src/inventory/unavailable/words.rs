@@ -1,50 +1,50 @@
-//! Obstacles in words: which device, what is in the way, and the way out.
+//! Why a device is unavailable, in words: which device, the reason, and the way out.
 
 use std::fmt;
 
-use super::{Blocked, Obstacle};
+use super::{Unavailable, UnavailableDevice};
 use crate::base::bdf::HostBdf;
 use crate::holding::record::{LeaseKind, LeaseRecord};
 use crate::inventory::device::DeviceType;
 
-impl fmt::Display for Blocked {
+impl fmt::Display for UnavailableDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bdf = self.bdf;
-        match &self.obstacle {
-            Obstacle::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
-            Obstacle::Quarantined { why } => write!(
+        match &self.why {
+            Unavailable::Bridge => write!(f, "{bdf} is a bridge, which belongs to the host"),
+            Unavailable::Quarantined { why } => write!(
                 f,
                 "{bdf} is in quarantine: {why}; `gantry device release-quarantine {bdf}` releases it"
             ),
-            Obstacle::HostDriver { driver } => {
+            Unavailable::HostDriver { driver } => {
                 write!(
                     f,
                     "{bdf} is bound to {driver}: `gantry device detach {bdf}` frees it for VMs"
                 )
             }
-            Obstacle::HostNeeds { need } if need.bdf == bdf => {
+            Unavailable::HostNeeds { need } if need.bdf == bdf => {
                 write!(f, "{need}: the host uses it")
             }
-            Obstacle::HostNeeds { need } => write!(
+            Unavailable::HostNeeds { need } => write!(
                 f,
                 "{bdf} shares its IOMMU group with a device that the host uses: {need}"
             ),
-            Obstacle::HasVfs { count } => write!(
+            Unavailable::HasVfs { count } => write!(
                 f,
                 "{bdf} has {count} virtual functions, which would be destroyed: run `gantry group deactivate` for their group, or write 0 to its sriov_numvfs"
             ),
-            Obstacle::Unbound => {
+            Unavailable::Unbound => {
                 write!(
                     f,
                     "{bdf} is bound to no driver: `gantry device detach {bdf}` binds it to vfio-pci"
                 )
             }
-            Obstacle::NoIommuGroup => write!(
+            Unavailable::NoIommuGroup => write!(
                 f,
                 "{bdf} is in no IOMMU group: switch the IOMMU on in the firmware (VT-d, AMD-Vi) and on the \
                  kernel's command line (intel_iommu=on; AMD's is on by default)"
             ),
-            Obstacle::GroupInUse { group, members } => {
+            Unavailable::GroupInUse { group, members } => {
                 let members: Vec<String> = members
                     .iter()
                     .map(|(member, driver)| format!("{member} ({driver})"))
@@ -56,27 +56,27 @@ impl fmt::Display for Blocked {
                     members.join(", ")
                 )
             }
-            Obstacle::NodeMissing { group } => write!(
+            Unavailable::NodeMissing { group } => write!(
                 f,
                 "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
                  a container make /dev/vfio visible"
             ),
-            Obstacle::NodeDenied { group } => write!(
+            Unavailable::NodeDenied { group } => write!(
                 f,
                 "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
             ),
-            _ => of_holder(f, bdf, &self.obstacle),
+            _ => of_holder(f, bdf, &self.why),
         }
     }
 }
 
-impl Blocked {
+impl UnavailableDevice {
     /// What to do about the holder of a device that a command of the host's is to move, to put behind the
     /// sentence; nothing where the sentence says it.
     pub(crate) fn end_of_lease(&self) -> String {
-        let (device, holder) = match &self.obstacle {
-            Obstacle::Leased { holder } => (self.bdf, holder),
-            Obstacle::GroupLeased { member, holder, .. } => (*member, holder),
+        let (device, holder) = match &self.why {
+            Unavailable::Leased { holder } => (self.bdf, holder),
+            Unavailable::GroupLeased { member, holder, .. } => (*member, holder),
             _ => return String::new(),
         };
         match holder {
@@ -94,16 +94,16 @@ impl Blocked {
 }
 
 /// Who has the device, or one that goes with it.
-fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
-    match obstacle {
-        Obstacle::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
-        Obstacle::LockUnreadable { file, why } => write!(
+fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
+    match why {
+        Unavailable::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
+        Unavailable::LockUnreadable { file, why } => write!(
             f,
             "{bdf} counts as held: its lock file {} cannot be read ({why}); as root, remove the \
              file if no process uses the device",
             file.display()
         ),
-        Obstacle::GroupLeased {
+        Unavailable::GroupLeased {
             group,
             member,
             holder,
@@ -113,28 +113,28 @@ fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> f
              between VMs",
             name(holder)
         ),
-        _ => of_request(f, bdf, obstacle),
+        _ => of_request(f, bdf, why),
     }
 }
 
 /// What a card and its virtual functions have against being parted.
-fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
-    match obstacle {
-        Obstacle::NoVfToken { pf } => write!(
+fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
+    match why {
+        Unavailable::NoVfToken { pf } => write!(
             f,
             "{bdf} is a function of {pf}, which is bound to vfio-pci: VMs can have one each only with a VF token; set \
              \"vf_token\": true in the \"sriov\" of its group, or `gantry device reattach {pf}`"
         ),
-        Obstacle::PfQuarantined { pf, why } => write!(
+        Unavailable::PfQuarantined { pf, why } => write!(
             f,
             "{bdf} is a function of {pf}, which is in quarantine: {why}; `gantry device release-quarantine {pf}` releases it"
         ),
-        Obstacle::PfIdle { pf } => write!(
+        Unavailable::PfIdle { pf } => write!(
             f,
             "{bdf} is a function of {pf}, which is bound to vfio-pci and which no VM has: start the VM that gets {pf} first, \
              it sets the VF token"
         ),
-        Obstacle::VfHeld { vf } => write!(
+        Unavailable::VfHeld { vf } => write!(
             f,
             "{bdf} has the virtual function {vf}, which is held: VMs can have one each only with a VF token; \
              set \"vf_token\": true in the \"sriov\" of its group"
@@ -144,44 +144,44 @@ fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt
 }
 
 /// What the request has against a device that could be had.
-fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> fmt::Result {
-    match obstacle {
-        Obstacle::OtherGroup { owner } => {
+fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
+    match why {
+        Unavailable::OtherGroup { owner } => {
             write!(
                 f,
                 "{bdf} belongs to group \"{owner}\", which is defined earlier and matches it as well"
             )
         }
-        Obstacle::OfTenant { tenant } => write!(
+        Unavailable::OfTenant { tenant } => write!(
             f,
             "{bdf} belongs to tenant \"{tenant}\": `gantry tenant revoke {tenant} {bdf}` takes it back"
         ),
-        Obstacle::AskedFor => {
+        Unavailable::AskedFor => {
             write!(f, "{bdf} is asked for twice in the request")
         }
-        Obstacle::Changed { is } => write!(
+        Unavailable::Changed { is } => write!(
             f,
             "{bdf} is {is} now, not the device that the rule names: change the rule if the new device is right"
         ),
-        Obstacle::DeviceType { is, wanted } => mismatch(f, bdf, *is, *wanted),
-        Obstacle::ResourceClass { is } => write!(f, "{bdf} has resource class {is}"),
-        Obstacle::Traits { missing } => {
+        Unavailable::DeviceType { is, wanted } => mismatch(f, bdf, *is, *wanted),
+        Unavailable::ResourceClass { is } => write!(f, "{bdf} has resource class {is}"),
+        Unavailable::Traits { missing } => {
             write!(f, "{bdf} lacks the traits {}", missing.join(", "))
         }
-        Obstacle::Migratable { wanted } => {
+        Unavailable::Migratable { wanted } => {
             let said = if *wanted { "yes" } else { "no" };
             write!(
                 f,
                 "{bdf} has no device_spec that says \"live_migratable\": \"{said}\""
             )
         }
-        Obstacle::Numa { node: Some(node) } => {
+        Unavailable::Numa { node: Some(node) } => {
             write!(f, "{bdf} is on NUMA node {node}, too far from the VM")
         }
-        Obstacle::Numa { node: None } => {
+        Unavailable::Numa { node: None } => {
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
-        Obstacle::NoMessages { has, no_reset } => {
+        Unavailable::NoMessages { has, no_reset } => {
             write!(
                 f,
                 "{bdf} has neither MSI-X nor MSI (it has {has}), and gantry delivers no other interrupts yet: add \
@@ -190,20 +190,20 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, obstacle: &Obstacle) -> 
             match no_reset {
                 true => {
                     f.write_str(". ")?;
-                    of_request(f, bdf, &Obstacle::NoReset)
+                    of_request(f, bdf, &Unavailable::NoReset)
                 }
                 false => Ok(()),
             }
         }
-        Obstacle::NoReset => write!(
+        Unavailable::NoReset => write!(
             f,
             "{bdf} has no reset (its reset_method in sysfs is empty): a VM can read what the VM before left in it. \
              Add \"allow_no_reset\": true to the device's entry to use it all the same"
         ),
-        Obstacle::SamePf { pf } => {
+        Unavailable::SamePf { pf } => {
             write!(f, "{bdf} is on {pf}, like another device of the request")
         }
-        _ => of_card(f, bdf, obstacle),
+        _ => of_card(f, bdf, why),
     }
 }
 

@@ -4,12 +4,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Obstacle;
+use super::Unavailable;
 
 /// A filter, in the order in which they are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Sieve {
+pub enum CandidateFilter {
     /// The rules of the group asked for.
     Group,
     /// For an alias: to be in some group or device spec.
@@ -62,38 +62,40 @@ pub enum Sieve {
     Isolation,
 }
 
-impl Obstacle {
+impl Unavailable {
     /// The filter that drops a device for this.
-    pub(crate) fn sieve(&self) -> Sieve {
+    pub(crate) fn dropped_by(&self) -> CandidateFilter {
         match self {
-            Self::Bridge => Sieve::Bridge,
-            Self::Leased { .. } | Self::LockUnreadable { .. } => Sieve::Leased,
-            Self::Quarantined { .. } | Self::PfQuarantined { .. } => Sieve::Quarantined,
-            Self::HostDriver { .. } => Sieve::HostDriver,
-            Self::HostNeeds { .. } | Self::HasVfs { .. } => Sieve::HostNeeds,
-            Self::Unbound => Sieve::Unbound,
-            Self::NoIommuGroup => Sieve::IommuGroup,
-            Self::GroupInUse { .. } | Self::GroupLeased { .. } => Sieve::Neighbours,
-            Self::NodeMissing { .. } | Self::NodeDenied { .. } => Sieve::Node,
-            Self::OtherGroup { .. } => Sieve::OtherGroup,
-            Self::OfTenant { .. } => Sieve::Tenant,
-            Self::AskedFor => Sieve::AskedFor,
-            Self::Changed { .. } => Sieve::Changed,
-            Self::DeviceType { .. } => Sieve::DeviceType,
-            Self::ResourceClass { .. } => Sieve::ResourceClass,
-            Self::Traits { .. } => Sieve::Traits,
-            Self::Migratable { .. } => Sieve::Migratable,
-            Self::Numa { .. } => Sieve::Numa,
-            Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => Sieve::VfToken,
-            Self::NoMessages { .. } => Sieve::Interrupts,
-            Self::NoReset => Sieve::Reset,
-            Self::SamePf { .. } => Sieve::Isolation,
+            Self::Bridge => CandidateFilter::Bridge,
+            Self::Leased { .. } | Self::LockUnreadable { .. } => CandidateFilter::Leased,
+            Self::Quarantined { .. } | Self::PfQuarantined { .. } => CandidateFilter::Quarantined,
+            Self::HostDriver { .. } => CandidateFilter::HostDriver,
+            Self::HostNeeds { .. } | Self::HasVfs { .. } => CandidateFilter::HostNeeds,
+            Self::Unbound => CandidateFilter::Unbound,
+            Self::NoIommuGroup => CandidateFilter::IommuGroup,
+            Self::GroupInUse { .. } | Self::GroupLeased { .. } => CandidateFilter::Neighbours,
+            Self::NodeMissing { .. } | Self::NodeDenied { .. } => CandidateFilter::Node,
+            Self::OtherGroup { .. } => CandidateFilter::OtherGroup,
+            Self::OfTenant { .. } => CandidateFilter::Tenant,
+            Self::AskedFor => CandidateFilter::AskedFor,
+            Self::Changed { .. } => CandidateFilter::Changed,
+            Self::DeviceType { .. } => CandidateFilter::DeviceType,
+            Self::ResourceClass { .. } => CandidateFilter::ResourceClass,
+            Self::Traits { .. } => CandidateFilter::Traits,
+            Self::Migratable { .. } => CandidateFilter::Migratable,
+            Self::Numa { .. } => CandidateFilter::Numa,
+            Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => {
+                CandidateFilter::VfToken
+            }
+            Self::NoMessages { .. } => CandidateFilter::Interrupts,
+            Self::NoReset => CandidateFilter::Reset,
+            Self::SamePf { .. } => CandidateFilter::Isolation,
         }
     }
 }
 
 /// What is the matter with the devices dropped: "2 held by others".
-impl fmt::Display for Sieve {
+impl fmt::Display for CandidateFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Group => "not in the group",
