@@ -6,9 +6,10 @@ use gantry_resources::base::HostBdf;
 
 use crate::passthrough::FunctionId;
 
-/// Which devices go behind one port together, and as which function: those of one device of the host
-/// keep their numbers if function 0 is among them. All others come alone, virtual functions always: a client that
-/// has one slot emptied loses all devices in it.
+/// Sorts functions into slots: for each slot, the indexes of its functions and their function numbers. The
+/// functions of one host device share a slot and keep their numbers if function 0 is among them. Every other
+/// function has a slot of its own, and so has every virtual function: a client that detaches a slot loses all
+/// functions in it.
 pub fn arrange(devices: &[FunctionId]) -> Vec<Vec<(usize, u8)>> {
     let place = |device: &FunctionId| match device.name.pci() {
         Some(bdf) if !device.virtual_function => Ok((bdf.domain(), bdf.bus(), bdf.device())),
@@ -35,7 +36,7 @@ pub fn arrange(devices: &[FunctionId]) -> Vec<Vec<(usize, u8)>> {
         }
     }
     for slot in &mut slots {
-        // A guest looks for other functions only where it finds function 0: that one comes last.
+        // A guest looks for other functions only if it finds function 0, so function 0 comes last.
         slot.sort_by_key(|(_, function)| Reverse(*function));
     }
     slots

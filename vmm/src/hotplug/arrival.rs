@@ -1,4 +1,5 @@
-//! How devices come: a slot is found for the devices that the worker prepared, and the guest is told.
+//! Attaching devices: the control thread finds slots for the devices that the worker opened, and notifies the
+//! guest.
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
@@ -12,7 +13,7 @@ use crate::machine::SlotWindows;
 use crate::passthrough::{AttachedDevice, FunctionId};
 
 impl HostDevices {
-    /// Begins to attach; the reply comes when the guest has been told, or it failed.
+    /// Begins to attach. The reply comes when the guest has been notified, or on failure.
     pub fn attach(&mut self, attach: Attach, reply: Reply) {
         let free = self.free().len().saturating_sub(self.coming);
         let refused = match (&self.worker, attach.id()) {
@@ -36,7 +37,7 @@ impl HostDevices {
         }
     }
 
-    /// Plugs in the devices of the jobs that are done, and tells the guest.
+    /// Plugs in the devices of finished jobs, and notifies the guest.
     pub fn arrive(&mut self, windows: &SlotWindows) {
         while let Some(result) = self.worker.as_ref().and_then(AttachWorker::take_result) {
             self.arrive_one(result, windows);
@@ -81,7 +82,7 @@ impl HostDevices {
         reply(Ok(Answer::Attached(infos)));
     }
 
-    /// Finds slots for devices and plugs them in: all, or none.
+    /// Finds slots for all devices and plugs them in, or plugs in none.
     fn plug_all(
         &mut self,
         devices: Vec<AttachedDevice>,

@@ -22,10 +22,10 @@ use crate::process::error::cannot;
 use crate::process::sandbox::Role;
 use crate::process::threads::{self, Task};
 
-/// How often devices are leased again, as devices of their IOMMU groups were closed meanwhile.
+/// How often devices are leased again because their IOMMU group left the address space meanwhile.
 const ACQUIRE_TRIES: u32 = 3;
 
-/// What it takes to lease and open devices while the guest runs.
+/// Leases and opens devices while the guest runs.
 pub struct Attacher {
     /// Who leases and opens.
     pub opener: Opener,
@@ -35,15 +35,15 @@ pub struct Attacher {
     pub observer: Arc<VfioObserver>,
     /// Interrupts.
     pub router: Arc<dyn MsiRouter>,
-    /// What is mapped for the first device.
+    /// RAM, which is mapped for the first device.
     pub ram: RamRanges,
-    /// What no device may reserve.
+    /// The guest addresses that no device may reserve.
     pub ranges: GuestRanges,
     /// Bytes that the process may pin; none if there is no limit.
     pub memlock: Option<u64>,
     /// How many threads make RAM present for the first device.
     pub threads: usize,
-    /// Whether the VM's file names the groups of later devices, for which RAM is made ready beforehand.
+    /// Whether the VM's file names the groups of later devices: RAM is prefaulted at boot then.
     pub declared: bool,
     /// What it needs of the process.
     pub context: DeviceContext,
@@ -53,7 +53,8 @@ impl Attacher {
     /// Leases and opens the devices of a job, and maps RAM for the first ones.
     ///
     /// # Errors
-    /// They are not to be had, or reserve what the guest uses, or the VM is `ending`. None is held then.
+    /// A device is unavailable, or its IOMMU reserves guest addresses, or the VM is `ending`. No device is held
+    /// then.
     pub fn attach(
         &mut self,
         job: &AttachJob,
@@ -93,7 +94,7 @@ impl Attacher {
         Ok(devices)
     }
 
-    /// Leases what is asked for, in the address space there is or in a new one.
+    /// Leases the devices. They join the present address space, or a new one.
     fn acquire(
         &self,
         requests: &[DeviceRequest],
@@ -107,7 +108,7 @@ impl Attacher {
         let mut tries = 0;
         loop {
             match acquirer.acquire(requests, self.space.upgrade(), cancelled) {
-                // A group that was in the address space has left it meanwhile, with its last device.
+                // A group has left the address space meanwhile, with its last device.
                 Err(DeviceError::NoIommuGroup { .. }) if tries < ACQUIRE_TRIES => tries += 1,
                 acquired => return acquired,
             }

@@ -1,5 +1,5 @@
-//! Devices on their way back to the host, those of each slot on a thread of their own: one that hangs holds up
-//! neither the control thread nor the others.
+//! Closing devices. Each slot's devices have a thread, so that a device that hangs delays neither the control
+//! thread nor other devices.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -11,7 +11,7 @@ use crate::passthrough::AttachedDevice;
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
 
-/// Dropping it says that devices are taken away from the guest: their slot can be filled again.
+/// Dropping it says that the guest can no longer reach the devices: their slot is free.
 pub struct Retired {
     _slot: Option<DrainGuard>,
     // Its receiver learns that it was dropped.
@@ -40,8 +40,7 @@ impl Closing {
         }
     }
 
-    /// Has `close` take the devices of a slot, or of none, away from the guest, drop what it is given, and
-    /// close them.
+    /// Runs `close` on a thread. It must retire the devices, drop its argument, and then close the devices.
     pub fn start(
         &mut self,
         slot: Option<DrainGuard>,
@@ -65,8 +64,7 @@ impl Closing {
         }
     }
 
-    /// Waits until all devices that leave are taken away from the guest. Returns those that are not by the
-    /// deadline.
+    /// Waits until all devices that leave are retired. Returns the names of those that are not by the deadline.
     pub fn wait_retired(&self, deadline: Instant) -> Vec<&str> {
         let late = self.pending.iter().filter(|one| {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -75,8 +73,8 @@ impl Closing {
         late.map(|one| one.names.as_str()).collect()
     }
 
-    /// Waits until all are closed. Those that are not by the deadline are left to themselves: their leases end when
-    /// the kernel returns from closing them, or with the process.
+    /// Waits until all devices are closed. Those that are not by the deadline are abandoned: their leases end
+    /// when the kernel returns from the close, or with the process.
     pub fn finish(&mut self, deadline: Instant) {
         for one in self.pending.drain(..) {
             if let Err(task) = one.task.join_until(deadline) {
@@ -88,8 +86,8 @@ impl Closing {
     }
 }
 
-/// Takes the devices of a slot away from the guest, says so by dropping `retired`, closes them, and tells of it.
-/// `forced` says whether the guest was not asked; it is `None` for devices that were never announced.
+/// Retires the devices of a slot, drops `retired`, closes the devices, and sends events. `forced` says whether
+/// the guest did not release them; it is `None` for devices that were never announced.
 pub fn take_away(
     devices: Vec<AttachedDevice>,
     forced: Option<bool>,
@@ -164,7 +162,7 @@ mod tests {
         });
         closed.recv().unwrap();
         let soon = || Instant::now() + Duration::from_millis(50);
-        // The others are waited for as long as it takes.
+        // The other devices finish by themselves.
         while slots.is_draining(slow) || slots.is_draining(good) {
             std::thread::yield_now();
         }

@@ -1,4 +1,4 @@
-//! How devices go: the guest is asked, or made, to let go of them.
+//! Detaching devices: the guest is asked to release them, or loses them by force.
 
 use std::time::{Duration, Instant};
 
@@ -10,17 +10,17 @@ use crate::command::{Answer, CommandError, Detach};
 use crate::info::{DeviceState, VmEvent};
 use crate::passthrough::{DeviceEvent, DeviceKey};
 
-/// How long a guest may take to let go of what the host wants back.
+/// How long a guest may take to release a device that the host wants back.
 const HOST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a device may take to stop, once it is taken away from a guest that is reset.
+/// How long a device may take to stop when it leaves a guest that is being reset.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl HostDevices {
-    /// Asks the guest to let go of a device and of the other functions in its slot.
+    /// Asks the guest to release a device and the other functions in its slot.
     ///
     /// # Errors
-    /// There is no such device, or this VM cannot let go of any.
+    /// There is no such device, or this VM has no hot-plug slots.
     pub fn detach(&mut self, detach: &Detach) -> Result<Answer, CommandError> {
         if self.worker.is_none() {
             return Err(CommandError::NoSlots);
@@ -59,8 +59,8 @@ impl HostDevices {
         Ok(Answer::Done)
     }
 
-    /// Something happened to a device. One that the host wants back goes back, by force if the guest does not let
-    /// go of it: until then the host's command waits.
+    /// Handles an event of a device. A device that the host wants back is detached, by force if the guest does
+    /// not release it: the command that wants it waits until then.
     pub fn handle(&mut self, key: DeviceKey, event: DeviceEvent) {
         if event == DeviceEvent::Enabled {
             return self.enabled(key);
@@ -94,20 +94,20 @@ impl HostDevices {
                 }
             }
         };
-        // A guest can have its device report errors.
+        // A guest can make its device report errors.
         warn_limited!(device = id, "{error}");
         let error = error.to_owned();
         self.tell(VmEvent::DeviceError { id, error });
     }
 
-    /// The guest has let go of what was in a slot; what has come there since stays.
+    /// The guest has released the devices of a slot. A device that was plugged in since stays.
     pub fn ejected(&mut self, port: PortIndex) {
         if !self.slots.events().is_occupied(port) {
             self.empty_slot(port, false);
         }
     }
 
-    /// Takes what is in a slot away from the guest, and has it closed.
+    /// Takes the devices of a slot away from the guest, and has them closed.
     pub(super) fn empty_slot(&mut self, port: PortIndex, forced: bool) {
         if !self.close(port, Some(forced)) {
             return;
@@ -119,7 +119,7 @@ impl HostDevices {
         }
     }
 
-    /// Waits until devices that leave neither write to RAM nor interrupt any more, but for those that hang.
+    /// Waits until the devices that leave have stopped DMA and interrupts. Gives up on those that hang.
     pub fn wait_for_leaving(&self) {
         for device in self.closing.wait_retired(Instant::now() + RETIRE_TIMEOUT) {
             tracing::warn!(
@@ -129,7 +129,7 @@ impl HostDevices {
         }
     }
 
-    /// A guest that is reset has let go of what it was asked to let go of.
+    /// The guest is being reset: it has released every device that it was asked to release.
     pub fn reset(&mut self, ejected: &[PortIndex]) {
         let detaching = self
             .plugged
@@ -151,13 +151,13 @@ impl HostDevices {
     }
 }
 
-/// When a time is over that begins `now`; `None` if it has no end, or one that no clock gets to.
+/// The deadline of a time that begins `now`; `None` without a limit, or if no clock reaches it.
 fn end_of(now: Instant, time: Option<Duration>) -> Option<Instant> {
     time.and_then(|time| now.checked_add(time))
 }
 
-/// When a device is taken away that was to be at the time `set`, now that it is `asked` for. What is asked
-/// last counts, but nobody puts off what the host wants back.
+/// The new deadline of a device whose deadline was `set` and for which a client has `asked`. The last request
+/// counts, but no client can postpone a release that the host requested.
 fn due(set: Option<Instant>, asked: Option<Instant>, release_requested: bool) -> Option<Instant> {
     match (set, asked) {
         (Some(set), Some(asked)) if release_requested => Some(set.min(asked)),

@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::info::{EventSink, VmEvent};
 use crate::passthrough::AttachedDevice;
 
-/// Devices that are to be leased and opened.
+/// A request to lease and open devices.
 pub struct AttachJob {
     /// Which.
     pub attach: Attach,
@@ -17,27 +17,27 @@ pub struct AttachJob {
     pub slots: usize,
 }
 
-/// Devices that were leased and opened, or why not.
+/// The result of an [`AttachJob`].
 pub struct AttachResult {
     /// What was asked for.
     pub attach: Attach,
     /// Who waits for it.
     pub reply: Reply,
-    /// The devices, in no slot yet.
+    /// The devices, not yet in a slot, or why they could not be had.
     pub devices: Result<Vec<AttachedDevice>, Error>,
     /// How long each step took.
     pub steps: AttachSteps,
 }
 
-/// Why the step in which RAM is mapped took its time, and how to avoid that.
+/// Why mapping RAM took long, and how to avoid that.
 const MAPPED_LATE: &str = "RAM was made ready and mapped for the VM's first device: with the groups of later \
     devices in `hotplug.groups` of the VM's file, RAM is made ready beforehand";
 
-/// How long the steps took so far.
+/// The steps of an attachment and their durations.
 pub struct AttachSteps {
     steps: Vec<(&'static str, Duration)>,
     begun: Instant,
-    /// RAM was not made ready for this device beforehand.
+    /// RAM was not prefaulted before this attachment.
     pub mapped_late: bool,
 }
 
@@ -62,7 +62,7 @@ impl AttachSteps {
         &self.steps
     }
 
-    /// Tells of the steps of attaching a device.
+    /// Sends the steps as events of a device.
     pub fn tell(&self, events: &EventSink, id: &str) {
         for (step, took) in &self.steps {
             events(VmEvent::AttachStep {

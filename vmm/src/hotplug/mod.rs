@@ -1,9 +1,9 @@
-//! The devices of a running VM: where they are plugged in, and how they come and go.
+//! The host devices of a running VM: attached and detached while the guest runs.
 //!
-//! The control thread plugs in, announces and takes out of slots, which takes microseconds and accesses no
-//! hardware. The [`AttachWorker`] prepares devices that come; those that go have threads of their own. A slot that
-//! the guest was asked to empty stays as it is until the guest has done so, is reset, or the time it was given
-//! is over.
+//! The control thread plugs devices in, announces them and takes them out of slots. That takes microseconds and
+//! accesses no hardware. The [`AttachWorker`] leases and opens devices, and threads of their own close them. A
+//! device that the guest was asked to release stays until the guest releases it, is reset, or a deadline
+//! passes.
 
 mod arrange;
 mod arrival;
@@ -38,8 +38,8 @@ use closing::Closing;
 pub use ranges::GuestRanges;
 pub use worker::AttachWorker;
 
-/// How long a guest may take to read what it was told before it is told again: while a guest boots,
-/// interrupts get lost. Doubled each time.
+/// How long to wait until the guest is notified again, if it has not read the notification: a guest that boots
+/// loses interrupts. Doubled each time.
 const FIRST_REMINDER: Duration = Duration::from_millis(50);
 const LAST_REMINDER: Duration = Duration::from_secs(5);
 
@@ -66,7 +66,7 @@ struct PluggedDevice {
     status: DeviceStatus,
     device: AttachedDevice,
     attach: Vec<(&'static str, Duration)>,
-    /// When it is taken away whether or not the guest has let go of it.
+    /// When the guest loses it, released or not.
     force_at: Option<Instant>,
     /// Whether the host wants it back.
     release_requested: bool,
@@ -80,7 +80,7 @@ pub struct HostDevices {
     worker: Option<AttachWorker>,
     plugged: Vec<PluggedDevice>,
     closing: Closing,
-    /// What has been asked for and is on its way.
+    /// How many attachments are in progress.
     coming: usize,
     reminder: Option<(Instant, Duration)>,
     kernel_events: DeviceEvents,
@@ -125,7 +125,7 @@ impl HostDevices {
         Ok(())
     }
 
-    /// Plugs a device in behind a port as a function. It is among the others even where that fails.
+    /// Plugs a device in behind a port as a function. The device is in the list even if that fails.
     fn plug(
         &mut self,
         mut device: AttachedDevice,
@@ -159,7 +159,7 @@ impl HostDevices {
         self.worker = Some(worker);
     }
 
-    /// The ports of all devices from the `first` in the list on.
+    /// The ports of the devices from index `first` on.
     fn ports_from(&self, first: usize) -> BTreeSet<PortIndex> {
         let from = self.plugged.iter().skip(first);
         from.map(|one| one.status.port).collect()
@@ -200,12 +200,12 @@ impl HostDevices {
         });
     }
 
-    /// What watches for the kernel's events of the devices.
+    /// The event source for the kernel's events of the devices.
     pub fn listener(&self) -> DeviceEventListener {
         self.kernel_events.listener(&self.context.notify)
     }
 
-    /// The guest has switched a device on.
+    /// The guest has enabled a device.
     fn enabled(&mut self, key: DeviceKey) {
         let mut plugged = self.plugged.iter_mut();
         let one = plugged.find(|one| one.device.key() == key);
@@ -223,7 +223,7 @@ impl HostDevices {
         forced.chain(self.reminder.map(|(at, _)| at)).min()
     }
 
-    /// Does what is due by now.
+    /// Takes away devices whose deadline has passed, and notifies the guest again if that is due.
     pub fn tick(&mut self, now: Instant) {
         let due = |one: &PluggedDevice| one.force_at.is_some_and(|at| at <= now);
         while let Some(one) = self.plugged.iter().find(|one| due(one)) {
@@ -238,12 +238,12 @@ impl HostDevices {
         }
     }
 
-    /// Tells the guest again in a while, unless it has read what it was told.
+    /// Schedules another notification in case the guest misses the first.
     pub fn remind(&mut self) {
         self.reminder = Some((Instant::now() + FIRST_REMINDER, FIRST_REMINDER));
     }
 
-    /// Publishes the devices as they are: done before anyone is told of a change.
+    /// Publishes the devices. Called before any event of a change is sent.
     fn publish(&self) {
         self.context.status.set_devices(self.statuses());
     }
@@ -252,12 +252,12 @@ impl HostDevices {
         (self.context.events)(event);
     }
 
-    /// The devices as they are.
+    /// The status of each device.
     pub fn statuses(&self) -> Vec<DeviceStatus> {
         self.plugged.iter().map(|one| one.status.clone()).collect()
     }
 
-    /// What the devices did; `interrupts` are those of the host, by device and vector.
+    /// The counters of the devices. `interrupts` holds the host's counts by device and vector.
     pub fn counters(
         &self,
         interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,

@@ -1,8 +1,8 @@
-//! The addresses that a guest uses, against what a later device allows.
+//! Guest addresses, checked against what the IOMMU of a later device reserves and maps.
 
 use std::ops::RangeInclusive;
 
-/// The addresses that must be free of what an IOMMU reserves.
+/// The guest addresses that an IOMMU must not reserve.
 #[derive(Debug, Clone)]
 pub struct GuestRanges {
     /// Guest RAM.
@@ -12,7 +12,7 @@ pub struct GuestRanges {
 }
 
 impl GuestRanges {
-    /// The first reserved range that meets RAM or a window.
+    /// The first reserved range that overlaps RAM or a window.
     pub fn conflict<'a>(
         &self,
         reserved: &'a [RangeInclusive<u64>],
@@ -23,7 +23,7 @@ impl GuestRanges {
         })
     }
 
-    /// The first range of RAM that is in none of the mappable ones, if those are known.
+    /// The first range of RAM outside the mappable ranges, if those are known.
     pub fn unmappable(&self, iova: &[RangeInclusive<u64>]) -> Option<&RangeInclusive<u64>> {
         let within = |ram: &&RangeInclusive<u64>| {
             iova.iter()

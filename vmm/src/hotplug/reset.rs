@@ -1,4 +1,4 @@
-//! The reset of the devices when the guest reboots.
+//! Resets the devices when the guest reboots.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,12 +10,12 @@ use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads;
 
-/// How long a device may take to be reset. The kernel waits for some seconds at most, for a device that comes back.
+/// How long a reset may take. The kernel waits for some seconds at most.
 const RESET_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl HostDevices {
-    /// Resets all functions behind the ports side by side, as a host device takes a tenth of a second. The guest
-    /// loses those that fail or do not answer in time, and nobody else gets them.
+    /// Resets all functions behind the ports in parallel: a host device takes a tenth of a second. The guest
+    /// loses the functions whose reset fails or takes too long, and they go into quarantine.
     ///
     /// # Errors
     /// No thread could be made.
@@ -44,7 +44,7 @@ impl HostDevices {
         Ok(())
     }
 
-    /// The devices of a slot could not be reset with the guest: they are taken away, and nobody else gets them.
+    /// Takes the devices of a slot, whose reset failed, away from the guest. They go into quarantine.
     fn lose(&mut self, port: PortIndex) {
         for one in self
             .plugged
@@ -63,7 +63,7 @@ impl HostDevices {
     }
 }
 
-/// Resets functions side by side. Returns the ports of those that failed, or did not answer within `timeout`.
+/// Resets functions in parallel. Returns the ports of those whose reset failed or took longer than `timeout`.
 fn reset_all(
     behind: Vec<(PortIndex, Arc<dyn PciDevice>)>,
     space: &Arc<impl BarSpace + Send + Sync + 'static>,

@@ -1,7 +1,8 @@
-//! The slow part of attaching devices, on a thread of its own: leases, files, resets, pinning.
+//! The attach worker: a thread for the slow part of attaching devices, which is leasing, opening and mapping
+//! RAM.
 //!
-//! Jobs are done one after the other, so that no two of them make the address space that there is to be one of.
-//! Devices that go are closed meanwhile, each on a thread of its own ([`super::closing`]).
+//! It does one job at a time, so that no two jobs make an address space each. Devices that leave are closed
+//! meanwhile, on threads of their own ([`super::closing`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,11 +16,11 @@ use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::Role;
 use crate::process::threads::{self, Task};
 
-/// How long the worker may take to end once the VM ends: it may be closing devices that it has just opened.
+/// How long the worker may take to end: it may have to close devices that it has just opened.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The thread that does the jobs. Dropping it waits for the job in hand, which is told to hurry, but not for
-/// a device that hangs. Clients that wait for devices are told that the VM is ending.
+/// The thread that does the jobs. Dropping it cancels the current job and waits for it, up to a deadline.
+/// Clients that wait are told that the VM is ending.
 pub struct AttachWorker {
     // Closed first: that ends the thread.
     jobs: Option<Sender<AttachJob>>,

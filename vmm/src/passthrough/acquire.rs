@@ -1,4 +1,4 @@
-//! How a VM gets devices of the host: leased by this process or by its opener, with their IOMMU groups in the VM's
+//! How a VM acquires host devices: this process or its opener leases them, and their IOMMU groups join the VM's
 //! address space.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,7 +39,7 @@ pub struct AcquiredDevices {
 pub enum Lessor<'a> {
     /// This process.
     Process(&'a Placement, &'a Holder),
-    /// The opener, as it must know of all devices of a VM that it opens later ones for.
+    /// The opener. It must know all devices of a VM with hot-plug slots.
     Opener(&'a Opener),
 }
 
@@ -67,7 +67,7 @@ struct GrantedDevice {
     lease: Box<dyn DeviceLease>,
 }
 
-/// Whose devices they are to be.
+/// Acquires devices for one VM.
 pub struct Acquirer<'a> {
     /// Who leases them.
     pub lessor: Lessor<'a>,
@@ -78,11 +78,11 @@ pub struct Acquirer<'a> {
 }
 
 impl Acquirer<'_> {
-    /// Leases what is asked for: all of it, or nothing. The groups join the address space `space` of the VM, or a
-    /// new one if that has lost its last group. Gives up once it is `cancelled`.
+    /// Leases all requested devices, or none. Their groups join the VM's address space `space`, or a new one if
+    /// `space` has lost its last group. Gives up once `cancelled` is true.
     ///
     /// # Errors
-    /// A device is not to be had, a node is missing or not permitted, a group stays busy or is not whole, or the
+    /// A device is unavailable, a node is missing or not permitted, a group stays busy or is not viable, or the
     /// kernel refused.
     pub fn acquire(
         &self,
@@ -107,7 +107,7 @@ impl Acquirer<'_> {
         self.join(granted, requests, space)
     }
 
-    /// Puts the groups into the address space. Devices of a group that joins must not reach the guest before.
+    /// Adds the groups to the address space.
     fn join(
         &self,
         granted: Granted,
@@ -115,8 +115,8 @@ impl Acquirer<'_> {
         space: Option<Arc<IoAddressSpace>>,
     ) -> Result<AcquiredDevices, DeviceError> {
         let nodes = self.host.dev.join("vfio");
-        // Devices are closed meanwhile, and with its last group an address space is spent: these keep theirs until
-        // others have joined.
+        // Other devices may be closed meanwhile, and an address space that loses its last group cannot be used
+        // again: these references keep the present groups in it until the new ones have joined.
         let present = space.as_ref().map(|space| space.groups());
         let _present = present.filter(|groups| !groups.is_empty());
         let space = match space.filter(|_| _present.is_some()) {
@@ -125,7 +125,7 @@ impl Acquirer<'_> {
         };
         let regions = granted.groups.iter().flat_map(|group| &group.reserved);
         let reserved = regions.filter_map(forbidden).collect();
-        // Kept until the devices have them.
+        // Kept until each device has a reference to its group.
         let _added = self.add_groups(&space, granted.groups, &nodes, &granted.devices)?;
         let in_space = |device: &GrantedDevice| {
             let group = space.group(device.iommu_group);
@@ -154,8 +154,8 @@ impl Acquirer<'_> {
         })
     }
 
-    /// A group that stays busy after its device was leased is held by a process that the kernel cannot end,
-    /// or by one that keeps to no lease: none of its devices is fit for another VM.
+    /// Quarantines the devices of a group that stays busy although they are leased: a process that the kernel
+    /// cannot end holds the group, or one that ignores leases.
     fn add_groups(
         &self,
         space: &IoAddressSpace,
@@ -251,7 +251,7 @@ impl AcquiredDevices {
             .collect()
     }
 
-    /// What tells which of them share a slot.
+    /// What tells which devices share a slot.
     pub fn functions(&self) -> Vec<FunctionId> {
         let devices = self.devices.iter();
         devices.map(|device| device.leased.function).collect()
@@ -264,13 +264,12 @@ impl AcquiredDevices {
         }
     }
 
-    /// The name that two of the devices have, if there is one: a card may have more functions than its entry says
-    /// devices.
+    /// An id that two of the devices have, if any: a card may have more functions than were asked for.
     pub fn duplicate_id(&self) -> Option<&str> {
         duplicate_of(self.devices.iter().map(|device| &device.leased.label))
     }
 
-    /// What must be neither RAM nor BAR.
+    /// Addresses that must be neither RAM nor BAR.
     pub fn reserved(&self) -> &[RangeInclusive<u64>] {
         &self.reserved
     }
@@ -280,7 +279,7 @@ impl AcquiredDevices {
         self.space.as_ref()
     }
 
-    /// What the IOMMU can map; empty where nothing restricts it.
+    /// The ranges that the IOMMU can map; empty if nothing restricts it.
     ///
     /// # Errors
     /// The kernel refused to say.
@@ -341,7 +340,8 @@ impl<'a> Labels<'a> {
     }
 }
 
-/// What a reserved region keeps from the guest. A relaxable one binds the host's own drivers only.
+/// The addresses that a reserved region forbids to the guest. A relaxable region concerns only the host's
+/// drivers.
 pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
     (region.kind != ReservedKind::DirectRelaxable).then_some(region.start..=region.end)
 }

@@ -1,4 +1,4 @@
-//! What a device did: its accesses, resets and failures, counted where they pass.
+//! Counters of a device: accesses, resets and failures.
 
 use std::collections::BTreeMap;
 use std::io;

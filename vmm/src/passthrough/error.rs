@@ -52,7 +52,7 @@ pub enum DeviceError {
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
     Reserved(#[from] gantry_resources::facts::ReservedError),
-    /// The kernel is at a device, and does not come back from it.
+    /// A call of the kernel on a device does not return.
     #[error(
         "{device} does not answer: a call of the host's kernel on it has not returned for {seconds} s\n\
          the device stays leased until the call returns; `dmesg` may show why"

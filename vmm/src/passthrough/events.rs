@@ -1,7 +1,7 @@
-//! What happens to a device while a guest has it: the guest switches it on, the host wants it back, it fails.
+//! Events of a device while a guest has it: the guest enables it, the host wants it back, it reports an error.
 //!
-//! The kernel tells of the latter two through eventfds (`VFIO_PCI_REQ_IRQ_INDEX`, `VFIO_PCI_ERR_IRQ_INDEX`). Those
-//! of all devices are in one epoll instance, which the control loop watches.
+//! The kernel signals the latter two through eventfds (`VFIO_PCI_REQ_IRQ_INDEX`, `VFIO_PCI_ERR_IRQ_INDEX`).
+//! Those of all devices are in one epoll instance, which the control loop watches.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,19 +13,19 @@ use gantry_vfio::host::{DeviceIo, Irq};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet as EpollSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// The number of a device within the process. It is given once.
+/// The number of a device within the process. No number is used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DeviceKey(u64);
 
 impl DeviceKey {
-    /// A number that no device had before.
+    /// A number that no other device has had.
     pub fn unique() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 
-/// What happens to a device.
+/// An event of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceEvent {
     /// The guest has enabled its memory or I/O ports.
@@ -36,10 +36,10 @@ pub enum DeviceEvent {
     Failed,
 }
 
-/// Who hears of the events of devices, on any thread. Must not wait.
+/// Receives the events of devices, on any thread. Must not wait.
 pub type DeviceNotify = Arc<dyn Fn(DeviceKey, DeviceEvent) + Send + Sync>;
 
-/// Those that the kernel tells of, by their places in [`DeviceEventFds`].
+/// The events that the kernel signals, in the order of [`DeviceEventFds`].
 const FROM_KERNEL: [(DeviceEvent, Irq); 2] = [
     (DeviceEvent::ReleaseRequested, Irq::Request),
     (DeviceEvent::Failed, Irq::Error),
@@ -49,7 +49,7 @@ const FROM_KERNEL: [(DeviceEvent, Irq); 2] = [
 pub struct DeviceEventFds([Option<EventFd>; 2]);
 
 impl DeviceEventFds {
-    /// Asks the kernel for the events that it has of a device. The device works without them, too.
+    /// Asks the kernel to signal the events of a device. The device works without them, too.
     pub fn register(io: &dyn DeviceIo) -> Self {
         Self(FROM_KERNEL.map(|(event, irq)| {
             if io.irq(irq).count == 0 {
@@ -85,7 +85,7 @@ impl DeviceEvents {
     pub fn watch(&self, DeviceKey(key): DeviceKey, fds: &DeviceEventFds) {
         for (place, fd) in (0..).zip(&fds.0) {
             let Some(fd) = fd else { continue };
-            // At each edge: nobody has to read it.
+            // Edge-triggered, so that nobody has to read the eventfd.
             let set = EpollSet::IN | EpollSet::EDGE_TRIGGERED;
             let event = EpollEvent::new(set, key << 1 | place);
             let added = self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
@@ -95,7 +95,7 @@ impl DeviceEvents {
         }
     }
 
-    /// Watches for the control loop, and passes the events on to `notify`.
+    /// An event source for the control loop, which passes the events on to `notify`.
     pub fn listener(&self, notify: &DeviceNotify) -> DeviceEventListener {
         DeviceEventListener {
             epoll: Arc::clone(&self.0),

@@ -1,6 +1,6 @@
-//! What devices reach by DMA: an IOMMU address space with RAM in it, mapped once for all devices.
+//! The DMA address space of a VM: IOMMU groups, and RAM that is mapped once for all devices.
 //!
-//! Only this file knows that a VFIO type 1 container is behind it.
+//! Only this file knows that it is a VFIO type 1 container.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,11 +16,11 @@ use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group};
 use super::error::DeviceError;
 use crate::kvm::VfioObserver;
 
-/// Guest RAM as devices are to see it: first address, memory.
+/// Guest RAM for DMA: first address and memory of each range.
 pub type RamRanges = Arc<[(u64, Arc<HostMapping>)]>;
 
-/// The address space of a VM's devices while there are any. Each device keeps it: with the last one RAM is
-/// unmapped, and the next first device makes a new one.
+/// The DMA address space of a VM while it has devices. Each device holds a reference. When the last one goes,
+/// RAM is unmapped; a later device makes a new address space.
 pub struct IoAddressSpace {
     // Dropped before the container, and after the devices and their groups.
     mappings: Mutex<Vec<DmaMapping>>,
@@ -94,7 +94,7 @@ impl IoAddressSpace {
         Ok(group)
     }
 
-    /// What the IOMMU can map; empty where nothing restricts it. There must be a group.
+    /// The ranges that the IOMMU can map; empty if nothing restricts it. There must be a group.
     ///
     /// # Errors
     /// The kernel refused to say.
@@ -102,11 +102,11 @@ impl IoAddressSpace {
         Ok(self.dma.iova_ranges()?)
     }
 
-    /// Makes RAM present and maps it, once, for every device there is and will be. Ends early once it
-    /// is `cancelled`.
+    /// Makes RAM present and maps it, once for all present and later devices. Ends early once `cancelled` is
+    /// true.
     ///
     /// # Errors
-    /// The kernel refused a range, or it was cancelled. Nothing stays mapped then.
+    /// The kernel refused a range, or the mapping was cancelled. Nothing stays mapped then.
     pub fn map(&self, ram: &RamRanges, cancelled: impl Fn() -> bool) -> Result<(), DeviceError> {
         let mapped = ram
             .iter()

@@ -1,8 +1,7 @@
-//! Devices of the host in a VM: leased, opened, and made functions of the guest.
+//! Host devices in a VM: leased, opened, and made functions of the guest.
 //!
-//! A device's way: a request gets a lease and an IOMMU group in the VM's address space ([`Acquirer`]), the device is
-//! opened (`Opening`), and is a function of the guest ([`AttachedDevice`]) until that is dropped. Boot and hot-plug
-//! go the same way.
+//! The path of a device, at boot and at hot-plug: [`Acquirer`] leases it and puts its IOMMU group into the VM's
+//! address space; `Opening` opens it; [`AttachedDevice`] is the function of the guest until it is dropped.
 
 mod acquire;
 mod counters;

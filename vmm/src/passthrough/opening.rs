@@ -1,5 +1,4 @@
-//! Devices that are being opened, side by side: the kernel resets each as it is opened, which takes a tenth of a
-//! second.
+//! Opening devices in parallel: the kernel resets each as it is opened, which takes a tenth of a second.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +15,8 @@ use crate::process::error::cannot;
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
 
-/// How long the kernel may take to open a device. It resets the device, which takes a tenth of a second, and some
-/// seconds where the device comes back slowly.
+/// How long the kernel may take to open a device. Its reset takes a tenth of a second, or some seconds if the
+/// device comes back slowly.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A device that is leased and not open yet. Its IOMMU group is in the VM's address space.
@@ -33,7 +32,7 @@ impl UnopenedDevice {
     /// Opens the device and makes a function of the guest of it.
     ///
     /// # Errors
-    /// VFIO refused, or the device has no MSI-X and must have it.
+    /// VFIO refused, or the device lacks MSI-X and MSI and needs one.
     fn open(
         self,
         router: Arc<dyn MsiRouter>,
@@ -71,8 +70,8 @@ impl Opening {
         ))
     }
 
-    /// Waits for the devices, each until the deadline or until they are `cancelled`. A call that the kernel does
-    /// not return from is left to itself: the lease ends when it returns.
+    /// Waits for the devices, until a deadline or until `cancelled` is true. A device in whose open the kernel
+    /// hangs is abandoned: its lease ends when the kernel returns.
     ///
     /// # Errors
     /// The first device that could not be opened. The others are closed then.
@@ -80,7 +79,7 @@ impl Opening {
         let begun = Instant::now();
         let deadline = begun + OPEN_TIMEOUT;
         let wanted = || !cancelled();
-        // All of them even if one fails: what is open is closed here.
+        // Waits for all even if one fails: the open ones are closed here.
         let opened = self.0.into_iter().map(|(device, task)| {
             task.join_while(deadline, wanted).unwrap_or_else(|task| {
                 task.abandon();

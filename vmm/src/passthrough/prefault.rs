@@ -10,11 +10,11 @@ use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
 
-/// Bytes that one thread takes at a time: a huge page. Meanwhile no thread of the process can map anything,
-/// and those that open devices do: many pages at a time hold them up for as long as all the rest takes.
+/// Bytes that a thread populates at a time: a huge page. Meanwhile no other thread of the process can map
+/// memory, which opening a device needs: larger steps would delay it.
 const PART: usize = 2 << 20;
 
-/// RAM that is being made present. Dropping the value ends that soon.
+/// Threads that make RAM present. Dropping the value ends them soon.
 pub struct Prefault {
     work: Arc<Work>,
     threads: Vec<Task<()>>,
@@ -29,7 +29,7 @@ struct Work {
 }
 
 impl Prefault {
-    /// Begins with all of `ram`, on so many threads, if any; to be left off once the VM is `ending`.
+    /// Starts to populate `ram` on `threads` threads. They stop once the VM is `ending`.
     ///
     /// # Errors
     /// The kernel makes no thread.
@@ -58,7 +58,7 @@ impl Prefault {
         Ok(prefault)
     }
 
-    /// Waits until all of it is there, or it is left off.
+    /// Waits until all RAM is present, or the threads have stopped.
     pub fn finish(mut self) {
         self.threads.clear();
     }

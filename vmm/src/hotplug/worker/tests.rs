@@ -71,7 +71,7 @@ fn devices_that_come_too_late_for_a_vm_are_left_to_its_end_and_then_closed() {
     let ids = left.iter().map(|result| result.attach.id());
     assert_eq!(ids.collect::<Vec<_>>(), [Some("late")]);
     left.into_iter().for_each(AttachResult::cancel);
-    // Of a worker that the VM did not wait for.
+    // From a worker that the VM did not wait for.
     let Err(SendError(stray)) = done.send(stray) else {
         panic!("the VM is gone");
     };
