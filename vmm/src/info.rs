@@ -87,8 +87,7 @@ pub struct DeviceInfo {
     pub name: DeviceName,
     /// Where the guest finds it.
     pub guest: GuestBdf,
-    /// The group or alias that it was asked for by; the group that it is in, if it was asked for by its
-    /// address.
+    /// The group or alias of its request; its own group if it was requested by address.
     pub group: Option<String>,
     /// What it may lack, as was said when it was asked for.
     pub allow: Allow,

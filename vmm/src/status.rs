@@ -107,7 +107,7 @@ impl SharedStatus {
     /// Shows a VM, or that there is none.
     pub fn publish(&self, status: Option<VmStatus>) {
         let before = std::mem::replace(&mut *self.lock(), status);
-        // Not behind the lock: what only it has left goes now.
+        // Dropped without the lock: it may own the last reference of something.
         drop(before);
     }
 
@@ -127,7 +127,7 @@ impl SharedStatus {
 
     /// The VM as it is; `None` if there is none.
     pub fn info(&self) -> Option<VmInfo> {
-        // Copied, so that its owner is not kept by whoever looks.
+        // Copied, so that a reader does not block the owner.
         let status = self.lock().clone();
         status.map(|status| status.info())
     }

@@ -64,7 +64,8 @@ pub struct VcpuBarrier {
 
 struct State {
     phase: Phase,
-    /// The guest has asked for its end or its reset, or cannot go on: nothing but [`VcpuBarrier::rearm`] lets it run.
+    /// The guest has asked for its end or its reset, or cannot go on. It stays paused until
+    /// [`VcpuBarrier::rearm`].
     halted: bool,
     /// The vCPUs that may run, with their threads.
     running: Vec<(u8, Pthread)>,
@@ -86,8 +87,8 @@ impl VcpuBarrier {
         })
     }
 
-    /// Lets the vCPUs run, unless one of them has [halted](Self::halt) the machine: its owner has yet to hear
-    /// of that.
+    /// Lets the vCPUs run, unless one of them has [halted](Self::halt) the machine and the control thread has
+    /// not handled that yet.
     pub fn open(&self) {
         self.enter_phase(Phase::Run);
     }
@@ -126,7 +127,8 @@ impl VcpuBarrier {
     /// Waits until no vCPU runs, kicking those that do.
     ///
     /// # Errors
-    /// These still do at the deadline: the kernel keeps them, as in an access to a device that hangs.
+    /// These vCPUs still run at the deadline: the kernel keeps them, for example in an access to a device that
+    /// hangs.
     fn wait_until_empty(&self, deadline: Instant) -> Result<(), StuckVcpus> {
         let mut state = self.lock();
         while !state.running.is_empty() {
@@ -197,7 +199,7 @@ impl Vcpus {
     /// Starts a thread for each vCPU with its CPU affinity. No vCPU runs before the barrier is opened.
     ///
     /// # Errors
-    /// A thread could not be made, or have the processors that it must.
+    /// A thread could not be made, or its CPU affinity could not be set.
     pub fn start<A>(
         vcpus: Vec<Vcpu>,
         affinities: Vec<CpuAffinity>,
@@ -225,7 +227,7 @@ impl Vcpus {
             );
             let body = move || run(index, &vcpus, &barrier, &*access);
             let pin = move || {
-                // Heard until the last thread has said it.
+                // The receiver lives until all threads have sent.
                 let _ = told.send(affinity.apply());
             };
             let role = Role::Vcpu(index);
@@ -237,8 +239,8 @@ impl Vcpus {
         Ok(this)
     }
 
-    /// Stops the vCPUs for good and waits for their threads to end. What does not leave the kernel is left
-    /// to itself: all that it may still reach lives as long as it does.
+    /// Stops the vCPUs for good and waits for their threads. A thread that does not leave the kernel is
+    /// abandoned: everything that it can reach lives as long as it does.
     pub fn stop(&mut self) {
         self.barrier.enter_phase(Phase::Stop);
         let deadline = Instant::now() + LEAVE_PATIENCE;
@@ -343,7 +345,7 @@ mod tests {
         let thread = std::thread::spawn(move || {
             let _running = vcpu.pass(3);
             told.send(()).unwrap();
-            // As a read of a device that hangs: no kick ends it.
+            // Like a read of a device that hangs: no kick ends it.
             let _ = kept.recv();
         });
         heard.recv().unwrap();

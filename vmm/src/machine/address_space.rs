@@ -1,4 +1,4 @@
-//! The guest's address space: sole owner of who answers where, for memory and for I/O ports.
+//! The guest's address space: sole owner of memory slots and bus ranges, for memory and I/O ports.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,8 +10,7 @@ use gantry_devices::pci::{BarGuard, BarPlacement, BarSpace, BarSpaceError, Segme
 
 use crate::kvm::{MemorySlots, SlotGuard};
 
-/// Memory slots, MMIO and ports of one VM. Everything that is put into it comes back out when the
-/// guard it returned is dropped.
+/// Memory slots, MMIO and ports of one VM. Every insertion returns a guard that removes it when dropped.
 pub struct AddressSpace {
     slots: Arc<MemorySlots>,
     mmio: Arc<Bus>,
@@ -32,12 +31,12 @@ impl AddressSpace {
         }
     }
 
-    /// Who answers accesses to memory that trap.
+    /// The bus for memory accesses that trap.
     pub fn mmio(&self) -> &Bus {
         &self.mmio
     }
 
-    /// Who answers accesses to I/O ports.
+    /// The bus for I/O ports.
     pub fn ports(&self) -> &Bus {
         &self.ports
     }
@@ -94,8 +93,8 @@ impl AddressSpace {
         )
     }
 
-    /// Keeps a range of memory free of anything that the guest may place, such as the interrupt
-    /// controllers in the kernel.
+    /// Reserves a range of memory, such as that of the interrupt controllers in the kernel, so that the guest
+    /// can place no BAR there.
     ///
     /// # Errors
     /// The range is taken or makes no sense.
@@ -181,15 +180,15 @@ impl BarSpace for AddressSpace {
     }
 }
 
-/// Something in the address space; dropping it takes it out.
+/// A range of the address space. Dropping it removes the range.
 pub struct Guard {
-    // In the order of taking down: first what answers, last the claim to the range.
+    // Dropped in this order: first the handlers, last the claim to the range.
     trapped: Vec<Trapped>,
     slots: Vec<SlotGuard>,
     _claim: Claim,
 }
 
-/// A range on a bus, taken off when dropped.
+/// A range on a bus. Dropping it removes the range.
 struct Trapped {
     bus: Arc<Bus>,
     base: u64,
@@ -216,7 +215,7 @@ impl Drop for Trapped {
     }
 }
 
-/// Which ranges are taken, whoever answers in them: a memory slot and a trapped range must never
+/// The ranges that are taken, by memory slots and by buses. A memory slot and a trapped range must never
 /// overlap, which neither the kernel nor a bus would notice alone.
 #[derive(Default)]
 struct Claims(Mutex<BTreeMap<u64, u64>>);

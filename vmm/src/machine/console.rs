@@ -43,7 +43,7 @@ pub struct Keyboard<F> {
     // Ctrl-a is special on a terminal only: a pipe carries bytes.
     terminal: Option<(Terminal, Keys)>,
     waiting: VecDeque<u8>,
-    // Nothing comes any more: a guest that makes room must not have the end read again and again.
+    // The input has ended: it must not be read again each time that the guest makes room.
     ended: bool,
 }
 
@@ -92,7 +92,7 @@ impl<F: FnMut()> Keyboard<F> {
         }
         let ours = terminal.is_ours();
         if ours != had {
-            // Nothing to change where it is not waited for.
+            // Fails if standard input is not watched now.
             let _ = ops.modify(self.stdin());
         }
         ours
@@ -163,7 +163,7 @@ impl<F: FnMut()> MutEventSubscriber for Keyboard<F> {
                 let _ = self.serial.room().read();
                 self.feed();
                 if self.waiting.is_empty() && !self.ended {
-                    // Already watched unless it had been set aside below.
+                    // Fails if it is watched already: only input that did not fit was unwatched, below.
                     let _ = ops.add(self.stdin());
                 }
             }
@@ -180,7 +180,7 @@ impl<F: FnMut()> MutEventSubscriber for Keyboard<F> {
     }
 }
 
-/// Writes out what the guest has not ended with a newline, such as a prompt.
+/// Writes out an unfinished line of the guest, such as a prompt.
 pub struct SerialOutput(pub Arc<Serial>);
 
 impl MutEventSubscriber for SerialOutput {

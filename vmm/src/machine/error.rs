@@ -21,7 +21,7 @@ pub enum MachineError {
     /// The PCI windows do not hold all BARs.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
-    /// There are more devices than root ports can be made.
+    /// There are more devices than root ports.
     #[error(transparent)]
     Ports(#[from] SegmentError),
     /// A file that the VM's file names cannot be used.

@@ -30,10 +30,10 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Sets memory aside for every range of the plan, to come from where the VM is.
+    /// Reserves memory for every range of the plan, from the VM's NUMA nodes.
     ///
     /// # Errors
-    /// The host has no address space left, the ranges overlap, or there is no memory where the VM must be.
+    /// The host has no address space left, the ranges overlap, or the VM's nodes have no memory.
     pub fn new(plan: &[RamRange], placement: &VmPlacement) -> io::Result<Self> {
         let regions = plan
             .iter()
@@ -74,7 +74,7 @@ impl RamRegion {
         if !nodes.is_empty() {
             match mapping.place(&nodes, placement.strict) {
                 Err(error) if placement.strict => return Err(error),
-                // Where it was only wished for, the guest runs without.
+                // A placement that was not asked for is optional.
                 Err(error) => tracing::warn!("guest RAM is not kept near the devices: {error}"),
                 Ok(()) => {}
             }
@@ -98,10 +98,10 @@ impl RamRegion {
     }
 }
 
-/// Lets go of the program's code and constants as far as they are mapped: most of it was for the
-/// start, and what is needed again comes back from the page cache.
+/// Drops the pages of the program's code and constants: most of them were only needed at the start, and the
+/// page cache has them if they are needed again.
 pub fn release_program_pages() {
-    // Given by the linker: where the program begins, and where its code ends.
+    // Defined by the linker: the beginning of the program and the end of its code.
     unsafe extern "C" {
         static __executable_start: u8;
         static etext: u8;

@@ -41,7 +41,7 @@ const LOCAL_APIC_LEN: u64 = 0x10_0000;
 /// The identity map page and three TSS pages.
 const KVM_PAGES_LEN: u64 = 0x4000;
 
-/// What every VM has, whatever is plugged into it.
+/// The hardware that every VM has.
 pub struct Machine {
     /// Who answers where.
     pub space: Arc<AddressSpace>,
@@ -53,13 +53,13 @@ pub struct Machine {
     pub pci: Arc<PciSegment>,
     /// The serial port, if there is one.
     pub serial: Option<Arc<Serial>>,
-    /// Where its kernel says that it has panicked, if it has such a register.
+    /// The register by which the guest's kernel reports a panic, if the VM has it.
     panic: Option<Arc<PanicRegister>>,
-    /// What the guest is told of while it runs.
+    /// The notifications of the guest.
     pub events: Arc<PlatformEvents>,
-    /// The slots that can be filled and emptied while the guest runs, for the ACPI tables.
+    /// The hot-plug slots, for the ACPI tables.
     pub hot_slots: Vec<HotSlot>,
-    /// The same slots, and what is known of each.
+    /// The hot-plug slots and their states.
     pub slots: SlotTable,
     /// What the ports can hold.
     pub windows: SlotWindows,
@@ -68,8 +68,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine as planned, with so many PCIe root ports for the devices that the VM
-    /// starts with, and as many more as it has slots for others.
+    /// Builds the machine as planned. The first `ports` root ports are for the devices that the VM starts with.
     ///
     /// # Errors
     /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
@@ -87,7 +86,7 @@ impl Machine {
             .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout)?);
         let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
-        // Where devices can come, those that are there can go.
+        // In a VM with hot-plug slots, the devices at boot can be detached, too.
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
         let hot_slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
         let trigger = connect_irq(&routes, layout::EVENT_GSI)?;
@@ -146,8 +145,7 @@ impl Machine {
         Ok(guards)
     }
 
-    /// Gives bus numbers, windows and BAR addresses to everything behind the root ports, as firmware
-    /// would: there is none.
+    /// Assigns bus numbers, windows and BAR addresses, as firmware would.
     ///
     /// # Errors
     /// A window of the plan does not hold what is behind its ports.
@@ -163,8 +161,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Brings all but what is behind the ports back to its state before the guest started, and gives PCI its
-    /// addresses again.
+    /// Resets everything but the devices behind the ports, and assigns the PCI addresses again.
     ///
     /// # Errors
     /// A window of the plan does not hold what is behind its ports.
@@ -188,7 +185,7 @@ fn half_open(range: &RangeInclusive<u64>) -> Range<u64> {
     *range.start()..range.end().saturating_add(1)
 }
 
-/// The host bridges of the plan, each with a root port for every bus that it has beside its own.
+/// The host bridges of the plan, each with a root port for every further bus.
 fn hierarchy(layout: &Layout) -> Result<PciSegment, MachineError> {
     let bridges = layout.bridges.iter();
     let mut segment = PciSegment::new(bridges.map(|bridge| bridge.first_bus..=bridge.last_bus))?;

@@ -1,4 +1,4 @@
-//! The windows of the root ports: what devices can be plugged into them while the guest runs.
+//! The windows of the root ports, which limit the devices that can be plugged in while the guest runs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,31 +8,31 @@ use gantry_devices::pci::firmware::{
 };
 use gantry_devices::pci::{PciSegment, PortIndex, PortWindows};
 
-/// The windows of the slots, which are there before anything is in them.
+/// The windows of the slots. Empty slots have windows, too.
 pub struct SlotWindows {
     /// Number of the first port that is empty at the start.
     first: usize,
-    /// Bytes of 64-bit addresses that each such port is to have, if that was said.
+    /// Bytes of 64-bit addresses that each such port is to have, if the VM's file says so.
     requested: Option<u64>,
-    /// What each such port got, by host bridge.
+    /// What each empty port got, by host bridge.
     shares: BTreeMap<usize, Share>,
     /// The windows of all ports.
     given: BTreeMap<PortIndex, PortWindows>,
 }
 
-/// What the ports that are empty at the start get.
+/// What each port that is empty at the start gets.
 #[derive(Debug, Clone, Copy)]
 struct Share {
     /// Bytes of addresses below 4 GiB.
     mem32: u64,
     /// Bytes of 64-bit addresses.
     mem64: u64,
-    /// How many get I/O ports: there are few of them. The last, as slots are filled from the first on, and
-    /// most devices have no I/O BAR.
+    /// How many of them, counted from the last, get I/O ports: there are few. Slots are filled from the first
+    /// on, and most devices have no I/O BAR.
     with_io: usize,
 }
 
-/// The most 64-bit addresses that a slot gets unasked: enough for the largest BARs there are.
+/// The most 64-bit addresses that a slot gets by default: enough for the largest BARs there are.
 const MAX_SHARE64: u64 = 256 << 30;
 /// The most addresses below 4 GiB: few devices have more than one BAR of 16 MiB there.
 const MAX_SHARE32: u64 = 256 << 20;
@@ -40,8 +40,8 @@ const MAX_SHARE32: u64 = 256 << 20;
 const MIN_SHARE64: u64 = 1 << 20;
 
 impl SlotWindows {
-    /// None given yet. The ports from the `first` on are empty at the start; each is to have the `requested` bytes
-    /// of 64-bit addresses, if that was said.
+    /// No windows yet. The ports from number `first` on are empty at the start; each is to have `requested`
+    /// bytes of 64-bit addresses, if that is given.
     pub fn new(first: usize, requested: Option<u64>) -> Self {
         Self {
             first,
@@ -51,12 +51,12 @@ impl SlotWindows {
         }
     }
 
-    /// What a port can hold, as it was given when the guest last booted.
+    /// The windows of a port, as assigned at the guest's last boot.
     pub fn of(&self, port: PortIndex) -> PortWindows {
         self.given.get(&port).cloned().unwrap_or_default()
     }
 
-    /// Gives windows and BAR addresses to everything behind the ports of a host bridge.
+    /// Assigns windows and BAR addresses to the ports of a host bridge and the functions behind them.
     ///
     /// # Errors
     /// A window of the host bridge does not hold what is behind its ports.
@@ -92,7 +92,7 @@ impl SlotWindows {
         Ok(())
     }
 
-    /// An even share of a part of what there is: the rest is for the devices that are there.
+    /// Even shares of a part of the bridge's windows. The rest is for the devices at boot.
     fn even(&self, host: &HostWindows, empty: u64) -> Share {
         let len = |range: &Range<u64>| range.end.saturating_sub(range.start) / empty.max(1);
         let least = Minimum::default().mem32;
@@ -106,7 +106,7 @@ impl SlotWindows {
         }
     }
 
-    /// Makes shares that did not fit smaller; `false` if nothing is left to be made smaller.
+    /// Makes a share that did not fit smaller. Returns `false` if it cannot be smaller.
     fn shrink(&self, share: &mut Share, kind: WindowKind) -> bool {
         if kind == WindowKind::Io {
             let more = share.with_io > 0;

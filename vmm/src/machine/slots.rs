@@ -6,18 +6,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use gantry_devices::events::{PlatformEvents, SlotState};
 use gantry_devices::pci::{PciSegment, PortIndex};
 
-/// The slots of a VM that runs. The guest decides where they are and which are empty, too: both are looked up anew
-/// each time.
+/// The slots of a running VM. The guest assigns their bus numbers and acknowledges ejects, so both are looked
+/// up each time.
 #[derive(Clone)]
 pub struct SlotTable {
     ports: Arc<[PortIndex]>,
     pci: Arc<PciSegment>,
     events: Arc<PlatformEvents>,
-    /// Slots that a device has left, though the guest may still reach it, and it may still write to RAM.
+    /// Slots whose devices were taken out but may still be reached by the guest, and may still write to RAM.
     draining: Arc<Mutex<BTreeSet<PortIndex>>>,
 }
 
-/// Dropping it says that the devices of a slot are taken away from the guest: the slot can be filled again.
+/// Dropping it says that the devices of a slot have stopped: the slot can be filled again.
 pub struct DrainGuard {
     draining: Arc<Mutex<BTreeSet<PortIndex>>>,
     port: PortIndex,
@@ -49,7 +49,7 @@ impl SlotTable {
         self.ports.len()
     }
 
-    /// All ports of the VM, with and without such a slot.
+    /// The PCI segment with all ports, hot-plug slots or not.
     pub fn pci(&self) -> &Arc<PciSegment> {
         &self.pci
     }
@@ -59,8 +59,8 @@ impl SlotTable {
         &self.events
     }
 
-    /// The slots that have nothing in them and are known by the guest to be empty, the surest first. The caller
-    /// knows which are `occupied`.
+    /// The free slots, those that the guest has acknowledged as empty first. The caller knows which are
+    /// `occupied`.
     pub fn free(&self, occupied: impl Fn(PortIndex) -> bool) -> Vec<PortIndex> {
         let draining = lock(&self.draining);
         let ports = self.ports.iter().copied();
@@ -79,7 +79,7 @@ impl SlotTable {
         found.map_or(0, |(_, _, port)| port.secondary_bus())
     }
 
-    /// Keeps a slot from being filled until the devices that leave it are taken away from the guest.
+    /// Keeps a slot from being filled until its former devices have stopped.
     pub fn drain(&self, port: PortIndex) -> DrainGuard {
         lock(&self.draining).insert(port);
         DrainGuard {

@@ -29,7 +29,7 @@ fn add(counter: &AtomicU64, more: u64) {
 }
 
 impl AccessCounters {
-    /// AccessCounters an error that the device itself has reported.
+    /// Counts an error that the device itself has reported.
     pub fn failed(&self) {
         add(&self.errors, 1);
     }
@@ -52,8 +52,8 @@ impl AccessCounters {
     }
 }
 
-/// A device whose regions are reached through counters. Accesses to the configuration space are
-/// counted by [`CountingFunction`], as most of them do not get here.
+/// A device whose regions are reached through counters. [`CountingFunction`] counts accesses to the
+/// configuration space, as most of them do not reach the device.
 pub struct CountingIo {
     io: Box<dyn DeviceIo>,
     counters: Arc<AccessCounters>,
@@ -135,8 +135,7 @@ impl DeviceIo for CountingIo {
     }
 }
 
-/// A function as the guest reaches it: its configuration accesses are counted, and somebody is told
-/// when the guest switches it on.
+/// A function with its configuration accesses counted. Reports when the guest enables it.
 pub struct CountingFunction {
     function: Arc<PassthroughDevice>,
     counters: Arc<AccessCounters>,

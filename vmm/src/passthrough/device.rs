@@ -29,13 +29,13 @@ pub struct AttachedDevice {
     _io: DrainOnDrop<CountingIo>,
     events: DeviceEventFds,
     key: DeviceKey,
-    /// Why nobody may have it after this VM, if that is so.
+    /// Why it goes into quarantine after this VM, if it does.
     quarantine: Option<String>,
     leased: LeasedDevice,
 }
 
-/// A value that vCPUs may still use, though no other can get to it. Dropping it waits until all have left: the
-/// last user closes the device, and that must not be a vCPU.
+/// A value that vCPUs may still use, though no further vCPU can reach it. Dropping it waits until all have
+/// left: the last user closes the device, and that must not be a vCPU.
 struct DrainOnDrop<T>(Arc<T>);
 
 impl<T> DrainOnDrop<T> {
@@ -62,7 +62,7 @@ impl AttachedDevice {
     /// Makes a function of the guest of the open device behind `io`, which interrupts through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, or has no MSI-X and must have it. It is closed before its lease ends.
+    /// The device cannot be reached, or lacks MSI-X and MSI and needs one. It is closed before its lease ends.
     pub fn new(
         // Parameters are dropped from the last to the first.
         leased: LeasedDevice,
@@ -110,8 +110,8 @@ impl AttachedDevice {
         self.slot = None;
     }
 
-    /// Takes the device away from the guest: it neither writes to RAM nor interrupts any more, and its BARs
-    /// are free for others. It stays open. Waits for the hardware, and for a vCPU that accesses it.
+    /// Takes the device away from the guest: stops its DMA and interrupts, and unmaps its BARs. It stays open.
+    /// Waits for the hardware, and for a vCPU that accesses it.
     pub fn retire(&self) {
         self.announce_quarantine();
         if let Err(error) = self.function.0.function().retire() {
@@ -125,7 +125,7 @@ impl AttachedDevice {
         self.leased.function.name
     }
 
-    /// What tells whether it belongs into a slot with others.
+    /// What tells which functions share its slot.
     pub fn function(&self) -> FunctionId {
         self.leased.function
     }
@@ -135,7 +135,7 @@ impl AttachedDevice {
         &self.leased.label
     }
 
-    /// Its number, by which [`Self::events`] and its notifications are told from those of others.
+    /// Its number, which its events carry.
     pub fn key(&self) -> DeviceKey {
         self.key
     }
@@ -151,19 +151,19 @@ impl AttachedDevice {
         firmware::probe(function, &*self.function.0)
     }
 
-    /// Nobody may have the device after this VM, for this reason.
+    /// Puts the device into quarantine after this VM, for this reason.
     pub fn quarantine(&mut self, why: &str) {
         self.quarantine = Some(why.to_owned());
     }
 
-    /// Why nobody may have it after this VM, if that is so: after a reset that failed, nobody knows its state.
+    /// Why it goes into quarantine after this VM, if it does. After a failed reset its state is unknown.
     pub fn quarantine_reason(&self) -> Option<String> {
         let failed = self.function.0.function().reset_failed();
         let failed = failed.then(|| "its reset failed".to_owned());
         failed.or_else(|| self.quarantine.clone())
     }
 
-    /// Tells the lease if nobody may have the device after this VM.
+    /// Tells the lease if the device goes into quarantine.
     fn announce_quarantine(&self) {
         if let Some(why) = self.quarantine_reason() {
             self.leased.lease.quarantine(&why);
@@ -179,7 +179,7 @@ impl AttachedDevice {
 impl Drop for AttachedDevice {
     fn drop(&mut self) {
         self.slot = None;
-        // Once before something may hang, and once for what it leads to.
+        // Before the close, which may hang, and again, as the close may fail a reset.
         self.announce_quarantine();
         self.function.wait();
         self.announce_quarantine();

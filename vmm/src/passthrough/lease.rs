@@ -36,12 +36,12 @@ pub struct FunctionId {
     pub virtual_function: bool,
 }
 
-/// What a device is called, and what was said of it when it was asked for.
+/// The name of a device, and the terms of its request.
 #[derive(Debug, Clone)]
 pub struct DeviceLabel {
     /// What the VM calls it.
     pub id: String,
-    /// The group or alias that it was asked for by; the group that it is in, if it was asked for by its address.
+    /// The group or alias of its request; its own group if it was requested by address.
     pub group: Option<String>,
     /// What it may lack.
     pub allow: Allow,
@@ -53,7 +53,7 @@ pub struct LeasedDevice {
     pub function: FunctionId,
     /// What it is called.
     pub label: DeviceLabel,
-    // With the last device, RAM is unmapped. Dropped before others may lease the device.
+    // The address space: the last device unmaps RAM. Dropped before the lease.
     pub(super) _space: Arc<dyn Any + Send + Sync>,
     pub(super) lease: Box<dyn DeviceLease>,
 }

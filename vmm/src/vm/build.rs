@@ -36,17 +36,16 @@ use crate::process::signals::Signals;
 use crate::process::threads::{self, Task};
 use crate::vcpus::{VcpuBarrier, Vcpus};
 
-/// More threads that make memory present get in each other's way.
+/// More threads than this slow each other down when they populate memory.
 const POPULATE_THREADS: usize = 4;
-/// Processors that these leave to the guest, and to the thread that maps memory and so makes it present, too.
+/// Processors that the populating threads leave free: for the guest, and for the thread that maps memory.
 const OTHER_THREADS: usize = 2;
 /// The functions that one slot can hold.
 const FUNCTIONS: usize = 8;
 
 impl Vm {
-    /// Leases the devices and builds the VM up to the first instruction. What can fail without
-    /// touching a device comes first; each step's guard undoes it if a later one fails, or if a
-    /// signal has come.
+    /// Leases the devices and builds the VM up to the first instruction. Steps that can fail without touching a
+    /// device come first. Each step's guard undoes it if a later step fails, or if a signal comes.
     ///
     /// # Errors
     /// Something is missing, refused or does not fit; nothing is held then.
@@ -140,13 +139,13 @@ impl HotplugSetup {
         })
     }
 
-    /// From now on devices are chosen for where the VM is, and within the limit.
+    /// Later devices are chosen for the VM's placement and within the limit.
     fn confine(&self, placement: &VmPlacement, limit: Limit) -> Result<(), DeviceError> {
         self.opener.place(placement.for_devices())?;
         Ok(self.opener.limit(limit)?)
     }
 
-    /// The thread that attaches them, in the address `space` that there is.
+    /// Starts the attach worker. Devices join the address space `space`, if there is one.
     fn worker(
         self,
         space: Option<&Arc<IoAddressSpace>>,
@@ -172,14 +171,14 @@ impl HotplugSetup {
     }
 }
 
-/// How many threads make memory present beside the one that maps it.
+/// How many threads populate memory beside the one that maps it.
 fn populate_threads(processors: usize) -> usize {
     processors
         .saturating_sub(OTHER_THREADS)
         .min(POPULATE_THREADS)
 }
 
-/// What the host's KVM gives the guest's processors, of what the VM's file asks for.
+/// The CPU features that the host's KVM offers and the VM's file allows.
 fn offered(config: &VmConfig, kvm: &KvmVm) -> Result<Features, Error> {
     let features = Features::of(kvm.kvm(), config.cpu);
     let features = features.map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
@@ -189,7 +188,7 @@ fn offered(config: &VmConfig, kvm: &KvmVm) -> Result<Features, Error> {
     }
 }
 
-/// What the VM may be given while it runs. `ports` are those of the devices that it starts with.
+/// What may be attached while the VM runs. `ports` is the number of slots that the devices at boot take.
 fn limit(config: &VmConfig, ports: usize) -> Limit {
     let slots = ports + usize::from(config.hotplug.slots);
     Limit {
@@ -199,7 +198,7 @@ fn limit(config: &VmConfig, ports: usize) -> Limit {
     }
 }
 
-/// Side by side: RAM is pinned, devices are opened, and the kernel is loaded by `load`.
+/// Maps RAM, opens devices and loads the kernel (`load`) in parallel.
 fn side_by_side(
     acquired: AcquiredDevices,
     machine: &Machine,
@@ -221,7 +220,7 @@ fn side_by_side(
     Ok((devices?, entry))
 }
 
-/// Where the VM is, now that its devices are known; where those are that may come, if it has none yet.
+/// Places the VM near its devices, or near those that may come later if it has none yet.
 fn place_vm(
     config: &VmConfig,
     acquired: &AcquiredDevices,
@@ -237,7 +236,7 @@ fn place_vm(
     Ok(VmPlacement::find(config, &nodes, host)?)
 }
 
-/// Where devices are chosen for a VM that has none yet.
+/// The placement for which the devices at boot are chosen.
 fn asked_placement(nodes: &NumaPolicy) -> Placement {
     match nodes {
         NumaPolicy::Only(nodes) => Placement::bound(nodes.iter().collect()),
@@ -245,7 +244,7 @@ fn asked_placement(nodes: &NumaPolicy) -> Placement {
     }
 }
 
-/// Leases the devices that the VM starts with: by the opener where there is one, as it must know of
+/// Leases the devices that the VM starts with. If the VM has an opener, the opener leases them, as it must know
 /// every device of a group.
 fn acquire(
     config: &VmConfig,
@@ -306,8 +305,8 @@ fn plan(
     })?)
 }
 
-/// What the devices will reserve that come to `slots` later, as far as it is known of them or of the
-/// IOMMU; where nothing is, what any IOMMU may reserve at a place of its own.
+/// What devices attached to `slots` later will reserve, as far as it is `known` or follows from the IOMMU's
+/// ranges. If neither is known, what any AMD IOMMU may reserve.
 fn expected(
     slots: u8,
     iova: &[RangeInclusive<u64>],
@@ -319,8 +318,7 @@ fn expected(
     }
 }
 
-/// Begins to map all of RAM, once, for every device there is and will be. Ends early once a signal has
-/// come.
+/// Starts to map all of RAM, once for all present and later devices. Ends early once a signal has come.
 fn map_ram(
     space: &Arc<IoAddressSpace>,
     ram: &RamRanges,
@@ -332,7 +330,7 @@ fn map_ram(
     threads::spawn(Role::Dma, sandbox, map).map_err(cannot("spawn a thread"))
 }
 
-/// The addresses that devices that come later must not reserve.
+/// The guest addresses that later devices must not reserve.
 fn guest_ranges(layout: &Layout) -> GuestRanges {
     let ram = layout.ram.iter();
     let bridges = layout.bridges.iter();

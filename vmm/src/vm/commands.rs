@@ -1,4 +1,4 @@
-//! What a running VM does with the commands of clients.
+//! The commands of clients, as a running VM handles them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -13,7 +13,7 @@ use crate::kvm::KvmError;
 use crate::passthrough::interrupts;
 
 impl Vm {
-    /// Does what a client wants, and answers; `Some` if the VM ends by it.
+    /// Handles a command and answers it. Returns `Some` if the VM ends by it.
     ///
     /// # Errors
     /// The host failed the VM, which cannot go on. The client has been answered.
@@ -67,8 +67,8 @@ impl Vm {
             return Err(CommandError::AlreadyPaused);
         }
         self.pause_vcpus()?;
-        // So that the guest does not take the pause for a lock-up of its processors. A guest without
-        // KVM's clock cannot be told.
+        // The guest must not take the pause for a lock-up of its processors. A guest without KVM's clock cannot
+        // be told.
         self.vcpus
             .visit(|_, vcpu| match vcpu.kvmclock_ctrl() {
                 Err(error) if error.errno() != libc::EINVAL => Err(error),
@@ -114,7 +114,7 @@ impl Vm {
     }
 }
 
-/// A file of /proc from its beginning: it was opened before this thread could open none.
+/// Reads a file of /proc from its beginning. It was opened before the sandbox closed.
 fn read_whole(file: &File) -> String {
     const STEP: usize = 64 << 10;
     let mut text = Vec::new();

@@ -32,7 +32,7 @@ pub struct VmContext {
 }
 
 impl VmContext {
-    /// An event loop that takes from the mailbox, and watches for signals.
+    /// An event loop that reads the mailbox and watches for signals.
     ///
     /// # Errors
     /// The kernel refused, or a signal has come before.

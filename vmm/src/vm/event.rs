@@ -1,4 +1,4 @@
-//! What happens to a VM, as its control thread gets to know of it.
+//! The events that the control thread of a VM handles.
 
 use gantry_devices::panic::Panic;
 use gantry_devices::pci::PortIndex;
@@ -16,13 +16,13 @@ pub enum Event {
     Reset,
     /// A vCPU cannot go on; all are pausing.
     Fault(u8, VcpuFault),
-    /// Someone sent gantry a signal that asks it to end.
+    /// A signal asked gantry to end.
     Signal(i32),
     /// The user ended the VM from its console.
     Quit,
     /// The guest's kernel has panicked.
     Panic(Panic),
-    /// The guest has let go of the devices in a slot.
+    /// The guest has released the devices in a slot.
     Eject(PortIndex),
     /// Something happened to a device of the host.
     Device(DeviceKey, DeviceEvent),
@@ -33,7 +33,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Whether the guest caused it: a reset makes it void.
+    /// Whether the guest caused it: a reset voids it.
     pub fn is_of_guest(&self) -> bool {
         match self {
             Self::PowerOff | Self::Reset | Self::Fault(..) | Self::Eject(_) | Self::Panic(_) => {
@@ -46,7 +46,7 @@ impl Event {
 }
 
 impl event_loop::Event for Event {
-    /// What is left is bounded by the number of slots, devices and vCPUs.
+    /// The events that do not repeat are bounded by the number of slots, devices and vCPUs.
     fn repeats(&self, waiting: &Self) -> bool {
         match (self, waiting) {
             (Self::PowerOff, Self::PowerOff)

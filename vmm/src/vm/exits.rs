@@ -1,4 +1,4 @@
-//! What a vCPU thread does with an exit: one look-up, one device, one effect.
+//! Handles the exits of vCPUs: one look-up, one device, one effect.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub struct ExitDispatcher {
 }
 
 impl ExitDispatcher {
-    /// Answers from `space`, and tells `mailbox` what concerns the VM as a whole.
+    /// Answers accesses from `space`, and posts events that concern the whole VM to `mailbox`.
     pub fn new(
         space: Arc<AddressSpace>,
         barrier: Arc<VcpuBarrier>,
@@ -42,7 +42,7 @@ impl ExitDispatcher {
         }
     }
 
-    /// The guest asked to be stopped: no vCPU goes on while the control thread gets to it.
+    /// The guest asked to stop: no vCPU runs on until the control thread has handled that.
     fn halt(&self, event: Event) {
         self.barrier.halt();
         self.mailbox.post(event);

@@ -39,7 +39,7 @@ pub use payload::OpenPayload;
 pub enum End {
     /// By itself, by a signal, or from its console.
     Over(Outcome),
-    /// A client asked for it, and is answered once everything has been given back.
+    /// A client asked for it. It is answered once the VM has released everything.
     Requested(Command, Reply),
 }
 
@@ -70,9 +70,9 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A VM that is built. Dropping it stops its vCPUs and gives the host's devices back.
+/// A VM that is built. Dropping it stops its vCPUs and returns the host's devices.
 pub struct Vm {
-    // Dropped in this order: first what runs, then what is reached, last what it is reached through.
+    // Dropped in this order: vCPUs, then devices, then the machine, KVM last.
     vcpus: Vcpus,
     devices: HostDevices,
     _prefault: Option<Prefault>,
@@ -92,7 +92,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Runs the guest until something ends it; `started` is answered when it begins.
+    /// Runs the guest until something ends it. `started` is answered when the vCPUs start.
     pub fn run(&mut self, started: &mut Option<Reply>) -> Result<End, Error> {
         let mut control = self.context.event_loop()?;
         control.add(Box::new(self.devices.listener()));
@@ -144,7 +144,7 @@ impl Vm {
         self.tell(VmEvent::GuestPanic { crash_kernel });
     }
 
-    /// Publishes the state that the VM has from now on, and tells of it.
+    /// Changes the state of the VM, publishes it, and sends the event.
     fn set_state(&mut self, state: VmState) {
         self.state = state;
         self.context.status.set_state(state);
@@ -169,12 +169,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Brings the machine back to its first state and boots again. RAM, vCPUs, mappings and open
-    /// devices stay.
+    /// Resets the machine and boots the guest again. RAM, vCPUs, mappings and open devices stay.
     fn reboot(&mut self) -> Result<(), Error> {
         info_limited!("the guest reboots");
-        // Devices first: one that still runs would raise interrupts in what is restored next, and write to
-        // the memory of the guest that boots. That goes for those that leave, too, closed or not.
+        // Devices first: a device that still runs would raise interrupts in the restored machine and write to
+        // the memory of the guest that boots. So would a device that is leaving.
         self.vcpus.pause()?;
         let forgotten = self.context.mailbox.extract(Event::is_of_guest);
         let ejected = forgotten.iter().filter_map(|event| match event {

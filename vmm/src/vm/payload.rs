@@ -39,11 +39,11 @@ impl OpenPayload {
         })
     }
 
-    /// Writes all that the guest finds in its RAM when it starts: ACPI tables, kernel, initramfs,
-    /// command line.
+    /// Writes everything that the guest needs in RAM when it starts: ACPI tables, kernel, initramfs, command
+    /// line.
     ///
     /// # Errors
-    /// The kernel is none, or something does not fit.
+    /// The file is no kernel, or something does not fit.
     pub fn load(
         &mut self,
         machine: &Machine,

@@ -1,4 +1,4 @@
-//! Checks a VM before it is to start: what it boots is loaded into memory that is thrown away.
+//! Checks a VM without starting it: loads its kernel and initramfs into memory that is discarded.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use crate::layout::{Layout, LayoutInputs};
 use crate::process::error::cannot;
 use crate::vm::OpenPayload;
 
-/// Enough of the VM's memory to tell: kernels and their initramfs lie below 4 GiB.
+/// As much of the VM's memory as the check needs: kernels and their initramfs lie below 4 GiB.
 const ENOUGH: u64 = 4 << 30;
 
 /// Checks that the host has room for the VM, and that its kernel and initramfs can be booted and fit into its
@@ -33,7 +33,7 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), Error> {
     let ranges: Vec<_> = ram
         .map(|range| (GuestAddress(range.start), range.len as usize))
         .collect();
-    // Private and not reserved: it costs what is written to it.
+    // Private and not reserved: only pages that are written take memory.
     let memory = GuestMemoryMmap::<()>::from_ranges(&ranges)
         .map_err(io::Error::other)
         .map_err(cannot("make memory to load the kernel into"))?;

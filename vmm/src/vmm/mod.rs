@@ -1,10 +1,9 @@
-//! The process: one VM after the other, or one and no more, and the way in for clients.
+//! The process: runs one VM, or one after the other, and takes the commands of clients.
 //!
-//! There is one mailbox, and at any time one thread that takes from it. `gantry run vm.json` is the
-//! simple case: the first thread builds the VM, confines itself and runs it to its end. A process
-//! that outlives its VMs cannot do so, as a thread never gets out of its filter: there the first
-//! thread keeps what clients said, and each VM is built and run by a thread of its own that confines
-//! itself in the same way, while the first one waits for its end.
+//! There is one mailbox, and one thread at a time reads it. With `gantry run vm.json` the first thread builds
+//! the VM, confines itself and runs the VM to its end. A process that outlives its VMs needs another thread for
+//! each, as a thread can never leave its filter: the first thread keeps what clients defined, and waits while
+//! the VM's thread builds the VM, confines itself and runs it.
 
 mod check;
 mod stopped;
@@ -31,12 +30,12 @@ use crate::vm::{End, Event, Outcome, Vm, VmContext};
 pub use check::check;
 use stopped::{Action, StoppedVm};
 
-/// What the user decides about a run beside the VM itself.
+/// Options of a run that are not part of the VM.
 #[derive(Clone)]
 pub struct Options {
-    /// What becomes of system calls that a filter does not name.
+    /// What happens to system calls that a filter does not name.
     pub seccomp: SeccompMode,
-    /// Go on when the VM has ended, until a client or a signal ends the process.
+    /// Keep the process when the VM has ended, until a client or a signal ends it.
     pub keep: bool,
     /// Who hears of what happens to the VM.
     pub events: EventSink,
@@ -52,7 +51,7 @@ impl Default for Options {
     }
 }
 
-/// The way to the VM for clients, from any thread.
+/// Sends commands of clients to the VM, from any thread.
 #[derive(Clone)]
 pub struct Handle {
     mailbox: Arc<Mailbox<Event>>,
@@ -60,8 +59,8 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Asks for something. Never waits: `reply` is called once with what became of it, on a thread of
-    /// the VMM that must not be kept, or on this one if the process is ending.
+    /// Sends a command. Never waits: `reply` is called once with the result, on a thread of the VMM that it
+    /// must not block, or on this thread if the process is ending.
     pub fn ask(
         &self,
         command: Command,
@@ -70,7 +69,7 @@ impl Handle {
         self.mailbox.post(Event::Command(command, Box::new(reply)));
     }
 
-    /// What the VM is and has. Nobody is asked nor woken for that: it is what its owner shows.
+    /// The VM's published status. Wakes no thread.
     ///
     /// # Errors
     /// There is no VM, or the process is ending.
@@ -89,8 +88,8 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Prepares the process: signals that ask it to end are blocked from here on and heard by
-    /// [`Self::run`]. To be called on the first thread, before any other is made.
+    /// Prepares the process: blocks the signals that ask it to end, which [`Self::run`] reads. Must be called
+    /// on the first thread, before any other is made.
     ///
     /// # Errors
     /// The kernel refused something.
@@ -120,8 +119,8 @@ impl Vmm {
         }
     }
 
-    /// Runs `body`, which speaks with the clients, on a thread of its own behind its own filter: it
-    /// may use sockets that it has or accepts, and reaches no file.
+    /// Runs `body`, which serves clients, on a thread with a filter of its own: it may use the sockets that it
+    /// has or accepts, and reaches no file.
     ///
     /// # Errors
     /// The kernel makes no thread.
@@ -129,12 +128,12 @@ impl Vmm {
         threads::spawn(Role::Api, &self.context.sandbox, body)
     }
 
-    /// Runs a VM until it ends, or VMs until the process is to end, and gives everything back. To be
-    /// called on the process's first thread, which is confined for the rest of its life. Without a
-    /// `first` VM, and wherever [`Options::keep`] says so, it waits for clients to create one.
+    /// Runs one VM, or VMs until the process is to end, and releases everything. Must be called on the
+    /// process's first thread, which stays confined. Waits for clients to create a VM if there is no `first`
+    /// one, or if [`Options::keep`] is set.
     ///
     /// # Errors
-    /// The VM could not be built, or the host failed it later. Everything has been given back.
+    /// The VM could not be built, or the host failed later. Everything has been released.
     pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
         let confined = self.context.sandbox.confine_process();
         confined.map_err(cannot("enter the sandbox"))?;
@@ -166,7 +165,7 @@ impl Vmm {
         }
     }
 
-    /// VMs on threads of their own, as clients ask for them.
+    /// Runs VMs on threads of their own, as clients boot them.
     fn serve(&self, first: Option<VmConfig>) -> Result<Outcome, Error> {
         let context = &self.context;
         let mut control = context.event_loop()?;
@@ -184,7 +183,7 @@ impl Vmm {
                 Some(Event::Command(command, reply)) => (command, reply),
                 Some(Event::Signal(number)) => return Ok(Outcome::Signal(number)),
                 Some(Event::Quit) => return Ok(Outcome::Stopped),
-                // The last words of a VM that is no more.
+                // A late event of a VM that has ended.
                 _ => continue,
             };
             match stopped.handle(command) {
@@ -206,8 +205,8 @@ impl Vmm {
         }
     }
 
-    /// Runs the VM on the stopped to its end; `Some` if the process ends with it. `started` hears when
-    /// its vCPUs run, or why they never did.
+    /// Runs the VM that was created to its end. Returns `Some` if the process ends with it. `started` is
+    /// answered when the vCPUs start, or with the reason why they did not.
     fn boot(
         &self,
         stopped: &mut StoppedVm,
@@ -224,7 +223,7 @@ impl Vmm {
         };
         let thread = threads::spawn(Role::Vm, &self.context.sandbox, life);
         let (ended, unheard) = thread.map_err(cannot("spawn a thread"))?.join();
-        // They have ended, or end before the next VM does.
+        // The helpers have ended, or end before the next VM does.
         reap_helpers();
         if ended.is_ok() || unheard.is_none() {
             let reason = reason_of(&ended);
@@ -288,13 +287,13 @@ fn reason_of(ended: &Result<End, Error>) -> String {
     }
 }
 
-/// Builds a VM, runs it, and gives back what it had.
+/// Builds a VM, runs it, and releases its resources.
 fn run_vm(
     context: &VmContext,
     config: &Arc<VmConfig>,
     started: &mut Option<Reply>,
 ) -> Result<End, Error> {
-    // A VM may have been made, or have ended, long before it is started.
+    // Maintenance may have begun since the VM was created.
     if let Some(Maintenance { reason, .. }) = maintenance(&context.host)? {
         return Err(Error::Maintenance(reason));
     }

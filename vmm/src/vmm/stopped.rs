@@ -1,4 +1,4 @@
-//! What a client may ask for while no VM runs, and what is remembered of it.
+//! The commands of clients while no VM runs, and the definition of the next VM.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> CommandErro
     CommandError::Invalid(Box::new(error))
 }
 
-/// What follows from a command while no VM runs.
+/// What a command leads to while no VM runs.
 pub enum Action {
     /// It is done, or refused.
     Answer(Result<Answer, CommandError>),
@@ -48,7 +48,7 @@ impl StoppedVm {
         }
     }
 
-    /// Does what a client asks for, as far as it can be done here.
+    /// Handles a command, as far as that needs no running VM.
     pub fn handle(&mut self, command: Command) -> Action {
         if self.created.is_none() {
             return match command {
@@ -124,8 +124,7 @@ impl StoppedVm {
         Ok(Answer::Done)
     }
 
-    /// A VM that is not booted will not have the devices when it is that were asked for together with this
-    /// one.
+    /// Removes the request of a device from the definition, with all devices of that request.
     fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
         let meant = |asked: &DeviceRequest| asked.names().any(|name| name == id);
@@ -141,13 +140,13 @@ impl StoppedVm {
         Ok(Answer::Done)
     }
 
-    /// The VM ran, told so itself, and has ended for the reason `why`.
+    /// The VM has run, has sent its events itself, and has ended for the reason `why`.
     pub fn ran(&mut self, why: String) {
         self.ended = Some(why);
         self.told = Some(VmState::Running);
     }
 
-    /// Shows the VM as it is: done before anyone is answered or told of a change.
+    /// Publishes the status. Called before any answer or event of a change.
     pub fn publish(&self, status: &SharedStatus) {
         let state = self.state();
         let created = self.created.as_ref();
@@ -166,7 +165,7 @@ impl StoppedVm {
         }
     }
 
-    /// Tells of a state that has not been told of.
+    /// Sends the event of a state that was not sent yet.
     pub fn tell(&mut self, events: &EventSink) {
         let state = self.created.as_ref().map(|_| self.state());
         if let Some(state) = state.filter(|state| self.told != Some(*state)) {
