@@ -1,4 +1,4 @@
-//! What clients ask of a VM, and what it tells them: the seam to whoever speaks with the clients.
+//! The commands of clients and their answers: the interface to the code that serves clients.
 
 use std::fmt;
 use std::time::Duration;
@@ -14,11 +14,11 @@ pub use crate::info::{
     DeviceCounters, DeviceInfo, DeviceState, EventSink, VmEvent, VmInfo, VmState,
 };
 
-/// Why what a client wrote describes no VM.
+/// Why a client's definition of a VM is invalid.
 pub type InvalidConfig = Box<dyn std::error::Error + Send + Sync>;
 
-/// Makes a VM's description of what a client wrote. That reads files of the host, which the thread
-/// that speaks with clients may not: it is called where VMs are built, and only if there is none.
+/// Makes a VM's configuration of a client's definition. It reads files of the host, which the thread that
+/// serves clients may not: the thread that builds VMs calls it, and only if there is no VM.
 pub struct DeferredConfig(pub Box<dyn FnOnce() -> Result<VmConfig, CommandError> + Send>);
 
 impl fmt::Debug for DeferredConfig {
@@ -34,9 +34,9 @@ pub enum Command {
     Create(DeferredConfig),
     /// Build the VM and run it. Answered once its vCPUs run.
     Boot,
-    /// End the VM if it runs, and forget what it was.
+    /// End the VM if it runs, and forget its definition.
     Delete,
-    /// End the VM at once. Answered once all that it had has been given back.
+    /// End the VM at once. Answered once it has released everything.
     Shutdown,
     /// Reset the VM at once, and boot it again.
     Reboot,
@@ -50,10 +50,10 @@ pub enum Command {
     Nmi,
     /// Say what its devices did so far.
     Counters,
-    /// Take devices of the host and plug them in. Answered once the guest has been told.
+    /// Attach devices of the host. Answered once the guest has been notified.
     Attach(Attach),
-    /// Ask the guest to let go of a device, or ask again. Answered once it has been asked;
-    /// [`VmEvent::Detached`] tells when the device is gone.
+    /// Ask the guest to release a device, or ask again. Answered once the guest was asked;
+    /// [`VmEvent::Detached`] follows when the device is gone.
     Detach(Detach),
     /// End the VM if it runs, and the process.
     Quit,
@@ -95,7 +95,7 @@ impl fmt::Display for Attach {
 pub struct Detach {
     /// What the device is called.
     pub id: String,
-    /// Take it away after this time even if the guest has not let go of it; zero takes it at once.
+    /// Take it away after this time even if the guest has not released it; zero takes it away at once.
     pub force_after: Option<Duration>,
 }
 
@@ -110,7 +110,7 @@ pub enum Answer {
     Counters(Vec<DeviceCounters>),
 }
 
-/// Who waits for what became of a command. Called once, on a thread of the VMM that must not wait.
+/// Receives the result of a command. Called once, on a thread of the VMM. Must not wait.
 pub type Reply = Box<dyn FnOnce(Result<Answer, CommandError>) + Send>;
 
 /// Why a command was not obeyed.
@@ -142,7 +142,7 @@ pub enum CommandError {
         "this VM has no slots for devices: start it with \"hotplug\": {{\"slots\": 32}} in its file"
     )]
     NoSlots,
-    /// All slots are taken, or the guest has not read that they were emptied by force.
+    /// All slots are in use, or were emptied by force and the guest has not read that.
     #[error(
         "all {slots} slots of the VM are taken, or were emptied by force and its guest has not read \
          that: detach a device first, or try again"

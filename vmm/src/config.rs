@@ -1,4 +1,4 @@
-//! What a VM is to be: the validated form of a VM's configuration, in the VMM's own terms.
+//! The validated configuration of a VM, in the VMM's own terms.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use gantry_resources::base::Numbers;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
 
-/// A whole VM. Made by validating what a user wrote; nothing in it needs checking against itself
-/// again, only against the host.
+/// The configuration of a VM. It is consistent in itself; only the host may still refuse it.
 #[derive(Debug, Clone)]
 pub struct VmConfig {
     /// Name of the VM, for leases, logs and error messages.
@@ -16,19 +15,19 @@ pub struct VmConfig {
     pub payload: Payload,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
-    /// What of the host's processors the guest is offered.
+    /// The CPU features that the guest is offered.
     pub cpu: CpuConfig,
-    /// The host's processors that a vCPU may run on, for those that have some of their own.
+    /// The host's CPUs that a vCPU may run on, for vCPUs with an affinity of their own.
     pub affinity: BTreeMap<u8, Numbers>,
     /// Guest RAM.
     pub memory: MemorySize,
-    /// The NUMA nodes of the host that RAM comes from, and where the vCPUs are.
+    /// The NUMA nodes of the host for RAM and vCPUs.
     pub nodes: NumaPolicy,
     /// Host devices it takes, in the order of their slots.
     pub devices: Vec<DeviceRequest>,
     /// Where its serial port leads.
     pub serial: SerialMode,
-    /// Whether it has a register by which its kernel says that it has panicked (`pvpanic`).
+    /// Whether it has a register by which its kernel reports a panic (`pvpanic`).
     pub pvpanic: bool,
     /// Slots for devices that come while it runs.
     pub hotplug: Hotplug,
@@ -36,7 +35,7 @@ pub struct VmConfig {
     pub folders: Option<Folders>,
 }
 
-/// The folders that clients may name files in. No link leads out of them.
+/// The folders in which clients may name files. No link may lead out of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Folders {
     /// Where kernels and initramfs files are.
@@ -109,8 +108,8 @@ pub struct Hotplug {
     pub from: Vec<DeviceSource>,
     /// Whether devices may come that are in no group.
     pub ungrouped: bool,
-    /// Bytes of 64-bit prefetchable addresses of each slot, for a device with larger BARs than usual;
-    /// an even share of a part of what there is if absent.
+    /// Bytes of 64-bit prefetchable addresses of each slot, for devices with large BARs; an even share if
+    /// absent.
     pub window: Option<u64>,
 }
 

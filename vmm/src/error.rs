@@ -55,7 +55,7 @@ pub enum Error {
     /// The machine cannot be built.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// A file that the VM's file names cannot be used.
+    /// A file named in the VM's file cannot be used.
     #[error(transparent)]
     File(#[from] FileError),
     /// The kernel could not be loaded.

@@ -1,4 +1,4 @@
-//! What a VM tells of itself: what it is, what its devices did, and what happens to it.
+//! What clients learn of a VM: its state, its devices, their counters, and events.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,7 @@ use crate::config::VmConfig;
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmState {
-    /// It is described, and has not been booted yet.
+    /// It is defined, and was not booted yet.
     Created,
     /// Its vCPUs run.
     Running,
@@ -42,8 +42,7 @@ pub struct VmInfo {
     pub config: Arc<VmConfig>,
     /// The NUMA nodes of the host that its RAM comes from; the kernel's choice if there is none.
     pub nodes: Numbers,
-    /// The host's processors that its vCPUs run on, but for those with some of their own; any if there is
-    /// none.
+    /// The host's CPUs that its vCPUs run on, but for vCPUs with an affinity of their own; any if empty.
     pub cpus: Numbers,
     /// What it is doing.
     pub state: VmState,
@@ -60,11 +59,11 @@ pub struct VmInfo {
 /// How far a device has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceState {
-    /// It is there, and the guest has been told.
+    /// It is in its slot, and the guest has been notified.
     Announced,
     /// The guest has switched it on.
     Enabled,
-    /// The guest has been asked to let go of it.
+    /// The guest was asked to release it.
     Detaching,
 }
 
@@ -89,11 +88,11 @@ pub struct DeviceInfo {
     pub guest: GuestBdf,
     /// The group or alias of its request; its own group if it was requested by address.
     pub group: Option<String>,
-    /// What it may lack, as was said when it was asked for.
+    /// What it may lack, by its request.
     pub allow: Allow,
     /// How far it has come.
     pub state: DeviceState,
-    /// What the other functions in its slot are called: they go when it goes.
+    /// The ids of the other functions in its slot, which are detached together with it.
     pub together_with: Vec<String>,
 }
 
@@ -135,12 +134,12 @@ pub enum VmEvent {
         step: &'static str,
         /// How long it took.
         took: Duration,
-        /// Why it took its time and how to avoid that, if that can be avoided.
+        /// Why it took long and how to avoid that, if it can be avoided.
         hint: Option<&'static str>,
     },
     /// A device is plugged in, and the guest has been told.
     Attached(DeviceInfo),
-    /// Devices could not be attached, and nothing of them is held.
+    /// Devices could not be attached. None of them is held.
     AttachFailed {
         /// What they were to be called.
         id: String,
@@ -152,19 +151,19 @@ pub enum VmEvent {
         /// What it is called.
         id: String,
     },
-    /// The guest was asked to let go of a device.
+    /// The guest was asked to release a device.
     DetachAsked {
         /// What it is called.
         id: String,
     },
-    /// A device is gone from the guest and given back to the host.
+    /// A device was removed from the guest and returned to the host.
     Detached {
         /// What it was called.
         id: String,
-        /// Whether it was taken without the guest's consent.
+        /// Whether the guest had not released it.
         forced: bool,
     },
-    /// The host wants a device back: the guest is asked to let go of it.
+    /// The host wants a device back. The guest is asked to release it.
     ReleaseRequested {
         /// What it is called.
         id: String,
@@ -176,9 +175,9 @@ pub enum VmEvent {
         /// How.
         error: String,
     },
-    /// The guest's kernel has panicked. What follows is the guest's to decide.
+    /// The guest's kernel has panicked. The guest decides what follows.
     GuestPanic {
-        /// Whether a kernel that the guest keeps for that takes over.
+        /// Whether the guest's crash kernel takes over.
         crash_kernel: bool,
     },
     /// The guest cannot go on.
@@ -186,17 +185,17 @@ pub enum VmEvent {
         /// Why.
         error: String,
     },
-    /// The VM has ended, and all that it had has been given back.
+    /// The VM has ended and released everything.
     Ended {
         /// Why, in words for people.
         reason: String,
     },
-    /// The process ends: nothing is told after this.
+    /// The process ends: no event follows.
     Exit {
         /// Its exit status.
         status: u8,
     },
 }
 
-/// Who hears of events: called on threads of the VMM that must not wait.
+/// Receives events, on threads of the VMM. Must not wait.
 pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;

@@ -1,4 +1,4 @@
-//! The files that a VM's file names. Each is opened once: a VM that runs opens none.
+//! The files that a VM's file names. Each is opened once, before the guest runs.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -10,7 +10,7 @@ use nix::fcntl::OFlag;
 use crate::config::{SerialMode, VmConfig};
 use crate::process::sandbox::{Output, VmFiles};
 
-/// A file that the VM's file names cannot be used.
+/// A file named in the VM's file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It cannot be opened.
@@ -37,7 +37,7 @@ pub enum FileError {
     },
 }
 
-/// The files of a VM: all that it may reach of those that clients and users name.
+/// The files that a VM may reach of those that its file names.
 pub fn of_vm(config: &VmConfig) -> VmFiles {
     let payload = &config.payload;
     let folders = config.folders.as_ref();
@@ -78,11 +78,11 @@ pub fn open(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File
     file.map_err(failed)
 }
 
-/// Makes a file to write to, or empties the one there is. It is locked for as long as it is open, so that no
-/// other VM writes to it.
+/// Creates a file to write to, or empties an existing one. It stays locked while it is open, so that no other
+/// VM writes to it.
 ///
 /// # Errors
-/// It is there and no regular file, or another VM's, or cannot be made.
+/// It is no regular file, or another VM writes to it, or it cannot be created.
 pub fn create(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
     let path = path.to_owned();
     let mut options = File::options();

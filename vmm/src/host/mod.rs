@@ -1,4 +1,4 @@
-//! What a VM takes of the host beside devices: NUMA nodes, processors, memory and files.
+//! What a VM needs of the host beside devices: NUMA nodes, CPUs, memory and files.
 
 pub mod files;
 pub mod placement;

@@ -1,6 +1,6 @@
-//! Where on the host a VM is: the NUMA nodes of its RAM, and the processors of its vCPUs.
+//! The placement of a VM on the host: the NUMA nodes of its RAM, and the CPUs of its vCPUs.
 //!
-//! What its file says comes first; else it is where its devices are, as far as there is room.
+//! The VM's file decides. Without a setting there, the VM is placed near its devices, as far as there is room.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::config::{NumaPolicy, VmConfig};
 
-/// What the VM's file asks for is not to be had.
+/// The placement that the VM's file asks for is impossible.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlacementError {
     /// The host has none.
@@ -106,7 +106,7 @@ struct HostTopology {
 }
 
 impl HostTopology {
-    /// Where the kernel does not say what the process may use, as one without cpusets, that is all.
+    /// A kernel without cpusets does not say what the process may use: then it may use everything.
     fn read(host: &HostPaths) -> Self {
         let status = fs::read_to_string(host.proc.join("thread-self/status"));
         let status = status.unwrap_or_default();
@@ -121,7 +121,7 @@ impl HostTopology {
         let all = || nodes.iter().flat_map(|node| node.cpus.iter()).collect();
         let allowed = list("Cpus_allowed_list:").unwrap_or_else(all);
         Self {
-            // A process may be allowed processors that do not run.
+            // A process may be allowed CPUs that are offline.
             cpus: match online_cpus(host) {
                 Some(online) => &online & &allowed,
                 None => allowed,
@@ -152,17 +152,17 @@ impl HostTopology {
 pub struct VmPlacement {
     /// The NUMA nodes that its RAM comes from; the kernel's choice if there is none.
     pub nodes: Numbers,
-    /// From no others, even if they have no memory left.
+    /// No other nodes, even if these have no memory left.
     pub strict: bool,
-    /// The processors of all vCPUs without some of their own; any if there is none.
+    /// The CPUs of all vCPUs without an affinity of their own; any if empty.
     pub cpus: Numbers,
 }
 
 impl VmPlacement {
-    /// Finds it for a VM whose devices are on some `nodes` of the host.
+    /// The placement of a VM whose devices are on these `nodes` of the host.
     ///
     /// # Errors
-    /// What the VM's file asks for is not to be had.
+    /// The placement that the VM's file asks for is impossible.
     pub fn find(
         config: &VmConfig,
         nodes: &Numbers,
@@ -221,7 +221,7 @@ impl VmPlacement {
         })
     }
 
-    /// On one node there is nothing to choose, and fewer processors than vCPUs would slow the guest down.
+    /// A host with one node leaves no choice. Fewer CPUs than vCPUs would slow the guest down.
     fn near(config: &VmConfig, devices: &Numbers, topology: &HostTopology) -> Self {
         let nodes = devices & &topology.memory;
         if nodes.is_empty() || nodes == topology.numbers() {
@@ -278,7 +278,7 @@ fn check_memory(
             total: total >> 20,
         });
     }
-    // What is pinned beyond that, the kernel would make room for by ending processes.
+    // The kernel would kill processes to make room for more pinned memory.
     let free: Option<u64> = topology.of(nodes).map(|node| node.available).sum();
     match free.filter(|free| config.is_pinned() && *free < bytes) {
         Some(free) => Err(PlacementError::TooLittleFree {
@@ -303,26 +303,26 @@ fn check_affinity(config: &VmConfig, topology: &HostTopology) -> Result<(), Plac
     Ok(())
 }
 
-/// The processors that a vCPU may run on; any if there is none.
+/// The CPUs that a vCPU may run on; any if empty.
 #[derive(Debug, Clone, Default)]
 pub struct CpuAffinity {
     cpus: Arc<Numbers>,
-    /// Whether the VM's file asks for it; else it is a wish.
+    /// Whether the VM's file asks for it; otherwise it is optional.
     ordered: bool,
 }
 
 impl CpuAffinity {
-    /// Keeps the calling thread on them (sched_setaffinity(2)). A wish that is not to be had is a warning.
+    /// Keeps the calling thread on these CPUs (sched_setaffinity(2)). Only warns if an optional affinity fails.
     ///
     /// # Errors
-    /// None of those that were asked for is left.
+    /// None of the requested CPUs is available.
     pub fn apply(&self) -> io::Result<()> {
         if self.cpus.is_empty() {
             return Ok(());
         }
         let mut set = CpuSet::new();
         for cpu in self.cpus.iter() {
-            // Those beyond what a set holds are done without, as long as there are others.
+            // CPUs with numbers beyond the size of a set are left out.
             let _ = set.set(cpu as usize);
         }
         match sched_setaffinity(Pid::from_raw(0), &set) {

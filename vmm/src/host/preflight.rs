@@ -1,4 +1,4 @@
-//! What the host must have before a VM is started: checked first, so that nothing is half done.
+//! Checks of the host before a VM is built.
 
 use std::fs;
 use std::path::Path;
@@ -66,8 +66,8 @@ pub enum PreflightError {
     },
 }
 
-/// Memory that VFIO pins beside guest RAM, for tables of the IOMMU: none is counted by the kernel,
-/// but a limit without any slack is a trap for the next device.
+/// Slack for what VFIO pins beside guest RAM. The kernel counts none of it now, but a limit without slack may
+/// be too low for a later device.
 const MEMLOCK_SLACK: u64 = 64 << 20;
 
 const MIB: u64 = 1 << 20;
@@ -83,7 +83,7 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
     judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
 }
 
-/// Checks what no other process changes: whether the host has the VM's NUMA nodes and as much memory.
+/// Checks only what does not depend on other processes: the VM's NUMA nodes, and the total memory.
 ///
 /// # Errors
 /// What the host lacks first.

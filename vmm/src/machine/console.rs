@@ -81,7 +81,7 @@ impl<F: FnMut()> Keyboard<F> {
         Events::with_data_raw(io::stdin().as_raw_fd(), STDIN, EventSet::IN | edge)
     }
 
-    /// Looks who has the terminal. Returns whether the input is for the guest.
+    /// Checks which job has the terminal. Returns whether the input is for the guest.
     fn follow(&mut self, others_may_have_set_it: bool, ops: &EventOps<'_>) -> bool {
         let Some((terminal, _)) = &mut self.terminal else {
             return true;

@@ -24,7 +24,7 @@ pub enum MachineError {
     /// There are more devices than root ports.
     #[error(transparent)]
     Ports(#[from] SegmentError),
-    /// A file that the VM's file names cannot be used.
+    /// A file named in the VM's file cannot be used.
     #[error(transparent)]
     File(#[from] FileError),
     /// The host's kernel refused something.

@@ -1,4 +1,5 @@
-//! The event loop of the thread that owns a VM: other threads post events to its mailbox, and files wake it.
+//! The event loop of the thread that owns a VM: other threads post events to its mailbox, and event sources
+//! watch files.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,14 +12,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// What can be posted to a [`Mailbox`].
 pub trait Event: Sized {
-    /// Whether `waiting`, which is in the mailbox already, says the same. Guests and devices can repeat an event at
-    /// any rate: only events that do not repeat take room.
+    /// Whether it repeats `waiting`, which is in the mailbox already. Guests and devices can cause events at
+    /// any rate: repeated events are dropped.
     fn repeats(&self, waiting: &Self) -> bool;
 
     /// Whether it is a request of a client. The number of requests that wait is limited.
     fn is_request(&self) -> bool;
 
-    /// Answers whoever posted it that it is not taken.
+    /// Answers the sender that the event is refused.
     fn refuse(self, why: Refusal);
 }
 
@@ -35,7 +36,7 @@ pub enum Refusal {
 /// if that thread is stuck.
 const MAX_REQUESTS: usize = 64;
 
-/// Events on their way to the control thread. Any thread may post; none waits.
+/// Events for the control thread. Any thread may post; none waits.
 pub struct Mailbox<E> {
     queue: Mutex<Queue<E>>,
     wakeup: EventFd,

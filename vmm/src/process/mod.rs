@@ -1,5 +1,4 @@
-//! The process that VMs run in: its threads and what each may do, its signals, its terminal, and the loop that
-//! events come in by.
+//! The process that VMs run in: threads and their sandbox, signals, the terminal, and the event loop.
 
 pub mod error;
 pub mod event_loop;

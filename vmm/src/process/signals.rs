@@ -80,7 +80,7 @@ impl Drop for Signals {
     }
 }
 
-/// Passes on the signals that come from now on.
+/// An event source that passes signals on.
 pub struct SignalWatch<F> {
     signals: Arc<Signals>,
     on_signal: F,

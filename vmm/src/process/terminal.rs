@@ -1,7 +1,7 @@
 //! The terminal on standard input: raw while a VM has it, restored however the process ends.
 //!
-//! A shell gives a job the terminal, and takes it away again (POSIX.1-2017, 2.204 and 11.1.4). As a rule SIGCONT
-//! announces it; some shells send none to a job that runs anyway, and then the next line of input does.
+//! A shell gives the terminal to a job and takes it away again (POSIX.1-2017, 2.204 and 11.1.4). Most shells
+//! announce it by SIGCONT. Some send none to a job that runs already: then the next line of input announces it.
 #![allow(unsafe_code)] // tcsetattr from a signal handler.
 
 use std::io::{self, IsTerminal};
@@ -14,7 +14,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::getpgrp;
 
-/// The terminal's settings from before it was made raw, for handlers that may not allocate.
+/// The terminal's settings before it was made raw, for signal handlers, which must not allocate.
 static BEFORE: OnceLock<libc::termios> = OnceLock::new();
 /// Whether the terminal is raw now.
 static RAW: AtomicBool = AtomicBool::new(false);
@@ -41,7 +41,7 @@ fn in_background() -> bool {
 
 /// The terminal that standard input is. Dropping it restores the settings.
 pub struct Terminal {
-    /// Whether it was this job's when it was last looked at. It is raw then.
+    /// Whether this job had it at the last check. It is raw then.
     ours: bool,
     /// Reads SIGCONT, which [`Signals`](super::signals::Signals) keeps blocked.
     continued: SignalFd,
@@ -63,7 +63,7 @@ impl Terminal {
         }))
     }
 
-    /// Whether it was this job's when it was last looked at.
+    /// Whether this job had it at the last check.
     pub fn is_ours(&self) -> bool {
         self.ours
     }
@@ -78,7 +78,8 @@ impl Terminal {
         while let Ok(Some(_)) = self.continued.read_signal() {}
     }
 
-    /// Looks whose it is. Makes it raw if it has become this job's, or if other jobs may have changed its settings.
+    /// Checks which job has the terminal. Makes it raw if this job has got it, or if other jobs may have
+    /// changed its settings.
     ///
     /// # Errors
     /// The terminal refused.

@@ -1,4 +1,4 @@
-//! The one place where threads are made: each has a role, which gives it its name and its filter.
+//! Starts threads. Each has a role, which determines its name and its filter.
 
 use std::io;
 use std::panic::resume_unwind;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::sandbox::{Role, Sandbox};
 
-/// A thread that belongs to somebody: dropping the value waits for its end.
+/// A thread. Dropping the value waits for its end.
 pub struct Task<T> {
     thread: Option<JoinHandle<()>>,
     result: Receiver<T>,
@@ -56,7 +56,7 @@ impl<T> Task<T> {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Leaves the thread to itself: the kernel does not let it go on. What it makes is dropped by it.
+    /// Detaches a thread that hangs in the kernel. The thread drops its own result.
     pub fn abandon(mut self) {
         drop(self.thread.take());
     }
@@ -73,17 +73,16 @@ impl<T> Task<T> {
 impl<T> Drop for Task<T> {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // What it made is dropped with it; a panic has been reported by the thread itself.
+            // Its result is dropped with it. The thread itself has reported a panic.
             let _ = thread.join();
         }
     }
 }
 
-/// How often it is looked whether a result is still wanted.
+/// How often to check whether a result is still wanted.
 const STEP: Duration = Duration::from_millis(50);
 
-/// Runs `body` on a new thread, behind its role's filter, and where no file is in reach unless it builds
-/// a VM.
+/// Runs `body` on a new thread with its role's filter. The thread can reach no file, unless it builds a VM.
 ///
 /// # Errors
 /// The kernel makes no thread.
@@ -110,11 +109,11 @@ pub fn spawn_prepared<T: Send + 'static>(
     let thread = Builder::new().name(role.to_string()).spawn(move || {
         prepare();
         if let Err(error) = confinement.enter() {
-            // Running on unconfined is worse than ending.
+            // An unconfined thread is worse than the end of the process.
             tracing::error!(%role, %error, "the kernel refused to confine the thread");
             std::process::abort();
         }
-        // Fails once nobody waits for it any more.
+        // Fails if nobody waits for the result any more.
         let _ = made.send(body());
     })?;
     Ok(Task {

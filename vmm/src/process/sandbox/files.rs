@@ -1,9 +1,9 @@
 //! Landlock: which files a process can reach while it builds a VM, and in the helpers that it starts.
 //!
-//! While a VM is built, and in the helpers for as long as they live, these rules hold: the files that the VM's
-//! file names, KVM, VFIO's nodes, sysfs, and of gantry's own directories what is changed there. No TCP, and no
-//! signals to others. Once the VM stands, no thread of it reaches any file. A kernel without Landlock enforces
-//! what it can.
+//! These rules hold while a VM is built, and in the helpers as long as they live: access to the files that the
+//! VM's file names, to KVM, to VFIO's nodes, to sysfs, and to gantry's own directories as far as it changes
+//! them. No TCP, and no signals to other processes. Once the VM runs, none of its threads can open a file. An
+//! older kernel enforces the rules that it knows.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -42,7 +42,7 @@ pub enum Output {
     Below(PathBuf),
 }
 
-/// A path, and what may be done there and below.
+/// A path, and the accesses that are allowed there and below.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rule {
     path: PathBuf,
@@ -57,21 +57,21 @@ struct Rule {
 pub fn confine(files: &VmFiles, host: &HostPaths) -> io::Result<()> {
     let maps = fs::read_to_string(host.proc.join("self/maps")).unwrap_or_default();
     let mut rules = rules(files, host);
-    // Before a disk leaves the host it is asked whether something has claimed it, and its node is made
-    // anew whenever it comes back.
+    // gantry checks whether a disk is in use before it leaves the host, and the disk's node is made anew
+    // whenever it returns.
     if Groups::load(host).is_ok_and(|groups| groups.take_on_demand()) {
         rules.push(Rule {
             path: host.dev.clone(),
             access: AccessFs::ReadFile.into(),
         });
     }
-    // By its link too: where the file was replaced since the start, its path leads to another one.
+    // The link too: if the program's file was replaced since the start, its path leads to the new one.
     let own = host.proc.join("self/exe");
     rules.extend(programs(&maps).into_iter().chain([own]).map(|path| Rule {
         path,
         access: AccessFs::Execute | AccessFs::ReadFile,
     }));
-    // No signals to processes that are not the VM's own, nor abstract sockets of others.
+    // No signals to processes of others, and no abstract sockets of others.
     enforce(&rules, Scope::from_all(ABI_KNOWN)).map_err(io::Error::other)
 }
 
@@ -96,7 +96,7 @@ pub fn confine_removal(folder: &Path, lock: &Path) -> io::Result<()> {
 /// # Errors
 /// The kernel refused the rules.
 pub fn confine_to_nothing() -> io::Result<()> {
-    // Threads that signal each other do so across layers that scope nothing.
+    // Without a scope for signals, as the threads of the process signal each other.
     enforce(&[], BitFlags::EMPTY).map_err(io::Error::other)
 }
 
@@ -115,7 +115,7 @@ fn enforce(rules: &[Rule], scope: BitFlags<Scope>) -> Result<(), RulesetError> {
     ruleset.restrict_self().map(drop)
 }
 
-/// What is not there cannot be reached either.
+/// A missing path needs no rule.
 fn add(ruleset: &mut RulesetCreated, rule: &Rule) -> Result<(), RulesetError> {
     let Ok(file) = PathFd::new(&rule.path) else {
         return Ok(());
@@ -125,7 +125,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &Rule) -> Result<(), RulesetError> {
         false => rule.access & AccessFs::from_file(ABI_KNOWN),
     };
     match ruleset.add_rule(PathBeneath::new(file, access)) {
-        // A pipe or a socket, which Landlock keeps nobody from.
+        // A pipe or a socket, to which Landlock does not apply.
         Err(error) if errno(&error) == Some(libc::EBADFD) => Ok(()),
         added => added.map(drop),
     }
@@ -170,7 +170,7 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
         .flatten();
     let roots = roots.flatten().filter(|root| root.file_name() != "system");
     rules.extend(roots.map(|root| rule(&root.path(), write)));
-    // A rule is about where a way ends: a tenant's lead to the host's.
+    // A rule applies to the target of a link: a tenant's links lead to the host's directories.
     let granted = fs::canonicalize(host.run.join("restore/granted"));
     rules.extend(granted.iter().map(|path| rule(path, read)));
     let own = own_files(host);
@@ -197,8 +197,7 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     rules
 }
 
-/// The programs and libraries that this process consists of, and so its helpers, from `/proc/self/maps`
-/// (proc_pid_maps(5)).
+/// The program and libraries of this process and its helpers, from `/proc/self/maps` (proc_pid_maps(5)).
 fn programs(maps: &str) -> BTreeSet<PathBuf> {
     let lines = maps.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
@@ -266,8 +265,7 @@ mod tests {
         confined.join().unwrap();
     }
 
-    /// On a thread of its own, as nothing takes the rules back. Where the kernel has no Landlock there
-    /// is nothing to see.
+    /// On a thread of its own, as the rules cannot be undone. Checks nothing if the kernel has no Landlock.
     #[test]
     fn only_what_was_named_is_reached_and_nothing_of_others_is_removed() {
         let folder = tempfile::tempdir().unwrap();
@@ -300,7 +298,7 @@ mod tests {
         let logs = folder.path().join("logs");
         fs::create_dir(&logs).unwrap();
         let files = self::files(folder.path(), Some(Output::File(logs.join("new"))));
-        // A pipe has no place that a rule could be about.
+        // A pipe has no path for a rule.
         let (pipe, _writer) = io::pipe().unwrap();
         let link = format!("/proc/self/fd/{}", pipe.as_raw_fd());
         std::os::unix::fs::symlink(link, folder.path().join("etc")).unwrap();
@@ -340,7 +338,7 @@ mod tests {
         confined.join().unwrap();
     }
 
-    /// Leases of a tenant's VM are the host's, and disks are asked whether they are claimed.
+    /// The leases of a tenant's VM are the host's files, and disks are checked for use.
     #[test]
     fn a_tenants_links_are_followed_and_nodes_are_read_where_devices_leave_the_host() {
         let folder = tempfile::tempdir().unwrap();

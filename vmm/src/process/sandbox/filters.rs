@@ -1,4 +1,4 @@
-//! The system calls of each role, written from what the code calls, not from what was seen.
+//! The system calls of each role, derived from the code and not from traces.
 
 use gantry_vfio::host::{DMA_REQUESTS, INTERRUPT_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS};
 use kvm_bindings as kvm;
@@ -13,7 +13,7 @@ use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 /// Allowed calls; a call with several rules is allowed when one of them holds, with none always.
 pub type Rules = Vec<(c_long, Vec<SeccompRule>)>;
 
-/// What any thread does: the allocator, locks, logging, panics and the end of the thread.
+/// Calls of any thread: the allocator, locks, logging, panics and the end of the thread.
 const EVERY_THREAD: &[c_long] = &[
     // Locks, condition variables, join.
     libc::SYS_futex,
@@ -25,14 +25,14 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_mremap,
     libc::SYS_madvise,
     libc::SYS_sched_getaffinity,
-    // Hash maps seed themselves once a thread.
+    // Hash maps take a seed once a thread.
     libc::SYS_getrandom,
     // Files and eventfds that are open already; fcntl is below.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    // The serial port holds an unfinished line back for a moment, and waits a moment for a reader.
+    // The serial port delays an unfinished line, and waits a moment for a reader.
     libc::SYS_timerfd_settime,
     libc::SYS_poll,
     libc::SYS_ppoll,
@@ -46,7 +46,7 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_restart_syscall,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    // The end puts the terminal back, if it is this job's.
+    // The end restores the terminal, if this job has it.
     libc::SYS_getpgrp,
     // The end of a thread gives its alternate signal stack back.
     libc::SYS_sigaltstack,
@@ -62,7 +62,7 @@ const PRCTL_OPTIONS: &[libc::c_int] = &[
     libc::PR_SET_VMA,
 ];
 
-/// fcntl: what descriptors and locks take. Not those that have a signal sent to any process.
+/// fcntl: descriptors and locks, without the commands that have a signal sent to a process.
 const FCNTL_COMMANDS: &[libc::c_int] = &[
     libc::F_DUPFD_CLOEXEC,
     libc::F_GETFD,
@@ -91,7 +91,7 @@ const THREAD: c_int = libc::CLONE_VM
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM;
-/// clone: where a new thread's own memory and number are; C libraries differ in these.
+/// clone: flags for a new thread's memory and number, in which C libraries differ.
 const THREAD_PLACES: c_int = libc::CLONE_SETTLS
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_SETTID
@@ -101,8 +101,8 @@ const THREAD_PLACES: c_int = libc::CLONE_SETTLS
 /// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
 const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
-/// Speaking with clients, over sockets that are there and those that are accepted; no descriptor is sent nor
-/// received. The event loop of an HTTP server wakes itself by an eventfd.
+/// Serving clients over the listening socket and those that it accepts, without passing descriptors. The HTTP
+/// server's event loop wakes itself by an eventfd.
 const CLIENTS: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_recvfrom,
@@ -121,11 +121,11 @@ const CLIENTS: &[c_long] = &[
     libc::SYS_clock_nanosleep,
 ];
 
-/// The serial port's file is made shorter when it is full.
+/// The serial port's file is truncated when it is full.
 const SERIAL_FILE: &[c_long] = &[libc::SYS_ftruncate];
 
-/// A lease that ends empties its record, or is told to the opener over the socket that there is. The
-/// last of them waits for the opener's end, and each for vCPUs that are still in the device.
+/// The end of a lease clears its record, or tells the opener over its socket. The last lease waits for the
+/// opener's end, and each waits for vCPUs that are still in the device.
 const LEASES: &[c_long] = &[
     libc::SYS_ftruncate,
     libc::SYS_recvfrom,
@@ -165,7 +165,7 @@ const fn gives<T>(nr: u32) -> c_ulong {
     ioctl_expr(_IOC_READ, KVMIO, nr, size_of::<T>() as u32)
 }
 
-/// BARs that move and vectors that are masked and unmasked, by a vCPU or by a reset.
+/// BARs are moved and vectors are masked and unmasked, by a vCPU or by a reset.
 const VM_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
     takes::<kvm::kvm_irqfd>(0x76),                   // KVM_IRQFD
@@ -174,7 +174,7 @@ const VM_REQUESTS: &[c_ulong] = &[
 
 const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
 
-/// KVM hears of VFIO groups that come and go.
+/// KVM is told of VFIO groups that join or leave.
 const GROUP_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_device_attr>(0xe1), // KVM_SET_DEVICE_ATTR
 ];
@@ -239,7 +239,7 @@ pub fn device() -> Rules {
     rules(&[DEVICE_ACCESS, LEASES], &requests)
 }
 
-/// The thread that prepares devices, and has others open, map and close: it can do what they can.
+/// The attach worker. Threads that it starts open, map and close: it needs their calls, too.
 pub fn attach() -> Rules {
     let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
     rules_with_threads(&[DEVICE_ACCESS, LEASES, DESCRIPTORS], &requests)

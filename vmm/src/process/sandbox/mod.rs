@@ -1,4 +1,4 @@
-//! The sandbox: which system calls each thread may make, and what happens when it makes another.
+//! The sandbox: the system calls and files that each thread may use, and what happens at a violation.
 
 mod files;
 mod filters;
@@ -18,7 +18,7 @@ pub use files::{Output, VmFiles};
 pub use role::Role;
 pub use trap::{KICK, install as install_traps};
 
-/// What becomes of a system call that no filter names.
+/// What happens to a system call that no filter names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SeccompMode {
     /// It is reported by name and ends the process.
@@ -50,7 +50,7 @@ impl Sandbox {
     /// Compiles the filters.
     ///
     /// # Errors
-    /// A filter has no valid form, which is a mistake in its table.
+    /// A filter's table is invalid.
     pub fn new(mode: SeccompMode) -> io::Result<Self> {
         Ok(Self {
             mode,
@@ -64,8 +64,8 @@ impl Sandbox {
         })
     }
 
-    /// Refuses the calling thread, what it makes from now on and the helpers that it starts, what nothing
-    /// in gantry does. A role's filter comes on top.
+    /// Denies the calling thread, and every thread and helper that it starts from now on, the calls that
+    /// nothing in gantry makes. A role's filter comes on top.
     ///
     /// # Errors
     /// The kernel refused.
@@ -73,8 +73,8 @@ impl Sandbox {
         self.process.iter().try_for_each(Filter::enter)
     }
 
-    /// Keeps the calling thread, and what it makes from now on, from all files but those that building a VM
-    /// needs. Without filters, or where they only log, it may open what it likes.
+    /// Denies the calling thread, and every thread and helper that it starts from now on, all files but those
+    /// that building a VM needs. Does nothing if filters are off or only log.
     ///
     /// # Errors
     /// The kernel refused.
@@ -85,7 +85,7 @@ impl Sandbox {
         }
     }
 
-    /// What a thread of this role enters before its work.
+    /// The confinement of a role, which its thread enters before its work.
     pub fn confinement(&self, role: Role) -> Confinement {
         let filter = match role {
             Role::Control => self.control.clone(),
@@ -127,7 +127,7 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// Confines the calling thread, and what it makes from now on, for the rest of its life.
+    /// Confines the calling thread, and every thread that it starts from now on, for the rest of its life.
     ///
     /// # Errors
     /// The kernel refused: the thread is not confined and must not go on.
@@ -148,8 +148,8 @@ impl Filter {
         Self::program(rules, refused, SeccompAction::Allow)
     }
 
-    /// A filter that hides calls that were not reviewed. They are not said to be wrong: the C library asks
-    /// for some, and goes on without.
+    /// A filter that answers ENOSYS to calls that were not reviewed: the C library tries some, and works
+    /// without them.
     fn known(mode: SeccompMode) -> Self {
         let program = Self::refusal(mode).map(|_| Arc::new(process::known_calls()));
         Self(program)
@@ -163,7 +163,7 @@ impl Filter {
         Self::program(rules, SeccompAction::Allow, refused)
     }
 
-    /// What becomes of a call that is not allowed; `None` without filters.
+    /// What happens to a call that is not allowed; `None` without filters.
     fn refusal(mode: SeccompMode) -> Option<SeccompAction> {
         match mode {
             SeccompMode::On => Some(SeccompAction::Trap),

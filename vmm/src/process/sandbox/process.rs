@@ -1,5 +1,4 @@
-//! The filters of a whole process and of every helper that it starts: calls that nothing in gantry makes,
-//! whatever it builds, opens or binds.
+//! The filters of the whole process and of every helper: calls that nothing in gantry makes.
 
 use libc::{c_int, c_long};
 use seccompiler::SeccompCmpArgLen::{Dword, Qword};
@@ -17,8 +16,8 @@ const NEVER: &[c_long] = &[
     // Copies of this process. Programs are started by clone with CLONE_VM, see below.
     libc::SYS_fork,
     libc::SYS_vfork,
-    // Other processes: their memory, their files, their place in the queue, signals beside kill. What
-    // kill reaches is limited by Landlock.
+    // Other processes: their memory, their files, their scheduling, signals beside kill. Landlock limits what
+    // kill can reach.
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -45,7 +44,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_memfd_secret,
     libc::SYS_uselib,
     libc::SYS_personality,
-    // The kernel itself, and its less used doors.
+    // The kernel itself, and its less used interfaces.
     Sysno::create_module.id() as c_long,
     libc::SYS_init_module,
     libc::SYS_finit_module,
@@ -93,8 +92,8 @@ const NEVER: &[c_long] = &[
     libc::SYS_chroot,
     libc::SYS_setns,
     libc::SYS_unshare,
-    // Files by something else than their path, and what Landlock does not see being done to a path.
-    // gantry changes modes and owners of files that it has open.
+    // Files by something else than their path, and changes by path that Landlock does not check. gantry changes
+    // modes and owners of open files only.
     libc::SYS_name_to_handle_at,
     libc::SYS_open_by_handle_at,
     libc::SYS_mknod,
@@ -148,7 +147,7 @@ const NEVER: &[c_long] = &[
     libc::SYS_mq_unlink,
 ];
 
-/// clone: new namespaces, and children that are somebody else's.
+/// clone: new namespaces, and children of another parent.
 const NEVER_CLONED: &[c_int] = &[
     libc::CLONE_NEWNS,
     libc::CLONE_NEWCGROUP,

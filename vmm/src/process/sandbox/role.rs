@@ -5,18 +5,18 @@ use std::fmt;
 /// What a thread is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Runs the control loop of a VM that stands, and takes it apart. A thread comes to this role by
-    /// itself: the first one, or one that was [`Role::Vm`].
+    /// Runs the control loop of a VM, and takes it apart. No thread is started in this role: the first thread,
+    /// or one in [`Role::Vm`], enters it.
     Control,
-    /// Builds a VM in a process that outlives it, behind the filter of whoever made the thread.
+    /// Builds a VM in a process that outlives it, with the filters of the process only.
     Vm,
     /// Speaks with clients.
     Api,
     /// Runs one vCPU and answers its exits.
     Vcpu(u8),
-    /// Prepares devices that come while the guest runs, and closes those that go.
+    /// Attaches devices while the guest runs, or closes detached ones.
     Attach,
-    /// Opens, resets or closes one device; for a host device the kernel waits for its reset.
+    /// Opens, resets or closes one device. The kernel waits for the device's reset meanwhile.
     Device,
     /// Makes guest RAM present and maps it for the devices.
     Dma,

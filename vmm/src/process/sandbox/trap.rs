@@ -1,9 +1,7 @@
-//! The end of a thread that made a call it may not make, or that crashed: one line that says so,
-//! and the terminal as it was.
+//! Signal handlers for a blocked call or a crash: they print one line and restore the terminal.
 //!
-//! A panic is told before anything else, but a backtrace of it is not: reading debug information
-//! opens files. With `RUST_BACKTRACE=1` the second line is about a blocked `openat`; with
-//! `--seccomp off` it is the backtrace.
+//! A panic prints its message first, but no backtrace: reading debug information opens files. With
+//! `RUST_BACKTRACE=1` the second line is about a blocked `openat`; with `--seccomp off` the backtrace follows.
 #![allow(unsafe_code)] // signal handlers, and one setting of the allocator.
 
 use std::io;
@@ -13,7 +11,7 @@ use syscalls::Sysno;
 
 use crate::process::terminal::restore_terminal;
 
-/// Makes a vCPU leave the kernel. Its handler does nothing: interrupting the system call is all.
+/// Makes a vCPU leave the kernel. Its handler does nothing: the signal's only purpose is to interrupt KVM_RUN.
 pub const KICK: Signal = Signal::SIGUSR1;
 
 /// Exit status of a process whose filter caught a call, as shells report a death by SIGSYS.
