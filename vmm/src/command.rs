@@ -62,19 +62,19 @@ pub enum Command {
 /// Devices to be plugged in while the guest runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attach {
-    /// So many of a group or alias, or one by its address.
+    /// A number of devices of a group or alias, or one device by its address.
     Devices(DeviceRequest),
-    /// Those that the host's service plan of that name has when they are taken.
+    /// The devices that the host's service plan of that name has at that moment.
     Plan {
         /// The plan.
         name: String,
-        /// Name of the first device in the VM; further devices get `-1`, `-2`, ... behind it.
+        /// The id of the first device; further devices get `-1`, `-2`, ... behind it.
         id: Option<String>,
     },
 }
 
 impl Attach {
-    /// Name of the first device in the VM; its address on the host if absent.
+    /// The id of the first device; its address on the host if absent.
     pub fn id(&self) -> Option<&str> {
         let (Self::Devices(DeviceRequest { id, .. }) | Self::Plan { id, .. }) = self;
         id.as_deref()

@@ -103,8 +103,8 @@ pub enum NumaPolicy {
 pub struct Hotplug {
     /// How many, beside those of the devices that the VM starts with.
     pub slots: u8,
-    /// Where the devices will come from; from the groups of those that the VM starts with if nothing is named. RAM is laid out so that they can reach it, and made present
-    /// in the background once the guest runs, so that the first of them is not waited for.
+    /// The groups of the devices; those of the devices at boot if empty. RAM is laid out so that the devices
+    /// can reach it, and populated in the background once the guest runs, so that the first attachment is fast.
     pub from: Vec<DeviceSource>,
     /// Whether devices may come that are in no group.
     pub ungrouped: bool,
