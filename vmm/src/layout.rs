@@ -1,12 +1,12 @@
-//! The plan of the guest-physical address space: where RAM, PCI windows and fixed devices lie.
+//! The layout of the guest-physical address space: RAM, PCI windows and fixed devices.
 
 use std::ops::{Range, RangeInclusive};
 
 use gantry_devices::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_BYTES_PER_BUS};
 use gantry_devices::serial;
 
-/// End of RAM below 4 GiB. What follows is room for 32-bit windows, which BARs that are 64 bits
-/// wide but not prefetchable need as well: Linux keeps them out of prefetchable windows.
+/// End of RAM below 4 GiB. The rest is room for 32-bit windows. BARs that are 64 bits wide but not prefetchable
+/// need these, too: Linux keeps them out of prefetchable windows.
 pub const LOW_RAM_END: u64 = 2 * GIB;
 /// Room for the PCI Express enhanced configuration space: 1 MiB for each of 256 buses.
 pub const ECAM: RangeInclusive<u64> = 0xe000_0000..=0xefff_ffff;
@@ -36,8 +36,8 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Between conventional memory and 1 MiB; on a PC this is video memory and firmware, not RAM.
 pub const LEGACY_HOLE: Range<u64> = 0xa_0000..0x10_0000;
 
-/// Where no DMA reaches memory behind any AMD IOMMU: HyperTransport's own addresses, which the kernel
-/// lists as reserved for every group there.
+/// HyperTransport's own addresses, where no DMA reaches memory behind an AMD IOMMU. The kernel lists them as
+/// reserved for every group there.
 pub const HYPERTRANSPORT: RangeInclusive<u64> = 0xfd_0000_0000..=0xff_ffff_ffff;
 
 const MIB: u64 = 1 << 20;
@@ -98,15 +98,15 @@ pub struct LayoutInputs<'a> {
     pub physical_bits: u8,
     /// What the IOMMU can map; empty where no device is passed through.
     pub iova: &'a [RangeInclusive<u64>],
-    /// What must be neither RAM nor BAR, from the devices' `reserved_regions`.
+    /// Addresses that must be neither RAM nor BAR, from the devices' `reserved_regions`.
     pub reserved: &'a [RangeInclusive<u64>],
 }
 
 /// The guest-physical address space of one VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// RAM in address order; the sum is exactly what was asked for. The first begins at 0 and runs
-    /// through the legacy hole below 1 MiB, which the guest is not told of as RAM.
+    /// RAM in address order; the sum is the requested size. The first range begins at 0 and includes the legacy
+    /// hole below 1 MiB, which the guest's memory map leaves out.
     pub ram: Vec<RamRange>,
     /// Gaps that reserved ranges left inside RAM, in address order.
     pub holes: Vec<RangeInclusive<u64>>,
@@ -202,8 +202,8 @@ impl Layout {
     }
 }
 
-/// The configuration space of the buses up to `last_bus`. No guest is told of more: Linux looks for
-/// 32 devices on each bus that the MCFG names and no bridge leads to, 16,384 exits for all 256.
+/// The configuration space of the buses up to `last_bus`. The MCFG names no more: Linux looks for 32 devices on
+/// each bus there that no bridge leads to, which is 16,384 exits for all 256.
 fn ecam(last_bus: u8) -> RangeInclusive<u64> {
     let len = (u64::from(last_bus) + 1) * ECAM_BYTES_PER_BUS;
     *ECAM.start()..=*ECAM.start() + len - 1
@@ -276,8 +276,8 @@ fn largest(pieces: Vec<Range<u64>>) -> Option<Range<u64>> {
         .max_by_key(|piece| piece.end - piece.start)
 }
 
-/// Lays out RAM from 0 up, around what is forbidden: at 4 KiB in the first 2 MiB, where firmware
-/// likes to reserve single pages, and at 2 MiB above, so that huge pages stay whole.
+/// Lays out RAM from 0 up, around forbidden ranges: in steps of 4 KiB in the first 2 MiB, where firmware often
+/// reserves single pages, and of 2 MiB above, so that huge pages stay whole.
 fn place_ram(ram: u64, forbidden: &[Range<u64>], limit: u64) -> Result<Vec<RamRange>, LayoutError> {
     if ram < HUGE_PAGE || !ram.is_multiple_of(PAGE) {
         return Err(LayoutError::RamSize(ram));
@@ -304,7 +304,7 @@ fn place_ram(ram: u64, forbidden: &[Range<u64>], limit: u64) -> Result<Vec<RamRa
             break;
         }
         left -= len;
-        // A range that begins in the middle of a huge page must not spoil those that follow.
+        // A range that begins within a huge page must not misalign the ranges that follow.
         let joins = |last: &&mut RamRange| {
             last.end() == piece.start && last.start.is_multiple_of(HUGE_PAGE)
         };
@@ -336,7 +336,7 @@ fn holes(ram: &[RamRange]) -> Vec<RangeInclusive<u64>> {
         .collect()
 }
 
-/// The usual place, or the top of low RAM where a device forbids a part of that.
+/// The usual place, or the top of low RAM if a device forbids a part of that.
 fn place_acpi(ram: &[RamRange]) -> RamRange {
     let in_ram = |range: &RamRange| range.start <= ACPI.start && range.end() >= ACPI.end();
     let mut low = ram

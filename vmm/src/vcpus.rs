@@ -19,7 +19,7 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 
 /// How long a vCPU may take to leave the kernel. It takes microseconds, unless a device that it accesses does not
 /// answer.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// vCPUs that do not leave the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -243,7 +243,7 @@ impl Vcpus {
     /// abandoned: everything that it can reach lives as long as it does.
     pub fn stop(&mut self) {
         self.barrier.enter_phase(Phase::Stop);
-        let deadline = Instant::now() + LEAVE_PATIENCE;
+        let deadline = Instant::now() + LEAVE_TIMEOUT;
         if let Err(stuck) = self.barrier.wait_until_empty(deadline) {
             tracing::error!("{stuck}: the VM ends without waiting for it");
         }
@@ -261,7 +261,7 @@ impl Vcpus {
     pub fn pause(&self) -> Result<(), StuckVcpus> {
         self.barrier.close();
         self.barrier
-            .wait_until_empty(Instant::now() + LEAVE_PATIENCE)
+            .wait_until_empty(Instant::now() + LEAVE_TIMEOUT)
     }
 
     /// Calls `change` with each of the vCPUs, in order. They must have been paused.

@@ -8,7 +8,7 @@ use super::BootError;
 use super::e820::{self, Entry};
 use super::kernel::Image;
 
-/// Where the header begins, in the file and in the zero page alike.
+/// The offset of the header, in the file and in the zero page.
 const HEADER: u64 = 0x1f1;
 /// The first version of the protocol that has `xloadflags`.
 const VERSION_2_12: u16 = 0x20c;
@@ -27,8 +27,7 @@ pub struct Loaded {
     pub header: setup_header,
 }
 
-/// Reads the kernel into the RAM of `map`, at the address it prefers: it would unpack itself to
-/// there from anywhere else.
+/// Reads the kernel into the RAM of `map`, at its preferred address, to which it would move itself otherwise.
 pub fn load<M: GuestMemoryBackend>(
     memory: &M,
     map: &[Entry],

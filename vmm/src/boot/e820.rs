@@ -1,4 +1,4 @@
-//! The memory map that a guest is told: what is RAM, and what it must keep off.
+//! The guest's memory map: RAM and reserved ranges.
 
 use std::ops::Range;
 use std::path::Path;

@@ -17,7 +17,7 @@ pub struct Loaded {
     pub end: u64,
 }
 
-/// What the file says of one part of memory (`Elf64_Phdr`, System V ABI).
+/// A program header of the file (`Elf64_Phdr`, System V ABI).
 struct Segment {
     offset: u64,
     address: u64,
@@ -29,8 +29,8 @@ const PHDR_SIZE: usize = 56;
 const PT_LOAD: u32 = 1;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Reads the kernel's segments into the RAM of `map` and clears what the file leaves out of them:
-/// at a reboot of the guest, its old contents lie there.
+/// Reads the kernel's segments into the RAM of `map`, and clears the parts that the file leaves out: at a
+/// reboot of the guest they have old contents.
 pub fn load<M: GuestMemoryBackend>(
     memory: &M,
     map: &[Entry],

@@ -120,7 +120,7 @@ pub enum BootError {
     /// The kernel would see only the part before a zero byte.
     #[error("the kernel command line contains a zero byte")]
     CmdlineNul,
-    /// The memory map has more entries than the kernel can be told of.
+    /// The memory map has more entries than the boot protocol can pass on.
     #[error("the guest's memory map has {0} entries, more than the {max} that a kernel reads", max = super::e820::MAX_ENTRIES)]
     MemoryMap(usize),
     /// Guest memory could not be written.

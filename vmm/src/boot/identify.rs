@@ -1,4 +1,4 @@
-//! What kind of file was given as a kernel, told by its first bytes.
+//! Identifies the kind of a kernel's file by its first bytes.
 
 /// Bytes at a file's start that are looked at.
 pub const HEAD: usize = 0x270;
@@ -14,7 +14,7 @@ pub enum Kind {
     Other(String),
 }
 
-/// Tells the kind from the first [`HEAD`] bytes, fewer where the file is shorter.
+/// Identifies the kind by the first [`HEAD`] bytes, fewer where the file is shorter.
 pub fn identify(head: &[u8]) -> Kind {
     if head.starts_with(b"\x7fELF") {
         return elf(head);

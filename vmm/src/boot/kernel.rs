@@ -1,4 +1,4 @@
-//! Loads a kernel and its initramfs into guest memory, by the protocol its file calls for.
+//! Loads a kernel and its initramfs into guest memory, by the boot protocol of its file.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -59,8 +59,8 @@ pub(super) struct Initramfs {
     pub size: u64,
 }
 
-/// Loads kernel and initramfs and writes what the kernel is told at its entry. Called again, with
-/// the same files, at every reboot of the guest.
+/// Loads kernel and initramfs and writes the kernel's boot parameters. Called again, with the same files, at
+/// every reboot of the guest.
 ///
 /// # Errors
 /// The kernel is not one that can be booted, or something does not fit.

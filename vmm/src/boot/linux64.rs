@@ -1,5 +1,4 @@
-//! What a kernel is told by the 64-bit Linux boot protocol: the zero page
-//! (Documentation/arch/x86/zero-page.rst).
+//! The boot parameters of the 64-bit Linux boot protocol: the zero page (Documentation/arch/x86/zero-page.rst).
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Address, Bytes, GuestMemoryBackend};

@@ -1,6 +1,6 @@
 //! Boot without firmware: kernel, initramfs, memory map and ACPI tables put straight into RAM.
 //!
-//! What lies in the first megabyte, which a guest makes its own once it has read it:
+//! The contents of the first megabyte, which the guest may overwrite once it has read them:
 //!
 //! | address | what |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! What a PVH kernel is told at its entry (Xen's public `hvm/start_info.h`, version 1).
+//! The boot parameters of a PVH kernel (Xen's public `hvm/start_info.h`, version 1).
 
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,

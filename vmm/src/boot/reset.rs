@@ -1,8 +1,7 @@
-//! The code at the reset vector, the one piece of firmware there is: it resets the machine.
+//! The code at the reset vector, which resets the machine. It is the only firmware.
 //!
-//! Linux, on hardware-reduced ACPI, takes for granted that there is EFI to reboot with. Where there
-//! is none it does not come back to the ACPI reset register, but jumps in real mode to where
-//! firmware begins (`efi_reboot_required` and `native_machine_emergency_restart`).
+//! Linux on hardware-reduced ACPI reboots by EFI. Without EFI it does not fall back to the ACPI reset register,
+//! but jumps to the reset vector in real mode (`efi_reboot_required` and `native_machine_emergency_restart`).
 
 use gantry_devices::power;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -19,7 +18,7 @@ pub fn write<M: GuestMemoryBackend>(memory: &M, layout: &Layout) -> Result<(), B
         .iter()
         .any(|range| range.start <= RESET_VECTOR && end <= range.end())
     {
-        // A device forbids this page of RAM: a guest is left with a triple fault.
+        // A device forbids this page of RAM: the guest's reboot ends in a triple fault then.
         return Ok(());
     }
     let address = GuestAddress(RESET_VECTOR);

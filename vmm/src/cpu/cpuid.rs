@@ -1,4 +1,4 @@
-//! What CPUID says in a guest: what KVM supports, less what cannot work, plus the topology.
+//! CPUID of a guest: the features that KVM supports, without those that cannot work, and the topology.
 //!
 //! The topology is one socket of `count` cores of one thread, whose APIC ids are their numbers.
 //! Leaves are those of Intel's manual (volume 2, CPUID) and AMD's (volume 3, appendix E).
@@ -28,10 +28,10 @@ pub fn offers_nested(supported: &[Entry]) -> bool {
     has(1, VMX) || has(0x8000_0001, SVM)
 }
 
-/// What all processors of a guest have in common, out of what KVM supports and the guest is offered.
+/// The CPUID leaves that all processors of a guest share, of those that KVM supports and the guest is offered.
 pub fn common(supported: &[Entry], tsc_deadline: bool, offer: CpuConfig) -> Vec<Entry> {
-    // Leaves of SGX, which has no memory here, of encrypted memory, which this is not, and AMD's
-    // extended topology, in whose absence the older leaves say it.
+    // Leaves of SGX, for which there is no memory, of encrypted memory, which is not supported, and of AMD's
+    // extended topology, which the older leaves replace.
     let dropped = [0x12, 0x8000_001f, 0x8000_0026];
     let amx = has_tiles(supported);
     supported
@@ -69,7 +69,7 @@ fn mask(entry: &Entry, tsc_deadline: bool, amx: bool) -> Entry {
     let mut entry = *entry;
     match (entry.function, entry.index) {
         (1, _) => {
-            // KVM names the local APIC's features only where it is told that the APIC is its own.
+            // KVM lists the features of the local APIC only if it emulates the APIC itself.
             entry.ecx |= HYPERVISOR | X2APIC;
             entry.ecx &= !TSC_DEADLINE;
             if tsc_deadline {
@@ -92,8 +92,8 @@ fn mask(entry: &Entry, tsc_deadline: bool, amx: bool) -> Entry {
     entry
 }
 
-/// Whether guests may use AMX: KVM names its instructions always, but its state only to a process
-/// that has asked for it.
+/// Whether guests may use AMX: KVM always lists its instructions, but its state only for a process that has
+/// asked for it.
 fn has_tiles(supported: &[Entry]) -> bool {
     const TILES: u32 = 1 << 17 | 1 << 18;
     let state = supported
@@ -183,7 +183,7 @@ pub fn physical_bits(entries: &[Entry]) -> u8 {
     let leaf = entries.iter().find(|entry| entry.function == 0x8000_0008);
     leaf.map_or(DEFAULT, |entry| {
         let [all, _, guest, _] = entry.eax.to_le_bytes();
-        // The second number says how much of it nested paging can map, where that is less.
+        // The second number is the width that nested paging can map, if that is less.
         if guest == 0 { all } else { all.min(guest) }
     })
 }

@@ -8,9 +8,8 @@ const MASKED: u32 = 1 << 16;
 const DELIVER_NMI: u32 = 0b100 << 8;
 const DELIVER_EXTINT: u32 = 0b111 << 8;
 
-/// LINT1 brings NMIs, as the MADT says. LINT0 is where a PIC would be, and there is none: KVM makes
-/// one with its irqchip and lets it through by default, uninitialised, and no guest masks it, since
-/// the ACPI tables do not speak of it.
+/// LINT1 delivers NMIs, as the MADT says. LINT0 would be for a PIC, which the ACPI tables leave out: KVM's
+/// irqchip has one, uninitialised and unmasked by default, and no guest masks it.
 pub fn set_pins(state: &mut kvm_lapic_state) {
     set(state, LVT_LINT0, DELIVER_EXTINT | MASKED);
     set(state, LVT_LINT1, DELIVER_NMI);

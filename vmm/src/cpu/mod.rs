@@ -1,4 +1,4 @@
-//! vCPU state: what a processor looks like, how it enters a kernel, how it goes back to power-on.
+//! vCPU state: CPUID, the kernel's entry, and the return to power-on.
 
 mod cpuid;
 mod lapic;
@@ -78,8 +78,8 @@ impl Features {
     }
 }
 
-/// Brings a new vCPU, number `id` of `count`, to its state at power-on. All but the first wait for
-/// the guest to start them, as KVM makes them.
+/// Sets up a new vCPU, number `id` of `count`, in its state at power-on. All but the first wait for the guest
+/// to start them, by KVM's default.
 ///
 /// # Errors
 /// KVM refused a part of the state.
@@ -96,7 +96,7 @@ pub fn setup(vcpu: &VcpuFd, id: u32, count: u32, features: &Features) -> Result<
     call(id, "KVM_SET_LAPIC", vcpu.set_lapic(&pins))
 }
 
-/// Lets the boot vCPU, at its state at power-on, begin at the kernel's entry.
+/// Sets the boot vCPU, in its state at power-on, to the kernel's entry.
 ///
 /// # Errors
 /// KVM refused, or guest memory is not there.

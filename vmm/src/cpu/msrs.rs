@@ -16,7 +16,7 @@ const SVM_HOST_SAVE: u32 = 0xc001_0117;
 
 /// `IA32_MISC_ENABLE`: fast string instructions. Without it Linux does not use them.
 const FAST_STRINGS: u64 = 1;
-/// `IA32_MTRR_DEF_TYPE`: memory is write-back where nothing else is said, and MTRRs are on.
+/// `IA32_MTRR_DEF_TYPE`: memory is write-back by default, and MTRRs are on.
 const WRITE_BACK: u64 = 6 | 1 << 11;
 
 /// MTRRs are emulated on every host, but not always listed: eight variable pairs, the fixed ones,
@@ -31,8 +31,8 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
 
 /// The registers to save for a reboot, out of those that KVM lists.
 ///
-/// The TSC runs on over a reboot, or the vCPUs' would drift apart. Hyper-V's registers are out of
-/// a guest's reach, and the mere writing of one makes KVM set its machinery up.
+/// The TSC runs on over a reboot, or the vCPUs' would drift apart. Guests cannot reach Hyper-V's registers, and
+/// writing one makes KVM set Hyper-V emulation up.
 ///
 /// A guest that cannot run VMs has no registers of VMX and SVM.
 pub fn saved(listed: &[u32], nested: bool) -> Vec<u32> {
@@ -63,7 +63,7 @@ pub fn set_up(vcpu: &VcpuFd) -> Result<(), Error> {
     }
 }
 
-/// Reads `indices`, without those that this host or vCPU does not have after all.
+/// Reads `indices`, without those that this host or vCPU lacks.
 pub fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
     let mut taken = Vec::with_capacity(indices.len());
     let entries: Vec<_> = indices.iter().map(|index| entry(*index, 0)).collect();
@@ -85,7 +85,7 @@ pub fn synchronize_tsc(vcpu: &VcpuFd) -> Result<(), Error> {
     write(vcpu, &[entry(TSC, 0)]).map(drop)
 }
 
-/// Hands `entries` to an ioctl that stops at the first one it refuses, and goes on behind it.
+/// Passes `entries` to an ioctl that stops at the first one that it refuses, and continues after that one.
 /// Returns the refused ones.
 fn each(
     entries: &[kvm_msr_entry],

@@ -1,4 +1,4 @@
-//! The registers with which the boot vCPU enters a kernel, and the tables they point to.
+//! The registers of the boot vCPU at the kernel's entry, and the tables that they point to.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
@@ -8,7 +8,7 @@ const GDT: GuestAddress = GuestAddress(0x500);
 /// Page tables of the 64-bit entry: one page of each upper level, then a directory for each GiB.
 const PAGE_TABLES: u64 = 0x9000;
 const PAGE: u64 = 0x1000;
-/// Identity-mapped by the 64-bit entry: all that can hold what the kernel is told.
+/// Identity-mapped by the 64-bit entry: all memory that can hold the kernel's boot parameters.
 const MAPPED_GIB: u64 = 4;
 
 const CR0_PE: u64 = 1 << 0;
@@ -138,8 +138,7 @@ fn descriptors() -> [u64; 4] {
     [0, 0, descriptor(&code(true)), descriptor(&data())]
 }
 
-/// A segment as the processor's manual lays it out in memory (Intel, volume 3, 3.4.5); its limit
-/// in pages, its base 0.
+/// A segment descriptor as it is in memory (Intel, volume 3, 3.4.5); its limit in pages, its base 0.
 fn descriptor(segment: &kvm_segment) -> u64 {
     let bits = [
         (segment.type_, 40),

@@ -1,4 +1,4 @@
-//! A vCPU's state at power-on, to which a reboot of the guest brings it back.
+//! A vCPU's state at power-on, which a reboot of the guest restores.
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
@@ -9,7 +9,7 @@ use kvm_ioctls::{Error, VcpuFd};
 
 use super::{CpuError, Features, call, msrs};
 
-/// How often a vCPU may come back with one more access of an instruction that it is completing.
+/// How many accesses an instruction may need to complete.
 const COMPLETIONS: usize = 64;
 
 /// The state of a vCPU at power-on.
@@ -28,7 +28,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Takes the state of vCPU `id`, straight after [`super::setup`].
+    /// Saves the state of vCPU `id`, right after [`super::setup`].
     ///
     /// # Errors
     /// KVM refused a part of the state.
@@ -54,12 +54,11 @@ impl Snapshot {
         })
     }
 
-    /// Brings the vCPU back while none runs. Calls `KVM_RUN` to complete the instruction that the
-    /// vCPU may be in, without running the guest.
+    /// Restores the vCPU while none runs. Calls `KVM_RUN` to complete the instruction that the vCPU may be in,
+    /// without running the guest.
     ///
-    /// The order is KVM's: a guest's guest is left before anything else; the mode of the local
-    /// APIC, in the special registers, comes before its registers, and those before the timer's
-    /// deadline, an MSR; whether the vCPU runs at all comes last.
+    /// KVM requires the order: leave a nested guest first; set the mode of the local APIC (special registers)
+    /// before its registers, and these before the timer's deadline (an MSR); the run state comes last.
     ///
     /// # Errors
     /// KVM refused a part of the state.
@@ -100,8 +99,8 @@ impl Snapshot {
     }
 }
 
-/// The state of a guest's own hypervisor before there is one: a header, without the 8 KiB of a
-/// guest's guest that KVM's structure has room for.
+/// The nested state of a vCPU without a nested guest: a header, without the 8 KiB for a nested guest in KVM's
+/// structure.
 #[derive(Clone, Copy)]
 struct NestedState {
     flags: u16,
@@ -137,8 +136,8 @@ impl NestedState {
     }
 }
 
-/// Lets KVM complete an access that it handed to user space: else it would do so at the next run,
-/// on top of the new state.
+/// Lets KVM complete an access that it passed to user space. Otherwise it would do so at the next run, on top
+/// of the new state.
 fn complete(vcpu: &mut VcpuFd) -> Result<(), Error> {
     vcpu.set_kvm_immediate_exit(1);
     let mut result = Ok(());

@@ -102,8 +102,8 @@ impl KvmVm {
         &self.vm
     }
 
-    /// Has KVM post writes to the port that says which register of configuration space the next
-    /// access is meant for: one exit an access instead of two.
+    /// Has KVM post writes to the PCI configuration address port: one exit for each configuration access
+    /// instead of two.
     ///
     /// # Errors
     /// The kernel refused.

@@ -1,5 +1,4 @@
-//! Interrupt routes: message-signalled interrupts delivered by the kernel, with none of our code
-//! on the way.
+//! Interrupt routes: the kernel delivers message-signalled interrupts, without an exit to user space.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -33,7 +32,7 @@ struct Shared {
 struct Table {
     /// The message that each delivers, once it has one.
     messages: BTreeMap<u32, Option<MsiMessage>>,
-    /// The GSIs whose messages the kernel does not have yet, with the message that it has.
+    /// The GSIs whose messages are not published yet, with the published message of each.
     prepared: BTreeMap<u32, Option<MsiMessage>>,
 }
 
@@ -74,7 +73,7 @@ impl Shared {
         self.vm.set_gsi_routing(&routing).map_err(io::Error::from)
     }
 
-    /// Gives the kernel the table if there is something new in it.
+    /// Gives the table to the kernel if it has changed.
     fn publish_prepared(&self) -> io::Result<()> {
         let mut table = self.lock();
         table.publish_with(|table| self.publish(table))
@@ -94,8 +93,9 @@ impl Table {
         self.prepared.remove(&gsi);
     }
 
-    /// Notes what a GSI is to deliver. Guests unmask more often than they move an interrupt, and at each new
-    /// table the kernel waits until nobody uses the old one: what the kernel has is not new.
+    /// Records the message of a GSI. A message that is published already does not change the table: guests
+    /// unmask more often than they move an interrupt, and the kernel waits at each new table until nobody uses
+    /// the old one.
     fn prepare(&mut self, gsi: u32, message: MsiMessage) {
         let before = self.messages.insert(gsi, Some(message)).flatten();
         if before != Some(message) {
@@ -103,8 +103,8 @@ impl Table {
         }
     }
 
-    /// Calls `publish` if there is something new. What the kernel refuses is taken out again, or it would be in
-    /// every later table.
+    /// Calls `publish` if the table has changed. A message that the kernel refuses is removed, or it would be
+    /// in every later table.
     fn publish_with(&mut self, publish: impl FnOnce(&Self) -> io::Result<()>) -> io::Result<()> {
         if self.prepared.is_empty() {
             return Ok(());
@@ -192,9 +192,9 @@ impl MsiRoute for GsiRoute {
         self.routes.lock().prepare(self.gsi, message);
     }
 
-    /// The route before the irqfd when delivery starts, the irqfd before the route when it stops:
-    /// the kernel must never see an irqfd whose GSI leads nowhere. An eventfd that was written to
-    /// in between is noticed by the kernel when the irqfd is assigned.
+    /// To start delivery, the route is set before the irqfd; to stop it, the irqfd is removed before the route:
+    /// the kernel must never see an irqfd without a route. If the eventfd was written to in between, the kernel
+    /// notices when the irqfd is assigned.
     fn set(&self, message: Option<MsiMessage>) -> io::Result<()> {
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(message) = message else {
@@ -235,7 +235,7 @@ impl Drop for GsiRoute {
         if let Err(error) = self.stop(&mut live) {
             tracing::error!(gsi = self.gsi, %error, "irqfd stays assigned");
         }
-        // The kernel's entry goes with the next table: no irqfd leads to it any more.
+        // The next table drops the kernel's entry: no irqfd uses it any more.
         self.routes.lock().give_back(self.gsi);
     }
 }

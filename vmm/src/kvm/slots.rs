@@ -99,8 +99,8 @@ impl Drop for SlotGuard {
                     *entry = false;
                 }
             }
-            // Neither the number nor the host addresses are used again: the guest still has a slot
-            // there, and would reach whatever else came to lie in them.
+            // Neither the number nor the host addresses are used again: the guest still has the slot, and would
+            // reach whatever is there.
             Err(error) => {
                 std::mem::forget(Arc::clone(&self.mapping));
                 tracing::error!(slot = self.number, %error, "memory slot stays in place");

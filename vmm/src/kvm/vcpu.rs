@@ -31,12 +31,12 @@ pub trait ExitHandler {
     fn mmio_write(&self, address: u64, data: &[u8]);
 }
 
-/// Port writes that KVM keeps in a ring for later instead of causing an exit (`KVM_CAP_COALESCED_PIO`).
-/// They are due before anything else is done at these ports.
+/// Port writes that KVM keeps in a ring instead of causing an exit (`KVM_CAP_COALESCED_PIO`). They must be
+/// handled before the next access to these ports.
 #[derive(Clone)]
 pub struct PostedWrites {
     ports: RangeInclusive<u16>,
-    // The ring is one for all vCPUs: held while entries are taken out of it, and by nobody else.
+    // All vCPUs share the ring. Held while entries are taken out of it.
     ring: Arc<Mutex<()>>,
 }
 
@@ -110,7 +110,7 @@ impl Vcpu {
         Ok(Exit::Continue)
     }
 
-    /// Has `access` answer the writes that were posted, if `port` is one for which they are due.
+    /// Passes the posted writes to `access`, if `port` is one that posts them or depends on them.
     fn catch_up(&mut self, port: u16, access: &impl ExitHandler) -> io::Result<()> {
         if !self.posted.ports.contains(&port) {
             return Ok(());

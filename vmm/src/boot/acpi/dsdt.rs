@@ -50,8 +50,8 @@ fn name(name: &str, value: &dyn Aml) -> Name {
     Name::new(Path::new(name), value)
 }
 
-/// `PCI0`, `PCI1`, ... of segment 0, each with the buses, ports and memory it passes on. There is
-/// no `_PXM` as long as the guest has one NUMA node.
+/// `PCI0`, `PCI1`, ... of segment 0, each with its buses, ports and memory. There is no `_PXM` as long as the
+/// guest has one NUMA node.
 fn host_bridge(index: u8, bridge: &BridgeWindows, sink: &mut dyn AmlSink) {
     let buses = AddressSpace::new_bus_number(bridge.first_bus.into(), u16::from(bridge.last_bus));
     let config_port = *PCI_CONFIG_PORTS.start();
@@ -144,7 +144,7 @@ impl Aml for OperatingSystemCapabilities {
     }
 }
 
-/// What belongs to no device: Linux uses the ECAM only where a `PNP0C02` device claims it.
+/// Resources of no device: Linux uses the ECAM only if a `PNP0C02` device claims it.
 fn motherboard(layout: &Layout, sink: &mut dyn AmlSink) {
     let len = layout.ecam.end() - layout.ecam.start() + 1;
     let ecam = Memory32Fixed::new(true, *layout.ecam.start() as u32, len as u32);
@@ -161,7 +161,7 @@ fn motherboard(layout: &Layout, sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// Where the guest's kernel says that it has panicked, under the name that Linux knows.
+/// The register by which the guest's kernel reports a panic, under the name that Linux knows.
 fn panic_register(sink: &mut dyn AmlSink) {
     let port = IO::new(panic::PORT, panic::PORT, 1, panic::LEN as u8);
     Device::new(

@@ -1,9 +1,9 @@
-//! How the guest hears of events: a Generic Event Device, the power button, and slots for hot-plug.
+//! Notifications of the guest: a Generic Event Device, the power button, and slots for hot-plug.
 //!
-//! A slot is a device with `_EJ0` under its root port's: Linux (`acpiphp`) takes it for a slot that
-//! ACPI plugs, once `_OSC` has refused it native hot-plug. There is no `_STA`: that something is in a
-//! slot is seen from its configuration space, as of any function. It is the port that is told to look:
-//! told so of a slot, Linux looks for what is new there, and not for what is gone.
+//! A slot is a device with `_EJ0` under its root port's device: Linux (`acpiphp`) handles it by ACPI, since
+//! `_OSC` refuses native hot-plug. There is no `_STA`: configuration space shows whether a slot is occupied.
+//! Device checks go to the port: after one on the slot, Linux looks for new devices only, and not for removed
+//! ones.
 
 use acpi_tables::aml::{
     And, Arg, Device, EISAName, Else, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
@@ -16,7 +16,7 @@ use gantry_devices::pci::{GuestBdf, PortIndex};
 
 use crate::layout::{EVENT_GSI, EVENT_PORT};
 
-/// A root port whose slot can be filled and emptied while the guest runs.
+/// A root port with a hot-plug slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HotSlot {
     /// The port.
@@ -65,7 +65,7 @@ pub fn events(slots: &[HotSlot], sink: &mut dyn AmlSink) {
     }
 }
 
-/// The Generic Event Device (5.6.9): at its interrupt, every event that waits is read and passed on.
+/// The Generic Event Device (5.6.9): its interrupt handler reads every pending event and passes it on.
 fn event_device(sink: &mut dyn AmlSink) {
     let line = Interrupt::new(true, true, false, false, EVENT_GSI);
     let (base, len) = (EVENT_PORT, events::LEN as u8);
@@ -113,8 +113,8 @@ fn event_method() -> Vec<u8> {
     bytes
 }
 
-/// `TELL(number, kind)`: notifies the power button, which has number 0, or a slot: its port that something
-/// came or went, what is in it of all else.
+/// `TELL(number, kind)`: notifies the power button, which has number 0, or a slot: its port of a device check,
+/// the device in it of everything else.
 fn notifier(slots: &[HotSlot], sink: &mut dyn AmlSink) {
     let (number, kind) = (Arg(0), Arg(1));
     let mut cases = Vec::new();
@@ -142,8 +142,8 @@ impl Aml for Assembled {
     }
 }
 
-/// A root port, and under it what is in its slot (6.1.1, 6.1.9, 6.3.3). Each says when it has done what it
-/// was notified of, which has a number below 4 (6.3.5).
+/// A root port, and under it the functions in its slot (6.1.1, 6.1.9, 6.3.3). Each answers a notification once
+/// it is handled, if the notification's number is below 4 (6.3.5).
 fn port(slot: HotSlot, sink: &mut dyn AmlSink) {
     let address = u32::from(slot.at.device()) << 16 | u32::from(slot.at.function());
     let number = slot.number();

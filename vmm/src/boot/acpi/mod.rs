@@ -1,8 +1,8 @@
 //! The ACPI tables of a hardware-reduced machine with PCI Express (ACPI Specification 6.5).
 //!
-//! There is no ACPI hardware but the sleep and reset registers, and neither a PIC, a PIT, a CMOS
-//! clock nor a keyboard controller. Good for an unmodified kernel: KVM's paravirtual clock and the
-//! local APIC's TSC deadline timer take their place.
+//! The only ACPI hardware is the sleep and reset registers. There is no PIC, PIT, CMOS clock or keyboard
+//! controller; an unmodified kernel uses KVM's paravirtual clock and the local APIC's TSC deadline timer
+//! instead.
 
 #[cfg(test)]
 mod aml;

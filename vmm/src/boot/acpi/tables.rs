@@ -21,7 +21,7 @@ pub fn fadt(dsdt: u64) -> FADT {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
-        // Buttons, where there are any, are devices in the DSDT, not bits in a register.
+        // Buttons are devices in the DSDT, not bits in a register.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_CLOCK).into();
@@ -78,14 +78,14 @@ fn io_apic() -> [u8; 12] {
     [1, 12, 0, 0, a, b, c, d, 0, 0, 0, 0]
 }
 
-/// Interrupt Source Override (5.2.12.5) that says nothing new, and so keeps Linux from giving the
-/// serial port's line another number than the one everybody knows.
+/// Interrupt Source Override (5.2.12.5) that changes nothing, but keeps Linux from giving the serial port's
+/// line an unusual number.
 fn serial_line() -> [u8; 10] {
     let [a, b, c, d] = SERIAL_GSI.to_le_bytes();
     [2, 10, 0, a, a, b, c, d, 0, 0]
 }
 
-/// The MCFG (PCI Firmware Specification 3.3, 4.1.2): segment 0, the buses that lead somewhere.
+/// The MCFG (PCI Firmware Specification 3.3, 4.1.2): segment 0, the buses that exist.
 pub fn mcfg(layout: &Layout) -> MCFG {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
     let last_bus = layout.bridges.iter().map(|bridge| bridge.last_bus).max();
