@@ -23,7 +23,7 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// vCPUs that do not leave the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("vCPU {} does not come back from the host's kernel: a device that it accesses may hang", numbers(.0))]
+#[error("vCPU {} is stuck in the host's kernel: a device that it accesses may hang", numbers(.0))]
 pub struct StuckVcpus(Vec<u8>);
 
 fn numbers(vcpus: &[u8]) -> String {
@@ -352,10 +352,7 @@ mod tests {
         barrier.close();
         let soon = Instant::now() + Duration::from_millis(20);
         let stuck = barrier.wait_until_empty(soon).unwrap_err();
-        assert!(
-            stuck.to_string().starts_with("vCPU 3 does not come back"),
-            "{stuck}"
-        );
+        assert!(stuck.to_string().starts_with("vCPU 3 is stuck"), "{stuck}");
         drop(let_go);
         barrier
             .wait_until_empty(Instant::now() + Duration::from_secs(60))

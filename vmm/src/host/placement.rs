@@ -328,7 +328,7 @@ impl CpuAffinity {
         match sched_setaffinity(Pid::from_raw(0), &set) {
             Err(error) if self.ordered => Err(error.into()),
             Err(error) => {
-                tracing::warn!("a vCPU is not kept near the devices: {error}");
+                tracing::warn!("cannot keep a vCPU near the devices: {error}");
                 Ok(())
             }
             Ok(()) => Ok(()),

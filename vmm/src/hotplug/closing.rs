@@ -60,7 +60,7 @@ impl Closing {
                 task,
             }),
             // The devices have been dropped, hence closed, with the closure.
-            Err(error) => tracing::warn!(%error, "no thread for closing {names}"),
+            Err(error) => tracing::warn!(%error, "cannot start a thread to close {names}"),
         }
     }
 
@@ -79,7 +79,9 @@ impl Closing {
         for one in self.pending.drain(..) {
             if let Err(task) = one.task.join_until(deadline) {
                 let names = one.names;
-                tracing::error!("the host's kernel does not come back from closing {names}");
+                tracing::error!(
+                    "the host's kernel hangs while it closes {names}: the lease ends when that call returns"
+                );
                 task.abandon();
             }
         }

@@ -124,7 +124,7 @@ impl HostDevices {
         for device in self.closing.wait_retired(Instant::now() + RETIRE_TIMEOUT) {
             tracing::warn!(
                 device,
-                "a device that is taken away does not answer: it may still write to the guest's memory"
+                "a detached device does not stop: it may still write to the guest's memory"
             );
         }
     }

@@ -93,7 +93,7 @@ impl AttachWorker {
             .and_then(|thread| thread.join_until(deadline).err());
         if let Some(thread) = late {
             tracing::error!(
-                "the host's kernel does not come back from a device that was on its way to the VM"
+                "the host's kernel hangs while it opens a device for the VM: the device stays leased until that call returns"
             );
             thread.abandon();
         }

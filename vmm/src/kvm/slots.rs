@@ -103,7 +103,7 @@ impl Drop for SlotGuard {
             // reach whatever is there.
             Err(error) => {
                 std::mem::forget(Arc::clone(&self.mapping));
-                tracing::error!(slot = self.number, %error, "memory slot stays in place");
+                tracing::error!(slot = self.number, %error, "cannot remove a memory slot");
             }
         }
     }

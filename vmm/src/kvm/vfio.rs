@@ -51,7 +51,7 @@ impl GroupObserver for VfioObserver {
 
     fn removed(&self, group: BorrowedFd<'_>) {
         if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, group) {
-            tracing::error!(%error, "KVM keeps a VFIO group");
+            tracing::error!(%error, "KVM did not release a VFIO group");
         }
     }
 }

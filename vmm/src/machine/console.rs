@@ -106,7 +106,7 @@ impl<F: FnMut()> Keyboard<F> {
             Ok(len) => len,
             Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => return true,
             Err(error) => {
-                tracing::warn!(%error, "standard input is lost");
+                tracing::warn!(%error, "cannot read standard input any more");
                 return false;
             }
         };
@@ -187,7 +187,7 @@ impl MutEventSubscriber for SerialOutput {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let due = Events::new_raw(self.0.timer().as_raw_fd(), EventSet::IN);
         if let Err(error) = ops.add(due) {
-            tracing::warn!(?error, "unfinished lines of the serial port are held back");
+            tracing::warn!(?error, "unfinished lines of the serial port are delayed");
         }
     }
 

@@ -75,7 +75,7 @@ impl RamRegion {
             match mapping.place(&nodes, placement.strict) {
                 Err(error) if placement.strict => return Err(error),
                 // A placement that was not asked for is optional.
-                Err(error) => tracing::warn!("guest RAM is not kept near the devices: {error}"),
+                Err(error) => tracing::warn!("cannot keep guest RAM near the devices: {error}"),
                 Ok(()) => {}
             }
         }

@@ -46,7 +46,9 @@ impl<T> DrainOnDrop<T> {
             sleep(Duration::from_millis(1));
             if !told && begun.elapsed() > LEAVE_TIMEOUT {
                 told = true;
-                tracing::warn!("a device that is to be closed does not answer a vCPU: waiting");
+                tracing::warn!(
+                    "a vCPU waits for a device that is to be closed and does not answer"
+                );
             }
         }
     }

@@ -63,7 +63,14 @@ impl DeviceEventFds {
                 });
             let device = io.name();
             registered
-                .inspect_err(|error| tracing::warn!(device, ?event, error, "no such event"))
+                .inspect_err(|error| {
+                    tracing::warn!(
+                        device,
+                        ?event,
+                        error,
+                        "an event of the device cannot be registered"
+                    )
+                })
                 .ok()
         }))
     }
@@ -90,7 +97,7 @@ impl DeviceEvents {
             let event = EpollEvent::new(set, key << 1 | place);
             let added = self.0.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
             if let Err(error) = added {
-                tracing::warn!(%error, "an event of a device is not watched");
+                tracing::warn!(%error, "cannot watch an event of a device");
             }
         }
     }
@@ -126,7 +133,7 @@ impl DeviceEventListener {
 impl MutEventSubscriber for DeviceEventListener {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::new(&*self.epoll, EventSet::IN)) {
-            tracing::error!(?error, "no device's events are watched");
+            tracing::error!(?error, "cannot watch the events of devices");
         }
     }
 

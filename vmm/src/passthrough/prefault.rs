@@ -75,7 +75,7 @@ impl Work {
         while let Some((memory, offset)) = self.take() {
             if let Err(error) = memory.populate(*offset, PART) {
                 // It becomes present when it is touched or mapped.
-                tracing::info!(%error, "memory is not made present in advance");
+                tracing::info!(%error, "cannot prefault guest RAM");
                 return;
             }
         }

@@ -182,7 +182,7 @@ impl<E> MutEventSubscriber for Wakeup<E> {
 /// Has the loop watch a file for input.
 pub fn listen(ops: &mut EventOps<'_>, source: &impl AsRawFd) {
     if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
-        tracing::error!(?error, "an event source is not watched");
+        tracing::error!(?error, "cannot watch an event source");
     }
 }
 
