@@ -1,39 +1,26 @@
 //! Which devices a VM gets: a pure choice over one look at the host, first fit in the order of addresses.
 
+mod judge;
 mod made;
+mod near;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{AllocateError, RequestFit};
+use super::error::AllocateError;
+use super::fit::RequestFit;
+use super::look::Look;
 use crate::base::bdf::HostBdf;
 use crate::base::json::nearest;
 use crate::base::name::DeviceName;
-use crate::facts::topology::Sockets;
-use crate::holding::record::LeaseRecord;
-use crate::inventory::card::{Allow, Card, Terms, cards, lacks};
-use crate::inventory::device::DeviceType;
+use crate::inventory::card::{Card, Terms, cards};
 use crate::inventory::device::HostDevice;
-use crate::inventory::guard::Guarded;
-use crate::inventory::mdev::Mdevs;
-use crate::inventory::unavailable::{CandidateFilter, IommuGroups, Unavailable, UnavailableDevice};
-use crate::pools::group::{GroupType, Groups, ResourceGroup, Tags};
-use crate::pools::nova;
-use crate::pools::nova::{Alias, NumaPolicy};
+use crate::inventory::unavailable::{IommuGroups, Unavailable, UnavailableDevice};
+use crate::pools::group::{GroupType, Groups, ResourceGroup};
+use crate::pools::nova::{self, Alias};
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 use crate::pools::vgpu::{Instance, TakenInstances};
-
-/// One look at the host.
-#[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    pub(crate) devices: &'a [HostDevice],
-    pub(crate) groups: &'a Groups,
-    pub(crate) sockets: &'a Sockets,
-    /// What the host needs of the devices that could be taken on demand.
-    pub(crate) guarded: &'a [Guarded],
-    /// What the VM has already, and with which record.
-    pub(crate) attached: &'a BTreeMap<HostBdf, Option<LeaseRecord>>,
-    pub(crate) mdevs: &'a Mdevs,
-}
+use judge::{Verdict, owned};
+use near::{Near, nodes_to_try, policy};
 
 /// One thing that a VM gets, and on which terms.
 #[derive(Clone, Debug)]
@@ -77,11 +64,11 @@ pub(crate) struct Chosen<'a> {
 
 /// Which devices the requests get, if all get theirs.
 pub(crate) fn choose<'a>(
-    view: View<'a>,
+    look: &'a Look,
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Vec<Pick<'a>>, AllocateError> {
-    let chosen = survey(view, requests, placement)?;
+    let chosen = survey(look, requests, placement)?;
     let mut picks = Vec::new();
     for (index, (picked, request)) in chosen.picked.into_iter().zip(requests).enumerate() {
         if !picked.fit.is_enough() {
@@ -103,21 +90,21 @@ pub(crate) fn choose<'a>(
 /// A VM that is bound to no node gets the devices with a NUMA policy together on one node: the first
 /// on which most of them are.
 pub(crate) fn survey<'a>(
-    view: View<'a>,
+    look: &'a Look,
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Chosen<'a>, AllocateError> {
     let mut best: Option<(usize, Chosen)> = None;
-    for nodes in nodes_to_try(view, requests, placement) {
+    for nodes in nodes_to_try(look, requests, placement) {
         let near = Near {
             nodes: nodes.as_ref(),
             bound: matches!(placement, Placement::Bound(_)),
         };
-        let picked = run(view, requests, near)?;
+        let picked = run(look, requests, near)?;
         let missing = picked.iter().filter(|one| !one.fit.is_enough()).count();
         let chosen = picked.iter().flat_map(|one| &one.devices);
         let far = chosen.filter(|device| !near.has(device)).count();
-        let cost = missing * view.devices.len() + far;
+        let cost = missing * look.devices.len() + far;
         if best.as_ref().is_none_or(|(least, _)| cost < *least) {
             best = Some((cost, Chosen { picked, nodes }));
         }
@@ -131,58 +118,16 @@ pub(crate) fn survey<'a>(
     ))
 }
 
-/// The sets of nodes that the VM could be on, if that matters.
-fn nodes_to_try(
-    view: View<'_>,
-    requests: &[DeviceRequest],
-    placement: &Placement,
-) -> Vec<Option<BTreeSet<u32>>> {
-    if let Some(nodes) = placement.nodes() {
-        return vec![Some(nodes.clone())];
-    }
-    let matters = |request: &DeviceRequest| {
-        !matches!(
-            policy(view.groups, request),
-            None | Some(NumaPolicy::Legacy)
-        )
-    };
-    let nodes: BTreeSet<u32> = view
-        .devices
-        .iter()
-        .filter(|device| !device.is_bridge())
-        .filter_map(|device| device.numa_node)
-        .collect();
-    if nodes.is_empty() || !requests.iter().any(matters) {
-        return vec![None];
-    }
-    nodes
-        .into_iter()
-        .map(|node| Some(BTreeSet::from([node])))
-        .collect()
-}
-
-/// The NUMA policy of a request: its own, or that of its alias, for which Nova's default holds.
-fn policy(groups: &Groups, request: &DeviceRequest) -> Option<NumaPolicy> {
-    request.numa_policy.or(match &request.from {
-        DeviceSource::Group(_) | DeviceSource::Device(_) => None,
-        DeviceSource::Alias(name) => groups
-            .alias(name)
-            .iter()
-            .find_map(|alias| alias.numa_policy)
-            .or(Some(NumaPolicy::Legacy)),
-    })
-}
-
 /// Devices asked for by address are settled first, then the others pick in the order of the requests.
 fn run<'a>(
-    view: View<'a>,
+    look: &'a Look,
     requests: &[DeviceRequest],
     near: Near<'_>,
 ) -> Result<Vec<Picked<'a>>, AllocateError> {
     let mut choice = Choice {
-        view,
+        look,
         near,
-        pool: IommuGroups::new(view.devices),
+        pool: IommuGroups::new(&look.devices),
         taken: BTreeSet::new(),
         instances: TakenInstances::default(),
     };
@@ -203,49 +148,6 @@ fn run<'a>(
     Ok(picked.into_values().collect())
 }
 
-/// Where the VM is taken to be.
-#[derive(Clone, Copy)]
-struct Near<'n> {
-    nodes: Option<&'n BTreeSet<u32>>,
-    bound: bool,
-}
-
-impl Near<'_> {
-    fn has(&self, device: &HostDevice) -> bool {
-        match (self.nodes, device.numa_node) {
-            (Some(nodes), Some(node)) => nodes.contains(&node),
-            (None, _) => true,
-            (Some(_), None) => false,
-        }
-    }
-
-    /// Whether a policy lets a device be where it is.
-    fn admits(&self, policy: Option<NumaPolicy>, device: &HostDevice, sockets: &Sockets) -> bool {
-        let Some(nodes) = self.nodes else {
-            return true;
-        };
-        match policy {
-            None | Some(NumaPolicy::Preferred) => true,
-            Some(NumaPolicy::Required) => self.has(device),
-            Some(NumaPolicy::Legacy) => {
-                !self.bound || device.numa_node.is_none() || self.has(device)
-            }
-            Some(NumaPolicy::Socket) => device
-                .numa_node
-                .is_some_and(|node| sockets.share(node, nodes)),
-        }
-    }
-}
-
-/// What becomes of a card, or of one of its functions, that a request looks at.
-enum Verdict<T> {
-    /// It is none of those meant.
-    Other(CandidateFilter),
-    /// It is one, but it cannot be had.
-    Unavailable(UnavailableDevice),
-    Free(T),
-}
-
 /// The devices that a request means.
 enum Meant<'g> {
     Group(&'g ResourceGroup),
@@ -257,7 +159,7 @@ const MOST_INSTANCES: usize = 4096;
 
 /// A choice in progress.
 struct Choice<'a, 'n> {
-    view: View<'a>,
+    look: &'a Look,
     near: Near<'n>,
     pool: IommuGroups<'a>,
     taken: BTreeSet<HostBdf>,
@@ -270,24 +172,18 @@ impl<'a> Choice<'a, '_> {
         bdf: HostBdf,
         request: &DeviceRequest,
     ) -> Result<Picked<'a>, AllocateError> {
-        let device = self.view.devices.iter().find(|device| device.bdf == bdf);
+        let device = self.look.devices.iter().find(|device| device.bdf == bdf);
         let device = device.ok_or(AllocateError::NoSuchDevice { bdf })?;
-        let groups = self.view.groups;
-        if let Some(why) = of_tenant(groups, device) {
-            return Err(AllocateError::Unavailable(Box::new(UnavailableDevice {
-                bdf,
-                why,
-            })));
+        let groups = &self.look.groups;
+        let unavailable = |one| Err(AllocateError::Unavailable(Box::new(one)));
+        if let Some(why) = owned(groups, device) {
+            return unavailable(UnavailableDevice { bdf, why });
         }
-        if !request.allow_ungrouped && !device.is_bridge() && !groups.exposes(device) {
+        if !request.allow_ungrouped && !groups.exposes(device) {
             return Err(AllocateError::Ungrouped { bdf });
         }
-        let blocked = self.lacking(device, request.allow).or_else(|| {
-            let why = self.unavailable(device)?;
-            Some(UnavailableDevice { bdf, why })
-        });
-        if let Some(blocked) = blocked {
-            return Err(AllocateError::Unavailable(Box::new(blocked)));
+        if let Some(judged) = self.judge(device, request.allow) {
+            return unavailable(judged);
         }
         if !self.taken.insert(bdf) {
             return Err(AllocateError::AskedTwice { bdf });
@@ -310,13 +206,13 @@ impl<'a> Choice<'a, '_> {
             let name = group.name.clone();
             return Err(AllocateError::Usb { name });
         }
-        let policy = policy(self.view.groups, request);
+        let policy = policy(&self.look.groups, request);
         let mut fit = RequestFit::new(request);
         if let Meant::Group(group) = meant {
             fit.from = Some(DeviceSource::Group(group.name.clone()));
         }
         let mut free = Vec::new();
-        let devices = self.view.devices.iter();
+        let devices = self.look.devices.iter();
         for card in cards(devices.filter(|device| !device.is_bridge())) {
             fit.considered += 1;
             match self.card(request, meant, policy, &card) {
@@ -334,7 +230,7 @@ impl<'a> Choice<'a, '_> {
             && let Some(spec) = &group.sriov
         {
             let one = |device: &HostDevice| device.physfn == Some(spec.pf);
-            let none = !self.view.devices.iter().any(one);
+            let none = !self.look.devices.iter().any(one);
             fit.inactive = none.then(|| group.name.clone());
         }
         let wanted = usize::try_from(request.count).unwrap_or(usize::MAX);
@@ -357,7 +253,7 @@ impl<'a> Choice<'a, '_> {
 
     /// The group or the alternatives of an alias; none where the device is named.
     fn meant(&self, from: &DeviceSource) -> Result<Option<Meant<'a>>, AllocateError> {
-        let groups = self.view.groups;
+        let groups = &self.look.groups;
         Ok(Some(match from {
             DeviceSource::Device(_) => return Ok(None),
             DeviceSource::Group(name) => match groups.get(name) {
@@ -377,173 +273,6 @@ impl<'a> Choice<'a, '_> {
             },
         }))
     }
-
-    /// A card with those of its functions that are meant: it is free if all of these are.
-    fn card(
-        &self,
-        request: &DeviceRequest,
-        meant: &Meant<'_>,
-        policy: Option<NumaPolicy>,
-        card: &Card<'a>,
-    ) -> Verdict<Card<'a>> {
-        let mut free = BTreeSet::new();
-        let mut other = CandidateFilter::Group;
-        for device in card.functions() {
-            match self.verdict(request, meant, policy, device) {
-                Verdict::Other(filter) => other = filter,
-                Verdict::Unavailable(blocked) => return Verdict::Unavailable(blocked),
-                Verdict::Free(()) => drop(free.insert(device.bdf)),
-            }
-        }
-        let card = card.only(|device| free.contains(&device.bdf));
-        card.map_or(Verdict::Other(other), Verdict::Free)
-    }
-
-    fn verdict(
-        &self,
-        request: &DeviceRequest,
-        meant: &Meant<'_>,
-        policy: Option<NumaPolicy>,
-        device: &HostDevice,
-    ) -> Verdict<()> {
-        let groups = self.view.groups;
-        let why = match meant {
-            Meant::Group(group) if !group.matches(device) => match group.misses_former(device) {
-                true => Some(Unavailable::Changed { is: device.id }),
-                false => return Verdict::Other(CandidateFilter::Group),
-            },
-            Meant::Group(group) => other_owner(groups, group, device),
-            Meant::Alias(_) if !groups.exposes(device) => {
-                return Verdict::Other(CandidateFilter::Exposed);
-            }
-            Meant::Alias(alternatives) => {
-                let tags = groups.tags(device);
-                let right = alternatives.iter();
-                let mut right = right.filter_map(|alias| {
-                    let function = alias.meant(device)?;
-                    Some(misses(alias, function, &tags))
-                });
-                match right.next() {
-                    None => return Verdict::Other(CandidateFilter::Ids),
-                    Some(None) => None,
-                    Some(first) if right.all(|other| other.is_some()) => first,
-                    Some(_) => None,
-                }
-            }
-        };
-        let bdf = device.bdf;
-        let blocked = match why {
-            Some(why) => Some(UnavailableDevice { bdf, why }),
-            None => self.against(request, policy, device),
-        };
-        blocked.map_or(Verdict::Free(()), Verdict::Unavailable)
-    }
-
-    /// What a device lacks that the request does not allow. A bridge is never given, whatever it lacks.
-    fn lacking(&self, device: &HostDevice, allow: Allow) -> Option<UnavailableDevice> {
-        let given = !device.is_bridge();
-        given
-            .then(|| lacks(device, self.view.devices, allow))
-            .flatten()
-    }
-
-    /// What stands against any use of a device.
-    fn unavailable(&self, device: &HostDevice) -> Option<Unavailable> {
-        if let Some(holder) = self.view.attached.get(&device.bdf) {
-            let holder = holder.clone();
-            return Some(Unavailable::Leased { holder });
-        }
-        if device.vgpu.is_some() {
-            return self.pool.unavailable_as_vgpu(device);
-        }
-        let first = if self.view.groups.tags(device).on_demand {
-            self.pool.unavailable_on_demand(device, self.view.guarded)
-        } else {
-            self.pool.unavailable(device)
-        };
-        first.or_else(|| self.of_card(device))
-    }
-
-    /// What stands against a device that is one of those meant.
-    fn against(
-        &self,
-        request: &DeviceRequest,
-        policy: Option<NumaPolicy>,
-        device: &HostDevice,
-    ) -> Option<UnavailableDevice> {
-        let bdf = device.bdf;
-        let blocked = |why| Some(UnavailableDevice { bdf, why });
-        let wanted: Vec<&str> = request.traits.names().collect();
-        if !wanted.is_empty() || request.resource_class.is_some() {
-            let tags = self.view.groups.tags(device);
-            if let Some(why) = untagged(request.resource_class.as_deref(), &wanted, &tags) {
-                return blocked(why);
-            }
-        }
-        if self.taken.contains(&device.bdf) {
-            return blocked(Unavailable::AskedFor);
-        }
-        if let Some(lacking) = self.lacking(device, request.allow) {
-            return Some(lacking);
-        }
-        let node = device.numa_node;
-        let far = || !self.near.admits(policy, device, self.view.sockets);
-        let why = self.unavailable(device);
-        blocked(why.or_else(|| far().then_some(Unavailable::Numa { node }))?)
-    }
-}
-
-/// A tenant's device is nobody else's.
-fn of_tenant(groups: &Groups, device: &HostDevice) -> Option<Unavailable> {
-    let tenant = groups.tenant_of(device)?.to_owned();
-    Some(Unavailable::OfTenant { tenant })
-}
-
-/// The group that comes before the one asked for.
-fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Unavailable> {
-    if let Some(why) = of_tenant(groups, device) {
-        return Some(why);
-    }
-    let owner = groups.group_of(device)?;
-    (owner.name != group.name).then(|| Unavailable::OtherGroup {
-        owner: owner.name.clone(),
-    })
-}
-
-/// What a device with the alias's ids lacks.
-fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Unavailable> {
-    if !alias.has_type(device) {
-        return Some(Unavailable::DeviceType {
-            is: DeviceType::of(device),
-            wanted: alias.device_type,
-        });
-    }
-    if let Some(nova::Flag(wanted)) = alias.live_migratable
-        && wanted != tags.live_migratable
-    {
-        return Some(Unavailable::Migratable { wanted });
-    }
-    let traits: Vec<&str> = alias
-        .traits
-        .iter()
-        .flat_map(|traits| traits.names())
-        .collect();
-    untagged(alias.resource_class.as_deref(), &traits, tags)
-}
-
-/// What is not said of a device by its group or device spec.
-fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Unavailable> {
-    if class.is_some_and(|class| nova::resource_class(class) != tags.resource_class) {
-        return Some(Unavailable::ResourceClass {
-            is: tags.resource_class.clone(),
-        });
-    }
-    let missing: Vec<String> = traits
-        .iter()
-        .filter(|wanted| !tags.traits.iter().any(|own| own == *wanted))
-        .map(|wanted| (*wanted).to_owned())
-        .collect();
-    (!missing.is_empty()).then_some(Unavailable::Traits { missing })
 }
 
 /// The first device of each physical function; one that is not virtual counts by itself.

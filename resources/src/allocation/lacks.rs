@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{Look, RequestFit};
+use super::fit::RequestFit;
+use super::look::Look;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::passing::is_passing;

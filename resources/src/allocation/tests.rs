@@ -1,9 +1,15 @@
 //! Tests: what is chosen, what is refused and why, and that nothing is given twice.
 
+mod recorded;
+
 use super::fit::SHOWN;
 use super::*;
+use crate::base::bdf::HostBdf;
+use crate::facts::topology::Sockets;
 use crate::fixture::{Fake, FakeHost, bdf};
+use crate::holding::device_lock::DeviceLock;
 use crate::holding::record::LeaseStatus;
+use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, DeviceSource};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
@@ -487,9 +493,8 @@ proptest! {
         let host = host(&fakes, BOTH);
         let devices = host.scan();
         let groups = Groups::load(&host.paths).unwrap();
-        let sockets = Sockets::default();
-        let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], mdevs: &Mdevs::default(), attached: &BTreeMap::new() };
-        match choose(view, &requests, &Placement::default()) {
+        let look = Look::over(devices.clone(), groups.clone(), Sockets::default());
+        match choose(&look, &requests, &Placement::default()) {
             Ok(picks) => {
                 let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
                 let distinct: BTreeSet<HostBdf> = chosen.iter().map(|device| device.bdf).collect();

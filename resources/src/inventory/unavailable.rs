@@ -244,11 +244,8 @@ impl<'a> IommuGroups<'a> {
         self.groups.get(&group).map_or(&[], Vec::as_slice)
     }
 
-    /// The first thing that keeps a device from being assigned.
+    /// The first thing that keeps a device, which is no bridge, from being assigned.
     pub(crate) fn unavailable(&self, device: &HostDevice) -> Option<Unavailable> {
-        if device.is_bridge() {
-            return Some(Unavailable::Bridge);
-        }
         if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
         }

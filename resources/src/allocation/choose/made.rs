@@ -18,21 +18,21 @@ impl<'a> Choice<'a, '_> {
         uuid: Uuid,
         ungrouped: bool,
     ) -> Result<Picked<'a>, AllocateError> {
-        let mut all = self.view.mdevs.devices.iter();
+        let mut all = self.look.mdevs.devices.iter();
         let device = all.find(|device| device.uuid == uuid);
         if device.is_some_and(|device| device.quarantine.is_some()) {
             return Err(VgpuError::AtWork { name: uuid.into() }.into());
         }
         let leaving = |device: &&MdevDevice| {
-            self.view.mdevs.is_claimed(device.uuid) && !device.lease.is_held()
+            self.look.mdevs.is_claimed(device.uuid) && !device.lease.is_held()
         };
         let device = device.filter(|device| !leaving(device));
         let device = device.ok_or(VgpuError::NoSuch { uuid })?;
-        if let Some(tenant) = self.view.groups.owner(uuid) {
+        if let Some(tenant) = self.look.groups.owner(uuid) {
             let tenant = tenant.to_owned();
             return Err(VgpuError::OfTenant { uuid, tenant }.into());
         }
-        if !ungrouped && self.view.groups.group_of_mdev(device).is_none() {
+        if !ungrouped && self.look.groups.group_of_mdev(device).is_none() {
             return Err(VgpuError::Ungrouped { uuid }.into());
         }
         if device.lease.is_held() {
@@ -60,7 +60,7 @@ impl<'a> Choice<'a, '_> {
             Meant::Group(group) => group.vgpu.as_ref(),
             Meant::Alias(_) => None,
         };
-        let (groups, mdevs) = (self.view.groups, self.view.mdevs);
+        let (groups, mdevs) = (&self.look.groups, &self.look.mdevs);
         let free = |spec: &VgpuSpec| groups.free_instances(spec, mdevs, &self.instances, wanted);
         spec.map(free).unwrap_or_default()
     }
@@ -69,13 +69,13 @@ impl<'a> Choice<'a, '_> {
     pub(super) fn of_card(&self, device: &HostDevice) -> Option<Unavailable> {
         let card = token::card(device);
         let has_token = !matches!(
-            self.view.groups.vf_token(card),
+            self.look.groups.vf_token(card),
             None | Some(VfToken::Secret(false))
         );
-        let devices = self.view.devices;
+        let devices = &self.look.devices;
         // Those of the VM itself are shown free of their leases.
         let is_held = |device: &HostDevice| {
-            device.lease.is_held() || self.view.attached.contains_key(&device.bdf)
+            device.lease.is_held() || self.look.attached.contains_key(&device.bdf)
         };
         if device.physfn.is_none() {
             let of_it = |other: &&HostDevice| other.physfn == Some(card) && is_held(other);

@@ -2,14 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use super::choose::{Chosen, View, survey};
-use super::*;
+use crate::allocation::choose::{Chosen, Pick, choose, survey};
+use crate::allocation::look::Look;
+use crate::base::bdf::HostBdf;
+use crate::facts::topology::Sockets;
 use crate::fixture::hosts;
 use crate::holding::record::LeaseStatus;
 use crate::inventory::card::{Card, cards};
+use crate::inventory::device::HostDevice;
 use crate::inventory::unavailable::CandidateFilter;
+use crate::pools::group::Groups;
 use crate::pools::nova::NumaPolicy;
-use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
+use crate::pools::request::{Aliases, DeviceRequest, DeviceSource, Placement};
 use proptest::prelude::*;
 
 const CONFIG: &str = r#"{
@@ -58,17 +62,9 @@ fn on(
     nodes: &[u32],
     test: impl FnOnce(Chosen<'_>),
 ) {
-    let (groups, sockets) = (groups(), sockets());
-    let view = View {
-        devices,
-        groups: &groups,
-        sockets: &sockets,
-        guarded: &[],
-        attached: &BTreeMap::new(),
-        mdevs: &Mdevs::default(),
-    };
+    let look = Look::over(devices.to_vec(), groups(), sockets());
     let placement = Placement::bound(nodes.iter().copied().collect());
-    test(survey(view, requests, &placement).unwrap());
+    test(survey(&look, requests, &placement).unwrap());
 }
 
 fn nodes_of(chosen: &Chosen<'_>) -> BTreeSet<Option<u32>> {
@@ -292,17 +288,10 @@ fn other_hardware_at_an_address_is_named() {
     let text = serde_json::json!({"groups": [{"name": "one", "rules": [rule]}]}).to_string();
     host.file("etc/groups.json", &text);
     devices[2].id.device = 0x1c31;
-    let (groups, sockets) = (Groups::load(&host.paths).unwrap(), sockets());
-    let view = View {
-        devices: &devices,
-        groups: &groups,
-        sockets: &sockets,
-        guarded: &[],
-        attached: &BTreeMap::new(),
-        mdevs: &Mdevs::default(),
-    };
+    let groups = Groups::load(&host.paths).unwrap();
+    let look = Look::over(devices, groups, sockets());
     let requests = [DeviceRequest::group("one", 1)];
-    let error = choose(view, &requests, &Placement::default())
+    let error = choose(&look, &requests, &Placement::default())
         .unwrap_err()
         .to_string();
     assert!(error.contains("1 replaced by other hardware"), "{error}");
@@ -373,14 +362,14 @@ proptest! {
         name in prop::sample::select(vec!["nvswitch", "paired", "workstation", "quickassist", "no-iommu"]),
         events in events(),
     ) {
-        let mut devices = hosts::all().remove(name).unwrap();
-        let (groups, sockets) = (groups(), sockets());
+        let devices = hosts::all().remove(name).unwrap();
+        let mut look = Look::over(devices, groups(), sockets());
         let mut vms: Vec<Vec<HostBdf>> = Vec::new();
         for event in events {
             let asked = match event {
                 Event::End(which) if !vms.is_empty() => {
                     let gone = vms.swap_remove(which.index(vms.len()));
-                    lock(&mut devices, &gone, &LeaseStatus::Free);
+                    lock(&mut look.devices, &gone, &LeaseStatus::Free);
                     continue;
                 }
                 Event::End(_) => continue,
@@ -388,8 +377,7 @@ proptest! {
                 Event::Killed(requests) => (requests, false),
                 Event::Start(requests) => (requests, true),
             };
-            let view = View { devices: &devices, groups: &groups, sockets: &sockets, guarded: &[], mdevs: &Mdevs::default(), attached: &BTreeMap::new() };
-            let Ok(chosen) = choose(view, &asked.0, &Placement::default()) else { continue };
+            let Ok(chosen) = choose(&look, &asked.0, &Placement::default()) else { continue };
             let chosen: Vec<&HostDevice> = chosen.iter().filter_map(Pick::device).collect();
             let wanted: u32 = asked.0.iter().map(|request| request.count).sum();
             let firsts: Vec<&HostDevice> = cards(chosen.iter().copied()).iter().map(Card::first).collect();
@@ -401,11 +389,11 @@ proptest! {
             for device in &chosen {
                 prop_assert!(device.on_vfio() && !device.lease.is_held() && device.iommu_group.is_some());
                 let mine = |other: &&HostDevice| other.iommu_group == device.iommu_group;
-                prop_assert!(devices.iter().filter(mine).all(|other| !other.lease.is_held()));
+                prop_assert!(look.devices.iter().filter(mine).all(|other| !other.lease.is_held()));
             }
             let chosen: Vec<HostBdf> = distinct.into_iter().collect();
             if asked.1 {
-                lock(&mut devices, &chosen, &LeaseStatus::Unrecorded);
+                lock(&mut look.devices, &chosen, &LeaseStatus::Unrecorded);
                 vms.push(chosen);
             }
         }
@@ -413,9 +401,9 @@ proptest! {
         let distinct: BTreeSet<HostBdf> = held.iter().copied().collect();
         prop_assert_eq!(held.len(), distinct.len(), "two VMs share a device");
         for gone in vms {
-            lock(&mut devices, &gone, &LeaseStatus::Free);
+            lock(&mut look.devices, &gone, &LeaseStatus::Free);
         }
-        prop_assert_eq!(devices, hosts::all().remove(name).unwrap(), "a device leaked");
+        prop_assert_eq!(look.devices, hosts::all().remove(name).unwrap(), "a device leaked");
     }
 }
 

@@ -1,0 +1,118 @@
+//! One look at the host, which a choice is made over.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::error::AllocateError;
+use super::lease::OwnLease;
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::facts::topology::Sockets;
+use crate::holding::record::{LeaseRecord, LeaseStatus};
+use crate::inventory::device::HostDevice;
+use crate::inventory::guard::{Guarded, host_uses};
+use crate::inventory::mdev::Mdevs;
+use crate::inventory::scan::scan_with;
+use crate::moving::bind::BindError;
+use crate::pools::group::Groups;
+
+/// All that a choice looks at.
+pub(super) struct Look {
+    pub(super) devices: Vec<HostDevice>,
+    pub(super) groups: Groups,
+    pub(super) sockets: Sockets,
+    /// What the host needs of the devices that could be taken on demand.
+    pub(super) guarded: Vec<Guarded>,
+    /// What the VM has already, and with which record.
+    pub(super) attached: BTreeMap<HostBdf, Option<LeaseRecord>>,
+    pub(super) mdevs: Mdevs,
+}
+
+impl Look {
+    pub(super) fn at(paths: &HostPaths) -> Result<Self, AllocateError> {
+        let groups = Groups::load(paths)?;
+        let devices = scan_with(paths, groups.detail())?;
+        let guarded = guarded(paths, &groups, &devices)?;
+        Ok(Self {
+            mdevs: Mdevs::read(paths)?,
+            sockets: sockets(paths),
+            devices,
+            groups,
+            guarded,
+            attached: BTreeMap::new(),
+        })
+    }
+
+    /// A look at these devices alone.
+    #[cfg(test)]
+    pub(super) fn over(devices: Vec<HostDevice>, groups: Groups, sockets: Sockets) -> Self {
+        Self {
+            devices,
+            groups,
+            sockets,
+            guarded: Vec::new(),
+            attached: BTreeMap::new(),
+            mdevs: Mdevs::default(),
+        }
+    }
+
+    /// The same for a VM that has leases: what they keep from others is not kept from it.
+    pub(super) fn beside(mut self, own: &[OwnLease]) -> Self {
+        let locked = own.iter().flat_map(OwnLease::locked);
+        let kept: BTreeSet<HostBdf> = locked.filter_map(DeviceName::pci).collect();
+        let has = |bdf: &HostBdf| own.iter().any(|lease| lease.name == *bdf);
+        for device in &mut self.devices {
+            if kept.contains(&device.bdf) {
+                let lease = std::mem::replace(&mut device.lease, LeaseStatus::Free);
+                if has(&device.bdf) {
+                    self.attached.insert(device.bdf, lease.record().cloned());
+                }
+            }
+        }
+        self
+    }
+
+    /// Whether killed VMs have left what takes the room of others.
+    pub(super) fn has_left_vgpus(&self) -> bool {
+        self.mdevs.claims.iter().any(|claim| claim.left)
+    }
+
+    /// Whether others are being made or removed, so that their parents' rooms are not known.
+    pub(super) fn has_vgpus_under_way(&self) -> bool {
+        let mut claims = self.mdevs.claims.iter();
+        claims.any(|claim| claim.under_way && !claim.left)
+    }
+}
+
+/// What the host needs of the devices that a VM could take from it, and of their IOMMU groups.
+fn guarded(
+    paths: &HostPaths,
+    groups: &Groups,
+    devices: &[HostDevice],
+) -> Result<Vec<Guarded>, AllocateError> {
+    // What another has is out of the question, and it may be at the very same look.
+    let on_host =
+        |device: &&HostDevice| !device.on_vfio() && !device.is_bridge() && !device.lease.is_held();
+    let concerned: BTreeSet<Option<u32>> = devices
+        .iter()
+        .filter(|device| device.iommu_group.is_some() && groups.tags(device).on_demand)
+        .map(|device| device.iommu_group)
+        .collect();
+    let leaving: Vec<HostDevice> = devices
+        .iter()
+        .filter(|device| on_host(device) && concerned.contains(&device.iommu_group))
+        .cloned()
+        .collect();
+    if leaving.is_empty() {
+        return Ok(Vec::new());
+    }
+    host_uses(paths, &leaving).map_err(|error| AllocateError::Bind(BindError::Guard(error)))
+}
+
+/// A host that does not say which nodes share a socket has one socket a node.
+fn sockets(paths: &HostPaths) -> Sockets {
+    Sockets::read(paths).unwrap_or_else(|error| {
+        tracing::warn!("cannot tell which NUMA nodes share a socket: {error}");
+        Sockets::default()
+    })
+}
