@@ -59,7 +59,7 @@ impl Tenant {
     }
 
     /// All that it owns.
-    pub(crate) fn names(&self) -> BTreeSet<DeviceName> {
+    pub fn names(&self) -> BTreeSet<DeviceName> {
         let functions = self.devices().into_iter().map(DeviceName::from);
         functions
             .chain(self.mdevs().into_iter().map(DeviceName::from))

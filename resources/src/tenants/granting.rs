@@ -1,14 +1,11 @@
-//! Giving devices to tenants, and taking PCI functions back.
+//! Giving devices to tenants.
 
-use std::collections::BTreeSet;
-
-use super::hand_over::{Owner, is_closed, is_free};
-use super::{TenantError, alone, failed, vgpus};
+use super::hand_over::{Owner, is_closed};
+use super::{TenantError, alone, vgpus};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
-use crate::holding::quarantine::{adopt, hung};
 use crate::inventory::card::{Card, cards};
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
@@ -16,7 +13,7 @@ use crate::inventory::scan::scan;
 use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 use crate::making::sriov::granted::{self, GrantedRecord};
 use crate::making::sriov::{HostAccess, VfLinks};
-use crate::moving::bind::{BindRequest, detach, reattach};
+use crate::moving::bind::{BindRequest, detach};
 use crate::pools::group::{Bind, GroupChange, GroupFiles, Groups, ResourceGroup, is_name};
 use crate::pools::tenant::{Tenant, Tenants, definitions};
 
@@ -59,6 +56,10 @@ pub fn grant(
     let _alone = alone(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
+    let group = wanted.group.unwrap_or(name);
+    if !is_name(group) {
+        return Err(TenantError::Name(group.to_owned()));
+    }
     let chosen;
     let (functions, mdevs) = match wanted.devices {
         Granted::Functions(functions) => (functions, &[][..]),
@@ -69,7 +70,7 @@ pub fn grant(
         }
     };
     if !mdevs.is_empty() {
-        vgpus::give(host, &tenants, tenant, mdevs, wanted.group)?;
+        vgpus::give(host, &tenants, tenant, mdevs, group)?;
         return Ok(mdevs.iter().map(|uuid| (*uuid).into()).collect());
     }
     let given = give(host, access, &tenants, tenant, functions, wanted)?;
@@ -125,17 +126,8 @@ fn give(
     let owner = Owner::of(host, tenant)?;
     let all = scan(host)?;
     let devices: Vec<HostDevice> = crate::moving::bind::members(&all, functions)?;
-    for HostDevice { bdf, .. } in &devices {
-        match tenants.owner_of(*bdf) {
-            Some(other) if other.name != name => {
-                return Err(TenantError::Owned {
-                    device: (*bdf).into(),
-                    owner: other.name.clone(),
-                });
-            }
-            _ => {}
-        }
-    }
+    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
+    not_of_others(tenants, tenant, &addresses)?;
     if let Some(held) = devices.iter().find(|device| device.lease.is_held()) {
         return Err(TenantError::InUse(UnavailableDevice::leased(
             held.bdf,
@@ -154,7 +146,6 @@ fn give(
         overrides: wanted.overrides,
         dry_run: false,
     };
-    let addresses: Vec<HostBdf> = devices.iter().map(|device| device.bdf).collect();
     // Whoever gets a function later must not find it as this tenant's guests leave it.
     let mut kept = Vec::new();
     for &bdf in &addresses {
@@ -178,6 +169,22 @@ fn give(
     Ok(addresses)
 }
 
+/// Refuses devices that belong to other tenants.
+pub(super) fn not_of_others(
+    tenants: &Tenants,
+    tenant: &Tenant,
+    devices: &[impl Copy + Into<DeviceName>],
+) -> Result<(), TenantError> {
+    for device in devices.iter().map(|device| (*device).into()) {
+        let owner = tenants.owner_of(device);
+        if let Some(other) = owner.filter(|other| other.name != tenant.name) {
+            let owner = other.name.clone();
+            return Err(TenantError::Owned { device, owner });
+        }
+    }
+    Ok(())
+}
+
 fn quarantined(device: &HostDevice) -> Option<(HostBdf, String)> {
     Some((device.bdf, device.quarantine.clone()?))
 }
@@ -199,9 +206,6 @@ fn with_devices(
     group: &str,
     devices: &[HostDevice],
 ) -> Result<GroupFiles, TenantError> {
-    if !is_name(group) {
-        return Err(TenantError::Name(group.to_owned()));
-    }
     let mut files = GroupFiles::open(scope)?;
     if files.groups()?.get(group).is_none() {
         files.create(ResourceGroup::named(group))?;
@@ -216,99 +220,4 @@ fn with_devices(
     )?;
     files.add(group, devices)?;
     Ok(files)
-}
-
-/// Takes devices back from a tenant, with all endpoints of their IOMMU groups, and gives them to the
-/// drivers that they had. One that hangs is left where it is. Refused while a VM has one of them.
-pub fn revoke(
-    host: &HostPaths,
-    access: HostAccess<'_>,
-    name: &str,
-    devices: &[HostBdf],
-) -> Result<Vec<HostBdf>, TenantError> {
-    let _alone = alone(host)?;
-    let tenants = Tenants::load(host)?;
-    let tenant = tenants.find(name)?;
-    let owned = tenant.devices();
-    if let Some(bdf) = devices.iter().find(|bdf| !owned.contains(bdf)) {
-        let (device, name) = ((*bdf).into(), name.to_owned());
-        return Err(TenantError::NotOwned { device, name });
-    }
-    let all = scan(host)?;
-    // A device that is gone for good is taken back too.
-    let groups: BTreeSet<Option<u32>> = all
-        .iter()
-        .filter(|device| devices.contains(&device.bdf) && device.iommu_group.is_some())
-        .map(|device| device.iommu_group)
-        .collect();
-    let leaves = |bdf: &HostBdf| {
-        let device = all.iter().find(|device| device.bdf == *bdf);
-        devices.contains(bdf) || device.is_some_and(|device| groups.contains(&device.iommu_group))
-    };
-    let leaving: Vec<HostBdf> = owned.into_iter().filter(leaves).collect();
-    // What is open would hold up the driver that is to have the device, and before that the next user.
-    for &bdf in &leaving {
-        is_free(host, bdf.into())?;
-        is_closed(host, bdf.into())?;
-    }
-    // What a tenant's VM found out about a device stays known: records of users who own it count.
-    for &bdf in &leaving {
-        adopt(host, bdf).map_err(failed(&host.state))?;
-    }
-    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
-    let owner = Owner::host();
-    leaving
-        .iter()
-        .try_for_each(|bdf| owner.take_over(host, (*bdf).into()))?;
-    let mut files = GroupFiles::open(&definitions(host, name))?;
-    files.forget(&leaving);
-    files.save()?;
-    for &bdf in &leaving {
-        if let Err(error) = granted::end(host, access.links, bdf) {
-            tracing::warn!("{bdf} stays as a guest has set it until the next command: {error}");
-        }
-    }
-    let present = all.iter().filter(|device| leaving.contains(&device.bdf));
-    let present: Vec<HostBdf> = without_hung(host, &all, present.collect());
-    if !present.is_empty() {
-        let request = BindRequest {
-            devices: &present,
-            overrides: &[],
-            dry_run: false,
-        };
-        reattach(host, access.writer, &request).map_err(|source| {
-            let devices: Vec<String> = present.iter().map(HostBdf::to_string).collect();
-            TenantError::NotReattached {
-                tenant: name.to_owned(),
-                devices: devices.join(" "),
-                source: Box::new(source),
-            }
-        })?;
-    }
-    Ok(leaving)
-}
-
-/// Those of some devices that can be moved: whoever moves one that hangs hangs with it, and what shares an
-/// IOMMU group with one stays where it is. That is told; the others need not wait for it.
-fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>) -> Vec<HostBdf> {
-    let together = |one: &HostDevice, other: &HostDevice| {
-        let neighbours = one.iommu_group.is_some() && one.iommu_group == other.iommu_group;
-        one.bdf == other.bdf || neighbours
-    };
-    let mut stuck: Vec<&HostDevice> = Vec::new();
-    for device in all {
-        if devices.iter().any(|one| together(one, device))
-            && let Some(why) = hung(host, device.bdf, device.id)
-        {
-            let bdf = device.bdf;
-            tracing::warn!(
-                "{bdf} is the host's again, but left where it is with its IOMMU group: {why}; once it is well, \
-                 `gantry device release-quarantine {bdf}` and `gantry device reattach {bdf}`"
-            );
-            stuck.push(device);
-        }
-    }
-    let moves = |device: &&&HostDevice| !stuck.iter().any(|one| together(one, device));
-    let moves = devices.iter().filter(moves);
-    moves.map(|device| device.bdf).collect()
 }

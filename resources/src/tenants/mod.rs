@@ -10,6 +10,7 @@ mod error;
 mod granting;
 mod hand_over;
 mod removal;
+mod revoking;
 mod vgpus;
 
 use std::fs;
@@ -30,10 +31,10 @@ use crate::making::sriov::{Netlink, VfLinks, granted};
 use crate::pools::group::is_name;
 use crate::pools::tenant::{Tenant, TenantFile, Tenants, definition, dirs};
 pub use error::TenantError;
-pub use granting::{Grant, Granted, grant, revoke};
+pub use granting::{Grant, Granted, grant};
 use hand_over::Owner;
 use removal::FormerDirs;
-pub use vgpus::revoke_mdevs;
+pub use revoking::revoke;
 
 /// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
 fn put_right(host: &HostPaths, tenants: &Tenants) -> Result<(), TenantError> {

@@ -1,13 +1,14 @@
 //! Mediated devices of tenants: those that a group of the host's makes ahead may be granted, one by one.
 
-use super::hand_over::{Owner, is_closed, is_free};
-use super::{TenantError, alone};
+use super::TenantError;
+use super::granting::not_of_others;
+use super::hand_over::Owner;
 use crate::base::host::HostPaths;
 use crate::base::uuid::Uuid;
 use crate::holding::lock_file::holder;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::making::vgpu::VgpuError;
-use crate::pools::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup, is_name};
+use crate::pools::group::{Bind, GroupChange, GroupFiles, GroupType, ResourceGroup};
 use crate::pools::tenant::{Tenant, Tenants, definitions};
 use crate::pools::vgpu::VgpuSpec;
 
@@ -18,17 +19,14 @@ pub(super) fn give(
     tenants: &Tenants,
     tenant: &Tenant,
     uuids: &[Uuid],
-    group: Option<&str>,
+    group: &str,
 ) -> Result<(), TenantError> {
     let name = tenant.name.as_str();
     let owner = Owner::of(host, tenant)?;
+    not_of_others(tenants, tenant, uuids)?;
     let mdevs = Mdevs::read(host)?;
     let mut devices = Vec::new();
     for &uuid in uuids {
-        if let Some(other) = tenants.owner_of(uuid).filter(|other| other.name != name) {
-            let (device, owner) = (uuid.into(), other.name.clone());
-            return Err(TenantError::Owned { device, owner });
-        }
         let stays = |device: &&MdevDevice| device.uuid == uuid && !mdevs.is_claimed(uuid);
         let device = mdevs.devices.iter().find(stays);
         let device = device.ok_or(VgpuError::NoSuch { uuid })?;
@@ -38,7 +36,6 @@ pub(super) fn give(
         devices.push(device);
     }
     let scope = definitions(host, name);
-    let group = group.unwrap_or(name);
     owner.make_dirs(host, name)?;
     // They are the tenant's from here on; should this be cut short, `put_tenants_right` does the rest.
     with_mdevs(&scope, group, &devices)?.save()?;
@@ -53,9 +50,6 @@ fn with_mdevs(
     group: &str,
     devices: &[&MdevDevice],
 ) -> Result<GroupFiles, TenantError> {
-    if !is_name(group) {
-        return Err(TenantError::Name(group.to_owned()));
-    }
     let mut files = GroupFiles::open(scope)?;
     for device in devices {
         // Whoever removes it has its lock since before this one was free.
@@ -96,28 +90,6 @@ fn with_mdevs(
     Ok(files)
 }
 
-/// Takes mediated devices back from a tenant; they stay as they are. Refused while a VM has one of them.
-pub fn revoke_mdevs(host: &HostPaths, name: &str, uuids: &[Uuid]) -> Result<(), TenantError> {
-    let _alone = alone(host)?;
-    let tenants = Tenants::load(host)?;
-    let owned = tenants.find(name)?.mdevs();
-    if let Some(uuid) = uuids.iter().find(|uuid| !owned.contains(uuid)) {
-        let (device, name) = ((*uuid).into(), name.to_owned());
-        return Err(TenantError::NotOwned { device, name });
-    }
-    // As with functions, the nodes and locks first.
-    let owner = Owner::host();
-    for &uuid in uuids {
-        is_free(host, uuid.into())?;
-        is_closed(host, uuid.into())?;
-        owner.take_over(host, uuid.into())?;
-    }
-    let mut files = GroupFiles::open(&definitions(host, name))?;
-    files.forget_mdevs(uuids);
-    files.save()?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,7 +104,7 @@ mod tests {
     use crate::pools::request::DeviceRequest;
     use crate::pools::tenant::TenantFile;
     use crate::tenants::{Grant, Granted, grant};
-    use crate::tenants::{create_tenant, delete_tenant};
+    use crate::tenants::{create_tenant, delete_tenant, revoke};
     use std::fs;
     use std::time::Duration;
 
@@ -317,17 +289,17 @@ mod tests {
         .unwrap();
         let said = delete_tenant(&host.paths, "a").unwrap_err().to_string();
         assert!(said.contains(ONE), "{said}");
-        revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap();
+        revoke(&host.paths, kernel.access(), "a", &[uuid(ONE)]).unwrap();
         let lease = taken(&host.paths, DeviceRequest::group("vgpus", 1)).unwrap();
         assert_eq!(lease[0].name().to_string(), ONE);
         drop(lease);
-        let said = revoke_mdevs(&host.paths, "a", &[uuid(ONE)]).unwrap_err();
+        let said = revoke(&host.paths, kernel.access(), "a", &[uuid(ONE)]).unwrap_err();
         assert!(said.to_string().contains("does not belong"), "{said}");
         let tenant = taken(&scope(&host, "a"), DeviceRequest::group("gpus", 1)).unwrap();
-        let said = revoke_mdevs(&host.paths, "a", &[uuid(TWO)]).unwrap_err();
+        let said = revoke(&host.paths, kernel.access(), "a", &[uuid(TWO)]).unwrap_err();
         assert!(said.to_string().contains("held by VM 'x'"), "{said}");
         drop(tenant);
-        revoke_mdevs(&host.paths, "a", &[uuid(TWO)]).unwrap();
+        revoke(&host.paths, kernel.access(), "a", &[uuid(TWO)]).unwrap();
         delete_tenant(&host.paths, "a").unwrap();
         unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
     }

@@ -9,8 +9,7 @@ use gantry_resources::making::{HostAccess, Netlink};
 use gantry_resources::moving::ChildWriter;
 use gantry_resources::pools::{TenantFile, Tenants};
 use gantry_resources::tenants::{
-    Grant, Granted, TenantError, create_tenant, delete_tenant, edit_tenant, grant, revoke,
-    revoke_mdevs,
+    Grant, Granted, create_tenant, delete_tenant, edit_tenant, grant, revoke,
 };
 use serde::Serialize;
 
@@ -260,50 +259,23 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
         true => {
             let tenants = Tenants::load(paths).map_err(Failure::host)?;
             let tenant = tenants.find(&args.name).map_err(Failure::host)?;
-            let functions = tenant.devices().into_iter().map(DeviceName::from);
-            let mdevs = tenant.mdevs().into_iter().map(DeviceName::from);
-            functions.chain(mdevs).collect()
+            tenant.names().into_iter().collect()
         }
     };
-    let (functions, mdevs) = parted(&devices);
     let _whole = SignalsHeld::new();
-    let (tenant, mut taken) = (&args.name, Vec::new());
-    let all = revoke_all(paths, tenant, (&functions, &mdevs), &mut taken);
-    // Those before one that fails are the host's again.
-    let all = all.map_err(Failure::host);
-    if taken.is_empty() && all.is_err() {
-        return all;
-    }
-    let changed = Changed {
-        removed: Some(&taken),
-        ..Changed::new(tenant, Done::Revoked)
-    };
-    let told = args.tell.tell(&changed, |out| {
-        let mut taken = taken.iter();
-        taken.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {tenant}"))
-    });
-    all.and(told)
-}
-
-/// Takes functions and mediated devices back; those of which that is done are in `taken`.
-fn revoke_all(
-    paths: &HostPaths,
-    tenant: &str,
-    (functions, mdevs): (&[HostBdf], &[Uuid]),
-    taken: &mut Vec<DeviceName>,
-) -> Result<(), TenantError> {
     let links = Netlink::new(paths);
     let host = HostAccess {
         writer: &ChildWriter::default(),
         links: &links,
     };
-    if !mdevs.is_empty() {
-        revoke_mdevs(paths, tenant, mdevs)?;
-        taken.extend(mdevs.iter().copied().map(DeviceName::from));
-    }
-    if !functions.is_empty() {
-        let back = revoke(paths, host, tenant, functions)?;
-        taken.extend(back.into_iter().map(DeviceName::from));
-    }
-    Ok(())
+    let tenant = &args.name;
+    let taken = revoke(paths, host, tenant, &devices).map_err(Failure::host)?;
+    let changed = Changed {
+        removed: Some(&taken),
+        ..Changed::new(tenant, Done::Revoked)
+    };
+    args.tell.tell(&changed, |out| {
+        let mut taken = taken.iter();
+        taken.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {tenant}"))
+    })
 }

@@ -1,0 +1,127 @@
+//! Taking devices back from tenants.
+
+use std::collections::BTreeSet;
+
+use super::hand_over::{Owner, is_closed, is_free};
+use super::{TenantError, alone, failed};
+use crate::base::bdf::HostBdf;
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
+use crate::holding::quarantine::{adopt, hung};
+use crate::inventory::device::HostDevice;
+use crate::inventory::scan::scan;
+use crate::making::sriov::HostAccess;
+use crate::making::sriov::granted;
+use crate::moving::bind::{BindRequest, reattach};
+use crate::pools::group::GroupFiles;
+use crate::pools::tenant::{Tenants, definitions};
+
+/// Takes devices back from a tenant: mediated devices, which stay as they are, and PCI functions with all
+/// endpoints of their IOMMU groups, which go to the drivers that they had. One that hangs is left where it is.
+/// Refused while a VM has one of them.
+pub fn revoke(
+    host: &HostPaths,
+    access: HostAccess<'_>,
+    name: &str,
+    devices: &[impl Copy + Into<DeviceName>],
+) -> Result<Vec<DeviceName>, TenantError> {
+    let _alone = alone(host)?;
+    let owned = Tenants::load(host)?.find(name)?.names();
+    let devices: BTreeSet<DeviceName> = devices.iter().map(|device| (*device).into()).collect();
+    if let Some(&device) = devices.iter().find(|device| !owned.contains(device)) {
+        let name = name.to_owned();
+        return Err(TenantError::NotOwned { device, name });
+    }
+    let all = scan(host)?;
+    // A device that is gone for good is taken back too.
+    let groups: BTreeSet<Option<u32>> = all
+        .iter()
+        .filter(|device| devices.contains(&device.bdf.into()) && device.iommu_group.is_some())
+        .map(|device| device.iommu_group)
+        .collect();
+    let leaves = |name: &DeviceName| {
+        let device = all.iter().find(|device| *name == device.bdf);
+        devices.contains(name) || device.is_some_and(|device| groups.contains(&device.iommu_group))
+    };
+    let leaving: Vec<DeviceName> = owned.into_iter().filter(leaves).collect();
+    // What is open would hold up the driver that is to have the device, and before that the next user.
+    for &device in &leaving {
+        is_free(host, device)?;
+        is_closed(host, device)?;
+    }
+    let functions: Vec<HostBdf> = leaving.iter().filter_map(|name| name.pci()).collect();
+    let mdevs: Vec<Uuid> = leaving.iter().filter_map(|name| name.mdev()).collect();
+    // What a tenant's VM found out about a device stays known: records of users who own it count.
+    for &bdf in &functions {
+        adopt(host, bdf).map_err(failed(&host.state))?;
+    }
+    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
+    let owner = Owner::host();
+    leaving
+        .iter()
+        .try_for_each(|device| owner.take_over(host, *device))?;
+    let mut files = GroupFiles::open(&definitions(host, name))?;
+    files.forget(&functions);
+    files.forget_mdevs(&mdevs);
+    files.save()?;
+    for &bdf in &functions {
+        if let Err(error) = granted::end(host, access.links, bdf) {
+            tracing::warn!("{bdf} stays as a guest has set it until the next command: {error}");
+        }
+    }
+    let present = all.iter().filter(|device| functions.contains(&device.bdf));
+    let present = without_hung(host, &all, present.collect());
+    to_host_drivers(host, access, name, &present)?;
+    Ok(leaving)
+}
+
+fn to_host_drivers(
+    host: &HostPaths,
+    access: HostAccess<'_>,
+    name: &str,
+    devices: &[HostBdf],
+) -> Result<(), TenantError> {
+    if devices.is_empty() {
+        return Ok(());
+    }
+    let request = BindRequest {
+        devices,
+        overrides: &[],
+        dry_run: false,
+    };
+    let moved = reattach(host, access.writer, &request).map_err(|source| {
+        let devices: Vec<String> = devices.iter().map(HostBdf::to_string).collect();
+        TenantError::NotReattached {
+            tenant: name.to_owned(),
+            devices: devices.join(" "),
+            source: Box::new(source),
+        }
+    });
+    moved.map(drop)
+}
+
+/// Those of some devices that can be moved: whoever moves one that hangs hangs with it, and what shares an
+/// IOMMU group with one stays where it is. That is told; the others need not wait for it.
+fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>) -> Vec<HostBdf> {
+    let together = |one: &HostDevice, other: &HostDevice| {
+        let neighbours = one.iommu_group.is_some() && one.iommu_group == other.iommu_group;
+        one.bdf == other.bdf || neighbours
+    };
+    let mut stuck: Vec<&HostDevice> = Vec::new();
+    for device in all {
+        if devices.iter().any(|one| together(one, device))
+            && let Some(why) = hung(host, device.bdf, device.id)
+        {
+            let bdf = device.bdf;
+            tracing::warn!(
+                "{bdf} is the host's again, but left where it is with its IOMMU group: {why}; once it is well, \
+                 `gantry device release-quarantine {bdf}` and `gantry device reattach {bdf}`"
+            );
+            stuck.push(device);
+        }
+    }
+    let moves = |device: &&&HostDevice| !stuck.iter().any(|one| together(one, device));
+    let moves = devices.iter().filter(moves);
+    moves.map(|device| device.bdf).collect()
+}
