@@ -6,7 +6,7 @@ use gantry_resources::allocation::AllocateError;
 use gantry_resources::base::ConfigError;
 use gantry_resources::base::json::JsonError;
 use gantry_resources::opener::OpenerError;
-use gantry_resources::pools::{EditError, GroupError, PlanError};
+use gantry_resources::pools::{EditError, GroupError, PlanError, UnknownTenant};
 use gantry_resources::tenants::TenantError;
 use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
@@ -82,7 +82,7 @@ fn is_mistake(error: &(dyn Error + 'static)) -> bool {
         }
     } else if let Some(error) = error.downcast_ref::<AllocateError>() {
         error.is_mistake()
-    } else if error.is::<JsonError>() {
+    } else if error.is::<JsonError>() || error.is::<UnknownTenant>() {
         true
     } else if let Some(error) = error.downcast_ref::<ConfigError>() {
         error.is_mistake()

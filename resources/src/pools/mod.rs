@@ -19,5 +19,5 @@ pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delet
 pub use request::{Aliases, DeviceRequest, DeviceSource, Placement, check_device_id, nth_id};
 pub use rule::Rule;
 pub use sriov::SriovSpec;
-pub use tenant::{Tenant, TenantFile, Tenants};
+pub use tenant::{Tenant, TenantFile, Tenants, UnknownTenant};
 pub use vgpu::{Instance, VgpuSpec};
