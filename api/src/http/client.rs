@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use gantry_resources::base::harmless;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
@@ -118,7 +119,7 @@ impl Client {
     pub fn text(&self, path: &str) -> Result<String, ClientError> {
         let body = self.whole(Method::GET, path, Bytes::new())?;
         let text = std::str::from_utf8(&body).map_err(|error| self.broken(error))?;
-        Ok(heard::text(text))
+        Ok(harmless(text))
     }
 
     /// Has a call without a body done.

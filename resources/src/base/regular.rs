@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -12,6 +13,9 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::libc;
 use nix::sys::stat::Mode;
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use crate::base::sysfs::is_gone;
 
 /// Opens a regular file, or a link to one, without waiting.
 ///
@@ -24,12 +28,9 @@ pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let file = options
-        .clone()
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)?;
-    must_be_regular(file.metadata()?.file_type())?;
-    Ok(file)
+    let mut options = options.clone();
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    options.open(path).and_then(opened_regular)
 }
 
 /// Opens a regular file below a folder without waiting; no link and no `..` in `path` leads out of it. The path
@@ -68,9 +69,84 @@ pub fn open_below(folder: &Path, path: &Path, flags: OFlag) -> io::Result<File> 
         true => Mode::from_bits_truncate(0o644),
         false => Mode::empty(),
     };
-    let file = open(flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY, mode)?;
+    open(flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY, mode).and_then(opened_regular)
+}
+
+/// Opens a regular file to be read, and nothing else: neither a link, nor a pipe that opening would wait
+/// at, nor a device that it would wake.
+pub(crate) fn open_no_link(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    options.open(path).and_then(opened_regular)
+}
+
+/// A file that was opened, if it is a regular one.
+pub(crate) fn opened_regular(file: File) -> io::Result<File> {
     must_be_regular(file.metadata()?.file_type())?;
     Ok(file)
+}
+
+/// A directory that another user may change, held open. It is reached by its descriptor alone; neither a link
+/// nor a mount leads out of it, to a file system that answers when that user likes.
+pub(crate) struct HeldDir(File);
+
+impl HeldDir {
+    /// Opens `inner`, below a directory that no other user may change; none where there is none, or something
+    /// else.
+    pub(crate) fn below(outer: &Path, inner: &Path) -> io::Result<Option<Self>> {
+        let outer = match File::open(outer) {
+            Ok(outer) => outer,
+            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        match open_beneath(&outer, inner, OFlag::O_DIRECTORY) {
+            Ok(dir) => Ok(Some(Self(dir))),
+            Err(error) if is_gone(&error) || leads_out(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Opens a regular file in it to be read, as [`open_no_link`] does.
+    pub(crate) fn regular(&self, name: &str) -> io::Result<File> {
+        open_beneath(&self.0, Path::new(name), OFlag::O_NONBLOCK).and_then(opened_regular)
+    }
+
+    /// Removes a file from it.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+        Ok(unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir)?)
+    }
+
+    /// Names of no more than so many entries, sorted, and whether there are more.
+    pub(crate) fn names(&self, most: usize) -> io::Result<(Vec<String>, bool)> {
+        // What leads to it (proc_pid_fd(5)).
+        let mut listing = fs::read_dir(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?;
+        let mut names = Vec::new();
+        for entry in listing.by_ref().take(most) {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok((names, listing.next().is_some()))
+    }
+}
+
+/// Opens a path below a directory to be read.
+fn open_beneath(dir: &File, path: &Path, flags: OFlag) -> io::Result<File> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
+        .resolve(
+            ResolveFlag::RESOLVE_BENEATH
+                | ResolveFlag::RESOLVE_NO_SYMLINKS
+                | ResolveFlag::RESOLVE_NO_MAGICLINKS
+                | ResolveFlag::RESOLVE_NO_XDEV,
+        );
+    let opened: OwnedFd = openat2(dir, path, how)?;
+    Ok(opened.into())
+}
+
+/// Whether an error means that a link or a mount is in the way.
+fn leads_out(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EXDEV))
 }
 
 /// The text of a regular file of at most `most` bytes.

@@ -1,13 +1,61 @@
-//! Texts that others wrote, made fit to be shown.
+//! Texts that others wrote, made fit to be shown at a terminal.
 
-/// Characters of what others say that are kept.
+use std::fmt::Write;
+
+/// Characters of a [`short`] text.
 const MOST: usize = 200;
 
-/// As much of what others say as a line has room for: it is kept for people to read, at a terminal. What
-/// changes how a terminal shows the rest is left out.
-pub(crate) fn short(reason: &str) -> String {
-    let shown = |one: &char| {
-        one.is_alphanumeric() || one.is_ascii_punctuation() || matches!(one, ' ' | '\u{2019}')
-    };
-    reason.chars().filter(shown).take(MOST).collect()
+/// A text with the characters escaped that are not to reach a terminal. Lines stay lines.
+pub fn harmless(text: &str) -> String {
+    let mut clean = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char {
+            '\n' | '\t' => clean.push(char),
+            char if is_unseen(char) => {
+                // Nothing fails that writes into a string.
+                let _ = write!(clean, "\\u{{{:x}}}", u32::from(char));
+            }
+            char => clean.push(char),
+        }
+    }
+    clean
+}
+
+/// As much of a text as a line has room for, without what changes how a terminal shows the rest.
+pub(crate) fn short(text: &str) -> String {
+    let shown = text.chars().filter(|char| !is_unseen(*char));
+    shown.take(MOST).collect()
+}
+
+/// Controls of a terminal, and characters that show nothing themselves and change how others show: marks and
+/// overrides of direction, joiners, separators of lines, tags.
+fn is_unseen(char: char) -> bool {
+    char.is_control()
+        || matches!(char,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_gets_through() {
+        for (hostile, shown) in [
+            ("plain é 日本 🙂\n\tend", "plain é 日本 🙂\n\tend"),
+            (
+                "\u{1b}[2J\u{1b}]0;title\u{7}",
+                "\\u{1b}[2J\\u{1b}]0;title\\u{7}",
+            ),
+            ("a\rb\u{8}c\u{7f}", "a\\u{d}b\\u{8}c\\u{7f}"),
+            ("\u{9b}31m\u{85}", "\\u{9b}31m\\u{85}"),
+            ("\u{202e}txt.exe\u{2066}", "\\u{202e}txt.exe\\u{2066}"),
+            ("zero\u{200b}width\u{feff}", "zero\\u{200b}width\\u{feff}"),
+        ] {
+            assert_eq!(harmless(hostile), shown);
+        }
+        assert_eq!(short("a\u{1b}[2J\u{202e}b\n"), "a[2Jb");
+        assert_eq!(short(&"é".repeat(MOST + 1)), "é".repeat(MOST));
+    }
 }

@@ -16,7 +16,7 @@ use crate::base::atomic::make_dir;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
-use crate::base::sysfs;
+use crate::base::regular;
 use crate::base::text::short;
 use crate::holding::record::{LeaseRecord, LeaseStatus};
 
@@ -143,7 +143,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
         }
         opened => opened,
     };
-    opened.and_then(sysfs::must_be_regular)
+    opened.and_then(regular::opened_regular)
 }
 
 /// Whether an error of [`open`] is about the file in this place, and a new file would cure it: its owner has
@@ -203,7 +203,7 @@ pub(crate) fn status(paths: &HostPaths, path: &Path) -> LeaseStatus {
         file: path.to_owned(),
         why: error.to_string(),
     };
-    let known = match sysfs::regular(path) {
+    let known = match regular::open_no_link(path) {
         Ok(file) => status_of(paths, &file),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(LeaseStatus::Free),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -349,6 +349,6 @@ pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathB
 
 /// What the last holder of a device left to be read, or the record of the one who has it.
 pub(crate) fn note(paths: &HostPaths, bdf: HostBdf) -> Option<Vec<u8>> {
-    let file = sysfs::regular(&lock_path(paths, bdf)).ok()?;
+    let file = regular::open_no_link(&lock_path(paths, bdf)).ok()?;
     content(&file).ok()
 }

@@ -11,7 +11,8 @@ use thiserror::Error;
 
 use crate::base::atomic;
 use crate::base::host::{HostPaths, TENANTS};
-use crate::base::sysfs::{self, HeldDir};
+use crate::base::regular::HeldDir;
+use crate::base::sysfs;
 use crate::holding::lock_file::{LockFile, status, status_of};
 use crate::holding::record::{Holder, LeaseRecord, LeaseStatus};
 

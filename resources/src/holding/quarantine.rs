@@ -12,7 +12,8 @@ use thiserror::Error;
 use crate::base::atomic::{self, make_dir, show};
 use crate::base::bdf::HostBdf;
 use crate::base::host::{HostPaths, TENANTS};
-use crate::base::sysfs::{self, HeldDir};
+use crate::base::regular::{self, HeldDir};
+use crate::base::sysfs;
 use crate::base::text::short;
 use crate::facts::attributes::id_at;
 use crate::facts::ids::PciId;
@@ -347,7 +348,7 @@ impl Home {
         let read = || -> io::Result<Option<Vec<u8>>> {
             let file = match &self.held {
                 Some(held) => held.regular(&name)?,
-                None => sysfs::regular(&path)?,
+                None => regular::open_no_link(&path)?,
             };
             if self.whose == Whose::Tenant && !is_owners(paths, bdf, &file)? {
                 return Ok(None);

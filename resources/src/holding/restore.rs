@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::base::atomic;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::base::regular;
 use crate::base::sysfs;
 
 /// The directory of records, below the run directory.
@@ -102,7 +103,7 @@ pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
     fn load(paths: &HostPaths, name: impl Into<DeviceName>) -> Option<Self> {
         let read = |path: &Path| {
             let mut text = Vec::new();
-            let file = sysfs::regular(path)?;
+            let file = regular::open_no_link(path)?;
             file.take(LONGEST).read_to_end(&mut text)?;
             Ok::<_, io::Error>(text)
         };
