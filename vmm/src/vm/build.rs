@@ -1,27 +1,26 @@
 //! How a VM is put together, in order.
 
 use std::fs::File;
-use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Weak};
-use std::thread::available_parallelism;
+use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::base::HostPaths;
-use gantry_resources::facts::{memlock_limit, node_of};
+use gantry_resources::facts::node_of;
 use gantry_resources::holding::Holder;
-use gantry_resources::opener::{Limit, Opener, ToCome, to_come};
+use gantry_resources::opener::{ToCome, to_come};
 use gantry_resources::pools::Placement;
 
 use super::exits::ExitDispatcher;
-use super::{Event, OpenPayload, Vm, VmContext};
+use super::hotplug_setup::{HotplugSetup, limit};
+use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
 use crate::host::placement::VmPlacement;
 use crate::host::preflight::{self, PreflightError};
-use crate::hotplug::{AttachWorker, Attacher, GuestRanges, HostDevices, arrange};
+use crate::hotplug::{HostDevices, arrange};
 use crate::info::VmState;
 use crate::kvm::{KvmError, KvmVm, Vcpu, VfioObserver};
 use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
@@ -35,13 +34,6 @@ use crate::process::sandbox::{Role, Sandbox};
 use crate::process::signals::Signals;
 use crate::process::threads::{self, Task};
 use crate::vcpus::{VcpuBarrier, Vcpus};
-
-/// More threads than this slow each other down when they populate memory.
-const POPULATE_THREADS: usize = 4;
-/// Processors that the populating threads leave free: for the guest, and for the thread that maps memory.
-const OTHER_THREADS: usize = 2;
-/// The functions that one slot can hold.
-const FUNCTIONS: usize = 8;
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. Steps that can fail without touching a
@@ -97,13 +89,9 @@ impl Vm {
         let irqchip = kvm.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&kvm, config.vcpus, &features, &entry, &machine)?;
         let barrier = VcpuBarrier::new();
-        let dispatcher = ExitDispatcher::new(
-            Arc::clone(&machine.space),
-            Arc::clone(&barrier),
-            Arc::clone(mailbox),
-        );
+        let exits = ExitDispatcher::new(&machine.space, &barrier, mailbox);
         let affinities = placement.affinities(config);
-        let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(dispatcher))
+        let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(exits))
             .map_err(cannot("spawn a vCPU thread"))?;
         Ok(Self {
             vcpus,
@@ -125,59 +113,6 @@ impl Vm {
     }
 }
 
-/// What it takes to attach devices later.
-struct HotplugSetup {
-    opener: Opener,
-    observer: Arc<VfioObserver>,
-}
-
-impl HotplugSetup {
-    fn new(host: &HostPaths, holder: &Holder, kvm: &KvmVm) -> Result<Self, Error> {
-        Ok(Self {
-            opener: Opener::start(host, holder).map_err(DeviceError::from)?,
-            observer: Arc::new(VfioObserver::new(kvm.vm())?),
-        })
-    }
-
-    /// Later devices are chosen for the VM's placement and within the limit.
-    fn confine(&self, placement: &VmPlacement, limit: Limit) -> Result<(), DeviceError> {
-        self.opener.place(placement.for_devices())?;
-        Ok(self.opener.limit(limit)?)
-    }
-
-    /// Starts the attach worker. Devices join the address space `space`, if there is one.
-    fn worker(
-        self,
-        space: Option<&Arc<IoAddressSpace>>,
-        config: &VmConfig,
-        machine: &Machine,
-        layout: &Layout,
-        context: &VmContext,
-    ) -> Result<AttachWorker, HostError> {
-        let attacher = Attacher {
-            opener: self.opener,
-            observer: self.observer,
-            router: Arc::new(machine.routes.clone()),
-            space: space.map_or_else(Weak::new, Arc::downgrade),
-            ram: machine.ram.ranges(),
-            ranges: guest_ranges(layout),
-            memlock: memlock_limit(&context.host),
-            threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
-            declared: !config.hotplug.from.is_empty(),
-            context: context.for_devices(),
-        };
-        let mailbox = Arc::clone(&context.mailbox);
-        AttachWorker::start(attacher, move || mailbox.post(Event::AttachDone))
-    }
-}
-
-/// How many threads populate memory beside the one that maps it.
-fn populate_threads(processors: usize) -> usize {
-    processors
-        .saturating_sub(OTHER_THREADS)
-        .min(POPULATE_THREADS)
-}
-
 /// The CPU features that the host's KVM offers and the VM's file allows.
 fn offered(config: &VmConfig, kvm: &KvmVm) -> Result<Features, Error> {
     let features = Features::of(kvm.kvm(), config.cpu);
@@ -185,16 +120,6 @@ fn offered(config: &VmConfig, kvm: &KvmVm) -> Result<Features, Error> {
     match config.cpu.nested && !features.has_nested() {
         true => Err(Error::NoNested),
         false => Ok(features),
-    }
-}
-
-/// What may be attached while the VM runs. `ports` is the number of slots that the devices at boot take.
-fn limit(config: &VmConfig, ports: usize) -> Limit {
-    let slots = ports + usize::from(config.hotplug.slots);
-    Limit {
-        from: config.hotplug.from.clone(),
-        ungrouped: config.hotplug.ungrouped,
-        most: slots * FUNCTIONS,
     }
 }
 
@@ -330,18 +255,6 @@ fn map_ram(
     threads::spawn(Role::Dma, sandbox, map).map_err(cannot("spawn a thread"))
 }
 
-/// The guest addresses that later devices must not reserve.
-fn guest_ranges(layout: &Layout) -> GuestRanges {
-    let ram = layout.ram.iter();
-    let bridges = layout.bridges.iter();
-    GuestRanges {
-        ram: ram.map(|range| range.start..=range.end() - 1).collect(),
-        windows: bridges
-            .flat_map(|bridge| [bridge.mem32.clone(), bridge.mem64.clone()])
-            .collect(),
-    }
-}
-
 fn make_vcpus(
     kvm: &KvmVm,
     count: VcpuCount,
@@ -370,12 +283,6 @@ fn make_vcpus(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn memory_is_made_present_by_processors_that_have_nothing_else_to_do() {
-        let threads = [1, 2, 3, 6, 64].map(populate_threads);
-        assert_eq!(threads, [0, 0, 1, 4, 4]);
-    }
 
     #[test]
     fn what_amd_reserves_stays_free_where_nothing_is_known() {

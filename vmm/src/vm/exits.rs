@@ -20,14 +20,14 @@ pub struct ExitDispatcher {
 impl ExitDispatcher {
     /// Answers accesses from `space`, and posts events that concern the whole VM to `mailbox`.
     pub fn new(
-        space: Arc<AddressSpace>,
-        barrier: Arc<VcpuBarrier>,
-        mailbox: Arc<Mailbox<Event>>,
+        space: &Arc<AddressSpace>,
+        barrier: &Arc<VcpuBarrier>,
+        mailbox: &Arc<Mailbox<Event>>,
     ) -> Self {
         Self {
-            space,
-            barrier,
-            mailbox,
+            space: Arc::clone(space),
+            barrier: Arc::clone(barrier),
+            mailbox: Arc::clone(mailbox),
         }
     }
 

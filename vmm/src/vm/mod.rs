@@ -5,6 +5,7 @@ mod commands;
 mod context;
 mod event;
 mod exits;
+mod hotplug_setup;
 mod payload;
 
 use std::fmt;
