@@ -272,7 +272,17 @@ mod tests {
             "moving",
             "making",
         ];
-        let vmm = ["process", "machine", "passthrough", "hotplug"];
+        let vmm = [
+            "process",
+            "host",
+            "kvm",
+            "cpu",
+            "boot",
+            "machine",
+            "passthrough",
+            "hotplug",
+            "vm",
+        ];
         let of = |crate_name, floor| (workspace().join(crate_name).join("src"), floor);
         let resources = resources.map(|floor| of("resources", floor));
         let vmm = vmm.map(|floor| of("vmm", floor));

@@ -6,7 +6,7 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
 use super::BootError;
 use super::e820::{self, Entry};
-use super::kernel::Image;
+use super::image::Image;
 
 /// The offset of the header, in the file and in the zero page.
 const HEADER: u64 = 0x1f1;

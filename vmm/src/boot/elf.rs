@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::BootError;
 use super::e820::{self, Entry};
-use super::kernel::Image;
+use super::image::Image;
 
 /// Where a loaded kernel is entered and where it ends.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,13 +1,11 @@
 //! Loads a kernel and its initramfs into guest memory, by the boot protocol of its file.
 
-use std::fs::File;
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::path::Path;
-
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::e820;
-use super::identify::{self, Kind, identify};
+use super::identify::Kind;
+use super::image::Image;
+use super::params::{BootParams, Initramfs};
 use super::{BootError, CMDLINE, START_INFO, ZERO_PAGE, bzimage, elf, linux64, pvh, reset};
 use crate::layout::Layout;
 
@@ -16,15 +14,6 @@ const CMDLINE_MAX: usize = 2047;
 /// What there is room for.
 const CMDLINE_ROOM: usize = 0xffff;
 const PAGE: u64 = 4096;
-
-/// A file to load, and its name for error messages.
-#[derive(Debug)]
-pub struct Image<'a> {
-    /// Where the user said it is.
-    pub path: &'a Path,
-    /// The file, open for reading.
-    pub file: &'a mut File,
-}
 
 /// How the boot vCPU enters the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,20 +34,6 @@ pub enum Entry {
     },
 }
 
-/// What a kernel is told at its entry, whatever the protocol.
-pub(super) struct Handover {
-    pub map: Vec<e820::Entry>,
-    pub initramfs: Option<Initramfs>,
-    pub rsdp: GuestAddress,
-}
-
-/// Where the initramfs lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Initramfs {
-    pub start: u64,
-    pub size: u64,
-}
-
 /// Loads kernel and initramfs and writes the kernel's boot parameters. Called again, with the same files, at
 /// every reboot of the guest.
 ///
@@ -72,40 +47,40 @@ pub fn load<M: GuestMemoryBackend>(
     cmdline: &str,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
-    let mut handover = Handover {
+    let mut params = BootParams {
         map: e820::map(layout),
         initramfs: None,
         rsdp,
     };
-    if handover.map.len() > e820::MAX_ENTRIES {
-        return Err(BootError::MemoryMap(handover.map.len()));
+    if params.map.len() > e820::MAX_ENTRIES {
+        return Err(BootError::MemoryMap(params.map.len()));
     }
     reset::write(memory, layout)?;
     let place = |end, last| match initramfs {
-        Some(image) => load_initramfs(memory, &handover.map, image, end, last).map(Some),
+        Some(image) => load_initramfs(memory, &params.map, image, end, last).map(Some),
         None => Ok(None),
     };
     match kernel.kind()? {
         Kind::Elf => {
-            let loaded = elf::load(memory, &handover.map, kernel)?;
+            let loaded = elf::load(memory, &params.map, kernel)?;
             write_cmdline(memory, cmdline, CMDLINE_MAX)?;
-            handover.initramfs = place(loaded.end, u64::from(u32::MAX))?;
-            pvh::write(memory, &handover)?;
+            params.initramfs = place(loaded.end, u64::from(u32::MAX))?;
+            pvh::write(memory, &params)?;
             Ok(Entry::Pvh {
                 entry: loaded.entry,
                 start_info: START_INFO,
             })
         }
         Kind::BzImage => {
-            let loaded = bzimage::load(memory, &handover.map, kernel)?;
+            let loaded = bzimage::load(memory, &params.map, kernel)?;
             write_cmdline(
                 memory,
                 cmdline,
                 (loaded.header.cmdline_size as usize).min(CMDLINE_ROOM),
             )?;
             let last = u64::from(loaded.header.initrd_addr_max);
-            handover.initramfs = place(loaded.end, last)?;
-            linux64::write(memory, &handover, loaded.header)?;
+            params.initramfs = place(loaded.end, last)?;
+            linux64::write(memory, &params, loaded.header)?;
             Ok(Entry::Linux64 {
                 entry: loaded.entry,
                 boot_params: ZERO_PAGE,
@@ -182,48 +157,4 @@ fn highest(map: &[e820::Entry], size: u64, kernel_end: u64, last: u64) -> Option
         let start = entry.end.min(last + 1).checked_sub(size)? / PAGE * PAGE;
         (start >= entry.start.max(kernel_end)).then_some(start)
     })
-}
-
-impl Image<'_> {
-    fn kind(&mut self) -> Result<Kind, BootError> {
-        self.seek(0)?;
-        let mut head = Vec::with_capacity(identify::HEAD);
-        let read = (&mut *self.file)
-            .take(identify::HEAD as u64)
-            .read_to_end(&mut head);
-        read.map_err(|source| self.unreadable(source))?;
-        Ok(identify(&head))
-    }
-
-    pub(super) fn size(&mut self) -> Result<u64, BootError> {
-        self.file
-            .seek(SeekFrom::End(0))
-            .map_err(|source| self.unreadable(source))
-    }
-
-    /// Fills `buffer` from `offset` of the file on.
-    pub(super) fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> Result<(), BootError> {
-        self.seek(offset)?;
-        match self.file.read_exact(buffer) {
-            Ok(()) => Ok(()),
-            Err(short) if short.kind() == ErrorKind::UnexpectedEof => Err(BootError::Truncated {
-                path: self.path.to_owned(),
-                needed: offset + buffer.len() as u64,
-                size: self.size()?,
-            }),
-            Err(source) => Err(self.unreadable(source)),
-        }
-    }
-
-    fn seek(&mut self, offset: u64) -> Result<(), BootError> {
-        let sought = self.file.seek(SeekFrom::Start(offset));
-        sought.map(drop).map_err(|source| self.unreadable(source))
-    }
-
-    fn unreadable(&self, source: std::io::Error) -> BootError {
-        BootError::Read {
-            path: self.path.to_owned(),
-            source,
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Address, Bytes, GuestMemoryBackend};
 
-use super::kernel::Handover;
+use super::params::BootParams;
 use super::{BootError, CMDLINE, ZERO_PAGE};
 
 /// A boot loader without a number of its own.
@@ -12,34 +12,34 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// Writes the zero page around the header that came with the kernel.
 pub fn write<M: GuestMemoryBackend>(
     memory: &M,
-    handover: &Handover,
+    params: &BootParams,
     header: setup_header,
 ) -> Result<(), BootError> {
-    let mut params = boot_params {
+    let mut zero_page = boot_params {
         hdr: header,
         ..boot_params::default()
     };
-    params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.cmd_line_ptr = CMDLINE.raw_value() as u32;
-    if let Some(initramfs) = handover.initramfs {
-        params.hdr.ramdisk_image = initramfs.start as u32;
-        params.hdr.ramdisk_size = initramfs.size as u32;
-        params.ext_ramdisk_image = (initramfs.start >> 32) as u32;
-        params.ext_ramdisk_size = (initramfs.size >> 32) as u32;
+    zero_page.hdr.type_of_loader = LOADER_UNDEFINED;
+    zero_page.hdr.cmd_line_ptr = CMDLINE.raw_value() as u32;
+    if let Some(initramfs) = params.initramfs {
+        zero_page.hdr.ramdisk_image = initramfs.start as u32;
+        zero_page.hdr.ramdisk_size = initramfs.size as u32;
+        zero_page.ext_ramdisk_image = (initramfs.start >> 32) as u32;
+        zero_page.ext_ramdisk_size = (initramfs.size >> 32) as u32;
     }
-    params.acpi_rsdp_addr = handover.rsdp.raw_value();
-    params.e820_entries = handover.map.len() as u8;
-    let mut table = params.e820_table;
-    for (slot, entry) in table.iter_mut().zip(&handover.map) {
+    zero_page.acpi_rsdp_addr = params.rsdp.raw_value();
+    zero_page.e820_entries = params.map.len() as u8;
+    let mut table = zero_page.e820_table;
+    for (slot, entry) in table.iter_mut().zip(&params.map) {
         *slot = boot_e820_entry {
             addr: entry.start,
             size: entry.end - entry.start,
             r#type: entry.kind as u32,
         };
     }
-    params.e820_table = table;
+    zero_page.e820_table = table;
     memory
-        .write_obj(params, ZERO_PAGE)
+        .write_obj(zero_page, ZERO_PAGE)
         .map_err(|source| BootError::Write {
             what: "the zero page",
             address: ZERO_PAGE,

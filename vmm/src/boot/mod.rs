@@ -18,13 +18,16 @@ mod e820;
 mod elf;
 mod error;
 mod identify;
+mod image;
 mod kernel;
 mod linux64;
+mod params;
 mod pvh;
 mod reset;
 
 pub use error::BootError;
-pub use kernel::{Entry, Image, load};
+pub use image::Image;
+pub use kernel::{Entry, load};
 
 use vm_memory::GuestAddress;
 

@@ -5,7 +5,7 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::{Address, ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::kernel::Handover;
+use super::params::BootParams;
 use super::{BootError, CMDLINE, START_INFO};
 
 const MAGIC: u32 = 0x336e_c578;
@@ -14,17 +14,17 @@ const MODULES: GuestAddress = GuestAddress(START_INFO.0 + 0x40);
 const MEMORY_MAP: GuestAddress = GuestAddress(START_INFO.0 + 0x80);
 
 /// Writes start info, list of modules (the initramfs is the only one) and memory map.
-pub fn write<M: GuestMemoryBackend>(memory: &M, handover: &Handover) -> Result<(), BootError> {
+pub fn write<M: GuestMemoryBackend>(memory: &M, params: &BootParams) -> Result<(), BootError> {
     let mut info = hvm_start_info {
         magic: MAGIC,
         version: VERSION,
         cmdline_paddr: CMDLINE.raw_value(),
-        rsdp_paddr: handover.rsdp.raw_value(),
+        rsdp_paddr: params.rsdp.raw_value(),
         memmap_paddr: MEMORY_MAP.raw_value(),
-        memmap_entries: handover.map.len() as u32,
+        memmap_entries: params.map.len() as u32,
         ..hvm_start_info::default()
     };
-    if let Some(initramfs) = handover.initramfs {
+    if let Some(initramfs) = params.initramfs {
         info.nr_modules = 1;
         info.modlist_paddr = MODULES.raw_value();
         let module = hvm_modlist_entry {
@@ -34,7 +34,7 @@ pub fn write<M: GuestMemoryBackend>(memory: &M, handover: &Handover) -> Result<(
         };
         put(memory, MODULES, module)?;
     }
-    for (index, entry) in handover.map.iter().enumerate() {
+    for (index, entry) in params.map.iter().enumerate() {
         let address =
             MEMORY_MAP.unchecked_add((index * size_of::<hvm_memmap_table_entry>()) as u64);
         let entry = hvm_memmap_table_entry {
