@@ -105,14 +105,12 @@ pub enum Error {
     },
     /// The device cannot interrupt a guest, and its entry does not allow that.
     #[error(
-        "{device} has neither MSI-X nor MSI (it has {has}), and gantry delivers no other interrupts yet: add \
-         \"interrupts\": \"none\" to the device's entry to use it without interrupts"
+        "{device} has no interrupts that VFIO can deliver: add \"interrupts\": \"none\" to the device's entry to \
+         use it without interrupts"
     )]
-    NoMessages {
+    NoInterrupts {
         /// The device's name in VFIO.
         device: String,
-        /// The interrupts that it has.
-        has: &'static str,
     },
     /// The device cannot be used by a guest.
     #[error("device {device} cannot be passed through: {why}")]

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, Weak};
 use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::registers::COMMAND;
 use gantry_devices::pci::{
-    BarGuard, BarPlacement, BarSet, BarSpace, BarSpaceError, MsiMessage, MsiRoute, MsiRouter,
+    BarGuard, BarPlacement, BarSet, BarSpace, BarSpaceError, IntxLine, MsiMessage, MsiRoute,
+    MsiRouter,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -85,6 +86,7 @@ pub struct FakeDevice {
     pub regions: Vec<RegionInfo>,
     pub msix: IrqInfo,
     pub msi: IrqInfo,
+    pub intx: IrqInfo,
     pub resettable: bool,
     /// Interrupt vectors that the host has for it.
     pub host_vectors: usize,
@@ -158,6 +160,10 @@ impl FakeDevice {
                 fixed: false,
             },
             msi: IrqInfo {
+                count: 1,
+                fixed: true,
+            },
+            intx: IrqInfo {
                 count: 1,
                 fixed: true,
             },
@@ -256,10 +262,7 @@ impl DeviceIo for FakeDevice {
         match irq {
             Irq::Msix => self.msix,
             Irq::Msi => self.msi,
-            Irq::Intx => IrqInfo {
-                count: 1,
-                fixed: true,
-            },
+            Irq::Intx => self.intx,
             _ => IrqInfo::default(),
         }
     }
@@ -338,6 +341,15 @@ impl DeviceIo for FakeDevice {
         Ok(())
     }
 
+    fn unmask_by(&self, irq: Irq, _resample: &EventFd) -> Result<()> {
+        let place = format!("{irq} unmasked by");
+        self.trace.step(place.clone()).map_err(failed(&place))?;
+        let vectors = self.vectors.lock().unwrap();
+        let enabled = vectors.as_ref().map(|(enabled, _)| *enabled);
+        assert_eq!(enabled, Some(irq), "the trigger comes first");
+        Ok(())
+    }
+
     fn disable_irqs(&self, irq: Irq) -> Result<()> {
         let place = match irq {
             Irq::Msix => "irqs off".to_owned(),
@@ -361,6 +373,7 @@ pub struct FakeRouter {
     trace: Arc<Trace>,
     limit: usize,
     live: Arc<Mutex<Vec<Arc<Route>>>>,
+    lines: Arc<Mutex<Vec<u32>>>,
 }
 
 struct Route {
@@ -375,12 +388,18 @@ impl FakeRouter {
             trace: Arc::clone(trace),
             limit,
             live: Arc::default(),
+            lines: Arc::default(),
         }
     }
 
     /// Routes in use.
     pub fn live(&self) -> usize {
         self.live.lock().unwrap().len()
+    }
+
+    /// Lines that are connected.
+    pub fn lines(&self) -> Vec<u32> {
+        self.lines.lock().unwrap().clone()
     }
 
     /// The messages delivered to the guest since the last time, in the order of the routes.
@@ -418,6 +437,38 @@ impl MsiRouter for FakeRouter {
 
     fn publish(&self) -> io::Result<()> {
         self.trace.step("publish".into())
+    }
+
+    fn line(&self, gsi: u32) -> io::Result<Box<dyn IntxLine>> {
+        self.trace.step(format!("line {gsi}"))?;
+        self.lines.lock().unwrap().push(gsi);
+        Ok(Box::new(FakeLine {
+            lines: Arc::clone(&self.lines),
+            gsi,
+            events: [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?],
+        }))
+    }
+}
+
+struct FakeLine {
+    lines: Arc<Mutex<Vec<u32>>>,
+    gsi: u32,
+    events: [EventFd; 2],
+}
+
+impl IntxLine for FakeLine {
+    fn trigger(&self) -> &EventFd {
+        &self.events[0]
+    }
+
+    fn resample(&self) -> &EventFd {
+        &self.events[1]
+    }
+}
+
+impl Drop for FakeLine {
+    fn drop(&mut self) {
+        self.lines.lock().unwrap().retain(|gsi| *gsi != self.gsi);
     }
 }
 

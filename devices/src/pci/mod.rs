@@ -23,6 +23,6 @@ pub use bdf::{GuestBdf, InvalidBdf};
 pub use capability::{Capability, CapabilityId, ExtendedCapability, ExtendedCapabilityId};
 pub use config::{Area, Backing, ConfigSpace, NoBacking};
 pub use host_bridge::HostBridge;
-pub use interrupts::{MsiMessage, MsiRoute, MsiRouter};
+pub use interrupts::{IntxLine, MsiMessage, MsiRoute, MsiRouter};
 pub use root_port::{PortWindows, RootPort};
 pub use segment::{PciSegment, SegmentError, SlotGuard};

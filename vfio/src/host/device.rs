@@ -145,6 +145,12 @@ pub trait DeviceIo: Send + Sync {
     /// The host has no interrupt vectors left, or the kernel refuses.
     fn set_irqs(&self, irq: Irq, start: u32, triggers: &[Option<&EventFd>]) -> Result<()>;
 
+    /// Unmasks the interrupt of an index, which each interrupt masks, whenever `resample` is written.
+    ///
+    /// # Errors
+    /// The interrupt is not connected, or the kernel refuses.
+    fn unmask_by(&self, irq: Irq, resample: &EventFd) -> Result<()>;
+
     /// Disconnects all interrupts of an index and disables it in the device.
     ///
     /// # Errors
@@ -308,6 +314,13 @@ impl DeviceIo for VfioDevice {
                 format!("VFIO_DEVICE_SET_IRQS of {irq} {start}..{end}"),
                 source,
             )
+        })
+    }
+
+    fn unmask_by(&self, irq: Irq, resample: &EventFd) -> Result<()> {
+        ioctl::unmask_by(self.file.as_fd(), irq, resample).map_err(|source| {
+            let place = format!("VFIO_DEVICE_SET_IRQS of {irq}, to unmask it");
+            self.error(place, source)
         })
     }
 

@@ -219,6 +219,12 @@ pub fn set_irqs(
     irq_set(device, flags, index, start, fds)
 }
 
+/// Has the device raise an interrupt of the index again, if it still wants one, when `resample` is written.
+pub fn unmask_by(device: BorrowedFd<'_>, index: Irq, resample: &EventFd) -> io::Result<()> {
+    let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_UNMASK;
+    irq_set(device, flags, index, 0, [resample.as_raw_fd()].into_iter())
+}
+
 /// Disconnects every interrupt of the index, and disables it in the device.
 pub fn disable_irqs(device: BorrowedFd<'_>, index: Irq) -> io::Result<()> {
     let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
@@ -325,6 +331,7 @@ mod tests {
             irq_info(fd, Irq::Msix).map(drop),
             set_irqs(fd, Irq::Msix, 0, &[None, Some(&event)]),
             disable_irqs(fd, Irq::Msix),
+            unmask_by(fd, Irq::Intx, &event),
             device_reset(fd),
             unmap_dma(fd, 0, 4096).map(drop),
         ];

@@ -2,7 +2,7 @@
 //!
 //! Registers are passed through, with these exceptions. The BARs, the command register, the power state, MSI
 //! and the MSI-X control are emulated: the hardware's own registers follow in another form or not at all.
-//! The interrupt pin reads 0, as INTx is not supported yet. Capabilities in [`HIDDEN`] and
+//! Capabilities in [`HIDDEN`] and
 //! [`HIDDEN_EXTENDED`] are removed from the lists and read zero.
 
 use gantry_devices::pci::capability::{walk_extended, walk_standard};
@@ -27,7 +27,7 @@ const COMMAND_WRITABLE: u16 = reg::COMMAND_IO
 const COMMAND_PARITY: u16 = 1 << 6;
 const COMMAND_SERR: u16 = 1 << 8;
 /// Status: INTx is asserted.
-const STATUS_INTX: u8 = 1 << 3;
+pub(super) const STATUS_INTX: u8 = 1 << 3;
 const BIST: u16 = 0x0f;
 
 /// Standard capabilities that guests do not get, besides MSI and MSI-X that the host cannot deliver.
@@ -68,11 +68,12 @@ pub(super) struct Plan {
     pub msi: Option<MsiCapability>,
 }
 
-/// Which message-signalled interrupts of the device the host can deliver.
+/// Which interrupts of the device the guest gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Deliverable {
     pub msi: bool,
     pub msix: bool,
+    pub intx: bool,
 }
 
 /// MSI (PCI Express Base Specification 6.0, 7.7.1).
@@ -151,7 +152,7 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
         msix: None,
         msi: None,
     };
-    header(&mut plan.space, registers);
+    header(&mut plan.space, registers, deliverable.intx);
     let found = walk_standard(|offset| registers.u32(offset));
     let hidden = |capability: &&Capability| match capability.id {
         CapabilityId::MSI => !deliverable.msi,
@@ -174,7 +175,12 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
 }
 
 /// The registers of the type-0 header, without the capability list.
-fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
+fn header(space: &mut ConfigSpace, registers: Registers<'_>, intx: bool) {
+    let pin = if intx {
+        registers.u8(reg::INTERRUPT_PIN)
+    } else {
+        0
+    };
     let status = registers.u8(reg::STATUS) & !STATUS_INTX;
     let header_type = registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION;
     let areas = [
@@ -183,7 +189,7 @@ fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
         Area::read_only(reg::HEADER_TYPE, &[header_type]),
         Area::read_only(BIST, &[0]),
         Area::emulated(reg::INTERRUPT_LINE, &[0], &[0xff]),
-        Area::read_only(reg::INTERRUPT_PIN, &[0]),
+        Area::read_only(reg::INTERRUPT_PIN, &[pin]),
     ];
     for area in areas {
         space.insert(area);

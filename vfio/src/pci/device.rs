@@ -11,8 +11,8 @@ use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRou
 use gantry_devices::warn_limited;
 
 use super::bars;
-use super::config::{self, Deliverable, MsiCapability, POWER_STATE, PowerCapability};
-use super::interrupts::{self, Interrupts};
+use super::config::{self, Deliverable, MsiCapability, POWER_STATE, PowerCapability, STATUS_INTX};
+use super::interrupts::{self, Interrupts, VfioVectors};
 use super::reset::ResetScope;
 use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
@@ -34,6 +34,8 @@ pub struct PassthroughDevice {
     /// Offset of the message control register of MSI-X.
     msix_control: Option<u16>,
     msi: Option<MsiCapability>,
+    /// The guest gets INTx.
+    intx: bool,
     io: Arc<dyn DeviceIo>,
     power: Option<PowerCapability>,
     /// The configuration space after a reset.
@@ -49,6 +51,8 @@ struct State {
     hardware: Option<Control>,
     /// The function was taken away from the guest.
     retired: bool,
+    /// The line of the interrupt pin in the function's slot, if the guest gets INTx.
+    gsi: Option<u32>,
 }
 
 /// The registers that take effect in [`PciDevice::remap`].
@@ -79,21 +83,17 @@ impl PassthroughDevice {
     /// through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, is invalid, or has neither MSI-X nor MSI.
+    /// The device cannot be reached, is invalid, or has no interrupts.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
-        if io.irq(Irq::Msix).count > 0 || io.irq(Irq::Msi).count > 0 {
-            return Self::without_interrupts(io, router);
+        let kinds = [Irq::Msix, Irq::Msi, Irq::Intx];
+        if kinds.iter().all(|irq| io.irq(*irq).count == 0) {
+            let device = io.name().to_owned();
+            return Err(Error::NoInterrupts { device });
         }
-        Err(Error::NoMessages {
-            device: io.name().to_owned(),
-            has: match io.irq(Irq::Intx).count {
-                0 => "no interrupts",
-                _ => "INTx",
-            },
-        })
+        Self::without_interrupts(io, router)
     }
 
-    /// As [`Self::new`], for a device that may lack MSI-X and MSI: it has no interrupts then.
+    /// As [`Self::new`], for a device that may have no interrupts.
     ///
     /// # Errors
     /// The device cannot be reached, or is invalid.
@@ -106,9 +106,13 @@ impl PassthroughDevice {
             why,
         };
         let physical = read_config(io.as_ref())?;
+        let has = |irq| io.irq(irq).count > 0;
+        let (msi, msix) = (has(Irq::Msi), has(Irq::Msix));
         let deliverable = Deliverable {
-            msi: io.irq(Irq::Msi).count > 0,
-            msix: io.irq(Irq::Msix).count > 0,
+            msi,
+            msix,
+            // A line of the host costs the host more than messages do: only for devices without messages.
+            intx: has(Irq::Intx) && !msi && !msix,
         };
         let plan = config::plan(&physical, deliverable).map_err(|why| unusable(why.into()))?;
         let msix = plan.msix.as_ref().map(|msix| &msix.layout);
@@ -119,22 +123,48 @@ impl PassthroughDevice {
         let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
             .map_err(|error| unusable(error.to_string()))?;
         let power = plan.power;
-        Control::AT_RESET.write(io.as_ref(), power)?;
+        Control::AT_RESET.write(io.as_ref(), power, deliverable.intx)?;
         Ok(Arc::new(Self {
             state: Mutex::new(State {
                 space: plan.space.clone(),
                 bars,
                 hardware: Some(Control::AT_RESET),
                 retired: false,
+                gsi: None,
             }),
             io,
             interrupts,
             msix_control: plan.msix.map(|msix| msix.control),
             msi: plan.msi,
+            intx: deliverable.intx,
             power,
             at_reset: plan.space,
             reset_failed: AtomicBool::new(false),
         }))
+    }
+
+    /// Sets the interrupt controller's line of the interrupt pin, if the guest gets INTx. `line` gives the line
+    /// of each pin of the function's slot, 0 for INTA to 3 for INTD. The pin is connected when the guest enables
+    /// the function.
+    pub fn set_line(&self, line: impl Fn(u8) -> u32) {
+        let mut state = self.lock();
+        let [pin]: [u8; 1] = state.space.get(reg::INTERRUPT_PIN);
+        state.gsi = pin.checked_sub(1).map(line);
+    }
+
+    fn connect_pin(&self, gsi: Option<u32>, control: Control) {
+        const ENABLED: u16 = reg::COMMAND_IO | reg::COMMAND_MEMORY | reg::COMMAND_BUS_MASTER;
+        if let Some(gsi) = gsi
+            && control.command & ENABLED != 0
+        {
+            let connect = |vfio: &mut VfioVectors| vfio.connect_pin(gsi);
+            self.interrupts.with_backend(connect);
+        }
+    }
+
+    fn end_interrupts(&self) {
+        self.interrupts.with_backend(VfioVectors::disconnect_pin);
+        self.interrupts.reset();
     }
 
     /// Whether a reset of the device has failed: its state is unknown then.
@@ -187,7 +217,7 @@ impl PassthroughDevice {
     /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1).
     fn quiesce(&self, state: &mut State) -> Result<()> {
         state.bars.unmap();
-        self.interrupts.reset();
+        self.end_interrupts();
         self.follow(&mut state.hardware, Control::AT_RESET)
     }
 
@@ -225,6 +255,17 @@ impl PassthroughDevice {
         }
     }
 
+    /// Sets the INTx bit of the status register, if the guest is about to read it.
+    fn update_status(&self, space: &mut ConfigSpace, offset: u16, data: &[u8]) {
+        if self.intx && touches(offset, data, reg::STATUS..reg::STATUS + 1) {
+            let mut hardware = [0];
+            Hardware(self.io.as_ref()).read(reg::STATUS, &mut hardware);
+            let [status]: [u8; 1] = space.get(reg::STATUS);
+            let asserted = hardware[0] & STATUS_INTX;
+            space.set(reg::STATUS, &[status & !STATUS_INTX | asserted]);
+        }
+    }
+
     /// The guest's settings.
     fn control(&self, space: &ConfigSpace) -> Control {
         let state = |power: PowerCapability| space.get::<1>(power.control)[0] & POWER_STATE;
@@ -238,7 +279,7 @@ impl PassthroughDevice {
     fn follow(&self, hardware: &mut Option<Control>, control: Control) -> Result<()> {
         if *hardware != Some(control) {
             *hardware = None;
-            control.write(self.io.as_ref(), self.power)?;
+            control.write(self.io.as_ref(), self.power, self.intx)?;
             *hardware = Some(control);
         }
         Ok(())
@@ -246,13 +287,14 @@ impl PassthroughDevice {
 }
 
 impl Control {
-    /// The power state comes first: outside of D0 a function may lose other writes. INTx stays disabled, as it
-    /// is not delivered yet and would disturb devices that share the line on the host.
-    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>) -> Result<()> {
+    /// The power state comes first: outside of D0 a function may lose other writes. INTx that the guest does
+    /// not get stays disabled, as it would disturb devices that share the line on the host.
+    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>, intx: bool) -> Result<()> {
         if let Some(power) = power {
             io.write(Region::CONFIG, power.control.into(), &[self.power])?;
         }
-        let command = (self.command | reg::COMMAND_INTX_DISABLE).to_le_bytes();
+        let disabled = if intx { 0 } else { reg::COMMAND_INTX_DISABLE };
+        let command = (self.command | disabled).to_le_bytes();
         io.write(Region::CONFIG, reg::COMMAND.into(), &command)
     }
 }
@@ -311,7 +353,7 @@ impl Backing for Hardware<'_> {
 impl Drop for PassthroughDevice {
     /// Interrupts end first, then the mappings; the last user closes the device.
     fn drop(&mut self) {
-        self.interrupts.reset();
+        self.end_interrupts();
         self.lock().bars.unmap();
     }
 }
@@ -323,6 +365,7 @@ impl PciDevice for PassthroughDevice {
             state.bars.read(offset, data);
         } else {
             self.update_pending(&mut state.space, offset, data);
+            self.update_status(&mut state.space, offset, data);
             state.space.read(offset, data, &Hardware(self.io.as_ref()));
         }
     }
@@ -334,6 +377,7 @@ impl PciDevice for PassthroughDevice {
             bars,
             hardware,
             retired,
+            ..
         } = &mut *guard;
         if *retired {
             return false;
@@ -364,6 +408,7 @@ impl PciDevice for PassthroughDevice {
             bars,
             hardware,
             retired,
+            gsi,
         } = &mut *guard;
         if *retired {
             return;
@@ -382,6 +427,7 @@ impl PciDevice for PassthroughDevice {
                 warn_limited!(error, "device does not follow its command register");
                 return;
             }
+            self.connect_pin(*gsi, control);
         }
         bars.remap(decode, target, || ());
     }

@@ -1,4 +1,4 @@
-//! The interrupts of a device as VFIO has them: the backend of the guest's message-signalled interrupts.
+//! The interrupts of a device as VFIO has them: the backend of the guest's messages, and the line of its pin.
 //!
 //! The guest never writes the hardware's own table and control register: VFIO owns them. A masked vector
 //! keeps its place in VFIO, while its route holds back what the device raises.
@@ -6,11 +6,11 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use gantry_devices::pci::MsiRouter;
 use gantry_devices::pci::interrupts::{
     BackendError, ConnectError, MessageInterrupts, MessageKind, MsiLayout, MsixLayout,
     MsixStructures, OutsideBar, Triggers, VectorBackend,
 };
+use gantry_devices::pci::{IntxLine, MsiRouter};
 use gantry_devices::warn_limited;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -34,8 +34,11 @@ pub(super) fn new(
     let msix = msix.transpose()?;
     let backend = VfioVectors {
         io: Arc::clone(io),
+        router: Arc::clone(&router),
         mode: Mode::Off,
         allocated: 0,
+        pin: None,
+        stuck: None,
     };
     Ok(Arc::new(Interrupts::new(msix, msi, backend, router)))
 }
@@ -43,7 +46,7 @@ pub(super) fn new(
 /// What the guest has enabled in a device. VFIO has one kind at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// No interrupts.
+    /// No messages: the pin, if it is connected.
     Off,
     /// Message-signalled interrupts, of which the guest uses up to so many.
     Messages(Irq, u16),
@@ -52,23 +55,110 @@ enum Mode {
 /// The vectors that VFIO has for a device.
 pub(super) struct VfioVectors {
     io: Arc<dyn DeviceIo>,
+    router: Arc<dyn MsiRouter>,
     mode: Mode,
     /// How many vectors VFIO has allocated, from vector 0 on; 0 while the mode is off in the device.
     allocated: u16,
+    /// The line of the interrupt pin, while the pin is connected to one.
+    pin: Option<Pin>,
+    /// A kind that could not be disabled in the device. That is tried again before another is enabled.
+    stuck: Option<Irq>,
+}
+
+/// The interrupt pin of a device in its slot.
+struct Pin {
+    gsi: u32,
+    /// Connected while no messages are enabled.
+    line: Option<Box<dyn IntxLine>>,
 }
 
 impl VfioVectors {
+    /// Connects the interrupt pin to the line `gsi` of the interrupt controller, if it is not connected.
+    pub fn connect_pin(&mut self, gsi: u32) {
+        self.pin.get_or_insert(Pin { gsi, line: None });
+        self.enable_intx();
+    }
+
+    /// Disconnects the interrupt pin.
+    pub fn disconnect_pin(&mut self) {
+        self.disable_intx();
+        self.pin = None;
+    }
+
+    /// Enables INTx if the pin is connected and no messages are enabled.
+    fn enable_intx(&mut self) {
+        let Some(pin) = self.pin.take_if(|_| self.mode == Mode::Off) else {
+            return;
+        };
+        let line = match pin.line {
+            None => self.connect_line(pin.gsi),
+            line => Ok(line),
+        };
+        let line = line.unwrap_or_else(|error| {
+            warn_limited!(
+                device = self.io.name(),
+                error = error.as_ref() as &dyn Error,
+                "INTx cannot be enabled"
+            );
+            None
+        });
+        self.pin = Some(Pin { line, ..pin });
+    }
+
+    fn connect_line(&mut self, gsi: u32) -> Result<Option<Box<dyn IntxLine>>, BackendError> {
+        self.release()?;
+        let line = self.router.line(gsi)?;
+        let trigger = [Some(line.trigger())];
+        self.io.set_irqs(Irq::Intx, 0, &trigger)?;
+        if let Err(error) = self.io.unmask_by(Irq::Intx, line.resample()) {
+            self.disable_irqs(Irq::Intx);
+            return Err(error.into());
+        }
+        Ok(Some(line))
+    }
+
+    /// Disables INTx in the device: VFIO has one kind of interrupt at a time.
+    fn disable_intx(&mut self) {
+        let line = self.pin.as_mut().and_then(|pin| pin.line.take());
+        if line.is_some() {
+            self.disable_irqs(Irq::Intx);
+        }
+    }
+
+    fn disable_irqs(&mut self, irq: Irq) {
+        if let Err(error) = self.io.disable_irqs(irq) {
+            self.stuck = Some(irq);
+            warn_limited!(
+                error = &error as &dyn Error,
+                "{irq} stays enabled in the device"
+            );
+        }
+    }
+
+    /// Disables a kind that stayed enabled in the device.
+    fn release(&mut self) -> crate::Result<()> {
+        if let Some(irq) = self.stuck {
+            self.io.disable_irqs(irq)?;
+            self.stuck = None;
+        }
+        Ok(())
+    }
+
     /// Enables the mode in the device with no vector connected, if it is not enabled.
     fn allocate(&mut self) -> crate::Result<()> {
-        match self.mode {
-            Mode::Messages(Irq::Msi, vectors) if self.allocated == 0 => self.allocate_msi(vectors),
-            Mode::Messages(irq, _) if self.allocated == 0 => {
-                self.io.set_irqs(irq, 0, &[None])?;
-                self.allocated = 1;
-                Ok(())
-            }
-            _ => Ok(()),
+        let Mode::Messages(irq, vectors) = self.mode else {
+            return Ok(());
+        };
+        if self.allocated > 0 {
+            return Ok(());
         }
+        self.release()?;
+        if irq == Irq::Msi {
+            return self.allocate_msi(vectors);
+        }
+        self.io.set_irqs(irq, 0, &[None])?;
+        self.allocated = 1;
+        Ok(())
     }
 
     /// The vectors of MSI are consecutive, so the host allocates all at once. If it has not as many, the
@@ -145,6 +235,7 @@ impl VectorBackend for VfioVectors {
             MessageKind::Msi => Irq::Msi,
             MessageKind::Msix => Irq::Msix,
         };
+        self.disable_intx();
         self.mode = Mode::Messages(irq, vectors);
         Ok(self.allocate()?)
     }
@@ -173,15 +264,12 @@ impl VectorBackend for VfioVectors {
     fn disable(&mut self) {
         if let Mode::Messages(irq, _) = self.mode
             && self.allocated > 0
-            && let Err(error) = self.io.disable_irqs(irq)
         {
-            warn_limited!(
-                error = &error as &dyn Error,
-                "{irq} stays enabled in the device"
-            );
+            self.disable_irqs(irq);
         }
         self.mode = Mode::Off;
         self.allocated = 0;
+        self.enable_intx();
     }
 }
 

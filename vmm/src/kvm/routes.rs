@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gantry_devices::pci::{MsiMessage, MsiRoute, MsiRouter};
+use gantry_devices::pci::{IntxLine, MsiMessage, MsiRoute, MsiRouter};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
     kvm_irq_routing_entry,
@@ -166,6 +166,46 @@ impl MsiRouter for GsiRoutes {
 
     fn publish(&self) -> io::Result<()> {
         self.0.publish_prepared()
+    }
+
+    fn line(&self, gsi: u32) -> io::Result<Box<dyn IntxLine>> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let (trigger, resample) = (event()?, event()?);
+        let vm = Arc::clone(&self.0.vm);
+        vm.register_irqfd_with_resample(&trigger, &resample, gsi)?;
+        Ok(Box::new(GsiLine {
+            vm,
+            gsi,
+            trigger,
+            resample,
+        }))
+    }
+}
+
+/// A source of a pin of the I/O APIC: KVM asserts the pin when `trigger` is written, and at the guest's end of
+/// interrupt releases it and writes `resample`.
+struct GsiLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    trigger: EventFd,
+    resample: EventFd,
+}
+
+impl IntxLine for GsiLine {
+    fn trigger(&self) -> &EventFd {
+        &self.trigger
+    }
+
+    fn resample(&self) -> &EventFd {
+        &self.resample
+    }
+}
+
+impl Drop for GsiLine {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.unregister_irqfd(&self.trigger, self.gsi) {
+            tracing::error!(gsi = self.gsi, %error, "irqfd stays assigned");
+        }
     }
 }
 

@@ -125,6 +125,10 @@ impl DeviceIo for CountingIo {
         self.failed(self.io.set_irqs(irq, start, triggers))
     }
 
+    fn unmask_by(&self, irq: Irq, resample: &EventFd) -> gantry_vfio::Result<()> {
+        self.failed(self.io.unmask_by(irq, resample))
+    }
+
     fn disable_irqs(&self, irq: Irq) -> gantry_vfio::Result<()> {
         self.failed(self.io.disable_irqs(irq))
     }

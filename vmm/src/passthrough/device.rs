@@ -14,6 +14,7 @@ use super::counters::{AccessCounters, CountingFunction, CountingIo};
 use super::error::DeviceError;
 use super::events::{DeviceEvent, DeviceEventFds, DeviceKey, DeviceNotify};
 use super::lease::{DeviceLabel, FunctionId, LeasedDevice};
+use crate::layout::intx_gsi;
 
 /// How long a vCPU may stay in a device that is to be closed before a warning. It leaves within microseconds,
 /// unless the device does not answer.
@@ -104,6 +105,12 @@ impl AttachedDevice {
         function: u8,
     ) -> Result<(), SegmentError> {
         self.slot = Some(pci.plug(port, function, self.function.0.clone())?);
+        let mut ports = pci.ports();
+        if let Some((_, at, _)) = ports.find(|(index, ..)| *index == port) {
+            // A root port passes the pins of its device 0 on as its own.
+            let line = |pin| intx_gsi(at.device(), pin);
+            self.function.0.function().set_line(line);
+        }
         Ok(())
     }
 

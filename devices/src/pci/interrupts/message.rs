@@ -1,4 +1,4 @@
-//! Interrupt messages and their routes: a function asks for a route and gives it a message.
+//! What a function asks of the interrupt controller: routes for messages, and lines for its pin.
 
 use std::io;
 
@@ -27,6 +27,21 @@ pub trait MsiRouter: Send + Sync {
     /// # Errors
     /// The interrupt controller refused. No route is prepared any more then.
     fn publish(&self) -> io::Result<()>;
+
+    /// Connects a level-triggered line of the interrupt controller.
+    ///
+    /// # Errors
+    /// The interrupt controller refused, or no file descriptor can be made.
+    fn line(&self, gsi: u32) -> io::Result<Box<dyn IntxLine>>;
+}
+
+/// A source of a level-triggered line. Dropping it disconnects the source.
+pub trait IntxLine: Send + Sync {
+    /// A write to it asserts the line until the guest has handled the interrupt.
+    fn trigger(&self) -> &EventFd;
+
+    /// Readable after the guest has handled the interrupt: a source that still wants one writes again.
+    fn resample(&self) -> &EventFd;
 }
 
 /// One interrupt route. Dropping it stops delivery and gives the route back.

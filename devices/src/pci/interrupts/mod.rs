@@ -12,7 +12,7 @@ mod vectors;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use message::{MsiMessage, MsiRoute, MsiRouter};
+pub use message::{IntxLine, MsiMessage, MsiRoute, MsiRouter};
 pub use msi::{MSI_MAX_LEN, Msi, MsiLayout};
 pub use msix::{Changes, ENTRY_SIZE, MAX_VECTORS, MsixTable};
 use structures::Target;
@@ -138,6 +138,11 @@ impl<B: VectorBackend> MessageInterrupts<B> {
         }
         state.enabled = None;
         state.vectors.disable();
+    }
+
+    /// Has the backend do something while no vector changes.
+    pub fn with_backend<T>(&self, action: impl FnOnce(&mut B) -> T) -> T {
+        action(self.lock().vectors.backend_mut())
     }
 
     fn target(&self, bar: u8, at: u64, len: usize) -> Target {

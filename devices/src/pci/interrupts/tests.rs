@@ -68,6 +68,10 @@ impl MsiRouter for Router {
     fn publish(&self) -> io::Result<()> {
         Ok(())
     }
+
+    fn line(&self, _gsi: u32) -> io::Result<Box<dyn IntxLine>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 impl MsiRoute for Route {

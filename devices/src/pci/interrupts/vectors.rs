@@ -109,6 +109,10 @@ impl<B: VectorBackend> Vectors<B> {
         }
     }
 
+    pub(super) fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     /// Gives all routes back and disables interrupts in the device.
     pub fn disable(&mut self) {
         self.connected.0.clear();

@@ -9,10 +9,12 @@ use crate::testing;
 const MSIX: Deliverable = Deliverable {
     msi: false,
     msix: true,
+    intx: false,
 };
 const NEITHER: Deliverable = Deliverable {
     msi: false,
     msix: false,
+    intx: false,
 };
 
 /// The hardware, as far as configuration space goes.
@@ -117,11 +119,23 @@ fn msix_that_the_host_cannot_deliver_is_hidden() {
 }
 
 #[test]
+fn the_pin_is_the_devices_own_where_the_guest_gets_intx() {
+    let physical = testing::config();
+    let intx = Deliverable {
+        intx: true,
+        ..NEITHER
+    };
+    let plan = plan(&physical, intx).unwrap();
+    assert_eq!(guest_reads(&plan, &physical, 0x3c), 0x0100);
+}
+
+#[test]
 fn msi_is_emulated_where_the_host_can_deliver_it() {
     let physical = testing::config();
     let both = Deliverable {
         msi: true,
         msix: true,
+        intx: false,
     };
     let mut plan = plan(&physical, both).unwrap();
     let listed = walk_standard(|offset| guest_reads(&plan, &physical, offset));
@@ -150,6 +164,7 @@ fn each_capability_is_shown_or_hidden() {
     let deliverable = Deliverable {
         msi: true,
         msix: true,
+        intx: false,
     };
     for id in 1..=0x15 {
         let mut physical = vec![0; 4096];
@@ -247,7 +262,7 @@ proptest! {
             physical[usize::from(slot) * 4] = id;
             physical[usize::from(slot) * 4 + 1] = next;
         }
-        if let Ok(plan) = plan(&physical, Deliverable { msi: false, msix }) {
+        if let Ok(plan) = plan(&physical, Deliverable { msi: false, msix, intx: false }) {
             let reads = |offset| guest_reads(&plan, &physical, offset);
             for found in walk_standard(reads) {
                 prop_assert_ne!(found.id, CapabilityId::MSI);

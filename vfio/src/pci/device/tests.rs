@@ -285,7 +285,7 @@ fn guests_switch_between_msi_and_msix() {
 }
 
 #[test]
-fn a_device_with_msi_only_has_interrupts_and_one_with_intx_only_is_refused() {
+fn a_device_with_msi_only_has_interrupts_and_one_with_none_is_refused() {
     let mut device = FakeDevice::new();
     device.msix.count = 0;
     let rig = Rig::around(device);
@@ -293,16 +293,95 @@ fn a_device_with_msi_only_has_interrupts_and_one_with_intx_only_is_refused() {
     assert_eq!(rig.device.armed(), Some(vec![true]));
 
     let mut device = FakeDevice::new();
-    (device.msix.count, device.msi.count) = (0, 0);
+    (device.msix.count, device.msi.count, device.intx.count) = (0, 0, 0);
     let router = Arc::new(FakeRouter::new(&device.trace, 1));
     let error = PassthroughDevice::new(Arc::new(device), router)
         .err()
         .unwrap();
-    let text = error.to_string();
+    assert!(error.to_string().contains("has no interrupts"), "{error}");
+}
+
+/// A device with a pin only, in a slot whose pins have the lines from 20 on.
+fn with_pin() -> Rig {
+    let mut device = FakeDevice::new();
+    (device.msix.count, device.msi.count) = (0, 0);
+    let rig = Rig::around(device);
+    rig.function.set_line(|pin| 20 + u32::from(pin));
+    assert_eq!(rig.events(), Vec::<String>::new());
+    rig
+}
+
+/// TRAPS 8: the trigger comes before what unmasks it.
+#[test]
+fn the_pin_is_connected_once_the_guest_enables_the_function_and_until_its_end() {
+    let rig = with_pin();
+    rig.write(CMD, &[0x04]);
+    let seen = rig.events();
     assert!(
-        text.contains("neither MSI-X nor MSI (it has INTx)"),
-        "{text}"
+        seen.ends_with(&["line 20", "INTx 0..1", "INTx unmasked by"].map(str::to_owned)),
+        "{seen:?}"
     );
+    rig.write(CMD, &[0x06]);
+    assert!(!rig.events().contains(&"line 20".to_owned()), "once");
+    assert_eq!(
+        (rig.router.lines(), rig.device.armed()),
+        (vec![20], Some(vec![true]))
+    );
+
+    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
+    let seen = rig.events();
+    let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
+    assert!(at("INTx off") < at("reset"));
+    assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
+    rig.write(CMD, &[0x06]);
+    assert_eq!(rig.router.lines(), [20], "again");
+    rig.function.retire().unwrap();
+    assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
+    rig.write(CMD, &[0x07]);
+    assert_eq!(rig.device.armed(), None, "a retired function stays silent");
+
+    let rig = with_pin();
+    rig.write(CMD, &[0x06]);
+    let (device, router) = (rig.device, rig.router);
+    drop(rig.function);
+    assert_eq!((router.lines(), device.armed()), (vec![], None));
+}
+
+#[test]
+fn the_guest_disables_intx_and_reads_whether_it_is_asserted() {
+    let rig = with_pin();
+    assert_eq!(rig.read(0x3c), 0x0100);
+    rig.write(CMD, &[2, 0]);
+    assert_eq!(rig.device.command(), 0x0002, "INTx is enabled");
+    rig.write(CMD + 1, &[0x04]);
+    assert_eq!(rig.device.command(), 0x0402);
+    let status = |rig: &Rig| rig.read(CMD) >> 16 & 8;
+    assert_eq!(status(&rig), 8);
+    rig.device.config.lock().unwrap()[usize::from(STATUS)] = 0x10;
+    assert_eq!(status(&rig), 0);
+    let with_messages = Rig::new();
+    assert_eq!((status(&with_messages), with_messages.read(0x3c)), (0, 0));
+    with_messages.function.set_line(|_| 20);
+    with_messages.write(CMD, &[2, 0]);
+    assert_eq!(with_messages.router.lines(), [] as [u32; 0]);
+}
+
+/// Whichever call fails, nothing is left, and the guest's next attempt connects the pin.
+#[test]
+fn a_pin_that_cannot_be_connected_is_connected_at_the_next_attempt() {
+    for steps in 2..5 {
+        let rig = with_pin();
+        rig.device.trace.fail_after(steps);
+        rig.write(CMD, &[0x04]);
+        let failed = rig.device.trace.failed().unwrap();
+        assert!(
+            failed.contains("line") || failed.contains("INTx"),
+            "{failed}"
+        );
+        assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
+        rig.write(CMD, &[0x06]);
+        assert_eq!(rig.router.lines(), [20]);
+    }
 }
 
 #[test]
@@ -615,12 +694,17 @@ proptest! {
     fn hostile_guests_get_nowhere(
         accesses in proptest::collection::vec(access(), 1..60),
         fixed in any::<bool>(),
+        messages in any::<bool>(),
     ) {
         let mut device = FakeDevice::new();
         device.msix.fixed = fixed;
+        if !messages {
+            (device.msix.count, device.msi.count) = (0, 0);
+        }
         let device = Arc::new(device);
         let router = Arc::new(FakeRouter::new(&device.trace, 3));
         let function = PassthroughDevice::new(device.clone(), router.clone()).unwrap();
+        function.set_line(|_| 16);
         let bars: Vec<_> = function.lock().bars.bars().cloned().collect();
         let trapped: Vec<_> = bars
             .iter()
@@ -651,6 +735,7 @@ proptest! {
         drop(trapped);
         drop(function);
         prop_assert_eq!((device.mappings(), router.live()), (0, 0));
+        prop_assert_eq!(router.lines(), []);
         prop_assert_eq!(device.trace.mapped(), []);
     }
 }
