@@ -33,8 +33,8 @@ pub(crate) struct Fake {
     pub(crate) driver: Option<String>,
     pub(crate) group: Option<u32>,
     pub(crate) attributes: Vec<(String, String)>,
-    /// Whether it has MSI and MSI-X beside INTx.
-    pub(crate) messages: bool,
+    /// Whether it has INTx, MSI and MSI-X.
+    pub(crate) interrupts: bool,
 }
 
 impl Fake {
@@ -47,13 +47,13 @@ impl Fake {
             driver: Some("vfio-pci".to_owned()),
             group: Some(group),
             attributes: Vec::new(),
-            messages: true,
+            interrupts: true,
         }
     }
 
-    pub(crate) fn with_intx_only(self) -> Self {
+    pub(crate) fn without_interrupts(self) -> Self {
         Self {
-            messages: false,
+            interrupts: false,
             ..self
         }
     }
@@ -90,12 +90,12 @@ impl Fake {
     }
 }
 
-/// A configuration space with an interrupt pin, and with MSI and MSI-X if it has `messages`.
-fn config(messages: bool) -> [u8; 256] {
+/// A configuration space, with an interrupt pin, MSI and MSI-X if it has `interrupts`.
+fn config(interrupts: bool) -> [u8; 256] {
     let mut config = [0; 256];
     config[0x06] = 1 << 4;
-    config[0x34] = if messages { 0x40 } else { 0 };
-    config[0x3d] = 1;
+    config[0x34] = if interrupts { 0x40 } else { 0 };
+    config[0x3d] = u8::from(interrupts);
     config[0x40..0x42].copy_from_slice(&[0x05, 0x50]);
     config[0x50] = 0x11;
     config
@@ -149,7 +149,7 @@ impl FakeHost {
             modalias(device.id, (0x1af4, 0x1100), device.class),
         );
         put("reset_method", "flr bus".to_owned());
-        fs::write(dir.join("config"), config(device.messages)).unwrap();
+        fs::write(dir.join("config"), config(device.interrupts)).unwrap();
         put("revision", "0x02".to_owned());
         put("numa_node", "-1".to_owned());
         put("driver_override", "(null)".to_owned());

@@ -80,7 +80,7 @@ fn may_pass(blocked: &UnavailableDevice) -> bool {
             | Unavailable::ResourceClass { .. }
             | Unavailable::Traits { .. }
             | Unavailable::Migratable { .. }
-            | Unavailable::NoMessages { .. }
+            | Unavailable::NoInterrupts { .. }
             | Unavailable::NoReset
     )
 }

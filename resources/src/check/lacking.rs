@@ -1,4 +1,4 @@
-//! Devices that a VM gets only if their entry allows it: those without interrupts that gantry delivers, and those without a reset.
+//! Devices that a VM gets only if their entry allows it: those without interrupts, and those without a reset.
 
 use super::facts::Devices;
 use super::{Finding, Level};
@@ -10,10 +10,8 @@ pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let all: Vec<UnavailableDevice> = devices.wanted().filter_map(lacks).collect();
     let of = |no_reset: bool| {
         let words = |one: &UnavailableDevice| match &one.why {
-            Unavailable::NoMessages { has, .. } if !no_reset => {
-                Some(format!("{} (it has {has})", one.bdf))
-            }
-            Unavailable::NoMessages { no_reset: true, .. } | Unavailable::NoReset if no_reset => {
+            Unavailable::NoInterrupts { .. } if !no_reset => Some(one.bdf.to_string()),
+            Unavailable::NoInterrupts { no_reset: true } | Unavailable::NoReset if no_reset => {
                 Some(one.bdf.to_string())
             }
             _ => None,
@@ -26,7 +24,7 @@ pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
             "interrupts",
             "Interrupts",
             of(false),
-            "neither MSI-X nor MSI, and gantry delivers no other kind yet",
+            "these have no interrupts",
             "add \"interrupts\": \"none\" to such a device's entry in the VM's file: it works without interrupts",
         ),
         (

@@ -74,9 +74,9 @@ impl Interrupts {
 }
 
 impl Interrupts {
-    /// Whether it has interrupts that gantry delivers to a guest.
-    pub(crate) fn are_delivered(&self) -> bool {
-        self.msix || self.msi
+    /// Whether there are any.
+    pub(crate) fn are_any(self) -> bool {
+        self.msix || self.msi || self.intx
     }
 }
 

@@ -55,7 +55,7 @@ pub fn cards<'a>(functions: impl IntoIterator<Item = &'a HostDevice>) -> Vec<Car
 /// What a device may lack and is given to a VM all the same, as its entry says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
-    /// MSI-X and MSI: without them it has no interrupts in the guest.
+    /// Interrupts.
     pub no_interrupts: bool,
     /// A reset: without, the guest finds what the VM before left in it, and leaves what the next one finds.
     pub no_reset: bool,
@@ -86,10 +86,10 @@ pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
 pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<UnavailableDevice> {
     let no_interrupts = device
         .interrupts
-        .filter(|has| !has.are_delivered() && !allow.no_interrupts);
+        .filter(|has| !has.are_any() && !allow.no_interrupts);
     let no_reset = !allow.no_reset && !is_reset(device, all);
     let why = match no_interrupts {
-        Some(has) => Unavailable::NoMessages { has, no_reset },
+        Some(_) => Unavailable::NoInterrupts { no_reset },
         None if no_reset => Unavailable::NoReset,
         None => return None,
     };
@@ -187,7 +187,7 @@ mod tests {
     fn what_a_device_lacks_is_said_unless_its_entry_allows_it() {
         let host = FakeHost::new(&[
             Fake::nvme("00:15.0", 1)
-                .with_intx_only()
+                .without_interrupts()
                 .with("reset_method", ""),
             Fake::nvme("01:00.0", 2),
         ]);
@@ -209,7 +209,7 @@ mod tests {
         assert!(no_reset.starts_with("0000:00:15.0 has no reset"));
         assert!(no_reset.contains("\"allow_no_reset\": true"));
         let no_interrupts = both.strip_suffix(&no_reset).unwrap();
-        assert!(no_interrupts.starts_with("0000:00:15.0 has neither MSI-X nor MSI (it has INTx)"));
+        assert!(no_interrupts.starts_with("0000:00:15.0 has no interrupts"));
         assert!(no_interrupts.contains("\"interrupts\": \"none\""), "{both}");
         let all = Allow {
             no_interrupts: true,

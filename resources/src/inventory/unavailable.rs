@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use crate::base::bdf::HostBdf;
 use crate::facts::ids::PciId;
-use crate::facts::interrupts::Interrupts;
 use crate::holding::passing::InTheWay;
 use crate::holding::record::{LeaseRecord, LeaseStatus};
 use crate::inventory::device::DeviceType;
@@ -152,10 +151,8 @@ pub enum Unavailable {
         /// The virtual function.
         vf: HostBdf,
     },
-    /// It has neither MSI-X nor MSI, and its entry does not say that it may work without interrupts.
-    NoMessages {
-        /// What it has.
-        has: Interrupts,
+    /// It has no interrupts, and its entry does not allow that.
+    NoInterrupts {
         /// Whether [`Self::NoReset`] stands against it too.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         no_reset: bool,

@@ -165,9 +165,9 @@ pub fn nth_id(id: &str, index: usize) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 enum InterruptNeed {
-    /// MSI-X or MSI, as without the key: a device with neither is refused.
+    /// MSI-X, MSI or INTx, as without the key: a device that has none is refused.
     Msix,
-    /// None: a device with neither MSI-X nor MSI is passed too, and has no interrupts.
+    /// None: a device without interrupts is passed too.
     None,
 }
 
@@ -208,8 +208,7 @@ struct DeviceKeys {
     /// Whether no two of these devices may share a physical function.
     #[serde(skip_serializing_if = "Option::is_none")]
     isolate: Option<bool>,
-    /// `"none"` takes devices with neither MSI-X nor MSI too, the only kinds of interrupt that gantry delivers yet:
-    /// they have no interrupts in the guest. Without this key they are refused.
+    /// `"none"` takes devices without interrupts too. Without this key they are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     interrupts: Option<InterruptNeed>,
     /// Whether to take devices too that nothing resets between two VMs (`reset_method` in sysfs is empty): one

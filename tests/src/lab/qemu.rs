@@ -57,11 +57,13 @@ pub enum Device {
         /// Of the stick.
         serial: String,
     },
-    /// A USB controller with MSI only (1033:0194) and a stick of 8 MiB, in the root complex; see
+    /// A USB controller without MSI-X (1033:0194) and a stick of 8 MiB, in the root complex; see
     /// [`super::disk`] for its contents.
-    UsbMsi {
+    UsbWithoutMsix {
         /// Of the stick; at most 20 characters.
         serial: String,
+        /// Whether it has MSI beside INTx.
+        msi: bool,
     },
     /// The teaching device (1234:11e8) with DMA, MSI and INTx, in the root complex.
     Edu,
@@ -110,8 +112,16 @@ impl Device {
 
     /// Only a USB controller, with a stick and a keyboard.
     pub fn only_usb() -> Vec<Self> {
-        let [first, second] = ["GANTRY-USB0001", "GANTRY-USB0002"].map(str::to_owned);
-        vec![Self::Usb { serial: first }, Self::UsbMsi { serial: second }]
+        let serial = |number: u8| format!("GANTRY-USB000{number}");
+        let without_msix = |number, msi| Self::UsbWithoutMsix {
+            serial: serial(number),
+            msi,
+        };
+        vec![
+            Self::Usb { serial: serial(1) },
+            without_msix(2, true),
+            without_msix(3, false),
+        ]
     }
 
     /// Two disks, each on a NUMA node of its own.
@@ -126,9 +136,9 @@ impl Device {
     /// The serial number of the disk that it is.
     pub fn disk(&self) -> Option<&str> {
         match self {
-            Self::Nvme { serial } | Self::NvmeOnNode { serial, .. } | Self::UsbMsi { serial } => {
-                Some(serial)
-            }
+            Self::Nvme { serial }
+            | Self::NvmeOnNode { serial, .. }
+            | Self::UsbWithoutMsix { serial, .. } => Some(serial),
             _ => None,
         }
     }
@@ -194,7 +204,10 @@ impl Device {
                 "-device".into(),
                 format!("usb-kbd,bus=dev{index}.0"),
             ],
-            Self::UsbMsi { serial } => usb_msi(index, slot, serial, folder),
+            Self::UsbWithoutMsix { serial, msi } => {
+                let stick = disk_path(folder, serial);
+                usb_without_msix(index, serial, *msi, &stick)
+            }
             Self::Edu => vec![
                 "-device".into(),
                 format!("edu,id=dev{index},addr={slot:#x},dma_mask=0xffffffffffff"),
@@ -207,15 +220,17 @@ impl Device {
     }
 }
 
-/// A USB controller with MSI only in a slot, and a stick with this serial.
-fn usb_msi(index: usize, slot: usize, serial: &str, folder: &Path) -> Vec<String> {
+/// A USB controller as number `index` of the machine, and a stick with this serial and file.
+fn usb_without_msix(index: usize, serial: &str, msi: bool, stick: &Path) -> Vec<String> {
+    let slot = index + 0x10;
+    let msi = if msi { "on" } else { "off" };
     vec![
         "-device".into(),
-        format!("nec-usb-xhci,id=dev{index},addr={slot:#x},msix=off,msi=on"),
+        format!("nec-usb-xhci,id=dev{index},addr={slot:#x},msix=off,msi={msi}"),
         "-blockdev".into(),
         format!(
             "driver=raw,node-name=stick{index},file.driver=file,file.filename={}",
-            disk_path(folder, serial).display()
+            stick.display()
         ),
         "-device".into(),
         format!("usb-storage,bus=dev{index}.0,drive=stick{index},serial={serial}"),

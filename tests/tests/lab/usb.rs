@@ -10,16 +10,22 @@ use crate::bed::{Case, cases};
 use crate::pool::{Disk, Pool};
 use crate::vm::Vm;
 
-/// For a host with two USB sticks and a keyboard.
+/// For a host with three USB sticks and a keyboard.
 pub const CASES: &[Case] = cases![
     a_stick_and_a_keyboard_are_listed,
-    a_controller_with_msi_only_serves_its_stick,
+    a_controller_with_msi_serves_its_stick,
+    a_controller_with_intx_only_serves_its_stick,
 ];
 
-/// The controller with MSI only, and its stick.
-const MSI_ONLY: Disk = Disk {
+/// The controller with MSI and INTx, and its stick.
+const MSI: Disk = Disk {
     bdf: "0000:00:11.0",
     serial: "GANTRY-USB0002",
+};
+/// The controller with INTx only, and its stick.
+const INTX: Disk = Disk {
+    bdf: "0000:00:12.0",
+    serial: "GANTRY-USB0003",
 };
 
 fn list(host: &Host) -> Result<Vec<Value>> {
@@ -40,8 +46,8 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
     let all = loop {
         let all = list(host)?;
         let ready = all.iter().filter(|device| device["group"].is_string());
-        let other = all.iter().any(|one| one["serial"] == MSI_ONLY.serial);
-        if ready.count() == 2 && other {
+        let has = |stick: &Disk| all.iter().any(|one| one["serial"] == stick.serial);
+        if ready.count() == 2 && has(&MSI) && has(&INTX) {
             break all;
         }
         ensure!(Instant::now() < deadline, "{all:#?}");
@@ -80,11 +86,27 @@ fn a_stick_and_a_keyboard_are_listed(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// The guest's driver uses MSI, also after it has moved to another processor.
-fn a_controller_with_msi_only_serves_its_stick(host: &Host) -> Result<()> {
-    let _pool = Pool::of(host, &[MSI_ONLY.bdf])?;
+fn a_controller_with_msi_serves_its_stick(host: &Host) -> Result<()> {
+    let said = serve(host, &MSI, "PCI-MSI-")?;
+    ensure!(said.contains("MSI: Enable+"), "{said}");
+    Ok(())
+}
+
+fn a_controller_with_intx_only_serves_its_stick(host: &Host) -> Result<()> {
+    let said = serve(host, &INTX, "IO-APIC")?;
+    ensure!(
+        said.contains("-fasteoi") && !said.contains("MSI: Enable"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// A guest reads the stick of a controller while the interrupt, which its `chip` delivers, is on each of two
+/// processors. Returns what the guest said.
+fn serve(host: &Host, controller: &Disk, chip: &str) -> Result<String> {
+    let _pool = Pool::of(host, &[controller.bdf])?;
     let mut vm = Vm::new("shell").cpus(2);
-    let path = format!("/sys/bus/pci/devices/{}", MSI_ONLY.bdf);
+    let path = format!("/sys/bus/pci/devices/{}", controller.bdf);
     vm.file["devices"] = json!([{"path": path, "allow_no_reset": true}]);
     vm.flags = "--allow-ungrouped";
     let mut running = vm.start(host)?;
@@ -99,15 +121,14 @@ fn a_controller_with_msi_only_serves_its_stick(host: &Host) -> Result<()> {
     )?;
     running.types("lspci -vv | grep MSI:; poweroff -f")?;
     let ended = running.end()?.powered_off()?;
-    let sum = format!("{} -", MSI_ONLY.checksum());
+    let sum = format!("{} -", controller.checksum());
     ensure!(ended.values("sum").eq([&*sum, &*sum]), "{ended}");
-    ensure!(ended.said.contains("MSI: Enable+"), "{ended}");
     for (processor, (before, after)) in ended
         .values("before")
         .zip(ended.values("after"))
         .enumerate()
     {
-        ensure!(after.contains("PCI-MSI-"), "{after}");
+        ensure!(after.contains(chip), "{after}");
         let count = |line: &str| -> Result<u64> {
             let word = line.split_whitespace().nth(1 + processor);
             Ok(word.context("no such processor")?.parse()?)
@@ -115,5 +136,5 @@ fn a_controller_with_msi_only_serves_its_stick(host: &Host) -> Result<()> {
         // The first read is also the first use; the second has moved.
         ensure!(count(after)? > count(before)?, "{before}\n{after}");
     }
-    Ok(())
+    Ok(ended.said)
 }

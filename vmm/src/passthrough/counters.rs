@@ -231,7 +231,11 @@ pub fn interrupts(text: &str) -> BTreeMap<String, BTreeMap<u16, u64>> {
 }
 
 fn handler_of(word: &str) -> Option<(u16, &str)> {
-    let word = word.strip_prefix("vfio-msi")?;
+    let word = word.strip_prefix("vfio-")?;
+    if let Some(device) = word.strip_prefix("intx(") {
+        return Some((0, device.strip_suffix(')')?));
+    }
+    let word = word.strip_prefix("msi")?;
     let word = word.strip_prefix('x').unwrap_or(word);
     let (vector, device) = word.strip_prefix('[')?.split_once("](")?;
     Some((vector.parse().ok()?, device.strip_suffix(')')?))
@@ -250,6 +254,7 @@ mod tests {
  25:          0         67  IR-PCI-MSIX-0000:01:00.0    1-edge      vfio-msix[1](0000:01:00.0)
  26:          1          0  IR-PCI-MSIX-0000:02:00.0    0-edge      vfio-msix[x](0000:02:00.0)
  27:          3          1  IR-PCI-MSI-0000:03:00.0    0-edge      vfio-msi[0](0000:03:00.0)
+ 28:          0          6  IR-IO-APIC   16-fasteoi   vfio-intx(0000:04:00.0)
 NMI:          0          0   Non-maskable interrupts
 ";
         let first = BTreeMap::from([(0, 15), (1, 67)]);
@@ -258,6 +263,7 @@ NMI:          0          0   Non-maskable interrupts
             BTreeMap::from([
                 ("0000:01:00.0".to_owned(), first),
                 ("0000:03:00.0".to_owned(), BTreeMap::from([(0, 4)])),
+                ("0000:04:00.0".to_owned(), BTreeMap::from([(0, 6)])),
             ])
         );
     }

@@ -65,7 +65,7 @@ impl AttachedDevice {
     /// Makes a function of the guest of the open device behind `io`, which interrupts through `router`.
     ///
     /// # Errors
-    /// The device cannot be reached, or lacks MSI-X and MSI and needs one. It is closed before its lease ends.
+    /// The device cannot be reached, or has no interrupts and needs some. It is closed before its lease ends.
     pub fn new(
         // Parameters are dropped from the last to the first.
         leased: LeasedDevice,

@@ -32,7 +32,7 @@ impl UnopenedDevice {
     /// Opens the device and makes a function of the guest of it.
     ///
     /// # Errors
-    /// VFIO refused, or the device lacks MSI-X and MSI and needs one.
+    /// VFIO refused, or the device has no interrupts and needs some.
     fn open(
         self,
         router: Arc<dyn MsiRouter>,

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use gantry_devices::mapping::HostMapping;
-use gantry_devices::pci::{MsiRoute, MsiRouter};
+use gantry_devices::pci::{IntxLine, MsiRoute, MsiRouter};
 use gantry_resources::inventory::Allow;
 use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
 use vmm_sys_util::eventfd::EventFd;
@@ -52,6 +52,10 @@ impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F
         panic!("it has no interrupts")
     }
 
+    fn unmask_by(&self, _irq: Irq, _resample: &EventFd) -> gantry_vfio::Result<()> {
+        panic!("it has no interrupts")
+    }
+
     fn disable_irqs(&self, _irq: Irq) -> gantry_vfio::Result<()> {
         Ok(())
     }
@@ -70,6 +74,10 @@ impl MsiRouter for NoRouter {
 
     fn publish(&self) -> std::io::Result<()> {
         Ok(())
+    }
+
+    fn line(&self, _gsi: u32) -> std::io::Result<Box<dyn IntxLine>> {
+        panic!("it has no interrupts")
     }
 }
 

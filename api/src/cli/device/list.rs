@@ -25,7 +25,7 @@ States:
 
 RESET shows how the kernel can reset a device (`reset_method`); \"card\" if only a reset of its bus does, which \
 takes all its functions. A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
-IRQ shows the interrupts that it has, which only root can read; gantry delivers MSI-X and MSI.
+IRQ shows the interrupts that it has, which only root can read.
 
 VFS shows a physical function's virtual ones, those there are and those it could have.
 

@@ -47,7 +47,7 @@ pub struct AttachArgs {
     /// How near to the VM's memory and processors the devices must be
     #[arg(long, value_name = "POLICY", value_parser = policies(), conflicts_with_all = ["device", "plan"])]
     numa_policy: Option<NumaPolicy>,
-    /// `none` takes devices with neither MSI-X nor MSI too: they have no interrupts in the guest
+    /// `none` takes devices without interrupts too
     #[arg(long, value_name = "KIND", value_parser = ["msix", "none"], conflicts_with = "plan")]
     interrupts: Option<String>,
     /// Take devices too that nothing resets between two VMs: one may read what the other left

@@ -87,7 +87,7 @@ impl Unavailable {
             Self::NoVfToken { .. } | Self::PfIdle { .. } | Self::VfHeld { .. } => {
                 CandidateFilter::VfToken
             }
-            Self::NoMessages { .. } => CandidateFilter::Interrupts,
+            Self::NoInterrupts { .. } => CandidateFilter::Interrupts,
             Self::NoReset => CandidateFilter::Reset,
             Self::SamePf { .. } => CandidateFilter::Isolation,
         }
@@ -108,7 +108,7 @@ impl fmt::Display for CandidateFilter {
             Self::ResourceClass => "with another resource_class",
             Self::Traits => "without the traits",
             Self::Migratable => "with another live_migratable",
-            Self::Interrupts => "without MSI-X and MSI",
+            Self::Interrupts => "without interrupts",
             Self::Reset => "without a reset",
             Self::Bridge => "bridges",
             Self::Leased => "held by others",

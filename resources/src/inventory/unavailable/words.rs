@@ -181,11 +181,10 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fm
         Unavailable::Numa { node: None } => {
             write!(f, "{bdf} does not say which NUMA node it is on")
         }
-        Unavailable::NoMessages { has, no_reset } => {
+        Unavailable::NoInterrupts { no_reset } => {
             write!(
                 f,
-                "{bdf} has neither MSI-X nor MSI (it has {has}), and gantry delivers no other interrupts yet: add \
-                 \"interrupts\": \"none\" to the device's entry to use it without interrupts"
+                "{bdf} has no interrupts: add \"interrupts\": \"none\" to the device's entry to use it without"
             )?;
             match no_reset {
                 true => {
