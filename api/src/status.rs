@@ -32,7 +32,7 @@ Exit status:
   0      the guest powered off, or the command did what it was asked
   1      gantry or the host failed
   2      the command line or a file is wrong, or names a group, an alias,
-         a plan or a tenant that there is not
+         a plan, a tenant or a user that does not exist
   3      the guest died (a triple fault, say)
   4      the VM was stopped from the console with ctrl-a x
   75     not now: other VMs hold the devices, or the host is in

@@ -197,6 +197,9 @@ fn an_unknown_group() {
         &host.refused(2, &grant),
         &["\"disk\"", "did you mean \"disks\"?"],
     );
+    let nobody = ["tenant", "create", "new", "--user", "no-such-user"];
+    let words = ["`user`: there is no user \"no-such-user\"", "getent passwd"];
+    one_line(&host.refused(2, &nobody), &words);
     let error = host.refused(1, &["group", "alias", "--remove", "gpu"]);
     one_line(&error, &["alias.json: there is no alias \"gpu\""]);
     let spec = "{\"vendor_id\": \"10de\"}";
@@ -264,7 +267,7 @@ fn an_illegal_transition() {
     ] {
         one_line(
             &host.refused(1, args),
-            &["0000:01:00.0 is held by VM 'web' (pid 1)"],
+            &["0000:01:00.0 is held by VM \"web\" (pid 1)"],
         );
     }
 }

@@ -418,3 +418,18 @@ fn the_helper_gives_back_what_a_vm_had_taken_when_its_input_ends() {
     helper.kill().unwrap();
     helper.wait().unwrap();
 }
+
+#[test]
+fn a_class_without_a_name_is_shown_in_hex() {
+    let host = Host::new();
+    host.device("0000:09:00.0", ["0x1b36", "0x0001", "0xc00102"], "none", 30);
+    let table = host.gantry(&["device", "list"]).ok();
+    let row = table.lines().find(|line| line.starts_with("0000:09:00.0"));
+    let row = row.unwrap_or_else(|| panic!("{table}"));
+    assert!(row.split_whitespace().any(|cell| cell == "c00102"), "{row}");
+    let text = host.gantry(&["device", "list", "--json"]).ok();
+    let devices: Value = serde_json::from_str(&text).unwrap();
+    let mut devices = devices.as_array().unwrap().iter();
+    let device = devices.find(|device| device["bdf"] == "0000:09:00.0");
+    assert_eq!(device.unwrap()["class"], "c00102");
+}

@@ -105,7 +105,7 @@ fn a_tenants_vm_is_named_with_its_tenant() {
     let json: Value = serde_json::from_str(&host.gantry(&["vm", "list", "--json"]).ok()).unwrap();
     assert_eq!(json[0]["tenant"], "lab");
     let error = host.gantry(&["vm", "info", "al"]).failed(1);
-    let said = "VM 'al' (pid 7) of tenant lab is not yours";
+    let said = "VM \"al\" (pid 7) of tenant lab is not yours";
     assert!(error.contains(said), "{error}");
     assert!(
         error.contains("sudo -u nobody gantry vm info al"),
@@ -113,13 +113,13 @@ fn a_tenants_vm_is_named_with_its_tenant() {
     );
     let error = host.gantry(&["tenant", "delete", "lab"]).failed(1);
     // The tenant names the process, which is not the tenant's.
-    let said = "tenant \"lab\" says that its VM 'al' runs, but not as which process";
+    let said = "tenant \"lab\" says that its VM \"al\" runs, but not as which process";
     assert!(error.contains(said), "{error}");
     drop(running);
     paths.run = host.path("run");
     let _running = announce(&paths, &holder).unwrap();
     let error = host.gantry(&["vm", "info", "al"]).failed(1);
-    assert!(error.contains("VM 'al' (pid 7) has no socket"), "{error}");
+    assert!(error.contains("VM \"al\" (pid 7) has no socket"), "{error}");
     let error = host.gantry(&["vm", "info", "el"]).failed(1);
     assert!(error.contains("no VM \"el\" runs"), "{error}");
 }
@@ -310,9 +310,13 @@ fn a_change_of_a_tenant_or_plan_is_told_to_programs() {
         deleted,
         serde_json::json!({"tenant": "lab", "done": "deleted"})
     );
-    told(&["plan", "create", "fast", "--vcpus", "2"]);
-    let deleted = told(&["plan", "delete", "fast"]);
     let file = host.path("etc/plans.json");
+    let created = told(&["plan", "create", "fast", "--vcpus", "2"]);
+    assert_eq!(
+        created,
+        serde_json::json!({"plan": "fast", "done": "created", "files": [file]})
+    );
+    let deleted = told(&["plan", "delete", "fast"]);
     assert_eq!(
         deleted,
         serde_json::json!({"plan": "fast", "done": "deleted", "files": [file]})

@@ -250,3 +250,16 @@ fn novas_words_are_taken_verbatim() {
     let error = host.gantry(&["group", "fit", "qat-pf:1"]).failed(2);
     assert!(error.contains("limits of its driver"), "{error}");
 }
+
+#[test]
+fn a_group_is_shown_to_programs_with_its_counts() {
+    let host = Host::new();
+    let text = host.gantry(&["group", "show", "disks", "--json"]).ok();
+    let group: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(group["name"], "disks");
+    assert_eq!(
+        (&group["total"], &group["used"], &group["free"]),
+        (&2.into(), &0.into(), &1.into())
+    );
+    assert_eq!(group["devices"].as_array().unwrap().len(), 2);
+}

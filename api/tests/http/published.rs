@@ -39,8 +39,22 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
         assert_eq!(status, 400, "{body}");
         assert!(answer.contains(words), "{body}: {answer}");
     }
-    let (status, answer) = bed.put("vm.remove-device", r#"{"id": "dev0", "force_after": -1}"#);
-    assert_eq!(status, 400, "{answer}");
+    for (body, words) in [
+        (
+            r#"{"id": "dev0", "force_after": -1}"#,
+            "the body:1:30: `force_after`: ",
+        ),
+        (r#"["dev0", 1]"#, "expected an object, found a list"),
+        (
+            r#"{"id": "dev0", "force": 1}"#,
+            "did you mean `force_after`?",
+        ),
+        (r#"{"id": "a", "id": "dev0"}"#, "`id` stands twice"),
+    ] {
+        let (status, answer) = bed.put("vm.remove-device", body);
+        assert_eq!(status, 400, "{answer}");
+        assert!(answer.contains(words), "{answer}");
+    }
     let forced = r#"{"id": "dev0", "force_after": 1.5}"#;
     assert_eq!(bed.put("vm.remove-device", forced).0, 204);
 }

@@ -39,7 +39,7 @@ pub(super) fn use_once(
 }
 
 fn reason_of_use(holder: &Holder) -> String {
-    format!("it was used by VM '{}' (one_time_use)", holder.vm)
+    format!("it was used by VM \"{}\" (one_time_use)", holder.vm)
 }
 
 /// Takes back what [`use_once`] wrote, and not what was written over it: a device that hung meanwhile.

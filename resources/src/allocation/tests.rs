@@ -83,9 +83,9 @@ fn a_holder_that_is_ending_is_waited_for_and_no_other() {
     let host = host(&[Fake::nvme("01:00.0", 1)], NVME);
     let first = allocate(&host.paths, &[of("nvme", 1)], &vm("a")).unwrap();
     // In another PID namespace, or alive.
-    assert!(refusal(&host, &[of("nvme", 1)]).contains("held by VM 'a'"));
+    assert!(refusal(&host, &[of("nvme", 1)]).contains("held by VM \"a\""));
     host.file("proc/123/stat", "123 (gantry) S 1 123 123 0 -1 4194560 0\n");
-    assert!(refusal(&host, &[exact("01:00.0")]).contains("held by VM 'a'"));
+    assert!(refusal(&host, &[exact("01:00.0")]).contains("held by VM \"a\""));
     host.file("proc/123/stat", "123 (gantry) R 1 123 123 0 -1 4195332 0\n");
     let late = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -131,7 +131,7 @@ fn what_others_give_back_is_not_waited_for() {
     let returned = DeviceLock::take(&host.paths, bdf("02:00.0"), &restore).unwrap();
     let started = Instant::now();
     for request in [of("one", 1), exact("01:00.0")] {
-        assert!(refusal(&host, &[request]).contains("held by VM 'a'"));
+        assert!(refusal(&host, &[request]).contains("held by VM \"a\""));
     }
     assert!(started.elapsed() < Duration::from_secs(5));
     let late = std::thread::scope(|scope| {
@@ -223,7 +223,7 @@ fn an_iommu_group_is_given_to_one_vm_only() {
         "one device less, but the VM still is in the group"
     );
     let error = refusal(&host, &[exact("01:00.1")]);
-    assert_eq!(error, "0000:01:00.1 is held by VM 'a' (pid 123)");
+    assert_eq!(error, "0000:01:00.1 is held by VM \"a\" (pid 123)");
     leases.pop();
     assert!(held(&host).is_empty());
 }
@@ -235,7 +235,7 @@ fn a_device_added_to_a_leased_group_is_not_free() {
     host.add(&Fake::nvme("01:00.1", 7));
     let error = refusal(&host, &[exact("01:00.1")]);
     assert!(
-        error.contains("shares IOMMU group 7 with 0000:01:00.0, which is held by VM 'a'"),
+        error.contains("shares IOMMU group 7 with 0000:01:00.0, which is held by VM \"a\""),
         "{error}"
     );
 }
@@ -259,7 +259,7 @@ fn what_is_missing_is_said_device_by_device() {
     let lines: Vec<&str> = error.lines().map(str::trim).collect();
     for (line, said) in lines.iter().zip([
             "No valid host was found: group \"nvme\" has no free device (2 asked for); of 7 devices dropped: 1 held by others, 1 bound to a host driver, 1 bound to no driver, 1 without IOMMU group, 1 sharing an IOMMU group with a device in use, 1 whose VFIO node cannot be opened, 1 asked for twice",
-            "0000:01:00.0 is held by VM 'a' (pid 123)",
+            "0000:01:00.0 is held by VM \"a\" (pid 123)",
             "0000:02:00.0 is bound to nvme: `gantry device detach 0000:02:00.0` frees it for VMs",
             "0000:03:00.0 is bound to no driver: `gantry device detach 0000:03:00.0` binds it to vfio-pci",
             "0000:04:00.0 is in no IOMMU group: switch the IOMMU on",
@@ -416,7 +416,7 @@ fn fifty_vms_over_three_devices_give_three_winners() {
             error.starts_with("No valid host was found: group \"nvme\" has no free device (1 asked for); of 3 devices dropped: 3 held by others\n"),
             "{error}"
         );
-        assert_eq!(error.matches("is held by VM 'vm").count(), 3, "{error}");
+        assert_eq!(error.matches("is held by VM \"vm").count(), 3, "{error}");
     }
     drop(won);
     assert_eq!(

@@ -72,7 +72,7 @@ impl LeaseRecord {
 impl fmt::Display for LeaseRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
-            LeaseKind::Vm => write!(f, "VM '{}'", self.name)?,
+            LeaseKind::Vm => write!(f, "VM \"{}\"", self.name)?,
             LeaseKind::Task => write!(f, "`{}`", self.name)?,
         }
         match self.pid {

@@ -64,7 +64,7 @@ pub enum TenantError {
     Running(RunningVm),
     /// A record in the tenant's own directory says that a VM runs, as a process that is not the tenant's user's.
     #[error(
-        "tenant \"{name}\" says that its VM '{vm}' runs, but not as which process of {user}'s: try again \
+        "tenant \"{name}\" says that its VM \"{vm}\" runs, but not as which process of {user}'s: try again \
          once none of {user}'s has its files open"
     )]
     SaysItRuns {
@@ -193,7 +193,7 @@ impl TenantError {
         match self {
             Self::Config(error) => error.is_mistake(),
             Self::Groups(error) | Self::Edit(EditError::Groups(error)) => error.is_mistake(),
-            Self::Unknown(_) => true,
+            Self::Unknown(_) | Self::User { .. } | Self::Name(_) => true,
             _ => false,
         }
     }

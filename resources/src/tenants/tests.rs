@@ -160,7 +160,10 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
     // The host sees who has it, in the one place where leases are.
     assert!(host.read("01:00.0").lease.is_held());
     let said = revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap_err();
-    assert!(said.to_string().contains("held by VM 'vm of a'"), "{said}");
+    assert!(
+        said.to_string().contains("held by VM \"vm of a\""),
+        "{said}"
+    );
 }
 
 #[test]
@@ -306,12 +309,12 @@ fn a_tenant_whose_vm_runs_stays() {
     let delete = || delete_tenant(&host.paths, "a").unwrap_err().to_string();
     let said = delete();
     assert!(
-        said.starts_with("tenant \"a\" says that its VM 'x' runs"),
+        said.starts_with("tenant \"a\" says that its VM \"x\" runs"),
         "{said}"
     );
     assert!(!said.contains("pid"), "{said}");
     host.file("proc/8/stat", "");
-    assert_eq!(delete(), "VM 'x' (pid 8) of tenant a runs: end it first");
+    assert_eq!(delete(), "VM \"x\" (pid 8) of tenant a runs: end it first");
     assert!(scope(&host, "a").config.join("tenant.json").exists());
     // Nor does it become another user's, who could neither see nor end the VM.
     let definition = |user: &str, description: &str| TenantFile {
@@ -321,7 +324,7 @@ fn a_tenant_whose_vm_runs_stays() {
     let own = user().user;
     let edit = |file: &TenantFile| edit_tenant(&host.paths, "a", file);
     let said = edit(&definition("daemon", "")).unwrap_err().to_string();
-    assert_eq!(said, "VM 'x' (pid 8) of tenant a runs: end it first");
+    assert_eq!(said, "VM \"x\" (pid 8) of tenant a runs: end it first");
     edit(&definition(&own, "upstairs")).unwrap();
     let tenants = Tenants::load(&host.paths).unwrap();
     assert_eq!(

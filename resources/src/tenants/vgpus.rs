@@ -297,7 +297,7 @@ mod tests {
         assert!(said.to_string().contains("does not belong"), "{said}");
         let tenant = taken(&scope(&host, "a"), DeviceRequest::group("gpus", 1)).unwrap();
         let said = revoke(&host.paths, kernel.access(), "a", &[uuid(TWO)]).unwrap_err();
-        assert!(said.to_string().contains("held by VM 'x'"), "{said}");
+        assert!(said.to_string().contains("held by VM \"x\""), "{said}");
         drop(tenant);
         revoke(&host.paths, kernel.access(), "a", &[uuid(TWO)]).unwrap();
         delete_tenant(&host.paths, "a").unwrap();

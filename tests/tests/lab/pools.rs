@@ -102,7 +102,7 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
         "lost 75 error: No valid host was found: group \"any\" has no free device (1 asked for)";
     let clear = told
         .lines()
-        .filter(|line| line.starts_with(refused) && line.contains("held by VM 'vm"));
+        .filter(|line| line.starts_with(refused) && line.contains("held by VM \"vm"));
     ensure!(clear.count() == 47, "{told}");
     nothing_is_held(host)?;
     ensure!(free(host, "any")? == 3, "not all are free again");
@@ -164,7 +164,7 @@ fn eight_vms_race_for_two_disks(host: &Host) -> Result<()> {
             let words = "group \"nvme\" has no free device (1 asked for)";
             ensure!(refused.errors.contains(words), "{refused}");
             ensure!(refused.errors.contains(FIRST.bdf), "{refused}");
-            ensure!(refused.errors.contains("held by VM 'vm"), "{refused}");
+            ensure!(refused.errors.contains("held by VM \"vm"), "{refused}");
         }
     }
     ensure!(winners.len() == 2, "{} have a disk", winners.len());

@@ -162,7 +162,7 @@ fn too_few_free_devices(host: &Host) -> Result<()> {
     let refused = second.run(host)?.exits(1)?;
     for words in [
         "group \"nvme\" has no free device (2 asked for)",
-        &format!("{} is held by VM 'first' (pid", FIRST.bdf),
+        &format!("{} is held by VM \"first\" (pid", FIRST.bdf),
         &format!("{} is bound to nvme", SECOND.bdf),
         &format!("gantry device detach {}", SECOND.bdf),
     ] {
@@ -172,7 +172,7 @@ fn too_few_free_devices(host: &Host) -> Result<()> {
     let mut by_path = Vm::new("none");
     by_path.file["devices"] = json!([{"path": format!("/sys/bus/pci/devices/{}", FIRST.bdf)}]);
     let refused = by_path.run(host)?.exits(75)?;
-    ensure!(refused.errors.contains("held by VM 'first'"), "{refused}");
+    ensure!(refused.errors.contains("held by VM \"first\""), "{refused}");
     holder.signal(Signal::SIGTERM)?;
     holder.end()?.exits(143)?;
     nothing_is_held(host)?;

@@ -167,7 +167,7 @@ fn functions_in_use_stay(host: &Host) -> Result<()> {
     for command in ["activate vfs", "deactivate vfs", "deactivate vfs --dry-run"] {
         let said = card.refused(command)?;
         ensure!(
-            said.contains("03:10.0: held by VM 'owner' (pid"),
+            said.contains("03:10.0: held by VM \"owner\" (pid"),
             "{command}: {said}"
         );
         ensure!(card.count()? == 2, "it resized");

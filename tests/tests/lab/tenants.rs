@@ -213,9 +213,9 @@ fn while_it_is_used(host: &Host) -> Result<()> {
         "{disk:#}"
     );
     let kept = gantry(host, "tenant revoke alice --all")?.exits(1)?;
-    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
+    ensure!(kept.errors().contains("VM \"hers\""), "{kept}");
     let seen = gantry(host, "maintenance status")?.success()?.text();
-    ensure!(seen.contains("VM 'hers'"), "{seen}");
+    ensure!(seen.contains("VM \"hers\""), "{seen}");
     gantry(host, "maintenance on --reason tests")?.success()?;
     let off = says(host, "alice", "gantry maintenance off")?.exits(1)?;
     ensure!(off.errors().contains("run as root"), "{off}");
@@ -223,13 +223,13 @@ fn while_it_is_used(host: &Host) -> Result<()> {
     ensure!(seen.text().contains("maintenance is on: tests"), "{seen}");
     gantry(host, "maintenance off")?.success()?;
     let kept = gantry(host, "tenant edit alice --user bob")?.exits(1)?;
-    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
+    ensure!(kept.errors().contains("VM \"hers\""), "{kept}");
     let list = gantry(host, "vm list")?.success()?.text();
     ensure!(list.contains("tenant alice"), "{list}");
     let control = gantry(host, "vm info hers")?.exits(1)?;
     ensure!(control.errors().contains("sudo -u alice"), "{control}");
     let kept = gantry(host, "tenant delete alice")?.exits(1)?;
-    ensure!(kept.errors().contains("VM 'hers'"), "{kept}");
+    ensure!(kept.errors().contains("VM \"hers\""), "{kept}");
     let other = says(host, "bob", "gantry device list --json")?
         .success()?
         .text();

@@ -165,7 +165,7 @@ fn devices_made_ahead_stay(host: &Host) -> Result<()> {
         .output()?
         .exits(1)?;
     ensure!(
-        refused.errors().contains("is held by VM 'owner'"),
+        refused.errors().contains("is held by VM \"owner\""),
         "{refused}"
     );
     running.signal(Signal::SIGTERM)?;

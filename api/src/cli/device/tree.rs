@@ -123,7 +123,7 @@ impl Node {
     /// The VM that has it, or else its state.
     fn holder(&self) -> String {
         match &self.state {
-            DeviceState::Assigned { vm: Some(vm) } => format!("VM '{vm}'"),
+            DeviceState::Assigned { vm: Some(vm) } => format!("VM \"{vm}\""),
             state => state_word(state).to_owned(),
         }
     }

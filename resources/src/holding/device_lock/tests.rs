@@ -51,7 +51,7 @@ fn a_lock_is_held_by_one_until_it_is_dropped() {
         (held.kind, held.name.as_str(), held.pid),
         (LeaseKind::Vm, "a", NonZeroU32::new(123))
     );
-    assert_eq!(held.to_string(), "VM 'a' (pid 123)");
+    assert_eq!(held.to_string(), "VM \"a\" (pid 123)");
     drop(lock);
     assert_eq!(holder(&paths, device), LeaseStatus::Free);
     assert!(lock_path(&paths, device).exists(), "the file stays");
@@ -207,14 +207,14 @@ fn another_users_record_names_only_that_users_processes() {
     let own = nix::unistd::geteuid().as_raw();
     fs::create_dir_all(paths.proc.join("123")).unwrap();
     let wild = LeaseRecord {
-        name: "a\u{1b}[2J\u{202e}b' (pid 1); $(x)\n".to_owned(),
+        name: "a\u{1b}[2J\u{202e}b\" (pid 1); $(x)\n".to_owned(),
         ..record("a")
     };
     // The process is this user's.
     let said = credible(&paths, own, wild.clone());
-    assert_eq!(said.to_string(), "VM 'a[2Jb' (pid 1); $(x)' (pid 123)");
+    assert_eq!(said.to_string(), "VM \"a[2Jb\" (pid 1); $(x)\" (pid 123)");
     let said = credible(&paths, own + 1, wild);
-    assert_eq!(said.to_string(), "VM 'a2Jb pid 1 x'");
+    assert_eq!(said.to_string(), "VM \"a2Jb pid 1 x\"");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn waiting_for_those_who_choose_ends_and_names_them() {
     let error =
         AllocationLock::acquire(&paths, &record("b"), Duration::from_millis(30)).unwrap_err();
     assert!(
-        error.to_string().contains("30ms for VM 'slow' (pid 123)"),
+        error.to_string().contains("30ms for VM \"slow\" (pid 123)"),
         "{error}"
     );
     drop(choosing);

@@ -147,7 +147,7 @@ fn what_a_note_says_is_fit_for_a_terminal() {
 fn a_forged_note_takes_nothing_back() {
     let host = host();
     let disk = host.read("01:00.0");
-    let used = "it was used by VM 'x' (one_time_use)";
+    let used = "it was used by VM \"x\" (one_time_use)";
     let record = LeaseRecord::task("a");
     let forge = |note: &str| {
         host.file("run/leases/0000:01:00.0.lock", note);

@@ -235,7 +235,7 @@ fn a_use_is_written_down_and_taken_back_when_it_fails() {
     drop(take(&host, &kernel, "gpus").unwrap());
     let error = take(&host, &kernel, "gpus").unwrap_err().to_string();
     assert!(
-        error.contains("1 in quarantine") && error.contains("used by VM 'a'"),
+        error.contains("1 in quarantine") && error.contains("used by VM \"a\""),
         "{error}"
     );
     crate::inventory::release::release_quarantine(&host.paths, bdf("01:00.0")).unwrap();

@@ -195,7 +195,10 @@ fn functions_in_use_are_not_resized_away() {
     );
     for result in [up(&host, &kernel), down(&host, &kernel)] {
         let error = result.unwrap_err().to_string();
-        assert!(error.contains("03:10.0: held by VM 'a' (pid 1)"), "{error}");
+        assert!(
+            error.contains("03:10.0: held by VM \"a\" (pid 1)"),
+            "{error}"
+        );
     }
     assert_eq!(seen(&host, &kernel).functions.len(), 3);
     drop(lease);

@@ -182,7 +182,7 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
     let leases = take(&host, &kernel, &[DeviceRequest::group("vgpus", 2)]).unwrap();
     let error = unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
     assert!(
-        error.to_string().contains("is held by VM 'a' (pid 1)"),
+        error.to_string().contains("is held by VM \"a\" (pid 1)"),
         "{error}"
     );
     drop(leases);
@@ -210,7 +210,7 @@ fn a_device_that_is_there_is_asked_for_by_its_identifier() {
     let lease = take(&host, &kernel, &[exact()]).unwrap();
     assert_eq!(lease[0].name().to_string(), ONE);
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
-    assert!(error.contains("held by VM 'a'"), "{error}");
+    assert!(error.contains("held by VM \"a\""), "{error}");
     drop(lease);
     host.file("etc/groups.json", r#"{"groups": []}"#);
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();

@@ -248,7 +248,7 @@ fn a_leased_device_stays_with_its_vm() {
             ..request(&sound, &[])
         };
         let error = refused(reattach(&host.paths, &kernel, &request));
-        assert!(error.contains("is held by VM 'a' (pid 123)"), "{error}");
+        assert!(error.contains("is held by VM \"a\" (pid 123)"), "{error}");
         // With what to do about it.
         assert!(
             error.contains(": `gantry vm detach a 0000:01:00.0`"),

@@ -147,11 +147,11 @@ mod tests {
             DeviceRequest::group("vgpus", 1),
         ];
         let leases = allocate(&host.paths, &wishes, &holder).unwrap();
-        let disk = "0000:01:00.0 is held by VM 'a' (pid 1)";
+        let disk = "0000:01:00.0 is held by VM \"a\" (pid 1)";
         assert!(said(&host, "disks", None).contains(disk));
         assert!(said(&host, "disks", Some(&[bdf("01:00.0")])).contains(disk));
         assert_eq!(said(&host, "disks", Some(&[bdf("02:00.0")])), "");
-        let vgpu = format!("{UUID} is held by VM 'a' (pid 1): end it first, or give --force");
+        let vgpu = format!("{UUID} is held by VM \"a\" (pid 1): end it first, or give --force");
         assert!(said(&host, "vgpus", None).contains(&vgpu));
         drop(leases);
         assert_eq!(said(&host, "disks", None), "");
