@@ -13,13 +13,13 @@ const CHUNK: usize = 1 << 16;
 
 /// Whether people or programs are told what a command did.
 #[derive(Debug, Clone, Copy, Args)]
-pub struct TellArgs {
+pub struct OutputArgs {
     /// Show the result as JSON
     #[arg(long)]
     json: bool,
 }
 
-impl TellArgs {
+impl OutputArgs {
     /// Shows `done` to a program, or has it said to people.
     pub fn tell(
         self,

@@ -16,31 +16,31 @@ pub fn terminal_width() -> usize {
 
 /// What a column may give up when the table is wider than the terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Give {
+pub enum Shrink {
     /// Nothing: it is shown in full.
-    Nothing,
+    Never,
     /// Its texts are cut, down to so many characters.
-    Width(usize),
+    Cut(usize),
     /// It is left out; lower numbers go first, and before all others what holds nothing in any row.
-    All(u8),
+    Drop(u8),
     /// Its texts are cut down to so many characters; then it is left out, in the order of the numbers.
-    Both(usize, u8),
+    CutThenDrop(usize, u8),
 }
 
-impl Give {
+impl Shrink {
     /// To how many characters its texts may be cut.
     fn least(self) -> Option<usize> {
         match self {
-            Self::Width(least) | Self::Both(least, _) => Some(least),
-            Self::Nothing | Self::All(_) => None,
+            Self::Cut(least) | Self::CutThenDrop(least, _) => Some(least),
+            Self::Never | Self::Drop(_) => None,
         }
     }
 
     /// When it is left out.
     fn order(self) -> Option<u8> {
         match self {
-            Self::All(order) | Self::Both(_, order) => Some(order),
-            Self::Nothing | Self::Width(_) => None,
+            Self::Drop(order) | Self::CutThenDrop(_, order) => Some(order),
+            Self::Never | Self::Cut(_) => None,
         }
     }
 }
@@ -50,14 +50,14 @@ impl Give {
 pub struct Column {
     /// Its title.
     pub title: &'static str,
-    /// What it gives up first.
-    pub give: Give,
+    /// What it can_shrink up first.
+    pub shrink: Shrink,
 }
 
 impl Column {
     /// Whether it could be narrower than so many characters.
-    fn gives(&self, width: usize) -> bool {
-        let least = self.give.least();
+    fn can_shrink(&self, width: usize) -> bool {
+        let least = self.shrink.least();
         least.is_some_and(|least| width > least.max(self.title.len()))
     }
 
@@ -131,7 +131,7 @@ impl Table {
             let columns = self.columns.iter().enumerate();
             let expendable = columns.filter_map(|(index, column)| {
                 let holds = self.rows.iter().any(|row| row[index] != "-");
-                Some((holds, column.give.order()?, index))
+                Some((holds, column.shrink.order()?, index))
             });
             let Some((.., index)) = expendable.min() else {
                 break;
@@ -153,7 +153,7 @@ impl Table {
         let mut widths = self.widths();
         while self.total(&widths) > width {
             let giving = widths.iter_mut().zip(&self.columns);
-            let giving = giving.filter(|(width, column)| column.gives(**width));
+            let giving = giving.filter(|(width, column)| column.can_shrink(**width));
             // Of columns that are as wide as each other the last, which says less.
             match giving.map(|(width, _)| width).max() {
                 Some(widest) => *widest -= 1,
@@ -185,7 +185,7 @@ impl Table {
     fn narrowest(&self) -> usize {
         let mut widths = self.widths();
         for (width, column) in widths.iter_mut().zip(&self.columns) {
-            if let Some(least) = column.give.least() {
+            if let Some(least) = column.shrink.least() {
                 *width = least.max(column.title.len()).min(*width);
             }
         }
@@ -230,13 +230,16 @@ mod tests {
     use super::*;
 
     fn table() -> Table {
-        let column = |title, give| Column { title, give };
+        let column = |title, give| Column {
+            title,
+            shrink: give,
+        };
         Table::new(
             &[
-                column("ADDRESS", Give::Nothing),
-                column("NAME", Give::Width(6)),
-                column("NUMA", Give::All(1)),
-                column("ID", Give::All(0)),
+                column("ADDRESS", Shrink::Never),
+                column("NAME", Shrink::Cut(6)),
+                column("NUMA", Shrink::Drop(1)),
+                column("ID", Shrink::Drop(0)),
             ],
             vec![
                 ["01:00.0", "a long name", "0", "1b36:0010"]
@@ -280,7 +283,7 @@ mod tests {
     fn rows_are_sorted_by_any_column_numbers_by_their_size() {
         let columns = ["NAME", "FREE"].map(|title| Column {
             title,
-            give: Give::Nothing,
+            shrink: Shrink::Never,
         });
         let cells = [["b", "10"], ["C", "-"], ["a", "9"]];
         let sorted = |by: Option<&str>| {
@@ -306,10 +309,13 @@ mod tests {
 
     #[test]
     fn the_widest_column_gives_first() {
-        let column = |title, give| Column { title, give };
+        let column = |title, give| Column {
+            title,
+            shrink: give,
+        };
         let columns = [
-            column("NAME", Give::Width(4)),
-            column("CLASS", Give::Both(6, 0)),
+            column("NAME", Shrink::Cut(4)),
+            column("CLASS", Shrink::CutThenDrop(6, 0)),
         ];
         let rows = vec![vec![
             "a name of 20 letters".to_owned(),

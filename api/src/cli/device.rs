@@ -21,7 +21,7 @@ use gantry_resources::pools::{GroupFiles, ResourceGroup};
 use serde::Serialize;
 
 use super::group::told::{Before, Changed, Hardware};
-use crate::output::TellArgs;
+use crate::output::OutputArgs;
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
 
@@ -35,7 +35,7 @@ pub enum DeviceCommand {
     /// The devices of one IOMMU group move together; bridges stay. All of them move or none does. A
     /// device that the host itself needs is refused.
     Detach(DetachArgs),
-    /// Give devices back to the drivers they had
+    /// Shrink devices back to the drivers they had
     ///
     /// The devices of one IOMMU group move together. A device that a VM has is refused.
     Reattach(ReattachArgs),
@@ -56,7 +56,7 @@ pub struct ReleaseArgs {
     #[arg(value_name = "BDF", required = true)]
     devices: Vec<HostBdf>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 /// Devices that VMs may have again.
@@ -102,7 +102,7 @@ struct MoveArgs {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> {

@@ -7,7 +7,7 @@ use gantry_resources::holding::{
 };
 use serde::Serialize;
 
-use crate::output::TellArgs;
+use crate::output::OutputArgs;
 use crate::report::Failure;
 
 #[derive(Debug, Subcommand)]
@@ -17,10 +17,10 @@ pub enum MaintenanceCommand {
     On(OnArgs),
     /// Let VMs start again
     #[command(after_help = "Example: gantry maintenance off")]
-    Off(TellArgs),
+    Off(OutputArgs),
     /// Show whether VMs may start, and which run
     #[command(after_help = "Example: gantry maintenance status --json")]
-    Status(TellArgs),
+    Status(OutputArgs),
 }
 
 #[derive(Debug, Args)]
@@ -30,7 +30,7 @@ pub struct OnArgs {
     #[arg(long)]
     reason: Option<String>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Serialize)]

@@ -27,7 +27,7 @@ use gantry_resources::making::reap;
 use gantry_resources::moving::ChildWriter;
 use tracing::Level;
 
-use crate::http::{REMOVE_SOCKET, RemoverArgs, remover_helper};
+use crate::http::{CleanupArgs, REMOVE_SOCKET, cleanup_helper};
 use crate::output::print;
 use crate::report::{self, EXIT_STATUSES, Failure};
 use crate::signals;
@@ -160,7 +160,7 @@ enum Command {
     },
     /// Wait for the end of a VM on standard input, then remove its socket
     #[command(name = REMOVE_SOCKET, hide = true)]
-    RemoveSocket(RemoverArgs),
+    RemoveSocket(CleanupArgs),
     /// Wait for the end of a VM on standard input, then give its devices back to the host
     #[command(name = "__restore", hide = true)]
     Restore {
@@ -238,7 +238,7 @@ fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
         Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
         Command::Open { args } => return Ok(gantry_resources::opener::opener_helper(&args)),
-        Command::RemoveSocket(args) => return Ok(remover_helper(&args.path, &args.run)),
+        Command::RemoveSocket(args) => return Ok(cleanup_helper(&args.path, &args.run)),
         Command::Restore { args } => return Ok(gantry_resources::making::restore_helper(&args)),
         Command::SysfsWrite { args } => return Ok(gantry_resources::moving::write_helper(&args)),
     }

@@ -10,9 +10,9 @@ use gantry_resources::pools::{
 };
 use serde::Serialize;
 
-use crate::output::{TellArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json};
 use crate::report::{Failure, USAGE};
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
@@ -69,7 +69,7 @@ pub struct DeleteArgs {
     /// The plan
     name: String,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 /// What was done to a plan.
@@ -87,7 +87,7 @@ pub struct WriteArgs {
     #[command(flatten)]
     says: Says,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 /// What a plan says.
@@ -171,23 +171,23 @@ fn aliases(text: &str) -> Result<Said, String> {
 const COLUMNS: [Column; 5] = [
     Column {
         title: "NAME",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "VCPUS",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "MEMORY",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "DEVICES",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
     Column {
         title: "DESCRIPTION",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
 ];
 
@@ -234,7 +234,7 @@ fn written(
     name: &str,
     what: &'static str,
     file: &Path,
-    args: TellArgs,
+    args: OutputArgs,
     paths: &HostPaths,
 ) -> Result<(), Failure> {
     warn_of_groups(name, paths)?;
@@ -246,7 +246,7 @@ fn tell(
     done: &'static str,
     place: &str,
     file: &Path,
-    args: TellArgs,
+    args: OutputArgs,
 ) -> Result<(), Failure> {
     let files = [file];
     args.tell(&Changed { plan, done, files }, |out| {

@@ -12,7 +12,7 @@ use gantry_resources::base::HostPaths;
 use gantry_resources::holding::{Holder, Maintenance, announce, maintenance};
 
 use crate::cli::group::fit;
-use crate::config::{self, Extras, Source};
+use crate::config::{self, LoadOptions, Source};
 use crate::http::{
     Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
 };
@@ -68,7 +68,7 @@ pub struct RunArgs {
     /// Name of the VM, unique among the VMs that run [default: the file's name without its extension]
     #[arg(long)]
     name: Option<String>,
-    /// Give the VM devices named by path that are in no group
+    /// Shrink the VM devices named by path that are in no group
     #[arg(long)]
     allow_ungrouped: bool,
     /// What to do on a system call that gantry should never make
@@ -131,7 +131,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let config = match args.file.take() {
         Some(file) => Some(config::load(
             &Source::from(file),
-            &Extras {
+            &LoadOptions {
                 name: args.name.clone(),
                 allow_ungrouped: args.allow_ungrouped,
                 host: paths.clone(),

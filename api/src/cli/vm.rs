@@ -30,7 +30,7 @@ pub enum VmCommand {
     List(list::ListArgs),
     /// Show what a VM is, and the devices that it has
     Info(info::InfoArgs),
-    /// Give devices to a running VM
+    /// Shrink devices to a running VM
     Attach(devices::AttachArgs),
     /// Take a device from a running VM
     Detach(devices::DetachArgs),
@@ -95,10 +95,10 @@ pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
 fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)> {
     let client = find::connect(&path, find::GLANCE).ok()?;
     let name = match client.get::<VmmPing>("vmm.ping") {
-        Err(ClientError::Nobody { .. }) => return None,
+        Err(ClientError::NotListening { .. }) => return None,
         Ok(ping) if !ping.name.is_empty() => ping.name,
         // Who is silent once is not waited for again.
-        Err(ClientError::Late { .. }) => return Some((socket, None)),
+        Err(ClientError::TimedOut { .. }) => return Some((socket, None)),
         Ok(_) | Err(_) => socket,
     };
     Some((name, client.text("/metrics").ok()))
@@ -107,10 +107,10 @@ fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)>
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let help = match error {
-            ClientError::Late { pid: Some(pid), .. } if is_stopped(pid) => {
+            ClientError::TimedOut { pid: Some(pid), .. } if is_stopped(pid) => {
                 format!("the process is stopped: `kill -CONT {pid}` lets it run on")
             }
-            ClientError::Late { pid: Some(pid), .. } => format!(
+            ClientError::TimedOut { pid: Some(pid), .. } => format!(
                 "try again; `kill {pid}` ends it, `kill -9 {pid}` in any case, and its devices go back"
             ),
             ClientError::Refused {

@@ -75,7 +75,7 @@ impl fmt::Display for Source {
 
 /// What the command line says beside the file.
 #[derive(Debug, Default)]
-pub struct Extras {
+pub struct LoadOptions {
     /// Name of the VM; the file's stem if absent.
     pub name: Option<String>,
     /// Devices named by path may be in no group.
@@ -88,7 +88,7 @@ pub struct Extras {
     pub folders: Option<gantry_vmm::Folders>,
 }
 
-impl Extras {
+impl LoadOptions {
     fn context<'a>(&'a self, name: &'a str, folder: &'a Path) -> Context<'a> {
         Context {
             name,
@@ -119,7 +119,7 @@ pub fn size(bytes: u64) -> String {
 
 /// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
 /// files can be opened.
-pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Error> {
+pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfig, Error> {
     let text = read(source)?;
     let name = match (&extras.name, source) {
         (Some(name), _) => name.clone(),
@@ -130,7 +130,7 @@ pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Er
         Source::Stdin => None,
         Source::File(path) => path.parent(),
     };
-    let written = Written {
+    let written = SourceText {
         text: &text,
         file: &source.to_string(),
         folder: folder.unwrap_or(Path::new("")),
@@ -140,7 +140,7 @@ pub fn load(source: &Source, extras: &Extras) -> Result<gantry_vmm::VmConfig, Er
 
 /// What describes a VM.
 #[derive(Debug)]
-pub struct Written<'a> {
+pub struct SourceText<'a> {
     /// JSON.
     pub text: &'a str,
     /// Where it comes from, for errors.
@@ -151,9 +151,9 @@ pub struct Written<'a> {
 
 /// Validates a VM's JSON.
 pub fn parse(
-    written: &Written,
+    written: &SourceText,
     name: &str,
-    extras: &Extras,
+    extras: &LoadOptions,
 ) -> Result<gantry_vmm::VmConfig, Error> {
     check_name(name)?;
     let context = extras.context(name, written.folder);
@@ -167,8 +167,8 @@ pub fn parse(
 /// # Errors
 /// Its keys or values are wrong.
 pub fn requests(
-    written: &Written,
-    extras: &Extras,
+    written: &SourceText,
+    extras: &LoadOptions,
 ) -> Result<(Vec<DeviceRequest>, NumaPolicy), JsonError> {
     let context = extras.context("", written.folder);
     compile(written, |model| validate::requests(model, &context))
@@ -208,7 +208,7 @@ const DEVICES: &str = "devices[]";
 
 /// The whole way from text to a validated value.
 fn compile<T>(
-    written: &Written,
+    written: &SourceText,
     convert: impl FnOnce(model::VmConfig) -> Result<T, Vec<validate::Invalid>>,
 ) -> Result<T, JsonError> {
     let mut document = Document::parse(Path::new(written.file), written.text)?;

@@ -8,7 +8,7 @@ use gantry_resources::base::HostBdf;
 use gantry_resources::pools::DeviceRequest;
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
-use super::{Error, Extras, Source, load};
+use super::{Error, LoadOptions, Source, load};
 
 /// A folder with a kernel, an initramfs and a VM's file.
 struct Folder(tempfile::TempDir);
@@ -27,7 +27,7 @@ impl Folder {
 
     fn load(&self, text: &str) -> Result<VmConfig, Error> {
         std::fs::write(self.path("vm.json"), text).unwrap();
-        load(&Source::File(self.path("vm.json")), &Extras::default())
+        load(&Source::File(self.path("vm.json")), &LoadOptions::default())
     }
 
     /// The error for a text, with the folder's name taken out.
@@ -196,10 +196,10 @@ fn the_command_line_names_the_vm_and_allows_the_ungrouped() {
     let named = |name: &str| {
         load(
             &source,
-            &Extras {
+            &LoadOptions {
                 name: Some(name.to_owned()),
                 allow_ungrouped: true,
-                ..Extras::default()
+                ..LoadOptions::default()
             },
         )
     };
@@ -593,7 +593,11 @@ fn a_command_line_is_as_long_as_a_kernel_takes() {
 
 #[test]
 fn an_unreadable_file_is_named() {
-    let error = load(&Source::File("/none/vm.json".into()), &Extras::default()).unwrap_err();
+    let error = load(
+        &Source::File("/none/vm.json".into()),
+        &LoadOptions::default(),
+    )
+    .unwrap_err();
     assert_eq!(error.to_string(), "cannot read /none/vm.json");
     assert!(
         std::error::Error::source(&error)
@@ -765,9 +769,9 @@ fn slots_are_there_where_they_are_asked_for() {
     }
     let text = r#"{"payload": {"kernel": "vmlinux"}}"#;
     std::fs::write(folder.path("vm.json"), text).unwrap();
-    let extras = Extras {
+    let extras = LoadOptions {
         slots: 32,
-        ..Extras::default()
+        ..LoadOptions::default()
     };
     let config = load(&Source::File(folder.path("vm.json")), &extras).unwrap();
     assert_eq!(config.hotplug.slots, 32);
@@ -783,15 +787,15 @@ fn clients_that_are_kept_to_folders_name_no_file_elsewhere() {
     std::os::unix::fs::symlink("/etc/passwd", folder.path("kernels/link")).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", folder.path("logs/link")).unwrap();
     let kept = |kernel: &str, members: &str, output: Option<&str>| {
-        let extras = Extras {
+        let extras = LoadOptions {
             folders: Some(gantry_vmm::Folders {
                 payload: folder.path("kernels"),
                 output: output.map(|dir| folder.path(dir)),
             }),
-            ..Extras::default()
+            ..LoadOptions::default()
         };
         let text = format!(r#"{{"payload": {{"kernel": "{kernel}"}}{members}}}"#);
-        let written = super::Written {
+        let written = super::SourceText {
             text: &text,
             file: "the body",
             folder: Path::new(""),
@@ -843,9 +847,9 @@ fn a_plan_says_what_the_file_does_not() {
     std::fs::write(folder.path("etc/plans.json"), plans).unwrap();
     let loaded = |members: &str| {
         std::fs::write(folder.path("vm.json"), file(members)).unwrap();
-        let extras = Extras {
+        let extras = LoadOptions {
             host: gantry_resources::base::HostPaths::under(folder.0.path()),
-            ..Extras::default()
+            ..LoadOptions::default()
         };
         load(&Source::File(folder.path("vm.json")), &extras)
     };

@@ -18,17 +18,17 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::heard;
 use super::routes::ROOT;
+use super::sanitize;
 use super::socket;
 use super::wire::EventLine;
 
 /// Why a VM was not heard.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody is behind the socket, or there is none.
+    /// NotListening is behind the socket, or there is none.
     #[error("no VM listens on {path}")]
-    Nobody {
+    NotListening {
         /// The socket.
         path: PathBuf,
     },
@@ -52,7 +52,7 @@ pub enum ClientError {
     },
     /// The VM takes too long.
     #[error("the VM on {path}{} did not answer in {}", process(*pid), seconds(*waited))]
-    Late {
+    TimedOut {
         /// The socket.
         path: PathBuf,
         /// Who listens there, as far as known.
@@ -109,7 +109,7 @@ impl Client {
     /// The VM is not heard, or says no.
     pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
         let body = self.whole(Method::GET, &format!("{ROOT}{call}"), Bytes::new())?;
-        heard::value(&body).map_err(|error| self.broken(error))
+        sanitize::json(&body).map_err(|error| self.broken(error))
     }
 
     /// What a `GET` of a path gives, as text.
@@ -145,7 +145,7 @@ impl Client {
         if answer.is_empty() {
             return Ok(None);
         }
-        let answer = heard::value(&answer);
+        let answer = sanitize::json(&answer);
         answer.map(Some).map_err(|error| self.broken(error))
     }
 
@@ -155,7 +155,7 @@ impl Client {
     /// The VM is not heard, or says no.
     pub fn events(&self) -> Result<EventReader<'_>, ClientError> {
         let path = format!("{ROOT}events");
-        let answer = self.within(self.send(Method::GET, &path, Bytes::new()))?;
+        let answer = self.with_timeout(self.send(Method::GET, &path, Bytes::new()))?;
         Ok(EventReader {
             client: self,
             body: answer.into_body(),
@@ -164,19 +164,19 @@ impl Client {
     }
 
     fn whole(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
-        self.within(async {
+        self.with_timeout(async {
             let answer = self.send(method, path, body).await?;
-            let body = heard::whole(answer.into_body()).await;
+            let body = sanitize::read_body(answer.into_body()).await;
             body.map_err(|error| self.broken(error))
         })
     }
 
-    fn within<T>(
+    fn with_timeout<T>(
         &self,
         answer: impl Future<Output = Result<T, ClientError>>,
     ) -> Result<T, ClientError> {
         let waited = self.patience;
-        let late = |_| ClientError::Late {
+        let late = |_| ClientError::TimedOut {
             path: self.path.clone(),
             pid: self.pid.get(),
             waited,
@@ -217,11 +217,11 @@ impl Client {
     async fn refused(&self, answer: Response<Incoming>) -> ClientError {
         let status = answer.status();
         let temporary = answer.headers().contains_key(RETRY_AFTER);
-        let body = match heard::whole(answer.into_body()).await {
+        let body = match sanitize::read_body(answer.into_body()).await {
             Ok(body) => body,
             Err(error) => return self.broken(error),
         };
-        let messages = heard::value(&body);
+        let messages = sanitize::json(&body);
         ClientError::Refused {
             status: status.as_u16(),
             messages: messages.unwrap_or_else(|_| vec![format!("the VM answers {status}")]),
@@ -232,7 +232,9 @@ impl Client {
     fn unreachable(&self, error: std::io::Error) -> ClientError {
         let path = self.path.clone();
         match error.kind() {
-            ErrorKind::NotFound | ErrorKind::ConnectionRefused => ClientError::Nobody { path },
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+                ClientError::NotListening { path }
+            }
             ErrorKind::PermissionDenied => ClientError::Denied { path },
             _ => self.broken(error),
         }
@@ -257,7 +259,7 @@ impl EventReader<'_> {
     /// The next event, waited for until `deadline`, or for ever; none once the VM has ended.
     ///
     /// # Errors
-    /// The deadline is there ([`ClientError::Late`]), or the stream breaks.
+    /// The deadline is there ([`ClientError::TimedOut`]), or the stream breaks.
     pub fn next(&mut self, deadline: Option<Instant>) -> Result<Option<EventLine>, ClientError> {
         let began = Instant::now();
         loop {
@@ -265,12 +267,12 @@ impl EventReader<'_> {
                 let line: Vec<u8> = self.read.drain(..=end).collect();
                 // An empty one tells that the VM is there.
                 if line.len() > 1 {
-                    let event = heard::value(&line);
+                    let event = sanitize::json(&line);
                     return event.map(Some).map_err(|error| self.client.broken(error));
                 }
                 continue;
             }
-            if self.read.len() > heard::LONGEST_LINE {
+            if self.read.len() > sanitize::LONGEST_LINE {
                 return Err(self.client.broken("an event is too long"));
             }
             let body = &mut self.body;
@@ -287,7 +289,7 @@ impl EventReader<'_> {
                 // A VM that is killed does not end its sentence.
                 Some(None | Some(Err(_))) => return Ok(None),
                 None => {
-                    return Err(ClientError::Late {
+                    return Err(ClientError::TimedOut {
                         path: self.client.path.clone(),
                         pid: self.client.pid.get(),
                         waited: began.elapsed(),

@@ -24,14 +24,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// An event and when it happened.
 #[derive(Debug)]
-struct Happened {
+struct TimedEvent {
     at: SystemTime,
     event: VmEvent,
 }
 
 /// Where events are told and heard.
 #[derive(Debug, Clone)]
-pub struct Events(Arc<Mutex<Option<Sender<Arc<Happened>>>>>);
+pub struct Events(Arc<Mutex<Option<Sender<Arc<TimedEvent>>>>>);
 
 impl Default for Events {
     fn default() -> Self {
@@ -45,7 +45,7 @@ impl Events {
         if let Some(sender) = &*self.sender() {
             let at = SystemTime::now();
             // Fails where nobody listens.
-            let _ = sender.send(Arc::new(Happened { at, event }));
+            let _ = sender.send(Arc::new(TimedEvent { at, event }));
         }
     }
 
@@ -61,25 +61,27 @@ impl Events {
     }
 
     /// Hears what is told from now on; `first` comes before.
-    pub(super) fn listen(&self) -> Option<Listener> {
+    pub(super) fn subscribe(&self) -> Option<Subscription> {
         let sender = self.sender();
-        sender.as_ref().map(|sender| Listener(sender.subscribe()))
+        sender
+            .as_ref()
+            .map(|sender| Subscription(sender.subscribe()))
     }
 
-    fn sender(&self) -> std::sync::MutexGuard<'_, Option<Sender<Arc<Happened>>>> {
+    fn sender(&self) -> std::sync::MutexGuard<'_, Option<Sender<Arc<TimedEvent>>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One who listens.
 #[derive(Debug)]
-pub struct Listener(Receiver<Arc<Happened>>);
+pub struct Subscription(Receiver<Arc<TimedEvent>>);
 
-impl Listener {
+impl Subscription {
     /// What it hears, after `first`.
-    pub fn stream(self, first: Event) -> Stream {
+    pub fn stream(self, first: Event) -> EventStream {
         let line = line(SystemTime::now(), first);
-        Stream {
+        EventStream {
             next: Box::pin(std::future::ready((Some(line), self))),
         }
     }
@@ -106,15 +108,15 @@ fn line(at: SystemTime, event: Event) -> Bytes {
 }
 
 /// The lines that one client gets.
-pub struct Stream {
-    next: Pin<Box<dyn Future<Output = (Option<Bytes>, Listener)> + Send>>,
+pub struct EventStream {
+    next: Pin<Box<dyn Future<Output = (Option<Bytes>, Subscription)> + Send>>,
 }
 
-impl Stream {
+impl EventStream {
     /// The next line; none at the end.
     pub fn poll_line(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let (line, listener) = std::task::ready!(self.next.as_mut().poll(context));
-        self.next = Box::pin(listener.line());
+        let (line, subscription) = std::task::ready!(self.next.as_mut().poll(context));
+        self.next = Box::pin(subscription.line());
         Poll::Ready(line)
     }
 }

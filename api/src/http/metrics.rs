@@ -17,40 +17,40 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 
 /// What the API itself counts.
 #[derive(Debug, Default)]
-pub struct Tally {
-    requests: Family<Answered, Counter>,
+pub struct ApiMetrics {
+    requests: Family<RequestLabels, Counter>,
     connections: Gauge<i64, AtomicI64>,
     turned_away: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Answered {
+struct RequestLabels {
     path: &'static str,
     status: u16,
 }
 
 /// A connection that is open.
-pub struct Open(Gauge<i64, AtomicI64>);
+pub struct OpenConnection(Gauge<i64, AtomicI64>);
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
         self.0.dec();
     }
 }
 
-impl Tally {
+impl ApiMetrics {
     /// Counts an answer.
     pub fn answered(&self, path: &'static str, status: StatusCode) {
         let status = status.as_u16();
         self.requests
-            .get_or_create(&Answered { path, status })
+            .get_or_create(&RequestLabels { path, status })
             .inc();
     }
 
     /// Counts a connection for as long as it is open.
-    pub fn connected(&self) -> Open {
+    pub fn connected(&self) -> OpenConnection {
         self.connections.inc();
-        Open(self.connections.clone())
+        OpenConnection(self.connections.clone())
     }
 
     /// Counts a connection that is one too many.
@@ -99,32 +99,36 @@ struct Step {
 pub fn text(
     name: &str,
     vm: Option<(&VmInfo, &[DeviceCounters])>,
-    tally: &Tally,
+    api_metrics: &ApiMetrics,
 ) -> Result<String, fmt::Error> {
     let labels = [("vm".into(), name.to_owned().into())];
     let mut registry = Registry::with_prefix_and_labels("gantry", labels.into_iter());
     if let Some((info, counters)) = vm {
-        of_vm(&mut registry, info);
-        of_devices(&mut registry, &info.devices, counters);
+        register_vm(&mut registry, info);
+        register_devices(&mut registry, &info.devices, counters);
     }
     let api = registry.sub_registry_with_prefix("api");
-    api.register("requests", "Requests answered", tally.requests.clone());
+    api.register(
+        "requests",
+        "Requests answered",
+        api_metrics.requests.clone(),
+    );
     api.register(
         "connections",
         "Connections that are open",
-        tally.connections.clone(),
+        api_metrics.connections.clone(),
     );
     api.register(
         "connections_turned_away",
         "Connections beyond the limit",
-        tally.turned_away.clone(),
+        api_metrics.turned_away.clone(),
     );
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
 }
 
-fn of_vm(registry: &mut Registry, info: &VmInfo) {
+fn register_vm(registry: &mut Registry, info: &VmInfo) {
     let states = Family::<State, Gauge>::default();
     for (state, word) in [
         (VmState::Created, "created"),
@@ -162,7 +166,7 @@ fn of_vm(registry: &mut Registry, info: &VmInfo) {
     }
 }
 
-fn of_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[DeviceCounters]) {
+fn register_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[DeviceCounters]) {
     let interrupts = Family::<Vector, Counter>::default();
     let reads = Family::<Region, Counter>::default();
     let writes = Family::<Region, Counter>::default();

@@ -3,25 +3,25 @@
 //! [`Socket`] is the file, [`Server`] answers on it, [`Vm`] is whom it asks, [`Events`] is where the VM
 //! tells what happens, and [`wire`] has the bodies.
 
-mod calls;
 pub mod client;
+mod connections;
 mod events;
-mod heard;
+mod handlers;
 mod metrics;
 mod openapi;
-mod patience;
-mod places;
 mod reply;
 mod routes;
+mod sanitize;
 mod server;
 mod socket;
+mod timed_stream;
 pub mod wire;
 
 pub use events::Events;
 pub use server::{Identity, Limits, Server, Stop};
 pub use socket::{
-    REMOVE_SOCKET, RemoverArgs, Socket, SocketError, SocketFile, as_process, path_of, remove_stale,
-    remover_helper,
+    CleanupArgs, REMOVE_SOCKET, Socket, SocketError, SocketFile, as_process, cleanup_helper,
+    path_of, remove_stale,
 };
 
 use gantry_vmm::Handle;

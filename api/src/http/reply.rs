@@ -15,24 +15,24 @@ use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
-use super::events::Stream;
-use super::places::Busy;
+use super::connections::InUse;
+use super::events::EventStream;
 
 /// An answer.
-pub type Answered = Response<Payload>;
+pub type HttpResponse = Response<Payload>;
 
 /// What an answer carries.
 pub struct Payload {
     content: Content,
     /// The connection is in use until the answer is written.
-    busy: Option<Busy>,
+    in_use: Option<InUse>,
 }
 
 enum Content {
     /// All of it at once.
     Whole(Full<Bytes>),
     /// Line after line, as things happen.
-    Lines(Stream),
+    Lines(EventStream),
 }
 
 impl Payload {
@@ -41,8 +41,8 @@ impl Payload {
     }
 
     /// Keeps a connection in use for as long as this is written.
-    pub fn keep(mut self, busy: Busy) -> Self {
-        self.busy = Some(busy);
+    pub fn keep(mut self, in_use: InUse) -> Self {
+        self.in_use = Some(in_use);
         self
     }
 }
@@ -51,7 +51,7 @@ impl From<Content> for Payload {
     fn from(content: Content) -> Self {
         Self {
             content,
-            busy: None,
+            in_use: None,
         }
     }
 }
@@ -90,14 +90,14 @@ impl Body for Payload {
 /// Clients that read HTTP by hand take all that follows the version for the status: no reason follows it.
 const NO_REASON: ReasonPhrase = ReasonPhrase::from_static(b"");
 
-fn answer(status: StatusCode, payload: Payload) -> Answered {
+fn answer(status: StatusCode, payload: Payload) -> HttpResponse {
     let mut answer = Response::new(payload);
     *answer.status_mut() = status;
     answer.extensions_mut().insert(NO_REASON);
     answer
 }
 
-fn typed(status: StatusCode, kind: &'static str, payload: Payload) -> Answered {
+fn typed(status: StatusCode, kind: &'static str, payload: Payload) -> HttpResponse {
     let mut answer = answer(status, payload);
     let kind = HeaderValue::from_static(kind);
     answer.headers_mut().insert(CONTENT_TYPE, kind);
@@ -106,7 +106,7 @@ fn typed(status: StatusCode, kind: &'static str, payload: Payload) -> Answered {
 
 /// A request that is not answered with what it asks for.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct HttpError {
     /// The status.
     pub status: StatusCode,
     /// Why, from the outside in.
@@ -117,7 +117,7 @@ pub struct Refusal {
     pub temporary: bool,
 }
 
-impl Refusal {
+impl HttpError {
     /// A refusal with one message.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
@@ -134,7 +134,7 @@ impl Refusal {
     }
 }
 
-impl From<CommandError> for Refusal {
+impl From<CommandError> for HttpError {
     fn from(error: CommandError) -> Self {
         use CommandError as E;
         let status = match &error {
@@ -190,28 +190,28 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
 }
 
 /// 204: it is done, and there is nothing to tell.
-pub fn done() -> Answered {
+pub fn done() -> HttpResponse {
     answer(StatusCode::NO_CONTENT, Payload::whole(Bytes::new()))
 }
 
 /// 200 with a JSON body.
-pub fn json(value: &impl Serialize) -> Answered {
+pub fn json(value: &impl Serialize) -> HttpResponse {
     with_json(StatusCode::OK, value)
 }
 
 /// 200 with text of a type.
-pub fn text(kind: &'static str, text: String) -> Answered {
+pub fn text(kind: &'static str, text: String) -> HttpResponse {
     whole(StatusCode::OK, kind, text.into())
 }
 
 /// 200 with a line for each event, until one side ends it.
-pub fn lines(stream: Stream) -> Answered {
+pub fn lines(stream: EventStream) -> HttpResponse {
     let payload = Content::Lines(stream).into();
     typed(StatusCode::OK, "application/x-ndjson", payload)
 }
 
 /// The refusal's status, with its messages as a JSON list.
-pub fn refused(refusal: &Refusal) -> Answered {
+pub fn refused(refusal: &HttpError) -> HttpResponse {
     let mut answer = with_json(refusal.status, &refusal.messages);
     if let Some(verb) = refusal.allow {
         let verb = HeaderValue::from_static(verb);
@@ -228,7 +228,7 @@ pub fn refused(refusal: &Refusal) -> Answered {
     answer
 }
 
-fn with_json(status: StatusCode, value: &impl Serialize) -> Answered {
+fn with_json(status: StatusCode, value: &impl Serialize) -> HttpResponse {
     match serde_json::to_vec(value) {
         Ok(body) => whole(status, "application/json", body.into()),
         Err(error) => {
@@ -243,7 +243,7 @@ fn with_json(status: StatusCode, value: &impl Serialize) -> Answered {
     }
 }
 
-fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> Answered {
+fn whole(status: StatusCode, kind: &'static str, body: Bytes) -> HttpResponse {
     typed(status, kind, Payload::whole(body))
 }
 
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn what_is_not_to_be_had_is_no_failure_of_the_host() {
-        let status = |error: gantry_vmm::Error| Refusal::from(CommandError::from(error)).status;
+        let status = |error: gantry_vmm::Error| HttpError::from(CommandError::from(error)).status;
         let device = |error: DeviceError| status(error.into());
         let refused = OpenerError::Refused("no group \"gpu\"".to_owned());
         assert_eq!(device(refused.into()), StatusCode::CONFLICT);

@@ -2,7 +2,7 @@
 
 use hyper::{Method, StatusCode};
 
-use super::reply::Refusal;
+use super::reply::HttpError;
 
 /// What the paths of the VMM's own calls begin with.
 pub const ROOT: &str = "/api/v1/";
@@ -86,7 +86,7 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.create",
         "PUT",
         Call::Create,
-        "Give the VM its configuration: what `gantry run` reads from a file",
+        "Shrink the VM its configuration: what `gantry run` reads from a file",
         &[
             MALFORMED,
             (
@@ -261,25 +261,25 @@ pub const UNSUPPORTED: &[&str] = &[
 ///
 /// # Errors
 /// There is none: 404, 405 with the verb that would do, or 501.
-pub fn find(method: &Method, path: &str) -> Result<&'static Route, Refusal> {
+pub fn find(method: &Method, path: &str) -> Result<&'static Route, HttpError> {
     if let Some(route) = ROUTES.iter().find(|route| route.path == path) {
         if method.as_str() == route.verb {
             return Ok(route);
         }
         let what = format!("{path} takes {}, not {method}", route.verb);
-        return Err(Refusal {
+        return Err(HttpError {
             allow: Some(route.verb),
-            ..Refusal::new(StatusCode::METHOD_NOT_ALLOWED, what)
+            ..HttpError::new(StatusCode::METHOD_NOT_ALLOWED, what)
         });
     }
     match path.strip_prefix(ROOT) {
         Some(call) if UNSUPPORTED.contains(&call) => {
             let what = format!("gantry does not support {call}");
-            Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, what))
+            Err(HttpError::new(StatusCode::NOT_IMPLEMENTED, what))
         }
         _ => {
             let what = format!("there is no {path}; {ROOT}openapi.json tells what there is");
-            Err(Refusal::new(StatusCode::NOT_FOUND, what))
+            Err(HttpError::new(StatusCode::NOT_FOUND, what))
         }
     }
 }

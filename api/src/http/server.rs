@@ -13,16 +13,16 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use super::calls::App;
-use super::metrics::Tally;
-use super::patience::Patient;
-use super::places::{Place, Places};
+use super::connections::{ConnectionSlot, ConnectionTable};
+use super::handlers::Handlers;
+use super::metrics::ApiMetrics;
+use super::timed_stream::TimedStream;
 use super::{Events, Vm};
 
 /// How much a client may take.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections at a time. One more takes the place of one that idles, or is told 503.
+    /// Connections at a time. One more takes the slot of an idle one, or gets 503.
     pub connections: usize,
     /// Time for the head of a request, which is also how long a connection may idle.
     pub head: Duration,
@@ -51,14 +51,14 @@ impl Default for Limits {
 
 /// The longest head of a request, and the buffer that a connection may fill.
 const HEAD_BYTES: usize = 16 << 10;
-/// How long nobody may have been connected before the memory that answers took is given back.
-const QUIET: Duration = Duration::from_millis(200);
-/// How long the last answers may take once the server ends.
-const FAREWELL: Duration = Duration::from_millis(500);
-/// Connections that are told at a time that they are too many; further ones are closed without a word.
-const TURNED_AWAY: usize = 64;
+/// How long there is no connection before the memory that answers took is given back.
+const IDLE_TIME: Duration = Duration::from_millis(200);
+/// How long the last answers may take when the server ends.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
+/// How many refused connections get an answer at a time; further ones are closed without.
+const MAX_REJECTIONS: usize = 64;
 
-/// Who answers.
+/// The VM and the user that the server answers for.
 #[derive(Debug, Clone)]
 pub struct Identity {
     /// Name of the VM.
@@ -128,19 +128,19 @@ impl Server {
             limits,
             owner,
         } = self;
-        let tally = Tally::default();
-        let app = Arc::new(App {
+        let api_metrics = ApiMetrics::default();
+        let app = Arc::new(Handlers {
             vm,
             events: events.clone(),
             identity,
-            tally,
+            api_metrics,
             limits: limits.clone(),
         });
         runtime.block_on(async {
-            let door = Door {
-                places: Places::new(limits.connections, owner),
-                turned_away: Arc::new(Semaphore::new(TURNED_AWAY)),
-                leaving: watch::Sender::new(false),
+            let acceptor = Acceptor {
+                connections: ConnectionTable::new(limits.connections, owner),
+                turned_away: Arc::new(Semaphore::new(MAX_REJECTIONS)),
+                shutting_down: watch::Sender::new(false),
                 app,
             };
             let mut stopped = pin!(stop.0.notified());
@@ -148,7 +148,7 @@ impl Server {
                 let next = race(stopped.as_mut(), listener.accept()).await;
                 let Some(accepted) = next else { break };
                 match accepted {
-                    Ok((stream, _)) => door.admit(stream),
+                    Ok((stream, _)) => acceptor.accept(stream),
                     Err(error) => {
                         // Out of descriptors, say: those that are there must end first.
                         tracing::warn!(%error, "the API cannot accept a connection");
@@ -158,8 +158,8 @@ impl Server {
             }
             drop(listener);
             events.close();
-            door.leaving.send_replace(true);
-            let _ = timeout(FAREWELL, door.leaving.closed()).await;
+            acceptor.shutting_down.send_replace(true);
+            let _ = timeout(SHUTDOWN_TIMEOUT, acceptor.shutting_down.closed()).await;
         });
         runtime.shutdown_background();
     }
@@ -181,55 +181,55 @@ async fn race<T>(
     .await
 }
 
-/// Where connections come in.
-struct Door {
-    places: Arc<Places>,
+/// Accepts connections, or refuses them.
+struct Acceptor {
+    connections: Arc<ConnectionTable>,
     turned_away: Arc<Semaphore>,
-    leaving: watch::Sender<bool>,
-    app: Arc<App>,
+    shutting_down: watch::Sender<bool>,
+    app: Arc<Handlers>,
 }
 
-impl Door {
-    fn admit(&self, stream: UnixStream) {
+impl Acceptor {
+    fn accept(&self, stream: UnixStream) {
         // The kernel knows the other side of every connected socket.
         let user = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
-        let leaving = self.leaving.subscribe();
-        let stream = Patient::new(stream, self.app.limits.read, leaving.clone());
-        let Some(place) = self.places.take(user) else {
-            self.app.tally.turned_away();
+        let shutting_down = self.shutting_down.subscribe();
+        let stream = TimedStream::new(stream, self.app.limits.read, shutting_down.clone());
+        let Some(slot) = self.connections.take(user) else {
+            self.app.api_metrics.turned_away();
             if let Ok(turn) = Arc::clone(&self.turned_away).try_acquire_owned() {
                 tokio::spawn(async move {
-                    stream.say_and_close(FULL).await;
+                    stream.write_and_close(TOO_MANY_CONNECTIONS).await;
                     drop(turn);
                 });
             }
             return;
         };
-        let connection = connection(stream, place, Arc::clone(&self.app), leaving);
-        let places = Arc::clone(&self.places);
+        let connection = connection(stream, slot, Arc::clone(&self.app), shutting_down);
+        let connections = Arc::clone(&self.connections);
         tokio::spawn(async move {
             connection.await;
-            sleep(QUIET).await;
-            if places.are_empty() {
+            sleep(IDLE_TIME).await;
+            if connections.is_empty() {
                 gantry_vmm::release_program_pages();
             }
         });
     }
 }
 
-const FULL: &[u8] = b"HTTP/1.1 503 \r\n\
+const TOO_MANY_CONNECTIONS: &[u8] = b"HTTP/1.1 503 \r\n\
     Content-Type: application/json\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 60\r\n\r\n\
     [\"there are too many connections: close one, and try again\"]";
 
 async fn connection(
-    stream: Patient,
-    place: Place,
-    app: Arc<App>,
-    mut leaving: watch::Receiver<bool>,
+    stream: TimedStream,
+    slot: ConnectionSlot,
+    app: Arc<Handlers>,
+    mut shutting_down: watch::Receiver<bool>,
 ) {
-    let open = app.tally.connected();
-    let lost = place.lost();
-    let place = Arc::new(place);
+    let open = app.api_metrics.connected();
+    let evicted = slot.evicted();
+    let slot = Arc::new(slot);
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
@@ -240,12 +240,13 @@ async fn connection(
         // A client may be done with writing before it reads: `nc -N`.
         .half_close(true);
     let answers = service_fn(move |request| {
-        let (app, place) = (Arc::clone(&app), Arc::clone(&place));
-        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &place).await) }
+        let (app, slot) = (Arc::clone(&app), Arc::clone(&slot));
+        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &slot).await) }
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), answers));
     let whole = async {
-        let end = pin!(async { drop(leaving.wait_for(|leaving| *leaving).await) });
+        let end =
+            pin!(async { drop(shutting_down.wait_for(|shutting_down| *shutting_down).await) });
         match race(end, connection.as_mut()).await {
             Some(outcome) => outcome,
             None => {
@@ -254,21 +255,21 @@ async fn connection(
             }
         }
     };
-    match race(pin!(lost.notified()), whole).await {
+    match race(pin!(evicted.notified()), whole).await {
         Some(Ok(())) => {}
         Some(Err(error)) => tracing::debug!(%error, "a connection of the API ended early"),
-        None => tracing::debug!("an idle connection of the API made place for another"),
+        None => tracing::debug!("an idle connection of the API was closed for another"),
     }
     drop(open);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::FULL;
+    use super::TOO_MANY_CONNECTIONS;
 
     #[test]
     fn the_answer_to_one_too_many_is_well_formed() {
-        let text = std::str::from_utf8(FULL).unwrap();
+        let text = std::str::from_utf8(TOO_MANY_CONNECTIONS).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(
             head.contains(&format!("Content-Length: {}", body.len())),

@@ -1,7 +1,7 @@
 //! The socket's file: made for its owner alone, found by the VM's name, never taken from a VM that
 //! lives.
 
-mod remover;
+mod cleanup;
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
@@ -11,13 +11,13 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use cleanup::CleanupHelper;
+pub use cleanup::{CleanupArgs, SUBCOMMAND as REMOVE_SOCKET, cleanup_helper};
 use gantry_resources::base::make_dir;
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::unistd::{Gid, Group, Pid, chown};
-use remover::Remover;
-pub use remover::{RemoverArgs, SUBCOMMAND as REMOVE_SOCKET, remover_helper};
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +75,8 @@ impl SocketError {
 /// How long a process that was killed may take to be gone: its devices are reset meanwhile.
 const DYING_PATIENCE: Duration = Duration::from_secs(10);
 const DYING_STEP: Duration = Duration::from_millis(10);
-/// How long it is at most left alone between two attempts to connect: each stays in its queue.
-const KNOCK_STEP: Duration = Duration::from_millis(640);
+/// The longest time between two attempts to connect: each attempt stays in the listener's queue.
+const MAX_PROBE_INTERVAL: Duration = Duration::from_millis(640);
 
 /// A listening socket with its file.
 #[derive(Debug)]
@@ -106,8 +106,8 @@ impl Socket {
             false => fs::create_dir_all(dir),
         };
         made.map_err(SocketError::io("make", dir))?;
-        let _turn = vacate(path, run, is_dying)?;
-        let private = Private::new(dir).map_err(SocketError::io("make", path))?;
+        let _lock = wait_until_free(path, run, is_dying)?;
+        let private = PrivateDir::new(dir).map_err(SocketError::io("make", path))?;
         let hidden = private.0.join("s");
         let listener = UnixListener::bind(&hidden).map_err(SocketError::io("listen on", path))?;
         listener
@@ -127,19 +127,19 @@ impl Socket {
     }
 
     /// The listener, non-blocking, and its file, which goes with the process or before, by a helper:
-    /// `program` must call [`remover_helper`]. `run` is the host's run directory.
+    /// `program` must call [`cleanup_helper`]. `run` is the host's run directory.
     ///
     /// # Errors
     /// The helper cannot be started.
     pub fn into_parts(self, program: &Path, run: &Path) -> io::Result<(UnixListener, SocketFile)> {
-        let remover = Remover::start(program, &self.path, run)?;
-        Ok((self.listener, SocketFile(remover)))
+        let cleanup = CleanupHelper::start(program, &self.path, run)?;
+        Ok((self.listener, SocketFile(cleanup)))
     }
 }
 
 /// The file of a socket. Dropping it, once nobody listens any more, has the file removed.
 #[derive(Debug)]
-pub struct SocketFile(#[expect(dead_code, reason = "it is dropped")] Remover);
+pub struct SocketFile(#[expect(dead_code, reason = "it is dropped")] CleanupHelper);
 
 /// The directory that a path is in.
 pub fn dir_of(path: &Path) -> &Path {
@@ -154,7 +154,7 @@ pub fn dir_of(path: &Path) -> &Path {
 /// # Errors
 /// The kernel refuses a step.
 pub fn remove_stale(path: &Path, run: &Path) -> io::Result<()> {
-    let _turn = turn(run);
+    let _lock = lock(run);
     match state(path)? {
         State::Stale => fs::remove_file(path),
         State::Absent | State::Live(_) | State::Other => Ok(()),
@@ -168,9 +168,9 @@ fn is_stale(path: &Path) -> bool {
 }
 
 /// A directory that only its owner enters, for as long as a socket in it is not ready.
-struct Private(PathBuf);
+struct PrivateDir(PathBuf);
 
-impl Private {
+impl PrivateDir {
     fn new(dir: &Path) -> io::Result<Self> {
         let private = Self(dir.join(format!(".{}", std::process::id())));
         // Of a process with this number that was killed.
@@ -185,7 +185,7 @@ impl Private {
     }
 }
 
-impl Drop for Private {
+impl Drop for PrivateDir {
     fn drop(&mut self) {
         self.clear();
     }
@@ -206,7 +206,7 @@ fn state(path: &Path) -> io::Result<State> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(State::Absent),
         Err(error) => return Err(error),
     }
-    match knock(path) {
+    match probe(path) {
         Err(Errno::ECONNREFUSED) => Ok(State::Stale),
         Err(Errno::ENOENT) => Ok(State::Absent),
         // Also one whose queue is full, or that this user may not connect to: somebody is there.
@@ -214,9 +214,9 @@ fn state(path: &Path) -> io::Result<State> {
     }
 }
 
-/// Connects without waiting, as a listener whose queue is full would make one wait. The process that
-/// listens, where this one can see it.
-fn knock(path: &Path) -> nix::Result<Option<u32>> {
+/// Connects without waiting for a listener whose queue is full. Returns the process that listens, if this one
+/// can see it.
+fn probe(path: &Path) -> nix::Result<Option<u32>> {
     let (family, kind) = (AddressFamily::Unix, SockType::Stream);
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket::socket(family, kind, flags, None)?;
@@ -231,9 +231,8 @@ pub fn process(pid: i32) -> Option<u32> {
     u32::try_from(pid).ok().filter(|pid| *pid != 0)
 }
 
-/// Waits until nobody listens at a path; what comes back keeps it so. While somebody who was killed still
-/// does, it is the turn of others.
-fn vacate(
+/// Waits until nobody listens at a path, and returns the lock that keeps it so. The lock is free meanwhile.
+fn wait_until_free(
     path: &Path,
     run: &Path,
     is_dying: impl Fn(u32) -> bool,
@@ -242,21 +241,21 @@ fn vacate(
     let deadline = Instant::now() + DYING_PATIENCE;
     let (mut step, mut known) = (DYING_STEP, None);
     loop {
-        let turn = turn(run);
+        let lock = lock(run);
         match state(path).map_err(SocketError::io("look at", path))? {
             // What is stale is replaced by the rename.
-            State::Absent | State::Stale => return Ok(turn),
+            State::Absent | State::Stale => return Ok(lock),
             // Who it is does not show once the queue is full.
             State::Live(pid) => known = pid.or(known),
             State::Other => return Err(SocketError::NoSocket { path: owned() }),
         }
-        drop(turn);
+        drop(lock);
         // One that was killed listens until the kernel has closed its files.
         match known {
             Some(pid) if is_dying(pid) && Instant::now() < deadline => await_end(pid, step),
             pid => return Err(SocketError::Live { path: owned(), pid }),
         }
-        step = (step * 2).min(KNOCK_STEP);
+        step = (step * 2).min(MAX_PROBE_INTERVAL);
     }
 }
 
@@ -306,18 +305,17 @@ fn has_kill_pending(status: &str) -> bool {
     masks.into_iter().any(|mask| mask & SIGKILL != 0)
 }
 
-/// The file that is locked by whose turn it is.
-fn turns(run: &Path) -> PathBuf {
+/// The lock file of the processes that replace or remove sockets.
+fn lock_path(run: &Path) -> PathBuf {
     run.join("sockets.lock")
 }
 
-/// Waits for its turn, for as long as the file is open: two that find the same stale socket must not both
-/// replace it. A file that only its owner opens, as whoever may open it could keep all others waiting;
-/// who may not can only be in the way of himself.
-fn turn(run: &Path) -> Option<File> {
+/// Takes the lock, which is held as long as the file is open: two processes that find the same stale socket must
+/// not both replace it. Only the file's owner may open it, as any user who may could block all others.
+fn lock(run: &Path) -> Option<File> {
     let mut options = File::options();
     let file = options.write(true).create(true).truncate(false).mode(0o600);
-    let file = file.open(turns(run)).ok()?;
+    let file = file.open(lock_path(run)).ok()?;
     file.lock().ok()?;
     Some(file)
 }

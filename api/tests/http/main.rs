@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod by_hand;
+mod cleanup;
 mod client;
 mod commands;
 mod fake;
 mod faults;
 mod hostile;
 mod published;
-mod remover;

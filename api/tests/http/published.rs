@@ -42,7 +42,7 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
     for (body, words) in [
         (
             r#"{"id": "dev0", "force_after": -1}"#,
-            "the body:1:30: `force_after`: ",
+            "the body:1:31: `force_after`: ",
         ),
         (r#"["dev0", 1]"#, "expected an object, found a list"),
         (

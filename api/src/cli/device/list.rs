@@ -12,7 +12,7 @@ use serde::ser::SerializeSeq;
 use super::{mdev, nvme, usb};
 use crate::output::{print, print_json};
 use crate::report::{Failure, USAGE};
-use crate::table::{Column, Give, Table, terminal_width};
+use crate::table::{Column, Shrink, Table, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -91,59 +91,59 @@ impl Key {
 const COLUMNS: [Column; 14] = [
     Column {
         title: "ADDRESS",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "ID",
-        give: Give::All(4),
+        shrink: Shrink::Drop(4),
     },
     Column {
         title: "NAME",
-        give: Give::Width(16),
+        shrink: Shrink::Cut(16),
     },
     Column {
         title: "CLASS",
-        give: Give::Both(12, 3),
+        shrink: Shrink::CutThenDrop(12, 3),
     },
     Column {
         title: "DRIVER",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "MODULES",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     Column {
         title: "IOMMU",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "NUMA",
-        give: Give::All(1),
+        shrink: Shrink::Drop(1),
     },
     Column {
         title: "VFS",
-        give: Give::All(2),
+        shrink: Shrink::Drop(2),
     },
     Column {
         title: "RESET",
-        give: Give::All(2),
+        shrink: Shrink::Drop(2),
     },
     Column {
         title: "IRQ",
-        give: Give::All(1),
+        shrink: Shrink::Drop(1),
     },
     Column {
         title: "STATE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "GROUP",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "VM",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
 ];
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{self, Column, Give, Table, terminal_width};
+use crate::table::{self, Column, Shrink, Table, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -34,25 +34,25 @@ pub struct MdevArgs {
     sort: Option<String>,
 }
 
-const fn column(title: &'static str, give: Give) -> Column {
-    Column { title, give }
+const fn column(title: &'static str, shrink: Shrink) -> Column {
+    Column { title, shrink }
 }
 
 const TYPES: [Column; 4] = [
-    column("PARENT", Give::Nothing),
-    column("TYPE", Give::Nothing),
-    column("NAME", Give::Width(12)),
-    column("AVAILABLE", Give::Nothing),
+    column("PARENT", Shrink::Never),
+    column("TYPE", Shrink::Never),
+    column("NAME", Shrink::Cut(12)),
+    column("AVAILABLE", Shrink::Never),
 ];
 
 const DEVICES: [Column; 7] = [
-    column("UUID", Give::Nothing),
-    column("TYPE", Give::Nothing),
-    column("PARENT", Give::All(1)),
-    column("IOMMU", Give::All(0)),
-    column("STATE", Give::Nothing),
-    column("GROUP", Give::Nothing),
-    column("VM", Give::Nothing),
+    column("UUID", Shrink::Never),
+    column("TYPE", Shrink::Never),
+    column("PARENT", Shrink::Drop(1)),
+    column("IOMMU", Shrink::Drop(0)),
+    column("STATE", Shrink::Never),
+    column("GROUP", Shrink::Never),
+    column("VM", Shrink::Never),
 ];
 
 #[derive(Debug, Serialize)]

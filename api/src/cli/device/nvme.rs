@@ -4,28 +4,31 @@ use gantry_resources::facts::Nvme;
 use gantry_resources::inventory::HostDevice;
 
 use super::list::state_word;
-use crate::table::{Column, Give};
+use crate::table::{Column, Shrink};
 
 const fn full(title: &'static str) -> Column {
-    let give = Give::Nothing;
-    Column { title, give }
+    let give = Shrink::Never;
+    Column {
+        title,
+        shrink: give,
+    }
 }
 
 pub const COLUMNS: [Column; 9] = [
     full("ADDRESS"),
     Column {
         title: "MODEL",
-        give: Give::Width(16),
+        shrink: Shrink::Cut(16),
     },
     full("SERIAL"),
     Column {
         title: "FIRMWARE",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     full("GB"),
     Column {
         title: "DISKS",
-        give: Give::All(1),
+        shrink: Shrink::Drop(1),
     },
     full("STATE"),
     full("GROUP"),

@@ -8,11 +8,14 @@ use serde::Serialize;
 use super::list::shown;
 use crate::output::print_json;
 use crate::report::Failure;
-use crate::table::{Column, Give};
+use crate::table::{Column, Shrink};
 
 const fn full(title: &'static str) -> Column {
-    let give = Give::Nothing;
-    Column { title, give }
+    let give = Shrink::Never;
+    Column {
+        title,
+        shrink: give,
+    }
 }
 
 pub const COLUMNS: [Column; 9] = [
@@ -20,18 +23,18 @@ pub const COLUMNS: [Column; 9] = [
     full("ID"),
     Column {
         title: "NAME",
-        give: Give::Width(16),
+        shrink: Shrink::Cut(16),
     },
     Column {
         title: "SERIAL",
-        give: Give::All(1),
+        shrink: Shrink::Drop(1),
     },
     full("BUS"),
     full("SPEED"),
     full("DRIVER"),
     Column {
         title: "CONTROLLER",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     full("GROUP"),
 ];

@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::matching::{self, Found, table};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -74,19 +74,19 @@ struct Row {
 const COLUMNS: [Column; 4] = [
     Column {
         title: "ALIAS",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "DEVICES",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
     Column {
         title: "TYPE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "FREE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
 ];
 

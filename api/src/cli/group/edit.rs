@@ -12,7 +12,7 @@ use gantry_resources::pools::{
 
 use super::told::{Before, Hardware};
 use super::{Kind, Made};
-use crate::output::TellArgs;
+use crate::output::OutputArgs;
 use crate::report::Failure;
 
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub struct CreateArgs {
     #[arg(long = "device", value_name = "DEVICE")]
     devices: Vec<Place>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -75,7 +75,7 @@ pub struct EditArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 /// What is said of a group's devices.
@@ -146,7 +146,7 @@ pub struct RenameArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -158,7 +158,7 @@ pub struct DeleteArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -183,7 +183,7 @@ pub struct DevicesArgs {
     #[arg(value_name = "DEVICE", required = true)]
     devices: Vec<Place>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -397,7 +397,7 @@ fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
 /// Has a group that has the first name, and then the second one, changed as `wanted`, and tells of it.
 fn change(
     paths: &HostPaths,
-    tell: TellArgs,
+    tell: OutputArgs,
     [before, after]: [&str; 2],
     wanted: impl FnOnce(&mut GroupFiles) -> Result<(), EditError>,
 ) -> Result<(), Failure> {

@@ -9,7 +9,7 @@ use gantry_resources::allocation::{Fit, RequestFit, fit};
 use gantry_resources::base::{HostPaths, read_regular, read_text};
 use gantry_resources::pools::{Aliases, DeviceRequest, Instance, Placement};
 
-use crate::config::{self, Extras, LONGEST, Written};
+use crate::config::{self, LONGEST, LoadOptions, SourceText};
 use crate::output::{print, print_json};
 use crate::report::{FAILED, Failure, TRY_AGAIN, USAGE};
 use gantry_vmm::NumaPolicy;
@@ -100,15 +100,15 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<DeviceRequest>, BTreeS
             return Ok((requests, BTreeSet::new()));
         }
     };
-    let written = Written {
+    let written = SourceText {
         text: &text,
         file: &name.display().to_string(),
         folder: name.parent().unwrap_or(Path::new("")),
     };
-    let extras = Extras {
+    let extras = LoadOptions {
         allow_ungrouped: args.allow_ungrouped,
         host: paths.clone(),
-        ..Extras::default()
+        ..LoadOptions::default()
     };
     let (requests, nodes) = config::requests(&written, &extras).map_err(Failure::host)?;
     let nodes = match &nodes {

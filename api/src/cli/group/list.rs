@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -34,35 +34,35 @@ pub struct ListArgs {
 const COLUMNS: [Column; 8] = [
     Column {
         title: "NAME",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "TYPE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "CLASS",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     Column {
         title: "DESCRIPTION",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
     Column {
         title: "TOTAL",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "USED",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "FREE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "DEVICES",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
 ];
 

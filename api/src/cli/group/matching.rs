@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::cli::device::{has_column, state_word, usb};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(override_usage = "gantry group match [OPTIONS] <NAME|--rule <JSON>>")]
@@ -63,27 +63,27 @@ pub struct Found {
 pub const COLUMNS: [Column; 6] = [
     Column {
         title: "ADDRESS",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "ID",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "NAME",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
     Column {
         title: "CLASS",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     Column {
         title: "STATE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "GROUP",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
 ];
 

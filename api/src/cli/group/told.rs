@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::lacking;
-use crate::output::TellArgs;
+use crate::output::OutputArgs;
 use crate::report::Failure;
 
 /// The devices that groups can have.
@@ -219,7 +219,7 @@ impl Changed {
     }
 
     /// Tells of it, once `files` are written.
-    pub fn tell(self, files: Vec<PathBuf>, args: TellArgs) -> Result<(), Failure> {
+    pub fn tell(self, files: Vec<PathBuf>, args: OutputArgs) -> Result<(), Failure> {
         let changed = self.saved(files);
         args.tell(&changed, |out| writeln!(out, "{changed}"))
     }

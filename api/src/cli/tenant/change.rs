@@ -13,7 +13,7 @@ use gantry_resources::tenants::{
 };
 use serde::Serialize;
 
-use crate::output::TellArgs;
+use crate::output::OutputArgs;
 use crate::report::{Failure, USAGE};
 use crate::signals::SignalsHeld;
 
@@ -31,7 +31,7 @@ pub struct CreateArgs {
     #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -46,7 +46,7 @@ pub struct EditArgs {
     #[arg(long)]
     description: Option<String>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -55,7 +55,7 @@ pub struct DeleteArgs {
     /// The tenant
     name: String,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -84,11 +84,11 @@ pub struct GrantArgs {
     /// The tenant's group that they come into [default: one of the tenant's name]
     #[arg(long)]
     group: Option<String>,
-    /// Give this device away even if the host uses it; whatever uses it loses it
+    /// Shrink this device away even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -110,7 +110,7 @@ pub struct RevokeArgs {
     #[arg(long)]
     all: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]

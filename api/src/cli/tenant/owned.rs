@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cli::device::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry tenant list --sort devices")]
@@ -34,8 +34,11 @@ pub struct ShowArgs {
 }
 
 const fn full(title: &'static str) -> Column {
-    let give = Give::Nothing;
-    Column { title, give }
+    let give = Shrink::Never;
+    Column {
+        title,
+        shrink: give,
+    }
 }
 
 const COLUMNS: [Column; 5] = [
@@ -45,7 +48,7 @@ const COLUMNS: [Column; 5] = [
     full("USED"),
     Column {
         title: "DESCRIPTION",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
 ];
 

@@ -235,7 +235,7 @@ fn wait_for_driver(
         let line = match events.next(Some(deadline)) {
             Ok(Some(line)) => line,
             Ok(None) => return Err(Failure::host("the VM ended")),
-            Err(ClientError::Late { .. }) => return Ok(Err(waiting)),
+            Err(ClientError::TimedOut { .. }) => return Ok(Err(waiting)),
             Err(error) => return Err(error.into()),
         };
         match line.event {
@@ -357,7 +357,7 @@ fn wait_for_guest(
             }
             // It has been given back with all the rest.
             Ok(None) => return Ok(Ok(true)),
-            Err(ClientError::Late { .. }) => return Ok(Err(going)),
+            Err(ClientError::TimedOut { .. }) => return Ok(Err(going)),
             Err(error) => return Err(error.into()),
         }
     }

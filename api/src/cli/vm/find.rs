@@ -29,7 +29,7 @@ pub fn vm(name: &str, paths: &HostPaths) -> Result<Client, Failure> {
     };
     // Only to see whether somebody is there: a guest's state may take longer.
     match connect(&path, GLANCE)?.get::<VmmPing>("vmm.ping") {
-        Err(ClientError::Nobody { .. }) => Err(unknown(name, paths)),
+        Err(ClientError::NotListening { .. }) => Err(unknown(name, paths)),
         Err(error) => Err(error.into()),
         Ok(_) => connect(&path, PATIENCE),
     }

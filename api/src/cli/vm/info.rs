@@ -9,7 +9,7 @@ use super::{find, watch};
 use crate::http::wire::{Device, Placement, VmInfo};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -36,23 +36,23 @@ pub struct InfoArgs {
 const COLUMNS: [Column; 5] = [
     Column {
         title: "DEVICE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "HOST",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "GUEST",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "GROUP",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     Column {
         title: "STATE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
 ];
 

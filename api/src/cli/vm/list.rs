@@ -13,7 +13,7 @@ use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmState, VmmPing};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Give, Table, column, terminal_width};
+use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -84,31 +84,31 @@ impl fmt::Display for State {
 const COLUMNS: [Column; 7] = [
     Column {
         title: "NAME",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "PID",
-        give: Give::All(0),
+        shrink: Shrink::Drop(0),
     },
     Column {
         title: "STATE",
-        give: Give::Nothing,
+        shrink: Shrink::Never,
     },
     Column {
         title: "VCPUS",
-        give: Give::All(1),
+        shrink: Shrink::Drop(1),
     },
     Column {
         title: "MEMORY",
-        give: Give::All(2),
+        shrink: Shrink::Drop(2),
     },
     Column {
         title: "SLOTS",
-        give: Give::All(3),
+        shrink: Shrink::Drop(3),
     },
     Column {
         title: "DEVICES",
-        give: Give::Width(12),
+        shrink: Shrink::Cut(12),
     },
 ];
 
@@ -149,7 +149,7 @@ impl Row {
         };
         match client.get("vmm.ping") {
             Ok(VmmPing { pid, .. }) => row.pid = Some(pid),
-            Err(ClientError::Nobody { .. }) => return Ok(None),
+            Err(ClientError::NotListening { .. }) => return Ok(None),
             Err(error) => return Ok(Some(row.with_problem(&error))),
         }
         match client.get::<VmInfo>("vm.info") {
@@ -167,8 +167,10 @@ impl Row {
     fn with_problem(self, error: &ClientError) -> Self {
         let (state, pid) = match *error {
             ClientError::Denied { .. } => ("denied", None),
-            ClientError::Late { pid: Some(pid), .. } if is_stopped(pid) => ("stopped", Some(pid)),
-            ClientError::Late { pid, .. } => ("silent", pid),
+            ClientError::TimedOut { pid: Some(pid), .. } if is_stopped(pid) => {
+                ("stopped", Some(pid))
+            }
+            ClientError::TimedOut { pid, .. } => ("silent", pid),
             _ => ("silent", None),
         };
         Self {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{VmArgs, find};
 use crate::http::client::{Client, ClientError, seconds};
 use crate::http::wire::{Event, VmInfo, VmState};
-use crate::output::{TellArgs, note};
+use crate::output::{OutputArgs, note};
 use crate::report::Failure;
 
 /// A VM whose state is to change at once.
@@ -19,7 +19,7 @@ pub struct ChangeArgs {
     #[command(flatten)]
     of: VmArgs,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -38,7 +38,7 @@ pub struct ShutdownArgs {
     #[arg(long)]
     process: bool,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -54,7 +54,7 @@ pub struct PowerButtonArgs {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
     wait: Option<u32>,
     #[command(flatten)]
-    tell: TellArgs,
+    tell: OutputArgs,
 }
 
 /// What became of a VM.
@@ -77,7 +77,7 @@ struct Changed<'a> {
     done: Done,
 }
 
-fn tell(vm: &str, done: Done, args: TellArgs) -> Result<(), Failure> {
+fn tell(vm: &str, done: Done, args: OutputArgs) -> Result<(), Failure> {
     args.tell(&Changed { vm, done }, |out| match done {
         Done::Paused => writeln!(out, "{vm} is paused"),
         Done::Resumed => writeln!(out, "{vm} runs again"),
@@ -145,7 +145,7 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
                 _ => continue,
             },
             Ok(None) => break,
-            Err(ClientError::Late { .. }) => {
+            Err(ClientError::TimedOut { .. }) => {
                 let what = format!("{}'s guest did not power off in {}", args.vm, seconds(wait));
                 let deaf =
                     "it may ignore its power button; `gantry vm shutdown` ends the VM at once";

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use crate::config::{Extras, Written, parse};
+use crate::config::{LoadOptions, SourceText, parse};
 
 /// JSON that looks like a VM's file: its keys, and values of every kind, at any place.
 fn anything() -> impl Strategy<Value = serde_json::Value> {
@@ -72,7 +72,7 @@ proptest! {
 
 fn refusal(text: &str) -> String {
     let (file, folder) = ("vm.json", Path::new("/nonexistent"));
-    let written = Written { text, file, folder };
-    let error = parse(&written, "vm", &Extras::default()).unwrap_err();
+    let written = SourceText { text, file, folder };
+    let error = parse(&written, "vm", &LoadOptions::default()).unwrap_err();
     error.to_string()
 }

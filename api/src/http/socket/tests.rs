@@ -127,7 +127,7 @@ fn it_is_others_turn_while_somebody_dies() {
         }
         true
     };
-    let turn = vacate(&path, dir.path(), dies).unwrap().unwrap();
+    let turn = wait_until_free(&path, dir.path(), dies).unwrap().unwrap();
     assert_eq!(looks.get(), 5);
     let lock = File::open(dir.path().join("sockets.lock")).unwrap();
     assert!(lock.try_lock().is_err(), "it is whose turn it is");
@@ -150,7 +150,7 @@ fn who_was_dying_when_its_queue_filled_is_waited_for() {
         }
         true
     };
-    vacate(&path, dir.path(), dies).unwrap();
+    wait_until_free(&path, dir.path(), dies).unwrap();
     assert!(queue.borrow().0.is_none(), "it was full");
 }
 

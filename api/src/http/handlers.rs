@@ -17,30 +17,30 @@ use hyper::{Request, StatusCode};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::metrics::{self, Tally};
-use super::places::Place;
-use super::reply::{self, Answered, Refusal};
+use super::connections::ConnectionSlot;
+use super::metrics::{self, ApiMetrics};
+use super::reply::{self, HttpError, HttpResponse};
 use super::routes::{self, Call};
 use super::server::{Identity, Limits};
 use super::wire::{self, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
-use crate::config::{self, Extras, Written};
+use crate::config::{self, LoadOptions, SourceText};
 
 /// How long a body that is not wanted is read on, so that its sender gets to read why.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// What every request is answered from.
-pub struct App {
+pub struct Handlers {
     pub vm: Arc<dyn Vm>,
     pub events: Events,
     pub identity: Identity,
-    pub tally: Tally,
+    pub api_metrics: ApiMetrics,
     pub limits: Limits,
 }
 
-impl App {
+impl Handlers {
     /// Answers one request, once all of it has come: a client that is still writing reads no answer.
-    pub async fn answer(&self, request: Request<Incoming>, place: &Place) -> Answered {
+    pub async fn answer(&self, request: Request<Incoming>, slot: &ConnectionSlot) -> HttpResponse {
         let route = routes::find(request.method(), request.uri().path());
         let body = match &route {
             Ok(_) => self.body(request).await,
@@ -49,24 +49,24 @@ impl App {
                 Ok(Bytes::new())
             }
         };
-        let busy = place.busy();
+        let in_use = slot.in_use();
         let (name, answer) = match (route, body) {
             (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body).await),
             (Ok(route), Err(refusal)) => (route.path, Err(refusal)),
             (Err(refusal), _) => ("none", Err(refusal)),
         };
         let answer = answer.unwrap_or_else(|refusal| reply::refused(&refusal));
-        self.tally.answered(name, answer.status());
-        answer.map(|payload| payload.keep(busy))
+        self.api_metrics.answered(name, answer.status());
+        answer.map(|payload| payload.keep(in_use))
     }
 
-    async fn call(&self, call: Call, body: &[u8]) -> Result<Answered, Refusal> {
+    async fn call(&self, call: Call, body: &[u8]) -> Result<HttpResponse, HttpError> {
         let command = match call {
             Call::Ping => return Ok(reply::json(&self.ping())),
             Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info()?))),
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
             Call::AddDevice => return self.add_device(body).await,
-            Call::Events => return self.listen(),
+            Call::Events => return self.subscribe(),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
             Call::RemoveDevice => Command::Detach(detach(body)?),
@@ -86,7 +86,7 @@ impl App {
     }
 
     /// What the VM answers.
-    async fn ask(&self, command: Command) -> Result<Answer, Refusal> {
+    async fn ask(&self, command: Command) -> Result<Answer, HttpError> {
         let (sender, receiver) = oneshot::channel();
         // A client that has gone takes no answer.
         let reply = Box::new(|answer| drop(sender.send(answer)));
@@ -95,11 +95,11 @@ impl App {
             Ok(Ok(answer)) => Ok(answer?),
             Ok(Err(_)) => {
                 let what = "the VM ended before it answered";
-                Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, what))
+                Err(HttpError::new(StatusCode::SERVICE_UNAVAILABLE, what))
             }
             Err(_) => {
                 let what = format!("the VM did not answer in {:?}", self.limits.answer);
-                Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, what))
+                Err(HttpError::new(StatusCode::GATEWAY_TIMEOUT, what))
             }
         }
     }
@@ -115,18 +115,18 @@ impl App {
         }
     }
 
-    fn info(&self) -> Result<VmInfo, Refusal> {
+    fn info(&self) -> Result<VmInfo, HttpError> {
         Ok(self.vm.info()?)
     }
 
-    async fn counters(&self) -> Result<Vec<DeviceCounters>, Refusal> {
+    async fn counters(&self) -> Result<Vec<DeviceCounters>, HttpError> {
         match self.ask(Command::Counters).await? {
             Answer::Counters(counters) => Ok(counters),
             other => Err(mixed_up(&other)),
         }
     }
 
-    fn create(&self, body: &[u8]) -> Result<Command, Refusal> {
+    fn create(&self, body: &[u8]) -> Result<Command, HttpError> {
         let text = text(body)?.to_owned();
         let Identity {
             name,
@@ -139,14 +139,14 @@ impl App {
             if let Some(Maintenance { reason, .. }) = maintenance(&host).map_err(Error::from)? {
                 return Err(Error::Maintenance(reason).into());
             }
-            let extras = Extras {
+            let extras = LoadOptions {
                 name: None,
                 allow_ungrouped,
                 host,
                 slots: config::SLOTS,
                 folders,
             };
-            let written = Written {
+            let written = SourceText {
                 text: &text,
                 file: "the body",
                 folder: Path::new(""),
@@ -157,9 +157,9 @@ impl App {
         Ok(Command::Create(DeferredConfig(Box::new(make))))
     }
 
-    async fn add_device(&self, body: &[u8]) -> Result<Answered, Refusal> {
+    async fn add_device(&self, body: &[u8]) -> Result<HttpResponse, HttpError> {
         let attach = config::attach(text(body)?, self.identity.allow_ungrouped);
-        let attach = attach.map_err(|error| Refusal::malformed(error.to_string()))?;
+        let attach = attach.map_err(|error| HttpError::malformed(error.to_string()))?;
         match self.ask(Command::Attach(attach)).await? {
             Answer::Attached(devices) => {
                 let Some(first) = devices.first() else {
@@ -175,15 +175,15 @@ impl App {
         }
     }
 
-    fn listen(&self) -> Result<Answered, Refusal> {
-        let ended = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the VM ends");
+    fn subscribe(&self) -> Result<HttpResponse, HttpError> {
+        let ended = || HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the VM ends");
         // Listening comes before asking, so that no change is missed in between.
-        let listener = self.events.listen().ok_or_else(ended)?;
+        let subscription = self.events.subscribe().ok_or_else(ended)?;
         let state = self.vm_state()?;
-        Ok(reply::lines(listener.stream(Event::State { state })))
+        Ok(reply::lines(subscription.stream(Event::State { state })))
     }
 
-    fn vm_state(&self) -> Result<Option<wire::VmState>, Refusal> {
+    fn vm_state(&self) -> Result<Option<wire::VmState>, HttpError> {
         match self.info() {
             Ok(info) => Ok(Some(info.state.into())),
             Err(refusal) if refusal.status == StatusCode::NOT_FOUND => Ok(None),
@@ -191,21 +191,22 @@ impl App {
         }
     }
 
-    async fn metrics(&self) -> Result<Answered, Refusal> {
+    async fn metrics(&self) -> Result<HttpResponse, HttpError> {
         let vm = match self.info() {
             Ok(info) => Some((info, self.counters().await?)),
             Err(refusal) if refusal.status == StatusCode::NOT_FOUND => None,
             Err(refusal) => return Err(refusal),
         };
         let vm = vm.as_ref().map(|(info, counters)| (info, &counters[..]));
-        let text = metrics::text(&self.identity.name, vm, &self.tally);
-        let text = text
-            .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+        let text = metrics::text(&self.identity.name, vm, &self.api_metrics);
+        let text = text.map_err(|error| {
+            HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+        })?;
         Ok(reply::text(metrics::CONTENT_TYPE, text))
     }
 
     /// The whole body, within bounds of size and time.
-    async fn body(&self, request: Request<Incoming>) -> Result<Bytes, Refusal> {
+    async fn body(&self, request: Request<Incoming>) -> Result<Bytes, HttpError> {
         let most = self.limits.body_bytes;
         let waits = waits(&request);
         let mut body = request.into_body();
@@ -217,14 +218,14 @@ impl App {
             match Limited::new(&mut body, most).collect().await {
                 Ok(whole) => Ok(Some(whole.to_bytes())),
                 Err(error) if error.is::<LengthLimitError>() => Ok(None),
-                Err(error) => Err(Refusal::malformed(format!("the body: {error}"))),
+                Err(error) => Err(HttpError::malformed(format!("the body: {error}"))),
             }
         };
         let whole = match timeout(self.limits.body, whole).await {
             Ok(whole) => whole?,
             Err(_) => {
                 let what = format!("the body did not come in {:?}", self.limits.body);
-                return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, what));
+                return Err(HttpError::new(StatusCode::REQUEST_TIMEOUT, what));
             }
         };
         if let Some(whole) = whole {
@@ -234,11 +235,11 @@ impl App {
             drain(body).await;
         }
         let what = format!("the body is larger than {most} bytes");
-        Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, what))
+        Err(HttpError::new(StatusCode::PAYLOAD_TOO_LARGE, what))
     }
 }
 
-fn detach(body: &[u8]) -> Result<Detach, Refusal> {
+fn detach(body: &[u8]) -> Result<Detach, HttpError> {
     let text = text(body)?;
     let read = || {
         let mut document = Document::parse(Path::new("the body"), text)?;
@@ -252,13 +253,14 @@ fn detach(body: &[u8]) -> Result<Detach, Refusal> {
             });
         document.finish(detach)
     };
-    read().map_err(|error: JsonError| Refusal::malformed(error.to_string()))
+    read().map_err(|error: JsonError| HttpError::malformed(error.to_string()))
 }
 
 const NO_TIME: &str = "this is no time: write a number of seconds, such as 2.5";
 
-fn text(body: &[u8]) -> Result<&str, Refusal> {
-    std::str::from_utf8(body).map_err(|_| Refusal::malformed("the body is no text: JSON is wanted"))
+fn text(body: &[u8]) -> Result<&str, HttpError> {
+    std::str::from_utf8(body)
+        .map_err(|_| HttpError::malformed("the body is no text: JSON is wanted"))
 }
 
 /// Lets the client send a body that nobody wants.
@@ -280,8 +282,8 @@ async fn drain(mut body: Incoming) {
 }
 
 /// The VM answered another question: a mistake in gantry.
-fn mixed_up(answer: &Answer) -> Refusal {
+fn mixed_up(answer: &Answer) -> HttpError {
     tracing::error!(?answer, "the VM answered another question");
     let what = "the VM answered another question";
-    Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, what)
+    HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, what)
 }

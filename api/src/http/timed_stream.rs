@@ -16,7 +16,7 @@ const LINGER: Duration = Duration::from_secs(2);
 
 /// A stream whose writes fail once one has waited too long. What is slow to be written to it is bounded
 /// elsewhere: the server limits the time for a request's head and for its body.
-pub struct Patient {
+pub struct TimedStream {
     stream: UnixStream,
     patience: Duration,
     /// Runs while a write waits.
@@ -24,23 +24,27 @@ pub struct Patient {
     /// Runs once all is written, while the client may still write.
     lingering: Option<Pin<Box<Sleep>>>,
     /// The server ends: nobody is waited for.
-    leaving: watch::Receiver<bool>,
+    shutting_down: watch::Receiver<bool>,
 }
 
-impl Patient {
+impl TimedStream {
     /// `stream`, with a write that waits failing after `patience`.
-    pub fn new(stream: UnixStream, patience: Duration, leaving: watch::Receiver<bool>) -> Self {
+    pub fn new(
+        stream: UnixStream,
+        patience: Duration,
+        shutting_down: watch::Receiver<bool>,
+    ) -> Self {
         Self {
             stream,
             patience,
             waiting: None,
             lingering: None,
-            leaving,
+            shutting_down,
         }
     }
 
     /// Writes what fits into an empty socket's buffer, and closes.
-    pub async fn say_and_close(mut self, text: &[u8]) {
+    pub async fn write_and_close(mut self, text: &[u8]) {
         let _ = self.stream.try_write(text);
         let _ = std::future::poll_fn(|context| Pin::new(&mut self).poll_shutdown(context)).await;
     }
@@ -50,7 +54,7 @@ impl Patient {
         let lingering = self
             .lingering
             .get_or_insert_with(|| Box::pin(sleep(LINGER)));
-        if *self.leaving.borrow() || lingering.as_mut().poll(context).is_ready() {
+        if *self.shutting_down.borrow() || lingering.as_mut().poll(context).is_ready() {
             return Poll::Ready(());
         }
         let mut bytes = [0; 4096];
@@ -89,7 +93,7 @@ impl Patient {
     }
 }
 
-impl AsyncRead for Patient {
+impl AsyncRead for TimedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -99,7 +103,7 @@ impl AsyncRead for Patient {
     }
 }
 
-impl AsyncWrite for Patient {
+impl AsyncWrite for TimedStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

@@ -1,5 +1,5 @@
-//! What a socket answers, made harmless: whoever listens there may be another user. Texts hold nothing that
-//! a terminal obeys or that turns the direction of writing, and no answer is larger than a limit.
+//! Sanitizes what a socket answers, as another user may listen there: no text holds control characters or
+//! changes the direction of writing, and no answer is larger than a limit.
 
 use gantry_resources::base::harmless;
 use http_body_util::{BodyExt, Limited};
@@ -15,12 +15,12 @@ const LONGEST: usize = 16 << 20;
 pub const LONGEST_LINE: usize = 1 << 20;
 
 /// A whole body.
-pub async fn whole(body: Incoming) -> Result<Bytes, Problem> {
+pub async fn read_body(body: Incoming) -> Result<Bytes, Problem> {
     Ok(Limited::new(body, LONGEST).collect().await?.to_bytes())
 }
 
 /// A value whose texts are harmless.
-pub fn value<T: DeserializeOwned>(json: &[u8]) -> Result<T, Problem> {
+pub fn json<T: DeserializeOwned>(json: &[u8]) -> Result<T, Problem> {
     let mut value: Value = serde_json::from_slice(json)?;
     clean(&mut value);
     Ok(serde_json::from_value(value)?)
@@ -48,11 +48,11 @@ mod tests {
     #[test]
     fn texts_and_keys_of_values_are_clean_at_every_depth() {
         let json = br#"{"a\u001b[": ["\u202e", {"b": "c\u0007"}], "n": 1.5}"#;
-        let value: Value = super::value(json).unwrap();
+        let value: Value = super::json(json).unwrap();
         let wanted = serde_json::json!({
             "a\\u{1b}[": ["\\u{202e}", {"b": "c\\u{7}"}], "n": 1.5
         });
         assert_eq!(value, wanted);
-        assert!(super::value::<Value>(b"{").is_err());
+        assert!(super::json::<Value>(b"{").is_err());
     }
 }

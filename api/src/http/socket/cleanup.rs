@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{DYING_PATIENCE, DYING_STEP, KNOCK_STEP, dir_of, remove_stale, turns};
+use super::{DYING_PATIENCE, DYING_STEP, MAX_PROBE_INTERVAL, dir_of, lock_path, remove_stale};
 use gantry_vmm::sandbox;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -24,10 +24,10 @@ const END_PATIENCE: Duration = Duration::from_secs(5);
 /// The way to the helper. Dropping it, once nobody listens any more, has the file removed and waits for that;
 /// so does the end of the process, without anybody waiting.
 #[derive(Debug)]
-pub struct Remover(UnixStream);
+pub struct CleanupHelper(UnixStream);
 
-impl Remover {
-    /// Starts the helper for a socket that is in its place. `program` must call [`remover_helper`].
+impl CleanupHelper {
+    /// Starts the helper for a socket that is in its place. `program` must call [`cleanup_helper`].
     ///
     /// # Errors
     /// The program cannot be started.
@@ -46,7 +46,7 @@ impl Remover {
     }
 }
 
-impl Drop for Remover {
+impl Drop for CleanupHelper {
     fn drop(&mut self) {
         let _ = self.0.shutdown(Shutdown::Write);
         let _ = self.0.set_read_timeout(Some(END_PATIENCE));
@@ -56,7 +56,7 @@ impl Drop for Remover {
 
 /// What the helper does with the socket and the run directory: waits for the end of its standard input,
 /// then removes the socket unless another one took its place.
-pub fn remover_helper(path: &Path, run: &Path) -> ExitCode {
+pub fn cleanup_helper(path: &Path, run: &Path) -> ExitCode {
     // Its end is the VM's, whatever ends others that run this program.
     let ending = [
         Signal::SIGHUP,
@@ -66,7 +66,7 @@ pub fn remover_helper(path: &Path, run: &Path) -> ExitCode {
     ];
     let _ = SigSet::from_iter(ending).thread_block();
     let removed = identity(path).and_then(|own| {
-        sandbox::confine_removal(dir_of(path), &turns(run))?;
+        sandbox::confine_removal(dir_of(path), &lock_path(run))?;
         io::copy(&mut io::stdin().lock(), &mut io::sink())?;
         remove(path, run, own)
     });
@@ -90,14 +90,14 @@ fn remove(path: &Path, run: &Path, own: (u64, u64)) -> io::Result<()> {
         if is_there() {
             std::thread::sleep(step);
         }
-        step = (step * 2).min(KNOCK_STEP);
+        step = (step * 2).min(MAX_PROBE_INTERVAL);
     }
     Ok(())
 }
 
 /// Arguments of the helper.
 #[derive(Debug, clap::Args)]
-pub struct RemoverArgs {
+pub struct CleanupArgs {
     /// The socket
     pub path: PathBuf,
     /// The run directory
