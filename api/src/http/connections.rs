@@ -173,12 +173,7 @@ mod tests {
     const BOB: u32 = 1002;
 
     fn is_lost(slot: &ConnectionSlot) -> bool {
-        !slot
-            .table
-            .locked()
-            .entries
-            .iter()
-            .any(|s| s.id == slot.id)
+        !slot.table.locked().entries.iter().any(|s| s.id == slot.id)
     }
 
     #[test]
