@@ -11,7 +11,7 @@ use crate::report::Failure;
 /// A list of thousands of devices is written in few pieces.
 const CHUNK: usize = 1 << 16;
 
-/// Whether people or programs are told what a command did.
+/// How a command prints what it did: as text or as JSON.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct OutputArgs {
     /// Show the result as JSON
@@ -20,7 +20,7 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// Shows `done` to a program, or has it said to people.
+    /// Prints `done` as JSON, or the text that `say` writes.
     pub fn tell(
         self,
         done: &impl Serialize,
@@ -32,7 +32,7 @@ impl OutputArgs {
         }
     }
 
-    /// Says a part of it to people at once; a program is shown the whole later.
+    /// Prints a part of the text at once; JSON is printed as a whole later.
     pub fn say(self, say: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
         match self.json {
             true => Ok(()),
@@ -47,7 +47,7 @@ pub fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(),
     print_while_read(write).map(drop)
 }
 
-/// Writes to standard output as [`print`] does; `false` once nobody reads it any more.
+/// Writes to standard output as [`print`] does; `false` once the reader has closed it.
 pub fn print_while_read(
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<bool, Failure> {
@@ -68,12 +68,12 @@ fn print_to(
     }
 }
 
-/// Tells people, on standard error, what a command does. Who reads none of that misses nothing.
+/// Writes a note to standard error. The output is complete without it.
 pub fn note(text: impl Display) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// Writes a value as indented JSON, which has no colours to take out for those who want none.
+/// Writes a value as indented JSON, without colours.
 pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     print_to(io::stdout().lock(), |out| {
         serde_json::to_writer_pretty(&mut *out, value)?;

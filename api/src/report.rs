@@ -42,7 +42,7 @@ impl Failure {
         }
     }
 
-    /// A failure of gantry or of the host, unless the error tells that it is another kind of failure.
+    /// A failure; the exit status follows from the error, and is 1 by default.
     pub fn host(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let error = error.into();
         Self::new(status_of(&*error), error)
@@ -59,7 +59,7 @@ impl Failure {
     /// Shows the failure on standard error.
     pub fn show(&self, stderr: &Stderr, colour: ColorChoice) -> ExitCode {
         let mut text = Vec::new();
-        // Nothing but memory is written to.
+        // Writing to memory does not fail.
         let _ = self.write(&mut text);
         let text = match colour {
             ColorChoice::Never => anstream::adapter::strip_bytes(&text).into_vec(),

@@ -64,7 +64,7 @@ pub fn any_case(command: Command) -> Command {
     command.mut_args(each).mut_subcommands(any_case)
 }
 
-/// Points whoever gives a command of another tool's to the one that does it here.
+/// Names gantry's command for a command of another tool.
 fn pointed(mut error: clap::Error) -> clap::Error {
     let known = match (error.kind(), error.get(ContextKind::InvalidSubcommand)) {
         (ErrorKind::InvalidSubcommand, Some(ContextValue::String(word))) => ELSEWHERE

@@ -130,7 +130,7 @@ fn rule(text: &str) -> Result<Rule, String> {
     from_json(text)
 }
 
-/// What is to be made for a group, on the command line; an empty text is a wish for nothing.
+/// Functions or vGPUs of a group, on the command line; an empty text asks for none.
 fn made<T: DeserializeOwned>(text: &str) -> Result<Made<T>, String> {
     match text.trim() {
         "" => Ok(Made(None)),
@@ -138,6 +138,6 @@ fn made<T: DeserializeOwned>(text: &str) -> Result<Made<T>, String> {
     }
 }
 
-/// A wish for virtual functions or GPUs, or for none.
+/// Virtual functions or vGPUs, or none.
 #[derive(Debug, Clone)]
 struct Made<T>(Option<T>);

@@ -66,7 +66,7 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
     written.inspect_err(|_| drop(fs::remove_file(&fresh)))
 }
 
-/// Metrics by their family: each is told once, with the samples of all VMs.
+/// Metrics by family: each family is printed once, with the samples of all VMs.
 #[derive(Debug, Default)]
 struct Families(BTreeMap<String, Family>);
 
@@ -126,7 +126,7 @@ impl Families {
             &[("vm", name)],
             usize::from(text.is_some()),
         );
-        // A VM speaks for itself alone.
+        // A VM may report only its own metrics.
         let own = format!("{{vm=\"{}\"", escaped(name));
         let up = format!("gantry_vm_up{own}}}");
         let mut told = BTreeSet::from([up.as_str()]);

@@ -170,7 +170,7 @@ enum Command {
     },
 }
 
-/// Everything between the arguments and the exit code.
+/// Runs the command line; returns the exit status.
 pub fn main() -> ExitCode {
     signals::outlive_size_limits();
     let colour = report::colour();
@@ -197,7 +197,7 @@ pub fn main() -> ExitCode {
         .with_target(false)
         .compact()
         .init();
-    // Helpers are told all they need, and may be confined from the rest.
+    // Helpers get all they need as arguments, and may be confined.
     let paths = match command {
         Command::Open { .. }
         | Command::RemoveSocket(_)
@@ -210,8 +210,8 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|failure| failure.show(&stderr, colour))
 }
 
-/// Gives back to the host what killed VMs could not. One that cannot be had back stops no command, nor does it
-/// wait longer for one than a killed process takes to close it.
+/// Gives devices of killed VMs back to the host. A device that fails stops no command, and delays it no longer
+/// than a killed process takes to close its files.
 fn reap_or_warn(paths: &HostPaths) {
     let writer = ChildWriter {
         patience: Duration::from_secs(1),

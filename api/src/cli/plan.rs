@@ -16,7 +16,7 @@ use crate::table::{Column, Shrink, Table, column, terminal_width};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
-A VM's file that says \"plan\": \"gpu2\" gets what the plan says; what the file itself says wins.
+A VM's file with \"plan\": \"gpu2\" takes its processors, memory and devices from the plan; keys of the file win.
 
 Examples:
   gantry plan create gpu2 --vcpus 4 --memory 8GiB --device gpus:2
@@ -36,7 +36,7 @@ Examples:
     Create(WriteArgs),
     /// Change a plan; VMs that run are not touched
     #[command(after_help = "\
-What is given replaces what the plan says; '' takes a description or aliases away.
+Each option replaces a part of the plan; '' removes a description or aliases.
 
 Examples:
   gantry plan edit gpu2 --memory 16GiB
@@ -72,7 +72,7 @@ pub struct DeleteArgs {
     tell: OutputArgs,
 }
 
-/// What was done to a plan.
+/// The result of a change, as JSON.
 #[derive(Debug, Serialize)]
 struct Changed<'a> {
     plan: &'a str,
@@ -90,7 +90,7 @@ pub struct WriteArgs {
     tell: OutputArgs,
 }
 
-/// What a plan says.
+/// The fields of a plan.
 #[derive(Debug, Args)]
 struct Says {
     /// A description
@@ -111,7 +111,7 @@ struct Says {
 }
 
 impl Says {
-    /// Whether a VM would be given nothing by it.
+    /// Whether the plan is empty.
     fn is_nothing(&self) -> bool {
         let aliases = self
             .aliases
@@ -123,7 +123,7 @@ impl Says {
             && aliases.is_none()
     }
 
-    /// Puts what is said in place of what the plan said.
+    /// Replaces what is given.
     fn replace(self, plan: &mut Plan) {
         plan.description = self
             .description
@@ -218,7 +218,7 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// Says which groups of a plan there are not.
+/// Warns of groups that the plan names and the host lacks.
 fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
     let plans = Plans::load(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
@@ -229,7 +229,7 @@ fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tells what became of a plan, and of groups that it names and the host lacks.
+/// Prints what changed in a plan, and warns of groups that the host lacks.
 fn written(
     name: &str,
     what: &'static str,

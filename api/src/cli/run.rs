@@ -135,7 +135,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
                 name: args.name.clone(),
                 allow_ungrouped: args.allow_ungrouped,
                 host: paths.clone(),
-                // Who names a socket means to attach devices over it.
+                // A socket that is named is meant for attaching devices.
                 slots: args.api_socket.as_ref().map_or(0, |_| config::SLOTS),
                 folders: None,
             },
@@ -159,7 +159,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     };
     // Before anything is locked: it blocks the signals, which from here on end the VM in order.
     let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
-    // Announced before maintenance is asked for: whoever switches it on in between sees the VM.
+    // Announced before the check for maintenance: a command that switches it on in between sees the VM.
     let _running = announce(
         paths,
         &Holder {
@@ -177,7 +177,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let api = args.serve(&vmm, events.clone(), identity)?;
     let outcome = vmm.run(config).map_err(Failure::host);
     if let Some(why) = outcome.as_ref().ok().and_then(ended) {
-        // Where nobody reads it, there is nobody to tell.
+        // Without a reader the note is not needed.
         let line = format!(
             "VM {name} ended: {why}
 "
@@ -227,7 +227,7 @@ fn ended(outcome: &Outcome) -> Option<String> {
     })
 }
 
-/// The thread that speaks with clients. Dropping it ends it, once its last answers are out, and then the
+/// The thread of the API server. Dropping it ends it, once its last answers are out, and then the
 /// socket's file goes.
 struct Api {
     stop: Stop,

@@ -60,7 +60,7 @@ pub fn tenant(command: TenantCommand, paths: &HostPaths) -> Result<(), Failure> 
     }
 }
 
-/// Nobody but its user works as a tenant. In its directories lies what the tenant put there, links among it,
+/// Only its user works as a tenant. In its directories lies what the tenant put there, links among it,
 /// which root must not follow.
 fn not_its_user(tenant: &Tenant, is_root: bool) -> Failure {
     let (name, user) = (&tenant.name, &tenant.file.user);
@@ -73,7 +73,7 @@ fn not_its_user(tenant: &Tenant, is_root: bool) -> Failure {
     ))
 }
 
-/// The host as a tenant sees it: the one asked for, or that of an ordinary user who runs this.
+/// The host as a tenant sees it: the tenant of --tenant, or that of the unprivileged user.
 pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> {
     let user = geteuid();
     if name.is_none() && user.is_root() {

@@ -79,11 +79,11 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// Each VM that runs, by its name, and its metrics as it tells them; none if it does not answer.
+/// The running VMs by name, with their metrics; none for a VM that does not answer.
 pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
     let mut all: Vec<(String, Option<String>)> = Vec::new();
     for (name, metrics) in find::ask_all(paths, metrics_of).into_iter().flatten() {
-        // Two that call themselves the same are told apart by nobody.
+        // Two VMs may claim the same name: the first one counts.
         if all.iter().all(|(other, _)| *other != name) {
             all.push((name, metrics));
         }
@@ -91,13 +91,13 @@ pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
     all
 }
 
-/// The name and the metrics of the VM behind a socket; none if nobody is.
+/// The name and the metrics of the VM behind a socket; none if no process listens.
 fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)> {
     let client = find::connect(&path, find::GLANCE).ok()?;
     let name = match client.get::<VmmPing>("vmm.ping") {
         Err(ClientError::NotListening { .. }) => return None,
         Ok(ping) if !ping.name.is_empty() => ping.name,
-        // Who is silent once is not waited for again.
+        // A VM that did not answer once gets no second wait.
         Err(ClientError::TimedOut { .. }) => return Some((socket, None)),
         Ok(_) | Err(_) => socket,
     };
@@ -122,7 +122,7 @@ impl From<ClientError> for Failure {
     }
 }
 
-/// Whether somebody has stopped a process, with ctrl-z for one.
+/// Whether a process is stopped, as by ctrl-z.
 fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
     // Its state is behind its name, which is in parentheses (proc_pid_stat(5)).

@@ -1,7 +1,7 @@
 //! Cloud Hypervisor's keys that gantry does not act on: accepted where they ask for nothing.
 //!
-//! A file written for Cloud Hypervisor often spells out defaults. Those that mean "no such thing"
-//! pass; anything else is refused by name, so that nobody believes to have what is not there.
+//! A file written for Cloud Hypervisor often spells out defaults. Values that ask for nothing pass; all others
+//! are refused by name, so that no VM runs without what its file asks for.
 
 use gantry_resources::base::json::{Document, Entry, Node, Value, join, unknown_key};
 
@@ -10,7 +10,7 @@ use gantry_resources::base::json::{Document, Entry, Node, Value, join, unknown_k
 pub enum Accepts {
     /// `null` or one of these JSON values; the first is named in messages. All are scalars, `[]` or `{}`.
     Only(&'static [&'static str]),
-    /// Any text: it tells nothing that gantry would act on.
+    /// Any text: gantry ignores it.
     Text,
     /// `null`, or an object with inert keys, which have rows of their own.
     Members,

@@ -73,7 +73,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// What the command line says beside the file.
+/// Options of the command line for a VM's file.
 #[derive(Debug, Default)]
 pub struct LoadOptions {
     /// Name of the VM; the file's stem if absent.
@@ -107,7 +107,7 @@ pub fn bytes(text: &str) -> Option<u64> {
     plain.or_else(|| model::ByteSize::parse(text).map(|size| size.0))
 }
 
-/// A size for one that cannot be read, if it is plain what was meant.
+/// The size that a wrong text was meant to be, such as `2G` for `2GB`.
 pub fn meant_size(text: &str) -> Option<String> {
     model::ByteSize::meant(text)
 }
@@ -117,8 +117,7 @@ pub fn size(bytes: u64) -> String {
     model::ByteSize(bytes).to_string()
 }
 
-/// Reads and validates a VM's file. Nothing is checked against the host but that the payload's
-/// files can be opened.
+/// Reads and validates a VM's file. Of the host, only the payload's files are checked.
 pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfig, Error> {
     let text = read(source)?;
     let name = match (&extras.name, source) {
@@ -138,7 +137,7 @@ pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfi
     parse(&written, &name, extras)
 }
 
-/// What describes a VM.
+/// JSON with the name of its file.
 #[derive(Debug)]
 pub struct SourceText<'a> {
     /// JSON.
@@ -233,7 +232,7 @@ pub const LONGEST: u64 = 1 << 20;
 fn read(source: &Source) -> Result<String, Error> {
     let text = match source {
         Source::Stdin => read_text(std::io::stdin().lock(), LONGEST),
-        // A pipe is waited for: whoever runs gantry may name one, as a shell does for `<(...)`.
+        // The file may be a pipe, as a shell makes for `<(...)`: reading waits for its writer.
         Source::File(path) => File::open(path).and_then(|file| read_text(file, LONGEST)),
     };
     text.map_err(|error| Error::Read {

@@ -26,15 +26,15 @@ const MAX_CMDLINE: usize = 2047;
 /// Bits of a guest-physical address: what any x86 processor has with 64-bit mode, to what any can have.
 const PHYS_BITS: std::ops::RangeInclusive<u8> = 36..=52;
 
-/// Slots for devices to come, of a VM that is to have some.
+/// Default number of hot-plug slots.
 pub const SLOTS: u8 = 32;
-/// Each takes 16 MiB of the 1.5 GiB of 32-bit addresses that a guest has for devices. Those that a VM
-/// starts with take theirs from the same.
+/// Each slot takes 16 MiB of the guest's 1.5 GiB of 32-bit addresses for devices, which the devices present at
+/// boot share.
 const MAX_SLOTS: u8 = 96;
 /// The granularity of a bridge's windows.
 const MIN_WINDOW: u64 = 1 << 20;
 
-/// What a file cannot say for itself.
+/// What the command line and the host add to a file.
 #[derive(Debug)]
 pub struct Context<'a> {
     /// Name of the VM.
@@ -45,7 +45,7 @@ pub struct Context<'a> {
     pub allow_ungrouped: bool,
     /// Where the host keeps its service plans.
     pub host: &'a HostPaths,
-    /// Slots for devices to come, where nothing is said.
+    /// Number of hot-plug slots, where the file has no `hotplug`.
     pub slots: u8,
     /// Where the files that are named must lie; anywhere if absent.
     pub folders: Option<&'a Folders>,
@@ -205,7 +205,7 @@ fn payload_of(config: model::PayloadConfig, context: &Context) -> Result<Payload
     })
 }
 
-/// Opens a file once, so that a wrong path is told with the key that names it.
+/// Opens a file once, so that the error for a wrong path names its key.
 fn readable(key: &str, file: &Path, context: &Context) -> Result<PathBuf, Invalid> {
     if let Some(Folders { payload, .. }) = context.folders {
         let path = payload.join(file);
@@ -366,7 +366,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
     }
     let groups = config.groups.unwrap_or_default();
     usable(&groups, context)?;
-    // One may be made while the VM runs; groups that cannot be read are told of when one is used.
+    // A group may be made while the VM runs. An attach reports groups that cannot be read.
     if !groups.is_empty()
         && let Ok(there) = Groups::load(context.host)
     {

@@ -1,4 +1,4 @@
-//! The other side: asks a running VM over its socket, one connection a request, and waits.
+//! The client: sends requests to a running VM over its socket, one connection each, and waits.
 
 use std::cell::Cell;
 use std::io::ErrorKind;
@@ -23,10 +23,10 @@ use super::sanitize;
 use super::socket;
 use super::wire::EventLine;
 
-/// Why a VM was not heard.
+/// Why a request to a VM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// NotListening is behind the socket, or there is none.
+    /// No process listens on the socket, or there is no socket.
     #[error("no VM listens on {path}")]
     NotListening {
         /// The socket.
@@ -40,32 +40,32 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
-    /// The VM said no, and why.
+    /// The VM refused the request.
     #[error("{}", messages.join("\n"))]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// What the VM said.
+        /// The VM's reasons.
         messages: Vec<String>,
-        /// The same may succeed later.
+        /// The same request may succeed later.
         temporary: bool,
     },
-    /// The VM takes too long.
+    /// The VM did not answer in time.
     #[error("the VM on {path}{} did not answer in {}", process(*pid), seconds(*waited))]
     TimedOut {
         /// The socket.
         path: PathBuf,
-        /// Who listens there, as far as known.
+        /// The process that listens, if known.
         pid: Option<u32>,
-        /// How long it was waited for.
+        /// How long the client waited.
         waited: Duration,
     },
-    /// The connection broke, or what came over it is no answer.
+    /// The connection broke, or the answer cannot be read.
     #[error("the VM on {path} gave an answer that gantry cannot read")]
     Broken {
         /// The socket.
         path: PathBuf,
-        /// What is wrong.
+        /// The cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -80,12 +80,12 @@ pub fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f64())
 }
 
-/// The way to one VM.
+/// A client of one VM.
 pub struct Client {
     runtime: Runtime,
     path: PathBuf,
     patience: Duration,
-    /// Who listens there, once that is known.
+    /// The process that listens, once known.
     pid: Cell<Option<u32>>,
 }
 
@@ -103,38 +103,38 @@ impl Client {
         })
     }
 
-    /// What a `GET` of a call gives.
+    /// The answer to a `GET` of a call.
     ///
     /// # Errors
-    /// The VM is not heard, or says no.
+    /// The request fails, or the VM refuses it.
     pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
         let body = self.whole(Method::GET, &format!("{ROOT}{call}"), Bytes::new())?;
         sanitize::json(&body).map_err(|error| self.broken(error))
     }
 
-    /// What a `GET` of a path gives, as text.
+    /// The answer to a `GET` of a path, as text.
     ///
     /// # Errors
-    /// The VM is not heard, or says no.
+    /// The request fails, or the VM refuses it.
     pub fn text(&self, path: &str) -> Result<String, ClientError> {
         let body = self.whole(Method::GET, path, Bytes::new())?;
         let text = std::str::from_utf8(&body).map_err(|error| self.broken(error))?;
         Ok(harmless(text))
     }
 
-    /// Has a call without a body done.
+    /// Sends a `PUT` without a body.
     ///
     /// # Errors
-    /// The VM is not heard, or says no.
+    /// The request fails, or the VM refuses it.
     pub fn put(&self, call: &str) -> Result<(), ClientError> {
         self.whole(Method::PUT, &format!("{ROOT}{call}"), Bytes::new())
             .map(drop)
     }
 
-    /// Has a call done, and gives what it answers; none where it answers nothing.
+    /// Sends a `PUT` and returns the answer, if it has a body.
     ///
     /// # Errors
-    /// The VM is not heard, or says no.
+    /// The request fails, or the VM refuses it.
     pub fn put_json<T: DeserializeOwned>(
         &self,
         call: &str,
@@ -149,10 +149,10 @@ impl Client {
         answer.map(Some).map_err(|error| self.broken(error))
     }
 
-    /// What happens from now on.
+    /// The stream of events, from now on.
     ///
     /// # Errors
-    /// The VM is not heard, or says no.
+    /// The request fails, or the VM refuses it.
     pub fn events(&self) -> Result<EventReader<'_>, ClientError> {
         let path = format!("{ROOT}events");
         let answer = self.with_timeout(self.send(Method::GET, &path, Bytes::new()))?;
@@ -265,7 +265,7 @@ impl EventReader<'_> {
         loop {
             if let Some(end) = self.read.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.read.drain(..=end).collect();
-                // An empty one tells that the VM is there.
+                // The VM sends empty lines to keep the stream alive.
                 if line.len() > 1 {
                     let event = sanitize::json(&line);
                     return event.map(Some).map_err(|error| self.client.broken(error));
@@ -286,7 +286,7 @@ impl EventReader<'_> {
                 Some(Some(Ok(frame))) => {
                     self.read.extend(frame.into_data().unwrap_or_default());
                 }
-                // A VM that is killed does not end its sentence.
+                // A killed VM breaks the stream off.
                 Some(None | Some(Err(_))) => return Ok(None),
                 None => {
                     return Err(ClientError::TimedOut {

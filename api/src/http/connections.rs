@@ -136,7 +136,7 @@ impl ConnectionSlot {
         }
     }
 
-    /// What tells that another connection has locked the slot.
+    /// Notified when another connection evicts this one.
     pub fn evicted(&self) -> Arc<Notify> {
         Arc::clone(&self.evicted)
     }
@@ -151,7 +151,7 @@ impl Drop for ConnectionSlot {
     }
 }
 
-/// A connection is in use. Dropping it makes the connection idle.
+/// Marks a connection as in use. Dropping it makes the connection idle.
 #[derive(Debug)]
 pub struct InUse {
     table: Arc<ConnectionTable>,

@@ -1,7 +1,7 @@
-//! The stream of events: told by any thread, written as a line of JSON to each client that listens.
+//! The stream of events: published by any thread, written as a line of JSON to each subscribed client.
 //!
-//! Lines of JSON rather than server-sent events: who reads a Unix socket is a program or a shell with
-//! `jq`, no browser, and a line needs no unwrapping.
+//! Lines of JSON rather than server-sent events: programs and shells with `jq` read a Unix socket, not browsers,
+//! and a line needs no unwrapping.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -17,9 +17,9 @@ use tokio::time::timeout;
 
 use super::wire::{Event, EventLine};
 
-/// Events that a slow reader may be behind.
+/// Events that are kept for a slow reader.
 const BACKLOG: usize = 256;
-/// An empty line after so long without an event tells whether the reader is still there.
+/// After so long without an event an empty line shows whether the reader is still there.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// An event and when it happened.
@@ -29,7 +29,7 @@ struct TimedEvent {
     event: VmEvent,
 }
 
-/// Where events are told and heard.
+/// Publishes events to all subscriptions.
 #[derive(Debug, Clone)]
 pub struct Events(Arc<Mutex<Option<Sender<Arc<TimedEvent>>>>>);
 
@@ -40,27 +40,27 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Tells all who listen. Never waits for them; any thread may call it.
+    /// Publishes an event from any thread. Never waits for readers.
     pub fn tell(&self, event: VmEvent) {
         if let Some(sender) = &*self.sender() {
             let at = SystemTime::now();
-            // Fails where nobody listens.
+            // Fails without a subscription.
             let _ = sender.send(Arc::new(TimedEvent { at, event }));
         }
     }
 
-    /// Where a VM tells.
+    /// The sink for a VM's events.
     pub fn sink(&self) -> EventSink {
         let events = self.clone();
         Arc::new(move |event| events.tell(event))
     }
 
-    /// Ends every stream once it has given what was told.
+    /// Ends every stream after the events published so far.
     pub fn close(&self) {
         self.sender().take();
     }
 
-    /// Hears what is told from now on; `first` comes before.
+    /// Subscribes to events from now on.
     pub(super) fn subscribe(&self) -> Option<Subscription> {
         let sender = self.sender();
         sender
@@ -73,12 +73,12 @@ impl Events {
     }
 }
 
-/// One who listens.
+/// A client's subscription to events.
 #[derive(Debug)]
 pub struct Subscription(Receiver<Arc<TimedEvent>>);
 
 impl Subscription {
-    /// What it hears, after `first`.
+    /// The stream of events, after `first`.
     pub fn stream(self, first: Event) -> EventStream {
         let line = line(SystemTime::now(), first);
         EventStream {
@@ -87,7 +87,7 @@ impl Subscription {
     }
 
     async fn line(mut self) -> (Option<Bytes>, Self) {
-        let heard = match timeout(KEEP_ALIVE, self.0.recv()).await {
+        let line = match timeout(KEEP_ALIVE, self.0.recv()).await {
             Err(_) => Some(Bytes::from_static(b"\n")),
             Ok(Ok(happened)) => Some(line(happened.at, Event::from(&happened.event))),
             Ok(Err(RecvError::Lagged(events))) => {
@@ -95,7 +95,7 @@ impl Subscription {
             }
             Ok(Err(RecvError::Closed)) => None,
         };
-        (heard, self)
+        (line, self)
     }
 }
 

@@ -1,4 +1,4 @@
-//! From a request to its answer: the call, its body, the command, and what came of it.
+//! Answers requests: finds the call, reads its body, sends the command to the VM, writes the answer.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,10 +26,10 @@ use super::wire::{self, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, LoadOptions, SourceText};
 
-/// How long a body that is not wanted is read on, so that its sender gets to read why.
+/// How long an unused body is read, so that its sender reads the answer.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// What every request is answered from.
+/// What the handlers of all requests share.
 pub struct Handlers {
     pub vm: Arc<dyn Vm>,
     pub events: Events,
@@ -39,7 +39,7 @@ pub struct Handlers {
 }
 
 impl Handlers {
-    /// Answers one request, once all of it has come: a client that is still writing reads no answer.
+    /// Answers one request after reading all of it: a client that is still writing reads no answer.
     pub async fn answer(&self, request: Request<Incoming>, slot: &ConnectionSlot) -> HttpResponse {
         let route = routes::find(request.method(), request.uri().path());
         let body = match &route {
@@ -88,7 +88,7 @@ impl Handlers {
     /// What the VM answers.
     async fn ask(&self, command: Command) -> Result<Answer, HttpError> {
         let (sender, receiver) = oneshot::channel();
-        // A client that has gone takes no answer.
+        // The client may have gone.
         let reply = Box::new(|answer| drop(sender.send(answer)));
         self.vm.ask(command, reply);
         match timeout(self.limits.answer, receiver).await {
@@ -134,7 +134,7 @@ impl Handlers {
             host,
             folders,
         } = self.identity.clone();
-        // Opens files, so the thread that owns the VM does it.
+        // This opens files, so the thread that owns the VM does it.
         let make = move || {
             if let Some(Maintenance { reason, .. }) = maintenance(&host).map_err(Error::from)? {
                 return Err(Error::Maintenance(reason).into());
@@ -177,7 +177,7 @@ impl Handlers {
 
     fn subscribe(&self) -> Result<HttpResponse, HttpError> {
         let ended = || HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the VM ends");
-        // Listening comes before asking, so that no change is missed in between.
+        // Subscribe before reading the state, so that no change is missed.
         let subscription = self.events.subscribe().ok_or_else(ended)?;
         let state = self.vm_state()?;
         Ok(reply::lines(subscription.stream(Event::State { state })))
@@ -263,27 +263,27 @@ fn text(body: &[u8]) -> Result<&str, HttpError> {
         .map_err(|_| HttpError::malformed("the body is no text: JSON is wanted"))
 }
 
-/// Lets the client send a body that nobody wants.
+/// Lets the client send a body that is not used.
 async fn skip(request: Request<Incoming>) {
     if !waits(&request) {
         drain(request.into_body()).await;
     }
 }
 
-/// Whether the sender waits to be asked for the body, and has sent nothing of it.
+/// Whether the client waits for `100 Continue` before it sends the body.
 fn waits(request: &Request<Incoming>) -> bool {
     request.headers().contains_key(EXPECT)
 }
 
-/// Reads what still comes, and forgets it.
+/// Reads the rest of a body and drops it.
 async fn drain(mut body: Incoming) {
     let rest = async { while let Some(Ok(_)) = body.frame().await {} };
     let _ = timeout(DRAIN, rest).await;
 }
 
-/// The VM answered another question: a mistake in gantry.
+/// The VM's answer does not fit the command: a bug in gantry.
 fn mixed_up(answer: &Answer) -> HttpError {
-    tracing::error!(?answer, "the VM answered another question");
-    let what = "the VM answered another question";
+    tracing::error!(?answer, "the VM's answer does not fit the command");
+    let what = "the VM's answer does not fit the command: this is a bug in gantry";
     HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, what)
 }

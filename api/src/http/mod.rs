@@ -1,7 +1,7 @@
 //! The API: HTTP over a Unix socket, on one thread that neither owns the VM nor opens a file.
 //!
-//! [`Socket`] is the file, [`Server`] answers on it, [`Vm`] is whom it asks, [`Events`] is where the VM
-//! tells what happens, and [`wire`] has the bodies.
+//! [`Socket`] is the file, [`Server`] answers on it, [`Vm`] takes its commands, [`Events`] publishes what
+//! happens, and [`wire`] has the bodies.
 
 pub mod client;
 mod connections;
@@ -27,12 +27,12 @@ pub use socket::{
 use gantry_vmm::Handle;
 use gantry_vmm::command::{Command, CommandError, Reply, VmInfo};
 
-/// Whom the server asks: the VM that this process runs, or one that a test plays.
+/// The VM behind the server: the one that this process runs, or a fake in tests.
 pub trait Vm: Send + Sync + 'static {
-    /// Has `command` done and `reply` called with the outcome, from whatever thread. Never waits.
+    /// Starts `command`; any thread calls `reply` with the outcome. Never waits.
     fn ask(&self, command: Command, reply: Reply);
 
-    /// What the VM is and has, as far as its owner has shown.
+    /// The VM's configuration, state and devices, as last published.
     ///
     /// # Errors
     /// There is none, or its process is ending.

@@ -1,4 +1,4 @@
-//! The table of what the API has: paths, verbs, and what each of them is.
+//! The table of calls: paths, verbs, summaries and refusals.
 
 use hyper::{Method, StatusCode};
 
@@ -37,7 +37,7 @@ pub struct Route {
     pub path: &'static str,
     /// Verb: `GET` or `PUT`.
     pub verb: &'static str,
-    /// What it is.
+    /// The call.
     pub call: Call,
     /// What it does, for the published document.
     pub summary: &'static str,
@@ -47,7 +47,7 @@ pub struct Route {
 
 const NOT_CREATED: (u16, &str) = (404, "The VM is not created.");
 const NOT_BOOTED: (u16, &str) = (405, "The VM is not booted.");
-const MALFORMED: (u16, &str) = (400, "The body is not what it should be.");
+const MALFORMED: (u16, &str) = (400, "The body is wrong; the answer names the key.");
 const FAILED: (u16, &str) = (500, "gantry or the host failed; the body says why.");
 
 const fn route(
@@ -72,7 +72,7 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vmm.ping",
         "GET",
         Call::Ping,
-        "Say who answers",
+        "Show the name, version and process of gantry",
         &[],
     ),
     route(
@@ -100,7 +100,7 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.boot",
         "PUT",
         Call::Boot,
-        "Lease the devices, build the machine and let the guest run",
+        "Lease the devices, build the VM and run the guest",
         &[
             NOT_CREATED,
             (405, "The VM runs already."),
@@ -136,14 +136,14 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.pause",
         "PUT",
         Call::Pause,
-        "Let the vCPUs wait",
+        "Pause the vCPUs",
         &[NOT_CREATED, NOT_BOOTED, FAILED],
     ),
     route(
         "/api/v1/vm.resume",
         "PUT",
         Call::Resume,
-        "Let the vCPUs run again",
+        "Resume the vCPUs",
         &[NOT_CREATED, (405, "The VM is not paused."), FAILED],
     ),
     route(
@@ -172,22 +172,22 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.info",
         "GET",
         Call::Info,
-        "Tell what the VM is and does",
+        "Show the VM's configuration, state and devices",
         &[NOT_CREATED],
     ),
     route(
         "/api/v1/vm.counters",
         "GET",
         Call::Counters,
-        "Tell what each device did",
+        "Show the counters of each device",
         &[NOT_CREATED],
     ),
     route(
         "/api/v1/vm.add-device",
         "PUT",
         Call::AddDevice,
-        "Attach devices: the answer comes when the guest has been told of them, 204 where it is not \
-         booted yet",
+        "Attach devices: the answer comes when they are announced to the guest, or 204 if the VM is not \
+         booted",
         &[
             MALFORMED,
             NOT_CREATED,
@@ -198,7 +198,7 @@ pub const ROUTES: &[Route] = &[
             FAILED,
             (
                 504,
-                "It takes long: an event tells when the device is there, or why not.",
+                "It takes long: an event follows when the device is attached, or why it is not.",
             ),
         ],
     ),
@@ -206,8 +206,8 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.remove-device",
         "PUT",
         Call::RemoveDevice,
-        "Detach a device: the answer comes when the guest has been asked, an event when it is gone; one \
-         that is not booted yet will not have it",
+        "Detach a device: the answer comes when the guest was asked to release it, an event when it is gone. A VM \
+         that is not booted boots without it",
         &[
             MALFORMED,
             (404, "The VM is not created, or has no such device."),
@@ -218,21 +218,21 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/events",
         "GET",
         Call::Events,
-        "Tell what happens as it happens, a JSON object a line; an empty line now and then",
+        "Stream events, one JSON object a line, and empty lines to keep the connection",
         &[],
     ),
     route(
         "/api/v1/openapi.json",
         "GET",
         Call::OpenApi,
-        "Tell what the API has",
+        "Show this document",
         &[],
     ),
     route(
         "/metrics",
         "GET",
         Call::Metrics,
-        "Tell what the VM, its devices and the API did, as Prometheus reads it",
+        "Show metrics of the VM, its devices and the API for Prometheus",
         &[],
     ),
 ];

@@ -22,7 +22,7 @@ use nix::unistd::{Gid, Group, Pid, chown};
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Somebody listens there.
+    /// A process listens there.
     #[error(
         "a VM listens on {path} already{}\ngive this one another socket with --api-socket, or another \
          name with --name",
@@ -92,8 +92,8 @@ pub fn path_of(run: &Path, name: &str) -> PathBuf {
 
 impl Socket {
     /// Listens at `path`, for its owner alone (0600), or with a group of users for these too (0660).
-    /// The socket takes its place complete: nobody sees it with wider rights, or before it listens. `run`
-    /// is the host's run directory.
+    /// A rename puts the socket in its place once it listens and has its final rights. `run` is the host's run
+    /// directory.
     ///
     /// # Errors
     /// A live socket or another file is there, or the kernel refuses a step.
@@ -137,7 +137,7 @@ impl Socket {
     }
 }
 
-/// The file of a socket. Dropping it, once nobody listens any more, has the file removed.
+/// The file of a socket. Drop it after the listener: the file is removed.
 #[derive(Debug)]
 pub struct SocketFile(#[expect(dead_code, reason = "it is dropped")] CleanupHelper);
 
@@ -149,7 +149,7 @@ pub fn dir_of(path: &Path) -> &Path {
     }
 }
 
-/// Removes the file of a socket that nobody listens on any more; leaves every other one alone.
+/// Removes the file of a socket if no process listens on it.
 ///
 /// # Errors
 /// The kernel refuses a step.
@@ -161,7 +161,7 @@ pub fn remove_stale(path: &Path, run: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether there is a socket with nobody behind it.
+/// Whether there is a socket without a listener.
 #[cfg(test)]
 fn is_stale(path: &Path) -> bool {
     matches!(state(path), Ok(State::Stale))
@@ -209,7 +209,7 @@ fn state(path: &Path) -> io::Result<State> {
     match probe(path) {
         Err(Errno::ECONNREFUSED) => Ok(State::Stale),
         Err(Errno::ENOENT) => Ok(State::Absent),
-        // Also one whose queue is full, or that this user may not connect to: somebody is there.
+        // A full queue or a denied connection also shows a listener.
         answer => Ok(State::Live(answer.ok().flatten())),
     }
 }
@@ -231,7 +231,7 @@ pub fn process(pid: i32) -> Option<u32> {
     u32::try_from(pid).ok().filter(|pid| *pid != 0)
 }
 
-/// Waits until nobody listens at a path, and returns the lock that keeps it so. The lock is free meanwhile.
+/// Waits until no process listens at a path, and returns the lock that keeps it so. The lock is free meanwhile.
 fn wait_until_free(
     path: &Path,
     run: &Path,
@@ -245,7 +245,7 @@ fn wait_until_free(
         match state(path).map_err(SocketError::io("look at", path))? {
             // What is stale is replaced by the rename.
             State::Absent | State::Stale => return Ok(lock),
-            // Who it is does not show once the queue is full.
+            // A full queue hides the listener's process.
             State::Live(pid) => known = pid.or(known),
             State::Other => return Err(SocketError::NoSocket { path: owned() }),
         }

@@ -1,4 +1,4 @@
-//! A connection that gives up on a reader who does not read, and lets a writer finish before it closes.
+//! A connection whose writes time out, and that lets the client finish writing before it closes.
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
@@ -10,12 +10,11 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// How long a client that has its answer may go on writing: closed under it, it would see a broken pipe
-/// and never read the answer.
+/// How long a client may go on writing after its answer. With the connection closed it would see a broken pipe
+/// and not read the answer.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// A stream whose writes fail once one has waited too long. What is slow to be written to it is bounded
-/// elsewhere: the server limits the time for a request's head and for its body.
+/// A stream whose writes time out. The server bounds reads by limits for a request's head and body.
 pub struct TimedStream {
     stream: UnixStream,
     patience: Duration,
@@ -23,12 +22,12 @@ pub struct TimedStream {
     waiting: Option<Pin<Box<Sleep>>>,
     /// Runs once all is written, while the client may still write.
     lingering: Option<Pin<Box<Sleep>>>,
-    /// The server ends: nobody is waited for.
+    /// The server ends: close at once.
     shutting_down: watch::Receiver<bool>,
 }
 
 impl TimedStream {
-    /// `stream`, with a write that waits failing after `patience`.
+    /// `stream`, whose writes time out after `patience`.
     pub fn new(
         stream: UnixStream,
         patience: Duration,
@@ -43,13 +42,13 @@ impl TimedStream {
         }
     }
 
-    /// Writes what fits into an empty socket's buffer, and closes.
+    /// Writes as much as fits into the socket's buffer, and closes.
     pub async fn write_and_close(mut self, text: &[u8]) {
         let _ = self.stream.try_write(text);
         let _ = std::future::poll_fn(|context| Pin::new(&mut self).poll_shutdown(context)).await;
     }
 
-    /// Reads what still comes, and forgets it, until the client closes or its time is over.
+    /// Reads and drops data until the client closes or the time is over.
     fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let lingering = self
             .lingering
@@ -68,7 +67,7 @@ impl TimedStream {
         }
     }
 
-    /// Passes a write's outcome on, or fails it when it has waited too long.
+    /// Returns a write's outcome, or an error if it has waited too long.
     fn bounded<T>(
         &mut self,
         outcome: Poll<io::Result<T>>,
@@ -85,7 +84,7 @@ impl TimedStream {
         match waiting.as_mut().poll(context) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(()) => {
-                // Asked again, it fails again.
+                // Polled again, it fails again.
                 waiting.as_mut().reset(Instant::now());
                 Poll::Ready(Err(ErrorKind::TimedOut.into()))
             }

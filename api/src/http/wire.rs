@@ -19,7 +19,7 @@ pub use place::{Affinity, Placement};
 /// Answer to `vmm.ping`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct VmmPing {
-    /// Version with what else tells the build.
+    /// Name and version of the build.
     pub build_version: String,
     /// Version of gantry.
     pub version: String,
@@ -86,7 +86,7 @@ pub struct VmInfo {
     pub device_tree: BTreeMap<String, DeviceNode>,
     /// Name of the VM.
     pub name: String,
-    /// Its passed devices, with what the device tree has no words for.
+    /// Its passed devices, with what the device tree lacks.
     pub devices: Vec<Device>,
     /// Slots that devices can be attached in, taken or not.
     pub slots: usize,
@@ -94,7 +94,7 @@ pub struct VmInfo {
     pub free_slots: usize,
 }
 
-/// A VM's configuration, told in full.
+/// A VM's whole configuration.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Config {
     /// What it boots.
@@ -120,7 +120,7 @@ pub struct Config {
     pub pvpanic: bool,
 }
 
-/// What `pvpanic` is where it is not said.
+/// The default of `pvpanic`.
 fn present() -> bool {
     true
 }
@@ -223,7 +223,7 @@ impl From<&SerialMode> for Serial {
 pub struct DeviceNode {
     /// Its name.
     pub id: String,
-    /// What it takes up; gantry tells nothing here.
+    /// Its resources; always empty in gantry.
     pub resources: Vec<serde_json::Value>,
     /// Devices below it.
     pub children: Vec<String>,
@@ -235,11 +235,11 @@ pub struct DeviceNode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
-    /// The guest was told of it.
+    /// It was announced to the guest.
     Announced,
     /// The guest has enabled its memory or I/O ports.
     Enabled,
-    /// The guest was asked to let it go.
+    /// The guest was asked to release it.
     Detaching,
 }
 

@@ -194,7 +194,7 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
         .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("03:01.0"));
-    assert!(refused(&opener, DeviceRequest::group("nic", 1)).contains("'one'"));
+    assert!(refused(&opener, DeviceRequest::group("nic", 1)).contains("\"one\""));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
     let again = opener

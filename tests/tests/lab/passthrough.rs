@@ -257,7 +257,7 @@ fn a_display_alone_reserves_its_audio(host: &Host) -> Result<()> {
         .run(host)?
         .exits(75)?;
     ensure!(refused.errors.contains(AUDIO), "{refused}");
-    ensure!(refused.errors.contains("'one'"), "{refused}");
+    ensure!(refused.errors.contains("\"one\""), "{refused}");
     running.signal(Signal::SIGTERM)?;
     running.end()?.exits(143)?;
     Ok(())

@@ -1,4 +1,4 @@
-//! `gantry device list`: every PCI device of the host, and who has it.
+//! `gantry device list`: every PCI device of the host, and its holder.
 
 use std::cmp::Ordering;
 

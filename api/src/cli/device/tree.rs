@@ -95,7 +95,7 @@ impl Node {
         }
     }
 
-    /// IOMMU group, NUMA node, group, and who has it.
+    /// IOMMU group, NUMA node, group and holder.
     fn facts(&self) -> String {
         let mut facts = Vec::new();
         facts.extend(self.iommu_group.map(|group| format!("iommu {group}")));

@@ -264,7 +264,7 @@ fn warn_of(lacking: Option<String>, group: &str) {
 
 /// Says which plans ask for a group that is no more.
 fn warn_of_plans(paths: &HostPaths, group: &str) {
-    // Plans that cannot be read are told of where they are used.
+    // The commands that use plans report those that cannot be read.
     let plans = Plans::load(paths).unwrap_or_default();
     for plan in plans
         .iter()
@@ -394,7 +394,7 @@ fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
     Ok(devices)
 }
 
-/// Has a group that has the first name, and then the second one, changed as `wanted`, and tells of it.
+/// Changes a group as `wanted`, from its old name to its new one, and prints what changed.
 fn change(
     paths: &HostPaths,
     tell: OutputArgs,

@@ -103,7 +103,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// What is said of a group.
+/// The properties of a group.
 fn tags(out: &mut dyn Write, group: &ResourceGroup) -> io::Result<()> {
     writeln!(out, "name         {}", group.name)?;
     writeln!(out, "type         {}", group.kind.word())?;

@@ -218,7 +218,7 @@ impl Changed {
         Self { files, ..self }
     }
 
-    /// Tells of it, once `files` are written.
+    /// Prints the change, once `files` are written.
     pub fn tell(self, files: Vec<PathBuf>, args: OutputArgs) -> Result<(), Failure> {
         let changed = self.saved(files);
         args.tell(&changed, |out| writeln!(out, "{changed}"))
@@ -232,7 +232,7 @@ impl Changed {
         let keys: Vec<&str> = self.keys.iter().map(String::as_str).collect();
         let keys: Vec<&str> = keys.into_iter().filter(|key| *key != "name").collect();
         let moved = !self.added.is_empty() || !self.removed.is_empty();
-        // Who gives or takes devices knows that there are rules for that.
+        // A command that adds or removes devices implies rules.
         let told = moved && keys == ["rules"];
         if !keys.is_empty() && !told {
             parts.push(format!("changed {}", keys.join(", ")));

@@ -225,7 +225,7 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         group: args.group.as_deref(),
         overrides: &args.overrides,
     };
-    // A ctrl-c between two steps would leave a device with nobody.
+    // A ctrl-c between two steps would leave a device without an owner.
     let _whole = SignalsHeld::new();
     let links = Netlink::new(paths);
     let host = HostAccess {

@@ -1,4 +1,4 @@
-//! `gantry vm attach` and `gantry vm detach`: what is asked, what is waited for, what came of it.
+//! `gantry vm attach` and `gantry vm detach`: send the request, wait for the guest, print the result.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -26,9 +26,9 @@ use crate::report::Failure;
 Devices go into slots that the VM was started with: `\"hotplug\": {\"slots\": 8}` in its file. `gantry \
 vm info` shows how many are free.
 
-It is over when the guest has enabled the devices, that is, their memory or I/O ports; whether a driver then \
-succeeds, the guest tells (`lspci -k`), and `gantry vm metrics` shows their interrupts. How long each step took, `gantry vm \
-events` shows as it happens, and `gantry vm metrics` afterwards. A device that the guest does not \
+The command waits until the guest has enabled the devices, that is, their memory or I/O ports. Whether a driver then \
+succeeds, `lspci -k` in the guest shows; `gantry vm metrics` shows their interrupts. `gantry vm events` shows how long each \
+step takes, and `gantry vm metrics` shows it afterwards. A device that the guest does not \
 enable in time stays in the VM until `gantry vm detach`.
 
 Examples:
@@ -87,11 +87,11 @@ struct From {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest's driver releases the device first. A guest that does not answer can be asked again, or the device be \
-taken from it with --force-after.
+The guest's driver releases the device first. If the guest does not answer, run the command again, or remove the \
+device with --force-after.
 
-Functions of one device, such as a GPU and its audio, share a slot and go together, whichever is named; \
-`gantry vm info` shows which do.
+The functions of one device, such as a GPU and its audio, share a slot and are detached together; `gantry vm info` \
+shows them.
 
 Examples:
   gantry vm detach web-1 gpu0
@@ -242,7 +242,7 @@ fn wait_for_driver(
             Event::AttachStep {
                 id, seconds, hint, ..
             } => {
-                // What takes less nobody has to avoid.
+                // A shorter step needs no hint.
                 if let Some(hint) = hint.filter(|_| seconds > 0.5 && waiting.contains(&id)) {
                     note(format_args!("{id}: {seconds:.2} s: {hint}"));
                 }

@@ -27,7 +27,7 @@ pub fn vm(name: &str, paths: &HostPaths) -> Result<Client, Failure> {
     } else {
         path_of(&paths.run, name)
     };
-    // Only to see whether somebody is there: a guest's state may take longer.
+    // This only looks for a listener: a guest's state may take longer.
     match connect(&path, GLANCE)?.get::<VmmPing>("vmm.ping") {
         Err(ClientError::NotListening { .. }) => Err(unknown(name, paths)),
         Err(error) => Err(error.into()),
@@ -93,7 +93,7 @@ pub fn ask_all<T: Send>(paths: &HostPaths, ask: impl Fn(String, PathBuf) -> T + 
     answers
 }
 
-/// Names and sockets of the run directory, in the order of the names. What nobody listens on any more is
+/// Names and sockets of the run directory, in the order of the names. A socket without a listener is
 /// removed where this user may.
 pub fn sockets(paths: &HostPaths) -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir(&paths.run)

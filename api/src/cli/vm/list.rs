@@ -58,7 +58,7 @@ struct Row {
     problem: Option<String>,
 }
 
-/// The state of a VM, as its socket tells it; or in words why there is none to tell.
+/// The state of a VM, from its socket; or why it is unknown.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum State {
@@ -135,7 +135,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 impl Row {
-    /// None if nobody is behind the socket.
+    /// None if no process listens on the socket.
     fn of_socket(name: String, socket: std::path::PathBuf) -> Result<Option<Self>, Failure> {
         let client = find::connect(&socket, find::GLANCE)?;
         let mut row = Self {

@@ -1,4 +1,4 @@
-//! `gantry vm events` and `gantry vm metrics`: what a VM tells of itself.
+//! `gantry vm events` and `gantry vm metrics`.
 
 use clap::Args;
 use gantry_resources::base::HostPaths;

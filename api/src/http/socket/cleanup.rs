@@ -21,8 +21,8 @@ pub const SUBCOMMAND: &str = "__remove-socket";
 /// How long the helper may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The way to the helper. Dropping it, once nobody listens any more, has the file removed and waits for that;
-/// so does the end of the process, without anybody waiting.
+/// The connection to the helper. Drop it after the listener: the helper removes the file, and the drop waits for
+/// that. The end of the process does the same without waiting.
 #[derive(Debug)]
 pub struct CleanupHelper(UnixStream);
 
@@ -35,7 +35,7 @@ impl CleanupHelper {
         let (ours, theirs) = UnixStream::pair()?;
         let mut command = Command::new(program);
         command.arg(SUBCOMMAND).arg(path).arg(run);
-        // Neither the terminal's ctrl-c nor its end is meant for the helper.
+        // The terminal's signals must not end the helper.
         command.env_clear().process_group(0);
         command
             .stdin(OwnedFd::from(theirs))
