@@ -3,20 +3,19 @@
 mod chosen;
 mod edit;
 mod error;
+mod files;
 mod in_use;
 mod made;
 mod nova_files;
 mod possible;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::HostBdf;
-use crate::base::config::{self, ConfigError};
-use crate::base::host::HostPaths;
 use crate::base::json::{JsonError, ListItem, Place, nearest};
 use crate::base::name::DeviceName;
 use crate::inventory::device::HostDevice;
@@ -29,6 +28,7 @@ use crate::pools::vgpu::VgpuSpec;
 pub use chosen::Chosen;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use error::GroupError;
+use files::{GroupsFile, files, parse};
 pub use nova_files::{change_aliases, change_device_specs};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
@@ -208,35 +208,6 @@ fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::E
     )))
 }
 
-/// A file of groups: `groups.json` and each `groups.d/*.json`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(title = "gantry groups")]
-struct GroupsFile {
-    /// For editors; gantry does not read it.
-    #[serde(rename = "$schema", skip_serializing_if = "Option::is_none")]
-    schema: Option<String>,
-    /// The groups, in the order in which they claim devices.
-    #[serde(default)]
-    groups: Vec<ResourceGroup>,
-    /// Devices that aliases may take besides those in groups, in Nova's form: one or a list.
-    #[serde(
-        default,
-        deserialize_with = "nova::one_or_many",
-        skip_serializing_if = "Vec::is_empty"
-    )]
-    #[schemars(schema_with = "nova::one_or_many_schema::<DeviceSpec>")]
-    device_spec: Vec<DeviceSpec>,
-    /// Names under which VMs ask for devices, in Nova's form: one or a list.
-    #[serde(
-        default,
-        deserialize_with = "nova::one_or_many",
-        skip_serializing_if = "Vec::is_empty"
-    )]
-    #[schemars(schema_with = "nova::one_or_many_schema::<Alias>")]
-    alias: Vec<Alias>,
-}
-
 /// All groups of the host, in the order of definition.
 ///
 /// A device that several groups match belongs to the first: so groups in `groups.json` come before
@@ -275,63 +246,6 @@ pub struct Overlap {
 }
 
 impl Groups {
-    /// What `groups.json` and `groups.d/*.json` say.
-    fn load_group_files(paths: &HostPaths) -> Result<Self, GroupError> {
-        let mut groups = Self::default();
-        for path in files(paths)? {
-            if let Some(text) = config::read(&path)? {
-                let file = parse(&path, &text)?;
-                groups.add(file.groups)?;
-                groups.specs.extend(file.device_spec);
-                groups.aliases.extend(file.alias);
-                nova_files::agree(&path, &groups.aliases)?;
-            }
-        }
-        Ok(groups)
-    }
-
-    /// Reads `groups.json`, then `groups.d/*.json` in the order of their names, then `device_spec.json`
-    /// and `alias.json`, which hold what Nova's options of these names hold. None need exist.
-    ///
-    /// Tenants are not looked at: [`Groups::load`] leaves their devices out.
-    pub(crate) fn load_own(paths: &HostPaths) -> Result<Self, GroupError> {
-        let mut groups = Self::load_group_files(paths)?;
-        groups
-            .specs
-            .extend(nova_files::load(&nova_files::specs(paths))?);
-        let file = nova_files::aliases(paths);
-        groups.aliases.extend(nova_files::load(&file)?);
-        nova_files::agree(&file, &groups.aliases)?;
-        for spec in &mut groups.specs {
-            let name = spec.devname.as_deref();
-            spec.found = name.and_then(|name| nova::devname::function(paths, name));
-        }
-        Ok(groups)
-    }
-
-    fn add(&mut self, more: Vec<ResourceGroup>) -> Result<(), GroupError> {
-        for group in more {
-            if let Some(first) = self.get(&group.name) {
-                let in_list = ListItem {
-                    list: "groups",
-                    name: &group.name,
-                };
-                let first = Place::first(&first.file, in_list, "name");
-                let second = Place::last(&group.file, in_list, "name");
-                let what = format!(
-                    "`name`: there is already a group named \"{}\" at {first}: rename or remove one of them",
-                    group.name
-                );
-                return Err(JsonError::new(Some(second), what).into());
-            }
-            if let Some((key, problem)) = self.problem(&group) {
-                return Err(group.wrong(&key, problem));
-            }
-            self.groups.push(group);
-        }
-        Ok(())
-    }
-
     /// These without the devices of tenants, whose they are.
     pub(super) fn without(self, owners: BTreeMap<DeviceName, String>) -> Self {
         Self { owners, ..self }
@@ -490,26 +404,6 @@ impl Groups {
             false => Detail::ForChoice,
         }
     }
-
-    /// The JSON Schema of a group file.
-    pub fn schema() -> schemars::Schema {
-        schemars::schema_for!(GroupsFile)
-    }
-}
-
-/// The files that define groups, in the order in which they count.
-fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
-    let mut files = vec![paths.config.join("groups.json")];
-    files.extend(config::drop_ins(&paths.config.join("groups.d"))?);
-    Ok(files)
-}
-
-fn parse(path: &Path, text: &str) -> Result<GroupsFile, ConfigError> {
-    let mut file: GroupsFile = config::parse(path, text)?;
-    for group in &mut file.groups {
-        group.file = path.to_owned();
-    }
-    Ok(file)
 }
 
 #[cfg(test)]
