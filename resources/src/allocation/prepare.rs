@@ -43,8 +43,8 @@ pub(super) struct Needs<'a> {
     record: &'a LeaseRecord,
     /// Those that leave their host drivers.
     lent: Vec<HostBdf>,
-    /// All that is owed back.
-    owed: Vec<DeviceName>,
+    /// All that is changed for the VM, and put back after it.
+    changed: Vec<DeviceName>,
     /// Mediated devices with the identifiers they have or get.
     instances: Vec<(Instance, Uuid)>,
     watch: Option<Arc<Watch>>,
@@ -65,7 +65,7 @@ impl<'a> Needs<'a> {
             binder,
             record,
             lent: Vec::new(),
-            owed: Vec::new(),
+            changed: Vec::new(),
             instances: Vec::new(),
             watch: None,
         };
@@ -75,15 +75,15 @@ impl<'a> Needs<'a> {
                 Thing::Instance(instance) => {
                     let uuid = vgpu::identifier(paths, instance)?;
                     let name = DeviceName::from(uuid);
-                    needs.owed.extend((!instance.made).then_some(name));
+                    needs.changed.extend((!instance.made).then_some(name));
                     needs.instances.push((instance.clone(), uuid));
                 }
             }
         }
-        if !needs.owed.is_empty() {
+        if !needs.changed.is_empty() {
             needs.watch = Some(Arc::new(
                 binder
-                    .watch(paths, &needs.owed)
+                    .watch(paths, &needs.changed)
                     .map_err(AllocateError::Helper)?,
             ));
         }
@@ -93,11 +93,11 @@ impl<'a> Needs<'a> {
     fn look_at(&mut self, device: &HostDevice) -> Result<(), AllocateError> {
         let demand = self.groups.tags(device).on_demand && device.vgpu.is_none();
         self.lent.extend(demand.then_some(device.bdf));
-        let set = sriov::owed::function(self.paths, self.groups, device);
+        let set = sriov::vf_restore::function(self.paths, self.groups, device);
         let set = set.map_err(SriovError::from)?.is_some();
         let changed = demand || set || device.vgpu.is_some();
         let name = DeviceName::from(device.bdf);
-        self.owed.extend(changed.then_some(name));
+        self.changed.extend(changed.then_some(name));
         Ok(())
     }
 
@@ -127,7 +127,7 @@ impl<'a> Needs<'a> {
     pub(super) fn functions(&self, leases: Vec<Lease>) -> Result<Vec<Lease>, AllocateError> {
         let (paths, groups, host) = (self.paths, self.groups, self.binder.host);
         for device in leases.iter().filter_map(Lease::device) {
-            sriov::owed::prepare(paths, host.links, groups, device)?;
+            sriov::vf_restore::prepare(paths, host.links, groups, device)?;
             if paths.only.is_some() {
                 sriov::granted::look(paths, host.links, device.bdf);
             }
@@ -146,7 +146,7 @@ impl<'a> Needs<'a> {
             return Ok(lease);
         };
         let lease = match &self.watch {
-            Some(watch) if self.owed.contains(&bdf.into()) => {
+            Some(watch) if self.changed.contains(&bdf.into()) => {
                 lease.on_demand(HostDevice::read(self.paths, bdf)?, watch)
             }
             _ => lease,

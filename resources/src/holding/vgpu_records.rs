@@ -63,14 +63,14 @@ pub(crate) fn claims(paths: &HostPaths) -> Vec<Claim> {
 }
 
 fn claim_on(paths: &HostPaths, uuid: Uuid) -> Option<Claim> {
-    let record = File::open(Change::Vgpu.path(paths, uuid));
-    let at_work = record.and_then(|file| is_locked(&file));
-    let owed = VgpuRecord::load(paths, uuid);
+    let file = File::open(Change::Vgpu.path(paths, uuid));
+    let at_work = file.and_then(|file| is_locked(&file));
+    let record = VgpuRecord::load(paths, uuid);
     // It may have been forgotten since it was listed.
-    let there = owed.is_some() || Change::Vgpu.is_recorded(paths, uuid);
+    let there = record.is_some() || Change::Vgpu.is_recorded(paths, uuid);
     there.then(|| Claim {
         uuid,
-        parent: owed.and_then(|owed| owed.parent),
+        parent: record.and_then(|record| record.parent),
         under_way: at_work.unwrap_or(true) || !paths.mdev(uuid).exists(),
         left: !holder(paths, uuid).is_held(),
     })

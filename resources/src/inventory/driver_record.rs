@@ -65,7 +65,7 @@ impl DriverRecord {
 
     /// The record of a device that a VM took and that is not yet back as it was, in whichever state
     /// the giving back was cut short.
-    pub(crate) fn owed(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
+    pub(crate) fn of_lent(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         let former = Self::of_hardware(paths, device).filter(|former| former.demand)?;
         let with_host = match &former.driver {
             Some(_) => device.driver.is_some() && !device.on_vfio(),
@@ -77,7 +77,7 @@ impl DriverRecord {
 
     /// What is known of a device that was moved, or is on its way.
     pub(crate) fn of_moved(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
-        Self::of_detached(paths, device).or_else(|| Self::owed(paths, device))
+        Self::of_detached(paths, device).or_else(|| Self::of_lent(paths, device))
     }
 
     /// The driver of the host's that a device was taken from, while none has it.
@@ -114,7 +114,7 @@ impl DriverRecord {
 
     /// Takes the mark away from a device that somebody wants detached for good.
     pub(crate) fn keep_detached(paths: &HostPaths, device: &HostDevice) {
-        let Some(former) = Self::owed(paths, device) else {
+        let Some(former) = Self::of_lent(paths, device) else {
             return;
         };
         let former = Self {

@@ -1,7 +1,7 @@
 //! Devices that are bound while a VM has them: taken from the host when it starts, given back when it
 //! ends, however it ends.
 //!
-//! What a device was is written down before it is touched, with a mark that it is owed to the host. The
+//! What a device was is recorded before it is touched, with a mark that a VM took it. The
 //! VM's process holds the device's lock and one end of a pipe; a helper that was started before the
 //! first write waits on the other end and gives the devices back when the pipe closes, which the kernel
 //! does for a killed process too. If the helper is gone as well, the mark stays, and the next command
@@ -193,7 +193,7 @@ pub(crate) fn reap_with(
         false => restore(paths, host, &recorded, Duration::ZERO),
     };
     if paths.only.is_none() {
-        vgpu::owed::sweep_locks(paths);
+        vgpu::recorded::sweep_locks(paths);
     }
     restored
 }
@@ -251,7 +251,7 @@ fn pending(paths: &HostPaths, devices: &[DeviceName]) -> Result<BTreeSet<Unit>, 
         let is_recorded = |change: &Change| change.is_recorded(paths, device.bdf);
         devices.contains(&device.bdf.into())
             && device.quarantine.is_none()
-            && (DriverRecord::owed(paths, device).is_some() || undone.iter().any(is_recorded))
+            && (DriverRecord::of_lent(paths, device).is_some() || undone.iter().any(is_recorded))
     };
     for device in all.iter().filter(is_pending) {
         let together = |other: &&HostDevice| {
@@ -284,7 +284,7 @@ fn restore_unit(
     // A kernel that hangs stops nobody else.
     drop(choosing);
     for uuid in unit.iter().filter_map(|name| name.mdev()) {
-        vgpu::owed::remove_mdev(paths, host.writer, uuid)?;
+        vgpu::recorded::remove_mdev(paths, host.writer, uuid)?;
     }
     let functions: Vec<HostBdf> = unit.iter().filter_map(|name| name.pci()).collect();
     let recorded = |change: Change| {
@@ -294,19 +294,19 @@ fn restore_unit(
     // A setting that cannot be had back keeps no device from its driver; it stays recorded.
     let mut set_back = Ok(());
     for bdf in recorded(Change::VfSettings) {
-        if let Err(source) = sriov::owed::restore(paths, host.links, bdf) {
+        if let Err(source) = sriov::vf_restore::restore(paths, host.links, bdf) {
             let source = Box::new(source);
             set_back = Err(RestoreError::Settings { bdf, source });
         }
     }
     for bdf in recorded(Change::Autoprobe) {
-        if let Err(source) = sriov::probe::restore(paths, host.writer, bdf) {
+        if let Err(source) = sriov::autoprobe::restore(paths, host.writer, bdf) {
             let source = Box::new(source);
             set_back = Err(RestoreError::Autoprobe { bdf, source });
         }
     }
     for bdf in recorded(Change::Vgpu) {
-        vgpu::owed::untype(paths, host.writer, bdf)?;
+        vgpu::recorded::untype(paths, host.writer, bdf)?;
     }
     let moved = match recorded(Change::Driver).next() {
         Some(_) => give_back(paths, host.writer, &functions)?.moved,

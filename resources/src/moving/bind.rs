@@ -66,8 +66,8 @@ pub fn reattach(
     Direction::Reattach.carry_out(paths, writer, request)
 }
 
-/// [`detach`] for a VM of this process, which holds the locks of all devices concerned: they are marked
-/// as owed to the host.
+/// [`detach`] for a VM of this process, which holds the locks of all devices concerned: their
+/// records say that a VM took them.
 pub(crate) fn detach_held(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -76,7 +76,7 @@ pub(crate) fn detach_held(
     Direction::Lend.carry_out_held(paths, writer, devices)
 }
 
-/// [`reattach`] for those of some devices that are marked as owed to the host, by a process that holds
+/// [`reattach`] for those of some devices whose records say that a VM took them, by a process that holds
 /// the locks of all devices concerned.
 pub(crate) fn give_back(
     paths: &HostPaths,
@@ -158,7 +158,7 @@ impl Direction {
         let mut plan = self.plan(paths, &request)?;
         if self == Self::Return {
             plan.moves
-                .retain(|one| DriverRecord::owed(paths, &one.device).is_some());
+                .retain(|one| DriverRecord::of_lent(paths, &one.device).is_some());
         }
         let mut mover = Mover {
             paths,

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use super::autoprobe::AutoprobeRecord;
 use super::error::{SriovError, not_recorded};
 use super::links::LinkWrite;
 use super::pf::{LiveVf, Pf};
-use super::probe::AutoprobeRecord;
 use super::{
-    HostAccess, HostWrite, SriovReport, forget, found, no_function_hangs, probe, refused, report,
-    set_aside_if_hung,
+    HostAccess, HostWrite, SriovReport, autoprobe, forget, found, no_function_hangs, refused,
+    report, set_aside_if_hung,
 };
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
@@ -254,7 +254,7 @@ impl Activation<'_> {
             true => self.undo_resize(before),
             false => self.undo_settings(before),
         };
-        let probing = probe::restore(self.paths, self.host.writer, self.pf.device.bdf);
+        let probing = autoprobe::restore(self.paths, self.host.writer, self.pf.device.bdf);
         match undone.and(probing) {
             Ok(()) => String::new(),
             Err(error) => format!(", and could not be undone ({error})"),

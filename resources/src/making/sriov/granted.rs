@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{SriovError, not_recorded};
 use super::links::VfLinks;
-use super::owed::{self, Card, SettingsRecord};
 use super::pf::Pf;
+use super::vf_restore::{self, Card, SettingsRecord};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
@@ -136,7 +136,7 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
-    let (done, result) = owed::put_back(links, &writes);
+    let (done, result) = vf_restore::put_back(links, &writes);
     if !done.refused.is_empty() {
         // It is told of once: the next command does not ask for it again.
         let known = done.refused.iter();
@@ -153,7 +153,7 @@ fn end_left(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     match owe(host, bdf)? {
-        true => owed::restore(host, links, bdf).map(drop),
+        true => vf_restore::restore(host, links, bdf).map(drop),
         false => Ok(()),
     }
 }
@@ -170,14 +170,14 @@ fn lock(host: &HostPaths, bdf: HostBdf) -> Result<Option<DeviceLock>, SriovError
     }
 }
 
-/// Makes a function that was a tenant's one that is owed to the host as it was, and puts it back if
+/// Makes the record of a function that was a tenant's that of one that a VM had, and puts the function back if
 /// nobody has it already.
 pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
     if !owe(host, bdf)? {
         return Ok(());
     }
     match DeviceLock::take(host, bdf, &LeaseRecord::restore())? {
-        Some(_lock) => owed::restore(host, links, bdf).map(drop),
+        Some(_lock) => vf_restore::restore(host, links, bdf).map(drop),
         None => Ok(()),
     }
 }

@@ -6,14 +6,14 @@
 //! and the physical function's driver takes their settings through rtnetlink.
 
 mod activation;
+pub(crate) mod autoprobe;
 mod error;
 pub(crate) mod granted;
 mod links;
 mod netlink;
-pub(crate) mod owed;
 mod pf;
-pub(crate) mod probe;
 pub(crate) mod token;
+pub(crate) mod vf_restore;
 
 use std::fmt::Display;
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
 //! Virtual GPUs: mediated devices and the vendor's SR-IOV ones, made when a VM gets them and unmade when
 //! it ends; those with identifiers of their own are made ahead, when their group is activated.
 
-pub(crate) mod owed;
+pub(crate) mod recorded;
 
 use std::io;
 use std::path::PathBuf;
@@ -248,7 +248,7 @@ pub fn make_ahead(
             return Err(error);
         }
     }
-    // They are not owed to anybody: they stay.
+    // They stay, so nothing undoes them.
     let uuids = claimed.iter().map(|one| one.uuid);
     uuids.for_each(|uuid| Change::Vgpu.forget(paths, uuid));
     let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
@@ -310,8 +310,8 @@ pub fn unmake_ahead(
     };
     let writes = locked.iter().map(write).collect();
     for &(uuid, _) in locked.iter().filter(|_| !dry_run) {
-        owed::remember(paths, uuid.into(), None, &record)?;
-        owed::remove_mdev(paths, writer, uuid).inspect_err(|error| {
+        recorded::remember(paths, uuid.into(), None, &record)?;
+        recorded::remove_mdev(paths, writer, uuid).inspect_err(|error| {
             // It stays the group's, unless the kernel is still at it.
             if !error.is_hung() {
                 Change::Vgpu.forget(paths, uuid);
@@ -361,7 +361,7 @@ fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
 
 /// Removes what was made, or was about to be. Where this fails, the record is left for the next command.
 fn undo(paths: &HostPaths, writer: &dyn SysfsWriter, uuid: Uuid) {
-    if let Err(error) = owed::remove_mdev(paths, writer, uuid) {
+    if let Err(error) = recorded::remove_mdev(paths, writer, uuid) {
         tracing::error!("mediated device {uuid} stays: {error}");
     }
 }
@@ -384,7 +384,7 @@ pub(crate) fn claim(
 ) -> Result<Claimed, VgpuError> {
     let lock = lock(paths, uuid, record)?;
     if !instance.made {
-        owed::remember(paths, uuid.into(), Some(&instance.parent), record)?;
+        recorded::remember(paths, uuid.into(), Some(&instance.parent), record)?;
     }
     Ok(Claimed {
         instance: instance.clone(),
@@ -404,7 +404,7 @@ fn make(
         parent: instance.parent.clone(),
         kind: instance.kind.clone(),
     };
-    let mut work = owed::Work::begin(paths, uuid.into())?.ok_or_else(not_made)?;
+    let mut work = recorded::Work::begin(paths, uuid.into())?.ok_or_else(not_made)?;
     let write = create_write(paths, instance, uuid);
     work.write(writer, &write.path, &write.value)?;
     MdevDevice::read(paths, uuid)?
@@ -473,8 +473,8 @@ pub(crate) fn set_type(
         return Ok(false);
     };
     let bdf: HostBdf = device.bdf;
-    owed::remember(paths, bdf.into(), None, record)?;
-    let Some(mut work) = owed::Work::begin(paths, bdf.into())? else {
+    recorded::remember(paths, bdf.into(), None, record)?;
+    let Some(mut work) = recorded::Work::begin(paths, bdf.into())? else {
         return Ok(false);
     };
     let written = work.write(
@@ -485,7 +485,7 @@ pub(crate) fn set_type(
     drop(work);
     written.inspect_err(|_| {
         // Where this fails too, the record is left for the next command.
-        let _ = owed::untype(paths, writer, bdf);
+        let _ = recorded::untype(paths, writer, bdf);
     })?;
     Ok(true)
 }

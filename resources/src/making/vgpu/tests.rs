@@ -576,7 +576,7 @@ fn a_killed_command_whose_write_goes_on_leaves_nothing() {
     let uuid = ONE.parse().unwrap();
     drop(claim(&host.paths, &instance, uuid, &record).unwrap());
     // The child that writes has the record, and nobody has the device.
-    let mut child = owed::Work::begin(&host.paths, uuid.into()).unwrap();
+    let mut child = recorded::Work::begin(&host.paths, uuid.into()).unwrap();
     let kernel = FakeKernel::new(&host);
     reap_with(&host.paths, kernel.access()).unwrap_err();
     let write = create_write(&host.paths, &instance, uuid);

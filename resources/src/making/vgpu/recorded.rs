@@ -101,7 +101,7 @@ pub(crate) fn remove_mdev(
     let dir = paths.mdev(uuid);
     if dir.exists() {
         work.write(writer, &dir.join("remove"), "1")?;
-        // Only what is gone is not owed any more.
+        // The record stays until the device is gone.
         if dir.exists() {
             return Err(VgpuError::Stays { uuid });
         }
