@@ -286,7 +286,8 @@ mod tests {
         let of = |crate_name, floor| (workspace().join(crate_name).join("src"), floor);
         let resources = resources.map(|floor| of("resources", floor));
         let vmm = vmm.map(|floor| of("vmm", floor));
-        for (source, floor) in resources.into_iter().chain(vmm) {
+        let api = ["cli", "config", "http"].map(|floor| of("api", floor));
+        for (source, floor) in resources.into_iter().chain(vmm).chain(api) {
             let imports = imports(&source, Some(floor)).unwrap();
             assert!(imports.len() > 2, "{floor}: {imports:?}");
             assert_eq!(circles(&imports), BTreeSet::new(), "{floor}");

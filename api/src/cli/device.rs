@@ -20,7 +20,7 @@ use gantry_resources::moving::{
 use gantry_resources::pools::{GroupFiles, ResourceGroup};
 use serde::Serialize;
 
-use super::group::told::{Before, Changed, Hardware};
+use super::group_change::{Changed, GroupSnapshot, Hardware};
 use crate::output::OutputArgs;
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
@@ -172,7 +172,7 @@ fn with_rules(
     let devices: Vec<HostDevice> = devices.iter().map(read).collect::<Result<_, _>>()?;
     let hardware = Hardware::read(paths)?;
     let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
-    let before = Before::of(group, &files, &hardware)?;
+    let before = GroupSnapshot::of(group, &files, &hardware)?;
     if files.groups().map_err(Failure::host)?.get(group).is_none() {
         let new = ResourceGroup::named(group);
         files.create(new).map_err(Failure::host)?;

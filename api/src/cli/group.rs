@@ -7,13 +7,11 @@ pub mod fit;
 mod list;
 mod matching;
 mod show;
-pub mod told;
 
 use clap::{Subcommand, ValueEnum};
 use gantry_resources::base::HostPaths;
 use gantry_resources::base::json;
-use gantry_resources::inventory::{Allow, HostDevice, lacks};
-use gantry_resources::pools::{GroupType, Groups, NO_USB, ResourceGroup, Rule};
+use gantry_resources::pools::{GroupType, Rule};
 use serde::de::DeserializeOwned;
 
 use crate::report::Failure;
@@ -99,20 +97,6 @@ impl From<Kind> for GroupType {
             Kind::Usb => Self::Usb,
         }
     }
-}
-
-/// Why VMs cannot be given devices of a group, or only if the devices' entries allow it: a line each.
-fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Vec<String> {
-    if group.kind == GroupType::Usb {
-        return vec![NO_USB.to_owned()];
-    }
-    let owned = |device: &&HostDevice| {
-        let owner = groups.group_of(device);
-        owner.is_some_and(|owner| owner.name == group.name)
-    };
-    let owned = devices.iter().filter(owned);
-    let lacks = owned.filter_map(|device| lacks(device, devices, Allow::default()));
-    lacks.map(|lack| lack.to_string()).collect()
 }
 
 /// A JSON object on the command line.

@@ -6,6 +6,7 @@ mod device;
 mod generate;
 mod grammar;
 mod group;
+mod group_change;
 mod maintenance;
 mod metrics;
 mod plan;

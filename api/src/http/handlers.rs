@@ -21,7 +21,7 @@ use super::connections::ConnectionSlot;
 use super::metrics::{self, ApiMetrics};
 use super::reply::{self, HttpError, HttpResponse};
 use super::routes::{self, Call};
-use super::server::{Identity, Limits};
+use super::settings::{Identity, Limits};
 use super::wire::{self, AddedDevices, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, LoadOptions, SourceText};

@@ -13,12 +13,14 @@ mod reply;
 mod routes;
 mod sanitize;
 mod server;
+mod settings;
 mod socket;
 mod timed_stream;
 pub mod wire;
 
 pub use events::Events;
-pub use server::{Identity, Limits, Server, Stop};
+pub use server::{Server, Stop};
+pub use settings::{Identity, Limits};
 pub use socket::{
     CleanupArgs, REMOVE_SOCKET, Socket, SocketError, SocketFile, as_process, cleanup_helper,
     path_of, remove_stale,

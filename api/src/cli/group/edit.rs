@@ -10,8 +10,8 @@ use gantry_resources::pools::{
     VgpuSpec,
 };
 
-use super::told::{Before, Hardware};
 use super::{Kind, Made};
+use crate::cli::group_change::{GroupSnapshot, Hardware};
 use crate::output::OutputArgs;
 use crate::report::Failure;
 
@@ -403,7 +403,7 @@ fn change(
 ) -> Result<(), Failure> {
     let hardware = Hardware::read(paths)?;
     let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
-    let before = Before::of(before, &files, &hardware)?;
+    let before = GroupSnapshot::of(before, &files, &hardware)?;
     wanted(&mut files).map_err(Failure::host)?;
     let changed = before.changed(after, &files, &hardware)?;
     let written = files.save().map_err(Failure::host)?;

@@ -8,10 +8,10 @@ use gantry_resources::inventory::{HostDevice, Mdevs, scan};
 use gantry_resources::pools::{Bind, GroupType, Groups, ResourceGroup, SriovSpec, VgpuSpec};
 use serde::Serialize;
 
-use super::lacking;
 use super::list::{Counts, counts_of};
 use super::matching::{COLUMNS, Found, sort_by, table};
 use crate::cli::device::{has_column, usb};
+use crate::cli::group_change::lacking;
 use crate::output::{print, print_json};
 use crate::report::Failure;
 

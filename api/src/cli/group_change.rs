@@ -1,16 +1,17 @@
-//! What a change of a group came to: said to people, shown to programs.
+//! The result of a change to a group, as text or as JSON.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::base::HostPaths;
-use gantry_resources::inventory::{DeviceState, HostDevice, UsbDevice, scan, scan_usb};
-use gantry_resources::pools::{Bind, GroupFiles, GroupType, Groups, ResourceGroup};
+use gantry_resources::inventory::{
+    Allow, DeviceState, HostDevice, UsbDevice, lacks, scan, scan_usb,
+};
+use gantry_resources::pools::{Bind, GroupFiles, GroupType, Groups, NO_USB, ResourceGroup};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::lacking;
 use crate::output::OutputArgs;
 use crate::report::Failure;
 
@@ -53,12 +54,12 @@ impl Hardware {
 }
 
 /// A group as it was before a change.
-pub struct Before {
+pub struct GroupSnapshot {
     group: Option<ResourceGroup>,
     devices: BTreeSet<String>,
 }
 
-impl Before {
+impl GroupSnapshot {
     /// The group of that name as it is now.
     pub fn of(name: &str, files: &GroupFiles, hardware: &Hardware) -> Result<Self, Failure> {
         let groups = files.groups().map_err(Failure::host)?;
@@ -274,4 +275,18 @@ fn counted(count: usize) -> String {
         1 => "1 device".to_owned(),
         count => format!("{count} devices"),
     }
+}
+
+/// Why VMs cannot be given devices of a group, or only if the devices' entries allow it: a line each.
+pub fn lacking(group: &ResourceGroup, groups: &Groups, devices: &[HostDevice]) -> Vec<String> {
+    if group.kind == GroupType::Usb {
+        return vec![NO_USB.to_owned()];
+    }
+    let owned = |device: &&HostDevice| {
+        let owner = groups.group_of(device);
+        owner.is_some_and(|owner| owner.name == group.name)
+    };
+    let owned = devices.iter().filter(owned);
+    let lacks = owned.filter_map(|device| lacks(device, devices, Allow::default()));
+    lacks.map(|lack| lack.to_string()).collect()
 }
