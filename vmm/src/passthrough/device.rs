@@ -104,13 +104,14 @@ impl AttachedDevice {
         port: PortIndex,
         function: u8,
     ) -> Result<(), SegmentError> {
-        self.slot = Some(pci.plug(port, function, self.function.0.clone())?);
         let mut ports = pci.ports();
         if let Some((_, at, _)) = ports.find(|(index, ..)| *index == port) {
-            // A root port passes the pins of its device 0 on as its own.
+            // A root port passes the pins of its device 0 on as its own. The line comes first: a guest that
+            // scans the bus finds the function as soon as it is plugged, and may enable it.
             let line = |pin| intx_gsi(at.device(), pin);
             self.function.0.function().set_line(line);
         }
+        self.slot = Some(pci.plug(port, function, self.function.0.clone())?);
         Ok(())
     }
 
