@@ -111,6 +111,9 @@ pub enum Error {
     NoInterrupts {
         /// The device's name in VFIO.
         device: String,
+        /// Why the device's pin cannot be connected, if it has only a pin.
+        #[source]
+        source: Option<Box<Error>>,
     },
     /// The device cannot be used by a guest.
     #[error("device {device} cannot be passed through: {why}")]

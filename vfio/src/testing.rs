@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
 use gantry_devices::mapping::HostMapping;
-use gantry_devices::pci::registers::COMMAND;
+use gantry_devices::pci::registers::{COMMAND, COMMAND_INTX_DISABLE};
 use gantry_devices::pci::{
     BarGuard, BarPlacement, BarSet, BarSpace, BarSpaceError, IntxLine, MsiMessage, MsiRoute,
     MsiRouter,
@@ -230,7 +230,14 @@ impl FakeDevice {
             !BarSet::handles(offset as u16),
             "BARs are answered from a shadow"
         );
+        let command = range.contains(&(usize::from(COMMAND) + 1));
         self.config.lock().unwrap()[range].copy_from_slice(data);
+        let vectors = self.vectors.lock().unwrap();
+        let armed = matches!(*vectors, Some((Irq::Intx, _)));
+        assert!(
+            !command || armed || self.command() & COMMAND_INTX_DISABLE != 0,
+            "INTx is enabled and nothing handles it"
+        );
         let decodes = self.command() & 2 != 0 && self.power() == 0;
         let reachable = self.trace.mapped();
         assert!(

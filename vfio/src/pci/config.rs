@@ -66,9 +66,11 @@ pub(super) struct Plan {
     pub msix: Option<MsixCapability>,
     /// The MSI capability, if there is a usable one.
     pub msi: Option<MsiCapability>,
+    /// The guest gets the interrupt pin.
+    pub intx: bool,
 }
 
-/// Which interrupts of the device the guest gets.
+/// Which interrupts of the device VFIO can deliver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Deliverable {
     pub msi: bool,
@@ -151,8 +153,9 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
         power: None,
         msix: None,
         msi: None,
+        intx: false,
     };
-    header(&mut plan.space, registers, deliverable.intx);
+    header(&mut plan.space, registers);
     let found = walk_standard(|offset| registers.u32(offset));
     let hidden = |capability: &&Capability| match capability.id {
         CapabilityId::MSI => !deliverable.msi,
@@ -168,19 +171,20 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
     for capability in &kept {
         emulate(&mut plan, registers, capability);
     }
+    let pin = registers.u8(reg::INTERRUPT_PIN);
+    // A line of the host costs the host more than messages do: only for functions without messages.
+    if deliverable.intx && plan.msix.is_none() && plan.msi.is_none() && (1..=4).contains(&pin) {
+        plan.intx = true;
+        plan.space.set(reg::INTERRUPT_PIN, &[pin]);
+    }
     if size > EXTENDED_START {
         extended(&mut plan.space, registers);
     }
     Ok(plan)
 }
 
-/// The registers of the type-0 header, without the capability list.
-fn header(space: &mut ConfigSpace, registers: Registers<'_>, intx: bool) {
-    let pin = if intx {
-        registers.u8(reg::INTERRUPT_PIN)
-    } else {
-        0
-    };
+/// The registers of the type-0 header, without the capability list and the interrupt pin.
+fn header(space: &mut ConfigSpace, registers: Registers<'_>) {
     let status = registers.u8(reg::STATUS) & !STATUS_INTX;
     let header_type = registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION;
     let areas = [
@@ -189,7 +193,7 @@ fn header(space: &mut ConfigSpace, registers: Registers<'_>, intx: bool) {
         Area::read_only(reg::HEADER_TYPE, &[header_type]),
         Area::read_only(BIST, &[0]),
         Area::emulated(reg::INTERRUPT_LINE, &[0], &[0xff]),
-        Area::read_only(reg::INTERRUPT_PIN, &[pin]),
+        Area::read_only(reg::INTERRUPT_PIN, &[0]),
     ];
     for area in areas {
         space.insert(area);

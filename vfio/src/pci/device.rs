@@ -11,7 +11,9 @@ use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRou
 use gantry_devices::warn_limited;
 
 use super::bars;
-use super::config::{self, Deliverable, MsiCapability, POWER_STATE, PowerCapability, STATUS_INTX};
+use super::config::{
+    self, Deliverable, MsiCapability, POWER_STATE, Plan, PowerCapability, STATUS_INTX,
+};
 use super::interrupts::{self, Interrupts, VfioVectors};
 use super::reset::ResetScope;
 use crate::host::{DeviceIo, Irq, Region};
@@ -85,12 +87,7 @@ impl PassthroughDevice {
     /// # Errors
     /// The device cannot be reached, is invalid, or has no interrupts.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
-        let kinds = [Irq::Msix, Irq::Msi, Irq::Intx];
-        if kinds.iter().all(|irq| io.irq(*irq).count == 0) {
-            let device = io.name().to_owned();
-            return Err(Error::NoInterrupts { device });
-        }
-        Self::without_interrupts(io, router)
+        Self::with(io, router, true)
     }
 
     /// As [`Self::new`], for a device that may have no interrupts.
@@ -101,20 +98,26 @@ impl PassthroughDevice {
         io: Arc<dyn DeviceIo>,
         router: Arc<dyn MsiRouter>,
     ) -> Result<Arc<Self>> {
+        Self::with(io, router, false)
+    }
+
+    fn with(
+        io: Arc<dyn DeviceIo>,
+        router: Arc<dyn MsiRouter>,
+        needs_interrupts: bool,
+    ) -> Result<Arc<Self>> {
         let unusable = |why: String| Error::Unusable {
             device: io.name().to_owned(),
             why,
         };
         let physical = read_config(io.as_ref())?;
         let has = |irq| io.irq(irq).count > 0;
-        let (msi, msix) = (has(Irq::Msi), has(Irq::Msix));
         let deliverable = Deliverable {
-            msi,
-            msix,
-            // A line of the host costs the host more than messages do: only for devices without messages.
-            intx: has(Irq::Intx) && !msi && !msix,
+            msi: has(Irq::Msi),
+            msix: has(Irq::Msix),
+            intx: has(Irq::Intx),
         };
-        let plan = config::plan(&physical, deliverable).map_err(|why| unusable(why.into()))?;
+        let mut plan = config::plan(&physical, deliverable).map_err(|why| unusable(why.into()))?;
         let msix = plan.msix.as_ref().map(|msix| &msix.layout);
         let msi = plan.msi.map(|msi| msi.layout);
         let interrupts =
@@ -123,7 +126,18 @@ impl PassthroughDevice {
         let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
             .map_err(|error| unusable(error.to_string()))?;
         let power = plan.power;
-        Control::AT_RESET.write(io.as_ref(), power, deliverable.intx)?;
+        Control::AT_RESET.write(io.as_ref(), power, false)?;
+        let refused = probe_pin(&mut plan, &interrupts);
+        if needs_interrupts && plan.msix.is_none() && plan.msi.is_none() && !plan.intx {
+            return Err(Error::NoInterrupts {
+                device: io.name().to_owned(),
+                source: refused.map(Box::new),
+            });
+        }
+        if let Some(error) = &refused {
+            let error = error as &dyn std::error::Error;
+            warn_limited!(device = io.name(), error, "the guest gets no INTx");
+        }
         Ok(Arc::new(Self {
             state: Mutex::new(State {
                 space: plan.space.clone(),
@@ -136,7 +150,7 @@ impl PassthroughDevice {
             interrupts,
             msix_control: plan.msix.map(|msix| msix.control),
             msi: plan.msi,
-            intx: deliverable.intx,
+            intx: plan.intx,
             power,
             at_reset: plan.space,
             reset_failed: AtomicBool::new(false),
@@ -152,14 +166,15 @@ impl PassthroughDevice {
         state.gsi = pin.checked_sub(1).map(line);
     }
 
-    fn connect_pin(&self, gsi: Option<u32>, control: Control) {
+    /// Connects the interrupt pin if the guest has enabled the function. Returns whether the guest has
+    /// done so and the pin is connected.
+    fn connect_pin(&self, gsi: Option<u32>, control: Control) -> bool {
         const ENABLED: u16 = reg::COMMAND_IO | reg::COMMAND_MEMORY | reg::COMMAND_BUS_MASTER;
-        if let Some(gsi) = gsi
-            && control.command & ENABLED != 0
-        {
+        let gsi = gsi.filter(|_| control.command & ENABLED != 0);
+        gsi.is_some_and(|gsi| {
             let connect = |vfio: &mut VfioVectors| vfio.connect_pin(gsi);
-            self.interrupts.with_backend(connect);
-        }
+            self.interrupts.with_backend(connect)
+        })
     }
 
     fn end_interrupts(&self) {
@@ -198,7 +213,7 @@ impl PassthroughDevice {
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.lock();
         state.hardware = None;
-        self.follow(&mut state.hardware, Control::AT_RESET)
+        self.follow(&mut state.hardware, Control::AT_RESET, false)
     }
 
     /// Resets the device.
@@ -213,12 +228,14 @@ impl PassthroughDevice {
         })
     }
 
-    /// Ends mappings, interrupts and bus mastering. The device completes the write to the command register
-    /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1).
+    /// Ends mappings, bus mastering and interrupts. The device completes the write to the command register
+    /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1). INTx is disabled in
+    /// the device before VFIO stops handling it.
     fn quiesce(&self, state: &mut State) -> Result<()> {
         state.bars.unmap();
+        let followed = self.follow(&mut state.hardware, Control::AT_RESET, false);
         self.end_interrupts();
-        self.follow(&mut state.hardware, Control::AT_RESET)
+        followed
     }
 
     /// The device's address on the host.
@@ -275,11 +292,11 @@ impl PassthroughDevice {
         }
     }
 
-    /// Writes the guest's settings to the hardware, unless it has them.
-    fn follow(&self, hardware: &mut Option<Control>, control: Control) -> Result<()> {
+    /// Writes the guest's settings to the hardware, unless it has them; `intx` as for [`Control::write`].
+    fn follow(&self, hardware: &mut Option<Control>, control: Control, intx: bool) -> Result<()> {
         if *hardware != Some(control) {
             *hardware = None;
-            control.write(self.io.as_ref(), self.power, self.intx)?;
+            control.write(self.io.as_ref(), self.power, intx)?;
             *hardware = Some(control);
         }
         Ok(())
@@ -287,8 +304,12 @@ impl PassthroughDevice {
 }
 
 impl Control {
-    /// The power state comes first: outside of D0 a function may lose other writes. INTx that the guest does
-    /// not get stays disabled, as it would disturb devices that share the line on the host.
+    /// The power state comes first: outside of D0 a function may lose other writes.
+    ///
+    /// With `intx`, the pin is connected and the guest's Interrupt Disable bit takes effect. Without, the bit is
+    /// set: nothing handles the interrupt, and it would disturb devices that share the line on the host. The
+    /// pin is not connected before the guest enables the function, after a reset, and once the function has
+    /// retired; while the guest has the function disabled, `intx` is false too.
     fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>, intx: bool) -> Result<()> {
         if let Some(power) = power {
             io.write(Region::CONFIG, power.control.into(), &[self.power])?;
@@ -297,6 +318,18 @@ impl Control {
         let command = (self.command | disabled).to_le_bytes();
         io.write(Region::CONFIG, reg::COMMAND.into(), &command)
     }
+}
+
+/// Tries to connect the pin that the guest is to get. If it cannot be connected, the guest gets none. Returns
+/// why.
+fn probe_pin(plan: &mut Plan, interrupts: &Interrupts) -> Option<Error> {
+    if !plan.intx {
+        return None;
+    }
+    let refused = interrupts.with_backend(VfioVectors::probe_pin).err()?;
+    plan.intx = false;
+    plan.space.set(reg::INTERRUPT_PIN, &[0]);
+    Some(refused)
 }
 
 /// The parts of the configuration space that the plan of the guest's needs: of the extended part, only the
@@ -422,12 +455,13 @@ impl PciDevice for PassthroughDevice {
                 io: before.io && decode.io,
             };
             bars.remap(throughout, target, || ());
-            if let Err(error) = self.follow(hardware, control) {
+            // The pin first: VFIO keeps it masked until the write to the command register.
+            let intx = self.connect_pin(*gsi, control);
+            if let Err(error) = self.follow(hardware, control, intx) {
                 let error = &error as &dyn std::error::Error;
                 warn_limited!(error, "device does not follow its command register");
                 return;
             }
-            self.connect_pin(*gsi, control);
         }
         bars.remap(decode, target, || ());
     }

@@ -12,7 +12,7 @@ use gantry_devices::pci::interrupts::{
 };
 use gantry_devices::pci::{IntxLine, MsiRouter};
 use gantry_devices::warn_limited;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::host::{DeviceIo, Irq, Region};
 
@@ -46,7 +46,7 @@ pub(super) fn new(
 /// What the guest has enabled in a device. VFIO has one kind at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// No messages: the pin, if it is connected.
+    /// No messages.
     Off,
     /// Message-signalled interrupts, of which the guest uses up to so many.
     Messages(Irq, u16),
@@ -59,70 +59,67 @@ pub(super) struct VfioVectors {
     mode: Mode,
     /// How many vectors VFIO has allocated, from vector 0 on; 0 while the mode is off in the device.
     allocated: u16,
-    /// The line of the interrupt pin, while the pin is connected to one.
-    pin: Option<Pin>,
+    /// The line that the interrupt pin is connected to.
+    pin: Option<Box<dyn IntxLine>>,
     /// A kind that could not be disabled in the device. That is tried again before another is enabled.
     stuck: Option<Irq>,
 }
 
-/// The interrupt pin of a device in its slot.
-struct Pin {
-    gsi: u32,
-    /// Connected while no messages are enabled.
-    line: Option<Box<dyn IntxLine>>,
-}
-
 impl VfioVectors {
-    /// Connects the interrupt pin to the line `gsi` of the interrupt controller, if it is not connected.
-    pub fn connect_pin(&mut self, gsi: u32) {
-        self.pin.get_or_insert(Pin { gsi, line: None });
-        self.enable_intx();
+    /// Enables INTx in the device and disables it again: some devices cannot be unmasked by an eventfd, and the
+    /// host may have no line for the device.
+    ///
+    /// # Errors
+    /// The pin cannot be connected.
+    pub fn probe_pin(&mut self) -> crate::Result<()> {
+        let event = || {
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| crate::Error::Device {
+                device: self.io.name().to_owned(),
+                place: "making an eventfd for INTx".to_owned(),
+                source,
+            })
+        };
+        let (trigger, resample) = (event()?, event()?);
+        self.enable_intx(&trigger, &resample)?;
+        self.io.disable_irqs(Irq::Intx)
+    }
+
+    /// Connects the interrupt pin to the line `gsi` of the interrupt controller, if it is not connected. The
+    /// function has no messages: VFIO has one kind of interrupt at a time. Returns whether it is connected.
+    pub fn connect_pin(&mut self, gsi: u32) -> bool {
+        if self.pin.is_none() {
+            match self.connect_line(gsi) {
+                Ok(line) => self.pin = Some(line),
+                Err(error) => {
+                    let error = error.as_ref() as &dyn Error;
+                    warn_limited!(device = self.io.name(), error, "INTx cannot be enabled");
+                }
+            }
+        }
+        self.pin.is_some()
     }
 
     /// Disconnects the interrupt pin.
     pub fn disconnect_pin(&mut self) {
-        self.disable_intx();
-        self.pin = None;
+        if let Some(_line) = self.pin.take() {
+            self.disable_irqs(Irq::Intx);
+        }
     }
 
-    /// Enables INTx if the pin is connected and no messages are enabled.
-    fn enable_intx(&mut self) {
-        let Some(pin) = self.pin.take_if(|_| self.mode == Mode::Off) else {
-            return;
-        };
-        let line = match pin.line {
-            None => self.connect_line(pin.gsi),
-            line => Ok(line),
-        };
-        let line = line.unwrap_or_else(|error| {
-            warn_limited!(
-                device = self.io.name(),
-                error = error.as_ref() as &dyn Error,
-                "INTx cannot be enabled"
-            );
-            None
-        });
-        self.pin = Some(Pin { line, ..pin });
-    }
-
-    fn connect_line(&mut self, gsi: u32) -> Result<Option<Box<dyn IntxLine>>, BackendError> {
+    fn connect_line(&mut self, gsi: u32) -> Result<Box<dyn IntxLine>, BackendError> {
         self.release()?;
         let line = self.router.line(gsi)?;
-        let trigger = [Some(line.trigger())];
-        self.io.set_irqs(Irq::Intx, 0, &trigger)?;
-        if let Err(error) = self.io.unmask_by(Irq::Intx, line.resample()) {
-            self.disable_irqs(Irq::Intx);
-            return Err(error.into());
-        }
-        Ok(Some(line))
+        self.enable_intx(line.trigger(), line.resample())?;
+        Ok(line)
     }
 
-    /// Disables INTx in the device: VFIO has one kind of interrupt at a time.
-    fn disable_intx(&mut self) {
-        let line = self.pin.as_mut().and_then(|pin| pin.line.take());
-        if line.is_some() {
+    fn enable_intx(&mut self, trigger: &EventFd, resample: &EventFd) -> crate::Result<()> {
+        self.io.set_irqs(Irq::Intx, 0, &[Some(trigger)])?;
+        let unmasked = self.io.unmask_by(Irq::Intx, resample);
+        if unmasked.is_err() {
             self.disable_irqs(Irq::Intx);
         }
+        unmasked
     }
 
     fn disable_irqs(&mut self, irq: Irq) {
@@ -235,7 +232,6 @@ impl VectorBackend for VfioVectors {
             MessageKind::Msi => Irq::Msi,
             MessageKind::Msix => Irq::Msix,
         };
-        self.disable_intx();
         self.mode = Mode::Messages(irq, vectors);
         Ok(self.allocate()?)
     }
@@ -269,7 +265,6 @@ impl VectorBackend for VfioVectors {
         }
         self.mode = Mode::Off;
         self.allocated = 0;
-        self.enable_intx();
     }
 }
 

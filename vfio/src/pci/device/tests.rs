@@ -301,6 +301,63 @@ fn a_device_with_msi_only_has_interrupts_and_one_with_none_is_refused() {
     assert!(error.to_string().contains("has no interrupts"), "{error}");
 }
 
+/// What VFIO counts does not matter where the device has no such capability: it has its pin, or no interrupts.
+#[test]
+fn messages_that_the_device_has_no_capability_for_are_none() {
+    for pins in [1, 0] {
+        let mut device = FakeDevice::new();
+        device.intx.count = pins;
+        device.config.lock().unwrap()[usize::from(PM) + 1] = 0;
+        let router = Arc::new(FakeRouter::new(&device.trace, 1));
+        let made = PassthroughDevice::new(Arc::new(device), router);
+        match made {
+            Ok(function) => {
+                let mut pin = [0];
+                function.read_config(reg::INTERRUPT_PIN, &mut pin);
+                assert_eq!((pins, pin), (1, [1]));
+            }
+            Err(error) => assert!(
+                pins == 0 && matches!(error, Error::NoInterrupts { .. }),
+                "{error}"
+            ),
+        }
+    }
+}
+
+/// Some devices refuse the eventfd that unmasks, and the host may refuse its line.
+#[test]
+fn a_pin_that_the_host_cannot_connect_is_not_shown() {
+    use std::error::Error as _;
+
+    for step in ["INTx 0..1", "INTx unmasked by", "INTx off"] {
+        let make = |needs_interrupts| {
+            let mut device = FakeDevice::new();
+            (device.msix.count, device.msi.count) = (0, 0);
+            let device = Arc::new(device);
+            let router = Arc::new(FakeRouter::new(&device.trace, 1));
+            let made = |steps| {
+                device.trace.fail_after(steps);
+                let made =
+                    PassthroughDevice::with(device.clone(), router.clone(), needs_interrupts);
+                (device.trace.failed(), made)
+            };
+            let refused = (0..100).map(made);
+            let mut refused = refused.skip_while(|(failed, _)| failed.as_deref() != Some(step));
+            (refused.next().unwrap().1, device.command())
+        };
+        let error = make(true).0.err().unwrap();
+        assert!(matches!(error, Error::NoInterrupts { .. }), "{error}");
+        let why = error.source().unwrap().to_string();
+        assert!(why.contains(step), "{why}");
+
+        let (made, command) = make(false);
+        let function = made.unwrap();
+        let mut pin = [0xff];
+        function.read_config(reg::INTERRUPT_PIN, &mut pin);
+        assert_eq!((pin, command), ([0], reg::COMMAND_INTX_DISABLE), "{step}");
+    }
+}
+
 /// A device with a pin only, in a slot whose pins have the lines from 20 on.
 fn with_pin() -> Rig {
     let mut device = FakeDevice::new();
@@ -318,7 +375,7 @@ fn the_pin_is_connected_once_the_guest_enables_the_function_and_until_its_end() 
     rig.write(CMD, &[0x04]);
     let seen = rig.events();
     assert!(
-        seen.ends_with(&["line 20", "INTx 0..1", "INTx unmasked by"].map(str::to_owned)),
+        seen.starts_with(&["line 20", "INTx 0..1", "INTx unmasked by"].map(str::to_owned)),
         "{seen:?}"
     );
     rig.write(CMD, &[0x06]);
@@ -347,6 +404,44 @@ fn the_pin_is_connected_once_the_guest_enables_the_function_and_until_its_end() 
     assert_eq!((router.lines(), device.armed()), (vec![], None));
 }
 
+/// Otherwise the device disturbs those that share its line on the host.
+#[test]
+fn intx_is_enabled_in_the_device_only_while_the_pin_is_connected() {
+    let disabled = |rig: &Rig| rig.device.command() & reg::COMMAND_INTX_DISABLE != 0;
+    let rig = with_pin();
+    assert!(disabled(&rig), "before the guest enables the function");
+    rig.write(CMD, &[0x40, 0]);
+    assert!(disabled(&rig), "parity checks need no interrupts");
+    rig.write(CMD, &[0x06, 0]);
+    assert!(!disabled(&rig));
+    let seen = rig.events();
+    let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
+    let enabled = format!("{COMMAND} [06, 00]");
+    assert!(at("INTx unmasked by") < at(&enabled), "{seen:?}");
+    rig.write(CMD, &[0, 0]);
+    assert!(disabled(&rig), "the guest has disabled the function");
+    rig.write(CMD, &[0x06, 0]);
+    assert!(!disabled(&rig));
+
+    type End = fn(&Rig);
+    let ends: [End; 2] = [
+        |rig| rig.function.reset(&FakeSpace(&rig.device)).unwrap(),
+        |rig| rig.function.retire().unwrap(),
+    ];
+    for end in ends {
+        rig.write(CMD, &[0x06, 0]);
+        rig.events();
+        end(&rig);
+        assert!(disabled(&rig));
+        let seen = rig.events();
+        let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
+        assert!(
+            at(&format!("{COMMAND} [00, 04]")) < at("INTx off"),
+            "{seen:?}"
+        );
+    }
+}
+
 #[test]
 fn the_guest_disables_intx_and_reads_whether_it_is_asserted() {
     let rig = with_pin();
@@ -369,7 +464,7 @@ fn the_guest_disables_intx_and_reads_whether_it_is_asserted() {
 /// Whichever call fails, nothing is left, and the guest's next attempt connects the pin.
 #[test]
 fn a_pin_that_cannot_be_connected_is_connected_at_the_next_attempt() {
-    for steps in 2..5 {
+    for steps in 0..3 {
         let rig = with_pin();
         rig.device.trace.fail_after(steps);
         rig.write(CMD, &[0x04]);
@@ -379,8 +474,10 @@ fn a_pin_that_cannot_be_connected_is_connected_at_the_next_attempt() {
             "{failed}"
         );
         assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
+        assert_eq!(rig.device.command(), 0x0404, "INTx stays disabled");
         rig.write(CMD, &[0x06]);
         assert_eq!(rig.router.lines(), [20]);
+        assert_eq!(rig.device.command(), 0x0006);
     }
 }
 

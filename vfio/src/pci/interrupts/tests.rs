@@ -462,26 +462,3 @@ fn a_failing_step_of_msi_is_mended_by_the_next_attempt() {
         }
     }
 }
-
-/// TRAPS 8: the pin gives way to messages and comes back after them, in any order.
-#[test]
-fn the_pin_gives_way_to_messages() {
-    let (rig, mut capability) = msi(usize::MAX);
-    let off = capability[2];
-    capability[2] = 0;
-    rig.interrupts.with_backend(|vfio| vfio.connect_pin(17));
-    for _ in 0..2 {
-        assert_eq!((rig.router.lines(), rig.armed()), (vec![17], vec![0]));
-        capability[2] = off;
-        rig.interrupts.write_msi(&capability);
-        assert_eq!(rig.router.lines(), [] as [u32; 0]);
-        assert_eq!(rig.armed(), [0, 1, 2, 3]);
-        capability[2] = 0;
-        rig.interrupts.write_msi(&capability);
-    }
-    let seen = rig.device.trace.take();
-    let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
-    assert!(at("INTx off") < at("MSI 0..4"), "{seen:?}");
-    rig.interrupts.with_backend(VfioVectors::disconnect_pin);
-    assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
-}
