@@ -143,13 +143,15 @@ pub enum TenantError {
     },
     /// Devices were taken from a tenant, but not given to the host's drivers.
     #[error(
-        "{devices} no longer of tenant \"{tenant}\", but not given back to the host's drivers; \
+        "{revoked} no longer of tenant \"{tenant}\", but {devices} not given back to the host's drivers; \
          `gantry device reattach {devices}` tries that again"
     )]
     NotReattached {
         /// The tenant.
         tenant: String,
-        /// The devices.
+        /// All that was taken from the tenant.
+        revoked: String,
+        /// Those of them, and only those, that are to be given to the host's drivers.
         devices: String,
         /// Why.
         #[source]

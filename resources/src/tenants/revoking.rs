@@ -13,7 +13,7 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::scan::scan;
 use crate::making::sriov::HostAccess;
 use crate::making::sriov::granted;
-use crate::moving::bind::{BindRequest, reattach};
+use crate::moving::bind::{BindError, BindRequest, reattach};
 use crate::pools::group::GroupFiles;
 use crate::pools::tenant::{Tenants, definitions};
 
@@ -72,16 +72,26 @@ pub fn revoke(
     }
     let present = all.iter().filter(|device| functions.contains(&device.bdf));
     let present = without_hung(host, &all, present.collect());
-    to_host_drivers(host, access, name, &present)?;
+    let moved = to_host_drivers(host, access, &present);
+    moved.map_err(|source| TenantError::NotReattached {
+        tenant: name.to_owned(),
+        revoked: listed(&leaving),
+        devices: listed(&present),
+        source: Box::new(source),
+    })?;
     Ok(leaving)
+}
+
+fn listed(devices: &[impl ToString]) -> String {
+    let devices: Vec<String> = devices.iter().map(ToString::to_string).collect();
+    devices.join(" ")
 }
 
 fn to_host_drivers(
     host: &HostPaths,
     access: HostAccess<'_>,
-    name: &str,
     devices: &[HostBdf],
-) -> Result<(), TenantError> {
+) -> Result<(), BindError> {
     if devices.is_empty() {
         return Ok(());
     }
@@ -90,15 +100,7 @@ fn to_host_drivers(
         overrides: &[],
         dry_run: false,
     };
-    let moved = reattach(host, access.writer, &request).map_err(|source| {
-        let devices: Vec<String> = devices.iter().map(HostBdf::to_string).collect();
-        TenantError::NotReattached {
-            tenant: name.to_owned(),
-            devices: devices.join(" "),
-            source: Box::new(source),
-        }
-    });
-    moved.map(drop)
+    reattach(host, access.writer, &request).map(drop)
 }
 
 /// Those of some devices that can be moved: whoever moves one that hangs hangs with it, and what shares an

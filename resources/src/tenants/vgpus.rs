@@ -94,7 +94,8 @@ fn with_mdevs(
 mod tests {
     use super::*;
     use crate::allocation::{Lease, allocate};
-    use crate::fixture::{Fake, FakeHost, FakeKernel};
+    use crate::base::name::DeviceName;
+    use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
     use crate::holding::device_lock::DeviceLock;
     use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
     use crate::holding::record::Holder;
@@ -302,6 +303,31 @@ mod tests {
         revoke(&host.paths, kernel.access(), "a", &[uuid(TWO)]).unwrap();
         delete_tenant(&host.paths, "a").unwrap();
         unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
+    }
+
+    #[test]
+    fn a_mixed_revoke_whose_reattach_fails_names_all_that_was_revoked() {
+        let host = host();
+        host.add(&Fake::nvme("02:00.0", 2).driver("nvme"));
+        let kernel = FakeKernel::new(&host);
+        let wanted = Grant {
+            devices: Granted::Functions(&[bdf("02:00.0")]),
+            group: Some("disks"),
+            overrides: &[],
+        };
+        grant(&host.paths, kernel.access(), "a", &wanted).unwrap();
+        grant_mdevs(&host, "a", Granted::Mdevs(&[uuid(ONE)]), Some("gpus")).unwrap();
+        let faulty = FakeKernel::new(&host).with_fault(0, Fault::Refuses);
+        let both = [DeviceName::from(bdf("02:00.0")), uuid(ONE).into()];
+        let said = revoke(&host.paths, faulty.access(), "a", &both).unwrap_err();
+        let said = said.to_string();
+        assert!(
+            said.starts_with(&format!("0000:02:00.0 {ONE} no longer of tenant \"a\""))
+                && said.contains("but 0000:02:00.0 not given back")
+                && said.contains("`gantry device reattach 0000:02:00.0`"),
+            "{said}"
+        );
+        assert!(scope(&host, "a").only.unwrap().is_empty());
     }
 
     #[test]
