@@ -23,7 +23,7 @@ use anstream::ColorChoice;
 #[cfg(test)]
 use clap::FromArgMatches;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
-use gantry_resources::base::HostPaths;
+use gantry_resources::base::{HostPaths, chain};
 use gantry_resources::making::reap;
 use gantry_resources::moving::ChildWriter;
 use tracing::Level;
@@ -211,15 +211,18 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|failure| failure.show(&stderr, colour))
 }
 
-/// Gives devices of killed VMs back to the host. A device that fails stops no command, and delays it no longer
-/// than a killed process takes to close its files.
+/// Undoes what VMs and commands that were killed have changed. What fails stops no command, and delays it no
+/// longer than a killed process takes to close its files.
 fn reap_or_warn(paths: &HostPaths) {
     let writer = ChildWriter {
         patience: Duration::from_secs(1),
         ..ChildWriter::default()
     };
-    if let Err(error) = reap(paths, &writer) {
-        tracing::warn!("devices of VMs that are gone stay with vfio-pci: {error}");
+    for error in reap(paths, &writer).err().into_iter().flatten() {
+        tracing::warn!(
+            "not all that VMs or commands which are gone changed is put back: {}",
+            chain(&error)
+        );
     }
 }
 

@@ -14,6 +14,7 @@ mod slots;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::base::chain::chain;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
@@ -147,10 +148,12 @@ pub(crate) fn allocate_with(
                 .into_iter()
                 .filter(|one| one.mdev().is_some())
                 .collect();
-            if let Err(error) = restore(paths, binder.host, &made, Duration::ZERO) {
-                let why = std::error::Error::source(&error).map(ToString::to_string);
-                let why = why.unwrap_or_else(|| error.to_string());
-                tracing::warn!("a virtual GPU of a VM that is gone stays: {why}");
+            let restored = restore(paths, binder.host, &made, Duration::ZERO);
+            for error in restored.err().into_iter().flatten() {
+                tracing::warn!(
+                    "a virtual GPU of a VM that is gone stays: {}",
+                    chain(&error)
+                );
             }
         }
         reaped |= left;

@@ -2,6 +2,7 @@
 
 pub(crate) mod atomic;
 pub(crate) mod bdf;
+pub(crate) mod chain;
 pub(crate) mod config;
 pub(crate) mod helpers;
 pub(crate) mod host;
@@ -15,6 +16,7 @@ pub(crate) mod uuid;
 
 pub use atomic::make_dir;
 pub use bdf::{BdfError, HostBdf};
+pub use chain::chain;
 pub use config::ConfigError;
 pub use helpers::reap_helpers;
 pub use host::HostPaths;

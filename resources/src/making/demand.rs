@@ -22,8 +22,10 @@ use crate::base::bdf::HostBdf;
 use crate::base::helpers;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
+use crate::holding::quarantine::hung;
 use crate::holding::record::LeaseRecord;
 use crate::holding::restore::Change;
 use crate::inventory::device::{HostDevice, NodeAccess};
@@ -44,7 +46,7 @@ const EARLY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long udev may take to make a VFIO node and set its owner.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What a VM had was not given back to the host.
+/// What a VM had was not given back to the host, or a setting of a card was not.
 #[derive(Debug, Error)]
 pub enum RestoreError {
     /// A device was not moved.
@@ -77,6 +79,13 @@ pub enum RestoreError {
     /// A virtual GPU that a VM had could not be unmade.
     #[error("a virtual GPU that was made for a VM could not be unmade")]
     Vgpu(#[from] VgpuError),
+}
+
+/// The only failure of those that there may be.
+impl From<RestoreError> for Vec<RestoreError> {
+    fn from(error: RestoreError) -> Self {
+        vec![error]
+    }
 }
 
 /// What binds devices for a VM.
@@ -170,7 +179,13 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
 }
 
 /// Gives back to the host what VMs that are no more had taken on demand. Cheap if there is nothing.
-pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>, RestoreError> {
+///
+/// # Errors
+/// All that could not be undone; the rest is.
+pub fn reap(
+    paths: &HostPaths,
+    writer: &dyn SysfsWriter,
+) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
     let links = Netlink::new(paths);
     let links = &links;
     reap_with(paths, HostAccess { writer, links })
@@ -179,7 +194,7 @@ pub fn reap(paths: &HostPaths, writer: &dyn SysfsWriter) -> Result<Vec<HostBdf>,
 pub(crate) fn reap_with(
     paths: &HostPaths,
     host: HostAccess<'_>,
-) -> Result<Vec<HostBdf>, RestoreError> {
+) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
     // A tenant may not set the card.
     if paths.only.is_none() {
         sriov::granted::mend(paths, host.links);
@@ -200,26 +215,29 @@ pub(crate) fn reap_with(
 
 /// Undoes what was changed for VMs that have ended, as soon as nobody holds the devices. Those that somebody holds
 /// when patience is over are left to them.
+///
+/// # Errors
+/// All that could not be undone, and is not undone by another command meanwhile.
 pub(crate) fn restore(
     paths: &HostPaths,
     host: HostAccess<'_>,
     devices: &[DeviceName],
     patience: Duration,
-) -> Result<Vec<HostBdf>, RestoreError> {
+) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
     let started = Instant::now();
     let mut restored = Vec::new();
     let mut failed = BTreeMap::new();
     let mut pause = Duration::from_millis(50);
-    let mut pending = pending(paths, devices)?;
-    while !pending.is_empty() {
+    let mut recorded = Recorded::find(paths, devices)?;
+    while !recorded.pending.is_empty() {
         let last = started.elapsed() >= patience;
-        for unit in pending {
-            match restore_unit(paths, host, &unit) {
+        for unit in recorded.pending {
+            match unit.restore(paths, host) {
                 Ok(moved) => {
                     failed.remove(&unit);
                     restored.extend(moved);
                 }
-                Err(error) => drop(failed.insert(unit, error)),
+                Err(errors) => drop(failed.insert(unit, errors)),
             }
         }
         if last {
@@ -228,91 +246,185 @@ pub(crate) fn restore(
         // A killed process may have left a writer at work: what failed once may be right the next time.
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
-        pending = self::pending(paths, devices)?;
+        recorded = Recorded::find(paths, devices)?;
+        failed.retain(|unit, _| recorded.has(unit));
     }
-    match failed.into_values().next() {
-        Some(error) => Err(error),
-        None => Ok(restored),
+    match failed.is_empty() {
+        true => Ok(restored),
+        false => Err(failed.into_values().flatten().collect()),
     }
 }
 
-/// What is locked together: a mediated device, or the endpoints of an IOMMU group.
-type Unit = Vec<DeviceName>;
+/// What is locked and restored together.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Unit {
+    /// A mediated device.
+    Mdev(Uuid),
+    /// `sriov_drivers_autoprobe` of a physical function, which concerns no other device of its IOMMU group.
+    Autoprobe(HostBdf),
+    /// The endpoints of an IOMMU group: settings, types, drivers.
+    Group(Vec<HostBdf>),
+}
 
-/// The devices of which something is to be undone, with those that are locked with them. One in quarantine hung
-/// when it was moved, and waits until somebody releases it.
-fn pending(paths: &HostPaths, devices: &[DeviceName]) -> Result<BTreeSet<Unit>, RestoreError> {
-    let mdevs = devices.iter().filter(|name| name.mdev().is_some());
-    let mdevs = mdevs.filter(|name| Change::Vgpu.is_recorded(paths, **name));
-    let mut units: BTreeSet<Unit> = mdevs.map(|name| vec![*name]).collect();
-    let all = scan(paths)?;
-    let is_pending = |device: &&HostDevice| {
-        let undone = [Change::VfSettings, Change::Autoprobe, Change::Vgpu];
-        let is_recorded = |change: &Change| change.is_recorded(paths, device.bdf);
-        devices.contains(&device.bdf.into())
-            && device.quarantine.is_none()
-            && (DriverRecord::of_lent(paths, device).is_some() || undone.iter().any(is_recorded))
-    };
-    for device in all.iter().filter(is_pending) {
-        let together = |other: &&HostDevice| {
-            let same = other.bdf == device.bdf;
-            same || device.iommu_group.is_some() && other.iommu_group == device.iommu_group
+/// The changes of devices that an IOMMU group shares.
+const OF_GROUPS: [Change; 3] = [Change::VfSettings, Change::Vgpu, Change::Driver];
+
+/// Units of which something is to be undone.
+#[derive(Default)]
+struct Recorded {
+    pending: BTreeSet<Unit>,
+    /// Their devices are in quarantine, and wait until somebody releases them.
+    set_aside: BTreeSet<Unit>,
+}
+
+impl Recorded {
+    /// What is recorded of some devices.
+    fn find(paths: &HostPaths, devices: &[DeviceName]) -> Result<Self, RestoreError> {
+        let mut recorded = Self::default();
+        let mdevs = devices.iter().filter_map(|name| name.mdev());
+        let mdevs = mdevs.filter(|uuid| Change::Vgpu.is_recorded(paths, *uuid));
+        recorded.pending.extend(mdevs.map(Unit::Mdev));
+        let functions: BTreeSet<HostBdf> = devices.iter().filter_map(|name| name.pci()).collect();
+        for &pf in &functions {
+            if Change::Autoprobe.is_recorded(paths, pf) {
+                let hangs = |device: HostDevice| hung(paths, pf, device.id).is_some();
+                let hangs = HostDevice::read(paths, pf).is_ok_and(hangs);
+                recorded.add(Unit::Autoprobe(pf), hangs);
+            }
+        }
+        let is_recorded = |bdf: &HostBdf| {
+            OF_GROUPS
+                .iter()
+                .any(|change| change.is_recorded(paths, *bdf))
         };
-        let members = all.iter().filter(|other| !other.is_bridge());
-        units.insert(members.filter(together).map(|one| one.bdf.into()).collect());
+        if functions.iter().any(is_recorded) {
+            recorded.add_groups(paths, &functions)?;
+        }
+        Ok(recorded)
     }
-    Ok(units)
+
+    fn add_groups(
+        &mut self,
+        paths: &HostPaths,
+        functions: &BTreeSet<HostBdf>,
+    ) -> Result<(), RestoreError> {
+        let all = scan(paths)?;
+        let is_changed = |device: &&HostDevice| {
+            functions.contains(&device.bdf)
+                && (DriverRecord::of_lent(paths, device).is_some()
+                    || Change::VfSettings.is_recorded(paths, device.bdf)
+                    || Change::Vgpu.is_recorded(paths, device.bdf))
+        };
+        for device in all.iter().filter(is_changed) {
+            let together = |other: &&HostDevice| {
+                let same = other.bdf == device.bdf;
+                same || device.iommu_group.is_some() && other.iommu_group == device.iommu_group
+            };
+            let members = all.iter().filter(|other| !other.is_bridge());
+            let members = members.filter(together).map(|one| one.bdf).collect();
+            self.add(Unit::Group(members), device.quarantine.is_some());
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, unit: Unit, is_set_aside: bool) {
+        match is_set_aside {
+            true => self.set_aside.insert(unit),
+            false => self.pending.insert(unit),
+        };
+    }
+
+    fn has(&self, unit: &Unit) -> bool {
+        self.pending.contains(unit) || self.set_aside.contains(unit)
+    }
 }
 
-/// Undoes what is recorded of devices that are locked together, and returns those whose drivers have changed;
-/// nothing where somebody holds one of them.
-fn restore_unit(
-    paths: &HostPaths,
-    host: HostAccess<'_>,
-    unit: &[DeviceName],
-) -> Result<Vec<HostBdf>, RestoreError> {
-    let record = LeaseRecord::restore();
-    // Nobody has just chosen what is locked here.
-    let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-    let mut locks = Vec::new();
-    for &name in unit {
-        match DeviceLock::take(paths, name, &record)? {
-            Some(lock) => locks.push(lock),
-            None => return Ok(Vec::new()),
+impl Unit {
+    fn names(&self) -> Vec<DeviceName> {
+        match self {
+            Self::Mdev(uuid) => vec![(*uuid).into()],
+            Self::Autoprobe(pf) => vec![(*pf).into()],
+            Self::Group(functions) => functions.iter().map(|bdf| (*bdf).into()).collect(),
         }
     }
-    // A kernel that hangs stops nobody else.
-    drop(choosing);
-    for uuid in unit.iter().filter_map(|name| name.mdev()) {
-        vgpu::recorded::remove_mdev(paths, host.writer, uuid)?;
+
+    /// Undoes what is recorded of it, and returns the functions whose drivers have changed; nothing where
+    /// somebody holds one of its devices.
+    fn restore(
+        &self,
+        paths: &HostPaths,
+        host: HostAccess<'_>,
+    ) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
+        let Some(_locks) = self.lock(paths)? else {
+            return Ok(Vec::new());
+        };
+        match self {
+            Self::Mdev(uuid) => {
+                vgpu::recorded::remove_mdev(paths, host.writer, *uuid)
+                    .map_err(RestoreError::from)?;
+                Ok(Vec::new())
+            }
+            Self::Autoprobe(pf) => {
+                sriov::autoprobe::restore(paths, host.writer, *pf).map_err(|source| {
+                    let source = Box::new(source);
+                    RestoreError::Autoprobe { bdf: *pf, source }
+                })?;
+                Ok(Vec::new())
+            }
+            Self::Group(functions) => restore_group(paths, host, functions),
+        }
     }
-    let functions: Vec<HostBdf> = unit.iter().filter_map(|name| name.pci()).collect();
+
+    /// The locks of its devices; none where somebody holds one.
+    fn lock(&self, paths: &HostPaths) -> Result<Option<Vec<DeviceLock>>, RestoreError> {
+        let record = LeaseRecord::restore();
+        // Nobody has just chosen what is locked here. The lock ends with this: a kernel that hangs stops
+        // nobody else.
+        let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
+        let mut locks = Vec::new();
+        for name in self.names() {
+            match DeviceLock::take(paths, name, &record)? {
+                Some(lock) => locks.push(lock),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(locks))
+    }
+}
+
+/// Undoes what is recorded of the functions of an IOMMU group, which are locked.
+fn restore_group(
+    paths: &HostPaths,
+    host: HostAccess<'_>,
+    functions: &[HostBdf],
+) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
     let recorded = |change: Change| {
         let functions = functions.iter().copied();
         functions.filter(move |bdf| change.is_recorded(paths, *bdf))
     };
     // A setting that cannot be had back keeps no device from its driver; it stays recorded.
-    let mut set_back = Ok(());
+    let mut failed = Vec::new();
     for bdf in recorded(Change::VfSettings) {
         if let Err(source) = sriov::vf_restore::restore(paths, host.links, bdf) {
             let source = Box::new(source);
-            set_back = Err(RestoreError::Settings { bdf, source });
+            failed.push(RestoreError::Settings { bdf, source });
         }
     }
-    for bdf in recorded(Change::Autoprobe) {
-        if let Err(source) = sriov::autoprobe::restore(paths, host.writer, bdf) {
-            let source = Box::new(source);
-            set_back = Err(RestoreError::Autoprobe { bdf, source });
+    let move_back = || -> Result<Vec<HostBdf>, RestoreError> {
+        for bdf in recorded(Change::Vgpu) {
+            vgpu::recorded::untype(paths, host.writer, bdf)?;
         }
-    }
-    for bdf in recorded(Change::Vgpu) {
-        vgpu::recorded::untype(paths, host.writer, bdf)?;
-    }
-    let moved = match recorded(Change::Driver).next() {
-        Some(_) => give_back(paths, host.writer, &functions)?.moved,
-        None => Vec::new(),
+        Ok(match recorded(Change::Driver).next() {
+            Some(_) => give_back(paths, host.writer, functions)?.moved,
+            None => Vec::new(),
+        })
     };
-    set_back.map(|()| moved)
+    match move_back() {
+        Ok(moved) if failed.is_empty() => return Ok(moved),
+        Ok(_) => {}
+        Err(error) => failed.push(error),
+    }
+    Err(failed)
 }
 
 #[cfg(test)]

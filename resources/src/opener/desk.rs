@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Return, Said};
 use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
+use crate::base::chain::chain;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::text::short;
@@ -444,11 +445,11 @@ fn cannot_open(path: &Path) -> impl Fn(io::Error) -> Refusal {
     move |error| Refusal::Failed(format!("cannot open {}: {error}", path.display()))
 }
 
-fn denied(error: &dyn std::error::Error) -> Refusal {
+fn denied(error: &(dyn std::error::Error + 'static)) -> Refusal {
     Refusal::Denied(chain(error))
 }
 
-fn failed(error: &dyn std::error::Error) -> Refusal {
+fn failed(error: &(dyn std::error::Error + 'static)) -> Refusal {
     Refusal::Failed(chain(error))
 }
 
@@ -459,14 +460,4 @@ fn not_allocated(error: &AllocateError) -> Refusal {
         true => denied(error),
         false => failed(error),
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(error) = next {
-        text = format!("{text}: {error}");
-        next = error.source();
-    }
-    text
 }

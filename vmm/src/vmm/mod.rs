@@ -11,7 +11,7 @@ mod stopped;
 use std::io;
 use std::sync::Arc;
 
-use gantry_resources::base::{HostPaths, reap_helpers};
+use gantry_resources::base::{HostPaths, chain, reap_helpers};
 use gantry_resources::holding::{Maintenance, maintenance};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -278,12 +278,7 @@ fn reason_of(ended: &Result<End, Error>) -> String {
         Ok(End::Over(outcome)) => outcome.to_string(),
         Ok(End::Requested(..)) => Outcome::Client.to_string(),
         Err(Error::Interrupted(Interrupted(signal))) => Outcome::Signal(*signal).to_string(),
-        Err(error) => {
-            let first: &dyn std::error::Error = error;
-            let causes = std::iter::successors(Some(first), |error| error.source());
-            let causes: Vec<String> = causes.map(ToString::to_string).collect();
-            format!("the host failed it: {}", causes.join(": "))
-        }
+        Err(error) => format!("the host failed it: {}", chain(error)),
     }
 }
 

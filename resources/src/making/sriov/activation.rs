@@ -137,7 +137,7 @@ impl Activation<'_> {
     }
 
     fn remember_autoprobe(&self) -> Result<(), SriovError> {
-        let stored = AutoprobeRecord {}.store(self.paths, self.pf.device.bdf);
+        let stored = AutoprobeRecord::of(&self.pf.device).store(self.paths, self.pf.device.bdf);
         stored.map_err(not_recorded)
     }
 

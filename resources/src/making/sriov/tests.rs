@@ -2,6 +2,7 @@
 
 mod faults;
 mod guests;
+mod probing;
 mod tenants;
 mod token;
 

@@ -13,7 +13,6 @@ use crate::making::sriov::HostAccess;
 use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, Placement};
 use std::cell::RefCell;
-use std::error::Error;
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -488,8 +487,8 @@ fn a_driver_that_hangs_is_left_alone_until_it_comes_back() {
     let error = take(&host, &kernel, &one()).unwrap_err().to_string();
     assert!(error.contains("did not come back"), "{error}");
     let after = FakeKernel::new(&host);
-    let error = reap_with(&host.paths, after.access()).unwrap_err();
-    let texts = format!("{error}: {}", error.source().unwrap());
+    let errors = reap_with(&host.paths, after.access()).unwrap_err();
+    let texts = crate::base::chain::chain(&errors[0]);
     assert!(texts.contains("not finished making or removing"), "{texts}");
     // What it will take is not given to anybody.
     let error = take(&host, &after, &one()).unwrap_err().to_string();
