@@ -135,6 +135,7 @@ impl Lease {
             name: self.name(),
             iommu_group: self.iommu_group(),
             locks: Arc::downgrade(&self.group),
+            locked: self.locked().collect(),
         }
     }
 
@@ -157,19 +158,14 @@ pub(crate) struct OwnLease {
     /// Its IOMMU group.
     pub(crate) iommu_group: Option<u32>,
     locks: Weak<[DeviceLock]>,
+    /// Every function that it keeps from others, or kept if it has ended since.
+    pub(crate) locked: Vec<DeviceName>,
 }
 
 impl OwnLease {
     /// Its locks, for a lease on another device of the same IOMMU group; none once it has ended.
     pub(crate) fn locks(&self) -> Option<Arc<[DeviceLock]>> {
         self.locks.upgrade()
-    }
-
-    /// Every function that it keeps from others.
-    pub(crate) fn locked(&self) -> Vec<DeviceName> {
-        let locks = self.locks();
-        let locks = locks.iter().flat_map(|locks| locks.iter());
-        locks.map(|lock| lock.name()).collect()
     }
 }
 

@@ -56,9 +56,10 @@ impl Look {
         }
     }
 
-    /// The same for a VM that has leases: what they keep from others is not kept from it.
+    /// The same for a VM that has leases: what they keep from others is not kept from it. One that has ended
+    /// since may have been read as held: who locks the choice takes its locks anew.
     pub(super) fn beside(mut self, own: &[OwnLease]) -> Self {
-        let locked = own.iter().flat_map(OwnLease::locked);
+        let locked = own.iter().flat_map(|lease| lease.locked.iter().copied());
         let kept: BTreeSet<HostBdf> = locked.filter_map(DeviceName::pci).collect();
         let has = |bdf: &HostBdf| own.iter().any(|lease| lease.name == *bdf);
         for device in &mut self.devices {

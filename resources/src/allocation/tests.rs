@@ -575,3 +575,19 @@ proptest! {
         prop_assert!(held(&host).is_empty());
     }
 }
+
+#[test]
+fn what_a_lease_kept_is_free_for_its_vm_though_it_ends_after_the_look() {
+    let host = host(&[Fake::nvme("01:00.0", 7), Fake::nvme("01:00.1", 7)], NVME);
+    let mut leases = allocate(&host.paths, &[exact("01:00.0")], &vm("a")).unwrap();
+    let own = [leases[0].as_own()];
+    let look = Look::at(&host.paths).unwrap();
+    leases.clear();
+    let look = look.beside(&own);
+    assert!(look.devices.iter().all(|device| !device.lease.is_held()));
+    let picks = choose(&look, &[exact("01:00.1")], &Placement::default()).unwrap();
+    let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
+    let record = LeaseRecord::vm(&vm("a"));
+    let leases = lock(&host.paths, &look.devices, &chosen, &own, &record).unwrap();
+    assert_eq!(addresses(&leases), ["0000:01:00.1"]);
+}
