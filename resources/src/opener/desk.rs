@@ -190,8 +190,10 @@ struct Desk<'a> {
 /// What goes over the socket for a request.
 struct Bundle {
     leases: Vec<Lease>,
-    groups: Vec<(LeasedGroup, File)>,
-    container: Option<File>,
+    groups: Vec<LeasedGroup>,
+    /// The container, the groups' nodes, and copies of the locks: a lease that comes back meanwhile is not held
+    /// up.
+    files: Vec<File>,
 }
 
 impl Desk<'_> {
@@ -211,7 +213,7 @@ impl Desk<'_> {
         let Bundle {
             leases,
             groups,
-            container,
+            files,
         } = match bundle {
             Ok(bundle) => bundle,
             Err(refusal) => return wire::send(socket, &Said::Not(refusal)),
@@ -228,22 +230,20 @@ impl Desk<'_> {
             locks: lease.descriptors().count(),
         });
         let devices = devices.collect();
-        let (groups, nodes): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
-        // One that comes back at once must be found.
-        let mut kept = self.leases.all();
-        wire::send(socket, &Said::Leased { devices, groups })?;
-        for file in container.iter().chain(&nodes) {
-            wire::send_file(socket, file.as_raw_fd())?;
-        }
-        for lease in &leases {
-            for lock in lease.descriptors() {
-                wire::send_file(socket, lock.as_raw_fd())?;
-            }
-        }
         self.next += leases.len() as u64;
         self.last = first..self.next;
-        kept.extend((first..).zip(leases));
-        drop(kept);
+        // One that comes back at once must be found; and who reads no answer may still give back.
+        self.leases.all().extend((first..).zip(leases));
+        let sent = wire::send(socket, &Said::Leased { devices, groups });
+        let mut files = files.iter();
+        let sent = sent
+            .and_then(|()| files.try_for_each(|file| wire::send_file(socket, file.as_raw_fd())));
+        if sent.is_err() {
+            for id in std::mem::take(&mut self.last) {
+                self.leases.end(id, None);
+            }
+            return sent;
+        }
         if self.limit.is_none() {
             let sources = requests.iter().filter_map(|one| self.source(one).ok()?);
             self.sources = sources.chain(self.sources.clone()).collect();
@@ -298,10 +298,14 @@ impl Desk<'_> {
         let path = self.paths.dev.join("vfio/vfio");
         let container = container.then(|| open_node(&path).map_err(cannot_open(&path)));
         let container = container.transpose()?;
+        let (groups, nodes): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
+        let locks = leases.iter().flat_map(Lease::descriptors);
+        let locks: io::Result<Vec<File>> = locks.map(File::try_clone).collect();
+        let locks = locks.map_err(|error| failed(&error))?;
         Ok(Bundle {
+            files: container.into_iter().chain(nodes).chain(locks).collect(),
             leases,
             groups,
-            container,
         })
     }
 

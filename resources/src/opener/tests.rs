@@ -591,6 +591,39 @@ fn a_lease_goes_back_while_another_is_being_made() {
 }
 
 #[test]
+fn a_lease_goes_back_while_its_answer_is_not_read() {
+    use nix::sys::socket::{MsgFlags, send};
+    let host = host();
+    let ((mut asks, asked), (mut returns, returned)) = (pair(), pair());
+    returns
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    // No room for an answer.
+    while send(asked.as_raw_fd(), &[0; 64], MsgFlags::MSG_DONTWAIT).is_ok() {}
+    let paths = host.paths.clone();
+    let helper = thread::spawn(move || serve(&paths, asked, returned, &allocate_for));
+    let (vm, pid) = ("one".to_owned(), 123);
+    wire::send(&mut asks, &Ask::Hello { vm, pid }).unwrap();
+    let ask = Ask::Lease {
+        requests: vec![DeviceRequest::group("nvme", 1)],
+        ungrouped: false,
+        held: Vec::new(),
+        container: false,
+    };
+    wire::send(&mut asks, &ask).unwrap();
+    while held(&host).is_empty() {
+        assert!(!helper.is_finished());
+    }
+    while !held(&host).is_empty() {
+        let back = Return { id: 0, aside: None };
+        wire::send(&mut returns, &back).unwrap();
+        wire::receive::<()>(&mut returns).unwrap();
+    }
+    drop(asks);
+    assert!(helper.join().unwrap().is_err());
+}
+
+#[test]
 fn one_deadline_holds_for_all_of_an_answer_and_all_of_a_question() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
