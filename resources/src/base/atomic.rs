@@ -42,6 +42,40 @@ pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     // A link is kept and its target replaced.
     let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
+    replace_at(&target, content)
+}
+
+/// [`replace`] in a directory that a confined process may write: a link is replaced and not followed, and a
+/// directory in the way is removed.
+pub(crate) fn replace_record(path: &Path, content: &[u8]) -> io::Result<()> {
+    clear(path)?;
+    replace_at(path, content)
+}
+
+/// Removes a file from a directory that a confined process may write, or what is in its place.
+pub(crate) fn remove_record(path: &Path) -> io::Result<()> {
+    clear(path)?;
+    fs::remove_file(path)
+}
+
+/// Removes what is in the place of a record and is no regular file.
+fn clear(path: &Path) -> io::Result<()> {
+    let found = match fs::symlink_metadata(path) {
+        Ok(found) if !found.is_file() => found,
+        // Whoever opens it says why that fails.
+        _ => return Ok(()),
+    };
+    tracing::warn!(
+        "{} is no regular file, so it is no record: it is removed",
+        path.display()
+    );
+    match found.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
+}
+
+fn replace_at(target: &Path, content: &[u8]) -> io::Result<()> {
     let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -51,8 +85,9 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
         name.to_string_lossy(),
         std::process::id()
     ));
-    let written = write(&draft, content, fs::metadata(&target).ok().as_ref())
-        .and_then(|()| fs::rename(&draft, &target));
+    let old = fs::symlink_metadata(target).ok();
+    let old = old.filter(fs::Metadata::is_file);
+    let written = write(&draft, content, old.as_ref()).and_then(|()| fs::rename(&draft, target));
     if written.is_err() {
         let _ = fs::remove_file(&draft);
         return written;
@@ -109,6 +144,34 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_record_takes_the_place_of_whatever_is_there_and_no_link_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        fs::write(&other, "text").unwrap();
+        let path = dir.path().join("restore/record");
+        make_dir(path.parent().unwrap()).unwrap();
+        let ways: [&dyn Fn(); 4] = [
+            &|| symlink(&other, &path).unwrap(),
+            &|| symlink("nowhere", &path).unwrap(),
+            &|| nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+            &|| fs::create_dir_all(path.join("full")).unwrap(),
+        ];
+        for put in ways {
+            put();
+            replace_record(&path, b"one").unwrap();
+            assert!(fs::symlink_metadata(&path).unwrap().is_file());
+            assert_eq!(fs::read(&path).unwrap(), b"one");
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
+            remove_record(&path).unwrap();
+            put();
+            let removed = remove_record(&path).unwrap_err();
+            assert_eq!(removed.kind(), io::ErrorKind::NotFound);
+            assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        }
+        assert_eq!(fs::read(&other).unwrap(), b"text");
     }
 
     #[test]

@@ -75,9 +75,13 @@ pub fn open_below(folder: &Path, path: &Path, flags: OFlag) -> io::Result<File> 
 /// Opens a regular file to be read, and nothing else: neither a link, nor a pipe that opening would wait
 /// at, nor a device that it would wake.
 pub(crate) fn open_no_link(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true);
-    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    open_no_link_as(path, OpenOptions::new().read(true))
+}
+
+/// [`open_no_link`] with other options.
+pub(crate) fn open_no_link_as(path: &Path, options: &OpenOptions) -> io::Result<File> {
+    let mut options = options.clone();
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY);
     options.open(path).and_then(opened_regular)
 }
 

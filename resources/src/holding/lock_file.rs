@@ -128,22 +128,16 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
 /// Opens a lock file, making it where there is none.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(true)
-        .create(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    let opened = match options.open(path) {
+    options.read(true).write(true).create(true).mode(0o600);
+    match regular::open_no_link_as(path, &options) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if let Some(dir) = path.parent() {
                 make_dir(dir)?;
             }
-            options.open(path)
+            regular::open_no_link_as(path, &options)
         }
         opened => opened,
-    };
-    opened.and_then(regular::opened_regular)
+    }
 }
 
 /// Whether an error of [`open`] is about the file in this place, and a new file would cure it: its owner has

@@ -87,7 +87,7 @@ fn store(path: &Path, record: &Record) -> io::Result<()> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     make_dir(dir)?;
     show(dir, 0o755)?;
-    atomic::replace(path, &serde_json::to_vec(record)?)?;
+    atomic::replace_record(path, &serde_json::to_vec(record)?)?;
     show(path, 0o644)
 }
 
@@ -157,10 +157,15 @@ pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineEr
 }
 
 fn remove(path: PathBuf) -> Result<(), QuarantineError> {
-    match fs::remove_file(&path) {
+    match atomic::remove_record(&path) {
         Err(source) if !sysfs::is_gone(&source) => Err(QuarantineError::File { path, source }),
         _ => Ok(()),
     }
+}
+
+fn own_record(path: &Path) -> Option<Record> {
+    let file = regular::open_no_link(path).ok()?;
+    serde_json::from_reader(file.take(LONGEST)).ok()
 }
 
 /// Takes the record away that [`quarantine`] made with this reason, unless another one replaced it.
@@ -170,9 +175,8 @@ pub(crate) fn forget_reason(
     reason: &str,
 ) -> Result<(), QuarantineError> {
     for path in UNTIL.map(|until| path(paths, bdf, until)) {
-        let text = fs::read(&path).unwrap_or_default();
-        match serde_json::from_slice::<Record>(&text) {
-            Ok(record) if record.reason == reason => remove(path)?,
+        match own_record(&path) {
+            Some(record) if record.reason == reason => remove(path)?,
             _ => {}
         }
     }

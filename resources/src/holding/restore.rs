@@ -67,9 +67,10 @@ impl Change {
         self.dir(paths).join(name.into().to_string())
     }
 
-    /// Whether a device has a record.
+    /// Whether a device has a record. Anything but a regular file is none.
     pub(crate) fn is_recorded(self, paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
-        self.is_seen(paths) && self.path(paths, name).exists()
+        let found = || fs::symlink_metadata(self.path(paths, name));
+        self.is_seen(paths) && found().is_ok_and(|found| found.is_file())
     }
 
     /// The devices that have a record.
@@ -78,14 +79,17 @@ impl Change {
             true => sysfs::entries(&self.dir(paths)).unwrap_or_default(),
             false => Vec::new(),
         };
-        names.iter().filter_map(|name| name.parse().ok()).collect()
+        let names = names.iter().filter_map(|name| name.parse().ok());
+        names
+            .filter(|name: &DeviceName| self.is_recorded(paths, *name))
+            .collect()
     }
 
     /// Removes the record of a device: the change is undone, or is to stay. One that was never recorded is
     /// forgotten already.
     pub(crate) fn forget(self, paths: &HostPaths, name: impl Into<DeviceName>) {
         let path = self.path(paths, name);
-        match fs::remove_file(&path) {
+        match atomic::remove_record(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!("cannot remove {}: {error}", path.display());
             }
@@ -112,7 +116,8 @@ pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
         serde_json::from_slice(&text).ok()
     }
 
-    /// Writes the record, before the change. One that is there is replaced as a whole.
+    /// Writes the record, before the change. One that is there is replaced as a whole, and anything else
+    /// is removed.
     ///
     /// # Errors
     /// The file, and why it cannot be written: then nothing may be changed.
@@ -123,7 +128,7 @@ pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
     ) -> Result<(), (PathBuf, io::Error)> {
         let path = Self::CHANGE.path(paths, name);
         let text = serde_json::to_vec(self).map_err(io::Error::from);
-        let written = text.and_then(|text| atomic::replace(&path, &text));
+        let written = text.and_then(|text| atomic::replace_record(&path, &text));
         written.map_err(|error| (path, error))
     }
 }

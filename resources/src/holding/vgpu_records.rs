@@ -1,13 +1,13 @@
 //! Which virtual GPUs are made, or unmade, for one VM or command: a record of each in the run directory,
 //! locked for as long as the kernel is at work on it.
 
-use std::fs::File;
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::base::regular::open_no_link;
 use crate::base::uuid::Uuid;
 use crate::holding::lock_file::{holder, is_locked};
 use crate::holding::restore::{Change, RestoreRecord};
@@ -42,7 +42,7 @@ pub(crate) struct Claim {
 pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     let name = name.into();
     hangs_by(
-        || File::open(Change::Vgpu.path(paths, name)).and_then(|file| is_locked(&file)),
+        || open_no_link(&Change::Vgpu.path(paths, name)).and_then(|file| is_locked(&file)),
         || holder(paths, name).is_held(),
     )
 }
@@ -63,7 +63,7 @@ pub(crate) fn claims(paths: &HostPaths) -> Vec<Claim> {
 }
 
 fn claim_on(paths: &HostPaths, uuid: Uuid) -> Option<Claim> {
-    let file = File::open(Change::Vgpu.path(paths, uuid));
+    let file = open_no_link(&Change::Vgpu.path(paths, uuid));
     let at_work = file.and_then(|file| is_locked(&file));
     let record = VgpuRecord::load(paths, uuid);
     // It may have been forgotten since it was listed.

@@ -65,8 +65,10 @@ fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
         crate::base::atomic::make_dir(dir)?;
     }
     let draft = path.with_extension(format!("{}", std::process::id()));
+    // One that a killed process left, or a link.
+    let _ = std::fs::remove_file(&draft);
     let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
+    options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(&draft)?;
     io::Write::write_all(&mut file, token.to_string().as_bytes())?;
     // Of two that make one, the first makes it for both.

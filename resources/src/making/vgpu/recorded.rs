@@ -7,13 +7,13 @@
 //! by the one that waits for it: whoever is killed meanwhile, its device is left alone until it is made.
 
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::path::Path;
 
 use super::VgpuError;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
+use crate::base::regular::open_no_link_as;
 use crate::base::sysfs;
 use crate::base::uuid::Uuid;
 use crate::facts::vgpu;
@@ -52,18 +52,15 @@ impl Work {
     /// Locks a record; none if there is none. Refused while the kernel is at an earlier write.
     pub(super) fn begin(paths: &HostPaths, name: DeviceName) -> Result<Option<Self>, VgpuError> {
         let path = Change::Vgpu.path(paths, name);
-        let locked = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .and_then(|record| Ok((try_lock(&record)?, record)));
+        let opened = open_no_link_as(&path, OpenOptions::new().read(true).write(true));
+        let locked = opened.and_then(|record| Ok((try_lock(&record)?, record)));
         match locked {
             Ok((true, record)) => Ok(Some(Self {
                 record,
                 hangs: false,
             })),
             Ok((false, _)) => Err(VgpuError::AtWork { name }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(_) if !Change::Vgpu.is_recorded(paths, name) => Ok(None),
             Err(source) => Err(VgpuError::Record { path, source }),
         }
     }

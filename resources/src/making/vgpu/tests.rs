@@ -1,12 +1,17 @@
 //! Tests: devices made for VMs and removed after them, made ahead, the vendor's types; with faults and
 //! kills at every write.
 
+use super::recorded::{Work, remember};
 use super::*;
 use crate::allocation::{AllocateError, Lease, Recipient, allocate_with, fit};
+use crate::base::name::DeviceName;
+use crate::base::uuid::Uuid;
 use crate::facts::vgpu::NVIDIA;
 use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
 use crate::holding::host_lock::AllocationLock;
-use crate::holding::record::Holder;
+use crate::holding::record::{Holder, LeaseRecord};
+use crate::holding::restore::Change;
+use crate::holding::vgpu_records::{claims, hangs};
 use crate::inventory::device::DeviceState;
 use crate::making::demand::{Binder, reap_with};
 use crate::making::sriov::HostAccess;
@@ -584,4 +589,34 @@ fn a_killed_command_whose_write_goes_on_leaves_nothing() {
     drop(child);
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host), before);
+}
+
+/// Whoever puts it there may write the directory, and is confined.
+#[test]
+fn what_is_in_the_place_of_a_record_is_none_and_neither_waited_for_nor_followed() {
+    let host = host("");
+    let uuid: Uuid = ONE.parse().unwrap();
+    let path = Change::Vgpu.path(&host.paths, uuid);
+    host.file("run/restore/vgpu/other", "text");
+    let other = path.with_file_name("other");
+    let ways: [&dyn Fn(); 3] = [
+        &|| nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+        &|| symlink(&other, &path).unwrap(),
+        &|| fs::create_dir_all(path.join("full")).unwrap(),
+    ];
+    for put in ways {
+        put();
+        assert!(claims(&host.paths).is_empty());
+        assert!(!hangs(&host.paths, uuid));
+        assert!(!Change::Vgpu.is_recorded(&host.paths, uuid));
+        assert!(Change::Vgpu.recorded(&host.paths).is_empty());
+        assert!(Work::begin(&host.paths, uuid.into()).unwrap().is_none());
+        remember(&host.paths, uuid.into(), None, &LeaseRecord::task("x")).unwrap();
+        assert_eq!(Change::Vgpu.recorded(&host.paths), [DeviceName::from(uuid)]);
+        Change::Vgpu.forget(&host.paths, uuid);
+        put();
+        Change::Vgpu.forget(&host.paths, uuid);
+        assert!(fs::symlink_metadata(&path).is_err());
+    }
+    assert_eq!(fs::read(&other).unwrap(), b"text");
 }
