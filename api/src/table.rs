@@ -50,7 +50,7 @@ impl Shrink {
 pub struct Column {
     /// Its title.
     pub title: &'static str,
-    /// What it can_shrink up first.
+    /// How it may shrink.
     pub shrink: Shrink,
 }
 

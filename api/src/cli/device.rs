@@ -35,7 +35,7 @@ pub enum DeviceCommand {
     /// The devices of one IOMMU group move together; bridges stay. All of them move or none does. A
     /// device that the host itself needs is refused.
     Detach(DetachArgs),
-    /// Shrink devices back to the drivers they had
+    /// Give devices back to the drivers they had
     ///
     /// The devices of one IOMMU group move together. A device that a VM has is refused.
     Reattach(ReattachArgs),

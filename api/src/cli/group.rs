@@ -43,7 +43,7 @@ pub enum GroupCommand {
     Create(Box<edit::CreateArgs>),
     /// Change a group's type, class, description or rules
     Edit(Box<edit::EditArgs>),
-    /// Shrink a group another name
+    /// Give a group another name
     Rename(edit::RenameArgs),
     /// Delete a group; its devices stay where they are
     Delete(edit::DeleteArgs),

@@ -68,7 +68,7 @@ pub struct RunArgs {
     /// Name of the VM, unique among the VMs that run [default: the file's name without its extension]
     #[arg(long)]
     name: Option<String>,
-    /// Shrink the VM devices named by path that are in no group
+    /// Give the VM devices named by path that are in no group
     #[arg(long)]
     allow_ungrouped: bool,
     /// What to do on a system call that gantry should never make

@@ -42,7 +42,7 @@ pub enum TenantCommand {
     Edit(change::EditArgs),
     /// Delete a tenant that owns nothing and runs no VM
     Delete(change::DeleteArgs),
-    /// Shrink devices to a tenant, each with its whole IOMMU group
+    /// Grant devices to a tenant, each with its whole IOMMU group
     Grant(change::GrantArgs),
     /// Take devices back from a tenant, and rebind them to the drivers that they had
     Revoke(change::RevokeArgs),

@@ -30,7 +30,7 @@ pub enum VmCommand {
     List(list::ListArgs),
     /// Show what a VM is, and the devices that it has
     Info(info::InfoArgs),
-    /// Shrink devices to a running VM
+    /// Give devices to a running VM
     Attach(devices::AttachArgs),
     /// Take a device from a running VM
     Detach(devices::DetachArgs),

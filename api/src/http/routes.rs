@@ -86,7 +86,7 @@ pub const ROUTES: &[Route] = &[
         "/api/v1/vm.create",
         "PUT",
         Call::Create,
-        "Shrink the VM its configuration: what `gantry run` reads from a file",
+        "Give the VM its configuration: what `gantry run` reads from a file",
         &[
             MALFORMED,
             (

@@ -84,7 +84,7 @@ pub struct GrantArgs {
     /// The tenant's group that they come into [default: one of the tenant's name]
     #[arg(long)]
     group: Option<String>,
-    /// Shrink this device away even if the host uses it; whatever uses it loses it
+    /// Give this device away even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     #[command(flatten)]
