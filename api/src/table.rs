@@ -1,14 +1,18 @@
 //! A table for the terminal: columns as wide as they need, narrowed or left out to fit.
 
 use std::fmt;
+use std::io::{self, Write};
 
 use anstyle::Style;
 use clap::builder::PossibleValuesParser;
 
+use crate::output::print;
+use crate::report::{Failure, USAGE};
+
 const HEADER: Style = Style::new().bold();
 const GAP: usize = 2;
 
-/// Width of the terminal that standard output is; without limit where it is none.
+/// The terminal's width; without limit if standard output is no terminal.
 pub fn terminal_width() -> usize {
     let size = terminal_size::terminal_size_of(std::io::stdout());
     size.map_or(usize::MAX, |(width, _)| usize::from(width.0))
@@ -48,13 +52,23 @@ impl Shrink {
 /// Head of a column.
 #[derive(Debug, Clone, Copy)]
 pub struct Column {
-    /// Its title.
-    pub title: &'static str,
+    /// The word for `--sort`; the table shows it in capitals.
+    title: &'static str,
     /// How it may shrink.
-    pub shrink: Shrink,
+    shrink: Shrink,
 }
 
 impl Column {
+    /// A column that may shrink.
+    pub const fn new(title: &'static str, shrink: Shrink) -> Self {
+        Self { title, shrink }
+    }
+
+    /// A column that is always shown in full.
+    pub const fn full(title: &'static str) -> Self {
+        Self::new(title, Shrink::Never)
+    }
+
     /// Whether it could be narrower than so many characters.
     fn can_shrink(&self, width: usize) -> bool {
         let least = self.shrink.least();
@@ -77,7 +91,68 @@ pub fn column(columns: &[Column]) -> PossibleValuesParser {
     PossibleValuesParser::new(titles)
 }
 
-/// Where a cell comes: numbers and sizes first, by what they are worth, then texts, then what is not there.
+/// A cell; `-` for an absent value or an empty text.
+pub fn cell(value: Option<impl ToString>) -> String {
+    let text = value.map(|value| value.to_string());
+    text.filter(|text| !text.is_empty())
+        .unwrap_or_else(|| "-".to_owned())
+}
+
+/// Refuses to sort by a column that the table does not have.
+pub fn has_column(columns: &[Column], sort: Option<&str>) -> Result<(), Failure> {
+    match sort.filter(|sort| !columns.iter().any(|column| column.is_named(sort))) {
+        None => Ok(()),
+        Some(sort) => {
+            let titles: Vec<&str> = columns.iter().map(|column| column.title).collect();
+            let what = format!("this table has no column {sort}: {}", titles.join(", "));
+            Err(Failure::new(USAGE, what.to_lowercase()))
+        }
+    }
+}
+
+/// Sorts rows by the column of that title; rows with equal cells stay in their order.
+pub fn sort_rows<T>(
+    rows: &mut [T],
+    columns: &[Column],
+    title: Option<&str>,
+    cells: impl Fn(&T) -> Vec<String>,
+) {
+    let named = |column: &Column| title.is_some_and(|title| column.is_named(title));
+    if let Some(index) = columns.iter().position(named) {
+        rows.sort_by_cached_key(|row| order(&cells(row)[index]));
+    }
+}
+
+/// Prints rows in the order of a column, narrowed to the terminal.
+pub fn print_table(
+    columns: &[Column],
+    rows: Vec<Vec<String>>,
+    sort: Option<&str>,
+) -> Result<(), Failure> {
+    print(|out| write_table(out, columns, rows, sort))
+}
+
+/// Writes rows in the order of a column, narrowed to the terminal, and names the columns that did not fit.
+pub fn write_table(
+    out: &mut dyn Write,
+    columns: &[Column],
+    mut rows: Vec<Vec<String>>,
+    sort: Option<&str>,
+) -> io::Result<()> {
+    sort_rows(&mut rows, columns, sort, Vec::clone);
+    let table = Table::new(columns, rows).fit(terminal_width());
+    write!(out, "{table}")?;
+    match table.left_out() {
+        [] => Ok(()),
+        titles => writeln!(
+            out,
+            "Not shown for want of width: {}",
+            titles.join(", ").to_uppercase()
+        ),
+    }
+}
+
+/// The sort key of a cell: numbers and sizes come first, by their value, then texts, then absent values.
 fn order(cell: &str) -> (u8, u64, String) {
     let decimal = |c: char| c.is_ascii_digit() || c == '.';
     let number = cell.parse().ok().filter(|_| cell.chars().all(decimal));
@@ -109,15 +184,9 @@ impl Table {
         }
     }
 
-    /// In the order of the column of that title, as [`column`] takes it; numbers as such, what is not
-    /// there last.
-    pub fn sorted(mut self, title: Option<&str>) -> Self {
-        let named = |column: &Column| title.is_some_and(|title| column.is_named(title));
-        if let Some(index) = self.columns.iter().position(named) {
-            // Stable: rows that are equal here stay in their order.
-            self.rows.sort_by_cached_key(|row| order(&row[index]));
-        }
-        self
+    /// Its rows.
+    pub fn into_rows(self) -> Vec<Vec<String>> {
+        self.rows
     }
 
     /// Characters of its widest line.
@@ -126,7 +195,7 @@ impl Table {
     }
 
     /// Narrowed to `width` characters as far as its columns give.
-    pub fn fit(mut self, width: usize) -> Self {
+    fn fit(mut self, width: usize) -> Self {
         while self.narrowest() > width {
             let columns = self.columns.iter().enumerate();
             let expendable = columns.filter_map(|(index, column)| {
@@ -164,7 +233,7 @@ impl Table {
     }
 
     /// Titles of the columns that did not fit.
-    pub fn left_out(&self) -> &[&'static str] {
+    fn left_out(&self) -> &[&'static str] {
         &self.left_out
     }
 
@@ -215,7 +284,12 @@ impl fmt::Display for Table {
             f.write_str(text.trim_end())
         };
         write!(f, "{HEADER}")?;
-        line(f, &mut self.columns.iter().map(|column| column.title))?;
+        let titles: Vec<String> = self
+            .columns
+            .iter()
+            .map(|column| column.title.to_uppercase())
+            .collect();
+        line(f, &mut titles.iter().map(String::as_str))?;
         writeln!(f, "{HEADER:#}")?;
         for row in &self.rows {
             line(f, &mut row.iter().map(String::as_str))?;
@@ -230,16 +304,12 @@ mod tests {
     use super::*;
 
     fn table() -> Table {
-        let column = |title, give| Column {
-            title,
-            shrink: give,
-        };
         Table::new(
             &[
-                column("ADDRESS", Shrink::Never),
-                column("NAME", Shrink::Cut(6)),
-                column("NUMA", Shrink::Drop(1)),
-                column("ID", Shrink::Drop(0)),
+                Column::full("ADDRESS"),
+                Column::new("NAME", Shrink::Cut(6)),
+                Column::new("NUMA", Shrink::Drop(1)),
+                Column::new("ID", Shrink::Drop(0)),
             ],
             vec![
                 ["01:00.0", "a long name", "0", "1b36:0010"]
@@ -281,14 +351,12 @@ mod tests {
 
     #[test]
     fn rows_are_sorted_by_any_column_numbers_by_their_size() {
-        let columns = ["NAME", "FREE"].map(|title| Column {
-            title,
-            shrink: Shrink::Never,
-        });
+        let columns = ["NAME", "FREE"].map(Column::full);
         let cells = [["b", "10"], ["C", "-"], ["a", "9"]];
         let sorted = |by: Option<&str>| {
-            let rows = cells.map(|row| row.map(String::from).to_vec()).to_vec();
-            let lines = shown(&Table::new(&columns, rows).sorted(by));
+            let mut rows = cells.map(|row| row.map(String::from).to_vec());
+            sort_rows(&mut rows, &columns, by, Vec::clone);
+            let lines = shown(&Table::new(&columns, rows.to_vec()));
             let names = lines[1..].iter().map(|line| line[..1].to_owned());
             names.collect::<String>()
         };
@@ -309,13 +377,9 @@ mod tests {
 
     #[test]
     fn the_widest_column_gives_first() {
-        let column = |title, give| Column {
-            title,
-            shrink: give,
-        };
         let columns = [
-            column("NAME", Shrink::Cut(4)),
-            column("CLASS", Shrink::CutThenDrop(6, 0)),
+            Column::new("NAME", Shrink::Cut(4)),
+            Column::new("CLASS", Shrink::CutThenDrop(6, 0)),
         ];
         let rows = vec![vec![
             "a name of 20 letters".to_owned(),

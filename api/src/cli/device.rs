@@ -7,7 +7,7 @@ mod persist;
 mod tree;
 pub mod usb;
 
-pub use list::{has_column, state_word};
+pub use list::state_word;
 
 use std::fmt;
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::output::{OutputArgs, print, print_json};
 use crate::report::{Failure, USAGE};
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
@@ -169,26 +169,11 @@ fn aliases(text: &str) -> Result<Said, String> {
 }
 
 const COLUMNS: [Column; 5] = [
-    Column {
-        title: "NAME",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "VCPUS",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "MEMORY",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "DEVICES",
-        shrink: Shrink::Cut(12),
-    },
-    Column {
-        title: "DESCRIPTION",
-        shrink: Shrink::Cut(12),
-    },
+    Column::full("name"),
+    Column::full("vcpus"),
+    Column::full("memory"),
+    Column::new("devices", Shrink::Cut(12)),
+    Column::new("description", Shrink::Cut(12)),
 ];
 
 pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
@@ -268,17 +253,10 @@ fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if rows.is_empty() {
         return print(|out| writeln!(out, "There are no plans: `gantry plan create` makes one"));
     }
-    let table = Table::new(&COLUMNS, rows)
-        .sorted(args.sort.as_deref())
-        .fit(terminal_width());
-    print(|out| write!(out, "{table}"))
+    print_table(&COLUMNS, rows, args.sort.as_deref())
 }
 
 fn cells(plan: &Plan) -> Vec<String> {
-    let dash = |text: Option<String>| {
-        text.filter(|text| !text.is_empty())
-            .unwrap_or("-".to_owned())
-    };
     let devices = plan.devices.iter().map(|request| match &request.from {
         DeviceSource::Group(name) | DeviceSource::Alias(name) => {
             format!("{name}:{}", request.count)
@@ -293,9 +271,9 @@ fn cells(plan: &Plan) -> Vec<String> {
     });
     vec![
         plan.name.clone(),
-        dash(plan.vcpus.map(|vcpus| vcpus.to_string())),
-        dash(memory),
-        dash(Some(devices.join(", "))),
-        dash(Some(plan.description.clone())),
+        cell(plan.vcpus),
+        cell(memory),
+        cell(Some(devices.join(", "))),
+        cell(Some(&plan.description)),
     ]
 }

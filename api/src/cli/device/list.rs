@@ -1,18 +1,19 @@
 //! `gantry device list`: every PCI device of the host, and its holder.
 
-use std::cmp::Ordering;
-
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use gantry_resources::base::HostPaths;
 use gantry_resources::inventory::{DeviceState, HostDevice, KernelModules, Mdevs, is_reset, scan};
 use gantry_resources::pools::Groups;
 use serde::Serialize;
-use serde::ser::SerializeSeq;
 
 use super::{mdev, nvme, usb};
 use crate::output::{print, print_json};
-use crate::report::{Failure, USAGE};
-use crate::table::{Column, Shrink, Table, terminal_width};
+use crate::report::Failure;
+use crate::table::{
+    Column, Shrink, Table, cell, column, has_column, print_table, sort_rows, terminal_width,
+    write_table,
+};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -38,8 +39,8 @@ pub struct ListArgs {
     #[arg(long)]
     json: bool,
     /// Column to sort by, of the table shown
-    #[arg(long, value_name = "COLUMN", value_enum)]
-    sort: Option<Key>,
+    #[arg(long, value_name = "COLUMN", value_parser = sort_by())]
+    sort: Option<String>,
     /// Only devices of this type, with columns of their own
     #[arg(long = "type", value_enum)]
     kind: Option<Kind>,
@@ -53,98 +54,21 @@ enum Kind {
     Usb,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Key {
-    Address,
-    Id,
-    Name,
-    Class,
-    Driver,
-    Modules,
-    Iommu,
-    Numa,
-    Vfs,
-    Reset,
-    Irq,
-    State,
-    Group,
-    Vm,
-    Model,
-    Serial,
-    Firmware,
-    Gb,
-    Disks,
-    Port,
-    Bus,
-    Speed,
-    Controller,
-}
-
-impl Key {
-    /// The column's title.
-    fn title(self) -> String {
-        let name = self.to_possible_value();
-        name.map_or_else(String::new, |name| name.get_name().to_uppercase())
-    }
-}
-
 const COLUMNS: [Column; 14] = [
-    Column {
-        title: "ADDRESS",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "ID",
-        shrink: Shrink::Drop(4),
-    },
-    Column {
-        title: "NAME",
-        shrink: Shrink::Cut(16),
-    },
-    Column {
-        title: "CLASS",
-        shrink: Shrink::CutThenDrop(12, 3),
-    },
-    Column {
-        title: "DRIVER",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "MODULES",
-        shrink: Shrink::Drop(0),
-    },
-    Column {
-        title: "IOMMU",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "NUMA",
-        shrink: Shrink::Drop(1),
-    },
-    Column {
-        title: "VFS",
-        shrink: Shrink::Drop(2),
-    },
-    Column {
-        title: "RESET",
-        shrink: Shrink::Drop(2),
-    },
-    Column {
-        title: "IRQ",
-        shrink: Shrink::Drop(1),
-    },
-    Column {
-        title: "STATE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "GROUP",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "VM",
-        shrink: Shrink::Never,
-    },
+    Column::full("address"),
+    Column::new("id", Shrink::Drop(4)),
+    Column::new("name", Shrink::Cut(16)),
+    Column::new("class", Shrink::CutThenDrop(12, 3)),
+    Column::full("driver"),
+    Column::new("modules", Shrink::Drop(0)),
+    Column::full("iommu"),
+    Column::new("numa", Shrink::Drop(1)),
+    Column::new("vfs", Shrink::Drop(2)),
+    Column::new("reset", Shrink::Drop(2)),
+    Column::new("irq", Shrink::Drop(1)),
+    Column::full("state"),
+    Column::full("group"),
+    Column::full("vm"),
 ];
 
 /// A device with what is known about it from elsewhere.
@@ -168,14 +92,24 @@ struct Row<'a> {
     tenant: Option<&'a str>,
 }
 
+/// Takes a column of one of the tables.
+fn sort_by() -> PossibleValuesParser {
+    column(
+        &[
+            COLUMNS.as_slice(),
+            &nvme::COLUMNS,
+            &usb::COLUMNS,
+            &mdev::DEVICES,
+        ]
+        .concat(),
+    )
+}
+
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let sort = args.sort.map(Key::title);
-    match args.kind {
-        None => {}
-        Some(Kind::Usb) => return usb::list(paths, sort.as_deref(), args.json),
-        Some(Kind::Nvme) => return list_nvme(paths, sort.as_deref(), args.json),
+    let sort = args.sort.as_deref();
+    if args.kind == Some(Kind::Usb) {
+        return usb::list(paths, sort, args.json);
     }
-    has_column(&COLUMNS, sort.as_deref())?;
     let devices = scan(paths).map_err(Failure::host)?;
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let modules = KernelModules::read(paths);
@@ -183,110 +117,72 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         .iter()
         .map(|device| Row::new(device, &devices, &groups, &modules))
         .collect();
-    // Stable: devices that are equal here stay in the order of their addresses.
-    rows.sort_by(|a, b| a.compare(b, args.sort.unwrap_or(Key::Address)));
+    if args.kind == Some(Kind::Nvme) {
+        rows.retain(|row| row.device.is_nvme());
+        return list_nvme(&rows, sort, args.json);
+    }
+    has_column(&COLUMNS, sort)?;
+    sort_rows(&mut rows, &COLUMNS, sort, |row| row.cells(row.name()));
     let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
     let mdevs = mdev::rows(&mdevs, &groups);
     if args.json {
-        return print_json(&All(&rows, &mdevs));
+        let entries = rows
+            .iter()
+            .map(Entry::Pci)
+            .chain(mdevs.iter().map(Entry::Mdev));
+        return print_json(&entries.collect::<Vec<_>>());
     }
-    let table = table(&rows, terminal_width());
     print(|out| {
-        write!(out, "{table}")?;
-        match table.left_out() {
-            [] => {}
-            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", "))?,
-        }
+        write_table(out, &COLUMNS, cells(&rows, terminal_width()), sort)?;
         match mdevs.as_slice() {
             [] => Ok(()),
             mdevs => {
                 writeln!(out)?;
-                mdev::table(out, mdevs, sort.as_deref())
+                mdev::table(out, mdevs, sort)
             }
         }
     })
 }
 
-fn list_nvme(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Failure> {
-    let devices = scan(paths).map_err(Failure::host)?;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let modules = KernelModules::read(paths);
-    let rows: Vec<Row> = devices
-        .iter()
-        .filter(|one| one.is_nvme())
-        .map(|one| Row::new(one, &devices, &groups, &modules))
-        .collect();
+fn list_nvme(rows: &[Row], sort: Option<&str>, json: bool) -> Result<(), Failure> {
     if json {
         return print_json(&rows);
     }
     let cells = rows
         .iter()
-        .map(|row| nvme::cells(row.device, row.whose().as_deref(), row.vm()));
-    shown(&nvme::COLUMNS, cells.collect(), sort)
+        .map(|row| nvme::cells(row.device, row.owner().as_deref(), row.vm()));
+    print_devices(&nvme::COLUMNS, cells.collect(), sort)
 }
 
-/// Refuses to sort by a column that the table does not have.
-pub fn has_column(columns: &[Column], sort: Option<&str>) -> Result<(), Failure> {
-    let titles: Vec<&str> = columns.iter().map(|column| column.title).collect();
-    let has = |sort: &str| titles.iter().any(|title| title.eq_ignore_ascii_case(sort));
-    match sort.filter(|sort| !has(sort)) {
-        None => Ok(()),
-        Some(sort) => {
-            let what = format!("this table has no column {sort}: {}", titles.join(", "));
-            Err(Failure::new(USAGE, what.to_lowercase()))
-        }
-    }
-}
-
-/// Prints rows in the order of a column, narrowed to the terminal.
-pub fn shown(
+/// Prints devices, or that there are none.
+pub fn print_devices(
     columns: &[Column],
     rows: Vec<Vec<String>>,
     sort: Option<&str>,
 ) -> Result<(), Failure> {
     has_column(columns, sort)?;
-    if rows.is_empty() {
-        return print(|out| writeln!(out, "This host has none."));
-    }
-    let table = Table::new(columns, rows).sorted(sort).fit(terminal_width());
-    print(|out| {
-        write!(out, "{table}")?;
-        match table.left_out() {
-            [] => Ok(()),
-            titles => writeln!(out, "Not shown for want of width: {}", titles.join(", ")),
-        }
-    })
-}
-
-/// PCI functions, and mediated devices after them, in one list.
-struct All<'a>(&'a [Row<'a>], &'a [mdev::Row<'a>]);
-
-impl Serialize for All<'_> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut list = serializer.serialize_seq(Some(self.0.len() + self.1.len()))?;
-        self.0
-            .iter()
-            .try_for_each(|row| list.serialize_element(row))?;
-        self.1
-            .iter()
-            .try_for_each(|row| list.serialize_element(row))?;
-        list.end()
+    match rows.is_empty() {
+        true => print(|out| writeln!(out, "This host has none.")),
+        false => print_table(columns, rows, sort),
     }
 }
 
-/// Vendors are named where there is room for them.
-fn table<'a>(rows: &[Row<'a>], width: usize) -> Table {
-    let of = |name: fn(&Row<'a>) -> String| {
-        Table::new(
-            &COLUMNS,
-            rows.iter().map(|row| row.cells(name(row))).collect(),
-        )
-    };
-    let full = of(Row::name);
-    if full.width() <= width {
-        full
-    } else {
-        of(Row::short_name).fit(width)
+/// An element of the JSON list: PCI functions come first.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Entry<'a> {
+    Pci(&'a Row<'a>),
+    Mdev(&'a mdev::Row<'a>),
+}
+
+/// The cells of all rows, with vendor names if the terminal is wide enough.
+fn cells<'a>(rows: &[Row<'a>], width: usize) -> Vec<Vec<String>> {
+    let named =
+        |name: fn(&Row<'a>) -> String| rows.iter().map(|row| row.cells(name(row))).collect();
+    let full = Table::new(&COLUMNS, named(Row::name));
+    match full.width() <= width {
+        true => full.into_rows(),
+        false => named(Row::short_name),
     }
 }
 
@@ -310,8 +206,8 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// The group, or whose the device is.
-    fn whose(&self) -> Option<String> {
+    /// The tenant that owns the device, or its group.
+    fn owner(&self) -> Option<String> {
         let tenant = self.tenant.map(|name| format!("tenant {name}"));
         tenant.or(self.group.map(str::to_owned))
     }
@@ -341,8 +237,7 @@ impl<'a> Row<'a> {
     fn functions(&self) -> String {
         match (self.device.sriov, self.device.physfn) {
             (Some(sriov), _) => format!("{}/{}", sriov.active, sriov.total),
-            (None, Some(pf)) => format!("of {pf}"),
-            (None, None) => "-".to_owned(),
+            (None, pf) => cell(pf.map(|pf| format!("of {pf}"))),
         }
     }
 
@@ -358,11 +253,8 @@ impl<'a> Row<'a> {
 
     /// The kinds of interrupt that it has.
     fn interrupts(&self) -> String {
-        let interrupts = self
-            .device
-            .interrupts
-            .map(|has| has.to_string().replace(" and ", " "));
-        interrupts.unwrap_or_else(|| "-".to_owned())
+        let kinds = self.device.interrupts;
+        cell(kinds.map(|kinds| kinds.to_string().replace(" and ", " ")))
     }
 
     fn vm(&self) -> Option<&str> {
@@ -373,59 +265,24 @@ impl<'a> Row<'a> {
     }
 
     fn cells(&self, name: String) -> Vec<String> {
-        let text = |value: Option<&str>| value.unwrap_or("-").to_owned();
-        let number = |value: Option<u32>| value.map_or("-".to_owned(), |value| value.to_string());
         vec![
             self.device.bdf.to_string(),
             self.device.id.to_string(),
             name,
             self.class_name
                 .map_or_else(|| self.device.class.to_string(), str::to_owned),
-            text(self.device.driver.as_deref()),
-            match self.modules.join(" ") {
-                none if none.is_empty() => "-".to_owned(),
-                modules => modules,
-            },
-            number(self.device.iommu_group),
-            number(self.device.numa_node),
+            cell(self.device.driver.as_deref()),
+            cell(Some(self.modules.join(" "))),
+            cell(self.device.iommu_group),
+            cell(self.device.numa_node),
             self.functions(),
             self.reset(),
             self.interrupts(),
             state_word(&self.state).to_owned(),
-            text(self.whose().as_deref()),
-            text(self.vm()),
+            cell(self.owner()),
+            cell(self.vm()),
         ]
     }
-
-    fn compare(&self, other: &Self, key: Key) -> Ordering {
-        let (a, b) = (self.device, other.device);
-        match key {
-            Key::Address => a.bdf.cmp(&b.bdf),
-            Key::Id => a.id.cmp(&b.id),
-            Key::Name => self.name().cmp(&other.name()),
-            Key::Class => a.class.cmp(&b.class),
-            Key::Driver => last_if_none(&a.driver, &b.driver),
-            Key::Modules => self.modules.cmp(&other.modules),
-            Key::Iommu => last_if_none(&a.iommu_group, &b.iommu_group),
-            Key::Numa => last_if_none(&a.numa_node, &b.numa_node),
-            Key::Vfs => {
-                let functions = |row: &Self| Some(row.functions()).filter(|text| text != "-");
-                last_if_none(&functions(self), &functions(other))
-            }
-            Key::Reset => self.reset().cmp(&other.reset()),
-            Key::Irq => self.interrupts().cmp(&other.interrupts()),
-            Key::State => self.state.cmp(&other.state),
-            Key::Group => last_if_none(&self.whose(), &other.whose()),
-            Key::Vm => last_if_none(&self.vm(), &other.vm()),
-            // Of other tables: asked for and refused before.
-            _ => Ordering::Equal,
-        }
-    }
-}
-
-/// What devices have is worth more than what they lack.
-fn last_if_none<T: Ord>(a: &Option<T>, b: &Option<T>) -> Ordering {
-    (a.is_none(), a).cmp(&(b.is_none(), b))
 }
 
 /// The word for a state.

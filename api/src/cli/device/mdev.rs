@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{self, Column, Shrink, Table, terminal_width};
+use crate::table::{self, Column, Shrink, cell, write_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -34,29 +34,25 @@ pub struct MdevArgs {
     sort: Option<String>,
 }
 
-const fn column(title: &'static str, shrink: Shrink) -> Column {
-    Column { title, shrink }
-}
-
 const TYPES: [Column; 4] = [
-    column("PARENT", Shrink::Never),
-    column("TYPE", Shrink::Never),
-    column("NAME", Shrink::Cut(12)),
-    column("AVAILABLE", Shrink::Never),
+    Column::full("parent"),
+    Column::full("type"),
+    Column::new("name", Shrink::Cut(12)),
+    Column::full("available"),
 ];
 
-const DEVICES: [Column; 7] = [
-    column("UUID", Shrink::Never),
-    column("TYPE", Shrink::Never),
-    column("PARENT", Shrink::Drop(1)),
-    column("IOMMU", Shrink::Drop(0)),
-    column("STATE", Shrink::Never),
-    column("GROUP", Shrink::Never),
-    column("VM", Shrink::Never),
+pub const DEVICES: [Column; 7] = [
+    Column::full("uuid"),
+    Column::full("type"),
+    Column::new("parent", Shrink::Drop(1)),
+    Column::new("iommu", Shrink::Drop(0)),
+    Column::full("state"),
+    Column::full("group"),
+    Column::full("vm"),
 ];
 
 #[derive(Debug, Serialize)]
-struct Shown<'a> {
+struct MdevList<'a> {
     parents: &'a [MdevParent],
     devices: Vec<Row<'a>>,
 }
@@ -76,7 +72,7 @@ pub fn show(args: &MdevArgs, paths: &HostPaths) -> Result<(), Failure> {
     let groups = Groups::load(paths).map_err(Failure::host)?;
     let devices = rows(&mdevs, &groups);
     if args.json {
-        return print_json(&Shown {
+        return print_json(&MdevList {
             parents: &mdevs.parents,
             devices,
         });
@@ -85,7 +81,8 @@ pub fn show(args: &MdevArgs, paths: &HostPaths) -> Result<(), Failure> {
         if mdevs.parents.is_empty() {
             return writeln!(out, "Nothing on this host makes mediated devices.");
         }
-        write!(out, "{}", types(&mdevs.parents, args.sort.as_deref()))?;
+        let types = mdevs.parents.iter().flat_map(types).collect();
+        write_table(out, &TYPES, types, args.sort.as_deref())?;
         writeln!(out)?;
         match devices.as_slice() {
             [] => writeln!(out, "There are no mediated devices."),
@@ -106,46 +103,38 @@ pub fn rows<'a>(mdevs: &'a Mdevs, groups: &'a Groups) -> Vec<Row<'a>> {
     mdevs.devices.iter().map(row).collect()
 }
 
-/// A table of mediated devices that fits the terminal.
+/// Writes mediated devices as a table.
 pub fn table(out: &mut dyn Write, devices: &[Row<'_>], sort: Option<&str>) -> io::Result<()> {
-    let table = Table::new(&DEVICES, devices.iter().map(Row::cells).collect());
-    write!(out, "{}", table.sorted(sort).fit(terminal_width()))
+    write_table(
+        out,
+        &DEVICES,
+        devices.iter().map(Row::cells).collect(),
+        sort,
+    )
 }
 
-fn types(parents: &[MdevParent], sort: Option<&str>) -> Table {
-    let of = |parent: &MdevParent| {
-        let name = parent.name.clone();
-        let cells = parent.types.iter().map(move |one| {
-            let title = one.title.clone().unwrap_or_else(|| "-".to_owned());
-            vec![
-                name.clone(),
-                one.id.clone(),
-                title,
-                one.available.to_string(),
-            ]
-        });
-        cells.collect::<Vec<_>>()
-    };
-    let table = Table::new(&TYPES, parents.iter().flat_map(of).collect());
-    table.sorted(sort).fit(terminal_width())
+/// The cells of each type that a parent can make.
+fn types(parent: &MdevParent) -> impl Iterator<Item = Vec<String>> {
+    parent.types.iter().map(|one| {
+        let (parent, available) = (parent.name.clone(), one.available.to_string());
+        vec![parent, one.id.clone(), cell(one.title.as_ref()), available]
+    })
 }
 
 impl Row<'_> {
     fn cells(&self) -> Vec<String> {
-        let text = |value: Option<&str>| value.unwrap_or("-").to_owned();
         let vm = match &self.state {
             DeviceState::Assigned { vm } => vm.as_deref(),
             _ => None,
         };
-        let group = self.device.iommu_group;
         vec![
             self.device.uuid.to_string(),
             self.device.kind.clone(),
             self.device.parent.clone(),
-            group.map_or("-".to_owned(), |group| group.to_string()),
+            cell(self.device.iommu_group),
             state_word(&self.state).to_owned(),
-            text(self.group),
-            text(vm),
+            cell(self.group),
+            cell(vm),
         ]
     }
 }

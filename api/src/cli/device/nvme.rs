@@ -1,44 +1,25 @@
-//! `gantry device list --type nvme`: NVMe controllers with what they say of themselves and their disks.
+//! `gantry device list --type nvme`: NVMe controllers with their model, firmware and disks.
 
 use gantry_resources::facts::Nvme;
 use gantry_resources::inventory::HostDevice;
 
 use super::list::state_word;
-use crate::table::{Column, Shrink};
-
-const fn full(title: &'static str) -> Column {
-    let give = Shrink::Never;
-    Column {
-        title,
-        shrink: give,
-    }
-}
+use crate::table::{Column, Shrink, cell};
 
 pub const COLUMNS: [Column; 9] = [
-    full("ADDRESS"),
-    Column {
-        title: "MODEL",
-        shrink: Shrink::Cut(16),
-    },
-    full("SERIAL"),
-    Column {
-        title: "FIRMWARE",
-        shrink: Shrink::Drop(0),
-    },
-    full("GB"),
-    Column {
-        title: "DISKS",
-        shrink: Shrink::Drop(1),
-    },
-    full("STATE"),
-    full("GROUP"),
-    full("VM"),
+    Column::full("address"),
+    Column::new("model", Shrink::Cut(16)),
+    Column::full("serial"),
+    Column::new("firmware", Shrink::Drop(0)),
+    Column::full("gb"),
+    Column::new("disks", Shrink::Drop(1)),
+    Column::full("state"),
+    Column::full("group"),
+    Column::full("vm"),
 ];
 
-/// The cells of a controller. What only a driver of the host can ask for is remembered while the device
-/// is detached.
+/// The cells of a controller. A detached controller shows the model and firmware that its host driver read.
 pub fn cells(device: &HostDevice, group: Option<&str>, vm: Option<&str>) -> Vec<String> {
-    let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
     let nvme = device.nvme.as_ref();
     let disks = nvme.map(|nvme| {
         let names = nvme.namespaces.iter().map(|disk| disk.name.as_str());
@@ -46,17 +27,13 @@ pub fn cells(device: &HostDevice, group: Option<&str>, vm: Option<&str>) -> Vec<
     });
     vec![
         device.bdf.to_string(),
-        or_dash(nvme.map(|nvme| nvme.model.as_str())),
-        or_dash(device.serial.as_deref()),
-        or_dash(nvme.map(|nvme| nvme.firmware.as_str())),
-        or_dash(
-            nvme.map(Nvme::gigabytes)
-                .map(|size| size.to_string())
-                .as_deref(),
-        ),
-        or_dash(disks.as_deref().filter(|disks| !disks.is_empty())),
+        cell(nvme.map(|nvme| &nvme.model)),
+        cell(device.serial.as_deref()),
+        cell(nvme.map(|nvme| &nvme.firmware)),
+        cell(nvme.map(Nvme::gigabytes)),
+        cell(disks),
         state_word(&device.state()).to_owned(),
-        or_dash(group),
-        or_dash(vm),
+        cell(group),
+        cell(vm),
     ]
 }

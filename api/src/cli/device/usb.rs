@@ -5,38 +5,21 @@ use gantry_resources::inventory::{UsbDevice, scan_usb};
 use gantry_resources::pools::Groups;
 use serde::Serialize;
 
-use super::list::shown;
+use super::list::print_devices;
 use crate::output::print_json;
 use crate::report::Failure;
-use crate::table::{Column, Shrink};
-
-const fn full(title: &'static str) -> Column {
-    let give = Shrink::Never;
-    Column {
-        title,
-        shrink: give,
-    }
-}
+use crate::table::{Column, Shrink, cell};
 
 pub const COLUMNS: [Column; 9] = [
-    full("PORT"),
-    full("ID"),
-    Column {
-        title: "NAME",
-        shrink: Shrink::Cut(16),
-    },
-    Column {
-        title: "SERIAL",
-        shrink: Shrink::Drop(1),
-    },
-    full("BUS"),
-    full("SPEED"),
-    full("DRIVER"),
-    Column {
-        title: "CONTROLLER",
-        shrink: Shrink::Drop(0),
-    },
-    full("GROUP"),
+    Column::full("port"),
+    Column::full("id"),
+    Column::new("name", Shrink::Cut(16)),
+    Column::new("serial", Shrink::Drop(1)),
+    Column::full("bus"),
+    Column::full("speed"),
+    Column::full("driver"),
+    Column::new("controller", Shrink::Drop(0)),
+    Column::full("group"),
 ];
 
 /// A device with what is known about it from elsewhere.
@@ -76,28 +59,23 @@ pub fn list_those(
     if json {
         return print_json(&rows);
     }
-    shown(&COLUMNS, rows.iter().map(Row::cells).collect(), sort)
+    print_devices(&COLUMNS, rows.iter().map(Row::cells).collect(), sort)
 }
 
 impl Row<'_> {
     fn cells(&self) -> Vec<String> {
         let device = self.device;
-        let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
         let drivers = device.drivers.join(" ");
         vec![
             device.port.clone(),
             device.id.to_string(),
-            or_dash(self.name.as_deref()),
-            or_dash(device.serial.as_deref()),
+            cell(self.name.as_deref()),
+            cell(device.serial.as_deref()),
             device.bus.to_string(),
-            device
-                .speed
-                .map_or_else(|| "-".to_owned(), |speed| speed.to_string()),
-            or_dash(Some(drivers.as_str()).filter(|text| !text.is_empty())),
-            device
-                .controller
-                .map_or_else(|| "-".to_owned(), |bdf| bdf.to_string()),
-            or_dash(self.group),
+            cell(device.speed),
+            cell(Some(drivers)),
+            cell(device.controller),
+            cell(self.group),
         ]
     }
 }

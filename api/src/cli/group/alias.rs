@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::matching::{self, Found, table};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -72,22 +72,10 @@ struct Row {
 }
 
 const COLUMNS: [Column; 4] = [
-    Column {
-        title: "ALIAS",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "DEVICES",
-        shrink: Shrink::Cut(12),
-    },
-    Column {
-        title: "TYPE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "FREE",
-        shrink: Shrink::Never,
-    },
+    Column::full("alias"),
+    Column::new("devices", Shrink::Cut(12)),
+    Column::full("type"),
+    Column::full("free"),
 ];
 
 pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -125,24 +113,20 @@ pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
         return print_json(&rows);
     }
     let cells = rows.iter().map(Row::cells).collect();
-    let table = Table::new(&COLUMNS, cells)
-        .sorted(args.sort.as_deref())
-        .fit(terminal_width());
-    print(|out| write!(out, "{table}"))
+    print_table(&COLUMNS, cells, args.sort.as_deref())
 }
 
 impl Row {
     fn cells(&self) -> Vec<String> {
         let ids = self.alternatives.iter().map(Alias::ids);
-        let types: Vec<String> = self
+        let mut types = self
             .alternatives
             .iter()
-            .filter_map(|alias| Some(alias.device_type?.to_string()))
-            .collect();
+            .filter_map(|alias| alias.device_type);
         vec![
             self.name.clone(),
             ids.collect::<Vec<_>>().join(" "),
-            types.first().map_or_else(|| "-".to_owned(), String::clone),
+            cell(types.next()),
             self.free.to_string(),
         ]
     }

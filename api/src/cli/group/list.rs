@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -32,38 +32,14 @@ pub struct ListArgs {
 }
 
 const COLUMNS: [Column; 8] = [
-    Column {
-        title: "NAME",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "TYPE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "CLASS",
-        shrink: Shrink::Drop(0),
-    },
-    Column {
-        title: "DESCRIPTION",
-        shrink: Shrink::Cut(12),
-    },
-    Column {
-        title: "TOTAL",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "USED",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "FREE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "DEVICES",
-        shrink: Shrink::Cut(12),
-    },
+    Column::full("name"),
+    Column::full("type"),
+    Column::new("class", Shrink::Drop(0)),
+    Column::new("description", Shrink::Cut(12)),
+    Column::full("total"),
+    Column::full("used"),
+    Column::full("free"),
+    Column::new("devices", Shrink::Cut(12)),
 ];
 
 /// A group with its devices.
@@ -107,9 +83,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
             )
         });
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
-    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
-    print(|out| write!(out, "{table}"))
+    let cells = rows.iter().map(Row::cells).collect();
+    print_table(&COLUMNS, cells, args.sort.as_deref())
 }
 
 fn rows<'a>(groups: &'a Groups, paths: &HostPaths) -> Result<Vec<Row<'a>>, Failure> {
@@ -233,22 +208,15 @@ impl<'a> Row<'a> {
         let addresses = self.devices.iter().map(|member| member.bdf.to_string());
         let addresses = addresses.chain(self.usb.iter().cloned());
         let addresses = addresses.chain(self.mdevs.iter().map(Uuid::to_string));
-        let or_dash = |text: &str| {
-            if text.is_empty() {
-                "-".to_owned()
-            } else {
-                text.to_owned()
-            }
-        };
         vec![
             self.group.name.clone(),
             self.group.kind.word().to_owned(),
-            or_dash(self.group.class.as_deref().unwrap_or_default()),
-            or_dash(&self.group.description),
+            cell(self.group.class.as_ref()),
+            cell(Some(&self.group.description)),
             self.total.to_string(),
             self.used.to_string(),
             self.free.to_string(),
-            or_dash(&addresses.collect::<Vec<_>>().join(" ")),
+            cell(Some(addresses.collect::<Vec<_>>().join(" "))),
         ]
     }
 }

@@ -10,10 +10,10 @@ use gantry_resources::inventory::{DeviceState, HostDevice, UsbDevice, scan};
 use gantry_resources::pools::{GroupType, Groups, Rule};
 use serde::Serialize;
 
-use crate::cli::device::{has_column, state_word, usb};
+use crate::cli::device::{state_word, usb};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, has_column, write_table};
 
 #[derive(Debug, Args)]
 #[command(override_usage = "gantry group match [OPTIONS] <NAME|--rule <JSON>>")]
@@ -61,30 +61,12 @@ pub struct Found {
 
 /// What is shown of a PCI function.
 pub const COLUMNS: [Column; 6] = [
-    Column {
-        title: "ADDRESS",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "ID",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "NAME",
-        shrink: Shrink::Cut(12),
-    },
-    Column {
-        title: "CLASS",
-        shrink: Shrink::Drop(0),
-    },
-    Column {
-        title: "STATE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "GROUP",
-        shrink: Shrink::Never,
-    },
+    Column::full("address"),
+    Column::full("id"),
+    Column::new("name", Shrink::Cut(12)),
+    Column::new("class", Shrink::Drop(0)),
+    Column::full("state"),
+    Column::full("group"),
 ];
 
 impl Found {
@@ -103,10 +85,10 @@ impl Found {
         vec![
             self.bdf.to_string(),
             self.id.to_string(),
-            self.name.unwrap_or("-").to_owned(),
-            self.class.name().unwrap_or("-").to_owned(),
+            cell(self.name),
+            cell(self.class.name()),
             state_word(&self.state).to_owned(),
-            self.group.clone().unwrap_or_else(|| "-".to_owned()),
+            cell(self.group.as_ref()),
         ]
     }
 }
@@ -152,6 +134,5 @@ pub fn table(out: &mut dyn Write, found: &[Found], sort: Option<&str>) -> io::Re
         return writeln!(out, "No device of this host matches.");
     }
     let rows = found.iter().map(Found::cells).collect();
-    let table = Table::new(&COLUMNS, rows).sorted(sort);
-    write!(out, "{}", table.fit(terminal_width()))
+    write_table(out, &COLUMNS, rows, sort)
 }

@@ -10,10 +10,11 @@ use serde::Serialize;
 
 use super::list::{Counts, counts_of};
 use super::matching::{COLUMNS, Found, sort_by, table};
-use crate::cli::device::{has_column, usb};
+use crate::cli::device::usb;
 use crate::cli::group_change::lacking;
 use crate::output::{print, print_json};
 use crate::report::Failure;
+use crate::table::has_column;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cli::device::state_word;
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example: gantry tenant list --sort devices")]
@@ -33,23 +33,12 @@ pub struct ShowArgs {
     json: bool,
 }
 
-const fn full(title: &'static str) -> Column {
-    let give = Shrink::Never;
-    Column {
-        title,
-        shrink: give,
-    }
-}
-
 const COLUMNS: [Column; 5] = [
-    full("NAME"),
-    full("USER"),
-    full("DEVICES"),
-    full("USED"),
-    Column {
-        title: "DESCRIPTION",
-        shrink: Shrink::Cut(12),
-    },
+    Column::full("name"),
+    Column::full("user"),
+    Column::full("devices"),
+    Column::full("used"),
+    Column::new("description", Shrink::Cut(12)),
 ];
 
 /// A tenant with its devices.
@@ -134,10 +123,7 @@ impl<'a> Row<'a> {
             self.file.user.clone(),
             self.total.to_string(),
             self.used.to_string(),
-            match self.file.description.as_str() {
-                "" => "-".to_owned(),
-                text => text.to_owned(),
-            },
+            cell(Some(&self.file.description)),
         ]
     }
 }
@@ -161,9 +147,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
             )
         });
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
-    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
-    print(|out| write!(out, "{table}"))
+    let cells = rows.iter().map(Row::cells).collect();
+    print_table(&COLUMNS, cells, args.sort.as_deref())
 }
 
 pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {

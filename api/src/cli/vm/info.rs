@@ -9,7 +9,7 @@ use super::{find, watch};
 use crate::http::wire::{Device, Placement, VmInfo};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, write_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -34,26 +34,11 @@ pub struct InfoArgs {
 }
 
 const COLUMNS: [Column; 5] = [
-    Column {
-        title: "DEVICE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "HOST",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "GUEST",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "GROUP",
-        shrink: Shrink::Drop(0),
-    },
-    Column {
-        title: "STATE",
-        shrink: Shrink::Never,
-    },
+    Column::full("device"),
+    Column::full("host"),
+    Column::full("guest"),
+    Column::new("group", Shrink::Drop(0)),
+    Column::full("state"),
 ];
 
 pub fn info(args: &InfoArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -89,10 +74,8 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
         return Ok(());
     }
     let rows = info.devices.iter().map(cells).collect();
-    let table = Table::new(&COLUMNS, rows)
-        .sorted(sort)
-        .fit(terminal_width());
-    write!(out, "\n{table}")?;
+    writeln!(out)?;
+    write_table(out, &COLUMNS, rows, sort)?;
     let mut said: Vec<&String> = Vec::new();
     for device in &info.devices {
         let others = &device.together_with;
@@ -122,7 +105,7 @@ fn cells(device: &Device) -> Vec<String> {
         device.id.clone(),
         device.host.to_string(),
         device.pci_bdf.clone(),
-        device.group.clone().unwrap_or_else(|| "-".to_owned()),
+        cell(device.group.as_ref()),
         device.state.to_string(),
     ]
 }

@@ -13,7 +13,7 @@ use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmState, VmmPing};
 use crate::output::{print, print_json};
 use crate::report::Failure;
-use crate::table::{Column, Shrink, Table, column, terminal_width};
+use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -82,34 +82,13 @@ impl fmt::Display for State {
 }
 
 const COLUMNS: [Column; 7] = [
-    Column {
-        title: "NAME",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "PID",
-        shrink: Shrink::Drop(0),
-    },
-    Column {
-        title: "STATE",
-        shrink: Shrink::Never,
-    },
-    Column {
-        title: "VCPUS",
-        shrink: Shrink::Drop(1),
-    },
-    Column {
-        title: "MEMORY",
-        shrink: Shrink::Drop(2),
-    },
-    Column {
-        title: "SLOTS",
-        shrink: Shrink::Drop(3),
-    },
-    Column {
-        title: "DEVICES",
-        shrink: Shrink::Cut(12),
-    },
+    Column::full("name"),
+    Column::new("pid", Shrink::Drop(0)),
+    Column::full("state"),
+    Column::new("vcpus", Shrink::Drop(1)),
+    Column::new("memory", Shrink::Drop(2)),
+    Column::new("slots", Shrink::Drop(3)),
+    Column::new("devices", Shrink::Cut(12)),
 ];
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -129,9 +108,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if rows.is_empty() {
         return print(|out| writeln!(out, "No VM runs."));
     }
-    let table = Table::new(&COLUMNS, rows.iter().map(Row::cells).collect());
-    let table = table.sorted(args.sort.as_deref()).fit(terminal_width());
-    print(|out| write!(out, "{table}"))
+    let cells = rows.iter().map(Row::cells).collect();
+    print_table(&COLUMNS, cells, args.sort.as_deref())
 }
 
 impl Row {
@@ -195,25 +173,19 @@ impl Row {
     }
 
     fn cells(&self) -> Vec<String> {
-        let of_info = |cell: &dyn Fn(&VmInfo) -> String| match &self.info {
-            Some(info) => cell(info),
-            None => "-".to_owned(),
-        };
-        let devices = |info: &VmInfo| match info.devices.as_slice() {
-            [] => "-".to_owned(),
-            devices => {
-                let names: Vec<&str> = devices.iter().map(|device| &*device.id).collect();
-                names.join(" ")
-            }
-        };
+        let info = self.info.as_ref();
+        let devices = info.map(|info| {
+            let names: Vec<&str> = info.devices.iter().map(|device| &*device.id).collect();
+            names.join(" ")
+        });
         vec![
             self.name.clone(),
-            self.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+            cell(self.pid),
             self.state.to_string(),
-            of_info(&|info| info.config.cpus.boot_vcpus.to_string()),
-            of_info(&|info| crate::config::size(info.config.memory.size)),
-            of_info(&super::slots),
-            of_info(&devices),
+            cell(info.map(|info| info.config.cpus.boot_vcpus)),
+            cell(info.map(|info| crate::config::size(info.config.memory.size))),
+            cell(info.map(super::slots)),
+            cell(devices),
         ]
     }
 }
