@@ -103,6 +103,16 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The device's bus is not this VM's alone.
+    #[error(
+        "{device} cannot be reset with its bus: IOMMU group {group} is on the bus too and is not this VM's"
+    )]
+    BusShared {
+        /// The device's address on the host.
+        device: String,
+        /// The group that this VM does not have.
+        group: u32,
+    },
     /// The device cannot interrupt a guest, and its entry does not allow that.
     #[error(
         "{device} has no interrupts that VFIO can deliver: add \"interrupts\": \"none\" to the device's entry to \
@@ -128,7 +138,11 @@ pub enum Error {
 impl Error {
     /// Whether the device lacks the function that was asked for, and nothing failed.
     pub fn is_unsupported(&self) -> bool {
-        matches!(self, Self::Device { source, .. } if source.kind() == io::ErrorKind::Unsupported)
+        match self {
+            Self::BusShared { .. } => true,
+            Self::Device { source, .. } => source.kind() == io::ErrorKind::Unsupported,
+            _ => false,
+        }
     }
 }
 

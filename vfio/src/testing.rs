@@ -82,12 +82,17 @@ impl Trace {
 
 /// A device of PCI vendor 1b36 that remembers what is written to it.
 pub struct FakeDevice {
+    pub name: String,
     pub trace: Arc<Trace>,
     pub regions: Vec<RegionInfo>,
     pub msix: IrqInfo,
     pub msi: IrqInfo,
     pub intx: IrqInfo,
     pub resettable: bool,
+    /// The functions that a reset of its bus resets.
+    pub on_bus: Vec<String>,
+    /// Whether another user has functions on its bus.
+    pub bus_shared: bool,
     /// Interrupt vectors that the host has for it.
     pub host_vectors: usize,
     pub config: Mutex<Vec<u8>>,
@@ -153,6 +158,7 @@ impl FakeDevice {
         regions[4] = region(1 << 20, true);
         regions[Region::CONFIG.index()] = region(4096, false);
         Self {
+            name: "0000:01:00.0".to_owned(),
             trace: Arc::default(),
             regions,
             msix: IrqInfo {
@@ -168,6 +174,8 @@ impl FakeDevice {
                 fixed: true,
             },
             resettable: true,
+            on_bus: Vec::new(),
+            bus_shared: false,
             host_vectors: usize::MAX,
             config: Mutex::new(config()),
             bytes: Mutex::default(),
@@ -258,7 +266,7 @@ fn failed(place: &str) -> impl FnOnce(io::Error) -> Error {
 
 impl DeviceIo for FakeDevice {
     fn name(&self) -> &str {
-        "0000:01:00.0"
+        &self.name
     }
 
     fn region(&self, region: Region) -> &RegionInfo {
@@ -372,6 +380,20 @@ impl DeviceIo for FakeDevice {
             return Err(failed("reset")(io::ErrorKind::Unsupported.into()));
         }
         self.trace.step("reset".into()).map_err(failed("reset"))
+    }
+
+    fn on_bus(&self) -> &[String] {
+        &self.on_bus
+    }
+
+    fn reset_bus(&self) -> Result<()> {
+        if self.bus_shared {
+            let device = self.name().to_owned();
+            return Err(Error::BusShared { device, group: 9 });
+        }
+        let name = self.name.as_str();
+        let place = format!("reset bus of {name}");
+        self.trace.step(place.clone()).map_err(failed(&place))
     }
 }
 

@@ -1,13 +1,15 @@
 //! What gives access to a device, and keeps the device in its DMA space.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::group::Group;
+use super::ioctl::{self, BusFunction};
 use crate::{Error, Result};
 
 /// How long to wait for the user of a physical function to set its token.
@@ -59,5 +61,32 @@ impl Attachment {
                 place: "VFIO_GROUP_GET_DEVICE_FD".into(),
                 source,
             })
+    }
+
+    /// Resets the bus of an open device of this attachment, with all its `functions`.
+    ///
+    /// # Errors
+    /// A function is not in this DMA space, or the kernel refuses.
+    pub(super) fn reset_bus(
+        &self,
+        (name, device): (&str, BorrowedFd<'_>),
+        functions: &[BusFunction],
+    ) -> Result<()> {
+        let Self::Group(group) = self;
+        let numbers: BTreeSet<u32> = functions.iter().map(|function| function.owner).collect();
+        let joined = numbers.into_iter().map(|number| {
+            let joined = group.container().group(number);
+            joined.ok_or_else(|| Error::BusShared {
+                device: name.to_owned(),
+                group: number,
+            })
+        });
+        let groups = joined.collect::<Result<Vec<_>>>()?;
+        let groups: Vec<_> = groups.iter().map(|group| group.as_fd()).collect();
+        ioctl::hot_reset(device, &groups).map_err(|source| Error::Device {
+            device: name.to_owned(),
+            place: "VFIO_DEVICE_PCI_HOT_RESET".into(),
+            source,
+        })
     }
 }

@@ -1,10 +1,11 @@
 //! A VFIO container: the DMA address space that the groups of one VM share, in VFIO's type1 interface.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::mapping::HostMapping;
 use vfio_bindings::bindings::vfio as abi;
@@ -24,10 +25,11 @@ pub struct Container {
     groups: Mutex<Groups>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 enum Groups {
     NoneYet,
-    Joined(usize),
+    /// Their numbers and descriptors.
+    Joined(BTreeMap<u32, Arc<File>>),
     AllLeft,
 }
 
@@ -66,37 +68,53 @@ impl Container {
     /// Adds a group with `set_container`, and sets the IOMMU if the group is the first.
     pub(super) fn join(
         &self,
+        number: u32,
+        group: &Arc<File>,
         set_container: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        *groups = match *groups {
+        let mut groups = self.groups();
+        match &mut *groups {
             Groups::NoneYet => {
                 set_container(self.file.as_fd())?;
                 ioctl::set_iommu(self.file.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
                     .map_err(failed("VFIO_SET_IOMMU"))?;
-                Groups::Joined(1)
+                *groups = Groups::Joined([(number, Arc::clone(group))].into());
             }
-            Groups::Joined(count) => {
+            Groups::Joined(joined) => {
                 set_container(self.file.as_fd())?;
-                Groups::Joined(count + 1)
+                joined.insert(number, Arc::clone(group));
             }
             Groups::AllLeft => {
                 return Err(failed("joining")(io::Error::from_raw_os_error(
                     libc::ESTALE,
                 )));
             }
-        };
+        }
         Ok(())
     }
 
     /// Removes a group with `unset_container`.
-    pub(super) fn leave(&self, unset_container: impl FnOnce()) {
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn leave(&self, number: u32, unset_container: impl FnOnce()) {
+        let mut groups = self.groups();
         unset_container();
-        *groups = match *groups {
-            Groups::Joined(count) if count > 1 => Groups::Joined(count - 1),
-            _ => Groups::AllLeft,
-        };
+        if let Groups::Joined(joined) = &mut *groups {
+            joined.remove(&number);
+            if joined.is_empty() {
+                *groups = Groups::AllLeft;
+            }
+        }
+    }
+
+    /// The descriptor of a group, if the group is in the container.
+    pub(super) fn group(&self, number: u32) -> Option<Arc<File>> {
+        match &*self.groups() {
+            Groups::Joined(joined) => joined.get(&number).cloned(),
+            Groups::NoneYet | Groups::AllLeft => None,
+        }
+    }
+
+    fn groups(&self) -> MutexGuard<'_, Groups> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -119,9 +137,8 @@ impl Iommu for Container {
     /// Once no group is left, the kernel has ended all mappings itself.
     fn unmap(&self, iova: u64, len: u64) -> Result<()> {
         let unmapped = ioctl::unmap_dma(self.file.as_fd(), iova, len);
-        let groups = *self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         match unmapped {
-            Err(_) if groups == Groups::AllLeft => Ok(()),
+            Err(_) if matches!(*self.groups(), Groups::AllLeft) => Ok(()),
             Err(source) => Err(Error::Dma {
                 call: "VFIO_IOMMU_UNMAP_DMA",
                 iova,
@@ -178,20 +195,25 @@ mod tests {
     #[test]
     fn a_container_whose_groups_have_left_takes_no_more_and_forgets_its_mappings() {
         let container = Container::on_null();
-        *container.groups.lock().unwrap() = Groups::Joined(1);
+        let group = Arc::new(File::open("/dev/null").unwrap());
+        *container.groups() = Groups::Joined([(7, Arc::clone(&group))].into());
         assert!(container.unmap(0, 4096).is_err());
-        container.join(|_| Ok(())).unwrap();
-        container.leave(|| ());
+        container.join(8, &group, |_| Ok(())).unwrap();
+        assert!(container.group(7).is_some() && container.group(8).is_some());
+        container.leave(7, || ());
+        assert!(container.group(7).is_none());
         assert!(container.unmap(0, 4096).is_err());
-        container.leave(|| ());
+        container.leave(8, || ());
         container.unmap(0, 4096).unwrap();
-        assert!(container.join(|_| Ok(())).is_err());
+        assert!(container.join(8, &group, |_| Ok(())).is_err());
+        assert_eq!(Arc::strong_count(&group), 1);
     }
 
     #[test]
     fn a_first_group_without_an_iommu_has_not_joined() {
         let container = Container::on_null();
-        let error = container.join(|_| Ok(())).unwrap_err();
+        let group = Arc::new(File::open("/dev/null").unwrap());
+        let error = container.join(7, &group, |_| Ok(())).unwrap_err();
         assert!(matches!(
             error,
             Error::Container {
@@ -199,6 +221,6 @@ mod tests {
                 ..
             }
         ));
-        assert_eq!(*container.groups.lock().unwrap(), Groups::NoneYet);
+        assert!(matches!(*container.groups(), Groups::NoneYet));
     }
 }

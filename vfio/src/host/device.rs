@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::attachment::Attachment;
 use super::info::{IrqInfo, MmapArea, RegionInfo, parse_region};
-use super::ioctl;
+use super::ioctl::{self, BusFunction};
 use crate::{Error, Result};
 
 /// A region of a PCI device, by its VFIO index.
@@ -157,11 +157,21 @@ pub trait DeviceIo: Send + Sync {
     /// The kernel refuses.
     fn disable_irqs(&self, irq: Irq) -> Result<()>;
 
-    /// Resets the device.
+    /// Resets the device and no other.
     ///
     /// # Errors
     /// The device has no reset of its own, or the reset failed.
     fn reset(&self) -> Result<()>;
+
+    /// The host addresses of the functions that are reset with the device's bus, its own among them; none if the
+    /// device has a reset of its own, or its bus cannot be reset.
+    fn on_bus(&self) -> &[String];
+
+    /// Resets all functions of the device's bus. None may be in use.
+    ///
+    /// # Errors
+    /// The bus cannot be reset, another user has functions on it, or the reset failed.
+    fn reset_bus(&self) -> Result<()>;
 }
 
 /// A device of the kernel's VFIO, open.
@@ -173,7 +183,9 @@ pub struct VfioDevice {
     regions: Vec<(RegionInfo, u64)>,
     irqs: Vec<IrqInfo>,
     resettable: bool,
-    _attachment: Attachment,
+    bus: Vec<BusFunction>,
+    on_bus: Vec<String>,
+    attachment: Attachment,
 }
 
 /// The largest useful alignment of a mapped BAR: the largest page of the kernel.
@@ -218,13 +230,21 @@ impl VfioDevice {
                 .map_err(failed(format!("VFIO_DEVICE_GET_IRQ_INFO of {irq}")))?;
             irqs.push(info.into());
         }
+        let resettable = info.flags & abi::VFIO_DEVICE_FLAGS_RESET != 0;
+        let bus = match resettable {
+            true => Vec::new(),
+            false => no_bus_reset(ioctl::hot_reset_info(fd.as_fd()))
+                .map_err(failed("VFIO_DEVICE_GET_PCI_HOT_RESET_INFO".into()))?,
+        };
         Ok(Self {
             name: name.to_owned(),
             file: fd.into(),
             regions,
             irqs,
-            resettable: info.flags & abi::VFIO_DEVICE_FLAGS_RESET != 0,
-            _attachment: attachment,
+            resettable,
+            on_bus: bus.iter().map(address).collect(),
+            bus,
+            attachment,
         })
     }
 
@@ -341,6 +361,41 @@ impl DeviceIo for VfioDevice {
         ioctl::device_reset(self.file.as_fd())
             .map_err(|source| self.error("VFIO_DEVICE_RESET".into(), source))
     }
+
+    fn on_bus(&self) -> &[String] {
+        &self.on_bus
+    }
+
+    fn reset_bus(&self) -> Result<()> {
+        if self.bus.is_empty() {
+            let source = io::Error::from(io::ErrorKind::Unsupported);
+            return Err(self.error("VFIO_DEVICE_PCI_HOT_RESET".into(), source));
+        }
+        let device = (self.name.as_str(), self.file.as_fd());
+        self.attachment.reset_bus(device, &self.bus)
+    }
+}
+
+/// The kernel answers ENODEV if a bus cannot be reset, and EPERM if a function on it is in no IOMMU group.
+fn no_bus_reset(asked: io::Result<Vec<BusFunction>>) -> io::Result<Vec<BusFunction>> {
+    match asked {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EPERM)) => {
+            Ok(Vec::new())
+        }
+        asked => asked,
+    }
+}
+
+/// A function's address as sysfs writes it.
+fn address(function: &BusFunction) -> String {
+    let BusFunction {
+        segment,
+        bus,
+        devfn,
+        ..
+    } = function;
+    let (device, function) = (devfn >> 3, devfn & 7);
+    format!("{segment:04x}:{bus:02x}:{device:02x}.{function}")
 }
 
 /// The kernel answers EINVAL if a device has no such region or interrupt.
@@ -361,6 +416,25 @@ mod tests {
         assert_eq!(Region::bar(6), None);
         assert_eq!(Region::CONFIG.to_string(), "configuration space");
         assert_eq!(Region::all().nth(6).unwrap().to_string(), "expansion ROM");
+    }
+
+    #[test]
+    fn functions_on_a_bus_have_the_addresses_of_the_host() {
+        let function = BusFunction {
+            owner: 3,
+            segment: 1,
+            bus: 0xb,
+            devfn: 0x09,
+        };
+        assert_eq!(address(&function), "0001:0b:01.1");
+        for (errno, known) in [
+            (libc::ENODEV, true),
+            (libc::EPERM, true),
+            (libc::EIO, false),
+        ] {
+            let asked = no_bus_reset(Err(io::Error::from_raw_os_error(errno)));
+            assert_eq!(asked.is_ok(), known, "{errno}");
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub trait GroupObserver: Send + Sync {
 pub struct Group {
     number: u32,
     // Declared before the container, so that the group is closed first.
-    file: File,
+    file: Arc<File>,
     observer: Option<Arc<dyn GroupObserver>>,
     container: Arc<Container>,
 }
@@ -91,7 +91,8 @@ impl Group {
         if status & abi::VFIO_GROUP_FLAGS_VIABLE == 0 {
             return Err(Error::NotViable { group: number });
         }
-        container.join(|container| {
+        let file = Arc::new(file);
+        container.join(number, &file, |container| {
             let join = || ioctl::group_set_container(file.as_fd(), container);
             while_busy(deadline, join).map_err(|source| match source.raw_os_error() {
                 Some(libc::EBUSY) => in_use(number, begun.elapsed()),
@@ -138,7 +139,7 @@ impl Drop for Group {
         if let Some(observer) = self.observer.take() {
             observer.removed(self.file.as_fd());
         }
-        self.container.leave(|| {
+        self.container.leave(self.number, || {
             // Closing the file has the same effect; the call before it reports a device that is still open.
             match ioctl::group_unset_container(self.file.as_fd()) {
                 // The host has unbound its last device, and the kernel has removed the group.

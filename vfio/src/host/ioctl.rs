@@ -35,6 +35,9 @@ const DEVICE_GET_REGION_INFO: c_ulong = request(8);
 const DEVICE_GET_IRQ_INFO: c_ulong = request(9);
 const DEVICE_SET_IRQS: c_ulong = request(10);
 const DEVICE_RESET: c_ulong = request(11);
+// The numbers of the next two are also those of requests on a container.
+const DEVICE_GET_PCI_HOT_RESET_INFO: c_ulong = request(12);
+const DEVICE_PCI_HOT_RESET: c_ulong = request(13);
 const IOMMU_GET_INFO: c_ulong = request(12);
 const IOMMU_MAP_DMA: c_ulong = request(13);
 const IOMMU_UNMAP_DMA: c_ulong = request(14);
@@ -50,6 +53,7 @@ pub const OPEN_REQUESTS: &[u64] = &[
     DEVICE_GET_INFO,
     DEVICE_GET_REGION_INFO,
     DEVICE_GET_IRQ_INFO,
+    DEVICE_GET_PCI_HOT_RESET_INFO,
     IOMMU_GET_INFO,
 ];
 
@@ -57,6 +61,7 @@ pub const OPEN_REQUESTS: &[u64] = &[
 pub const RUNTIME_REQUESTS: &[u64] = &[
     DEVICE_SET_IRQS,
     DEVICE_RESET,
+    DEVICE_PCI_HOT_RESET,
     IOMMU_GET_INFO,
     IOMMU_MAP_DMA,
     IOMMU_UNMAP_DMA,
@@ -259,6 +264,69 @@ pub fn device_reset(device: BorrowedFd<'_>) -> io::Result<()> {
     checked(ret).map(drop)
 }
 
+/// A function that a hot reset of a device resets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BusFunction {
+    /// Its IOMMU group; of a device opened as a cdev, its number in the IOMMU file descriptor.
+    pub owner: u32,
+    pub segment: u16,
+    pub bus: u8,
+    /// Device number times 8, plus function number.
+    pub devfn: u8,
+}
+
+/// The functions that a hot reset of the device resets: those of its slot or bus. ENODEV if there is no such
+/// reset.
+pub fn hot_reset_info(device: BorrowedFd<'_>) -> io::Result<Vec<BusFunction>> {
+    // struct vfio_pci_hot_reset_info: argsz, flags, count, then 64 bits a function.
+    const HEADER: usize = 3;
+    let mut room = 8;
+    loop {
+        let mut words = vec![0u32; HEADER + 2 * room];
+        words[0] = size_of_val(words.as_slice()) as u32;
+        // SAFETY: the kernel writes at most the `argsz` bytes that the buffer says it has and has.
+        let ret = unsafe {
+            ioctl_with_mut_ptr(&device, DEVICE_GET_PCI_HOT_RESET_INFO, words.as_mut_ptr())
+        };
+        let count = words[2] as usize;
+        match checked(ret) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && count > room => {
+                room = count;
+            }
+            Err(error) => return Err(error),
+            Ok(_) => {
+                let functions = words[HEADER..].chunks_exact(2).take(count);
+                return Ok(functions
+                    .map(|pair| bus_function(pair[0], pair[1]))
+                    .collect());
+            }
+        }
+    }
+}
+
+fn bus_function(owner: u32, place: u32) -> BusFunction {
+    let [low, high, bus, devfn] = place.to_ne_bytes();
+    BusFunction {
+        owner,
+        segment: u16::from_ne_bytes([low, high]),
+        bus,
+        devfn,
+    }
+}
+
+/// Resets the slot or the bus of the device. `groups` are those of all functions on it; none for a device opened
+/// as a cdev, whose IOMMU file descriptor must own all of them.
+pub fn hot_reset(device: BorrowedFd<'_>, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+    // struct vfio_pci_hot_reset: argsz, flags, count, then the descriptors of the groups, 32 bits each.
+    let count = u32::try_from(groups.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut words = vec![0, 0, count];
+    words.extend(groups.iter().map(|group| group.as_raw_fd() as u32));
+    words[0] = size_of_val(words.as_slice()) as u32;
+    // SAFETY: the kernel reads the `argsz` bytes that the buffer says it has and has.
+    let ret = unsafe { ioctl_with_ptr(&device, DEVICE_PCI_HOT_RESET, words.as_ptr()) };
+    checked(ret).map(drop)
+}
+
 /// Lets devices read and write `len` bytes of `memory` from `offset` on, at `iova`. The pages are
 /// pinned until they are unmapped, whether or not `memory` outlives that.
 pub fn map_dma(
@@ -315,6 +383,18 @@ mod tests {
     }
 
     #[test]
+    fn a_function_on_the_bus_is_read_as_the_kernel_writes_it() {
+        let place = u32::from_ne_bytes([0x34, 0x12, 0x05, 0x09]);
+        let BusFunction {
+            owner,
+            segment,
+            bus,
+            devfn,
+        } = bus_function(7, place);
+        assert_eq!((owner, segment, bus, devfn), (7, 0x1234, 5, 9));
+    }
+
+    #[test]
     fn a_refusal_carries_the_errno() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let fd = null.as_fd();
@@ -333,6 +413,8 @@ mod tests {
             disable_irqs(fd, Irq::Msix),
             unmask_by(fd, Irq::Intx, &event),
             device_reset(fd),
+            hot_reset_info(fd).map(drop),
+            hot_reset(fd, &[fd]),
             unmap_dma(fd, 0, 4096).map(drop),
         ];
         for (call, result) in refused.into_iter().enumerate() {

@@ -223,9 +223,25 @@ impl PassthroughDevice {
     pub(super) fn reset_device(&self) -> Result<()> {
         self.io.reset().inspect_err(|error| {
             if !error.is_unsupported() {
-                self.reset_failed.store(true, Ordering::Relaxed);
+                self.note_failed_reset();
             }
         })
+    }
+
+    /// The state of the device is not known any more.
+    pub(super) fn note_failed_reset(&self) {
+        self.reset_failed.store(true, Ordering::Relaxed);
+    }
+
+    /// The device on the host.
+    pub(super) fn io(&self) -> &dyn DeviceIo {
+        self.io.as_ref()
+    }
+
+    /// The host addresses of the functions that are reset with its bus; none if it has a reset of its own, or its
+    /// bus cannot be reset.
+    pub fn on_bus(&self) -> &[String] {
+        self.io.on_bus()
     }
 
     /// Ends mappings, bus mastering and interrupts. The device completes the write to the command register

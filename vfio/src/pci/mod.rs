@@ -8,3 +8,4 @@ mod reset;
 mod window;
 
 pub use device::PassthroughDevice;
+pub use reset::{ResetScope, reset_scopes};

@@ -83,7 +83,7 @@ impl Attacher {
         };
         let context = &self.context;
         let opening = acquired.open(&self.router, &context.notify, &context.sandbox)?;
-        let devices = opening.wait(cancelled);
+        let devices = opening.wait(&context.sandbox, cancelled);
         steps.done("open");
         let mapped = mapping.map_or(Ok(()), Task::join);
         steps.done("map");

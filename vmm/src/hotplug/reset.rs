@@ -1,44 +1,32 @@
 //! Resets the devices when the guest reboots.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::time::Duration;
 
-use gantry_devices::pci::{BarSpace, PciDevice, PortIndex};
+use gantry_devices::pci::PortIndex;
 
 use super::HostDevices;
-use crate::process::error::{HostError, cannot};
-use crate::process::sandbox::{Role, Sandbox};
-use crate::process::threads;
-
-/// How long a reset may take. The kernel waits for some seconds at most.
-const RESET_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::passthrough::{RESET_TIMEOUT, reset_all, resets_of};
+use crate::process::error::HostError;
 
 impl HostDevices {
-    /// Resets all functions behind the ports in parallel: a host device takes a tenth of a second. The guest
-    /// loses the functions whose reset fails or takes too long, and they go into quarantine.
+    /// Resets all devices in parallel, those on one bus together if one of them has no reset of its own. The guest
+    /// loses the devices whose reset fails or takes too long, and they go into quarantine.
     ///
     /// # Errors
     /// No thread could be made.
-    pub fn reset_functions(
-        &mut self,
-        space: &Arc<impl BarSpace + Send + Sync + 'static>,
-    ) -> Result<(), HostError> {
-        self.reset_within(space, RESET_TIMEOUT)
+    pub fn reset_functions(&mut self) -> Result<(), HostError> {
+        self.reset_within(RESET_TIMEOUT)
     }
 
-    fn reset_within(
-        &mut self,
-        space: &Arc<impl BarSpace + Send + Sync + 'static>,
-        timeout: Duration,
-    ) -> Result<(), HostError> {
-        let pci = self.slots.pci();
-        let ports = pci.ports().map(|(port, ..)| port);
-        let behind = ports.flat_map(|port| {
-            let functions = pci.functions_behind(port).into_iter();
-            functions.map(move |(_, function)| (port, function))
-        });
-        let sandbox = &self.context.sandbox;
-        for port in reset_all(behind.collect(), space, sandbox, timeout)? {
+    fn reset_within(&mut self, timeout: Duration) -> Result<(), HostError> {
+        let devices: Vec<_> = self.plugged.iter().map(|one| &one.device).collect();
+        let failed = reset_all(resets_of(&devices), &self.context.sandbox, timeout)?;
+        let failed = failed
+            .into_iter()
+            .filter_map(|index| self.plugged.get(index));
+        let ports: BTreeSet<PortIndex> = failed.map(|one| one.status.port).collect();
+        for port in ports {
             self.lose(port);
         }
         Ok(())
@@ -63,45 +51,15 @@ impl HostDevices {
     }
 }
 
-/// Resets functions in parallel. Returns the ports of those whose reset failed or took longer than `timeout`.
-fn reset_all(
-    behind: Vec<(PortIndex, Arc<dyn PciDevice>)>,
-    space: &Arc<impl BarSpace + Send + Sync + 'static>,
-    sandbox: &Sandbox,
-    timeout: Duration,
-) -> Result<Vec<PortIndex>, HostError> {
-    let mut tasks = Vec::new();
-    for (port, function) in behind {
-        let space = Arc::clone(space);
-        let reset = move || function.reset(&*space);
-        let task = threads::spawn(Role::Device, sandbox, reset);
-        tasks.push((port, task.map_err(cannot("spawn a thread"))?));
-    }
-    let deadline = Instant::now() + timeout;
-    let mut failed = Vec::new();
-    for (port, task) in tasks {
-        match task.join_until(deadline) {
-            Ok(Ok(())) => continue,
-            Ok(Err(error)) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, "a device could not be reset for the guest's reboot");
-            }
-            Err(task) => task.abandon(),
-        }
-        failed.push(port);
-    }
-    Ok(failed)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::path::Path;
-    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::channel;
+    use std::sync::{Arc, Mutex};
 
     use gantry_devices::events::PlatformEvents;
-    use gantry_devices::pci::{BarGuard, BarPlacement, BarSpaceError, PciSegment};
+    use gantry_devices::pci::PciSegment;
     use gantry_resources::base::HostPaths;
     use vmm_sys_util::eventfd::EventFd;
 
@@ -109,41 +67,18 @@ mod tests {
     use super::*;
     use crate::info::VmEvent;
     use crate::machine::SlotTable;
-    use crate::passthrough::testing::attached;
-    use crate::process::sandbox::SeccompMode;
+    use crate::passthrough::testing::{attached, attached_on_bus};
+    use crate::process::sandbox::{Sandbox, SeccompMode};
 
-    /// A function whose reset calls this.
-    struct Resets<F>(F);
+    type Told = Arc<Mutex<Vec<VmEvent>>>;
 
-    impl<F: Fn() -> io::Result<()> + Send + Sync> PciDevice for Resets<F> {
-        fn read_config(&self, _offset: u16, _data: &mut [u8]) {}
-
-        fn write_config(&self, _offset: u16, _data: &[u8]) -> bool {
-            false
-        }
-
-        fn remap(&self, _space: &dyn BarSpace) {}
-
-        fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
-            (self.0)()
-        }
-    }
-
-    struct NoSpace;
-
-    impl BarSpace for NoSpace {
-        fn map(&self, _: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
-            Ok(Box::new(()))
-        }
-    }
-
-    #[test]
-    fn a_device_that_cannot_be_reset_leaves_the_guest_and_goes_into_quarantine() {
+    /// A VM without devices and with two slots.
+    fn two_slots() -> (HostDevices, Arc<PciSegment>, Arc<PlatformEvents>, Told) {
         let mut pci = PciSegment::new([0..=2]).unwrap();
         let ports = [(); 2].map(|()| pci.add_root_port(0).unwrap());
         let pci = Arc::new(pci);
         let events = Arc::new(PlatformEvents::new(ports, EventFd::new(0).unwrap()));
-        let told: Arc<Mutex<Vec<VmEvent>>> = Arc::default();
+        let told = Told::default();
         let all = Arc::clone(&told);
         let context = DeviceContext {
             host: HostPaths::under(Path::new("/nowhere")),
@@ -153,7 +88,54 @@ mod tests {
             notify: Arc::new(|_, _| {}),
         };
         let slots = SlotTable::new(ports, &pci, &events);
-        let mut devices = HostDevices::new(&slots, context).unwrap();
+        let devices = HostDevices::new(&slots, context).unwrap();
+        (devices, pci, events, told)
+    }
+
+    #[test]
+    fn the_functions_of_a_bus_are_reset_at_once_and_leave_together_if_that_fails() {
+        let (mut devices, pci, _events, _told) = two_slots();
+        let count = Arc::new(AtomicUsize::new(0));
+        let fails = Arc::new(AtomicUsize::new(usize::MAX));
+        // Of functions without function 0, each has a slot of its own.
+        let bus = ["01:00.1", "01:00.2"];
+        let (both, reasons): (Vec<_>, Vec<_>) = bus
+            .iter()
+            .map(|name| {
+                let (count, fails) = (Arc::clone(&count), Arc::clone(&fails));
+                attached_on_bus(name, &bus, move || {
+                    let done = count.fetch_add(1, Ordering::SeqCst);
+                    match done == fails.load(Ordering::SeqCst) {
+                        true => Err(gantry_vfio::Error::Unusable {
+                            device: "01:00".to_owned(),
+                            why: "it does not come back".to_owned(),
+                        }),
+                        false => Ok(()),
+                    }
+                })
+            })
+            .unzip();
+        devices.plug_at_boot(both).unwrap();
+        devices.reset_functions().unwrap();
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        assert_eq!(devices.statuses().len(), 2);
+        fails.store(1, Ordering::SeqCst);
+        devices.reset_functions().unwrap();
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+        assert!(devices.statuses().is_empty());
+        for (port, ..) in pci.ports() {
+            assert!(pci.functions_behind(port).is_empty());
+        }
+        for reasons in reasons {
+            let late = Duration::from_secs(60);
+            assert_eq!(reasons.recv_timeout(late).unwrap(), "its reset failed");
+        }
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_reset_leaves_the_guest_and_goes_into_quarantine() {
+        let (mut devices, pci, events, told) = two_slots();
+        let ports: Vec<_> = pci.ports().map(|(port, ..)| port).collect();
         let (fails, why_it_failed) = attached("01:00.0", || {
             Err(gantry_vfio::Error::Unusable {
                 device: "01:00.0".to_owned(),
@@ -169,7 +151,7 @@ mod tests {
         devices.plug_at_boot(vec![fails, hangs]).unwrap();
 
         let soon = Duration::from_millis(100);
-        devices.reset_within(&Arc::new(NoSpace), soon).unwrap();
+        devices.reset_within(soon).unwrap();
         assert!(devices.statuses().is_empty());
         for port in ports {
             assert!(pci.functions_behind(port).is_empty());
@@ -198,34 +180,5 @@ mod tests {
             }));
             assert!(told.contains(&VmEvent::Detached { id, forced: true }));
         }
-    }
-
-    #[test]
-    fn a_device_whose_reset_fails_or_hangs_is_named_and_the_others_are_reset() {
-        let sandbox = Sandbox::new(SeccompMode::Off).unwrap();
-        let mut pci = PciSegment::new([0..=4]).unwrap();
-        let ports = [(); 3].map(|()| pci.add_root_port(0).unwrap());
-        let (let_go, stuck) = channel::<()>();
-        let stuck = Mutex::new(stuck);
-        let done = Arc::new(Mutex::new(false));
-        let good = Arc::clone(&done);
-        let functions: [Arc<dyn PciDevice>; 3] = [
-            Arc::new(Resets(move || {
-                let _ = stuck.lock().map(|stuck| stuck.recv());
-                Ok(())
-            })),
-            Arc::new(Resets(|| Err(io::ErrorKind::TimedOut.into()))),
-            Arc::new(Resets(move || {
-                *good.lock().unwrap() = true;
-                Ok(())
-            })),
-        ];
-        let behind = ports.iter().copied().zip(functions).collect();
-        // Long enough for the two that answer.
-        let timeout = Duration::from_secs(2);
-        let failed = reset_all(behind, &Arc::new(NoSpace), &sandbox, timeout).unwrap();
-        assert_eq!(failed, ports[..2]);
-        assert!(*done.lock().unwrap());
-        drop(let_go);
     }
 }

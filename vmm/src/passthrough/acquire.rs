@@ -143,7 +143,7 @@ impl Acquirer<'_> {
             leased: LeasedDevice {
                 function: device.function,
                 label: labels.next(device.function.name, device.terms, device.pool),
-                _space: Arc::clone(&space) as _,
+                _space: Arc::new(space.admit(device.function.name)),
                 lease: device.lease,
             },
         });
@@ -298,7 +298,11 @@ impl AcquiredDevices {
         notify: &DeviceNotify,
         sandbox: &Sandbox,
     ) -> Result<Opening, DeviceError> {
-        Opening::start(self.devices, router, notify, sandbox)
+        let mut others = self.space.map(|space| space.devices()).unwrap_or_default();
+        for device in &self.devices {
+            others.remove(&device.leased.function.name);
+        }
+        Opening::start(self.devices, others, router, notify, sandbox)
     }
 }
 

@@ -137,6 +137,15 @@ impl DeviceIo for CountingIo {
         add(&self.counters.resets, 1);
         self.failed(self.io.reset())
     }
+
+    fn on_bus(&self) -> &[String] {
+        self.io.on_bus()
+    }
+
+    fn reset_bus(&self) -> gantry_vfio::Result<()> {
+        add(&self.counters.resets, 1);
+        self.failed(self.io.reset_bus())
+    }
 }
 
 /// A function with its configuration accesses counted. Reports when the guest enables it.

@@ -130,6 +130,11 @@ impl AttachedDevice {
         }
     }
 
+    /// Its function, to be reset on another thread.
+    pub(super) fn to_reset(&self) -> Arc<CountingFunction> {
+        Arc::clone(&self.function.0)
+    }
+
     /// What it is called on the host.
     pub fn name(&self) -> DeviceName {
         self.leased.function.name

@@ -63,6 +63,15 @@ pub enum DeviceError {
         /// For how long.
         seconds: u64,
     },
+    /// The bus of a device that has no reset of its own could not be reset.
+    #[error(
+        "the bus of {device} could not be reset: the device is in quarantine, and `dmesg` may show why\n\
+         `gantry device release-quarantine {device}` once it answers again"
+    )]
+    BusReset {
+        /// The device.
+        device: DeviceName,
+    },
     /// VFIO refused something.
     #[error(transparent)]
     Vfio(#[from] gantry_vfio::Error),

@@ -2,7 +2,7 @@
 //!
 //! Only this file knows that it is a VFIO type 1 container.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use gantry_devices::mapping::HostMapping;
+use gantry_resources::base::DeviceName;
 use gantry_resources::opener::BUSY_PATIENCE;
 use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group};
 
@@ -25,6 +26,7 @@ pub struct IoAddressSpace {
     // Dropped before the container, and after the devices and their groups.
     mappings: Mutex<Vec<DmaMapping>>,
     groups: Mutex<BTreeMap<u32, Weak<Group>>>,
+    devices: Mutex<BTreeSet<DeviceName>>,
     dma: DmaSpace,
     container: Arc<Container>,
     observer: Arc<VfioObserver>,
@@ -49,6 +51,7 @@ impl IoAddressSpace {
         Ok(Arc::new(Self {
             mappings: Mutex::default(),
             groups: Mutex::default(),
+            devices: Mutex::default(),
             dma: DmaSpace::new(container.clone()),
             container,
             observer: Arc::clone(observer),
@@ -70,6 +73,20 @@ impl IoAddressSpace {
     /// A group that is in it.
     pub fn group(&self, number: u32) -> Option<Arc<Group>> {
         self.lock().get(&number)?.upgrade()
+    }
+
+    /// The devices that are in it.
+    pub fn devices(&self) -> BTreeSet<DeviceName> {
+        self.lock_devices().clone()
+    }
+
+    /// Lets a device in, which leaves with the returned value.
+    pub fn admit(self: &Arc<Self>, device: DeviceName) -> Member {
+        self.lock_devices().insert(device);
+        Member {
+            space: Arc::clone(self),
+            device,
+        }
     }
 
     /// Puts a group in. Opens its node in the device directory `nodes`, unless the opener has (`node`).
@@ -116,7 +133,23 @@ impl IoAddressSpace {
         Ok(())
     }
 
+    fn lock_devices(&self) -> MutexGuard<'_, BTreeSet<DeviceName>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<Group>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A device that is in an address space.
+pub struct Member {
+    space: Arc<IoAddressSpace>,
+    device: DeviceName,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.space.lock_devices().remove(&self.device);
     }
 }

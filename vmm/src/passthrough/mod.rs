@@ -12,6 +12,7 @@ mod io_address_space;
 mod lease;
 mod opening;
 mod prefault;
+mod resets;
 #[cfg(test)]
 pub mod testing;
 
@@ -23,3 +24,4 @@ pub use events::{DeviceEvent, DeviceEventListener, DeviceEvents, DeviceKey, Devi
 pub use io_address_space::{IoAddressSpace, RamRanges};
 pub use lease::FunctionId;
 pub use prefault::Prefault;
+pub use resets::{RESET_TIMEOUT, reset_all, resets_of};

@@ -1,5 +1,7 @@
-//! Opening devices in parallel: the kernel resets each as it is opened, which takes a tenth of a second.
+//! Opening devices in parallel: the kernel resets each that has a reset of its own as it is opened, which takes a
+//! tenth of a second.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use super::device::AttachedDevice;
 use super::error::DeviceError;
 use super::events::DeviceNotify;
 use super::lease::LeasedDevice;
+use super::resets::reset_buses;
 use crate::process::error::cannot;
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
@@ -46,11 +49,16 @@ impl UnopenedDevice {
 }
 
 /// Devices that are being opened, each on a thread of its own.
-pub struct Opening(Vec<(DeviceName, Task<Result<AttachedDevice, DeviceError>>)>);
+pub struct Opening {
+    tasks: Vec<(DeviceName, Task<Result<AttachedDevice, DeviceError>>)>,
+    /// The devices that the VM has besides.
+    others: BTreeSet<DeviceName>,
+}
 
 impl Opening {
     pub(super) fn start(
         devices: Vec<UnopenedDevice>,
+        others: BTreeSet<DeviceName>,
         router: &Arc<dyn MsiRouter>,
         notify: &DeviceNotify,
         sandbox: &Sandbox,
@@ -62,25 +70,29 @@ impl Opening {
             let task = threads::spawn(Role::Device, sandbox, body);
             Ok((name, task.map_err(cannot("spawn a thread"))?))
         };
-        Ok(Self(
-            devices
-                .into_iter()
-                .map(open)
-                .collect::<Result<_, DeviceError>>()?,
-        ))
+        let tasks = devices.into_iter().map(open);
+        Ok(Self {
+            tasks: tasks.collect::<Result<_, DeviceError>>()?,
+            others,
+        })
     }
 
     /// Waits for the devices, until a deadline or until `cancelled` is true. A device in whose open the kernel
-    /// hangs is abandoned: its lease ends when the kernel returns.
+    /// hangs is abandoned: its lease ends when the kernel returns. Then the buses are reset of those devices that
+    /// have no reset of their own.
     ///
     /// # Errors
-    /// The first device that could not be opened. The others are closed then.
-    pub fn wait(self, cancelled: impl Fn() -> bool) -> Result<Vec<AttachedDevice>, DeviceError> {
+    /// The first device that could not be opened, or whose bus could not be reset. The others are closed then.
+    pub fn wait(
+        self,
+        sandbox: &Sandbox,
+        cancelled: impl Fn() -> bool,
+    ) -> Result<Vec<AttachedDevice>, DeviceError> {
         let begun = Instant::now();
         let deadline = begun + OPEN_TIMEOUT;
         let wanted = || !cancelled();
         // Waits for all even if one fails: the open ones are closed here.
-        let opened = self.0.into_iter().map(|(device, task)| {
+        let opened = self.tasks.into_iter().map(|(device, task)| {
             task.join_while(deadline, wanted).unwrap_or_else(|task| {
                 task.abandon();
                 let seconds = begun.elapsed().as_secs();
@@ -88,6 +100,7 @@ impl Opening {
             })
         });
         let opened: Vec<_> = opened.collect();
-        opened.into_iter().collect()
+        let devices = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
+        reset_buses(devices, &self.others, sandbox)
     }
 }

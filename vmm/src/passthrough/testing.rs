@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::{IntxLine, MsiRoute, MsiRouter};
+use gantry_resources::base::HostBdf;
 use gantry_resources::inventory::Allow;
 use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,8 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::AttachedDevice;
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
 
-/// An endpoint without BARs and interrupts, whose reset calls a function.
+/// An endpoint without BARs and interrupts, whose reset, its own or that of its bus, calls a function.
 struct FakeDevice<F> {
+    name: String,
+    on_bus: Vec<String>,
     config: Mutex<[u8; 256]>,
     regions: [RegionInfo; 2],
     reset: F,
@@ -21,7 +24,7 @@ struct FakeDevice<F> {
 
 impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F> {
     fn name(&self) -> &str {
-        "fake"
+        &self.name
     }
 
     fn region(&self, region: Region) -> &RegionInfo {
@@ -63,6 +66,14 @@ impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F
     fn reset(&self) -> gantry_vfio::Result<()> {
         (self.reset)()
     }
+
+    fn on_bus(&self) -> &[String] {
+        &self.on_bus
+    }
+
+    fn reset_bus(&self) -> gantry_vfio::Result<()> {
+        (self.reset)()
+    }
 }
 
 struct NoRouter;
@@ -96,6 +107,15 @@ pub fn attached(
     name: &str,
     reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
 ) -> (AttachedDevice, Receiver<String>) {
+    attached_on_bus(name, &[], reset)
+}
+
+/// As [`attached`], for a device that is reset with its bus, on which these functions are.
+pub fn attached_on_bus(
+    name: &str,
+    on_bus: &[&str],
+    reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
+) -> (AttachedDevice, Receiver<String>) {
     let (sender, reasons) = channel();
     let leased = LeasedDevice {
         function: FunctionId {
@@ -119,7 +139,10 @@ pub fn attached(
         size,
         areas: Vec::new(),
     };
+    let full = |name: &str| name.parse::<HostBdf>().unwrap().to_string();
     let io = FakeDevice {
+        name: full(name),
+        on_bus: on_bus.iter().map(|name| full(name)).collect(),
         config: Mutex::new(config),
         regions: [region(0), region(256)],
         reset,

@@ -138,7 +138,7 @@ fn side_by_side(
     let router: Arc<dyn MsiRouter> = Arc::new(machine.routes.clone());
     let opening = acquired.open(&router, &context.for_devices().notify, sandbox)?;
     let entry = load()?;
-    let devices = opening.wait(|| signals.check().is_err());
+    let devices = opening.wait(sandbox, || signals.check().is_err());
     let mapped = mapping.map_or(Ok(()), Task::join);
     signals.check()?;
     mapped?;

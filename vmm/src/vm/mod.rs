@@ -184,7 +184,7 @@ impl Vm {
         let ejected: Vec<_> = ejected.collect();
         self.barrier.rearm();
         self.devices.reset(&ejected);
-        self.devices.reset_functions(&self.machine.space)?;
+        self.devices.reset_functions()?;
         self.devices.wait_for_leaving();
         self.machine.reset(&self.layout)?;
         let snapshots = self.snapshots.iter();
