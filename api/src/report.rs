@@ -7,6 +7,9 @@ use std::process::ExitCode;
 use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 
+use gantry_resources::base::messages;
+
+use crate::http::client::ClientError;
 use crate::status::status_of;
 pub use crate::status::{
     BY_SIGNAL, EXIT_STATUSES, FAILED, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
@@ -42,10 +45,14 @@ impl Failure {
         }
     }
 
-    /// A failure; the exit status follows from the error, and is 1 by default.
+    /// A failure whose exit status and advice follow from the error; the status is 1 by default.
     pub fn host(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let error = error.into();
-        Self::new(status_of(&*error), error)
+        let help = error.downcast_ref().and_then(ClientError::remedy);
+        Self {
+            help,
+            ..Self::new(status_of(&*error), error)
+        }
     }
 
     /// The same failure with advice.
@@ -70,24 +77,22 @@ impl Failure {
     }
 
     fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
-        writeln!(
-            out,
-            "{ERROR}error:{ERROR:#} {}",
-            indented(&self.error.to_string())
-        )?;
-        let mut last = self.error.to_string();
-        let mut next = self.error.source();
-        while let Some(cause) = next {
-            let text = cause.to_string();
-            // An error that only passes its source on says the same thing twice.
-            if text != last {
-                writeln!(out, "  {CAUSE}because:{CAUSE:#} {}", indented(&text))?;
+        for (index, text) in messages(&*self.error).iter().enumerate() {
+            let text = indented(text);
+            match index {
+                0 => writeln!(out, "{ERROR}error:{ERROR:#} {text}")?,
+                _ => writeln!(out, "  {CAUSE}because:{CAUSE:#} {text}")?,
             }
-            (last, next) = (text, cause.source());
         }
         self.help
             .iter()
             .try_for_each(|help| writeln!(out, "  {}", indented(help)))
+    }
+}
+
+impl<E: Error + Send + Sync + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::host(error)
     }
 }
 

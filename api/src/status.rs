@@ -3,13 +3,16 @@
 use std::error::Error;
 
 use gantry_resources::allocation::AllocateError;
-use gantry_resources::base::ConfigError;
 use gantry_resources::base::json::JsonError;
+use gantry_resources::base::{ConfigError, causes};
 use gantry_resources::opener::OpenerError;
 use gantry_resources::pools::{EditError, GroupError, PlanError, UnknownTenant};
 use gantry_resources::tenants::TenantError;
 use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
+
+use crate::config;
+use crate::http::client::ClientError;
 
 /// The guest powered off, or the command did what it was asked.
 pub const SUCCESS: u8 = 0;
@@ -43,7 +46,7 @@ Exit status:
 pub fn status_of(error: &(dyn Error + 'static)) -> u8 {
     if is_temporary(error) {
         TRY_AGAIN
-    } else if chain(error).any(is_mistake) {
+    } else if causes(error).any(is_mistake) {
         USAGE
     } else {
         FAILED
@@ -52,7 +55,7 @@ pub fn status_of(error: &(dyn Error + 'static)) -> u8 {
 
 /// Whether the same may succeed later, with nothing changed on this host but what others hold.
 pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
-    chain(error).any(|error| {
+    causes(error).any(|error| {
         if let Some(error) = error.downcast_ref::<gantry_vmm::Error>() {
             use gantry_vmm::Error as E;
             return match error {
@@ -60,6 +63,9 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
                 E::Device(DeviceError::Allocate(error)) => error.is_temporary(),
                 _ => false,
             };
+        }
+        if let Some(ClientError::Refused { temporary, .. }) = error.downcast_ref() {
+            return *temporary;
         }
         match error.downcast_ref() {
             Some(CommandError::Failed(error)) => return is_temporary(error),
@@ -82,7 +88,8 @@ fn is_mistake(error: &(dyn Error + 'static)) -> bool {
         }
     } else if let Some(error) = error.downcast_ref::<AllocateError>() {
         error.is_mistake()
-    } else if error.is::<JsonError>() || error.is::<UnknownTenant>() {
+    } else if error.is::<config::Error>() || error.is::<JsonError>() || error.is::<UnknownTenant>()
+    {
         true
     } else if let Some(error) = error.downcast_ref::<ConfigError>() {
         error.is_mistake()
@@ -96,16 +103,6 @@ fn is_mistake(error: &(dyn Error + 'static)) -> bool {
         let tenant = error.downcast_ref::<TenantError>();
         tenant.is_some_and(TenantError::is_mistake)
     }
-}
-
-/// An error and its causes. One that only passes its source on hides it from this.
-fn chain<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
-    let mut next = Some(error);
-    std::iter::from_fn(move || {
-        let error = next?;
-        next = error.source();
-        Some(error)
-    })
 }
 
 #[cfg(test)]

@@ -30,9 +30,9 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut failed = Vec::new();
     // Virtual functions first: they may be what is to be bound.
     failed.extend(super::group::activate::at_boot(paths).err());
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let devices = scan(paths).map_err(Failure::host)?;
-    let tenants = Tenants::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
+    let devices = scan(paths)?;
+    let tenants = Tenants::load(paths)?;
     let wanted = |device: &&HostDevice| is_wanted(device, &groups, &tenants, &devices);
     for device in devices.iter().filter(wanted) {
         let before = device.driver.as_deref().unwrap_or("no driver");
@@ -76,6 +76,6 @@ fn bind(paths: &HostPaths, writer: &ChildWriter, bdf: HostBdf) -> Result<bool, F
         overrides: &[],
         dry_run: false,
     };
-    let report = detach(paths, writer, &request).map_err(Failure::host)?;
+    let report = detach(paths, writer, &request)?;
     Ok(report.moved.contains(&bdf))
 }

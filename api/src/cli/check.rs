@@ -54,7 +54,7 @@ pub fn check(args: &CheckArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let look = || gantry_resources::check::check(paths, &args.devices).map_err(Failure::host);
     let mut report = look()?;
     if args.note_reboot {
-        note_reboot(paths, &report).map_err(Failure::host)?;
+        note_reboot(paths, &report)?;
         report = look()?;
     }
     if args.json {

@@ -124,7 +124,7 @@ pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> 
 fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut devices = Vec::new();
     let all = args.devices.iter().try_for_each(|&bdf| {
-        release_quarantine(paths, bdf).map_err(Failure::host)?;
+        release_quarantine(paths, bdf)?;
         devices.push(bdf);
         args.tell.say(|out| writeln!(out, "{bdf}: released"))
     });
@@ -152,7 +152,7 @@ fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let group = group.as_ref().filter(|_| !common.dry_run);
     let ruled = group.map_or(Ok(()), |group| {
         let (files, changed) = with_rules(paths, group, &common.devices)?;
-        let changed = changed.saved(files.save().map_err(Failure::host)?);
+        let changed = changed.saved(files.save()?);
         common.tell.say(|out| writeln!(out, "{changed}"))?;
         shown.group = Some(changed);
         Ok(())
@@ -171,13 +171,13 @@ fn with_rules(
     let read = |bdf: &HostBdf| HostDevice::read(paths, *bdf).map_err(Failure::host);
     let devices: Vec<HostDevice> = devices.iter().map(read).collect::<Result<_, _>>()?;
     let hardware = Hardware::read(paths)?;
-    let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
+    let mut files = GroupFiles::open(paths)?;
     let before = GroupSnapshot::of(group, &files, &hardware)?;
-    if files.groups().map_err(Failure::host)?.get(group).is_none() {
+    if files.groups()?.get(group).is_none() {
         let new = ResourceGroup::named(group);
-        files.create(new).map_err(Failure::host)?;
+        files.create(new)?;
     }
-    files.add(group, &devices).map_err(Failure::host)?;
+    files.add(group, &devices)?;
     // Its name and the rest are checked as they would be read back.
     let changed = before.changed(group, &files, &hardware)?;
     Ok((files, changed))
@@ -204,8 +204,8 @@ fn change_hands(
     if !dry_run {
         super::reap_or_warn(paths);
     }
-    let before = scan(paths).map_err(Failure::host)?;
-    let report = bind(paths, &ChildWriter::default(), &request).map_err(Failure::host)?;
+    let before = scan(paths)?;
+    let report = bind(paths, &ChildWriter::default(), &request)?;
     Ok(Shown {
         dry_run: *dry_run,
         devices: moves(&report, *dry_run, &before, paths)?,
@@ -262,7 +262,7 @@ fn moves(
         let was = before.iter().find(|device| device.bdf == bdf);
         let from = was.and_then(|device| device.driver.clone());
         let now = match moved && !dry_run {
-            true => Some(HostDevice::read(paths, bdf).map_err(Failure::host)?),
+            true => Some(HostDevice::read(paths, bdf)?),
             false => None,
         };
         let bare = now.as_ref().filter(|device| device.driver.is_none());

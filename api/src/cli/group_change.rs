@@ -24,8 +24,8 @@ pub struct Hardware {
 impl Hardware {
     pub fn read(paths: &HostPaths) -> Result<Self, Failure> {
         Ok(Self {
-            pci: scan(paths).map_err(Failure::host)?,
-            usb: scan_usb(paths).map_err(Failure::host)?,
+            pci: scan(paths)?,
+            usb: scan_usb(paths)?,
         })
     }
 
@@ -62,7 +62,7 @@ pub struct GroupSnapshot {
 impl GroupSnapshot {
     /// The group of that name as it is now.
     pub fn of(name: &str, files: &GroupFiles, hardware: &Hardware) -> Result<Self, Failure> {
-        let groups = files.groups().map_err(Failure::host)?;
+        let groups = files.groups()?;
         Ok(Self {
             group: groups.get(name).cloned(),
             devices: hardware.of(&groups, name),
@@ -76,7 +76,7 @@ impl GroupSnapshot {
         files: &GroupFiles,
         hardware: &Hardware,
     ) -> Result<Changed, Failure> {
-        let groups = files.groups().map_err(Failure::host)?;
+        let groups = files.groups()?;
         let group = groups.get(now);
         let devices = hardware.of(&groups, now);
         let list = |names: &mut dyn Iterator<Item = &String>| names.cloned().collect();

@@ -42,18 +42,18 @@ struct Status {
 pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
     let tell = match command {
         MaintenanceCommand::On(args) => {
-            begin_maintenance(paths, args.reason.as_deref()).map_err(Failure::host)?;
+            begin_maintenance(paths, args.reason.as_deref())?;
             args.tell
         }
         MaintenanceCommand::Off(tell) => {
-            end_maintenance(paths).map_err(Failure::host)?;
+            end_maintenance(paths)?;
             tell
         }
         MaintenanceCommand::Status(tell) => tell,
     };
     let status = Status {
-        maintenance: maintenance(paths).map_err(Failure::host)?,
-        running: running_vms(paths).map_err(Failure::host)?,
+        maintenance: maintenance(paths)?,
+        running: running_vms(paths)?,
     };
     tell.tell(&status, |out| {
         match &status.maintenance {

@@ -31,7 +31,7 @@ pub struct MetricsArgs {
 }
 
 pub fn metrics(args: &MetricsArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let mut families = Families::default();
     families.pools(&counts(&groups, paths)?);
     for (name, text) in metrics_of_all(paths) {

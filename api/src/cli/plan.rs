@@ -188,16 +188,16 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
         PlanCommand::Create(args) => {
             let mut plan = Plan::named(&args.name);
             args.says.replace(&mut plan);
-            let file = create_plan(paths, plan).map_err(Failure::host)?;
+            let file = create_plan(paths, plan)?;
             written(&args.name, "created", &file, args.tell, paths)
         }
         PlanCommand::Edit(args) => {
             let change = |plan: &mut Plan| args.says.replace(plan);
-            let file = change_plan(paths, &args.name, change).map_err(Failure::host)?;
+            let file = change_plan(paths, &args.name, change)?;
             written(&args.name, "changed", &file, args.tell, paths)
         }
         PlanCommand::Delete(args) => {
-            let file = delete_plan(paths, &args.name).map_err(Failure::host)?;
+            let file = delete_plan(paths, &args.name)?;
             tell(&args.name, "deleted", "from", &file, args.tell)
         }
     }
@@ -205,9 +205,9 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
 
 /// Warns of groups that the plan names and the host lacks.
 fn warn_of_groups(plan: &str, paths: &HostPaths) -> Result<(), Failure> {
-    let plans = Plans::load(paths).map_err(Failure::host)?;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let named = plans.find(plan).map_err(Failure::host)?.groups();
+    let plans = Plans::load(paths)?;
+    let groups = Groups::load(paths)?;
+    let named = plans.find(plan)?.groups();
     for error in named.filter_map(|group| groups.find(group).err()) {
         tracing::warn!("plan {plan}: {error}");
     }
@@ -240,12 +240,12 @@ fn tell(
 }
 
 fn show(name: &str, paths: &HostPaths) -> Result<(), Failure> {
-    let plans = Plans::load(paths).map_err(Failure::host)?;
-    print_json(plans.find(name).map_err(Failure::host)?)
+    let plans = Plans::load(paths)?;
+    print_json(plans.find(name)?)
 }
 
 fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let plans = Plans::load(paths).map_err(Failure::host)?;
+    let plans = Plans::load(paths)?;
     if args.json {
         return print_json(&plans.iter().collect::<Vec<_>>());
     }

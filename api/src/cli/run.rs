@@ -113,12 +113,6 @@ impl From<Seccomp> for SeccompMode {
     }
 }
 
-impl From<config::Error> for Failure {
-    fn from(error: config::Error) -> Self {
-        Self::new(USAGE, error)
-    }
-}
-
 pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     if args.detach {
         return Err(no_background());
@@ -158,7 +152,7 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         events: events.sink(),
     };
     // Before anything is locked: it blocks the signals, which from here on end the VM in order.
-    let vmm = Vmm::new(paths, options).map_err(Failure::host)?;
+    let vmm = Vmm::new(paths, options)?;
     // Announced before the check for maintenance: a command that switches it on in between sees the VM.
     let _running = announce(
         paths,
@@ -202,7 +196,7 @@ fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
     fit::tell(paths, &config.devices, nodes, false)?;
-    gantry_vmm::check(config, paths).map_err(Failure::host)?;
+    gantry_vmm::check(config, paths)?;
     print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -332,7 +326,7 @@ fn taken(name: &str, pid: Option<u32>) -> Failure {
 
 /// Refuses in maintenance, and gives back to the host what killed VMs could not.
 fn may_start(paths: &HostPaths) -> Result<(), Failure> {
-    if let Some(Maintenance { reason, .. }) = maintenance(paths).map_err(Failure::host)? {
+    if let Some(Maintenance { reason, .. }) = maintenance(paths)? {
         let what = format!("this host is in maintenance and starts no VM: {reason}");
         return Err(Failure::new(TRY_AGAIN, what)
             .help("try again later; `gantry maintenance off` ends the maintenance"));

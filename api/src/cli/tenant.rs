@@ -79,12 +79,12 @@ pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> 
     if name.is_none() && user.is_root() {
         return Ok(host);
     }
-    let tenants = Tenants::load(&host).map_err(Failure::host)?;
+    let tenants = Tenants::load(&host)?;
     let is_root = user.is_root();
     let user = User::from_uid(user).ok().flatten();
     let user = user.map(|user| user.name).unwrap_or_default();
     if let Some(name) = name {
-        let tenant = tenants.find(name).map_err(Failure::host)?;
+        let tenant = tenants.find(name)?;
         return match tenant.file.user == user {
             true => Ok(tenant.scope(&host)),
             false => Err(not_its_user(tenant, is_root)),

@@ -14,7 +14,7 @@ use gantry_resources::base::HostPaths;
 
 use crate::http::client::ClientError;
 use crate::http::wire::{VmInfo, VmmPing};
-use crate::report::{Failure, TRY_AGAIN};
+use crate::report::Failure;
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
@@ -102,34 +102,6 @@ fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)>
         Ok(_) | Err(_) => socket,
     };
     Some((name, client.text("/metrics").ok()))
-}
-
-impl From<ClientError> for Failure {
-    fn from(error: ClientError) -> Self {
-        let help = match error {
-            ClientError::TimedOut { pid: Some(pid), .. } if is_stopped(pid) => {
-                format!("the process is stopped: `kill -CONT {pid}` lets it run on")
-            }
-            ClientError::TimedOut { pid: Some(pid), .. } => format!(
-                "try again; `kill {pid}` ends it, `kill -9 {pid}` in any case, and its devices go back"
-            ),
-            ClientError::Refused {
-                temporary: true, ..
-            } => return Self::new(TRY_AGAIN, error),
-            _ => return Self::host(error),
-        };
-        Self::host(error).help(help)
-    }
-}
-
-/// Whether a process is stopped, as by ctrl-z.
-fn is_stopped(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-    // Its state is behind its name, which is in parentheses (proc_pid_stat(5)).
-    stat.is_ok_and(|stat| {
-        stat.rsplit_once(") ")
-            .is_some_and(|(_, state)| state.starts_with('T'))
-    })
 }
 
 /// The slots of a VM in words. Those of the devices that it started with can be used again, too, so that there

@@ -71,6 +71,31 @@ pub enum ClientError {
     },
 }
 
+impl ClientError {
+    /// What may help.
+    pub fn remedy(&self) -> Option<String> {
+        match *self {
+            Self::TimedOut { pid: Some(pid), .. } if is_stopped(pid) => Some(format!(
+                "the process is stopped: `kill -CONT {pid}` lets it run on"
+            )),
+            Self::TimedOut { pid: Some(pid), .. } => Some(format!(
+                "try again; `kill {pid}` ends it, `kill -9 {pid}` in any case, and its devices go back"
+            )),
+            _ => None,
+        }
+    }
+}
+
+/// Whether a process is stopped, for example by ctrl-z.
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    // Its state is behind its name, which is in parentheses (proc_pid_stat(5)).
+    stat.is_ok_and(|stat| {
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, state)| state.starts_with('T'))
+    })
+}
+
 fn process(pid: Option<u32>) -> String {
     pid.map_or(String::new(), |pid| format!(" (process {pid})"))
 }

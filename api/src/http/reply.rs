@@ -1,10 +1,10 @@
 //! Answers as HTTP: bodies, status codes, and errors as the lists of messages that clients know.
 
 use std::convert::Infallible;
-use std::error::Error;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use gantry_resources::base::messages;
 use gantry_resources::opener::OpenerError;
 use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
@@ -156,15 +156,9 @@ impl From<CommandError> for HttpError {
             E::NoFreeSlot { .. } => true,
             error => crate::status::is_temporary(error),
         };
-        let mut messages = vec![error.to_string()];
-        let mut next = error.source();
-        while let Some(cause) = next {
-            messages.extend(Some(cause.to_string()).filter(|text| messages.last() != Some(text)));
-            next = cause.source();
-        }
         Self {
             status,
-            messages,
+            messages: messages(&error),
             allow: None,
             temporary,
         }

@@ -16,7 +16,7 @@ pub(crate) mod uuid;
 
 pub use atomic::make_dir;
 pub use bdf::{BdfError, HostBdf};
-pub use chain::chain;
+pub use chain::{causes, chain, messages};
 pub use config::ConfigError;
 pub use helpers::reap_helpers;
 pub use host::HostPaths;

@@ -110,8 +110,8 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     if args.kind == Some(Kind::Usb) {
         return usb::list(paths, sort, args.json);
     }
-    let devices = scan(paths).map_err(Failure::host)?;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let devices = scan(paths)?;
+    let groups = Groups::load(paths)?;
     let modules = KernelModules::read(paths);
     let mut rows: Vec<Row> = devices
         .iter()
@@ -123,7 +123,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     has_column(&COLUMNS, sort)?;
     sort_rows(&mut rows, &COLUMNS, sort, |row| row.cells(row.name()));
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths)?;
     let mdevs = mdev::rows(&mdevs, &groups);
     if args.json {
         let entries = rows

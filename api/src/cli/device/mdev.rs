@@ -68,8 +68,8 @@ pub struct Row<'a> {
 }
 
 pub fn show(args: &MdevArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths)?;
+    let groups = Groups::load(paths)?;
     let devices = rows(&mdevs, &groups);
     if args.json {
         return print_json(&MdevList {

@@ -90,13 +90,13 @@ fn made(
     by: PersistBy,
     gantry: &Path,
 ) -> Result<Persistent, Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let (devices, functions) = chosen(args, &groups, paths)?;
     if !functions.is_empty() && matches!(args.by, By::Modprobe) {
         let what = "modprobe makes no virtual functions";
         return Err(Failure::new(USAGE, what).help("leave --by out: a udev rule activates groups"));
     }
-    let mut made = persist(paths, &devices, &args.overrides, by).map_err(Failure::host)?;
+    let mut made = persist(paths, &devices, &args.overrides, by)?;
     made.text += &persist_functions(&functions, gantry);
     Ok(made)
 }
@@ -108,7 +108,7 @@ fn chosen<'g>(
     paths: &HostPaths,
 ) -> Result<(Vec<HostBdf>, Vec<&'g ResourceGroup>), Failure> {
     for name in &args.groups {
-        groups.find(name).map_err(Failure::host)?;
+        groups.find(name)?;
     }
     let by_default = args.devices.is_empty() && args.groups.is_empty();
     let mut devices = args.devices.clone();
@@ -119,7 +119,7 @@ fn chosen<'g>(
         .iter()
         .filter(|group| wanted(group) && group.sriov.is_some())
         .collect();
-    for device in scan(paths).map_err(Failure::host)? {
+    for device in scan(paths)? {
         let Some(group) = groups.group_of(&device) else {
             continue;
         };

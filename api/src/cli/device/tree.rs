@@ -130,9 +130,9 @@ impl Node {
 }
 
 pub fn show(args: &TreeArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let devices = scan(paths).map_err(Failure::host)?;
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let devices = scan(paths)?;
+    let groups = Groups::load(paths)?;
+    let mdevs = Mdevs::read(paths)?;
     let roots: Vec<Node> = tree(paths, &devices)
         .iter()
         .map(|node| Node::new(node, &groups, &mdevs))

@@ -33,7 +33,7 @@ struct Row<'a> {
 }
 
 pub fn list(paths: &HostPaths, sort: Option<&str>, json: bool) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     list_those(paths, &groups, |_| true, sort, json)
 }
 
@@ -45,7 +45,7 @@ pub fn list_those(
     sort: Option<&str>,
     json: bool,
 ) -> Result<(), Failure> {
-    let mut devices = scan_usb(paths).map_err(Failure::host)?;
+    let mut devices = scan_usb(paths)?;
     devices.retain(meant);
     let rows: Vec<Row> = devices
         .iter()

@@ -63,7 +63,7 @@ struct CommonArgs {
 }
 
 pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let ahead = |group: &ResourceGroup| {
         let spec = group.vgpu.as_ref();
         spec.is_some_and(|spec| !spec.uuids.is_empty())
@@ -88,7 +88,7 @@ pub fn at_boot(paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn off(args: &DeactivateArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let chosen = named(&groups, &args.common)?;
     each(&chosen, &args.common, (deactivate, unmake_ahead), paths)
 }
@@ -145,12 +145,8 @@ fn each(
     for group in groups {
         let dry_run = args.dry_run;
         let report = match group.vgpu {
-            Some(_) => vgpus(paths, host.writer, group, dry_run)
-                .map(Report::Vgpus)
-                .map_err(Failure::host)?,
-            None => functions(paths, host, group, dry_run)
-                .map(Report::Functions)
-                .map_err(Failure::host)?,
+            Some(_) => vgpus(paths, host.writer, group, dry_run).map(Report::Vgpus)?,
+            None => functions(paths, host, group, dry_run).map(Report::Functions)?,
         };
         if !args.json {
             print(|out| match &report {

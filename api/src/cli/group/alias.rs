@@ -85,7 +85,7 @@ pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
             .iter()
             .map(|alias| alias.name.clone())
             .collect();
-        let file = change_aliases(paths, args.aliases, &args.remove).map_err(Failure::host)?;
+        let file = change_aliases(paths, args.aliases, &args.remove)?;
         let file = file.display();
         return print(|out| {
             for name in args.remove {
@@ -95,13 +95,13 @@ pub fn alias(args: AliasArgs, paths: &HostPaths) -> Result<(), Failure> {
             added.try_for_each(|name| writeln!(out, "alias {name}: added (in {file})"))
         });
     }
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let names = groups.alias_names();
     let requests: Vec<DeviceRequest> = names
         .iter()
         .map(|name| DeviceRequest::alias(name, 0))
         .collect();
-    let result = fit(paths, &requests, &Placement::default()).map_err(Failure::host)?;
+    let result = fit(paths, &requests, &Placement::default())?;
     let row = |(name, free): (String, usize)| Row {
         alternatives: groups.alias(&name),
         name,
@@ -135,7 +135,7 @@ impl Row {
 pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
     if !args.specs.is_empty() || !args.remove.is_empty() {
         let (added, removed) = (args.specs.len(), args.remove.len());
-        let file = change_device_specs(paths, args.specs, &args.remove).map_err(Failure::host)?;
+        let file = change_device_specs(paths, args.specs, &args.remove)?;
         let done = [(added, "added"), (removed, "removed")];
         let done = done.iter().filter(|(count, _)| *count > 0);
         let done: Vec<String> = done
@@ -144,8 +144,8 @@ pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
         let file = file.display();
         return print(|out| writeln!(out, "device_spec: {} (in {file})", done.join(", ")));
     }
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let devices = scan(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
+    let devices = scan(paths)?;
     let taken = |device: &&HostDevice| groups.has_spec(device);
     let found = devices.iter().filter(taken);
     let found: Vec<Found> = found.map(|device| Found::new(device, &groups)).collect();

@@ -378,11 +378,11 @@ fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
     for place in places {
         match place {
             Place::Pci(bdf) => {
-                let device = HostDevice::read(paths, *bdf).map_err(Failure::host)?;
+                let device = HostDevice::read(paths, *bdf)?;
                 devices.pci.push(device);
             }
             Place::Usb(port) => {
-                let all = scan_usb(paths).map_err(Failure::host)?;
+                let all = scan_usb(paths)?;
                 let found = all.into_iter().find(|device| device.port == *port);
                 devices.usb.push(found.ok_or_else(|| {
                     Failure::host(format!("there is no USB device at {port}"))
@@ -402,11 +402,11 @@ fn change(
     wanted: impl FnOnce(&mut GroupFiles) -> Result<(), EditError>,
 ) -> Result<(), Failure> {
     let hardware = Hardware::read(paths)?;
-    let mut files = GroupFiles::open(paths).map_err(Failure::host)?;
+    let mut files = GroupFiles::open(paths)?;
     let before = GroupSnapshot::of(before, &files, &hardware)?;
-    wanted(&mut files).map_err(Failure::host)?;
+    wanted(&mut files)?;
     let changed = before.changed(after, &files, &hardware)?;
-    let written = files.save().map_err(Failure::host)?;
+    let written = files.save()?;
     changed.tell(written, tell)
 }
 

@@ -57,7 +57,7 @@ pub fn tell(
         return print(|out| writeln!(out, "The request asks for no devices."));
     }
     let placement = Placement::bound(nodes);
-    let result = fit(paths, requests, &placement).map_err(Failure::host)?;
+    let result = fit(paths, requests, &placement)?;
     if json {
         print_json(&result)?;
     }
@@ -110,7 +110,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<DeviceRequest>, BTreeS
         host: paths.clone(),
         ..LoadOptions::default()
     };
-    let (requests, nodes) = config::requests(&written, &extras).map_err(Failure::host)?;
+    let (requests, nodes) = config::requests(&written, &extras)?;
     let nodes = match &nodes {
         NumaPolicy::Only(nodes) => nodes.iter().collect(),
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),

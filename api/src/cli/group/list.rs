@@ -68,7 +68,7 @@ struct Member {
 }
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let rows = rows(&groups, paths)?;
     if args.json {
         return print_json(&rows);
@@ -88,9 +88,9 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 fn rows<'a>(groups: &'a Groups, paths: &HostPaths) -> Result<Vec<Row<'a>>, Failure> {
-    let devices = scan(paths).map_err(Failure::host)?;
-    let usb = scan_usb(paths).map_err(Failure::host)?;
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let devices = scan(paths)?;
+    let usb = scan_usb(paths)?;
+    let mdevs = Mdevs::read(paths)?;
     let rows = groups
         .iter()
         .map(|group| Row::new(group, groups, &devices))

@@ -94,9 +94,9 @@ impl Found {
 }
 
 pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
     let group = args.name.as_deref().map(|name| groups.find(name));
-    let group = group.transpose().map_err(Failure::host)?;
+    let group = group.transpose()?;
     let sort = args.sort.as_deref();
     if args.usb || group.is_some_and(|group| group.kind == GroupType::Usb) {
         let taken = |device: &UsbDevice| match (group, &args.rule) {
@@ -108,7 +108,7 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
         };
         return usb::list_those(paths, &groups, taken, sort, args.json);
     }
-    let devices = scan(paths).map_err(Failure::host)?;
+    let devices = scan(paths)?;
     let taken = |device: &&HostDevice| match (group, &args.rule) {
         (Some(group), _) => group.matches(device),
         (None, Some(rule)) => !device.is_bridge() && rule.matches(device),

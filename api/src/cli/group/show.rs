@@ -43,14 +43,14 @@ struct Shown<'a> {
 }
 
 pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let groups = Groups::load(paths).map_err(Failure::host)?;
-    let group = groups.find(&args.name).map_err(Failure::host)?;
+    let groups = Groups::load(paths)?;
+    let group = groups.find(&args.name)?;
     let sort = args.sort.as_deref();
     match group.kind {
         GroupType::Usb => has_column(&usb::COLUMNS, sort)?,
         _ => has_column(&COLUMNS, sort)?,
     }
-    let devices = scan(paths).map_err(Failure::host)?;
+    let devices = scan(paths)?;
     let matched = devices.iter().filter(|device| group.matches(device));
     let shown = Shown {
         group,
@@ -62,7 +62,7 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
         return print_json(&shown);
     }
     let lacking = lacking(group, &groups, &devices);
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let mdevs = Mdevs::read(paths)?;
     print(|out| {
         tags(out, group)?;
         if let Some(spec) = &group.sriov {

@@ -161,7 +161,7 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         user: args.user.unwrap_or_else(|| name.clone()),
         description: args.description,
     };
-    let path = create_tenant(paths, name, &file).map_err(Failure::host)?;
+    let path = create_tenant(paths, name, &file)?;
     let changed = Changed {
         file: Some(&file),
         files: slice::from_ref(&path),
@@ -176,13 +176,13 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
 
 pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
     let name = &args.name;
-    let tenants = Tenants::load(paths).map_err(Failure::host)?;
-    let now = &tenants.find(name).map_err(Failure::host)?.file;
+    let tenants = Tenants::load(paths)?;
+    let now = &tenants.find(name)?.file;
     let file = TenantFile {
         user: args.user.unwrap_or_else(|| now.user.clone()),
         description: args.description.unwrap_or_else(|| now.description.clone()),
     };
-    let path = edit_tenant(paths, name, &file).map_err(Failure::host)?;
+    let path = edit_tenant(paths, name, &file)?;
     let changed = Changed {
         file: Some(&file),
         files: slice::from_ref(&path),
@@ -195,7 +195,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
-    delete_tenant(paths, &args.name).map_err(Failure::host)?;
+    delete_tenant(paths, &args.name)?;
     let changed = Changed::new(&args.name, Done::Deleted);
     args.tell.tell(&changed, |out| {
         writeln!(out, "tenant {}: deleted", args.name)
@@ -233,7 +233,7 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         links: &links,
     };
     let given = grant(paths, host, &args.name, &wanted);
-    let given = given.map_err(Failure::host)?;
+    let given = given?;
     let tenant = &args.name;
     let changed = Changed {
         group: Some(args.group.as_ref().unwrap_or(tenant)),
@@ -257,8 +257,8 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = match args.all {
         false => args.devices,
         true => {
-            let tenants = Tenants::load(paths).map_err(Failure::host)?;
-            let tenant = tenants.find(&args.name).map_err(Failure::host)?;
+            let tenants = Tenants::load(paths)?;
+            let tenant = tenants.find(&args.name)?;
             tenant.names().into_iter().collect()
         }
     };
@@ -269,7 +269,7 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
         links: &links,
     };
     let tenant = &args.name;
-    let taken = revoke(paths, host, tenant, &devices).map_err(Failure::host)?;
+    let taken = revoke(paths, host, tenant, &devices)?;
     let changed = Changed {
         removed: Some(&taken),
         ..Changed::new(tenant, Done::Revoked)

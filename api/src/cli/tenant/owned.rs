@@ -129,9 +129,9 @@ impl<'a> Row<'a> {
 }
 
 pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let tenants = Tenants::load(paths).map_err(Failure::host)?;
-    let all = scan(paths).map_err(Failure::host)?;
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
+    let tenants = Tenants::load(paths)?;
+    let all = scan(paths)?;
+    let mdevs = Mdevs::read(paths)?;
     let rows: Vec<Row> = tenants
         .iter()
         .map(|tenant| Row::new(tenant, &all, &mdevs))
@@ -152,10 +152,10 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let tenants = Tenants::load(paths).map_err(Failure::host)?;
-    let tenant = tenants.find(&args.name).map_err(Failure::host)?;
-    let mdevs = Mdevs::read(paths).map_err(Failure::host)?;
-    let row = Row::new(tenant, &scan(paths).map_err(Failure::host)?, &mdevs);
+    let tenants = Tenants::load(paths)?;
+    let tenant = tenants.find(&args.name)?;
+    let mdevs = Mdevs::read(paths)?;
+    let row = Row::new(tenant, &scan(paths)?, &mdevs);
     if args.json {
         return print_json(&row);
     }

@@ -8,8 +8,8 @@ use gantry_resources::base::HostPaths;
 use gantry_resources::holding::{RunningVm, running_vms};
 use serde::Serialize;
 
-use super::{find, is_stopped};
-use crate::http::client::ClientError;
+use super::find;
+use crate::http::client::{ClientError, is_stopped};
 use crate::http::wire::{VmInfo, VmState, VmmPing};
 use crate::output::{print, print_json};
 use crate::report::Failure;
@@ -96,7 +96,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
     for row in find::ask_all(paths, Row::of_socket) {
         rows.extend(row?);
     }
-    let silent = running_vms(paths).map_err(Failure::host)?;
+    let silent = running_vms(paths)?;
     let known: Vec<u32> = rows.iter().filter_map(|row| row.pid).collect();
     let silent = silent
         .into_iter()

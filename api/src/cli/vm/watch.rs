@@ -34,7 +34,7 @@ pub fn events(args: &EventsArgs, paths: &HostPaths) -> Result<(), Failure> {
     while let Some(line) = events.next(None)? {
         last = matches!(line.event, Event::Exit { .. });
         let text = if args.json {
-            serde_json::to_string(&line).map_err(Failure::host)?
+            serde_json::to_string(&line)?
         } else {
             let since = began.elapsed().as_secs_f64();
             format!("{since:9.3} {}", words(&line.event))
