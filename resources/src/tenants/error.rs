@@ -129,6 +129,12 @@ pub enum TenantError {
         /// The type of the device.
         kind: String,
     },
+    /// Devices of both kinds are granted at once.
+    #[error(
+        "PCI functions and mediated devices do not go into one group of the tenant: grant them one kind after the \
+         other, with a --group for each"
+    )]
+    MixedKinds,
     /// A mediated device is not there, or is held.
     #[error(transparent)]
     Vgpu(#[from] VgpuError),
@@ -195,7 +201,7 @@ impl TenantError {
         match self {
             Self::Config(error) => error.is_mistake(),
             Self::Groups(error) | Self::Edit(EditError::Groups(error)) => error.is_mistake(),
-            Self::Unknown(_) | Self::User { .. } | Self::Name(_) => true,
+            Self::Unknown(_) | Self::User { .. } | Self::Name(_) | Self::MixedKinds => true,
             _ => false,
         }
     }

@@ -6,12 +6,12 @@
 //! lease are the user's, so that the kernel keeps tenants apart. A boot of the host gives nodes and files
 //! back to their makers: [`put_tenants_right`] says again whose they are.
 
+mod devices;
 mod error;
 mod granting;
 mod hand_over;
 mod removal;
 mod revoking;
-mod vgpus;
 
 use std::fs;
 use std::io;
@@ -31,7 +31,7 @@ use crate::making::sriov::{Netlink, VfLinks, granted};
 use crate::pools::group::is_name;
 use crate::pools::tenant::{Tenant, TenantFile, Tenants, definition, dirs};
 pub use error::TenantError;
-pub use granting::{Grant, Granted, grant};
+pub use granting::{Grant, GrantedDevices, grant};
 use hand_over::Owner;
 use removal::FormerDirs;
 pub use revoking::revoke;
@@ -71,6 +71,7 @@ pub(crate) fn put_right_with(
     granted::mend(host, links);
     done
 }
+
 /// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
 /// bound anew, has undone. Devices must be with vfio-pci already. Whose they are is looked up when it is this
 /// command's turn: another one may just have changed it.

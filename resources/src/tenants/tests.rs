@@ -1,5 +1,7 @@
 //! Tests: thick provisioning, and what stands between tenants.
 
+mod vgpus;
+
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
@@ -39,7 +41,7 @@ fn user() -> TenantFile {
 
 fn give(host: &FakeHost, kernel: &FakeKernel<'_>, name: &str, device: &str) -> String {
     let wanted = Grant {
-        devices: Granted::Functions(&[bdf(device)]),
+        devices: GrantedDevices::Named(&[bdf(device).into()]),
         group: None,
         overrides: &[],
     };
@@ -74,7 +76,7 @@ fn free_devices_are_counted_and_given_as_cards() {
     create_tenant(&host.paths, "a", &user()).unwrap();
     let free = |count| {
         let wanted = Grant {
-            devices: Granted::Free {
+            devices: GrantedDevices::Free {
                 from: "disks",
                 count,
             },
@@ -549,7 +551,7 @@ fn a_wrong_group_is_named_before_a_device_moves() {
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
     let wanted = Grant {
-        devices: Granted::Functions(&[bdf("01:00.0")]),
+        devices: GrantedDevices::Named(&[bdf("01:00.0").into()]),
         group: Some("no/name"),
         overrides: &[],
     };
@@ -617,7 +619,7 @@ fn two_grants_out_of_a_group_at_once_get_other_devices() {
     }
     let free = |name| {
         let wanted = Grant {
-            devices: Granted::Free {
+            devices: GrantedDevices::Free {
                 from: "disks",
                 count: 1,
             },

@@ -4,17 +4,17 @@ use std::path::PathBuf;
 use std::slice;
 
 use clap::Args;
-use gantry_resources::base::{DeviceName, HostBdf, HostPaths, Uuid};
+use gantry_resources::base::{DeviceName, HostBdf, HostPaths};
 use gantry_resources::making::{HostAccess, Netlink};
 use gantry_resources::moving::ChildWriter;
 use gantry_resources::pools::{TenantFile, Tenants};
 use gantry_resources::tenants::{
-    Grant, Granted, create_tenant, delete_tenant, edit_tenant, grant, revoke,
+    Grant, GrantedDevices, create_tenant, delete_tenant, edit_tenant, grant, revoke,
 };
 use serde::Serialize;
 
 use crate::output::OutputArgs;
-use crate::report::{Failure, USAGE};
+use crate::report::Failure;
 use crate::signals::SignalsHeld;
 
 #[derive(Debug, Args)]
@@ -203,22 +203,12 @@ pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let (functions, mdevs) = parted(&args.devices);
     let devices = match &args.from {
-        Some(from) => Granted::Free {
+        Some(from) => GrantedDevices::Free {
             from,
             count: args.count,
         },
-        None if mdevs.is_empty() => Granted::Functions(&functions),
-        None if functions.is_empty() => Granted::Mdevs(&mdevs),
-        // One group takes one kind of them: the second would fail when the first has moved.
-        None => {
-            return Err(Failure::new(
-                USAGE,
-                "PCI functions and mediated devices do not go into one group of the tenant",
-            )
-            .help("grant them one kind after the other, with a --group for each"));
-        }
+        None => GrantedDevices::Named(&args.devices),
     };
     let wanted = Grant {
         devices,
@@ -244,13 +234,6 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         let mut given = given.iter();
         given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
     })
-}
-
-/// PCI functions and mediated devices go different ways.
-fn parted(devices: &[DeviceName]) -> (Vec<HostBdf>, Vec<Uuid>) {
-    let functions = devices.iter().filter_map(|name| name.pci());
-    let mdevs = devices.iter().filter_map(|name| name.mdev());
-    (functions.collect(), mdevs.collect())
 }
 
 pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {

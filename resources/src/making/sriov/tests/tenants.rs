@@ -1,6 +1,7 @@
 //! What tenants have: their functions keep their settings, whatever their guests do.
 
 use super::*;
+use crate::base::name::DeviceName;
 use crate::pools::vf_settings::{Mac, VfState};
 
 /// The tenant `a`, of this user.
@@ -16,7 +17,7 @@ fn tenant(host: &FakeHost) {
 /// Gives it the first function.
 fn grant_first(host: &FakeHost, access: HostAccess<'_>) -> Result<(), crate::tenants::TenantError> {
     let wanted = crate::tenants::Grant {
-        devices: crate::tenants::Granted::Functions(&[bdf(FIRST)]),
+        devices: crate::tenants::GrantedDevices::Named(&[bdf(FIRST).into()]),
         group: None,
         overrides: &[],
     };
@@ -240,8 +241,9 @@ fn one_look_at_a_card_tells_of_all_its_functions() {
     up(&host, &kernel).unwrap();
     tenant(&host);
     let all = seen(&host, &kernel).functions;
+    let all: Vec<DeviceName> = all.into_iter().map(DeviceName::from).collect();
     let wanted = crate::tenants::Grant {
-        devices: crate::tenants::Granted::Functions(&all),
+        devices: crate::tenants::GrantedDevices::Named(&all),
         group: None,
         overrides: &[],
     };
