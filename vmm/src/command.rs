@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use gantry_devices::pci::BarName;
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
 use gantry_resources::base::DeviceName;
@@ -153,9 +154,9 @@ pub enum CommandError {
     },
     /// The device has larger BARs than the windows of any empty slot.
     #[error(
-        "no empty slot of the VM can hold {device}: its BAR {} ({:#x} bytes) needs {:#x} bytes of {} \
+        "no empty slot of the VM can hold {device}: its {} ({:#x} bytes) needs {:#x} bytes of {} \
          addresses there; {}",
-        misfit.largest.index, misfit.largest.size, misfit.size, misfit.kind, wider(misfit.kind)
+        BarName(misfit.largest.index), misfit.largest.size, misfit.size, misfit.kind, wider(misfit.kind)
     )]
     SlotsTooSmall {
         /// The device.

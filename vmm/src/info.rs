@@ -8,6 +8,7 @@ use std::time::Duration;
 use gantry_devices::pci::GuestBdf;
 use gantry_resources::base::{DeviceName, Numbers};
 use gantry_resources::inventory::Allow;
+use gantry_resources::pools::RomSource;
 
 use crate::config::VmConfig;
 
@@ -90,6 +91,8 @@ pub struct DeviceInfo {
     pub group: Option<String>,
     /// What it may lack, by its request.
     pub allow: Allow,
+    /// Where its expansion ROM comes from.
+    pub rom: RomSource,
     /// How far it has come.
     pub state: DeviceState,
     /// The ids of the other functions in its slot, which are detached together with it.

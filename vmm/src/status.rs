@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
+use gantry_resources::pools::RomSource;
 
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
@@ -43,6 +44,8 @@ pub struct DeviceStatus {
     pub group: Option<String>,
     /// What it may lack.
     pub allow: Allow,
+    /// Where its expansion ROM comes from.
+    pub rom: RomSource,
     /// How far it has come.
     pub state: DeviceState,
     /// The port that it is behind.
@@ -97,6 +100,7 @@ impl DeviceStatus {
             guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(self.function)),
             group: self.group.clone(),
             allow: self.allow,
+            rom: self.rom.clone(),
             state: self.state,
             together_with: beside.map(|other| other.id.clone()).collect(),
         }
@@ -172,6 +176,7 @@ mod tests {
             name: format!("01:00.{function}").parse().unwrap(),
             group: None,
             allow: Allow::default(),
+            rom: RomSource::Device,
             state: DeviceState::Announced,
             port: ports[port],
             function,

@@ -5,7 +5,7 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::HostBdf;
-use gantry_resources::pools::DeviceRequest;
+use gantry_resources::pools::{DeviceRequest, RomSource};
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
 use super::{Error, LoadOptions, Source, load};
@@ -775,6 +775,26 @@ fn slots_are_there_where_they_are_asked_for() {
     };
     let config = load(&Source::File(folder.path("vm.json")), &extras).unwrap();
     assert_eq!(config.hotplug.slots, 32);
+}
+
+#[test]
+fn a_rom_file_is_found_beside_the_file_and_named_where_it_is_not_there() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("gpu.rom"), [0x55, 0xaa]).unwrap();
+    let file = |rom: &str| {
+        let devices = format!(r#"[{{"group": "g", "rom": {rom}}}]"#);
+        format!(r#"{{"payload": {{"kernel": "vmlinux"}}, "devices": {devices}}}"#)
+    };
+    let rom = |rom: &str| folder.load(&file(rom)).unwrap().devices[0].rom.clone();
+    assert_eq!(rom("\"gpu.rom\""), RomSource::File(folder.path("gpu.rom")));
+    assert_eq!(
+        (rom("false"), rom("true")),
+        (RomSource::None, RomSource::Device)
+    );
+    for wrong in ["\"none.rom\"", "\".\"", "7"] {
+        let said = folder.refusal(&file(wrong));
+        assert!(said.contains("`devices[0].rom`"), "{said}");
+    }
 }
 
 #[test]

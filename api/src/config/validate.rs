@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use gantry_resources::base::json::join;
 use gantry_resources::base::{HostPaths, open_below, open_regular};
 use gantry_resources::pools::{
-    Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan,
+    Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan, RomSource,
 };
 use gantry_vmm::{
     CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount,
@@ -330,7 +330,12 @@ fn devices(
             return Err(invalid(&join(&key, "id"), what, "choose another id"));
         }
         names.extend(request.names());
+        let rom = match request.rom {
+            RomSource::File(file) => RomSource::File(readable(&join(&key, "rom"), &file, context)?),
+            rom => rom,
+        };
         all.push(DeviceRequest {
+            rom,
             allow_ungrouped: exact && context.allow_ungrouped,
             ..request
         });

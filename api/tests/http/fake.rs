@@ -107,9 +107,9 @@ impl FakeVm {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
-        let (allow, whole) = match attach {
-            Attach::Devices(request) => (request.allow, false),
-            Attach::Plan { name, .. } => (Default::default(), name == WHOLE),
+        let (allow, rom, whole) = match attach {
+            Attach::Devices(request) => (request.allow, request.rom.clone(), false),
+            Attach::Plan { name, .. } => (Default::default(), Default::default(), name == WHOLE),
         };
         for index in first..first + count {
             let id = attach
@@ -124,6 +124,7 @@ impl FakeVm {
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
                 allow,
+                rom: rom.clone(),
                 state: DeviceState::Announced,
                 together_with: match whole {
                     true => vec![format!("dev{}", 2 * first + 1 - index)],

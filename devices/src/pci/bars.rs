@@ -1,21 +1,33 @@
 //! The BARs of a type-0 function: the registers that a guest reads, and what is mapped for them.
 
-use std::ops::Range;
+use std::fmt;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use super::registers;
 use super::{BarGuard, BarPlacement, BarSpace, Segment};
 use crate::warn_limited;
 
-/// Number of BAR registers of a type-0 function.
+/// Number of BAR registers of a type-0 function, without that of the expansion ROM.
 pub const BAR_COUNT: usize = 6;
+/// The expansion ROM's number among the BARs.
+pub const ROM: u8 = BAR_COUNT as u8;
+/// All registers that hold addresses.
+const REGISTERS: usize = BAR_COUNT + 1;
 
 const IO_FLAGS: u32 = 0b11;
 const MEMORY_FLAGS: u32 = 0b1111;
+/// The bits of the ROM's register that hold no address; all but the lowest are reserved.
+const ROM_FLAGS: u32 = 0x7ff;
+/// The ROM is decoded if memory is.
+const ROM_ENABLE: u32 = 1 << 0;
 const IS_IO: u32 = 1 << 0;
 const IS_64_BIT: u32 = 0b10 << 1;
 const TYPE: u32 = 0b11 << 1;
 const PREFETCHABLE: u32 = 1 << 3;
+
+/// The sizes that an expansion ROM can have.
+pub const ROM_SIZES: RangeInclusive<u64> = 2 << 10..=16 << 20;
 
 /// What a BAR decodes (PCI Express Base Specification 6.0, 7.5.1.2.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,6 +44,9 @@ pub enum BarKind {
         /// Reads have no side effects.
         prefetchable: bool,
     },
+    /// The expansion ROM: memory below 4 GiB, with an enable bit of its own (PCI Express Base Specification 6.0,
+    /// 7.5.1.2.4).
+    Rom,
 }
 
 impl BarKind {
@@ -64,7 +79,8 @@ impl BarKind {
     pub(super) const fn flag_mask(self) -> u32 {
         match self {
             BarKind::Io => IO_FLAGS,
-            _ => MEMORY_FLAGS,
+            BarKind::Rom => ROM_FLAGS,
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => MEMORY_FLAGS,
         }
     }
 
@@ -78,6 +94,7 @@ impl BarKind {
             BarKind::Io => IS_IO,
             BarKind::Memory32 { .. } => prefetchable,
             BarKind::Memory64 { .. } => IS_64_BIT | prefetchable,
+            BarKind::Rom => 0,
         }
     }
 }
@@ -85,27 +102,40 @@ impl BarKind {
 /// One BAR of a function.
 #[derive(Clone)]
 pub struct Bar {
-    /// Its register, 0 to 5.
+    /// Its register, 0 to 5, or [`ROM`].
     pub index: u8,
     /// What it decodes.
     pub kind: BarKind,
-    /// Size in bytes: a power of two, at least 16 for memory and 4 for I/O.
+    /// Size in bytes: a power of two, at least 16 for memory, 4 for I/O, and 2 KiB for a ROM.
     pub size: u64,
     /// Its parts, as in [`BarPlacement::segments`].
     pub segments: Arc<[Segment]>,
+}
+
+/// The name of a BAR in messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BarName(pub u8);
+
+impl fmt::Display for BarName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ROM => f.write_str("the expansion ROM"),
+            index => write!(f, "BAR {index}"),
+        }
+    }
 }
 
 /// Why a set of BARs is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BarError {
     /// There is no such register, or another BAR has it already.
-    #[error("BAR {index} does not exist or is taken by the BAR before it")]
+    #[error("{} does not exist or is taken by the BAR before it", BarName(*index))]
     Register {
         /// The register asked for.
         index: u8,
     },
     /// The size is no power of two, too small, or too large for the kind of BAR.
-    #[error("BAR {index} cannot have a size of {size:#x} bytes")]
+    #[error("{} cannot have a size of {size:#x} bytes", BarName(*index))]
     Size {
         /// The BAR's register.
         index: u8,
@@ -150,11 +180,11 @@ struct Mapped {
 pub struct BarSet {
     /// Names the function in log lines.
     label: Arc<str>,
-    bars: [Option<Bar>; BAR_COUNT],
+    bars: [Option<Bar>; REGISTERS],
     /// The last write, including the bits that the size makes read-only: they distinguish a sizing probe from
     /// an address.
-    written: [u32; BAR_COUNT],
-    mapped: [Option<Mapped>; BAR_COUNT],
+    written: [u32; REGISTERS],
+    mapped: [Option<Mapped>; REGISTERS],
     /// First address that the guest cannot reach.
     memory_end: u64,
 }
@@ -173,7 +203,7 @@ impl BarSet {
         let mut set = Self {
             label: label.into(),
             bars: Default::default(),
-            written: [0; BAR_COUNT],
+            written: [0; REGISTERS],
             mapped: Default::default(),
             memory_end: 1_u64
                 .checked_shl(u32::from(address_bits))
@@ -188,13 +218,19 @@ impl BarSet {
     fn add(&mut self, bar: Bar) -> Result<(), BarError> {
         let index = usize::from(bar.index);
         let last = index + usize::from(bar.kind.is_64_bit());
-        if last >= BAR_COUNT || (index..=last).any(|register| self.taken(register)) {
+        let registers = match bar.kind {
+            BarKind::Rom => BAR_COUNT..REGISTERS,
+            _ => 0..BAR_COUNT,
+        };
+        let exist = registers.contains(&index) && registers.contains(&last);
+        if !exist || (index..=last).any(|register| self.taken(register)) {
             return Err(BarError::Register { index: bar.index });
         }
         let sizes = match bar.kind {
             BarKind::Io => 4..=1 << 15,
             BarKind::Memory32 { .. } => 16..=1 << 31,
             BarKind::Memory64 { .. } => 16..=1 << 63,
+            BarKind::Rom => ROM_SIZES,
         };
         if !bar.size.is_power_of_two() || !sizes.contains(&bar.size) {
             return Err(BarError::Size {
@@ -215,10 +251,9 @@ impl BarSet {
         self.bars.iter().flatten()
     }
 
-    /// Whether [`Self::read`] and [`Self::write`] handle the register at `offset` of the configuration space:
-    /// the BARs, and the expansion ROM register, which reads 0 as there is no ROM.
+    /// Whether [`Self::read`] and [`Self::write`] handle the register at `offset` of the configuration space.
     pub fn handles(offset: u16) -> bool {
-        registers::BARS.contains(&offset) || registers::EXPANSION_ROM.contains(&offset)
+        register_at(offset.into()).is_some()
     }
 
     /// Fills `data` from the registers at `offset` of the configuration space.
@@ -259,12 +294,12 @@ impl BarSet {
 
     /// Clears every BAR's address, as a reset does.
     pub fn unassign(&mut self) {
-        self.written = [0; BAR_COUNT];
+        self.written = [0; REGISTERS];
     }
 
     /// Whether [`Self::remap`] has something to do.
     pub fn is_stale(&self, decode: Decode) -> bool {
-        (0..BAR_COUNT).any(|index| {
+        (0..REGISTERS).any(|index| {
             let mapped = self.mapped[index].as_ref().map(|mapped| mapped.base);
             mapped != self.wanted(index, decode)
         })
@@ -275,7 +310,7 @@ impl BarSet {
     ///
     /// A BAR that cannot be mapped is logged and stays unmapped until the next call.
     pub fn remap(&mut self, decode: Decode, space: &dyn BarSpace, hardware: impl FnOnce()) {
-        let wanted: [Option<u64>; BAR_COUNT] =
+        let wanted: [Option<u64>; REGISTERS] =
             std::array::from_fn(|index| self.wanted(index, decode));
         for (mapped, base) in self.mapped.iter_mut().zip(wanted) {
             if mapped.as_ref().map(|mapped| mapped.base) != base {
@@ -317,7 +352,7 @@ impl BarSet {
             }
             Err(error) => warn_limited!(
                 device = %self.label,
-                bar = index,
+                bar = %BarName(bar.index),
                 base = format_args!("{base:#x}"),
                 size = format_args!("{:#x}", bar.size),
                 error = &error as &dyn std::error::Error,
@@ -333,6 +368,10 @@ impl BarSet {
             BarKind::Io => (decode.io, 1 << 16),
             BarKind::Memory32 { .. } => (decode.memory, self.memory_end.min(1 << 32)),
             BarKind::Memory64 { .. } => (decode.memory, self.memory_end),
+            BarKind::Rom => {
+                let enabled = decode.memory && self.written[index] & ROM_ENABLE != 0;
+                (enabled, self.memory_end.min(1 << 32))
+            }
         };
         let base = self.address(bar.index)?;
         let last = base.checked_add(bar.size - 1)?;
@@ -349,7 +388,11 @@ impl BarSet {
     fn register(&self, index: usize) -> u32 {
         let written = self.written[index];
         if let Some(bar) = &self.bars[index] {
-            written & !(bar.size - 1) as u32 | bar.kind.flags()
+            let enabled = match bar.kind {
+                BarKind::Rom => written & ROM_ENABLE,
+                _ => 0,
+            };
+            written & !(bar.size - 1) as u32 | bar.kind.flags() | enabled
         } else if let Some(bar) = self.high_half_of(index) {
             written & (!(bar.size - 1) >> 32) as u32
         } else {
@@ -363,13 +406,18 @@ impl BarSet {
     }
 }
 
-/// The BAR register and the byte in it at an offset of the configuration space.
+/// The register and the byte in it at an offset of the configuration space.
 fn register_at(offset: u32) -> Option<(usize, usize)> {
     const BARS: Range<u32> = registers::BARS.start as u32..registers::BARS.end as u32;
-    BARS.contains(&offset).then(|| {
-        let at = (offset - BARS.start) as usize;
-        (at / 4, at % 4)
-    })
+    const EXPANSION_ROM: Range<u32> =
+        registers::EXPANSION_ROM.start as u32..registers::EXPANSION_ROM.end as u32;
+    let (first, start) = match offset {
+        offset if BARS.contains(&offset) => (0, BARS.start),
+        offset if EXPANSION_ROM.contains(&offset) => (usize::from(ROM), EXPANSION_ROM.start),
+        _ => return None,
+    };
+    let at = (offset - start) as usize;
+    Some((first + at / 4, at % 4))
 }
 
 #[cfg(test)]

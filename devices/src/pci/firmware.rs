@@ -7,10 +7,12 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::registers::{BARS, COMMAND};
+use super::registers::{BARS, COMMAND, EXPANSION_ROM};
 pub use super::root_port::IO_GRANULARITY;
 use super::root_port::MEMORY_GRANULARITY;
-use super::{BAR_COUNT, BarKind, GuestBdf, PciDevice, PciSegment, PortIndex, PortWindows};
+use super::{
+    BAR_COUNT, BarKind, BarName, GuestBdf, PciDevice, PciSegment, PortIndex, PortWindows, ROM,
+};
 
 /// The least distance of two memory BARs, so that no two share a page.
 const PAGE: u64 = 4096;
@@ -54,7 +56,7 @@ impl Default for Minimum {
 pub struct BarRequest {
     /// The function behind the port.
     pub function: u8,
-    /// The BAR's register.
+    /// The BAR's register, or [`ROM`].
     pub index: u8,
     /// What it decodes.
     pub kind: BarKind,
@@ -94,7 +96,7 @@ pub struct PortPlan {
 /// One of the three windows of a bridge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WindowKind {
-    /// Memory below 4 GiB: 32-bit BARs, and 64-bit ones that are not prefetchable.
+    /// Memory below 4 GiB: 32-bit BARs, 64-bit ones that are not prefetchable, and ROMs.
     Mem32,
     /// 64-bit prefetchable memory.
     Mem64,
@@ -170,10 +172,10 @@ impl fmt::Display for WindowKind {
 pub enum FirmwareError {
     /// A window with a device's BARs in it does not fit.
     #[error(
-        "no room for BAR {} ({:#x} bytes) of function {} behind root port {port}: a {kind} window \
+        "no room for {} ({:#x} bytes) of function {} behind root port {port}: a {kind} window \
          of {size:#x} bytes does not fit into what is left of {:#x}..{:#x}; attach fewer devices or \
          make the windows of other slots smaller",
-        largest.index, largest.size, largest.function, host.start, host.end
+        BarName(largest.index), largest.size, largest.function, host.start, host.end
     )]
     Bar {
         /// The root port.
@@ -264,7 +266,7 @@ pub struct Misfit {
 }
 
 /// Checks that the BARs of all functions of a device fit into the windows of a port, so that a guest can
-/// give them addresses. Linux enables no device that has a BAR without an address.
+/// give them addresses. Linux enables no device that has a BAR without an address; a ROM may be without.
 ///
 /// # Errors
 /// They do not fit.
@@ -276,7 +278,11 @@ pub fn fit(bars: &[BarRequest], windows: &PortWindows) -> Result<(), Misfit> {
             mem64: 0,
             io: 0,
         },
-        bars: bars.to_vec(),
+        bars: bars
+            .iter()
+            .filter(|bar| bar.kind != BarKind::Rom)
+            .copied()
+            .collect(),
     };
     let mut windows = windows.clone();
     for kind in WindowKind::ALL {
@@ -336,11 +342,23 @@ pub fn probe(function: u8, device: &dyn PciDevice) -> Vec<BarRequest> {
         }
         index += 1 + u8::from(kind.is_64_bit());
     }
+    let mask = size_mask(device, ROM) & !BarKind::Rom.flag_mask();
+    if mask != 0 {
+        found.push(BarRequest {
+            function,
+            index: ROM,
+            kind: BarKind::Rom,
+            size: 1 << mask.trailing_zeros(),
+        });
+    }
     found
 }
 
 fn register(index: u8) -> u16 {
-    BARS.start + 4 * u16::from(index)
+    match index {
+        ROM => EXPANSION_ROM.start,
+        _ => BARS.start + 4 * u16::from(index),
+    }
 }
 
 fn size_mask(device: &dyn PciDevice, index: u8) -> u32 {

@@ -18,7 +18,7 @@ pub use crate::device::{
     BarGuard, BarPlacement, BarSpace, BarSpaceError, PciDevice, PortIndex, Segment, SegmentKind,
 };
 pub use access::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, ECAM_BYTES_PER_BUS, EcamWindow};
-pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarSet, Decode};
+pub use bars::{BAR_COUNT, Bar, BarError, BarKind, BarName, BarSet, Decode, ROM, ROM_SIZES};
 pub use bdf::{GuestBdf, InvalidBdf};
 pub use capability::{Capability, CapabilityId, ExtendedCapability, ExtendedCapabilityId};
 pub use config::{Area, Backing, ConfigSpace, NoBacking};

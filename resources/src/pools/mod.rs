@@ -16,7 +16,9 @@ pub use group::{
 };
 pub use nova::{Alias, DeviceSpec, NumaPolicy, Traits};
 pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
-pub use request::{Aliases, DeviceRequest, DeviceSource, Placement, check_device_id, nth_id};
+pub use request::{
+    Aliases, DeviceRequest, DeviceSource, Placement, RomSource, check_device_id, nth_id,
+};
 pub use rule::Rule;
 pub use sriov::SriovSpec;
 pub use tenant::{Tenant, TenantFile, Tenants, UnknownTenant};

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
+use serde::de::{Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::base::bdf::BdfError;
@@ -36,6 +38,8 @@ pub struct DeviceRequest {
     pub isolate: bool,
     /// What each may lack.
     pub allow: Allow,
+    /// The expansion ROM of each.
+    pub rom: RomSource,
     /// A device that is named by its path may be in no group. No key of JSON says so.
     pub allow_ungrouped: bool,
 }
@@ -50,6 +54,28 @@ pub enum DeviceSource {
     Alias(String),
     /// This device and no other. A mediated device is there already, and stays.
     Device(DeviceName),
+}
+
+/// Where the expansion ROM of a device comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum RomSource {
+    /// From the device, if it has one.
+    #[default]
+    Device,
+    /// From this file. Of a card with several functions the first has it, the others have their own.
+    File(PathBuf),
+    /// The guest gets none.
+    None,
+}
+
+impl RomSource {
+    /// The file, if it is one.
+    pub fn file(&self) -> Option<&PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Device | Self::None => None,
+        }
+    }
 }
 
 /// On which of the host's NUMA nodes a VM's processors and memory are.
@@ -94,6 +120,7 @@ impl DeviceRequest {
             resource_class: None,
             isolate: false,
             allow: Allow::default(),
+            rom: RomSource::Device,
             allow_ungrouped: false,
         }
     }
@@ -215,6 +242,44 @@ struct DeviceKeys {
     /// VM may read what the other left in it. Without this key they are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow_no_reset: Option<bool>,
+    /// The expansion ROM in the guest: `false` for none, or the name of a file that has it. Without this key the
+    /// guest gets the device's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rom: Option<RomKey>,
+}
+
+/// An expansion ROM in JSON.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[serde(untagged)]
+enum RomKey {
+    /// Whether the guest gets the device's own.
+    Own(bool),
+    /// A file; a relative path starts at the folder of the JSON file.
+    File(PathBuf),
+}
+
+impl<'de> Deserialize<'de> for RomKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(RomVisitor)
+    }
+}
+
+struct RomVisitor;
+
+impl Visitor<'_> for RomVisitor {
+    type Value = RomKey;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a file, true or false")
+    }
+
+    fn visit_bool<E>(self, own: bool) -> Result<RomKey, E> {
+        Ok(RomKey::Own(own))
+    }
+
+    fn visit_str<E>(self, file: &str) -> Result<RomKey, E> {
+        Ok(RomKey::File(file.into()))
+    }
 }
 
 impl TryFrom<DeviceKeys> for DeviceRequest {
@@ -240,6 +305,11 @@ impl TryFrom<DeviceKeys> for DeviceRequest {
             allow: Allow {
                 no_interrupts: keys.interrupts == Some(InterruptNeed::None),
                 no_reset: keys.allow_no_reset == Some(true),
+            },
+            rom: match keys.rom {
+                None | Some(RomKey::Own(true)) => RomSource::Device,
+                Some(RomKey::Own(false)) => RomSource::None,
+                Some(RomKey::File(path)) => RomSource::File(path),
             },
             allow_ungrouped: false,
         })
@@ -298,6 +368,11 @@ impl From<DeviceRequest> for DeviceKeys {
             isolate: request.isolate.then_some(true),
             interrupts: no_interrupts.then_some(InterruptNeed::None),
             allow_no_reset: no_reset.then_some(true),
+            rom: match request.rom {
+                RomSource::Device => None,
+                RomSource::None => Some(RomKey::Own(false)),
+                RomSource::File(path) => Some(RomKey::File(path)),
+            },
             ..Self::default()
         };
         match request.from {
@@ -460,9 +535,29 @@ mod tests {
             (json!({"group": "g", "count": 0}), "`count`: 0 is too few"),
             (json!({"path": "01:00.0", "count": 1}), "exactly one device"),
             (json!({"path": "eth0"}), "\"eth0\" is no PCI device"),
+            (
+                json!({"group": "g", "rom": 1}),
+                "the name of a file, true or false",
+            ),
         ] {
             let error = read(value).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_rom_is_the_devices_own_unless_the_entry_says_otherwise() {
+        for (value, rom) in [
+            (json!({"group": "g"}), RomSource::Device),
+            (json!({"group": "g", "rom": true}), RomSource::Device),
+            (json!({"group": "g", "rom": false}), RomSource::None),
+            (
+                json!({"group": "g", "rom": "a.rom"}),
+                RomSource::File("a.rom".into()),
+            ),
+        ] {
+            let request: DeviceRequest = serde_json::from_value(value).unwrap();
+            assert_eq!(request.rom, rom);
         }
     }
 
@@ -472,6 +567,8 @@ mod tests {
             json!({"id": "disk", "group": "g", "count": 2, "traits": "HW_A", "isolate": true}),
             json!({"alias": "a", "count": 1, "resource_class": "GPU", "numa_policy": "required"}),
             json!({"path": "/sys/bus/pci/devices/0000:01:00.0", "interrupts": "none", "allow_no_reset": true}),
+            json!({"path": "/sys/bus/pci/devices/0000:01:00.0", "rom": false}),
+            json!({"group": "gpu", "count": 1, "rom": "/lib/gpu.rom"}),
         ] {
             let request: DeviceRequest = serde_json::from_value(value.clone()).unwrap();
             assert_eq!(serde_json::to_value(&request).unwrap(), value);

@@ -20,11 +20,16 @@ pub fn checksum(serial: &str) -> String {
 }
 
 fn contents(serial: &str) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(DISK_SIZE);
+    noise(serial, DISK_SIZE)
+}
+
+/// So many bytes, a multiple of 32, that depend on the name alone.
+pub(super) fn noise(name: &str, size: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(size);
     let mut counter = 0u64;
-    while bytes.len() < DISK_SIZE {
+    while bytes.len() < size {
         let mut hash = Sha256::new();
-        hash.update(serial.as_bytes());
+        hash.update(name.as_bytes());
         hash.update(counter.to_le_bytes());
         bytes.extend_from_slice(&hash.finalize());
         counter += 1;
@@ -32,7 +37,7 @@ fn contents(serial: &str) -> Vec<u8> {
     bytes
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+pub(super) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

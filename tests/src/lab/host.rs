@@ -12,7 +12,7 @@ use super::monitor::Monitor;
 use super::parts::Parts;
 use super::put::Put;
 use super::qemu::{self, Device, Machine, Running};
-use super::{command, disk, images};
+use super::{command, disk, images, rom};
 use crate::cleanup::TempFolder;
 use crate::protocol::{Exit, Run, Size};
 
@@ -98,6 +98,9 @@ impl Host {
         );
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
+            if let Some(name) = device.rom() {
+                rom::write(name, &qemu::rom_path(path, name))?;
+            }
             if let Some(serial) = device.disk() {
                 disk::write(serial, &qemu::disk_path(path, serial))?;
             }

@@ -45,6 +45,7 @@ pub mod packages;
 pub mod parts;
 pub mod put;
 pub mod qemu;
+pub mod rom;
 pub mod shell;
 pub mod sources;
 

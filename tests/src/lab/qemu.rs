@@ -29,7 +29,8 @@ pub enum Device {
         /// At most 20 characters.
         serial: String,
     },
-    /// An SR-IOV network card (8086:10c9) behind a root port of its own; cards on one hub talk.
+    /// An SR-IOV network card (8086:10c9) behind a root port of its own, with the expansion ROM [`NIC_ROM`];
+    /// cards on one hub talk.
     Igb {
         /// Number of the hub.
         hub: u8,
@@ -143,12 +144,19 @@ impl Device {
         }
     }
 
+    /// The name of the expansion ROM that it has.
+    pub fn rom(&self) -> Option<&str> {
+        matches!(self, Self::Igb { .. }).then_some(NIC_ROM)
+    }
+
     /// QEMU's arguments for the device as number `index` of the machine.
     fn arguments(&self, index: usize, folder: &Path) -> Vec<String> {
         let slot = index + 0x10;
         let port = format!(
             "pcie-root-port,id=port{index},bus=pcie.0,chassis={index},slot={index},addr={slot:#x}"
         );
+        let rom = self.rom().map(|name| rom_path(folder, name));
+        let rom = format!("romfile={}", rom.unwrap_or_default().display());
         let nvme = |serial: &str| {
             vec![
                 // Unlike a -drive, it stays when the device is unplugged.
@@ -173,15 +181,9 @@ impl Device {
                 let above = ["-device", &bridge, "-device", &port].map(str::to_owned);
                 [above.to_vec(), nvme(serial)].concat()
             }
-            Self::Igb { hub } => card("igb", index, port, *hub),
-            Self::Vmxnet { hub } => card("vmxnet3", index, port, *hub),
-            // Through the IOMMU, as what is passed on has to be.
-            Self::VirtioNet { hub } => card(
-                "virtio-net-pci,disable-legacy=on,iommu_platform=on,aer=on",
-                index,
-                port,
-                *hub,
-            ),
+            Self::Igb { hub } => card(&format!("igb,{rom}"), index, port, *hub),
+            Self::Vmxnet { hub } => card(&format!("vmxnet3,{rom}"), index, port, *hub),
+            Self::VirtioNet { hub } => card(&format!("{VIRTIO_NET},{rom}"), index, port, *hub),
             Self::Gpu => vec![
                 "-device".into(),
                 format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
@@ -240,6 +242,9 @@ fn usb_without_msix(index: usize, serial: &str, msi: bool, stick: &Path) -> Vec<
 /// How many bus numbers the host bridge of a NUMA node has; the first are those of the usual one.
 const BUSES_OF_NODE: u8 = 0x20;
 
+/// Through the IOMMU, as what is passed on has to be.
+const VIRTIO_NET: &str = "virtio-net-pci,disable-legacy=on,iommu_platform=on,aer=on";
+
 /// A network card of this model, with its settings, behind `port` and on a hub.
 fn card(model: &str, index: usize, port: String, hub: u8) -> Vec<String> {
     vec![
@@ -248,13 +253,21 @@ fn card(model: &str, index: usize, port: String, hub: u8) -> Vec<String> {
         "-netdev".into(),
         format!("hubport,id=net{index},hubid={hub}"),
         "-device".into(),
-        format!("{model},id=dev{index},bus=port{index},netdev=net{index},romfile="),
+        format!("{model},id=dev{index},bus=port{index},netdev=net{index}"),
     ]
 }
 
 /// QEMU itself, among its unpacked packages.
 pub fn program(tree: &Path) -> Result<PathBuf> {
     packages::find_in(tree, &["usr/bin/qemu-system-x86_64"])
+}
+
+/// The expansion ROM of the network cards that have one.
+pub const NIC_ROM: &str = "GANTRY-NIC";
+
+/// Where the expansion ROM of this name lies.
+pub fn rom_path(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.rom"))
 }
 
 /// Where the disk with this serial lies.

@@ -4,7 +4,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use gantry_tests::lab::Host;
+use gantry_tests::lab::qemu::NIC_ROM;
+use gantry_tests::lab::{Host, rom};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -23,6 +24,7 @@ pub const MORE: &[Case] = cases![
     a_boot_takes_few_exits,
     two_disks_share_one_mapping_of_ram,
     a_network_card_talks_to_its_neighbour,
+    a_rom_is_the_devices_a_files_or_none,
     a_bar_of_8_gib_has_its_size,
     a_display_comes_with_its_audio,
     a_display_alone_reserves_its_audio,
@@ -190,6 +192,41 @@ fn a_network_card_talks_to_its_neighbour(host: &Host) -> Result<()> {
     ensure!(ended.said.contains("5 packets received"), "{ended}");
     // One vector for the link, and one for each pair of queues.
     ensure!(ended.values("vector").count() >= 3, "{ended}");
+    Ok(())
+}
+
+/// The guest's kernel reads it through the BAR, which it enables for that.
+fn a_rom_is_the_devices_a_files_or_none(host: &Host) -> Result<()> {
+    const FILE: &str = "/tmp/other.rom";
+    let _pool = Pool::of(host, &[NIC])?;
+    host.write(FILE, rom::contents("other"))?;
+    let own = Some(rom::checksum(NIC_ROM));
+    let other = Some(rom::checksum("other"));
+    for (key, expected) in [
+        (json!(true), own),
+        (json!(FILE), other),
+        (json!(false), None),
+    ] {
+        let mut vm = Vm::new("shell").devices("nic", 1);
+        vm.file["devices"][0]["rom"] = key;
+        let mut running = vm.start(host)?;
+        running.types("cd /sys/bus/pci/devices/0000:01:00.0")?;
+        running.types("[ -e rom ] && echo 1 >rom && echo guest: rom=$(sha256sum <rom)")?;
+        running.types("echo guest: mac=$(cat net/eth0/address); poweroff -f")?;
+        let ended = running.end()?.powered_off()?;
+        let read = ended.values("rom").next().map(str::to_owned);
+        let expected = expected.map(|sum| format!("{sum} -"));
+        ensure!(read == expected, "{expected:?}: {ended}");
+        ensure!(ended.value("mac")?.contains(':'), "{ended}");
+    }
+    let mut vm = Vm::new("none").devices("nic", 1);
+    vm.file["devices"][0]["rom"] = json!("/lab/vmlinux");
+    let refused = vm.run(host)?.exits(1)?;
+    ensure!(
+        refused.errors.contains("devices[0].rom: /lab/vmlinux"),
+        "{refused}"
+    );
+    ensure!(refused.errors.contains("55 AA"), "{refused}");
     Ok(())
 }
 

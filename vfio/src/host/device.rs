@@ -23,6 +23,8 @@ pub struct Region(u32);
 impl Region {
     /// The configuration space.
     pub const CONFIG: Self = Self(abi::VFIO_PCI_CONFIG_REGION_INDEX);
+    /// The expansion ROM.
+    pub const ROM: Self = Self(abi::VFIO_PCI_ROM_REGION_INDEX);
     /// How many regions a PCI device has at most: six BARs, ROM, configuration space, VGA.
     pub const COUNT: usize = abi::VFIO_PCI_NUM_REGIONS as usize;
 

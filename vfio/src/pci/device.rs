@@ -16,6 +16,7 @@ use super::config::{
 };
 use super::interrupts::{self, Interrupts, VfioVectors};
 use super::reset::ResetScope;
+use super::rom::{self, Rom};
 use crate::host::{DeviceIo, Irq, Region};
 use crate::{Error, Result};
 
@@ -80,6 +81,15 @@ impl Control {
     }
 }
 
+/// What a function may lack, and what of it comes from elsewhere.
+#[derive(Debug, Clone, Default)]
+pub struct PassthroughOptions {
+    /// The device may have no interrupts.
+    pub no_interrupts: bool,
+    /// Its expansion ROM.
+    pub rom: Rom,
+}
+
 impl PassthroughDevice {
     /// Makes a function of the device behind `io`, freshly opened and so reset, that interrupts
     /// through `router`.
@@ -87,24 +97,17 @@ impl PassthroughDevice {
     /// # Errors
     /// The device cannot be reached, is invalid, or has no interrupts.
     pub fn new(io: Arc<dyn DeviceIo>, router: Arc<dyn MsiRouter>) -> Result<Arc<Self>> {
-        Self::with(io, router, true)
+        Self::with(io, router, PassthroughOptions::default())
     }
 
-    /// As [`Self::new`], for a device that may have no interrupts.
+    /// As [`Self::new`], with options.
     ///
     /// # Errors
-    /// The device cannot be reached, or is invalid.
-    pub fn without_interrupts(
+    /// The device cannot be reached, is invalid, or has no interrupts and needs some.
+    pub fn with(
         io: Arc<dyn DeviceIo>,
         router: Arc<dyn MsiRouter>,
-    ) -> Result<Arc<Self>> {
-        Self::with(io, router, false)
-    }
-
-    fn with(
-        io: Arc<dyn DeviceIo>,
-        router: Arc<dyn MsiRouter>,
-        needs_interrupts: bool,
+        options: PassthroughOptions,
     ) -> Result<Arc<Self>> {
         let unusable = |why: String| Error::Unusable {
             device: io.name().to_owned(),
@@ -122,13 +125,14 @@ impl PassthroughDevice {
         let msi = plan.msi.map(|msi| msi.layout);
         let interrupts =
             interrupts::new(&io, router, msix, msi).map_err(|error| unusable(error.to_string()))?;
-        let bars = bars::open(&io, &physical, &interrupts)?;
+        let mut bars = bars::open(&io, &physical, &interrupts)?;
+        bars.extend(rom::open(&io, options.rom));
         let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
             .map_err(|error| unusable(error.to_string()))?;
         let power = plan.power;
         Control::AT_RESET.write(io.as_ref(), power, false)?;
         let refused = probe_pin(&mut plan, &interrupts);
-        if needs_interrupts && plan.msix.is_none() && plan.msi.is_none() && !plan.intx {
+        if !options.no_interrupts && plan.msix.is_none() && plan.msi.is_none() && !plan.intx {
             return Err(Error::NoInterrupts {
                 device: io.name().to_owned(),
                 source: refused.map(Box::new),

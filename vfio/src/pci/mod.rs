@@ -5,7 +5,9 @@ mod config;
 mod device;
 mod interrupts;
 mod reset;
+mod rom;
 mod window;
 
-pub use device::PassthroughDevice;
+pub use device::{PassthroughDevice, PassthroughOptions};
 pub use reset::{ResetScope, reset_scopes};
+pub use rom::{Rom, RomError, RomImage};

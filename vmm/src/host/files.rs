@@ -1,10 +1,11 @@
 //! The files that a VM's file names. Each is opened once, before the guest runs.
 
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::{open_below, open_regular};
+use gantry_vfio::pci::{RomError, RomImage};
 use nix::fcntl::OFlag;
 
 use crate::config::{SerialMode, VmConfig};
@@ -17,12 +18,23 @@ pub enum FileError {
     #[error("{key}: cannot open {}", path.display())]
     Open {
         /// The key of the VM's file that names it.
-        key: &'static str,
+        key: String,
         /// The file.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// It is no expansion ROM.
+    #[error("{key}: {}", path.display())]
+    Rom {
+        /// The key of the VM's file that names it.
+        key: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: RomError,
     },
     /// Another VM writes to it.
     #[error(
@@ -31,7 +43,7 @@ pub enum FileError {
     )]
     InUse {
         /// The key of the VM's file that names it.
-        key: &'static str,
+        key: String,
         /// The file.
         path: PathBuf,
     },
@@ -44,11 +56,11 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
     VmFiles {
         read: match folders {
             Some(folders) => vec![folders.payload.clone()],
-            None => [Some(&payload.kernel), payload.initramfs.as_ref()]
-                .into_iter()
-                .flatten()
-                .cloned()
-                .collect(),
+            None => {
+                let roms = config.devices.iter().filter_map(|device| device.rom.file());
+                let boot = [Some(&payload.kernel), payload.initramfs.as_ref()];
+                boot.into_iter().flatten().chain(roms).cloned().collect()
+            }
         },
         output: match (&config.serial, folders) {
             (SerialMode::Off | SerialMode::Null, _) => None,
@@ -65,9 +77,9 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
 ///
 /// # Errors
 /// It is missing, not permitted, or no regular file.
-pub fn open(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
+pub fn open(key: &str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
     let failed = |source| FileError::Open {
-        key,
+        key: key.to_owned(),
         path: path.to_owned(),
         source,
     };
@@ -78,13 +90,33 @@ pub fn open(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File
     file.map_err(failed)
 }
 
+/// Reads an expansion ROM.
+///
+/// # Errors
+/// As [`open`], or the file holds none.
+pub fn read_rom(key: &str, path: &Path, below: Option<&Path>) -> Result<RomImage, FileError> {
+    let mut bytes = Vec::new();
+    let file = open(key, path, below)?;
+    let read = file.take(RomImage::MAX + 1).read_to_end(&mut bytes);
+    read.map_err(|source| FileError::Open {
+        key: key.to_owned(),
+        path: path.to_owned(),
+        source,
+    })?;
+    RomImage::new(bytes).map_err(|source| FileError::Rom {
+        key: key.to_owned(),
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Creates a file to write to, or empties an existing one. It stays locked while it is open, so that no other
 /// VM writes to it.
 ///
 /// # Errors
 /// It is no regular file, or another VM writes to it, or it cannot be created.
-pub fn create(key: &'static str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
-    let path = path.to_owned();
+pub fn create(key: &str, path: &Path, below: Option<&Path>) -> Result<File, FileError> {
+    let (key, path) = (key.to_owned(), path.to_owned());
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);
     let opened = match below {
@@ -110,7 +142,34 @@ mod tests {
 
     use nix::sys::stat::Mode;
 
-    use super::{FileError, create, open};
+    use super::{FileError, create, open, read_rom};
+
+    #[test]
+    fn a_rom_is_a_regular_file_that_begins_as_one_and_the_error_names_its_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("rom");
+        let read = |bytes: &[u8]| {
+            fs::write(&file, bytes).unwrap();
+            read_rom("devices[1].rom", &file, None)
+        };
+        assert!(read(&[0x55, 0xaa, 1]).is_ok());
+        let mut long = vec![0; (16 << 20) + 1];
+        long[..2].copy_from_slice(&[0x55, 0xaa]);
+        for (bytes, why) in [
+            (&b"\x7fELF"[..], "55 AA"),
+            (&[], "55 AA"),
+            (&long, "16 MiB"),
+        ] {
+            let refused = read(bytes).unwrap_err();
+            let named = format!("devices[1].rom: {}", file.display());
+            assert_eq!(refused.to_string(), named);
+            let source = refused.source().unwrap().to_string();
+            assert!(source.contains(why), "{source}");
+        }
+        let refused = read_rom("devices[0].rom", folder.path(), None).unwrap_err();
+        assert!(matches!(refused, FileError::Open { .. }));
+        assert!(read_rom("rom", &file, Some(&folder.path().join("x"))).is_err());
+    }
 
     #[test]
     fn output_goes_to_regular_files_only() {

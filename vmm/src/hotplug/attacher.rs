@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::opener::Opener;
 use gantry_resources::pools::DeviceRequest;
+use gantry_vfio::pci::Rom;
 
 use super::DeviceContext;
 use super::job::{AttachJob, AttachSteps};
@@ -16,7 +17,7 @@ use crate::host::preflight;
 use crate::kvm::VfioObserver;
 use crate::passthrough::{
     AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges,
+    RamRanges, roms_of,
 };
 use crate::process::error::cannot;
 use crate::process::sandbox::Role;
@@ -67,7 +68,8 @@ impl Attacher {
         };
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
-        let mut acquired = self.acquire(&requests, &cancelled)?;
+        let roms = roms_of(&requests, |_, _| Err(DeviceError::RomFile))?;
+        let mut acquired = self.acquire(&requests, &roms, &cancelled)?;
         if let Some(id) = job.attach.id() {
             acquired.name_all(id);
         }
@@ -98,6 +100,7 @@ impl Attacher {
     fn acquire(
         &self,
         requests: &[DeviceRequest],
+        roms: &[Rom],
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
         let acquirer = Acquirer {
@@ -107,7 +110,7 @@ impl Attacher {
         };
         let mut tries = 0;
         loop {
-            match acquirer.acquire(requests, self.space.upgrade(), cancelled) {
+            match acquirer.acquire(requests, roms, self.space.upgrade(), cancelled) {
                 // A group has left the address space meanwhile, with its last device.
                 Err(DeviceError::NoIommuGroup { .. }) if tries < ACQUIRE_TRIES => tries += 1,
                 acquired => return acquired,

@@ -139,6 +139,7 @@ impl HostDevices {
             name: device.name(),
             group: label.group,
             allow: label.allow,
+            rom: label.rom.clone(),
             state: DeviceState::Announced,
             port,
             function,

@@ -14,9 +14,10 @@ use gantry_resources::facts::{ReservedKind, ReservedRegion, reserved_regions};
 use gantry_resources::holding::Holder;
 use gantry_resources::inventory::Terms;
 use gantry_resources::opener::{Opened, Opener, pool_of};
-use gantry_resources::pools::{DeviceRequest, Placement, nth_id};
+use gantry_resources::pools::{DeviceRequest, Placement, RomSource, nth_id};
 
 use gantry_vfio::host::Group;
+use gantry_vfio::pci::Rom;
 
 use super::error::DeviceError;
 use super::events::DeviceNotify;
@@ -78,7 +79,7 @@ pub struct Acquirer<'a> {
 }
 
 impl Acquirer<'_> {
-    /// Leases all requested devices, or none. Their groups join the VM's address space `space`, or a new one if
+    /// Leases all requested devices, or none; `roms` has the expansion ROM of each request. Their groups join the VM's address space `space`, or a new one if
     /// `space` has lost its last group. Gives up once `cancelled` is true.
     ///
     /// # Errors
@@ -87,6 +88,7 @@ impl Acquirer<'_> {
     pub fn acquire(
         &self,
         requests: &[DeviceRequest],
+        roms: &[Rom],
         space: Option<Arc<IoAddressSpace>>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
@@ -104,7 +106,7 @@ impl Acquirer<'_> {
                 opener.open(requests, &groups, true, cancelled)?.into()
             }
         };
-        self.join(granted, requests, space)
+        self.join(granted, requests, roms, space)
     }
 
     /// Adds the groups to the address space.
@@ -112,6 +114,7 @@ impl Acquirer<'_> {
         &self,
         granted: Granted,
         requests: &[DeviceRequest],
+        roms: &[Rom],
         space: Option<Arc<IoAddressSpace>>,
     ) -> Result<AcquiredDevices, DeviceError> {
         let nodes = self.host.dev.join("vfio");
@@ -137,15 +140,22 @@ impl Acquirer<'_> {
         let groups = groups.collect::<Result<Vec<_>, _>>()?;
         let mut labels = Labels::new(requests);
         let devices = granted.devices.into_iter().zip(groups);
-        let devices = devices.map(|(device, iommu_group)| UnopenedDevice {
-            iommu_group,
-            token: device.token,
-            leased: LeasedDevice {
-                function: device.function,
-                label: labels.next(device.function.name, device.terms, device.pool),
-                _space: Arc::new(space.admit(device.function.name)),
-                lease: device.lease,
-            },
+        let devices = devices.map(|(device, iommu_group)| {
+            let label = labels.next(device.function, device.terms, device.pool);
+            UnopenedDevice {
+                iommu_group,
+                token: device.token,
+                rom: match label.rom {
+                    RomSource::Device => Rom::Device,
+                    _ => roms.get(device.terms.request).cloned().unwrap_or_default(),
+                },
+                leased: LeasedDevice {
+                    function: device.function,
+                    label,
+                    _space: Arc::new(space.admit(device.function.name)),
+                    lease: device.lease,
+                },
+            }
         });
         Ok(AcquiredDevices {
             devices: devices.collect(),
@@ -327,20 +337,31 @@ impl<'a> Labels<'a> {
         }
     }
 
-    fn next(&mut self, name: DeviceName, terms: Terms, pool: Option<String>) -> DeviceLabel {
+    fn next(&mut self, function: FunctionId, terms: Terms, pool: Option<String>) -> DeviceLabel {
         let count = self.counts.entry(terms.request).or_default();
         let request = self.requests.get(terms.request);
         let id = request.and_then(|request| request.id.as_ref());
         let label = DeviceLabel {
-            id: id.map_or_else(|| name.to_string(), |id| nth_id(id, *count)),
+            id: id.map_or_else(|| function.name.to_string(), |id| nth_id(id, *count)),
             group: request
                 .and_then(|request| request.from.pool())
                 .map(str::to_owned)
                 .or(pool),
             allow: terms.allow,
+            rom: request.map_or(RomSource::Device, |request| rom_of(request, function)),
         };
         *count += 1;
         label
+    }
+}
+
+/// Where the expansion ROM of a function comes from. A file is the first function's of a card.
+fn rom_of(request: &DeviceRequest, function: FunctionId) -> RomSource {
+    match &request.rom {
+        RomSource::File(_) if request.from.device().is_none() && !function.is_first() => {
+            RomSource::Device
+        }
+        rom => rom.clone(),
     }
 }
 
@@ -367,12 +388,15 @@ mod tests {
             });
             let mut labels = Labels::new(&requests);
             let labels = devices.map(|(bdf, request)| {
-                let name = bdf.parse::<HostBdf>().unwrap().into();
+                let function = FunctionId {
+                    name: bdf.parse::<HostBdf>().unwrap().into(),
+                    virtual_function: false,
+                };
                 let terms = Terms {
                     request,
                     allow: Allow::default(),
                 };
-                let label = labels.next(name, terms, None);
+                let label = labels.next(function, terms, None);
                 assert_eq!(label.group.as_deref(), Some("gpus"));
                 label
             });

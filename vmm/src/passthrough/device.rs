@@ -8,7 +8,7 @@ use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{MsiRouter, PciSegment, PortIndex, SegmentError, SlotGuard};
 use gantry_resources::base::DeviceName;
 use gantry_vfio::host::DeviceIo;
-use gantry_vfio::pci::PassthroughDevice;
+use gantry_vfio::pci::{PassthroughDevice, PassthroughOptions, Rom};
 
 use super::counters::{AccessCounters, CountingFunction, CountingIo};
 use super::error::DeviceError;
@@ -62,7 +62,8 @@ impl<T> Drop for DrainOnDrop<T> {
 }
 
 impl AttachedDevice {
-    /// Makes a function of the guest of the open device behind `io`, which interrupts through `router`.
+    /// Makes a function of the guest of the open device behind `io`, which has the expansion ROM `rom` and
+    /// interrupts through `router`.
     ///
     /// # Errors
     /// The device cannot be reached, or has no interrupts and needs some. It is closed before its lease ends.
@@ -70,16 +71,18 @@ impl AttachedDevice {
         // Parameters are dropped from the last to the first.
         leased: LeasedDevice,
         io: impl DeviceIo + 'static,
+        rom: Rom,
         router: Arc<dyn MsiRouter>,
         notify: DeviceNotify,
     ) -> Result<Self, DeviceError> {
         let events = DeviceEventFds::register(&io);
         let counters = Arc::new(AccessCounters::default());
         let io = Arc::new(CountingIo::new(io, &counters));
-        let function = match leased.label.allow.no_interrupts {
-            true => PassthroughDevice::without_interrupts(io.clone(), router)?,
-            false => PassthroughDevice::new(io.clone(), router)?,
+        let options = PassthroughOptions {
+            no_interrupts: leased.label.allow.no_interrupts,
+            rom,
         };
+        let function = PassthroughDevice::with(io.clone(), router, options)?;
         let key = DeviceKey::unique();
         let on_enable = move || notify(key, DeviceEvent::Enabled);
         let function = CountingFunction::new(function, &counters, on_enable);

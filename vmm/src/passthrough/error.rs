@@ -49,6 +49,12 @@ pub enum DeviceError {
         /// Last address.
         last: u64,
     },
+    /// A ROM is to come from a file while the guest runs.
+    #[error(
+        "rom: no file is opened while a VM runs: name the device and its `rom` in the VM's file, or leave the \
+         key out"
+    )]
+    RomFile,
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
     Reserved(#[from] gantry_resources::facts::ReservedError),

@@ -7,6 +7,7 @@ use gantry_resources::allocation::Lease;
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
 use gantry_resources::opener::HeldLease;
+use gantry_resources::pools::RomSource;
 
 /// A lease, kept by this process or by its opener. Dropping it gives the device back.
 pub trait DeviceLease: Send {
@@ -45,6 +46,18 @@ pub struct DeviceLabel {
     pub group: Option<String>,
     /// What it may lack.
     pub allow: Allow,
+    /// Where its expansion ROM comes from.
+    pub rom: RomSource,
+}
+
+impl FunctionId {
+    /// Whether it is the first function of its device.
+    pub fn is_first(&self) -> bool {
+        match self.name {
+            DeviceName::Pci(bdf) => bdf.function() == 0 || self.virtual_function,
+            DeviceName::Mdev(_) => true,
+        }
+    }
 }
 
 /// What a VM keeps of a device from its lease to its end.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::base::{DeviceName, Uuid};
 use gantry_vfio::host::{Attachment, Group, VfioDevice};
+use gantry_vfio::pci::Rom;
 
 use super::device::AttachedDevice;
 use super::error::DeviceError;
@@ -28,6 +29,8 @@ pub struct UnopenedDevice {
     pub(super) iommu_group: Arc<Group>,
     /// The token that it must be opened with.
     pub(super) token: Option<Uuid>,
+    /// Its expansion ROM.
+    pub(super) rom: Rom,
     pub(super) leased: LeasedDevice,
 }
 
@@ -44,7 +47,7 @@ impl UnopenedDevice {
         let name = self.leased.function.name.to_string();
         let token = self.token.map(|token| token.to_string());
         let io = VfioDevice::open(Attachment::Group(self.iommu_group), &name, token.as_deref())?;
-        AttachedDevice::new(self.leased, io, router, notify)
+        AttachedDevice::new(self.leased, io, self.rom, router, notify)
     }
 }
 

@@ -7,7 +7,9 @@ use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::{IntxLine, MsiRoute, MsiRouter};
 use gantry_resources::base::HostBdf;
 use gantry_resources::inventory::Allow;
+use gantry_resources::pools::RomSource;
 use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
+use gantry_vfio::pci::Rom;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::AttachedDevice;
@@ -129,6 +131,7 @@ pub fn attached_on_bus(
                 no_interrupts: true,
                 ..Allow::default()
             },
+            rom: RomSource::Device,
         },
         _space: Arc::new(()),
         lease: Box::new(FakeLease(sender)),
@@ -147,6 +150,12 @@ pub fn attached_on_bus(
         regions: [region(0), region(256)],
         reset,
     };
-    let device = AttachedDevice::new(leased, io, Arc::new(NoRouter), Arc::new(|_, _| {}));
+    let device = AttachedDevice::new(
+        leased,
+        io,
+        Rom::Device,
+        Arc::new(NoRouter),
+        Arc::new(|_, _| {}),
+    );
     (device.unwrap(), reasons)
 }

@@ -18,6 +18,7 @@ use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
+use crate::host::files::read_rom;
 use crate::host::placement::VmPlacement;
 use crate::host::preflight::{self, PreflightError};
 use crate::hotplug::{HostDevices, arrange};
@@ -27,7 +28,7 @@ use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
 use crate::machine::Machine;
 use crate::passthrough::{
     AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges, forbidden,
+    RamRanges, forbidden, roms_of,
 };
 use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
@@ -182,6 +183,11 @@ fn acquire(
         return Ok(AcquiredDevices::default());
     }
     let (host, signals) = (&context.host, &context.signals);
+    let below = config.folders.as_ref();
+    let below = below.map(|folders| folders.payload.as_path());
+    let roms = roms_of(&config.devices, |index, path| {
+        read_rom(&format!("devices[{index}].rom"), path, below)
+    })?;
     let placement = asked_placement(&config.nodes);
     let observer = match hot {
         Some(hot) => Arc::clone(&hot.observer),
@@ -200,7 +206,7 @@ fn acquire(
         host,
     };
     let cancelled = || signals.check().is_err();
-    let acquired = acquirer.acquire(&config.devices, None, &cancelled);
+    let acquired = acquirer.acquire(&config.devices, &roms, None, &cancelled);
     signals.check()?;
     let acquired = acquired?;
     match acquired.duplicate_id() {

@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gantry_resources::base::{DeviceName, HostPaths};
 use gantry_resources::inventory::Allow;
-use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy};
+use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy, RomSource};
 use serde::de::IntoDeserializer;
 use serde::de::value::StringDeserializer;
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,9 @@ pub struct AttachArgs {
     /// Take devices too that nothing resets between two VMs: one may read what the other left
     #[arg(long, conflicts_with = "plan")]
     allow_no_reset: bool,
+    /// Hide the device's expansion ROM from the guest
+    #[arg(long, conflicts_with = "plan")]
+    no_rom: bool,
     /// Name that the device gets in the VM [default: its address on the host]
     #[arg(long)]
     id: Option<String>,
@@ -176,6 +179,10 @@ impl AttachArgs {
             allow: Allow {
                 no_interrupts: self.interrupts.as_deref() == Some("none"),
                 no_reset: self.allow_no_reset,
+            },
+            rom: match self.no_rom {
+                true => RomSource::None,
+                false => RomSource::Device,
             },
             ..DeviceRequest::new(from, self.count.unwrap_or(1))
         }

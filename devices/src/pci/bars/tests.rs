@@ -30,7 +30,10 @@ impl BarSet {
         let Some(Some(bar)) = self.bars.get(usize::from(index)) else {
             return;
         };
-        let register = registers::BARS.start + 4 * u16::from(index);
+        let register = match index {
+            ROM => registers::EXPANSION_ROM.start,
+            _ => registers::BARS.start + 4 * u16::from(index),
+        };
         let len = if bar.kind.is_64_bit() { 8 } else { 4 };
         self.write(register, &address.to_le_bytes()[..len]);
     }
@@ -181,6 +184,14 @@ fn half_of_a_64_bit_bar_being_sized_unmaps_it() {
 #[test]
 fn bars_that_make_no_sense_are_refused() {
     let refused = |bars: Vec<Bar>| BarSet::new("test", bars, 40).err();
+    let rom = |index, size| refused(vec![bar(index, BarKind::Rom, size)]);
+    for index in [0, 5, 7] {
+        assert_eq!(rom(index, 0x1000), Some(BarError::Register { index }));
+    }
+    for size in [1 << 10, 0x3000, 1 << 25] {
+        assert_eq!(rom(ROM, size), Some(BarError::Size { index: ROM, size }));
+    }
+    assert_eq!((rom(ROM, 1 << 11), rom(ROM, 1 << 24)), (None, None));
     let register = |index| Some(BarError::Register { index });
     let size = |index, size| Some(BarError::Size { index, size });
     assert_eq!(refused(vec![bar(6, MEM32, 16)]), register(6));
@@ -202,9 +213,42 @@ fn bars_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn a_rom_has_a_register_of_its_own_with_an_enable_bit() {
+    let (base, bar0) = (0xd000_0000, 0xc000_0000);
+    let bars = [bar(0, MEM32, 0x4000), bar(ROM, BarKind::Rom, 0x1000)];
+    let mut set = BarSet::new("test", bars, 40).unwrap();
+    let space = FakeSpace::default();
+    for probe in [0xffff_f800, 0xffff_fffe, 0xffff_ffff] {
+        write(&mut set, 0x30, probe);
+        assert_eq!(dword(&set, 0x30), 0xffff_f000 | probe & 1);
+        assert!(!set.is_stale(ALL), "{probe:#x}");
+    }
+    set.program(0, bar0);
+    write(&mut set, 0x30, base | 0x7ff);
+    assert_eq!(dword(&set, 0x30), base | 1, "the other bits are reserved");
+    assert_eq!(
+        (set.address(ROM), set.address(0)),
+        (Some(base.into()), Some(bar0))
+    );
+    let mapped = remap(&mut set, ALL, &space);
+    assert_eq!(mapped[1..], [Event::Map(bar0), Event::Map(base.into())]);
+    set.write(0x30, &[0]);
+    let disabled = remap(&mut set, ALL, &space);
+    assert_eq!(disabled[..1], [Event::Unmap(base.into())]);
+    let ports = Decode {
+        io: true,
+        ..Decode::NONE
+    };
+    set.write(0x30, &[1]);
+    assert_eq!(remap(&mut set, ports, &space)[..1], [Event::Unmap(bar0)]);
+    set.unassign();
+    assert_eq!(dword(&set, 0x30), 0);
+}
+
+#[test]
 fn missing_bars_have_no_address() {
     let (mut set, unassigned) = (set(), set());
-    for index in [3, 4, 5, 6, 255] {
+    for index in [3, 4, 5, ROM, 7, 255] {
         set.program(index, 0xc000_0000);
         assert_eq!(set.address(index), None);
     }

@@ -161,6 +161,12 @@ fn a_device_fits_into_a_slot_whose_windows_hold_its_bars() {
         request(2, MEM32, 16 * MIB),
     ];
     assert_eq!(fit(&large, &windows), Ok(()));
+    let with_rom = [large[0], large[1], request(ROM, BarKind::Rom, 0x1_0000)];
+    assert_eq!(
+        fit(&with_rom, &windows),
+        Ok(()),
+        "a ROM may go without an address"
+    );
     let larger = [
         request(0, PREFETCHABLE, 16 * GIB),
         request(2, PREFETCHABLE, MIB),
@@ -204,6 +210,7 @@ fn an_endpoint_is_sized_and_assigned_through_its_registers() {
         bar(2, PREFETCHABLE, 8 * GIB),
         bar(4, BarKind::Io, 0x20),
         bar(5, MEM32, 16),
+        bar(ROM, BarKind::Rom, 0x1_0000),
     ];
     let device = Endpoint::new(1, bars);
     segment.attach(second, 2, device.clone()).unwrap();
@@ -219,6 +226,7 @@ fn an_endpoint_is_sized_and_assigned_through_its_registers() {
             (2, 2, PREFETCHABLE, 8 * GIB),
             (2, 4, BarKind::Io, 0x20),
             (2, 5, MEM32, 16),
+            (2, ROM, BarKind::Rom, 0x1_0000),
         ]
     );
     let minimum = |port| Minimum {
@@ -227,11 +235,20 @@ fn an_endpoint_is_sized_and_assigned_through_its_registers() {
     };
     for _ in 0..2 {
         assign(&segment, 0, &host(), minimum).unwrap();
-        let addresses = [0, 2, 4, 5].map(|index| device.address(index));
+        let addresses = [0, 2, 4, 5, ROM].map(|index| device.address(index));
         assert_eq!(
             addresses,
-            [0x8100_0000, 0x44_0000_0000, 0x1000, 0x8100_4000]
+            [
+                0x8101_0000,
+                0x44_0000_0000,
+                0x1000,
+                0x8101_4000,
+                0x8100_0000
+            ]
         );
+        let mut rom = [0xff; 4];
+        device.read_config(EXPANSION_ROM.start, &mut rom);
+        assert_eq!(rom[0], 0, "the ROM is not enabled");
         let mut command = [0xff; 2];
         device.read_config(COMMAND, &mut command);
         assert_eq!(command, [0; 2], "decoding is the driver's to turn on");

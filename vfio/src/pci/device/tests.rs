@@ -143,7 +143,46 @@ fn bars_are_sized_from_a_shadow() {
         "not even the command register"
     );
     rig.write(0x30, &[0xff; 4]);
-    assert_eq!(rig.read(0x30), 0, "no expansion ROM yet");
+    assert_eq!(rig.read(0x30), 0, "no expansion ROM");
+}
+
+/// The ROM is decoded with its own bit and the function's memory both on, and is sized without a write to
+/// the hardware.
+#[test]
+fn a_rom_is_mapped_while_it_is_enabled_and_memory_is() {
+    const ROM: u16 = 0x30;
+    const BASE: u32 = 0xd000_0000;
+    let mut device = FakeDevice::new();
+    device.regions[Region::ROM.index()].size = 0x1_0000;
+    let rig = Rig::around(device);
+    let write = |value: u32| {
+        rig.write(ROM, &value.to_le_bytes());
+        rig.read(ROM)
+    };
+    rig.write(CMD, &[0x02]);
+    rig.events();
+    for (probe, enabled) in [(0xffff_f800, 0), (0xffff_fffe, 0), (u32::MAX, 1)] {
+        assert_eq!(write(probe), 0xffff_0000 | enabled, "{probe:#x}");
+    }
+    assert_eq!(write(BASE), BASE);
+    assert_eq!(rig.events(), [] as [&str; 0], "not enabled");
+    assert_eq!(write(BASE | 1), BASE | 1);
+    assert_eq!(rig.events(), [format!("map {BASE:#x}")]);
+    let moved = BASE + 0x1_0000;
+    write(moved | 1);
+    assert_eq!(
+        rig.events(),
+        [format!("unmap {BASE:#x}"), format!("map {moved:#x}")]
+    );
+    rig.write(CMD, &[0]);
+    assert!(rig.events().contains(&format!("unmap {moved:#x}")));
+    rig.write(CMD, &[0x02]);
+    assert!(rig.events().contains(&format!("map {moved:#x}")));
+    rig.write(ROM, &[0]);
+    assert_eq!(rig.events(), [format!("unmap {moved:#x}")]);
+    rig.write(ROM, &[1]);
+    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
+    assert_eq!(rig.read(ROM), 0);
 }
 
 /// TRAPS 13.
@@ -330,27 +369,30 @@ fn a_pin_that_the_host_cannot_connect_is_not_shown() {
     use std::error::Error as _;
 
     for step in ["INTx 0..1", "INTx unmasked by", "INTx off"] {
-        let make = |needs_interrupts| {
+        let make = |no_interrupts| {
             let mut device = FakeDevice::new();
             (device.msix.count, device.msi.count) = (0, 0);
             let device = Arc::new(device);
             let router = Arc::new(FakeRouter::new(&device.trace, 1));
             let made = |steps| {
                 device.trace.fail_after(steps);
-                let made =
-                    PassthroughDevice::with(device.clone(), router.clone(), needs_interrupts);
+                let options = PassthroughOptions {
+                    no_interrupts,
+                    rom: Rom::Device,
+                };
+                let made = PassthroughDevice::with(device.clone(), router.clone(), options);
                 (device.trace.failed(), made)
             };
             let refused = (0..100).map(made);
             let mut refused = refused.skip_while(|(failed, _)| failed.as_deref() != Some(step));
             (refused.next().unwrap().1, device.command())
         };
-        let error = make(true).0.err().unwrap();
+        let error = make(false).0.err().unwrap();
         assert!(matches!(error, Error::NoInterrupts { .. }), "{error}");
         let why = error.source().unwrap().to_string();
         assert!(why.contains(step), "{why}");
 
-        let (made, command) = make(false);
+        let (made, command) = make(true);
         let function = made.unwrap();
         let mut pin = [0xff];
         function.read_config(reg::INTERRUPT_PIN, &mut pin);
