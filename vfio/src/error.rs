@@ -125,6 +125,12 @@ pub enum Error {
         #[source]
         source: Option<Box<Error>>,
     },
+    /// The device answers nothing any more.
+    #[error("device {device} does not answer: its registers read all ones")]
+    Silent {
+        /// The device's address on the host.
+        device: String,
+    },
     /// The device cannot be used by a guest.
     #[error("device {device} cannot be passed through: {why}")]
     Unusable {

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use gantry_devices::mapping::HostMapping;
@@ -26,6 +27,7 @@ struct Events {
     steps_left: Option<usize>,
     failures_left: usize,
     failed: Option<String>,
+    reads: usize,
     /// Memory BARs that the guest can reach now.
     mapped: Vec<u64>,
 }
@@ -47,6 +49,11 @@ impl Trace {
     /// The call that was refused.
     pub fn failed(&self) -> Option<String> {
         self.0.lock().unwrap().failed.clone()
+    }
+
+    /// How many reads there were.
+    pub fn reads(&self) -> usize {
+        self.0.lock().unwrap().reads
     }
 
     /// The calls since the last time.
@@ -73,8 +80,9 @@ impl Trace {
             Some(left) => events.steps_left = Some(left - 1),
             None => {}
         }
-        if !event.starts_with("read") {
-            events.seen.push(event);
+        match event.starts_with("read") {
+            true => events.reads += 1,
+            false => events.seen.push(event),
         }
         Ok(())
     }
@@ -96,6 +104,7 @@ pub struct FakeDevice {
     /// Interrupt vectors that the host has for it.
     pub host_vectors: usize,
     pub config: Mutex<Vec<u8>>,
+    silent: AtomicBool,
     bytes: Mutex<BTreeMap<(Region, u64), u8>>,
     /// The index that is enabled, and its vectors.
     vectors: Mutex<Option<(Irq, Vec<Option<EventFd>>)>>,
@@ -178,10 +187,16 @@ impl FakeDevice {
             bus_shared: false,
             host_vectors: usize::MAX,
             config: Mutex::new(config()),
+            silent: AtomicBool::new(false),
             bytes: Mutex::default(),
             vectors: Mutex::default(),
             mappings: Mutex::default(),
         }
+    }
+
+    /// Has all reads answer ones, as those of a device that is gone.
+    pub fn fall_silent(&self, silent: bool) {
+        self.silent.store(silent, Ordering::Relaxed);
     }
 
     /// How many of the mappings made of it are still alive.
@@ -290,6 +305,7 @@ impl DeviceIo for FakeDevice {
         let bytes = self.bytes.lock().unwrap();
         for (at, byte) in (offset..).zip(data) {
             *byte = match region {
+                _ if self.silent.load(Ordering::Relaxed) => u8::MAX,
                 Region::CONFIG => self.config.lock().unwrap()[at as usize],
                 _ => bytes.get(&(region, at)).copied().unwrap_or(at as u8),
             };

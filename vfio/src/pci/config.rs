@@ -134,6 +134,15 @@ impl Registers<'_> {
     }
 }
 
+/// Four bytes of the header that VFIO reads from every device, and that no device has all ones in: revision and
+/// class. VFIO answers the vendor's id itself.
+pub(super) const LIFE: u16 = reg::REVISION_ID;
+
+/// Whether these are the answer of no device.
+pub(super) const fn is_silence(life: u32) -> bool {
+    life == u32::MAX
+}
+
 /// Plans the guest's view of the configuration space `physical` of the device, 256 or 4096 bytes, or a
 /// little less.
 ///
@@ -141,7 +150,8 @@ impl Registers<'_> {
 /// The device does not answer, or is a bridge.
 pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'static str> {
     let registers = Registers(physical);
-    if registers.u16(reg::VENDOR_ID) == u16::MAX || physical.len() < HEADER_SIZE {
+    let silent = registers.u16(reg::VENDOR_ID) == u16::MAX || is_silence(registers.u32(LIFE));
+    if silent || physical.len() < HEADER_SIZE {
         return Err("it does not answer: its configuration space reads all ones");
     }
     if registers.u8(reg::HEADER_TYPE) & !reg::HEADER_MULTIFUNCTION != 0 {

@@ -47,11 +47,22 @@ pub struct PassthroughDevice {
     reset_failed: AtomicBool,
 }
 
+/// Whether the device answers, as far as is known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    Answers,
+    /// It does not, which its owner has yet to be told.
+    FellSilent,
+    /// It does not, which its owner knows.
+    Silent,
+}
+
 struct State {
     space: ConfigSpace,
     bars: BarSet,
     /// The registers that the hardware has; `None` if they are unknown.
     hardware: Option<Control>,
+    presence: Presence,
     /// The function was taken away from the guest.
     retired: bool,
     /// The line of the interrupt pin in the function's slot, if the guest gets INTx.
@@ -147,6 +158,7 @@ impl PassthroughDevice {
                 space: plan.space.clone(),
                 bars,
                 hardware: Some(Control::AT_RESET),
+                presence: Presence::Answers,
                 retired: false,
                 gsi: None,
             }),
@@ -213,11 +225,42 @@ impl PassthroughDevice {
         quiesced
     }
 
-    /// Makes the function ready for the guest after a reset, which may leave the command register as it was.
+    /// Makes the function ready for the guest after a reset, which may leave the command register as it was. Some
+    /// devices do not come back from a reset.
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.lock();
         state.hardware = None;
-        self.follow(&mut state.hardware, Control::AT_RESET, false)
+        let followed = self.follow(&mut state.hardware, Control::AT_RESET, false);
+        state.presence = Presence::Answers;
+        self.listen(&mut state.presence);
+        if state.presence == Presence::Answers {
+            return followed;
+        }
+        self.note_failed_reset();
+        Err(Error::Silent {
+            device: self.name().to_owned(),
+        })
+    }
+
+    /// Finds out whether the device still answers. Once it does not, it is not asked again before it is reset.
+    fn listen(&self, presence: &mut Presence) {
+        if *presence == Presence::Answers {
+            let mut life = [0; 4];
+            Hardware(self.io.as_ref()).read(config::LIFE, &mut life);
+            if config::is_silence(u32::from_le_bytes(life)) {
+                *presence = Presence::FellSilent;
+            }
+        }
+    }
+
+    /// Whether the device has stopped to answer: it was removed, or has failed. True once for each time.
+    pub fn has_fallen_silent(&self) -> bool {
+        let mut state = self.lock();
+        let fell = state.presence == Presence::FellSilent;
+        if fell {
+            state.presence = Presence::Silent;
+        }
+        fell
     }
 
     /// Resets the device.
@@ -420,6 +463,9 @@ impl PciDevice for PassthroughDevice {
             self.update_pending(&mut state.space, offset, data);
             self.update_status(&mut state.space, offset, data);
             state.space.read(offset, data, &Hardware(self.io.as_ref()));
+            if data.iter().all(|byte| *byte == u8::MAX) {
+                self.listen(&mut state.presence);
+            }
         }
     }
 
@@ -462,6 +508,7 @@ impl PciDevice for PassthroughDevice {
             hardware,
             retired,
             gsi,
+            ..
         } = &mut *guard;
         if *retired {
             return;

@@ -75,6 +75,10 @@ impl HostDevices {
                 one.device.counters().failed();
                 "it reported an error that cannot be corrected: do not rely on what it did since"
             }
+            DeviceEvent::Silent => {
+                one.device.counters().failed();
+                "it does not answer: its registers read all ones, as those of a device that was removed or has failed"
+            }
             // The kernel repeats it.
             DeviceEvent::ReleaseRequested if one.release_requested => return,
             DeviceEvent::ReleaseRequested => {

@@ -12,6 +12,7 @@ use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
 use gantry_vfio::pci::PassthroughDevice;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::events::DeviceEvent;
 use crate::info::DeviceCounters;
 
 /// The counters of one device.
@@ -148,24 +149,24 @@ impl DeviceIo for CountingIo {
     }
 }
 
-/// A function with its configuration accesses counted. Reports when the guest enables it.
+/// A function with its configuration accesses counted. Reports when the guest enables it, and when it falls silent.
 pub struct CountingFunction {
     function: Arc<PassthroughDevice>,
     counters: Arc<AccessCounters>,
-    on_enable: Box<dyn Fn() + Send + Sync>,
+    notify: Box<dyn Fn(DeviceEvent) + Send + Sync>,
 }
 
 impl CountingFunction {
-    /// Watches `function`; `on_enable` is called each time it begins to decode.
+    /// Watches `function`, and calls `notify` each time it begins to decode or falls silent.
     pub fn new(
         function: Arc<PassthroughDevice>,
         counters: &Arc<AccessCounters>,
-        on_enable: impl Fn() + Send + Sync + 'static,
+        notify: impl Fn(DeviceEvent) + Send + Sync + 'static,
     ) -> Self {
         Self {
             function,
             counters: Arc::clone(counters),
-            on_enable: Box::new(on_enable),
+            notify: Box::new(notify),
         }
     }
 
@@ -177,6 +178,12 @@ impl CountingFunction {
     /// What was counted.
     pub fn counters(&self) -> &AccessCounters {
         &self.counters
+    }
+
+    fn tell_of_silence(&self) {
+        if self.function.has_fallen_silent() {
+            (self.notify)(DeviceEvent::Silent);
+        }
     }
 
     fn decodes(&self) -> bool {
@@ -192,6 +199,7 @@ impl PciDevice for CountingFunction {
             add(counter, 1);
         }
         self.function.read_config(offset, data);
+        self.tell_of_silence();
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) -> bool {
@@ -205,7 +213,7 @@ impl PciDevice for CountingFunction {
         let before = self.decodes();
         let remap = self.function.write_config(offset, data);
         if !before && self.decodes() {
-            (self.on_enable)();
+            (self.notify)(DeviceEvent::Enabled);
         }
         remap
     }
@@ -215,7 +223,9 @@ impl PciDevice for CountingFunction {
     }
 
     fn reset(&self, space: &dyn BarSpace) -> io::Result<()> {
-        self.function.reset(space)
+        let reset = self.function.reset(space);
+        self.tell_of_silence();
+        reset
     }
 }
 

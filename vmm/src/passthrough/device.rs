@@ -12,7 +12,7 @@ use gantry_vfio::pci::{PassthroughDevice, PassthroughOptions, Rom};
 
 use super::counters::{AccessCounters, CountingFunction, CountingIo};
 use super::error::DeviceError;
-use super::events::{DeviceEvent, DeviceEventFds, DeviceKey, DeviceNotify};
+use super::events::{DeviceEventFds, DeviceKey, DeviceNotify};
 use super::lease::{DeviceLabel, FunctionId, LeasedDevice};
 use crate::layout::intx_gsi;
 
@@ -84,8 +84,8 @@ impl AttachedDevice {
         };
         let function = PassthroughDevice::with(io.clone(), router, options)?;
         let key = DeviceKey::unique();
-        let on_enable = move || notify(key, DeviceEvent::Enabled);
-        let function = CountingFunction::new(function, &counters, on_enable);
+        let notify = move |event| notify(key, event);
+        let function = CountingFunction::new(function, &counters, notify);
         Ok(Self {
             slot: None,
             function: DrainOnDrop(Arc::new(function)),

@@ -34,6 +34,8 @@ pub enum DeviceEvent {
     ReleaseRequested,
     /// It has reported an error that cannot be corrected.
     Failed,
+    /// It answers nothing any more.
+    Silent,
 }
 
 /// Receives the events of devices, on any thread. Must not wait.

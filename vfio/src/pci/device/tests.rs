@@ -118,6 +118,34 @@ fn status_is_the_hardwares_own() {
     assert_eq!(rig.read(CMD) >> 24, 0x20);
 }
 
+/// TRAPS 14: a device that is gone is found out by what it reads as, told of once, and found again by its reset.
+#[test]
+fn a_device_that_answers_nothing_is_told_of_once() {
+    let rig = Rig::new();
+    assert!(!rig.function.has_fallen_silent());
+    // Registers of a device that works may read so.
+    rig.device.config.lock().unwrap()[0x2c..0x30].fill(0xff);
+    assert_eq!(rig.read(0x2c), u32::MAX);
+    assert!(!rig.function.has_fallen_silent());
+    rig.device.fall_silent(true);
+    for _ in 0..3 {
+        assert_eq!(rig.read(0x08), u32::MAX);
+    }
+    assert!(rig.function.has_fallen_silent());
+    let reads = rig.device.trace.reads();
+    rig.read(0x08);
+    assert_eq!(rig.device.trace.reads() - reads, 1, "it is not asked again");
+    assert!(!rig.function.has_fallen_silent());
+    let space = FakeSpace(&rig.device);
+    let error = rig.function.reset(&space).unwrap_err().to_string();
+    assert!(error.contains("does not answer"), "{error}");
+    assert!(rig.function.reset_failed() && rig.function.has_fallen_silent());
+    rig.device.fall_silent(false);
+    rig.function.reset(&space).unwrap();
+    assert!(!rig.function.has_fallen_silent());
+    assert_eq!(rig.read(0x08), 0x0108_0202);
+}
+
 /// TRAPS 10.
 #[test]
 fn bars_are_sized_from_a_shadow() {
