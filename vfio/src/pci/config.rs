@@ -94,6 +94,8 @@ pub(super) struct PowerCapability {
     pub control: u16,
     d1: bool,
     d2: bool,
+    /// No_Soft_Reset: the function is as before when it comes back from D3hot.
+    keeps_context: bool,
 }
 
 impl PowerCapability {
@@ -104,6 +106,11 @@ impl PowerCapability {
             2 => self.d2,
             _ => true,
         }
+    }
+
+    /// Whether the function resets itself when it goes from one power state to another.
+    pub fn resets(self, from: u8, to: u8) -> bool {
+        (from, to) == (3, 0) && !self.keeps_context
     }
 }
 
@@ -234,12 +241,14 @@ fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
     match capability.id {
         CapabilityId::POWER_MANAGEMENT => {
             let abilities = registers.u16(at(2));
+            let rest = registers.u8(at(4)) & !POWER_STATE;
+            let keeps_context = rest & NO_SOFT_RESET != 0;
             plan.power = Some(PowerCapability {
                 control: at(4),
                 d1: abilities & 1 << 9 != 0,
                 d2: abilities & 1 << 10 != 0,
+                keeps_context,
             });
-            let rest = registers.u8(at(4)) & !POWER_STATE;
             plan.space
                 .insert(Area::emulated(at(4), &[rest], &[POWER_STATE]));
         }
@@ -272,6 +281,7 @@ fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
 
 /// Power management control: the power state.
 pub(super) const POWER_STATE: u8 = 0b11;
+const NO_SOFT_RESET: u8 = 1 << 3;
 /// MSI-X message control: the size of the table, less one.
 const MSIX_SIZE: u16 = 0x07ff;
 /// MSI-X message control: size, function mask and enable.

@@ -63,6 +63,8 @@ struct State {
     /// The registers that the hardware has; `None` if they are unknown.
     hardware: Option<Control>,
     presence: Presence,
+    /// The function resets itself with the next write of its power state: its messages end then.
+    resets_itself: bool,
     /// The function was taken away from the guest.
     retired: bool,
     /// The line of the interrupt pin in the function's slot, if the guest gets INTx.
@@ -159,6 +161,7 @@ impl PassthroughDevice {
                 bars,
                 hardware: Some(Control::AT_RESET),
                 presence: Presence::Answers,
+                resets_itself: false,
                 retired: false,
                 gsi: None,
             }),
@@ -475,6 +478,7 @@ impl PciDevice for PassthroughDevice {
             space,
             bars,
             hardware,
+            resets_itself,
             retired,
             ..
         } = &mut *guard;
@@ -495,6 +499,14 @@ impl PciDevice for PassthroughDevice {
             control.power = before.power;
         }
         self.follow_interrupts(space, offset, data);
+        let change = |power: PowerCapability| power.resets(before.power, control.power);
+        if self.power.is_some_and(change) {
+            // VFIO restores the hardware's registers; the guest finds them as after any reset.
+            bars.unassign();
+            *space = self.at_reset.clone();
+            *resets_itself = true;
+            control = self.control(space);
+        }
         *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
@@ -506,6 +518,7 @@ impl PciDevice for PassthroughDevice {
             space,
             bars,
             hardware,
+            resets_itself,
             retired,
             gsi,
             ..
@@ -528,6 +541,9 @@ impl PciDevice for PassthroughDevice {
                 let error = &error as &dyn std::error::Error;
                 warn_limited!(error, "device does not follow its command register");
                 return;
+            }
+            if std::mem::take(resets_itself) {
+                self.interrupts.reset();
             }
         }
         bars.remap(decode, target, || ());

@@ -263,6 +263,48 @@ fn outside_d0_nothing_is_mapped() {
     assert_eq!(rig.device.trace.mapped(), [BAR0, BAR4]);
 }
 
+/// PCI Express Base Specification 6.0, 5.3.1.4: without No_Soft_Reset the function resets itself on its way from
+/// D3hot to D0; with it, all is as before.
+#[test]
+fn what_a_function_keeps_in_d3hot_depends_on_no_soft_reset() {
+    for no_soft_reset in [8, 0] {
+        let device = FakeDevice::new();
+        device.config.lock().unwrap()[usize::from(PM) + 4] = no_soft_reset;
+        let rig = Rig::around(device);
+        let keeps = no_soft_reset != 0;
+        rig.write(CMD, &[0x06]);
+        rig.write(MSIX + 2, &[0, 0x80]);
+        rig.write(PM + 4, &[3, 0]);
+        assert_eq!(rig.device.trace.mapped(), []);
+        assert!(rig.device.armed().is_some(), "it may yet come back");
+        rig.events();
+        rig.write(PM + 4, &[0, 0]);
+        assert_eq!((rig.device.power(), rig.read(PM + 4) & 3), (0, 0));
+        let (bars, mapped, command, control) = match keeps {
+            true => (BAR0 as u32 | 4, vec![BAR0, BAR4], 6, 0x8040),
+            false => (4, vec![], 0, 0x0040),
+        };
+        assert_eq!(rig.read(BARS.start), bars);
+        assert_eq!(rig.device.trace.mapped(), mapped);
+        assert_eq!(rig.read(CMD) & 0xffff, command);
+        assert_eq!(rig.device.command() & 0xff, command as u16);
+        assert_eq!(rig.read(MSIX) >> 16, control);
+        assert_eq!(rig.device.armed().is_some(), keeps);
+        let events = rig.events();
+        let at = |event: &str| events.iter().position(|done| done == event);
+        assert!(
+            keeps || at(&format!("{POWER} [00]")) < at("irqs off"),
+            "{events:?}"
+        );
+        // As a driver restores it.
+        rig.move_bar(0, BAR0);
+        rig.write(MSIX + 2, &[0, 0x80]);
+        rig.write(CMD, &[0x06]);
+        assert!(rig.device.trace.mapped().contains(&BAR0));
+        assert!(rig.device.armed().is_some());
+    }
+}
+
 #[test]
 fn power_states_that_the_function_lacks_are_not_entered() {
     let rig = Rig::new();
