@@ -151,19 +151,20 @@ fn busybox(tools: &Path) -> Result<PathBuf> {
     find_in(tools, &["bin/busybox", "usr/bin/busybox"])
 }
 
-/// The release that QEMU is taken from, with its backports. That of Debian 12 (10.0), emulating SVM,
-/// clears a bit of a processor's pending interrupts without the lock that others take to set one, so
-/// that interrupts are lost.
-const QEMU_RELEASE: &str = "trixie";
+/// The release that QEMU and the lab kernel's source are taken from, with its backports. QEMU of Debian 12
+/// (10.0), emulating SVM, clears a bit of a processor's pending interrupts without the lock that others take to
+/// set one, so that interrupts are lost. Debian 12 has no kernel that exports BARs of VFIO devices as DMA buffers.
+const NEWER_RELEASE: &str = "trixie";
 
 const QEMU_PACKAGE: &str = "qemu-system-x86";
 const MENDED: &str = ", mended";
 const NOT_MENDED: &str = ", not mended";
 
-/// The cache, with apt opened at the first use.
+/// The cache, with apt opened at the first use: for this machine's release, and for the newer one.
 struct Store {
     cache: Cache,
     apt: OnceCell<Apt>,
+    newer: OnceCell<Apt>,
 }
 
 impl Store {
@@ -171,15 +172,21 @@ impl Store {
         Ok(Self {
             cache: Cache::open()?,
             apt: OnceCell::new(),
+            newer: OnceCell::new(),
         })
     }
 
     fn apt(&self) -> Result<&Apt> {
-        if let Some(apt) = self.apt.get() {
-            return Ok(apt);
-        }
-        let apt = Apt::open(self.cache.folder("apt"), Release::of_this_machine()?)?;
-        Ok(self.apt.get_or_init(|| apt))
+        open_once(&self.apt, || {
+            Apt::open(self.cache.folder("apt"), Release::of_this_machine()?)
+        })
+    }
+
+    fn newer(&self) -> Result<&Apt> {
+        open_once(&self.newer, || {
+            let release = Release::of_this_machine()?.other(NEWER_RELEASE);
+            Apt::open(self.cache.folder("apt-foreign"), release)
+        })
     }
 
     /// QEMU with all it needs, its C library included.
@@ -189,11 +196,9 @@ impl Store {
             missing: &[QEMU_PACKAGE],
             backports: true,
         };
-        let inputs = format!("{QEMU_RELEASE} {wanted:?} mended, which is noted");
+        let inputs = format!("{NEWER_RELEASE} {wanted:?} mended, which is noted");
         self.cache.entry("qemu", &[inputs.as_bytes()], |into, _| {
-            let release = Release::of_this_machine()?.other(QEMU_RELEASE);
-            let apt = Apt::open(self.cache.folder("apt-foreign"), release)?;
-            let mut packages = apt.unpack("QEMU", wanted, into)?;
+            let mut packages = self.newer()?.unpack("QEMU", wanted, into)?;
             let mended = erratum::mend(&qemu::program(into)?)?;
             let ours = |name: &&mut String| name.starts_with(QEMU_PACKAGE);
             let package = packages.iter_mut().find(ours);
@@ -247,9 +252,20 @@ impl Store {
             return Ok(None);
         }
         let entry = self.cache.entry("lab-kernel", &inputs, |into, scratch| {
-            kernel_build::build(self.apt()?, scratch, into)
+            kernel_build::build(self.apt()?, self.newer()?, scratch, into)
         })?;
         kernel::open(&entry).map(Some)
+    }
+}
+
+/// What is in `cell`; what `open` gives, at the first use.
+fn open_once(cell: &OnceCell<Apt>, open: impl FnOnce() -> Result<Apt>) -> Result<&Apt> {
+    match cell.get() {
+        Some(apt) => Ok(apt),
+        None => {
+            let apt = open()?;
+            Ok(cell.get_or_init(|| apt))
+        }
     }
 }
 
