@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use anstyle::Style;
 use clap::builder::PossibleValuesParser;
+use gantry_resources::base::ByteSize;
 
 use crate::output::print;
 use crate::report::{Failure, USAGE};
@@ -158,7 +159,7 @@ fn order(cell: &str) -> (u8, u64, String) {
     let number = cell.parse().ok().filter(|_| cell.chars().all(decimal));
     // Bits of what is not negative are in its order.
     let number = number.map(f64::to_bits);
-    let size = || crate::config::bytes(cell).map(|bytes| (bytes as f64).to_bits());
+    let size = || ByteSize::parse(cell).map(|ByteSize(bytes)| (bytes as f64).to_bits());
     match (cell, number.or_else(size)) {
         ("-", _) => (2, 0, String::new()),
         (_, Some(bits)) => (0, bits, String::new()),

@@ -44,6 +44,23 @@ const ELSEWHERE: [(&[&str], &str); 10] = [
     ),
 ];
 
+/// A value on the command line that `''` removes.
+#[derive(Debug, Clone)]
+pub struct OrNone<T>(pub Option<T>);
+
+impl<T> OrNone<T> {
+    /// None for an empty text, or else what `parse` reads.
+    pub fn parse(
+        text: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<Self, String> {
+        match text.trim() {
+            "" => Ok(Self(None)),
+            text => parse(text).map(|value| Self(Some(value))),
+        }
+    }
+}
+
 /// Reads the arguments of the process.
 pub fn parse<C: CommandFactory + FromArgMatches>() -> Result<C, clap::Error> {
     let mut grammar = any_case(C::command());

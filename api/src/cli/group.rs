@@ -11,9 +11,10 @@ mod show;
 use clap::{Subcommand, ValueEnum};
 use gantry_resources::base::HostPaths;
 use gantry_resources::base::json;
-use gantry_resources::pools::{GroupType, Rule};
+use gantry_resources::pools::GroupType;
 use serde::de::DeserializeOwned;
 
+use super::grammar::OrNone;
 use crate::report::Failure;
 pub use list::{Counts, counts};
 
@@ -109,19 +110,7 @@ fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     }
 }
 
-/// A rule on the command line.
-fn rule(text: &str) -> Result<Rule, String> {
-    from_json(text)
+/// A JSON object on the command line that `''` removes.
+fn json_or_none<T: DeserializeOwned>(text: &str) -> Result<OrNone<T>, String> {
+    OrNone::parse(text, from_json)
 }
-
-/// Functions or vGPUs of a group, on the command line; an empty text asks for none.
-fn made<T: DeserializeOwned>(text: &str) -> Result<Made<T>, String> {
-    match text.trim() {
-        "" => Ok(Made(None)),
-        text => from_json(text).map(|spec| Made(Some(spec))),
-    }
-}
-
-/// Virtual functions or vGPUs, or none.
-#[derive(Debug, Clone)]
-struct Made<T>(Option<T>);

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use clap::{Args, Subcommand};
-use gantry_resources::base::HostPaths;
+use gantry_resources::base::{ByteSize, HostPaths};
 use gantry_resources::pools::{
-    Aliases, DeviceRequest, DeviceSource, Groups, Plan, PlanSize, Plans, change_plan, create_plan,
+    Aliases, DeviceRequest, DeviceSource, Groups, Plan, Plans, change_plan, create_plan,
     delete_plan,
 };
 use serde::Serialize;
 
+use super::grammar::OrNone;
 use crate::output::{OutputArgs, print, print_json};
 use crate::report::{Failure, USAGE};
 use crate::table::{Column, Shrink, cell, column, print_table};
@@ -85,14 +86,14 @@ pub struct WriteArgs {
     /// The plan, as VMs ask for it
     name: String,
     #[command(flatten)]
-    says: Says,
+    fields: PlanFields,
     #[command(flatten)]
     tell: OutputArgs,
 }
 
 /// The fields of a plan.
 #[derive(Debug, Args)]
-struct Says {
+struct PlanFields {
     /// A description
     #[arg(long)]
     description: Option<String>,
@@ -100,27 +101,21 @@ struct Says {
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=254))]
     vcpus: Option<u64>,
     /// Size of the RAM, such as 512M or 4GiB
-    #[arg(long, value_parser = size)]
-    memory: Option<String>,
+    #[arg(long)]
+    memory: Option<ByteSize>,
     /// Devices of a group, with their count; may be given several times
     #[arg(long = "device", value_name = "GROUP:COUNT", value_parser = request)]
     devices: Vec<DeviceRequest>,
     /// Devices by aliases with counts, such as 'gpu:1, qat-c62x-vf:2'
     #[arg(long = "alias", value_name = "ALIASES", value_parser = aliases)]
-    aliases: Option<Said>,
+    aliases: Option<OrNone<Aliases>>,
 }
 
-impl Says {
-    /// Whether the plan is empty.
-    fn is_nothing(&self) -> bool {
-        let aliases = self
-            .aliases
-            .as_ref()
-            .and_then(|Said(aliases)| aliases.as_ref());
-        self.vcpus.is_none()
-            && self.memory.is_none()
-            && self.devices.is_empty()
-            && aliases.is_none()
+impl PlanFields {
+    /// Whether nothing but a description is given.
+    fn is_empty(&self) -> bool {
+        let no_aliases = matches!(self.aliases, None | Some(OrNone(None)));
+        self.vcpus.is_none() && self.memory.is_none() && self.devices.is_empty() && no_aliases
     }
 
     /// Replaces what is given.
@@ -129,23 +124,14 @@ impl Says {
             .description
             .unwrap_or(std::mem::take(&mut plan.description));
         plan.vcpus = self.vcpus.or(plan.vcpus);
-        plan.memory = self.memory.map(PlanSize::Text).or(plan.memory.take());
+        plan.memory = self.memory.or(plan.memory);
         if !self.devices.is_empty() {
             plan.devices = self.devices;
         }
-        if let Some(Said(aliases)) = self.aliases {
+        if let Some(OrNone(aliases)) = self.aliases {
             plan.aliases = aliases;
         }
     }
-}
-
-fn size(text: &str) -> Result<String, String> {
-    let bytes = crate::config::bytes(text);
-    let known = bytes.map(|_| text.to_owned());
-    known.ok_or_else(|| match crate::config::meant_size(text) {
-        Some(meant) => format!("did you mean {meant}?"),
-        None => "write a size such as 512M or 4GiB".to_owned(),
-    })
 }
 
 fn request(text: &str) -> Result<DeviceRequest, String> {
@@ -157,15 +143,8 @@ fn request(text: &str) -> Result<DeviceRequest, String> {
     Ok(DeviceRequest::group(group, count))
 }
 
-/// Aliases on the command line; an empty text takes away those there are.
-#[derive(Debug, Clone)]
-struct Said(Option<Aliases>);
-
-fn aliases(text: &str) -> Result<Said, String> {
-    match text {
-        "" => Ok(Said(None)),
-        text => text.parse().map(|aliases| Said(Some(aliases))),
-    }
+fn aliases(text: &str) -> Result<OrNone<Aliases>, String> {
+    OrNone::parse(text, str::parse)
 }
 
 const COLUMNS: [Column; 5] = [
@@ -180,19 +159,19 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         PlanCommand::List(args) => list(&args, paths),
         PlanCommand::Show(args) => show(&args.name, paths),
-        PlanCommand::Create(args) if args.says.is_nothing() => {
-            let what = format!("plan {} would say nothing", args.name);
+        PlanCommand::Create(args) if args.fields.is_empty() => {
+            let what = format!("plan {} would be empty", args.name);
             let help = "give it --vcpus, --memory, --device or --alias";
             Err(Failure::new(USAGE, what).help(help))
         }
         PlanCommand::Create(args) => {
             let mut plan = Plan::named(&args.name);
-            args.says.replace(&mut plan);
+            args.fields.replace(&mut plan);
             let file = create_plan(paths, plan)?;
             written(&args.name, "created", &file, args.tell, paths)
         }
         PlanCommand::Edit(args) => {
-            let change = |plan: &mut Plan| args.says.replace(plan);
+            let change = |plan: &mut Plan| args.fields.replace(plan);
             let file = change_plan(paths, &args.name, change)?;
             written(&args.name, "changed", &file, args.tell, paths)
         }
@@ -265,14 +244,10 @@ fn cells(plan: &Plan) -> Vec<String> {
     });
     let aliases = plan.aliases.iter().map(Aliases::to_string);
     let devices: Vec<String> = devices.chain(aliases).collect();
-    let memory = plan.memory.as_ref().map(|size| match size {
-        PlanSize::Bytes(bytes) => bytes.to_string(),
-        PlanSize::Text(text) => text.clone(),
-    });
     vec![
         plan.name.clone(),
         cell(plan.vcpus),
-        cell(memory),
+        cell(plan.memory),
         cell(Some(devices.join(", "))),
         cell(Some(&plan.description)),
     ]

@@ -101,22 +101,6 @@ impl LoadOptions {
     }
 }
 
-/// The bytes that a size such as `512M` means.
-pub fn bytes(text: &str) -> Option<u64> {
-    let plain = text.parse().ok();
-    plain.or_else(|| model::ByteSize::parse(text).map(|size| size.0))
-}
-
-/// The size that a wrong text was meant to be, such as `2G` for `2GB`.
-pub fn meant_size(text: &str) -> Option<String> {
-    model::ByteSize::meant(text)
-}
-
-/// Bytes as people write them.
-pub fn size(bytes: u64) -> String {
-    model::ByteSize(bytes).to_string()
-}
-
 /// Reads and validates a VM's file. Of the host, only the payload's files are checked.
 pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfig, Error> {
     let text = read(source)?;

@@ -2,12 +2,11 @@
 //!
 //! The documentation comments are the descriptions in the published schema.
 
-use std::fmt;
 use std::path::PathBuf;
 
+use gantry_resources::base::ByteSize;
 use gantry_resources::pools::{Aliases, DeviceRequest};
 use schemars::JsonSchema;
-use serde::de::{Deserialize, Deserializer, Visitor};
 
 /// A virtual machine, as written in the file given to `gantry run`.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
@@ -176,118 +175,4 @@ pub enum SerialMode {
     Tty,
     /// A file; nothing is ever read.
     File,
-}
-
-/// A number of bytes, written as a number or with a binary unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ByteSize(pub u64);
-
-const UNITS: [(&str, u32); 4] = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];
-
-impl ByteSize {
-    /// Reads `4096`, `512M` or `512MiB`; units are powers of 1024.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
-        let number: u64 = number.parse().ok()?;
-        let unit = unit.trim_start();
-        let unit = unit.strip_suffix("iB").unwrap_or(unit);
-        let (_, shift) = UNITS.iter().find(|(name, _)| *name == unit)?;
-        number.checked_mul(1 << shift).map(Self)
-    }
-
-    /// What a text that is no size was meant to be: `2G` for `2GB` or `2g`.
-    pub fn meant(text: &str) -> Option<String> {
-        let text = text.to_uppercase();
-        let text = text.strip_suffix('B').unwrap_or(&text);
-        let text = text.strip_suffix('I').unwrap_or(text);
-        Self::parse(text).map(|_| text.replace(' ', ""))
-    }
-}
-
-/// The size in the largest unit that leaves a whole number.
-impl fmt::Display for ByteSize {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let fits = |shift: &u32| self.0 != 0 && self.0.is_multiple_of(1 << shift);
-        match UNITS.iter().rev().find(|(_, shift)| fits(shift)) {
-            Some((unit, shift)) => write!(f, "{} {unit}iB", self.0 >> shift),
-            None => write!(f, "{} bytes", self.0),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for ByteSize {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Size;
-        impl Visitor<'_> for Size {
-            type Value = ByteSize;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a number of bytes or a string such as \"512M\" or \"4GiB\"")
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
-                Ok(ByteSize(bytes))
-            }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
-                let bytes = text.parse().map(ByteSize).ok();
-                bytes
-                    .or_else(|| ByteSize::parse(text))
-                    .ok_or_else(|| match ByteSize::meant(text) {
-                        Some(meant) => E::custom(format_args!(
-                            "\"{text}\" is no size: did you mean \"{meant}\"?"
-                        )),
-                        None => E::invalid_value(serde::de::Unexpected::Str(text), &self),
-                    })
-            }
-        }
-        deserializer.deserialize_any(Size)
-    }
-}
-
-impl JsonSchema for ByteSize {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "ByteSize".into()
-    }
-
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({
-            "anyOf": [
-                {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": "^[0-9]+( ?[KMGT](iB)?)?$"},
-            ]
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_with_binary_units() {
-        for (text, bytes) in [
-            ("512M", Some(512 << 20)),
-            ("512MiB", Some(512 << 20)),
-            ("512 MiB", Some(512 << 20)),
-            ("4G", Some(4 << 30)),
-            ("1T", Some(1 << 40)),
-            ("64K", Some(64 << 10)),
-            ("", None),
-            ("M", None),
-            ("4 GB", None),
-            ("-4G", None),
-            ("4.5G", None),
-            ("99999999T", None),
-        ] {
-            assert_eq!(ByteSize::parse(text), bytes.map(ByteSize), "{text}");
-        }
-    }
-
-    #[test]
-    fn sizes_are_shown_in_the_largest_whole_unit() {
-        for (bytes, shown) in [(0, "0 bytes"), (3, "3 bytes"), (512 << 20, "512 MiB")] {
-            assert_eq!(ByteSize(bytes).to_string(), shown);
-        }
-    }
 }

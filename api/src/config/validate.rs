@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::join;
-use gantry_resources::base::{HostPaths, open_below, open_regular};
+use gantry_resources::base::{ByteSize, HostPaths, open_below, open_regular};
 use gantry_resources::pools::{
     Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan, RomSource,
 };
@@ -18,7 +18,7 @@ use gantry_vmm::{
 };
 use nix::fcntl::OFlag;
 
-use super::model::{self, ByteSize};
+use super::model;
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
 const MAX_CMDLINE: usize = 2047;

@@ -393,7 +393,7 @@ fn a_vms_file_is_checked_and_nothing_is_taken() {
         "{said}"
     );
     let said = host.gantry(&["plan", "create", "p"]).failed(2);
-    assert!(said.contains("plan p would say nothing"), "{said}");
+    assert!(said.contains("plan p would be empty"), "{said}");
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn virtual_functions_are_asked_for_shown_and_planned() {
         (
             r#"{"pf": "00:03.0", "count": 2, "vlan": 5000}"#,
             2,
-            "`sriov.vlan`: is 1 to 4094",
+            "`sriov.vlan`: 5000 is no VLAN: use 1 to 4094",
         ),
         (
             r#"{"pf": "00:03.0", "count": 2, "mac": "x"}"#,

@@ -48,16 +48,22 @@ impl ConfigError {
     }
 }
 
-/// The `*.json` files of a directory, in the order of their names; none if there is no directory.
-pub(crate) fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
-    let names = sysfs::entries(dir).map_err(|source| ConfigError::Read {
-        path: dir.to_owned(),
+/// The files of one kind, in the order in which they count: `groups.json`, then `groups.d/*.json` in the order of
+/// their names, whether or not they exist.
+pub(crate) fn files(config: &Path, kind: &str) -> Result<Vec<PathBuf>, ConfigError> {
+    let dir = config.join(format!("{kind}.d"));
+    let names = sysfs::entries(&dir).map_err(|source| ConfigError::Read {
+        path: dir.clone(),
         source,
     })?;
     let names = names
         .iter()
         .filter(|name| name.ends_with(".json") && !name.starts_with('.'));
-    Ok(names.map(|name| dir.join(name)).collect())
+    let main = config.join(format!("{kind}.json"));
+    Ok([main]
+        .into_iter()
+        .chain(names.map(|name| dir.join(name)))
+        .collect())
 }
 
 /// The longest file of the configuration directory.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::{BdfError, HostBdf};
 use crate::base::uuid::Uuid;
@@ -100,6 +100,32 @@ impl From<Uuid> for DeviceName {
 impl PartialEq<HostBdf> for DeviceName {
     fn eq(&self, bdf: &HostBdf) -> bool {
         self.pci() == Some(*bdf)
+    }
+}
+
+/// What a name of a group, a plan or a tenant is made of.
+pub(crate) const NAME_RULE: &str =
+    "use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first";
+
+/// Whether a text can name a group, a plan or a tenant.
+pub(crate) fn is_name(name: &str) -> bool {
+    let plain = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    plain && name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric())
+}
+
+/// Reads a name of `what` from JSON.
+pub(crate) fn read_name<'de, D: Deserializer<'de>>(
+    what: &str,
+    deserializer: D,
+) -> Result<String, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match is_name(&name) {
+        true => Ok(name),
+        false => Err(serde::de::Error::custom(format!(
+            "\"{name}\" cannot name {what}: {NAME_RULE}"
+        ))),
     }
 }
 

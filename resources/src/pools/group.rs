@@ -17,7 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::base::bdf::HostBdf;
 use crate::base::json::{JsonError, ListItem, Place, nearest};
-use crate::base::name::DeviceName;
+use crate::base::name::{DeviceName, read_name};
 use crate::inventory::device::HostDevice;
 use crate::inventory::scan::Detail;
 use crate::inventory::usb::UsbDevice;
@@ -28,7 +28,7 @@ use crate::pools::vgpu::VgpuSpec;
 pub use chosen::Chosen;
 pub use edit::{EditError, GroupChange, GroupFiles};
 pub use error::GroupError;
-use files::{GroupsFile, files, parse};
+use files::{GroupsFile, parse};
 pub use nova_files::{change_aliases, change_device_specs};
 
 /// What kind of thing a group holds. The kind is a filter besides the rules.
@@ -190,22 +190,8 @@ impl ResourceGroup {
     }
 }
 
-/// Whether a text can name a group or a plan.
-pub(crate) fn is_name(name: &str) -> bool {
-    let plain = name
-        .bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
-    plain && name.len() <= 64 && name.starts_with(|first: char| first.is_ascii_alphanumeric())
-}
-
 fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let name = String::deserialize(deserializer)?;
-    if is_name(&name) {
-        return Ok(name);
-    }
-    Err(serde::de::Error::custom(format!(
-        "\"{name}\" cannot name a group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
-    )))
+    read_name("a group", deserializer)
 }
 
 /// All groups of the host, in the order of definition.

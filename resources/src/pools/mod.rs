@@ -15,7 +15,7 @@ pub use group::{
     ResourceGroup, change_aliases, change_device_specs,
 };
 pub use nova::{Alias, DeviceSpec, NumaPolicy, Traits};
-pub use plan::{Plan, PlanError, PlanSize, Plans, change_plan, create_plan, delete_plan};
+pub use plan::{Plan, PlanError, Plans, change_plan, create_plan, delete_plan};
 pub use request::{
     Aliases, DeviceRequest, DeviceSource, Placement, RomSource, check_device_id, nth_id,
 };

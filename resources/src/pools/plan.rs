@@ -8,10 +8,11 @@ use thiserror::Error;
 
 use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
-use crate::base::json::{JsonError, ListItem, Place, nearest};
+use crate::base::json::{JsonError, ListItem, Place, near_or_list, nearest};
+use crate::base::name::read_name;
+use crate::base::size::ByteSize;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError};
 use crate::holding::record::LeaseRecord;
-use crate::pools::group::is_name;
 use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
 
 /// What a VM gets that names the plan, as far as its own file does not say otherwise.
@@ -26,12 +27,16 @@ pub struct Plan {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
     /// Number of processors.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "vcpus",
+        skip_serializing_if = "Option::is_none"
+    )]
     #[schemars(range(min = 1, max = 254))]
     pub vcpus: Option<u64>,
     /// Size of the RAM: a number of bytes, or a string such as "4GiB".
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory: Option<PlanSize>,
+    pub memory: Option<ByteSize>,
     /// Devices, as in a VM's file.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceRequest>,
@@ -47,24 +52,19 @@ pub struct Plan {
     pub file: PathBuf,
 }
 
-/// A number of bytes, or a text for one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum PlanSize {
-    /// Bytes.
-    Bytes(u64),
-    /// A number with a unit.
-    Text(String),
+/// Reads a number of vCPUs that a VM can have.
+fn vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let vcpus = Option::<u64>::deserialize(deserializer)?;
+    match vcpus.filter(|vcpus| !(1..=254).contains(vcpus)) {
+        None => Ok(vcpus),
+        Some(wrong) => Err(serde::de::Error::custom(format!(
+            "a VM cannot have {wrong} vCPUs: use 1 to 254"
+        ))),
+    }
 }
 
 fn plan_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    let name = String::deserialize(deserializer)?;
-    match is_name(&name) {
-        true => Ok(name),
-        false => Err(serde::de::Error::custom(format!(
-            "\"{name}\" cannot name a plan: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
-        ))),
-    }
+    read_name("a plan", deserializer)
 }
 
 impl Plan {
@@ -126,7 +126,7 @@ pub enum PlanError {
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// There is no such plan.
-    #[error("there is no plan \"{name}\"{}", hint(.near))]
+    #[error("there is no plan \"{name}\"{}", near_or_list(.near, "gantry plan list"))]
     Unknown {
         /// The name.
         name: String,
@@ -162,13 +162,6 @@ impl PlanError {
     }
 }
 
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry plan list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
-}
-
 fn item(plan: &Plan) -> ListItem<'_> {
     ListItem {
         list: "plans",
@@ -180,7 +173,7 @@ impl Plans {
     /// Reads `plans.json`, then `plans.d/*.json` in the order of their names. None need exist.
     pub fn load(paths: &HostPaths) -> Result<Self, PlanError> {
         let mut plans = Self::default();
-        for path in files(paths)? {
+        for path in config::files(&paths.config, "plans")? {
             plans.add(path.clone(), read(&path)?)?;
         }
         Ok(plans)
@@ -282,12 +275,6 @@ fn lock(paths: &HostPaths) -> Result<AllocationLock, LeaseError> {
     AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)
 }
 
-fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
-    let mut files = vec![paths.config.join("plans.json")];
-    files.extend(config::drop_ins(&paths.config.join("plans.d"))?);
-    Ok(files)
-}
-
 fn read(path: &std::path::Path) -> Result<PlansFile, ConfigError> {
     match config::read(path)? {
         Some(text) => config::parse(path, &text),
@@ -340,6 +327,14 @@ mod tests {
             (
                 r#"{"plans": [{"name": "a"}, {"name": "a"}]}"#,
                 "plans.json:1:36: `name`: there is already a plan named \"a\" at",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "vcpus": 255}]}"#,
+                "plans.json:1:35: `plans[0].vcpus`: a VM cannot have 255 vCPUs: use 1 to 254",
+            ),
+            (
+                r#"{"plans": [{"name": "a", "memory": "4GB"}]}"#,
+                "plans.json:1:36: `plans[0].memory`: \"4GB\" is no size: did you mean \"4G\"?",
             ),
             (
                 r#"{"plans": [{"name": "a", "devices": [{}]}]}"#,

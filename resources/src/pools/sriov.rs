@@ -173,26 +173,34 @@ impl SriovSpec {
         self.wanted(0) != VfState::default()
     }
 
-    /// What is wrong with it: the key, and words.
+    /// What is wrong with it: the key, and the mistake with its remedy.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         if self.count == 0 || self.count > MOST_VFS {
-            return Some(("count", format!("is 1 to {MOST_VFS}")));
+            let problem = format!(
+                "{} functions cannot be made: use 1 to {MOST_VFS}",
+                self.count
+            );
+            return Some(("count", problem));
         }
         if let Some(problem) = self.mac_problem() {
             return Some(("mac", problem));
         }
-        if self.vlan.is_some_and(|vlan| vlan > 4094) {
-            return Some(("vlan", "is 1 to 4094, or 0 for none".to_owned()));
+        let (vlan, qos) = (self.vlan.unwrap_or(0), self.qos.unwrap_or(0));
+        if vlan > 4094 {
+            let problem = format!("{vlan} is no VLAN: use 1 to 4094, or 0 for none");
+            return Some(("vlan", problem));
         }
-        if self.qos.is_some_and(|qos| qos > 7) {
-            return Some(("qos", "is 0 to 7".to_owned()));
+        if qos > 7 {
+            return Some(("qos", format!("{qos} is no priority: use 0 to 7")));
         }
-        if self.qos.is_some_and(|qos| qos > 0) && self.vlan.unwrap_or(0) == 0 {
-            return Some(("qos", "is a priority in a VLAN: give a vlan too".to_owned()));
+        if qos > 0 && vlan == 0 {
+            let problem = "a priority is one in a VLAN: give a vlan too, or remove it";
+            return Some(("qos", problem.to_owned()));
         }
         let (min, max) = (self.min_rate.unwrap_or(0), self.max_rate.unwrap_or(0));
         if max != 0 && min > max {
-            return Some(("min_rate", format!("is above max_rate, {max}")));
+            let problem = format!("{min} is above max_rate, {max}: lower it, or raise max_rate");
+            return Some(("min_rate", problem));
         }
         None
     }
@@ -202,22 +210,25 @@ impl SriovSpec {
         if let Some(MacPlan::Each(all)) = &self.mac
             && all.len() != usize::from(count)
         {
+            let listed = all.len();
             return Some(format!(
-                "lists {} addresses for {count} functions",
-                all.len()
+                "it lists {listed} addresses for {count} functions: list one for each"
             ));
         }
         let mut seen = std::collections::BTreeSet::new();
         for index in 0..count {
             let Some(mac) = self.wanted(index).mac else {
-                return (self.mac.is_some())
-                    .then(|| format!("leaves too few addresses: {index} of {count} fit"));
+                return self.mac.is_some().then(|| {
+                    format!("it leaves too few addresses, {index} of {count} fit: start lower")
+                });
             };
             if !mac.names_a_station() {
-                return Some(format!("{mac} is not a unicast address"));
+                return Some(format!(
+                    "{mac} is not a unicast address: use one whose first byte is even"
+                ));
             }
             if !seen.insert(mac) {
-                return Some(format!("{mac} is given twice"));
+                return Some(format!("{mac} is given twice: give each function its own"));
             }
         }
         None

@@ -9,14 +9,14 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::base::config::{self, ConfigError};
 use crate::base::host::{HostPaths, TENANTS};
-use crate::base::json::nearest;
-use crate::base::name::DeviceName;
+use crate::base::json::{near_or_list, nearest};
+use crate::base::name::{DeviceName, is_name};
 use crate::base::sysfs;
 use crate::base::uuid::Uuid;
 use crate::facts::ids::PciId;
 use crate::inventory::device::HostDevice;
 use crate::inventory::error::InventoryError;
-use crate::pools::group::{GroupError, Groups, is_name};
+use crate::pools::group::{GroupError, Groups};
 use crate::pools::rule::Rule;
 
 /// Who a tenant is.
@@ -170,7 +170,7 @@ pub(crate) fn definition(host: &HostPaths, name: &str) -> PathBuf {
 
 /// There is no such tenant.
 #[derive(Debug, Error)]
-#[error("there is no tenant \"{name}\"{}", hint(.near))]
+#[error("there is no tenant \"{name}\"{}", near_or_list(.near, "gantry tenant list"))]
 pub struct UnknownTenant {
     /// The name.
     pub name: String,
@@ -192,13 +192,6 @@ pub struct OtherHardware {
     pub other: HostBdf,
     /// What it is.
     pub id: PciId,
-}
-
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry tenant list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
 }
 
 impl Groups {

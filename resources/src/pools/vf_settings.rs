@@ -207,29 +207,12 @@ impl VfState {
         }
     }
 
-    /// The changes that make `wanted` of this.
+    /// The changes that make `wanted` of this. A pair takes the half that is not asked for from this.
     pub(crate) fn changes_to(&self, wanted: &Self) -> Vec<VfSetting> {
-        let same = Self::default();
-        let differs = Self {
-            mac: wanted.mac.filter(|_| wanted.mac != self.mac),
-            vlan: wanted.vlan.filter(|_| wanted.vlan != self.vlan),
-            qos: wanted.qos.filter(|_| wanted.qos != self.qos),
-            spoof_check: wanted
-                .spoof_check
-                .filter(|_| wanted.spoof_check != self.spoof_check),
-            trust: wanted.trust.filter(|_| wanted.trust != self.trust),
-            min_rate: wanted.min_rate.filter(|_| wanted.min_rate != self.min_rate),
-            max_rate: wanted.max_rate.filter(|_| wanted.max_rate != self.max_rate),
-            link_state: wanted
-                .link_state
-                .filter(|_| wanted.link_state != self.link_state),
-        };
-        if differs == same {
-            return Vec::new();
-        }
-        // What goes in pairs takes the half that is not asked for from what there is.
-        let all = self.with(wanted);
-        differs.settings(&all)
+        let now = self.settings(self);
+        let mut changes = wanted.settings(&self.with(wanted));
+        changes.retain(|change| !now.contains(change));
+        changes
     }
 
     /// Everything that is asked for, as changes; `all` fills pairs up.

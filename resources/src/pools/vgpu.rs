@@ -58,14 +58,20 @@ impl VgpuSpec {
         }
     }
 
-    /// What is wrong with it: the key, and words.
+    /// What is wrong with it: the key, and the mistake with its remedy.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let mut seen = BTreeSet::new();
         if self.kind.trim().is_empty() {
-            return Some(("type", "must name a type".to_owned()));
+            let problem = "it is empty: name a type that `gantry device mdev` lists";
+            return Some(("type", problem.to_owned()));
         }
         let twice = self.uuids.iter().find(|uuid| !seen.insert(**uuid));
-        twice.map(|uuid| ("uuids", format!("{uuid} is given twice")))
+        twice.map(|uuid| {
+            (
+                "uuids",
+                format!("{uuid} is given twice: remove one of them"),
+            )
+        })
     }
 
     fn allows(&self, parent: &str) -> bool {

@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::base::bdf::HostBdf;
 use crate::base::config::ConfigError;
 use crate::base::json::Place;
-use crate::base::name::DeviceName;
+use crate::base::name::{DeviceName, NAME_RULE};
 use crate::base::sysfs::if_denied;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::maintenance::{MaintenanceError, RunningVm};
@@ -35,9 +35,7 @@ pub enum TenantError {
         path: PathBuf,
     },
     /// A name that cannot be one.
-    #[error(
-        "\"{0}\" cannot name a tenant or its group: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
-    )]
+    #[error("\"{0}\" cannot name a tenant or its group: {NAME_RULE}")]
     Name(String),
     /// The user is not known to this host.
     #[error(

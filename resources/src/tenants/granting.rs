@@ -5,14 +5,14 @@ use super::hand_over::Owner;
 use super::{TenantError, alone};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
-use crate::base::name::DeviceName;
+use crate::base::name::{DeviceName, is_name};
 use crate::inventory::card::{Card, cards};
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::{MdevDevice, Mdevs};
 use crate::inventory::scan::scan;
 use crate::making::sriov::granted::{self, GrantedRecord};
 use crate::making::sriov::{HostAccess, VfLinks};
-use crate::pools::group::{Groups, ResourceGroup, is_name};
+use crate::pools::group::{Groups, ResourceGroup};
 use crate::pools::tenant::{Tenant, Tenants, definitions};
 
 /// What a tenant gets.

@@ -10,7 +10,8 @@ use gantry_resources::pools::{
     VgpuSpec,
 };
 
-use super::{Kind, Made};
+use super::Kind;
+use crate::cli::grammar::OrNone;
 use crate::cli::group_change::{GroupSnapshot, Hardware};
 use crate::output::OutputArgs;
 use crate::report::Failure;
@@ -37,7 +38,7 @@ pub struct CreateArgs {
     #[command(flatten)]
     tags: Tags,
     /// A rule that takes devices; may be given several times
-    #[arg(long = "rule", value_name = "JSON", value_parser = super::rule)]
+    #[arg(long = "rule", value_name = "JSON", value_parser = super::from_json::<Rule>)]
     rules: Vec<Rule>,
     /// A device, by its address or USB port, for which a rule is made; may be given several times
     #[arg(long = "device", value_name = "DEVICE")]
@@ -66,7 +67,7 @@ pub struct EditArgs {
     #[command(flatten)]
     tags: Tags,
     /// A rule to add; may be given several times
-    #[arg(long = "rule", value_name = "JSON", value_parser = super::rule)]
+    #[arg(long = "rule", value_name = "JSON", value_parser = super::from_json::<Rule>)]
     rules: Vec<Rule>,
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
@@ -94,11 +95,11 @@ struct Tags {
     #[arg(long, value_name = "NAME")]
     resource_class: Option<String>,
     /// Virtual functions that `gantry group activate` makes; '' takes them away
-    #[arg(long, value_name = "JSON", value_parser = super::made::<SriovSpec>)]
-    sriov: Option<Made<SriovSpec>>,
+    #[arg(long, value_name = "JSON", value_parser = super::json_or_none::<SriovSpec>)]
+    sriov: Option<OrNone<SriovSpec>>,
     /// Virtual GPUs, or other mediated devices, that VMs get; '' takes them away
-    #[arg(long, value_name = "JSON", value_parser = super::made::<VgpuSpec>)]
-    vgpu: Option<Made<VgpuSpec>>,
+    #[arg(long, value_name = "JSON", value_parser = super::json_or_none::<VgpuSpec>)]
+    vgpu: Option<OrNone<VgpuSpec>>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -128,8 +129,8 @@ impl Tags {
             one_time_use: self.one_time_use,
             traits: self.traits.map(|text| text.split(',').collect()),
             resource_class: self.resource_class,
-            sriov: self.sriov.map(|Made(spec)| spec),
-            vgpu: self.vgpu.map(|Made(spec)| spec),
+            sriov: self.sriov.map(|OrNone(spec)| spec),
+            vgpu: self.vgpu.map(|OrNone(spec)| spec),
             ..GroupChange::default()
         }
     }

@@ -33,7 +33,7 @@ pub struct MatchArgs {
     #[arg(required_unless_present = "rule", conflicts_with = "rule")]
     name: Option<String>,
     /// A rule as a group's file would have it
-    #[arg(long, value_name = "JSON", value_parser = super::rule)]
+    #[arg(long, value_name = "JSON", value_parser = super::from_json::<Rule>)]
     rule: Option<Rule>,
     /// Try the rule on USB devices
     #[arg(long, requires = "rule")]

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use clap::Args;
-use gantry_resources::base::{HostPaths, Numbers};
+use gantry_resources::base::{ByteSize, HostPaths, Numbers};
 
 use super::{find, watch};
 use crate::http::wire::{Device, Placement, VmInfo};
@@ -58,7 +58,7 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
         writeln!(out, "ended    {}", ended.replace('\n', "\n         "))?;
     }
     writeln!(out, "vcpus    {}", config.cpus.boot_vcpus)?;
-    writeln!(out, "memory   {}", crate::config::size(config.memory.size))?;
+    writeln!(out, "memory   {}", ByteSize(config.memory.size))?;
     if let Some(placement) = &info.placement {
         writeln!(out, "numa     {}", numa(placement))?;
     }

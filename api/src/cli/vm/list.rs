@@ -4,7 +4,7 @@ use std::fmt;
 use std::num::NonZeroU32;
 
 use clap::Args;
-use gantry_resources::base::HostPaths;
+use gantry_resources::base::{ByteSize, HostPaths};
 use gantry_resources::holding::{RunningVm, running_vms};
 use serde::Serialize;
 
@@ -183,7 +183,7 @@ impl Row {
             cell(self.pid),
             self.state.to_string(),
             cell(info.map(|info| info.config.cpus.boot_vcpus)),
-            cell(info.map(|info| crate::config::size(info.config.memory.size))),
+            cell(info.map(|info| ByteSize(info.config.memory.size))),
             cell(info.map(super::slots)),
             cell(devices),
         ]

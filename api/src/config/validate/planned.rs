@@ -1,6 +1,6 @@
 //! What a service plan says where a VM's file does not.
 
-use gantry_resources::pools::{Plan, PlanSize, Plans};
+use gantry_resources::pools::{Plan, Plans};
 use gantry_vmm::{MemorySize, VcpuCount};
 
 use super::{Context, Invalid, invalid, model};
@@ -32,17 +32,12 @@ pub fn vcpus(plan: Option<&Plan>) -> Result<VcpuCount, Invalid> {
 
 /// The memory of a plan, or that of a VM that says nothing.
 pub fn memory(plan: Option<&Plan>) -> Result<MemorySize, Invalid> {
-    let Some((plan, size)) = plan.and_then(|plan| Some((plan, plan.memory.as_ref()?))) else {
-        return super::memory(&model::MemoryConfig::default());
-    };
-    let size = match size {
-        PlanSize::Bytes(bytes) => Some(*bytes),
-        PlanSize::Text(text) => crate::config::bytes(text),
-    };
-    let size = size
-        .map(model::ByteSize)
-        .ok_or_else(|| wrong(plan, "its memory is no size such as \"4GiB\""))?;
-    super::memory(&model::MemoryConfig { size }).map_err(|error| wrong(plan, &error.what))
+    match plan.and_then(|plan| Some((plan, plan.memory?))) {
+        None => super::memory(&model::MemoryConfig::default()),
+        Some((plan, size)) => {
+            super::memory(&model::MemoryConfig { size }).map_err(|error| wrong(plan, &error.what))
+        }
+    }
 }
 
 fn wrong(plan: &Plan, what: &str) -> Invalid {

@@ -237,6 +237,14 @@ pub(crate) fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> O
         .map(|(_, known)| known)
 }
 
+/// The rest of a message about an unknown name: the name that was meant, or the command that lists all.
+pub(crate) fn near_or_list(near: &Option<String>, list: &str) -> String {
+    match near {
+        Some(near) => format!(": did you mean \"{near}\"?"),
+        None => format!(": `{list}` shows them"),
+    }
+}
+
 /// Something wrong in a text.
 #[derive(Debug, PartialEq, Eq)]
 struct Mistake {

@@ -362,7 +362,7 @@ fn what_makes_no_sense_is_refused_with_file_and_key() {
     for (vgpu, words) in [
         (
             r#""type": "vgpu", "vgpu": {"type": " "}"#,
-            "`vgpu.type`: must name a type",
+            "`vgpu.type`: it is empty: name a type",
         ),
         (
             r#""vgpu": {"type": "x"}"#,

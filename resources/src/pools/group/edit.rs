@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::chosen::Chosen;
-use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, files, parse};
+use super::{Bind, GroupError, GroupType, Groups, GroupsFile, ResourceGroup, parse};
 use crate::base::bdf::HostBdf;
 use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
@@ -203,7 +203,7 @@ impl GroupFiles {
         let record = LeaseRecord::task("gantry group");
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
         let mut open = Vec::new();
-        for path in files(paths)? {
+        for path in config::files(&paths.config, "groups")? {
             let content = match config::read(&path)? {
                 Some(text) => parse(&path, &text)?,
                 None => GroupsFile::default(),

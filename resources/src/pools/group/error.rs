@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::base::config::ConfigError;
-use crate::base::json::JsonError;
+use crate::base::json::{JsonError, near_or_list};
 
 /// A definition of groups is wrong, or cannot be read.
 #[derive(Debug, Error)]
@@ -12,7 +12,7 @@ pub enum GroupError {
     #[error(transparent)]
     File(#[from] ConfigError),
     /// There is no such group.
-    #[error("there is no group \"{name}\"{}", hint(.near))]
+    #[error("there is no group \"{name}\"{}", near_or_list(.near, "gantry group list"))]
     Unknown {
         /// The name.
         name: String,
@@ -35,11 +35,4 @@ impl GroupError {
             Self::Unknown { .. } => true,
         }
     }
-}
-
-fn hint(near: &Option<String>) -> String {
-    near.as_ref().map_or_else(
-        || ": `gantry group list` shows them".to_owned(),
-        |near| format!(": did you mean \"{near}\"?"),
-    )
 }

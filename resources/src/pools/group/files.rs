@@ -1,6 +1,6 @@
 //! The files that define groups, and how they are read into one list.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -44,7 +44,7 @@ impl Groups {
     /// What `groups.json` and `groups.d/*.json` say.
     pub(super) fn load_group_files(paths: &HostPaths) -> Result<Self, GroupError> {
         let mut groups = Self::default();
-        for path in files(paths)? {
+        for path in config::files(&paths.config, "groups")? {
             if let Some(text) = config::read(&path)? {
                 let file = parse(&path, &text)?;
                 groups.add(file.groups)?;
@@ -102,13 +102,6 @@ impl Groups {
     pub fn schema() -> schemars::Schema {
         schemars::schema_for!(GroupsFile)
     }
-}
-
-/// The files that define groups, in the order in which they count.
-pub(super) fn files(paths: &HostPaths) -> Result<Vec<PathBuf>, ConfigError> {
-    let mut files = vec![paths.config.join("groups.json")];
-    files.extend(config::drop_ins(&paths.config.join("groups.d"))?);
-    Ok(files)
 }
 
 pub(super) fn parse(path: &Path, text: &str) -> Result<GroupsFile, ConfigError> {

@@ -1,5 +1,5 @@
-//! What is to be made for groups: virtual functions and virtual GPUs; what is wrong with it, and whose what
-//! was made is.
+//! The devices that groups make, virtual functions and virtual GPUs: mistakes in their definition, and the group that a
+//! device belongs to.
 
 use super::{GroupType, Groups, ResourceGroup};
 use crate::base::bdf::HostBdf;
@@ -8,28 +8,37 @@ use crate::pools::sriov::VfToken;
 use crate::pools::vgpu::{Instance, TakenInstances, VgpuSpec};
 
 impl Groups {
-    /// What is wrong with what is to be made for a group: the key, and words.
+    /// What is wrong with the devices that a group makes: the key, and the mistake with its remedy.
     pub(super) fn problem(&self, group: &ResourceGroup) -> Option<(String, String)> {
         if let Some((key, problem)) = self.sriov_problem(group) {
             return Some((format!("sriov.{key}"), problem));
         }
         let spec = group.vgpu.as_ref()?;
         if group.kind != GroupType::Vgpu {
-            let problem = "only groups of type \"vgpu\" have it".to_owned();
-            return Some(("vgpu".to_owned(), problem));
+            let problem = "only groups of type \"vgpu\" have it: change `type`, or remove it";
+            return Some(("vgpu".to_owned(), problem.to_owned()));
         }
-        let uuids = |other: &ResourceGroup| other.vgpu.as_ref().map(|other| other.uuids.clone());
-        let theirs = self.groups.iter().filter_map(uuids).flatten();
-        let shared = theirs.into_iter().find(|uuid| spec.uuids.contains(uuid));
-        if let Some(uuid) = shared {
-            let problem = format!("{uuid} belongs to another group");
+        let named_by = |uuid| {
+            let names = |spec: &VgpuSpec| spec.uuids.contains(uuid);
+            let mut groups = self.groups.iter();
+            groups.find(|other| other.vgpu.as_ref().is_some_and(names))
+        };
+        let mut shared = spec
+            .uuids
+            .iter()
+            .filter_map(|uuid| Some((uuid, named_by(uuid)?)));
+        if let Some((uuid, other)) = shared.next() {
+            let problem = format!(
+                "{uuid} belongs to group \"{}\" too: take it out of one of them",
+                other.name
+            );
             return Some(("vgpu.uuids".to_owned(), problem));
         }
         let (key, problem) = spec.problem()?;
         Some((format!("vgpu.{key}"), problem))
     }
 
-    /// What is wrong with the virtual functions that a group asks for: the key, and words.
+    /// What is wrong with the virtual functions that a group makes: the key, and the mistake with its remedy.
     fn sriov_problem(&self, group: &ResourceGroup) -> Option<(&'static str, String)> {
         let spec = group.sriov.as_ref()?;
         let of = |other: &&ResourceGroup| {
@@ -37,12 +46,13 @@ impl Groups {
             spec_of.is_some_and(|other| other.pf == spec.pf)
         };
         if !matches!(group.kind, GroupType::Pci | GroupType::SriovNic) {
-            let problem = "only groups of type \"sriov-nic\" or \"pci\" have virtual functions";
+            let problem = "only groups of type \"sriov-nic\" or \"pci\" have virtual functions: change `type`, or \
+                remove `sriov`";
             return Some(("pf", problem.to_owned()));
         }
         if let Some(other) = self.groups.iter().find(of) {
             let problem = format!(
-                "group \"{}\" makes the virtual functions of {} already: they are made all at once",
+                "group \"{}\" makes the virtual functions of {} already, all at once: remove `sriov` from one of them",
                 other.name, spec.pf
             );
             return Some(("pf", problem));
