@@ -142,6 +142,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the host has too few interrupt vectors left.
+    pub(crate) fn is_vector_shortage(&self) -> bool {
+        matches!(self, Self::Device { source, .. } if source.raw_os_error() == Some(libc::ENOSPC))
+    }
+
     /// Whether the device lacks the function that was asked for, and nothing failed.
     pub fn is_unsupported(&self) -> bool {
         match self {

@@ -108,6 +108,8 @@ pub struct FakeDevice {
     bytes: Mutex<BTreeMap<(Region, u64), u8>>,
     /// The index that is enabled, and its vectors.
     vectors: Mutex<Option<(Irq, Vec<Option<EventFd>>)>>,
+    /// Interrupt Disable in the hardware, which is not always what was written.
+    intx_disabled: Mutex<bool>,
     mappings: Mutex<Vec<Weak<HostMapping>>>,
 }
 
@@ -190,6 +192,7 @@ impl FakeDevice {
             silent: AtomicBool::new(false),
             bytes: Mutex::default(),
             vectors: Mutex::default(),
+            intx_disabled: Mutex::default(),
             mappings: Mutex::default(),
         }
     }
@@ -213,6 +216,17 @@ impl FakeDevice {
         let vectors = self.vectors.lock().unwrap();
         let (_, vectors) = vectors.as_ref()?;
         Some(vectors.iter().map(Option::is_some).collect())
+    }
+
+    /// The kind of interrupts that is enabled.
+    pub fn enabled(&self) -> Option<Irq> {
+        let vectors = self.vectors.lock().unwrap();
+        vectors.as_ref().map(|(irq, _)| *irq)
+    }
+
+    /// Interrupt Disable as the hardware has it.
+    pub fn intx_disabled(&self) -> bool {
+        *self.intx_disabled.lock().unwrap()
     }
 
     /// Raises an interrupt as the hardware would.
@@ -253,14 +267,18 @@ impl FakeDevice {
             !BarSet::handles(offset as u16),
             "BARs are answered from a shadow"
         );
+        let before = self.command() & COMMAND_INTX_DISABLE;
         let command = range.contains(&(usize::from(COMMAND) + 1));
         self.config.lock().unwrap()[range].copy_from_slice(data);
-        let vectors = self.vectors.lock().unwrap();
-        let armed = matches!(*vectors, Some((Irq::Intx, _)));
+        let after = self.command() & COMMAND_INTX_DISABLE;
         assert!(
-            !command || armed || self.command() & COMMAND_INTX_DISABLE != 0,
+            !command || self.enabled().is_some() || after != 0,
             "INTx is enabled and nothing handles it"
         );
+        // The kernel has a copy of the bit, and writes the hardware's where the copy changes.
+        if before != after {
+            *self.intx_disabled.lock().unwrap() = after != 0;
+        }
         let decodes = self.command() & 2 != 0 && self.power() == 0;
         let reachable = self.trace.mapped();
         assert!(
@@ -364,6 +382,10 @@ impl DeviceIo for FakeDevice {
         if end > self.host_vectors {
             return Err(refused(libc::ENOSPC));
         }
+        if vectors.is_none() {
+            let copy = self.command() & COMMAND_INTX_DISABLE != 0;
+            *self.intx_disabled.lock().unwrap() = copy || irq != Irq::Intx;
+        }
         let (_, vectors) = vectors.get_or_insert((irq, Vec::new()));
         vectors.resize_with(vectors.len().max(end), || None);
         for (vector, trigger) in vectors[start..].iter_mut().zip(triggers) {
@@ -387,7 +409,13 @@ impl DeviceIo for FakeDevice {
             _ => format!("{irq} off"),
         };
         self.trace.step(place.clone()).map_err(failed(&place))?;
-        *self.vectors.lock().unwrap() = None;
+        let vectors = self.vectors.lock().unwrap().take();
+        if let Some((enabled, _)) = vectors {
+            assert_eq!(enabled, irq, "another kind is enabled");
+            if irq != Irq::Intx {
+                *self.intx_disabled.lock().unwrap() = false;
+            }
+        }
         Ok(())
     }
 

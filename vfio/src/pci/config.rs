@@ -73,7 +73,8 @@ pub(super) struct Plan {
 /// Which interrupts of the device VFIO can deliver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Deliverable {
-    pub msi: bool,
+    /// How many vectors of MSI the host has for it.
+    pub msi: u16,
     pub msix: bool,
     pub intx: bool,
 }
@@ -175,7 +176,7 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
     header(&mut plan.space, registers);
     let found = walk_standard(|offset| registers.u32(offset));
     let hidden = |capability: &&Capability| match capability.id {
-        CapabilityId::MSI => !deliverable.msi,
+        CapabilityId::MSI => deliverable.msi == 0,
         CapabilityId::MSI_X => !deliverable.msix,
         id => HIDDEN.contains(&id),
     };
@@ -186,11 +187,10 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
     let kept: Vec<_> = found.iter().filter(|&cap| !hidden(&cap)).copied().collect();
     link_standard(&mut plan.space, &kept);
     for capability in &kept {
-        emulate(&mut plan, registers, capability);
+        emulate(&mut plan, registers, capability, deliverable);
     }
     let pin = registers.u8(reg::INTERRUPT_PIN);
-    // A line of the host costs the host more than messages do: only for functions without messages.
-    if deliverable.intx && plan.msix.is_none() && plan.msi.is_none() && (1..=4).contains(&pin) {
+    if deliverable.intx && (1..=4).contains(&pin) {
         plan.intx = true;
         plan.space.set(reg::INTERRUPT_PIN, &[pin]);
     }
@@ -236,7 +236,12 @@ fn link_standard(space: &mut ConfigSpace, kept: &[Capability]) {
 }
 
 /// Emulates registers of a capability.
-fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
+fn emulate(
+    plan: &mut Plan,
+    registers: Registers<'_>,
+    capability: &Capability,
+    deliverable: Deliverable,
+) {
     let at = |offset: u16| capability.offset + offset;
     match capability.id {
         CapabilityId::POWER_MANAGEMENT => {
@@ -267,7 +272,8 @@ fn emulate(plan: &mut Plan, registers: Registers<'_>, capability: &Capability) {
                 .insert(Area::emulated(at(2), &control.to_le_bytes(), &writable));
         }
         CapabilityId::MSI => {
-            let layout = MsiLayout::from_control(registers.u16(at(2)));
+            // A guest that enables vectors which the host has not would never get their interrupts.
+            let layout = MsiLayout::from_control(registers.u16(at(2))).at_most(deliverable.msi);
             plan.space.insert(layout.area(capability.offset));
             plan.msi = Some(MsiCapability {
                 offset: capability.offset,

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::pci::capability::walk_extended;
+use gantry_devices::pci::interrupts::InterruptMode;
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice};
 use gantry_devices::warn_limited;
@@ -14,7 +15,7 @@ use super::bars;
 use super::config::{
     self, Deliverable, MsiCapability, POWER_STATE, Plan, PowerCapability, STATUS_INTX,
 };
-use super::interrupts::{self, Interrupts, VfioVectors};
+use super::interrupts::{self, Interrupts, VfioInterrupts};
 use super::reset::ResetScope;
 use super::rom::{self, Rom};
 use crate::host::{DeviceIo, Irq, Region};
@@ -27,8 +28,9 @@ const MAX_ADDRESS_BITS: u8 = 52;
 /// A host device as a PCI function of the guest.
 ///
 /// At first decoding, bus mastering and interrupts are off. The guest's writes to the command register and to
-/// the power state take effect in [`PciDevice::remap`], which [`PciDevice::write_config`] asks for: so no vCPU
-/// reaches a BAR that the hardware no longer decodes, and one place only sets Bus Master in the hardware.
+/// the power state, and its choice of interrupts, take effect in [`PciDevice::remap`], which
+/// [`PciDevice::write_config`] asks for: so no vCPU reaches a BAR that the hardware no longer decodes, and one
+/// place only sets Bus Master and Interrupt Disable in the hardware.
 pub struct PassthroughDevice {
     // Dropped in this order: a mapped BAR keeps the device open, and with it the group. This lock is taken
     // before that of the interrupts.
@@ -67,22 +69,22 @@ struct State {
     resets_itself: bool,
     /// The function was taken away from the guest.
     retired: bool,
-    /// The line of the interrupt pin in the function's slot, if the guest gets INTx.
-    gsi: Option<u32>,
 }
 
-/// The registers that take effect in [`PciDevice::remap`].
+/// What takes effect in [`PciDevice::remap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Control {
     command: u16,
     /// The power state, 0 for D0 to 3 for D3hot.
     power: u8,
+    interrupts: InterruptMode,
 }
 
 impl Control {
     const AT_RESET: Self = Self {
         command: 0,
         power: 0,
+        interrupts: InterruptMode::Off,
     };
 
     /// Outside D0 nothing is decoded (PCI Express Base Specification 6.0, 5.3.1).
@@ -129,7 +131,7 @@ impl PassthroughDevice {
         let physical = read_config(io.as_ref())?;
         let has = |irq| io.irq(irq).count > 0;
         let deliverable = Deliverable {
-            msi: has(Irq::Msi),
+            msi: interrupts::grantable_msi(io.as_ref())?,
             msix: has(Irq::Msix),
             intx: has(Irq::Intx),
         };
@@ -143,7 +145,7 @@ impl PassthroughDevice {
         let bars = BarSet::new(io.name(), bars, MAX_ADDRESS_BITS)
             .map_err(|error| unusable(error.to_string()))?;
         let power = plan.power;
-        Control::AT_RESET.write(io.as_ref(), power, false)?;
+        Control::AT_RESET.write(io.as_ref(), power, Pin::Disabled)?;
         let refused = probe_pin(&mut plan, &interrupts);
         if !options.no_interrupts && plan.msix.is_none() && plan.msi.is_none() && !plan.intx {
             return Err(Error::NoInterrupts {
@@ -163,7 +165,6 @@ impl PassthroughDevice {
                 presence: Presence::Answers,
                 resets_itself: false,
                 retired: false,
-                gsi: None,
             }),
             io,
             interrupts,
@@ -177,28 +178,10 @@ impl PassthroughDevice {
     }
 
     /// Sets the interrupt controller's line of the interrupt pin, if the guest gets INTx. `line` gives the line
-    /// of each pin of the function's slot, 0 for INTA to 3 for INTD. The pin is connected when the guest enables
-    /// the function.
+    /// of each pin of the function's slot, 0 for INTA to 3 for INTD.
     pub fn set_line(&self, line: impl Fn(u8) -> u32) {
-        let mut state = self.lock();
-        let [pin]: [u8; 1] = state.space.get(reg::INTERRUPT_PIN);
-        state.gsi = pin.checked_sub(1).map(line);
-    }
-
-    /// Connects the interrupt pin if the guest has enabled the function. Returns whether the guest has
-    /// done so and the pin is connected.
-    fn connect_pin(&self, gsi: Option<u32>, control: Control) -> bool {
-        const ENABLED: u16 = reg::COMMAND_IO | reg::COMMAND_MEMORY | reg::COMMAND_BUS_MASTER;
-        let gsi = gsi.filter(|_| control.command & ENABLED != 0);
-        gsi.is_some_and(|gsi| {
-            let connect = |vfio: &mut VfioVectors| vfio.connect_pin(gsi);
-            self.interrupts.with_backend(connect)
-        })
-    }
-
-    fn end_interrupts(&self) {
-        self.interrupts.with_backend(VfioVectors::disconnect_pin);
-        self.interrupts.reset();
+        let [pin]: [u8; 1] = self.lock().space.get(reg::INTERRUPT_PIN);
+        self.interrupts.set_line(pin.checked_sub(1).map(line));
     }
 
     /// Whether a reset of the device has failed: its state is unknown then.
@@ -233,7 +216,7 @@ impl PassthroughDevice {
     pub(super) fn restart(&self) -> Result<()> {
         let mut state = self.lock();
         state.hardware = None;
-        let followed = self.follow(&mut state.hardware, Control::AT_RESET, false);
+        let followed = self.follow(&mut state.hardware, Control::AT_RESET);
         state.presence = Presence::Answers;
         self.listen(&mut state.presence);
         if state.presence == Presence::Answers {
@@ -295,12 +278,11 @@ impl PassthroughDevice {
     }
 
     /// Ends mappings, bus mastering and interrupts. The device completes the write to the command register
-    /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1). INTx is disabled in
-    /// the device before VFIO stops handling it.
+    /// after all its earlier writes to memory (PCI Express Base Specification 6.0, 2.4.1).
     fn quiesce(&self, state: &mut State) -> Result<()> {
         state.bars.unmap();
-        let followed = self.follow(&mut state.hardware, Control::AT_RESET, false);
-        self.end_interrupts();
+        let followed = self.follow(&mut state.hardware, Control::AT_RESET);
+        self.interrupts.reset();
         followed
     }
 
@@ -349,40 +331,82 @@ impl PassthroughDevice {
         }
     }
 
-    /// The guest's settings.
+    /// The guest's settings. The pin is connected only while the guest has enabled the function.
     fn control(&self, space: &ConfigSpace) -> Control {
+        const ENABLED: u16 = reg::COMMAND_IO | reg::COMMAND_MEMORY | reg::COMMAND_BUS_MASTER;
         let state = |power: PowerCapability| space.get::<1>(power.control)[0] & POWER_STATE;
+        let command = u16::from_le_bytes(space.get(reg::COMMAND));
         Control {
-            command: u16::from_le_bytes(space.get(reg::COMMAND)),
+            command,
             power: self.power.map_or(0, state),
+            interrupts: self.interrupts.wanted(command & ENABLED != 0),
         }
     }
 
-    /// Writes the guest's settings to the hardware, unless it has them; `intx` as for [`Control::write`].
-    fn follow(&self, hardware: &mut Option<Control>, control: Control, intx: bool) -> Result<()> {
-        if *hardware != Some(control) {
-            *hardware = None;
-            control.write(self.io.as_ref(), self.power, intx)?;
-            *hardware = Some(control);
+    /// Has the hardware follow the guest's settings, unless it has them already. If an interrupt mode cannot be
+    /// entered, that is tried again at the guest's next write.
+    fn follow(&self, hardware: &mut Option<Control>, control: Control) -> Result<()> {
+        if *hardware == Some(control) {
+            return Ok(());
         }
+        *hardware = None;
+        let io = self.io.as_ref();
+        let before = self.interrupts.mode();
+        if before != control.interrupts
+            && let Some(pin) = Pin::before_leaving(before)
+        {
+            control.write(io, self.power, pin)?;
+        }
+        let entered = self.interrupts.switch(control.interrupts);
+        let pin = match control.interrupts {
+            InterruptMode::Intx(_) | InterruptMode::Messages(..) if entered => Pin::AsGuestSays,
+            _ => Pin::Disabled,
+        };
+        control.write(io, self.power, pin)?;
+        *hardware = entered.then_some(control);
         Ok(())
+    }
+}
+
+/// What is written to Interrupt Disable in the device's command register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pin {
+    /// The bit is set: nothing handles the device's interrupts, and the pin would disturb devices that share its
+    /// line on the host.
+    Disabled,
+    /// The bit is clear.
+    Enabled,
+    /// The guest's own bit: the pin is connected, or messages are enabled. Some devices send no messages either
+    /// while the bit is set.
+    AsGuestSays,
+}
+
+impl Pin {
+    /// What comes before a mode ends. The pin is disabled before VFIO stops handling it.
+    ///
+    /// VFIO has a copy of the bit, and writes the hardware's only where the copy changes. At the end of messages,
+    /// the kernel clears the hardware's alone: with the copy clear too, the bit can be set again.
+    fn before_leaving(mode: InterruptMode) -> Option<Self> {
+        match mode {
+            InterruptMode::Off => None,
+            InterruptMode::Intx(_) => Some(Self::Disabled),
+            InterruptMode::Messages(..) => Some(Self::Enabled),
+        }
     }
 }
 
 impl Control {
     /// The power state comes first: outside of D0 a function may lose other writes.
-    ///
-    /// With `intx`, the pin is connected and the guest's Interrupt Disable bit takes effect. Without, the bit is
-    /// set: nothing handles the interrupt, and it would disturb devices that share the line on the host. The
-    /// pin is not connected before the guest enables the function, after a reset, and once the function has
-    /// retired; while the guest has the function disabled, `intx` is false too.
-    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>, intx: bool) -> Result<()> {
+    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>, pin: Pin) -> Result<()> {
         if let Some(power) = power {
             io.write(Region::CONFIG, power.control.into(), &[self.power])?;
         }
-        let disabled = if intx { 0 } else { reg::COMMAND_INTX_DISABLE };
-        let command = (self.command | disabled).to_le_bytes();
-        io.write(Region::CONFIG, reg::COMMAND.into(), &command)
+        let command = match pin {
+            Pin::Disabled => self.command | reg::COMMAND_INTX_DISABLE,
+            Pin::Enabled => self.command & !reg::COMMAND_INTX_DISABLE,
+            Pin::AsGuestSays => self.command,
+        };
+        io.write(Region::CONFIG, reg::COMMAND.into(), &command.to_le_bytes())
     }
 }
 
@@ -392,7 +416,7 @@ fn probe_pin(plan: &mut Plan, interrupts: &Interrupts) -> Option<Error> {
     if !plan.intx {
         return None;
     }
-    let refused = interrupts.with_backend(VfioVectors::probe_pin).err()?;
+    let refused = interrupts.with_backend(VfioInterrupts::probe_pin).err()?;
     plan.intx = false;
     plan.space.set(reg::INTERRUPT_PIN, &[0]);
     Some(refused)
@@ -450,10 +474,15 @@ impl Backing for Hardware<'_> {
 }
 
 impl Drop for PassthroughDevice {
-    /// Interrupts end first, then the mappings; the last user closes the device.
+    /// Takes a function that has not retired away from the guest; the last user closes the device.
     fn drop(&mut self) {
-        self.end_interrupts();
-        self.lock().bars.unmap();
+        let mut state = self.lock();
+        if !state.retired
+            && let Err(error) = self.quiesce(&mut state)
+        {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "the device may not have stopped");
+        }
     }
 }
 
@@ -491,22 +520,23 @@ impl PciDevice for PassthroughDevice {
         } else {
             space.write(offset, data, &Hardware(self.io.as_ref()));
         }
-        let mut control = self.control(space);
-        if let Some(power) = self.power.filter(|power| !power.supports(control.power)) {
+        let power = self.control(space).power;
+        if let Some(capability) = self.power.filter(|capability| !capability.supports(power)) {
             // The guest cannot enter a power state that the function does not have.
-            let [low]: [u8; 1] = space.get(power.control);
-            space.set(power.control, &[low & !POWER_STATE | before.power]);
-            control.power = before.power;
+            let [low]: [u8; 1] = space.get(capability.control);
+            space.set(capability.control, &[low & !POWER_STATE | before.power]);
         }
         self.follow_interrupts(space, offset, data);
-        let change = |power: PowerCapability| power.resets(before.power, control.power);
-        if self.power.is_some_and(change) {
+        let after = self.control(space).power;
+        if let Some(power) = self.power
+            && power.resets(before.power, after)
+        {
             // VFIO restores the hardware's registers; the guest finds them as after any reset.
             bars.unassign();
             *space = self.at_reset.clone();
             *resets_itself = true;
-            control = self.control(space);
         }
+        let control = self.control(space);
         *hardware != Some(control) || bars.is_stale(control.decode())
     }
 
@@ -520,7 +550,6 @@ impl PciDevice for PassthroughDevice {
             hardware,
             resets_itself,
             retired,
-            gsi,
             ..
         } = &mut *guard;
         if *retired {
@@ -535,15 +564,17 @@ impl PciDevice for PassthroughDevice {
                 io: before.io && decode.io,
             };
             bars.remap(throughout, target, || ());
-            // The pin first: VFIO keeps it masked until the write to the command register.
-            let intx = self.connect_pin(*gsi, control);
-            if let Err(error) = self.follow(hardware, control, intx) {
+            let followed = self.follow(hardware, control).and_then(|()| {
+                if !std::mem::take(resets_itself) {
+                    return Ok(());
+                }
+                self.interrupts.reset();
+                self.follow(hardware, self.control(space))
+            });
+            if let Err(error) = followed {
                 let error = &error as &dyn std::error::Error;
                 warn_limited!(error, "device does not follow its command register");
                 return;
-            }
-            if std::mem::take(resets_itself) {
-                self.interrupts.reset();
             }
         }
         bars.remap(decode, target, || ());

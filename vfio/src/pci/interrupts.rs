@@ -1,23 +1,21 @@
-//! The interrupts of a device as VFIO has them: the backend of the guest's messages, and the line of its pin.
+//! The interrupts of a device as VFIO has them: the backend of the guest's messages and of its pin.
 //!
 //! The guest never writes the hardware's own table and control register: VFIO owns them. A masked vector
 //! keeps its place in VFIO, while its route holds back what the device raises.
 
-use std::error::Error;
 use std::sync::Arc;
 
 use gantry_devices::pci::interrupts::{
-    BackendError, ConnectError, MessageInterrupts, MessageKind, MsiLayout, MsixLayout,
-    MsixStructures, OutsideBar, Triggers, VectorBackend,
+    self, BackendError, ConnectError, InterruptBackend, MessageKind, MsiLayout, MsixLayout,
+    MsixStructures, OutsideBar, Triggers,
 };
 use gantry_devices::pci::{IntxLine, MsiRouter};
-use gantry_devices::warn_limited;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::host::{DeviceIo, Irq, Region};
 
 /// The interrupts of a passed-through function.
-pub(super) type Interrupts = MessageInterrupts<VfioVectors>;
+pub(super) type Interrupts = interrupts::Interrupts<VfioInterrupts>;
 
 /// The interrupts of the device behind `io` with these capabilities, delivered through `router`; disabled.
 ///
@@ -32,40 +30,63 @@ pub(super) fn new(
     let bar_size = |bar| Region::bar(bar).map_or(0, |region| io.region(region).size);
     let msix = msix.map(|layout| MsixStructures::new(layout, bar_size));
     let msix = msix.transpose()?;
-    let backend = VfioVectors {
+    let backend = VfioInterrupts {
         io: Arc::clone(io),
-        router: Arc::clone(&router),
-        mode: Mode::Off,
-        allocated: 0,
-        pin: None,
-        stuck: None,
+        enabled: Enabled::Nothing,
     };
     Ok(Arc::new(Interrupts::new(msix, msi, backend, router)))
 }
 
-/// What the guest has enabled in a device. VFIO has one kind at a time.
+/// How many MSI vectors the host has for the device: less than the device can raise where the host does not
+/// remap interrupts, or is short of them. MSI is enabled and disabled again, if that is in question.
+///
+/// # Errors
+/// MSI cannot be disabled again.
+pub(super) fn grantable_msi(io: &dyn DeviceIo) -> crate::Result<u16> {
+    let most = io.irq(Irq::Msi).count.min(32) as u16;
+    if most <= 1 {
+        return Ok(most);
+    }
+    match enable_msi(io, most, |_| None) {
+        Ok(granted) => io.disable_irqs(Irq::Msi).map(|()| granted),
+        Err(_) => Ok(0),
+    }
+}
+
+/// Enables MSI with as many of `vectors` vectors, a power of two, as the host has, and returns their number. The
+/// vectors of MSI are consecutive, so the host allocates all at once.
+fn enable_msi<'a>(
+    io: &dyn DeviceIo,
+    vectors: u16,
+    trigger: impl Fn(u16) -> Option<&'a EventFd>,
+) -> crate::Result<u16> {
+    let mut count = vectors;
+    loop {
+        let triggers: Vec<_> = (0..count).map(&trigger).collect();
+        match io.set_irqs(Irq::Msi, 0, &triggers) {
+            Err(error) if count > 1 && error.is_vector_shortage() => count /= 2,
+            result => return result.map(|()| count),
+        }
+    }
+}
+
+/// What VFIO has enabled in a device: one kind of interrupts at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    /// No messages.
-    Off,
-    /// Message-signalled interrupts, of which the guest uses up to so many.
-    Messages(Irq, u16),
+enum Enabled {
+    Nothing,
+    /// A kind, with so many vectors allocated, from 0 on.
+    Kind(Irq, u16),
+    /// A kind that could not be disabled. That is tried again before another is enabled.
+    Stuck(Irq),
 }
 
-/// The vectors that VFIO has for a device.
-pub(super) struct VfioVectors {
+/// The interrupts that VFIO has for a device.
+pub(super) struct VfioInterrupts {
     io: Arc<dyn DeviceIo>,
-    router: Arc<dyn MsiRouter>,
-    mode: Mode,
-    /// How many vectors VFIO has allocated, from vector 0 on; 0 while the mode is off in the device.
-    allocated: u16,
-    /// The line that the interrupt pin is connected to.
-    pin: Option<Box<dyn IntxLine>>,
-    /// A kind that could not be disabled in the device. That is tried again before another is enabled.
-    stuck: Option<Irq>,
+    enabled: Enabled,
 }
 
-impl VfioVectors {
+impl VfioInterrupts {
     /// Enables INTx in the device and disables it again: some devices cannot be unmasked by an eventfd, and the
     /// host may have no line for the device.
     ///
@@ -80,121 +101,47 @@ impl VfioVectors {
             })
         };
         let (trigger, resample) = (event()?, event()?);
-        self.enable_intx(&trigger, &resample)?;
-        self.io.disable_irqs(Irq::Intx)
-    }
-
-    /// Connects the interrupt pin to the line `gsi` of the interrupt controller, if it is not connected. The
-    /// function has no messages: VFIO has one kind of interrupt at a time. Returns whether it is connected.
-    pub fn connect_pin(&mut self, gsi: u32) -> bool {
-        if self.pin.is_none() {
-            match self.connect_line(gsi) {
-                Ok(line) => self.pin = Some(line),
-                Err(error) => {
-                    let error = error.as_ref() as &dyn Error;
-                    warn_limited!(device = self.io.name(), error, "INTx cannot be enabled");
-                }
-            }
-        }
-        self.pin.is_some()
-    }
-
-    /// Disconnects the interrupt pin.
-    pub fn disconnect_pin(&mut self) {
-        if let Some(_line) = self.pin.take() {
-            self.disable_irqs(Irq::Intx);
-        }
-    }
-
-    fn connect_line(&mut self, gsi: u32) -> Result<Box<dyn IntxLine>, BackendError> {
-        self.release()?;
-        let line = self.router.line(gsi)?;
-        self.enable_intx(line.trigger(), line.resample())?;
-        Ok(line)
+        let enabled = self.enable_intx(&trigger, &resample);
+        let disabled = self.release();
+        enabled.and(disabled)
     }
 
     fn enable_intx(&mut self, trigger: &EventFd, resample: &EventFd) -> crate::Result<()> {
-        self.io.set_irqs(Irq::Intx, 0, &[Some(trigger)])?;
-        let unmasked = self.io.unmask_by(Irq::Intx, resample);
-        if unmasked.is_err() {
-            self.disable_irqs(Irq::Intx);
-        }
-        unmasked
-    }
-
-    fn disable_irqs(&mut self, irq: Irq) {
-        if let Err(error) = self.io.disable_irqs(irq) {
-            self.stuck = Some(irq);
-            warn_limited!(
-                error = &error as &dyn Error,
-                "{irq} stays enabled in the device"
-            );
-        }
-    }
-
-    /// Disables a kind that stayed enabled in the device.
-    fn release(&mut self) -> crate::Result<()> {
-        if let Some(irq) = self.stuck {
-            self.io.disable_irqs(irq)?;
-            self.stuck = None;
-        }
-        Ok(())
-    }
-
-    /// Enables the mode in the device with no vector connected, if it is not enabled.
-    fn allocate(&mut self) -> crate::Result<()> {
-        let Mode::Messages(irq, vectors) = self.mode else {
-            return Ok(());
-        };
-        if self.allocated > 0 {
-            return Ok(());
-        }
         self.release()?;
-        if irq == Irq::Msi {
-            return self.allocate_msi(vectors);
-        }
-        self.io.set_irqs(irq, 0, &[None])?;
-        self.allocated = 1;
-        Ok(())
+        self.io.set_irqs(Irq::Intx, 0, &[Some(trigger)])?;
+        self.enabled = Enabled::Kind(Irq::Intx, 1);
+        self.io.unmask_by(Irq::Intx, resample)
     }
 
-    /// The vectors of MSI are consecutive, so the host allocates all at once. If it has not as many, the
-    /// device gets the largest power of two, and raises the others with one of these.
-    fn allocate_msi(&mut self, vectors: u16) -> crate::Result<()> {
-        let mut count = vectors;
-        loop {
-            let none = vec![None; count.into()];
-            match self.io.set_irqs(Irq::Msi, 0, &none) {
-                Err(_) if count > 1 => count /= 2,
-                result => {
-                    result?;
-                    self.allocated = count;
-                    return Ok(());
-                }
-            }
+    /// Disables what is enabled in the device.
+    fn release(&mut self) -> crate::Result<()> {
+        if let Enabled::Kind(irq, _) | Enabled::Stuck(irq) = self.enabled {
+            self.enabled = Enabled::Stuck(irq);
+            self.io.disable_irqs(irq)?;
+            self.enabled = Enabled::Nothing;
         }
+        Ok(())
     }
 
     /// Allocates more vectors on a kernel that gives all at once: all are given up and connected again.
     fn grow(
         &mut self,
-        irq: Irq,
-        most: u16,
+        before: u16,
         new: (u16, &EventFd),
         connected: &Triggers,
     ) -> Result<(), ConnectError> {
-        let before = self.allocated;
-        self.io.disable_irqs(irq).map_err(one)?;
-        self.allocated = 0;
+        let most = self.io.irq(Irq::Msix).count;
+        self.io.disable_irqs(Irq::Msix).map_err(one)?;
+        self.enabled = Enabled::Nothing;
         // Drivers unmask one vector after the other: with room for twice as many, the number of times that
         // all are given up grows only with the logarithm.
         let (vector, _) = new;
-        let roomy = vector.saturating_add(1).next_power_of_two().min(most);
+        let roomy = u32::from(vector + 1).next_power_of_two().min(most) as u16;
         let grown = self
-            .connect_all(irq, roomy, Some(new), connected)
-            .or_else(|_| self.connect_all(irq, vector + 1, Some(new), connected));
+            .connect_all(roomy, Some(new), connected)
+            .or_else(|_| self.connect_all(vector + 1, Some(new), connected));
         if grown.is_err() {
-            self.connect_all(irq, before, None, connected)
+            self.connect_all(before, None, connected)
                 .map_err(|lost| ConnectError::All(lost.into()))?;
         }
         // Interrupts that arrived in between are lost; drivers cope with an interrupt too many.
@@ -206,7 +153,6 @@ impl VfioVectors {
 
     fn connect_all(
         &mut self,
-        irq: Irq,
         count: u16,
         new: Option<(u16, &EventFd)>,
         connected: &Triggers,
@@ -216,24 +162,36 @@ impl VfioVectors {
             _ => connected.get(vector),
         };
         let triggers: Vec<_> = (0..count).map(trigger).collect();
-        self.io.set_irqs(irq, 0, &triggers)?;
-        self.allocated = count;
+        self.io.set_irqs(Irq::Msix, 0, &triggers)?;
+        self.enabled = Enabled::Kind(Irq::Msix, count);
         Ok(())
     }
 }
 
-impl VectorBackend for VfioVectors {
+impl InterruptBackend for VfioInterrupts {
     fn name(&self) -> &str {
         self.io.name()
     }
 
-    fn enable(&mut self, kind: MessageKind, vectors: u16) -> Result<(), BackendError> {
-        let irq = match kind {
-            MessageKind::Msi => Irq::Msi,
-            MessageKind::Msix => Irq::Msix,
-        };
-        self.mode = Mode::Messages(irq, vectors);
-        Ok(self.allocate()?)
+    fn enable(
+        &mut self,
+        kind: MessageKind,
+        vectors: u16,
+        triggers: &Triggers,
+    ) -> Result<u16, BackendError> {
+        self.release()?;
+        match kind {
+            MessageKind::Msi => {
+                let trigger = |vector| triggers.get(vector);
+                let granted = enable_msi(self.io.as_ref(), vectors, trigger)?;
+                self.enabled = Enabled::Kind(Irq::Msi, granted);
+                Ok(granted)
+            }
+            MessageKind::Msix => {
+                self.connect_all(1, None, triggers)?;
+                Ok(vectors)
+            }
+        }
     }
 
     fn connect(
@@ -242,29 +200,24 @@ impl VectorBackend for VfioVectors {
         trigger: &EventFd,
         connected: &Triggers,
     ) -> Result<(), ConnectError> {
-        let Mode::Messages(irq, most) = self.mode else {
-            return Err(ConnectError::One("interrupts are disabled".into()));
-        };
-        self.allocate().map_err(one)?;
-        if vector < self.allocated || !self.io.irq(irq).fixed {
-            let triggers = [Some(trigger)];
-            return self.io.set_irqs(irq, vector.into(), &triggers).map_err(one);
+        match self.enabled {
+            Enabled::Kind(irq, allocated) if vector < allocated || !self.io.irq(irq).fixed => {
+                let triggers = [Some(trigger)];
+                self.io.set_irqs(irq, vector.into(), &triggers).map_err(one)
+            }
+            Enabled::Kind(Irq::Msix, allocated) => {
+                self.grow(allocated, (vector, trigger), connected)
+            }
+            _ => Err(ConnectError::One("the host has no such vector".into())),
         }
-        if irq == Irq::Msi {
-            let why = format!("the host has only {} MSI vectors for it", self.allocated);
-            return Err(ConnectError::One(why.into()));
-        }
-        self.grow(irq, most, (vector, trigger), connected)
     }
 
-    fn disable(&mut self) {
-        if let Mode::Messages(irq, _) = self.mode
-            && self.allocated > 0
-        {
-            self.disable_irqs(irq);
-        }
-        self.mode = Mode::Off;
-        self.allocated = 0;
+    fn connect_pin(&mut self, line: &dyn IntxLine) -> Result<(), BackendError> {
+        Ok(self.enable_intx(line.trigger(), line.resample())?)
+    }
+
+    fn disable(&mut self) -> Result<(), BackendError> {
+        Ok(self.release()?)
     }
 }
 

@@ -40,6 +40,14 @@ impl MsiLayout {
         }
     }
 
+    /// The same with at most `vectors` vectors, a power of two.
+    pub fn at_most(self, vectors: u16) -> Self {
+        let capable = (vectors.clamp(1, MAX_VECTORS).ilog2() as u16) << 1;
+        Self {
+            control: self.control & !CAPABLE | capable.min(self.control & CAPABLE),
+        }
+    }
+
     /// Number of vectors of the function.
     pub fn vectors(self) -> u16 {
         (1 << ((self.control & CAPABLE) >> 1)).min(MAX_VECTORS)
@@ -155,10 +163,10 @@ impl Msi {
             .collect()
     }
 
-    /// The vectors that are delivered now.
-    pub fn unmasked(&self) -> Changes {
-        let effective = (0..).zip(self.effective());
-        effective.filter(|(_, message)| message.is_some()).collect()
+    /// The message of each vector that the guest has enabled, `None` for one that is masked: the host has all
+    /// of them from the beginning.
+    pub fn messages(&self) -> Changes {
+        (0..self.vectors()).zip(self.effective()).collect()
     }
 
     /// The message of each vector; `None` for one that is off or masked.
@@ -226,6 +234,24 @@ mod tests {
     }
 
     #[test]
+    fn a_function_shows_no_more_vectors_than_the_host_has() {
+        for (control, host, shown) in [
+            (0x018a, 32, 0x018a),
+            (0x018a, 8, 0x0186),
+            (0x018a, 7, 0x0184),
+            (0x018a, 0, 0x0180),
+            (0x0082, 32, 0x0082),
+        ] {
+            let layout = MsiLayout::from_control(control).at_most(host);
+            assert_eq!(
+                layout,
+                MsiLayout::from_control(shown),
+                "{control:#x} {host}"
+            );
+        }
+    }
+
+    #[test]
     fn the_guest_writes_what_the_capability_has() {
         for (control, expected) in [
             (0x0000, [0x0071_0000, 0xffff_fffc, 0x0000_ffff, 0, 0, 0]),
@@ -255,8 +281,9 @@ mod tests {
         let on = rig.write(2, &[0x11]);
         assert_eq!(Rig::data(&on), [(0, Some(0x4046)), (1, Some(0x4047))]);
         assert_eq!(on[0].1.unwrap().address, 0x1_fee0_0000);
-        assert_eq!(rig.1.unmasked(), on);
+        assert_eq!(rig.1.messages(), on);
         assert_eq!(Rig::data(&rig.write(16, &[2])), [(1, None)]);
+        assert_eq!(rig.1.messages(), [on[0], (1, None)]);
         assert_eq!(Rig::data(&rig.write(12, &[0x50])), [(0, Some(0x4050))]);
         assert_eq!(Rig::data(&rig.write(16, &[0])), [(1, Some(0x4051))]);
         // A dword write to the control register counts as much.

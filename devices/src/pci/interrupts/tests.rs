@@ -11,26 +11,42 @@ use super::*;
 #[derive(Default)]
 struct Log {
     calls: Vec<String>,
+    enabled: bool,
     /// The trigger of each connected vector, as the device has it.
     device: BTreeMap<u16, EventFd>,
     /// The trigger and the message of each route, by number.
     routes: BTreeMap<usize, (EventFd, Option<MsiMessage>)>,
     next: usize,
+    /// The trigger of the pin, as the device has it.
+    pin: Option<EventFd>,
+    /// The lines that are connected.
+    lines: Vec<u32>,
 }
 
 type Shared = Arc<Mutex<Log>>;
 
 struct Device(Shared);
 
-impl VectorBackend for Device {
+impl InterruptBackend for Device {
     fn name(&self) -> &str {
         "emulated"
     }
 
-    fn enable(&mut self, kind: MessageKind, vectors: u16) -> Result<(), BackendError> {
-        let call = format!("enable {kind:?} {vectors}");
-        self.0.lock().unwrap().calls.push(call);
-        Ok(())
+    fn enable(
+        &mut self,
+        kind: MessageKind,
+        vectors: u16,
+        triggers: &Triggers,
+    ) -> Result<u16, BackendError> {
+        let mut log = self.0.lock().unwrap();
+        log.calls.push(format!("enable {kind:?} {vectors}"));
+        log.enabled = true;
+        for vector in 0..vectors {
+            if let Some(trigger) = triggers.get(vector) {
+                log.device.insert(vector, trigger.try_clone().unwrap());
+            }
+        }
+        Ok(vectors)
     }
 
     fn connect(
@@ -44,10 +60,22 @@ impl VectorBackend for Device {
         Ok(())
     }
 
-    fn disable(&mut self) {
+    fn connect_pin(&mut self, line: &dyn IntxLine) -> Result<(), BackendError> {
         let mut log = self.0.lock().unwrap();
-        log.calls.push("disable".into());
+        log.calls.push("connect pin".to_owned());
+        log.enabled = true;
+        log.pin = Some(line.trigger().try_clone()?);
+        Ok(())
+    }
+
+    fn disable(&mut self) -> Result<(), BackendError> {
+        let mut log = self.0.lock().unwrap();
+        if std::mem::take(&mut log.enabled) {
+            log.calls.push("disable".into());
+        }
         log.device.clear();
+        log.pin = None;
+        Ok(())
     }
 }
 
@@ -69,8 +97,29 @@ impl MsiRouter for Router {
         Ok(())
     }
 
-    fn line(&self, _gsi: u32) -> io::Result<Box<dyn IntxLine>> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn line(&self, gsi: u32) -> io::Result<Box<dyn IntxLine>> {
+        self.0.lock().unwrap().lines.push(gsi);
+        let events = [EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?];
+        Ok(Box::new(Line(Arc::clone(&self.0), gsi, events)))
+    }
+}
+
+struct Line(Shared, u32, [EventFd; 2]);
+
+impl IntxLine for Line {
+    fn trigger(&self) -> &EventFd {
+        &self.2[0]
+    }
+
+    fn resample(&self) -> &EventFd {
+        &self.2[1]
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let mut log = self.0.lock().unwrap();
+        log.lines.retain(|gsi| *gsi != self.1);
     }
 }
 
@@ -99,8 +148,8 @@ impl Drop for Route {
     }
 }
 
-/// A device with four MSI vectors, which have masks, and three of MSI-X in its BAR 1.
-struct Rig(Shared, MessageInterrupts<Device>, [u8; MSI_MAX_LEN]);
+/// A device with a pin, four MSI vectors, which have masks, and three of MSI-X in its BAR 1.
+struct Rig(Shared, Interrupts<Device>, [u8; MSI_MAX_LEN]);
 
 impl Rig {
     fn new() -> Self {
@@ -115,13 +164,24 @@ impl Rig {
         let msi = MsiLayout::from_control(0x0184);
         let router = Arc::new(Router(Arc::clone(&log)));
         let device = Device(Arc::clone(&log));
-        let interrupts = MessageInterrupts::new(Some(structures), Some(msi), device, router);
+        let interrupts = Interrupts::new(Some(structures), Some(msi), device, router);
         Self(log, interrupts, [0; MSI_MAX_LEN])
     }
 
     fn msi(&mut self, offset: usize, data: &[u8]) {
         self.2[offset..offset + data.len()].copy_from_slice(data);
         self.1.write_msi(&self.2);
+        self.follow(false);
+    }
+
+    fn msix(&self, control: u16) {
+        self.1.write_msix_control(control);
+        self.follow(false);
+    }
+
+    /// What the owner of the function does after a write of the guest.
+    fn follow(&self, enabled: bool) {
+        assert!(self.1.switch(self.1.wanted(enabled)));
     }
 
     /// Unmasks a vector of MSI-X, with 0x80 and its number as data.
@@ -162,7 +222,7 @@ fn an_emulated_device_raises_msix_vectors() {
     let rig = Rig::new();
     rig.unmask(2);
     assert_eq!(rig.connected(), []);
-    rig.1.write_msix_control(0x8000);
+    rig.msix(0x8000);
     assert_eq!(rig.calls(), ["enable Msix 3"]);
     assert_eq!(rig.connected(), [2]);
     rig.raise(2);
@@ -216,7 +276,7 @@ fn one_kind_is_enabled_at_a_time() {
     let mut rig = Rig::new();
     rig.unmask(0);
     rig.msi(2, &[0x01]);
-    rig.1.write_msix_control(0x8000);
+    rig.msix(0x8000);
     rig.raise(0);
     assert_eq!(rig.received(), [0x80], "MSI-X wins");
     // What the guest writes to the other has no effect now.
@@ -224,7 +284,7 @@ fn one_kind_is_enabled_at_a_time() {
     rig.raise(0);
     assert_eq!(rig.received(), [0x80]);
     assert_eq!(rig.1.msi_pending(), 0);
-    rig.1.write_msix_control(0);
+    rig.msix(0);
     rig.raise(0);
     assert_eq!(rig.received(), [0x40]);
     rig.msi(2, &[0]);
@@ -241,6 +301,46 @@ fn one_kind_is_enabled_at_a_time() {
     rig.msi(2, &[1]);
     rig.1.reset();
     assert!(rig.0.lock().unwrap().routes.is_empty());
-    rig.1.write_msix_control(0);
+    rig.msix(0);
     assert_eq!(rig.connected(), []);
+}
+
+#[test]
+fn the_pin_gives_way_to_messages_and_comes_back_after_them() {
+    let mut rig = Rig::new();
+    rig.follow(true);
+    assert_eq!(rig.1.mode(), InterruptMode::Off, "it has no line yet");
+    rig.1.set_line(Some(18));
+    rig.follow(false);
+    assert_eq!(rig.1.mode(), InterruptMode::Off, "the function is disabled");
+    for kind in [MessageKind::Msi, MessageKind::Msix] {
+        rig.follow(true);
+        assert_eq!(rig.1.mode(), InterruptMode::Intx(18));
+        assert_eq!(rig.0.lock().unwrap().lines, [18]);
+        rig.follow(true);
+        match kind {
+            MessageKind::Msi => rig.msi(2, &[1]),
+            MessageKind::Msix => rig.msix(0x8000),
+        }
+        assert!(matches!(rig.1.mode(), InterruptMode::Messages(on, _) if on == kind));
+        assert_eq!(rig.0.lock().unwrap().lines, []);
+        match kind {
+            MessageKind::Msi => rig.msi(2, &[0]),
+            MessageKind::Msix => rig.msix(0),
+        }
+    }
+    let calls = [
+        "connect pin",
+        "disable",
+        "enable Msi 1",
+        "disable",
+        "connect pin",
+        "disable",
+        "enable Msix 3",
+        "disable",
+    ];
+    assert_eq!(rig.calls(), calls);
+    rig.follow(true);
+    rig.1.reset();
+    assert_eq!(rig.0.lock().unwrap().lines, []);
 }

@@ -7,12 +7,12 @@ use super::*;
 use crate::testing;
 
 const MSIX: Deliverable = Deliverable {
-    msi: false,
+    msi: 0,
     msix: true,
     intx: false,
 };
 const NEITHER: Deliverable = Deliverable {
-    msi: false,
+    msi: 0,
     msix: false,
     intx: false,
 };
@@ -133,7 +133,7 @@ fn the_pin_is_the_devices_own_where_the_guest_gets_intx() {
 fn msi_is_emulated_where_the_host_can_deliver_it() {
     let physical = testing::config();
     let both = Deliverable {
-        msi: true,
+        msi: 1,
         msix: true,
         intx: false,
     };
@@ -162,7 +162,7 @@ fn msi_is_emulated_where_the_host_can_deliver_it() {
 #[test]
 fn each_capability_is_shown_or_hidden() {
     let deliverable = Deliverable {
-        msi: true,
+        msi: 1,
         msix: true,
         intx: false,
     };
@@ -266,7 +266,7 @@ proptest! {
             physical[usize::from(slot) * 4] = id;
             physical[usize::from(slot) * 4 + 1] = next;
         }
-        if let Ok(plan) = plan(&physical, Deliverable { msi: false, msix, intx: false }) {
+        if let Ok(plan) = plan(&physical, Deliverable { msi: 0, msix, intx: false }) {
             let reads = |offset| guest_reads(&plan, &physical, offset);
             for found in walk_standard(reads) {
                 prop_assert_ne!(found.id, CapabilityId::MSI);

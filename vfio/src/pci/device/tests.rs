@@ -1,11 +1,13 @@
 //! Tests of the whole function against a fake device: order, roll-back, and hostile guests.
 
 use gantry_devices::pci::registers::{BARS, STATUS};
-use gantry_devices::pci::{MsiMessage, Segment, SegmentKind};
+use gantry_devices::pci::{Segment, SegmentKind};
 use proptest::prelude::*;
 
 use super::*;
 use crate::testing::{CMD, FakeDevice, FakeRouter, FakeSpace, MSI, MSIX, MSIX_TABLE, PM};
+
+mod interrupts;
 
 struct Rig {
     device: Arc<FakeDevice>,
@@ -58,6 +60,13 @@ impl Rig {
 
     fn events(&self) -> Vec<String> {
         self.device.trace.take()
+    }
+
+    /// What VFIO was asked to do with interrupts.
+    fn irq_events(&self) -> Vec<String> {
+        let mut events = self.events();
+        events.retain(|event| !event.starts_with("write"));
+        events
     }
 }
 
@@ -321,278 +330,6 @@ fn power_states_that_the_function_lacks_are_not_entered() {
     );
 }
 
-/// TRAPS 4 and 9: any width of write to the control register counts, and none reaches hardware,
-/// for which the fake asserts.
-#[test]
-fn msix_control_is_the_guests_own_at_any_width() {
-    for (offset, on, off) in [
-        (MSIX, vec![0, 0, 0, 0x80], vec![0, 0, 0, 0]),
-        (MSIX + 2, vec![0, 0x80], vec![0, 0]),
-        (MSIX + 3, vec![0x80], vec![0]),
-    ] {
-        let rig = Rig::new();
-        rig.write(offset, &on);
-        assert_eq!(rig.read(MSIX), 0x8040_0011);
-        assert_eq!(rig.events(), ["irqs 0..1"]);
-        rig.write(MSIX + 2, &[0xff]);
-        assert_eq!(rig.read(MSIX), 0x8040_0011);
-        rig.write(offset, &off);
-        assert_eq!(rig.read(MSIX), 0x0040_0011);
-        assert_eq!(rig.events(), ["irqs off"]);
-    }
-}
-
-/// The registers are the guest's own at any width, which the fake asserts, and pending bits are read.
-#[test]
-fn msi_is_enabled_through_the_configuration_space() {
-    for (offset, on, off) in [
-        (MSI, vec![0, 0, 1, 0], vec![0; 4]),
-        (MSI + 2, vec![1, 0], vec![0; 2]),
-        (MSI + 2, vec![1], vec![0]),
-    ] {
-        let rig = Rig::new();
-        rig.write(MSI + 4, &0xfee0_0000_u32.to_le_bytes());
-        rig.write(MSI + 8, &1_u32.to_le_bytes());
-        rig.write(MSI + 12, &[0x51, 0x40]);
-        rig.write(offset, &on);
-        assert_eq!(rig.device.armed(), Some(vec![true]));
-        rig.device.fire(0);
-        let delivered = MsiMessage {
-            address: 0x1_fee0_0000,
-            data: 0x4051,
-        };
-        assert_eq!(rig.router.delivered(), [delivered]);
-        rig.write(MSI + 16, &[1, 0, 0, 0]);
-        rig.device.fire(0);
-        assert_eq!(rig.router.delivered(), []);
-        assert_eq!(rig.read(MSI + 20), 1, "pending");
-        rig.write(MSI + 16, &[0]);
-        assert_eq!(rig.read(MSI + 20), 0);
-        assert_eq!(rig.router.delivered(), [delivered]);
-        rig.write(offset, &off);
-        assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
-    }
-}
-
-/// Drivers try MSI-X, fall back to MSI, and go back, without a reset in between.
-#[test]
-fn guests_switch_between_msi_and_msix() {
-    let rig = Rig::new();
-    for _ in 0..2 {
-        rig.write(MSI + 2, &[1]);
-        assert_eq!(rig.device.armed(), Some(vec![true]));
-        rig.write(MSIX + 3, &[0x80]);
-        assert_eq!(rig.device.armed(), Some(vec![false]), "MSI-X is on");
-        rig.write(MSI + 2, &[0]);
-        rig.write(MSIX + 3, &[0]);
-        assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
-    }
-    rig.write(MSI + 2, &[1]);
-    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
-    assert_eq!((rig.device.armed(), rig.router.live()), (None, 0));
-    assert_eq!(rig.read(MSI), 0x0180_7005);
-}
-
-#[test]
-fn a_device_with_msi_only_has_interrupts_and_one_with_none_is_refused() {
-    let mut device = FakeDevice::new();
-    device.msix.count = 0;
-    let rig = Rig::around(device);
-    rig.write(MSI + 2, &[1]);
-    assert_eq!(rig.device.armed(), Some(vec![true]));
-
-    let mut device = FakeDevice::new();
-    (device.msix.count, device.msi.count, device.intx.count) = (0, 0, 0);
-    let router = Arc::new(FakeRouter::new(&device.trace, 1));
-    let error = PassthroughDevice::new(Arc::new(device), router)
-        .err()
-        .unwrap();
-    assert!(error.to_string().contains("has no interrupts"), "{error}");
-}
-
-/// What VFIO counts does not matter where the device has no such capability: it has its pin, or no interrupts.
-#[test]
-fn messages_that_the_device_has_no_capability_for_are_none() {
-    for pins in [1, 0] {
-        let mut device = FakeDevice::new();
-        device.intx.count = pins;
-        device.config.lock().unwrap()[usize::from(PM) + 1] = 0;
-        let router = Arc::new(FakeRouter::new(&device.trace, 1));
-        let made = PassthroughDevice::new(Arc::new(device), router);
-        match made {
-            Ok(function) => {
-                let mut pin = [0];
-                function.read_config(reg::INTERRUPT_PIN, &mut pin);
-                assert_eq!((pins, pin), (1, [1]));
-            }
-            Err(error) => assert!(
-                pins == 0 && matches!(error, Error::NoInterrupts { .. }),
-                "{error}"
-            ),
-        }
-    }
-}
-
-/// Some devices refuse the eventfd that unmasks, and the host may refuse its line.
-#[test]
-fn a_pin_that_the_host_cannot_connect_is_not_shown() {
-    use std::error::Error as _;
-
-    for step in ["INTx 0..1", "INTx unmasked by", "INTx off"] {
-        let make = |no_interrupts| {
-            let mut device = FakeDevice::new();
-            (device.msix.count, device.msi.count) = (0, 0);
-            let device = Arc::new(device);
-            let router = Arc::new(FakeRouter::new(&device.trace, 1));
-            let made = |steps| {
-                device.trace.fail_after(steps);
-                let options = PassthroughOptions {
-                    no_interrupts,
-                    rom: Rom::Device,
-                };
-                let made = PassthroughDevice::with(device.clone(), router.clone(), options);
-                (device.trace.failed(), made)
-            };
-            let refused = (0..100).map(made);
-            let mut refused = refused.skip_while(|(failed, _)| failed.as_deref() != Some(step));
-            (refused.next().unwrap().1, device.command())
-        };
-        let error = make(false).0.err().unwrap();
-        assert!(matches!(error, Error::NoInterrupts { .. }), "{error}");
-        let why = error.source().unwrap().to_string();
-        assert!(why.contains(step), "{why}");
-
-        let (made, command) = make(true);
-        let function = made.unwrap();
-        let mut pin = [0xff];
-        function.read_config(reg::INTERRUPT_PIN, &mut pin);
-        assert_eq!((pin, command), ([0], reg::COMMAND_INTX_DISABLE), "{step}");
-    }
-}
-
-/// A device with a pin only, in a slot whose pins have the lines from 20 on.
-fn with_pin() -> Rig {
-    let mut device = FakeDevice::new();
-    (device.msix.count, device.msi.count) = (0, 0);
-    let rig = Rig::around(device);
-    rig.function.set_line(|pin| 20 + u32::from(pin));
-    assert_eq!(rig.events(), Vec::<String>::new());
-    rig
-}
-
-/// TRAPS 8: the trigger comes before what unmasks it.
-#[test]
-fn the_pin_is_connected_once_the_guest_enables_the_function_and_until_its_end() {
-    let rig = with_pin();
-    rig.write(CMD, &[0x04]);
-    let seen = rig.events();
-    assert!(
-        seen.starts_with(&["line 20", "INTx 0..1", "INTx unmasked by"].map(str::to_owned)),
-        "{seen:?}"
-    );
-    rig.write(CMD, &[0x06]);
-    assert!(!rig.events().contains(&"line 20".to_owned()), "once");
-    assert_eq!(
-        (rig.router.lines(), rig.device.armed()),
-        (vec![20], Some(vec![true]))
-    );
-
-    rig.function.reset(&FakeSpace(&rig.device)).unwrap();
-    let seen = rig.events();
-    let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
-    assert!(at("INTx off") < at("reset"));
-    assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
-    rig.write(CMD, &[0x06]);
-    assert_eq!(rig.router.lines(), [20], "again");
-    rig.function.retire().unwrap();
-    assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
-    rig.write(CMD, &[0x07]);
-    assert_eq!(rig.device.armed(), None, "a retired function stays silent");
-
-    let rig = with_pin();
-    rig.write(CMD, &[0x06]);
-    let (device, router) = (rig.device, rig.router);
-    drop(rig.function);
-    assert_eq!((router.lines(), device.armed()), (vec![], None));
-}
-
-/// Otherwise the device disturbs those that share its line on the host.
-#[test]
-fn intx_is_enabled_in_the_device_only_while_the_pin_is_connected() {
-    let disabled = |rig: &Rig| rig.device.command() & reg::COMMAND_INTX_DISABLE != 0;
-    let rig = with_pin();
-    assert!(disabled(&rig), "before the guest enables the function");
-    rig.write(CMD, &[0x40, 0]);
-    assert!(disabled(&rig), "parity checks need no interrupts");
-    rig.write(CMD, &[0x06, 0]);
-    assert!(!disabled(&rig));
-    let seen = rig.events();
-    let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
-    let enabled = format!("{COMMAND} [06, 00]");
-    assert!(at("INTx unmasked by") < at(&enabled), "{seen:?}");
-    rig.write(CMD, &[0, 0]);
-    assert!(disabled(&rig), "the guest has disabled the function");
-    rig.write(CMD, &[0x06, 0]);
-    assert!(!disabled(&rig));
-
-    type End = fn(&Rig);
-    let ends: [End; 2] = [
-        |rig| rig.function.reset(&FakeSpace(&rig.device)).unwrap(),
-        |rig| rig.function.retire().unwrap(),
-    ];
-    for end in ends {
-        rig.write(CMD, &[0x06, 0]);
-        rig.events();
-        end(&rig);
-        assert!(disabled(&rig));
-        let seen = rig.events();
-        let at = |event: &str| seen.iter().position(|one| one == event).unwrap();
-        assert!(
-            at(&format!("{COMMAND} [00, 04]")) < at("INTx off"),
-            "{seen:?}"
-        );
-    }
-}
-
-#[test]
-fn the_guest_disables_intx_and_reads_whether_it_is_asserted() {
-    let rig = with_pin();
-    assert_eq!(rig.read(0x3c), 0x0100);
-    rig.write(CMD, &[2, 0]);
-    assert_eq!(rig.device.command(), 0x0002, "INTx is enabled");
-    rig.write(CMD + 1, &[0x04]);
-    assert_eq!(rig.device.command(), 0x0402);
-    let status = |rig: &Rig| rig.read(CMD) >> 16 & 8;
-    assert_eq!(status(&rig), 8);
-    rig.device.config.lock().unwrap()[usize::from(STATUS)] = 0x10;
-    assert_eq!(status(&rig), 0);
-    let with_messages = Rig::new();
-    assert_eq!((status(&with_messages), with_messages.read(0x3c)), (0, 0));
-    with_messages.function.set_line(|_| 20);
-    with_messages.write(CMD, &[2, 0]);
-    assert_eq!(with_messages.router.lines(), [] as [u32; 0]);
-}
-
-/// Whichever call fails, nothing is left, and the guest's next attempt connects the pin.
-#[test]
-fn a_pin_that_cannot_be_connected_is_connected_at_the_next_attempt() {
-    for steps in 0..3 {
-        let rig = with_pin();
-        rig.device.trace.fail_after(steps);
-        rig.write(CMD, &[0x04]);
-        let failed = rig.device.trace.failed().unwrap();
-        assert!(
-            failed.contains("line") || failed.contains("INTx"),
-            "{failed}"
-        );
-        assert_eq!((rig.router.lines(), rig.device.armed()), (vec![], None));
-        assert_eq!(rig.device.command(), 0x0404, "INTx stays disabled");
-        rig.write(CMD, &[0x06]);
-        assert_eq!(rig.router.lines(), [20]);
-        assert_eq!(rig.device.command(), 0x0006);
-    }
-}
-
 #[test]
 fn the_table_is_reached_through_the_bar_and_its_neighbours_are_the_devices() {
     let rig = Rig::new();
@@ -795,7 +532,7 @@ fn hardware_that_was_told_half_is_told_all_again() {
     );
 }
 
-/// TRAPS 26: interrupts, then mappings, then the device, even while windows of it are held.
+/// TRAPS 26: mappings, bus mastering and interrupts, then the device, even while windows of it are held.
 #[test]
 fn dropping_the_function_gives_everything_back_in_order() {
     let rig = Rig::new();
@@ -810,28 +547,19 @@ fn dropping_the_function_gives_everything_back_in_order() {
     device.trace.take();
     drop(function);
     let order = [
-        "irqs off".to_owned(),
         format!("unmap {BAR0:#x}"),
         format!("unmap {BAR4:#x}"),
+        format!("{POWER} [00]"),
+        format!("{COMMAND} [00, 00]"),
+        "irqs off".to_owned(),
+        format!("{POWER} [00]"),
+        format!("{COMMAND} [00, 04]"),
     ];
     assert_eq!(device.trace.take(), order);
+    assert!(device.intx_disabled());
     drop(windows);
     assert_eq!((device.mappings(), router.live()), (0, 0));
     assert_eq!(Arc::strong_count(&device), 1);
-}
-
-/// Nobody takes INTx on the host, where the line may be another device's too.
-#[test]
-fn intx_is_off_in_the_hardware_whatever_the_guest_says() {
-    let rig = Rig::new();
-    assert_eq!(rig.device.command(), reg::COMMAND_INTX_DISABLE);
-    rig.write(CMD, &[0xff, 0xfb]);
-    assert_eq!(rig.device.command(), 0x0547);
-    assert_eq!(
-        rig.read(CMD) & 0xffff,
-        0x0147,
-        "the guest's own bit is its own"
-    );
 }
 
 #[test]
