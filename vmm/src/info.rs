@@ -8,7 +8,7 @@ use std::time::Duration;
 use gantry_devices::pci::GuestBdf;
 use gantry_resources::base::{DeviceName, Numbers};
 use gantry_resources::inventory::Allow;
-use gantry_resources::pools::RomSource;
+use gantry_resources::pools::{OnError, RomSource};
 
 use crate::config::VmConfig;
 
@@ -91,6 +91,8 @@ pub struct DeviceInfo {
     pub group: Option<String>,
     /// What it may lack, by its request.
     pub allow: Allow,
+    /// What happens when it reports an error, by its request.
+    pub on_error: OnError,
     /// Where its expansion ROM comes from.
     pub rom: RomSource,
     /// How far it has come.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
-use gantry_resources::pools::RomSource;
+use gantry_resources::pools::{OnError, RomSource};
 
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
@@ -44,6 +44,8 @@ pub struct DeviceStatus {
     pub group: Option<String>,
     /// What it may lack.
     pub allow: Allow,
+    /// What happens when it reports an error.
+    pub on_error: OnError,
     /// Where its expansion ROM comes from.
     pub rom: RomSource,
     /// How far it has come.
@@ -100,6 +102,7 @@ impl DeviceStatus {
             guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(self.function)),
             group: self.group.clone(),
             allow: self.allow,
+            on_error: self.on_error,
             rom: self.rom.clone(),
             state: self.state,
             together_with: beside.map(|other| other.id.clone()).collect(),
@@ -176,6 +179,7 @@ mod tests {
             name: format!("01:00.{function}").parse().unwrap(),
             group: None,
             allow: Allow::default(),
+            on_error: OnError::default(),
             rom: RomSource::Device,
             state: DeviceState::Announced,
             port: ports[port],

@@ -217,7 +217,7 @@ fn ended(outcome: &Outcome) -> Option<String> {
         Outcome::Client => "a client shut it down".to_owned(),
         Outcome::Stopped => "ctrl-a x".to_owned(),
         Outcome::Signal(signal) => format!("signal {signal}"),
-        Outcome::GuestFault(_) => return None,
+        Outcome::GuestFault(_) | Outcome::DeviceFault(_) => return None,
     })
 }
 
@@ -343,6 +343,7 @@ fn exit_code(outcome: Outcome) -> Result<u8, Failure> {
         Outcome::GuestFault(what) => {
             Err(Failure::new(GUEST_DIED, format!("the guest died: {what}")))
         }
+        Outcome::DeviceFault(_) => Err(Failure::host(outcome.to_string())),
     }
 }
 
@@ -357,6 +358,8 @@ mod tests {
         assert_eq!(exit_code(Outcome::Signal(15)).unwrap(), 143);
         let died = exit_code(Outcome::GuestFault("triple fault".to_owned())).unwrap_err();
         assert_eq!(died.exit, 3);
+        let failed = exit_code(Outcome::DeviceFault("gpu0".to_owned())).unwrap_err();
+        assert_eq!(failed.exit, 1);
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::HostBdf;
-use gantry_resources::pools::{DeviceRequest, RomSource};
+use gantry_resources::pools::{DeviceRequest, OnError, RomSource};
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
 use super::{Error, LoadOptions, Source, load};
@@ -742,6 +742,17 @@ fn fill(value: &mut serde_json::Value, schema: &serde_json::Value) {
             .for_each(|item| fill(item, &schema["items"])),
         _ => {}
     }
+}
+
+#[test]
+fn a_device_is_unplugged_after_an_error_only_where_there_are_slots() {
+    let folder = Folder::new();
+    let device = r#""devices": [{"group": "g", "on_error": "unplug"}]"#;
+    let said = folder.refusal(&file(device));
+    assert!(said.contains("`devices[0].on_error`"), "{said}");
+    assert!(said.contains("raise `hotplug.slots`"), "{said}");
+    let with_slots = folder.load(&file(&format!("{device}, \"hotplug\": {{}}")));
+    assert_eq!(with_slots.unwrap().devices[0].on_error, OnError::Unplug);
 }
 
 #[test]

@@ -311,6 +311,7 @@ impl From<&command::VmInfo> for VmInfo {
         let plugged = |device: &command::DeviceInfo| DeviceRequest {
             id: Some(device.id.clone()),
             allow: device.allow,
+            on_error: device.on_error,
             rom: device.rom.clone(),
             ..DeviceRequest::device(device.name)
         };

@@ -107,9 +107,16 @@ impl FakeVm {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
         }
         let first = state.devices.len();
-        let (allow, rom, whole) = match attach {
-            Attach::Devices(request) => (request.allow, request.rom.clone(), false),
-            Attach::Plan { name, .. } => (Default::default(), Default::default(), name == WHOLE),
+        let (allow, rom, on_error, whole) = match attach {
+            Attach::Devices(request) => {
+                (request.allow, request.rom.clone(), request.on_error, false)
+            }
+            Attach::Plan { name, .. } => (
+                Default::default(),
+                Default::default(),
+                Default::default(),
+                name == WHOLE,
+            ),
         };
         for index in first..first + count {
             let id = attach
@@ -124,6 +131,7 @@ impl FakeVm {
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
                 group: group.clone(),
                 allow,
+                on_error,
                 rom: rom.clone(),
                 state: DeviceState::Announced,
                 together_with: match whole {

@@ -5,11 +5,15 @@ use std::sync::{Arc, Weak};
 
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
+use crate::facts::alive::ConfigSpace;
 use crate::holding::device_lock::DeviceLock;
 use crate::inventory::card::Terms;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
 use crate::making::demand::Watch;
+
+/// Why a device goes into quarantine that does not answer when its lease ends.
+const DEAD: &str = "it did not answer when it was given back (it read all-ones): reset or power-cycle it, or reboot the host";
 
 /// A device held for a VM; dropping it gives the device back.
 ///
@@ -19,6 +23,8 @@ use crate::making::demand::Watch;
 pub struct Lease {
     device: Leased,
     group: Arc<[DeviceLock]>,
+    /// Of a PCI function, for a last look when the lease ends.
+    config: Option<ConfigSpace>,
     /// Of a device that goes back to the host.
     watch: Option<Arc<Watch>>,
     /// What it is opened with.
@@ -34,8 +40,14 @@ enum Leased {
 }
 
 impl Lease {
-    pub(crate) fn new(device: HostDevice, group: Arc<[DeviceLock]>) -> Self {
-        Self::of(Leased::Pci(Box::new(device)), group)
+    pub(crate) fn new(
+        device: HostDevice,
+        group: Arc<[DeviceLock]>,
+        config: Option<ConfigSpace>,
+    ) -> Self {
+        let mut lease = Self::of(Leased::Pci(Box::new(device)), group);
+        lease.config = config;
+        lease
     }
 
     /// The lease on a mediated device, which is alone in its IOMMU group.
@@ -49,6 +61,7 @@ impl Lease {
         Self {
             device,
             group,
+            config: None,
             watch: None,
             token: None,
             terms: Terms::default(),
@@ -171,6 +184,10 @@ impl OwnLease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // Its last user has closed the device, which resets it, and some do not come back from that.
+        if self.config.as_ref().is_some_and(ConfigSpace::is_dead) {
+            self.set_aside(DEAD);
+        }
         // Whoever is told waits for the locks, which are freed next.
         if let Some(watch) = &self.watch {
             watch.released(self.name());

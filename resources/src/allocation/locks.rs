@@ -8,6 +8,7 @@ use super::error::AllocateError;
 use super::lease::{Lease, OwnLease};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
+use crate::facts::alive::ConfigSpace;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::lock_file::holder;
 use crate::holding::passing::is_passing;
@@ -44,7 +45,8 @@ pub(super) fn lock(
             None => lock_group(paths, pool.members(group), record)?,
         };
         groups.insert(group, locks.clone());
-        leases.push(Lease::new(device.clone(), locks));
+        let config = ConfigSpace::open(paths, bdf);
+        leases.push(Lease::new(device.clone(), locks, config));
     }
     Ok(leases)
 }

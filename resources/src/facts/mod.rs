@@ -1,5 +1,6 @@
 //! What sysfs and procfs say, without a look at who holds anything.
 
+pub(crate) mod alive;
 pub(crate) mod attributes;
 pub(crate) mod dsn;
 pub(crate) mod ids;

@@ -70,15 +70,31 @@ pub struct Terms {
     pub allow: Allow,
 }
 
+/// The ways in which the kernel resets a function alone, in its order. It lists a bus reset too for the first of
+/// several functions of a bus, as it looks before it has found the others, and then refuses it.
+pub fn own_resets<'a>(
+    device: &'a HostDevice,
+    all: &'a [HostDevice],
+) -> impl Iterator<Item = &'a str> {
+    let alone = || on_bus(device, all).count() == 1;
+    let methods = device.reset_methods.iter().map(String::as_str);
+    methods.filter(move |method| *method != "bus" || alone())
+}
+
 /// Whether a function is reset between two VMs: the kernel has a method for it, or vfio-pci resets its bus when
 /// the last device of it is closed. It does so where all functions of the bus are in the hands of one VM, hence of
 /// one IOMMU group. For a function that is alone on its bus, a bus reset is among the methods if it works.
 pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
+    let whole = || on_bus(device, all).all(|one| one.iommu_group == device.iommu_group);
+    let of_bus = || !device.on_root_bus && on_bus(device, all).count() > 1 && whole();
+    own_resets(device, all).next().is_some() || device.iommu_group.is_some() && of_bus()
+}
+
+/// The functions on a function's bus.
+fn on_bus<'a>(device: &HostDevice, all: &'a [HostDevice]) -> impl Iterator<Item = &'a HostDevice> {
+    let bus = (device.bdf.domain(), device.bdf.bus());
     let address = |one: &HostDevice| (one.bdf.domain(), one.bdf.bus());
-    let on_bus = || all.iter().filter(|one| address(one) == address(device));
-    let whole = || on_bus().all(|one| one.iommu_group == device.iommu_group);
-    let of_bus = || !device.on_root_bus && on_bus().count() > 1 && whole();
-    !device.reset_methods.is_empty() || device.iommu_group.is_some() && of_bus()
+    all.iter().filter(move |one| address(one) == bus)
 }
 
 /// What a device lacks that its entry does not allow. Interrupts that are not known are asked for again when
@@ -181,6 +197,31 @@ mod tests {
         assert!(change(|audio| audio.iommu_group = Some(8)).is_empty());
         host.iter_mut().for_each(|one| one.on_root_bus = true);
         assert!(reset(&host).is_empty(), "a root bus is not reset");
+    }
+
+    #[test]
+    fn a_bus_reset_is_no_reset_of_one_function_among_several() {
+        let mut host = workstation();
+        for one in &mut host {
+            one.reset_methods = vec!["bus".to_owned()];
+        }
+        let shown = |host: &[HostDevice]| -> Vec<(String, usize, bool)> {
+            let row = |one: &HostDevice| {
+                let own = own_resets(one, host).count();
+                (one.bdf.to_string(), own, is_reset(one, host))
+            };
+            host.iter().map(row).collect()
+        };
+        let card = ["0000:0b:00.0", "0000:0b:00.1"];
+        for (bdf, own, is_reset) in shown(&host) {
+            assert_eq!(own, usize::from(!card.contains(&bdf.as_str())), "{bdf}");
+            assert!(is_reset, "{bdf}");
+        }
+        let audio = host.iter_mut().find(|one| one.bdf.function() == 1);
+        audio.unwrap().iommu_group = Some(8);
+        for (bdf, _, is_reset) in shown(&host) {
+            assert_eq!(is_reset, !card.contains(&bdf.as_str()), "{bdf}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub(crate) mod tree;
 pub(crate) mod unavailable;
 pub(crate) mod usb;
 
-pub use card::{Allow, Card, Terms, cards, is_reset, lacks};
+pub use card::{Allow, Card, Terms, cards, is_reset, lacks, own_resets};
 pub use device::{DeviceState, HostDevice, Sriov};
 pub use error::InventoryError;
 pub use mdev::{MdevDevice, MdevParent, Mdevs};

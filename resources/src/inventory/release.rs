@@ -1,13 +1,10 @@
 //! Devices that leave quarantine.
 
-use std::fs;
-use std::io::Read;
-use std::path::Path;
-
 use thiserror::Error;
 
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
+use crate::facts::alive::ConfigSpace;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::quarantine::{self, QuarantineError};
 use crate::holding::record::LeaseRecord;
@@ -71,7 +68,7 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Release
             None => ReleaseError::NotThere { bdf },
         });
     }
-    if is_dead(&paths.pci_device(bdf).join("config")) {
+    if ConfigSpace::open(paths, bdf).is_some_and(|config| config.is_dead()) {
         return Err(ReleaseError::Dead { bdf });
     }
     // Taking the lock takes away what its last holder left.
@@ -82,11 +79,4 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Release
         return Err(ReleaseError::Held { bdf, holder });
     }
     Ok(quarantine::forget(paths, bdf)?)
-}
-
-/// A device that is off the bus reads all-ones (PCIe 2.3.2, completion with an error).
-fn is_dead(config: &Path) -> bool {
-    let mut id = [0; 2];
-    let read = fs::File::open(config).and_then(|mut file| file.read_exact(&mut id));
-    read.is_ok() && id == [0xff; 2]
 }

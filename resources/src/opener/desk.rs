@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::mpsc::channel;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +31,8 @@ use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 /// How long an IOMMU group may stay busy after its device was leased: a holder that was killed keeps it
 /// until the kernel has reset the device.
 pub const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long others wait for the end of a lease whose device does not answer.
+const LAST_LOOK: Duration = Duration::from_secs(1);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
 
@@ -152,10 +155,13 @@ impl Leases {
     }
 
     fn end(&self, id: u64, aside: Option<&str>) {
-        let ended = self.all().remove(&id);
-        if let (Some(lease), Some(reason)) = (ended, aside) {
+        let Some(lease) = self.all().remove(&id) else {
+            return;
+        };
+        if let Some(reason) = aside {
             lease.set_aside(&short(reason));
         }
+        give_back(lease);
     }
 
     /// Ends leases that come back, until the socket ends.
@@ -166,6 +172,20 @@ impl Leases {
                 return;
             }
         }
+    }
+}
+
+/// Ends a lease. The last look at the device can wait for the hardware, and other leases do not wait for that.
+fn give_back(lease: Lease) {
+    let (ended, end) = channel();
+    let end_lease = move || {
+        drop(lease);
+        // Nobody waits any more.
+        let _ = ended.send(());
+    };
+    // Without a thread it has been dropped with the closure.
+    if thread::Builder::new().spawn(end_lease).is_ok() {
+        let _ = end.recv_timeout(LAST_LOOK);
     }
 }
 

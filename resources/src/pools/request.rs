@@ -38,6 +38,8 @@ pub struct DeviceRequest {
     pub isolate: bool,
     /// What each may lack.
     pub allow: Allow,
+    /// What happens when one reports an error.
+    pub on_error: OnError,
     /// The expansion ROM of each.
     pub rom: RomSource,
     /// A device that is named by its path may be in no group. No key of JSON says so.
@@ -120,6 +122,7 @@ impl DeviceRequest {
             resource_class: None,
             isolate: false,
             allow: Allow::default(),
+            on_error: OnError::default(),
             rom: RomSource::Device,
             allow_ungrouped: false,
         }
@@ -188,6 +191,20 @@ pub fn nth_id(id: &str, index: usize) -> String {
     }
 }
 
+/// What happens when a device reports an error that the hardware could not correct.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// An event and a warning, no more: many such errors do no harm, as the guest's driver or the host's kernel
+    /// recovers, and a guest can make its device report them.
+    #[default]
+    Report,
+    /// Also, the guest is asked to release the device, and loses it after 10 seconds if it does not.
+    Unplug,
+    /// Also, the VM ends at once, so that it computes nothing with wrong data.
+    Stop,
+}
+
 /// The interrupts that a device needs in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -242,6 +259,10 @@ struct DeviceKeys {
     /// VM may read what the other left in it. Without this key they are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow_no_reset: Option<bool>,
+    /// What happens when a device reports an error that the hardware could not correct; `"report"` if absent.
+    /// `"unplug"` needs hot-plug slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_error: Option<OnError>,
     /// The expansion ROM in the guest: `false` for none, or the name of a file that has it. Without this key the
     /// guest gets the device's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -306,6 +327,7 @@ impl TryFrom<DeviceKeys> for DeviceRequest {
                 no_interrupts: keys.interrupts == Some(InterruptNeed::None),
                 no_reset: keys.allow_no_reset == Some(true),
             },
+            on_error: keys.on_error.unwrap_or_default(),
             rom: match keys.rom {
                 None | Some(RomKey::Own(true)) => RomSource::Device,
                 Some(RomKey::Own(false)) => RomSource::None,
@@ -368,6 +390,7 @@ impl From<DeviceRequest> for DeviceKeys {
             isolate: request.isolate.then_some(true),
             interrupts: no_interrupts.then_some(InterruptNeed::None),
             allow_no_reset: no_reset.then_some(true),
+            on_error: Some(request.on_error).filter(|then| *then != OnError::default()),
             rom: match request.rom {
                 RomSource::Device => None,
                 RomSource::None => Some(RomKey::Own(false)),
@@ -539,6 +562,10 @@ mod tests {
                 json!({"group": "g", "rom": 1}),
                 "the name of a file, true or false",
             ),
+            (
+                json!({"group": "g", "on_error": "panic"}),
+                "unknown variant `panic`",
+            ),
         ] {
             let error = read(value).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
@@ -567,6 +594,8 @@ mod tests {
             json!({"id": "disk", "group": "g", "count": 2, "traits": "HW_A", "isolate": true}),
             json!({"alias": "a", "count": 1, "resource_class": "GPU", "numa_policy": "required"}),
             json!({"path": "/sys/bus/pci/devices/0000:01:00.0", "interrupts": "none", "allow_no_reset": true}),
+            json!({"group": "g", "count": 1, "on_error": "unplug"}),
+            json!({"group": "g", "count": 1, "on_error": "stop"}),
             json!({"path": "/sys/bus/pci/devices/0000:01:00.0", "rom": false}),
             json!({"group": "gpu", "count": 1, "rom": "/lib/gpu.rom"}),
         ] {

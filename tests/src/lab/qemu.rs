@@ -50,6 +50,9 @@ pub enum Device {
     /// A display (1234:1111, function 0) and an audio controller (8086:2668, function 1) in one
     /// slot of the root complex: one IOMMU group, as a GPU with its audio.
     Gpu,
+    /// A display and an audio controller as [`Device::Gpu`], but behind a root port of their own: neither has a
+    /// reset of its own, and their bus can be reset.
+    GpuOnBus,
     /// The display that the firmware starts (1234:1111, class 0300) and an audio controller, in one
     /// slot as [`Device::Gpu`].
     Console,
@@ -104,10 +107,11 @@ impl Device {
         devices
     }
 
-    /// Three of VMware's network cards (01:00.0 to 03:00.0) and a virtio one (04:00.0), on one hub.
+    /// Three of VMware's network cards (01:00.0 to 03:00.0) and a virtio one (04:00.0), on one hub; and a display
+    /// with its audio (05:00.0 and 05:00.1).
     pub fn only_cards() -> Vec<Self> {
         let mut devices = vec![Self::Vmxnet { hub: 0 }; 3];
-        devices.push(Self::VirtioNet { hub: 0 });
+        devices.extend([Self::VirtioNet { hub: 0 }, Self::GpuOnBus]);
         devices
     }
 
@@ -189,6 +193,16 @@ impl Device {
                 format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
                 "-device".into(),
                 format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
+            ],
+            Self::GpuOnBus => vec![
+                "-device".into(),
+                port,
+                "-device".into(),
+                format!(
+                    "bochs-display,id=dev{index},bus=port{index},addr=0.0,multifunction=on,romfile="
+                ),
+                "-device".into(),
+                format!("intel-hda,id=dev{index}b,bus=port{index},addr=0.1"),
             ],
             Self::Console => vec![
                 "-device".into(),

@@ -5,11 +5,14 @@ use gantry_tests::lab::Host;
 use serde_json::json;
 
 use crate::bed::{Case, cases};
-use crate::pool::{Pool, VIRTIO_CARD, nothing_is_held};
+use crate::pool::{Pool, VIRTIO_CARD, free, nothing_is_held};
 use crate::vm::{Running, Vm};
 
 /// For a host with a virtio network card.
-pub const CASES: &[Case] = cases![an_error_of_a_device_is_told_of_and_counted];
+pub const CASES: &[Case] = cases![
+    an_error_of_a_device_is_told_of_and_counted,
+    an_error_ends_the_vm_or_the_device_where_its_entry_says_so,
+];
 
 /// Has the network card report an error (PCI Express base specification, 6.2), as QEMU calls it.
 fn inject(host: &Host, error: &str) -> Result<()> {
@@ -57,5 +60,37 @@ fn an_error_of_a_device_is_told_of_and_counted(host: &Host) -> Result<()> {
          ip link set $card up && cat /sys/class/net/$card/carrier && ip link set $card down"
     );
     host.sh(&up).output()?.success()?;
+    nothing_is_held(host)
+}
+
+fn an_error_ends_the_vm_or_the_device_where_its_entry_says_so(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[VIRTIO_CARD])?;
+    let start = |then: &str| {
+        let mut vm = Vm::new("shell").devices("nic", 1);
+        vm.file["devices"][0]["on_error"] = json!(then);
+        vm.file["hotplug"] = json!({"slots": 2});
+        vm.start(host)
+    };
+    let mut running = start("stop")?;
+    running.until("guest: init")?;
+    inject(host, "COMP_ABORT")?;
+    let ended = running.end()?.exits(1)?;
+    for words in [VIRTIO_CARD, "cannot be corrected", "\"on_error\": \"stop\""] {
+        ensure!(ended.errors.contains(words), "{ended}");
+    }
+    let mut running = start("unplug")?;
+    running.until("guest: init")?;
+    let mut events = Running::of(host.sh("gantry vm events vm").start()?);
+    events.until("the VM is running")?;
+    inject(host, "COMP_ABORT")?;
+    events.until("cannot be corrected")?;
+    events.until("the guest is asked to release it")?;
+    events.until("the guest has released it")?;
+    ensure!(free(host, "nic")? == 1, "it is not free");
+    running.types("echo guest: lives=$((1 + 1))")?;
+    running.until("guest: lives=2")?;
+    running.types("poweroff -f")?;
+    running.end()?.exits(0)?;
+    events.end()?.exits(0)?;
     nothing_is_held(host)
 }

@@ -38,6 +38,7 @@ mod pool;
 mod pools;
 mod quarantine;
 mod refusals;
+mod resets;
 mod sandbox;
 mod sriov;
 mod tenants;
@@ -154,6 +155,7 @@ const SUITES: &[Suite] = &[
         cases: &[
             ("uplinks", uplinks::CASES),
             ("errors", errors::CASES),
+            ("resets", resets::CASES),
             ("persist", persist::UDEV),
         ],
     },

@@ -33,6 +33,11 @@ pub const LACKING: &str = "--interrupts none --allow-no-reset";
 /// The virtio network card of the lab that has nothing but cards.
 pub const VIRTIO_CARD: &str = "0000:04:00.0";
 
+/// The display of that lab, whose bus can be reset.
+pub const CARD_DISPLAY: &str = "0000:05:00.0";
+/// Its audio controller.
+pub const CARD_AUDIO: &str = "0000:05:00.1";
+
 /// A disk of the lab.
 #[derive(Debug, Clone, Copy)]
 pub struct Disk {

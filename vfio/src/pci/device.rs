@@ -189,6 +189,16 @@ impl PassthroughDevice {
         self.reset_failed.load(Ordering::Relaxed)
     }
 
+    /// Whether the device does not answer: what is off the bus reads all-ones (PCI Express Base Specification
+    /// 6.0, 2.3.2). VFIO reads the revision and the class from the hardware, and the first registers not.
+    pub fn is_dead(&self) -> bool {
+        let mut class = [0; 4];
+        let read = self
+            .io
+            .read(Region::CONFIG, reg::REVISION_ID.into(), &mut class);
+        read.is_ok() && class == [0xff; 4]
+    }
+
     /// Takes the function away from the guest for good: its mappings, interrupts and DMA have ended when this
     /// returns. Later writes of a vCPU to its configuration space have no effect.
     ///

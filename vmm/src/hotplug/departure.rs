@@ -4,14 +4,23 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::warn_limited;
+use gantry_resources::pools::OnError;
 
 use super::HostDevices;
 use crate::command::{Answer, CommandError, Detach};
 use crate::info::{DeviceState, VmEvent};
 use crate::passthrough::{DeviceEvent, DeviceKey};
 
-/// How long a guest may take to release a device that the host wants back.
+/// How long a guest may take to release a device that the host wants back, or that reported an error.
 const HOST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is told of a device that reported an error.
+const FAILED: &str =
+    "it reported an error that cannot be corrected: do not rely on what it did since";
+
+/// What is told of a device that reads all ones.
+const SILENT: &str =
+    "it does not answer: its registers read all ones, as those of a device that was removed or has failed";
 
 /// How long a device may take to stop when it leaves a guest that is being reset.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -59,46 +68,68 @@ impl HostDevices {
         Ok(Answer::Done)
     }
 
-    /// Handles an event of a device. A device that the host wants back is detached, by force if the guest does
-    /// not release it: the command that wants it waits until then.
-    pub fn handle(&mut self, key: DeviceKey, event: DeviceEvent) {
-        if event == DeviceEvent::Enabled {
-            return self.enabled(key);
+    /// Handles an event of a device. Returns the device's id if the VM is to end.
+    pub fn handle(&mut self, key: DeviceKey, event: DeviceEvent) -> Option<String> {
+        match event {
+            DeviceEvent::Enabled => self.enabled(key),
+            DeviceEvent::ReleaseRequested => self.release_requested(key),
+            DeviceEvent::Failed => return self.failed(key, FAILED),
+            DeviceEvent::Silent => return self.failed(key, SILENT),
         }
+        None
+    }
+
+    /// The host wants a device back. It is detached, by force if the guest does not release it: the command that
+    /// wants it waits until then.
+    fn release_requested(&mut self, key: DeviceKey) {
         let Some(one) = self.plugged.iter().find(|one| one.device.key() == key) else {
             return;
         };
-        let id = one.status.id.clone();
-        let error = match event {
-            DeviceEvent::Enabled => return,
-            DeviceEvent::Failed => {
-                one.device.counters().failed();
-                "it reported an error that cannot be corrected: do not rely on what it did since"
-            }
-            DeviceEvent::Silent => {
-                one.device.counters().failed();
-                "it does not answer: its registers read all ones, as those of a device that was removed or has failed"
-            }
-            // The kernel repeats it.
-            DeviceEvent::ReleaseRequested if one.release_requested => return,
-            DeviceEvent::ReleaseRequested => {
-                let port = one.status.port;
-                let slot = self.plugged.iter_mut();
-                let slot = slot.filter(|one| one.status.port == port);
-                slot.for_each(|one| one.release_requested = true);
-                self.tell(VmEvent::ReleaseRequested { id: id.clone() });
-                let force_after = Some(HOST_TIMEOUT);
-                let detach = Detach {
-                    id: id.clone(),
-                    force_after,
-                };
-                match self.detach(&detach) {
-                    Ok(_) => return,
-                    Err(_) => "the host wants it back, and this VM has no slots to let go of it",
+        // The kernel repeats it.
+        if one.release_requested {
+            return;
+        }
+        let (id, port) = (one.status.id.clone(), one.status.port);
+        let slot = self.plugged.iter_mut();
+        let slot = slot.filter(|one| one.status.port == port);
+        slot.for_each(|one| one.release_requested = true);
+        self.tell(VmEvent::ReleaseRequested { id: id.clone() });
+        if self.detach_soon(&id).is_err() {
+            let error = "the host wants it back, and this VM has no slots to let go of it";
+            self.tell_error(id, error);
+        }
+    }
+
+    /// A device has failed as `error` says. What follows is its entry's to say.
+    fn failed(&mut self, key: DeviceKey, error: &str) -> Option<String> {
+        let one = self.plugged.iter().find(|one| one.device.key() == key)?;
+        one.device.counters().failed();
+        let (id, then) = (one.status.id.clone(), one.status.on_error);
+        let detaching = one.status.state == DeviceState::Detaching;
+        self.tell_error(id.clone(), error);
+        match then {
+            OnError::Stop => return Some(id),
+            OnError::Unplug if !detaching => {
+                if self.detach_soon(&id).is_err() {
+                    let error = "it cannot be unplugged: this VM has no slots to let go of it";
+                    self.tell_error(id, error);
                 }
             }
-        };
-        // A guest can make its device report errors.
+            OnError::Unplug | OnError::Report => {}
+        }
+        None
+    }
+
+    /// Asks the guest to release a device, which the guest loses if it does not in time.
+    fn detach_soon(&mut self, id: &str) -> Result<Answer, CommandError> {
+        self.detach(&Detach {
+            id: id.to_owned(),
+            force_after: Some(HOST_TIMEOUT),
+        })
+    }
+
+    /// A guest can make its device report errors.
+    fn tell_error(&self, id: String, error: &str) {
         warn_limited!(device = id, "{error}");
         let error = error.to_owned();
         self.tell(VmEvent::DeviceError { id, error });
@@ -171,7 +202,39 @@ fn due(set: Option<Instant>, asked: Option<Instant>, release_requested: bool) ->
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::two_slots;
     use super::*;
+    use crate::info::DeviceCounters;
+    use crate::passthrough::testing::attached;
+
+    #[test]
+    fn what_follows_an_error_of_a_device_is_its_entrys_to_say() {
+        let (mut devices, _pci, _events, told) = two_slots();
+        let (device, _reasons) = attached("01:00.0", || Ok(()));
+        devices.plug_at_boot(vec![device]).unwrap();
+        let key = devices.plugged[0].device.key();
+        let mut errors = |then| {
+            devices.plugged[0].status.on_error = then;
+            let end = devices.handle(key, DeviceEvent::Failed);
+            let told = std::mem::take(&mut *told.lock().unwrap());
+            let error = |event| match event {
+                VmEvent::DeviceError { error, .. } => error,
+                other => panic!("{other:?}"),
+            };
+            let told: Vec<String> = told.into_iter().map(error).collect();
+            assert!(told[0].contains("cannot be corrected"), "{told:?}");
+            (end, told.len())
+        };
+        assert_eq!(errors(OnError::Report), (None, 1));
+        assert_eq!(errors(OnError::Stop), (Some("01:00.0".to_owned()), 1));
+        // This VM has no slots that a guest could be asked to empty.
+        assert_eq!(errors(OnError::Unplug), (None, 2));
+        let mut counters = DeviceCounters::default();
+        devices.plugged[0].device.counters().read(&mut counters);
+        assert_eq!(counters.errors, 3);
+        let unknown = DeviceKey::unique();
+        assert_eq!(devices.handle(unknown, DeviceEvent::Failed), None);
+    }
 
     #[test]
     fn a_client_puts_off_its_own_time_and_not_the_hosts() {

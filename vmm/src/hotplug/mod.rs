@@ -13,6 +13,8 @@ mod departure;
 mod job;
 mod ranges;
 mod reset;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -139,6 +141,7 @@ impl HostDevices {
             name: device.name(),
             group: label.group,
             allow: label.allow,
+            on_error: label.on_error,
             rom: label.rom.clone(),
             state: DeviceState::Announced,
             port,

@@ -53,44 +53,14 @@ impl HostDevices {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::channel;
-    use std::sync::{Arc, Mutex};
 
-    use gantry_devices::events::PlatformEvents;
-    use gantry_devices::pci::PciSegment;
-    use gantry_resources::base::HostPaths;
-    use vmm_sys_util::eventfd::EventFd;
-
-    use super::super::DeviceContext;
+    use super::super::testing::two_slots;
     use super::*;
     use crate::info::VmEvent;
-    use crate::machine::SlotTable;
     use crate::passthrough::testing::{attached, attached_on_bus};
-    use crate::process::sandbox::{Sandbox, SeccompMode};
-
-    type Told = Arc<Mutex<Vec<VmEvent>>>;
-
-    /// A VM without devices and with two slots.
-    fn two_slots() -> (HostDevices, Arc<PciSegment>, Arc<PlatformEvents>, Told) {
-        let mut pci = PciSegment::new([0..=2]).unwrap();
-        let ports = [(); 2].map(|()| pci.add_root_port(0).unwrap());
-        let pci = Arc::new(pci);
-        let events = Arc::new(PlatformEvents::new(ports, EventFd::new(0).unwrap()));
-        let told = Told::default();
-        let all = Arc::clone(&told);
-        let context = DeviceContext {
-            host: HostPaths::under(Path::new("/nowhere")),
-            sandbox: Arc::new(Sandbox::new(SeccompMode::Off).unwrap()),
-            events: Arc::new(move |event| all.lock().unwrap().push(event)),
-            status: Arc::default(),
-            notify: Arc::new(|_, _| {}),
-        };
-        let slots = SlotTable::new(ports, &pci, &events);
-        let devices = HostDevices::new(&slots, context).unwrap();
-        (devices, pci, events, told)
-    }
 
     #[test]
     fn the_functions_of_a_bus_are_reset_at_once_and_leave_together_if_that_fails() {
@@ -143,7 +113,7 @@ mod tests {
             })
         });
         let (let_go, stuck) = channel::<()>();
-        let stuck = Mutex::new(stuck);
+        let stuck = std::sync::Mutex::new(stuck);
         let (hangs, why_it_hung) = attached("02:00.0", move || {
             let _ = stuck.lock().unwrap().recv();
             Ok(())

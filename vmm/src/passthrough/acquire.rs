@@ -348,6 +348,7 @@ impl<'a> Labels<'a> {
                 .map(str::to_owned)
                 .or(pool),
             allow: terms.allow,
+            on_error: request.map(|request| request.on_error).unwrap_or_default(),
             rom: request.map_or(RomSource::Device, |request| rom_of(request, function)),
         };
         *count += 1;

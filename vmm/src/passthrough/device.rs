@@ -1,6 +1,6 @@
 //! A device of the host as a function of the guest.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ pub struct AttachedDevice {
     events: DeviceEventFds,
     key: DeviceKey,
     /// Why it goes into quarantine after this VM, if it does.
-    quarantine: Option<String>,
+    quarantine: OnceLock<String>,
     leased: LeasedDevice,
 }
 
@@ -92,7 +92,7 @@ impl AttachedDevice {
             _io: DrainOnDrop(io),
             events,
             key,
-            quarantine: None,
+            quarantine: OnceLock::new(),
             leased,
         })
     }
@@ -130,6 +130,9 @@ impl AttachedDevice {
         if let Err(error) = self.function.0.function().retire() {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(device = %self.name(), error, "the device may not have stopped");
+        }
+        if self.function.0.function().is_dead() {
+            self.quarantine("it does not answer (it reads all-ones)");
         }
     }
 
@@ -169,16 +172,16 @@ impl AttachedDevice {
         firmware::probe(function, &*self.function.0)
     }
 
-    /// Puts the device into quarantine after this VM, for this reason.
-    pub fn quarantine(&mut self, why: &str) {
-        self.quarantine = Some(why.to_owned());
+    /// Puts the device into quarantine after this VM, for this reason unless there is one.
+    pub fn quarantine(&self, why: &str) {
+        let _ = self.quarantine.set(why.to_owned());
     }
 
     /// Why it goes into quarantine after this VM, if it does. After a failed reset its state is unknown.
     pub fn quarantine_reason(&self) -> Option<String> {
         let failed = self.function.0.function().reset_failed();
         let failed = failed.then(|| "its reset failed".to_owned());
-        failed.or_else(|| self.quarantine.clone())
+        failed.or_else(|| self.quarantine.get().cloned())
     }
 
     /// Tells the lease if the device goes into quarantine.

@@ -7,7 +7,7 @@ use gantry_resources::allocation::Lease;
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
 use gantry_resources::opener::HeldLease;
-use gantry_resources::pools::RomSource;
+use gantry_resources::pools::{OnError, RomSource};
 
 /// A lease, kept by this process or by its opener. Dropping it gives the device back.
 pub trait DeviceLease: Send {
@@ -46,6 +46,8 @@ pub struct DeviceLabel {
     pub group: Option<String>,
     /// What it may lack.
     pub allow: Allow,
+    /// What happens when it reports an error.
+    pub on_error: OnError,
     /// Where its expansion ROM comes from.
     pub rom: RomSource,
 }

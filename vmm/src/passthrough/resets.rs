@@ -81,7 +81,7 @@ pub fn reset_all(
 /// # Errors
 /// A reset failed or took too long. The devices are closed then, except those that do not come back in time.
 pub fn reset_buses(
-    mut devices: Vec<AttachedDevice>,
+    devices: Vec<AttachedDevice>,
     others: &BTreeSet<DeviceName>,
     sandbox: &Sandbox,
 ) -> Result<Vec<AttachedDevice>, DeviceError> {
@@ -99,7 +99,7 @@ pub fn reset_buses(
     });
     let failed = reset_all(resets, sandbox, RESET_TIMEOUT)?;
     for index in &failed {
-        if let Some(device) = devices.get_mut(*index) {
+        if let Some(device) = devices.get(*index) {
             device.quarantine("its bus could not be reset");
         }
     }

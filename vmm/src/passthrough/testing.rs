@@ -7,7 +7,7 @@ use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::{IntxLine, MsiRoute, MsiRouter};
 use gantry_resources::base::HostBdf;
 use gantry_resources::inventory::Allow;
-use gantry_resources::pools::RomSource;
+use gantry_resources::pools::{OnError, RomSource};
 use gantry_vfio::host::{DeviceIo, Irq, IrqInfo, MmapArea, Region, RegionInfo};
 use gantry_vfio::pci::Rom;
 use vmm_sys_util::eventfd::EventFd;
@@ -131,6 +131,7 @@ pub fn attached_on_bus(
                 no_interrupts: true,
                 ..Allow::default()
             },
+            on_error: OnError::default(),
             rom: RomSource::Device,
         },
         _space: Arc::new(()),

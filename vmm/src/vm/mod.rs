@@ -57,6 +57,8 @@ pub enum Outcome {
     Signal(i32),
     /// The guest cannot go on, and why.
     GuestFault(String),
+    /// A device reported an error after which the VM must not run, and its name.
+    DeviceFault(String),
 }
 
 impl fmt::Display for Outcome {
@@ -67,6 +69,10 @@ impl fmt::Display for Outcome {
             Self::Client => f.write_str("a client ended it"),
             Self::Signal(number) => write!(f, "signal {number} ended it"),
             Self::GuestFault(what) => write!(f, "the guest died: {what}"),
+            Self::DeviceFault(id) => write!(
+                f,
+                "the device {id} reported an error that cannot be corrected, and its entry says \"on_error\": \"stop\""
+            ),
         }
     }
 }
@@ -119,7 +125,11 @@ impl Vm {
             match event.map_err(cannot("wait for events"))? {
                 None => self.devices.tick(Instant::now()),
                 Some(Event::Eject(port)) => self.devices.ejected(port),
-                Some(Event::Device(key, event)) => self.devices.handle(key, event),
+                Some(Event::Device(key, event)) => {
+                    if let Some(id) = self.devices.handle(key, event) {
+                        return Ok(End::Over(Outcome::DeviceFault(id)));
+                    }
+                }
                 Some(Event::AttachDone) => self.devices.arrive(&self.machine.windows),
                 Some(Event::Panic(panic)) => self.panicked(panic),
                 Some(Event::Reset) => self.reboot()?,

@@ -3,7 +3,9 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use gantry_resources::base::HostPaths;
-use gantry_resources::inventory::{DeviceState, HostDevice, KernelModules, Mdevs, is_reset, scan};
+use gantry_resources::inventory::{
+    DeviceState, HostDevice, KernelModules, Mdevs, is_reset, own_resets, scan,
+};
 use gantry_resources::pools::Groups;
 use serde::Serialize;
 
@@ -87,6 +89,9 @@ struct Row<'a> {
     group: Option<&'a str>,
     /// Whether it is reset between two VMs.
     is_reset: bool,
+    /// How the kernel resets it alone.
+    #[serde(skip)]
+    own_resets: String,
     /// The tenant that the device belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     tenant: Option<&'a str>,
@@ -195,6 +200,7 @@ impl<'a> Row<'a> {
     ) -> Self {
         Self {
             is_reset: is_reset(device, all),
+            own_resets: own_resets(device, all).collect::<Vec<_>>().join(" "),
             device,
             vendor_name: device.vendor_name(),
             device_name: device.device_name(),
@@ -243,8 +249,8 @@ impl<'a> Row<'a> {
 
     /// How it is reset.
     fn reset(&self) -> String {
-        match (self.device.reset_methods.join(" "), self.is_reset) {
-            (methods, _) if !methods.is_empty() => methods,
+        match (&self.own_resets, self.is_reset) {
+            (methods, _) if !methods.is_empty() => methods.clone(),
             (_, true) => "card".to_owned(),
             (_, false) if self.device.is_bridge() => "-".to_owned(),
             (_, false) => "none".to_owned(),

@@ -7,10 +7,10 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gantry_resources::base::{DeviceName, HostPaths};
 use gantry_resources::inventory::Allow;
-use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy, RomSource};
-use serde::de::IntoDeserializer;
+use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy, OnError, RomSource};
+use serde::Serialize;
 use serde::de::value::StringDeserializer;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, IntoDeserializer};
 use tokio::time::Instant;
 
 use super::{find, state, watch};
@@ -53,6 +53,9 @@ pub struct AttachArgs {
     /// Take devices too that nothing resets between two VMs: one may read what the other left
     #[arg(long, conflicts_with = "plan")]
     allow_no_reset: bool,
+    /// What happens when the device reports an error that the hardware could not correct [default: report]
+    #[arg(long, value_name = "WHAT", value_parser = on_error(), conflicts_with = "plan")]
+    on_error: Option<OnError>,
     /// Hide the device's expansion ROM from the guest
     #[arg(long, conflicts_with = "plan")]
     no_rom: bool,
@@ -180,6 +183,7 @@ impl AttachArgs {
                 no_interrupts: self.interrupts.as_deref() == Some("none"),
                 no_reset: self.allow_no_reset,
             },
+            on_error: self.on_error.unwrap_or_default(),
             rom: match self.no_rom {
                 true => RomSource::None,
                 false => RomSource::Device,
@@ -201,11 +205,21 @@ fn alias(text: &str) -> Result<String, String> {
 
 /// The words that a VM's file has for the policies.
 fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
-    let words = PossibleValuesParser::new(["required", "preferred", "legacy", "socket"]);
-    words.try_map(|word| {
+    words(["required", "preferred", "legacy", "socket"])
+}
+
+/// Those for what follows an error.
+fn on_error() -> impl TypedValueParser<Value = OnError> {
+    words(["report", "unplug", "stop"])
+}
+
+fn words<T: DeserializeOwned + Clone + Send + Sync + 'static>(
+    words: impl IntoIterator<Item = &'static str>,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(words).try_map(|word| {
         let word: StringDeserializer<serde::de::value::Error> =
             word.to_lowercase().into_deserializer();
-        NumaPolicy::deserialize(word)
+        T::deserialize(word)
     })
 }
 

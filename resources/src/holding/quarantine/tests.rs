@@ -76,6 +76,47 @@ fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
 }
 
 #[test]
+fn a_device_that_does_not_answer_when_its_lease_ends_stays_out_until_it_answers() {
+    let host = host();
+    let group = r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#;
+    host.file("etc/groups.json", group);
+    let holder = crate::holding::record::Holder {
+        vm: "a".to_owned(),
+        pid: 1,
+    };
+    let wish = [crate::pools::request::DeviceRequest::group("g", 1)];
+    let lease = || crate::allocation::allocate(&host.paths, &wish, &holder);
+    let config = host.dir(bdf("01:00.0")).join("config");
+    let alive = std::fs::read(&config).unwrap();
+    // A virtual function has no vendor id of its own.
+    let mut virtual_function = alive.clone();
+    virtual_function[..4].fill(0xff);
+    std::fs::write(&config, virtual_function).unwrap();
+    drop(lease().unwrap());
+    assert_eq!(host.read("01:00.0").quarantine, None);
+
+    let held = lease().unwrap();
+    std::fs::write(&config, vec![0xff; alive.len()]).unwrap();
+    drop(held);
+    let device = host.read("01:00.0");
+    let why = device.quarantine.unwrap();
+    assert!(
+        why.contains("all-ones") && why.contains("reboot the host"),
+        "{why}"
+    );
+    let refused = lease().unwrap_err().to_string();
+    assert!(
+        refused.contains("all-ones") && refused.contains("release-quarantine"),
+        "{refused}"
+    );
+    let dead = release_quarantine(&host.paths, device.bdf).unwrap_err();
+    assert!(dead.to_string().contains("does not answer"), "{dead}");
+    std::fs::write(&config, alive).unwrap();
+    release_quarantine(&host.paths, device.bdf).unwrap();
+    drop(lease().unwrap());
+}
+
+#[test]
 fn a_note_that_cannot_be_kept_stays_in_its_place() {
     let host = host();
     let device = host.read("01:00.0");

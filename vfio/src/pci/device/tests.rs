@@ -439,6 +439,17 @@ fn a_function_that_does_not_stop_is_reset() {
 }
 
 #[test]
+fn a_device_that_reads_all_ones_is_dead() {
+    let rig = Rig::new();
+    assert!(!rig.function.is_dead());
+    rig.device.config.lock().unwrap().fill(0xff);
+    assert!(rig.function.is_dead());
+    // Nothing is known of it then.
+    rig.device.trace.fail_after(0);
+    assert!(!rig.function.is_dead());
+}
+
+#[test]
 fn a_device_without_a_reset_is_quieted_and_stays_usable() {
     let mut device = FakeDevice::new();
     device.resettable = false;

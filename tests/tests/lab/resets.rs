@@ -1,0 +1,118 @@
+//! Cases about resets, and about devices that do not come back.
+
+use anyhow::{Result, ensure};
+use gantry_tests::lab::Host;
+use serde_json::json;
+
+use crate::bed::{Case, cases};
+use crate::pool::{CARD_AUDIO, CARD_DISPLAY, Pool, device, free, nothing_is_held};
+use crate::vm::{Running, Vm};
+
+/// For a host with a card of two functions on a bus of its own, which have no resets of their own.
+pub const CASES: &[Case] = cases![
+    a_card_without_resets_of_its_own_is_reset_with_its_bus,
+    a_device_that_reads_all_ones_is_set_aside_when_it_goes_back,
+];
+
+/// The wake register of the audio controller (Intel HDA 1.0a, 3.3.6), which a reset clears: says what is in it, and
+/// sets a bit. `$audio` is the controller's directory.
+const WAKE: &str = "echo 1 >$audio/enable
+    wake=$(($(head -n 1 $audio/resource | cut -d' ' -f1) + 12))
+    echo guest: wake=$(devmem $wake 16)
+    devmem $wake 16 1
+    echo guest: then=$(devmem $wake 16)";
+
+/// A guest with the card at its shell. The file does not allow devices without a reset.
+fn start(host: &Host) -> Result<Running> {
+    let mut vm = Vm::new("shell").devices("display", 1);
+    vm.file["devices"][0]["interrupts"] = json!("none");
+    vm.file["hotplug"] = json!({"slots": 2});
+    vm.start(host)
+}
+
+/// The guest finds the wake register cleared, and sets it.
+fn finds_it_clear(running: &mut Running) -> Result<()> {
+    let find =
+        "for audio in /sys/bus/pci/devices/*; do grep -q 0x2668 $audio/device && break; done";
+    let line = format!("{find}\n{WAKE}").replace("\n", "; ");
+    running.types(&line)?;
+    running.until("guest: wake=0x0000")?;
+    running.until("guest: then=0x0001")
+}
+
+fn a_card_without_resets_of_its_own_is_reset_with_its_bus(host: &Host) -> Result<()> {
+    // As the host's driver leaves it, unlike others it is not reset when VFIO opens it.
+    let dirty = format!("audio=/sys/bus/pci/devices/{CARD_AUDIO}; {WAKE}; echo 0 >$audio/enable");
+    let said = host.sh(&dirty).output()?.success()?.text();
+    ensure!(said.contains("then=0x0001"), "{said}");
+    let _pool = Pool::of(host, &[CARD_DISPLAY])?;
+    let list = host.sh("gantry device list").output()?.success()?.text();
+    for function in ["05:00.0", "05:00.1"] {
+        let line = list.lines().find(|line| line.contains(function));
+        ensure!(line.is_some_and(|line| line.contains("card")), "{list}");
+    }
+    let mut running = start(host)?;
+    finds_it_clear(&mut running)?;
+    // At a reboot, by the VMM; between two VMs, by the kernel when the last function is closed.
+    running.types("reboot -f")?;
+    running.until("guest: init")?;
+    finds_it_clear(&mut running)?;
+    let metrics = host.sh("gantry vm metrics vm").output()?.success()?.text();
+    let resets = |line: &&str| line.starts_with("gantry_device_resets_total{");
+    let counted: Vec<&str> = metrics.lines().filter(resets).collect();
+    ensure!(
+        counted.iter().any(|line| line.ends_with(" 2")),
+        "{counted:#?}"
+    );
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    let mut running = start(host)?;
+    finds_it_clear(&mut running)?;
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+/// Moves the bus below the card's root port elsewhere, and back: meanwhile its functions read all-ones.
+fn off_the_bus(host: &Host, number: &str) -> Result<()> {
+    let script = format!(
+        "port=$(readlink -f /sys/bus/pci/devices/{CARD_DISPLAY}/..)
+         printf '\\x{number}\\x{number}' | dd of=$port/config bs=1 seek=25 conv=notrunc 2>&1"
+    );
+    host.sh(&script).output()?.success()?;
+    Ok(())
+}
+
+fn a_device_that_reads_all_ones_is_set_aside_when_it_goes_back(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[CARD_DISPLAY])?;
+    let mut running = start(host)?;
+    running.until("guest: init")?;
+    let mut events = Running::of(host.sh("gantry vm events vm --json").start()?);
+    events.until("\"Running\"")?;
+    off_the_bus(host, "fe")?;
+    let detach = format!("gantry vm detach vm {CARD_DISPLAY} --force-after 0 --no-wait");
+    let detached = host.sh(&detach).output();
+    let told = events.until("it reads all-ones");
+    off_the_bus(host, "05")?;
+    detached?.success()?;
+    told?;
+    events.until("\"detached\"")?;
+    running.types("echo guest: lives=$((1 + 1))")?;
+    running.until("guest: lives=2")?;
+    running.types("poweroff -f")?;
+    running.end()?.exits(0)?;
+    events.end()?.exits(0)?;
+    let aside = device(host, CARD_DISPLAY)?;
+    ensure!(aside["state"] == "quarantined", "{aside:#}");
+    ensure!(
+        aside["reason"].to_string().contains("all-ones"),
+        "{aside:#}"
+    );
+    ensure!(free(host, "display")? == 0, "it counts as free");
+    for bdf in [CARD_DISPLAY, CARD_AUDIO] {
+        let release = format!("gantry device release-quarantine {bdf}");
+        host.sh(&release).output()?.success()?;
+    }
+    ensure!(free(host, "display")? == 1, "it is not free");
+    nothing_is_held(host)
+}
