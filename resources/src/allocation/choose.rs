@@ -74,13 +74,20 @@ pub(crate) fn choose<'a>(
         if !picked.fit.is_enough() {
             return Err(AllocateError::NoFit(Box::new(picked.fit)));
         }
-        let terms = Terms {
+        let terms = |thing: &Thing<'_>| Terms {
             request: index,
             allow: request.allow,
+            must_not_reset: match thing {
+                Thing::Device(device) => device.must_not_reset.is_some(),
+                Thing::Instance(_) => false,
+            },
         };
         let devices = picked.devices.into_iter().map(Thing::Device);
         let things = devices.chain(picked.instances.into_iter().map(Thing::Instance));
-        picks.extend(things.map(|thing| Pick { thing, terms }));
+        picks.extend(things.map(|thing| Pick {
+            terms: terms(&thing),
+            thing,
+        }));
     }
     Ok(picks)
 }

@@ -82,6 +82,7 @@ fn may_pass(blocked: &UnavailableDevice) -> bool {
             | Unavailable::Migratable { .. }
             | Unavailable::NoInterrupts { .. }
             | Unavailable::NoReset
+            | Unavailable::MustNotReset { .. }
     )
 }
 

@@ -106,9 +106,18 @@ impl HostPaths {
 
     /// Where the host keeps what must outlive a reboot: not where a tenant does, if these are a tenant's.
     pub(crate) fn state_of_host(&self) -> &Path {
-        let tenants = self.state.parent().filter(|_| self.only.is_some());
+        self.of_host(&self.state)
+    }
+
+    /// Where the host's definitions are: not those of a tenant, if these are a tenant's.
+    pub(crate) fn config_of_host(&self) -> &Path {
+        self.of_host(&self.config)
+    }
+
+    fn of_host<'a>(&self, dir: &'a Path) -> &'a Path {
+        let tenants = dir.parent().filter(|_| self.only.is_some());
         let tenants = tenants.filter(|dir| dir.ends_with(TENANTS));
-        tenants.and_then(Path::parent).unwrap_or(&self.state)
+        tenants.and_then(Path::parent).unwrap_or(dir)
     }
 
     /// A new UUID, from the kernel.

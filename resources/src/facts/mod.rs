@@ -7,6 +7,7 @@ pub(crate) mod ids;
 pub(crate) mod interrupts;
 pub(crate) mod memlock;
 pub(crate) mod names;
+pub(crate) mod no_reset;
 pub(crate) mod nvme;
 pub(crate) mod open_files;
 pub(crate) mod process;

@@ -68,6 +68,8 @@ pub struct Terms {
     pub request: usize,
     /// What it may lack.
     pub allow: Allow,
+    /// Whether it must not be reset.
+    pub must_not_reset: bool,
 }
 
 /// The ways in which the kernel resets a function alone, in its order. It lists a bus reset too for the first of
@@ -85,6 +87,9 @@ pub fn own_resets<'a>(
 /// the last device of it is closed. It does so where all functions of the bus are in the hands of one VM, hence of
 /// one IOMMU group. For a function that is alone on its bus, a bus reset is among the methods if it works.
 pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
+    if device.must_not_reset.is_some() {
+        return false;
+    }
     let whole = || on_bus(device, all).all(|one| one.iommu_group == device.iommu_group);
     let of_bus = || !device.on_root_bus && on_bus(device, all).count() > 1 && whole();
     own_resets(device, all).next().is_some() || device.iommu_group.is_some() && of_bus()
@@ -104,6 +109,19 @@ pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<Un
         .interrupts
         .filter(|has| !has.are_any() && !allow.no_interrupts);
     let no_reset = !allow.no_reset && !is_reset(device, all);
+    if let Some(why) = &device.must_not_reset {
+        let by_kernel = device.on_vfio() && !device.reset_methods.is_empty();
+        if by_kernel || no_reset {
+            let why = Unavailable::MustNotReset {
+                why: why.clone(),
+                by_kernel,
+            };
+            return Some(UnavailableDevice {
+                bdf: device.bdf,
+                why,
+            });
+        }
+    }
     let why = match no_interrupts {
         Some(_) => Unavailable::NoInterrupts { no_reset },
         None if no_reset => Unavailable::NoReset,
@@ -222,6 +240,33 @@ mod tests {
         for (bdf, _, is_reset) in shown(&host) {
             assert_eq!(is_reset, !card.contains(&bdf.as_str()), "{bdf}");
         }
+    }
+
+    #[test]
+    fn a_device_that_must_not_be_reset_is_given_only_where_its_entry_allows_it() {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1).driver("vfio-pci")]);
+        let entry = r#"{"vendor": "1b36", "device": "0010", "reason": "it hangs", "source": "us"}"#;
+        host.file("etc/no-reset.json", &format!(r#"{{"devices": [{entry}]}}"#));
+        let said = |allow| {
+            let all = host.scan();
+            assert!(!is_reset(&all[0], &all));
+            lacks(&all[0], &all, allow).map(|one| one.to_string())
+        };
+        let no_reset = Allow {
+            no_reset: true,
+            ..Allow::default()
+        };
+        // The kernel would reset it whatever the entry says.
+        for allow in [Allow::default(), no_reset] {
+            let words = said(allow).unwrap();
+            assert!(words.contains("it hangs (us)"), "{words}");
+            assert!(words.contains("0000:01:00.0/reset_method`"), "{words}");
+        }
+        host.file("sys/bus/pci/devices/0000:01:00.0/reset_method", "\n");
+        let words = said(Allow::default()).unwrap();
+        assert!(words.contains("it hangs (us)"), "{words}");
+        assert!(words.contains("\"allow_no_reset\": true"), "{words}");
+        assert_eq!(said(no_reset), None);
     }
 
     #[test]

@@ -74,6 +74,9 @@ pub struct HostDevice {
     pub interrupts: Option<Interrupts>,
     /// How the kernel can reset it (`reset_method`): "flr", "bus", ...; empty if in no way.
     pub reset_methods: Vec<String>,
+    /// Why it must not be reset, if it must not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub must_not_reset: Option<String>,
     /// Whether its bus is a root bus, which is never reset as a whole.
     #[serde(skip)]
     pub on_root_bus: bool,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::base::bdf::HostBdf;
+use crate::base::config::ConfigError;
 use crate::holding::host_lock::LeaseError;
 
 /// The inventory could not be read.
@@ -29,4 +30,7 @@ pub enum InventoryError {
     /// It cannot be told who holds a device.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The list of devices that must not be reset cannot be used.
+    #[error(transparent)]
+    NoReset(#[from] ConfigError),
 }

@@ -20,6 +20,7 @@ use crate::facts::attributes::{Attributes, Identity};
 use crate::facts::dsn;
 use crate::facts::ids::{PciClass, PciId};
 use crate::facts::interrupts::Interrupts;
+use crate::facts::no_reset::NoReset;
 use crate::facts::nvme;
 use crate::facts::vgpu::{NVIDIA, VendorVgpu};
 use crate::holding::lock_file::holder;
@@ -104,6 +105,7 @@ struct Source<'a> {
     leases: Listed,
     quarantine: Vec<Listed>,
     former: Listed,
+    no_reset: NoReset,
     /// Whether any device can make mediated ones.
     mdev: bool,
 }
@@ -147,6 +149,7 @@ impl<'a> Source<'a> {
                 .map(|home| Listed::all(home.names()))
                 .collect(),
             former: Listed::of(&Change::Driver.dir(paths)),
+            no_reset: NoReset::load(paths)?,
             mdev: paths.sysfs.join("class/mdev_bus").exists(),
         })
     }
@@ -176,10 +179,8 @@ impl<'a> Source<'a> {
         else {
             return Ok(None);
         };
-        device.reset_methods = match sibling(before, device.physfn) {
-            Some(like) => like.reset_methods.clone(),
-            None => reset_methods(&attributes).map_err(unreadable)?,
-        };
+        self.read_resets(&mut device, &attributes, before)
+            .map_err(unreadable)?;
         device.on_root_bus = device.physfn.is_none()
             && Attributes::is_on_root_bus(&self.devices, bdf).map_err(unreadable)?;
         let leased = self.leases.may_have(|| format!("{bdf}.lock"));
@@ -246,6 +247,23 @@ impl<'a> Source<'a> {
             }
         }
         Ok(None)
+    }
+
+    /// A virtual function is reset as its siblings are, and may be where its card may not.
+    fn read_resets(
+        &self,
+        device: &mut HostDevice,
+        attributes: &Attributes,
+        before: &[HostDevice],
+    ) -> io::Result<()> {
+        device.reset_methods = match sibling(before, device.physfn) {
+            Some(like) => like.reset_methods.clone(),
+            None => reset_methods(attributes)?,
+        };
+        if device.physfn.is_none() {
+            device.must_not_reset = self.no_reset.reason(device.id, device.subsystem);
+        }
+        Ok(())
     }
 
     fn read_serials(&self, device: &mut HostDevice) {
@@ -345,6 +363,7 @@ fn facts(
         dsn: None,
         interrupts: None,
         reset_methods: Vec::new(),
+        must_not_reset: None,
         on_root_bus: false,
         lead: None,
         boot_vga: false,

@@ -159,6 +159,13 @@ pub enum Unavailable {
     },
     /// Nothing resets it between two VMs, and its entry does not allow that.
     NoReset,
+    /// It must not be reset, so nothing resets it between two VMs.
+    MustNotReset {
+        /// What a reset does to it.
+        why: String,
+        /// Whether the kernel would reset it when a VM opens it. No entry allows that.
+        by_kernel: bool,
+    },
     /// Another device asked for with it is of the same physical function.
     SamePf {
         /// The physical function.

@@ -118,6 +118,11 @@ impl Move {
                 value: value.to_owned(),
             })
         };
+        // The kernel resets what a VM opens, unless it knows no way to.
+        if self.to == Target::Vfio && now.must_not_reset.is_some() && !now.reset_methods.is_empty()
+        {
+            write(dir.join("reset_method"), "\n");
+        }
         let mut allowed = now.driver_override.as_deref();
         if !self.needs_nothing(now) {
             let during = self.override_during();
@@ -256,6 +261,28 @@ mod tests {
             .map(short)
             .collect::<Vec<_>>()
             .join(" ")
+    }
+
+    #[test]
+    fn the_kernel_is_kept_from_resetting_what_must_not_be_reset() {
+        let host = FakeHost::new(&[Fake::nvme("01:00.0", 1).driver("nvme")]);
+        let mut device = host.read("01:00.0");
+        let writes = |device: &HostDevice, to| -> Vec<String> {
+            let one = Move {
+                device: device.clone(),
+                to,
+                driver_override: None,
+            };
+            let writes = one.writes(&HostPaths::default(), device).into_iter();
+            let name = |write: SysfsWrite| write.path.file_name()?.to_str().map(str::to_owned);
+            writes.filter_map(name).collect()
+        };
+        assert!(!writes(&device, Target::Vfio).contains(&"reset_method".to_owned()));
+        device.must_not_reset = Some("it hangs".to_owned());
+        assert_eq!(writes(&device, Target::Vfio)[0], "reset_method");
+        assert!(!writes(&device, Target::Natural).contains(&"reset_method".to_owned()));
+        device.reset_methods.clear();
+        assert!(!writes(&device, Target::Vfio).contains(&"reset_method".to_owned()));
     }
 
     #[test]

@@ -188,28 +188,18 @@ impl Device {
             Self::Igb { hub } => card(&format!("igb,{rom}"), index, port, *hub),
             Self::Vmxnet { hub } => card(&format!("vmxnet3,{rom}"), index, port, *hub),
             Self::VirtioNet { hub } => card(&format!("{VIRTIO_NET},{rom}"), index, port, *hub),
-            Self::Gpu => vec![
-                "-device".into(),
-                format!("bochs-display,id=dev{index},addr={slot:#x}.0,multifunction=on,romfile="),
-                "-device".into(),
-                format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
-            ],
-            Self::GpuOnBus => vec![
-                "-device".into(),
-                port,
-                "-device".into(),
-                format!(
-                    "bochs-display,id=dev{index},bus=port{index},addr=0.0,multifunction=on,romfile="
-                ),
-                "-device".into(),
-                format!("intel-hda,id=dev{index}b,bus=port{index},addr=0.1"),
-            ],
-            Self::Console => vec![
-                "-device".into(),
-                format!("VGA,id=dev{index},addr={slot:#x}.0,multifunction=on"),
-                "-device".into(),
-                format!("intel-hda,id=dev{index}b,addr={slot:#x}.1"),
-            ],
+            Self::Gpu => gpu(
+                index,
+                &format!("addr={slot:#x}"),
+                "bochs-display",
+                ",romfile=",
+            ),
+            Self::GpuOnBus => {
+                let place = format!("bus=port{index},addr=0");
+                let card = gpu(index, &place, "bochs-display", ",romfile=");
+                [vec!["-device".into(), port], card].concat()
+            }
+            Self::Console => gpu(index, &format!("addr={slot:#x}"), "VGA", ""),
             Self::Usb { serial } => vec![
                 "-device".into(),
                 format!("qemu-xhci,id=dev{index},addr={slot:#x}"),
@@ -234,6 +224,17 @@ impl Device {
             ],
         }
     }
+}
+
+/// A display of this `model` and its audio controller as number `index` of the machine, as two functions at a
+/// `place`.
+fn gpu(index: usize, place: &str, model: &str, more: &str) -> Vec<String> {
+    vec![
+        "-device".into(),
+        format!("{model},id=dev{index},{place}.0,multifunction=on{more}"),
+        "-device".into(),
+        format!("intel-hda,id=dev{index}b,{place}.1"),
+    ]
 }
 
 /// A USB controller as number `index` of the machine, and a stick with this serial and file.

@@ -250,6 +250,14 @@ impl VfioDevice {
         })
     }
 
+    /// Makes it a device that nothing can reset, alone or with its bus. The kernel still resets it when it is
+    /// closed, if it can.
+    pub fn forbid_resets(&mut self) {
+        self.resettable = false;
+        self.bus.clear();
+        self.on_bus.clear();
+    }
+
     fn error(&self, place: String, source: io::Error) -> Error {
         Error::Device {
             device: self.name.clone(),

@@ -19,8 +19,7 @@ const FAILED: &str =
     "it reported an error that cannot be corrected: do not rely on what it did since";
 
 /// What is told of a device that reads all ones.
-const SILENT: &str =
-    "it does not answer: its registers read all ones, as those of a device that was removed or has failed";
+const SILENT: &str = "it does not answer: its registers read all ones, as those of a device that was removed or has failed";
 
 /// How long a device may take to stop when it leaves a guest that is being reset.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);

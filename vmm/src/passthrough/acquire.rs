@@ -145,6 +145,7 @@ impl Acquirer<'_> {
             UnopenedDevice {
                 iommu_group,
                 token: device.token,
+                must_not_reset: device.terms.must_not_reset,
                 rom: match label.rom {
                     RomSource::Device => Rom::Device,
                     _ => roms.get(device.terms.request).cloned().unwrap_or_default(),
@@ -375,7 +376,6 @@ pub fn forbidden(region: &ReservedRegion) -> Option<RangeInclusive<u64>> {
 #[cfg(test)]
 mod tests {
     use gantry_resources::base::HostBdf;
-    use gantry_resources::inventory::Allow;
 
     use super::*;
 
@@ -395,7 +395,7 @@ mod tests {
                 };
                 let terms = Terms {
                     request,
-                    allow: Allow::default(),
+                    ..Terms::default()
                 };
                 let label = labels.next(function, terms, None);
                 assert_eq!(label.group.as_deref(), Some("gpus"));

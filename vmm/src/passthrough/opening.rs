@@ -29,6 +29,8 @@ pub struct UnopenedDevice {
     pub(super) iommu_group: Arc<Group>,
     /// The token that it must be opened with.
     pub(super) token: Option<Uuid>,
+    /// Whether it must not be reset.
+    pub(super) must_not_reset: bool,
     /// Its expansion ROM.
     pub(super) rom: Rom,
     pub(super) leased: LeasedDevice,
@@ -46,7 +48,11 @@ impl UnopenedDevice {
     ) -> Result<AttachedDevice, DeviceError> {
         let name = self.leased.function.name.to_string();
         let token = self.token.map(|token| token.to_string());
-        let io = VfioDevice::open(Attachment::Group(self.iommu_group), &name, token.as_deref())?;
+        let mut io =
+            VfioDevice::open(Attachment::Group(self.iommu_group), &name, token.as_deref())?;
+        if self.must_not_reset {
+            io.forbid_resets();
+        }
         AttachedDevice::new(self.leased, io, self.rom, router, notify)
     }
 }

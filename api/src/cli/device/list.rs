@@ -27,7 +27,7 @@ States:
   quarantined  it hung, or was for one use: `device release-quarantine`
 
 RESET shows how the kernel can reset a device (`reset_method`); \"card\" if only a reset of its bus does, which \
-takes all its functions. A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
+takes all its functions; \"never\" if it must not be reset (`device show` says why). A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
 IRQ shows the interrupts that it has, which only root can read.
 
 VFS shows a physical function's virtual ones, those there are and those it could have.
@@ -250,6 +250,7 @@ impl<'a> Row<'a> {
     /// How it is reset.
     fn reset(&self) -> String {
         match (&self.own_resets, self.is_reset) {
+            _ if self.device.must_not_reset.is_some() => "never".to_owned(),
             (methods, _) if !methods.is_empty() => methods.clone(),
             (_, true) => "card".to_owned(),
             (_, false) if self.device.is_bridge() => "-".to_owned(),

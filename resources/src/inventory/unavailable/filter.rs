@@ -88,7 +88,7 @@ impl Unavailable {
                 CandidateFilter::VfToken
             }
             Self::NoInterrupts { .. } => CandidateFilter::Interrupts,
-            Self::NoReset => CandidateFilter::Reset,
+            Self::NoReset | Self::MustNotReset { .. } => CandidateFilter::Reset,
             Self::SamePf { .. } => CandidateFilter::Isolation,
         }
     }

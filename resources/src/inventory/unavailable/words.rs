@@ -199,10 +199,31 @@ fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fm
             "{bdf} has no reset (its reset_method in sysfs is empty): a VM can read what the VM before left in it. \
              Add \"allow_no_reset\": true to the device's entry to use it all the same"
         ),
+        Unavailable::MustNotReset { why, by_kernel } => must_not_reset(f, bdf, why, *by_kernel),
         Unavailable::SamePf { pf } => {
             write!(f, "{bdf} is on {pf}, like another device of the request")
         }
         _ => of_card(f, bdf, why),
+    }
+}
+
+fn must_not_reset(
+    f: &mut fmt::Formatter<'_>,
+    bdf: HostBdf,
+    why: &str,
+    by_kernel: bool,
+) -> fmt::Result {
+    write!(f, "{bdf} must not be reset: {why}; ")?;
+    match by_kernel {
+        true => write!(
+            f,
+            "the kernel would reset it for a VM: `echo > /sys/bus/pci/devices/{bdf}/reset_method` as root switches \
+             that off"
+        ),
+        false => f.write_str(
+            "a VM can read what the VM before left in it. Add \"allow_no_reset\": true to the device's entry to use \
+             it all the same",
+        ),
     }
 }
 
