@@ -65,6 +65,35 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A call on iommufd failed.
+    #[error("{call} on iommufd failed: `dmesg` may show why")]
+    Iommufd {
+        /// The kernel interface that refused.
+        call: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has a device open, as a cdev or through its group.
+    #[error(
+        "{device} is in use by another process (waited {waited:?} for it): `fuser -v /dev/vfio/* \
+         /dev/vfio/devices/*` shows which; end that one first"
+    )]
+    DeviceInUse {
+        /// The device's address on the host.
+        device: String,
+        /// How long it was asked for.
+        waited: Duration,
+    },
+    /// A device that needs a token cannot be opened as a cdev.
+    #[error(
+        "{device} needs the token of its card, which this kernel does not take for a cdev (Linux 6.17 and later do), \
+         or another process has it open: set \"iommufd\": false under \"platform\" in the VM's file"
+    )]
+    TokenOnCdev {
+        /// The device's address on the host.
+        device: String,
+    },
     /// A range of guest memory could not be mapped or unmapped for DMA.
     #[error(
         "{call} of {len:#x} bytes at IOVA {iova:#x} failed{}",
@@ -105,13 +134,13 @@ pub enum Error {
     },
     /// The device's bus is not this VM's alone.
     #[error(
-        "{device} cannot be reset with its bus: IOMMU group {group} is on the bus too and is not this VM's"
+        "{device} cannot be reset with its bus: {other} is on the bus too and is not this VM's"
     )]
     BusShared {
         /// The device's address on the host.
         device: String,
-        /// The group that this VM does not have.
-        group: u32,
+        /// The IOMMU group or the function that this VM does not have.
+        other: String,
     },
     /// The device cannot interrupt a guest, and its entry does not allow that.
     #[error(
@@ -170,6 +199,9 @@ fn open_hint(path: &Path, error: &io::Error) -> &'static str {
         // The module makes the container's node, a bound device makes its group's.
         Some(libc::ENOENT) if path.ends_with("vfio/vfio") => {
             "\nload it with `modprobe vfio_iommu_type1`, or in a container make /dev/vfio visible"
+        }
+        Some(libc::ENOENT) if path.ends_with("iommu") => {
+            " (load it with `modprobe iommufd`, or set \"iommufd\": false under \"platform\" in the VM's file)"
         }
         Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",
         Some(libc::EACCES | libc::EPERM) => " (run as its owner, or as root)",

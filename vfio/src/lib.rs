@@ -3,7 +3,8 @@
 //! [`host::DeviceIo`] is between the two: a passed-through function reaches its device through it, be it the
 //! kernel's VFIO, a process that serves vfio-user, or a test's fake.
 //!
-//! Drop order is part of the contract: device fds, then their [`host::Group`], then the [`host::Container`].
+//! Drop order is part of the contract: device fds, then their [`host::Attachment`], then the [`host::Container`] or
+//! [`host::Ioas`].
 //! Each holds the next, so that dropping the last user is enough.
 
 mod error;

@@ -433,7 +433,8 @@ impl DeviceIo for FakeDevice {
     fn reset_bus(&self) -> Result<()> {
         if self.bus_shared {
             let device = self.name().to_owned();
-            return Err(Error::BusShared { device, group: 9 });
+            let other = "IOMMU group 9".to_owned();
+            return Err(Error::BusShared { device, other });
         }
         let name = self.name.as_str();
         let place = format!("reset bus of {name}");

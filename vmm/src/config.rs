@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use gantry_resources::base::Numbers;
+use gantry_resources::base::{HostPaths, Numbers};
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
 
 /// The configuration of a VM. It is consistent in itself; only the host may still refuse it.
@@ -31,6 +32,8 @@ pub struct VmConfig {
     pub pvpanic: bool,
     /// Slots for devices that come while it runs.
     pub hotplug: Hotplug,
+    /// The kernel interface for its devices; as the host has it if absent.
+    pub back_end: Option<VfioBackEnd>,
     /// Where its files must lie; anywhere if absent.
     pub folders: Option<Folders>,
 }
@@ -48,6 +51,17 @@ impl VmConfig {
     /// Whether devices need all of its RAM pinned, now or later.
     pub fn is_pinned(&self) -> bool {
         !self.devices.is_empty() || !self.hotplug.from.is_empty()
+    }
+
+    /// The kernel interface for its devices on a host.
+    pub fn back_end_on(&self, host: &HostPaths) -> VfioBackEnd {
+        let chosen = self.back_end;
+        chosen.unwrap_or_else(|| VfioBackEnd::of_host(host))
+    }
+
+    /// Whether it has devices, now or later.
+    pub fn takes_devices(&self) -> bool {
+        !self.devices.is_empty() || self.hotplug.slots > 0
     }
 }
 
@@ -71,6 +85,7 @@ impl VmConfig {
             serial: SerialMode::Off,
             pvpanic: true,
             hotplug: Hotplug::default(),
+            back_end: None,
             folders: None,
         }
     }

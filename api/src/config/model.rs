@@ -38,6 +38,8 @@ pub struct VmConfig {
     pub pvpanic: Option<bool>,
     /// Slots for devices that are attached while the guest runs.
     pub hotplug: Option<HotplugConfig>,
+    /// What of the host's platform the VM uses.
+    pub platform: Option<PlatformConfig>,
 }
 
 /// What the guest boots. Relative paths start at the folder of the file they are written in, or at
@@ -142,6 +144,15 @@ pub struct HotplugConfig {
     /// Addresses that each slot has for large BARs: a number of bytes, or a string such as `"128G"`; a
     /// share of what there is if absent.
     pub window: Option<ByteSize>,
+}
+
+/// What of the host's platform the VM uses.
+#[derive(Debug, Default, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlatformConfig {
+    /// The kernel interface for the VM's devices: `true` for iommufd and a cdev for each device, `false` for a VFIO
+    /// container and IOMMU groups. If absent, the container where the host has it, or else iommufd.
+    pub iommufd: Option<bool>,
 }
 
 /// The guest's first serial port (16550, COM1).

@@ -5,6 +5,7 @@ mod any_json;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::HostBdf;
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, OnError, RomSource};
 use gantry_vmm::{NumaPolicy, SerialMode, VmConfig};
 
@@ -99,6 +100,15 @@ fn what_a_guest_is_offered_is_what_the_file_says() {
         of(r#""cpus": {"boot_vcpus": 1, "nested": false, "max_phys_bits": 46}, "pvpanic": false"#);
     assert!(!said.cpu.nested && !said.pvpanic);
     assert_eq!(said.cpu.max_phys_bits, Some(46));
+    for (iommufd, back_end) in [
+        ("null", None),
+        ("true", Some(VfioBackEnd::Iommufd)),
+        ("false", Some(VfioBackEnd::Container)),
+    ] {
+        let said = of(&format!(r#""platform": {{"iommufd": {iommufd}}}"#));
+        assert_eq!(said.back_end, back_end);
+    }
+    assert_eq!(plain.back_end, None);
     // What gantry does not do is refused even where it is another VMM's default.
     for (members, key) in [
         (
@@ -286,7 +296,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""platform": {"colour": 1}"#,
         "2:14: unknown key `platform.colour`",
-        "remove it",
+        "the keys here are iommufd",
     ),
     (
         r#""cpus": {}"#,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::join;
 use gantry_resources::base::{ByteSize, HostPaths, open_below, open_regular};
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{
     Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, OnError, Plan, RomSource,
 };
@@ -166,6 +167,7 @@ fn build(
         serial: serial?,
         pvpanic: config.pvpanic.unwrap_or(true),
         hotplug: hotplug?,
+        back_end: back_end(config.platform.unwrap_or_default()),
         folders: context.folders.cloned(),
     };
     let hotplug = &config.hotplug;
@@ -352,6 +354,13 @@ fn devices(
     }
     all.extend(aliases.into_iter().flat_map(|Aliases(requests)| requests));
     Ok(all)
+}
+
+fn back_end(config: model::PlatformConfig) -> Option<VfioBackEnd> {
+    config.iommufd.map(|iommufd| match iommufd {
+        true => VfioBackEnd::Iommufd,
+        false => VfioBackEnd::Container,
+    })
 }
 
 fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Hotplug, Invalid> {

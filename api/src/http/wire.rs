@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use gantry_resources::base::DeviceName;
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
 use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
@@ -118,11 +119,22 @@ pub struct Config {
     /// Whether it has a register by which its kernel says that it has panicked.
     #[serde(default = "present")]
     pub pvpanic: bool,
+    /// What of the host's platform it uses, as far as that was said.
+    #[serde(default)]
+    pub platform: Platform,
 }
 
 /// The default of `pvpanic`.
 fn present() -> bool {
     true
+}
+
+/// What of the host's platform a VM uses.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Platform {
+    /// Whether its devices come through iommufd (`true`) or a VFIO container (`false`), if that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommufd: Option<bool>,
 }
 
 /// Slots for devices to come.
@@ -358,6 +370,9 @@ impl From<&command::VmInfo> for VmInfo {
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
                 pvpanic: config.pvpanic,
+                platform: Platform {
+                    iommufd: config.back_end.map(|one| one == VfioBackEnd::Iommufd),
+                },
             },
         }
     }

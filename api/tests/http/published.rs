@@ -78,6 +78,7 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     config["cpus"]["affinity"] = serde_json::json!([{"vcpu": 1, "host_cpus": [2, 3]}]);
     config["cpus"]["max_phys_bits"] = 40.into();
     config["pvpanic"] = false.into();
+    config["platform"] = serde_json::json!({"iommufd": true});
     config["hotplug"] = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": "1G"});
     config["devices"] = serde_json::json!([
         {"group": "nvme", "count": 2, "id": "disk", "numa_policy": "required"},
@@ -94,6 +95,7 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     assert_eq!(first["devices"][0], config["devices"][0]);
     assert_eq!(first["cpus"]["max_phys_bits"], 40);
     assert_eq!(first["pvpanic"], false);
+    assert_eq!(first["platform"], config["platform"]);
     let path = "/sys/bus/pci/devices/0000:01:00.0";
     assert_eq!(first["devices"][2]["path"], path);
     let again = |config: &Value| {

@@ -13,6 +13,7 @@ pub(crate) mod open_files;
 pub(crate) mod process;
 pub(crate) mod reserved;
 pub(crate) mod topology;
+pub(crate) mod vfio;
 pub(crate) mod vgpu;
 
 pub use ids::{PciClass, PciId};
@@ -20,3 +21,4 @@ pub use memlock::memlock_limit;
 pub use nvme::Nvme;
 pub use reserved::{ReservedError, ReservedKind, ReservedRegion, reserved_regions};
 pub use topology::{HostNode, host_nodes, node_of, online_cpus};
+pub use vfio::{CdevError, VfioBackEnd, cdev};

@@ -14,13 +14,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Refusal, Return, Said};
+use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Nodes, Refusal, Return, Said};
 use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
 use crate::base::chain::chain;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::text::short;
 use crate::facts::reserved::reserved_regions;
+use crate::facts::vfio::{VfioBackEnd, cdev};
 use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
@@ -101,15 +102,14 @@ fn answer(
             Ok(Ask::Lease {
                 mut requests,
                 ungrouped,
-                held,
-                container,
+                nodes,
             }) => {
                 let limit = desk.limit.as_ref();
                 let ungrouped = limit.map_or(ungrouped, |limit| limit.ungrouped);
                 for request in &mut requests {
                     request.allow_ungrouped = ungrouped;
                 }
-                desk.lease(socket, &requests, &held, container)?;
+                desk.lease(socket, &requests, &nodes)?;
             }
             Ok(Ask::Plan(name)) => {
                 let planned = desk.plan(&name);
@@ -211,7 +211,7 @@ struct Desk<'a> {
 struct Bundle {
     leases: Vec<Lease>,
     groups: Vec<LeasedGroup>,
-    /// The container, the groups' nodes, and copies of the locks: a lease that comes back meanwhile is not held
+    /// The address space's node, the groups' or the cdevs', and copies of the locks: a lease that comes back meanwhile is not held
     /// up.
     files: Vec<File>,
 }
@@ -221,11 +221,10 @@ impl Desk<'_> {
         &mut self,
         socket: &mut UnixStream,
         requests: &[DeviceRequest],
-        held: &[u32],
-        container: bool,
+        nodes: &Nodes,
     ) -> io::Result<()> {
         self.last = 0..0;
-        let bundle = self.bundle(requests, held, container);
+        let bundle = self.bundle(requests, nodes);
         // Before its answer somebody speaks only who waits for it no more; or is gone. All goes back.
         if wire::has_more(socket) {
             return Ok(());
@@ -286,12 +285,7 @@ impl Desk<'_> {
     }
 
     /// Leases and opens, or says why not, in words for whoever asked.
-    fn bundle(
-        &self,
-        requests: &[DeviceRequest],
-        held: &[u32],
-        container: bool,
-    ) -> Result<Bundle, Refusal> {
+    fn bundle(&self, requests: &[DeviceRequest], nodes: &Nodes) -> Result<Bundle, Refusal> {
         if let Some(limit) = &self.limit {
             self.within(limit, requests)?;
         }
@@ -303,43 +297,52 @@ impl Desk<'_> {
         };
         let leases = (self.allocate)(self.paths, requests, vm);
         let leases = leases.map_err(|error| not_allocated(&error))?;
-        let mut groups: Vec<(LeasedGroup, File)> = Vec::new();
+        let mut groups: Vec<LeasedGroup> = Vec::new();
+        let mut files = Vec::new();
+        if nodes.address_space {
+            files.push(open_node(&nodes.back_end.node(self.paths))?);
+        }
         for lease in &leases {
             let Some(number) = lease.iommu_group() else {
                 let why = format!("{} is in no IOMMU group", lease.name());
                 return Err(Refusal::Denied(why));
             };
-            let known =
-                held.contains(&number) || groups.iter().any(|(group, _)| group.number == number);
-            if !known {
-                groups.push(self.group(number, lease)?);
+            let new =
+                !nodes.held.contains(&number) && groups.iter().all(|group| group.number != number);
+            if new {
+                let reserved = reserved_regions(self.paths, number);
+                let reserved = reserved.map_err(|error| failed(&error))?;
+                groups.push(LeasedGroup { number, reserved });
+            }
+            match nodes.back_end {
+                VfioBackEnd::Container if new => files.push(self.group(number, lease)?),
+                VfioBackEnd::Container => {}
+                VfioBackEnd::Iommufd => {
+                    let path = cdev(self.paths, lease.name()).map_err(|error| failed(&error))?;
+                    files.push(open_node(&path)?);
+                }
             }
         }
-        let path = self.paths.dev.join("vfio/vfio");
-        let container = container.then(|| open_node(&path).map_err(cannot_open(&path)));
-        let container = container.transpose()?;
-        let (groups, nodes): (Vec<_>, Vec<_>) = groups.into_iter().unzip();
         let locks = leases.iter().flat_map(Lease::descriptors);
         let locks: io::Result<Vec<File>> = locks.map(File::try_clone).collect();
-        let locks = locks.map_err(|error| failed(&error))?;
+        files.extend(locks.map_err(|error| failed(&error))?);
         Ok(Bundle {
-            files: container.into_iter().chain(nodes).chain(locks).collect(),
             leases,
             groups,
+            files,
         })
     }
 
-    fn group(&self, number: u32, lease: &Lease) -> Result<(LeasedGroup, File), Refusal> {
-        let reserved = reserved_regions(self.paths, number).map_err(|error| failed(&error))?;
+    /// The node of a group.
+    fn group(&self, number: u32, lease: &Lease) -> Result<File, Refusal> {
         let path = self.paths.vfio_group(number);
-        let node = open_node(&path).map_err(|error| {
+        when_free(&path).map_err(|error| {
             // Whoever keeps it busy keeps to no lease, or cannot be ended.
             if error.raw_os_error() == Some(nix::libc::EBUSY) {
                 lease.set_aside(&format!("IOMMU group {number} stays busy"));
             }
             cannot_open(&path)(error)
-        })?;
-        Ok((LeasedGroup { number, reserved }, node))
+        })
     }
 
     /// Goes the way that a request will take, so that code and sysfs are at hand when one comes.
@@ -450,8 +453,13 @@ fn devices(requests: &[DeviceRequest]) -> usize {
     counts.fold(0, usize::saturating_add)
 }
 
-/// Opens a VFIO node; a group that is in use is asked for again for a while.
-fn open_node(path: &Path) -> io::Result<File> {
+fn open_node(path: &Path) -> Result<File, Refusal> {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.map_err(cannot_open(path))
+}
+
+/// Opens a group's node; one that is in use is asked for again for a while.
+fn when_free(path: &Path) -> io::Result<File> {
     let deadline = Instant::now() + BUSY_PATIENCE;
     loop {
         match OpenOptions::new().read(true).write(true).open(path) {

@@ -32,14 +32,15 @@ use crate::base::name::DeviceName;
 use crate::base::numbers::Numbers;
 use crate::base::uuid::Uuid;
 use crate::facts::reserved::{ReservedRegion, reserved_regions};
+use crate::facts::vfio::VfioBackEnd;
 use crate::holding::record::Holder;
 use crate::inventory::card::Terms;
 use crate::inventory::scan::{Detail, scan_with};
 use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
-pub use wire::Limit;
 use wire::{Ask, Bounded, Leased, Refusal, Return, Said};
+pub use wire::{Limit, Nodes};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
@@ -106,6 +107,8 @@ pub struct OpenedDevice {
     pub pool: Option<String>,
     /// On which terms it is given.
     pub terms: Terms,
+    /// Its cdev, open, with iommufd.
+    pub cdev: Option<File>,
     /// Dropping it gives the lease back.
     pub lease: HeldLease,
 }
@@ -114,8 +117,8 @@ pub struct OpenedDevice {
 pub struct OpenedGroup {
     /// Its number.
     pub number: u32,
-    /// Its VFIO node, open.
-    pub node: File,
+    /// Its VFIO node, open, with a container.
+    pub node: Option<File>,
     /// What it cannot map.
     pub reserved: Vec<ReservedRegion>,
 }
@@ -126,8 +129,8 @@ pub struct Opened {
     pub devices: Vec<OpenedDevice>,
     /// Their IOMMU groups, as far as the VM did not have them.
     pub groups: Vec<OpenedGroup>,
-    /// A new VFIO container, if one was asked for.
-    pub container: Option<File>,
+    /// The node of a new DMA address space, if one was asked for.
+    pub address_space: Option<File>,
 }
 
 /// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done, but for no
@@ -307,21 +310,19 @@ impl Opener {
         asked.map_err(OpenerError::Gone)
     }
 
-    /// Leases and opens what is asked for: all of it, or nothing. The VM has the IOMMU groups `held`
-    /// already, and wants a `container` or has one. Once it is `unwanted`, or has taken too long, nothing is
-    /// waited for any more, what is leased late goes back, and nothing will be opened again.
+    /// Leases what is asked for, and opens its `nodes`: all of it, or nothing. Once it is `unwanted`, or has taken
+    /// too long, nothing is waited for any more, what is leased late goes back, and nothing will be opened again.
     pub fn open(
         &self,
         requests: &[DeviceRequest],
-        held: &[u32],
-        container: bool,
+        nodes: &Nodes,
         unwanted: &dyn Fn() -> bool,
     ) -> Result<Opened, OpenerError> {
+        let cdevs = nodes.back_end == VfioBackEnd::Iommufd;
         let ask = Ask::Lease {
             requests: requests.to_vec(),
             ungrouped: requests.iter().any(|request| request.allow_ungrouped),
-            held: held.to_vec(),
-            container,
+            nodes: nodes.clone(),
         };
         // Leases give themselves back over the socket: none is made while it is locked.
         let (leased, groups, mut files) = {
@@ -332,7 +333,8 @@ impl Opener {
             {
                 Said::Leased { devices, groups } => {
                     let locks: usize = devices.iter().map(|device| device.locks).sum();
-                    let count = usize::from(container) + groups.len() + locks;
+                    let each = if cdevs { devices.len() } else { groups.len() };
+                    let count = usize::from(nodes.address_space) + each + locks;
                     let files = (0..count).map(|_| line.file());
                     // All of them even if one fails, so that the next answer is not taken for one.
                     let files: Vec<_> = files.collect();
@@ -348,23 +350,24 @@ impl Opener {
             Some(file) => file,
             None => Err(io::ErrorKind::UnexpectedEof.into()),
         };
-        let container = container.then(&mut file).transpose();
+        let address_space = nodes.address_space.then(&mut file).transpose();
         let groups = groups.into_iter().map(|group| {
             Ok(OpenedGroup {
                 number: group.number,
                 reserved: group.reserved,
-                node: file()?,
+                node: (!cdevs).then(&mut file).transpose()?,
             })
         });
         // Not by `?`: each lease is made, so that it goes back if anything is missing.
         let groups: Vec<io::Result<OpenedGroup>> = groups.collect();
-        let devices = leased
-            .into_iter()
-            .map(|device| self.held(device, &mut file));
+        let cdevs = leased.iter().map(|_| cdevs.then(&mut file).transpose());
+        let cdevs: Vec<_> = cdevs.collect();
+        let devices = leased.into_iter().zip(cdevs);
+        let devices = devices.map(|(device, cdev)| self.held(device, cdev, &mut file));
         let devices: Vec<_> = devices.collect();
         let whole = || {
             Ok(Opened {
-                container: container?,
+                address_space: address_space?,
                 groups: groups.into_iter().collect::<io::Result<_>>()?,
                 devices: devices.into_iter().collect::<io::Result<_>>()?,
             })
@@ -372,10 +375,11 @@ impl Opener {
         whole().map_err(OpenerError::Files)
     }
 
-    /// A device that the helper leased; its locks come from `file`.
+    /// A device that the helper leased, with its cdev if there is one; its locks come from `file`.
     fn held(
         &self,
         device: Leased,
+        cdev: io::Result<Option<File>>,
         file: impl FnMut() -> io::Result<File>,
     ) -> io::Result<OpenedDevice> {
         let mut lease = HeldLease {
@@ -393,6 +397,7 @@ impl Opener {
             token: device.token,
             pool: device.pool,
             terms: device.terms,
+            cdev: cdev?,
             lease,
         })
     }

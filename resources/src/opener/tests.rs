@@ -69,6 +69,14 @@ fn started_with(
     (opener, helper)
 }
 
+fn groups(held: &[u32], address_space: bool) -> Nodes {
+    Nodes {
+        back_end: VfioBackEnd::Container,
+        address_space,
+        held: held.to_vec(),
+    }
+}
+
 fn pair() -> (UnixStream, UnixStream) {
     UnixStream::pair().unwrap()
 }
@@ -110,7 +118,7 @@ fn content(mut file: &File) -> String {
 }
 
 fn refused(opener: &Opener, request: DeviceRequest) -> String {
-    match opener.open(&[request], &[], false, &|| false) {
+    match opener.open(&[request], &groups(&[], false), &|| false) {
         Err(OpenerError::Refused(why) | OpenerError::Mistaken(why) | OpenerError::Busy(why)) => why,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it was given"),
@@ -122,8 +130,12 @@ fn what_others_hold_may_be_asked_for_again() {
     let host = host();
     let (opener, _helper) = started(&host);
     let both = [DeviceRequest::group("nvme", 2)];
-    let _held = opener.open(&both, &[], false, &|| false).unwrap();
-    let ask = |request: DeviceRequest| opener.open(&[request], &[], false, &|| false).err();
+    let _held = opener.open(&both, &groups(&[], false), &|| false).unwrap();
+    let ask = |request: DeviceRequest| {
+        opener
+            .open(&[request], &groups(&[], false), &|| false)
+            .err()
+    };
     let held = ask(DeviceRequest::group("nvme", 1));
     assert!(matches!(held, Some(OpenerError::Busy(_))), "{held:?}");
     let never = ask(DeviceRequest::group("nvme", 9));
@@ -140,20 +152,28 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
     let opened = opener
-        .open(&[DeviceRequest::group("nvme", 1)], &[], true, &|| false)
+        .open(
+            &[DeviceRequest::group("nvme", 1)],
+            &groups(&[], true),
+            &|| false,
+        )
         .unwrap();
     assert_eq!(opened.devices[0].name, bdf("01:00.0"));
     assert_eq!(opened.devices[0].group, 1);
-    assert_eq!(content(&opened.groups[0].node), "node 1");
+    assert_eq!(content(opened.groups[0].node.as_ref().unwrap()), "node 1");
     assert_eq!(opened.groups[0].reserved[0].start, 0xfee0_0000);
-    assert_eq!(content(opened.container.as_ref().unwrap()), "container");
+    assert_eq!(content(opened.address_space.as_ref().unwrap()), "container");
     assert_eq!(held(&host), ["0000:01:00.0"]);
 
     let second = opener
-        .open(&[DeviceRequest::group("nvme", 1)], &[1], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nvme", 1)],
+            &groups(&[1], false),
+            &|| false,
+        )
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("02:00.0"));
-    assert!(second.container.is_none());
+    assert!(second.address_space.is_none());
     let none_left = refused(&opener, DeviceRequest::group("nvme", 1));
     assert!(none_left.contains("No valid host was found"), "{none_left}");
     drop(opened);
@@ -165,18 +185,63 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
 }
 
 #[test]
+fn with_iommufd_each_device_comes_with_its_cdev() {
+    let host = host();
+    let (opener, _helper) = started(&host);
+    let nodes = Nodes {
+        back_end: VfioBackEnd::Iommufd,
+        ..groups(&[], true)
+    };
+    let open = || opener.open(&[DeviceRequest::group("nic", 2)], &nodes, &|| false);
+    let why = |opened: Result<Opened, OpenerError>| opened.err().unwrap().to_string();
+    let no_iommufd = why(open());
+    assert!(no_iommufd.contains("dev/iommu:"), "{no_iommufd}");
+    host.file("dev/iommu", "iommufd");
+    let no_cdev = why(open());
+    assert!(
+        no_cdev.contains("0000:03:00.0 has no VFIO cdev"),
+        "{no_cdev}"
+    );
+    for (name, node) in [("0000:03:00.0", "vfio0"), ("0000:03:01.0", "vfio1")] {
+        let device = format!("sys/bus/pci/devices/{name}/vfio-dev/{node}/dev");
+        host.file(&device, "511:0");
+        host.file(&format!("dev/vfio/devices/{node}"), node);
+    }
+    assert!(held(&host).is_empty(), "what was refused is not held");
+    let opened = open().unwrap();
+    assert_eq!(content(opened.address_space.as_ref().unwrap()), "iommufd");
+    let [group] = opened.groups.as_slice() else {
+        panic!("both devices are of one group");
+    };
+    assert_eq!(group.reserved[0].start, 0xfee0_0000);
+    assert!(group.node.is_none());
+    for (device, node) in opened.devices.iter().zip(["vfio0", "vfio1"]) {
+        assert_eq!(content(device.cdev.as_ref().unwrap()), node);
+        assert_eq!(device.lease.locks.as_ref().unwrap().len(), 2);
+    }
+}
+
+#[test]
 fn the_functions_of_a_group_come_with_one_node() {
     let host = host();
     let (opener, _helper) = started(&host);
     let opened = opener
-        .open(&[DeviceRequest::group("nic", 2)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 2)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     assert_eq!((opened.devices.len(), opened.groups.len()), (2, 1));
     let locks = opened.devices[0].lease.locks.as_ref().unwrap();
     assert_eq!(locks.len(), 2, "the whole group is locked");
     drop(opened);
     let known = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[7], false),
+            &|| false,
+        )
         .unwrap();
     assert!(known.groups.is_empty());
 }
@@ -186,19 +251,31 @@ fn the_second_device_of_a_group_is_the_vms_and_no_others() {
     let host = host();
     let (opener, _helper) = started(&host);
     let first = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     let (other, _helper) = started(&host);
     assert!(refused(&other, DeviceRequest::group("nic", 1)).contains("03:01.0"));
     let second = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[7], false),
+            &|| false,
+        )
         .unwrap();
     assert_eq!(second.devices[0].name, bdf("03:01.0"));
     assert!(refused(&opener, DeviceRequest::group("nic", 1)).contains("\"one\""));
     drop(first);
     assert_eq!(held(&host).len(), 2, "the group is whole");
     let again = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[7], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[7], false),
+            &|| false,
+        )
         .unwrap();
     assert_eq!(again.devices[0].name, bdf("03:00.0"));
     drop((second, again));
@@ -220,7 +297,7 @@ fn a_vm_is_given_only_what_its_file_names() {
     refused(&opener, DeviceRequest::alias("nvme", 1));
     assert!(held(&host).is_empty());
     let opened = opener
-        .open(&[exact("02:00.0")], &[], false, &|| false)
+        .open(&[exact("02:00.0")], &groups(&[], false), &|| false)
         .unwrap();
     // Asked for by its address, it is of its group all the same.
     assert_eq!(opened.devices[0].pool.as_deref(), Some("nvme"));
@@ -257,7 +334,9 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         ..only(&[])
     };
     other.limit(limit).unwrap();
-    let _disk = other.open(&[ungrouped], &[], false, &|| false).unwrap();
+    let _disk = other
+        .open(&[ungrouped], &groups(&[], false), &|| false)
+        .unwrap();
     let more = DeviceRequest {
         allow_ungrouped: true,
         ..DeviceRequest::device(bdf("02:00.0"))
@@ -275,7 +354,7 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
     };
     for own in [DeviceRequest::group("nvme", 1), exact("01:00.0", false)] {
         let (opener, _helper) = started(&host);
-        let first = opener.open(&[own], &[], false, &|| false).unwrap();
+        let first = opener.open(&[own], &groups(&[], false), &|| false).unwrap();
         opener.limit(only(&[])).unwrap();
         let why = refused(&opener, DeviceRequest::group("nic", 1));
         assert!(
@@ -284,7 +363,9 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
         );
         refused(&opener, exact("03:00.0", true));
         for more in [DeviceRequest::group("nvme", 1), exact("02:00.0", true)] {
-            let second = opener.open(&[more], &[], false, &|| false).unwrap();
+            let second = opener
+                .open(&[more], &groups(&[], false), &|| false)
+                .unwrap();
             assert_eq!(second.devices[0].name, bdf("02:00.0"));
         }
         drop(first);
@@ -299,7 +380,11 @@ fn a_limit_is_never_taken_back() {
     opener.limit(only(&["nic"])).unwrap();
     assert!(
         opener
-            .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
+            .open(
+                &[DeviceRequest::group("nic", 1)],
+                &groups(&[], false),
+                &|| false
+            )
             .is_err()
     );
     assert!(helper.join().unwrap().is_err(), "it ends");
@@ -317,12 +402,16 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     refused(&opener, exact("02:00.0"));
     // Nor does one that cannot be opened, where the host is to blame.
     std::fs::create_dir(host.paths.vfio_group(2)).unwrap();
-    let failed = opener.open(&[exact("02:00.0")], &[], false, &|| false);
+    let failed = opener.open(&[exact("02:00.0")], &groups(&[], false), &|| false);
     assert!(matches!(failed, Err(OpenerError::Failed(_))));
     assert!(refused(&opener, exact("0a:00.0")).contains("no PCI device"));
     assert!(held(&host).is_empty());
     let opened = opener
-        .open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nvme", 1)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     // As when the VM's process is killed: nobody says anything any more.
     opener
@@ -393,7 +482,11 @@ fn what_does_not_arrive_whole_goes_back() {
         released
     });
     let failed = opener
-        .open(&[DeviceRequest::group("nvme", 2)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nvme", 2)],
+            &groups(&[], false),
+            &|| false,
+        )
         .err();
     assert!(matches!(failed, Some(OpenerError::Files(_))), "{failed:?}");
     assert_eq!(helper.join().unwrap(), [4, 5]);
@@ -409,7 +502,9 @@ fn a_plan_is_what_its_file_says() {
     assert_eq!(requests, [DeviceRequest::group("nvme", 2)]);
     let unknown = opener.plan("three").unwrap_err().to_string();
     assert!(unknown.contains("\"three\""), "{unknown}");
-    opener.open(&requests, &[], false, &|| false).unwrap();
+    opener
+        .open(&requests, &groups(&[], false), &|| false)
+        .unwrap();
 }
 
 #[test]
@@ -417,11 +512,19 @@ fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
     let first = opener
-        .open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nvme", 1)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     // Somebody is choosing devices all the time.
     let turn = others_turn(&host);
-    let second = opener.open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| true);
+    let second = opener.open(
+        &[DeviceRequest::group("nvme", 1)],
+        &groups(&[], false),
+        &|| true,
+    );
     assert!(matches!(second, Err(OpenerError::Gone(_))));
     drop(first);
     drop(turn);
@@ -435,11 +538,21 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
     let first = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     let before = held(&host);
     let turn = others_turn(&host);
-    let disk = || opener.open(&[DeviceRequest::group("nvme", 1)], &[], false, &|| true);
+    let disk = || {
+        opener.open(
+            &[DeviceRequest::group("nvme", 1)],
+            &groups(&[], false),
+            &|| true,
+        )
+    };
     assert!(matches!(disk(), Err(OpenerError::Gone(_))));
     drop(turn);
     for _ in 0..2 {
@@ -463,14 +576,17 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
     let _first = opener
-        .open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false)
+        .open(
+            &[DeviceRequest::group("nic", 1)],
+            &groups(&[], false),
+            &|| false,
+        )
         .unwrap();
     let before = held(&host);
     let ask = Ask::Lease {
         requests: vec![DeviceRequest::group("nvme", 1)],
         ungrouped: false,
-        held: Vec::new(),
-        container: false,
+        nodes: groups(&[], false),
     };
     let mut line = opener.lock();
     line.say(&ask).unwrap();
@@ -498,10 +614,18 @@ fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
     // The lock file of a device that was ever leased stays.
     assert!(!host.paths.run.join("leases").exists());
     // The functions of one card share a slot.
-    let card = opener.open(&[DeviceRequest::group("nic", 1)], &[], false, &|| false);
+    let card = opener.open(
+        &[DeviceRequest::group("nic", 1)],
+        &groups(&[], false),
+        &|| false,
+    );
     assert_eq!(card.unwrap().devices.len(), 2);
     opener.slots(2).unwrap();
-    let disks = opener.open(&[DeviceRequest::group("nvme", 2)], &[], false, &|| false);
+    let disks = opener.open(
+        &[DeviceRequest::group("nvme", 2)],
+        &groups(&[], false),
+        &|| false,
+    );
     assert_eq!(disks.unwrap().devices.len(), 2);
 }
 
@@ -520,7 +644,9 @@ fn functions_without_function_0_of_their_card_take_a_slot_each() {
     }
     assert!(!host.paths.run.join("leases").exists(), "none was leased");
     opener.slots(2).unwrap();
-    let both = opener.open(&[card()], &[], false, &|| false).unwrap();
+    let both = opener
+        .open(&[card()], &groups(&[], false), &|| false)
+        .unwrap();
     assert_eq!(both.devices.len(), 2);
 }
 
@@ -573,7 +699,13 @@ fn a_lease_goes_back_while_another_is_being_made() {
         }
     };
     let (opener, helper) = started_with(&host, Box::new(allocate));
-    let open = |group: &str| opener.open(&[DeviceRequest::group(group, 1)], &[], false, &|| false);
+    let open = |group: &str| {
+        opener.open(
+            &[DeviceRequest::group(group, 1)],
+            &groups(&[], false),
+            &|| false,
+        )
+    };
     let first = open("nvme").unwrap();
     thread::scope(|threads| {
         let second = threads.spawn(|| open("later"));
@@ -607,8 +739,7 @@ fn a_lease_goes_back_while_its_answer_is_not_read() {
     let ask = Ask::Lease {
         requests: vec![DeviceRequest::group("nvme", 1)],
         ungrouped: false,
-        held: Vec::new(),
-        container: false,
+        nodes: groups(&[], false),
     };
     wire::send(&mut asks, &ask).unwrap();
     while held(&host).is_empty() {

@@ -16,6 +16,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::facts::reserved::ReservedRegion;
+use crate::facts::vfio::VfioBackEnd;
 use crate::inventory::card::Terms;
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 
@@ -35,18 +36,28 @@ pub(super) enum Ask {
     Limit(Limit),
     /// The slots that are free for the devices that are asked for next.
     Slots(usize),
-    /// Devices; the VM has the groups `held`, and wants a container or not.
+    /// Devices, and the nodes to be opened for them.
     Lease {
         requests: Vec<DeviceRequest>,
         /// A device that is named by its path may be in no group; a [`Limit`] decides once there is one.
         ungrouped: bool,
-        held: Vec<u32>,
-        container: bool,
+        nodes: Nodes,
     },
     /// Nobody has heard the answer to the last `Lease`, and nobody will.
     Unheard,
     /// What the plan of that name asks for.
     Plan(String),
+}
+
+/// The nodes to be opened for devices: their groups' or their cdevs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nodes {
+    /// Whose.
+    pub back_end: VfioBackEnd,
+    /// Whether the VM wants a new DMA address space.
+    pub address_space: bool,
+    /// The IOMMU groups that it has already.
+    pub held: Vec<u32>,
 }
 
 /// What the VM says over the other socket: a lease ends, and why its device is to be put aside. The answer is
@@ -71,7 +82,7 @@ pub struct Limit {
 /// What the opener answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Said {
-    /// Behind it come the descriptors: the container's if wanted, the groups', the locks'.
+    /// Behind it come the descriptors: the address space's if wanted, the groups' or the cdevs', the locks'.
     Leased {
         devices: Vec<Leased>,
         groups: Vec<LeasedGroup>,
@@ -108,7 +119,7 @@ pub(super) struct Leased {
     pub(super) locks: usize,
 }
 
-/// A group that was opened.
+/// A group that the VM did not have.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct LeasedGroup {
     pub(super) number: u32,

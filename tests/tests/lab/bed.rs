@@ -15,7 +15,7 @@ use gantry_tests::lab::{Host, Parts, Setup};
 use gantry_tests::times::Times;
 use libtest_mimic::Failed;
 
-use crate::is_soak;
+use crate::{is_soak, vm};
 
 /// A lab and the cases to run in it.
 pub struct Suite {
@@ -29,6 +29,8 @@ pub struct Suite {
     pub devices: fn() -> Vec<Device>,
     /// Whether it has Debian's udev.
     pub udev: bool,
+    /// `platform.iommufd` of its cases' VMs, if they say so.
+    pub iommufd: Option<bool>,
     /// Modules with their cases.
     pub cases: &'static [(&'static str, &'static [Case])],
 }
@@ -165,6 +167,7 @@ impl Bed {
             }
         };
         let began = Instant::now();
+        vm::set_iommufd(suite.iommufd);
         let (result, clean) = run_in(&host, case)?;
         lock(&self.times).case(suite.name, name.to_owned(), began.elapsed());
         if clean.is_ok() {

@@ -67,6 +67,7 @@ const SUITES: &[Suite] = &[
         append: "",
         devices: Device::usual,
         udev: false,
+        iommufd: None,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("lab_kernel", lab_kernel::CASES),
@@ -92,11 +93,29 @@ const SUITES: &[Suite] = &[
         ],
     },
     Suite {
+        name: "iommufd",
+        kernel: HostKernel::Lab,
+        append: "",
+        devices: Device::usual,
+        udev: false,
+        iommufd: Some(true),
+        cases: &[
+            ("passthrough", passthrough::CASES),
+            ("passthrough", passthrough::MORE),
+            ("hotplug", hotplug::CASES),
+            ("hotplug", hotplug::MORE),
+            ("sandbox", sandbox::CASES),
+            ("sriov", sriov::CASES),
+            ("vgpu", vgpu::CASES),
+        ],
+    },
+    Suite {
         name: "stock",
         kernel: HostKernel::Stock,
         append: "",
         devices: Device::usual,
         udev: false,
+        iommufd: None,
         cases: &[
             ("the_lab", the_lab::CASES),
             ("launch", launch::CASES),
@@ -120,6 +139,7 @@ const SUITES: &[Suite] = &[
         append: "intel_iommu=off",
         devices: Device::usual,
         udev: false,
+        iommufd: None,
         cases: &[("check", check::IOMMU_OFF)],
     },
     Suite {
@@ -128,6 +148,7 @@ const SUITES: &[Suite] = &[
         append: "intremap=off iommu=pt",
         devices: Device::with_console,
         udev: false,
+        iommufd: None,
         cases: &[("check", check::NO_REMAPPING), ("pools", pools::CONSOLE)],
     },
     Suite {
@@ -136,6 +157,7 @@ const SUITES: &[Suite] = &[
         append: "iommu=off",
         devices: Device::usual,
         udev: false,
+        iommufd: None,
         cases: &[("check", check::NO_IOMMU)],
     },
     Suite {
@@ -144,6 +166,7 @@ const SUITES: &[Suite] = &[
         append: "",
         devices: Device::on_two_nodes,
         udev: false,
+        iommufd: None,
         cases: &[("numa", numa::CASES)],
     },
     Suite {
@@ -152,6 +175,7 @@ const SUITES: &[Suite] = &[
         append: "",
         devices: Device::only_cards,
         udev: true,
+        iommufd: None,
         cases: &[
             ("uplinks", uplinks::CASES),
             ("errors", errors::CASES),
@@ -165,6 +189,7 @@ const SUITES: &[Suite] = &[
         append: "",
         devices: Device::only_usb,
         udev: false,
+        iommufd: None,
         cases: &[("usb", usb::CASES)],
     },
 ];

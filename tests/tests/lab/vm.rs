@@ -1,5 +1,6 @@
 //! VMs of the cases: their files, gantry running them, and what their guests say.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,16 @@ use serde_json::{Value, json};
 const PATIENCE: Duration = Duration::from_secs(180);
 /// What the guest's shell says when it waits for a command.
 const PROMPT: &str = "/ # ";
+
+thread_local! {
+    /// `platform.iommufd` of the VMs of the case that runs on this thread.
+    static IOMMUFD: Cell<Option<bool>> = const { Cell::new(None) };
+}
+
+/// Gives all VMs that this thread makes from now on this `platform.iommufd`.
+pub fn set_iommufd(iommufd: Option<bool>) {
+    IOMMUFD.set(iommufd);
+}
 
 /// A VM to be run.
 #[derive(Debug, Clone)]
@@ -40,6 +51,7 @@ impl Vm {
                 "cpus": {"boot_vcpus": 1},
                 "memory": {"size": "256M"},
                 "serial": {"mode": "Tty"},
+                "platform": {"iommufd": IOMMUFD.get()},
             }),
             flags: "",
         }

@@ -196,15 +196,13 @@ const MAX_ALIGN: u64 = 1 << 30;
 impl VfioDevice {
     /// Opens the device at the host address `name` (`0000:01:00.0`) through its `attachment`.
     ///
-    /// The kernel resets it on the way, where it has a function-level reset: about 100 ms, during
-    /// which other threads can open devices of other groups.
-    ///
-    /// `token` is the token of the device's card, which other users share: [`Attachment::device`].
+    /// Through a group, the kernel resets it on the way, where it has a function-level reset: about 100 ms, during
+    /// which other threads can open devices of other groups. The device behind a cdev is open already.
     ///
     /// # Errors
     /// The attachment has no such device, the device is not bound to vfio-pci or is no PCI device, or the
     /// kernel refuses.
-    pub fn open(attachment: Attachment, name: &str, token: Option<&str>) -> Result<Self> {
+    pub fn open(attachment: Attachment, name: &str) -> Result<Self> {
         let failed = |place: String| {
             move |source| Error::Device {
                 device: name.to_owned(),
@@ -212,7 +210,7 @@ impl VfioDevice {
                 source,
             }
         };
-        let fd = attachment.device(name, token)?;
+        let fd = attachment.device(name)?;
         let info = ioctl::device_info(fd.as_fd()).map_err(failed("VFIO_DEVICE_GET_INFO".into()))?;
         if info.flags & abi::VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(Error::Unusable {
@@ -244,7 +242,7 @@ impl VfioDevice {
             regions,
             irqs,
             resettable,
-            on_bus: bus.iter().map(address).collect(),
+            on_bus: bus.iter().map(BusFunction::to_string).collect(),
             bus,
             attachment,
         })
@@ -396,18 +394,6 @@ fn no_bus_reset(asked: io::Result<Vec<BusFunction>>) -> io::Result<Vec<BusFuncti
     }
 }
 
-/// A function's address as sysfs writes it.
-fn address(function: &BusFunction) -> String {
-    let BusFunction {
-        segment,
-        bus,
-        devfn,
-        ..
-    } = function;
-    let (device, function) = (devfn >> 3, devfn & 7);
-    format!("{segment:04x}:{bus:02x}:{device:02x}.{function}")
-}
-
 /// The kernel answers EINVAL if a device has no such region or interrupt.
 fn or_absent<T: Default>(asked: io::Result<T>) -> io::Result<T> {
     match asked {
@@ -436,7 +422,7 @@ mod tests {
             bus: 0xb,
             devfn: 0x09,
         };
-        assert_eq!(address(&function), "0001:0b:01.1");
+        assert_eq!(function.to_string(), "0001:0b:01.1");
         for (errno, known) in [
             (libc::ENODEV, true),
             (libc::EPERM, true),

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// wait for all of a guest's memory.
 const CHUNK: u64 = 1 << 30;
 
-/// The kernel's side of a DMA address space: a type1 container now, an IOAS of iommufd one day.
+/// The kernel's side of a DMA address space: a type1 container, or an IOAS of iommufd.
 pub trait Iommu: fmt::Debug + Send + Sync {
     /// What the IOMMU can do, as of now.
     ///

@@ -6,26 +6,26 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use vfio_bindings::bindings::vfio as abi;
 
 use super::container::Container;
 use super::ioctl;
+use super::retry::while_refused;
 use crate::{Error, Result};
 
-/// Is told which groups a VM uses. KVM's VFIO device implements it, so that the kernel takes the devices'
+/// Is told which groups or cdevs a VM uses. KVM's VFIO device implements it, so that the kernel takes the devices'
 /// cache coherence into account.
-pub trait GroupObserver: Send + Sync {
-    /// A group has joined a container, and none of its devices is open.
+pub trait FileObserver: Send + Sync {
+    /// A group has joined a container, and none of its devices is open; or a cdev is open, and not bound yet.
     ///
     /// # Errors
-    /// The group cannot be used with this VM.
-    fn added(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+    /// The devices cannot be used with this VM.
+    fn added(&self, file: BorrowedFd<'_>) -> io::Result<()>;
 
-    /// The devices of a group are closed, and the group is about to leave.
-    fn removed(&self, group: BorrowedFd<'_>);
+    /// The devices of a group are closed, and the group is about to leave; or a cdev is about to be closed.
+    fn removed(&self, file: BorrowedFd<'_>);
 }
 
 /// A group that has joined a container. Dropping it tells its observer and leaves the container.
@@ -33,12 +33,12 @@ pub struct Group {
     number: u32,
     // Declared before the container, so that the group is closed first.
     file: Arc<File>,
-    observer: Option<Arc<dyn GroupObserver>>,
+    observer: Option<Arc<dyn FileObserver>>,
     container: Arc<Container>,
 }
 
-/// How long to wait between two attempts at a group that is in use.
-const BUSY_RETRY: Duration = Duration::from_millis(20);
+/// A group is in use.
+const BUSY: &[i32] = &[libc::EBUSY];
 
 impl Group {
     /// Opens group `number` in the device directory `dev` and puts it into `container`.
@@ -58,13 +58,14 @@ impl Group {
         let path = dev.join(number.to_string());
         let deadline = Instant::now() + timeout;
         let open = || OpenOptions::new().read(true).write(true).open(&path);
-        let file = while_busy(deadline, open).map_err(|source| match source.raw_os_error() {
-            Some(libc::EBUSY) => in_use(number, timeout),
-            _ => Error::Open {
-                path: path.clone(),
-                source,
-            },
-        })?;
+        let file =
+            while_refused(deadline, BUSY, open).map_err(|source| match source.raw_os_error() {
+                Some(libc::EBUSY) => in_use(number, timeout),
+                _ => Error::Open {
+                    path: path.clone(),
+                    source,
+                },
+            })?;
         Self::join(file, number, container, deadline)
     }
 
@@ -94,7 +95,7 @@ impl Group {
         let file = Arc::new(file);
         container.join(number, &file, |container| {
             let join = || ioctl::group_set_container(file.as_fd(), container);
-            while_busy(deadline, join).map_err(|source| match source.raw_os_error() {
+            while_refused(deadline, BUSY, join).map_err(|source| match source.raw_os_error() {
                 Some(libc::EBUSY) => in_use(number, begun.elapsed()),
                 _ => failed("VFIO_GROUP_SET_CONTAINER")(source),
             })
@@ -112,7 +113,7 @@ impl Group {
     ///
     /// # Errors
     /// The observer refuses the group.
-    pub fn announce(&mut self, observer: Arc<dyn GroupObserver>) -> Result<()> {
+    pub fn announce(&mut self, observer: Arc<dyn FileObserver>) -> Result<()> {
         observer
             .added(self.file.as_fd())
             .map_err(|source| Error::Group {
@@ -163,54 +164,4 @@ impl std::fmt::Debug for Group {
 
 fn in_use(group: u32, waited: Duration) -> Error {
     Error::GroupInUse { group, waited }
-}
-
-/// Repeats `attempt` while it answers EBUSY, until the deadline.
-fn while_busy<T>(deadline: Instant, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match attempt() {
-            Err(error)
-                if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline =>
-            {
-                thread::sleep(BUSY_RETRY);
-            }
-            result => return result,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    #[test]
-    fn a_busy_group_is_waited_for_until_the_deadline() {
-        let calls = Cell::new(0);
-        let third = || {
-            calls.set(calls.get() + 1);
-            match calls.get() {
-                3 => Ok(()),
-                _ => Err(io::Error::from_raw_os_error(libc::EBUSY)),
-            }
-        };
-        while_busy(Instant::now() + Duration::from_secs(5), third).unwrap();
-        assert_eq!(calls.get(), 3);
-
-        let never = || Err::<(), _>(io::Error::from_raw_os_error(libc::EBUSY));
-        let error = while_busy(Instant::now() + 2 * BUSY_RETRY, never).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
-    }
-
-    #[test]
-    fn other_failures_are_not_repeated() {
-        let calls = Cell::new(0);
-        let attempt = || {
-            calls.set(calls.get() + 1);
-            Err::<(), _>(io::Error::from_raw_os_error(libc::EPERM))
-        };
-        while_busy(Instant::now() + Duration::from_secs(5), attempt).unwrap_err();
-        assert_eq!(calls.get(), 1);
-    }
 }

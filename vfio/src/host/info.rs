@@ -50,6 +50,19 @@ pub struct IommuInfo {
     pub dma_avail: Option<u32>,
 }
 
+impl IommuInfo {
+    /// Of an IOAS, from the first and last address of each range. One that covers everything restricts nothing.
+    pub(super) fn of_ioas(ranges: &[(u64, u64)]) -> Self {
+        let restricted = ranges != [(0, u64::MAX)];
+        let mut ranges: Vec<_> = ranges.iter().map(|(start, last)| *start..=*last).collect();
+        ranges.sort_by_key(|range| *range.start());
+        Self {
+            iova_ranges: restricted.then_some(ranges),
+            dma_avail: None,
+        }
+    }
+}
+
 /// Little-endian fields of a structure; fields beyond its end read 0.
 #[derive(Clone, Copy)]
 struct Fields<'a>(&'a [u8]);
@@ -210,6 +223,16 @@ mod tests {
             parse_iommu(&bytes(&[0, 1, 0, 0, 24, 0])),
             IommuInfo::default()
         );
+    }
+
+    #[test]
+    fn an_ioas_without_devices_restricts_nothing() {
+        assert_eq!(IommuInfo::of_ioas(&[(0, u64::MAX)]), IommuInfo::default());
+        let high = (0xfef0_0000, 0x7f_ffff_ffff);
+        let info = IommuInfo::of_ioas(&[high, (0, 0xfedf_ffff)]);
+        let ranges = [0..=0xfedf_ffff, high.0..=high.1];
+        assert_eq!(info.iova_ranges.as_deref(), Some(&ranges[..]));
+        assert_eq!(info.dma_avail, None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // ioctl(2), and taking ownership of the fd that one of them returns.
 
 use std::ffi::CStr;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::raw::{c_int, c_ulong};
@@ -19,67 +20,35 @@ use vmm_sys_util::ioctl::{
 
 use super::device::Irq;
 
-const fn request(number: u32) -> c_ulong {
+pub(super) const fn request(number: u32) -> c_ulong {
     ioctl_expr(_IOC_NONE, abi::VFIO_TYPE as u32, abi::VFIO_BASE + number, 0)
 }
 
-const GET_API_VERSION: c_ulong = request(0);
-const CHECK_EXTENSION: c_ulong = request(1);
-const SET_IOMMU: c_ulong = request(2);
-const GROUP_GET_STATUS: c_ulong = request(3);
-const GROUP_SET_CONTAINER: c_ulong = request(4);
-const GROUP_UNSET_CONTAINER: c_ulong = request(5);
-const GROUP_GET_DEVICE_FD: c_ulong = request(6);
-const DEVICE_GET_INFO: c_ulong = request(7);
-const DEVICE_GET_REGION_INFO: c_ulong = request(8);
-const DEVICE_GET_IRQ_INFO: c_ulong = request(9);
-const DEVICE_SET_IRQS: c_ulong = request(10);
-const DEVICE_RESET: c_ulong = request(11);
+pub(super) const GET_API_VERSION: c_ulong = request(0);
+pub(super) const CHECK_EXTENSION: c_ulong = request(1);
+pub(super) const SET_IOMMU: c_ulong = request(2);
+pub(super) const GROUP_GET_STATUS: c_ulong = request(3);
+pub(super) const GROUP_SET_CONTAINER: c_ulong = request(4);
+pub(super) const GROUP_UNSET_CONTAINER: c_ulong = request(5);
+pub(super) const GROUP_GET_DEVICE_FD: c_ulong = request(6);
+pub(super) const DEVICE_GET_INFO: c_ulong = request(7);
+pub(super) const DEVICE_GET_REGION_INFO: c_ulong = request(8);
+pub(super) const DEVICE_GET_IRQ_INFO: c_ulong = request(9);
+pub(super) const DEVICE_SET_IRQS: c_ulong = request(10);
+pub(super) const DEVICE_RESET: c_ulong = request(11);
 // The numbers of the next two are also those of requests on a container.
-const DEVICE_GET_PCI_HOT_RESET_INFO: c_ulong = request(12);
-const DEVICE_PCI_HOT_RESET: c_ulong = request(13);
-const IOMMU_GET_INFO: c_ulong = request(12);
-const IOMMU_MAP_DMA: c_ulong = request(13);
-const IOMMU_UNMAP_DMA: c_ulong = request(14);
-
-/// Requests for opening a container, its groups and its devices.
-pub const OPEN_REQUESTS: &[u64] = &[
-    GET_API_VERSION,
-    CHECK_EXTENSION,
-    SET_IOMMU,
-    GROUP_GET_STATUS,
-    GROUP_SET_CONTAINER,
-    GROUP_GET_DEVICE_FD,
-    DEVICE_GET_INFO,
-    DEVICE_GET_REGION_INFO,
-    DEVICE_GET_IRQ_INFO,
-    DEVICE_GET_PCI_HOT_RESET_INFO,
-    IOMMU_GET_INFO,
-];
-
-/// Requests of a running VM with open devices, until it has closed them.
-pub const RUNTIME_REQUESTS: &[u64] = &[
-    DEVICE_SET_IRQS,
-    DEVICE_RESET,
-    DEVICE_PCI_HOT_RESET,
-    IOMMU_GET_INFO,
-    IOMMU_MAP_DMA,
-    IOMMU_UNMAP_DMA,
-    GROUP_UNSET_CONTAINER,
-];
-
-/// Requests for masking and unmasking interrupts of a device.
-pub const INTERRUPT_REQUESTS: &[u64] = &[DEVICE_SET_IRQS];
-
-/// Requests of a thread that maps guest memory for devices, and unmaps it if that fails.
-pub const DMA_REQUESTS: &[u64] = &[IOMMU_GET_INFO, IOMMU_MAP_DMA, IOMMU_UNMAP_DMA];
+pub(super) const DEVICE_GET_PCI_HOT_RESET_INFO: c_ulong = request(12);
+pub(super) const DEVICE_PCI_HOT_RESET: c_ulong = request(13);
+pub(super) const IOMMU_GET_INFO: c_ulong = request(12);
+pub(super) const IOMMU_MAP_DMA: c_ulong = request(13);
+pub(super) const IOMMU_UNMAP_DMA: c_ulong = request(14);
 
 /// Size of the fixed part of an information structure.
-const fn argsz<T>() -> u32 {
+pub(super) const fn argsz<T>() -> u32 {
     size_of::<T>() as u32
 }
 
-fn checked(ret: c_int) -> io::Result<c_int> {
+pub(super) fn checked(ret: c_int) -> io::Result<c_int> {
     if ret < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -275,6 +244,15 @@ pub struct BusFunction {
     pub devfn: u8,
 }
 
+/// Its address as sysfs writes it.
+impl fmt::Display for BusFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (device, function) = (self.devfn >> 3, self.devfn & 7);
+        let Self { segment, bus, .. } = self;
+        write!(f, "{segment:04x}:{bus:02x}:{device:02x}.{function}")
+    }
+}
+
 /// The functions that a hot reset of the device resets: those of its slot or bus. ENODEV if there is no such
 /// reset.
 pub fn hot_reset_info(device: BorrowedFd<'_>) -> io::Result<Vec<BusFunction>> {
@@ -327,6 +305,15 @@ pub fn hot_reset(device: BorrowedFd<'_>, groups: &[BorrowedFd<'_>]) -> io::Resul
     checked(ret).map(drop)
 }
 
+/// The address of `len` bytes of `memory` from `offset` on, which must lie inside.
+pub(super) fn address_in(memory: &HostMapping, offset: u64, len: u64) -> io::Result<u64> {
+    let end = offset.checked_add(len);
+    match end.is_some_and(|end| end <= memory.size() as u64) {
+        true => Ok(memory.address() + offset),
+        false => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
 /// Lets devices read and write `len` bytes of `memory` from `offset` on, at `iova`. The pages are
 /// pinned until they are unmapped, whether or not `memory` outlives that.
 pub fn map_dma(
@@ -336,16 +323,11 @@ pub fn map_dma(
     offset: u64,
     len: u64,
 ) -> io::Result<()> {
-    let inside = offset
-        .checked_add(len)
-        .is_some_and(|end| end <= memory.size() as u64);
-    if !inside {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
+    let vaddr = address_in(memory, offset, len)?;
     let map = abi::vfio_iommu_type1_dma_map {
         argsz: argsz::<abi::vfio_iommu_type1_dma_map>(),
         flags: abi::VFIO_DMA_MAP_FLAG_READ | abi::VFIO_DMA_MAP_FLAG_WRITE,
-        vaddr: memory.address() + offset,
+        vaddr,
         iova,
         size: len,
     };

@@ -1,9 +1,10 @@
 //! Checks of the host before a VM is built.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gantry_resources::base::{HostPaths, Numbers};
+use gantry_resources::facts::VfioBackEnd;
 
 use super::placement::{PlacementError, VmPlacement};
 use crate::config::{VcpuCount, VmConfig};
@@ -48,6 +49,19 @@ pub enum PreflightError {
         /// `KVM_CAP_MAX_VCPUS`.
         limit: usize,
     },
+    /// The kernel has not the interface that the VM's file wants.
+    #[error(
+        "platform.iommufd: this host has no {}, which `\"iommufd\": {wanted}` needs\n\
+         load it with `modprobe {}`, or remove the key: gantry then takes what the host has", node.display(), module
+    )]
+    NoBackEnd {
+        /// What the file says.
+        wanted: bool,
+        /// The interface's node.
+        node: PathBuf,
+        /// The kernel module that makes it.
+        module: &'static str,
+    },
     /// The process may not pin enough memory.
     #[error(
         "the memlock limit is too low: devices need all of the guest's RAM pinned, {needed} MiB, \
@@ -78,6 +92,7 @@ const MIB: u64 = 1 << 20;
 /// What the host lacks first.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
     VmPlacement::find(config, &Numbers::default(), host)?;
+    check_back_end(config, host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     let limit = gantry_resources::facts::memlock_limit(host);
     judge(config.memory.bytes(), config.is_pinned(), &memory, limit)
@@ -89,8 +104,29 @@ pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> 
 /// What the host lacks first.
 pub fn check_host(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
     VmPlacement::find(config, &Numbers::default(), host)?;
+    check_back_end(config, host)?;
     let memory = HostMemory::read(&host.proc.join("meminfo"));
     judge(config.memory.bytes(), false, &memory, None)
+}
+
+fn check_back_end(config: &VmConfig, host: &HostPaths) -> Result<(), PreflightError> {
+    let Some(back_end) = config.back_end.filter(|_| config.takes_devices()) else {
+        return Ok(());
+    };
+    let node = back_end.node(host);
+    let wanted = back_end == VfioBackEnd::Iommufd;
+    match node.exists() {
+        true => Ok(()),
+        false => Err(PreflightError::NoBackEnd {
+            wanted,
+            node,
+            module: if wanted {
+                "iommufd"
+            } else {
+                "vfio_iommu_type1"
+            },
+        }),
+    }
 }
 
 /// Checks the number of vCPUs against KVM's limit (`KVM_CAP_MAX_VCPUS`).
@@ -212,6 +248,27 @@ mod tests {
                 available: 4096
             })
         );
+    }
+
+    #[test]
+    fn an_interface_that_the_file_wants_and_the_host_lacks_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let host = HostPaths::under(root.path());
+        let mut config = VmConfig {
+            back_end: Some(VfioBackEnd::Iommufd),
+            ..VmConfig::small()
+        };
+        check_back_end(&config, &host).unwrap();
+        config.hotplug.slots = 1;
+        let refused = check_back_end(&config, &host).unwrap_err().to_string();
+        assert!(refused.starts_with("platform.iommufd: "), "{refused}");
+        assert!(refused.contains("dev/iommu,"), "{refused}");
+        assert!(refused.contains("modprobe iommufd"), "{refused}");
+        config.back_end = Some(VfioBackEnd::Container);
+        let refused = check_back_end(&config, &host).unwrap_err().to_string();
+        assert!(refused.contains("`\"iommufd\": false`"), "{refused}");
+        config.back_end = None;
+        check_back_end(&config, &host).unwrap();
     }
 
     #[test]

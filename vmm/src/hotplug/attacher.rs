@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use gantry_devices::pci::MsiRouter;
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::opener::Opener;
 use gantry_resources::pools::DeviceRequest;
 use gantry_vfio::pci::Rom;
@@ -32,7 +33,9 @@ pub struct Attacher {
     pub opener: Opener,
     /// The address space of the devices, as long as there are any.
     pub space: Weak<IoAddressSpace>,
-    /// Tells KVM of groups.
+    /// The kernel interface for devices.
+    pub back_end: VfioBackEnd,
+    /// Tells KVM of them.
     pub observer: Arc<VfioObserver>,
     /// Interrupts.
     pub router: Arc<dyn MsiRouter>,
@@ -105,8 +108,10 @@ impl Attacher {
     ) -> Result<AcquiredDevices, DeviceError> {
         let acquirer = Acquirer {
             lessor: Lessor::Opener(&self.opener),
+            back_end: self.back_end,
             observer: &self.observer,
             host: &self.context.host,
+            sandbox: &self.context.sandbox,
         };
         let mut tries = 0;
         loop {

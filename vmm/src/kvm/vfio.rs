@@ -1,9 +1,9 @@
-//! KVM's VFIO device: tells KVM which VFIO groups a VM uses (kernel: virt/kvm/devices/vfio.rst).
+//! KVM's VFIO device: tells KVM which VFIO groups or cdevs a VM uses (kernel: virt/kvm/devices/vfio.rst).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use gantry_vfio::host::GroupObserver;
+use gantry_vfio::host::FileObserver;
 use kvm_bindings::{
     KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device,
     kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO,
@@ -12,7 +12,7 @@ use kvm_ioctls::{DeviceFd, VmFd};
 
 use super::KvmError;
 
-/// Tells KVM of each VFIO group that joins or leaves.
+/// Tells KVM of each VFIO group or cdev that comes or goes.
 pub struct VfioObserver(DeviceFd);
 
 impl VfioObserver {
@@ -32,8 +32,8 @@ impl VfioObserver {
         Ok(Self(fd))
     }
 
-    fn set(&self, action: u32, group: BorrowedFd<'_>) -> io::Result<()> {
-        let fd: i32 = group.as_raw_fd();
+    fn set(&self, action: u32, file: BorrowedFd<'_>) -> io::Result<()> {
+        let fd: i32 = file.as_raw_fd();
         let attribute = kvm_device_attr {
             flags: 0,
             group: KVM_DEV_VFIO_FILE,
@@ -44,14 +44,14 @@ impl VfioObserver {
     }
 }
 
-impl GroupObserver for VfioObserver {
-    fn added(&self, group: BorrowedFd<'_>) -> io::Result<()> {
-        self.set(KVM_DEV_VFIO_FILE_ADD, group)
+impl FileObserver for VfioObserver {
+    fn added(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.set(KVM_DEV_VFIO_FILE_ADD, file)
     }
 
-    fn removed(&self, group: BorrowedFd<'_>) {
-        if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, group) {
-            tracing::error!(%error, "KVM did not release a VFIO group");
+    fn removed(&self, file: BorrowedFd<'_>) {
+        if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, file) {
+            tracing::error!(%error, "KVM did not release a VFIO group or cdev");
         }
     }
 }

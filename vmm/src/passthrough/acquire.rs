@@ -1,19 +1,17 @@
-//! How a VM acquires host devices: this process or its opener leases them, and their IOMMU groups join the VM's
-//! address space.
+//! How a VM acquires host devices: this process or its opener leases them, and they enter the VM's DMA address space.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::RangeInclusive;
-use std::path::Path;
 use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
 use gantry_resources::allocation::{Lease, allocate_near};
 use gantry_resources::base::{DeviceName, HostPaths, Uuid};
-use gantry_resources::facts::{ReservedKind, ReservedRegion, reserved_regions};
+use gantry_resources::facts::{ReservedKind, ReservedRegion, VfioBackEnd, reserved_regions};
 use gantry_resources::holding::Holder;
 use gantry_resources::inventory::Terms;
-use gantry_resources::opener::{Opened, Opener, pool_of};
+use gantry_resources::opener::{Nodes, Opened, Opener, pool_of};
 use gantry_resources::pools::{DeviceRequest, Placement, RomSource, nth_id};
 
 use gantry_vfio::host::Group;
@@ -21,16 +19,16 @@ use gantry_vfio::pci::Rom;
 
 use super::error::DeviceError;
 use super::events::DeviceNotify;
-use super::io_address_space::IoAddressSpace;
+use super::io_address_space::{DeviceNode, IoAddressSpace};
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
-use super::opening::{Opening, UnopenedDevice};
+use super::opening::{EnteringDevice, Opening, OpeningTerms, Underway, UnopenedDevice};
 use crate::kvm::VfioObserver;
 use crate::process::sandbox::Sandbox;
 
-/// Devices that are leased, with their groups in one address space.
+/// Devices that are leased and in one address space.
 #[derive(Default)]
 pub struct AcquiredDevices {
-    // Dropped first: groups leave the address space before others may lease the devices.
+    // Dropped first: devices leave the address space before others may lease them.
     devices: Vec<UnopenedDevice>,
     space: Option<Arc<IoAddressSpace>>,
     reserved: Vec<RangeInclusive<u64>>,
@@ -47,7 +45,8 @@ pub enum Lessor<'a> {
 /// What a lessor gives.
 struct Granted {
     // Dropped in this order.
-    container: Option<File>,
+    /// The node of a new DMA address space, if the opener has opened it.
+    address_space: Option<File>,
     groups: Vec<GrantedGroup>,
     devices: Vec<GrantedDevice>,
 }
@@ -60,6 +59,9 @@ struct GrantedGroup {
 }
 
 struct GrantedDevice {
+    // Dropped before the lease.
+    /// Its cdev, if the opener has opened it.
+    cdev: Option<File>,
     function: FunctionId,
     iommu_group: u32,
     token: Option<Uuid>,
@@ -72,19 +74,23 @@ struct GrantedDevice {
 pub struct Acquirer<'a> {
     /// Who leases them.
     pub lessor: Lessor<'a>,
-    /// Tells KVM of their groups.
+    /// The kernel interface for them.
+    pub back_end: VfioBackEnd,
+    /// Tells KVM of them.
     pub observer: &'a Arc<VfioObserver>,
     /// Where the host keeps things.
     pub host: &'a HostPaths,
+    /// The filters of the threads that wait for them.
+    pub sandbox: &'a Sandbox,
 }
 
 impl Acquirer<'_> {
-    /// Leases all requested devices, or none; `roms` has the expansion ROM of each request. Their groups join the VM's address space `space`, or a new one if
-    /// `space` has lost its last group. Gives up once `cancelled` is true.
+    /// Leases all requested devices, or none; `roms` has the expansion ROM of each request. They enter the VM's address
+    /// space `space`, or a new one if `space` has lost its last group. Gives up once `cancelled` is true.
     ///
     /// # Errors
-    /// A device is unavailable, a node is missing or not permitted, a group stays busy or is not viable, or the
-    /// kernel refused.
+    /// A device is unavailable, a node is missing or not permitted, a group or device stays busy, a group is not
+    /// viable, or the kernel refused.
     pub fn acquire(
         &self,
         requests: &[DeviceRequest],
@@ -101,65 +107,82 @@ impl Acquirer<'_> {
                 Granted::in_process(leases, self.host)?
             }
             Lessor::Opener(opener) => {
-                let space = space.as_ref();
-                let groups = space.map(|space| space.group_numbers()).unwrap_or_default();
-                opener.open(requests, &groups, true, cancelled)?.into()
+                let held = space.as_ref().map(|space| space.group_numbers());
+                let nodes = Nodes {
+                    back_end: self.back_end,
+                    // A container may lose its last group meanwhile.
+                    address_space: space.is_none() || self.back_end == VfioBackEnd::Container,
+                    held: held.unwrap_or_default(),
+                };
+                opener.open(requests, &nodes, cancelled)?.into()
             }
         };
-        self.join(granted, requests, roms, space)
+        self.enter(granted, requests, roms, space, cancelled)
     }
 
-    /// Adds the groups to the address space.
-    fn join(
+    /// Puts the devices into the address space.
+    fn enter(
         &self,
         granted: Granted,
         requests: &[DeviceRequest],
         roms: &[Rom],
         space: Option<Arc<IoAddressSpace>>,
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
-        let nodes = self.host.dev.join("vfio");
-        // Other devices may be closed meanwhile, and an address space that loses its last group cannot be used
-        // again: these references keep the present groups in it until the new ones have joined.
-        let present = space.as_ref().map(|space| space.groups());
-        let _present = present.filter(|groups| !groups.is_empty());
+        // Other devices may be closed meanwhile, and a container that loses its last group cannot be used again:
+        // these references keep the present groups in it until the new ones have joined.
+        let _present = space.as_ref().and_then(|space| space.keep());
         let space = match space.filter(|_| _present.is_some()) {
             Some(space) => space,
-            None => IoAddressSpace::open(&nodes, granted.container, self.observer)?,
+            None => {
+                let node = granted.address_space;
+                IoAddressSpace::open(self.back_end, self.host, node, self.observer)?
+            }
         };
         let regions = granted.groups.iter().flat_map(|group| &group.reserved);
         let reserved = regions.filter_map(forbidden).collect();
         // Kept until each device has a reference to its group.
-        let _added = self.add_groups(&space, granted.groups, &nodes, &granted.devices)?;
-        let in_space = |device: &GrantedDevice| {
-            let group = space.group(device.iommu_group);
-            group.ok_or(DeviceError::NoIommuGroup {
-                device: device.function.name,
-            })
-        };
-        let groups = granted.devices.iter().map(in_space);
-        let groups = groups.collect::<Result<Vec<_>, _>>()?;
+        let _added = self.add_groups(&space, granted.groups, &granted.devices)?;
         let mut labels = Labels::new(requests);
-        let devices = granted.devices.into_iter().zip(groups);
-        let devices = devices.map(|(device, iommu_group)| {
+        let entering = granted.devices.into_iter().map(|device| {
             let label = labels.next(device.function, device.terms, device.pool);
-            UnopenedDevice {
-                iommu_group,
-                token: device.token,
+            let opening = OpeningTerms {
                 must_not_reset: device.terms.must_not_reset,
                 rom: match label.rom {
                     RomSource::Device => Rom::Device,
                     _ => roms.get(device.terms.request).cloned().unwrap_or_default(),
                 },
-                leased: LeasedDevice {
-                    function: device.function,
-                    label,
-                    _space: Arc::new(space.admit(device.function.name)),
-                    lease: device.lease,
-                },
-            }
+            };
+            let leased = LeasedDevice {
+                function: device.function,
+                label,
+                _space: Arc::new(space.admit(device.function.name)),
+                lease: device.lease,
+            };
+            let entry = space.entry(DeviceNode {
+                name: device.function.name,
+                group: device.iommu_group,
+                token: device.token.map(|token| token.to_string()),
+                cdev: device.cdev,
+                host: self.host,
+            })?;
+            Ok(EnteringDevice {
+                entry,
+                opening,
+                leased,
+            })
         });
+        let entering = entering.collect::<Result<Vec<_>, DeviceError>>()?;
+        let devices = match self.back_end {
+            // The groups have joined: nothing waits for a device.
+            VfioBackEnd::Container => {
+                let entered = entering.into_iter().map(EnteringDevice::attach);
+                entered.collect::<Result<_, _>>()?
+            }
+            VfioBackEnd::Iommufd => Underway::enter(entering, self.sandbox)?.wait(cancelled)?,
+        };
         Ok(AcquiredDevices {
-            devices: devices.collect(),
+            devices,
             space: Some(space),
             reserved,
         })
@@ -171,11 +194,10 @@ impl Acquirer<'_> {
         &self,
         space: &IoAddressSpace,
         groups: Vec<GrantedGroup>,
-        nodes: &Path,
         devices: &[GrantedDevice],
-    ) -> Result<Vec<Arc<Group>>, DeviceError> {
+    ) -> Result<Vec<Option<Arc<Group>>>, DeviceError> {
         let add = |group: GrantedGroup| {
-            let added = space.add(group.number, nodes, group.node);
+            let added = space.add(group.number, self.host, group.node);
             added.inspect_err(|error| {
                 if matches!(
                     error,
@@ -196,7 +218,7 @@ impl Granted {
     /// A device is in no IOMMU group, or what its group reserves is not known.
     fn in_process(leases: Vec<Lease>, host: &HostPaths) -> Result<Self, DeviceError> {
         let mut granted = Self {
-            container: None,
+            address_space: None,
             groups: Vec::new(),
             devices: Vec::new(),
         };
@@ -212,6 +234,7 @@ impl Granted {
                 });
             }
             granted.devices.push(GrantedDevice {
+                cdev: None,
                 function: FunctionId {
                     name: device,
                     virtual_function: lease.is_virtual_function(),
@@ -232,9 +255,10 @@ impl From<Opened> for Granted {
         let groups = opened.groups.into_iter().map(|group| GrantedGroup {
             number: group.number,
             reserved: group.reserved,
-            node: Some(group.node),
+            node: group.node,
         });
         let devices = opened.devices.into_iter().map(|device| GrantedDevice {
+            cdev: device.cdev,
             function: FunctionId {
                 name: device.name,
                 virtual_function: device.virtual_function,
@@ -246,7 +270,7 @@ impl From<Opened> for Granted {
             lease: Box::new(device.lease),
         });
         Self {
-            container: opened.container,
+            address_space: opened.address_space,
             groups: groups.collect(),
             devices: devices.collect(),
         }

@@ -58,6 +58,9 @@ pub enum DeviceError {
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
     Reserved(#[from] gantry_resources::facts::ReservedError),
+    /// A device has no cdev.
+    #[error(transparent)]
+    Cdev(#[from] gantry_resources::facts::CdevError),
     /// A call of the kernel on a device does not return.
     #[error(
         "{device} does not answer: a call of the host's kernel on it has not returned for {seconds} s\n\

@@ -1,18 +1,21 @@
-//! The DMA address space of a VM: IOMMU groups, and RAM that is mapped once for all devices.
+//! The DMA address space of a VM, and RAM that is mapped once for all devices.
 //!
-//! Only this file knows that it is a VFIO type 1 container.
+//! Only this file knows whether it is a VFIO type1 container or an IOAS of iommufd.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use gantry_devices::mapping::HostMapping;
-use gantry_resources::base::DeviceName;
+use gantry_resources::base::{DeviceName, HostPaths};
+use gantry_resources::facts::{VfioBackEnd, cdev};
 use gantry_resources::opener::BUSY_PATIENCE;
-use gantry_vfio::host::{Container, DmaMapping, DmaSpace, Group};
+use gantry_vfio::host::{
+    Attachment, Cdev, Container, DmaMapping, DmaSpace, Group, Ioas, UnboundCdev,
+};
 
 use super::error::DeviceError;
 use crate::kvm::VfioObserver;
@@ -23,73 +26,130 @@ pub type RamRanges = Arc<[(u64, Arc<HostMapping>)]>;
 /// The DMA address space of a VM while it has devices. Each device holds a reference. When the last one goes,
 /// RAM is unmapped; a later device makes a new address space.
 pub struct IoAddressSpace {
-    // Dropped before the container, and after the devices and their groups.
+    // Dropped before what it is mapped in, and after the devices and their groups.
     mappings: Mutex<Vec<DmaMapping>>,
-    groups: Mutex<BTreeMap<u32, Weak<Group>>>,
     devices: Mutex<BTreeSet<DeviceName>>,
     dma: DmaSpace,
-    container: Arc<Container>,
+    kernel: Kernel,
     observer: Arc<VfioObserver>,
 }
 
+/// The kernel's side.
+enum Kernel {
+    /// A container and the groups that have joined it. It is spent when its last group leaves.
+    Container(Arc<Container>, Mutex<BTreeMap<u32, Weak<Group>>>),
+    /// An IOAS, which cdevs are attached to.
+    Ioas(Arc<Ioas>),
+}
+
+/// What an [`IoAddressSpace`] must know of a device.
+pub struct DeviceNode<'a> {
+    /// The device.
+    pub name: DeviceName,
+    /// Its IOMMU group.
+    pub group: u32,
+    /// The token that it must be opened with.
+    pub token: Option<String>,
+    /// Its cdev, if the opener has opened it.
+    pub cdev: Option<File>,
+    /// Where the host keeps things.
+    pub host: &'a HostPaths,
+}
+
+/// A device's way into an address space.
+pub enum Entry {
+    /// Its group has joined.
+    Joined(Attachment),
+    /// Its cdev is open.
+    Cdev(UnboundCdev, Arc<Ioas>, Arc<VfioObserver>),
+}
+
+impl Entry {
+    /// Puts the device into the address space. With a cdev, the kernel opens and resets the device.
+    ///
+    /// # Errors
+    /// The device stays in use, or the kernel refuses.
+    pub fn attach(self) -> gantry_vfio::Result<Attachment> {
+        match self {
+            Self::Joined(attachment) => Ok(attachment),
+            Self::Cdev(cdev, ioas, observer) => {
+                let attached = Cdev::attach(cdev, ioas, observer, BUSY_PATIENCE);
+                attached.map(Attachment::Cdev)
+            }
+        }
+    }
+}
+
 impl IoAddressSpace {
-    /// An address space without groups. Opens its node in the device directory `nodes`, unless the opener has
-    /// (`node`). KVM is told of the groups through `observer`.
+    /// An address space without devices. Opens its node, unless the opener has (`node`). KVM is told of the devices
+    /// through `observer`.
     ///
     /// # Errors
     /// The node is missing or not permitted, or the kernel has no such IOMMU.
     pub fn open(
-        nodes: &Path,
+        back_end: VfioBackEnd,
+        host: &HostPaths,
         node: Option<File>,
         observer: &Arc<VfioObserver>,
     ) -> Result<Arc<Self>, DeviceError> {
-        let container = match node {
-            Some(file) => Container::new(file, &nodes.join("vfio"))?,
-            None => Container::open(nodes)?,
+        let path = back_end.node(host);
+        let file = node.map_or_else(|| open_node(&path), Ok)?;
+        let (dma, kernel) = match back_end {
+            VfioBackEnd::Container => {
+                let container = Arc::new(Container::new(file, &path)?);
+                let dma = DmaSpace::new(container.clone());
+                (dma, Kernel::Container(container, Mutex::default()))
+            }
+            VfioBackEnd::Iommufd => {
+                let ioas = Arc::new(Ioas::new(file)?);
+                (DmaSpace::new(ioas.clone()), Kernel::Ioas(ioas))
+            }
         };
-        let container = Arc::new(container);
         Ok(Arc::new(Self {
             mappings: Mutex::default(),
-            groups: Mutex::default(),
             devices: Mutex::default(),
-            dma: DmaSpace::new(container.clone()),
-            container,
+            dma,
+            kernel,
             observer: Arc::clone(observer),
         }))
     }
 
-    /// The groups that are in it. The kernel keeps the address space while somebody keeps one of them.
-    pub fn groups(&self) -> Vec<Arc<Group>> {
-        self.lock().values().filter_map(Weak::upgrade).collect()
+    /// References that keep the address space usable while devices leave it; `None` if its last group has left, and
+    /// it takes no more.
+    pub fn keep(&self) -> Option<Vec<Arc<Group>>> {
+        let Kernel::Container(_, groups) = &self.kernel else {
+            return Some(Vec::new());
+        };
+        let groups = lock(groups);
+        let present: Vec<_> = groups.values().filter_map(Weak::upgrade).collect();
+        Some(present).filter(|groups| !groups.is_empty())
     }
 
-    /// The numbers of the groups that are in it.
+    /// The numbers of the groups that have joined it.
     pub fn group_numbers(&self) -> Vec<u32> {
-        let groups = self.lock();
+        let Kernel::Container(_, groups) = &self.kernel else {
+            return Vec::new();
+        };
+        let groups = lock(groups);
         let present = groups.iter().filter(|(_, group)| group.strong_count() > 0);
         present.map(|(number, _)| *number).collect()
     }
 
-    /// A group that is in it.
-    pub fn group(&self, number: u32) -> Option<Arc<Group>> {
-        self.lock().get(&number)?.upgrade()
-    }
-
     /// The devices that are in it.
     pub fn devices(&self) -> BTreeSet<DeviceName> {
-        self.lock_devices().clone()
+        lock(&self.devices).clone()
     }
 
     /// Lets a device in, which leaves with the returned value.
     pub fn admit(self: &Arc<Self>, device: DeviceName) -> Member {
-        self.lock_devices().insert(device);
+        lock(&self.devices).insert(device);
         Member {
             space: Arc::clone(self),
             device,
         }
     }
 
-    /// Puts a group in. Opens its node in the device directory `nodes`, unless the opener has (`node`).
+    /// Has a group join, if groups join it. Opens the group's node, unless the opener has (`node`).
     ///
     /// # Errors
     /// The node is missing or not permitted, the group stays busy or is not whole, or the kernel
@@ -97,21 +157,55 @@ impl IoAddressSpace {
     pub fn add(
         &self,
         number: u32,
-        nodes: &Path,
+        host: &HostPaths,
         node: Option<File>,
-    ) -> Result<Arc<Group>, DeviceError> {
-        let container = Arc::clone(&self.container);
+    ) -> Result<Option<Arc<Group>>, DeviceError> {
+        let Kernel::Container(container, groups) = &self.kernel else {
+            return Ok(None);
+        };
+        let container = Arc::clone(container);
         let mut group = match node {
             Some(node) => Group::join(node, number, container, Instant::now() + BUSY_PATIENCE)?,
-            None => Group::open(nodes, number, container, BUSY_PATIENCE)?,
+            None => Group::open(&host.dev.join("vfio"), number, container, BUSY_PATIENCE)?,
         };
         group.announce(self.observer.clone())?;
         let group = Arc::new(group);
-        self.lock().insert(number, Arc::downgrade(&group));
-        Ok(group)
+        lock(groups).insert(number, Arc::downgrade(&group));
+        Ok(Some(group))
     }
 
-    /// The ranges that the IOMMU can map; empty if nothing restricts it. There must be a group.
+    /// A device's way in. Its group must have joined, if groups join.
+    ///
+    /// # Errors
+    /// Its group has left, or its cdev is missing or not permitted.
+    pub fn entry(&self, device: DeviceNode<'_>) -> Result<Entry, DeviceError> {
+        match &self.kernel {
+            Kernel::Container(_, groups) => {
+                let group = lock(groups).get(&device.group).and_then(Weak::upgrade);
+                let group = group.ok_or(DeviceError::NoIommuGroup {
+                    device: device.name,
+                })?;
+                let token = device.token;
+                Ok(Entry::Joined(Attachment::Group { group, token }))
+            }
+            Kernel::Ioas(ioas) => {
+                let file = match device.cdev {
+                    Some(file) => file,
+                    None => open_node(&cdev(device.host, device.name)?)?,
+                };
+                let cdev = UnboundCdev {
+                    device: device.name.to_string(),
+                    group: device.group,
+                    file,
+                    token: device.token,
+                };
+                let (ioas, observer) = (Arc::clone(ioas), Arc::clone(&self.observer));
+                Ok(Entry::Cdev(cdev, ioas, observer))
+            }
+        }
+    }
+
+    /// The ranges that the IOMMU can map; empty if nothing restricts it. There must be a device.
     ///
     /// # Errors
     /// The kernel refused to say.
@@ -129,17 +223,21 @@ impl IoAddressSpace {
             .iter()
             .map(|(iova, memory)| self.dma.map(*iova, memory, &cancelled))
             .collect::<Result<Vec<_>, _>>()?;
-        *self.mappings.lock().unwrap_or_else(PoisonError::into_inner) = mapped;
+        *lock(&self.mappings) = mapped;
         Ok(())
     }
+}
 
-    fn lock_devices(&self) -> MutexGuard<'_, BTreeSet<DeviceName>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<Group>>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn open_node(path: &Path) -> Result<File, gantry_vfio::Error> {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.map_err(|source| gantry_vfio::Error::Open {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// A device that is in an address space.
@@ -150,6 +248,6 @@ pub struct Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.space.lock_devices().remove(&self.device);
+        lock(&self.space.devices).remove(&self.device);
     }
 }

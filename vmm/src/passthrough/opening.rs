@@ -1,18 +1,19 @@
-//! Opening devices in parallel: the kernel resets each that has a reset of its own as it is opened, which takes a
-//! tenth of a second.
+//! Attaching and opening devices in parallel: the kernel resets each that has a reset of its own on the way, which
+//! takes a tenth of a second.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::MsiRouter;
-use gantry_resources::base::{DeviceName, Uuid};
-use gantry_vfio::host::{Attachment, Group, VfioDevice};
+use gantry_resources::base::DeviceName;
+use gantry_vfio::host::{Attachment, VfioDevice};
 use gantry_vfio::pci::Rom;
 
 use super::device::AttachedDevice;
 use super::error::DeviceError;
 use super::events::DeviceNotify;
+use super::io_address_space::Entry;
 use super::lease::LeasedDevice;
 use super::resets::reset_buses;
 use crate::process::error::cannot;
@@ -23,17 +24,48 @@ use crate::process::threads::{self, Task};
 /// device comes back slowly.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A device that is leased and not open yet. Its IOMMU group is in the VM's address space.
-pub struct UnopenedDevice {
-    // Dropped in this order: the group leaves the address space before others may lease the device.
-    pub(super) iommu_group: Arc<Group>,
-    /// The token that it must be opened with.
-    pub(super) token: Option<Uuid>,
-    /// Whether it must not be reset.
-    pub(super) must_not_reset: bool,
+/// How a device is opened.
+pub struct OpeningTerms {
     /// Its expansion ROM.
     pub(super) rom: Rom,
+    /// Whether it must not be reset.
+    pub(super) must_not_reset: bool,
+}
+
+/// A device that is leased, on its way into the VM's address space.
+pub struct EnteringDevice {
+    // Dropped in this order: the device leaves the address space before others may lease it.
+    pub(super) entry: Entry,
+    pub(super) opening: OpeningTerms,
     pub(super) leased: LeasedDevice,
+}
+
+/// A device that is leased and in the VM's address space, and has no function yet.
+pub struct UnopenedDevice {
+    // Dropped in this order: the device leaves the address space before others may lease it.
+    attachment: Attachment,
+    opening: OpeningTerms,
+    pub(super) leased: LeasedDevice,
+}
+
+impl EnteringDevice {
+    /// Quarantines a device that stays in use although it is leased: a process that the kernel cannot end has it
+    /// open, or one that ignores leases.
+    ///
+    /// # Errors
+    /// The device stays in use, or the kernel refuses.
+    pub(super) fn attach(self) -> Result<UnopenedDevice, DeviceError> {
+        let attached = self.entry.attach().inspect_err(|error| {
+            if matches!(error, gantry_vfio::Error::DeviceInUse { .. }) {
+                self.leased.lease.quarantine(&error.to_string());
+            }
+        });
+        Ok(UnopenedDevice {
+            attachment: attached?,
+            opening: self.opening,
+            leased: self.leased,
+        })
+    }
 }
 
 impl UnopenedDevice {
@@ -47,24 +79,29 @@ impl UnopenedDevice {
         notify: DeviceNotify,
     ) -> Result<AttachedDevice, DeviceError> {
         let name = self.leased.function.name.to_string();
-        let token = self.token.map(|token| token.to_string());
-        let mut io =
-            VfioDevice::open(Attachment::Group(self.iommu_group), &name, token.as_deref())?;
-        if self.must_not_reset {
+        let mut io = VfioDevice::open(self.attachment, &name)?;
+        if self.opening.must_not_reset {
             io.forbid_resets();
         }
-        AttachedDevice::new(self.leased, io, self.rom, router, notify)
+        AttachedDevice::new(self.leased, io, self.opening.rom, router, notify)
     }
 }
 
-/// Devices that are being opened, each on a thread of its own.
+/// Devices that enter the address space or are opened, each on a thread of its own.
+pub struct Underway<T>(Vec<(DeviceName, Task<Result<T, DeviceError>>)>);
+
+/// Devices that are being opened.
 pub struct Opening {
-    tasks: Vec<(DeviceName, Task<Result<AttachedDevice, DeviceError>>)>,
+    devices: Underway<AttachedDevice>,
     /// The devices that the VM has besides.
     others: BTreeSet<DeviceName>,
 }
 
 impl Opening {
+    /// Opens devices.
+    ///
+    /// # Errors
+    /// No thread could be made.
     pub(super) fn start(
         devices: Vec<UnopenedDevice>,
         others: BTreeSet<DeviceName>,
@@ -72,23 +109,19 @@ impl Opening {
         notify: &DeviceNotify,
         sandbox: &Sandbox,
     ) -> Result<Self, DeviceError> {
-        let open = |device: UnopenedDevice| {
-            let name = device.leased.function.name;
+        let tasks = devices.into_iter().map(|device| {
             let (router, notify) = (Arc::clone(router), Arc::clone(notify));
-            let body = move || device.open(router, notify);
-            let task = threads::spawn(Role::Device, sandbox, body);
-            Ok((name, task.map_err(cannot("spawn a thread"))?))
-        };
-        let tasks = devices.into_iter().map(open);
+            let name = device.leased.function.name;
+            spawn(name, sandbox, move || device.open(router, notify))
+        });
         Ok(Self {
-            tasks: tasks.collect::<Result<_, DeviceError>>()?,
+            devices: Underway(tasks.collect::<Result<_, DeviceError>>()?),
             others,
         })
     }
 
-    /// Waits for the devices, until a deadline or until `cancelled` is true. A device in whose open the kernel
-    /// hangs is abandoned: its lease ends when the kernel returns. Then the buses are reset of those devices that
-    /// have no reset of their own.
+    /// Waits for the devices as [`Underway::wait`] does. Then the buses are reset of those devices that have no reset
+    /// of their own.
     ///
     /// # Errors
     /// The first device that could not be opened, or whose bus could not be reset. The others are closed then.
@@ -97,11 +130,49 @@ impl Opening {
         sandbox: &Sandbox,
         cancelled: impl Fn() -> bool,
     ) -> Result<Vec<AttachedDevice>, DeviceError> {
+        reset_buses(self.devices.wait(cancelled)?, &self.others, sandbox)
+    }
+}
+
+impl Underway<UnopenedDevice> {
+    /// Has devices enter the address space.
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub(super) fn enter(
+        devices: Vec<EnteringDevice>,
+        sandbox: &Sandbox,
+    ) -> Result<Self, DeviceError> {
+        let tasks = devices.into_iter().map(|device| {
+            let name = device.leased.function.name;
+            spawn(name, sandbox, move || device.attach())
+        });
+        tasks.collect::<Result<_, DeviceError>>().map(Self)
+    }
+}
+
+/// Runs `body` on a thread for the device `name`.
+fn spawn<T: Send + 'static>(
+    name: DeviceName,
+    sandbox: &Sandbox,
+    body: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
+) -> Result<(DeviceName, Task<Result<T, DeviceError>>), DeviceError> {
+    let task = threads::spawn(Role::Device, sandbox, body);
+    Ok((name, task.map_err(cannot("spawn a thread"))?))
+}
+
+impl<T> Underway<T> {
+    /// Waits for the devices, until a deadline or until `cancelled` is true. A device in whose open the kernel
+    /// hangs is abandoned: its lease ends when the kernel returns.
+    ///
+    /// # Errors
+    /// The first device that could not be opened. The others are closed then.
+    pub fn wait(self, cancelled: impl Fn() -> bool) -> Result<Vec<T>, DeviceError> {
         let begun = Instant::now();
         let deadline = begun + OPEN_TIMEOUT;
         let wanted = || !cancelled();
         // Waits for all even if one fails: the open ones are closed here.
-        let opened = self.tasks.into_iter().map(|(device, task)| {
+        let opened = self.0.into_iter().map(|(device, task)| {
             task.join_while(deadline, wanted).unwrap_or_else(|task| {
                 task.abandon();
                 let seconds = begun.elapsed().as_secs();
@@ -109,7 +180,6 @@ impl Opening {
             })
         });
         let opened: Vec<_> = opened.collect();
-        let devices = opened.into_iter().collect::<Result<Vec<_>, _>>()?;
-        reset_buses(devices, &self.others, sandbox)
+        opened.into_iter().collect()
     }
 }

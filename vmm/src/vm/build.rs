@@ -202,8 +202,10 @@ fn acquire(
     };
     let acquirer = Acquirer {
         lessor,
+        back_end: config.back_end_on(host),
         observer: &observer,
         host,
+        sandbox: &context.sandbox,
     };
     let cancelled = || signals.check().is_err();
     let acquired = acquirer.acquire(&config.devices, &roms, None, &cancelled);

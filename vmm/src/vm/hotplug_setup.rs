@@ -31,7 +31,7 @@ const FUNCTIONS: usize = 8;
 pub struct HotplugSetup {
     /// Leases and opens the devices of the VM.
     pub opener: Opener,
-    /// Tells KVM of their groups.
+    /// Tells KVM of them.
     pub observer: Arc<VfioObserver>,
 }
 
@@ -70,6 +70,7 @@ impl HotplugSetup {
     ) -> Result<AttachWorker, HostError> {
         let attacher = Attacher {
             opener: self.opener,
+            back_end: config.back_end_on(&context.host),
             observer: self.observer,
             router: Arc::new(machine.routes.clone()),
             space: space.map_or_else(Weak::new, Arc::downgrade),

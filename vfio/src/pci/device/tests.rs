@@ -264,7 +264,7 @@ fn outside_d0_nothing_is_mapped() {
     assert_eq!((rig.device.power(), rig.read(PM + 4) & 3), (3, 3));
     rig.write(CMD, &[0x02]);
     rig.write(CMD, &[0x06]);
-    assert_eq!(rig.device.trace.mapped(), []);
+    assert!(rig.device.trace.mapped().is_empty());
 
     rig.events();
     rig.write(PM + 4, &[0x00, 0]);
@@ -284,7 +284,7 @@ fn what_a_function_keeps_in_d3hot_depends_on_no_soft_reset() {
         rig.write(CMD, &[0x06]);
         rig.write(MSIX + 2, &[0, 0x80]);
         rig.write(PM + 4, &[3, 0]);
-        assert_eq!(rig.device.trace.mapped(), []);
+        assert!(rig.device.trace.mapped().is_empty());
         assert!(rig.device.armed().is_some(), "it may yet come back");
         rig.events();
         rig.write(PM + 4, &[0, 0]);
@@ -380,7 +380,7 @@ fn a_reset_gives_back_the_function_that_the_guest_began_with() {
         at(&format!("{COMMAND} [00, 04]")) < at("reset"),
         "DMA ends first"
     );
-    assert_eq!(rig.device.trace.mapped(), []);
+    assert!(rig.device.trace.mapped().is_empty());
     assert_eq!(
         (rig.device.command(), rig.device.power(), rig.router.live()),
         (reg::COMMAND_INTX_DISABLE, 0, 0)
@@ -411,7 +411,7 @@ fn a_retired_function_has_no_mappings_interrupts_or_dma_and_gets_none() {
     assert!(unmapped.is_some() && unmapped < stopped, "{events:?}");
     let quiet = || {
         assert_eq!(rig.device.command(), 0x0400);
-        assert_eq!(rig.device.trace.mapped(), []);
+        assert!(rig.device.trace.mapped().is_empty());
         assert_eq!(rig.device.armed(), None);
         assert_eq!(rig.router.live(), 0);
     };
@@ -435,7 +435,7 @@ fn a_function_that_does_not_stop_is_reset() {
     rig.device.trace.fail(0, usize::MAX);
     rig.function.retire().unwrap_err();
     assert!(rig.function.reset_failed());
-    assert_eq!(rig.device.trace.mapped(), []);
+    assert!(rig.device.trace.mapped().is_empty());
 }
 
 #[test]
@@ -457,7 +457,7 @@ fn a_device_without_a_reset_is_quieted_and_stays_usable() {
     rig.write(CMD, &[0x06]);
     rig.function.reset(&FakeSpace(&rig.device)).unwrap();
     assert_eq!(rig.device.command(), reg::COMMAND_INTX_DISABLE);
-    assert_eq!(rig.device.trace.mapped(), []);
+    assert!(rig.device.trace.mapped().is_empty());
 }
 
 #[test]
@@ -468,7 +468,7 @@ fn a_failed_reset_is_told_and_leaves_nothing_mapped() {
         rig.write(MSIX + 2, &[0, 0x80]);
         rig.device.trace.fail_after(steps);
         let reset = rig.function.reset(&FakeSpace(&rig.device));
-        assert_eq!(rig.device.trace.mapped(), []);
+        assert!(rig.device.trace.mapped().is_empty());
         assert_eq!(rig.read(CMD) & 0xffff, 0);
         let failed = rig.device.trace.failed();
         assert_eq!(
@@ -683,8 +683,8 @@ proptest! {
         drop(trapped);
         drop(function);
         prop_assert_eq!((device.mappings(), router.live()), (0, 0));
-        prop_assert_eq!(router.lines(), []);
-        prop_assert_eq!(device.trace.mapped(), []);
+        prop_assert!(router.lines().is_empty());
+        prop_assert!(device.trace.mapped().is_empty());
     }
 }
 

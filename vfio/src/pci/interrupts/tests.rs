@@ -106,7 +106,7 @@ fn a_vector_costs_nothing_before_it_is_unmasked() {
     rig.mask(64);
     rig.msix(ENABLE);
     assert_eq!(rig.device.trace.take(), ["irqs 0..1"]);
-    assert_eq!(rig.armed(), []);
+    assert!(rig.armed().is_empty());
 
     rig.unmask(64);
     let order = ["route 0", "route 0 set Some(80)", "irqs 64..65"];
@@ -165,7 +165,7 @@ fn a_masked_vector_stays_armed_and_remembers() {
         assert_eq!(rig.device.trace.take(), ["route 0 set None"]);
         assert_eq!(rig.pending(), 0);
         rig.device.fire(2);
-        assert_eq!(rig.delivered(), []);
+        assert!(rig.delivered().is_empty());
         assert_eq!(rig.pending(), 1 << 2);
         match by_function {
             true => rig.msix(ENABLE),
@@ -231,7 +231,7 @@ fn what_may_be_lost_while_vectors_are_away_is_made_up_for() {
     let rig = Rig::fixed();
     rig.msix(ENABLE);
     rig.unmask(0);
-    assert_eq!(rig.delivered(), []);
+    assert!(rig.delivered().is_empty());
     rig.unmask(1);
     assert_eq!(
         rig.delivered(),

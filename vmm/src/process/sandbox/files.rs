@@ -12,6 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use gantry_resources::base::HostPaths;
+use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::holding::{own_files, shared_quarantine};
 use gantry_resources::pools::Groups;
 use landlock::{
@@ -152,6 +153,7 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     let mut rules = vec![
         rule(&host.dev.join("kvm"), device),
         rule(&host.dev.join("vfio"), device | AccessFs::ReadDir),
+        rule(&VfioBackEnd::Iommufd.node(host), device),
         // Helpers' standard streams.
         rule(&host.dev.join("null"), device),
         rule(&host.sysfs, read),
@@ -277,19 +279,28 @@ mod tests {
         fs::create_dir(record).unwrap_err();
     }
 
+    /// Files of others.
+    const OTHERS: [&str; 6] = [
+        "run/web.sock",
+        "run/vms/7.lock",
+        "run/leases/0000:01:00.0.lock",
+        "run/allocate.lock",
+        "var/maintenance.json",
+        "sys/devices/system/cpu/online",
+    ];
+
+    fn devices_are_written(dev: &Path) {
+        for node in ["vfio/7", "vfio/devices/vfio0", "iommu"] {
+            let mut open = fs::OpenOptions::new();
+            open.read(true).write(true).open(dev.join(node)).unwrap();
+        }
+    }
+
     /// On a thread of its own, as the rules cannot be undone. Checks nothing if the kernel has no Landlock.
     #[test]
     fn only_what_was_named_is_reached_and_nothing_of_others_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let host = HostPaths::under(folder.path());
-        let others = [
-            "run/web.sock",
-            "run/vms/7.lock",
-            "run/leases/0000:01:00.0.lock",
-            "run/allocate.lock",
-            "var/maintenance.json",
-            "sys/devices/system/cpu/online",
-        ];
         let own = [
             "run/leases/0000:01:00.0.lock",
             "run/restore/driver/x",
@@ -297,8 +308,14 @@ mod tests {
             "sys/bus/pci/drivers_probe",
             "sys/devices/pci0000:00/driver_override",
         ];
-        let files = ["vmlinux", "secret", "program", "dev/vfio/7"];
-        let files = files.iter().chain(&others).chain(&own).copied();
+        let files = ["vmlinux", "secret", "program"];
+        let nodes = ["dev/vfio/7", "dev/vfio/devices/vfio0", "dev/iommu"];
+        let files = files
+            .iter()
+            .chain(&nodes)
+            .chain(&OTHERS)
+            .chain(&own)
+            .copied();
         for path in files.chain(["proc/x", "proc/self/maps"]) {
             let path = folder.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -322,7 +339,7 @@ mod tests {
             }
             fs::read(root.join("secret")).unwrap_err();
             fs::remove_file(root.join("vmlinux")).unwrap_err();
-            for path in others {
+            for path in OTHERS {
                 fs::remove_file(root.join(path)).unwrap_err();
             }
             fs::write(root.join("sys/devices/system/cpu/online"), "0").unwrap_err();
@@ -336,9 +353,10 @@ mod tests {
             for path in ["run/restore/driver/x", "var/quarantine/x"] {
                 is_a_place_for_regular_files_alone(&root.join(path));
             }
-            for path in ["vmlinux", "program", "run/web.sock", "dev/vfio/7", "proc/x"] {
+            for path in ["vmlinux", "program", "run/web.sock", "proc/x"] {
                 fs::read(root.join(path)).unwrap();
             }
+            devices_are_written(&root.join("dev"));
             fs::write(root.join("logs/new"), "text").unwrap();
             for path in ["vmlinux", "proc/x", "logs/other/x", "new"] {
                 fs::write(root.join(path), "text").unwrap_err();

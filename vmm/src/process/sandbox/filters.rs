@@ -174,7 +174,7 @@ const VM_REQUESTS: &[c_ulong] = &[
 
 const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
 
-/// KVM is told of VFIO groups that join or leave.
+/// KVM is told of VFIO groups or cdevs that come or go.
 const GROUP_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_device_attr>(0xe1), // KVM_SET_DEVICE_ATTR
 ];

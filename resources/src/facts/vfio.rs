@@ -1,0 +1,141 @@
+//! VFIO's two back ends: type1 containers with IOMMU groups, and iommufd with a cdev for each device.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::base::sysfs;
+
+/// The kernel interface through which a VM has its devices and maps its RAM for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VfioBackEnd {
+    /// A type1 container, which IOMMU groups join.
+    Container,
+    /// iommufd, to which cdevs are bound.
+    Iommufd,
+}
+
+impl VfioBackEnd {
+    /// The one for a VM that asks for none: the container if the host has both.
+    pub fn of_host(paths: &HostPaths) -> Self {
+        let has = |back_end: Self| back_end.node(paths).exists();
+        match !has(Self::Container) && has(Self::Iommufd) {
+            true => Self::Iommufd,
+            false => Self::Container,
+        }
+    }
+
+    /// The node that gives a new DMA address space.
+    pub fn node(self, paths: &HostPaths) -> PathBuf {
+        match self {
+            Self::Container => paths.dev.join("vfio/vfio"),
+            Self::Iommufd => paths.dev.join("iommu"),
+        }
+    }
+}
+
+impl fmt::Display for VfioBackEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Container => "VFIO container",
+            Self::Iommufd => "iommufd",
+        })
+    }
+}
+
+/// A device has no cdev.
+#[derive(Debug, Error)]
+pub enum CdevError {
+    /// The device is bound to no VFIO driver, or the kernel makes no cdevs.
+    #[error(
+        "{device} has no VFIO cdev, which iommufd needs: its driver is not a VFIO driver, or the kernel has no \
+         CONFIG_VFIO_DEVICE_CDEV\nuse its IOMMU group instead: set \"iommufd\": false under \"platform\" in the VM's \
+         file"
+    )]
+    None {
+        /// The device.
+        device: DeviceName,
+    },
+    /// sysfs cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The cdev's node of a device (Documentation/driver-api/vfio.rst).
+///
+/// # Errors
+/// It has none, or sysfs cannot be read.
+pub fn cdev(paths: &HostPaths, device: DeviceName) -> Result<PathBuf, CdevError> {
+    let directory = match device {
+        DeviceName::Pci(bdf) => paths.pci_device(bdf),
+        DeviceName::Mdev(uuid) => paths.mdev(uuid),
+    };
+    let directory = directory.join("vfio-dev");
+    let names = sysfs::entries(&directory).map_err(|source| CdevError::Read {
+        path: directory.clone(),
+        source,
+    })?;
+    // Without cdevs the kernel has the directory, and no device number in it.
+    let mut names = names.iter();
+    let name = names.find(|name| directory.join(name).join("dev").exists());
+    let node = name.map(|name| paths.dev.join("vfio/devices").join(name));
+    node.ok_or(CdevError::None { device })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn host() -> (tempfile::TempDir, HostPaths) {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths::under(root.path());
+        (root, paths)
+    }
+
+    #[test]
+    fn the_container_is_taken_where_there_is_one() {
+        let (_root, paths) = host();
+        let chosen = || VfioBackEnd::of_host(&paths);
+        assert_eq!(chosen(), VfioBackEnd::Container, "to be missed by name");
+        fs::create_dir_all(paths.dev.join("vfio")).unwrap();
+        fs::write(paths.dev.join("iommu"), "").unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Iommufd);
+        fs::write(paths.dev.join("vfio/vfio"), "").unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Container);
+    }
+
+    #[test]
+    fn a_cdev_is_found_by_its_device_number() {
+        let (_root, paths) = host();
+        let device: DeviceName = "01:00.0".parse().unwrap();
+        let sysfs = paths
+            .sysfs
+            .join("bus/pci/devices/0000:01:00.0/vfio-dev/vfio3");
+        let none = cdev(&paths, device).unwrap_err().to_string();
+        assert!(none.contains("0000:01:00.0 has no VFIO cdev"), "{none}");
+        fs::create_dir_all(&sysfs).unwrap();
+        assert!(matches!(cdev(&paths, device), Err(CdevError::None { .. })));
+        fs::write(sysfs.join("dev"), "511:3").unwrap();
+        let node = cdev(&paths, device).unwrap();
+        assert_eq!(node, paths.dev.join("vfio/devices/vfio3"));
+        let uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+        let sysfs = paths.sysfs.join("bus/mdev/devices").join(uuid);
+        fs::create_dir_all(sysfs.join("vfio-dev/vfio4")).unwrap();
+        fs::write(sysfs.join("vfio-dev/vfio4/dev"), "511:4").unwrap();
+        let node = cdev(&paths, uuid.parse().unwrap()).unwrap();
+        assert_eq!(node, paths.dev.join("vfio/devices/vfio4"));
+    }
+}
