@@ -130,6 +130,11 @@ pub(super) fn virtualisation(facts: &Facts) -> Finding {
 pub(super) fn kvm(facts: &Facts) -> Finding {
     let finding = |level, reason: &str| Finding::new("kvm", "/dev/kvm", level, reason);
     let module = facts.cpu.kvm_module();
+    if facts.config.leaves_out("CONFIG_KVM_IOAPIC") {
+        let reason = format!("the KVM of kernel {} has no I/O APIC", facts.release);
+        return finding(Level::Fail, &reason)
+            .fix("boot a kernel that has CONFIG_KVM_IOAPIC: those of the distributions do");
+    }
     match (facts.kvm, facts.modules.state(module)) {
         (NodeAccess::Ready, _) => {
             let nested = match facts.nested {

@@ -32,6 +32,7 @@ pub(super) struct Facts {
     pub(super) cmdline: CommandLine,
     /// The kernel's release, such as `6.1.0-32-amd64`.
     pub(super) release: String,
+    pub(super) config: KernelConfig,
     /// Vendor and product of the machine, as its firmware says (DMI).
     pub(super) machine: Option<String>,
     /// Name of the user who asks, where it can be told.
@@ -54,6 +55,31 @@ pub(super) struct Facts {
     pub(super) boot: Boot,
     /// Why no VM starts for now.
     pub(super) maintenance: Option<String>,
+}
+
+/// The configuration that the kernel was built with, where /boot has it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct KernelConfig(pub(super) Option<String>);
+
+impl KernelConfig {
+    fn read(root: &Path, release: &str) -> Self {
+        let config = sysfs::table(&root.join("boot").join(format!("config-{release}")));
+        Self(config.ok().filter(|text| !text.is_empty()))
+    }
+
+    /// Whether the kernel's image has the option.
+    pub(super) fn builds(&self, option: &str) -> Option<bool> {
+        let yes = format!("{option}=y");
+        let config = self.0.as_ref()?;
+        Some(config.lines().any(|line| line == yes))
+    }
+
+    /// Whether the option was left out, and not only unknown to that version of Linux.
+    pub(super) fn leaves_out(&self, option: &str) -> bool {
+        let no = format!("# {option} is not set");
+        let config = self.0.as_deref().unwrap_or_default();
+        config.lines().any(|line| line == no)
+    }
 }
 
 /// The devices and who wants them.
@@ -88,10 +114,11 @@ impl Facts {
         Ok(Self {
             machine: machine(&paths.sysfs.join("class/dmi/id")),
             user: user(paths, &root),
+            config: KernelConfig::read(&root, &release),
             cpu: Cpu::parse(&sysfs::table(&paths.proc.join("cpuinfo")).unwrap_or_default()),
             kvm: access(&paths.dev.join("kvm")),
             nested: nested(&module),
-            iommu: Iommu::read(paths, &root, &release),
+            iommu: Iommu::read(paths),
             modules: Modules::read(&paths.sysfs, &root, &release),
             vfio: access(&paths.dev.join("vfio/vfio")),
             modprobe: Modprobe::read(&root),

@@ -21,8 +21,6 @@ pub(super) struct Iommu {
     pub(super) groups: Vec<String>,
     /// Whether interrupts are remapped; none where /proc/interrupts does not tell.
     pub(super) remapped: Option<bool>,
-    /// The kernel's configuration, where /boot has it.
-    pub(super) config: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +61,7 @@ enum State {
 }
 
 impl Iommu {
-    pub(super) fn read(paths: &HostPaths, root: &Path, release: &str) -> Self {
+    pub(super) fn read(paths: &HostPaths) -> Self {
         let tables = paths.sysfs.join("firmware/acpi/tables");
         let class = paths.sysfs.join("class/iommu");
         let groups = paths.sysfs.join("kernel/iommu_groups");
@@ -80,13 +78,11 @@ impl Iommu {
             (text(&dir.join("name")) != "vfio-noiommu").then(|| text(&dir.join("type")))
         };
         let interrupts = sysfs::table(&paths.proc.join("interrupts")).unwrap_or_default();
-        let config = sysfs::table(&root.join("boot").join(format!("config-{release}")));
         Self {
             tables: names(&tables),
             units: names(&class).into_iter().map(unit).collect(),
             groups: names(&groups).iter().filter_map(group).collect(),
             remapped: remapped(&interrupts),
-            config: config.ok().filter(|text| !text.is_empty()),
         }
     }
 
@@ -107,12 +103,6 @@ impl Iommu {
                 _ => Kind::Other,
             }
         }
-    }
-
-    fn built(&self, option: &str) -> Option<bool> {
-        let yes = format!("{option}=y");
-        let config = self.config.as_ref()?;
-        Some(config.lines().any(|line| line == yes))
     }
 }
 
@@ -161,7 +151,7 @@ fn state(facts: &Facts, kind: Kind) -> State {
     let off = off_words(facts, kind);
     if !off.is_empty() {
         State::Words(off)
-    } else if iommu.built(option) == Some(false) {
+    } else if facts.config.builds(option) == Some(false) {
         State::NotBuilt(option)
     } else if kind == Kind::Intel && facts.cmdline.switch("intel_iommu", "on", "off").is_none() {
         State::NotAsked

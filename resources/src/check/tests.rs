@@ -495,6 +495,25 @@ fn kvm_that_may_not_be_opened_is_told_from_kvm_that_is_not_there() {
     assert!(text.contains("make /dev/kvm visible"), "{text}");
 }
 
+/// Linux 6.17 made the option one that can be left out.
+#[test]
+fn kvm_without_an_interrupt_controller_fails() {
+    for (config, expected) in [
+        (
+            "CONFIG_KVM=m\n# CONFIG_KVM_IOAPIC is not set\n",
+            Level::Fail,
+        ),
+        ("CONFIG_KVM=m\nCONFIG_KVM_IOAPIC=y\n", Level::Ok),
+        ("CONFIG_KVM=m\n", Level::Ok),
+    ] {
+        let mut facts = Host::unpack("intel-ok").facts();
+        facts.config.0 = Some(config.into());
+        let (level, text) = answer(&judge(&facts), "kvm");
+        assert_eq!(level, expected, "{text}");
+        assert_eq!(text.contains("CONFIG_KVM_IOAPIC"), level == Level::Fail);
+    }
+}
+
 #[test]
 fn virtualisation_that_is_off_is_named_as_the_vendor_does() {
     for (host, name) in [
@@ -530,7 +549,8 @@ fn an_iommu_that_stays_off_for_no_visible_reason_is_a_case_for_the_kernels_log()
     facts.cmdline = super::cmdline::CommandLine::parse("intel_iommu=on");
     let (_, text) = answer(&judge(&facts), "iommu");
     assert!(text.contains("dmesg"), "{text}");
-    facts.iommu.config = Some("CONFIG_AMD_IOMMU=y\n# CONFIG_INTEL_IOMMU is not set\n".into());
+    let config = "CONFIG_AMD_IOMMU=y\n# CONFIG_INTEL_IOMMU is not set\n";
+    facts.config.0 = Some(config.into());
     let (_, text) = answer(&judge(&facts), "iommu");
     assert!(text.contains("without CONFIG_INTEL_IOMMU"), "{text}");
 }

@@ -188,37 +188,43 @@ pub fn set_irqs(
     start: u32,
     triggers: &[Option<&EventFd>],
 ) -> io::Result<()> {
-    let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
     let fds = triggers.iter().map(|fd| fd.map_or(-1, AsRawFd::as_raw_fd));
-    irq_set(device, flags, index, start, fds)
+    set(device, &irq_set(TRIGGERED_BY, index, start, fds)?)
 }
 
 /// Has the device raise an interrupt of the index again, if it still wants one, when `resample` is written.
 pub fn unmask_by(device: BorrowedFd<'_>, index: Irq, resample: &EventFd) -> io::Result<()> {
-    let flags = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_UNMASK;
-    irq_set(device, flags, index, 0, [resample.as_raw_fd()].into_iter())
+    let fds = [resample.as_raw_fd()].into_iter();
+    set(device, &irq_set(UNMASKED_BY, index, 0, fds)?)
 }
 
 /// Disconnects every interrupt of the index, and disables it in the device.
 pub fn disable_irqs(device: BorrowedFd<'_>, index: Irq) -> io::Result<()> {
-    let flags = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
-    irq_set(device, flags, index, 0, std::iter::empty())
+    set(device, &irq_set(DISABLED, index, 0, std::iter::empty())?)
 }
 
+const TRIGGERED_BY: u32 = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+const UNMASKED_BY: u32 = abi::VFIO_IRQ_SET_DATA_EVENTFD | abi::VFIO_IRQ_SET_ACTION_UNMASK;
+/// With no interrupts: with some, the request raises them.
+const DISABLED: u32 = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+
+/// A `vfio_irq_set`: argsz, flags, index, start, count, then the fds, 32 bits each.
 fn irq_set(
-    device: BorrowedFd<'_>,
     flags: u32,
     index: Irq,
     start: u32,
     fds: impl ExactSizeIterator<Item = c_int>,
-) -> io::Result<()> {
-    // struct vfio_irq_set: argsz, flags, index, start, count, then the fds, 32 bits each.
+) -> io::Result<Vec<u32>> {
     let count = u32::try_from(fds.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut words = vec![0, flags, index as u32, start, count];
     words.extend(fds.map(|fd| fd as u32));
     words[0] = size_of_val(words.as_slice()) as u32;
-    // SAFETY: the kernel reads the `argsz` bytes that the buffer says it has and has.
-    let ret = unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, words.as_ptr()) };
+    Ok(words)
+}
+
+fn set(device: BorrowedFd<'_>, irq_set: &[u32]) -> io::Result<()> {
+    // SAFETY: the kernel reads the `argsz` bytes that `irq_set` says it has and has.
+    let ret = unsafe { ioctl_with_ptr(&device, DEVICE_SET_IRQS, irq_set.as_ptr()) };
     match checked(ret)? {
         0 => Ok(()),
         // The host has too few interrupt vectors: the result is how many it has.
@@ -374,6 +380,19 @@ mod tests {
             devfn,
         } = bus_function(7, place);
         assert_eq!((owner, segment, bus, devfn), (7, 0x1234, 5, 9));
+    }
+
+    /// TRAPS 39: what disables has no interrupts, and what connects or disconnects one names an eventfd.
+    #[test]
+    fn only_a_set_of_no_interrupts_disables_them() {
+        let off = irq_set(DISABLED, Irq::Msix, 0, std::iter::empty()).unwrap();
+        let none_trigger = abi::VFIO_IRQ_SET_DATA_NONE | abi::VFIO_IRQ_SET_ACTION_TRIGGER;
+        assert_eq!(off, [20, none_trigger, 2, 0, 0]);
+        let two = irq_set(TRIGGERED_BY, Irq::Msi, 3, [7, -1].into_iter()).unwrap();
+        assert_eq!(two, [28, 0x24, 1, 3, 2, 7, u32::MAX]);
+        for flags in [TRIGGERED_BY, UNMASKED_BY] {
+            assert_eq!(flags & abi::VFIO_IRQ_SET_DATA_NONE, 0);
+        }
     }
 
     #[test]

@@ -47,6 +47,13 @@ pub enum KvmError {
     /// The kernel lacks something gantry stands on.
     #[error("this kernel's KVM lacks {0:?}; gantry needs Linux 5.10 or later")]
     Lacks(Cap),
+    /// The kernel's KVM leaves interrupt controllers to user space.
+    #[error(
+        "this kernel's KVM has no I/O APIC (KVM_CREATE_IRQCHIP): it was built without \
+         CONFIG_KVM_IOAPIC\n\
+         boot a kernel that has it, as those of the distributions do"
+    )]
+    NoIoApic,
     /// A KVM call failed.
     #[error("KVM: {call}")]
     Call {
@@ -89,8 +96,7 @@ impl KvmVm {
             .map_err(KvmError::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(TSS)
             .map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
-        vm.create_irq_chip()
-            .map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
+        vm.create_irq_chip().map_err(no_irqchip)?;
         Ok(Self {
             kvm,
             vm: Arc::new(vm),
@@ -158,6 +164,14 @@ impl KvmVm {
     }
 }
 
+/// A kernel without `CONFIG_KVM_IOAPIC` does not know the call.
+fn no_irqchip(errno: kvm_ioctls::Error) -> KvmError {
+    match errno.errno() {
+        libc::ENOTTY => KvmError::NoIoApic,
+        _ => KvmError::call("KVM_CREATE_IRQCHIP")(errno),
+    }
+}
+
 fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|errno| match errno.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
@@ -180,5 +194,18 @@ fn open() -> Result<Kvm, KvmError> {
     match needed.into_iter().find(|cap| !kvm.check_extension(*cap)) {
         Some(cap) => Err(KvmError::Lacks(cap)),
         None => Ok(kvm),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_an_io_apic_is_told_by_its_option() {
+        let error = no_irqchip(kvm_ioctls::Error::new(libc::ENOTTY)).to_string();
+        assert!(error.contains("CONFIG_KVM_IOAPIC"), "{error}");
+        let error = no_irqchip(kvm_ioctls::Error::new(libc::ENOMEM)).to_string();
+        assert!(error.contains("KVM_CREATE_IRQCHIP"), "{error}");
     }
 }
