@@ -55,8 +55,12 @@ impl ExtendedCapabilityId {
     pub const NULL: Self = Self(0x0000);
     /// Advanced error reporting.
     pub const AER: Self = Self(0x0001);
+    /// Virtual channels and traffic classes.
+    pub const VIRTUAL_CHANNEL: Self = Self(0x0002);
     /// Device serial number.
     pub const SERIAL_NUMBER: Self = Self(0x0003);
+    /// Power budgeting.
+    pub const POWER_BUDGETING: Self = Self(0x0004);
     /// Vendor-specific.
     pub const VENDOR_SPECIFIC: Self = Self(0x000b);
     /// Access control services.
@@ -73,8 +77,16 @@ impl ExtendedCapabilityId {
     pub const PRI: Self = Self(0x0013);
     /// Resizable BARs.
     pub const RESIZABLE_BAR: Self = Self(0x0015);
+    /// Hints about where data is processed.
+    pub const TPH: Self = Self(0x0017);
+    /// Latency tolerance.
+    pub const LTR: Self = Self(0x0018);
+    /// The link's equalisation.
+    pub const SECONDARY_PCI_EXPRESS: Self = Self(0x0019);
     /// Process address space id.
     pub const PASID: Self = Self(0x001b);
+    /// Containment of errors by ports.
+    pub const DPC: Self = Self(0x001d);
     /// L1 power management substates.
     pub const L1_PM_SUBSTATES: Self = Self(0x001e);
     /// Precision time measurement.

@@ -36,8 +36,8 @@ pub struct Area {
 enum Content {
     /// Emulated bytes, and the bits of them that the guest may write. Equally long.
     Emulated { bytes: Vec<u8>, writable: Vec<u8> },
-    /// All accesses go to the backing.
-    PassThrough { len: u16 },
+    /// Accesses go to the backing; writes only if it is `writable`.
+    PassThrough { len: u16, writable: bool },
 }
 
 impl Area {
@@ -60,17 +60,26 @@ impl Area {
 
     /// Hardware registers, unchanged.
     pub fn pass_through(offset: u16, len: u16) -> Self {
+        Self::hardware(offset, len, true)
+    }
+
+    /// Hardware registers that no write of the guest reaches.
+    pub fn pass_through_read_only(offset: u16, len: u16) -> Self {
+        Self::hardware(offset, len, false)
+    }
+
+    fn hardware(offset: u16, len: u16, writable: bool) -> Self {
         let len = len.min(CONFIG_SIZE.saturating_sub(offset));
         Self {
             offset,
-            content: Content::PassThrough { len },
+            content: Content::PassThrough { len, writable },
         }
     }
 
     fn len(&self) -> usize {
         match &self.content {
             Content::Emulated { bytes, .. } => bytes.len(),
-            Content::PassThrough { len } => usize::from(*len),
+            Content::PassThrough { len, .. } => usize::from(*len),
         }
     }
 
@@ -91,8 +100,9 @@ impl Area {
                     bytes: cut(bytes),
                     writable: cut(writable),
                 },
-                Content::PassThrough { .. } => Content::PassThrough {
+                Content::PassThrough { writable, .. } => Content::PassThrough {
                     len: (end - start) as u16,
+                    writable: *writable,
                 },
             },
         }
@@ -182,7 +192,10 @@ impl ConfigSpace {
                         *byte = *byte & !mask | new & mask;
                     }
                 }
-                Content::PassThrough { .. } => write_backing(here.start, data, backing),
+                Content::PassThrough { writable: true, .. } => {
+                    write_backing(here.start, data, backing);
+                }
+                Content::PassThrough { .. } => {}
             }
         }
     }

@@ -2,14 +2,15 @@
 //!
 //! Registers are passed through, with these exceptions. The BARs, the command register, the power state, MSI
 //! and the MSI-X control are emulated: the hardware's own registers follow in another form or not at all.
-//! Capabilities in [`HIDDEN`] and
-//! [`HIDDEN_EXTENDED`] are removed from the lists and read zero.
+//! [`capabilities`] says which capabilities are hidden, and which the guest only reads.
 
 use gantry_devices::pci::capability::{walk_extended, walk_standard};
 use gantry_devices::pci::interrupts::{InBar, MsiLayout, MsixLayout};
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Area, Capability, CapabilityId, ConfigSpace};
 use gantry_devices::pci::{ExtendedCapability, ExtendedCapabilityId};
+
+use super::capabilities::{self, Treatment};
 
 /// The header, which every function has. Mediated devices may have less than 256 bytes in all: some of the
 /// kernel's samples end a byte short.
@@ -29,31 +30,6 @@ const COMMAND_SERR: u16 = 1 << 8;
 /// Status: INTx is asserted.
 pub(super) const STATUS_INTX: u8 = 1 << 3;
 const BIST: u16 = 0x0f;
-
-/// Standard capabilities that guests do not get, besides MSI and MSI-X that the host cannot deliver.
-const HIDDEN: [CapabilityId; 1] = [
-    // It gives BARs fixed addresses, and the guest's are elsewhere.
-    CapabilityId::ENHANCED_ALLOCATION,
-];
-
-/// Extended capabilities that guests do not get.
-const HIDDEN_EXTENDED: [ExtendedCapabilityId; 10] = [
-    // The root port and the host decide on the routing of requests.
-    ExtendedCapabilityId::ARI,
-    // The guest has no IOMMU with which to translate for the device.
-    ExtendedCapabilityId::ATS,
-    ExtendedCapabilityId::PRI,
-    ExtendedCapabilityId::PASID,
-    // Virtual functions are the host's.
-    ExtendedCapabilityId::SR_IOV,
-    ExtendedCapabilityId::VF_RESIZABLE_BAR,
-    // The size of a BAR is fixed while VFIO has the device.
-    ExtendedCapabilityId::RESIZABLE_BAR,
-    // Both ends of the link have to agree, and the host has the other one.
-    ExtendedCapabilityId::L1_PM_SUBSTATES,
-    ExtendedCapabilityId::PTM,
-    ExtendedCapabilityId::MULTICAST,
-];
 
 /// The configuration space of a function, and the capabilities whose registers have an effect.
 #[derive(Debug, Clone)]
@@ -175,11 +151,12 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
     };
     header(&mut plan.space, registers);
     let found = walk_standard(|offset| registers.u32(offset));
-    let hidden = |capability: &&Capability| match capability.id {
-        CapabilityId::MSI => deliverable.msi == 0,
-        CapabilityId::MSI_X => !deliverable.msix,
-        id => HIDDEN.contains(&id),
+    let treatment = |capability: &Capability| match capability.id {
+        CapabilityId::MSI if deliverable.msi == 0 => Treatment::Hidden,
+        CapabilityId::MSI_X if !deliverable.msix => Treatment::Hidden,
+        id => capabilities::standard(id),
     };
+    let hidden = |capability: &&Capability| treatment(capability) == Treatment::Hidden;
     for capability in found.iter().filter(hidden) {
         let len = standard_len(registers, capability);
         plan.space.insert(zeros(capability.offset, len));
@@ -195,7 +172,7 @@ pub(super) fn plan(physical: &[u8], deliverable: Deliverable) -> Result<Plan, &'
         plan.space.set(reg::INTERRUPT_PIN, &[pin]);
     }
     if size > EXTENDED_START {
-        extended(&mut plan.space, registers);
+        extended(&mut plan.space, registers, size);
     }
     Ok(plan)
 }
@@ -318,14 +295,24 @@ fn express(space: &mut ConfigSpace, registers: Registers<'_>, capability: u16) {
 
 /// Lists the extended capabilities that guests get. The list always begins at 0x100, with an empty
 /// capability if that one is hidden.
-fn extended(space: &mut ConfigSpace, registers: Registers<'_>) {
+fn extended(space: &mut ConfigSpace, registers: Registers<'_>, end: u16) {
     let found = walk_extended(|offset| registers.u32(offset));
-    let hidden = |capability: &&ExtendedCapability| HIDDEN_EXTENDED.contains(&capability.id);
-    for capability in found.iter().filter(hidden) {
-        let len = extended_len(registers, capability);
-        space.insert(zeros(capability.offset, len));
+    let offsets: Vec<u16> = found.iter().map(|capability| capability.offset).collect();
+    let mut kept = Vec::new();
+    for capability in found {
+        let offset = capability.offset;
+        let behind = offsets.iter().copied().filter(|other| *other > offset);
+        let next = behind.min().unwrap_or(end).max(offset);
+        let len = extended_len(registers, &capability).min(next - offset);
+        match capabilities::extended(capability.id) {
+            Treatment::Shown => kept.push(capability),
+            Treatment::ReadOnly => {
+                space.insert(Area::pass_through_read_only(offset, len));
+                kept.push(capability);
+            }
+            Treatment::Hidden => space.insert(zeros(offset, len)),
+        }
     }
-    let mut kept: Vec<_> = found.iter().filter(|&cap| !hidden(&cap)).copied().collect();
     if kept
         .first()
         .is_none_or(|first| first.offset != EXTENDED_START)
@@ -365,19 +352,27 @@ fn standard_len(registers: Registers<'_>, capability: &Capability) -> u16 {
     }
 }
 
-/// Length of a hidden extended capability (PCI Express Base Specification 6.0, 7.8 to 9.3).
+/// Length of an extended capability (PCI Express Base Specification 6.0, 7.8 to 9.3); the most there is of one that
+/// is not known.
 fn extended_len(registers: Registers<'_>, capability: &ExtendedCapability) -> u16 {
     match capability.id {
+        ExtendedCapabilityId::AER => 0x48,
         ExtendedCapabilityId::SR_IOV => 0x40,
-        ExtendedCapabilityId::PRI | ExtendedCapabilityId::L1_PM_SUBSTATES => 0x10,
-        ExtendedCapabilityId::PTM => 0x0c,
+        ExtendedCapabilityId::PRI
+        | ExtendedCapabilityId::L1_PM_SUBSTATES
+        | ExtendedCapabilityId::DPC => 0x10,
+        ExtendedCapabilityId::PTM | ExtendedCapabilityId::SERIAL_NUMBER => 0x0c,
         ExtendedCapabilityId::MULTICAST => 0x30,
         ExtendedCapabilityId::RESIZABLE_BAR | ExtendedCapabilityId::VF_RESIZABLE_BAR => {
             // The number of BARs is in the first control register.
             let bars = registers.u8(capability.offset + 8) >> 5;
             4 + 8 * u16::from(bars.clamp(1, 6))
         }
-        _ => 8,
+        ExtendedCapabilityId::ARI
+        | ExtendedCapabilityId::ATS
+        | ExtendedCapabilityId::PASID
+        | ExtendedCapabilityId::LTR => 8,
+        _ => u16::MAX,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A host PCI device as a function of the guest's PCI bus.
 
 mod bars;
+mod capabilities;
 mod config;
 mod device;
 mod interrupts;

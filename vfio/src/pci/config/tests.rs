@@ -1,5 +1,7 @@
 //! Tests of the configuration space that guests get.
 
+use std::sync::Mutex;
+
 use gantry_devices::pci::{Backing, NoBacking};
 use proptest::prelude::*;
 
@@ -28,6 +30,18 @@ impl Backing for Bytes<'_> {
     }
 
     fn write(&self, _offset: u16, _data: &[u8]) {}
+}
+
+/// Hardware that remembers what is written to it.
+#[derive(Default)]
+struct Written(Mutex<Vec<Vec<u8>>>);
+
+impl Backing for Written {
+    fn read(&self, _offset: u16, _data: &mut [u8]) {}
+
+    fn write(&self, _offset: u16, data: &[u8]) {
+        self.0.lock().unwrap().push(data.to_vec());
+    }
 }
 
 fn guest_reads(plan: &Plan, physical: &[u8], offset: u16) -> u32 {
@@ -158,7 +172,7 @@ fn msi_is_emulated_where_the_host_can_deliver_it() {
     assert_eq!(registers(&plan), written);
 }
 
-/// The table of capabilities that guests get: each in a space of its own.
+/// The table of capabilities that guests get: each in a space of its own, and written at each width.
 #[test]
 fn each_capability_is_shown_or_hidden() {
     let deliverable = Deliverable {
@@ -178,14 +192,27 @@ fn each_capability_is_shown_or_hidden() {
         assert_eq!(shown, id != 0x14, "{id:#04x}");
         assert!(shown || reads(0x40) == 0, "{id:#04x}");
     }
-    // Multi-function grouping, latency tolerance and others are passed through; these are hidden.
-    let hidden = [0x0e, 0x0f, 0x10, 0x12, 0x13, 0x15, 0x1b, 0x1e, 0x1f, 0x24];
+    let hidden = [
+        0x0e, 0x0f, 0x10, 0x12, 0x13, 0x15, 0x1b, 0x1d, 0x1e, 0x1f, 0x24,
+    ];
+    // Power budgeting, and what vendors define.
+    let written = [0x04, 0x0b, 0x23];
     for id in 1_u16..=0x34 {
         let mut physical = vec![0; 4096];
         physical[0x100..0x104].copy_from_slice(&(0x1501_0003_u32).to_le_bytes());
         physical[0x150..0x154].copy_from_slice(&(0x0001_0000 | u32::from(id)).to_le_bytes());
         physical[0x154..0x158].fill(0xaa);
-        let plan = plan(&physical, deliverable).unwrap();
+        let mut plan = plan(&physical, deliverable).unwrap();
+        let device = Written::default();
+        for data in [&[1][..], &[2; 2], &[4; 4]] {
+            plan.space.write(0x154, data, &device);
+        }
+        let reached = device.0.into_inner().unwrap();
+        let expected: &[&[u8]] = match written.contains(&id) {
+            true => &[&[1], &[2; 2], &[4; 4]],
+            false => &[],
+        };
+        assert_eq!(reached, expected, "{id:#06x}");
         let reads = |offset| guest_reads(&plan, &physical, offset);
         let listed = walk_extended(reads);
         let shown = listed.iter().any(|cap| cap.offset == 0x150);
@@ -272,7 +299,7 @@ proptest! {
                 prop_assert_ne!(found.id, CapabilityId::MSI);
             }
             for found in walk_extended(reads) {
-                prop_assert!(!HIDDEN_EXTENDED.contains(&found.id));
+                prop_assert_ne!(capabilities::extended(found.id), Treatment::Hidden);
             }
         }
     }

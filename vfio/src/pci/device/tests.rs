@@ -688,6 +688,48 @@ proptest! {
     }
 }
 
+/// Registers with an effect: command, BARs, ROM, interrupt line, power, MSI, MSI-X.
+fn control_word() -> impl Strategy<Value = u16> {
+    prop_oneof![
+        Just(CMD),
+        (BARS.start / 4..BARS.end / 4).prop_map(|dword| dword * 4),
+        Just(0x30),
+        Just(0x3c),
+        Just(PM + 4),
+        (MSI / 4..MSI / 4 + 6).prop_map(|dword| dword * 4),
+        Just(MSIX),
+        (0_u16..1024).prop_map(|dword| dword * 4),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// TRAPS 9: a dword has the effect of its two words, and of its four bytes.
+    #[test]
+    fn the_width_of_a_write_does_not_matter(
+        writes in proptest::collection::vec((control_word(), any::<[u8; 4]>()), 1..20),
+    ) {
+        let seen = [4, 2, 1].map(|width| {
+            let mut device = FakeDevice::new();
+            device.regions[Region::ROM.index()].size = 0x1_0000;
+            let rig = Rig::around(device);
+            for (offset, data) in &writes {
+                for (at, data) in (*offset..).step_by(width).zip(data.chunks(width)) {
+                    rig.write(at, data);
+                }
+            }
+            let registers: Vec<u32> = (0..0x400).map(|dword| rig.read(dword * 4)).collect();
+            let hardware = rig.device.config.lock().unwrap().clone();
+            let mut mapped = rig.device.trace.mapped();
+            mapped.sort_unstable();
+            (registers, hardware, mapped, rig.device.armed())
+        });
+        prop_assert_eq!(&seen[0], &seen[1]);
+        prop_assert_eq!(&seen[0], &seen[2]);
+    }
+}
+
 #[test]
 fn configuration_spaces_of_odd_sizes_do_no_harm() {
     for size in [0, 1, 63, 64, 255, 256, 257, 300, 0x102, 0x141, 4095, 5000] {
