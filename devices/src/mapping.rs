@@ -53,7 +53,7 @@ impl HostMapping {
     /// # Errors
     /// `len` is 0, `align` is no power of two, or the kernel has no address space left.
     pub fn anonymous(len: usize, align: usize) -> io::Result<Self> {
-        let mapping = Self::map(len, align, &Backing::Anonymous)?;
+        let mapping = Self::map(len, align, 0, &Backing::Anonymous)?;
         // Without transparent huge pages in the kernel the advice fails and nothing is lost.
         let _ = mapping.advise(libc::MADV_HUGEPAGE);
         mapping.advise(libc::MADV_DONTFORK)?;
@@ -61,14 +61,21 @@ impl HostMapping {
         Ok(mapping)
     }
 
-    /// Maps `len` bytes of `file` from `offset` on, shared, readable and writable, at an address
-    /// aligned to `align` (1 GiB lets the kernel back a large BAR with huge mappings).
+    /// Maps `len` bytes of `file` from `offset` on, shared, readable and writable, at an address that is `skew`
+    /// bytes behind a multiple of `align`. The kernel backs a part of a large BAR with huge pages only where the
+    /// address and the place in the BAR are equally far from a multiple of the huge page's size.
     ///
     /// # Errors
     /// As [`Self::anonymous`], or the file refuses the range.
-    pub fn file(file: BorrowedFd<'_>, offset: u64, len: usize, align: usize) -> io::Result<Self> {
+    pub fn file(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        align: usize,
+        skew: usize,
+    ) -> io::Result<Self> {
         let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        Self::map(len, align, &Backing::File(file, offset))
+        Self::map(len, align, skew, &Backing::File(file, offset))
     }
 
     /// Allocates pages of the range before their first access (`MADV_POPULATE_WRITE`), as huge pages where
@@ -143,7 +150,7 @@ impl HostMapping {
     }
 
     /// Reserves room for any alignment, maps over the aligned part, and gives the rest back.
-    fn map(len: usize, align: usize, backing: &Backing<'_>) -> io::Result<Self> {
+    fn map(len: usize, align: usize, skew: usize, backing: &Backing<'_>) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let len = NonZeroUsize::new(len).ok_or_else(invalid)?;
         if !align.is_power_of_two() {
@@ -166,7 +173,7 @@ impl HostMapping {
             start: checked(start)?,
             len: reserved,
         };
-        let before = start.align_offset(align);
+        let before = skew.wrapping_sub(start as usize) & (align - 1);
         room.trim_front(before);
         room.trim_back(len);
         if let Err(error) = room.fill(backing) {
@@ -305,9 +312,21 @@ mod tests {
     fn a_file_is_mapped_from_its_offset() {
         let file = std::fs::File::open("/dev/zero").unwrap();
         assert!(
-            HostMapping::file(file.as_fd(), 0, 4096, 4096).is_err(),
+            HostMapping::file(file.as_fd(), 0, 4096, 4096, 0).is_err(),
             "opened read-only"
         );
+    }
+
+    #[test]
+    fn a_part_of_a_file_lies_as_far_from_a_huge_page_as_it_does_in_the_file() {
+        let mut options = std::fs::File::options();
+        let file = options.read(true).write(true).open("/dev/zero").unwrap();
+        for skew in [0, 0x6000, (2 << 20) - 4096, (2 << 20) + 4096] {
+            let mapping =
+                HostMapping::file(file.as_fd(), skew as u64, 1 << 20, 2 << 20, skew).unwrap();
+            let behind = mapping.address() % (2 << 20);
+            assert_eq!((behind, mapping.size()), (skew as u64 % (2 << 20), 1 << 20));
+        }
     }
 
     #[test]

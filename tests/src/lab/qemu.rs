@@ -115,7 +115,7 @@ impl Device {
         devices
     }
 
-    /// Only a USB controller, with a stick and a keyboard.
+    /// USB controllers with a stick each, one with a keyboard, and a device with a BAR of 64 GiB: 00:13.0.
     pub fn only_usb() -> Vec<Self> {
         let serial = |number: u8| format!("GANTRY-USB000{number}");
         let without_msix = |number, msi| Self::UsbWithoutMsix {
@@ -126,6 +126,7 @@ impl Device {
             Self::Usb { serial: serial(1) },
             without_msix(2, true),
             without_msix(3, false),
+            Self::BigBar { mib: 64 << 10 },
         ]
     }
 

@@ -190,7 +190,7 @@ const SUITES: &[Suite] = &[
         devices: Device::only_usb,
         udev: false,
         iommufd: None,
-        cases: &[("usb", usb::CASES)],
+        cases: &[("usb", usb::CASES), ("passthrough", passthrough::HUGE)],
     },
 ];
 

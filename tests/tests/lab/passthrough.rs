@@ -26,10 +26,24 @@ pub const MORE: &[Case] = cases![
     a_network_card_talks_to_its_neighbour,
     a_rom_is_the_devices_a_files_or_none,
     a_bar_of_8_gib_has_its_size,
+    a_disk_works_after_d3hot,
+    a_bar_over_other_things_is_not_mapped,
     a_display_comes_with_its_audio,
     a_display_alone_reserves_its_audio,
     a_device_is_named_by_its_path,
 ];
+
+/// For a lab with [`HUGE_BAR`].
+pub const HUGE: &[Case] = cases![a_bar_of_64_gib_is_read_while_memory_is_enabled];
+
+/// The device with a BAR of 64 GiB.
+const HUGE_BAR: &str = "0000:00:13.0";
+
+/// Of the guest's first device: its registers, a function that writes one byte of them, and the address of its
+/// first memory BAR.
+const REGISTERS: &str = "D=/sys/bus/pci/devices/0000:01:00.0; C=$D/config; \
+    put() { printf \"$2\" | dd of=$C bs=1 seek=$1 conv=notrunc 2>/dev/null; }; \
+    B=0x$(lspci -v -s 01:00.0 2>/dev/null | sed -n 's/.*Memory at \\([0-9a-f]*\\).*/\\1/p' | head -n 1)";
 
 fn a_disk_is_the_hosts_own(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
@@ -195,6 +209,101 @@ fn a_network_card_talks_to_its_neighbour(host: &Host) -> Result<()> {
     Ok(())
 }
 
+fn a_disk_works_after_d3hot(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = Vm::new("shell").devices("nvme", 1).start(host)?;
+    running.types(REGISTERS)?;
+    running.types(
+        "P=$((0x$(lspci -vv -s 01:00.0 2>/dev/null | sed -n 's/.*\\[\\(..\\)\\] Power.*/\\1/p') + 4))",
+    )?;
+    running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/unbind")?;
+    let look = |key: &str| format!("echo guest: {key}=$(devmem $B 32) $(od -An -tx1 -j$P -N1 $C)");
+    for (state, key) in [
+        ("", "before"),
+        ("put $P '\\003'; ", "off"),
+        ("put $P '\\000'; ", "after"),
+    ] {
+        running.types(&format!("{state}{}", look(key)))?;
+    }
+    running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/bind")?;
+    running.types("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done")?;
+    running.types("echo guest: sum=$(sha256sum </dev/nvme0n1); poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let [before, off, after] = ["before", "off", "after"].map(|key| ended.value(key));
+    let (before, off, after) = (before?, off?, after?);
+    ensure!(
+        off.starts_with("0xFFFFFFFF ") && off.ends_with('b'),
+        "D3hot: {ended}"
+    );
+    ensure!(
+        before == after && !before.starts_with("0xFFFFFFFF"),
+        "{ended}"
+    );
+    ensure!(
+        ended.value("sum")? == format!("{} -", FIRST.checksum()),
+        "{ended}"
+    );
+    Ok(())
+}
+
+/// RAM, the local APIC, configuration space and the BAR of another device stay as they are.
+fn a_bar_over_other_things_is_not_mapped(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
+    let mut running = Vm::new("shell").devices("nvme", 2).start(host)?;
+    running.types(REGISTERS)?;
+    running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/unbind; F=/tmp/bar")?;
+    running.types("O=$(od -An -tx4 -j16 -N4 /sys/bus/pci/devices/0000:02:00.0/config)")?;
+    running.types(
+        "move() { for at in 0 8 16 24; do printf \"\\\\x$(printf %02x $((($1 >> at) & 255)))\"; done >$F; \
+         dd if=$F of=$C bs=4 seek=4 conv=notrunc 2>/dev/null; }",
+    )?;
+    running.types("mem() { devmem $1 32; }; E=$(mem 0xe0000000)")?;
+    running.types(
+        "for over in 0x1000000 0xfee00000 0xe0000000 $((0x$O)); do move $over; echo guest: was=$(mem $B); done",
+    )?;
+    running.types("echo guest: ecam=$E=$(mem 0xe0000000); move $B; echo guest: now=$(mem $B)")?;
+    running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/bind")?;
+    running.types("until [ -b /dev/nvme0n1 ] && [ -b /dev/nvme1n1 ]; do sleep 0.1; done")?;
+    running.types("cat /dev/nvme[01]n1 | wc -c | sed 's/^/guest: read=/'; poweroff -f")?;
+    let ended = running.end()?.exits(0)?;
+    ensure!(ended.values("was").eq(["0xFFFFFFFF"; 4]), "{ended}");
+    let ecam = ended.value("ecam")?.split_once('=');
+    ensure!(
+        ecam.is_some_and(|(before, after)| before == after),
+        "{ended}"
+    );
+    ensure!(ended.value("now")? != "0xFFFFFFFF", "{ended}");
+    ensure!(ended.number("read")? == 16 << 20, "{ended}");
+    ensure!(ended.errors.contains("BAR stays unmapped"), "{ended}");
+    Ok(())
+}
+
+/// The device has no memory behind its BAR: it reads as 0, and where nothing answers as ones.
+fn a_bar_of_64_gib_is_read_while_memory_is_enabled(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[HUGE_BAR])?;
+    let mut running = Vm::new("shell").lacking("big", 1).start(host)?;
+    running.types(REGISTERS)?;
+    running.types("B=0x$(lspci -v -s 01:00.0 2>/dev/null | sed -n 's/.*at \\([0-9a-f]*\\).*size=64G.*/\\1/p')")?;
+    for (command, key) in [("002", "on"), ("000", "off"), ("002", "again")] {
+        running.types(&format!("put 4 '\\{command}'"))?;
+        running.types(&format!(
+            "echo guest: {key}=$(devmem $B 32) $(devmem $((B + (64 << 30) - 4)) 32)"
+        ))?;
+    }
+    running.types("echo guest: bar=$B; poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let bar = u64::from_str_radix(ended.value("bar")?.trim_start_matches("0x"), 16)?;
+    ensure!(bar >= 64 << 30 && bar.is_multiple_of(64 << 30), "{ended}");
+    for (key, read) in [
+        ("on", "0x00000000"),
+        ("off", "0xFFFFFFFF"),
+        ("again", "0x00000000"),
+    ] {
+        ensure!(ended.value(key)? == format!("{read} {read}"), "{ended}");
+    }
+    Ok(())
+}
+
 /// The guest's kernel reads it through the BAR, which it enables for that.
 fn a_rom_is_the_devices_a_files_or_none(host: &Host) -> Result<()> {
     const FILE: &str = "/tmp/other.rom";
@@ -210,9 +319,9 @@ fn a_rom_is_the_devices_a_files_or_none(host: &Host) -> Result<()> {
         let mut vm = Vm::new("shell").devices("nic", 1);
         vm.file["devices"][0]["rom"] = key;
         let mut running = vm.start(host)?;
-        running.types("cd /sys/bus/pci/devices/0000:01:00.0")?;
-        running.types("[ -e rom ] && echo 1 >rom && echo guest: rom=$(sha256sum <rom)")?;
-        running.types("echo guest: mac=$(cat net/eth0/address); poweroff -f")?;
+        running.types("D=/sys/bus/pci/devices/0000:01:00.0; R=$D/rom")?;
+        running.types("[ -e $R ] && echo 1 >$R && echo guest: rom=$(sha256sum <$R)")?;
+        running.types("echo guest: mac=$(cat $D/net/eth0/address); poweroff -f")?;
         let ended = running.end()?.powered_off()?;
         let read = ended.values("rom").next().map(str::to_owned);
         let expected = expected.map(|sum| format!("{sum} -"));

@@ -321,10 +321,12 @@ impl DeviceIo for VfioDevice {
 
     fn map(&self, region: Region, part: MmapArea) -> Result<Arc<HostMapping>> {
         let len = usize::try_from(part.len).unwrap_or(usize::MAX);
-        let align = part.len.checked_next_power_of_two().unwrap_or(MAX_ALIGN);
-        let align = align.clamp(4096, MAX_ALIGN) as usize;
+        // The BAR's own, as far as that helps: its parts lie in it as those of the BAR do in the guest.
+        let size = self.region(region).size.checked_next_power_of_two();
+        let align = size.unwrap_or(MAX_ALIGN).clamp(4096, MAX_ALIGN);
+        let skew = (part.offset % align) as usize;
         self.locate(region, part.offset, len)
-            .and_then(|at| HostMapping::file(self.file.as_fd(), at, len, align))
+            .and_then(|at| HostMapping::file(self.file.as_fd(), at, len, align as usize, skew))
             .map(Arc::new)
             .map_err(|source| {
                 let MmapArea { offset, len } = part;

@@ -181,6 +181,52 @@ fn what_cannot_be_is_said() {
     );
 }
 
+/// TRAPS 19: below what the guest's processors and the IOMMU reach both, and refused where there is no room.
+#[test]
+fn a_bar_of_128_gib_lies_within_reach_of_guest_and_iommu() {
+    use gantry_devices::pci::firmware::{self, BarRequest, HostWindows, Minimum, PortRequest};
+    use gantry_devices::pci::{BarKind, GuestBdf};
+
+    let size = 128 * GIB;
+    let request = PortRequest {
+        port: GuestBdf::from_bits(8),
+        minimum: Minimum::default(),
+        bars: vec![BarRequest {
+            function: 0,
+            index: 0,
+            kind: BarKind::Memory64 { prefetchable: true },
+            size,
+        }],
+    };
+    for (guest, iommu, reach) in [(46, 39, 39), (39, 48, 39), (38, 39, 38), (37, 48, 37)] {
+        let layout = Layout::plan(&LayoutInputs {
+            root_ports: 1,
+            ram: 8 * GIB,
+            physical_bits: guest,
+            iova: &[0..=(1 << iommu) - 1],
+            reserved: &[],
+        });
+        let bridge = &layout.unwrap().bridges[0];
+        let host = HostWindows {
+            mem32: *bridge.mem32.start()..bridge.mem32.end() + 1,
+            mem64: *bridge.mem64.start()..bridge.mem64.end() + 1,
+            io: 0x1000..0x2000,
+        };
+        let plans = firmware::plan(std::slice::from_ref(&request), &host);
+        if reach == 37 {
+            let refused = plans.unwrap_err().to_string();
+            assert!(refused.contains("BAR 0 (0x2000000000 bytes)"), "{refused}");
+            continue;
+        }
+        let address = plans.unwrap()[0].bars[0].address;
+        assert!(
+            address.is_multiple_of(size) && address >= 10 * GIB,
+            "{address:#x}"
+        );
+        assert!(address + size <= 1 << reach, "{address:#x}");
+    }
+}
+
 #[test]
 fn interrupt_lines_rotate_by_slot() {
     assert_eq!(intx_gsi(0, 0), 16);
