@@ -11,7 +11,7 @@ use crate::report::Failure;
 /// A list of thousands of devices is written in few pieces.
 const CHUNK: usize = 1 << 16;
 
-/// How a command prints what it did: as text or as JSON.
+/// How a command prints its result: as text or as JSON.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct OutputArgs {
     /// Show the result as JSON
@@ -20,23 +20,26 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// Prints `done` as JSON, or the text that `say` writes.
-    pub fn tell(
+    /// Prints `result` as JSON, or the text that `write` writes.
+    pub fn print(
         self,
-        done: &impl Serialize,
-        say: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        result: &impl Serialize,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<(), Failure> {
         match self.json {
-            true => print_json(done),
-            false => print(say),
+            true => print_json(result),
+            false => print(write),
         }
     }
 
     /// Prints a part of the text at once; JSON is printed as a whole later.
-    pub fn say(self, say: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Failure> {
+    pub fn print_text(
+        self,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), Failure> {
         match self.json {
             true => Ok(()),
-            false => print(say),
+            false => print(write),
         }
     }
 }

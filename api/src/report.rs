@@ -1,4 +1,4 @@
-//! The one place where errors are shown and become exit codes.
+//! Shows errors and turns them into exit statuses.
 
 use std::error::Error;
 use std::io::Write;
@@ -26,7 +26,7 @@ pub fn colour() -> ColorChoice {
     AutoStream::choice(&std::io::stderr())
 }
 
-/// A command that failed, and how the process is to end.
+/// A failed command, with its exit status.
 #[derive(Debug)]
 pub struct Failure {
     /// The exit code.

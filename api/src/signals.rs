@@ -1,21 +1,20 @@
-//! Signals held back while something must not be left half-done.
+//! Blocks signals during changes that must not be interrupted.
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
-/// Lets no limit on the size of files (RLIMIT_FSIZE) end this process: a write that is too long fails
-/// instead, as one to a full disk does. It stays so, as a signal that came is never taken.
+/// Blocks SIGXFSZ for good: a write beyond RLIMIT_FSIZE fails, as on a full disk, instead of ending the process.
 pub fn outlive_size_limits() {
-    // It fails only for a mask that is no mask.
+    // It fails only for an invalid mask.
     let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
 }
 
-/// While this stands, signals that would end gantry wait; children started meanwhile inherit that.
-/// Once it is dropped, a signal that came ends gantry as it would have.
+/// Blocks the signals that would end gantry, also in children that are started meanwhile. Dropping it lets a
+/// pending signal end gantry.
 #[derive(Debug)]
 pub struct SignalsHeld(Option<SigSet>);
 
 impl SignalsHeld {
-    /// Holds back what terminals, shells and service managers send.
+    /// Blocks the signals that terminals, shells and service managers send.
     pub fn new() -> Self {
         let signals = [
             Signal::SIGHUP,
@@ -24,7 +23,7 @@ impl SignalsHeld {
             Signal::SIGTERM,
         ];
         let held: SigSet = signals.into_iter().collect();
-        // It fails only for a mask that is no mask; then there is nothing to restore.
+        // It fails only for an invalid mask; then there is nothing to restore.
         Self(held.thread_swap_mask(SigmaskHow::SIG_BLOCK).ok())
     }
 }

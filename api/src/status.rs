@@ -1,4 +1,4 @@
-//! Exit statuses: their numbers, their words, and which error leads to which.
+//! Exit statuses: their numbers and descriptions, and which error leads to which.
 
 use std::error::Error;
 
@@ -24,7 +24,7 @@ pub const USAGE: u8 = 2;
 pub const GUEST_DIED: u8 = 3;
 /// The VM was stopped from the console.
 pub const STOPPED: u8 = 4;
-/// Others hold what was asked for, or the host is in maintenance: `EX_TEMPFAIL` of sysexits.h.
+/// Others hold the devices, or the host is in maintenance: `EX_TEMPFAIL` of sysexits.h.
 pub const TRY_AGAIN: u8 = 75;
 /// Plus n: ended by signal n, as shells have it.
 pub const BY_SIGNAL: u8 = 128;
@@ -53,7 +53,7 @@ pub fn status_of(error: &(dyn Error + 'static)) -> u8 {
     }
 }
 
-/// Whether the same may succeed later, with nothing changed on this host but what others hold.
+/// Whether the same request may succeed later, once others have released what they hold.
 pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
     causes(error).any(|error| {
         if let Some(error) = error.downcast_ref::<gantry_vmm::Error>() {
@@ -77,7 +77,7 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
     })
 }
 
-/// Whether a file is wrong, or a name was given that nothing on this host has.
+/// Whether a file is wrong, or a name that was given names nothing on this host.
 fn is_mistake(error: &(dyn Error + 'static)) -> bool {
     if let Some(error) = error.downcast_ref() {
         use gantry_vmm::Error as E;

@@ -1,4 +1,4 @@
-//! Standard error: the log and the last error. Nothing waits for its reader, and no failure of it is an error.
+//! Standard error, for the log and the last error. A write neither waits for the reader nor fails.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use gantry_vmm::bounded_writer::{self, BoundedWriter};
 pub struct Stderr(Arc<Mutex<Option<BoundedWriter>>>);
 
 impl Stderr {
-    /// What standard error leads to; nowhere if it is closed.
+    /// Opens standard error; a closed one discards all.
     pub fn open() -> Self {
         let bounded_writer = BoundedWriter::of_stream(&io::stderr(), bounded_writer::Kind::Log);
         Self(Arc::new(Mutex::new(bounded_writer.ok())))

@@ -24,16 +24,16 @@ pub fn terminal_width() -> usize {
 pub enum Shrink {
     /// Nothing: it is shown in full.
     Never,
-    /// Its texts are cut, down to so many characters.
+    /// Its cells are cut, to no less than this many characters.
     Cut(usize),
-    /// It is left out; lower numbers go first, and before all others what holds nothing in any row.
+    /// The column is left out. Lower numbers go first; a column without any value goes before all others.
     Drop(u8),
-    /// Its texts are cut down to so many characters; then it is left out, in the order of the numbers.
+    /// Its cells are cut to this many characters; then the column is left out, in the order of the numbers.
     CutThenDrop(usize, u8),
 }
 
 impl Shrink {
-    /// To how many characters its texts may be cut.
+    /// The least width of its cells.
     fn least(self) -> Option<usize> {
         match self {
             Self::Cut(least) | Self::CutThenDrop(least, _) => Some(least),
@@ -41,7 +41,7 @@ impl Shrink {
         }
     }
 
-    /// When it is left out.
+    /// Its place in the order in which columns are left out.
     fn order(self) -> Option<u8> {
         match self {
             Self::Drop(order) | Self::CutThenDrop(_, order) => Some(order),
@@ -70,7 +70,7 @@ impl Column {
         Self::new(title, Shrink::Never)
     }
 
-    /// Whether it could be narrower than so many characters.
+    /// Whether it may be narrower than `width` characters.
     fn can_shrink(&self, width: usize) -> bool {
         let least = self.shrink.least();
         least.is_some_and(|least| width > least.max(self.title.len()))
@@ -195,7 +195,7 @@ impl Table {
         self.total(&self.widths())
     }
 
-    /// Narrowed to `width` characters as far as its columns give.
+    /// The table, narrowed to `width` characters as far as its columns allow.
     fn fit(mut self, width: usize) -> Self {
         while self.narrowest() > width {
             let columns = self.columns.iter().enumerate();
@@ -218,13 +218,13 @@ impl Table {
         self
     }
 
-    /// The columns' widths, the widest of those that give any made narrower until all fit.
+    /// The widths of the columns. The widest column that can shrink does, until the table fits.
     fn narrowed(&self, width: usize) -> Vec<usize> {
         let mut widths = self.widths();
         while self.total(&widths) > width {
             let giving = widths.iter_mut().zip(&self.columns);
             let giving = giving.filter(|(width, column)| column.can_shrink(**width));
-            // Of columns that are as wide as each other the last, which says less.
+            // Of equally wide columns, the last one: it matters least.
             match giving.map(|(width, _)| width).max() {
                 Some(widest) => *widest -= 1,
                 None => break,
@@ -251,7 +251,7 @@ impl Table {
         widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1)
     }
 
-    /// Width with every text cut as far as it may be.
+    /// The width with all cells cut as far as possible.
     fn narrowest(&self) -> usize {
         let mut widths = self.widths();
         for (width, column) in widths.iter_mut().zip(&self.columns) {
@@ -263,7 +263,7 @@ impl Table {
     }
 }
 
-/// Cuts a text that is longer than `width` characters, and shows that.
+/// Cuts a text to `width` characters, with `…` at the end.
 pub fn cut(text: &mut String, width: usize) {
     if text.chars().count() > width {
         *text = text

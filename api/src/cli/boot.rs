@@ -1,4 +1,4 @@
-//! `gantry boot`: what a boot of the host undoes is done again.
+//! `gantry boot`: repeats what a reboot of the host undid.
 
 use clap::Args;
 use gantry_resources::base::{HostBdf, HostPaths};
@@ -28,7 +28,7 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     let writer = ChildWriter::default();
     super::reap_or_warn(paths);
     let mut failed = Vec::new();
-    // Virtual functions first: they may be what is to be bound.
+    // Virtual functions first: they may have to be bound.
     failed.extend(super::group::activate::at_boot(paths).err());
     let groups = Groups::load(paths)?;
     let devices = scan(paths)?;
@@ -41,7 +41,7 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
                 true => writeln!(out, "{}: {before} -> vfio-pci", device.bdf),
                 false => writeln!(out, "{}: already with vfio-pci", device.bdf),
             })?,
-            // One that cannot be had keeps no other one away.
+            // A device that fails does not stop the others.
             Err(failure) => failed.push(failure),
         }
     }
@@ -57,8 +57,8 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// Whether a device is to be with vfio-pci, and not there. One that no tenant was granted in this form stays,
-/// and putting tenants right says so.
+/// Whether a device must be bound to vfio-pci and is not. Other hardware at a tenant's address is left alone;
+/// `put_tenants_right` reports it.
 fn is_wanted(device: &HostDevice, groups: &Groups, tenants: &Tenants, all: &[HostDevice]) -> bool {
     let of_boot = groups
         .group_of(device)
@@ -69,7 +69,7 @@ fn is_wanted(device: &HostDevice, groups: &Groups, tenants: &Tenants, all: &[Hos
     (of_boot || granted) && !device.on_vfio()
 }
 
-/// Whether it was moved: its IOMMU group's other devices take it along.
+/// Binds a device with its IOMMU group. False if it was bound already.
 fn bind(paths: &HostPaths, writer: &ChildWriter, bdf: HostBdf) -> Result<bool, Failure> {
     let request = BindRequest {
         devices: &[bdf],

@@ -1,4 +1,4 @@
-//! `gantry check`: what this host lacks to give devices to VMs, and the exact way to put it right.
+//! `gantry check`: shows what this host lacks to give devices to VMs, with the exact fix.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -12,15 +12,15 @@ use crate::output::{print, print_json};
 use crate::report::{Failure, SUCCESS};
 use crate::table::terminal_width;
 
-/// The worst finding is a warning. Beyond the codes that `gantry run` ends with.
+/// Exit status if the worst finding is a warning. `gantry run` does not use it.
 const WARNED: u8 = 5;
-/// The worst finding is a failure.
+/// Exit status if the worst finding is a failure.
 const FOUND_FAILURE: u8 = 6;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Results:
-  ok    as it should be; advice beside it is for what could be better still
+  ok    in order; advice shows what could be better
   warn  it works, at a price or a risk, or a device is not ready yet
   fail  no VM with a device can start, or the host is not safe from its VMs
 
@@ -35,7 +35,7 @@ Examples:
   gantry check
   gantry check 0b:00.0 0b:00.1    as if these devices were in a group
   gantry check --json
-  gantry check --note-reboot      after a change that a restart is to bring")]
+  gantry check --note-reboot      after a change that needs a reboot")]
 pub struct CheckArgs {
     /// Devices to look at besides those of the groups
     #[arg(value_name = "BDF")]
@@ -43,9 +43,8 @@ pub struct CheckArgs {
     /// Show everything as JSON
     #[arg(long)]
     json: bool,
-    /// Note in the configuration directory that the boot loader or the firmware has been changed as
-    /// shown: until the host is restarted, checks say that a reboot is waiting, and after it whether
-    /// it has helped
+    /// Record in the configuration directory that the boot loader or the firmware was changed as shown. Until the
+    /// reboot, checks say that it is pending; afterwards, whether the change took effect
     #[arg(long)]
     note_reboot: bool,
 }
@@ -60,7 +59,7 @@ pub fn check(args: &CheckArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
     if args.json {
         print_json(&report)?;
     } else {
-        let shown = Shown {
+        let shown = ReportTable {
             report: &report,
             width: terminal_width(),
         };
@@ -79,19 +78,19 @@ const OK: Style = AnsiColor::Green.on_default();
 const WARN: Style = AnsiColor::Yellow.on_default().bold();
 const FAIL: Style = AnsiColor::Red.on_default().bold();
 
-/// Reasons are not squeezed into less than this: a narrower terminal breaks their lines itself.
+/// Reasons are wrapped at no less than this; a narrower terminal wraps them itself.
 const NARROWEST: usize = 32;
 /// Longer lines than this are hard to read.
 const WIDEST: usize = 100;
 
-/// A report as a table for people, with what there is to do under each row.
-struct Shown<'a> {
+/// A report as a table, with the fixes under each row.
+struct ReportTable<'a> {
     report: &'a Report,
     /// Characters of a line.
     width: usize,
 }
 
-impl fmt::Display for Shown<'_> {
+impl fmt::Display for ReportTable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let findings = &self.report.findings;
         let titles = findings.iter().map(|finding| finding.title.chars().count());
@@ -115,7 +114,7 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
-impl Shown<'_> {
+impl ReportTable<'_> {
     fn row(&self, f: &mut fmt::Formatter, finding: &Finding, title: usize) -> fmt::Result {
         let (word, style) = match finding.level {
             Level::Ok => ("ok", OK),
@@ -126,13 +125,13 @@ impl Shown<'_> {
         let reason = self.wrap(&finding.reason, indent);
         write!(f, "{style}{word:6}{style:#}  {:title$}  ", finding.title)?;
         writeln!(f, "{}", reason.join(&format!("\n{:indent$}", "")))?;
-        // Beside a good answer, advice is an offer.
+        // Advice for a good result is optional.
         let style = if finding.level == Level::Ok {
             DIM
         } else {
             Style::new()
         };
-        // Below the check's name: what is to be copied is long.
+        // Below the check's name: lines to copy are long.
         let indent = "RESULT".len() + 2;
         for Advice { text, lines } in &finding.fix {
             let text = self
@@ -162,8 +161,8 @@ impl Shown<'_> {
             .try_for_each(|line| writeln!(f, "    {line}"))
     }
 
-    /// Breaks a text into the lines that fit behind so many blanks. Where there is no terminal,
-    /// texts stay in one piece for `grep`.
+    /// Wraps a text that is indented by `indent` characters. Without a terminal, a text stays in one line for
+    /// `grep`.
     fn wrap(&self, text: &str, indent: usize) -> Vec<String> {
         if self.width == usize::MAX {
             return vec![text.to_owned()];
@@ -193,7 +192,7 @@ mod tests {
     use super::*;
 
     fn shown(report: &Report, width: usize) -> String {
-        let text = Shown { report, width }.to_string();
+        let text = ReportTable { report, width }.to_string();
         anstream::adapter::strip_str(&text).to_string()
     }
 

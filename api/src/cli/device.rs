@@ -1,4 +1,4 @@
-//! `gantry device`: what the host has, and moving it between the host and VMs.
+//! `gantry device`: lists the host's devices and moves them between the host and VMs.
 
 mod list;
 mod mdev;
@@ -15,12 +15,12 @@ use clap::{Args, Subcommand};
 use gantry_resources::base::{HostBdf, HostPaths};
 use gantry_resources::inventory::{HostDevice, NoDriver, release_quarantine, scan};
 use gantry_resources::moving::{
-    BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter, detach, reattach,
+    self, BindError, BindReport, BindRequest, ChildWriter, SysfsWrite, SysfsWriter,
 };
 use gantry_resources::pools::{GroupFiles, ResourceGroup};
 use serde::Serialize;
 
-use super::group_change::{Changed, GroupSnapshot, Hardware};
+use super::group_change::{ChangeReport, GroupSnapshot, Hardware};
 use crate::output::OutputArgs;
 use crate::report::Failure;
 use crate::signals::SignalsHeld;
@@ -56,12 +56,12 @@ pub struct ReleaseArgs {
     #[arg(value_name = "BDF", required = true)]
     devices: Vec<HostBdf>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
-/// Devices that VMs may have again.
+/// Devices that were released from quarantine.
 #[derive(Debug, Serialize)]
-struct Released {
+struct ReleaseReport {
     done: &'static str,
     devices: Vec<HostBdf>,
 }
@@ -78,7 +78,7 @@ pub struct DetachArgs {
     /// Detach this device even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
-    /// Put the devices into this group too, with a rule for each; it is made if it is not there
+    /// Also add the devices to this group, with a rule for each; the group is created if it does not exist
     #[arg(long, value_name = "NAME")]
     group: Option<String>,
 }
@@ -102,21 +102,21 @@ struct MoveArgs {
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 pub fn device(command: DeviceCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         DeviceCommand::List(args) => list::list(&args, paths),
-        DeviceCommand::Detach(args) => give(&args, paths),
+        DeviceCommand::Detach(args) => detach(&args, paths),
         DeviceCommand::Tree(args) => tree::show(&args, paths),
         DeviceCommand::Mdev(args) => mdev::show(&args, paths),
         DeviceCommand::Persist(args) => persist::show(&args, paths),
         DeviceCommand::ReleaseQuarantine(args) => release(&args, paths),
         DeviceCommand::Reattach(args) => {
-            let shown = change_hands(&args.common, &[], reattach, paths)?;
-            let tell = args.common.tell;
-            tell.tell(&shown, |out| write!(out, "{shown}"))
+            let report = move_devices(&args.common, &[], moving::reattach, paths)?;
+            let output = args.common.output;
+            output.print(&report, |out| write!(out, "{report}"))
         }
     }
 }
@@ -126,19 +126,22 @@ fn release(args: &ReleaseArgs, paths: &HostPaths) -> Result<(), Failure> {
     let all = args.devices.iter().try_for_each(|&bdf| {
         release_quarantine(paths, bdf)?;
         devices.push(bdf);
-        args.tell.say(|out| writeln!(out, "{bdf}: released"))
+        args.output
+            .print_text(|out| writeln!(out, "{bdf}: released"))
     });
-    // Those before one that fails are free.
+    // Devices before the one that failed are released.
     if devices.is_empty() {
         return all;
     }
     let done = "released";
-    let told = args.tell.tell(&Released { done, devices }, |_| Ok(()));
+    let told = args
+        .output
+        .print(&ReleaseReport { done, devices }, |_| Ok(()));
     all.and(told)
 }
 
-/// Detaches, and makes rules. Whether the rules can be made is known before a device is touched.
-fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
+/// Detaches devices and adds their rules to a group. The rules are checked before a device is touched.
+fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let DetachArgs {
         common,
         overrides,
@@ -147,18 +150,18 @@ fn give(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     if let Some(group) = group {
         drop(with_rules(paths, group, &common.devices)?);
     }
-    let mut shown = change_hands(common, overrides, detach, paths)?;
-    common.tell.say(|out| write!(out, "{shown}"))?;
+    let mut report = move_devices(common, overrides, moving::detach, paths)?;
+    common.output.print_text(|out| write!(out, "{report}"))?;
     let group = group.as_ref().filter(|_| !common.dry_run);
     let ruled = group.map_or(Ok(()), |group| {
         let (files, changed) = with_rules(paths, group, &common.devices)?;
         let changed = changed.saved(files.save()?);
-        common.tell.say(|out| writeln!(out, "{changed}"))?;
-        shown.group = Some(changed);
+        common.output.print_text(|out| writeln!(out, "{changed}"))?;
+        report.group = Some(changed);
         Ok(())
     });
-    // The devices have moved, whatever became of the group.
-    let told = common.tell.tell(&shown, |_| Ok(()));
+    // The devices have moved even if the group could not be changed.
+    let told = common.output.print(&report, |_| Ok(()));
     ruled.and(told)
 }
 
@@ -167,7 +170,7 @@ fn with_rules(
     paths: &HostPaths,
     group: &str,
     devices: &[HostBdf],
-) -> Result<(GroupFiles, Changed), Failure> {
+) -> Result<(GroupFiles, ChangeReport), Failure> {
     let read = |bdf: &HostBdf| HostDevice::read(paths, *bdf).map_err(Failure::host);
     let devices: Vec<HostDevice> = devices.iter().map(read).collect::<Result<_, _>>()?;
     let hardware = Hardware::read(paths)?;
@@ -178,19 +181,19 @@ fn with_rules(
         files.create(new)?;
     }
     files.add(group, &devices)?;
-    // Its name and the rest are checked as they would be read back.
+    // This checks the group as it would be read back.
     let changed = before.changed(group, &files, &hardware)?;
     Ok((files, changed))
 }
 
 type Bind = fn(&HostPaths, &dyn SysfsWriter, &BindRequest) -> Result<BindReport, BindError>;
 
-fn change_hands(
+fn move_devices(
     args: &MoveArgs,
     overrides: &[HostBdf],
     bind: Bind,
     paths: &HostPaths,
-) -> Result<Shown, Failure> {
+) -> Result<MoveReport, Failure> {
     let MoveArgs {
         devices, dry_run, ..
     } = args;
@@ -206,7 +209,7 @@ fn change_hands(
     }
     let before = scan(paths)?;
     let report = bind(paths, &ChildWriter::default(), &request)?;
-    Ok(Shown {
+    Ok(MoveReport {
         dry_run: *dry_run,
         devices: moves(&report, *dry_run, &before, paths)?,
         writes: report.writes,
@@ -214,15 +217,15 @@ fn change_hands(
     })
 }
 
-/// What was done, or in a dry run would be.
+/// What a detach or reattach did, or would do in a dry run.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct MoveReport {
     dry_run: bool,
     devices: Vec<Move>,
     writes: Vec<SysfsWrite>,
-    /// The group that they came into.
+    /// The group that the devices were added to.
     #[serde(skip_serializing_if = "Option::is_none")]
-    group: Option<Changed>,
+    group: Option<ChangeReport>,
 }
 
 /// What happened to one device.
@@ -235,12 +238,12 @@ struct Move {
     /// The driver now; in a dry run, as it was.
     to: Option<String>,
     moved: bool,
-    /// What it lacks, where it has no driver after all.
+    /// Why it has no driver now.
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
 }
 
-/// Why a device is still without a driver.
+/// Why a device has no driver.
 fn problem(paths: &HostPaths, device: &HostDevice) -> String {
     match NoDriver::of(paths, device) {
         NoDriver::NotLoaded(module) => format!("`modprobe {module}` loads one that takes it"),
@@ -249,7 +252,7 @@ fn problem(paths: &HostPaths, device: &HostDevice) -> String {
     }
 }
 
-/// Drivers are read again afterwards: what counts is what the kernel did.
+/// The moves of all devices. Their drivers are read again afterwards, since the kernel chooses them.
 fn moves(
     report: &BindReport,
     dry_run: bool,
@@ -281,7 +284,7 @@ fn moves(
     all.map(one).collect()
 }
 
-impl fmt::Display for Shown {
+impl fmt::Display for MoveReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for Move {
             bdf,

@@ -1,4 +1,4 @@
-//! `gantry completions` and `gantry man`: files for the shell and for man(1), made from the grammar.
+//! `gantry completions` and `gantry man`: generate files for the shell and for man(1) from the grammar.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -36,7 +36,7 @@ pub fn completions(args: &CompletionsArgs, grammar: Command) -> Result<(), Failu
     let mut grammar = Command::new("gantry")
         .args(grammar.get_arguments().cloned())
         .subcommands(seen.cloned());
-    // Into memory first: the generator takes no error of the output for an answer.
+    // Into memory first: the generator cannot report a write error.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut grammar, "gantry", &mut script);
     print(|out| out.write_all(&script))
@@ -83,7 +83,7 @@ fn page(command: &Command, man: &Man) -> io::Result<Vec<u8>> {
     Ok(page)
 }
 
-/// What stands under the options, in sections of its own.
+/// The text after the options, in sections of a man page.
 fn notes(help: &str) -> Roff {
     let mut roff = Roff::new();
     let mut section = "";
@@ -100,7 +100,7 @@ fn notes(help: &str) -> Roff {
         }
         section = heading;
         for line in text.trim_start_matches('\n').lines() {
-            // What is indented is shown as it is.
+            // Indented lines are shown as they are.
             if line.starts_with(' ') {
                 roff.control("nf", []);
                 roff.text([roman(line.strip_prefix("  ").unwrap_or(line))]);

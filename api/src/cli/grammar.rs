@@ -1,9 +1,9 @@
-//! How arguments are read: words of a list in any case, and a pointer for commands that other tools have.
+//! Reads arguments: values of a list in any case, and hints for commands of other tools.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory, FromArgMatches};
 
-/// Commands of other tools, and what does the same here.
+/// Commands of other tools, and gantry's counterparts.
 const ELSEWHERE: [(&[&str], &str); 10] = [
     (
         &["ls", "list"],
@@ -36,7 +36,7 @@ const ELSEWHERE: [(&[&str], &str); 10] = [
     ),
     (
         &["info", "show", "inspect", "status"],
-        "`gantry vm info NAME`, `gantry group show NAME` and `gantry device list` tell",
+        "`gantry vm info NAME`, `gantry group show NAME` and `gantry device list` show it",
     ),
     (
         &["validate", "verify", "lint", "fit"],
@@ -69,7 +69,7 @@ pub fn parse<C: CommandFactory + FromArgMatches>() -> Result<C, clap::Error> {
     C::from_arg_matches(&matches).map_err(|error| error.format(&mut grammar))
 }
 
-/// The grammar with no word of a list in which case counts.
+/// The grammar with case-insensitive values of lists.
 pub fn any_case(command: Command) -> Command {
     let each = |arg: clap::Arg| {
         let is_word = arg.get_action().takes_values() && !arg.get_possible_values().is_empty();
@@ -89,7 +89,7 @@ fn pointed(mut error: clap::Error) -> clap::Error {
             .find(|(words, _)| words.contains(&word.as_str())),
         _ => None,
     };
-    // Below a command, what it has itself is nearer.
+    // Below a command, a suggestion of its own subcommands is better.
     let has_own = error.get(ContextKind::SuggestedSubcommand).is_some();
     let is_first = match error.get(ContextKind::Usage) {
         Some(ContextValue::StyledStr(usage)) => usage.to_string().contains("gantry [OPTIONS]"),

@@ -29,7 +29,7 @@ impl Hardware {
         })
     }
 
-    /// Addresses and ports of what belongs to the group of that name.
+    /// Addresses and USB ports of the devices of a group.
     fn of(&self, groups: &Groups, name: &str) -> BTreeSet<String> {
         let is = |owner: Option<&ResourceGroup>| owner.is_some_and(|owner| owner.name == name);
         let pci = self.pci.iter();
@@ -41,7 +41,7 @@ impl Hardware {
             .collect()
     }
 
-    /// Those of `names` that a driver of the host has.
+    /// Those of `names` that are bound to a host driver.
     fn attached<'n>(&self, names: &'n [String]) -> Vec<&'n str> {
         let attached = |name: &&String| {
             let mut pci = self.pci.iter();
@@ -69,13 +69,13 @@ impl GroupSnapshot {
         })
     }
 
-    /// What is different now that the group has the name `now`.
+    /// The difference to the group in `files`, which has the name `now`.
     pub fn changed(
         self,
         now: &str,
         files: &GroupFiles,
         hardware: &Hardware,
-    ) -> Result<Changed, Failure> {
+    ) -> Result<ChangeReport, Failure> {
         let groups = files.groups()?;
         let group = groups.get(now);
         let devices = hardware.of(&groups, now);
@@ -83,13 +83,13 @@ impl GroupSnapshot {
         let added: Vec<String> = list(&mut devices.difference(&self.devices));
         let keys = differing(self.group.as_ref(), group);
         let done = match (&self.group, group) {
-            (None, _) => Done::Created,
-            (Some(_), None) => Done::Deleted,
-            (Some(_), Some(_)) if keys.is_empty() => Done::Nothing,
-            (Some(_), Some(_)) => Done::Changed,
+            (None, _) => Action::Created,
+            (Some(_), None) => Action::Deleted,
+            (Some(_), Some(_)) if keys.is_empty() => Action::Nothing,
+            (Some(_), Some(_)) => Action::Changed,
         };
         let was = self.group.map(|group| group.name);
-        Ok(Changed {
+        Ok(ChangeReport {
             advice: group.and_then(|group| {
                 let elsewhere = || elsewhere(group, &groups, hardware);
                 let taken = devices.is_empty().then(elsewhere).flatten();
@@ -124,10 +124,10 @@ fn differing(one: Option<&ResourceGroup>, other: Option<&ResourceGroup>) -> Vec<
     all.into_iter().filter(differs).collect()
 }
 
-/// How many devices are named of those that other groups have.
+/// How many devices of other groups a message names at most.
 const NAMED: usize = 4;
 
-/// What a group's rules match, and other groups have.
+/// Devices that the group's rules match and other groups own.
 fn elsewhere(group: &ResourceGroup, groups: &Groups, hardware: &Hardware) -> Option<String> {
     let mut overlaps = groups.overlaps(&hardware.pci);
     overlaps.retain(|overlap| overlap.others.contains(&group.name));
@@ -146,7 +146,7 @@ fn elsewhere(group: &ResourceGroup, groups: &Groups, hardware: &Hardware) -> Opt
     })
 }
 
-/// What is still to be done before VMs get anything of the group.
+/// The next step before VMs get devices of the group.
 fn advice(
     group: &ResourceGroup,
     devices: &BTreeSet<String>,
@@ -182,29 +182,29 @@ fn advice(
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Done {
+enum Action {
     Created,
     Changed,
     Deleted,
     Nothing,
 }
 
-/// A group that was changed.
+/// A change of a group.
 #[derive(Debug, Serialize)]
-pub struct Changed {
+pub struct ChangeReport {
     group: String,
-    done: Done,
+    done: Action,
     /// The name that it had.
     #[serde(skip_serializing_if = "Option::is_none")]
     was: Option<String>,
     /// The keys of its definition that are different.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     keys: Vec<String>,
-    /// What belongs to it now: addresses, and ports of USB devices.
+    /// Its devices now: addresses, and ports of USB devices.
     devices: Vec<String>,
     added: Vec<String>,
     removed: Vec<String>,
-    /// Those that were written.
+    /// The files that were written.
     files: Vec<PathBuf>,
     /// Why VMs cannot be given some of its devices, or only if their entries allow it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -213,16 +213,16 @@ pub struct Changed {
     advice: Option<String>,
 }
 
-impl Changed {
-    /// It is in `files` now.
+impl ChangeReport {
+    /// The report, with the files that were written.
     pub fn saved(self, files: Vec<PathBuf>) -> Self {
         Self { files, ..self }
     }
 
     /// Prints the change, once `files` are written.
-    pub fn tell(self, files: Vec<PathBuf>, args: OutputArgs) -> Result<(), Failure> {
+    pub fn print(self, files: Vec<PathBuf>, args: OutputArgs) -> Result<(), Failure> {
         let changed = self.saved(files);
-        args.tell(&changed, |out| writeln!(out, "{changed}"))
+        args.print(&changed, |out| writeln!(out, "{changed}"))
     }
 
     fn changes(&self) -> String {
@@ -233,7 +233,7 @@ impl Changed {
         let keys: Vec<&str> = self.keys.iter().map(String::as_str).collect();
         let keys: Vec<&str> = keys.into_iter().filter(|key| *key != "name").collect();
         let moved = !self.added.is_empty() || !self.removed.is_empty();
-        // A command that adds or removes devices implies rules.
+        // Adding or removing devices changes the rules anyway.
         let told = moved && keys == ["rules"];
         if !keys.is_empty() && !told {
             parts.push(format!("changed {}", keys.join(", ")));
@@ -248,7 +248,7 @@ impl Changed {
     }
 }
 
-impl fmt::Display for Changed {
+impl fmt::Display for ChangeReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let listed = |devices: &[String]| match devices {
             [] => "no device".to_owned(),
@@ -256,10 +256,10 @@ impl fmt::Display for Changed {
         };
         write!(f, "group {}: ", self.group)?;
         match self.done {
-            Done::Created => write!(f, "created with {}", listed(&self.devices))?,
-            Done::Deleted => write!(f, "deleted; it had {}", listed(&self.removed))?,
-            Done::Nothing => write!(f, "as it was, with {}", listed(&self.devices))?,
-            Done::Changed => f.write_str(&self.changes())?,
+            Action::Created => write!(f, "created with {}", listed(&self.devices))?,
+            Action::Deleted => write!(f, "deleted; it had {}", listed(&self.removed))?,
+            Action::Nothing => write!(f, "as it was, with {}", listed(&self.devices))?,
+            Action::Changed => f.write_str(&self.changes())?,
         }
         let advice = self.advice.iter().chain(&self.warnings);
         advice

@@ -1,4 +1,4 @@
-//! `gantry maintenance`: no new VM starts, and those that run can be seen.
+//! `gantry maintenance`: keeps new VMs from starting, and lists those that run.
 
 use clap::{Args, Subcommand};
 use gantry_resources::base::HostPaths;
@@ -30,7 +30,7 @@ pub struct OnArgs {
     #[arg(long)]
     reason: Option<String>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Serialize)]
@@ -40,22 +40,22 @@ struct Status {
 }
 
 pub fn switch(command: MaintenanceCommand, paths: &HostPaths) -> Result<(), Failure> {
-    let tell = match command {
+    let output = match command {
         MaintenanceCommand::On(args) => {
             begin_maintenance(paths, args.reason.as_deref())?;
-            args.tell
+            args.output
         }
-        MaintenanceCommand::Off(tell) => {
+        MaintenanceCommand::Off(output) => {
             end_maintenance(paths)?;
-            tell
+            output
         }
-        MaintenanceCommand::Status(tell) => tell,
+        MaintenanceCommand::Status(output) => output,
     };
     let status = Status {
         maintenance: maintenance(paths)?,
         running: running_vms(paths)?,
     };
-    tell.tell(&status, |out| {
+    output.print(&status, |out| {
         match &status.maintenance {
             Some(state) => writeln!(out, "maintenance is on: {}", state.reason)?,
             None => writeln!(out, "maintenance is off")?,

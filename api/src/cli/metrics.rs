@@ -46,8 +46,8 @@ pub fn metrics(args: &MetricsArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// Puts a whole new file, for all to read, in the place of the old one. The folder may be another user's: no link
-/// there is followed, and nothing but a file is replaced.
+/// Replaces a file as a whole, readable for all. The folder may be another user's: links there are not followed,
+/// and only a regular file is replaced.
 fn replace(file: &Path, text: &str) -> io::Result<()> {
     if fs::symlink_metadata(file).is_ok_and(|old| !old.is_file()) {
         let what = "it is not a regular file";
@@ -117,7 +117,7 @@ impl Families {
         }
     }
 
-    /// What a VM answers, as OpenMetrics; none if it does not answer.
+    /// Adds a VM's metrics in OpenMetrics form; none if it did not answer.
     fn vm(&mut self, name: &str, text: Option<&str>) {
         let help = "Whether the VM's process answers";
         self.gauge(
@@ -160,7 +160,7 @@ impl Families {
                         matches!(rest, Some("" | "_total"))
                             && line[sample.len()..].starts_with(&own)
                     });
-                    // One that is wrong, or there twice, would spoil the metrics of all.
+                    // Prometheus rejects all metrics if one sample is malformed or duplicate.
                     if let Some(family) = family.and_then(|family| self.0.get_mut(family))
                         && let Some(labels) = labels(&line[sample.len()..])
                         && told.insert(&line[..sample.len() + labels])
@@ -172,7 +172,7 @@ impl Families {
         }
     }
 
-    /// Prometheus' text format, in which a counter's family is called as its samples are.
+    /// Prometheus' text format, in which a counter's family has the name of its samples.
     fn text(&self) -> String {
         let mut text = String::new();
         for (name, family) in self
@@ -184,7 +184,7 @@ impl Families {
                 "counter" => format!("{name}_total"),
                 _ => name.clone(),
             };
-            // Nothing fails that writes into a string.
+            // Writing to a string does not fail.
             let _ = writeln!(text, "# HELP {name} {}", family.help);
             let _ = writeln!(text, "# TYPE {name} {}", family.kind);
             for sample in &family.samples {
@@ -195,11 +195,11 @@ impl Families {
     }
 }
 
-/// The types of metrics that VMs tell.
+/// The types of metrics that VMs report.
 const KINDS: [&str; 2] = ["counter", "gauge"];
 
-/// How long the labels of a sample are, which its value follows; none where it is not as the text formats write
-/// it: `{vm="a",device="d"} 3`.
+/// The length of a sample's labels, before its value; none if the sample is not of the form `{vm="a",device="d"}
+/// 3`.
 fn labels(text: &str) -> Option<usize> {
     let mut rest = text.strip_prefix('{')?;
     loop {

@@ -60,7 +60,7 @@ struct Cli {
     command: Command,
 }
 
-/// What every command takes.
+/// Options of every command.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Globals {
@@ -89,7 +89,7 @@ pub struct Globals {
 }
 
 impl Globals {
-    /// Where the host keeps things, by default and by these flags.
+    /// The host's directories, from these options or by default.
     fn paths(&self) -> Result<HostPaths, Failure> {
         let mut paths = match &self.host_root {
             Some(root) => HostPaths::under(root),
@@ -192,7 +192,7 @@ pub fn main() -> ExitCode {
         .with_ansi(colour != ColorChoice::Never)
         .with_max_level(globals.level())
         .with_writer(move || log.clone())
-        // They would go to standard error, and end the process if that fails.
+        // They would go to standard error, and a failed write there panics.
         .log_internal_errors(false)
         .without_time()
         .with_target(false)
@@ -211,8 +211,8 @@ pub fn main() -> ExitCode {
         .unwrap_or_else(|failure| failure.show(&stderr, colour))
 }
 
-/// Undoes what VMs and commands that were killed have changed. What fails stops no command, and delays it no
-/// longer than a killed process takes to close its files.
+/// Undoes the changes of VMs and commands that were killed. A failure does not stop the command, and delays it by
+/// about a second at most.
 fn reap_or_warn(paths: &HostPaths) {
     let writer = ChildWriter {
         patience: Duration::from_secs(1),
@@ -220,7 +220,7 @@ fn reap_or_warn(paths: &HostPaths) {
     };
     for error in reap(paths, &writer).err().into_iter().flatten() {
         tracing::warn!(
-            "not all that VMs or commands which are gone changed is put back: {}",
+            "a change by a VM or command that was killed could not be undone: {}",
             chain(&error)
         );
     }
@@ -297,7 +297,7 @@ mod tests {
         }
     }
 
-    /// Each command that people see, with all its words.
+    /// Each visible command with its full name.
     fn each_command(check: &mut dyn FnMut(&str, &clap::Command)) {
         let mut all = Cli::command();
         all.build();
@@ -310,7 +310,7 @@ mod tests {
         below(&all, check);
     }
 
-    /// What stands under the options of each.
+    /// The text after the options of each command.
     fn each_after_help(check: &mut dyn FnMut(&str, &str)) {
         each_command(&mut |name, command| {
             let help = command.get_after_help().map(ToString::to_string);

@@ -70,12 +70,12 @@ pub struct DeleteArgs {
     /// The plan
     name: String,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
-/// The result of a change, as JSON.
+/// A change of a plan, as JSON.
 #[derive(Debug, Serialize)]
-struct Changed<'a> {
+struct ChangeReport<'a> {
     plan: &'a str,
     done: &'static str,
     files: [&'a Path; 1],
@@ -88,7 +88,7 @@ pub struct WriteArgs {
     #[command(flatten)]
     fields: PlanFields,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 /// The fields of a plan.
@@ -168,16 +168,16 @@ pub fn plan(command: PlanCommand, paths: &HostPaths) -> Result<(), Failure> {
             let mut plan = Plan::named(&args.name);
             args.fields.replace(&mut plan);
             let file = create_plan(paths, plan)?;
-            written(&args.name, "created", &file, args.tell, paths)
+            written(&args.name, "created", &file, args.output, paths)
         }
         PlanCommand::Edit(args) => {
             let change = |plan: &mut Plan| args.fields.replace(plan);
             let file = change_plan(paths, &args.name, change)?;
-            written(&args.name, "changed", &file, args.tell, paths)
+            written(&args.name, "changed", &file, args.output, paths)
         }
         PlanCommand::Delete(args) => {
             let file = delete_plan(paths, &args.name)?;
-            tell(&args.name, "deleted", "from", &file, args.tell)
+            print_change(&args.name, "deleted", "from", &file, args.output)
         }
     }
 }
@@ -202,10 +202,10 @@ fn written(
     paths: &HostPaths,
 ) -> Result<(), Failure> {
     warn_of_groups(name, paths)?;
-    tell(name, what, "in", file, args)
+    print_change(name, what, "in", file, args)
 }
 
-fn tell(
+fn print_change(
     plan: &str,
     done: &'static str,
     place: &str,
@@ -213,7 +213,7 @@ fn tell(
     args: OutputArgs,
 ) -> Result<(), Failure> {
     let files = [file];
-    args.tell(&Changed { plan, done, files }, |out| {
+    args.print(&ChangeReport { plan, done, files }, |out| {
         writeln!(out, "plan {plan}: {done} ({place} {})", file.display())
     })
 }

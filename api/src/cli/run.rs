@@ -183,19 +183,19 @@ pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
         Ok(status) => *status,
         Err(failure) => failure.exit,
     };
-    events.tell(VmEvent::Exit { status });
+    events.publish(VmEvent::Exit { status });
     drop(api);
     ended.map(ExitCode::from)
 }
 
-/// What `--check` shows: what the VM would get, or why it gets nothing, and whether the host has room
-/// for it and can boot its kernel. A file that is wrong has been refused.
+/// Runs `--check`: shows the devices that the VM would get, and checks the host's memory and the kernel. The file
+/// itself has been checked.
 fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let nodes = match &config.nodes {
         NumaPolicy::Only(nodes) => nodes.iter().collect(),
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
-    fit::tell(paths, &config.devices, nodes, false)?;
+    fit::print_fit(paths, &config.devices, nodes, false)?;
     gantry_vmm::check(config, paths)?;
     print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
     Ok(ExitCode::SUCCESS)
@@ -210,7 +210,7 @@ fn no_background() -> Failure {
     )
 }
 
-/// How a VM ended, where no error tells.
+/// Why a VM ended, if no error says it.
 fn ended(outcome: &Outcome) -> Option<String> {
     Some(match outcome {
         Outcome::PowerOff => "the guest powered off".to_owned(),
@@ -221,8 +221,7 @@ fn ended(outcome: &Outcome) -> Option<String> {
     })
 }
 
-/// The thread of the API server. Dropping it ends it, once its last answers are out, and then the
-/// socket's file goes.
+/// The thread of the API server. Dropping it sends the last answers, ends the thread and removes the socket.
 struct Api {
     stop: Stop,
     _task: Task<()>,
@@ -236,7 +235,7 @@ impl Drop for Api {
 }
 
 impl RunArgs {
-    /// Serves the VM on its socket, if it is to have one.
+    /// Serves the VM on its socket, if it has one.
     fn serve(self, vmm: &Vmm, events: Events, identity: Identity) -> Result<Option<Api>, Failure> {
         let paths = &identity.host;
         let Some(socket) = self.socket(&identity.name, paths)? else {
@@ -258,7 +257,7 @@ impl RunArgs {
         }))
     }
 
-    /// The socket that was asked for, or the usual one where this user can have it.
+    /// The requested socket, or the default one if this user can create it.
     fn socket(&self, name: &str, paths: &HostPaths) -> Result<Option<Socket>, Failure> {
         let group = self.api_group.as_deref();
         if self.no_api {
@@ -271,7 +270,7 @@ impl RunArgs {
         }
         let usual = path_of(&paths.run, name);
         match Socket::bind(&usual, group, &paths.run) {
-            Err(SocketError::Live { pid, .. }) => Err(taken(name, pid)),
+            Err(SocketError::Live { pid, .. }) => Err(name_in_use(name, pid)),
             Err(error) if group.is_some() => Err(Failure::host(error)),
             Err(error) => {
                 tracing::debug!("the VM has no socket: {error}");
@@ -281,8 +280,8 @@ impl RunArgs {
         }
     }
 
-    /// The folders that clients are kept to who create a VM. A group of users is always kept to some: a file
-    /// that gantry reads for them, or writes, would be any file of the host.
+    /// The folders to which clients that create a VM are limited. With `--api-group` there must be one, or these
+    /// users could have gantry read and write any file of the host.
     fn folders(&self) -> Result<Option<Folders>, Failure> {
         let wrong = |what: String, help: &str| Err(Failure::new(USAGE, what).help(help));
         let Some(payload) = &self.payload_dir else {
@@ -316,15 +315,15 @@ impl RunArgs {
     }
 }
 
-/// Another VM has the name, and could not be told from this one.
-fn taken(name: &str, pid: Option<u32>) -> Failure {
+/// The error for a name that a running VM has.
+fn name_in_use(name: &str, pid: Option<u32>) -> Failure {
     let what = format!("a VM \"{name}\" runs already{}", as_process(pid));
     Failure::host(what).help(format!(
         "`--name` gives this one another name; `gantry vm shutdown {name}` ends the other"
     ))
 }
 
-/// Refuses in maintenance, and gives back to the host what killed VMs could not.
+/// Refuses to start during maintenance. Gives the devices of killed VMs back to the host.
 fn may_start(paths: &HostPaths) -> Result<(), Failure> {
     if let Some(Maintenance { reason, .. }) = maintenance(paths)? {
         let what = format!("this host is in maintenance and starts no VM: {reason}");

@@ -34,7 +34,7 @@ Examples:
 pub enum TenantCommand {
     /// Make a tenant that owns nothing yet
     Create(change::CreateArgs),
-    /// List the tenants with what they own
+    /// List the tenants with their devices
     List(owned::ListArgs),
     /// Show one tenant with its devices
     Show(owned::ShowArgs),
@@ -55,13 +55,13 @@ pub fn tenant(command: TenantCommand, paths: &HostPaths) -> Result<(), Failure> 
         TenantCommand::Create(args) => change::create(args, paths),
         TenantCommand::Edit(args) => change::edit(args, paths),
         TenantCommand::Delete(args) => change::delete(&args, paths),
-        TenantCommand::Grant(args) => change::give(&args, paths),
-        TenantCommand::Revoke(args) => change::take(args, paths),
+        TenantCommand::Grant(args) => change::grant_devices(&args, paths),
+        TenantCommand::Revoke(args) => change::revoke_devices(args, paths),
     }
 }
 
-/// Only its user works as a tenant. In its directories lies what the tenant put there, links among it,
-/// which root must not follow.
+/// The error for a user other than the tenant's. The tenant's directories may hold links, which root must not
+/// follow.
 fn not_its_user(tenant: &Tenant, is_root: bool) -> Failure {
     let (name, user) = (&tenant.name, &tenant.file.user);
     let what = match is_root {
@@ -99,7 +99,7 @@ pub fn scope(host: HostPaths, name: Option<&str>) -> Result<HostPaths, Failure> 
                 "{user} is the user of several tenants, such as {} and {}",
                 one.name, other.name
             );
-            Err(Failure::new(USAGE, what).help("say which one with --tenant NAME"))
+            Err(Failure::new(USAGE, what).help("name one with --tenant NAME"))
         }
     }
 }

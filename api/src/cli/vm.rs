@@ -18,7 +18,7 @@ use crate::report::Failure;
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "\
-A VM is named as `gantry run` named it; a name with a slash in it is the path of its socket.
+VM is the name that `gantry run` gave the VM, or the path of its socket, with a slash in it.
 
 Examples:
   gantry vm list
@@ -28,7 +28,7 @@ Examples:
 pub enum VmCommand {
     /// List the VMs that run
     List(list::ListArgs),
-    /// Show what a VM is, and the devices that it has
+    /// Show a VM and its devices
     Info(info::InfoArgs),
     /// Give devices to a running VM
     Attach(devices::AttachArgs),
@@ -63,15 +63,15 @@ pub struct VmArgs {
 }
 
 pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
-    use {VmCommand as C, state::Done};
+    use {VmCommand as C, state::Action};
     match command {
         C::List(args) => list::list(&args, paths),
         C::Info(args) => info::info(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
         C::Detach(args) => devices::detach(&args, paths),
-        C::Pause(args) => state::change(&args, paths, "vm.pause", Done::Paused),
-        C::Resume(args) => state::change(&args, paths, "vm.resume", Done::Resumed),
-        C::Reboot(args) => state::change(&args, paths, "vm.reboot", Done::Rebooted),
+        C::Pause(args) => state::change(&args, paths, "vm.pause", Action::Paused),
+        C::Resume(args) => state::change(&args, paths, "vm.resume", Action::Resumed),
+        C::Reboot(args) => state::change(&args, paths, "vm.reboot", Action::Rebooted),
         C::Shutdown(args) => state::shutdown(&args, paths),
         C::PowerButton(args) => state::power_button(&args, paths),
         C::Events(args) => watch::events(&args, paths),
@@ -93,7 +93,7 @@ pub fn metrics_of_all(paths: &HostPaths) -> Vec<(String, Option<String>)> {
 
 /// The name and the metrics of the VM behind a socket; none if no process listens.
 fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)> {
-    let client = find::connect(&path, find::GLANCE).ok()?;
+    let client = find::connect(&path, find::LIST_TIMEOUT).ok()?;
     let name = match client.get::<VmmPing>("vmm.ping") {
         Err(ClientError::NotListening { .. }) => return None,
         Ok(ping) if !ping.name.is_empty() => ping.name,
@@ -104,8 +104,7 @@ fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)>
     Some((name, client.text("/metrics").ok()))
 }
 
-/// The slots of a VM in words. Those of the devices that it started with can be used again, too, so that there
-/// are more than its file asks for.
+/// The slots of a VM: those that its file asks for, and those of the devices that it started with.
 fn slots(info: &VmInfo) -> String {
     let taken = info.slots.saturating_sub(info.free_slots);
     format!("{} free, {taken} taken", info.free_slots)

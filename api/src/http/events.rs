@@ -41,7 +41,7 @@ impl Default for Events {
 
 impl Events {
     /// Publishes an event from any thread. Never waits for readers.
-    pub fn tell(&self, event: VmEvent) {
+    pub fn publish(&self, event: VmEvent) {
         if let Some(sender) = &*self.sender() {
             let at = SystemTime::now();
             // Fails without a subscription.
@@ -52,7 +52,7 @@ impl Events {
     /// The sink for a VM's events.
     pub fn sink(&self) -> EventSink {
         let events = self.clone();
-        Arc::new(move |event| events.tell(event))
+        Arc::new(move |event| events.publish(event))
     }
 
     /// Ends every stream after the events published so far.

@@ -364,7 +364,7 @@ fn events_are_followed_to_the_end() {
     assert_eq!(first["event"], "state");
     bed.boot();
     bed.put("vm.pause", "");
-    bed.vm.events.tell(VmEvent::Exit { status: 3 });
+    bed.vm.events.publish(VmEvent::Exit { status: 3 });
     bed.stop();
     let words: Vec<String> = words.collect();
     assert!(words[0].ends_with("the VM is running"), "{words:?}");

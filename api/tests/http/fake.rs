@@ -77,7 +77,7 @@ impl FakeVm {
                     let together = |one: &DeviceInfo| gone.together_with.contains(&one.id);
                     state.devices.retain(|one| !together(one));
                     for id in [vec![gone.id], gone.together_with].concat() {
-                        self.events.tell(VmEvent::Detached { id, forced });
+                        self.events.publish(VmEvent::Detached { id, forced });
                     }
                 }
                 return Ok(Answer::Done);
@@ -90,7 +90,7 @@ impl FakeVm {
             _ => VmState::Running,
         };
         state.vm = Some((config, is));
-        self.events.tell(VmEvent::State(is));
+        self.events.publish(VmEvent::State(is));
         Ok(Answer::Done)
     }
 
@@ -139,10 +139,10 @@ impl FakeVm {
                     false => Vec::new(),
                 },
             };
-            self.events.tell(VmEvent::Attached(device.clone()));
+            self.events.publish(VmEvent::Attached(device.clone()));
             if device.id != LAZY {
                 let id = device.id.clone();
-                self.events.tell(VmEvent::Enabled { id });
+                self.events.publish(VmEvent::Enabled { id });
             }
             state.devices.push(device);
         }

@@ -84,7 +84,7 @@ fn one_too_many_is_told_so_and_the_others_stay() {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         // Who listens no more is missed when the next event is told.
-        bed.vm.events.tell(VmEvent::Reboot);
+        bed.vm.events.publish(VmEvent::Reboot);
         let (status, text) = bed.get("/metrics");
         if status == 200 {
             assert!(text.contains("connections_turned_away_total"), "{text}");
@@ -175,7 +175,7 @@ fn a_listener_that_does_not_read_is_closed_and_harms_nobody() {
     {
         for _ in 0..100 {
             let (id, error) = ("gpu".to_owned(), what.clone());
-            bed.vm.events.tell(VmEvent::DeviceError { id, error });
+            bed.vm.events.publish(VmEvent::DeviceError { id, error });
         }
         assert!(
             began.elapsed() < Duration::from_secs(15),
@@ -216,7 +216,7 @@ fn clients_that_hang_up_early_leave_nothing() {
     let alone = "gantry_api_connections{vm=\"fake\"} 1";
     loop {
         // Whoever listens to events is missed when the next one is told.
-        bed.vm.events.tell(VmEvent::Reboot);
+        bed.vm.events.publish(VmEvent::Reboot);
         if bed.get("/metrics").1.contains(alone) {
             break;
         }

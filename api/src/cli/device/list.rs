@@ -20,17 +20,17 @@ use crate::table::{
 #[derive(Debug, Args)]
 #[command(after_help = "\
 States:
-  attached     a driver of the host has it
-  detached     vfio-pci has it: free for a VM
+  attached     a driver of the host is bound to it
+  detached     vfio-pci is bound to it: free for a VM
   assigned     a VM has it
-  unbound      no driver has it
+  unbound      no driver is bound to it
   quarantined  it hung, or was for one use: `device release-quarantine`
 
 RESET shows how the kernel can reset a device (`reset_method`); \"card\" if only a reset of its bus does, which \
-takes all its functions; \"never\" if it must not be reset (`device show` says why). A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
+resets all its functions; \"never\" if it must not be reset (`device show` says why). A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
 IRQ shows the interrupts that it has, which only root can read.
 
-VFS shows a physical function's virtual ones, those there are and those it could have.
+VFS shows how many virtual functions a physical function has, and how many it can have.
 
 Examples:
   gantry device list --sort iommu
@@ -73,7 +73,7 @@ const COLUMNS: [Column; 14] = [
     Column::full("vm"),
 ];
 
-/// A device with what is known about it from elsewhere.
+/// A device with its name and group.
 #[derive(Debug, Serialize)]
 struct Row<'a> {
     #[serde(flatten)]
@@ -227,19 +227,19 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// The device's name, or its vendor's where that is all that is known, or what it is.
+    /// The device's name, or else its vendor's, or else its class.
     fn short_name(&self) -> String {
         let known = self.device_name.or(self.vendor_name);
         known.map_or_else(|| self.kind(), str::to_owned)
     }
 
-    /// What it is, where it has no name.
+    /// Its class, for a device without a name.
     fn kind(&self) -> String {
         let class = self.class_name.unwrap_or("device");
         format!("({})", class.to_lowercase())
     }
 
-    /// Virtual functions there are and could be; of one of them, its physical function.
+    /// Number of virtual functions and the most there can be; for a virtual function, its physical function.
     fn functions(&self) -> String {
         match (self.device.sriov, self.device.physfn) {
             (Some(sriov), _) => format!("{}/{}", sriov.active, sriov.total),

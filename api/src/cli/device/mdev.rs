@@ -1,4 +1,4 @@
-//! `gantry device mdev`: what makes mediated devices, and those there are.
+//! `gantry device mdev`: lists mediated devices and their parents.
 
 use std::io::{self, Write};
 
@@ -17,7 +17,7 @@ use crate::table::{self, Column, Shrink, cell, write_table};
 #[command(after_help = "\
 A VM gets a mediated device from a group of type \"vgpu\":
   {\"name\": \"vgpus\", \"type\": \"vgpu\", \"vgpu\": {\"type\": \"nvidia-222\"}}
-It is made when the VM starts, and removed when it ends. With \"uuids\", `gantry group activate` makes \
+It is created when the VM starts, and removed when it ends. With \"uuids\", `gantry group activate` creates \
 them ahead, and they stay.
 
 Examples:
@@ -57,7 +57,7 @@ struct MdevList<'a> {
     devices: Vec<Row<'a>>,
 }
 
-/// A mediated device with what is known about it from elsewhere.
+/// A mediated device with its state and group.
 #[derive(Debug, Serialize)]
 pub struct Row<'a> {
     #[serde(flatten)]

@@ -1,4 +1,4 @@
-//! `gantry device persist`: what makes devices go to vfio-pci when the host boots.
+//! `gantry device persist`: prints what binds devices to vfio-pci at boot.
 
 use std::path::{Path, PathBuf};
 
@@ -83,7 +83,7 @@ pub fn show(args: &PersistArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
 }
 
-/// What names devices.
+/// Rules or options that name devices.
 fn made(
     args: &PersistArgs,
     paths: &HostPaths,
@@ -101,7 +101,7 @@ fn made(
     Ok(made)
 }
 
-/// The devices to be bound, and the groups whose virtual functions are to be made.
+/// The devices to bind, and the groups whose virtual functions to create.
 fn chosen<'g>(
     args: &PersistArgs,
     groups: &'g Groups,
@@ -123,7 +123,7 @@ fn chosen<'g>(
         let Some(group) = groups.group_of(&device) else {
             continue;
         };
-        // What activation makes, activation binds.
+        // Activation binds the functions that it creates.
         let made = group.sriov.as_ref().map(|spec| spec.pf);
         if wanted(&group) && (made.is_none() || device.physfn != made) {
             devices.push(device.bdf);

@@ -1,4 +1,4 @@
-//! `gantry device tree`: how the PCI functions hang together, with IOMMU groups, NUMA nodes, groups and VMs.
+//! `gantry device tree`: shows which PCI functions are behind which, with IOMMU groups, NUMA nodes, groups and VMs.
 
 mod icon;
 mod svg;
@@ -35,7 +35,7 @@ pub struct TreeArgs {
     json: bool,
 }
 
-/// A function with what is known about it from elsewhere, and those behind it.
+/// A function with its name, group and state, and the functions behind it.
 #[derive(Debug, Serialize)]
 struct Node {
     bdf: HostBdf,
@@ -108,7 +108,7 @@ impl Node {
         facts.join(" · ")
     }
 
-    /// What was made of it: virtual functions, mediated devices.
+    /// Its virtual functions and mediated devices, in words.
     fn made(&self) -> Vec<String> {
         let functions = self.sriov.filter(|sriov| sriov.active > 0);
         let functions = functions.map(|sriov| format!("{} of {} VFs", sriov.active, sriov.total));
@@ -165,7 +165,7 @@ fn write_tree(out: &mut dyn Write, roots: &[Node], width: usize) -> io::Result<(
         lines.push((String::new(), node));
         below(&mut lines, "", &node.children);
     }
-    // The facts stand in one column, where there is room.
+    // The facts are in one column, if there is room.
     let head = |(lead, node): &(String, &Node)| format!("{lead}{} {} ", node.bdf, node.id);
     let widest = lines
         .iter()
@@ -174,7 +174,7 @@ fn write_tree(out: &mut dyn Write, roots: &[Node], width: usize) -> io::Result<(
         .iter()
         .map(|(_, node)| node.facts().chars().count())
         .max();
-    // Names give way, addresses and facts do not.
+    // Only names are cut.
     let least = lines.iter().map(|line| head(line).chars().count()).max();
     let room = width.saturating_sub(facts.unwrap_or(0) + 2);
     let room = room.max(least.unwrap_or(0));

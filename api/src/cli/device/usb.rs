@@ -22,7 +22,7 @@ pub const COLUMNS: [Column; 9] = [
     Column::full("group"),
 ];
 
-/// A device with what is known about it from elsewhere.
+/// A device with its name and group.
 #[derive(Debug, Serialize)]
 struct Row<'a> {
     #[serde(flatten)]

@@ -1,4 +1,4 @@
-//! `gantry group activate|deactivate`: the virtual functions or vGPUs of a group, made and destroyed.
+//! `gantry group activate|deactivate`: create and destroy the virtual functions or vGPUs of a group.
 
 use std::io::{self, Write};
 
@@ -22,8 +22,8 @@ A group's \"sriov\" says of which device, how many, and what each is set to:
   {\"name\": \"vfs\", \"type\": \"sriov-nic\",
     \"sriov\": {\"pf\": \"03:00.0\", \"count\": 4, \"mac\": \"52:54:00:00:01:00\",
       \"vlan\": 100, \"spoof_check\": true}}
-`gantry schema groups` tells all keys. Functions in use keep what they have, and are in the way of \
-another count. Of a group of type \"vgpu\", those with \"uuids\" are made.
+`gantry schema groups` lists all keys. Functions in use keep their settings, and their number cannot change. \
+In a group of type \"vgpu\", the devices of \"uuids\" are created.
 
 Examples:
   gantry group activate vfs --dry-run
@@ -77,7 +77,7 @@ pub fn on(args: &ActivateArgs, paths: &HostPaths) -> Result<(), Failure> {
     each(&chosen, &args.common, (activate, make_ahead), paths)
 }
 
-/// What `gantry boot` does of this.
+/// Activates the groups with `bind: boot`.
 pub fn at_boot(paths: &HostPaths) -> Result<(), Failure> {
     let common = CommonArgs {
         names: Vec::new(),
@@ -117,7 +117,7 @@ type Change =
 type VgpuChange =
     fn(&HostPaths, &dyn SysfsWriter, &ResourceGroup, bool) -> Result<VgpuReport, VgpuError>;
 
-/// What became of a group.
+/// The result for one group.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Report {

@@ -11,7 +11,7 @@ use gantry_resources::pools::{
 };
 use serde::Serialize;
 
-use super::matching::{self, Found, table};
+use super::matching::{self, MatchedDevice, table};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{Column, Shrink, cell, column, print_table};
@@ -63,7 +63,7 @@ pub struct SpecArgs {
     sort: Option<String>,
 }
 
-/// An alias with how many devices it could give.
+/// An alias with the number of its free devices.
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
@@ -148,7 +148,9 @@ pub fn device_spec(args: SpecArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = scan(paths)?;
     let taken = |device: &&HostDevice| groups.has_spec(device);
     let found = devices.iter().filter(taken);
-    let found: Vec<Found> = found.map(|device| Found::new(device, &groups)).collect();
+    let found: Vec<MatchedDevice> = found
+        .map(|device| MatchedDevice::new(device, &groups))
+        .collect();
     if args.json {
         return print_json(&found);
     }

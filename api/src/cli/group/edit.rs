@@ -36,15 +36,15 @@ pub struct CreateArgs {
     #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
-    tags: Tags,
+    options: DeviceOptions,
     /// A rule that takes devices; may be given several times
     #[arg(long = "rule", value_name = "JSON", value_parser = super::from_json::<Rule>)]
     rules: Vec<Rule>,
     /// A device, by its address or USB port, for which a rule is made; may be given several times
     #[arg(long = "device", value_name = "DEVICE")]
-    devices: Vec<Place>,
+    devices: Vec<DeviceAddress>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -65,26 +65,26 @@ pub struct EditArgs {
     #[arg(long)]
     description: Option<String>,
     #[command(flatten)]
-    tags: Tags,
+    options: DeviceOptions,
     /// A rule to add; may be given several times
     #[arg(long = "rule", value_name = "JSON", value_parser = super::from_json::<Rule>)]
     rules: Vec<Rule>,
     /// Number of a rule to remove, as `gantry group show` counts them; may be given several times
     #[arg(long = "drop-rule", value_name = "NUMBER")]
     drop_rules: Vec<usize>,
-    /// Even if virtual functions or vGPUs exist that the group would no longer ask for; they stay as they are
+    /// Change the group even if virtual functions or vGPUs exist that it would no longer define; they stay
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
-/// What is said of a group's devices.
+/// Properties of a group's devices.
 #[derive(Debug, Args)]
-struct Tags {
+struct DeviceOptions {
     /// When devices leave their host drivers
     #[arg(long, value_enum)]
-    bind: Option<When>,
+    bind: Option<BindOption>,
     /// Keep a device out of the group after a VM has used it, until it is released
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     one_time_use: Option<bool>,
@@ -103,7 +103,7 @@ struct Tags {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum When {
+enum BindOption {
     /// With `gantry device detach`
     Manual,
     /// When the host boots: see `gantry device persist`
@@ -112,17 +112,17 @@ enum When {
     Demand,
 }
 
-impl From<When> for Bind {
-    fn from(when: When) -> Self {
+impl From<BindOption> for Bind {
+    fn from(when: BindOption) -> Self {
         match when {
-            When::Manual => Self::Manual,
-            When::Boot => Self::Boot,
-            When::Demand => Self::Demand,
+            BindOption::Manual => Self::Manual,
+            BindOption::Boot => Self::Boot,
+            BindOption::Demand => Self::Demand,
         }
     }
 }
 
-impl Tags {
+impl DeviceOptions {
     fn change(self) -> GroupChange {
         GroupChange {
             bind: self.bind.map(Into::into),
@@ -143,11 +143,11 @@ pub struct RenameArgs {
     name: String,
     /// Its new name
     to: String,
-    /// Even if a VM has a device of the group
+    /// Rename the group even if a VM has a device of it
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -155,11 +155,11 @@ pub struct RenameArgs {
 pub struct DeleteArgs {
     /// The group
     name: String,
-    /// Even if a VM has a device of the group, or something was made for it; that stays as it is
+    /// Delete the group even if a VM has a device of it, or virtual functions or vGPUs of it exist; they stay
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -167,7 +167,7 @@ pub struct DeleteArgs {
 pub struct RemoveArgs {
     #[command(flatten)]
     common: DevicesArgs,
-    /// Even if a VM has one of them; the VM keeps it
+    /// Remove devices even if a VM has them; the VM keeps them
     #[arg(long)]
     force: bool,
 }
@@ -182,9 +182,9 @@ pub struct DevicesArgs {
     name: String,
     /// PCI addresses, such as 01:00.0, or ports of USB devices, such as 1-4.2
     #[arg(value_name = "DEVICE", required = true)]
-    devices: Vec<Place>,
+    devices: Vec<DeviceAddress>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -193,10 +193,10 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         kind,
         class,
         description,
-        tags,
+        options,
         rules,
         devices,
-        tell,
+        output,
     } = args;
     let devices = read(paths, &devices)?;
     let group = ResourceGroup {
@@ -213,9 +213,9 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         one_time_use: false,
         file: Default::default(),
     };
-    change(paths, tell, [&name, &name], |files| {
+    change(paths, output, [&name, &name], |files| {
         files.create(group)?;
-        files.change(&name, tags.change())?;
+        files.change(&name, options.change())?;
         files.add_chosen(&name, &devices.chosen())?;
         warn_of(files.is_possible(paths, &name)?, &name);
         Ok(())
@@ -228,11 +228,11 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         kind,
         class,
         description,
-        tags,
+        options,
         rules,
         drop_rules,
         force,
-        tell,
+        output,
     } = args;
     let wanted = GroupChange {
         name: None,
@@ -241,9 +241,9 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         class,
         drop_rules,
         add_rules: rules,
-        ..tags.change()
+        ..options.change()
     };
-    change(paths, tell, [&name, &name], |files| {
+    change(paths, output, [&name, &name], |files| {
         if !force {
             files.keeps_what_is_made(paths, &name, &wanted)?;
         }
@@ -256,14 +256,14 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// Says what a group lacks for now.
+/// Warns about what a group lacks for now.
 fn warn_of(lacking: Option<String>, group: &str) {
     if let Some(lacking) = lacking {
         tracing::warn!("group {group}: {lacking}");
     }
 }
 
-/// Says which plans ask for a group that is no more.
+/// Warns about plans that ask for a group which does not exist any more.
 fn warn_of_plans(paths: &HostPaths, group: &str) {
     // The commands that use plans report those that cannot be read.
     let plans = Plans::load(paths).unwrap_or_default();
@@ -283,13 +283,13 @@ pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
         name,
         to,
         force,
-        tell,
+        output,
     } = args;
     let wanted = GroupChange {
         name: Some(to.clone()),
         ..GroupChange::default()
     };
-    change(paths, tell, [&name, &to], |files| {
+    change(paths, output, [&name, &to], |files| {
         if !force {
             files.is_idle(paths, &name, None)?;
         }
@@ -300,8 +300,12 @@ pub fn rename(args: RenameArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let DeleteArgs { name, force, tell } = args;
-    change(paths, *tell, [name, name], |files| {
+    let DeleteArgs {
+        name,
+        force,
+        output,
+    } = args;
+    change(paths, *output, [name, name], |files| {
         if !force {
             files.is_idle(paths, name, None)?;
             files.has_nothing_made(paths, name)?;
@@ -315,7 +319,7 @@ pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
 pub fn add(args: &DevicesArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = read(paths, &args.devices)?;
     let name = &args.name;
-    change(paths, args.tell, [name, name], |files| {
+    change(paths, args.output, [name, name], |files| {
         files.add_chosen(name, &devices.chosen())
     })
 }
@@ -324,7 +328,7 @@ pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
     let RemoveArgs { common, force } = args;
     let leaving = read(paths, &common.devices)?;
     let name = &common.name;
-    change(paths, common.tell, [name, name], |files| {
+    change(paths, common.output, [name, name], |files| {
         if !force {
             let functions: Vec<HostBdf> = leaving.pci.iter().map(|device| device.bdf).collect();
             files.is_idle(paths, name, Some(&functions))?;
@@ -333,15 +337,15 @@ pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// Where a device is.
+/// The address of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Place {
+enum DeviceAddress {
     Pci(HostBdf),
     /// The bus, and the ports on the way.
     Usb(String),
 }
 
-impl FromStr for Place {
+impl FromStr for DeviceAddress {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -358,31 +362,31 @@ impl FromStr for Place {
     }
 }
 
-/// Devices that were named.
-struct Devices {
+/// Devices that the command line names.
+struct NamedDevices {
     pci: Vec<HostDevice>,
     usb: Vec<UsbDevice>,
 }
 
-impl Devices {
+impl NamedDevices {
     fn chosen(&self) -> Vec<Chosen<'_>> {
         let usb = self.usb.iter().map(Chosen::Usb);
         self.pci.iter().map(Chosen::Pci).chain(usb).collect()
     }
 }
 
-fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
-    let mut devices = Devices {
+fn read(paths: &HostPaths, places: &[DeviceAddress]) -> Result<NamedDevices, Failure> {
+    let mut devices = NamedDevices {
         pci: Vec::new(),
         usb: Vec::new(),
     };
     for place in places {
         match place {
-            Place::Pci(bdf) => {
+            DeviceAddress::Pci(bdf) => {
                 let device = HostDevice::read(paths, *bdf)?;
                 devices.pci.push(device);
             }
-            Place::Usb(port) => {
+            DeviceAddress::Usb(port) => {
                 let all = scan_usb(paths)?;
                 let found = all.into_iter().find(|device| device.port == *port);
                 devices.usb.push(found.ok_or_else(|| {
@@ -398,7 +402,7 @@ fn read(paths: &HostPaths, places: &[Place]) -> Result<Devices, Failure> {
 /// Changes a group as `wanted`, from its old name to its new one, and prints what changed.
 fn change(
     paths: &HostPaths,
-    tell: OutputArgs,
+    output: OutputArgs,
     [before, after]: [&str; 2],
     wanted: impl FnOnce(&mut GroupFiles) -> Result<(), EditError>,
 ) -> Result<(), Failure> {
@@ -408,7 +412,7 @@ fn change(
     wanted(&mut files)?;
     let changed = before.changed(after, &files, &hardware)?;
     let written = files.save()?;
-    changed.tell(written, tell)
+    changed.print(written, output)
 }
 
 #[cfg(test)]
@@ -417,12 +421,12 @@ mod tests {
 
     #[test]
     fn a_device_is_named_by_its_address_or_its_port() {
-        let usb = |text: &str| Ok(Place::Usb(text.to_owned()));
+        let usb = |text: &str| Ok(DeviceAddress::Usb(text.to_owned()));
         assert_eq!("1-4.2".parse(), usb("1-4.2"));
         assert_eq!("2-1".parse(), usb("2-1"));
-        assert!(matches!("01:00.0".parse(), Ok(Place::Pci(_))));
+        assert!(matches!("01:00.0".parse(), Ok(DeviceAddress::Pci(_))));
         for wrong in ["1-", "-4", "1-4.", "1-a", "usb1", "1"] {
-            let said = wrong.parse::<Place>().unwrap_err();
+            let said = wrong.parse::<DeviceAddress>().unwrap_err();
             assert!(said.contains("1-4.2"), "{said}");
         }
     }

@@ -1,4 +1,4 @@
-//! `gantry group fit`: what a request would get, without taking anything.
+//! `gantry group fit`: shows the devices that a request would get, without taking them.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -43,11 +43,11 @@ pub struct FitArgs {
 pub fn show(args: &FitArgs, paths: &HostPaths) -> Result<(), Failure> {
     let (requests, mut nodes) = read(args, paths)?;
     nodes.extend(&args.nodes);
-    tell(paths, &requests, nodes, args.json)
+    print_fit(paths, &requests, nodes, args.json)
 }
 
-/// Shows what requests would get. What does not fit is an error.
-pub fn tell(
+/// Shows the devices that requests would get. A request that does not fit is an error.
+pub fn print_fit(
     paths: &HostPaths,
     requests: &[DeviceRequest],
     nodes: BTreeSet<u32>,
@@ -118,7 +118,7 @@ fn read(args: &FitArgs, paths: &HostPaths) -> Result<(Vec<DeviceRequest>, BTreeS
     Ok((requests, nodes))
 }
 
-/// What each request would get. What one that is `lacking` does not get, the error tells.
+/// Writes the devices that each request would get. The error describes the `lacking` one.
 fn table(out: &mut dyn Write, result: &Fit, lacking: Option<&RequestFit>) -> io::Result<()> {
     for request in &result.requests {
         line(out, request)?;
@@ -151,7 +151,7 @@ fn line(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     }
 }
 
-/// How many devices could be had, and what became of the others.
+/// How many devices are free, and which filters dropped the others.
 fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     if let Some(group) = &request.inactive {
         writeln!(
@@ -159,7 +159,7 @@ fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
             "  its virtual functions are not there: `gantry group activate {group}` makes them"
         )?;
     }
-    // What is made for a VM is none of the devices that there are.
+    // Devices that are created for the VM are not among the existing ones.
     if !request.instances.is_empty() {
         writeln!(out, "  {} free", request.free)?;
     } else if !request.dropped.is_empty() {
@@ -173,7 +173,7 @@ fn drops(out: &mut dyn Write, request: &RequestFit) -> io::Result<()> {
     Ok(())
 }
 
-/// Mediated devices by their identifiers, or by how many would be made of what.
+/// Existing mediated devices by their UUIDs, new ones by their number and type.
 fn instances(all: &[Instance]) -> Vec<String> {
     let (there, new): (Vec<_>, Vec<_>) = all.iter().partition(|one| one.uuid.is_some());
     let mut made: Vec<(String, usize)> = Vec::new();

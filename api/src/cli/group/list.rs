@@ -1,4 +1,4 @@
-//! `gantry group list`: the groups with what they hold.
+//! `gantry group list`: lists the groups with their devices.
 
 use clap::Args;
 use gantry_resources::base::{HostBdf, HostPaths, Uuid};
@@ -14,9 +14,9 @@ use crate::table::{Column, Shrink, cell, column, print_table};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-TOTAL counts the devices that the group's rules match, a card with all its functions as one; USED those \
-a VM has; FREE those that are detached and no VM has, or that a VM may take from the host on demand. The others are still with a \
-driver of the host: `gantry device detach`.
+TOTAL counts the devices that the group's rules match; a card with all its functions counts once. USED counts \
+those that VMs have. FREE counts those that VMs can get: detached ones, or with `bind: demand` also those bound \
+to a host driver. The others are still bound to a host driver: `gantry device detach` frees them.
 
 Examples:
   gantry group list
@@ -52,7 +52,7 @@ struct Row<'a> {
     free: usize,
     quarantined: usize,
     devices: Vec<Member>,
-    /// Of USB devices: where they are plugged in.
+    /// Ports of its USB devices.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     usb: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -98,7 +98,7 @@ fn rows<'a>(groups: &'a Groups, paths: &HostPaths) -> Result<Vec<Row<'a>>, Failu
     Ok(rows.collect())
 }
 
-/// How much of a group there is, and what of it VMs can have.
+/// The numbers of a group's devices.
 #[derive(Debug, Clone, Serialize)]
 pub struct Counts {
     #[serde(skip)]

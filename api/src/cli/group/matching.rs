@@ -1,4 +1,4 @@
-//! `gantry group match`: what a rule would take, as a dry run.
+//! `gantry group match`: lists the devices that a rule or a group matches.
 
 use std::io::{self, Write};
 
@@ -21,7 +21,7 @@ use crate::table::{Column, Shrink, cell, column, has_column, write_table};
 All filters of a rule must hold. A filter is a value, or an object of equal, not, less, more, begins, \
 ends, contains, regex. Fields: name, id, vendor, device, subsystem, class, slot, serial, driver, numa, \
 iommu_group, pf, mdev_type; of NVMe disks also model, firmware, size (GB); of USB devices (--usb) \
-name, id, vendor, device, serial, driver, bus, port, speed (Mbit/s). `gantry schema groups` tells all of it.
+name, id, vendor, device, serial, driver, bus, port, speed (Mbit/s). `gantry schema groups` lists all keys.
 
 Examples:
   gantry group match gpus
@@ -46,9 +46,9 @@ pub struct MatchArgs {
     sort: Option<String>,
 }
 
-/// A device that a rule takes.
+/// A device that a rule matches.
 #[derive(Debug, Serialize)]
-pub struct Found {
+pub struct MatchedDevice {
     bdf: HostBdf,
     id: PciId,
     name: Option<&'static str>,
@@ -59,7 +59,7 @@ pub struct Found {
     group: Option<String>,
 }
 
-/// What is shown of a PCI function.
+/// The columns of PCI functions.
 pub const COLUMNS: [Column; 6] = [
     Column::full("address"),
     Column::full("id"),
@@ -69,7 +69,7 @@ pub const COLUMNS: [Column; 6] = [
     Column::full("group"),
 ];
 
-impl Found {
+impl MatchedDevice {
     pub fn new(device: &HostDevice, groups: &Groups) -> Self {
         Self {
             bdf: device.bdf,
@@ -115,7 +115,9 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
         (None, None) => false,
     };
     let found = devices.iter().filter(taken);
-    let found: Vec<Found> = found.map(|device| Found::new(device, &groups)).collect();
+    let found: Vec<MatchedDevice> = found
+        .map(|device| MatchedDevice::new(device, &groups))
+        .collect();
     if args.json {
         return print_json(&found);
     }
@@ -123,16 +125,16 @@ pub fn matching(args: &MatchArgs, paths: &HostPaths) -> Result<(), Failure> {
     print(|out| table(out, &found, sort))
 }
 
-/// Takes a column of devices, PCI or USB.
+/// Takes a column of the tables of PCI and USB devices.
 pub fn sort_by() -> PossibleValuesParser {
     column(&[COLUMNS.as_slice(), usb::COLUMNS.as_slice()].concat())
 }
 
 /// The devices in a table that fits the terminal, or a line that says that there are none.
-pub fn table(out: &mut dyn Write, found: &[Found], sort: Option<&str>) -> io::Result<()> {
+pub fn table(out: &mut dyn Write, found: &[MatchedDevice], sort: Option<&str>) -> io::Result<()> {
     if found.is_empty() {
         return writeln!(out, "No device of this host matches.");
     }
-    let rows = found.iter().map(Found::cells).collect();
+    let rows = found.iter().map(MatchedDevice::cells).collect();
     write_table(out, &COLUMNS, rows, sort)
 }

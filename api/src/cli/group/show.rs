@@ -9,7 +9,7 @@ use gantry_resources::pools::{Bind, GroupType, Groups, ResourceGroup, SriovSpec,
 use serde::Serialize;
 
 use super::list::{Counts, counts_of};
-use super::matching::{COLUMNS, Found, sort_by, table};
+use super::matching::{COLUMNS, MatchedDevice, sort_by, table};
 use crate::cli::device::usb;
 use crate::cli::group_change::lacking;
 use crate::output::{print, print_json};
@@ -33,13 +33,13 @@ pub struct ShowArgs {
 }
 
 #[derive(Debug, Serialize)]
-struct Shown<'a> {
+struct GroupReport<'a> {
     #[serde(flatten)]
     group: &'a ResourceGroup,
     #[serde(flatten)]
     counts: Option<Counts>,
     file: String,
-    devices: Vec<Found>,
+    devices: Vec<MatchedDevice>,
 }
 
 pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -52,11 +52,13 @@ pub fn show(args: &ShowArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     let devices = scan(paths)?;
     let matched = devices.iter().filter(|device| group.matches(device));
-    let shown = Shown {
+    let shown = GroupReport {
         group,
         counts: counts_of(group, &groups, paths)?,
         file: group.file.display().to_string(),
-        devices: matched.map(|device| Found::new(device, &groups)).collect(),
+        devices: matched
+            .map(|device| MatchedDevice::new(device, &groups))
+            .collect(),
     };
     if args.json {
         return print_json(&shown);
@@ -155,13 +157,13 @@ fn functions(out: &mut dyn Write, spec: &SriovSpec, devices: &[HostDevice]) -> i
     Ok(())
 }
 
-/// Where the devices of a group come from that are made for it.
+/// When the virtual functions or vGPUs of a group are created.
 fn to_come(group: &ResourceGroup, mdevs: &Mdevs) -> Option<String> {
     let is_there = |uuid| mdevs.devices.iter().any(|device| device.uuid == uuid);
     let (name, on_demand) = (&group.name, group.bind == Bind::Demand);
     match (&group.sriov, &group.vgpu) {
         (Some(_), _) if on_demand => {
-            Some("Its virtual functions are made when a VM asks for one.".to_owned())
+            Some("Its virtual functions are created when a VM asks for one.".to_owned())
         }
         (Some(_), _) => Some(format!(
             "Its virtual functions are not there: `gantry group activate {name}` makes them."

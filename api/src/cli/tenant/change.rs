@@ -1,4 +1,4 @@
-//! `gantry tenant create`, `edit`, `delete`, `grant` and `revoke`: what they do and say.
+//! `gantry tenant create`, `edit`, `delete`, `grant` and `revoke`.
 
 use std::path::PathBuf;
 use std::slice;
@@ -24,14 +24,14 @@ use crate::signals::SignalsHeld;
 pub struct CreateArgs {
     /// The tenant
     name: String,
-    /// Who runs its VMs [default: the user of the tenant's name]
+    /// User who runs its VMs [default: the user of the tenant's name]
     #[arg(long)]
     user: Option<String>,
     /// A description
     #[arg(long, default_value_t, hide_default_value = true)]
     description: String,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -39,14 +39,14 @@ pub struct CreateArgs {
 pub struct EditArgs {
     /// The tenant
     name: String,
-    /// Who runs its VMs
+    /// User who runs its VMs
     #[arg(long)]
     user: Option<String>,
     /// A description
     #[arg(long)]
     description: Option<String>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -55,7 +55,7 @@ pub struct DeleteArgs {
     /// The tenant
     name: String,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -75,20 +75,20 @@ pub struct GrantArgs {
         conflicts_with = "from"
     )]
     devices: Vec<DeviceName>,
-    /// Devices of this group of the host's that are not in use
+    /// Grant free devices of this host group
     #[arg(long, value_name = "GROUP")]
     from: Option<String>,
-    /// How many of that group
+    /// Number of devices of that group
     #[arg(long, requires = "from", default_value_t = 1)]
     count: usize,
-    /// The tenant's group that they come into [default: one of the tenant's name]
+    /// Tenant's group to add the devices to [default: one of the tenant's name]
     #[arg(long)]
     group: Option<String>,
     /// Give this device away even if the host uses it; whatever uses it loses it
     #[arg(long = "override", value_name = "BDF")]
     overrides: Vec<HostBdf>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -106,16 +106,16 @@ pub struct RevokeArgs {
         conflicts_with = "all"
     )]
     devices: Vec<DeviceName>,
-    /// All that the tenant owns
+    /// Revoke all devices of the tenant
     #[arg(long)]
     all: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Done {
+enum Action {
     Created,
     Changed,
     Deleted,
@@ -123,14 +123,14 @@ enum Done {
     Revoked,
 }
 
-/// A tenant that was changed.
+/// A change of a tenant.
 #[derive(Debug, Serialize)]
-struct Changed<'a> {
+struct ChangeReport<'a> {
     tenant: &'a str,
-    done: Done,
+    done: Action,
     #[serde(flatten)]
     file: Option<&'a TenantFile>,
-    /// The tenant's group that the devices came into.
+    /// The tenant's group that the devices were added to.
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,8 +141,8 @@ struct Changed<'a> {
     files: &'a [PathBuf],
 }
 
-impl<'a> Changed<'a> {
-    const fn new(tenant: &'a str, done: Done) -> Self {
+impl<'a> ChangeReport<'a> {
+    const fn new(tenant: &'a str, done: Action) -> Self {
         Self {
             tenant,
             done,
@@ -162,12 +162,12 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
         description: args.description,
     };
     let path = create_tenant(paths, name, &file)?;
-    let changed = Changed {
+    let changed = ChangeReport {
         file: Some(&file),
         files: slice::from_ref(&path),
-        ..Changed::new(name, Done::Created)
+        ..ChangeReport::new(name, Action::Created)
     };
-    args.tell.tell(&changed, |out| {
+    args.output.print(&changed, |out| {
         let (user, path) = (&file.user, path.display());
         writeln!(out, "tenant {name}: created for user {user} (in {path})")?;
         writeln!(out, "  `gantry tenant grant {name} BDF` gives it a device")
@@ -183,12 +183,12 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
         description: args.description.unwrap_or_else(|| now.description.clone()),
     };
     let path = edit_tenant(paths, name, &file)?;
-    let changed = Changed {
+    let changed = ChangeReport {
         file: Some(&file),
         files: slice::from_ref(&path),
-        ..Changed::new(name, Done::Changed)
+        ..ChangeReport::new(name, Action::Changed)
     };
-    args.tell.tell(&changed, |out| {
+    args.output.print(&changed, |out| {
         let (user, path) = (&file.user, path.display());
         writeln!(out, "tenant {name}: its user is {user} (in {path})")
     })
@@ -196,13 +196,13 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
 
 pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
     delete_tenant(paths, &args.name)?;
-    let changed = Changed::new(&args.name, Done::Deleted);
-    args.tell.tell(&changed, |out| {
+    let changed = ChangeReport::new(&args.name, Action::Deleted);
+    args.output.print(&changed, |out| {
         writeln!(out, "tenant {}: deleted", args.name)
     })
 }
 
-pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
+pub fn grant_devices(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = match &args.from {
         Some(from) => GrantedDevices::Free {
             from,
@@ -222,21 +222,21 @@ pub fn give(args: &GrantArgs, paths: &HostPaths) -> Result<(), Failure> {
         writer: &ChildWriter::default(),
         links: &links,
     };
-    let given = grant(paths, host, &args.name, &wanted);
-    let given = given?;
+    let granted = grant(paths, host, &args.name, &wanted);
+    let granted = granted?;
     let tenant = &args.name;
-    let changed = Changed {
+    let changed = ChangeReport {
         group: Some(args.group.as_ref().unwrap_or(tenant)),
-        added: Some(&given),
-        ..Changed::new(tenant, Done::Granted)
+        added: Some(&granted),
+        ..ChangeReport::new(tenant, Action::Granted)
     };
-    args.tell.tell(&changed, |out| {
-        let mut given = given.iter();
-        given.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
+    args.output.print(&changed, |out| {
+        let mut granted = granted.iter();
+        granted.try_for_each(|device| writeln!(out, "{device}: belongs to tenant {tenant}"))
     })
 }
 
-pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
+pub fn revoke_devices(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
     let devices = match args.all {
         false => args.devices,
         true => {
@@ -252,13 +252,13 @@ pub fn take(args: RevokeArgs, paths: &HostPaths) -> Result<(), Failure> {
         links: &links,
     };
     let tenant = &args.name;
-    let taken = revoke(paths, host, tenant, &devices)?;
-    let changed = Changed {
-        removed: Some(&taken),
-        ..Changed::new(tenant, Done::Revoked)
+    let revoked = revoke(paths, host, tenant, &devices)?;
+    let changed = ChangeReport {
+        removed: Some(&revoked),
+        ..ChangeReport::new(tenant, Action::Revoked)
     };
-    args.tell.tell(&changed, |out| {
-        let mut taken = taken.iter();
-        taken.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {tenant}"))
+    args.output.print(&changed, |out| {
+        let mut revoked = revoked.iter();
+        revoked.try_for_each(|device| writeln!(out, "{device}: taken back from tenant {tenant}"))
     })
 }

@@ -1,4 +1,4 @@
-//! `gantry tenant list` and `show`: what tenants own.
+//! `gantry tenant list` and `show`: tenants and their devices.
 
 use clap::Args;
 use gantry_resources::base::{DeviceName, HostBdf, HostPaths, Uuid};
@@ -47,20 +47,20 @@ struct Row<'a> {
     name: &'a str,
     #[serde(flatten)]
     file: &'a TenantFile,
-    /// How many devices it has: the functions of a card are one.
+    /// Number of devices; a card counts once.
     total: usize,
     used: usize,
-    devices: Vec<Owned>,
+    devices: Vec<TenantDevice>,
 }
 
 /// A device of a tenant.
 #[derive(Debug, Serialize)]
-struct Owned {
+struct TenantDevice {
     #[serde(skip_serializing_if = "Option::is_none")]
     bdf: Option<HostBdf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     uuid: Option<Uuid>,
-    /// None where the device is gone.
+    /// None if the device is gone.
     id: Option<PciId>,
     name: Option<&'static str>,
     #[serde(flatten)]
@@ -68,7 +68,7 @@ struct Owned {
     group: Option<String>,
 }
 
-/// The functions of a tenant's cards that come with the first one of theirs.
+/// All functions of a tenant's cards but the first of each card.
 fn companions(tenant: &Tenant, all: &[HostDevice]) -> Vec<HostBdf> {
     let own = tenant.devices();
     let cards = cards(all.iter().filter(|device| own.contains(&device.bdf)));
@@ -81,7 +81,7 @@ impl<'a> Row<'a> {
         let functions = tenant.devices().into_iter().map(|bdf| {
             let device = all.iter().find(|device| device.bdf == bdf);
             let group = device.and_then(|device| tenant.groups().group_of(device));
-            Owned {
+            TenantDevice {
                 bdf: Some(bdf),
                 uuid: None,
                 id: device.map(|device| device.id),
@@ -93,7 +93,7 @@ impl<'a> Row<'a> {
         let mdevs = tenant.mdevs().into_iter().map(|uuid| {
             let device = mdevs.devices.iter().find(|device| device.uuid == uuid);
             let group = device.and_then(|device| tenant.groups().group_of_mdev(device));
-            Owned {
+            TenantDevice {
                 bdf: None,
                 uuid: Some(uuid),
                 id: None,
@@ -102,12 +102,12 @@ impl<'a> Row<'a> {
                 group: group.map(|group| group.name.clone()),
             }
         });
-        let devices: Vec<Owned> = functions.chain(mdevs).collect();
+        let devices: Vec<TenantDevice> = functions.chain(mdevs).collect();
         let others = companions(tenant, all);
         let counted = devices
             .iter()
             .filter(|one| one.bdf.is_none_or(|bdf| !others.contains(&bdf)));
-        let used = |one: &&Owned| matches!(one.state, Some(DeviceState::Assigned { .. }));
+        let used = |one: &&TenantDevice| matches!(one.state, Some(DeviceState::Assigned { .. }));
         Self {
             name: &tenant.name,
             file: &tenant.file,

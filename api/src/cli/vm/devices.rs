@@ -40,7 +40,7 @@ pub struct AttachArgs {
     #[arg(value_name = "VM")]
     vm: String,
     #[command(flatten)]
-    from: From,
+    from: SourceArgs,
     /// How many devices of the group or alias
     #[arg(long, value_name = "N", conflicts_with = "device")]
     count: Option<u32>,
@@ -76,7 +76,7 @@ pub struct AttachArgs {
 /// Where devices come from.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-struct From {
+struct SourceArgs {
     /// Group to take devices from; `gantry group list` shows them
     #[arg(long)]
     group: Option<String>,
@@ -136,12 +136,12 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
-        if let Some(asleep) = state::asleep(&client, &args.vm) {
-            note(asleep);
+        if let Some(paused) = state::paused_note(&client, &args.vm) {
+            note(paused);
         }
         let waited = wait_for_driver(&mut events, &mut devices, wait)?;
         if let Err(waiting) = waited {
-            return Err(not_switched_on(&client, &args.vm, &waiting, wait));
+            return Err(not_enabled(&client, &args.vm, &waiting, wait));
         }
     }
     if args.json {
@@ -162,9 +162,9 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 impl AttachArgs {
-    /// What is asked of the VM, where it is not the devices of a plan.
+    /// The request for devices without a plan.
     fn request(&self) -> DeviceRequest {
-        let From {
+        let SourceArgs {
             group,
             alias,
             device,
@@ -193,7 +193,7 @@ impl AttachArgs {
     }
 }
 
-/// An alias without the number that Nova's requests have behind it.
+/// An alias. A count behind it, as in Nova's requests, is an error.
 fn alias(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
         Some((name, count)) if count.parse::<u32>().is_ok() => Err(format!(
@@ -203,7 +203,7 @@ fn alias(text: &str) -> Result<String, String> {
     }
 }
 
-/// The words that a VM's file has for the policies.
+/// Takes the NUMA policies of a VM's file.
 fn policies() -> impl TypedValueParser<Value = NumaPolicy> {
     words(["required", "preferred", "legacy", "socket"])
 }
@@ -223,12 +223,12 @@ fn words<T: DeserializeOwned + Clone + Send + Sync + 'static>(
     })
 }
 
-/// Why the command is over before the guest's driver has switched on the devices, and what helps.
-fn not_switched_on(client: &Client, vm: &str, waiting: &[String], wait: Duration) -> Failure {
+/// The error for devices that the guest has not enabled in time.
+fn not_enabled(client: &Client, vm: &str, waiting: &[String], wait: Duration) -> Failure {
     let (named, waited) = (watch::list(waiting), seconds(wait));
     let what =
         format!("the guest has not enabled {named} in {waited}: it is attached, but not in use");
-    let why = state::asleep(client, vm).unwrap_or_else(|| {
+    let why = state::paused_note(client, vm).unwrap_or_else(|| {
         "the guest may lack a driver for it: look with `lspci -k` there".to_owned()
     });
     let first = waiting.first().map_or("", String::as_str);
@@ -237,7 +237,7 @@ fn not_switched_on(client: &Client, vm: &str, waiting: &[String], wait: Duration
     ))
 }
 
-/// Waits until the guest's driver has switched on all devices; which are left if it does not.
+/// Waits until the guest has enabled all devices. Returns those that it has not enabled in time.
 fn wait_for_driver(
     events: &mut EventReader<'_>,
     devices: &mut [Device],
@@ -269,7 +269,7 @@ fn wait_for_driver(
                 }
                 *took.entry(id).or_default() += seconds;
             }
-            // Of what others attach meanwhile, nothing is said.
+            // Devices that other clients attach are ignored.
             Event::Attached { device } if waiting.contains(&device.id) => {
                 let seconds = took.get(&device.id).copied().unwrap_or_default();
                 let named = watch::named(&device);
@@ -286,11 +286,11 @@ fn wait_for_driver(
     }
 }
 
-/// What came of a detach.
+/// The result of a detach.
 #[derive(Debug, Serialize)]
-struct Detached {
+struct DetachReport {
     id: String,
-    /// The other functions of the same device, which go with it.
+    /// The other functions of the same device, which are detached with it.
     together_with: Vec<String>,
     gone: bool,
     forced: bool,
@@ -313,13 +313,13 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     client.put_json::<()>("vm.remove-device", &body)?;
     if matches!(info.state, VmState::Created | VmState::Shutdown) {
-        return forgotten(args, id, together_with);
+        return removed_before_boot(args, id, together_with);
     }
     let forced = if args.no_wait {
         None
     } else {
-        match state::asleep(&client, &args.vm) {
-            Some(asleep) => note(asleep),
+        match state::paused_note(&client, &args.vm) {
+            Some(paused) => note(paused),
             None => note(format_args!(
                 "waiting for the guest of VM {} to release {named}",
                 args.vm
@@ -329,11 +329,11 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
         let wait = Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX);
         Some(match wait_for_guest(&mut events, going, wait)? {
             Ok(forced) => forced,
-            Err(left) => return Err(not_let_go(&client, args, &left, wait)),
+            Err(left) => return Err(not_released(&client, args, &left, wait)),
         })
     };
     if args.json {
-        return print_json(&Detached {
+        return print_json(&DetachReport {
             gone: forced.is_some(),
             forced: forced == Some(true),
             id,
@@ -347,18 +347,18 @@ pub fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     })
 }
 
-/// Why the command is over before the guest has let devices go, and what helps.
-fn not_let_go(client: &Client, args: &DetachArgs, left: &[String], wait: Duration) -> Failure {
+/// The error for devices that the guest has not released in time.
+fn not_released(client: &Client, args: &DetachArgs, left: &[String], wait: Duration) -> Failure {
     let (named, waited) = (watch::list(left), seconds(wait));
     let what = format!("the guest has not released {named} in {waited}");
     let force = "take it from the guest with `--force-after 0`";
-    Failure::host(what).help(match state::asleep(client, &args.vm) {
-        Some(asleep) => format!("{asleep}; or {force}"),
+    Failure::host(what).help(match state::paused_note(client, &args.vm) {
+        Some(paused) => format!("{paused}; or {force}"),
         None => format!("ask again, or {force}"),
     })
 }
 
-/// Waits until devices are gone; whether that had to be forced, or which are left.
+/// Waits until devices are gone. Returns whether that was forced, or the devices that are left.
 fn wait_for_guest(
     events: &mut EventReader<'_>,
     mut going: Vec<String>,
@@ -376,7 +376,7 @@ fn wait_for_guest(
                     }
                 }
             }
-            // It has been given back with all the rest.
+            // The VM ended and gave all its devices back.
             Ok(None) => return Ok(Ok(true)),
             Err(ClientError::TimedOut { .. }) => return Ok(Err(going)),
             Err(error) => return Err(error.into()),
@@ -385,9 +385,13 @@ fn wait_for_guest(
 }
 
 /// A VM that is not booted has no guest to wait for.
-fn forgotten(args: &DetachArgs, id: String, together_with: Vec<String>) -> Result<(), Failure> {
+fn removed_before_boot(
+    args: &DetachArgs,
+    id: String,
+    together_with: Vec<String>,
+) -> Result<(), Failure> {
     if args.json {
-        return print_json(&Detached {
+        return print_json(&DetachReport {
             gone: true,
             forced: false,
             id,
@@ -397,8 +401,8 @@ fn forgotten(args: &DetachArgs, id: String, together_with: Vec<String>) -> Resul
     print(|out| writeln!(out, "{id}: {} will not have it when it boots", args.vm))
 }
 
-/// The name in the VM of a device that is named so, or that has this address on the host, and those of the
-/// functions that go with it.
+/// The name of a device in the VM, found by that name or by its host address, and the names of the other functions
+/// of the same device.
 fn find_device(device: &str, info: &VmInfo) -> (String, Vec<String>) {
     let name: Option<DeviceName> = device.parse().ok();
     let named = info.devices.iter().find(|found| found.id == device);
@@ -408,8 +412,8 @@ fn find_device(device: &str, info: &VmInfo) -> (String, Vec<String>) {
     };
     match named.or_else(at) {
         Some(found) => (found.id.clone(), found.together_with.clone()),
-        // What a VM that is not booted will have goes by its whole address. What it does not have, the VM
-        // says itself, with those it has.
+        // A VM that is not booted names a device by its full address. For an unknown device, the VM's own error
+        // lists its devices.
         None => (
             name.map_or(device.to_owned(), |name| name.to_string()),
             Vec::new(),

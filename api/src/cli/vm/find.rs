@@ -12,13 +12,13 @@ use crate::http::wire::VmmPing;
 use crate::http::{path_of, remove_stale};
 use crate::report::Failure;
 
-/// How long a command's answer is waited for; the server gives up before.
-const PATIENCE: Duration = Duration::from_secs(130);
+/// How long a command waits for an answer: longer than the server takes at most.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(130);
 /// How many VMs are asked at a time.
 const AT_A_TIME: usize = 64;
 
 /// How long a list waits for each VM.
-pub const GLANCE: Duration = Duration::from_secs(2);
+pub const LIST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The VM of that name, or behind that socket.
 pub fn vm(name: &str, paths: &HostPaths) -> Result<Client, Failure> {
@@ -28,10 +28,10 @@ pub fn vm(name: &str, paths: &HostPaths) -> Result<Client, Failure> {
         path_of(&paths.run, name)
     };
     // This only looks for a listener: a guest's state may take longer.
-    match connect(&path, GLANCE)?.get::<VmmPing>("vmm.ping") {
+    match connect(&path, LIST_TIMEOUT)?.get::<VmmPing>("vmm.ping") {
         Err(ClientError::NotListening { .. }) => Err(unknown(name, paths)),
         Err(error) => Err(error.into()),
-        Ok(_) => connect(&path, PATIENCE),
+        Ok(_) => connect(&path, REQUEST_TIMEOUT),
     }
 }
 
@@ -56,12 +56,12 @@ fn unknown(name: &str, paths: &HostPaths) -> Failure {
     Failure::host(format!("no VM \"{name}\" runs")).help(help)
 }
 
-/// One that runs, and has no socket that this user would find.
+/// The error for a running VM whose socket is elsewhere or another user's.
 fn unreachable_vm(vm: &RunningVm, paths: &HostPaths) -> Failure {
     let Some(tenant) = &vm.tenant else {
         let what = format!("{vm} has no socket in {}", paths.run.display());
         return Failure::host(what)
-            .help("where it was started with --api-socket PATH, say PATH for its name");
+            .help("if it was started with --api-socket PATH, use PATH as its name");
     };
     let tenants = Tenants::load(paths).unwrap_or_default();
     let user = tenants.find(tenant).map(|tenant| &*tenant.file.user);
@@ -72,7 +72,7 @@ fn unreachable_vm(vm: &RunningVm, paths: &HostPaths) -> Failure {
     ))
 }
 
-/// Asks the VM behind each socket of the run directory, many at a time, as each that is silent is waited for. The
+/// Asks the VMs of all sockets in the run directory, many at a time, since each silent VM costs a timeout. The
 /// answers are in the order of the names.
 pub fn ask_all<T: Send>(paths: &HostPaths, ask: impl Fn(String, PathBuf) -> T + Sync) -> Vec<T> {
     let mut answers = Vec::new();
@@ -105,7 +105,7 @@ pub fn sockets(paths: &HostPaths) -> Vec<(String, PathBuf)> {
             let name = entry.file_name();
             let name = name.to_str()?.strip_suffix(".sock")?;
             let path = entry.path();
-            // Where it cannot be removed, connecting to it tells.
+            // If it cannot be removed, connecting to it fails with the reason.
             let _ = remove_stale(&path, &paths.run);
             path.exists().then(|| (name.to_owned(), path))
         })

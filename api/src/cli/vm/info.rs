@@ -14,9 +14,9 @@ use crate::table::{Column, Shrink, cell, column, write_table};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 States of devices:
-  announced  the guest was told of it
+  announced  the guest was notified of it
   enabled    the guest has enabled its memory or I/O ports
-  detaching  the guest was asked to let it go
+  detaching  the guest was asked to release it
 
 Examples:
   gantry vm info web-1

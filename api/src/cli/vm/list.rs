@@ -25,8 +25,8 @@ States:
   no VM      it waits for one; `gantry vm shutdown NAME --process` ends it
   no socket  it has none (--no-api), or one elsewhere (--api-socket)
   tenant T   it is tenant T's, whose user controls it
-  denied     it is another user's
-  stopped    its process is, as by ctrl-z; `kill -CONT PID` lets it run on
+  denied     it belongs to another user
+  stopped    its process is stopped (ctrl-z); `kill -CONT PID` continues it
   silent     it does not answer
 
 Examples:
@@ -46,11 +46,11 @@ pub struct ListArgs {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
-    /// Whose it is, where it is not the host's.
+    /// The tenant that runs it, if any.
     #[serde(skip_serializing_if = "Option::is_none")]
     tenant: Option<String>,
     pid: Option<u32>,
-    /// Where it has no socket in the run directory, how it is controlled is not known.
+    /// Its socket in the run directory, if it has one there.
     socket: Option<std::path::PathBuf>,
     state: State,
     info: Option<VmInfo>,
@@ -115,7 +115,7 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
 impl Row {
     /// None if no process listens on the socket.
     fn of_socket(name: String, socket: std::path::PathBuf) -> Result<Option<Self>, Failure> {
-        let client = find::connect(&socket, find::GLANCE)?;
+        let client = find::connect(&socket, find::LIST_TIMEOUT)?;
         let mut row = Self {
             name,
             tenant: None,

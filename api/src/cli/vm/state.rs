@@ -13,13 +13,13 @@ use crate::http::wire::{Event, VmInfo, VmState};
 use crate::output::{OutputArgs, note};
 use crate::report::Failure;
 
-/// A VM whose state is to change at once.
+/// A VM whose state changes at once.
 #[derive(Debug, Args)]
 pub struct ChangeArgs {
     #[command(flatten)]
     of: VmArgs,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -38,7 +38,7 @@ pub struct ShutdownArgs {
     #[arg(long)]
     process: bool,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
 #[derive(Debug, Args)]
@@ -54,62 +54,67 @@ pub struct PowerButtonArgs {
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
     wait: Option<u32>,
     #[command(flatten)]
-    tell: OutputArgs,
+    output: OutputArgs,
 }
 
-/// What became of a VM.
+/// What a command did to a VM.
 #[derive(Debug, Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Done {
+pub enum Action {
     Paused,
     Resumed,
     Rebooted,
     Ended,
-    /// And its gantry with it.
+    /// Its gantry process has ended too.
     ProcessEnded,
-    /// Its guest is to power off.
+    /// Its guest was asked to power off.
     Asked,
 }
 
 #[derive(Debug, Serialize)]
-struct Changed<'a> {
+struct ChangeReport<'a> {
     vm: &'a str,
-    done: Done,
+    done: Action,
 }
 
-fn tell(vm: &str, done: Done, args: OutputArgs) -> Result<(), Failure> {
-    args.tell(&Changed { vm, done }, |out| match done {
-        Done::Paused => writeln!(out, "{vm} is paused"),
-        Done::Resumed => writeln!(out, "{vm} runs again"),
-        Done::Rebooted => writeln!(out, "{vm} boots again"),
-        Done::Ended => writeln!(out, "{vm} has ended"),
-        Done::ProcessEnded => writeln!(out, "{vm} has ended, and gantry with it"),
-        Done::Asked => writeln!(out, "{vm}'s guest is asked to power off"),
+fn print_change(vm: &str, done: Action, args: OutputArgs) -> Result<(), Failure> {
+    args.print(&ChangeReport { vm, done }, |out| match done {
+        Action::Paused => writeln!(out, "{vm} is paused"),
+        Action::Resumed => writeln!(out, "{vm} runs again"),
+        Action::Rebooted => writeln!(out, "{vm} boots again"),
+        Action::Ended => writeln!(out, "{vm} has ended"),
+        Action::ProcessEnded => writeln!(out, "{vm} has ended, and gantry with it"),
+        Action::Asked => writeln!(out, "{vm}'s guest is asked to power off"),
     })
 }
 
-/// What is to be known of a VM whose guest is to do something: none unless it is paused.
-pub fn asleep(client: &Client, vm: &str) -> Option<String> {
+/// A note that a VM is paused, so that its guest does nothing; none if it is not paused.
+pub fn paused_note(client: &Client, vm: &str) -> Option<String> {
     let info: VmInfo = client.get("vm.info").ok()?;
     (info.state == VmState::Paused)
         .then(|| format!("{vm} is paused: its guest does nothing until `gantry vm resume {vm}`"))
 }
 
-/// Has `call` done, and says that the VM has `done` it.
-pub fn change(args: &ChangeArgs, paths: &HostPaths, call: &str, done: Done) -> Result<(), Failure> {
+/// Sends `call` and prints `done`.
+pub fn change(
+    args: &ChangeArgs,
+    paths: &HostPaths,
+    call: &str,
+    done: Action,
+) -> Result<(), Failure> {
     let vm = &args.of.vm;
     find::vm(vm, paths)?.put(call)?;
-    tell(vm, done, args.tell)
+    print_change(vm, done, args.output)
 }
 
 pub fn shutdown(args: &ShutdownArgs, paths: &HostPaths) -> Result<(), Failure> {
     let vm = &args.vm;
     if args.process {
         find::vm(vm, paths)?.put("vmm.shutdown")?;
-        return tell(vm, Done::ProcessEnded, args.tell);
+        return print_change(vm, Action::ProcessEnded, args.output);
     }
     match find::vm(vm, paths)?.put("vm.shutdown") {
-        Ok(()) => tell(vm, Done::Ended, args.tell),
+        Ok(()) => print_change(vm, Action::Ended, args.output),
         // No VM is created, or it does not run.
         Err(
             error @ ClientError::Refused {
@@ -127,11 +132,11 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
     let client = find::vm(&args.vm, paths)?;
     let mut events = client.events()?;
     client.put("vm.power-button")?;
-    if let Some(asleep) = asleep(&client, &args.vm) {
-        note(asleep);
+    if let Some(paused) = paused_note(&client, &args.vm) {
+        note(paused);
     }
     let Some(wait) = args.wait else {
-        return tell(&args.vm, Done::Asked, args.tell);
+        return print_change(&args.vm, Action::Asked, args.output);
     };
     note(format_args!("waiting for {}'s guest to power off", args.vm));
     let wait = Duration::from_secs(wait.into());
@@ -147,13 +152,13 @@ pub fn power_button(args: &PowerButtonArgs, paths: &HostPaths) -> Result<(), Fai
             Ok(None) => break,
             Err(ClientError::TimedOut { .. }) => {
                 let what = format!("{}'s guest did not power off in {}", args.vm, seconds(wait));
-                let deaf =
+                let ignored =
                     "it may ignore its power button; `gantry vm shutdown` ends the VM at once";
-                let help = asleep(&client, &args.vm).unwrap_or_else(|| deaf.to_owned());
+                let help = paused_note(&client, &args.vm).unwrap_or_else(|| ignored.to_owned());
                 return Err(Failure::host(what).help(help));
             }
             Err(error) => return Err(error.into()),
         }
     }
-    tell(&args.vm, Done::Ended, args.tell)
+    print_change(&args.vm, Action::Ended, args.output)
 }

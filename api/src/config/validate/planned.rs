@@ -42,5 +42,5 @@ pub fn memory(plan: Option<&Plan>) -> Result<MemorySize, Invalid> {
 
 fn wrong(plan: &Plan, what: &str) -> Invalid {
     let what = format!("plan \"{}\" in {}: {what}", plan.name, plan.file.display());
-    invalid("plan", what, "correct the plan, or say it in this file")
+    invalid("plan", what, "correct the plan, or set it in this file")
 }

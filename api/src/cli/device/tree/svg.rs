@@ -1,4 +1,4 @@
-//! The tree as a picture: a row a function, a colour a state, a band an IOMMU group.
+//! The tree as a picture: one row per function, one colour per state, one band per IOMMU group.
 
 use std::fmt::Write;
 
@@ -43,7 +43,7 @@ const MARKS: [&str; 6] = [
     "#b6992d", "#d37295", "#499894", "#7b5ea7", "#8c564b", "#3b5b92",
 ];
 
-/// Which host a picture shows, and when.
+/// The host that a picture shows, and the time.
 pub struct Title {
     pub host: String,
     pub date: String,
