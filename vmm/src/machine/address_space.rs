@@ -257,7 +257,33 @@ impl Drop for Claim {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever guests do with their BARs: no two things have one address, and what has left is free again.
+        #[test]
+        fn claims_never_overlap_and_refuse_nothing_else(
+            steps in proptest::collection::vec((any::<bool>(), 0_u64..64, 1_u64..16), 0..60),
+        ) {
+            let claims = Arc::new(Claims::default());
+            let mut held: Vec<(u64, u64, Claim)> = Vec::new();
+            for (take, base, len) in steps {
+                if !take && !held.is_empty() {
+                    held.swap_remove(base as usize % held.len());
+                    continue;
+                }
+                let meets = |other: &(u64, u64, Claim)| base < other.0 + other.1 && other.0 < base + len;
+                let free = !held.iter().any(meets);
+                let claim = Claims::claim(&claims, base, len);
+                prop_assert_eq!(claim.is_ok(), free);
+                held.extend(claim.ok().map(|claim| (base, len, claim)));
+            }
+            drop(held);
+            prop_assert!(claims.0.lock().unwrap().is_empty());
+        }
+    }
 
     #[test]
     fn claims_refuse_overlaps_and_come_back_when_dropped() {

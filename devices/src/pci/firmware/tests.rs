@@ -300,6 +300,13 @@ fn bars(sizes: std::ops::Range<u32>) -> impl Strategy<Value = Vec<BarRequest>> {
             size: 1 << size,
         }
     });
+    let rom = (0..8_u8, 11..25_u32).prop_map(|(function, size)| BarRequest {
+        function,
+        index: ROM,
+        kind: BarKind::Rom,
+        size: 1 << size,
+    });
+    let bar = prop_oneof![9 => bar, 1 => rom];
     vec(bar, 0..10).prop_map(|mut bars| {
         let mut seen = std::collections::HashSet::new();
         bars.retain(|bar| seen.insert((bar.function, bar.index)));
