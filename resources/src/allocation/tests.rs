@@ -60,6 +60,27 @@ fn held(host: &FakeHost) -> Vec<String> {
     held.map(|device| device.bdf.to_string()).collect()
 }
 
+/// The function of a card that nobody thinks of.
+#[test]
+fn a_function_that_the_host_has_bound_again_is_named_with_its_driver() {
+    let function = |number: u8| Fake::nvme(&format!("01:00.{number}"), 7);
+    let groups = r#"{"groups": [{"name": "gpu", "rules": [{"class": "03"}]}]}"#;
+    let devices = [function(0).class(0x03_00_00), function(1).class(0x04_03_00)];
+    let host = host(&devices, groups);
+    let wish = [of("gpu", 1)];
+    assert_eq!(allocate(&host.paths, &wish, &vm("a")).unwrap().len(), 2);
+    host.bind(bdf("01:00.1"), Some("snd_hda_intel"));
+    let why = refusal(&host, &wish);
+    for words in [
+        "0000:01:00.1",
+        "snd_hda_intel",
+        "`gantry device detach 0000:01:00",
+    ] {
+        assert!(why.contains(words), "no {words:?} in {why}");
+    }
+    assert!(held(&host).is_empty());
+}
+
 #[test]
 fn a_group_gives_its_first_free_devices_until_they_are_given_back() {
     let devices = ["02:00.0", "10:00.0", "01:00.0"]

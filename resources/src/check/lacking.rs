@@ -11,11 +11,10 @@ pub(super) fn judge(devices: &Devices) -> Vec<Finding> {
     let of = |no_reset: bool| {
         let words = |one: &UnavailableDevice| match &one.why {
             Unavailable::NoInterrupts { .. } if !no_reset => Some(one.bdf.to_string()),
-            Unavailable::NoInterrupts { no_reset: true }
-            | Unavailable::NoReset
-            | Unavailable::MustNotReset { .. }
-                if no_reset =>
-            {
+            Unavailable::MustNotReset { why, .. } if no_reset => {
+                Some(format!("{} (it must not be reset: {why})", one.bdf))
+            }
+            Unavailable::NoInterrupts { no_reset: true } | Unavailable::NoReset if no_reset => {
                 Some(one.bdf.to_string())
             }
             _ => None,

@@ -5,12 +5,13 @@ use gantry_tests::lab::Host;
 use serde_json::json;
 
 use crate::bed::{Case, cases};
-use crate::pool::{CARD_AUDIO, CARD_DISPLAY, Pool, device, free, nothing_is_held};
+use crate::pool::{CARD_AUDIO, CARD_DISPLAY, Pool, VIRTIO_CARD, device, free, nothing_is_held};
 use crate::vm::{Running, Vm};
 
 /// For a host with a card of two functions on a bus of its own, which have no resets of their own.
 pub const CASES: &[Case] = cases![
     a_card_without_resets_of_its_own_is_reset_with_its_bus,
+    what_must_not_be_reset_is_not_reset,
     a_device_that_reads_all_ones_is_set_aside_when_it_goes_back,
 ];
 
@@ -71,6 +72,61 @@ fn a_card_without_resets_of_its_own_is_reset_with_its_bus(host: &Host) -> Result
     running.types("poweroff -f")?;
     running.end()?.powered_off()?;
     nothing_is_held(host)
+}
+
+fn what_must_not_be_reset_is_not_reset(host: &Host) -> Result<()> {
+    let entry = json!({"vendor": "1af4", "device": "1041", "reason": "it never comes back", "source": "the lab"});
+    let list = json!({"devices": [entry]});
+    host.write("/etc/gantry/no-reset.json", list.to_string())?;
+    let methods = format!("/sys/bus/pci/devices/{VIRTIO_CARD}/reset_method");
+    let _default = Undo(host, format!("echo default >{methods}"));
+    let _pool = Pool::of(host, &[VIRTIO_CARD])?;
+    let left = host.sh(&format!("cat {methods}")).output()?.success()?;
+    ensure!(
+        left.text().trim().is_empty(),
+        "the kernel resets it: {left}"
+    );
+    let table = host.sh("gantry device list").output()?.success()?.text();
+    let line = table.lines().find(|line| line.contains("04:00.0"));
+    ensure!(line.is_some_and(|line| line.contains(" never ")), "{table}");
+    let mut vm = Vm::new("shell");
+    let path = format!("/sys/bus/pci/devices/{VIRTIO_CARD}");
+    vm.file["devices"] = json!([{"path": path}]);
+    let refused = vm.run(host)?.exits(1)?;
+    for words in ["it never comes back (the lab)", "\"allow_no_reset\": true"] {
+        ensure!(refused.errors.contains(words), "{refused}");
+    }
+    vm.file["devices"][0]["allow_no_reset"] = json!(true);
+    let mut running = vm.start(host)?;
+    running.types("reboot -f")?;
+    running.until("guest: init")?;
+    running.types("echo guest: lives=$((1 + 1))")?;
+    running.until("guest: lives=2")?;
+    let metrics = host.sh("gantry vm metrics vm").output()?.success()?.text();
+    let mut resets = metrics
+        .lines()
+        .filter(|line| line.starts_with("gantry_device_resets_total{"));
+    ensure!(resets.all(|line| line.ends_with(" 0")), "{metrics}");
+    // Somebody else gave it resets again.
+    host.sh(&format!("echo default >{methods}"))
+        .output()?
+        .success()?;
+    running.types("poweroff -f")?;
+    running.end()?.exits(0)?;
+    let refused = vm.run(host)?.exits(1)?;
+    let remedy = format!("`echo > {methods}`");
+    ensure!(refused.errors.contains(&remedy), "{refused}");
+    nothing_is_held(host)
+}
+
+/// A script that runs in the end.
+struct Undo<'h>(&'h Host, String);
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        // If it fails, the next case sees it.
+        let _ = self.0.sh(&self.1).output();
+    }
 }
 
 /// Moves the bus below the card's root port elsewhere, and back: meanwhile its functions read all-ones.

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = cases![
     a_vm_makes_the_functions_it_asks_for,
     one_function_goes_and_the_other_stays,
     what_a_vm_leaves_changed_is_put_back,
+    the_address_that_a_guest_gives_itself_is_put_back,
     what_a_tenants_vm_leaves_changed_root_puts_back,
     a_setting_that_the_card_lacks_changes_nothing,
     a_killed_activation_is_healed_by_the_next,
@@ -275,6 +276,35 @@ fn what_a_vm_leaves_changed_is_put_back(host: &Host) -> Result<()> {
         )?;
         ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
     }
+    Ok(())
+}
+
+fn the_address_that_a_guest_gives_itself_is_put_back(host: &Host) -> Result<()> {
+    let settings = json!({"trust": true, "mac": "52:54:00:00:01:00"});
+    let card = Card::new(host, "manual", settings)?;
+    card.command("activate vfs")?;
+    let before = card.link()?;
+    let mut running = Vm::new("shell").devices("vfs", 1).start(host)?;
+    running.types(
+        "while [ ! -e /sys/class/net/eth0 ]; do sleep 0.1; done; echo guest: mac=$(cat /sys/class/net/eth0/address)",
+    )?;
+    running.until("guest: mac=52:54:00:00:01:0")?;
+    running.types(
+        "ip link set eth0 address 02:00:00:00:00:98; ip link set eth0 up; echo guest: set=$?",
+    )?;
+    running.until("guest: set=0")?;
+    let changed = card.link()?;
+    ensure!(changed.contains("02:00:00:00:00:98"), "{changed}");
+    running.types("poweroff -f")?;
+    running.end()?.exits(0)?;
+    until(
+        host,
+        "[ ! -e /run/gantry/restore/vf-settings/0000:03:10.0 ]",
+    )?;
+    ensure!(card.link()? == before, "{}\nnot\n{before}", card.link()?);
+    let ended = Vm::new("net").devices("vfs", 1).run(host)?.powered_off()?;
+    let mac = ended.value("eth0.mac")?;
+    ensure!(mac.starts_with("52:54:00:00:01:0"), "{ended}");
     Ok(())
 }
 

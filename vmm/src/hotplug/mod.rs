@@ -15,6 +15,8 @@ mod ranges;
 mod reset;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -19,7 +19,7 @@ impl HostDevices {
         self.reset_within(RESET_TIMEOUT)
     }
 
-    fn reset_within(&mut self, timeout: Duration) -> Result<(), HostError> {
+    pub(super) fn reset_within(&mut self, timeout: Duration) -> Result<(), HostError> {
         let devices: Vec<_> = self.plugged.iter().map(|one| &one.device).collect();
         let failed = reset_all(resets_of(&devices), &self.context.sandbox, timeout)?;
         let failed = failed

@@ -1,7 +1,8 @@
 //! A device and its lease for tests.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::{IntxLine, MsiRoute, MsiRouter};
@@ -15,12 +16,56 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::AttachedDevice;
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
 
+/// What accesses to a device pass: while it is closed, they hang. A device that has died reads all-ones.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+    dead: AtomicBool,
+}
+
+impl Gate {
+    /// From now on the device reads all-ones.
+    pub fn die(&self) {
+        self.dead.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on accesses hang.
+    pub fn close(&self) {
+        self.state.lock().unwrap().0 = true;
+    }
+
+    /// All that hang return.
+    pub fn open(&self) {
+        self.state.lock().unwrap().0 = false;
+        self.changed.notify_all();
+    }
+
+    /// Waits until an access hangs.
+    pub fn wait_until_stuck(&self) {
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |(_, stuck)| *stuck == 0));
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.1 += 1;
+        self.changed.notify_all();
+        let mut state = self
+            .changed
+            .wait_while(state, |(closed, _)| *closed)
+            .unwrap();
+        state.1 -= 1;
+    }
+}
+
 /// An endpoint without BARs and interrupts, whose reset, its own or that of its bus, calls a function.
 struct FakeDevice<F> {
     name: String,
     on_bus: Vec<String>,
     config: Mutex<[u8; 256]>,
     regions: [RegionInfo; 2],
+    gate: Arc<Gate>,
     reset: F,
 }
 
@@ -38,12 +83,18 @@ impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F
     }
 
     fn read(&self, _region: Region, offset: u64, data: &mut [u8]) -> gantry_vfio::Result<()> {
+        self.gate.pass();
+        if self.gate.dead.load(Ordering::SeqCst) {
+            data.fill(0xff);
+            return Ok(());
+        }
         let offset = offset as usize;
         data.copy_from_slice(&self.config.lock().unwrap()[offset..offset + data.len()]);
         Ok(())
     }
 
     fn write(&self, _region: Region, offset: u64, data: &[u8]) -> gantry_vfio::Result<()> {
+        self.gate.pass();
         let offset = offset as usize;
         self.config.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
         Ok(())
@@ -66,6 +117,7 @@ impl<F: Fn() -> gantry_vfio::Result<()> + Send + Sync> DeviceIo for FakeDevice<F
     }
 
     fn reset(&self) -> gantry_vfio::Result<()> {
+        self.gate.pass();
         (self.reset)()
     }
 
@@ -112,10 +164,24 @@ pub fn attached(
     attached_on_bus(name, &[], reset)
 }
 
+/// The device `name`, every access to which passes `gate`.
+pub fn attached_behind(name: &str, gate: &Arc<Gate>) -> (AttachedDevice, Receiver<String>) {
+    made(name, &[], Arc::clone(gate), || Ok(()))
+}
+
 /// As [`attached`], for a device that is reset with its bus, on which these functions are.
 pub fn attached_on_bus(
     name: &str,
     on_bus: &[&str],
+    reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
+) -> (AttachedDevice, Receiver<String>) {
+    made(name, on_bus, Arc::default(), reset)
+}
+
+fn made(
+    name: &str,
+    on_bus: &[&str],
+    gate: Arc<Gate>,
     reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
 ) -> (AttachedDevice, Receiver<String>) {
     let (sender, reasons) = channel();
@@ -149,6 +215,7 @@ pub fn attached_on_bus(
         on_bus: on_bus.iter().map(|name| full(name)).collect(),
         config: Mutex::new(config),
         regions: [region(0), region(256)],
+        gate,
         reset,
     };
     let device = AttachedDevice::new(

@@ -27,7 +27,8 @@ States:
   quarantined  it hung, or was for one use: `device release-quarantine`
 
 RESET shows how the kernel can reset a device (`reset_method`); \"card\" if only a reset of its bus does, which \
-resets all its functions; \"never\" if it must not be reset (`device show` says why). A device with \"none\" is passed to a VM only if its entry has \"allow_no_reset\". \
+resets all its functions; \"never\" if it must not be reset (`gantry check` says why). A device with \"none\" or \"never\" is \
+passed to a VM only if its entry has \"allow_no_reset\". \
 IRQ shows the interrupts that it has, which only root can read.
 
 VFS shows how many virtual functions a physical function has, and how many it can have.
