@@ -70,6 +70,14 @@ impl CountingIo {
         }
     }
 
+    /// Counts a reset, unless there was none.
+    fn reset_once(&self, reset: gantry_vfio::Result<()>) -> gantry_vfio::Result<()> {
+        if !matches!(&reset, Err(error) if error.is_unsupported()) {
+            add(&self.counters.resets, 1);
+        }
+        self.failed(reset)
+    }
+
     fn failed<T>(&self, result: gantry_vfio::Result<T>) -> gantry_vfio::Result<T> {
         result.inspect_err(|error| {
             if !error.is_unsupported() {
@@ -135,8 +143,7 @@ impl DeviceIo for CountingIo {
     }
 
     fn reset(&self) -> gantry_vfio::Result<()> {
-        add(&self.counters.resets, 1);
-        self.failed(self.io.reset())
+        self.reset_once(self.io.reset())
     }
 
     fn on_bus(&self) -> &[String] {
@@ -144,8 +151,7 @@ impl DeviceIo for CountingIo {
     }
 
     fn reset_bus(&self) -> gantry_vfio::Result<()> {
-        add(&self.counters.resets, 1);
-        self.failed(self.io.reset_bus())
+        self.reset_once(self.io.reset_bus())
     }
 }
 
