@@ -7,7 +7,7 @@
 //! waits for one that is being made. Before the VM runs it is told what that may be
 //! given, and it keeps to that whoever asks.
 
-mod desk;
+mod server;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -38,7 +38,7 @@ use crate::inventory::card::Terms;
 use crate::inventory::scan::{Detail, scan_with};
 use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
-pub use desk::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
+pub use server::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
 use wire::{Ask, Bounded, Leased, Refusal, Return, Said};
 pub use wire::{Limit, Nodes};
 

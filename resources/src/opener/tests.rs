@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
-use super::desk::serve;
+use super::server::serve;
 use super::*;
 use crate::allocation::{AllocateError, Lease, Recipient, allocate_for, allocate_with};
 use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};

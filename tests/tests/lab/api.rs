@@ -14,8 +14,8 @@ use gantry_tests::lab::Host;
 use gantry_tests::lab::channel::Event;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool, free, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 pub const CASES: &[Case] = cases![

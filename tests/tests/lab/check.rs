@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::Value;
 
-use crate::bed::{Case, cases};
 use crate::pool::{BIG_BAR, FIRST, SECOND};
+use crate::runner::{Case, cases};
 
 /// For the usual host.
 pub const CASES: &[Case] = cases![a_host_that_lacks_nothing];

@@ -8,8 +8,8 @@ use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, SECOND, device, nothing_is_held, processes};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 pub const CASES: &[Case] = cases![

@@ -9,8 +9,8 @@ use gantry_tests::protocol::Exit;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool, device, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.

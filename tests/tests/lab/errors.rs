@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{Pool, VIRTIO_CARD, free, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For a host with a virtio network card.

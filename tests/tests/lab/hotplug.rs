@@ -8,8 +8,8 @@ use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{AUDIO, BIG_BAR, DISPLAY, FIRST, LACKING, Pool, SECOND, free, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.

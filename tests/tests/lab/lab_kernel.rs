@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 
-use crate::bed::{Case, cases};
+use crate::runner::{Case, cases};
 
 pub const CASES: &[Case] = cases![
     iommufd_and_cdevs_are_there,

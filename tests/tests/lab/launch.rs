@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool};
+use crate::runner::{Case, cases};
 use crate::vm::{Ended, Vm};
 
 /// For every host kernel.

@@ -23,7 +23,6 @@
 //! locked. What it leaves behind fails it, and the next case gets a fresh lab.
 
 mod api;
-mod bed;
 mod check;
 mod demand;
 mod endings;
@@ -39,6 +38,7 @@ mod pools;
 mod quarantine;
 mod refusals;
 mod resets;
+mod runner;
 mod sandbox;
 mod sriov;
 mod tenants;
@@ -52,11 +52,11 @@ mod xtask;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use bed::{Bed, Suite, labs_side_by_side};
 use gantry_tests::cleanup;
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::qemu::Device;
 use libtest_mimic::{Arguments, Trial};
+use runner::{Runner, Suite, labs_side_by_side};
 
 /// Which cases run in which lab, the longest suites first. Cases are begun in this order; each thread that runs
 /// them boots a lab for its first case of a suite, and keeps it to the last.
@@ -217,20 +217,20 @@ fn main() -> ExitCode {
     arguments.test_threads = arguments
         .test_threads
         .or_else(|| Some(if few { 1 } else { labs_side_by_side() }));
-    let bed = Arc::new(Bed::default());
+    let runner = Arc::new(Runner::default());
     let mut trials = Vec::new();
     for suite in SUITES {
         for (module, cases) in suite.cases {
             for case in *cases {
-                let bed = Arc::clone(&bed);
+                let runner = Arc::clone(&runner);
                 let name = format!("{}::{module}::{}", suite.name, case.name);
                 trials.push(Trial::test(name.clone(), move || {
-                    bed.run(suite, case, &name)
+                    runner.run(suite, case, &name)
                 }));
             }
         }
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    bed.clear();
+    runner.clear();
     conclusion.exit_code()
 }

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{Disk, nothing_is_held, parsed};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For a host with two nodes.
@@ -49,7 +49,7 @@ impl<'h> Disks<'h> {
 
 impl Drop for Disks<'_> {
     fn drop(&mut self) {
-        // If it fails, the test bed sees the traces.
+        // If it fails, the runner sees the traces.
         let _ = self.moved("reattach");
     }
 }

@@ -9,8 +9,8 @@ use gantry_tests::lab::{Host, rom};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{AUDIO, BIG_BAR, DISPLAY, EDU, FIRST, NIC, Pool, SECOND, device};
+use crate::runner::{Case, cases};
 use crate::vm::Vm;
 
 /// For every host kernel.

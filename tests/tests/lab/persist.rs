@@ -5,8 +5,8 @@ use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, SECOND, VIRTIO_CARD, device, free};
+use crate::runner::{Case, cases};
 use crate::vm::Vm;
 
 /// For a host kernel with vfio-pci as a module.

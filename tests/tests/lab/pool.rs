@@ -93,7 +93,7 @@ impl<'h> Pool<'h> {
 
 impl Drop for Pool<'_> {
     fn drop(&mut self) {
-        // If it fails, the test bed sees the traces.
+        // If it fails, the runner sees the traces.
         let _ = self.moved("reattach");
     }
 }

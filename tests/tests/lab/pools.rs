@@ -8,8 +8,8 @@ use gantry_tests::protocol::Exit;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{Disk, FIRST, NIC, Pool, SECOND, device, free, nothing_is_held, stays};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For every host kernel.

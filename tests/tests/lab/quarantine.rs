@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool, device, free, processes};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 pub const CASES: &[Case] = cases![

@@ -6,8 +6,8 @@ use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{AUDIO, DISPLAY, FIRST, Pool, SECOND, device, free, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Ended, Vm};
 
 /// For every host kernel.

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
+use crate::runner::{Case, cases};
 use crate::pool::{CARD_AUDIO, CARD_DISPLAY, Pool, VIRTIO_CARD, device, free, nothing_is_held};
 use crate::vm::{Running, Vm};
 

@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use nix::sys::signal::Signal;
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, Pool};
+use crate::runner::{Case, cases};
 use crate::vm::Vm;
 
 /// For every host kernel.

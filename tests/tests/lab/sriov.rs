@@ -9,8 +9,8 @@ use gantry_tests::protocol::Exit;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{NIC, device, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::tenants::{LIMIT, by, with_user};
 use crate::vm::{Ended, Vm};
 
@@ -91,7 +91,7 @@ impl<'h> Card<'h> {
 
 impl Drop for Card<'_> {
     fn drop(&mut self) {
-        // If it fails, the test bed sees the functions.
+        // If it fails, the runner sees the functions.
         let _ = self.host.sh("gantry group deactivate vfs").output();
         if let Ok(name) = self.name() {
             let _ = self.host.sh(&format!("ip link set {name} down")).output();
@@ -422,7 +422,7 @@ impl<'h> Shared<'h> {
 
 impl Drop for Shared<'_> {
     fn drop(&mut self) {
-        // If it fails, the test bed sees the traces.
+        // If it fails, the runner sees the traces.
         let script = format!(
             "gantry group deactivate vfs; gantry device reattach {NIC}
              echo 0 >/sys/module/vfio_pci/parameters/enable_sriov"

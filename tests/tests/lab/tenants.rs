@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::{Host, Output};
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{FIRST, SECOND, device, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Ended, Running, Vm};
 
 pub const CASES: &[Case] = cases![

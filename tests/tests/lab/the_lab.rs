@@ -8,8 +8,8 @@ use gantry_tests::lab::{Host, disk};
 use gantry_tests::protocol::{Exit, Size};
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::processes;
+use crate::runner::{Case, cases};
 
 pub const CASES: &[Case] = cases![
     commands_end_as_they_say,

@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::bed::{Case, cases};
 use crate::pool::{VIRTIO_CARD, device, nothing_is_held, stays};
+use crate::runner::{Case, cases};
 use crate::vm::Vm;
 
 /// For a host with network cards whose kernel has bonds.

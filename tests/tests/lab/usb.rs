@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::{Disk, Pool};
+use crate::runner::{Case, cases};
 use crate::vm::Vm;
 
 /// For a host with three USB sticks and a keyboard.

@@ -7,8 +7,8 @@ use gantry_tests::protocol::Exit;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::bed::{Case, cases};
 use crate::pool::nothing_is_held;
+use crate::runner::{Case, cases};
 use crate::tenants::{LIMIT, by, with_user};
 use crate::vm::{Running, Vm};
 

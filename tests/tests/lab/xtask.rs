@@ -8,7 +8,7 @@ use gantry_tests::lab::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::bed::{Case, cases};
+use crate::runner::{Case, cases};
 
 pub const CASES: &[Case] = cases![
     files_and_devices_are_added,

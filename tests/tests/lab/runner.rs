@@ -1,4 +1,4 @@
-//! The test bed: the labs that are up, the run of a case in it, and the check of what it left.
+//! Runs the cases: keeps the labs that are up, runs a case in one, and checks that it left no traces.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -46,14 +46,14 @@ pub struct Case {
 /// A list of [`Case`]s out of the names of functions.
 macro_rules! cases {
     ($($case:ident),* $(,)?) => {
-        &[$($crate::bed::Case { name: stringify!($case), run: $case }),*]
+        &[$($crate::runner::Case { name: stringify!($case), run: $case }),*]
     };
 }
 pub(crate) use cases;
 
 /// What the cases share.
 #[derive(Default)]
-pub struct Bed {
+pub struct Runner {
     parts: OnceLock<Result<Parts, String>>,
     /// The lab of each thread that runs cases, clean, and its suite. No thread takes another's, as QEMU ends
     /// with the thread that started it.
@@ -112,7 +112,7 @@ fn first_line(failure: &str) -> &str {
         .unwrap_or("it says nothing")
 }
 
-impl Bed {
+impl Runner {
     /// Runs one case in its suite's lab, booted if it is not up; once more in a fresh one if it loses a guest.
     pub fn run(&self, suite: &'static Suite, case: &Case, name: &str) -> Result<(), Failed> {
         let run = || {

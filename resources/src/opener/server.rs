@@ -85,7 +85,7 @@ fn answer(
     let Ask::Hello { vm, pid } = wire::receive(socket)? else {
         return Err(io::ErrorKind::InvalidData.into());
     };
-    let mut desk = Desk {
+    let mut server = OpenerServer {
         paths,
         allocate,
         holder: Holder { vm, pid },
@@ -104,31 +104,31 @@ fn answer(
                 ungrouped,
                 nodes,
             }) => {
-                let limit = desk.limit.as_ref();
+                let limit = server.limit.as_ref();
                 let ungrouped = limit.map_or(ungrouped, |limit| limit.ungrouped);
                 for request in &mut requests {
                     request.allow_ungrouped = ungrouped;
                 }
-                desk.lease(socket, &requests, &nodes)?;
+                server.lease(socket, &requests, &nodes)?;
             }
             Ok(Ask::Plan(name)) => {
-                let planned = desk.plan(&name);
+                let planned = server.plan(&name);
                 let said = planned.map_or_else(Said::Not, Said::Planned);
                 wire::send(socket, &said)?;
             }
             Ok(Ask::Unheard) => {
-                for id in std::mem::take(&mut desk.last) {
+                for id in std::mem::take(&mut server.last) {
                     leases.end(id, None);
                 }
             }
-            Ok(Ask::Slots(free)) => desk.slots = Some(free),
-            Ok(Ask::Place(placement)) if desk.limit.is_none() => desk.placement = placement,
-            Ok(Ask::Limit(mut limit)) if desk.limit.is_none() => {
+            Ok(Ask::Slots(free)) => server.slots = Some(free),
+            Ok(Ask::Place(placement)) if server.limit.is_none() => server.placement = placement,
+            Ok(Ask::Limit(mut limit)) if server.limit.is_none() => {
                 if limit.from.is_empty() {
-                    limit.from = std::mem::take(&mut desk.sources);
+                    limit.from = std::mem::take(&mut server.sources);
                 }
-                desk.rehearse(&limit.from);
-                desk.limit = Some(limit);
+                server.rehearse(&limit.from);
+                server.limit = Some(limit);
             }
             Ok(Ask::Limit(_) | Ask::Place(_) | Ask::Hello { .. }) => {
                 return Err(io::ErrorKind::InvalidData.into());
@@ -190,7 +190,7 @@ fn give_back(lease: Lease) {
 }
 
 /// The helper's side: for whom it opens what, and the leases that it keeps.
-struct Desk<'a> {
+struct OpenerServer<'a> {
     paths: &'a HostPaths,
     allocate: &'a Allocate<'a>,
     holder: Holder,
@@ -216,7 +216,7 @@ struct Bundle {
     files: Vec<File>,
 }
 
-impl Desk<'_> {
+impl OpenerServer<'_> {
     fn lease(
         &mut self,
         socket: &mut UnixStream,
