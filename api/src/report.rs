@@ -48,11 +48,13 @@ impl Failure {
     /// A failure whose exit status and advice follow from the error; the status is 1 by default.
     pub fn host(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let error = error.into();
-        let help = error.downcast_ref().and_then(ClientError::remedy);
-        Self {
-            help,
-            ..Self::new(status_of(&*error), error)
-        }
+        let client = error.downcast_ref::<ClientError>();
+        let help = client.and_then(ClientError::remedy);
+        let exit = match client {
+            Some(error) if error.is_temporary() => TRY_AGAIN,
+            _ => status_of(&*error),
+        };
+        Self { exit, error, help }
     }
 
     /// The same failure with advice.

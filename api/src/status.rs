@@ -12,7 +12,6 @@ use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
 
 use crate::config;
-use crate::http::client::ClientError;
 
 /// The guest powered off, or the command did what it was asked.
 pub const SUCCESS: u8 = 0;
@@ -63,9 +62,6 @@ pub fn is_temporary(error: &(dyn Error + 'static)) -> bool {
                 E::Device(DeviceError::Allocate(error)) => error.is_temporary(),
                 _ => false,
             };
-        }
-        if let Some(ClientError::Refused { temporary, .. }) = error.downcast_ref() {
-            return *temporary;
         }
         match error.downcast_ref() {
             Some(CommandError::Failed(error)) => return is_temporary(error),

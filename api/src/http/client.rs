@@ -72,6 +72,17 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Whether the same request may succeed later.
+    pub fn is_temporary(&self) -> bool {
+        matches!(
+            self,
+            Self::Refused {
+                temporary: true,
+                ..
+            }
+        )
+    }
+
     /// What may help.
     pub fn remedy(&self) -> Option<String> {
         match *self {

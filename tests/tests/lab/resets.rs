@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 use gantry_tests::lab::Host;
 use serde_json::json;
 
-use crate::runner::{Case, cases};
 use crate::pool::{CARD_AUDIO, CARD_DISPLAY, Pool, VIRTIO_CARD, device, free, nothing_is_held};
+use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
 /// For a host with a card of two functions on a bus of its own, which have no resets of their own.
