@@ -126,6 +126,8 @@ pub struct Hotplug {
     /// Bytes of 64-bit prefetchable addresses of each slot, for devices with large BARs; an even share if
     /// absent.
     pub window: Option<u64>,
+    /// The ROM files that devices can have that come while the VM runs.
+    pub roms: Vec<PathBuf>,
 }
 
 /// What a VM boots. The files are opened once and read again at every reboot of the guest.

@@ -144,6 +144,9 @@ pub struct HotplugConfig {
     /// Addresses that each slot has for large BARs: a number of bytes, or a string such as `"128G"`; a
     /// share of what there is if absent.
     pub window: Option<ByteSize>,
+    /// Files with expansion ROMs that devices can have that are attached later, by `rom` in `vm.add-device`. They
+    /// are read when the VM starts.
+    pub roms: Option<Vec<PathBuf>>,
 }
 
 /// What of the host's platform the VM uses.

@@ -812,6 +812,14 @@ fn a_rom_file_is_found_beside_the_file_and_named_where_it_is_not_there() {
         (rom("false"), rom("true")),
         (RomSource::None, RomSource::Device)
     );
+    let text = file("false").replace(
+        "\"devices\"",
+        "\"hotplug\": {\"roms\": [\"gpu.rom\"]}, \"devices\"",
+    );
+    let later = folder.load(&text).unwrap().hotplug.roms;
+    assert_eq!(later, [folder.path("gpu.rom")]);
+    let said = folder.refusal(&text.replace("gpu.rom", "none.rom"));
+    assert!(said.contains("`hotplug.roms[0]`"), "{said}");
     for wrong in ["\"none.rom\"", "\".\"", "7"] {
         let said = folder.refusal(&file(wrong));
         assert!(said.contains("`devices[0].rom`"), "{said}");

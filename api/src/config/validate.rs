@@ -398,12 +398,17 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
             tracing::warn!("hotplug.groups: {error}");
         }
     }
+    let roms = config.roms.unwrap_or_default().into_iter().enumerate();
+    let roms =
+        roms.map(|(index, file)| readable(&format!("hotplug.roms[{index}]"), &file, context));
+    let roms = roms.collect::<Result<_, _>>()?;
     let groups = groups.into_iter();
     Ok(Hotplug {
         slots,
         from: groups.map(DeviceSource::Group).collect(),
         ungrouped,
         window,
+        roms,
     })
 }
 

@@ -150,6 +150,9 @@ pub struct Hotplug {
     /// Bytes of addresses that each slot has for large BARs, if that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<u64>,
+    /// Files with expansion ROMs that these devices can have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roms: Vec<PathBuf>,
 }
 
 impl From<&gantry_vmm::Hotplug> for Hotplug {
@@ -164,6 +167,7 @@ impl From<&gantry_vmm::Hotplug> for Hotplug {
                 .collect(),
             ungrouped: hotplug.ungrouped,
             window: hotplug.window,
+            roms: hotplug.roms.clone(),
         }
     }
 }

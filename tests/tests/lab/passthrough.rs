@@ -25,6 +25,7 @@ pub const MORE: &[Case] = cases![
     two_disks_share_one_mapping_of_ram,
     a_network_card_talks_to_its_neighbour,
     a_rom_is_the_devices_a_files_or_none,
+    a_device_that_comes_later_has_the_rom_that_the_file_names,
     a_bar_of_8_gib_has_its_size,
     a_disk_works_after_d3hot,
     a_bar_over_other_things_is_not_mapped,
@@ -209,6 +210,29 @@ fn a_network_card_talks_to_its_neighbour(host: &Host) -> Result<()> {
     Ok(())
 }
 
+fn a_device_that_comes_later_has_the_rom_that_the_file_names(host: &Host) -> Result<()> {
+    const FILE: &str = "/tmp/other.rom";
+    let _pool = Pool::of(host, &[NIC])?;
+    host.write(FILE, rom::contents("other"))?;
+    let mut vm = Vm::new("shell");
+    vm.file["hotplug"] = json!({"slots": 1, "groups": ["nic"], "roms": [FILE]});
+    let mut running = vm.start(host)?;
+    running.until("guest: init")?;
+    let attach = |file: &str| {
+        let command = format!("gantry vm attach vm --group nic --rom {file}");
+        host.sh(&command).output()
+    };
+    let refused = attach("/lab/vmlinux")?.exits(1)?;
+    ensure!(refused.errors().contains("`hotplug.roms`"), "{refused}");
+    attach(FILE)?.success()?;
+    running.types("R=$(ls -d /sys/bus/pci/devices/*/rom); echo 1 >$R")?;
+    running.types("echo guest: rom=$(sha256sum <$R); poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let expected = format!("{} -", rom::checksum("other"));
+    ensure!(ended.value("rom")? == expected, "{ended}");
+    Ok(())
+}
+
 fn a_disk_works_after_d3hot(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let mut running = Vm::new("shell").devices("nvme", 1).start(host)?;
@@ -252,7 +276,8 @@ fn a_bar_over_other_things_is_not_mapped(host: &Host) -> Result<()> {
     let mut running = Vm::new("shell").devices("nvme", 2).start(host)?;
     running.types(REGISTERS)?;
     running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/unbind; F=/tmp/bar")?;
-    running.types("O=$(od -An -tx4 -j16 -N4 /sys/bus/pci/devices/0000:02:00.0/config)")?;
+    running
+        .types("O=$(od -An -tx4 -j16 -N4 /sys/bus/pci/devices/0000:02:00.0/config | tr -d ' ')")?;
     running.types(
         "move() { for at in 0 8 16 24; do printf \"\\\\x$(printf %02x $((($1 >> at) & 255)))\"; done >$F; \
          dd if=$F of=$C bs=4 seek=4 conv=notrunc 2>/dev/null; }",

@@ -58,6 +58,7 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
             Some(folders) => vec![folders.payload.clone()],
             None => {
                 let roms = config.devices.iter().filter_map(|device| device.rom.file());
+                let roms = roms.chain(&config.hotplug.roms);
                 let boot = [Some(&payload.kernel), payload.initramfs.as_ref()];
                 boot.into_iter().flatten().chain(roms).cloned().collect()
             }

@@ -18,7 +18,7 @@ use crate::host::preflight;
 use crate::kvm::VfioObserver;
 use crate::passthrough::{
     AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges, roms_of,
+    RamRanges, RomFiles,
 };
 use crate::process::error::cannot;
 use crate::process::sandbox::Role;
@@ -49,6 +49,8 @@ pub struct Attacher {
     pub threads: usize,
     /// Whether the VM's file names the groups of later devices: RAM is prefaulted at boot then.
     pub declared: bool,
+    /// The ROM files that devices can have.
+    pub roms: RomFiles,
     /// What it needs of the process.
     pub context: DeviceContext,
 }
@@ -71,7 +73,7 @@ impl Attacher {
         };
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
-        let roms = roms_of(&requests, |_, _| Err(DeviceError::RomFile))?;
+        let roms = self.roms.of(&requests)?;
         let mut acquired = self.acquire(&requests, &roms, &cancelled)?;
         if let Some(id) = job.attach.id() {
             acquired.name_all(id);

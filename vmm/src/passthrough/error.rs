@@ -1,5 +1,7 @@
 //! Why a device of the host cannot be given to a guest.
 
+use std::path::PathBuf;
+
 use gantry_resources::base::DeviceName;
 
 use crate::kvm::KvmError;
@@ -49,12 +51,15 @@ pub enum DeviceError {
         /// Last address.
         last: u64,
     },
-    /// A ROM is to come from a file while the guest runs.
+    /// A device is to have a ROM that the VM's file does not name.
     #[error(
-        "rom: no file is opened while a VM runs: name the device and its `rom` in the VM's file, or leave the \
-         key out"
+        "rom: {} is none of the files that this VM's file names: add it to `hotplug.roms` there and start the VM \
+         again, or leave the key out", path.display()
     )]
-    RomFile,
+    RomFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// The IOMMU's forbidden ranges are not known.
     #[error(transparent)]
     Reserved(#[from] gantry_resources::facts::ReservedError),

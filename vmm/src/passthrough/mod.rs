@@ -26,4 +26,4 @@ pub use io_address_space::{IoAddressSpace, RamRanges};
 pub use lease::FunctionId;
 pub use prefault::Prefault;
 pub use resets::{RESET_TIMEOUT, reset_all, resets_of};
-pub use roms::roms_of;
+pub use roms::RomFiles;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
@@ -18,7 +19,7 @@ use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
 use crate::error::Error;
-use crate::host::files::read_rom;
+use crate::host::files::{FileError, read_rom};
 use crate::host::placement::VmPlacement;
 use crate::host::preflight::{self, PreflightError};
 use crate::hotplug::{HostDevices, arrange};
@@ -28,7 +29,7 @@ use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
 use crate::machine::Machine;
 use crate::passthrough::{
     AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges, forbidden, roms_of,
+    RamRanges, RomFiles, forbidden,
 };
 use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
@@ -52,6 +53,7 @@ impl Vm {
         } = context;
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(config)?;
+        let roms = read_roms(config)?;
         let kvm = KvmVm::new()?;
         preflight::check_vcpus(config.vcpus, kvm.kvm().get_max_vcpus())?;
         let features = offered(config, &kvm)?;
@@ -62,9 +64,9 @@ impl Vm {
         };
         let hot = match config.hotplug.slots {
             0 => None,
-            _ => Some(HotplugSetup::new(host, &holder, &kvm)?),
+            _ => Some(HotplugSetup::new(host, &holder, &kvm, roms.clone())?),
         };
-        let acquired = acquire(config, context, &holder, hot.as_ref(), &kvm)?;
+        let acquired = acquire(config, context, &roms, &holder, hot.as_ref(), &kvm)?;
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
         let placement = place_vm(config, &acquired, &later, host)?;
@@ -170,11 +172,27 @@ fn asked_placement(nodes: &NumaPolicy) -> Placement {
     }
 }
 
+/// Reads the expansion ROMs that the VM's file names.
+fn read_roms(config: &VmConfig) -> Result<RomFiles, FileError> {
+    let below = config.folders.as_ref();
+    let below = below.map(|folders| folders.payload.as_path());
+    let devices = config.devices.iter().enumerate();
+    let devices = devices.filter_map(|(index, device)| {
+        let path = device.rom.file()?;
+        Some((format!("devices[{index}].rom"), path))
+    });
+    let later = config.hotplug.roms.iter().enumerate();
+    let later = later.map(|(index, path)| (format!("hotplug.roms[{index}]"), path));
+    let read = |(key, path): (String, &PathBuf)| Ok((path.clone(), read_rom(&key, path, below)?));
+    devices.chain(later).map(read).collect()
+}
+
 /// Leases the devices that the VM starts with. If the VM has an opener, the opener leases them, as it must know
 /// every device of a group.
 fn acquire(
     config: &VmConfig,
     context: &VmContext,
+    roms: &RomFiles,
     holder: &Holder,
     hot: Option<&HotplugSetup>,
     kvm: &KvmVm,
@@ -183,11 +201,7 @@ fn acquire(
         return Ok(AcquiredDevices::default());
     }
     let (host, signals) = (&context.host, &context.signals);
-    let below = config.folders.as_ref();
-    let below = below.map(|folders| folders.payload.as_path());
-    let roms = roms_of(&config.devices, |index, path| {
-        read_rom(&format!("devices[{index}].rom"), path, below)
-    })?;
+    let roms = roms.of(&config.devices)?;
     let placement = asked_placement(&config.nodes);
     let observer = match hot {
         Some(hot) => Arc::clone(&hot.observer),

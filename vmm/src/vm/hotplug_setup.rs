@@ -17,7 +17,7 @@ use crate::hotplug::{AttachWorker, Attacher, GuestRanges};
 use crate::kvm::{KvmVm, VfioObserver};
 use crate::layout::Layout;
 use crate::machine::Machine;
-use crate::passthrough::{DeviceError, IoAddressSpace};
+use crate::passthrough::{DeviceError, IoAddressSpace, RomFiles};
 use crate::process::error::HostError;
 
 /// More threads than this slow each other down when they populate memory.
@@ -33,6 +33,8 @@ pub struct HotplugSetup {
     pub opener: Opener,
     /// Tells KVM of them.
     pub observer: Arc<VfioObserver>,
+    /// The ROM files that they can have.
+    pub roms: RomFiles,
 }
 
 impl HotplugSetup {
@@ -40,10 +42,16 @@ impl HotplugSetup {
     ///
     /// # Errors
     /// The opener cannot be started, or KVM refused.
-    pub fn new(host: &HostPaths, holder: &Holder, kvm: &KvmVm) -> Result<Self, Error> {
+    pub fn new(
+        host: &HostPaths,
+        holder: &Holder,
+        kvm: &KvmVm,
+        roms: RomFiles,
+    ) -> Result<Self, Error> {
         Ok(Self {
             opener: Opener::start(host, holder).map_err(DeviceError::from)?,
             observer: Arc::new(VfioObserver::new(kvm.vm())?),
+            roms,
         })
     }
 
@@ -79,6 +87,7 @@ impl HotplugSetup {
             memlock: memlock_limit(&context.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
             declared: !config.hotplug.from.is_empty(),
+            roms: self.roms,
             context: context.for_devices(),
         };
         let mailbox = Arc::clone(&context.mailbox);

@@ -1,6 +1,7 @@
 //! `gantry vm attach` and `gantry vm detach`: send the request, wait for the guest, print the result.
 
 use std::collections::BTreeMap;
+use std::path::{self, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -56,8 +57,12 @@ pub struct AttachArgs {
     /// What happens when the device reports an error that the hardware could not correct [default: report]
     #[arg(long, value_name = "WHAT", value_parser = on_error(), conflicts_with = "plan")]
     on_error: Option<OnError>,
+    /// File with the expansion ROM for the guest, one of those under `hotplug.roms` in the VM's file [default:
+    /// the device's own]
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    rom: Option<PathBuf>,
     /// Hide the device's expansion ROM from the guest
-    #[arg(long, conflicts_with = "plan")]
+    #[arg(long, conflicts_with_all = ["plan", "rom"])]
     no_rom: bool,
     /// Name that the device gets in the VM [default: its address on the host]
     #[arg(long)]
@@ -184,9 +189,10 @@ impl AttachArgs {
                 no_reset: self.allow_no_reset,
             },
             on_error: self.on_error.unwrap_or_default(),
-            rom: match self.no_rom {
-                true => RomSource::None,
-                false => RomSource::Device,
+            rom: match &self.rom {
+                Some(file) => RomSource::File(path::absolute(file).unwrap_or(file.clone())),
+                None if self.no_rom => RomSource::None,
+                None => RomSource::Device,
             },
             ..DeviceRequest::new(from, self.count.unwrap_or(1))
         }
