@@ -386,10 +386,16 @@ impl DeviceIo for VfioDevice {
     }
 }
 
-/// The kernel answers ENODEV if a bus cannot be reset, and EPERM if a function on it is in no IOMMU group.
+/// The kernel answers ENODEV if a bus cannot be reset, EPERM if a function on it is in no IOMMU group, and ENOTTY
+/// if the device is a mediated one, which is on no bus.
 fn no_bus_reset(asked: io::Result<Vec<BusFunction>>) -> io::Result<Vec<BusFunction>> {
     match asked {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EPERM)) => {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENODEV | libc::EPERM | libc::ENOTTY)
+            ) =>
+        {
             Ok(Vec::new())
         }
         asked => asked,
@@ -428,6 +434,7 @@ mod tests {
         for (errno, known) in [
             (libc::ENODEV, true),
             (libc::EPERM, true),
+            (libc::ENOTTY, true),
             (libc::EIO, false),
         ] {
             let asked = no_bus_reset(Err(io::Error::from_raw_os_error(errno)));
