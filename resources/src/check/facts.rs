@@ -18,6 +18,7 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::reserved::{ReservedRegion, reserved_regions};
+use crate::facts::vfio::{VfioBackEnd, makes_cdevs};
 use crate::holding::maintenance::maintenance;
 use crate::inventory::device::{HostDevice, NodeAccess};
 use crate::inventory::error::InventoryError;
@@ -45,6 +46,8 @@ pub(super) struct Facts {
     pub(super) modules: Modules,
     /// The node that every container of VFIO is opened by.
     pub(super) vfio: NodeAccess,
+    /// The node of iommufd; missing too if the kernel makes no cdevs.
+    pub(super) iommufd: NodeAccess,
     pub(super) modprobe: Modprobe,
     /// Parameters of loaded modules that make the host unsafe and are switched on.
     pub(super) unsafe_parameters: Vec<PathBuf>,
@@ -120,7 +123,8 @@ impl Facts {
             nested: nested(&module),
             iommu: Iommu::read(paths),
             modules: Modules::read(&paths.sysfs, &root, &release),
-            vfio: access(&paths.dev.join("vfio/vfio")),
+            vfio: access(&VfioBackEnd::Container.node(paths)),
+            iommufd: iommufd(paths),
             modprobe: Modprobe::read(&root),
             unsafe_parameters: unsafe_parameters
                 .map(|name| module.join(name))
@@ -206,6 +210,13 @@ pub(super) fn access(node: &Path) -> NodeAccess {
         Ok(()) => NodeAccess::Ready,
         Err(Errno::ENOENT | Errno::ENOTDIR) => NodeAccess::Missing,
         Err(_) => NodeAccess::Denied,
+    }
+}
+
+fn iommufd(paths: &HostPaths) -> NodeAccess {
+    match makes_cdevs(paths) {
+        Some(false) => NodeAccess::Missing,
+        Some(true) | None => access(&VfioBackEnd::Iommufd.node(paths)),
     }
 }
 

@@ -481,6 +481,33 @@ fn devices_of_a_device_spec_are_looked_at() {
 }
 
 #[test]
+fn one_back_end_of_vfio_is_enough() {
+    use NodeAccess::{Denied, Missing, Ready};
+    let mut facts = Host::unpack("memlock-low").facts();
+    let mut told = |container, iommufd| {
+        (facts.vfio, facts.iommufd) = (container, iommufd);
+        answer(&judge(&facts), "back-ends")
+    };
+    for (container, iommufd, level, words) in [
+        (Ready, Ready, Level::Ok, "VFIO container and iommufd"),
+        (Missing, Ready, Level::Ok, "iommufd"),
+        (Ready, Denied, Level::Ok, "chown ada /dev/iommu"),
+        (Denied, Missing, Level::Fail, "chmod 0666 /dev/vfio/vfio"),
+        (Missing, Denied, Level::Fail, "chown ada /dev/iommu"),
+        (Missing, Missing, Level::Fail, "--device /dev/iommu"),
+    ] {
+        let (found, text) = told(container, iommufd);
+        assert_eq!(found, level, "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+    // What the container needs is not missed where there is iommufd.
+    let mut facts = Host::unpack("no-iommu").facts();
+    facts.iommufd = Ready;
+    let (_, text) = answer(&judge(&facts), "modules");
+    assert!(text.contains("modprobe -a vfio-pci\n"), "{text}");
+}
+
+#[test]
 fn kvm_that_may_not_be_opened_is_told_from_kvm_that_is_not_there() {
     let mut facts = Host::unpack("memlock-low").facts();
     facts.kvm = NodeAccess::Denied;

@@ -1,21 +1,30 @@
-//! VFIO's modules, and its switches that make a host unsafe.
+//! VFIO's modules and back ends, and its switches that make a host unsafe.
 
 use super::facts::Facts;
 use super::modprobe::ModuleState;
 use super::{Finding, Level};
 use crate::inventory::device::NodeAccess;
 
-/// What gantry uses; `vfio` itself and the core of vfio-pci come along.
+/// What gantry uses; `vfio` itself and the core of vfio-pci come along. iommufd does what the second does.
 const NEEDED: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
 
 pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
-    vec![modules(facts), no_iommu(facts), unsafe_interrupts(facts)]
+    vec![
+        modules(facts),
+        back_ends(facts),
+        no_iommu(facts),
+        unsafe_interrupts(facts),
+    ]
 }
 
 fn modules(facts: &Facts) -> Finding {
     let finding = |level, reason: String| Finding::new("modules", "VFIO modules", level, reason);
+    let needed = match facts.iommufd {
+        NodeAccess::Ready => &NEEDED[..1],
+        NodeAccess::Missing | NodeAccess::Denied => &NEEDED[..],
+    };
     let in_state = |wanted: &[ModuleState]| -> Vec<&str> {
-        let found = NEEDED.into_iter();
+        let found = needed.iter().copied();
         found
             .filter(|name| wanted.contains(&facts.modules.state(name)))
             .collect()
@@ -39,21 +48,47 @@ fn modules(facts: &Facts) -> Finding {
                 absent,
             );
     }
-    match facts.vfio {
-        NodeAccess::Ready => finding(Level::Ok, format!("{} are loaded", NEEDED.join(" and "))),
-        NodeAccess::Missing => finding(
-            Level::Fail,
-            "the modules are loaded, but /dev/vfio/vfio is missing".into(),
+    let verb = if needed.len() > 1 { "are" } else { "is" };
+    finding(Level::Ok, format!("{} {verb} loaded", needed.join(" and ")))
+}
+
+/// What VMs can have their devices through. A VM whose file does not say takes the container.
+fn back_ends(facts: &Facts) -> Finding {
+    use NodeAccess::{Denied, Missing, Ready};
+    let finding = |level, reason: &str| Finding::new("back-ends", "VFIO back ends", level, reason);
+    let give = [format!("chown {} /dev/iommu", facts.user)];
+    match (facts.vfio, facts.iommufd) {
+        (Ready, Ready) => finding(Level::Ok, "VFIO container and iommufd"),
+        (Ready, Missing) => finding(Level::Ok, "VFIO container; no iommufd with cdevs"),
+        (Ready, Denied) => finding(
+            Level::Ok,
+            "VFIO container; there is iommufd, which this user may not open",
         )
-        .fix("in a container, make /dev/vfio visible: --device /dev/vfio"),
-        NodeAccess::Denied => finding(
+        .lines("to use it:", give),
+        (Denied | Missing, Ready) => finding(Level::Ok, "iommufd"),
+        (Denied, _) => finding(
             Level::Fail,
-            "this user may not open /dev/vfio/vfio, which by itself gives no device".into(),
+            "this user may not open /dev/vfio/vfio, which by itself gives no device",
         )
         .lines(
             "open it to all, as udev does:",
             ["chmod 0666 /dev/vfio/vfio"],
         ),
+        (Missing, Denied) => {
+            let reason = "no VFIO container, and this user may not open /dev/iommu";
+            finding(Level::Fail, reason).lines("give the user iommufd:", give)
+        }
+        (Missing, Missing) => {
+            let reason =
+                "no VFIO container (/dev/vfio/vfio) and no iommufd with cdevs (/dev/iommu)";
+            let finding = finding(Level::Fail, reason);
+            match facts.modules.state("vfio_iommu_type1") {
+                ModuleState::There => finding.fix(
+                    "in a container, make the one or the other visible: --device /dev/vfio or --device /dev/iommu",
+                ),
+                _ => finding.fix("load vfio_iommu_type1"),
+            }
+        }
     }
 }
 

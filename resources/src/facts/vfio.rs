@@ -72,6 +72,14 @@ pub enum CdevError {
     },
 }
 
+/// Whether the kernel makes cdevs; none where no device is bound to VFIO, which would show it.
+pub(crate) fn makes_cdevs(paths: &HostPaths) -> Option<bool> {
+    let class = paths.sysfs.join("class/vfio-dev");
+    let devices = sysfs::entries(&class).unwrap_or_default();
+    let has_number = |name: &String| class.join(name).join("dev").exists();
+    (!devices.is_empty()).then(|| devices.iter().any(has_number))
+}
+
 /// The cdev's node of a device (Documentation/driver-api/vfio.rst).
 ///
 /// # Errors
@@ -115,6 +123,17 @@ mod tests {
         assert_eq!(chosen(), VfioBackEnd::Iommufd);
         fs::write(paths.dev.join("vfio/vfio"), "").unwrap();
         assert_eq!(chosen(), VfioBackEnd::Container);
+    }
+
+    #[test]
+    fn devices_that_are_bound_show_whether_there_are_cdevs() {
+        let (_root, paths) = host();
+        assert_eq!(makes_cdevs(&paths), None);
+        let device = paths.sysfs.join("class/vfio-dev/vfio0");
+        fs::create_dir_all(&device).unwrap();
+        assert_eq!(makes_cdevs(&paths), Some(false));
+        fs::write(device.join("dev"), "511:0").unwrap();
+        assert_eq!(makes_cdevs(&paths), Some(true));
     }
 
     #[test]
