@@ -22,6 +22,7 @@ use crate::facts::ids::{PciClass, PciId};
 use crate::facts::interrupts::Interrupts;
 use crate::facts::no_reset::NoReset;
 use crate::facts::nvme;
+use crate::facts::vfio::{VfioBackEnd, cdev};
 use crate::facts::vgpu::{NVIDIA, VendorVgpu};
 use crate::holding::lock_file::holder;
 use crate::holding::quarantine::{self, Until};
@@ -215,7 +216,7 @@ impl<'a> Source<'a> {
         device.node = device
             .iommu_group
             .filter(|_| device.on_vfio())
-            .map(|group| node_access(paths, group));
+            .map(|group| node_access(paths, group, bdf));
         if self.detail == Detail::Full {
             if !hung && !moves_elsewhere(&device) {
                 let name = attributes.text("driver_override").map_err(unreadable)?;
@@ -314,9 +315,21 @@ fn moves_elsewhere(device: &HostDevice) -> bool {
     }
 }
 
-fn node_access(paths: &HostPaths, group: u32) -> NodeAccess {
-    let node = paths.vfio_group(group);
-    match access(&node, AccessFlags::R_OK | AccessFlags::W_OK) {
+/// Whether a device can be opened: by its group's node, or by its cdev where that is what VMs take, or what this user
+/// was given.
+fn node_access(paths: &HostPaths, group: u32, bdf: HostBdf) -> NodeAccess {
+    let of_cdev = || cdev(paths, bdf.into()).map_or(NodeAccess::Missing, |node| of_node(&node));
+    if VfioBackEnd::of_host(paths) == VfioBackEnd::Iommufd {
+        return of_cdev();
+    }
+    match of_node(&paths.vfio_group(group)) {
+        NodeAccess::Denied if of_cdev() == NodeAccess::Ready => NodeAccess::Ready,
+        of_group => of_group,
+    }
+}
+
+fn of_node(node: &Path) -> NodeAccess {
+    match access(node, AccessFlags::R_OK | AccessFlags::W_OK) {
         Ok(()) => NodeAccess::Ready,
         Err(Errno::ENOENT | Errno::ENOTDIR) => NodeAccess::Missing,
         Err(_) => NodeAccess::Denied,

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, lchown, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use crate::base::name::DeviceName;
 use crate::base::sysfs;
 use crate::facts::open_files::{User as Process, is_open, users};
 use crate::facts::process::is_ending;
+use crate::facts::vfio::VfioBackEnd;
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::lock_file::holder;
 use crate::holding::passing::PASSING_PATIENCE;
@@ -23,6 +24,20 @@ use crate::holding::restore;
 use crate::inventory::unavailable::UnavailableDevice;
 use crate::making::vgpu::VgpuError;
 use crate::pools::tenant::{Tenant, definition, dirs};
+
+/// Lets tenants open `/dev/iommu` where VMs have their devices through it: it belongs to no device, and reaches only
+/// the devices whose cdevs the user can open.
+pub(super) fn open_iommufd(host: &HostPaths) -> Result<(), TenantError> {
+    if VfioBackEnd::of_host(host) != VfioBackEnd::Iommufd {
+        return Ok(());
+    }
+    let node = VfioBackEnd::Iommufd.node(host);
+    let opened = fs::metadata(&node).and_then(|found| {
+        let mode = found.permissions().mode() | 0o666;
+        fs::set_permissions(&node, fs::Permissions::from_mode(mode))
+    });
+    opened.map_err(failed(&node))
+}
 
 /// A user who owns files.
 pub(super) struct Owner {

@@ -237,6 +237,34 @@ fn a_boot_puts_nodes_and_files_right() {
     assert_eq!(running_vms(&host.paths).unwrap(), []);
 }
 
+#[test]
+fn tenants_open_iommufd_where_there_is_no_container() {
+    use std::os::unix::fs::PermissionsExt;
+    let host = host();
+    let kernel = FakeKernel::new(&host);
+    host.file("dev/iommu", "iommufd");
+    host.file("dev/vfio/vfio", "container");
+    let iommufd = host.paths.dev.join("iommu");
+    let close = || fs::set_permissions(&iommufd, fs::Permissions::from_mode(0o600)).unwrap();
+    let mode = || fs::metadata(&iommufd).unwrap().mode() & 0o777;
+    close();
+    create_tenant(&host.paths, "a", &user()).unwrap();
+    assert_eq!(give(&host, &kernel, "a", "01:00.0"), "1 given");
+    assert_eq!(mode(), 0o600, "its VMs take the container");
+    fs::remove_file(host.paths.dev.join("vfio/vfio")).unwrap();
+    let tenants = Tenants::load(&host.paths).unwrap();
+    put_right(&host.paths, &tenants).unwrap();
+    assert_eq!(mode(), 0o666);
+    close();
+    for (device, node) in [("0000:02:00.0", "vfio1"), ("0000:02:00.1", "vfio2")] {
+        let device = format!("sys/bus/pci/devices/{device}/vfio-dev/{node}/dev");
+        host.file(&device, "511:1");
+        host.file(&format!("dev/vfio/devices/{node}"), "");
+    }
+    assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
+    assert_eq!(mode(), 0o666);
+}
+
 /// The other process of the next test, which has root's umask of 077.
 #[test]
 #[ignore = "run by what_tenants_need_is_open_to_them_whatever_the_umask"]

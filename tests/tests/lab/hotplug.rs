@@ -285,7 +285,7 @@ fn possessions(host: &Host) -> Result<String> {
             ls -l /proc/$process/fd | sed -n 's/.*-> //p' | sed 's/[0-9][0-9]*//g' | sort | uniq -c
             wc -l </proc/$process/maps
             ls /proc/$process/task | wc -l
-            grep VmLck /proc/$process/status
+            grep -e VmLck -e VmPin /proc/$process/status
         done"#;
     Ok(host.sh(script).output()?.success()?.text())
 }
@@ -328,7 +328,10 @@ fn cycles_leave_nothing_behind(host: &Host) -> Result<()> {
     let after = settled(host, |_, now| now == before)?;
     ensure!(before == after, "before:\n{before}\nafter:\n{after}");
     // RAM is pinned while there is a device, and not a moment longer.
-    ensure!(before.contains("VmLck:\t       0 kB"), "{before}");
+    for pinned in ["VmLck", "VmPin"] {
+        let none = format!("{pinned}:\t       0 kB");
+        ensure!(before.contains(&none), "{before}");
+    }
     gantry(host, "attach vm --group nvme")?;
     says_sum(&mut running, "nvme0n1")?;
     running.types("poweroff -f")?;

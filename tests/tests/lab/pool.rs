@@ -98,12 +98,12 @@ impl Drop for Pool<'_> {
     }
 }
 
-/// Fails if a gantry runs, a device is leased, or a VFIO group is open.
+/// Fails if a gantry runs, a device is leased, or a VFIO group, a cdev or iommufd is open.
 pub fn nothing_is_held(host: &Host) -> Result<()> {
     let script = "
         pidof gantry && echo runs
         grep OFDLCK /proc/locks
-        ls -l /proc/[0-9]*/fd 2>/dev/null | grep /dev/vfio
+        ls -l /proc/[0-9]*/fd 2>/dev/null | grep -e /dev/vfio -e /dev/iommu
         true";
     let held = host.sh(script).output()?.success()?.text();
     ensure!(held.is_empty(), "this is left:\n{held}");

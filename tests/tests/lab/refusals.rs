@@ -26,6 +26,12 @@ pub const CASES: &[Case] = cases![
     an_ordinary_user_may_run_a_vm,
 ];
 
+/// For host kernels without iommufd.
+pub const NO_IOMMUFD: &[Case] = cases![iommufd_that_the_host_lacks];
+
+/// For host kernels with containers and iommufd.
+pub const BOTH: &[Case] = cases![a_host_without_one_back_end_has_the_other];
+
 /// Lines of an error that fit any terminal.
 const SCREEN: usize = 20;
 
@@ -288,14 +294,41 @@ fn vfio_missing_or_not_permitted(host: &Host) -> Result<()> {
     without(host, &node, || {
         is_refused(host, vm.run(host)?, 1, &[FIRST.bdf, &node, "modprobe"])
     })?;
+    let container = with("platform.iommufd", json!(false));
     without(host, "/dev/vfio/vfio", || {
         let words = ["/dev/vfio/vfio", "modprobe vfio_iommu_type1"];
-        is_refused(host, vm.run(host)?, 1, &words)
+        is_refused(host, container.run(host)?, 1, &words)
     })?;
     given_to_nobody(host, || {
         host.sh(&format!("chown 0 {node}")).output()?.success()?;
         let ended = as_nobody(host, &vm, "ulimit -l unlimited")?;
         is_refused(host, ended, 1, &[FIRST.bdf, &format!("chown USER {node}")])
+    })
+}
+
+fn iommufd_that_the_host_lacks(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let words = ["platform.iommufd", "/dev/iommu", "modprobe iommufd"];
+    refused(host, &with("platform.iommufd", json!(true)), 1, &words)
+}
+
+fn a_host_without_one_back_end_has_the_other(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let reads = |vm: &Vm| -> Result<()> {
+        let ended = vm.run(host)?.powered_off()?;
+        ensure!(ended.value("nvme0.sha256")? == FIRST.checksum(), "{ended}");
+        nothing_is_held(host)
+    };
+    let vm = Vm::new("nvme").devices("nvme", 1);
+    without(host, "/dev/vfio/vfio", || {
+        let check = host.sh("gantry check").output()?.success()?.text();
+        ensure!(check.contains("VFIO back ends: iommufd"), "{check}");
+        reads(&vm)
+    })?;
+    without(host, "/dev/iommu", || {
+        reads(&vm)?;
+        let words = ["platform.iommufd", "/dev/iommu"];
+        refused(host, &with("platform.iommufd", json!(true)), 1, &words)
     })
 }
 

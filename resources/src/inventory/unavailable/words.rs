@@ -59,11 +59,12 @@ impl fmt::Display for UnavailableDevice {
             Unavailable::NodeMissing { group } => write!(
                 f,
                 "{bdf} is bound to vfio-pci, but /dev/vfio/{group} is not there: `modprobe vfio_iommu_type1`, and in \
-                 a container make /dev/vfio visible"
+                 a container make /dev/vfio visible (with iommufd, its cdev below /dev/vfio/devices)"
             ),
             Unavailable::NodeDenied { group } => write!(
                 f,
-                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root"
+                "{bdf} cannot be opened by this user: run as root, or `chown USER /dev/vfio/{group}` as root (with iommufd, its cdev below \
+                 /dev/vfio/devices)"
             ),
             _ => of_holder(f, bdf, &self.why),
         }

@@ -14,6 +14,7 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
+use crate::facts::vfio::{VfioBackEnd, cdev};
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::lock_file::holder;
@@ -450,7 +451,10 @@ fn wait_for_node(
             parent: instance.parent.clone(),
             kind: instance.kind.clone(),
         })?;
-        let node = device.iommu_group.map(|group| paths.vfio_group(group));
+        let node = match VfioBackEnd::of_host(paths) {
+            VfioBackEnd::Container => device.iommu_group.map(|group| paths.vfio_group(group)),
+            VfioBackEnd::Iommufd => cdev(paths, uuid.into()).ok(),
+        };
         let there = node.is_some_and(|node| node.exists());
         if there || started.elapsed() >= NODE_DEADLINE {
             return Ok(device);
