@@ -212,6 +212,10 @@ mod tests {
     use std::sync::Mutex;
     use std::thread::{self, ThreadId};
 
+    use gantry_devices::pci::GuestBdf;
+
+    use super::super::events::DeviceEvent;
+    use super::super::testing::attached_telling;
     use super::*;
 
     struct Closed(Arc<Mutex<Option<ThreadId>>>);
@@ -220,6 +224,28 @@ mod tests {
         fn drop(&mut self) {
             *self.0.lock().unwrap() = Some(thread::current().id());
         }
+    }
+
+    #[test]
+    fn a_guest_that_finds_its_device_dead_has_it_told_of_once() {
+        let gate = Arc::default();
+        let told: Arc<Mutex<Vec<DeviceEvent>>> = Arc::default();
+        let events = Arc::clone(&told);
+        let notify = Arc::new(move |_, event| events.lock().unwrap().push(event));
+        let mut device = attached_telling("01:00.0", &gate, notify);
+        let mut segment = PciSegment::new([0..=0xff]).unwrap();
+        let port = segment.add_root_port(0).unwrap();
+        let pci = Arc::new(segment);
+        device.plug(&pci, port, 0).unwrap();
+        let reads = || {
+            let mut data = [0; 4];
+            pci.read_config(GuestBdf::new(1, 0, 0).unwrap(), 8, &mut data);
+            u32::from_le_bytes(data)
+        };
+        assert_eq!((reads(), told.lock().unwrap().len()), (0, 0));
+        gate.die();
+        assert_eq!([reads(), reads()], [u32::MAX; 2]);
+        assert_eq!(*told.lock().unwrap(), [DeviceEvent::Silent]);
     }
 
     #[test]

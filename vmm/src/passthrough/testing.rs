@@ -14,6 +14,7 @@ use gantry_vfio::pci::Rom;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::AttachedDevice;
+use super::events::DeviceNotify;
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
 
 /// What accesses to a device pass: while it is closed, they hang. A device that has died reads all-ones.
@@ -166,7 +167,16 @@ pub fn attached(
 
 /// The device `name`, every access to which passes `gate`.
 pub fn attached_behind(name: &str, gate: &Arc<Gate>) -> (AttachedDevice, Receiver<String>) {
-    made(name, &[], Arc::clone(gate), || Ok(()))
+    made(name, &[], Arc::clone(gate), || Ok(()), silent())
+}
+
+/// As [`attached_behind`], for a device whose events go to `notify`.
+pub fn attached_telling(name: &str, gate: &Arc<Gate>, notify: DeviceNotify) -> AttachedDevice {
+    made(name, &[], Arc::clone(gate), || Ok(()), notify).0
+}
+
+fn silent() -> DeviceNotify {
+    Arc::new(|_, _| {})
 }
 
 /// As [`attached`], for a device that is reset with its bus, on which these functions are.
@@ -175,7 +185,7 @@ pub fn attached_on_bus(
     on_bus: &[&str],
     reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
 ) -> (AttachedDevice, Receiver<String>) {
-    made(name, on_bus, Arc::default(), reset)
+    made(name, on_bus, Arc::default(), reset, silent())
 }
 
 fn made(
@@ -183,6 +193,7 @@ fn made(
     on_bus: &[&str],
     gate: Arc<Gate>,
     reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
+    notify: DeviceNotify,
 ) -> (AttachedDevice, Receiver<String>) {
     let (sender, reasons) = channel();
     let leased = LeasedDevice {
@@ -218,12 +229,6 @@ fn made(
         gate,
         reset,
     };
-    let device = AttachedDevice::new(
-        leased,
-        io,
-        Rom::Device,
-        Arc::new(NoRouter),
-        Arc::new(|_, _| {}),
-    );
+    let device = AttachedDevice::new(leased, io, Rom::Device, Arc::new(NoRouter), notify);
     (device.unwrap(), reasons)
 }
