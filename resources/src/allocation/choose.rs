@@ -22,7 +22,7 @@ use crate::pools::vgpu::{Instance, TakenInstances};
 use judge::{Verdict, owned};
 use near::{Near, nodes_to_try, policy};
 
-/// One thing that a VM gets, and on which terms.
+/// A device that a VM gets, with its terms.
 #[derive(Clone, Debug)]
 pub(crate) struct Pick<'a> {
     pub(crate) thing: Thing<'a>,
@@ -45,7 +45,7 @@ impl<'a> Pick<'a> {
     }
 }
 
-/// What a request gets.
+/// The devices that a request gets.
 #[derive(Clone, Debug)]
 pub(crate) struct Picked<'a> {
     /// All functions of its cards.
@@ -92,7 +92,7 @@ pub(crate) fn choose<'a>(
     Ok(picks)
 }
 
-/// What each request would get, enough or not. An error is one that no other device could heal.
+/// The devices that each request would get, enough or not. Errors are those that no other device would avoid.
 ///
 /// A VM that is bound to no node gets the devices with a NUMA policy together on one node: the first
 /// on which most of them are.
@@ -155,13 +155,13 @@ fn run<'a>(
     Ok(picked.into_values().collect())
 }
 
-/// The devices that a request means.
+/// The devices that a request matches.
 enum Meant<'g> {
     Group(&'g ResourceGroup),
     Alias(Vec<Alias>),
 }
 
-/// As many mediated devices are counted; no host can make more.
+/// The most mediated devices that are counted.
 const MOST_INSTANCES: usize = 4096;
 
 /// A choice in progress.
@@ -282,7 +282,7 @@ impl<'a> Choice<'a, '_> {
     }
 }
 
-/// The first device of each physical function; one that is not virtual counts by itself.
+/// The first virtual function of each physical function; other devices count by themselves.
 fn isolated<'a>(free: Vec<Card<'a>>, fit: &mut RequestFit) -> Vec<Card<'a>> {
     let mut used = BTreeSet::new();
     let mut keep = Vec::new();

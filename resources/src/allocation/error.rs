@@ -44,7 +44,7 @@ pub enum AllocateError {
         /// All names.
         known: Vec<String>,
     },
-    /// An alias that others know is not to be had.
+    /// A known alias is refused.
     #[error("alias \"{name}\" is refused: {reason}")]
     RefusedAlias {
         /// The name asked for.
@@ -52,7 +52,7 @@ pub enum AllocateError {
         /// Why.
         reason: &'static str,
     },
-    /// There are not as many free devices as asked for.
+    /// Fewer devices are free than the request asks for.
     #[error("No valid host was found: {0}")]
     NoFit(Box<RequestFit>),
     /// A device exists no more, or never did.
@@ -140,7 +140,7 @@ impl AllocateError {
         }
     }
 
-    /// Whether the devices are not to be had as things are, rather than the host having failed.
+    /// Whether the devices are unavailable, rather than the host failing.
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::UnknownGroup { .. }

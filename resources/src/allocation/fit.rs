@@ -1,4 +1,4 @@
-//! How a request fares: what it gets, and how many devices each filter dropped.
+//! The result of a request: the devices that it gets, and how many each filter dropped.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,10 +10,10 @@ use crate::inventory::unavailable::{CandidateFilter, UnavailableDevice};
 use crate::pools::request::{DeviceRequest, DeviceSource};
 use crate::pools::vgpu::Instance;
 
-/// Of a long list of devices, so many are shown: an error fits the screen.
+/// The most devices that an error lists, so that it fits the screen.
 pub(super) const SHOWN: usize = 12;
 
-/// What all requests of a VM would get.
+/// The devices that all requests of a VM would get.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fit {
     /// Whether every request would get all it asks for.
@@ -46,9 +46,9 @@ pub struct RequestFit {
     pub considered: usize,
     /// How many devices each filter dropped.
     pub dropped: BTreeMap<CandidateFilter, usize>,
-    /// Devices of the kind asked for that cannot be had, and why.
+    /// Matching devices that are not available, with the reasons.
     pub blocked: Vec<UnavailableDevice>,
-    /// The group whose virtual functions are not there yet.
+    /// The group whose virtual functions do not exist yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inactive: Option<String>,
 }
@@ -113,7 +113,7 @@ impl RequestFit {
         u32::try_from(self.cards + self.instances.len()).is_ok_and(|count| count >= self.wanted)
     }
 
-    /// Whether it would get all it asks for if others gave back what they hold.
+    /// Whether it would get all its devices once others release theirs.
     pub fn is_temporary(&self) -> bool {
         let held = self.blocked.iter();
         let held = held.filter(|blocked| blocked.why.is_temporary()).count();
@@ -130,7 +130,7 @@ impl RequestFit {
     }
 }
 
-/// Why the request does not get what it asks for: the counts, then one device a line, as many as fit.
+/// Why the request does not get its devices: the counts, then one device a line, as many as fit.
 impl fmt::Display for RequestFit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.from {

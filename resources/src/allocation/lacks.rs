@@ -1,4 +1,4 @@
-//! What a request that fails waits for: devices that it could have, and whose holders are about to let go.
+//! What a failed request waits for: matching devices whose holders are about to release them.
 
 use std::collections::BTreeSet;
 
@@ -11,12 +11,12 @@ use crate::inventory::device::HostDevice;
 use crate::inventory::unavailable::{Unavailable, UnavailableDevice};
 use crate::pools::request::DeviceSource;
 
-/// What a request lacks.
+/// Devices that a request lacks.
 #[derive(Debug, Default)]
 pub(super) struct Lacks {
-    /// Devices of the kind asked for that cannot be had now.
+    /// Matching devices that are not available now.
     devices: BTreeSet<HostBdf>,
-    /// Cards whose other functions are in the way of those.
+    /// Cards whose other functions keep them from being available.
     cards: BTreeSet<HostBdf>,
     /// What is made for it.
     pub(super) made: bool,
@@ -46,8 +46,7 @@ impl Lacks {
         lacks
     }
 
-    /// Whether something of it is about to become free. What others hold is nothing to this request,
-    /// whatever becomes of it.
+    /// Whether a matching device is about to become free.
     pub(super) fn passes(&self, paths: &HostPaths, look: &Look) -> bool {
         let meant = look.devices.iter();
         let meant: Vec<&HostDevice> = meant
@@ -69,7 +68,7 @@ impl Lacks {
     }
 }
 
-/// Whether a device could be had once its holder, or that of its neighbours, lets go.
+/// Whether a device becomes available once its holder, or that of its neighbours, releases it.
 fn may_pass(blocked: &UnavailableDevice) -> bool {
     !matches!(
         blocked.why,
@@ -86,7 +85,7 @@ fn may_pass(blocked: &UnavailableDevice) -> bool {
     )
 }
 
-/// Whether it is another function of its card that keeps a device.
+/// Whether another function of its card keeps a device from being available.
 fn is_cards(blocked: &UnavailableDevice) -> bool {
     matches!(
         blocked.why,

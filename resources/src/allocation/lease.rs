@@ -1,4 +1,4 @@
-//! What a VM holds of the host: devices with their locks, given back when dropped.
+//! The devices of a VM with their locks. Dropping a lease gives its device back.
 
 use std::fs::File;
 use std::sync::{Arc, Weak};
@@ -105,7 +105,7 @@ impl Lease {
         }
     }
 
-    /// What VFIO opens the device by.
+    /// The name by which VFIO opens the device.
     pub fn name(&self) -> DeviceName {
         match &self.device {
             Leased::Pci(device) => device.bdf.into(),
@@ -132,7 +132,7 @@ impl Lease {
     /// This needs nothing that a confined process lacks: the reason is left in the lock's file, and the
     /// next command that moves the device writes it down where quarantine is kept.
     pub fn set_aside(&self, reason: &str) {
-        // A mediated device goes with its lease, whatever became of it.
+        // A mediated device is removed with its lease, in any state.
         let Some(device) = self.device() else {
             return;
         };
@@ -142,7 +142,7 @@ impl Lease {
         }
     }
 
-    /// What another allocation for the same VM must know of it.
+    /// What another allocation for the same VM needs to know of the lease.
     pub(crate) fn as_own(&self) -> OwnLease {
         OwnLease {
             name: self.name(),
@@ -188,7 +188,7 @@ impl Drop for Lease {
         if self.config.as_ref().is_some_and(ConfigSpace::is_dead) {
             self.set_aside(DEAD);
         }
-        // Whoever is told waits for the locks, which are freed next.
+        // The notified process waits for the locks, which are freed next.
         if let Some(watch) = &self.watch {
             watch.released(self.name());
         }

@@ -1,4 +1,4 @@
-//! The locks of what was chosen.
+//! The locks of chosen devices.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
 use crate::inventory::unavailable::{IommuGroups, Unavailable, UnavailableDevice};
 
-/// How long a choice is held up by who came between it and the lock.
+/// How long to wait for a holder that took a lock between the choice and this allocation.
 const MOMENT: Duration = Duration::from_secs(2);
 
-/// Locks what was chosen, IOMMU group by IOMMU group. On failure the locks taken so far are dropped.
+/// Locks chosen devices, one IOMMU group after the other. A failure drops the locks taken so far.
 pub(super) fn lock(
     paths: &HostPaths,
     devices: &[HostDevice],

@@ -16,14 +16,14 @@ use crate::inventory::scan::scan_with;
 use crate::moving::bind::BindError;
 use crate::pools::group::Groups;
 
-/// All that a choice looks at.
+/// The host as a choice sees it.
 pub(super) struct Look {
     pub(super) devices: Vec<HostDevice>,
     pub(super) groups: Groups,
     pub(super) sockets: Sockets,
-    /// What the host needs of the devices that could be taken on demand.
+    /// The host's uses of devices that can be taken on demand.
     pub(super) guarded: Vec<Guarded>,
-    /// What the VM has already, and with which record.
+    /// The VM's own leases and record.
     pub(super) attached: BTreeMap<HostBdf, Option<LeaseRecord>>,
     pub(super) mdevs: Mdevs,
 }
@@ -73,19 +73,19 @@ impl Look {
         self
     }
 
-    /// Whether killed VMs have left what takes the room of others.
+    /// Whether killed VMs left devices that use up instances.
     pub(super) fn has_left_vgpus(&self) -> bool {
         self.mdevs.claims.iter().any(|claim| claim.left)
     }
 
-    /// Whether others are being made or removed, so that their parents' rooms are not known.
+    /// Whether devices are being created or removed, so that the free instances of their parents are unknown.
     pub(super) fn has_vgpus_under_way(&self) -> bool {
         let mut claims = self.mdevs.claims.iter();
         claims.any(|claim| claim.under_way && !claim.left)
     }
 }
 
-/// What the host needs of the devices that a VM could take from it, and of their IOMMU groups.
+/// The host's uses of the devices that a VM could take on demand, and of their IOMMU groups.
 fn guarded(
     paths: &HostPaths,
     groups: &Groups,

@@ -135,7 +135,7 @@ pub(crate) fn allocate_with(
             Err(AllocateError::Unavailable(blocked)) => Lacks::devices(&look, &[*blocked]),
             _ => Lacks::default(),
         };
-        // What killed VMs had made for them is in the way of making more.
+        // Devices that were created for killed VMs use up instances.
         let left = lacks.made && look.has_left_vgpus() && !reaped;
         let waits = lacks.passes(paths, &look) || lacks.made && look.has_vgpus_under_way();
         if !(left || waits && Instant::now() < deadline) {
@@ -167,8 +167,7 @@ pub(crate) fn allocate_with(
     let mut needs = Needs::of(paths, &look.groups, binder, &record, &picks)?;
     let claimed = needs.claim()?;
     use_once(paths, &look.groups, &chosen, holder)?;
-    // The devices' own locks are enough from here on: a driver that is slow to let go of one, or to make
-    // one, stops nobody else.
+    // The devices' own locks suffice from here on: a slow driver delays no other allocation.
     drop(choosing);
     let made = needs.instances(claimed);
     let lent = made.and_then(|mdevs| Ok((needs.functions(leases)?, mdevs)));
@@ -178,7 +177,7 @@ pub(crate) fn allocate_with(
     Ok(in_order(&picks, functions, mdevs))
 }
 
-/// What the requests would get now. Nothing is taken, and no lock either: others may be faster.
+/// The devices that the requests would get now. No lock is taken: another allocation may be faster.
 pub fn fit(
     paths: &HostPaths,
     requests: &[DeviceRequest],

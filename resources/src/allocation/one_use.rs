@@ -1,4 +1,4 @@
-//! Devices that are for one use: they are in quarantine from before it until somebody releases them.
+//! Devices for one use: they are in quarantine from before their use until they are released.
 
 use super::error::AllocateError;
 use crate::base::host::HostPaths;
@@ -42,7 +42,7 @@ fn reason_of_use(holder: &Holder) -> String {
     format!("it was used by VM \"{}\" (one_time_use)", holder.vm)
 }
 
-/// Takes back what [`use_once`] wrote, and not what was written over it: a device that hung meanwhile.
+/// Removes the record of [`use_once`], unless it was replaced because the device hung.
 pub(super) fn unused(paths: &HostPaths, groups: &Groups, chosen: &[&HostDevice], holder: &Holder) {
     for device in for_one_use(groups, chosen) {
         if let Err(error) = forget_reason(paths, device.bdf, &reason_of_use(holder)) {

@@ -1,4 +1,4 @@
-//! What is done to chosen devices before a VM has them: made, set, bound; and undone after it.
+//! Prepares chosen devices for a VM: creates, configures and binds them, and undoes that afterwards.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ pub(super) fn activate_wanted(
     Ok(())
 }
 
-/// What chosen devices need.
+/// The preparation that chosen devices need.
 pub(super) struct Needs<'a> {
     paths: &'a HostPaths,
     groups: &'a Groups,
@@ -51,7 +51,7 @@ pub(super) struct Needs<'a> {
 }
 
 impl<'a> Needs<'a> {
-    /// Looks what is needed, and starts the helper that undoes it, before anything is changed.
+    /// Finds the steps, and starts the helper that undoes them before anything is changed.
     pub(super) fn of(
         paths: &'a HostPaths,
         groups: &'a Groups,
@@ -101,8 +101,7 @@ impl<'a> Needs<'a> {
         Ok(())
     }
 
-    /// Claims the mediated devices. The allocation lock is held: it is what the choice counted that they
-    /// are made of.
+    /// Claims the mediated devices under the allocation lock, so that the counted instances are still free.
     pub(super) fn claim(&mut self) -> Result<Vec<Claimed>, AllocateError> {
         let claim = |(instance, uuid): &(Instance, Uuid)| {
             vgpu::claim(self.paths, instance, *uuid, self.record)
@@ -123,7 +122,7 @@ impl<'a> Needs<'a> {
         Ok(leases)
     }
 
-    /// Takes from the host what VMs take on demand, and gives functions their settings and types first.
+    /// Detaches on-demand devices from the host, after giving functions their settings and types.
     pub(super) fn functions(&self, leases: Vec<Lease>) -> Result<Vec<Lease>, AllocateError> {
         let (paths, groups, host) = (self.paths, self.groups, self.binder.host);
         for device in leases.iter().filter_map(Lease::device) {
@@ -157,8 +156,7 @@ impl<'a> Needs<'a> {
     }
 }
 
-/// Puts leases of functions and of mediated devices in the order of what was chosen, each with its
-/// terms.
+/// Orders the leases as the devices were chosen, each with its terms.
 pub(super) fn in_order(picks: &[Pick<'_>], functions: Vec<Lease>, mdevs: Vec<Lease>) -> Vec<Lease> {
     let mut by_name: BTreeMap<DeviceName, Lease> = functions
         .into_iter()

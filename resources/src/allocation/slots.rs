@@ -6,7 +6,7 @@ use super::AllocateError;
 use super::choose::Pick;
 use crate::base::bdf::HostBdf;
 
-/// Refuses what needs more slots than are `free`, if those are counted.
+/// Refuses devices that need more slots than are `free`, if slots are counted.
 pub(super) fn have_slots(picks: &[Pick<'_>], free: Option<usize>) -> Result<(), AllocateError> {
     let functions = picks.iter().filter_map(Pick::device);
     let physical = functions.filter(|device| device.physfn.is_none());

@@ -24,7 +24,7 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// A file cannot be replaced; it is as it was.
+    /// A file cannot be replaced, and is unchanged.
     #[error(
         "cannot write {path}{}",
         sysfs::if_denied(.source, "run as a user who may, or set GANTRY_CONFIG_DIR")
@@ -36,13 +36,13 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// A file is not what it should be, or would not be after the change.
+    /// The content of a file is wrong, or would be after the change.
     #[error(transparent)]
     Invalid(#[from] JsonError),
 }
 
 impl ConfigError {
-    /// Whether what is written is wrong, rather than that the file cannot be used.
+    /// Whether the content is wrong, rather than the file unusable.
     pub fn is_mistake(&self) -> bool {
         matches!(self, Self::Invalid(_))
     }
@@ -81,12 +81,12 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, ConfigError> {
     }
 }
 
-/// What a file's text says. The path is for errors alone.
+/// Parses a file's text. The path is for errors only.
 pub(crate) fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
     Ok(json::from_file(path, text)?)
 }
 
-/// Replaces a file, after a look that what is written reads back.
+/// Replaces a file, after checking that the new content can be read.
 pub(crate) fn write<T: Serialize + DeserializeOwned>(
     path: &Path,
     value: &T,

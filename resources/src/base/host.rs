@@ -26,9 +26,9 @@ pub struct HostPaths {
     pub run: PathBuf,
     /// Definitions: `groups.json` and `groups.d/*.json`.
     pub config: PathBuf,
-    /// What must outlive a reboot: quarantine, maintenance.
+    /// State that outlives a reboot: quarantine, maintenance.
     pub state: PathBuf,
-    /// The devices in sight, where those of others are none of one's business; none if all are.
+    /// The visible devices of a tenant; none if all devices are visible.
     pub only: Option<BTreeSet<DeviceName>>,
 }
 

@@ -1,4 +1,4 @@
-//! What a device is called: by VFIO, which opens it by this name, in locks, in records and to people.
+//! The name of a device, in VFIO, locks, records and messages.
 
 use std::fmt;
 use std::path::Path;
@@ -103,7 +103,7 @@ impl PartialEq<HostBdf> for DeviceName {
     }
 }
 
-/// What a name of a group, a plan or a tenant is made of.
+/// The rule for names of groups, plans and tenants.
 pub(crate) const NAME_RULE: &str =
     "use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first";
 

@@ -1,4 +1,4 @@
-//! Opening files that somebody else names: none is waited for, and nothing but a regular file is opened.
+//! Opens files that other users name: never waits, and opens only regular files.
 //!
 //! Opening a pipe waits for its other end, and opening a device may do something to it. So the kind of a
 //! file is asked for first, and once more of what was opened, which may be another file by then.

@@ -13,7 +13,7 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
         || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
 }
 
-/// Advice to put behind an error's words, where permission was refused: it is of no use for a full disk.
+/// Advice for an error message, only if permission was denied.
 pub(crate) fn if_denied(error: &io::Error, advice: &str) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => format!(": {advice}"),
@@ -64,7 +64,7 @@ pub(crate) fn link_name(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Names of a directory's entries, sorted; none at all if there is no such directory.
+/// Names of a directory's entries, sorted; empty if there is no directory.
 pub(crate) fn entries(path: &Path) -> io::Result<Vec<String>> {
     let listing = match fs::read_dir(path) {
         Ok(listing) => listing,

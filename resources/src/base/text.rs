@@ -1,11 +1,11 @@
-//! Texts that others wrote, made fit to be shown at a terminal.
+//! Makes texts of other users safe to show on a terminal.
 
 use std::fmt::Write;
 
 /// Characters of a [`short`] text.
 const MOST: usize = 200;
 
-/// A text with the characters escaped that are not to reach a terminal. Lines stay lines.
+/// A text with control characters escaped, except line breaks and tabs.
 pub fn harmless(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
     for char in text.chars() {
@@ -21,7 +21,7 @@ pub fn harmless(text: &str) -> String {
     clean
 }
 
-/// As much of a text as a line has room for, without what changes how a terminal shows the rest.
+/// The beginning of a text, without characters that change how a terminal shows the rest.
 pub(crate) fn short(text: &str) -> String {
     let shown = text.chars().filter(|char| !is_unseen(*char));
     shown.take(MOST).collect()

@@ -54,7 +54,7 @@ pub(super) fn judge(facts: &Facts) -> Finding {
 
 /// How vfio-pci gets devices before the host's drivers do.
 struct Plan<'a> {
-    /// What is to be bound: the devices and their neighbours in the IOMMU groups.
+    /// The devices to bind, with their neighbours in the IOMMU groups.
     bring: Vec<&'a HostDevice>,
     /// Other devices with the same ids that are not vfio-pci's at all times: it would take them as well.
     twins: Vec<&'a HostDevice>,
@@ -96,7 +96,7 @@ impl<'a> Plan<'a> {
             ids.contains(&of(device)) && !is_brought(device) && (demanded || !device.on_vfio())
         };
         let twins: Vec<&HostDevice> = devices.all.iter().filter(is_twin).collect();
-        // What a driver of the kernel's image has, no module is early enough for.
+        // A driver in the kernel's image comes before every module.
         let taken = bring.iter().filter(|device| has_builtin(facts, device));
         let not_by_id: Vec<&&HostDevice> = twins.iter().chain(taken).collect();
         ids.retain(|id| !not_by_id.iter().any(|device| of(device) == *id));
@@ -216,7 +216,7 @@ impl Drivers {
     fn new(facts: &Facts, plan: &Plan<'_>) -> Self {
         let mut drivers = Self::default();
         if facts.modules.is_builtin("vfio-pci") {
-            // It comes before every module; what has the devices now did not have ids against it.
+            // It comes before every module, unless the devices' present driver did.
             return drivers;
         }
         let taken = plan.bring.iter().filter(|one| has_builtin(facts, one));

@@ -1,4 +1,4 @@
-//! The next boot: how this machine's boot loader is told, and whether it has been told already.
+//! The next boot: how to configure this machine's boot loader, and whether it is configured already.
 
 use std::fs;
 use std::io;
@@ -14,7 +14,7 @@ use super::{Advice, CommandLineChange, Finding, Level};
 use crate::base::atomic;
 use crate::base::host::HostPaths;
 
-/// What is known of the boot loader, and what has been noted about a reboot.
+/// The boot loader, and the record of a pending reboot.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Boot {
     /// This boot's id, random for each (/proc/sys/kernel/random/boot_id).
@@ -57,7 +57,7 @@ pub(super) struct Note {
     /// Words that the next one is to have.
     #[serde(default)]
     add: Vec<String>,
-    /// Words that it is not to have.
+    /// Words to remove.
     #[serde(default)]
     remove: Vec<String>,
 }
@@ -98,7 +98,7 @@ fn initramfs(root: &Path) -> Initramfs {
     found.map_or(Initramfs::Unknown, |(_, tool)| tool)
 }
 
-/// Whether a reboot would bring what is asked for, or was to have brought it.
+/// Whether a reboot brings the change, or should have brought it.
 pub(super) fn reboot(facts: &Facts, change: &Change) -> Finding {
     let boot = &facts.boot;
     let finding = |level, reason: String| Finding::new("reboot", "Reboot", level, reason);
@@ -159,7 +159,7 @@ impl Boot {
     }
 }
 
-/// The change as it is made on this machine; none where there is nothing to change.
+/// The change for this machine; none if there is nothing to change.
 pub(super) fn how(facts: &Facts, change: Change) -> Option<CommandLineChange> {
     if change.is_empty() {
         return None;

@@ -136,7 +136,7 @@ impl Change {
         }
     }
 
-    /// What of the change a running kernel still lacks.
+    /// The part of the change that the running kernel lacks.
     pub(super) fn against(self, running: &CommandLine) -> Self {
         let Self {
             mut add,

@@ -1,5 +1,4 @@
-//! The devices that are to be passed: are they the host's own, is a whole IOMMU group meant, may the
-//! IOMMU translate for them.
+//! Checks the devices to pass: the host's use of them, their IOMMU groups, and the IOMMU's translation.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -117,7 +116,7 @@ pub(super) fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{plural}")
 }
 
-/// What the host itself uses is refused by `gantry device detach`; better to know before.
+/// `gantry device detach` refuses devices that the host uses.
 fn host_needs(devices: &Devices) -> Finding {
     let finding =
         |level, reason: String| Finding::new("host-guard", "Used by the host", level, reason);
@@ -165,7 +164,7 @@ fn iommu_groups(devices: &Devices) -> Vec<Finding> {
     problems
 }
 
-/// What is wrong with who is in an IOMMU group.
+/// Problems with the members of an IOMMU group.
 fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level, String, String)> {
     let mut problems = Vec::new();
     let pick = |wanted: &dyn Fn(&HostDevice) -> bool| -> Vec<&HostDevice> {

@@ -1,4 +1,4 @@
-//! What the check reads, all of it at one moment and without changing anything.
+//! The facts that the check reads, at one moment and without changing anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -36,7 +36,7 @@ pub(super) struct Facts {
     pub(super) config: KernelConfig,
     /// Vendor and product of the machine, as its firmware says (DMI).
     pub(super) machine: Option<String>,
-    /// Name of the user who asks, where it can be told.
+    /// Name of the user who runs the check, if known.
     pub(super) user: String,
     pub(super) cpu: Cpu,
     pub(super) kvm: NodeAccess,
@@ -85,17 +85,17 @@ impl KernelConfig {
     }
 }
 
-/// The devices and who wants them.
+/// The devices to check.
 #[derive(Clone, Debug)]
 pub(super) struct Devices {
     pub(super) all: Vec<HostDevice>,
     /// The groups, or why they cannot be read.
     pub(super) groups: Result<Groups, String>,
-    /// Those of groups and device specs, and those named by who asks.
+    /// Devices of groups and device specs, and those that the command names.
     pub(super) wanted: BTreeSet<HostBdf>,
     /// Of these, the ones that are bound when a VM takes them.
     pub(super) on_demand: BTreeSet<HostBdf>,
-    /// What the host uses the wanted devices and their neighbours for, or why that cannot be told.
+    /// The host's uses of the wanted devices and their neighbours, or why they are unknown.
     pub(super) uses: Result<Vec<Guarded>, String>,
     /// The module that each driver comes from; drivers of the kernel's image have none.
     pub(super) driver_modules: BTreeMap<String, String>,

@@ -15,7 +15,7 @@ pub(super) struct Setting {
     pub(super) file: String,
     /// The variable, with the operator, `GRUB_CMDLINE_LINUX=`; none where the file is the command line.
     pub(super) variable: Option<String>,
-    /// Its words; one that extends the value before refers to that: `$GRUB_CMDLINE_LINUX`.
+    /// Its words. `$GRUB_CMDLINE_LINUX` refers to the previous value.
     pub(super) line: CommandLine,
 }
 

@@ -9,7 +9,7 @@ use super::{Finding, Level};
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 
-/// What the kernel and the firmware show of IOMMUs.
+/// The IOMMUs that the kernel and the firmware show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Iommu {
     /// ACPI tables, by their signatures; none at all where the directory is hidden, as in containers.
@@ -314,7 +314,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
         .lines("the kernel says why:", ["dmesg | grep -i -e remap -e x2apic"])
 }
 
-/// What translation costs the host's own devices: nothing that VMs would feel.
+/// The cost of translation for the host's own devices. It does not affect VMs.
 fn host_devices(facts: &Facts) -> Finding {
     let finding =
         |reason: &str| Finding::new("host-devices", "Host's own devices", Level::Ok, reason);

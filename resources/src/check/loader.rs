@@ -34,7 +34,7 @@ pub(super) struct Menu {
     pub(super) before_boot: bool,
 }
 
-/// What is known of the boot loader.
+/// The boot loader.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Found {
     pub(super) loader: Loader,

@@ -8,7 +8,7 @@ use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::memlock;
 
-/// What the kernel says of memory.
+/// The memory that the kernel reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Memory {
     /// Bytes that this user may pin; none without a limit.
@@ -23,7 +23,7 @@ pub(super) struct Memory {
 }
 
 const MIB: u64 = 1 << 20;
-/// What a VM needs beside its RAM, as the check before a start has it.
+/// The memory that a VM needs beside its RAM, as the check before a start counts it.
 const SLACK: u64 = 64 * MIB;
 /// Less RAM than this is no VM that anybody gives a device.
 const SMALL_VM: u64 = 256 * MIB;

@@ -1,8 +1,8 @@
-//! `gantry check`: what this host still lacks to give devices to VMs, and the exact way to put it right.
+//! `gantry check`: what this host lacks to give devices to VMs, and the exact fix.
 //!
-//! Three steps: [`Facts`] are read from the trees of [`HostPaths`], the judges are pure functions from
-//! them to [`Finding`]s, and who asked prints the [`Report`]. Nothing that makes a host less safe is
-//! ever proposed: not `allow_unsafe_interrupts`, not the no-IOMMU mode, not the ACS override.
+//! Three steps: [`Facts`] are read from the trees of [`HostPaths`], pure functions turn them into [`Finding`]s, and
+//! the caller prints the [`Report`]. No advice makes a host less safe: never `allow_unsafe_interrupts`, the
+//! no-IOMMU mode or the ACS override.
 
 mod binding;
 mod boot;
@@ -38,7 +38,7 @@ use facts::Facts;
 pub enum Level {
     /// As it should be.
     Ok,
-    /// It works, at a price or a risk, or something is still to be done for some device.
+    /// It works, at a price or a risk, or a device is not ready.
     Warn,
     /// No VM with a device can start, or the host is not safe from its guests.
     Fail,
@@ -47,9 +47,9 @@ pub enum Level {
 /// Something to do or to know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Advice {
-    /// What, and why, in a sentence.
+    /// The advice and its reason, in a sentence.
     pub text: String,
-    /// Lines to be copied as they are: commands, or what a file is to hold.
+    /// Lines to copy: commands, or the content of a file.
     pub lines: Vec<String>,
 }
 
@@ -64,14 +64,14 @@ pub struct Finding {
     pub level: Level,
     /// What was found.
     pub reason: String,
-    /// What to do about it; for a good answer, what could be better still.
+    /// The fixes; for a good result, optional improvements.
     pub fix: Vec<Advice>,
-    /// What the kernel's command line should have or lose for it.
+    /// Words to add to the kernel's command line, or to remove from it.
     #[serde(skip)]
     words: Change,
 }
 
-/// What is to be changed on the kernel's command line, and how on this machine.
+/// The change of the kernel's command line, and how to make it on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CommandLineChange {
     /// Words to add.
@@ -89,14 +89,14 @@ pub struct Report {
     pub level: Level,
     /// The findings, from the processor up to the devices.
     pub findings: Vec<Finding>,
-    /// What the findings ask of the kernel's command line, all in one.
+    /// The changes of the kernel's command line for all findings.
     pub command_line: Option<CommandLineChange>,
 }
 
 /// The check itself could not be done.
 #[derive(Debug, Error)]
 pub enum CheckError {
-    /// The devices cannot be read, or one that was named does not exist.
+    /// The devices cannot be read, or a named one does not exist.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The note about a waiting reboot cannot be written.
@@ -113,14 +113,13 @@ pub enum CheckError {
     },
 }
 
-/// Looks at the host. `wanted` are devices that are to be passed besides those of the groups.
+/// Checks the host. `wanted` are devices to check besides those of the groups.
 pub fn check(paths: &HostPaths, wanted: &[HostBdf]) -> Result<Report, CheckError> {
     Ok(judge(&Facts::read(paths, wanted)?))
 }
 
-/// Notes that the command line or the firmware has been changed for `report`, so that later checks say
-/// until the next boot that a reboot is waiting, and after it whether the words have arrived. Returns
-/// the file.
+/// Records that the command line or the firmware was changed for `report`: later checks say until the next boot
+/// that a reboot is pending, and afterwards whether the change took effect. Returns the file.
 pub fn note_reboot(paths: &HostPaths, report: &Report) -> Result<PathBuf, CheckError> {
     boot::note(paths, report.command_line.as_ref())
         .map_err(|(path, source)| CheckError::Note { path, source })

@@ -1,5 +1,4 @@
-//! Which modules the running kernel has, and what modprobe has been told about them
-//! (modprobe.d(5)).
+//! The modules of the running kernel, and modprobe's configuration of them (modprobe.d(5)).
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -70,7 +69,7 @@ fn module_name(path: &str) -> String {
     underscored(file.split(".ko").next().unwrap_or(file))
 }
 
-/// What the files of modprobe.d say. Modules are named by patterns there.
+/// The content of modprobe.d, where patterns name modules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Modprobe {
     /// `vendor:device` of each id that vfio-pci is told to take.

@@ -128,7 +128,7 @@ fn unsafe_interrupts(facts: &Facts) -> Finding {
     )
 }
 
-/// Judges a switch that should be off, wherever it is switched on.
+/// Checks a switch that must be off.
 fn switched_off(facts: &Facts, module: &str, name: &str, off: Finding, on: Finding) -> Finding {
     let parameters = facts.unsafe_parameters.iter();
     let parameters: Vec<_> = parameters.filter(|path| path.ends_with(name)).collect();

@@ -7,11 +7,11 @@ use crate::facts::open_files;
 use crate::holding::restore::Change;
 use crate::holding::vgpu_records;
 
-/// One of them.
+/// A mediated device that the kernel has not finished.
 #[derive(Clone, Debug)]
 pub(super) struct Hanging {
     name: DeviceName,
-    /// Who has it open, in words.
+    /// The process that has it open.
     by: String,
 }
 

@@ -86,7 +86,7 @@ impl Attributes {
         Ok(self.text(name)?.and_then(number).map(|number| number as u8))
     }
 
-    /// Names of a directory's entries, sorted; none at all if there is no such directory.
+    /// Names of a directory's entries, sorted; empty if there is no directory.
     pub(crate) fn entries(&self, name: &str) -> io::Result<Vec<String>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let Some(dir) = present(Dir::openat(&self.dir, name, flags, Mode::empty()))? else {

@@ -30,11 +30,11 @@ pub struct BindRequest<'a> {
     pub devices: &'a [HostBdf],
     /// Devices that are detached although the host uses them, each named exactly.
     pub overrides: &'a [HostBdf],
-    /// Change nothing, only say what would be written.
+    /// Change nothing, only report the writes.
     pub dry_run: bool,
 }
 
-/// What a move did, or in a dry run would do.
+/// The result of a move, or of its dry run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct BindReport {
     /// Devices that changed hands.
@@ -45,8 +45,8 @@ pub struct BindReport {
     pub writes: Vec<SysfsWrite>,
 }
 
-/// Gives devices to vfio-pci with all endpoints of their IOMMU groups: all of them, or after a failure
-/// none. A device that is there already is a success. Refused for what the host itself needs.
+/// Binds devices to vfio-pci, with all endpoints of their IOMMU groups: all, or none after a failure. A device that
+/// is bound already is a success. Refused for devices that the host uses.
 pub fn detach(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -55,9 +55,8 @@ pub fn detach(
     Direction::Detach.carry_out(paths, writer, request)
 }
 
-/// Gives devices back to the host's drivers, with all endpoints of their IOMMU groups: to the driver
-/// that each had when it was detached, or if that is not known to the one that the kernel chooses.
-/// Refused if somebody holds one of them.
+/// Gives devices back to the host's drivers, with all endpoints of their IOMMU groups: to the recorded driver of
+/// each, or else to the one that the kernel chooses. Refused while one of them is leased.
 pub fn reattach(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -124,7 +123,7 @@ impl Direction {
             return Ok(plan.report(writes));
         }
         let record = LeaseRecord::task(self.command());
-        // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
+        // The devices' own locks suffice from here on: a kernel that hangs delays no other command.
         let (plan, _locks) = under_lock(paths, &record, BindError::in_the_way, || {
             let plan = self.plan(paths, request)?;
             let locks = plan.lock(paths, &record)?;
@@ -222,7 +221,7 @@ impl Direction {
                 &device.lease,
             )));
         }
-        // Whoever moves what hangs would hang with it, and with its neighbours.
+        // A write to a device that hangs would hang too, and with it the move of its neighbours.
         let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device.bdf, device.id)?));
         if let Some((bdf, why)) = plan.members.iter().find_map(stuck) {
             let why = Unavailable::Quarantined { why };
@@ -255,7 +254,7 @@ impl Direction {
                     (Some(former), Some(driver)) => {
                         (Target::Driver(driver.to_owned()), former.driver_override)
                     }
-                    // What a VM took from no driver goes back to none.
+                    // A device that had no driver gets none.
                     (
                         Some(DriverRecord {
                             driver: None,
@@ -288,7 +287,7 @@ impl Direction {
             let Err(source) = self.step(mover, one) else {
                 continue;
             };
-            // What hangs is left alone: another write would hang as well.
+            // A device that hangs is left alone: another write would hang too.
             let touched = if source.is_hung() {
                 &moves[..index]
             } else {

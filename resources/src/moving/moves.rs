@@ -57,7 +57,7 @@ pub enum MoveError {
         /// The driver that it has.
         found: String,
     },
-    /// What the device was cannot be written down, so it was not touched.
+    /// The record of the device's state cannot be written, so the device was not touched.
     #[error("cannot record its former driver in {path}")]
     NotRecorded {
         /// The file.
@@ -84,7 +84,7 @@ impl Move {
         Self::to_where_it_was(&self.device)
     }
 
-    /// The move that brings a device to be as it was at that time.
+    /// The move that restores a device's former state.
     pub(crate) fn to_where_it_was(device: &HostDevice) -> Self {
         let to = device.driver.clone();
         Self {
@@ -94,8 +94,8 @@ impl Move {
         }
     }
 
-    /// Writes down what the device is before it is detached. A record that is there from an attempt
-    /// that was cut short knows more than the device now shows.
+    /// Records the state of a device before it is detached. A record from an attempt that was cut short is kept: it
+    /// knows more than the device now shows.
     pub(crate) fn remember(&self, paths: &HostPaths, demand: bool) -> Result<(), MoveError> {
         if DriverRecord::of_moved(paths, &self.device).is_some() {
             return Ok(());
@@ -210,7 +210,7 @@ impl Mover<'_> {
         })
     }
 
-    /// A device that the kernel did not come back from is for nobody.
+    /// A device in which the kernel hangs goes into quarantine.
     pub(crate) fn set_aside_if_hung(&self, device: &HostDevice, why: &MoveError) {
         if !why.is_hung() {
             return;

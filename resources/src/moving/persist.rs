@@ -1,4 +1,4 @@
-//! What makes the host give devices to vfio-pci at every boot: a udev rule, options for modprobe, or a unit.
+//! Generates what binds devices to vfio-pci at every boot: udev rules, options for modprobe, or a unit.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -32,16 +32,16 @@ pub struct Persistent {
     pub file: &'static str,
     /// What it must hold.
     pub text: String,
-    /// What to run once, so that it counts from the next boot.
+    /// The command that makes it effective from the next boot.
     pub then: &'static str,
     /// What it would do besides.
     pub warnings: Vec<String>,
 }
 
 impl Persistent {
-    /// Puts the text into a file: all of it, or the file stays as it was.
+    /// Writes the file as a whole, or leaves it as it was.
     pub fn save(&self, file: &Path) -> io::Result<()> {
-        // A pipe, or a terminal, has no content to be lost.
+        // A pipe or a terminal has no content to lose.
         match std::fs::metadata(file) {
             Ok(found) if !found.is_file() => std::fs::write(file, &self.text),
             _ => atomic::replace(file, self.text.as_bytes()),
@@ -49,8 +49,8 @@ impl Persistent {
     }
 }
 
-/// Writes what makes devices, with all endpoints of their IOMMU groups, go to vfio-pci at boot. Refused
-/// for what the host itself needs.
+/// Generates what binds devices, with all endpoints of their IOMMU groups, to vfio-pci at boot. Refused for devices
+/// that the host uses.
 pub fn persist(
     paths: &HostPaths,
     devices: &[HostBdf],
@@ -182,7 +182,7 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
     }
 }
 
-/// Who else would take devices at boot.
+/// Other drivers that would take devices at boot.
 #[derive(Default)]
 struct Rivals {
     /// Modules, whose names need not be those of their drivers.

@@ -40,7 +40,7 @@ pub enum WriteError {
         #[source]
         source: io::Error,
     },
-    /// Somebody has the device open, and goes on to.
+    /// A process keeps the device open.
     #[error(
         "the kernel has refused {:?} in {} for {:.1?}, as the device is in use{}",
         .0.write.value, .0.write.path.display(), .0.after, .0.by
@@ -65,14 +65,14 @@ pub enum WriteError {
     },
 }
 
-/// A write that others are in the way of.
+/// A write that another process blocks.
 #[derive(Debug)]
 pub struct Unfinished {
     /// What was written.
     pub write: SysfsWrite,
     /// How long it was tried, or waited for.
     pub after: Duration,
-    /// Who has the device open, in words, if that is to be seen.
+    /// The process that has the device open, if visible.
     pub by: String,
 }
 
@@ -149,8 +149,8 @@ impl ChildWriter {
             let waited = started.elapsed();
             match written.as_ref().err().and_then(errno) {
                 Some(libc::EBUSY) => {
-                    // Who only looks whether a device is free has it open for a moment too: seen twice,
-                    // one stays.
+                    // A process that only checks whether a device is free has it open for a moment: only one that
+                    // is seen twice counts.
                     let staying = open_files::staying(&self.proc, &open_files::about(path, value));
                     let stays = staying.iter().any(|pid| before.contains(pid));
                     if stays || waited >= self.patience {

@@ -31,7 +31,7 @@ pub use error::GroupError;
 use files::{GroupsFile, parse};
 pub use nova_files::{change_aliases, change_device_specs};
 
-/// What kind of thing a group holds. The kind is a filter besides the rules.
+/// The type of a group's devices: a filter in addition to the rules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum GroupType {
@@ -80,10 +80,10 @@ pub const NO_USB: &str = "USB passthrough is not supported yet: no VM can be giv
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bind {
-    /// When somebody says `gantry device detach`.
+    /// With `gantry device detach`.
     #[default]
     Manual,
-    /// When the host boots: `gantry device persist` writes what that takes.
+    /// When the host boots: `gantry device persist` writes the udev rules for it.
     Boot,
     /// When a VM takes them; they go back when it ends.
     Demand,
@@ -121,7 +121,7 @@ pub struct ResourceGroup {
     /// Traits that a request may ask for, with commas between or as a list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traits: Option<Traits>,
-    /// The resource class that an alias may ask for; that of a device's ids if absent.
+    /// The resource class that an alias may ask for; derived from a device's ids if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resource_class: Option<String>,
     /// After a VM has used it, a device is not given again until `gantry device release-quarantine`.
@@ -196,19 +196,18 @@ fn group_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::E
 
 /// All groups of the host, in the order of definition.
 ///
-/// A device that several groups match belongs to the first: so groups in `groups.json` come before
-/// those of drop-ins, and drop-ins count in the order of their file names. [`Groups::overlaps`] tells
-/// where that rule decides.
+/// A device that several groups match belongs to the first: groups in `groups.json` come before those of drop-ins,
+/// and drop-ins in the order of their file names. [`Groups::overlaps`] lists such devices.
 #[derive(Clone, Debug, Default)]
 pub struct Groups {
     groups: Vec<ResourceGroup>,
     specs: Vec<DeviceSpec>,
     aliases: Vec<Alias>,
-    /// Devices of tenants, and whose they are: they are in no group of the host's.
+    /// Devices of tenants, with their tenants: no host group holds them.
     owners: BTreeMap<DeviceName, String>,
 }
 
-/// What a device is said to be and do.
+/// Properties of a device, from its group and device spec.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tags {
     /// In their normal form.
@@ -232,7 +231,7 @@ pub struct Overlap {
 }
 
 impl Groups {
-    /// These without the devices of tenants, whose they are.
+    /// These groups without the devices of tenants.
     pub(super) fn without(self, owners: BTreeMap<DeviceName, String>) -> Self {
         Self { owners, ..self }
     }
@@ -311,7 +310,7 @@ impl Groups {
         names
     }
 
-    /// Whether VMs may have a device: it is in a group, or a device spec takes it.
+    /// Whether VMs may get a device: a group or a device spec matches it.
     pub(crate) fn exposes(&self, device: &HostDevice) -> bool {
         let taken = self.group_of(device).is_some() || self.spec_of(device).is_some();
         taken && self.tenant_of(device).is_none()
@@ -333,7 +332,7 @@ impl Groups {
         first(device.first_function()).or_else(|| first(device))
     }
 
-    /// What a device is said to be and do, by its group and the first device spec that takes it.
+    /// The properties of a device, from its group and the first device spec that matches it.
     pub(crate) fn tags(&self, device: &HostDevice) -> Tags {
         let (group, spec) = (self.group_of(device), self.spec_of(device));
         let traits = [
@@ -374,8 +373,8 @@ impl Groups {
         devices.iter().filter_map(overlap).collect()
     }
 
-    /// How much must be read of devices to tell which groups have them: all where a rule asks for a serial
-    /// number, or what else only a driver knows.
+    /// How much to read of each device to find its group: all if a rule asks for a serial number or another fact
+    /// that only a driver knows.
     pub(crate) fn detail(&self) -> Detail {
         let mut rules = self.groups.iter().flat_map(|group| &group.rules);
         let asks = rules.any(|rule| {

@@ -1,4 +1,4 @@
-//! What operators write down: groups and their rules, aliases, plans; and what a VM asks for.
+//! Definitions by operators: groups and their rules, aliases, plans, tenants. And device requests of VMs.
 
 pub(crate) mod group;
 pub(crate) mod nova;

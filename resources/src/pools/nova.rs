@@ -1,4 +1,4 @@
-//! OpenStack Nova's words for PCI devices: `device_spec`, `alias`, and what their values mean.
+//! OpenStack Nova's definitions of PCI devices: `device_spec` and `alias`.
 
 mod address;
 pub(crate) mod devname;
@@ -64,7 +64,7 @@ pub struct DeviceSpec {
     /// Names of traits with commas between.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traits: Option<Traits>,
-    /// After one use the device is not given again before it is released by hand.
+    /// After one use, no VM gets the device until it is released by hand.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_use: Option<Flag>,
     /// Whether the device is taken from its host driver when a VM needs it. Left out it means no, unlike
@@ -171,7 +171,7 @@ impl Alias {
         }
     }
 
-    /// The function by whose ids a device is meant: the first one of its card, or itself.
+    /// The function that has the alias's ids: the first one of the device's card, or the device itself.
     pub(crate) fn meant<'d>(&self, device: &'d HostDevice) -> Option<&'d HostDevice> {
         let mut functions = [device.first_function(), device].into_iter();
         functions.find(|function| self.has_ids(function))
@@ -207,7 +207,7 @@ const BUILT_IN: [(&str, u16); 4] = [
     ("qat-vf", 0x37c9),
 ];
 
-/// Aliases that every host has; one that is defined under the same name replaces them.
+/// Built-in aliases. A defined alias of the same name replaces them.
 pub(crate) fn built_in() -> impl Iterator<Item = Alias> {
     BUILT_IN.into_iter().map(|(name, product)| Alias {
         name: name.to_owned(),
@@ -222,7 +222,7 @@ pub(crate) fn built_in() -> impl Iterator<Item = Alias> {
     })
 }
 
-/// Why an alias that others know is not to be had here.
+/// Why gantry refuses a known alias.
 pub(crate) fn refused(alias: &str) -> Option<&'static str> {
     (alias == "qat-pf").then_some(
         "a QuickAssist card (AV-ICE02) cannot be passed through as a whole, because of limits of its driver: use its virtual functions, \"qat-vf\"",
@@ -237,8 +237,7 @@ pub enum Capability {
     Pci,
 }
 
-/// One thing, a list of them, or either of these as a text of JSON, which is how Nova's own
-/// configuration file holds them.
+/// One entry, a list of entries, or either as a text of JSON, as in Nova's own configuration file.
 #[derive(JsonSchema)]
 #[schemars(untagged)]
 #[allow(dead_code)] // only its schema is used
@@ -248,7 +247,7 @@ enum OneOrMany<T> {
     Text(String),
 }
 
-/// Reads one or many, so that an error is placed at the one that is wrong.
+/// Reads one entry or a list, with the position of an entry that is wrong.
 pub(crate) fn one_or_many<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     D: Deserializer<'de>,
@@ -257,9 +256,9 @@ where
     deserializer.deserialize_any(Things(PhantomData))
 }
 
-/// What Nova's options hold: an object, which may contradict itself.
+/// An entry of one of Nova's options: an object.
 pub(crate) trait Entry: serde::de::DeserializeOwned {
-    /// Words of what is wrong with it as a whole.
+    /// The mistake in the entry as a whole, if there is one.
     fn problem(&self) -> Option<&'static str>;
 }
 
@@ -303,8 +302,8 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
     }
 }
 
-/// One thing of a list. serde takes a list for an object whose keys are left out, and a device spec without keys
-/// is every device.
+/// An entry of a list. serde would also read a list as an object without keys, and a device spec without keys
+/// matches every device.
 struct OneThing<T>(T);
 
 impl<'de, T: Entry> Deserialize<'de> for OneThing<T> {

@@ -15,7 +15,7 @@ use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError}
 use crate::holding::record::LeaseRecord;
 use crate::pools::request::{Aliases, DeviceRequest, DeviceSource};
 
-/// What a VM gets that names the plan, as far as its own file does not say otherwise.
+/// The parts of a VM's configuration that its own file leaves out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
@@ -119,7 +119,7 @@ pub struct Plans {
 /// A plan is wrong, or cannot be used.
 #[derive(Debug, Error)]
 pub enum PlanError {
-    /// A file is not what it should be, or cannot be used.
+    /// A file is wrong, or cannot be read or written.
     #[error(transparent)]
     File(#[from] ConfigError),
     /// The lock cannot be had.
@@ -133,7 +133,7 @@ pub enum PlanError {
         /// The most similar name.
         near: Option<String>,
     },
-    /// A plan is to be made that is there.
+    /// A plan of that name exists already.
     #[error(
         "there is already a plan named \"{name}\" at {at}: `gantry plan edit {name}` changes it"
     )]
@@ -152,7 +152,7 @@ impl From<JsonError> for PlanError {
 }
 
 impl PlanError {
-    /// Whether what is written is wrong, or a name that no plan has, rather than that a file cannot be used.
+    /// Whether a definition or a name is wrong, rather than a file unusable.
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::File(error) => error.is_mistake(),

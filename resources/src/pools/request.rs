@@ -1,4 +1,4 @@
-//! What a VM asks for, and its form in JSON.
+//! A VM's request for devices, and its form in JSON.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -128,12 +128,12 @@ impl DeviceRequest {
         }
     }
 
-    /// So many devices of a group.
+    /// `count` devices of a group.
     pub fn group(name: impl Into<String>, count: u32) -> Self {
         Self::new(DeviceSource::Group(name.into()), count)
     }
 
-    /// So many devices of an alias.
+    /// `count` devices of an alias.
     pub fn alias(name: impl Into<String>, count: u32) -> Self {
         Self::new(DeviceSource::Alias(name.into()), count)
     }
@@ -156,7 +156,7 @@ impl DeviceRequest {
 }
 
 impl DeviceSource {
-    /// The device, where it is exactly one.
+    /// The device, if the source is exactly one.
     pub fn device(&self) -> Option<DeviceName> {
         match self {
             Self::Device(name) => Some(*name),

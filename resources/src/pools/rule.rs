@@ -57,8 +57,8 @@ pub struct Filters {
     /// Serial number: of the NVMe controller, or the PCIe device serial number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Filter<Word>>,
-    /// The driver that has the device; one that gantry has taken from a driver of the host's counts as having
-    /// that one too, until it has it again. What vfio-pci gets from the start has had none.
+    /// The driver of the device. A device that gantry detached from a host driver counts as having that driver too.
+    /// A device that vfio-pci had from the start has no host driver.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver: Option<Filter<Word>>,
     /// NUMA node; a device of a host with one node has none.
@@ -93,7 +93,7 @@ pub struct Filters {
     pub speed: Option<Filter<Number>>,
 }
 
-/// A filter that is no such thing.
+/// A filter that cannot be read.
 #[derive(Debug, Error)]
 pub enum RuleError {
     /// Not four hex digits.
@@ -105,7 +105,7 @@ pub enum RuleError {
     /// Not the beginning of a class code.
     #[error("\"{0}\" is not a PCI class: write 2, 4 or 6 hex digits, like \"0108\" for NVMe")]
     Class(String),
-    /// Neither an address nor a pattern for some.
+    /// Neither an address nor a pattern.
     #[error(
         "\"{0}\" is not a PCI address: write it like 0000:01:00.0 or 01:00.0, or a pattern like 01:*"
     )]
@@ -121,13 +121,13 @@ pub enum RuleError {
     /// An object without a comparison.
     #[error("a filter needs a comparison: equal, not, less, more, begins, ends, contains or regex")]
     NoOperator,
-    /// A comparison of texts for what is a number.
+    /// A text comparison on a number.
     #[error("\"{operator}\" compares texts and this is a number: use equal, not, less or more")]
     NotText {
         /// The comparison.
         operator: &'static str,
     },
-    /// A comparison of sizes for what has none.
+    /// An order comparison on a text.
     #[error("\"{operator}\" means nothing here: use equal, not, begins, ends, contains or regex")]
     NotOrdered {
         /// The comparison.
@@ -149,8 +149,8 @@ impl Rule {
         &self.0
     }
 
-    /// The rule that takes this device and no other: its address, and what it is, so that other
-    /// hardware at that address is not taken for it.
+    /// The rule that matches this device alone: its address and its ids, so that it does not match other hardware
+    /// at that address.
     pub(crate) fn of_device(device: &HostDevice) -> Self {
         Self(Box::new(Filters {
             id: Some(Filter::equal(device.id.into())),
@@ -247,7 +247,7 @@ impl Rule {
     }
 }
 
-/// Whether a filter that was written holds. What it is about is asked for only then.
+/// Whether a filter holds, if there is one. The field is read only then.
 fn holds<'a, T: FilterValue>(
     filter: &Option<Filter<T>>,
     subject: impl FnOnce() -> Subject<'a, T>,

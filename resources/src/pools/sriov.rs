@@ -1,4 +1,4 @@
-//! What a group wants of the virtual functions of one physical function.
+//! A group's definition of the virtual functions of one physical function.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -118,7 +118,7 @@ pub enum PfError {
 }
 
 impl SriovSpec {
-    /// Refuses a card that is not the one that is meant.
+    /// Refuses other hardware than the group names.
     pub(crate) fn is_the_right_one(&self, pf: &HostDevice) -> Result<(), PfError> {
         let is = IdPair::from(pf.id);
         match self.id.filter(|wanted| *wanted != is) {
@@ -131,7 +131,7 @@ impl SriovSpec {
         }
     }
 
-    /// Refuses a card that is not the one that is meant, or cannot have as many functions.
+    /// Refuses other hardware than the group names, and a card that cannot have as many functions.
     pub(crate) fn suits(&self, pf: &HostDevice) -> Result<(), PfError> {
         self.is_the_right_one(pf)?;
         let bdf = self.pf;
@@ -149,7 +149,7 @@ impl SriovSpec {
         Ok(())
     }
 
-    /// What the function of this number, from 0, is to have.
+    /// The settings of the function with this index, from 0.
     pub fn wanted(&self, index: u16) -> VfState {
         let mac = match &self.mac {
             None => None,
@@ -168,7 +168,7 @@ impl SriovSpec {
         }
     }
 
-    /// Whether it asks for what only a network card has.
+    /// Whether it has settings that only a network card has.
     pub(crate) fn is_for_network(&self) -> bool {
         self.wanted(0) != VfState::default()
     }

@@ -1,4 +1,4 @@
-//! Tenants: who they are, and what their groups say they own.
+//! Tenants: their users, and the devices that their groups name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use crate::inventory::error::InventoryError;
 use crate::pools::group::{GroupError, Groups};
 use crate::pools::rule::Rule;
 
-/// Who a tenant is.
+/// The definition of a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(title = "gantry tenant")]
@@ -31,12 +31,12 @@ pub struct TenantFile {
     pub description: String,
 }
 
-/// A tenant with what it owns.
+/// A tenant with its devices.
 #[derive(Clone, Debug)]
 pub struct Tenant {
     /// Its name.
     pub name: String,
-    /// Who it is.
+    /// Its definition.
     pub file: TenantFile,
     groups: Groups,
 }
@@ -58,7 +58,7 @@ impl Tenant {
         specs.flat_map(|spec| &spec.uuids).copied().collect()
     }
 
-    /// All that it owns.
+    /// All its devices.
     pub fn names(&self) -> BTreeSet<DeviceName> {
         let functions = self.devices().into_iter().map(DeviceName::from);
         functions
@@ -97,14 +97,14 @@ impl Tenant {
         Ok(())
     }
 
-    /// Whether the device is the tenant's, by what it is and not only by where it is.
+    /// Whether the tenant owns the device, by its address and its ids.
     pub fn owns(&self, device: &HostDevice) -> bool {
         let mut rules = self.groups.iter().flat_map(|group| &group.rules);
         rules.any(|rule| rule.only_slot() == Some(device.bdf) && rule.matches(device))
     }
 
-    /// Refuses an address where other hardware is by now, or in whose IOMMU group another device has
-    /// come: nobody granted that. `all` are the devices of the host.
+    /// Refuses an address with other hardware than was granted, or whose IOMMU group has a new device. `all` are
+    /// the devices of the host.
     pub fn may_have(&self, bdf: HostBdf, all: &[HostDevice]) -> Result<(), OtherHardware> {
         let Some(device) = all.iter().find(|device| device.bdf == bdf) else {
             return Ok(());
@@ -245,7 +245,7 @@ impl Tenants {
         })
     }
 
-    /// Every device of a tenant, and whose it is.
+    /// Every device of a tenant, with its tenant.
     pub(crate) fn owners(&self) -> BTreeMap<DeviceName, String> {
         let owned = |tenant: &Tenant| {
             let name = tenant.name.clone();
@@ -261,7 +261,7 @@ impl Tenants {
         self.0.iter().find(|tenant| tenant.names().contains(&name))
     }
 
-    /// The tenants whose VMs a user runs.
+    /// The tenants of a user.
     pub fn of_user<'a>(&'a self, user: &'a str) -> impl Iterator<Item = &'a Tenant> {
         self.0.iter().filter(move |tenant| tenant.file.user == user)
     }

@@ -71,7 +71,7 @@ impl From<Mac> for String {
     }
 }
 
-/// What one function has, or is to have; what is none is not known, or is left as it is.
+/// The settings of one function. A setting that is none is unknown, or stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfState {
     /// Its address.
@@ -159,7 +159,7 @@ impl fmt::Display for VfSetting {
 }
 
 impl VfState {
-    /// This, with what `wanted` says in its place.
+    /// These settings with those of `wanted` in their place.
     pub(crate) fn with(&self, wanted: &Self) -> Self {
         Self {
             mac: wanted.mac.or(self.mac),
@@ -173,12 +173,12 @@ impl VfState {
         }
     }
 
-    /// Whether it says something of what a setting is about.
+    /// Whether it has a value for a setting.
     pub(crate) fn asks_for(&self, setting: &VfSetting) -> bool {
         self.clone().without(setting) != *self
     }
 
-    /// This without what a setting is about.
+    /// These settings without one.
     pub(crate) fn without(self, setting: &VfSetting) -> Self {
         match setting {
             VfSetting::Mac(_) => Self { mac: None, ..self },

@@ -1,4 +1,4 @@
-//! What a group wants of virtual GPUs, and which of those that a host can make these are.
+//! A group's definition of virtual GPUs, and the choice among those that the host can create.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,8 +21,8 @@ pub struct VgpuSpec {
     /// What may make them: addresses of cards, or names in /sys/class/mdev_bus. Any if absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parents: Vec<String>,
-    /// The only ones that there are to be, made ahead by `gantry group activate`. If absent, each VM
-    /// gets new ones.
+    /// UUIDs of the only devices of the group, created ahead by `gantry group activate`. If absent, each VM gets
+    /// new ones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uuids: Vec<Uuid>,
 }
@@ -32,7 +32,7 @@ pub struct VgpuSpec {
 pub struct Instance {
     /// The identifier that it has, or must have; a new one if none.
     pub uuid: Option<Uuid>,
-    /// Whether it is there already, and stays when the VM ends.
+    /// Whether it exists already, and stays when the VM ends.
     pub made: bool,
     /// What makes it.
     pub parent: String,
@@ -41,7 +41,7 @@ pub struct Instance {
     pub kind: String,
 }
 
-/// What earlier requests of the same VM took.
+/// Devices that earlier requests of the same VM took.
 #[derive(Debug, Default)]
 pub(crate) struct TakenInstances {
     uuids: BTreeSet<Uuid>,
@@ -90,7 +90,7 @@ impl VgpuSpec {
         room.sum::<usize>() + self.uuids.len()
     }
 
-    /// Whether a mediated device is one of those named, or else one of the type; none if it is neither.
+    /// Whether the group names a mediated device (true), or matches its type (false); none if neither.
     pub(crate) fn names(&self, device: &MdevDevice) -> Option<bool> {
         if self.uuids.contains(&device.uuid) {
             return Some(true);
@@ -115,7 +115,7 @@ impl VgpuSpec {
         current.or(creatable.map(|one| one.id))
     }
 
-    /// Whether there is something that makes this type, be there room for one now or not.
+    /// Whether a parent supports this type, with free instances or without.
     pub(crate) fn can_be_made(&self, mdevs: &Mdevs) -> bool {
         self.sources(mdevs).next().is_some()
     }
@@ -136,8 +136,8 @@ impl VgpuSpec {
             .filter_map(move |parent| Some((parent, of(parent)?)))
     }
 
-    /// The mediated devices that could be had: those made ahead that are free, and those that can be made,
-    /// in the order of parents, up to `wanted`.
+    /// The available mediated devices: free ones that were created ahead, and up to `wanted` that can be created,
+    /// in the order of parents.
     pub(crate) fn instances(
         &self,
         mdevs: &Mdevs,

@@ -57,7 +57,7 @@ pub enum TenantError {
         /// Its devices.
         devices: String,
     },
-    /// One of the tenant's VMs runs: nobody would see it any more.
+    /// One of the tenant's VMs runs, which would become invisible.
     #[error("{0} runs: end it first")]
     Running(RunningVm),
     /// A record in the tenant's own directory says that a VM runs, as a process that is not the tenant's user's.
@@ -93,7 +93,7 @@ pub enum TenantError {
         /// The tenant.
         name: String,
     },
-    /// A group of the host's has not as many devices that nobody has.
+    /// A host group has fewer free devices.
     #[error("group \"{group}\" has {} ({count} asked for)", free(.found))]
     NotFree {
         /// The group.
@@ -106,7 +106,7 @@ pub enum TenantError {
     /// A VM has a device, or it is in quarantine.
     #[error("{0}{after}", after = .0.end_of_lease())]
     InUse(UnavailableDevice),
-    /// A process has the device open, and would keep it whoever it is given to.
+    /// A process has the device open, and would keep it open.
     #[error("{device} cannot change hands: {by} has it open; end that process first")]
     Open {
         /// The device.
@@ -155,7 +155,7 @@ pub enum TenantError {
         tenant: String,
         /// All that was taken from the tenant.
         revoked: String,
-        /// Those of them, and only those, that are to be given to the host's drivers.
+        /// Those of them that have a host driver to return to.
         devices: String,
         /// Why.
         #[source]
@@ -194,7 +194,7 @@ pub enum TenantError {
 }
 
 impl TenantError {
-    /// Whether what is written is wrong, or a name that no tenant has, rather than that the host failed.
+    /// Whether a definition or a name is wrong, rather than the host failing.
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::Config(error) => error.is_mistake(),

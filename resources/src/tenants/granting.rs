@@ -1,4 +1,4 @@
-//! Giving devices to tenants.
+//! Grants devices to tenants.
 
 use super::devices::{Devices, are_of_one_kind};
 use super::hand_over::{Owner, open_iommufd};
@@ -15,14 +15,14 @@ use crate::making::sriov::{HostAccess, VfLinks};
 use crate::pools::group::{Groups, ResourceGroup};
 use crate::pools::tenant::{Tenant, Tenants, definitions};
 
-/// What a tenant gets.
+/// A grant of devices to a tenant.
 #[derive(Clone, Copy, Debug)]
 pub struct Grant<'a> {
     /// The devices.
     pub devices: GrantedDevices<'a>,
-    /// The tenant's group that they come into; one of the tenant's name if there is none.
+    /// The tenant's group to add them to; the group of the tenant's name if none.
     pub group: Option<&'a str>,
-    /// Devices that are taken although the host uses them, each named exactly.
+    /// Devices to take although the host uses them, each by its address.
     pub overrides: &'a [HostBdf],
 }
 

@@ -1,4 +1,4 @@
-//! Whose a device's nodes and lock file are.
+//! Owners of devices' nodes and lock files.
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -46,7 +46,7 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// Whoever runs this command: root, or nobody could take over a file.
+    /// The user who runs this command: root, who alone can change owners.
     pub(super) fn host() -> Self {
         Self {
             uid: nix::unistd::geteuid().as_raw(),
@@ -78,14 +78,14 @@ impl Owner {
         process.is_ok_and(|process| process.uid() == self.uid)
     }
 
-    /// Only for what lies in a directory of root's: a tenant puts links where it may.
+    /// Only for paths in directories of root's: a tenant could put a link elsewhere.
     fn own(&self, path: &Path) -> io::Result<()> {
         lchown(path, Some(self.uid), Some(self.gid))
     }
 
-    /// Makes the tenant's directories for run-time files and state. Leases and what devices were are the
-    /// host's: links lead there. What lies in the directories is the tenant's to make
-    /// and to replace: nothing of it is opened here, or given to anybody.
+    /// Makes the tenant's directories for run-time files and state, with links to the host's leases and restore
+    /// records. The tenant may put anything into these directories: nothing in them is opened or changes its owner
+    /// here.
     pub(super) fn make_dirs(&self, host: &HostPaths, name: &str) -> Result<(), TenantError> {
         let HostPaths { run, state, .. } = dirs(host, name);
         for (dir, links) in [(&run, &["leases", restore::DIR][..]), (&state, &[])] {
@@ -101,7 +101,7 @@ impl Owner {
             }
             self.own(dir).map_err(failed(dir))?;
         }
-        // A former user's is in the way of the one that this user makes.
+        // A lock of the former user would keep this user from making one.
         let lock = run.join("allocate.lock");
         match fs::symlink_metadata(&lock) {
             Ok(found) if found.uid() != self.uid => fs::remove_file(&lock)
@@ -111,7 +111,7 @@ impl Owner {
         }
     }
 
-    /// Whether all is this user's already: then it may be in use.
+    /// Whether the files belong to this user already: then the device may be in use.
     fn has(&self, host: &HostPaths, name: DeviceName) -> io::Result<bool> {
         let mut files = nodes(host, name);
         files.push(crate::holding::lock_file::lock_path(host, name));
@@ -126,10 +126,10 @@ impl Owner {
         Ok(true)
     }
 
-    /// Makes the nodes and the lock file of a device this user's. Refused while somebody has the device, or
-    /// has it open: permissions bind only those who open it later.
+    /// Gives the nodes and the lock file of a device to this user. Refused while the device is leased or open:
+    /// permissions only affect a later open.
     ///
-    /// The lock file is made anew, under its lock: what somebody holds open of the old one binds nobody.
+    /// The lock file is replaced under its lock: a lock on the old file has no effect.
     pub(super) fn take_over(&self, host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
         if self
             .has(host, name)
@@ -192,8 +192,8 @@ impl Drop for ClosedNodes {
     }
 }
 
-/// Refuses a device that a process has open, however that came by it. One that is ending is waited for, as
-/// the kernel frees its locks before it closes its files.
+/// Refuses a device that a process has open. Waits for a process that is ending, since the kernel frees its locks
+/// before it closes its files.
 pub(super) fn is_closed(host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
     let deadline = Instant::now() + PASSING_PATIENCE;
     let group = group_node(host, name);
@@ -205,7 +205,8 @@ pub(super) fn is_closed(host: &HostPaths, name: DeviceName) -> Result<(), Tenant
         }
         let stays = |user: &&Process| is_ending(&host.proc, user.pid) == Some(false);
         let staying: Vec<u32> = users.iter().filter(stays).map(|user| user.pid).collect();
-        // Who only looks whether a device is free has it open for a moment too: seen twice, one stays.
+        // A process that only checks whether a device is free has it open for a moment: only one that is seen twice
+        // counts.
         if staying.iter().any(|pid| before.contains(pid)) || Instant::now() >= deadline {
             let who = users.iter().find(stays).or(users.first());
             return Err(TenantError::Open {
@@ -218,7 +219,7 @@ pub(super) fn is_closed(host: &HostPaths, name: DeviceName) -> Result<(), Tenant
     }
 }
 
-/// Refuses what somebody has. A lock file that cannot be read is replaced when the device is taken over.
+/// Refuses a leased device. A lock file that cannot be read is replaced when the device is taken over.
 pub(super) fn is_free(host: &HostPaths, name: DeviceName) -> Result<(), TenantError> {
     match holder(host, name) {
         LeaseStatus::Free | LeaseStatus::Unreadable { .. } => Ok(()),

@@ -1,10 +1,10 @@
 //! Tenants: users who own devices, whether they use them or not, and run VMs with them unprivileged.
 //!
-//! A tenant is a directory of definitions of its own, `tenants/NAME` of the configuration directory: who
-//! it is (`tenant.json`), and its groups. A device that a tenant's groups name belongs to it: nobody else
-//! gets it, and the tenant gets no other. It stays bound to vfio-pci; its VFIO nodes and the file of its
-//! lease are the user's, so that the kernel keeps tenants apart. A boot of the host gives nodes and files
-//! back to their makers: [`put_tenants_right`] says again whose they are.
+//! A tenant is a directory of definitions, `tenants/NAME` of the configuration directory: its user (`tenant.json`)
+//! and its groups. A device that its groups name belongs to the tenant: no other VM gets it, and the tenant gets no
+//! other device. The device stays bound to vfio-pci. The tenant's user owns its VFIO nodes and its lock file, so
+//! that the kernel separates tenants. A boot of the host resets these owners: [`put_tenants_right`] sets them
+//! again.
 
 mod devices;
 mod error;
@@ -72,15 +72,15 @@ pub(crate) fn put_right_with(
     done
 }
 
-/// Gives every tenant its directories, nodes and lock files: what a boot of the host, or a driver
-/// bound anew, has undone. Devices must be with vfio-pci already. Whose they are is looked up when it is this
-/// command's turn: another one may just have changed it.
+/// Gives every tenant its directories, nodes and lock files, after a boot of the host or a rebind of a device undid
+/// that. The devices must be bound to vfio-pci already. The owners are read under the lock, since another command
+/// may just have changed them.
 pub fn put_tenants_right(host: &HostPaths) -> Result<(), TenantError> {
     let _alone = alone(host)?;
     put_right(host, &Tenants::load(host)?)
 }
 
-/// Of two commands that change whose devices are, the second one sees what the first one did.
+/// Takes the lock under which devices change their owners.
 fn alone(host: &HostPaths) -> Result<OwnersLock, LeaseError> {
     OwnersLock::acquire(host, &LeaseRecord::task("gantry tenant"))
 }
@@ -105,7 +105,7 @@ pub fn create_tenant(
     Ok(path)
 }
 
-/// Changes who a tenant is. The new user gets its nodes and files.
+/// Changes the user or description of a tenant. The new user gets the nodes and files.
 pub fn edit_tenant(
     host: &HostPaths,
     name: &str,
@@ -120,13 +120,13 @@ pub fn edit_tenant(
         config::write(&path, file)?;
         return Ok(path);
     }
-    // What runs would belong to a user who is nobody any more.
+    // A running VM would belong to the former user.
     runs_no_vm(host, tenant)?;
     for device in tenant.names() {
         hand_over::is_free(host, device)?;
         hand_over::is_closed(host, device)?;
     }
-    // What the former user's VMs found out about devices stays known.
+    // Keep the quarantine records of the former user's VMs.
     for bdf in tenant.devices() {
         adopt(host, bdf).map_err(failed(&host.state))?;
     }
@@ -138,7 +138,7 @@ pub fn edit_tenant(
         put_right(host, &tenants)?;
         return Err(error);
     }
-    // Nor may it have a hand in the new user's directories.
+    // It loses the directories too.
     let former = FormerDirs::of(host, name);
     let given = put_right(host, &Tenants::load(host)?);
     drop(alone);
@@ -146,7 +146,7 @@ pub fn edit_tenant(
     given.map(|()| path)
 }
 
-/// Refuses what a tenant's VM that runs would not survive.
+/// Refuses while a VM of the tenant runs.
 fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
     let is_own = |vm: &RunningVm| vm.tenant.as_ref() == Some(&tenant.name);
     let Some(vm) = running_vms(host)?.into_iter().find(is_own) else {
@@ -164,7 +164,7 @@ fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
     })
 }
 
-/// Deletes a tenant that owns nothing, and none of whose VMs runs.
+/// Deletes a tenant without devices and running VMs.
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
     let alone = alone(host)?;
     let tenants = Tenants::load(host)?;
@@ -179,7 +179,7 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
         });
     }
     let HostPaths { config, .. } = dirs(host, name);
-    // The definition first: what is left of a tenant without one is nobody's.
+    // The definition first: without it, the rest belongs to no tenant.
     let definition = config.join("tenant.json");
     for path in [&definition, &config] {
         let removed = match path.is_dir() {
@@ -189,13 +189,13 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
         removed.or_else(absent_is_fine).map_err(failed(path))?;
     }
     let former = FormerDirs::of(host, name);
-    // Nobody waits for that.
+    // Removing the directories needs no lock.
     drop(alone);
     former.remove();
     Ok(())
 }
 
-/// Does all of them; the last failure, where some fail, with the others in the log.
+/// Runs all steps. Returns the last failure, and logs the others.
 fn all_of(steps: impl Iterator<Item = Result<(), TenantError>>) -> Result<(), TenantError> {
     let mut failed: Vec<TenantError> = steps.filter_map(Result::err).collect();
     let last = failed.pop();

@@ -1,4 +1,4 @@
-//! Removing directories of another user's, who may have put anything into them, and may still be at it.
+//! Removes directories of another user, who may put anything into them at the same time.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -9,11 +9,11 @@ use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::pools::tenant::dirs;
 
-/// Directories that were a tenant's, moved out of the way so that new ones can be made.
+/// Former directories of a tenant, moved aside so that new ones can be made.
 pub(super) struct FormerDirs(Vec<(PathBuf, io::Result<Option<PathBuf>>)>);
 
 impl FormerDirs {
-    /// What a tenant has for run-time files and state.
+    /// The tenant's directories for run-time files and state.
     pub(super) fn of(host: &HostPaths, name: &str) -> Self {
         let HostPaths { run, state, .. } = dirs(host, name);
         let moved = [run, state].map(|dir| {
@@ -23,7 +23,7 @@ impl FormerDirs {
         Self(moved.into())
     }
 
-    /// Removes them, which may take long. What cannot be removed harms nobody, and is told of.
+    /// Removes them, which may take long. A failure is logged, and does no harm.
     pub(super) fn remove(self) {
         for (dir, aside) in self.0 {
             let removed = aside.and_then(|aside| aside.map_or(Ok(()), |aside| remove(&aside)));
@@ -35,7 +35,7 @@ impl FormerDirs {
     }
 }
 
-/// Moves a directory out of the way, to where nobody looks for it; none if there is none.
+/// Moves a directory aside, to an unused name; none if there is no directory.
 fn move_aside(dir: &Path) -> io::Result<Option<PathBuf>> {
     let name = dir.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let name = format!(".{}.{}", name.to_string_lossy(), std::process::id());
@@ -47,8 +47,8 @@ fn move_aside(dir: &Path) -> io::Result<Option<PathBuf>> {
     }
 }
 
-/// Removes a directory whose parent no other user may change. Folders in it are emptied into it one after the
-/// other, so that no path is long and no descriptor stays open however deep they are.
+/// Removes a directory whose parent no other user may change. Its subdirectories are emptied into it one after the
+/// other, so that no path grows long and no descriptor stays open at any depth.
 fn remove(dir: &Path) -> io::Result<()> {
     close(dir)?;
     let mut moved = 0_u64;
@@ -73,7 +73,7 @@ fn remove(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes a directory root's alone, also for processes that have it open: nothing is put into it any more.
+/// Makes a directory accessible to root alone, also for processes that have it open.
 fn close(dir: &Path) -> io::Result<()> {
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
     lchown(dir, Some(uid.as_raw()), Some(gid.as_raw()))?;

@@ -1,4 +1,4 @@
-//! Taking devices back from tenants.
+//! Revokes devices of tenants.
 
 use std::collections::BTreeSet;
 
@@ -17,9 +17,9 @@ use crate::moving::bind::{BindError, BindRequest, reattach};
 use crate::pools::group::GroupFiles;
 use crate::pools::tenant::{Tenants, definitions};
 
-/// Takes devices back from a tenant: mediated devices, which stay as they are, and PCI functions with all
-/// endpoints of their IOMMU groups, which go to the drivers that they had. One that hangs is left where it is.
-/// Refused while a VM has one of them.
+/// Takes devices back from a tenant: mediated devices, which stay, and PCI functions with all endpoints of their
+/// IOMMU groups, which return to their host drivers. A device that hangs stays where it is. Refused while a VM has
+/// one of them.
 pub fn revoke(
     host: &HostPaths,
     access: HostAccess<'_>,
@@ -34,7 +34,7 @@ pub fn revoke(
         return Err(TenantError::NotOwned { device, name });
     }
     let all = scan(host)?;
-    // A device that is gone for good is taken back too.
+    // A device that is gone is taken back too.
     let groups: BTreeSet<Option<u32>> = all
         .iter()
         .filter(|device| devices.contains(&device.bdf.into()) && device.iommu_group.is_some())
@@ -45,18 +45,18 @@ pub fn revoke(
         devices.contains(name) || device.is_some_and(|device| groups.contains(&device.iommu_group))
     };
     let leaving: Vec<DeviceName> = owned.into_iter().filter(leaves).collect();
-    // What is open would hold up the driver that is to have the device, and before that the next user.
+    // An open device would delay its host driver and its next user.
     for &device in &leaving {
         is_free(host, device)?;
         is_closed(host, device)?;
     }
     let functions: Vec<HostBdf> = leaving.iter().filter_map(|name| name.pci()).collect();
     let mdevs: Vec<Uuid> = leaving.iter().filter_map(|name| name.mdev()).collect();
-    // What a tenant's VM found out about a device stays known: records of users who own it count.
+    // Keep the quarantine records of the tenant's VMs.
     for &bdf in &functions {
         adopt(host, bdf).map_err(failed(&host.state))?;
     }
-    // The nodes and locks first: while the definition names the tenant, nobody else gets the device.
+    // The nodes and locks first: while the definition names the tenant, no other VM gets the device.
     let owner = Owner::host();
     leaving
         .iter()
@@ -103,8 +103,8 @@ fn to_host_drivers(
     reattach(host, access.writer, &request).map(drop)
 }
 
-/// Those of some devices that can be moved: whoever moves one that hangs hangs with it, and what shares an
-/// IOMMU group with one stays where it is. That is told; the others need not wait for it.
+/// The devices that can be moved. A write to a device that hangs would hang too, so it stays with its IOMMU group,
+/// with a warning.
 fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>) -> Vec<HostBdf> {
     let together = |one: &HostDevice, other: &HostDevice| {
         let neighbours = one.iommu_group.is_some() && one.iommu_group == other.iommu_group;

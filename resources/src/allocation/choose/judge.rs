@@ -1,4 +1,4 @@
-//! Why a device is not for a request, or not to be had.
+//! Why a device does not match a request, or is not available.
 
 use std::collections::BTreeSet;
 
@@ -10,17 +10,17 @@ use crate::pools::group::{Groups, ResourceGroup, Tags};
 use crate::pools::nova::{self, Alias, NumaPolicy};
 use crate::pools::request::DeviceRequest;
 
-/// What becomes of a card, or of one of its functions, that a request looks at.
+/// The result of a request for a card, or for one of its functions.
 pub(super) enum Verdict<T> {
-    /// It is none of those meant.
+    /// It does not match the request.
     Other(CandidateFilter),
-    /// It is one, but it cannot be had.
+    /// It matches, but is not available.
     Unavailable(UnavailableDevice),
     Free(T),
 }
 
 impl<'a> Choice<'a, '_> {
-    /// A card with those of its functions that are meant: it is free if all of these are.
+    /// A card with its functions that match. It is free if all of them are.
     pub(super) fn card(
         &self,
         request: &DeviceRequest,
@@ -81,8 +81,8 @@ impl<'a> Choice<'a, '_> {
         blocked.map_or(Verdict::Free(()), Verdict::Unavailable)
     }
 
-    /// Why the VM cannot have a device, whichever request asks for it. What it lacks comes first: no VM that
-    /// ends changes that.
+    /// Why the VM cannot get a device, for any request. A capability that the device lacks comes first: it does not
+    /// change when another VM ends.
     pub(super) fn judge(&self, device: &HostDevice, allow: Allow) -> Option<UnavailableDevice> {
         lacks(device, &self.look.devices, allow).or_else(|| {
             let (bdf, why) = (device.bdf, self.in_use(device)?);
@@ -90,7 +90,7 @@ impl<'a> Choice<'a, '_> {
         })
     }
 
-    /// What stands against any use of a device.
+    /// Why no VM can use a device.
     fn in_use(&self, device: &HostDevice) -> Option<Unavailable> {
         if let Some(holder) = self.look.attached.get(&device.bdf) {
             let holder = holder.clone();
@@ -107,7 +107,7 @@ impl<'a> Choice<'a, '_> {
         first.or_else(|| self.of_card(device))
     }
 
-    /// What stands against a device that is one of those meant.
+    /// Why a matching device is not available.
     fn against(
         &self,
         request: &DeviceRequest,
@@ -137,8 +137,7 @@ impl<'a> Choice<'a, '_> {
     }
 }
 
-/// Why no VM of the host's gets a device, however it is asked for: bridges are the host's, and a tenant's device
-/// is nobody else's.
+/// Why no VM of the host can get a device: it is a bridge, or a tenant's.
 pub(super) fn owned(groups: &Groups, device: &HostDevice) -> Option<Unavailable> {
     if device.is_bridge() {
         return Some(Unavailable::Bridge);
@@ -158,7 +157,7 @@ fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> O
     })
 }
 
-/// What a device with the alias's ids lacks.
+/// Why a device with the alias's ids does not match.
 fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Unavailable> {
     if !alias.has_type(device) {
         return Some(Unavailable::DeviceType {
@@ -179,7 +178,7 @@ fn misses(alias: &Alias, device: &HostDevice, tags: &Tags) -> Option<Unavailable
     untagged(alias.resource_class.as_deref(), &traits, tags)
 }
 
-/// What is not said of a device by its group or device spec.
+/// Traits or a resource class that the device's group or device spec does not name.
 fn untagged(class: Option<&str>, traits: &[&str], tags: &Tags) -> Option<Unavailable> {
     if class.is_some_and(|class| nova::resource_class(class) != tags.resource_class) {
         return Some(Unavailable::ResourceClass {

@@ -1,5 +1,4 @@
-//! The part of the choice that is about what is made of cards: mediated devices, and virtual functions
-//! that are parted from their card.
+//! The part of the choice for mediated devices and for virtual functions that another VM than their card's gets.
 
 use super::super::{AllocateError, RequestFit};
 use super::{Choice, Meant, Picked};
@@ -54,7 +53,7 @@ impl<'a> Choice<'a, '_> {
         })
     }
 
-    /// The mediated devices of a group that could be had, up to so many.
+    /// The available mediated devices of a group, up to a number.
     pub(super) fn instances_of(&self, meant: &Meant<'_>, wanted: usize) -> Vec<Instance> {
         let spec = match meant {
             Meant::Group(group) => group.vgpu.as_ref(),
@@ -65,7 +64,7 @@ impl<'a> Choice<'a, '_> {
         spec.map(free).unwrap_or_default()
     }
 
-    /// What stands against parting a card with vfio-pci from its virtual functions, or them from it.
+    /// Why a card with vfio-pci and its virtual functions cannot go to different VMs.
     pub(super) fn of_card(&self, device: &HostDevice) -> Option<Unavailable> {
         let card = token::card(device);
         let has_token = !matches!(
@@ -73,7 +72,7 @@ impl<'a> Choice<'a, '_> {
             None | Some(VfToken::Secret(false))
         );
         let devices = &self.look.devices;
-        // Those of the VM itself are shown free of their leases.
+        // Devices of the VM itself count as free.
         let is_held = |device: &HostDevice| {
             device.lease.is_held() || self.look.attached.contains_key(&device.bdf)
         };

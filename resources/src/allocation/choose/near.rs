@@ -1,4 +1,4 @@
-//! On which NUMA nodes a VM is taken to be, and which devices are near.
+//! The assumed NUMA nodes of a VM, and the devices near to them.
 
 use std::collections::BTreeSet;
 
@@ -51,7 +51,7 @@ pub(super) fn policy(groups: &Groups, request: &DeviceRequest) -> Option<NumaPol
     })
 }
 
-/// Where the VM is taken to be.
+/// The assumed NUMA nodes of the VM.
 #[derive(Clone, Copy)]
 pub(super) struct Near<'n> {
     pub(super) nodes: Option<&'n BTreeSet<u32>>,
@@ -67,7 +67,7 @@ impl Near<'_> {
         }
     }
 
-    /// Whether a policy lets a device be where it is.
+    /// Whether a policy allows a device's NUMA node.
     pub(super) fn admits(
         &self,
         policy: Option<NumaPolicy>,

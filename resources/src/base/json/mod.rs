@@ -17,7 +17,7 @@ pub use place::Place;
 pub(crate) use tree::without_position;
 pub use tree::{Entry, Node, Position, Value};
 
-/// At most so many mistakes of one text are told.
+/// The most mistakes of one text that are reported.
 const MOST_MISTAKES: usize = 16;
 /// Likeness, from 0 to 1, from which a known word is offered for an unknown one.
 const ALIKE: f64 = 0.79;
@@ -78,7 +78,7 @@ impl<'a> Document<'a> {
                 return None;
             }
             self.add(error, others);
-            // What else is wrong stands in other parts.
+            // Other mistakes are in other parts.
             match self.root.find_mut(&part) {
                 Some(node) if !part.is_empty() => node.value = Value::Skipped,
                 _ => return None,
@@ -193,7 +193,7 @@ fn whole<T: DeserializeOwned>(mut document: Document<'_>) -> Result<T, JsonError
     document.finish(value)
 }
 
-/// What to say of an unknown key: the nearest known one, or else all of them.
+/// The message for an unknown key: with the nearest known key, or else all of them.
 pub fn unknown_key(path: &str, known: &[&'static str], others: &[&'static str]) -> String {
     let (_, key) = split(path);
     let help = match near(key, known, others) {

@@ -43,7 +43,7 @@ impl Place {
         Self::found(file, |root| Some(item.entries(root).next()?.nearest(key)))
     }
 
-    /// The same in the last entry of that name: of two, the one that is too many.
+    /// The same in the last entry of that name: the duplicate.
     pub(crate) fn last(file: &Path, item: ListItem<'_>, key: &str) -> Self {
         Self::found(file, |root| Some(item.entries(root).last()?.nearest(key)))
     }

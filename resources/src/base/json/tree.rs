@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 /// Nesting at which reading gives up; gantry's own files need five levels.
 const MAX_DEPTH: usize = 32;
 
-/// What is wrong with a text: the byte offset and the words.
+/// A mistake in a text: the byte offset and the message.
 pub(super) type Fault = (usize, String);
 
 /// Line and column in a text, both counted from 1, columns in characters.

@@ -246,7 +246,7 @@ impl Activation<'_> {
         if self.dry_run {
             return String::new();
         }
-        // What hangs is left alone: another write would hang as well.
+        // A device that hangs is left alone: another write would hang too.
         if why.is_hung() {
             return format!(": {} hangs and is left as it is", self.pf.device.bdf);
         }

@@ -121,7 +121,7 @@ pub fn activate(
         let former = former(paths, &pf)?;
         Ok((pf, former, live, locks))
     };
-    // The devices' own locks are enough from here on: a kernel that hangs stops nobody else.
+    // The devices' own locks suffice from here on: a kernel that hangs delays no other command.
     let (pf, former, live, locks) = match dry_run {
         false => under_lock(paths, &record, SriovError::in_the_way, look)?,
         true => look()?,
@@ -388,7 +388,7 @@ fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
     })
 }
 
-/// A device that the kernel did not come back from is for nobody.
+/// A device in which the kernel hangs goes into quarantine.
 fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
     if why.is_hung() {
         set_aside(paths, &pf.device, why);

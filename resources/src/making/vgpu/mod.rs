@@ -52,7 +52,7 @@ pub enum VgpuError {
         /// The device.
         uuid: Uuid,
     },
-    /// Somebody has a device that should go.
+    /// A device to remove is leased.
     #[error("mediated device {uuid} is held by {}: end that first", who(.holder))]
     Held {
         /// The device.
@@ -86,7 +86,7 @@ pub enum VgpuError {
         /// The tenant.
         tenant: String,
     },
-    /// It cannot be told whose devices are.
+    /// The owners of devices cannot be read.
     #[error(transparent)]
     Tenants(#[from] GroupError),
     /// A device is in no group.
@@ -122,7 +122,7 @@ pub enum VgpuError {
         "group \"{0}\" makes a new device for each VM, none ahead: give its \"vgpu\" \"uuids\" for that"
     )]
     NoneAhead(String),
-    /// A record cannot be written, so nothing was made.
+    /// A record cannot be written, so no device was created.
     #[error("cannot write the record of the VM's mediated device to {path}")]
     Record {
         /// The file.
@@ -151,7 +151,7 @@ impl VgpuError {
         )
     }
 
-    /// Whether the devices are not to be had as things are, rather than the host having failed.
+    /// Whether the devices are unavailable, rather than the host failing.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -166,7 +166,7 @@ impl VgpuError {
     }
 }
 
-/// What became of the devices that a group has made ahead, or in a dry run would.
+/// The result of creating or removing a group's devices, or of its dry run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VgpuReport {
     /// The group.
@@ -186,7 +186,7 @@ fn create_write(paths: &HostPaths, instance: &Instance, uuid: Uuid) -> SysfsWrit
     }
 }
 
-/// A mediated device that this process has locked, to be made by nobody else.
+/// A mediated device that this process has locked and may create.
 #[derive(Debug)]
 pub(crate) struct Claimed {
     instance: Instance,
@@ -195,13 +195,13 @@ pub(crate) struct Claimed {
 }
 
 impl Claimed {
-    /// Whether it is made for whoever has claimed it, and goes with him.
+    /// Whether it is created for this VM, and removed with it.
     pub(crate) fn is_new(&self) -> bool {
         !self.instance.made
     }
 }
 
-/// Makes the mediated devices of a group that are to be there ahead: all of them or none.
+/// Creates the mediated devices that a group names ahead of VMs: all or none.
 pub fn make_ahead(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -221,7 +221,7 @@ pub fn make_ahead(
     if dry_run {
         return Ok(report(&missing(paths, group, spec)?));
     }
-    // Claimed is enough from here on: a driver that is slow to make them stops nobody else.
+    // The claims suffice from here on: a slow driver delays no other allocation.
     let claimed = under_lock(paths, &record, VgpuError::in_the_way, || {
         let instances = missing(paths, group, spec)?;
         let mut claimed: Vec<Claimed> = Vec::new();
@@ -230,7 +230,7 @@ pub fn make_ahead(
                 .uuid
                 .map(|uuid| claim(paths, instance, uuid, &record));
             claimed.extend(claim.transpose().inspect_err(|_| {
-                // What was claimed before the failure is not made.
+                // Devices that were claimed before the failure are not created.
                 let claimed = claimed.iter();
                 claimed.for_each(|one| Change::Vgpu.forget(paths, one.uuid));
             })?);
@@ -239,7 +239,7 @@ pub fn make_ahead(
     })?;
     for (index, one) in claimed.iter().enumerate() {
         if let Err(error) = make(paths, writer, &one.instance, one.uuid) {
-            // What was made before it goes again; the one that failed may be there nevertheless.
+            // Remove the devices created before it; the one that failed may exist too.
             for one in claimed[..=index].iter().rev() {
                 undo(paths, writer, one.uuid);
             }
@@ -249,14 +249,14 @@ pub fn make_ahead(
             return Err(error);
         }
     }
-    // They stay, so nothing undoes them.
+    // They stay, so their restore records go.
     let uuids = claimed.iter().map(|one| one.uuid);
     uuids.for_each(|uuid| Change::Vgpu.forget(paths, uuid));
     let instances: Vec<Instance> = claimed.into_iter().map(|one| one.instance).collect();
     Ok(report(&instances))
 }
 
-/// The devices of a group that are to be made, if all can be.
+/// The devices of a group to create; an error unless all can be.
 fn missing(
     paths: &HostPaths,
     group: &ResourceGroup,
@@ -289,9 +289,9 @@ pub fn unmake_ahead(
 ) -> Result<VgpuReport, VgpuError> {
     let spec = ahead(group)?;
     let record = LeaseRecord::task("gantry group deactivate");
-    // Locked is enough from here on: a driver that is slow to remove them stops nobody else.
+    // The devices' locks suffice from here on: a slow driver delays no other allocation.
     let locked = under_lock(paths, &record, VgpuError::in_the_way, || {
-        // Whose they are is changed under this lock too.
+        // Owners change under this lock too.
         let tenants = Tenants::load(paths)?;
         let owned = |uuid: &Uuid| Some((*uuid, tenants.owner_of(*uuid)?.name.clone()));
         if let Some((uuid, tenant)) = spec.uuids.iter().find_map(owned) {
@@ -341,7 +341,7 @@ impl VgpuError {
         )
     }
 
-    /// Who has a device, if that is the failure.
+    /// The holder of a device, if that is the failure.
     fn in_the_way(&self) -> Vec<InTheWay> {
         match self {
             Self::Held { uuid, holder } => vec![((*uuid).into(), holder.clone())],
@@ -360,7 +360,7 @@ fn ahead(group: &ResourceGroup) -> Result<&VgpuSpec, VgpuError> {
     spec.ok_or_else(|| VgpuError::NoneAhead(group.name.clone()))
 }
 
-/// Removes what was made, or was about to be. Where this fails, the record is left for the next command.
+/// Removes a device that was or may have been created. If that fails, its record is left for the next command.
 fn undo(paths: &HostPaths, writer: &dyn SysfsWriter, uuid: Uuid) {
     if let Err(error) = recorded::remove_mdev(paths, writer, uuid) {
         tracing::error!("mediated device {uuid} stays: {error}");
@@ -375,8 +375,8 @@ fn lock(paths: &HostPaths, uuid: Uuid, record: &LeaseRecord) -> Result<DeviceLoc
     }
 }
 
-/// Locks a mediated device and, where it is not there yet, writes down that it is to be made. The
-/// allocation lock is held, and what the choice counted on is this process's when it is free again.
+/// Locks a mediated device and, if it does not exist yet, records that it will be created. The allocation lock is
+/// held, so that no other choice counts on the same instances.
 pub(crate) fn claim(
     paths: &HostPaths,
     instance: &Instance,
@@ -413,7 +413,7 @@ fn make(
         .ok_or_else(not_made)
 }
 
-/// A mediated device for a VM that was claimed for it, made if it is not there.
+/// A claimed mediated device for a VM, created if it does not exist.
 pub(crate) fn take(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,

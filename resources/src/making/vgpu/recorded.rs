@@ -24,14 +24,14 @@ use crate::holding::restore::{Change, RestoreRecord};
 use crate::holding::vgpu_records::VgpuRecord;
 use crate::moving::writer::{SysfsWriter, WriteError};
 
-/// Writes down what is about to be made or unmade. This process has locked it.
+/// Records a device that is about to be created or removed. This process has locked it.
 pub(super) fn remember(
     paths: &HostPaths,
     name: DeviceName,
     parent: Option<&str>,
     record: &LeaseRecord,
 ) -> Result<(), VgpuError> {
-    // One that the kernel is still at would lose its lock if it were replaced.
+    // Replacing a record in use would lose its lock.
     drop(Work::begin(paths, name)?);
     let record = VgpuRecord {
         vm: record.name.clone(),
@@ -49,7 +49,7 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Locks a record; none if there is none. Refused while the kernel is at an earlier write.
+    /// Locks a record; none if there is no record. Refused while the kernel has not finished an earlier write.
     pub(super) fn begin(paths: &HostPaths, name: DeviceName) -> Result<Option<Self>, VgpuError> {
         let path = Change::Vgpu.path(paths, name);
         let opened = open_no_link_as(&path, OpenOptions::new().read(true).write(true));

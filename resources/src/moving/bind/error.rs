@@ -34,7 +34,7 @@ pub enum BindError {
         list(" --override ", .0.iter().map(|guarded| guarded.bdf).collect::<BTreeSet<_>>())
     )]
     Guarded(Vec<Guarded>),
-    /// It cannot be told whose devices are.
+    /// The owners of devices cannot be read.
     #[error(transparent)]
     Tenants(GroupError),
     /// It cannot be told whether the host needs a device.
@@ -79,7 +79,7 @@ pub enum BindError {
 }
 
 impl BindError {
-    /// Whether the devices are not to be had as things are, rather than the host having failed.
+    /// Whether the devices are unavailable, rather than the host failing.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -92,7 +92,7 @@ impl BindError {
 }
 
 impl BindError {
-    /// Who has a device that was to be moved, if that is the failure.
+    /// The holders of devices, if they are the failure.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
         match self {
             Self::Unavailable(blocked) => blocked.in_the_way(),

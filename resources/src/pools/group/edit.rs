@@ -20,8 +20,8 @@ use crate::pools::rule::Rule;
 use crate::pools::sriov::{PfError, SriovSpec};
 use crate::pools::vgpu::VgpuSpec;
 
-/// The group files of the host, open for change. Nobody chooses devices meanwhile; nothing is written
-/// before [`GroupFiles::save`].
+/// The group files of the host, open for changes. No device is allocated meanwhile; [`GroupFiles::save`] writes
+/// them.
 #[derive(Debug)]
 pub struct GroupFiles {
     files: Vec<OpenFile>,
@@ -36,7 +36,7 @@ struct OpenFile {
     changed: bool,
 }
 
-/// What is to be different in a group; what is none stays.
+/// The changes of a group. A field that is none stays as it is.
 #[derive(Clone, Debug, Default)]
 pub struct GroupChange {
     /// The name.
@@ -77,7 +77,7 @@ pub enum EditError {
     /// The host's devices cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
-    /// A group is to be made that is there.
+    /// A group of that name exists already.
     #[error(
         "there is already a group named \"{name}\" (in {file}): `gantry group edit {name}` changes it",
         file = .file.display()
@@ -151,7 +151,7 @@ pub enum EditError {
         /// The rule's number, from 1.
         number: usize,
     },
-    /// What is to be taken out of a file is not in it.
+    /// An entry to remove is not in the file.
     #[error("{}: there is {what}", .file.display())]
     NotDefined {
         /// The file.
@@ -302,7 +302,7 @@ impl GroupFiles {
         self.groups().map(drop)
     }
 
-    /// Removes a group. [`GroupFiles::is_idle`] tells whether a VM has a device of it.
+    /// Removes a group. [`GroupFiles::is_idle`] checks whether a VM has a device of it.
     pub fn delete(&mut self, name: &str) -> Result<(), EditError> {
         self.group_mut(name)?;
         for file in &mut self.files {

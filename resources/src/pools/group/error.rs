@@ -1,4 +1,4 @@
-//! What is wrong with definitions of groups.
+//! Errors in definitions of groups.
 
 use thiserror::Error;
 
@@ -8,7 +8,7 @@ use crate::base::json::{JsonError, near_or_list};
 /// A definition of groups is wrong, or cannot be read.
 #[derive(Debug, Error)]
 pub enum GroupError {
-    /// A file is not what it should be, or cannot be used.
+    /// A file is wrong, or cannot be read or written.
     #[error(transparent)]
     File(#[from] ConfigError),
     /// There is no such group.
@@ -28,7 +28,7 @@ impl From<JsonError> for GroupError {
 }
 
 impl GroupError {
-    /// Whether what is written is wrong, or a name that no group has, rather than that a file cannot be used.
+    /// Whether a definition or a name is wrong, rather than a file unusable.
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::File(error) => error.is_mistake(),

@@ -1,4 +1,5 @@
-//! What stands against taking a group, or devices out of it: VMs that have them, and what was made for it.
+//! Checks before a group or its devices are removed: VMs that have the devices, and virtual functions and vGPUs
+//! that exist.
 
 use super::{EditError, GroupChange, GroupFiles, ResourceGroup};
 use crate::base::bdf::HostBdf;
@@ -11,8 +12,8 @@ use crate::pools::sriov::SriovSpec;
 use crate::pools::vgpu::VgpuSpec;
 
 impl GroupFiles {
-    /// Refuses a group, or those of its devices that are `leaving` it, while somebody has one. The files
-    /// are open, so nobody gets one after the look.
+    /// Refuses while a device of the group, or of those that are `leaving` it, is leased. The open files keep
+    /// others from leasing one after this check.
     pub fn is_idle(
         &self,
         paths: &HostPaths,
@@ -37,7 +38,7 @@ impl GroupFiles {
             .map_or(Ok(()), |(device, lease)| Err(in_use(name, device, lease)))
     }
 
-    /// Refuses a change after which a group does not ask for what was made for it.
+    /// Refuses a change after which the group no longer defines virtual functions or vGPUs that exist.
     pub fn keeps_what_is_made(
         &self,
         paths: &HostPaths,
@@ -65,7 +66,7 @@ impl GroupFiles {
         }
     }
 
-    /// Refuses a group that has functions or devices which were made for it: they would be nobody's.
+    /// Refuses a group whose virtual functions or vGPUs exist: without it they would belong to no group.
     pub fn has_nothing_made(&self, paths: &HostPaths, name: &str) -> Result<(), EditError> {
         let groups = self.groups()?;
         let (devices, mdevs) = (scan_with(paths, Detail::ForChoice)?, Mdevs::read(paths)?);

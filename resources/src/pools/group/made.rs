@@ -60,7 +60,7 @@ impl Groups {
         spec.problem()
     }
 
-    /// The group that a mediated device belongs to: one that names it, or else the first of its type.
+    /// The group of a mediated device: the one that names it, or else the first of its type.
     pub fn group_of_mdev(&self, device: &MdevDevice) -> Option<&ResourceGroup> {
         let spec = |group: &&ResourceGroup, named: bool| {
             let spec = group.vgpu.as_ref();
@@ -80,7 +80,7 @@ impl Groups {
             .len()
     }
 
-    /// Those of [`VgpuSpec::instances`] that no tenant owns.
+    /// [`VgpuSpec::instances`] without the devices of tenants.
     pub(crate) fn free_instances(
         &self,
         spec: &VgpuSpec,

@@ -13,12 +13,12 @@ use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::holding::record::LeaseRecord;
 use crate::pools::nova::{self, Alias, DeviceSpec, Entry};
 
-/// One or a list of what Nova's option of that name holds.
+/// One entry or a list of entries, as in Nova's option.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent, bound = "T: Serialize + Entry")]
 struct NovaFile<T>(#[serde(deserialize_with = "nova::one_or_many")] Vec<T>);
 
-/// What such a file holds; nothing if there is none.
+/// The entries of a file; none if there is no file.
 pub(super) fn load<T: Serialize + Entry>(path: &Path) -> Result<Vec<T>, ConfigError> {
     match config::read(path)? {
         Some(text) => config::parse(path, &text).map(|NovaFile(values)| values),
@@ -55,8 +55,7 @@ pub(super) fn agree(file: &Path, aliases: &[Alias]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Adds device specs to `device_spec.json`, as far as they are not there yet, and takes others away. All
-/// of it or nothing. Returns the file.
+/// Adds new device specs to `device_spec.json` and removes others: all or none. Returns the file.
 pub fn change_device_specs(
     paths: &HostPaths,
     new: Vec<DeviceSpec>,
@@ -76,8 +75,7 @@ pub fn change_device_specs(
     })
 }
 
-/// Adds aliases to `alias.json`, as far as they are not there yet, and takes away all alternatives of
-/// some names. All of it or nothing. Returns the file.
+/// Adds new aliases to `alias.json` and removes all alternatives of some names: all or none. Returns the file.
 pub fn change_aliases(
     paths: &HostPaths,
     new: Vec<Alias>,

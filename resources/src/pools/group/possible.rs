@@ -1,5 +1,4 @@
-//! Whether this host can make what a group asks for: told to whoever asks for it, not only when a VM
-//! comes.
+//! Checks, when a group is defined, whether this host can create its virtual functions or vGPUs.
 
 use super::{EditError, GroupFiles, GroupType, ResourceGroup};
 use crate::base::host::HostPaths;
@@ -10,8 +9,8 @@ use crate::inventory::scan::scan;
 use crate::pools::vgpu::VgpuSpec;
 
 impl GroupFiles {
-    /// Refuses what the group's card can never have, and a group of vGPUs that says not which. Words of what
-    /// is only missing for now.
+    /// Refuses virtual functions that the card cannot have, and a vGPU group without a type. Returns a warning
+    /// about hardware that is absent now.
     pub fn is_possible(&self, paths: &HostPaths, name: &str) -> Result<Option<String>, EditError> {
         let groups = self.groups()?;
         let group = groups.find(name)?;

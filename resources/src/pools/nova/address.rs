@@ -65,7 +65,7 @@ impl Address {
         }
     }
 
-    /// Whether it is this one address, written out in full, and no pattern.
+    /// Whether it is exactly this address, in full, and no pattern.
     pub(crate) fn is_exactly(&self, bdf: HostBdf) -> bool {
         match (&self.test, &self.written) {
             (Test::Pattern(parts), _) => *parts == numbers(bdf).map(Some),

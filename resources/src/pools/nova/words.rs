@@ -144,7 +144,7 @@ pub(crate) fn resource_class(name: &str) -> String {
     normal(name, |name| CLASSES.contains(&name))
 }
 
-/// The resource class of a device that is given none: that of its ids.
+/// The default resource class of a device, from its ids.
 pub(crate) fn class_of(device: &HostDevice) -> String {
     format!(
         "CUSTOM_PCI_{:04X}_{:04X}",

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::RuleError;
 
-/// What a filter compares a field with.
+/// A value that a filter compares with.
 pub trait FilterValue:
     Clone + PartialEq + fmt::Debug + fmt::Display + Serialize + DeserializeOwned + JsonSchema
 {
@@ -133,7 +133,7 @@ impl<T> Filter<T> {
 }
 
 impl<T: FilterValue> Filter<T> {
-    /// Whether all comparisons hold. What a device lacks differs from every value.
+    /// Whether all comparisons hold. An absent field differs from every value.
     pub(crate) fn holds(&self, subject: &Subject<'_, T>) -> bool {
         let c = &self.0;
         let is = |wanted: &T| subject.values.iter().any(|found| wanted.is(found));

@@ -1,4 +1,4 @@
-//! Whether a rule takes a USB device: the fields that USB and PCI share, and those of USB alone.
+//! Whether a rule matches a USB device: by the fields that USB and PCI share, and by those of USB.
 
 use std::borrow::Cow;
 
@@ -8,8 +8,7 @@ use super::{Filters, Rule, folded, holds, one, words};
 use crate::inventory::usb::UsbDevice;
 
 impl Rule {
-    /// The rule that takes this device and no other: by its serial number, wherever it is plugged in, or
-    /// else by where that is.
+    /// The rule that matches this device alone: by its serial number, or else by its port.
     pub(crate) fn of_usb(device: &UsbDevice) -> Self {
         let word = |text: &str| Some(Filter::equal(Word::exact(text)));
         let serial = device.serial.as_deref();
@@ -24,7 +23,7 @@ impl Rule {
         }))
     }
 
-    /// Whether all filters hold for a USB device. What only PCI functions have, it lacks.
+    /// Whether all filters hold for a USB device, which has no fields of PCI functions.
     pub fn matches_usb(&self, device: &UsbDevice) -> bool {
         let Filters {
             name,

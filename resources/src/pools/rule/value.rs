@@ -73,8 +73,7 @@ impl ClassPrefix {
     }
 }
 
-/// Text: compared as it stands, or a pattern where it holds `*` (anything) or `?` (one character).
-/// Patterns ignore case.
+/// Text, compared literally, or a pattern if it holds `*` (anything) or `?` (one character). Patterns ignore case.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String", extend("minLength" = 1))]
