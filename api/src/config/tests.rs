@@ -755,14 +755,15 @@ fn fill(value: &mut serde_json::Value, schema: &serde_json::Value) {
 }
 
 #[test]
-fn a_device_is_unplugged_after_an_error_only_where_there_are_slots() {
+fn an_entry_says_what_follows_an_error_of_its_device() {
     let folder = Folder::new();
-    let device = r#""devices": [{"group": "g", "on_error": "unplug"}]"#;
-    let said = folder.refusal(&file(device));
-    assert!(said.contains("`devices[0].on_error`"), "{said}");
-    assert!(said.contains("raise `hotplug.slots`"), "{said}");
-    let with_slots = folder.load(&file(&format!("{device}, \"hotplug\": {{}}")));
-    assert_eq!(with_slots.unwrap().devices[0].on_error, OnError::Unplug);
+    let of = |more: &str| {
+        let device = format!(r#""devices": [{{"group": "g"{more}}}]"#);
+        folder.load(&file(&device)).unwrap().devices[0].on_error
+    };
+    assert_eq!(of(""), OnError::Report);
+    assert_eq!(of(r#", "on_error": "unplug""#), OnError::Unplug);
+    assert_eq!(of(r#", "on_error": "stop""#), OnError::Stop);
 }
 
 #[test]

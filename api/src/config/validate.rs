@@ -12,7 +12,7 @@ use gantry_resources::base::json::join;
 use gantry_resources::base::{ByteSize, HostPaths, open_below, open_regular};
 use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{
-    Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, OnError, Plan, RomSource,
+    Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan, RomSource,
 };
 use gantry_vmm::{
     CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount,
@@ -171,16 +171,6 @@ fn build(
         folders: context.folders.cloned(),
     };
     let hotplug = &config.hotplug;
-    let unplugs = |device: &DeviceRequest| device.on_error == OnError::Unplug;
-    if let Some(index) = config.devices.iter().position(unplugs)
-        && hotplug.slots == 0
-    {
-        let what = "a device is unplugged from a hot-plug slot, and this VM has none";
-        let help = "raise `hotplug.slots`, or use \"stop\" or \"report\"";
-        let path = format!("devices[{index}].on_error");
-        let refused = Err::<(), _>(invalid(&path, what, help));
-        mistakes.keep(refused);
-    }
     let none_may_come = hotplug.from.is_empty() && !hotplug.ungrouped && config.devices.is_empty();
     if asks_for_slots && hotplug.slots > 0 && none_may_come {
         tracing::warn!(

@@ -199,7 +199,8 @@ pub enum OnError {
     /// recovers, and a guest can make its device report them.
     #[default]
     Report,
-    /// Also, the guest is asked to release the device, and loses it after 10 seconds if it does not.
+    /// Also, the guest is asked to release the device, and loses it after 10 seconds if it does not; at once in a
+    /// VM without hot-plug slots.
     Unplug,
     /// Also, the VM ends at once, so that it computes nothing with wrong data.
     Stop,
@@ -259,8 +260,8 @@ struct DeviceKeys {
     /// VM may read what the other left in it. Without this key they are refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     allow_no_reset: Option<bool>,
-    /// What happens when a device reports an error that the hardware could not correct; `"report"` if absent.
-    /// `"unplug"` needs hot-plug slots.
+    /// What happens when a device reports an error that the hardware could not correct, or answers nothing;
+    /// `"report"` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     on_error: Option<OnError>,
     /// The expansion ROM in the guest: `false` for none, or the name of a file that has it. Without this key the

@@ -28,6 +28,7 @@ pub const MORE: &[Case] = cases![
     a_reboot_stops_a_device_that_is_leaving,
     what_was_taken_by_force_can_come_again,
     what_the_host_wants_back_goes_back,
+    a_vm_without_slots_gives_back_what_the_host_wants,
     one_that_is_in_no_group_comes_if_the_file_says_so,
 ];
 
@@ -182,6 +183,29 @@ fn what_the_host_wants_back_goes_back(host: &Host) -> Result<()> {
     }
     let log = host.sh("dmesg").output()?.success()?.text();
     ensure!(!log.contains("No device request channel"), "{log}");
+    nothing_is_held(host)
+}
+
+fn a_vm_without_slots_gives_back_what_the_host_wants(host: &Host) -> Result<()> {
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let driver = "/sys/bus/pci/drivers/vfio-pci";
+    let mut running = Vm::new("shell").devices("nvme", 1).start(host)?;
+    running.until("guest: init")?;
+    let mut events = Running::of(host.sh("gantry vm events vm").start()?);
+    events.until("the VM is running")?;
+    let unbind = format!("echo {} > {driver}/unbind", FIRST.bdf);
+    let unbind = host.sh(&unbind).within(Duration::from_secs(150));
+    unbind.output()?.success()?;
+    events.until("the host wants it back")?;
+    events.until("it was taken from the guest")?;
+    running.types("echo guest: lives=$((1 + 1))")?;
+    running.until("guest: lives=2")?;
+    let bind = format!("echo {} > {driver}/bind", FIRST.bdf);
+    host.sh(&bind).output()?.success()?;
+    until_free(host, "nvme", 1)?;
+    running.types("poweroff -f")?;
+    running.end()?.exits(0)?;
+    events.end()?.exits(0)?;
     nothing_is_held(host)
 }
 

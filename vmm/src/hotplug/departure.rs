@@ -52,7 +52,7 @@ impl HostDevices {
             .filter(|one| one.status.port == port)
         {
             one.status.state = DeviceState::Detaching;
-            one.force_at = due(one.force_at, force_at, one.release_requested);
+            one.force_at = due(one.force_at, force_at, one.must_leave);
             asked.push(one.status.id.clone());
         }
         self.publish();
@@ -78,60 +78,54 @@ impl HostDevices {
         None
     }
 
-    /// The host wants a device back. It is detached, by force if the guest does not release it: the command that
-    /// wants it waits until then.
+    /// The host wants a device back: the command that wants it waits until the VM has closed the device.
     fn release_requested(&mut self, key: DeviceKey) {
         let Some(one) = self.plugged.iter().find(|one| one.device.key() == key) else {
             return;
         };
         // The kernel repeats it.
-        if one.release_requested {
+        if one.must_leave {
             return;
         }
         let (id, port) = (one.status.id.clone(), one.status.port);
-        let slot = self.plugged.iter_mut();
-        let slot = slot.filter(|one| one.status.port == port);
-        slot.for_each(|one| one.release_requested = true);
         self.tell(VmEvent::ReleaseRequested { id: id.clone() });
-        if self.detach_soon(&id).is_err() {
-            let error = "the host wants it back, and this VM has no slots to let go of it";
-            self.tell_error(id, error);
-        }
+        self.detach_soon(&id, port);
     }
 
     /// A device has failed as `error` says. What follows is its entry's to say.
     fn failed(&mut self, key: DeviceKey, error: &str) -> Option<String> {
         let one = self.plugged.iter().find(|one| one.device.key() == key)?;
         one.device.counters().failed();
-        let (id, then) = (one.status.id.clone(), one.status.on_error);
-        let detaching = one.status.state == DeviceState::Detaching;
-        self.tell_error(id.clone(), error);
+        let (id, port, then) = (one.status.id.clone(), one.status.port, one.status.on_error);
+        let leaves = one.must_leave;
+        // A guest can make its device report errors.
+        warn_limited!(device = id, "{error}");
+        let error = error.to_owned();
+        self.tell(VmEvent::DeviceError {
+            id: id.clone(),
+            error,
+        });
         match then {
             OnError::Stop => return Some(id),
-            OnError::Unplug if !detaching => {
-                if self.detach_soon(&id).is_err() {
-                    let error = "it cannot be unplugged: this VM has no slots to let go of it";
-                    self.tell_error(id, error);
-                }
-            }
+            OnError::Unplug if !leaves => self.detach_soon(&id, port),
             OnError::Unplug | OnError::Report => {}
         }
         None
     }
 
-    /// Asks the guest to release a device, which the guest loses if it does not in time.
-    fn detach_soon(&mut self, id: &str) -> Result<Answer, CommandError> {
-        self.detach(&Detach {
+    /// Asks the guest to release a device, which the guest loses if it does not in time; at once if this VM has no
+    /// hot-plug slots, so that the guest cannot be asked.
+    fn detach_soon(&mut self, id: &str, port: PortIndex) {
+        let slot = self.plugged.iter_mut();
+        let slot = slot.filter(|one| one.status.port == port);
+        slot.for_each(|one| one.must_leave = true);
+        let asked = self.detach(&Detach {
             id: id.to_owned(),
             force_after: Some(HOST_TIMEOUT),
-        })
-    }
-
-    /// A guest can make its device report errors.
-    fn tell_error(&self, id: String, error: &str) {
-        warn_limited!(device = id, "{error}");
-        let error = error.to_owned();
-        self.tell(VmEvent::DeviceError { id, error });
+        });
+        if asked.is_err() {
+            self.empty_slot(port, true);
+        }
     }
 
     /// The guest has released the devices of a slot. A device that was plugged in since stays.
@@ -148,7 +142,7 @@ impl HostDevices {
         }
         self.slots.events().empty(port, forced);
         self.publish();
-        if forced {
+        if forced && self.worker.is_some() {
             self.remind();
         }
     }
@@ -191,16 +185,18 @@ fn end_of(now: Instant, time: Option<Duration>) -> Option<Instant> {
 }
 
 /// The new deadline of a device whose deadline was `set` and for which a client has `asked`. The last request
-/// counts, but no client can postpone a release that the host requested.
-fn due(set: Option<Instant>, asked: Option<Instant>, release_requested: bool) -> Option<Instant> {
+/// counts, but no client can postpone the end of a device that must leave.
+fn due(set: Option<Instant>, asked: Option<Instant>, must_leave: bool) -> Option<Instant> {
     match (set, asked) {
-        (Some(set), Some(asked)) if release_requested => Some(set.min(asked)),
+        (Some(set), Some(asked)) if must_leave => Some(set.min(asked)),
         (set, asked) => asked.or(set),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::RecvTimeoutError;
+
     use super::super::testing::two_slots;
     use super::*;
     use crate::info::DeviceCounters;
@@ -212,27 +208,49 @@ mod tests {
         let (device, _reasons) = attached("01:00.0", || Ok(()));
         devices.plug_at_boot(vec![device]).unwrap();
         let key = devices.plugged[0].device.key();
-        let mut errors = |then| {
-            devices.plugged[0].status.on_error = then;
-            let end = devices.handle(key, DeviceEvent::Failed);
-            let told = std::mem::take(&mut *told.lock().unwrap());
-            let error = |event| match event {
-                VmEvent::DeviceError { error, .. } => error,
-                other => panic!("{other:?}"),
-            };
-            let told: Vec<String> = told.into_iter().map(error).collect();
-            assert!(told[0].contains("cannot be corrected"), "{told:?}");
-            (end, told.len())
-        };
-        assert_eq!(errors(OnError::Report), (None, 1));
-        assert_eq!(errors(OnError::Stop), (Some("01:00.0".to_owned()), 1));
-        // This VM has no slots that a guest could be asked to empty.
-        assert_eq!(errors(OnError::Unplug), (None, 2));
         let mut counters = DeviceCounters::default();
-        devices.plugged[0].device.counters().read(&mut counters);
-        assert_eq!(counters.errors, 3);
-        let unknown = DeviceKey::unique();
-        assert_eq!(devices.handle(unknown, DeviceEvent::Failed), None);
+        for (then, end, left) in [
+            (OnError::Report, None, 1),
+            (OnError::Stop, Some("01:00.0"), 1),
+            // This guest cannot be asked: it loses the device at once.
+            (OnError::Unplug, None, 0),
+        ] {
+            devices.plugged[0].device.counters().read(&mut counters);
+            devices.plugged[0].status.on_error = then;
+            let ends = devices.handle(key, DeviceEvent::Failed);
+            assert_eq!(ends.as_deref(), end);
+            let told = std::mem::take(&mut *told.lock().unwrap());
+            let is_error = |event: &VmEvent| match event {
+                VmEvent::DeviceError { error, .. } => error.contains("cannot be corrected"),
+                _ => false,
+            };
+            assert!(told.first().is_some_and(is_error), "{told:?}");
+            assert_eq!(devices.plugged.len(), left);
+        }
+        assert_eq!(counters.errors, 2, "before the last one");
+        assert_eq!(devices.handle(key, DeviceEvent::Failed), None);
+    }
+
+    #[test]
+    fn the_host_gets_a_device_back_from_a_vm_without_slots_too() {
+        let (mut devices, _pci, _events, told) = two_slots();
+        let (device, reasons) = attached("01:00.0", || Ok(()));
+        devices.plug_at_boot(vec![device]).unwrap();
+        let key = devices.plugged[0].device.key();
+        assert_eq!(devices.handle(key, DeviceEvent::ReleaseRequested), None);
+        assert!(devices.plugged.is_empty());
+        let late = Duration::from_secs(60);
+        let returned = reasons.recv_timeout(late).unwrap_err();
+        assert_eq!(
+            returned,
+            RecvTimeoutError::Disconnected,
+            "its lease has ended"
+        );
+        drop(devices);
+        let (id, forced) = ("01:00.0".to_owned(), true);
+        let told = told.lock().unwrap();
+        assert_eq!(told[0], VmEvent::ReleaseRequested { id: id.clone() });
+        assert!(told.contains(&VmEvent::Detached { id, forced }), "{told:?}");
     }
 
     #[test]

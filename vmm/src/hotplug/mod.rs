@@ -72,8 +72,8 @@ struct PluggedDevice {
     attach: Vec<(&'static str, Duration)>,
     /// When the guest loses it, released or not.
     force_at: Option<Instant>,
-    /// Whether the host wants it back.
-    release_requested: bool,
+    /// Whether it leaves in the end whatever a client asks for: the host wants it back, or it has failed.
+    must_leave: bool,
 }
 
 /// All devices of the host that a VM has.
@@ -155,7 +155,7 @@ impl HostDevices {
             device,
             attach: Vec::new(),
             force_at: None,
-            release_requested: false,
+            must_leave: false,
         });
         Ok(plugged?)
     }
