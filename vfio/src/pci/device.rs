@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gantry_devices::pci::capability::walk_extended;
 use gantry_devices::pci::interrupts::InterruptMode;
 use gantry_devices::pci::registers as reg;
 use gantry_devices::pci::{Backing, BarSet, BarSpace, ConfigSpace, Decode, MsiRouter, PciDevice};
@@ -15,6 +14,7 @@ use super::bars;
 use super::config::{
     self, Deliverable, MsiCapability, POWER_STATE, Plan, PowerCapability, STATUS_INTX,
 };
+use super::hardware::{Hardware, read_config};
 use super::interrupts::{self, Interrupts, VfioInterrupts};
 use super::reset::ResetScope;
 use super::rom::{self, Rom};
@@ -189,14 +189,9 @@ impl PassthroughDevice {
         self.reset_failed.load(Ordering::Relaxed)
     }
 
-    /// Whether the device does not answer: what is off the bus reads all-ones (PCI Express Base Specification
-    /// 6.0, 2.3.2). VFIO reads the revision and the class from the hardware, and the first registers not.
-    pub fn is_dead(&self) -> bool {
-        let mut class = [0; 4];
-        let read = self
-            .io
-            .read(Region::CONFIG, reg::REVISION_ID.into(), &mut class);
-        read.is_ok() && class == [0xff; 4]
+    /// Whether the device does not answer.
+    pub fn is_silent(&self) -> bool {
+        Hardware(self.io.as_ref()).is_silent()
     }
 
     /// Takes the function away from the guest for good: its mappings, interrupts and DMA have ended when this
@@ -240,12 +235,8 @@ impl PassthroughDevice {
 
     /// Finds out whether the device still answers. Once it does not, it is not asked again before it is reset.
     fn listen(&self, presence: &mut Presence) {
-        if *presence == Presence::Answers {
-            let mut life = [0; 4];
-            Hardware(self.io.as_ref()).read(config::LIFE, &mut life);
-            if config::is_silence(u32::from_le_bytes(life)) {
-                *presence = Presence::FellSilent;
-            }
+        if *presence == Presence::Answers && self.is_silent() {
+            *presence = Presence::FellSilent;
         }
     }
 
@@ -430,57 +421,6 @@ fn probe_pin(plan: &mut Plan, interrupts: &Interrupts) -> Option<Error> {
     plan.intx = false;
     plan.space.set(reg::INTERRUPT_PIN, &[0]);
     Some(refused)
-}
-
-/// The parts of the configuration space that the plan of the guest's needs: of the extended part, only the
-/// beginning of each capability, as every dword is an access to the device.
-fn read_config(io: &dyn DeviceIo) -> Result<Vec<u8>> {
-    const HEADER_AND_CAPABILITIES: usize = 256;
-    const CAPABILITY_BEGINS: usize = 12;
-
-    let size = io.region(Region::CONFIG).size;
-    let mut physical = vec![0; size.min(reg::CONFIG_SIZE.into()) as usize];
-    let standard = physical.len().min(HEADER_AND_CAPABILITIES);
-    io.read(Region::CONFIG, 0, &mut physical[..standard])?;
-    if physical.len() == standard {
-        return Ok(physical);
-    }
-    let mut read = Ok(());
-    walk_extended(|offset| {
-        let end = physical.len().min(usize::from(offset) + CAPABILITY_BEGINS);
-        let Some(begins) = physical.get_mut(usize::from(offset)..end) else {
-            return 0;
-        };
-        if read.is_ok() {
-            read = io.read(Region::CONFIG, offset.into(), begins);
-        }
-        begins.first_chunk().copied().map_or(0, u32::from_le_bytes)
-    });
-    read.map(|()| physical)
-}
-
-/// The configuration space of the hardware.
-struct Hardware<'a>(&'a dyn DeviceIo);
-
-impl Backing for Hardware<'_> {
-    fn read(&self, offset: u16, data: &mut [u8]) {
-        if let Err(error) = self.0.read(Region::CONFIG, offset.into(), data) {
-            data.fill(0xff);
-            warn_limited!(
-                error = &error as &dyn std::error::Error,
-                "guest reads all ones"
-            );
-        }
-    }
-
-    fn write(&self, offset: u16, data: &[u8]) {
-        if let Err(error) = self.0.write(Region::CONFIG, offset.into(), data) {
-            warn_limited!(
-                error = &error as &dyn std::error::Error,
-                "guest's write is lost"
-            );
-        }
-    }
 }
 
 impl Drop for PassthroughDevice {

@@ -4,6 +4,7 @@ mod bars;
 mod capabilities;
 mod config;
 mod device;
+mod hardware;
 mod interrupts;
 mod reset;
 mod rom;

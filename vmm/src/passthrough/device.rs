@@ -131,7 +131,7 @@ impl AttachedDevice {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(device = %self.name(), error, "the device may not have stopped");
         }
-        if self.function.0.function().is_dead() {
+        if self.function.0.function().is_silent() {
             self.quarantine("it does not answer (it reads all-ones)");
         }
     }

@@ -439,14 +439,14 @@ fn a_function_that_does_not_stop_is_reset() {
 }
 
 #[test]
-fn a_device_that_reads_all_ones_is_dead() {
+fn a_device_that_reads_all_ones_is_silent() {
     let rig = Rig::new();
-    assert!(!rig.function.is_dead());
+    assert!(!rig.function.is_silent());
     rig.device.config.lock().unwrap().fill(0xff);
-    assert!(rig.function.is_dead());
+    assert!(rig.function.is_silent());
     // Nothing is known of it then.
     rig.device.trace.fail_after(0);
-    assert!(!rig.function.is_dead());
+    assert!(!rig.function.is_silent());
 }
 
 #[test]
