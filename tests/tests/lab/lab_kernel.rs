@@ -11,7 +11,7 @@ use crate::vm::Vm;
 pub const CASES: &[Case] = cases![
     iommufd_and_cdevs_are_there,
     the_file_chooses_the_back_end,
-    what_came_through_iommufd_is_closed_when_it_goes,
+    a_back_end_is_closed_when_the_last_device_goes,
     network_cards_have_virtual_functions,
     mdev_devices_come_and_go,
     exits_and_entries_can_be_traced,
@@ -64,7 +64,7 @@ fn the_file_chooses_the_back_end(host: &Host) -> Result<()> {
     Ok(())
 }
 
-fn what_came_through_iommufd_is_closed_when_it_goes(host: &Host) -> Result<()> {
+fn a_back_end_is_closed_when_the_last_device_goes(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf, SECOND.bdf])?;
     let mut vm = Vm::new("shell");
     vm.file["hotplug"] = json!({"slots": 2, "groups": ["nvme"]});

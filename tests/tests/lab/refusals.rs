@@ -27,7 +27,7 @@ pub const CASES: &[Case] = cases![
 ];
 
 /// For host kernels without iommufd.
-pub const NO_IOMMUFD: &[Case] = cases![iommufd_that_the_host_lacks];
+pub const NO_IOMMUFD: &[Case] = cases![a_back_end_that_the_host_lacks_is_refused];
 
 /// For host kernels with containers and iommufd.
 pub const BOTH: &[Case] = cases![a_host_without_one_back_end_has_the_other];
@@ -306,7 +306,7 @@ fn vfio_missing_or_not_permitted(host: &Host) -> Result<()> {
     })
 }
 
-fn iommufd_that_the_host_lacks(host: &Host) -> Result<()> {
+fn a_back_end_that_the_host_lacks_is_refused(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let words = ["platform.iommufd", "/dev/iommu", "modprobe iommufd"];
     refused(host, &with("platform.iommufd", json!(true)), 1, &words)

@@ -7,14 +7,15 @@ use std::fs::{File, OpenOptions};
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gantry_devices::mapping::HostMapping;
 use gantry_resources::base::{DeviceName, HostPaths};
 use gantry_resources::facts::{VfioBackEnd, cdev};
 use gantry_resources::opener::BUSY_PATIENCE;
 use gantry_vfio::host::{
-    Attachment, Cdev, Container, DmaMapping, DmaSpace, Group, Ioas, UnboundCdev,
+    Attachment, Cdev, CdevBinder, Container, DmaMapping, DmaSpace, FileObserver, Group, Ioas,
+    UnboundCdev,
 };
 
 use super::error::DeviceError;
@@ -61,7 +62,16 @@ pub enum Entry {
     /// Its group has joined.
     Joined(Attachment),
     /// Its cdev is open.
-    Cdev(UnboundCdev, Arc<Ioas>, Arc<VfioObserver>),
+    Cdev {
+        /// The cdev.
+        cdev: UnboundCdev,
+        /// What it is bound and attached to.
+        binder: Arc<dyn CdevBinder>,
+        /// Tells KVM of it.
+        observer: Arc<dyn FileObserver>,
+        /// How long it may stay in use by a process that leaves it.
+        patience: Duration,
+    },
 }
 
 impl Entry {
@@ -72,10 +82,12 @@ impl Entry {
     pub fn attach(self) -> gantry_vfio::Result<Attachment> {
         match self {
             Self::Joined(attachment) => Ok(attachment),
-            Self::Cdev(cdev, ioas, observer) => {
-                let attached = Cdev::attach(cdev, ioas, observer, BUSY_PATIENCE);
-                attached.map(Attachment::Cdev)
-            }
+            Self::Cdev {
+                cdev,
+                binder,
+                observer,
+                patience,
+            } => Cdev::attach(cdev, binder, observer, patience).map(Attachment::Cdev),
         }
     }
 }
@@ -199,8 +211,12 @@ impl IoAddressSpace {
                     file,
                     token: device.token,
                 };
-                let (ioas, observer) = (Arc::clone(ioas), Arc::clone(&self.observer));
-                Ok(Entry::Cdev(cdev, ioas, observer))
+                Ok(Entry::Cdev {
+                    cdev,
+                    binder: ioas.clone(),
+                    observer: self.observer.clone(),
+                    patience: BUSY_PATIENCE,
+                })
             }
         }
     }

@@ -183,3 +183,84 @@ impl<T> Underway<T> {
         opened.into_iter().collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::BorrowedFd;
+
+    use gantry_vfio::host::{CdevBinder, FileObserver, UnboundCdev};
+
+    use super::super::testing::leased;
+    use super::*;
+    use crate::process::sandbox::SeccompMode;
+
+    /// A kernel that answers a bind with an errno, or with success if that is 0.
+    #[derive(Debug)]
+    struct Kernel(i32);
+
+    impl CdevBinder for Kernel {
+        fn bind(&self, _: BorrowedFd<'_>, _: Option<&[u8; 16]>) -> io::Result<()> {
+            match self.0 {
+                0 => Ok(()),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+
+        fn attach(&self, _: BorrowedFd<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn detach(&self, _: BorrowedFd<'_>) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl FileObserver for Kernel {
+        fn added(&self, _: BorrowedFd<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn removed(&self, _: BorrowedFd<'_>) {}
+    }
+
+    #[test]
+    fn a_device_that_stays_in_use_goes_into_quarantine_and_keeps_the_others_out() {
+        let sandbox = Sandbox::new(SeccompMode::Off).unwrap();
+        let (mut devices, mut reasons) = (Vec::new(), Vec::new());
+        for (name, errno) in [
+            ("01:00.0", 0),
+            ("02:00.0", libc::EBUSY),
+            ("03:00.0", libc::EPERM),
+        ] {
+            let (leased, reason) = leased(name);
+            let kernel = Arc::new(Kernel(errno));
+            reasons.push(reason);
+            devices.push(EnteringDevice {
+                entry: Entry::Cdev {
+                    cdev: UnboundCdev {
+                        device: leased.function.name.to_string(),
+                        group: 7,
+                        file: File::open("/dev/null").unwrap(),
+                        token: None,
+                    },
+                    binder: kernel.clone(),
+                    observer: kernel,
+                    patience: Duration::ZERO,
+                },
+                opening: OpeningTerms {
+                    rom: Rom::Device,
+                    must_not_reset: false,
+                },
+                leased,
+            });
+        }
+        let underway = Underway::enter(devices, &sandbox).unwrap();
+        let error = underway.wait(|| false).err().unwrap().to_string();
+        assert!(error.contains("0000:02:00.0 is in use"), "{error}");
+        // Each lease has ended.
+        let quarantined: Vec<usize> = reasons.iter().map(|one| one.iter().count()).collect();
+        assert_eq!(quarantined, [0, 1, 0]);
+    }
+}

@@ -188,13 +188,8 @@ pub fn attached_on_bus(
     made(name, on_bus, Arc::default(), reset, silent())
 }
 
-fn made(
-    name: &str,
-    on_bus: &[&str],
-    gate: Arc<Gate>,
-    reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
-    notify: DeviceNotify,
-) -> (AttachedDevice, Receiver<String>) {
+/// The lease of the device `name`. Comes with the reasons for which it goes into quarantine.
+pub fn leased(name: &str) -> (LeasedDevice, Receiver<String>) {
     let (sender, reasons) = channel();
     let leased = LeasedDevice {
         function: FunctionId {
@@ -214,6 +209,17 @@ fn made(
         _space: Arc::new(()),
         lease: Box::new(FakeLease(sender)),
     };
+    (leased, reasons)
+}
+
+fn made(
+    name: &str,
+    on_bus: &[&str],
+    gate: Arc<Gate>,
+    reset: impl Fn() -> gantry_vfio::Result<()> + Send + Sync + 'static,
+    notify: DeviceNotify,
+) -> (AttachedDevice, Receiver<String>) {
+    let (leased, reasons) = leased(name);
     let mut config = [0; 256];
     config[..4].copy_from_slice(&[0x36, 0x1b, 0x10, 0x00]);
     let region = |size| RegionInfo {
