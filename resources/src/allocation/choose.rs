@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::error::AllocateError;
 use super::fit::RequestFit;
-use super::look::Look;
+use super::look::HostView;
 use crate::base::bdf::HostBdf;
 use crate::base::json::nearest;
 use crate::base::name::DeviceName;
@@ -25,12 +25,12 @@ use near::{Near, nodes_to_try, policy};
 /// A device that a VM gets, with its terms.
 #[derive(Clone, Debug)]
 pub(crate) struct Pick<'a> {
-    pub(crate) thing: Thing<'a>,
+    pub(crate) thing: PickedDevice<'a>,
     pub(crate) terms: Terms,
 }
 
 #[derive(Clone, Debug)]
-pub(crate) enum Thing<'a> {
+pub(crate) enum PickedDevice<'a> {
     Device(&'a HostDevice),
     Instance(Instance),
 }
@@ -39,8 +39,8 @@ impl<'a> Pick<'a> {
     /// The PCI function, if it is one.
     pub(crate) fn device(&self) -> Option<&'a HostDevice> {
         match &self.thing {
-            Thing::Device(device) => Some(device),
-            Thing::Instance(_) => None,
+            PickedDevice::Device(device) => Some(device),
+            PickedDevice::Instance(_) => None,
         }
     }
 }
@@ -64,7 +64,7 @@ pub(crate) struct Chosen<'a> {
 
 /// Which devices the requests get, if all get theirs.
 pub(crate) fn choose<'a>(
-    look: &'a Look,
+    look: &'a HostView,
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Vec<Pick<'a>>, AllocateError> {
@@ -74,16 +74,16 @@ pub(crate) fn choose<'a>(
         if !picked.fit.is_enough() {
             return Err(AllocateError::NoFit(Box::new(picked.fit)));
         }
-        let terms = |thing: &Thing<'_>| Terms {
+        let terms = |thing: &PickedDevice<'_>| Terms {
             request: index,
             allow: request.allow,
             must_not_reset: match thing {
-                Thing::Device(device) => device.must_not_reset.is_some(),
-                Thing::Instance(_) => false,
+                PickedDevice::Device(device) => device.must_not_reset.is_some(),
+                PickedDevice::Instance(_) => false,
             },
         };
-        let devices = picked.devices.into_iter().map(Thing::Device);
-        let things = devices.chain(picked.instances.into_iter().map(Thing::Instance));
+        let devices = picked.devices.into_iter().map(PickedDevice::Device);
+        let things = devices.chain(picked.instances.into_iter().map(PickedDevice::Instance));
         picks.extend(things.map(|thing| Pick {
             terms: terms(&thing),
             thing,
@@ -97,7 +97,7 @@ pub(crate) fn choose<'a>(
 /// A VM that is bound to no node gets the devices with a NUMA policy together on one node: the first
 /// on which most of them are.
 pub(crate) fn survey<'a>(
-    look: &'a Look,
+    look: &'a HostView,
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Chosen<'a>, AllocateError> {
@@ -127,7 +127,7 @@ pub(crate) fn survey<'a>(
 
 /// Devices asked for by address are settled first, then the others pick in the order of the requests.
 fn run<'a>(
-    look: &'a Look,
+    look: &'a HostView,
     requests: &[DeviceRequest],
     near: Near<'_>,
 ) -> Result<Vec<Picked<'a>>, AllocateError> {
@@ -156,7 +156,7 @@ fn run<'a>(
 }
 
 /// The devices that a request matches.
-enum Meant<'g> {
+enum RequestedDevices<'g> {
     Group(&'g ResourceGroup),
     Alias(Vec<Alias>),
 }
@@ -166,7 +166,7 @@ const MOST_INSTANCES: usize = 4096;
 
 /// A choice in progress.
 struct Choice<'a, 'n> {
-    look: &'a Look,
+    look: &'a HostView,
     near: Near<'n>,
     pool: IommuGroups<'a>,
     taken: BTreeSet<HostBdf>,
@@ -205,9 +205,9 @@ impl<'a> Choice<'a, '_> {
     fn pick(
         &mut self,
         request: &DeviceRequest,
-        meant: &Meant<'a>,
+        meant: &RequestedDevices<'a>,
     ) -> Result<Picked<'a>, AllocateError> {
-        if let Meant::Group(group) = meant
+        if let RequestedDevices::Group(group) = meant
             && group.kind == GroupType::Usb
         {
             let name = group.name.clone();
@@ -215,7 +215,7 @@ impl<'a> Choice<'a, '_> {
         }
         let policy = policy(&self.look.groups, request);
         let mut fit = RequestFit::new(request);
-        if let Meant::Group(group) = meant {
+        if let RequestedDevices::Group(group) = meant {
             fit.from = Some(DeviceSource::Group(group.name.clone()));
         }
         let mut free = Vec::new();
@@ -233,7 +233,7 @@ impl<'a> Choice<'a, '_> {
         if request.isolate {
             free = isolated(free, &mut fit);
         }
-        if let Meant::Group(group) = meant
+        if let RequestedDevices::Group(group) = meant
             && let Some(spec) = &group.sriov
         {
             let one = |device: &HostDevice| device.physfn == Some(spec.pf);
@@ -259,17 +259,19 @@ impl<'a> Choice<'a, '_> {
     }
 
     /// The group or the alternatives of an alias; none where the device is named.
-    fn meant(&self, from: &DeviceSource) -> Result<Option<Meant<'a>>, AllocateError> {
+    fn meant(&self, from: &DeviceSource) -> Result<Option<RequestedDevices<'a>>, AllocateError> {
         let groups = &self.look.groups;
         Ok(Some(match from {
             DeviceSource::Device(_) => return Ok(None),
             DeviceSource::Group(name) => match groups.get(name) {
-                Some(group) => Meant::Group(group),
+                Some(group) => RequestedDevices::Group(group),
                 None => return Err(unknown(groups, name)),
             },
             DeviceSource::Alias(name) => match (groups.alias(name), groups.get(name)) {
-                (alternatives, _) if !alternatives.is_empty() => Meant::Alias(alternatives),
-                (_, Some(group)) => Meant::Group(group),
+                (alternatives, _) if !alternatives.is_empty() => {
+                    RequestedDevices::Alias(alternatives)
+                }
+                (_, Some(group)) => RequestedDevices::Group(group),
                 (_, None) => match nova::refused(name) {
                     Some(reason) => {
                         let name = name.clone();

@@ -56,7 +56,7 @@ pub enum AllocateError {
     #[error("No valid host was found: {0}")]
     NoFit(Box<RequestFit>),
     /// A device exists no more, or never did.
-    #[error("there is no PCI device {bdf} on this host: `gantry device list` shows what there is")]
+    #[error("there is no PCI device {bdf} on this host: `gantry device list` lists all")]
     NoSuchDevice {
         /// Its address.
         bdf: HostBdf,

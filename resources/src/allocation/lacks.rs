@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::fit::RequestFit;
-use super::look::Look;
+use super::look::HostView;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::passing::is_passing;
@@ -13,7 +13,7 @@ use crate::pools::request::DeviceSource;
 
 /// Devices that a request lacks.
 #[derive(Debug, Default)]
-pub(super) struct Lacks {
+pub(super) struct Shortage {
     /// Matching devices that are not available now.
     devices: BTreeSet<HostBdf>,
     /// Cards whose other functions keep them from being available.
@@ -22,9 +22,9 @@ pub(super) struct Lacks {
     pub(super) made: bool,
 }
 
-impl Lacks {
+impl Shortage {
     /// Of a request that got too little.
-    pub(super) fn of(look: &Look, fit: &RequestFit) -> Self {
+    pub(super) fn of(look: &HostView, fit: &RequestFit) -> Self {
         let name = fit.from.as_ref().and_then(DeviceSource::pool);
         let group = name.and_then(|name| look.groups.get(name));
         Self {
@@ -34,7 +34,7 @@ impl Lacks {
     }
 
     /// Of a request for these devices.
-    pub(super) fn devices(look: &Look, blocked: &[UnavailableDevice]) -> Self {
+    pub(super) fn devices(look: &HostView, blocked: &[UnavailableDevice]) -> Self {
         let mut lacks = Self::default();
         for blocked in blocked.iter().filter(|blocked| may_pass(blocked)) {
             lacks.devices.insert(blocked.bdf);
@@ -47,7 +47,7 @@ impl Lacks {
     }
 
     /// Whether a matching device is about to become free.
-    pub(super) fn passes(&self, paths: &HostPaths, look: &Look) -> bool {
+    pub(super) fn passes(&self, paths: &HostPaths, look: &HostView) -> bool {
         let meant = look.devices.iter();
         let meant: Vec<&HostDevice> = meant
             .filter(|one| self.devices.contains(&one.bdf))

@@ -17,7 +17,7 @@ use crate::moving::bind::BindError;
 use crate::pools::group::Groups;
 
 /// The host as a choice sees it.
-pub(super) struct Look {
+pub(super) struct HostView {
     pub(super) devices: Vec<HostDevice>,
     pub(super) groups: Groups,
     pub(super) sockets: Sockets,
@@ -28,7 +28,7 @@ pub(super) struct Look {
     pub(super) mdevs: Mdevs,
 }
 
-impl Look {
+impl HostView {
     pub(super) fn at(paths: &HostPaths) -> Result<Self, AllocateError> {
         let groups = Groups::load(paths)?;
         let devices = scan_with(paths, groups.detail())?;

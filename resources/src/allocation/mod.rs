@@ -29,13 +29,13 @@ use crate::pools::request::{DeviceRequest, Placement};
 use choose::{Pick, choose, survey};
 pub use error::AllocateError;
 pub use fit::{Fit, RequestFit};
-use lacks::Lacks;
+use lacks::Shortage;
 pub use lease::Lease;
 pub(crate) use lease::OwnLease;
 use locks::lock;
-use look::Look;
+use look::HostView;
 use one_use::{unused, use_once};
-use prepare::{Needs, activate_wanted, in_order};
+use prepare::{Preparation, activate_wanted, in_order};
 use slots::have_slots;
 
 /// Each look is one at all of the host, and keeps others from choosing.
@@ -129,11 +129,11 @@ pub(crate) fn allocate_with(
     let mut pause = Duration::from_millis(10);
     let (choosing, look) = loop {
         let choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
-        let look = Look::at(paths)?.beside(own);
+        let look = HostView::at(paths)?.beside(own);
         let lacks = match choose(&look, requests, placement) {
-            Err(AllocateError::NoFit(fit)) => Lacks::of(&look, &fit),
-            Err(AllocateError::Unavailable(blocked)) => Lacks::devices(&look, &[*blocked]),
-            _ => Lacks::default(),
+            Err(AllocateError::NoFit(fit)) => Shortage::of(&look, &fit),
+            Err(AllocateError::Unavailable(blocked)) => Shortage::devices(&look, &[*blocked]),
+            _ => Shortage::default(),
         };
         // Devices that were created for killed VMs use up instances.
         let left = lacks.made && look.has_left_vgpus() && !reaped;
@@ -164,7 +164,7 @@ pub(crate) fn allocate_with(
     have_slots(&picks, slots)?;
     let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
     let leases = lock(paths, &look.devices, &chosen, own, &record)?;
-    let mut needs = Needs::of(paths, &look.groups, binder, &record, &picks)?;
+    let mut needs = Preparation::of(paths, &look.groups, binder, &record, &picks)?;
     let claimed = needs.claim()?;
     use_once(paths, &look.groups, &chosen, holder)?;
     // The devices' own locks suffice from here on: a slow driver delays no other allocation.
@@ -183,7 +183,7 @@ pub fn fit(
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Result<Fit, AllocateError> {
-    let look = Look::at(paths)?;
+    let look = HostView::at(paths)?;
     let chosen = survey(&look, requests, placement)?;
     let requests: Vec<RequestFit> = chosen.picked.into_iter().map(|one| one.fit).collect();
     Ok(Fit {

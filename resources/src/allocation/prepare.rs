@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::AllocateError;
-use super::choose::{Pick, Thing};
+use super::choose::{Pick, PickedDevice};
 use crate::allocation::Lease;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
@@ -15,7 +15,7 @@ use crate::inventory::device::HostDevice;
 use crate::making::demand::{Binder, Watch};
 use crate::making::sriov::{self, SriovError};
 use crate::making::vgpu;
-use crate::making::vgpu::Claimed;
+use crate::making::vgpu::ClaimedInstance;
 use crate::pools::group::{GroupType, Groups};
 use crate::pools::request::DeviceRequest;
 use crate::pools::vgpu::Instance;
@@ -36,7 +36,7 @@ pub(super) fn activate_wanted(
 }
 
 /// The preparation that chosen devices need.
-pub(super) struct Needs<'a> {
+pub(super) struct Preparation<'a> {
     paths: &'a HostPaths,
     groups: &'a Groups,
     binder: &'a Binder<'a>,
@@ -50,7 +50,7 @@ pub(super) struct Needs<'a> {
     watch: Option<Arc<Watch>>,
 }
 
-impl<'a> Needs<'a> {
+impl<'a> Preparation<'a> {
     /// Finds the steps, and starts the helper that undoes them before anything is changed.
     pub(super) fn of(
         paths: &'a HostPaths,
@@ -71,8 +71,8 @@ impl<'a> Needs<'a> {
         };
         for pick in picks {
             match &pick.thing {
-                Thing::Device(device) => needs.look_at(device)?,
-                Thing::Instance(instance) => {
+                PickedDevice::Device(device) => needs.look_at(device)?,
+                PickedDevice::Instance(instance) => {
                     let uuid = vgpu::identifier(paths, instance)?;
                     let name = DeviceName::from(uuid);
                     needs.changed.extend((!instance.made).then_some(name));
@@ -102,17 +102,20 @@ impl<'a> Needs<'a> {
     }
 
     /// Claims the mediated devices under the allocation lock, so that the counted instances are still free.
-    pub(super) fn claim(&mut self) -> Result<Vec<Claimed>, AllocateError> {
+    pub(super) fn claim(&mut self) -> Result<Vec<ClaimedInstance>, AllocateError> {
         let claim = |(instance, uuid): &(Instance, Uuid)| {
             vgpu::claim(self.paths, instance, *uuid, self.record)
         };
-        let claimed: Result<Vec<Claimed>, _> = self.instances.iter().map(claim).collect();
+        let claimed: Result<Vec<ClaimedInstance>, _> = self.instances.iter().map(claim).collect();
         Ok(claimed?)
     }
 
     /// The mediated devices, made where they are not there. Those that are not made when one fails are
     /// forgotten by the helper, as those are removed that were.
-    pub(super) fn instances(&self, claimed: Vec<Claimed>) -> Result<Vec<Lease>, AllocateError> {
+    pub(super) fn instances(
+        &self,
+        claimed: Vec<ClaimedInstance>,
+    ) -> Result<Vec<Lease>, AllocateError> {
         let mut leases = Vec::new();
         for one in claimed {
             let watch = self.watch.clone().filter(|_| one.is_new());
@@ -165,8 +168,8 @@ pub(super) fn in_order(picks: &[Pick<'_>], functions: Vec<Lease>, mdevs: Vec<Lea
     let mut mdevs = mdevs.into_iter();
     let one = |pick: &Pick<'_>| {
         let lease = match &pick.thing {
-            Thing::Device(device) => by_name.remove(&device.bdf.into()),
-            Thing::Instance(_) => mdevs.next(),
+            PickedDevice::Device(device) => by_name.remove(&device.bdf.into()),
+            PickedDevice::Instance(_) => mdevs.next(),
         };
         Some(lease?.on_terms(pick.terms))
     };

@@ -514,7 +514,7 @@ proptest! {
         let host = host(&fakes, BOTH);
         let devices = host.scan();
         let groups = Groups::load(&host.paths).unwrap();
-        let look = Look::over(devices.clone(), groups.clone(), Sockets::default());
+        let look = HostView::over(devices.clone(), groups.clone(), Sockets::default());
         match choose(&look, &requests, &Placement::default()) {
             Ok(picks) => {
                 let chosen: Vec<&HostDevice> = picks.iter().filter_map(Pick::device).collect();
@@ -602,7 +602,7 @@ fn what_a_lease_kept_is_free_for_its_vm_though_it_ends_after_the_look() {
     let host = host(&[Fake::nvme("01:00.0", 7), Fake::nvme("01:00.1", 7)], NVME);
     let mut leases = allocate(&host.paths, &[exact("01:00.0")], &vm("a")).unwrap();
     let own = [leases[0].as_own()];
-    let look = Look::at(&host.paths).unwrap();
+    let look = HostView::at(&host.paths).unwrap();
     leases.clear();
     let look = look.beside(&own);
     assert!(look.devices.iter().all(|device| !device.lease.is_held()));

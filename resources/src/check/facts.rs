@@ -13,7 +13,7 @@ use super::cpu::Cpu;
 use super::iommu::Iommu;
 use super::memory::Memory;
 use super::modprobe::{Modprobe, Modules};
-use super::vgpu::Hanging;
+use super::vgpu::HungVgpu;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
@@ -53,7 +53,7 @@ pub(super) struct Facts {
     pub(super) unsafe_parameters: Vec<PathBuf>,
     pub(super) devices: Devices,
     /// Virtual GPUs that the kernel does not come back from.
-    pub(super) hanging: Vec<Hanging>,
+    pub(super) hanging: Vec<HungVgpu>,
     pub(super) memory: Memory,
     pub(super) boot: Boot,
     /// Why no VM starts for now.
@@ -132,7 +132,7 @@ impl Facts {
                 .filter(|path| is_yes(&text(path)))
                 .collect(),
             devices: Devices::read(paths, wanted)?,
-            hanging: Hanging::read(paths),
+            hanging: HungVgpu::read(paths),
             memory: Memory::read(paths),
             boot: Boot::read(paths, &root, &cmdline),
             cmdline,

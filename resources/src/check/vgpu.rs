@@ -9,13 +9,13 @@ use crate::holding::vgpu_records;
 
 /// A mediated device that the kernel has not finished.
 #[derive(Clone, Debug)]
-pub(super) struct Hanging {
+pub(super) struct HungVgpu {
     name: DeviceName,
     /// The process that has it open.
     by: String,
 }
 
-impl Hanging {
+impl HungVgpu {
     pub(super) fn read(paths: &HostPaths) -> Vec<Self> {
         let all = Change::Vgpu.recorded(paths).into_iter();
         let one = |name| {
@@ -32,7 +32,7 @@ impl Hanging {
     }
 }
 
-pub(super) fn judge(hanging: &[Hanging]) -> Option<Finding> {
+pub(super) fn judge(hanging: &[HungVgpu]) -> Option<Finding> {
     if hanging.is_empty() {
         return None;
     }

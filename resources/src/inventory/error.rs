@@ -22,7 +22,7 @@ pub enum InventoryError {
         source: io::Error,
     },
     /// A device does not exist.
-    #[error("there is no PCI device {bdf} on this host: `gantry device list` shows what there is")]
+    #[error("there is no PCI device {bdf} on this host: `gantry device list` lists all")]
     NoSuchDevice {
         /// Its address.
         bdf: HostBdf,

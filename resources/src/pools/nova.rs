@@ -253,7 +253,7 @@ where
     D: Deserializer<'de>,
     T: Entry,
 {
-    deserializer.deserialize_any(Things(PhantomData))
+    deserializer.deserialize_any(ListVisitor(PhantomData))
 }
 
 /// An entry of one of Nova's options: an object.
@@ -270,9 +270,9 @@ fn checked<T: Entry, E: serde::de::Error>(thing: T) -> Result<T, E> {
 }
 
 /// One thing or several.
-struct Things<T>(PhantomData<T>);
+struct ListVisitor<T>(PhantomData<T>);
 
-impl<'de, T: Entry> Visitor<'de> for Things<T> {
+impl<'de, T: Entry> Visitor<'de> for ListVisitor<T> {
     type Value = Vec<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -281,7 +281,7 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
         let mut things = Vec::new();
-        while let Some(OneThing(thing)) = list.next_element()? {
+        while let Some(ListElement(thing)) = list.next_element()? {
             things.push(checked(thing)?);
         }
         Ok(things)
@@ -304,9 +304,9 @@ impl<'de, T: Entry> Visitor<'de> for Things<T> {
 
 /// An entry of a list. serde would also read a list as an object without keys, and a device spec without keys
 /// matches every device.
-struct OneThing<T>(T);
+struct ListElement<T>(T);
 
-impl<'de, T: Entry> Deserialize<'de> for OneThing<T> {
+impl<'de, T: Entry> Deserialize<'de> for ListElement<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Object<T>(PhantomData<T>);
         impl<'de, T: Entry> Visitor<'de> for Object<T> {

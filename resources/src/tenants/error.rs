@@ -107,7 +107,7 @@ pub enum TenantError {
     #[error("{0}{after}", after = .0.end_of_lease())]
     InUse(UnavailableDevice),
     /// A process has the device open, and would keep it open.
-    #[error("{device} cannot change hands: {by} has it open; end that process first")]
+    #[error("{device} cannot get another owner: {by} has it open; end that process first")]
     Open {
         /// The device.
         device: DeviceName,

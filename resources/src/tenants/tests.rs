@@ -392,7 +392,7 @@ fn what_a_process_has_open_changes_no_hands() {
     ];
     for said in said {
         let said = said.unwrap_err().to_string();
-        let words = "0000:01:00.0 cannot change hands: process 77 (dd[2J) has it open";
+        let words = "0000:01:00.0 cannot get another owner: process 77 (dd[2J) has it open";
         assert!(said.starts_with(words), "{said}");
     }
     let tenants = Tenants::load(&host.paths).unwrap();

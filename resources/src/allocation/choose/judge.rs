@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Choice, Meant};
+use super::{Choice, RequestedDevices};
 use crate::inventory::card::{Allow, Card, lacks};
 use crate::inventory::device::{DeviceType, HostDevice};
 use crate::inventory::unavailable::{CandidateFilter, Unavailable, UnavailableDevice};
@@ -24,7 +24,7 @@ impl<'a> Choice<'a, '_> {
     pub(super) fn card(
         &self,
         request: &DeviceRequest,
-        meant: &Meant<'_>,
+        meant: &RequestedDevices<'_>,
         policy: Option<NumaPolicy>,
         card: &Card<'a>,
     ) -> Verdict<Card<'a>> {
@@ -44,21 +44,23 @@ impl<'a> Choice<'a, '_> {
     fn verdict(
         &self,
         request: &DeviceRequest,
-        meant: &Meant<'_>,
+        meant: &RequestedDevices<'_>,
         policy: Option<NumaPolicy>,
         device: &HostDevice,
     ) -> Verdict<()> {
         let groups = &self.look.groups;
         let why = match meant {
-            Meant::Group(group) if !group.matches(device) => match group.misses_former(device) {
-                true => Some(Unavailable::Changed { is: device.id }),
-                false => return Verdict::Other(CandidateFilter::Group),
-            },
-            Meant::Group(group) => other_owner(groups, group, device),
-            Meant::Alias(_) if !groups.exposes(device) => {
+            RequestedDevices::Group(group) if !group.matches(device) => {
+                match group.misses_former(device) {
+                    true => Some(Unavailable::Changed { is: device.id }),
+                    false => return Verdict::Other(CandidateFilter::Group),
+                }
+            }
+            RequestedDevices::Group(group) => other_owner(groups, group, device),
+            RequestedDevices::Alias(_) if !groups.exposes(device) => {
                 return Verdict::Other(CandidateFilter::Exposed);
             }
-            Meant::Alias(alternatives) => {
+            RequestedDevices::Alias(alternatives) => {
                 let tags = groups.tags(device);
                 let right = alternatives.iter();
                 let mut right = right.filter_map(|alias| {

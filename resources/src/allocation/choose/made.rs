@@ -1,7 +1,7 @@
 //! The part of the choice for mediated devices and for virtual functions that another VM than their card's gets.
 
 use super::super::{AllocateError, RequestFit};
-use super::{Choice, Meant, Picked};
+use super::{Choice, Picked, RequestedDevices};
 use crate::base::uuid::Uuid;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
@@ -54,10 +54,14 @@ impl<'a> Choice<'a, '_> {
     }
 
     /// The available mediated devices of a group, up to a number.
-    pub(super) fn instances_of(&self, meant: &Meant<'_>, wanted: usize) -> Vec<Instance> {
+    pub(super) fn instances_of(
+        &self,
+        meant: &RequestedDevices<'_>,
+        wanted: usize,
+    ) -> Vec<Instance> {
         let spec = match meant {
-            Meant::Group(group) => group.vgpu.as_ref(),
-            Meant::Alias(_) => None,
+            RequestedDevices::Group(group) => group.vgpu.as_ref(),
+            RequestedDevices::Alias(_) => None,
         };
         let (groups, mdevs) = (&self.look.groups, &self.look.mdevs);
         let free = |spec: &VgpuSpec| groups.free_instances(spec, mdevs, &self.instances, wanted);

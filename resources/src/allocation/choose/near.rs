@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::allocation::look::Look;
+use crate::allocation::look::HostView;
 use crate::facts::topology::Sockets;
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
@@ -11,7 +11,7 @@ use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 
 /// The sets of nodes that the VM could be on, if that matters.
 pub(super) fn nodes_to_try(
-    look: &Look,
+    look: &HostView,
     requests: &[DeviceRequest],
     placement: &Placement,
 ) -> Vec<Option<BTreeSet<u32>>> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::allocation::choose::{Chosen, Pick, choose, survey};
-use crate::allocation::look::Look;
+use crate::allocation::look::HostView;
 use crate::base::bdf::HostBdf;
 use crate::facts::topology::Sockets;
 use crate::fixture::hosts;
@@ -62,7 +62,7 @@ fn on(
     nodes: &[u32],
     test: impl FnOnce(Chosen<'_>),
 ) {
-    let look = Look::over(devices.to_vec(), groups(), sockets());
+    let look = HostView::over(devices.to_vec(), groups(), sockets());
     let placement = Placement::bound(nodes.iter().copied().collect());
     test(survey(&look, requests, &placement).unwrap());
 }
@@ -289,7 +289,7 @@ fn other_hardware_at_an_address_is_named() {
     host.file("etc/groups.json", &text);
     devices[2].id.device = 0x1c31;
     let groups = Groups::load(&host.paths).unwrap();
-    let look = Look::over(devices, groups, sockets());
+    let look = HostView::over(devices, groups, sockets());
     let requests = [DeviceRequest::group("one", 1)];
     let error = choose(&look, &requests, &Placement::default())
         .unwrap_err()
@@ -363,7 +363,7 @@ proptest! {
         events in events(),
     ) {
         let devices = hosts::all().remove(name).unwrap();
-        let mut look = Look::over(devices, groups(), sockets());
+        let mut look = HostView::over(devices, groups(), sockets());
         let mut vms: Vec<Vec<HostBdf>> = Vec::new();
         for event in events {
             let asked = match event {

@@ -69,9 +69,7 @@ pub enum VgpuError {
         name: DeviceName,
     },
     /// There is no such device.
-    #[error(
-        "there is no mediated device {uuid} on this host: `gantry device mdev` shows what there is"
-    )]
+    #[error("there is no mediated device {uuid} on this host: `gantry device mdev` lists all")]
     NoSuch {
         /// Its identifier.
         uuid: Uuid,
@@ -188,13 +186,13 @@ fn create_write(paths: &HostPaths, instance: &Instance, uuid: Uuid) -> SysfsWrit
 
 /// A mediated device that this process has locked and may create.
 #[derive(Debug)]
-pub(crate) struct Claimed {
+pub(crate) struct ClaimedInstance {
     instance: Instance,
     uuid: Uuid,
     lock: DeviceLock,
 }
 
-impl Claimed {
+impl ClaimedInstance {
     /// Whether it is created for this VM, and removed with it.
     pub(crate) fn is_new(&self) -> bool {
         !self.instance.made
@@ -224,7 +222,7 @@ pub fn make_ahead(
     // The claims suffice from here on: a slow driver delays no other allocation.
     let claimed = under_lock(paths, &record, VgpuError::in_the_way, || {
         let instances = missing(paths, group, spec)?;
-        let mut claimed: Vec<Claimed> = Vec::new();
+        let mut claimed: Vec<ClaimedInstance> = Vec::new();
         for instance in &instances {
             let claim = instance
                 .uuid
@@ -382,12 +380,12 @@ pub(crate) fn claim(
     instance: &Instance,
     uuid: Uuid,
     record: &LeaseRecord,
-) -> Result<Claimed, VgpuError> {
+) -> Result<ClaimedInstance, VgpuError> {
     let lock = lock(paths, uuid, record)?;
     if !instance.made {
         recorded::remember(paths, uuid.into(), Some(&instance.parent), record)?;
     }
-    Ok(Claimed {
+    Ok(ClaimedInstance {
         instance: instance.clone(),
         uuid,
         lock,
@@ -405,7 +403,7 @@ fn make(
         parent: instance.parent.clone(),
         kind: instance.kind.clone(),
     };
-    let mut work = recorded::Work::begin(paths, uuid.into())?.ok_or_else(not_made)?;
+    let mut work = recorded::LockedRecord::begin(paths, uuid.into())?.ok_or_else(not_made)?;
     let write = create_write(paths, instance, uuid);
     work.write(writer, &write.path, &write.value)?;
     MdevDevice::read(paths, uuid)?
@@ -417,9 +415,9 @@ fn make(
 pub(crate) fn take(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
-    claimed: Claimed,
+    claimed: ClaimedInstance,
 ) -> Result<(MdevDevice, DeviceLock), VgpuError> {
-    let Claimed {
+    let ClaimedInstance {
         instance,
         uuid,
         lock,
@@ -478,7 +476,7 @@ pub(crate) fn set_type(
     };
     let bdf: HostBdf = device.bdf;
     recorded::remember(paths, bdf.into(), None, record)?;
-    let Some(mut work) = recorded::Work::begin(paths, bdf.into())? else {
+    let Some(mut work) = recorded::LockedRecord::begin(paths, bdf.into())? else {
         return Ok(false);
     };
     let written = work.write(

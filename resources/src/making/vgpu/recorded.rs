@@ -32,7 +32,7 @@ pub(super) fn remember(
     record: &LeaseRecord,
 ) -> Result<(), VgpuError> {
     // Replacing a record in use would lose its lock.
-    drop(Work::begin(paths, name)?);
+    drop(LockedRecord::begin(paths, name)?);
     let record = VgpuRecord {
         vm: record.name.clone(),
         parent: parent.map(str::to_owned),
@@ -42,13 +42,13 @@ pub(super) fn remember(
 }
 
 /// A record that is locked while something is written.
-pub(super) struct Work {
+pub(super) struct LockedRecord {
     record: File,
     /// The kernel did not come back: the lock is left to the process that waits for it.
     hangs: bool,
 }
 
-impl Work {
+impl LockedRecord {
     /// Locks a record; none if there is no record. Refused while the kernel has not finished an earlier write.
     pub(super) fn begin(paths: &HostPaths, name: DeviceName) -> Result<Option<Self>, VgpuError> {
         let path = Change::Vgpu.path(paths, name);
@@ -77,7 +77,7 @@ impl Work {
     }
 }
 
-impl Drop for Work {
+impl Drop for LockedRecord {
     fn drop(&mut self) {
         if !self.hangs {
             // By name, as a child that another thread is starting has a copy for a moment.
@@ -92,7 +92,7 @@ pub(crate) fn remove_mdev(
     writer: &dyn SysfsWriter,
     uuid: Uuid,
 ) -> Result<(), VgpuError> {
-    let Some(mut work) = Work::begin(paths, uuid.into())? else {
+    let Some(mut work) = LockedRecord::begin(paths, uuid.into())? else {
         return Ok(());
     };
     let dir = paths.mdev(uuid);
@@ -132,7 +132,7 @@ pub(crate) fn untype(
     writer: &dyn SysfsWriter,
     bdf: HostBdf,
 ) -> Result<(), VgpuError> {
-    let Some(mut work) = Work::begin(paths, bdf.into())? else {
+    let Some(mut work) = LockedRecord::begin(paths, bdf.into())? else {
         return Ok(());
     };
     let file = vgpu::current(paths, bdf);

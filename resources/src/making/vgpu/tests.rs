@@ -1,7 +1,7 @@
 //! Tests: devices made for VMs and removed after them, made ahead, the vendor's types; with faults and
 //! kills at every write.
 
-use super::recorded::{Work, remember};
+use super::recorded::{LockedRecord, remember};
 use super::*;
 use crate::allocation::{AllocateError, Lease, Recipient, allocate_with, fit};
 use crate::base::name::DeviceName;
@@ -580,7 +580,7 @@ fn a_killed_command_whose_write_goes_on_leaves_nothing() {
     let uuid = ONE.parse().unwrap();
     drop(claim(&host.paths, &instance, uuid, &record).unwrap());
     // The child that writes has the record, and nobody has the device.
-    let mut child = recorded::Work::begin(&host.paths, uuid.into()).unwrap();
+    let mut child = recorded::LockedRecord::begin(&host.paths, uuid.into()).unwrap();
     let kernel = FakeKernel::new(&host);
     reap_with(&host.paths, kernel.access()).unwrap_err();
     let write = create_write(&host.paths, &instance, uuid);
@@ -610,7 +610,11 @@ fn what_is_in_the_place_of_a_record_is_none_and_neither_waited_for_nor_followed(
         assert!(!hangs(&host.paths, uuid));
         assert!(!Change::Vgpu.is_recorded(&host.paths, uuid));
         assert!(Change::Vgpu.recorded(&host.paths).is_empty());
-        assert!(Work::begin(&host.paths, uuid.into()).unwrap().is_none());
+        assert!(
+            LockedRecord::begin(&host.paths, uuid.into())
+                .unwrap()
+                .is_none()
+        );
         remember(&host.paths, uuid.into(), None, &LeaseRecord::task("x")).unwrap();
         assert_eq!(Change::Vgpu.recorded(&host.paths), [DeviceName::from(uuid)]);
         Change::Vgpu.forget(&host.paths, uuid);
