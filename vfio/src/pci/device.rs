@@ -14,11 +14,12 @@ use super::bars;
 use super::config::{
     self, Deliverable, MsiCapability, POWER_STATE, Plan, PowerCapability, STATUS_INTX,
 };
+use super::control::{Control, Pin};
 use super::hardware::{Hardware, read_config};
 use super::interrupts::{self, Interrupts, VfioInterrupts};
 use super::reset::ResetScope;
 use super::rom::{self, Rom};
-use crate::host::{DeviceIo, Irq, Region};
+use crate::host::{DeviceIo, Irq};
 use crate::{Error, Result};
 
 /// The largest physical address width of an x86 guest; the owner of the guest's address space knows the
@@ -69,31 +70,6 @@ struct State {
     resets_itself: bool,
     /// The function was taken away from the guest.
     retired: bool,
-}
-
-/// What takes effect in [`PciDevice::remap`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Control {
-    command: u16,
-    /// The power state, 0 for D0 to 3 for D3hot.
-    power: u8,
-    interrupts: InterruptMode,
-}
-
-impl Control {
-    const AT_RESET: Self = Self {
-        command: 0,
-        power: 0,
-        interrupts: InterruptMode::Off,
-    };
-
-    /// Outside D0 nothing is decoded (PCI Express Base Specification 6.0, 5.3.1).
-    fn decode(self) -> Decode {
-        match self.power {
-            0 => Decode::from_command(self.command),
-            _ => Decode::NONE,
-        }
-    }
 }
 
 /// What a function may lack, and what of it comes from elsewhere.
@@ -366,48 +342,6 @@ impl PassthroughDevice {
         control.write(io, self.power, pin)?;
         *hardware = entered.then_some(control);
         Ok(())
-    }
-}
-
-/// What is written to Interrupt Disable in the device's command register.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pin {
-    /// The bit is set: nothing handles the device's interrupts, and the pin would disturb devices that share its
-    /// line on the host.
-    Disabled,
-    /// The bit is clear.
-    Enabled,
-    /// The guest's own bit: the pin is connected, or messages are enabled. Some devices send no messages either
-    /// while the bit is set.
-    AsGuestSays,
-}
-
-impl Pin {
-    /// What comes before a mode ends. The pin is disabled before VFIO stops handling it.
-    ///
-    /// VFIO has a copy of the bit, and writes the hardware's only where the copy changes. At the end of messages,
-    /// the kernel clears the hardware's alone: with the copy clear too, the bit can be set again.
-    fn before_leaving(mode: InterruptMode) -> Option<Self> {
-        match mode {
-            InterruptMode::Off => None,
-            InterruptMode::Intx(_) => Some(Self::Disabled),
-            InterruptMode::Messages(..) => Some(Self::Enabled),
-        }
-    }
-}
-
-impl Control {
-    /// The power state comes first: outside of D0 a function may lose other writes.
-    fn write(self, io: &dyn DeviceIo, power: Option<PowerCapability>, pin: Pin) -> Result<()> {
-        if let Some(power) = power {
-            io.write(Region::CONFIG, power.control.into(), &[self.power])?;
-        }
-        let command = match pin {
-            Pin::Disabled => self.command | reg::COMMAND_INTX_DISABLE,
-            Pin::Enabled => self.command & !reg::COMMAND_INTX_DISABLE,
-            Pin::AsGuestSays => self.command,
-        };
-        io.write(Region::CONFIG, reg::COMMAND.into(), &command.to_le_bytes())
     }
 }
 

@@ -3,6 +3,7 @@
 mod bars;
 mod capabilities;
 mod config;
+mod control;
 mod device;
 mod hardware;
 mod interrupts;

@@ -5,6 +5,7 @@ use gantry_devices::pci::{Segment, SegmentKind};
 use proptest::prelude::*;
 
 use super::*;
+use crate::host::Region;
 use crate::testing::{CMD, FakeDevice, FakeRouter, FakeSpace, MSI, MSIX, MSIX_TABLE, PM};
 
 mod interrupts;
