@@ -25,18 +25,15 @@ use crate::inventory::unavailable::UnavailableDevice;
 use crate::making::vgpu::VgpuError;
 use crate::pools::tenant::{Tenant, definition, dirs};
 
-/// Lets tenants open `/dev/iommu` where VMs have their devices through it: it belongs to no device, and reaches only
-/// the devices whose cdevs the user can open.
+/// Lets tenants open iommufd, if the host has it: `/dev/iommu` belongs to no device, and reaches only the devices whose
+/// cdevs the user can open.
 pub(super) fn open_iommufd(host: &HostPaths) -> Result<(), TenantError> {
-    if VfioBackEnd::of_host(host) != VfioBackEnd::Iommufd {
-        return Ok(());
-    }
     let node = VfioBackEnd::Iommufd.node(host);
     let opened = fs::metadata(&node).and_then(|found| {
         let mode = found.permissions().mode() | 0o666;
         fs::set_permissions(&node, fs::Permissions::from_mode(mode))
     });
-    opened.map_err(failed(&node))
+    opened.or_else(absent_is_fine).map_err(failed(&node))
 }
 
 /// A user who owns files.
