@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::error::AllocateError;
 use super::fit::RequestFit;
-use super::look::HostView;
+use super::host_view::HostView;
 use crate::base::bdf::HostBdf;
 use crate::base::json::nearest;
 use crate::base::name::DeviceName;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::fit::RequestFit;
-use super::look::HostView;
+use super::host_view::HostView;
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::holding::passing::is_passing;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::allocation::look::HostView;
+use crate::allocation::host_view::HostView;
 use crate::facts::topology::Sockets;
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::allocation::choose::{Chosen, Pick, choose, survey};
-use crate::allocation::look::HostView;
+use crate::allocation::host_view::HostView;
 use crate::base::bdf::HostBdf;
 use crate::facts::topology::Sockets;
 use crate::fixture::hosts;
