@@ -333,7 +333,7 @@ pub fn remove(args: &RemoveArgs, paths: &HostPaths) -> Result<(), Failure> {
             let functions: Vec<HostBdf> = leaving.pci.iter().map(|device| device.bdf).collect();
             files.is_idle(paths, name, Some(&functions))?;
         }
-        files.remove_chosen(name, &leaving.chosen())
+        files.remove(name, &leaving.chosen())
     })
 }
 

@@ -111,7 +111,7 @@ mod tests {
             let chosen = [Chosen::Usb(device)];
             match out {
                 false => files.add_chosen(name, &chosen)?,
-                true => files.remove_chosen(name, &chosen)?,
+                true => files.remove(name, &chosen)?,
             }
             files.save().map(drop)
         };

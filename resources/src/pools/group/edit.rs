@@ -352,13 +352,7 @@ impl GroupFiles {
     }
 
     /// Takes devices out of a group by removing the rules that name exactly them.
-    pub fn remove(&mut self, name: &str, devices: &[HostDevice]) -> Result<(), EditError> {
-        let devices = devices.iter().map(Chosen::Pci);
-        self.remove_chosen(name, &devices.collect::<Vec<_>>())
-    }
-
-    /// The same for PCI functions and USB devices.
-    pub fn remove_chosen(&mut self, name: &str, devices: &[Chosen<'_>]) -> Result<(), EditError> {
+    pub fn remove(&mut self, name: &str, devices: &[Chosen<'_>]) -> Result<(), EditError> {
         let group = self.group_mut(name)?;
         for device in devices {
             if !group.rules.iter().any(|rule| device.is_taken_by(rule)) {

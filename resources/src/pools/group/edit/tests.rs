@@ -26,6 +26,10 @@ fn edit(host: &FakeHost, change: impl FnOnce(&mut GroupFiles) -> Result<(), Edit
     }
 }
 
+fn chosen(devices: &[HostDevice]) -> Vec<Chosen<'_>> {
+    devices.iter().map(Chosen::Pci).collect()
+}
+
 fn group(name: &str, rules: serde_json::Value) -> ResourceGroup {
     serde_json::from_value(serde_json::json!({"name": name, "rules": rules})).unwrap()
 }
@@ -57,7 +61,10 @@ fn a_group_is_made_filled_changed_renamed_emptied_and_deleted() {
     };
     assert_eq!(edit(&host, |files| files.change("disks", change)), "");
     assert_eq!(members(&host, "fast"), [bdf("01:00.0")]);
-    assert_eq!(edit(&host, |files| files.remove("fast", &disks[..1])), "");
+    assert_eq!(
+        edit(&host, |files| files.remove("fast", &chosen(&disks[..1]))),
+        ""
+    );
     assert_eq!(members(&host, "fast"), []);
     assert_eq!(edit(&host, |files| files.delete("fast")), "");
     assert!(Groups::load(&host.paths).unwrap().get("fast").is_none());
@@ -91,12 +98,15 @@ fn a_function_that_came_with_its_card_goes_with_it() {
     assert_eq!(said, "");
     let both = [bdf("0b:00.0"), bdf("0b:00.1")];
     assert_eq!(members(&host, "gpus"), both);
-    let said = edit(&host, |files| files.remove("gpus", &audio));
+    let said = edit(&host, |files| files.remove("gpus", &chosen(&audio)));
     let way_out = "`gantry group remove gpus 0000:0b:00.0` takes out the whole card";
     assert!(said.contains(way_out), "{said}");
-    assert_eq!(edit(&host, |files| files.remove("gpus", &first)), "");
+    assert_eq!(
+        edit(&host, |files| files.remove("gpus", &chosen(&first))),
+        ""
+    );
     assert!(members(&host, "gpus").is_empty());
-    let said = edit(&host, |files| files.remove("gpus", &audio));
+    let said = edit(&host, |files| files.remove("gpus", &chosen(&audio)));
     assert!(said.contains("is not in group"), "{said}");
 }
 
@@ -131,11 +141,11 @@ fn what_makes_no_sense_is_refused_and_nothing_is_written() {
             "cannot name a group",
         ),
         (
-            edit(&host, |f| f.remove("gpu", &gpu)),
+            edit(&host, |f| f.remove("gpu", &chosen(&gpu))),
             "rule 1 of group \"gpu\" also takes other devices than 0000:03:00.0",
         ),
         (
-            edit(&host, |f| f.remove("gpu", &disk)),
+            edit(&host, |f| f.remove("gpu", &chosen(&disk))),
             "0000:01:00.0 is not in group",
         ),
         (
