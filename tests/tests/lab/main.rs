@@ -28,6 +28,7 @@ mod demand;
 mod endings;
 mod errors;
 mod hotplug;
+mod interrupts;
 mod lab_kernel;
 mod launch;
 mod numa;
@@ -91,6 +92,7 @@ const SUITES: &[Suite] = &[
             ("sandbox", sandbox::CASES),
             ("sriov", sriov::CASES),
             ("vgpu", vgpu::CASES),
+            ("interrupts", interrupts::CASES),
         ],
     },
     Suite {
@@ -108,6 +110,7 @@ const SUITES: &[Suite] = &[
             ("sandbox", sandbox::CASES),
             ("sriov", sriov::CASES),
             ("vgpu", vgpu::CASES),
+            ("interrupts", interrupts::CASES),
         ],
     },
     Suite {
