@@ -282,24 +282,24 @@ fn a_bar_over_other_things_is_not_mapped(host: &Host) -> Result<()> {
         "move() { for at in 0 8 16 24; do printf \"\\\\x$(printf %02x $((($1 >> at) & 255)))\"; done >$F; \
          dd if=$F of=$C bs=4 seek=4 conv=notrunc 2>/dev/null; }",
     )?;
-    running.types("mem() { devmem $1 32; }; E=$(mem 0xe0000000)")?;
-    running.types(
-        "for over in 0x1000000 0xfee00000 0xe0000000 $((0x$O)); do move $over; echo guest: was=$(mem $B); done",
-    )?;
-    running.types("echo guest: ecam=$E=$(mem 0xe0000000); move $B; echo guest: now=$(mem $B)")?;
+    running.types("for over in 0x1000000 0xfee00000 0xe0000000 0x$O; do move $over; done")?;
+    running.types("echo guest: other=$O; move $B")?;
     running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/bind")?;
     running.types("until [ -b /dev/nvme0n1 ] && [ -b /dev/nvme1n1 ]; do sleep 0.1; done")?;
     running.types("cat /dev/nvme[01]n1 | wc -c | sed 's/^/guest: read=/'; poweroff -f")?;
     let ended = running.end()?.exits(0)?;
-    ensure!(ended.values("was").eq(["0xFFFFFFFF"; 4]), "{ended}");
-    let ecam = ended.value("ecam")?.split_once('=');
-    ensure!(
-        ecam.is_some_and(|(before, after)| before == after),
-        "{ended}"
-    );
-    ensure!(ended.value("now")? != "0xFFFFFFFF", "{ended}");
     ensure!(ended.number("read")? == 16 << 20, "{ended}");
-    ensure!(ended.errors.contains("BAR stays unmapped"), "{ended}");
+    let other = u64::from_str_radix(ended.value("other")?, 16)?;
+    let other = format!("base={:#x} ", other & !0xf);
+    for base in [
+        "base=0x1000000 ",
+        "base=0xfee00000 ",
+        "base=0xe0000000 ",
+        &other,
+    ] {
+        let refused = |line: &str| line.contains("BAR stays unmapped") && line.contains(base);
+        ensure!(ended.errors.lines().any(refused), "{base}: {ended}");
+    }
     Ok(())
 }
 
@@ -312,7 +312,7 @@ fn a_bar_of_64_gib_is_read_while_memory_is_enabled(host: &Host) -> Result<()> {
     for (command, key) in [("002", "on"), ("000", "off"), ("002", "again")] {
         running.types(&format!("put 4 '\\{command}'"))?;
         running.types(&format!(
-            "echo guest: {key}=$(devmem $B 32) $(devmem $((B + (64 << 30) - 4)) 32)"
+            "echo guest: {key}=$(devmem $((B + (64 << 30) - 4)) 32)"
         ))?;
     }
     running.types("echo guest: bar=$B; poweroff -f")?;
@@ -324,7 +324,7 @@ fn a_bar_of_64_gib_is_read_while_memory_is_enabled(host: &Host) -> Result<()> {
         ("off", "0xFFFFFFFF"),
         ("again", "0x00000000"),
     ] {
-        ensure!(ended.value(key)? == format!("{read} {read}"), "{ended}");
+        ensure!(ended.value(key)? == read, "{ended}");
     }
     Ok(())
 }
