@@ -7,6 +7,8 @@ use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::mapping::HostMapping;
 
 /// A device, or a window of one, that answers accesses on a [`Bus`].
@@ -187,5 +189,12 @@ pub enum SegmentKind {
         len: u64,
         /// The device that answers.
         device: Arc<dyn BusDevice>,
+    },
+    /// A write signals an eventfd, without an exit to this process. Reads give all ones.
+    Doorbells {
+        /// Bytes from one doorbell to the next.
+        stride: u64,
+        /// What the doorbells signal, from the first on.
+        events: Arc<[Arc<EventFd>]>,
     },
 }

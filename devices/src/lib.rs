@@ -14,4 +14,6 @@ pub mod mapping;
 pub mod panic;
 pub mod pci;
 pub mod power;
+pub mod ram;
 pub mod serial;
+pub mod virtio;

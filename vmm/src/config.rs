@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use gantry_devices::virtio::block::Queues;
 use gantry_resources::base::{HostPaths, Numbers};
 use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
@@ -26,6 +27,8 @@ pub struct VmConfig {
     pub nodes: NumaPolicy,
     /// Host devices it takes, in the order of their slots.
     pub devices: Vec<DeviceRequest>,
+    /// Disks that are files or block devices of the host, in the order of their ports.
+    pub disks: Vec<DiskConfig>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Whether it has a register by which its kernel reports a panic (`pvpanic`).
@@ -82,6 +85,7 @@ impl VmConfig {
             memory: MemorySize::new(64 << 20).unwrap(),
             nodes: NumaPolicy::default(),
             devices: Vec::new(),
+            disks: Vec::new(),
             serial: SerialMode::Off,
             pvpanic: true,
             hotplug: Hotplug::default(),
@@ -152,6 +156,21 @@ pub enum SerialMode {
     Tty,
     /// Output to a file, truncated at start.
     File(PathBuf),
+}
+
+/// A disk of the guest that is a file or a block device of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its name in the VM.
+    pub id: String,
+    /// The raw image, or the block device.
+    pub path: PathBuf,
+    /// Whether the guest may not write to it.
+    pub read_only: bool,
+    /// Its serial number in the guest, at most [`SERIAL_LEN`](gantry_devices::virtio::block::SERIAL_LEN) bytes.
+    pub serial: String,
+    /// Its queues.
+    pub queues: Queues,
 }
 
 /// Number of vCPUs, 1 to [`VcpuCount::MAX`].

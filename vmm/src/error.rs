@@ -3,6 +3,7 @@
 use crate::boot::BootError;
 use crate::boot::acpi::AcpiError;
 use crate::cpu::CpuError;
+use crate::disks::DiskError;
 use crate::host::files::FileError;
 use crate::host::preflight::PreflightError;
 use crate::kvm::KvmError;
@@ -43,6 +44,9 @@ pub enum Error {
     /// A device of the host is not to be had, or cannot be given to the guest.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A disk cannot be given to the guest.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// KVM is not there or refused something.
     #[error(transparent)]
     Kvm(#[from] KvmError),

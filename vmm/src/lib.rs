@@ -12,7 +12,7 @@
 //! | one VM | `vm`: built, run, rebooted, ended |
 //! | its devices | `hotplug`: slots, and how devices come and go |
 //! | what clients see | `command`, `status`, `error` |
-//! | its parts | `passthrough`: devices of the host; `machine`: all that every VM has; `vcpus` |
+//! | its parts | `passthrough`: devices of the host; `disks`; `machine`: all that every VM has; `vcpus` |
 //! | terms and facts | `info`, `host`, `cpu`, `boot`, `kvm` |
 //! | ground | `config`, `layout`, `process`: threads, sandbox, events |
 
@@ -20,6 +20,7 @@ mod boot;
 pub mod command;
 mod config;
 mod cpu;
+mod disks;
 mod error;
 mod host;
 mod hotplug;
@@ -35,10 +36,13 @@ mod vm;
 mod vmm;
 
 pub use gantry_devices::bounded_writer;
+pub use gantry_devices::virtio::block::{Queues, SERIAL_LEN};
 
 pub use config::{
-    CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount, VmConfig,
+    CpuConfig, DiskConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode,
+    VcpuCount, VmConfig,
 };
+pub use disks::{DiskProblem, open as open_disk};
 pub use error::Error;
 pub use machine::release_program_pages;
 pub use passthrough::DeviceError;

@@ -20,6 +20,8 @@ use Accepts::{Members, Only, Text};
 
 const FALSE: Accepts = Only(&["false"]);
 const TRUE: Accepts = Only(&["true"]);
+/// A way of doing the same.
+const EITHER: Accepts = Only(&["false", "true"]);
 const NOTHING: Accepts = Only(&["null"]);
 const EMPTY: Accepts = Only(&["[]"]);
 const OFF: Accepts = Only(&["\"Off\""]);
@@ -57,7 +59,21 @@ pub const KEYS: &[(&str, Accepts)] = &[
     ("devices[].pci_segment", ZERO),
     ("devices[].x_exclude_mmap_bars", EMPTY),
     ("devices[].x_nv_gpudirect_clique", NOTHING),
-    ("disks", EMPTY),
+    ("disks[].backing_files", FALSE),
+    ("disks[].direct", FALSE),
+    ("disks[].disable_aio", EITHER),
+    ("disks[].disable_io_uring", EITHER),
+    ("disks[].image_type", Only(&["\"Raw\""])),
+    ("disks[].iommu", FALSE),
+    ("disks[].lock_granularity", NOTHING),
+    ("disks[].pci_device_id", NOTHING),
+    ("disks[].pci_segment", ZERO),
+    ("disks[].queue_affinity", EMPTY),
+    ("disks[].rate_limit_group", NOTHING),
+    ("disks[].rate_limiter_config", NOTHING),
+    ("disks[].sparse", TRUE),
+    ("disks[].vhost_socket", NOTHING),
+    ("disks[].vhost_user", FALSE),
     ("fs", EMPTY),
     ("gdb", FALSE),
     ("generic-vhost-user", EMPTY),

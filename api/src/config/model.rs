@@ -32,6 +32,9 @@ pub struct VmConfig {
     /// Host devices by aliases with counts, after those of `devices`: `"gpu:1, qat-c62x-vf:2"`.
     #[serde(default, rename = "pci_passthrough:alias")]
     pub aliases: Option<Aliases>,
+    /// Disks that are files or block devices of the host, in the order of their slots after the devices. The
+    /// guest sees them as `/dev/vda`, `/dev/vdb` and so on.
+    pub disks: Option<Vec<DiskConfig>>,
     /// The guest's first serial port.
     pub serial: Option<SerialConfig>,
     /// Whether the guest has a register by which its kernel says that it has panicked; `true` if absent.
@@ -156,6 +159,27 @@ pub struct PlatformConfig {
     /// The kernel interface for the VM's devices: `true` for iommufd and a cdev for each device, `false` for a VFIO
     /// container and IOMMU groups. If absent, the container where the host has it, or else iommufd.
     pub iommufd: Option<bool>,
+}
+
+/// A virtio disk of the guest.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Path of a raw image or of a block device. A relative path starts at the folder of the file that it is
+    /// written in. It is locked while the VM runs.
+    pub path: PathBuf,
+    /// Whether the guest may not write to it; `false` if absent. VMs can share a disk that all of them only read.
+    pub readonly: Option<bool>,
+    /// Serial number that the guest sees, at most 20 bytes of ASCII; none if absent.
+    pub serial: Option<String>,
+    /// Name of the disk in the VM; `disk` with its place in the list if absent.
+    pub id: Option<String>,
+    /// Number of its queues; one if absent.
+    #[schemars(range(min = 1, max = 64))]
+    pub num_queues: Option<u64>,
+    /// Size of each queue, a power of two; 128 if absent.
+    #[schemars(range(min = 2, max = 1024))]
+    pub queue_size: Option<u64>,
 }
 
 /// The guest's first serial port (16550, COM1).

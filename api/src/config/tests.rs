@@ -276,7 +276,7 @@ const KEYS: &[Mistake] = &[
     (
         r#""colour": 1"#,
         "2:1: unknown key `colour`",
-        "the keys here are payload, plan, cpus, memory, numa_nodes, devices, pci_passthrough:alias, serial",
+        "the keys here are payload, plan, cpus, memory, numa_nodes, devices, pci_passthrough:alias, disks",
     ),
     (
         r#""devices": [{"groop": "nvme"}]"#,
@@ -309,8 +309,8 @@ const KEYS: &[Mistake] = &[
         "remove one of them",
     ),
     (
-        r#""disks": [{"path": "a.img"}]"#,
-        "2:1: `disks`: [...] is not supported yet",
+        r#""fs": [{"tag": "a"}]"#,
+        "2:1: `fs`: [...] is not supported yet",
         "remove the key",
     ),
     (
@@ -583,6 +583,67 @@ fn files_that_are_no_regular_ones_are_refused_and_not_waited_for() {
 }
 
 #[test]
+fn disks_are_opened_when_the_file_is_read() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("a.raw"), [0; 512]).unwrap();
+    std::fs::write(folder.path("b.raw"), [0; 1024]).unwrap();
+    std::fs::write(folder.path("c.img"), b"QFI\xfb").unwrap();
+    let disks = |text: &str| file(&format!("\"disks\": {text}"));
+    let two = r#"[{"path": "a.raw"}, {"path": "b.raw", "id": "data", "readonly": true, "direct": false}]"#;
+    let config = folder.load(&disks(two)).unwrap();
+    assert_eq!(config.disks[0].path, folder.path("a.raw"));
+    assert_eq!(
+        (&*config.disks[0].id, &*config.disks[1].id),
+        ("disk0", "data")
+    );
+    assert!(!config.disks[0].read_only && config.disks[1].read_only);
+    assert!(folder.load(&disks("[]")).unwrap().disks.is_empty());
+    for (text, expected) in [
+        (
+            r#"[{"path": "none.raw"}]"#,
+            "`disks[0].path`: cannot open none.raw: ",
+        ),
+        (
+            r#"[{"path": "c.img"}]"#,
+            "`disks[0].path`: c.img is a qcow2 image",
+        ),
+        (
+            r#"[{"path": "a.raw"}, {"path": "a.raw"}]"#,
+            "`disks[1].path`: `disks[0]` is this file already",
+        ),
+        (
+            r#"[{"path": "a.raw", "id": "x"}, {"path": "b.raw", "id": "x"}]"#,
+            "`disks[1].id`: another disk or device of the VM is called \"x\"",
+        ),
+        (
+            r#"[{"path": "a.raw", "num_queues": 0}]"#,
+            "`disks[0].num_queues`: a disk cannot have 0 queues",
+        ),
+        (
+            r#"[{"path": "a.raw", "queue_size": 100}]"#,
+            "`disks[0].queue_size`: a queue cannot have 100 entries",
+        ),
+        (
+            r#"[{"path": "a.raw", "serial": "a b"}]"#,
+            "`disks[0].serial`: it is no serial number",
+        ),
+        (
+            r#"[{"path": "a.raw", "direct": true}]"#,
+            "`disks[0].direct`: true is not supported yet",
+        ),
+        (
+            r#"[{"path": "a.raw", "vhost_user": true}]"#,
+            "`disks[0].vhost_user`: true is not supported yet",
+        ),
+        (r#"[{"readonly": true}]"#, "path"),
+    ] {
+        let refusal = folder.refusal(&disks(text));
+        assert!(refusal.contains(expected), "{refusal}");
+        assert!(refusal.starts_with("vm.json:2:"), "{refusal}");
+    }
+}
+
+#[test]
 fn a_command_line_is_as_long_as_a_kernel_takes() {
     let folder = Folder::new();
     let file = |length| {
@@ -644,7 +705,7 @@ fn the_schema_knows_every_key() {
             "{path}"
         );
     }
-    assert_eq!(at("/properties/disks/enum"), &serde_json::json!([[], null]));
+    assert_eq!(at("/properties/fs/enum"), &serde_json::json!([[], null]));
     assert_eq!(at("/properties/payload/additionalProperties"), false);
 }
 

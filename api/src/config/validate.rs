@@ -1,5 +1,6 @@
 //! Turns what a user wrote into what the VMM takes; this conversion is the validation.
 
+mod disks;
 mod place;
 mod planned;
 
@@ -152,6 +153,13 @@ fn build(
     };
     let memory = mistakes.keep(memory);
     let devices = mistakes.keep(devices(config.devices, config.aliases, plan, context));
+    let own_disks = config.disks.unwrap_or_default();
+    let disks = disks::disks(
+        own_disks,
+        devices.as_deref().unwrap_or_default(),
+        context,
+        mistakes,
+    );
     let asks_for_slots = config.hotplug.is_some();
     let hotplug = mistakes.keep(hotplug(config.hotplug, context));
     let serial = mistakes.keep(serial(config.serial.unwrap_or_default(), context));
@@ -164,6 +172,7 @@ fn build(
         nodes: place::nodes(config.numa_nodes),
         memory: memory?,
         devices: devices?,
+        disks,
         serial: serial?,
         pvpanic: config.pvpanic.unwrap_or(true),
         hotplug: hotplug?,

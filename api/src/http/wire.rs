@@ -1,5 +1,6 @@
 //! The bodies of the API as JSON: the names of Cloud Hypervisor's OpenAPI document, and what is added.
 
+mod disk;
 mod event;
 mod place;
 
@@ -14,6 +15,7 @@ use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use disk::Disk;
 pub use event::{Event, EventLine};
 pub use place::{Affinity, Placement};
 
@@ -112,6 +114,9 @@ pub struct Config {
     /// Its slots for devices to come.
     #[serde(default)]
     pub hotplug: Hotplug,
+    /// Its disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
     /// Its serial port.
     pub serial: Serial,
     /// Its console, which gantry does not have.
@@ -371,6 +376,7 @@ impl From<&command::VmInfo> for VmInfo {
                     NumaPolicy::Only(nodes) => Some(nodes.iter().collect()),
                 },
                 hotplug: Hotplug::from(&config.hotplug),
+                disks: config.disks.iter().map(Disk::from).collect(),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
                 pvpanic: config.pvpanic,

@@ -85,6 +85,11 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
         {"alias": "gpu", "traits": "CUSTOM_A", "resource_class": "CUSTOM_B", "isolate": true},
         {"path": "01:00.0"},
     ]);
+    let image = bed.folder.path().join("disk.raw");
+    std::fs::write(&image, [0; 1024]).unwrap();
+    config["disks"] = serde_json::json!([
+        {"path": image, "readonly": true, "serial": "S1", "id": "root", "num_queues": 2, "queue_size": 64},
+    ]);
     assert_eq!(bed.put("vm.create", &config.to_string()).0, 204);
     let told = || {
         let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
@@ -96,6 +101,7 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     assert_eq!(first["cpus"]["max_phys_bits"], 40);
     assert_eq!(first["pvpanic"], false);
     assert_eq!(first["platform"], config["platform"]);
+    assert_eq!(first["disks"], config["disks"]);
     let path = "/sys/bus/pci/devices/0000:01:00.0";
     assert_eq!(first["devices"][2]["path"], path);
     let again = |config: &Value| {

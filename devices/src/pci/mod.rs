@@ -6,7 +6,7 @@ mod bdf;
 pub mod capability;
 mod config;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 pub mod firmware;
 mod host_bridge;
 pub mod interrupts;

@@ -25,6 +25,7 @@
 mod api;
 mod check;
 mod demand;
+mod disks;
 mod endings;
 mod errors;
 mod hotplug;
@@ -76,6 +77,7 @@ const SUITES: &[Suite] = &[
             ("launch", launch::MORE),
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
+            ("disks", disks::CASES),
             ("api", api::CASES),
             ("hotplug", api::HOTPLUG),
             ("endings", endings::CASES),

@@ -178,7 +178,7 @@ fn interrupts(host: &Host, kind: &str) -> Result<u64> {
 }
 
 /// Switches the counting of exits to user space; how many there were since it was switched on.
-fn count_exits(host: &Host, on: bool) -> Result<u64> {
+pub fn count_exits(host: &Host, on: bool) -> Result<u64> {
     let script = format!(
         "cd /sys/kernel/tracing && echo {} >events/kvm/kvm_userspace_exit/enable &&
          {{ grep -c kvm_userspace_exit: trace; echo >trace; }}",

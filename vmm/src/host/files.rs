@@ -8,7 +8,7 @@ use gantry_resources::base::{open_below, open_regular};
 use gantry_vfio::pci::{RomError, RomImage};
 use nix::fcntl::OFlag;
 
-use crate::config::{SerialMode, VmConfig};
+use crate::config::{DiskConfig, SerialMode, VmConfig};
 use crate::process::sandbox::{Output, VmFiles};
 
 /// A file named in the VM's file cannot be used.
@@ -53,16 +53,22 @@ pub enum FileError {
 pub fn of_vm(config: &VmConfig) -> VmFiles {
     let payload = &config.payload;
     let folders = config.folders.as_ref();
+    let (read_only, written): (Vec<_>, Vec<_>) =
+        config.disks.iter().partition(|disk| disk.read_only);
+    let path = |disk: &DiskConfig| disk.path.clone();
+    let mut read: Vec<PathBuf> = match folders {
+        Some(folders) => vec![folders.payload.clone()],
+        None => {
+            let roms = config.devices.iter().filter_map(|device| device.rom.file());
+            let roms = roms.chain(&config.hotplug.roms);
+            let boot = [Some(&payload.kernel), payload.initramfs.as_ref()];
+            boot.into_iter().flatten().chain(roms).cloned().collect()
+        }
+    };
+    read.extend(read_only.into_iter().map(path));
     VmFiles {
-        read: match folders {
-            Some(folders) => vec![folders.payload.clone()],
-            None => {
-                let roms = config.devices.iter().filter_map(|device| device.rom.file());
-                let roms = roms.chain(&config.hotplug.roms);
-                let boot = [Some(&payload.kernel), payload.initramfs.as_ref()];
-                boot.into_iter().flatten().chain(roms).cloned().collect()
-            }
-        },
+        read,
+        write: written.into_iter().map(path).collect(),
         output: match (&config.serial, folders) {
             (SerialMode::Off | SerialMode::Null, _) => None,
             (SerialMode::Tty, _) => Some(Output::Stdout),

@@ -1,5 +1,6 @@
 //! KVM: the virtual machine, its interrupt controller, memory slots, interrupt routes and vCPUs.
 
+mod doorbells;
 mod routes;
 mod slots;
 mod vcpu;
@@ -13,6 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
+pub use doorbells::Doorbell;
 pub use routes::GsiRoutes;
 pub use slots::{MemorySlots, SlotGuard};
 pub use vcpu::{Exit, ExitHandler, PostedWrites, Vcpu};

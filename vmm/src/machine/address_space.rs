@@ -7,11 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use gantry_devices::bus::{Bus, BusDevice, BusError};
 use gantry_devices::mapping::HostMapping;
 use gantry_devices::pci::{BarGuard, BarPlacement, BarSpace, BarSpaceError, Segment, SegmentKind};
+use kvm_ioctls::{IoEventAddress, VmFd};
 
-use crate::kvm::{MemorySlots, SlotGuard};
+use crate::kvm::{Doorbell, MemorySlots, SlotGuard};
 
 /// Memory slots, MMIO and ports of one VM. Every insertion returns a guard that removes it when dropped.
 pub struct AddressSpace {
+    vm: Arc<VmFd>,
     slots: Arc<MemorySlots>,
     mmio: Arc<Bus>,
     ports: Arc<Bus>,
@@ -20,10 +22,11 @@ pub struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// An empty address space over a VM's memory slots.
-    pub fn new(slots: Arc<MemorySlots>) -> Self {
+    /// The empty address space of a VM.
+    pub fn new(vm: &Arc<VmFd>) -> Self {
         Self {
-            slots,
+            vm: Arc::clone(vm),
+            slots: MemorySlots::new(Arc::clone(vm)),
             mmio: Arc::default(),
             ports: Arc::default(),
             memory_claims: Arc::default(),
@@ -54,11 +57,9 @@ impl AddressSpace {
             size,
             source,
         })?;
-        Ok(Guard {
-            trapped: Vec::new(),
-            slots: vec![slot],
-            _claim: claim,
-        })
+        let mut guard = Guard::empty(claim);
+        guard.slots.push(slot);
+        Ok(guard)
     }
 
     /// Has `device` answer the `len` bytes of memory from `base` on.
@@ -100,11 +101,7 @@ impl AddressSpace {
     /// The range is taken or makes no sense.
     pub fn reserve(&self, base: u64, len: u64) -> Result<Guard, BusError> {
         let claim = Claims::claim(&self.memory_claims, base, len)?;
-        Ok(Guard {
-            trapped: Vec::new(),
-            slots: Vec::new(),
-            _claim: claim,
-        })
+        Ok(Guard::empty(claim))
     }
 
     fn map_segment(
@@ -131,6 +128,19 @@ impl AddressSpace {
                 let slot = slot.map_err(|source| slot_error(base, size, source))?;
                 guard.slots.push(slot);
             }
+            SegmentKind::Doorbells { stride, events } => {
+                for (index, event) in (0..).zip(events.iter()) {
+                    let at = base.saturating_add(index * stride);
+                    let at = match placement.io {
+                        true => IoEventAddress::Pio(at),
+                        false => IoEventAddress::Mmio(at),
+                    };
+                    let doorbell = Doorbell::new(&self.vm, at, event);
+                    guard
+                        .doorbells
+                        .push(doorbell.map_err(|source| slot_error(base, *stride, source))?);
+                }
+            }
         }
         Ok(())
     }
@@ -152,12 +162,9 @@ fn trap(
     device: Arc<dyn BusDevice>,
 ) -> Result<Guard, BusError> {
     let claim = Claims::claim(claims, base, len)?;
-    let trapped = vec![Trapped::insert(bus, base, len, device)?];
-    Ok(Guard {
-        trapped,
-        slots: Vec::new(),
-        _claim: claim,
-    })
+    let mut guard = Guard::empty(claim);
+    guard.trapped.push(Trapped::insert(bus, base, len, device)?);
+    Ok(guard)
 }
 
 impl BarSpace for AddressSpace {
@@ -168,11 +175,7 @@ impl BarSpace for AddressSpace {
             &self.memory_claims
         };
         let claim = Claims::claim(claims, placement.base, placement.size)?;
-        let mut guard = Guard {
-            trapped: Vec::new(),
-            slots: Vec::new(),
-            _claim: claim,
-        };
+        let mut guard = Guard::empty(claim);
         for segment in placement.segments.iter() {
             self.map_segment(placement, segment, &mut guard)?;
         }
@@ -183,9 +186,22 @@ impl BarSpace for AddressSpace {
 /// A range of the address space. Dropping it removes the range.
 pub struct Guard {
     // Dropped in this order: first the handlers, last the claim to the range.
+    doorbells: Vec<Doorbell>,
     trapped: Vec<Trapped>,
     slots: Vec<SlotGuard>,
     _claim: Claim,
+}
+
+impl Guard {
+    /// A range in which there is nothing yet.
+    fn empty(claim: Claim) -> Self {
+        Self {
+            doorbells: Vec::new(),
+            trapped: Vec::new(),
+            slots: Vec::new(),
+            _claim: claim,
+        }
+    }
 }
 
 /// A range on a bus. Dropping it removes the range.

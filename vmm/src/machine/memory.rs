@@ -1,12 +1,12 @@
 //! Guest RAM: private anonymous memory, one mapping for each range of the layout.
-#![allow(unsafe_code)] // vm-memory takes our mappings by raw address.
+#![allow(unsafe_code)] // The program's own pages are released by address.
 
 use std::io;
 use std::sync::Arc;
 
 use gantry_devices::mapping::HostMapping;
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use gantry_devices::ram::{RamRanges, RamView};
+use vm_memory::GuestMemoryMmap;
 
 use crate::host::placement::VmPlacement;
 use crate::layout::RamRange;
@@ -24,8 +24,7 @@ pub struct RamRegion {
 
 /// The guest's RAM. No page of it exists before it is touched or pinned.
 pub struct GuestRam {
-    // Declared first: it refers to the regions' memory by address and must go before them.
-    memory: GuestMemoryMmap,
+    view: RamView,
     regions: Vec<RamRegion>,
 }
 
@@ -39,25 +38,25 @@ impl GuestRam {
             .iter()
             .map(|range| RamRegion::new(range, placement))
             .collect::<io::Result<Vec<_>>>()?;
-        let views = regions
-            .iter()
-            .map(RamRegion::view)
-            .collect::<io::Result<Vec<_>>>()?;
-        let memory = GuestMemoryMmap::from_regions(views).map_err(io::Error::other)?;
-        Ok(Self { memory, regions })
+        let ranges = regions.iter();
+        let ranges = ranges.map(|region| (region.guest, Arc::clone(&region.mapping)));
+        let view = RamView::new(ranges.collect())?;
+        Ok(Self { view, regions })
     }
 
     /// For reading and writing by guest-physical address.
     pub fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+        self.view.memory()
+    }
+
+    /// For emulated devices, which may outlive this value.
+    pub fn view(&self) -> RamView {
+        self.view.clone()
     }
 
     /// The ranges as devices are to see them.
-    pub fn ranges(&self) -> Arc<[(u64, Arc<HostMapping>)]> {
-        let ranges = self.regions.iter();
-        ranges
-            .map(|region| (region.guest, Arc::clone(&region.mapping)))
-            .collect()
+    pub fn ranges(&self) -> RamRanges {
+        Arc::clone(self.view.ranges())
     }
 
     /// The ranges, in guest-physical order.
@@ -83,18 +82,6 @@ impl RamRegion {
             guest: range.start,
             mapping: Arc::new(mapping),
         })
-    }
-
-    fn view(&self) -> io::Result<GuestRegionMmap> {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let (start, len) = (self.mapping.as_ptr(), self.mapping.size());
-        // SAFETY: the range is mapped so for as long as the region's `HostMapping` lives, which
-        // `GuestRam` drops only after the view; vm-memory does not unmap what it did not map.
-        let region = unsafe { MmapRegion::build_raw(start, len, protection, flags) };
-        let region = region.map_err(io::Error::other)?;
-        GuestRegionMmap::new(region, GuestAddress(self.guest))
-            .ok_or_else(|| io::Error::other("guest RAM runs past the end of the address space"))
     }
 }
 

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::boot::acpi::HotSlot;
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
-use crate::kvm::{GsiRoutes, KvmVm, MemorySlots};
+use crate::kvm::{GsiRoutes, KvmVm};
 use crate::layout::{self, Layout};
 use crate::process::error::cannot;
 pub use address_space::AddressSpace;
@@ -68,7 +68,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine as planned. The first `ports` root ports are for the devices that the VM starts with.
+    /// Builds the machine as planned. The first `ports` root ports are for the devices that the VM starts with, the
+    /// last of them for its disks.
     ///
     /// # Errors
     /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
@@ -86,14 +87,16 @@ impl Machine {
             .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout)?);
         let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
-        // In a VM with hot-plug slots, the devices at boot can be detached, too.
+        // In a VM with hot-plug slots, the devices at boot can be detached, too, but not its disks.
+        let disks = ports.saturating_sub(config.disks.len())..ports;
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
-        let hot_slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
+        let hot_slots = all.filter(|slot| hot > 0 && !disks.contains(&slot.port.get()));
+        let hot_slots: Vec<HotSlot> = hot_slots.collect();
         let trigger = connect_irq(&routes, layout::EVENT_GSI)?;
         let slot_ports = hot_slots.iter().map(|slot| slot.port);
         let events = Arc::new(PlatformEvents::new(slot_ports.clone(), trigger));
         let mut machine = Self {
-            space: Arc::new(AddressSpace::new(MemorySlots::new(Arc::clone(kvm.vm())))),
+            space: Arc::new(AddressSpace::new(kvm.vm())),
             ram,
             routes,
             slots: SlotTable::new(slot_ports, &pci, &events),

@@ -18,6 +18,7 @@ use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
+use crate::disks::{self, Disks};
 use crate::error::Error;
 use crate::host::files::{FileError, read_rom};
 use crate::host::placement::VmPlacement;
@@ -54,6 +55,7 @@ impl Vm {
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(config)?;
         let roms = read_roms(config)?;
+        let disks = disks::open_all(config)?;
         let kvm = KvmVm::new()?;
         preflight::check_vcpus(config.vcpus, kvm.kvm().get_max_vcpus())?;
         let features = offered(config, &kvm)?;
@@ -62,15 +64,15 @@ impl Vm {
             vm: config.name.clone(),
             pid: std::process::id(),
         };
-        let hot = match config.hotplug.slots {
-            0 => None,
-            _ => Some(HotplugSetup::new(host, &holder, &kvm, roms.clone())?),
-        };
+        let hot = (config.hotplug.slots > 0)
+            .then(|| HotplugSetup::new(host, &holder, &kvm, roms.clone()))
+            .transpose()?;
         let acquired = acquire(config, context, &roms, &holder, hot.as_ref(), &kvm)?;
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
         let placement = place_vm(config, &acquired, &later, host)?;
-        let ports = arrange(&acquired.functions()).len();
+        let slots = arrange(&acquired.functions()).len();
+        let ports = slots + disks.len();
         let space = acquired.space().cloned();
         let layout = plan(config, &features, &acquired, ports, &later)?;
         let mut machine = Machine::new(&kvm, &layout, config, ports, &placement)?;
@@ -80,9 +82,10 @@ impl Vm {
 
         let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
         devices.plug_at_boot(opened)?;
+        let disks = Disks::plug(disks, config, &machine, slots, &features, sandbox)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
-            hot.confine(&placement, limit(config, ports))?;
+            hot.confine(&placement, limit(config, slots))?;
             devices.open_slots(hot.worker(space.as_ref(), config, &machine, &layout, context)?);
         }
         let declared = space.is_none() && !config.hotplug.from.is_empty();
@@ -99,6 +102,7 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
+            disks,
             _prefault: prefault.transpose()?,
             interrupts: File::open(host.proc.join("interrupts")).ok(),
             machine,

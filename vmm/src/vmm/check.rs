@@ -6,6 +6,7 @@ use gantry_resources::base::HostPaths;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::config::VmConfig;
+use crate::disks;
 use crate::error::Error;
 use crate::host::preflight;
 use crate::layout::{Layout, LayoutInputs};
@@ -15,13 +16,14 @@ use crate::vm::OpenPayload;
 /// As much of the VM's memory as the check needs: kernels and their initramfs lie below 4 GiB.
 const ENOUGH: u64 = 4 << 30;
 
-/// Checks that the host has room for the VM, and that its kernel and initramfs can be booted and fit into its
-/// memory.
+/// Checks that the host has room for the VM, that its disks can be opened, and that its kernel and initramfs can be
+/// booted and fit into its memory.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), Error> {
     preflight::check_host(config, host)?;
+    disks::open_all(config)?;
     let layout = Layout::plan(&LayoutInputs {
         root_ports: 0,
         ram: config.memory.bytes().min(ENOUGH),

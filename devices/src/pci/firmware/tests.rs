@@ -76,7 +76,10 @@ fn check(ports: &[PortRequest], plans: &[PortPlan], host: &HostWindows) {
         apart(windows);
     }
     let placed: usize = plans.iter().map(|plan| plan.bars.len()).sum();
-    assert_eq!(placed, ports.iter().map(|port| port.bars.len()).sum());
+    assert_eq!(
+        placed,
+        ports.iter().map(|port| port.bars.len()).sum::<usize>()
+    );
 }
 
 fn apart(mut ranges: Vec<Range<u64>>) {

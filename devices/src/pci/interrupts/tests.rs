@@ -221,7 +221,7 @@ impl Rig {
 fn an_emulated_device_raises_msix_vectors() {
     let rig = Rig::new();
     rig.unmask(2);
-    assert_eq!(rig.connected(), []);
+    assert!(rig.connected().is_empty());
     rig.msix(0x8000);
     assert_eq!(rig.calls(), ["enable Msix 3"]);
     assert_eq!(rig.connected(), [2]);
@@ -302,7 +302,7 @@ fn one_kind_is_enabled_at_a_time() {
     rig.1.reset();
     assert!(rig.0.lock().unwrap().routes.is_empty());
     rig.msix(0);
-    assert_eq!(rig.connected(), []);
+    assert!(rig.connected().is_empty());
 }
 
 #[test]
@@ -323,7 +323,7 @@ fn the_pin_gives_way_to_messages_and_comes_back_after_them() {
             MessageKind::Msix => rig.msix(0x8000),
         }
         assert!(matches!(rig.1.mode(), InterruptMode::Messages(on, _) if on == kind));
-        assert_eq!(rig.0.lock().unwrap().lines, []);
+        assert!(rig.0.lock().unwrap().lines.is_empty());
         match kind {
             MessageKind::Msi => rig.msi(2, &[0]),
             MessageKind::Msix => rig.msix(0),
@@ -342,5 +342,5 @@ fn the_pin_gives_way_to_messages_and_comes_back_after_them() {
     assert_eq!(rig.calls(), calls);
     rig.follow(true);
     rig.1.reset();
-    assert_eq!(rig.0.lock().unwrap().lines, []);
+    assert!(rig.0.lock().unwrap().lines.is_empty());
 }

@@ -660,7 +660,7 @@ proptest! {
             .flat_map(|bar| bar.segments.iter())
             .filter_map(|segment| match &segment.kind {
                 SegmentKind::Trapped { device, .. } => Some(Arc::clone(device)),
-                SegmentKind::Direct(_) => None,
+                SegmentKind::Direct(_) | SegmentKind::Doorbells { .. } => None,
             })
             .collect();
         let space = FakeSpace(&device);

@@ -28,6 +28,8 @@ const ABI_KNOWN: ABI = ABI::V6;
 pub struct VmFiles {
     /// Files and folders that it reads.
     pub read: Vec<PathBuf>,
+    /// Files that it reads and writes.
+    pub write: Vec<PathBuf>,
     /// Where its output goes, if anywhere.
     pub output: Option<Output>,
 }
@@ -182,6 +184,8 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     rules.extend(shared_quarantine(host).map(|path| rule(&path, read)));
     let named = files.read.iter();
     rules.extend(named.map(|path| rule(path, AccessFs::ReadFile.into())));
+    let written = files.write.iter();
+    rules.extend(written.map(|path| rule(path, AccessFs::ReadFile | AccessFs::WriteFile)));
     let make = write | AccessFs::ReadFile | AccessFs::MakeReg;
     match &files.output {
         None => {}
@@ -220,6 +224,7 @@ mod tests {
     fn files(folder: &Path, output: Option<Output>) -> VmFiles {
         VmFiles {
             read: vec![folder.join("vmlinux")],
+            write: Vec::new(),
             output,
         }
     }

@@ -136,6 +136,18 @@ const LEASES: &[c_long] = &[
     libc::SYS_clock_nanosleep,
 ];
 
+/// Reading and writing a disk at offsets, and waiting for the driver's notifications.
+const DISK: &[c_long] = &[
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_pwrite64,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+];
+
 /// The opener sends descriptors.
 const DESCRIPTORS: &[c_long] = &[libc::SYS_recvmsg];
 
@@ -170,6 +182,7 @@ const VM_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
     takes::<kvm::kvm_irqfd>(0x76),                   // KVM_IRQFD
     takes::<kvm::kvm_irq_routing>(0x6a),             // KVM_SET_GSI_ROUTING
+    takes::<kvm::kvm_ioeventfd>(0x79),               // KVM_IOEVENTFD
 ];
 
 const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
@@ -250,6 +263,11 @@ pub fn dma() -> Rules {
     rules(&[], &[DMA_REQUESTS])
 }
 
+/// A thread that serves a virtual disk.
+pub fn disk() -> Rules {
+    rules(&[DISK], &[])
+}
+
 /// The thread that speaks with clients.
 pub fn api() -> Rules {
     rules(&[CLIENTS], &[])
@@ -306,7 +324,7 @@ mod tests {
 
     #[test]
     fn every_role_may_end_itself_and_none_may_open_or_remove_files_or_run_programs() {
-        for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
+        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
             let allowed = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(allowed(libc::SYS_exit) && allowed(libc::SYS_exit_group));
             for number in [
@@ -328,7 +346,7 @@ mod tests {
 
     #[test]
     fn no_role_may_do_what_is_never_done() {
-        for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
+        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
             let allowed = rules.iter().find(|(call, _)| is_never_made(*call));
             assert_eq!(allowed.map(|(call, _)| call), None);
         }
@@ -336,7 +354,7 @@ mod tests {
 
     #[test]
     fn only_roles_that_make_threads_may_clone() {
-        for rules in [vcpu(), device(), dma(), api()] {
+        for rules in [vcpu(), device(), dma(), disk(), api()] {
             let may = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(!may(libc::SYS_clone) && !may(libc::SYS_clone3));
         }
@@ -348,7 +366,7 @@ mod tests {
 
     #[test]
     fn ioctls_executable_memory_and_signals_are_never_free() {
-        for rules in [control(), vcpu(), device(), dma(), api(), attach()] {
+        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
             for number in [
                 libc::SYS_ioctl,
                 libc::SYS_mmap,

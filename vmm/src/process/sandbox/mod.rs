@@ -38,6 +38,7 @@ pub struct Sandbox {
     vcpu: Filter,
     device: Filter,
     dma: Filter,
+    disk: Filter,
     api: Filter,
     attach: Filter,
 }
@@ -59,6 +60,7 @@ impl Sandbox {
             vcpu: Filter::compile(mode, filters::vcpu())?,
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
+            disk: Filter::compile(mode, filters::disk())?,
             api: Filter::compile(mode, filters::api())?,
             attach: Filter::compile(mode, filters::attach())?,
         })
@@ -92,6 +94,7 @@ impl Sandbox {
             Role::Vcpu(_) => self.vcpu.clone(),
             Role::Device => self.device.clone(),
             Role::Dma => self.dma.clone(),
+            Role::Disk => self.disk.clone(),
             Role::Api => self.api.clone(),
             Role::Attach => self.attach.clone(),
             Role::Vm => Filter(None),

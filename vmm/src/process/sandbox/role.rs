@@ -20,6 +20,8 @@ pub enum Role {
     Device,
     /// Makes guest RAM present and maps it for the devices.
     Dma,
+    /// Serves the queues of a virtual disk.
+    Disk,
 }
 
 impl fmt::Display for Role {
@@ -32,6 +34,7 @@ impl fmt::Display for Role {
             Self::Attach => f.write_str("attach"),
             Self::Device => f.write_str("device"),
             Self::Dma => f.write_str("dma"),
+            Self::Disk => f.write_str("disk"),
         }
     }
 }

@@ -1,0 +1,38 @@
+//! Disks in the API.
+
+use std::path::PathBuf;
+
+use gantry_vmm::DiskConfig;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A virtio disk of a VM.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Disk {
+    /// Its name.
+    pub id: String,
+    /// Its image or block device.
+    pub path: PathBuf,
+    /// Whether the guest may not write to it.
+    pub readonly: bool,
+    /// Its serial number in the guest, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Number of its queues.
+    pub num_queues: u16,
+    /// Size of each queue.
+    pub queue_size: u16,
+}
+
+impl From<&DiskConfig> for Disk {
+    fn from(disk: &DiskConfig) -> Self {
+        Self {
+            id: disk.id.clone(),
+            path: disk.path.clone(),
+            readonly: disk.read_only,
+            serial: Some(disk.serial.clone()).filter(|serial| !serial.is_empty()),
+            num_queues: disk.queues.count,
+            queue_size: disk.queues.size,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The file or block device behind a disk, accessed at offsets and straight from guest RAM.
+#![allow(unsafe_code)] // preadv2 and pwritev2 on guest RAM.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::super::Segments;
+
+/// Bytes of a sector, the unit of all offsets and lengths (section 5.2).
+pub const SECTOR: u64 = 512;
+/// The most buffers that one system call takes (`UIO_MAXIOV`).
+const MAX_VECTORS: usize = 1024;
+/// Zeros that are written where the file cannot make a range read as zeros.
+const ZEROS: usize = 64 << 10;
+
+/// An open disk. Only this process writes to it.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    len: u64,
+    block_size: u32,
+    read_only: bool,
+}
+
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the disk into guest RAM.
+    Read,
+    /// From guest RAM to the disk; the disk has them for good before the call returns if `durable`.
+    Write { durable: bool },
+}
+
+impl Disk {
+    /// The first `len` bytes of `file`, a multiple of [`SECTOR`], whose blocks have `block_size` bytes.
+    pub fn new(file: File, len: u64, block_size: u32, read_only: bool) -> Self {
+        Self {
+            file,
+            len: len / SECTOR * SECTOR,
+            block_size,
+            read_only,
+        }
+    }
+
+    /// Its size in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.len / SECTOR
+    }
+
+    /// Bytes of a block: accesses of less cost the disk more.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Whether it cannot be written.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The offset of a range, if all of the range lies on the disk.
+    pub fn offset(&self, sector: u64, len: u64) -> Option<u64> {
+        let offset = sector.checked_mul(SECTOR)?;
+        let end = offset.checked_add(len)?;
+        (end <= self.len).then_some(offset)
+    }
+
+    /// Moves bytes between the disk from `offset` on and all of `segments`.
+    ///
+    /// # Errors
+    /// The disk fails, or ends early.
+    pub fn transfer(&self, how: Transfer, offset: u64, segments: &Segments<'_>) -> io::Result<()> {
+        let mut vectors: Vec<libc::iovec> = segments
+            .slices()
+            .iter()
+            .filter(|slice| !slice.is_empty())
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect();
+        let (mut at, mut rest) = (offset, vectors.as_mut_slice());
+        while !rest.is_empty() {
+            let done = self.once(how, at, rest)?;
+            at += done as u64;
+            rest = advance(rest, done);
+        }
+        Ok(())
+    }
+
+    fn once(&self, how: Transfer, offset: u64, vectors: &[libc::iovec]) -> io::Result<usize> {
+        let fd = self.file.as_raw_fd();
+        let count = vectors.len().min(MAX_VECTORS) as libc::c_int;
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        loop {
+            let moved = match how {
+                // SAFETY: each vector lies in guest RAM, which the caller's segments keep mapped during the call
+                // and which nobody in this process has references to.
+                Transfer::Read => unsafe { libc::preadv2(fd, vectors.as_ptr(), count, offset, 0) },
+                Transfer::Write { durable } => {
+                    let flags = match durable {
+                        true => libc::RWF_DSYNC,
+                        false => 0,
+                    };
+                    // SAFETY: as above.
+                    unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
+                }
+            };
+            match usize::try_from(moved) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(moved) => return Ok(moved),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Has the disk keep for good what was written before.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Gives the space of a range back, where the file system or device can do that.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match self.allocate(punch, offset, len) {
+            // A hint that nobody can follow.
+            Err(Errno::EOPNOTSUPP) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    /// Makes a range read as zeros. Its space may be given back if `unmap`.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let keep = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE | keep;
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | keep;
+        let first = match unmap {
+            true => punch,
+            false => zero,
+        };
+        match self.allocate(first, offset, len) {
+            Err(Errno::EOPNOTSUPP) => self.write_zeros(offset, len),
+            done => Ok(done?),
+        }
+    }
+
+    fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let zeros = vec![0; ZEROS];
+        let mut done = 0;
+        while done < len {
+            let here = (len - done).min(ZEROS as u64);
+            self.file
+                .write_all_at(&zeros[..here as usize], offset + done)?;
+            done += here;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> nix::Result<()> {
+        let signed = |value: u64| libc::off_t::try_from(value).map_err(|_| Errno::EFBIG);
+        let (offset, len) = (signed(offset)?, signed(len)?);
+        loop {
+            match fallocate(&self.file, flags, offset, len) {
+                Err(Errno::EINTR) => {}
+                done => return done,
+            }
+        }
+    }
+}
+
+/// The vectors without their first `done` bytes.
+fn advance(vectors: &mut [libc::iovec], done: usize) -> &mut [libc::iovec] {
+    let (mut left, mut whole) = (done, 0);
+    for vector in vectors.iter_mut() {
+        if left < vector.iov_len {
+            vector.iov_base = vector.iov_base.wrapping_byte_add(left);
+            vector.iov_len -= left;
+            break;
+        }
+        left -= vector.iov_len;
+        whole += 1;
+    }
+    &mut vectors[whole..]
+}

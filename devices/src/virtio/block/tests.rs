@@ -1,0 +1,297 @@
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::disk::Disk;
+use super::request::{SERIAL_LEN, Service};
+use super::serve::drain_for_tests as drain;
+use crate::virtio::signals::Signals;
+use crate::virtio::testing::{AVAILABLE, DESCRIPTORS, Driver, INDIRECT, RAM, USED, WRITE, ram};
+use crate::virtio::{ActiveQueue, QueueSignal};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+const HEADER: u64 = 0x8000;
+const STATUS: u64 = 0x8100;
+const DATA: u64 = 0x1_0000;
+const SIZE: u16 = 16;
+const SECTORS: u64 = 64;
+/// Neither a status nor what a disk would write.
+const UNTOUCHED: u8 = 0xee;
+
+/// A disk of [`SECTORS`] sectors whose bytes count up, and its driver.
+struct Rig {
+    driver: Driver,
+    queue: ActiveQueue,
+    signals: Arc<Signals>,
+    disk: Disk,
+    file: File,
+}
+
+impl Rig {
+    fn new(read_only: bool) -> Self {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &content()).unwrap();
+        let disk = Disk::new(file.try_clone().unwrap(), SECTORS * 512, 512, read_only);
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
+        queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
+        queue.set_used_ring_address(Some(USED as u32), None);
+        queue.set_ready(true);
+        let signals = Signals::new(1);
+        let queue = ActiveQueue {
+            index: 0,
+            queue,
+            kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            signal: QueueSignal::new(&signals, 0),
+        };
+        let driver = Driver::new(ram(), SIZE);
+        driver.write(STATUS, &[UNTOUCHED]);
+        Self {
+            driver,
+            queue,
+            signals,
+            disk,
+            file,
+        }
+    }
+
+    fn header(&self, kind: u32, sector: u64) {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&sector.to_le_bytes());
+        self.driver.write(HEADER, &bytes);
+    }
+
+    /// Whether the driver has kept to the rules.
+    fn serve(&mut self) -> bool {
+        let service = Service {
+            disk: &self.disk,
+            serial: b"a serial number of 2",
+            write_through: true,
+        };
+        drain(&mut self.queue, self.driver.ram.memory(), &service)
+    }
+
+    /// The status of a request whose data is in these buffers.
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> u8 {
+        self.header(kind, sector);
+        let mut buffers = vec![(HEADER, 16, false)];
+        buffers.extend_from_slice(data);
+        buffers.push((STATUS, 1, true));
+        self.driver.offer(&buffers);
+        assert!(self.serve());
+        self.driver.read(STATUS, 1)[0]
+    }
+
+    fn on_disk(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.file.seek(SeekFrom::Start(0)).unwrap();
+        self.file.read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+}
+
+fn content() -> Vec<u8> {
+    (0..SECTORS * 512).map(|at| (at / 3) as u8).collect()
+}
+
+#[test]
+fn sectors_are_read_into_any_buffers() {
+    let mut rig = Rig::new(true);
+    let status = rig.request(
+        IN,
+        2,
+        &[
+            (DATA, 100, true),
+            (DATA + 100, 0, true),
+            (DATA + 100, 924, true),
+        ],
+    );
+    assert_eq!(status, OK);
+    assert_eq!(rig.driver.read(DATA, 1024), content()[1024..2048]);
+    assert_eq!(rig.driver.written(), 1025);
+    assert_eq!(rig.driver.used(), 1);
+}
+
+#[test]
+fn sectors_are_written_and_flushed() {
+    let mut rig = Rig::new(false);
+    rig.driver.write(DATA, &[7; 512]);
+    assert_eq!(rig.request(OUT, SECTORS - 1, &[(DATA, 512, false)]), OK);
+    assert_eq!(rig.request(FLUSH, 0, &[]), OK);
+    let disk = rig.on_disk();
+    assert_eq!(disk[..63 * 512], content()[..63 * 512]);
+    assert_eq!(disk[63 * 512..], [7; 512]);
+}
+
+#[test]
+fn what_does_not_fit_the_disk_fails_and_moves_nothing() {
+    let mut rig = Rig::new(false);
+    rig.driver.write(DATA, &[7; 2048]);
+    for (sector, len) in [
+        (SECTORS, 512),
+        (SECTORS - 1, 1024),
+        (0, 511),
+        (u64::MAX, 512),
+        (u64::MAX / 512, 512),
+    ] {
+        assert_eq!(
+            rig.request(OUT, sector, &[(DATA, len, false)]),
+            IO_ERROR,
+            "{sector}"
+        );
+        assert_eq!(
+            rig.request(IN, sector, &[(DATA, len, true)]),
+            IO_ERROR,
+            "{sector}"
+        );
+    }
+    assert_eq!(rig.driver.read(DATA, 2048), [7; 2048]);
+    assert_eq!(rig.on_disk(), content());
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let mut rig = Rig::new(true);
+    let mut range = [0; 16];
+    range[8] = 1;
+    rig.driver.write(DATA, &range);
+    assert_eq!(rig.request(OUT, 0, &[(DATA, 512, false)]), IO_ERROR);
+    assert_eq!(rig.request(DISCARD, 0, &[(DATA, 16, false)]), IO_ERROR);
+    assert_eq!(rig.request(WRITE_ZEROES, 0, &[(DATA, 16, false)]), IO_ERROR);
+    assert_eq!(rig.on_disk(), content());
+}
+
+#[test]
+fn the_serial_number_is_told_and_other_requests_are_not_known() {
+    let mut rig = Rig::new(true);
+    assert_eq!(
+        rig.request(GET_ID, 0, &[(DATA, SERIAL_LEN as u32, true)]),
+        OK
+    );
+    assert_eq!(rig.driver.read(DATA, 20), b"a serial number of 2");
+    assert_eq!(rig.request(GET_ID, 0, &[(DATA, 3, true)]), IO_ERROR);
+    assert_eq!(rig.request(99, 0, &[]), UNSUPPORTED);
+}
+
+#[test]
+fn ranges_are_filled_with_zeros() {
+    for flags in [0, 1] {
+        let mut rig = Rig::new(false);
+        for (at, (sector, sectors)) in [(1_u64, 2_u32), (10, 0), (60, 4)].into_iter().enumerate() {
+            let mut range = [0; 16];
+            range[..8].copy_from_slice(&sector.to_le_bytes());
+            range[8..12].copy_from_slice(&sectors.to_le_bytes());
+            range[12] = flags;
+            rig.driver.write(DATA + 16 * at as u64, &range);
+        }
+        assert_eq!(rig.request(WRITE_ZEROES, 0, &[(DATA, 48, false)]), OK);
+        let mut expected = content();
+        expected[512..3 * 512].fill(0);
+        expected[60 * 512..].fill(0);
+        assert_eq!(rig.on_disk(), expected);
+    }
+}
+
+#[test]
+fn a_bad_range_keeps_all_of_a_request_from_the_disk() {
+    let mut rig = Rig::new(false);
+    let mut ranges = [0; 32];
+    ranges[8] = 1;
+    ranges[16] = SECTORS as u8;
+    ranges[24] = 1;
+    rig.driver.write(DATA, &ranges);
+    assert_eq!(rig.request(WRITE_ZEROES, 0, &[(DATA, 32, false)]), IO_ERROR);
+    assert_eq!(rig.request(WRITE_ZEROES, 0, &[(DATA, 15, false)]), IO_ERROR);
+    assert_eq!(rig.request(DISCARD, 0, &[(DATA, 17 * 16, false)]), IO_ERROR);
+    ranges[12] = 2;
+    rig.driver.write(DATA, &ranges);
+    assert_eq!(
+        rig.request(WRITE_ZEROES, 0, &[(DATA, 16, false)]),
+        UNSUPPORTED
+    );
+    assert_eq!(rig.on_disk(), content());
+}
+
+#[test]
+fn a_driver_without_room_for_a_status_waits_for_its_reset() {
+    let mut rig = Rig::new(false);
+    rig.header(IN, 0);
+    rig.driver.offer(&[(HEADER, 16, false)]);
+    assert!(!rig.serve());
+    assert_eq!(rig.driver.used(), 0);
+}
+
+#[test]
+fn buffers_outside_of_ram_and_in_the_wrong_order_break_the_queue() {
+    for buffers in [
+        [(HEADER, 16, false), (RAM - 1, 512, true), (STATUS, 1, true)],
+        [
+            (HEADER, 16, false),
+            (u64::MAX - 1, 512, true),
+            (STATUS, 1, true),
+        ],
+        [(DATA, 512, true), (HEADER, 16, false), (STATUS, 1, true)],
+    ] {
+        let mut rig = Rig::new(false);
+        rig.header(IN, 0);
+        rig.driver.offer(&buffers);
+        assert!(!rig.serve());
+        assert_eq!(rig.driver.used(), 0);
+        assert_eq!(rig.on_disk(), content());
+    }
+}
+
+#[test]
+fn loops_and_indices_that_make_no_sense_end() {
+    // A descriptor that is its own successor: its bytes count as often as the queue is long.
+    let mut rig = Rig::new(false);
+    rig.header(IN, 0);
+    rig.driver.describe(DESCRIPTORS, DATA, 512, (WRITE | 1, 0));
+    rig.driver.make_available(0);
+    assert!(rig.serve());
+    // A head outside of the table.
+    rig.driver.make_available(SIZE);
+    assert!(!rig.serve());
+    // More chains than there are descriptors.
+    let mut rig = Rig::new(false);
+    rig.driver.set_available(SIZE + 1);
+    assert!(!rig.serve());
+    // An indirect table in an indirect table.
+    let mut rig = Rig::new(false);
+    rig.driver.describe(DESCRIPTORS, DATA, 32, (INDIRECT, 0));
+    rig.driver.describe(DATA, DATA, 32, (INDIRECT, 0));
+    rig.driver.make_available(0);
+    assert!(!rig.serve());
+    assert!(!rig.signals.is_broken(), "the worker tells, not the queue");
+}
+
+proptest! {
+    /// Whatever is in the rings, the device ends, and the disk is as it was: no request here writes.
+    #[test]
+    fn any_rings_are_survived(
+        rings in proptest::collection::vec(any::<u8>(), 0x400),
+        available in 0_u16..=SIZE,
+    ) {
+        let mut rig = Rig::new(true);
+        rig.driver.write(DESCRIPTORS, &rings);
+        rig.driver.write(AVAILABLE + 4, &rings[..64]);
+        rig.driver.set_available(available);
+        rig.serve();
+        prop_assert_eq!(rig.on_disk(), content());
+    }
+}

@@ -1,0 +1,196 @@
+//! The interrupts of a virtio device: which MSI-X vector each event has, and where the vectors lead.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::pci::IntxLine;
+use crate::pci::interrupts::{BackendError, ConnectError, InterruptBackend, MessageKind, Triggers};
+
+/// No vector: the event raises no interrupt (section 4.1.5.1.2).
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// The events of a device, one for its configuration and one for each queue, with their vectors.
+pub struct Signals {
+    config: AtomicU16,
+    queues: Vec<AtomicU16>,
+    vectors: Mutex<Vectors>,
+    /// The device cannot go on until the driver resets it.
+    broken: AtomicBool,
+}
+
+#[derive(Default)]
+struct Vectors {
+    connected: BTreeMap<u16, EventFd>,
+    /// Raised before the guest unmasked them for the first time.
+    pending: BTreeSet<u16>,
+}
+
+impl Signals {
+    /// The events of a device with so many queues. None of them has a vector.
+    pub fn new(queues: usize) -> Arc<Self> {
+        Arc::new(Self {
+            config: AtomicU16::new(NO_VECTOR),
+            queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            vectors: Mutex::default(),
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    /// How many vectors the device has: one for each event.
+    pub fn count(&self) -> u16 {
+        u16::try_from(self.queues.len() + 1).unwrap_or(u16::MAX)
+    }
+
+    /// The vector of the configuration.
+    pub fn config_vector(&self) -> u16 {
+        self.config.load(Ordering::Relaxed)
+    }
+
+    /// Sets the vector of the configuration; one that there is not becomes [`NO_VECTOR`].
+    pub fn set_config_vector(&self, vector: u16) {
+        self.config.store(self.checked(vector), Ordering::Relaxed);
+    }
+
+    /// The vector of a queue.
+    pub fn queue_vector(&self, queue: u16) -> u16 {
+        let queue = self.queues.get(usize::from(queue));
+        queue.map_or(NO_VECTOR, |vector| vector.load(Ordering::Relaxed))
+    }
+
+    /// Sets the vector of a queue; one that there is not becomes [`NO_VECTOR`].
+    pub fn set_queue_vector(&self, queue: u16, vector: u16) {
+        if let Some(queue) = self.queues.get(usize::from(queue)) {
+            queue.store(self.checked(vector), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the device needs a reset.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    /// Takes all vectors away from their events.
+    pub fn reset(&self) {
+        for event in self.queues.iter().chain([&self.config]) {
+            event.store(NO_VECTOR, Ordering::Relaxed);
+        }
+        self.broken.store(false, Ordering::Relaxed);
+    }
+
+    /// Says that the device cannot go on until the driver resets it (section 2.1.2).
+    pub fn break_device(&self) {
+        if !self.broken.swap(true, Ordering::Relaxed) {
+            self.raise(self.config_vector());
+        }
+    }
+
+    fn checked(&self, vector: u16) -> u16 {
+        match vector < self.count() {
+            true => vector,
+            false => NO_VECTOR,
+        }
+    }
+
+    fn raise(&self, vector: u16) {
+        if vector == NO_VECTOR {
+            return;
+        }
+        let mut vectors = self.lock();
+        match vectors.connected.get(&vector) {
+            // Fails only if the counter is full: then the interrupt is raised already.
+            Some(trigger) => drop(trigger.write(1)),
+            None => drop(vectors.pending.insert(vector)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vectors> {
+        self.vectors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the driver of used buffers in one queue.
+#[derive(Clone)]
+pub struct QueueSignal {
+    signals: Arc<Signals>,
+    queue: u16,
+}
+
+impl QueueSignal {
+    pub(super) fn new(signals: &Arc<Signals>, queue: u16) -> Self {
+        Self {
+            signals: Arc::clone(signals),
+            queue,
+        }
+    }
+
+    /// Raises the queue's interrupt.
+    pub fn used(&self) {
+        self.signals.raise(self.signals.queue_vector(self.queue));
+    }
+
+    /// Says that the driver has broken the rules of the queue, and that the device waits for its reset.
+    pub fn broken(&self) {
+        self.signals.break_device();
+    }
+}
+
+/// Raises the vectors of a virtio device.
+pub struct SignalBackend {
+    name: Arc<str>,
+    signals: Arc<Signals>,
+}
+
+impl SignalBackend {
+    /// The vectors of `signals`. Log lines name the device `name`.
+    pub fn new(name: Arc<str>, signals: Arc<Signals>) -> Self {
+        Self { name, signals }
+    }
+}
+
+impl InterruptBackend for SignalBackend {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn enable(
+        &mut self,
+        _kind: MessageKind,
+        vectors: u16,
+        triggers: &Triggers,
+    ) -> Result<u16, BackendError> {
+        for vector in 0..vectors {
+            if let Some(trigger) = triggers.get(vector) {
+                self.connect(vector, trigger, triggers)?;
+            }
+        }
+        Ok(vectors)
+    }
+
+    fn connect(
+        &mut self,
+        vector: u16,
+        trigger: &EventFd,
+        _connected: &Triggers,
+    ) -> Result<(), ConnectError> {
+        let trigger = trigger.try_clone();
+        let trigger = trigger.map_err(|error| ConnectError::One(error.into()))?;
+        let mut vectors = self.signals.lock();
+        if vectors.pending.remove(&vector) {
+            drop(trigger.write(1));
+        }
+        vectors.connected.insert(vector, trigger);
+        Ok(())
+    }
+
+    fn connect_pin(&mut self, _line: &dyn IntxLine) -> Result<(), BackendError> {
+        Err("the device has no pin".into())
+    }
+
+    fn disable(&mut self) -> Result<(), BackendError> {
+        *self.signals.lock() = Vectors::default();
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! Cases about disks that are files or block devices of the host.
+
+use anyhow::{Result, ensure};
+use gantry_tests::lab::Host;
+use serde_json::json;
+
+use crate::passthrough::count_exits;
+use crate::pool::{FIRST, Pool, nothing_is_held};
+use crate::runner::{Case, cases};
+use crate::vm::Vm;
+
+/// For every host kernel.
+pub const CASES: &[Case] = cases![
+    a_file_is_a_disk,
+    reading_a_file_causes_no_exit_to_user_space,
+    what_is_no_raw_disk_of_its_own_is_refused,
+    a_disk_of_the_host_is_a_disk,
+    a_disk_works_beside_a_passed_device_and_after_a_reboot,
+];
+
+const IMAGE: &str = "/tmp/disk.img";
+
+/// Makes an image of random bytes; what `sha256sum` says of it.
+fn image(host: &Host) -> Result<String> {
+    random(host, IMAGE, 8)
+}
+
+/// Makes a file of so many MiB of random bytes; what `sha256sum` says of it.
+fn random(host: &Host, path: &str, mib: u8) -> Result<String> {
+    let make = format!("dd if=/dev/urandom of={path} bs=1M count={mib} 2>/dev/null");
+    let script = format!("{make}; echo $(sha256sum <{path})");
+    Ok(host.sh(&script).output()?.success()?.text())
+}
+
+/// A VM with the image as its disk.
+fn with_image() -> Vm {
+    let mut vm = Vm::new("shell");
+    vm.file["disks"] = json!([{"path": IMAGE, "serial": "GANTRY-1"}]);
+    vm
+}
+
+fn a_file_is_a_disk(host: &Host) -> Result<()> {
+    let sum = image(host)?;
+    let mut vm = with_image().cpus(2);
+    vm.file["disks"][0]["num_queues"] = json!(2);
+    let other = random(host, "/tmp/other.img", 1)?;
+    let second = json!({"path": "/tmp/other.img", "readonly": true});
+    vm.file["disks"]
+        .as_array_mut()
+        .map(|disks| disks.push(second));
+    let mut running = vm.start(host)?;
+    running.types("echo guest: sum=$(sha256sum </dev/vda)")?;
+    running.types("echo guest: other=$(sha256sum </dev/vdb)")?;
+    running.types("B=/sys/block; echo guest: serial=$(cat $B/vda/serial) ro=$(cat $B/vd?/ro)")?;
+    running.types(
+        "dd if=/dev/zero of=/dev/vdb bs=512 count=1 conv=fsync && echo guest: written=vdb",
+    )?;
+    running.types(
+        "dd if=/dev/zero of=/dev/vda bs=64k seek=1 count=2 conv=fsync && echo guest: written=vda",
+    )?;
+    running.until("guest: written=vda\r\n")?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(
+        ended.value("sum")? == sum && ended.value("other")? == other,
+        "{ended}"
+    );
+    ensure!(ended.value("serial")? == "GANTRY-1 ro=0 1", "{ended}");
+    ensure!(ended.values("written").eq(["vda"]), "{ended}");
+    let expected = format!(
+        "dd if={IMAGE} bs=64k skip=1 count=2 2>/dev/null | od | head -n 1 | grep ' 000000 000000 '"
+    );
+    host.sh(&expected).output()?.success()?;
+    nothing_is_held(host)
+}
+
+fn reading_a_file_causes_no_exit_to_user_space(host: &Host) -> Result<()> {
+    image(host)?;
+    let mut running = with_image().start(host)?;
+    running.types(
+        "echo guest: reads; sh -c 'while :; do dd if=/dev/vda of=/dev/null bs=16k count=20 iflag=direct \
+         2>/dev/null; done'",
+    )?;
+    running.until("guest: reads\r\n")?;
+    // Then the terminal, which is no part of what is counted, is quiet.
+    until_read(host, 20 * BLOCK)?;
+    count_exits(host, true)?;
+    until_read(host, 400 * BLOCK)?;
+    let exits = count_exits(host, false)?;
+    ensure!(exits == 0, "{exits} exits while 400 blocks were read");
+    running.keys("\x03")?;
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+/// Bytes of a read of the guest.
+const BLOCK: u64 = 16 << 10;
+
+/// Waits until gantry has read so many bytes more.
+fn until_read(host: &Host, bytes: u64) -> Result<()> {
+    let script = format!(
+        "seen() {{ awk '/^rchar/ {{ print $2 }}' /proc/$(pidof gantry)/io; }}; end=$(( $(seen) + {bytes} ))
+         while [ $(seen) -lt $end ]; do sleep 0.05; done"
+    );
+    host.sh(&script).output()?.success()?;
+    Ok(())
+}
+
+fn what_is_no_raw_disk_of_its_own_is_refused(host: &Host) -> Result<()> {
+    image(host)?;
+    let running = with_image().named("first").start(host)?;
+    host.sh("until gantry vm info first >/dev/null 2>&1; do sleep 0.1; done")
+        .output()?
+        .success()?;
+    let refusals = [
+        ("locked", IMAGE, "another process has locked /tmp/disk.img"),
+        ("missing", "/tmp/none.img", "truncate --size=10G disk.raw"),
+        ("qcow2", "/tmp/qcow2.img", "is a qcow2 image"),
+        ("odd", "/tmp/odd.img", "is 513 bytes long"),
+        (
+            "pipe",
+            "/tmp/pipe",
+            "neither a regular file nor a block device",
+        ),
+        ("mounted", "/dev/loop0", "the host uses /dev/loop0"),
+    ];
+    let made = "printf 'QFI\\373' >/tmp/qcow2.img; truncate -s 1M /tmp/qcow2.img; truncate -s 513 /tmp/odd.img
+                rm -f /tmp/pipe; mkfifo /tmp/pipe
+                truncate -s 8M /tmp/fs.img; losetup /dev/loop0 /tmp/fs.img; mke2fs -q /dev/loop0
+                mkdir -p /tmp/mnt; mount /dev/loop0 /tmp/mnt";
+    host.sh(made).output()?.success()?;
+    let mut said = Vec::new();
+    for (name, path, words) in refusals {
+        let mut vm = Vm::new("none").named(name);
+        vm.file["disks"] = json!([{"path": path}]);
+        let ended = vm.run(host)?;
+        said.push((name, words, ended));
+    }
+    host.sh("umount /tmp/mnt; losetup -d /dev/loop0; rm /tmp/pipe")
+        .output()?
+        .success()?;
+    for (name, words, ended) in said {
+        ensure!(
+            ended.errors.contains("`disks[0].path`: "),
+            "{name}: {ended}"
+        );
+        ensure!(ended.errors.contains(words), "{name}: {ended}");
+        ensure!(
+            ended.exit != gantry_tests::protocol::Exit::Code(0),
+            "{ended}"
+        );
+    }
+    let mut running = running;
+    running.types("poweroff -f")?;
+    running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+fn a_disk_of_the_host_is_a_disk(host: &Host) -> Result<()> {
+    let find = format!(
+        "basename $(dirname $(grep -l {} /sys/class/nvme/*/serial))",
+        FIRST.serial
+    );
+    let disk = host.sh(&find).output()?.success()?.text();
+    let mut vm = Vm::new("shell");
+    vm.file["disks"] = json!([{"path": format!("/dev/{disk}n1"), "readonly": true}]);
+    let mut running = vm.start(host)?;
+    running.types("echo guest: sum=$(sha256sum </dev/vda); poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(
+        ended.value("sum")? == format!("{} -", FIRST.checksum()),
+        "{ended}"
+    );
+    nothing_is_held(host)
+}
+
+fn a_disk_works_beside_a_passed_device_and_after_a_reboot(host: &Host) -> Result<()> {
+    let sum = image(host)?;
+    let _pool = Pool::of(host, &[FIRST.bdf])?;
+    let mut running = with_image().devices("nvme", 1).start(host)?;
+    let sums = "echo guest: sum=$(sha256sum </dev/vda) $(sha256sum </dev/nvme0n1)";
+    running.types(sums)?;
+    running.types("reboot -f")?;
+    running.types(sums)?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let expected = format!("{sum} {} -", FIRST.checksum());
+    ensure!(ended.values("sum").eq([&*expected, &*expected]), "{ended}");
+    nothing_is_held(host)
+}
