@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checks;
 pub mod cleanup;
 pub mod demo;
+pub mod devices;
 pub mod lab;
 pub mod modules;
 pub mod protocol;

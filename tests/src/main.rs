@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use gantry_tests::bench::Bench;
 use gantry_tests::lab::cli::LabArguments;
-use gantry_tests::{checks, cleanup, demo};
+use gantry_tests::{checks, cleanup, demo, devices};
 
 /// Chores of the gantry source tree.
 #[derive(Debug, Parser)]
@@ -36,6 +36,8 @@ enum Chore {
         #[arg(long, default_value = "50")]
         rounds: u32,
     },
+    /// Print which devices guests drive, at boot and hot, by VFIO group and by character device.
+    Devices(devices::Arguments),
     /// Measure gantry in the lab, alone or beside a peer.
     #[command(subcommand)]
     Bench(Bench),
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
             Chore::Lab(arguments) => arguments.run(),
             Chore::Test => checks::run().map(|()| 0),
             Chore::Soak { rounds } => checks::soak(rounds).map(|()| 0),
+            Chore::Devices(arguments) => devices::run(&arguments),
             Chore::Bench(bench) => bench.run().map(|()| 0),
         });
     match result {

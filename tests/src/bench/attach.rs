@@ -13,9 +13,9 @@ use super::inside::attach::Attach;
 use super::inside::{self, Job};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
+use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
-use crate::lab::qemu::Device;
 use crate::lab::{Host, Parts, Setup};
 use crate::ui;
 

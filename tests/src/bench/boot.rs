@@ -10,9 +10,9 @@ use super::contender::{Api, Contender, Guest};
 use super::inside::{self, Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
+use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
-use crate::lab::qemu::Device;
 use crate::lab::{Host, Parts, Setup};
 use crate::ui;
 

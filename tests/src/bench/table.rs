@@ -51,7 +51,7 @@ fn figure(value: f64) -> String {
 }
 
 /// Columns as wide as their widest cell, two spaces apart. A line of one cell takes part in none.
-fn align(lines: &[Vec<String>]) -> String {
+pub fn align(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or_default();
     let width = |column: usize| {
         let lines = lines.iter().filter(|line| line.len() > 1);

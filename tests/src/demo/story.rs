@@ -10,7 +10,7 @@ use super::claims::{Facts, Pool};
 use super::guest::{Said, Words};
 use super::screen::Screen;
 use super::vm::{Heard, Vm, in_words};
-use crate::lab::qemu::Device;
+use crate::lab::device::Device;
 use crate::lab::{Host, Parts, Setup, disk};
 use crate::protocol::Exit;
 

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::channel::{Channel, Event, Process};
+use super::device::{self, Device};
 use super::end::End;
 use super::monitor::Monitor;
 use super::parts::Parts;
 use super::put::Put;
-use super::qemu::{self, Device, Machine, Running};
+use super::qemu::{Machine, Running};
 use super::{command, disk, images, rom};
 use crate::cleanup::TempFolder;
 use crate::protocol::{Exit, Run, Size};
@@ -99,10 +100,10 @@ impl Host {
         fs::write(path.join("initrd"), initrd).context("cannot write the lab's initramfs")?;
         for device in &setup.devices {
             if let Some(name) = device.rom() {
-                rom::write(name, &qemu::rom_path(path, name))?;
+                rom::write(name, &device::rom_path(path, name))?;
             }
             if let Some(serial) = device.disk() {
-                disk::write(serial, &qemu::disk_path(path, serial))?;
+                disk::write(serial, &device::disk_path(path, serial))?;
             }
         }
         let machine = Machine {

@@ -89,6 +89,11 @@ pub fn guest(parts: &Parts) -> Result<Vec<u8>> {
     let mut archive = Initramfs::default();
     base(&mut archive, parts, &["lspci"])?;
     archive.file("init", 0o755, include_bytes!("../../lab/guest-init.sh"));
+    archive.file(
+        "bin/drive",
+        0o755,
+        include_bytes!("../../lab/guest-drive.sh"),
+    );
     archive.program(
         "bin/lspci",
         &parts.tools.join("usr/bin/lspci"),

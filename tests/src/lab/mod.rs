@@ -20,6 +20,7 @@
 //! | [`images`] | what is in the two initramfs, the host's and the guest's |
 //! | [`put`] | files of this machine that go there besides |
 //! | [`disk`] | disks with known contents |
+//! | [`device`] | the devices of the machine |
 //! | [`qemu`] | the machine, its command line and its process |
 //! | [`monitor`] | QEMU's own monitor: faults and hot-plug from outside |
 //! | [`channel`] | the wire to the agent |
@@ -32,6 +33,7 @@ pub mod cache;
 pub mod channel;
 pub mod cli;
 pub mod command;
+pub mod device;
 pub mod disk;
 pub mod end;
 pub mod erratum;

@@ -25,6 +25,7 @@
 mod api;
 mod check;
 mod demand;
+mod devices;
 mod disks;
 mod endings;
 mod errors;
@@ -55,8 +56,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use gantry_tests::cleanup;
+use gantry_tests::lab::device::Device;
 use gantry_tests::lab::images::HostKernel;
-use gantry_tests::lab::qemu::Device;
 use libtest_mimic::{Arguments, Trial};
 use runner::{Runner, Suite, labs_side_by_side};
 
@@ -189,6 +190,15 @@ const SUITES: &[Suite] = &[
             ("resets", resets::CASES),
             ("persist", persist::UDEV),
         ],
+    },
+    Suite {
+        name: "devices",
+        kernel: HostKernel::Lab,
+        append: "",
+        devices: Device::of_each_kind,
+        udev: false,
+        iommufd: None,
+        cases: &[("devices", devices::CASES)],
     },
     Suite {
         name: "usb",

@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use gantry_tests::lab::qemu::NIC_ROM;
+use gantry_tests::lab::device::NIC_ROM;
 use gantry_tests::lab::{Host, rom};
 use nix::sys::signal::Signal;
 use serde_json::json;

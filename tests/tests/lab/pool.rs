@@ -65,12 +65,18 @@ impl<'h> Pool<'h> {
     /// detaches `devices`.
     pub fn of(host: &'h Host, devices: &[&'static str]) -> Result<Self> {
         let rule = |name: &str, rule: Value| json!({"name": name, "rules": [rule]});
-        let groups = json!({"groups": [
+        let groups = json!([
             rule("nvme", json!({"class": "0108"})),
             rule("nic", json!({"class": "0200"})),
             rule("display", json!({"class": "0380"})),
             rule("big", json!({"vendor": "1b36", "device": "0005"})),
-        ]});
+        ]);
+        Self::of_groups(host, &groups, devices)
+    }
+
+    /// Defines these groups, and detaches `devices`.
+    pub fn of_groups(host: &'h Host, groups: &Value, devices: &[&'static str]) -> Result<Self> {
+        let groups = json!({"groups": groups});
         host.write("/etc/gantry/groups.json", groups.to_string())?;
         let pool = Self {
             host,

@@ -109,7 +109,7 @@ fn fifty_vms_race_for_three_devices(host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// The display of [`gantry_tests::lab::qemu::Device::Console`], and its audio.
+/// The display of [`gantry_tests::lab::device::Device::Console`], and its audio.
 const CONSOLE_DISPLAY: [&str; 2] = ["0000:00:17.0", "0000:00:17.1"];
 
 fn the_console_display_and_its_neighbour_stay_with_the_host(host: &Host) -> Result<()> {

@@ -8,9 +8,9 @@ use std::thread::{ThreadId, available_parallelism, current};
 use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail, ensure};
+use gantry_tests::lab::device::Device;
 use gantry_tests::lab::images::HostKernel;
 use gantry_tests::lab::parts::Options;
-use gantry_tests::lab::qemu::Device;
 use gantry_tests::lab::{Host, Parts, Setup};
 use gantry_tests::times::Times;
 use libtest_mimic::Failed;

@@ -212,6 +212,15 @@ impl Running {
         }
     }
 
+    /// Waits until the guest says a whole line that begins with `prefix`; the rest of that line.
+    pub fn line(&mut self, prefix: &str) -> Result<String> {
+        self.until(&format!("\n{prefix}"))?;
+        let begin = self.heard;
+        self.until("\n")?;
+        let line = self.said.get(begin..self.heard).unwrap_or_default();
+        Ok(line.trim().to_owned())
+    }
+
     /// Types `line` at the shell of a guest whose task is `shell`, as soon as it waits for one.
     pub fn types(&mut self, line: &str) -> Result<()> {
         self.until(PROMPT)?;
