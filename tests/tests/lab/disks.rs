@@ -45,9 +45,7 @@ fn a_file_is_a_disk(host: &Host) -> Result<()> {
     vm.file["disks"][0]["num_queues"] = json!(2);
     let other = random(host, "/tmp/other.img", 1)?;
     let second = json!({"path": "/tmp/other.img", "readonly": true});
-    vm.file["disks"]
-        .as_array_mut()
-        .map(|disks| disks.push(second));
+    vm.file["disks"] = json!([vm.file["disks"][0], second]);
     let mut running = vm.start(host)?;
     running.types("echo guest: sum=$(sha256sum </dev/vda)")?;
     running.types("echo guest: other=$(sha256sum </dev/vdb)")?;

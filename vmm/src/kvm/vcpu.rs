@@ -105,6 +105,7 @@ impl Vcpu {
             VcpuExit::MmioWrite(address, data) => access.mmio_write(address, data),
             VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {}
             VcpuExit::Shutdown => return Ok(Exit::TripleFault),
+            VcpuExit::InternalError => return Ok(Exit::Broken(self.internal_error())),
             other => return Ok(Exit::Broken(format!("{other:?}"))),
         }
         Ok(Exit::Continue)
@@ -129,6 +130,29 @@ impl Vcpu {
             }
         }
         Ok(())
+    }
+
+    /// What KVM cannot do (`KVM_EXIT_INTERNAL_ERROR`), with the words that it adds for its developers.
+    fn internal_error(&mut self) -> String {
+        // SAFETY: `internal` is the union's live member after such an exit.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let what = match internal.suberror {
+            kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
+                "it cannot emulate the guest's instruction"
+            }
+            kvm_bindings::KVM_INTERNAL_ERROR_SIMUL_EX => "two exceptions came at once",
+            kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => {
+                "the delivery of an event was interrupted by an access that it cannot finish"
+            }
+            kvm_bindings::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => {
+                "the processor left the guest for a reason that it does not know"
+            }
+            _ => "it does not say what",
+        };
+        let words = internal.data.iter().take(internal.ndata as usize);
+        let words: Vec<String> = words.map(|word| format!("{word:#x}")).collect();
+        let (number, words) = (internal.suberror, words.join(" "));
+        format!("KVM has an internal error {number}: {what} [{words}]")
     }
 
     /// Width in bytes of one item of a port access: string instructions bring several at once.
