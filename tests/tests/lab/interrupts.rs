@@ -34,7 +34,7 @@ fn says_sums(running: &mut Running, disks: &[&str]) -> Result<()> {
             "(dd if=/dev/{disk} bs=16k iflag=direct 2>/dev/null | sha256sum >/{disk}) &"
         ))?;
     }
-    running.types("wait; cat /nvme* | sed 's/^/guest: sum=/'")?;
+    running.types("wait; for sum in /nvme*; do echo guest: sum=$(cat $sum); done")?;
     running.types("grep nvme /proc/interrupts | sed 's/^/guest: irq=/'; echo guest: all")?;
     running.until("\nguest: all")
 }
