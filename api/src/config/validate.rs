@@ -374,7 +374,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
     let slots = config.slots.unwrap_or(SLOTS.into());
     let Some(slots) = u8::try_from(slots).ok().filter(|slots| *slots <= MAX_SLOTS) else {
         let what = format!("{slots} is too many: at most {MAX_SLOTS}");
-        let help = "each device that the VM starts with takes one of these too";
+        let help = "ask for fewer; the devices that the VM starts with have slots beside these";
         return Err(invalid("hotplug.slots", what, help));
     };
     ungrouped |= config.ungrouped.unwrap_or(false);
@@ -443,14 +443,16 @@ fn serial_file(file: &Path, context: &Context) -> Result<SerialMode, Invalid> {
         return named("serial.file", path, opened, "write to", output).map(SerialMode::File);
     }
     let path = context.folder.join(file);
-    match open_regular(&path, File::options().write(true)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(invalid(
-            "serial.file",
-            format!("cannot write to {}: {error}", path.display()),
-            "name a regular file that this user may write to, or one that is not there yet",
-        )),
-        _ => Ok(SerialMode::File(path)),
-    }
+    let problem = match open_regular(&path, File::options().write(true)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => error.to_string(),
+        Err(_) if !path.parent().is_some_and(Path::is_dir) => "its folder is not there".to_owned(),
+        _ => return Ok(SerialMode::File(path)),
+    };
+    Err(invalid(
+        "serial.file",
+        format!("cannot write to {}: {problem}", path.display()),
+        "name a regular file that this user may write to, or one that is not there yet in a folder that is",
+    ))
 }
 
 fn serial(config: model::SerialConfig, context: &Context) -> Result<SerialMode, Invalid> {

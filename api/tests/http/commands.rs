@@ -174,7 +174,7 @@ fn states_change_and_refusals_are_told() {
 fn the_end_of_a_guest_is_waited_for() {
     let bed = Bed::new();
     bed.boot();
-    let said = fails(&bed, &["power-button", "vm", "--wait", "0"]);
+    let said = fails(&bed, &["power-button", "vm", "--wait=0"]);
     assert!(said.contains("did not power off in 0 s"), "{said}");
     let waiting = command(bed.folder.path(), &["power-button", "vm", "--wait"])
         .stdout(Stdio::piped())
@@ -330,7 +330,7 @@ fn who_waits_for_a_paused_guest_is_told() {
     ok(&bed, &["pause", "vm"]);
     let lazy = ["--id", LAZY, "--timeout", "0"];
     let attach = [&["attach", "vm", "--group", "nvme"], &lazy[..]].concat();
-    let button: &[&str] = &["power-button", "vm", "--wait", "0"];
+    let button: &[&str] = &["power-button", "vm", "--wait=0"];
     let detach: &[&str] = &["detach", "vm", LAZY, "--timeout", "0"];
     for args in [&attach, button, detach] {
         let said = fails(&bed, args);

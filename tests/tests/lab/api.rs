@@ -236,7 +236,7 @@ fn a_guest_hears_its_power_button(host: &Host) -> Result<()> {
         "exec 3</dev/input/event0; echo guest: listens; head -c 24 <&3 >/dev/null; poweroff -f",
     )?;
     running.until("guest: listens\r")?;
-    gantry(host, "vm power-button vm --wait 60")?;
+    gantry(host, "vm power-button vm --wait=60")?;
     running.end()?.powered_off()?;
     Ok(())
 }

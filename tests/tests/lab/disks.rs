@@ -113,7 +113,7 @@ fn what_is_no_raw_disk_of_its_own_is_refused(host: &Host) -> Result<()> {
         .success()?;
     let refusals = [
         ("locked", IMAGE, "another process has locked /tmp/disk.img"),
-        ("missing", "/tmp/none.img", "truncate --size=10G disk.raw"),
+        ("missing", "/tmp/none.img", "truncate -s 10G disk.raw"),
         ("qcow2", "/tmp/qcow2.img", "is a qcow2 image"),
         ("odd", "/tmp/odd.img", "is 513 bytes long"),
         (

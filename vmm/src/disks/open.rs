@@ -36,8 +36,8 @@ pub enum DiskProblem {
     },
     /// Another VM has it.
     #[error(
-        "another process has locked {}, most likely another VM: end it, or name another image; VMs can share an \
-         image for which all of them have `\"readonly\": true`",
+        "another process has locked {}, most likely a VM that runs (`gantry vm list`): end it, or name another \
+         image; VMs can share an image for which all of them have `\"readonly\": true`",
         path.display()
     )]
     Locked {
@@ -65,7 +65,7 @@ pub enum DiskProblem {
     /// It is no whole number of sectors long.
     #[error(
         "{path} is {len} bytes long, which is not a number of whole 512-byte sectors: make it longer with `truncate \
-         --size=%512 {path}`",
+         -s %512 {path}`",
         path = path.display()
     )]
     Size {
@@ -142,7 +142,7 @@ fn open_file(path: &Path, read_only: bool, folders: Option<&Folders>) -> io::Res
 fn help(error: &io::Error, read_only: bool) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOENT) => {
-            "name a file that is there: `truncate --size=10G disk.raw` makes an empty disk"
+            "name a file that is there: `truncate -s 10G disk.raw` makes an empty disk"
         }
         Some(libc::EROFS | libc::EACCES | libc::EPERM) if !read_only => {
             "let this user write to it, or have it with `\"readonly\": true`"
@@ -236,7 +236,7 @@ mod tests {
             assert!(refused.contains(expected), "{refused}");
         }
         let missing = try_open(&folder.path().join("none"), true).unwrap_err();
-        assert!(missing.contains("truncate --size=10G"), "{missing}");
+        assert!(missing.contains("truncate -s 10G"), "{missing}");
         let refused = try_open(folder.path(), true).unwrap_err();
         assert!(refused.contains("neither a regular file nor"), "{refused}");
         let pipe = folder.path().join("pipe");

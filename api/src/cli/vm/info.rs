@@ -69,6 +69,15 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     if !config.payload.cmdline.is_empty() {
         writeln!(out, "cmdline  {}", config.payload.cmdline)?;
     }
+    for disk in &config.disks {
+        let read_only = if disk.readonly { ", read-only" } else { "" };
+        writeln!(
+            out,
+            "disk     {}: {}{read_only}",
+            disk.id,
+            disk.path.display()
+        )?;
+    }
     writeln!(out, "slots    {}", super::slots(info))?;
     if info.devices.is_empty() {
         return Ok(());

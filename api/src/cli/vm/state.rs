@@ -45,13 +45,13 @@ pub struct ShutdownArgs {
 #[command(after_help = "\
 Examples:
   gantry vm power-button web-1
-  gantry vm power-button web-1 --wait 120")]
+  gantry vm power-button web-1 --wait=120")]
 pub struct PowerButtonArgs {
     /// Name of the VM; `gantry vm list` shows them
     #[arg(value_name = "VM")]
     vm: String,
-    /// Wait this many seconds for the guest to power off
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60")]
+    /// Wait for the guest to power off, for this many seconds at most; 60 if no number is given
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "60")]
     wait: Option<u32>,
     #[command(flatten)]
     output: OutputArgs,
