@@ -60,7 +60,7 @@ const MSIX_CONTROL: u16 = MSIX_CAP + 2;
 const ACCESS_DATA: u16 = ACCESS_CAP + 16;
 
 /// How long a reset of the machine waits for the device to leave guest RAM.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_STEP: Duration = Duration::from_millis(1);
 
 /// Why a virtio device cannot be made.
@@ -152,6 +152,11 @@ impl VirtioFunction {
         }))
     }
 
+    /// Has the device leave guest RAM. [`PciDevice::reset`] waits for it.
+    pub fn stop(&self) {
+        self.device.backend.stop();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Registers> {
         lock(&self.registers)
     }
@@ -203,15 +208,16 @@ impl PciDevice for VirtioFunction {
         registers.config.write(offset, data, &NoBacking);
         let stale = registers.bars.is_stale(registers.decode());
         let control = u16::from_le_bytes(registers.config.get(MSIX_CONTROL));
+        if (MSIX_CAP..MSIX_CAP + 4).contains(&offset) {
+            // Under the lock, so that the table follows the register in the order of the guest's writes.
+            let interrupts = &self.device.interrupts;
+            interrupts.write_msix_control(control);
+            interrupts.switch(interrupts.wanted(false));
+        }
         let access = (offset == ACCESS_DATA).then(|| registers.access(data));
         drop(registers);
         if let Some(at) = access.flatten() {
             self.device.write_or_ring(at, data);
-        }
-        if (MSIX_CAP..MSIX_CAP + 4).contains(&offset) {
-            let interrupts = &self.device.interrupts;
-            interrupts.write_msix_control(control);
-            interrupts.switch(interrupts.wanted(false));
         }
         stale
     }
@@ -230,7 +236,7 @@ impl PciDevice for VirtioFunction {
         let vectors = self.device.signals.count();
         registers.config = config_space(&*self.device.backend, vectors);
         drop(registers);
-        self.device.reset_registers();
+        self.device.reset_registers(&mut self.device.transport());
         self.device.interrupts.reset();
         Ok(())
     }
@@ -243,9 +249,14 @@ impl Device {
 
     fn read(&self, at: u64, data: &mut [u8]) {
         match at {
-            // What the driver reads must not depend on what is left of the last one.
-            ..ISR if self.is_leaving() => self.read_while_leaving(at, data),
-            ..ISR => self.transport().read(at - COMMON, data, &self.signals),
+            ..ISR => {
+                let transport = self.transport();
+                match self.is_leaving(&transport) {
+                    // What the driver reads must not depend on what is left of the last one.
+                    true => read_while_leaving(at, data),
+                    false => transport.read(at - COMMON, data, &self.signals),
+                }
+            }
             // Interrupts are messages only: there is nothing to acknowledge.
             ISR..DEVICE_CONFIG => data.fill(0),
             DEVICE_CONFIG..DOORBELLS => self.backend.read_config(at - DEVICE_CONFIG, data),
@@ -256,15 +267,17 @@ impl Device {
 
     fn write(&self, at: u64, data: &[u8]) {
         match at {
-            ..ISR if self.is_leaving() => {}
             ..ISR => {
+                // Held to the end: no other vCPU starts the device between its stop and the reset of its registers.
                 let mut transport = self.transport();
+                if self.is_leaving(&transport) {
+                    return;
+                }
                 match transport.write(at - COMMON, data, &self.signals) {
                     Step::None => {}
                     Step::Reset => {
-                        drop(transport);
                         self.backend.stop();
-                        self.reset_registers();
+                        self.reset_registers(&mut transport);
                     }
                     Step::Start => self.start(&transport),
                 }
@@ -292,18 +305,13 @@ impl Device {
     }
 
     /// Whether the driver has reset the device, and the device has not left guest RAM yet.
-    fn is_leaving(&self) -> bool {
-        self.transport().status() == 0 && !self.backend.is_stopped()
-    }
-
-    /// A driver waits until the status reads 0 before it goes on (section 4.1.4.3.2).
-    fn read_while_leaving(&self, at: u64, data: &mut [u8]) {
-        for (byte, at) in data.iter_mut().zip(at..) {
-            *byte = u8::from(at == super::transport::STATUS);
-        }
+    fn is_leaving(&self, transport: &Transport) -> bool {
+        transport.status() == 0 && !self.backend.is_stopped()
     }
 
     fn start(&self, transport: &Transport) {
+        // What the device said of the last driver while it left is over.
+        self.signals.mend();
         match self.active_queues(transport) {
             Ok(queues) => self.backend.start(Activation {
                 ram: self.ram.clone(),
@@ -334,8 +342,8 @@ impl Device {
         active.collect()
     }
 
-    fn reset_registers(&self) {
-        self.transport().reset();
+    fn reset_registers(&self, transport: &mut Transport) {
+        transport.reset();
         self.signals.reset();
     }
 
@@ -351,6 +359,13 @@ impl Device {
             waited += STOP_STEP;
         }
         Ok(())
+    }
+}
+
+/// A driver waits until the status reads 0 before it goes on (section 4.1.4.3.2).
+fn read_while_leaving(at: u64, data: &mut [u8]) {
+    for (byte, at) in data.iter_mut().zip(at..) {
+        *byte = u8::from(at == super::transport::STATUS);
     }
 }
 

@@ -77,7 +77,7 @@ impl Signals {
         for event in self.queues.iter().chain([&self.config]) {
             event.store(NO_VECTOR, Ordering::Relaxed);
         }
-        self.broken.store(false, Ordering::Relaxed);
+        self.mend();
     }
 
     /// Says that the device cannot go on until the driver resets it (section 2.1.2).
@@ -85,6 +85,11 @@ impl Signals {
         if !self.broken.swap(true, Ordering::Relaxed) {
             self.raise(self.config_vector());
         }
+    }
+
+    /// Says that the device works (again).
+    pub fn mend(&self) {
+        self.broken.store(false, Ordering::Relaxed);
     }
 
     fn checked(&self, vector: u16) -> u16 {

@@ -82,10 +82,13 @@ impl Shared {
 }
 
 impl WorkerHandle {
-    /// Has the thread serve the queues. It must have [stopped](Self::is_stopped) before.
+    /// Has the thread serve the queues, if it has [stopped](Self::is_stopped).
     pub fn start(&self, activation: Activation) {
-        self.0.lock().phase = Phase::Starting(activation);
-        self.0.wake();
+        let mut state = self.0.lock();
+        if matches!(state.phase, Phase::Idle) {
+            state.phase = Phase::Starting(activation);
+            self.0.wake();
+        }
     }
 
     /// Has the thread leave the queues.

@@ -90,10 +90,16 @@ impl Attachment {
             }
         };
         let groups: Vec<_> = groups.iter().map(|group| group.as_fd()).collect();
-        ioctl::hot_reset(device, &groups).map_err(|source| Error::Device {
-            device: name.to_owned(),
-            place: "VFIO_DEVICE_PCI_HOT_RESET".into(),
-            source,
+        ioctl::hot_reset(device, &groups).map_err(|source| match source.raw_os_error() {
+            // A function of the bus has left the iommufd since this device was opened.
+            Some(libc::EINVAL) if groups.is_empty() => {
+                shared("a function that has left".to_owned())
+            }
+            _ => Error::Device {
+                device: name.to_owned(),
+                place: "VFIO_DEVICE_PCI_HOT_RESET".into(),
+                source,
+            },
         })
     }
 }

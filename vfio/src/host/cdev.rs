@@ -96,7 +96,12 @@ impl Cdev {
         let observed =
             ObservedFile::new(file, observer).map_err(failed("KVM_DEV_VFIO_FILE_ADD"))?;
         let bind = || binder.bind(observed.file.as_fd(), uuid.as_ref());
-        while_refused(begun + timeout, IN_USE, bind).map_err(|source| {
+        // A kernel without tokens on cdevs answers EINVAL at once.
+        let in_use = match token {
+            Some(_) => &IN_USE[..IN_USE.len() - 1],
+            None => IN_USE,
+        };
+        while_refused(begun + timeout, in_use, bind).map_err(|source| {
             match source.raw_os_error() {
                 Some(libc::EPERM) => Error::NotViable { group },
                 Some(libc::EINVAL) if token.is_some() => Error::TokenOnCdev {
@@ -124,9 +129,10 @@ impl Cdev {
     }
 }
 
-/// The kernel's answers while another process has the device (EINVAL) or its group (EBUSY), while a device of its
-/// group has another owner (EPERM), and until the token of its physical function is set (EACCES).
-const IN_USE: &[i32] = &[libc::EBUSY, libc::EINVAL, libc::EPERM, libc::EACCES];
+/// The kernel's answers while another process has the device's group (EBUSY), while a device of its group has another
+/// owner (EPERM), until the token of its physical function is set (EACCES), and last while another process has the
+/// device (EINVAL).
+const IN_USE: &[i32] = &[libc::EBUSY, libc::EPERM, libc::EACCES, libc::EINVAL];
 
 /// The bytes of a UUID in their order in the text.
 fn uuid_bytes(text: &str) -> io::Result<[u8; 16]> {

@@ -86,12 +86,14 @@ impl Disks {
             let (device, ram) = (Arc::new(device), machine.ram.view());
             let function = VirtioFunction::new(&config.id, device, ram, router, bits);
             let function = function.map_err(|error| failed(error.into()))?;
+            // The thread is last: where one of these fails, nothing waits for it.
+            let slot = machine.pci.plug(port, 0, function.clone());
+            let slot = slot.map_err(|error| failed(error.into()))?;
             let run = move || worker.run();
             let thread =
                 threads::spawn(Role::Disk, sandbox, run).map_err(|error| failed(error.into()))?;
-            let slot = machine.pci.plug(port, 0, function.clone());
             Ok(PluggedDisk {
-                _slot: slot.map_err(|error| failed(error.into()))?,
+                _slot: slot,
                 function,
                 _thread: DiskThread(Some(thread)),
             })
@@ -104,6 +106,7 @@ impl Disks {
     /// # Errors
     /// A disk does not leave guest RAM in time: the kernel keeps its thread.
     pub fn reset(&self, space: &dyn BarSpace) -> io::Result<()> {
+        self.0.iter().for_each(|disk| disk.function.stop());
         let mut disks = self.0.iter();
         disks.try_for_each(|disk| disk.function.reset(space))
     }

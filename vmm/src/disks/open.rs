@@ -121,8 +121,8 @@ pub fn open(config: &DiskConfig, folders: Option<&Folders>) -> Result<Disk, Disk
     Ok(Disk::new(file, len, SECTOR as u32, config.read_only))
 }
 
-/// Opens without waiting for anybody. A block device that the host uses is refused: `O_EXCL` does that, and means
-/// nothing for a file that is there.
+/// Opens without waiting for anybody. A block device that the host uses is refused to be written: `O_EXCL` does that,
+/// and means nothing for a file that is there.
 fn open_file(path: &Path, read_only: bool, folders: Option<&Folders>) -> io::Result<File> {
     match (folders, read_only) {
         (None, _) => {}
@@ -135,7 +135,8 @@ fn open_file(path: &Path, read_only: bool, folders: Option<&Folders>) -> io::Res
     }
     let mut options = File::options();
     options.read(true).write(!read_only);
-    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_EXCL);
+    let exclusive = if read_only { 0 } else { libc::O_EXCL };
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | exclusive);
     options.open(path)
 }
 

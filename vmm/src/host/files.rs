@@ -65,10 +65,18 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
             boot.into_iter().flatten().chain(roms).cloned().collect()
         }
     };
-    read.extend(read_only.into_iter().map(path));
+    let mut write = Vec::new();
+    // Disks of clients that are kept to folders lie in those: a path elsewhere is not opened, and needs no rule.
+    match folders.map(|folders| &folders.output) {
+        None => {
+            read.extend(read_only.into_iter().map(path));
+            write.extend(written.into_iter().map(path));
+        }
+        Some(output) => write.extend(output.iter().filter(|_| !written.is_empty()).cloned()),
+    }
     VmFiles {
         read,
-        write: written.into_iter().map(path).collect(),
+        write,
         output: match (&config.serial, folders) {
             (SerialMode::Off | SerialMode::Null, _) => None,
             (SerialMode::Tty, _) => Some(Output::Stdout),

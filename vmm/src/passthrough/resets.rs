@@ -11,7 +11,7 @@ use super::device::AttachedDevice;
 use super::error::DeviceError;
 use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
-use crate::process::threads;
+use crate::process::threads::{self, Task};
 
 /// How long a reset may take. The kernel waits for some seconds at most, unless the device does not come back.
 pub const RESET_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,10 +54,16 @@ pub fn reset_all(
     sandbox: &Sandbox,
     timeout: Duration,
 ) -> Result<Vec<usize>, HostError> {
-    let mut tasks = Vec::new();
+    let mut tasks: Vec<(Vec<usize>, Task<_>)> = Vec::new();
     for Reset { devices, run } in resets {
-        let task = threads::spawn(Role::Device, sandbox, run);
-        tasks.push((devices, task.map_err(cannot("spawn a thread"))?));
+        match threads::spawn(Role::Device, sandbox, run) {
+            Ok(task) => tasks.push((devices, task)),
+            Err(error) => {
+                // Joining them would wait for resets without a deadline.
+                tasks.into_iter().for_each(|(_, task)| task.abandon());
+                return Err(cannot("spawn a thread")(error));
+            }
+        }
     }
     let deadline = Instant::now() + timeout;
     let mut failed = Vec::new();

@@ -14,6 +14,8 @@ use super::super::Segments;
 pub const SECTOR: u64 = 512;
 /// The most buffers that one system call takes (`UIO_MAXIOV`).
 const MAX_VECTORS: usize = 1024;
+/// The most bytes that one system call moves: between two, the disk looks whether it has to stop.
+const CHUNK: usize = 16 << 20;
 /// Zeros that are written where the file cannot make a range read as zeros.
 const ZEROS: usize = 64 << 10;
 
@@ -72,7 +74,13 @@ impl Disk {
     ///
     /// # Errors
     /// The disk fails, or ends early.
-    pub fn transfer(&self, how: Transfer, offset: u64, segments: &Segments<'_>) -> io::Result<()> {
+    pub fn transfer(
+        &self,
+        how: Transfer,
+        offset: u64,
+        segments: &Segments<'_>,
+        is_stopping: impl Fn() -> bool,
+    ) -> io::Result<()> {
         let mut vectors: Vec<libc::iovec> = segments
             .slices()
             .iter()
@@ -84,7 +92,10 @@ impl Disk {
             .collect();
         let (mut at, mut rest) = (offset, vectors.as_mut_slice());
         while !rest.is_empty() {
-            let done = self.once(how, at, rest)?;
+            if is_stopping() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let done = self.once(how, at, &front(rest))?;
             at += done as u64;
             rest = advance(rest, done);
         }
@@ -93,7 +104,7 @@ impl Disk {
 
     fn once(&self, how: Transfer, offset: u64, vectors: &[libc::iovec]) -> io::Result<usize> {
         let fd = self.file.as_raw_fd();
-        let count = vectors.len().min(MAX_VECTORS) as libc::c_int;
+        let count = vectors.len() as libc::c_int;
         let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
         loop {
             let moved = match how {
@@ -137,8 +148,8 @@ impl Disk {
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match self.allocate(punch, offset, len) {
-            // A hint that nobody can follow.
-            Err(Errno::EOPNOTSUPP) => Ok(()),
+            // A hint that nobody can follow, or not for less than a block.
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()),
             done => Ok(done?),
         }
     }
@@ -156,7 +167,7 @@ impl Disk {
             false => zero,
         };
         match self.allocate(first, offset, len) {
-            Err(Errno::EOPNOTSUPP) => self.write_zeros(offset, len),
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL) => self.write_zeros(offset, len),
             done => Ok(done?),
         }
     }
@@ -184,6 +195,21 @@ impl Disk {
             }
         }
     }
+}
+
+/// The first [`CHUNK`] bytes of the vectors, or fewer.
+fn front(vectors: &[libc::iovec]) -> Vec<libc::iovec> {
+    let mut left = CHUNK;
+    let mut front = Vec::new();
+    for vector in vectors.iter().take(MAX_VECTORS) {
+        let iov_len = vector.iov_len.min(left);
+        front.push(libc::iovec { iov_len, ..*vector });
+        left -= iov_len;
+        if left == 0 {
+            break;
+        }
+    }
+    front
 }
 
 /// The vectors without their first `done` bytes.

@@ -14,6 +14,8 @@ use crate::virtio::Segments;
 pub const SERIAL_LEN: usize = 20;
 /// The most ranges in one request that discards or fills with zeros.
 pub const MAX_RANGES: u32 = 16;
+/// The most bytes that are discarded or filled at once: between two, the disk looks whether it has to stop.
+const ERASED_AT_ONCE: u64 = 64 << 20;
 /// Bytes of such a range: first sector, number of sectors, flags.
 const RANGE_LEN: usize = 16;
 
@@ -46,6 +48,8 @@ pub struct Service<'a> {
     pub serial: &'a [u8; SERIAL_LEN],
     /// The driver cannot flush: what it writes is to be there for good at once (section 5.2.6.2).
     pub write_through: bool,
+    /// Whether the device has to leave guest RAM: what is under way fails then.
+    pub is_stopping: &'a dyn Fn() -> bool,
 }
 
 impl Service<'_> {
@@ -100,7 +104,7 @@ impl Service<'_> {
         let len = segments.bytes();
         let offset = self.disk.offset(sector, len);
         match offset.filter(|_| len.is_multiple_of(SECTOR)) {
-            Some(offset) => done(self.disk.transfer(how, offset, segments)),
+            Some(offset) => done(self.disk.transfer(how, offset, segments, self.is_stopping)),
             None => Status::IoError,
         }
     }
@@ -154,8 +158,14 @@ impl Service<'_> {
                 _ => return Status::IoError,
             }
         }
-        let ranges = checked.into_iter().filter(|(_, len, _)| *len > 0);
-        let mut results = ranges.map(|(offset, len, flags)| erase(offset, len, flags));
+        let pieces = checked.into_iter().flat_map(|(offset, len, flags)| {
+            let starts = (0..len).step_by(ERASED_AT_ONCE as usize);
+            starts.map(move |at| (offset + at, ERASED_AT_ONCE.min(len - at), flags))
+        });
+        let mut results = pieces.map(|(offset, len, flags)| match (self.is_stopping)() {
+            true => Status::IoError,
+            false => erase(offset, len, flags),
+        });
         match results.find(|status| *status != Status::Ok) {
             Some(failed) => failed,
             None if self.write_through => done(self.disk.flush()),
@@ -167,6 +177,7 @@ impl Service<'_> {
 fn done(result: std::io::Result<()>) -> Status {
     match result {
         Ok(()) => Status::Ok,
+        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Status::IoError,
         Err(error) => {
             crate::warn_limited!(%error, "a disk of the guest has failed");
             Status::IoError

@@ -40,6 +40,7 @@ impl BlockWorker {
             let service = Service {
                 disk: &disk,
                 serial: &serial,
+                is_stopping: &|| worker.is_stopping(),
                 write_through: activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             };
             serve(worker, activation, &service);
@@ -54,13 +55,15 @@ fn serve(worker: &Worker, activation: Activation, service: &Service<'_>) {
         for queue in &mut queues {
             // The kick is taken before the queue is looked at: a later one wakes the thread again.
             let _ = queue.kick.read();
-            if let Err(Broken(reason)) = drain(queue, memory, service, || worker.is_stopping()) {
+            if let Err(Broken(reason)) = drain(queue, memory, service) {
                 crate::warn_limited!(
                     queue = queue.index,
                     reason,
                     "a disk's driver breaks the rules"
                 );
-                queue.signal.broken();
+                if !worker.is_stopping() {
+                    queue.signal.broken();
+                }
                 return wait_for_reset(worker, &queues);
             }
         }
@@ -83,13 +86,12 @@ fn drain(
     active: &mut ActiveQueue,
     memory: &GuestMemoryMmap,
     service: &Service<'_>,
-    is_stopping: impl Fn() -> bool,
 ) -> Result<(), Broken> {
     let broken = |error: virtio_queue::Error| Broken(error.to_string());
     let queue = &mut active.queue;
     loop {
         queue.disable_notification(memory).map_err(broken)?;
-        while !is_stopping() {
+        while !(service.is_stopping)() {
             let Some(chain) = queue.iter(memory).map_err(broken)?.next() else {
                 break;
             };
@@ -104,7 +106,7 @@ fn drain(
             }
         }
         let more = queue.enable_notification(memory).map_err(broken)?;
-        if !more || is_stopping() {
+        if !more || (service.is_stopping)() {
             return Ok(());
         }
     }
@@ -117,5 +119,5 @@ pub fn drain_for_tests(
     memory: &GuestMemoryMmap,
     service: &Service<'_>,
 ) -> bool {
-    drain(active, memory, service, || false).is_ok()
+    drain(active, memory, service).is_ok()
 }

@@ -39,6 +39,7 @@ struct Rig {
     signals: Arc<Signals>,
     disk: Disk,
     file: File,
+    stopping: bool,
 }
 
 impl Rig {
@@ -66,6 +67,7 @@ impl Rig {
             signals,
             disk,
             file,
+            stopping: false,
         }
     }
 
@@ -82,6 +84,7 @@ impl Rig {
             disk: &self.disk,
             serial: b"a serial number of 2",
             write_through: true,
+            is_stopping: &|| self.stopping,
         };
         drain(&mut self.queue, self.driver.ram.memory(), &service)
     }
