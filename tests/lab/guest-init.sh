@@ -47,6 +47,39 @@ read_nvme_silently() {
     echo "guest: read"
 }
 
+# For the bench: 10,000 blocks of its disk are read, or 10,000 packets go to 10.9.0.1 and back; between the two lines
+# nothing is written.
+keep_busy() {
+    until disk=$(ls /dev/nvme0n1 /dev/sda 2>/dev/null); [ "$disk" ] || [ -e /sys/class/net/eth0/device ]; do
+        sleep 0.1
+    done
+    if [ ! "$disk" ]; then
+        ip address add 10.9.0.2/24 dev eth0 && ip link set eth0 up
+        until ping -q -c 1 -W 1 10.9.0.1 >/dev/null; do :; done
+    fi
+    before=$(interrupts)
+    echo "guest: begins"
+    sleep 1
+    if [ "$disk" ]; then
+        for pass in 1 2 3 4 5; do
+            dd if=$disk of=/dev/null bs=4k count=2000 iflag=direct 2>/dev/null && operations=$((operations + 2000))
+        done
+    else
+        echoed=$(ping -q -A -c 5000 10.9.0.1 | grep -o '[0-9]* packets received')
+        operations=$((${echoed%% *} * 2))
+    fi
+    after=$(interrupts)
+    sleep 1
+    echo "guest: did operations=$operations interrupts=$((after - before)) vectors=$(vectors)"
+    sleep 1000000
+}
+vectors() {
+    grep -cE 'nvme0q|ahci|eth0' /proc/interrupts
+}
+interrupts() {
+    awk '/nvme0q|ahci|eth0/ { for (i = 2; $i ~ /^[0-9]+$/; i++) n += $i } END { print n + 0 }' /proc/interrupts
+}
+
 # For the demo: commands as at a prompt, each with what it prints, and then a line is waited for.
 at_prompt() {
     echo "guest# $*"
@@ -88,6 +121,7 @@ net) say_net ;;
 demo) show_disk ;;
 nvme) say_nvme ;;
 read-silently) read_nvme_silently ;;
+busy) keep_busy ;;
 # For the bench: a line when the driver of a disk that comes later is ready.
 watch)
     echo "guest: watches"

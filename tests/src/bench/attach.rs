@@ -1,18 +1,17 @@
 //! `cargo xtask bench attach`: a device attached to a running guest and detached, and the API's cost.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::Paired;
 use super::boot::{bind, with_kernel_log};
 use super::contender::{Api, Contender, Guest};
+use super::inside::Job;
 use super::inside::attach::Attach;
-use super::inside::{self, Job};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
+use super::{Paired, measure};
+use crate::devices::Backend;
 use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
@@ -27,8 +26,6 @@ const DISK: &str = "0000:01:00.0";
 const GROUP: &str = "nvme";
 /// Where the VMMs listen.
 const SOCKET: &str = "/tmp/bench.sock";
-/// A measurement that takes longer than this is stuck.
-const PATIENCE: Duration = Duration::from_secs(300);
 /// The median of `vm.info` under load may take so long, ms.
 const INFO_BAR: f64 = 1.0;
 /// The API may take so much, MiB.
@@ -207,19 +204,13 @@ impl Bench {
             memory_mib: MEMORY_MIB,
             devices: Vec::new(),
             api,
+            backend: Backend::Group,
         };
         let contender = self
             .contenders
             .get(contender)
             .context("no such contender")?;
-        let run = || {
-            let job = job(contender.command(&guest, &self.host)?);
-            let measure = self.host.command(["/bin/lab-agent", inside::ARGUMENT]);
-            let measured = measure.input(serde_json::to_vec(&job)?).within(PATIENCE);
-            let output = measured.output()?.success()?;
-            serde_json::from_slice(&output.stdout).context("the report makes no sense")
-        };
-        run().with_context(|| contender.name.clone())
+        measure(&self.host, contender, &guest, job).with_context(|| contender.name.clone())
     }
 
     /// What a reader of the table has to know.

@@ -1,15 +1,16 @@
 //! `cargo xtask bench boot`: from the start of a VM to its guest's init.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::Paired;
 use super::contender::{Api, Contender, Guest};
-use super::inside::{self, Exits, Job, Timing};
+use super::inside::{Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
+use super::{Paired, measure};
+use crate::devices::Backend;
 use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
@@ -24,8 +25,6 @@ const DISKS: [&str; 2] = ["0000:01:00.0", "0000:02:00.0"];
 const CMDLINE: &str = "console=ttyS0 quiet";
 /// What gantry may use beyond the guest's RAM, MiB.
 const MEMORY_BAR: f64 = 5.0;
-/// A measurement that takes longer than this is stuck.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 /// `cargo xtask bench boot`.
 #[derive(Debug, clap::Args)]
@@ -192,21 +191,14 @@ impl Bench {
                 .map(|&disk| disk.to_owned())
                 .collect(),
             api: Api::Usual,
+            backend: Backend::Group,
         };
         let run = || {
             let contender = self
                 .contenders
                 .get(contender)
                 .context("there is no such contender")?;
-            let job = job(contender.command(&guest, &self.host)?);
-            let output = self
-                .host
-                .command(["/bin/lab-agent", inside::ARGUMENT])
-                .input(serde_json::to_vec(&job)?)
-                .within(PATIENCE)
-                .output()?
-                .success()?;
-            serde_json::from_slice(&output.stdout).context("the report makes no sense")
+            measure(&self.host, contender, &guest, job)
         };
         run()
             .map_err(|error| with_kernel_log(error, &self.host))

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use crate::devices::Backend;
 use crate::lab::Host;
 use crate::lab::put::Put;
 
@@ -29,6 +30,8 @@ pub struct Guest {
     pub devices: Vec<String>,
     /// How its VMM is controlled.
     pub api: Api,
+    /// What its devices are opened by, where the VMM can be told.
+    pub backend: Backend,
 }
 
 /// How a VMM is controlled while its guest runs.
@@ -107,6 +110,11 @@ impl Contender {
         })
     }
 
+    /// Whether it is gantry, in whichever build.
+    pub fn is_gantry(&self) -> bool {
+        self.kind == Kind::Gantry
+    }
+
     /// What the lab has to be given.
     pub fn to_bring(&self) -> Option<Put> {
         Some(Put {
@@ -131,8 +139,9 @@ impl Contender {
                     },
                     "cpus": {"boot_vcpus": 1},
                     "memory": {"size": format!("{}M", guest.memory_mib)},
-                    "devices": paths.map(|path| json!({"path": path})).collect::<Vec<_>>(),
+                    "devices": paths.map(|path| json!({"path": path, "allow_no_reset": true})).collect::<Vec<_>>(),
                     "serial": {"mode": "Tty"},
+                    "platform": {"iommufd": guest.backend == Backend::Cdev},
                 });
                 match &guest.api {
                     Api::Socket { declared, .. } => {

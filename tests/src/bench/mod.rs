@@ -13,25 +13,35 @@
 //! | [`inside`] | what runs in the lab host: starts a VMM, times and traces it |
 //! | [`boot`] | `cargo xtask bench boot` |
 //! | [`attach`] | `cargo xtask bench attach` |
+//! | [`passthrough`] | `cargo xtask bench passthrough` |
 //! | [`resources`] | `cargo xtask bench resources`, which needs no lab |
 //! | [`recorded`] | the host of 4,096 functions that it looks at |
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
 
 pub mod attach;
 pub mod boot;
 pub mod contender;
 pub mod inside;
 pub mod pairs;
+pub mod passthrough;
 pub mod recorded;
 pub mod resources;
 pub mod rows;
 pub mod table;
 
-use contender::Contender;
+use contender::{Contender, Guest};
+use inside::Job;
+
+use crate::lab::Host;
+
+/// A measurement that takes longer than this is stuck.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What every bench in pairs takes.
 #[derive(Debug, clap::Args)]
@@ -62,6 +72,20 @@ impl Paired {
     }
 }
 
+/// What the job finds out about a contender with this guest.
+fn measure<R: DeserializeOwned>(
+    host: &Host,
+    contender: &Contender,
+    guest: &Guest,
+    job: impl Fn(Vec<String>) -> Job,
+) -> Result<R> {
+    let job = job(contender.command(guest, host)?);
+    let measure = host.command(["/bin/lab-agent", inside::ARGUMENT]);
+    let measured = measure.input(serde_json::to_vec(&job)?).within(PATIENCE);
+    let output = measured.output()?.success()?;
+    serde_json::from_slice(&output.stdout).context("the report makes no sense")
+}
+
 /// Measure gantry in the lab, alone or beside a peer.
 #[derive(Debug, clap::Subcommand)]
 pub enum Bench {
@@ -69,6 +93,9 @@ pub enum Bench {
     Boot(boot::Arguments),
     /// Attaching a device to a running VM and detaching it: time; and what the API costs.
     Attach(Paired),
+    /// Passed devices in use: exits to user space, interrupt vectors; and starts and attaches by VFIO group and by
+    /// character device.
+    Passthrough(Paired),
     /// Listing devices and fitting a request on a host of 4,096 PCI functions: time.
     Resources(resources::Arguments),
 }
@@ -79,6 +106,7 @@ impl Bench {
         match self {
             Self::Boot(arguments) => boot::run(&arguments),
             Self::Attach(arguments) => attach::run(&arguments),
+            Self::Passthrough(arguments) => passthrough::run(&arguments),
             Self::Resources(arguments) => resources::run(&arguments),
         }
     }
@@ -96,6 +124,7 @@ mod tests {
         let parse = |words: &str| command.clone().try_get_matches_from(words.split(' '));
         assert!(parse("bench boot --pairs 5 --kernel stock --json f").is_ok());
         assert!(parse("bench attach --pairs 5 --peer gantry=/bin/true").is_ok());
+        assert!(parse("bench passthrough --pairs 5").is_ok());
         assert!(parse("bench resources --runs 5 --json f").is_ok());
         assert!(parse("bench boot --pairs 4").is_err());
         assert!(parse("bench boot --peer other=/bin/true").is_err());

@@ -75,10 +75,11 @@ impl Samples {
 
 fn row(subject: &Subject, figures: &[Vec<f64>], peers: &[String]) -> Option<Row> {
     let (gantry, others) = figures.split_first()?;
-    let peers: Option<BTreeMap<String, Peer>> = peers
+    // A peer that cannot do it has no figures.
+    let peers: BTreeMap<String, Peer> = peers
         .iter()
         .zip(others)
-        .map(|(name, figures)| {
+        .filter_map(|(name, figures)| {
             let peer = Peer {
                 summary: Summary::of(figures)?,
                 ratio: Ratio::of(gantry, figures)?,
@@ -91,7 +92,7 @@ fn row(subject: &Subject, figures: &[Vec<f64>], peers: &[String]) -> Option<Row>
         case: subject.case.clone(),
         unit: subject.unit.to_owned(),
         gantry: Summary::of(gantry)?,
-        peers: peers?,
+        peers,
     })
 }
 

@@ -5,10 +5,11 @@
 //! what a process has mapped, [`api`] asks a VMM for something, [`attach`] for a device.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +19,7 @@ pub mod memory;
 pub mod trace;
 pub mod vmm;
 
-use trace::Tracer;
+use trace::{Hit, Tracer};
 use vmm::Vmm;
 
 /// The agent's argument that asks for a measurement; the [`Job`] comes on its standard input, the
@@ -32,6 +33,12 @@ pub const INIT: &str = "guest: init";
 const READING: &str = "guest: reading";
 /// ... and prints this.
 const READ: &str = "guest: read";
+/// The guest prints this, is silent for a second, keeps its device busy, is silent for a second...
+const BEGINS: &str = "guest: begins";
+/// ... and prints this, with numbers.
+const DID: &str = "guest: did";
+/// How long the device may be kept busy.
+const LONG: Duration = Duration::from_secs(200);
 /// This much of the silence on either side still belongs to the lines around it.
 const GUARD: Duration = Duration::from_millis(500);
 
@@ -56,6 +63,11 @@ pub enum Job {
         argv: Vec<String>,
         /// Whether the guest will read its disk in silence (`task=read-silently`).
         reads: bool,
+    },
+    /// Answered by [`Busy`]; the guest's task is `busy`.
+    Busy {
+        /// As above.
+        argv: Vec<String>,
     },
     /// Answered by [`attach::Attach`]; the guest's task is `watch`.
     Attach {
@@ -99,12 +111,28 @@ pub struct Exits {
     pub reading: Option<BTreeMap<String, u64>>,
 }
 
+/// What a guest and the host count while the guest keeps its device busy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Busy {
+    /// Exits to user space, by reason.
+    pub exits: BTreeMap<String, u64>,
+    /// Blocks that were read, or packets that went to and fro.
+    pub operations: u64,
+    /// Interrupts of the device.
+    pub interrupts: u64,
+    /// Interrupt vectors that the guest's driver has asked for.
+    pub vectors: u64,
+    /// Interrupts that VFIO has asked for on the host.
+    pub armed: u64,
+}
+
 /// Runs the job on standard input.
 pub fn run() -> Result<()> {
     let job: Job = serde_json::from_reader(io::stdin()).context("this is no measurement")?;
     let report = match job {
         Job::Time { argv, ram_mib } => serde_json::to_vec(&time(&argv, ram_mib)?)?,
         Job::CountExits { argv, reads } => serde_json::to_vec(&count_exits(&argv, reads)?)?,
+        Job::Busy { argv } => serde_json::to_vec(&busy(&argv)?)?,
         Job::Attach { argv, socket, path } => {
             serde_json::to_vec(&attach::attach(&argv, &socket, &path)?)?
         }
@@ -151,16 +179,52 @@ fn count_exits(argv: &[String], reads: bool) -> Result<Exits> {
     };
     let exits = tracer.stop()?;
     vmm.end()?;
-    let count = |from: Duration, to: Duration| {
-        let mut reasons = BTreeMap::new();
-        for exit in exits.iter().filter(|exit| (from..to).contains(&exit.at)) {
-            *reasons.entry(trace::reason(&exit.text)).or_insert(0) += 1;
-        }
-        reasons
-    };
     Ok(Exits {
-        to_init: count(Duration::ZERO, init),
-        reading: window.map(|(from, to)| count(from, to)),
+        to_init: count(&exits, Duration::ZERO, init),
+        reading: window.map(|(from, to)| count(&exits, from, to)),
+    })
+}
+
+/// The exits of a stretch of time, by reason.
+fn count(exits: &[Hit], from: Duration, to: Duration) -> BTreeMap<String, u64> {
+    let mut reasons = BTreeMap::new();
+    for exit in exits.iter().filter(|exit| (from..to).contains(&exit.at)) {
+        *reasons.entry(trace::reason(&exit.text)).or_insert(0) += 1;
+    }
+    reasons
+}
+
+fn busy(argv: &[String]) -> Result<Busy> {
+    let tracer = Tracer::exits()?;
+    let mut vmm = Vmm::start(argv)?;
+    let from = vmm.wait_for(BEGINS, PATIENCE)? + GUARD;
+    let to = vmm.wait_for(DID, LONG)? - GUARD;
+    let number = |key: &str| -> Result<u64> {
+        let line = vmm.last_line();
+        let mut words = line.split_whitespace();
+        let word = words.find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+        let word = word.with_context(|| format!("no {key} in {line:?}"))?;
+        word.parse().with_context(|| format!("{key} in {line:?}"))
+    };
+    let (operations, interrupts) = (number("operations")?, number("interrupts")?);
+    let vectors = number("vectors")?;
+    let interrupts_of_host = fs::read_to_string("/proc/interrupts")?;
+    let armed = interrupts_of_host
+        .lines()
+        .filter(|line| line.contains("vfio-"));
+    let armed = armed.count() as u64;
+    let exits = tracer.stop()?;
+    vmm.end()?;
+    ensure!(
+        operations > 0 && interrupts > 0,
+        "the device was not busy: {operations} operations, {interrupts} interrupts"
+    );
+    Ok(Busy {
+        exits: count(&exits, from, to),
+        operations,
+        interrupts,
+        vectors,
+        armed,
     })
 }
 

@@ -96,6 +96,11 @@ impl Vmm {
         }
     }
 
+    /// The last line that was waited for.
+    pub fn last_line(&self) -> &str {
+        self.said.last().map_or("", String::as_str)
+    }
+
     /// Processor time so far, user and system, of the process and its children.
     pub fn cpu_time(&self) -> Result<Duration> {
         let mut total = Duration::ZERO;
