@@ -1,6 +1,7 @@
 //! What a virtio device is to its transport.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -42,6 +43,9 @@ pub trait VirtioBackend: Send + Sync {
 
     /// Whether the device has no access to guest RAM under way.
     fn is_stopped(&self) -> bool;
+
+    /// Waits until [`Self::is_stopped`]. Returns whether it is.
+    fn wait_stopped(&self, timeout: Duration) -> bool;
 }
 
 /// What the driver has agreed on with the device.

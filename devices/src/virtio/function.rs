@@ -61,7 +61,6 @@ const ACCESS_DATA: u16 = ACCESS_CAP + 16;
 
 /// How long a reset of the machine waits for the device to leave guest RAM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
-const STOP_STEP: Duration = Duration::from_millis(1);
 
 /// Why a virtio device cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -349,16 +348,11 @@ impl Device {
 
     fn stop_and_wait(&self) -> io::Result<()> {
         self.backend.stop();
-        let mut waited = Duration::ZERO;
-        while !self.backend.is_stopped() {
-            if waited >= STOP_TIMEOUT {
-                let message = format!("{} does not leave guest RAM", self.name);
-                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
-            }
-            std::thread::sleep(STOP_STEP);
-            waited += STOP_STEP;
+        if self.backend.wait_stopped(STOP_TIMEOUT) {
+            return Ok(());
         }
-        Ok(())
+        let message = format!("{} does not leave guest RAM", self.name);
+        Err(io::Error::new(io::ErrorKind::TimedOut, message))
     }
 }
 

@@ -6,6 +6,7 @@ mod serve;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -127,6 +128,10 @@ impl VirtioBackend for Block {
 
     fn is_stopped(&self) -> bool {
         self.worker.is_stopped()
+    }
+
+    fn wait_stopped(&self, timeout: Duration) -> bool {
+        self.worker.wait_stopped(timeout)
     }
 }
 

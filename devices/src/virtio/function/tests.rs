@@ -62,6 +62,10 @@ impl VirtioBackend for Fake {
     fn is_stopped(&self) -> bool {
         !self.running.load(Ordering::Relaxed)
     }
+
+    fn wait_stopped(&self, _timeout: Duration) -> bool {
+        self.is_stopped()
+    }
 }
 
 struct NoRoutes;
