@@ -10,12 +10,12 @@ use super::inside::Job;
 use super::inside::attach::Attach;
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
-use super::{Paired, measure};
+use super::{Paired, boot_lab, measure};
 use crate::devices::Backend;
 use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
-use crate::lab::{Host, Parts, Setup};
+use crate::lab::{Host, Parts};
 use crate::ui;
 
 /// The guests' RAM.
@@ -80,16 +80,12 @@ impl Bench {
             lab_kernel: true,
         })?;
         let contenders = arguments.contenders()?;
-        let setup = Setup {
-            kernel: HostKernel::Lab,
-            devices: vec![Device::nvme("GANTRY-NVME0001")],
-            puts: contenders.iter().filter_map(Contender::to_bring).collect(),
-            parallel: true,
-            ..Setup::default()
-        };
-        let step = ui::Step::begin("Booting the lab");
-        let host = Host::boot(&parts, &setup)?;
-        step.done();
+        let host = boot_lab(
+            &parts,
+            HostKernel::Lab,
+            vec![Device::nvme("GANTRY-NVME0001")],
+            &contenders,
+        )?;
         bind(&host, &[DISK])?;
         Ok(Self {
             host,

@@ -9,12 +9,12 @@ use super::contender::{Api, Contender, Guest};
 use super::inside::{Exits, Job, Timing};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
-use super::{Paired, measure};
+use super::{Paired, boot_lab, measure};
 use crate::devices::Backend;
 use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
-use crate::lab::{Host, Parts, Setup};
+use crate::lab::{Host, Parts};
 use crate::ui;
 
 /// The guests' RAM.
@@ -88,19 +88,8 @@ impl Bench {
             None => HostKernel::Stock,
         });
         let contenders = arguments.paired.contenders()?;
-        let setup = Setup {
-            kernel,
-            devices: vec![
-                Device::nvme("GANTRY-NVME0001"),
-                Device::nvme("GANTRY-NVME0002"),
-            ],
-            puts: contenders.iter().filter_map(Contender::to_bring).collect(),
-            parallel: true,
-            ..Setup::default()
-        };
-        let step = ui::Step::begin("Booting the lab");
-        let host = Host::boot(&parts, &setup)?;
-        step.done();
+        let devices = ["GANTRY-NVME0001", "GANTRY-NVME0002"].map(Device::nvme);
+        let host = boot_lab(&parts, kernel, devices.into(), &contenders)?;
         bind(&host, &DISKS)?;
         Ok(Self {
             host,

@@ -38,7 +38,10 @@ pub mod table;
 use contender::{Contender, Guest};
 use inside::Job;
 
-use crate::lab::Host;
+use crate::lab::device::Device;
+use crate::lab::images::HostKernel;
+use crate::lab::{Host, Parts, Setup};
+use crate::ui;
 
 /// A measurement that takes longer than this is stuck.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -70,6 +73,26 @@ impl Paired {
         ensure!(programs.len() == all.len(), "the same peer is given twice");
         Ok(all)
     }
+}
+
+/// Boots a lab with these devices and the programs of the contenders.
+fn boot_lab(
+    parts: &Parts,
+    kernel: HostKernel,
+    devices: Vec<Device>,
+    contenders: &[Contender],
+) -> Result<Host> {
+    let setup = Setup {
+        kernel,
+        devices,
+        puts: contenders.iter().filter_map(Contender::to_bring).collect(),
+        parallel: true,
+        ..Setup::default()
+    };
+    let step = ui::Step::begin("Booting the lab");
+    let host = Host::boot(parts, &setup)?;
+    step.done();
+    Ok(host)
 }
 
 /// What the job finds out about a contender with this guest.

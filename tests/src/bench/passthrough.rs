@@ -10,12 +10,12 @@ use super::inside::attach::Attach;
 use super::inside::{Busy, Job, Timing};
 use super::pairs::{Samples, Subject, order};
 use super::rows::{self, Report, Row};
-use super::{Paired, measure};
+use super::{Paired, boot_lab, measure};
 use crate::devices::Backend;
 use crate::lab::device::Device;
 use crate::lab::images::HostKernel;
 use crate::lab::parts::Options;
-use crate::lab::{Host, Parts, Setup};
+use crate::lab::{Host, Parts};
 use crate::ui;
 
 /// The guests' RAM.
@@ -109,16 +109,7 @@ impl Bench {
             lab_kernel: true,
         })?;
         let contenders = arguments.contenders()?;
-        let setup = Setup {
-            kernel: HostKernel::Lab,
-            devices: devices(),
-            puts: contenders.iter().filter_map(Contender::to_bring).collect(),
-            parallel: true,
-            ..Setup::default()
-        };
-        let step = ui::Step::begin("Booting the lab");
-        let host = Host::boot(&parts, &setup)?;
-        step.done();
+        let host = boot_lab(&parts, HostKernel::Lab, devices(), &contenders)?;
         bind(&host, &DEVICES.map(|device| device.bdf))?;
         let neighbour = format!(
             "cd /sys/bus/pci/devices/{NEIGHBOUR}/net && ip address add 10.9.0.1/24 dev * && ip link set * up"
