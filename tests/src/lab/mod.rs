@@ -14,7 +14,7 @@
 //! | [`cache`] | what is made once and kept: folders named after a hash of their inputs |
 //! | [`sources`], [`packages`] | Debian packages, downloaded and unpacked, never installed |
 //! | [`kernel`], [`kernel_build`] | the stock Debian kernel, and the lab's own for iommufd and mdev |
-//! | [`erratum`] | a fault of QEMU that hangs guests, mended in the unpacked copy |
+//! | [`erratum`] | faults of QEMU that end or hang guests, mended in the unpacked copy |
 //! | [`parts`] | all that a lab is made of: found in the cache or made |
 //! | [`initramfs`] | cpio archives of programs with their libraries, modules and files |
 //! | [`images`] | what is in the two initramfs, the host's and the guest's |

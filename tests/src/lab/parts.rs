@@ -196,7 +196,7 @@ impl Store {
             missing: &[QEMU_PACKAGE],
             backports: true,
         };
-        let inputs = format!("{NEWER_RELEASE} {wanted:?} mended, which is noted");
+        let inputs = format!("{NEWER_RELEASE} {wanted:?} mended twice, which is noted");
         self.cache.entry("qemu", &[inputs.as_bytes()], |into, _| {
             let mut packages = self.newer()?.unpack("QEMU", wanted, into)?;
             let mended = erratum::mend(&qemu::program(into)?)?;
