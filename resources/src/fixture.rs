@@ -10,15 +10,65 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
+use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
+use crate::base::name::DeviceName;
+use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::inventory::scan::scan;
+use crate::making::demand::Binder;
+use crate::making::sriov::HostAccess;
+use crate::pools::request::{DeviceRequest, Placement};
 
 pub(crate) use kernel::{FakeKernel, Fault, hung};
 
 pub(crate) fn bdf(text: &str) -> HostBdf {
     text.parse().unwrap()
+}
+
+/// A VM that leases devices.
+pub(crate) fn vm(name: &str) -> Holder {
+    Holder {
+        vm: name.to_owned(),
+        pid: 123,
+    }
+}
+
+/// Leases devices for VM "a", with a helper that gives nothing back.
+pub(crate) fn lease(
+    host: &FakeHost,
+    access: HostAccess<'_>,
+    requests: &[DeviceRequest],
+) -> Result<Vec<Lease>, AllocateError> {
+    let binder = Binder {
+        host: access,
+        helper: "/bin/true".as_ref(),
+    };
+    lease_with(host, &binder, requests)
+}
+
+/// Leases devices for VM "a" of this process, which may see how it moves them.
+pub(crate) fn lease_with(
+    host: &FakeHost,
+    binder: &Binder<'_>,
+    requests: &[DeviceRequest],
+) -> Result<Vec<Lease>, AllocateError> {
+    let holder = Holder {
+        pid: std::process::id(),
+        ..vm("a")
+    };
+    let near = Placement::default();
+    let vm = Recipient::new(&holder, &near);
+    allocate_with(&host.paths, requests, vm, binder)
+}
+
+/// A request for one device, whether it is in a group or not.
+pub(crate) fn ungrouped(name: impl Into<DeviceName>) -> DeviceRequest {
+    DeviceRequest {
+        allow_ungrouped: true,
+        ..DeviceRequest::device(name)
+    }
 }
 
 /// What a device of the fake host is like.
@@ -204,6 +254,11 @@ impl FakeHost {
         fs::write(path, content).unwrap();
     }
 
+    /// Writes the file of groups.
+    pub(crate) fn groups(&self, json: &str) {
+        self.file("etc/groups.json", json);
+    }
+
     /// What makes mediated devices: a type with so much room.
     pub(crate) fn mdev_parent(&self, name: &str, kind: &str, title: &str, room: u32) {
         let dir = self.paths.sysfs.join("devices/virtual").join(name);
@@ -229,6 +284,12 @@ impl FakeHost {
 
     pub(crate) fn scan(&self) -> Vec<HostDevice> {
         scan(&self.paths).unwrap()
+    }
+
+    /// Addresses of leased devices.
+    pub(crate) fn held(&self) -> Vec<String> {
+        let held = self.scan().into_iter().filter(|one| one.lease.is_held());
+        held.map(|device| device.bdf.to_string()).collect()
     }
 
     pub(crate) fn read(&self, address: &str) -> HostDevice {

@@ -71,11 +71,6 @@ fn is_wanted(device: &HostDevice, groups: &Groups, tenants: &Tenants, all: &[Hos
 
 /// Binds a device with its IOMMU group. False if it was bound already.
 fn bind(paths: &HostPaths, writer: &ChildWriter, bdf: HostBdf) -> Result<bool, Failure> {
-    let request = BindRequest {
-        devices: &[bdf],
-        overrides: &[],
-        dry_run: false,
-    };
-    let report = detach(paths, writer, &request)?;
+    let report = detach(paths, writer, &BindRequest::of(&[bdf]))?;
     Ok(report.moved.contains(&bdf))
 }

@@ -6,7 +6,7 @@ use super::fit::SHOWN;
 use super::*;
 use crate::base::bdf::HostBdf;
 use crate::facts::topology::Sockets;
-use crate::fixture::{Fake, FakeHost, bdf};
+use crate::fixture::{Fake, FakeHost, bdf, ungrouped, vm};
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::record::LeaseStatus;
 use crate::pools::group::Groups;
@@ -20,15 +20,8 @@ const NVME: &str = r#"{"groups": [{"name": "nvme", "rules": [{"class": "0108"}]}
 
 fn host(devices: &[Fake], groups: &str) -> FakeHost {
     let host = FakeHost::new(devices);
-    host.file("etc/groups.json", groups);
+    host.groups(groups);
     host
-}
-
-fn vm(name: &str) -> Holder {
-    Holder {
-        vm: name.to_owned(),
-        pid: 123,
-    }
 }
 
 fn of(group: &str, count: u32) -> DeviceRequest {
@@ -52,14 +45,6 @@ fn refusal(host: &FakeHost, requests: &[DeviceRequest]) -> String {
         .to_string()
 }
 
-fn held(host: &FakeHost) -> Vec<String> {
-    let held = host
-        .scan()
-        .into_iter()
-        .filter(|device| device.lease.is_held());
-    held.map(|device| device.bdf.to_string()).collect()
-}
-
 /// The function of a card that nobody thinks of.
 #[test]
 fn a_function_that_the_host_has_bound_again_is_named_with_its_driver() {
@@ -78,7 +63,7 @@ fn a_function_that_the_host_has_bound_again_is_named_with_its_driver() {
     ] {
         assert!(why.contains(words), "no {words:?} in {why}");
     }
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
 }
 
 #[test]
@@ -201,7 +186,7 @@ fn nothing_is_taken_when_one_request_fails() {
         [of("nvme", 1), exact("03:00.0")],
     ] {
         refusal(&host, &requests);
-        assert!(held(&host).is_empty());
+        assert!(host.held().is_empty());
     }
 }
 
@@ -236,17 +221,17 @@ fn an_iommu_group_is_given_to_one_vm_only() {
             .collect::<Vec<_>>(),
         group
     );
-    assert_eq!(held(&host), group);
+    assert_eq!(host.held(), group);
     leases.pop();
     assert_eq!(
-        held(&host),
+        host.held(),
         group,
         "one device less, but the VM still is in the group"
     );
     let error = refusal(&host, &[exact("01:00.1")]);
     assert_eq!(error, "0000:01:00.1 is held by VM \"a\" (pid 123)");
     leases.pop();
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
 }
 
 #[test]
@@ -369,10 +354,7 @@ fn exact_devices_are_refused_with_their_reason() {
         let error = refusal(&host, &[exact(address)]);
         assert!(error.contains(said), "{error}");
     }
-    let request = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("01:00.0"))
-    };
+    let request = ungrouped(bdf("01:00.0"));
     assert_eq!(
         allocate(&host.paths, &[request], &vm("a")).unwrap().len(),
         1
@@ -593,7 +575,7 @@ proptest! {
             }
         }
         drop(vms);
-        prop_assert!(held(&host).is_empty());
+        prop_assert!(host.held().is_empty());
     }
 }
 

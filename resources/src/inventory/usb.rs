@@ -239,7 +239,7 @@ pub(crate) mod tests {
         ] {
             let file =
                 format!(r#"{{"groups": [{{"name": "g", "type": "usb", "rules": [{rule}]}}]}}"#);
-            host.file("etc/groups.json", &file);
+            host.groups(&file);
             let groups = Groups::load(&host.paths).unwrap();
             let all = scan_usb(&host.paths).unwrap();
             let ports = all

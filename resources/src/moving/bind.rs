@@ -34,6 +34,17 @@ pub struct BindRequest<'a> {
     pub dry_run: bool,
 }
 
+impl<'a> BindRequest<'a> {
+    /// Moves these devices, unless the host uses them.
+    pub fn of(devices: &'a [HostBdf]) -> Self {
+        Self {
+            devices,
+            overrides: &[],
+            dry_run: false,
+        }
+    }
+}
+
 /// The result of a move, or of its dry run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct BindReport {
@@ -149,11 +160,7 @@ impl Direction {
         writer: &dyn SysfsWriter,
         devices: &[HostBdf],
     ) -> Result<BindReport, BindError> {
-        let request = BindRequest {
-            devices,
-            overrides: &[],
-            dry_run: false,
-        };
+        let request = BindRequest::of(devices);
         let mut plan = self.plan(paths, &request)?;
         if self == Self::Return {
             plan.moves

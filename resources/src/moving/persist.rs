@@ -302,12 +302,13 @@ mod tests {
         let aliases = "alias pci:v00001B36d*sv*sd*bc*sc*i* nvidia\n";
         host.file("proc/self/root/lib/modules/6.12.1/modules.alias", aliases);
         module(&host, "nouveau", "nouveau", true);
-        let request = BindRequest {
-            devices: &[bdf("01:00.0")],
-            overrides: &[],
-            dry_run: false,
-        };
-        detach(&host.paths, &FakeKernel::new(&host), &request).unwrap();
+        let disk = [bdf("01:00.0")];
+        detach(
+            &host.paths,
+            &FakeKernel::new(&host),
+            &BindRequest::of(&disk),
+        )
+        .unwrap();
         let made = persist(&host.paths, &[bdf("01:00.0")], &[], PersistBy::Modprobe).unwrap();
         let soft = "softdep nouveau pre: vfio-pci\nsoftdep nvidia pre: vfio-pci\n";
         assert!(made.text.ends_with(soft), "{}", made.text);

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use super::server::serve;
 use super::*;
 use crate::allocation::{AllocateError, Lease, Recipient, allocate_for, allocate_with};
-use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
+use crate::fixture::{Fake, FakeHost, FakeKernel, bdf, ungrouped};
 use crate::holding::host_lock::AllocationLock;
 use crate::holding::record::{LeaseKind, LeaseRecord};
 use crate::making::demand::Binder;
@@ -33,7 +33,7 @@ fn host_with_nics(nics: [&str; 2]) -> FakeHost {
         nic(nics[0]),
         nic(nics[1]),
     ]);
-    host.file("etc/groups.json", GROUPS);
+    host.groups(GROUPS);
     host.file("dev/vfio/vfio", "container");
     for group in [1, 2, 7] {
         host.file(&format!("dev/vfio/{group}"), &format!("node {group}"));
@@ -92,14 +92,6 @@ fn others_turn(host: &FakeHost) -> AllocationLock {
     AllocationLock::acquire(&host.paths, &record, Duration::ZERO).unwrap()
 }
 
-fn held(host: &FakeHost) -> Vec<String> {
-    let held = host
-        .scan()
-        .into_iter()
-        .filter(|device| device.lease.is_held());
-    held.map(|device| device.bdf.to_string()).collect()
-}
-
 fn only(groups: &[&str]) -> Limit {
     let groups = groups
         .iter()
@@ -117,8 +109,13 @@ fn content(mut file: &File) -> String {
     text
 }
 
+/// Asks for devices for a VM that has these IOMMU groups and a DMA address space.
+fn open(opener: &Opener, request: DeviceRequest, has: &[u32]) -> Result<Opened, OpenerError> {
+    opener.open(&[request], &groups(has, false), &|| false)
+}
+
 fn refused(opener: &Opener, request: DeviceRequest) -> String {
-    match opener.open(&[request], &groups(&[], false), &|| false) {
+    match open(opener, request, &[]) {
         Err(OpenerError::Refused(why) | OpenerError::Mistaken(why) | OpenerError::Busy(why)) => why,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it was given"),
@@ -131,11 +128,7 @@ fn what_others_hold_may_be_asked_for_again() {
     let (opener, _helper) = started(&host);
     let both = [DeviceRequest::group("nvme", 2)];
     let _held = opener.open(&both, &groups(&[], false), &|| false).unwrap();
-    let ask = |request: DeviceRequest| {
-        opener
-            .open(&[request], &groups(&[], false), &|| false)
-            .err()
-    };
+    let ask = |request: DeviceRequest| open(&opener, request, &[]).err();
     let held = ask(DeviceRequest::group("nvme", 1));
     assert!(matches!(held, Some(OpenerError::Busy(_))), "{held:?}");
     let never = ask(DeviceRequest::group("nvme", 9));
@@ -163,23 +156,17 @@ fn a_device_comes_with_its_group_and_a_container_and_goes_back() {
     assert_eq!(content(opened.groups[0].node.as_ref().unwrap()), "node 1");
     assert_eq!(opened.groups[0].reserved[0].start, 0xfee0_0000);
     assert_eq!(content(opened.address_space.as_ref().unwrap()), "container");
-    assert_eq!(held(&host), ["0000:01:00.0"]);
+    assert_eq!(host.held(), ["0000:01:00.0"]);
 
-    let second = opener
-        .open(
-            &[DeviceRequest::group("nvme", 1)],
-            &groups(&[1], false),
-            &|| false,
-        )
-        .unwrap();
+    let second = open(&opener, DeviceRequest::group("nvme", 1), &[1]).unwrap();
     assert_eq!(second.devices[0].name, bdf("02:00.0"));
     assert!(second.address_space.is_none());
     let none_left = refused(&opener, DeviceRequest::group("nvme", 1));
     assert!(none_left.contains("No valid host was found"), "{none_left}");
     drop(opened);
-    assert_eq!(held(&host), ["0000:02:00.0"]);
+    assert_eq!(host.held(), ["0000:02:00.0"]);
     drop(second);
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
     drop(opener);
     helper.join().unwrap().unwrap();
 }
@@ -207,7 +194,7 @@ fn with_iommufd_each_device_comes_with_its_cdev() {
         host.file(&device, "511:0");
         host.file(&format!("dev/vfio/devices/{node}"), node);
     }
-    assert!(held(&host).is_empty(), "what was refused is not held");
+    assert!(host.held().is_empty(), "what was refused is not held");
     let opened = open().unwrap();
     assert_eq!(content(opened.address_space.as_ref().unwrap()), "iommufd");
     let [group] = opened.groups.as_slice() else {
@@ -225,24 +212,12 @@ fn with_iommufd_each_device_comes_with_its_cdev() {
 fn the_functions_of_a_group_come_with_one_node() {
     let host = host();
     let (opener, _helper) = started(&host);
-    let opened = opener
-        .open(
-            &[DeviceRequest::group("nic", 2)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
+    let opened = open(&opener, DeviceRequest::group("nic", 2), &[]).unwrap();
     assert_eq!((opened.devices.len(), opened.groups.len()), (2, 1));
     let locks = opened.devices[0].lease.locks.as_ref().unwrap();
     assert_eq!(locks.len(), 2, "the whole group is locked");
     drop(opened);
-    let known = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[7], false),
-            &|| false,
-        )
-        .unwrap();
+    let known = open(&opener, DeviceRequest::group("nic", 1), &[7]).unwrap();
     assert!(known.groups.is_empty());
 }
 
@@ -250,36 +225,18 @@ fn the_functions_of_a_group_come_with_one_node() {
 fn the_second_device_of_a_group_is_the_vms_and_no_others() {
     let host = host();
     let (opener, _helper) = started(&host);
-    let first = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
+    let first = open(&opener, DeviceRequest::group("nic", 1), &[]).unwrap();
     let (other, _helper) = started(&host);
     assert!(refused(&other, DeviceRequest::group("nic", 1)).contains("03:01.0"));
-    let second = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[7], false),
-            &|| false,
-        )
-        .unwrap();
+    let second = open(&opener, DeviceRequest::group("nic", 1), &[7]).unwrap();
     assert_eq!(second.devices[0].name, bdf("03:01.0"));
     assert!(refused(&opener, DeviceRequest::group("nic", 1)).contains("\"one\""));
     drop(first);
-    assert_eq!(held(&host).len(), 2, "the group is whole");
-    let again = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[7], false),
-            &|| false,
-        )
-        .unwrap();
+    assert_eq!(host.held().len(), 2, "the group is whole");
+    let again = open(&opener, DeviceRequest::group("nic", 1), &[7]).unwrap();
     assert_eq!(again.devices[0].name, bdf("03:00.0"));
     drop((second, again));
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
 }
 
 #[test]
@@ -289,16 +246,11 @@ fn a_vm_is_given_only_what_its_file_names() {
     opener.limit(only(&["nvme"])).unwrap();
     let why = refused(&opener, DeviceRequest::group("nic", 1));
     assert!(why.contains("group \"nvme\" only"), "{why}");
-    let exact = |address| DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf(address))
-    };
+    let exact = |address| ungrouped(bdf(address));
     refused(&opener, exact("03:00.0"));
     refused(&opener, DeviceRequest::alias("nvme", 1));
-    assert!(held(&host).is_empty());
-    let opened = opener
-        .open(&[exact("02:00.0")], &groups(&[], false), &|| false)
-        .unwrap();
+    assert!(host.held().is_empty());
+    let opened = open(&opener, exact("02:00.0"), &[]).unwrap();
     // Asked for by its address, it is of its group all the same.
     assert_eq!(opened.devices[0].pool.as_deref(), Some("nvme"));
 }
@@ -306,17 +258,11 @@ fn a_vm_is_given_only_what_its_file_names() {
 #[test]
 fn a_vm_whose_file_names_no_groups_has_limits_too() {
     let host = host();
-    host.file(
-        "etc/groups.json",
-        r#"{"groups": [{"name": "nic", "rules": [{"class": "0200"}]}]}"#,
-    );
-    let ungrouped = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("01:00.0"))
-    };
+    host.groups(r#"{"groups": [{"name": "nic", "rules": [{"class": "0200"}]}]}"#);
+    let disk = ungrouped(bdf("01:00.0"));
     let (opener, _helper) = started(&host);
     opener.limit(only(&[])).unwrap();
-    let why = refused(&opener, ungrouped.clone());
+    let why = refused(&opener, disk.clone());
     assert!(
         why.contains("01:00.0 is in no group") && why.contains("\"ungrouped\": true"),
         "{why}"
@@ -326,7 +272,7 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
     // It started without devices, so that no group is its own.
     let why = refused(&opener, nics(1));
     assert!(why.contains("add \"nic\" to `hotplug.groups`"), "{why}");
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
     let (other, _helper) = started(&host);
     let limit = Limit {
         ungrouped: true,
@@ -334,15 +280,10 @@ fn a_vm_whose_file_names_no_groups_has_limits_too() {
         ..only(&[])
     };
     other.limit(limit).unwrap();
-    let _disk = other
-        .open(&[ungrouped], &groups(&[], false), &|| false)
-        .unwrap();
-    let more = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("02:00.0"))
-    };
+    let _disk = open(&other, disk, &[]).unwrap();
+    let more = ungrouped(bdf("02:00.0"));
     assert!(refused(&other, more).contains("at most 1 device at a time"));
-    assert_eq!(held(&host).len(), 1);
+    assert_eq!(host.held().len(), 1);
 }
 
 #[test]
@@ -354,7 +295,7 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
     };
     for own in [DeviceRequest::group("nvme", 1), exact("01:00.0", false)] {
         let (opener, _helper) = started(&host);
-        let first = opener.open(&[own], &groups(&[], false), &|| false).unwrap();
+        let first = open(&opener, own, &[]).unwrap();
         opener.limit(only(&[])).unwrap();
         let why = refused(&opener, DeviceRequest::group("nic", 1));
         assert!(
@@ -363,9 +304,7 @@ fn a_vm_whose_file_names_no_groups_may_have_more_of_its_own() {
         );
         refused(&opener, exact("03:00.0", true));
         for more in [DeviceRequest::group("nvme", 1), exact("02:00.0", true)] {
-            let second = opener
-                .open(&[more], &groups(&[], false), &|| false)
-                .unwrap();
+            let second = open(&opener, more, &[]).unwrap();
             assert_eq!(second.devices[0].name, bdf("02:00.0"));
         }
         drop(first);
@@ -378,15 +317,7 @@ fn a_limit_is_never_taken_back() {
     let (opener, helper) = started(&host);
     opener.limit(only(&["nvme"])).unwrap();
     opener.limit(only(&["nic"])).unwrap();
-    assert!(
-        opener
-            .open(
-                &[DeviceRequest::group("nic", 1)],
-                &groups(&[], false),
-                &|| false
-            )
-            .is_err()
-    );
+    assert!(open(&opener, DeviceRequest::group("nic", 1), &[]).is_err());
     assert!(helper.join().unwrap().is_err(), "it ends");
 }
 
@@ -395,24 +326,15 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
     let host = host();
     let (opener, helper) = started(&host);
     std::fs::remove_file(host.paths.vfio_group(2)).unwrap();
-    let exact = |address| DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf(address))
-    };
+    let exact = |address| ungrouped(bdf(address));
     refused(&opener, exact("02:00.0"));
     // Nor does one that cannot be opened, where the host is to blame.
     std::fs::create_dir(host.paths.vfio_group(2)).unwrap();
-    let failed = opener.open(&[exact("02:00.0")], &groups(&[], false), &|| false);
+    let failed = open(&opener, exact("02:00.0"), &[]);
     assert!(matches!(failed, Err(OpenerError::Failed(_))));
     assert!(refused(&opener, exact("0a:00.0")).contains("no PCI device"));
-    assert!(held(&host).is_empty());
-    let opened = opener
-        .open(
-            &[DeviceRequest::group("nvme", 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
+    assert!(host.held().is_empty());
+    let opened = open(&opener, DeviceRequest::group("nvme", 1), &[]).unwrap();
     // As when the VM's process is killed: nobody says anything any more.
     opener
         .lock()
@@ -420,7 +342,7 @@ fn leases_end_with_the_socket_and_a_node_that_is_missing_leaves_none() {
         .shutdown(std::net::Shutdown::Both)
         .unwrap();
     helper.join().unwrap().unwrap();
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
     drop(opened);
 }
 
@@ -481,13 +403,7 @@ fn what_does_not_arrive_whole_goes_back() {
         released.sort_unstable();
         released
     });
-    let failed = opener
-        .open(
-            &[DeviceRequest::group("nvme", 2)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .err();
+    let failed = open(&opener, DeviceRequest::group("nvme", 2), &[]).err();
     assert!(matches!(failed, Some(OpenerError::Files(_))), "{failed:?}");
     assert_eq!(helper.join().unwrap(), [4, 5]);
 }
@@ -511,13 +427,7 @@ fn a_plan_is_what_its_file_says() {
 fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
     let host = host();
     let (opener, helper) = started(&host);
-    let first = opener
-        .open(
-            &[DeviceRequest::group("nvme", 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
+    let first = open(&opener, DeviceRequest::group("nvme", 1), &[]).unwrap();
     // Somebody is choosing devices all the time.
     let turn = others_turn(&host);
     let second = opener.open(
@@ -530,21 +440,15 @@ fn a_lease_that_is_unwanted_is_not_waited_for_and_goes_back() {
     drop(turn);
     drop(opener);
     helper.join().unwrap().unwrap();
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
 }
 
 #[test]
 fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
-    let first = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
-    let before = held(&host);
+    let first = open(&opener, DeviceRequest::group("nic", 1), &[]).unwrap();
+    let before = host.held();
     let turn = others_turn(&host);
     let disk = || {
         opener.open(
@@ -567,7 +471,7 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     assert!(matches!(said, Said::Not(_)), "{said:?}");
     assert!(!wire::has_more(&line.socket));
     drop(line);
-    assert_eq!(held(&host), before);
+    assert_eq!(host.held(), before);
     drop(first);
 }
 
@@ -575,14 +479,8 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
 fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     let host = host();
     let (opener, _helper) = started(&host);
-    let _first = opener
-        .open(
-            &[DeviceRequest::group("nic", 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-        .unwrap();
-    let before = held(&host);
+    let _first = open(&opener, DeviceRequest::group("nic", 1), &[]).unwrap();
+    let before = host.held();
     let ask = Ask::Lease {
         requests: vec![DeviceRequest::group("nvme", 1)],
         ungrouped: false,
@@ -598,8 +496,8 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     line.say(&Ask::Unheard).unwrap();
     drop(line);
     let deadline = std::time::Instant::now() + RELEASE_PATIENCE;
-    while held(&host) != before && std::time::Instant::now() < deadline {}
-    assert_eq!(held(&host), before);
+    while host.held() != before && std::time::Instant::now() < deadline {}
+    assert_eq!(host.held(), before);
 }
 
 #[test]
@@ -614,18 +512,10 @@ fn what_needs_more_slots_than_are_free_is_refused_before_anything_is_leased() {
     // The lock file of a device that was ever leased stays.
     assert!(!host.paths.run.join("leases").exists());
     // The functions of one card share a slot.
-    let card = opener.open(
-        &[DeviceRequest::group("nic", 1)],
-        &groups(&[], false),
-        &|| false,
-    );
+    let card = open(&opener, DeviceRequest::group("nic", 1), &[]);
     assert_eq!(card.unwrap().devices.len(), 2);
     opener.slots(2).unwrap();
-    let disks = opener.open(
-        &[DeviceRequest::group("nvme", 2)],
-        &groups(&[], false),
-        &|| false,
-    );
+    let disks = open(&opener, DeviceRequest::group("nvme", 2), &[]);
     assert_eq!(disks.unwrap().devices.len(), 2);
 }
 
@@ -644,9 +534,7 @@ fn functions_without_function_0_of_their_card_take_a_slot_each() {
     }
     assert!(!host.paths.run.join("leases").exists(), "none was leased");
     opener.slots(2).unwrap();
-    let both = opener
-        .open(&[card()], &groups(&[], false), &|| false)
-        .unwrap();
+    let both = open(&opener, card(), &[]).unwrap();
     assert_eq!(both.devices.len(), 2);
 }
 
@@ -671,8 +559,7 @@ impl SysfsWriter for HangingWriter<'_> {
 #[test]
 fn a_lease_goes_back_while_another_is_being_made() {
     let host = Arc::new(host());
-    host.file(
-        "etc/groups.json",
+    host.groups(
         r#"{"groups": [
             {"name": "nvme", "rules": [{"slot": "0000:01:00.0"}]},
             {"name": "later", "bind": "demand", "rules": [{"slot": "0000:02:00.0"}]}
@@ -699,25 +586,19 @@ fn a_lease_goes_back_while_another_is_being_made() {
         }
     };
     let (opener, helper) = started_with(&host, Box::new(allocate));
-    let open = |group: &str| {
-        opener.open(
-            &[DeviceRequest::group(group, 1)],
-            &groups(&[], false),
-            &|| false,
-        )
-    };
+    let open = |group: &str| open(&opener, DeviceRequest::group(group, 1), &[]);
     let first = open("nvme").unwrap();
     thread::scope(|threads| {
         let second = threads.spawn(|| open("later"));
         hung.recv().unwrap();
         drop(first);
-        assert_eq!(held(&host), ["0000:02:00.0"], "the first is back");
+        assert_eq!(host.held(), ["0000:02:00.0"], "the first is back");
         assert!(!second.is_finished());
         drop(go_on);
         let second = second.join().unwrap().unwrap();
         assert_eq!(second.devices[0].name, bdf("02:00.0"));
     });
-    assert!(held(&host).is_empty());
+    assert!(host.held().is_empty());
     drop(opener);
     helper.join().unwrap().unwrap();
 }
@@ -742,10 +623,10 @@ fn a_lease_goes_back_while_its_answer_is_not_read() {
         nodes: groups(&[], false),
     };
     wire::send(&mut asks, &ask).unwrap();
-    while held(&host).is_empty() {
+    while host.held().is_empty() {
         assert!(!helper.is_finished());
     }
-    while !held(&host).is_empty() {
+    while !host.held().is_empty() {
         let back = Return { id: 0, aside: None };
         wire::send(&mut returns, &back).unwrap();
         wire::receive::<()>(&mut returns).unwrap();

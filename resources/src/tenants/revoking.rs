@@ -95,11 +95,7 @@ fn to_host_drivers(
     if devices.is_empty() {
         return Ok(());
     }
-    let request = BindRequest {
-        devices,
-        overrides: &[],
-        dry_run: false,
-    };
+    let request = BindRequest::of(devices);
     reattach(host, access.writer, &request).map(drop)
 }
 

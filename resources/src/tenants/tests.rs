@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 use crate::allocation::allocate;
-use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
+use crate::fixture::{Fake, FakeHost, FakeKernel, bdf, ungrouped};
 use crate::holding::lock_file::lock_path;
 use crate::holding::maintenance::running_vms;
 use crate::holding::record::Holder;
@@ -23,10 +23,7 @@ fn host() -> FakeHost {
         Fake::nvme("02:00.0", 2).driver("nvme"),
         Fake::nvme("02:00.1", 2).driver("nvme"),
     ]);
-    host.file(
-        "etc/groups.json",
-        r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#,
-    );
+    host.groups(r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#);
     host
 }
 
@@ -62,10 +59,7 @@ fn scope(host: &FakeHost, name: &str) -> HostPaths {
 }
 
 fn taken(paths: &HostPaths, group: &str) -> Result<Vec<crate::allocation::Lease>, String> {
-    let holder = Holder {
-        vm: format!("vm of {group}"),
-        pid: std::process::id(),
-    };
+    let holder = holder_of(&format!("vm of {group}"), std::process::id());
     allocate(paths, &[DeviceRequest::group(group, 1)], &holder).map_err(|error| error.to_string())
 }
 
@@ -130,21 +124,11 @@ fn a_tenants_devices_are_its_own_idle_or_not() {
         refused.contains("gantry tenant revoke a 0000:01:00.0"),
         "{refused}"
     );
-    let exact = [DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("01:00.0"))
-    }];
-    let holder = Holder {
-        vm: "x".to_owned(),
-        pid: 1,
-    };
+    let exact = [ungrouped(bdf("01:00.0"))];
+    let holder = holder_of("x", 1);
     assert!(allocate(&host.paths, &exact, &holder).is_err());
-    let request = BindRequest {
-        devices: &[bdf("01:00.0")],
-        overrides: &[],
-        dry_run: false,
-    };
-    let kept = reattach(&host.paths, &kernel, &request)
+    let device = [bdf("01:00.0")];
+    let kept = reattach(&host.paths, &kernel, &BindRequest::of(&device))
         .unwrap_err()
         .to_string();
     assert!(kept.contains("belongs to tenant \"a\""), "{kept}");
@@ -321,10 +305,7 @@ fn what_tenants_need_is_open_to_them_whatever_the_umask() {
 fn a_tenant_whose_vm_runs_stays() {
     let host = host();
     create_tenant(&host.paths, "a", &user()).unwrap();
-    let vm = |pid| Holder {
-        vm: "x".to_owned(),
-        pid,
-    };
+    let vm = |pid| holder_of("x", pid);
     let _hosts = crate::holding::maintenance::announce(&host.paths, &vm(7)).unwrap();
     let running = crate::holding::maintenance::announce(&scope(&host, "a"), &vm(8)).unwrap();
     // The record is the tenant's own, and may name anybody's process.
@@ -398,12 +379,8 @@ fn what_a_process_has_open_changes_no_hands() {
     ends();
     revoke(&host.paths, kernel.access(), "a", &[bdf("01:00.0")]).unwrap();
     // Nor does a tenant get what a process of the host's has open.
-    let request = BindRequest {
-        devices: &[bdf("02:00.0")],
-        overrides: &[],
-        dry_run: false,
-    };
-    crate::moving::bind::detach(&host.paths, &kernel, &request).unwrap();
+    let device = [bdf("02:00.0")];
+    crate::moving::bind::detach(&host.paths, &kernel, &BindRequest::of(&device)).unwrap();
     opens(2);
     let said = give(&host, &kernel, "a", "02:00.0");
     assert!(said.contains("process 77"), "{said}");
@@ -630,10 +607,7 @@ fn two_grants_out_of_a_group_at_once_get_other_devices() {
         Fake::nvme("01:00.0", 1).driver("nvme"),
         Fake::nvme("02:00.0", 2).driver("nvme"),
     ]);
-    host.file(
-        "etc/groups.json",
-        r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#,
-    );
+    host.groups(r#"{"groups": [{"name": "disks", "rules": [{"class": "0108"}]}]}"#);
     for name in ["a", "b"] {
         create_tenant(&host.paths, name, &user()).unwrap();
     }
@@ -798,11 +772,7 @@ fn what_is_revoked_and_not_reattached_is_said_to_be_just_that() {
         }
         assert!(scope(&host, "a").only.unwrap().is_empty());
         assert_eq!(host.bindings(), given, "{at}: both are with vfio-pci");
-        let request = BindRequest {
-            devices: &both,
-            overrides: &[],
-            dry_run: false,
-        };
+        let request = BindRequest::of(&both);
         reattach(&host.paths, &kernel, &request).unwrap();
         assert_eq!(host.bindings(), before, "{at}");
     }

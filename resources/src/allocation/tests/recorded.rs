@@ -40,7 +40,7 @@ fn aliases(text: &str) -> Result<Vec<DeviceRequest>, String> {
 
 fn groups() -> Groups {
     let host = crate::fixture::FakeHost::new(&[]);
-    host.file("etc/groups.json", CONFIG);
+    host.groups(CONFIG);
     Groups::load(&host.paths).unwrap()
 }
 
@@ -286,7 +286,7 @@ fn other_hardware_at_an_address_is_named() {
     let mut devices = hosts::workstation();
     let rule = crate::pools::rule::Rule::of_device(&devices[2]);
     let text = serde_json::json!({"groups": [{"name": "one", "rules": [rule]}]}).to_string();
-    host.file("etc/groups.json", &text);
+    host.groups(&text);
     devices[2].id.device = 0x1c31;
     let groups = Groups::load(&host.paths).unwrap();
     let look = HostView::over(devices, groups, sockets());

@@ -1,7 +1,7 @@
 //! Who is set aside, who sees it, and how a device gets out.
 
 use super::*;
-use crate::fixture::{Fake, FakeHost, bdf};
+use crate::fixture::{Fake, FakeHost, bdf, vm};
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::device::DeviceState;
@@ -43,14 +43,8 @@ fn a_device_is_kept_out_until_it_is_released() {
 #[test]
 fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
     let host = host();
-    let holder = crate::holding::record::Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
-    host.file(
-        "etc/groups.json",
-        r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#,
-    );
+    let holder = vm("a");
+    host.groups(r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#);
     let wish = [crate::pools::request::DeviceRequest::group("g", 1)];
     let lease = crate::allocation::allocate(&host.paths, &wish, &holder).unwrap();
     lease[0].set_aside("its reset failed");
@@ -79,11 +73,8 @@ fn what_a_confined_vm_sets_aside_stays_out_until_it_is_released() {
 fn a_device_that_does_not_answer_when_its_lease_ends_stays_out_until_it_answers() {
     let host = host();
     let group = r#"{"groups": [{"name": "g", "rules": [{"class": "0108"}]}]}"#;
-    host.file("etc/groups.json", group);
-    let holder = crate::holding::record::Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
+    host.groups(group);
+    let holder = vm("a");
     let wish = [crate::pools::request::DeviceRequest::group("g", 1)];
     let lease = || crate::allocation::allocate(&host.paths, &wish, &holder);
     let config = host.dir(bdf("01:00.0")).join("config");

@@ -3,11 +3,10 @@
 use std::fs;
 
 use super::*;
-use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
-use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
-use crate::holding::record::Holder;
+use crate::allocation::{AllocateError, Lease};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, lease, lease_with};
 use crate::moving::bind::{BindRequest, detach};
-use crate::pools::request::{DeviceRequest, Placement};
+use crate::pools::request::DeviceRequest;
 
 const GROUPS: &str = r#"{"groups": [{"name": "gpus", "bind": "demand", "rules": [{"class": "03"}]},
     {"name": "disks", "bind": "demand", "rules": [{"class": "01"}]}]}"#;
@@ -22,7 +21,7 @@ fn host() -> FakeHost {
         Fake::nvme("02:00.0", 2).driver("nvme"),
         Fake::nvme("03:00.0", 3).driver("nvme"),
     ]);
-    host.file("etc/groups.json", GROUPS);
+    host.groups(GROUPS);
     let block = host.child(bdf("02:00.0"), "nvme/nvme0/nvme0n1", "class/block/nvme0n1");
     fs::write(block.join("dev"), "259:0\n").unwrap();
     host.file(
@@ -37,18 +36,7 @@ fn take(
     kernel: &FakeKernel<'_>,
     group: &str,
 ) -> Result<Vec<Lease>, AllocateError> {
-    let binder = Binder {
-        host: kernel.access(),
-        helper: Path::new("/bin/true"),
-    };
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: std::process::id(),
-    };
-    let requests = [DeviceRequest::group(group, 1)];
-    let near = Placement::default();
-    let vm = Recipient::new(&holder, &near);
-    allocate_with(&host.paths, &requests, vm, &binder)
+    lease(host, kernel.access(), &[DeviceRequest::group(group, 1)])
 }
 
 #[test]
@@ -90,11 +78,7 @@ fn a_device_detached_by_hand_stays_detached() {
     let host = host();
     let kernel = FakeKernel::new(&host);
     let disk = [bdf("03:00.0")];
-    let request = BindRequest {
-        devices: &disk,
-        overrides: &[],
-        dry_run: false,
-    };
+    let request = BindRequest::of(&disk);
     detach(&host.paths, &kernel, &request).unwrap();
     drop(take(&host, &kernel, "disks").unwrap());
     assert_eq!(reap(&host.paths, &kernel).unwrap(), []);
@@ -204,15 +188,7 @@ fn the_helper_is_told_what_to_give_back() {
         host: kernel.access(),
         helper: &helper,
     };
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: std::process::id(),
-    };
-    let requests = [DeviceRequest::group("gpus", 1)];
-    let near = Placement::default();
-    let vm = Recipient::new(&holder, &near);
-    let leases = allocate_with(&host.paths, &requests, vm, &binder);
-    drop(leases.unwrap());
+    drop(lease_with(&host, &binder, &[DeviceRequest::group("gpus", 1)]).unwrap());
     let started = Instant::now();
     while !out.exists() && started.elapsed() < Duration::from_secs(30) {
         thread::sleep(Duration::from_millis(10));
@@ -224,9 +200,7 @@ fn the_helper_is_told_what_to_give_back() {
 #[test]
 fn a_use_is_written_down_and_taken_back_when_it_fails() {
     let host = host();
-    host.file(
-        "etc/groups.json",
-        r#"{"groups": [{"name": "gpus", "bind": "demand", "one_time_use": true, "rules": [{"class": "03"}]}]}"#,
+    host.groups(r#"{"groups": [{"name": "gpus", "bind": "demand", "one_time_use": true, "rules": [{"class": "03"}]}]}"#,
     );
     let kernel = FakeKernel::new(&host).with_fault(1, Fault::Refuses);
     take(&host, &kernel, "gpus").unwrap_err();

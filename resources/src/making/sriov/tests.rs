@@ -7,14 +7,13 @@ mod tenants;
 mod token;
 
 use super::*;
-use crate::allocation::{AllocateError, Lease, Recipient, allocate_with};
-use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung};
-use crate::holding::record::Holder;
+use crate::allocation::{AllocateError, Lease};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, hung, lease};
 use crate::inventory::device::HostDevice;
-use crate::making::demand::{Binder, reap_with};
+use crate::making::demand::reap_with;
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
-use crate::pools::request::{DeviceRequest, Placement};
+use crate::pools::request::DeviceRequest;
 use crate::pools::vf_settings::{VfSetting, VfState};
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,13 +39,10 @@ fn host(bind: &str, more: &str) -> FakeHost {
         .with("sriov_stride", "2")
         .with("net/eth0/ifindex", "3"),
     ]);
-    host.file(
-        "etc/groups.json",
-        &format!(
-            r#"{{"groups": [{{"name": "vfs", "type": "sriov-nic", "bind": "{bind}",
+    host.groups(&format!(
+        r#"{{"groups": [{{"name": "vfs", "type": "sriov-nic", "bind": "{bind}",
                 "sriov": {{"pf": "{PF}", "id": "8086:10c9", "count": 3{more}}}}}]}}"#
-        ),
-    );
+    ));
     host
 }
 
@@ -96,18 +92,7 @@ fn seen(host: &FakeHost, kernel: &FakeKernel<'_>) -> Seen {
 }
 
 fn take(host: &FakeHost, kernel: &FakeKernel<'_>, count: u32) -> Result<Vec<Lease>, AllocateError> {
-    let binder = Binder {
-        host: kernel.access(),
-        helper: "/bin/true".as_ref(),
-    };
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
-    let requests = [DeviceRequest::group("vfs", count)];
-    let near = Placement::default();
-    let vm = Recipient::new(&holder, &near);
-    allocate_with(&host.paths, &requests, vm, &binder)
+    lease(host, kernel.access(), &[DeviceRequest::group("vfs", count)])
 }
 
 #[test]
@@ -190,16 +175,11 @@ fn functions_in_use_are_not_resized_away() {
     up(&host, &kernel).unwrap();
     let lease = take(&host, &kernel, 1).unwrap();
     let smaller = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
-    host.file(
-        "etc/groups.json",
-        &smaller.replace("\"count\": 3", "\"count\": 2"),
-    );
+    host.groups(&smaller.replace("\"count\": 3", "\"count\": 2"));
     for result in [up(&host, &kernel), down(&host, &kernel)] {
         let error = result.unwrap_err().to_string();
-        assert!(
-            error.contains("03:10.0: held by VM \"a\" (pid 1)"),
-            "{error}"
-        );
+        let held = format!("03:10.0: held by VM \"a\" (pid {})", std::process::id());
+        assert!(error.contains(&held), "{error}");
     }
     assert_eq!(seen(&host, &kernel).functions.len(), 3);
     drop(lease);
@@ -239,7 +219,7 @@ fn what_cannot_be_is_refused_with_the_way_out() {
             &(|host: &FakeHost| {
                 let file = host.paths.config.join("groups.json");
                 let text = fs::read_to_string(file).unwrap();
-                host.file("etc/groups.json", &text.replace("10c9", "1521"));
+                host.groups(&text.replace("10c9", "1521"));
             }) as &dyn Fn(&FakeHost),
             "is 8086:10c9 now, not 8086:1521",
         ),

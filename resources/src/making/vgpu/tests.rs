@@ -3,17 +3,17 @@
 
 use super::recorded::{LockedRecord, remember};
 use super::*;
-use crate::allocation::{AllocateError, Lease, Recipient, allocate_with, fit};
+use crate::allocation::{AllocateError, Lease, fit};
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::facts::vgpu::NVIDIA;
-use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, lease, ungrouped};
 use crate::holding::host_lock::AllocationLock;
-use crate::holding::record::{Holder, LeaseRecord};
+use crate::holding::record::LeaseRecord;
 use crate::holding::restore::Change;
 use crate::holding::vgpu_records::{claims, hangs};
 use crate::inventory::device::DeviceState;
-use crate::making::demand::{Binder, reap_with};
+use crate::making::demand::reap_with;
 use crate::making::sriov::HostAccess;
 use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, Placement};
@@ -31,9 +31,7 @@ fn host(more: &str) -> FakeHost {
     host.mdev_parent("mtty", "mtty-2", "Dual port serial", 1);
     host.mdev_parent("zwei", "mtty-2", "Dual port serial", 2);
     host.file("proc/sys/kernel/random/uuid", &format!("{ONE}\n"));
-    host.file(
-        "etc/groups.json",
-        &format!(
+    host.groups(&format!(
             r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
                 "vgpu": {{"type": "Dual port serial"{more}}}}}, {{"name": "disks", "rules": [{{"class": "01"}}]}}]}}"#
         ),
@@ -46,25 +44,7 @@ fn take(
     kernel: &FakeKernel<'_>,
     requests: &[DeviceRequest],
 ) -> Result<Vec<Lease>, AllocateError> {
-    let binder = Binder {
-        host: kernel.access(),
-        helper: "/bin/true".as_ref(),
-    };
-    take_with(host, &binder, requests)
-}
-
-fn take_with(
-    host: &FakeHost,
-    binder: &Binder<'_>,
-    requests: &[DeviceRequest],
-) -> Result<Vec<Lease>, AllocateError> {
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
-    let near = Placement::default();
-    let vm = Recipient::new(&holder, &near);
-    allocate_with(&host.paths, requests, vm, binder)
+    lease(host, kernel.access(), requests)
 }
 
 fn one() -> [DeviceRequest; 1] {
@@ -185,10 +165,8 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
     );
     let leases = take(&host, &kernel, &[DeviceRequest::group("vgpus", 2)]).unwrap();
     let error = unmake_ahead(&host.paths, &kernel, &group(&host), false).unwrap_err();
-    assert!(
-        error.to_string().contains("is held by VM \"a\" (pid 1)"),
-        "{error}"
-    );
+    let held = format!("is held by VM \"a\" (pid {})", std::process::id());
+    assert!(error.to_string().contains(&held), "{error}");
     drop(leases);
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host).0, [ONE, TWO], "they are not the VM's");
@@ -216,13 +194,10 @@ fn a_device_that_is_there_is_asked_for_by_its_identifier() {
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
     assert!(error.contains("held by VM \"a\""), "{error}");
     drop(lease);
-    host.file("etc/groups.json", r#"{"groups": []}"#);
+    host.groups(r#"{"groups": []}"#);
     let error = take(&host, &kernel, &[exact()]).unwrap_err().to_string();
     assert!(error.contains("in no group"), "{error}");
-    let anyhow = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(ONE.parse::<Uuid>().unwrap())
-    };
+    let anyhow = ungrouped(ONE.parse::<Uuid>().unwrap());
     take(&host, &kernel, &[anyhow]).unwrap();
     assert_eq!(seen(&host).0, [ONE]);
 }
@@ -294,13 +269,10 @@ fn vendor_host(kind: &str) -> FakeHost {
     }
     host.file("dev/vfio/10", "");
     host.file("dev/vfio/11", "");
-    host.file(
-        "etc/groups.json",
-        &format!(
-            r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
+    host.groups(&format!(
+        r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
                 "vgpu": {{"type": "{kind}", "parents": ["3b:00.0"]}}}}]}}"#
-        ),
-    );
+    ));
     host
 }
 
@@ -379,10 +351,7 @@ fn what_makes_no_sense_is_refused_with_file_and_key() {
         ),
     ] {
         let host = FakeHost::new(&[]);
-        host.file(
-            "etc/groups.json",
-            &format!(r#"{{"groups": [{{"name": "g", {vgpu}}}]}}"#),
-        );
+        host.groups(&format!(r#"{{"groups": [{{"name": "g", {vgpu}}}]}}"#));
         let error = Groups::load(&host.paths).unwrap_err().to_string();
         assert!(
             error.contains(words) && error.contains("groups.json:1:"),
@@ -435,16 +404,13 @@ fn a_device_in_the_making_stops_nobody_and_is_counted() {
         kernel: FakeKernel::new(&host),
         look: &look,
     };
-    let binder = Binder {
-        host: HostAccess {
-            writer: &kernel,
-            links: &kernel.kernel,
-        },
-        helper: "/bin/true".as_ref(),
+    let access = HostAccess {
+        writer: &kernel,
+        links: &kernel.kernel,
     };
-    let leases = take_with(&host, &binder, &one()).unwrap();
+    let leases = lease(&host, access, &one()).unwrap();
     drop(leases);
-    reap_with(&host.paths, binder.host).unwrap();
+    reap_with(&host.paths, access).unwrap();
     let created = ("create".to_owned(), 2);
     let seen_free = seen_free.into_inner();
     assert_eq!(seen_free[0], created);
@@ -467,11 +433,7 @@ fn of_two_at_once_one_gets_the_last_device() {
             writer: &kernel,
             links: &kernel.kernel,
         };
-        let binder = Binder {
-            host: access,
-            helper: "/bin/true".as_ref(),
-        };
-        take_with(&host, &binder, &one()).map_err(|error| error.to_string())
+        lease(&host, access, &one()).map_err(|error| error.to_string())
     };
     let (first, second) = std::thread::scope(|scope| {
         let first = scope.spawn(|| start(0));
@@ -530,10 +492,7 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         }
         let after = FakeKernel::new(&host);
         reap_with(&host.paths, after.access()).unwrap_err();
-        let exact = DeviceRequest {
-            allow_ungrouped: true,
-            ..DeviceRequest::device(ONE.parse::<Uuid>().unwrap())
-        };
+        let exact = ungrouped(ONE.parse::<Uuid>().unwrap());
         let error = take(&host, &after, &[exact]).unwrap_err().to_string();
         assert!(
             error.contains("has not finished making or removing"),

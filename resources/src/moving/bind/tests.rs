@@ -2,12 +2,10 @@
 
 use super::*;
 use crate::allocation::allocate;
-use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf};
-use crate::holding::record::Holder;
+use crate::fixture::{Fake, FakeHost, FakeKernel, Fault, bdf, ungrouped, vm};
 use crate::inventory::device::DeviceState;
 use crate::moving::writer::WriteError;
 use crate::pools::group::Groups;
-use crate::pools::request::DeviceRequest;
 use std::fs;
 use std::path::Path;
 
@@ -31,9 +29,8 @@ fn host() -> FakeHost {
 
 fn request<'a>(devices: &'a [HostBdf], overrides: &'a [HostBdf]) -> BindRequest<'a> {
     BindRequest {
-        devices,
         overrides,
-        dry_run: false,
+        ..BindRequest::of(devices)
     }
 }
 
@@ -228,19 +225,8 @@ fn a_leased_device_stays_with_its_vm() {
     let host = host();
     let kernel = FakeKernel::new(&host);
     detach(&host.paths, &kernel, &request(&[bdf("01:00.0")], &[])).unwrap();
-    let gpu = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("01:00.0"))
-    };
-    let leases = allocate(
-        &host.paths,
-        &[gpu],
-        &Holder {
-            vm: "a".to_owned(),
-            pid: 123,
-        },
-    )
-    .unwrap();
+    let gpu = ungrouped(bdf("01:00.0"));
+    let leases = allocate(&host.paths, &[gpu], &vm("a")).unwrap();
     let sound = [bdf("01:00.1")];
     for dry_run in [true, false] {
         let request = BindRequest {
@@ -270,12 +256,8 @@ fn a_holder_that_is_killed_is_waited_for() {
     let host = FakeHost::new(&[Fake::nvme("01:00.0", 1)]);
     let mut kernel = FakeKernel::new(&host);
     kernel.claims.clear();
-    let vm = crate::holding::record::Holder {
-        vm: "a".to_owned(),
-        pid: 123,
-    };
     host.file("proc/123/stat", "123 (gantry) R 1 123 123 0 -1 4195332 0\n");
-    let lock = DeviceLock::take(&host.paths, bdf("01:00.0"), &LeaseRecord::vm(&vm)).unwrap();
+    let lock = DeviceLock::take(&host.paths, bdf("01:00.0"), &LeaseRecord::vm(&vm("a"))).unwrap();
     let ending = std::thread::spawn(|| {
         std::thread::sleep(std::time::Duration::from_millis(200));
         drop(lock);
@@ -299,19 +281,8 @@ fn devices_cannot_be_leased_while_they_move() {
                 let lease = self.1.read(address).lease;
                 assert_eq!(lease.record().unwrap().name, "gantry device detach");
             }
-            let other = DeviceRequest {
-                allow_ungrouped: true,
-                ..DeviceRequest::device(bdf("02:00.0"))
-            };
-            let error = allocate(
-                &self.1.paths,
-                &[other],
-                &Holder {
-                    vm: "b".to_owned(),
-                    pid: 1,
-                },
-            )
-            .unwrap_err();
+            let other = ungrouped(bdf("02:00.0"));
+            let error = allocate(&self.1.paths, &[other], &vm("b")).unwrap_err();
             assert!(
                 error.to_string().contains("bound to nvme"),
                 "others are not held up: {error}"
@@ -488,19 +459,8 @@ fn a_neighbour_with_pci_stub_is_out_of_the_way() {
     )
     .unwrap();
     assert_eq!(report.moved, [bdf("01:00.0")]);
-    let disk = DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(bdf("01:00.0"))
-    };
-    allocate(
-        &host.paths,
-        &[disk],
-        &Holder {
-            vm: "a".to_owned(),
-            pid: 1,
-        },
-    )
-    .unwrap();
+    let disk = ungrouped(bdf("01:00.0"));
+    allocate(&host.paths, &[disk], &vm("a")).unwrap();
 }
 
 #[test]
@@ -555,8 +515,7 @@ fn a_rule_that_names_a_driver_goes_on_to_match_what_was_taken_from_it() {
         Fake::nvme("02:00.0", 2).driver("nvme"),
         Fake::nvme("03:00.0", 3).driver("other"),
     ]);
-    host.file(
-        "etc/groups.json",
+    host.groups(
         r#"{"groups": [{"name": "disks", "rules": [{"driver": "nvme"}]},
             {"name": "others", "rules": [{"driver": {"not": "nvme"}}]}]}"#,
     );

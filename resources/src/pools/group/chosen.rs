@@ -102,7 +102,7 @@ mod tests {
         let host = tests::host();
         let all = scan_usb(&host.paths).unwrap();
         let groups = r#"{"groups": [{"name": "sticks", "type": "usb"}, {"name": "disks"}]}"#;
-        host.file("etc/groups.json", groups);
+        host.groups(groups);
         let sorted = |hub: bool| all.iter().filter(move |device| device.is_hub() == hub);
         let device = sorted(false).next().unwrap();
         let hub = sorted(true).next().unwrap();

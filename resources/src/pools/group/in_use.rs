@@ -107,8 +107,7 @@ fn in_use(group: &str, device: DeviceName, lease: &LeaseStatus) -> EditError {
 mod tests {
     use super::*;
     use crate::allocation::allocate;
-    use crate::fixture::{Fake, FakeHost, FakeKernel, bdf};
-    use crate::holding::record::Holder;
+    use crate::fixture::{Fake, FakeHost, FakeKernel, bdf, vm};
     use crate::making::vgpu::make_ahead;
     use crate::pools::group::Groups;
     use crate::pools::request::DeviceRequest;
@@ -122,7 +121,7 @@ mod tests {
             r#"{{"groups": [{{"name": "disks", "rules": [{{"class": "0108"}}]}},
                 {{"name": "vgpus", "type": "vgpu", "vgpu": {{"type": "mtty-2", "uuids": ["{UUID}"]}}}}]}}"#
         );
-        host.file("etc/groups.json", &groups);
+        host.groups(&groups);
         host
     }
 
@@ -139,20 +138,17 @@ mod tests {
         let groups = Groups::load(&host.paths).unwrap();
         make_ahead(&host.paths, &kernel, groups.get("vgpus").unwrap(), false).unwrap();
         assert_eq!(said(&host, "vgpus", None), "");
-        let holder = Holder {
-            vm: "a".to_owned(),
-            pid: 1,
-        };
+        let holder = vm("a");
         let wishes = [
             DeviceRequest::group("disks", 1),
             DeviceRequest::group("vgpus", 1),
         ];
         let leases = allocate(&host.paths, &wishes, &holder).unwrap();
-        let disk = "0000:01:00.0 is held by VM \"a\" (pid 1)";
+        let disk = "0000:01:00.0 is held by VM \"a\" (pid 123)";
         assert!(said(&host, "disks", None).contains(disk));
         assert!(said(&host, "disks", Some(&[bdf("01:00.0")])).contains(disk));
         assert_eq!(said(&host, "disks", Some(&[bdf("02:00.0")])), "");
-        let vgpu = format!("{UUID} is held by VM \"a\" (pid 1): end it first, or give --force");
+        let vgpu = format!("{UUID} is held by VM \"a\" (pid 123): end it first, or give --force");
         assert!(said(&host, "vgpus", None).contains(&vgpu));
         drop(leases);
         assert_eq!(said(&host, "disks", None), "");

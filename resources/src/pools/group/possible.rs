@@ -54,7 +54,7 @@ mod tests {
     use crate::fixture::{Fake, FakeHost};
 
     fn said(host: &FakeHost, group: &str) -> String {
-        host.file("etc/groups.json", &format!(r#"{{"groups": [{group}]}}"#));
+        host.groups(&format!(r#"{{"groups": [{group}]}}"#));
         let files = GroupFiles::open(&host.paths).unwrap();
         match files.is_possible(&host.paths, "g") {
             Ok(None) => "fine".to_owned(),

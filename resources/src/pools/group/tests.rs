@@ -11,7 +11,7 @@ fn host(groups: &str) -> FakeHost {
             .class(0x06_04_00)
             .driver("pcieport"),
     ]);
-    host.file("etc/groups.json", groups);
+    host.groups(groups);
     host
 }
 

@@ -180,13 +180,14 @@ fn an_interface_names_its_device_also_while_that_is_with_vfio() {
     };
     let all = ["0000:03:00.0", "0000:04:00.0", "its function"];
     assert_eq!(taken(), all);
-    let request = crate::moving::bind::BindRequest {
-        devices: &[bdf("03:00.0")],
-        overrides: &[],
-        dry_run: false,
-    };
+    let device = [bdf("03:00.0")];
     let kernel = crate::fixture::FakeKernel::new(&host);
-    crate::moving::bind::detach(&host.paths, &kernel, &request).unwrap();
+    crate::moving::bind::detach(
+        &host.paths,
+        &kernel,
+        &crate::moving::bind::BindRequest::of(&device),
+    )
+    .unwrap();
     std::fs::remove_file(host.paths.sysfs.join("class/net/eth0")).unwrap();
     assert_eq!(taken(), all);
 }
@@ -317,7 +318,7 @@ fn words_that_are_none_are_refused() {
 fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     let load = |groups: &str, aliases: &str| {
         let host = FakeHost::new(&[]);
-        host.file("etc/groups.json", &format!(r#"{{"alias": [{groups}]}}"#));
+        host.groups(&format!(r#"{{"alias": [{groups}]}}"#));
         host.file("etc/alias.json", &format!("[{aliases}]"));
         crate::pools::group::Groups::load(&host.paths).map_err(|error| error.to_string())
     };
@@ -361,7 +362,7 @@ fn an_alias_has_one_policy_and_one_device_type_in_all_files() {
     );
     // Nor one that a file of groups contradicts: all commands would refuse to read them.
     let host = FakeHost::new(&[]);
-    host.file("etc/groups.json", &format!(r#"{{"alias": [{plain}]}}"#));
+    host.groups(&format!(r#"{{"alias": [{plain}]}}"#));
     let other = alias(&more(r#""numa_policy": "socket""#));
     let error = crate::pools::group::change_aliases(&host.paths, vec![other], &[]).unwrap_err();
     assert!(

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::allocation::Lease;
 use crate::base::uuid::Uuid;
-use crate::fixture::Fault;
+use crate::fixture::{Fault, ungrouped};
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock};
 use crate::inventory::mdev::{MdevDevice, Mdevs};
@@ -49,7 +49,7 @@ fn host() -> FakeHost {
         r#"{{"groups": [{{"name": "vgpus", "type": "vgpu",
             "vgpu": {{"type": "mtty-2", "uuids": ["{ONE}", "{TWO}"]}}}}]}}"#
     );
-    host.file("etc/groups.json", &groups);
+    host.groups(&groups);
     let kernel = FakeKernel::new(&host);
     make_ahead(&host.paths, &kernel, &group(&host), false).unwrap();
     for name in ["a", "b"] {
@@ -59,18 +59,12 @@ fn host() -> FakeHost {
 }
 
 fn taken(paths: &HostPaths, request: DeviceRequest) -> Result<Vec<Lease>, String> {
-    let holder = Holder {
-        vm: "x".to_owned(),
-        pid: std::process::id(),
-    };
+    let holder = holder_of("x", std::process::id());
     allocate(paths, &[request], &holder).map_err(|error| error.to_string())
 }
 
 fn exact(text: &str) -> DeviceRequest {
-    DeviceRequest {
-        allow_ungrouped: true,
-        ..DeviceRequest::device(text.parse::<Uuid>().unwrap())
-    }
+    ungrouped(text.parse::<Uuid>().unwrap())
 }
 
 #[test]

@@ -186,8 +186,7 @@ fn a_card_below_a_pppoe_session_stays() {
 fn a_vm_on_demand_takes_no_port_of_a_bridge() {
     let host = host();
     connect(&host, "eth0 < br0");
-    host.file(
-        "etc/groups.json",
+    host.groups(
         r#"{"groups": [{"name": "nic", "bind": "demand", "rules": [{"slot": "02:00.0"}]}]}"#,
     );
     let asked = [crate::pools::request::DeviceRequest::group("nic", 1)];

@@ -49,7 +49,7 @@ fn used_host() -> FakeHost {
     let host = host("manual", r#", "mac": "52:54:00:00:09:00", "vlan": 7"#);
     let text = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
     let smaller = text.replace("\"count\": 3", "\"count\": 2");
-    host.file("etc/groups.json", &smaller);
+    host.groups(&smaller);
     let kernel = FakeKernel::new(&host);
     up(&host, &kernel).unwrap();
     // The second one is the host's, by hand, and idle.
@@ -59,7 +59,7 @@ fn used_host() -> FakeHost {
     Change::Driver.forget(&host.paths, bdf("03:10.2"));
     fs::create_dir_all(second.join("net/eth5")).unwrap();
     let wanted = text.replace("\"vlan\": 7", "\"vlan\": 100, \"trust\": true");
-    host.file("etc/groups.json", &wanted.replace("09:00", "01:00"));
+    host.groups(&wanted.replace("09:00", "01:00"));
     host
 }
 

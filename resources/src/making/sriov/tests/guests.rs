@@ -32,10 +32,7 @@ fn functions_in_use_keep_their_settings_and_the_others_get_new_ones() {
     up(&host, &kernel).unwrap();
     let _lease = take(&host, &kernel, 1).unwrap();
     let more = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
-    host.file(
-        "etc/groups.json",
-        &more.replace("\"count\": 3", "\"count\": 3, \"vlan\": 9"),
-    );
+    host.groups(&more.replace("\"count\": 3", "\"count\": 3, \"vlan\": 9"));
     let report = up(&host, &kernel).unwrap();
     assert_eq!(report.left.len(), 1);
     let vlans: Vec<_> = seen(&host, &kernel)

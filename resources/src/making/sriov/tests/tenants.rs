@@ -1,7 +1,9 @@
 //! What tenants have: their functions keep their settings, whatever their guests do.
 
 use super::*;
+use crate::allocation::allocate;
 use crate::base::name::DeviceName;
+use crate::fixture::vm;
 use crate::pools::vf_settings::{Mac, VfState};
 
 /// The tenant `a`, of this user.
@@ -41,7 +43,7 @@ fn vf_records(host: &FakeHost) -> [Vec<String>; 2] {
 fn edit_group(host: &FakeHost, from: &str, to: &str) {
     let text = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
     assert!(text.contains(from), "{text}");
-    host.file("etc/groups.json", &text.replace(from, to));
+    host.groups(&text.replace(from, to));
 }
 
 #[test]
@@ -81,12 +83,9 @@ fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_sta
     // Not under a VM, though.
     let tenants = Tenants::load(&host.paths).unwrap();
     let scope = tenants.find("a").unwrap().scope(&host.paths);
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
-    let lease =
-        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
+    let holder = vm("a");
+    let take = || allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
+    let lease = take();
     crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
     assert_eq!(vlan(), Some(100));
     drop(lease);
@@ -287,20 +286,16 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     // The tenant's VM gets it without a look at the card, which is not the tenant's.
     let tenants = Tenants::load(&host.paths).unwrap();
     let scope = tenants.find("a").unwrap().scope(&host.paths);
-    let holder = Holder {
-        vm: "a".to_owned(),
-        pid: 1,
-    };
-    let lease =
-        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
+    let holder = vm("a");
+    let take = || allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
+    let lease = take();
     assert_eq!(lease[0].name(), bdf(FIRST));
     drop(lease);
     assert_eq!(seen(&host, &kernel).states, before);
     // What its guest changes is put back by the next command of root's, and not while a VM has it.
     let spoil = || self::spoil(&kernel);
     spoil();
-    let lease =
-        crate::allocation::allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
+    let lease = take();
     reap_with(&scope, kernel.access()).unwrap();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_ne!(seen(&host, &kernel).states, before, "a VM has it");

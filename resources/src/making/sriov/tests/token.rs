@@ -1,7 +1,10 @@
 //! A card and its functions in two VMs, with a VF token.
 
 use super::*;
-use crate::allocation::Recipient;
+use crate::allocation::{Recipient, allocate_with};
+use crate::fixture::vm;
+use crate::making::demand::Binder;
+use crate::pools::request::Placement;
 
 /// The card is with vfio-pci and has two functions; a group asks for the card, and one for them.
 fn shared(token: &str) -> FakeHost {
@@ -17,7 +20,7 @@ fn shared(token: &str) -> FakeHost {
     host.bind(bdf(PF), Some("vfio-pci"));
     let text = fs::read_to_string(host.paths.config.join("groups.json")).unwrap();
     let card = format!(r#"{{"groups": [{{"name": "card", "rules": [{{"slot": "{PF}"}}]}},"#);
-    host.file("etc/groups.json", &text.replace(r#"{"groups": ["#, &card));
+    host.groups(&text.replace(r#"{"groups": ["#, &card));
     host
 }
 
@@ -35,10 +38,7 @@ fn lease_beside(
         host: kernel.access(),
         helper: "/bin/true".as_ref(),
     };
-    let holder = Holder {
-        vm: groups.join("-"),
-        pid: 1,
-    };
+    let holder = vm(&groups.join("-"));
     let requests: Vec<DeviceRequest> = groups
         .iter()
         .map(|name| DeviceRequest::group(*name, 1))
