@@ -7,6 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::base::text::written_as_text;
+
 /// The address of a PCI function of the host: domain, bus, device, function.
 ///
 /// Written `0000:01:00.0`; `01:00.0` is read as domain 0. Domains beyond 16 bits exist (VMD).
@@ -122,19 +124,7 @@ pub(crate) fn hex(text: &str, digits: std::ops::RangeInclusive<usize>) -> Option
     fits.then(|| u32::from_str_radix(text, 16).ok())?
 }
 
-impl TryFrom<String> for HostBdf {
-    type Error = BdfError;
-
-    fn try_from(text: String) -> Result<Self, BdfError> {
-        text.parse()
-    }
-}
-
-impl From<HostBdf> for String {
-    fn from(bdf: HostBdf) -> Self {
-        bdf.to_string()
-    }
-}
+written_as_text!(HostBdf);
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,26 @@
-//! Makes texts of other users safe to show on a terminal.
+//! Texts: those of other users made safe for a terminal, and types that JSON holds as text.
 
 use std::fmt::Write;
+
+/// Lets serde read a type by its `FromStr` and write it by its `Display`.
+macro_rules! written_as_text {
+    ($($kind:ty),*) => {$(
+        impl TryFrom<String> for $kind {
+            type Error = <Self as std::str::FromStr>::Err;
+
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                text.parse()
+            }
+        }
+
+        impl From<$kind> for String {
+            fn from(value: $kind) -> Self {
+                value.to_string()
+            }
+        }
+    )*};
+}
+pub(crate) use written_as_text;
 
 /// Characters of a [`short`] text.
 const MOST: usize = 200;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::base::bdf::hex;
+use crate::base::text::written_as_text;
 
 /// An identifier, written `83b8f4f2-509f-382f-3c1e-e6bfe0fa1001`.
 #[derive(
@@ -50,19 +51,7 @@ impl fmt::Display for Uuid {
     }
 }
 
-impl TryFrom<String> for Uuid {
-    type Error = UuidError;
-
-    fn try_from(text: String) -> Result<Self, UuidError> {
-        text.parse()
-    }
-}
-
-impl From<Uuid> for String {
-    fn from(uuid: Uuid) -> Self {
-        uuid.to_string()
-    }
-}
+written_as_text!(Uuid);
 
 #[cfg(test)]
 mod tests {

@@ -298,7 +298,7 @@ mod tests {
             "2:0:0:0:0:1",
             "02:00:00:00:00:01:02",
         ] {
-            assert!(Mac::try_from(text.to_owned()).is_err(), "{text}");
+            assert!(text.parse::<Mac>().is_err(), "{text}");
         }
     }
 }

@@ -1,9 +1,12 @@
 //! The settings of one virtual function of a network card: address, VLAN, rates and guards.
 
 use std::fmt;
+use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::base::text::written_as_text;
 
 /// The link of a virtual function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,10 +52,10 @@ impl fmt::Display for Mac {
     }
 }
 
-impl TryFrom<String> for Mac {
-    type Error = String;
+impl FromStr for Mac {
+    type Err = String;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("\"{text}\" is not a MAC address: write it like 52:54:00:12:34:56");
         let bytes: Option<Vec<u8>> = text
             .split(':')
@@ -65,11 +68,7 @@ impl TryFrom<String> for Mac {
     }
 }
 
-impl From<Mac> for String {
-    fn from(mac: Mac) -> Self {
-        mac.to_string()
-    }
-}
+written_as_text!(Mac);
 
 /// The settings of one function. A setting that is none is unknown, or stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::RuleError;
 use super::filter::FilterValue;
 use crate::base::bdf::{BdfError, HostBdf, hex};
+use crate::base::text::written_as_text;
 use crate::facts::ids::{PciClass, PciId};
 
 /// A vendor or device id of a rule.
@@ -375,24 +376,6 @@ impl fmt::Display for ClassPrefix {
             width = usize::from(self.digits)
         )
     }
-}
-
-macro_rules! written_as_text {
-    ($($kind:ty),*) => {$(
-        impl TryFrom<String> for $kind {
-            type Error = RuleError;
-
-            fn try_from(text: String) -> Result<Self, RuleError> {
-                text.parse()
-            }
-        }
-
-        impl From<$kind> for String {
-            fn from(value: $kind) -> Self {
-                value.to_string()
-            }
-        }
-    )*};
 }
 
 written_as_text!(HexId, IdPair, ClassPrefix, Word, Slot);
