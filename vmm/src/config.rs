@@ -29,6 +29,8 @@ pub struct VmConfig {
     pub devices: Vec<DeviceRequest>,
     /// Disks that are files or block devices of the host, in the order of their ports.
     pub disks: Vec<DiskConfig>,
+    /// The files of one more disk, the last one, for cloud-init in the guest.
+    pub cloud_init: Option<CloudInit>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Whether it has a register by which its kernel reports a panic (`pvpanic`).
@@ -86,6 +88,7 @@ impl VmConfig {
             nodes: NumaPolicy::default(),
             devices: Vec::new(),
             disks: Vec::new(),
+            cloud_init: None,
             serial: SerialMode::Off,
             pvpanic: true,
             hotplug: Hotplug::default(),
@@ -171,6 +174,34 @@ pub struct DiskConfig {
     pub serial: String,
     /// Its queues.
     pub queues: Queues,
+}
+
+/// What cloud-init in the guest is to do, in files of its own formats.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloudInit {
+    /// What to set up.
+    pub user_data: PathBuf,
+    /// Which instance the guest is.
+    pub meta_data: PathBuf,
+    /// How to set up its network.
+    pub network_config: Option<PathBuf>,
+}
+
+impl CloudInit {
+    /// The name of the disk with the files in the VM, which is also its label.
+    pub const DISK: &str = "cidata";
+
+    /// The files by the names that they have on the disk.
+    pub fn files(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
+        let files = [
+            Some(("user-data", &self.user_data)),
+            Some(("meta-data", &self.meta_data)),
+            self.network_config
+                .as_ref()
+                .map(|file| ("network-config", file)),
+        ];
+        files.into_iter().flatten()
+    }
 }
 
 /// Number of vCPUs, 1 to [`VcpuCount::MAX`].

@@ -39,8 +39,8 @@ pub use gantry_devices::bounded_writer;
 pub use gantry_devices::virtio::block::{Queues, SERIAL_LEN};
 
 pub use config::{
-    CpuConfig, DiskConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode,
-    VcpuCount, VmConfig,
+    CloudInit, CpuConfig, DiskConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload,
+    SerialMode, VcpuCount, VmConfig,
 };
 pub use disks::{DiskProblem, open as open_disk};
 pub use error::Error;

@@ -35,6 +35,9 @@ pub struct VmConfig {
     /// Disks that are files or block devices of the host, in the order of their slots after the devices. The
     /// guest sees them as `/dev/vda`, `/dev/vdb` and so on.
     pub disks: Option<Vec<DiskConfig>>,
+    /// What cloud-init in the guest is to do. The guest gets the files on a further disk, after its other ones, with
+    /// the label `cidata`.
+    pub cloud_init: Option<CloudInitConfig>,
     /// The guest's first serial port.
     pub serial: Option<SerialConfig>,
     /// Whether the guest has a register by which its kernel says that it has panicked; `true` if absent.
@@ -180,6 +183,19 @@ pub struct DiskConfig {
     /// Size of each queue, a power of two; 128 if absent.
     #[schemars(range(min = 2, max = 1024))]
     pub queue_size: Option<u64>,
+}
+
+/// The files of cloud-init's `NoCloud` data source. Relative paths start at the folder of the file that they are
+/// written in.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloudInitConfig {
+    /// Path of the user data: users, passwords, keys, packages, commands.
+    pub user_data: PathBuf,
+    /// Path of the meta data. cloud-init sets the guest up once for each `instance-id` in it.
+    pub meta_data: PathBuf,
+    /// Path of the network configuration; if absent, cloud-init asks for addresses by DHCP.
+    pub network_config: Option<PathBuf>,
 }
 
 /// The guest's first serial port (16550, COM1).

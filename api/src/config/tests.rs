@@ -644,6 +644,40 @@ fn disks_are_opened_when_the_file_is_read() {
 }
 
 #[test]
+fn the_files_of_cloud_init_are_named_with_their_keys() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("user.yaml"), "#cloud-config\n").unwrap();
+    std::fs::write(folder.path("meta.yaml"), "instance-id: one\n").unwrap();
+    let files = |more: &str| {
+        let both = r#""user_data": "user.yaml", "meta_data": "meta.yaml""#;
+        file(&format!("\"cloud_init\": {{{both}{more}}}"))
+    };
+    let config = folder.load(&files("")).unwrap();
+    let seed = config.cloud_init.unwrap();
+    assert_eq!(seed.user_data, folder.path("user.yaml"));
+    assert_eq!(seed.meta_data, folder.path("meta.yaml"));
+    assert_eq!(seed.network_config, None);
+    let refusal = folder.refusal(&files(r#", "network_config": "none.yaml""#));
+    let expected = "`cloud_init.network_config`: cannot read none.yaml: ";
+    assert!(refusal.contains(expected), "{refusal}");
+    for (members, expected) in [
+        (r#""cloud_init": {"user_data": "user.yaml"}"#, "meta_data"),
+        (
+            r#""cloud_init": {"user_data": "user.yaml", "meta_data": "m", "user-data": "x"}"#,
+            "user-data",
+        ),
+        (
+            r#""disks": [{"path": "/dev/zero", "id": "cidata"}]"#,
+            "another disk or device of the VM is called \"cidata\"",
+        ),
+    ] {
+        let refusal = folder.refusal(&file(members));
+        assert!(refusal.contains(expected), "{refusal}");
+        assert!(refusal.starts_with("vm.json:2:"), "{refusal}");
+    }
+}
+
+#[test]
 fn a_command_line_is_as_long_as_a_kernel_takes() {
     let folder = Folder::new();
     let file = |length| {

@@ -16,7 +16,7 @@ use gantry_resources::pools::{
     Aliases, DeviceRequest, DeviceSource, GroupType, Groups, NO_USB, Plan, RomSource,
 };
 use gantry_vmm::{
-    CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount,
+    CloudInit, CpuConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload, SerialMode, VcpuCount,
 };
 use nix::fcntl::OFlag;
 
@@ -160,6 +160,8 @@ fn build(
         context,
         mistakes,
     );
+    let cloud_init = config.cloud_init.map(|files| cloud_init(files, context));
+    let cloud_init = mistakes.keep(cloud_init.transpose());
     let asks_for_slots = config.hotplug.is_some();
     let hotplug = mistakes.keep(hotplug(config.hotplug, context));
     let serial = mistakes.keep(serial(config.serial.unwrap_or_default(), context));
@@ -173,6 +175,7 @@ fn build(
         memory: memory?,
         devices: devices?,
         disks,
+        cloud_init: cloud_init?,
         serial: serial?,
         pvpanic: config.pvpanic.unwrap_or(true),
         hotplug: hotplug?,
@@ -213,6 +216,17 @@ fn payload_of(config: model::PayloadConfig, context: &Context) -> Result<Payload
             .map(|file| readable("payload.initramfs", &file, context))
             .transpose()?,
         cmdline,
+    })
+}
+
+fn cloud_init(config: model::CloudInitConfig, context: &Context) -> Result<CloudInit, Invalid> {
+    Ok(CloudInit {
+        user_data: readable("cloud_init.user_data", &config.user_data, context)?,
+        meta_data: readable("cloud_init.meta_data", &config.meta_data, context)?,
+        network_config: config
+            .network_config
+            .map(|file| readable("cloud_init.network_config", &file, context))
+            .transpose()?,
     })
 }
 

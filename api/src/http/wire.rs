@@ -15,7 +15,7 @@ use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use disk::Disk;
+pub use disk::{CloudInit, Disk};
 pub use event::{Event, EventLine};
 pub use place::{Affinity, Placement};
 
@@ -117,6 +117,9 @@ pub struct Config {
     /// Its disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// The files of cloud-init in the guest, if it has a disk with them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
     /// Its serial port.
     pub serial: Serial,
     /// Its console, which gantry does not have.
@@ -377,6 +380,7 @@ impl From<&command::VmInfo> for VmInfo {
                 },
                 hotplug: Hotplug::from(&config.hotplug),
                 disks: config.disks.iter().map(Disk::from).collect(),
+                cloud_init: config.cloud_init.as_ref().map(CloudInit::from),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
                 pvpanic: config.pvpanic,

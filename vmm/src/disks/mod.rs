@@ -1,5 +1,7 @@
-//! Disks of the guest that are files or block devices of the host: opened, put behind root ports, and served.
+//! Disks of the guest, files or block devices of the host and that of cloud-init: opened, put behind root ports, and
+//! served.
 
+mod cloud_init;
 mod open;
 
 use std::io;
@@ -10,9 +12,10 @@ use gantry_devices::pci::{BarSpace, MsiRouter, PciDevice, PortIndex, SegmentErro
 use gantry_devices::virtio::block::{Block, Disk};
 use gantry_devices::virtio::{VirtioError, VirtioFunction};
 
+pub use cloud_init::CloudInitError;
 pub use open::{DiskProblem, open};
 
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::cpu::Features;
 use crate::machine::Machine;
 use crate::process::sandbox::{Role, Sandbox};
@@ -47,18 +50,23 @@ impl Drop for DiskThread {
     }
 }
 
-/// Opens the disks of a VM, in their order.
+/// Opens the disks of a VM, in their order; the last is that of cloud-init.
 ///
 /// # Errors
 /// The first that is missing, not permitted, in use, or no disk.
-pub fn open_all(config: &VmConfig) -> Result<Vec<Disk>, DiskError> {
-    let numbered = config.disks.iter().enumerate();
-    numbered
-        .map(|(index, disk)| {
-            let opened = open(disk, config.folders.as_ref());
-            opened.map_err(|problem| DiskError::Open { index, problem })
-        })
-        .collect()
+pub fn open_all(config: &VmConfig) -> Result<Vec<(DiskConfig, Disk)>, DiskError> {
+    let mut disks = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let opened = open(disk, config.folders.as_ref());
+        let opened = opened.map_err(|problem| DiskError::Open { index, problem })?;
+        disks.push((disk.clone(), opened));
+    }
+    if let Some(files) = &config.cloud_init {
+        let below = config.folders.as_ref();
+        let below = below.map(|folders| folders.payload.as_path());
+        disks.push((cloud_init::config(), cloud_init::disk(files, below)?));
+    }
+    Ok(disks)
 }
 
 impl Disks {
@@ -67,8 +75,7 @@ impl Disks {
     /// # Errors
     /// There are not enough ports, descriptors or threads.
     pub fn plug(
-        disks: Vec<Disk>,
-        config: &VmConfig,
+        disks: Vec<(DiskConfig, Disk)>,
         machine: &Machine,
         first: usize,
         features: &Features,
@@ -76,9 +83,9 @@ impl Disks {
     ) -> Result<Self, DiskError> {
         let ports = machine.pci.ports().map(|(port, ..)| port);
         let ports: Vec<PortIndex> = ports.skip(first).take(disks.len()).collect();
-        let all = disks.into_iter().zip(&config.disks).zip(ports).enumerate();
+        let all = disks.into_iter().zip(ports).enumerate();
         let bits = features.physical_bits();
-        let plugged = all.map(|(index, ((disk, config), port))| {
+        let plugged = all.map(|(index, ((config, disk), port))| {
             let failed = |source: PlugError| DiskError::Plug { index, source };
             let (device, worker) = Block::new(disk, &config.serial, config.queues)
                 .map_err(|error| failed(error.into()))?;
@@ -123,6 +130,9 @@ pub enum DiskError {
         /// Why.
         problem: DiskProblem,
     },
+    /// That of cloud-init cannot be made.
+    #[error(transparent)]
+    CloudInit(#[from] CloudInitError),
     /// It cannot be put behind a root port.
     #[error("disks[{index}]: it cannot be plugged in")]
     Plug {

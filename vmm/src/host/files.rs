@@ -8,7 +8,7 @@ use gantry_resources::base::{open_below, open_regular};
 use gantry_vfio::pci::{RomError, RomImage};
 use nix::fcntl::OFlag;
 
-use crate::config::{DiskConfig, SerialMode, VmConfig};
+use crate::config::{CloudInit, DiskConfig, SerialMode, VmConfig};
 use crate::process::sandbox::{Output, VmFiles};
 
 /// A file named in the VM's file cannot be used.
@@ -61,8 +61,10 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
         None => {
             let roms = config.devices.iter().filter_map(|device| device.rom.file());
             let roms = roms.chain(&config.hotplug.roms);
+            let seed = config.cloud_init.iter().flat_map(CloudInit::files);
+            let named = roms.chain(seed.map(|(_, file)| file));
             let boot = [Some(&payload.kernel), payload.initramfs.as_ref()];
-            boot.into_iter().flatten().chain(roms).cloned().collect()
+            boot.into_iter().flatten().chain(named).cloned().collect()
         }
     };
     let mut write = Vec::new();
@@ -105,19 +107,28 @@ pub fn open(key: &str, path: &Path, below: Option<&Path>) -> Result<File, FileEr
     file.map_err(failed)
 }
 
-/// Reads an expansion ROM.
+/// Reads a file; of one that is larger than `most` bytes, one byte more than that.
 ///
 /// # Errors
-/// As [`open`], or the file holds none.
-pub fn read_rom(key: &str, path: &Path, below: Option<&Path>) -> Result<RomImage, FileError> {
+/// As [`open`].
+pub fn read(key: &str, path: &Path, below: Option<&Path>, most: u64) -> Result<Vec<u8>, FileError> {
     let mut bytes = Vec::new();
     let file = open(key, path, below)?;
-    let read = file.take(RomImage::MAX + 1).read_to_end(&mut bytes);
+    let read = file.take(most + 1).read_to_end(&mut bytes);
     read.map_err(|source| FileError::Open {
         key: key.to_owned(),
         path: path.to_owned(),
         source,
     })?;
+    Ok(bytes)
+}
+
+/// Reads an expansion ROM.
+///
+/// # Errors
+/// As [`read`], or the file holds none.
+pub fn read_rom(key: &str, path: &Path, below: Option<&Path>) -> Result<RomImage, FileError> {
+    let bytes = read(key, path, below, RomImage::MAX)?;
     RomImage::new(bytes).map_err(|source| FileError::Rom {
         key: key.to_owned(),
         path: path.to_owned(),

@@ -88,7 +88,8 @@ impl Machine {
         let pci = Arc::new(hierarchy(layout)?);
         let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
         // In a VM with hot-plug slots, the devices at boot can be detached, too, but not its disks.
-        let disks = ports.saturating_sub(config.disks.len())..ports;
+        let disks = config.disks.len() + usize::from(config.cloud_init.is_some());
+        let disks = ports.saturating_sub(disks)..ports;
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
         let hot_slots = all.filter(|slot| hot > 0 && !disks.contains(&slot.port.get()));
         let hot_slots: Vec<HotSlot> = hot_slots.collect();

@@ -82,7 +82,7 @@ impl Vm {
 
         let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
         devices.plug_at_boot(opened)?;
-        let disks = Disks::plug(disks, config, &machine, slots, &features, sandbox)?;
+        let disks = Disks::plug(disks, &machine, slots, &features, sandbox)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&placement, limit(config, slots))?;

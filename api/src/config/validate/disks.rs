@@ -1,7 +1,7 @@
 //! The disks of a VM.
 
 use gantry_resources::pools::DeviceRequest;
-use gantry_vmm::{DiskConfig, Folders, Queues, SERIAL_LEN, open_disk};
+use gantry_vmm::{CloudInit, DiskConfig, Folders, Queues, SERIAL_LEN, open_disk};
 
 use super::{Context, Invalid, Mistakes, invalid, model};
 
@@ -25,6 +25,8 @@ pub fn disks(
         return Vec::new();
     }
     let mut names: Vec<String> = devices.iter().flat_map(DeviceRequest::names).collect();
+    // Kept free for the disk that gantry itself makes.
+    names.push(CloudInit::DISK.to_owned());
     let mut all: Vec<DiskConfig> = Vec::new();
     for (index, config) in configs.into_iter().enumerate() {
         let key = format!("disks[{index}]");

@@ -1,7 +1,8 @@
-//! Disks in the API.
+//! Disks in the API, and the files of cloud-init.
 
 use std::path::PathBuf;
 
+use gantry_vmm as vmm;
 use gantry_vmm::DiskConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,28 @@ impl From<&DiskConfig> for Disk {
             serial: Some(disk.serial.clone()).filter(|serial| !serial.is_empty()),
             num_queues: disk.queues.count,
             queue_size: disk.queues.size,
+        }
+    }
+}
+
+/// The files of cloud-init in the guest.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct CloudInit {
+    /// What to set up.
+    pub user_data: PathBuf,
+    /// Which instance the guest is.
+    pub meta_data: PathBuf,
+    /// How to set up its network, if that is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_config: Option<PathBuf>,
+}
+
+impl From<&vmm::CloudInit> for CloudInit {
+    fn from(files: &vmm::CloudInit) -> Self {
+        Self {
+            user_data: files.user_data.clone(),
+            meta_data: files.meta_data.clone(),
+            network_config: files.network_config.clone(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The file or block device behind a disk, accessed at offsets and straight from guest RAM.
+//! What a disk holds: a file or block device, accessed at offsets and straight from guest RAM, or bytes in memory.
 #![allow(unsafe_code)] // preadv2 and pwritev2 on guest RAM.
 
 use std::fs::File;
@@ -22,10 +22,17 @@ const ZEROS: usize = 64 << 10;
 /// An open disk. Only this process writes to it.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    contents: Contents,
     len: u64,
     block_size: u32,
     read_only: bool,
+}
+
+#[derive(Debug)]
+enum Contents {
+    File(File),
+    /// Of a disk that is read-only.
+    Memory(Box<[u8]>),
 }
 
 /// Which way the bytes go.
@@ -41,10 +48,29 @@ impl Disk {
     /// The first `len` bytes of `file`, a multiple of [`SECTOR`], whose blocks have `block_size` bytes.
     pub fn new(file: File, len: u64, block_size: u32, read_only: bool) -> Self {
         Self {
-            file,
+            contents: Contents::File(file),
             len: len / SECTOR * SECTOR,
             block_size,
             read_only,
+        }
+    }
+
+    /// A read-only disk of these bytes, as far as they are whole sectors.
+    pub fn of_bytes(bytes: impl Into<Box<[u8]>>) -> Self {
+        let bytes = bytes.into();
+        Self {
+            len: bytes.len() as u64 / SECTOR * SECTOR,
+            contents: Contents::Memory(bytes),
+            block_size: SECTOR as u32,
+            read_only: true,
+        }
+    }
+
+    /// The file, which every disk has that can be written.
+    fn file(&self) -> nix::Result<&File> {
+        match &self.contents {
+            Contents::File(file) => Ok(file),
+            Contents::Memory(_) => Err(Errno::EROFS),
         }
     }
 
@@ -81,6 +107,10 @@ impl Disk {
         segments: &Segments<'_>,
         is_stopping: impl Fn() -> bool,
     ) -> io::Result<()> {
+        if let (Contents::Memory(bytes), Transfer::Read) = (&self.contents, how) {
+            return read_memory(bytes, offset, segments);
+        }
+        let file = self.file()?;
         let mut vectors: Vec<libc::iovec> = segments
             .slices()
             .iter()
@@ -95,42 +125,11 @@ impl Disk {
             if is_stopping() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
-            let done = self.once(how, at, &front(rest))?;
+            let done = once(file, how, at, &front(rest))?;
             at += done as u64;
             rest = advance(rest, done);
         }
         Ok(())
-    }
-
-    fn once(&self, how: Transfer, offset: u64, vectors: &[libc::iovec]) -> io::Result<usize> {
-        let fd = self.file.as_raw_fd();
-        let count = vectors.len() as libc::c_int;
-        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-        loop {
-            let moved = match how {
-                // SAFETY: each vector lies in guest RAM, which the caller's segments keep mapped during the call
-                // and which nobody in this process has references to.
-                Transfer::Read => unsafe { libc::preadv2(fd, vectors.as_ptr(), count, offset, 0) },
-                Transfer::Write { durable } => {
-                    let flags = match durable {
-                        true => libc::RWF_DSYNC,
-                        false => 0,
-                    };
-                    // SAFETY: as above.
-                    unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
-                }
-            };
-            match usize::try_from(moved) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(moved) => return Ok(moved),
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
-                    }
-                }
-            }
-        }
     }
 
     /// Has the disk keep for good what was written before.
@@ -138,7 +137,10 @@ impl Disk {
     /// # Errors
     /// The disk fails.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.contents {
+            Contents::File(file) => file.sync_data(),
+            Contents::Memory(_) => Ok(()),
+        }
     }
 
     /// Gives the space of a range back, where the file system or device can do that.
@@ -174,12 +176,11 @@ impl Disk {
 
     fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
-        let zeros = vec![0; ZEROS];
+        let (file, zeros) = (self.file()?, vec![0; ZEROS]);
         let mut done = 0;
         while done < len {
             let here = (len - done).min(ZEROS as u64);
-            self.file
-                .write_all_at(&zeros[..here as usize], offset + done)?;
+            file.write_all_at(&zeros[..here as usize], offset + done)?;
             done += here;
         }
         Ok(())
@@ -188,10 +189,58 @@ impl Disk {
     fn allocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> nix::Result<()> {
         let signed = |value: u64| libc::off_t::try_from(value).map_err(|_| Errno::EFBIG);
         let (offset, len) = (signed(offset)?, signed(len)?);
+        let file = self.file()?;
         loop {
-            match fallocate(&self.file, flags, offset, len) {
+            match fallocate(file, flags, offset, len) {
                 Err(Errno::EINTR) => {}
                 done => return done,
+            }
+        }
+    }
+}
+
+/// Copies what is at `offset` to the segments.
+fn read_memory(bytes: &[u8], offset: u64, segments: &Segments<'_>) -> io::Result<()> {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| bytes.get(offset..));
+    let mut rest = rest.ok_or(io::ErrorKind::UnexpectedEof)?;
+    for slice in segments.slices() {
+        let (here, after) = rest
+            .split_at_checked(slice.len())
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        slice.copy_from(here);
+        rest = after;
+    }
+    Ok(())
+}
+
+fn once(file: &File, how: Transfer, offset: u64, vectors: &[libc::iovec]) -> io::Result<usize> {
+    let fd = file.as_raw_fd();
+    let count = vectors.len() as libc::c_int;
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    loop {
+        let moved = match how {
+            // SAFETY: each vector lies in guest RAM, which the caller's segments keep mapped during the call
+            // and which nobody in this process has references to.
+            Transfer::Read => unsafe { libc::preadv2(fd, vectors.as_ptr(), count, offset, 0) },
+            Transfer::Write { durable } => {
+                let flags = match durable {
+                    true => libc::RWF_DSYNC,
+                    false => 0,
+                };
+                // SAFETY: as above.
+                unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
+            }
+        };
+        match usize::try_from(moved) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(moved) => return Ok(moved),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
             }
         }
     }

@@ -180,6 +180,24 @@ fn a_read_only_disk_stays_as_it_is() {
 }
 
 #[test]
+fn bytes_in_memory_are_a_read_only_disk() {
+    let mut rig = Rig::new(true);
+    rig.disk = Disk::of_bytes([content(), vec![1; 511]].concat());
+    assert_eq!(
+        (rig.disk.sectors(), rig.disk.is_read_only()),
+        (SECTORS, true)
+    );
+    let data = [(DATA, 100, true), (DATA + 100, 924, true)];
+    assert_eq!(rig.request(IN, SECTORS - 2, &data), OK);
+    assert_eq!(rig.driver.read(DATA, 1024), content()[62 * 512..]);
+    for (kind, sector) in [(IN, SECTORS), (IN, SECTORS - 1), (IN, u64::MAX / 512)] {
+        assert_eq!(rig.request(kind, sector, &data), IO_ERROR, "{sector}");
+    }
+    assert_eq!(rig.request(OUT, 0, &[(DATA, 512, false)]), IO_ERROR);
+    assert_eq!(rig.request(FLUSH, 0, &[]), OK);
+}
+
+#[test]
 fn the_serial_number_is_told_and_other_requests_are_not_known() {
     let mut rig = Rig::new(true);
     assert_eq!(
