@@ -1,12 +1,11 @@
-//! The lock of one device, which dies with its holder.
+//! The lock of one device, which the kernel releases when its holder dies.
 //!
-//! Each device has a file in `<run>/leases`, made when it is first leased and never removed, but for that of
-//! a mediated device, which is removed under its lock when the device is gone. The lock is
-//! an open-file-description write lock on it (fcntl(2), "Open file description locks"): the kernel lets
-//! go of it when the last descriptor closes, so with the holder's death by any cause. The descriptors
-//! are close-on-exec; only the opener hands them on, to the VM that it leased for, so that either
-//! process keeps the lock. The content says who holds the lock, for people; only the
-//! lock counts. The files can be read by their owner alone: whoever could open one could block it.
+//! Each device has a file in `<run>/leases`. It is made at the first lease and never removed, except that of a
+//! mediated device, which is removed under its lock when the device is gone. The lock is an open-file-description
+//! write lock on the file (fcntl(2), "Open file description locks"): the kernel releases it when the last
+//! descriptor closes, and so when the holder dies. The descriptors are close-on-exec; only the opener passes them
+//! on, to the VM that it leased for, so that either process keeps the lock. The content names the holder, for
+//! people; only the lock counts. Only the owner can read the files, since a user who can open one can block it.
 
 use std::fs::File;
 
@@ -26,8 +25,8 @@ pub(crate) struct DeviceLock {
 }
 
 impl DeviceLock {
-    /// Takes the lock of a device; none if somebody has it. A note of quarantine that the last holder
-    /// left is written down first.
+    /// Takes the lock of a device; none if another process has it. First stores the note of quarantine that the
+    /// last holder left.
     pub(crate) fn take(
         paths: &HostPaths,
         name: impl Into<DeviceName>,
@@ -36,7 +35,7 @@ impl DeviceLock {
         let name = name.into();
         let path = lock_path(paths, name);
         let keep = |note: &[u8]| match name {
-            DeviceName::Pci(bdf) => quarantine::keep(paths, bdf, note),
+            DeviceName::Pci(bdf) => quarantine::store_note(paths, bdf, note),
             DeviceName::Mdev(_) => Ok(()),
         };
         let lock =
@@ -44,7 +43,7 @@ impl DeviceLock {
         Ok(lock.map(|lock| Self { name, lock }))
     }
 
-    /// What is locked.
+    /// The locked device.
     pub(crate) fn name(&self) -> DeviceName {
         self.name
     }
@@ -54,8 +53,8 @@ impl DeviceLock {
         &self.lock.file
     }
 
-    /// Has the device put into quarantine once the lock is free. This opens no file: the reason is left in
-    /// the lock's file, and whoever takes the lock next writes it down where quarantine is kept.
+    /// Puts the device into quarantine once the lock is released. This opens no file: the reason stays in the
+    /// lock file as a note, and the next process that takes the lock stores it as a record.
     pub(crate) fn leave_quarantine(&self, id: PciId, reason: &str) {
         let _ = self.lock.leave.set(quarantine::note(id, reason));
     }

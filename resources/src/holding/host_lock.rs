@@ -1,4 +1,4 @@
-//! The locks of the whole host: one under which devices are chosen, one under which owners change.
+//! The locks of the whole host: the allocation lock, and the lock under which devices change owners.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -32,22 +32,22 @@ pub enum LeaseError {
         #[source]
         source: io::Error,
     },
-    /// Somebody else is choosing devices and does not finish.
+    /// Another process holds the allocation lock for too long.
     #[error(
         "waited {waited:?} for {holder} to finish choosing devices, which takes milliseconds: is that process stopped?"
     )]
     AllocationBusy {
-        /// Who, or words for somebody unknown.
+        /// The holder, or words for an unknown one.
         holder: String,
         /// How long.
         waited: Duration,
     },
-    /// Somebody else is changing what is whose and does not finish.
+    /// Another process changes owners for too long.
     #[error(
         "waited a minute for {holder} to finish: is that process stopped, or does a device hang? see dmesg"
     )]
     OwnersBusy {
-        /// Who, or words for somebody unknown.
+        /// The holder, or words for an unknown one.
         holder: String,
     },
 }
@@ -66,15 +66,15 @@ pub(crate) struct AllocationLock {
     _lock: LockFile,
 }
 
-/// The host-wide lock under which it is changed what is whose. It is held while devices move, which may
-/// take long, and so is taken before all other locks.
+/// The host-wide lock under which devices change owners. It is held while devices move, which may take long, and is
+/// therefore taken before all other locks.
 #[derive(Debug)]
 pub(crate) struct OwnersLock {
     _lock: LockFile,
 }
 
 impl OwnersLock {
-    /// How long one command may take: a write to sysfs that hangs is given up after half a minute.
+    /// How long one command may hold it: a write to sysfs that hangs is abandoned after half a minute.
     const DEADLINE: Duration = Duration::from_secs(60);
 
     pub(crate) fn acquire(paths: &HostPaths, record: &LeaseRecord) -> Result<Self, LeaseError> {
@@ -87,7 +87,7 @@ impl OwnersLock {
 }
 
 impl AllocationLock {
-    /// Waits for one holder no longer than the deadline.
+    /// Waits for one holder until the deadline.
     pub(crate) fn acquire(
         paths: &HostPaths,
         record: &LeaseRecord,
@@ -104,8 +104,8 @@ impl AllocationLock {
     }
 }
 
-/// Waits for a lock as long as its holders change, and for one of them until the deadline: then it is
-/// named, and told of before if that is long.
+/// Waits for a lock as long as its holders change. A holder that keeps it until the deadline is named in the error;
+/// a long wait is reported before that.
 fn wait(
     paths: &HostPaths,
     path: &Path,
@@ -120,7 +120,7 @@ fn wait(
         if let Some(lock) = LockFile::take(paths, path, record).map_err(LeaseError::file(path))? {
             return Ok(Ok(lock));
         }
-        // It is one holder that must not take too long: of many contenders the last one waits for all.
+        // The deadline is for one holder: the last of many contenders waits for all of them.
         let patience = match told {
             true => deadline,
             false => deadline.min(ALLOCATION_DEADLINE),

@@ -20,19 +20,19 @@ use crate::base::regular;
 use crate::base::text::short;
 use crate::holding::record::{LeaseRecord, LeaseStatus};
 
-/// More than a line of `/proc/locks` has.
+/// More than the length of a line in `/proc/locks`.
 const LONGEST_LINE: u64 = 512;
 
 /// A locked file that says who locked it.
 #[derive(Debug)]
 pub(crate) struct LockFile {
     pub(super) file: File,
-    /// What the file is to say when nobody has it; nothing if this is not set.
+    /// What the file says once nobody holds the lock; empty if this is not set.
     pub(super) leave: OnceLock<Vec<u8>>,
 }
 
 impl LockFile {
-    /// Locks a file, making it first where needed; none if somebody else has the lock.
+    /// Locks a file, which is created where it is missing. None if another process has the lock.
     pub(crate) fn take(
         paths: &HostPaths,
         path: &Path,
@@ -54,7 +54,7 @@ impl LockFile {
                 Err(error) if is_replaceable(path, &error) => match replace(paths, path) {
                     Ok(Some(file)) => file,
                     Ok(None) => return Ok(None),
-                    // This user may not, so the first failure is the one to tell.
+                    // This user may not create it: the first failure is the one to report.
                     Err(_) => return Err(error),
                 },
                 Err(error) => return Err(error),
@@ -64,13 +64,13 @@ impl LockFile {
             }
             let leave = OnceLock::new();
             let lock = Self { file, leave };
-            // Somebody cleared the directory in between: a lock on a file that is gone binds nobody.
+            // The directory was cleared in between: a lock on a removed file keeps nobody out.
             if !lock.is_at(path)? {
                 continue;
             }
             let left = content(&lock.file)?;
             if let Err(error) = look(&left) {
-                // It stays as it is, for somebody who may write it down.
+                // The note stays in the file, so that another process can store it.
                 let _ = lock.leave.set(left);
                 return Err(error);
             }
@@ -101,7 +101,7 @@ impl LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // Unlocked by name and not only by closing: a process being spawned by another thread has a
+        // Unlocked explicitly, and not only by closing: a process that another thread is spawning has a
         // copy of the descriptor until it executes its program.
         let emptied = self.file.set_len(0);
         let left = self
@@ -115,7 +115,7 @@ impl Drop for LockFile {
     }
 }
 
-/// Makes a file to be locked, which must not be there.
+/// Creates a lock file, which must not exist.
 pub(crate) fn create(path: &Path) -> io::Result<()> {
     let made = OpenOptions::new()
         .write(true)
@@ -125,7 +125,7 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
     made.map(drop)
 }
 
-/// Opens a lock file, making it where there is none.
+/// Opens a lock file, which is created where it is missing.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).mode(0o600);
@@ -140,19 +140,20 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Whether an error of [`open`] is about the file in this place, and a new file would cure it: its owner has
-/// a file lease on it (fcntl(2), "Leases") or has closed it, or it is no regular file.
+/// Whether an error of [`open`] is due to the file at this path, so that a new file helps: its owner holds a file
+/// lease on it (fcntl(2), "Leases") or has closed it to others, or it is no regular file.
 fn is_replaceable(path: &Path, error: &io::Error) -> bool {
     let closed = [io::ErrorKind::WouldBlock, io::ErrorKind::PermissionDenied];
     let other = || fs::symlink_metadata(path).is_ok_and(|found| !found.is_file());
     closed.contains(&error.kind()) || other()
 }
 
-/// Replaces a lock file that cannot be opened by a new one of the same owner, and returns that, locked. None
-/// if somebody has locked the old one, which then stays. Whoever may write the directory can do this.
+/// Replaces a lock file that cannot be opened by a new one of the same owner, and returns the new one, locked. None
+/// if another process has locked the old file, which then stays. Every user who may write the directory can do
+/// this.
 ///
-/// The two files change places in one step, and the old one is looked at afterwards: whoever locks it later
-/// sees that it is no longer in its place (see [`LockFile::is_at`]).
+/// The two files are exchanged in one step, and the old one is examined afterwards: a process that locks it later
+/// sees that it is no longer at its path (see [`LockFile::is_at`]).
 fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
     let old = fs::symlink_metadata(path)?;
     let new = path.with_extension(format!("{}.new", std::process::id()));
@@ -161,7 +162,7 @@ fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
         renameat2(AT_FDCWD, &new, AT_FDCWD, path, both).map_err(io::Error::from)
     };
     create(&new)?;
-    // By descriptor, as a confined process changes no owner by path.
+    // By descriptor: a confined process may not change owners by path.
     let swapped = open(&new)
         .and_then(|file| fchown(&file, Some(old.uid()), Some(old.gid())).map(|()| file))
         .and_then(|file| try_lock(&file).map(|_| file))
@@ -174,7 +175,7 @@ fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
         }
     };
     let swapped_out = fs::symlink_metadata(&new)?;
-    // Where the list cannot be read, the old file may be locked.
+    // If the list cannot be read, the old file may be locked.
     let locked = !swapped_out.is_dir() && is_listed(paths, &swapped_out).unwrap_or(true);
     if locked {
         swap()?;
@@ -183,7 +184,7 @@ fn replace(paths: &HostPaths, path: &Path) -> io::Result<Option<File>> {
     Ok((!locked).then_some(file))
 }
 
-/// What a lock file says. A tenant writes its own: there is no more to be read than records have.
+/// The content of a lock file. A tenant writes its own files, so that no more is read than a record needs.
 pub(super) fn content(file: &File) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; 16 << 10];
     let length = file.read_at(&mut bytes, 0)?;
@@ -211,8 +212,8 @@ pub(crate) fn status(paths: &HostPaths, path: &Path) -> LeaseStatus {
 /// Who has locked a file that was opened to be read.
 pub(crate) fn status_of(paths: &HostPaths, file: &File) -> io::Result<LeaseStatus> {
     let owner = file.metadata()?.uid();
-    // The holder locks first and writes second: its record may be a moment late. Another user may leave it
-    // out altogether, on many files, so nobody waits for that.
+    // The holder locks first and writes second, so that its record may be a moment late. Another user may omit
+    // it in many files, for which nobody waits.
     let attempts = if is_trusted(owner) { 20 } else { 1 };
     for attempt in 1..=attempts {
         if !is_locked(file)? {
@@ -230,8 +231,8 @@ pub(crate) fn status_of(paths: &HostPaths, file: &File) -> io::Result<LeaseStatu
     Ok(LeaseStatus::Unrecorded)
 }
 
-/// As much of a record as is believed. It may be a tenant's, who writes into it what it likes: a text that
-/// changes what a terminal shows, or the process of somebody else.
+/// The part of a record that is credible. A tenant writes its own records: they may hold control characters, or
+/// name the process of another user.
 pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> LeaseRecord {
     let process = |pid: u32| fs::metadata(paths.proc.join(pid.to_string()));
     let owners = |pid: &NonZeroU32| process(pid.get()).is_ok_and(|process| process.uid() == owner);
@@ -239,7 +240,7 @@ pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> Le
     if is_trusted(owner) {
         return LeaseRecord { name, ..record };
     }
-    // Nothing that would end a quotation, or that a shell would take for more than a name.
+    // Nothing that ends a quotation, or that a shell reads as more than a name.
     let plain = |one: &char| one.is_alphanumeric() || "._- ".contains(*one);
     LeaseRecord {
         name: name.chars().filter(plain).collect(),
@@ -248,12 +249,12 @@ pub(super) fn credible(paths: &HostPaths, owner: u32, record: LeaseRecord) -> Le
     }
 }
 
-/// Root and this user: a tenant writes what it likes into the lock files of its devices.
+/// Root and this user are trusted: a tenant writes anything into the lock files of its devices.
 pub(super) fn is_trusted(uid: u32) -> bool {
     uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }
 
-/// What the kernel's list of all locks says, for those who may not open the file.
+/// The state of a lock in the kernel's list of all locks, for users who may not open the file.
 pub(super) fn listed_as_locked(paths: &HostPaths, path: &Path) -> io::Result<LeaseStatus> {
     let locked = is_listed(paths, &fs::symlink_metadata(path)?)?;
     Ok(if locked {
@@ -274,8 +275,8 @@ fn is_listed(paths: &HostPaths, file: &fs::Metadata) -> io::Result<bool> {
     lists(BufReader::new(locks), &id)
 }
 
-/// Whether a list of locks names an open-file-description lock on the file of this `id`. The list is as long as
-/// users take locks, so one line at a time is read, and no more of it than a line has.
+/// Whether a list of locks names an open-file-description lock on the file of this `id`. Users can make the list
+/// long: it is read line by line, and each line only up to a length.
 pub(super) fn lists(mut locks: impl BufRead, id: &str) -> io::Result<bool> {
     let mut line = Vec::new();
     loop {
@@ -324,7 +325,7 @@ pub(crate) fn unlock(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether somebody has locked a file that was opened on its own.
+/// Whether another process has locked a file that this process has opened on its own.
 pub(crate) fn is_locked(file: &File) -> io::Result<bool> {
     let mut lock = whole_file(libc::F_WRLCK);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
@@ -341,7 +342,7 @@ pub(crate) fn lock_path(paths: &HostPaths, name: impl Into<DeviceName>) -> PathB
     paths.run.join("leases").join(format!("{name}.lock"))
 }
 
-/// What the last holder of a device left to be read, or the record of the one who has it.
+/// The note that the last holder of a device left, or the record of its holder.
 pub(crate) fn note(paths: &HostPaths, bdf: HostBdf) -> Option<Vec<u8>> {
     let file = regular::open_no_link(&lock_path(paths, bdf)).ok()?;
     content(&file).ok()

@@ -1,4 +1,4 @@
-//! Maintenance: no new VM starts on the host, and those that run can be seen.
+//! Maintenance, during which no VM starts, and the list of running VMs.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -39,13 +39,13 @@ pub enum MaintenanceError {
     },
 }
 
-/// Why, where nobody says.
+/// The reason where none is given.
 const NO_REASON: &str = "ask the administrator";
 
-/// Files of one tenant that are looked at for running VMs.
+/// At most so many files of one tenant are read for its running VMs.
 const MOST_OF_TENANT: usize = 1024;
 
-/// Switches maintenance on; it outlives a reboot. Without a reason, one that it is on for stays.
+/// Switches maintenance on; it outlives a reboot. Without a new reason, an earlier one stays.
 pub fn begin_maintenance(paths: &HostPaths, reason: Option<&str>) -> Result<(), MaintenanceError> {
     if reason.is_none() && maintenance(paths)?.is_some() {
         return Ok(());
@@ -71,7 +71,7 @@ pub fn end_maintenance(paths: &HostPaths) -> Result<bool, MaintenanceError> {
     }
 }
 
-/// Whether the host is in maintenance. A file that cannot be understood counts: somebody meant it.
+/// Whether the host is in maintenance. A file that cannot be understood counts as maintenance.
 pub fn maintenance(paths: &HostPaths) -> Result<Option<Maintenance>, MaintenanceError> {
     let path = path(paths);
     match std::fs::read(&path) {
@@ -86,24 +86,24 @@ pub fn maintenance(paths: &HostPaths) -> Result<Option<Maintenance>, Maintenance
     }
 }
 
-/// The host's, whoever asks: a tenant is told of it, and cannot end it.
+/// Maintenance is the host's, also for a tenant, who can read but not end it.
 fn path(paths: &HostPaths) -> PathBuf {
     paths.state_of_host().join("maintenance.json")
 }
 
-/// Says that a VM runs for as long as it lives: a locked file, which the kernel unlocks.
+/// Announces a running VM by a locked file; the kernel unlocks it when the process ends.
 #[derive(Debug)]
 pub struct Announced {
     _lock: LockFile,
 }
 
-/// A VM that runs. Shown with its process, and its tenant where it is one's.
+/// A running VM. Shown with its process, and its tenant if it has one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RunningVm {
-    /// The tenant whose it is; none if it is the host's.
+    /// The tenant that owns it; none for the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
-    /// What it says of itself.
+    /// What it writes about itself.
     #[serde(flatten)]
     pub record: LeaseRecord,
 }
@@ -118,13 +118,12 @@ impl fmt::Display for RunningVm {
     }
 }
 
-/// Announces a VM to [`running_vms`]. None where this user may not write the run directory; the VM can
-/// run all the same.
+/// Announces a VM to [`running_vms`]. None where this user may not write the run directory; the VM runs without it.
 pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<Announced> {
     let dir = paths.run.join("vms");
     clear(paths, &dir, holder.pid);
     let path = dir.join(format!("{}.lock", holder.pid));
-    // Another VM that starts may look at the file for a moment.
+    // Another VM that starts may have the file open for a moment.
     for _ in 0..100 {
         match LockFile::take(paths, &path, &LeaseRecord::vm(holder)) {
             Ok(Some(lock)) => return Some(Announced { _lock: lock }),
@@ -139,7 +138,7 @@ pub fn announce(paths: &HostPaths, holder: &Holder) -> Option<Announced> {
     None
 }
 
-/// The VMs that run, with and without devices, in the order of their names.
+/// The running VMs, with and without devices, in the order of their names.
 pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError> {
     let vms = paths.run.join("vms");
     let own = list(&vms)?.into_iter();
@@ -154,7 +153,7 @@ pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError
     let mut running: Vec<_> = own.map(|record| announced(None, record)).collect();
     let tenants = paths.run.join(TENANTS);
     for name in list(&tenants)? {
-        // Another user's directory may be closed.
+        // Another user's directory may be closed to this one.
         let dir = HeldDir::below(&tenants, &Path::new(&name).join("vms"));
         if let Ok(Some(dir)) = dir {
             let records = announced_in(paths, &dir, &name).into_iter();
@@ -169,8 +168,8 @@ pub fn running_vms(paths: &HostPaths) -> Result<Vec<RunningVm>, MaintenanceError
     Ok(running)
 }
 
-/// What a tenant's directory says of the tenant's VMs. The tenant may have put anything there, which is at
-/// most not seen: each file is looked at once, whatever its names, and so many of them at most.
+/// The VMs that a tenant's directory announces. The tenant may put anything there: each file is read once, whatever
+/// its names, and only a limited number of files is read.
 fn announced_in(paths: &HostPaths, dir: &HeldDir, tenant: &str) -> Vec<LeaseRecord> {
     let (names, more) = dir.names(MOST_OF_TENANT).unwrap_or_default();
     if more {
@@ -199,8 +198,8 @@ fn list(dir: &Path) -> Result<Vec<String>, MaintenanceError> {
     })
 }
 
-/// Removes the files of processes that are no more. A number given anew has its file made anew: whoever
-/// locks a file looks whether it still is there.
+/// Removes the files of processes that have ended. For a process with the same number the file is made anew: a
+/// process that locks a file checks that it is still at its path.
 fn clear(paths: &HostPaths, dir: &Path, own: u32) {
     for name in sysfs::entries(dir).unwrap_or_default() {
         let path = dir.join(&name);

@@ -1,5 +1,5 @@
-//! What of gantry's own directories a process changes while it builds a VM, or opens devices for one: for
-//! whoever confines it.
+//! Files and directories of gantry that a process changes while it builds a VM or opens devices for one. A sandbox
+//! must allow these.
 
 use std::path::PathBuf;
 
@@ -7,20 +7,20 @@ use crate::base::atomic::make_dir;
 use crate::base::host::HostPaths;
 use crate::holding::restore::Change;
 
-/// Files of gantry's own that building a VM changes. All else there is read at most: the clients' sockets,
-/// what says that other VMs run, maintenance.
+/// Files of gantry that building a VM changes. Everything else is only read: the sockets of clients, the records of
+/// running VMs, maintenance.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OwnFiles {
     /// Directories of records, which are replaced and removed.
     pub records: Vec<PathBuf>,
-    /// Directories of locks, which are made and written, and never removed.
+    /// Directories of lock files, which are created and written, and never removed.
     pub locks: Vec<PathBuf>,
-    /// Locks that are there.
+    /// Lock files that exist already.
     pub lock_files: Vec<PathBuf>,
 }
 
-/// What is changed below these paths; made where it is missing and may be made, as only what is there can be
-/// named to the kernel.
+/// What is changed below these paths. Missing directories are created where that is allowed, since the kernel can
+/// allow access only to paths that exist.
 pub fn own_files(paths: &HostPaths) -> OwnFiles {
     let below = |name: &str| vec![paths.run.join(name)];
     let mut own = OwnFiles {

@@ -1,6 +1,5 @@
-//! Holders that are about to let go: a helper that gives a device back to the host, and processes that
-//! are ending, of which the kernel frees the memory, which takes a while when there is much of it, before
-//! the locks.
+//! Holders that are about to release a device: the helper that gives devices back to the host, and processes that
+//! are ending. The kernel frees the memory of a process before its locks, which takes a while for much memory.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,15 +12,15 @@ use crate::holding::host_lock::{ALLOCATION_DEADLINE, AllocationLock, LeaseError}
 use crate::holding::lock_file::{holder, is_trusted, lock_path};
 use crate::holding::record::{LeaseKind, LeaseRecord, LeaseStatus, RESTORE};
 
-/// How long holders that are about to let go may keep devices from others.
+/// How long others wait for holders that are about to release their devices.
 pub(crate) const PASSING_PATIENCE: Duration = Duration::from_secs(15);
-/// What is waited for longer is told of.
+/// A longer wait is reported.
 const SILENT: Duration = Duration::from_millis(500);
 
-/// A device that somebody has, and who that is if it is recorded.
+/// A device that is held, and its holder if that is recorded.
 pub(crate) type InTheWay = (DeviceName, Option<LeaseRecord>);
 
-/// Whether the holder of a device is about to let go, or has since the device was looked at.
+/// Whether the holder of a device is about to release it, or has released it since the device was read.
 pub(crate) fn is_passing(
     paths: &HostPaths,
     name: impl Into<DeviceName>,
@@ -29,29 +28,28 @@ pub(crate) fn is_passing(
 ) -> bool {
     let name = name.into();
     let Some(record) = record else {
-        // Whoever lets go takes his record away first.
+        // A holder removes its record before it releases the lock.
         return holder(paths, name) == LeaseStatus::Free;
     };
     if record.kind == LeaseKind::Task && record.name == RESTORE {
         return may_be_believed(paths, name);
     }
-    // Who is not to be seen may as well be in another PID namespace, and well.
+    // A process that is not visible may run in another PID namespace.
     let free = || holder(paths, name) == LeaseStatus::Free;
     let ending = record.pid.and_then(|pid| is_ending(&paths.proc, pid.get()));
     ending.unwrap_or_else(free)
 }
 
-/// Whether what a lease's file says is to be believed.
+/// Whether the content of a device's lock file is trusted.
 fn may_be_believed(paths: &HostPaths, name: DeviceName) -> bool {
     let file = fs::symlink_metadata(lock_path(paths, name));
     file.is_ok_and(|file| is_trusted(file.uid()))
 }
 
-/// Does something under the allocation lock, which is free again when this returns. As long as nothing
-/// stands in its way but holders that are about to let go, it is tried again.
+/// Does something under the allocation lock, which is released when this returns. Tries again as long as only
+/// holders are in the way that are about to release their devices.
 ///
-/// `in_the_way` tells of a failure which devices were held, and by whom; none where that was not the
-/// reason.
+/// `in_the_way` returns the held devices that caused a failure, with their holders; none if it has another cause.
 pub(crate) fn under_lock<T, E: From<LeaseError>>(
     paths: &HostPaths,
     record: &LeaseRecord,

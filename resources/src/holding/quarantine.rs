@@ -1,4 +1,4 @@
-//! Devices that no VM gets for now, and why: one that hung, one that was used once.
+//! Devices in quarantine, which no VM gets: they hung, or were used once.
 
 use std::fs;
 use std::io::{self, Read};
@@ -19,34 +19,35 @@ use crate::facts::attributes::id_at;
 use crate::facts::ids::PciId;
 use crate::holding::lock_file;
 
-/// Where records lie, below the state directory.
+/// The directory of records, below the state directory.
 const DIR: &str = "quarantine";
-/// No record is longer.
+/// The size limit of a record.
 const LONGEST: u64 = 16 << 10;
-/// Files of a tenant that are looked through before each device's is asked for by its name.
+/// So many files of a tenant are listed at most. With more of them, each device's records are opened by their
+/// names.
 const MOST_FILES: usize = 4096;
 
-/// How long a device stays out of use by itself.
+/// How long a device stays in quarantine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Until {
-    /// Until the host boots, which cures what hangs; or until it is released.
+    /// Until the host boots, which resets a device that hangs; or until it is released.
     Boot,
     /// Until it is released.
     Released,
 }
 
-/// All of them, what is the more urgent first.
+/// All of them, the more urgent one first.
 const UNTIL: [Until; 2] = [Until::Boot, Until::Released];
 
-/// A record in the state directory. It counts only for the hardware that it was made for.
+/// A record in the state directory. It counts only for the hardware that it names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
-    /// Vendor and device id, in their shown form.
+    /// Vendor and device id, as they are shown.
     id: String,
     reason: String,
     until: Until,
-    /// The boot in which it was made.
+    /// The boot in which it was written.
     boot: Option<String>,
 }
 
@@ -64,7 +65,7 @@ pub enum QuarantineError {
     },
 }
 
-/// Keeps a device from VMs until it is released by hand.
+/// Puts a device into quarantine.
 pub(crate) fn quarantine(
     paths: &HostPaths,
     bdf: HostBdf,
@@ -82,7 +83,7 @@ pub(crate) fn quarantine(
     store(&path, &record).map_err(|source| QuarantineError::File { path, source })
 }
 
-/// Tenants read the host's records too, whatever the umask of the one who writes them.
+/// Tenants read the host's records too, so the mode does not depend on the umask.
 fn store(path: &Path, record: &Record) -> io::Result<()> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     make_dir(dir)?;
@@ -91,8 +92,8 @@ fn store(path: &Path, record: &Record) -> io::Result<()> {
     show(path, 0o644)
 }
 
-/// A record for a process that can neither ask for the boot nor open a file: it is left in the file of
-/// the device's lease, whose directory a boot of the host empties.
+/// A record for a process that can neither read the boot's id nor open a file: it is left in the device's lock
+/// file. A boot of the host empties the directory of lock files.
 pub(crate) fn note(id: PciId, reason: &str) -> Vec<u8> {
     let record = Record {
         id: id.to_string(),
@@ -103,8 +104,8 @@ pub(crate) fn note(id: PciId, reason: &str) -> Vec<u8> {
     serde_json::to_vec(&record).unwrap_or_default()
 }
 
-/// A record that may be a tenant's, who writes into it what it likes.
-fn of_others(text: &[u8]) -> Option<Record> {
+/// Reads a record that a tenant may have written: nothing in it is trusted.
+fn untrusted(text: &[u8]) -> Option<Record> {
     let record: Record = serde_json::from_slice(text).ok()?;
     Some(Record {
         reason: short(&record.reason),
@@ -112,32 +113,31 @@ fn of_others(text: &[u8]) -> Option<Record> {
     })
 }
 
-/// What a [`note`] says, or what somebody put into its place. It lasts until the host boots, as a note does.
-fn of_note(text: &[u8]) -> Option<Record> {
+/// Reads a [`note`], or what a tenant put in its place. Both last until the host boots.
+fn from_note(text: &[u8]) -> Option<Record> {
     Some(Record {
         until: Until::Boot,
         boot: None,
-        ..of_others(text)?
+        ..untrusted(text)?
     })
 }
 
-/// Writes down what a [`note`] says. Anything else is none.
-pub(crate) fn keep(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<()> {
-    let Some(record) = of_note(text) else {
+/// Stores a [`note`] as a record. Ignores anything else.
+pub(crate) fn store_note(paths: &HostPaths, bdf: HostBdf, text: &[u8]) -> io::Result<()> {
+    let Some(record) = from_note(text) else {
         return Ok(());
     };
     let boot = boot(paths);
     add(paths, bdf, &Record { boot, ..record })
 }
 
-/// Writes down what others say of a device, beside what is written down already. A record of another device
-/// is none.
+/// Stores a record of another user beside the existing ones. Ignores one of other hardware.
 fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
     let there = id_at(paths, bdf)?;
     if there.is_some_and(|id| id.to_string() != record.id) {
         return Ok(());
     }
-    let own = Home::own(paths);
+    let own = RecordDir::own(paths);
     let now = boot(paths);
     let known = own.record(paths, bdf, record.until);
     match known.is_some_and(|known| known.counts(&now, &record.id)) {
@@ -146,11 +146,11 @@ fn add(paths: &HostPaths, bdf: HostBdf, record: &Record) -> io::Result<()> {
     }
 }
 
-/// Takes all records of a device away.
+/// Removes all records of a device.
 pub(crate) fn forget(paths: &HostPaths, bdf: HostBdf) -> Result<(), QuarantineError> {
-    for home in homes(paths) {
+    for dir in record_dirs(paths) {
         for until in UNTIL {
-            home.forget(paths, bdf, until)?;
+            dir.forget(paths, bdf, until)?;
         }
     }
     Ok(())
@@ -163,19 +163,19 @@ fn remove(path: PathBuf) -> Result<(), QuarantineError> {
     }
 }
 
-fn own_record(path: &Path) -> Option<Record> {
+fn read_own(path: &Path) -> Option<Record> {
     let file = regular::open_no_link(path).ok()?;
     serde_json::from_reader(file.take(LONGEST)).ok()
 }
 
-/// Takes the record away that [`quarantine`] made with this reason, unless another one replaced it.
+/// Removes the record that [`quarantine`] made with this reason, unless another one replaced it.
 pub(crate) fn forget_reason(
     paths: &HostPaths,
     bdf: HostBdf,
     reason: &str,
 ) -> Result<(), QuarantineError> {
     for path in UNTIL.map(|until| path(paths, bdf, until)) {
-        match own_record(&path) {
+        match read_own(&path) {
             Some(record) if record.reason == reason => remove(path)?,
             _ => {}
         }
@@ -183,7 +183,7 @@ pub(crate) fn forget_reason(
     Ok(())
 }
 
-/// Why a device must not be moved: it hung or failed, and another attempt would hang as well.
+/// Why a device must not be moved: it hung or failed, and another attempt would hang too.
 pub(crate) fn hung(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<String> {
     let found = find(paths, bdf, id)?;
     (found.until == Until::Boot).then(|| found.reason())
@@ -193,34 +193,34 @@ pub(crate) fn hung(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<String>
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
     reasons: Vec<String>,
-    /// Until the host boots if any of them is, as then the device must not be moved.
+    /// Until the host boots if one reason says so: then the device must not be moved.
     pub(crate) until: Until,
 }
 
 impl Found {
-    /// The reasons in a line.
+    /// The reasons in one line.
     pub(crate) fn reason(&self) -> String {
         self.reasons.join("; ")
     }
 }
 
-/// Why a device with these ids is in quarantine, if it is: all the reasons that there are.
+/// All reasons why a device with these ids is in quarantine; none if it is not there.
 ///
-/// A record that cannot be read keeps the device out: better idle than broken.
+/// A record that cannot be read counts as a reason.
 pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<Found> {
     let id = &id.to_string();
     let now = boot(paths);
-    let homes = homes(paths);
-    let kept = homes.iter().flat_map(|home| {
-        let records = UNTIL.map(|until| home.record(paths, bdf, until));
+    let record_dirs = record_dirs(paths);
+    let contents = record_dirs.iter().flat_map(|dir| {
+        let records = UNTIL.map(|until| dir.record(paths, bdf, until));
         records.into_iter().flatten()
     });
-    let note = || of_note(&lock_file::note(paths, bdf)?).map(Kept::Record);
+    let note = || from_note(&lock_file::note(paths, bdf)?).map(Content::Record);
     let mut found: Option<Found> = None;
-    for (reason, until) in kept
+    for (reason, until) in contents
         .chain(note())
-        .filter(|kept| kept.counts(&now, id))
-        .map(Kept::into_reason)
+        .filter(|content| content.counts(&now, id))
+        .map(Content::into_reason)
     {
         let found = found.get_or_insert_with(|| Found {
             reasons: Vec::new(),
@@ -236,18 +236,18 @@ pub(crate) fn find(paths: &HostPaths, bdf: HostBdf, id: PciId) -> Option<Found> 
     found
 }
 
-/// What a file says.
-enum Kept {
+/// The content of a record's file.
+enum Content {
     Record(Record),
-    /// Why it cannot be understood.
-    Broken(String),
+    /// Why it cannot be read.
+    Unreadable(String),
 }
 
-impl Kept {
-    /// Whether it is about a device with these ids, in the boot that is now.
+impl Content {
+    /// Whether it is about a device with these ids, and was written in this boot if that matters.
     fn counts(&self, now: &Option<String>, id: &str) -> bool {
         match self {
-            Self::Broken(_) => true,
+            Self::Unreadable(_) => true,
             Self::Record(record) => {
                 let booted = record.boot.is_some() && record.boot != *now;
                 !(record.until == Until::Boot && booted) && record.id == id
@@ -258,17 +258,17 @@ impl Kept {
     fn into_reason(self) -> (String, Until) {
         match self {
             Self::Record(Record { reason, until, .. }) => (reason, until),
-            Self::Broken(reason) => (reason, Until::Released),
+            Self::Unreadable(reason) => (reason, Until::Released),
         }
     }
 }
 
-/// A directory of records that count for the host and for a tenant alike: the hardware is the same.
-pub(crate) struct Home {
+/// A directory of records. Those of the host and of its tenants count for both, as the hardware is the same.
+pub(crate) struct RecordDir {
     dir: PathBuf,
-    /// Of a tenant: held open, as the tenant may put something else into its place.
+    /// A tenant's directory is held open, since the tenant may put something else in its place.
     held: Option<HeldDir>,
-    whose: Whose,
+    owner: Owner,
 }
 
 /// The name of a device's record.
@@ -279,63 +279,64 @@ fn name(bdf: HostBdf, until: Until) -> String {
     }
 }
 
-/// The names of a device's records: it may hang and have been used once.
+/// The names of a device's records: it may have one of each kind.
 pub(crate) fn names(bdf: HostBdf) -> [String; 2] {
     UNTIL.map(|until| name(bdf, until))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Whose {
-    /// One's own.
+enum Owner {
+    /// This user's.
     Own,
-    /// The host's, in the eyes of a tenant.
+    /// The host's, read by a tenant.
     Host,
-    /// A tenant's, in the eyes of the host.
+    /// A tenant's, read by the host.
     Tenant,
 }
 
-/// Where records are: one's own, and the host's for a tenant, or those of tenants for the host.
-pub(crate) fn homes(paths: &HostPaths) -> Vec<Home> {
-    let mut homes = vec![Home::own(paths)];
+/// The directories whose records count: this user's, and the host's for a tenant, or those of all tenants for the
+/// host.
+pub(crate) fn record_dirs(paths: &HostPaths) -> Vec<RecordDir> {
+    let mut record_dirs = vec![RecordDir::own(paths)];
     if let Some(dir) = shared_quarantine(paths) {
-        homes.push(Home {
+        record_dirs.push(RecordDir {
             dir,
             held: None,
-            whose: Whose::Host,
+            owner: Owner::Host,
         });
-        return homes;
+        return record_dirs;
     }
     let tenants = paths.state.join(TENANTS);
     for name in sysfs::entries(&tenants).unwrap_or_default() {
         let inner = Path::new(&name).join(DIR);
-        // Who may not look there is nobody who moves devices.
+        // A user who may not look there moves no devices.
         if let Ok(Some(held)) = HeldDir::below(&tenants, &inner) {
-            homes.push(Home {
+            record_dirs.push(RecordDir {
                 dir: tenants.join(inner),
                 held: Some(held),
-                whose: Whose::Tenant,
+                owner: Owner::Tenant,
             });
         }
     }
-    homes
+    record_dirs
 }
 
-/// The host's records, where this is a tenant's view: they count for the tenant too.
+/// The host's directory of records, where these paths are a tenant's: its records count for the tenant too.
 pub fn shared_quarantine(paths: &HostPaths) -> Option<PathBuf> {
     let host = paths.state_of_host();
     (host != paths.state).then(|| host.join(DIR))
 }
 
-impl Home {
+impl RecordDir {
     fn own(paths: &HostPaths) -> Self {
         Self {
             dir: paths.state.join(DIR),
             held: None,
-            whose: Whose::Own,
+            owner: Owner::Own,
         }
     }
 
-    /// Names of what is there; none where that cannot be listed, or is too much.
+    /// The names of the files in it; none if they cannot be listed, or are too many.
     pub(crate) fn names(&self) -> Option<Vec<String>> {
         match &self.held {
             None => sysfs::entries(&self.dir).ok(),
@@ -346,7 +347,7 @@ impl Home {
         }
     }
 
-    fn record(&self, paths: &HostPaths, bdf: HostBdf, until: Until) -> Option<Kept> {
+    fn record(&self, paths: &HostPaths, bdf: HostBdf, until: Until) -> Option<Content> {
         let name = name(bdf, until);
         let path = self.dir.join(&name);
         let read = || -> io::Result<Option<Vec<u8>>> {
@@ -354,7 +355,7 @@ impl Home {
                 Some(held) => held.regular(&name)?,
                 None => regular::open_no_link(&path)?,
             };
-            if self.whose == Whose::Tenant && !is_owners(paths, bdf, &file)? {
+            if self.owner == Owner::Tenant && !is_owners(paths, bdf, &file)? {
                 return Ok(None);
             }
             let mut text = Vec::new();
@@ -363,19 +364,19 @@ impl Home {
         };
         match read() {
             Ok(Some(text)) => {
-                let record = match self.whose {
-                    Whose::Tenant => of_others(&text),
-                    Whose::Own | Whose::Host => serde_json::from_slice(&text).ok(),
+                let record = match self.owner {
+                    Owner::Tenant => untrusted(&text),
+                    Owner::Own | Owner::Host => serde_json::from_slice(&text).ok(),
                 };
-                let broken = || Kept::Broken(format!("{} is damaged", path.display()));
-                Some(record.map_or_else(broken, Kept::Record))
+                let damaged = || Content::Unreadable(format!("{} is damaged", path.display()));
+                Some(record.map_or_else(damaged, Content::Record))
             }
             Ok(None) => None,
             Err(error) => self.unread(&path, &error),
         }
     }
 
-    /// Removes a record. What a tenant has put there besides may stay.
+    /// Removes a record. Other files of a tenant may stay.
     fn forget(&self, paths: &HostPaths, bdf: HostBdf, until: Until) -> Result<(), QuarantineError> {
         let name = name(bdf, until);
         let path = self.dir.join(&name);
@@ -390,44 +391,44 @@ impl Home {
         }
     }
 
-    /// What a file that cannot be read comes to.
-    fn unread(&self, path: &Path, error: &io::Error) -> Option<Kept> {
-        static TOLD: Once = Once::new();
-        match self.whose {
+    /// The result for a file that cannot be read.
+    fn unread(&self, path: &Path, error: &io::Error) -> Option<Content> {
+        static WARNED: Once = Once::new();
+        match self.owner {
             _ if sysfs::is_gone(error) => None,
-            // What a tenant puts there besides is nothing to anybody.
-            Whose::Tenant => None,
-            // Where the directory is closed this is said of files that are not there too.
-            Whose::Host if error.kind() == io::ErrorKind::PermissionDenied => {
-                TOLD.call_once(|| {
+            // Other files of a tenant are ignored.
+            Owner::Tenant => None,
+            // If the directory is closed, missing files give the same error.
+            Owner::Host if error.kind() == io::ErrorKind::PermissionDenied => {
+                WARNED.call_once(|| {
                     tracing::warn!(
-                        "{}: what the host has in quarantine is not known here: {error}",
+                        "{}: cannot read which of the host's devices are in quarantine: {error}",
                         self.dir.display()
                     );
                 });
                 None
             }
-            Whose::Own | Whose::Host => {
+            Owner::Own | Owner::Host => {
                 let what = format!("{} cannot be read: {error}", path.display());
-                Some(Kept::Broken(what))
+                Some(Content::Unreadable(what))
             }
         }
     }
 }
 
-/// Whether a tenant's record is about a device of that tenant: the file of its lease is the user's too.
+/// Whether a tenant's record is about a device of that tenant: then the device's lock file has the same owner.
 fn is_owners(paths: &HostPaths, bdf: HostBdf, record: &fs::File) -> io::Result<bool> {
     let lease = fs::symlink_metadata(lock_file::lock_path(paths, bdf))?;
     Ok(lease.uid() == record.metadata()?.uid())
 }
 
-/// Keeps what tenants' records say of devices that are about to be the host's again.
-pub(crate) fn adopt(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
-    let homes = homes(paths);
-    let tenants = homes.iter().filter(|home| home.whose == Whose::Tenant);
-    for home in tenants {
+/// Copies tenants' records of a device that goes back to the host.
+pub(crate) fn copy_tenant_records(paths: &HostPaths, bdf: HostBdf) -> io::Result<()> {
+    let record_dirs = record_dirs(paths);
+    let tenants = record_dirs.iter().filter(|dir| dir.owner == Owner::Tenant);
+    for dir in tenants {
         for until in UNTIL {
-            if let Some(Kept::Record(record)) = home.record(paths, bdf, until) {
+            if let Some(Content::Record(record)) = dir.record(paths, bdf, until) {
                 add(paths, bdf, &record)?;
             }
         }

@@ -1,4 +1,4 @@
-//! What a holder says of itself, and what is known of who holds something.
+//! What a holder writes about itself, and what others know about a holder.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// What gives devices back to the host calls itself.
+/// The name under which the helper holds devices that it gives back to the host.
 pub(super) const RESTORE: &str = "gantry restore";
 
 /// The VM that a device is leased for, and the process that keeps the lease.
@@ -29,16 +29,16 @@ pub enum LeaseKind {
     Task,
 }
 
-/// What a holder says of itself.
+/// What a holder writes about itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRecord {
     /// What the lease is for.
     pub kind: LeaseKind,
     /// Name of the VM or of the command.
     pub name: String,
-    /// Process; none where another user names one that is not its own.
+    /// Its process; none where another user names a process that it does not own.
     pub pid: Option<NonZeroU32>,
-    /// When it was taken, in seconds since 1970.
+    /// Since when, in seconds since 1970.
     pub since: u64,
 }
 
@@ -63,7 +63,8 @@ impl LeaseRecord {
         Self::now(LeaseKind::Task, name, std::process::id())
     }
 
-    /// Of whoever gives devices back to the host, which takes no longer than its driver does.
+    /// The record of the helper that gives devices back to the host. It holds them no longer than their drivers
+    /// take.
     pub(crate) fn restore() -> Self {
         Self::task(RESTORE)
     }
@@ -86,13 +87,13 @@ impl fmt::Display for LeaseRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LeaseStatus {
-    /// By nobody.
+    /// It is not leased.
     Free,
-    /// By this holder.
+    /// It is leased by this holder.
     Held(LeaseRecord),
-    /// By somebody whose record is not to be had: a full disk, or another user's lease.
+    /// It is leased without a readable record: the disk is full, or the lease is another user's.
     Unrecorded,
-    /// By somebody unknown, for all that can be told: the lock file cannot be read.
+    /// It counts as leased: the lock file cannot be read.
     Unreadable {
         /// The lock file.
         file: PathBuf,
@@ -102,7 +103,7 @@ pub enum LeaseStatus {
 }
 
 impl LeaseStatus {
-    /// Whether somebody holds the device.
+    /// Whether the device is leased, or counts as leased.
     pub fn is_held(&self) -> bool {
         *self != Self::Free
     }

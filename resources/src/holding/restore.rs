@@ -1,11 +1,11 @@
-//! Restore records: what something of the host was before gantry changed it, which tells how to put it back.
+//! Restore records: the state of something on the host before gantry changed it.
 //!
-//! A record is a JSON file, `<run>/restore/KIND/DEVICE`. Whoever is about to change something writes it first,
-//! under the device's lock, and removes it once the change is undone; a reboot undoes all of them, and empties
-//! the run directory. Who ends in between, by any cause, leaves the record: what restores devices finds it, and
-//! undoes the change when nobody holds the device (`making::demand`).
+//! A record is a JSON file, `<run>/restore/KIND/DEVICE`. A process writes it under the device's lock before it
+//! changes anything, and removes it once the change is undone. A reboot undoes all changes, and empties the run
+//! directory. If the process ends in between, the record stays: `making::demand` finds it, and undoes the change
+//! when nobody holds the device.
 //!
-//! A tenant's directory is a link to the host's, which it can only read.
+//! In a tenant's run directory the records are a link to the host's, which the tenant can only read.
 
 use std::fs;
 use std::io::{self, Read};
@@ -23,10 +23,10 @@ use crate::base::sysfs;
 /// The directory of records, below the run directory.
 pub(crate) const DIR: &str = "restore";
 
-/// More than a record has. A confined VM's process may write most of them.
+/// Larger than any record. The process of a confined VM may write most of them.
 const LONGEST: u64 = 64 << 10;
 
-/// What is changed.
+/// A kind of change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     /// The driver of a device, and its `driver_override`.
@@ -57,7 +57,7 @@ impl Change {
         })
     }
 
-    /// Whether its records are there for who looks: a tenant's gantry undoes nothing of the host's.
+    /// Whether this user sees its records: a tenant's gantry undoes nothing of the host's.
     fn is_seen(self, paths: &HostPaths) -> bool {
         paths.only.is_none() || matches!(self, Self::Driver | Self::Granted)
     }
@@ -67,7 +67,7 @@ impl Change {
         self.dir(paths).join(name.into().to_string())
     }
 
-    /// Whether a device has a record. Anything but a regular file is none.
+    /// Whether a device has a record. Anything but a regular file counts as none.
     pub(crate) fn is_recorded(self, paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
         let found = || fs::symlink_metadata(self.path(paths, name));
         self.is_seen(paths) && found().is_ok_and(|found| found.is_file())
@@ -85,8 +85,7 @@ impl Change {
             .collect()
     }
 
-    /// Removes the record of a device: the change is undone, or is to stay. One that was never recorded is
-    /// forgotten already.
+    /// Removes the record of a device: the change is undone, or stays. Does nothing without a record.
     pub(crate) fn forget(self, paths: &HostPaths, name: impl Into<DeviceName>) {
         let path = self.path(paths, name);
         match atomic::remove_record(&path) {
@@ -98,12 +97,12 @@ impl Change {
     }
 }
 
-/// What something was before a change.
+/// The state before a change.
 pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
     /// The change.
     const CHANGE: Change;
 
-    /// The record of a device; none also where it was cut short.
+    /// The record of a device; none if it is missing or cut short.
     fn load(paths: &HostPaths, name: impl Into<DeviceName>) -> Option<Self> {
         let read = |path: &Path| {
             let mut text = Vec::new();
@@ -116,11 +115,12 @@ pub(crate) trait RestoreRecord: Serialize + DeserializeOwned {
         serde_json::from_slice(&text).ok()
     }
 
-    /// Writes the record, before the change. One that is there is replaced as a whole, and anything else
-    /// is removed.
+    /// Writes the record, before the change. Replaces an existing record as a whole, and removes anything else
+    /// at its path.
     ///
     /// # Errors
-    /// The file, and why it cannot be written: then nothing may be changed.
+    ///
+    /// The file, and why it cannot be written. Then nothing may be changed.
     fn store(
         &self,
         paths: &HostPaths,

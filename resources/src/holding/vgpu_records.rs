@@ -1,5 +1,5 @@
-//! Which virtual GPUs are made, or unmade, for one VM or command: a record of each in the run directory,
-//! locked for as long as the kernel is at work on it.
+//! Virtual GPUs that are created or removed for one VM or command: each has a record in the run directory, which is
+//! locked while the kernel works on the device.
 
 use std::io;
 
@@ -12,12 +12,12 @@ use crate::base::uuid::Uuid;
 use crate::holding::lock_file::{holder, is_locked};
 use crate::holding::restore::{Change, RestoreRecord};
 
-/// The record of a virtual GPU that is made or unmade.
+/// The record of a virtual GPU that is being created or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VgpuRecord {
-    /// The VM or the command, for people.
+    /// The VM or command, for messages.
     pub(crate) vm: String,
-    /// What makes a mediated device.
+    /// The parent of a mediated device.
     #[serde(default)]
     pub(crate) parent: Option<String>,
 }
@@ -26,19 +26,19 @@ impl RestoreRecord for VgpuRecord {
     const CHANGE: Change = Change::Vgpu;
 }
 
-/// A mediated device with a record, as a choice counts it.
+/// A mediated device with a record, as allocation counts it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Claim {
     pub(crate) uuid: Uuid,
-    /// What makes it.
+    /// Its parent.
     pub(crate) parent: Option<String>,
-    /// Whether it is made or unmade just now, so that its parent may not have counted it yet.
+    /// Whether it is being created or removed now, so that its parent may not have counted it yet.
     pub(crate) under_way: bool,
-    /// Whether nobody has it any more.
+    /// Whether nobody holds it any more.
     pub(crate) left: bool,
 }
 
-/// Whether the kernel is still at work on something that nobody waits for any more.
+/// Whether the kernel still works on a device that no process waits for any more.
 pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     let name = name.into();
     hangs_by(
@@ -47,7 +47,7 @@ pub(crate) fn hangs(paths: &HostPaths, name: impl Into<DeviceName>) -> bool {
     )
 }
 
-/// Whoever is at work and then lets go of the device was through between the two looks: a third one tells.
+/// A process may have finished and released the device between the two reads: a third one decides.
 fn hangs_by(at_work: impl Fn() -> io::Result<bool>, is_held: impl FnOnce() -> bool) -> bool {
     let at_work = || at_work().unwrap_or(false);
     at_work() && !is_held() && at_work()
@@ -66,7 +66,7 @@ fn claim_on(paths: &HostPaths, uuid: Uuid) -> Option<Claim> {
     let file = open_no_link(&Change::Vgpu.path(paths, uuid));
     let at_work = file.and_then(|file| is_locked(&file));
     let record = VgpuRecord::load(paths, uuid);
-    // It may have been forgotten since it was listed.
+    // Another process may have removed it since it was listed.
     let there = record.is_some() || Change::Vgpu.is_recorded(paths, uuid);
     there.then(|| Claim {
         uuid,

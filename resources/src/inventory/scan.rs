@@ -145,9 +145,9 @@ impl<'a> Source<'a> {
             dir,
             devices,
             leases: Listed::of(&paths.run.join("leases")),
-            quarantine: quarantine::homes(paths)
+            quarantine: quarantine::record_dirs(paths)
                 .iter()
-                .map(|home| Listed::all(home.names()))
+                .map(|dir| Listed::all(dir.names()))
                 .collect(),
             former: Listed::of(&Change::Driver.dir(paths)),
             no_reset: NoReset::load(paths)?,

@@ -1,11 +1,10 @@
-//! Devices that are bound while a VM has them: taken from the host when it starts, given back when it
-//! ends, however it ends.
+//! Devices that are bound on demand: taken from the host when a VM starts, given back when it ends by any cause.
 //!
-//! What a device was is recorded before it is touched, with a mark that a VM took it. The
-//! VM's process holds the device's lock and one end of a pipe; a helper that was started before the
-//! first write waits on the other end and gives the devices back when the pipe closes, which the kernel
-//! does for a killed process too. If the helper is gone as well, the mark stays, and the next command
-//! that moves devices finds a mark without a lock and does the same.
+//! The state of a device is recorded before it is changed, with a mark that a VM took it. The VM's process holds
+//! the device's lock and one end of a pipe. A helper that was started before the first write waits on the other
+//! end, and gives the devices back when the pipe closes, as it does when the process is killed. If the helper is
+//! gone as well, the mark stays: the next command that moves devices finds a mark without a lock, and gives the
+//! device back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, Write};
@@ -41,24 +40,24 @@ use crate::moving::writer::{ChildWriter, SysfsWriter};
 const SUBCOMMAND: &str = "__restore";
 /// How long the kernel may take to free a killed process's locks and devices.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long to wait for one device of a VM that goes on.
+/// How long to wait for one device of a VM that continues.
 const EARLY_PATIENCE: Duration = Duration::from_secs(5);
-/// How long udev may take to make a VFIO node and set its owner.
+/// How long udev may take to create a VFIO node and set its owner.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What a VM had was not given back to the host, or a setting of a card was not.
+/// A device of a VM was not given back to the host, or a setting of a card was not restored.
 #[derive(Debug, Error)]
 pub enum RestoreError {
     /// A device was not moved.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// A device cannot be looked at.
+    /// A device cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
-    /// A virtual function that a VM had could not be put back as it was.
+    /// The settings of a virtual function could not be restored.
     #[error("the settings of {bdf} could not be put back")]
     Settings {
         /// The function.
@@ -67,7 +66,7 @@ pub enum RestoreError {
         #[source]
         source: Box<SriovError>,
     },
-    /// The host's drivers do not get new functions of a card, as a command ended while it made some.
+    /// New functions of a card stay without host drivers, as a command ended while it made some.
     #[error("new virtual functions of {bdf} stay without drivers of the host")]
     Autoprobe {
         /// The card.
@@ -76,12 +75,12 @@ pub enum RestoreError {
         #[source]
         source: Box<SriovError>,
     },
-    /// A virtual GPU that a VM had could not be unmade.
+    /// A virtual GPU of a VM could not be removed.
     #[error("a virtual GPU that was made for a VM could not be unmade")]
     Vgpu(#[from] VgpuError),
 }
 
-/// The only failure of those that there may be.
+/// The only kind of failure in some places.
 impl From<RestoreError> for Vec<RestoreError> {
     fn from(error: RestoreError) -> Self {
         vec![error]
@@ -95,26 +94,26 @@ pub(crate) struct Binder<'a> {
     pub(crate) helper: &'a Path,
 }
 
-/// The VM's end of the pipe: what is written is a device given back, and its closing, by any cause, is
-/// the end of the VM.
+/// The VM's end of the pipe. A line written to it is a device given back; when it closes, by any cause, the VM has
+/// ended.
 #[derive(Debug)]
 pub(crate) struct Watch {
     pipe: Option<ChildStdin>,
 }
 
 impl Watch {
-    /// Tells the helper that a device is about to be free.
+    /// Tells the helper that a device is about to be released.
     pub(crate) fn released(&self, name: DeviceName) {
         if let Some(mut pipe) = self.pipe.as_ref() {
-            // A helper that is gone leaves its work to the next command.
+            // If the helper is gone, its work is left to the next command.
             let _ = writeln!(pipe, "{name}");
         }
     }
 }
 
 impl Binder<'_> {
-    /// Takes devices from the host that this process has locked. After a failure they are where they
-    /// were.
+    /// Takes devices from the host, which this process has locked. After a failure they have their former
+    /// drivers.
     pub(crate) fn bind(&self, paths: &HostPaths, devices: &[HostBdf]) -> Result<(), BindError> {
         detach_held(paths, self.host.writer, devices)?;
         devices
@@ -127,7 +126,8 @@ impl Binder<'_> {
         let mut command = Command::new(self.helper);
         command.arg(SUBCOMMAND).args(paths.to_args());
         command.args(devices.iter().map(DeviceName::to_string));
-        // Neither the terminal's ctrl-c nor its end is meant for the helper.
+        // In a process group of its own, so that it does not get the terminal's ctrl-c and does not end
+        // with it.
         command.env_clear().process_group(0);
         command
             .stdin(Stdio::piped())
@@ -151,7 +151,7 @@ fn wait_for_node(paths: &HostPaths, bdf: HostBdf) -> Result<(), BindError> {
     }
 }
 
-/// What the helper does with the arguments after `__restore`: where things are, and the devices.
+/// What the helper does with the arguments after `__restore`: the host's directories, and the devices.
 pub fn restore_helper(args: &[String]) -> ExitCode {
     let Some((paths, devices)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
@@ -165,7 +165,7 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
         writer: &ChildWriter::default(),
         links: &links,
     };
-    // Lines are devices given back early; they end when the VM's process closes its end, or dies.
+    // A line is a device given back early. The lines end when the VM's process closes its end, or dies.
     for line in io::stdin().lock().lines() {
         let Ok(name) = line.unwrap_or_default().parse() else {
             break;
@@ -178,10 +178,11 @@ pub fn restore_helper(args: &[String]) -> ExitCode {
     }
 }
 
-/// Gives back to the host what VMs that are no more had taken on demand. Cheap if there is nothing.
+/// Gives back to the host the devices that ended VMs had taken on demand. Cheap if there are none.
 ///
 /// # Errors
-/// All that could not be undone; the rest is.
+///
+/// All that could not be undone; the rest is undone.
 pub fn reap(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -195,7 +196,7 @@ pub(crate) fn reap_with(
     paths: &HostPaths,
     host: HostAccess<'_>,
 ) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
-    // A tenant may not set the card.
+    // A tenant may not change the card.
     if paths.only.is_none() {
         sriov::granted::mend(paths, host.links);
     }
@@ -213,11 +214,12 @@ pub(crate) fn reap_with(
     restored
 }
 
-/// Undoes what was changed for VMs that have ended, as soon as nobody holds the devices. Those that somebody holds
-/// when patience is over are left to them.
+/// Undoes what was changed for VMs that have ended, as soon as nobody holds the devices. Devices that are still
+/// held after the time limit are left to their holders.
 ///
 /// # Errors
-/// All that could not be undone, and is not undone by another command meanwhile.
+///
+/// All that could not be undone, unless another command is undoing it.
 pub(crate) fn restore(
     paths: &HostPaths,
     host: HostAccess<'_>,
@@ -243,7 +245,7 @@ pub(crate) fn restore(
         if last {
             break;
         }
-        // A killed process may have left a writer at work: what failed once may be right the next time.
+        // A killed process may have left a writer at work: what failed once may succeed the next time.
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_secs(1));
         recorded = Recorded::find(paths, devices)?;
@@ -255,7 +257,7 @@ pub(crate) fn restore(
     }
 }
 
-/// What is locked and restored together.
+/// The devices that are locked and restored together.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Unit {
     /// A mediated device.
@@ -269,16 +271,16 @@ enum Unit {
 /// The changes of devices that an IOMMU group shares.
 const OF_GROUPS: [Change; 3] = [Change::VfSettings, Change::Vgpu, Change::Driver];
 
-/// Units of which something is to be undone.
+/// Units with something to undo.
 #[derive(Default)]
 struct Recorded {
     pending: BTreeSet<Unit>,
-    /// Their devices are in quarantine, and wait until somebody releases them.
+    /// Units in quarantine, which wait until they are released.
     set_aside: BTreeSet<Unit>,
 }
 
 impl Recorded {
-    /// What is recorded of some devices.
+    /// The records of some devices.
     fn find(paths: &HostPaths, devices: &[DeviceName]) -> Result<Self, RestoreError> {
         let mut recorded = Self::default();
         let mdevs = devices.iter().filter_map(|name| name.mdev());
@@ -348,8 +350,8 @@ impl Unit {
         }
     }
 
-    /// Undoes what is recorded of it, and returns the functions whose drivers have changed; nothing where
-    /// somebody holds one of its devices.
+    /// Undoes what the records of a unit say, and returns the functions whose drivers changed; none where one
+    /// of its devices is held.
     fn restore(
         &self,
         paths: &HostPaths,
@@ -375,11 +377,11 @@ impl Unit {
         }
     }
 
-    /// The locks of its devices; none where somebody holds one.
+    /// The locks of its devices; none where one is held.
     fn lock(&self, paths: &HostPaths) -> Result<Option<Vec<DeviceLock>>, RestoreError> {
         let record = LeaseRecord::restore();
-        // Nobody has just chosen what is locked here. The lock ends with this: a kernel that hangs stops
-        // nobody else.
+        // Under the allocation lock, no VM chooses these devices now. It ends here, so that a kernel that
+        // hangs stops nobody else.
         let _choosing = AllocationLock::acquire(paths, &record, ALLOCATION_DEADLINE)?;
         let mut locks = Vec::new();
         for name in self.names() {
@@ -402,7 +404,7 @@ fn restore_group(
         let functions = functions.iter().copied();
         functions.filter(move |bdf| change.is_recorded(paths, *bdf))
     };
-    // A setting that cannot be had back keeps no device from its driver; it stays recorded.
+    // A setting that cannot be restored keeps no device from its driver; it stays recorded.
     let mut failed = Vec::new();
     for bdf in recorded(Change::VfSettings) {
         if let Err(source) = sriov::vf_restore::restore(paths, host.links, bdf) {

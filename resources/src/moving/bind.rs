@@ -48,9 +48,9 @@ impl<'a> BindRequest<'a> {
 /// The result of a move, or of its dry run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct BindReport {
-    /// Devices that changed hands.
+    /// Devices whose driver changed.
     pub moved: Vec<HostBdf>,
-    /// Devices asked for that were already where they were wanted.
+    /// Devices asked for that already had the driver wanted.
     pub unchanged: Vec<HostBdf>,
     /// The writes, in order.
     pub writes: Vec<SysfsWrite>,
@@ -106,14 +106,14 @@ enum Direction {
     Return,
 }
 
-/// What a request comes to.
+/// The plan for a request.
 #[derive(Debug, Default)]
 struct Plan {
     /// Endpoints of the IOMMU groups concerned.
     members: Vec<HostDevice>,
     /// Those that must move.
     moves: Vec<Move>,
-    /// Those asked for that need not.
+    /// Those asked for that need no move.
     unchanged: Vec<HostBdf>,
 }
 
@@ -134,7 +134,7 @@ impl Direction {
             return Ok(plan.report(writes));
         }
         let record = LeaseRecord::task(self.command());
-        // The devices' own locks suffice from here on: a kernel that hangs delays no other command.
+        // From here on the devices' own locks are enough: a write that hangs delays no other command.
         let (plan, _locks) = under_lock(paths, &record, BindError::in_the_way, || {
             let plan = self.plan(paths, request)?;
             let locks = plan.lock(paths, &record)?;
@@ -182,7 +182,7 @@ impl Direction {
         }
     }
 
-    /// Whether it leads away from the host.
+    /// Whether devices leave the host.
     fn leaves_host(self) -> bool {
         matches!(self, Self::Detach | Self::Lend)
     }
@@ -193,8 +193,8 @@ impl Direction {
     }
 
     fn plan(self, paths: &HostPaths, request: &BindRequest<'_>) -> Result<Plan, BindError> {
-        // The override of a device that hangs cannot be read, and others wait for the lock that is held
-        // here: it is asked for of those that move alone.
+        // Reading the override of a device that hangs would block while others wait for the lock that is
+        // held here: only the override of devices that move is read.
         let devices = scan_with(paths, Detail::ForChoice)?;
         let whole = |device: HostDevice| HostDevice::read(paths, device.bdf);
         let members = members(&devices, request.devices)?;
@@ -228,7 +228,7 @@ impl Direction {
                 &device.lease,
             )));
         }
-        // A write to a device that hangs would hang too, and with it the move of its neighbours.
+        // A write to a device that hangs would hang too, and delay the move of its neighbours.
         let stuck = |device: &HostDevice| Some((device.bdf, hung(paths, device.bdf, device.id)?));
         if let Some((bdf, why)) = plan.members.iter().find_map(stuck) {
             let why = Unavailable::Quarantined { why };
@@ -247,7 +247,7 @@ impl Direction {
             .as_deref()
             .filter(|driver| !is_vfio_driver(driver));
         let (to, driver_override) = match self {
-            // A neighbour with pci-stub is out of the way already.
+            // A neighbour with pci-stub is harmless.
             Self::Detach | Self::Lend
                 if host_driver == Some("pci-stub") && !wanted.contains(&device.bdf) =>
             {
@@ -257,7 +257,8 @@ impl Direction {
             Self::Detach | Self::Lend => (Target::Vfio, Some(VFIO_PCI.to_owned())),
             Self::Reattach | Self::Return => {
                 match (DriverRecord::of_moved(paths, device), host_driver) {
-                    // Detaching was cut short, or somebody rebound it by hand: only the override is ours.
+                    // Detaching was cut short, or a user bound it to another driver: only the override is
+                    // ours.
                     (Some(former), Some(driver)) => {
                         (Target::Driver(driver.to_owned()), former.driver_override)
                     }
@@ -279,7 +280,7 @@ impl Direction {
                 }
             }
         };
-        // An override to vfio-pci from before would only bring the device back there.
+        // An older override to vfio-pci would bind the device to vfio-pci again.
         let driver_override =
             driver_override.filter(|name| self.leaves_host() || !is_vfio_driver(name));
         Some(Move {
@@ -402,7 +403,7 @@ pub(crate) fn has_vfio_pci(paths: &HostPaths) -> Result<(), BindError> {
     }
 }
 
-/// Whether the host can do without these devices, and VFIO do with their groups.
+/// Refuses devices that the host needs, and IOMMU groups that VFIO cannot use.
 fn may_leave_host(
     paths: &HostPaths,
     devices: &[HostDevice],

@@ -1,4 +1,4 @@
-//! One device on its way from one driver to another: which writes that takes, and the way back.
+//! The move of one device between drivers: its writes, and the way back.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,10 +18,10 @@ use crate::pools::nova::devname;
 /// The driver that devices are detached to.
 pub(crate) const VFIO_PCI: &str = "vfio-pci";
 
-/// Where a device shall go.
+/// Where a device goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Target {
-    /// To vfio-pci; a variant driver built on it is as good.
+    /// To vfio-pci; a variant driver built on it counts as vfio-pci.
     Vfio,
     /// To this driver.
     Driver(String),
@@ -31,28 +31,28 @@ pub(crate) enum Target {
     Nothing,
 }
 
-/// One device and where it shall go.
+/// A device and where it goes.
 #[derive(Clone, Debug)]
 pub(crate) struct Move {
     /// The device before the move.
     pub(crate) device: HostDevice,
     pub(crate) to: Target,
-    /// The override that is left in the end.
+    /// The override after the move.
     pub(crate) driver_override: Option<String>,
 }
 
-/// Why a device did not get where it should.
+/// Why a device did not arrive.
 #[derive(Debug, Error)]
 pub enum MoveError {
     /// A write failed.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// All writes went through, but the device has another driver than intended.
+    /// All writes succeeded, but the device has another driver than the one wanted.
     #[error(
         "its driver is now {found}, not {wanted}: see dmesg, and whether a vfio-pci.ids option claims it"
     )]
     Driver {
-        /// The driver intended.
+        /// The driver wanted.
         wanted: String,
         /// The driver that it has.
         found: String,
@@ -72,19 +72,19 @@ pub enum MoveError {
 }
 
 impl MoveError {
-    /// Whether the kernel still is at work on the device, which must then be left alone.
+    /// Whether the kernel still works on the device, which must then be left alone.
     pub(crate) fn is_hung(&self) -> bool {
         matches!(self, Self::Write(WriteError::Hung { .. }))
     }
 }
 
 impl Move {
-    /// The move that puts the device back where it was.
+    /// The move that puts the device back.
     pub(crate) fn back(&self) -> Self {
         Self::to_where_it_was(&self.device)
     }
 
-    /// The move that restores a device's former state.
+    /// The move that restores a device's recorded state.
     pub(crate) fn to_where_it_was(device: &HostDevice) -> Self {
         let to = device.driver.clone();
         Self {
@@ -94,8 +94,8 @@ impl Move {
         }
     }
 
-    /// Records the state of a device before it is detached. A record from an attempt that was cut short is kept: it
-    /// knows more than the device now shows.
+    /// Records the state of a device before it is detached. The record of an attempt that was cut short is
+    /// kept: it has the original state.
     pub(crate) fn remember(&self, paths: &HostPaths, demand: bool) -> Result<(), MoveError> {
         if DriverRecord::of_moved(paths, &self.device).is_some() {
             return Ok(());
@@ -107,7 +107,7 @@ impl Move {
         stored.map_err(|(path, source)| MoveError::NotRecorded { path, source })
     }
 
-    /// The writes that this takes for a device that is as `now` says.
+    /// The writes of the move for a device whose state is `now`.
     pub(crate) fn writes(&self, paths: &HostPaths, now: &HostDevice) -> Vec<SysfsWrite> {
         let dir = paths.pci_device(now.bdf);
         let bdf = now.bdf.to_string();
@@ -118,7 +118,7 @@ impl Move {
                 value: value.to_owned(),
             })
         };
-        // The kernel resets what a VM opens, unless it knows no way to.
+        // Keeps the kernel from resetting the device when VFIO opens it.
         if self.to == Target::Vfio && now.must_not_reset.is_some() && !now.reset_methods.is_empty()
         {
             write(dir.join("reset_method"), "\n");
@@ -146,7 +146,7 @@ impl Move {
         writes
     }
 
-    /// Whether the device has its driver already. A device with none may still find one by itself.
+    /// Whether the device has its driver already. A device without a driver may find one when it is probed.
     fn needs_nothing(&self, now: &HostDevice) -> bool {
         self.has_arrived(now) && (self.to != Target::Natural || now.driver.is_some())
     }
@@ -160,7 +160,7 @@ impl Move {
         }
     }
 
-    /// The override while the device is probed: only the driver wanted may take it.
+    /// The override during the probe: only the driver wanted may bind.
     fn override_during(&self) -> Option<&str> {
         match &self.to {
             Target::Vfio => Some(VFIO_PCI),
@@ -184,7 +184,7 @@ fn override_text(driver: Option<&str>) -> &str {
     driver.unwrap_or("\n")
 }
 
-/// Makes moves and keeps account of the writes.
+/// Makes moves and collects their writes.
 pub(crate) struct Mover<'a> {
     pub(crate) paths: &'a HostPaths,
     pub(crate) writer: &'a dyn SysfsWriter,
@@ -192,7 +192,7 @@ pub(crate) struct Mover<'a> {
 }
 
 impl Mover<'_> {
-    /// Makes one move and looks whether the device arrived.
+    /// Makes one move and checks that the device arrived.
     pub(crate) fn make(&mut self, one: &Move) -> Result<(), MoveError> {
         let bdf = one.device.bdf;
         for write in one.writes(self.paths, &HostDevice::read(self.paths, bdf)?) {
@@ -210,7 +210,7 @@ impl Mover<'_> {
         })
     }
 
-    /// A device in which the kernel hangs goes into quarantine.
+    /// Puts a device into quarantine if a write to it hangs.
     pub(crate) fn set_aside_if_hung(&self, device: &HostDevice, why: &MoveError) {
         if !why.is_hung() {
             return;
@@ -221,7 +221,7 @@ impl Mover<'_> {
         }
     }
 
-    /// Puts devices back, the last one first, as far as they were moved. Returns those that stay away.
+    /// Undoes moves, the last one first. Returns the devices that could not be put back.
     pub(crate) fn undo(&mut self, moves: &[Move]) -> Vec<HostBdf> {
         let mut left = Vec::new();
         for one in moves.iter().rev() {

@@ -16,7 +16,7 @@ use crate::inventory::scan::scan;
 use crate::moving::bind::{BindError, members};
 use crate::pools::group::ResourceGroup;
 
-/// The two ways that name devices.
+/// The two ways to name devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PersistBy {
     /// A rule that names each device by its address and ids.
@@ -25,21 +25,21 @@ pub enum PersistBy {
     Modprobe,
 }
 
-/// Text for a file of the host.
+/// A file of the host that binds devices at boot.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Persistent {
-    /// Where the host looks for it.
+    /// Its path on the host.
     pub file: &'static str,
-    /// What it must hold.
+    /// Its content.
     pub text: String,
     /// The command that makes it effective from the next boot.
     pub then: &'static str,
-    /// What it would do besides.
+    /// Other effects of it.
     pub warnings: Vec<String>,
 }
 
 impl Persistent {
-    /// Writes the file as a whole, or leaves it as it was.
+    /// Writes the file as a whole, or leaves it unchanged.
     pub fn save(&self, file: &Path) -> io::Result<()> {
         // A pipe or a terminal has no content to lose.
         match std::fs::metadata(file) {
@@ -59,7 +59,7 @@ pub fn persist(
 ) -> Result<Persistent, BindError> {
     let all = scan(paths)?;
     let members = members(&all, devices)?;
-    // Options for modprobe name ids: twins of the devices go along.
+    // Options for modprobe name ids: other devices with the same ids are bound too.
     let twin = |device: &HostDevice| {
         let same = members.iter().any(|member| member.id == device.id);
         by == PersistBy::Modprobe && same && !device.is_bridge()
@@ -80,8 +80,8 @@ pub fn persist(
     })
 }
 
-/// The udev rules that activate groups as soon as a driver has their physical functions: `gantry` is the
-/// program to run.
+/// The udev rules that activate groups when a driver binds their physical functions. `gantry` is the program to
+/// run.
 pub fn persist_functions(groups: &[&ResourceGroup], gantry: &Path) -> String {
     let mut text = String::new();
     for group in groups {
@@ -98,7 +98,7 @@ pub fn persist_functions(groups: &[&ResourceGroup], gantry: &Path) -> String {
     text
 }
 
-/// A unit that runs `gantry boot`. It names no device: the groups say which, at each boot anew.
+/// A unit that runs `gantry boot`. It names no device: the groups are read at each boot.
 pub fn persist_unit(gantry: &Path) -> Persistent {
     let text = format!(
         "# Made by `gantry device persist`: devices for VMs, and what else a boot undoes.\n\
@@ -192,8 +192,8 @@ struct Rivals {
 }
 
 impl Rivals {
-    /// The modules that claim the devices, loaded or not, and the drivers that have them or had them
-    /// before they were detached.
+    /// The modules that claim the devices, loaded or not, and the drivers that the devices have or had before
+    /// they were detached.
     fn of(paths: &HostPaths, devices: &[HostDevice]) -> Self {
         let known = KernelModules::read(paths);
         let mut rivals = Self::default();
@@ -215,7 +215,7 @@ impl Rivals {
             Some(module) => {
                 self.modules.insert(module);
             }
-            // One that is not there any more was unloaded.
+            // A module that is not there any more was unloaded.
             None if folder.exists() => {
                 self.built_in.insert(driver);
             }
@@ -240,7 +240,7 @@ mod tests {
         ])
     }
 
-    /// Links a driver to its module, which only one that was loaded has a state of.
+    /// The module of a driver, which has an `initstate` only if it was loaded.
     fn module(host: &FakeHost, driver: &str, module: &str, loaded: bool) {
         let sysfs = &host.paths.sysfs;
         let folder = sysfs.join("module").join(module);

@@ -1,4 +1,4 @@
-//! Writes to sysfs that the kernel may never come back from.
+//! Writes to sysfs with a deadline, since the kernel may never return from one.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -46,7 +46,7 @@ pub enum WriteError {
         .0.write.value, .0.write.path.display(), .0.after, .0.by
     )]
     Busy(Box<Unfinished>),
-    /// The kernel did not come back.
+    /// The kernel did not return.
     #[error(
         "the kernel did not come back within {:?} from writing {:?} to {}: the device hangs, see dmesg{}",
         .0.after, .0.write.value, .0.write.path.display(), .0.by
@@ -81,21 +81,19 @@ pub trait SysfsWriter {
     /// Writes `value` to an attribute that exists, in one write.
     fn write(&self, path: &Path, value: &str) -> Result<(), WriteError>;
 
-    /// [`SysfsWriter::write`] with a file that stays open until the kernel is through, whatever becomes of
-    /// this process meanwhile: a lock on it tells others that the write is under way.
+    /// [`SysfsWriter::write`] with a file that stays open until the kernel returns, even if this process ends
+    /// before: a lock on it tells others that the write goes on.
     fn write_keeping(&self, path: &Path, value: &str, kept: &File) -> Result<(), WriteError>;
 }
 
-/// Writes in a child process, which is abandoned when the kernel does not come back in time.
+/// Writes in a child process, which is abandoned when the kernel does not return in time.
 ///
-/// Where the kernel says that a device is in use, or to try again, that is done for a while: a process that
-/// was killed loses its locks before the kernel has closed its devices, and some drivers are not ready while
-/// a device resets. Where a process has it open that is not ending,
-/// that is final.
+/// While the kernel answers that a device is in use, or to try again, the write is repeated for a while: a killed
+/// process loses its locks before the kernel has closed its devices, and some drivers are not ready while a device
+/// resets. The answer is final if a process that is not ending has the device open.
 ///
-/// A process inside such a write cannot even be killed. The child is executed anew, so it has none of
-/// this process's descriptors, and no lock lives on in it but that on a file it is to keep, which is its
-/// standard input.
+/// A process inside such a write cannot even be killed. The child executes the program anew, so that it has none of
+/// this process's descriptors and keeps no lock but that on the file that it is given as standard input.
 #[derive(Clone, Debug)]
 pub struct ChildWriter {
     /// The program to run with `__sysfs-write PATH VALUE`; it must call [`write_helper`].
@@ -104,7 +102,7 @@ pub struct ChildWriter {
     pub deadline: Duration,
     /// How long a device may be in use.
     pub patience: Duration,
-    /// Where procfs is, which tells who uses it.
+    /// procfs, which shows who uses the device.
     pub proc: PathBuf,
 }
 
@@ -181,7 +179,7 @@ impl ChildWriter {
         };
         let mut command = Command::new(&self.program);
         command.arg(SUBCOMMAND).arg(path).arg(value).env_clear();
-        // Out of the reach of the terminal's ctrl-c, which is for this process to handle.
+        // In a process group of its own, so that it does not get the terminal's ctrl-c.
         command.process_group(0);
         command
             .stdin(stdin.map_err(helper)?)
@@ -189,7 +187,7 @@ impl ChildWriter {
             .stderr(Stdio::null());
         let mut child = command.spawn().map_err(helper)?;
         let Some(status) = wait(&mut child, self.deadline).map_err(helper)? else {
-            // It dies as soon as the kernel lets go of it, before it could write anything else.
+            // It dies as soon as the kernel returns, before it could write anything else.
             let _ = child.kill();
             helpers::keep(child);
             return Err(WriteError::Hung(self.unfinished(
@@ -210,7 +208,7 @@ impl ChildWriter {
     }
 }
 
-/// Waits for a child; none if it does not end in time.
+/// Waits for a child; none at the deadline.
 fn wait(child: &mut Child, deadline: Duration) -> io::Result<Option<ExitStatus>> {
     let started = Instant::now();
     let mut pause = Duration::from_micros(500);

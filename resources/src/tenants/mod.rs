@@ -24,7 +24,7 @@ use crate::base::host::HostPaths;
 use crate::base::name::{DeviceName, is_name};
 use crate::holding::host_lock::{LeaseError, OwnersLock};
 use crate::holding::maintenance::{RunningVm, running_vms};
-use crate::holding::quarantine::adopt;
+use crate::holding::quarantine::copy_tenant_records;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::scan::scan;
 use crate::making::sriov::{Netlink, VfLinks, granted};
@@ -128,7 +128,7 @@ pub fn edit_tenant(
     }
     // Keep the quarantine records of the former user's VMs.
     for bdf in tenant.devices() {
-        adopt(host, bdf).map_err(failed(&host.state))?;
+        copy_tenant_records(host, bdf).map_err(failed(&host.state))?;
     }
     // The former user opens nothing from here on, whatever becomes of this command.
     let mut names = tenant.names().into_iter();

@@ -8,7 +8,7 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
-use crate::holding::quarantine::{adopt, hung};
+use crate::holding::quarantine::{copy_tenant_records, hung};
 use crate::inventory::device::HostDevice;
 use crate::inventory::scan::scan;
 use crate::making::sriov::HostAccess;
@@ -54,7 +54,7 @@ pub fn revoke(
     let mdevs: Vec<Uuid> = leaving.iter().filter_map(|name| name.mdev()).collect();
     // Keep the quarantine records of the tenant's VMs.
     for &bdf in &functions {
-        adopt(host, bdf).map_err(failed(&host.state))?;
+        copy_tenant_records(host, bdf).map_err(failed(&host.state))?;
     }
     // The nodes and locks first: while the definition names the tenant, no other VM gets the device.
     let owner = Owner::host();

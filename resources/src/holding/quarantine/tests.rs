@@ -138,25 +138,25 @@ fn a_tenant_reads_the_hosts_records_whatever_the_umask_was() {
 
 #[test]
 fn a_tenant_that_may_not_look_at_the_hosts_records_keeps_its_devices() {
-    let kept = |whose, error: io::ErrorKind| {
-        let home = Home {
+    let is_kept = |owner, error: io::ErrorKind| {
+        let dir = RecordDir {
             dir: PathBuf::from("/x"),
             held: None,
-            whose,
+            owner,
         };
-        home.unread(Path::new("/x/y"), &error.into()).is_some()
+        dir.unread(Path::new("/x/y"), &error.into()).is_some()
     };
     let denied = io::ErrorKind::PermissionDenied;
     let cases = [
-        (Whose::Own, true),
-        (Whose::Host, false),
-        (Whose::Tenant, false),
+        (Owner::Own, true),
+        (Owner::Host, false),
+        (Owner::Tenant, false),
     ];
-    for (whose, keeps_out) in cases {
-        assert_eq!(kept(whose, denied), keeps_out, "{whose:?}");
-        assert!(!kept(whose, io::ErrorKind::NotFound), "{whose:?}");
+    for (owner, keeps_out) in cases {
+        assert_eq!(is_kept(owner, denied), keeps_out, "{owner:?}");
+        assert!(!is_kept(owner, io::ErrorKind::NotFound), "{owner:?}");
     }
-    assert!(kept(Whose::Host, io::ErrorKind::InvalidData));
+    assert!(is_kept(Owner::Host, io::ErrorKind::InvalidData));
 }
 
 #[test]

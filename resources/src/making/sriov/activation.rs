@@ -1,4 +1,4 @@
-//! An activation, write by write, and the way back from each.
+//! An activation: its writes, and how each is undone.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use crate::pools::group::{Bind, ResourceGroup};
 use crate::pools::sriov::SriovSpec;
 use crate::pools::vf_settings::VfState;
 
-/// How long a card may take to have its link back.
+/// How long a card may take to get its link back.
 const LINK_PATIENCE: Duration = Duration::from_secs(15);
 
 /// An activation under way.
@@ -35,7 +35,7 @@ pub(super) struct Activation<'a> {
     pub(super) spec: &'a SriovSpec,
     /// As it was before.
     pub(super) pf: Pf,
-    /// Its functions as they were before, with what was known of each.
+    /// Its functions as they were before, with their records.
     pub(super) former: Vec<(HostDevice, Option<DriverRecord>)>,
     pub(super) live: Vec<LiveVf>,
     pub(super) resized: bool,
@@ -43,7 +43,7 @@ pub(super) struct Activation<'a> {
     pub(super) had_link: bool,
     pub(super) writes: Vec<HostWrite>,
     pub(super) dry_run: bool,
-    /// That of the physical function first.
+    /// The lock of the physical function comes first.
     pub(super) locks: Vec<DeviceLock>,
 }
 
@@ -83,12 +83,13 @@ impl Activation<'_> {
         if self.group.bind == Bind::Demand {
             return Ok(());
         }
-        // Detaching locks the functions itself; nobody resizes while the physical one is locked.
+        // Detaching locks the functions itself; their number does not change while the physical function is
+        // locked.
         self.locks.truncate(1);
         self.bind()
     }
 
-    /// What the functions have now, by their numbers.
+    /// The present settings of the functions, by their numbers.
     fn states(&self) -> Result<BTreeMap<u16, VfState>, SriovError> {
         let Some(interface) = &self.pf.interface else {
             return Ok(BTreeMap::new());
@@ -97,7 +98,7 @@ impl Activation<'_> {
             return Ok(BTreeMap::new());
         }
         match self.host.links.read(interface) {
-            // Where nothing is set they are only read so that they can be put back.
+            // If the group has no settings, they are only read to restore them after a failure.
             Err(_) if !self.spec.is_for_network() => Ok(BTreeMap::new()),
             read => Ok(read?),
         }
@@ -130,7 +131,7 @@ impl Activation<'_> {
         if !self.dry_run {
             Change::Autoprobe.forget(self.paths, self.pf.device.bdf);
             let now = found(self.paths, &self.pf, self.spec.count)?;
-            // A record of functions that somebody else destroyed would be taken for one of these.
+            // Records of functions that another program destroyed would be taken for records of these.
             now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));
         }
         Ok(())
@@ -141,7 +142,7 @@ impl Activation<'_> {
         stored.map_err(not_recorded)
     }
 
-    /// Making functions resets some cards, and those take no rate before their link is up again.
+    /// Some cards reset when functions are created, and take no rate before their link is up again.
     fn wait_for_link(&self) {
         let rated = self.spec.min_rate.is_some() || self.spec.max_rate.is_some();
         let deadline = Instant::now() + LINK_PATIENCE;
@@ -158,7 +159,7 @@ impl Activation<'_> {
             if self.is_live(self.pf.address(index)) {
                 continue;
             }
-            // Of functions that are not there yet nothing is known: each gets all.
+            // The settings of functions that do not exist yet are unknown: each gets all of the group's.
             let has = now.get(&index).cloned().unwrap_or_default();
             for setting in has.changes_to(&self.spec.wanted(index)) {
                 self.link(LinkWrite {
@@ -202,7 +203,7 @@ impl Activation<'_> {
         Ok(())
     }
 
-    /// The writes that bind functions which are not there yet.
+    /// The writes that bind functions which do not exist yet.
     fn would_bind(&mut self) {
         let addresses = (0..self.spec.count).filter_map(|index| self.pf.address(index));
         for bdf in addresses {
@@ -241,7 +242,7 @@ impl Activation<'_> {
         Ok(())
     }
 
-    /// Undoes what was done; words for what could not be.
+    /// Undoes what was done; returns in words what could not be undone.
     fn undo(&mut self, before: &BTreeMap<u16, VfState>, why: &SriovError) -> String {
         if self.dry_run {
             return String::new();
@@ -261,7 +262,7 @@ impl Activation<'_> {
         }
     }
 
-    /// Makes as many functions as there were, with the settings and the drivers that they had.
+    /// Creates as many functions as there were, with the settings and the drivers that they had.
     fn undo_resize(&self, before: &BTreeMap<u16, VfState>) -> Result<(), SriovError> {
         let path = self.pf.attribute("sriov_numvfs");
         let now = Pf::read(self.paths, self.pf.device.bdf)?;
@@ -279,7 +280,7 @@ impl Activation<'_> {
         if self.pf.vfs.is_empty() {
             return Ok(());
         }
-        // Each gets its own driver again, and no other one before.
+        // Each gets its own driver again, and no other one before that.
         if self.pf.autoprobe == Some(true) {
             self.remember_autoprobe()?;
             let autoprobe = self.pf.attribute("sriov_drivers_autoprobe");
@@ -288,7 +289,7 @@ impl Activation<'_> {
         let former = self.pf.vfs.len().to_string();
         self.host.writer.write(&path, &former)?;
         self.wait_for_link();
-        // A setting that cannot be had keeps no function from its driver.
+        // A setting that cannot be restored keeps no function from its driver.
         let set = self.undo_settings(before);
         self.undo_drivers().and(set)
     }
@@ -335,7 +336,7 @@ impl Activation<'_> {
             let Some(before) = before.get(vf) else {
                 continue;
             };
-            // One that is refused keeps no other from being put back.
+            // A refused setting does not keep the others from being restored.
             for setting in state.changes_to(before) {
                 let interface = interface.clone();
                 let set = self.host.links.set_when_ready(&LinkWrite {

@@ -1,5 +1,5 @@
-//! The record of a physical function whose new functions are being kept from the host's drivers: a
-//! command that is killed meanwhile cannot allow them again.
+//! The record of a physical function whose new functions are kept from the host's drivers for a moment: a command
+//! that is killed meanwhile cannot allow them again.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ use crate::moving::writer::SysfsWriter;
 /// The record of a physical function: its `sriov_drivers_autoprobe` was 1.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct AutoprobeRecord {
-    /// Vendor and device id at that time, in their shown form.
+    /// Vendor and device id at that time, as they are shown.
     id: String,
 }
 
@@ -34,8 +34,8 @@ impl AutoprobeRecord {
     }
 }
 
-/// Lets the host's drivers have new functions again, if they were kept from them. The device is locked. The record
-/// of one that is gone, or has been replaced by other hardware, is forgotten.
+/// Lets the host's drivers bind new functions again, if they were kept from them. The device is locked. Removes the
+/// record if the device is gone, or was replaced by other hardware.
 pub(crate) fn restore(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,

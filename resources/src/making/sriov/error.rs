@@ -27,7 +27,7 @@ pub enum SriovError {
         "group \"{0}\" makes no virtual functions: `gantry group edit {0} --sriov '{{\"pf\": \"0000:03:00.0\", \"count\": 4}}'` says of which device, and how many"
     )]
     NoSpec(String),
-    /// The physical function is not the one that is meant, or cannot have as many.
+    /// The physical function is other hardware than the group names, or cannot have as many functions.
     #[error(transparent)]
     Pf(#[from] PfError),
     /// No driver makes its functions.
@@ -38,7 +38,7 @@ pub enum SriovError {
         /// Why not.
         why: NoDriver,
     },
-    /// Its driver makes no functions.
+    /// Its driver creates no functions.
     #[error(
         "{pf} is bound to {driver}, which makes no virtual functions: {} gives it back to its own driver",
         giving_back(pf, .driver)
@@ -69,30 +69,30 @@ pub enum SriovError {
         pf: HostBdf,
         /// How many it has.
         now: u16,
-        /// How many it was to have.
+        /// How many were wanted.
         wanted: u16,
         /// Those in use.
         live: Vec<LiveVf>,
     },
-    /// Somebody is at work on the device.
+    /// Another process works on the device.
     #[error("{0}{after}", after = .0.end_of_lease())]
     Busy(UnavailableDevice),
-    /// The kernel took the write, but the functions are not there.
+    /// The write succeeded, but the functions are not there.
     #[error("{pf} has {found} virtual functions after the write, not {wanted}: see dmesg")]
     Short {
         /// The device.
         pf: HostBdf,
         /// How many it has.
         found: usize,
-        /// How many it was to have.
+        /// How many were wanted.
         wanted: u16,
     },
-    /// A write failed; what was done before it was undone, but for what `left` says.
+    /// A write failed. The writes before it were undone, except those in `left`.
     #[error("group \"{group}\" was not activated{}", if .left.is_empty() { ": everything is as it was before" } else { .left })]
     Failed {
         /// The group.
         group: String,
-        /// What could not be undone; empty if all was.
+        /// What could not be undone; empty if everything was.
         left: String,
         /// Why.
         #[source]
@@ -101,22 +101,22 @@ pub enum SriovError {
     /// A write to sysfs failed.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// An interface could not be asked or set.
+    /// An interface could not be read or set.
     #[error(transparent)]
     Link(#[from] LinkError),
     /// The functions could not be given to vfio-pci.
     #[error(transparent)]
     Bind(Box<BindError>),
-    /// It cannot be told whose functions are.
+    /// The owners of functions cannot be read.
     #[error(transparent)]
     Tenants(#[from] GroupError),
-    /// A device cannot be looked at.
+    /// A device cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
-    /// What was cannot be written down, so nothing was touched.
+    /// The present state cannot be recorded, so nothing was changed.
     #[error("cannot record the former settings in {path}")]
     Record {
         /// The file.
@@ -137,7 +137,7 @@ fn lines(live: &[LiveVf]) -> String {
     live.iter().map(line).collect()
 }
 
-/// What binds a physical function to its own driver.
+/// Advice to bind a physical function to its own driver.
 fn giving_back(pf: &HostBdf, driver: &str) -> String {
     match is_vfio_driver(driver) {
         true => format!("`gantry device reattach {pf}`"),
@@ -148,7 +148,7 @@ fn giving_back(pf: &HostBdf, driver: &str) -> String {
 }
 
 impl SriovError {
-    /// That the driver of a physical function makes no functions.
+    /// The driver of a physical function creates no functions.
     pub(super) fn of_driver(pf: &Pf) -> Self {
         Self::WrongDriver {
             pf: pf.device.bdf,
@@ -156,12 +156,12 @@ impl SriovError {
         }
     }
 
-    /// Who has functions that must stay or be moved, if that alone is the failure.
+    /// The holders of functions, if they alone are the failure.
     pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
         let held = |one: &LiveVf| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));
         match self {
             Self::Busy(blocked) => blocked.in_the_way(),
-            // One that is used otherwise stays whoever else lets go.
+            // Functions with another use stay in use whoever releases the others.
             Self::Live { live, .. } => {
                 let all: Option<Vec<InTheWay>> = live.iter().map(held).collect();
                 all.unwrap_or_default()
@@ -170,7 +170,7 @@ impl SriovError {
         }
     }
 
-    /// Whether the kernel still is at work on the device, which must then be left alone.
+    /// Whether the kernel still works on the device, which must then be left alone.
     pub(super) fn is_hung(&self) -> bool {
         match self {
             Self::Write(WriteError::Hung { .. }) => true,
@@ -182,7 +182,7 @@ impl SriovError {
     }
 }
 
-/// What gives a card its driver.
+/// Advice to give a card its driver.
 fn way(pf: &HostBdf, why: &NoDriver) -> String {
     match why {
         NoDriver::NotLoaded(module) => format!("`modprobe {module}` loads it"),

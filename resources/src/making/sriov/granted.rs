@@ -1,10 +1,10 @@
-//! What a tenant's virtual function was set to when it was granted, so that it does not stay as a trusted
-//! guest made it.
+//! The settings that a tenant's virtual function had when it was granted, so that they do not stay as a trusted
+//! guest changed them.
 //!
-//! A tenant's gantry may not set the card. The record lies with the host's, where root puts it when it grants
-//! the function; every command of root's that gives back what killed VMs left puts the function back too, while
-//! no VM has it. A VM that comes before gets the function as it is, with a warning: what its tenant's guests may
-//! change they may find changed, and nobody else gets the function.
+//! A tenant's gantry may not change the card. The record is in the host's run directory, where root writes it when
+//! it grants the function. Every command of root's that gives devices back also restores the function, while no VM
+//! has it. A VM that starts before that gets the function as it is, with a warning: only guests of the same tenant
+//! can have changed it.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ use crate::pools::group::Groups;
 use crate::pools::tenant::Tenants;
 use crate::pools::vf_settings::VfState;
 
-/// The record of a virtual function that is a tenant's: what it is to be set to.
+/// The record of a tenant's virtual function: the settings that it shall have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct GrantedRecord(SettingsRecord);
@@ -36,8 +36,8 @@ impl RestoreRecord for GrantedRecord {
 }
 
 impl GrantedRecord {
-    /// Of a device that is a tenant's or about to be; none if it is no virtual function of a network card.
-    /// What is known of it stays, but for what the card's group asks for by now.
+    /// For a device that is a tenant's or about to be; none if it is no virtual function of a network card.
+    /// Recorded settings stay, except those that the card's group now asks for.
     pub(crate) fn of(
         host: &HostPaths,
         links: &dyn VfLinks,
@@ -52,7 +52,7 @@ impl GrantedRecord {
         else {
             return Ok(None);
         };
-        // What a VM left, the tenant's or one of the host's, is not what it should be.
+        // Settings that a VM left, the tenant's or the host's, are not those to keep.
         let granted = Self::load(host, bdf).map(|granted| granted.0);
         let known = [granted, SettingsRecord::load(host, bdf)];
         let mut known = known.into_iter().flatten();
@@ -71,7 +71,7 @@ impl GrantedRecord {
         })))
     }
 
-    /// Writes it, where that is not known already.
+    /// Writes the record, if it differs from the existing one.
     pub(crate) fn keep(&self, host: &HostPaths, bdf: HostBdf) -> Result<(), SriovError> {
         match Self::load(host, bdf) {
             Some(known) if known == *self => Ok(()),
@@ -80,8 +80,8 @@ impl GrantedRecord {
     }
 }
 
-/// Puts back those of tenants' functions that no VM has, by whoever may; and those that are no tenant's any
-/// more, where that was cut short.
+/// Restores the tenants' functions that no VM has, if this user may; and functions that are no tenant's any more,
+/// where that was cut short.
 pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
     let mut cards: BTreeMap<HostBdf, Vec<(HostBdf, SettingsRecord)>> = BTreeMap::new();
     let functions = Change::Granted.recorded(host).into_iter();
@@ -93,7 +93,7 @@ pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
     if cards.is_empty() {
         return;
     }
-    // After the records: each is written when the definition names its tenant already.
+    // After the records: a record is written when the definition of the tenant names the function already.
     let tenants = match Tenants::load(host) {
         Ok(tenants) => tenants,
         Err(error) => {
@@ -102,7 +102,7 @@ pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
         }
     };
     for (pf, functions) in cards {
-        // One look at the card tells of all its functions.
+        // One read of the card is enough for all its functions.
         let card = match Card::read(host, links, pf) {
             Ok(card) => card,
             Err(error) => {
@@ -131,14 +131,14 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
     let Some(_lock) = lock(host, bdf)? else {
         return Ok(());
     };
-    // Another look: a VM, or another command, may have come in between.
+    // Read again: a VM or another command may have come in between.
     let Some(GrantedRecord(mut record)) = GrantedRecord::load(host, bdf) else {
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
     let (done, result) = vf_restore::put_back(links, &writes);
     if !done.refused.is_empty() {
-        // It is told of once: the next command does not ask for it again.
+        // It is reported once: the next command does not try again.
         let known = done.refused.iter();
         record.before = known.fold(record.before, |state, setting| state.without(setting));
         let stored = GrantedRecord(record).store(host, bdf);
@@ -147,7 +147,7 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
     result
 }
 
-/// [`end`] of a function that a command did not come to.
+/// [`end`] of a function whose command was cut short.
 fn end_left(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
     let Some(_lock) = lock(host, bdf)? else {
         return Ok(());
@@ -158,7 +158,7 @@ fn end_left(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
     }
 }
 
-/// Locks a function; none if somebody has it, or this is somebody who is neither root nor the tenant.
+/// Locks a function; none if it is held, or if this user is neither root nor the tenant.
 fn lock(host: &HostPaths, bdf: HostBdf) -> Result<Option<DeviceLock>, SriovError> {
     match DeviceLock::take(host, bdf, &LeaseRecord::restore()) {
         Err(LeaseError::File { source, .. })
@@ -170,8 +170,8 @@ fn lock(host: &HostPaths, bdf: HostBdf) -> Result<Option<DeviceLock>, SriovError
     }
 }
 
-/// Makes the record of a function that was a tenant's that of one that a VM had, and puts the function back if
-/// nobody has it already.
+/// Turns the record of a former tenant's function into that of a VM's, and restores the function if nobody holds it
+/// already.
 pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
     if !owe(host, bdf)? {
         return Ok(());
@@ -192,9 +192,9 @@ fn owe(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
     Ok(true)
 }
 
-/// Warns of a function that a tenant's VM gets other than it was granted.
+/// Warns of a function that a tenant's VM gets with other settings than it was granted with.
 pub(crate) fn look(paths: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) {
-    // The card is not the tenant's, but may be looked at.
+    // The card is not the tenant's, but the tenant may read it.
     let whole = HostPaths {
         only: None,
         ..paths.clone()

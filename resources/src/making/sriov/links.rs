@@ -1,4 +1,4 @@
-//! The seam to network interfaces: what their virtual functions have, and changes of that.
+//! The seam to network interfaces: reading and changing the settings of their virtual functions.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,7 +17,7 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(10);
 /// A network interface of a physical function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Interface {
-    /// Its name now, for people.
+    /// Its present name, for messages.
     pub name: String,
     /// Its number, which no renaming changes.
     #[serde(skip)]
@@ -46,7 +46,7 @@ impl std::fmt::Display for LinkWrite {
     }
 }
 
-/// Virtual functions could not be asked about or changed.
+/// The settings of virtual functions could not be read or changed.
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// The kernel refused a change.
@@ -58,7 +58,7 @@ pub enum LinkError {
         #[source]
         source: io::Error,
     },
-    /// The kernel did not say what the functions have.
+    /// The kernel did not return the settings.
     #[error("cannot ask the kernel about the virtual functions of {interface}")]
     Ask {
         /// The interface.
@@ -70,7 +70,7 @@ pub enum LinkError {
     /// The host is one of files.
     #[error("{sysfs} is not the running host's: its network cards cannot be read or set")]
     Elsewhere {
-        /// Where its sysfs is.
+        /// Its sysfs.
         sysfs: PathBuf,
     },
 }
@@ -83,15 +83,14 @@ impl LinkError {
         }
     }
 
-    /// Whether the same may be taken a moment later.
+    /// Whether the same request may succeed a moment later.
     fn is_passing(&self) -> bool {
         matches!(self.errno(), Some(libc::EAGAIN | libc::EBUSY | libc::EINTR))
     }
 
-    /// Whether the driver does not take this value: it will not do so later either, and it says nothing
-    /// of other settings.
+    /// Whether the driver refuses this value: it will refuse it later too, but may take other settings.
     pub(super) fn is_of_value(&self) -> bool {
-        /// What drivers answer that mean EOPNOTSUPP, though the number is the kernel's own.
+        /// Drivers return this in place of EOPNOTSUPP, although the number is internal to the kernel.
         const ENOTSUPP: i32 = 524;
         let of_value = matches!(
             self.errno(),
@@ -116,9 +115,9 @@ fn advice(error: &io::Error, setting: &VfSetting) -> String {
     }
 }
 
-/// Asks about virtual functions of network interfaces and changes them.
+/// Reads and changes virtual functions of network interfaces.
 pub trait VfLinks {
-    /// What the functions of an interface have, by their numbers.
+    /// The settings of an interface's functions, by their numbers.
     fn read(&self, interface: &Interface) -> Result<BTreeMap<u16, VfState>, LinkError>;
 
     /// Makes one change.
@@ -130,7 +129,7 @@ pub trait VfLinks {
     }
 }
 
-/// Does what may be refused for the moment, until it is done or [`BUSY_PATIENCE`] is over.
+/// Repeats a request that may be refused for a moment, until it succeeds or [`BUSY_PATIENCE`] is over.
 pub(super) fn when_ready<T>(
     mut attempt: impl FnMut() -> Result<T, LinkError>,
 ) -> Result<T, LinkError> {

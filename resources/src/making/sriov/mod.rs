@@ -1,9 +1,9 @@
-//! Virtual functions of a group: made when it is activated, given their settings, and gone when it is
-//! deactivated; never resized under one that is in use.
+//! Virtual functions of a group: created and set when it is activated, destroyed when it is deactivated. Their
+//! number never changes while one is in use.
 //!
-//! The kernel's side: `sriov_numvfs` makes and destroys all functions of a physical one at once
-//! (Documentation/PCI/pci-iov-howto.rst), `sriov_drivers_autoprobe` keeps the host's drivers off them,
-//! and the physical function's driver takes their settings through rtnetlink.
+//! In the kernel, `sriov_numvfs` creates and destroys all functions of a physical function at once
+//! (Documentation/PCI/pci-iov-howto.rst), `sriov_drivers_autoprobe` keeps host drivers from them, and the driver of
+//! the physical function takes their settings through rtnetlink.
 
 mod activation;
 pub(crate) mod autoprobe;
@@ -46,15 +46,15 @@ pub use netlink::Netlink;
 pub(crate) use pf::{LiveVf, Pf};
 use serde::Serialize;
 
-/// How long a VM waits for another command that makes the functions it asks for.
+/// How long a VM waits for another command that creates the functions it asks for.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(60);
 
-/// What changes the host: files of sysfs, and network interfaces.
+/// What changes the host: writes to sysfs, and to network interfaces.
 #[derive(Clone, Copy)]
 pub struct HostAccess<'a> {
     /// Writes sysfs.
     pub writer: &'a dyn SysfsWriter,
-    /// Asks and changes interfaces.
+    /// Reads and changes interfaces.
     pub links: &'a dyn VfLinks,
 }
 
@@ -79,7 +79,7 @@ impl Display for HostWrite {
     }
 }
 
-/// What became of a group's functions, or in a dry run would.
+/// The result of activating or deactivating a group, or of a dry run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SriovReport {
     /// The group.
@@ -100,9 +100,9 @@ pub struct SriovReport {
     pub writes: Vec<HostWrite>,
 }
 
-/// Makes a group's virtual functions, where there are not as many, gives them their settings, and hands
-/// them to vfio-pci unless VMs take them on demand. All of it or nothing; functions in use are left
-/// alone, and are in the way of another number of them.
+/// Creates a group's virtual functions, where their number differs, gives them their settings, and binds them to
+/// vfio-pci unless VMs take them on demand. All of it or nothing. Functions in use are left unchanged; while there
+/// are any, the number cannot change.
 pub fn activate(
     paths: &HostPaths,
     host: HostAccess<'_>,
@@ -121,7 +121,7 @@ pub fn activate(
         let former = former(paths, &pf)?;
         Ok((pf, former, live, locks))
     };
-    // The devices' own locks suffice from here on: a kernel that hangs delays no other command.
+    // From here on the devices' own locks are enough: a write that hangs delays no other command.
     let (pf, former, live, locks) = match dry_run {
         false => under_lock(paths, &record, SriovError::in_the_way, look)?,
         true => look()?,
@@ -185,7 +185,7 @@ pub fn deactivate(
     Ok(report)
 }
 
-/// Activates a group that a VM asks for, if it has no functions yet. Waits for somebody else who does.
+/// Activates a group that a VM asks for, if it has no functions yet. Waits for another command that does.
 pub(crate) fn activate_for_vm(
     paths: &HostPaths,
     host: HostAccess<'_>,
@@ -199,7 +199,7 @@ pub(crate) fn activate_for_vm(
         if !is_task(paths, spec.pf) {
             return match Pf::read(paths, spec.pf)?.vfs.as_slice() {
                 [] => match activate(paths, host, group, false) {
-                    // Somebody else was faster.
+                    // Another command was faster.
                     Err(SriovError::Busy(_)) if is_task(paths, spec.pf) => continue,
                     result => result.map(drop),
                 },
@@ -214,7 +214,7 @@ pub(crate) fn activate_for_vm(
     }
 }
 
-/// Whether a command is at work on a device, which does not take long.
+/// Whether a command works on a device, which does not take long.
 fn is_task(paths: &HostPaths, bdf: HostBdf) -> bool {
     let lease = holder(paths, bdf);
     let record = lease.record();
@@ -226,7 +226,7 @@ fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
     group.sriov.as_ref().ok_or_else(none)
 }
 
-/// The functions that somebody uses, and those of tenants, who need not use theirs.
+/// The functions in use, and all functions of tenants.
 fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, SriovError> {
     let mut live = pf::live(paths, &pf.vfs, own)?;
     let tenants = Tenants::load(paths)?;
@@ -241,7 +241,7 @@ fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, Sr
     Ok(live)
 }
 
-/// The functions of a physical one as they are, with what is known of each.
+/// The functions of a physical function as they are, with their records.
 fn former(
     paths: &HostPaths,
     pf: &Pf,
@@ -254,7 +254,7 @@ fn former(
     pf.vfs.iter().map(one).collect()
 }
 
-/// Refuses a device that the kernel did not come back from: another write would hang as well.
+/// Refuses a device for which a write has not returned: another write would hang as well.
 fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
     match hung(paths, device.bdf, device.id) {
         Some(why) => Err(SriovError::Busy(UnavailableDevice {
@@ -292,11 +292,10 @@ fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), Srio
     }
 }
 
-/// Drivers that keep a device for programs or for nobody, and make no virtual functions of it.
+/// Drivers that keep a device for programs or for nobody, and create no virtual functions.
 const KEEPERS: [&str; 3] = ["pci-stub", "uio_pci_generic", "pciback"];
 
-/// Refuses a driver of which it is known that it makes no virtual functions. vfio-pci does where that is
-/// switched on.
+/// Refuses a driver that cannot create virtual functions. vfio-pci can where that is switched on.
 fn makes_functions(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
     let driver = pf.device.driver.as_deref().unwrap_or_default();
     let switch = paths.sysfs.join("module/vfio_pci/parameters/enable_sriov");
@@ -347,8 +346,8 @@ fn report(group: &ResourceGroup, pf: &Pf, after: u16) -> SriovReport {
     }
 }
 
-/// Locks the physical function, the functions that there are, but for those in use, and those that will
-/// be: a lock is on an address. A dry run locks none, and is refused where one is held.
+/// Locks the physical function, its functions except those in use, and the addresses of those to be created. A dry
+/// run locks none, and is refused where one is held.
 fn lock(
     paths: &HostPaths,
     pf: &Pf,
@@ -375,7 +374,7 @@ fn lock(
     Ok(locks)
 }
 
-/// Looks whether as many functions are there as should be.
+/// Checks that the number of functions is the one wanted.
 fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
     let now = Pf::read(paths, pf.device.bdf)?;
     if now.vfs.len() == usize::from(wanted) {
@@ -388,7 +387,7 @@ fn found(paths: &HostPaths, pf: &Pf, wanted: u16) -> Result<Pf, SriovError> {
     })
 }
 
-/// A device in which the kernel hangs goes into quarantine.
+/// Puts a device into quarantine if a write to it hangs.
 fn set_aside_if_hung(paths: &HostPaths, pf: &Pf, why: &SriovError) {
     if why.is_hung() {
         set_aside(paths, &pf.device, why);
@@ -402,7 +401,7 @@ fn set_aside(paths: &HostPaths, device: &HostDevice, why: &SriovError) {
     }
 }
 
-/// Forgets what was known of a function that is no more.
+/// Removes the records of a function that is gone.
 fn forget(paths: &HostPaths, bdf: HostBdf) {
     for change in [Change::Driver, Change::VfSettings, Change::Granted] {
         change.forget(paths, bdf);

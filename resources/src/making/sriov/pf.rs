@@ -1,4 +1,4 @@
-//! A physical function as sysfs shows it: its interface, its virtual functions, and who uses those.
+//! A physical function in sysfs: its interface, its virtual functions, and their users.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,15 +17,15 @@ use crate::inventory::guard::host_uses;
 /// `IFF_UP` of netdevice(7).
 const IFF_UP: u32 = 1;
 
-/// A physical function at the moment of asking.
+/// A physical function, as it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct Pf {
     pub(crate) device: HostDevice,
-    /// None if it is no network card, or its driver is not that of one.
+    /// None if it is no network card, or has no network driver.
     pub(crate) interface: Option<Interface>,
     /// Its virtual functions, by their numbers from 0.
     pub(crate) vfs: Vec<HostBdf>,
-    /// Whether the kernel binds new functions to drivers of the host; none where it cannot be told.
+    /// Whether the kernel binds new functions to host drivers; none where that is unknown.
     pub(crate) autoprobe: Option<bool>,
     layout: Option<(u16, u16)>,
     dir: PathBuf,
@@ -72,7 +72,7 @@ impl Pf {
         text.flatten().as_deref() == Some("1")
     }
 
-    /// Where a function is, or will be (PCIe 9.2.1.2); none if that cannot be told.
+    /// The address of a function that exists or will (PCIe 9.2.1.2); none if that is unknown.
     pub(crate) fn address(&self, index: u16) -> Option<HostBdf> {
         if let Some(bdf) = self.vfs.get(usize::from(index)) {
             return Some(*bdf);
@@ -89,11 +89,11 @@ impl Pf {
     }
 }
 
-/// The interface below a function: not those that stand for its virtual functions (switchdev).
+/// The interface below a function, except those that represent its virtual functions (switchdev).
 fn interface(dir: &Path) -> io::Result<Option<Interface>> {
     for name in sysfs::entries(&dir.join("net"))? {
         let of = dir.join("net").join(&name);
-        // Interfaces without a port's name refuse to tell it.
+        // Interfaces without a port name return an error for it.
         let port = sysfs::text(&of.join("phys_port_name")).unwrap_or_default();
         if port.is_some_and(|port| port.contains("vf")) {
             continue;
@@ -105,21 +105,20 @@ fn interface(dir: &Path) -> io::Result<Option<Interface>> {
     Ok(None)
 }
 
-/// A virtual function that must stay as it is, and why.
+/// A virtual function that must stay unchanged, and why.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct LiveVf {
     /// The function.
     pub bdf: HostBdf,
-    /// What uses it, in words.
+    /// Its use, in words.
     pub why: String,
-    /// The lease that is the reason, if one is; without a record where a killed process has let go of it,
-    /// but not yet of the device.
+    /// The lease, if that is the reason; without a record where a killed process has released its lock, but not
+    /// yet the device.
     #[serde(skip)]
     pub lease: Option<LeaseStatus>,
 }
 
-/// The functions that a VM, the host or another program uses. Their locks may be held by this process,
-/// which is `own`.
+/// The functions that a VM, the host or another program uses. The holder `own` is this process.
 pub(crate) fn live(
     paths: &HostPaths,
     vfs: &[HostBdf],
@@ -143,7 +142,7 @@ pub(crate) fn live(
             None => idle.push(device),
         }
     }
-    // All at once: what the host needs is known of the whole host.
+    // Read at once for all of them: the host's uses are read for the whole host.
     let uses = match idle.as_slice() {
         [] => Vec::new(),
         idle => host_uses(paths, idle).map_err(|source| InventoryError::Sysfs {
@@ -161,10 +160,10 @@ pub(crate) fn live(
     Ok(live)
 }
 
-/// What uses a function, in words, and the lease that it does so with.
+/// A use of a function, in words, and the lease that is the reason.
 type Use = (String, Option<LeaseStatus>);
 
-/// What is to be seen of the function itself.
+/// The use of the function itself.
 fn used(paths: &HostPaths, device: &HostDevice, own: &LeaseRecord) -> io::Result<Option<Use>> {
     if let Some(why) = crate::holding::quarantine::hung(paths, device.bdf, device.id) {
         return Ok(Some((format!("in quarantine: {why}"), None)));

@@ -1,6 +1,6 @@
-//! Tokens that a physical function's owner and the owners of its virtual ones share: with vfio-pci, the
-//! kernel gives functions of one card to several only if they know the card's (`vf_token` of
-//! drivers/vfio/pci/vfio_pci_core.c). Whoever opens the physical function first sets it.
+//! VF tokens, which the owner of a physical function shares with the owners of its virtual functions: with
+//! vfio-pci, the kernel gives functions of one card to several owners only if they know the card's token
+//! (`vf_token` of drivers/vfio/pci/vfio_pci_core.c). The process that opens the physical function first sets it.
 
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -15,8 +15,7 @@ use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
 use crate::pools::sriov::VfToken;
 
-/// The physical function whose token a device is opened with: its own, or that of the card it is a
-/// function of.
+/// The physical function whose token opens a device: the device itself, or the card of a virtual function.
 pub(crate) fn card(device: &HostDevice) -> HostBdf {
     device.physfn.unwrap_or(device.bdf)
 }
@@ -33,7 +32,7 @@ pub(crate) fn of(
     };
     let with_vfio = match device.physfn {
         None => device.sriov.is_some(),
-        // The card may be another's, and is only looked at.
+        // The card may be another owner's, and is only read.
         Some(pf) => {
             let all = HostPaths {
                 only: None,
@@ -54,7 +53,7 @@ pub(crate) fn of(
     }
 }
 
-/// The token in a file that only its owner reads; made if there is none.
+/// The token in a file that only its owner can read; created if it is missing.
 fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
     if let Some(text) = sysfs::text(path)? {
         let broken = |_| io::Error::other("it holds no token: remove it while no VM has the card");
@@ -65,13 +64,13 @@ fn kept(paths: &HostPaths, path: &Path) -> io::Result<Uuid> {
         crate::base::atomic::make_dir(dir)?;
     }
     let draft = path.with_extension(format!("{}", std::process::id()));
-    // One that a killed process left, or a link.
+    // A file that a killed process left, or a link.
     let _ = std::fs::remove_file(&draft);
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(&draft)?;
     io::Write::write_all(&mut file, token.to_string().as_bytes())?;
-    // Of two that make one, the first makes it for both.
+    // If two processes create one, both use the first.
     let linked = std::fs::hard_link(&draft, path);
     std::fs::remove_file(draft)?;
     match linked {

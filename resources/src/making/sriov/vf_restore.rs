@@ -1,8 +1,8 @@
-//! What a virtual function was set to before a VM got it, so that the next one gets it like that.
+//! The settings of a virtual function before a VM got it, which are restored for the next VM.
 //!
-//! A trusted guest changes its address, and a group may ask for other settings than the function had. The
-//! record is written before the first change; the helper that outlives the VM, or the next command, puts
-//! everything back under the function's lock and removes it.
+//! A trusted guest changes its MAC address, and a group may ask for other settings than the function had. The
+//! record is written before the first change; the helper that outlives the VM, or the next command, restores the
+//! settings under the function's lock and removes the record.
 
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ impl RestoreRecord for SettingsRecord {
 }
 
 impl SettingsRecord {
-    /// What the function has to be told to be as it was; nothing where it is gone.
+    /// The writes that restore the function; none if it is gone.
     pub(super) fn writes(
         &self,
         paths: &HostPaths,
@@ -43,7 +43,7 @@ impl SettingsRecord {
         Ok(card.map_or_else(Vec::new, |card| self.writes_to(&card, bdf)))
     }
 
-    /// [`SettingsRecord::writes`] to a card that has been looked at.
+    /// [`SettingsRecord::writes`] to a card that has been read.
     pub(super) fn writes_to(&self, card: &Card, bdf: HostBdf) -> Vec<LinkWrite> {
         let vf = self.vf;
         if card.vfs.get(usize::from(vf)) != Some(&bdf) {
@@ -60,7 +60,7 @@ impl SettingsRecord {
     }
 }
 
-/// A network card, and what its functions have.
+/// A network card, and the settings of its functions.
 pub(super) struct Card {
     interface: Interface,
     vfs: Vec<HostBdf>,
@@ -68,7 +68,7 @@ pub(super) struct Card {
 }
 
 impl Card {
-    /// Looks at a card; none if it is gone, or has no functions any more.
+    /// Reads a card; none if it is gone, or has no functions any more.
     pub(super) fn read(
         paths: &HostPaths,
         links: &dyn VfLinks,
@@ -89,16 +89,16 @@ impl Card {
     }
 }
 
-/// What became of settings that were put back.
+/// The result of restoring settings.
 #[derive(Debug, Default)]
 pub(super) struct PutBack {
-    /// Whether the card took something.
+    /// Whether the card took any of them.
     pub(super) changed: bool,
-    /// What it does not take, though it had that by itself: the function keeps what it has.
+    /// Values that the card had by itself and refuses: the function keeps its present ones.
     pub(super) refused: Vec<VfSetting>,
 }
 
-/// Tells the kernel what a function was set to: all of it, also where some is refused.
+/// Writes the recorded settings of a function: all of them, even where some are refused.
 pub(super) fn put_back(
     links: &dyn VfLinks,
     writes: &[LinkWrite],
@@ -121,7 +121,7 @@ pub(super) fn put_back(
     (done, result)
 }
 
-/// Reports a value that a card had by itself and does not take from others.
+/// Reports a value that a card had by itself and refuses to take.
 fn tell(write: &LinkWrite, error: &LinkError) {
     let reason = std::error::Error::source(error).map_or_else(String::new, ToString::to_string);
     tracing::warn!(
@@ -132,8 +132,7 @@ fn tell(write: &LinkWrite, error: &LinkError) {
     );
 }
 
-/// Where a device is one of a group's virtual functions with an interface: the physical function and
-/// the number.
+/// The physical function and the number of a device that is one of a group's virtual functions, with an interface.
 pub(crate) fn function(
     paths: &HostPaths,
     groups: &Groups,
@@ -153,8 +152,8 @@ pub(crate) fn function(
         .map(|index| (pf, index)))
 }
 
-/// Gives a function that this process has locked what its group asks for, and all else as it was before
-/// the last VM, and writes down what it was.
+/// Gives a function, which this process has locked, the settings of its group, and otherwise those from before the
+/// last VM. Records its settings before that.
 pub(crate) fn prepare(
     paths: &HostPaths,
     links: &dyn VfLinks,
@@ -193,7 +192,7 @@ pub(crate) fn prepare(
             setting,
         };
         match links.set_when_ready(&write) {
-            // What the function had before the last VM is less than what its group asks for.
+            // The group's settings count more than those from before the last VM.
             Err(error) if error.is_of_value() && !asked.asks_for(&setting) => tell(&write, &error),
             set => result = result.and(set),
         }
@@ -201,7 +200,7 @@ pub(crate) fn prepare(
     Ok(result?)
 }
 
-/// Puts a function back that this process has locked. Whether there was anything to put back.
+/// Restores a function that this process has locked. Returns whether anything was restored.
 pub(crate) fn restore(
     paths: &HostPaths,
     links: &dyn VfLinks,

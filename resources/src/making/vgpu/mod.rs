@@ -1,5 +1,5 @@
-//! Virtual GPUs: mediated devices and the vendor's SR-IOV ones, made when a VM gets them and unmade when
-//! it ends; those with identifiers of their own are made ahead, when their group is activated.
+//! Virtual GPUs: mediated devices and the vendor's SR-IOV functions, created for a VM and removed when it ends.
+//! Those with UUIDs in their group are created ahead, when the group is activated.
 
 pub(crate) mod recorded;
 
@@ -29,24 +29,24 @@ use crate::pools::group::{GroupError, ResourceGroup};
 use crate::pools::tenant::Tenants;
 use crate::pools::vgpu::{Instance, TakenInstances, VgpuSpec};
 
-/// How long a new mediated device may take to have its IOMMU group and its VFIO node.
+/// How long a new mediated device may take to get its IOMMU group and its VFIO node.
 const NODE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A virtual GPU was not made, or not unmade.
+/// A virtual GPU was not created, or not removed.
 #[derive(Debug, Error)]
 pub enum VgpuError {
     /// A write failed.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// The kernel took the write, but there is no device.
+    /// The write succeeded, but there is no device.
     #[error("{parent} made no {kind}: see dmesg")]
     NotMade {
-        /// What should have made it.
+        /// The parent.
         parent: String,
-        /// Of which type.
+        /// The type.
         kind: String,
     },
-    /// The kernel took the write, but the device is still there.
+    /// The write succeeded, but the device is still there.
     #[error("mediated device {uuid} is still there after its removal: see dmesg")]
     Stays {
         /// The device.
@@ -57,10 +57,10 @@ pub enum VgpuError {
     Held {
         /// The device.
         uuid: Uuid,
-        /// Who, if that is recorded.
+        /// Its holder, if that is recorded.
         holder: Option<LeaseRecord>,
     },
-    /// The kernel has not come back from an earlier write.
+    /// The kernel has not returned from an earlier write.
     #[error(
         "the kernel has not finished making or removing {name}: see dmesg; only a reboot of the host may end that"
     )]
@@ -101,16 +101,16 @@ pub enum VgpuError {
         /// Its identifier.
         uuid: Uuid,
     },
-    /// Devices of the group are another type's, or cannot be made.
+    /// Devices of the group have another type, or cannot be created.
     #[error(
         "group \"{group}\" lacks {missing} of its {wanted} devices: no parent makes more of type \"{kind}\" (`gantry device mdev`)"
     )]
     NoRoom {
         /// The group.
         group: String,
-        /// How many cannot be made.
+        /// How many cannot be created.
         missing: usize,
-        /// How many it wants.
+        /// How many it asks for.
         wanted: usize,
         /// The type.
         kind: String,
@@ -129,19 +129,19 @@ pub enum VgpuError {
         #[source]
         source: io::Error,
     },
-    /// A device cannot be looked at.
+    /// A device cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
-    /// There are no new identifiers.
+    /// The kernel makes no UUID.
     #[error("the kernel gives no new UUID")]
     Identifier(#[source] io::Error),
 }
 
 impl VgpuError {
-    /// Whether it may go by itself, once another VM or command is through.
+    /// Whether the same request may succeed once another VM or command has finished.
     pub(crate) fn is_temporary(&self) -> bool {
         matches!(
             self,
@@ -149,7 +149,7 @@ impl VgpuError {
         )
     }
 
-    /// Whether the devices are unavailable, rather than the host failing.
+    /// Whether the devices are unavailable. Otherwise the host failed.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -169,7 +169,7 @@ impl VgpuError {
 pub struct VgpuReport {
     /// The group.
     pub group: String,
-    /// Its devices that there are afterwards.
+    /// Its devices afterwards.
     pub devices: Vec<Uuid>,
     /// The writes, in order.
     pub writes: Vec<SysfsWrite>,
@@ -278,7 +278,7 @@ fn missing(
     Ok(found.into_iter().filter(|one| !one.made).collect())
 }
 
-/// Removes the mediated devices that a group has made ahead. Refused while one is held.
+/// Removes the mediated devices that were created ahead for a group. Refused while one is held.
 pub fn unmake_ahead(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -311,7 +311,7 @@ pub fn unmake_ahead(
     for &(uuid, _) in locked.iter().filter(|_| !dry_run) {
         recorded::remember(paths, uuid.into(), None, &record)?;
         recorded::remove_mdev(paths, writer, uuid).inspect_err(|error| {
-            // It stays the group's, unless the kernel is still at it.
+            // It stays the group's, unless the kernel still works on it.
             if !error.is_hung() {
                 Change::Vgpu.forget(paths, uuid);
             }
@@ -325,13 +325,13 @@ pub fn unmake_ahead(
 }
 
 impl VgpuError {
-    /// A device that somebody holds.
+    /// A device that is held.
     pub(crate) fn held(uuid: Uuid, lease: &LeaseStatus) -> Self {
         let holder = lease.record().cloned();
         Self::Held { uuid, holder }
     }
 
-    /// Whether the kernel is still at work on the device.
+    /// Whether the kernel still works on the device.
     fn is_hung(&self) -> bool {
         matches!(
             self,
@@ -339,7 +339,7 @@ impl VgpuError {
         )
     }
 
-    /// The holder of a device, if that is the failure.
+    /// The held device that caused the failure, with its holder.
     fn in_the_way(&self) -> Vec<InTheWay> {
         match self {
             Self::Held { uuid, holder } => vec![((*uuid).into(), holder.clone())],
@@ -392,7 +392,7 @@ pub(crate) fn claim(
     })
 }
 
-/// Makes a mediated device that was claimed.
+/// Creates a claimed mediated device.
 fn make(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -432,7 +432,7 @@ pub(crate) fn take(
     Ok((device, lock))
 }
 
-/// The identifier that an instance has, or a new one.
+/// The UUID of an instance, or a new one.
 pub(crate) fn identifier(paths: &HostPaths, instance: &Instance) -> Result<Uuid, VgpuError> {
     let new = || paths.random_uuid().map_err(VgpuError::Identifier);
     instance.uuid.map_or_else(new, Ok)
@@ -461,7 +461,7 @@ fn wait_for_node(
     }
 }
 
-/// Sets the type of one of the vendor's functions that this process has locked, if it has none yet.
+/// Sets the type of one of the vendor's functions, which this process has locked, if it has none yet.
 pub(crate) fn set_type(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,
@@ -486,7 +486,7 @@ pub(crate) fn set_type(
     );
     drop(work);
     written.inspect_err(|_| {
-        // Where this fails too, the record is left for the next command.
+        // If this fails too, the record is left for the next command.
         let _ = recorded::untype(paths, writer, bdf);
     })?;
     Ok(true)

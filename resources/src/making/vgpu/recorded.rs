@@ -1,10 +1,11 @@
-//! Virtual GPUs that are made for a VM, or unmade: the record of each is written before it is touched, and
-//! it is unmade by the helper that outlives the VM, or by the next command or VM.
+//! The records of virtual GPUs that are created or removed for a VM. A record is written before the device is
+//! created. The helper that outlives the VM, or the next command or VM, removes the device.
 //!
-//! A driver may take long over either, or for ever. Nobody waits for that but whoever wants the device: it
-//! is claimed under the allocation lock, by its own lock and its record, and made when that lock is free
-//! again. The record is locked for as long as the kernel is at it, by the process that writes and not only
-//! by the one that waits for it: whoever is killed meanwhile, its device is left alone until it is made.
+//! A driver may take long to create or remove one, or for ever. Only a VM or command that wants the device waits
+//! for that: it claims the device under the allocation lock, by the device's own lock and record, and creates it
+//! after the allocation lock is released. The record stays locked while the kernel works, by the process that
+//! writes and not only by the one that waits for it. If the waiting process is killed, the device is left alone
+//! until the kernel returns.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -41,15 +42,16 @@ pub(super) fn remember(
     stored.map_err(|(path, source)| VgpuError::Record { path, source })
 }
 
-/// A record that is locked while something is written.
+/// A record that is locked during a write.
 pub(super) struct LockedRecord {
     record: File,
-    /// The kernel did not come back: the lock is left to the process that waits for it.
+    /// The kernel did not return: the lock is left to the process that waits for it.
     hangs: bool,
 }
 
 impl LockedRecord {
-    /// Locks a record; none if there is no record. Refused while the kernel has not finished an earlier write.
+    /// Locks a record; none if there is no record. Refused while the kernel has not returned from an earlier
+    /// write.
     pub(super) fn begin(paths: &HostPaths, name: DeviceName) -> Result<Option<Self>, VgpuError> {
         let path = Change::Vgpu.path(paths, name);
         let opened = open_no_link_as(&path, OpenOptions::new().read(true).write(true));
@@ -80,7 +82,7 @@ impl LockedRecord {
 impl Drop for LockedRecord {
     fn drop(&mut self) {
         if !self.hangs {
-            // By name, as a child that another thread is starting has a copy for a moment.
+            // Explicitly, as a child that another thread is starting has a copy for a moment.
             let _ = unlock(&self.record);
         }
     }
@@ -107,8 +109,8 @@ pub(crate) fn remove_mdev(
     Ok(())
 }
 
-/// Removes the lock files of mediated devices that are gone: an identifier does not come again, and its file
-/// would be one more for ever. Those who removed the devices may have been confined, and remove no lock.
+/// Removes the lock files of mediated devices that are gone, since no UUID comes again. The processes that removed
+/// the devices may have been confined, and remove no lock file.
 pub(crate) fn sweep_locks(paths: &HostPaths) {
     let names = sysfs::entries(&paths.run.join("leases")).unwrap_or_default();
     let uuids = names.iter().filter_map(|name| name.strip_suffix(".lock"));
@@ -116,7 +118,7 @@ pub(crate) fn sweep_locks(paths: &HostPaths) {
     let record = LeaseRecord::restore();
     for uuid in uuids {
         let left = || !Change::Vgpu.is_recorded(paths, uuid) && !paths.mdev(uuid).exists();
-        // Whoever opened the file meanwhile looks whether it is still in its place.
+        // A process that opened the file meanwhile checks that it is still at its path.
         if left()
             && let Ok(Some(_lock)) = DeviceLock::take(paths, uuid, &record)
             && left()
@@ -126,7 +128,7 @@ pub(crate) fn sweep_locks(paths: &HostPaths) {
     }
 }
 
-/// Takes the type from a function that has a record. This process has locked it.
+/// Clears the type of a function that has a record. This process has locked it.
 pub(crate) fn untype(
     paths: &HostPaths,
     writer: &dyn SysfsWriter,

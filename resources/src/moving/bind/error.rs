@@ -24,7 +24,7 @@ pub enum BindError {
     /// The locks cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
-    /// A device is a bridge, is held by somebody, or is in no IOMMU group.
+    /// A device is a bridge, is held, or is in no IOMMU group.
     #[error("{0}{after}", after = .0.end_of_lease())]
     Unavailable(UnavailableDevice),
     /// The host needs a device, or one of its IOMMU group.
@@ -37,7 +37,7 @@ pub enum BindError {
     /// The owners of devices cannot be read.
     #[error(transparent)]
     Tenants(GroupError),
-    /// It cannot be told whether the host needs a device.
+    /// The host's use of devices cannot be read.
     #[error("cannot tell whether the host needs these devices")]
     Guard(#[source] io::Error),
     /// A bridge that the host drives is in the IOMMU group.
@@ -65,7 +65,7 @@ pub enum BindError {
     /// The kernel has no vfio-pci.
     #[error("the kernel has no driver vfio-pci: `modprobe vfio-pci`")]
     NoVfioPci,
-    /// A device did not get where it should. It and those moved before it were put back.
+    /// A device did not get its driver. It and the devices moved before it were put back.
     #[error("{bdf} was not moved{}", aftermath(.left))]
     Failed {
         /// The device.
@@ -79,7 +79,7 @@ pub enum BindError {
 }
 
 impl BindError {
-    /// Whether the devices are unavailable, rather than the host failing.
+    /// Whether the devices are unavailable. Otherwise the host failed.
     pub(crate) fn is_refusal(&self) -> bool {
         matches!(
             self,
@@ -92,7 +92,7 @@ impl BindError {
 }
 
 impl BindError {
-    /// The holders of devices, if they are the failure.
+    /// The held devices that caused the failure, with their holders.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
         match self {
             Self::Unavailable(blocked) => blocked.in_the_way(),
