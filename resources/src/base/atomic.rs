@@ -1,16 +1,16 @@
-//! Files and directories of gantry's own: replaced as a whole, so that a reader sees the old content or the
-//! new, whatever happens in between; and readable to tenants and other users, whatever root's umask is.
+//! gantry's own files and directories. They are replaced as a whole, so that a reader always sees the old or the
+//! new content, and readable to tenants and other users whatever root's umask is.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::Path;
 
-/// Makes a directory that everybody may enter and list, and those above it. One that is there stays as it
-/// is.
+/// Creates a directory that everybody may enter and list, and its parents. An existing one is left unchanged.
 ///
 /// # Errors
-/// It cannot be made, or something else is in its place.
+///
+/// It cannot be created, or something else is at its path.
 pub fn make_dir(dir: &Path) -> io::Result<()> {
     let make = || DirBuilder::new().mode(0o755).create(dir);
     let made = match (make(), dir.parent()) {
@@ -27,8 +27,8 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Gives a file or directory its mode, where it has another one: that of a new one depends on the umask. Where
-/// the process is confined, only what it may open can be given one.
+/// Sets the mode of a file or directory if it differs: that of a new one depends on the umask. A confined process
+/// can do this only for what it may open.
 pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
     if fs::metadata(path)?.mode() & 0o777 == mode {
         return Ok(());
@@ -36,33 +36,32 @@ pub(crate) fn show(path: &Path, mode: u32) -> io::Result<()> {
     File::open(path)?.set_permissions(Permissions::from_mode(mode))
 }
 
-/// Writes a file anew and puts it in the place of the old one, whose mode and owner it takes; a new one is
-/// for all to read. What was written is on disk when this returns; after a failure the old file stands as
-/// it was.
+/// Writes a new file and moves it to the path of the old one, whose mode and owner it takes; without an old one,
+/// all users can read it. The content is on disk when this returns. After a failure the old file is unchanged.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    // A link is kept and its target replaced.
+    // A link stays, and its target is replaced.
     let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
     replace_at(&target, content)
 }
 
 /// [`replace`] in a directory that a confined process may write: a link is replaced and not followed, and a
-/// directory in the way is removed.
+/// directory at the path is removed.
 pub(crate) fn replace_record(path: &Path, content: &[u8]) -> io::Result<()> {
     clear(path)?;
     replace_at(path, content)
 }
 
-/// Removes a file from a directory that a confined process may write, or what is in its place.
+/// Removes a file, or whatever is at its path, from a directory that a confined process may write.
 pub(crate) fn remove_record(path: &Path) -> io::Result<()> {
     clear(path)?;
     fs::remove_file(path)
 }
 
-/// Removes what is in the place of a record and is no regular file.
+/// Removes what is at the path of a record and is no regular file.
 fn clear(path: &Path) -> io::Result<()> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) if !found.is_file() => found,
-        // Whoever opens it says why that fails.
+        // The next open returns the reason of a failure.
         _ => return Ok(()),
     };
     tracing::warn!(
@@ -96,7 +95,7 @@ fn replace_at(target: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 fn write(draft: &Path, content: &[u8], old: Option<&fs::Metadata>) -> io::Result<()> {
-    // One that a killed process left has its number by chance only.
+    // A file that a killed process left has this number only by chance.
     let _ = fs::remove_file(draft);
     let mut file = OpenOptions::new()
         .write(true)

@@ -1,5 +1,4 @@
-//! The JSON files of the configuration directory: read with file, line and key in every error,
-//! replaced as a whole.
+//! The JSON files of the configuration directory. Errors name file, line and key; files are replaced as a whole.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,7 +41,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// Whether the content is wrong, rather than the file unusable.
+    /// Whether the content is wrong. Otherwise the file cannot be used.
     pub fn is_mistake(&self) -> bool {
         matches!(self, Self::Invalid(_))
     }

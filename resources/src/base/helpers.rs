@@ -1,7 +1,6 @@
-//! The helpers that this process has started and does not wait for: forgotten once they have ended.
+//! Helper processes that this process has started and does not wait for.
 //!
-//! Each is waited for by its number. Other children are not this library's: whoever started them waits for
-//! them.
+//! Each is reaped by its number. Other children are left to the code that started them.
 
 use std::process::Child;
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +13,7 @@ pub(crate) fn keep(helper: Child) {
     helpers.push(helper);
 }
 
-/// Has the kernel forget the helpers that have ended. Waits for none.
+/// Reaps the helpers that have ended. Does not wait.
 pub fn reap_helpers() {
     let mut helpers = HELPERS.lock().unwrap_or_else(PoisonError::into_inner);
     helpers.retain_mut(|helper| matches!(helper.try_wait(), Ok(None)));

@@ -1,4 +1,4 @@
-//! Where the host keeps things.
+//! The directories of the host.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -66,7 +66,7 @@ impl HostPaths {
         }
     }
 
-    /// The arguments that tell a helper process the same, for [`HostPaths::from_args`].
+    /// The arguments that pass these paths to a helper process, for [`HostPaths::from_args`].
     pub(crate) fn to_args(&self) -> Vec<OsString> {
         let Self {
             sysfs,
@@ -86,7 +86,7 @@ impl HostPaths {
         dirs.into_iter().chain([only.into()]).collect()
     }
 
-    /// What [`HostPaths::to_args`] says, and the arguments behind it.
+    /// Reads the arguments of [`HostPaths::to_args`], and returns the arguments after them.
     pub(crate) fn from_args(args: &[String]) -> Option<(Self, &[String])> {
         let [sysfs, dev, proc, run, config, state, only, rest @ ..] = args else {
             return None;
@@ -104,12 +104,12 @@ impl HostPaths {
         Some((paths, rest))
     }
 
-    /// Where the host keeps what must outlive a reboot: not where a tenant does, if these are a tenant's.
+    /// The host's directory for state that outlives a reboot, also if these paths are a tenant's.
     pub(crate) fn state_of_host(&self) -> &Path {
         self.of_host(&self.state)
     }
 
-    /// Where the host's definitions are: not those of a tenant, if these are a tenant's.
+    /// The host's directory of definitions, also if these paths are a tenant's.
     pub(crate) fn config_of_host(&self) -> &Path {
         self.of_host(&self.config)
     }
@@ -138,7 +138,7 @@ impl HostPaths {
         self.sysfs.join("bus/mdev/devices").join(uuid.to_string())
     }
 
-    /// Whether a device is in sight.
+    /// Whether a device is visible.
     pub(crate) fn shows(&self, name: impl Into<DeviceName>) -> bool {
         let name = name.into();
         self.only.as_ref().is_none_or(|only| only.contains(&name))

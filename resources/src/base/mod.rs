@@ -1,4 +1,4 @@
-//! The base of all rooms: paths, addresses and names, files, JSON texts, helper processes.
+//! The base of all modules: paths, addresses and names, files, JSON texts, helper processes.
 
 pub(crate) mod atomic;
 pub(crate) mod bdf;

@@ -56,7 +56,7 @@ impl DeviceName {
         }
     }
 
-    /// Where sysfs has it.
+    /// Its path in sysfs.
     pub fn sysfs_path(self) -> String {
         match self {
             Self::Pci(bdf) => format!("/sys/bus/pci/devices/{bdf}"),
@@ -129,7 +129,7 @@ pub(crate) fn read_name<'de, D: Deserializer<'de>>(
     }
 }
 
-/// Why a text cannot name a VM or a device in it, if it cannot: such names appear in lock files, logs and tables.
+/// Why a text cannot name a VM or a device in it; none if it can. Such names appear in lock files, logs and tables.
 pub fn label_flaw(text: &str) -> Option<&'static str> {
     Some(match text {
         "" => "it is empty",

@@ -6,7 +6,7 @@ use std::num::ParseIntError;
 use std::ops::{BitAnd, RangeInclusive};
 use std::str::FromStr;
 
-/// The highest number that is read: far above any kernel's.
+/// The highest number that is read: no kernel has as many processors.
 const MAX: u32 = 1 << 16;
 
 /// A set of numbers, written `0-15,64-79` (cpuset(7), "List format").
@@ -19,7 +19,7 @@ pub struct Numbers(BTreeSet<u32>);
 pub struct NumbersError(String);
 
 impl Numbers {
-    /// The lowest.
+    /// The lowest number.
     pub fn first(&self) -> Option<u32> {
         self.0.first().copied()
     }
@@ -29,22 +29,22 @@ impl Numbers {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether one is among them.
+    /// Whether it has this number.
     pub fn contains(&self, number: u32) -> bool {
         self.0.contains(&number)
     }
 
-    /// Each, in order.
+    /// The numbers, in order.
     pub fn iter(&self) -> impl Iterator<Item = u32> {
         self.0.iter().copied()
     }
 
-    /// The runs of numbers without a gap.
+    /// The ranges without a gap.
     fn runs(&self) -> Vec<RangeInclusive<u32>> {
         let mut runs: Vec<RangeInclusive<u32>> = Vec::new();
         for number in self.iter() {
@@ -63,7 +63,7 @@ impl FromIterator<u32> for Numbers {
     }
 }
 
-/// Those in both.
+/// The numbers in both.
 impl BitAnd for &Numbers {
     type Output = Numbers;
 

@@ -1,7 +1,7 @@
 //! Opens files that other users name: never waits, and opens only regular files.
 //!
-//! Opening a pipe waits for its other end, and opening a device may do something to it. So the kind of a
-//! file is asked for first, and once more of what was opened, which may be another file by then.
+//! Opening a pipe waits for its other end, and opening a device may affect it. The kind of a file is therefore
+//! checked before it is opened, and again afterwards, when another file may be at the path.
 
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
@@ -20,11 +20,12 @@ use crate::base::sysfs::is_gone;
 /// Opens a regular file, or a link to one, without waiting.
 ///
 /// # Errors
-/// It is something else, in words, or cannot be opened.
+///
+/// It is no regular file, or cannot be opened.
 pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
     match fs::metadata(path) {
         Ok(metadata) => must_be_regular(metadata.file_type())?,
-        // The options may be to make it.
+        // The options may create the file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
@@ -37,7 +38,8 @@ pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
 /// begins with the folder, or is relative to it.
 ///
 /// # Errors
-/// It is something else or elsewhere, in words, or cannot be opened.
+///
+/// It is no regular file or is elsewhere, or cannot be opened.
 pub fn open_below(folder: &Path, path: &Path, flags: OFlag) -> io::Result<File> {
     let inner = path.strip_prefix(folder).unwrap_or(path);
     let outside = || {
@@ -72,8 +74,8 @@ pub fn open_below(folder: &Path, path: &Path, flags: OFlag) -> io::Result<File> 
     open(flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY, mode).and_then(opened_regular)
 }
 
-/// Opens a regular file to be read, and nothing else: neither a link, nor a pipe that opening would wait
-/// at, nor a device that it would wake.
+/// Opens a regular file for reading, and nothing else: no link, no pipe whose open would wait, no device that it
+/// would wake.
 pub(crate) fn open_no_link(path: &Path) -> io::Result<File> {
     open_no_link_as(path, OpenOptions::new().read(true))
 }
@@ -85,19 +87,19 @@ pub(crate) fn open_no_link_as(path: &Path, options: &OpenOptions) -> io::Result<
     options.open(path).and_then(opened_regular)
 }
 
-/// A file that was opened, if it is a regular one.
+/// An opened file, if it is a regular one.
 pub(crate) fn opened_regular(file: File) -> io::Result<File> {
     must_be_regular(file.metadata()?.file_type())?;
     Ok(file)
 }
 
-/// A directory that another user may change, held open. It is reached by its descriptor alone; neither a link
-/// nor a mount leads out of it, to a file system that answers when that user likes.
+/// A directory that another user may change, held open. It is used by its descriptor alone; neither a link nor a
+/// mount leads out of it, for example to a file system whose server does not answer.
 pub(crate) struct HeldDir(File);
 
 impl HeldDir {
-    /// Opens `inner`, below a directory that no other user may change; none where there is none, or something
-    /// else.
+    /// Opens `inner`, below a directory that no other user may change; none if it does not exist or is no
+    /// directory.
     pub(crate) fn below(outer: &Path, inner: &Path) -> io::Result<Option<Self>> {
         let outer = match File::open(outer) {
             Ok(outer) => outer,
@@ -121,9 +123,9 @@ impl HeldDir {
         Ok(unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir)?)
     }
 
-    /// Names of no more than so many entries, sorted, and whether there are more.
+    /// At most so many names of its entries, sorted, and whether there are more.
     pub(crate) fn names(&self, most: usize) -> io::Result<(Vec<String>, bool)> {
-        // What leads to it (proc_pid_fd(5)).
+        // The path of the open directory (proc_pid_fd(5)).
         let mut listing = fs::read_dir(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?;
         let mut names = Vec::new();
         for entry in listing.by_ref().take(most) {
@@ -134,7 +136,7 @@ impl HeldDir {
     }
 }
 
-/// Opens a path below a directory to be read.
+/// Opens a path below a directory for reading.
 fn open_beneath(dir: &File, path: &Path, flags: OFlag) -> io::Result<File> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC)
@@ -148,7 +150,7 @@ fn open_beneath(dir: &File, path: &Path, flags: OFlag) -> io::Result<File> {
     Ok(opened.into())
 }
 
-/// Whether an error means that a link or a mount is in the way.
+/// Whether an error is due to a link or a mount on the path.
 fn leads_out(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ELOOP | libc::EXDEV))
 }
@@ -156,7 +158,8 @@ fn leads_out(error: &io::Error) -> bool {
 /// The text of a regular file of at most `most` bytes.
 ///
 /// # Errors
-/// As [`open_regular`]; or it is longer, or no text.
+///
+/// Those of [`open_regular`]; or it is longer, or no text.
 pub fn read_regular(path: &Path, most: u64) -> io::Result<String> {
     read_text(open_regular(path, OpenOptions::new().read(true))?, most)
 }

@@ -1,4 +1,4 @@
-//! Numbers of bytes as people write them.
+//! Numbers of bytes in the form that people write.
 
 use std::fmt;
 use std::str::FromStr;
@@ -31,7 +31,7 @@ impl ByteSize {
         number.checked_mul(1 << shift).map(Self)
     }
 
-    /// The size that a wrong text was meant to be: `2G` for `2GB` or `2g`.
+    /// The size that a wrong text probably means: `2G` for `2GB` or `2g`.
     fn meant(text: &str) -> Option<String> {
         let text = text.to_uppercase();
         let text = text.strip_suffix('B').unwrap_or(&text);
@@ -40,7 +40,7 @@ impl ByteSize {
     }
 }
 
-/// The size in the largest unit that leaves a whole number.
+/// The size in the largest unit that gives a whole number.
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let fits = |shift: &u32| self.0 != 0 && self.0.is_multiple_of(1 << shift);
@@ -62,7 +62,7 @@ impl FromStr for ByteSize {
     }
 }
 
-/// As a text with a unit, or as a number of bytes that no unit divides.
+/// A text with a unit, or the number of bytes if no unit divides it.
 impl Serialize for ByteSize {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.to_string() {

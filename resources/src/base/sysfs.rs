@@ -1,4 +1,4 @@
-//! Small reads of sysfs attributes, where "not there" is an answer and not an error.
+//! Small reads of sysfs attributes, for which a missing file is no error.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -6,14 +6,14 @@ use std::path::Path;
 
 use nix::libc;
 
-/// Whether an error means that the thing asked about is not there, or went away while being read.
+/// Whether an error means that the file does not exist, or disappeared while it was read.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.kind() == io::ErrorKind::NotADirectory
         || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENXIO))
 }
 
-/// Advice for an error message, only if permission was denied.
+/// Advice for an error message, if permission was denied.
 pub(crate) fn if_denied(error: &io::Error, advice: &str) -> String {
     match error.kind() {
         io::ErrorKind::PermissionDenied => format!(": {advice}"),
@@ -21,12 +21,12 @@ pub(crate) fn if_denied(error: &io::Error, advice: &str) -> String {
     }
 }
 
-/// The most that sysfs gives for one attribute: a page.
+/// The longest attribute of sysfs: a page.
 const PAGE: usize = 4096;
 
 /// An attribute's text without surrounding blanks; none if there is no such attribute.
 ///
-/// sysfs hands out an attribute in one read(2), so one is enough.
+/// sysfs returns an attribute in one read(2), so one is enough.
 pub(crate) fn text(path: &Path) -> io::Result<Option<String>> {
     let mut page = [0; PAGE];
     let length = match File::open(path).and_then(|mut file| file.read(&mut page)) {
@@ -39,7 +39,7 @@ pub(crate) fn text(path: &Path) -> io::Result<Option<String>> {
     ))
 }
 
-/// All of a file of procfs, however long; nothing if there is no such file.
+/// A whole file of procfs; empty if there is no such file.
 pub(crate) fn table(path: &Path) -> io::Result<String> {
     match fs::read(path) {
         Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
@@ -48,7 +48,7 @@ pub(crate) fn table(path: &Path) -> io::Result<String> {
     }
 }
 
-/// A decimal attribute; none also where the text is no unsigned number, as in `-1` for "no NUMA node".
+/// A decimal attribute; none also for other texts, such as `-1` for "no NUMA node".
 pub(crate) fn decimal<T: std::str::FromStr>(path: &Path) -> io::Result<Option<T>> {
     Ok(text(path)?.and_then(|text| text.parse().ok()))
 }

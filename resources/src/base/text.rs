@@ -32,7 +32,7 @@ pub fn harmless(text: &str) -> String {
         match char {
             '\n' | '\t' => clean.push(char),
             char if is_unseen(char) => {
-                // Nothing fails that writes into a string.
+                // Writing to a string does not fail.
                 let _ = write!(clean, "\\u{{{:x}}}", u32::from(char));
             }
             char => clean.push(char),
@@ -47,8 +47,8 @@ pub(crate) fn short(text: &str) -> String {
     shown.take(MOST).collect()
 }
 
-/// Controls of a terminal, and characters that show nothing themselves and change how others show: marks and
-/// overrides of direction, joiners, separators of lines, tags.
+/// Control characters, and characters that are invisible but change how others are shown: marks and overrides of
+/// direction, joiners, line separators, tags.
 fn is_unseen(char: char) -> bool {
     char.is_control()
         || matches!(char,

@@ -1,5 +1,4 @@
-//! Which wanted devices are not with vfio-pci yet, and the words and lines that bring them there at
-//! every boot.
+//! The wanted devices that are not bound to vfio-pci yet, and the words and lines that bind them at every boot.
 
 use std::collections::BTreeSet;
 
@@ -52,15 +51,15 @@ pub(super) fn judge(facts: &Facts) -> Finding {
     plan.advise(facts, warning)
 }
 
-/// How vfio-pci gets devices before the host's drivers do.
+/// How vfio-pci can bind devices before the host's drivers do.
 struct Plan<'a> {
-    /// The devices to bind, with their neighbours in the IOMMU groups.
+    /// The devices to bind, with the other devices of their IOMMU groups.
     bring: Vec<&'a HostDevice>,
-    /// Other devices with the same ids that are not vfio-pci's at all times: it would take them as well.
+    /// Other devices with the same ids that are not meant for vfio-pci: it would bind them as well.
     twins: Vec<&'a HostDevice>,
-    /// Ids that can be given to vfio-pci, in the order of the devices.
+    /// Ids to give to vfio-pci, in the order of the devices.
     ids: Vec<String>,
-    /// Ids that it has been given.
+    /// Ids that vfio-pci has already.
     given: BTreeSet<String>,
 }
 
@@ -96,7 +95,7 @@ impl<'a> Plan<'a> {
             ids.contains(&of(device)) && !is_brought(device) && (demanded || !device.on_vfio())
         };
         let twins: Vec<&HostDevice> = devices.all.iter().filter(is_twin).collect();
-        // A driver in the kernel's image comes before every module.
+        // A driver in the kernel's image binds before every module is loaded.
         let taken = bring.iter().filter(|device| has_builtin(facts, device));
         let not_by_id: Vec<&&HostDevice> = twins.iter().chain(taken).collect();
         ids.retain(|id| !not_by_id.iter().any(|device| of(device) == *id));
@@ -111,7 +110,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Devices that vfio-pci would have, had it been there first.
+    /// Devices that vfio-pci would have if it had been loaded first.
     fn late(&self, facts: &Facts) -> Vec<&'a HostDevice> {
         let late = self.bring.iter().copied();
         late.filter(|device| self.given.contains(&device.id.to_string()))
@@ -178,7 +177,7 @@ impl<'a> Plan<'a> {
         finding
     }
 
-    /// One `vfio-pci.ids` with the old ids and the new, in the place of those that there are.
+    /// One `vfio-pci.ids` with the old ids and the new, in place of the existing ones.
     fn words(&self, facts: &Facts, finding: Finding) -> Finding {
         let new = self.ids.iter().filter(|id| !self.given.contains(*id));
         let new: Vec<&str> = new.map(String::as_str).collect();
@@ -199,16 +198,16 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The host's drivers that take the devices first. Names of modules.
+/// The host's drivers that bind the devices first, by their modules.
 #[derive(Default)]
 struct Drivers {
-    /// Nothing can make them wait.
+    /// Drivers that cannot be made to wait.
     builtin: Vec<String>,
-    /// They should wait for vfio-pci.
+    /// Drivers that should wait for vfio-pci.
     wait: Vec<String>,
-    /// They are held back already, by this file.
+    /// Drivers that a file holds back already.
     held_back: Vec<(String, String)>,
-    /// They are told to wait and do not, and only devices that are to leave use them.
+    /// Drivers that are configured to wait and do not, and that only devices to be detached use.
     hold_back: Vec<String>,
 }
 
@@ -216,7 +215,8 @@ impl Drivers {
     fn new(facts: &Facts, plan: &Plan<'_>) -> Self {
         let mut drivers = Self::default();
         if facts.modules.is_builtin("vfio-pci") {
-            // It comes before every module, unless the devices' present driver did.
+            // vfio-pci in the image binds before every module, unless the devices' present driver is in the
+            // image too.
             return drivers;
         }
         let taken = plan.bring.iter().filter(|one| has_builtin(facts, one));
@@ -261,7 +261,7 @@ fn used_elsewhere(facts: &Facts, plan: &Plan<'_>, driver: &str) -> bool {
     others.any(|device| device.driver.as_deref() == Some(driver))
 }
 
-/// Drivers that a file holds back, and that are loaded all the same.
+/// Drivers that a file holds back, but that are loaded all the same.
 fn held_back(facts: &Facts, drivers: &Drivers, mut finding: Finding) -> Finding {
     for (module, file) in &drivers.held_back {
         let rebuild = facts.boot.initramfs.command();

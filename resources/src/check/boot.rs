@@ -1,4 +1,4 @@
-//! The next boot: how to configure this machine's boot loader, and whether it is configured already.
+//! The next boot: how to change this machine's command line, and whether it was changed already.
 
 use std::fs;
 use std::io;
@@ -22,12 +22,12 @@ pub(super) struct Boot {
     /// The boot loader, its configuration and its menu.
     pub(super) found: Found,
     pub(super) note: Option<Note>,
-    /// A package has asked for a reboot: Debian's and Ubuntu's mark.
+    /// A package asks for a reboot, in the way of Debian and Ubuntu.
     pub(super) asked_for: bool,
     pub(super) initramfs: Initramfs,
 }
 
-/// What writes the initramfs here.
+/// The tool that writes the initramfs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Initramfs {
     /// initramfs-tools of Debian and Ubuntu.
@@ -49,12 +49,12 @@ impl Initramfs {
     }
 }
 
-/// That the host was told to come up otherwise, in `reboot.json` of the configuration directory.
+/// The note of a pending change, in `reboot.json` of the configuration directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Note {
-    /// The boot in which that was.
+    /// The boot in which it was written.
     boot_id: String,
-    /// Words that the next one is to have.
+    /// Words to add at the next boot.
     #[serde(default)]
     add: Vec<String>,
     /// Words to remove.
@@ -71,7 +71,7 @@ impl Note {
     }
 }
 
-/// The file of GRUB's that everybody knows.
+/// The usual file of GRUB.
 const GRUB_FILE: &str = "/etc/default/grub";
 
 impl Boot {
@@ -98,7 +98,7 @@ fn initramfs(root: &Path) -> Initramfs {
     found.map_or(Initramfs::Unknown, |(_, tool)| tool)
 }
 
-/// Whether a reboot brings the change, or should have brought it.
+/// Whether a reboot makes the change, or should have made it.
 pub(super) fn reboot(facts: &Facts, change: &Change) -> Finding {
     let boot = &facts.boot;
     let finding = |level, reason: String| Finding::new("reboot", "Reboot", level, reason);
@@ -221,7 +221,7 @@ fn unknown() -> Advice {
     }
 }
 
-/// The configuration's lines as they should be, and the command that carries them to the menu.
+/// The new lines of the configuration, and the command that writes the menu from them.
 fn edited(settings: &[Setting], change: &Change, command: &str) -> Advice {
     let then = [command.to_owned(), "reboot".to_owned()];
     let mut all = CommandLine::default();
@@ -230,7 +230,7 @@ fn edited(settings: &[Setting], change: &Change, command: &str) -> Advice {
         add: Vec::new(),
         remove: change.remove.clone(),
     };
-    // What every usual start has; where nothing sets that, what every start has.
+    // The variable for normal starts; if no file sets it, the one for all starts.
     let target = [Some(grub::USUAL), Some(grub::ALWAYS), None]
         .into_iter()
         .find_map(|name| settings.iter().position(|one| one.name() == name));
@@ -268,7 +268,7 @@ fn edited(settings: &[Setting], change: &Change, command: &str) -> Advice {
     files.dedup();
     let mut lines = Vec::new();
     for file in &files {
-        // Two files have their names as comments.
+        // If two files must change, comments name them.
         lines.extend((files.len() > 1).then(|| format!("# {file}")));
         let own = edits.iter().filter(|(other, _)| other == file);
         lines.extend(own.map(|(_, line)| line.clone()));

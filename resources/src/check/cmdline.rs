@@ -1,7 +1,7 @@
 //! The kernel's command line as words, and changes to it
 //! (Documentation/admin-guide/kernel-parameters.rst).
 
-/// The words of a command line that speak to the kernel; those behind `--` are for init.
+/// The words of a command line for the kernel; words after `--` are for init.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct CommandLine(Vec<String>);
 
@@ -22,7 +22,7 @@ impl CommandLine {
         )
     }
 
-    /// The words whose name is `name`, with their values, in order. The kernel takes `-` for `_`.
+    /// The words with this name, with their values, in order. The kernel reads `-` as `_`.
     pub(super) fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = (&'a str, &'a str)> {
         let wanted = underscored(name);
         self.0.iter().filter_map(move |word| {
@@ -51,7 +51,7 @@ impl CommandLine {
             .last()
     }
 
-    /// The words that set a parameter of the kind that takes `1`, `Y` or `y` for yes.
+    /// The words that set a boolean parameter to yes (`1`, `Y` or `y`).
     pub(super) fn switched_on(&self, name: &str) -> Vec<String> {
         let on = self
             .named(name)
@@ -101,12 +101,12 @@ impl CommandLine {
     }
 }
 
-/// Whether the kernel takes the text of a boolean parameter for yes.
+/// Whether the kernel reads the text of a boolean parameter as yes.
 pub(super) fn is_yes(value: &str) -> bool {
     value.starts_with(['1', 'Y', 'y']) || value.eq_ignore_ascii_case("on")
 }
 
-/// Names of parameters and modules, which the kernel writes either way.
+/// Replaces `-` in names of parameters and modules, which the kernel accepts in both forms.
 pub(super) fn underscored(name: &str) -> String {
     name.replace('-', "_")
 }

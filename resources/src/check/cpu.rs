@@ -1,17 +1,17 @@
-//! The processor, /dev/kvm and the kernel: can this host run virtual machines at all?
+//! The processor, /dev/kvm and the kernel: whether this host can run virtual machines.
 
 use super::facts::Facts;
 use super::modprobe::ModuleState;
 use super::{Finding, Level};
 use crate::inventory::device::NodeAccess;
 
-/// What the first processor says of itself in /proc/cpuinfo.
+/// The first processor in /proc/cpuinfo.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cpu {
     pub(super) vendor: Vendor,
-    /// VT-x or AMD-V can be used. The kernel clears the flag when the firmware has locked it off.
+    /// VT-x or AMD-V can be used. The kernel clears the flag if the firmware has disabled it.
     pub(super) virtualisation: bool,
-    /// EPT or NPT: the processor translates guests' addresses itself.
+    /// EPT or NPT: the processor translates guest addresses itself.
     pub(super) nested_paging: bool,
     /// This host is a virtual machine.
     pub(super) is_guest: bool,
@@ -20,7 +20,7 @@ pub(super) struct Cpu {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Vendor {
     Intel,
-    /// AMD, and Hygon, which is AMD's by another name.
+    /// AMD, or Hygon, whose processors are AMD's design.
     Amd,
     #[default]
     Other,
@@ -65,7 +65,7 @@ impl Cpu {
     }
 }
 
-/// Where the firmware's settings are, in words.
+/// Where to find the firmware's settings, in words.
 pub(super) fn firmware(facts: &Facts) -> String {
     match &facts.machine {
         Some(machine) => format!("in the firmware's set-up (BIOS) of this {machine}"),

@@ -32,7 +32,7 @@ impl Devices {
         self.all.iter().filter(|device| self.is_wanted(device))
     }
 
-    /// Whether the host uses a device itself; where that cannot be told, it does.
+    /// Whether the host uses a device; also if that is unknown.
     pub(super) fn is_needed(&self, device: &HostDevice) -> bool {
         match &self.uses {
             Ok(uses) => uses.iter().any(|guarded| guarded.bdf == device.bdf),
@@ -40,7 +40,7 @@ impl Devices {
         }
     }
 
-    /// Whether a group has its virtual functions made of a device, which its driver does.
+    /// Whether a group creates virtual functions of a device, which needs its driver.
     pub(super) fn makes_functions(&self, device: &HostDevice) -> bool {
         let mut groups = self.groups.iter().flat_map(Groups::iter);
         groups.any(|group| {
@@ -141,7 +141,7 @@ fn host_needs(devices: &Devices) -> Finding {
     )
 }
 
-/// An IOMMU group goes to one VM as a whole.
+/// An IOMMU group is given to one VM as a whole.
 fn iommu_groups(devices: &Devices) -> Vec<Finding> {
     let groups = devices.iommu_groups();
     if groups.is_empty() {
@@ -226,7 +226,7 @@ fn shared(devices: &Devices, number: u32, members: &[&HostDevice]) -> Vec<(Level
     problems
 }
 
-/// The kernel gives no device to a VM that the firmware wants mapped one to one for ever.
+/// The kernel gives no device to a VM that the firmware needs mapped one to one (RMRR).
 fn reserved(devices: &Devices) -> Option<Finding> {
     let groups = devices.iommu_groups();
     let finding =

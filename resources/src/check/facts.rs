@@ -1,4 +1,4 @@
-//! The facts that the check reads, at one moment and without changing anything.
+//! The facts of the check, read once and without changing anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -40,27 +40,27 @@ pub(super) struct Facts {
     pub(super) user: String,
     pub(super) cpu: Cpu,
     pub(super) kvm: NodeAccess,
-    /// Whether VMs may run VMs; none where KVM is not loaded.
+    /// Whether KVM allows nested VMs; none if KVM is not loaded.
     pub(super) nested: Option<bool>,
     pub(super) iommu: Iommu,
     pub(super) modules: Modules,
-    /// The node that every container of VFIO is opened by.
+    /// The node that every VFIO container is opened by.
     pub(super) vfio: NodeAccess,
     /// The node of iommufd; missing too if the kernel makes no cdevs.
     pub(super) iommufd: NodeAccess,
     pub(super) modprobe: Modprobe,
-    /// Parameters of loaded modules that make the host unsafe and are switched on.
+    /// Unsafe parameters of loaded modules that are switched on.
     pub(super) unsafe_parameters: Vec<PathBuf>,
     pub(super) devices: Devices,
-    /// Virtual GPUs that the kernel does not come back from.
+    /// Virtual GPUs for which the kernel has not returned.
     pub(super) hanging: Vec<HungVgpu>,
     pub(super) memory: Memory,
     pub(super) boot: Boot,
-    /// Why no VM starts for now.
+    /// Why no VM starts at present (maintenance).
     pub(super) maintenance: Option<String>,
 }
 
-/// The configuration that the kernel was built with, where /boot has it.
+/// The configuration of the running kernel, if /boot has it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct KernelConfig(pub(super) Option<String>);
 
@@ -77,7 +77,7 @@ impl KernelConfig {
         Some(config.lines().any(|line| line == yes))
     }
 
-    /// Whether the option was left out, and not only unknown to that version of Linux.
+    /// Whether the option was left out; an option that this version of Linux does not know was not.
     pub(super) fn leaves_out(&self, option: &str) -> bool {
         let no = format!("# {option} is not set");
         let config = self.0.as_deref().unwrap_or_default();
@@ -93,9 +93,10 @@ pub(super) struct Devices {
     pub(super) groups: Result<Groups, String>,
     /// Devices of groups and device specs, and those that the command names.
     pub(super) wanted: BTreeSet<HostBdf>,
-    /// Of these, the ones that are bound when a VM takes them.
+    /// Of these, the ones that are bound when a VM starts.
     pub(super) on_demand: BTreeSet<HostBdf>,
-    /// The host's uses of the wanted devices and their neighbours, or why they are unknown.
+    /// The host's uses of the wanted devices and of the other devices in their IOMMU groups, or why they are
+    /// unknown.
     pub(super) uses: Result<Vec<Guarded>, String>,
     /// The module that each driver comes from; drivers of the kernel's image have none.
     pub(super) driver_modules: BTreeMap<String, String>,
@@ -200,7 +201,7 @@ fn root(paths: &HostPaths) -> PathBuf {
     paths.proc.join("self/root")
 }
 
-/// An attribute's text; empty if there is none to be had.
+/// An attribute's text; empty if it cannot be read.
 pub(super) fn text(path: &Path) -> String {
     sysfs::text(path).ok().flatten().unwrap_or_default()
 }
@@ -238,7 +239,7 @@ fn machine(dmi: &Path) -> Option<String> {
     (!names.is_empty()).then(|| names.to_owned())
 }
 
-/// The name of the effective user, or a word that stands for it.
+/// The name of the effective user, or a placeholder.
 fn user(paths: &HostPaths, root: &Path) -> String {
     let status = sysfs::table(&paths.proc.join("self/status")).unwrap_or_default();
     let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));

@@ -1,4 +1,4 @@
-//! The kernel's command line in the configuration of GRUB: /etc/default/grub and what overrides it.
+//! The kernel's command line in the configuration of GRUB: /etc/default/grub and the files that override it.
 
 use std::path::Path;
 
@@ -8,12 +8,12 @@ use crate::base::sysfs;
 pub(super) const USUAL: &str = "GRUB_CMDLINE_LINUX_DEFAULT";
 pub(super) const ALWAYS: &str = "GRUB_CMDLINE_LINUX";
 
-/// An assignment of words to the command line, which no later one replaces.
+/// An assignment to the command line that no later one replaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Setting {
-    /// The file that has it.
+    /// Its file.
     pub(super) file: String,
-    /// The variable, with the operator, `GRUB_CMDLINE_LINUX=`; none where the file is the command line.
+    /// The variable, with the operator, `GRUB_CMDLINE_LINUX=`; none if the file is the command line itself.
     pub(super) variable: Option<String>,
     /// Its words. `$GRUB_CMDLINE_LINUX` refers to the previous value.
     pub(super) line: CommandLine,
@@ -37,8 +37,8 @@ impl Setting {
     }
 }
 
-/// The assignments that count, in the order in which grub-mkconfig reads them: the scripts in
-/// /etc/default/grub.d come after the file.
+/// The effective assignments, in the order in which grub-mkconfig reads them: the file, then the scripts in
+/// /etc/default/grub.d.
 pub(super) fn settings(root: &Path) -> Vec<Setting> {
     let dir = "etc/default/grub.d";
     let scripts = sysfs::entries(&root.join(dir)).unwrap_or_default();
@@ -65,7 +65,7 @@ pub(super) fn settings(root: &Path) -> Vec<Setting> {
     found
 }
 
-/// Whether a value has `$name` or `${name}`; the name of one variable is the beginning of the other's.
+/// Whether a value has `$name` or `${name}`. The name of one variable is the beginning of the other's.
 fn refers_to(value: &str, name: &str) -> bool {
     value.split('$').skip(1).any(|rest| {
         let rest = rest.strip_prefix('{').unwrap_or(rest);
@@ -76,7 +76,7 @@ fn refers_to(value: &str, name: &str) -> bool {
     })
 }
 
-/// The variable, the operator and the value of a shell's assignment to one of the two.
+/// The variable, the operator and the value of a shell assignment to one of the two variables.
 fn assignment(line: &str) -> Option<(&'static str, &'static str, String)> {
     let line = line.trim_start();
     let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
@@ -90,7 +90,7 @@ fn assignment(line: &str) -> Option<(&'static str, &'static str, String)> {
     })
 }
 
-/// A value without its quotes and what follows them.
+/// A value without its quotes and without the text after them.
 fn unquoted(value: &str) -> String {
     let Some(quote) = value.chars().next().filter(|first| "\"'".contains(*first)) else {
         return value

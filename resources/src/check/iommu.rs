@@ -1,5 +1,5 @@
-//! The IOMMU: on, off by the firmware or off by the kernel's command line; does it remap interrupts;
-//! what does it cost the host's own devices.
+//! The IOMMU: on, or off by the firmware or the kernel's command line; interrupt remapping; and its cost for the
+//! host's own devices.
 
 use std::path::Path;
 
@@ -12,14 +12,14 @@ use crate::base::sysfs;
 /// The IOMMUs that the kernel and the firmware show.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Iommu {
-    /// ACPI tables, by their signatures; none at all where the directory is hidden, as in containers.
+    /// ACPI tables by their signatures; none if the directory is hidden, as in containers.
     pub(super) tables: Vec<String>,
     /// The units that the kernel uses: `/sys/class/iommu`.
     pub(super) units: Vec<Unit>,
-    /// Default domain types of the groups, such as `DMA-FQ` or `identity`; groups that VFIO makes up
-    /// where there is no IOMMU are not among them.
+    /// Default domain types of the IOMMU groups, such as `DMA-FQ` or `identity`, without the groups that VFIO
+    /// creates on a host without IOMMU.
     pub(super) groups: Vec<String>,
-    /// Whether interrupts are remapped; none where /proc/interrupts does not tell.
+    /// Whether interrupts are remapped; none if /proc/interrupts does not show it.
     pub(super) remapped: Option<bool>,
 }
 
@@ -46,17 +46,17 @@ enum State {
     On,
     /// These words of the command line switch it off.
     Words(Vec<String>),
-    /// The kernel was built without.
+    /// The kernel was built without support for it.
     NotBuilt(&'static str),
-    /// This kernel leaves Intel's off unless asked.
+    /// This kernel uses Intel's only if the command line asks for it.
     NotAsked,
-    /// The firmware shows one, the kernel was not kept from it, and yet.
+    /// The firmware shows one, and the kernel does not use it although nothing forbids that.
     Refused,
     /// The firmware shows none.
     Firmware,
-    /// This host is a virtual machine that was given none.
+    /// This host is a virtual machine without one.
     Guest,
-    /// The firmware's tables cannot be seen.
+    /// The firmware's tables are not visible.
     Hidden,
 }
 
@@ -162,7 +162,7 @@ fn state(facts: &Facts, kind: Kind) -> State {
     }
 }
 
-/// The words that keep the kernel from the IOMMU.
+/// The words that keep the kernel from using the IOMMU.
 fn off_words(facts: &Facts, kind: Kind) -> Vec<String> {
     let line = &facts.cmdline;
     let mut words: Vec<String> = line
@@ -243,7 +243,7 @@ fn asked(kind: Kind) -> Option<&'static str> {
     (kind == Kind::Intel).then_some("intel_iommu=on")
 }
 
-/// The virtual IOMMU that QEMU gives to guests of either make is Intel's.
+/// QEMU's guests get a virtual IOMMU of Intel's kind, whatever their processor.
 fn asked_in_guest(facts: &Facts) -> Option<&'static str> {
     (facts.cpu.vendor != Vendor::Other).then_some("intel_iommu=on")
 }
@@ -318,7 +318,7 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
 fn host_devices(facts: &Facts) -> Finding {
     let finding =
         |reason: &str| Finding::new("host-devices", "Host's own devices", Level::Ok, reason);
-    // Single groups are direct on any host: some devices ask for it.
+    // Single groups are direct on any host: some devices need it.
     let direct = facts.iommu.groups.iter().filter(|kind| *kind == "identity");
     if direct.count() * 2 > facts.iommu.groups.len() {
         return finding("bypass the IOMMU (iommu=pt)");
@@ -329,7 +329,7 @@ fn host_devices(facts: &Facts) -> Finding {
     )
 }
 
-/// A patch that some kernels carry makes IOMMU groups smaller than the hardware's isolation.
+/// Some kernels have a patch that makes IOMMU groups smaller than the hardware isolates.
 fn acs(facts: &Facts) -> Finding {
     let finding = |level, reason: &str| Finding::new("acs-override", "ACS override", level, reason);
     let words: Vec<String> = facts

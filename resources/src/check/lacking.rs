@@ -1,4 +1,4 @@
-//! Devices that a VM gets only if their entry allows it: those without interrupts, and those without a reset.
+//! Devices that a VM gets only if their entry allows it: those without interrupts or without a reset.
 
 use super::facts::Devices;
 use super::{Finding, Level};

@@ -1,4 +1,4 @@
-//! Which boot loader started this kernel, and what changes the command line that it gives.
+//! The boot loader that started this kernel, and how to change the kernel's command line.
 
 use std::fs;
 use std::path::Path;
@@ -9,28 +9,28 @@ use super::grub::{self, Setting};
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 
-/// What changes the command line of the next boot.
+/// How to change the command line of the next boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Loader {
-    /// A line of a file (GRUB, systemd-boot), and this command that writes the menu.
+    /// Change a line of a file (GRUB, systemd-boot), then run this command, which writes the menu.
     Edited(&'static str),
-    /// Fedora's and Red Hat's tool.
+    /// The tool of Fedora and Red Hat.
     Grubby,
-    /// That of systems which come as a whole (rpm-ostree).
+    /// The tool of image-based systems (rpm-ostree).
     Ostree,
-    /// An entry of systemd-boot's that nothing writes.
+    /// Change an entry of systemd-boot that no tool writes.
     Entry,
     #[default]
     Unknown,
 }
 
-/// The first entry of the boot loader's menu, or that which was started.
+/// The first entry of the boot loader's menu, or the one that was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Menu {
-    /// The file that has it.
+    /// The file of the entry.
     pub(super) file: String,
     pub(super) line: CommandLine,
-    /// Whether it was there already when the running kernel was started.
+    /// Whether it existed already when the running kernel was started.
     pub(super) before_boot: bool,
 }
 
@@ -38,12 +38,12 @@ pub(super) struct Menu {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Found {
     pub(super) loader: Loader,
-    /// The words that the loader's menu is made of.
+    /// The words of the configuration that the menu is made from.
     pub(super) settings: Vec<Setting>,
     pub(super) menu: Option<Menu>,
 }
 
-/// Who started the running kernel.
+/// The boot loader that started the running kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Started {
     Grub,
@@ -79,7 +79,7 @@ impl Found {
             _ if !of_file => Vec::new(),
             Started::SystemdBoot => kernel_cmdline(root, running),
             Started::Unknown if of_grub(root) == Loader::Unknown => kernel_cmdline(root, running),
-            // Without a hint Proxmox has systemd-boot.
+            // Proxmox boots by systemd-boot unless something shows another loader.
             Started::Unknown if loader == Loader::Edited(PROXMOX) => kernel_cmdline(root, running),
             _ => grub::settings(root),
         };
@@ -92,8 +92,8 @@ impl Found {
     }
 }
 
-/// GRUB begins the command line with the image. systemd-boot tells who it is; it and the firmware begin the
-/// path of an initrd with a backslash.
+/// GRUB begins the command line with the image. systemd-boot names itself in a variable; it and the firmware begin
+/// the path of an initrd with a backslash.
 fn started(paths: &HostPaths, running: &CommandLine) -> Started {
     let info = efi_variable(paths, "LoaderInfo");
     let backslash = |(_, value): (&str, &str)| value.starts_with('\\');
@@ -113,8 +113,8 @@ fn started(paths: &HostPaths, running: &CommandLine) -> Started {
     }
 }
 
-/// The text of a variable of the boot loader interface; empty if there is none. It is UTF-16 behind four
-/// bytes of attributes.
+/// The text of a variable of the boot loader interface; empty if there is none. It is UTF-16, after four bytes of
+/// attributes.
 fn efi_variable(paths: &HostPaths, name: &str) -> String {
     let vendor = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
     let file = format!("firmware/efi/efivars/{name}-{vendor}");
@@ -165,15 +165,15 @@ fn of_systemd_boot(root: &Path, menu: Option<&Menu>) -> Loader {
     }
 }
 
-/// Whether kernel-install made an entry: their names begin with the machine's id.
+/// Whether kernel-install made an entry: such names begin with the machine's id.
 fn is_made(root: &Path, menu: &Menu) -> bool {
     let id = sysfs::table(&root.join("etc/machine-id")).unwrap_or_default();
     let name = menu.file.rsplit('/').next().unwrap_or_default();
     !id.trim().is_empty() && name.starts_with(id.trim())
 }
 
-/// The line that kernel-install gives to every kernel. Without a file it takes the running kernel's, less
-/// what the boot loader put in.
+/// The line that kernel-install gives to every kernel. Without a file it takes the running kernel's line, without
+/// the words of the boot loader.
 fn kernel_cmdline(root: &Path, running: &CommandLine) -> Vec<Setting> {
     let file = ["etc/kernel/cmdline", "usr/lib/kernel/cmdline"];
     let text = file.iter().find_map(|path| {
@@ -198,7 +198,7 @@ fn grub_menu(root: &Path) -> Option<Menu> {
         .find_map(|path| menu(root, path, &["linux", "linuxefi"]))
 }
 
-/// An entry of the Boot Loader Specification: that which systemd-boot started, or the last.
+/// An entry of the Boot Loader Specification: the one that systemd-boot started, or the last.
 fn entry(paths: &HostPaths, root: &Path) -> Option<Menu> {
     let selected = efi_variable(paths, "LoaderEntrySelected");
     let dirs = [
@@ -238,7 +238,7 @@ fn menu(root: &Path, path: &str, keys: &[&str]) -> Option<Menu> {
     })
 }
 
-/// Tells whether a menu is older than this boot (`btime` of /proc/stat, in seconds since 1970).
+/// Whether a menu is older than this boot (`btime` of /proc/stat, in seconds since 1970).
 fn aged(paths: &HostPaths, root: &Path, menu: Menu) -> Menu {
     let stat = sysfs::table(&paths.proc.join("stat")).unwrap_or_default();
     let booted = stat.lines().find_map(|line| line.strip_prefix("btime "));

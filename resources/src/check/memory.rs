@@ -1,4 +1,4 @@
-//! How much memory may be pinned, and how large its pages are.
+//! The limit for pinned memory, and huge pages.
 
 use std::path::Path;
 
@@ -13,19 +13,18 @@ use crate::facts::memlock;
 pub(super) struct Memory {
     /// Bytes that this user may pin; none without a limit.
     pub(super) memlock: Option<u64>,
-    /// Bytes of RAM; none if the kernel does not say.
+    /// Bytes of RAM; none if the kernel does not show it.
     pub(super) total: Option<u64>,
-    /// When the kernel makes huge pages of its own accord: `always`, `madvise` or `never`; none if it
-    /// cannot.
+    /// When the kernel uses transparent huge pages: `always`, `madvise` or `never`; none if it cannot.
     pub(super) transparent: Option<String>,
-    /// Pools of huge pages: KiB of a page, how many there are, how many of them are free.
+    /// Pools of huge pages: size of a page in KiB, number of pages, free pages.
     pub(super) pools: Vec<(u64, u64, u64)>,
 }
 
 const MIB: u64 = 1 << 20;
 /// The memory that a VM needs beside its RAM, as the check before a start counts it.
 const SLACK: u64 = 64 * MIB;
-/// Less RAM than this is no VM that anybody gives a device.
+/// The least RAM of a VM that gets a device.
 const SMALL_VM: u64 = 256 * MIB;
 
 impl Memory {
@@ -115,7 +114,7 @@ fn memlock(facts: &Facts) -> Finding {
         facts.user,
         limit / MIB
     );
-    // All of the host's RAM: a limit that no VM meets before the RAM itself runs out.
+    // The limit is all of the host's RAM: no VM reaches it before the RAM is used up.
     let amount = facts
         .memory
         .total

@@ -36,18 +36,18 @@ use facts::Facts;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Level {
-    /// As it should be.
+    /// Good.
     Ok,
     /// It works, at a price or a risk, or a device is not ready.
     Warn,
-    /// No VM with a device can start, or the host is not safe from its guests.
+    /// No VM with a device can start, or guests can attack the host.
     Fail,
 }
 
-/// Something to do or to know.
+/// A recommended action, or information.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Advice {
-    /// The advice and its reason, in a sentence.
+    /// The action and its reason, in one sentence.
     pub text: String,
     /// Lines to copy: commands, or the content of a file.
     pub lines: Vec<String>,
@@ -56,11 +56,11 @@ pub struct Advice {
 /// The answer to one question about the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// The question, for programs: `iommu`, `memlock`, ...
+    /// The name of the check, for programs: `iommu`, `memlock`, ...
     pub check: &'static str,
-    /// The question, for people.
+    /// The name of the check, for people.
     pub title: &'static str,
-    /// How bad the answer is.
+    /// The level.
     pub level: Level,
     /// What was found.
     pub reason: String,
@@ -71,21 +71,21 @@ pub struct Finding {
     words: Change,
 }
 
-/// The change of the kernel's command line, and how to make it on this machine.
+/// A change of the kernel's command line, and how to make it on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CommandLineChange {
     /// Words to add.
     pub add: Vec<String>,
     /// Words to remove.
     pub remove: Vec<String>,
-    /// How.
+    /// How to make it.
     pub how: Advice,
 }
 
 /// All that was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
-    /// The worst of the findings' levels.
+    /// The worst level of the findings.
     pub level: Level,
     /// The findings, from the processor up to the devices.
     pub findings: Vec<Finding>,
@@ -93,7 +93,7 @@ pub struct Report {
     pub command_line: Option<CommandLineChange>,
 }
 
-/// The check itself could not be done.
+/// The check could not be done.
 #[derive(Debug, Error)]
 pub enum CheckError {
     /// The devices cannot be read, or a named one does not exist.
@@ -169,7 +169,7 @@ impl Finding {
         }
     }
 
-    /// With one thing more to do.
+    /// Adds an action.
     fn fix(mut self, text: impl Into<String>) -> Self {
         self.fix.push(Advice {
             text: text.into(),
@@ -178,7 +178,7 @@ impl Finding {
         self
     }
 
-    /// With lines to be copied.
+    /// Adds lines to copy.
     fn lines<T: Into<String>>(
         mut self,
         text: impl Into<String>,
@@ -191,13 +191,13 @@ impl Finding {
         self
     }
 
-    /// With words that the kernel's command line should have.
+    /// Adds words for the kernel's command line.
     fn add<T: Into<String>>(mut self, words: impl IntoIterator<Item = T>) -> Self {
         self.words.add.extend(words.into_iter().map(Into::into));
         self
     }
 
-    /// With words that the kernel's command line should not have.
+    /// Adds words to remove from the kernel's command line.
     fn remove<T: Into<String>>(mut self, words: impl IntoIterator<Item = T>) -> Self {
         self.words.remove.extend(words.into_iter().map(Into::into));
         self

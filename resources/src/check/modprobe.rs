@@ -7,7 +7,7 @@ use super::cmdline::{is_yes, underscored};
 use crate::base::sysfs;
 use crate::inventory::modules;
 
-/// Where a module of the kernel is.
+/// Where a kernel module is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ModuleState {
     /// In the running kernel, loaded or built in.
@@ -76,10 +76,10 @@ pub(super) struct Modprobe {
     pub(super) vfio_ids: Vec<String>,
     /// Modules that wait for vfio-pci.
     after_vfio: Vec<String>,
-    /// Modules that are not loaded for their devices (`blacklist`, `install`, `alias`), with the file that says
-    /// so.
+    /// Modules that are not loaded for their devices (`blacklist`, `install`, `alias`), with the file that
+    /// configures it.
     held_back: Vec<(String, String)>,
-    /// Modules that switch the safety of interrupts or of the IOMMU off, with the file that says so.
+    /// Modules whose options switch safety of interrupts or of the IOMMU off, with the file that has them.
     pub(super) unsafe_options: Vec<(String, String)>,
 }
 
@@ -87,7 +87,7 @@ impl Modprobe {
     pub(super) fn read(root: &Path) -> Self {
         let mut all = Self::default();
         let mut seen = BTreeSet::new();
-        // A file hides those of the same name in the directories behind.
+        // A file hides files of the same name in the directories after it.
         for dir in [
             "etc/modprobe.d",
             "run/modprobe.d",
@@ -166,7 +166,7 @@ impl Modprobe {
     }
 }
 
-/// Whether a module is meant by a pattern. `-` and `_` are the same, outside of brackets.
+/// Whether a pattern matches a module. `-` and `_` are the same, outside of brackets.
 fn is_module(pattern: &str, module: &str) -> bool {
     let mut inside = false;
     let pattern: String = pattern
@@ -184,7 +184,7 @@ fn is_module(pattern: &str, module: &str) -> bool {
 
 const UNSAFE: [&str; 2] = ["allow_unsafe_interrupts", "enable_unsafe_noiommu_mode"];
 
-/// The `vendor:device` pairs of a list of ids, which may name subsystem and class as well.
+/// The `vendor:device` pairs of a list of ids, whose entries may have subsystem and class as well.
 pub(super) fn pairs(ids: &str) -> Vec<String> {
     let pair = |id: &str| {
         let mut parts = id.split(':');

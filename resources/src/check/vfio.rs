@@ -1,11 +1,11 @@
-//! VFIO's modules and back ends, and its switches that make a host unsafe.
+//! VFIO's modules and back ends, and unsafe options.
 
 use super::facts::Facts;
 use super::modprobe::ModuleState;
 use super::{Finding, Level};
 use crate::inventory::device::NodeAccess;
 
-/// What gantry uses; `vfio` itself and the core of vfio-pci come along. iommufd does what the second does.
+/// The modules that gantry uses; they load `vfio` and the core of vfio-pci. iommufd can replace the second.
 const NEEDED: [&str; 2] = ["vfio-pci", "vfio_iommu_type1"];
 
 pub(super) fn judge(facts: &Facts) -> Vec<Finding> {
@@ -52,7 +52,7 @@ fn modules(facts: &Facts) -> Finding {
     finding(Level::Ok, format!("{} {verb} loaded", needed.join(" and ")))
 }
 
-/// What VMs can have their devices through. A VM whose file does not say takes the container.
+/// The back ends that VMs can use. A VM whose file names none uses the container.
 fn back_ends(facts: &Facts) -> Finding {
     use NodeAccess::{Denied, Missing, Ready};
     let finding = |level, reason: &str| Finding::new("back-ends", "VFIO back ends", level, reason);
@@ -128,7 +128,7 @@ fn unsafe_interrupts(facts: &Facts) -> Finding {
     )
 }
 
-/// Checks a switch that must be off.
+/// Checks an option that must be off.
 fn switched_off(facts: &Facts, module: &str, name: &str, off: Finding, on: Finding) -> Finding {
     let parameters = facts.unsafe_parameters.iter();
     let parameters: Vec<_> = parameters.filter(|path| path.ends_with(name)).collect();

@@ -1,4 +1,4 @@
-//! Virtual GPUs that the kernel never finished making or removing: each costs its parent a place.
+//! Virtual GPUs that the kernel never finished creating or removing: each takes an instance from its parent.
 
 use super::{Finding, Level};
 use crate::base::host::HostPaths;

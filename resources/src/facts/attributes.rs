@@ -1,7 +1,7 @@
-//! The attributes of one PCI function in sysfs, with as few system calls as they take.
+//! The attributes of one PCI function in sysfs, read with as few system calls as possible.
 //!
-//! A host may have thousands of functions. So the directory is walked to once, what one attribute tells
-//! is not asked of others, and what a function cannot have is not asked for.
+//! A host may have thousands of functions. The directory is opened once, no value is read from two attributes, and
+//! no attribute is read that a function cannot have.
 
 use std::fs::File;
 use std::io;
@@ -27,7 +27,7 @@ pub(crate) struct Attributes {
     dir: OwnedFd,
 }
 
-/// What `modalias` says, which the kernel puts together from what it read when it found the device.
+/// The content of `modalias`, which the kernel builds from what it read when it found the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) id: PciId,
@@ -44,7 +44,7 @@ impl Attributes {
         Ok(present(dir)?.map(|dir| Self { dir }))
     }
 
-    /// What the function is; none if it is gone.
+    /// The identity of the function; none if the function is gone.
     pub(crate) fn identity(&self) -> io::Result<Option<Identity>> {
         let Some(text) = self.text("modalias")? else {
             return Ok(None);
@@ -70,12 +70,12 @@ impl Attributes {
         Ok(Some(text.trim().to_owned()))
     }
 
-    /// Whether there is such an attribute, which need not be one that can be read.
+    /// Whether there is such an attribute, readable or not.
     pub(crate) fn has(&self, name: &str) -> io::Result<bool> {
         Ok(present(fstatat(&self.dir, name, AtFlags::empty()))?.is_some())
     }
 
-    /// A decimal attribute; none also where it is no unsigned number.
+    /// A decimal attribute; none if it is missing or is no unsigned number.
     pub(crate) fn decimal<T: std::str::FromStr>(&self, name: &str) -> io::Result<Option<T>> {
         Ok(self.text(name)?.and_then(|text| text.parse().ok()))
     }
@@ -103,10 +103,10 @@ impl Attributes {
         Ok(names)
     }
 
-    /// Whether the function is on a root bus: its directory is in that of the host bridge.
+    /// Whether the function is on a root bus: its directory is in the host bridge's.
     pub(crate) fn is_on_root_bus(devices: &File, bdf: HostBdf) -> io::Result<bool> {
         let target = match readlinkat(devices, bdf.to_string().as_str()) {
-            // No link: sysfs has one for each device.
+            // It is no link: sysfs has one for each device.
             Err(Errno::EINVAL) => None,
             target => present(target)?,
         };
@@ -125,7 +125,7 @@ impl Attributes {
     }
 }
 
-/// "Not there" is an answer, also of what goes away while being read.
+/// A missing file is no error, also if it disappears while it is read.
 fn present<T>(result: nix::Result<T>) -> io::Result<Option<T>> {
     match result.map_err(Errno::into) {
         Ok(value) => Ok(Some(value)),
@@ -159,7 +159,7 @@ fn identity(modalias: &str) -> Option<Identity> {
     })
 }
 
-/// Which device is at an address; none if none is.
+/// The identity of the device at an address; none if there is none.
 pub(crate) fn id_at(paths: &HostPaths, bdf: HostBdf) -> io::Result<Option<PciId>> {
     let devices = File::open(paths.sysfs.join("bus/pci/devices"))?;
     let identity = match Attributes::open(&devices, bdf)? {

@@ -6,12 +6,12 @@ use std::path::Path;
 
 const FIRST_CAPABILITY: u16 = 0x100;
 const DEVICE_SERIAL_NUMBER: u16 = 0x0003;
-/// Extended config space has room for no more capabilities than this.
+/// The greatest number of capabilities in extended configuration space.
 const MOST_CAPABILITIES: usize = (0x1000 - 0x100) / 8;
 
-/// The serial number of the device whose `config` attribute this is, as sixteen hex digits in pairs.
+/// The serial number of the device with this `config` attribute, as sixteen hex digits in pairs.
 ///
-/// Only root can read beyond the first 64 bytes; others get none.
+/// Only root can read beyond the first 64 bytes; other users get none.
 pub(crate) fn read(config: &Path) -> Option<String> {
     let file = File::open(config).ok()?;
     let number = find(|offset| {
@@ -27,8 +27,8 @@ pub(crate) fn read(config: &Path) -> Option<String> {
     Some(pairs.join("-"))
 }
 
-/// Walks the list (PCIe 7.6.3) to the serial number (PCIe 7.9.3). A dead device reads all-ones, a
-/// broken one may point in circles: both end without a number.
+/// Walks the list (PCIe 7.6.3) to the serial number (PCIe 7.9.3). A dead device reads all-ones, and a broken one
+/// may have a list in a circle: neither gives a number.
 fn find(read: impl Fn(u16) -> Option<u32>) -> Option<u64> {
     let mut offset = FIRST_CAPABILITY;
     for _ in 0..MOST_CAPABILITIES {

@@ -1,4 +1,4 @@
-//! What a PCI function says it is: vendor, device and class, and their names in pci.ids.
+//! The identity of a PCI function: vendor, device and class, with their names in pci.ids.
 
 use std::fmt;
 
@@ -66,13 +66,13 @@ impl PciClass {
         (self.0 >> 8) as u8
     }
 
-    /// A bridge that belongs to the host: to PCI, to ISA, of the host. "Other bridge" (0680) is none:
-    /// NVSwitches carry it and are endpoints.
+    /// A bridge of the host: host, ISA or PCI bridge. "Other bridge" (0680) does not count: NVSwitches have
+    /// this class and are endpoints.
     pub fn is_bridge(self) -> bool {
         self.base() == 0x06 && self.sub() != 0x80
     }
 
-    /// A bridge to a bus of its own (PCI-to-PCI, CardBus): header type 1 or 2.
+    /// A bridge with a secondary bus (PCI-to-PCI, CardBus): header type 1 or 2.
     pub(crate) fn is_bus_bridge(self) -> bool {
         self.base() == 0x06 && matches!(self.sub(), 0x04 | 0x07 | 0x09)
     }

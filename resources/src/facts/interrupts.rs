@@ -15,7 +15,7 @@ const INTERRUPT_PIN: usize = 0x3d;
 const HEADER: usize = 64;
 const MSI: u8 = 0x05;
 const MSIX: u8 = 0x11;
-/// The capabilities that fit behind the header, so that a list in a circle ends.
+/// The number of capabilities that fit behind the header, so that a list in a circle ends.
 const MOST_CAPABILITIES: usize = (256 - HEADER) / 4;
 
 /// Which interrupts a PCI function can raise.
@@ -30,8 +30,8 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// What the `config` attribute of a function says. None if that is not known: the list of capabilities is
-    /// for root only, and a function that does not answer reads all ones.
+    /// Reads the `config` attribute of a function. None if the interrupts are unknown: only root can read the
+    /// list of capabilities, and a function that does not answer reads all-ones.
     pub(crate) fn read(config: &Path) -> Option<Self> {
         let file = File::open(config).ok()?;
         let mut header = [0; HEADER];
@@ -43,7 +43,7 @@ impl Interrupts {
         })
     }
 
-    /// The same of a header, and of the first two bytes of each capability.
+    /// The same for a header and the first two bytes of each capability.
     fn parse(
         header: &[u8; HEADER],
         mut capability: impl FnMut(u64) -> Option<[u8; 2]>,

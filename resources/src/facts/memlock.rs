@@ -8,9 +8,9 @@ use crate::base::sysfs;
 /// CAP_IPC_LOCK of linux/capability.h, as a bit of the effective set.
 const CAP_IPC_LOCK: u64 = 1 << 14;
 
-/// Bytes that this process may lock, which is also what VFIO lets it pin; none if there is no limit.
+/// Bytes that this process may lock, which is also the limit for VFIO; none if there is no limit.
 ///
-/// With CAP_IPC_LOCK the kernel looks at no limit (getrlimit(2), RLIMIT_MEMLOCK).
+/// With CAP_IPC_LOCK the kernel checks no limit (getrlimit(2), RLIMIT_MEMLOCK).
 pub fn memlock_limit(paths: &HostPaths) -> Option<u64> {
     let status = sysfs::table(&paths.proc.join("self/status")).unwrap_or_default();
     let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;

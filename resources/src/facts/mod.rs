@@ -1,4 +1,4 @@
-//! What sysfs and procfs say, without a look at who holds anything.
+//! What sysfs and procfs show, without the holders of devices.
 
 pub(crate) mod alive;
 pub(crate) mod attributes;

@@ -1,4 +1,4 @@
-//! What the host's nvme driver knows of a controller and its disks.
+//! An NVMe controller and its disks, as the host's nvme driver shows them.
 
 use std::path::Path;
 
@@ -34,8 +34,8 @@ impl Nvme {
     }
 }
 
-/// The serial number and the rest, of a PCI function's directory; a device that the nvme driver does not
-/// have tells neither.
+/// The serial number and the description in a PCI function's directory; neither for a device without the nvme
+/// driver.
 pub(crate) fn read(dir: &Path) -> (Option<String>, Option<Nvme>) {
     let dir = dir.join("nvme");
     let controllers = sysfs::entries(&dir).unwrap_or_default();
@@ -61,7 +61,7 @@ fn namespaces(controller: &Path) -> Vec<Namespace> {
         let sectors: u64 = sysfs::decimal(&path.join("size")).ok()??;
         Some(Namespace {
             name: of_all_paths(&entry),
-            // Always of 512 bytes, whatever the disk's own are (Documentation/ABI/stable/sysfs-block).
+            // In sectors of 512 bytes, whatever the disk's own are (Documentation/ABI/stable/sysfs-block).
             bytes: sectors.saturating_mul(512),
         })
     };

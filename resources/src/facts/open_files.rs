@@ -1,4 +1,4 @@
-//! Who has a device open through VFIO, as far as procfs shows it: who is in the way of a write.
+//! Processes that have a device open through VFIO, as procfs shows them: they can block a write.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -27,21 +27,21 @@ impl fmt::Display for User {
     }
 }
 
-/// The processes that have open the device of an attribute, or a virtual function of it. One that is ending
-/// is not to be seen: it closes its files last.
+/// The processes that have a device or a virtual function of it open; `attribute` is one of the device's. A process
+/// that is ending is not visible, as it closes its files last.
 pub(crate) fn users(proc: &Path, attribute: &Path) -> Vec<User> {
     with_open(proc, &nodes(attribute))
 }
 
-/// Those of them that are there to stay.
+/// Those of them that are not ending.
 pub(crate) fn staying(proc: &Path, attribute: &Path) -> Vec<u32> {
     let pids = users(proc, attribute).into_iter().map(|user| user.pid);
     pids.filter(|pid| is_ending(proc, *pid) == Some(false))
         .collect()
 }
 
-/// Whether a process has an IOMMU group: the kernel lets only one open its node, and a process that has a
-/// device of the group open, or mapped, keeps that open too.
+/// Whether a process has an IOMMU group. The kernel lets only one process open its node, and a process that has a
+/// device of the group open, or mapped, keeps the node open too.
 pub(crate) fn is_open(node: &Path) -> bool {
     let mut options = OpenOptions::new();
     options
@@ -52,7 +52,7 @@ pub(crate) fn is_open(node: &Path) -> bool {
     opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
-/// An attribute of the device that a write is about: what is written to its bus names it.
+/// An attribute of the device that a write concerns: a value written to the device's bus names it.
 pub(crate) fn about(attribute: &Path, value: &str) -> PathBuf {
     let device = attribute.with_file_name("devices").join(value);
     match value.parse::<HostBdf>().is_ok() && device.exists() {
@@ -61,7 +61,7 @@ pub(crate) fn about(attribute: &Path, value: &str) -> PathBuf {
     }
 }
 
-/// The end of a sentence that says so.
+/// The end of a sentence that names the process.
 pub(crate) fn words(proc: &Path, attribute: &Path) -> String {
     let found: Vec<String> = users(proc, attribute).iter().map(User::to_string).collect();
     match found.is_empty() {
@@ -70,7 +70,7 @@ pub(crate) fn words(proc: &Path, attribute: &Path) -> String {
     }
 }
 
-/// The ends of the paths of a device's VFIO nodes, and of those of its functions.
+/// The ends of the paths of the VFIO nodes of a device and its functions.
 fn nodes(attribute: &Path) -> Vec<PathBuf> {
     let is_device = |dir: &&Path| dir.join("iommu_group").is_symlink();
     let Some(device) = attribute.ancestors().skip(1).find(is_device) else {
@@ -98,8 +98,8 @@ fn with_open(proc: &Path, nodes: &[PathBuf]) -> Vec<User> {
     open.into_iter().map(|((), user)| user).collect()
 }
 
-/// How many descriptors are looked at. A user's processes may have any number of them: that hides none of other
-/// users, and none of root, of which all are looked at.
+/// The number of descriptors that are read. The processes of a user may have any number of them: this hides none of
+/// other users, and all of root's are read.
 struct Most {
     of_process: usize,
     of_user: usize,
@@ -110,9 +110,8 @@ const MOST: Most = Most {
     of_user: 1 << 18,
 };
 
-/// The processes that have device nodes open. `which` is asked about each descriptor and its target, and
-/// tells which node it is; every process is told once for each node. Processes of other users are not to be
-/// seen without their rights.
+/// The processes that have device nodes open. `which` gets each descriptor and its target, and returns its node;
+/// each process is reported once for each node. A process of another user is visible only with the rights for it.
 pub(crate) fn open_nodes<T: PartialEq>(
     proc: &Path,
     which: impl Fn(&Path, &Path) -> Option<T>,
@@ -146,7 +145,7 @@ fn open_among<T: PartialEq>(
             let Ok(target) = fs::read_link(&descriptor) else {
                 continue;
             };
-            // In a chroot or a container a node may be anywhere.
+            // In a chroot or a container the path of a node may differ.
             let mut is_elsewhere = || {
                 let mounts = mounts.get_or_insert_with(|| mounts_with_nodes(&process));
                 let mount = mount_of(&process, &file.file_name());
@@ -171,7 +170,7 @@ fn open_among<T: PartialEq>(
     found
 }
 
-/// The user that a process runs as. Its directory in procfs may be root's all the same (proc_pid(5)).
+/// The user of a process. Its directory in procfs may still belong to root (proc_pid(5)).
 fn owner(process: &Path) -> Option<u32> {
     let status = sysfs::text(&process.join("status")).ok().flatten()?;
     let mut lines = status.lines();
@@ -179,13 +178,13 @@ fn owner(process: &Path) -> Option<u32> {
     users.split_whitespace().next()?.parse().ok()
 }
 
-/// File systems that nobody has to answer for: a server or a program may be one that does not.
+/// File systems whose server may never answer.
 const LOCAL: [&str; 12] = [
     "btrfs", "devtmpfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "rootfs", "tmpfs",
     "xfs", "zfs",
 ];
 
-/// The numbers of a process's mounts on which a device node can be opened and looked at (`mountinfo`,
+/// The numbers of a process's mounts on which a device node can be opened and examined (`mountinfo`,
 /// proc_pid_mountinfo(5)).
 fn mounts_with_nodes(process: &Path) -> BTreeSet<String> {
     let table = beginning(&process.join("mountinfo"), 1 << 20);
@@ -200,7 +199,7 @@ fn mounts_with_nodes(process: &Path) -> BTreeSet<String> {
     table.lines().filter_map(number).collect()
 }
 
-/// The number of the mount that an open file is on.
+/// The number of the mount of an open file.
 fn mount_of(process: &Path, descriptor: &OsStr) -> Option<String> {
     let about = beginning(&process.join("fdinfo").join(descriptor), 512);
     let number = about
@@ -209,10 +208,10 @@ fn mount_of(process: &Path, descriptor: &OsStr) -> Option<String> {
     Some(number.trim().to_owned())
 }
 
-/// The first bytes of a file: a user may make one of a process's as long as the kernel has memory.
+/// The first bytes of a file: a user can make a process's file as long as the kernel has memory.
 fn beginning(path: &Path, most: u64) -> String {
     let mut bytes = Vec::new();
-    // What cannot be read is empty.
+    // A file that cannot be read counts as empty.
     let _ = File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes));
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -10,7 +10,7 @@ const EXITING: u64 = 4;
 /// Signal 9 in the masks of proc_pid_status(5).
 const KILLED: u64 = 1 << (libc::SIGKILL - 1);
 
-/// Whether a process is ending, or about to; none if it is not to be seen in procfs, which is at `proc`.
+/// Whether a process is ending or has been killed; none if it is not visible in procfs, which is at `proc`.
 pub(crate) fn is_ending(proc: &Path, pid: u32) -> Option<bool> {
     let process = proc.join(pid.to_string());
     let read = |name: &str| fs::read_to_string(process.join(name)).ok();
@@ -19,13 +19,13 @@ pub(crate) fn is_ending(proc: &Path, pid: u32) -> Option<bool> {
     Some(exits || read("status").is_some_and(|status| pending(&status) & KILLED != 0))
 }
 
-/// The seventh field behind the process's name, which may hold anything.
+/// The seventh field after the process's name, which may contain anything.
 fn flags(stat: &str) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(6)?.parse().ok()
 }
 
-/// Signals that wait for the first thread: a kill is told to all of them.
+/// Pending signals of the first thread: a kill is pending for all threads.
 fn pending(status: &str) -> u64 {
     let mask = status
         .lines()

@@ -12,15 +12,15 @@ use crate::base::host::HostPaths;
 /// Why a range is reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReservedKind {
-    /// The firmware wants it mapped one to one (RMRR).
+    /// The firmware needs it mapped one to one (RMRR).
     Direct,
     /// As `Direct`, but only until a driver takes the device.
     DirectRelaxable,
-    /// Never to be mapped.
+    /// It must never be mapped.
     Reserved,
-    /// Message-signalled interrupts go here.
+    /// The target of message-signalled interrupts.
     Msi,
-    /// A kind that this version does not know; best taken for `Reserved`.
+    /// A kind that this version does not know; treat it as `Reserved`.
     Other,
 }
 

@@ -15,9 +15,9 @@ pub struct HostNode {
     pub number: u32,
     /// Its processors; none in a node that is memory only.
     pub cpus: Numbers,
-    /// Bytes of memory that it has; none where the kernel does not say.
+    /// Its memory in bytes; none where the kernel does not show it.
     pub memory: Option<u64>,
-    /// Bytes of it that are free, or would be if caches of files were dropped.
+    /// Bytes that are free, or would be without the page cache.
     pub available: Option<u64>,
 }
 
@@ -61,7 +61,7 @@ impl Meminfo {
         kib?.checked_mul(1024)
     }
 
-    /// About what `MemAvailable` says of the whole host, which no node says of itself.
+    /// An estimate of the node's part of `MemAvailable`, which the kernel shows for the whole host only.
     fn available(&self) -> Option<u64> {
         let caches = ["Active(file)", "Inactive(file)", "SReclaimable"];
         let caches = caches.iter().filter_map(|name| self.of(name));
@@ -69,13 +69,13 @@ impl Meminfo {
     }
 }
 
-/// The processors that run; none where the kernel does not say.
+/// The online processors; none where the kernel does not show them.
 pub fn online_cpus(paths: &HostPaths) -> Option<Numbers> {
     let online = sysfs::text(&paths.sysfs.join("devices/system/cpu/online"));
     online.ok().flatten()?.parse().ok()
 }
 
-/// The node that a device is on; a mediated one is where its parent is. None where the host does not say.
+/// The NUMA node of a device, for a mediated device that of its parent. None where the host does not show it.
 pub fn node_of(paths: &HostPaths, device: DeviceName) -> Option<u32> {
     let owner = match device {
         DeviceName::Pci(bdf) => paths.pci_device(bdf),
@@ -108,7 +108,7 @@ impl Sockets {
         Ok(Self(sockets))
     }
 
-    /// Whether a node shares a socket with one of some nodes.
+    /// Whether a node shares a socket with one of these nodes.
     pub(crate) fn share(&self, node: u32, nodes: &BTreeSet<u32>) -> bool {
         let socket = self.0.get(&node);
         nodes

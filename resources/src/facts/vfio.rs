@@ -11,7 +11,7 @@ use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::sysfs;
 
-/// The kernel interface through which a VM has its devices and maps its RAM for them.
+/// The kernel interface through which a VM gets its devices and maps its RAM for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VfioBackEnd {
     /// A type1 container, which IOMMU groups join.
@@ -21,7 +21,7 @@ pub enum VfioBackEnd {
 }
 
 impl VfioBackEnd {
-    /// The one for a VM that asks for none: the container if the host has both.
+    /// The back end of a VM that asks for none: the container if the host has both.
     pub fn of_host(paths: &HostPaths) -> Self {
         let has = |back_end: Self| back_end.node(paths).exists();
         match !has(Self::Container) && has(Self::Iommufd) {
@@ -30,7 +30,7 @@ impl VfioBackEnd {
         }
     }
 
-    /// The node that gives a new DMA address space.
+    /// The node that gives a new DMA address space when it is opened.
     pub fn node(self, paths: &HostPaths) -> PathBuf {
         match self {
             Self::Container => paths.dev.join("vfio/vfio"),
@@ -72,7 +72,7 @@ pub enum CdevError {
     },
 }
 
-/// Whether the kernel makes cdevs; none where no device is bound to VFIO, which would show it.
+/// Whether the kernel makes cdevs; none if no device is bound to VFIO, as only such a device shows it.
 pub(crate) fn makes_cdevs(paths: &HostPaths) -> Option<bool> {
     let class = paths.sysfs.join("class/vfio-dev");
     let devices = sysfs::entries(&class).unwrap_or_default();

@@ -20,17 +20,17 @@ pub struct VendorType {
     pub title: String,
 }
 
-/// The virtual GPU that a virtual function is, or could be.
+/// The virtual GPU that a virtual function is or can be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VendorVgpu {
     /// The number of its type; 0 for none.
     pub current: u32,
-    /// What it could be now.
+    /// The types that it can get now.
     pub creatable: Vec<VendorType>,
 }
 
 impl VendorVgpu {
-    /// Reads the files of a function's directory; none if it has none.
+    /// Reads the files in a function's directory; none if there are none.
     pub(crate) fn read(dir: &Path) -> Option<Self> {
         let dir = dir.join("nvidia");
         let current = sysfs::decimal(&dir.join("current_vgpu_type")).ok()??;
@@ -42,12 +42,12 @@ impl VendorVgpu {
     }
 }
 
-/// The file that a type is written to.
+/// The file to write a type to.
 pub(crate) fn current(paths: &HostPaths, bdf: HostBdf) -> std::path::PathBuf {
     paths.pci_device(bdf).join("nvidia/current_vgpu_type")
 }
 
-/// Lines of numbers and names with a colon between, under a title.
+/// Reads a title, then lines with number, colon and name.
 fn types(text: &str) -> Vec<VendorType> {
     let one = |line: &str| {
         let (id, title) = line.split_once(':')?;

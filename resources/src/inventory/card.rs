@@ -1,4 +1,4 @@
-//! The unit of allocation: a card, that is, the functions of one physical device.
+//! The unit of allocation: a card, which is the functions of one physical device.
 //!
 //! A card is what shares a slot (domain, bus, device number) and an IOMMU group: a GPU with its audio and USB
 //! functions, or a network card whose ports cannot be isolated. Virtual functions, and ports with an IOMMU group
@@ -29,13 +29,13 @@ impl<'a> Card<'a> {
         std::iter::once(self.first).chain(self.others.iter().copied())
     }
 
-    /// The same with some of its functions only; none if there are none.
+    /// The same with some of its functions; none if there are none.
     pub(crate) fn only(&self, wanted: impl Fn(&HostDevice) -> bool) -> Option<Self> {
         cards(self.functions().filter(|device| wanted(device))).pop()
     }
 }
 
-/// The cards that functions belong to, which come in the order of their addresses.
+/// The cards of these functions, which are in the order of their addresses.
 pub fn cards<'a>(functions: impl IntoIterator<Item = &'a HostDevice>) -> Vec<Card<'a>> {
     let mut cards: Vec<Card<'a>> = Vec::new();
     for device in functions {
@@ -52,16 +52,16 @@ pub fn cards<'a>(functions: impl IntoIterator<Item = &'a HostDevice>) -> Vec<Car
     cards
 }
 
-/// What a device may lack and is given to a VM all the same, as its entry says.
+/// What a device may lack, as its entry allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
     /// Interrupts.
     pub no_interrupts: bool,
-    /// A reset: without, the guest finds what the VM before left in it, and leaves what the next one finds.
+    /// A reset. Without it, the guest finds what the VM before left in the device.
     pub no_reset: bool,
 }
 
-/// On which terms a VM is given a device.
+/// The conditions under which a VM is given a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terms {
     /// Which of the requests it is for, counted from 0.
@@ -72,8 +72,8 @@ pub struct Terms {
     pub must_not_reset: bool,
 }
 
-/// The ways in which the kernel resets a function alone, in its order. It lists a bus reset too for the first of
-/// several functions of a bus, as it looks before it has found the others, and then refuses it.
+/// The methods by which the kernel resets a function alone, in its order. For the first of several functions of a
+/// bus it lists a bus reset too, since it checks before it has found the others, and then refuses it.
 pub fn own_resets<'a>(
     device: &'a HostDevice,
     all: &'a [HostDevice],
@@ -83,9 +83,9 @@ pub fn own_resets<'a>(
     methods.filter(move |method| *method != "bus" || alone())
 }
 
-/// Whether a function is reset between two VMs: the kernel has a method for it, or vfio-pci resets its bus when
-/// the last device of it is closed. It does so where all functions of the bus are in the hands of one VM, hence of
-/// one IOMMU group. For a function that is alone on its bus, a bus reset is among the methods if it works.
+/// Whether a function is reset between two VMs: the kernel has a method for it, or vfio-pci resets its bus when the
+/// last device of it is closed. vfio-pci does so if one VM has all functions of the bus, so if they are in one
+/// IOMMU group. For a function that is alone on its bus, a working bus reset is among the methods.
 pub fn is_reset(device: &HostDevice, all: &[HostDevice]) -> bool {
     if device.must_not_reset.is_some() {
         return false;
@@ -102,8 +102,8 @@ fn on_bus<'a>(device: &HostDevice, all: &'a [HostDevice]) -> impl Iterator<Item 
     all.iter().filter(move |one| address(one) == bus)
 }
 
-/// What a device lacks that its entry does not allow. Interrupts that are not known are asked for again when
-/// the device is opened.
+/// What a device lacks and its entry does not allow. Unknown interrupts are checked again when the device is
+/// opened.
 pub fn lacks(device: &HostDevice, all: &[HostDevice], allow: Allow) -> Option<UnavailableDevice> {
     let no_interrupts = device
         .interrupts

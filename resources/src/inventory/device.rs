@@ -1,4 +1,4 @@
-//! A PCI function of the host: what sysfs says of it, and who holds it.
+//! A PCI function of the host: its facts from sysfs, and its holder.
 
 use std::fmt;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub enum NodeAccess {
     Denied,
 }
 
-/// One PCI function of the host as it was at the moment of reading.
+/// One PCI function of the host as it was read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HostDevice {
     /// Address.
@@ -45,11 +45,11 @@ pub struct HostDevice {
     pub subsystem: Option<PciId>,
     /// Class code.
     pub class: PciClass,
-    /// Revision id; none in a look that is only to choose a device.
+    /// Revision id; none if the device was read only for a choice.
     pub revision: Option<u8>,
     /// Name of the bound driver.
     pub driver: Option<String>,
-    /// The driver of the host's that it was taken from, until one has it again.
+    /// The host driver that it was detached from, until it is bound to one again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub former_driver: Option<String>,
     /// The only driver that may bind, where one is set.
@@ -64,7 +64,7 @@ pub struct HostDevice {
     pub physfn: Option<HostBdf>,
     /// Serial number of an NVMe controller, remembered while the device is detached.
     pub serial: Option<String>,
-    /// What an NVMe controller says of itself and its disks, remembered like its serial number.
+    /// The description of an NVMe controller and its disks, remembered like the serial number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nvme: Option<Nvme>,
     /// PCIe device serial number (PCIe 7.9.3), eight pairs of hex digits: `00-1b-21-ff-ff-aa-bb-cc`.
@@ -72,7 +72,8 @@ pub struct HostDevice {
     pub dsn: Option<String>,
     /// The interrupts that it has, if they are known: only root can read them.
     pub interrupts: Option<Interrupts>,
-    /// How the kernel can reset it (`reset_method`): "flr", "bus", ...; empty if in no way.
+    /// The methods by which the kernel can reset it (`reset_method`): "flr", "bus", ...; empty if there are
+    /// none.
     pub reset_methods: Vec<String>,
     /// Why it must not be reset, if it must not.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,7 +81,7 @@ pub struct HostDevice {
     /// Whether its bus is a root bus, which is never reset as a whole.
     #[serde(skip)]
     pub on_root_bus: bool,
-    /// The first function of its card, if it is another function of that card.
+    /// The first function of its card, if that is another one.
     #[serde(skip)]
     pub lead: Option<Arc<HostDevice>>,
     /// The firmware's console display.
@@ -88,33 +89,33 @@ pub struct HostDevice {
     /// Types of mediated devices that it can make (`mdev_supported_types`).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mdev_types: Vec<String>,
-    /// The vendor's virtual GPU that it is or could be, if it is a virtual function that can be one.
+    /// The vendor's virtual GPU, if it is a virtual function that is or can be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vgpu: Option<VendorVgpu>,
     /// The VFIO node, for a device in an IOMMU group that is bound to vfio-pci.
     pub node: Option<NodeAccess>,
-    /// Who has leased the device.
+    /// Its lease.
     pub lease: LeaseStatus,
     /// Why it is in quarantine, if it is.
     pub quarantine: Option<String>,
 }
 
-/// What a device is to the host.
+/// The state of a device.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]
 pub enum DeviceState {
-    /// A driver of the host has it.
+    /// Bound to a host driver.
     Attached,
-    /// It is with vfio-pci and free.
+    /// Bound to vfio-pci, and free.
     Detached,
-    /// A VM has leased it.
+    /// Leased by a VM.
     Assigned {
-        /// Name of the VM; none if the record is not to be had.
+        /// Name of the VM; none if the record cannot be read.
         vm: Option<String>,
     },
-    /// No driver has it.
+    /// Bound to no driver.
     Unbound,
-    /// No VM gets it for now.
+    /// In quarantine.
     Quarantined {
         /// Why.
         reason: String,
@@ -122,9 +123,9 @@ pub enum DeviceState {
 }
 
 impl HostDevice {
-    /// Who has the device: a VM, a driver of the host, vfio-pci, nobody.
+    /// The state of the device.
     ///
-    /// While a command moves it between drivers, the driver it has at that moment decides.
+    /// While a command moves it between drivers, its present driver decides.
     pub fn state(&self) -> DeviceState {
         match &self.lease {
             LeaseStatus::Held(record) if record.kind == LeaseKind::Vm => DeviceState::Assigned {
@@ -142,7 +143,7 @@ impl HostDevice {
         }
     }
 
-    /// Why it, or its card, is in quarantine.
+    /// Why it or its card is in quarantine.
     pub(crate) fn kept_out(&self) -> Option<&str> {
         let card = self.first_function().quarantine.as_deref();
         self.quarantine.as_deref().or(card)
@@ -178,7 +179,7 @@ impl HostDevice {
         self.class.is_bridge()
     }
 
-    /// Whether it can be one of several functions of a card: virtual functions are devices of their own.
+    /// Whether it can be one of several functions of a card: virtual functions are cards of their own.
     pub(crate) fn may_share_card(&self) -> bool {
         self.physfn.is_none() && !self.is_bridge()
     }
@@ -196,8 +197,8 @@ impl HostDevice {
         self.lead.as_deref().unwrap_or(self)
     }
 
-    /// Whether VFIO lets other devices of this one's IOMMU group be assigned: the kernel asks that no
-    /// driver of the host does DMA from the group (Documentation/driver-api/vfio.rst, "Groups").
+    /// Whether VFIO lets other devices of its IOMMU group be assigned: the kernel requires that no host driver
+    /// does DMA from the group (Documentation/driver-api/vfio.rst, "Groups").
     pub(crate) fn leaves_group_viable(&self) -> bool {
         match self.driver.as_deref() {
             None | Some("pci-stub") => true,
@@ -212,7 +213,7 @@ pub(crate) fn is_vfio_driver(name: &str) -> bool {
     name == "vfio-pci" || name.ends_with("-vfio-pci")
 }
 
-/// What a function is in the eyes of SR-IOV.
+/// The kind of a function in SR-IOV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum DeviceType {
     /// A function without SR-IOV.
@@ -227,7 +228,7 @@ pub enum DeviceType {
 }
 
 impl DeviceType {
-    /// What a device is.
+    /// The kind of a device.
     pub fn of(device: &HostDevice) -> Self {
         match (device.physfn, device.sriov) {
             (Some(_), _) => Self::Vf,

@@ -1,4 +1,4 @@
-//! What a device was before it was detached, so that reattaching restores it.
+//! The state of a device before it was detached, which reattaching restores.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,17 +11,16 @@ use crate::inventory::device::{HostDevice, is_vfio_driver};
 
 /// The record of a device that is moved from its driver: removed after reattaching.
 ///
-/// It is a memory, never the truth: it counts only while sysfs shows that the device at this address
-/// is still the one that was detached.
+/// It counts only while sysfs shows that the device at this address is still the one that was detached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DriverRecord {
-    /// Vendor and device id at that time, in their shown form.
+    /// Vendor and device id at that time, as they are shown.
     id: String,
     /// Device serial number at that time.
     dsn: Option<String>,
-    /// The NVMe serial, which only the host's driver can ask for.
+    /// The NVMe serial number, which only the host's driver can read.
     pub(crate) serial: Option<String>,
-    /// What else it said of itself.
+    /// The rest of the NVMe controller's description.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) nvme: Option<Nvme>,
     /// The driver that had the device.
@@ -31,7 +30,7 @@ pub(crate) struct DriverRecord {
     /// The network interfaces that it had, which `devname` names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) interfaces: Vec<String>,
-    /// A VM took the device for as long as it runs: the host gets it back without being asked.
+    /// A VM took the device while it runs: the host gets it back when the VM ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) demand: bool,
 }
@@ -54,17 +53,17 @@ impl DriverRecord {
         }
     }
 
-    /// The record, if there is one that speaks of the hardware that is there now.
+    /// The record, if there is one about the hardware that is there now.
     ///
-    /// A device put in the place of another one comes up without the override that detaching sets.
+    /// A device that was put in the place of another one has not the override that detaching sets.
     pub(crate) fn of_detached(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         let set = device.driver_override.as_deref();
         set.filter(|driver| is_vfio_driver(driver))?;
         Self::of_hardware(paths, device)
     }
 
-    /// The record of a device that a VM took and that is not yet back as it was, in whichever state
-    /// the giving back was cut short.
+    /// The record of a device that a VM took and that is not fully restored yet, even if restoring was cut
+    /// short.
     pub(crate) fn of_lent(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         let former = Self::of_hardware(paths, device).filter(|former| former.demand)?;
         let with_host = match &former.driver {
@@ -75,12 +74,12 @@ impl DriverRecord {
         (!back).then_some(former)
     }
 
-    /// What is known of a device that was moved, or is on its way.
+    /// The record of a device that was moved, or is being moved.
     pub(crate) fn of_moved(paths: &HostPaths, device: &HostDevice) -> Option<Self> {
         Self::of_detached(paths, device).or_else(|| Self::of_lent(paths, device))
     }
 
-    /// The driver of the host's that a device was taken from, while none has it.
+    /// The host driver that a device was taken from, until it is bound to one again.
     pub(crate) fn driver_of(paths: &HostPaths, device: &HostDevice) -> Option<String> {
         let away = device.driver.is_none() || device.on_vfio();
         Self::of_hardware(paths, device).filter(|_| away)?.driver
@@ -95,7 +94,7 @@ impl DriverRecord {
         Self::all(paths).find(has)
     }
 
-    /// The devices that VMs took, whatever became of them.
+    /// The devices that VMs took, in whatever state.
     pub(crate) fn on_demand(paths: &HostPaths) -> impl Iterator<Item = HostBdf> {
         let marked = |bdf: &HostBdf| Self::load(paths, *bdf).is_some_and(|record| record.demand);
         Self::all(paths).filter(marked)
@@ -112,7 +111,7 @@ impl DriverRecord {
         (former.id == device.id.to_string() && same_dsn).then_some(former)
     }
 
-    /// Takes the mark away from a device that somebody wants detached for good.
+    /// Removes the mark of a VM, since an operator wants the device detached for good.
     pub(crate) fn keep_detached(paths: &HostPaths, device: &HostDevice) {
         let Some(former) = Self::of_lent(paths, device) else {
             return;
@@ -126,7 +125,7 @@ impl DriverRecord {
         }
     }
 
-    /// Forgets a device that was put back as it was, unless the record is older than the attempt and so
+    /// Removes the record of a device that was restored, unless the record is older than the attempt and so
     /// still needed.
     pub(crate) fn forget_unless_older(paths: &HostPaths, before: &HostDevice) {
         if Self::of_detached(paths, before).is_none() {

@@ -12,7 +12,7 @@ use crate::holding::host_lock::LeaseError;
 /// The inventory could not be read.
 #[derive(Debug, Error)]
 pub enum InventoryError {
-    /// A path of sysfs that must be there cannot be read.
+    /// A required path of sysfs cannot be read.
     #[error("cannot read {path}: is sysfs mounted there?")]
     Sysfs {
         /// The path.
@@ -27,7 +27,7 @@ pub enum InventoryError {
         /// Its address.
         bdf: HostBdf,
     },
-    /// It cannot be told who holds a device.
+    /// The holder of a device cannot be read.
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// The list of devices that must not be reset cannot be used.

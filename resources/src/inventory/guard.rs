@@ -1,4 +1,4 @@
-//! What the host itself needs: disks in use, its network, the console display, devices that programs have
+//! Devices that the host itself needs: disks in use, its network, the console display, devices that programs have
 //! open.
 
 mod addresses;
@@ -28,12 +28,12 @@ use network::Network;
 use storage::Storage;
 pub(crate) use uses::{Guarded, HostUse};
 
-/// What the host uses these devices for, one line for each use; empty if they can go.
+/// The host's uses of these devices, one line each; empty if they can be detached.
 pub(crate) fn host_uses(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<Guarded>> {
     uses_with(paths, devices, &addresses::addressed(paths)?)
 }
 
-/// What keeps no device, and may be missed once it is gone: a sentence each.
+/// Effects of detaching that are no reason to refuse it: one sentence each.
 pub(crate) fn doubts(paths: &HostPaths, devices: &[HostDevice]) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
     for device in devices {
@@ -86,7 +86,7 @@ fn uses_with(
         }
         uses.extend(own.into_iter().map(|host_use| Guarded { bdf, host_use }));
     }
-    // All at once, as every process is asked; and only of what nothing else keeps.
+    // Read once for all of them, since every process is examined; and only for devices that have no other use.
     let open = storage.kept_open(paths, &idle);
     uses.extend(open.map(|(bdf, host_use)| Guarded { bdf, host_use }));
     uses.sort_by_key(|one| devices.iter().position(|device| device.bdf == one.bdf));

@@ -1,4 +1,4 @@
-//! Mediated devices: what can make them, of which types, and those there are
+//! Mediated devices: their parents, their types, and the existing ones
 //! (Documentation/driver-api/vfio-mediated-device.rst).
 
 use std::fs;
@@ -17,7 +17,7 @@ use crate::holding::vgpu_records::{Claim, claims, hangs};
 use crate::inventory::device::DeviceState;
 use crate::inventory::error::InventoryError;
 
-/// What is said of a device that the kernel neither made nor removed.
+/// The reason for a device that the kernel has not finished creating or removing.
 pub(crate) const HANGS: &str =
     "the kernel has not finished making or removing it: see `gantry check`";
 
@@ -26,52 +26,52 @@ pub(crate) const HANGS: &str =
 pub struct MdevType {
     /// Its directory's name: "nvidia-222".
     pub id: String,
-    /// Its maker's name for it: "GRID T4-1Q".
+    /// The vendor's name for it: "GRID T4-1Q".
     pub title: Option<String>,
-    /// How many more of it can be made now. Types share what there is.
+    /// How many more can be created now. Types share the parent's resources.
     pub available: u32,
 }
 
-/// A device that makes mediated devices.
+/// A parent of mediated devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MdevParent {
     /// Its name in `/sys/class/mdev_bus`.
     pub name: String,
     /// Its address, if it is a PCI function.
     pub bdf: Option<HostBdf>,
-    /// What it can make.
+    /// The types that it supports.
     pub types: Vec<MdevType>,
 }
 
 /// A mediated device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MdevDevice {
-    /// Its identifier.
+    /// Its UUID.
     pub uuid: Uuid,
     /// The name of its parent.
     pub parent: String,
     /// The id of its type.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Its maker's name for the type.
+    /// The vendor's name for the type.
     pub title: Option<String>,
     /// Its IOMMU group, once a driver has it.
     pub iommu_group: Option<u32>,
-    /// Who has leased it.
+    /// Its lease.
     pub lease: LeaseStatus,
     /// Why no VM gets it.
     #[serde(skip)]
     pub quarantine: Option<String>,
 }
 
-/// All of a host.
+/// The mediated devices of a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Mdevs {
-    /// What makes them.
+    /// Their parents.
     pub parents: Vec<MdevParent>,
-    /// Those that there are.
+    /// The existing devices.
     pub devices: Vec<MdevDevice>,
-    /// Those that are being made, that are a VM's own, or that one left.
+    /// The devices that are being created, that one VM has for itself, or that an ended VM left.
     #[serde(skip)]
     pub(crate) claims: Vec<Claim>,
 }
@@ -85,7 +85,8 @@ impl Mdevs {
             source,
         };
         let mut all = Self::default();
-        // Rooms are counted last: one that is taken meanwhile is counted as taken twice, rather than as free.
+        // Free instances are counted last: a device created meanwhile is counted twice as used, rather than
+        // as free.
         let names = sysfs::entries(&paths.sysfs.join("bus/mdev/devices")).map_err(unreadable)?;
         for uuid in names.iter().filter_map(|name| name.parse().ok()) {
             all.devices.extend(MdevDevice::read(paths, uuid)?);
@@ -94,7 +95,7 @@ impl Mdevs {
         for name in sysfs::entries(&class).map_err(unreadable)? {
             let mut types = types(&class.join(&name)).map_err(unreadable)?;
             if paths.only.is_some() {
-                // A tenant makes none.
+                // A tenant creates none.
                 types.iter_mut().for_each(|kind| kind.available = 0);
             }
             all.parents.push(MdevParent {
@@ -106,21 +107,22 @@ impl Mdevs {
         Ok(all)
     }
 
-    /// How many devices are to come out of a parent's room that it may not have counted yet.
+    /// How many devices must be subtracted from a parent's free instances, since it may not have counted them
+    /// yet.
     pub(crate) fn under_way(&self, parent: &str) -> u32 {
         let claims = self.claims.iter();
         let of_it = |claim: &&Claim| claim.under_way && claim.parent.as_deref() == Some(parent);
         u32::try_from(claims.filter(of_it).count()).unwrap_or(u32::MAX)
     }
 
-    /// Whether a device was made for one VM alone, and goes with it.
+    /// Whether a device was created for one VM, and is removed with it.
     pub(crate) fn is_claimed(&self, uuid: Uuid) -> bool {
         self.claims.iter().any(|claim| claim.uuid == uuid)
     }
 }
 
 impl MdevDevice {
-    /// Reads one; none if it is not there, or no longer.
+    /// Reads one; none if it does not exist.
     pub fn read(paths: &HostPaths, uuid: Uuid) -> Result<Option<Self>, InventoryError> {
         if !paths.shows(uuid) {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! The host's devices: facts and holders joined, and what keeps a device from a VM.
+//! The host's devices: facts joined with holders, and the reasons why a VM cannot have a device.
 
 pub(crate) mod card;
 pub(crate) mod device;

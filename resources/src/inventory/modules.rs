@@ -1,4 +1,4 @@
-//! Which modules of the kernel could drive a device, by the table that depmod makes (modules.alias).
+//! The kernel modules that could drive a device, by depmod's table (modules.alias).
 
 use std::collections::BTreeMap;
 
@@ -10,8 +10,8 @@ use crate::inventory::device::HostDevice;
 /// The lines of modules.alias that are about PCI.
 #[derive(Debug, Default)]
 pub struct KernelModules {
-    /// Patterns such as `v00008086d*sv*sd*bc02sc00i*` with their modules, by the vendor; those for all
-    /// vendors are under none.
+    /// Patterns such as `v00008086d*sv*sd*bc02sc00i*` with their modules, by vendor; those for all vendors are
+    /// under none.
     patterns: BTreeMap<Option<u16>, Vec<(String, String)>>,
 }
 
@@ -73,14 +73,14 @@ impl KernelModules {
     }
 }
 
-/// Why a device has no driver, as far as the kernel's modules tell.
+/// Why a device has no driver, according to the kernel's modules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoDriver {
-    /// This module could drive it, and is not loaded.
+    /// This module can drive it, and is not loaded.
     NotLoaded(String),
-    /// A module that could drive it is there.
+    /// A module that can drive it is loaded.
     Loaded,
-    /// No module that is known claims it.
+    /// No known module supports it.
     NoModule,
 }
 
@@ -99,9 +99,8 @@ impl NoDriver {
     }
 }
 
-/// The module that a driver of PCI devices was loaded from; none where it is part of the kernel's image, and
-/// has its devices before any setting of modprobe counts. A built-in one with parameters has a folder as
-/// well, but never a state.
+/// The module of a PCI driver; none if the driver is part of the kernel's image, and so binds before any
+/// configuration of modprobe is read. A built-in module with parameters has a folder too, but no state.
 pub(crate) fn loaded_module(paths: &HostPaths, driver: &str) -> Option<String> {
     let drivers = paths.sysfs.join("bus/pci/drivers");
     let module = drivers.join(driver).join("module");
@@ -110,7 +109,7 @@ pub(crate) fn loaded_module(paths: &HostPaths, driver: &str) -> Option<String> {
     name.filter(|_| loaded)
 }
 
-/// Whether a pattern of depmod's or of modprobe.d is one of a text (glob(7)).
+/// Whether a shell pattern of depmod or modprobe.d matches a text (glob(7)).
 pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     match (pattern, text) {
         ([], []) => true,
@@ -125,7 +124,7 @@ pub(crate) fn matches(pattern: &[u8], text: &[u8]) -> bool {
     }
 }
 
-/// The class that a bracket opens, and what follows it; none where nothing closes it.
+/// The class that a bracket opens, and the rest of the pattern; none if the bracket is not closed.
 fn class(pattern: &[u8]) -> Option<(impl Fn(u8) -> bool + '_, &[u8])> {
     let negated = matches!(pattern.first(), Some(b'!' | b'^'));
     let members = &pattern[usize::from(negated)..];

@@ -1,4 +1,4 @@
-//! Devices that leave quarantine.
+//! Releases devices from quarantine.
 
 use thiserror::Error;
 
@@ -17,16 +17,16 @@ pub enum ReleaseError {
     /// The records cannot be used.
     #[error(transparent)]
     Record(#[from] QuarantineError),
-    /// The device is not there, or cannot be looked at.
+    /// The device does not exist, or cannot be read.
     #[error(transparent)]
     Inventory(#[from] InventoryError),
-    /// The device is in no quarantine.
+    /// The device is not in quarantine.
     #[error("{bdf} is not in quarantine: `gantry device list` shows the states")]
     NotThere {
         /// The device.
         bdf: HostBdf,
     },
-    /// It is kept out with its card.
+    /// It is in quarantine with its card.
     #[error(
         "{bdf} is kept out because {first}, the first function of its card, is in quarantine: \
          `gantry device release-quarantine {first}`"
@@ -37,7 +37,7 @@ pub enum ReleaseError {
         /// The first function of its card.
         first: HostBdf,
     },
-    /// Somebody has the device.
+    /// The device is held.
     #[error(
         "{bdf} is held by {}: release it when that has ended",
         holder.as_ref().map_or_else(|| "an unknown process".to_owned(), ToString::to_string)
@@ -45,10 +45,10 @@ pub enum ReleaseError {
     Held {
         /// The device.
         bdf: HostBdf,
-        /// Who says that it has it.
+        /// The holder.
         holder: Option<LeaseRecord>,
     },
-    /// The device still is not well.
+    /// The device still does not answer.
     #[error(
         "{bdf} does not answer (it reads all-ones): reset or power-cycle it, or reboot the host, then release it"
     )]
@@ -58,7 +58,7 @@ pub enum ReleaseError {
     },
 }
 
-/// Lets VMs have a device again, if it answers.
+/// Releases a device from quarantine, if it answers.
 pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), ReleaseError> {
     let device = HostDevice::read(paths, bdf)?;
     if device.quarantine.is_none() {
@@ -71,7 +71,7 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Release
     if ConfigSpace::open(paths, bdf).is_some_and(|config| config.is_dead()) {
         return Err(ReleaseError::Dead { bdf });
     }
-    // Taking the lock takes away what its last holder left.
+    // Taking the lock stores the note that the last holder left, so it comes first.
     let record = LeaseRecord::task("gantry device release-quarantine");
     let lock = DeviceLock::take(paths, bdf, &record).map_err(InventoryError::from)?;
     if lock.is_none() {

@@ -1,7 +1,6 @@
-//! The PCI functions of the host, read at the moment of asking.
+//! The PCI functions of the host, read when they are asked for.
 //!
-//! Here facts are joined with who holds each function, whether it is in quarantine, and what it was before
-//! gantry took it from its driver.
+//! This joins the facts of a function with its holder, its quarantine and its driver record.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -32,22 +31,22 @@ use crate::inventory::device::{HostDevice, NodeAccess, Sriov};
 use crate::inventory::driver_record::DriverRecord;
 use crate::inventory::error::InventoryError;
 
-/// The base class of displays; the kernel says of no other device whether the firmware started it.
+/// The base class of displays: only for these the kernel shows whether the firmware started them.
 const DISPLAY: u8 = 0x03;
 
 /// How much of a device is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detail {
-    /// All of it. Reading a serial number touches the hardware: it wakes a sleeping device and waits
-    /// for one that is being reset. Reading an override waits for whoever moves the device.
+    /// Everything. Reading a serial number touches the hardware: it wakes a sleeping device and waits for one
+    /// that is being reset. Reading an override waits for a process that moves the device.
     Full,
-    /// What a choice of devices looks at: all but serial numbers, overrides and revisions.
+    /// The facts for a choice of devices: all but serial numbers, overrides and revisions.
     ForChoice,
 }
 
 /// Every PCI function of the host, in the order of their addresses.
 ///
-/// A device that vanishes during the scan is left out.
+/// A device that disappears during the scan is left out.
 pub fn scan(paths: &HostPaths) -> Result<Vec<HostDevice>, InventoryError> {
     scan_with(paths, Detail::Full)
 }
@@ -96,7 +95,7 @@ impl From<&HostDevice> for Identity {
     }
 }
 
-/// Where devices are read from.
+/// What devices are read from.
 struct Source<'a> {
     paths: &'a HostPaths,
     detail: Detail,
@@ -107,12 +106,12 @@ struct Source<'a> {
     quarantine: Vec<Listed>,
     former: Listed,
     no_reset: NoReset,
-    /// Whether any device can make mediated ones.
+    /// Whether any device can create mediated devices.
     mdev: bool,
 }
 
-/// Names of the files of a directory, so that a device without one is not looked for; none where they
-/// cannot be listed: then each is.
+/// Names of the files of a directory, so that no missing file is opened; none if they cannot be listed: then every
+/// file is tried.
 struct Listed(Option<BTreeSet<String>>);
 
 impl Listed {
@@ -160,8 +159,8 @@ impl<'a> Source<'a> {
         |source| InventoryError::Sysfs { path, source }
     }
 
-    /// Reads a device; none if it is not there, or no longer. `before` are those of lower addresses, as
-    /// far as they have been read.
+    /// Reads a device; none if it does not exist. `before` are the devices of lower addresses, as far as they
+    /// were read.
     fn read(
         &self,
         bdf: HostBdf,
@@ -234,7 +233,7 @@ impl<'a> Source<'a> {
         Ok(Some(device))
     }
 
-    /// The first function of a device's card, read for its sake alone; none if that is the device itself.
+    /// The first function of a device's card, read for that alone; none if it is the device itself.
     fn read_lead(&self, device: &HostDevice) -> Result<Option<HostDevice>, InventoryError> {
         if !device.may_share_card() {
             return Ok(None);
@@ -250,7 +249,7 @@ impl<'a> Source<'a> {
         Ok(None)
     }
 
-    /// A virtual function is reset as its siblings are, and may be where its card may not.
+    /// A virtual function is reset like its siblings. It may be reset even if its card may not.
     fn read_resets(
         &self,
         device: &mut HostDevice,
@@ -269,7 +268,7 @@ impl<'a> Source<'a> {
 
     fn read_serials(&self, device: &mut HostDevice) {
         let dir = self.paths.pci_device(device.bdf);
-        // A virtual function has its physical one's number, or none.
+        // A virtual function has the serial number of its physical function, or none.
         if device.physfn.is_none() {
             device.dsn = dsn::read(&dir.join("config"));
         }
@@ -293,8 +292,8 @@ fn lead_of(device: &HostDevice, before: &[HostDevice]) -> Option<Arc<HostDevice>
     lead.or_else(|| Some(Arc::new(other.clone())))
 }
 
-/// How the kernel can reset a function. It shows the attribute only where it can; before Linux 5.15 it does
-/// not say in which way.
+/// The methods by which the kernel can reset a function. The attribute exists only if there are any; before Linux
+/// 5.15 it does not name them.
 fn reset_methods(attributes: &Attributes) -> io::Result<Vec<String>> {
     if let Some(methods) = attributes.text("reset_method")? {
         return Ok(methods.split_whitespace().map(str::to_owned).collect());
@@ -303,20 +302,20 @@ fn reset_methods(attributes: &Attributes) -> io::Result<Vec<String>> {
     Ok(has.then(|| "unnamed".to_owned()).into_iter().collect())
 }
 
-/// Whether somebody else is moving a device between drivers. That holds the device's lock in the kernel,
-/// for which whoever asks for the override waits, if need be for ever.
+/// Whether another process moves a device between drivers. It then holds the device's lock in the kernel, for which
+/// a read of the override waits, possibly for ever.
 fn moves_elsewhere(device: &HostDevice) -> bool {
     let own = [std::process::id(), parent_id()];
     match device.lease.record() {
-        // A VM's helper moves devices for it.
+        // The helper of a VM moves devices for it.
         Some(record) if record.pid.is_some_and(|pid| own.contains(&pid.get())) => false,
         Some(record) => record.kind == LeaseKind::Task || !device.on_vfio(),
         None => false,
     }
 }
 
-/// Whether a device can be opened: by its group's node, or by its cdev where that is what VMs take, or what this user
-/// was given.
+/// Whether this user can open a device: by its group's node, or by its cdev if VMs use iommufd, or if the user was
+/// given only that.
 fn node_access(paths: &HostPaths, group: u32, bdf: HostBdf) -> NodeAccess {
     let of_cdev = || cdev(paths, bdf.into()).map_or(NodeAccess::Missing, |node| of_node(&node));
     if VfioBackEnd::of_host(paths) == VfioBackEnd::Iommufd {
@@ -336,7 +335,8 @@ fn of_node(node: &Path) -> NodeAccess {
     }
 }
 
-/// What sysfs says of a device at no cost, without serial numbers, VFIO node and lease; none if it is gone.
+/// The facts of a device that cost nothing to read, without serial numbers, VFIO node and lease; none if it does
+/// not exist.
 fn facts(
     attributes: &Attributes,
     bdf: HostBdf,
@@ -361,7 +361,7 @@ fn facts(
         iommu_group: attributes
             .link("iommu_group")?
             .and_then(|name| name.parse().ok()),
-        // A virtual function is where its physical one is.
+        // A virtual function has the NUMA node of its physical function.
         numa_node: match physfn.and_then(|pf| found(before, pf)) {
             Some(card) => card.numa_node,
             None => attributes.decimal("numa_node")?,
@@ -386,10 +386,10 @@ fn facts(
         lease: LeaseStatus::Free,
         quarantine: None,
     };
-    // Last, as a device always has it: attributes of one that vanished on the way would have been taken
-    // for "none".
+    // Read last, as every device has it: attributes of a device that disappeared in between would be read as
+    // missing.
     let told = match sibling(before, physfn) {
-        // It is still there.
+        // The device still exists.
         Some(like) => attributes.link("physfn")?.map(|_| like.into()),
         None => attributes.identity()?,
     };
@@ -411,8 +411,8 @@ fn facts(
     Ok(Some(device))
 }
 
-/// The virtual function before, of the same physical one. The kernel asks the first what it is, and takes
-/// the others for the same (pci_setup_device).
+/// The virtual function before it, of the same physical function. The kernel reads the identity of the first one,
+/// and assumes it for the others (pci_setup_device).
 fn sibling(before: &[HostDevice], physfn: Option<HostBdf>) -> Option<&HostDevice> {
     let last = before.last().filter(|_| physfn.is_some());
     last.filter(|one| one.physfn == physfn)

@@ -1,4 +1,4 @@
-//! How the PCI functions of the host hang together: which port or bridge leads to which device.
+//! The tree of the host's PCI functions: which port or bridge leads to which device.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,17 +7,17 @@ use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::inventory::device::HostDevice;
 
-/// A function with those behind it, in the order of their addresses.
+/// A function with the functions behind it, in the order of their addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TreeNode<'a> {
     /// The function.
     pub device: &'a HostDevice,
-    /// What its secondary bus holds; of a physical function, its virtual ones.
+    /// The functions on its secondary bus; of a physical function, its virtual functions.
     pub children: Vec<TreeNode<'a>>,
 }
 
-/// The functions on the host's root buses, each with those behind it. sysfs has a device's directory in
-/// that of the bridge that leads to it. Virtual functions are below the physical one, which they are part of.
+/// The functions on the host's root buses, each with those behind it. In sysfs, a device's directory is in that of
+/// its bridge. Virtual functions are below their physical function.
 pub fn tree<'a>(paths: &HostPaths, devices: &'a [HostDevice]) -> Vec<TreeNode<'a>> {
     let mut below: BTreeMap<Option<HostBdf>, Vec<&HostDevice>> = BTreeMap::new();
     for device in devices {
@@ -32,7 +32,7 @@ fn nodes<'a>(
     below: &mut BTreeMap<Option<HostBdf>, Vec<&'a HostDevice>>,
     parent: Option<HostBdf>,
 ) -> Vec<TreeNode<'a>> {
-    // Taken out, so that no loop could go on for ever.
+    // Taken out, so that a circle ends.
     let devices = below.remove(&parent).unwrap_or_default();
     let node = |device: &'a HostDevice| TreeNode {
         device,

@@ -1,4 +1,4 @@
-//! Why a device cannot be given to a VM: what the host, other VMs and its IOMMU group have against it.
+//! Why a device cannot be given to a VM: because of the host, other VMs, or its IOMMU group.
 
 mod filter;
 mod words;
@@ -17,15 +17,15 @@ use crate::inventory::device::{HostDevice, NodeAccess};
 use crate::inventory::guard::Guarded;
 pub(crate) use filter::CandidateFilter;
 
-/// Why a device is not free.
+/// Why a device is not available.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
 pub enum Unavailable {
     /// It is a bridge.
     Bridge,
-    /// Somebody holds it.
+    /// It is held.
     Leased {
-        /// Who, if that is recorded.
+        /// The holder, if that is recorded.
         holder: Option<LeaseRecord>,
     },
     /// It counts as held, as its lock file cannot be read.
@@ -40,22 +40,22 @@ pub enum Unavailable {
         /// Why.
         why: String,
     },
-    /// A driver of the host has it.
+    /// It is bound to a host driver.
     HostDriver {
         /// The driver.
         driver: String,
     },
-    /// The host needs it, or one of its IOMMU group, so that no VM may take it on demand.
+    /// The host needs it, or a device of its IOMMU group, so that no VM may take it on demand.
     HostNeeds {
         /// What for.
         need: Guarded,
     },
-    /// Virtual functions of it exist, and would vanish if a VM took it on demand.
+    /// It has virtual functions, which would be destroyed if a VM took it on demand.
     HasVfs {
         /// How many.
         count: u16,
     },
-    /// No driver has it.
+    /// It is bound to no driver.
     Unbound,
     /// It is in no IOMMU group.
     NoIommuGroup,
@@ -66,13 +66,13 @@ pub enum Unavailable {
         /// Those devices and their drivers.
         members: Vec<(HostBdf, String)>,
     },
-    /// Somebody holds another device of its IOMMU group.
+    /// Another device of its IOMMU group is held.
     GroupLeased {
         /// The IOMMU group.
         group: u32,
         /// That device.
         member: HostBdf,
-        /// Who, if that is recorded.
+        /// The holder, if that is recorded.
         holder: Option<LeaseRecord>,
     },
     /// There is no VFIO node for its IOMMU group.
@@ -85,7 +85,7 @@ pub enum Unavailable {
         /// The IOMMU group.
         group: u32,
     },
-    /// A resource group that is defined earlier matches it as well, and owns it.
+    /// A resource group that is defined earlier matches it as well, and has it.
     OtherGroup {
         /// That group.
         owner: String,
@@ -95,33 +95,33 @@ pub enum Unavailable {
         /// The tenant.
         tenant: String,
     },
-    /// The same request asks for it, by its address or otherwise.
+    /// The same request asks for it a second time.
     AskedFor,
     /// The hardware at its address is not what the group's rule was made for.
     Changed {
-        /// What is there now.
+        /// The hardware at the address.
         is: PciId,
     },
-    /// SR-IOV makes something else of it than the alias asks for.
+    /// It is another kind of function (physical, virtual, neither) than the alias asks for.
     DeviceType {
-        /// What it is.
+        /// Its kind.
         is: DeviceType,
-        /// What the alias asks for, if it says.
+        /// The kind that the alias asks for, if any.
         wanted: Option<DeviceType>,
     },
-    /// It is of another resource class than asked for.
+    /// It has another resource class than the one asked for.
     ResourceClass {
         /// Its class.
         is: String,
     },
-    /// An alias asks for devices whose device_spec says other of live migration.
+    /// An alias asks for devices whose device_spec has another value of `live_migratable`.
     Migratable {
-        /// What it must say.
+        /// The value asked for.
         wanted: bool,
     },
     /// It lacks traits that are asked for.
     Traits {
-        /// These.
+        /// The missing traits.
         missing: Vec<String>,
     },
     /// It is too far from the VM.
@@ -136,17 +136,17 @@ pub enum Unavailable {
         /// Why.
         why: String,
     },
-    /// Its physical function is with vfio-pci, and no token lets several have functions of it.
+    /// Its physical function is bound to vfio-pci, and without a token only one VM can have functions of it.
     NoVfToken {
         /// The physical function.
         pf: HostBdf,
     },
-    /// Its physical function is with vfio-pci, and nobody has it.
+    /// Its physical function is bound to vfio-pci, and nobody holds it.
     PfIdle {
         /// The physical function.
         pf: HostBdf,
     },
-    /// Somebody holds a virtual function of it, and no token lets several have functions of it.
+    /// A virtual function of it is held, and without a token only one VM can have functions of it.
     VfHeld {
         /// The virtual function.
         vf: HostBdf,
@@ -161,12 +161,12 @@ pub enum Unavailable {
     NoReset,
     /// It must not be reset, so nothing resets it between two VMs.
     MustNotReset {
-        /// What a reset does to it.
+        /// The damage that a reset does.
         why: String,
         /// Whether the kernel would reset it when a VM opens it. No entry allows that.
         by_kernel: bool,
     },
-    /// Another device asked for with it is of the same physical function.
+    /// Another device of the request has the same physical function.
     SamePf {
         /// The physical function.
         pf: HostBdf,
@@ -174,7 +174,7 @@ pub enum Unavailable {
 }
 
 impl Unavailable {
-    /// Whether it goes by itself, once another VM gives back what it holds.
+    /// Whether it may become available once another VM releases a device.
     pub fn is_temporary(&self) -> bool {
         matches!(
             self,
@@ -183,7 +183,7 @@ impl Unavailable {
     }
 }
 
-/// A device that is not free. Shown as a sentence that names the device, the reason and the way out.
+/// A device that is not available. Shown as a sentence with the device, the reason and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct UnavailableDevice {
     /// The device.
@@ -194,7 +194,7 @@ pub struct UnavailableDevice {
 }
 
 impl Unavailable {
-    /// What a lease has against another one.
+    /// Why a lease keeps a device from other VMs.
     fn of_lease(lease: &LeaseStatus) -> Option<Self> {
         match lease {
             LeaseStatus::Free => None,
@@ -211,14 +211,14 @@ impl Unavailable {
 }
 
 impl UnavailableDevice {
-    /// A device that somebody holds.
+    /// A device that is held.
     pub(crate) fn leased(bdf: HostBdf, lease: &LeaseStatus) -> Self {
         let held = Unavailable::Leased { holder: None };
         let why = Unavailable::of_lease(lease).unwrap_or(held);
         Self { bdf, why }
     }
 
-    /// Who has it, where that is what is in the way.
+    /// The holder, if that is the reason.
     pub(crate) fn in_the_way(&self) -> Vec<InTheWay> {
         match &self.why {
             Unavailable::Leased { holder } => vec![(self.bdf.into(), holder.clone())],
@@ -227,7 +227,7 @@ impl UnavailableDevice {
     }
 }
 
-/// One look at the host, with its IOMMU groups at hand.
+/// The host's devices, by IOMMU group.
 pub(crate) struct IommuGroups<'a> {
     groups: BTreeMap<u32, Vec<&'a HostDevice>>,
 }
@@ -248,7 +248,7 @@ impl<'a> IommuGroups<'a> {
         self.groups.get(&group).map_or(&[], Vec::as_slice)
     }
 
-    /// The first thing that keeps a device, which is no bridge, from being assigned.
+    /// The first reason why a device, which is no bridge, cannot be assigned.
     pub(crate) fn unavailable(&self, device: &HostDevice) -> Option<Unavailable> {
         if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
@@ -276,7 +276,7 @@ impl<'a> IommuGroups<'a> {
         })
     }
 
-    /// The first thing that keeps a device from being taken from the host for a VM.
+    /// The first reason why a device cannot be taken from the host for a VM.
     pub(crate) fn unavailable_on_demand(
         &self,
         device: &HostDevice,
@@ -314,8 +314,8 @@ impl<'a> IommuGroups<'a> {
         leased.or(first.filter(|_| bridge))
     }
 
-    /// The first thing that keeps a function of the vendor's from being made a virtual GPU for a VM. The
-    /// host's driver keeps it, and VFIO has it through that.
+    /// The first reason why a function of the vendor's cannot become a virtual GPU for a VM. It stays bound to
+    /// the host's driver, through which VFIO opens it.
     pub(crate) fn unavailable_as_vgpu(&self, device: &HostDevice) -> Option<Unavailable> {
         if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
@@ -359,7 +359,7 @@ impl<'a> IommuGroups<'a> {
     }
 }
 
-/// The record of who holds a device, if somebody does.
+/// The record of the holder, if the device is held.
 fn held(lease: &LeaseStatus) -> Option<Option<LeaseRecord>> {
     lease.is_held().then(|| lease.record().cloned())
 }

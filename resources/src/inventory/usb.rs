@@ -11,10 +11,10 @@ use crate::base::sysfs;
 use crate::facts::ids::PciId;
 use crate::inventory::error::InventoryError;
 
-/// The class of hubs, which belong to the host (USB 3.2, 9.6.1).
+/// The class of hubs, which stay the host's (USB 3.2, 9.6.1).
 const HUB: u32 = 0x09;
 
-/// One USB device of the host as it was at the moment of reading.
+/// One USB device of the host as it was read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct UsbDevice {
     /// Where it is plugged in: the bus, and the ports on the way, such as `1-4.2`; `usb1` for a root hub.
@@ -25,9 +25,9 @@ pub struct UsbDevice {
     pub number: u32,
     /// Vendor and product id.
     pub id: PciId,
-    /// What the device calls its maker.
+    /// The maker's name in the device's descriptor.
     pub manufacturer: Option<String>,
-    /// What the device calls itself.
+    /// The device's name in its descriptor.
     pub product: Option<String>,
     /// Serial number.
     pub serial: Option<String>,
@@ -42,12 +42,12 @@ pub struct UsbDevice {
 }
 
 impl UsbDevice {
-    /// A hub, which belongs to the host: never in a group.
+    /// A hub, which stays the host's and is never in a group.
     pub fn is_hub(&self) -> bool {
         self.class == HUB
     }
 
-    /// The maker's name and the device's own, as far as it says.
+    /// The names of maker and device, as far as the device has them.
     pub fn name(&self) -> Option<String> {
         let names = [&self.manufacturer, &self.product];
         let names: Vec<&str> = names.into_iter().flatten().map(String::as_str).collect();
@@ -81,7 +81,7 @@ fn ports(port: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Reads a device; none if it is not there, or no longer.
+/// Reads a device; none if it does not exist.
 fn read(paths: &HostPaths, dir: &Path, port: &str) -> Option<UsbDevice> {
     let text = |name: &str| {
         let text = sysfs::text(&dir.join(name)).ok().flatten();

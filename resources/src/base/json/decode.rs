@@ -15,24 +15,24 @@ pub(super) fn decode<'de, T: serde::Deserialize<'de>>(node: &'de Node) -> Result
     T::deserialize(Decoder(node))
 }
 
-/// What does not fit, where.
+/// A value that does not fit its type, with its key path.
 #[derive(Debug)]
 pub(super) struct DecodeError {
     /// Key path from the root, such as `devices[0].count`; empty for the root itself.
     pub(super) path: String,
-    /// What is wrong with it.
+    /// The mistake.
     pub(super) misfit: Misfit,
 }
 
-/// The ways in which a tree does not fit a type.
+/// The ways in which a value does not fit a type.
 #[derive(Debug)]
 pub(super) enum Misfit {
     /// There is no key of that name.
     Unknown {
-        /// The keys there are.
+        /// The known keys.
         known: &'static [&'static str],
     },
-    /// A key that is needed is not there.
+    /// A required key is missing.
     Missing,
     /// Another kind of value was expected.
     Type {
@@ -128,7 +128,7 @@ impl serde::de::Error for DecodeError {
     }
 }
 
-/// serde's words for what it expects, in a user's words.
+/// The expectation of serde, in a user's words.
 fn plain(expected: &str) -> String {
     let most = match expected {
         "u8" => u8::MAX.into(),
@@ -144,7 +144,7 @@ fn plain(expected: &str) -> String {
 }
 
 impl Value {
-    /// What stands there, in a user's words.
+    /// The value found, in a user's words.
     pub fn describe(&self) -> String {
         describe(self.unexpected())
     }
@@ -214,7 +214,7 @@ impl<'de> Deserializer<'de> for Decoder<'de> {
         }
     }
 
-    /// An object and nothing else: serde would also take a list, with its items for the fields in their order.
+    /// Accepts an object only: serde would also take a list, with its items for the fields in their order.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _: &'static str,

@@ -1,5 +1,5 @@
 //! The one reader of JSON: files of VMs, groups, plans and tenants, and bodies of API calls. Each mistake is
-//! told as `FILE:LINE:COLUMN: KEY: REASON: REMEDY`.
+//! reported as `FILE:LINE:COLUMN: KEY: REASON: REMEDY`.
 
 mod decode;
 mod place;
@@ -19,7 +19,7 @@ pub use tree::{Entry, Node, Position, Value};
 
 /// The most mistakes of one text that are reported.
 const MOST_MISTAKES: usize = 16;
-/// Likeness, from 0 to 1, from which a known word is offered for an unknown one.
+/// The similarity, from 0 to 1, from which a known word is suggested for an unknown one.
 const ALIKE: f64 = 0.79;
 
 /// A JSON text, and the mistakes that were found in it so far.
@@ -31,7 +31,7 @@ pub struct Document<'a> {
     /// The whole value.
     pub root: Node,
     mistakes: Vec<Mistake>,
-    /// Keys that unknown keys beside them were meant to be: they are not missing.
+    /// Keys for which an unknown key was probably a misspelling: they are not reported as missing.
     meant: Vec<String>,
 }
 
@@ -63,7 +63,8 @@ impl<'a> Document<'a> {
         self.decode_beside(&|_| Vec::new())
     }
 
-    /// The same where more keys are known than the type has: `others` names those of the object at a path.
+    /// The same for objects with more known keys than the type has: `others` returns those of the object at a
+    /// path.
     pub fn decode_beside<T: DeserializeOwned>(
         &mut self,
         others: &dyn Fn(&str) -> Vec<&'static str>,
@@ -78,7 +79,7 @@ impl<'a> Document<'a> {
                 return None;
             }
             self.add(error, others);
-            // Other mistakes are in other parts.
+            // Mistakes in other parts of the text are kept.
             match self.root.find_mut(&part) {
                 Some(node) if !part.is_empty() => node.value = Value::Skipped,
                 _ => return None,
@@ -89,13 +90,13 @@ impl<'a> Document<'a> {
         }
     }
 
-    /// Whether a part is left out because something in it is wrong: so it is not missing.
+    /// Whether a part was left out because of a mistake in it, so that it is not missing.
     fn is_skipped(&self, part: &str) -> bool {
         matches!(self.root.nearest(part).value, Value::Skipped)
     }
 
-    /// Adds a mistake at the value of a key such as `devices[0].count`; the empty path is the whole text. A part
-    /// with a mistake that kept it from being read gets no second one.
+    /// Adds a mistake at the value of a key such as `devices[0].count`; the empty path is the whole text. A
+    /// part that could not be read because of a mistake gets no second one.
     pub fn mistake(&mut self, key: &str, what: impl fmt::Display) {
         if self.is_skipped(part(key)) {
             return;
@@ -128,7 +129,7 @@ impl<'a> Document<'a> {
         }
     }
 
-    /// The path of a key as it is told: a text that is in no file has no lists that anyone could count.
+    /// The path of a key in a message. A text that is in no file has no lists whose items a user could count.
     fn shown<'k>(&self, key: &'k str) -> &'k str {
         match self.file {
             Some(_) => key,
@@ -171,7 +172,7 @@ impl<'a> Document<'a> {
     }
 }
 
-/// Reads a file's text. The file is for errors alone.
+/// Reads a file's text. `file` is only for errors.
 ///
 /// # Errors
 /// All mistakes in it.
@@ -179,8 +180,8 @@ pub fn from_file<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, Json
     whole(Document::parse(file, text)?)
 }
 
-/// Reads a text that is in no file, so that its mistakes have no line: one that is about to be written, or a
-/// part of a command line.
+/// Reads a text that is in no file: one that is about to be written, or a part of a command line. Its mistakes have
+/// no line.
 ///
 /// # Errors
 /// All mistakes in it.
@@ -204,7 +205,7 @@ pub fn unknown_key(path: &str, known: &[&'static str], others: &[&'static str]) 
     format!("unknown key `{}`: {help}", path.escape_debug())
 }
 
-/// The key that an unknown one was meant to be: one that gantry acts on is likelier.
+/// The key that an unknown one was meant to be. Keys that gantry supports come first.
 fn near(key: &str, known: &[&'static str], others: &[&'static str]) -> Option<&'static str> {
     let near = nearest(key, known.iter().copied());
     near.or_else(|| nearest(key, others.iter().copied()))
@@ -215,7 +216,7 @@ fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('.').unwrap_or(("", path))
 }
 
-/// The part of a text that is left out when something in it is wrong: a member of the root, or an item of it.
+/// The part of a text that is left out if it has a mistake: a member of the root, or an item of it.
 fn part(path: &str) -> &str {
     let name = path.find(['.', '[']).unwrap_or(path.len());
     match path.get(name..).and_then(|rest| rest.find(']')) {
@@ -224,7 +225,7 @@ fn part(path: &str) -> &str {
     }
 }
 
-/// The most similar of some words, if any is similar at all.
+/// The most similar of some words, if any is similar.
 pub(crate) fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> Option<&'w str> {
     let word = word.to_lowercase();
     let rated = known.map(|known| {
@@ -237,7 +238,7 @@ pub(crate) fn nearest<'w>(word: &str, known: impl Iterator<Item = &'w str>) -> O
         .map(|(_, known)| known)
 }
 
-/// The rest of a message about an unknown name: the name that was meant, or the command that lists all.
+/// The rest of a message about an unknown name: the most similar name, or the command that lists all.
 pub(crate) fn near_or_list(near: &Option<String>, list: &str) -> String {
     match near {
         Some(near) => format!(": did you mean \"{near}\"?"),
@@ -253,12 +254,12 @@ struct Mistake {
     what: String,
 }
 
-/// What is wrong in a JSON text: one line for each mistake.
+/// The mistakes in a JSON text, one line each.
 #[derive(Debug, PartialEq, Eq)]
 pub struct JsonError(Vec<Mistake>);
 
 impl JsonError {
-    /// A mistake at a place that is known already.
+    /// A mistake at a known place.
     pub(crate) fn new(place: Option<Place>, what: String) -> Self {
         Self(vec![Mistake { place, what }])
     }

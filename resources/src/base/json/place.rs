@@ -1,5 +1,4 @@
-//! Where in a JSON file a key is: mistakes that are seen only when all files are read are told with their
-//! lines too.
+//! The place of a key in a JSON file, for mistakes that show only when all files have been read.
 
 use std::fmt;
 use std::path::Path;

@@ -1,11 +1,11 @@
-//! A JSON text as a tree in which every key and value knows where it was written.
+//! A JSON text as a tree in which every key and value has its place in the text.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// Nesting at which reading gives up; gantry's own files need five levels.
+/// The deepest nesting that is read; gantry's own files need five levels.
 const MAX_DEPTH: usize = 32;
 
 /// A mistake in a text: the byte offset and the message.
@@ -25,7 +25,7 @@ pub struct Position {
 pub struct Node {
     /// Byte offset of the value's first character.
     pub at: usize,
-    /// What stands there.
+    /// The value.
     pub value: Value,
 }
 
@@ -44,7 +44,7 @@ pub enum Value {
     List(Vec<Node>),
     /// An object, in the order it was written.
     Map(Vec<Entry>),
-    /// A value that is not read again: its mistake is known already.
+    /// A value that is not decoded again, since its mistake is known already.
     Skipped,
 }
 
@@ -102,7 +102,7 @@ impl Node {
     }
 }
 
-/// The first key or index of a path, and the path behind it; none for the empty path.
+/// The first key or index of a path, and the rest of the path; none for the empty path.
 fn first_step(path: &str) -> Option<(&str, &str)> {
     let (step, rest) = match path.strip_prefix('[') {
         Some(path) => path.split_once(']').unwrap_or((path, "")),
@@ -115,7 +115,7 @@ fn first_step(path: &str) -> Option<(&str, &str)> {
 /// Reads a whole JSON text.
 pub(super) fn parse(text: &str) -> Result<Node, Fault> {
     let raw: &RawValue = serde_json::from_str(text).map_err(|error| {
-        // Skipping a value says less about what is wrong with it than reading it does.
+        // Skipping a value tells less about its mistakes than reading it.
         let json = &mut serde_json::Deserializer::from_str(text);
         let read = serde_path_to_error::deserialize::<_, serde_json::Value>(json);
         let (path, error) = match read {
@@ -156,7 +156,7 @@ fn syntax_message(error: &serde_json::Error) -> String {
     format!("not valid JSON: {}", without_position(error))
 }
 
-/// What serde_json says, without the line and column at its end.
+/// The message of serde_json, without the line and column at its end.
 pub(crate) fn without_position(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let tail = format!(" at line {} column {}", error.line(), error.column());
@@ -222,7 +222,7 @@ fn no_key_twice(entries: &[Entry]) -> Result<(), Fault> {
     }
 }
 
-/// An object's members, unread: serde_json's own maps forget where they were.
+/// An object's members, unparsed: serde_json's own maps lose the places.
 struct Members<'a>(Vec<(&'a RawValue, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {

@@ -1,6 +1,6 @@
-//! What a name is filed under, and the form of its record: shared with the build script.
+//! The key of a name and the form of its record: shared with the build script.
 
-/// What has a name in pci.ids.
+/// A thing with a name in pci.ids.
 #[derive(Clone, Copy)]
 pub(crate) enum Key {
     /// A vendor id.
@@ -14,7 +14,7 @@ pub(crate) enum Key {
 }
 
 impl Key {
-    /// A number that no other key has.
+    /// The number of this key, which no other key has.
     pub(crate) fn code(self) -> u64 {
         match self {
             Self::Vendor(vendor) => 1 << 32 | u64::from(vendor),

@@ -1,4 +1,4 @@
-//! Names of vendors, devices and classes, from pci.ids as the build script lays it out.
+//! Names of vendors, devices and classes from pci.ids, in the form that the build script writes.
 
 mod key;
 

@@ -1,5 +1,5 @@
-//! Devices that must not be reset: a list that comes with gantry, and that of the host, `no-reset.json` in its
-//! configuration directory.
+//! Devices that must not be reset: gantry's own list, and the host's in `no-reset.json` of its configuration
+//! directory.
 
 use std::io;
 use std::path::Path;
@@ -12,9 +12,9 @@ use crate::base::config::{self, ConfigError};
 use crate::base::host::HostPaths;
 use crate::facts::ids::PciId;
 
-/// What comes with gantry.
+/// gantry's own list.
 const KNOWN: &str = include_str!("list.json");
-/// The host's own file.
+/// The host's list.
 const FILE: &str = "no-reset.json";
 
 /// Devices that must not be reset.
@@ -32,9 +32,9 @@ struct Entry {
     device: Option<Id>,
     subsystem_vendor: Option<Id>,
     subsystem_device: Option<Id>,
-    /// What a reset does to them, in words for people.
+    /// The damage that a reset does, for messages.
     reason: String,
-    /// Who says so.
+    /// The source.
     source: String,
 }
 
@@ -52,7 +52,7 @@ impl<'de> Deserialize<'de> for Id {
 }
 
 impl NoReset {
-    /// Both lists. A tenant that may not read the host's goes without that one.
+    /// Reads both lists. A tenant that may not read the host's list gets only gantry's.
     pub(crate) fn load(paths: &HostPaths) -> Result<Self, ConfigError> {
         let mut known: Self = config::parse(Path::new("list.json"), KNOWN)?;
         let path = paths.config_of_host().join(FILE);
@@ -71,7 +71,7 @@ impl NoReset {
         Ok(known)
     }
 
-    /// Why a device must not be reset; none if it may be. The virtual functions of such a card may.
+    /// Why a device must not be reset; none if it may be. Virtual functions of such a card may be reset.
     pub(crate) fn reason(&self, id: PciId, subsystem: Option<PciId>) -> Option<String> {
         let is = |wanted: Option<Id>, is: Option<u16>| wanted.is_none_or(|id| Some(id.0) == is);
         let matching = |entry: &&Entry| {

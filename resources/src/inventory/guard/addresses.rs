@@ -1,4 +1,4 @@
-//! The network interfaces that others reach the host by: those that are up and have an address.
+//! Network interfaces by which the host can be reached: those that are up and have an address.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,15 +9,15 @@ use nix::net::if_::InterfaceFlags;
 
 use crate::base::host::HostPaths;
 
-/// Interfaces with an address each that is known beyond the link. The kernel tells of those of its own
-/// host; one of files has none.
+/// Interfaces with an address that is valid beyond the link, one each. The kernel knows those of its own host; a
+/// host of files has none.
 pub(super) fn addressed(paths: &HostPaths) -> io::Result<BTreeMap<String, IpAddr>> {
     let mut found = BTreeMap::new();
     if paths.sysfs != HostPaths::default().sysfs {
         return Ok(found);
     }
     for one in getifaddrs()? {
-        // An address of IPv4 comes with its label, such as eth0:1.
+        // The label of an IPv4 address may differ from the interface's name, such as eth0:1.
         let name = one.interface_name.split(':').next().unwrap_or_default();
         if let Some(address) = reachable(&one) {
             found.entry(name.to_owned()).or_insert(address);
@@ -34,7 +34,7 @@ fn reachable(one: &InterfaceAddress) -> Option<IpAddr> {
     (up && is_global(address)).then_some(address)
 }
 
-/// Neither of the loopback nor of one link (RFC 3927, RFC 4291 2.5.6).
+/// Neither a loopback nor a link-local address (RFC 3927, RFC 4291 2.5.6).
 fn is_global(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),

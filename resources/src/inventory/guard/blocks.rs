@@ -22,7 +22,7 @@ pub(super) struct Blocks {
 pub(super) struct Block {
     /// Its directory in the device tree.
     dir: PathBuf,
-    /// Where it hangs; an NVMe namespace with several paths hangs below several controllers.
+    /// Its paths; an NVMe namespace with several paths is below several controllers.
     homes: Vec<PathBuf>,
     /// Its device number, `259:0`.
     number: String,
@@ -59,7 +59,7 @@ impl Blocks {
         Ok(blocks)
     }
 
-    /// Which block devices are built on which: the lower one first.
+    /// Which block devices are built on which, the lower one first.
     fn built_on(&self) -> io::Result<Vec<(String, String)>> {
         let mut found = Vec::new();
         for (name, block) in &self.all {
@@ -71,7 +71,7 @@ impl Blocks {
                     .into_iter()
                     .map(upper),
             );
-            // Of a loop device, and of a zram that writes back. Neither is among the holders.
+            // The file of a loop device, or the device that a zram writes back to: neither is in `holders`.
             for file in ["loop/backing_file", "backing_dev"] {
                 let backing = sysfs::text(&block.dir.join(file)).ok().flatten();
                 let backing = backing.and_then(|path| self.named(&path));
@@ -85,7 +85,7 @@ impl Blocks {
     /// The block device of a node, as the kernel or a configuration names it: `/dev/nvme0n1`,
     /// `/dev/mapper/vg-root`, `/dev/disk/by-id/...`.
     pub(super) fn named(&self, node: &str) -> Option<String> {
-        // A process in a container may have named it by a path that has more in front.
+        // In a container, the path may have other components in front.
         let (_, node) = node.rsplit_once("/dev/")?;
         // A slash in a node's name is an exclamation mark in sysfs.
         let name = node.replace('/', "!");
@@ -107,7 +107,7 @@ impl Blocks {
         Some(name.clone())
     }
 
-    /// The block devices of a device, whose place in the device tree this is.
+    /// The block devices below a device, which has this path in the device tree.
     pub(super) fn below(&self, device: &Path) -> impl Iterator<Item = &str> {
         let below = move |block: &Block| block.homes.iter().any(|home| home.starts_with(device));
         let all = self.all.iter().filter(move |(_, block)| below(block));
@@ -154,8 +154,8 @@ impl Blocks {
     }
 }
 
-/// Where something of a disk hangs. The namespace of an NVMe subsystem hangs below no controller but beside
-/// links to all of them (CONFIG_NVME_MULTIPATH).
+/// The paths of a disk. The namespace of an NVMe subsystem is below no controller, but beside links to all of them
+/// (CONFIG_NVME_MULTIPATH).
 pub(super) fn homes(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let is_subsystem = |dir: &&Path| {
         dir.file_name()

@@ -1,4 +1,4 @@
-//! Whether something on the host has a block device in exclusive use.
+//! Whether a block device is in exclusive use.
 
 use std::fs;
 use std::io;
@@ -10,12 +10,11 @@ use nix::libc;
 use super::uses::HostUse;
 use crate::base::sysfs;
 
-/// How often a claim is asked for: another command that asks has it for a moment.
+/// How often a claim is tried: another command that tries it has it for a moment.
 const CLAIMS: u32 = 5;
 
-/// Whether the kernel refuses an exclusive claim: it does for whatever is mounted, swapped to, part of a
-/// volume or a pool, whoever did that and in whichever mount namespace. Where it cannot be asked, the
-/// device counts as used.
+/// Whether the kernel refuses an exclusive claim: it does if the device is mounted, swapped to, or part of a volume
+/// or a pool, also in another mount namespace. A device that cannot be tried counts as used.
 pub(super) fn claim(node: &Path, name: &str) -> Option<HostUse> {
     let block = || name.to_owned();
     let unsure = |why: io::Error| HostUse::Unsure {
@@ -37,7 +36,7 @@ pub(super) fn claim(node: &Path, name: &str) -> Option<HostUse> {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                 std::thread::sleep(std::time::Duration::from_millis(2));
             }
-            // No card in the reader, or the disk has just gone.
+            // No card is in the reader, or the disk was just removed.
             Err(error)
                 if sysfs::is_gone(&error) || error.raw_os_error() == Some(libc::ENOMEDIUM) =>
             {

@@ -1,4 +1,4 @@
-//! What people sit at: the devices behind active consoles, and the last keyboard.
+//! Consoles and keyboards: the devices behind active consoles, and the last keyboard.
 
 use std::fs;
 use std::io;
@@ -8,16 +8,16 @@ use super::HostUse;
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 
-/// The keys from Esc to S, without which nothing is a keyboard; udev's `input_id` goes by the same ones.
+/// The keys from Esc to S, which every keyboard has; udev's `input_id` checks the same ones.
 const TYPED: u64 = 0xffff_fffe;
 
-/// What consoles and keyboards of the host hang at.
+/// The devices of the host's consoles and keyboards.
 pub(super) struct Seats {
-    /// Terminals that the kernel's messages go to, with their places in the device tree.
+    /// Terminals of kernel messages, with their paths in the device tree.
     consoles: Vec<(String, PathBuf)>,
-    /// Such a terminal of the hypervisor's, which has no place of its own.
+    /// Such terminals of a hypervisor, which have no path of their own.
     hypervisor: Option<String>,
-    /// Keyboards with their places.
+    /// Keyboards with their paths.
     keyboards: Vec<(String, PathBuf)>,
 }
 
@@ -47,7 +47,7 @@ impl Seats {
         Ok(seats)
     }
 
-    /// What people use of a device, whose place this is.
+    /// The uses of a device with this path.
     pub(super) fn uses(&self, device: &Path) -> io::Result<Vec<HostUse>> {
         let behind = self.consoles.iter();
         let behind = behind.filter(|(_, place)| place.starts_with(device));
@@ -71,7 +71,7 @@ impl Seats {
     }
 }
 
-/// Whether a device is one of virtio's whose driver makes terminals.
+/// Whether a device is a virtio device whose driver makes terminals.
 fn has_virtio_console(device: &Path) -> io::Result<bool> {
     for name in sysfs::entries(device)? {
         let driver = device.join(&name).join("driver");
@@ -84,13 +84,13 @@ fn has_virtio_console(device: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Input devices that have the keys of a keyboard.
+/// Input devices with the keys of a keyboard.
 fn keyboards(class: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in sysfs::entries(class)? {
         let dir = class.join(&entry);
         let keys = sysfs::text(&dir.join("capabilities/key"))?.unwrap_or_default();
-        // The keys with the smallest numbers are in the last word.
+        // The last word has the keys with the smallest numbers.
         let first = keys.split_whitespace().next_back();
         let first = first.and_then(|word| u64::from_str_radix(word, 16).ok());
         if first.is_none_or(|word| word & TYPED != TYPED) {

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// All nodes that can be reached from `start`, nearest first. Each is the last element of the path to it;
-/// `start` is in none.
+/// All nodes that can be reached from `start`, nearest first. Each is the last element of its path, which does not
+/// contain `start`.
 pub(super) fn paths_from(
     start: &str,
     neighbours: impl Fn(&str) -> BTreeSet<String>,

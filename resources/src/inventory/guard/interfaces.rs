@@ -1,4 +1,4 @@
-//! The network interfaces of this network namespace, and which of them carry the traffic of which.
+//! The network interfaces of this network namespace, and the connections between them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -12,10 +12,10 @@ use crate::base::sysfs;
 /// The interfaces, by name.
 pub(super) struct Interfaces(BTreeMap<String, Interface>);
 
-/// An interface and its neighbours. A neighbour need not be an interface that is known.
+/// An interface and its neighbours. A neighbour may be outside of this namespace.
 #[derive(Default)]
 struct Interface {
-    /// Its place in the device tree; none where only others name it.
+    /// Its path in the device tree; none if only other interfaces name it.
     dir: Option<PathBuf>,
     /// What it is a port or a lower device of: bridge, bond, team, VLAN, macvlan, VRF, Open vSwitch.
     uppers: BTreeSet<String>,
@@ -49,7 +49,7 @@ impl Interfaces {
             own.index = index;
             own.dir = Some(dir);
         }
-        // `iflink` may be a number of another network namespace, unless the two name each other.
+        // `iflink` may be a number in another network namespace, unless the two name each other.
         for (own, (link, name)) in &links {
             if let Some((back, peer)) = links.get(link)
                 && back == own
@@ -97,7 +97,7 @@ impl Interfaces {
         above.lowers.insert(lower.to_owned());
     }
 
-    /// The interfaces of a device, whose place in the device tree this is.
+    /// The interfaces of a device, which has this path in the device tree.
     pub(super) fn below(&self, device: &Path) -> impl Iterator<Item = &str> {
         let is_below =
             move |one: &Interface| one.dir.as_ref().is_some_and(|dir| dir.starts_with(device));
@@ -113,12 +113,12 @@ impl Interfaces {
         self.0.get(name).is_some_and(|one| one.is_tap)
     }
 
-    /// What an interface is a port or a lower device of.
+    /// The interfaces whose port or lower device this one is.
     pub(super) fn uppers(&self, name: &str) -> impl Iterator<Item = &String> {
         self.0.get(name).into_iter().flat_map(|one| &one.uppers)
     }
 
-    /// All interfaces whose traffic an interface may carry, or the other way round, with the paths to them.
+    /// All interfaces connected to this one by traffic, with the paths to them.
     pub(super) fn connected(&self, name: &str) -> Vec<Vec<String>> {
         graph::paths_from(name, |name| {
             let one = self.0.get(name).into_iter();

@@ -1,4 +1,4 @@
-//! Which block devices are mounted or swapped to, and which file systems have several.
+//! Block devices that are mounted or swapped to, and file systems on several block devices.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,16 +17,16 @@ pub(super) struct Mounts {
 }
 
 struct Mount {
-    /// Device number, `259:1`. That of btrfs and others is made up.
+    /// Device number, `259:1`. btrfs and others make their own.
     number: String,
-    /// The block devices that it was mounted by.
+    /// The block devices that the mount names.
     blocks: BTreeSet<String>,
     at: String,
 }
 
 /// A file system that is in use and may have several block devices.
 struct Joined {
-    /// What it is, for people.
+    /// The kind, for messages.
     name: String,
     blocks: BTreeSet<String>,
 }
@@ -34,7 +34,7 @@ struct Joined {
 impl Mounts {
     pub(super) fn read(paths: &HostPaths, blocks: &Blocks) -> io::Result<Self> {
         let mountinfo = paths.proc.join("self/mountinfo");
-        // Without it nothing would look mounted.
+        // Without the list no device would look mounted.
         let mountinfo = fs::read_to_string(&mountinfo).map_err(|error| {
             io::Error::new(error.kind(), format!("{}: {error}", mountinfo.display()))
         })?;
@@ -59,7 +59,7 @@ impl Mounts {
         })
     }
 
-    /// What a block device itself is used for.
+    /// The uses of a block device itself.
     pub(super) fn uses(&self, blocks: &Blocks, name: &str, on: &OnBlock) -> Vec<HostUse> {
         let number = blocks.number(name);
         let is_on = |mount: &&Mount| mount.number == number || mount.blocks.contains(name);
@@ -72,7 +72,7 @@ impl Mounts {
                 others: mounts.count(),
             });
         } else if let Some(joined) = self.joined.iter().find(|one| one.blocks.contains(name)) {
-            // It is mounted where this process cannot see it.
+            // It is mounted in another mount namespace.
             uses.push(HostUse::Member {
                 block: on.block.clone(),
                 of: joined.name.clone(),
@@ -93,7 +93,7 @@ fn mounts(mountinfo: &str, blocks: &Blocks) -> Vec<Mount> {
         let (number, at) = (fields.nth(2)?, fields.nth(1)?);
         let mut after = after.split(' ');
         let (kind, source) = (after.next()?, after.next()?);
-        // bcachefs names all its devices.
+        // bcachefs names all its devices, with colons between.
         let sources: Vec<&str> = match kind {
             "bcachefs" => source.split(':').collect(),
             _ => vec![source],

@@ -1,5 +1,5 @@
-//! Network interfaces that the host needs: those of default routes, of people logged in, of its addresses,
-//! of its VMs; those that are ports of others; and cards whose interfaces are in other network namespaces.
+//! Network interfaces that the host needs: those of default routes, SSH sessions, its addresses and its VMs; ports
+//! of other interfaces; and cards whose interfaces are in other network namespaces.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,7 +12,7 @@ use super::uses::{HostUse, Via};
 use crate::base::host::HostPaths;
 use crate::base::sysfs;
 
-/// The interfaces and what is known of their use.
+/// The interfaces and their uses.
 pub(super) struct Network<'a> {
     interfaces: Interfaces,
     default: BTreeSet<String>,
@@ -39,14 +39,14 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// What the interfaces of a device are used for, one use each.
+    /// The uses of a device's interfaces, one each.
     pub(super) fn uses(&self, device: &Path) -> impl Iterator<Item = HostUse> {
         let below = self.interfaces.below(device);
         below.filter_map(|interface| self.use_of(interface))
     }
 
-    /// The most important use of an interface, or of one that is connected to it; of several that are as
-    /// important, the nearest.
+    /// The most important use of an interface, or of one connected to it; among equally important uses, the
+    /// nearest.
     fn use_of(&self, interface: &str) -> Option<HostUse> {
         let connected = self.interfaces.connected(interface);
         let own = self.own_use(interface, Via::new(interface, &[]));
@@ -62,7 +62,7 @@ impl<'a> Network<'a> {
         })
     }
 
-    /// What an interface itself is used for.
+    /// The use of an interface itself.
     fn own_use(&self, name: &str, via: Via) -> Option<HostUse> {
         if self.default.contains(name) {
             Some(HostUse::DefaultRoute { via })
@@ -80,8 +80,8 @@ impl<'a> Network<'a> {
     }
 }
 
-/// The interfaces of a device whose packets programs receive (packet(7)): an intrusion detection, a switch in
-/// user space; but also lldpd, on every interface. No use by itself.
+/// The interfaces of a device whose packets programs receive (packet(7)): an intrusion detection system, a switch
+/// in user space, but also lldpd on every interface. Not a use by itself.
 pub(super) fn listened_to(paths: &HostPaths, device: &Path) -> io::Result<Vec<String>> {
     let table = sysfs::table(&paths.proc.join("net/packet"))?;
     let index = |line: &str| line.split_whitespace().nth(4)?.parse::<u32>().ok();
@@ -116,7 +116,7 @@ fn default_routes_v4(table: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// Interfaces of /proc/net/ipv6_route with a destination of no bits; `lo` has one that rejects.
+/// Interfaces of /proc/net/ipv6_route with a destination of length 0; `lo` has one that rejects.
 fn default_routes_v6(table: &str) -> impl Iterator<Item = String> {
     table.lines().filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();

@@ -15,7 +15,7 @@ use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::facts::open_files::{User, open_nodes};
 
-/// Classes of nodes. Who has another kind open (an input device) is told otherwise, or does not matter.
+/// Classes of nodes. The use of other nodes (an input device) shows in another way, or does not matter.
 const CLASSES: [&str; 10] = [
     "block",
     "nvme",
@@ -29,13 +29,13 @@ const CLASSES: [&str; 10] = [
     "virtio-ports",
 ];
 
-/// Where the kernel keeps the terminals of a hypervisor's consoles, which are below no device.
+/// The kernel's directory of terminals of a hypervisor's consoles, which are below no device.
 const HYPERVISOR_TERMINALS: &str = "virtual/tty/hvc";
 
 /// The major number of NVIDIA's nodes, which have no class.
 const NVIDIA: u32 = 195;
 
-/// A look at short intervals tells processes that use a node from those that probe it for a moment (udev,
+/// Two reads at a short interval tell processes that use a node from those that probe it for a moment (udev,
 /// smartd, another gantry).
 const LOOKS: u32 = 5;
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -104,7 +104,7 @@ pub(super) fn read(paths: &HostPaths) -> io::Result<Vec<Node>> {
     Ok(found)
 }
 
-/// The devices whose driver makes terminals of a hypervisor. Which of them has which is not to be seen.
+/// The devices whose driver makes terminals of a hypervisor. Which device has which terminal is not visible.
 fn virtio_consoles(paths: &HostPaths) -> io::Result<Vec<PathBuf>> {
     let driver = paths.sysfs.join("bus/virtio/drivers/virtio_console");
     let bound = sysfs::entries(&driver)?.into_iter();
@@ -136,7 +136,7 @@ fn nvidia(paths: &HostPaths) -> io::Result<Vec<Node>> {
     Ok(found)
 }
 
-/// Those of some nodes that a process has open and keeps open.
+/// Of some nodes those that a process has open at both reads.
 pub(super) fn kept_open<'a>(paths: &HostPaths, nodes: &[&'a Node]) -> Vec<(&'a Node, HostUse)> {
     let look = || -> Vec<(&'a Node, User)> {
         if nodes.is_empty() {

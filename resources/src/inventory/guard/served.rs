@@ -9,11 +9,11 @@ use crate::base::sysfs;
 
 /// A kind of target.
 struct Kind {
-    /// What it is called, for people.
+    /// Its name, for messages.
     title: &'static str,
-    /// Where its objects lie below configfs, `*` for any directory.
+    /// The path of its objects below configfs, `*` for any directory.
     at: &'static str,
-    /// Which part of the path names it, from the end.
+    /// The component of the path, from the end, that is its name.
     name: usize,
     /// The attribute with the device's path.
     path: &'static str,
@@ -26,7 +26,7 @@ const KINDS: [Kind; 5] = [
         name: 0,
         path: "udev_path",
     },
-    // What was made without targetcli has no `udev_path`: "... File: /dev/nvme0n1  Size: ...".
+    // Objects that were made without targetcli have no `udev_path`: "... File: /dev/nvme0n1  Size: ...".
     Kind {
         title: "LIO backstore",
         at: "target/core/*/*",
@@ -68,7 +68,7 @@ impl Served {
     }
 }
 
-/// All that is served. An object that is not enabled has not opened its device.
+/// All targets. An object that is not enabled has not opened its device.
 pub(super) fn served(paths: &HostPaths) -> Vec<Served> {
     let configfs = paths.sysfs.join("kernel/config");
     let mut found = Vec::new();
@@ -93,7 +93,7 @@ pub(super) fn served(paths: &HostPaths) -> Vec<Served> {
     found
 }
 
-/// The directories that fit a pattern of names.
+/// The directories that match a pattern of names.
 fn matching(root: &Path, pattern: &str) -> Vec<PathBuf> {
     let mut found = vec![root.to_owned()];
     for part in pattern.split('/') {

@@ -1,4 +1,4 @@
-//! Which interfaces people are logged in through: where the answers to their SSH connections go.
+//! Interfaces through which users are logged in: those that the answers of their SSH connections leave by.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -25,7 +25,7 @@ fn peers(table: &str) -> impl Iterator<Item = Ipv4Addr> {
     })
 }
 
-/// An address in the host's byte order; one of IPv6 only if it stands for one of IPv4.
+/// An address in the host's byte order; an IPv6 address only if it is a mapped IPv4 one.
 fn address(hex: &str) -> Option<Ipv4Addr> {
     let hex = match hex.len() {
         8 => hex,

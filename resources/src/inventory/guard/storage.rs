@@ -1,4 +1,4 @@
-//! What the host uses the block devices and other nodes of its devices for.
+//! The host's uses of block devices and other device nodes.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::uses::{HostUse, OnBlock};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 
-/// The block devices of the host, its other nodes, and what is known of their use.
+/// The block devices of the host, its other nodes, and their uses.
 pub(super) struct Storage {
     blocks: Blocks,
     mounts: Mounts,
@@ -31,7 +31,7 @@ impl Storage {
         })
     }
 
-    /// What the nodes of a device are used for, whose place in the device tree this is.
+    /// The uses of a device's nodes. `device` is its path in the device tree.
     pub(super) fn uses(&self, paths: &HostPaths, device: &Path) -> Vec<HostUse> {
         let blocks = self.blocks.below(device);
         let mut uses: Vec<HostUse> = blocks
@@ -51,7 +51,7 @@ impl Storage {
         uses
     }
 
-    /// What a block device is used for, or those that are built on it.
+    /// The uses of a block device and of those built on it.
     fn block_uses(&self, paths: &HostPaths, name: &str) -> Vec<HostUse> {
         let block = name.to_owned();
         let mut uses = self.own_uses(name, &OnBlock { block, of: None });
@@ -70,7 +70,7 @@ impl Storage {
         uses
     }
 
-    /// What a block device itself is used for, which is `on` or is built on it.
+    /// The uses of a block device itself, which is `on` or is built on it.
     fn own_uses(&self, name: &str, on: &OnBlock) -> Vec<HostUse> {
         let mut uses = self.mounts.uses(&self.blocks, name, on);
         let is_it = |one: &&Served| self.blocks.named(&one.node).as_deref() == Some(name);
@@ -78,7 +78,7 @@ impl Storage {
         uses
     }
 
-    /// Which of these devices, with their places in the device tree, processes keep open.
+    /// Which of these devices, given by their paths in the device tree, processes keep open.
     pub(super) fn kept_open(
         &self,
         paths: &HostPaths,

@@ -1,4 +1,4 @@
-//! What the host uses a device for, as data and as a sentence.
+//! The host's uses of devices, as data and as sentences.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use crate::base::bdf::HostBdf;
 
-/// What the host uses a device for.
+/// A use of a device by the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "use")]
 pub enum HostUse {
-    /// A file system is mounted from it.
+    /// A file system on it is mounted.
     Mounted {
         /// The block device.
         #[serde(flatten)]
@@ -57,11 +57,11 @@ pub enum HostUse {
         /// The block device.
         block: String,
     },
-    /// It cannot be told whether something has claimed it.
+    /// Whether something has claimed it is unknown.
     Unsure {
         /// The block device.
         block: String,
-        /// Why not.
+        /// Why.
         why: String,
     },
     /// Its network interface is in another network namespace.
@@ -75,7 +75,7 @@ pub enum HostUse {
         #[serde(flatten)]
         via: Via,
     },
-    /// Somebody is logged in over it (SSH).
+    /// A user is logged in over it (SSH).
     Session {
         /// The network interface.
         #[serde(flatten)]
@@ -119,7 +119,7 @@ pub enum HostUse {
     },
     /// The host has no other keyboard.
     Keyboard {
-        /// What it calls itself.
+        /// The name in its descriptor.
         name: String,
     },
 }
@@ -184,12 +184,12 @@ impl fmt::Display for Via {
     }
 }
 
-/// A device and what the host uses it for. Shown as a sentence.
+/// A device and its use by the host. Shown as a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Guarded {
     /// The device.
     pub bdf: HostBdf,
-    /// What for.
+    /// The use.
     #[serde(flatten)]
     pub host_use: HostUse,
 }

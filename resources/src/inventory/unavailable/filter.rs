@@ -1,4 +1,4 @@
-//! The filters that a device passes on its way to a VM, to count what each of them drops.
+//! The filters that a device passes before a VM gets it, to count how many devices each one drops.
 
 use std::fmt;
 
@@ -12,15 +12,15 @@ use super::Unavailable;
 pub enum CandidateFilter {
     /// The rules of the group asked for.
     Group,
-    /// For an alias: to be in some group or device spec.
+    /// An alias: the device is in a group or a device spec.
     Exposed,
-    /// Vendor and device id of an alias.
+    /// The ids of an alias.
     Ids,
-    /// The hardware behind an address must be what it was.
+    /// The hardware at an address is the recorded one.
     Changed,
-    /// The order of groups that match one device.
+    /// The order of the groups that match a device.
     OtherGroup,
-    /// Not to belong to a tenant.
+    /// The device belongs to no tenant.
     Tenant,
     /// `device_type` of an alias.
     DeviceType,
@@ -30,40 +30,40 @@ pub enum CandidateFilter {
     Traits,
     /// `live_migratable` of an alias.
     Migratable,
-    /// Interrupts that a guest can be given.
+    /// The device has interrupts that a guest can get.
     Interrupts,
-    /// A reset between two VMs.
+    /// The device is reset between two VMs.
     Reset,
-    /// What the host keeps for itself.
+    /// The device is no bridge.
     Bridge,
-    /// Not to be held by anybody.
+    /// The device is not held.
     Leased,
-    /// Not to be in quarantine.
+    /// The device is not in quarantine.
     Quarantined,
-    /// Not to be bound to a host driver.
+    /// The device is not bound to a host driver.
     HostDriver,
-    /// Not to be needed by the host.
+    /// The host does not need the device.
     HostNeeds,
-    /// To be with vfio-pci.
+    /// The device is bound to vfio-pci.
     Unbound,
-    /// To be in an IOMMU group.
+    /// The device is in an IOMMU group.
     IommuGroup,
     /// The other devices of the IOMMU group.
     Neighbours,
     /// The VFIO node.
     Node,
-    /// Not to be asked for twice.
+    /// The request does not name the device twice.
     AskedFor,
     /// NUMA affinity.
     Numa,
-    /// What a physical function and its virtual ones owe each other.
+    /// The physical function and its virtual functions can go to different VMs.
     VfToken,
-    /// Physical functions of their own.
+    /// Each device has its own physical function.
     Isolation,
 }
 
 impl Unavailable {
-    /// The filter that drops a device for this.
+    /// The filter that drops a device for this reason.
     pub(crate) fn dropped_by(&self) -> CandidateFilter {
         match self {
             Self::Bridge => CandidateFilter::Bridge,
@@ -94,7 +94,7 @@ impl Unavailable {
     }
 }
 
-/// What is the matter with the devices dropped: "2 held by others".
+/// The reason for a number of dropped devices: "2 held by others".
 impl fmt::Display for CandidateFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

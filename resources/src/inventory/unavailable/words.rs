@@ -1,4 +1,4 @@
-//! Why a device is unavailable, in words: which device, the reason, and the way out.
+//! Why a device is unavailable, in words: the device, the reason, and the remedy.
 
 use std::fmt;
 
@@ -72,8 +72,8 @@ impl fmt::Display for UnavailableDevice {
 }
 
 impl UnavailableDevice {
-    /// What to do about the holder of a device that a command of the host's is to move, to put behind the
-    /// sentence; nothing where the sentence says it.
+    /// The advice, to append to the sentence, about the holder of a device that a command must move; empty if
+    /// the sentence contains it.
     pub(crate) fn end_of_lease(&self) -> String {
         let (device, holder) = match &self.why {
             Unavailable::Leased { holder } => (self.bdf, holder),
@@ -94,7 +94,7 @@ impl UnavailableDevice {
     }
 }
 
-/// Who has the device, or one that goes with it.
+/// The holder of the device, or of one that belongs to it.
 fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
     match why {
         Unavailable::Leased { holder } => write!(f, "{bdf} is held by {}", name(holder)),
@@ -118,7 +118,7 @@ fn of_holder(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt
     }
 }
 
-/// What a card and its virtual functions have against being parted.
+/// Why a card and its virtual functions cannot go to different VMs.
 fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
     match why {
         Unavailable::NoVfToken { pf } => write!(
@@ -144,7 +144,7 @@ fn of_card(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::
     }
 }
 
-/// What the request has against a device that could be had.
+/// Why an available device does not fit the request.
 fn of_request(f: &mut fmt::Formatter<'_>, bdf: HostBdf, why: &Unavailable) -> fmt::Result {
     match why {
         Unavailable::OtherGroup { owner } => {
@@ -228,7 +228,7 @@ fn must_not_reset(
     }
 }
 
-/// What the alias should have said.
+/// The remedy in the alias.
 fn mismatch(
     f: &mut fmt::Formatter<'_>,
     bdf: HostBdf,
