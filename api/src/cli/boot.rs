@@ -5,7 +5,7 @@ use gantry_resources::base::{HostBdf, HostPaths};
 use gantry_resources::inventory::{HostDevice, scan};
 use gantry_resources::moving::{BindRequest, ChildWriter, detach};
 use gantry_resources::pools::{Bind, Groups, Tenants};
-use gantry_resources::tenants::put_tenants_right;
+use gantry_resources::tenants::restore_tenants;
 
 use crate::output::print;
 use crate::report::Failure;
@@ -45,7 +45,7 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
             Err(failure) => failed.push(failure),
         }
     }
-    failed.extend(put_tenants_right(paths).map_err(Failure::host).err());
+    failed.extend(restore_tenants(paths).map_err(Failure::host).err());
     match failed.pop() {
         None => Ok(()),
         Some(last) => {
@@ -58,7 +58,7 @@ pub fn boot(_: &BootArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 /// Whether a device must be bound to vfio-pci and is not. Other hardware at a tenant's address is left alone;
-/// `put_tenants_right` reports it.
+/// `restore_tenants` reports it.
 fn is_wanted(device: &HostDevice, groups: &Groups, tenants: &Tenants, all: &[HostDevice]) -> bool {
     let of_boot = groups
         .group_of(device)

@@ -1,4 +1,4 @@
-//! Which devices a VM gets: a pure choice over one look at the host, first fit in the order of addresses.
+//! The choice of devices for a VM: a pure function over one read of the host, first fit in the order of addresses.
 
 mod judge;
 mod made;
@@ -62,7 +62,7 @@ pub(crate) struct Chosen<'a> {
     pub(crate) nodes: Option<BTreeSet<u32>>,
 }
 
-/// Which devices the requests get, if all get theirs.
+/// The devices of each request, if all requests get theirs.
 pub(crate) fn choose<'a>(
     look: &'a HostView,
     requests: &[DeviceRequest],
@@ -92,7 +92,7 @@ pub(crate) fn choose<'a>(
     Ok(picks)
 }
 
-/// The devices that each request would get, enough or not. Errors are those that no other device would avoid.
+/// The devices that each request would get, enough or not. An error means that no other free device would help.
 ///
 /// A VM that is bound to no node gets the devices with a NUMA policy together on one node: the first
 /// on which most of them are.
@@ -228,7 +228,7 @@ impl<'a> Choice<'a, '_> {
                 Verdict::Free(card) => free.push(card),
             }
         }
-        // Stable: elsewhere, and where nothing is known, addresses decide.
+        // A stable sort: among equals, or if the nodes are unknown, addresses decide.
         free.sort_by_key(|card| !self.near.has(card.first()));
         if request.isolate {
             free = isolated(free, &mut fit);

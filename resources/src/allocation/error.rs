@@ -28,7 +28,7 @@ pub enum AllocateError {
         /// All names.
         known: Vec<String>,
     },
-    /// The devices of a group cannot be passed yet.
+    /// A group of devices that cannot be passed yet.
     #[error("group \"{name}\": {NO_USB}")]
     Usb {
         /// The group.
@@ -44,7 +44,7 @@ pub enum AllocateError {
         /// All names.
         known: Vec<String>,
     },
-    /// A known alias is refused.
+    /// A known alias that gantry refuses.
     #[error("alias \"{name}\" is refused: {reason}")]
     RefusedAlias {
         /// The name asked for.
@@ -55,7 +55,7 @@ pub enum AllocateError {
     /// Fewer devices are free than the request asks for.
     #[error("No valid host was found: {0}")]
     NoFit(Box<RequestFit>),
-    /// A device exists no more, or never did.
+    /// A device does not exist.
     #[error("there is no PCI device {bdf} on this host: `gantry device list` lists all")]
     NoSuchDevice {
         /// Its address.
@@ -88,7 +88,7 @@ pub enum AllocateError {
         needed: usize,
         /// How many are free.
         free: usize,
-        /// Functions that could share a slot if function 0 of their device were among them.
+        /// Functions that could share a slot with function 0 of their device.
         alone: Vec<HostBdf>,
     },
     /// The groups cannot be read.
@@ -100,16 +100,16 @@ pub enum AllocateError {
     /// A device cannot be taken from the host.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The process that gives devices back when a VM ends cannot be started.
+    /// The helper that gives devices back when a VM ends cannot be started.
     #[error("cannot start the process that gives devices back to the host when the VM ends")]
     Helper(#[source] io::Error),
-    /// The use of a device that is for one use cannot be written down.
+    /// The use of a device for one use cannot be recorded.
     #[error(transparent)]
     Quarantine(#[from] QuarantineError),
-    /// Virtual functions cannot be made, or given their settings.
+    /// Virtual functions cannot be created, or given their settings.
     #[error(transparent)]
     Sriov(#[from] SriovError),
-    /// Virtual GPUs cannot be made.
+    /// Virtual GPUs cannot be created.
     #[error(transparent)]
     Vgpu(#[from] VgpuError),
     /// The locks cannot be used.
@@ -118,7 +118,7 @@ pub enum AllocateError {
 }
 
 impl AllocateError {
-    /// Whether the same request may succeed later: others hold what is asked for.
+    /// Whether the same request may succeed later, since others hold the devices.
     pub fn is_temporary(&self) -> bool {
         match self {
             Self::NoFit(fit) => fit.is_temporary(),
@@ -129,7 +129,7 @@ impl AllocateError {
         }
     }
 
-    /// Whether it asks by a name that nothing on this host has, or a definition is wrong.
+    /// Whether it asks for an unknown name, or a definition is wrong.
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::Groups(error) => error.is_mistake(),
@@ -140,7 +140,7 @@ impl AllocateError {
         }
     }
 
-    /// Whether the devices are unavailable, rather than the host failing.
+    /// Whether the devices are unavailable. Otherwise the host failed.
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::UnknownGroup { .. }

@@ -1,4 +1,4 @@
-//! One look at the host, which a choice is made over.
+//! The host's devices as they were read for one choice.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +21,7 @@ pub(super) struct HostView {
     pub(super) devices: Vec<HostDevice>,
     pub(super) groups: Groups,
     pub(super) sockets: Sockets,
-    /// The host's uses of devices that can be taken on demand.
+    /// The host's uses of devices that VMs can take on demand.
     pub(super) guarded: Vec<Guarded>,
     /// The VM's own leases and record.
     pub(super) attached: BTreeMap<HostBdf, Option<LeaseRecord>>,
@@ -43,7 +43,7 @@ impl HostView {
         })
     }
 
-    /// A look at these devices alone.
+    /// A view of these devices alone.
     #[cfg(test)]
     pub(super) fn over(devices: Vec<HostDevice>, groups: Groups, sockets: Sockets) -> Self {
         Self {
@@ -56,8 +56,8 @@ impl HostView {
         }
     }
 
-    /// The same for a VM that has leases: what they keep from others is not kept from it. One that has ended
-    /// since may have been read as held: who locks the choice takes its locks anew.
+    /// The same for a VM that has leases, which do not keep devices from the VM itself. A lease may have ended
+    /// since it was read: its locks are then taken anew.
     pub(super) fn beside(mut self, own: &[OwnLease]) -> Self {
         let locked = own.iter().flat_map(|lease| lease.locked.iter().copied());
         let kept: BTreeSet<HostBdf> = locked.filter_map(DeviceName::pci).collect();
@@ -91,7 +91,7 @@ fn guarded(
     groups: &Groups,
     devices: &[HostDevice],
 ) -> Result<Vec<Guarded>, AllocateError> {
-    // What another has is out of the question, and it may be at the very same look.
+    // A device of another VM is unavailable anyway.
     let on_host =
         |device: &&HostDevice| !device.on_vfio() && !device.is_bridge() && !device.lease.is_held();
     let concerned: BTreeSet<Option<u32>> = devices
@@ -110,7 +110,7 @@ fn guarded(
     host_uses(paths, &leaving).map_err(|error| AllocateError::Bind(BindError::Guard(error)))
 }
 
-/// A host that does not say which nodes share a socket has one socket a node.
+/// Where the host does not show which nodes share a socket, each node counts as a socket.
 fn sockets(paths: &HostPaths) -> Sockets {
     Sockets::read(paths).unwrap_or_else(|error| {
         tracing::warn!("cannot tell which NUMA nodes share a socket: {error}");

@@ -18,12 +18,12 @@ pub(super) struct Shortage {
     devices: BTreeSet<HostBdf>,
     /// Cards whose other functions keep them from being available.
     cards: BTreeSet<HostBdf>,
-    /// What is made for it.
+    /// The device that must be created for it.
     pub(super) made: bool,
 }
 
 impl Shortage {
-    /// Of a request that got too little.
+    /// The shortage of a request that got too few devices.
     pub(super) fn of(look: &HostView, fit: &RequestFit) -> Self {
         let name = fit.from.as_ref().and_then(DeviceSource::pool);
         let group = name.and_then(|name| look.groups.get(name));
@@ -33,7 +33,7 @@ impl Shortage {
         }
     }
 
-    /// Of a request for these devices.
+    /// The shortage of a request for these devices.
     pub(super) fn devices(look: &HostView, blocked: &[UnavailableDevice]) -> Self {
         let mut lacks = Self::default();
         for blocked in blocked.iter().filter(|blocked| may_pass(blocked)) {
@@ -68,7 +68,7 @@ impl Shortage {
     }
 }
 
-/// Whether a device becomes available once its holder, or that of its neighbours, releases it.
+/// Whether a device becomes available once its holder, or the holder of its neighbours, releases it.
 fn may_pass(blocked: &UnavailableDevice) -> bool {
     !matches!(
         blocked.why,

@@ -10,9 +10,9 @@ use crate::holding::device_lock::DeviceLock;
 use crate::inventory::card::Terms;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
-use crate::making::demand::Watch;
+use crate::making::demand::HelperPipe;
 
-/// Why a device goes into quarantine that does not answer when its lease ends.
+/// The reason of quarantine for a device that does not answer when its lease ends.
 const DEAD: &str = "it did not answer when it was given back (it read all-ones): reset or power-cycle it, or reboot the host";
 
 /// A device held for a VM; dropping it gives the device back.
@@ -23,11 +23,11 @@ const DEAD: &str = "it did not answer when it was given back (it read all-ones):
 pub struct Lease {
     device: Leased,
     group: Arc<[DeviceLock]>,
-    /// Of a PCI function, for a last look when the lease ends.
+    /// For a PCI function: the device is checked when the lease ends.
     config: Option<ConfigSpace>,
-    /// Of a device that goes back to the host.
-    watch: Option<Arc<Watch>>,
-    /// What it is opened with.
+    /// For a device that goes back to the host.
+    watch: Option<Arc<HelperPipe>>,
+    /// The token that opens it.
     token: Option<Uuid>,
     terms: Terms,
 }
@@ -51,7 +51,11 @@ impl Lease {
     }
 
     /// The lease on a mediated device, which is alone in its IOMMU group.
-    pub(crate) fn mdev(device: MdevDevice, lock: DeviceLock, watch: Option<Arc<Watch>>) -> Self {
+    pub(crate) fn mdev(
+        device: MdevDevice,
+        lock: DeviceLock,
+        watch: Option<Arc<HelperPipe>>,
+    ) -> Self {
         let mut lease = Self::of(Leased::Mdev(device), [lock].into());
         lease.watch = watch;
         lease
@@ -91,7 +95,7 @@ impl Lease {
     }
 
     /// The lease on a device that goes back to the host with it.
-    pub(crate) fn on_demand(mut self, device: HostDevice, watch: &Arc<Watch>) -> Self {
+    pub(crate) fn on_demand(mut self, device: HostDevice, watch: &Arc<HelperPipe>) -> Self {
         self.device = Leased::Pci(Box::new(device));
         self.watch = Some(Arc::clone(watch));
         self
@@ -129,8 +133,8 @@ impl Lease {
     /// Puts the device into quarantine when the lease ends: no VM gets it until it is released, or the
     /// host boots.
     ///
-    /// This needs nothing that a confined process lacks: the reason is left in the lock's file, and the
-    /// next command that moves the device writes it down where quarantine is kept.
+    /// A confined process can do this: the reason stays in the lock file as a note, and the next command that
+    /// moves the device stores it as a record.
     pub fn set_aside(&self, reason: &str) {
         // A mediated device is removed with its lease, in any state.
         let Some(device) = self.device() else {
@@ -184,7 +188,7 @@ impl OwnLease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // Its last user has closed the device, which resets it, and some do not come back from that.
+        // Its last user has closed the device, which resets it; some devices do not answer after that.
         if self.config.as_ref().is_some_and(ConfigSpace::is_dead) {
             self.set_aside(DEAD);
         }

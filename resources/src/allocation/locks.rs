@@ -63,8 +63,8 @@ fn lock_group(
     Ok(locks?.into())
 }
 
-/// Only somebody who does not keep to the allocation lock can have come in between: for a tenant, a command of
-/// root's that puts a function back, which takes a moment; or a lease of the same VM that is just ending.
+/// Only a process without the allocation lock can have taken the lock in between: for a tenant, a command of root's
+/// that restores a function, which takes a moment; or a lease of the same VM that is just ending.
 fn lock_one(
     paths: &HostPaths,
     bdf: HostBdf,

@@ -38,7 +38,7 @@ use one_use::{unused, use_once};
 use prepare::{Preparation, activate_wanted, in_order};
 use slots::have_slots;
 
-/// Each look is one at all of the host, and keeps others from choosing.
+/// The longest pause between two choices, each of which reads all of the host and keeps others from choosing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Leases devices for a VM: all that is asked for or nothing, in the order of the requests.
@@ -70,15 +70,15 @@ pub fn allocate_near(
 pub(crate) struct Recipient<'a> {
     pub(crate) holder: &'a Holder,
     pub(crate) placement: &'a Placement,
-    /// The leases that it has: other devices of their IOMMU groups are kept from others for it, and free
-    /// for it. One that ends meanwhile is waited for by nobody.
+    /// The leases that it has: other devices of their IOMMU groups are available to it alone. A lease that ends
+    /// meanwhile is not waited for.
     pub(crate) own: &'a [OwnLease],
-    /// How many slots are free in it; none where each device gets one that is made for it.
+    /// How many slots are free in it; none if each device gets a new one.
     pub(crate) slots: Option<usize>,
 }
 
 impl<'a> Recipient<'a> {
-    /// A VM that has nothing yet.
+    /// A VM without leases.
     pub(crate) fn new(holder: &'a Holder, placement: &'a Placement) -> Self {
         Self {
             holder,
@@ -106,7 +106,7 @@ pub(crate) fn allocate_for(
     allocate_with(paths, requests, vm, &binder)
 }
 
-/// [`allocate_for`] with what binds devices.
+/// [`allocate_for`] with another way to bind devices.
 pub(crate) fn allocate_with(
     paths: &HostPaths,
     requests: &[DeviceRequest],
@@ -177,7 +177,7 @@ pub(crate) fn allocate_with(
     Ok(in_order(&picks, functions, mdevs))
 }
 
-/// The devices that the requests would get now. No lock is taken: another allocation may be faster.
+/// The devices that the requests would get now. It takes no lock, so that another allocation may come first.
 pub fn fit(
     paths: &HostPaths,
     requests: &[DeviceRequest],

@@ -1,4 +1,4 @@
-//! Devices for one use: they are in quarantine from before their use until they are released.
+//! Devices for one use: they are in quarantine from just before their use until they are released.
 
 use super::error::AllocateError;
 use crate::base::host::HostPaths;
@@ -7,7 +7,7 @@ use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::pools::group::Groups;
 
-/// Of chosen devices those that are for one use. The first function of a card stands for the others.
+/// Of chosen devices those for one use. The first function of a card stands for the others.
 fn for_one_use<'a>(groups: &Groups, chosen: &[&'a HostDevice]) -> Vec<&'a HostDevice> {
     let first = |device: &HostDevice| {
         let lead = device.lead.as_ref();
@@ -21,7 +21,7 @@ fn for_one_use<'a>(groups: &Groups, chosen: &[&'a HostDevice]) -> Vec<&'a HostDe
         .collect()
 }
 
-/// Writes down the use of devices that are for one use, before they are used.
+/// Records the use of devices for one use, before they are used.
 pub(super) fn use_once(
     paths: &HostPaths,
     groups: &Groups,

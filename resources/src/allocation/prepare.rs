@@ -12,7 +12,7 @@ use crate::base::name::DeviceName;
 use crate::base::uuid::Uuid;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::device::HostDevice;
-use crate::making::demand::{Binder, Watch};
+use crate::making::demand::{Binder, HelperPipe};
 use crate::making::sriov::{self, SriovError};
 use crate::making::vgpu;
 use crate::making::vgpu::ClaimedInstance;
@@ -20,7 +20,7 @@ use crate::pools::group::{GroupType, Groups};
 use crate::pools::request::DeviceRequest;
 use crate::pools::vgpu::Instance;
 
-/// Makes the virtual functions of groups that VMs take devices of on demand.
+/// Creates the virtual functions of on-demand groups that a VM asks for.
 pub(super) fn activate_wanted(
     paths: &HostPaths,
     requests: &[DeviceRequest],
@@ -41,17 +41,17 @@ pub(super) struct Preparation<'a> {
     groups: &'a Groups,
     binder: &'a Binder<'a>,
     record: &'a LeaseRecord,
-    /// Those that leave their host drivers.
+    /// The devices that leave their host drivers.
     lent: Vec<HostBdf>,
-    /// All that is changed for the VM, and put back after it.
+    /// All changes for the VM, which are undone after it.
     changed: Vec<DeviceName>,
-    /// Mediated devices with the identifiers they have or get.
+    /// Mediated devices with their UUIDs, present or future.
     instances: Vec<(Instance, Uuid)>,
-    watch: Option<Arc<Watch>>,
+    watch: Option<Arc<HelperPipe>>,
 }
 
 impl<'a> Preparation<'a> {
-    /// Finds the steps, and starts the helper that undoes them before anything is changed.
+    /// Plans the preparation, and starts the helper that undoes it before anything is changed.
     pub(super) fn of(
         paths: &'a HostPaths,
         groups: &'a Groups,
@@ -101,7 +101,7 @@ impl<'a> Preparation<'a> {
         Ok(())
     }
 
-    /// Claims the mediated devices under the allocation lock, so that the counted instances are still free.
+    /// Claims the mediated devices under the allocation lock, while the counted instances are still free.
     pub(super) fn claim(&mut self) -> Result<Vec<ClaimedInstance>, AllocateError> {
         let claim = |(instance, uuid): &(Instance, Uuid)| {
             vgpu::claim(self.paths, instance, *uuid, self.record)
@@ -110,8 +110,8 @@ impl<'a> Preparation<'a> {
         Ok(claimed?)
     }
 
-    /// The mediated devices, made where they are not there. Those that are not made when one fails are
-    /// forgotten by the helper, as those are removed that were.
+    /// The mediated devices, created where they are missing. If one fails, the helper removes those that were
+    /// created and the records of the others.
     pub(super) fn instances(
         &self,
         claimed: Vec<ClaimedInstance>,
@@ -131,7 +131,7 @@ impl<'a> Preparation<'a> {
         for device in leases.iter().filter_map(Lease::device) {
             sriov::vf_restore::prepare(paths, host.links, groups, device)?;
             if paths.only.is_some() {
-                sriov::granted::look(paths, host.links, device.bdf);
+                sriov::granted::warn_if_changed(paths, host.links, device.bdf);
             }
             let group = groups.group_of(device);
             if let Some(group) = group.filter(|group| group.kind == GroupType::Vgpu) {
@@ -142,7 +142,7 @@ impl<'a> Preparation<'a> {
         leases.into_iter().map(|lease| self.finish(lease)).collect()
     }
 
-    /// A lease as the VM gets it: on the device as it is now, with its token.
+    /// The lease for the VM: of the device as it is now, with its token.
     fn finish(&self, lease: Lease) -> Result<Lease, AllocateError> {
         let Some(bdf) = lease.device().map(|device| device.bdf) else {
             return Ok(lease);

@@ -32,7 +32,7 @@ pub(crate) fn is_passing(
         return holder(paths, name) == LeaseStatus::Free;
     };
     if record.kind == LeaseKind::Task && record.name == RESTORE {
-        return may_be_believed(paths, name);
+        return is_record_trusted(paths, name);
     }
     // A process that is not visible may run in another PID namespace.
     let free = || holder(paths, name) == LeaseStatus::Free;
@@ -41,7 +41,7 @@ pub(crate) fn is_passing(
 }
 
 /// Whether the content of a device's lock file is trusted.
-fn may_be_believed(paths: &HostPaths, name: DeviceName) -> bool {
+fn is_record_trusted(paths: &HostPaths, name: DeviceName) -> bool {
     let file = fs::symlink_metadata(lock_path(paths, name));
     file.is_ok_and(|file| is_trusted(file.uid()))
 }

@@ -134,8 +134,8 @@ impl HostDevice {
             LeaseStatus::Unrecorded | LeaseStatus::Unreadable { .. } => {
                 DeviceState::Assigned { vm: None }
             }
-            _ if self.kept_out().is_some() => DeviceState::Quarantined {
-                reason: self.kept_out().unwrap_or_default().to_owned(),
+            _ if self.quarantine_reason().is_some() => DeviceState::Quarantined {
+                reason: self.quarantine_reason().unwrap_or_default().to_owned(),
             },
             _ if self.on_vfio() => DeviceState::Detached,
             _ if self.driver.is_some() => DeviceState::Attached,
@@ -144,7 +144,7 @@ impl HostDevice {
     }
 
     /// Why it or its card is in quarantine.
-    pub(crate) fn kept_out(&self) -> Option<&str> {
+    pub(crate) fn quarantine_reason(&self) -> Option<&str> {
         let card = self.first_function().quarantine.as_deref();
         self.quarantine.as_deref().or(card)
     }

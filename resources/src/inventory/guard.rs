@@ -60,7 +60,7 @@ fn uses_with(
     let storage = Storage::read(paths)?;
     let network = Network::read(paths, addressed)?;
     let framebuffers = framebuffer::owners(&sysfs::table(&paths.proc.join("iomem"))?);
-    let seats = console::Seats::read(paths)?;
+    let seats = console::Consoles::read(paths)?;
     let mut uses = Vec::new();
     let mut idle = Vec::new();
     for device in devices {

@@ -63,7 +63,7 @@ pub fn release_quarantine(paths: &HostPaths, bdf: HostBdf) -> Result<(), Release
     let device = HostDevice::read(paths, bdf)?;
     if device.quarantine.is_none() {
         let first = device.first_function().bdf;
-        return Err(match device.kept_out() {
+        return Err(match device.quarantine_reason() {
             Some(_) => ReleaseError::OfCard { bdf, first },
             None => ReleaseError::NotThere { bdf },
         });

@@ -253,7 +253,7 @@ impl<'a> IommuGroups<'a> {
         if let Some(leased) = Unavailable::of_lease(&device.lease) {
             return Some(leased);
         }
-        if let Some(why) = device.kept_out() {
+        if let Some(why) = device.quarantine_reason() {
             let why = why.to_owned();
             return Some(Unavailable::Quarantined { why });
         }

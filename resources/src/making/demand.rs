@@ -97,11 +97,11 @@ pub(crate) struct Binder<'a> {
 /// The VM's end of the pipe. A line written to it is a device given back; when it closes, by any cause, the VM has
 /// ended.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct HelperPipe {
     pipe: Option<ChildStdin>,
 }
 
-impl Watch {
+impl HelperPipe {
     /// Tells the helper that a device is about to be released.
     pub(crate) fn released(&self, name: DeviceName) {
         if let Some(mut pipe) = self.pipe.as_ref() {
@@ -122,7 +122,11 @@ impl Binder<'_> {
     }
 
     /// Starts the helper for devices that are about to be changed.
-    pub(crate) fn watch(&self, paths: &HostPaths, devices: &[DeviceName]) -> io::Result<Watch> {
+    pub(crate) fn watch(
+        &self,
+        paths: &HostPaths,
+        devices: &[DeviceName],
+    ) -> io::Result<HelperPipe> {
         let mut command = Command::new(self.helper);
         command.arg(SUBCOMMAND).args(paths.to_args());
         command.args(devices.iter().map(DeviceName::to_string));
@@ -136,7 +140,7 @@ impl Binder<'_> {
         let mut child = command.spawn()?;
         let pipe = child.stdin.take();
         helpers::keep(child);
-        Ok(Watch { pipe })
+        Ok(HelperPipe { pipe })
     }
 }
 
@@ -198,7 +202,7 @@ pub(crate) fn reap_with(
 ) -> Result<Vec<HostBdf>, Vec<RestoreError>> {
     // A tenant may not change the card.
     if paths.only.is_none() {
-        sriov::granted::mend(paths, host.links);
+        sriov::granted::restore_all(paths, host.links);
     }
     let undone = [Change::VfSettings, Change::Autoprobe, Change::Vgpu];
     let undone = undone.iter().flat_map(|change| change.recorded(paths));

@@ -184,7 +184,7 @@ impl ResourceGroup {
             && self.rules.iter().any(|rule| rule.matches_usb(device))
     }
 
-    /// Whether a rule names exactly the address of a device, but other hardware than is there now.
+    /// Whether a rule names exactly the address of a device, but not the hardware that is there now.
     pub(crate) fn misses_former(&self, device: &HostDevice) -> bool {
         self.rules.iter().any(|rule| rule.means_former(device))
     }
@@ -226,7 +226,7 @@ pub struct Overlap {
     pub bdf: HostBdf,
     /// The group it belongs to.
     pub owner: String,
-    /// The groups that match it in vain.
+    /// The groups that match it too, without effect.
     pub others: Vec<String>,
 }
 

@@ -68,7 +68,7 @@ fn plan_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Er
 }
 
 impl Plan {
-    /// One that says nothing yet.
+    /// An empty plan.
     pub fn named(name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -254,7 +254,7 @@ pub fn change_plan(
     write(path, &file)
 }
 
-/// Writes a file that reads as plans.
+/// Writes a file, after checking that plans can be read from it.
 fn write(path: PathBuf, file: &PlansFile) -> Result<PathBuf, PlanError> {
     Plans::default().add(path.clone(), file.clone())?;
     config::write(&path, file)?;

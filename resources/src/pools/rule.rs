@@ -168,7 +168,7 @@ impl Rule {
         }
     }
 
-    /// Whether the rule names the device's address, but speaks of hardware that is not there now.
+    /// Whether the rule names the device's address, but not the hardware that is there now.
     pub(crate) fn means_former(&self, device: &HostDevice) -> bool {
         let Filters {
             id,
@@ -302,7 +302,7 @@ fn folded(names: Vec<Cow<'_, str>>) -> Subject<'_, Word> {
     }
 }
 
-/// The NVMe serial as it is, and the PCIe one, whose hex digits people write either way.
+/// The NVMe serial number as it is, and the PCIe one, whose hex digits users write in either case.
 fn serials(device: &HostDevice) -> Subject<'_, Word> {
     let Subject { values, names, .. } = folded(
         device

@@ -10,7 +10,7 @@ use crate::inventory::device::HostDevice;
 use crate::pools::rule::IdPair;
 use crate::pools::vf_settings::{LinkState, Mac, VfState};
 
-/// Most VFs that PCI has room for (`TotalVFs` has 16 bits, function numbers end before).
+/// The most VFs that PCI can address (`TotalVFs` has 16 bits, function numbers end before).
 const MOST_VFS: u16 = 4096;
 
 /// The virtual functions of one physical function, as a group's file asks for them.
@@ -119,7 +119,7 @@ pub enum PfError {
 
 impl SriovSpec {
     /// Refuses other hardware than the group names.
-    pub(crate) fn is_the_right_one(&self, pf: &HostDevice) -> Result<(), PfError> {
+    pub(crate) fn check_hardware(&self, pf: &HostDevice) -> Result<(), PfError> {
         let is = IdPair::from(pf.id);
         match self.id.filter(|wanted| *wanted != is) {
             Some(wanted) => Err(PfError::OtherPf {
@@ -132,8 +132,8 @@ impl SriovSpec {
     }
 
     /// Refuses other hardware than the group names, and a card that cannot have as many functions.
-    pub(crate) fn suits(&self, pf: &HostDevice) -> Result<(), PfError> {
-        self.is_the_right_one(pf)?;
+    pub(crate) fn check_capacity(&self, pf: &HostDevice) -> Result<(), PfError> {
+        self.check_hardware(pf)?;
         let bdf = self.pf;
         let total = match pf.sriov {
             Some(sriov) if sriov.total > 0 => sriov.total,
@@ -222,7 +222,7 @@ impl SriovSpec {
                     format!("it leaves too few addresses, {index} of {count} fit: start lower")
                 });
             };
-            if !mac.names_a_station() {
+            if !mac.is_unicast() {
                 return Some(format!(
                     "{mac} is not a unicast address: use one whose first byte is even"
                 ));

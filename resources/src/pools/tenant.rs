@@ -124,7 +124,7 @@ impl Tenant {
         }
     }
 
-    /// The host as the tenant sees it: its own definitions, locks and state, and no devices but its own.
+    /// The host as the tenant sees it: the tenant's definitions, locks, state and devices only.
     pub fn scope(&self, host: &HostPaths) -> HostPaths {
         let own = |bdf: &HostBdf| match HostDevice::read(host, *bdf) {
             Ok(device) => self.owns(&device),
@@ -145,7 +145,7 @@ impl Tenant {
     }
 }
 
-/// A tenant's directories, with all devices in sight.
+/// A tenant's directories, with all devices visible.
 pub(crate) fn dirs(host: &HostPaths, name: &str) -> HostPaths {
     HostPaths {
         run: host.run.join(TENANTS).join(name),
@@ -155,8 +155,8 @@ pub(crate) fn dirs(host: &HostPaths, name: &str) -> HostPaths {
     }
 }
 
-/// A tenant's definitions, which only root changes: under the host's locks, as the tenant's own lie where
-/// root opens nothing.
+/// A tenant's definitions, which only root changes, under the host's locks: root opens nothing in the tenant's own
+/// directories.
 pub(crate) fn definitions(host: &HostPaths, name: &str) -> HostPaths {
     HostPaths {
         config: dirs(host, name).config,

@@ -12,7 +12,7 @@ use crate::base::text::written_as_text;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LinkState {
-    /// As that of the physical function.
+    /// The state of the physical function's link.
     Auto,
     /// Always up: functions of one card reach each other without a cable.
     Enable,
@@ -29,7 +29,7 @@ pub enum LinkState {
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// The address `index` further on; none beyond the last one with the same maker's half.
+    /// The address `index` further on; none beyond the last one with the same vendor part.
     pub(super) fn plus(self, index: u16) -> Option<Self> {
         let [a, b, c, d, e, f] = self.0;
         let next = u32::from_be_bytes([0, d, e, f]).checked_add(u32::from(index))?;
@@ -39,8 +39,8 @@ impl Mac {
         Some(Self([a, b, c, d, e, f]))
     }
 
-    /// A card may have it: it names one station, and not none.
-    pub(super) fn names_a_station(self) -> bool {
+    /// Whether a card can have it: it is a unicast address, and not zero.
+    pub(super) fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 }
@@ -70,7 +70,7 @@ impl FromStr for Mac {
 
 written_as_text!(Mac);
 
-/// The settings of one function. A setting that is none is unknown, or stays as it is.
+/// The settings of one function. A setting that is none is unknown, or is not changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VfState {
     /// Its address.
@@ -82,7 +82,7 @@ pub struct VfState {
     /// Priority in the VLAN.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qos: Option<u8>,
-    /// Whether foreign sender addresses are dropped.
+    /// Whether packets with another sender address are dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spoof_check: Option<bool>,
     /// Whether the guest is trusted.
@@ -94,7 +94,7 @@ pub struct VfState {
     /// Mbit/s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_rate: Option<u32>,
-    /// The link that it sees.
+    /// The link state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link_state: Option<LinkState>,
 }
@@ -112,7 +112,7 @@ pub enum VfSetting {
         /// 0 to 7.
         qos: u8,
     },
-    /// Whether foreign sender addresses are dropped.
+    /// Whether packets with another sender address are dropped.
     SpoofCheck(bool),
     /// Whether the guest is trusted.
     Trust(bool),
@@ -123,7 +123,7 @@ pub enum VfSetting {
         /// Greatest; 0 for any.
         max: u32,
     },
-    /// The link that it sees.
+    /// The link state.
     LinkState(LinkState),
 }
 
@@ -158,7 +158,7 @@ impl fmt::Display for VfSetting {
 }
 
 impl VfState {
-    /// These settings with those of `wanted` in their place.
+    /// These settings, replaced by those that `wanted` has.
     pub(crate) fn with(&self, wanted: &Self) -> Self {
         Self {
             mac: wanted.mac.or(self.mac),
@@ -206,7 +206,8 @@ impl VfState {
         }
     }
 
-    /// The changes that make `wanted` of this. A pair takes the half that is not asked for from this.
+    /// The changes from these settings to `wanted`. If `wanted` has only half of a pair, the other half comes
+    /// from these.
     pub(crate) fn changes_to(&self, wanted: &Self) -> Vec<VfSetting> {
         let now = self.settings(self);
         let mut changes = wanted.settings(&self.with(wanted));
@@ -214,7 +215,7 @@ impl VfState {
         changes
     }
 
-    /// Everything that is asked for, as changes; `all` fills pairs up.
+    /// The settings as changes; `all` completes pairs.
     pub fn settings(&self, all: &Self) -> Vec<VfSetting> {
         let vlan = (self.vlan.is_some() || self.qos.is_some()).then(|| VfSetting::Vlan {
             vlan: all.vlan.unwrap_or(0),

@@ -30,11 +30,11 @@ pub struct VgpuSpec {
 /// A mediated device that a VM gets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Instance {
-    /// The identifier that it has, or must have; a new one if none.
+    /// Its UUID; none for a new one.
     pub uuid: Option<Uuid>,
     /// Whether it exists already, and stays when the VM ends.
     pub made: bool,
-    /// What makes it.
+    /// Its parent.
     pub parent: String,
     /// The id of its type.
     #[serde(rename = "type")]
@@ -49,7 +49,7 @@ pub(crate) struct TakenInstances {
 }
 
 impl VgpuSpec {
-    /// Devices of a type, by its id; none is named yet.
+    /// Devices of a type, by its id, without UUIDs.
     pub(crate) fn of_kind(id: &str) -> Self {
         Self {
             kind: id.to_owned(),
@@ -58,7 +58,7 @@ impl VgpuSpec {
         }
     }
 
-    /// What is wrong with it: the key, and the mistake with its remedy.
+    /// The mistake in it: the key, the reason and the remedy.
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         let mut seen = BTreeSet::new();
         if self.kind.trim().is_empty() {
@@ -84,7 +84,7 @@ impl VgpuSpec {
         self.kind == id || title == Some(&self.kind)
     }
 
-    /// How many mediated devices there could be now at most.
+    /// The most mediated devices that can exist now.
     pub(super) fn most(&self, mdevs: &Mdevs) -> usize {
         let room = self.sources(mdevs).map(|(_, kind)| kind.available as usize);
         room.sum::<usize>() + self.uuids.len()

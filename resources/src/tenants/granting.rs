@@ -2,7 +2,7 @@
 
 use super::devices::{Devices, are_of_one_kind};
 use super::hand_over::{Owner, open_iommufd};
-use super::{TenantError, alone};
+use super::{TenantError, lock_owners};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::{DeviceName, is_name};
@@ -53,7 +53,7 @@ pub fn grant(
     if let GrantedDevices::Named(names) = wanted.devices {
         are_of_one_kind(names)?;
     }
-    let _alone = alone(host)?;
+    let _owners = lock_owners(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let group = wanted.group.unwrap_or(name);
@@ -81,7 +81,7 @@ pub fn grant(
     devices.detach(host, access, &names, wanted.overrides)?;
     owner.make_dirs(host, name)?;
     open_iommufd(host)?;
-    // From here on the devices are the tenant's: `put_tenants_right` completes a grant that was cut short.
+    // From here on the devices are the tenant's: `restore_tenants` completes a grant that was cut short.
     devices.add_to(&scope, group)?.save()?;
     let names = devices.names();
     names
@@ -90,7 +90,7 @@ pub fn grant(
     for (bdf, record) in settings {
         record.keep(host, bdf).map_err(TenantError::settings(bdf))?;
     }
-    granted::mend(host, access.links);
+    granted::restore_all(host, access.links);
     Ok(names)
 }
 
@@ -99,7 +99,8 @@ fn free(host: &HostPaths, from: &str, count: usize) -> Result<Vec<DeviceName>, T
     let groups = Groups::load(host)?;
     let ahead = groups.find(from)?.vgpu.as_ref().map(|spec| &spec.uuids);
     let is = |group: Option<&ResourceGroup>| group.is_some_and(|group| group.name == from);
-    let idle = |device: &HostDevice| !device.lease.is_held() && device.kept_out().is_none();
+    let idle =
+        |device: &HostDevice| !device.lease.is_held() && device.quarantine_reason().is_none();
     let (all, mdevs) = (scan(host)?, Mdevs::read(host)?);
     let made = |device: &&MdevDevice| {
         let ahead = ahead.is_some_and(|ahead| ahead.contains(&device.uuid));
@@ -143,8 +144,8 @@ fn not_of_others(
     Ok(())
 }
 
-/// Records the settings of a tenant's virtual functions for [`granted::mend`]. A function whose settings cannot be
-/// read stays the tenant's.
+/// Records the settings of a tenant's virtual functions for [`granted::restore_all`]. A function whose settings cannot
+/// be read stays the tenant's.
 pub(super) fn keep_settings(host: &HostPaths, links: &dyn VfLinks, devices: &[HostBdf]) {
     for &bdf in devices {
         let kept = GrantedRecord::of(host, links, bdf);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::User;
 
-use super::{TenantError, absent_is_fine, failed};
+use super::{TenantError, failed, ignore_missing};
 use crate::base::host::HostPaths;
 use crate::base::json::Place;
 use crate::base::name::DeviceName;
@@ -33,7 +33,7 @@ pub(super) fn open_iommufd(host: &HostPaths) -> Result<(), TenantError> {
         let mode = found.permissions().mode() | 0o666;
         fs::set_permissions(&node, fs::Permissions::from_mode(mode))
     });
-    opened.or_else(absent_is_fine).map_err(failed(&node))
+    opened.or_else(ignore_missing).map_err(failed(&node))
 }
 
 /// A user who owns files.
@@ -90,11 +90,11 @@ impl Owner {
                 crate::base::atomic::make_dir(above).map_err(failed(above))?;
             }
             let made = DirBuilder::new().mode(0o700).create(dir);
-            made.or_else(present_is_fine).map_err(failed(dir))?;
+            made.or_else(ignore_existing).map_err(failed(dir))?;
             for link in links {
                 let target = Path::new("../..").join(link);
                 let made = symlink(target, dir.join(link));
-                made.or_else(present_is_fine).map_err(failed(dir))?;
+                made.or_else(ignore_existing).map_err(failed(dir))?;
             }
             self.own(dir).map_err(failed(dir))?;
         }
@@ -102,7 +102,7 @@ impl Owner {
         let lock = run.join("allocate.lock");
         match fs::symlink_metadata(&lock) {
             Ok(found) if found.uid() != self.uid => fs::remove_file(&lock)
-                .or_else(absent_is_fine)
+                .or_else(ignore_missing)
                 .map_err(failed(&lock)),
             _ => Ok(()),
         }
@@ -144,7 +144,7 @@ impl Owner {
         let path = crate::holding::lock_file::lock_path(host, name);
         let draft = path.with_extension("new");
         let made = fs::remove_file(&draft)
-            .or_else(absent_is_fine)
+            .or_else(ignore_missing)
             .and_then(|()| crate::holding::lock_file::create(&draft))
             .and_then(|()| self.own(&draft))
             .and_then(|()| fs::rename(&draft, &path));
@@ -172,7 +172,7 @@ impl ClosedNodes {
 
     fn give(mut self, owner: &Owner) -> Result<(), TenantError> {
         for (node, _) in std::mem::take(&mut self.0) {
-            let given = owner.own(&node).or_else(absent_is_fine);
+            let given = owner.own(&node).or_else(ignore_missing);
             given.map_err(failed(&node))?;
         }
         Ok(())
@@ -255,7 +255,7 @@ fn nodes(host: &HostPaths, name: DeviceName) -> Vec<PathBuf> {
     group_node(host, name).into_iter().chain(own).collect()
 }
 
-fn present_is_fine(error: io::Error) -> io::Result<()> {
+fn ignore_existing(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::AlreadyExists => Ok(()),
         _ => Err(error),

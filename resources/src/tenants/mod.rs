@@ -3,7 +3,7 @@
 //! A tenant is a directory of definitions, `tenants/NAME` of the configuration directory: its user (`tenant.json`)
 //! and its groups. A device that its groups name belongs to the tenant: no other VM gets it, and the tenant gets no
 //! other device. The device stays bound to vfio-pci. The tenant's user owns its VFIO nodes and its lock file, so
-//! that the kernel separates tenants. A boot of the host resets these owners: [`put_tenants_right`] sets them
+//! that the kernel separates tenants. A boot of the host resets these owners: [`restore_tenants`] sets them
 //! again.
 
 mod devices;
@@ -35,18 +35,18 @@ use hand_over::{Owner, open_iommufd};
 use removal::FormerDirs;
 pub use revoking::revoke;
 
-/// [`put_tenants_right`] by whoever has the owners' lock, and has loaded these under it.
-fn put_right(host: &HostPaths, tenants: &Tenants) -> Result<(), TenantError> {
-    put_right_with(host, tenants, &Netlink::new(host))
+/// [`restore_tenants`] for a caller who holds the owners' lock, and has read the tenants under it.
+fn restore(host: &HostPaths, tenants: &Tenants) -> Result<(), TenantError> {
+    restore_with(host, tenants, &Netlink::new(host))
 }
 
-pub(crate) fn put_right_with(
+pub(crate) fn restore_with(
     host: &HostPaths,
     tenants: &Tenants,
     links: &dyn VfLinks,
 ) -> Result<(), TenantError> {
     let all = scan(host)?;
-    let put_right = |tenant: &Tenant| {
+    let restore = |tenant: &Tenant| {
         let owner = Owner::of(host, tenant)?;
         owner.make_dirs(host, &tenant.name)?;
         open_iommufd(host)?;
@@ -60,28 +60,28 @@ pub(crate) fn put_right_with(
         };
         let given: Vec<_> = tenant.devices().into_iter().map(&mut give).collect();
         granting::keep_settings(host, links, &there);
-        // Those that no group of the host's makes are not there.
+        // Devices that no group of the host makes do not exist.
         let mdevs = tenant.mdevs().into_iter();
         let mdevs = mdevs.filter(|uuid| host.mdev(*uuid).exists());
         let mdevs = mdevs.map(|uuid| owner.take_over(host, uuid.into()));
-        // One that cannot be had keeps no other one away.
+        // A device that fails keeps no other one away.
         all_of(given.into_iter().chain(mdevs))
     };
-    let done = all_of(tenants.iter().map(put_right));
-    granted::mend(host, links);
+    let done = all_of(tenants.iter().map(restore));
+    granted::restore_all(host, links);
     done
 }
 
-/// Gives every tenant its directories, nodes and lock files, after a boot of the host or a rebind of a device undid
-/// that. The devices must be bound to vfio-pci already. The owners are read under the lock, since another command
-/// may just have changed them.
-pub fn put_tenants_right(host: &HostPaths) -> Result<(), TenantError> {
-    let _alone = alone(host)?;
-    put_right(host, &Tenants::load(host)?)
+/// Gives every tenant its directories, nodes and lock files, after a boot of the host or a rebind of a device reset
+/// their owners. The devices must be bound to vfio-pci already. The tenants are read under the lock, since another
+/// command may just have changed them.
+pub fn restore_tenants(host: &HostPaths) -> Result<(), TenantError> {
+    let _owners = lock_owners(host)?;
+    restore(host, &Tenants::load(host)?)
 }
 
 /// Takes the lock under which devices change their owners.
-fn alone(host: &HostPaths) -> Result<OwnersLock, LeaseError> {
+fn lock_owners(host: &HostPaths) -> Result<OwnersLock, LeaseError> {
     OwnersLock::acquire(host, &LeaseRecord::task("gantry tenant"))
 }
 
@@ -94,7 +94,7 @@ pub fn create_tenant(
     if !is_name(name) {
         return Err(TenantError::Name(name.to_owned()));
     }
-    let _alone = alone(host)?;
+    let _owners = lock_owners(host)?;
     let path = definition(host, name);
     if path.exists() {
         let name = name.to_owned();
@@ -111,7 +111,7 @@ pub fn edit_tenant(
     name: &str,
     file: &TenantFile,
 ) -> Result<PathBuf, TenantError> {
-    let alone = alone(host)?;
+    let owners = lock_owners(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let path = definition(host, name);
@@ -121,7 +121,7 @@ pub fn edit_tenant(
         return Ok(path);
     }
     // A running VM would belong to the former user.
-    runs_no_vm(host, tenant)?;
+    check_no_vm_runs(host, tenant)?;
     for device in tenant.names() {
         hand_over::is_free(host, device)?;
         hand_over::is_closed(host, device)?;
@@ -130,24 +130,24 @@ pub fn edit_tenant(
     for bdf in tenant.devices() {
         copy_tenant_records(host, bdf).map_err(failed(&host.state))?;
     }
-    // The former user opens nothing from here on, whatever becomes of this command.
+    // The former user opens nothing from here on, even if this command fails later.
     let mut names = tenant.names().into_iter();
     let taken = names.try_for_each(|device| Owner::host().take_over(host, device));
     let changed = taken.and_then(|()| Ok(config::write(&path, file)?));
     if let Err(error) = changed {
-        put_right(host, &tenants)?;
+        restore(host, &tenants)?;
         return Err(error);
     }
     // It loses the directories too.
     let former = FormerDirs::of(host, name);
-    let given = put_right(host, &Tenants::load(host)?);
-    drop(alone);
+    let given = restore(host, &Tenants::load(host)?);
+    drop(owners);
     former.remove();
     given.map(|()| path)
 }
 
 /// Refuses while a VM of the tenant runs.
-fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
+fn check_no_vm_runs(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
     let is_own = |vm: &RunningVm| vm.tenant.as_ref() == Some(&tenant.name);
     let Some(vm) = running_vms(host)?.into_iter().find(is_own) else {
         return Ok(());
@@ -166,11 +166,11 @@ fn runs_no_vm(host: &HostPaths, tenant: &Tenant) -> Result<(), TenantError> {
 
 /// Deletes a tenant without devices and running VMs.
 pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
-    let alone = alone(host)?;
+    let owners = lock_owners(host)?;
     let tenants = Tenants::load(host)?;
     let tenant = tenants.find(name)?;
     let owned = tenant.names();
-    runs_no_vm(host, tenant)?;
+    check_no_vm_runs(host, tenant)?;
     if !owned.is_empty() {
         let devices: Vec<String> = owned.iter().map(DeviceName::to_string).collect();
         return Err(TenantError::NotEmpty {
@@ -186,11 +186,11 @@ pub fn delete_tenant(host: &HostPaths, name: &str) -> Result<(), TenantError> {
             true => fs::remove_dir_all(path),
             false => fs::remove_file(path),
         };
-        removed.or_else(absent_is_fine).map_err(failed(path))?;
+        removed.or_else(ignore_missing).map_err(failed(path))?;
     }
     let former = FormerDirs::of(host, name);
     // Removing the directories needs no lock.
-    drop(alone);
+    drop(owners);
     former.remove();
     Ok(())
 }
@@ -208,7 +208,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> TenantError {
     |source| TenantError::File { path, source }
 }
 
-fn absent_is_fine(error: io::Error) -> io::Result<()> {
+fn ignore_missing(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::NotFound => Ok(()),
         _ => Err(error),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::hand_over::{Owner, is_closed, is_free};
-use super::{TenantError, alone, failed};
+use super::{TenantError, failed, lock_owners};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
@@ -26,7 +26,7 @@ pub fn revoke(
     name: &str,
     devices: &[impl Copy + Into<DeviceName>],
 ) -> Result<Vec<DeviceName>, TenantError> {
-    let _alone = alone(host)?;
+    let _owners = lock_owners(host)?;
     let owned = Tenants::load(host)?.find(name)?.names();
     let devices: BTreeSet<DeviceName> = devices.iter().map(|device| (*device).into()).collect();
     if let Some(&device) = devices.iter().find(|device| !owned.contains(device)) {

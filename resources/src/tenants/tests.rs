@@ -212,7 +212,7 @@ fn a_boot_puts_nodes_and_files_right() {
     give(&host, &kernel, "a", "01:00.0");
     fs::remove_dir_all(&host.paths.run).unwrap();
     let tenants = Tenants::load(&host.paths).unwrap();
-    put_right(&host.paths, &tenants).unwrap();
+    restore(&host.paths, &tenants).unwrap();
     assert!(
         host.paths.run.join("tenants/a/leases").is_dir(),
         "a link to the host's"
@@ -234,7 +234,7 @@ fn tenants_open_iommufd_where_the_host_has_it() {
     let mode = || fs::metadata(&iommufd).unwrap().mode() & 0o777;
     close();
     let tenants = Tenants::load(&host.paths).unwrap();
-    put_right(&host.paths, &tenants).unwrap();
+    restore(&host.paths, &tenants).unwrap();
     assert_eq!(mode(), 0o666, "after a boot");
     close();
     assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
@@ -479,7 +479,7 @@ fn what_a_tenant_puts_into_its_directory_harms_nobody() {
     let _ = fs::remove_file(&lock);
     symlink(&shadow, &lock).unwrap();
     let tenants = Tenants::load(&host.paths).unwrap();
-    put_right(&host.paths, &tenants).unwrap();
+    restore(&host.paths, &tenants).unwrap();
     let after = fs::metadata(&shadow).unwrap();
     let changed = |meta: &fs::Metadata| (meta.ctime(), meta.ctime_nsec());
     assert_eq!(changed(&after), changed(&before), "nobody has chowned it");
@@ -520,20 +520,20 @@ fn other_hardware_at_a_tenants_address_is_nobodys() {
     create_tenant(&host.paths, "a", &user()).unwrap();
     give(&host, &kernel, "a", "01:00.0");
     let tenants = || Tenants::load(&host.paths).unwrap();
-    put_right(&host.paths, &tenants()).unwrap();
+    restore(&host.paths, &tenants()).unwrap();
     // Another device has come into the IOMMU group.
     host.add(&Fake::nvme("01:00.1", 1));
-    let said = put_right(&host.paths, &tenants()).unwrap_err().to_string();
+    let said = restore(&host.paths, &tenants()).unwrap_err().to_string();
     assert!(
         said.contains("0000:01:00.1 (1b36:0010) is not what it was"),
         "{said}"
     );
     host.remove(bdf("01:00.1"));
-    put_right(&host.paths, &tenants()).unwrap();
+    restore(&host.paths, &tenants()).unwrap();
     // The disk is replaced by another device.
     let modalias = crate::fixture::modalias((0x8086, 0x1533), (0, 0), 0x01_08_02);
     fs::write(host.dir(bdf("01:00.0")).join("modalias"), modalias).unwrap();
-    let said = put_right(&host.paths, &tenants()).unwrap_err().to_string();
+    let said = restore(&host.paths, &tenants()).unwrap_err().to_string();
     assert!(
         said.contains("0000:01:00.0 is not given to tenant \"a\"") && said.contains("8086:1533"),
         "{said}"
@@ -562,7 +562,7 @@ fn two_grants_at_once_give_a_device_once() {
     for name in ["a", "b"] {
         create_tenant(&host.paths, name, &user()).unwrap();
     }
-    let first = alone(&host.paths).unwrap();
+    let first = lock_owners(&host.paths).unwrap();
     let said = std::thread::scope(|scope| {
         let second = scope.spawn(|| give(&host, &FakeKernel::new(&host), "b", "01:00.0"));
         // Long enough for the second one to have looked, if it did not wait.
@@ -588,9 +588,9 @@ fn a_boot_gives_nobody_what_was_taken_back_meanwhile() {
     };
     let given = |device| lock_path(&host.paths, bdf(device)).exists();
     owns(r#"{"slot": "0000:01:00.0"}"#);
-    let first = alone(&host.paths).unwrap();
+    let first = lock_owners(&host.paths).unwrap();
     std::thread::scope(|scope| {
-        let boot = scope.spawn(|| put_tenants_right(&host.paths).unwrap());
+        let boot = scope.spawn(|| restore_tenants(&host.paths).unwrap());
         // Long enough for the boot to have looked, if it did not wait.
         std::thread::sleep(std::time::Duration::from_millis(300));
         owns(r#"{"slot": "0000:02:00.0"}, {"slot": "0000:02:00.1"}"#);
@@ -622,7 +622,7 @@ fn two_grants_out_of_a_group_at_once_get_other_devices() {
         };
         grant(&host.paths, FakeKernel::new(&host).access(), name, &wanted)
     };
-    let first = alone(&host.paths).unwrap();
+    let first = lock_owners(&host.paths).unwrap();
     let given = std::thread::scope(|scope| {
         let both = ["a", "b", "a"].map(|name| scope.spawn(move || free(name)));
         // Long enough for both to have chosen, if they did not wait.
@@ -672,7 +672,7 @@ fn a_user_who_is_not_there_is_named_with_the_line() {
         "{\n  \"user\": \"no such user\"}",
     );
     let tenants = Tenants::load(&host.paths).unwrap();
-    let said = put_right(&host.paths, &tenants).unwrap_err().to_string();
+    let said = restore(&host.paths, &tenants).unwrap_err().to_string();
     assert!(said.contains("a/tenant.json:2:"), "{said}");
 }
 

@@ -245,7 +245,7 @@ pub fn edit(args: EditArgs, paths: &HostPaths) -> Result<(), Failure> {
     };
     change(paths, output, [&name, &name], |files| {
         if !force {
-            files.keeps_what_is_made(paths, &name, &wanted)?;
+            files.check_made_stays_defined(paths, &name, &wanted)?;
         }
         let asks = wanted.kind.is_some() || wanted.sriov.is_some() || wanted.vgpu.is_some();
         files.change(&name, wanted)?;
@@ -308,7 +308,7 @@ pub fn delete(args: &DeleteArgs, paths: &HostPaths) -> Result<(), Failure> {
     change(paths, *output, [name, name], |files| {
         if !force {
             files.is_idle(paths, name, None)?;
-            files.has_nothing_made(paths, name)?;
+            files.check_nothing_made(paths, name)?;
         }
         files.delete(name)
     })?;

@@ -148,7 +148,7 @@ pub(super) fn owned(groups: &Groups, device: &HostDevice) -> Option<Unavailable>
     Some(Unavailable::OfTenant { tenant })
 }
 
-/// The group that comes before the one asked for.
+/// A group that is defined earlier and has the device.
 fn other_owner(groups: &Groups, group: &ResourceGroup, device: &HostDevice) -> Option<Unavailable> {
     if let Some(why) = owned(groups, device) {
         return Some(why);

@@ -1,4 +1,4 @@
-//! The part of the choice for mediated devices and for virtual functions that another VM than their card's gets.
+//! The part of the choice for mediated devices, and for virtual functions whose card another VM has.
 
 use super::super::{AllocateError, RequestFit};
 use super::{Choice, Picked, RequestedDevices};

@@ -12,7 +12,7 @@ use crate::base::sysfs;
 const TYPED: u64 = 0xffff_fffe;
 
 /// The devices of the host's consoles and keyboards.
-pub(super) struct Seats {
+pub(super) struct Consoles {
     /// Terminals of kernel messages, with their paths in the device tree.
     consoles: Vec<(String, PathBuf)>,
     /// Such terminals of a hypervisor, which have no path of their own.
@@ -21,7 +21,7 @@ pub(super) struct Seats {
     keyboards: Vec<(String, PathBuf)>,
 }
 
-impl Seats {
+impl Consoles {
     pub(super) fn read(paths: &HostPaths) -> io::Result<Self> {
         let class = paths.sysfs.join("class");
         let active = sysfs::text(&class.join("tty/console/active"))?.unwrap_or_default();

@@ -13,7 +13,7 @@ use crate::base::sysfs;
 pub(super) struct Mounts {
     mounts: Vec<Mount>,
     swaps: BTreeSet<String>,
-    joined: Vec<Joined>,
+    multi_device: Vec<MultiDevice>,
 }
 
 struct Mount {
@@ -25,7 +25,7 @@ struct Mount {
 }
 
 /// A file system that is in use and may have several block devices.
-struct Joined {
+struct MultiDevice {
     /// The kind, for messages.
     name: String,
     blocks: BTreeSet<String>,
@@ -43,10 +43,10 @@ impl Mounts {
             let path = line.split_whitespace().next()?;
             blocks.named(path)
         });
-        let joined = joined(paths)?;
+        let multi_device = multi_device(paths)?;
         let mut mounts = mounts(&mountinfo, blocks);
         for mount in &mut mounts {
-            let own = joined
+            let own = multi_device
                 .iter()
                 .filter(|one| !one.blocks.is_disjoint(&mount.blocks));
             let more: Vec<String> = own.flat_map(|one| one.blocks.clone()).collect();
@@ -55,7 +55,7 @@ impl Mounts {
         Ok(Self {
             mounts,
             swaps: swaps.collect(),
-            joined,
+            multi_device,
         })
     }
 
@@ -71,11 +71,15 @@ impl Mounts {
                 at: first.at.clone(),
                 others: mounts.count(),
             });
-        } else if let Some(joined) = self.joined.iter().find(|one| one.blocks.contains(name)) {
+        } else if let Some(multi_device) = self
+            .multi_device
+            .iter()
+            .find(|one| one.blocks.contains(name))
+        {
             // It is mounted in another mount namespace.
             uses.push(HostUse::Member {
                 block: on.block.clone(),
-                of: joined.name.clone(),
+                of: multi_device.name.clone(),
             });
         }
         if self.swaps.contains(name) {
@@ -108,7 +112,7 @@ fn mounts(mountinfo: &str, blocks: &Blocks) -> Vec<Mount> {
 }
 
 /// The file systems of btrfs and bcachefs that are mounted, with their block devices.
-fn joined(paths: &HostPaths) -> io::Result<Vec<Joined>> {
+fn multi_device(paths: &HostPaths) -> io::Result<Vec<MultiDevice>> {
     let fs = paths.sysfs.join("fs");
     let mut found = Vec::new();
     for id in sysfs::entries(&fs.join("btrfs"))? {
@@ -116,7 +120,7 @@ fn joined(paths: &HostPaths) -> io::Result<Vec<Joined>> {
             .into_iter()
             .collect();
         let name = format!("the btrfs file system {id}");
-        found.push(Joined { name, blocks });
+        found.push(MultiDevice { name, blocks });
     }
     for id in sysfs::entries(&fs.join("bcachefs"))? {
         let dir = fs.join("bcachefs").join(&id);
@@ -126,7 +130,7 @@ fn joined(paths: &HostPaths) -> io::Result<Vec<Joined>> {
         });
         let blocks = blocks.collect();
         let name = format!("the bcachefs file system {id}");
-        found.push(Joined { name, blocks });
+        found.push(MultiDevice { name, blocks });
     }
     found.retain(|one| !one.blocks.is_empty());
     Ok(found)

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use super::autoprobe::AutoprobeRecord;
 use super::error::{SriovError, not_recorded};
 use super::links::LinkWrite;
-use super::pf::{LiveVf, Pf};
+use super::pf::{Pf, VfInUse};
 use super::{
-    HostAccess, HostWrite, SriovReport, autoprobe, forget, found, no_function_hangs, refused,
-    report, set_aside_if_hung,
+    HostAccess, HostWrite, SriovReport, autoprobe, check_functions_not_hung, forget, found,
+    refused, report, set_aside_if_hung,
 };
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
@@ -37,7 +37,7 @@ pub(super) struct Activation<'a> {
     pub(super) pf: Pf,
     /// Its functions as they were before, with their records.
     pub(super) former: Vec<(HostDevice, Option<DriverRecord>)>,
-    pub(super) live: Vec<LiveVf>,
+    pub(super) live: Vec<VfInUse>,
     pub(super) resized: bool,
     /// Whether the physical function's interface had a link.
     pub(super) had_link: bool,
@@ -272,7 +272,7 @@ impl Activation<'_> {
             return Ok(());
         }
         // Destroying a function that hangs would hang as well, with the card.
-        no_function_hangs(self.paths, &now)?;
+        check_functions_not_hung(self.paths, &now)?;
         if !now.vfs.is_empty() {
             self.host.writer.write(&path, "0")?;
             now.vfs.iter().for_each(|bdf| forget(self.paths, *bdf));

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::links::LinkError;
-use super::pf::{LiveVf, Pf};
+use super::pf::{Pf, VfInUse};
 use crate::base::bdf::HostBdf;
 use crate::holding::host_lock::LeaseError;
 use crate::holding::passing::InTheWay;
@@ -72,7 +72,7 @@ pub enum SriovError {
         /// How many were wanted.
         wanted: u16,
         /// Those in use.
-        live: Vec<LiveVf>,
+        live: Vec<VfInUse>,
     },
     /// Another process works on the device.
     #[error("{0}{after}", after = .0.end_of_lease())]
@@ -132,8 +132,8 @@ pub(super) fn not_recorded((path, source): (PathBuf, io::Error)) -> SriovError {
     SriovError::Record { path, source }
 }
 
-fn lines(live: &[LiveVf]) -> String {
-    let line = |LiveVf { bdf, why, .. }: &LiveVf| format!("\n{bdf}: {why}");
+fn lines(live: &[VfInUse]) -> String {
+    let line = |VfInUse { bdf, why, .. }: &VfInUse| format!("\n{bdf}: {why}");
     live.iter().map(line).collect()
 }
 
@@ -158,7 +158,7 @@ impl SriovError {
 
     /// The holders of functions, if they alone are the failure.
     pub(super) fn in_the_way(&self) -> Vec<InTheWay> {
-        let held = |one: &LiveVf| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));
+        let held = |one: &VfInUse| Some((one.bdf.into(), one.lease.as_ref()?.record().cloned()));
         match self {
             Self::Busy(blocked) => blocked.in_the_way(),
             // Functions with another use stay in use whoever releases the others.

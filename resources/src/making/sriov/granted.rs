@@ -82,7 +82,7 @@ impl GrantedRecord {
 
 /// Restores the tenants' functions that no VM has, if this user may; and functions that are no tenant's any more,
 /// where that was cut short.
-pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
+pub(crate) fn restore_all(host: &HostPaths, links: &dyn VfLinks) {
     let mut cards: BTreeMap<HostBdf, Vec<(HostBdf, SettingsRecord)>> = BTreeMap::new();
     let functions = Change::Granted.recorded(host).into_iter();
     for bdf in functions.filter_map(DeviceName::pci) {
@@ -117,8 +117,8 @@ pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
                 .is_none_or(|card| record.writes_to(card, bdf).is_empty());
             let mended = match (has_owner, right) {
                 (true, true) => Ok(()),
-                (true, false) => mend_one(host, links, bdf),
-                (false, _) => end_left(host, links, bdf),
+                (true, false) => restore_one(host, links, bdf),
+                (false, _) => finish_end(host, links, bdf),
             };
             if let Err(error) = mended {
                 tracing::warn!("{bdf}, a tenant's, stays as a guest has set it: {error}");
@@ -127,7 +127,7 @@ pub(crate) fn mend(host: &HostPaths, links: &dyn VfLinks) {
     }
 }
 
-fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
+fn restore_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
     let Some(_lock) = lock(host, bdf)? else {
         return Ok(());
     };
@@ -136,7 +136,7 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
         return Ok(());
     };
     let writes = record.writes(host, links, bdf)?;
-    let (done, result) = vf_restore::put_back(links, &writes);
+    let (done, result) = vf_restore::write_back(links, &writes);
     if !done.refused.is_empty() {
         // It is reported once: the next command does not try again.
         let known = done.refused.iter();
@@ -148,11 +148,11 @@ fn mend_one(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), S
 }
 
 /// [`end`] of a function whose command was cut short.
-fn end_left(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
+fn finish_end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
     let Some(_lock) = lock(host, bdf)? else {
         return Ok(());
     };
-    match owe(host, bdf)? {
+    match record_former(host, bdf)? {
         true => vf_restore::restore(host, links, bdf).map(drop),
         false => Ok(()),
     }
@@ -173,7 +173,7 @@ fn lock(host: &HostPaths, bdf: HostBdf) -> Result<Option<DeviceLock>, SriovError
 /// Turns the record of a former tenant's function into that of a VM's, and restores the function if nobody holds it
 /// already.
 pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result<(), SriovError> {
-    if !owe(host, bdf)? {
+    if !record_former(host, bdf)? {
         return Ok(());
     }
     match DeviceLock::take(host, bdf, &LeaseRecord::restore())? {
@@ -183,7 +183,7 @@ pub(crate) fn end(host: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) -> Result
 }
 
 /// Whether there was a record.
-fn owe(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
+fn record_former(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
     let Some(GrantedRecord(record)) = GrantedRecord::load(host, bdf) else {
         return Ok(false);
     };
@@ -193,7 +193,7 @@ fn owe(host: &HostPaths, bdf: HostBdf) -> Result<bool, SriovError> {
 }
 
 /// Warns of a function that a tenant's VM gets with other settings than it was granted with.
-pub(crate) fn look(paths: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) {
+pub(crate) fn warn_if_changed(paths: &HostPaths, links: &dyn VfLinks, bdf: HostBdf) {
     // The card is not the tenant's, but the tenant may read it.
     let whole = HostPaths {
         only: None,

@@ -43,7 +43,7 @@ pub use error::SriovError;
 pub(crate) use links::LinkError;
 pub(crate) use links::{Interface, LinkWrite, VfLinks};
 pub use netlink::Netlink;
-pub(crate) use pf::{LiveVf, Pf};
+pub(crate) use pf::{Pf, VfInUse};
 use serde::Serialize;
 
 /// How long a VM waits for another command that creates the functions it asks for.
@@ -95,7 +95,7 @@ pub struct SriovReport {
     /// The functions, by their numbers.
     pub functions: Vec<HostBdf>,
     /// Functions in use, whose settings and drivers were left as they are.
-    pub left: Vec<LiveVf>,
+    pub left: Vec<VfInUse>,
     /// The writes, in order.
     pub writes: Vec<HostWrite>,
 }
@@ -114,7 +114,7 @@ pub fn activate(
     let look = || {
         let pf = Pf::read(paths, spec.pf)?;
         may_activate(paths, &pf, spec)?;
-        does_not_hang(paths, &pf.device)?;
+        check_not_hung(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, spec.count, &live)?;
         let locks = lock(paths, &pf, spec.count, &live, &record, dry_run)?;
@@ -154,8 +154,8 @@ pub fn deactivate(
     let record = LeaseRecord::task("gantry group deactivate");
     let (pf, _locks) = under_lock(paths, &record, SriovError::in_the_way, || {
         let pf = Pf::read(paths, spec.pf)?;
-        spec.is_the_right_one(&pf.device)?;
-        does_not_hang(paths, &pf.device)?;
+        spec.check_hardware(&pf.device)?;
+        check_not_hung(paths, &pf.device)?;
         let live = live(paths, &pf, &record)?;
         may_resize(&pf, 0, &live)?;
         let locks = match pf.vfs.is_empty() {
@@ -227,7 +227,7 @@ fn spec(group: &ResourceGroup) -> Result<&SriovSpec, SriovError> {
 }
 
 /// The functions in use, and all functions of tenants.
-fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, SriovError> {
+fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<VfInUse>, SriovError> {
     let mut live = pf::live(paths, &pf.vfs, own)?;
     let tenants = Tenants::load(paths)?;
     for &bdf in &pf.vfs {
@@ -235,7 +235,7 @@ fn live(paths: &HostPaths, pf: &Pf, own: &LeaseRecord) -> Result<Vec<LiveVf>, Sr
         if let Some(tenant) = tenants.owner_of(bdf).filter(|_| !known) {
             let why = format!("belongs to tenant \"{}\"", tenant.name);
             let lease = None;
-            live.push(LiveVf { bdf, why, lease });
+            live.push(VfInUse { bdf, why, lease });
         }
     }
     Ok(live)
@@ -255,7 +255,7 @@ fn former(
 }
 
 /// Refuses a device for which a write has not returned: another write would hang as well.
-fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
+fn check_not_hung(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovError> {
     match hung(paths, device.bdf, device.id) {
         Some(why) => Err(SriovError::Busy(UnavailableDevice {
             bdf: device.bdf,
@@ -265,15 +265,15 @@ fn does_not_hang(paths: &HostPaths, device: &HostDevice) -> Result<(), SriovErro
     }
 }
 
-fn no_function_hangs(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
+fn check_functions_not_hung(paths: &HostPaths, pf: &Pf) -> Result<(), SriovError> {
     pf.vfs.iter().try_for_each(|bdf| {
         let function = HostDevice::read(paths, *bdf)?;
-        does_not_hang(paths, &function)
+        check_not_hung(paths, &function)
     })
 }
 
 fn may_activate(paths: &HostPaths, pf: &Pf, spec: &SriovSpec) -> Result<(), SriovError> {
-    spec.suits(&pf.device)?;
+    spec.check_capacity(&pf.device)?;
     let bdf = spec.pf;
     if pf.device.driver.is_none() {
         let why = NoDriver::of(paths, &pf.device);
@@ -317,7 +317,7 @@ fn refused(pf: &Pf, error: WriteError) -> SriovError {
     }
 }
 
-fn may_resize(pf: &Pf, wanted: u16, live: &[LiveVf]) -> Result<(), SriovError> {
+fn may_resize(pf: &Pf, wanted: u16, live: &[VfInUse]) -> Result<(), SriovError> {
     if pf.vfs.len() == usize::from(wanted) || live.is_empty() {
         return Ok(());
     }
@@ -352,7 +352,7 @@ fn lock(
     paths: &HostPaths,
     pf: &Pf,
     wanted: u16,
-    live: &[LiveVf],
+    live: &[VfInUse],
     record: &LeaseRecord,
     dry_run: bool,
 ) -> Result<Vec<DeviceLock>, SriovError> {

@@ -107,7 +107,7 @@ fn interface(dir: &Path) -> io::Result<Option<Interface>> {
 
 /// A virtual function that must stay unchanged, and why.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct LiveVf {
+pub struct VfInUse {
     /// The function.
     pub bdf: HostBdf,
     /// Its use, in words.
@@ -123,7 +123,7 @@ pub(crate) fn live(
     paths: &HostPaths,
     vfs: &[HostBdf],
     own: &LeaseRecord,
-) -> Result<Vec<LiveVf>, InventoryError> {
+) -> Result<Vec<VfInUse>, InventoryError> {
     let mut live = Vec::new();
     let mut idle = Vec::new();
     for &bdf in vfs {
@@ -137,7 +137,7 @@ pub(crate) fn live(
             source,
         })?;
         match used {
-            Some((why, lease)) => live.push(LiveVf { bdf, why, lease }),
+            Some((why, lease)) => live.push(VfInUse { bdf, why, lease }),
             None if device.on_vfio() => {}
             None => idle.push(device),
         }
@@ -153,7 +153,7 @@ pub(crate) fn live(
     for one in uses {
         if !live.iter().any(|known| known.bdf == one.bdf) {
             let (bdf, why, lease) = (one.bdf, one.to_string(), None);
-            live.push(LiveVf { bdf, why, lease });
+            live.push(VfInUse { bdf, why, lease });
         }
     }
     live.sort_by_key(|one| vfs.iter().position(|vf| *vf == one.bdf));

@@ -91,7 +91,7 @@ impl Card {
 
 /// The result of restoring settings.
 #[derive(Debug, Default)]
-pub(super) struct PutBack {
+pub(super) struct WriteBack {
     /// Whether the card took any of them.
     pub(super) changed: bool,
     /// Values that the card had by itself and refuses: the function keeps its present ones.
@@ -99,11 +99,11 @@ pub(super) struct PutBack {
 }
 
 /// Writes the recorded settings of a function: all of them, even where some are refused.
-pub(super) fn put_back(
+pub(super) fn write_back(
     links: &dyn VfLinks,
     writes: &[LinkWrite],
-) -> (PutBack, Result<(), SriovError>) {
-    let mut done = PutBack::default();
+) -> (WriteBack, Result<(), SriovError>) {
+    let mut done = WriteBack::default();
     let mut result = Ok(());
     for write in writes {
         match links.set_when_ready(write) {
@@ -210,7 +210,7 @@ pub(crate) fn restore(
         Some(record) => record.writes(paths, links, bdf)?,
         None => Vec::new(),
     };
-    let (done, result) = put_back(links, &writes);
+    let (done, result) = write_back(links, &writes);
     result?;
     Change::VfSettings.forget(paths, bdf);
     Ok(done.changed)

@@ -39,7 +39,7 @@ impl GroupFiles {
     }
 
     /// Refuses a change after which the group no longer defines virtual functions or vGPUs that exist.
-    pub fn keeps_what_is_made(
+    pub fn check_made_stays_defined(
         &self,
         paths: &HostPaths,
         name: &str,
@@ -62,12 +62,12 @@ impl GroupFiles {
         });
         match same_functions && same_devices {
             true => Ok(()),
-            false => self.has_nothing_made(paths, name),
+            false => self.check_nothing_made(paths, name),
         }
     }
 
     /// Refuses a group whose virtual functions or vGPUs exist: without it they would belong to no group.
-    pub fn has_nothing_made(&self, paths: &HostPaths, name: &str) -> Result<(), EditError> {
+    pub fn check_nothing_made(&self, paths: &HostPaths, name: &str) -> Result<(), EditError> {
         let groups = self.groups()?;
         let (devices, mdevs) = (scan_with(paths, Detail::ForChoice)?, Mdevs::read(paths)?);
         let Some(group) = groups.get(name) else {
@@ -160,7 +160,7 @@ mod tests {
         let kernel = FakeKernel::new(&host);
         let made = || {
             let files = GroupFiles::open(&host.paths).unwrap();
-            let result = files.has_nothing_made(&host.paths, "vgpus");
+            let result = files.check_nothing_made(&host.paths, "vgpus");
             result.map_err(|error| error.to_string())
         };
         assert_eq!(made(), Ok(()));
@@ -187,7 +187,7 @@ mod tests {
                 ..GroupChange::default()
             };
             let files = GroupFiles::open(&host.paths).unwrap();
-            files.keeps_what_is_made(&host.paths, "vgpus", &change)
+            files.check_made_stays_defined(&host.paths, "vgpus", &change)
         };
         let more = format!(
             r#"{{"type": "mtty-2", "uuids": ["{UUID}", "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"]}}"#

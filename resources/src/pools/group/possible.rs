@@ -20,17 +20,17 @@ impl GroupFiles {
                     Ok(Some(format!("there is no {bdf} on this host now")))
                 }
                 device => {
-                    spec.suits(&device?)?;
+                    spec.check_capacity(&device?)?;
                     Ok(None)
                 }
             },
             (None, Some(spec)) => lacking(paths, spec),
-            (None, None) => says_which(group).map(|()| None),
+            (None, None) => check_type_given(group).map(|()| None),
         }
     }
 }
 
-fn says_which(group: &ResourceGroup) -> Result<(), EditError> {
+fn check_type_given(group: &ResourceGroup) -> Result<(), EditError> {
     match group.kind == GroupType::Vgpu && group.rules.is_empty() {
         true => Err(EditError::NoVgpu(group.name.clone())),
         false => Ok(()),

@@ -49,7 +49,7 @@ fn anything() -> String {
 }
 
 impl Address {
-    /// Whether an address is meant.
+    /// Whether it matches an address.
     pub(crate) fn covers(&self, bdf: HostBdf) -> bool {
         match &self.test {
             Test::Pattern(parts) => {

@@ -8,8 +8,8 @@ use crate::base::host::HostPaths;
 use crate::base::sysfs;
 use crate::inventory::driver_record::DriverRecord;
 
-/// The function of a network interface; one that gantry has taken from its host driver is remembered. None
-/// if there is no such interface, or it is not on a PCI function of its own, such as a bridge.
+/// The function of a network interface, also if gantry has taken it from its host driver. None if there is no such
+/// interface, or it is not on a PCI function itself, such as a bridge.
 pub(crate) fn function(paths: &HostPaths, name: &str) -> Option<HostBdf> {
     let there = fs::canonicalize(paths.sysfs.join("class/net").join(name));
     match there {
@@ -18,8 +18,8 @@ pub(crate) fn function(paths: &HostPaths, name: &str) -> Option<HostBdf> {
     }
 }
 
-/// Reads `.../0000:03:00.0/net/eth0` and `.../0000:03:00.0/virtio1/net/eth0`. A USB adapter's path goes
-/// through a PCI function too, but is not its own.
+/// Reads `.../0000:03:00.0/net/eth0` and `.../0000:03:00.0/virtio1/net/eth0`. The path of a USB adapter goes
+/// through a PCI function too, but the adapter is another device.
 fn of_interface(path: &Path) -> Option<HostBdf> {
     let mut device = path.parent()?.parent()?;
     if file_name(device)?.starts_with("virtio") {

@@ -86,7 +86,7 @@ fn a_groups_new_settings_come_to_a_tenants_function_when_it_is_put_right_and_sta
     let holder = vm("a");
     let take = || allocate(&scope, &[DeviceRequest::group("a", 1)], &holder).unwrap();
     let lease = take();
-    crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
+    crate::tenants::restore_with(&host.paths, &tenants, &kernel).unwrap();
     assert_eq!(vlan(), Some(100));
     drop(lease);
     for change in [None, Some("\"vlan\": 8"), None] {
@@ -248,10 +248,10 @@ fn one_look_at_a_card_tells_of_all_its_functions() {
     };
     crate::tenants::grant(&host.paths, kernel.access(), "a", &wanted).unwrap();
     let links = Counts(&kernel, 0.into());
-    granted::mend(&host.paths, &links);
+    granted::restore_all(&host.paths, &links);
     assert_eq!(links.1.get(), 1);
     spoil(&kernel);
-    granted::mend(&host.paths, &links);
+    granted::restore_all(&host.paths, &links);
     assert_eq!(links.1.get(), 3, "one more under the lock");
 }
 
@@ -308,7 +308,7 @@ fn a_tenants_function_keeps_its_settings_and_is_not_destroyed() {
     fs::remove_dir_all(host.paths.run.join("restore/granted")).unwrap();
     spoil();
     let tenants = Tenants::load(&host.paths).unwrap();
-    crate::tenants::put_right_with(&host.paths, &tenants, &kernel).unwrap();
+    crate::tenants::restore_with(&host.paths, &tenants, &kernel).unwrap();
     reap_with(&host.paths, kernel.access()).unwrap();
     assert_eq!(seen(&host, &kernel).states, before);
     // And what is taken back is as it was.
