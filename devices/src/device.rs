@@ -30,8 +30,8 @@ pub trait BusDevice: Send + Sync {
 pub enum Effect {
     /// Nothing outside the device.
     None,
-    /// BARs of this function moved, appeared or disappeared: call [`PciDevice::remap`].
-    Remap(Arc<dyn PciDevice>),
+    /// BARs behind this root port moved, appeared or disappeared: call [`crate::pci::PciSegment::remap`].
+    Remap(PortIndex),
     /// The guest asked to be powered off.
     PowerOff,
     /// The guest asked for a reset.
@@ -107,8 +107,8 @@ pub trait PciDevice: Send + Sync {
     /// Fills `data` from the configuration space at `offset`.
     fn read_config(&self, offset: u16, data: &mut [u8]);
 
-    /// Takes a write to the configuration space. Returns whether the BARs that should be mapped
-    /// have changed, in which case the owner of the address space calls [`Self::remap`] next.
+    /// Takes a write to the configuration space. Returns whether the BARs that should be mapped, its own or, of a
+    /// root port, those behind it, have changed.
     fn write_config(&self, offset: u16, data: &[u8]) -> bool;
 
     /// Makes the mappings in `space` those of the BARs and the decode bits: first removes every mapping
@@ -123,8 +123,15 @@ pub trait PciDevice: Send + Sync {
     fn reset(&self, space: &dyn BarSpace) -> io::Result<()>;
 }
 
-/// Where a BAR is mapped: implemented by the owner of the guest's address space.
+/// Where a BAR is mapped: implemented by the owner of the guest's address space, and by the root port between it and
+/// a function.
 pub trait BarSpace {
+    /// Whether accesses to this place reach a function behind it. A BAR is not mapped where they do not.
+    fn forwards(&self, placement: &BarPlacement) -> bool {
+        let _ = placement;
+        true
+    }
+
     /// Makes one placement visible to the guest until the returned guard is dropped.
     ///
     /// # Errors

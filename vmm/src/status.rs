@@ -151,13 +151,19 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
+    use crate::machine::NoSpace;
 
     fn slots() -> (SlotTable, Vec<PortIndex>) {
         let mut pci = PciSegment::new([0..=4]).unwrap();
         let ports: Vec<_> = (0..2).map(|_| pci.add_root_port(0).unwrap()).collect();
         let trigger = EventFd::new(0).unwrap();
         let events = PlatformEvents::new(ports.iter().copied(), trigger);
-        let slots = SlotTable::new(ports.iter().copied(), &Arc::new(pci), &Arc::new(events));
+        let slots = SlotTable::new(
+            ports.iter().copied(),
+            &Arc::new(pci),
+            Arc::new(NoSpace),
+            &Arc::new(events),
+        );
         (slots, ports)
     }
 

@@ -213,7 +213,7 @@ mod tests {
         ) {
             let segment = segment();
             let window = EcamWindow::new(Arc::clone(&segment));
-            let ports = ConfigPorts::new(segment);
+            let ports = ConfigPorts::new(Arc::clone(&segment));
             let space = FakeSpace::default();
             for (offset, mut data) in accesses {
                 let effects = [
@@ -222,8 +222,8 @@ mod tests {
                     ports.write(offset % 8, &data),
                 ];
                 for effect in effects {
-                    if let Effect::Remap(device) = effect {
-                        device.remap(&space);
+                    if let Effect::Remap(port) = effect {
+                        segment.remap(port, &space);
                     }
                 }
                 window.read(offset, &mut data);

@@ -308,19 +308,23 @@ impl BarSet {
     /// Makes the mappings those of the registers and `decode`: removes every mapping that is no longer valid,
     /// calls `hardware`, which sets the device's own registers, then adds new mappings. Idempotent.
     ///
-    /// A BAR that cannot be mapped is logged and stays unmapped until the next call.
+    /// A BAR that `space` does not forward stays unmapped, and so does one that cannot be mapped, which is logged,
+    /// until the next call.
     pub fn remap(&mut self, decode: Decode, space: &dyn BarSpace, hardware: impl FnOnce()) {
-        let wanted: [Option<u64>; REGISTERS] =
-            std::array::from_fn(|index| self.wanted(index, decode));
-        for (mapped, base) in self.mapped.iter_mut().zip(wanted) {
+        let wanted: [Option<BarPlacement>; REGISTERS] = std::array::from_fn(|index| {
+            let placement = self.placement(index, self.wanted(index, decode)?)?;
+            space.forwards(&placement).then_some(placement)
+        });
+        for (mapped, placement) in self.mapped.iter_mut().zip(&wanted) {
+            let base = placement.as_ref().map(|placement| placement.base);
             if mapped.as_ref().map(|mapped| mapped.base) != base {
                 *mapped = None;
             }
         }
         hardware();
-        for (index, base) in wanted.into_iter().enumerate() {
-            if let Some(base) = base {
-                self.map(index, base, space);
+        for (index, placement) in wanted.into_iter().enumerate() {
+            if let Some(placement) = placement {
+                self.map(index, &placement, space);
             }
         }
     }
@@ -330,20 +334,23 @@ impl BarSet {
         self.mapped = Default::default();
     }
 
-    fn map(&mut self, index: usize, base: u64, space: &dyn BarSpace) {
-        let Some(bar) = &self.bars[index] else {
-            return;
-        };
-        if self.mapped[index].is_some() {
-            return;
-        }
-        let placement = BarPlacement {
+    /// BAR `index` at `base`.
+    fn placement(&self, index: usize, base: u64) -> Option<BarPlacement> {
+        let bar = self.bars[index].as_ref()?;
+        Some(BarPlacement {
             io: bar.kind == BarKind::Io,
             base,
             size: bar.size,
             segments: Arc::clone(&bar.segments),
-        };
-        match space.map(&placement) {
+        })
+    }
+
+    fn map(&mut self, index: usize, placement: &BarPlacement, space: &dyn BarSpace) {
+        if self.mapped[index].is_some() {
+            return;
+        }
+        let BarPlacement { base, size, .. } = *placement;
+        match space.map(placement) {
             Ok(guard) => {
                 self.mapped[index] = Some(Mapped {
                     base,
@@ -352,9 +359,9 @@ impl BarSet {
             }
             Err(error) => warn_limited!(
                 device = %self.label,
-                bar = %BarName(bar.index),
+                bar = %BarName(index as u8),
                 base = format_args!("{base:#x}"),
-                size = format_args!("{:#x}", bar.size),
+                size = format_args!("{size:#x}"),
                 error = &error as &dyn std::error::Error,
                 "BAR stays unmapped"
             ),

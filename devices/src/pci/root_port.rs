@@ -64,9 +64,8 @@ pub struct PortWindows {
 
 /// A root port with a slot, after the PCI Express Base Specification 6.0, 7.5.1.3 and 7.5.3.
 ///
-/// It has no interrupts, no AER and no native hot-plug; only its bus numbers have an effect. The guest can
-/// read and write the windows, but they are not enforced: functions behind the port answer at the addresses
-/// of their BARs.
+/// It has no interrupts, no AER and no native hot-plug. Its bus numbers, its windows, and the bits of its command
+/// register that open these have an effect.
 pub struct RootPort {
     bus: u8,
     secondary: u8,
@@ -89,6 +88,36 @@ impl RootPort {
     /// The bus directly behind the port, as the guest has it now.
     pub fn secondary_bus(&self) -> u8 {
         self.config().get::<1>(PRIMARY_BUS + 1)[0]
+    }
+
+    /// The addresses that the port forwards to the bus behind it, as the guest has programmed it.
+    pub fn forwards(&self) -> PortWindows {
+        let config = self.config();
+        let command = u16::from_le_bytes(config.get(COMMAND));
+        let window = |opened: u16, base: u64, last: u64| {
+            (command & opened != 0 && base <= last).then(|| base..last.saturating_add(1))
+        };
+        let ends = |register: u16| {
+            let [base, limit] =
+                [register, register + 2].map(|at| u16::from_le_bytes(config.get(at)));
+            (
+                u64::from(base & 0xfff0) << 16,
+                u64::from(limit & 0xfff0) << 16,
+            )
+        };
+        let upper = |register: u16| u64::from(u32::from_le_bytes(config.get(register))) << 32;
+        let (base, limit) = ends(MEMORY_WINDOW);
+        let mem32 = window(COMMAND_MEMORY, base, limit | 0xf_ffff);
+        let (base, limit) = ends(PREFETCHABLE_WINDOW);
+        let base = base | upper(PREFETCHABLE_UPPER);
+        let limit = limit | upper(PREFETCHABLE_UPPER + 4) | 0xf_ffff;
+        let mem64 = window(COMMAND_MEMORY, base, limit);
+        let [base, limit] = config
+            .get(IO_WINDOW)
+            .map(|end: u8| u64::from(end & 0xf0) << 8);
+        // A port without such a window has it at 0, where the ports of the platform are.
+        let io = window(COMMAND_IO, base, limit | 0xfff).filter(|io| io.start != 0);
+        PortWindows { mem32, mem64, io }
     }
 
     /// Sets the windows as firmware does, and has the port forward accesses.
@@ -136,8 +165,9 @@ impl PciDevice for RootPort {
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) -> bool {
+        let before = self.forwards();
         self.config().write(offset, data, &NoBacking);
-        false
+        self.forwards() != before
     }
 
     fn remap(&self, _space: &dyn BarSpace) {}
@@ -282,7 +312,7 @@ mod tests {
     }
 
     fn write(port: &RootPort, offset: u16, value: u32) {
-        assert!(!port.write_config(offset, &value.to_le_bytes()));
+        port.write_config(offset, &value.to_le_bytes());
     }
 
     #[test]
@@ -347,11 +377,14 @@ mod tests {
         let port = port();
         let closed = (0x0000_fff0, 0x0001_fff1);
         assert_eq!((dword(&port, 0x20), dword(&port, 0x24)), closed);
-        port.program(&PortWindows {
+        assert_eq!(port.forwards(), PortWindows::default());
+        let windows = PortWindows {
             mem32: Some(0xc000_0000..0xc100_0000),
             mem64: Some(0x40_0000_0000..0x60_0000_0000),
             io: Some(0x3000..0x5000),
-        });
+        };
+        port.program(&windows);
+        assert_eq!(port.forwards(), windows);
         assert_eq!(dword(&port, 0x04) & 0xffff, 7);
         assert_eq!(dword(&port, 0x20), 0xc0f0_c000);
         assert_eq!(dword(&port, 0x24), 0xfff1_0001);
@@ -360,9 +393,37 @@ mod tests {
         write(&port, 0x1c, u32::MAX);
         assert_eq!(dword(&port, 0x1c), 0xf0f0);
         port.program(&PortWindows::default());
+        assert_eq!(port.forwards(), PortWindows::default());
         assert_eq!(dword(&port, 0x04) & 0xffff, 6);
         assert_eq!((dword(&port, 0x20), dword(&port, 0x24)), closed);
         assert_eq!(dword(&port, 0x1c), 0);
+    }
+
+    #[test]
+    fn a_write_says_whether_other_addresses_are_forwarded() {
+        let port = port();
+        let windows = PortWindows {
+            mem32: Some(0xc000_0000..0xc100_0000),
+            mem64: Some(0x40_0000_0000..0x60_0000_0000),
+            io: Some(0x3000..0x5000),
+        };
+        port.program(&windows);
+        let off = port.write_config(COMMAND, &[4, 0]);
+        assert!(off && port.forwards() == PortWindows::default());
+        assert!(!port.write_config(MEMORY_WINDOW, &[0, 0xc1]), "it is off");
+        let on = port.write_config(COMMAND, &[2, 0]);
+        let moved = PortWindows {
+            mem32: None,
+            io: None,
+            ..windows
+        };
+        assert!(
+            on && port.forwards() == moved,
+            "its base is above its limit"
+        );
+        assert!(port.write_config(PREFETCHABLE_UPPER, &[0x41]));
+        assert!(!port.write_config(PREFETCHABLE_UPPER, &[0x41]), "as before");
+        assert!(!port.write_config(INTERRUPT_LINE, &[9]));
     }
 
     #[test]

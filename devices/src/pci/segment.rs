@@ -1,10 +1,14 @@
 //! The PCI hierarchy: host bridges, the root ports on them, and one device behind each port.
 
+use std::cell::Cell;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::registers::{CONFIG_SIZE, HEADER_MULTIFUNCTION, HEADER_TYPE};
-use super::{GuestBdf, HostBridge, RootPort};
+use super::{
+    BarGuard, BarPlacement, BarSpace, BarSpaceError, GuestBdf, HostBridge, PortWindows, RootPort,
+};
 use crate::device::{Effect, PciDevice, PortIndex};
 
 /// Functions of one device.
@@ -65,12 +69,46 @@ struct Port {
     /// Device 0 of the bus behind the port. Locked only for the look-up, never during an access to a
     /// function.
     functions: RwLock<[Option<Arc<dyn PciDevice>>; FUNCTIONS as usize]>,
+    /// Held while the functions are remapped, so that what `refused` says is of the last time.
+    remapping: Mutex<()>,
+    /// A BAR behind the port could not be mapped.
+    refused: AtomicBool,
 }
 
-/// The function at an address, and whether its device has more functions.
+/// The function at an address, the port that it is or is behind, and whether its device has more functions.
 struct Target {
     device: Arc<dyn PciDevice>,
+    port: Option<PortIndex>,
     multifunction: bool,
+}
+
+/// The address space as a port forwards it, for one remap.
+struct Forwarded<'s> {
+    space: &'s dyn BarSpace,
+    windows: PortWindows,
+    refused: Cell<bool>,
+}
+
+impl BarSpace for Forwarded<'_> {
+    /// A BAR lies in one window as a whole.
+    fn forwards(&self, placement: &BarPlacement) -> bool {
+        let PortWindows { mem32, mem64, io } = &self.windows;
+        let windows = match placement.io {
+            true => [io, &None],
+            false => [mem32, mem64],
+        };
+        let end = placement.base.saturating_add(placement.size);
+        let mut windows = windows.into_iter().flatten();
+        windows.any(|window| window.start <= placement.base && end <= window.end)
+    }
+
+    fn map(&self, placement: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
+        let mapped = self.space.map(placement);
+        if mapped.is_err() {
+            self.refused.set(true);
+        }
+        mapped
+    }
 }
 
 /// PCI segment 0 of the guest.
@@ -134,6 +172,8 @@ impl PciSegment {
             // Slot 0 is no slot.
             port: Arc::new(RootPort::new(first, secondary, index as u16 + 1)),
             functions: RwLock::default(),
+            remapping: Mutex::default(),
+            refused: AtomicBool::new(false),
         });
         Ok(PortIndex(index))
     }
@@ -289,12 +329,28 @@ impl PciSegment {
         if !is_valid(offset, data.len()) {
             return Effect::None;
         }
-        match self.find(at) {
-            Some(Target { device, .. }) if device.write_config(offset, data) => {
-                Effect::Remap(device)
-            }
-            _ => Effect::None,
+        let Some(Target { device, port, .. }) = self.find(at) else {
+            return Effect::None;
+        };
+        let changed = device.write_config(offset, data);
+        port.filter(|_| changed).map_or(Effect::None, Effect::Remap)
+    }
+
+    /// Makes the mappings in `space` those of the BARs behind `port`: of the BARs that their functions decode, those
+    /// that lie in a window of the port. Then tries again what was refused before, here or elsewhere: what was in its
+    /// place may have moved.
+    pub fn remap(&self, port: PortIndex, space: &dyn BarSpace) {
+        if let Some(port) = self.ports.get(port.0) {
+            port.remap(space);
+            self.retry_refused(space);
         }
+    }
+
+    /// Tries again to map the BARs that could not be mapped.
+    pub fn retry_refused(&self, space: &dyn BarSpace) {
+        let ports = self.ports.iter();
+        let refused = ports.filter(|port| port.refused.load(Ordering::Relaxed));
+        refused.for_each(|port| port.remap(space));
     }
 
     fn find(&self, at: GuestBdf) -> Option<Target> {
@@ -309,16 +365,19 @@ impl PciSegment {
         if at.device() == 0 {
             return (at.function() == 0).then(|| Target {
                 device: Arc::clone(&root.bridge) as _,
+                port: None,
                 multifunction: false,
             });
         }
-        let port = self.ports.iter().find(|port| port.at == at)?;
+        let index = self.ports.iter().position(|port| port.at == at)?;
+        let port = self.ports.get(index)?;
         let siblings = self
             .ports
             .iter()
             .filter(|port| (port.at.bus(), port.at.device()) == (bus, at.device()));
         Some(Target {
             device: Arc::clone(&port.port) as _,
+            port: Some(PortIndex(index)),
             multifunction: siblings.count() > 1,
         })
     }
@@ -328,11 +387,10 @@ impl PciSegment {
         if at.device() != 0 {
             return None;
         }
-        let port = self
-            .ports
-            .iter()
-            .filter(|port| port.at.bus() == root_bus)
-            .find(|port| port.port.secondary_bus() == at.bus())?;
+        let leads_there =
+            |port: &Port| port.at.bus() == root_bus && port.port.secondary_bus() == at.bus();
+        let index = self.ports.iter().position(leads_there)?;
+        let port = self.ports.get(index)?;
         let functions = port
             .functions
             .read()
@@ -340,6 +398,7 @@ impl PciSegment {
         let device = functions.get(usize::from(at.function()))?.as_ref()?;
         Some(Target {
             device: Arc::clone(device),
+            port: Some(PortIndex(index)),
             multifunction: functions.iter().flatten().count() > 1,
         })
     }
@@ -359,6 +418,23 @@ impl Drop for SlotGuard {
 }
 
 impl Port {
+    fn remap(&self, space: &dyn BarSpace) {
+        let _turn = self
+            .remapping
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let forwarded = Forwarded {
+            space,
+            windows: self.port.forwards(),
+            refused: Cell::new(false),
+        };
+        for (_, function) in self.functions() {
+            function.remap(&forwarded);
+        }
+        self.refused
+            .store(forwarded.refused.get(), Ordering::Relaxed);
+    }
+
     fn functions(&self) -> Vec<(u8, Arc<dyn PciDevice>)> {
         let functions = self
             .functions

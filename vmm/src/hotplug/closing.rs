@@ -134,7 +134,7 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::machine::SlotTable;
+    use crate::machine::{NoSpace, SlotTable};
     use crate::process::sandbox::SeccompMode;
 
     #[test]
@@ -143,7 +143,12 @@ mod tests {
         let mut pci = PciSegment::new([0..=4]).unwrap();
         let [hung, slow, good] = [(); 3].map(|()| pci.add_root_port(0).unwrap());
         let events = PlatformEvents::new([hung, slow, good], EventFd::new(0).unwrap());
-        let slots = SlotTable::new([hung, slow, good], &Arc::new(pci), &Arc::new(events));
+        let slots = SlotTable::new(
+            [hung, slow, good],
+            &Arc::new(pci),
+            Arc::new(NoSpace),
+            &Arc::new(events),
+        );
         let mut closing = Closing::new(&sandbox);
         let (let_go, stuck) = channel::<()>();
         let stuck = Arc::new(Mutex::new(stuck));

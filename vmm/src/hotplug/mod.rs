@@ -201,8 +201,10 @@ impl HostDevices {
             Arc::clone(&self.context.events),
         );
         let slot = port.map(|port| self.slots.drain(port));
+        let slots = self.slots.clone();
         self.closing.start(slot, names, move |retired| {
             closing::take_away(devices, forced, (&sandbox, &events), retired);
+            slots.retry_refused();
         });
     }
 

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{DeviceContext, HostDevices};
 use crate::info::VmEvent;
-use crate::machine::SlotTable;
+use crate::machine::{NoSpace, SlotTable};
 use crate::process::sandbox::{Sandbox, SeccompMode};
 
 /// The events that clients were sent.
@@ -31,7 +31,7 @@ pub fn two_slots() -> (HostDevices, Arc<PciSegment>, Arc<PlatformEvents>, Told) 
         status: Arc::default(),
         notify: Arc::new(|_, _| {}),
     };
-    let slots = SlotTable::new(ports, &pci, &events);
+    let slots = SlotTable::new(ports, &pci, Arc::new(NoSpace), &events);
     let devices = HostDevices::new(&slots, context).unwrap();
     (devices, pci, events, told)
 }

@@ -5,23 +5,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::registers::{COMMAND, COMMAND_MEMORY};
-use gantry_devices::pci::{BarGuard, BarPlacement, BarSpace, BarSpaceError};
 
 use super::HostDevices;
 use super::testing::{Told, two_slots};
 use crate::info::VmEvent;
+use crate::machine::NoSpace;
 use crate::passthrough::testing::{Gate, attached, attached_behind};
 
 /// Far more than what must not wait takes, on a busy machine too, and less than a test may.
 const LATE: Duration = Duration::from_secs(60);
-
-struct NoSpace;
-
-impl BarSpace for NoSpace {
-    fn map(&self, _: &BarPlacement) -> Result<BarGuard, BarSpaceError> {
-        Ok(Box::new(()))
-    }
-}
 
 /// A VM with a device that hangs, and another. A vCPU is in the first one's command register.
 struct Stuck {

@@ -32,6 +32,8 @@ pub use error::MachineError;
 use memory::GuestRam;
 pub use memory::release_program_pages;
 pub use slot_windows::SlotWindows;
+#[cfg(test)]
+pub use slots::NoSpace;
 pub use slots::{DrainGuard, SlotTable};
 
 /// Registers of the in-kernel interrupt controllers: 4 KiB for the I/O APIC, and the MiB to which
@@ -96,11 +98,12 @@ impl Machine {
         let trigger = connect_irq(&routes, layout::EVENT_GSI)?;
         let slot_ports = hot_slots.iter().map(|slot| slot.port);
         let events = Arc::new(PlatformEvents::new(slot_ports.clone(), trigger));
+        let space = Arc::new(AddressSpace::new(kvm.vm()));
         let mut machine = Self {
-            space: Arc::new(AddressSpace::new(kvm.vm())),
+            slots: SlotTable::new(slot_ports, &pci, Arc::clone(&space) as _, &events),
+            space,
             ram,
             routes,
-            slots: SlotTable::new(slot_ports, &pci, &events),
             pci,
             serial,
             panic: config.pvpanic.then(Arc::default),

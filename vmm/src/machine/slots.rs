@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_devices::events::{PlatformEvents, SlotState};
-use gantry_devices::pci::{PciSegment, PortIndex};
+use gantry_devices::pci::{BarSpace, PciSegment, PortIndex};
 
 /// The slots of a running VM. The guest assigns their bus numbers and acknowledges ejects, so both are looked
 /// up each time.
@@ -12,6 +12,7 @@ use gantry_devices::pci::{PciSegment, PortIndex};
 pub struct SlotTable {
     ports: Arc<[PortIndex]>,
     pci: Arc<PciSegment>,
+    space: Arc<dyn BarSpace + Send + Sync>,
     events: Arc<PlatformEvents>,
     /// Slots whose devices were taken out but may still be reached by the guest, and may still write to RAM.
     draining: Arc<Mutex<BTreeSet<PortIndex>>>,
@@ -30,15 +31,17 @@ impl Drop for DrainGuard {
 }
 
 impl SlotTable {
-    /// The slots of these ports.
+    /// The slots of these ports, with BARs in `space`.
     pub fn new(
         ports: impl IntoIterator<Item = PortIndex>,
         pci: &Arc<PciSegment>,
+        space: Arc<dyn BarSpace + Send + Sync>,
         events: &Arc<PlatformEvents>,
     ) -> Self {
         Self {
             ports: ports.into_iter().collect(),
             pci: Arc::clone(pci),
+            space,
             events: Arc::clone(events),
             draining: Arc::default(),
         }
@@ -88,6 +91,11 @@ impl SlotTable {
         }
     }
 
+    /// Maps what could not be mapped as long as devices that have left were in its place.
+    pub fn retry_refused(&self) {
+        self.pci.retry_refused(&*self.space);
+    }
+
     /// Whether a device is still on its way out of a slot.
     #[cfg(test)]
     pub fn is_draining(&self, port: PortIndex) -> bool {
@@ -97,4 +105,18 @@ impl SlotTable {
 
 fn lock(draining: &Mutex<BTreeSet<PortIndex>>) -> MutexGuard<'_, BTreeSet<PortIndex>> {
     draining.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An address space in which nothing is mapped.
+#[cfg(test)]
+pub struct NoSpace;
+
+#[cfg(test)]
+impl BarSpace for NoSpace {
+    fn map(
+        &self,
+        _: &gantry_devices::pci::BarPlacement,
+    ) -> Result<gantry_devices::pci::BarGuard, gantry_devices::pci::BarSpaceError> {
+        Ok(Box::new(()))
+    }
 }

@@ -95,7 +95,7 @@ impl Vm {
         let irqchip = kvm.save_irqchip()?;
         let (vcpus, snapshots) = make_vcpus(&kvm, config.vcpus, &features, &entry, &machine)?;
         let barrier = VcpuBarrier::new();
-        let exits = ExitDispatcher::new(&machine.space, &barrier, mailbox);
+        let exits = ExitDispatcher::new(&machine, &barrier, mailbox);
         let affinities = placement.affinities(config);
         let vcpus = Vcpus::start(vcpus, affinities, &barrier, sandbox, &Arc::new(exits))
             .map_err(cannot("spawn a vCPU thread"))?;

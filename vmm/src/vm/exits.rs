@@ -3,29 +3,32 @@
 use std::sync::Arc;
 
 use gantry_devices::bus::Effect;
+use gantry_devices::pci::PciSegment;
 
 use super::Event;
 use crate::kvm::ExitHandler;
-use crate::machine::AddressSpace;
+use crate::machine::{AddressSpace, Machine};
 use crate::process::event_loop::Mailbox;
 use crate::vcpus::{FaultSink, VcpuBarrier, VcpuFault};
 
 /// Answers the exits of all vCPUs.
 pub struct ExitDispatcher {
     space: Arc<AddressSpace>,
+    pci: Arc<PciSegment>,
     barrier: Arc<VcpuBarrier>,
     mailbox: Arc<Mailbox<Event>>,
 }
 
 impl ExitDispatcher {
-    /// Answers accesses from `space`, and posts events that concern the whole VM to `mailbox`.
+    /// Answers accesses from the machine's address space, and posts events that concern the whole VM to `mailbox`.
     pub fn new(
-        space: &Arc<AddressSpace>,
+        machine: &Machine,
         barrier: &Arc<VcpuBarrier>,
         mailbox: &Arc<Mailbox<Event>>,
     ) -> Self {
         Self {
-            space: Arc::clone(space),
+            space: Arc::clone(&machine.space),
+            pci: Arc::clone(&machine.pci),
             barrier: Arc::clone(barrier),
             mailbox: Arc::clone(mailbox),
         }
@@ -34,7 +37,7 @@ impl ExitDispatcher {
     fn apply(&self, effect: Option<Effect>) {
         match effect {
             None | Some(Effect::None) => {}
-            Some(Effect::Remap(function)) => function.remap(&*self.space),
+            Some(Effect::Remap(port)) => self.pci.remap(port, &*self.space),
             Some(Effect::PowerOff) => self.halt(Event::PowerOff),
             Some(Effect::Reset) => self.halt(Event::Reset),
             Some(Effect::Panic(panic)) => self.mailbox.post(Event::Panic(panic)),

@@ -111,12 +111,122 @@ fn a_write_that_moves_bars_asks_for_a_remap() {
         Effect::None
     ));
     let space = FakeSpace::default();
-    let Effect::Remap(device) = segment.write_config(at, 4, &[2, 0]) else {
-        panic!("memory decoding maps the BAR");
-    };
-    device.remap(&space);
+    open_windows(&segment);
+    write(&segment, at, 4, &[2, 0], &space);
     assert_eq!(space.events(), [Event::Map(0xc000_0000)]);
     assert!(matches!(segment.write_config(at, 4, &[2, 0]), Effect::None));
+}
+
+/// Has the ports forward the memory below and above 4 GiB, 1 MiB and 4 GiB for each, and the ports 0x1000 to 0x1fff.
+fn open_windows(segment: &PciSegment) {
+    for (index, _, port) in segment.ports() {
+        let start = 0xc000_0000 + ((index.get() as u64) << 20);
+        let start64 = (16 + 4 * index.get() as u64) << 30;
+        port.program(&PortWindows {
+            mem32: Some(start..start + (1 << 20)),
+            mem64: Some(start64..start64 + (4 << 30)),
+            io: Some(0x1000..0x2000),
+        });
+    }
+}
+
+/// Takes a write as the owner of the address space does.
+fn write(segment: &PciSegment, at: GuestBdf, offset: u16, data: &[u8], space: &FakeSpace) {
+    if let Effect::Remap(port) = segment.write_config(at, offset, data) {
+        segment.remap(port, space);
+    }
+}
+
+#[test]
+fn a_bar_is_mapped_only_in_an_open_window_of_its_port() {
+    let segment = segment(2);
+    let prefetchable = false;
+    let bars = [
+        bar(0, BarKind::Memory64 { prefetchable }, 0x1000),
+        bar(2, BarKind::Io, 16),
+    ];
+    let at = segment
+        .attach(PortIndex(0), 0, Endpoint::new(1, bars))
+        .unwrap();
+    let port = bdf(0, 1, 0);
+    let space = FakeSpace::default();
+    let write = |at, offset, value: u32| {
+        write(&segment, at, offset, &value.to_le_bytes(), &space);
+        space.events()
+    };
+    let enable = |command: u8| {
+        self::write(&segment, at, 4, &[command, 0], &space);
+        space.events()
+    };
+    write(at, 0x10, 0xc008_0000);
+    write(at, 0x18, 0x1100);
+    assert_eq!(enable(3), [], "the port forwards nothing");
+    open_windows(&segment);
+    assert_eq!(
+        enable(3),
+        [Event::Map(0xc008_0000), Event::Map(0x1100)],
+        "it forwards both"
+    );
+    // Outside of the window, in that of another port, across its end, above 4 GiB.
+    assert_eq!(write(at, 0x10, 0xc020_0000), [Event::Unmap(0xc008_0000)]);
+    assert_eq!(write(at, 0x10, 0xc010_0000), []);
+    assert_eq!(write(at, 0x14, 5), []);
+    assert_eq!(write(at, 0x10, 0), []);
+    assert_eq!(write(at, 0x14, 4), [Event::Map(4 << 32)]);
+    // The port's windows move, and it stops and begins to forward.
+    let prefetchable_base = 0x28;
+    assert_eq!(
+        write(port, prefetchable_base, 5),
+        [Event::Unmap(4 << 32)],
+        "its base is above its limit"
+    );
+    assert_eq!(write(port, prefetchable_base, 4), [Event::Map(4 << 32)]);
+    self::write(&segment, port, 4, &[1, 0], &space);
+    assert_eq!(space.events(), [Event::Unmap(4 << 32)]);
+    self::write(&segment, port, 4, &[2, 0], &space);
+    assert_eq!(space.events(), [Event::Unmap(0x1100), Event::Map(4 << 32)]);
+    self::write(&segment, port, 4, &[3, 0], &space);
+    assert_eq!(space.events(), [Event::Map(0x1100)]);
+    assert_eq!(write(port, 0x1c, 0x2020), [Event::Unmap(0x1100)]);
+}
+
+#[test]
+fn a_refused_bar_is_mapped_once_its_place_is_free() {
+    let segment = segment(2);
+    open_windows(&segment);
+    let space = FakeSpace::default();
+    let prefetchable = true;
+    let [one, two] = [0, 1].map(|port| {
+        let bars = [bar(0, BarKind::Memory64 { prefetchable }, 0x1000)];
+        let device = Endpoint::new(1, bars);
+        segment.attach(PortIndex(port), 0, device).unwrap()
+    });
+    // The windows overlap, as no sane guest has them.
+    let (_, _, port) = segment.ports().nth(1).unwrap();
+    port.program(&PortWindows {
+        mem64: Some(16 << 30..20 << 30),
+        ..PortWindows::default()
+    });
+    for at in [one, two] {
+        write(&segment, at, 0x14, &[4], &space);
+        write(&segment, at, 4, &[2, 0], &space);
+        space.taken.lock().unwrap().push(4 << 32);
+    }
+    let refused = Event::Refused(4 << 32);
+    assert_eq!(space.events()[..2], [Event::Map(4 << 32), refused]);
+    // A device that leaves without a write of the guest.
+    segment.retry_refused(&space);
+    assert_eq!(space.events(), [refused]);
+    space.taken.lock().unwrap().clear();
+    write(&segment, one, 0x10, &[0, 0, 1, 0], &space);
+    let moved = [
+        Event::Unmap(4 << 32),
+        Event::Map((4 << 32) + 0x1_0000),
+        Event::Map(4 << 32),
+    ];
+    assert_eq!(space.events(), moved);
+    segment.retry_refused(&space);
+    assert_eq!(space.events(), []);
 }
 
 #[test]
