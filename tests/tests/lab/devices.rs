@@ -1,7 +1,7 @@
 //! Devices of each kind, driven by guests: at boot and hot, opened by their VFIO group and by their character
 //! device. `cargo xtask devices` prints what these cases find as a table.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use gantry_tests::devices::{Backend, Cell, When};
 use gantry_tests::lab::{Host, disk};
 use serde_json::{Value, json};
@@ -18,6 +18,8 @@ pub const CASES: &[Case] = cases![
     cards_by_cdev,
     others_by_group,
     others_by_cdev,
+    mediated_devices_by_group,
+    mediated_devices_by_cdev,
 ];
 
 /// A device and the way to drive it: a row of the table.
@@ -38,6 +40,8 @@ enum From {
     Host(&'static [&'static str]),
     /// A virtual function of this card, made when a VM asks for it.
     Card(&'static str),
+    /// A mediated device of this module and type, made when a VM asks for it.
+    Module(&'static str, &'static str),
 }
 
 /// What the VM's file and `vm attach` have to put up with.
@@ -170,6 +174,24 @@ const HUGE: &[Row] = &[row(
     Sum::None,
 )];
 
+const MEDIATED: &[Row] = &[
+    row(
+        "mtty",
+        From::Module("mtty", "mtty-2"),
+        // Its INTx takes no eventfd that unmasks it.
+        Lacks::ResetAndInterrupts,
+        "mtty 4348:3253",
+        Sum::None,
+    ),
+    row(
+        "mdpy",
+        From::Module("mdpy", "mdpy-vga"),
+        Lacks::ResetAndInterrupts,
+        "mdpy 1b36:000f",
+        Sum::None,
+    ),
+];
+
 fn disks_by_group(host: &Host) -> Result<()> {
     drive(host, &[DISKS], Backend::Group)
 }
@@ -196,6 +218,16 @@ fn others_by_cdev(host: &Host) -> Result<()> {
     drive(host, &[OTHERS, HUGE], Backend::Cdev)
 }
 
+fn mediated_devices_by_group(host: &Host) -> Result<()> {
+    let _modules = Modules::new(host)?;
+    drive(host, &[MEDIATED], Backend::Group)
+}
+
+fn mediated_devices_by_cdev(host: &Host) -> Result<()> {
+    let _modules = Modules::new(host)?;
+    drive(host, &[MEDIATED], Backend::Cdev)
+}
+
 impl Row {
     /// Its group, as `/etc/gantry/groups.json` has it.
     fn group(&self) -> Value {
@@ -208,6 +240,9 @@ impl Row {
             From::Card(card) => {
                 let sriov = json!({"pf": card, "count": 1});
                 json!({"name": name, "type": "sriov-nic", "bind": "demand", "sriov": sriov})
+            }
+            From::Module(_, kind) => {
+                json!({"name": name, "type": "vgpu", "vgpu": {"type": kind}})
             }
         }
     }
@@ -339,10 +374,11 @@ impl Table {
 
 /// The host's card on the hub of all others, with a file that it serves; dropping it takes it down, and its virtual
 /// function away.
-struct Neighbour<'h>(&'h Host);
+pub struct Neighbour<'h>(&'h Host);
 
 impl<'h> Neighbour<'h> {
-    fn new(host: &'h Host) -> Result<Self> {
+    /// Sets it up.
+    pub fn new(host: &'h Host) -> Result<Self> {
         let neighbour = Self(host);
         let script = format!(
             "mkdir -p /tmp/www && head -c 2097152 /dev/urandom >/tmp/www/data && httpd -h /tmp/www &&
@@ -360,5 +396,31 @@ impl Drop for Neighbour<'_> {
              ip address flush dev *"
         );
         let _ = self.0.sh(&script).output();
+    }
+}
+
+/// The modules of mediated devices; dropping it removes them.
+struct Modules<'h>(&'h Host);
+
+impl<'h> Modules<'h> {
+    fn new(host: &'h Host) -> Result<Self> {
+        let modules = Self(host);
+        for row in MEDIATED {
+            let From::Module(module, _) = row.from else {
+                bail!("{} is no mediated device", row.name);
+            };
+            let load = format!("modprobe {module}");
+            host.sh(&load).output()?.success()?;
+        }
+        Ok(modules)
+    }
+}
+
+impl Drop for Modules<'_> {
+    fn drop(&mut self) {
+        let script = "for try in $(seq 100); do
+                rmmod mtty mdpy mdev 2>/dev/null; [ ! -e /sys/module/mdev ] && exit; sleep 0.1
+            done";
+        let _ = self.0.sh(script).output();
     }
 }

@@ -198,7 +198,10 @@ const SUITES: &[Suite] = &[
         devices: Device::of_each_kind,
         udev: false,
         iommufd: None,
-        cases: &[("devices", devices::CASES)],
+        cases: &[
+            ("devices", devices::CASES),
+            ("interrupts", interrupts::CARDS),
+        ],
     },
     Suite {
         name: "usb",
