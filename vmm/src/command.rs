@@ -14,6 +14,7 @@ use crate::error::Error;
 pub use crate::info::{
     DeviceCounters, DeviceInfo, DeviceState, EventSink, VmEvent, VmInfo, VmState,
 };
+pub use crate::passthrough::SentDevice;
 
 /// Why a client's definition of a VM is invalid.
 pub type InvalidConfig = Box<dyn std::error::Error + Send + Sync>;
@@ -61,7 +62,7 @@ pub enum Command {
 }
 
 /// Devices to be plugged in while the guest runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Attach {
     /// A number of devices of a group or alias, or one device by its address.
     Devices(DeviceRequest),
@@ -72,13 +73,17 @@ pub enum Attach {
         /// The id of the first device; further devices get `-1`, `-2`, ... behind it.
         id: Option<String>,
     },
+    /// A device that the client has opened.
+    Sent(SentDevice),
 }
 
 impl Attach {
     /// The id of the first device; its address on the host if absent.
     pub fn id(&self) -> Option<&str> {
-        let (Self::Devices(DeviceRequest { id, .. }) | Self::Plan { id, .. }) = self;
-        id.as_deref()
+        match self {
+            Self::Devices(DeviceRequest { id, .. }) | Self::Plan { id, .. } => id.as_deref(),
+            Self::Sent(SentDevice { request, .. }) => request.id(),
+        }
     }
 }
 
@@ -87,6 +92,7 @@ impl fmt::Display for Attach {
         match self {
             Self::Devices(request) => request.from.fmt(f),
             Self::Plan { name, .. } => write!(f, "plan \"{name}\""),
+            Self::Sent(_) => f.write_str("the device that came as a descriptor"),
         }
     }
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::{Document, JsonError};
 use gantry_resources::base::{HostPaths, label_flaw, read_text};
-use gantry_resources::pools::{DeviceRequest, check_device_id};
+use gantry_resources::pools::{DeviceRequest, SentRequest, check_device_id};
 use gantry_vmm::NumaPolicy;
 use gantry_vmm::command::Attach;
 pub use model::PlanDevices;
@@ -184,6 +184,17 @@ pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, JsonError> {
         })
     };
     document.finish(attach)
+}
+
+/// The body of a request to attach the device that comes with it as a descriptor.
+///
+/// # Errors
+/// It is no JSON, or has keys that are unknown or choose a device.
+pub fn sent(body: &str) -> Result<SentRequest, JsonError> {
+    let mut document = Document::parse(Path::new("the body"), body)?;
+    inert::strip(&mut document, DEVICES);
+    let request = document.decode_beside(&|path: &str| inert::keys_of(DEVICES, path));
+    document.finish(request)
 }
 
 /// Where the table of inert keys has those of a device.

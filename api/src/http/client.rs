@@ -1,6 +1,7 @@
 //! The client: sends requests to a running VM over its socket, one connection each, and waits.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::descriptors;
 use super::routes::ROOT;
 use super::sanitize;
 use super::socket;
@@ -116,6 +118,9 @@ pub fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f64())
 }
 
+/// Method, path and body of a request.
+type Parts<'a> = (Method, &'a str, Bytes);
+
 /// A client of one VM.
 pub struct Client {
     runtime: Runtime,
@@ -144,7 +149,7 @@ impl Client {
     /// # Errors
     /// The request fails, or the VM refuses it.
     pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
-        let body = self.whole(Method::GET, &format!("{ROOT}{call}"), Bytes::new())?;
+        let body = self.whole((Method::GET, &format!("{ROOT}{call}"), Bytes::new()), &[])?;
         sanitize::json(&body).map_err(|error| self.broken(error))
     }
 
@@ -153,7 +158,7 @@ impl Client {
     /// # Errors
     /// The request fails, or the VM refuses it.
     pub fn text(&self, path: &str) -> Result<String, ClientError> {
-        let body = self.whole(Method::GET, path, Bytes::new())?;
+        let body = self.whole((Method::GET, path, Bytes::new()), &[])?;
         let text = std::str::from_utf8(&body).map_err(|error| self.broken(error))?;
         Ok(harmless(text))
     }
@@ -163,8 +168,8 @@ impl Client {
     /// # Errors
     /// The request fails, or the VM refuses it.
     pub fn put(&self, call: &str) -> Result<(), ClientError> {
-        self.whole(Method::PUT, &format!("{ROOT}{call}"), Bytes::new())
-            .map(drop)
+        let request = (Method::PUT, &*format!("{ROOT}{call}"), Bytes::new());
+        self.whole(request, &[]).map(drop)
     }
 
     /// Sends a `PUT` and returns the answer, if it has a body.
@@ -176,8 +181,22 @@ impl Client {
         call: &str,
         body: &impl Serialize,
     ) -> Result<Option<T>, ClientError> {
+        self.put_json_with(call, body, &[])
+    }
+
+    /// The same with descriptors.
+    ///
+    /// # Errors
+    /// The request fails, or the VM refuses it.
+    pub fn put_json_with<T: DeserializeOwned>(
+        &self,
+        call: &str,
+        body: &impl Serialize,
+        files: &[File],
+    ) -> Result<Option<T>, ClientError> {
         let body = serde_json::to_vec(body).map_err(|error| self.broken(error))?;
-        let answer = self.whole(Method::PUT, &format!("{ROOT}{call}"), body.into())?;
+        let request = (Method::PUT, &*format!("{ROOT}{call}"), body.into());
+        let answer = self.whole(request, files)?;
         if answer.is_empty() {
             return Ok(None);
         }
@@ -191,7 +210,7 @@ impl Client {
     /// The request fails, or the VM refuses it.
     pub fn events(&self) -> Result<EventReader<'_>, ClientError> {
         let path = format!("{ROOT}events");
-        let answer = self.with_timeout(self.send(Method::GET, &path, Bytes::new()))?;
+        let answer = self.with_timeout(self.send((Method::GET, &path, Bytes::new()), &[]))?;
         Ok(EventReader {
             client: self,
             body: answer.into_body(),
@@ -199,9 +218,9 @@ impl Client {
         })
     }
 
-    fn whole(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
+    fn whole(&self, request: Parts<'_>, files: &[File]) -> Result<Bytes, ClientError> {
         self.with_timeout(async {
-            let answer = self.send(method, path, body).await?;
+            let answer = self.send(request, files).await?;
             let body = sanitize::read_body(answer.into_body()).await;
             body.map_err(|error| self.broken(error))
         })
@@ -223,14 +242,17 @@ impl Client {
 
     async fn send(
         &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
+        (method, path, body): Parts<'_>,
+        files: &[File],
     ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.path).await;
         let stream = stream.map_err(|error| self.unreachable(error))?;
         let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
         self.pid.set(listener.and_then(socket::process));
+        if !files.is_empty() {
+            // A socket that is just connected has room.
+            descriptors::send(&stream, files).map_err(|error| self.broken(error))?;
+        }
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;

@@ -1,5 +1,6 @@
 //! Answers requests: finds the call, reads its body, sends the command to the VM, writes the answer.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use gantry_resources::base::json::{Document, JsonError};
 use gantry_resources::holding::{Maintenance, maintenance};
 use gantry_vmm::Error;
 use gantry_vmm::command::{
-    Answer, Command, CommandError, DeferredConfig, Detach, DeviceCounters, VmInfo,
+    Answer, Attach, Command, CommandError, DeferredConfig, Detach, DeviceCounters, SentDevice,
+    VmInfo,
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
@@ -18,6 +20,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::connections::ConnectionSlot;
+use super::descriptors::Descriptors;
 use super::metrics::{self, ApiMetrics};
 use super::reply::{self, HttpError, HttpResponse};
 use super::routes::{self, Call};
@@ -40,7 +43,12 @@ pub struct Handlers {
 
 impl Handlers {
     /// Answers one request after reading all of it: a client that is still writing reads no answer.
-    pub async fn answer(&self, request: Request<Incoming>, slot: &ConnectionSlot) -> HttpResponse {
+    pub async fn answer(
+        &self,
+        request: Request<Incoming>,
+        received: &Descriptors,
+        slot: &ConnectionSlot,
+    ) -> HttpResponse {
         let route = routes::find(request.method(), request.uri().path());
         let body = match &route {
             Ok(_) => self.body(request).await,
@@ -49,9 +57,10 @@ impl Handlers {
                 Ok(Bytes::new())
             }
         };
+        let files = received.take();
         let in_use = slot.in_use();
         let (name, answer) = match (route, body) {
-            (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body).await),
+            (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body, files).await),
             (Ok(route), Err(refusal)) => (route.path, Err(refusal)),
             (Err(refusal), _) => ("none", Err(refusal)),
         };
@@ -60,12 +69,21 @@ impl Handlers {
         answer.map(|payload| payload.keep(in_use))
     }
 
-    async fn call(&self, call: Call, body: &[u8]) -> Result<HttpResponse, HttpError> {
+    async fn call(
+        &self,
+        call: Call,
+        body: &[u8],
+        files: Vec<File>,
+    ) -> Result<HttpResponse, HttpError> {
+        if !files.is_empty() && call != Call::AddDevice {
+            let what = "descriptors came with the request: only `vm.add-device` takes some";
+            return Err(HttpError::malformed(what.to_owned()));
+        }
         let command = match call {
             Call::Ping => return Ok(reply::json(&self.ping())),
             Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info()?))),
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
-            Call::AddDevice => return self.add_device(body).await,
+            Call::AddDevice => return self.add_device(body, files).await,
             Call::Events => return self.subscribe(),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
@@ -157,8 +175,23 @@ impl Handlers {
         Ok(Command::Create(DeferredConfig(Box::new(make))))
     }
 
-    async fn add_device(&self, body: &[u8]) -> Result<HttpResponse, HttpError> {
-        let attach = config::attach(text(body)?, self.identity.allow_ungrouped);
+    async fn add_device(&self, body: &[u8], files: Vec<File>) -> Result<HttpResponse, HttpError> {
+        let body = text(body)?;
+        let mut files = files.into_iter();
+        let attach = match (files.next(), files.next(), files.next()) {
+            (None, ..) => config::attach(body, self.identity.allow_ungrouped),
+            (Some(cdev), iommufd, None) => config::sent(body).map(|request| {
+                Attach::Sent(SentDevice {
+                    request,
+                    cdev,
+                    iommufd,
+                })
+            }),
+            _ => {
+                let what = "more than 2 descriptors came with the request: send a device's cdev, and an iommufd";
+                return Err(HttpError::malformed(what.to_owned()));
+            }
+        };
         let attach = attach.map_err(|error| HttpError::malformed(error.to_string()))?;
         match self.ask(Command::Attach(attach)).await? {
             Answer::Attached(devices) => {

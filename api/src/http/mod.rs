@@ -5,6 +5,7 @@
 
 pub mod client;
 mod connections;
+mod descriptors;
 mod events;
 mod handlers;
 mod metrics;

@@ -187,7 +187,8 @@ pub const ROUTES: &[Route] = &[
         "PUT",
         Call::AddDevice,
         "Attach devices: the answer comes when they are announced to the guest, or 204 if the VM is not \
-         booted",
+         booted. A device may come open instead of named, as descriptors with the request (SCM_RIGHTS): its cdev, \
+         and the iommufd for it, which the VM's first device needs where gantry may not open /dev/iommu",
         &[
             MALFORMED,
             NOT_CREATED,

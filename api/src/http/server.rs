@@ -188,6 +188,7 @@ async fn connection(
     let open = app.api_metrics.connected();
     let evicted = slot.evicted();
     let slot = Arc::new(slot);
+    let received = stream.received().clone();
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
@@ -198,8 +199,8 @@ async fn connection(
         // A client may be done with writing before it reads: `nc -N`.
         .half_close(true);
     let answers = service_fn(move |request| {
-        let (app, slot) = (Arc::clone(&app), Arc::clone(&slot));
-        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &slot).await) }
+        let (app, slot, received) = (Arc::clone(&app), Arc::clone(&slot), received.clone());
+        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &received, &slot).await) }
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), answers));
     let whole = async {

@@ -1,14 +1,17 @@
 //! A connection whose writes time out, and that lets the client finish writing before it closes.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep};
+
+use super::descriptors::Descriptors;
 
 /// How long a client may go on writing after its answer. With the connection closed it would see a broken pipe
 /// and not read the answer.
@@ -17,6 +20,7 @@ const LINGER: Duration = Duration::from_secs(2);
 /// A stream whose writes time out. The server bounds reads by limits for a request's head and body.
 pub struct TimedStream {
     stream: UnixStream,
+    received: Descriptors,
     patience: Duration,
     /// Runs while a write waits.
     waiting: Option<Pin<Box<Sleep>>>,
@@ -35,11 +39,17 @@ impl TimedStream {
     ) -> Self {
         Self {
             stream,
+            received: Descriptors::default(),
             patience,
             waiting: None,
             lingering: None,
             shutting_down,
         }
+    }
+
+    /// The descriptors that come over it.
+    pub fn received(&self) -> &Descriptors {
+        &self.received
     }
 
     /// Writes as much as fits into the socket's buffer, and closes.
@@ -94,11 +104,25 @@ impl TimedStream {
 
 impl AsyncRead for TimedStream {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        loop {
+            ready!(self.stream.poll_read_ready(context))?;
+            let receive = || {
+                let data = buffer.initialize_unfilled();
+                self.received.receive(self.stream.as_fd(), data)
+            };
+            match self.stream.try_io(Interest::READABLE, receive) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                received => {
+                    buffer.advance(received?);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
     }
 }
 

@@ -34,7 +34,7 @@ fn send(stream: &mut UnixStream, verb: &str, call: &str, body: Option<&str>) {
 
 /// Reads an answer as that client does: all between the version and the line's end is the status, the
 /// length is behind `Content-Length: ` and nothing else, and without one there is no body.
-fn receive(stream: &mut UnixStream) -> (u16, Option<String>) {
+pub fn receive(stream: &mut UnixStream) -> (u16, Option<String>) {
     let mut text = String::new();
     let (mut bytes, mut whole) = ([0; 256], None);
     while whole.is_none_or(|end| text.len() < end) {

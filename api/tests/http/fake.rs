@@ -1,6 +1,7 @@
 //! A VM of words alone behind a real server on a real socket.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -102,6 +103,12 @@ impl FakeVm {
                 (request.count as usize, group)
             }
             Attach::Plan { .. } => (2, Some(nvme())),
+            // What is in the files, in place of what they are.
+            Attach::Sent(sent) => {
+                let files = [Some(&sent.cdev), sent.iommufd.as_ref()];
+                let texts = files.into_iter().flatten().map(text_of);
+                (1, Some(texts.collect::<Vec<_>>().join(" and ")))
+            }
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
@@ -111,11 +118,11 @@ impl FakeVm {
             Attach::Devices(request) => {
                 (request.allow, request.rom.clone(), request.on_error, false)
             }
-            Attach::Plan { name, .. } => (
+            other => (
                 Default::default(),
                 Default::default(),
                 Default::default(),
-                name == WHOLE,
+                matches!(other, Attach::Plan { name, .. } if name == WHOLE),
             ),
         };
         for index in first..first + count {
@@ -148,6 +155,12 @@ impl FakeVm {
         }
         Ok(Answer::Attached(state.devices[first..].to_vec()))
     }
+}
+
+fn text_of(mut file: &File) -> String {
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    text
 }
 
 fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {

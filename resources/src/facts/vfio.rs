@@ -1,6 +1,7 @@
 //! VFIO's two back ends: type1 containers with IOMMU groups, and iommufd with a cdev for each device.
 
 use std::fmt;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 
@@ -61,6 +62,17 @@ pub enum CdevError {
         /// The device.
         device: DeviceName,
     },
+    /// A character device is no device's cdev.
+    #[error(
+        "the descriptor is of character device {major}:{minor}, which is no VFIO cdev: send that of \
+         /dev/vfio/devices/vfio*, not of a group"
+    )]
+    Other {
+        /// Its numbers.
+        major: u32,
+        /// See there.
+        minor: u32,
+    },
     /// sysfs cannot be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -70,6 +82,25 @@ pub enum CdevError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The device whose cdev has this number.
+///
+/// # Errors
+/// No device's cdev has it.
+pub(crate) fn device_of_cdev(
+    paths: &HostPaths,
+    major: u32,
+    minor: u32,
+) -> Result<DeviceName, CdevError> {
+    let node = paths.sysfs.join(format!("dev/char/{major}:{minor}"));
+    let device = fs::canonicalize(node).ok().and_then(|node| {
+        let mut up = node.ancestors().skip(1);
+        let class = up.next()?.file_name()?;
+        let device = up.next()?.file_name()?.to_str()?;
+        device.parse().ok().filter(|_| class == "vfio-dev")
+    });
+    device.ok_or(CdevError::Other { major, minor })
 }
 
 /// Whether the kernel makes cdevs; none if no device is bound to VFIO, as only such a device shows it.
@@ -103,8 +134,6 @@ pub fn cdev(paths: &HostPaths, device: DeviceName) -> Result<PathBuf, CdevError>
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn host() -> (tempfile::TempDir, HostPaths) {
@@ -156,5 +185,31 @@ mod tests {
         fs::write(sysfs.join("vfio-dev/vfio4/dev"), "511:4").unwrap();
         let node = cdev(&paths, uuid.parse().unwrap()).unwrap();
         assert_eq!(node, paths.dev.join("vfio/devices/vfio4"));
+    }
+
+    #[test]
+    fn a_cdev_is_known_by_its_number_and_nothing_else_is_one() {
+        let (_root, paths) = host();
+        let numbers = paths.sysfs.join("dev/char");
+        fs::create_dir_all(&numbers).unwrap();
+        for (number, node) in [
+            ("511:3", "devices/pci0000:00/0000:01:00.0/vfio-dev/vfio3"),
+            (
+                "511:4",
+                "devices/virtual/mtty/83b8f4f2-509f-382f-3c1e-e6bfe0fa1001/vfio-dev/vfio4",
+            ),
+            ("240:1", "devices/virtual/vfio/14"),
+        ] {
+            let node = paths.sysfs.join(node);
+            fs::create_dir_all(&node).unwrap();
+            std::os::unix::fs::symlink(node, numbers.join(number)).unwrap();
+        }
+        let device = |major, minor| device_of_cdev(&paths, major, minor);
+        assert_eq!(device(511, 3).unwrap().to_string(), "0000:01:00.0");
+        assert!(matches!(device(511, 4).unwrap(), DeviceName::Mdev(_)));
+        for (major, minor) in [(240, 1), (1, 3)] {
+            let refused = device(major, minor).unwrap_err().to_string();
+            assert!(refused.contains("no VFIO cdev"), "{refused}");
+        }
     }
 }

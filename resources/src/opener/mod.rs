@@ -318,7 +318,8 @@ impl Opener {
         nodes: &Nodes,
         unwanted: &dyn Fn() -> bool,
     ) -> Result<Opened, OpenerError> {
-        let cdevs = nodes.back_end == VfioBackEnd::Iommufd;
+        let iommufd = nodes.back_end == VfioBackEnd::Iommufd;
+        let cdevs = iommufd && !nodes.sent;
         let ask = Ask::Lease {
             requests: requests.to_vec(),
             ungrouped: requests.iter().any(|request| request.allow_ungrouped),
@@ -333,7 +334,11 @@ impl Opener {
             {
                 Said::Leased { devices, groups } => {
                     let locks: usize = devices.iter().map(|device| device.locks).sum();
-                    let each = if cdevs { devices.len() } else { groups.len() };
+                    let each = match (cdevs, iommufd) {
+                        (true, _) => devices.len(),
+                        (false, true) => 0,
+                        (false, false) => groups.len(),
+                    };
                     let count = usize::from(nodes.address_space) + each + locks;
                     let files = (0..count).map(|_| line.file());
                     // All of them even if one fails, so that the next answer is not taken for one.
@@ -341,7 +346,7 @@ impl Opener {
                     (devices, groups, files.into_iter())
                 }
                 Said::Not(refusal) => return Err(refusal.into()),
-                Said::Planned(_) => {
+                Said::Planned(_) | Said::Device(_) => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
             }
@@ -355,7 +360,7 @@ impl Opener {
             Ok(OpenedGroup {
                 number: group.number,
                 reserved: group.reserved,
-                node: (!cdevs).then(&mut file).transpose()?,
+                node: (!iommufd).then(&mut file).transpose()?,
             })
         });
         // Not by `?`: each lease is made, so that it goes back if anything is missing.
@@ -409,6 +414,18 @@ impl Opener {
         let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
         match said.map_err(OpenerError::Gone)? {
             Said::Planned(requests) => Ok(requests),
+            Said::Not(refusal) => Err(refusal.into()),
+            _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
+        }
+    }
+
+    /// The device whose cdev has this number.
+    pub fn device_of_cdev(&self, major: u32, minor: u32) -> Result<DeviceName, OpenerError> {
+        let mut line = self.lock();
+        let ask = Ask::Cdev { major, minor };
+        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
+        match said.map_err(OpenerError::Gone)? {
+            Said::Device(name) => Ok(name),
             Said::Not(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }

@@ -21,7 +21,7 @@ use crate::base::host::HostPaths;
 use crate::base::name::DeviceName;
 use crate::base::text::short;
 use crate::facts::reserved::reserved_regions;
-use crate::facts::vfio::{VfioBackEnd, cdev};
+use crate::facts::vfio::{VfioBackEnd, cdev, device_of_cdev};
 use crate::holding::record::Holder;
 use crate::inventory::device::HostDevice;
 use crate::inventory::mdev::MdevDevice;
@@ -115,6 +115,11 @@ fn answer(
                 let planned = server.plan(&name);
                 let said = planned.map_or_else(Said::Not, Said::Planned);
                 wire::send(socket, &said)?;
+            }
+            Ok(Ask::Cdev { major, minor }) => {
+                let device = device_of_cdev(paths, major, minor);
+                let device = device.map_err(|error| denied(&error));
+                wire::send(socket, &device.map_or_else(Said::Not, Said::Device))?;
             }
             Ok(Ask::Unheard) => {
                 for id in std::mem::take(&mut server.last) {
@@ -297,6 +302,17 @@ impl OpenerServer<'_> {
         };
         let leases = (self.allocate)(self.paths, requests, vm);
         let leases = leases.map_err(|error| not_allocated(&error))?;
+        if nodes.sent && leases.len() > 1 {
+            let names: Vec<_> = leases
+                .iter()
+                .map(|lease| lease.name().to_string())
+                .collect();
+            return Err(Refusal::Denied(format!(
+                "a device that comes as a descriptor must be a whole card, and this is one of {}: attach the card \
+                 by its address instead",
+                names.join(", ")
+            )));
+        }
         let mut groups: Vec<LeasedGroup> = Vec::new();
         let mut files = Vec::new();
         if nodes.address_space {
@@ -317,6 +333,7 @@ impl OpenerServer<'_> {
             match nodes.back_end {
                 VfioBackEnd::Container if new => files.push(self.group(number, lease)?),
                 VfioBackEnd::Container => {}
+                VfioBackEnd::Iommufd if nodes.sent => {}
                 VfioBackEnd::Iommufd => {
                     let path = cdev(self.paths, lease.name()).map_err(|error| failed(&error))?;
                     files.push(open_node(&path)?);

@@ -73,6 +73,7 @@ fn groups(held: &[u32], address_space: bool) -> Nodes {
     Nodes {
         back_end: VfioBackEnd::Container,
         address_space,
+        sent: false,
         held: held.to_vec(),
     }
 }

@@ -47,6 +47,8 @@ pub(super) enum Ask {
     Unheard,
     /// What the plan of that name asks for.
     Plan(String),
+    /// Which device the cdev with this number is of.
+    Cdev { major: u32, minor: u32 },
 }
 
 /// The nodes to be opened for devices: their groups' or their cdevs.
@@ -56,6 +58,8 @@ pub struct Nodes {
     pub back_end: VfioBackEnd,
     /// Whether the VM wants a new DMA address space.
     pub address_space: bool,
+    /// Whether it has the cdev of the one device that it asks for.
+    pub sent: bool,
     /// The IOMMU groups that it has already.
     pub held: Vec<u32>,
 }
@@ -89,6 +93,8 @@ pub(super) enum Said {
     },
     /// What a plan asks for.
     Planned(Vec<DeviceRequest>),
+    /// Whose cdev it is.
+    Device(DeviceName),
     Not(Refusal),
 }
 

@@ -17,7 +17,8 @@ pub use group::{
 pub use nova::{Alias, DeviceSpec, NumaPolicy, Traits};
 pub use plan::{Plan, PlanError, Plans, change_plan, create_plan, delete_plan};
 pub use request::{
-    Aliases, DeviceRequest, DeviceSource, OnError, Placement, RomSource, check_device_id, nth_id,
+    Aliases, DeviceRequest, DeviceSource, OnError, Placement, RomSource, SentRequest,
+    check_device_id, nth_id,
 };
 pub use rule::Rule;
 pub use sriov::SriovSpec;

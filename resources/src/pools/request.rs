@@ -304,11 +304,54 @@ impl Visitor<'_> for RomVisitor {
     }
 }
 
+/// A request for the one device that a client has opened and sends: it names no source.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "DeviceKeys")]
+pub struct SentRequest(DeviceRequest);
+
+impl SentRequest {
+    /// The name of the device in the VM; its address on the host if absent.
+    pub fn id(&self) -> Option<&str> {
+        self.0.id.as_deref()
+    }
+
+    /// The request, once it is known which device it is.
+    pub fn of(&self, device: DeviceName) -> DeviceRequest {
+        DeviceRequest {
+            from: DeviceSource::Device(device),
+            ..self.0.clone()
+        }
+    }
+}
+
+impl TryFrom<DeviceKeys> for SentRequest {
+    type Error = String;
+
+    fn try_from(keys: DeviceKeys) -> Result<Self, String> {
+        let sources = [&keys.group, &keys.alias, &keys.path];
+        if sources.into_iter().any(Option::is_some) {
+            return Err(
+                "the device came as a descriptor: remove `group`, `alias` and `path`".to_owned(),
+            );
+        }
+        keys.only_one("a descriptor is exactly one device")?;
+        // Until it is known which.
+        let from = DeviceSource::Group(String::new());
+        DeviceRequest::of(keys, from).map(Self)
+    }
+}
+
 impl TryFrom<DeviceKeys> for DeviceRequest {
     type Error = String;
 
     fn try_from(keys: DeviceKeys) -> Result<Self, String> {
         let from = keys.source()?;
+        Self::of(keys, from)
+    }
+}
+
+impl DeviceRequest {
+    fn of(keys: DeviceKeys, from: DeviceSource) -> Result<Self, String> {
         if let Some(id) = &keys.id {
             check_device_id(id, from.device()).map_err(|what| format!("`id`: {what}"))?;
         }
@@ -353,18 +396,7 @@ impl DeviceKeys {
     }
 
     fn exactly(&self, path: &str) -> Result<DeviceName, String> {
-        let conditions = [
-            ("count", self.count.is_some()),
-            ("numa_policy", self.numa_policy.is_some()),
-            ("traits", self.traits.is_some()),
-            ("resource_class", self.resource_class.is_some()),
-            ("isolate", self.isolate.is_some()),
-        ];
-        if let Some((key, _)) = conditions.into_iter().find(|(_, given)| *given) {
-            return Err(format!(
-                "`{key}`: a path names exactly one device: remove `{key}`"
-            ));
-        }
+        self.only_one("a path names exactly one device")?;
         DeviceName::from_sysfs_path(path.as_ref()).map_err(|_: BdfError| {
             format!(
                 "`path`: \"{}\" is no PCI device's sysfs path or address: write it like \
@@ -372,6 +404,21 @@ impl DeviceKeys {
                 path.escape_debug()
             )
         })
+    }
+
+    /// Refuses the keys that choose among several devices, since there is `one`.
+    fn only_one(&self, one: &str) -> Result<(), String> {
+        let conditions = [
+            ("count", self.count.is_some()),
+            ("numa_policy", self.numa_policy.is_some()),
+            ("traits", self.traits.is_some()),
+            ("resource_class", self.resource_class.is_some()),
+            ("isolate", self.isolate.is_some()),
+        ];
+        match conditions.into_iter().find(|(_, given)| *given) {
+            Some((key, _)) => Err(format!("`{key}`: {one}: remove `{key}`")),
+            None => Ok(()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ pub const CASES: &[Case] = cases![
     a_tenant_runs_a_vm_and_gets_at_no_others_device,
     a_boot_gives_tenants_their_devices_again,
     what_a_former_user_has_open_changes_no_hands,
+    a_user_may_open_nothing_and_gets_what_root_has_opened,
 ];
 
 /// What a VM of 256 MiB may have to lock, KiB.
@@ -304,5 +305,56 @@ fn what_a_former_user_has_open_changes_no_hands(host: &Host) -> Result<()> {
         gantry(host, "tenant edit alice --user bob")?.success()?;
         ensure!(owner()? == "bob");
         Ok(())
+    })
+}
+
+/// The user's VM may open neither the cdev nor iommufd: root opens both, and sends them over the VM's socket.
+fn a_user_may_open_nothing_and_gets_what_root_has_opened(host: &Host) -> Result<()> {
+    const CLOSED: &str =
+        "chown root: /dev/iommu /dev/vfio/devices/* && chmod 600 /dev/iommu /dev/vfio/devices/* &&
+        rm -rf /tmp/alices && mkdir /tmp/alices && chown alice /tmp/alices";
+    let attach = format!("vm attach /tmp/alices/vm --device {} --id disk", FIRST.bdf);
+    with_tenants(host, || {
+        host.sh(CLOSED).output()?.success()?;
+        let mut vm = Vm::new("shell");
+        vm.flags = "--api-socket /tmp/alices/vm";
+        vm.file["hotplug"] = json!({"slots": 4, "groups": ["alice"]});
+        vm.file["platform"]["iommufd"] = json!(true);
+        let run = by("alice", LIMIT, &vm.command(host)?);
+        let mut running = Running::of(host.sh(&run).start()?);
+        running.until("guest: init")?;
+        let refused = gantry(host, &attach)?.exits(1)?;
+        ensure!(
+            refused.errors().contains("cannot open /dev/iommu"),
+            "{refused}"
+        );
+        // The second time the VM has no DMA address space left of the first.
+        for _ in 0..2 {
+            gantry(host, &format!("{attach} --open"))?.success()?;
+            running.types(
+                "echo guest: sum=$(dd if=/dev/nvme0n1 bs=64k iflag=direct 2>/dev/null | sha256sum)",
+            )?;
+            running.line("guest: sum=")?;
+            let held = device(host, FIRST.bdf)?;
+            ensure!(held["state"] == "assigned", "{held:#}");
+            let again = gantry(host, &format!("{attach}2 --open"))?.exits(75)?;
+            ensure!(again.errors().contains("is held by VM \"vm\""), "{again}");
+            gantry(host, "vm detach /tmp/alices/vm disk")?.success()?;
+        }
+        let foreign = attach.replace(FIRST.bdf, SECOND.bdf);
+        let foreign = gantry(host, &format!("{foreign} --open"))?.exits(1)?;
+        // Another tenant's it does not even see.
+        ensure!(
+            foreign
+                .errors()
+                .contains("there is no PCI device 0000:02:00.0"),
+            "{foreign}"
+        );
+        running.types("poweroff -f")?;
+        let ended = running.end()?.powered_off()?;
+        let sum = format!("{} -", FIRST.checksum());
+        ensure!(ended.values("sum").eq([&*sum; 2]), "{ended}");
+        ensure!(device(host, FIRST.bdf)?["state"] == "detached", "not free");
+        nothing_is_held(host)
     })
 }

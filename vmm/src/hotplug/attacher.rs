@@ -18,7 +18,7 @@ use crate::host::preflight;
 use crate::kvm::VfioObserver;
 use crate::passthrough::{
     AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges, RomFiles,
+    RamRanges, RomFiles, SentDevice,
 };
 use crate::process::error::cannot;
 use crate::process::sandbox::Role;
@@ -67,14 +67,21 @@ impl Attacher {
         steps: &mut AttachSteps,
         ending: &Arc<AtomicBool>,
     ) -> Result<Vec<AttachedDevice>, Error> {
-        let requests = match &job.attach {
-            Attach::Devices(request) => vec![request.clone()],
-            Attach::Plan { name, .. } => self.opener.plan(name).map_err(DeviceError::from)?,
+        let (requests, sent) = match &job.attach {
+            Attach::Devices(request) => (vec![request.clone()], None),
+            Attach::Plan { name, .. } => {
+                let planned = self.opener.plan(name).map_err(DeviceError::from)?;
+                (planned, None)
+            }
+            Attach::Sent(_) if self.back_end != VfioBackEnd::Iommufd => {
+                return Err(DeviceError::SentToContainer.into());
+            }
+            Attach::Sent(sent) => (vec![sent.request(&self.opener)?], Some(sent)),
         };
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
         let roms = self.roms.of(&requests)?;
-        let mut acquired = self.acquire(&requests, &roms, &cancelled)?;
+        let mut acquired = self.acquire(&requests, &roms, sent, &cancelled)?;
         if let Some(id) = job.attach.id() {
             acquired.name_all(id);
         }
@@ -106,11 +113,13 @@ impl Attacher {
         &self,
         requests: &[DeviceRequest],
         roms: &[Rom],
+        sent: Option<&SentDevice>,
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
         let acquirer = Acquirer {
             lessor: Lessor::Opener(&self.opener),
             back_end: self.back_end,
+            sent,
             observer: &self.observer,
             host: &self.context.host,
             sandbox: &self.context.sandbox,

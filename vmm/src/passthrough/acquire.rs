@@ -22,7 +22,9 @@ use super::events::DeviceNotify;
 use super::io_address_space::{DeviceNode, IoAddressSpace};
 use super::lease::{DeviceLabel, DeviceLease, FunctionId, LeasedDevice};
 use super::opening::{EnteringDevice, Opening, OpeningTerms, Underway, UnopenedDevice};
+use super::sent::SentDevice;
 use crate::kvm::VfioObserver;
+use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::Sandbox;
 
 /// Devices that are leased and in one address space.
@@ -76,6 +78,8 @@ pub struct Acquirer<'a> {
     pub lessor: Lessor<'a>,
     /// The kernel interface for them.
     pub back_end: VfioBackEnd,
+    /// What a client has opened, in place of the only device's node and the address space's.
+    pub sent: Option<&'a SentDevice>,
     /// Tells KVM of them.
     pub observer: &'a Arc<VfioObserver>,
     /// Where the host keeps things.
@@ -111,10 +115,16 @@ impl Acquirer<'_> {
                 let nodes = Nodes {
                     back_end: self.back_end,
                     // A container may lose its last group meanwhile.
-                    address_space: space.is_none() || self.back_end == VfioBackEnd::Container,
+                    address_space: self.sent.is_none_or(|sent| sent.iommufd.is_none())
+                        && (space.is_none() || self.back_end == VfioBackEnd::Container),
+                    sent: self.sent.is_some(),
                     held: held.unwrap_or_default(),
                 };
-                opener.open(requests, &nodes, cancelled)?.into()
+                let granted = Granted::from(opener.open(requests, &nodes, cancelled)?);
+                match self.sent {
+                    Some(sent) => granted.with(sent)?,
+                    None => granted,
+                }
             }
         };
         self.enter(granted, requests, roms, space, cancelled)
@@ -168,6 +178,7 @@ impl Acquirer<'_> {
             })?;
             Ok(EnteringDevice {
                 entry,
+                sent: self.sent.is_some(),
                 opening,
                 leased,
             })
@@ -214,6 +225,21 @@ impl Acquirer<'_> {
 }
 
 impl Granted {
+    /// With copies of the descriptors that a client has sent.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    fn with(mut self, sent: &SentDevice) -> Result<Self, HostError> {
+        let copy = |file: &File| file.try_clone().map_err(cannot("copy a descriptor"));
+        if let Some(iommufd) = &sent.iommufd {
+            self.address_space = Some(copy(iommufd)?);
+        }
+        for device in &mut self.devices {
+            device.cdev = Some(copy(&sent.cdev)?);
+        }
+        Ok(self)
+    }
+
     /// # Errors
     /// A device is in no IOMMU group, or what its group reserves is not known.
     fn in_process(leases: Vec<Lease>, host: &HostPaths) -> Result<Self, DeviceError> {

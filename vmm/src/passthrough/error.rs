@@ -66,6 +66,26 @@ pub enum DeviceError {
     /// A device has no cdev.
     #[error(transparent)]
     Cdev(#[from] gantry_resources::facts::CdevError),
+    /// A client sends a device to a VM that has a container.
+    #[error(
+        "a device that comes as a descriptor needs iommufd: set \"iommufd\": true under \"platform\" in the VM's \
+         file and start the VM again"
+    )]
+    SentToContainer,
+    /// What a client sends is no device.
+    #[error(
+        "the first descriptor that came with the request is no character device: send an open cdev \
+         (/dev/vfio/devices/vfio*)"
+    )]
+    SentNoDevice,
+    /// A device that a client sends has another user.
+    #[error(
+        "{device} is in use, or its descriptor is bound to an iommufd already: send one that is open and not bound"
+    )]
+    SentInUse {
+        /// The device.
+        device: DeviceName,
+    },
     /// A call of the kernel on a device does not return.
     #[error(
         "{device} does not answer: a call of the host's kernel on it has not returned for {seconds} s\n\

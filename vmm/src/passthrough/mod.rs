@@ -14,6 +14,7 @@ mod opening;
 mod prefault;
 mod resets;
 mod roms;
+mod sent;
 #[cfg(test)]
 pub mod testing;
 
@@ -27,3 +28,4 @@ pub use lease::FunctionId;
 pub use prefault::Prefault;
 pub use resets::{RESET_TIMEOUT, reset_all, resets_of};
 pub use roms::RomFiles;
+pub use sent::SentDevice;

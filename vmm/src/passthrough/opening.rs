@@ -36,6 +36,8 @@ pub struct OpeningTerms {
 pub struct EnteringDevice {
     // Dropped in this order: the device leaves the address space before others may lease it.
     pub(super) entry: Entry,
+    /// A client has sent it.
+    pub(super) sent: bool,
     pub(super) opening: OpeningTerms,
     pub(super) leased: LeasedDevice,
 }
@@ -50,15 +52,21 @@ pub struct UnopenedDevice {
 
 impl EnteringDevice {
     /// Quarantines a device that stays in use although it is leased: a process that the kernel cannot end has it
-    /// open, or one that ignores leases.
+    /// open, or one that ignores leases. Not one that a client has sent, whose mistake that may be.
     ///
     /// # Errors
     /// The device stays in use, or the kernel refuses.
     pub(super) fn attach(self) -> Result<UnopenedDevice, DeviceError> {
-        let attached = self.entry.attach().inspect_err(|error| {
-            if matches!(error, gantry_vfio::Error::DeviceInUse { .. }) {
-                self.leased.lease.quarantine(&error.to_string());
+        let device = self.leased.function.name;
+        let attached = self.entry.attach().map_err(|error| match error {
+            gantry_vfio::Error::DeviceInUse { .. } if self.sent => {
+                DeviceError::SentInUse { device }
             }
+            gantry_vfio::Error::DeviceInUse { .. } => {
+                self.leased.lease.quarantine(&error.to_string());
+                error.into()
+            }
+            error => error.into(),
         });
         Ok(UnopenedDevice {
             attachment: attached?,
@@ -238,6 +246,7 @@ mod tests {
             let kernel = Arc::new(Kernel(errno));
             reasons.push(reason);
             devices.push(EnteringDevice {
+                sent: false,
                 entry: Entry::Cdev {
                     cdev: UnboundCdev {
                         device: leased.function.name.to_string(),

@@ -221,6 +221,7 @@ fn acquire(
     let acquirer = Acquirer {
         lessor,
         back_end: config.back_end_on(host),
+        sent: None,
         observer: &observer,
         host,
         sandbox: &context.sandbox,

@@ -93,6 +93,8 @@ impl StoppedVm {
                 }
                 requests
             }
+            // Its descriptor would be kept open for a boot that may never come.
+            Attach::Sent(_) => return Err(CommandError::NotBooted),
         };
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
         let allowed = created.hotplug.ungrouped;

@@ -1,17 +1,20 @@
 //! `gantry vm attach` and `gantry vm detach`: send the request, wait for the guest, print the result.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{self, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gantry_resources::base::{DeviceName, HostPaths};
+use gantry_resources::facts::{VfioBackEnd, cdev};
 use gantry_resources::inventory::Allow;
 use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy, OnError, RomSource};
 use serde::Serialize;
 use serde::de::value::StringDeserializer;
 use serde::de::{DeserializeOwned, IntoDeserializer};
+use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{find, state, watch};
@@ -35,7 +38,8 @@ enable in time stays in the VM until `gantry vm detach`.
 Examples:
   gantry vm attach web-1 --group gpu
   gantry vm attach web-1 --group nvme --count 4 --timeout 60
-  gantry vm attach web-1 --device 0000:41:00.0 --id gpu0")]
+  gantry vm attach web-1 --device 0000:41:00.0 --id gpu0
+  sudo gantry vm attach alices-vm --device 0000:41:00.0 --open")]
 pub struct AttachArgs {
     /// Name of the VM; `gantry vm list` shows them
     #[arg(value_name = "VM")]
@@ -64,6 +68,9 @@ pub struct AttachArgs {
     /// Hide the device's expansion ROM from the guest
     #[arg(long, conflicts_with_all = ["plan", "rom"])]
     no_rom: bool,
+    /// Open the device here and send it to the VM, whose user need not be allowed to open it
+    #[arg(long, requires = "device")]
+    open: bool,
     /// Name that the device gets in the VM [default: its address on the host]
     #[arg(long)]
     id: Option<String>,
@@ -94,6 +101,16 @@ struct SourceArgs {
     /// Address of the device to take; `gantry device list` shows them
     #[arg(long, value_name = "ADDRESS")]
     device: Option<DeviceName>,
+}
+
+/// Opens what a VM needs to have a device by iommufd: the device's cdev and an iommufd.
+fn opened(device: DeviceName, paths: &HostPaths) -> Result<[File; 2], Failure> {
+    let cdev = cdev(paths, device).map_err(|error| Failure::host(error.to_string()))?;
+    let open = |path: PathBuf| {
+        let opened = File::options().read(true).write(true).open(&path);
+        opened.map_err(|error| Failure::host(format!("cannot open {}: {error}", path.display())))
+    };
+    Ok([open(cdev)?, open(VfioBackEnd::Iommufd.node(paths))?])
 }
 
 #[derive(Debug, Args)]
@@ -136,7 +153,7 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
             let (plan, id) = (plan.clone(), None);
             client.put_json("vm.add-device", &PlanDevices { plan, id })?
         }
-        None => client.put_json("vm.add-device", &args.request())?,
+        None => client.put_json_with("vm.add-device", &args.body()?, &args.files(paths)?)?,
     };
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
@@ -167,6 +184,24 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
 }
 
 impl AttachArgs {
+    /// What is asked for without a plan. A device that comes open is not named.
+    fn body(&self) -> Result<Value, Failure> {
+        let body = serde_json::to_value(self.request());
+        let mut body = body.map_err(|error| Failure::host(error.to_string()))?;
+        if let (true, Value::Object(keys)) = (self.open, &mut body) {
+            keys.remove("path");
+        }
+        Ok(body)
+    }
+
+    /// The descriptors that go with it.
+    fn files(&self, paths: &HostPaths) -> Result<Vec<File>, Failure> {
+        match self.from.device.filter(|_| self.open) {
+            Some(device) => opened(device, paths).map(Vec::from),
+            None => Ok(Vec::new()),
+        }
+    }
+
     /// The request for devices without a plan.
     fn request(&self) -> DeviceRequest {
         let SourceArgs {

@@ -101,7 +101,7 @@ const THREAD_PLACES: c_int = libc::CLONE_SETTLS
 /// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
 const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
-/// Serving clients over the listening socket and those that it accepts, without passing descriptors. The HTTP
+/// Serving clients over the listening socket and those that it accepts. The HTTP
 /// server's event loop wakes itself by an eventfd.
 const CLIENTS: &[c_long] = &[
     libc::SYS_accept4,
@@ -148,8 +148,9 @@ const DISK: &[c_long] = &[
     libc::SYS_epoll_ctl,
 ];
 
-/// The opener sends descriptors.
+/// The opener sends descriptors, and clients do; what those of clients are is looked at.
 const DESCRIPTORS: &[c_long] = &[libc::SYS_recvmsg];
+const LOOK: &[c_long] = &[libc::SYS_fstat, libc::SYS_statx, libc::SYS_newfstatat];
 
 /// The control loop, and files that are read again at a reboot of the guest.
 const CONTROL: &[c_long] = &[
@@ -255,7 +256,7 @@ pub fn device() -> Rules {
 /// The attach worker. Threads that it starts open, map and close: it needs their calls, too.
 pub fn attach() -> Rules {
     let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
-    rules_with_threads(&[DEVICE_ACCESS, LEASES, DESCRIPTORS], &requests)
+    rules_with_threads(&[DEVICE_ACCESS, LEASES, DESCRIPTORS, LOOK], &requests)
 }
 
 /// A thread that maps guest RAM for devices.
@@ -270,7 +271,7 @@ pub fn disk() -> Rules {
 
 /// The thread that speaks with clients.
 pub fn api() -> Rules {
-    rules(&[CLIENTS], &[])
+    rules(&[CLIENTS, DESCRIPTORS], &[])
 }
 
 /// [`rules`] of a role that makes threads.
