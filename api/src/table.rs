@@ -147,7 +147,7 @@ pub fn write_table(
         [] => Ok(()),
         titles => writeln!(
             out,
-            "Not shown for want of width: {}",
+            "Columns that do not fit the terminal: {}",
             titles.join(", ").to_uppercase()
         ),
     }

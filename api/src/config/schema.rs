@@ -50,7 +50,7 @@ fn inert_schema(accepts: Accepts) -> Value {
             "additionalProperties": false,
         }),
         Accepts::Text => json!({
-            "description": "It tells nothing that gantry would act on.",
+            "description": "gantry ignores it.",
             "type": ["string", "null"],
         }),
         Accepts::Only(values) => {

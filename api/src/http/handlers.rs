@@ -292,8 +292,7 @@ fn detach(body: &[u8]) -> Result<Detach, HttpError> {
 const NO_TIME: &str = "this is no time: write a number of seconds, such as 2.5";
 
 fn text(body: &[u8]) -> Result<&str, HttpError> {
-    std::str::from_utf8(body)
-        .map_err(|_| HttpError::malformed("the body is no text: JSON is wanted"))
+    std::str::from_utf8(body).map_err(|_| HttpError::malformed("the body is not text: send JSON"))
 }
 
 /// Lets the client send a body that is not used.

@@ -111,7 +111,7 @@ fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
     match call {
         Call::Create => Some(json!({"$ref": "#/components/schemas/VmConfig"})),
         Call::AddDevice => Some(json!({
-            "description": "Devices of a group or alias, one, or those of a plan.",
+            "description": "Devices of a group or alias, one device by its path, or the devices of a plan.",
             "anyOf": [of::<PlanDevices>(schemas), of::<DeviceRequest>(schemas)],
         })),
         Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),

@@ -279,7 +279,7 @@ pub fn find(method: &Method, path: &str) -> Result<&'static Route, HttpError> {
             Err(HttpError::new(StatusCode::NOT_IMPLEMENTED, what))
         }
         _ => {
-            let what = format!("there is no {path}; {ROOT}openapi.json tells what there is");
+            let what = format!("there is no {path}; {ROOT}openapi.json lists all paths");
             Err(HttpError::new(StatusCode::NOT_FOUND, what))
         }
     }

@@ -129,7 +129,7 @@ fn mediated_devices_are_listed_asked_for_and_planned() {
     let new = r#"{"type": "GVTg V5 4"}"#;
     host.gantry(&[&args[..], &[new]].concat()).ok();
     let shown = host.gantry(&["group", "show", "vgpus"]).ok();
-    let hint = "A VM's vGPU is made when the VM starts";
+    let hint = "A VM's vGPU is created when the VM starts";
     assert!(shown.contains(hint), "{shown}");
     let list = host.gantry(&["device", "mdev"]).ok();
     for words in ["i915-4", "GVTg V5 4", uuid, "detached", "vgpus"] {

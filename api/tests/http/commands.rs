@@ -195,8 +195,8 @@ fn devices_are_attached_and_their_drivers_waited_for() {
     let said = ok(&bed, &["attach", "vm", "--group", "nvme", "--count", "2"]);
     assert_eq!(
         said,
-        "dev0 (0000:01:00.0) is enabled by the guest in vm, there as 0000:01:00.0\n\
-         dev1 (0000:02:00.0) is enabled by the guest in vm, there as 0000:02:00.0\n"
+        "dev0 (0000:01:00.0) is enabled by the guest in vm: guest address 0000:01:00.0\n\
+         dev1 (0000:02:00.0) is enabled by the guest in vm: guest address 0000:02:00.0\n"
     );
     let said = fails(
         &bed,

@@ -151,7 +151,7 @@ pub(crate) fn allocate_with(
             let restored = restore(paths, binder.host, &made, Duration::ZERO);
             for error in restored.err().into_iter().flatten() {
                 tracing::warn!(
-                    "a virtual GPU of a VM that is gone stays: {}",
+                    "cannot remove the virtual GPU of an ended VM: {}",
                     chain(&error)
                 );
             }

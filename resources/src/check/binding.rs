@@ -152,7 +152,7 @@ impl<'a> Plan<'a> {
         finding = self.words(facts, finding);
         if !drivers.wait.is_empty() {
             let line = |module: &String| format!("softdep {module} pre: vfio-pci");
-            let what = "ids need vfio-pci to be the first at each boot, by these lines in /etc/modprobe.d/gantry.conf:";
+            let what = "to bind by ids, vfio-pci must be loaded first at each boot, by these lines in /etc/modprobe.d/gantry.conf:";
             finding = finding.lines(what, drivers.wait.iter().map(line));
             finding = match facts.boot.initramfs.command() {
                 Some(command) => finding.lines("then rebuild the initramfs:", [command]),
@@ -164,12 +164,12 @@ impl<'a> Plan<'a> {
             let words = format!("modprobe.blacklist={}", drivers.hold_back.join(","));
             finding = finding
                 .fix(format!(
-                    "{} comes first although it is told to wait, and no other device needs it: hold it back with \
+                    "{} binds first although it is configured to wait, and no other device needs it: hold it back with \
                      {words} on the kernel's command line",
                     drivers.hold_back.join(" and ")
                 ))
                 .lines(
-                    "what is held back no longer calls vfio-pci; a line of /etc/modules-load.d/gantry.conf does:",
+                    "a module that is held back no longer loads vfio-pci: add a line to /etc/modules-load.d/gantry.conf:",
                     ["vfio-pci"],
                 )
                 .add([words]);

@@ -133,7 +133,7 @@ pub(super) fn kvm(facts: &Facts) -> Finding {
     if facts.config.leaves_out("CONFIG_KVM_IOAPIC") {
         let reason = format!("the KVM of kernel {} has no I/O APIC", facts.release);
         return finding(Level::Fail, &reason)
-            .fix("boot a kernel that has CONFIG_KVM_IOAPIC: those of the distributions do");
+            .fix("boot a kernel with CONFIG_KVM_IOAPIC, such as a distribution's");
     }
     match (facts.kvm, facts.modules.state(module)) {
         (NodeAccess::Ready, _) => {

@@ -263,7 +263,7 @@ fn reserved(devices: &Devices) -> Option<Finding> {
             )
             .fix(
                 "ask the machine's vendor how to switch that off for the slot (HPE: \
-                 \"shared memory\" of the slot's option card); a newer firmware may do",
+                 \"shared memory\" of the slot's option card); a newer firmware may help",
             ),
         );
     }

@@ -196,14 +196,14 @@ fn translation(facts: &Facts, kind: Kind, state: State) -> Finding {
         }
         State::Words(words) => finding(
             Level::Fail,
-            format!("{name} is there, and {} on the kernel's command line switches it off", words.join(" ")),
+            format!("{name} is present, but {} on the kernel's command line switches it off", words.join(" ")),
         )
         .fix("remove that, as shown below")
         .add(asked(kind))
         .remove(words),
         State::NotAsked if facts.iommu.has_table("DMAR") => finding(
             Level::Fail,
-            "Intel VT-d is there (ACPI DMAR), but this kernel leaves it off unless its command line asks".into(),
+            "the firmware shows Intel VT-d (ACPI DMAR), but this kernel uses it only if its command line says so".into(),
         )
         .fix("add intel_iommu=on, as shown below")
         .add(asked(kind)),
@@ -211,7 +211,7 @@ fn translation(facts: &Facts, kind: Kind, state: State) -> Finding {
             Level::Fail,
             format!("kernel {} was built without {option}", facts.release),
         )
-        .fix(format!("boot a kernel that has {option}=y: those of the distributions do")),
+        .fix(format!("boot a kernel with {option}=y, such as a distribution's")),
         State::Refused => finding(
             Level::Fail,
             format!("the firmware shows {name} (ACPI {table}) and nothing forbids it, yet the kernel did not switch it on"),
@@ -231,8 +231,7 @@ fn translation(facts: &Facts, kind: Kind, state: State) -> Finding {
         .add(asked_in_guest(facts)),
         State::NotAsked | State::Hidden => in_firmware(facts, kind, finding(
             Level::Fail,
-            format!("there are no IOMMU groups, and the firmware's tables are hidden (a container?), \
-                 so that it cannot be told why {name} is off"),
+            format!("there are no IOMMU groups, and the firmware's tables are not visible (in a container?): the reason why {name} is off is unknown"),
         ))
         .add(asked(kind)),
     }
@@ -297,16 +296,16 @@ fn remapping(facts: &Facts, kind: Kind) -> Finding {
     let incapable = |unit: &&Unit| unit.ecap.is_some_and(|ecap| ecap & ECAP_IR == 0);
     if let Some(unit) = facts.iommu.units.iter().find(incapable) {
         let reason = format!(
-            "{} cannot do it: VFIO passes no device through, since one could raise any interrupt of the host",
+            "{} cannot remap interrupts: VFIO passes no device through, since a device could raise any interrupt of the host",
             unit.name
         );
         return finding(Level::Fail, &reason).fix(if facts.cpu.is_guest {
-            "on the outer host, give this virtual machine an IOMMU that can (QEMU: -device intel-iommu,intremap=on)"
+            "on the outer host, give this virtual machine an IOMMU that supports it (QEMU: -device intel-iommu,intremap=on)"
         } else {
             "use other hardware; VFIO's switch for unsafe interrupts would let a guest take over the host"
         });
     }
-    finding(Level::Fail, "the IOMMU can do it, but it is not on, and VFIO then passes no device through")
+    finding(Level::Fail, "the IOMMU supports it, but it is off: VFIO passes no device through")
         .fix(format!(
             "{} switch on \"Interrupt Remapping\" or \"x2APIC\", and off \"x2APIC opt-out\", where it has these",
             firmware(facts)

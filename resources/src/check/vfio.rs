@@ -37,7 +37,7 @@ fn modules(facts: &Facts) -> Finding {
             missing.join(" and no ")
         );
         return finding(Level::Fail, reason)
-            .fix("boot a kernel that has CONFIG_VFIO_PCI and CONFIG_VFIO_IOMMU_TYPE1: those of the distributions do");
+            .fix("boot a kernel with CONFIG_VFIO_PCI and CONFIG_VFIO_IOMMU_TYPE1, such as a distribution's");
     }
     let absent = in_state(&[ModuleState::Loadable, ModuleState::Unknown]);
     if !absent.is_empty() {

@@ -41,7 +41,7 @@ pub(super) fn judge(hanging: &[HungVgpu]) -> Option<Finding> {
         .map(|one| format!("{}{}", one.name, one.by))
         .collect();
     let reason = format!(
-        "the kernel has not come back from making or removing {}: until it does, no VM gets the place on the card",
+        "the kernel has not finished creating or removing {}: until then no VM can use its place on the card",
         names.join("; ")
     );
     let finding = Finding::new("vgpus", "Virtual GPUs", Level::Warn, reason);

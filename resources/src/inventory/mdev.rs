@@ -19,7 +19,7 @@ use crate::inventory::error::InventoryError;
 
 /// The reason for a device that the kernel has not finished creating or removing.
 pub(crate) const HANGS: &str =
-    "the kernel has not finished making or removing it: see `gantry check`";
+    "the kernel has not finished creating or removing it: see `gantry check`";
 
 /// A kind of mediated device that a parent can make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -58,7 +58,7 @@ pub enum RestoreError {
     #[error(transparent)]
     Lease(#[from] LeaseError),
     /// The settings of a virtual function could not be restored.
-    #[error("the settings of {bdf} could not be put back")]
+    #[error("cannot restore the settings of {bdf}")]
     Settings {
         /// The function.
         bdf: HostBdf,
@@ -67,7 +67,7 @@ pub enum RestoreError {
         source: Box<SriovError>,
     },
     /// New functions of a card stay without host drivers, as a command ended while it made some.
-    #[error("new virtual functions of {bdf} stay without drivers of the host")]
+    #[error("new virtual functions of {bdf} stay without host drivers")]
     Autoprobe {
         /// The card.
         bdf: HostBdf,
@@ -76,7 +76,7 @@ pub enum RestoreError {
         source: Box<SriovError>,
     },
     /// A virtual GPU of a VM could not be removed.
-    #[error("a virtual GPU that was made for a VM could not be unmade")]
+    #[error("cannot remove a virtual GPU that was created for a VM")]
     Vgpu(#[from] VgpuError),
 }
 

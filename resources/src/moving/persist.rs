@@ -165,7 +165,7 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
     }
     let built_in = built_in.iter().map(|driver| {
         format!(
-            "{driver} is built into the kernel, and has its devices before options count: leave --by out for a udev rule, or let `--by systemd` take them from it"
+            "{driver} is built into the kernel, and binds its devices before options take effect: leave --by out for a udev rule, or let `--by systemd` take them from it"
         )
     });
     let chosen = |device: &&HostDevice| devices.iter().any(|one| one.bdf == device.bdf);
@@ -176,7 +176,7 @@ fn modprobe(paths: &HostPaths, devices: &[HostDevice], all: &[HostDevice]) -> Pe
         text,
         then: "update-initramfs -u",
         warnings: also
-            .map(|device| format!("{} has the same ids and goes along", device.bdf))
+            .map(|device| format!("{} has the same ids and is bound too", device.bdf))
             .chain(built_in)
             .collect(),
     }
@@ -291,7 +291,7 @@ mod tests {
         assert!(options.text.contains("softdep snd_hda pre: vfio-pci\n"));
         assert_eq!(
             options.warnings,
-            ["0000:02:00.0 has the same ids and goes along"]
+            ["0000:02:00.0 has the same ids and is bound too"]
         );
     }
 

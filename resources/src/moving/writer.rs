@@ -48,7 +48,7 @@ pub enum WriteError {
     Busy(Box<Unfinished>),
     /// The kernel did not return.
     #[error(
-        "the kernel did not come back within {:?} from writing {:?} to {}: the device hangs, see dmesg{}",
+        "the kernel did not return within {:?} from writing {:?} to {}: the device hangs, see dmesg{}",
         .0.after, .0.write.value, .0.write.path.display(), .0.by
     )]
     Hung(Box<Unfinished>),

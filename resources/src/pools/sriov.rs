@@ -177,7 +177,7 @@ impl SriovSpec {
     pub(crate) fn problem(&self) -> Option<(&'static str, String)> {
         if self.count == 0 || self.count > MOST_VFS {
             let problem = format!(
-                "{} functions cannot be made: use 1 to {MOST_VFS}",
+                "a card cannot have {} functions: use 1 to {MOST_VFS}",
                 self.count
             );
             return Some(("count", problem));
@@ -194,7 +194,7 @@ impl SriovSpec {
             return Some(("qos", format!("{qos} is no priority: use 0 to 7")));
         }
         if qos > 0 && vlan == 0 {
-            let problem = "a priority is one in a VLAN: give a vlan too, or remove it";
+            let problem = "a priority needs a VLAN: add vlan, or remove qos";
             return Some(("qos", problem.to_owned()));
         }
         let (min, max) = (self.min_rate.unwrap_or(0), self.max_rate.unwrap_or(0));

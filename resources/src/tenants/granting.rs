@@ -150,7 +150,9 @@ pub(super) fn keep_settings(host: &HostPaths, links: &dyn VfLinks, devices: &[Ho
     for &bdf in devices {
         let kept = GrantedRecord::of(host, links, bdf);
         if let Err(error) = kept.and_then(|kept| kept.map_or(Ok(()), |kept| kept.keep(host, bdf))) {
-            tracing::warn!("{bdf} will stay as a guest sets it: {error}");
+            tracing::warn!(
+                "the settings of {bdf} will not be restored after the tenant's guests: {error}"
+            );
         }
     }
 }

@@ -29,7 +29,9 @@ impl FormerDirs {
             let removed = aside.and_then(|aside| aside.map_or(Ok(()), |aside| remove(&aside)));
             if let Err(error) = removed {
                 let dir = dir.display();
-                tracing::warn!("what the tenant's user put into {dir} is not all removed: {error}");
+                tracing::warn!(
+                    "cannot remove everything that the tenant's user put into {dir}: {error}"
+                );
             }
         }
     }

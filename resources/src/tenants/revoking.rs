@@ -67,7 +67,9 @@ pub fn revoke(
     files.save()?;
     for &bdf in &functions {
         if let Err(error) = granted::end(host, access.links, bdf) {
-            tracing::warn!("{bdf} stays as a guest has set it until the next command: {error}");
+            tracing::warn!(
+                "cannot restore the settings of {bdf}, which the next command tries again: {error}"
+            );
         }
     }
     let present = all.iter().filter(|device| functions.contains(&device.bdf));
@@ -113,8 +115,7 @@ fn without_hung(host: &HostPaths, all: &[HostDevice], devices: Vec<&HostDevice>)
         {
             let bdf = device.bdf;
             tracing::warn!(
-                "{bdf} is the host's again, but left where it is with its IOMMU group: {why}; once it is well, \
-                 `gantry device release-quarantine {bdf}` and `gantry device reattach {bdf}`"
+                "{bdf} is the host's again, but left where it is with its IOMMU group: {why}; once it answers again, `gantry device release-quarantine {bdf}` and `gantry device reattach {bdf}`"
             );
             stuck.push(device);
         }

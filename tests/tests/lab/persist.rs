@@ -54,7 +54,7 @@ fn options_for_modprobe_bind_by_ids(host: &Host) -> Result<()> {
             ))
             .output()?
             .success()?;
-        let goes_along = format!("{} has the same ids and goes along", SECOND.bdf);
+        let goes_along = format!("{} has the same ids and is bound too", SECOND.bdf);
         ensure!(written.errors().contains(&goes_along), "{written}");
         let too_early = "nvme is built into the kernel";
         ensure!(written.errors().contains(too_early), "{written}");
@@ -116,7 +116,7 @@ fn a_driver_waits_for_vfio_pci(host: &Host) -> Result<()> {
             "{before}: {written}"
         );
         ensure!(
-            written.contains("0000:01:00.0 has the same ids and goes along"),
+            written.contains("0000:01:00.0 has the same ids and is bound too"),
             "{written}"
         );
         sh(host, "gantry device reattach 02:00.0")?;

@@ -64,7 +64,7 @@ fn a_disk_that_hangs_when_it_is_moved_is_set_aside(host: &Host) -> Result<()> {
         .within(Duration::from_secs(200))
         .output()?
         .exits(1)?;
-    ensure!(hung.errors().contains("did not come back"), "{hung}");
+    ensure!(hung.errors().contains("did not return"), "{hung}");
     // Neither this nor any other command waits for it.
     is_quarantined(host, "it hung")?;
     gone(stranger)?;

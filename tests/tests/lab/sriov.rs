@@ -324,9 +324,9 @@ fn what_a_tenants_vm_leaves_changed_root_puts_back(host: &Host) -> Result<()> {
     let run = Vm::new("net").devices("alice", 1).command(host)?;
     let run = format!("{} </dev/null", by("alice", LIMIT, &run));
     let ended = Ended::of(host.sh(&run).output()?).exits(0)?;
-    let warned = ended
-        .errors
-        .contains(&format!("{FIRST} is not set as it was granted"));
+    let warned = ended.errors.contains(&format!(
+        "{FIRST} has other settings than it was granted with"
+    ));
     ensure!(warned && ended.errors.contains("`gantry boot`"), "{ended}");
     ensure!(card.link()? != before, "nobody could put it back");
     host.sh("gantry boot").output()?.success()?;

@@ -181,9 +181,9 @@ fn show(out: &mut dyn Write, report: &SriovReport, dry_run: bool) -> io::Result<
     match (before == after, dry_run) {
         (true, _) if writes.is_empty() => writeln!(
             out,
-            "has {after} virtual functions already, as they should be"
+            "has {after} virtual functions already, with the settings of the group"
         )?,
-        (true, true) => writeln!(out, "has {after} virtual functions already; to be changed:")?,
+        (true, true) => writeln!(out, "has {after} virtual functions already; to change:")?,
         (true, false) => writeln!(out, "has {after} virtual functions already; changed:")?,
         (false, true) => writeln!(
             out,

@@ -169,7 +169,7 @@ fn to_come(group: &ResourceGroup, mdevs: &Mdevs) -> Option<String> {
             "Its virtual functions are not there: `gantry group activate {name}` makes them."
         )),
         (None, Some(spec)) if spec.uuids.is_empty() => Some(
-            "A VM's vGPU is made when the VM starts: `gantry device mdev` shows the room for them."
+            "A VM's vGPU is created when the VM starts: `gantry device mdev` shows how many can be."
                 .to_owned(),
         ),
         (None, Some(spec)) if spec.uuids.iter().all(|&uuid| is_there(uuid)) => {

@@ -178,7 +178,7 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
                 DeviceState::Detaching => "being detached",
             };
             let (named, bdf) = (watch::named(device), &device.pci_bdf);
-            writeln!(out, "{named} is {how} in {}, there as {bdf}", args.vm)
+            writeln!(out, "{named} is {how} in {}: guest address {bdf}", args.vm)
         }),
     })
 }

@@ -87,7 +87,7 @@ fn words(event: &Event) -> String {
         }
         Event::Attached { device } => {
             format!(
-                "{} is plugged in, there as {}",
+                "{} is plugged in: guest address {}",
                 named(device),
                 device.pci_bdf
             )

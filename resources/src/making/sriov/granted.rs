@@ -97,7 +97,7 @@ pub(crate) fn restore_all(host: &HostPaths, links: &dyn VfLinks) {
     let tenants = match Tenants::load(host) {
         Ok(tenants) => tenants,
         Err(error) => {
-            tracing::warn!("tenants' functions stay as guests have set them: {error}");
+            tracing::warn!("cannot restore the settings of tenants' functions: {error}");
             return;
         }
     };
@@ -106,7 +106,9 @@ pub(crate) fn restore_all(host: &HostPaths, links: &dyn VfLinks) {
         let card = match Card::read(host, links, pf) {
             Ok(card) => card,
             Err(error) => {
-                tracing::warn!("tenants' functions of {pf} stay as guests have set them: {error}");
+                tracing::warn!(
+                    "cannot restore the settings of tenants' functions of {pf}: {error}"
+                );
                 continue;
             }
         };
@@ -121,7 +123,9 @@ pub(crate) fn restore_all(host: &HostPaths, links: &dyn VfLinks) {
                 (false, _) => finish_end(host, links, bdf),
             };
             if let Err(error) = mended {
-                tracing::warn!("{bdf}, a tenant's, stays as a guest has set it: {error}");
+                tracing::warn!(
+                    "cannot restore the settings of {bdf}, which is a tenant's: {error}"
+                );
             }
         }
     }
@@ -207,12 +211,11 @@ pub(crate) fn warn_if_changed(paths: &HostPaths, links: &dyn VfLinks, bdf: HostB
             let was: Vec<String> = writes.iter().map(|one| one.setting.to_string()).collect();
             if !was.is_empty() {
                 tracing::warn!(
-                    "{bdf} is not set as it was granted ({}): a guest has changed it; `gantry boot` by root, while no VM \
-                     has the device, puts it back",
+                    "{bdf} has other settings than it was granted with ({}): a guest has changed them; `gantry boot` by root restores them while no VM has the device",
                     was.join(", ")
                 );
             }
         }
-        Err(error) => tracing::debug!("cannot tell how {bdf} is set: {error}"),
+        Err(error) => tracing::debug!("cannot read the settings of {bdf}: {error}"),
     }
 }

@@ -108,7 +108,7 @@ pub(super) fn write_back(
     for write in writes {
         match links.set_when_ready(write) {
             Ok(()) => {
-                tracing::info!("put back: `{write}`");
+                tracing::info!("restored: `{write}`");
                 done.changed = true;
             }
             Err(error) if error.is_of_value() => {

@@ -62,7 +62,7 @@ pub enum VgpuError {
     },
     /// The kernel has not returned from an earlier write.
     #[error(
-        "the kernel has not finished making or removing {name}: see dmesg; only a reboot of the host may end that"
+        "the kernel has not finished creating or removing {name}: see dmesg; only a reboot of the host may end that"
     )]
     AtWork {
         /// The device.
@@ -117,7 +117,7 @@ pub enum VgpuError {
     },
     /// The group has no devices of its own.
     #[error(
-        "group \"{0}\" makes a new device for each VM, none ahead: give its \"vgpu\" \"uuids\" for that"
+        "group \"{0}\" creates a new device for each VM: to create devices ahead, add \"uuids\" to its \"vgpu\""
     )]
     NoneAhead(String),
     /// A record cannot be written, so no device was created.

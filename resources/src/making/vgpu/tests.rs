@@ -174,7 +174,12 @@ fn devices_made_ahead_stay_and_are_given_by_their_names() {
     assert_eq!(seen(&host), before);
     let plain = super::tests::host("");
     let error = make_ahead(&plain.paths, &kernel, &group(&plain), false).unwrap_err();
-    assert!(error.to_string().contains("none ahead"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("to create devices ahead, add \"uuids\""),
+        "{error}"
+    );
 }
 
 #[test]
@@ -452,11 +457,14 @@ fn a_driver_that_hangs_is_left_alone_until_it_comes_back() {
     let before = seen(&host);
     let kernel = FakeKernel::new(&host).with_fault(0, Fault::Hangs);
     let error = take(&host, &kernel, &one()).unwrap_err().to_string();
-    assert!(error.contains("did not come back"), "{error}");
+    assert!(error.contains("did not return"), "{error}");
     let after = FakeKernel::new(&host);
     let errors = reap_with(&host.paths, after.access()).unwrap_err();
     let texts = crate::base::chain::chain(&errors[0]);
-    assert!(texts.contains("not finished making or removing"), "{texts}");
+    assert!(
+        texts.contains("not finished creating or removing"),
+        "{texts}"
+    );
     // What it will take is not given to anybody.
     let error = take(&host, &after, &one()).unwrap_err().to_string();
     assert!(error.contains("no free device"), "{error}");
@@ -495,7 +503,7 @@ fn a_device_whose_removal_hangs_is_asked_to_go_once() {
         let exact = ungrouped(ONE.parse::<Uuid>().unwrap());
         let error = take(&host, &after, &[exact]).unwrap_err().to_string();
         assert!(
-            error.contains("has not finished making or removing"),
+            error.contains("has not finished creating or removing"),
             "{error}"
         );
         // It is shown as what it is, with who is in the way.

@@ -98,9 +98,9 @@ fn each_failure_is_told_with_its_cause() {
     let told: Vec<String> = errors.iter().map(|error| chain(error)).collect();
     assert_eq!(told.len(), 2, "{told:?}");
     for (said, card) in told.iter().zip([PF, "0000:05:00.0"]) {
-        let what = format!("new virtual functions of {card} stay without drivers of the host: ");
+        let what = format!("new virtual functions of {card} stay without host drivers: ");
         assert!(
-            said.starts_with(&what) && said.contains("did not come back"),
+            said.starts_with(&what) && said.contains("did not return"),
             "{said}"
         );
     }
