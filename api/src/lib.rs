@@ -11,5 +11,6 @@ mod signals;
 mod status;
 mod stderr;
 mod table;
+mod vm_log;
 
 pub use cli::main;

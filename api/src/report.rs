@@ -8,6 +8,7 @@ use anstream::{AutoStream, ColorChoice};
 use anstyle::{AnsiColor, Style};
 
 use gantry_resources::base::messages;
+use tracing::Level;
 
 use crate::http::client::ClientError;
 use crate::status::status_of;
@@ -74,7 +75,7 @@ impl Failure {
             ColorChoice::Never => anstream::adapter::strip_bytes(&text).into_vec(),
             _ => text,
         };
-        let _ = stderr.clone().write_all(&text);
+        stderr.say(Level::ERROR, &text);
         ExitCode::from(self.exit)
     }
 

@@ -13,6 +13,8 @@ const STEP: usize = 64 << 10;
 /// reader of the file finds text without holes.
 pub struct BoundedFile {
     file: File,
+    /// The same file, opened to append, where others append to it.
+    shared: Option<File>,
     most: u64,
     len: u64,
 }
@@ -20,7 +22,21 @@ pub struct BoundedFile {
 impl BoundedFile {
     /// Writes to `file`, which is empty and readable. `most` is far more than one write.
     pub fn new(file: File, most: u64) -> Self {
-        Self { file, most, len: 0 }
+        Self {
+            file,
+            shared: None,
+            most,
+            len: 0,
+        }
+    }
+
+    /// Appends to a file to which other processes append a little, by the same open file description `append`. `file`
+    /// is the same file, opened to read and write anywhere.
+    pub fn shared(file: File, append: File, most: u64) -> Self {
+        Self {
+            shared: Some(append),
+            ..Self::new(file, most)
+        }
     }
 
     /// Keeps the newer half.
@@ -29,8 +45,8 @@ impl BoundedFile {
         self.file.write_all_at(NOTE, 0)?;
         let mut kept = NOTE.len() as u64;
         let mut step = vec![0; STEP];
-        while from < self.len {
-            // Another process may have truncated the file.
+        loop {
+            // To the end, beyond what was written here if others append too. Another process may have truncated the file.
             let read = self.file.read_at(&mut step, from)?;
             if read == 0 {
                 break;
@@ -49,7 +65,10 @@ impl Write for BoundedFile {
         if self.len + data.len() as u64 > self.most {
             self.halve()?;
         }
-        let written = self.file.write_at(data, self.len)?;
+        let written = match &mut self.shared {
+            Some(append) => append.write(data)?,
+            None => self.file.write_at(data, self.len)?,
+        };
         self.len += written as u64;
         Ok(written)
     }
@@ -91,6 +110,28 @@ mod tests {
         let first = 100_000 - (lines.len() as u32 - 1);
         let newest = (first..100_000).map(line).collect::<String>();
         assert!(text.ends_with(&newest));
+    }
+
+    #[test]
+    fn a_file_that_others_append_to_is_kept_whole_and_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let append = File::options().append(true).create(true).open(&path);
+        let append = append.unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let mut other = append.try_clone().unwrap();
+        let mut bounded = BoundedFile::shared(file, append, 1 << 10);
+        for number in 0..100 {
+            other.write_all(b"other\n").unwrap();
+            bounded
+                .write_all(format!("own {number}\n").as_bytes())
+                .unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        // What others write counts once the older half goes.
+        assert!(text.len() < 2 << 10, "{}", text.len());
+        assert!(text.ends_with("own 98\nother\nown 99\n"), "{text}");
+        assert!(!text.contains('\0'));
     }
 
     #[test]

@@ -111,7 +111,9 @@ impl Serial {
                 taken
             }
         };
-        uart.events().waiting.set(taken < input.len());
+        if taken < input.len() {
+            uart.events().waiting.set(true);
+        }
         taken
     }
 
@@ -170,7 +172,7 @@ impl Trigger for IrqLine {
 /// Reports that the guest has emptied the FIFO.
 struct Input {
     room: Arc<EventFd>,
-    /// Whether a sender waits for it: a guest can read an empty port at any rate.
+    /// Whether a sender may wait for it: a guest can read an empty port at any rate.
     waiting: Cell<bool>,
 }
 

@@ -12,7 +12,7 @@ use gantry_resources::pools::DeviceRequest;
 use crate::config::VmConfig;
 use crate::error::Error;
 pub use crate::info::{
-    DeviceCounters, DeviceInfo, DeviceState, EventSink, VmEvent, VmInfo, VmState,
+    ConsoleSink, DeviceCounters, DeviceInfo, DeviceState, EventSink, VmEvent, VmInfo, VmState,
 };
 pub use crate::passthrough::SentDevice;
 
@@ -144,6 +144,12 @@ pub enum CommandError {
     /// The VM is not paused.
     #[error("the VM is not paused")]
     NotPaused,
+    /// Its serial port leads nowhere.
+    #[error(
+        "this VM has no console: its file says \"serial\": {{\"mode\": \"Null\"}} or \"Off\", where \"Tty\" or \
+         \"File\" would give it one"
+    )]
+    NoConsole,
     /// The VM was built without slots.
     #[error(
         "this VM has no slots for devices: start it with \"hotplug\": {{\"slots\": 32}} in its file"

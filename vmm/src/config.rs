@@ -161,6 +161,16 @@ pub enum SerialMode {
     File(PathBuf),
 }
 
+impl SerialMode {
+    /// Whether clients can read and type along.
+    pub fn is_console(&self) -> bool {
+        match self {
+            Self::Off | Self::Null => false,
+            Self::Tty | Self::File(_) => true,
+        }
+    }
+}
+
 /// A disk of the guest that is a file or a block device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {

@@ -47,6 +47,8 @@ pub struct VmInfo {
     pub cpus: Numbers,
     /// What it is doing.
     pub state: VmState,
+    /// How long ago its vCPUs started, if it runs.
+    pub uptime: Option<Duration>,
     /// Why it has ended, in words for people, if it has.
     pub ended: Option<String>,
     /// Devices of the host that it has.
@@ -204,3 +206,6 @@ pub enum VmEvent {
 
 /// Receives events, on threads of the VMM. Must not wait.
 pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
+
+/// Receives what the guest writes to its serial port, on threads of the VMM. Must not wait.
+pub type ConsoleSink = Arc<dyn Fn(&[u8]) + Send + Sync>;

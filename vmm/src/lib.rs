@@ -35,6 +35,7 @@ mod vcpus;
 mod vm;
 mod vmm;
 
+pub use gantry_devices::bounded::BoundedFile;
 pub use gantry_devices::bounded_writer;
 pub use gantry_devices::virtio::block::{Queues, SERIAL_LEN};
 
@@ -47,6 +48,7 @@ pub use error::Error;
 pub use machine::release_program_pages;
 pub use passthrough::DeviceError;
 pub use process::sandbox::SeccompMode;
+pub use process::terminal::{Keys, Terminal};
 pub use process::{sandbox, threads};
 pub use vm::Outcome;
 pub use vmm::{Handle, Options, Vmm, check};

@@ -1,12 +1,15 @@
 //! What a VM is at the moment: published by the thread that owns it, and read by any other without waking it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use gantry_devices::pci::{GuestBdf, PortIndex};
+use gantry_devices::serial::Serial;
 use gantry_resources::base::DeviceName;
 use gantry_resources::inventory::Allow;
 use gantry_resources::pools::{OnError, RomSource};
 
+use crate::command::CommandError;
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
 use crate::info::{DeviceInfo, DeviceState, VmInfo, VmState};
@@ -25,12 +28,16 @@ pub struct VmStatus {
     pub placement: VmPlacement,
     /// What it is doing.
     pub state: VmState,
+    /// When its vCPUs started, if it runs.
+    pub started: Option<Instant>,
     /// Why it has ended, if it has.
     pub ended: Option<String>,
     /// The devices that it has.
     pub devices: Vec<DeviceStatus>,
     /// Where they are plugged in; `None` if it does not run.
     pub slots: Option<SlotTable>,
+    /// Its serial port, which goes with the VM.
+    pub serial: Weak<Serial>,
 }
 
 /// A device in its slot.
@@ -63,9 +70,11 @@ impl VmStatus {
             config: Arc::clone(config),
             placement: VmPlacement::default(),
             state,
+            started: None,
             ended: None,
             devices: Vec::new(),
             slots: None,
+            serial: Weak::new(),
         }
     }
 
@@ -78,6 +87,7 @@ impl VmStatus {
             nodes: self.placement.nodes.clone(),
             cpus: self.placement.cpus.clone(),
             state: self.state,
+            uptime: self.started.map(|started| started.elapsed()),
             ended: self.ended.clone(),
             devices: self.devices.iter().filter_map(device).collect(),
             slots: slots.map_or(0, SlotTable::count),
@@ -137,6 +147,23 @@ impl SharedStatus {
         // Copied, so that a reader does not block the owner.
         let status = self.lock().clone();
         status.map(|status| status.info())
+    }
+
+    /// Types at the serial port of the VM. Returns how many bytes it has taken.
+    ///
+    /// # Errors
+    /// No VM runs, or it has no serial port.
+    pub fn type_in(&self, input: &[u8]) -> Result<usize, CommandError> {
+        let serial = match &*self.lock() {
+            None => return Err(CommandError::NotCreated),
+            Some(status) if status.started.is_none() => return Err(CommandError::NotBooted),
+            Some(status) if !status.config.serial.is_console() => {
+                return Err(CommandError::NoConsole);
+            }
+            Some(status) => status.serial.upgrade(),
+        };
+        let serial = serial.ok_or(CommandError::Ending)?;
+        Ok(serial.enqueue(input))
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<VmStatus>> {

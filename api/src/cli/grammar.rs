@@ -15,8 +15,8 @@ const ELSEWHERE: [(&[&str], &str); 10] = [
         "`gantry run vm.json` starts a VM",
     ),
     (
-        &["console", "attach-console", "logs", "serial"],
-        "a VM's console is the terminal of its `gantry run`, or the file that \"serial\" names; `gantry vm events` shows what happens",
+        &["attach-console", "serial", "tty"],
+        "`gantry vm console NAME` attaches to the console of a VM",
     ),
     (
         &["stop", "kill", "destroy", "shutdown", "poweroff", "down"],

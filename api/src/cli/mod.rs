@@ -86,6 +86,9 @@ pub struct Globals {
     /// Directory whose sys, dev, proc, run and etc are used instead of the host's
     #[arg(long, global = true, value_name = "DIR", hide = true)]
     host_root: Option<PathBuf>,
+    /// This is the second gantry of `gantry run -d`
+    #[arg(long = run::IN_BACKGROUND, hide = true)]
+    in_background: bool,
 }
 
 impl Globals {
@@ -113,7 +116,7 @@ impl Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a VM in the foreground until it ends
+    /// Run a VM until it ends
     Run(run::RunArgs),
     /// List and control the VMs that run
     #[command(subcommand)]
@@ -187,11 +190,11 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    let log = stderr.clone();
     tracing_subscriber::fmt()
         .with_ansi(colour != ColorChoice::Never)
         .with_max_level(globals.level())
-        .with_writer(move || log.clone())
+        .with_writer(stderr.clone())
+        .with_level(!stderr.is_journal())
         // They would go to standard error, and a failed write there panics.
         .log_internal_errors(false)
         .without_time()
@@ -206,8 +209,12 @@ pub fn main() -> ExitCode {
         | Command::SysfsWrite { .. } => Ok(HostPaths::default()),
         _ => globals.paths(),
     };
+    let in_background = globals.in_background;
     paths
-        .and_then(|paths| execute(command, paths))
+        .and_then(|paths| match command {
+            Command::Run(args) => run::run(args, in_background, &stderr, &paths),
+            command => execute(command, &paths),
+        })
         .unwrap_or_else(|failure| failure.show(&stderr, colour))
 }
 
@@ -226,18 +233,19 @@ fn reap_or_warn(paths: &HostPaths) {
     }
 }
 
-fn execute(command: Command, paths: HostPaths) -> Result<ExitCode, Failure> {
+fn execute(command: Command, paths: &HostPaths) -> Result<ExitCode, Failure> {
     match command {
-        Command::Run(args) => return run::run(args, &paths),
-        Command::Check(args) => return check::check(&args, &paths),
-        Command::Device(command) => device::device(command, &paths)?,
-        Command::Vm(command) => vm::vm(command, &paths)?,
-        Command::Boot(args) => boot::boot(&args, &paths)?,
-        Command::Plan(command) => plan::plan(command, &paths)?,
-        Command::Tenant(command) => tenant::tenant(command, &paths)?,
-        Command::Metrics(args) => metrics::metrics(&args, &paths)?,
-        Command::Maintenance(command) => maintenance::switch(command, &paths)?,
-        Command::Group(command) => group::group(command, &paths)?,
+        // It takes the standard streams too.
+        Command::Run(_) => {}
+        Command::Check(args) => return check::check(&args, paths),
+        Command::Device(command) => device::device(command, paths)?,
+        Command::Vm(command) => vm::vm(command, paths)?,
+        Command::Boot(args) => boot::boot(&args, paths)?,
+        Command::Plan(command) => plan::plan(command, paths)?,
+        Command::Tenant(command) => tenant::tenant(command, paths)?,
+        Command::Metrics(args) => metrics::metrics(&args, paths)?,
+        Command::Maintenance(command) => maintenance::switch(command, paths)?,
+        Command::Group(command) => group::group(command, paths)?,
         Command::Completions(args) => generate::completions(&args, Cli::command())?,
         Command::Man(args) => generate::man(&args, Cli::command())?,
         Command::Schema(args) => schema::schema(args)?,
@@ -320,10 +328,12 @@ mod tests {
 
     #[test]
     fn every_command_tells_programs_too() {
-        // `run` is a VM's console and `boot` a part of the host's; the others print what they make, as JSON or
+        // `run` and `vm console` are a VM's console and `boot` a part of the host's; the others print what they make, as JSON or
         // as text of a form of its own.
         let others = [
             "gantry run",
+            "gantry vm console",
+            "gantry vm logs",
             "gantry vm metrics",
             "gantry plan show",
             "gantry metrics",

@@ -1,7 +1,11 @@
-//! `gantry run`: one VM in the foreground.
+//! `gantry run`: one VM, in the foreground or in the background.
+
+mod background;
+mod readiness;
+mod systemd;
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::iter;
 use std::path::{self, Path, PathBuf};
 use std::process::ExitCode;
@@ -14,20 +18,26 @@ use gantry_resources::holding::{Holder, Maintenance, announce, maintenance};
 use crate::cli::group::fit;
 use crate::config::{self, LoadOptions, Source};
 use crate::http::{
-    Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process, path_of,
+    Console, Events, Identity, Limits, Server, Socket, SocketError, SocketFile, Stop, as_process,
+    path_of,
 };
 use crate::output::print;
 use crate::report::{
     BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
 use crate::stderr::Stderr;
-use gantry_vmm::command::VmEvent;
+use background::Background;
+pub use background::FLAG as IN_BACKGROUND;
+use gantry_vmm::command::{ConsoleSink, VmEvent};
 use gantry_vmm::threads::Task;
-use gantry_vmm::{Folders, NumaPolicy, Options, Outcome, SeccompMode, VmConfig, Vmm};
+use gantry_vmm::{Folders, NumaPolicy, Options, Outcome, SeccompMode, SerialMode, VmConfig, Vmm};
+use readiness::Readiness;
+use tracing::Level;
 
 const HELP: &str = "\
 Examples:
   gantry run vm.json
+  gantry run -d vm.json
   gantry run --check vm.json
   gantry run --name web-1 - < vm.json
   gantry run --api-socket /run/gantry/web-1.sock
@@ -51,7 +61,11 @@ A VM with one device of the group \"nvme\":
   }
 
 With the serial port on the terminal, ctrl-a x stops the VM. Started in the background (`&`), the VM \
-gets no input until `fg` brings it to the foreground; press Enter if it still gets none.";
+gets no input until `fg` brings it to the foreground; press Enter if it still gets none. `gantry vm console` \
+attaches to the serial port from elsewhere.
+
+With -d the VM has no terminal. What gantry and the guest say is kept, up to 1 MiB, in NAME.log in the run \
+directory, until a VM of that name is started again: `gantry vm logs NAME` shows it.";
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
@@ -62,8 +76,9 @@ pub struct RunArgs {
     /// Only check the file, and show which devices the VM would get; nothing is taken and nothing starts
     #[arg(long, requires = "file", conflicts_with_all = ["api_socket", "api_group", "no_api"])]
     check: bool,
-    /// Run in the background: not supported yet
-    #[arg(short = 'd', long, hide = true, aliases = ["background", "daemon", "daemonize"])]
+    /// Run in the background: return when the guest runs, or say why it does not
+    #[arg(short = 'd', long, aliases = ["background", "daemon", "daemonize"])]
+    #[arg(conflicts_with_all = ["check", "no_api"])]
     detach: bool,
     /// Name of the VM, unique among the VMs that run [default: the file's name without its extension]
     #[arg(long)]
@@ -113,79 +128,60 @@ impl From<Seccomp> for SeccompMode {
     }
 }
 
-pub fn run(mut args: RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
-    if args.detach {
-        return Err(no_background());
-    }
+/// Runs the VM, as the second gantry of `gantry run -d` if `in_background`. `stderr` was opened before the VM confines
+/// the process.
+pub fn run(
+    args: RunArgs,
+    in_background: bool,
+    stderr: &Stderr,
+    paths: &HostPaths,
+) -> Result<ExitCode, Failure> {
     if args.api_socket.as_deref() == Some("-".as_ref()) {
         let what = "--api-socket: a socket has a path, and standard output is none";
         return Err(Failure::new(USAGE, what));
     }
+    if args.detach && !in_background {
+        return background::start(&args, paths);
+    }
+    let streams = |error| Failure::host(format!("cannot set up standard streams: {error}"));
+    let background = in_background.then(|| Background::enter(stderr));
+    let background = background.transpose().map_err(streams)?;
     let folders = args.folders()?;
-    let config = match args.file.take() {
-        Some(file) => Some(config::load(
-            &Source::from(file),
-            &LoadOptions {
-                name: args.name.clone(),
-                allow_ungrouped: args.allow_ungrouped,
-                host: paths.clone(),
-                // A socket that is named is meant for attaching devices.
-                slots: args.api_socket.as_ref().map_or(0, |_| config::SLOTS),
-                folders: None,
-            },
-        )?),
-        None => None,
-    };
-    let name = match &config {
-        Some(config) => config.name.clone(),
-        None => args.name.clone().unwrap_or_else(|| args.socket_stem()),
-    };
+    let name = args.vm_name();
+    if !args.check {
+        args.check_name(&name, paths)?;
+    }
+    let config = args.load(paths)?;
     if let Some(config) = config.as_ref().filter(|_| args.check) {
         return check(config, paths);
     }
-    // Before the VM confines the process.
-    let stderr = Stderr::open();
-    let events = Events::default();
-    let options = Options {
-        seccomp: args.seccomp.into(),
-        keep: config.is_none(),
-        events: events.sink(),
-    };
-    // Before anything is locked: it blocks the signals, which from here on end the VM in order.
-    let vmm = Vmm::new(paths, options)?;
-    // Announced before the check for maintenance: a command that switches it on in between sees the VM.
-    let _running = announce(
-        paths,
-        &Holder {
-            vm: name.clone(),
-            pid: std::process::id(),
-        },
-    );
-    may_start(paths)?;
+    let starter = background.map(Background::leave_stdin);
+    let readiness = Readiness::new(&name, starter.transpose().map_err(streams)?);
     let identity = Identity {
-        name: name.clone(),
+        name,
         allow_ungrouped: args.allow_ungrouped,
         host: paths.clone(),
         folders,
     };
-    let api = args.serve(&vmm, events.clone(), identity)?;
-    let outcome = vmm.run(config).map_err(Failure::host);
-    if let Some(why) = outcome.as_ref().ok().and_then(ended) {
-        // Without a reader the note is not needed.
-        let line = format!(
-            "VM {name} ended: {why}
-"
-        );
-        let _ = stderr.clone().write_all(line.as_bytes());
+    args.live(config, identity, readiness, stderr)
+}
+
+/// Writes a line to standard error.
+fn say(stderr: &Stderr, line: &str) {
+    stderr.say(Level::INFO, format!("{line}\n").as_bytes());
+}
+
+/// Where what the guest writes goes beside its file: to clients, and to the log of a VM in the background.
+fn console_sink(console: &Console, log: Option<Stderr>) -> ConsoleSink {
+    let clients = console.sink();
+    match log {
+        None => clients,
+        Some(log) => Arc::new(move |data| {
+            // A write to the log never fails.
+            let _ = log.clone().write_all(data);
+            clients(data);
+        }),
     }
-    let ended = outcome.and_then(exit_code);
-    let status = match &ended {
-        Ok(status) => *status,
-        Err(failure) => failure.exit,
-    };
-    events.publish(VmEvent::Exit { status });
-    drop(api);
-    ended.map(ExitCode::from)
 }
 
 /// Runs `--check`: shows the devices that the VM would get, and checks the host's memory and the kernel. The file
@@ -199,15 +195,6 @@ fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
     gantry_vmm::check(config, paths)?;
     print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn no_background() -> Failure {
-    let what =
-        "gantry does not run VMs in the background yet: `gantry run` stays until the VM ends";
-    Failure::new(USAGE, what).help(
-        "let systemd keep it, with \"serial\": {\"mode\": \"File\", \"file\": \"web.log\"} in its file: \
-         `systemd-run --unit web --working-directory \"$PWD\" gantry run web.json`; `gantry vm` controls it",
-    )
 }
 
 /// Why a VM ended, if no error says it.
@@ -235,8 +222,108 @@ impl Drop for Api {
 }
 
 impl RunArgs {
+    /// Whether the VM's file is standard input.
+    fn reads_stdin(&self) -> bool {
+        self.file.as_deref() == Some(Path::new("-"))
+    }
+
+    /// The name of the VM.
+    fn vm_name(&self) -> String {
+        let given = self.name.as_deref();
+        match &self.file {
+            Some(file) => Source::from(file.clone()).name(given),
+            None => given.map_or_else(|| self.socket_stem(), str::to_owned),
+        }
+    }
+
+    /// Refuses a name that a running VM has, before the disks of the same file are found to be in use.
+    fn check_name(&self, name: &str, paths: &HostPaths) -> Result<(), Failure> {
+        if self.no_api || self.api_socket.is_some() {
+            return Ok(());
+        }
+        match Socket::check_free(&path_of(&paths.run, name), &paths.run) {
+            Err(SocketError::Live { pid, .. }) => Err(name_in_use(name, pid)),
+            // It is told when the socket is made.
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Reads the VM's file, if there is one.
+    fn load(&self, paths: &HostPaths) -> Result<Option<VmConfig>, Failure> {
+        let Some(file) = &self.file else {
+            return Ok(None);
+        };
+        let options = LoadOptions {
+            name: self.name.clone(),
+            allow_ungrouped: self.allow_ungrouped,
+            host: paths.clone(),
+            // A socket that is named is meant for attaching devices.
+            slots: self.api_socket.as_ref().map_or(0, |_| config::SLOTS),
+            folders: None,
+        };
+        Ok(Some(config::load(&Source::from(file.clone()), &options)?))
+    }
+
+    /// Runs the VM, or those that clients create, to the end.
+    fn live(
+        self,
+        config: Option<VmConfig>,
+        identity: Identity,
+        readiness: Readiness,
+        stderr: &Stderr,
+    ) -> Result<ExitCode, Failure> {
+        let paths = identity.host.clone();
+        let name = identity.name.clone();
+        let (events, console) = (Events::default(), Console::default());
+        let log = self.detach.then(|| stderr.clone());
+        let options = Options {
+            seccomp: self.seccomp.into(),
+            keep: config.is_none(),
+            events: readiness.sink(events.sink()),
+            console: console_sink(&console, log),
+        };
+        // Before anything is locked: it blocks the signals, which from here on end the VM in order.
+        let vmm = Vmm::new(&paths, options)?;
+        readiness.watch(vmm.handle());
+        // Announced before the check for maintenance: a command that switches it on in between sees the VM.
+        let _running = announce(
+            &paths,
+            &Holder {
+                vm: name.clone(),
+                pid: std::process::id(),
+            },
+        );
+        may_start(&paths)?;
+        let api = self.serve(&vmm, events.clone(), console, identity)?;
+        match &config {
+            None => readiness.tell(),
+            Some(config) if config.serial == SerialMode::Tty && std::io::stdin().is_terminal() => {
+                say(stderr, &format!("VM {name}: ctrl-a x ends it"));
+            }
+            Some(_) => {}
+        }
+        let outcome = vmm.run(config).map_err(Failure::host);
+        if let Some(why) = outcome.as_ref().ok().and_then(ended) {
+            say(stderr, &format!("VM {name} ended: {why}"));
+        }
+        let ended = outcome.and_then(exit_code);
+        let status = match &ended {
+            Ok(status) => *status,
+            Err(failure) => failure.exit,
+        };
+        events.publish(VmEvent::Exit { status });
+        drop(api);
+        ended.map(ExitCode::from)
+    }
+
     /// Serves the VM on its socket, if it has one.
-    fn serve(self, vmm: &Vmm, events: Events, identity: Identity) -> Result<Option<Api>, Failure> {
+    fn serve(
+        self,
+        vmm: &Vmm,
+        events: Events,
+        console: Console,
+        identity: Identity,
+    ) -> Result<Option<Api>, Failure> {
         let paths = &identity.host;
         let Some(socket) = self.socket(&identity.name, paths)? else {
             return Ok(None);
@@ -248,7 +335,7 @@ impl RunArgs {
         let server = Server::new(listener, Limits::default()).map_err(failed)?;
         let stop = server.stopper();
         let vm = Arc::new(vmm.handle());
-        let serve = move || server.serve(vm, events, identity);
+        let serve = move || server.serve(vm, events, console, identity);
         let task = vmm.spawn_api(serve).map_err(failed)?;
         Ok(Some(Api {
             stop,
@@ -271,7 +358,7 @@ impl RunArgs {
         let usual = path_of(&paths.run, name);
         match Socket::bind(&usual, group, &paths.run) {
             Err(SocketError::Live { pid, .. }) => Err(name_in_use(name, pid)),
-            Err(error) if group.is_some() => Err(Failure::host(error)),
+            Err(error) if group.is_some() || self.detach => Err(Failure::host(error)),
             Err(error) => {
                 tracing::debug!("the VM has no socket: {error}");
                 Ok(None)

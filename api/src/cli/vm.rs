@@ -1,9 +1,11 @@
 //! `gantry vm`: what people do with VMs that run.
 
+mod console;
 mod devices;
 mod find;
 mod info;
 mod list;
+mod logs;
 mod state;
 mod watch;
 
@@ -22,6 +24,7 @@ VM is the name that `gantry run` gave the VM, or the path of its socket, with a 
 
 Examples:
   gantry vm list
+  gantry vm console web-1
   gantry vm attach web-1 --group gpu
   gantry vm detach web-1 0000:41:00.0
   gantry vm power-button web-1 --wait")]
@@ -30,6 +33,10 @@ pub enum VmCommand {
     List(list::ListArgs),
     /// Show a VM and its devices
     Info(info::InfoArgs),
+    /// Attach to the console of a VM
+    Console(console::ConsoleArgs),
+    /// Show what a VM in the background has said
+    Logs(logs::LogsArgs),
     /// Give devices to a running VM
     Attach(devices::AttachArgs),
     /// Take a device from a running VM
@@ -67,6 +74,8 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
     match command {
         C::List(args) => list::list(&args, paths),
         C::Info(args) => info::info(&args, paths),
+        C::Console(args) => console::console(&args, paths),
+        C::Logs(args) => logs::logs(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
         C::Detach(args) => devices::detach(&args, paths),
         C::Pause(args) => state::change(&args, paths, "vm.pause", Action::Paused),
@@ -108,4 +117,42 @@ fn metrics_of(socket: String, path: PathBuf) -> Option<(String, Option<String>)>
 fn slots(info: &VmInfo) -> String {
     let taken = info.slots.saturating_sub(info.free_slots);
     format!("{} free, {taken} taken", info.free_slots)
+}
+
+/// A time for people, in its two largest units: `3d 4h`, `12m 5s`.
+fn uptime(seconds: f64) -> String {
+    // Whole seconds; a float beyond the range is the largest number.
+    let seconds = seconds as u64;
+    let units = [
+        ("d", 86_400, u64::MAX),
+        ("h", 3600, 24),
+        ("m", 60, 60),
+        ("s", 1, 60),
+    ];
+    let parts = units.map(|(unit, length, most)| (unit, seconds / length % most));
+    let first = parts.iter().position(|(_, count)| *count > 0).unwrap_or(3);
+    let shown = parts.iter().skip(first).take(2);
+    let shown: Vec<String> = shown
+        .map(|(unit, count)| format!("{count}{unit}"))
+        .collect();
+    shown.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_uptime_has_its_two_largest_units() {
+        for (seconds, shown) in [
+            (0.4, "0s"),
+            (59.9, "59s"),
+            (725.0, "12m 5s"),
+            (3600.0, "1h 0m"),
+            (3.0 * 86_400.0 + 4.5 * 3600.0, "3d 4h"),
+            (400.0 * 86_400.0, "400d 0h"),
+        ] {
+            assert_eq!(uptime(seconds), shown);
+        }
+    }
 }

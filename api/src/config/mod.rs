@@ -64,6 +64,17 @@ impl From<PathBuf> for Source {
     }
 }
 
+impl Source {
+    /// The name of the VM: `given`, or that of its file.
+    pub fn name(&self, given: Option<&str>) -> String {
+        match (given, self) {
+            (Some(name), _) => name.to_owned(),
+            (None, Self::Stdin) => "stdin".to_owned(),
+            (None, Self::File(path)) => stem(path),
+        }
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
@@ -104,11 +115,7 @@ impl LoadOptions {
 /// Reads and validates a VM's file. Of the host, only the payload's files are checked.
 pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfig, Error> {
     let text = read(source)?;
-    let name = match (&extras.name, source) {
-        (Some(name), _) => name.clone(),
-        (None, Source::Stdin) => "stdin".to_owned(),
-        (None, Source::File(path)) => stem(path),
-    };
+    let name = source.name(extras.name.as_deref());
     let folder = match source {
         Source::Stdin => None,
         Source::File(path) => path.parent(),

@@ -10,8 +10,9 @@ use gantry_resources::base::harmless;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
-use hyper::header::{CONTENT_TYPE, HOST, RETRY_AFTER};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, RETRY_AFTER, UPGRADE};
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, Response, StatusCode, http::request};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,6 +20,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::console::PROTOCOL;
 use super::descriptors;
 use super::routes::ROOT;
 use super::sanitize;
@@ -120,6 +122,8 @@ pub fn seconds(time: Duration) -> String {
 
 /// Method, path and body of a request.
 type Parts<'a> = (Method, &'a str, Bytes);
+/// The console of a guest: its output, and what is typed.
+pub type ConsoleStream = TokioIo<Upgraded>;
 
 /// A client of one VM.
 pub struct Client {
@@ -218,6 +222,27 @@ impl Client {
         })
     }
 
+    /// Attaches to the guest's console.
+    ///
+    /// # Errors
+    /// The request fails, or the VM refuses it.
+    pub fn console(&self) -> Result<ConsoleStream, ClientError> {
+        self.with_timeout(async {
+            let asked = Request::get(format!("{ROOT}vm.console"))
+                .header(CONNECTION, "Upgrade")
+                .header(UPGRADE, PROTOCOL);
+            let answer = self.request(asked, Bytes::new(), &[]).await?;
+            let upgraded = hyper::upgrade::on(answer).await;
+            let upgraded = upgraded.map_err(|error| self.broken(error))?;
+            Ok(TokioIo::new(upgraded))
+        })
+    }
+
+    /// Runs what uses a [`ConsoleStream`].
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
     fn whole(&self, request: Parts<'_>, files: &[File]) -> Result<Bytes, ClientError> {
         self.with_timeout(async {
             let answer = self.send(request, files).await?;
@@ -245,6 +270,19 @@ impl Client {
         (method, path, body): Parts<'_>,
         files: &[File],
     ) -> Result<Response<Incoming>, ClientError> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(CONTENT_TYPE, "application/json");
+        self.request(request, body, files).await
+    }
+
+    async fn request(
+        &self,
+        request: request::Builder,
+        body: Bytes,
+        files: &[File],
+    ) -> Result<Response<Incoming>, ClientError> {
         let stream = UnixStream::connect(&self.path).await;
         let stream = stream.map_err(|error| self.unreachable(error))?;
         let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
@@ -256,18 +294,15 @@ impl Client {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
-        tokio::spawn(async { drop(connection.await) });
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
+        tokio::spawn(async { drop(connection.with_upgrades().await) });
+        let request = request
             .header(HOST, "localhost")
-            .header(CONTENT_TYPE, "application/json")
             .body(Full::new(body))
             .map_err(|error| self.broken(error))?;
         let answer = sender.send_request(request).await;
         let answer = answer.map_err(|error| self.broken(error))?;
         match answer.status() {
-            StatusCode::OK | StatusCode::NO_CONTENT => Ok(answer),
+            StatusCode::OK | StatusCode::NO_CONTENT | StatusCode::SWITCHING_PROTOCOLS => Ok(answer),
             _ => Err(self.refused(answer).await),
         }
     }

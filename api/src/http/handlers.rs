@@ -14,12 +14,14 @@ use gantry_vmm::command::{
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
-use hyper::header::EXPECT;
+use hyper::header::{EXPECT, UPGRADE};
+use hyper::upgrade::OnUpgrade;
 use hyper::{Request, StatusCode};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::connections::ConnectionSlot;
+use super::console::{self, Attachment, Console};
 use super::descriptors::Descriptors;
 use super::metrics::{self, ApiMetrics};
 use super::reply::{self, HttpError, HttpResponse};
@@ -36,6 +38,7 @@ const DRAIN: Duration = Duration::from_secs(2);
 pub struct Handlers {
     pub vm: Arc<dyn Vm>,
     pub events: Events,
+    pub console: Console,
     pub identity: Identity,
     pub api_metrics: ApiMetrics,
     pub limits: Limits,
@@ -45,11 +48,12 @@ impl Handlers {
     /// Answers one request after reading all of it: a client that is still writing reads no answer.
     pub async fn answer(
         &self,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         received: &Descriptors,
-        slot: &ConnectionSlot,
+        slot: Arc<ConnectionSlot>,
     ) -> HttpResponse {
         let route = routes::find(request.method(), request.uri().path());
+        let upgrade = console_upgrade(&mut request);
         let body = match &route {
             Ok(_) => self.body(request).await,
             Err(_) => {
@@ -60,6 +64,9 @@ impl Handlers {
         let files = received.take();
         let in_use = slot.in_use();
         let (name, answer) = match (route, body) {
+            (Ok(route), Ok(_)) if route.call == Call::Console => {
+                (route.path, self.attach(upgrade, &slot))
+            }
             (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body, files).await),
             (Ok(route), Err(refusal)) => (route.path, Err(refusal)),
             (Err(refusal), _) => ("none", Err(refusal)),
@@ -85,6 +92,7 @@ impl Handlers {
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
             Call::AddDevice => return self.add_device(body, files).await,
             Call::Events => return self.subscribe(),
+            Call::Console => return Err(no_upgrade()),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
             Call::RemoveDevice => Command::Detach(detach(body)?),
@@ -216,6 +224,24 @@ impl Handlers {
         Ok(reply::lines(subscription.stream(Event::State { state })))
     }
 
+    /// Attaches the connection to the console, once the answer is written.
+    fn attach(
+        &self,
+        upgrade: Option<OnUpgrade>,
+        slot: &Arc<ConnectionSlot>,
+    ) -> Result<HttpResponse, HttpError> {
+        let upgrade = upgrade.ok_or_else(no_upgrade)?;
+        console::check(&*self.vm)?;
+        let attachment = Attachment {
+            upgrade,
+            console: self.console.clone(),
+            vm: Arc::clone(&self.vm),
+            slot: Arc::clone(slot),
+        };
+        tokio::spawn(attachment.serve());
+        Ok(reply::upgraded(console::PROTOCOL))
+    }
+
     fn vm_state(&self) -> Result<Option<wire::VmState>, HttpError> {
         match self.info() {
             Ok(info) => Ok(Some(info.state.into())),
@@ -270,6 +296,21 @@ impl Handlers {
         let what = format!("the body is larger than {most} bytes");
         Err(HttpError::new(StatusCode::PAYLOAD_TOO_LARGE, what))
     }
+}
+
+/// The connection beneath a request, if it asks for a console.
+fn console_upgrade(request: &mut Request<Incoming>) -> Option<OnUpgrade> {
+    let asked = request.headers().get(UPGRADE)?;
+    let wanted = asked.as_bytes() == console::PROTOCOL.as_bytes();
+    wanted.then(|| hyper::upgrade::on(request))
+}
+
+fn no_upgrade() -> HttpError {
+    let what = format!(
+        "a console is no answer: send `Connection: Upgrade` and `Upgrade: {}`, as `gantry vm console` does",
+        console::PROTOCOL
+    );
+    HttpError::new(StatusCode::UPGRADE_REQUIRED, what)
 }
 
 fn detach(body: &[u8]) -> Result<Detach, HttpError> {

@@ -1,10 +1,11 @@
 //! The API: HTTP over a Unix socket, on one thread that neither owns the VM nor opens a file.
 //!
 //! [`Socket`] is the file, [`Server`] answers on it, [`Vm`] takes its commands, [`Events`] publishes what
-//! happens, and [`wire`] has the bodies.
+//! happens, [`Console`] what the guest writes, and [`wire`] has the bodies.
 
 pub mod client;
 mod connections;
+mod console;
 mod descriptors;
 mod events;
 mod handlers;
@@ -19,6 +20,7 @@ mod socket;
 mod timed_stream;
 pub mod wire;
 
+pub use console::Console;
 pub use events::Events;
 pub use server::{Server, Stop};
 pub use settings::{Identity, Limits};
@@ -40,6 +42,12 @@ pub trait Vm: Send + Sync + 'static {
     /// # Errors
     /// There is none, or its process is ending.
     fn info(&self) -> Result<VmInfo, CommandError>;
+
+    /// Types at the guest's serial port. Returns how many bytes it has taken. Never waits.
+    ///
+    /// # Errors
+    /// No VM runs, or it has no serial port.
+    fn type_in(&self, input: &[u8]) -> Result<usize, CommandError>;
 }
 
 impl Vm for Handle {
@@ -49,5 +57,9 @@ impl Vm for Handle {
 
     fn info(&self) -> Result<VmInfo, CommandError> {
         Handle::info(self)
+    }
+
+    fn type_in(&self, input: &[u8]) -> Result<usize, CommandError> {
+        Handle::type_in(self, input)
     }
 }

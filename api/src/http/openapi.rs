@@ -68,6 +68,9 @@ fn operation(route: &Route, schemas: &mut SchemaGenerator) -> Value {
     }
     let answers = &mut operation["responses"];
     match answer(route.call, schemas) {
+        None if route.call == Call::Console => {
+            answers["101"] = json!({"description": "The connection is the console's."});
+        }
         None => answers["204"] = json!({"description": "It is done."}),
         Some((kind, schema)) => {
             let content = json!({ kind: {"schema": schema} });

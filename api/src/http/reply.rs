@@ -11,7 +11,7 @@ use gantry_vmm::command::CommandError;
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::ext::ReasonPhrase;
-use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, UPGRADE};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
@@ -144,6 +144,7 @@ impl From<CommandError> for HttpError {
             }
             E::AlreadyCreated
             | E::DuplicateId(_)
+            | E::NoConsole
             | E::NoSlots
             | E::NoFreeSlot { .. }
             | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
@@ -186,6 +187,18 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
 /// 204: it is done, and there is nothing to tell.
 pub fn done() -> HttpResponse {
     answer(StatusCode::NO_CONTENT, Payload::whole(Bytes::new()))
+}
+
+/// 101: the connection is of another protocol from now on.
+pub fn upgraded(protocol: &'static str) -> HttpResponse {
+    let mut answer = answer(
+        StatusCode::SWITCHING_PROTOCOLS,
+        Payload::whole(Bytes::new()),
+    );
+    let headers = answer.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static(protocol));
+    answer
 }
 
 /// 200 with a JSON body.

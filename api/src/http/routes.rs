@@ -25,6 +25,7 @@ pub enum Call {
     Counters,
     AddDevice,
     RemoveDevice,
+    Console,
     Events,
     OpenApi,
     Metrics,
@@ -213,6 +214,17 @@ pub const ROUTES: &[Route] = &[
             MALFORMED,
             (404, "The VM is not created, or has no such device."),
             FAILED,
+        ],
+    ),
+    route(
+        "/api/v1/vm.console",
+        "GET",
+        Call::Console,
+        "Attach to the guest's console: with `Connection: Upgrade` and `Upgrade: gantry-console` the connection \
+         carries its output and what is typed",
+        &[
+            (409, "The VM's serial port leads nowhere."),
+            (426, "The request does not ask for the upgrade."),
         ],
     ),
     route(

@@ -18,7 +18,7 @@ use super::handlers::Handlers;
 use super::metrics::ApiMetrics;
 use super::settings::{Identity, Limits};
 use super::timed_stream::TimedStream;
-use super::{Events, Vm};
+use super::{Console, Events, Vm};
 
 /// The longest head of a request, and the buffer that a connection may fill.
 const HEAD_BYTES: usize = 16 << 10;
@@ -78,7 +78,7 @@ impl Server {
     }
 
     /// Answers on the calling thread until it is stopped.
-    pub fn serve(self, vm: Arc<dyn Vm>, events: Events, identity: Identity) {
+    pub fn serve(self, vm: Arc<dyn Vm>, events: Events, console: Console, identity: Identity) {
         let Self {
             runtime,
             listener,
@@ -90,6 +90,7 @@ impl Server {
         let app = Arc::new(Handlers {
             vm,
             events: events.clone(),
+            console: console.clone(),
             identity,
             api_metrics,
             limits: limits.clone(),
@@ -116,6 +117,7 @@ impl Server {
             }
             drop(listener);
             events.close();
+            console.close();
             acceptor.shutting_down.send_replace(true);
             let _ = timeout(SHUTDOWN_TIMEOUT, acceptor.shutting_down.closed()).await;
         });
@@ -124,7 +126,7 @@ impl Server {
 }
 
 /// What `wanted` gives; none if `end` comes first.
-async fn race<T>(
+pub(super) async fn race<T>(
     mut end: std::pin::Pin<&mut impl Future<Output = ()>>,
     wanted: impl Future<Output = T>,
 ) -> Option<T> {
@@ -200,9 +202,10 @@ async fn connection(
         .half_close(true);
     let answers = service_fn(move |request| {
         let (app, slot, received) = (Arc::clone(&app), Arc::clone(&slot), received.clone());
-        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &received, &slot).await) }
+        async move { Ok::<_, std::convert::Infallible>(app.answer(request, &received, slot).await) }
     });
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), answers));
+    let connection = builder.serve_connection(TokioIo::new(stream), answers);
+    let mut connection = pin!(connection.with_upgrades());
     let whole = async {
         let end =
             pin!(async { drop(shutting_down.wait_for(|shutting_down| *shutting_down).await) });

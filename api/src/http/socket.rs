@@ -121,6 +121,14 @@ impl Socket {
         })
     }
 
+    /// Waits until no process that was killed listens at `path`. `run` is the host's run directory.
+    ///
+    /// # Errors
+    /// A live socket or another file is there.
+    pub fn check_free(path: &Path, run: &Path) -> Result<(), SocketError> {
+        wait_until_free(path, run, is_dying).map(drop)
+    }
+
     /// Its file.
     pub fn path(&self) -> &Path {
         &self.path

@@ -77,6 +77,9 @@ pub struct VmInfo {
     pub config: Config,
     /// Its state.
     pub state: VmState,
+    /// Seconds since its vCPUs started, if it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uptime: Option<f64>,
     /// Why it was shut down, in words for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<String>,
@@ -348,6 +351,7 @@ impl From<&command::VmInfo> for VmInfo {
         let vcpus = config.vcpus.get();
         Self {
             state: info.state.into(),
+            uptime: info.uptime.map(|uptime| uptime.as_secs_f64()),
             ended: info.ended.clone(),
             memory_actual_size: config.memory.bytes(),
             placement: Placement::of(info),

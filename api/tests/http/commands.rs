@@ -48,14 +48,14 @@ fn vms_are_listed_by_their_sockets() {
     let row = list.lines().nth(1).unwrap();
     let cells: Vec<&str> = row.split_whitespace().collect();
     let pid = std::process::id().to_string();
-    assert_eq!(cells, ["vm", &pid, "no", "VM", "-", "-", "-", "-"]);
+    assert_eq!(cells, ["vm", &pid, "no", "VM", "-", "-", "-", "-", "-"]);
     bed.boot();
     let list = ok(&bed, &["list"]);
     let cells: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
     assert_eq!(
         cells,
         [
-            "vm", &pid, "running", "2", "128", "MiB", "4", "free,", "0", "taken", "-"
+            "vm", &pid, "running", "1m", "30s", "2", "128", "MiB", "4", "free,", "0", "taken", "-"
         ]
     );
     let list: Value = serde_json::from_str(&ok(&bed, &["list", "--json"])).unwrap();

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use gantry_api::http::{Events, Identity, Limits, Server, Socket, Stop, Vm};
+use gantry_api::http::{Console, Events, Identity, Limits, Server, Socket, Stop, Vm};
 use gantry_resources::base::HostPaths;
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
@@ -21,6 +21,9 @@ use gantry_vmm::command::{
 #[derive(Default)]
 pub struct FakeVm {
     pub events: Events,
+    pub console: Console,
+    /// What clients have typed.
+    pub typed: Mutex<Vec<u8>>,
     state: Mutex<State>,
 }
 
@@ -191,6 +194,7 @@ impl Vm for FakeVm {
             nodes: [1].into_iter().collect(),
             cpus: [4, 5].into_iter().collect(),
             state: is,
+            uptime: (is == VmState::Running).then(|| Duration::from_secs(90)),
             ended: (is == VmState::Shutdown)
                 .then(|| "the guest died: at once\ntoo little memory".to_owned()),
             devices: state.devices.clone(),
@@ -198,7 +202,22 @@ impl Vm for FakeVm {
             free_slots: SLOTS - state.devices.len(),
         })
     }
+
+    /// The guest says what is typed, a few bytes at a time.
+    fn type_in(&self, input: &[u8]) -> Result<usize, CommandError> {
+        let info = self.info()?;
+        if !info.config.serial.is_console() {
+            return Err(CommandError::NoConsole);
+        }
+        let taken = &input[..input.len().min(FIFO)];
+        self.typed.lock().unwrap().extend(taken);
+        self.console.publish(taken);
+        Ok(taken.len())
+    }
 }
+
+/// How much its serial port takes at a time.
+const FIFO: usize = 3;
 
 /// A server before a fake VM, in a folder of its own. Dropping it ends it.
 pub struct Bed {
@@ -216,7 +235,13 @@ impl Bed {
     pub fn limited(limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let vm = Arc::new(FakeVm::default());
-        let (stop, thread) = serve(&folder, Arc::clone(&vm) as _, vm.events.clone(), limits);
+        let (stop, thread) = serve(
+            &folder,
+            Arc::clone(&vm) as _,
+            vm.events.clone(),
+            vm.console.clone(),
+            limits,
+        );
         Self {
             folder,
             vm,
@@ -299,6 +324,7 @@ pub fn serve(
     folder: &tempfile::TempDir,
     vm: Arc<dyn Vm>,
     events: Events,
+    console: Console,
     limits: Limits,
 ) -> (Stop, JoinHandle<()>) {
     let socket = Socket::bind(&folder.path().join("vm.sock"), None, folder.path()).unwrap();
@@ -314,7 +340,7 @@ pub fn serve(
     };
     let thread = std::thread::spawn(move || {
         let _file = file;
-        server.serve(vm, events, identity);
+        server.serve(vm, events, console, identity);
     });
     (stop, thread)
 }

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gantry_api::http::{Events, Limits, Vm};
+use gantry_api::http::{Console, Events, Limits, Vm};
 use gantry_resources::base::HostPaths;
 use gantry_resources::holding::{begin_maintenance, end_maintenance};
 use gantry_vmm::command::{Command, CommandError, Reply, VmEvent, VmInfo};
@@ -346,6 +346,10 @@ impl Vm for Mute {
     fn info(&self) -> Result<VmInfo, CommandError> {
         Err(CommandError::NotCreated)
     }
+
+    fn type_in(&self, _input: &[u8]) -> Result<usize, CommandError> {
+        Err(CommandError::NotCreated)
+    }
 }
 
 #[test]
@@ -356,7 +360,7 @@ fn a_vm_that_does_not_answer_is_told_of() {
             keeps: std::sync::Mutex::default(),
             forgets,
         });
-        let (stop, thread) = serve(&folder, vm, Events::default(), short());
+        let (stop, thread) = serve(&folder, vm, Events::default(), Console::default(), short());
         let mut stream = UnixStream::connect(folder.path().join("vm.sock")).unwrap();
         stream
             .write_all(b"PUT /api/v1/vm.boot HTTP/1.1\r\nhost: x\r\n\r\n")

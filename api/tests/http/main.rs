@@ -7,6 +7,7 @@ mod by_hand;
 mod cleanup;
 mod client;
 mod commands;
+mod console;
 mod descriptors;
 mod fake;
 mod faults;

@@ -33,6 +33,7 @@ mod hotplug;
 mod interrupts;
 mod lab_kernel;
 mod launch;
+mod living;
 mod numa;
 mod passthrough;
 mod persist;
@@ -76,6 +77,7 @@ const SUITES: &[Suite] = &[
             ("lab_kernel", lab_kernel::CASES),
             ("launch", launch::CASES),
             ("launch", launch::MORE),
+            ("living", living::CASES),
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
             ("disks", disks::CASES),

@@ -8,39 +8,13 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use gantry_devices::serial::Serial;
 
-use crate::process::terminal::Terminal;
-
-/// The key that begins a command to gantry itself: ctrl-a.
-const ESCAPE: u8 = 0x01;
-
-/// What the user typed, taken apart.
-#[derive(Default)]
-struct Keys {
-    escaped: bool,
-}
-
-impl Keys {
-    /// Appends what is for the guest to `out`. Returns whether the user asked to end the VM:
-    /// ctrl-a x. Ctrl-a twice sends one.
-    fn take(&mut self, typed: &[u8], out: &mut VecDeque<u8>) -> bool {
-        for &byte in typed {
-            match (std::mem::take(&mut self.escaped), byte) {
-                (true, b'x') => return true,
-                (true, ESCAPE) => out.push_back(ESCAPE),
-                (true, other) => out.extend([ESCAPE, other]),
-                (false, ESCAPE) => self.escaped = true,
-                (false, byte) => out.push_back(byte),
-            }
-        }
-        false
-    }
-}
+use crate::process::terminal::{Keys, Terminal};
 
 /// Carries standard input to the serial port.
 pub struct Keyboard<F> {
     serial: Arc<Serial>,
     on_quit: F,
-    // Ctrl-a is special on a terminal only: a pipe carries bytes.
+    // Ctrl-a is special on a terminal only: a pipe carries bytes. Ctrl-a x ends the VM.
     terminal: Option<(Terminal, Keys)>,
     waiting: VecDeque<u8>,
     // The input has ended: it must not be read again each time that the guest makes room.
@@ -64,7 +38,7 @@ impl<F: FnMut()> Keyboard<F> {
         Ok(Self {
             serial,
             on_quit,
-            terminal: terminal.map(|terminal| (terminal, Keys::default())),
+            terminal: terminal.map(|terminal| (terminal, Keys::new(b"x"))),
             waiting: VecDeque::new(),
             ended: false,
         })
@@ -113,7 +87,7 @@ impl<F: FnMut()> Keyboard<F> {
         let typed = typed.get(..len).unwrap_or(&[]);
         match &mut self.terminal {
             Some((_, keys)) => {
-                if keys.take(typed, &mut self.waiting) {
+                if keys.take(typed, &mut self.waiting).is_some() {
                     (self.on_quit)();
                 }
             }
@@ -193,25 +167,5 @@ impl MutEventSubscriber for SerialOutput {
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         self.0.flush();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn type_all(parts: &[&[u8]]) -> (Vec<u8>, bool) {
-        let (mut keys, mut out) = (Keys::default(), VecDeque::new());
-        let quit = parts.iter().any(|part| keys.take(part, &mut out));
-        (out.into(), quit)
-    }
-
-    #[test]
-    fn keys_reach_the_guest_and_ctrl_a_x_ends_the_vm() {
-        assert_eq!(type_all(&[b"ls\r"]), (b"ls\r".to_vec(), false));
-        assert_eq!(type_all(&[b"a\x01x", b"b"]), (b"a".to_vec(), true));
-        assert_eq!(type_all(&[b"\x01", b"x"]), (Vec::new(), true));
-        assert_eq!(type_all(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
-        assert_eq!(type_all(&[b"\x01c"]), (b"\x01c".to_vec(), false));
     }
 }

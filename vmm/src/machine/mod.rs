@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::boot::acpi::HotSlot;
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
+use crate::info::ConsoleSink;
 use crate::kvm::{GsiRoutes, KvmVm};
 use crate::layout::{self, Layout};
 use crate::process::error::cannot;
@@ -82,13 +83,14 @@ impl Machine {
         config: &VmConfig,
         ports: usize,
         placement: &VmPlacement,
+        console: &ConsoleSink,
     ) -> Result<Self, MachineError> {
         let hot = usize::from(config.hotplug.slots);
         let ram = GuestRam::new(&layout.ram, placement).map_err(cannot("set guest RAM aside"))?;
         let routes = GsiRoutes::new(Arc::clone(kvm.vm()))
             .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout)?);
-        let serial = serial::port(config, || connect_irq(&routes, layout::SERIAL_GSI))?;
+        let serial = serial::port(config, console, || connect_irq(&routes, layout::SERIAL_GSI))?;
         // In a VM with hot-plug slots, the devices at boot can be detached, too, but not its disks.
         let disks = config.disks.len() + usize::from(config.cloud_init.is_some());
         let disks = ports.saturating_sub(disks)..ports;

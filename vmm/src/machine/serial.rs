@@ -11,22 +11,25 @@ use vmm_sys_util::eventfd::EventFd;
 use super::MachineError;
 use crate::config::{SerialMode, VmConfig};
 use crate::host::files;
+use crate::info::ConsoleSink;
 use crate::process::error::cannot;
 
 /// The most that `serial.file` holds. A guest can write without end, and a full disk harms the host.
 const MAX_FILE: u64 = 64 << 20;
 
-/// Makes the serial port, if the VM has one. It interrupts through `trigger`.
+/// Makes the serial port, if the VM has one. It interrupts through `trigger`. What the guest writes goes where its
+/// file says, and to `console`; nowhere at all with [`SerialMode::Null`].
 ///
 /// # Errors
 /// Its file cannot be made, standard output is closed, or no file descriptor is left.
 pub fn port(
     config: &VmConfig,
+    console: &ConsoleSink,
     trigger: impl FnOnce() -> Result<EventFd, MachineError>,
 ) -> Result<Option<Arc<Serial>>, MachineError> {
     let below = config.folders.as_ref();
     let below = below.and_then(|folders| folders.output.as_deref());
-    let out: Box<dyn Write + Send> = match &config.serial {
+    let file: Box<dyn Write + Send> = match &config.serial {
         SerialMode::Off => return Ok(None),
         SerialMode::Null => Box::new(io::sink()),
         SerialMode::Tty => {
@@ -38,6 +41,31 @@ pub fn port(
             MAX_FILE,
         )),
     };
+    let out: Box<dyn Write + Send> = match config.serial.is_console() {
+        false => file,
+        true => Box::new(Tee {
+            file,
+            console: Arc::clone(console),
+        }),
+    };
     let serial = Serial::new(trigger()?, out).map_err(cannot("make an eventfd"))?;
     Ok(Some(Arc::new(serial)))
+}
+
+/// Output that goes to a file, and to those who read along.
+struct Tee {
+    file: Box<dyn Write + Send>,
+    console: ConsoleSink,
+}
+
+impl Write for Tee {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        (self.console)(data);
+        self.file.write_all(data)?;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }

@@ -4,6 +4,7 @@
 //! announce it by SIGCONT. Some send none to a job that runs already: then the next line of input announces it.
 #![allow(unsafe_code)] // tcsetattr from a signal handler.
 
+use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::OnceLock;
@@ -103,5 +104,60 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         restore_terminal();
+    }
+}
+
+/// The key that begins a command to gantry itself: ctrl-a.
+const ESCAPE: u8 = 0x01;
+
+/// Takes apart what a user types at a guest's console. Ctrl-a and one of `commands` is a command to gantry itself;
+/// ctrl-a twice sends one.
+#[derive(Debug)]
+pub struct Keys {
+    commands: &'static [u8],
+    escaped: bool,
+}
+
+impl Keys {
+    /// With these commands.
+    pub fn new(commands: &'static [u8]) -> Self {
+        Self {
+            commands,
+            escaped: false,
+        }
+    }
+
+    /// Appends what is for the guest to `out`. Returns the first command that was typed; what follows it is dropped.
+    pub fn take(&mut self, typed: &[u8], out: &mut VecDeque<u8>) -> Option<u8> {
+        for &byte in typed {
+            match (std::mem::take(&mut self.escaped), byte) {
+                (true, command) if self.commands.contains(&command) => return Some(command),
+                (true, ESCAPE) => out.push_back(ESCAPE),
+                (true, other) => out.extend([ESCAPE, other]),
+                (false, ESCAPE) => self.escaped = true,
+                (false, byte) => out.push_back(byte),
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn type_all(parts: &[&[u8]]) -> (Vec<u8>, Option<u8>) {
+        let (mut keys, mut out) = (Keys::new(b"xd"), VecDeque::new());
+        let command = parts.iter().find_map(|part| keys.take(part, &mut out));
+        (out.into(), command)
+    }
+
+    #[test]
+    fn keys_reach_the_guest_and_commands_do_not() {
+        assert_eq!(type_all(&[b"ls\r"]), (b"ls\r".to_vec(), None));
+        assert_eq!(type_all(&[b"a\x01x", b"b"]), (b"a".to_vec(), Some(b'x')));
+        assert_eq!(type_all(&[b"\x01", b"d"]), (Vec::new(), Some(b'd')));
+        assert_eq!(type_all(&[b"\x01\x01x"]), (b"\x01x".to_vec(), None));
+        assert_eq!(type_all(&[b"\x01c"]), (b"\x01c".to_vec(), None));
     }
 }

@@ -75,7 +75,7 @@ impl Vm {
         let ports = slots + disks.len();
         let space = acquired.space().cloned();
         let layout = plan(config, &features, &acquired, ports, &later)?;
-        let mut machine = Machine::new(&kvm, &layout, config, ports, &placement)?;
+        let mut machine = Machine::new(&kvm, &layout, config, ports, &placement, &context.console)?;
         let (opened, entry) = side_by_side(acquired, &machine, context, || {
             payload.load(&machine, &layout, config.vcpus)
         })?;

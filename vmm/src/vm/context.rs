@@ -7,7 +7,7 @@ use gantry_resources::base::HostPaths;
 use super::event::Event;
 use crate::error::Error;
 use crate::hotplug::DeviceContext;
-use crate::info::EventSink;
+use crate::info::{ConsoleSink, EventSink};
 use crate::process::error::cannot;
 use crate::process::event_loop::{EventLoop, Mailbox};
 use crate::process::sandbox::Sandbox;
@@ -27,6 +27,8 @@ pub struct VmContext {
     pub signals: Arc<Signals>,
     /// Where events go.
     pub events: EventSink,
+    /// Where the output of the guest's serial port goes, beside its file.
+    pub console: ConsoleSink,
     /// Where the VM's status is published.
     pub status: Arc<SharedStatus>,
 }

@@ -10,7 +10,7 @@ mod payload;
 
 use std::fmt;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use crate::command::{Answer, Command, Reply};
@@ -114,9 +114,15 @@ impl Vm {
             config: Arc::clone(&self.config),
             placement: self.placement.clone(),
             state: self.state,
+            started: Some(Instant::now()),
             ended: None,
             devices: self.devices.statuses(),
             slots: Some(self.machine.slots.clone()),
+            serial: self
+                .machine
+                .serial
+                .as_ref()
+                .map_or_else(Weak::new, Arc::downgrade),
         }));
         self.tell(VmEvent::State(self.state));
         if let Some(started) = started.take() {

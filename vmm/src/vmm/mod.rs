@@ -19,7 +19,7 @@ use crate::command::{Answer, Command, CommandError, Reply};
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::host::files;
-use crate::info::{EventSink, VmEvent, VmInfo, VmState};
+use crate::info::{ConsoleSink, EventSink, VmEvent, VmInfo, VmState};
 use crate::process::error::cannot;
 use crate::process::event_loop::Mailbox;
 use crate::process::sandbox::{self, Role, Sandbox, SeccompMode};
@@ -39,6 +39,8 @@ pub struct Options {
     pub keep: bool,
     /// Who hears of what happens to the VM.
     pub events: EventSink,
+    /// Who reads what the guest writes to its serial port.
+    pub console: ConsoleSink,
 }
 
 impl Default for Options {
@@ -47,6 +49,7 @@ impl Default for Options {
             seccomp: SeccompMode::default(),
             keep: false,
             events: Arc::new(|_| {}),
+            console: Arc::new(|_| {}),
         }
     }
 }
@@ -67,6 +70,18 @@ impl Handle {
         reply: impl FnOnce(Result<Answer, CommandError>) + Send + 'static,
     ) {
         self.mailbox.post(Event::Command(command, Box::new(reply)));
+    }
+
+    /// Types at the guest's serial port. Returns how many bytes it has taken, which may be fewer than there are:
+    /// the guest must read them first. Never waits, and wakes no thread.
+    ///
+    /// # Errors
+    /// No VM runs, or it has no serial port.
+    pub fn type_in(&self, input: &[u8]) -> Result<usize, CommandError> {
+        if self.mailbox.is_closed() {
+            return Err(CommandError::Ending);
+        }
+        self.status.type_in(input)
     }
 
     /// The VM's published status. Wakes no thread.
@@ -105,6 +120,7 @@ impl Vmm {
                 mailbox: Mailbox::new().map_err(cannot("make an eventfd"))?,
                 signals,
                 events: options.events,
+                console: options.console,
                 status: Arc::default(),
             },
             keep: options.keep,

@@ -54,6 +54,9 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     let config = &info.config;
     writeln!(out, "name     {}", info.name)?;
     writeln!(out, "state    {}", info.state)?;
+    if let Some(uptime) = info.uptime {
+        writeln!(out, "uptime   {}", super::uptime(uptime))?;
+    }
     if let Some(ended) = &info.ended {
         writeln!(out, "ended    {}", ended.replace('\n', "\n         "))?;
     }

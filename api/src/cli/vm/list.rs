@@ -81,10 +81,11 @@ impl fmt::Display for State {
     }
 }
 
-const COLUMNS: [Column; 7] = [
+const COLUMNS: [Column; 8] = [
     Column::full("name"),
     Column::new("pid", Shrink::Drop(0)),
     Column::full("state"),
+    Column::new("uptime", Shrink::Drop(4)),
     Column::new("vcpus", Shrink::Drop(1)),
     Column::new("memory", Shrink::Drop(2)),
     Column::new("slots", Shrink::Drop(3)),
@@ -182,6 +183,7 @@ impl Row {
             self.name.clone(),
             cell(self.pid),
             self.state.to_string(),
+            cell(info.and_then(|info| info.uptime).map(super::uptime)),
             cell(info.map(|info| info.config.cpus.boot_vcpus)),
             cell(info.map(|info| ByteSize(info.config.memory.size))),
             cell(info.map(super::slots)),
