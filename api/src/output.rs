@@ -20,6 +20,9 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
+    /// As text.
+    pub const TEXT: Self = Self { json: false };
+
     /// Prints `result` as JSON, or the text that `write` writes.
     pub fn print(
         self,

@@ -165,6 +165,36 @@ fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     ruled.and(told)
 }
 
+/// Detaches devices and puts them into a group, as `gantry device detach --group` does.
+pub fn detach_into(devices: &[HostBdf], group: &str, paths: &HostPaths) -> Result<(), Failure> {
+    let args = DetachArgs {
+        common: MoveArgs {
+            devices: devices.to_vec(),
+            dry_run: false,
+            output: OutputArgs::TEXT,
+        },
+        overrides: Vec::new(),
+        group: Some(group.to_owned()),
+    };
+    detach(&args, paths)
+}
+
+/// Shows which devices would leave which drivers.
+pub fn would_detach(devices: &[HostBdf], paths: &HostPaths) -> Result<(), Failure> {
+    let args = MoveArgs {
+        devices: devices.to_vec(),
+        dry_run: true,
+        output: OutputArgs::TEXT,
+    };
+    let report = move_devices(&args, &[], moving::detach, paths)?;
+    let moves = MoveReport {
+        // The writes are for those who ask for them.
+        writes: Vec::new(),
+        ..report
+    };
+    crate::output::print(|out| write!(out, "{moves}"))
+}
+
 /// The group files with a rule for each device in this group, not yet written, and what that changes.
 fn with_rules(
     paths: &HostPaths,

@@ -7,6 +7,7 @@ mod generate;
 mod grammar;
 mod group;
 mod group_change;
+mod init;
 mod maintenance;
 mod metrics;
 mod plan;
@@ -41,6 +42,7 @@ Examples:
   gantry group create gpu --device 0b:00.0
   gantry device detach 0b:00.0         from the host's driver to vfio-pci
   gantry group list                    the groups, and what is free
+  gantry init                          a VM's file, with a device
   gantry run vm.json                   a VM from a file
   gantry vm attach web-1 --group gpu   a device for a VM that runs";
 
@@ -116,6 +118,8 @@ impl Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write a VM's file, and take a device for it from the host
+    Init(init::InitArgs),
     /// Run a VM until it ends
     Run(run::RunArgs),
     /// List and control the VMs that run
@@ -237,6 +241,7 @@ fn execute(command: Command, paths: &HostPaths) -> Result<ExitCode, Failure> {
     match command {
         // It takes the standard streams too.
         Command::Run(_) => {}
+        Command::Init(args) => init::init(args, paths)?,
         Command::Check(args) => return check::check(&args, paths),
         Command::Device(command) => device::device(command, paths)?,
         Command::Vm(command) => vm::vm(command, paths)?,
@@ -328,9 +333,10 @@ mod tests {
 
     #[test]
     fn every_command_tells_programs_too() {
-        // `run` and `vm console` are a VM's console and `boot` a part of the host's; the others print what they make, as JSON or
+        // `init` asks, `run` and `vm console` are a VM's console and `boot` a part of the host's; the others print what they make, as JSON or
         // as text of a form of its own.
         let others = [
+            "gantry init",
             "gantry run",
             "gantry vm console",
             "gantry vm logs",

@@ -5,7 +5,7 @@ mod readiness;
 mod systemd;
 
 use std::collections::BTreeSet;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::iter;
 use std::path::{self, Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +23,7 @@ use crate::http::{
 };
 use crate::output::print;
 use crate::report::{
-    BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
+    self, BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
 use crate::stderr::Stderr;
 use background::Background;
@@ -71,7 +71,7 @@ directory, until a VM of that name is started again: `gantry vm logs NAME` shows
 #[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
 pub struct RunArgs {
     /// JSON file that describes the VM, or - for standard input; `gantry schema` lists its keys
-    #[arg(value_name = "VM.JSON", required_unless_present = "api_socket")]
+    #[arg(value_name = "VM.JSON")]
     file: Option<PathBuf>,
     /// Only check the file, and show which devices the VM would get; nothing is taken and nothing starts
     #[arg(long, requires = "file", conflicts_with_all = ["api_socket", "api_group", "no_api"])]
@@ -140,6 +140,13 @@ pub fn run(
         let what = "--api-socket: a socket has a path, and standard output is none";
         return Err(Failure::new(USAGE, what));
     }
+    if args.file.is_none() && args.api_socket.is_none() {
+        let what = "no VM's file is named";
+        return Err(Failure::new(USAGE, what).help(
+            "`gantry run vm.json` runs the VM of a file, which `gantry init` writes; \
+             `gantry run --api-socket PATH` waits for a client that creates one",
+        ));
+    }
     if args.detach && !in_background {
         return background::start(&args, paths);
     }
@@ -153,7 +160,10 @@ pub fn run(
     }
     let config = args.load(paths)?;
     if let Some(config) = config.as_ref().filter(|_| args.check) {
-        return check(config, paths);
+        return check(config, stderr, paths);
+    }
+    if let Some(config) = &config {
+        config::warn_of_groups(config, paths);
     }
     let starter = background.map(Background::leave_stdin);
     let readiness = Readiness::new(&name, starter.transpose().map_err(streams)?);
@@ -184,17 +194,34 @@ fn console_sink(console: &Console, log: Option<Stderr>) -> ConsoleSink {
     }
 }
 
-/// Runs `--check`: shows the devices that the VM would get, and checks the host's memory and the kernel. The file
-/// itself has been checked.
-fn check(config: &VmConfig, paths: &HostPaths) -> Result<ExitCode, Failure> {
+/// Runs `--check`: shows the devices that the VM would get, and all that is wrong with them, with the groups of later
+/// ones, with the host's memory, with the disks and with the kernel. The file itself has been checked.
+fn check(config: &VmConfig, stderr: &Stderr, paths: &HostPaths) -> Result<ExitCode, Failure> {
     let nodes = match &config.nodes {
         NumaPolicy::Only(nodes) => nodes.iter().collect(),
         NumaPolicy::NearDevices | NumaPolicy::Any => BTreeSet::new(),
     };
-    fit::print_fit(paths, &config.devices, nodes, false)?;
-    gantry_vmm::check(config, paths)?;
-    print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
-    Ok(ExitCode::SUCCESS)
+    let groups = config::unknown_groups(config, paths).into_iter();
+    let groups = groups.map(|error| Failure::new(USAGE, format!("hotplug.groups: {error}")));
+    let mut wrong: Vec<Failure> = groups.collect();
+    wrong.extend(fit::print_fit(paths, &config.devices, nodes, false).err());
+    let host = gantry_vmm::check(config, paths).into_iter();
+    wrong.extend(host.map(Failure::host));
+    // The status is that of a mistake, if there is one, or else of something that does not pass by itself.
+    wrong.sort_by_key(|failure| match failure.exit {
+        USAGE => 2,
+        TRY_AGAIN => 0,
+        _ => 1,
+    });
+    let Some(last) = wrong.pop() else {
+        print(|out| writeln!(out, "VM {}: nothing is wrong with its file", config.name))?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let colour = report::colour();
+    for failure in &wrong {
+        failure.show(stderr, colour);
+    }
+    Err(last)
 }
 
 /// Why a VM ended, if no error says it.
@@ -261,7 +288,16 @@ impl RunArgs {
             slots: self.api_socket.as_ref().map_or(0, |_| config::SLOTS),
             folders: None,
         };
-        Ok(Some(config::load(&Source::from(file.clone()), &options)?))
+        let config = config::load(&Source::from(file.clone()), &options);
+        config.map(Some).map_err(|error| {
+            let is_missing = matches!(&error, config::Error::Read { source, .. }
+                if source.kind() == ErrorKind::NotFound);
+            match is_missing {
+                true => Failure::host(error)
+                    .help("`gantry init` writes a VM's file, `gantry run --help` shows one"),
+                false => Failure::host(error),
+            }
+        })
     }
 
     /// Runs the VM, or those that clients create, to the end.

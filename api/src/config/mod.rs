@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 
 use gantry_resources::base::json::{Document, JsonError};
 use gantry_resources::base::{HostPaths, label_flaw, read_text};
-use gantry_resources::pools::{DeviceRequest, SentRequest, check_device_id};
+use gantry_resources::pools::{
+    DeviceRequest, DeviceSource, GroupError, Groups, SentRequest, check_device_id,
+};
 use gantry_vmm::NumaPolicy;
 use gantry_vmm::command::Attach;
 pub use model::PlanDevices;
@@ -126,6 +128,26 @@ pub fn load(source: &Source, extras: &LoadOptions) -> Result<gantry_vmm::VmConfi
         folder: folder.unwrap_or(Path::new("")),
     };
     parse(&written, &name, extras)
+}
+
+/// The groups in `hotplug.groups` that there are not. Such a group may be made while the VM runs: it is no mistake of the
+/// file. An attach reports groups that cannot be read.
+pub fn unknown_groups(config: &gantry_vmm::VmConfig, host: &HostPaths) -> Vec<GroupError> {
+    let Ok(groups) = Groups::load(host) else {
+        return Vec::new();
+    };
+    let unknown = config.hotplug.from.iter().filter_map(|from| match from {
+        DeviceSource::Group(name) => groups.find(name).err(),
+        DeviceSource::Alias(_) | DeviceSource::Device(_) => None,
+    });
+    unknown.collect()
+}
+
+/// Warns of [`unknown_groups`].
+pub fn warn_of_groups(config: &gantry_vmm::VmConfig, host: &HostPaths) {
+    for error in unknown_groups(config, host) {
+        tracing::warn!("hotplug.groups: {error}");
+    }
 }
 
 /// JSON with the name of its file.

@@ -403,14 +403,6 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
     }
     let groups = config.groups.unwrap_or_default();
     usable(&groups, context)?;
-    // A group may be made while the VM runs. An attach reports groups that cannot be read.
-    if !groups.is_empty()
-        && let Ok(there) = Groups::load(context.host)
-    {
-        for error in groups.iter().filter_map(|name| there.find(name).err()) {
-            tracing::warn!("hotplug.groups: {error}");
-        }
-    }
     let roms = config.roms.unwrap_or_default().into_iter().enumerate();
     let roms =
         roms.map(|(index, file)| readable(&format!("hotplug.roms[{index}]"), &file, context));

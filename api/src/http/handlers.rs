@@ -178,6 +178,7 @@ impl Handlers {
                 folder: Path::new(""),
             };
             let config = config::parse(&written, &name, &extras);
+            let config = config.inspect(|config| config::warn_of_groups(config, &extras.host));
             config.map_err(|error| CommandError::Invalid(error.into()))
         };
         Ok(Command::Create(DeferredConfig(Box::new(make))))

@@ -497,3 +497,76 @@ fn a_wrong_file_of_the_host_is_a_mistake_whoever_reads_it() {
         assert!(said.contains("write a JSON object"), "{said}");
     }
 }
+
+#[test]
+fn a_vms_file_is_written_with_a_device_that_the_host_does_not_use() {
+    let host = Host::new();
+    let file = host.path("new.json");
+    let file = file.to_str().unwrap();
+    fs::write(host.path("kernel"), "").unwrap();
+    let kernel = host.path("kernel");
+    let kernel = ["--kernel", kernel.to_str().unwrap()];
+    let init = |args: &[&str]| host.gantry(&[&["init", file], &kernel[..], args].concat());
+    let asks = init(&["--device", "01:00.0"]).failed(2);
+    assert!(asks.contains("--yes"), "{asks}");
+    let none = init(&["--device", "07:00.0", "--yes"]).failed(2);
+    assert!(none.contains("no device 0000:07:00.0"), "{none}");
+    let unknown = init(&["--group", "disk", "--yes"]).failed(2);
+    assert!(unknown.contains("did you mean \"disks\"?"), "{unknown}");
+    let wrong = init(&["--memory", "much", "--yes"]).failed(2);
+    assert!(wrong.contains("memory.size"), "{wrong}");
+    assert!(!host.path("new.json").exists());
+
+    // It is with vfio-pci and in a group: nothing is to be moved.
+    let done = init(&["--device", "01:00.0", "--yes"]).ok();
+    assert!(!done.contains("taken from the host"), "{done}");
+    let text = fs::read_to_string(host.path("new.json")).unwrap();
+    let vm: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(vm["devices"], serde_json::json!([{"group": "disks"}]));
+    assert_eq!(vm["payload"]["cmdline"], "console=ttyS0");
+    let again = init(&["--yes"]).failed(1);
+    assert!(again.contains("left as it is"), "{again}");
+    assert_eq!(fs::read_to_string(host.path("new.json")).unwrap(), text);
+}
+
+#[test]
+fn a_check_tells_all_that_is_wrong_at_once() {
+    let host = Host::new();
+    fs::write(host.path("kernel"), "no kernel").unwrap();
+    let vm = r#"{"payload": {"kernel": "kernel"}, "devices": [{"group": "disks", "count": 2}],
+        "hotplug": {"groups": ["disk"]}}"#;
+    fs::write(host.path("vm.json"), vm).unwrap();
+    let path = host.path("vm.json");
+    let said = host.gantry(&["run", "--check", path.to_str().unwrap()]);
+    assert!(said.code != Some(0), "{said:?}");
+    for words in [
+        "hotplug.groups: there is no group \"disk\"",
+        "group \"disks\" has no free device (2 asked for)",
+        "kernel is not a kernel that can be booted",
+    ] {
+        assert!(said.err.contains(words), "{words}: {}", said.err);
+    }
+    assert_eq!(said.err.matches("error: ").count(), 3, "{}", said.err);
+    assert!(!said.out.contains("nothing is wrong"), "{}", said.out);
+    let none = host.gantry(&["run"]).failed(2);
+    assert!(none.contains("--api-socket"), "{none}");
+    let missing = host.gantry(&["run", "none.json"]).failed(2);
+    assert!(missing.contains("gantry init"), "{missing}");
+}
+
+#[test]
+fn a_group_without_a_free_device_says_why() {
+    let host = Host::new();
+    let list = host.gantry(&["group", "list"]).ok();
+    assert!(!list.contains("none is free"), "{list}");
+    let groups = r#"{"groups": [{"name": "rest", "rules": [{"slot": "0000:02:00.0"}]},
+        {"name": "empty", "rules": [{"vendor": "10de"}]}]}"#;
+    fs::write(host.path("etc/groups.json"), groups).unwrap();
+    let list = host.gantry(&["group", "list"]).ok();
+    for words in [
+        "rest: none is free: 1 not bound to vfio-pci (`gantry device detach 0000:02:00.0`)",
+        "empty: none is free: it has no device; `gantry group show empty`",
+    ] {
+        assert!(list.contains(words), "{list}");
+    }
+}

@@ -75,7 +75,7 @@ impl Interrupts {
 
 impl Interrupts {
     /// Whether there are any.
-    pub(crate) fn are_any(self) -> bool {
+    pub fn are_any(self) -> bool {
         self.msix || self.msi || self.intx
     }
 }

@@ -68,7 +68,7 @@ fn a_vm_in_the_background_is_used_and_ended(host: &Host) -> Result<()> {
     ensure!(last.contains(r#""event":"exit","status":0"#), "{last}");
     // It is kept, and the terminal is safe from it.
     let log = said(host, "gantry vm logs vm")?;
-    ensure!(log == followed.said, "{log}");
+    ensure!(log == followed.said.trim_end(), "{log}");
     ensure!(
         log.contains("guest: init\n") && log.contains("two2\n"),
         "{log}"

@@ -17,13 +17,17 @@ use crate::vm::OpenPayload;
 const ENOUGH: u64 = 4 << 30;
 
 /// Checks that the host has room for the VM, that its disks can be opened, and that its kernel and initramfs can be
-/// booted and fit into its memory.
-///
-/// # Errors
-/// The first thing that is wrong.
-pub fn check(config: &VmConfig, host: &HostPaths) -> Result<(), Error> {
-    preflight::check_host(config, host)?;
-    disks::open_all(config)?;
+/// booted and fit into its memory. Returns all that is wrong.
+pub fn check(config: &VmConfig, host: &HostPaths) -> Vec<Error> {
+    let checks = [
+        preflight::check_host(config, host).map_err(Error::from),
+        disks::open_all(config).map(drop).map_err(Error::from),
+        check_payload(config),
+    ];
+    checks.into_iter().filter_map(Result::err).collect()
+}
+
+fn check_payload(config: &VmConfig) -> Result<(), Error> {
     let layout = Layout::plan(&LayoutInputs {
         root_ports: 0,
         ram: config.memory.bytes().min(ENOUGH),

@@ -84,7 +84,11 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         });
     }
     let cells = rows.iter().map(Row::cells).collect();
-    print_table(&COLUMNS, cells, args.sort.as_deref())
+    print_table(&COLUMNS, cells, args.sort.as_deref())?;
+    let none_free = rows.iter().filter(|row| row.free == 0);
+    let mut reasons =
+        none_free.map(|row| format!("{}: none is free: {}", row.group.name, row.why()));
+    print(|out| reasons.try_for_each(|reason| writeln!(out, "{reason}")))
 }
 
 fn rows<'a>(groups: &'a Groups, paths: &HostPaths) -> Result<Vec<Row<'a>>, Failure> {
@@ -202,6 +206,42 @@ impl<'a> Row<'a> {
         self.total = self.used + self.free + self.quarantined;
         self.mdevs = there.iter().map(|device| device.uuid).collect();
         self
+    }
+
+    /// Why none of its devices is free.
+    fn why(&self) -> String {
+        let count = |is: &dyn Fn(&DeviceState) -> bool| {
+            let members = self.devices.iter().filter(|member| is(&member.state));
+            members
+                .map(|member| member.bdf.to_string())
+                .collect::<Vec<_>>()
+        };
+        let bound = count(&|state| matches!(state, DeviceState::Attached | DeviceState::Unbound));
+        let mut why = Vec::new();
+        if self.used > 0 {
+            why.push(format!("VMs have {}", self.used));
+        }
+        if self.quarantined > 0 {
+            let help = "`gantry device list` shows them";
+            why.push(format!("{} in quarantine ({help})", self.quarantined));
+        }
+        if !bound.is_empty() && self.group.bind != Bind::Demand {
+            why.push(format!(
+                "{} not bound to vfio-pci (`gantry device detach {}`)",
+                bound.len(),
+                bound.join(" ")
+            ));
+        }
+        if !self.usb.is_empty() {
+            why.push("USB devices cannot be passed yet".to_owned());
+        }
+        match why.is_empty() {
+            false => why.join(", "),
+            true => format!(
+                "it has no device; `gantry group show {}` shows its rules",
+                self.group.name
+            ),
+        }
     }
 
     fn cells(&self) -> Vec<String> {
