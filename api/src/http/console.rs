@@ -18,7 +18,7 @@ use tokio::time::sleep;
 
 use super::Vm;
 use super::connections::ConnectionSlot;
-use super::server::race;
+use super::race::race;
 
 /// The protocol that a connection is upgraded to: bytes both ways.
 pub const PROTOCOL: &str = "gantry-console";

@@ -11,6 +11,7 @@ mod events;
 mod handlers;
 mod metrics;
 mod openapi;
+mod race;
 mod reply;
 mod routes;
 mod sanitize;

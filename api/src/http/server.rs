@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 use super::connections::{ConnectionSlot, ConnectionTable};
 use super::handlers::Handlers;
 use super::metrics::ApiMetrics;
+use super::race::race;
 use super::settings::{Identity, Limits};
 use super::timed_stream::TimedStream;
 use super::{Console, Events, Vm};
@@ -123,22 +124,6 @@ impl Server {
         });
         runtime.shutdown_background();
     }
-}
-
-/// What `wanted` gives; none if `end` comes first.
-pub(super) async fn race<T>(
-    mut end: std::pin::Pin<&mut impl Future<Output = ()>>,
-    wanted: impl Future<Output = T>,
-) -> Option<T> {
-    let mut wanted = pin!(wanted);
-    std::future::poll_fn(|context| {
-        use std::task::Poll::{Pending, Ready};
-        match end.as_mut().poll(context) {
-            Ready(()) => Ready(None),
-            Pending => wanted.as_mut().poll(context).map(Some),
-        }
-    })
-    .await
 }
 
 /// Accepts connections, or refuses them.
