@@ -245,21 +245,14 @@ fn tenants_open_iommufd_where_the_host_has_it() {
 #[test]
 #[ignore = "run by what_tenants_need_is_open_to_them_whatever_the_umask"]
 fn make_everything_anew() {
-    use crate::holding::quarantine::quarantine;
+    use crate::holding::quarantine::{Until, quarantine};
     let disk = Fake::nvme("01:00.0", 1).driver("nvme");
     let host = FakeHost::new(&[disk]);
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
     assert_eq!(give(&host, &kernel, "a", "01:00.0"), "1 given");
     let disk = host.read("01:00.0");
-    quarantine(
-        &host.paths,
-        disk.bdf,
-        disk.id,
-        "it hangs",
-        crate::holding::quarantine::Until::Boot,
-    )
-    .unwrap();
+    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
     let HostPaths {
         run, config, state, ..
     } = &host.paths;
@@ -716,7 +709,7 @@ fn what_is_in_quarantine_for_a_tenant_is_for_the_host_and_the_other_way_round() 
 
 #[test]
 fn a_device_that_hangs_is_taken_back_and_left_alone() {
-    use crate::holding::quarantine::{hung, quarantine};
+    use crate::holding::quarantine::{Until, hung, quarantine};
     let host = host();
     let kernel = FakeKernel::new(&host);
     create_tenant(&host.paths, "a", &user()).unwrap();
@@ -724,14 +717,8 @@ fn a_device_that_hangs_is_taken_back_and_left_alone() {
         give(&host, &kernel, "a", device);
     }
     let stuck = host.read("02:00.1");
-    quarantine(
-        &scope(&host, "a"),
-        stuck.bdf,
-        stuck.id,
-        "it hangs",
-        crate::holding::quarantine::Until::Boot,
-    )
-    .unwrap();
+    let tenant = scope(&host, "a");
+    quarantine(&tenant, stuck.bdf, stuck.id, "it hangs", Until::Boot).unwrap();
     let all = ["01:00.0", "02:00.0", "02:00.1"].map(bdf);
     assert_eq!(
         revoke(&host.paths, kernel.access(), "a", &all).unwrap(),

@@ -5,6 +5,7 @@ use crate::fixture::{Fake, FakeHost, bdf, vm};
 use crate::holding::device_lock::DeviceLock;
 use crate::holding::record::LeaseRecord;
 use crate::inventory::device::DeviceState;
+use crate::inventory::device::HostDevice;
 use crate::inventory::release::release_quarantine;
 use std::os::unix::fs::PermissionsExt;
 
@@ -14,18 +15,15 @@ fn host() -> FakeHost {
     host
 }
 
+fn put(host: &FakeHost, device: &HostDevice, reason: &str, until: Until) {
+    quarantine(&host.paths, device.bdf, device.id, reason, until).unwrap();
+}
+
 #[test]
 fn a_device_is_kept_out_until_it_is_released() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(
-        &host.paths,
-        disk.bdf,
-        disk.id,
-        "it was used",
-        Until::Released,
-    )
-    .unwrap();
+    put(&host, &disk, "it was used", Until::Released);
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     let reason = "it was used".to_owned();
     assert_eq!(
@@ -132,7 +130,7 @@ fn a_tenant_reads_the_hosts_records_whatever_the_umask_was() {
     for (path, closed) in [(&*file, 0o600), (dir, 0o700)] {
         fs::set_permissions(path, fs::Permissions::from_mode(closed)).unwrap();
     }
-    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
+    put(&host, &disk, "it hangs", Until::Boot);
     assert_eq!((mode(dir), mode(&file)), (0o755, 0o644));
 }
 
@@ -202,7 +200,7 @@ fn a_forged_note_takes_nothing_back() {
         !host.paths.state.join(DIR).exists(),
         "nothing is written down"
     );
-    quarantine(&host.paths, disk.bdf, disk.id, used, Until::Released).unwrap();
+    put(&host, &disk, used, Until::Released);
     for forged in &foreign {
         assert_eq!(forge(forged).as_deref(), Some(used), "{forged}");
     }
@@ -212,7 +210,7 @@ fn a_forged_note_takes_nothing_back() {
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     assert_eq!(host.read("01:00.0").quarantine.as_deref(), Some(used));
     // A reason that the host has found is not replaced.
-    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
+    put(&host, &disk, "it hangs", Until::Boot);
     assert_eq!(forge(&own).unwrap(), format!("it hangs; {used}"));
     release_quarantine(&host.paths, disk.bdf).unwrap();
     assert_eq!(host.read("01:00.0").quarantine, None);
@@ -222,7 +220,7 @@ fn a_forged_note_takes_nothing_back() {
 fn a_boot_or_other_hardware_ends_it() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, disk.bdf, disk.id, "it hangs", Until::Boot).unwrap();
+    put(&host, &disk, "it hangs", Until::Boot);
     let reason = |id| find(&host.paths, disk.bdf, id).map(|found| found.reason());
     assert_eq!(reason(disk.id).as_deref(), Some("it hangs"));
     let (vendor, device) = (disk.id.vendor, disk.id.device + 1);
@@ -253,7 +251,7 @@ fn a_damaged_record_keeps_the_device_out_and_a_dead_device_stays() {
 fn a_record_of_another_boot_hides_no_note() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(&host.paths, disk.bdf, disk.id, "it hung", Until::Boot).unwrap();
+    put(&host, &disk, "it hung", Until::Boot);
     host.file("proc/sys/kernel/random/boot_id", "two\n");
     assert_eq!(find(&host.paths, disk.bdf, disk.id), None);
     let note = String::from_utf8(note(disk.id, "its reset failed")).unwrap();
@@ -266,15 +264,8 @@ fn a_record_of_another_boot_hides_no_note() {
 fn only_the_record_that_was_made_is_taken_back() {
     let host = host();
     let disk = host.read("01:00.0");
-    quarantine(
-        &host.paths,
-        disk.bdf,
-        disk.id,
-        "it was used",
-        Until::Released,
-    )
-    .unwrap();
-    quarantine(&host.paths, disk.bdf, disk.id, "it hung", Until::Boot).unwrap();
+    put(&host, &disk, "it was used", Until::Released);
+    put(&host, &disk, "it hung", Until::Boot);
     let both = host.read("01:00.0").quarantine;
     assert_eq!(both.as_deref(), Some("it hung; it was used"));
     forget_reason(&host.paths, disk.bdf, "it was used").unwrap();
@@ -291,14 +282,7 @@ fn what_is_kept_out_with_its_card_is_released_with_it() {
     let gpu = |function: u8| Fake::nvme(&format!("0b:00.{function}"), 7);
     let host = FakeHost::new(&[gpu(0), gpu(1)]);
     let first = host.read("0b:00.0");
-    quarantine(
-        &host.paths,
-        first.bdf,
-        first.id,
-        "it was used",
-        Until::Released,
-    )
-    .unwrap();
+    put(&host, &first, "it was used", Until::Released);
     let reason = "it was used".to_owned();
     let state = || host.read("0b:00.1").state();
     assert_eq!(state(), DeviceState::Quarantined { reason });

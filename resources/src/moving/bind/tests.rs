@@ -45,6 +45,11 @@ fn refused(result: Result<BindReport, BindError>) -> String {
     texts(&result.unwrap_err())
 }
 
+fn has_no_records(host: &FakeHost) -> bool {
+    let mut records = fs::read_dir(host.paths.run.join("restore/driver")).unwrap();
+    records.next().is_none()
+}
+
 fn drivers(host: &FakeHost) -> Vec<Option<String>> {
     host.scan()
         .into_iter()
@@ -73,12 +78,7 @@ fn a_group_goes_as_a_whole_and_comes_back_as_it_was() {
     let report = reattach(&host.paths, &kernel, &request(&[bdf("01:00.1")], &[])).unwrap();
     assert_eq!(report.moved, [bdf("01:00.0"), bdf("01:00.1")]);
     assert_eq!(host.bindings(), before);
-    assert!(
-        fs::read_dir(host.paths.run.join("restore/driver"))
-            .unwrap()
-            .next()
-            .is_none()
-    );
+    assert!(has_no_records(&host));
     assert!(host.scan().iter().all(|device| !device.lease.is_held()));
 }
 
@@ -119,12 +119,7 @@ fn a_fault_at_any_write_leaves_everything_as_it_was() {
             };
             assert!(left.is_empty(), "{fault:?} at {at}: {result:?}");
             assert_eq!(host.bindings(), before, "{fault:?} at {at}");
-            assert!(
-                fs::read_dir(host.paths.run.join("restore/driver"))
-                    .unwrap()
-                    .next()
-                    .is_none()
-            );
+            assert!(has_no_records(&host));
             assert!(refused(result).contains("each device has the driver that it had before"));
         }
     }
@@ -192,28 +187,16 @@ fn a_dry_run_says_every_write_and_makes_none() {
     let before = host.bindings();
     let kernel = FakeKernel::new(&host);
     let gpu = [bdf("01:00.0")];
-    let planned = detach(
-        &host.paths,
-        &kernel,
-        &BindRequest {
-            dry_run: true,
-            ..request(&gpu, &[])
-        },
-    )
-    .unwrap();
+    let dry_run = BindRequest {
+        dry_run: true,
+        ..BindRequest::of(&gpu)
+    };
+    let planned = detach(&host.paths, &kernel, &dry_run).unwrap();
     assert!(kernel.written.borrow().is_empty() && !host.paths.run.exists());
     assert_eq!(host.bindings(), before);
     let done = detach(&host.paths, &kernel, &request(&gpu, &[])).unwrap();
     assert_eq!(planned, done);
-    let planned = reattach(
-        &host.paths,
-        &kernel,
-        &BindRequest {
-            dry_run: true,
-            ..request(&gpu, &[])
-        },
-    )
-    .unwrap();
+    let planned = reattach(&host.paths, &kernel, &dry_run).unwrap();
     assert_eq!(
         planned,
         reattach(&host.paths, &kernel, &request(&gpu, &[])).unwrap()
