@@ -1,11 +1,11 @@
-//! Cloud Hypervisor's keys that gantry does not act on: accepted where they ask for nothing.
+//! Cloud Hypervisor's keys that gantry does not support: accepted only with a value that asks for nothing.
 //!
 //! A file written for Cloud Hypervisor often spells out defaults. Values that ask for nothing pass; all others
 //! are refused by name, so that no VM runs without what its file asks for.
 
 use gantry_resources::base::json::{Document, Entry, Node, Value, join, unknown_key};
 
-/// What an inert key may hold.
+/// The values that an inert key may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accepts {
     /// `null` or one of these JSON values; the first is named in messages. All are scalars, `[]` or `{}`.
@@ -20,12 +20,12 @@ use Accepts::{Members, Only, Text};
 
 const FALSE: Accepts = Only(&["false"]);
 const TRUE: Accepts = Only(&["true"]);
-/// A way of doing the same.
+/// The key asks for another way to do the same.
 const EITHER: Accepts = Only(&["false", "true"]);
 const NOTHING: Accepts = Only(&["null"]);
 const EMPTY: Accepts = Only(&["[]"]);
 const OFF: Accepts = Only(&["\"Off\""]);
-/// A port that leads nowhere.
+/// A port without a connection.
 const NOWHERE: Accepts = Only(&["\"Off\"", "\"Null\""]);
 const ZERO: Accepts = Only(&["0"]);
 const NO_BYTES: Accepts = Only(&["0"]);
@@ -159,7 +159,7 @@ pub fn keys_of(place: &str, path: &str) -> Vec<&'static str> {
     keys.collect()
 }
 
-/// Takes the inert keys out of a text whose root is at `place` of the table. Those that ask for something are
+/// Removes the inert keys from a text whose root is at `place` of the table. Those that ask for something are
 /// mistakes. A VM's file is at the empty place, the body for one device at `devices[]`.
 pub fn strip(document: &mut Document, place: &str) {
     let mut refusals = Vec::new();
@@ -208,7 +208,7 @@ fn strip_below(node: &mut Node, path: &str, place: &str, refusals: &mut Refusals
     }
 }
 
-/// What is wrong with the values of an inert key and of those below it.
+/// The mistakes in the values of an inert key and of the keys below it.
 fn refusal(entry: &mut Entry, path: &str, place: &str, accepts: Accepts) -> Refusals {
     let wrong_type = |expected: &str| {
         let found = entry.node.value.describe();
@@ -249,7 +249,7 @@ mod tests {
 
     use super::*;
 
-    /// What is left of a text, or what is wrong with it.
+    /// The text without inert keys, or its mistakes.
     fn stripped(text: &str) -> Result<String, String> {
         let mut document = Document::parse(Path::new("vm.json"), text).unwrap();
         strip(&mut document, "");

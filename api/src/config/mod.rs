@@ -186,10 +186,10 @@ pub fn requests(
     compile(written, |model| validate::requests(model, &context))
 }
 
-/// What the body of `vm.add-device` asks for.
+/// The request in the body of `vm.add-device`.
 ///
 /// # Errors
-/// The body is no JSON, has a key that is not known or asks for what there is not, or makes no sense.
+/// The body is no JSON, has an unknown or unsupported key, or a wrong value.
 pub fn attach(body: &str, allow_ungrouped: bool) -> Result<Attach, JsonError> {
     let mut document = Document::parse(Path::new("the body"), body)?;
     inert::strip(&mut document, DEVICES);
@@ -226,10 +226,10 @@ pub fn sent(body: &str) -> Result<SentRequest, JsonError> {
     document.finish(request)
 }
 
-/// Where the table of inert keys has those of a device.
+/// The place of a device's keys in the table of inert keys.
 const DEVICES: &str = "devices[]";
 
-/// The whole way from text to a validated value.
+/// Reads a text into a validated value.
 fn compile<T>(
     written: &SourceText,
     convert: impl FnOnce(model::VmConfig) -> Result<T, Vec<validate::Invalid>>,

@@ -26,7 +26,7 @@ pub fn schema() -> Value {
     schema
 }
 
-/// Adds the inert keys to the schema of what stands at `place` of their table.
+/// Adds the inert keys to the schema of the object at `place` of their table.
 pub fn add_inert(schema: &mut Value, place: &str) {
     for (path, accepts) in inert::KEYS {
         let path = match place {

@@ -1,4 +1,4 @@
-//! Turns what a user wrote into what the VMM takes; this conversion is the validation.
+//! Converts a VM's file into the VMM's configuration; this conversion is the validation.
 
 mod disks;
 mod place;
@@ -25,7 +25,7 @@ use super::model;
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
 const MAX_CMDLINE: usize = 2047;
 
-/// Bits of a guest-physical address: what any x86 processor has with 64-bit mode, to what any can have.
+/// Bits of a guest-physical address: the fewest of any x86-64 processor, and the most.
 const PHYS_BITS: std::ops::RangeInclusive<u8> = 36..=52;
 
 /// Default number of hot-plug slots.
@@ -36,7 +36,7 @@ const MAX_SLOTS: u8 = 96;
 /// The granularity of a bridge's windows.
 const MIN_WINDOW: u64 = 1 << 20;
 
-/// What the command line and the host add to a file.
+/// The options of the command line and the host that add to a file.
 #[derive(Debug)]
 pub struct Context<'a> {
     /// Name of the VM.
@@ -53,12 +53,12 @@ pub struct Context<'a> {
     pub folders: Option<&'a Folders>,
 }
 
-/// A value that fits its type but makes no VM.
+/// A value that fits its type, but with which no VM can be built.
 #[derive(Debug)]
 pub struct Invalid {
     /// Its key path.
     pub path: String,
-    /// What is wrong with it, and what to do about it.
+    /// The reason and the remedy.
     pub what: String,
 }
 
@@ -74,7 +74,7 @@ fn invalid(path: &str, what: impl Display, help: impl Display) -> Invalid {
 struct Mistakes(Vec<Invalid>);
 
 impl Mistakes {
-    /// A valid value; a mistake is kept.
+    /// Returns the value if it is valid, and records the mistake otherwise.
     fn keep<T>(&mut self, value: Result<T, Invalid>) -> Option<T> {
         value.map_err(|mistake| self.0.push(mistake)).ok()
     }
@@ -91,7 +91,7 @@ impl Mistakes {
 /// Converts a whole file.
 ///
 /// # Errors
-/// Every mistake that can be seen.
+/// All mistakes that can be found.
 pub fn convert(
     config: model::VmConfig,
     context: &Context,
@@ -253,7 +253,7 @@ fn readable(key: &str, file: &Path, context: &Context) -> Result<PathBuf, Invali
     ))
 }
 
-/// A file that a client names in a folder that it is kept to.
+/// Opens a file that a client names, inside the folder that the client is limited to.
 fn named(
     key: &str,
     path: PathBuf,
@@ -289,7 +289,7 @@ fn vcpus(config: &model::CpusConfig) -> Result<VcpuCount, Invalid> {
     }
 }
 
-/// What of the host's processors the guest is offered.
+/// The features of the host's processors that the guest gets.
 fn offer(config: &model::CpusConfig) -> Result<CpuConfig, Invalid> {
     let max_phys_bits = match config.max_phys_bits.map(u8::try_from) {
         None => None,
@@ -433,7 +433,7 @@ fn usable(groups: &[String], context: &Context) -> Result<(), Invalid> {
     }
 }
 
-/// A file that is there must be one that can be written to; else it is made when the VM is built.
+/// An existing file must be writable; a missing one is created when the VM is built.
 fn serial_file(file: &Path, context: &Context) -> Result<SerialMode, Invalid> {
     if let Some(Folders { output, .. }) = context.folders {
         let Some(output) = output else {

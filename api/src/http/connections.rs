@@ -66,7 +66,7 @@ impl ConnectionTable {
         })
     }
 
-    /// Whether there is no connection.
+    /// Whether no connection is open.
     pub fn is_empty(&self) -> bool {
         self.locked().entries.is_empty()
     }
@@ -184,7 +184,7 @@ mod tests {
         let answering = first.in_use();
         let third = connections.take(0).unwrap();
         assert!(is_lost(&second) && !is_lost(&first));
-        // Both that are left are in use.
+        // The two remaining connections are in use.
         let _other = third.in_use();
         assert!(connections.take(OWNER).is_none());
         drop(answering);
@@ -202,7 +202,7 @@ mod tests {
         let in_use: Vec<InUse> = alices.iter().map(ConnectionSlot::in_use).collect();
         assert!(connections.take(ALICE).is_none());
         let bobs: Vec<ConnectionSlot> = (0..2).map(|_| connections.take(BOB).unwrap()).collect();
-        // Her own idle connection makes slot for her next.
+        // Her own idle connection is evicted for her next one.
         drop(in_use);
         let next = connections.take(ALICE).unwrap();
         assert!(is_lost(&alices[0]) && !is_lost(&bobs[0]));

@@ -1,4 +1,4 @@
-//! Numbers for Prometheus, gathered when they are asked for.
+//! Metrics for Prometheus, collected for each request.
 
 use std::fmt;
 use std::sync::atomic::AtomicI64;
@@ -15,7 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 /// The type of [`text`]'s text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What the API itself counts.
+/// The counters of the API itself.
 #[derive(Debug, Default)]
 pub struct ApiMetrics {
     requests: Family<RequestLabels, Counter>,
@@ -53,7 +53,7 @@ impl ApiMetrics {
         OpenConnection(self.connections.clone())
     }
 
-    /// Counts a connection that is one too many.
+    /// Counts a connection that was refused because of the limit.
     pub fn turned_away(&self) {
         self.turned_away.inc();
     }

@@ -21,7 +21,7 @@ use super::events::EventStream;
 /// An answer.
 pub type HttpResponse = Response<Payload>;
 
-/// What an answer carries.
+/// The body of an answer.
 pub struct Payload {
     content: Content,
     /// The connection is in use until the answer is written.
@@ -31,7 +31,7 @@ pub struct Payload {
 enum Content {
     /// All of it at once.
     Whole(Full<Bytes>),
-    /// Line after line, as things happen.
+    /// A line for each event.
     Lines(EventStream),
 }
 
@@ -104,14 +104,14 @@ fn typed(status: StatusCode, kind: &'static str, payload: Payload) -> HttpRespon
     answer
 }
 
-/// A request that is not answered with what it asks for.
+/// A refused or failed request.
 #[derive(Debug)]
 pub struct HttpError {
     /// The status.
     pub status: StatusCode,
-    /// Why, from the outside in.
+    /// The messages, from the outermost error to its cause.
     pub messages: Vec<String>,
-    /// The verb that would do.
+    /// The right verb.
     pub allow: Option<&'static str>,
     /// The same request may succeed later.
     pub temporary: bool,
@@ -128,7 +128,7 @@ impl HttpError {
         }
     }
 
-    /// The request is not what it should be.
+    /// The request is wrong.
     pub fn malformed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
@@ -166,7 +166,7 @@ impl From<CommandError> for HttpError {
     }
 }
 
-/// Whether what was asked for is not to be had, as things are, rather than something having failed.
+/// Whether the request is refused in the present state. Otherwise gantry or the host failed.
 fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     use gantry_vmm::Error as E;
     match error {
@@ -184,7 +184,7 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
     }
 }
 
-/// 204: it is done, and there is nothing to tell.
+/// 204: done, without a body.
 pub fn done() -> HttpResponse {
     answer(StatusCode::NO_CONTENT, Payload::whole(Bytes::new()))
 }

@@ -273,7 +273,7 @@ pub const UNSUPPORTED: &[&str] = &[
 /// The call that a request is for.
 ///
 /// # Errors
-/// There is none: 404, 405 with the verb that would do, or 501.
+/// 404, 405 with the right verb, or 501.
 pub fn find(method: &Method, path: &str) -> Result<&'static Route, HttpError> {
     if let Some(route) = ROUTES.iter().find(|route| route.path == path) {
         if method.as_str() == route.verb {

@@ -1,4 +1,4 @@
-//! Sanitizes what a socket answers, as another user may listen there: no text holds control characters or
+//! Sanitizes the answers of a socket, since another user may listen there: no text has control characters or
 //! changes the direction of writing, and no answer is larger than a limit.
 
 use gantry_resources::base::harmless;

@@ -1,8 +1,8 @@
-//! What a server is started with: its limits, and the VM that it answers for.
+//! The settings of a server: its limits, and the VM that it answers for.
 
 use std::time::Duration;
 
-/// How much a client may take.
+/// The limits for clients.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Connections at a time. One more takes the slot of an idle one, or gets 503.
@@ -39,7 +39,7 @@ pub struct Identity {
     pub name: String,
     /// Devices named by path may be in no group.
     pub allow_ungrouped: bool,
-    /// Where the host keeps things.
+    /// The host's directories.
     pub host: gantry_resources::base::HostPaths,
     /// Where the files that clients name must lie; anywhere if absent.
     pub folders: Option<gantry_vmm::Folders>,

@@ -1,4 +1,4 @@
-//! The socket's file: made for its owner alone, found by the VM's name, never taken from a VM that
+//! The socket's file: created for its owner alone, named after the VM, never taken from a VM that
 //! lives.
 
 mod cleanup;
@@ -31,10 +31,10 @@ pub enum SocketError {
     Live {
         /// The socket.
         path: PathBuf,
-        /// The process, where that can be known.
+        /// The process, if that is known.
         pid: Option<u32>,
     },
-    /// What is there is no socket.
+    /// The file at the path is no socket.
     #[error("{path} is not a socket: it is left as it is\nname another path with --api-socket")]
     NoSocket {
         /// The path.
@@ -49,7 +49,7 @@ pub enum SocketError {
     /// The kernel refused a step.
     #[error("cannot {step} {path}")]
     Io {
-        /// What was to be done.
+        /// The step.
         step: &'static str,
         /// The file.
         path: PathBuf,
@@ -72,7 +72,7 @@ impl SocketError {
     }
 }
 
-/// How long a process that was killed may take to be gone: its devices are reset meanwhile.
+/// How long a killed process may take to end: its devices are reset meanwhile.
 const DYING_PATIENCE: Duration = Duration::from_secs(10);
 const DYING_STEP: Duration = Duration::from_millis(10);
 /// The longest time between two attempts to connect: each attempt stays in the listener's queue.
@@ -202,7 +202,7 @@ impl Drop for PrivateDir {
 enum State {
     Absent,
     Stale,
-    /// With its process, where that can be known.
+    /// With its process, if that is known.
     Live(Option<u32>),
     Other,
 }
@@ -281,7 +281,7 @@ fn is_dying(pid: u32) -> bool {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
     match (read("stat"), read("status")) {
         (Ok(stat), Ok(status)) => is_exiting(&stat) || has_kill_pending(&status),
-        // Of other users' processes nothing may be to be read.
+        // Processes of other users may not be readable.
         _ => is_gone(pid),
     }
 }
@@ -301,7 +301,7 @@ fn is_exiting(stat: &str) -> bool {
     flags.is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
-/// By the signals that wait for it, in `/proc/PID/status` (proc_pid_status(5)).
+/// By its pending signals in `/proc/PID/status` (proc_pid_status(5)).
 fn has_kill_pending(status: &str) -> bool {
     const SIGKILL: u64 = 1 << 8;
     let masks = status.lines().filter_map(|line| {

@@ -94,7 +94,7 @@ impl TimedStream {
         match waiting.as_mut().poll(context) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(()) => {
-                // Polled again, it fails again.
+                // It fails again if it is polled again.
                 waiting.as_mut().reset(Instant::now());
                 Poll::Ready(Err(ErrorKind::TimedOut.into()))
             }

@@ -1,4 +1,4 @@
-//! Where on the host a VM is to be: its vCPUs' processors, and its NUMA nodes.
+//! The placement of a VM on the host: the processors of its vCPUs, and its NUMA nodes.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use gantry_vmm::{NumaPolicy, VcpuCount};
 
 use super::{Invalid, invalid, model};
 
-/// The processors of each vCPU that has some of its own.
+/// The processors of each vCPU with an affinity.
 pub fn affinity(configs: &[model::AffinityConfig]) -> Result<BTreeMap<u8, Numbers>, Invalid> {
     let mut affinity = BTreeMap::new();
     for (index, config) in configs.iter().enumerate() {
@@ -34,7 +34,7 @@ pub fn affinity(configs: &[model::AffinityConfig]) -> Result<BTreeMap<u8, Number
     Ok(affinity)
 }
 
-/// Whether the VM has the vCPUs that are named.
+/// Checks that the VM has the named vCPUs.
 pub fn check(affinity: &BTreeMap<u8, Numbers>, vcpus: VcpuCount) -> Result<(), Invalid> {
     match affinity.keys().find(|vcpu| **vcpu >= vcpus.get()) {
         Some(vcpu) => Err(no_such("cpus.affinity", u64::from(*vcpu))),
@@ -47,7 +47,7 @@ fn no_such(key: &str, vcpu: u64) -> Invalid {
     invalid(key, what, "use 0 up to one less than `boot_vcpus`")
 }
 
-/// The NUMA nodes that the VM is on.
+/// The NUMA nodes of the VM.
 pub fn nodes(numbers: Option<Vec<u32>>) -> NumaPolicy {
     match numbers {
         None => NumaPolicy::NearDevices,

@@ -1,4 +1,4 @@
-//! What a service plan says where a VM's file does not.
+//! The values of a service plan for keys that a VM's file leaves out.
 
 use gantry_resources::pools::{Plan, Plans};
 use gantry_vmm::{MemorySize, VcpuCount};
@@ -16,7 +16,7 @@ pub fn named(name: Option<&str>, context: &Context) -> Result<Option<Plan>, Inva
     plan.map(Some).map_err(|error| invalid("plan", error, help))
 }
 
-/// The processors of a plan, or those of a VM that says nothing.
+/// The processors of a plan, or the default.
 pub fn vcpus(plan: Option<&Plan>) -> Result<VcpuCount, Invalid> {
     match plan.and_then(|plan| Some((plan, plan.vcpus?))) {
         None => super::vcpus(&model::CpusConfig::default()),
@@ -30,7 +30,7 @@ pub fn vcpus(plan: Option<&Plan>) -> Result<VcpuCount, Invalid> {
     }
 }
 
-/// The memory of a plan, or that of a VM that says nothing.
+/// The memory of a plan, or the default.
 pub fn memory(plan: Option<&Plan>) -> Result<MemorySize, Invalid> {
     match plan.and_then(|plan| Some((plan, plan.memory?))) {
         None => super::memory(&model::MemoryConfig::default()),
