@@ -6,13 +6,13 @@ use std::time::Duration;
 use gantry_devices::pci::BarName;
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
-use gantry_resources::base::DeviceName;
 use gantry_resources::pools::DeviceRequest;
 
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::error::Error;
 pub use crate::info::{
-    ConsoleSink, DeviceCounters, DeviceInfo, DeviceState, EventSink, VmEvent, VmInfo, VmState,
+    ConsoleSink, DeviceCounters, DeviceInfo, DeviceKind, DeviceState, EventSink, PassedDevice,
+    VmEvent, VmInfo, VmState,
 };
 pub use crate::passthrough::SentDevice;
 
@@ -75,13 +75,22 @@ pub enum Attach {
     },
     /// A device that the client has opened.
     Sent(SentDevice),
+    /// A disk.
+    Disk {
+        /// What it is to be called; any name that is free if absent.
+        id: Option<String>,
+        /// What it is. Its own id is not looked at.
+        disk: DiskConfig,
+    },
 }
 
 impl Attach {
     /// The id of the first device; its address on the host if absent.
     pub fn id(&self) -> Option<&str> {
         match self {
-            Self::Devices(DeviceRequest { id, .. }) | Self::Plan { id, .. } => id.as_deref(),
+            Self::Devices(DeviceRequest { id, .. })
+            | Self::Plan { id, .. }
+            | Self::Disk { id, .. } => id.as_deref(),
             Self::Sent(SentDevice { request, .. }) => request.id(),
         }
     }
@@ -93,6 +102,7 @@ impl fmt::Display for Attach {
             Self::Devices(request) => request.from.fmt(f),
             Self::Plan { name, .. } => write!(f, "plan \"{name}\""),
             Self::Sent(_) => f.write_str("the device that came as a descriptor"),
+            Self::Disk { disk, .. } => disk.path.display().fmt(f),
         }
     }
 }
@@ -172,7 +182,7 @@ pub enum CommandError {
     )]
     SlotsTooSmall {
         /// The device.
-        device: DeviceName,
+        device: String,
         /// Which window is too small.
         misfit: Misfit,
     },
@@ -233,7 +243,7 @@ mod tests {
             size: 0x20,
         };
         let refused = CommandError::SlotsTooSmall {
-            device: "03:00.0".parse().unwrap(),
+            device: "0000:03:00.0".to_owned(),
             misfit: Misfit {
                 kind: WindowKind::Io,
                 size: 0x1000,

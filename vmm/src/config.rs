@@ -52,7 +52,31 @@ pub struct Folders {
     pub output: Option<PathBuf>,
 }
 
+/// Files, and folders with files.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FileSet {
+    /// Those that are read.
+    pub read: Vec<PathBuf>,
+    /// Those that are read and written.
+    pub write: Vec<PathBuf>,
+}
+
 impl VmConfig {
+    /// Where disks are that come while the VM runs.
+    pub fn later_disks(&self) -> FileSet {
+        match &self.folders {
+            _ if self.hotplug.slots == 0 => FileSet::default(),
+            Some(folders) => FileSet {
+                read: vec![folders.payload.clone()],
+                write: folders.output.iter().cloned().collect(),
+            },
+            None => FileSet {
+                read: self.hotplug.disks.clone(),
+                write: self.hotplug.disks.clone(),
+            },
+        }
+    }
+
     /// Whether devices need all of its RAM pinned, now or later.
     pub fn is_pinned(&self) -> bool {
         !self.devices.is_empty() || !self.hotplug.from.is_empty()
@@ -62,6 +86,13 @@ impl VmConfig {
     pub fn back_end_on(&self, host: &HostPaths) -> VfioBackEnd {
         let chosen = self.back_end;
         chosen.unwrap_or_else(|| VfioBackEnd::of_host(host))
+    }
+
+    /// The names of its devices and disks.
+    pub fn names(&self) -> Vec<String> {
+        let devices = self.devices.iter().flat_map(DeviceRequest::names);
+        let disks = self.disks.iter().map(|disk| disk.id.clone());
+        devices.chain(disks).collect()
     }
 
     /// Whether it has devices, now or later.
@@ -135,6 +166,8 @@ pub struct Hotplug {
     pub window: Option<u64>,
     /// The ROM files that devices can have that come while the VM runs.
     pub roms: Vec<PathBuf>,
+    /// The disks that can come, and the folders that they can come from; see also [`VmConfig::folders`].
+    pub disks: Vec<PathBuf>,
 }
 
 /// What a VM boots. The files are opened once and read again at every reboot of the guest.
@@ -211,6 +244,23 @@ impl CloudInit {
                 .map(|file| ("network-config", file)),
         ];
         files.into_iter().flatten()
+    }
+}
+
+#[cfg(test)]
+impl DiskConfig {
+    /// A disk with one queue, for tests.
+    pub fn small() -> Self {
+        Self {
+            id: "disk0".to_owned(),
+            path: "disk.raw".into(),
+            read_only: false,
+            serial: String::new(),
+            queues: Queues {
+                count: 1,
+                size: 128,
+            },
+        }
     }
 }
 

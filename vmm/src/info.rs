@@ -10,7 +10,7 @@ use gantry_resources::base::{DeviceName, Numbers};
 use gantry_resources::inventory::Allow;
 use gantry_resources::pools::{OnError, RomSource};
 
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub struct VmInfo {
     pub uptime: Option<Duration>,
     /// Why it has ended, in words for people, if it has.
     pub ended: Option<String>,
-    /// Devices of the host that it has.
+    /// Devices that it has in slots.
     pub devices: Vec<DeviceInfo>,
     /// Slots that devices can be plugged into while it runs.
     pub slots: usize,
@@ -80,27 +80,63 @@ impl fmt::Display for DeviceState {
     }
 }
 
-/// A device of the host that a VM has.
+/// A device that a VM has in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// What it is called.
     pub id: String,
-    /// What it is called on the host: its address, if it is a PCI function.
-    pub name: DeviceName,
+    /// What it is.
+    pub kind: DeviceKind,
     /// Where the guest finds it.
     pub guest: GuestBdf,
-    /// The group or alias of its request; its own group if it was requested by address.
-    pub group: Option<String>,
-    /// What it may lack, by its request.
-    pub allow: Allow,
-    /// What happens when it reports an error, by its request.
-    pub on_error: OnError,
-    /// Where its expansion ROM comes from.
-    pub rom: RomSource,
     /// How far it has come.
     pub state: DeviceState,
     /// The ids of the other functions in its slot, which are detached together with it.
     pub together_with: Vec<String>,
+}
+
+/// What a device in a slot is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// A device of the host.
+    Passed(PassedDevice),
+    /// A disk.
+    Disk(DiskConfig),
+    /// The disk of cloud-init.
+    CloudInit,
+}
+
+impl DeviceKind {
+    /// The device of the host, if it is one.
+    pub fn passed(&self) -> Option<&PassedDevice> {
+        match self {
+            Self::Passed(device) => Some(device),
+            Self::Disk(_) | Self::CloudInit => None,
+        }
+    }
+
+    /// The disk, if it is one.
+    pub fn disk(&self) -> Option<&DiskConfig> {
+        match self {
+            Self::Passed(_) | Self::CloudInit => None,
+            Self::Disk(disk) => Some(disk),
+        }
+    }
+}
+
+/// A device of the host, and the terms of its request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedDevice {
+    /// What it is called on the host: its address, if it is a PCI function.
+    pub name: DeviceName,
+    /// The group or alias of its request; its own group if it was requested by address.
+    pub group: Option<String>,
+    /// What it may lack.
+    pub allow: Allow,
+    /// What happens when it reports an error.
+    pub on_error: OnError,
+    /// Where its expansion ROM comes from.
+    pub rom: RomSource,
 }
 
 /// What a device did since it was attached.
@@ -108,7 +144,7 @@ pub struct DeviceInfo {
 pub struct DeviceCounters {
     /// What it is called.
     pub id: String,
-    /// Where it is on the host, as text.
+    /// Where it is on the host, as text; empty for one that is not a device of the host.
     pub bdf: String,
     /// Interrupts by MSI-X or MSI vector, as the host's kernel counted them.
     pub interrupts: BTreeMap<u16, u64>,

@@ -12,7 +12,7 @@
 //! | one VM | `vm`: built, run, rebooted, ended |
 //! | its devices | `hotplug`: slots, and how devices come and go |
 //! | what clients see | `command`, `status`, `error` |
-//! | its parts | `passthrough`: devices of the host; `disks`; `machine`: all that every VM has; `vcpus` |
+//! | its parts | `passthrough`: devices of the host; `disks`, `virtio`; `machine`: all that every VM has; `vcpus` |
 //! | terms and facts | `info`, `host`, `cpu`, `boot`, `kvm` |
 //! | ground | `config`, `layout`, `process`: threads, sandbox, events |
 
@@ -32,6 +32,7 @@ mod passthrough;
 mod process;
 mod status;
 mod vcpus;
+mod virtio;
 mod vm;
 mod vmm;
 
@@ -40,10 +41,10 @@ pub use gantry_devices::bounded_writer;
 pub use gantry_devices::virtio::block::{Queues, SERIAL_LEN};
 
 pub use config::{
-    CloudInit, CpuConfig, DiskConfig, Folders, Hotplug, MemorySize, NumaPolicy, Payload,
+    CloudInit, CpuConfig, DiskConfig, FileSet, Folders, Hotplug, MemorySize, NumaPolicy, Payload,
     SerialMode, VcpuCount, VmConfig,
 };
-pub use disks::{DiskProblem, open as open_disk};
+pub use disks::{DiskError, DiskProblem, open as open_disk};
 pub use error::Error;
 pub use machine::release_program_pages;
 pub use passthrough::DeviceError;

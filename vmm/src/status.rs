@@ -5,14 +5,11 @@ use std::time::Instant;
 
 use gantry_devices::pci::{GuestBdf, PortIndex};
 use gantry_devices::serial::Serial;
-use gantry_resources::base::DeviceName;
-use gantry_resources::inventory::Allow;
-use gantry_resources::pools::{OnError, RomSource};
 
 use crate::command::CommandError;
 use crate::config::VmConfig;
 use crate::host::placement::VmPlacement;
-use crate::info::{DeviceInfo, DeviceState, VmInfo, VmState};
+use crate::info::{DeviceInfo, DeviceKind, DeviceState, VmInfo, VmState};
 use crate::machine::SlotTable;
 
 /// Where it is published. Its owner publishes a change before it tells anyone of it.
@@ -45,16 +42,8 @@ pub struct VmStatus {
 pub struct DeviceStatus {
     /// What it is called.
     pub id: String,
-    /// What it is called on the host.
-    pub name: DeviceName,
-    /// The group or alias that it was asked for by.
-    pub group: Option<String>,
-    /// What it may lack.
-    pub allow: Allow,
-    /// What happens when it reports an error.
-    pub on_error: OnError,
-    /// Where its expansion ROM comes from.
-    pub rom: RomSource,
+    /// What it is.
+    pub kind: DeviceKind,
     /// How far it has come.
     pub state: DeviceState,
     /// The port that it is behind.
@@ -108,12 +97,8 @@ impl DeviceStatus {
         let bus = slots.bus(self.port);
         DeviceInfo {
             id: self.id.clone(),
-            name: self.name,
+            kind: self.kind.clone(),
             guest: GuestBdf::from_bits(u16::from(bus) << 8 | u16::from(self.function)),
-            group: self.group.clone(),
-            allow: self.allow,
-            on_error: self.on_error,
-            rom: self.rom.clone(),
             state: self.state,
             together_with: beside.map(|other| other.id.clone()).collect(),
         }
@@ -178,6 +163,7 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
+    use crate::config::DiskConfig;
     use crate::machine::NoSpace;
 
     fn slots() -> (SlotTable, Vec<PortIndex>) {
@@ -209,11 +195,7 @@ mod tests {
         let (slots, ports) = slots();
         let device = |id: &str, port: usize, function| DeviceStatus {
             id: id.to_owned(),
-            name: format!("01:00.{function}").parse().unwrap(),
-            group: None,
-            allow: Allow::default(),
-            on_error: OnError::default(),
-            rom: RomSource::Device,
+            kind: DeviceKind::Disk(DiskConfig::small()),
             state: DeviceState::Announced,
             port: ports[port],
             function,

@@ -287,6 +287,7 @@ impl RunArgs {
             // A socket that is named is meant for attaching devices.
             slots: self.api_socket.as_ref().map_or(0, |_| config::SLOTS),
             folders: None,
+            later_disks: Vec::new(),
         };
         let config = config::load(&Source::from(file.clone()), &options);
         config.map(Some).map_err(|error| {

@@ -2,6 +2,7 @@
 
 mod console;
 mod devices;
+mod disks;
 mod find;
 mod info;
 mod list;
@@ -39,7 +40,9 @@ pub enum VmCommand {
     Logs(logs::LogsArgs),
     /// Give devices to a running VM
     Attach(devices::AttachArgs),
-    /// Take a device from a running VM
+    /// Give a running VM a disk that is a file or a block device
+    AttachDisk(disks::AttachDiskArgs),
+    /// Take a device or a disk from a running VM
     Detach(devices::DetachArgs),
     /// Pause a VM
     #[command(after_help = "Example: gantry vm pause web-1")]
@@ -77,6 +80,7 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
         C::Console(args) => console::console(&args, paths),
         C::Logs(args) => logs::logs(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
+        C::AttachDisk(args) => disks::attach(args, paths),
         C::Detach(args) => devices::detach(&args, paths),
         C::Pause(args) => state::change(&args, paths, "vm.pause", Action::Paused),
         C::Resume(args) => state::change(&args, paths, "vm.resume", Action::Resumed),

@@ -16,9 +16,9 @@ use gantry_resources::base::{HostPaths, label_flaw, read_text};
 use gantry_resources::pools::{
     DeviceRequest, DeviceSource, GroupError, Groups, SentRequest, check_device_id,
 };
-use gantry_vmm::NumaPolicy;
 use gantry_vmm::command::Attach;
-pub use model::PlanDevices;
+use gantry_vmm::{Folders, NumaPolicy};
+pub use model::{DiskConfig, PlanDevices};
 pub use schema::{add_inert, schema};
 use validate::Context;
 pub use validate::SLOTS;
@@ -98,7 +98,9 @@ pub struct LoadOptions {
     /// Slots for devices to come, where the file does not say.
     pub slots: u8,
     /// Where the files that are named must lie; anywhere if absent.
-    pub folders: Option<gantry_vmm::Folders>,
+    pub folders: Option<Folders>,
+    /// Where disks may come from that are attached later, where the file does not say.
+    pub later_disks: Vec<PathBuf>,
 }
 
 impl LoadOptions {
@@ -110,6 +112,7 @@ impl LoadOptions {
             host: &self.host,
             slots: self.slots,
             folders: self.folders.as_ref(),
+            later_disks: &self.later_disks,
         }
     }
 }
@@ -226,8 +229,30 @@ pub fn sent(body: &str) -> Result<SentRequest, JsonError> {
     document.finish(request)
 }
 
-/// The place of a device's keys in the table of inert keys.
+/// The disk that the body of `vm.add-disk` asks for. Its file must lie in `folders`, if there are any.
+///
+/// # Errors
+/// The body is no JSON, has a key that is not known or asks for what there is not, or makes no sense.
+pub fn attach_disk(body: &str, folders: Option<&Folders>) -> Result<Attach, JsonError> {
+    let mut document = Document::parse(Path::new("the body"), body)?;
+    inert::strip(&mut document, DISKS);
+    let model = document.decode_beside(&|path| inert::keys_of(DISKS, path));
+    let attach = model.and_then(|model: DiskConfig| {
+        let id = model.id.clone();
+        match validate::disk("", model, Path::new(""), folders) {
+            Ok(disk) => Some(Attach::Disk { id, disk }),
+            Err(validate::Invalid { path, what }) => {
+                document.mistake(&path, what);
+                None
+            }
+        }
+    });
+    document.finish(attach)
+}
+
+/// The places of the keys of a device and of a disk in the table of inert keys.
 const DEVICES: &str = "devices[]";
+const DISKS: &str = "disks[]";
 
 /// Reads a text into a validated value.
 fn compile<T>(

@@ -153,6 +153,9 @@ pub struct HotplugConfig {
     /// Files with expansion ROMs that devices can have that are attached later, by `rom` in `vm.add-device`. They
     /// are read when the VM starts.
     pub roms: Option<Vec<PathBuf>>,
+    /// Images and block devices that can be attached as disks, by `vm.add-disk`, and folders with such images. None
+    /// if absent; any where clients define the VM over a socket of their own.
+    pub disks: Option<Vec<PathBuf>>,
 }
 
 /// What of the host's platform the VM uses.

@@ -21,6 +21,7 @@ use gantry_vmm::{
 use nix::fcntl::OFlag;
 
 use super::model;
+pub use disks::disk;
 
 /// Bytes of a kernel command line, less its end mark: COMMAND_LINE_SIZE of the x86 boot protocol.
 const MAX_CMDLINE: usize = 2047;
@@ -51,6 +52,8 @@ pub struct Context<'a> {
     pub slots: u8,
     /// Where the files that are named must lie; anywhere if absent.
     pub folders: Option<&'a Folders>,
+    /// Where disks may come from that are attached later, where the file does not say.
+    pub later_disks: &'a [PathBuf],
 }
 
 /// A value that fits its type, but with which no VM can be built.
@@ -183,10 +186,12 @@ fn build(
         folders: context.folders.cloned(),
     };
     let hotplug = &config.hotplug;
-    let none_may_come = hotplug.from.is_empty() && !hotplug.ungrouped && config.devices.is_empty();
+    let no_device = hotplug.from.is_empty() && !hotplug.ungrouped && config.devices.is_empty();
+    let none_may_come = no_device && hotplug.disks.is_empty();
     if asks_for_slots && hotplug.slots > 0 && none_may_come {
         tracing::warn!(
-            "hotplug.groups: it names no group, and the VM starts without devices: none can be attached later"
+            "hotplug.groups: it names no group, and the VM starts without devices: none can be attached later; \
+             `hotplug.disks` names none either"
         );
     }
     Some(config)
@@ -382,6 +387,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
         return Ok(Hotplug {
             slots: context.slots,
             ungrouped,
+            disks: context.later_disks.to_vec(),
             ..Hotplug::default()
         });
     };
@@ -414,6 +420,7 @@ fn hotplug(config: Option<model::HotplugConfig>, context: &Context) -> Result<Ho
         ungrouped,
         window,
         roms,
+        disks: disks::later(config.disks, context)?,
     })
 }
 

@@ -27,7 +27,7 @@ use super::metrics::{self, ApiMetrics};
 use super::reply::{self, HttpError, HttpResponse};
 use super::routes::{self, Call};
 use super::settings::{Identity, Limits};
-use super::wire::{self, AddedDevices, Event, RemoveDevice, VmmPing};
+use super::wire::{self, AddedDevices, AddedDisk, Event, RemoveDevice, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, LoadOptions, SourceText};
 
@@ -91,6 +91,7 @@ impl Handlers {
             Call::Info => return Ok(reply::json(&wire::VmInfo::from(&self.info()?))),
             Call::Counters => return Ok(reply::json(&wire::counters(&self.counters().await?))),
             Call::AddDevice => return self.add_device(body, files).await,
+            Call::AddDisk => return self.add_disk(body).await,
             Call::Events => return self.subscribe(),
             Call::Console => return Err(no_upgrade()),
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
@@ -170,6 +171,8 @@ impl Handlers {
                 allow_ungrouped,
                 host,
                 slots: config::SLOTS,
+                // Who may boot any file may attach any, too.
+                later_disks: folders.is_none().then(|| "/".into()).into_iter().collect(),
                 folders,
             };
             let written = SourceText {
@@ -212,6 +215,18 @@ impl Handlers {
                     bdf: first.guest.to_string(),
                     devices: devices.iter().map(wire::Device::from).collect(),
                 }))
+            }
+            _ => Ok(reply::done()),
+        }
+    }
+
+    async fn add_disk(&self, body: &[u8]) -> Result<HttpResponse, HttpError> {
+        let attach = config::attach_disk(text(body)?, self.identity.folders.as_ref());
+        let attach = attach.map_err(|error| HttpError::malformed(error.to_string()))?;
+        match self.ask(Command::Attach(attach)).await? {
+            Answer::Attached(devices) if !devices.is_empty() => {
+                let disk = devices.first().map(AddedDisk::from);
+                Ok(reply::json(&disk))
             }
             _ => Ok(reply::done()),
         }

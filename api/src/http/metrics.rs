@@ -151,7 +151,7 @@ fn register_vm(registry: &mut Registry, info: &VmInfo) {
             "RAM of the guest",
             info.config.memory.bytes(),
         ),
-        ("vm_devices", "Passed devices", info.devices.len() as u64),
+        ("vm_devices", "Devices in slots", info.devices.len() as u64),
         ("vm_slots", "Slots for devices", info.slots as u64),
         (
             "vm_slots_free",
@@ -176,7 +176,7 @@ fn register_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[De
     let steps = Family::<Step, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
     for counters in devices {
         let group = infos.iter().find(|info| info.id == counters.id);
-        let group = group.and_then(|info| info.group.clone());
+        let group = group.and_then(|info| info.kind.passed()?.group.clone());
         let device = Device {
             device: counters.id.clone(),
             host: counters.bdf.clone(),

@@ -8,7 +8,7 @@ use gantry_resources::pools::DeviceRequest;
 
 use super::routes::{Call, ROOT, ROUTES, Route};
 use super::wire;
-use crate::config::PlanDevices;
+use crate::config::{DiskConfig, PlanDevices};
 
 /// OpenAPI 3.1, whose schemas are JSON Schema as [`schemars`] writes it.
 pub fn document() -> Value {
@@ -37,8 +37,10 @@ pub fn document() -> Value {
         "paths": paths,
     });
     let mut definitions = schemas.take_definitions(true);
-    if let Some(device) = definitions.get_mut("DeviceConfig") {
-        crate::config::add_inert(device, "devices[]");
+    for (name, place) in [("DeviceConfig", "devices[]"), ("DiskConfig", "disks[]")] {
+        if let Some(schema) = definitions.get_mut(name) {
+            crate::config::add_inert(schema, place);
+        }
     }
     definitions.insert("VmConfig".to_owned(), vm_config());
     document["components"] = json!({ "schemas": definitions });
@@ -87,8 +89,8 @@ fn operation(route: &Route, schemas: &mut SchemaGenerator) -> Value {
             }}},
         });
     }
-    if route.call == Call::AddDevice {
-        let cold = "The VM is not booted: it will have the device.";
+    if matches!(route.call, Call::AddDevice | Call::AddDisk) {
+        let cold = "The VM is not booted: it will have it when it is.";
         answers["204"] = json!({ "description": cold });
     }
     operation
@@ -117,6 +119,7 @@ fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
             "description": "Devices of a group or alias, one device by its path, or the devices of a plan.",
             "anyOf": [of::<PlanDevices>(schemas), of::<DeviceRequest>(schemas)],
         })),
+        Call::AddDisk => Some(of::<DiskConfig>(schemas)),
         Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),
         _ => None,
     }
@@ -129,6 +132,7 @@ fn answer(call: Call, schemas: &mut SchemaGenerator) -> Option<(&'static str, Va
         Call::Info => Some((JSON, of::<wire::VmInfo>(schemas))),
         Call::Counters => Some((JSON, of::<wire::Counters>(schemas))),
         Call::AddDevice => Some((JSON, of::<wire::AddedDevices>(schemas))),
+        Call::AddDisk => Some((JSON, of::<wire::AddedDisk>(schemas))),
         Call::Events => Some(("application/x-ndjson", of::<wire::EventLine>(schemas))),
         Call::OpenApi => Some((JSON, json!({"type": "object"}))),
         Call::Metrics => Some((super::metrics::CONTENT_TYPE, json!({"type": "string"}))),

@@ -6,8 +6,8 @@ use std::task::{Context, Poll};
 
 use gantry_resources::base::messages;
 use gantry_resources::opener::OpenerError;
-use gantry_vmm::DeviceError;
 use gantry_vmm::command::CommandError;
+use gantry_vmm::{DeviceError, DiskError, DiskProblem};
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::ext::ReasonPhrase;
@@ -151,6 +151,7 @@ impl From<CommandError> for HttpError {
             E::Invalid(_) => StatusCode::BAD_REQUEST,
             E::Ending | E::Busy => StatusCode::SERVICE_UNAVAILABLE,
             E::Failed(error) if not_to_be_had(error) => StatusCode::CONFLICT,
+            E::Failed(gantry_vmm::Error::Disk(DiskError::Later(_))) => StatusCode::BAD_REQUEST,
             E::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let temporary = match &error {
@@ -180,6 +181,9 @@ fn not_to_be_had(error: &gantry_vmm::Error) -> bool {
             ),
             _ => false,
         },
+        E::Disk(DiskError::Later(DiskProblem::Locked { .. } | DiskProblem::HostUses { .. })) => {
+            true
+        }
         _ => false,
     }
 }

@@ -24,6 +24,7 @@ pub enum Call {
     Info,
     Counters,
     AddDevice,
+    AddDisk,
     RemoveDevice,
     Console,
     Events,
@@ -205,6 +206,24 @@ pub const ROUTES: &[Route] = &[
         ],
     ),
     route(
+        "/api/v1/vm.add-disk",
+        "PUT",
+        Call::AddDisk,
+        "Attach a disk: the answer comes when it is announced to the guest, or 204 if the VM is not booted",
+        &[
+            (
+                400,
+                "The body is wrong, or its file is no disk; the answer says why.",
+            ),
+            NOT_CREATED,
+            (
+                409,
+                "The name is taken, there is no free slot, or the file is in use or not one that the VM may have.",
+            ),
+            FAILED,
+        ],
+    ),
+    route(
         "/api/v1/vm.remove-device",
         "PUT",
         Call::RemoveDevice,
@@ -252,7 +271,6 @@ pub const ROUTES: &[Route] = &[
 
 /// Calls of Cloud Hypervisor's API that gantry does not have.
 pub const UNSUPPORTED: &[&str] = &[
-    "vm.add-disk",
     "vm.add-fs",
     "vm.add-generic-vhost-user",
     "vm.add-net",

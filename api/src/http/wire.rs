@@ -88,11 +88,11 @@ pub struct VmInfo {
     /// Where it is on the host, if it is kept anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
-    /// Its passed devices by their names.
+    /// Its devices by their names.
     pub device_tree: BTreeMap<String, DeviceNode>,
     /// Name of the VM.
     pub name: String,
-    /// Its passed devices, with what the device tree lacks.
+    /// Its devices in slots, passed ones and disks, with what the device tree lacks.
     pub devices: Vec<Device>,
     /// Slots that devices can be attached in, taken or not.
     pub slots: usize,
@@ -164,6 +164,9 @@ pub struct Hotplug {
     /// Files with expansion ROMs that these devices can have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roms: Vec<PathBuf>,
+    /// The disks that can come, and folders that disks can come from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<PathBuf>,
 }
 
 impl From<&gantry_vmm::Hotplug> for Hotplug {
@@ -179,6 +182,7 @@ impl From<&gantry_vmm::Hotplug> for Hotplug {
             ungrouped: hotplug.ungrouped,
             window: hotplug.window,
             roms: hotplug.roms.clone(),
+            disks: hotplug.disks.clone(),
         }
     }
 }
@@ -290,13 +294,17 @@ impl From<command::DeviceState> for DeviceState {
     }
 }
 
-/// A passed device.
+/// A device in a slot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Device {
     /// Its name in the VM.
     pub id: String,
-    /// Its address in the host.
-    pub host: DeviceName,
+    /// Its address in the host, if it is a passed device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<DeviceName>,
+    /// Its image or block device, if it is a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
     /// Its address in the guest, as in `device_tree`.
     pub pci_bdf: String,
     /// The group that it is of.
@@ -314,9 +322,10 @@ impl From<&command::DeviceInfo> for Device {
     fn from(device: &command::DeviceInfo) -> Self {
         Self {
             id: device.id.clone(),
-            host: device.name,
+            host: device.kind.passed().map(|passed| passed.name),
+            path: device.kind.disk().map(|disk| disk.path.clone()),
             pci_bdf: device.guest.to_string(),
-            group: device.group.clone(),
+            group: device.kind.passed().and_then(|passed| passed.group.clone()),
             state: device.state.into(),
             together_with: device.together_with.clone(),
         }
@@ -335,18 +344,27 @@ impl From<&command::VmInfo> for VmInfo {
             };
             (device.id.clone(), node)
         };
-        let plugged = |device: &command::DeviceInfo| DeviceRequest {
-            id: Some(device.id.clone()),
-            allow: device.allow,
-            on_error: device.on_error,
-            rom: device.rom.clone(),
-            ..DeviceRequest::device(device.name)
+        let passed = |device: &command::DeviceInfo| {
+            let passed = device.kind.passed()?;
+            Some(DeviceRequest {
+                id: Some(device.id.clone()),
+                allow: passed.allow,
+                on_error: passed.on_error,
+                rom: passed.rom.clone(),
+                ..DeviceRequest::device(passed.name)
+            })
         };
-        let devices = match info.state {
-            command::VmState::Running | command::VmState::Paused => {
-                info.devices.iter().map(plugged).collect()
-            }
-            command::VmState::Created | command::VmState::Shutdown => config.devices.clone(),
+        let plugged = info.devices.iter();
+        let disk = |device: &command::DeviceInfo| device.kind.disk().map(Disk::from);
+        let (devices, disks) = match info.state {
+            command::VmState::Running | command::VmState::Paused => (
+                plugged.clone().filter_map(passed).collect(),
+                plugged.filter_map(disk).collect(),
+            ),
+            command::VmState::Created | command::VmState::Shutdown => (
+                config.devices.clone(),
+                config.disks.iter().map(Disk::from).collect(),
+            ),
         };
         let vcpus = config.vcpus.get();
         Self {
@@ -383,7 +401,7 @@ impl From<&command::VmInfo> for VmInfo {
                     NumaPolicy::Only(nodes) => Some(nodes.iter().collect()),
                 },
                 hotplug: Hotplug::from(&config.hotplug),
-                disks: config.disks.iter().map(Disk::from).collect(),
+                disks,
                 cloud_init: config.cloud_init.as_ref().map(CloudInit::from),
                 serial: Serial::from(&config.serial),
                 console: Serial::from(&SerialMode::Off),
@@ -392,6 +410,24 @@ impl From<&command::VmInfo> for VmInfo {
                     iommufd: config.back_end.map(|one| one == VfioBackEnd::Iommufd),
                 },
             },
+        }
+    }
+}
+
+/// Answer to `vm.add-disk`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct AddedDisk {
+    /// Its name in the VM.
+    pub id: String,
+    /// Its address in the guest.
+    pub bdf: String,
+}
+
+impl From<&command::DeviceInfo> for AddedDisk {
+    fn from(disk: &command::DeviceInfo) -> Self {
+        Self {
+            id: disk.id.clone(),
+            bdf: disk.guest.to_string(),
         }
     }
 }

@@ -13,8 +13,8 @@ use gantry_api::http::{Console, Events, Identity, Limits, Server, Socket, Stop, 
 use gantry_resources::base::HostPaths;
 use gantry_vmm::VmConfig;
 use gantry_vmm::command::{
-    Answer, Attach, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceState,
-    GuestBdf, Reply, VmEvent, VmInfo, VmState,
+    Answer, Attach, Command, CommandError, DeferredConfig, DeviceCounters, DeviceInfo, DeviceKind,
+    DeviceState, GuestBdf, PassedDevice, Reply, VmEvent, VmInfo, VmState,
 };
 
 /// A VM without a machine. It answers at once, on the thread that asks.
@@ -112,6 +112,7 @@ impl FakeVm {
                 let texts = files.into_iter().flatten().map(text_of);
                 (1, Some(texts.collect::<Vec<_>>().join(" and ")))
             }
+            Attach::Disk { .. } => (1, None),
         };
         if state.devices.len() + count > SLOTS {
             return Err(CommandError::NoFreeSlot { slots: SLOTS });
@@ -127,6 +128,7 @@ impl FakeVm {
                 Default::default(),
                 matches!(other, Attach::Plan { name, .. } if name == WHOLE),
             ),
+            Attach::Disk { .. } => Default::default(),
         };
         for index in first..first + count {
             let id = attach
@@ -135,14 +137,20 @@ impl FakeVm {
             if state.devices.iter().any(|device| device.id == id) {
                 return Err(CommandError::DuplicateId(id));
             }
+            let kind = match attach {
+                Attach::Disk { disk, .. } => DeviceKind::Disk(disk.clone()),
+                _ => DeviceKind::Passed(PassedDevice {
+                    name: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
+                    group: group.clone(),
+                    allow,
+                    on_error,
+                    rom: rom.clone(),
+                }),
+            };
             let device = DeviceInfo {
                 id,
-                name: format!("0000:{:02x}:00.0", index + 1).parse().unwrap(),
+                kind,
                 guest: GuestBdf::from_bits((index as u16 + 1) << 8),
-                group: group.clone(),
-                allow,
-                on_error,
-                rom: rom.clone(),
                 state: DeviceState::Announced,
                 together_with: match whole {
                     true => vec![format!("dev{}", 2 * first + 1 - index)],
@@ -169,7 +177,10 @@ fn text_of(mut file: &File) -> String {
 fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
     let counters = |device: &DeviceInfo| DeviceCounters {
         id: device.id.clone(),
-        bdf: device.name.to_string(),
+        bdf: device
+            .kind
+            .passed()
+            .map_or(String::new(), |one| one.name.to_string()),
         interrupts: BTreeMap::from([(0, 3), (2, 40)]),
         trapped_reads: BTreeMap::from([("bar0".to_owned(), 7)]),
         trapped_writes: BTreeMap::new(),

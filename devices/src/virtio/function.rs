@@ -79,6 +79,17 @@ pub enum VirtioError {
     EventFd(#[source] io::Error),
 }
 
+/// What a virtio device needs of its VM.
+#[derive(Clone)]
+pub struct VirtioHost {
+    /// Guest RAM.
+    pub ram: RamView,
+    /// Delivers interrupts.
+    pub router: Arc<dyn MsiRouter>,
+    /// Bits of a guest-physical address.
+    pub address_bits: u8,
+}
+
 /// A virtio device in the guest's PCI hierarchy.
 pub struct VirtioFunction {
     device: Arc<Device>,
@@ -99,21 +110,26 @@ struct Device {
     signals: Arc<Signals>,
     interrupts: Interrupts<SignalBackend>,
     doorbells: Arc<[Arc<EventFd>]>,
+    on_ready: Box<dyn Fn() + Send + Sync>,
 }
 
 impl VirtioFunction {
-    /// The function of `backend` in a guest with `address_bits` bits of physical address, whose RAM is `ram`.
-    /// `router` delivers its interrupts. Log lines name it `name`.
+    /// The function of `backend` in a guest. Log lines name it `name`. It calls `on_ready` each time that a driver
+    /// is ready.
     ///
     /// # Errors
     /// The backend has too many queues, or the process has no file descriptors left.
     pub fn new(
         name: &str,
         backend: Arc<dyn VirtioBackend>,
-        ram: RamView,
-        router: Arc<dyn MsiRouter>,
-        address_bits: u8,
+        host: VirtioHost,
+        on_ready: impl Fn() + Send + Sync + 'static,
     ) -> Result<Arc<Self>, VirtioError> {
+        let VirtioHost {
+            ram,
+            router,
+            address_bits,
+        } = host;
         let name: Arc<str> = name.into();
         let sizes = backend.queue_sizes();
         let queues = sizes.len();
@@ -143,6 +159,7 @@ impl VirtioFunction {
             signals,
             backend,
             ram,
+            on_ready: Box::new(on_ready),
         });
         let bars = BarSet::new(name, [bar(&device)], address_bits)?;
         Ok(Arc::new(Self {
@@ -151,9 +168,40 @@ impl VirtioFunction {
         }))
     }
 
-    /// Has the device leave guest RAM. [`PciDevice::reset`] waits for it.
+    /// Has the device leave guest RAM. [`Self::power_cycle`] waits for it.
     pub fn stop(&self) {
         self.device.backend.stop();
+    }
+
+    /// Brings the function to its state at the first start of the guest.
+    ///
+    /// # Errors
+    /// The device does not leave guest RAM in time.
+    pub fn power_cycle(&self) -> io::Result<()> {
+        self.device.stop_and_wait()?;
+        self.reset_config();
+        self.device.reset_registers(&mut self.device.transport());
+        self.device.interrupts.reset();
+        Ok(())
+    }
+
+    /// Takes the device, which is out of its slot, away from the guest: its BAR, its interrupts, guest RAM.
+    ///
+    /// # Errors
+    /// The device does not leave guest RAM in time.
+    pub fn retire(&self) -> io::Result<()> {
+        self.reset_config();
+        let stopped = self.device.stop_and_wait();
+        self.device.interrupts.reset();
+        stopped
+    }
+
+    fn reset_config(&self) {
+        let mut registers = self.lock();
+        registers.bars.unmap();
+        registers.bars.unassign();
+        let vectors = self.device.signals.count();
+        registers.config = config_space(&*self.device.backend, vectors);
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -228,16 +276,7 @@ impl PciDevice for VirtioFunction {
     }
 
     fn reset(&self, _space: &dyn BarSpace) -> io::Result<()> {
-        self.device.stop_and_wait()?;
-        let mut registers = self.lock();
-        registers.bars.unmap();
-        registers.bars.unassign();
-        let vectors = self.device.signals.count();
-        registers.config = config_space(&*self.device.backend, vectors);
-        drop(registers);
-        self.device.reset_registers(&mut self.device.transport());
-        self.device.interrupts.reset();
-        Ok(())
+        self.power_cycle()
     }
 }
 
@@ -278,7 +317,11 @@ impl Device {
                         self.backend.stop();
                         self.reset_registers(&mut transport);
                     }
-                    Step::Start => self.start(&transport),
+                    Step::Start => {
+                        self.start(&transport);
+                        drop(transport);
+                        (self.on_ready)();
+                    }
                 }
             }
             ISR..DOORBELLS => {}

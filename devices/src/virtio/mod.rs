@@ -15,6 +15,6 @@ mod worker;
 
 pub use backend::{Activation, ActiveQueue, VirtioBackend, VirtioKind};
 pub use chain::{ChainError, Segments};
-pub use function::{VirtioError, VirtioFunction};
+pub use function::{VirtioError, VirtioFunction, VirtioHost};
 pub use signals::QueueSignal;
 pub use worker::{Worker, WorkerHandle, worker};

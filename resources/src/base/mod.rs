@@ -23,7 +23,7 @@ pub use helpers::reap_helpers;
 pub use host::HostPaths;
 pub use name::{DeviceName, label_flaw};
 pub use numbers::Numbers;
-pub use regular::{open_below, open_regular, read_regular, read_text};
+pub use regular::{open_below, open_regular, open_with, read_regular, read_text};
 pub use size::ByteSize;
 pub use text::harmless;
 pub use uuid::Uuid;

@@ -34,6 +34,15 @@ pub fn open_regular(path: &Path, options: &OpenOptions) -> io::Result<File> {
     options.open(path).and_then(opened_regular)
 }
 
+/// Opens what there is at a path, with these flags alone.
+///
+/// # Errors
+/// The kernel refused.
+pub fn open_with(path: &Path, flags: OFlag) -> io::Result<File> {
+    let opened = nix::fcntl::open(path, flags | OFlag::O_CLOEXEC, Mode::empty());
+    Ok(File::from(opened?))
+}
+
 /// Opens a regular file below a folder without waiting; no link and no `..` in `path` leads out of it. The path
 /// begins with the folder, or is relative to it.
 ///

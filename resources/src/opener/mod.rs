@@ -7,6 +7,7 @@
 //! waits for one that is being made. Before the VM runs it is told what that may be
 //! given, and it keeps to that whoever asks.
 
+mod files;
 mod server;
 mod wire;
 
@@ -46,7 +47,7 @@ pub use wire::{Limit, Nodes};
 const SUBCOMMAND: &str = "__open";
 /// How long a lease may take, with drivers that let go slowly and virtual functions that are made for it.
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
-/// How long giving one back may take, or reading a file.
+/// How long giving one back may take, or reading or opening a file.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long the helper may take to read what it is told, or to send a file that it has announced.
 const SAY_PATIENCE: Duration = Duration::from_secs(10);
@@ -346,7 +347,7 @@ impl Opener {
                     (devices, groups, files.into_iter())
                 }
                 Said::Not(refusal) => return Err(refusal.into()),
-                Said::Planned(_) | Said::Device(_) => {
+                _ => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
             }
@@ -426,6 +427,22 @@ impl Opener {
         let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
         match said.map_err(OpenerError::Gone)? {
             Said::Device(name) => Ok(name),
+            Said::Not(refusal) => Err(refusal.into()),
+            _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
+        }
+    }
+
+    /// A file or block device, opened with these flags. The inner result is the kernel's answer.
+    pub fn file(&self, path: &Path, flags: i32) -> Result<io::Result<File>, OpenerError> {
+        let mut line = self.lock();
+        let ask = Ask::File {
+            path: path.to_owned(),
+            flags,
+        };
+        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
+        match said.map_err(OpenerError::Gone)? {
+            Said::Opened => line.file().map(Ok).map_err(OpenerError::Files),
+            Said::NotOpened { errno } => Ok(Err(io::Error::from_raw_os_error(errno))),
             Said::Not(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }

@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::files;
 use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Nodes, Refusal, Return, Said};
 use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
 use crate::base::chain::chain;
@@ -120,6 +121,9 @@ fn answer(
                 let device = device_of_cdev(paths, major, minor);
                 let device = device.map_err(|error| denied(&error));
                 wire::send(socket, &device.map_or_else(Said::Not, Said::Device))?;
+            }
+            Ok(Ask::File { path, flags }) => {
+                send_opened(socket, files::open(server.limit.as_ref(), &path, flags))?;
             }
             Ok(Ask::Unheard) => {
                 for id in std::mem::take(&mut server.last) {
@@ -468,6 +472,24 @@ pub fn ungrouped(request: &DeviceRequest) -> String {
 fn devices(requests: &[DeviceRequest]) -> usize {
     let counts = requests.iter().map(|request| request.count as usize);
     counts.fold(0, usize::saturating_add)
+}
+
+/// Sends a file that was opened, or why it was not.
+fn send_opened(
+    socket: &mut UnixStream,
+    opened: Result<io::Result<File>, Refusal>,
+) -> io::Result<()> {
+    match opened {
+        Ok(Ok(file)) => {
+            wire::send(socket, &Said::Opened)?;
+            wire::send_file(socket, file.as_raw_fd())
+        }
+        Ok(Err(error)) => {
+            let errno = error.raw_os_error().unwrap_or(nix::libc::EACCES);
+            wire::send(socket, &Said::NotOpened { errno })
+        }
+        Err(refusal) => wire::send(socket, &Said::Not(refusal)),
+    }
 }
 
 fn open_node(path: &Path) -> Result<File, Refusal> {

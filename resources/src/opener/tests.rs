@@ -101,6 +101,8 @@ fn only(groups: &[&str]) -> Limit {
         from: groups.collect(),
         ungrouped: false,
         most: 2,
+        read: Vec::new(),
+        write: Vec::new(),
     }
 }
 

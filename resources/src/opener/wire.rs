@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -49,6 +50,8 @@ pub(super) enum Ask {
     Plan(String),
     /// Which device the cdev with this number is of.
     Cdev { major: u32, minor: u32 },
+    /// A file or block device, opened with these flags.
+    File { path: PathBuf, flags: i32 },
 }
 
 /// The nodes to be opened for devices: their groups' or their cdevs.
@@ -81,6 +84,10 @@ pub struct Limit {
     pub ungrouped: bool,
     /// How many devices it may have at a time.
     pub most: usize,
+    /// The files, and the folders with files, that are opened for it to be read.
+    pub read: Vec<PathBuf>,
+    /// Those that are opened for it to be read and written.
+    pub write: Vec<PathBuf>,
 }
 
 /// What the opener answers.
@@ -95,6 +102,12 @@ pub(super) enum Said {
     Planned(Vec<DeviceRequest>),
     /// Whose cdev it is.
     Device(DeviceName),
+    /// Behind it comes the file's descriptor.
+    Opened,
+    /// The kernel's answer to the open.
+    NotOpened {
+        errno: i32,
+    },
     Not(Refusal),
 }
 

@@ -44,7 +44,7 @@ const SOCKET: &str = "/run/gantry/vm.sock";
 
 /// Runs `test` with a client of the socket at `path` in the lab. The client is outside: what it writes
 /// goes through the lab's channel.
-fn with_client(
+pub fn with_client(
     host: &Host,
     path: &str,
     test: impl AsyncFnOnce(SocketBasedApiClient) -> Result<()>,

@@ -1,13 +1,18 @@
 //! Cases about disks that are files or block devices of the host.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
+use cloud_hypervisor_client::apis::DefaultApi;
+use cloud_hypervisor_client::models;
 use gantry_tests::lab::Host;
 use serde_json::json;
 
+use crate::api::with_client;
 use crate::passthrough::count_exits;
 use crate::pool::{FIRST, Pool, nothing_is_held};
 use crate::runner::{Case, cases};
-use crate::vm::Vm;
+use crate::vm::{Running, Vm};
 
 /// For every host kernel.
 pub const CASES: &[Case] = cases![
@@ -16,6 +21,8 @@ pub const CASES: &[Case] = cases![
     what_is_no_raw_disk_of_its_own_is_refused,
     a_disk_of_the_host_is_a_disk,
     a_disk_works_beside_a_passed_device_and_after_a_reboot,
+    a_disk_comes_and_goes_while_the_guest_runs,
+    an_unchanged_client_attaches_a_disk,
 ];
 
 const IMAGE: &str = "/tmp/disk.img";
@@ -185,5 +192,159 @@ fn a_disk_works_beside_a_passed_device_and_after_a_reboot(host: &Host) -> Result
     let ended = running.end()?.powered_off()?;
     let expected = format!("{sum} {} -", FIRST.checksum());
     ensure!(ended.values("sum").eq([&*expected, &*expected]), "{ended}");
+    nothing_is_held(host)
+}
+
+/// Where disks may come from, and one of them.
+const FOLDER: &str = "/tmp/images";
+const LATER: &str = "/tmp/images/later.img";
+
+/// A guest that disks can be attached to, and what `sha256sum` says of the first.
+fn with_slots(host: &Host) -> Result<(Running, String)> {
+    let sum = random(host, LATER, 8)?;
+    let mut vm = with_image();
+    vm.file["hotplug"] = json!({"slots": 4, "disks": [FOLDER]});
+    Ok((vm.start(host)?, sum))
+}
+
+fn gantry(host: &Host, words: &str) -> Result<String> {
+    let output = host.sh(&format!("gantry vm {words}")).output()?;
+    Ok(output.success()?.text())
+}
+
+/// What gantry says of a command that it refuses.
+fn refusal(host: &Host, words: &str) -> Result<String> {
+    let output = host.sh(&format!("gantry vm {words} 2>&1")).output()?;
+    ensure!(output.clone().success().is_err(), "{words} is obeyed");
+    Ok(output.text())
+}
+
+fn a_disk_comes_and_goes_while_the_guest_runs(host: &Host) -> Result<()> {
+    host.sh(&format!("mkdir -p {FOLDER}")).output()?.success()?;
+    image(host)?;
+    let (mut running, sum) = with_slots(host)?;
+    running.until("/ # ")?;
+    for (path, words) in [
+        ("/tmp/disk.img", "`hotplug.disks`"),
+        ("/tmp/images/../disk.img", "it is not in /tmp/images"),
+        ("/tmp/images/none.img", "truncate -s 10G"),
+        ("/tmp/images/link.img", "/tmp/images"),
+        ("/tmp/images/qcow2.img", "is a qcow2 image"),
+        ("/tmp/images/odd.img", "is 513 bytes long"),
+    ] {
+        host.sh(
+            "cd /tmp/images; ln -sf ../disk.img link.img; truncate -s 513 odd.img
+            printf 'QFI\\373' >qcow2.img; truncate -s 1M qcow2.img",
+        )
+        .output()?
+        .success()?;
+        let said = refusal(host, &format!("attach-disk vm {path}"))?;
+        ensure!(said.contains(words), "{path}: {said}");
+    }
+    gantry(
+        host,
+        &format!("attach-disk vm {LATER} --id data --serial LATER-1"),
+    )?;
+    let twice = refusal(host, &format!("attach-disk vm {LATER} --id other"))?;
+    ensure!(twice.contains("another process has locked"), "{twice}");
+    let taken = refusal(host, &format!("attach-disk vm {LATER} --id data"))?;
+    ensure!(taken.contains("has a device \"data\" already"), "{taken}");
+    let mut second = Vm::new("none").named("second");
+    second.file["disks"] = json!([{"path": LATER}]);
+    let second = second.run(host)?;
+    ensure!(
+        second.errors.contains("another process has locked"),
+        "{second}"
+    );
+    running.keys("echo guest: sum=$(sha256sum </dev/vdb) $(cat /sys/block/vdb/serial)\n")?;
+    running.types("reboot -f")?;
+    running.types("echo guest: sum=$(sha256sum </dev/vdb) $(cat /sys/block/vdb/serial)")?;
+    running.types(
+        "dd if=/dev/zero of=/dev/vdb bs=64k count=1 conv=fsync && echo guest: written=vdb",
+    )?;
+    running.until("guest: written=vdb\r\n")?;
+    let told = gantry(host, "info vm")?;
+    ensure!(told.contains(LATER) && told.contains("3 free"), "{told}");
+    gantry(host, "detach vm data")?;
+    running.types("echo guest: gone=$(ls /sys/block | grep -c vdb)")?;
+    host.sh(&format!(
+        "dd if={LATER} bs=64k count=1 2>/dev/null | cmp -n 65536 - /dev/zero"
+    ))
+    .output()?
+    .success()?;
+    // One of those that the VM started with goes, too, and what is given back can come again.
+    let sum_again = random(host, LATER, 8)?;
+    gantry(host, "detach vm disk0")?;
+    gantry(host, &format!("attach-disk vm {LATER} --readonly"))?;
+    running.types("echo guest: again=$(sha256sum </dev/vda) $(cat /sys/block/vda/ro)")?;
+    running.types("poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    let expected = format!("{sum} LATER-1");
+    ensure!(ended.values("sum").eq([&*expected, &*expected]), "{ended}");
+    ensure!(ended.value("gone")? == "0", "{ended}");
+    ensure!(ended.value("again")? == format!("{sum_again} 1"), "{ended}");
+    ended.no_warnings()?;
+    nothing_is_held(host)
+}
+
+fn an_unchanged_client_attaches_a_disk(host: &Host) -> Result<()> {
+    host.sh(&format!("mkdir -p {FOLDER}")).output()?.success()?;
+    let sum = random(host, LATER, 8)?;
+    let socket = "/tmp/disks.sock";
+    let start = format!("exec gantry run --api-socket {socket}");
+    let mut running = Running::of(host.sh(&start).start()?);
+    host.sh(&format!("while ! [ -e {socket} ]; do sleep 0.01; done"))
+        .output()?
+        .success()?;
+    let mut file = Vm::new("shell").file;
+    file["memory"]["size"] = (256 << 20).into();
+    file["cpus"]["max_vcpus"] = 1.into();
+    let config: models::VmConfig = serde_json::from_value(file)?;
+    with_client(host, socket, async |client| {
+        client.create_vm(config).await?;
+        client.boot_vm().await?;
+        Ok(())
+    })?;
+    running.until("/ # ")?;
+    with_client(host, socket, async |client| {
+        let disk = models::DiskConfig {
+            path: Some(LATER.to_owned()),
+            id: Some("data".to_owned()),
+            ..models::DiskConfig::new()
+        };
+        let added = client.vm_add_disk_put(disk).await?;
+        ensure!(added.id == "data", "{added:?}");
+        let info = client.vm_info_get().await?;
+        let disks = info.config.disks.unwrap_or_default();
+        ensure!(disks.len() == 1, "{disks:?}");
+        ensure!(disks[0].path.as_deref() == Some(LATER), "{disks:?}");
+        Ok(())
+    })?;
+    running.keys(
+        "while ! [ -e /dev/vda ]; do sleep 0.1; done; echo guest: sum=$(sha256sum </dev/vda)\n",
+    )?;
+    running.until(&format!("guest: sum={sum}\r\n"))?;
+    with_client(host, socket, async |client| {
+        let id = Some("data".to_owned());
+        client
+            .vm_remove_device_put(models::VmRemoveDevice { id })
+            .await?;
+        let gone = async {
+            while !client
+                .vm_info_get()
+                .await?
+                .config
+                .disks
+                .unwrap_or_default()
+                .is_empty()
+            {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(Duration::from_secs(60), gone).await??;
+        Ok(client.shutdown_vmm().await?)
+    })?;
+    running.end()?.powered_off()?;
     nothing_is_held(host)
 }

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
 
 use gantry_devices::virtio::block::{Disk, SECTOR};
-use gantry_resources::base::open_below;
+use gantry_resources::base::{open_below, open_with};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -93,6 +93,14 @@ const FORMATS: [(&str, &[u8]); 6] = [
 /// # Errors
 /// It is missing, not permitted, in use, or no raw disk.
 pub fn open(config: &DiskConfig, folders: Option<&Folders>) -> Result<Disk, DiskProblem> {
+    accept(config, open_file(config, folders))
+}
+
+/// Makes a disk of the file that was `opened` for it with [`flags`], as [`open`] does.
+///
+/// # Errors
+/// It could not be opened, is in use, or no raw disk.
+pub fn accept(config: &DiskConfig, opened: io::Result<File>) -> Result<Disk, DiskProblem> {
     let path = || config.path.clone();
     let failed = |source: io::Error| match source.raw_os_error() {
         Some(libc::EBUSY) => DiskProblem::HostUses { path: path() },
@@ -102,7 +110,7 @@ pub fn open(config: &DiskConfig, folders: Option<&Folders>) -> Result<Disk, Disk
             source,
         },
     };
-    let mut file = open_file(&config.path, config.read_only, folders).map_err(failed)?;
+    let mut file = opened.map_err(failed)?;
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(DiskProblem::Kind { path: path() });
@@ -121,23 +129,27 @@ pub fn open(config: &DiskConfig, folders: Option<&Folders>) -> Result<Disk, Disk
     Ok(Disk::new(file, len, SECTOR as u32, config.read_only))
 }
 
-/// Opens without waiting for anybody. A block device that the host uses is refused to be written: `O_EXCL` does that,
-/// and means nothing for a file that is there.
-fn open_file(path: &Path, read_only: bool, folders: Option<&Folders>) -> io::Result<File> {
-    match (folders, read_only) {
-        (None, _) => {}
-        (Some(folders), true) => return open_below(&folders.payload, path, OFlag::O_RDONLY),
-        (Some(folders), false) => {
+/// How a disk is opened: without waiting for anybody. A block device that the host uses is refused to be written:
+/// `O_EXCL` does that, and means nothing for a file that is there.
+pub fn flags(config: &DiskConfig) -> OFlag {
+    let access = match config.read_only {
+        true => OFlag::O_RDONLY,
+        false => OFlag::O_RDWR | OFlag::O_EXCL,
+    };
+    access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY
+}
+
+fn open_file(config: &DiskConfig, folders: Option<&Folders>) -> io::Result<File> {
+    let (path, flags) = (&config.path, flags(config));
+    match folders {
+        None => open_with(path, flags),
+        Some(folders) if config.read_only => open_below(&folders.payload, path, flags),
+        Some(folders) => {
             let none = || io::Error::from(io::ErrorKind::PermissionDenied);
             let output = folders.output.as_ref().ok_or_else(none)?;
-            return open_below(output, path, OFlag::O_RDWR);
+            open_below(output, path, flags)
         }
     }
-    let mut options = File::options();
-    options.read(true).write(!read_only);
-    let exclusive = if read_only { 0 } else { libc::O_EXCL };
-    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | exclusive);
-    options.open(path)
 }
 
 fn help(error: &io::Error, read_only: bool) -> &'static str {
@@ -184,21 +196,15 @@ fn format_of(file: &mut File) -> io::Result<Option<&'static str>> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-
-    use gantry_devices::virtio::block::Queues;
+    use std::path::Path;
 
     use super::*;
 
     fn config(path: &Path, read_only: bool) -> DiskConfig {
         DiskConfig {
-            id: "disk0".to_owned(),
             path: path.to_owned(),
             read_only,
-            serial: String::new(),
-            queues: Queues {
-                count: 1,
-                size: 128,
-            },
+            ..DiskConfig::small()
         }
     }
 

@@ -76,6 +76,9 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
         }
         Some(output) => write.extend(output.iter().filter(|_| !written.is_empty()).cloned()),
     }
+    let later = config.later_disks();
+    read.extend(later.read);
+    write.extend(later.write);
     VmFiles {
         read,
         write,

@@ -1,6 +1,7 @@
 //! Which devices share a slot.
 
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 
 use gantry_resources::base::HostBdf;
 
@@ -9,37 +10,35 @@ use crate::passthrough::FunctionId;
 /// Sorts functions into slots: for each slot, the indexes of its functions and their function numbers. The
 /// functions of one host device share a slot and keep their numbers if function 0 is among them. Every other
 /// function has a slot of its own, and so has every virtual function: a client that detaches a slot loses all
-/// functions in it.
-pub fn arrange(devices: &[FunctionId]) -> Vec<Vec<(usize, u8)>> {
-    let place = |device: &FunctionId| match device.name.pci() {
-        Some(bdf) if !device.virtual_function => Ok((bdf.domain(), bdf.bus(), bdf.device())),
-        _ => Err(device.name),
-    };
+/// functions in it. `None` is a device that is none of the host's.
+pub fn arrange(devices: &[Option<FunctionId>]) -> Vec<Vec<(usize, u8)>> {
     let number = |device: &FunctionId| device.name.pci().map_or(0, HostBdf::function);
-    let whole = |device: &FunctionId| {
-        devices
-            .iter()
-            .any(|other| place(other) == place(device) && number(other) == 0)
+    // The host device that a function is a part of, unless it is one of its own.
+    let place = |device: &FunctionId| {
+        let bdf = device.name.pci().filter(|_| !device.virtual_function)?;
+        Some((bdf.domain(), bdf.bus(), bdf.device()))
     };
-    let mut slots: Vec<Vec<(usize, u8)>> = Vec::new();
+    let first = devices.iter().flatten().filter(|one| number(one) == 0);
+    let whole: BTreeSet<_> = first.filter_map(place).collect();
+    let mut slots: Vec<(Option<_>, Vec<(usize, u8)>)> = Vec::new();
     for (index, device) in devices.iter().enumerate() {
-        let same = |slot: &&mut Vec<(usize, u8)>| {
-            slot.iter().any(|(other, _)| {
-                devices.get(*other).map(place) == Some(place(device))
-                    && devices.get(*other).is_some_and(whole)
-            })
-        };
-        match slots.iter_mut().find(same).filter(|_| whole(device)) {
-            Some(slot) => slot.push((index, number(device))),
-            None if whole(device) => slots.push(vec![(index, number(device))]),
-            None => slots.push(vec![(index, 0)]),
+        let shared = device.and_then(|device| {
+            let place = place(&device).filter(|place| whole.contains(place))?;
+            Some((place, number(&device)))
+        });
+        let (place, number) = shared.map_or((None, 0), |(place, number)| (Some(place), number));
+        let mut others = slots.iter_mut();
+        match others.find(|(other, _)| place.is_some() && *other == place) {
+            Some((_, slot)) => slot.push((index, number)),
+            None => slots.push((place, vec![(index, number)])),
         }
     }
-    for slot in &mut slots {
+    let sorted = slots.into_iter().map(|(_, mut slot)| {
         // A guest looks for other functions only if it finds function 0, so function 0 comes last.
         slot.sort_by_key(|(_, function)| Reverse(*function));
-    }
-    slots
+        slot
+    });
+    sorted.collect()
 }
 
 #[cfg(test)]
@@ -50,10 +49,12 @@ mod tests {
         arrange(&functions(devices, false))
     }
 
-    fn functions(devices: &[&str], virtual_function: bool) -> Vec<FunctionId> {
-        let function = |text: &&str| FunctionId {
-            name: text.parse().unwrap(),
-            virtual_function,
+    fn functions(devices: &[&str], virtual_function: bool) -> Vec<Option<FunctionId>> {
+        let function = |text: &&str| {
+            Some(FunctionId {
+                name: text.parse().unwrap(),
+                virtual_function,
+            })
         };
         devices.iter().map(function).collect()
     }
@@ -74,6 +75,15 @@ mod tests {
             arranged(&["01:00.3", "0001:01:00.0", "01:00.0"]),
             [vec![(0, 3), (2, 0)], vec![(1, 0)]]
         );
+    }
+
+    #[test]
+    fn what_is_no_device_of_the_host_has_a_slot_of_its_own() {
+        let mut devices = functions(&["01:00.1", "01:00.0"], false);
+        devices.insert(1, None);
+        devices.push(None);
+        let slots = [vec![(0, 1), (2, 0)], vec![(1, 0)], vec![(3, 0)]];
+        assert_eq!(arrange(&devices), slots);
     }
 
     #[test]

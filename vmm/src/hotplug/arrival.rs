@@ -5,16 +5,16 @@ use gantry_devices::pci::PortIndex;
 use gantry_devices::pci::firmware::{self, Misfit};
 
 use super::job::{AttachJob, AttachResult};
-use super::{AttachWorker, HostDevices, arrange};
+use super::{AttachWorker, HostDevices, SlotDevice, arrange};
 use crate::command::{Answer, Attach, CommandError, Reply};
 use crate::error::Error;
 use crate::info::{DeviceInfo, VmEvent};
 use crate::machine::SlotWindows;
-use crate::passthrough::{AttachedDevice, FunctionId};
 
 impl HostDevices {
     /// Begins to attach. The reply comes when the guest has been notified, or on failure.
-    pub fn attach(&mut self, attach: Attach, reply: Reply) {
+    pub fn attach(&mut self, mut attach: Attach, reply: Reply) {
+        self.name(&mut attach);
         let free = self.free().len().saturating_sub(self.coming);
         let refused = match (&self.worker, attach.id()) {
             (None, _) => Some(CommandError::NoSlots),
@@ -34,6 +34,18 @@ impl HostDevices {
                 });
             }
             (refused, _) => reply(Err(refused.unwrap_or(CommandError::NoSlots))),
+        }
+    }
+
+    /// Gives a disk without a name one that no other device has, nor one on its way.
+    fn name(&mut self, attach: &mut Attach) {
+        let Attach::Disk { id: id @ None, .. } = attach else {
+            return;
+        };
+        let mut names = (self.disks_named..).map(|number| (number, format!("disk{number}")));
+        if let Some((number, name)) = names.find(|(_, name)| !self.has(name)) {
+            self.disks_named = number + 1;
+            *id = Some(name);
         }
     }
 
@@ -85,11 +97,11 @@ impl HostDevices {
     /// Finds slots for all devices and plugs them in, or plugs in none.
     fn plug_all(
         &mut self,
-        devices: Vec<AttachedDevice>,
+        devices: Vec<SlotDevice>,
         windows: &SlotWindows,
     ) -> Result<(), CommandError> {
         let begun = self.plugged.len();
-        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+        let mut devices: Vec<Option<SlotDevice>> = devices.into_iter().map(Some).collect();
         let plugged = self.plug_each(&mut devices, windows);
         if plugged.is_err() {
             for port in self.ports_from(begun) {
@@ -104,17 +116,17 @@ impl HostDevices {
 
     fn plug_each(
         &mut self,
-        devices: &mut [Option<AttachedDevice>],
+        devices: &mut [Option<SlotDevice>],
         windows: &SlotWindows,
     ) -> Result<(), CommandError> {
-        let functions = devices.iter().flatten().map(AttachedDevice::function);
-        for set in arrange(&functions.collect::<Vec<FunctionId>>()) {
+        let functions = devices.iter().flatten().map(SlotDevice::function);
+        for set in arrange(&functions.collect::<Vec<_>>()) {
             let port = self.slot_for(&set, devices, windows)?;
             for (index, function) in set {
                 let Some(device) = devices.get_mut(index) else {
                     continue;
                 };
-                if let Some(id) = device.as_ref().map(|device| &device.label().id)
+                if let Some(id) = device.as_ref().map(SlotDevice::id)
                     && self.has(id)
                 {
                     return Err(CommandError::DuplicateId(id.to_owned()));
@@ -131,7 +143,7 @@ impl HostDevices {
     fn slot_for(
         &self,
         set: &[(usize, u8)],
-        devices: &[Option<AttachedDevice>],
+        devices: &[Option<SlotDevice>],
         windows: &SlotWindows,
     ) -> Result<PortIndex, CommandError> {
         let mut bars = Vec::new();

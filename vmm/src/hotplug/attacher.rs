@@ -3,26 +3,28 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use gantry_devices::pci::MsiRouter;
+use gantry_devices::virtio::VirtioHost;
 use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::opener::Opener;
 use gantry_resources::pools::DeviceRequest;
 use gantry_vfio::pci::Rom;
 
-use super::DeviceContext;
 use super::job::{AttachJob, AttachSteps};
 use super::ranges::GuestRanges;
+use super::{DeviceContext, SlotDevice};
 use crate::command::Attach;
+use crate::config::DiskConfig;
+use crate::disks::{self, OpenDisk};
 use crate::error::Error;
 use crate::host::preflight;
 use crate::kvm::VfioObserver;
 use crate::passthrough::{
-    AcquiredDevices, Acquirer, AttachedDevice, DeviceError, IoAddressSpace, Lessor, Prefault,
-    RamRanges, RomFiles, SentDevice,
+    AcquiredDevices, Acquirer, DeviceError, IoAddressSpace, Lessor, Prefault, RomFiles, SentDevice,
 };
 use crate::process::error::cannot;
 use crate::process::sandbox::Role;
 use crate::process::threads::{self, Task};
+use crate::virtio::VirtioDevice;
 
 /// How often devices are leased again because their IOMMU group left the address space meanwhile.
 const ACQUIRE_TRIES: u32 = 3;
@@ -37,10 +39,8 @@ pub struct Attacher {
     pub back_end: VfioBackEnd,
     /// Tells KVM of them.
     pub observer: Arc<VfioObserver>,
-    /// Interrupts.
-    pub router: Arc<dyn MsiRouter>,
-    /// RAM, which is mapped for the first device.
-    pub ram: RamRanges,
+    /// RAM, which is mapped for the first device, and interrupts.
+    pub guest: VirtioHost,
     /// The guest addresses that no device may reserve.
     pub ranges: GuestRanges,
     /// Bytes that the process may pin; none if there is no limit.
@@ -66,7 +66,7 @@ impl Attacher {
         job: &AttachJob,
         steps: &mut AttachSteps,
         ending: &Arc<AtomicBool>,
-    ) -> Result<Vec<AttachedDevice>, Error> {
+    ) -> Result<Vec<SlotDevice>, Error> {
         let (requests, sent) = match &job.attach {
             Attach::Devices(request) => (vec![request.clone()], None),
             Attach::Plan { name, .. } => {
@@ -77,6 +77,15 @@ impl Attacher {
                 return Err(DeviceError::SentToContainer.into());
             }
             Attach::Sent(sent) => (vec![sent.request(&self.opener)?], Some(sent)),
+            Attach::Disk { id, disk } => {
+                let disk = DiskConfig {
+                    id: id.clone().unwrap_or_default(),
+                    ..disk.clone()
+                };
+                let device = self.disk(&disk)?;
+                steps.done("open");
+                return Ok(vec![SlotDevice::Virtio(device)]);
+            }
         };
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
@@ -96,7 +105,7 @@ impl Attacher {
             None => None,
         };
         let context = &self.context;
-        let opening = acquired.open(&self.router, &context.notify, &context.sandbox)?;
+        let opening = acquired.open(&self.guest.router, &context.notify, &context.sandbox)?;
         let devices = opening.wait(&context.sandbox, cancelled);
         steps.done("open");
         let mapped = mapping.map_or(Ok(()), Task::join);
@@ -105,7 +114,15 @@ impl Attacher {
         let devices = devices?;
         mapped?;
         self.space = space.as_ref().map_or_else(Weak::new, Arc::downgrade);
-        Ok(devices)
+        Ok(devices.into_iter().map(SlotDevice::Passed).collect())
+    }
+
+    /// Has a disk opened, and makes a device of it.
+    fn disk(&self, config: &DiskConfig) -> Result<VirtioDevice, Error> {
+        let opened = self.opener.file(&config.path, disks::flags(config).bits());
+        let disk = OpenDisk::later(config, opened.map_err(DeviceError::from)?)?;
+        let context = self.context.virtio(self.guest.clone());
+        Ok(disk.device(&context)?)
     }
 
     /// Leases the devices. They join the present address space, or a new one.
@@ -163,11 +180,12 @@ impl Attacher {
             }
             .into());
         }
-        let ram = self.ram.iter().map(|(_, memory)| memory.size() as u64);
-        preflight::check_pinned(ram.sum(), self.memlock)?;
+        let ram = self.guest.ram.ranges();
+        let bytes = ram.iter().map(|(_, memory)| memory.size() as u64);
+        preflight::check_pinned(bytes.sum(), self.memlock)?;
         let sandbox = &self.context.sandbox;
-        let prefault = Prefault::start(&self.ram, self.threads, ending, sandbox)?;
-        let (space, ram) = (Arc::clone(space), Arc::clone(&self.ram));
+        let prefault = Prefault::start(ram, self.threads, ending, sandbox)?;
+        let (space, ram) = (Arc::clone(space), Arc::clone(ram));
         let ending = Arc::clone(ending);
         let map = move || {
             prefault.finish();

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Instant;
 
+use super::SlotDevice;
 use crate::info::{EventSink, VmEvent};
 use crate::machine::DrainGuard;
-use crate::passthrough::AttachedDevice;
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
 
@@ -91,22 +91,22 @@ impl Closing {
 /// Retires the devices of a slot, drops `retired`, closes the devices, and sends events. `forced` says whether
 /// the guest did not release them; it is `None` for devices that were never announced.
 pub fn take_away(
-    devices: Vec<AttachedDevice>,
+    devices: Vec<SlotDevice>,
     forced: Option<bool>,
     (sandbox, events): (&Sandbox, &EventSink),
     retired: Retired,
 ) {
-    devices.iter().for_each(AttachedDevice::retire);
+    devices.iter().for_each(SlotDevice::retire);
     drop(retired);
     for device in &devices {
         if let Some(why) = device.quarantine_reason() {
             events(VmEvent::DeviceError {
-                id: device.label().id.clone(),
+                id: device.id().to_owned(),
                 error: format!("{why}: it goes into quarantine"),
             });
         }
     }
-    let ids: Vec<_> = devices.iter().map(|one| one.label().id.clone()).collect();
+    let ids: Vec<_> = devices.iter().map(|one| one.id().to_owned()).collect();
     close(devices, sandbox);
     if let Some(forced) = forced {
         ids.into_iter()
@@ -115,7 +115,7 @@ pub fn take_away(
 }
 
 /// Closes devices side by side: the kernel resets each as it is closed.
-fn close(devices: Vec<AttachedDevice>, sandbox: &Sandbox) {
+fn close(devices: Vec<SlotDevice>, sandbox: &Sandbox) {
     let closing: Vec<_> = devices
         .into_iter()
         // Without a thread the device has been dropped, hence closed, here.

@@ -95,8 +95,10 @@ impl HostDevices {
     /// A device has failed as `error` says. What follows is its entry's to say.
     fn failed(&mut self, key: DeviceKey, error: &str) -> Option<String> {
         let one = self.plugged.iter().find(|one| one.device.key() == key)?;
-        one.device.counters().failed();
-        let (id, port, then) = (one.status.id.clone(), one.status.port, one.status.on_error);
+        let device = one.device.passed()?;
+        device.counters().failed();
+        let then = one.status.kind.passed()?.on_error;
+        let (id, port) = (one.status.id.clone(), one.status.port);
         let leaves = one.must_leave;
         // A guest can make its device report errors.
         warn_limited!(device = id, "{error}");
@@ -197,16 +199,16 @@ fn due(set: Option<Instant>, asked: Option<Instant>, must_leave: bool) -> Option
 mod tests {
     use std::sync::mpsc::RecvTimeoutError;
 
-    use super::super::testing::two_slots;
+    use super::super::testing::{plug, two_slots};
     use super::*;
-    use crate::info::DeviceCounters;
+    use crate::info::{DeviceCounters, DeviceKind};
     use crate::passthrough::testing::attached;
 
     #[test]
     fn what_follows_an_error_of_a_device_is_its_entrys_to_say() {
         let (mut devices, _pci, _events, told) = two_slots();
         let (device, _reasons) = attached("01:00.0", || Ok(()));
-        devices.plug_at_boot(vec![device]).unwrap();
+        plug(&mut devices, [device]);
         let key = devices.plugged[0].device.key();
         let mut counters = DeviceCounters::default();
         for (then, end, left) in [
@@ -215,8 +217,11 @@ mod tests {
             // This guest cannot be asked: it loses the device at once.
             (OnError::Unplug, None, 0),
         ] {
-            devices.plugged[0].device.counters().read(&mut counters);
-            devices.plugged[0].status.on_error = then;
+            devices.plugged[0].device.count(&mut counters);
+            let DeviceKind::Passed(device) = &mut devices.plugged[0].status.kind else {
+                panic!("it is passed");
+            };
+            device.on_error = then;
             let ends = devices.handle(key, DeviceEvent::Failed);
             assert_eq!(ends.as_deref(), end);
             let told = std::mem::take(&mut *told.lock().unwrap());
@@ -235,7 +240,7 @@ mod tests {
     fn the_host_gets_a_device_back_from_a_vm_without_slots_too() {
         let (mut devices, _pci, _events, told) = two_slots();
         let (device, reasons) = attached("01:00.0", || Ok(()));
-        devices.plug_at_boot(vec![device]).unwrap();
+        plug(&mut devices, [device]);
         let key = devices.plugged[0].device.key();
         assert_eq!(devices.handle(key, DeviceEvent::ReleaseRequested), None);
         assert!(devices.plugged.is_empty());

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::SlotDevice;
 use crate::command::{Attach, CommandError, Reply};
 use crate::error::Error;
 use crate::info::{EventSink, VmEvent};
-use crate::passthrough::AttachedDevice;
 
 /// A request to lease and open devices.
 pub struct AttachJob {
@@ -24,7 +24,7 @@ pub struct AttachResult {
     /// Who waits for it.
     pub reply: Reply,
     /// The devices, not yet in a slot, or why they could not be had.
-    pub devices: Result<Vec<AttachedDevice>, Error>,
+    pub devices: Result<Vec<SlotDevice>, Error>,
     /// How long each step took.
     pub steps: AttachSteps,
 }

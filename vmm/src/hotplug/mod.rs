@@ -1,4 +1,4 @@
-//! The host devices of a running VM: attached and detached while the guest runs.
+//! The devices in the slots of a running VM: attached and detached while the guest runs.
 //!
 //! The control thread plugs devices in, announces them and takes them out of slots. That takes microseconds and
 //! accesses no hardware. The [`AttachWorker`] leases and opens devices, and threads of their own close them. A
@@ -13,6 +13,7 @@ mod departure;
 mod job;
 mod ranges;
 mod reset;
+mod slot_device;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -24,22 +25,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::PortIndex;
+use gantry_devices::virtio::VirtioHost;
 use gantry_resources::base::HostPaths;
 
 use crate::command::CommandError;
 use crate::error::Error;
 use crate::info::{DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::machine::{MachineError, SlotTable};
-use crate::passthrough::{
-    AttachedDevice, DeviceEventListener, DeviceEvents, DeviceKey, DeviceNotify, FunctionId,
-};
+use crate::passthrough::{DeviceEventListener, DeviceEvents, DeviceKey, DeviceNotify};
 use crate::process::error::cannot;
 use crate::process::sandbox::Sandbox;
 use crate::status::{DeviceStatus, SharedStatus};
+use crate::virtio::VirtioContext;
 pub use arrange::arrange;
 pub use attacher::Attacher;
 use closing::Closing;
 pub use ranges::GuestRanges;
+pub use slot_device::SlotDevice;
 pub use worker::AttachWorker;
 
 /// How long to wait until the guest is notified again, if it has not read the notification: a guest that boots
@@ -50,7 +52,7 @@ const LAST_REMINDER: Duration = Duration::from_secs(5);
 /// How long the kernel may take to close the devices of a VM that ends. It resets each.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What host devices need of the process.
+/// What devices need of the process.
 #[derive(Clone)]
 pub struct DeviceContext {
     /// Where the host keeps things.
@@ -65,10 +67,21 @@ pub struct DeviceContext {
     pub notify: DeviceNotify,
 }
 
+impl DeviceContext {
+    /// What virtio devices of the VM `host` need.
+    pub fn virtio(&self, host: VirtioHost) -> VirtioContext {
+        VirtioContext {
+            host,
+            sandbox: Arc::clone(&self.sandbox),
+            notify: Arc::clone(&self.notify),
+        }
+    }
+}
+
 /// A device in its slot.
 struct PluggedDevice {
     status: DeviceStatus,
-    device: AttachedDevice,
+    device: SlotDevice,
     attach: Vec<(&'static str, Duration)>,
     /// When the guest loses it, released or not.
     force_at: Option<Instant>,
@@ -76,7 +89,7 @@ struct PluggedDevice {
     must_leave: bool,
 }
 
-/// All devices of the host that a VM has.
+/// All devices that a VM has in its slots.
 ///
 /// Dropping it takes all of them out of their slots and closes them, also those that were on their way to a
 /// slot. A device that the kernel does not come back from in time is left behind.
@@ -86,6 +99,8 @@ pub struct HostDevices {
     closing: Closing,
     /// How many attachments are in progress.
     coming: usize,
+    /// The number in the next name that a disk is given.
+    disks_named: usize,
     reminder: Option<(Instant, Duration)>,
     kernel_events: DeviceEvents,
     slots: SlotTable,
@@ -103,6 +118,7 @@ impl HostDevices {
             plugged: Vec::new(),
             closing: Closing::new(&context.sandbox),
             coming: 0,
+            disks_named: 0,
             reminder: None,
             kernel_events: DeviceEvents::new().map_err(cannot("make an epoll instance"))?,
             slots: slots.clone(),
@@ -114,9 +130,9 @@ impl HostDevices {
     ///
     /// # Errors
     /// There are not enough ports.
-    pub fn plug_at_boot(&mut self, devices: Vec<AttachedDevice>) -> Result<(), MachineError> {
-        let functions: Vec<FunctionId> = devices.iter().map(AttachedDevice::function).collect();
-        let mut devices: Vec<Option<AttachedDevice>> = devices.into_iter().map(Some).collect();
+    pub fn plug_at_boot(&mut self, devices: Vec<SlotDevice>) -> Result<(), MachineError> {
+        let functions: Vec<_> = devices.iter().map(SlotDevice::function).collect();
+        let mut devices: Vec<Option<SlotDevice>> = devices.into_iter().map(Some).collect();
         let ports: Vec<PortIndex> = self.slots.pci().ports().map(|(port, ..)| port).collect();
         for (set, port) in arrange(&functions).into_iter().zip(ports) {
             for (index, function) in set {
@@ -132,24 +148,21 @@ impl HostDevices {
     /// Plugs a device in behind a port as a function. The device is in the list even if that fails.
     fn plug(
         &mut self,
-        mut device: AttachedDevice,
+        mut device: SlotDevice,
         port: PortIndex,
         function: u8,
     ) -> Result<(), MachineError> {
         let plugged = device.plug(self.slots.pci(), port, function);
-        let label = device.label().clone();
         let status = DeviceStatus {
-            id: label.id,
-            name: device.name(),
-            group: label.group,
-            allow: label.allow,
-            on_error: label.on_error,
-            rom: label.rom.clone(),
+            id: device.id().to_owned(),
+            kind: device.kind(),
             state: DeviceState::Announced,
             port,
             function,
         };
-        self.kernel_events.watch(device.key(), device.events());
+        if let Some(device) = device.passed() {
+            self.kernel_events.watch(device.key(), device.events());
+        }
         self.plugged.push(PluggedDevice {
             status,
             device,
@@ -190,11 +203,11 @@ impl HostDevices {
     fn take_away(
         &mut self,
         port: Option<PortIndex>,
-        mut devices: Vec<AttachedDevice>,
+        mut devices: Vec<SlotDevice>,
         forced: Option<bool>,
     ) {
-        devices.iter_mut().for_each(AttachedDevice::unplug);
-        let names = devices.iter().map(|device| device.name().to_string());
+        devices.iter_mut().for_each(SlotDevice::unplug);
+        let names = devices.iter().map(SlotDevice::name);
         let names = names.collect::<Vec<_>>().join(", ");
         let (sandbox, events) = (
             Arc::clone(&self.context.sandbox),
@@ -271,15 +284,13 @@ impl HostDevices {
         interrupts: &BTreeMap<String, BTreeMap<u16, u64>>,
     ) -> Vec<DeviceCounters> {
         let counters = self.plugged.iter().map(|one| {
-            let bdf = one.device.name().to_string();
             let mut counters = DeviceCounters {
                 id: one.status.id.clone(),
-                interrupts: interrupts.get(&bdf).cloned().unwrap_or_default(),
-                bdf,
                 attach: one.attach.clone(),
                 ..DeviceCounters::default()
             };
-            one.device.counters().read(&mut counters);
+            one.device.count(&mut counters);
+            counters.interrupts = interrupts.get(&counters.bdf).cloned().unwrap_or_default();
             counters
         });
         counters.collect()

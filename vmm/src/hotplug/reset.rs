@@ -7,25 +7,31 @@ use gantry_devices::pci::PortIndex;
 
 use super::HostDevices;
 use crate::passthrough::{RESET_TIMEOUT, reset_all, resets_of};
-use crate::process::error::HostError;
+use crate::process::error::{HostError, cannot};
+use crate::virtio::VirtioDevice;
 
 impl HostDevices {
     /// Resets all devices in parallel, those on one bus together if one of them has no reset of its own. The guest
     /// loses the devices whose reset fails or takes too long, and they go into quarantine.
     ///
     /// # Errors
-    /// No thread could be made.
+    /// No thread could be made, or a virtio device does not leave guest RAM.
     pub fn reset_functions(&mut self) -> Result<(), HostError> {
         self.reset_within(RESET_TIMEOUT)
     }
 
     pub(super) fn reset_within(&mut self, timeout: Duration) -> Result<(), HostError> {
-        let devices: Vec<_> = self.plugged.iter().map(|one| &one.device).collect();
+        let virtio = || self.plugged.iter().filter_map(|one| one.device.virtio());
+        virtio().for_each(VirtioDevice::stop);
+        let passed = self.plugged.iter();
+        let passed = passed.filter_map(|one| Some((one.status.port, one.device.passed()?)));
+        let (ports, devices): (Vec<PortIndex>, Vec<_>) = passed.unzip();
         let failed = reset_all(resets_of(&devices), &self.context.sandbox, timeout)?;
-        let failed = failed
-            .into_iter()
-            .filter_map(|index| self.plugged.get(index));
-        let ports: BTreeSet<PortIndex> = failed.map(|one| one.status.port).collect();
+        let failed = failed.into_iter().filter_map(|index| ports.get(index));
+        let ports: BTreeSet<PortIndex> = failed.copied().collect();
+        // Unlike a device of the host, one that does not stop would write to the memory of the guest that boots.
+        let reset = virtio().try_for_each(VirtioDevice::reset);
+        reset.map_err(cannot("reset a virtio device for the guest's reboot"))?;
         for port in ports {
             self.lose(port);
         }
@@ -57,7 +63,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc::channel;
 
-    use super::super::testing::two_slots;
+    use super::super::testing::{plug, two_slots};
     use super::*;
     use crate::info::VmEvent;
     use crate::passthrough::testing::{attached, attached_on_bus};
@@ -85,7 +91,7 @@ mod tests {
                 })
             })
             .unzip();
-        devices.plug_at_boot(both).unwrap();
+        plug(&mut devices, both);
         devices.reset_functions().unwrap();
         assert_eq!(count.load(Ordering::SeqCst), 1);
         assert_eq!(devices.statuses().len(), 2);
@@ -118,7 +124,7 @@ mod tests {
             let _ = stuck.lock().unwrap().recv();
             Ok(())
         });
-        devices.plug_at_boot(vec![fails, hangs]).unwrap();
+        plug(&mut devices, [fails, hangs]);
 
         let soon = Duration::from_millis(100);
         devices.reset_within(soon).unwrap();

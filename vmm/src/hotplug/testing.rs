@@ -8,13 +8,20 @@ use gantry_devices::pci::PciSegment;
 use gantry_resources::base::HostPaths;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{DeviceContext, HostDevices};
+use super::{DeviceContext, HostDevices, SlotDevice};
 use crate::info::VmEvent;
 use crate::machine::{NoSpace, SlotTable};
+use crate::passthrough::AttachedDevice;
 use crate::process::sandbox::{Sandbox, SeccompMode};
 
 /// The events that clients were sent.
 pub type Told = Arc<Mutex<Vec<VmEvent>>>;
+
+/// Plugs in devices of the host.
+pub fn plug(devices: &mut HostDevices, passed: impl IntoIterator<Item = AttachedDevice>) {
+    let all = passed.into_iter().map(SlotDevice::Passed);
+    devices.plug_at_boot(all.collect()).unwrap();
+}
 
 /// A VM without devices and with two slots, where nothing can be attached later.
 pub fn two_slots() -> (HostDevices, Arc<PciSegment>, Arc<PlatformEvents>, Told) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use gantry_devices::pci::registers::{COMMAND, COMMAND_MEMORY};
 
 use super::HostDevices;
-use super::testing::{Told, two_slots};
+use super::testing::{Told, plug, two_slots};
 use crate::info::VmEvent;
 use crate::machine::NoSpace;
 use crate::passthrough::testing::{Gate, attached, attached_behind};
@@ -30,7 +30,7 @@ impl Stuck {
         let gate = Arc::<Gate>::default();
         let (hangs, reasons) = attached_behind("01:00.0", &gate);
         let (good, _) = attached("02:00.0", || Ok(()));
-        devices.plug_at_boot(vec![hangs, good]).unwrap();
+        plug(&mut devices, [hangs, good]);
         let (port, ..) = pci.ports().next().unwrap();
         let (_, function) = pci.functions_behind(port).remove(0);
         gate.close();
@@ -121,7 +121,7 @@ fn a_device_that_reads_all_ones_is_set_aside_when_it_leaves() {
     let (mut devices, _pci, _events, told) = two_slots();
     let gate = Arc::<Gate>::default();
     let (device, reasons) = attached_behind("01:00.0", &gate);
-    devices.plug_at_boot(vec![device]).unwrap();
+    plug(&mut devices, [device]);
     gate.die();
     drop(devices);
     let why = reasons.recv_timeout(LATE).unwrap();

@@ -71,8 +71,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine as planned. The first `ports` root ports are for the devices that the VM starts with, the
-    /// last of them for its disks.
+    /// Builds the machine as planned. The first `ports` root ports are for the devices that the VM starts with.
     ///
     /// # Errors
     /// The host has no memory or descriptors left, KVM refused, or the serial port's file cannot
@@ -91,12 +90,9 @@ impl Machine {
             .map_err(cannot("set up interrupt routes (KVM_SET_GSI_ROUTING)"))?;
         let pci = Arc::new(hierarchy(layout)?);
         let serial = serial::port(config, console, || connect_irq(&routes, layout::SERIAL_GSI))?;
-        // In a VM with hot-plug slots, the devices at boot can be detached, too, but not its disks.
-        let disks = config.disks.len() + usize::from(config.cloud_init.is_some());
-        let disks = ports.saturating_sub(disks)..ports;
+        // In a VM with hot-plug slots, the devices at boot can be detached, too.
         let all = pci.ports().map(|(port, at, _)| HotSlot { port, at });
-        let hot_slots = all.filter(|slot| hot > 0 && !disks.contains(&slot.port.get()));
-        let hot_slots: Vec<HotSlot> = hot_slots.collect();
+        let hot_slots: Vec<HotSlot> = all.filter(|_| hot > 0).collect();
         let trigger = connect_irq(&routes, layout::EVENT_GSI)?;
         let slot_ports = hot_slots.iter().map(|slot| slot.port);
         let events = Arc::new(PlatformEvents::new(slot_ports.clone(), trigger));

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
+use gantry_devices::virtio::VirtioHost;
 use gantry_resources::base::HostPaths;
 use gantry_resources::facts::node_of;
 use gantry_resources::holding::Holder;
@@ -18,12 +19,12 @@ use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
-use crate::disks::{self, Disks};
+use crate::disks;
 use crate::error::Error;
 use crate::host::files::{FileError, read_rom};
 use crate::host::placement::VmPlacement;
 use crate::host::preflight::{self, PreflightError};
-use crate::hotplug::{HostDevices, arrange};
+use crate::hotplug::{HostDevices, SlotDevice, arrange};
 use crate::info::VmState;
 use crate::kvm::{KvmError, KvmVm, Vcpu, VfioObserver};
 use crate::layout::{HYPERTRANSPORT, Layout, LayoutInputs};
@@ -71,8 +72,8 @@ impl Vm {
         signals.check()?;
         let later = to_come(host, &config.hotplug.from);
         let placement = place_vm(config, &acquired, &later, host)?;
-        let slots = arrange(&acquired.functions()).len();
-        let ports = slots + disks.len();
+        let functions: Vec<_> = acquired.functions().into_iter().map(Some).collect();
+        let ports = arrange(&functions).len() + disks.len();
         let space = acquired.space().cloned();
         let layout = plan(config, &features, &acquired, ports, &later)?;
         let mut machine = Machine::new(&kvm, &layout, config, ports, &placement, &context.console)?;
@@ -81,12 +82,21 @@ impl Vm {
         })?;
 
         let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
-        devices.plug_at_boot(opened)?;
-        let disks = Disks::plug(disks, &machine, slots, &features, sandbox)?;
+        let guest = VirtioHost {
+            ram: machine.ram.view(),
+            router: Arc::new(machine.routes.clone()),
+            address_bits: features.physical_bits(),
+        };
+        let virtio = context.for_devices().virtio(guest.clone());
+        let mut all: Vec<_> = opened.into_iter().map(SlotDevice::Passed).collect();
+        for disk in disks {
+            all.push(SlotDevice::Virtio(disk.device(&virtio)?));
+        }
+        devices.plug_at_boot(all)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
-            hot.confine(&placement, limit(config, slots))?;
-            devices.open_slots(hot.worker(space.as_ref(), config, &machine, &layout, context)?);
+            hot.confine(&placement, limit(config, ports))?;
+            devices.open_slots(hot.worker(space.as_ref(), config, guest, &layout, context)?);
         }
         let declared = space.is_none() && !config.hotplug.from.is_empty();
         let ram = machine.ram.ranges();
@@ -102,7 +112,6 @@ impl Vm {
         Ok(Self {
             vcpus,
             devices,
-            disks,
             _prefault: prefault.transpose()?,
             interrupts: File::open(host.proc.join("interrupts")).ok(),
             machine,

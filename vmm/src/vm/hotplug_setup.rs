@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Weak};
 use std::thread::available_parallelism;
 
+use gantry_devices::virtio::VirtioHost;
 use gantry_resources::base::HostPaths;
 use gantry_resources::facts::memlock_limit;
 use gantry_resources::holding::Holder;
@@ -16,7 +17,6 @@ use crate::host::placement::VmPlacement;
 use crate::hotplug::{AttachWorker, Attacher, GuestRanges};
 use crate::kvm::{KvmVm, VfioObserver};
 use crate::layout::Layout;
-use crate::machine::Machine;
 use crate::passthrough::{DeviceError, IoAddressSpace, RomFiles};
 use crate::process::error::HostError;
 
@@ -72,7 +72,7 @@ impl HotplugSetup {
         self,
         space: Option<&Arc<IoAddressSpace>>,
         config: &VmConfig,
-        machine: &Machine,
+        guest: VirtioHost,
         layout: &Layout,
         context: &VmContext,
     ) -> Result<AttachWorker, HostError> {
@@ -80,9 +80,8 @@ impl HotplugSetup {
             opener: self.opener,
             back_end: config.back_end_on(&context.host),
             observer: self.observer,
-            router: Arc::new(machine.routes.clone()),
+            guest,
             space: space.map_or_else(Weak::new, Arc::downgrade),
-            ram: machine.ram.ranges(),
             ranges: guest_ranges(layout),
             memlock: memlock_limit(&context.host),
             threads: populate_threads(available_parallelism().map_or(1, NonZeroUsize::get)),
@@ -102,13 +101,16 @@ fn populate_threads(processors: usize) -> usize {
         .min(POPULATE_THREADS)
 }
 
-/// What may be attached while the VM runs. `ports` is the number of slots that the devices at boot take.
+/// What may be attached while the VM runs. `ports` is the number of slots that are taken at boot.
 pub fn limit(config: &VmConfig, ports: usize) -> Limit {
     let slots = ports + usize::from(config.hotplug.slots);
+    let files = config.later_disks();
     Limit {
         from: config.hotplug.from.clone(),
         ungrouped: config.hotplug.ungrouped,
         most: slots * FUNCTIONS,
+        read: files.read,
+        write: files.write,
     }
 }
 

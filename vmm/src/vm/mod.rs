@@ -16,7 +16,6 @@ use std::time::Instant;
 use crate::command::{Answer, Command, Reply};
 use crate::config::{SerialMode, VmConfig};
 use crate::cpu::{self, Snapshot};
-use crate::disks::Disks;
 use crate::error::Error;
 use crate::host::placement::VmPlacement;
 use crate::hotplug::HostDevices;
@@ -83,7 +82,6 @@ pub struct Vm {
     // Dropped in this order: vCPUs, then devices, then the machine, KVM last.
     vcpus: Vcpus,
     devices: HostDevices,
-    disks: Disks,
     _prefault: Option<Prefault>,
     machine: Machine,
     snapshots: Vec<Snapshot>,
@@ -204,8 +202,6 @@ impl Vm {
         self.devices.reset(&ejected);
         self.devices.reset_functions()?;
         self.devices.wait_for_leaving();
-        let reset = self.disks.reset(&*self.machine.space);
-        reset.map_err(cannot("reset a disk for the guest's reboot"))?;
         self.machine.reset(&self.layout)?;
         let snapshots = self.snapshots.iter();
         let mut snapshots = snapshots.cycle();

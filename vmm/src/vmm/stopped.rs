@@ -7,7 +7,7 @@ use gantry_resources::opener::{source_of, ungrouped};
 use gantry_resources::pools::{DeviceRequest, Plans};
 
 use crate::command::{Answer, Attach, Command, CommandError, DeferredConfig, Detach};
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, VmConfig};
 use crate::info::{EventSink, VmEvent, VmState};
 use crate::status::{SharedStatus, VmStatus};
 
@@ -95,6 +95,7 @@ impl StoppedVm {
             }
             // Its descriptor would be kept open for a boot that may never come.
             Attach::Sent(_) => return Err(CommandError::NotBooted),
+            Attach::Disk { id, disk } => return self.attach_disk(id, disk),
         };
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
         let allowed = created.hotplug.ungrouped;
@@ -106,11 +107,7 @@ impl StoppedVm {
         for request in &mut new {
             request.allow_ungrouped = allowed;
         }
-        let known: Vec<String> = created
-            .devices
-            .iter()
-            .flat_map(DeviceRequest::names)
-            .collect();
+        let known = created.names();
         let twice = new.iter().find_map(|asked| {
             let same = created
                 .devices
@@ -126,19 +123,34 @@ impl StoppedVm {
         Ok(Answer::Done)
     }
 
-    /// Removes the request of a device from the definition, with all devices of that request.
+    fn attach_disk(
+        &mut self,
+        id: Option<String>,
+        disk: DiskConfig,
+    ) -> Result<Answer, CommandError> {
+        let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
+        let known = created.names();
+        let mut names = (0..).map(|number| format!("disk{number}"));
+        let id = id.or_else(|| names.find(|name| !known.contains(name)));
+        let id = id.unwrap_or_default();
+        if known.contains(&id) {
+            return Err(CommandError::DuplicateId(id));
+        }
+        Arc::make_mut(created).disks.push(DiskConfig { id, ..disk });
+        Ok(Answer::Done)
+    }
+
+    /// Removes a disk, or the request of a device, from the definition, with all devices of that request.
     fn detach(&mut self, Detach { id, .. }: Detach) -> Result<Answer, CommandError> {
         let created = self.created.as_mut().ok_or(CommandError::NotCreated)?;
-        let meant = |asked: &DeviceRequest| asked.names().any(|name| name == id);
-        if !created.devices.iter().any(meant) {
-            let others = created
-                .devices
-                .iter()
-                .flat_map(DeviceRequest::names)
-                .collect();
+        let others = created.names();
+        if !others.contains(&id) {
             return Err(CommandError::NoSuchDevice { id, others });
         }
-        Arc::make_mut(created).devices.retain(|asked| !meant(asked));
+        let meant = |asked: &DeviceRequest| asked.names().any(|name| name == id);
+        let created = Arc::make_mut(created);
+        created.devices.retain(|asked| !meant(asked));
+        created.disks.retain(|disk| disk.id != id);
         Ok(Answer::Done)
     }
 

@@ -158,13 +158,7 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
         let wait = Duration::from_secs(args.timeout.into());
-        if let Some(paused) = state::paused_note(&client, &args.vm) {
-            note(paused);
-        }
-        let waited = wait_for_driver(&mut events, &mut devices, wait)?;
-        if let Err(waiting) = waited {
-            return Err(not_enabled(&client, &args.vm, &waiting, wait));
-        }
+        wait_until_enabled((&client, &args.vm), &mut events, &mut devices, wait)?;
     }
     if args.json {
         return print_json(&devices);
@@ -276,6 +270,20 @@ fn not_enabled(client: &Client, vm: &str, waiting: &[String], wait: Duration) ->
     Failure::host(what).help(format!(
         "{why}; `gantry vm detach {vm} {first}` gives it back"
     ))
+}
+
+/// Waits until the guest has enabled all devices of a VM.
+pub fn wait_until_enabled(
+    (client, vm): (&Client, &str),
+    events: &mut EventReader<'_>,
+    devices: &mut [Device],
+    wait: Duration,
+) -> Result<(), Failure> {
+    if let Some(paused) = state::paused_note(client, vm) {
+        note(paused);
+    }
+    wait_for_driver(events, devices, wait)?
+        .map_err(|waiting| not_enabled(client, vm, &waiting, wait))
 }
 
 /// Waits until the guest has enabled all devices. Returns those that it has not enabled in time.
@@ -449,7 +457,7 @@ fn find_device(device: &str, info: &VmInfo) -> (String, Vec<String>) {
     let named = info.devices.iter().find(|found| found.id == device);
     let at = || {
         let mut devices = info.devices.iter();
-        devices.find(|found| Some(found.host) == name)
+        devices.find(|found| name.is_some() && found.host == name)
     };
     match named.or_else(at) {
         Some(found) => (found.id.clone(), found.together_with.clone()),

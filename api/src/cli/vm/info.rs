@@ -115,7 +115,7 @@ fn numa(placement: &Placement) -> String {
 fn cells(device: &Device) -> Vec<String> {
     vec![
         device.id.clone(),
-        device.host.to_string(),
+        watch::on_host(device),
         device.pci_bdf.clone(),
         cell(device.group.as_ref()),
         device.state.to_string(),

@@ -57,12 +57,21 @@ pub fn metrics(args: &VmArgs, paths: &HostPaths) -> Result<(), Failure> {
     print(|out| out.write_all(text.as_bytes()))
 }
 
-/// A device by its name in the VM, and by its address on the host where that is another.
+/// A device by its name in the VM, and by what it is on the host where that is another.
 pub fn named(device: &Device) -> String {
-    let host = device.host.to_string();
+    let host = on_host(device);
     match device.id == host {
         true => host,
         false => format!("{} ({host})", device.id),
+    }
+}
+
+/// What a device is on the host: its address there, or the disk's file.
+pub fn on_host(device: &Device) -> String {
+    match (&device.host, &device.path) {
+        (Some(host), _) => host.to_string(),
+        (None, Some(path)) => path.display().to_string(),
+        (None, None) => device.id.clone(),
     }
 }
 

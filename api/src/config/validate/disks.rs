@@ -1,6 +1,9 @@
 //! The disks of a VM.
 
-use gantry_resources::pools::DeviceRequest;
+use std::path::{Path, PathBuf, absolute};
+
+use gantry_resources::base::json::join;
+use gantry_resources::pools::{DeviceRequest, check_device_id};
 use gantry_vmm::{CloudInit, DiskConfig, Folders, Queues, SERIAL_LEN, open_disk};
 
 use super::{Context, Invalid, Mistakes, invalid, model};
@@ -28,9 +31,10 @@ pub fn disks(
     // Kept free for the disk that gantry itself makes.
     names.push(CloudInit::DISK.to_owned());
     let mut all: Vec<DiskConfig> = Vec::new();
-    for (index, config) in configs.into_iter().enumerate() {
+    for (index, mut config) in configs.into_iter().enumerate() {
         let key = format!("disks[{index}]");
-        let disk = mistakes.keep(disk(&key, index, config, context));
+        config.id.get_or_insert_with(|| format!("disk{index}"));
+        let disk = mistakes.keep(disk(&key, config, context.folder, context.folders));
         let Some(disk) = disk else { continue };
         if names.contains(&disk.id) {
             let what = format!("another disk or device of the VM is called \"{}\"", disk.id);
@@ -52,21 +56,29 @@ pub fn disks(
     all
 }
 
-fn disk(
+/// The disk that is written at `key`, with its path below `folders`, or relative to `folder`.
+///
+/// # Errors
+/// One of its values makes no disk.
+pub fn disk(
     key: &str,
-    index: usize,
     config: model::DiskConfig,
-    context: &Context,
+    folder: &Path,
+    folders: Option<&Folders>,
 ) -> Result<DiskConfig, Invalid> {
+    if let Some(Err(what)) = config.id.as_deref().map(|id| check_device_id(id, None)) {
+        let path = join(key, "id");
+        return Err(Invalid { path, what });
+    }
     let serial = config.serial.unwrap_or_default();
     if serial.len() > SERIAL_LEN || !serial.chars().all(|char| char.is_ascii_graphic()) {
         let help = format!("use at most {SERIAL_LEN} letters, digits and signs");
         let what = "it is no serial number of a disk";
-        return Err(invalid(&format!("{key}.serial"), what, help));
+        return Err(invalid(&join(key, "serial"), what, help));
     }
     let read_only = config.readonly.unwrap_or(false);
-    let folder = match context.folders {
-        None => context.folder,
+    let folder = match folders {
+        None => folder,
         Some(Folders { payload, .. }) if read_only => payload,
         Some(Folders {
             output: Some(output),
@@ -75,11 +87,11 @@ fn disk(
         Some(_) => {
             let what = "clients of this socket may name no file to write to";
             let help = "start gantry with --output-dir, or set \"readonly\": true";
-            return Err(invalid(&format!("{key}.path"), what, help));
+            return Err(invalid(&join(key, "path"), what, help));
         }
     };
     Ok(DiskConfig {
-        id: config.id.unwrap_or_else(|| format!("disk{index}")),
+        id: config.id.unwrap_or_default(),
         path: folder.join(config.path),
         read_only,
         serial,
@@ -90,13 +102,38 @@ fn disk(
     })
 }
 
+/// Where disks may come from that are attached later.
+///
+/// # Errors
+/// A name leads to nothing, or clients of this socket may not say.
+pub fn later(named: Option<Vec<PathBuf>>, context: &Context) -> Result<Vec<PathBuf>, Invalid> {
+    let Some(named) = named else {
+        return Ok(context.later_disks.to_vec());
+    };
+    let numbered = named.into_iter().enumerate();
+    let checked = numbered.map(|(index, path)| {
+        let key = format!("hotplug.disks[{index}]");
+        if context.folders.is_some() {
+            let what = "clients of this socket may not say where disks come from";
+            return Err(invalid(&key, what, "remove the key"));
+        }
+        let path = absolute(context.folder.join(path));
+        let there = path.and_then(|path| path.metadata().map(|_| path));
+        there.map_err(|error| {
+            let help = "name an image, a block device, or a folder that is there";
+            invalid(&key, error, help)
+        })
+    });
+    checked.collect()
+}
+
 fn queues(key: &str, count: Option<u64>) -> Result<u16, Invalid> {
     match count.unwrap_or(1) {
         count @ 1..=MAX_QUEUES => Ok(count as u16),
         count => {
             let what = format!("a disk cannot have {count} queues");
             let help = format!("use 1 to {MAX_QUEUES}");
-            Err(invalid(&format!("{key}.num_queues"), what, help))
+            Err(invalid(&join(key, "num_queues"), what, help))
         }
     }
 }
@@ -108,7 +145,7 @@ fn queue_size(key: &str, size: Option<u64>) -> Result<u16, Invalid> {
             let what = format!("a queue cannot have {size} entries");
             let (least, most) = (QUEUE_SIZES.start(), QUEUE_SIZES.end());
             let help = format!("use a power of two, {least} to {most}");
-            Err(invalid(&format!("{key}.queue_size"), what, help))
+            Err(invalid(&join(key, "queue_size"), what, help))
         }
     }
 }

@@ -92,7 +92,12 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let backend = Arc::new(Fake::default());
-        let function = VirtioFunction::new("d", backend.clone(), ram(), Arc::new(NoRoutes), 40);
+        let host = VirtioHost {
+            ram: ram(),
+            router: Arc::new(NoRoutes),
+            address_bits: 40,
+        };
+        let function = VirtioFunction::new("d", backend.clone(), host, || {});
         Self {
             backend,
             function: function.unwrap(),

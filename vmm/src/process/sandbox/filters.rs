@@ -148,6 +148,9 @@ const DISK: &[c_long] = &[
     libc::SYS_epoll_ctl,
 ];
 
+/// Looking at the file of a disk, and making the device for it.
+const NEW_DISK: &[c_long] = &[libc::SYS_lseek, libc::SYS_epoll_create1];
+
 /// The opener sends descriptors, and clients do; what those of clients are is looked at.
 const DESCRIPTORS: &[c_long] = &[libc::SYS_recvmsg];
 const LOOK: &[c_long] = &[libc::SYS_fstat, libc::SYS_statx, libc::SYS_newfstatat];
@@ -253,10 +256,11 @@ pub fn device() -> Rules {
     rules(&[DEVICE_ACCESS, LEASES], &requests)
 }
 
-/// The attach worker. Threads that it starts open, map and close: it needs their calls, too.
+/// The attach worker. Threads that it starts open, map, close and serve disks: it needs their calls, too.
 pub fn attach() -> Rules {
     let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
-    rules_with_threads(&[DEVICE_ACCESS, LEASES, DESCRIPTORS, LOOK], &requests)
+    let calls = [DEVICE_ACCESS, LEASES, DESCRIPTORS, LOOK, DISK, NEW_DISK];
+    rules_with_threads(&calls, &requests)
 }
 
 /// A thread that maps guest RAM for devices.
