@@ -6,6 +6,7 @@ use std::time::Duration;
 use gantry_devices::pci::BarName;
 pub use gantry_devices::pci::GuestBdf;
 use gantry_devices::pci::firmware::{Misfit, WindowKind};
+pub use gantry_devices::virtio::block::ResizeError;
 use gantry_resources::pools::DeviceRequest;
 
 use crate::config::{DiskConfig, VmConfig};
@@ -57,6 +58,13 @@ pub enum Command {
     /// Ask the guest to release a device, or ask again. Answered once the guest was asked;
     /// [`VmEvent::Detached`] follows when the device is gone.
     Detach(Detach),
+    /// Make a disk larger. Answered once its guest was told.
+    ResizeDisk {
+        /// What it is called.
+        id: String,
+        /// Its new size in bytes.
+        bytes: u64,
+    },
     /// End the VM if it runs, and the process.
     Quit,
 }
@@ -196,6 +204,14 @@ pub enum CommandError {
         id: String,
         /// What there is.
         others: Vec<String>,
+    },
+    /// A disk has not the size that was asked for.
+    #[error("the disk {id} stays as it is: {problem}")]
+    Resize {
+        /// What it is called.
+        id: String,
+        /// Why.
+        problem: ResizeError,
     },
     /// The process is about to end.
     #[error("the VM is ending")]

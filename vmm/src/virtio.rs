@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{PciSegment, PortIndex, SegmentError, SlotGuard};
+use gantry_devices::virtio::block::{Disk, ResizeError};
 use gantry_devices::virtio::{VirtioBackend, VirtioError, VirtioFunction, VirtioHost};
 
 use crate::info::DeviceKind;
@@ -50,6 +51,7 @@ pub struct VirtioDevice {
     key: DeviceKey,
     id: String,
     kind: DeviceKind,
+    disk: Option<Arc<Disk>>,
 }
 
 /// The thread of a device. Dropping it waits until the thread has ended, and leaves one behind that the kernel keeps:
@@ -98,6 +100,24 @@ impl VirtioDevice {
             key,
             id: id.to_owned(),
             kind,
+            disk: None,
+        })
+    }
+
+    /// The device, which is a disk whose size can change.
+    pub fn with_disk(self, disk: Arc<Disk>) -> Self {
+        let disk = Some(disk);
+        Self { disk, ..self }
+    }
+
+    /// What makes the disk larger and tells the guest, elsewhere: the host's disk may take its time. `None` if it is
+    /// no disk.
+    pub fn resizer(&self, bytes: u64) -> Option<impl FnOnce() -> Result<(), ResizeError> + use<>> {
+        let (disk, function) = (Arc::clone(self.disk.as_ref()?), Arc::clone(&self.function));
+        Some(move || {
+            disk.resize(bytes)?;
+            function.config_changed();
+            Ok(())
         })
     }
 

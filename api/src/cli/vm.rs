@@ -42,6 +42,8 @@ pub enum VmCommand {
     Attach(devices::AttachArgs),
     /// Give a running VM a disk that is a file or a block device
     AttachDisk(disks::AttachDiskArgs),
+    /// Make a disk of a running VM larger
+    ResizeDisk(disks::ResizeDiskArgs),
     /// Take a device or a disk from a running VM
     Detach(devices::DetachArgs),
     /// Pause a VM
@@ -81,6 +83,7 @@ pub fn vm(command: VmCommand, paths: &HostPaths) -> Result<(), Failure> {
         C::Logs(args) => logs::logs(&args, paths),
         C::Attach(args) => devices::attach(args, paths),
         C::AttachDisk(args) => disks::attach(args, paths),
+        C::ResizeDisk(args) => disks::resize(&args, paths),
         C::Detach(args) => devices::detach(&args, paths),
         C::Pause(args) => state::change(&args, paths, "vm.pause", Action::Paused),
         C::Resume(args) => state::change(&args, paths, "vm.resume", Action::Resumed),

@@ -27,7 +27,7 @@ use super::metrics::{self, ApiMetrics};
 use super::reply::{self, HttpError, HttpResponse};
 use super::routes::{self, Call};
 use super::settings::{Identity, Limits};
-use super::wire::{self, AddedDevices, AddedDisk, Event, RemoveDevice, VmmPing};
+use super::wire::{self, AddedDevices, AddedDisk, Event, RemoveDevice, ResizeDisk, VmmPing};
 use super::{Events, Vm, openapi};
 use crate::config::{self, LoadOptions, SourceText};
 
@@ -97,6 +97,7 @@ impl Handlers {
             Call::OpenApi => return Ok(reply::json(&openapi::document())),
             Call::Metrics => return self.metrics().await,
             Call::RemoveDevice => Command::Detach(detach(body)?),
+            Call::ResizeDisk => resize_disk(body)?,
             Call::Create => self.create(body)?,
             Call::Quit => Command::Quit,
             Call::Boot => Command::Boot,
@@ -344,6 +345,20 @@ fn detach(body: &[u8]) -> Result<Detach, HttpError> {
         document.finish(detach)
     };
     read().map_err(|error: JsonError| HttpError::malformed(error.to_string()))
+}
+
+fn resize_disk(body: &[u8]) -> Result<Command, HttpError> {
+    let text = text(body)?;
+    let read = || {
+        let mut document = Document::parse(Path::new("the body"), text)?;
+        let resize = document.decode();
+        document.finish(resize)
+    };
+    let resize: Result<ResizeDisk, JsonError> = read();
+    let ResizeDisk { id, desired_size } =
+        resize.map_err(|error| HttpError::malformed(error.to_string()))?;
+    let bytes = desired_size;
+    Ok(Command::ResizeDisk { id, bytes })
 }
 
 const NO_TIME: &str = "this is no time: write a number of seconds, such as 2.5";

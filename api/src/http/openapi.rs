@@ -120,6 +120,7 @@ fn request(call: Call, schemas: &mut SchemaGenerator) -> Option<Value> {
             "anyOf": [of::<PlanDevices>(schemas), of::<DeviceRequest>(schemas)],
         })),
         Call::AddDisk => Some(of::<DiskConfig>(schemas)),
+        Call::ResizeDisk => Some(of::<wire::ResizeDisk>(schemas)),
         Call::RemoveDevice => Some(of::<wire::RemoveDevice>(schemas)),
         _ => None,
     }

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use gantry_resources::base::messages;
 use gantry_resources::opener::OpenerError;
-use gantry_vmm::command::CommandError;
+use gantry_vmm::command::{CommandError, ResizeError};
 use gantry_vmm::{DeviceError, DiskError, DiskProblem};
 use http_body_util::Full;
 use hyper::body::{Body, Bytes, Frame, SizeHint};
@@ -148,7 +148,11 @@ impl From<CommandError> for HttpError {
             | E::NoSlots
             | E::NoFreeSlot { .. }
             | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
-            E::Invalid(_) => StatusCode::BAD_REQUEST,
+            E::Resize {
+                problem: ResizeError::Io(_),
+                ..
+            } => StatusCode::INTERNAL_SERVER_ERROR,
+            E::Invalid(_) | E::Resize { .. } => StatusCode::BAD_REQUEST,
             E::Ending | E::Busy => StatusCode::SERVICE_UNAVAILABLE,
             E::Failed(error) if not_to_be_had(error) => StatusCode::CONFLICT,
             E::Failed(gantry_vmm::Error::Disk(DiskError::Later(_))) => StatusCode::BAD_REQUEST,

@@ -15,7 +15,7 @@ use gantry_vmm::{NumaPolicy, SerialMode, command};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use disk::{CloudInit, Disk};
+pub use disk::{CloudInit, Disk, ResizeDisk};
 pub use event::{Event, EventLine};
 pub use place::{Affinity, Placement};
 

@@ -173,6 +173,11 @@ impl VirtioFunction {
         self.device.backend.stop();
     }
 
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        self.device.signals.config_changed();
+    }
+
     /// Brings the function to its state at the first start of the guest.
     ///
     /// # Errors

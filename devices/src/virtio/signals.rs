@@ -1,7 +1,7 @@
 //! The interrupts of a virtio device: which MSI-X vector each event has, and where the vectors lead.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -19,6 +19,8 @@ pub struct Signals {
     vectors: Mutex<Vectors>,
     /// The device cannot go on until the driver resets it.
     broken: AtomicBool,
+    /// Counts the changes of the configuration (section 4.1.4.3.1).
+    generation: AtomicU8,
 }
 
 #[derive(Default)]
@@ -36,6 +38,7 @@ impl Signals {
             queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             vectors: Mutex::default(),
             broken: AtomicBool::new(false),
+            generation: AtomicU8::new(0),
         })
     }
 
@@ -90,6 +93,17 @@ impl Signals {
     /// Says that the device works (again).
     pub fn mend(&self) {
         self.broken.store(false, Ordering::Relaxed);
+    }
+
+    /// How often the configuration has changed, modulo 256.
+    pub fn generation(&self) -> u8 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Says that the configuration has changed (section 2.5).
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+        self.raise(self.config_vector());
     }
 
     fn checked(&self, vector: u16) -> u16 {

@@ -152,7 +152,8 @@ impl Transport {
             true => NEEDS_RESET,
             false => 0,
         };
-        put(STATUS as usize, &[self.status | needs_reset, 0]);
+        put(STATUS as usize, &[self.status | needs_reset]);
+        put(STATUS as usize + 1, &[signals.generation()]);
         put(0x16, &self.selected.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.selected)) {
             put(0x18, &queue.size.to_le_bytes());

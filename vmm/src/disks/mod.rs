@@ -71,10 +71,12 @@ impl OpenDisk {
     pub fn device(self, context: &VirtioContext) -> Result<VirtioDevice, DiskError> {
         let Self { kind, config, disk } = self;
         let make = || -> Result<VirtioDevice, VirtioDeviceError> {
-            let (backend, worker) = Block::new(disk, &config.serial, config.queues)?;
+            let disk = Arc::new(disk);
+            let (backend, worker) = Block::new(&disk, &config.serial, config.queues)?;
             let service = (Role::Disk, Box::new(move || worker.run()) as _);
             let backend = Arc::new(backend);
-            VirtioDevice::new(&config.id, kind, backend, Some(service), context)
+            let device = VirtioDevice::new(&config.id, kind, backend, Some(service), context)?;
+            Ok(device.with_disk(disk))
         };
         make().map_err(|source| DiskError::Make {
             id: config.id.clone(),

@@ -35,14 +35,7 @@ impl HostDevices {
         }
         let port = self.plugged.iter().find(|one| one.status.id == detach.id);
         let Some(port) = port.map(|one| one.status.port) else {
-            return Err(CommandError::NoSuchDevice {
-                id: detach.id.clone(),
-                others: self
-                    .plugged
-                    .iter()
-                    .map(|one| one.status.id.clone())
-                    .collect(),
-            });
+            return Err(self.no_such_device(detach.id.clone()));
         };
         let mut asked = Vec::new();
         let force_at = end_of(Instant::now(), detach.force_after);

@@ -28,13 +28,14 @@ use gantry_devices::pci::PortIndex;
 use gantry_devices::virtio::VirtioHost;
 use gantry_resources::base::HostPaths;
 
-use crate::command::CommandError;
+use crate::command::{Answer, CommandError, Reply, ResizeError};
 use crate::error::Error;
 use crate::info::{DeviceCounters, DeviceState, EventSink, VmEvent};
 use crate::machine::{MachineError, SlotTable};
 use crate::passthrough::{DeviceEventListener, DeviceEvents, DeviceKey, DeviceNotify};
 use crate::process::error::cannot;
-use crate::process::sandbox::Sandbox;
+use crate::process::sandbox::{Role, Sandbox};
+use crate::process::threads;
 use crate::status::{DeviceStatus, SharedStatus};
 use crate::virtio::VirtioContext;
 pub use arrange::arrange;
@@ -294,6 +295,34 @@ impl HostDevices {
             counters
         });
         counters.collect()
+    }
+
+    /// Makes a disk larger on a thread of its own, which answers.
+    pub fn resize_disk(&self, id: String, bytes: u64, reply: Reply) {
+        let one = self.plugged.iter().find(|one| one.status.id == id);
+        let resizer = one.map(|one| one.device.virtio().and_then(|disk| disk.resizer(bytes)));
+        let resize = match resizer {
+            None => return reply(Err(self.no_such_device(id))),
+            Some(None) => {
+                let problem = ResizeError::NoFile;
+                return reply(Err(CommandError::Resize { id, problem }));
+            }
+            Some(Some(resize)) => resize,
+        };
+        let run = move || {
+            let resized = resize().map(|()| Answer::Done);
+            reply(resized.map_err(|problem| CommandError::Resize { id, problem }));
+        };
+        match threads::spawn(Role::Attach, &self.context.sandbox, run) {
+            Ok(task) => task.abandon(),
+            Err(error) => tracing::warn!(%error, "cannot start a thread to resize a disk"),
+        }
+    }
+
+    fn no_such_device(&self, id: String) -> CommandError {
+        let others = self.plugged.iter().map(|one| one.status.id.clone());
+        let others = others.collect();
+        CommandError::NoSuchDevice { id, others }
     }
 
     fn free(&self) -> Vec<PortIndex> {

@@ -56,6 +56,10 @@ impl Vm {
                 self.devices.attach(attach, reply);
                 return Ok(None);
             }
+            Command::ResizeDisk { id, bytes } => {
+                self.devices.resize_disk(id, bytes, reply);
+                return Ok(None);
+            }
             Command::Detach(detach) => self.devices.detach(&detach),
         };
         reply(answer);

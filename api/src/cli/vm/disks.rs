@@ -1,15 +1,15 @@
-//! `gantry vm attach-disk`: gives a VM a disk that is a file or a block device.
+//! `gantry vm attach-disk` and `gantry vm resize-disk`: disks of a VM that are files or block devices.
 
 use std::path::{PathBuf, absolute};
 use std::time::Duration;
 
 use clap::Args;
-use gantry_resources::base::HostPaths;
+use gantry_resources::base::{ByteSize, HostPaths};
 use serde::Serialize;
 
 use super::devices::wait_until_enabled;
 use super::find;
-use crate::http::wire::{AddedDisk, Device, DeviceState};
+use crate::http::wire::{AddedDisk, Device, DeviceState, ResizeDisk};
 use crate::output::{print, print_json};
 use crate::report::Failure;
 
@@ -46,6 +46,34 @@ pub struct AttachDiskArgs {
     /// Show the disk as JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+An image grows as far as the disk does. A block device is made larger first, as with `lvextend`, and its guest told by \
+this command. A disk is never made smaller while its VM runs.
+
+Example: gantry vm resize-disk web-1 disk0 20G")]
+pub struct ResizeDiskArgs {
+    /// Name of the VM; `gantry vm list` shows them
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// Name of the disk in the VM; `gantry vm info` shows them
+    #[arg(value_name = "DISK")]
+    id: String,
+    /// Its new size: a number of bytes, or one such as 20G
+    #[arg(value_name = "SIZE")]
+    size: ByteSize,
+}
+
+pub fn resize(args: &ResizeDiskArgs, paths: &HostPaths) -> Result<(), Failure> {
+    let ByteSize(desired_size) = args.size;
+    let request = ResizeDisk {
+        id: args.id.clone(),
+        desired_size,
+    };
+    find::vm(&args.vm, paths)?.put_json::<()>("vm.resize-disk", &request)?;
+    print(|out| writeln!(out, "{} has {} now", args.id, args.size))
 }
 
 /// The body of `vm.add-disk`.

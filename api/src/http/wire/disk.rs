@@ -38,6 +38,16 @@ impl From<&DiskConfig> for Disk {
     }
 }
 
+/// Body of `vm.resize-disk`.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeDisk {
+    /// Name of the disk in the VM.
+    pub id: String,
+    /// Its new size in bytes.
+    pub desired_size: u64,
+}
+
 /// The files of cloud-init in the guest.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct CloudInit {

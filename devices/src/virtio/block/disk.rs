@@ -2,8 +2,9 @@
 #![allow(unsafe_code)] // preadv2 and pwritev2 on guest RAM.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -23,7 +24,7 @@ const ZEROS: usize = 64 << 10;
 #[derive(Debug)]
 pub struct Disk {
     contents: Contents,
-    len: u64,
+    len: AtomicU64,
     block_size: u32,
     read_only: bool,
 }
@@ -33,6 +34,38 @@ enum Contents {
     File(File),
     /// Of a disk that is read-only.
     Memory(Box<[u8]>),
+}
+
+/// Why a disk does not change its size, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It has no file.
+    #[error("it has no file that could grow")]
+    NoFile,
+    /// The size is no number of blocks.
+    #[error("use a multiple of {0} bytes")]
+    Blocks(u32),
+    /// It would lose what is at its end.
+    #[error("it has {len} bytes, and the guest may use all of them: end the VM to make the disk smaller")]
+    Smaller {
+        /// Its size.
+        len: u64,
+    },
+    /// Its file is only read.
+    #[error("it is read-only, and its file has {len} bytes: make the file larger first")]
+    ReadOnly {
+        /// The size of the file.
+        len: u64,
+    },
+    /// The block device is smaller.
+    #[error("the block device has {len} bytes: make it larger first")]
+    Device {
+        /// Its size.
+        len: u64,
+    },
+    /// The kernel refused.
+    #[error("its file cannot be made larger: {0}")]
+    Io(#[from] io::Error),
 }
 
 /// Which way the bytes go.
@@ -49,7 +82,7 @@ impl Disk {
     pub fn new(file: File, len: u64, block_size: u32, read_only: bool) -> Self {
         Self {
             contents: Contents::File(file),
-            len: len / SECTOR * SECTOR,
+            len: AtomicU64::new(len / SECTOR * SECTOR),
             block_size,
             read_only,
         }
@@ -59,7 +92,7 @@ impl Disk {
     pub fn of_bytes(bytes: impl Into<Box<[u8]>>) -> Self {
         let bytes = bytes.into();
         Self {
-            len: bytes.len() as u64 / SECTOR * SECTOR,
+            len: AtomicU64::new(bytes.len() as u64 / SECTOR * SECTOR),
             contents: Contents::Memory(bytes),
             block_size: SECTOR as u32,
             read_only: true,
@@ -74,9 +107,37 @@ impl Disk {
         }
     }
 
+    fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Makes the disk larger: its file too, if that is smaller. A block device must have grown before.
+    ///
+    /// # Errors
+    /// The size makes no sense, or the file cannot have it. The disk stays as it is.
+    pub fn resize(&self, bytes: u64) -> Result<(), ResizeError> {
+        let len = self.len();
+        let mut file = self.file().map_err(|_| ResizeError::NoFile)?;
+        if !bytes.is_multiple_of(u64::from(self.block_size)) {
+            return Err(ResizeError::Blocks(self.block_size));
+        }
+        if bytes < len {
+            return Err(ResizeError::Smaller { len });
+        }
+        let there = file.seek(SeekFrom::End(0))?;
+        match file.metadata()?.is_file() {
+            _ if bytes <= there => {}
+            true if self.read_only => return Err(ResizeError::ReadOnly { len: there }),
+            true => file.set_len(bytes)?,
+            false => return Err(ResizeError::Device { len: there }),
+        }
+        self.len.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
     /// Its size in sectors.
     pub fn sectors(&self) -> u64 {
-        self.len / SECTOR
+        self.len() / SECTOR
     }
 
     /// Bytes of a block: accesses of less cost the disk more.
@@ -93,7 +154,7 @@ impl Disk {
     pub fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(len)?;
-        (end <= self.len).then_some(offset)
+        (end <= self.len()).then_some(offset)
     }
 
     /// Moves bytes between the disk from `offset` on and all of `segments`.

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-pub use disk::{Disk, SECTOR};
+pub use disk::{Disk, ResizeError, SECTOR};
 pub use request::SERIAL_LEN;
 pub use serve::BlockWorker;
 
@@ -48,9 +48,13 @@ impl Block {
     ///
     /// # Errors
     /// The process has no file descriptors left.
-    pub fn new(disk: Disk, serial: &str, queues: Queues) -> io::Result<(Self, BlockWorker)> {
+    pub fn new(
+        disk: &Arc<Disk>,
+        serial: &str,
+        queues: Queues,
+    ) -> io::Result<(Self, BlockWorker)> {
         let (handle, worker) = worker()?;
-        let disk = Arc::new(disk);
+        let disk = Arc::clone(disk);
         let device = Self {
             disk: Arc::clone(&disk),
             sizes: vec![queues.size; usize::from(queues.count)],
