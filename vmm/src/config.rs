@@ -213,6 +213,10 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may not write to it.
     pub read_only: bool,
+    /// Whether accesses go past the host's page cache.
+    pub direct: bool,
+    /// Whether requests may be done side by side, by io_uring.
+    pub io_uring: bool,
     /// Its serial number in the guest, at most [`SERIAL_LEN`](gantry_devices::virtio::block::SERIAL_LEN) bytes.
     pub serial: String,
     /// Its queues.
@@ -255,6 +259,8 @@ impl DiskConfig {
             id: "disk0".to_owned(),
             path: "disk.raw".into(),
             read_only: false,
+            direct: false,
+            io_uring: true,
             serial: String::new(),
             queues: Queues {
                 count: 1,

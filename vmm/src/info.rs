@@ -158,6 +158,8 @@ pub struct DeviceCounters {
     pub attach: Vec<(&'static str, Duration)>,
     /// Times that it was reset.
     pub resets: u64,
+    /// What a virtio device did, by name.
+    pub requests: Vec<(&'static str, u64)>,
     /// Accesses, resets and interrupt settings that failed, and errors that the device itself reported.
     pub errors: u64,
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::firmware::{self, BarRequest};
 use gantry_devices::pci::{PciSegment, PortIndex, SegmentError, SlotGuard};
-use gantry_devices::virtio::block::{Disk, ResizeError};
+use gantry_devices::virtio::block::{Disk, ResizeError, Rings};
 use gantry_devices::virtio::{VirtioBackend, VirtioError, VirtioFunction, VirtioHost};
 
 use crate::info::DeviceKind;
@@ -26,6 +26,8 @@ pub struct VirtioContext {
     pub sandbox: Arc<Sandbox>,
     /// Where their events go.
     pub notify: DeviceNotify,
+    /// For disks.
+    pub rings: Rings,
 }
 
 /// What the thread of a device runs, and in which role. It ends when the device's backend is dropped.
@@ -145,6 +147,11 @@ impl VirtioDevice {
     /// Has the device leave guest RAM: [`Self::reset`] waits for it.
     pub fn stop(&self) {
         self.function.stop();
+    }
+
+    /// What the device did so far, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.function.counters()
     }
 
     /// Resets the device for the guest's reboot.

@@ -176,6 +176,10 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may not write to it; `false` if absent. VMs can share a disk that all of them only read.
     pub readonly: Option<bool>,
+    /// Whether accesses go past the host's page cache; `false` if absent.
+    pub direct: Option<bool>,
+    /// Whether requests are done one after the other, even where the host has io_uring; `false` if absent.
+    pub disable_io_uring: Option<bool>,
     /// Serial number that the guest sees, at most 20 bytes of ASCII; none if absent.
     pub serial: Option<String>,
     /// Name of the disk in the VM; `disk` with its place in the list if absent.

@@ -86,6 +86,13 @@ struct Region {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Virtio {
+    #[prometheus(flatten)]
+    device: Device,
+    what: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Step {
     #[prometheus(flatten)]
     device: Device,
@@ -173,6 +180,7 @@ fn register_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[De
     let mapped = Family::<Device, Gauge>::default();
     let resets = Family::<Device, Counter>::default();
     let errors = Family::<Device, Counter>::default();
+    let virtio = Family::<Virtio, Gauge>::default();
     let steps = Family::<Step, Gauge<f64, std::sync::atomic::AtomicU64>>::default();
     for counters in devices {
         let group = infos.iter().find(|info| info.id == counters.id);
@@ -199,6 +207,11 @@ fn register_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[De
                     .inc_by(count);
             }
         }
+        for (what, count) in &counters.requests {
+            let device = device.clone();
+            let count = i64::try_from(*count).unwrap_or(i64::MAX);
+            virtio.get_or_create(&Virtio { device, what }).set(count);
+        }
         for (step, took) in &counters.attach {
             let (device, step) = (device.clone(), (*step).to_owned());
             steps
@@ -221,6 +234,11 @@ fn register_devices(registry: &mut Registry, infos: &[DeviceInfo], devices: &[De
     registry.register("mapped_bytes", "Bytes of BARs mapped for the guest", mapped);
     registry.register("resets", "Resets", resets);
     registry.register("errors", "Errors of the device or the host", errors);
+    registry.register(
+        "virtio",
+        "What a virtio device did: requests and bytes; io_uring is 1 where requests are done side by side",
+        virtio,
+    );
     let help = "Time that each step of the attach took";
     registry.register_with_unit("attach_step", help, Unit::Seconds, steps);
 }

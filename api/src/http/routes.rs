@@ -230,7 +230,10 @@ pub const ROUTES: &[Route] = &[
         Call::ResizeDisk,
         "Make a disk larger, with its file if that is smaller: the answer comes when the guest was told",
         &[
-            (400, "The body is wrong, or the disk cannot have that size; the answer says why."),
+            (
+                400,
+                "The body is wrong, or the disk cannot have that size; the answer says why.",
+            ),
             (404, "The VM is not created, or has no such disk."),
             NOT_BOOTED,
             FAILED,

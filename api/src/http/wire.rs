@@ -344,28 +344,7 @@ impl From<&command::VmInfo> for VmInfo {
             };
             (device.id.clone(), node)
         };
-        let passed = |device: &command::DeviceInfo| {
-            let passed = device.kind.passed()?;
-            Some(DeviceRequest {
-                id: Some(device.id.clone()),
-                allow: passed.allow,
-                on_error: passed.on_error,
-                rom: passed.rom.clone(),
-                ..DeviceRequest::device(passed.name)
-            })
-        };
-        let plugged = info.devices.iter();
-        let disk = |device: &command::DeviceInfo| device.kind.disk().map(Disk::from);
-        let (devices, disks) = match info.state {
-            command::VmState::Running | command::VmState::Paused => (
-                plugged.clone().filter_map(passed).collect(),
-                plugged.filter_map(disk).collect(),
-            ),
-            command::VmState::Created | command::VmState::Shutdown => (
-                config.devices.clone(),
-                config.disks.iter().map(Disk::from).collect(),
-            ),
-        };
+        let (devices, disks) = devices_and_disks(info);
         let vcpus = config.vcpus.get();
         Self {
             state: info.state.into(),
@@ -411,6 +390,32 @@ impl From<&command::VmInfo> for VmInfo {
                 },
             },
         }
+    }
+}
+
+/// The devices and disks that a VM has, or will have when it is booted.
+fn devices_and_disks(info: &command::VmInfo) -> (Vec<DeviceRequest>, Vec<Disk>) {
+    let passed = |device: &command::DeviceInfo| {
+        let passed = device.kind.passed()?;
+        Some(DeviceRequest {
+            id: Some(device.id.clone()),
+            allow: passed.allow,
+            on_error: passed.on_error,
+            rom: passed.rom.clone(),
+            ..DeviceRequest::device(passed.name)
+        })
+    };
+    let disk = |device: &command::DeviceInfo| device.kind.disk().map(Disk::from);
+    let (config, plugged) = (&info.config, info.devices.iter());
+    match info.state {
+        command::VmState::Running | command::VmState::Paused => (
+            plugged.clone().filter_map(passed).collect(),
+            plugged.filter_map(disk).collect(),
+        ),
+        command::VmState::Created | command::VmState::Shutdown => (
+            config.devices.clone(),
+            config.disks.iter().map(Disk::from).collect(),
+        ),
     }
 }
 
@@ -470,6 +475,8 @@ pub fn counters(devices: &[command::DeviceCounters]) -> Counters {
         ]);
         let vectors = device.interrupts.iter();
         flat.extend(vectors.map(|(vector, count)| (format!("interrupts.{vector}"), *count)));
+        let requests = device.requests.iter();
+        flat.extend(requests.map(|(name, count)| ((*name).to_owned(), *count)));
         let reads = device.trapped_reads.iter();
         flat.extend(reads.map(|(region, count)| (format!("trapped_reads.{region}"), *count)));
         let writes = device.trapped_writes.iter();

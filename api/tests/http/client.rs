@@ -156,7 +156,9 @@ fn it_hears_what_is_not_supported() {
             status(client.vm_resize_put(models::VmResize::new()).await),
             501
         );
-        let disk = client.vm_add_disk_put(models::DiskConfig::new()).await;
-        assert_eq!(status(disk), 501);
+        let pmem = client
+            .vm_add_pmem_put(models::PmemConfig::new("/tmp/pmem".to_owned()))
+            .await;
+        assert_eq!(status(pmem), 501);
     });
 }

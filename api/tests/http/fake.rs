@@ -187,6 +187,7 @@ fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
         bytes_mapped: 16 << 10,
         attach: vec![("open", Duration::from_millis(107))],
         resets: 1,
+        requests: Vec::new(),
         errors: 0,
     };
     devices.iter().map(counters).collect()

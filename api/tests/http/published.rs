@@ -66,7 +66,9 @@ fn slots_are_told_of() {
     config["hotplug"] = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": "1G"});
     assert_eq!(bed.put("vm.create", &config.to_string()).0, 204);
     let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
-    let told = serde_json::json!({"slots": 3, "groups": ["nvme"], "window": 1 << 30});
+    let told = serde_json::json!(
+        {"slots": 3, "groups": ["nvme"], "window": 1 << 30, "disks": ["/"]}
+    );
     assert_eq!(info["config"]["hotplug"], told, "{info}");
 }
 

@@ -35,6 +35,11 @@ pub trait VirtioBackend: Send + Sync {
     /// Fills `data` from its configuration at `offset`; zeros past the end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// What it did so far, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Begins to serve the queues.
     fn start(&self, activation: Activation);
 

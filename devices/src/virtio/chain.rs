@@ -15,7 +15,7 @@ pub enum ChainError {
 }
 
 /// Buffers in guest RAM, one after the other. The guest may change them at any time.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Segments<'a>(Vec<VolatileSlice<'a>>);
 
 impl<'a> Segments<'a> {

@@ -173,6 +173,11 @@ impl VirtioFunction {
         self.device.backend.stop();
     }
 
+    /// What the device did so far, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.device.backend.counters()
+    }
+
     /// Tells the driver that the device's configuration has changed.
     pub fn config_changed(&self) {
         self.device.signals.config_changed();

@@ -84,6 +84,20 @@ impl Driver {
         self.make_available(0);
     }
 
+    /// Writes a chain of buffers into an indirect table at `table`, and makes it available.
+    pub fn offer_indirect(&mut self, table: u64, buffers: &[(u64, u32, bool)]) {
+        let last = buffers.len() - 1;
+        for (index, (address, len, writable)) in buffers.iter().enumerate() {
+            let next = if index < last { NEXT } else { 0 };
+            let write = if *writable { WRITE } else { 0 };
+            let link = (next | write, index as u16 + 1);
+            self.describe(table + 16 * index as u64, *address, *len, link);
+        }
+        let len = 16 * buffers.len() as u32;
+        self.describe(DESCRIPTORS, table, len, (INDIRECT, 0));
+        self.make_available(0);
+    }
+
     /// Makes the chain that begins with a descriptor available.
     pub fn make_available(&mut self, head: u16) {
         let slot = u64::from(self.next % self.size);

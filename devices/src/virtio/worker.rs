@@ -1,7 +1,7 @@
 //! The thread of a device: it waits for the driver, serves the queues, and stops when it is told to.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -177,6 +177,15 @@ impl Worker {
             }
         }
         serve(self, activation);
+    }
+
+    /// Has [`Self::wait`] return, too, whenever this descriptor is readable.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn watch(&self, fd: RawFd) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN, 0);
+        self.events.ctl(ControlOperation::Add, fd, event)
     }
 
     /// Whether the thread has to leave the queues.

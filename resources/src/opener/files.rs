@@ -39,7 +39,14 @@ pub(super) fn open(
     match root.filter(|_| FLAGS.contains(flags)) {
         None => Err(not_named(&path, roots)),
         Some(root) if *root == path || root.parent().is_none() => Ok(open_with(&path, flags)),
-        Some(root) => Ok(open_below(root, &path, flags)),
+        Some(root) => match open_below(root, &path, flags) {
+            // In words: the path leads elsewhere, or to what is no file.
+            Err(error) if error.raw_os_error().is_none() => {
+                let path = path.display();
+                Err(Refusal::Denied(format!("cannot open {path}: {error}")))
+            }
+            opened => Ok(opened),
+        },
     }
 }
 
@@ -97,9 +104,12 @@ mod tests {
             }
         }
         let named = limit(&[&inside]);
-        open(Some(&named), &link, read).unwrap().unwrap_err();
-        let up = inside.join("../secret");
-        open(Some(&named), &up, read).unwrap().unwrap_err();
+        for path in [&link, &inside.join("../secret")] {
+            let Err(Refusal::Denied(why)) = open(Some(&named), path, read) else {
+                panic!("{} is opened", path.display());
+            };
+            assert!(why.contains("it is not in"), "{why}");
+        }
         let missing = open(Some(&named), &inside.join("none"), read).unwrap();
         assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
         for (limit, path, flags) in [

@@ -23,6 +23,8 @@ pub const CASES: &[Case] = cases![
     a_disk_works_beside_a_passed_device_and_after_a_reboot,
     a_disk_comes_and_goes_while_the_guest_runs,
     an_unchanged_client_attaches_a_disk,
+    a_guest_sees_its_disk_grow,
+    a_disk_is_accessed_past_the_cache_and_by_several_queues,
 ];
 
 const IMAGE: &str = "/tmp/disk.img";
@@ -346,5 +348,80 @@ fn an_unchanged_client_attaches_a_disk(host: &Host) -> Result<()> {
         Ok(client.shutdown_vmm().await?)
     })?;
     running.end()?.powered_off()?;
+    nothing_is_held(host)
+}
+
+fn a_guest_sees_its_disk_grow(host: &Host) -> Result<()> {
+    image(host)?;
+    let mut running = with_image().start(host)?;
+    running.until("/ # ")?;
+    for (size, words) in [("4M", "stays as it is"), ("8388609", "a multiple of 512")] {
+        let said = refusal(host, &format!("resize-disk vm disk0 {size}"))?;
+        ensure!(said.contains(words), "{said}");
+    }
+    let said = refusal(host, "resize-disk vm disk7 16M")?;
+    ensure!(
+        said.contains("has no device \"disk7\": it has disk0"),
+        "{said}"
+    );
+    gantry(host, "resize-disk vm disk0 16M")?;
+    running.keys("echo guest: sectors=$(cat /sys/block/vda/size)\n")?;
+    running.types(
+        "dd if=/dev/zero of=/dev/vda bs=1M seek=15 count=1 conv=fsync && echo guest: written=end",
+    )?;
+    // What has grown by itself is taken over.
+    host.sh(&format!("truncate -s 24M {IMAGE}"))
+        .output()?
+        .success()?;
+    with_client(host, "/run/gantry/vm.sock", async |client| {
+        let (id, desired_size) = (Some("disk0".to_owned()), Some(24 << 20));
+        let resize = models::VmResizeDisk { id, desired_size };
+        Ok(client.vm_resize_disk_put(resize).await?)
+    })?;
+    running.types("echo guest: sectors=$(cat /sys/block/vda/size); poweroff -f")?;
+    let ended = running.end()?.powered_off()?;
+    ensure!(ended.values("sectors").eq(["32768", "49152"]), "{ended}");
+    ensure!(ended.value("written")? == "end", "{ended}");
+    nothing_is_held(host)
+}
+
+fn a_disk_is_accessed_past_the_cache_and_by_several_queues(host: &Host) -> Result<()> {
+    // A file system of its own, as that in memory may know no direct accesses.
+    let make = "truncate -s 64M /tmp/fs.img; mke2fs -q /tmp/fs.img; mkdir -p /tmp/mnt
+                mount -o loop /tmp/fs.img /tmp/mnt";
+    host.sh(make).output()?.success()?;
+    let path = "/tmp/mnt/disk.img";
+    let sum = random(host, path, 16)?;
+    for disable_io_uring in [false, true] {
+        let mut vm = Vm::new("shell").cpus(2);
+        vm.file["disks"] = json!([{
+            "path": path, "direct": true, "num_queues": 2, "queue_size": 64,
+            "disable_io_uring": disable_io_uring,
+        }]);
+        let mut running = vm.start(host)?;
+        let reads = "for at in 0 4 8 12; do dd if=/dev/vda bs=1M skip=$at count=4 2>/dev/null >/tmp/$at & done; wait";
+        running.types(reads)?;
+        running.types("echo guest: sum=$(cat /tmp/0 /tmp/4 /tmp/8 /tmp/12 | sha256sum)")?;
+        running.types("echo guest: queues=$(ls /sys/block/vda/mq | wc -l)")?;
+        running.types("dd if=/dev/vda of=/dev/vda bs=64k count=4 conv=notrunc,fsync 2>/dev/null && echo guest: written=yes")?;
+        running.until("guest: written=yes\r\n")?;
+        let counted = host.sh("gantry vm metrics vm").output()?.success()?.text();
+        let has = |what: &str, count: &str| {
+            let mut lines = counted.lines();
+            lines.any(|line| line.contains(what) && line.ends_with(count))
+        };
+        let engine = if disable_io_uring { " 0" } else { " 1" };
+        ensure!(has("what=\"io_uring\"", engine), "{counted}");
+        ensure!(
+            !has("what=\"read_ops\"", " 0") && has("what=\"failed_ops\"", " 0"),
+            "{counted}"
+        );
+        running.types("poweroff -f")?;
+        let ended = running.end()?.powered_off()?;
+        ensure!(ended.value("sum")? == sum, "{ended}");
+        ensure!(ended.value("queues")? == "2", "{ended}");
+    }
+    let after = host.sh(&format!("echo $(sha256sum <{path}); umount /tmp/mnt"));
+    ensure!(after.output()?.success()?.text() == sum);
     nothing_is_held(host)
 }

@@ -43,6 +43,8 @@ pub fn config() -> DiskConfig {
         id: CloudInit::DISK.to_owned(),
         path: CloudInit::DISK.into(),
         read_only: true,
+        direct: false,
+        io_uring: false,
         serial: String::new(),
         queues: Queues {
             count: 1,

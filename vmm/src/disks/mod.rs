@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use gantry_devices::virtio::block::{Block, Disk};
+use gantry_devices::virtio::block::{Block, Disk, Rings};
 
 pub use cloud_init::CloudInitError;
 pub use open::{DiskProblem, flags, open};
@@ -22,6 +22,16 @@ pub struct OpenDisk {
     kind: DeviceKind,
     config: DiskConfig,
     disk: Disk,
+}
+
+/// How many disks that come while a VM runs can do requests side by side at a time.
+const LATER_RINGS: usize = 4;
+
+/// How many rings a VM's disks take at most.
+pub fn rings(config: &VmConfig) -> usize {
+    let later = config.later_disks();
+    let none_comes = later.read.is_empty() && later.write.is_empty();
+    config.disks.len() + if none_comes { 0 } else { LATER_RINGS }
 }
 
 /// Opens the disks of a VM, in their order; the last is that of cloud-init.
@@ -72,7 +82,13 @@ impl OpenDisk {
         let Self { kind, config, disk } = self;
         let make = || -> Result<VirtioDevice, VirtioDeviceError> {
             let disk = Arc::new(disk);
-            let (backend, worker) = Block::new(&disk, &config.serial, config.queues)?;
+            let none = Rings::default();
+            let rings = if config.io_uring {
+                &context.rings
+            } else {
+                &none
+            };
+            let (backend, worker) = Block::new(&disk, &config.serial, config.queues, rings)?;
             let service = (Role::Disk, Box::new(move || worker.run()) as _);
             let backend = Arc::new(backend);
             let device = VirtioDevice::new(&config.id, kind, backend, Some(service), context)?;

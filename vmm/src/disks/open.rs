@@ -62,6 +62,14 @@ pub enum DiskProblem {
         /// The name of the format.
         format: &'static str,
     },
+    /// It cannot be accessed past the page cache.
+    #[error("{} cannot be a disk with `\"direct\": true`: {source}: remove the key", path.display())]
+    Direct {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// It is no whole number of sectors long.
     #[error(
         "{path} is {len} bytes long, which is not a number of whole 512-byte sectors: make it longer with `truncate \
@@ -126,7 +134,22 @@ pub fn accept(config: &DiskConfig, opened: io::Result<File>) -> Result<Disk, Dis
     if len == 0 || !len.is_multiple_of(SECTOR) {
         return Err(DiskProblem::Size { path: path(), len });
     }
-    Ok(Disk::new(file, len, SECTOR as u32, config.read_only))
+    blocking(&file).map_err(failed)?;
+    let disk = Disk::new(file, len, SECTOR as u32, config.read_only);
+    match config.direct {
+        false => Ok(disk),
+        true => disk.past_the_cache().map_err(|source| {
+            let path = path();
+            DiskProblem::Direct { path, source }
+        }),
+    }
+}
+
+/// Opening a file must not wait, but accesses to it do.
+fn blocking(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// How a disk is opened: without waiting for anybody. A block device that the host uses is refused to be written:

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use gantry_devices::pci::PortIndex;
 use gantry_devices::virtio::VirtioHost;
+use gantry_devices::virtio::block::Rings;
 use gantry_resources::base::HostPaths;
 
 use crate::command::{Answer, CommandError, Reply, ResizeError};
@@ -66,6 +67,8 @@ pub struct DeviceContext {
     pub status: Arc<SharedStatus>,
     /// Where events of devices go.
     pub notify: DeviceNotify,
+    /// For disks.
+    pub rings: Rings,
 }
 
 impl DeviceContext {
@@ -75,6 +78,7 @@ impl DeviceContext {
             host,
             sandbox: Arc::clone(&self.sandbox),
             notify: Arc::clone(&self.notify),
+            rings: self.rings.clone(),
         }
     }
 }

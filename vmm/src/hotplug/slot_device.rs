@@ -140,7 +140,7 @@ impl SlotDevice {
                 into.bdf = device.name().to_string();
                 device.counters().read(into);
             }
-            Self::Virtio(_) => {}
+            Self::Virtio(device) => into.requests = device.counters(),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use gantry_devices::events::PlatformEvents;
 use gantry_devices::pci::PciSegment;
+use gantry_devices::virtio::block::Rings;
 use gantry_resources::base::HostPaths;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,7 @@ pub fn two_slots() -> (HostDevices, Arc<PciSegment>, Arc<PlatformEvents>, Told) 
         events: Arc::new(move |event| all.lock().unwrap().push(event)),
         status: Arc::default(),
         notify: Arc::new(|_, _| {}),
+        rings: Rings::default(),
     };
     let slots = SlotTable::new(ports, &pci, Arc::new(NoSpace), &events);
     let devices = HostDevices::new(&slots, context).unwrap();

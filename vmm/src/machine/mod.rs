@@ -17,6 +17,7 @@ use gantry_devices::pci::firmware::HostWindows;
 use gantry_devices::pci::{BarSpaceError, ConfigPorts, EcamWindow, PciSegment};
 use gantry_devices::power::{self, PowerRegisters};
 use gantry_devices::serial::{LEN as SERIAL_LEN, Serial};
+use gantry_devices::virtio::VirtioHost;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::acpi::HotSlot;
@@ -148,6 +149,15 @@ impl Machine {
             guards.push(space.add_ports(layout::SERIAL_PORT, SERIAL_LEN as u16, serial.clone())?);
         }
         Ok(guards)
+    }
+
+    /// What virtio devices need of a guest with so many bits of physical address.
+    pub fn virtio_host(&self, address_bits: u8) -> VirtioHost {
+        VirtioHost {
+            ram: self.ram.view(),
+            router: Arc::new(self.routes.clone()),
+            address_bits,
+        }
     }
 
     /// Assigns bus numbers, windows and BAR addresses, as firmware would.

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_devices::pci::MsiRouter;
-use gantry_devices::virtio::VirtioHost;
 use gantry_resources::base::HostPaths;
 use gantry_resources::facts::node_of;
 use gantry_resources::holding::Holder;
@@ -19,7 +18,7 @@ use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
 use crate::config::{NumaPolicy, VcpuCount, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
-use crate::disks;
+use crate::disks::{self, DiskError, OpenDisk};
 use crate::error::Error;
 use crate::host::files::{FileError, read_rom};
 use crate::host::placement::VmPlacement;
@@ -38,6 +37,7 @@ use crate::process::sandbox::{Role, Sandbox};
 use crate::process::signals::Signals;
 use crate::process::threads::{self, Task};
 use crate::vcpus::{VcpuBarrier, Vcpus};
+use crate::virtio::VirtioContext;
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. Steps that can fail without touching a
@@ -82,17 +82,9 @@ impl Vm {
         })?;
 
         let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
-        let guest = VirtioHost {
-            ram: machine.ram.view(),
-            router: Arc::new(machine.routes.clone()),
-            address_bits: features.physical_bits(),
-        };
+        let guest = machine.virtio_host(features.physical_bits());
         let virtio = context.for_devices().virtio(guest.clone());
-        let mut all: Vec<_> = opened.into_iter().map(SlotDevice::Passed).collect();
-        for disk in disks {
-            all.push(SlotDevice::Virtio(disk.device(&virtio)?));
-        }
-        devices.plug_at_boot(all)?;
+        devices.plug_at_boot(in_slots(opened, disks, &virtio)?)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&placement, limit(config, ports))?;
@@ -127,6 +119,20 @@ impl Vm {
             kvm,
         })
     }
+}
+
+/// The devices and disks at boot, in the order of their slots.
+fn in_slots(
+    passed: Vec<AttachedDevice>,
+    disks: Vec<OpenDisk>,
+    context: &VirtioContext,
+) -> Result<Vec<SlotDevice>, DiskError> {
+    let passed = passed
+        .into_iter()
+        .map(|device| Ok(SlotDevice::Passed(device)));
+    let disks = disks.into_iter();
+    let disks = disks.map(|disk| disk.device(context).map(SlotDevice::Virtio));
+    passed.chain(disks).collect()
 }
 
 /// The CPU features that the host's KVM offers and the VM's file allows.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use gantry_devices::virtio::block::Rings;
 use gantry_resources::base::HostPaths;
 
 use super::event::Event;
@@ -31,6 +32,8 @@ pub struct VmContext {
     pub console: ConsoleSink,
     /// Where the VM's status is published.
     pub status: Arc<SharedStatus>,
+    /// For disks.
+    pub rings: Rings,
 }
 
 impl VmContext {
@@ -57,6 +60,7 @@ impl VmContext {
             sandbox: Arc::clone(&self.sandbox),
             events: Arc::clone(&self.events),
             status: Arc::clone(&self.status),
+            rings: self.rings.clone(),
             notify: Arc::new(move |key, event| mailbox.post(Event::Device(key, event))),
         }
     }

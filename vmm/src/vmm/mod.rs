@@ -11,12 +11,14 @@ mod stopped;
 use std::io;
 use std::sync::Arc;
 
+use gantry_devices::virtio::block::Rings;
 use gantry_resources::base::{HostPaths, chain, reap_helpers};
 use gantry_resources::holding::{Maintenance, maintenance};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::command::{Answer, Command, CommandError, Reply};
 use crate::config::VmConfig;
+use crate::disks;
 use crate::error::Error;
 use crate::host::files;
 use crate::info::{ConsoleSink, EventSink, VmEvent, VmInfo, VmState};
@@ -29,6 +31,9 @@ use crate::status::{SharedStatus, VmStatus};
 use crate::vm::{End, Event, Outcome, Vm, VmContext};
 pub use check::check;
 use stopped::{Action, StoppedVm};
+
+/// Rings for the disks of VMs that clients define, which are not known when the process starts.
+const KEPT_RINGS: usize = 8;
 
 /// Options of a run that are not part of the VM.
 #[derive(Clone)]
@@ -122,6 +127,7 @@ impl Vmm {
                 events: options.events,
                 console: options.console,
                 status: Arc::default(),
+                rings: Rings::default(),
             },
             keep: options.keep,
         })
@@ -151,6 +157,9 @@ impl Vmm {
     /// # Errors
     /// The VM could not be built, or the host failed later. Everything has been released.
     pub fn run(self, first: Option<VmConfig>) -> Result<Outcome, Error> {
+        // None can be made later.
+        let rings = first.as_ref().map_or(KEPT_RINGS, disks::rings);
+        self.context.rings.fill(rings);
         let confined = self.context.sandbox.confine_process();
         confined.map_err(cannot("enter the sandbox"))?;
         let ended = match first {

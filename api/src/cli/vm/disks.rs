@@ -31,6 +31,9 @@ pub struct AttachDiskArgs {
     /// The guest may not write to it
     #[arg(long)]
     readonly: bool,
+    /// Access it past the host's page cache
+    #[arg(long)]
+    direct: bool,
     /// Serial number that the guest sees
     #[arg(long)]
     serial: Option<String>,
@@ -81,6 +84,7 @@ pub fn resize(args: &ResizeDiskArgs, paths: &HostPaths) -> Result<(), Failure> {
 struct Request {
     path: PathBuf,
     readonly: bool,
+    direct: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     serial: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,6 +98,7 @@ pub fn attach(args: AttachDiskArgs, paths: &HostPaths) -> Result<(), Failure> {
     let request = Request {
         path: path.clone(),
         readonly: args.readonly,
+        direct: args.direct,
         serial: args.serial,
         id: args.id,
     };

@@ -94,6 +94,8 @@ pub fn disk(
         id: config.id.unwrap_or_default(),
         path: folder.join(config.path),
         read_only,
+        direct: config.direct.unwrap_or(false),
+        io_uring: !config.disable_io_uring.unwrap_or(false),
         serial,
         queues: Queues {
             count: queues(key, config.num_queues)?,

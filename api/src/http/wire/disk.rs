@@ -16,6 +16,12 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest may not write to it.
     pub readonly: bool,
+    /// Whether accesses go past the host's page cache.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub direct: bool,
+    /// Whether requests are done one after the other, even where the host has io_uring.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disable_io_uring: bool,
     /// Its serial number in the guest, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
@@ -31,6 +37,8 @@ impl From<&DiskConfig> for Disk {
             id: disk.id.clone(),
             path: disk.path.clone(),
             readonly: disk.read_only,
+            direct: disk.direct,
+            disable_io_uring: !disk.io_uring,
             serial: Some(disk.serial.clone()).filter(|serial| !serial.is_empty()),
             num_queues: disk.queues.count,
             queue_size: disk.queues.size,

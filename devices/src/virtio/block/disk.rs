@@ -10,15 +10,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::super::Segments;
+use super::direct;
+use super::vectors::Vectors;
 
 /// Bytes of a sector, the unit of all offsets and lengths (section 5.2).
 pub const SECTOR: u64 = 512;
-/// The most buffers that one system call takes (`UIO_MAXIOV`).
-const MAX_VECTORS: usize = 1024;
-/// The most bytes that one system call moves: between two, the disk looks whether it has to stop.
-const CHUNK: usize = 16 << 20;
-/// Zeros that are written where the file cannot make a range read as zeros.
-const ZEROS: usize = 64 << 10;
 
 /// An open disk. Only this process writes to it.
 #[derive(Debug)]
@@ -27,6 +23,20 @@ pub struct Disk {
     len: AtomicU64,
     block_size: u32,
     read_only: bool,
+    /// What accesses past the host's page cache must be multiples of; `None` if they go through it.
+    direct: Option<usize>,
+    counters: Counters,
+}
+
+/// What a disk did so far.
+#[derive(Debug, Default)]
+struct Counters {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    write_bytes: AtomicU64,
+    flushes: AtomicU64,
+    errors: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -46,7 +56,9 @@ pub enum ResizeError {
     #[error("use a multiple of {0} bytes")]
     Blocks(u32),
     /// It would lose what is at its end.
-    #[error("it has {len} bytes, and the guest may use all of them: end the VM to make the disk smaller")]
+    #[error(
+        "it has {len} bytes, and the guest may use all of them: end the VM to make the disk smaller"
+    )]
     Smaller {
         /// Its size.
         len: u64,
@@ -77,6 +89,15 @@ pub enum Transfer {
     Write { durable: bool },
 }
 
+/// What is done with a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// Move bytes.
+    Move(Transfer),
+    /// Have the disk keep for good what was written before.
+    Flush,
+}
+
 impl Disk {
     /// The first `len` bytes of `file`, a multiple of [`SECTOR`], whose blocks have `block_size` bytes.
     pub fn new(file: File, len: u64, block_size: u32, read_only: bool) -> Self {
@@ -85,6 +106,8 @@ impl Disk {
             len: AtomicU64::new(len / SECTOR * SECTOR),
             block_size,
             read_only,
+            direct: None,
+            counters: Counters::default(),
         }
     }
 
@@ -96,11 +119,80 @@ impl Disk {
             contents: Contents::Memory(bytes),
             block_size: SECTOR as u32,
             read_only: true,
+            direct: None,
+            counters: Counters::default(),
         }
     }
 
+    /// The same disk, accessed past the host's page cache.
+    ///
+    /// # Errors
+    /// Its file system has no such accesses, or the disk is no number of the blocks that they need.
+    pub fn past_the_cache(self) -> io::Result<Self> {
+        let alignment = direct::bypass_cache(self.file()?)?;
+        if !self.len().is_multiple_of(alignment as u64) {
+            let what = format!("its length is no multiple of {alignment} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        Ok(Self {
+            block_size: self.block_size.max(alignment as u32),
+            direct: Some(alignment),
+            ..self
+        })
+    }
+
+    /// Whether the kernel takes these buffers as they are.
+    pub fn takes(&self, vectors: &Vectors) -> bool {
+        self.direct
+            .is_none_or(|alignment| vectors.are_aligned(alignment))
+    }
+
+    /// Counts a request, and passes its result on.
+    pub fn count<T>(
+        &self,
+        operation: Operation,
+        bytes: u64,
+        result: io::Result<T>,
+    ) -> io::Result<T> {
+        let counters = &self.counters;
+        let (requests, moved) = match operation {
+            Operation::Move(Transfer::Read) => (&counters.reads, &counters.read_bytes),
+            Operation::Move(Transfer::Write { .. }) => (&counters.writes, &counters.write_bytes),
+            Operation::Flush => (&counters.flushes, &counters.write_bytes),
+        };
+        match &result {
+            Ok(_) => {
+                requests.fetch_add(1, Ordering::Relaxed);
+                moved.fetch_add(bytes, Ordering::Relaxed);
+            }
+            Err(_) => drop(counters.errors.fetch_add(1, Ordering::Relaxed)),
+        }
+        result
+    }
+
+    /// What it did so far, by name.
+    pub fn counters(&self) -> [(&'static str, u64); 6] {
+        let Counters {
+            reads,
+            read_bytes,
+            writes,
+            write_bytes,
+            flushes,
+            errors,
+        } = &self.counters;
+        [
+            ("read_ops", reads),
+            ("read_bytes", read_bytes),
+            ("write_ops", writes),
+            ("write_bytes", write_bytes),
+            ("flush_ops", flushes),
+            ("failed_ops", errors),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+    }
+
     /// The file, which every disk has that can be written.
-    fn file(&self) -> nix::Result<&File> {
+    pub fn file(&self) -> nix::Result<&File> {
         match &self.contents {
             Contents::File(file) => Ok(file),
             Contents::Memory(_) => Err(Errno::EROFS),
@@ -172,23 +264,27 @@ impl Disk {
             return read_memory(bytes, offset, segments);
         }
         let file = self.file()?;
-        let mut vectors: Vec<libc::iovec> = segments
-            .slices()
-            .iter()
-            .filter(|slice| !slice.is_empty())
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect();
-        let (mut at, mut rest) = (offset, vectors.as_mut_slice());
-        while !rest.is_empty() {
+        let mut vectors = Vectors::new(segments, offset);
+        if let Some(alignment) = self.direct.filter(|_| !self.takes(&vectors)) {
+            return match how {
+                Transfer::Read => direct::read(file, alignment, offset, segments, is_stopping),
+                Transfer::Write { durable } => {
+                    let (range, mut rest) = ((offset, segments.bytes()), segments.clone());
+                    direct::write(file, alignment, range, is_stopping, |bytes| {
+                        let piece = rest.take_front(bytes.len() as u64);
+                        piece.map(|piece| piece.read(bytes));
+                    })?;
+                    if durable { self.flush() } else { Ok(()) }
+                }
+            };
+        }
+        while !vectors.is_done() {
             if is_stopping() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
-            let done = once(file, how, at, &front(rest))?;
-            at += done as u64;
-            rest = advance(rest, done);
+            let at = vectors.offset();
+            let moved = once(file, how, at, vectors.front());
+            vectors.moved(moved)?;
         }
         Ok(())
     }
@@ -236,15 +332,9 @@ impl Disk {
     }
 
     fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
-        let (file, zeros) = (self.file()?, vec![0; ZEROS]);
-        let mut done = 0;
-        while done < len {
-            let here = (len - done).min(ZEROS as u64);
-            file.write_all_at(&zeros[..here as usize], offset + done)?;
-            done += here;
-        }
-        Ok(())
+        let alignment = self.direct.unwrap_or(1);
+        let zero = |bytes: &mut [u8]| bytes.fill(0);
+        direct::write(self.file()?, alignment, (offset, len), || false, zero)
     }
 
     fn allocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> nix::Result<()> {
@@ -280,59 +370,15 @@ fn once(file: &File, how: Transfer, offset: u64, vectors: &[libc::iovec]) -> io:
     let fd = file.as_raw_fd();
     let count = vectors.len() as libc::c_int;
     let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-    loop {
-        let moved = match how {
-            // SAFETY: each vector lies in guest RAM, which the caller's segments keep mapped during the call
-            // and which nobody in this process has references to.
-            Transfer::Read => unsafe { libc::preadv2(fd, vectors.as_ptr(), count, offset, 0) },
-            Transfer::Write { durable } => {
-                let flags = match durable {
-                    true => libc::RWF_DSYNC,
-                    false => 0,
-                };
-                // SAFETY: as above.
-                unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
-            }
-        };
-        match usize::try_from(moved) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(moved) => return Ok(moved),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+    let moved = match how {
+        // SAFETY: each vector lies in guest RAM, which the caller's segments keep mapped during the call and which
+        // nobody in this process has references to.
+        Transfer::Read => unsafe { libc::preadv2(fd, vectors.as_ptr(), count, offset, 0) },
+        Transfer::Write { durable } => {
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
+            // SAFETY: as above.
+            unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags) }
         }
-    }
-}
-
-/// The first [`CHUNK`] bytes of the vectors, or fewer.
-fn front(vectors: &[libc::iovec]) -> Vec<libc::iovec> {
-    let mut left = CHUNK;
-    let mut front = Vec::new();
-    for vector in vectors.iter().take(MAX_VECTORS) {
-        let iov_len = vector.iov_len.min(left);
-        front.push(libc::iovec { iov_len, ..*vector });
-        left -= iov_len;
-        if left == 0 {
-            break;
-        }
-    }
-    front
-}
-
-/// The vectors without their first `done` bytes.
-fn advance(vectors: &mut [libc::iovec], done: usize) -> &mut [libc::iovec] {
-    let (mut left, mut whole) = (done, 0);
-    for vector in vectors.iter_mut() {
-        if left < vector.iov_len {
-            vector.iov_base = vector.iov_base.wrapping_byte_add(left);
-            vector.iov_len -= left;
-            break;
-        }
-        left -= vector.iov_len;
-        whole += 1;
-    }
-    &mut vectors[whole..]
+    };
+    usize::try_from(moved).map_err(|_| io::Error::last_os_error())
 }

@@ -1,8 +1,11 @@
 //! A virtio block device (section 5.2) over a file or a block device of the host.
 
+mod direct;
 mod disk;
 mod request;
+mod ring;
 mod serve;
+mod vectors;
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use disk::{Disk, ResizeError, SECTOR};
 pub use request::SERIAL_LEN;
+pub use ring::Rings;
 pub use serve::BlockWorker;
 
 use super::{Activation, VirtioBackend, VirtioKind, WorkerHandle, worker};
@@ -41,10 +45,12 @@ pub struct Block {
     disk: Arc<Disk>,
     sizes: Vec<u16>,
     worker: WorkerHandle,
+    has_ring: bool,
 }
 
 impl Block {
     /// The device for `disk` with these queues, and what its thread runs. `serial` is cut to [`SERIAL_LEN`] bytes.
+    /// Requests are done side by side if one of `rings` is free, or else one after the other.
     ///
     /// # Errors
     /// The process has no file descriptors left.
@@ -52,15 +58,18 @@ impl Block {
         disk: &Arc<Disk>,
         serial: &str,
         queues: Queues,
+        rings: &Rings,
     ) -> io::Result<(Self, BlockWorker)> {
         let (handle, worker) = worker()?;
         let disk = Arc::clone(disk);
+        let ring = disk.file().ok().and_then(|_| rings.take());
         let device = Self {
             disk: Arc::clone(&disk),
+            has_ring: ring.is_some(),
             sizes: vec![queues.size; usize::from(queues.count)],
             worker: handle,
         };
-        Ok((device, BlockWorker::new(worker, disk, serial)))
+        Ok((device, BlockWorker::new(worker, disk, serial, ring)))
     }
 
     /// The configuration (section 5.2.4).
@@ -120,6 +129,12 @@ impl VirtioBackend for Block {
             let at = usize::try_from(at).ok();
             *byte = at.and_then(|at| config.get(at)).copied().unwrap_or(0);
         }
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.disk.counters().to_vec();
+        counters.push(("io_uring", self.has_ring.into()));
+        counters
     }
 
     fn start(&self, activation: Activation) {

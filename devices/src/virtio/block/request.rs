@@ -1,5 +1,7 @@
 //! One request of a driver (section 5.2.6): parsed from its buffers, carried out, and answered.
 
+use std::io;
+
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -7,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::MAX_ERASE;
-use super::disk::{Disk, SECTOR, Transfer};
+use super::disk::{Disk, Operation, SECTOR, Transfer};
 use crate::virtio::Segments;
 
 /// Bytes of a serial number (`VIRTIO_BLK_ID_BYTES`).
@@ -52,36 +54,85 @@ pub struct Service<'a> {
     pub is_stopping: &'a dyn Fn() -> bool,
 }
 
-impl Service<'_> {
-    /// Carries out the request in these buffers: those that the device may read, and those that it may write.
-    /// Returns how many bytes of the latter were written; `None` if there is no room for the status.
-    pub fn answer(&self, readable: Segments<'_>, writable: Segments<'_>) -> Option<u32> {
-        let (mut data, before_status) = (writable, 1);
-        let room = data.bytes().checked_sub(before_status)?;
-        let read = data.take_front(room)?;
-        let (status, written) = self.carry_out(readable, &read);
-        data.write(&[status.byte()]);
+/// A request of a driver.
+pub struct Request<'a> {
+    /// What is left to be done.
+    pub work: Work<'a>,
+    /// Where its status goes.
+    status: Segments<'a>,
+    /// Bytes that the driver reads beside the status, if all goes well.
+    room: u64,
+}
+
+/// What is left to be done of a request.
+pub enum Work<'a> {
+    /// Nothing.
+    Done(Status),
+    /// Bytes are moved between the disk from an offset on and buffers.
+    Move(Transfer, u64, Segments<'a>),
+    /// The disk is to keep for good what was written before.
+    Flush,
+}
+
+impl Request<'_> {
+    /// Writes the status. Returns how many bytes of the driver's buffers were written; `None` if no driver can have
+    /// offered so many.
+    pub fn answer(&self, status: Status) -> Option<u32> {
+        self.status.write(&[status.byte()]);
         // The status is the last byte, whatever is before it.
-        let written = if status == Status::Ok { written } else { 0 };
-        u32::try_from(written + before_status).ok()
+        let written = if status == Status::Ok { self.room } else { 0 };
+        u32::try_from(written + 1).ok()
+    }
+}
+
+impl Service<'_> {
+    /// Looks at the request in these buffers, those that the device may read and those that it may write, and does
+    /// what takes no access to the disk, or a rare one. `None` if there is no room for the status.
+    pub fn begin<'a>(&self, readable: Segments<'a>, writable: Segments<'a>) -> Option<Request<'a>> {
+        let mut status = writable;
+        let room = status.bytes().checked_sub(1)?;
+        let data = status.take_front(room)?;
+        Some(Request {
+            work: self.look_at(readable, data),
+            status,
+            room,
+        })
     }
 
-    fn carry_out(&self, mut readable: Segments<'_>, writable: &Segments<'_>) -> (Status, u64) {
+    /// Does what is left of a request, and waits for it.
+    pub fn finish(&self, work: &Work<'_>) -> Status {
+        let disk = self.disk;
+        match work {
+            Work::Done(status) => *status,
+            Work::Move(how, offset, segments) => {
+                let moved = disk.transfer(*how, *offset, segments, self.is_stopping);
+                self.result(Operation::Move(*how), segments.bytes(), moved)
+            }
+            Work::Flush => self.result(Operation::Flush, 0, disk.flush()),
+        }
+    }
+
+    /// The status of what was done with the disk.
+    pub fn result(&self, operation: Operation, bytes: u64, result: io::Result<()>) -> Status {
+        done(self.disk.count(operation, bytes, result))
+    }
+
+    fn look_at<'a>(&self, mut readable: Segments<'a>, writable: Segments<'a>) -> Work<'a> {
         let mut header = [0; 16];
         match readable.take_front(header.len() as u64) {
             Some(front) => drop(front.read(&mut header)),
-            None => return (Status::IoError, 0),
+            None => return Work::Done(Status::IoError),
         };
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
-        let status = match u32::from_le_bytes([a, b, c, d]) {
-            VIRTIO_BLK_T_IN => self.transfer(Transfer::Read, sector, writable),
+        Work::Done(match u32::from_le_bytes([a, b, c, d]) {
+            VIRTIO_BLK_T_IN => return self.transfer(Transfer::Read, sector, writable),
             VIRTIO_BLK_T_OUT if self.disk.is_read_only() => Status::IoError,
             VIRTIO_BLK_T_OUT => {
                 let durable = self.write_through;
-                self.transfer(Transfer::Write { durable }, sector, &readable)
+                return self.transfer(Transfer::Write { durable }, sector, readable);
             }
-            VIRTIO_BLK_T_FLUSH => done(self.disk.flush()),
+            VIRTIO_BLK_T_FLUSH => return Work::Flush,
             VIRTIO_BLK_T_GET_ID => {
                 let room = writable.write(self.serial) == SERIAL_LEN;
                 if room { Status::Ok } else { Status::IoError }
@@ -96,16 +147,15 @@ impl Service<'_> {
                 })
             }
             _ => Status::Unsupported,
-        };
-        (status, writable.bytes())
+        })
     }
 
-    fn transfer(&self, how: Transfer, sector: u64, segments: &Segments<'_>) -> Status {
+    fn transfer<'a>(&self, how: Transfer, sector: u64, segments: Segments<'a>) -> Work<'a> {
         let len = segments.bytes();
         let offset = self.disk.offset(sector, len);
         match offset.filter(|_| len.is_multiple_of(SECTOR)) {
-            Some(offset) => done(self.disk.transfer(how, offset, segments, self.is_stopping)),
-            None => Status::IoError,
+            Some(offset) => Work::Move(how, offset, segments),
+            None => Work::Done(Status::IoError),
         }
     }
 
@@ -174,10 +224,10 @@ impl Service<'_> {
     }
 }
 
-fn done(result: std::io::Result<()>) -> Status {
+fn done(result: io::Result<()>) -> Status {
     match result {
         Ok(()) => Status::Ok,
-        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Status::IoError,
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Status::IoError,
         Err(error) => {
             crate::warn_limited!(%error, "a disk of the guest has failed");
             Status::IoError

@@ -140,7 +140,10 @@ const LEASES: &[c_long] = &[
 const DISK: &[c_long] = &[
     libc::SYS_preadv2,
     libc::SYS_pwritev2,
+    libc::SYS_pread64,
     libc::SYS_pwrite64,
+    // Every ring can only read, write and flush open files: see `Ring`.
+    libc::SYS_io_uring_enter,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
     libc::SYS_epoll_wait,
@@ -343,6 +346,8 @@ mod tests {
                 libc::SYS_unlink,
                 libc::SYS_unlinkat,
                 libc::SYS_rmdir,
+                libc::SYS_io_uring_setup,
+                libc::SYS_io_uring_register,
             ] {
                 assert!(!allowed(number), "call {number}");
             }

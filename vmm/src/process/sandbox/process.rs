@@ -54,8 +54,8 @@ const NEVER: &[c_long] = &[
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
+    // Disks have rings that were made and restricted before: no other can be made.
     libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
     libc::SYS_io_setup,
     libc::SYS_io_submit,
