@@ -128,7 +128,6 @@ impl FakeVm {
                 Default::default(),
                 matches!(other, Attach::Plan { name, .. } if name == WHOLE),
             ),
-            Attach::Disk { .. } => Default::default(),
         };
         for index in first..first + count {
             let id = attach
