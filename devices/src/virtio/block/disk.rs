@@ -220,7 +220,11 @@ impl Disk {
         match file.metadata()?.is_file() {
             _ if bytes <= there => {}
             true if self.read_only => return Err(ResizeError::ReadOnly { len: there }),
-            true => file.set_len(bytes)?,
+            // By a write: the file was opened without the right to truncate it.
+            true => {
+                let block = u64::from(self.block_size);
+                self.write_zeros(bytes - block, block)?;
+            }
             false => return Err(ResizeError::Device { len: there }),
         }
         self.len.store(bytes, Ordering::Release);

@@ -250,6 +250,26 @@ fn a_reset_is_over_when_the_device_has_left_ram() {
 }
 
 #[test]
+fn a_device_that_is_retired_has_left_ram_and_decodes_no_more() {
+    let rig = Rig::new();
+    rig.function.write_config(COMMAND, &COMMAND_MEMORY.to_le_bytes());
+    assert!(rig.negotiate(VERSION_1));
+    rig.set_up_queue(0, USED);
+    rig.finish();
+    rig.function.retire().unwrap();
+    assert!(rig.backend.is_stopped());
+    assert_eq!(rig.config(COMMAND) as u16 & COMMAND_MEMORY, 0);
+}
+
+#[test]
+fn a_change_of_the_configuration_is_seen_by_its_generation() {
+    let rig = Rig::new();
+    let before = rig.read::<1>(0x15);
+    rig.function.config_changed();
+    assert_eq!((before, rig.read::<1>(0x15)), ([0], [1]));
+}
+
+#[test]
 fn a_reset_of_the_machine_forgets_the_driver() {
     let rig = Rig::new();
     rig.negotiate(VERSION_1);
