@@ -386,11 +386,11 @@ fn a_guest_sees_its_disk_grow(host: &Host) -> Result<()> {
 }
 
 fn a_disk_is_accessed_past_the_cache_and_by_several_queues(host: &Host) -> Result<()> {
-    // A file system of its own, as that in memory may know no direct accesses.
-    let make = "truncate -s 64M /tmp/fs.img; mke2fs -q /tmp/fs.img; mkdir -p /tmp/mnt
-                mount -o loop /tmp/fs.img /tmp/mnt";
-    host.sh(make).output()?.success()?;
-    let path = "/tmp/mnt/disk.img";
+    // A block device, as the file system in memory may know no direct accesses.
+    let path = "/dev/loop0";
+    host.sh("truncate -s 16M /tmp/loop.img; losetup /dev/loop0 /tmp/loop.img")
+        .output()?
+        .success()?;
     let sum = random(host, path, 16)?;
     for disable_io_uring in [false, true] {
         let mut vm = Vm::new("shell").cpus(2);
@@ -421,7 +421,7 @@ fn a_disk_is_accessed_past_the_cache_and_by_several_queues(host: &Host) -> Resul
         ensure!(ended.value("sum")? == sum, "{ended}");
         ensure!(ended.value("queues")? == "2", "{ended}");
     }
-    let after = host.sh(&format!("echo $(sha256sum <{path}); umount /tmp/mnt"));
+    let after = host.sh(&format!("echo $(sha256sum <{path}); losetup -d {path}"));
     ensure!(after.output()?.success()?.text() == sum);
     nothing_is_held(host)
 }

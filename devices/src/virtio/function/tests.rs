@@ -252,7 +252,8 @@ fn a_reset_is_over_when_the_device_has_left_ram() {
 #[test]
 fn a_device_that_is_retired_has_left_ram_and_decodes_no_more() {
     let rig = Rig::new();
-    rig.function.write_config(COMMAND, &COMMAND_MEMORY.to_le_bytes());
+    rig.function
+        .write_config(COMMAND, &COMMAND_MEMORY.to_le_bytes());
     assert!(rig.negotiate(VERSION_1));
     rig.set_up_queue(0, USED);
     rig.finish();
