@@ -137,11 +137,22 @@ pub fn print_table(
 pub fn write_table(
     out: &mut dyn Write,
     columns: &[Column],
+    rows: Vec<Vec<String>>,
+    sort: Option<&str>,
+) -> io::Result<()> {
+    write_table_within(terminal_width(), out, columns, rows, sort)
+}
+
+/// Writes a table as [`write_table`] does, narrowed to `width` characters.
+pub fn write_table_within(
+    width: usize,
+    out: &mut dyn Write,
+    columns: &[Column],
     mut rows: Vec<Vec<String>>,
     sort: Option<&str>,
 ) -> io::Result<()> {
     sort_rows(&mut rows, columns, sort, Vec::clone);
-    let table = Table::new(columns, rows).fit(terminal_width());
+    let table = Table::new(columns, rows).fit(width);
     write!(out, "{table}")?;
     match table.left_out() {
         [] => Ok(()),

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod devices;
 pub mod lab;
 pub mod modules;
+pub mod package;
 pub mod protocol;
 pub mod published;
 pub mod times;

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use gantry_tests::bench::Bench;
 use gantry_tests::lab::cli::LabArguments;
-use gantry_tests::{checks, cleanup, demo, devices};
+use gantry_tests::{checks, cleanup, demo, devices, package};
 
 /// Chores of the gantry source tree.
 #[derive(Debug, Parser)]
@@ -28,6 +28,8 @@ enum Chore {
     Demo,
     /// Open a shell on a simulated VFIO host, with gantry on its PATH.
     Lab(LabArguments),
+    /// Make a Debian package, and print where it is.
+    Package,
     /// Run all tests: format, lints, unit, property and lab tests.
     Test,
     /// Repeat the cases that race or kill, many more times than a test can.
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         .and_then(|()| match Cli::parse().chore {
             Chore::Demo => demo::run(),
             Chore::Lab(arguments) => arguments.run(),
+            Chore::Package => package::run().map(|()| 0),
             Chore::Test => checks::run().map(|()| 0),
             Chore::Soak { rounds } => checks::soak(rounds).map(|()| 0),
             Chore::Devices(arguments) => devices::run(&arguments),

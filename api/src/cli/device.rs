@@ -165,8 +165,12 @@ fn detach(args: &DetachArgs, paths: &HostPaths) -> Result<(), Failure> {
     ruled.and(told)
 }
 
-/// Detaches devices and puts them into a group, as `gantry device detach --group` does.
-pub fn detach_into(devices: &[HostBdf], group: &str, paths: &HostPaths) -> Result<(), Failure> {
+/// Detaches devices and puts them into a group, as `gantry device detach` does.
+pub fn detach_into(
+    devices: &[HostBdf],
+    group: Option<&str>,
+    paths: &HostPaths,
+) -> Result<(), Failure> {
     let args = DetachArgs {
         common: MoveArgs {
             devices: devices.to_vec(),
@@ -174,7 +178,7 @@ pub fn detach_into(devices: &[HostBdf], group: &str, paths: &HostPaths) -> Resul
             output: OutputArgs::TEXT,
         },
         overrides: Vec::new(),
-        group: Some(group.to_owned()),
+        group: group.map(str::to_owned),
     };
     detach(&args, paths)
 }

@@ -60,8 +60,8 @@ pub struct InitArgs {
 
 /// What is to be done.
 struct Plan {
-    /// Devices that leave the host's drivers, and the group that they are put into.
-    takes: Option<(Vec<HostBdf>, String)>,
+    /// Devices that leave the host's drivers, and the group that they are put into if they are in none.
+    takes: Option<(Vec<HostBdf>, Option<String>)>,
     /// The VM's file.
     text: String,
 }
@@ -104,7 +104,7 @@ fn apply(plan: &Plan, file: &mut File, paths: &HostPaths) -> Result<(), Failure>
     file.write_all(plan.text.as_bytes())
         .map_err(|error| Failure::host(format!("cannot write the VM's file: {error}")))?;
     match &plan.takes {
-        Some((devices, group)) => detach_into(devices, group, paths),
+        Some((devices, group)) => detach_into(devices, group.as_deref(), paths),
         None => Ok(()),
     }
 }
@@ -124,13 +124,17 @@ fn is_there(path: &Path) -> Failure {
 }
 
 fn show(out: &mut dyn Write, plan: &Plan, file: &Path) -> io::Result<()> {
-    if let Some((_, group)) = &plan.takes {
-        writeln!(
-            out,
-            "These devices will be taken from the host, for the group \"{group}\":"
-        )?;
+    writeln!(out, "{} will be written:\n{}", file.display(), plan.text)?;
+    match &plan.takes {
+        None => Ok(()),
+        Some((_, None)) => writeln!(out, "These devices will be taken from the host:"),
+        Some((_, Some(group))) => {
+            writeln!(
+                out,
+                "These devices will be taken from the host, for the group \"{group}\":"
+            )
+        }
     }
-    writeln!(out, "{} will be written:\n{}", file.display(), plan.text)
 }
 
 fn plan(args: &InitArgs, paths: &HostPaths) -> Result<Plan, Failure> {
@@ -156,17 +160,16 @@ fn plan(args: &InitArgs, paths: &HostPaths) -> Result<Plan, Failure> {
     {
         groups.find(name)?;
     }
-    let is_ready = |device: &&HostDevice| {
-        let mine = groups.group_of(device).map(|group| &*group.name) == group.as_deref();
-        mine && device.state() != DeviceState::Attached
+    let is_in = |device: &&HostDevice| {
+        groups.group_of(device).map(|group| &*group.name) == group.as_deref()
     };
-    let takes = (!devices.iter().all(is_ready)).then(|| args.devices.clone());
+    let on_host = |device: &&HostDevice| device.state() == DeviceState::Attached;
+    let joins = group.clone().filter(|_| !devices.iter().all(is_in));
+    let takes = joins.is_some() || devices.iter().any(on_host);
+    let takes = takes.then(|| (args.devices.clone(), joins));
     let text = text(args, group.as_deref(), &devices, &all)?;
     check(args, &text, paths)?;
-    Ok(Plan {
-        takes: takes.zip(group),
-        text,
-    })
+    Ok(Plan { takes, text })
 }
 
 /// A name for a group of devices of this kind that no group has.

@@ -5,7 +5,7 @@ use gantry_tests::lab::Host;
 use gantry_tests::protocol::Size;
 use serde_json::json;
 
-use crate::pool::{FIRST, Pool, nothing_is_held, processes};
+use crate::pool::{FIRST, Pool, device, nothing_is_held, processes};
 use crate::runner::{Case, cases};
 use crate::vm::{Running, Vm};
 
@@ -15,6 +15,7 @@ pub const CASES: &[Case] = cases![
     its_console_is_left_and_the_vm_runs_on,
     a_start_in_the_background_that_fails_says_why,
     a_name_that_is_taken_is_told_first,
+    a_file_that_init_wrote_runs,
 ];
 
 const RUN: &str = "gantry run -d";
@@ -169,5 +170,35 @@ fn a_name_that_is_taken_is_told_first(host: &Host) -> Result<()> {
         "another log"
     );
     host.sh("gantry vm shutdown vm").output()?.success()?;
+    nothing_is_held(host)
+}
+
+fn a_file_that_init_wrote_runs(host: &Host) -> Result<()> {
+    let file = "/tmp/vms/vm.json";
+    let bdf = FIRST.bdf;
+    host.sh(&format!(
+        "mkdir -p /tmp/vms; rm -f {file} /etc/gantry/groups.json"
+    ))
+    .output()?
+    .success()?;
+    let kernel = "--kernel /lab/vmlinux --initramfs /lab/initramfs-guest --memory 256M --cpus 1";
+    let init = format!("gantry init {file} --device {bdf} {kernel} --yes");
+    let said = host.sh(&init).output()?.success()?.text();
+    ensure!(said.contains("for the group \"nvme\""), "{said}");
+    ensure!(device(host, bdf)?["driver"] == "vfio-pci", "{said}");
+    host.sh(&format!("{RUN} {file}")).output()?.success()?;
+    let info = host
+        .sh("gantry vm info vm --json")
+        .output()?
+        .success()?
+        .text();
+    ensure!(info.contains(bdf), "{info}");
+    // It is never overwritten.
+    let again = host.sh(&init).output()?.exits(1)?;
+    ensure!(again.errors().contains("left as it is"), "{again}");
+    let undo = format!(
+        "gantry vm shutdown vm && gantry device reattach {bdf} && gantry group delete nvme"
+    );
+    host.sh(&undo).output()?.success()?;
     nothing_is_held(host)
 }

@@ -14,7 +14,7 @@ use crate::output::{print, print_json};
 use crate::report::Failure;
 use crate::table::{
     Column, Shrink, Table, cell, column, has_column, print_table, sort_rows, terminal_width,
-    write_table,
+    write_table_within,
 };
 
 #[derive(Debug, Args)]
@@ -41,6 +41,9 @@ pub struct ListArgs {
     /// Show everything as JSON
     #[arg(long)]
     json: bool,
+    /// Show every column in full, however narrow the terminal is
+    #[arg(long)]
+    wide: bool,
     /// Column to sort by, of the table shown
     #[arg(long, value_name = "COLUMN", value_parser = sort_by())]
     sort: Option<String>,
@@ -139,7 +142,11 @@ pub fn list(args: &ListArgs, paths: &HostPaths) -> Result<(), Failure> {
         return print_json(&entries.collect::<Vec<_>>());
     }
     print(|out| {
-        write_table(out, &COLUMNS, cells(&rows, terminal_width()), sort)?;
+        let width = match args.wide {
+            true => usize::MAX,
+            false => terminal_width(),
+        };
+        write_table_within(width, out, &COLUMNS, cells(&rows, width), sort)?;
         match mdevs.as_slice() {
             [] => Ok(()),
             mdevs => {
