@@ -8,6 +8,8 @@ use gantry_resources::base::{HostPaths, Numbers};
 use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
 
+use crate::topology::Topology;
+
 /// The configuration of a VM. It is consistent in itself; only the host may still refuse it.
 #[derive(Debug, Clone)]
 pub struct VmConfig {
@@ -17,6 +19,8 @@ pub struct VmConfig {
     pub payload: Payload,
     /// Number of vCPUs.
     pub vcpus: VcpuCount,
+    /// How they make up cores, dies and packages.
+    pub topology: Topology,
     /// The CPU features that the guest is offered.
     pub cpu: CpuConfig,
     /// The host's CPUs that a vCPU may run on, for vCPUs with an affinity of their own.
@@ -109,10 +113,12 @@ impl VmConfig {
             name: "one".to_owned(),
             payload: Payload {
                 kernel: "vmlinux".into(),
+                is_firmware: false,
                 initramfs: None,
                 cmdline: String::new(),
             },
             vcpus: VcpuCount::new(2).unwrap(),
+            topology: Topology::flat(2),
             cpu: CpuConfig::default(),
             affinity: BTreeMap::new(),
             memory: MemorySize::new(64 << 20).unwrap(),
@@ -173,12 +179,24 @@ pub struct Hotplug {
 /// What a VM boots. The files are opened once and read again at every reboot of the guest.
 #[derive(Debug, Clone)]
 pub struct Payload {
-    /// `vmlinux` with a PVH entry, or `bzImage`.
+    /// `vmlinux` with a PVH entry, or `bzImage`; or a firmware.
     pub kernel: PathBuf,
+    /// Whether it is a firmware, an ELF file with a PVH entry, which finds what to boot on the disks.
+    pub is_firmware: bool,
     /// Initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+}
+
+impl Payload {
+    /// The key of the VM's file that names what is loaded.
+    pub fn key(&self) -> &'static str {
+        match self.is_firmware {
+            true => "payload.firmware",
+            false => "payload.kernel",
+        }
+    }
 }
 
 /// Where the guest's serial port (16550 at I/O port 0x3f8, IRQ 4) leads.

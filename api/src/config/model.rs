@@ -54,7 +54,10 @@ pub struct VmConfig {
 #[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
     /// Path of the kernel: a `vmlinux` with a PVH entry point, or a `bzImage`.
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
+    /// Path of a firmware instead of a kernel, which boots what it finds on the disks: an ELF file with a PVH entry
+    /// point, such as `hypervisor-fw`.
+    pub firmware: Option<PathBuf>,
     /// Path of the initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// Kernel command line. A guest shows its boot messages with `console=ttyS0`.
@@ -72,6 +75,8 @@ pub struct CpusConfig {
     /// `boot_vcpus` or absent.
     #[schemars(range(min = 1, max = 254))]
     pub max_vcpus: Option<u64>,
+    /// How the processors make up cores, dies and packages; one package of single-threaded cores if absent.
+    pub topology: Option<TopologyConfig>,
     /// Whether the guest can run VMs itself (VMX or SVM); `false` if absent. The host's KVM must have that on.
     pub nested: Option<bool>,
     /// Bits of a guest-physical address, at most; as many as the host has if absent.
@@ -79,6 +84,21 @@ pub struct CpusConfig {
     pub max_phys_bits: Option<u64>,
     /// Processors of the host for single vCPUs. The others run where `numa_nodes` or the devices are.
     pub affinity: Option<Vec<AffinityConfig>>,
+}
+
+/// How processors make up cores, dies and packages. The product is `boot_vcpus`; each number with more than one of
+/// a level above it is a power of two.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TopologyConfig {
+    /// Threads of a core.
+    pub threads_per_core: u8,
+    /// Cores of a die.
+    pub cores_per_die: u8,
+    /// Dies of a package.
+    pub dies_per_package: u8,
+    /// Packages, or sockets.
+    pub packages: u8,
 }
 
 /// Processors of the host that a vCPU may run on.
@@ -96,6 +116,7 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: None,
+            topology: None,
             nested: None,
             max_phys_bits: None,
             affinity: None,

@@ -524,8 +524,23 @@ const WHOLE: &[Mistake] = &[
     ),
     (
         r#"{"payload": {"kernel": "vmlinux", "firmware": "x"}}"#,
-        "vm.json:1:35: `payload.firmware`: \"x\" is not supported yet",
+        "vm.json:1:47: `payload.firmware`: a VM boots a kernel or a firmware",
+        "remove one of the two",
+    ),
+    (
+        r#"{"payload": {"firmware": "none"}}"#,
+        "vm.json:1:26: `payload.firmware`: cannot read none: No such file",
         "",
+    ),
+    (
+        r#"{"payload": {"firmware": "vmlinux", "initramfs": "x"}}"#,
+        "vm.json:1:50: `payload.initramfs`: a firmware takes none",
+        "remove the key",
+    ),
+    (
+        r#"{"payload": {"firmware": "vmlinux", "cmdline": "x"}}"#,
+        "vm.json:1:48: `payload.cmdline`: a firmware takes none",
+        "remove the key",
     ),
     (
         r#"{"payload": {"kernel": "none"}}"#,
@@ -640,6 +655,37 @@ fn disks_are_opened_when_the_file_is_read() {
         let refusal = folder.refusal(&disks(text));
         assert!(refusal.contains(expected), "{refusal}");
         assert!(refusal.starts_with("vm.json:2:"), "{refusal}");
+    }
+}
+
+#[test]
+fn a_topology_makes_up_all_vcpus() {
+    let folder = Folder::new();
+    let cpus = |count, [threads, cores, dies, packages]: [u8; 4]| {
+        let levels = format!(
+            r#"{{"threads_per_core": {threads}, "cores_per_die": {cores}, "dies_per_package": {dies}, "packages": {packages}}}"#
+        );
+        file(&format!(
+            r#""cpus": {{"boot_vcpus": {count}, "topology": {levels}}}"#
+        ))
+    };
+    let config = folder.load(&cpus(8, [2, 2, 1, 2])).unwrap();
+    assert_eq!(
+        (config.topology.threads_per_core, config.topology.packages),
+        (2, 2)
+    );
+    let plain = folder.load(&file(r#""cpus": {"boot_vcpus": 3}"#)).unwrap();
+    assert_eq!(plain.topology.cores_per_die, 3);
+    for (text, expected) in [
+        (cpus(8, [2, 2, 1, 1]), "`cpus.topology`: it makes 4 vCPUs"),
+        (
+            cpus(6, [1, 3, 1, 2]),
+            "`cpus.topology`: 3 is not a power of two",
+        ),
+        (cpus(0, [1, 1, 1, 1]), "a VM cannot have 0 vCPUs"),
+    ] {
+        let refusal = folder.refusal(&text);
+        assert!(refusal.contains(expected), "{refusal}");
     }
 }
 

@@ -150,6 +150,8 @@ fn build(
     if let (Some(affinity), Some(vcpus)) = (&affinity, vcpus) {
         mistakes.keep(place::check(affinity, vcpus));
     }
+    let topology = config.cpus.as_ref().and_then(|cpus| cpus.topology.as_ref());
+    let topology = vcpus.and_then(|vcpus| mistakes.keep(place::topology(topology, vcpus)));
     let memory = match &config.memory {
         Some(config) => memory(config),
         None => planned::memory(plan),
@@ -172,6 +174,7 @@ fn build(
         name: context.name.to_owned(),
         payload: payload?,
         vcpus: vcpus?,
+        topology: topology?,
         cpu: cpu?,
         affinity: affinity?,
         nodes: place::nodes(config.numa_nodes),
@@ -214,8 +217,32 @@ fn payload_of(config: model::PayloadConfig, context: &Context) -> Result<Payload
         let help = "shorten the command line";
         return Err(invalid("payload.cmdline", what, help));
     }
+    let (key, kernel) = match (config.kernel, config.firmware) {
+        (Some(kernel), None) => ("payload.kernel", kernel),
+        (None, Some(firmware)) => ("payload.firmware", firmware),
+        (None, None) => {
+            let what = "this key is missing";
+            return Err(invalid("payload.kernel", what, "add \"kernel\": ..."));
+        }
+        (Some(_), Some(_)) => {
+            let what = "a VM boots a kernel or a firmware";
+            return Err(invalid("payload.firmware", what, "remove one of the two"));
+        }
+    };
+    let is_firmware = key == "payload.firmware";
+    for (key, is_there) in [
+        ("payload.initramfs", config.initramfs.is_some()),
+        ("payload.cmdline", !cmdline.is_empty()),
+    ] {
+        if is_firmware && is_there {
+            let what = "a firmware takes none from here";
+            let help = "remove the key: the boot loader on the disk says what its kernel gets";
+            return Err(invalid(key, what, help));
+        }
+    }
     Ok(Payload {
-        kernel: readable("payload.kernel", &config.kernel, context)?,
+        kernel: readable(key, &kernel, context)?,
+        is_firmware,
         initramfs: config
             .initramfs
             .map(|file| readable("payload.initramfs", &file, context))

@@ -190,13 +190,30 @@ impl From<&gantry_vmm::Hotplug> for Hotplug {
 /// What a VM boots.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Payload {
-    /// The kernel's file.
-    pub kernel: PathBuf,
+    /// The kernel's file, if the VM boots one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The firmware's file, if the VM boots one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
     /// The initial RAM file system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
+}
+
+impl From<&gantry_vmm::Payload> for Payload {
+    fn from(payload: &gantry_vmm::Payload) -> Self {
+        let image =
+            |firmware| Some(payload.kernel.clone()).filter(|_| payload.is_firmware == firmware);
+        Self {
+            kernel: image(false),
+            firmware: image(true),
+            initramfs: payload.initramfs.clone(),
+            cmdline: payload.cmdline.clone(),
+        }
+    }
 }
 
 /// Processors.
@@ -206,6 +223,9 @@ pub struct Cpus {
     pub boot_vcpus: u8,
     /// At most.
     pub max_vcpus: u8,
+    /// How they make up cores, dies and packages, if not one package of single-threaded cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
     /// Whether the guest can run VMs itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
@@ -215,6 +235,30 @@ pub struct Cpus {
     /// Processors of the host for single vCPUs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub affinity: Vec<Affinity>,
+}
+
+/// How processors make up cores, dies and packages.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Topology {
+    /// Threads of a core.
+    pub threads_per_core: u8,
+    /// Cores of a die.
+    pub cores_per_die: u8,
+    /// Dies of a package.
+    pub dies_per_package: u8,
+    /// Packages, or sockets.
+    pub packages: u8,
+}
+
+impl From<&gantry_vmm::Topology> for Topology {
+    fn from(topology: &gantry_vmm::Topology) -> Self {
+        Self {
+            threads_per_core: topology.threads_per_core,
+            cores_per_die: topology.cores_per_die,
+            dies_per_package: topology.dies_per_package,
+            packages: topology.packages,
+        }
+    }
 }
 
 /// Memory.
@@ -358,14 +402,13 @@ impl From<&command::VmInfo> for VmInfo {
             slots: info.slots,
             free_slots: info.free_slots,
             config: Config {
-                payload: Payload {
-                    kernel: config.payload.kernel.clone(),
-                    initramfs: config.payload.initramfs.clone(),
-                    cmdline: config.payload.cmdline.clone(),
-                },
+                payload: Payload::from(&config.payload),
                 cpus: Cpus {
                     boot_vcpus: vcpus,
                     max_vcpus: vcpus,
+                    topology: Some(&config.topology)
+                        .filter(|topology| **topology != gantry_vmm::Topology::flat(vcpus))
+                        .map(Topology::from),
                     nested: config.cpu.nested,
                     max_phys_bits: config.cpu.max_phys_bits,
                     affinity: config.affinity.iter().map(Affinity::from).collect(),

@@ -29,6 +29,17 @@ pub enum BootError {
         /// What it looks like.
         seen: String,
     },
+    /// The file is no firmware.
+    #[error(
+        "payload.firmware: {path} is not an x86-64 ELF file with a PVH entry, but {seen}; give such a firmware, as \
+         rust-hypervisor-firmware's `hypervisor-fw` is"
+    )]
+    NotAFirmware {
+        /// The file.
+        path: PathBuf,
+        /// What it looks like.
+        seen: String,
+    },
     /// The file ends before its own headers say.
     #[error(
         "{path} is cut short: it has {size} bytes, and its headers say {needed}; copy it again"

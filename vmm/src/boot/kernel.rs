@@ -93,6 +93,31 @@ pub fn load<M: GuestMemoryBackend>(
     }
 }
 
+/// Loads a firmware, which is entered by PVH and finds what to boot itself.
+///
+/// # Errors
+/// The file is something else, or does not fit.
+pub fn load_firmware<M: GuestMemoryBackend>(
+    memory: &M,
+    layout: &Layout,
+    image: &mut Image<'_>,
+    rsdp: GuestAddress,
+) -> Result<Entry, BootError> {
+    let not = |path, seen: &str| {
+        let seen = seen.to_owned();
+        BootError::NotAFirmware { path, seen }
+    };
+    if image.kind()? == Kind::BzImage {
+        let seen = "a Linux kernel, which `payload.kernel` boots";
+        return Err(not(image.path.to_owned(), seen));
+    }
+    load(memory, layout, image, None, "", rsdp).map_err(|error| match error {
+        BootError::NoPvhEntry { path } => not(path, "an ELF file without one"),
+        BootError::NotAKernel { path, seen } => not(path, &seen),
+        error => error,
+    })
+}
+
 fn write_cmdline<M: GuestMemoryBackend>(
     memory: &M,
     cmdline: &str,

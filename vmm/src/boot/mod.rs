@@ -27,7 +27,7 @@ mod reset;
 
 pub use error::BootError;
 pub use image::Image;
-pub use kernel::{Entry, load};
+pub use kernel::{Entry, load, load_firmware};
 
 use vm_memory::GuestAddress;
 

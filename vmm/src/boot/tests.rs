@@ -322,6 +322,39 @@ fn what_is_no_kernel_is_refused_by_name() {
 }
 
 #[test]
+fn what_is_no_firmware_is_refused_by_name() {
+    let load = |content: &[u8]| {
+        let guest = Guest::new(64 * MIB, &[]);
+        let mut file = file(content);
+        let mut image = Image {
+            path: Path::new("fw"),
+            file: &mut file,
+        };
+        load_firmware(&guest.memory, &guest.layout, &mut image, RSDP)
+    };
+    let entered = Entry::Pvh {
+        entry: GuestAddress(PVH_ENTRY.into()),
+        start_info: START_INFO,
+    };
+    assert_eq!(load(&vmlinux()).unwrap(), entered);
+    for (content, seen) in [
+        (bzimage(|_| {}), "a Linux kernel"),
+        (
+            vmlinux_at(2 * MIB, 0x2_3000, &[]),
+            "an ELF file without one",
+        ),
+        (b"#!/bin/sh\n".to_vec(), "a text file"),
+    ] {
+        let refused = load(&content).unwrap_err().to_string();
+        assert!(
+            refused.starts_with("payload.firmware: fw is not"),
+            "{refused}"
+        );
+        assert!(refused.contains(seen), "{refused}");
+    }
+}
+
+#[test]
 fn files_that_are_cut_short_are_noticed() {
     let guest = Guest::new(8 * MIB, &[]);
     for kernel in [vmlinux(), bzimage(|_| {})] {

@@ -1,9 +1,10 @@
-//! CPUID of a guest: the features that KVM supports, without those that cannot work, and the topology.
+//! CPUID of a guest: the features that KVM supports, without those that cannot work, and the topology. APIC ids are
+//! the numbers of the processors.
 //!
-//! The topology is one socket of `count` cores of one thread, whose APIC ids are their numbers.
 //! Leaves are those of Intel's manual (volume 2, CPUID) and AMD's (volume 3, appendix E).
 
 use crate::config::CpuConfig;
+use crate::topology::Topology;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 type Entry = kvm_cpuid_entry2;
@@ -102,8 +103,8 @@ fn has_tiles(supported: &[Entry]) -> bool {
     state.is_some_and(|entry| entry.eax & TILES == TILES)
 }
 
-/// The leaves of processor `id` of `count`.
-pub fn of_processor(common: &[Entry], id: u32, count: u32) -> Vec<Entry> {
+/// The leaves of processor `id`.
+pub fn of_processor(common: &[Entry], id: u32, topology: &Topology) -> Vec<Entry> {
     let amd = is_amd(common);
     let basic_leaves = common
         .iter()
@@ -112,54 +113,79 @@ pub fn of_processor(common: &[Entry], id: u32, count: u32) -> Vec<Entry> {
     let mut entries: Vec<Entry> = common
         .iter()
         .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
-        .map(|entry| place(entry, id, count, amd))
+        .map(|entry| place(entry, id, topology, amd))
         .collect();
     for function in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= basic_leaves) {
-        entries.extend(extended_topology(function, id, count));
+        entries.extend(extended_topology(function, id, topology));
     }
     entries
 }
 
 /// Puts a processor's place in the topology into a leaf.
-fn place(entry: &Entry, id: u32, count: u32, amd: bool) -> Entry {
+fn place(entry: &Entry, id: u32, topology: &Topology, amd: bool) -> Entry {
     let mut entry = *entry;
-    let ids = count.next_power_of_two();
+    let threads = u32::from(topology.threads_per_core);
+    let (count, ids) = (topology.per_package(), ids(topology.per_package()));
     match entry.function {
         1 => {
             entry.ebx = (entry.ebx & 0xffff) | ids.min(255) << 16 | (id & 0xff) << 24;
             set(&mut entry.edx, HTT, count > 1);
         }
         4 if entry.eax & 0x1f != 0 => {
-            share_cache(&mut entry, ids);
-            set_bits(&mut entry.eax, 26..32, (ids - 1).min(63));
+            share_cache(&mut entry, topology);
+            let cores = ids >> bits(threads);
+            set_bits(&mut entry.eax, 26..32, (cores - 1).min(63));
         }
         0x8000_0001 if amd => set(&mut entry.ecx, CMP_LEGACY, count > 1),
         0x8000_0008 if amd => {
             set_bits(&mut entry.ecx, 0..8, (count - 1).min(255));
-            set_bits(&mut entry.ecx, 12..16, ids.trailing_zeros());
+            set_bits(&mut entry.ecx, 12..16, bits(count));
         }
-        0x8000_001d if entry.eax & 0x1f != 0 => share_cache(&mut entry, ids),
+        0x8000_001d if entry.eax & 0x1f != 0 => share_cache(&mut entry, topology),
         0x8000_001e => {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (id, id & 0xff, 0, 0);
+            let dies = u32::from(topology.dies_per_package);
+            entry.eax = id;
+            entry.ebx = id >> bits(threads) & 0xff | (threads - 1) << 8;
+            // The die's number among those of all packages, and how many there are in one.
+            entry.ecx = id >> bits(topology.per_die()) & 0xff | (dies - 1).min(7) << 8;
+            entry.edx = 0;
         }
         _ => {}
     }
     entry
 }
 
-/// Caches from the third level on belong to the socket, the others to a core. The descriptors of
-/// Intel's leaf 4 and of AMD's 0x8000001d agree in this.
-fn share_cache(entry: &mut Entry, ids: u32) {
+/// Caches from the third level on belong to the die, the others to a core. The descriptors of Intel's leaf 4 and of
+/// AMD's 0x8000001d agree in this.
+fn share_cache(entry: &mut Entry, topology: &Topology) {
     let level = entry.eax >> 5 & 7;
-    set_bits(&mut entry.eax, 14..26, if level >= 3 { ids - 1 } else { 0 });
+    let sharing = match level >= 3 {
+        true => topology.per_die(),
+        false => topology.threads_per_core.into(),
+    };
+    set_bits(&mut entry.eax, 14..26, ids(sharing) - 1);
 }
 
-/// Leaf 0xb or 0x1f: a level of threads, a level of cores, and the end.
-fn extended_topology(function: u32, id: u32, count: u32) -> [Entry; 3] {
+/// Leaf 0xb or 0x1f: a level of threads, a level of cores, in leaf 0x1f one of dies if there are several, and the
+/// end. The last level spans the package.
+fn extended_topology(function: u32, id: u32, topology: &Topology) -> Vec<Entry> {
     const THREADS: u32 = 1 << 8;
     const CORES: u32 = 2 << 8;
-    let bits = count.next_power_of_two().trailing_zeros();
-    let level = |index, eax, ebx, kind| Entry {
+    const DIES: u32 = 5 << 8;
+    let package = topology.per_package();
+    let mut levels = vec![(topology.threads_per_core.into(), THREADS)];
+    if function == 0x1f && topology.dies_per_package > 1 {
+        levels.extend([(topology.per_die(), CORES), (package, DIES)]);
+    } else {
+        levels.push((package, CORES));
+    }
+    let mut levels: Vec<[u32; 3]> = levels
+        .into_iter()
+        .map(|(count, kind)| [bits(count), count, kind])
+        .collect();
+    levels.push([0; 3]);
+    let entries = (0..).zip(levels);
+    let entries = entries.map(|(index, [eax, ebx, kind])| Entry {
         function,
         index,
         flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
@@ -168,12 +194,18 @@ fn extended_topology(function: u32, id: u32, count: u32) -> [Entry; 3] {
         ecx: kind | index,
         edx: id,
         ..Entry::default()
-    };
-    [
-        level(0, 0, 1, THREADS),
-        level(1, bits, count, CORES),
-        level(2, 0, 0, 0),
-    ]
+    });
+    entries.collect()
+}
+
+/// Bits of an APIC id that number so many processors.
+fn bits(count: u32) -> u32 {
+    ids(count).trailing_zeros()
+}
+
+/// APIC ids that so many processors take.
+fn ids(count: u32) -> u32 {
+    count.next_power_of_two()
 }
 
 /// Bits of a guest-physical address (leaf 0x80000008).
@@ -357,7 +389,7 @@ mod tests {
     #[test]
     fn intel_topology_is_one_socket_of_single_threaded_cores() {
         let common = common(&intel(), true, CpuConfig::default());
-        let third = of_processor(&common, 2, 3);
+        let third = of_processor(&common, 2, &Topology::flat(3));
         assert_eq!(find(&third, 1, 0)[1], 0x0204_0800);
         assert_eq!(find(&third, 1, 0)[3], HTT);
         assert_eq!(
@@ -376,7 +408,7 @@ mod tests {
             assert_eq!(find(&third, leaf, 1), [2, 3, 0x201, 2]);
             assert_eq!(find(&third, leaf, 2), [0, 0, 2, 2]);
         }
-        let only = of_processor(&common, 0, 1);
+        let only = of_processor(&common, 0, &Topology::flat(1));
         assert_eq!(find(&only, 1, 0)[1], 0x0001_0800);
         assert_eq!(find(&only, 1, 0)[3], 0);
         assert_eq!(find(&only, 0xb, 1), [0, 1, 0x201, 0]);
@@ -384,7 +416,11 @@ mod tests {
 
     #[test]
     fn amd_topology_says_the_same() {
-        let entries = of_processor(&common(&amd(), true, CpuConfig::default()), 4, 6);
+        let entries = of_processor(
+            &common(&amd(), true, CpuConfig::default()),
+            4,
+            &Topology::flat(6),
+        );
         assert_eq!(find(&entries, 0x8000_0001, 0)[2], CMP_LEGACY);
         assert_eq!(find(&entries, 0x8000_0008, 0), [0x30_3034, 0, 0x3005, 0]);
         assert_eq!(find(&entries, 0x8000_001d, 3)[0], 7 << 14 | 0x163);
@@ -394,8 +430,57 @@ mod tests {
             !entries.iter().any(|entry| entry.function == 0x1f),
             "beyond the last leaf"
         );
-        let only = of_processor(&common(&amd(), true, CpuConfig::default()), 0, 1);
+        let only = of_processor(
+            &common(&amd(), true, CpuConfig::default()),
+            0,
+            &Topology::flat(1),
+        );
         assert_eq!(find(&only, 0x8000_0001, 0)[2], 0);
+    }
+
+    /// Two packages of two dies of four cores of two threads.
+    const DEEP: Topology = Topology {
+        threads_per_core: 2,
+        cores_per_die: 4,
+        dies_per_package: 2,
+        packages: 2,
+    };
+
+    #[test]
+    fn intel_topology_tells_threads_cores_dies_and_packages_apart() {
+        let common = common(&intel(), true, CpuConfig::default());
+        // Package 1, die 1, core 2, thread 1.
+        let one = of_processor(&common, 29, &DEEP);
+        assert_eq!(find(&one, 1, 0)[1], 29 << 24 | 16 << 16 | 0x800);
+        let of_core = 7 << 26 | 1 << 14 | 0x121;
+        assert_eq!(find(&one, 4, 0)[0], of_core, "two threads share it");
+        assert_eq!(find(&one, 4, 3)[0], 7 << 26 | 7 << 14 | 0x163, "a die's");
+        assert_eq!(find(&one, 0xb, 0), [1, 2, 0x100, 29]);
+        assert_eq!(find(&one, 0xb, 1), [4, 16, 0x201, 29]);
+        assert_eq!(find(&one, 0xb, 2), [0, 0, 2, 29]);
+        assert_eq!(find(&one, 0x1f, 0), [1, 2, 0x100, 29]);
+        assert_eq!(find(&one, 0x1f, 1), [3, 8, 0x201, 29]);
+        assert_eq!(find(&one, 0x1f, 2), [4, 16, 0x502, 29]);
+        assert_eq!(find(&one, 0x1f, 3), [0, 0, 3, 29]);
+    }
+
+    #[test]
+    fn amd_topology_tells_threads_cores_dies_and_packages_apart() {
+        let one = of_processor(&common(&amd(), true, CpuConfig::default()), 29, &DEEP);
+        assert_eq!(find(&one, 0x8000_0008, 0), [0x30_3034, 0, 0x400f, 0]);
+        assert_eq!(find(&one, 0x8000_001d, 3)[0], 7 << 14 | 0x163);
+        assert_eq!(find(&one, 0x8000_001e, 0), [29, 14 | 1 << 8, 3 | 1 << 8, 0]);
+    }
+
+    #[test]
+    fn as_many_processors_as_there_can_be_have_numbers_of_their_own() {
+        let common = common(&intel(), true, CpuConfig::default());
+        for id in 0..254 {
+            let one = of_processor(&common, id, &Topology::flat(254));
+            assert_eq!(find(&one, 1, 0)[1], id << 24 | 0xff_0800);
+            assert_eq!(find(&one, 4, 3)[0], 63 << 26 | 255 << 14 | 0x163);
+            assert_eq!(find(&one, 0xb, 1), [8, 254, 0x201, id]);
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 use crate::boot::Entry;
 use crate::config::CpuConfig;
+use crate::topology::Topology;
 pub use snapshot::Snapshot;
 
 /// Why a vCPU could not be set up.
@@ -78,13 +79,18 @@ impl Features {
     }
 }
 
-/// Sets up a new vCPU, number `id` of `count`, in its state at power-on. All but the first wait for the guest
-/// to start them, by KVM's default.
+/// Sets up a new vCPU, number `id` of those of the `topology`, in its state at power-on. All but the first wait for
+/// the guest to start them, by KVM's default.
 ///
 /// # Errors
 /// KVM refused a part of the state.
-pub fn setup(vcpu: &VcpuFd, id: u32, count: u32, features: &Features) -> Result<(), CpuError> {
-    let leaves = cpuid::of_processor(&features.cpuid, id, count);
+pub fn setup(
+    vcpu: &VcpuFd,
+    id: u32,
+    topology: &Topology,
+    features: &Features,
+) -> Result<(), CpuError> {
+    let leaves = cpuid::of_processor(&features.cpuid, id, topology);
     let cpuid = CpuId::from_entries(&leaves).map_err(|_| CpuError::CpuidLeaves {
         vcpu: id,
         leaves: leaves.len(),

@@ -16,7 +16,7 @@ use super::exits::ExitDispatcher;
 use super::hotplug_setup::{HotplugSetup, limit};
 use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
-use crate::config::{NumaPolicy, VcpuCount, VmConfig};
+use crate::config::{NumaPolicy, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
 use crate::disks::{self, DiskError, OpenDisk};
 use crate::error::Error;
@@ -36,6 +36,7 @@ use crate::process::error::{HostError, cannot};
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::signals::Signals;
 use crate::process::threads::{self, Task};
+use crate::topology::Topology;
 use crate::vcpus::{VcpuBarrier, Vcpus};
 use crate::virtio::VirtioContext;
 
@@ -95,7 +96,7 @@ impl Vm {
         let prefault = declared.then(|| Prefault::start(&ram, 1, &Arc::default(), sandbox));
         drop(space);
         let irqchip = kvm.save_irqchip()?;
-        let (vcpus, snapshots) = make_vcpus(&kvm, config.vcpus, &features, &entry, &machine)?;
+        let (vcpus, snapshots) = make_vcpus(&kvm, &config.topology, &features, &entry, &machine)?;
         let barrier = VcpuBarrier::new();
         let exits = ExitDispatcher::new(&machine, &barrier, mailbox);
         let affinities = placement.affinities(config);
@@ -299,20 +300,20 @@ fn map_ram(
 
 fn make_vcpus(
     kvm: &KvmVm,
-    count: VcpuCount,
+    topology: &Topology,
     features: &Features,
     entry: &Entry,
     machine: &Machine,
 ) -> Result<(Vec<Vcpu>, Vec<Snapshot>), Error> {
     let (mut vcpus, mut snapshots) = (Vec::new(), Vec::new());
     let posted = kvm.post_config_address()?;
-    for id in 0..count.get() {
+    for id in 0..topology.count() {
         let vcpu = kvm
             .vm()
-            .create_vcpu(id.into())
+            .create_vcpu(u64::from(id))
             .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
-        cpu::setup(&vcpu, id.into(), count.get().into(), features)?;
-        snapshots.push(Snapshot::take(&vcpu, id.into(), features)?);
+        cpu::setup(&vcpu, id, topology, features)?;
+        snapshots.push(Snapshot::take(&vcpu, id, features)?);
         if id == 0 {
             cpu::boot_state(&vcpu, entry, machine.ram.memory())?;
         }

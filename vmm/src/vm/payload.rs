@@ -14,6 +14,7 @@ use crate::machine::Machine;
 
 /// The open files of a [`Payload`](crate::config::Payload).
 pub struct OpenPayload {
+    is_firmware: bool,
     kernel: (PathBuf, File),
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
@@ -31,7 +32,8 @@ impl OpenPayload {
         let open = |key, path: &PathBuf| Ok((path.clone(), open(key, path, below)?));
         let initramfs = payload.initramfs.as_ref();
         Ok(Self {
-            kernel: open("payload.kernel", &payload.kernel)?,
+            is_firmware: payload.is_firmware,
+            kernel: open(payload.key(), &payload.kernel)?,
             initramfs: initramfs
                 .map(|path| open("payload.initramfs", path))
                 .transpose()?,
@@ -73,6 +75,9 @@ impl OpenPayload {
         rsdp: GuestAddress,
     ) -> Result<Entry, BootError> {
         let mut kernel = image(&mut self.kernel);
+        if self.is_firmware {
+            return boot::load_firmware(memory, layout, &mut kernel, rsdp);
+        }
         let mut initramfs = self.initramfs.as_mut().map(image);
         let initramfs = initramfs.as_mut();
         boot::load(memory, layout, &mut kernel, initramfs, &self.cmdline, rsdp)

@@ -65,7 +65,12 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
     if let Some(placement) = &info.placement {
         writeln!(out, "numa     {}", numa(placement))?;
     }
-    writeln!(out, "kernel   {}", config.payload.kernel.display())?;
+    if let Some(kernel) = &config.payload.kernel {
+        writeln!(out, "kernel   {}", kernel.display())?;
+    }
+    if let Some(firmware) = &config.payload.firmware {
+        writeln!(out, "firmware {}", firmware.display())?;
+    }
     if let Some(initramfs) = &config.payload.initramfs {
         writeln!(out, "initrd   {}", initramfs.display())?;
     }

@@ -1,9 +1,9 @@
-//! The placement of a VM on the host: the processors of its vCPUs, and its NUMA nodes.
+//! The placement of a VM on the host: the processors of its vCPUs, and its NUMA nodes; and their topology.
 
 use std::collections::BTreeMap;
 
 use gantry_resources::base::Numbers;
-use gantry_vmm::{NumaPolicy, VcpuCount};
+use gantry_vmm::{NumaPolicy, Topology, VcpuCount};
 
 use super::{Invalid, invalid, model};
 
@@ -45,6 +45,26 @@ pub fn check(affinity: &BTreeMap<u8, Numbers>, vcpus: VcpuCount) -> Result<(), I
 fn no_such(key: &str, vcpu: u64) -> Invalid {
     let what = format!("there is no vCPU {vcpu}");
     invalid(key, what, "use 0 up to one less than `boot_vcpus`")
+}
+
+/// How the vCPUs make up cores, dies and packages.
+pub fn topology(
+    config: Option<&model::TopologyConfig>,
+    vcpus: VcpuCount,
+) -> Result<Topology, Invalid> {
+    let Some(config) = config else {
+        return Ok(Topology::flat(vcpus.get()));
+    };
+    let topology = Topology {
+        threads_per_core: config.threads_per_core,
+        cores_per_die: config.cores_per_die,
+        dies_per_package: config.dies_per_package,
+        packages: config.packages,
+    };
+    let checked = topology.check(vcpus.get());
+    let help = "let the product of its numbers be `boot_vcpus`, with powers of two below the highest level";
+    checked.map_err(|problem| invalid("cpus.topology", problem, help))?;
+    Ok(topology)
 }
 
 /// The NUMA nodes of the VM.
