@@ -280,6 +280,38 @@ fn nvswitches_are_devices_and_ports_are_none() {
     );
 }
 
+/// Which GPUs can form a partition of the NVSwitches, the fabric manager alone knows: each partition is a group.
+#[test]
+fn gpus_of_a_partition_come_together_or_not_at_all() {
+    let host = crate::fixture::FakeHost::new(&[]);
+    let mut devices = hosts::nvswitch_server();
+    let gpus = devices.iter().filter(|one| one.class.base() == 0x03);
+    let gpus: Vec<HostBdf> = gpus.map(|one| one.bdf).collect();
+    // Not those of one NUMA node, and not in the order of their addresses.
+    let partition = |of: [usize; 4]| of.map(|index| gpus[index]);
+    let (even, odd) = (partition([6, 0, 2, 4]), partition([1, 3, 5, 7]));
+    let group = |name: &str, gpus: [HostBdf; 4]| {
+        let rules = gpus.map(|gpu| serde_json::json!({"slot": gpu.to_string()}));
+        serde_json::json!({"name": name, "rules": rules})
+    };
+    let groups = serde_json::json!({"groups": [group("even", even), group("odd", odd)]});
+    host.groups(&groups.to_string());
+    let wanted = [DeviceRequest::group("even", 4)];
+    let chosen = |devices: &[HostDevice]| {
+        let groups = Groups::load(&host.paths).unwrap();
+        let look = HostView::over(devices.to_vec(), groups, sockets());
+        let chosen = choose(&look, &wanted, &Placement::default());
+        chosen.map(|chosen| {
+            let picked = chosen.iter().filter_map(Pick::device);
+            picked.map(|one| one.bdf).collect::<BTreeSet<_>>()
+        })
+    };
+    assert_eq!(chosen(&devices).unwrap(), BTreeSet::from(even));
+    let taken = devices.iter_mut().find(|one| one.bdf == even[1]).unwrap();
+    taken.lease = LeaseStatus::Unrecorded;
+    assert!(chosen(&devices).is_err(), "not one of the other partition");
+}
+
 #[test]
 fn other_hardware_at_an_address_is_named() {
     let host = crate::fixture::FakeHost::new(&[]);
