@@ -41,6 +41,7 @@ mod pool;
 mod pools;
 mod quarantine;
 mod refusals;
+mod removal;
 mod resets;
 mod runner;
 mod sandbox;
@@ -98,6 +99,7 @@ const SUITES: &[Suite] = &[
             ("sriov", sriov::CASES),
             ("vgpu", vgpu::CASES),
             ("interrupts", interrupts::CASES),
+            ("removal", removal::CASES),
         ],
     },
     Suite {
@@ -116,6 +118,7 @@ const SUITES: &[Suite] = &[
             ("sriov", sriov::CASES),
             ("vgpu", vgpu::CASES),
             ("interrupts", interrupts::CASES),
+            ("removal", removal::CASES),
         ],
     },
     Suite {
