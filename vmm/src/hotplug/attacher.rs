@@ -1,5 +1,6 @@
 //! Leases and opens devices for a VM that runs.
 
+use std::cell::OnceCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -90,7 +91,11 @@ impl Attacher {
         let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
         let roms = self.roms.of(&requests)?;
-        let mut acquired = self.acquire(&requests, &roms, sent, &cancelled)?;
+        let prefault = OnceCell::new();
+        let on_new_space = || {
+            prefault.get_or_init(|| self.prefault(ending));
+        };
+        let mut acquired = self.acquire(&requests, &roms, sent, &on_new_space, &cancelled)?;
         if let Some(id) = job.attach.id() {
             acquired.name_all(id);
         }
@@ -101,7 +106,11 @@ impl Attacher {
             .as_ref()
             .is_some_and(|space| Arc::downgrade(space).ptr_eq(&self.space));
         let mapping = match space.as_ref().filter(|_| first) {
-            Some(space) => Some(self.map(space, ending)?),
+            Some(space) => {
+                let begun = prefault.into_inner();
+                let prefault = begun.unwrap_or_else(|| self.prefault(ending))?;
+                Some(self.map(space, prefault, ending)?)
+            }
             None => None,
         };
         let context = &self.context;
@@ -131,12 +140,14 @@ impl Attacher {
         requests: &[DeviceRequest],
         roms: &[Rom],
         sent: Option<&SentDevice>,
+        on_new_space: &dyn Fn(),
         cancelled: &dyn Fn() -> bool,
     ) -> Result<AcquiredDevices, DeviceError> {
         let acquirer = Acquirer {
             lessor: Lessor::Opener(&self.opener),
             back_end: self.back_end,
             sent,
+            on_new_space,
             observer: &self.observer,
             host: &self.context.host,
             sandbox: &self.context.sandbox,
@@ -166,10 +177,20 @@ impl Attacher {
         })
     }
 
-    /// Begins to map RAM for the first device.
+    /// Begins to make RAM present for the first device.
+    fn prefault(&self, ending: &Arc<AtomicBool>) -> Result<Prefault, Error> {
+        let ram = self.guest.ram.ranges();
+        let bytes = ram.iter().map(|(_, memory)| memory.size() as u64);
+        preflight::check_pinned(bytes.sum(), self.memlock)?;
+        let sandbox = &self.context.sandbox;
+        Ok(Prefault::start(ram, self.threads, ending, sandbox)?)
+    }
+
+    /// Begins to map RAM, which is made present, for the first device.
     fn map(
         &self,
         space: &Arc<IoAddressSpace>,
+        prefault: Prefault,
         ending: &Arc<AtomicBool>,
     ) -> Result<Task<Result<(), DeviceError>>, Error> {
         let iova = space.iova_ranges()?;
@@ -180,12 +201,8 @@ impl Attacher {
             }
             .into());
         }
-        let ram = self.guest.ram.ranges();
-        let bytes = ram.iter().map(|(_, memory)| memory.size() as u64);
-        preflight::check_pinned(bytes.sum(), self.memlock)?;
         let sandbox = &self.context.sandbox;
-        let prefault = Prefault::start(ram, self.threads, ending, sandbox)?;
-        let (space, ram) = (Arc::clone(space), Arc::clone(ram));
+        let (space, ram) = (Arc::clone(space), Arc::clone(self.guest.ram.ranges()));
         let ending = Arc::clone(ending);
         let map = move || {
             prefault.finish();

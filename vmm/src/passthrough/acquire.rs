@@ -80,6 +80,9 @@ pub struct Acquirer<'a> {
     pub back_end: VfioBackEnd,
     /// What a client has opened, in place of the only device's node and the address space's.
     pub sent: Option<&'a SentDevice>,
+    /// Called once the devices are leased that a new address space is made for. With iommufd the kernel then resets
+    /// them before RAM can be mapped, and RAM can be made present meanwhile.
+    pub on_new_space: &'a dyn Fn(),
     /// Tells KVM of them.
     pub observer: &'a Arc<VfioObserver>,
     /// Where the host keeps things.
@@ -145,6 +148,7 @@ impl Acquirer<'_> {
         let space = match space.filter(|_| _present.is_some()) {
             Some(space) => space,
             None => {
+                (self.on_new_space)();
                 let node = granted.address_space;
                 IoAddressSpace::open(self.back_end, self.host, node, self.observer)?
             }

@@ -238,6 +238,7 @@ fn acquire(
         lessor,
         back_end: config.back_end_on(host),
         sent: None,
+        on_new_space: &|| {},
         observer: &observer,
         host,
         sandbox: &context.sandbox,
