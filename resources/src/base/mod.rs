@@ -1,5 +1,6 @@
 //! The base of all modules: paths, addresses and names, files, JSON texts, helper processes.
 
+pub(crate) mod acl;
 pub(crate) mod atomic;
 pub(crate) mod bdf;
 pub(crate) mod chain;

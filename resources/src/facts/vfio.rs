@@ -22,10 +22,13 @@ pub enum VfioBackEnd {
 }
 
 impl VfioBackEnd {
-    /// The back end of a VM that asks for none: the container if the host has both.
+    /// The back end of a VM that asks for none: the container if the host has both. If devices have cdevs and no IOMMU
+    /// group has a node, the container reaches no device: a kernel may be built so, and a namespace that gantry runs
+    /// in may have nodes of somebody's choice.
     pub fn of_host(paths: &HostPaths) -> Self {
         let has = |back_end: Self| back_end.node(paths).exists();
-        match !has(Self::Container) && has(Self::Iommufd) {
+        let container = has(Self::Container) && !only_cdevs(paths);
+        match !container && has(Self::Iommufd) {
             true => Self::Iommufd,
             false => Self::Container,
         }
@@ -82,6 +85,14 @@ pub enum CdevError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Whether there are cdevs, and no IOMMU group's node.
+fn only_cdevs(paths: &HostPaths) -> bool {
+    let names = |dir: PathBuf| sysfs::entries(&dir).unwrap_or_default();
+    let is_group = |name: &String| name.parse::<u32>().is_ok();
+    let nodes = paths.dev.join("vfio");
+    !names(nodes.join("devices")).is_empty() && !names(nodes).iter().any(is_group)
 }
 
 /// The device whose cdev has this number.
@@ -152,6 +163,16 @@ mod tests {
         assert_eq!(chosen(), VfioBackEnd::Iommufd);
         fs::write(paths.dev.join("vfio/vfio"), "").unwrap();
         assert_eq!(chosen(), VfioBackEnd::Container);
+        // Container runtimes and schedulers give a device by its group or by its cdev, never by both.
+        fs::create_dir(paths.dev.join("vfio/devices")).unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Container, "no device yet");
+        fs::write(paths.dev.join("vfio/devices/vfio0"), "").unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Iommufd);
+        fs::write(paths.dev.join("vfio/14"), "").unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Container, "both");
+        fs::remove_file(paths.dev.join("iommu")).unwrap();
+        fs::remove_file(paths.dev.join("vfio/14")).unwrap();
+        assert_eq!(chosen(), VfioBackEnd::Container, "no iommufd");
     }
 
     #[test]

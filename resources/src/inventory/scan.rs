@@ -322,7 +322,8 @@ fn node_access(paths: &HostPaths, group: u32, bdf: HostBdf) -> NodeAccess {
         return of_cdev();
     }
     match of_node(&paths.vfio_group(group)) {
-        NodeAccess::Denied if of_cdev() == NodeAccess::Ready => NodeAccess::Ready,
+        NodeAccess::Ready => NodeAccess::Ready,
+        _ if of_cdev() == NodeAccess::Ready => NodeAccess::Ready,
         of_group => of_group,
     }
 }

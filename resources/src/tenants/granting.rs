@@ -1,7 +1,7 @@
 //! Grants devices to tenants.
 
 use super::devices::{Devices, are_of_one_kind};
-use super::hand_over::{Owner, open_iommufd};
+use super::hand_over::Owner;
 use super::{TenantError, lock_owners};
 use crate::base::bdf::HostBdf;
 use crate::base::host::HostPaths;
@@ -80,7 +80,7 @@ pub fn grant(
     drop(devices.add_to(&scope, group)?);
     devices.detach(host, access, &names, wanted.overrides)?;
     owner.make_dirs(host, name)?;
-    open_iommufd(host)?;
+    owner.open_iommufd(host)?;
     // From here on the devices are the tenant's: `restore_tenants` completes a grant that was cut short.
     devices.add_to(&scope, group)?.save()?;
     let names = devices.names();

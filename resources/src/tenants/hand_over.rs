@@ -2,13 +2,14 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::unistd::User;
 
 use super::{TenantError, failed, ignore_missing};
+use crate::base::acl;
 use crate::base::host::HostPaths;
 use crate::base::json::Place;
 use crate::base::name::DeviceName;
@@ -24,17 +25,6 @@ use crate::holding::restore;
 use crate::inventory::unavailable::UnavailableDevice;
 use crate::making::vgpu::VgpuError;
 use crate::pools::tenant::{Tenant, definition, dirs};
-
-/// Lets tenants open iommufd, if the host has it: `/dev/iommu` belongs to no device, and reaches only the devices whose
-/// cdevs the user can open.
-pub(super) fn open_iommufd(host: &HostPaths) -> Result<(), TenantError> {
-    let node = VfioBackEnd::Iommufd.node(host);
-    let opened = fs::metadata(&node).and_then(|found| {
-        let mode = found.permissions().mode() | 0o666;
-        fs::set_permissions(&node, fs::Permissions::from_mode(mode))
-    });
-    opened.or_else(ignore_missing).map_err(failed(&node))
-}
 
 /// A user who owns files.
 pub(super) struct Owner {
@@ -78,6 +68,31 @@ impl Owner {
     /// Only for paths in directories of root's: a tenant could put a link elsewhere.
     fn own(&self, path: &Path) -> io::Result<()> {
         lchown(path, Some(self.uid), Some(self.gid))
+    }
+
+    /// Lets this user open iommufd, if the host has it. `/dev/iommu` belongs to no device: who can open it reaches the
+    /// devices whose cdevs that user can open, and can pin memory up to the user's limit.
+    pub(super) fn open_iommufd(&self, host: &HostPaths) -> Result<(), TenantError> {
+        let node = VfioBackEnd::Iommufd.node(host);
+        match acl::allow(&node, self.uid) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                let node = node.display();
+                tracing::warn!(
+                    "tenants cannot use iommufd: {node} takes no access control list (CONFIG_TMPFS_POSIX_ACL)"
+                );
+                Ok(())
+            }
+            allowed => allowed.or_else(ignore_missing).map_err(failed(&node)),
+        }
+    }
+
+    /// Takes that back.
+    pub(super) fn close_iommufd(&self, host: &HostPaths) -> Result<(), TenantError> {
+        let node = VfioBackEnd::Iommufd.node(host);
+        match acl::withdraw(&node, self.uid) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            closed => closed.or_else(ignore_missing).map_err(failed(&node)),
+        }
     }
 
     /// Makes the tenant's directories for run-time files and state, with links to the host's leases and restore

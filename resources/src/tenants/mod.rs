@@ -31,7 +31,7 @@ use crate::making::sriov::{Netlink, VfLinks, granted};
 use crate::pools::tenant::{Tenant, TenantFile, Tenants, definition, dirs};
 pub use error::TenantError;
 pub use granting::{Grant, GrantedDevices, grant};
-use hand_over::{Owner, open_iommufd};
+use hand_over::Owner;
 use removal::FormerDirs;
 pub use revoking::revoke;
 
@@ -49,7 +49,7 @@ pub(crate) fn restore_with(
     let restore = |tenant: &Tenant| {
         let owner = Owner::of(host, tenant)?;
         owner.make_dirs(host, &tenant.name)?;
-        open_iommufd(host)?;
+        owner.open_iommufd(host)?;
         let mut there = Vec::new();
         let mut give = |bdf: HostBdf| {
             tenant.may_have(bdf, &all)?;

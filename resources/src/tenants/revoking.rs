@@ -15,7 +15,7 @@ use crate::making::sriov::HostAccess;
 use crate::making::sriov::granted;
 use crate::moving::bind::{BindError, BindRequest, reattach};
 use crate::pools::group::GroupFiles;
-use crate::pools::tenant::{Tenants, definitions};
+use crate::pools::tenant::{Tenants, definition, definitions};
 
 /// Takes devices back from a tenant: mediated devices, which stay, and PCI functions with all endpoints of their
 /// IOMMU groups, which return to their host drivers. A device that hangs stays where it is. Refused while a VM has
@@ -65,6 +65,9 @@ pub fn revoke(
     files.forget(&functions);
     files.forget_mdevs(&mdevs);
     files.save()?;
+    if let Some(former) = without_devices(host, name)? {
+        former.close_iommufd(host)?;
+    }
     for &bdf in &functions {
         if let Err(error) = granted::end(host, access.links, bdf) {
             tracing::warn!(
@@ -82,6 +85,17 @@ pub fn revoke(
         source: Box::new(source),
     })?;
     Ok(leaving)
+}
+
+/// The user of a tenant, unless this or another of the user's tenants has devices left.
+fn without_devices(host: &HostPaths, name: &str) -> Result<Option<Owner>, TenantError> {
+    let tenants = Tenants::load(host)?;
+    let user = &tenants.find(name)?.file.user;
+    let mut users = tenants.iter().filter(|one| one.file.user == *user);
+    if users.any(|one| !one.names().is_empty()) {
+        return Ok(None);
+    }
+    Owner::named(user, &definition(host, name)).map(Some)
 }
 
 fn listed(devices: &[impl ToString]) -> String {

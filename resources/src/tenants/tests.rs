@@ -222,7 +222,8 @@ fn a_boot_puts_nodes_and_files_right() {
 }
 
 #[test]
-fn tenants_open_iommufd_where_the_host_has_it() {
+fn users_of_tenants_with_devices_open_iommufd_and_nobody_else() {
+    use crate::base::acl;
     use std::os::unix::fs::PermissionsExt;
     let host = host();
     let kernel = FakeKernel::new(&host);
@@ -231,14 +232,22 @@ fn tenants_open_iommufd_where_the_host_has_it() {
     host.file("dev/iommu", "iommufd");
     let iommufd = host.paths.dev.join("iommu");
     let close = || fs::set_permissions(&iommufd, fs::Permissions::from_mode(0o600)).unwrap();
-    let mode = || fs::metadata(&iommufd).unwrap().mode() & 0o777;
+    let users = || {
+        assert_eq!(fs::metadata(&iommufd).unwrap().mode() & 0o007, 0);
+        acl::users(&iommufd)
+    };
+    let own = [nix::unistd::geteuid().as_raw()];
     close();
     let tenants = Tenants::load(&host.paths).unwrap();
     restore(&host.paths, &tenants).unwrap();
-    assert_eq!(mode(), 0o666, "after a boot");
+    assert_eq!(users(), own, "after a boot");
     close();
     assert_eq!(give(&host, &kernel, "a", "02:00.0"), "2 given");
-    assert_eq!(mode(), 0o666);
+    assert_eq!(users(), own);
+    for (left, device) in [(1, "01:00.0"), (0, "02:00.0")] {
+        revoke(&host.paths, kernel.access(), "a", &[bdf(device)]).unwrap();
+        assert_eq!(users().len(), left);
+    }
 }
 
 /// The other process of the next test, which has root's umask of 077.

@@ -173,3 +173,17 @@ fn json_shows_ids_as_people_write_them() {
         (&"010802".into(), &"free".into())
     );
 }
+
+#[test]
+fn a_cdev_stands_in_for_the_vfio_node_that_is_missing() {
+    let host = FakeHost::new(&[Fake::nvme("0000:01:00.0", 12)]);
+    fs::remove_file(host.paths.vfio_group(12)).unwrap();
+    host.file(
+        "sys/bus/pci/devices/0000:01:00.0/vfio-dev/vfio3/dev",
+        "511:3",
+    );
+    host.file("dev/vfio/vfio", "");
+    host.file("dev/vfio/14", "");
+    host.file("dev/vfio/devices/vfio3", "");
+    assert_eq!(host.read("0000:01:00.0").node, Some(NodeAccess::Ready));
+}
