@@ -17,7 +17,7 @@ const FLAGS: OFlag = OFlag::O_RDWR
     .union(OFlag::O_NOCTTY)
     .union(OFlag::O_DIRECT);
 
-/// Opens a file that the limit of the VM names, or one below a folder that it names. The inner result is the kernel's
+/// Opens a file that the VM's limit names, or one below a folder that it names. The inner result is the kernel's
 /// answer.
 ///
 /// # Errors
@@ -40,7 +40,7 @@ pub(super) fn open(
         None => Err(not_named(&path, roots)),
         Some(root) if *root == path || root.parent().is_none() => Ok(open_with(&path, flags)),
         Some(root) => match open_below(root, &path, flags) {
-            // In words: the path leads elsewhere, or to what is no file.
+            // The path leads out of the folder, or to no regular file: an error in words.
             Err(error) if error.raw_os_error().is_none() => {
                 let path = path.display();
                 Err(Refusal::Denied(format!("cannot open {path}: {error}")))

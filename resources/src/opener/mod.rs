@@ -1,11 +1,10 @@
 //! The opener: a helper process that leases and opens devices for a VM that can open nothing itself.
 //!
-//! A VMM that is confined sends requests over a socket, and gets descriptors back: of the VFIO nodes,
-//! and of the leases' lock files. So each lease lives as long as either process does. The opener keeps
-//! all else that belongs to a lease, and gives it up when it is told to, or when the socket ends,
-//! which the kernel sees to when the VMM is killed. A lease is given back over a second socket, and never
-//! waits for one that is being made. Before the VM runs it is told what that may be
-//! given, and it keeps to that whoever asks.
+//! A confined VMM sends requests over a socket and receives descriptors: of VFIO nodes, and of the leases' lock
+//! files, so that a lease lives as long as either process. The opener keeps everything else of a lease. It ends a
+//! lease when the VMM returns it over a second socket, where it never waits for a lease that is being made, and
+//! ends all of them when the socket closes, as it does when the VMM is killed. Before the VM runs, the opener gets
+//! a limit, and grants nothing beyond it.
 
 mod files;
 mod server;
@@ -40,17 +39,18 @@ use crate::inventory::scan::{Detail, scan_with};
 use crate::pools::group::Groups;
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 pub use server::{BUSY_PATIENCE, opener_helper, pool_of, source_of, ungrouped};
-use wire::{Ask, Bounded, Leased, Refusal, Return, Said};
+use wire::{DeadlineStream, Leased, Refusal, Reply, Request, Return};
 pub use wire::{Limit, Nodes};
 
 /// The first argument of the helper.
 const SUBCOMMAND: &str = "__open";
-/// How long a lease may take, with drivers that let go slowly and virtual functions that are made for it.
+/// How long a lease may take, with drivers that release devices slowly and virtual functions that are created for
+/// it.
 const LEASE_PATIENCE: Duration = Duration::from_secs(120);
-/// How long giving one back may take, or reading or opening a file.
+/// How long ending a lease may take, or reading or opening a file.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
-/// How long the helper may take to read what it is told, or to send a file that it has announced.
-const SAY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the helper may take to read a request, or to send a file that a reply announced.
+const SEND_PATIENCE: Duration = Duration::from_secs(10);
 const FILE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the helper may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
@@ -61,24 +61,24 @@ pub enum OpenerError {
     /// It could not be started.
     #[error("cannot start the helper that opens devices for this VM")]
     Start(#[source] io::Error),
-    /// It is gone, or says what nobody understands.
+    /// It is gone, or its replies cannot be read.
     #[error("the helper that opens devices for this VM does not answer: start the VM again")]
     Gone(#[source] io::Error),
-    /// What it opened did not arrive.
+    /// The files that it opened did not arrive.
     #[error(
         "cannot take over the files that the helper opened for this VM: if too many are open, raise `ulimit -n`"
     )]
     Files(#[source] io::Error),
-    /// What it was asked for is not to be had.
+    /// The request is denied.
     #[error("{0}")]
     Refused(String),
-    /// Nothing on this host has the name that it was asked for by, or a definition is wrong.
+    /// The request has an unknown name, or a definition is wrong.
     #[error("{0}")]
     Mistaken(String),
-    /// What it was asked for is held by others.
+    /// Others hold what is requested.
     #[error("{0}")]
     Busy(String),
-    /// The host failed it.
+    /// The host failed.
     #[error("{0}")]
     Failed(String),
 }
@@ -96,19 +96,19 @@ impl From<Refusal> for OpenerError {
 
 /// A device that the opener leased.
 pub struct OpenedDevice {
-    /// What VFIO opens it by.
+    /// Its name for VFIO.
     pub name: DeviceName,
     /// Its IOMMU group.
     pub group: u32,
     /// Whether it is a virtual function of a card.
     pub virtual_function: bool,
-    /// The token that it must be opened with.
+    /// The token that opens it.
     pub token: Option<Uuid>,
     /// The resource group that it is in.
     pub pool: Option<String>,
-    /// On which terms it is given.
+    /// The terms on which it is given.
     pub terms: Terms,
-    /// Its cdev, open, with iommufd.
+    /// Its open cdev, with iommufd.
     pub cdev: Option<File>,
     /// Dropping it gives the lease back.
     pub lease: HeldLease,
@@ -118,24 +118,24 @@ pub struct OpenedDevice {
 pub struct OpenedGroup {
     /// Its number.
     pub number: u32,
-    /// Its VFIO node, open, with a container.
+    /// Its open VFIO node, with a container.
     pub node: Option<File>,
-    /// What it cannot map.
+    /// The addresses that it cannot map.
     pub reserved: Vec<ReservedRegion>,
 }
 
-/// What a request got.
+/// The result of a request.
 pub struct Opened {
-    /// The devices, in their order.
+    /// The devices, in the order of the request.
     pub devices: Vec<OpenedDevice>,
-    /// Their IOMMU groups, as far as the VM did not have them.
+    /// Their IOMMU groups, without those that the VM had already.
     pub groups: Vec<OpenedGroup>,
     /// The node of a new DMA address space, if one was asked for.
     pub address_space: Option<File>,
 }
 
-/// A lease that the opener keeps. Dropping it gives the device back, and waits until that is done, but for no
-/// lease that the opener is making meanwhile.
+/// A lease that the opener keeps. Dropping it gives the device back, and waits for that, but not for a lease that
+/// the opener is making meanwhile.
 pub struct HeldLease {
     opener: Opener,
     id: u64,
@@ -160,11 +160,11 @@ impl Drop for HeldLease {
             .get_mut()
             .map_or_else(|poisoned| poisoned.into_inner().take(), Option::take);
         let id = self.id;
-        let mut line = End::lock(&self.opener.0.returns);
-        let released = line
-            .say(&Return { id, aside })
-            .and_then(|()| line.hear::<()>(RELEASE_PATIENCE, &|| false));
-        // Where an answer is owed to something before this, the helper gives back on its own.
+        let mut connection = Sockets::lock(&self.opener.0.returns);
+        let released = connection
+            .send(&Return { id, aside })
+            .and_then(|()| connection.receive::<()>(RELEASE_PATIENCE, &|| false));
+        // If a reply is still owed from before, the helper ends the lease on its own.
         if let Err(error) = released
             && error.kind() != io::ErrorKind::Interrupted
         {
@@ -173,26 +173,26 @@ impl Drop for HeldLease {
     }
 }
 
-/// The VM's end of the sockets. Its clones share it; the helper ends with the last.
+/// The VM's side of the sockets. Its clones share it; the helper ends with the last.
 #[derive(Clone)]
-pub struct Opener(Arc<End>);
+pub struct Opener(Arc<Sockets>);
 
-struct End {
-    /// What is asked for.
-    asks: Mutex<Line>,
+struct Sockets {
+    /// Requests and replies.
+    asks: Mutex<Connection>,
     /// Leases that end.
-    returns: Mutex<Line>,
+    returns: Mutex<Connection>,
 }
 
-/// Questions and answers, one after the other.
-struct Line {
+/// A socket for one request and reply at a time.
+struct Connection {
     socket: UnixStream,
-    /// An answer was not waited for: what comes now is of no question that is known, and nothing is asked for
-    /// any more. That a lease ends is still said, and at the end of the socket the helper gives all back.
+    /// A reply was missed: the next one would belong to an unknown request, so that no more requests are sent.
+    /// Returned leases are still sent, and the helper ends all leases when the socket closes.
     lost: bool,
 }
 
-impl Line {
+impl Connection {
     /// # Errors
     /// The socket cannot be made non-blocking.
     fn new(socket: UnixStream) -> io::Result<Self> {
@@ -203,69 +203,72 @@ impl Line {
         })
     }
 
-    fn say(&mut self, what: &impl Serialize) -> io::Result<()> {
+    fn send(&mut self, what: &impl Serialize) -> io::Result<()> {
         if self.lost {
             self.discard();
         }
         let never = &|| false;
-        wire::send(&mut Bounded::new(&self.socket, SAY_PATIENCE, never), what)
+        wire::send(
+            &mut DeadlineStream::new(&self.socket, SEND_PATIENCE, never),
+            what,
+        )
     }
 
-    /// Asks for something, unless an answer was missed before.
-    fn ask(
+    /// Sends a request and waits for the reply, unless one was missed before.
+    fn request(
         &mut self,
-        ask: &Ask,
+        ask: &Request,
         patience: Duration,
         unwanted: &dyn Fn() -> bool,
-    ) -> io::Result<Said> {
+    ) -> io::Result<Reply> {
         if self.lost {
             self.discard();
-            return Err(missed());
+            return Err(reply_lost());
         }
-        self.say(ask)?;
-        let heard = self.hear(patience, unwanted);
-        // What is leased for nobody goes back, even if that takes place later.
-        if heard.is_err() && matches!(ask, Ask::Lease { .. }) {
-            let _ = self.say(&Ask::Unheard);
+        self.send(ask)?;
+        let reply = self.receive(patience, unwanted);
+        // A lease whose reply was missed is ended, even if it is made later.
+        if reply.is_err() && matches!(ask, Request::Lease { .. }) {
+            let _ = self.send(&Request::ReplyLost);
         }
-        heard
+        reply
     }
 
-    /// A file that was announced in the answer heard last.
+    /// A file that the last reply announced.
     fn file(&mut self) -> io::Result<File> {
         if self.lost {
-            return Err(missed());
+            return Err(reply_lost());
         }
-        let mut socket = Bounded::new(&self.socket, FILE_PATIENCE, &|| false);
+        let mut socket = DeadlineStream::new(&self.socket, FILE_PATIENCE, &|| false);
         wire::receive_file(&mut socket).inspect_err(|error| {
-            // A file that this process has no room for has come, and only the file is missing.
+            // A file for which this process has no descriptor left has arrived: only this file is missing.
             self.lost = error.kind() != io::ErrorKind::InvalidData;
         })
     }
 
-    /// Throws away what came too late, with its descriptors.
+    /// Discards replies that came too late, with their descriptors.
     fn discard(&mut self) {
         let mut late = [0; 1024];
         while self.socket.read(&mut late).is_ok_and(|len| len > 0) {}
     }
 
-    /// The answer to what was said last.
-    fn hear<T: DeserializeOwned>(
+    /// The reply to the last request.
+    fn receive<T: DeserializeOwned>(
         &mut self,
         patience: Duration,
         unwanted: &dyn Fn() -> bool,
     ) -> io::Result<T> {
         if self.lost {
-            return Err(missed());
+            return Err(reply_lost());
         }
-        let heard = wire::receive(&mut Bounded::new(&self.socket, patience, unwanted));
-        self.lost = heard.is_err();
-        heard
+        let reply = wire::receive(&mut DeadlineStream::new(&self.socket, patience, unwanted));
+        self.lost = reply.is_err();
+        reply
     }
 }
 
-/// Why nothing is heard any more.
-fn missed() -> io::Error {
+/// The error after a missed reply.
+fn reply_lost() -> io::Error {
     let why = "an earlier answer did not come in time";
     io::Error::new(io::ErrorKind::Interrupted, why)
 }
@@ -277,42 +280,44 @@ impl Opener {
         let (returns, returned) = UnixStream::pair().map_err(OpenerError::Start)?;
         let mut command = Command::new(Path::new("/proc/self/exe"));
         command.arg(SUBCOMMAND).args(paths.to_args());
-        // Neither the terminal's ctrl-c nor its end is meant for the helper.
+        // In a process group of its own, so that it does not get the terminal's ctrl-c and does not end
+        // with it.
         command.env_clear().process_group(0);
         command
             .stdin(Stdio::from(OwnedFd::from(asked)))
             .stdout(Stdio::from(OwnedFd::from(returned)));
         helpers::keep(command.spawn().map_err(OpenerError::Start)?);
-        let end = End::new(asks, returns).map_err(OpenerError::Start)?;
+        let end = Sockets::new(asks, returns).map_err(OpenerError::Start)?;
         let opener = Self(Arc::new(end));
-        let hello = Ask::Hello {
+        let hello = Request::Hello {
             vm: holder.vm.clone(),
             pid: holder.pid,
         };
-        opener.lock().say(&hello).map_err(OpenerError::Start)?;
+        opener.lock().send(&hello).map_err(OpenerError::Start)?;
         Ok(opener)
     }
 
-    /// From now on devices are chosen for a VM that is where its `placement` says. Not after [`Self::limit`].
+    /// Sets the placement of the VM, near which devices are chosen. Not after [`Self::limit`].
     pub fn place(&self, placement: Placement) -> Result<(), OpenerError> {
-        let asked = self.lock().say(&Ask::Place(placement));
+        let asked = self.lock().send(&Request::Place(placement));
         asked.map_err(OpenerError::Gone)
     }
 
-    /// From now on the VM is given what the `limit` allows and no more; nothing takes that back.
+    /// Sets the limit of what the VM is given. It cannot be changed afterwards.
     pub fn limit(&self, limit: Limit) -> Result<(), OpenerError> {
-        let asked = self.lock().say(&Ask::Limit(limit));
+        let asked = self.lock().send(&Request::Limit(limit));
         asked.map_err(OpenerError::Gone)
     }
 
-    /// So many slots are free for what is asked for next: what needs more is refused before a device is leased.
+    /// Sets how many slots are free for the next request: a request that needs more is refused before a device
+    /// is leased.
     pub fn slots(&self, free: usize) -> Result<(), OpenerError> {
-        let asked = self.lock().say(&Ask::Slots(free));
+        let asked = self.lock().send(&Request::Slots(free));
         asked.map_err(OpenerError::Gone)
     }
 
-    /// Leases what is asked for, and opens its `nodes`: all of it, or nothing. Once it is `unwanted`, or has taken
-    /// too long, nothing is waited for any more, what is leased late goes back, and nothing will be opened again.
+    /// Leases devices and opens their `nodes`: all of it, or nothing. Once the request is `unwanted`, or takes
+    /// too long, the wait ends, a lease that is made late is ended, and nothing will be opened again.
     pub fn open(
         &self,
         requests: &[DeviceRequest],
@@ -321,19 +326,19 @@ impl Opener {
     ) -> Result<Opened, OpenerError> {
         let iommufd = nodes.back_end == VfioBackEnd::Iommufd;
         let cdevs = iommufd && !nodes.sent;
-        let ask = Ask::Lease {
+        let ask = Request::Lease {
             requests: requests.to_vec(),
             ungrouped: requests.iter().any(|request| request.allow_ungrouped),
             nodes: nodes.clone(),
         };
-        // Leases give themselves back over the socket: none is made while it is locked.
+        // Leases return themselves over the socket: none may be dropped while it is locked.
         let (leased, groups, mut files) = {
-            let mut line = self.lock();
-            match line
-                .ask(&ask, LEASE_PATIENCE, unwanted)
+            let mut connection = self.lock();
+            match connection
+                .request(&ask, LEASE_PATIENCE, unwanted)
                 .map_err(OpenerError::Gone)?
             {
-                Said::Leased { devices, groups } => {
+                Reply::Leased { devices, groups } => {
                     let locks: usize = devices.iter().map(|device| device.locks).sum();
                     let each = match (cdevs, iommufd) {
                         (true, _) => devices.len(),
@@ -341,12 +346,12 @@ impl Opener {
                         (false, false) => groups.len(),
                     };
                     let count = usize::from(nodes.address_space) + each + locks;
-                    let files = (0..count).map(|_| line.file());
-                    // All of them even if one fails, so that the next answer is not taken for one.
+                    let files = (0..count).map(|_| connection.file());
+                    // All of them, even if one fails, so that none is read as part of the next reply.
                     let files: Vec<_> = files.collect();
                     (devices, groups, files.into_iter())
                 }
-                Said::Not(refusal) => return Err(refusal.into()),
+                Reply::Refused(refusal) => return Err(refusal.into()),
                 _ => {
                     return Err(OpenerError::Gone(io::ErrorKind::InvalidData.into()));
                 }
@@ -364,7 +369,7 @@ impl Opener {
                 node: (!iommufd).then(&mut file).transpose()?,
             })
         });
-        // Not by `?`: each lease is made, so that it goes back if anything is missing.
+        // Without `?`: each lease is built, so that it is returned if anything is missing.
         let groups: Vec<io::Result<OpenedGroup>> = groups.collect();
         let cdevs = leased.iter().map(|_| cdevs.then(&mut file).transpose());
         let cdevs: Vec<_> = cdevs.collect();
@@ -408,88 +413,88 @@ impl Opener {
         })
     }
 
-    /// What the plan of that name asks for.
+    /// The requests of a plan.
     pub fn plan(&self, name: &str) -> Result<Vec<DeviceRequest>, OpenerError> {
-        let mut line = self.lock();
-        let ask = Ask::Plan(name.to_owned());
-        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
-        match said.map_err(OpenerError::Gone)? {
-            Said::Planned(requests) => Ok(requests),
-            Said::Not(refusal) => Err(refusal.into()),
+        let mut connection = self.lock();
+        let ask = Request::Plan(name.to_owned());
+        let reply = connection.request(&ask, RELEASE_PATIENCE, &|| false);
+        match reply.map_err(OpenerError::Gone)? {
+            Reply::Planned(requests) => Ok(requests),
+            Reply::Refused(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }
     }
 
     /// The device whose cdev has this number.
     pub fn device_of_cdev(&self, major: u32, minor: u32) -> Result<DeviceName, OpenerError> {
-        let mut line = self.lock();
-        let ask = Ask::Cdev { major, minor };
-        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
-        match said.map_err(OpenerError::Gone)? {
-            Said::Device(name) => Ok(name),
-            Said::Not(refusal) => Err(refusal.into()),
+        let mut connection = self.lock();
+        let ask = Request::Cdev { major, minor };
+        let reply = connection.request(&ask, RELEASE_PATIENCE, &|| false);
+        match reply.map_err(OpenerError::Gone)? {
+            Reply::Device(name) => Ok(name),
+            Reply::Refused(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }
     }
 
     /// A file or block device, opened with these flags. The inner result is the kernel's answer.
     pub fn file(&self, path: &Path, flags: i32) -> Result<io::Result<File>, OpenerError> {
-        let mut line = self.lock();
-        let ask = Ask::File {
+        let mut connection = self.lock();
+        let ask = Request::File {
             path: path.to_owned(),
             flags,
         };
-        let said = line.ask(&ask, RELEASE_PATIENCE, &|| false);
-        match said.map_err(OpenerError::Gone)? {
-            Said::Opened => line.file().map(Ok).map_err(OpenerError::Files),
-            Said::NotOpened { errno } => Ok(Err(io::Error::from_raw_os_error(errno))),
-            Said::Not(refusal) => Err(refusal.into()),
+        let reply = connection.request(&ask, RELEASE_PATIENCE, &|| false);
+        match reply.map_err(OpenerError::Gone)? {
+            Reply::Opened => connection.file().map(Ok).map_err(OpenerError::Files),
+            Reply::NotOpened { errno } => Ok(Err(io::Error::from_raw_os_error(errno))),
+            Reply::Refused(refusal) => Err(refusal.into()),
             _ => Err(OpenerError::Gone(io::ErrorKind::InvalidData.into())),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Line> {
-        End::lock(&self.0.asks)
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        Sockets::lock(&self.0.asks)
     }
 }
 
-impl End {
+impl Sockets {
     /// # Errors
-    /// As [`Line::new`].
+    /// As [`Connection::new`].
     fn new(asks: UnixStream, returns: UnixStream) -> io::Result<Self> {
         Ok(Self {
-            asks: Mutex::new(Line::new(asks)?),
-            returns: Mutex::new(Line::new(returns)?),
+            asks: Mutex::new(Connection::new(asks)?),
+            returns: Mutex::new(Connection::new(returns)?),
         })
     }
 
-    fn lock(line: &Mutex<Line>) -> MutexGuard<'_, Line> {
-        line.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+        connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for End {
-    /// Lets the helper end, and waits until it has.
+impl Drop for Sockets {
+    /// Lets the helper end, and waits for that.
     fn drop(&mut self) {
-        let line = self.asks.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let socket = &mut line.socket;
+        let connection = self.asks.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let socket = &mut connection.socket;
         let _ = socket.shutdown(std::net::Shutdown::Write);
-        let mut socket = Bounded::new(socket, END_PATIENCE, &|| false);
+        let mut socket = DeadlineStream::new(socket, END_PATIENCE, &|| false);
         while socket.read(&mut [0; 64]).is_ok_and(|len| len > 0) {}
     }
 }
 
-/// What is known of devices that a VM may be given later.
+/// The facts about devices that a VM may be given later.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ToCome {
-    /// What they could not map.
+    /// The addresses that they cannot map.
     pub reserved: Vec<ReservedRegion>,
     /// The NUMA nodes that they are on.
     pub nodes: Numbers,
 }
 
-/// What is known of devices `from` these sources. Aliases and what cannot be read are left out: it is looked
-/// at again when a device comes.
+/// The facts about devices `from` these sources, without aliases and what cannot be read: those are read when a
+/// device comes.
 pub fn to_come(paths: &HostPaths, from: &[DeviceSource]) -> ToCome {
     let look = || {
         let groups = Groups::load(paths).ok()?;

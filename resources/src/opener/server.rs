@@ -1,4 +1,4 @@
-//! The helper's side: it leases and opens, keeps what belongs to a lease, and ends with the socket.
+//! The helper's side: it leases and opens, keeps the leases, and ends with the socket.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::files;
-use super::wire::{self, Ask, Leased, LeasedGroup, Limit, Nodes, Refusal, Return, Said};
+use super::wire::{self, Leased, LeasedGroup, Limit, Nodes, Refusal, Reply, Request, Return};
 use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
 use crate::base::chain::chain;
 use crate::base::host::HostPaths;
@@ -34,12 +34,12 @@ use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 /// until the kernel has reset the device.
 pub const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long others wait for the end of a lease whose device does not answer.
-const LAST_LOOK: Duration = Duration::from_secs(1);
+const LEASE_END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to wait between two attempts at a group that is in use.
 const BUSY_STEP: Duration = Duration::from_millis(20);
 
-/// What the helper does with the arguments after `__open`: the host's directories. Its standard input and output
-/// are the sockets.
+/// Runs the helper with the arguments after `__open`: the host's directories. Its standard input and output are the
+/// sockets.
 pub fn opener_helper(args: &[String]) -> ExitCode {
     let Some((paths, _)) = HostPaths::from_args(args) else {
         return ExitCode::FAILURE;
@@ -54,12 +54,11 @@ pub fn opener_helper(args: &[String]) -> ExitCode {
     }
 }
 
-/// What allocates: [`allocate_for`].
+/// The function that allocates: [`allocate_for`].
 pub(super) type Allocate<'a> =
     dyn Fn(&HostPaths, &[DeviceRequest], Recipient<'_>) -> Result<Vec<Lease>, AllocateError> + 'a;
 
-/// Answers until the socket ends, over which things are asked for. Leases come back over the other one
-/// meanwhile.
+/// Answers requests until their socket closes, and ends leases that are returned over the other one meanwhile.
 pub(super) fn serve(
     paths: &HostPaths,
     mut asks: UnixStream,
@@ -69,7 +68,7 @@ pub(super) fn serve(
     let leases = Leases::default();
     thread::scope(|threads| {
         let taken = returns.try_clone()?;
-        threads.spawn(|| leases.take_back(taken));
+        threads.spawn(|| leases.receive_returns(taken));
         let served = answer(paths, &mut asks, &leases, allocate);
         // The other thread ends with its socket.
         let _ = returns.shutdown(Shutdown::Both);
@@ -83,7 +82,7 @@ fn answer(
     leases: &Leases,
     allocate: &Allocate<'_>,
 ) -> io::Result<()> {
-    let Ask::Hello { vm, pid } = wire::receive(socket)? else {
+    let Request::Hello { vm, pid } = wire::receive(socket)? else {
         return Err(io::ErrorKind::InvalidData.into());
     };
     let mut server = OpenerServer {
@@ -100,7 +99,7 @@ fn answer(
     };
     loop {
         match wire::receive(socket) {
-            Ok(Ask::Lease {
+            Ok(Request::Lease {
                 mut requests,
                 ungrouped,
                 nodes,
@@ -112,44 +111,44 @@ fn answer(
                 }
                 server.lease(socket, &requests, &nodes)?;
             }
-            Ok(Ask::Plan(name)) => {
+            Ok(Request::Plan(name)) => {
                 let planned = server.plan(&name);
-                let said = planned.map_or_else(Said::Not, Said::Planned);
-                wire::send(socket, &said)?;
+                let reply = planned.map_or_else(Reply::Refused, Reply::Planned);
+                wire::send(socket, &reply)?;
             }
-            Ok(Ask::Cdev { major, minor }) => {
+            Ok(Request::Cdev { major, minor }) => {
                 let device = device_of_cdev(paths, major, minor);
                 let device = device.map_err(|error| denied(&error));
-                wire::send(socket, &device.map_or_else(Said::Not, Said::Device))?;
+                wire::send(socket, &device.map_or_else(Reply::Refused, Reply::Device))?;
             }
-            Ok(Ask::File { path, flags }) => {
+            Ok(Request::File { path, flags }) => {
                 send_opened(socket, files::open(server.limit.as_ref(), &path, flags))?;
             }
-            Ok(Ask::Unheard) => {
+            Ok(Request::ReplyLost) => {
                 for id in std::mem::take(&mut server.last) {
                     leases.end(id, None);
                 }
             }
-            Ok(Ask::Slots(free)) => server.slots = Some(free),
-            Ok(Ask::Place(placement)) if server.limit.is_none() => server.placement = placement,
-            Ok(Ask::Limit(mut limit)) if server.limit.is_none() => {
+            Ok(Request::Slots(free)) => server.slots = Some(free),
+            Ok(Request::Place(placement)) if server.limit.is_none() => server.placement = placement,
+            Ok(Request::Limit(mut limit)) if server.limit.is_none() => {
                 if limit.from.is_empty() {
                     limit.from = std::mem::take(&mut server.sources);
                 }
-                server.rehearse(&limit.from);
+                server.warm_up(&limit.from);
                 server.limit = Some(limit);
             }
-            Ok(Ask::Limit(_) | Ask::Place(_) | Ask::Hello { .. }) => {
+            Ok(Request::Limit(_) | Request::Place(_) | Request::Hello { .. }) => {
                 return Err(io::ErrorKind::InvalidData.into());
             }
-            // The end of the VM, and of the leases it still had.
+            // The VM has ended, and so do the leases that it still had.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
             Err(error) => return Err(error),
         }
     }
 }
 
-/// The leases that the helper keeps, by the numbers that the VM knows them by.
+/// The leases that the helper keeps, by the numbers that the VM knows.
 #[derive(Default)]
 struct Leases(Mutex<BTreeMap<u64, Lease>>);
 
@@ -158,7 +157,7 @@ impl Leases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What an allocation must know of them. It holds none of them up.
+    /// Copies for an allocation, which keep no lease alive.
     fn own(&self) -> Vec<OwnLease> {
         self.all().values().map(Lease::as_own).collect()
     }
@@ -170,11 +169,11 @@ impl Leases {
         if let Some(reason) = aside {
             lease.set_aside(&short(reason));
         }
-        give_back(lease);
+        end_lease(lease);
     }
 
-    /// Ends leases that come back, until the socket ends.
-    fn take_back(&self, mut socket: UnixStream) {
+    /// Ends leases that the VM returns, until the socket closes.
+    fn receive_returns(&self, mut socket: UnixStream) {
         while let Ok(Return { id, aside }) = wire::receive(&mut socket) {
             self.end(id, aside.as_deref());
             if wire::send(&mut socket, &()).is_err() {
@@ -184,44 +183,44 @@ impl Leases {
     }
 }
 
-/// Ends a lease. The last look at the device can wait for the hardware, and other leases do not wait for that.
-fn give_back(lease: Lease) {
+/// Ends a lease. The last check of the device may wait for the hardware; other leases do not wait for that.
+fn end_lease(lease: Lease) {
     let (ended, end) = channel();
     let end_lease = move || {
         drop(lease);
-        // Nobody waits any more.
+        // The other thread may have stopped waiting.
         let _ = ended.send(());
     };
     // Without a thread it has been dropped with the closure.
     if thread::Builder::new().spawn(end_lease).is_ok() {
-        let _ = end.recv_timeout(LAST_LOOK);
+        let _ = end.recv_timeout(LEASE_END_PATIENCE);
     }
 }
 
-/// The helper's side: for whom it opens what, and the leases that it keeps.
+/// The helper's side: the VM that it opens for, and the leases that it keeps.
 struct OpenerServer<'a> {
     paths: &'a HostPaths,
     allocate: &'a Allocate<'a>,
     holder: Holder,
     placement: Placement,
-    /// None while the VM is built, as its file says.
+    /// None while the VM is built: its file decides.
     limit: Option<Limit>,
-    /// The slots that are free for what is asked for next; None while each device gets one that is made for it.
+    /// The slots that are free for the next request; none while each device gets a new slot.
     slots: Option<usize>,
     leases: &'a Leases,
     next: u64,
-    /// What was given for the last request.
+    /// The leases of the last request.
     last: Range<u64>,
-    /// Where the devices came from that the VM starts with.
+    /// The sources of the devices that the VM starts with.
     sources: Vec<DeviceSource>,
 }
 
-/// What goes over the socket for a request.
+/// The result of a request.
 struct Bundle {
     leases: Vec<Lease>,
     groups: Vec<LeasedGroup>,
-    /// The address space's node, the groups' or the cdevs', and copies of the locks: a lease that comes back meanwhile is not held
-    /// up.
+    /// The address space's node, the nodes of groups or cdevs, and copies of the locks, which delay no lease
+    /// that is returned meanwhile.
     files: Vec<File>,
 }
 
@@ -234,7 +233,7 @@ impl OpenerServer<'_> {
     ) -> io::Result<()> {
         self.last = 0..0;
         let bundle = self.bundle(requests, nodes);
-        // Before its answer somebody speaks only who waits for it no more; or is gone. All goes back.
+        // Input before the reply means that the VM waits no more, or is gone: everything is released.
         if wire::has_more(socket) {
             return Ok(());
         }
@@ -244,7 +243,7 @@ impl OpenerServer<'_> {
             files,
         } = match bundle {
             Ok(bundle) => bundle,
-            Err(refusal) => return wire::send(socket, &Said::Not(refusal)),
+            Err(refusal) => return wire::send(socket, &Reply::Refused(refusal)),
         };
         let first = self.next;
         let devices = (first..).zip(&leases).map(|(id, lease)| Leased {
@@ -260,9 +259,10 @@ impl OpenerServer<'_> {
         let devices = devices.collect();
         self.next += leases.len() as u64;
         self.last = first..self.next;
-        // One that comes back at once must be found; and who reads no answer may still give back.
+        // Stored before the reply is sent: the VM may return a lease at once, and may do so without reading
+        // the reply.
         self.leases.all().extend((first..).zip(leases));
-        let sent = wire::send(socket, &Said::Leased { devices, groups });
+        let sent = wire::send(socket, &Reply::Leased { devices, groups });
         let mut files = files.iter();
         let sent = sent
             .and_then(|()| files.try_for_each(|file| wire::send_file(socket, file.as_raw_fd())));
@@ -293,10 +293,10 @@ impl OpenerServer<'_> {
         }
     }
 
-    /// Leases and opens, or says why not, in words for whoever asked.
+    /// Leases and opens, or returns the refusal in words for the user.
     fn bundle(&self, requests: &[DeviceRequest], nodes: &Nodes) -> Result<Bundle, Refusal> {
         if let Some(limit) = &self.limit {
-            self.within(limit, requests)?;
+            self.check_limit(limit, requests)?;
         }
         let vm = Recipient {
             holder: &self.holder,
@@ -357,8 +357,8 @@ impl OpenerServer<'_> {
     /// The node of a group.
     fn group(&self, number: u32, lease: &Lease) -> Result<File, Refusal> {
         let path = self.paths.vfio_group(number);
-        when_free(&path).map_err(|error| {
-            // Whoever keeps it busy keeps to no lease, or cannot be ended.
+        open_when_free(&path).map_err(|error| {
+            // The process that keeps it busy holds no lease, or cannot be ended.
             if error.raw_os_error() == Some(nix::libc::EBUSY) {
                 lease.set_aside(&format!("IOMMU group {number} stays busy"));
             }
@@ -366,17 +366,17 @@ impl OpenerServer<'_> {
         })
     }
 
-    /// Goes the way that a request will take, so that code and sysfs are at hand when one comes.
-    fn rehearse(&self, from: &[DeviceSource]) {
+    /// Takes the path of a later request, so that code and sysfs are in memory when one comes.
+    fn warm_up(&self, from: &[DeviceSource]) {
         for source in from {
             let request = DeviceRequest::new(source.clone(), 1);
-            // Whether it fits now is of no interest.
+            // Whether it fits now does not matter.
             let _ = fit(self.paths, &[request], &Placement::default());
         }
     }
 
-    /// Whether the VM may be given all that it asks for.
-    fn within(&self, limit: &Limit, requests: &[DeviceRequest]) -> Result<(), Refusal> {
+    /// Checks that the limit allows all requests.
+    fn check_limit(&self, limit: &Limit, requests: &[DeviceRequest]) -> Result<(), Refusal> {
         let most = limit.most;
         if self.leases.all().len().saturating_add(devices(requests)) > most {
             return Err(Refusal::Denied(format!(
@@ -389,10 +389,10 @@ impl OpenerServer<'_> {
         }
         requests
             .iter()
-            .try_for_each(|request| self.may(limit, request))
+            .try_for_each(|request| self.check_source(limit, request))
     }
 
-    fn may(&self, limit: &Limit, request: &DeviceRequest) -> Result<(), Refusal> {
+    fn check_source(&self, limit: &Limit, request: &DeviceRequest) -> Result<(), Refusal> {
         let source = self.source(request)?;
         let allowed = match &source {
             Some(source) => limit.from.contains(source),
@@ -400,18 +400,18 @@ impl OpenerServer<'_> {
         };
         match (allowed, source) {
             (true, _) => Ok(()),
-            (false, Some(source)) => Err(Refusal::Denied(not_from(limit, &source))),
+            (false, Some(source)) => Err(Refusal::Denied(wrong_source(limit, &source))),
             (false, None) => Err(Refusal::Denied(ungrouped(request))),
         }
     }
 
-    /// Where a request's devices come from; none for a device that is in no group.
+    /// The source of a request's devices; none for a device that is in no group.
     fn source(&self, request: &DeviceRequest) -> Result<Option<DeviceSource>, Refusal> {
         source_of(self.paths, request).map_err(|error| not_allocated(&error))
     }
 }
 
-/// Where a request's devices come from; none for a device that is in no group.
+/// The source of a request's devices; none for a device that is in no group.
 pub fn source_of(
     paths: &HostPaths,
     request: &DeviceRequest,
@@ -436,12 +436,12 @@ fn group_of(paths: &HostPaths, name: DeviceName) -> Result<Option<String>, Alloc
     })
 }
 
-/// The resource group that a device is in, as far as that can be read.
+/// The resource group of a device, if it can be read.
 pub fn pool_of(paths: &HostPaths, name: DeviceName) -> Option<String> {
     group_of(paths, name).ok().flatten()
 }
 
-fn not_from(limit: &Limit, source: &DeviceSource) -> String {
+fn wrong_source(limit: &Limit, source: &DeviceSource) -> String {
     let from: Vec<String> = limit.from.iter().map(ToString::to_string).collect();
     let may = match from.is_empty() {
         true => "this VM names no groups for devices that are attached later".to_owned(),
@@ -459,7 +459,7 @@ fn not_from(limit: &Limit, source: &DeviceSource) -> String {
     format!("{may}, not from {source}: {remedy}, and start the VM again")
 }
 
-/// Why a VM that was not started for it gets no device that is in no group.
+/// The refusal of an ungrouped device for a VM that was not started with leave for such devices.
 pub fn ungrouped(request: &DeviceRequest) -> String {
     format!(
         "{} is in no group: add it to a group of this VM, or set \"ungrouped\": true under `hotplug` in the \
@@ -468,27 +468,27 @@ pub fn ungrouped(request: &DeviceRequest) -> String {
     )
 }
 
-/// How many devices are asked for.
+/// The number of devices asked for.
 fn devices(requests: &[DeviceRequest]) -> usize {
     let counts = requests.iter().map(|request| request.count as usize);
     counts.fold(0, usize::saturating_add)
 }
 
-/// Sends a file that was opened, or why it was not.
+/// Sends a file that was opened, or the reason why it was not.
 fn send_opened(
     socket: &mut UnixStream,
     opened: Result<io::Result<File>, Refusal>,
 ) -> io::Result<()> {
     match opened {
         Ok(Ok(file)) => {
-            wire::send(socket, &Said::Opened)?;
+            wire::send(socket, &Reply::Opened)?;
             wire::send_file(socket, file.as_raw_fd())
         }
         Ok(Err(error)) => {
             let errno = error.raw_os_error().unwrap_or(nix::libc::EACCES);
-            wire::send(socket, &Said::NotOpened { errno })
+            wire::send(socket, &Reply::NotOpened { errno })
         }
-        Err(refusal) => wire::send(socket, &Said::Not(refusal)),
+        Err(refusal) => wire::send(socket, &Reply::Refused(refusal)),
     }
 }
 
@@ -497,8 +497,8 @@ fn open_node(path: &Path) -> Result<File, Refusal> {
     opened.map_err(cannot_open(path))
 }
 
-/// Opens a group's node; one that is in use is asked for again for a while.
-fn when_free(path: &Path) -> io::Result<File> {
+/// Opens a group's node, and tries again for a while if it is in use.
+fn open_when_free(path: &Path) -> io::Result<File> {
     let deadline = Instant::now() + BUSY_PATIENCE;
     loop {
         match OpenOptions::new().read(true).write(true).open(path) {

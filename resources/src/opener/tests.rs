@@ -60,12 +60,12 @@ fn started_with(
     let ((asks, asked), (returns, returned)) = (pair(), pair());
     let paths = host.paths.clone();
     let helper = thread::spawn(move || serve(&paths, asked, returned, &*allocate));
-    let opener = Opener(Arc::new(End::new(asks, returns).unwrap()));
-    let hello = Ask::Hello {
+    let opener = Opener(Arc::new(Sockets::new(asks, returns).unwrap()));
+    let hello = Request::Hello {
         vm: "one".to_owned(),
         pid: 123,
     };
-    opener.lock().say(&hello).unwrap();
+    opener.lock().send(&hello).unwrap();
     (opener, helper)
 }
 
@@ -377,9 +377,9 @@ fn what_does_not_arrive_whole_goes_back() {
     // A lease that waits for itself would wait for ever.
     let patience = Some(Duration::from_secs(5));
     returned.set_read_timeout(patience).unwrap();
-    let opener = Opener(Arc::new(End::new(asks, returns).unwrap()));
+    let opener = Opener(Arc::new(Sockets::new(asks, returns).unwrap()));
     let helper = thread::spawn(move || {
-        let _: Ask = wire::receive(&mut theirs).unwrap();
+        let _: Request = wire::receive(&mut theirs).unwrap();
         let leased = |id| wire::Leased {
             id,
             name: bdf("01:00.0").into(),
@@ -392,7 +392,7 @@ fn what_does_not_arrive_whole_goes_back() {
         };
         let devices = vec![leased(4), leased(5)];
         let groups = Vec::new();
-        wire::send(&mut theirs, &Said::Leased { devices, groups }).unwrap();
+        wire::send(&mut theirs, &Reply::Leased { devices, groups }).unwrap();
         let lock = File::open("/dev/null").unwrap();
         wire::send_file(&theirs, lock.as_raw_fd()).unwrap();
         // As when the VM has too many files open: the byte comes alone.
@@ -468,10 +468,10 @@ fn who_missed_an_answer_is_leased_nothing_more_and_what_was_goes_back() {
     }
     let line = opener.lock();
     // What comes next is of this: neither of the lease, nor of what was asked for after it.
-    let mut socket = Bounded::new(&line.socket, RELEASE_PATIENCE, &|| false);
-    wire::send(&mut socket, &Ask::Plan("x".to_owned())).unwrap();
-    let said: Said = wire::receive(&mut socket).unwrap();
-    assert!(matches!(said, Said::Not(_)), "{said:?}");
+    let mut socket = DeadlineStream::new(&line.socket, RELEASE_PATIENCE, &|| false);
+    wire::send(&mut socket, &Request::Plan("x".to_owned())).unwrap();
+    let said: Reply = wire::receive(&mut socket).unwrap();
+    assert!(matches!(said, Reply::Refused(_)), "{said:?}");
     assert!(!wire::has_more(&line.socket));
     drop(line);
     assert_eq!(host.held(), before);
@@ -484,19 +484,19 @@ fn what_is_leased_in_the_moment_in_which_it_is_given_up_goes_back() {
     let (opener, _helper) = started(&host);
     let _first = open(&opener, DeviceRequest::group("nic", 1), &[]).unwrap();
     let before = host.held();
-    let ask = Ask::Lease {
+    let ask = Request::Lease {
         requests: vec![DeviceRequest::group("nvme", 1)],
         ungrouped: false,
         nodes: groups(&[], false),
     };
     let mut line = opener.lock();
-    line.say(&ask).unwrap();
+    line.send(&ask).unwrap();
     while !wire::has_more(&line.socket) {}
     line.lost = true;
     // Discards the answer.
-    line.say(&Ask::Unheard).unwrap();
+    line.send(&Request::ReplyLost).unwrap();
     // The second time it is of nothing.
-    line.say(&Ask::Unheard).unwrap();
+    line.send(&Request::ReplyLost).unwrap();
     drop(line);
     let deadline = std::time::Instant::now() + RELEASE_PATIENCE;
     while host.held() != before && std::time::Instant::now() < deadline {}
@@ -619,8 +619,8 @@ fn a_lease_goes_back_while_its_answer_is_not_read() {
     let paths = host.paths.clone();
     let helper = thread::spawn(move || serve(&paths, asked, returned, &allocate_for));
     let (vm, pid) = ("one".to_owned(), 123);
-    wire::send(&mut asks, &Ask::Hello { vm, pid }).unwrap();
-    let ask = Ask::Lease {
+    wire::send(&mut asks, &Request::Hello { vm, pid }).unwrap();
+    let ask = Request::Lease {
         requests: vec![DeviceRequest::group("nvme", 1)],
         ungrouped: false,
         nodes: groups(&[], false),
@@ -644,7 +644,7 @@ fn one_deadline_holds_for_all_of_an_answer_and_all_of_a_question() {
     ours.set_nonblocking(true).unwrap();
     let patience = Duration::from_millis(100);
     let hear = |unwanted: &dyn Fn() -> bool| {
-        wire::receive::<Said>(&mut Bounded::new(&ours, patience, unwanted)).unwrap_err()
+        wire::receive::<Reply>(&mut DeadlineStream::new(&ours, patience, unwanted)).unwrap_err()
     };
     assert_eq!(hear(&|| false).kind(), io::ErrorKind::TimedOut);
     // The beginning of an answer is no answer.
@@ -653,10 +653,10 @@ fn one_deadline_holds_for_all_of_an_answer_and_all_of_a_question() {
     theirs.write_all(&[1, 0, 0, 0, b'{']).unwrap();
     assert_eq!(hear(&|| true).kind(), io::ErrorKind::InvalidData);
     assert_eq!(hear(&|| true).kind(), io::ErrorKind::ConnectionAborted);
-    let file = wire::receive_file(&mut Bounded::new(&ours, patience, &|| false));
+    let file = wire::receive_file(&mut DeadlineStream::new(&ours, patience, &|| false));
     assert_eq!(file.unwrap_err().kind(), io::ErrorKind::TimedOut);
     // More than a socket holds, and nobody reads.
-    let long = Ask::Plan("x".repeat(4 << 20));
-    let said = wire::send(&mut Bounded::new(&ours, patience, &|| false), &long);
+    let long = Request::Plan("x".repeat(4 << 20));
+    let said = wire::send(&mut DeadlineStream::new(&ours, patience, &|| false), &long);
     assert_eq!(said.unwrap_err().kind(), io::ErrorKind::TimedOut);
 }

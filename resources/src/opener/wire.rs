@@ -1,4 +1,4 @@
-//! What goes over the opener's sockets: lengths with JSON behind them, and descriptors.
+//! The messages on the opener's sockets: lengths followed by JSON, and descriptors.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -21,21 +21,21 @@ use crate::facts::vfio::VfioBackEnd;
 use crate::inventory::card::Terms;
 use crate::pools::request::{DeviceRequest, DeviceSource, Placement};
 
-/// The longest message: far beyond any list of devices.
-const MAX: u32 = 1 << 20;
-/// How often it is looked whether something is still wanted, in milliseconds.
-const STEP: u16 = 50;
+/// The longest message: far longer than any list of devices.
+const MAX_MESSAGE: u32 = 1 << 20;
+/// How often a wait checks whether the request is still wanted, in milliseconds.
+const POLL_STEP_MS: u16 = 50;
 
-/// What the VM asks for.
+/// A request of the VM.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Ask {
-    /// First of all: who it is.
+pub(super) enum Request {
+    /// The first request: the VM's name and process.
     Hello { vm: String, pid: u32 },
-    /// Where it is from now on.
+    /// The VM's placement from now on.
     Place(Placement),
-    /// What it may be given from now on.
+    /// The limit from now on.
     Limit(Limit),
-    /// The slots that are free for the devices that are asked for next.
+    /// The slots that are free for the next request.
     Slots(usize),
     /// Devices, and the nodes to be opened for them.
     Lease {
@@ -44,11 +44,11 @@ pub(super) enum Ask {
         ungrouped: bool,
         nodes: Nodes,
     },
-    /// Nobody has heard the answer to the last `Lease`, and nobody will.
-    Unheard,
-    /// What the plan of that name asks for.
+    /// The reply to the last `Lease` was missed, and its leases must end.
+    ReplyLost,
+    /// The devices of a plan.
     Plan(String),
-    /// Which device the cdev with this number is of.
+    /// The device whose cdev has this number.
     Cdev { major: u32, minor: u32 },
     /// A file or block device, opened with these flags.
     File { path: PathBuf, flags: i32 },
@@ -57,66 +57,66 @@ pub(super) enum Ask {
 /// The nodes to be opened for devices: their groups' or their cdevs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nodes {
-    /// Whose.
+    /// Their back end.
     pub back_end: VfioBackEnd,
     /// Whether the VM wants a new DMA address space.
     pub address_space: bool,
-    /// Whether it has the cdev of the one device that it asks for.
+    /// Whether the VM has the cdev of the one device that it asks for.
     pub sent: bool,
     /// The IOMMU groups that it has already.
     pub held: Vec<u32>,
 }
 
-/// What the VM says over the other socket: a lease ends, and why its device is to be put aside. The answer is
-/// `()`, once it has ended.
+/// A message of the VM on the other socket: a lease ends, and why its device goes into quarantine. The reply is
+/// `()`, once the lease has ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Return {
     pub(super) id: u64,
     pub(super) aside: Option<String>,
 }
 
-/// What a VM may be given once it runs, however it asks.
+/// The limit of what a VM is given once it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Where its devices come from. If nothing is named, from the groups of the devices that it has by now.
+    /// The sources of its devices. If none is named, the groups of the devices that it has by now.
     pub from: Vec<DeviceSource>,
     /// Whether it may be given devices that are in no group.
     pub ungrouped: bool,
-    /// How many devices it may have at a time.
+    /// The greatest number of devices at a time.
     pub most: usize,
-    /// The files, and the folders with files, that are opened for it to be read.
+    /// Files, and folders of files, that it may read.
     pub read: Vec<PathBuf>,
-    /// Those that are opened for it to be read and written.
+    /// Files, and folders of files, that it may read and write.
     pub write: Vec<PathBuf>,
 }
 
-/// What the opener answers.
+/// A reply of the opener.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Said {
-    /// Behind it come the descriptors: the address space's if wanted, the groups' or the cdevs', the locks'.
+pub(super) enum Reply {
+    /// The descriptors follow: the address space's if wanted, those of groups or cdevs, those of locks.
     Leased {
         devices: Vec<Leased>,
         groups: Vec<LeasedGroup>,
     },
-    /// What a plan asks for.
+    /// The devices of a plan.
     Planned(Vec<DeviceRequest>),
-    /// Whose cdev it is.
+    /// The device of a cdev.
     Device(DeviceName),
-    /// Behind it comes the file's descriptor.
+    /// The file's descriptor follows.
     Opened,
-    /// The kernel's answer to the open.
+    /// The kernel refused the open.
     NotOpened {
         errno: i32,
     },
-    Not(Refusal),
+    Refused(Refusal),
 }
 
-/// Why something is not given, in words for whoever asked.
+/// The reason of a refusal, in words for the user.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Refusal {
-    /// It is not to be had.
+    /// It is denied.
     Denied(String),
-    /// It is asked for by a name that nothing on this host has, or a definition is wrong.
+    /// It has an unknown name, or a definition is wrong.
     Mistaken(String),
     /// Others hold it.
     Busy(String),
@@ -124,7 +124,7 @@ pub(super) enum Refusal {
     Failed(String),
 }
 
-/// A leased device, and how many locks keep it from others.
+/// A leased device, and the number of its locks.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Leased {
     pub(super) id: u64,
@@ -145,16 +145,16 @@ pub(super) struct LeasedGroup {
     pub(super) reserved: Vec<ReservedRegion>,
 }
 
-/// A socket, non-blocking, whose other side may hang: one deadline holds for all that is read and written
-/// through this value, to the last byte.
-pub(super) struct Bounded<'a> {
+/// A non-blocking socket whose other side may hang: one deadline holds for everything that is read and written
+/// through this value.
+pub(super) struct DeadlineStream<'a> {
     socket: &'a UnixStream,
     deadline: Instant,
     unwanted: &'a dyn Fn() -> bool,
 }
 
-impl<'a> Bounded<'a> {
-    /// Waits for `patience` in all, or until it is `unwanted`.
+impl<'a> DeadlineStream<'a> {
+    /// Waits until the deadline, or until the request is `unwanted`.
     pub(super) fn new(
         socket: &'a UnixStream,
         patience: Duration,
@@ -167,10 +167,11 @@ impl<'a> Bounded<'a> {
         }
     }
 
-    /// Tries until the socket has data or room.
+    /// Repeats `attempt` until the socket has data or room.
     ///
     /// # Errors
-    /// `TimedOut` at the deadline, `ConnectionAborted` once it is unwanted; what `attempt` has to say else.
+    ///
+    /// `TimedOut` at the deadline, `ConnectionAborted` once the request is unwanted, and those of `attempt`.
     fn try_until<T>(
         &self,
         ready: PollFlags,
@@ -181,14 +182,14 @@ impl<'a> Bounded<'a> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            // Not `Interrupted`, at which whoever reads tries again.
+            // Not `Interrupted`, after which readers try again.
             if (self.unwanted)() {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
             if Instant::now() >= self.deadline {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            match poll(&mut [PollFd::new(self.socket.as_fd(), ready)], STEP) {
+            match poll(&mut [PollFd::new(self.socket.as_fd(), ready)], POLL_STEP_MS) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -196,13 +197,13 @@ impl<'a> Bounded<'a> {
     }
 }
 
-impl Read for Bounded<'_> {
+impl Read for DeadlineStream<'_> {
     fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
         self.try_until(PollFlags::POLLIN, |mut socket| socket.read(data))
     }
 }
 
-impl Write for Bounded<'_> {
+impl Write for DeadlineStream<'_> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.try_until(PollFlags::POLLOUT, |mut socket| socket.write(data))
     }
@@ -212,7 +213,7 @@ impl Write for Bounded<'_> {
     }
 }
 
-/// Whether there is something to receive, or the other side has ended.
+/// Whether there is input, or the other side has closed.
 pub(super) fn has_more(socket: &UnixStream) -> bool {
     let mut files = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut files, PollTimeout::ZERO), Ok(1..))
@@ -231,29 +232,29 @@ pub(super) fn receive<T: DeserializeOwned>(socket: &mut impl Read) -> io::Result
     let mut len = [0; 4];
     socket.read_exact(&mut len)?;
     let len = u32::from_le_bytes(len);
-    if len > MAX {
+    if len > MAX_MESSAGE {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut text = vec![0; len as usize];
     socket.read_exact(&mut text)?;
-    // Not as serde_json has it, for which a text that breaks off is the end of a file.
+    // serde_json reports text that breaks off as the end of a file, which here means a closed socket.
     serde_json::from_slice(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// A descriptor goes with one byte, as it cannot go alone.
+/// A descriptor is sent with one byte, as it cannot be sent alone.
 pub(super) fn send_file(socket: &UnixStream, file: RawFd) -> io::Result<()> {
     socket.send_with_fd(&[0_u8][..], file)?;
     Ok(())
 }
 
-pub(super) fn receive_file(socket: &mut Bounded<'_>) -> io::Result<File> {
+pub(super) fn receive_file(socket: &mut DeadlineStream<'_>) -> io::Result<File> {
     let mut byte = [0];
     let received = socket.try_until(PollFlags::POLLIN, |socket| {
         Ok(socket.recv_with_fd(&mut byte)?)
     });
     match received? {
         (1, Some(file)) => {
-            // The way through the socket has lost this mark.
+            // Passing it over the socket has cleared this flag.
             fcntl(&file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
             Ok(file)
         }
