@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Activation;
+use super::signals::Signals;
+use super::{Activation, ActiveQueue, QueueSignal};
 use crate::mapping::HostMapping;
 use crate::ram::RamView;
 
@@ -30,6 +33,21 @@ pub fn no_queues() -> Activation {
         ram: ram(),
         features: 0,
         queues: Vec::new(),
+    }
+}
+
+/// A queue of `signals` that a driver has enabled, with the rings of the first queue.
+pub fn active_queue(signals: &Arc<Signals>, index: u16, size: u16) -> ActiveQueue {
+    let mut queue = Queue::new(size).unwrap();
+    queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
+    queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
+    queue.set_used_ring_address(Some(USED as u32), None);
+    queue.set_ready(true);
+    ActiveQueue {
+        index,
+        queue,
+        kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+        signal: QueueSignal::new(signals, index),
     }
 }
 

@@ -3,16 +3,16 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::disk::Disk;
 use super::request::{SERIAL_LEN, Service};
 use super::ring::{LentRing, Rings};
 use super::serve::Server;
+use crate::virtio::ActiveQueue;
 use crate::virtio::signals::Signals;
-use crate::virtio::testing::{AVAILABLE, DESCRIPTORS, Driver, INDIRECT, RAM, USED, WRITE, ram};
-use crate::virtio::{ActiveQueue, QueueSignal};
+use crate::virtio::testing::{
+    AVAILABLE, DESCRIPTORS, Driver, INDIRECT, RAM, WRITE, active_queue, ram,
+};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -49,18 +49,8 @@ impl Rig {
         let mut file = tempfile::tempfile().unwrap();
         std::io::Write::write_all(&mut file, &content()).unwrap();
         let disk = Disk::new(file.try_clone().unwrap(), SECTORS * 512, 512, read_only);
-        let mut queue = Queue::new(SIZE).unwrap();
-        queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
-        queue.set_avail_ring_address(Some(AVAILABLE as u32), None);
-        queue.set_used_ring_address(Some(USED as u32), None);
-        queue.set_ready(true);
         let signals = Signals::new(1);
-        let queue = ActiveQueue {
-            index: 0,
-            queue,
-            kick: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
-            signal: QueueSignal::new(&signals, 0),
-        };
+        let queue = active_queue(&signals, 0, SIZE);
         let driver = Driver::new(ram(), SIZE);
         driver.write(STATUS, &[UNTOUCHED]);
         Self {
