@@ -1,4 +1,4 @@
-//! The base of all modules: paths, addresses and names, files, JSON texts, helper processes.
+//! The base of all modules: paths, addresses and names, files, JSON texts, helper processes, rtnetlink.
 
 pub(crate) mod acl;
 pub(crate) mod atomic;
@@ -11,6 +11,7 @@ pub mod json;
 pub(crate) mod name;
 pub(crate) mod numbers;
 pub(crate) mod regular;
+pub mod rtnetlink;
 pub(crate) mod size;
 pub(crate) mod sysfs;
 pub(crate) mod text;

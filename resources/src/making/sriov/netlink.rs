@@ -1,31 +1,18 @@
 //! Virtual functions of network interfaces through rtnetlink(7).
-//!
-//! The messages are laid out by netlink-packet-route, which knows every attribute of a VF; the socket is
-//! nix's, which is here anyway. rtnetlink and neli would each bring a runtime or macros for a handful of
-//! requests that are asked and answered one at a time.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     LinkAttribute, LinkExtentMask, LinkMessage, LinkVfInfo, VfInfo, VfInfoLinkState, VfInfoMac,
     VfInfoRate, VfInfoSpoofCheck, VfInfoTrust, VfInfoVlan, VfLinkState,
 };
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
-};
 
 use super::links::{Interface, LinkError, LinkWrite, VfLinks, when_ready};
 use crate::base::host::HostPaths;
+use crate::base::rtnetlink::ask;
 use crate::pools::vf_settings::{LinkState, Mac, VfSetting, VfState};
-
-/// An answer about one interface: 256 functions have about 60 KiB of attributes.
-const ANSWER: usize = 256 << 10;
 
 /// The running host's interfaces.
 #[derive(Debug)]
@@ -150,40 +137,6 @@ fn state(function: &LinkVfInfo) -> Option<(u16, VfState)> {
         }
     }
     Some((u16::try_from(number?).ok()?, state))
-}
-
-/// Sends one request; the answer, or none where the kernel only acknowledges.
-fn ask(request: RouteNetlinkMessage, flags: u16) -> io::Result<Option<LinkMessage>> {
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )?;
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    let kernel = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &bytes, &kernel, MsgFlags::empty())?;
-    answer(&socket)
-}
-
-fn answer(socket: &OwnedFd) -> io::Result<Option<LinkMessage>> {
-    let mut bytes = vec![0; ANSWER];
-    let length = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::empty())?;
-    let bytes = bytes.get(..length).unwrap_or_default();
-    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes);
-    match message.map_err(io::Error::other)?.payload {
-        NetlinkPayload::Error(error) if error.code.is_none() => Ok(None),
-        NetlinkPayload::Error(error) => Err(error.to_io()),
-        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
-        other => Err(io::Error::other(format!(
-            "an answer of another kind: {other:?}"
-        ))),
-    }
 }
 
 #[cfg(test)]
