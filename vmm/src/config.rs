@@ -1,9 +1,11 @@
 //! The validated configuration of a VM, in the VMM's own terms.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use gantry_devices::virtio::block::Queues;
+use gantry_devices::virtio::net::{NetSpec, Offloads};
 use gantry_resources::base::{HostPaths, Numbers};
 use gantry_resources::facts::VfioBackEnd;
 use gantry_resources::pools::{DeviceRequest, DeviceSource};
@@ -35,6 +37,12 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// The files of one more disk, the last one, for cloud-init in the guest.
     pub cloud_init: Option<CloudInit>,
+    /// Networks, in the order of their ports.
+    pub nets: Vec<NetConfig>,
+    /// Sockets between guest and host.
+    pub vsock: Option<VsockConfig>,
+    /// Random numbers of the host.
+    pub rng: Option<RngConfig>,
     /// Where its serial port leads.
     pub serial: SerialMode,
     /// Whether it has a register by which its kernel reports a panic (`pvpanic`).
@@ -92,11 +100,26 @@ impl VmConfig {
         chosen.unwrap_or_else(|| VfioBackEnd::of_host(host))
     }
 
-    /// The names of its devices and disks.
+    /// The names of its devices, virtual ones included.
     pub fn names(&self) -> Vec<String> {
         let devices = self.devices.iter().flat_map(DeviceRequest::names);
-        let disks = self.disks.iter().map(|disk| disk.id.clone());
-        devices.chain(disks).collect()
+        let disks = self.disks.iter().map(|disk| &disk.id);
+        let nets = self.nets.iter().map(|net| &net.id);
+        let vsock = self.vsock.iter().map(|vsock| &vsock.id);
+        let rng = self.rng.iter().map(|rng| &rng.id);
+        let others = disks.chain(nets).chain(vsock).chain(rng).cloned();
+        devices.chain(others).collect()
+    }
+
+    /// How many virtual devices it has behind root ports.
+    pub fn virtual_devices(&self) -> usize {
+        let single = [
+            self.cloud_init.is_some(),
+            self.vsock.is_some(),
+            self.rng.is_some(),
+        ];
+        let single = single.into_iter().filter(|there| *there);
+        self.disks.len() + self.nets.len() + single.count()
     }
 
     /// Whether it has devices, now or later.
@@ -126,6 +149,9 @@ impl VmConfig {
             devices: Vec::new(),
             disks: Vec::new(),
             cloud_init: None,
+            nets: Vec::new(),
+            vsock: None,
+            rng: None,
             serial: SerialMode::Off,
             pvpanic: true,
             hotplug: Hotplug::default(),
@@ -286,6 +312,68 @@ impl DiskConfig {
             },
         }
     }
+}
+
+/// A network of the guest: packets come and go by a tap of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Its name in the VM.
+    pub id: String,
+    /// Its tap.
+    pub tap: TapConfig,
+    /// Its address in the guest.
+    pub mac: [u8; 6],
+    /// Bytes of the largest packet; that of the tap if absent.
+    pub mtu: Option<u16>,
+    /// How many pairs of queues it has.
+    pub pairs: u16,
+    /// The size of each queue: a power of two.
+    pub queue_size: u16,
+    /// What the guest's driver need not do itself.
+    pub offloads: Offloads,
+}
+
+/// The tap of a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TapConfig {
+    /// One that the host has, by its name.
+    Named(String),
+    /// One that gantry makes, and that ends with the VM.
+    Made {
+        /// The host's address on it, and the length of the network's prefix.
+        address: Option<(Ipv4Addr, u8)>,
+    },
+}
+
+impl NetConfig {
+    /// What its driver is told, where packets have `mtu` bytes at most.
+    pub fn spec(&self, mtu: u16) -> NetSpec {
+        NetSpec {
+            mac: self.mac,
+            mtu,
+            pairs: self.pairs,
+            queue_size: self.queue_size,
+            offloads: self.offloads,
+        }
+    }
+}
+
+/// Sockets between guest and host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// Its name in the VM.
+    pub id: String,
+    /// The guest's context id, 3 or more.
+    pub cid: u32,
+}
+
+/// Random numbers of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Its name in the VM.
+    pub id: String,
+    /// The file that they are read from.
+    pub source: PathBuf,
 }
 
 /// Number of vCPUs, 1 to [`VcpuCount::MAX`].

@@ -13,6 +13,7 @@ use crate::passthrough::DeviceError;
 use crate::process::error::HostError;
 use crate::process::signals::Interrupted;
 use crate::vcpus::StuckVcpus;
+use crate::virtio::OpenError;
 
 /// Every way in which starting and running a VM fails. Each text says what failed; the chain of
 /// sources says why.
@@ -47,6 +48,9 @@ pub enum Error {
     /// A disk cannot be given to the guest.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Another virtual device cannot be given to the guest.
+    #[error(transparent)]
+    Virtio(#[from] OpenError),
     /// KVM is not there or refused something.
     #[error(transparent)]
     Kvm(#[from] KvmError),

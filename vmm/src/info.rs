@@ -10,7 +10,7 @@ use gantry_resources::base::{DeviceName, Numbers};
 use gantry_resources::inventory::Allow;
 use gantry_resources::pools::{OnError, RomSource};
 
-use crate::config::{DiskConfig, VmConfig};
+use crate::config::{DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig};
 
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +104,12 @@ pub enum DeviceKind {
     Disk(DiskConfig),
     /// The disk of cloud-init.
     CloudInit,
+    /// A network.
+    Net(NetConfig),
+    /// Sockets between guest and host.
+    Vsock(VsockConfig),
+    /// Random numbers of the host.
+    Rng(RngConfig),
 }
 
 impl DeviceKind {
@@ -111,15 +117,15 @@ impl DeviceKind {
     pub fn passed(&self) -> Option<&PassedDevice> {
         match self {
             Self::Passed(device) => Some(device),
-            Self::Disk(_) | Self::CloudInit => None,
+            _ => None,
         }
     }
 
     /// The disk, if it is one.
     pub fn disk(&self) -> Option<&DiskConfig> {
         match self {
-            Self::Passed(_) | Self::CloudInit => None,
             Self::Disk(disk) => Some(disk),
+            _ => None,
         }
     }
 }

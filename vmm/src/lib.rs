@@ -40,10 +40,11 @@ mod vmm;
 pub use gantry_devices::bounded::BoundedFile;
 pub use gantry_devices::bounded_writer;
 pub use gantry_devices::virtio::block::{Queues, SERIAL_LEN};
+pub use gantry_devices::virtio::net::Offloads;
 
 pub use config::{
-    CloudInit, CpuConfig, DiskConfig, FileSet, Folders, Hotplug, MemorySize, NumaPolicy, Payload,
-    SerialMode, VcpuCount, VmConfig,
+    CloudInit, CpuConfig, DiskConfig, FileSet, Folders, Hotplug, MemorySize, NetConfig, NumaPolicy,
+    Payload, RngConfig, SerialMode, TapConfig, VcpuCount, VmConfig, VsockConfig,
 };
 pub use disks::{DiskError, DiskProblem, open as open_disk};
 pub use error::Error;
@@ -53,5 +54,6 @@ pub use process::sandbox::SeccompMode;
 pub use process::terminal::{Keys, Terminal};
 pub use process::{sandbox, threads};
 pub use topology::Topology;
+pub use virtio::interface_name_flaw;
 pub use vm::Outcome;
 pub use vmm::{Handle, Options, Vmm, check};

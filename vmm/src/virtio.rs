@@ -1,4 +1,10 @@
-//! A virtio device in the guest: its function, and the thread that serves it.
+//! A virtio device in the guest: its function, and the thread that serves it; and what the kernel serves in its place.
+
+mod net;
+mod open;
+mod tap;
+mod vhost;
+mod vsock;
 
 use std::io;
 use std::sync::Arc;
@@ -13,6 +19,8 @@ use crate::info::DeviceKind;
 use crate::passthrough::{DeviceEvent, DeviceKey, DeviceNotify};
 use crate::process::sandbox::{Role, Sandbox};
 use crate::process::threads::{self, Task};
+pub use open::{OpenDevices, OpenError};
+pub use tap::interface_name_flaw;
 
 /// How long the host may take to end what the thread has under way.
 const END_TIMEOUT: Duration = Duration::from_secs(30);

@@ -2,10 +2,11 @@
 //!
 //! The documentation comments are the descriptions in the published schema.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use gantry_resources::base::ByteSize;
-use gantry_resources::pools::{Aliases, DeviceRequest};
+use gantry_resources::pools::{Aliases, DeviceRequest, Mac};
 use schemars::JsonSchema;
 
 /// A virtual machine, as written in the file given to `gantry run`.
@@ -38,6 +39,12 @@ pub struct VmConfig {
     /// What cloud-init in the guest is to do. The guest gets the files on a further disk, after its other ones, with
     /// the label `cidata`.
     pub cloud_init: Option<CloudInitConfig>,
+    /// Networks, in the order of their slots after the disks.
+    pub net: Option<Vec<NetConfig>>,
+    /// Sockets between guest and host (AF_VSOCK).
+    pub vsock: Option<VsockConfig>,
+    /// Random numbers of the host for the guest.
+    pub rng: Option<RngConfig>,
     /// The guest's first serial port.
     pub serial: Option<SerialConfig>,
     /// Whether the guest has a register by which its kernel says that it has panicked; `true` if absent.
@@ -224,6 +231,63 @@ pub struct CloudInitConfig {
     pub meta_data: PathBuf,
     /// Path of the network configuration; if absent, cloud-init asks for addresses by DHCP.
     pub network_config: Option<PathBuf>,
+}
+
+/// A virtio network of the guest, whose packets the host's kernel moves (vhost-net) between the guest and a tap.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of a tap that the host has. If absent, gantry makes one, called `gantry` with a number behind it, which
+    /// ends with the VM; only root may do that.
+    pub tap: Option<String>,
+    /// IPv4 address of the host on the tap that gantry makes; none if absent.
+    pub ip: Option<Ipv4Addr>,
+    /// Mask of the network that `ip` is in; 255.255.255.0 if absent.
+    pub mask: Option<Ipv4Addr>,
+    /// Address of the guest's interface. If absent, one that is made of the host's machine id and the names of the VM
+    /// and the network, and thus stays.
+    pub mac: Option<Mac>,
+    /// Bytes of the largest packet, without its Ethernet header; those of the tap if absent.
+    #[schemars(range(min = 68, max = 65521))]
+    pub mtu: Option<u64>,
+    /// Number of its queues, one for each direction and vCPU that is to use it; 2 if absent.
+    #[schemars(range(min = 2, max = 64))]
+    pub num_queues: Option<u64>,
+    /// Size of each queue, a power of two; 256 if absent.
+    #[schemars(range(min = 64, max = 1024))]
+    pub queue_size: Option<u64>,
+    /// Name of the network in the VM; `net` with its place in the list if absent.
+    pub id: Option<String>,
+    /// Whether checksums may be left to the other side; `true` if absent.
+    pub offload_csum: Option<bool>,
+    /// Whether segmentation of TCP may be left to the other side; as `offload_csum` if absent.
+    pub offload_tso: Option<bool>,
+    /// Whether fragmentation of UDP may be left to the other side; as `offload_csum` if absent.
+    pub offload_ufo: Option<bool>,
+}
+
+/// Sockets between guest and host, served by the host's kernel (vhost-vsock).
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// Context id of the guest: programs of the host reach it by AF_VSOCK and this number. No two VMs have the same.
+    #[schemars(range(min = 3, max = 4294967294_u64))]
+    pub cid: u64,
+    /// Name of the device in the VM; `vsock` if absent.
+    pub id: Option<String>,
+    /// Always refused: another VMM's way to the guest.
+    #[schemars(skip)]
+    pub socket: Option<PathBuf>,
+}
+
+/// Random numbers of the host for the guest.
+#[derive(Debug, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// Where they come from: `/dev/urandom`, `/dev/random` or `/dev/hwrng`; the first if absent.
+    pub src: Option<PathBuf>,
+    /// Name of the device in the VM; `rng` if absent.
+    pub id: Option<String>,
 }
 
 /// The guest's first serial port (16550, COM1).

@@ -1,6 +1,7 @@
 //! What users write, and what they are told: one row for each mistake.
 
 mod any_json;
+mod virtio;
 
 use std::path::{Path, PathBuf};
 
@@ -123,7 +124,7 @@ fn what_a_guest_is_offered_is_what_the_file_says() {
             r#""cpus": {"boot_vcpus": 1, "max_phys_bits": 64}"#,
             "cpus.max_phys_bits",
         ),
-        (r#""rng": {"src": "/dev/hwrng"}"#, "rng.src"),
+        (r#""rng": {"src": "/dev/zero"}"#, "rng.src"),
     ] {
         let error = folder.load(&file(members)).unwrap_err().to_string();
         assert!(error.contains(key), "{members}: {error}");
@@ -314,9 +315,9 @@ const KEYS: &[Mistake] = &[
         "remove the key",
     ),
     (
-        r#""vsock": {"cid": 3}"#,
-        "2:1: `vsock`: {...} is not supported yet",
-        "remove the key",
+        r#""vsock": {"cid": 3, "socket": "/tmp/s"}"#,
+        "2:31: `vsock.socket`: the guest's sockets are sockets of the host's kernel here",
+        "by AF_VSOCK",
     ),
     (
         r#""console": {"mode": "Tty"}"#,

@@ -1,8 +1,10 @@
 //! Converts a VM's file into the VMM's configuration; this conversion is the validation.
 
 mod disks;
+mod nets;
 mod place;
 mod planned;
+mod virtio;
 
 use std::fmt::Display;
 use std::fs::File;
@@ -70,6 +72,16 @@ fn invalid(path: &str, what: impl Display, help: impl Display) -> Invalid {
         path: path.to_owned(),
         what: format!("{what}: {help}"),
     }
+}
+
+/// Takes the name of one of the VM's devices, which stands at `key`.
+fn claim_name(names: &mut Vec<String>, key: &str, id: &str) -> Result<(), Invalid> {
+    if names.iter().any(|name| name == id) {
+        let what = format!("another device of the VM is called \"{id}\"");
+        return Err(invalid(&format!("{key}.id"), what, "choose another id"));
+    }
+    names.push(id.to_owned());
+    Ok(())
 }
 
 /// The mistakes of a file.
@@ -167,6 +179,10 @@ fn build(
     );
     let cloud_init = config.cloud_init.map(|files| cloud_init(files, context));
     let cloud_init = mistakes.keep(cloud_init.transpose());
+    let given = devices.iter().flatten().flat_map(DeviceRequest::names);
+    let names = given.chain(disks.iter().map(|disk| disk.id.clone()));
+    let virtio = (config.net, config.vsock, config.rng);
+    let virtio = virtio::devices(virtio, names.collect(), context, mistakes);
     let asks_for_slots = config.hotplug.is_some();
     let hotplug = mistakes.keep(hotplug(config.hotplug, context));
     let serial = mistakes.keep(serial(config.serial.unwrap_or_default(), context));
@@ -182,22 +198,32 @@ fn build(
         devices: devices?,
         disks,
         cloud_init: cloud_init?,
+        nets: virtio.nets,
+        vsock: virtio.vsock,
+        rng: virtio.rng,
         serial: serial?,
         pvpanic: config.pvpanic.unwrap_or(true),
         hotplug: hotplug?,
         back_end: back_end(config.platform.unwrap_or_default()),
         folders: context.folders.cloned(),
     };
+    if asks_for_slots {
+        warn_of_empty_slots(&config);
+    }
+    Some(config)
+}
+
+/// Says that nothing can be attached later to slots that were asked for.
+fn warn_of_empty_slots(config: &gantry_vmm::VmConfig) {
     let hotplug = &config.hotplug;
     let no_device = hotplug.from.is_empty() && !hotplug.ungrouped && config.devices.is_empty();
     let none_may_come = no_device && hotplug.disks.is_empty();
-    if asks_for_slots && hotplug.slots > 0 && none_may_come {
+    if hotplug.slots > 0 && none_may_come {
         tracing::warn!(
             "hotplug.groups: it names no group, and the VM starts without devices: none can be attached later; \
              `hotplug.disks` names none either"
         );
     }
-    Some(config)
 }
 
 fn payload_of(config: model::PayloadConfig, context: &Context) -> Result<Payload, Invalid> {

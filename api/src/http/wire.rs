@@ -2,6 +2,7 @@
 
 mod disk;
 mod event;
+mod net;
 mod place;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{CloudInit, Disk, ResizeDisk};
 pub use event::{Event, EventLine};
+pub use net::{Net, Rng, Vsock};
 pub use place::{Affinity, Placement};
 
 /// Answer to `vmm.ping`.
@@ -123,6 +125,15 @@ pub struct Config {
     /// The files of cloud-init in the guest, if it has a disk with them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
+    /// Its networks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<Net>,
+    /// Its sockets to the host, if it has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// Its random numbers of the host, if it has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rng: Option<Rng>,
     /// Its serial port.
     pub serial: Serial,
     /// Its console, which gantry does not have.
@@ -378,7 +389,6 @@ impl From<&command::DeviceInfo> for Device {
 
 impl From<&command::VmInfo> for VmInfo {
     fn from(info: &command::VmInfo) -> Self {
-        let config = &info.config;
         let node = |device: &command::DeviceInfo| {
             let node = DeviceNode {
                 id: device.id.clone(),
@@ -388,49 +398,67 @@ impl From<&command::VmInfo> for VmInfo {
             };
             (device.id.clone(), node)
         };
-        let (devices, disks) = devices_and_disks(info);
-        let vcpus = config.vcpus.get();
         Self {
             state: info.state.into(),
             uptime: info.uptime.map(|uptime| uptime.as_secs_f64()),
             ended: info.ended.clone(),
-            memory_actual_size: config.memory.bytes(),
+            memory_actual_size: info.config.memory.bytes(),
             placement: Placement::of(info),
             device_tree: info.devices.iter().map(node).collect(),
-            name: config.name.clone(),
+            name: info.config.name.clone(),
             devices: info.devices.iter().map(Device::from).collect(),
             slots: info.slots,
             free_slots: info.free_slots,
-            config: Config {
-                payload: Payload::from(&config.payload),
-                cpus: Cpus {
-                    boot_vcpus: vcpus,
-                    max_vcpus: vcpus,
-                    topology: Some(&config.topology)
-                        .filter(|topology| **topology != gantry_vmm::Topology::flat(vcpus))
-                        .map(Topology::from),
-                    nested: config.cpu.nested,
-                    max_phys_bits: config.cpu.max_phys_bits,
-                    affinity: config.affinity.iter().map(Affinity::from).collect(),
-                },
-                memory: Memory {
-                    size: config.memory.bytes(),
-                },
-                devices,
-                numa_nodes: match &config.nodes {
-                    NumaPolicy::NearDevices => None,
-                    NumaPolicy::Any => Some(Vec::new()),
-                    NumaPolicy::Only(nodes) => Some(nodes.iter().collect()),
-                },
-                hotplug: Hotplug::from(&config.hotplug),
-                disks,
-                cloud_init: config.cloud_init.as_ref().map(CloudInit::from),
-                serial: Serial::from(&config.serial),
-                console: Serial::from(&SerialMode::Off),
-                pvpanic: config.pvpanic,
-                platform: Platform {
-                    iommufd: config.back_end.map(|one| one == VfioBackEnd::Iommufd),
-                },
+            config: Config::from(info),
+        }
+    }
+}
+
+impl From<&command::VmInfo> for Config {
+    fn from(info: &command::VmInfo) -> Self {
+        let config = &info.config;
+        let runs = match info.state {
+            command::VmState::Running | command::VmState::Paused => true,
+            command::VmState::Created | command::VmState::Shutdown => false,
+        };
+        let (devices, disks) = devices_and_disks(info);
+        let has = |id: &str| !runs || info.devices.iter().any(|device| device.id == id);
+        let nets = config.nets.iter().filter(|net| has(&net.id));
+        let vsock = config.vsock.as_ref().filter(|vsock| has(&vsock.id));
+        let rng = config.rng.as_ref().filter(|rng| has(&rng.id));
+        let vcpus = config.vcpus.get();
+        Self {
+            payload: Payload::from(&config.payload),
+            cpus: Cpus {
+                boot_vcpus: vcpus,
+                max_vcpus: vcpus,
+                topology: Some(&config.topology)
+                    .filter(|topology| **topology != gantry_vmm::Topology::flat(vcpus))
+                    .map(Topology::from),
+                nested: config.cpu.nested,
+                max_phys_bits: config.cpu.max_phys_bits,
+                affinity: config.affinity.iter().map(Affinity::from).collect(),
+            },
+            memory: Memory {
+                size: config.memory.bytes(),
+            },
+            devices,
+            numa_nodes: match &config.nodes {
+                NumaPolicy::NearDevices => None,
+                NumaPolicy::Any => Some(Vec::new()),
+                NumaPolicy::Only(nodes) => Some(nodes.iter().collect()),
+            },
+            hotplug: Hotplug::from(&config.hotplug),
+            disks,
+            cloud_init: config.cloud_init.as_ref().map(CloudInit::from),
+            net: nets.map(Net::from).collect(),
+            vsock: vsock.map(Vsock::from),
+            rng: rng.map(Rng::from),
+            serial: Serial::from(&config.serial),
+            console: Serial::from(&SerialMode::Off),
+            pvpanic: config.pvpanic,
+            platform: Platform {
+                iommufd: config.back_end.map(|one| one == VfioBackEnd::Iommufd),
             },
         }
     }

@@ -92,6 +92,14 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     config["disks"] = serde_json::json!([
         {"path": image, "readonly": true, "serial": "S1", "id": "root", "num_queues": 2, "queue_size": 64},
     ]);
+    config["net"] = serde_json::json!([
+        {"tap": "tap0", "mac": "52:54:00:00:00:01", "mtu": 9000, "num_queues": 4, "queue_size": 512, "id": "lan",
+         "offload_csum": true, "offload_tso": false, "offload_ufo": true},
+        {"ip": "10.0.0.1", "mask": "255.255.252.0", "mac": "52:54:00:00:00:02", "num_queues": 2, "queue_size": 256,
+         "id": "net1", "offload_csum": false, "offload_tso": false, "offload_ufo": false},
+    ]);
+    config["vsock"] = serde_json::json!({"cid": 7, "id": "sock"});
+    config["rng"] = serde_json::json!({"src": "/dev/hwrng", "id": "seed"});
     assert_eq!(bed.put("vm.create", &config.to_string()).0, 204);
     let told = || {
         let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
@@ -103,7 +111,9 @@ fn what_a_vm_is_told_to_be_can_be_posted_back() {
     assert_eq!(first["cpus"]["max_phys_bits"], 40);
     assert_eq!(first["pvpanic"], false);
     assert_eq!(first["platform"], config["platform"]);
-    assert_eq!(first["disks"], config["disks"]);
+    for key in ["disks", "net", "vsock", "rng"] {
+        assert_eq!(first[key], config[key]);
+    }
     let path = "/sys/bus/pci/devices/0000:01:00.0";
     assert_eq!(first["devices"][2]["path"], path);
     let again = |config: &Value| {

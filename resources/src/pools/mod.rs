@@ -23,4 +23,5 @@ pub use request::{
 pub use rule::Rule;
 pub use sriov::SriovSpec;
 pub use tenant::{Tenant, TenantFile, Tenants, UnknownTenant};
+pub use vf_settings::Mac;
 pub use vgpu::{Instance, VgpuSpec};

@@ -40,7 +40,7 @@ impl Mac {
     }
 
     /// Whether a card can have it: it is a unicast address, and not zero.
-    pub(super) fn is_unicast(self) -> bool {
+    pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 }

@@ -79,9 +79,13 @@ pub fn of_vm(config: &VmConfig) -> VmFiles {
     let later = config.later_disks();
     read.extend(later.read);
     write.extend(later.write);
+    read.extend(config.rng.iter().map(|rng| rng.source.clone()));
+    let net = config.nets.first().map(|_| ["net/tun", "vhost-net"]);
+    let vsock = config.vsock.as_ref().map(|_| "vhost-vsock");
     VmFiles {
         read,
         write,
+        nodes: net.into_iter().flatten().chain(vsock).collect(),
         output: match (&config.serial, folders) {
             (SerialMode::Off | SerialMode::Null, _) => None,
             (SerialMode::Tty, _) => Some(Output::Stdout),

@@ -18,7 +18,7 @@ use super::{OpenPayload, Vm, VmContext};
 use crate::boot::Entry;
 use crate::config::{NumaPolicy, VmConfig};
 use crate::cpu::{self, Features, Snapshot};
-use crate::disks::{self, DiskError, OpenDisk};
+use crate::disks::{self, OpenDisk};
 use crate::error::Error;
 use crate::host::files::{FileError, read_rom};
 use crate::host::placement::VmPlacement;
@@ -38,7 +38,7 @@ use crate::process::signals::Signals;
 use crate::process::threads::{self, Task};
 use crate::topology::Topology;
 use crate::vcpus::{VcpuBarrier, Vcpus};
-use crate::virtio::VirtioContext;
+use crate::virtio::{OpenDevices, VirtioContext};
 
 impl Vm {
     /// Leases the devices and builds the VM up to the first instruction. Steps that can fail without touching a
@@ -57,7 +57,7 @@ impl Vm {
         preflight::check(config, host)?;
         let mut payload = OpenPayload::open(config)?;
         let roms = read_roms(config)?;
-        let disks = disks::open_all(config)?;
+        let virtual_devices = OpenVirtual::open(config, host)?;
         let kvm = KvmVm::new()?;
         preflight::check_vcpus(config.vcpus, kvm.kvm().get_max_vcpus())?;
         let features = offered(config, &kvm)?;
@@ -74,7 +74,7 @@ impl Vm {
         let later = to_come(host, &config.hotplug.from);
         let placement = place_vm(config, &acquired, &later, host)?;
         let functions: Vec<_> = acquired.functions().into_iter().map(Some).collect();
-        let ports = arrange(&functions).len() + disks.len();
+        let ports = arrange(&functions).len() + config.virtual_devices();
         let space = acquired.space().cloned();
         let layout = plan(config, &features, &acquired, ports, &later)?;
         let mut machine = Machine::new(&kvm, &layout, config, ports, &placement, &context.console)?;
@@ -85,7 +85,7 @@ impl Vm {
         let mut devices = HostDevices::new(&machine.slots, context.for_devices())?;
         let guest = machine.virtio_host(features.physical_bits());
         let virtio = context.for_devices().virtio(guest.clone());
-        devices.plug_at_boot(in_slots(opened, disks, &virtio)?)?;
+        devices.plug_at_boot(virtual_devices.behind(opened, config, &virtio)?)?;
         machine.assign_pci(&layout)?;
         if let Some(hot) = hot {
             hot.confine(&placement, limit(config, ports))?;
@@ -122,18 +122,35 @@ impl Vm {
     }
 }
 
-/// The devices and disks at boot, in the order of their slots.
-fn in_slots(
-    passed: Vec<AttachedDevice>,
+/// What the host has for the virtual devices of a VM.
+struct OpenVirtual {
     disks: Vec<OpenDisk>,
-    context: &VirtioContext,
-) -> Result<Vec<SlotDevice>, DiskError> {
-    let passed = passed
-        .into_iter()
-        .map(|device| Ok(SlotDevice::Passed(device)));
-    let disks = disks.into_iter();
-    let disks = disks.map(|disk| disk.device(context).map(SlotDevice::Virtio));
-    passed.chain(disks).collect()
+    others: OpenDevices,
+}
+
+impl OpenVirtual {
+    fn open(config: &VmConfig, host: &HostPaths) -> Result<Self, Error> {
+        Ok(Self {
+            disks: disks::open_all(config)?,
+            others: OpenDevices::open(config, host)?,
+        })
+    }
+
+    /// All devices in the order of their ports: those of the host, and behind them the virtual ones.
+    fn behind(
+        self,
+        passed: Vec<AttachedDevice>,
+        config: &VmConfig,
+        context: &VirtioContext,
+    ) -> Result<Vec<SlotDevice>, Error> {
+        let mut all: Vec<_> = passed.into_iter().map(SlotDevice::Passed).collect();
+        for disk in self.disks {
+            all.push(SlotDevice::Virtio(disk.device(context)?));
+        }
+        let others = self.others.devices(config, context)?;
+        all.extend(others.into_iter().map(SlotDevice::Virtio));
+        Ok(all)
+    }
 }
 
 /// The CPU features that the host's KVM offers and the VM's file allows.

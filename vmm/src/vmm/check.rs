@@ -11,17 +11,21 @@ use crate::error::Error;
 use crate::host::preflight;
 use crate::layout::{Layout, LayoutInputs};
 use crate::process::error::cannot;
+use crate::virtio::OpenDevices;
 use crate::vm::OpenPayload;
 
 /// As much of the VM's memory as the check needs: kernels and their initramfs lie below 4 GiB.
 const ENOUGH: u64 = 4 << 30;
 
-/// Checks that the host has room for the VM, that its disks can be opened, and that its kernel and initramfs can be
-/// booted and fit into its memory. Returns all that is wrong.
+/// Checks that the host has room for the VM, that its disks, taps and the like can be opened, and that its kernel and
+/// initramfs can be booted and fit into its memory. Returns all that is wrong.
 pub fn check(config: &VmConfig, host: &HostPaths) -> Vec<Error> {
     let checks = [
         preflight::check_host(config, host).map_err(Error::from),
         disks::open_all(config).map(drop).map_err(Error::from),
+        OpenDevices::open(config, host)
+            .map(drop)
+            .map_err(Error::from),
         check_payload(config),
     ];
     checks.into_iter().filter_map(Result::err).collect()

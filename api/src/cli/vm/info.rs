@@ -86,6 +86,13 @@ fn show(info: &VmInfo, sort: Option<&str>, out: &mut dyn Write) -> io::Result<()
             disk.path.display()
         )?;
     }
+    for net in &config.net {
+        let tap = net.tap.as_deref().unwrap_or("a tap of its own");
+        writeln!(out, "net      {}: {tap}, {}", net.id, net.mac)?;
+    }
+    if let Some(vsock) = &config.vsock {
+        writeln!(out, "vsock    CID {}", vsock.cid)?;
+    }
     writeln!(out, "slots    {}", super::slots(info))?;
     if info.devices.is_empty() {
         return Ok(());

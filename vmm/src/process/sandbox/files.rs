@@ -30,6 +30,8 @@ pub struct VmFiles {
     pub read: Vec<PathBuf>,
     /// Files that it reads and writes.
     pub write: Vec<PathBuf>,
+    /// Nodes of devices that it drives, by their paths in `/dev`.
+    pub nodes: Vec<&'static str>,
     /// Where its output goes, if anywhere.
     pub output: Option<Output>,
 }
@@ -186,6 +188,8 @@ fn rules(files: &VmFiles, host: &HostPaths) -> Vec<Rule> {
     rules.extend(named.map(|path| rule(path, AccessFs::ReadFile.into())));
     let written = files.write.iter();
     rules.extend(written.map(|path| rule(path, AccessFs::ReadFile | AccessFs::WriteFile)));
+    let nodes = files.nodes.iter();
+    rules.extend(nodes.map(|node| rule(&host.dev.join(node), device)));
     let make = write | AccessFs::ReadFile | AccessFs::MakeReg;
     match &files.output {
         None => {}
@@ -225,6 +229,7 @@ mod tests {
         VmFiles {
             read: vec![folder.join("vmlinux")],
             write: Vec::new(),
+            nodes: Vec::new(),
             output,
         }
     }

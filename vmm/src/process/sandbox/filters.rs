@@ -8,6 +8,7 @@ use seccompiler::{
     SeccompCmpOp::{Eq, MaskedEq},
     SeccompCondition, SeccompRule,
 };
+use vhost::vhost_kern::vhost_binding::{vhost_vring_addr, vhost_vring_file, vhost_vring_state};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 /// Allowed calls; a call with several rules is allowed when one of them holds, with none always.
@@ -154,6 +155,15 @@ const DISK: &[c_long] = &[
 /// Looking at the file of a disk, and making the device for it.
 const NEW_DISK: &[c_long] = &[libc::SYS_lseek, libc::SYS_epoll_create1];
 
+/// Waiting for the driver's notifications, and for a source of random numbers.
+const QUEUES: &[c_long] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+];
+
 /// The opener sends descriptors, and clients do; what those of clients are is looked at.
 const DESCRIPTORS: &[c_long] = &[libc::SYS_recvmsg];
 const LOOK: &[c_long] = &[libc::SYS_fstat, libc::SYS_statx, libc::SYS_newfstatat];
@@ -191,6 +201,28 @@ const VM_REQUESTS: &[c_ulong] = &[
     takes::<kvm::kvm_irq_routing>(0x6a),             // KVM_SET_GSI_ROUTING
     takes::<kvm::kvm_ioeventfd>(0x79),               // KVM_IOEVENTFD
 ];
+
+const VHOST_VIRTIO: u32 = 0xaf;
+
+const fn vhost<T>(nr: u32) -> c_ulong {
+    ioctl_expr(_IOC_WRITE, VHOST_VIRTIO, nr, size_of::<T>() as u32)
+}
+
+/// A driver starts or resets a network or a socket device, or moves its interrupts.
+const VHOST_REQUESTS: &[c_ulong] = &[
+    vhost::<u64>(0x00),               // VHOST_SET_FEATURES
+    vhost::<vhost_vring_state>(0x10), // VHOST_SET_VRING_NUM
+    vhost::<vhost_vring_addr>(0x11),  // VHOST_SET_VRING_ADDR
+    vhost::<vhost_vring_state>(0x12), // VHOST_SET_VRING_BASE
+    vhost::<vhost_vring_file>(0x20),  // VHOST_SET_VRING_KICK
+    vhost::<vhost_vring_file>(0x21),  // VHOST_SET_VRING_CALL
+    vhost::<vhost_vring_file>(0x30),  // VHOST_NET_SET_BACKEND
+    vhost::<c_int>(0x61),             // VHOST_VSOCK_SET_RUNNING
+    libc::TUNSETOFFLOAD,
+];
+
+/// A driver uses more or fewer queues of a tap.
+const TAP_REQUESTS: &[c_ulong] = &[libc::TUNSETQUEUE];
 
 const VCPU_REQUESTS: &[c_ulong] = &[call(0x80)]; // KVM_RUN
 
@@ -240,6 +272,8 @@ pub fn control() -> Rules {
         CONTROL_REQUESTS,
         GROUP_REQUESTS,
         RUNTIME_REQUESTS,
+        VHOST_REQUESTS,
+        TAP_REQUESTS,
     ];
     rules_with_threads(&[CONTROL, DEVICE_ACCESS, LEASES], &requests)
 }
@@ -248,20 +282,38 @@ pub fn control() -> Rules {
 pub fn vcpu() -> Rules {
     rules(
         &[DEVICE_ACCESS, SERIAL_FILE],
-        &[VM_REQUESTS, VCPU_REQUESTS, INTERRUPT_REQUESTS],
+        &[
+            VM_REQUESTS,
+            VCPU_REQUESTS,
+            INTERRUPT_REQUESTS,
+            VHOST_REQUESTS,
+            TAP_REQUESTS,
+        ],
     )
 }
 
 /// A thread that opens, resets or closes a device. Closing takes its BARs and routes away from the guest,
 /// and its group away from KVM.
 pub fn device() -> Rules {
-    let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
+    let requests = [
+        VM_REQUESTS,
+        GROUP_REQUESTS,
+        OPEN_REQUESTS,
+        RUNTIME_REQUESTS,
+        VHOST_REQUESTS,
+    ];
     rules(&[DEVICE_ACCESS, LEASES], &requests)
 }
 
 /// The attach worker. Threads that it starts open, map, close and serve disks: it needs their calls, too.
 pub fn attach() -> Rules {
-    let requests = [VM_REQUESTS, GROUP_REQUESTS, OPEN_REQUESTS, RUNTIME_REQUESTS];
+    let requests = [
+        VM_REQUESTS,
+        GROUP_REQUESTS,
+        OPEN_REQUESTS,
+        RUNTIME_REQUESTS,
+        VHOST_REQUESTS,
+    ];
     let calls = [DEVICE_ACCESS, LEASES, DESCRIPTORS, LOOK, DISK, NEW_DISK];
     rules_with_threads(&calls, &requests)
 }
@@ -274,6 +326,11 @@ pub fn dma() -> Rules {
 /// A thread that serves a virtual disk.
 pub fn disk() -> Rules {
     rules(&[DISK], &[])
+}
+
+/// A thread that serves queues of another virtual device.
+pub fn virtio() -> Rules {
+    rules(&[QUEUES], &[TAP_REQUESTS])
 }
 
 /// The thread that speaks with clients.
@@ -332,7 +389,16 @@ mod tests {
 
     #[test]
     fn every_role_may_end_itself_and_none_may_open_or_remove_files_or_run_programs() {
-        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
+        for rules in [
+            control(),
+            vcpu(),
+            device(),
+            dma(),
+            disk(),
+            virtio(),
+            api(),
+            attach(),
+        ] {
             let allowed = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(allowed(libc::SYS_exit) && allowed(libc::SYS_exit_group));
             for number in [
@@ -356,7 +422,16 @@ mod tests {
 
     #[test]
     fn no_role_may_do_what_is_never_done() {
-        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
+        for rules in [
+            control(),
+            vcpu(),
+            device(),
+            dma(),
+            disk(),
+            virtio(),
+            api(),
+            attach(),
+        ] {
             let allowed = rules.iter().find(|(call, _)| is_never_made(*call));
             assert_eq!(allowed.map(|(call, _)| call), None);
         }
@@ -364,7 +439,7 @@ mod tests {
 
     #[test]
     fn only_roles_that_make_threads_may_clone() {
-        for rules in [vcpu(), device(), dma(), disk(), api()] {
+        for rules in [vcpu(), device(), dma(), disk(), virtio(), api()] {
             let may = |number| rules.iter().any(|(call, _)| *call == number);
             assert!(!may(libc::SYS_clone) && !may(libc::SYS_clone3));
         }
@@ -376,7 +451,16 @@ mod tests {
 
     #[test]
     fn ioctls_executable_memory_and_signals_are_never_free() {
-        for rules in [control(), vcpu(), device(), dma(), disk(), api(), attach()] {
+        for rules in [
+            control(),
+            vcpu(),
+            device(),
+            dma(),
+            disk(),
+            virtio(),
+            api(),
+            attach(),
+        ] {
             for number in [
                 libc::SYS_ioctl,
                 libc::SYS_mmap,

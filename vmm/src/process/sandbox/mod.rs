@@ -39,6 +39,7 @@ pub struct Sandbox {
     device: Filter,
     dma: Filter,
     disk: Filter,
+    virtio: Filter,
     api: Filter,
     attach: Filter,
 }
@@ -61,6 +62,7 @@ impl Sandbox {
             device: Filter::compile(mode, filters::device())?,
             dma: Filter::compile(mode, filters::dma())?,
             disk: Filter::compile(mode, filters::disk())?,
+            virtio: Filter::compile(mode, filters::virtio())?,
             api: Filter::compile(mode, filters::api())?,
             attach: Filter::compile(mode, filters::attach())?,
         })
@@ -95,6 +97,7 @@ impl Sandbox {
             Role::Device => self.device.clone(),
             Role::Dma => self.dma.clone(),
             Role::Disk => self.disk.clone(),
+            Role::Virtio => self.virtio.clone(),
             Role::Api => self.api.clone(),
             Role::Attach => self.attach.clone(),
             Role::Vm => Filter(None),

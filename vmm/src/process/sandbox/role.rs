@@ -22,6 +22,8 @@ pub enum Role {
     Dma,
     /// Serves the queues of a virtual disk.
     Disk,
+    /// Serves queues of another virtual device: commands, or requests for random numbers.
+    Virtio,
 }
 
 impl fmt::Display for Role {
@@ -35,6 +37,7 @@ impl fmt::Display for Role {
             Self::Device => f.write_str("device"),
             Self::Dma => f.write_str("dma"),
             Self::Disk => f.write_str("disk"),
+            Self::Virtio => f.write_str("virtio"),
         }
     }
 }
