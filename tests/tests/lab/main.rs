@@ -34,6 +34,7 @@ mod interrupts;
 mod lab_kernel;
 mod launch;
 mod living;
+mod net;
 mod numa;
 mod passthrough;
 mod persist;
@@ -82,6 +83,7 @@ const SUITES: &[Suite] = &[
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
             ("disks", disks::CASES),
+            ("net", net::CASES),
             ("api", api::CASES),
             ("hotplug", api::HOTPLUG),
             ("endings", endings::CASES),
@@ -131,6 +133,7 @@ const SUITES: &[Suite] = &[
         cases: &[
             ("the_lab", the_lab::CASES),
             ("launch", launch::CASES),
+            ("net", net::CASES),
             ("passthrough", passthrough::CASES),
             ("endings", endings::CASES),
             ("hotplug", hotplug::CASES),
