@@ -200,18 +200,11 @@ pub fn create(args: CreateArgs, paths: &HostPaths) -> Result<(), Failure> {
     } = args;
     let devices = read(paths, &devices)?;
     let group = ResourceGroup {
-        name: name.clone(),
         kind: kind.into(),
         description,
         class,
         rules,
-        sriov: None,
-        vgpu: None,
-        bind: Default::default(),
-        traits: None,
-        resource_class: None,
-        one_time_use: false,
-        file: Default::default(),
+        ..ResourceGroup::named(&name)
     };
     change(paths, output, [&name, &name], |files| {
         files.create(group)?;
