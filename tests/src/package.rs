@@ -73,13 +73,15 @@ fn generate(gantry: &Path, into: &Path) -> Result<()> {
         let script = output(Command::new(gantry).args(["completions", shell]))?;
         fs::write(into.join(file), script)?;
     }
-    let unit = output(Command::new(gantry).args(["device", "persist", "--by", "systemd"]))?;
-    let unit = String::from_utf8(unit).context("the unit is no text")?;
-    let installed = unit.replace(&gantry.display().to_string(), INSTALLED);
+    let unit = into.join("gantry.service");
+    let persist = ["device", "persist", "--by", "systemd", "--output"];
+    output(Command::new(gantry).args(persist).arg(&unit))?;
+    let text = fs::read_to_string(&unit)?;
+    let installed = text.replace(&gantry.display().to_string(), INSTALLED);
     ensure!(
         installed.contains(INSTALLED),
-        "the unit runs another program:\n{unit}"
+        "the unit runs another program:\n{text}"
     );
-    fs::write(into.join("gantry.service"), installed)?;
+    fs::write(&unit, installed)?;
     Ok(())
 }

@@ -13,3 +13,4 @@ mod fake;
 mod faults;
 mod hostile;
 mod published;
+mod service;
