@@ -20,6 +20,7 @@ ulimit -c 0
 for module in kvm_amd vfio_iommu_type1 vfio_pci; do
     modprobe $module 2>/dev/null
 done
+disk=$(grep -ls GANTRY-DEBIAN /sys/class/nvme/nvme*/serial) && ln -s "$(basename "${disk%/*}")n1" /dev/debian
 # KVM compares the TSC's frequency as measured when it was loaded with the one refined later. Where
 # they differ by more than this, it fails to scale the guests' TSC and their timers never fire.
 echo 100000 >/sys/module/kvm/parameters/tsc_tolerance_ppm

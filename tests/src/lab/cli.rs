@@ -36,6 +36,9 @@ pub struct LabArguments {
     /// Put this program there as gantry, instead of the one of this tree.
     #[arg(long, value_name = "FILE")]
     gantry: Option<PathBuf>,
+    /// Add a disk with Debian 12, built once: `gantry run /lab/debian/vm.json` boots it.
+    #[arg(long)]
+    debian: bool,
     /// Put a file, or a folder with all it holds, into the lab; can be repeated.
     ///
     /// FILE goes to /root, FILE:/PLACE to that path, and FILE:/FOLDER/ into that folder. It keeps its mode
@@ -125,7 +128,7 @@ impl LabArguments {
             gantry: self.gantry,
             lab_kernel: self.kernel == HostKernel::Lab,
         })?;
-        let setup = Setup {
+        let mut setup = Setup {
             kernel: self.kernel,
             append: self.append,
             memory_mib: self.memory,
@@ -133,6 +136,9 @@ impl LabArguments {
             qemu: self.qemu.into_iter().flat_map(|words| words.0).collect(),
             ..Setup::default()
         };
+        if self.debian {
+            parts.debian()?.add_to(&mut setup);
+        }
         let step = ui::Step::begin("Booting the lab");
         let host = Host::boot(&parts, &setup)?;
         step.done();

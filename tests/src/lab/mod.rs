@@ -14,6 +14,7 @@
 //! | [`cache`] | what is made once and kept: folders named after a hash of their inputs |
 //! | [`sources`], [`packages`] | Debian packages, downloaded and unpacked, never installed |
 //! | [`kernel`], [`kernel_build`] | the stock Debian kernel, and the lab's own for iommufd and mdev |
+//! | [`debian`] | a Debian disk image for guests |
 //! | [`erratum`] | faults of QEMU that end or hang guests, mended in the unpacked copy |
 //! | [`parts`] | all that a lab is made of: found in the cache or made |
 //! | [`initramfs`] | cpio archives of programs with their libraries, modules and files |
@@ -33,6 +34,7 @@ pub mod cache;
 pub mod channel;
 pub mod cli;
 pub mod command;
+pub mod debian;
 pub mod device;
 pub mod disk;
 pub mod end;

@@ -197,6 +197,7 @@ pub fn use_tree(command: &mut Command, tree: &Path) {
                 "usr/bin".to_owned(),
                 "usr/sbin".to_owned(),
                 "bin".to_owned(),
+                "sbin".to_owned(),
             ],
         ),
         (

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::cache::Cache;
+use super::debian::{self, DebianImage};
 use super::erratum;
 use super::kernel::{self, Kernel};
 use super::kernel_build;
@@ -129,6 +130,15 @@ impl Parts {
             gantry,
             agent,
         })
+    }
+
+    /// A Debian disk image, built if it is not in the cache.
+    pub fn debian(&self) -> Result<DebianImage> {
+        let store = Store::open()?;
+        let build = |into: &Path, work: &Path| debian::build(store.apt()?, work, into);
+        let recipe = DebianImage::recipe();
+        let entry = store.cache.entry("debian", &[recipe.as_bytes()], build)?;
+        Ok(DebianImage::open(&entry))
     }
 
     /// Busybox, statically linked.
