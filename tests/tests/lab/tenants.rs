@@ -315,6 +315,11 @@ fn a_user_may_open_nothing_and_gets_what_root_has_opened(host: &Host) -> Result<
         rm -rf /tmp/alices && mkdir /tmp/alices && chown alice /tmp/alices";
     let attach = format!("vm attach /tmp/alices/vm --device {} --id disk", FIRST.bdf);
     with_tenants(host, || {
+        // A grant lets alice open iommufd, and nobody who is no tenant.
+        with_user(host, "carol")?;
+        says(host, "alice", "exec 3<>/dev/iommu")?.success()?;
+        let other = says(host, "carol", "exec 3<>/dev/iommu")?;
+        ensure!(other.errors().contains("ermission denied"), "{other}");
         host.sh(CLOSED).output()?.success()?;
         let mut vm = Vm::new("shell");
         vm.flags = "--api-socket /tmp/alices/vm";
