@@ -942,6 +942,60 @@ fn slots_are_there_where_they_are_asked_for() {
 }
 
 #[test]
+fn disks_that_are_attached_later_come_from_where_the_file_says() {
+    let folder = Folder::new();
+    std::fs::create_dir(folder.path("images")).unwrap();
+    let named = |disks: &str| {
+        file(&format!(
+            "\"hotplug\": {{\"slots\": 1, \"disks\": {disks}}}"
+        ))
+    };
+    let later = folder.load(&named("[\"images\"]")).unwrap().hotplug.disks;
+    assert_eq!(later, [folder.path("images")]);
+    assert!(
+        folder
+            .load(&file("\"hotplug\": {}"))
+            .unwrap()
+            .hotplug
+            .disks
+            .is_empty()
+    );
+    let said = folder.refusal(&named("[\"images\", \"none\"]"));
+    assert!(said.contains("`hotplug.disks[1]`"), "{said}");
+    let kept = gantry_vmm::Folders {
+        payload: folder.path("images"),
+        output: None,
+    };
+    let attach =
+        |body: &str, folders| super::attach_disk(body, folders).map_err(|error| error.to_string());
+    let Ok(gantry_vmm::command::Attach::Disk { id: None, disk }) = attach(
+        r#"{"path": "a", "readonly": true, "direct": true}"#,
+        Some(&kept),
+    ) else {
+        panic!("it is a disk");
+    };
+    assert_eq!(disk.path, folder.path("images/a"));
+    assert!(disk.direct && disk.io_uring);
+    for (body, words) in [
+        (r#"{"path": "a"}"#, "`path`: clients of this socket"),
+        (r#"{"readonly": true}"#, "`path`"),
+        (
+            r#"{"path": "a", "readonly": true, "queue_size": 3}"#,
+            "`queue_size`",
+        ),
+        (
+            r#"{"path": "a", "readonly": true, "iommu": true}"#,
+            "`iommu`",
+        ),
+        (r#"{"path": "a", "readonly": true, "id": "a/b"}"#, "`id`"),
+        (r#"{"path": "a", "size": 3}"#, "unknown key `size`"),
+    ] {
+        let said = attach(body, Some(&kept)).unwrap_err();
+        assert!(said.contains(words), "{body}: {said}");
+    }
+}
+
+#[test]
 fn a_rom_file_is_found_beside_the_file_and_named_where_it_is_not_there() {
     let folder = Folder::new();
     std::fs::write(folder.path("gpu.rom"), [0x55, 0xaa]).unwrap();

@@ -60,6 +60,39 @@ fn devices_come_from_groups_and_aliases_in_numbers() {
 }
 
 #[test]
+fn a_disk_is_added_and_made_larger() {
+    let bed = Bed::new();
+    bed.boot();
+    let body = r#"{"path": "/srv/data.raw", "id": "data"}"#;
+    let (status, answer) = bed.put("vm.add-disk", body);
+    assert_eq!(status, 200, "{answer}");
+    let added: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(
+        added,
+        serde_json::json!({"id": "data", "bdf": "0000:01:00.0"})
+    );
+    let info: Value = serde_json::from_str(&bed.get("/api/v1/vm.info").1).unwrap();
+    assert_eq!(info["config"]["disks"][0]["path"], "/srv/data.raw");
+    assert_eq!(info["devices"][0]["path"], "/srv/data.raw");
+    let (status, answer) = bed.put("vm.add-disk", body);
+    assert_eq!(status, 409, "{answer}");
+    let larger = r#"{"id": "data", "desired_size": 1073741824}"#;
+    assert_eq!(bed.put("vm.resize-disk", larger).0, 204);
+    for (body, words) in [
+        (r#"{"id": "data"}"#, "desired_size"),
+        (r#"{"id": "data", "desired_size": -1}"#, "desired_size"),
+        (
+            r#"{"id": "data", "desired_size": 1, "force": true}"#,
+            "force",
+        ),
+    ] {
+        let (status, answer) = bed.put("vm.resize-disk", body);
+        assert_eq!(status, 400, "{answer}");
+        assert!(answer.contains(words), "{answer}");
+    }
+}
+
+#[test]
 fn slots_are_told_of() {
     let bed = Bed::new();
     let mut config: Value = serde_json::from_str(&bed.config()).unwrap();

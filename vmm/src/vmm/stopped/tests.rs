@@ -258,3 +258,32 @@ fn why_a_vm_has_ended_is_shown_until_there_is_another() {
     done(stopped.handle(Command::Create(config())));
     assert_eq!(seen(&stopped), None);
 }
+
+#[test]
+fn a_disk_may_come_before_the_vm_is_booted_under_a_name_of_its_own() {
+    let mut stopped = StoppedVm::new(&HostPaths::under(Path::new("/nowhere")));
+    done(stopped.handle(Command::Create(config())));
+    let attach = |id: Option<&str>| {
+        let id = id.map(str::to_owned);
+        let disk = DiskConfig::small();
+        Command::Attach(Attach::Disk { id, disk })
+    };
+    for id in [Some("disk1"), None, None] {
+        done(stopped.handle(attach(id)));
+    }
+    let names = |stopped: &StoppedVm| stopped.created.as_ref().unwrap().names();
+    assert_eq!(names(&stopped), ["disk1", "disk0", "disk2"]);
+    let twice = refused(stopped.handle(attach(Some("disk0"))));
+    assert!(matches!(twice, CommandError::DuplicateId(id) if id == "disk0"));
+    let detach = |id: &str| {
+        let (id, force_after) = (id.to_owned(), None);
+        Command::Detach(Detach { id, force_after })
+    };
+    done(stopped.handle(detach("disk0")));
+    assert_eq!(names(&stopped), ["disk1", "disk2"]);
+    let gone = refused(stopped.handle(detach("disk0")));
+    assert!(matches!(gone, CommandError::NoSuchDevice { .. }), "{gone}");
+    let (id, bytes) = ("disk1".to_owned(), 1 << 20);
+    let early = refused(stopped.handle(Command::ResizeDisk { id, bytes }));
+    assert!(matches!(early, CommandError::NotBooted), "{early}");
+}
