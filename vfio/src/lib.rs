@@ -1,4 +1,5 @@
-//! VFIO for a gantry VM: `host` calls the kernel, `pci` makes a guest's function of a host device.
+//! VFIO for a gantry VM: `host` calls the kernel, `pci` makes a guest's function of a host device, `measure` says what a
+//! device does.
 //!
 //! [`host::DeviceIo`] is between the two: a passed-through function reaches its device through it, be it the
 //! kernel's VFIO, a process that serves vfio-user, or a test's fake.
@@ -9,6 +10,7 @@
 
 mod error;
 pub mod host;
+pub mod measure;
 pub mod pci;
 #[cfg(test)]
 mod testing;

@@ -48,8 +48,9 @@ pub use config::{
 };
 pub use disks::{DiskError, DiskProblem, open as open_disk};
 pub use error::Error;
+pub use gantry_vfio::measure;
 pub use machine::release_program_pages;
-pub use passthrough::DeviceError;
+pub use passthrough::{DeviceError, MeasuredDevices};
 pub use process::sandbox::SeccompMode;
 pub use process::terminal::{Keys, Terminal};
 pub use process::{sandbox, threads};

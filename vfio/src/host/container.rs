@@ -22,6 +22,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Container {
     file: File,
+    /// The kernel's number for its kind of IOMMU.
+    iommu: u32,
     groups: Mutex<Groups>,
 }
 
@@ -52,15 +54,29 @@ impl Container {
     /// # Errors
     /// The file is no container, or the kernel has no type1v2 IOMMU.
     pub fn new(file: File, path: &Path) -> Result<Self> {
+        Self::of_kind(file, path, abi::VFIO_TYPE1v2_IOMMU)
+    }
+
+    /// A container of a kernel without an IOMMU, whose node at `path` the caller has opened. Its devices reach all
+    /// physical memory: it is for a guest that measures its own devices.
+    ///
+    /// # Errors
+    /// The file is no container, or the kernel allows no such container.
+    pub fn without_iommu(file: File, path: &Path) -> Result<Self> {
+        Self::of_kind(file, path, abi::VFIO_NOIOMMU_IOMMU)
+    }
+
+    fn of_kind(file: File, path: &Path, iommu: u32) -> Result<Self> {
         let version = ioctl::api_version(file.as_fd()).map_err(failed("VFIO_GET_API_VERSION"))?;
-        let type1 = ioctl::check_extension(file.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
-            .map_err(failed("VFIO_CHECK_EXTENSION"))?;
-        if version != abi::VFIO_API_VERSION || !type1 {
+        let known =
+            ioctl::check_extension(file.as_fd(), iommu).map_err(failed("VFIO_CHECK_EXTENSION"))?;
+        if version != abi::VFIO_API_VERSION || !known {
             let path = path.to_owned();
             return Err(Error::NoIommu { path });
         }
         Ok(Self {
             file,
+            iommu,
             groups: Mutex::new(Groups::NoneYet),
         })
     }
@@ -76,7 +92,7 @@ impl Container {
         match &mut *groups {
             Groups::NoneYet => {
                 set_container(self.file.as_fd())?;
-                ioctl::set_iommu(self.file.as_fd(), abi::VFIO_TYPE1v2_IOMMU)
+                ioctl::set_iommu(self.file.as_fd(), self.iommu)
                     .map_err(failed("VFIO_SET_IOMMU"))?;
                 *groups = Groups::Joined([(number, Arc::clone(group))].into());
             }
@@ -163,6 +179,7 @@ mod tests {
         pub(in crate::host) fn on_null() -> Self {
             Self {
                 file: File::open("/dev/null").unwrap(),
+                iommu: abi::VFIO_TYPE1v2_IOMMU,
                 groups: Mutex::new(Groups::NoneYet),
             }
         }

@@ -14,7 +14,7 @@ use gantry_resources::inventory::Terms;
 use gantry_resources::opener::{Nodes, Opened, Opener, pool_of};
 use gantry_resources::pools::{DeviceRequest, Placement, RomSource, nth_id};
 
-use gantry_vfio::host::Group;
+use gantry_vfio::host::{Group, VfioDevice};
 use gantry_vfio::pci::Rom;
 
 use super::error::DeviceError;
@@ -35,6 +35,9 @@ pub struct AcquiredDevices {
     space: Option<Arc<IoAddressSpace>>,
     reserved: Vec<RangeInclusive<u64>>,
 }
+
+/// Devices that this process has opened for itself, and their address space.
+pub(super) type OpenedHere = (Vec<(VfioDevice, LeasedDevice)>, Option<Arc<IoAddressSpace>>);
 
 /// Who leases devices for a VM.
 pub enum Lessor<'a> {
@@ -351,6 +354,15 @@ impl AcquiredDevices {
     pub fn iova_ranges(&self) -> Result<Vec<RangeInclusive<u64>>, DeviceError> {
         let ranges = self.space.as_ref().map(|space| space.iova_ranges());
         ranges.unwrap_or_else(|| Ok(Vec::new()))
+    }
+
+    /// Opens every device for this process itself, in the order of the leases, and the address space of them all.
+    ///
+    /// # Errors
+    /// VFIO refused.
+    pub(super) fn open_here(self) -> Result<OpenedHere, DeviceError> {
+        let opened = self.devices.into_iter().map(UnopenedDevice::open_io);
+        Ok((opened.collect::<Result<_, _>>()?, self.space))
     }
 
     /// Begins to open every device, in the order of the leases.

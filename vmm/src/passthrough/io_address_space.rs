@@ -229,6 +229,11 @@ impl IoAddressSpace {
         Ok(self.dma.iova_ranges()?)
     }
 
+    /// The address space as such, for memory that is not the guest's.
+    pub(super) fn dma(&self) -> &DmaSpace {
+        &self.dma
+    }
+
     /// Makes RAM present and maps it, once for all present and later devices. Ends early once `cancelled` is
     /// true.
     ///

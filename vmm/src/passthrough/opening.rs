@@ -86,12 +86,22 @@ impl UnopenedDevice {
         router: Arc<dyn MsiRouter>,
         notify: DeviceNotify,
     ) -> Result<AttachedDevice, DeviceError> {
+        let rom = self.opening.rom.clone();
+        let (io, leased) = self.open_io()?;
+        AttachedDevice::new(leased, io, rom, router, notify)
+    }
+
+    /// Opens the device for this process itself. Close it before its lease ends.
+    ///
+    /// # Errors
+    /// VFIO refused.
+    pub(super) fn open_io(self) -> Result<(VfioDevice, LeasedDevice), DeviceError> {
         let name = self.leased.function.name.to_string();
         let mut io = VfioDevice::open(self.attachment, &name)?;
         if self.opening.must_not_reset {
             io.forbid_resets();
         }
-        AttachedDevice::new(self.leased, io, self.opening.rom, router, notify)
+        Ok((io, self.leased))
     }
 }
 
