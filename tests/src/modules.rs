@@ -286,8 +286,9 @@ mod tests {
         let of = |crate_name, floor| (workspace().join(crate_name).join("src"), floor);
         let resources = resources.map(|floor| of("resources", floor));
         let vmm = vmm.map(|floor| of("vmm", floor));
-        let api = ["cli", "config", "http"].map(|floor| of("api", floor));
-        for (source, floor) in resources.into_iter().chain(vmm).chain(api) {
+        let api = ["bench", "cli", "config", "http"].map(|floor| of("api", floor));
+        let vfio = ["measure"].map(|floor| of("vfio", floor));
+        for (source, floor) in resources.into_iter().chain(vmm).chain(api).chain(vfio) {
             let imports = imports(&source, Some(floor)).unwrap();
             assert!(imports.len() > 2, "{floor}: {imports:?}");
             assert_eq!(circles(&imports), BTreeSet::new(), "{floor}");

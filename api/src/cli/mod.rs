@@ -1,5 +1,6 @@
 //! The command line: its grammar, and the way from arguments to an exit code.
 
+mod bench;
 mod boot;
 mod check;
 mod device;
@@ -29,6 +30,7 @@ use gantry_resources::making::reap;
 use gantry_resources::moving::ChildWriter;
 use tracing::Level;
 
+use crate::bench::BENCH_GUEST;
 use crate::http::{CleanupArgs, REMOVE_SOCKET, cleanup_helper};
 use crate::output::print;
 use crate::report::{self, EXIT_STATUSES, Failure};
@@ -106,6 +108,23 @@ impl Globals {
         tenant::scope(paths, self.tenant.as_deref())
     }
 
+    /// These options again, for a process that does a part of the same command.
+    fn arguments(&self) -> Vec<String> {
+        let folder =
+            |folder: &Option<PathBuf>| folder.as_ref().map(|folder| folder.display().to_string());
+        let options = [
+            ("--run-dir", folder(&self.run_dir)),
+            ("--config-dir", folder(&self.config_dir)),
+            ("--state-dir", folder(&self.state_dir)),
+            ("--tenant", self.tenant.clone()),
+            ("--host-root", folder(&self.host_root)),
+        ];
+        let given = options
+            .into_iter()
+            .filter_map(|(name, value)| Some([name.to_owned(), value?]));
+        given.flatten().collect()
+    }
+
     fn level(&self) -> Level {
         match self.verbose {
             0 => Level::WARN,
@@ -144,6 +163,9 @@ enum Command {
     Maintenance(maintenance::MaintenanceCommand),
     /// Bind, grant and activate again what a reboot of the host undid
     Boot(boot::BootArgs),
+    /// Measure what devices do on the host and in a guest
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Check what this host lacks for passing devices to VMs, and show the fixes
     Check(check::CheckArgs),
     /// Print the JSON Schema of gantry's files
@@ -152,6 +174,12 @@ enum Command {
     Completions(generate::CompletionsArgs),
     /// Write man pages
     Man(generate::ManArgs),
+    /// Be init of a measuring guest
+    #[command(name = BENCH_GUEST, hide = true)]
+    BenchGuest {
+        /// Milliseconds of each test
+        per_test: u64,
+    },
     /// Write one sysfs file, in a process that can be abandoned when the kernel hangs
     #[command(name = "__sysfs-write", hide = true)]
     SysfsWrite {
@@ -208,6 +236,7 @@ pub fn main() -> ExitCode {
     // Helpers get all they need as arguments, and may be confined.
     let paths = match command {
         Command::Open { .. }
+        | Command::BenchGuest { .. }
         | Command::RemoveSocket(_)
         | Command::Restore { .. }
         | Command::SysfsWrite { .. } => Ok(HostPaths::default()),
@@ -217,6 +246,7 @@ pub fn main() -> ExitCode {
     paths
         .and_then(|paths| match command {
             Command::Run(args) => run::run(args, in_background, &stderr, &paths),
+            Command::Bench(command) => bench::bench(command, &paths, globals.arguments()),
             command => execute(command, &paths),
         })
         .unwrap_or_else(|failure| failure.show(&stderr, colour))
@@ -239,8 +269,11 @@ fn reap_or_warn(paths: &HostPaths) {
 
 fn execute(command: Command, paths: &HostPaths) -> Result<ExitCode, Failure> {
     match command {
-        // It takes the standard streams too.
-        Command::Run(_) => {}
+        // These take more than the host's directories.
+        Command::Run(_) | Command::Bench(_) => {}
+        Command::BenchGuest { per_test } => {
+            crate::bench::guest::init(Duration::from_millis(per_test))
+        }
         Command::Init(args) => init::init(args, paths)?,
         Command::Check(args) => return check::check(&args, paths),
         Command::Device(command) => device::device(command, paths)?,

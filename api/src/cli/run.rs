@@ -448,7 +448,7 @@ fn name_in_use(name: &str, pid: Option<u32>) -> Failure {
 }
 
 /// Refuses to start during maintenance. Gives the devices of killed VMs back to the host.
-fn may_start(paths: &HostPaths) -> Result<(), Failure> {
+pub fn may_start(paths: &HostPaths) -> Result<(), Failure> {
     if let Some(Maintenance { reason, .. }) = maintenance(paths)? {
         let what = format!("this host is in maintenance and starts no VM: {reason}");
         return Err(Failure::new(TRY_AGAIN, what)

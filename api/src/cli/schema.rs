@@ -25,6 +25,8 @@ enum Kind {
     Groups,
     /// A file of service plans: plans.json, plans.d/*.json
     Plans,
+    /// Results of `gantry bench run --json`
+    Bench,
 }
 
 pub fn schema(args: SchemaArgs) -> Result<(), Failure> {
@@ -32,5 +34,6 @@ pub fn schema(args: SchemaArgs) -> Result<(), Failure> {
         Kind::Vm => print_json(&crate::config::schema()),
         Kind::Groups => print_json(&Groups::schema()),
         Kind::Plans => print_json(&Plans::schema()),
+        Kind::Bench => print_json(&crate::bench::model::schema()),
     }
 }

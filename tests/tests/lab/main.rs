@@ -23,6 +23,7 @@
 //! locked. What it leaves behind fails it, and the next case gets a fresh lab.
 
 mod api;
+mod bench;
 mod check;
 mod demand;
 mod devices;
@@ -146,6 +147,7 @@ const SUITES: &[Suite] = &[
             ("sandbox", sandbox::AUDITED),
             ("check", check::CASES),
             ("persist", persist::CASES),
+            ("bench", bench::CASES),
             ("xtask", xtask::CASES),
         ],
     },
