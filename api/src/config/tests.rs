@@ -644,10 +644,6 @@ fn disks_are_opened_when_the_file_is_read() {
             "`disks[0].serial`: it is no serial number",
         ),
         (
-            r#"[{"path": "a.raw", "direct": true}]"#,
-            "`disks[0].direct`: true is not supported yet",
-        ),
-        (
             r#"[{"path": "a.raw", "vhost_user": true}]"#,
             "`disks[0].vhost_user`: true is not supported yet",
         ),

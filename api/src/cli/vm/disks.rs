@@ -67,6 +67,9 @@ pub struct ResizeDiskArgs {
     /// Its new size: a number of bytes, or one such as 20G
     #[arg(value_name = "SIZE")]
     size: ByteSize,
+    /// Print the request as JSON once it is done
+    #[arg(long)]
+    json: bool,
 }
 
 pub fn resize(args: &ResizeDiskArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -76,6 +79,9 @@ pub fn resize(args: &ResizeDiskArgs, paths: &HostPaths) -> Result<(), Failure> {
         desired_size,
     };
     find::vm(&args.vm, paths)?.put_json::<()>("vm.resize-disk", &request)?;
+    if args.json {
+        return print_json(&request);
+    }
     print(|out| writeln!(out, "{} has {} now", args.id, args.size))
 }
 

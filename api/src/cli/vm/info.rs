@@ -15,7 +15,8 @@ use crate::table::{Column, Shrink, cell, column, write_table};
 #[command(after_help = "\
 States of devices:
   announced  the guest was notified of it
-  enabled    the guest has enabled its memory or I/O ports, or its driver for a disk is ready
+  enabled    the guest has enabled its memory or I/O ports, or a disk's
+             driver is ready
   detaching  the guest was asked to release it
 
 Examples:
