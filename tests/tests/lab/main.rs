@@ -30,6 +30,7 @@ mod devices;
 mod disks;
 mod endings;
 mod errors;
+mod firmware;
 mod hotplug;
 mod interrupts;
 mod lab_kernel;
@@ -80,6 +81,7 @@ const SUITES: &[Suite] = &[
             ("lab_kernel", lab_kernel::CASES),
             ("launch", launch::CASES),
             ("launch", launch::MORE),
+            ("firmware", firmware::CASES),
             ("living", living::CASES),
             ("passthrough", passthrough::CASES),
             ("passthrough", passthrough::MORE),
