@@ -33,6 +33,10 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
+    // A full log loses its older half, on the thread that logs: see `BoundedFile`.
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_ftruncate,
     // The serial port delays an unfinished line, and waits a moment for a reader.
     libc::SYS_timerfd_settime,
     libc::SYS_poll,
@@ -99,8 +103,8 @@ const THREAD_PLACES: c_int = libc::CLONE_SETTLS
     | libc::CLONE_CHILD_CLEARTID
     | libc::CLONE_DETACHED;
 
-/// Region accesses of passed-through devices, and eventfds for vectors that the guest unmasks.
-const DEVICE_ACCESS: &[c_long] = &[libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
+/// Eventfds for vectors of passed-through devices that the guest unmasks.
+const VECTORS: &[c_long] = &[libc::SYS_eventfd2];
 
 /// Serving clients over the listening socket and those that it accepts. The HTTP
 /// server's event loop wakes itself by an eventfd.
@@ -122,13 +126,9 @@ const CLIENTS: &[c_long] = &[
     libc::SYS_clock_nanosleep,
 ];
 
-/// The serial port's file is truncated when it is full.
-const SERIAL_FILE: &[c_long] = &[libc::SYS_ftruncate];
-
 /// The end of a lease clears its record, or tells the opener over its socket. The last lease waits for the
 /// opener's end, and each waits for vCPUs that are still in the device.
 const LEASES: &[c_long] = &[
-    libc::SYS_ftruncate,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_setsockopt,
@@ -141,8 +141,6 @@ const LEASES: &[c_long] = &[
 const DISK: &[c_long] = &[
     libc::SYS_preadv2,
     libc::SYS_pwritev2,
-    libc::SYS_pread64,
-    libc::SYS_pwrite64,
     // Every ring can only read, write and flush open files: see `Ring`.
     libc::SYS_io_uring_enter,
     libc::SYS_fdatasync,
@@ -275,13 +273,13 @@ pub fn control() -> Rules {
         VHOST_REQUESTS,
         TAP_REQUESTS,
     ];
-    rules_with_threads(&[CONTROL, DEVICE_ACCESS, LEASES], &requests)
+    rules_with_threads(&[CONTROL, VECTORS, LEASES], &requests)
 }
 
 /// A vCPU thread.
 pub fn vcpu() -> Rules {
     rules(
-        &[DEVICE_ACCESS, SERIAL_FILE],
+        &[VECTORS],
         &[
             VM_REQUESTS,
             VCPU_REQUESTS,
@@ -302,7 +300,7 @@ pub fn device() -> Rules {
         RUNTIME_REQUESTS,
         VHOST_REQUESTS,
     ];
-    rules(&[DEVICE_ACCESS, LEASES], &requests)
+    rules(&[VECTORS, LEASES], &requests)
 }
 
 /// The attach worker. Threads that it starts open, map, close and serve disks: it needs their calls, too.
@@ -314,7 +312,7 @@ pub fn attach() -> Rules {
         RUNTIME_REQUESTS,
         VHOST_REQUESTS,
     ];
-    let calls = [DEVICE_ACCESS, LEASES, DESCRIPTORS, LOOK, DISK, NEW_DISK];
+    let calls = [VECTORS, LEASES, DESCRIPTORS, LOOK, DISK, NEW_DISK];
     rules_with_threads(&calls, &requests)
 }
 

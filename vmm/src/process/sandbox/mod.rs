@@ -197,3 +197,57 @@ impl Filter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::thread;
+
+    use gantry_devices::bounded::BoundedFile;
+
+    use super::*;
+
+    const MOST: u64 = 4 << 10;
+
+    /// Fills a log until its older half goes.
+    fn fill(log: &mut BoundedFile) {
+        for number in 0..200 {
+            writeln!(log, "line {number} of a log that is too long").unwrap();
+        }
+    }
+
+    #[test]
+    fn a_thread_of_any_role_halves_a_full_log() {
+        let sandbox = Sandbox::new(SeccompMode::On).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        for role in [
+            Role::Control,
+            Role::Vcpu(0),
+            Role::Device,
+            Role::Dma,
+            Role::Disk,
+            Role::Virtio,
+            Role::Api,
+            Role::Attach,
+        ] {
+            let append = File::options().append(true).create(true).open(&path);
+            let append = append.unwrap();
+            append.set_len(0).unwrap();
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            let mut log = BoundedFile::shared(file, append, MOST);
+            let filter = sandbox.confinement(role).filter;
+            // A call that the filter does not allow ends the test's process.
+            let logs = thread::spawn(move || {
+                filter.enter().unwrap();
+                fill(&mut log);
+            });
+            logs.join().unwrap();
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.len() as u64 <= MOST, "{role}: {}", text.len());
+            assert!(text.starts_with("[older output was removed"), "{role}");
+            assert!(text.contains("line 199 of"), "{role}");
+        }
+    }
+}
