@@ -147,9 +147,13 @@ impl From<CommandError> for HttpError {
             | E::NoConsole
             | E::NoSlots
             | E::NoFreeSlot { .. }
-            | E::SlotsTooSmall { .. } => StatusCode::CONFLICT,
+            | E::SlotsTooSmall { .. }
+            | E::Resize {
+                problem: ResizeError::Busy,
+                ..
+            } => StatusCode::CONFLICT,
             E::Resize {
-                problem: ResizeError::Io(_),
+                problem: ResizeError::Io(_) | ResizeError::Thread(_),
                 ..
             } => StatusCode::INTERNAL_SERVER_ERROR,
             E::Invalid(_) | E::Resize { .. } => StatusCode::BAD_REQUEST,

@@ -3,6 +3,9 @@
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
+/// The most buffers in a chain. A table of descriptors could hold far more, and each costs the device memory.
+pub const MAX_BUFFERS: u32 = 256;
+
 /// Why a descriptor chain cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
@@ -12,6 +15,9 @@ pub enum ChainError {
     /// A buffer that the device may read follows one that it may write (section 2.7.4.2).
     #[error("a buffer to be read follows one to be written")]
     Order,
+    /// It has more than [`MAX_BUFFERS`].
+    #[error("a chain has more than {MAX_BUFFERS} buffers")]
+    TooLong,
 }
 
 /// Buffers in guest RAM, one after the other. The guest may change them at any time.
@@ -22,14 +28,17 @@ impl<'a> Segments<'a> {
     /// The buffers that the device may read, and those that it may write.
     ///
     /// # Errors
-    /// A buffer lies outside of guest RAM, or the order is wrong. A chain that breaks off for another reason is
+    /// A buffer lies outside of guest RAM, the order is wrong, or the chain is too long. A chain that breaks off for another reason is
     /// shorter than the driver meant.
     pub fn of(
         memory: &'a GuestMemoryMmap,
         chain: DescriptorChain<&GuestMemoryMmap>,
     ) -> Result<(Self, Self), ChainError> {
         let (mut readable, mut writable) = (Self::default(), Self::default());
-        for descriptor in chain {
+        for (index, descriptor) in chain.enumerate() {
+            if index >= MAX_BUFFERS as usize {
+                return Err(ChainError::TooLong);
+            }
             let segments = match descriptor.is_write_only() {
                 true => &mut writable,
                 false if writable.0.is_empty() => &mut readable,

@@ -19,7 +19,7 @@ pub mod vsock;
 mod worker;
 
 pub use backend::{Activation, ActiveQueue, VirtioBackend, VirtioKind};
-pub use chain::{ChainError, Segments};
+pub use chain::{ChainError, MAX_BUFFERS, Segments};
 pub use function::{VirtioError, VirtioFunction, VirtioHost};
 pub use kernel::KernelQueues;
 pub use signals::QueueSignal;

@@ -173,6 +173,10 @@ impl Worker {
         for kick in &serving.kicks {
             if let Err(error) = watch(&self.events, ControlOperation::Add, kick) {
                 tracing::error!(%error, "the queues of a virtio device cannot be served");
+                let queue = activation.queues.first();
+                if let Some(queue) = queue.filter(|_| !self.is_stopping()) {
+                    queue.signal.broken();
+                }
                 return;
             }
         }
@@ -215,6 +219,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
+    use super::super::signals::Signals;
     use super::super::testing;
     use super::*;
 
@@ -243,6 +248,27 @@ mod tests {
         }
         assert!(!handle.is_stopped());
         assert!(!handle.wait_stopped(Duration::ZERO));
+        drop(handle);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_device_whose_queues_cannot_be_watched_is_broken() {
+        let (handle, worker) = worker().unwrap();
+        let signals = Signals::new(2);
+        let queues = [0, 1].map(|index| testing::active_queue(&signals, index, 16));
+        let [first, mut second] = queues;
+        // The kernel watches no file twice.
+        second.kick = Arc::clone(&first.kick);
+        let thread = thread::spawn(move || worker.run(|_, _| panic!("it serves")));
+        handle.start(Activation {
+            queues: vec![first, second],
+            ..testing::no_queues()
+        });
+        while !handle.is_stopped() {
+            thread::yield_now();
+        }
+        assert!(signals.is_broken());
         drop(handle);
         thread.join().unwrap();
     }

@@ -22,6 +22,7 @@ mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use gantry_devices::pci::PortIndex;
@@ -313,13 +314,24 @@ impl HostDevices {
             }
             Some(Some(resize)) => resize,
         };
+        let (sender, receiver) = channel::<Reply>();
+        let name = id.clone();
         let run = move || {
             let resized = resize().map(|()| Answer::Done);
-            reply(resized.map_err(|problem| CommandError::Resize { id, problem }));
+            if let Ok(reply) = receiver.recv() {
+                reply(resized.map_err(|problem| CommandError::Resize { id: name, problem }));
+            }
         };
-        match threads::spawn(Role::Attach, &self.context.sandbox, run) {
-            Ok(task) => task.abandon(),
-            Err(error) => tracing::warn!(%error, "cannot start a thread to resize a disk"),
+        match threads::spawn(Role::Disk, &self.context.sandbox, run) {
+            Ok(task) => {
+                // The thread waits for it.
+                let _ = sender.send(reply);
+                task.abandon();
+            }
+            Err(error) => {
+                let problem = ResizeError::Thread(error);
+                reply(Err(CommandError::Resize { id, problem }));
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, TryLockError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -21,6 +22,8 @@ pub const SECTOR: u64 = 512;
 pub struct Disk {
     contents: Contents,
     len: AtomicU64,
+    /// Held by the one that changes the length.
+    resizing: Mutex<()>,
     block_size: u32,
     read_only: bool,
     /// What accesses past the host's page cache must be multiples of; `None` if they go through it.
@@ -75,6 +78,12 @@ pub enum ResizeError {
         /// Its size.
         len: u64,
     },
+    /// Another resize of it is under way.
+    #[error("another resize of it is under way: try again once that has ended")]
+    Busy,
+    /// No thread can be made for it.
+    #[error("cannot start a thread to resize it: {0}")]
+    Thread(#[source] io::Error),
     /// The kernel refused.
     #[error("its file cannot be made larger: {0}")]
     Io(#[from] io::Error),
@@ -104,6 +113,7 @@ impl Disk {
         Self {
             contents: Contents::File(file),
             len: AtomicU64::new(len / SECTOR * SECTOR),
+            resizing: Mutex::default(),
             block_size,
             read_only,
             direct: None,
@@ -116,6 +126,7 @@ impl Disk {
         let bytes = bytes.into();
         Self {
             len: AtomicU64::new(bytes.len() as u64 / SECTOR * SECTOR),
+            resizing: Mutex::default(),
             contents: Contents::Memory(bytes),
             block_size: SECTOR as u32,
             read_only: true,
@@ -208,6 +219,11 @@ impl Disk {
     /// # Errors
     /// The size makes no sense, or the file cannot have it. The disk stays as it is.
     pub fn resize(&self, bytes: u64) -> Result<(), ResizeError> {
+        let _resizing = match self.resizing.try_lock() {
+            Ok(resizing) => resizing,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(ResizeError::Busy),
+        };
         let len = self.len();
         let mut file = self.file().map_err(|_| ResizeError::NoFile)?;
         if !bytes.is_multiple_of(u64::from(self.block_size)) {

@@ -22,12 +22,12 @@ pub use request::SERIAL_LEN;
 pub use ring::Rings;
 pub use serve::BlockWorker;
 
-use super::{Activation, VirtioBackend, VirtioKind, WorkerHandle, worker};
+use super::{Activation, MAX_BUFFERS, VirtioBackend, VirtioKind, WorkerHandle, read_bytes, worker};
 
 /// Mass storage of no other subclass: Linux looks at the virtio id alone.
 const CLASS: u32 = 0x01_80_00;
 /// The most buffers of data in a request; two more are its header and its status.
-const MAX_SEGMENTS: u32 = 254;
+const MAX_SEGMENTS: u32 = MAX_BUFFERS - 2;
 /// The most sectors that one request may discard or fill with zeros: the disk is busy with it meanwhile.
 const MAX_ERASE: u32 = 1 << 22;
 
@@ -124,11 +124,7 @@ impl VirtioBackend for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        for (byte, at) in data.iter_mut().zip(offset..) {
-            let at = usize::try_from(at).ok();
-            *byte = at.and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+        read_bytes(&self.config(), offset, data);
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

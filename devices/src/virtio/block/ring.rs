@@ -23,6 +23,13 @@ impl Ring {
     /// # Errors
     /// This kernel has no such ring, or forbids it.
     pub fn new() -> io::Result<Self> {
+        let ring = Self::disabled()?;
+        ring.0.submitter().register_enable_rings()?;
+        Ok(ring)
+    }
+
+    /// A ring that takes nothing yet.
+    fn disabled() -> io::Result<Self> {
         let mut builder = IoUring::builder();
         let ring = builder.setup_r_disabled().build(DEPTH as u32)?;
         let params = ring.params();
@@ -36,7 +43,6 @@ impl Ring {
         ];
         let submitter = ring.submitter();
         submitter.register_restrictions(&mut allowed.map(Restriction::sqe_op))?;
-        submitter.register_enable_rings()?;
         Ok(Self(ring))
     }
 }
@@ -57,6 +63,14 @@ impl Rings {
                 }
             }
         }
+    }
+
+    /// One that refuses all until it is enabled.
+    #[cfg(test)]
+    pub fn disabled() -> Option<LentRing> {
+        let ring = Some(Ring::disabled().ok()?);
+        let rings = Self::default();
+        Some(LentRing { ring, rings })
     }
 
     /// One that no disk has.
@@ -163,12 +177,12 @@ impl<'a, T> Flight<'a, T> {
         }
     }
 
-    /// Hands to the kernel what was begun.
-    pub fn submit(&mut self) {
-        if let Some(ring) = self.ring.ring() {
-            // What it does not take now it takes the next time.
-            let _ = ring.submit();
-        }
+    /// Hands to the kernel what was begun. Returns whether it has taken all; the rest it may take the next time.
+    pub fn submit(&mut self) -> bool {
+        self.ring.ring().is_none_or(|ring| {
+            let taken = ring.submit();
+            taken.is_ok() && ring.submission().is_empty()
+        })
     }
 
     /// Has `done` answer what is done. Returns whether there was any.

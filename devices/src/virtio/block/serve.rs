@@ -134,8 +134,12 @@ impl<'a> Server<'a> {
                 let drained = self.drain(index, queue);
                 drained.map_err(|broken| (index, broken))?;
             }
-            // What is done makes room for requests that were left where they are.
-            if !self.reap(queues)? && !wait(self.under_way()) {
+            let more = self.reap(queues)?;
+            let goes_on = match more {
+                true => !(self.service.is_stopping)(),
+                false => wait(self.under_way()),
+            };
+            if !goes_on {
                 return Ok(());
             }
         }
@@ -203,12 +207,13 @@ impl<'a> Server<'a> {
         None
     }
 
-    /// Answers what the ring has done. Returns whether there was any.
+    /// Answers what the ring has done. Returns whether there is more to do: what is done makes room for requests that
+    /// were left where they are, and no event tells when the kernel takes a request that it has refused.
     fn reap(&mut self, queues: &mut [ActiveQueue]) -> Result<bool, (usize, Broken)> {
         let Some(mut flight) = self.flight.take() else {
             return Ok(false);
         };
-        flight.submit();
+        let submitted = flight.submit();
         let mut answered = Ok(());
         let any = flight.reap(|waiting, result| {
             let Waiting {
@@ -225,7 +230,10 @@ impl<'a> Server<'a> {
             }
         });
         self.flight = Some(flight);
-        answered.map(|()| any)
+        if !submitted {
+            std::thread::yield_now();
+        }
+        answered.map(|()| any || !submitted)
     }
 
     fn answer(

@@ -1,10 +1,14 @@
+#![allow(unsafe_code)] // A system call on a ring.
+
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 
-use super::disk::Disk;
+use super::disk::{Disk, ResizeError};
 use super::request::{SERIAL_LEN, Service};
 use super::ring::{LentRing, Rings};
 use super::serve::Server;
@@ -281,6 +285,95 @@ fn buffers_outside_of_ram_and_in_the_wrong_order_break_the_queue() {
         assert_eq!(rig.driver.used(), 0);
         assert_eq!(rig.on_disk(), content());
     }
+}
+
+#[test]
+fn a_chain_is_no_longer_than_the_disk_says() {
+    const TABLE: u64 = DATA + 0x8000;
+    for (buffers, is_taken) in [(254, true), (255, false), (4096, false), (0x7ffe, false)] {
+        for mut rig in both(false) {
+            rig.header(IN, 0);
+            // As much as the disk has, and then nothing.
+            let len = |index| if index < SECTORS { 512 } else { 0 };
+            let data = (0..buffers).map(|index| (DATA, len(index), true));
+            let header = [(HEADER, 16, false)].into_iter();
+            let chain = header.chain(data).chain([(STATUS, 1, true)]);
+            rig.driver.offer_indirect(TABLE, &chain.collect::<Vec<_>>());
+            assert_eq!(rig.serve(), is_taken, "{buffers} buffers");
+            assert_eq!(rig.driver.used(), u16::from(is_taken));
+            let status = if is_taken { OK } else { UNTOUCHED };
+            assert_eq!(rig.driver.read(STATUS, 1), [status]);
+        }
+    }
+}
+
+#[test]
+fn a_request_that_the_kernel_refuses_at_first_is_answered() {
+    const ENABLE: libc::c_uint = 12; // IORING_REGISTER_ENABLE_RINGS
+    let mut rig = Rig::new(false);
+    let Some(mut ring) = Rings::disabled() else {
+        return eprintln!("this kernel has no io_uring");
+    };
+    let fd = ring.fd().unwrap();
+    rig.header(IN, 0);
+    let chain = [(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)];
+    rig.driver.offer(&chain);
+    let looks = Cell::new(0);
+    let enable = || {
+        // SAFETY: the ring is open, and the call reads no memory.
+        let done = unsafe { libc::syscall(libc::SYS_io_uring_register, fd, ENABLE, 0, 0) };
+        assert_eq!(done, 0);
+    };
+    let slept = Cell::new(false);
+    let service = Service {
+        disk: &rig.disk,
+        serial: &[0; SERIAL_LEN],
+        write_through: true,
+        is_stopping: &|| {
+            looks.set(looks.get() + 1);
+            if looks.get() == 50 {
+                enable();
+            }
+            false
+        },
+    };
+    let server = Server::new(rig.driver.ram.memory(), &service, Some(&mut ring));
+    let queues = std::slice::from_mut(&mut rig.queue);
+    let served = server.serve(queues, |under_way| {
+        if looks.get() < 50 {
+            slept.set(true);
+            looks.set(50);
+            enable();
+        }
+        under_way > 0
+    });
+    assert!(served.is_ok());
+    assert!(!slept.get(), "it slept while no event could come");
+    assert_eq!(rig.driver.used(), 1);
+    assert_eq!(rig.driver.read(STATUS, 1), [OK]);
+    assert_eq!(rig.driver.read(DATA, 512), content()[..512]);
+}
+
+#[test]
+fn a_disk_never_shrinks_while_several_resize_it() {
+    let rig = Rig::new(false);
+    let (disk, largest) = (&rig.disk, &AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for first in 0..4 {
+            scope.spawn(move || {
+                for sectors in (SECTORS + first..SECTORS + 800).step_by(4) {
+                    let before = largest.load(Ordering::SeqCst);
+                    assert!(disk.sectors() >= before);
+                    match disk.resize(sectors * 512) {
+                        Ok(()) => drop(largest.fetch_max(sectors, Ordering::SeqCst)),
+                        Err(ResizeError::Busy) => {}
+                        Err(ResizeError::Smaller { len }) => assert!(len > sectors * 512),
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            });
+        }
+    });
 }
 
 #[test]

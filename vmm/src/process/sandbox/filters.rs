@@ -145,13 +145,17 @@ const DISK: &[c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
+    // A resize looks at the size of the file.
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_ctl,
 ];
 
 /// Looking at the file of a disk, and making the device for it.
-const NEW_DISK: &[c_long] = &[libc::SYS_lseek, libc::SYS_epoll_create1];
+const NEW_DISK: &[c_long] = &[libc::SYS_epoll_create1];
 
 /// Waiting for the driver's notifications, and for a source of random numbers.
 const QUEUES: &[c_long] = &[
@@ -321,7 +325,7 @@ pub fn dma() -> Rules {
     rules(&[], &[DMA_REQUESTS])
 }
 
-/// A thread that serves a virtual disk.
+/// A thread that serves a virtual disk, or makes it larger.
 pub fn disk() -> Rules {
     rules(&[DISK], &[])
 }

@@ -205,6 +205,7 @@ mod tests {
     use std::thread;
 
     use gantry_devices::bounded::BoundedFile;
+    use gantry_devices::virtio::block::Disk;
 
     use super::*;
 
@@ -249,5 +250,20 @@ mod tests {
             assert!(text.starts_with("[older output was removed"), "{role}");
             assert!(text.contains("line 199 of"), "{role}");
         }
+    }
+
+    #[test]
+    fn a_thread_of_a_disk_makes_it_larger() {
+        let sandbox = Sandbox::new(SeccompMode::On).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = Disk::new(file.try_clone().unwrap(), 4096, 512, false);
+        let filter = sandbox.confinement(Role::Disk).filter;
+        let resizes = thread::spawn(move || {
+            filter.enter().unwrap();
+            disk.resize(4 << 20)
+        });
+        resizes.join().unwrap().unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 4 << 20);
     }
 }

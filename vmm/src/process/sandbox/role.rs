@@ -20,7 +20,7 @@ pub enum Role {
     Device,
     /// Makes guest RAM present and maps it for the devices.
     Dma,
-    /// Serves the queues of a virtual disk.
+    /// Serves the queues of a virtual disk, or makes the disk larger.
     Disk,
     /// Serves queues of another virtual device: commands, or requests for random numbers.
     Virtio,
