@@ -7,6 +7,7 @@ mod find;
 mod info;
 mod list;
 mod logs;
+mod open;
 mod state;
 mod watch;
 

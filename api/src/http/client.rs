@@ -17,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::net::unix::UCred;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -120,6 +121,14 @@ pub fn seconds(time: Duration) -> String {
     format!("{} s", time.as_secs_f64())
 }
 
+/// Descriptors that go with a request.
+pub struct Sent {
+    /// The descriptors.
+    pub files: Vec<File>,
+    /// The only user whose process may have them.
+    pub to: u32,
+}
+
 /// Method, path and body of a request.
 type Parts<'a> = (Method, &'a str, Bytes);
 /// The console of a guest: its output, and what is typed.
@@ -153,7 +162,7 @@ impl Client {
     /// # Errors
     /// The request fails, or the VM refuses it.
     pub fn get<T: DeserializeOwned>(&self, call: &str) -> Result<T, ClientError> {
-        let body = self.whole((Method::GET, &format!("{ROOT}{call}"), Bytes::new()), &[])?;
+        let body = self.whole((Method::GET, &format!("{ROOT}{call}"), Bytes::new()), None)?;
         sanitize::json(&body).map_err(|error| self.broken(error))
     }
 
@@ -162,7 +171,7 @@ impl Client {
     /// # Errors
     /// The request fails, or the VM refuses it.
     pub fn text(&self, path: &str) -> Result<String, ClientError> {
-        let body = self.whole((Method::GET, path, Bytes::new()), &[])?;
+        let body = self.whole((Method::GET, path, Bytes::new()), None)?;
         let text = std::str::from_utf8(&body).map_err(|error| self.broken(error))?;
         Ok(harmless(text))
     }
@@ -173,7 +182,7 @@ impl Client {
     /// The request fails, or the VM refuses it.
     pub fn put(&self, call: &str) -> Result<(), ClientError> {
         let request = (Method::PUT, &*format!("{ROOT}{call}"), Bytes::new());
-        self.whole(request, &[]).map(drop)
+        self.whole(request, None).map(drop)
     }
 
     /// Sends a `PUT` and returns the answer, if it has a body.
@@ -185,7 +194,7 @@ impl Client {
         call: &str,
         body: &impl Serialize,
     ) -> Result<Option<T>, ClientError> {
-        self.put_json_with(call, body, &[])
+        self.put_json_with(call, body, None)
     }
 
     /// The same with descriptors.
@@ -196,11 +205,11 @@ impl Client {
         &self,
         call: &str,
         body: &impl Serialize,
-        files: &[File],
+        sent: Option<&Sent>,
     ) -> Result<Option<T>, ClientError> {
         let body = serde_json::to_vec(body).map_err(|error| self.broken(error))?;
         let request = (Method::PUT, &*format!("{ROOT}{call}"), body.into());
-        let answer = self.whole(request, files)?;
+        let answer = self.whole(request, sent)?;
         if answer.is_empty() {
             return Ok(None);
         }
@@ -214,7 +223,7 @@ impl Client {
     /// The request fails, or the VM refuses it.
     pub fn events(&self) -> Result<EventReader<'_>, ClientError> {
         let path = format!("{ROOT}events");
-        let answer = self.with_timeout(self.send((Method::GET, &path, Bytes::new()), &[]))?;
+        let answer = self.with_timeout(self.send((Method::GET, &path, Bytes::new()), None))?;
         Ok(EventReader {
             client: self,
             body: answer.into_body(),
@@ -231,7 +240,7 @@ impl Client {
             let asked = Request::get(format!("{ROOT}vm.console"))
                 .header(CONNECTION, "Upgrade")
                 .header(UPGRADE, PROTOCOL);
-            let answer = self.request(asked, Bytes::new(), &[]).await?;
+            let answer = self.request(asked, Bytes::new(), None).await?;
             let upgraded = hyper::upgrade::on(answer).await;
             let upgraded = upgraded.map_err(|error| self.broken(error))?;
             Ok(TokioIo::new(upgraded))
@@ -243,9 +252,9 @@ impl Client {
         self.runtime.block_on(future)
     }
 
-    fn whole(&self, request: Parts<'_>, files: &[File]) -> Result<Bytes, ClientError> {
+    fn whole(&self, request: Parts<'_>, sent: Option<&Sent>) -> Result<Bytes, ClientError> {
         self.with_timeout(async {
-            let answer = self.send(request, files).await?;
+            let answer = self.send(request, sent).await?;
             let body = sanitize::read_body(answer.into_body()).await;
             body.map_err(|error| self.broken(error))
         })
@@ -268,26 +277,47 @@ impl Client {
     async fn send(
         &self,
         (method, path, body): Parts<'_>,
-        files: &[File],
+        sent: Option<&Sent>,
     ) -> Result<Response<Incoming>, ClientError> {
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header(CONTENT_TYPE, "application/json");
-        self.request(request, body, files).await
+        self.request(request, body, sent).await
+    }
+
+    /// The user whose process listens.
+    ///
+    /// # Errors
+    /// None listens, or this user may not connect.
+    pub fn listener_user(&self) -> Result<u32, ClientError> {
+        self.with_timeout(async { Ok(self.peer(&self.connect().await?)?.uid()) })
+    }
+
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let stream = UnixStream::connect(&self.path).await;
+        let stream = stream.map_err(|error| self.unreachable(error))?;
+        let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        self.pid.set(listener.and_then(socket::process));
+        Ok(stream)
+    }
+
+    fn peer(&self, stream: &UnixStream) -> Result<UCred, ClientError> {
+        stream.peer_cred().map_err(|error| self.broken(error))
     }
 
     async fn request(
         &self,
         request: request::Builder,
         body: Bytes,
-        files: &[File],
+        sent: Option<&Sent>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.path).await;
-        let stream = stream.map_err(|error| self.unreachable(error))?;
-        let listener = stream.peer_cred().ok().and_then(|peer| peer.pid());
-        self.pid.set(listener.and_then(socket::process));
-        if !files.is_empty() {
+        let stream = self.connect().await?;
+        if let Some(Sent { files, to }) = sent {
+            // Another process may listen by now.
+            if self.peer(&stream)?.uid() != *to {
+                return Err(self.broken("another user's process listens there now"));
+            }
             // A socket that is just connected has room.
             descriptors::send(&stream, files).map_err(|error| self.broken(error))?;
         }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
@@ -18,7 +18,22 @@ const RECEIVED: usize = MOST + 1;
 
 /// The descriptors that have come over a connection since its last request.
 #[derive(Debug, Clone, Default)]
-pub struct Descriptors(Arc<Mutex<Vec<File>>>);
+pub struct Descriptors(Arc<Mutex<Received>>);
+
+#[derive(Debug, Default)]
+struct Received {
+    files: Vec<File>,
+    /// Some did not arrive: this process may have no more files open.
+    lost: bool,
+}
+
+/// Not all descriptors of a request have arrived.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the descriptors that came with the request were lost: the VM's process has as many files open as it may: start \
+     the VM with a higher limit (`ulimit -n`)"
+)]
+pub struct Lost;
 
 impl Descriptors {
     /// Reads from a socket, and keeps what descriptors come with the bytes.
@@ -32,20 +47,31 @@ impl Descriptors {
         let received = recvmsg(socket, data, &mut control, RecvFlags::CMSG_CLOEXEC)?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(files) = message {
-                let mut kept = self.lock();
+                let kept = &mut self.lock().files;
                 let room = RECEIVED.saturating_sub(kept.len());
                 kept.extend(files.take(room).map(File::from));
             }
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            let mut kept = self.lock();
+            // With one too many, the request is refused for that.
+            kept.lost |= kept.files.len() < RECEIVED;
         }
         Ok(received.bytes)
     }
 
     /// Those that have come, for the request that has come.
-    pub fn take(&self) -> Vec<File> {
-        std::mem::take(&mut self.lock())
+    ///
+    /// # Errors
+    /// Not all have come. Those that have are closed.
+    pub fn take(&self) -> Result<Vec<File>, Lost> {
+        match std::mem::take(&mut *self.lock()) {
+            Received { lost: true, .. } => Err(Lost),
+            Received { files, .. } => Ok(files),
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<File>> {
+    fn lock(&self) -> MutexGuard<'_, Received> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -86,13 +112,20 @@ mod tests {
         let two = || [(); 2].map(|()| tempfile::tempfile().unwrap());
         send(&client, &two()).unwrap();
         assert_eq!(next().unwrap(), 2);
-        assert_eq!(received.take().len(), 2);
-        assert_eq!(received.take().len(), 0);
+        assert_eq!(received.take().unwrap().len(), 2);
+        assert_eq!(received.take().unwrap().len(), 0);
         for _ in 0..5 {
             send(&client, &two()).unwrap();
             assert_eq!(next().unwrap(), 2);
         }
-        assert_eq!(received.take().len(), RECEIVED);
+        assert_eq!(received.take().unwrap().len(), RECEIVED);
+        // The kernel has no room for all of a message, as when no more files may be open.
+        received.lock().lost = true;
+        send(&client, &two()).unwrap();
+        next().unwrap();
+        let lost = received.take().unwrap_err().to_string();
+        assert!(lost.contains("ulimit -n"), "{lost}");
+        assert_eq!(received.take().unwrap().len(), 0);
         drop(client);
         assert_eq!(next().unwrap(), 0);
         assert_eq!((&server).read(&mut data).unwrap(), 0);

@@ -67,7 +67,16 @@ impl Handlers {
             (Ok(route), Ok(_)) if route.call == Call::Console => {
                 (route.path, self.attach(upgrade, &slot))
             }
-            (Ok(route), Ok(body)) => (route.path, self.call(route.call, &body, files).await),
+            (Ok(route), Ok(body)) => {
+                let answer = match files {
+                    Ok(files) => self.call(route.call, &body, files).await,
+                    Err(lost) => {
+                        let status = StatusCode::SERVICE_UNAVAILABLE;
+                        Err(HttpError::new(status, lost.to_string()))
+                    }
+                };
+                (route.path, answer)
+            }
             (Ok(route), Err(refusal)) => (route.path, Err(refusal)),
             (Err(refusal), _) => ("none", Err(refusal)),
         };

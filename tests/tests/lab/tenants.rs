@@ -347,8 +347,11 @@ fn a_user_may_open_nothing_and_gets_what_root_has_opened(host: &Host) -> Result<
             gantry(host, "vm detach /tmp/alices/vm disk")?.success()?;
         }
         let foreign = attach.replace(FIRST.bdf, SECOND.bdf);
-        let foreign = gantry(host, &format!("{foreign} --open"))?.exits(1)?;
+        let unsent = gantry(host, &format!("{foreign} --open"))?.exits(1)?;
+        let not_sent = "0000:02:00.0 is not sent to user alice";
+        ensure!(unsent.errors().contains(not_sent), "{unsent}");
         // Another tenant's it does not even see.
+        let foreign = gantry(host, &foreign)?.exits(1)?;
         ensure!(
             foreign
                 .errors()

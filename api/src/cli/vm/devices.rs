@@ -1,14 +1,12 @@
 //! `gantry vm attach` and `gantry vm detach`: send the request, wait for the guest, print the result.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{self, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use gantry_resources::base::{DeviceName, HostPaths};
-use gantry_resources::facts::{VfioBackEnd, cdev};
 use gantry_resources::inventory::Allow;
 use gantry_resources::pools::{DeviceRequest, DeviceSource, NumaPolicy, OnError, RomSource};
 use serde::Serialize;
@@ -17,7 +15,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::{find, state, watch};
+use super::{find, open, state, watch};
 use crate::config::PlanDevices;
 use crate::http::client::{Client, ClientError, EventReader, seconds};
 use crate::http::wire::{AddedDevices, Device, DeviceState, Event, RemoveDevice, VmInfo, VmState};
@@ -103,16 +101,6 @@ struct SourceArgs {
     device: Option<DeviceName>,
 }
 
-/// Opens what a VM needs to have a device by iommufd: the device's cdev and an iommufd.
-fn opened(device: DeviceName, paths: &HostPaths) -> Result<[File; 2], Failure> {
-    let cdev = cdev(paths, device).map_err(|error| Failure::host(error.to_string()))?;
-    let open = |path: PathBuf| {
-        let opened = File::options().read(true).write(true).open(&path);
-        opened.map_err(|error| Failure::host(format!("cannot open {}: {error}", path.display())))
-    };
-    Ok([open(cdev)?, open(VfioBackEnd::Iommufd.node(paths))?])
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's driver releases the device first. If the guest does not answer, run the command again, or remove the \
@@ -153,7 +141,11 @@ pub fn attach(args: AttachArgs, paths: &HostPaths) -> Result<(), Failure> {
             let (plan, id) = (plan.clone(), None);
             client.put_json("vm.add-device", &PlanDevices { plan, id })?
         }
-        None => client.put_json_with("vm.add-device", &args.body()?, &args.files(paths)?)?,
+        None => {
+            let device = args.from.device.filter(|_| args.open);
+            let sent = device.map(|device| open::open(&client, device, paths));
+            client.put_json_with("vm.add-device", &args.body()?, sent.transpose()?.as_ref())?
+        }
     };
     let mut devices = added.map_or_else(Vec::new, |added| added.devices);
     if !args.no_wait {
@@ -186,14 +178,6 @@ impl AttachArgs {
             keys.remove("path");
         }
         Ok(body)
-    }
-
-    /// The descriptors that go with it.
-    fn files(&self, paths: &HostPaths) -> Result<Vec<File>, Failure> {
-        match self.from.device.filter(|_| self.open) {
-            Some(device) => opened(device, paths).map(Vec::from),
-            None => Ok(Vec::new()),
-        }
     }
 
     /// The request for devices without a plan.
