@@ -437,14 +437,20 @@ impl Opener {
         }
     }
 
-    /// A file or block device, opened with these flags. The inner result is the kernel's answer.
-    pub fn file(&self, path: &Path, flags: i32) -> Result<io::Result<File>, OpenerError> {
+    /// A file or block device, opened with these flags. The inner result is the kernel's answer. Once the request is
+    /// `unwanted`, the wait ends, and nothing will be opened again.
+    pub fn file(
+        &self,
+        path: &Path,
+        flags: i32,
+        unwanted: &dyn Fn() -> bool,
+    ) -> Result<io::Result<File>, OpenerError> {
         let mut connection = self.lock();
         let ask = Request::File {
             path: path.to_owned(),
             flags,
         };
-        let reply = connection.request(&ask, RELEASE_PATIENCE, &|| false);
+        let reply = connection.request(&ask, RELEASE_PATIENCE, unwanted);
         match reply.map_err(OpenerError::Gone)? {
             Reply::Opened => connection.file().map(Ok).map_err(OpenerError::Files),
             Reply::NotOpened { errno } => Ok(Err(io::Error::from_raw_os_error(errno))),

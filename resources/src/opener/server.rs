@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::files;
+use super::files::{FileOpener, OPEN_PATIENCE};
 use super::wire::{self, Leased, LeasedGroup, Limit, Nodes, Refusal, Reply, Request, Return};
 use crate::allocation::{AllocateError, Lease, OwnLease, Recipient, allocate_for, fit};
 use crate::base::chain::chain;
@@ -97,6 +97,7 @@ fn answer(
         last: 0..0,
         sources: Vec::new(),
     };
+    let files = FileOpener::default();
     loop {
         match wire::receive(socket) {
             Ok(Request::Lease {
@@ -122,7 +123,8 @@ fn answer(
                 wire::send(socket, &device.map_or_else(Reply::Refused, Reply::Device))?;
             }
             Ok(Request::File { path, flags }) => {
-                send_opened(socket, files::open(server.limit.as_ref(), &path, flags))?;
+                let limit = server.limit.as_ref();
+                send_opened(socket, files.open(limit, &path, flags, OPEN_PATIENCE))?;
             }
             Ok(Request::ReplyLost) => {
                 for id in std::mem::take(&mut server.last) {

@@ -68,6 +68,7 @@ impl Attacher {
         steps: &mut AttachSteps,
         ending: &Arc<AtomicBool>,
     ) -> Result<Vec<SlotDevice>, Error> {
+        let cancelled = || ending.load(Ordering::Acquire);
         let (requests, sent) = match &job.attach {
             Attach::Devices(request) => (vec![request.clone()], None),
             Attach::Plan { name, .. } => {
@@ -83,12 +84,11 @@ impl Attacher {
                     id: id.clone().unwrap_or_default(),
                     ..disk.clone()
                 };
-                let device = self.disk(&disk)?;
+                let device = self.disk(&disk, &cancelled)?;
                 steps.done("open");
                 return Ok(vec![SlotDevice::Virtio(device)]);
             }
         };
-        let cancelled = || ending.load(Ordering::Acquire);
         self.opener.slots(job.slots).map_err(DeviceError::from)?;
         let roms = self.roms.of(&requests)?;
         let prefault = OnceCell::new();
@@ -127,8 +127,13 @@ impl Attacher {
     }
 
     /// Has a disk opened, and makes a device of it.
-    fn disk(&self, config: &DiskConfig) -> Result<VirtioDevice, Error> {
-        let opened = self.opener.file(&config.path, disks::flags(config).bits());
+    fn disk(
+        &self,
+        config: &DiskConfig,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<VirtioDevice, Error> {
+        let flags = disks::flags(config).bits();
+        let opened = self.opener.file(&config.path, flags, cancelled);
         let disk = OpenDisk::later(config, opened.map_err(DeviceError::from)?)?;
         let context = self.context.virtio(self.guest.clone());
         Ok(disk.device(&context)?)
