@@ -96,11 +96,11 @@ pub struct RunArgs {
     /// Group of users who may use the socket too, by name or number
     #[arg(long, value_name = "GROUP")]
     api_group: Option<String>,
-    /// Folder of the kernels and initramfs files that clients may name in vm.create, and of no others.
+    /// Folder of the kernels, initramfs files and read-only disks that clients may name, and of no others.
     /// Needed with --api-group
     #[arg(long, value_name = "DIR", conflicts_with = "file")]
     payload_dir: Option<PathBuf>,
-    /// Folder of the files that clients may have a serial port write to; none without it
+    /// Folder of the files that clients may have as writable disks, or a serial port write to; none without it
     #[arg(long, value_name = "DIR", requires = "payload_dir")]
     output_dir: Option<PathBuf>,
     /// Do not listen on a socket

@@ -1066,6 +1066,14 @@ fn clients_that_are_kept_to_folders_name_no_file_elsewhere() {
     }
     let said = kept("vmlinuz", &log("new.log"), None).unwrap_err();
     assert!(said.contains("may name no file to write to"), "{said}");
+    for (key, value) in [("vsock", r#"{"cid": 3}"#), ("net", "[{}]")] {
+        let said = kept("vmlinuz", &format!(r#", "{key}": {value}"#), None).unwrap_err();
+        assert!(said.contains(&format!("`{key}`")), "{said}");
+        assert!(
+            said.contains("clients of this socket may have no"),
+            "{said}"
+        );
+    }
 }
 
 #[test]

@@ -34,13 +34,22 @@ pub fn devices(
 ) -> Devices {
     names.push(CloudInit::DISK.to_owned());
     let nets = nets::nets(net.unwrap_or_default(), &mut names, context, mistakes);
-    let vsock = vsock.and_then(|config| mistakes.keep(self::vsock(config, &mut names)));
+    let vsock = vsock.and_then(|config| mistakes.keep(self::vsock(config, &mut names, context)));
     let rng = rng.and_then(|config| mistakes.keep(self::rng(config, &mut names)));
     Devices { nets, vsock, rng }
 }
 
 /// The socket. `names` are those of the VM's devices before it.
-fn vsock(config: model::VsockConfig, names: &mut Vec<String>) -> Result<VsockConfig, Invalid> {
+fn vsock(
+    config: model::VsockConfig,
+    names: &mut Vec<String>,
+    context: &Context,
+) -> Result<VsockConfig, Invalid> {
+    if context.folders.is_some() {
+        let what = "clients of this socket may have no sockets of the host";
+        let help = "have the host's administrator start the VM from a file";
+        return Err(invalid("vsock", what, help));
+    }
     if config.socket.is_some() {
         let what =
             "the guest's sockets are sockets of the host's kernel here, not of a Unix socket";
