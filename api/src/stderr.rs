@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gantry_vmm::BoundedFile;
 use gantry_vmm::bounded_writer::{self, BoundedWriter};
+use gantry_vmm::is_journal;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -35,7 +35,7 @@ impl Stderr {
         let target = bounded_writer.map_or(Target::Closed, Target::Stream);
         Self {
             target: Arc::new(Mutex::new(target)),
-            is_journal: is_journal(),
+            is_journal: is_journal(&io::stderr()),
         }
     }
 
@@ -121,16 +121,6 @@ impl<'a> MakeWriter<'a> for Stderr {
             level: *event.level(),
         }
     }
-}
-
-/// Whether standard error is the file that the service manager has connected to its journal (systemd.exec(5)).
-fn is_journal() -> bool {
-    let named = std::env::var("JOURNAL_STREAM");
-    named.is_ok_and(|named| {
-        let own = io::stderr().as_fd().try_clone_to_owned().map(File::from);
-        let own = own.and_then(|own| own.metadata());
-        own.is_ok_and(|own| named == format!("{}:{}", own.dev(), own.ino()))
-    })
 }
 
 /// Lines with their priority in front (sd-daemon(3)).

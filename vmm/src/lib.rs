@@ -51,6 +51,7 @@ pub use error::Error;
 pub use gantry_vfio::measure;
 pub use machine::release_program_pages;
 pub use passthrough::{DeviceError, MeasuredDevices};
+pub use process::journal::is_journal;
 pub use process::sandbox::SeccompMode;
 pub use process::terminal::{Keys, Terminal};
 pub use process::{sandbox, threads};

@@ -13,6 +13,7 @@ use crate::config::{SerialMode, VmConfig};
 use crate::host::files;
 use crate::info::ConsoleSink;
 use crate::process::error::cannot;
+use crate::process::journal::{GuestLines, is_journal};
 
 /// The most that `serial.file` holds. A guest can write without end, and a full disk harms the host.
 const MAX_FILE: u64 = 64 << 20;
@@ -34,7 +35,11 @@ pub fn port(
         SerialMode::Null => Box::new(io::sink()),
         SerialMode::Tty => {
             let stdout = BoundedWriter::of_stream(&io::stdout(), Kind::Guest);
-            Box::new(stdout.map_err(cannot("use stdout"))?)
+            let stdout = stdout.map_err(cannot("use stdout"))?;
+            match is_journal(&io::stdout()) {
+                true => Box::new(GuestLines::new(stdout)),
+                false => Box::new(stdout),
+            }
         }
         SerialMode::File(path) => Box::new(BoundedFile::new(
             files::create("serial.file", path, below)?,

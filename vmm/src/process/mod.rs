@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod event_loop;
+pub mod journal;
 pub mod sandbox;
 pub mod signals;
 pub mod terminal;
