@@ -135,8 +135,8 @@ async fn show(
     loop {
         match output.recv().await {
             Ok(data) => to.write_all(&data).await?,
-            Err(RecvError::Lagged(lines)) => {
-                let note = format!("\r\n[{lines} lines came too fast to be shown]\r\n");
+            Err(RecvError::Lagged(_)) => {
+                let note = "\r\n[output is missing here: it came too fast to be shown]\r\n";
                 to.write_all(note.as_bytes()).await?;
             }
             Err(RecvError::Closed) => return to.shutdown().await,

@@ -11,7 +11,7 @@ use clap::Args;
 use gantry_resources::base::HostPaths;
 use gantry_vmm::{Keys, Terminal};
 use nix::sys::signal::{SigSet, Signal};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf};
 use tokio::sync::mpsc::{Receiver, channel};
 
 use super::find;
@@ -19,6 +19,9 @@ use crate::http::client::{Client, ConsoleStream};
 use crate::http::wire::Event;
 use crate::output::note;
 use crate::report::{BY_SIGNAL, Failure};
+
+/// Bytes that wait for a guest that does not read. What is typed beyond them is dropped.
+const MOST_TYPED: usize = 64 << 10;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -92,7 +95,7 @@ fn attach(client: &Client, console: ConsoleStream, name: &str) -> Result<Left, F
     Ok(client.block_on(async {
         let (from, to) = tokio::io::split(console);
         let shows = pin!(show(from));
-        let types = pin!(type_in(to, keys, name));
+        let types = pin!(type_in(stdin(), to, keys, name));
         let follows = pin!(follow(signals, terminal.as_mut()));
         first([shows, types, follows]).await
     }))
@@ -158,20 +161,37 @@ async fn show(mut from: ReadHalf<ConsoleStream>) -> Left {
     }
 }
 
-/// Types what comes on standard input, but for the commands of a user at a terminal.
-async fn type_in(mut to: WriteHalf<ConsoleStream>, mut keys: Option<Keys>, name: &str) -> Left {
-    let mut input = stdin();
-    while let Some(typed) = input.recv().await {
-        let mut for_guest = VecDeque::new();
+/// Types what comes on standard input, but for the commands of a user at a terminal. A command is seen though the
+/// guest reads nothing; without a terminal, the input waits for the guest.
+async fn type_in(
+    mut input: Receiver<Vec<u8>>,
+    mut to: impl AsyncWrite + Unpin,
+    mut keys: Option<Keys>,
+    name: &str,
+) -> Left {
+    let mut queue = VecDeque::new();
+    loop {
+        let typed = poll_fn(|context| {
+            while !queue.is_empty() {
+                match Pin::new(&mut to).poll_write(context, queue.as_slices().0) {
+                    Poll::Ready(Ok(written @ 1..)) => drop(queue.drain(..written)),
+                    // The other direction tells why.
+                    Poll::Ready(_) => queue.clear(),
+                    Poll::Pending if keys.is_none() => return Poll::Pending,
+                    Poll::Pending => break,
+                }
+            }
+            input.poll_recv(context)
+        });
+        let Some(typed) = typed.await else { break };
         let command = match &mut keys {
-            Some(keys) => keys.take(&typed, &mut for_guest),
+            Some(keys) => keys.take(&typed, &mut queue),
             None => {
-                for_guest.extend(typed);
+                queue.extend(typed);
                 None
             }
         };
-        // If it fails, the other direction tells why.
-        let _ = to.write_all(for_guest.make_contiguous()).await;
+        queue.truncate(MOST_TYPED);
         match command {
             None => {}
             Some(b'd') => return Left::Detached,
@@ -180,6 +200,7 @@ async fn type_in(mut to: WriteHalf<ConsoleStream>, mut keys: Option<Keys>, name:
             )),
         }
     }
+    let _ = to.write_all(queue.make_contiguous()).await;
     // The guest's output goes on.
     pending().await
 }
@@ -199,4 +220,64 @@ fn stdin() -> Receiver<Vec<u8>> {
         }
     });
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(future)
+    }
+
+    #[test]
+    fn the_console_of_a_guest_that_reads_nothing_is_left() {
+        run(async {
+            let (sender, input) = channel(1);
+            // Nobody reads the other end.
+            let (to, _other) = tokio::io::duplex(1);
+            let types = async {
+                for _ in 0..3 {
+                    sender.send(vec![b'x'; MOST_TYPED]).await.unwrap();
+                }
+                sender.send(b"\x01d".to_vec()).await.unwrap();
+                pending().await
+            };
+            let left = pin!(type_in(input, to, Some(Keys::new(b"dx")), "vm"));
+            let left: [Pin<&mut dyn Future<Output = Left>>; 2] = [left, pin!(types)];
+            assert!(matches!(first(left).await, Left::Detached));
+        });
+    }
+
+    #[test]
+    fn input_without_a_terminal_waits_for_the_guest() {
+        run(async {
+            let (sender, input) = channel(1);
+            let (to, mut other) = tokio::io::duplex(1);
+            let text = vec![b'x'; 2 * MOST_TYPED];
+            let guest = async {
+                for part in text.chunks(256) {
+                    sender.send(part.to_vec()).await.unwrap();
+                }
+                drop(sender);
+                Left::Closed
+            };
+            let reads = async {
+                let mut read = vec![0; text.len()];
+                other.read_exact(&mut read).await.unwrap();
+                assert_eq!(read, text);
+                Left::Unread
+            };
+            let mut guest = pin!(guest);
+            let mut types = pin!(type_in(input, to, None, "vm"));
+            let mut sent = false;
+            let both = poll_fn(|context| {
+                sent = sent || guest.as_mut().poll(context).is_ready();
+                types.as_mut().poll(context)
+            });
+            let left: [Pin<&mut dyn Future<Output = Left>>; 2] = [pin!(both), pin!(reads)];
+            assert!(matches!(first(left).await, Left::Unread));
+        });
+    }
 }
