@@ -2,17 +2,20 @@
 
 mod ask;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use gantry_resources::base::{HostBdf, HostPaths};
-use gantry_resources::inventory::{DeviceState, HostDevice, is_reset, scan};
+use gantry_resources::inventory::{DeviceState, HostDevice, cards, is_reset, scan};
 use gantry_resources::pools::Groups;
+use gantry_vmm::VmConfig;
 use serde_json::{Map, json};
 
 use super::device::{detach_into, would_detach};
+use crate::cli::group::fit;
 use crate::config::{self, LoadOptions, SourceText};
 use crate::output::{note, print};
 use crate::report::{Failure, USAGE};
@@ -64,6 +67,8 @@ struct Plan {
     takes: Option<(Vec<HostBdf>, Option<String>)>,
     /// The VM's file.
     text: String,
+    /// The same as `gantry run` reads it.
+    config: VmConfig,
 }
 
 pub fn init(args: InitArgs, paths: &HostPaths) -> Result<(), Failure> {
@@ -97,7 +102,17 @@ pub fn init(args: InitArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     done?;
     let file = args.file.display();
-    print(|out| writeln!(out, "{file} is written: `gantry run {file}` runs the VM"))
+    print(|out| writeln!(out, "{file} is written: `gantry run {file}` runs the VM"))?;
+    match plan.config.devices.as_slice() {
+        [] => Ok(()),
+        devices => {
+            // What lacks now may be free later.
+            if let Err(failure) = fit::print_fit(paths, devices, BTreeSet::new(), false) {
+                note(format!("warning: {failure}"));
+            }
+            Ok(())
+        }
+    }
 }
 
 fn apply(plan: &Plan, file: &mut File, paths: &HostPaths) -> Result<(), Failure> {
@@ -141,8 +156,9 @@ fn plan(args: &InitArgs, paths: &HostPaths) -> Result<Plan, Failure> {
     let all = scan(paths)?;
     let groups = Groups::load(paths)?;
     let mut devices = Vec::new();
-    for bdf in &args.devices {
-        let found = all.iter().find(|device| device.bdf == *bdf);
+    // In the order of their addresses, each once.
+    for bdf in &args.devices.iter().collect::<BTreeSet<_>>() {
+        let found = all.iter().find(|device| device.bdf == **bdf);
         devices.push(found.ok_or_else(|| {
             let what = format!("there is no device {bdf} on this host");
             Failure::new(USAGE, what).help("`gantry device list` shows what there is")
@@ -168,8 +184,12 @@ fn plan(args: &InitArgs, paths: &HostPaths) -> Result<Plan, Failure> {
     let takes = joins.is_some() || devices.iter().any(on_host);
     let takes = takes.then(|| (args.devices.clone(), joins));
     let text = text(args, group.as_deref(), &devices, &all)?;
-    check(args, &text, paths)?;
-    Ok(Plan { takes, text })
+    let config = check(args, &text, paths)?;
+    Ok(Plan {
+        takes,
+        text,
+        config,
+    })
 }
 
 /// A name for a group of devices of this kind that no group has.
@@ -222,8 +242,9 @@ fn text(
     });
     if let Some(group) = group {
         let mut request = json!({"group": group});
-        if devices.len() > 1 {
-            request["count"] = json!(devices.len());
+        let count = cards(devices.iter().copied()).len();
+        if count > 1 {
+            request["count"] = json!(count);
         }
         // The user names the device, and is shown what its entry says.
         if devices.iter().any(|device| !is_reset(device, all)) {
@@ -244,7 +265,7 @@ fn text(
 }
 
 /// Reads the text as `gantry run` will, before anything is done.
-fn check(args: &InitArgs, text: &str, paths: &HostPaths) -> Result<(), Failure> {
+fn check(args: &InitArgs, text: &str, paths: &HostPaths) -> Result<VmConfig, Failure> {
     let name = config::Source::from(args.file.clone()).name(None);
     let written = SourceText {
         text,
@@ -255,8 +276,7 @@ fn check(args: &InitArgs, text: &str, paths: &HostPaths) -> Result<(), Failure> 
         host: paths.clone(),
         ..LoadOptions::default()
     };
-    config::parse(&written, &name, &options)?;
-    Ok(())
+    Ok(config::parse(&written, &name, &options)?)
 }
 
 /// The newest kernel of a folder, and its initramfs.

@@ -518,6 +518,7 @@ fn a_vms_file_is_written_with_a_device_that_the_host_does_not_use() {
     assert!(!host.path("new.json").exists());
 
     // It is with vfio-pci and in a group: nothing is to be moved.
+    host.node(11);
     let done = init(&["--device", "01:00.0", "--yes"]).ok();
     assert!(!done.contains("taken from the host"), "{done}");
     let text = fs::read_to_string(host.path("new.json")).unwrap();
@@ -527,6 +528,31 @@ fn a_vms_file_is_written_with_a_device_that_the_host_does_not_use() {
     let again = init(&["--yes"]).failed(1);
     assert!(again.contains("left as it is"), "{again}");
     assert_eq!(fs::read_to_string(host.path("new.json")).unwrap(), text);
+}
+
+#[test]
+fn a_vms_file_asks_for_cards_and_not_for_their_functions() {
+    let host = Host::new();
+    for (function, class) in [(0, "0x030000"), (1, "0x040300")] {
+        let bdf = format!("0000:0b:00.{function}");
+        host.device(&bdf, ["0x10de", "0x1e87", class], "vfio-pci", 20);
+    }
+    host.node(20);
+    host.gantry(&["group", "create", "gpus", "--rule", r#"{"class": "03"}"#])
+        .ok();
+    fs::write(host.path("kernel"), "").unwrap();
+    let (file, kernel) = (host.path("new.json"), host.path("kernel"));
+    let both = ["--device", "0b:00.1", "--device", "0b:00.0", "--yes"];
+    let named = [
+        "init",
+        file.to_str().unwrap(),
+        "--kernel",
+        kernel.to_str().unwrap(),
+    ];
+    let said = host.gantry(&[&named[..], &both].concat()).ok();
+    assert!(said.contains("1 of 1: 0000:0b:00.0 0000:0b:00.1"), "{said}");
+    let vm: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!(vm["devices"][0]["count"], Value::Null, "{vm}");
 }
 
 #[test]
