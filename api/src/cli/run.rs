@@ -26,6 +26,7 @@ use crate::report::{
     self, BY_SIGNAL, EXIT_STATUSES, Failure, GUEST_DIED, STOPPED, SUCCESS, TRY_AGAIN, USAGE,
 };
 use crate::stderr::Stderr;
+use crate::vm_log::Logs;
 use background::Background;
 pub use background::FLAG as IN_BACKGROUND;
 use gantry_vmm::command::{ConsoleSink, VmEvent};
@@ -65,7 +66,8 @@ gets no input until `fg` brings it to the foreground; press Enter if it still ge
 attaches to the serial port from elsewhere.
 
 With -d the VM has no terminal. What gantry and the guest say is kept, up to 1 MiB, in NAME.log in the run \
-directory, until a VM of that name is started again: `gantry vm logs NAME` shows it.";
+directory, until a VM of that name is started again: `gantry vm logs NAME` shows it. A user who may not write there names a \
+socket with --api-socket, and has the log in $XDG_RUNTIME_DIR/gantry.";
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("{HELP}\n\n{EXIT_STATUSES}"))]
@@ -254,6 +256,15 @@ impl RunArgs {
         self.file.as_deref() == Some(Path::new("-"))
     }
 
+    /// What `gantry vm` calls the VM called `name`: by the path of its socket, if that is not the usual one.
+    fn name_for_clients(&self, name: &str) -> String {
+        match &self.api_socket {
+            None => name.to_owned(),
+            Some(path) if path.parent() == Some(Path::new("")) => format!("./{}", path.display()),
+            Some(path) => path.display().to_string(),
+        }
+    }
+
     /// The name of the VM.
     fn vm_name(&self) -> String {
         let given = self.name.as_deref();
@@ -362,7 +373,14 @@ impl RunArgs {
         identity: Identity,
     ) -> Result<Option<Api>, Failure> {
         let paths = &identity.host;
-        let Some(socket) = self.socket(&identity.name, paths)? else {
+        let socket = self.socket(&identity.name, paths)?;
+        let usual = path_of(&paths.run, &identity.name);
+        let has_name = socket.as_ref().is_some_and(|socket| socket.path() == usual);
+        // Without the usual socket, a VM that runs may have the name.
+        if has_name || Socket::check_free(&usual, &paths.run).is_ok() {
+            Logs::new(&paths.run).remove(&identity.name);
+        }
+        let Some(socket) = socket else {
             return Ok(None);
         };
         let failed = |error| Failure::host(format!("cannot serve the VM's socket: {error}"));

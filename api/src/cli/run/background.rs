@@ -14,7 +14,7 @@ use super::readiness::Started;
 use crate::output::{note, print};
 use crate::report::{BY_SIGNAL, FAILED, Failure};
 use crate::stderr::Stderr;
-use crate::vm_log::{NewLog, path_of};
+use crate::vm_log::{Logs, NewLog};
 
 /// The flag of the second gantry.
 pub const FLAG: &str = "in-background";
@@ -22,17 +22,18 @@ pub const FLAG: &str = "in-background";
 /// Runs this command line once more in the background. Returns once its guest runs, or with the exit status that it
 /// ended with, after what it said.
 pub fn start(args: &RunArgs, paths: &HostPaths) -> Result<ExitCode, Failure> {
-    let log = NewLog::create(&paths.run).map_err(|error| {
+    let log = Logs::new(&paths.run).create().map_err(|error| {
         let run = paths.run.display();
-        Failure::host(format!("cannot make the VM's log in {run}: {error}"))
-            .help("`--run-dir` names another directory, for this and for `gantry vm`")
+        Failure::host(format!("cannot make the VM's log in {run}: {error}")).help(
+            "a user who may not write there needs a folder in $XDG_RUNTIME_DIR, as a login sets it",
+        )
     })?;
     let failed = |error: io::Error| Failure::host(format!("cannot start gantry: {error}"));
     let (mut ready, child) = spawn(args, &log).map_err(failed)?;
     let mut answer = Vec::new();
     ready.read_to_end(&mut answer).map_err(failed)?;
     match serde_json::from_slice(&answer) {
-        Ok(started) => is_started(&started, &log, paths),
+        Ok(started) => is_started(&started, &log, args),
         Err(_) => has_failed(child, &log).map_err(failed),
     }
 }
@@ -53,19 +54,20 @@ fn spawn(args: &RunArgs, log: &NewLog) -> io::Result<(io::PipeReader, Child)> {
     Ok((reader, child))
 }
 
-fn is_started(started: &Started, log: &NewLog, paths: &HostPaths) -> Result<ExitCode, Failure> {
+fn is_started(started: &Started, log: &NewLog, args: &RunArgs) -> Result<ExitCode, Failure> {
     let Started { name, said } = started;
-    if let Err(error) = log.keep(&path_of(&paths.run, name)) {
+    if let Err(error) = log.keep(name) {
         note(format!(
             "warning: `gantry vm logs {name}` has nothing to show: {error}"
         ));
     }
     show(&log.text(Some(*said)).unwrap_or_default());
+    let vm = args.name_for_clients(name);
     print(|out| {
         writeln!(
             out,
-            "VM {name} runs. `gantry vm console {name}` attaches to its console, `gantry vm logs {name}` shows \
-             what it has said, `gantry vm shutdown {name}` ends it."
+            "VM {name} runs. `gantry vm console {vm}` attaches to its console, `gantry vm logs {name}` shows \
+             what it has said, `gantry vm shutdown {vm}` ends it."
         )
     })?;
     Ok(ExitCode::SUCCESS)

@@ -1,21 +1,20 @@
 //! `gantry vm logs`: what a VM in the background has said.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
-use anstream::adapter::strip_bytes;
+use anstream::adapter::StripBytes;
 use clap::Args;
 use gantry_resources::base::{HostPaths, harmless};
-use gantry_resources::holding::running_vms;
 
 use crate::output::{print, print_while_read};
 use crate::report::Failure;
-use crate::vm_log::path_of;
+use crate::vm_log::{Logs, is_written};
 
+/// Where a reader has missed something.
+const MISSED: &str = "\n[output is missing here: it came too fast to be followed]\n";
 /// How often a log is looked at for more.
 const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -40,12 +39,14 @@ pub struct LogsArgs {
 }
 
 pub fn logs(args: &LogsArgs, paths: &HostPaths) -> Result<(), Failure> {
-    let path = path_of(&paths.run, &args.vm);
-    let mut file = File::open(&path).map_err(|error| no_log(&args.vm, &path, &error))?;
-    let failed = |error| Failure::host(format!("cannot read {}: {error}", path.display()));
+    let name = &*args.vm;
+    let opened = Logs::new(&paths.run).open(name);
+    let mut file = opened.map_err(|error| no_log(name, &error))?;
+    let failed = |error| Failure::host(format!("cannot read the log of {name}: {error}"));
+    let mut cleaner = Cleaner::default();
     let mut text = Vec::new();
     file.read_to_end(&mut text).map_err(failed)?;
-    let clean = clean(&text);
+    let clean = cleaner.clean(&text);
     let shown = last(&clean, args.lines);
     print(|out| write!(out, "{shown}"))?;
     if !args.follow {
@@ -53,29 +54,26 @@ pub fn logs(args: &LogsArgs, paths: &HostPaths) -> Result<(), Failure> {
     }
     loop {
         // Asked before the last look: what it says at its end is shown.
-        let ended = !is_running(&args.vm, paths);
+        let ended = !is_written(&file);
         let log = file.metadata().map_err(failed)?;
+        let mut missed = "";
         if log.len() < file.stream_position().map_err(failed)? {
-            // The older half was removed.
+            // The older half was removed, and perhaps some of what was not shown yet.
+            missed = MISSED;
             file.seek(SeekFrom::End(0)).map_err(failed)?;
         }
         text.clear();
         file.read_to_end(&mut text).map_err(failed)?;
-        let clean = self::clean(&text);
-        if !print_while_read(|out| write!(out, "{clean}"))? || ended || log.nlink() == 0 {
+        let clean = cleaner.clean(&text);
+        if !print_while_read(|out| write!(out, "{missed}{clean}"))? || ended || log.nlink() == 0 {
             return Ok(());
         }
         sleep(INTERVAL);
     }
 }
 
-fn is_running(name: &str, paths: &HostPaths) -> bool {
-    let mut running = running_vms(paths).unwrap_or_default().into_iter();
-    running.any(|vm| vm.tenant.is_none() && vm.record.name == name)
-}
-
-fn no_log(name: &str, path: &Path, error: &std::io::Error) -> Failure {
-    let failure = Failure::host(format!("there is no log {}: {error}", path.display()));
+fn no_log(name: &str, error: &std::io::Error) -> Failure {
+    let failure = Failure::host(format!("there is no log of {name}: {error}"));
     match error.kind() {
         ErrorKind::NotFound => failure.help(format!(
             "`gantry run -d` keeps one; what other VMs say is on the terminal of their `gantry run`, or in \
@@ -85,11 +83,28 @@ fn no_log(name: &str, path: &Path, error: &std::io::Error) -> Failure {
     }
 }
 
-/// Output of a guest without what controls a terminal.
-fn clean(output: &[u8]) -> String {
-    let text = strip_bytes(output).into_vec();
-    let text = String::from_utf8_lossy(&text);
-    harmless(&text.replace('\r', ""))
+/// Leaves out of a guest's output what controls a terminal.
+#[derive(Debug, Default)]
+struct Cleaner {
+    /// Knows of a sequence whose end comes later.
+    strip: StripBytes,
+    /// The begin of a character whose end comes later.
+    held: Vec<u8>,
+}
+
+impl Cleaner {
+    /// The next part of the output.
+    fn clean(&mut self, output: &[u8]) -> String {
+        let mut text = std::mem::take(&mut self.held);
+        text.extend(self.strip.strip_next(output).flatten());
+        let last = text.utf8_chunks().last();
+        let invalid = last.map(|last| last.invalid()).unwrap_or_default();
+        let is_begin = str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+        if is_begin {
+            self.held = text.split_off(text.len() - invalid.len());
+        }
+        harmless(&String::from_utf8_lossy(&text).replace('\r', ""))
+    }
 }
 
 /// The last `count` lines, or all.
@@ -109,8 +124,23 @@ mod tests {
 
     #[test]
     fn a_guest_cannot_control_the_readers_terminal() {
-        let text = clean(b"\x1b]0;title\x07\x1b[31mred\x1b[0m\r\nlogin: \x07");
+        let text = Cleaner::default().clean(b"\x1b]0;title\x07\x1b[31mred\x1b[0m\r\nlogin: \x07");
         assert_eq!(text, "red\nlogin: ");
+    }
+
+    #[test]
+    fn what_comes_in_parts_is_read_as_a_whole() {
+        let whole = "a\x1b[31mr\u{e9}d\u{1f600}\x1b[0m\x1b]0;title\x07 b\n".as_bytes();
+        for at in 0..=whole.len() {
+            let (one, two) = whole.split_at(at);
+            let mut cleaner = Cleaner::default();
+            let text = cleaner.clean(one) + &cleaner.clean(two);
+            assert_eq!(text, "ar\u{e9}d\u{1f600} b\n", "cut at {at}");
+        }
+        // A character that does not end does not hold up what follows it.
+        let mut cleaner = Cleaner::default();
+        let text = cleaner.clean(b"a\xc3") + &cleaner.clean(b"b");
+        assert!(text.starts_with('a') && text.ends_with('b'), "{text:?}");
     }
 
     #[test]
