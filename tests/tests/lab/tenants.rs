@@ -337,7 +337,8 @@ fn a_user_may_open_nothing_and_gets_what_root_has_opened(host: &Host) -> Result<
         for _ in 0..2 {
             gantry(host, &format!("{attach} --open"))?.success()?;
             running.types(
-                "echo guest: sum=$(dd if=/dev/nvme0n1 bs=64k iflag=direct 2>/dev/null | sha256sum)",
+                "until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; \
+                 echo guest: sum=$(dd if=/dev/nvme0n1 bs=64k iflag=direct 2>/dev/null | sha256sum)",
             )?;
             running.line("guest: sum=")?;
             let held = device(host, FIRST.bdf)?;
