@@ -69,7 +69,8 @@ def check_schema(schema, samples):
     for sample in samples:
         errors = [error.message for error in validator.iter_errors(sample)]
         assert not errors, f"the schema refuses {json.dumps(sample)[:200]}: {errors}"
-    for wrong in ({}, {"payload": {}}, {"payload": {"kernel": "k"}, "disk": []},
+    for wrong in ({}, {"payload": {}}, {"payload": {"kernel": "k", "firmware": "f"}},
+                  {"payload": {"kernel": "k"}, "disk": []},
                   {"payload": {"kernel": "k"}, "cpus": {"boot_vcpus": 0}},
                   {"payload": {"kernel": "k"}, "devices": [{"group": "a", "path": "b"}]}):
         assert not validator.is_valid(wrong), f"the schema accepts {wrong}"

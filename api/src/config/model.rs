@@ -59,6 +59,7 @@ pub struct VmConfig {
 /// the working directory when the configuration comes from standard input.
 #[derive(Debug, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["kernel"]}, {"required": ["firmware"]}]))]
 pub struct PayloadConfig {
     /// Path of the kernel: a `vmlinux` with a PVH entry point, or a `bzImage`.
     pub kernel: Option<PathBuf>,
