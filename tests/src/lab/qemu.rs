@@ -99,8 +99,9 @@ impl Machine {
             "-append",
             &format!(
                 // Linux counts timer interrupts while it spins for 10 ticks, and panics for want of
-                // four: on a machine with other work to do there may be fewer.
-                "console=ttyS0 intel_iommu=on no_timer_check panic=-1 quiet rdinit=/init {}",
+                // four: on a machine with other work to do there may be fewer. The lab kernel has no loop
+                // devices by itself, as its guests need none.
+                "console=ttyS0 intel_iommu=on no_timer_check loop.max_loop=8 panic=-1 quiet rdinit=/init {}",
                 self.append
             ),
         ]

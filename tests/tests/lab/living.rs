@@ -170,6 +170,10 @@ fn a_name_that_is_taken_is_told_first(host: &Host) -> Result<()> {
         "another log"
     );
     host.sh("gantry vm shutdown vm").output()?.success()?;
+    // The VM's process ends after the reply.
+    host.sh("for try in $(seq 100); do pidof gantry >/dev/null || break; sleep 0.1; done")
+        .output()?
+        .success()?;
     nothing_is_held(host)
 }
 

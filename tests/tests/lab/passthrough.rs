@@ -287,11 +287,15 @@ fn a_bar_over_other_things_is_not_mapped(host: &Host) -> Result<()> {
     running
         .types("O=$(od -An -tx4 -j16 -N4 /sys/bus/pci/devices/0000:02:00.0/config | tr -d ' ')")?;
     running.types(
-        "move() { for at in 0 8 16 24; do printf \"\\\\x$(printf %02x $((($1 >> at) & 255)))\"; done >$F; \
-         dd if=$F of=$C bs=4 seek=4 conv=notrunc 2>/dev/null; }",
+        "word() { for at in 0 8 16 24; do printf \"\\\\x$(printf %02x $((($1 >> at) & 255)))\"; done >$F; \
+         dd if=$F of=$2 bs=4 seek=$3 conv=notrunc 2>/dev/null; }",
     )?;
-    running.types("for over in 0x1000000 0xfee00000 0xe0000000 0x$O; do move $over; done")?;
-    running.types("echo guest: other=$O; move $B")?;
+    // The port forwards all addresses below 4 GiB meanwhile.
+    running
+        .types("P=$(dirname $(readlink -f $D))/config; W=$(od -An -tx4 -j32 -N4 $P | tr -d ' ')")?;
+    running.types("word 0xfff00000 $P 8")?;
+    running.types("for over in 0x1000000 0xfee00000 0xe0000000 0x$O; do word $over $C 4; done")?;
+    running.types("echo guest: other=$O; word 0x$W $P 8; word $B $C 4")?;
     running.types("echo 0000:01:00.0 >/sys/bus/pci/drivers/nvme/bind")?;
     running.types("until [ -b /dev/nvme0n1 ] && [ -b /dev/nvme1n1 ]; do sleep 0.1; done")?;
     running.types("cat /dev/nvme[01]n1 | wc -c | sed 's/^/guest: read=/'; poweroff -f")?;
