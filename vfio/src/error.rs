@@ -203,7 +203,9 @@ fn open_hint(path: &Path, error: &io::Error) -> &'static str {
         Some(libc::ENOENT) if path.ends_with("iommu") => {
             " (load it with `modprobe iommufd`, or set \"iommufd\": false under \"platform\" in the VM's file)"
         }
-        Some(libc::ENOENT) => " (is the vfio-pci module loaded, and the device bound to it?)",
+        Some(libc::ENOENT) => {
+            " (is the vfio-pci module loaded, by `modprobe vfio-pci`, and the device bound to it?)"
+        }
         Some(libc::EACCES | libc::EPERM) => " (run as its owner, or as root)",
         _ => "",
     }

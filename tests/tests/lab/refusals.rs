@@ -291,10 +291,11 @@ fn vfio_missing_or_not_permitted(host: &Host) -> Result<()> {
     let _pool = Pool::of(host, &[FIRST.bdf])?;
     let vm = Vm::new("none").devices("nvme", 1);
     let node = group_node(host)?;
-    without(host, &node, || {
-        is_refused(host, vm.run(host)?, 1, &[FIRST.bdf, &node, "modprobe"])
-    })?;
     let container = with("platform.iommufd", json!(false));
+    without(host, &node, || {
+        let words = [&*node, "`modprobe vfio-pci`"];
+        is_refused(host, container.run(host)?, 1, &words)
+    })?;
     without(host, "/dev/vfio/vfio", || {
         let words = ["/dev/vfio/vfio", "modprobe vfio_iommu_type1"];
         is_refused(host, container.run(host)?, 1, &words)
@@ -329,6 +330,7 @@ fn a_host_without_one_back_end_has_the_other(host: &Host) -> Result<()> {
         ensure!(row.is_some_and(only), "{check}");
         reads(&vm)
     })?;
+    without(host, &group_node(host)?, || reads(&vm))?;
     without(host, "/dev/iommu", || {
         reads(&vm)?;
         let words = ["platform.iommufd", "/dev/iommu"];
