@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::model::{Access, Device, Lacking, Results, Side, Test, Unit, medians};
+use super::model::{Access, Device, Lacking, Results, Round, Side, Test, Unit, medians};
 use super::stats::Ratio;
 use crate::output::print;
 use crate::report::Failure;
@@ -78,34 +78,35 @@ pub fn title(device: &Device) -> String {
 }
 
 fn row(test: &Test) -> Vec<String> {
-    let of = |rounds: &[super::model::Round], figure: fn(&super::model::Round) -> f64| {
+    let figures = figures(test).into_iter().map(cell);
+    std::iter::once(test.test.clone()).chain(figures).collect()
+}
+
+/// What is shown of a test, in the order of the columns after its name.
+pub fn figures(test: &Test) -> [Option<String>; 9] {
+    let of = |rounds: &[Round], figure: fn(&Round) -> f64| {
         let figures: Vec<f64> = rounds.iter().map(figure).collect();
         median(figures).map(|figure| show(test.unit, figure))
     };
     // Of a rate, the extremes of a few parts of the time: they say nothing.
     let tail = |shown: Option<String>| shown.filter(|_| test.unit == Unit::Nanoseconds);
-    let samples: u64 = test
-        .host
-        .iter()
-        .chain(&test.guest)
-        .map(|round| round.samples)
-        .sum();
-    vec![
-        test.test.clone(),
-        cell(of(&test.host, |round| round.p50)),
-        cell(of(&test.guest, |round| round.p50)),
-        cell(test.ratio.map(|ratio| format!("{:.2}", ratio.value))),
-        cell(test.ratio.and_then(interval)),
-        cell(tail(of(&test.host, |round| round.p99))),
-        cell(tail(of(&test.guest, |round| round.p99))),
-        cell(tail(of(&test.host, |round| round.p999))),
-        cell(tail(of(&test.guest, |round| round.p999))),
-        samples.to_string(),
+    let rounds = test.host.iter().chain(&test.guest);
+    let samples: u64 = rounds.map(|round| round.samples).sum();
+    [
+        of(&test.host, |round| round.p50),
+        of(&test.guest, |round| round.p50),
+        test.ratio.map(|ratio| format!("{:.2}", ratio.value)),
+        test.ratio.and_then(interval),
+        tail(of(&test.host, |round| round.p99)),
+        tail(of(&test.guest, |round| round.p99)),
+        tail(of(&test.host, |round| round.p999)),
+        tail(of(&test.guest, |round| round.p999)),
+        Some(samples.to_string()),
     ]
 }
 
 /// The median over rounds.
-pub fn middle(rounds: &[super::model::Round]) -> Option<f64> {
+pub fn middle(rounds: &[Round]) -> Option<f64> {
     median(medians(rounds))
 }
 

@@ -5,7 +5,7 @@ mod plots;
 use std::fmt::Write;
 
 use super::model::{Access, Device, Results, Test, Unit};
-use super::table::{NO_VFIO, interval, lacking_text, middle, show, title};
+use super::table::{NO_VFIO, figures, lacking_text, title};
 
 const STYLE: &str = include_str!("style.css");
 
@@ -96,38 +96,11 @@ fn device(device: &Device) -> String {
 
 fn row(test: &Test) -> String {
     let mut cells = format!("<tr><th scope=\"row\">{}", escape(&test.test));
-    let mut cell = |text: Option<String>| {
+    for figure in figures(test) {
+        let text = figure.map_or("–".to_owned(), |text| escape(&text));
         // Writing to memory does not fail.
-        let _ = write!(
-            cells,
-            "<td>{}",
-            text.map_or("–".to_owned(), |text| escape(&text))
-        );
-    };
-    let of = |rounds, figure: fn(&super::model::Round) -> f64| -> Option<String> {
-        let rounds: &[super::model::Round] = rounds;
-        let mut figures: Vec<f64> = rounds.iter().map(figure).collect();
-        figures.sort_by(f64::total_cmp);
-        let shown = figures
-            .get(figures.len() / 2)
-            .map(|figure| show(test.unit, *figure));
-        shown.filter(|_| test.unit == Unit::Nanoseconds)
-    };
-    cell(middle(&test.host).map(|figure| show(test.unit, figure)));
-    cell(middle(&test.guest).map(|figure| show(test.unit, figure)));
-    cell(test.ratio.map(|ratio| format!("{:.2}", ratio.value)));
-    cell(test.ratio.and_then(interval));
-    cell(of(&test.host, |round| round.p99));
-    cell(of(&test.guest, |round| round.p99));
-    cell(of(&test.host, |round| round.p999));
-    cell(of(&test.guest, |round| round.p999));
-    let samples: u64 = test
-        .host
-        .iter()
-        .chain(&test.guest)
-        .map(|round| round.samples)
-        .sum();
-    cell(Some(samples.to_string()));
+        let _ = write!(cells, "<td>{text}");
+    }
     cells.push_str("</tr>\n");
     cells
 }
