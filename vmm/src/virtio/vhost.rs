@@ -73,9 +73,17 @@ fn help(path: &Path, error: &io::Error) -> String {
 /// The node cannot be opened.
 pub fn check_net() -> Result<(), VhostError> {
     let opened = File::options().read(true).write(true).open(NET);
-    opened.map(drop).map_err(|source| VhostError::Open {
-        path: NET.into(),
-        source,
+    node(NET, opened.map_err(vhost::Error::VhostOpen)).map(drop)
+}
+
+/// What came of opening the node `path`.
+///
+/// # Errors
+/// It cannot be opened.
+pub fn node<T>(path: &str, opened: vhost::Result<T>) -> Result<T, VhostError> {
+    opened.map_err(|error| VhostError::Open {
+        path: path.into(),
+        source: io_error(error),
     })
 }
 
@@ -97,11 +105,7 @@ pub fn open<V: VhostBackend>(
             source: io_error(error),
         }
     };
-    let opened = open(Arc::new(ram.memory().clone()));
-    let vhost = opened.map_err(|error| VhostError::Open {
-        path: path.into(),
-        source: io_error(error),
-    })?;
+    let vhost = node(path, open(Arc::new(ram.memory().clone())))?;
     let has = vhost
         .get_features()
         .map_err(refused("to tell its features"))?;

@@ -35,12 +35,7 @@ pub enum CidError {
 /// It is in use, or the host has no sockets for guests.
 pub fn check(cid: u32) -> Result<(), OpenError> {
     let opened = Vsock::new(Arc::new(GuestMemoryMmap::<()>::new()));
-    let vsock = opened.map_err(|error| {
-        failed(VhostError::Open {
-            path: queues::VSOCK.into(),
-            source: io_error(error),
-        })
-    })?;
+    let vsock = queues::node(queues::VSOCK, opened).map_err(failed)?;
     claim(&vsock, cid)
 }
 
